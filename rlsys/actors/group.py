@@ -1,0 +1,57 @@
+"""Waiting for Ray actors: every wait has a deadline, and every failure names who failed at what."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+
+class ActorFailure(RuntimeError):
+    """An actor died or raised; the message ends with who it was and what it was doing."""
+
+
+class PhaseTimeout(TimeoutError):
+    """A phase did not finish in time; the message names the actors still at it."""
+
+
+def get_all(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) -> list[Any]:
+    """The results of `refs` (actor name -> reference), in order.
+
+    Fails as soon as any of them fails, not when its turn comes: the other ranks of a collective
+    would wait for a dead one until their own deadline.
+
+    Raises:
+        ActorFailure: an actor raised or died, with its own traceback.
+        PhaseTimeout: some were not done after `timeout_s` seconds.
+    """
+    names = {ref: name for name, ref in refs.items()}
+    results: dict[ray.ObjectRef, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(results) < len(names):
+        pending = [ref for ref in names if ref not in results]
+        done, _ = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            waiting = ", ".join(names[ref] for ref in pending)
+            raise PhaseTimeout(
+                f"{phase} did not finish within {timeout_s:g} s; still waiting for {waiting}"
+            )
+        for ref in done:
+            results[ref] = get_one(ref, name=names[ref], phase=phase)
+    return [results[ref] for ref in refs.values()]
+
+
+def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
+    """The result of a finished reference, its failure told as that of actor `name` in `phase`."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        # The remote traceback is in the message; Ray's own frames around it help nobody.
+        raise ActorFailure(f"{error.traceback_str}\n{name} failed in {phase}: {error.cause!r}") from None
+    except RayActorError as error:
+        raise ActorFailure(f"{error}\n{name} died in {phase}") from None
+    except RayError as error:
+        raise ActorFailure(f"{error}\n{name} was lost in {phase}") from error

@@ -1,0 +1,260 @@
+"""The nested run configuration: every field with its unit, default and rule.
+
+A config is a YAML file whose sections are the classes below, overridden from the command line as
+`--section.field value`. Unknown keys are errors. Derived values are properties, never flags.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors, docstrings are descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Where prompts come from."""
+
+    dataset: list[str] = Field(min_length=1)
+    """Training rows: JSONL or Parquet files, or ids of the Hugging Face hub. Relative paths are
+    resolved against the working directory."""
+    val_dataset: list[str] = []
+    """Held-out rows, evaluated every `eval_steps`. Empty: take `split_dataset_ratio` of `dataset`."""
+    split_dataset_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of `dataset` held out for evaluation when `val_dataset` is empty; 0 evaluates nothing."""
+    max_eval_prompts: PositiveInt = 256
+    """Evaluate on the first so many held-out prompts."""
+    max_prompt_length: PositiveInt = 512
+    """Tokens of the rendered prompt; longer prompts are dropped and counted."""
+    system: str | None = None
+    """System message put before rows that have none; None adds nothing."""
+    shuffle: bool = True
+    """Shuffle the training rows anew in every epoch, seeded by `seed`."""
+
+
+class ModelConfig(Section):
+    """The language model that is trained."""
+
+    path: str
+    """Hugging Face model folder or hub id (Llama, Qwen2 or Qwen3, dense)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights in policy, reference and rollout engine; auto is bfloat16 on GPUs and
+    float32 on CPU, where it makes engines agree to 1e-5."""
+
+
+class RolloutConfig(Section):
+    """Sampling with vLLM."""
+
+    num_engines: PositiveInt = 1
+    """vLLM engines, each an actor and process of its own; prompts are shared among them."""
+    tensor_parallel_size: PositiveInt = 1
+    """GPUs of one engine."""
+    num_generations: int = Field(default=8, ge=2)
+    """G, completions per prompt: the group that advantages are relative to. At least 2."""
+    generation_batch_size: PositiveInt
+    """N, completions sampled a step = prompts * num_generations."""
+    max_completion_length: PositiveInt = 256
+    """Tokens; a longer completion is cut there and marked `length`."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the policy's log-probs are taken at the same temperature."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling; below 1 the policy is trained on a distribution it was not sampled from,
+    which `sampling/logp_difference` shows."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample among the k likeliest tokens; 0 is off. See top_p."""
+    max_num_seqs: PositiveInt = 256
+    """Most sequences an engine decodes at once."""
+    kv_cache_memory_mb: PositiveInt | None = None
+    """MiB of KV cache of an engine; None lets vLLM use gpu_memory_utilization, or on CPU gives
+    room for max_num_seqs full sequences, 4 GiB at most."""
+    gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
+    """Share of its GPU that an engine may take."""
+    seed_per_request: bool = True
+    """Seed every completion by (seed, step, prompt, index): the same completions after a resume
+    and for any number of engines. Costs a little Python per sequence and step."""
+    timeout_s: PositiveFloat = 600.0
+    """Longest wait, in seconds, for the next completion before the run fails and says so."""
+
+
+class RewardConfig(Section):
+    """What completions are scored by."""
+
+    reward_funcs: list[str] = Field(min_length=1)
+    """Registered names, see `rlsys rewards`."""
+    reward_weights: list[float] | None = None
+    """One per reward function; None is 1 for each."""
+    external_plugins: list[str] = []
+    """Python files that register more reward functions when imported."""
+    num_workers: PositiveInt = 1
+    """Reward processes; groups are scored while others are still being sampled."""
+    timeout_s: PositiveFloat = 60.0
+    """Longest time, in seconds, that scoring one group may take."""
+
+
+class GrpoConfig(Section):
+    """The algorithm: Group Relative Policy Optimization (arXiv:2402.03300)."""
+
+    beta: NonNegativeFloat = 0.0
+    """Weight of the k3 KL to the reference model; 0 builds no reference model."""
+    epsilon: PositiveFloat = 0.2
+    """Clip range of the ratio: [1 - epsilon, 1 + epsilon_high]."""
+    epsilon_high: PositiveFloat | None = None
+    """Upper clip range (DAPO's clip-higher); None is epsilon."""
+    num_iterations: PositiveInt = 1
+    """Passes over one rollout (mu in the paper)."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """Divide advantages by the std of rewards within the group, within the batch, or not at all."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
+    """How token losses are averaged over an optimizer step. grpo: mean over completions of their
+    token means. dapo: mean over all tokens. dr_grpo: sum over tokens, divided by
+    completions * max_completion_length."""
+
+
+class PolicyConfig(Section):
+    """The megatron-core trainer."""
+
+    world_size: PositiveInt = 1
+    """Ranks, each an actor and process of its own (a GPU each on GPUs)."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each layer; above 1, sequence parallelism is on."""
+    pipeline_parallel_size: PositiveInt = 1
+    """Ranks that share the layers among them."""
+    global_batch_size: PositiveInt | None = None
+    """Completions an optimizer step; None is generation_batch_size, one step a rollout."""
+    micro_batch_size: PositiveInt = 8
+    """Completions a forward pass of a data-parallel rank."""
+    max_tokens_per_micro_batch: PositiveInt | None = None
+    """Tokens a forward pass of a data-parallel rank; when set, it decides instead of
+    micro_batch_size."""
+    lr: PositiveFloat = 1e-6
+    """Peak learning rate of AdamW."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay from `lr` to `min_lr` over the optimizer steps after warm-up."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of all optimizer steps in which the learning rate rises linearly from 0."""
+    weight_decay: NonNegativeFloat = 0.0
+    """AdamW's decoupled weight decay; biases and norms are exempt."""
+    adam_beta1: float = Field(default=0.9, ge=0.0, lt=1.0)
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = Field(default=0.999, ge=0.0, lt=1.0)
+    """Decay of AdamW's second moment."""
+    adam_eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    max_grad_norm: PositiveFloat = 1.0
+    """Clip the global gradient norm to this."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks."""
+    recompute: Literal["none", "full"] = "none"
+    """Activation recompute: full keeps only each layer's input, less memory for a third more time."""
+    cpu_threads: PositiveInt = 1
+    """Threads of each rank on CPU."""
+    timeout_s: PositiveFloat = 1800.0
+    """Longest time, in seconds, that one phase of the policy may take."""
+
+
+class ReferenceConfig(Section):
+    """The frozen model of the KL term; exists only when grpo.beta > 0."""
+
+    path: str | None = None
+    """Hugging Face model folder or hub id; None is model.path."""
+    world_size: PositiveInt = 1
+    """Ranks; they hold replicas except for tensor_parallel_size."""
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each layer."""
+
+
+class WeightSyncConfig(Section):
+    """How the rollout engines get the policy's weights after every update."""
+
+    transport: Literal["auto", "gloo"] = "auto"
+    """auto: NCCL between GPUs, gloo on CPU."""
+    bucket_mb: PositiveInt = 256
+    """MiB sent at once."""
+    verify: bool = True
+    """Compare a checksum of every bucket on both sides."""
+    timeout_s: PositiveFloat = 120.0
+    """Longest time, in seconds, that one phase of a weight sync may take."""
+
+
+class TrackingConfig(Section):
+    """Where metrics and completions go, besides metrics.jsonl and completions.jsonl."""
+
+    report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
+    """More trackers; wandb needs `pip install rlsys[wandb]`."""
+    run_name: str | None = None
+    """Name of the run in trackers; None is the name of output_dir."""
+    wandb_project: str = "rlsys"
+    """Project of the run in wandb."""
+    log_completions: bool = True
+    """Append every completion to completions.jsonl as its group finishes."""
+
+
+class CheckpointConfig(Section):
+    """What is kept to continue from. The final model is always written to OUTPUT_DIR/final."""
+
+    save_steps: PositiveInt | None = None
+    """Write a checkpoint every so many steps; None writes none."""
+    save_total_limit: PositiveInt = 2
+    """Keep the newest so many checkpoints."""
+    resume: bool = False
+    """Continue the run in output_dir from its newest checkpoint."""
+
+
+class Config(Section):
+    """One GRPO run."""
+
+    output_dir: str
+    """Everything a run writes; must not hold another run unless checkpoint.resume is set."""
+    max_steps: PositiveInt
+    """Rollouts, each followed by one policy update and one weight sync."""
+    eval_steps: PositiveInt | None = None
+    """Evaluate on held-out prompts before the first and after every so many steps; None: never."""
+    seed: int = Field(default=42, ge=0, lt=2**31)
+    """Seeds data order, sampling and mini-batches."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: GPUs when this machine or the Ray cluster has any."""
+    data: DataConfig
+    model: ModelConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    grpo: GrpoConfig = GrpoConfig()
+    policy: PolicyConfig = PolicyConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def num_prompts(self) -> int:
+        """P, prompts a step."""
+        return self.rollout.generation_batch_size // self.rollout.num_generations
+
+    @property
+    def global_batch_size(self) -> int:
+        """Completions an optimizer step."""
+        return self.policy.global_batch_size or self.rollout.generation_batch_size
+
+    @property
+    def optimizer_steps_per_rollout(self) -> int:
+        """Optimizer steps between two weight syncs."""
+        per_pass = self.rollout.generation_batch_size // self.global_batch_size
+        return per_pass * self.grpo.num_iterations
+
+    @property
+    def recompute_old_logprobs(self) -> bool:
+        """Whether the policy moves within one rollout, so that the ratio needs a fixed start."""
+        return self.optimizer_steps_per_rollout > 1
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the policy."""
+        return self.policy.world_size // (
+            self.policy.tensor_parallel_size * self.policy.pipeline_parallel_size
+        )

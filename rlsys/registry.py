@@ -1,0 +1,62 @@
+"""A registry is a dict with a decorator: names in a config resolve to functions or classes."""
+
+from __future__ import annotations
+
+import difflib
+from collections import UserDict
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """" Did you mean 'x'?" for the known name nearest to `name`, or "" when none is near."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+class Registry(UserDict[str, T]):
+    """Named extensions of one kind.
+
+    Example:
+        losses: Registry[LossFunction] = Registry("loss")
+
+        @losses.register("grpo")
+        def grpo_loss(...): ...
+
+        losses["grpo"]
+    """
+
+    def __init__(self, kind: str):
+        super().__init__()
+        self.kind = kind
+
+    def __setitem__(self, name: str, value: T) -> None:
+        if self.data.get(name, value) is not value:
+            raise ValueError(
+                f"{self.kind} {name!r} is registered twice: by {_where(self.data[name])} and by "
+                f"{_where(value)}. Rename one of them."
+            )
+        self.data[name] = value
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self.data:
+            raise ValueError(
+                f"unknown {self.kind} {name!r}.{did_you_mean(name, list(self.data))} "
+                f"Known: {', '.join(sorted(self.data)) or 'none'}."
+            )
+        return self.data[name]
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator form of `registry[name] = value`."""
+
+        def decorate(value: T) -> T:
+            self[name] = value
+            return value
+
+        return decorate
+
+
+def _where(value: object) -> str:
+    return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', value)}"

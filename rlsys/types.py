@@ -1,0 +1,107 @@
+"""What crosses an actor boundary: small dataclasses of CPU data.
+
+Never a CUDA tensor, an engine or the config. Shapes use one legend everywhere: **P** prompts,
+**G** generations per prompt, **N = P*G** completions, **S** tokens of a padded row, **T** tokens
+of one completion.
+
+Importing this module needs neither torch nor numpy, so reward workers stay small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["stop", "length", "abort"]
+Message = dict[str, Any]
+"""One chat turn, `{"role": "user", "content": "..."}`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of the dataset, ready to sample from."""
+
+    prompt_id: str
+    """Unique within a data set split; stable across runs, so logs can be joined on it."""
+    messages: list[Message]
+    token_ids: list[int]
+    """The rendered chat template, generation prompt included."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """Every other column of the row; reward functions receive them by keyword."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One sampled continuation of a prompt."""
+
+    token_ids: list[int]
+    """[T] sampled tokens; the EOS token is the last one when `finish_reason` is "stop"."""
+    rollout_logprobs: list[float]
+    """[T] nats, of each sampled token under the distribution it was sampled from."""
+    text: str
+    """Decoded without special tokens: what reward functions and people read."""
+    finish_reason: FinishReason
+    """"length" means cut at max_completion_length: TRL's and ms-swift's `clipped`."""
+    policy_versions: tuple[int, ...]
+    """The weight versions it was sampled under, in order; one unless weights changed in flight."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewardOutput:
+    """The score of one completion."""
+
+    total: float
+    """Weighted sum over the reward functions: what advantages are computed from."""
+    by_name: dict[str, float]
+    """The unweighted value of each reward function, in the configured order."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutGroup:
+    """The G completions of one prompt: the unit in which GRPO compares."""
+
+    group_id: int
+    """Position of the prompt within its generation batch, 0 <= group_id < P."""
+    prompt: Prompt
+    completions: list[Completion]
+    """[G]"""
+    rewards: list[RewardOutput] = field(default_factory=list)
+    """[G], empty until scored."""
+
+
+@dataclass(slots=True)
+class TrainBatch:
+    """N completions as right-padded rows `prompt + completion`.
+
+    One alignment rule for every [N, S] tensor: entry [n, s] belongs to `input_ids[n, s]`, so
+    `logprobs[n, s] = log pi(input_ids[n, s] | input_ids[n, :s])`, in nats, 0 where
+    `completion_mask` is False.
+    """
+
+    input_ids: torch.Tensor
+    """[N, S] int64, pad tokens on the right."""
+    lengths: torch.Tensor
+    """[N] int64, prompt + completion tokens of each row."""
+    completion_mask: torch.Tensor
+    """[N, S] bool, True on the tokens that are trained on."""
+    advantages: torch.Tensor
+    """[N] float32, constant over the tokens of a completion."""
+    rollout_logprobs: torch.Tensor
+    """[N, S] float32, from the rollout engine."""
+    ref_logprobs: torch.Tensor | None = None
+    """[N, S] float32, from the frozen reference model; None when beta = 0."""
+    old_logprobs: torch.Tensor | None = None
+    """[N, S] float32, from the policy before the update; None when one optimizer step uses the
+    whole batch, because the policy's own detached log-probs are the same numbers then."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOutput:
+    """What one policy update reports, already reduced over ranks."""
+
+    policy_version: int
+    """Number of completed updates: the weight version that the next publish sends."""
+    metrics: dict[str, float]
