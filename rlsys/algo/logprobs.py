@@ -1,0 +1,184 @@
+"""Log-probs of given tokens, from logits that may be split over the vocabulary.
+
+`log pi(a) = z_a - log sum_v exp(z_v)` with `z = logits / temperature`: the policy's log-probs are
+taken at the temperature that completions were sampled at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+
+def vocab_parallel_logprobs(
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each distribution: two [T] tensors in nats.
+
+    With `group`, each rank holds a slice of the vocabulary. Maxima and sums are reduced over the
+    group, so every rank returns the same numbers and, by computing the same loss from them, gets
+    the same gradient for each log-prob. What flows back into a rank's own logits then needs no
+    communication: `d log pi(a) / d z_v = 1[v = a] - pi(v)`. The gradient of a reduced sum goes to
+    every rank's term as it is, unlike with torch.distributed.nn, which would add up the equal
+    gradients of all ranks.
+
+    Computed in float32 (float64 for float64 logits), which is also the type of the results;
+    gradients have the type of the logits. Logits may be -inf (a padded vocabulary).
+
+    Args:
+        logits_TV: [T, V], this rank's slice of the vocabulary.
+        targets_T: [T] int64, token ids of the whole vocabulary.
+        temperature: divides the logits; 1 for logits that are already divided.
+        vocab_start: token id of `logits_TV[:, 0]`.
+        group: the tensor-parallel group; None when the vocabulary is whole.
+
+    Returns:
+        `logprobs_T` with gradient and `entropy_T` without.
+    """
+    return _VocabParallelLogprobs.apply(logits_TV, targets_T, temperature, vocab_start, group)
+
+
+class _VocabParallelLogprobs(torch.autograd.Function):
+    """Keeps the logits as they came and two numbers a row; backward computes the softmax anew.
+
+    Autograd's own graph of the same formula would keep several [T, V] tensors in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_TV: Tensor,
+        targets_T: Tensor,
+        temperature: float,
+        vocab_start: int,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        z_TV = _scaled(logits_TV, temperature)
+        max_T = z_TV.amax(dim=-1)
+        if group is not None:
+            dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=group)
+        local_T, is_local_T = _local_targets(targets_T, vocab_start, logits_TV.shape[1], group)
+        target_z_T = z_TV.gather(-1, local_T[:, None]).squeeze(-1) - max_T
+        # From here z is shifted by its maximum. The bound changes no exp(), and makes a logit of
+        # -inf contribute 0 to the entropy instead of 0 * -inf = nan.
+        z_TV = (z_TV - max_T[:, None]).clamp_(min=torch.finfo(torch.float32).min)
+        exp_TV = z_TV.exp()
+        sums = torch.stack(
+            [
+                exp_TV.sum(dim=-1),
+                (exp_TV * z_TV).sum(dim=-1),
+                target_z_T.masked_fill(~is_local_T, 0.0),
+            ]
+        )
+        if group is not None:
+            dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
+        sum_exp_T, sum_exp_z_T, target_z_T = sums
+        log_sum_T = sum_exp_T.log()
+        # H = -sum_v pi(v) log pi(v) = log sum_v exp(z_v) - sum_v pi(v) z_v
+        entropy_T = log_sum_T - sum_exp_z_T / sum_exp_T
+
+        ctx.save_for_backward(logits_TV, max_T, log_sum_T, local_T, is_local_T)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy_T)
+        return target_z_T - log_sum_T, entropy_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_T: Tensor, _entropy_grad: Tensor) -> tuple[Tensor | None, ...]:
+        logits_TV, max_T, log_sum_T, local_T, is_local_T = ctx.saved_tensors
+        z_TV = _scaled(logits_TV, ctx.temperature)
+        probs_TV = ((z_TV - max_T[:, None]) - log_sum_T[:, None]).exp()
+        grad_T = grad_T / ctx.temperature
+        grad_TV = probs_TV.mul_(-grad_T[:, None])
+        grad_TV.scatter_add_(-1, local_T[:, None], (grad_T * is_local_T)[:, None])
+        return grad_TV.to(logits_TV.dtype), None, None, None, None
+
+
+def _scaled(logits_TV: Tensor, temperature: float) -> Tensor:
+    z_TV = logits_TV.to(torch.promote_types(logits_TV.dtype, torch.float32))
+    return z_TV if temperature == 1.0 else z_TV / temperature
+
+
+def _local_targets(
+    targets_T: Tensor, vocab_start: int, vocab_size: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """Targets as columns of this rank's slice, and which of them it holds (column 0 otherwise)."""
+    local_T = targets_T - vocab_start
+    if group is None:
+        return local_T, torch.ones_like(local_T, dtype=torch.bool)
+    is_local_T = (local_T >= 0) & (local_T < vocab_size)
+    return local_T.masked_fill(~is_local_T, 0), is_local_T
+
+
+def chunked_logprobs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`vocab_parallel_logprobs` of `hidden_TH @ weight_VH.T`, never holding all logits at once.
+
+    Logits exist for `chunk_size` tokens at a time; with gradients they are computed again on the
+    way back (torch.utils.checkpoint), so that only `hidden_TH` is kept. At a vocabulary of 152k,
+    float32 logits of 16k tokens take 9.3 GiB, those of a chunk of 1,024 take 0.6 GiB.
+
+    With `group`, the gradient of `hidden_TH` is this rank's share, from its slice of the
+    vocabulary. The op that gave every rank the same hidden states sums the shares on its way back,
+    as those of megatron-core do (copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region).
+
+    Args:
+        hidden_TH: [T, H], the same on every rank of `group`.
+        weight_VH: [V, H], this rank's slice of the output layer.
+        targets_T: [T] int64, token ids of the whole vocabulary.
+        temperature: divides the logits.
+        chunk_size: tokens whose logits exist at once.
+        vocab_start: token id of `weight_VH[0]`.
+        group: the tensor-parallel group; None when the vocabulary is whole.
+
+    Returns:
+        `logprobs_T` with gradient and `entropy_T` without.
+    """
+
+    def one_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        return vocab_parallel_logprobs(
+            linear(hidden, weight),
+            targets,
+            temperature=temperature,
+            vocab_start=vocab_start,
+            group=group,
+        )
+
+    chunks = []
+    for hidden, targets in zip(
+        hidden_TH.split(chunk_size), targets_T.split(chunk_size), strict=True
+    ):
+        if torch.is_grad_enabled():
+            # Nothing random happens in a chunk, so random states need not be kept.
+            chunk = checkpoint(
+                one_chunk,
+                hidden,
+                weight_VH,
+                targets,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+        else:
+            chunk = one_chunk(hidden, weight_VH, targets)
+        chunks.append(chunk)
+    logprobs, entropies = zip(*chunks, strict=True)
+    return torch.cat(logprobs), torch.cat(entropies)

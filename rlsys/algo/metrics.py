@@ -1,0 +1,165 @@
+"""What a rollout and an update log; docs/metrics.md explains every key."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from rlsys.algo.advantages import rewards_matrix
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlsys.types import RolloutGroup
+
+TOTALS = ("loss", "num_loss_tokens")
+"""Statistics that are reported as sums, not divided by the number of tokens."""
+
+
+def rollout_metrics(groups: list[RolloutGroup], advantages_PG: Tensor) -> dict[str, float]:
+    """Rewards and lengths of one rollout, by the names of TRL and ms-swift.
+
+    Args:
+        groups: P scored groups of G completions.
+        advantages_PG: [P, G].
+    """
+    rewards_PG = rewards_matrix(groups)
+    std_P = rewards_PG.std(dim=1)
+    metrics = {
+        "reward": rewards_PG.mean(),
+        "reward_std": std_P.mean(),
+        "frac_reward_zero_std": torch.isclose(std_P, torch.zeros_like(std_P)).double().mean(),
+        "advantages/abs_mean": advantages_PG.abs().mean(),
+        "advantages/abs_max": advantages_PG.abs().max(),
+    }
+    by_name: defaultdict[str, list[float]] = defaultdict(list)
+    for group in groups:
+        for reward in group.rewards:
+            for name, value in reward.by_name.items():
+                by_name[name].append(value)
+    for name, values in by_name.items():
+        values_N = torch.tensor(values, dtype=torch.float64)
+        metrics[f"rewards/{name}/mean"] = values_N.mean()
+        metrics[f"rewards/{name}/std"] = values_N.std()
+    numbers = {name: value.item() for name, value in metrics.items()}
+    return numbers | _length_metrics(groups)
+
+
+def _length_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
+    completions = [completion for group in groups for completion in group.completions]
+    lengths = [len(completion.token_ids) for completion in completions]
+    clipped = [completion.finish_reason == "length" for completion in completions]
+    # TRL's rule: with no completion that ended by itself, the three terminated_length are 0.
+    ended = [n for n, cut in zip(lengths, clipped, strict=True) if not cut] or [0]
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": float(min(lengths)),
+        "completions/max_length": float(max(lengths)),
+        "completions/clipped_ratio": sum(clipped) / len(clipped),
+        "completions/mean_terminated_length": sum(ended) / len(ended),
+        "completions/min_terminated_length": float(min(ended)),
+        "completions/max_terminated_length": float(max(ended)),
+        "num_prompt_tokens": float(
+            sum(len(group.prompt.token_ids) * len(group.completions) for group in groups)
+        ),
+        "num_completion_tokens": float(sum(lengths)),
+    }
+
+
+class MetricSums:
+    """Statistics of one optimizer step, the same however it is split into micro-batches and ranks.
+
+    A key says how its values combine:
+
+    - ending in /max or /min: the extreme over all micro-batches and ranks;
+    - `loss`, `num_loss_tokens`: the sum;
+    - anything else: the sum too, divided by `num_loss_tokens` at the end, a mean over tokens.
+
+    Example:
+        sums = MetricSums()
+        for micro_batch in ...:
+            loss, statistics = loss_function(inputs, config)
+            sums.add(statistics)
+        sums.all_reduce(data_parallel_group)
+        metrics = sums.means()
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._maxima: dict[str, Tensor] = {}
+        """Minima are kept here with their sign turned."""
+
+    def add(self, statistics: Mapping[str, Tensor]) -> None:
+        """Adds the statistics of one micro-batch: detached scalars on any one device."""
+        for key, value in statistics.items():
+            value = value.detach().double()
+            if key.endswith(("/max", "/min")):
+                value = -value if key.endswith("/min") else value
+                before = self._maxima.get(key)
+                self._maxima[key] = value if before is None else torch.maximum(before, value)
+            else:
+                before = self._sums.get(key)
+                self._sums[key] = value if before is None else before + value
+
+    def all_reduce(self, group: dist.ProcessGroup | None) -> None:
+        """Combines the ranks of `group` (None: all ranks), in two collectives.
+
+        Every rank must have added the same keys, that is at least one micro-batch of the same loss.
+        """
+        for values, op in ((self._sums, dist.ReduceOp.SUM), (self._maxima, dist.ReduceOp.MAX)):
+            keys = sorted(values)
+            if keys:
+                flat = torch.stack([values[key] for key in keys])
+                dist.all_reduce(flat, op=op, group=group)
+                values.update(zip(keys, flat, strict=True))
+
+    def means(self) -> dict[str, float]:
+        """The metrics of the optimizer step, as numbers.
+
+        Raises:
+            ValueError: no token was trained on.
+        """
+        num_tokens = self._sums["num_loss_tokens"].item()
+        if num_tokens == 0:
+            raise ValueError(
+                "an optimizer step has no tokens to train on: all its completions are empty; see "
+                "their finish_reason in completions.jsonl"
+            )
+        metrics = {
+            key: value.item() if key in TOTALS else value.item() / num_tokens
+            for key, value in self._sums.items()
+        }
+        for key, value in self._maxima.items():
+            metrics[key] = -value.item() if key.endswith("/min") else value.item()
+        return metrics
+
+
+def combine_optimizer_steps(steps: list[dict[str, float]]) -> dict[str, float]:
+    """One line of metrics for the optimizer steps of one rollout, which report the same keys.
+
+    Means over the steps, except: extremes (/min, /max), the sum of `num_loss_tokens`, the last
+    `learning_rate`. Adds `clip_ratio/low_min` and `clip_ratio/high_max`, the extremes of the clip
+    ratios over the steps. TRL takes them over sequences and devices; over optimizer steps they do
+    not depend on how a step is split.
+    """
+    combined = {}
+    for key in steps[0]:
+        values = [step[key] for step in steps]
+        if key.endswith("/max"):
+            combined[key] = max(values)
+        elif key.endswith("/min"):
+            combined[key] = min(values)
+        elif key == "num_loss_tokens":
+            combined[key] = sum(values)
+        elif key == "learning_rate":
+            combined[key] = values[-1]
+        else:
+            combined[key] = sum(values) / len(values)
+    if "clip_ratio/low_mean" in combined:
+        combined["clip_ratio/low_min"] = min(step["clip_ratio/low_mean"] for step in steps)
+        combined["clip_ratio/high_max"] = max(step["clip_ratio/high_mean"] for step in steps)
+    return combined

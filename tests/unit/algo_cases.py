@@ -1,0 +1,58 @@
+"""Groups and batches that several tests of rlsys.algo start from."""
+
+from __future__ import annotations
+
+import torch
+
+from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
+from rlsys.algo.batching import build_train_batch
+from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup, TrainBatch
+
+PAD = 0
+VOCAB = 32
+
+
+def make_groups(
+    lengths_PG: list[list[int]], *, prompt_lengths: list[int] | None = None, seed: int = 0
+) -> list[RolloutGroup]:
+    """Random tokens, log-probs and rewards; `lengths_PG[p][g]` completion tokens."""
+    rng = torch.Generator().manual_seed(seed)
+    groups = []
+    for p, lengths in enumerate(lengths_PG):
+        num_prompt_tokens = prompt_lengths[p] if prompt_lengths else 2 + p % 3
+        prompt = Prompt(
+            prompt_id=f"p{p}",
+            messages=[{"role": "user", "content": "?"}],
+            token_ids=torch.randint(1, VOCAB, (num_prompt_tokens,), generator=rng).tolist(),
+        )
+        completions, rewards = [], []
+        for length in lengths:
+            completions.append(
+                Completion(
+                    token_ids=torch.randint(1, VOCAB, (length,), generator=rng).tolist(),
+                    rollout_logprobs=(-4 * torch.rand(length, generator=rng)).tolist(),
+                    text="",
+                    finish_reason="length" if length == max(lengths) else "stop",
+                    policy_versions=(0,),
+                )
+            )
+            correct, tidy = torch.randint(0, 2, (2,), generator=rng).tolist()
+            rewards.append(
+                RewardOutput(total=correct + 0.5 * tidy, by_name={"correct": correct, "tidy": tidy})
+            )
+        groups.append(
+            RolloutGroup(group_id=p, prompt=prompt, completions=completions, rewards=rewards)
+        )
+    return groups
+
+
+def make_batch(lengths_PG: list[list[int]], *, seed: int = 0) -> TrainBatch:
+    """A train batch with reference and old log-probs near the rollout's."""
+    groups = make_groups(lengths_PG, seed=seed)
+    advantages_PG = group_relative_advantages(rewards_matrix(groups), scale_rewards="group")
+    batch = build_train_batch(groups, advantages_PG, pad_token_id=PAD)
+    rng = torch.Generator().manual_seed(seed + 1)
+    for name, spread in (("ref_logprobs", 0.5), ("old_logprobs", 0.3)):
+        noise = spread * torch.randn(batch.input_ids.shape, generator=rng)
+        setattr(batch, name, (batch.rollout_logprobs + noise) * batch.completion_mask)
+    return batch
