@@ -1,1 +1,25 @@
-"""..."""
+"""Rewards by name: pure Python, importable without torch.
+
+A reward is a class derived from `ORM`, registered in `orms`; `plugins/README.md` shows how.
+"""
+
+from rlsys.rewards import countdown, format  # noqa: F401  registers the built-in rewards
+from rlsys.rewards.base import ORM, orms, register_reward
+from rlsys.rewards.plugins import load_plugins
+from rlsys.rewards.scoring import (
+    OWN_COLUMNS,
+    RewardError,
+    RewardFunctions,
+    check_names_and_weights,
+)
+
+__all__ = [
+    "ORM",
+    "OWN_COLUMNS",
+    "RewardError",
+    "RewardFunctions",
+    "check_names_and_weights",
+    "load_plugins",
+    "orms",
+    "register_reward",
+]

@@ -1,0 +1,140 @@
+"""The Countdown reward: make the target out of the numbers, each used exactly once.
+
+A model that is paid for an answer looks for what the check forgets, so the answer is read by a
+parser that knows integers, + - * / and parentheses, and is computed in exact fractions. Nothing
+is evaluated as code, and what is too long or too deep is refused before it is parsed.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
+
+from rlsys.rewards.base import ORM, register_reward
+
+MAX_LENGTH = 500
+"""Characters of an answer, runs of white space counted once; six numbers need far fewer."""
+MAX_DEPTH = 50
+"""Nested parentheses; CPython's parser itself gives up at 200."""
+
+_EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
+_TAIL = re.compile(r"-?[0-9]+")
+_OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def is_solution(completion: str, nums: list[int], target: int) -> bool:
+    """Whether the completion's answer makes `target` with each of `nums` used exactly once.
+
+    The answer stands in `<answer>...</answer>`. There may be several; then each has to be right,
+    so that two that disagree earn nothing. A tag without its partner earns nothing.
+    """
+    _, *parts = completion.split("<answer>")
+    if not parts or any(part.count("</answer>") != 1 for part in parts):
+        return False
+    return all(is_correct_answer(part.split("</answer>")[0], nums, target) for part in parts)
+
+
+def is_correct_answer(answer: str, nums: list[int], target: int) -> bool:
+    """Whether `answer`, the text between the tags, is right.
+
+    It is one expression of non-negative integers, the binary operators + - * / and parentheses,
+    with any white space, and optionally `= target` after it. All else is wrong, however
+    well meant: signs, decimals, `x`, `×`, `÷`, LaTeX, words.
+    """
+    answer = " ".join(answer.split())
+    if len(answer) > MAX_LENGTH:
+        return False
+    expression, equals, tail = answer.partition("=")
+    if equals and not (_TAIL.fullmatch(tail.strip()) and int(tail) == target):
+        return False
+    if not _EXPRESSION.fullmatch(expression) or not _uses_exactly(expression, nums):
+        return False
+    return _depth(expression) <= MAX_DEPTH and _value(expression) == target
+
+
+def _uses_exactly(expression: str, nums: list[int]) -> bool:
+    """Each number once, joined by as many operators as that takes: no `**`, `//` or signs."""
+    used = [int(digits) for digits in re.findall(r"[0-9]+", expression)]
+    num_operators = sum(expression.count(symbol) for symbol in "+-*/")
+    return sorted(used) == sorted(nums) and num_operators == len(nums) - 1
+
+
+def _depth(expression: str) -> int:
+    depth = deepest = 0
+    for character in expression:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _value(expression: str) -> Fraction | None:
+    """The exact value, or None when it has none."""
+    try:
+        return _evaluate(ast.parse(expression.strip(), mode="eval").body)
+    except (SyntaxError, ZeroDivisionError):
+        return None
+
+
+def _evaluate(node: ast.expr) -> Fraction:
+    match node:
+        case ast.Constant(value=int(value)):
+            return Fraction(value)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_evaluate(left), _evaluate(right))
+    raise SyntaxError(f"{type(node).__name__} is not arithmetic")
+
+
+def _integer(value: Any, column: str) -> int:
+    """An int out of a dataset: 24, 24.0 or "24"."""
+    if isinstance(value, str) and _TAIL.fullmatch(value.strip()):
+        return int(value)
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1:
+        return int(value)
+    raise ValueError(
+        f"countdown needs whole numbers in column {column!r}, found {value!r}. Correct the dataset."
+    )
+
+
+@register_reward("countdown")
+class Countdown(ORM):
+    """1 for a right answer to a Countdown problem, else 0.
+
+    Reads the columns `nums` (list of integers) and `target`, or `response` where there is no
+    `target`, as ms-swift's Countdown dataset names it.
+    """
+
+    def __call__(
+        self,
+        completions: list[str],
+        nums: list[list[int]],
+        target: list[Any] | None = None,
+        response: list[Any] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """[G] 1.0 or 0.0; see `is_solution`.
+
+        Raises:
+            ValueError: the dataset has no target, or numbers that are none.
+        """
+        targets = response if target is None else target
+        if targets is None:
+            raise ValueError("countdown needs a dataset column 'target' (or 'response')")
+        return [
+            float(
+                is_solution(
+                    completion,
+                    [_integer(number, "nums") for number in numbers],
+                    _integer(goal, "target"),
+                )
+            )
+            for completion, numbers, goal in zip(completions, nums, targets, strict=True)
+        ]

@@ -1,0 +1,43 @@
+"""The layers: what may import what."""
+
+import subprocess
+import sys
+
+import pytest
+
+IMPORT_ALL = """
+import importlib, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    importlib.import_module(module.name)
+print(" ".join({name.split(".")[0] for name in sys.modules} & set(sys.argv[2:])))
+"""
+
+
+def imported(package: str, *candidates: str) -> list[str]:
+    """Which of `candidates` a fresh process has loaded after importing all of `package`."""
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, package, *candidates],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("package", "forbidden"),
+    [
+        (
+            "rlsys.rewards",
+            ["torch", "numpy", "ray", "vllm", "megatron", "transformers", "datasets"],
+        ),
+        ("rlsys.algo", ["ray", "vllm", "megatron"]),
+    ],
+)
+def test_a_layer_stays_light(package, forbidden):
+    assert imported(package, *forbidden) == []
+
+
+def test_the_check_above_can_fail():
+    assert imported("rlsys.rewards", "fractions", "ray") == ["fractions"]

@@ -1,0 +1,59 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsys.rewards import orms
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+
+
+def score(completion: str) -> float:
+    [reward] = orms["format"]()([completion])
+    return reward
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "<think>a</think><answer>b</answer>",
+        "<think>a</think>\n\n <answer>b</answer>",
+        " \n<think>line 1\nline 2</think>\n<answer>\n1 + 2\n= 3\n</answer>\n",
+        "<think></think><answer></answer>",
+        "<think>a < b > c / d</think><answer>b</answer>",
+    ],
+)
+def test_think_then_answer_scores_1(completion):
+    assert score(completion) == 1.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "",
+        "<answer>b</answer>",
+        "<think>a</think>",
+        "<think>a</think><answer>b",
+        "<think>a<answer>b</answer>",
+        "Sure! <think>a</think><answer>b</answer>",
+        "<think>a</think><answer>b</answer> Done.",
+        "<think>a</think> so <answer>b</answer>",
+        "<answer>b</answer><think>a</think>",
+        "<think>a<answer>b</answer></think>",
+        "<think>a</think><think>a</think><answer>b</answer>",
+        "<think>a</think><answer>b</answer><answer>b</answer>",
+        "<think>a</think></think><answer>b</answer>",
+        "<think>a</answer></think><answer>b</answer>",
+        "<THINK>a</THINK><ANSWER>b</ANSWER>",
+    ],
+)
+def test_anything_else_scores_0(completion):
+    assert score(completion) == 0.0
+
+
+@given(st.text(), st.text(), st.text(" \n\t"), st.text(" \n\t"))
+def test_any_content_between_the_tags_scores_1_and_a_repeated_tag_0(thought, answer, gap, edge):
+    completion = f"{edge}<think>{thought}</think>{gap}<answer>{answer}</answer>{edge}"
+    assert score(completion) == 1.0
+    for tag in TAGS:
+        assert score(completion.replace(tag, tag * 2)) == 0.0
+        assert score(completion.replace(tag, "")) == 0.0
