@@ -6,15 +6,38 @@ A config is a YAML file whose sections are the classes below, overridden from th
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from rlsys.config_rules import BrokenRules, cross_field_problems
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are errors, docstrings are descriptions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _boolean_only_where_asked(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads yes, on and true as booleans, which pydantic would take for the number 1."""
+        assert info.field_name is not None
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError("should not be true or false; quote it if it is a text")
+        return value
 
 
 class DataConfig(Section):
@@ -24,9 +47,9 @@ class DataConfig(Section):
     """Training rows: JSONL or Parquet files, or ids of the Hugging Face hub. Relative paths are
     resolved against the working directory."""
     val_dataset: list[str] = []
-    """Held-out rows, evaluated every `eval_steps`. Empty: take `split_dataset_ratio` of `dataset`."""
+    """Held-out rows, evaluated every `eval_steps`. Empty: `split_dataset_ratio` of `dataset`."""
     split_dataset_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
-    """Share of `dataset` held out for evaluation when `val_dataset` is empty; 0 evaluates nothing."""
+    """Share of `dataset` held out for evaluation, instead of `val_dataset`; 0 holds out nothing."""
     max_eval_prompts: PositiveInt = 256
     """Evaluate on the first so many held-out prompts."""
     max_prompt_length: PositiveInt = 512
@@ -152,7 +175,8 @@ class PolicyConfig(Section):
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
     recompute: Literal["none", "full"] = "none"
-    """Activation recompute: full keeps only each layer's input, less memory for a third more time."""
+    """Activation recompute: full keeps each layer's input only, less memory for a third more
+    time."""
     cpu_threads: PositiveInt = 1
     """Threads of each rank on CPU."""
     timeout_s: PositiveFloat = 1800.0
@@ -210,7 +234,7 @@ class CheckpointConfig(Section):
 class Config(Section):
     """One GRPO run."""
 
-    output_dir: str
+    output_dir: str = Field(min_length=1)
     """Everything a run writes; must not hold another run unless checkpoint.resume is set."""
     max_steps: PositiveInt
     """Rollouts, each followed by one policy update and one weight sync."""
@@ -230,6 +254,13 @@ class Config(Section):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _fields_fit_each_other(self) -> Self:
+        problems = cross_field_problems(self)
+        if problems:
+            raise BrokenRules(problems)
+        return self
 
     @property
     def num_prompts(self) -> int:
@@ -251,6 +282,12 @@ class Config(Section):
     def recompute_old_logprobs(self) -> bool:
         """Whether the policy moves within one rollout, so that the ratio needs a fixed start."""
         return self.optimizer_steps_per_rollout > 1
+
+    def model_dtype(self, *, on_cpu: bool) -> Literal["float32", "bfloat16"]:
+        """The weights' type on the device of the run."""
+        if self.model.dtype == "auto":
+            return "float32" if on_cpu else "bfloat16"
+        return self.model.dtype
 
     @property
     def data_parallel_size(self) -> int:

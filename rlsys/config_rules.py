@@ -1,0 +1,187 @@
+"""Rules between config fields: numbers that are each valid, but not together.
+
+Every message names the fields, the numbers and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rlsys.config import Config
+
+
+class RuleProblem(NamedTuple):
+    """One broken rule."""
+
+    fields: tuple[str, ...]
+    """The fields it is about, as `section.field`."""
+    text: str
+    """What is wrong, with the numbers, and what to do."""
+
+
+class BrokenRules(ValueError):
+    """All rules that a config breaks."""
+
+    def __init__(self, problems: list[RuleProblem]):
+        super().__init__("\n".join(problem.text for problem in problems))
+        self.problems = problems
+
+
+def cross_field_problems(config: Config) -> list[RuleProblem]:
+    """Every rule between fields that `config` breaks; empty when it can run."""
+    return [
+        *_batch_problems(config),
+        *_parallelism_problems(config),
+        *_reward_problems(config),
+        *_optimizer_problems(config),
+        *_data_problems(config),
+    ]
+
+
+def _batch_problems(config: Config) -> Iterator[RuleProblem]:
+    rollout, policy = config.rollout, config.policy
+    completions, group = rollout.generation_batch_size, rollout.num_generations
+    if completions % group:
+        yield RuleProblem(
+            ("rollout.generation_batch_size", "rollout.num_generations"),
+            f"rollout.generation_batch_size = {completions} is not a multiple of "
+            f"rollout.num_generations = {group}, so it is no whole number of prompts: use "
+            f"{_near_multiples(completions, group)}",
+        )
+    elif config.num_prompts < rollout.num_engines:
+        yield RuleProblem(
+            ("rollout.num_engines", "rollout.generation_batch_size", "rollout.num_generations"),
+            f"rollout.num_engines = {rollout.num_engines} is more than the {config.num_prompts} "
+            f"prompts a step (generation_batch_size {completions} / num_generations {group}), so "
+            f"some would idle: use at most {config.num_prompts} engines, or more prompts",
+        )
+    step = config.global_batch_size
+    if completions % step:
+        yield RuleProblem(
+            ("policy.global_batch_size", "rollout.generation_batch_size"),
+            f"policy.global_batch_size = {step} does not divide rollout.generation_batch_size = "
+            f"{completions}, so a rollout is no whole number of optimizer steps: use "
+            f"{_near_divisors(step, completions)}",
+        )
+    prompt, completion = config.data.max_prompt_length, rollout.max_completion_length
+    budget = policy.max_tokens_per_micro_batch
+    if budget is not None and budget < prompt + completion:
+        yield RuleProblem(
+            (
+                "policy.max_tokens_per_micro_batch",
+                "data.max_prompt_length",
+                "rollout.max_completion_length",
+            ),
+            f"policy.max_tokens_per_micro_batch = {budget} does not hold the longest row, "
+            f"{prompt + completion} tokens (data.max_prompt_length {prompt} + "
+            f"rollout.max_completion_length {completion}): use {prompt + completion} or more",
+        )
+
+
+def _parallelism_problems(config: Config) -> Iterator[RuleProblem]:
+    policy, reference = config.policy, config.reference
+    tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
+    rank_fields = (
+        "policy.world_size",
+        "policy.tensor_parallel_size",
+        "policy.pipeline_parallel_size",
+    )
+    if policy.world_size % (tp * pp):
+        yield RuleProblem(
+            rank_fields,
+            f"policy.world_size = {policy.world_size} is not a multiple of tensor_parallel_size "
+            f"{tp} x pipeline_parallel_size {pp} = {tp * pp}: use "
+            f"{_near_multiples(policy.world_size, tp * pp)} ranks",
+        )
+    elif config.global_batch_size % config.data_parallel_size:
+        field = name = "policy.global_batch_size"
+        if policy.global_batch_size is None:
+            field = "rollout.generation_batch_size"
+            name = f"{field} (which policy.global_batch_size defaults to)"
+        yield RuleProblem(
+            (*rank_fields, field),
+            f"{name} = {config.global_batch_size} cannot be shared equally among "
+            f"{config.data_parallel_size} data-parallel ranks (policy.world_size "
+            f"{policy.world_size} / ({tp} x {pp})): use "
+            f"{_near_multiples(config.global_batch_size, config.data_parallel_size)}, or another "
+            "number of ranks",
+        )
+    if reference.world_size % reference.tensor_parallel_size:
+        yield RuleProblem(
+            ("reference.world_size", "reference.tensor_parallel_size"),
+            f"reference.world_size = {reference.world_size} is not a multiple of "
+            f"reference.tensor_parallel_size = {reference.tensor_parallel_size}: use "
+            f"{_near_multiples(reference.world_size, reference.tensor_parallel_size)} ranks",
+        )
+
+
+def _reward_problems(config: Config) -> Iterator[RuleProblem]:
+    names, weights = config.reward.reward_funcs, config.reward.reward_weights
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        yield RuleProblem(
+            ("reward.reward_funcs",),
+            f"reward.reward_funcs names {', '.join(repeated)} more than once: name each once, and "
+            "give it a larger weight in reward.reward_weights if it should count more",
+        )
+    if weights is not None and len(weights) != len(names):
+        yield RuleProblem(
+            ("reward.reward_weights", "reward.reward_funcs"),
+            f"reward.reward_weights has {len(weights)} values for {len(names)} reward functions "
+            f"({', '.join(names)}): give one weight for each, or leave it out for 1 each",
+        )
+    if weights and not any(weights):
+        yield RuleProblem(
+            ("reward.reward_weights",),
+            "reward.reward_weights are all 0, so there is nothing to learn from: give at least one "
+            "reward function another weight",
+        )
+
+
+def _optimizer_problems(config: Config) -> Iterator[RuleProblem]:
+    policy, epsilon = config.policy, config.grpo.epsilon
+    if policy.min_lr > policy.lr:
+        yield RuleProblem(
+            ("policy.min_lr", "policy.lr"),
+            f"policy.min_lr = {policy.min_lr:g} is above policy.lr = {policy.lr:g}, where the "
+            "decay starts: lower min_lr or raise lr",
+        )
+    if epsilon >= 1:
+        yield RuleProblem(
+            ("grpo.epsilon",),
+            f"grpo.epsilon = {epsilon:g} puts the lower clip bound at {1 - epsilon:g}, which no "
+            "ratio of probabilities reaches: use a value below 1, such as 0.2 (grpo.epsilon_high "
+            "may be larger)",
+        )
+
+
+def _data_problems(config: Config) -> Iterator[RuleProblem]:
+    data = config.data
+    if config.eval_steps is not None and not data.val_dataset and not data.split_dataset_ratio:
+        yield RuleProblem(
+            ("eval_steps", "data.val_dataset", "data.split_dataset_ratio"),
+            f"eval_steps = {config.eval_steps}, but there is nothing to evaluate on: set "
+            "data.val_dataset, or data.split_dataset_ratio (0.05 holds out 5 % of data.dataset), "
+            "or leave eval_steps out",
+        )
+    if data.val_dataset and data.split_dataset_ratio:
+        yield RuleProblem(
+            ("data.val_dataset", "data.split_dataset_ratio"),
+            f"data.val_dataset and data.split_dataset_ratio = {data.split_dataset_ratio:g} both "
+            "say what is held out: leave one of them out",
+        )
+
+
+def _near_multiples(number: int, unit: int) -> str:
+    """The multiples of `unit` around `number`: "24 or 32" for 30 and 8."""
+    below = number // unit * unit
+    return " or ".join(str(n) for n in (below, below + unit) if n > 0)
+
+
+def _near_divisors(number: int, of: int) -> str:
+    """The divisors of `of` around `number`: "8 or 16" for 12 and 32."""
+    below = max(n for n in range(1, number) if of % n == 0)
+    above = [n for n in range(number, of + 1) if of % n == 0]
+    return " or ".join(str(n) for n in (below, *above[:1]))

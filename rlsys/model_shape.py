@@ -1,0 +1,105 @@
+"""What config.json says about a model, read without torch or transformers.
+
+Enough to count parameters and to tell before a run whether its parallel sizes divide.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+_SUPPORTED_OPTIONS = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "hidden_act": "silu",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Sizes of a dense decoder."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    tied: bool
+    """Whether the output head is the embedding."""
+    max_position_embeddings: int
+
+    @property
+    def embedding_params(self) -> int:
+        """Parameters of the embedding, and of an untied head."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one layer."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = 2 * self.hidden_size * q + 2 * self.hidden_size * kv
+        if self.model_type == "qwen2":  # biases of q, k and v
+            attention += q + 2 * kv
+        if self.model_type == "qwen3":  # norms of q and k
+            attention += 2 * self.head_dim
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+
+    @property
+    def num_params(self) -> int:
+        """All parameters; the final norm and a tied embedding count once."""
+        embeddings = self.embedding_params * (1 if self.tied else 2)
+        return embeddings + self.num_layers * self.layer_params + self.hidden_size
+
+    @property
+    def kv_elements_per_token(self) -> int:
+        """Numbers that the KV cache holds for one token."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
+
+def read_model_shape(folder: Path) -> ModelShape:
+    """The shape in `folder/config.json`.
+
+    Raises:
+        ValueError: no config.json, not JSON, or not a model that rlsys trains.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    model_type = values.get("model_type")
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"{file}: model_type {model_type!r} is not supported; use a dense model of type "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    for option, supported in _SUPPORTED_OPTIONS.items():
+        if values.get(option, supported) != supported:
+            raise ValueError(
+                f"{file}: {model_type} with {option} = {values[option]!r} is not supported"
+            )
+    try:
+        num_heads = values["num_attention_heads"]
+        return ModelShape(
+            model_type=model_type,
+            vocab_size=values["vocab_size"],
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
+            num_layers=values["num_hidden_layers"],
+            num_heads=num_heads,
+            num_kv_heads=values.get("num_key_value_heads") or num_heads,
+            head_dim=values.get("head_dim") or values["hidden_size"] // num_heads,
+            tied=values.get("tie_word_embeddings", False),
+            max_position_embeddings=values["max_position_embeddings"],
+        )
+    except KeyError as error:
+        raise ValueError(f"{file} lacks {error}") from None

@@ -1,0 +1,40 @@
+"""Which processes a run consists of, and what each gets: pure arithmetic on the config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlsys.config import Config
+
+RoleName = Literal["policy", "rollout", "reference", "reward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One Ray actor, which is one process (and on GPUs vLLM's workers below it)."""
+
+    name: RoleName
+    rank: int
+    """Position within its group: policy and reference rank, engine or worker number."""
+    gpus: int
+    """Whole GPUs; 0 on CPU."""
+    cpu_threads: int
+    """Threads that it computes with on CPU; on GPUs it merely feeds them."""
+
+
+def plan_roles(config: Config, *, device: Literal["cpu", "cuda"]) -> list[Role]:
+    """Every actor of the run, group by group: policy, rollout, reference (if any), reward."""
+    gpu = 1 if device == "cuda" else 0
+    policy, rollout, reference = config.policy, config.rollout, config.reference
+    roles = [Role("policy", rank, gpu, policy.cpu_threads) for rank in range(policy.world_size)]
+    roles += [
+        Role("rollout", rank, gpu * rollout.tensor_parallel_size, rollout.tensor_parallel_size)
+        for rank in range(rollout.num_engines)
+    ]
+    if config.grpo.beta > 0:
+        roles += [
+            Role("reference", rank, gpu, policy.cpu_threads) for rank in range(reference.world_size)
+        ]
+    roles += [Role("reward", rank, 0, 1) for rank in range(config.reward.num_workers)]
+    return roles
