@@ -30,7 +30,7 @@ def imported(package: str, *candidates: str) -> list[str]:
     [
         (
             "rlsys.rewards",
-            ["torch", "numpy", "ray", "vllm", "megatron", "transformers", "datasets"],
+            ["torch", "numpy", "ray", "vllm", "megatron", "datasets"],
         ),
         ("rlsys.algo", ["ray", "vllm", "megatron"]),
     ],
