@@ -13,7 +13,7 @@ Example: a loss of your own, in one function
     @register_loss("reinforce")
     def reinforce_loss(inputs, config):
         token_losses_T = -inputs.advantages * inputs.logprobs
-        loss = (inputs.weights * token_losses_T).sum()
+        loss = weighted_sum(inputs, token_losses_T)
         return loss, token_statistics(inputs, loss)
 """
 
@@ -103,7 +103,7 @@ def policy_gradient_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor,
     if inputs.ref_logprobs is not None:
         kl_T = k3(_log_ratio(inputs.ref_logprobs, inputs.logprobs, inputs.mask))
         token_losses_T = token_losses_T + config.beta * kl_T
-    loss = (inputs.weights * token_losses_T).sum()
+    loss = weighted_sum(inputs, token_losses_T)
 
     statistics = token_statistics(inputs, loss)
     if inputs.ref_logprobs is not None:
@@ -128,7 +128,7 @@ def sft_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, T
 
     Of `inputs` it reads logprobs, weights and mask, of `config` nothing.
     """
-    loss = -(inputs.weights * inputs.logprobs.masked_fill(~inputs.mask, 0.0)).sum()
+    loss = weighted_sum(inputs, -inputs.logprobs)
     return loss, token_statistics(inputs, loss)
 
 
@@ -140,6 +140,12 @@ def k3(log_ratio_T: Tensor) -> Tensor:
     """
     # expm1 keeps what exp() - 1 rounds away when policy and reference nearly agree.
     return torch.expm1(log_ratio_T) - log_ratio_T
+
+
+def weighted_sum(inputs: LossInput, token_losses_T: Tensor) -> Tensor:
+    """The loss of a micro-batch, its share of the optimizer step's loss."""
+    # 0 * nan is nan, so a weight of 0 is not enough to leave a token out.
+    return (inputs.weights * token_losses_T.masked_fill(~inputs.mask, 0.0)).sum()
 
 
 def token_statistics(inputs: LossInput, loss: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,85 @@
+"""What the ranks of tests/unit/test_algo_ranks.py run; light, because each rank imports it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rlsys.algo.logprobs import chunked_logprobs, vocab_parallel_logprobs
+from rlsys.algo.metrics import MetricSums
+
+TOKENS, HIDDEN, VOCAB, TEMPERATURE = 7, 5, 12, 0.7
+
+
+def problem() -> dict[str, Tensor]:
+    """Hidden states, an output layer, targets, and the gradient that a loss would send back."""
+    rng = torch.Generator().manual_seed(0)
+    return {
+        "hidden": torch.randn(TOKENS, HIDDEN, generator=rng),
+        "weight": 3 * torch.randn(VOCAB, HIDDEN, generator=rng),
+        "targets": torch.randint(0, VOCAB, (TOKENS,), generator=rng),
+        "grad": torch.randn(TOKENS, generator=rng),
+    }
+
+
+def statistics(rank: int) -> dict[str, Tensor]:
+    """Statistics of a micro-batch of `rank`."""
+    return {
+        "loss": torch.tensor(0.5 + rank),
+        "num_loss_tokens": torch.tensor(2.0 + rank),
+        "kl": torch.tensor(1.0 + 2 * rank),
+        "ratio/min": torch.tensor(0.9 - rank),
+        "ratio/max": torch.tensor(1.1 - rank),
+    }
+
+
+def run_rank(rank: int, world_size: int, folder: str) -> None:
+    """Tensor-parallel log-probs, unchunked and chunked, and reduced metrics, saved to `folder`."""
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=120),
+    )
+    group = dist.group.WORLD
+    case = problem()
+    start, end = (VOCAB * r // world_size for r in (rank, rank + 1))
+    results: dict[str, Tensor | dict[str, float]] = {}
+
+    logits = (case["hidden"] @ case["weight"].T)[:, start:end].clone().requires_grad_()
+    logprobs, entropy = vocab_parallel_logprobs(
+        logits, case["targets"], temperature=TEMPERATURE, vocab_start=start, group=group
+    )
+    (logprobs * case["grad"]).sum().backward()
+    results |= {"logprobs": logprobs.detach(), "entropy": entropy, "logits_grad": logits.grad}
+
+    hidden = case["hidden"].clone().requires_grad_()
+    weight = case["weight"][start:end].clone().requires_grad_()
+    logprobs, entropy = chunked_logprobs(
+        hidden,
+        weight,
+        case["targets"],
+        temperature=TEMPERATURE,
+        chunk_size=3,
+        vocab_start=start,
+        group=group,
+    )
+    (logprobs * case["grad"]).sum().backward()
+    results |= {
+        "chunked_logprobs": logprobs.detach(),
+        "chunked_entropy": entropy,
+        "hidden_grad": hidden.grad,
+        "weight_grad": weight.grad,
+    }
+
+    sums = MetricSums()
+    sums.add(statistics(rank))
+    sums.all_reduce(group)
+    results["metrics"] = sums.means()
+    torch.save(results, Path(folder) / f"rank{rank}.pt")
+    dist.destroy_process_group()

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsys.algo.logprobs import chunked_logprobs, vocab_parallel_logprobs
+
+TEMPERATURES = [1.0, 0.7]
+
+
+def expected_logprobs(logits, targets, temperature):
+    log_softmax = torch.log_softmax(logits / temperature, dim=-1)
+    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    return log_softmax.gather(-1, targets[:, None]).squeeze(-1), entropy.detach()
+
+
+def random_logits(tokens=9, vocab=21, *, scale=5.0, dtype=torch.float32, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    logits = (scale * torch.randn(tokens, vocab, generator=rng)).to(dtype).requires_grad_()
+    return logits, torch.randint(0, vocab, (tokens,), generator=rng)
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@given(scale=st.floats(0, 100), seed=st.integers(0, 99))
+def test_equals_log_softmax_in_value_and_gradient(temperature, scale, seed):
+    logits, targets = random_logits(scale=scale, seed=seed)
+    upstream = torch.linspace(-2, 2, len(targets))
+    expected, entropy = expected_logprobs(logits, targets, temperature)
+    (expected_grad,) = torch.autograd.grad((expected * upstream).sum(), logits)
+    logprobs, our_entropy = vocab_parallel_logprobs(logits, targets, temperature=temperature)
+    (grad,) = torch.autograd.grad((logprobs * upstream).sum(), logits)
+    torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(our_entropy, entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
+    assert not our_entropy.requires_grad
+
+
+def test_gradient_is_that_of_finite_differences():
+    logits, targets = random_logits(4, 6, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda z: vocab_parallel_logprobs(z, targets, temperature=0.7)[0], logits
+    )
+
+
+def test_bfloat16_logits_give_float32_logprobs_and_bfloat16_gradients():
+    logits, targets = random_logits(dtype=torch.bfloat16)
+    logprobs, entropy = vocab_parallel_logprobs(logits, targets)
+    expected, expected_entropy = expected_logprobs(logits.float(), targets, 1.0)
+    assert logprobs.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropy, expected_entropy, rtol=1e-5, atol=1e-5)
+    (grad,) = torch.autograd.grad(logprobs.sum(), logits)
+    assert grad.dtype == torch.bfloat16
+
+
+def test_a_padded_vocabulary_changes_nothing():
+    logits, targets = random_logits()
+    padded = torch.nn.functional.pad(logits.detach(), (0, 3), value=-torch.inf).requires_grad_()
+    plain = vocab_parallel_logprobs(logits, targets)
+    with_padding = vocab_parallel_logprobs(padded, targets)
+    torch.testing.assert_close(with_padding, plain, rtol=1e-6, atol=1e-6)
+    with_padding[0].sum().backward()
+    plain[0].sum().backward()
+    torch.testing.assert_close(padded.grad[:, :-3], logits.grad, rtol=1e-6, atol=1e-6)
+    assert (padded.grad[:, -3:] == 0).all()
+
+
+def test_huge_logits_stay_finite():
+    logits = torch.tensor([[1e30, -1e30, 0.0]], requires_grad=True)
+    logprobs, entropy = vocab_parallel_logprobs(logits, torch.tensor([0]))
+    logprobs.sum().backward()
+    assert logprobs.item() == 0
+    assert entropy.item() == 0
+    assert logits.grad.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_a_token_outside_the_vocabulary_is_an_error_not_a_number():
+    logits, _ = random_logits(2, 5)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        vocab_parallel_logprobs(logits, torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@given(tokens=st.integers(1, 12), chunk_size=st.integers(1, 14))
+def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_size):
+    rng = torch.Generator().manual_seed(tokens)
+    hidden = torch.randn(tokens, 6, generator=rng, requires_grad=True)
+    weight = torch.randn(17, 6, generator=rng, requires_grad=True)
+    targets = torch.randint(0, 17, (tokens,), generator=rng)
+    upstream = torch.randn(tokens, generator=rng)
+
+    whole, entropy = vocab_parallel_logprobs(hidden @ weight.T, targets, temperature=temperature)
+    expected = torch.autograd.grad((whole * upstream).sum(), (hidden, weight))
+    kwargs = {"temperature": temperature, "chunk_size": chunk_size}
+    chunked, chunked_entropy = chunked_logprobs(hidden, weight, targets, **kwargs)
+    grads = torch.autograd.grad((chunked * upstream).sum(), (hidden, weight))
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(chunked_entropy, entropy, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
+
+    with torch.no_grad():
+        without_grad, _ = chunked_logprobs(hidden, weight, targets, **kwargs)
+    assert torch.equal(without_grad, chunked)
+
+
+def test_chunks_never_hold_all_logits():
+    tokens, vocab, chunk_size = 64, 1000, 8
+    hidden = torch.randn(tokens, 4, requires_grad=True)
+    weight = torch.randn(vocab, 4, requires_grad=True)
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        chunked_logprobs(
+            hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk_size=chunk_size
+        )
+    assert max(kept, default=0) < chunk_size * vocab

@@ -1,0 +1,244 @@
+import math
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsys.algo.losses import MAX_LOG_RATIO, LossInput, k3, losses, register_loss
+from rlsys.algo.metrics import MetricSums
+from rlsys.config import GrpoConfig
+
+grpo = losses["grpo"]
+sft = losses["sft"]
+
+
+def loss_input(**fields):
+    """Two tokens in float64, old = policy = rollout, weight 1/2, advantages 1 and -1."""
+    logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    values = {
+        "logprobs": logprobs,
+        "old_logprobs": logprobs,
+        "ref_logprobs": None,
+        "rollout_logprobs": logprobs,
+        "advantages": torch.tensor([1.0, -1.0], dtype=torch.float64),
+        "weights": torch.full((2,), 0.5, dtype=torch.float64),
+        "mask": torch.ones(2, dtype=torch.bool),
+    }
+    values |= {
+        name: value if value is None else torch.as_tensor(value) for name, value in fields.items()
+    }
+    values["logprobs"] = values["logprobs"].clone().requires_grad_()
+    return LossInput(**values)
+
+
+def random_input(tokens, seed, *, spread=0.5, with_reference=True):
+    rng = torch.Generator().manual_seed(seed)
+
+    def near(values):
+        return values + spread * torch.randn(tokens, generator=rng)
+
+    logprobs = -3 * torch.rand(tokens, generator=rng)
+    old = near(logprobs)
+    mask = torch.rand(tokens, generator=rng) < 0.6
+    mask[0] = True
+    return loss_input(
+        logprobs=logprobs,
+        old_logprobs=old,
+        ref_logprobs=near(logprobs) if with_reference else None,
+        rollout_logprobs=near(old),
+        advantages=torch.randn(tokens, generator=rng),
+        weights=torch.rand(tokens, generator=rng) * mask,
+        mask=mask,
+        entropy=torch.rand(tokens, generator=rng),
+    )
+
+
+def run(loss_function, inputs, config):
+    loss, statistics = loss_function(inputs, config)
+    (grad,) = torch.autograd.grad(loss, inputs.logprobs)
+    sums = MetricSums()
+    sums.add(statistics)
+    return loss.item(), grad, sums.means()
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "grad"),
+    [
+        # L = -min(r A, clip(r, 0.8, 1.3) A); dL/dlogprob = -r A where min() takes the first term.
+        (1.0, 2.0, -2.0, -2.0),
+        (1.25, 2.0, -2.5, -2.5),
+        (1.5, 2.0, -2.6, 0.0),  # clipped above: no reason to go further
+        (0.5, 2.0, -1.0, -1.0),  # a good token that became unlikely is brought back
+        (0.5, -2.0, 1.6, 0.0),  # clipped below
+        (1.5, -2.0, 3.0, 3.0),  # a bad token that became likely is brought back
+    ],
+)
+def test_clipped_surrogate_worked(ratio, advantage, loss, grad):
+    config = GrpoConfig(epsilon=0.2, epsilon_high=0.3)
+    inputs = loss_input(
+        logprobs=torch.tensor([-1.0], dtype=torch.float64),
+        old_logprobs=torch.tensor([-1.0 - math.log(ratio)], dtype=torch.float64),
+        rollout_logprobs=[-1.0],
+        advantages=torch.tensor([advantage], dtype=torch.float64),
+        weights=torch.ones(1, dtype=torch.float64),
+        mask=[True],
+    )
+    our_loss, our_grad, metrics = run(grpo, inputs, config)
+    assert our_loss == pytest.approx(loss)
+    assert our_grad.item() == pytest.approx(grad)
+    clipped = {(1.5, 2.0): "high", (0.5, -2.0): "low"}.get((ratio, advantage))
+    assert metrics["clip_ratio/high_mean"] == (clipped == "high")
+    assert metrics["clip_ratio/low_mean"] == (clipped == "low")
+    assert metrics["clip_ratio/region_mean"] == (clipped is not None)
+    assert metrics["ratio/mean"] == pytest.approx(ratio)
+
+
+def test_upper_clip_is_epsilon_unless_set():
+    inputs = loss_input(old_logprobs=torch.tensor([-1.0, -2.0]) - math.log(1.25))
+    with_default = grpo(inputs, GrpoConfig(epsilon=0.2))[0]
+    assert with_default == grpo(inputs, GrpoConfig(epsilon=0.2, epsilon_high=0.2))[0]
+    assert with_default != grpo(inputs, GrpoConfig(epsilon=0.2, epsilon_high=0.3))[0]
+
+
+@given(tokens=st.integers(1, 8), seed=st.integers(0, 99))
+def test_at_ratio_one_clipping_changes_nothing(tokens, seed):
+    inputs = random_input(tokens, seed, with_reference=False)
+    inputs = replace(inputs, old_logprobs=inputs.logprobs.detach())
+    loss, grad, metrics = run(grpo, inputs, GrpoConfig(epsilon=1e-6))
+    # Without clipping, at ratio 1: L = -sum w A and dL/dlogprob = -w A.
+    assert loss == pytest.approx(-(inputs.weights * inputs.advantages).sum().item(), abs=1e-6)
+    torch.testing.assert_close(grad, -inputs.weights * inputs.advantages)
+    for key in ("ratio/mean", "ratio/min", "ratio/max"):
+        assert metrics[key] == 1
+    for key in ("low_mean", "high_mean", "region_mean"):
+        assert metrics[f"clip_ratio/{key}"] == 0
+
+
+@given(tokens=st.integers(1, 8), seed=st.integers(0, 99), beta=st.floats(0.01, 10))
+def test_kl_of_a_policy_that_is_its_reference_is_zero(tokens, seed, beta):
+    inputs = random_input(tokens, seed)
+    same = replace(inputs, ref_logprobs=inputs.logprobs.detach())
+    without = replace(inputs, ref_logprobs=None)
+    loss, grad, metrics = run(grpo, same, GrpoConfig(beta=beta))
+    expected_loss, expected_grad, expected_metrics = run(grpo, without, GrpoConfig())
+    assert metrics.pop("kl") == 0
+    assert "kl" not in expected_metrics
+    assert (loss, metrics) == (expected_loss, expected_metrics)
+    assert torch.equal(grad, expected_grad)
+
+
+def test_k3_estimates_the_kl_without_bias():
+    p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    q = torch.tensor([0.5, 0.1, 0.4], dtype=torch.float64)
+    exact = (p * (p / q).log()).sum()
+    torch.testing.assert_close((p * k3((q / p).log())).sum(), exact)
+
+
+@given(st.floats(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+def test_k3_is_never_negative(log_ratio):
+    assert k3(torch.tensor(log_ratio)) >= 0
+
+
+def test_beta_adds_the_kl_worked():
+    inputs = loss_input(ref_logprobs=torch.tensor([-1.5, -1.5], dtype=torch.float64))
+    loss, grad, metrics = run(grpo, inputs, GrpoConfig(beta=0.1))
+    # Surrogate at ratio 1 with A = 1, -1: 0. k3 of ref - logprob = -0.5, +0.5.
+    k3_values = [math.exp(-0.5) + 0.5 - 1, math.exp(0.5) - 0.5 - 1]
+    assert loss == pytest.approx(0.1 * sum(k3_values) / 2)
+    assert metrics["kl"] == pytest.approx(sum(k3_values) / 2)
+    # dk3/dlogprob = 1 - exp(ref - logprob).
+    expected = [0.5 * (-1 + 0.1 * (1 - math.exp(-0.5))), 0.5 * (1 + 0.1 * (1 - math.exp(0.5)))]
+    assert grad.tolist() == pytest.approx(expected)
+
+
+def test_mismatch_with_the_rollout_engine_is_measured_before_the_update():
+    inputs = loss_input(
+        logprobs=[-9.0, -9.0], old_logprobs=[-1.0, -2.0], rollout_logprobs=[-1.5, -1.8]
+    )
+    _, _, metrics = run(grpo, inputs, GrpoConfig())
+    assert metrics["sampling/logp_difference/mean"] == pytest.approx(0.35)
+    assert metrics["sampling/logp_difference/max"] == pytest.approx(0.5)
+    expected = (math.exp(0.5) - 0.5 - 1 + math.exp(-0.2) + 0.2 - 1) / 2
+    assert metrics["sampling/kl"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_sft_is_the_weighted_negative_log_likelihood():
+    inputs = loss_input(weights=torch.tensor([0.25, 0.75], dtype=torch.float64))
+    loss, grad, metrics = run(sft, inputs, GrpoConfig())
+    assert loss == pytest.approx(0.25 * 1 + 0.75 * 2)
+    assert grad.tolist() == [-0.25, -0.75]
+    assert metrics == {"loss": loss, "num_loss_tokens": 2}
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+def test_masked_positions_are_never_read(name, garbage):
+    inputs = random_input(12, seed=3)
+    assert 0 < inputs.mask.sum() < 12
+
+    def spoil(values):
+        return torch.where(inputs.mask, values.detach(), garbage)
+
+    fields = ("ref_logprobs", "old_logprobs", "rollout_logprobs", "advantages", "entropy")
+    spoilt = replace(inputs, **{field: spoil(getattr(inputs, field)) for field in fields})
+    spoilt = replace(spoilt, logprobs=spoil(inputs.logprobs).requires_grad_())
+    loss, grad, metrics = run(losses[name], inputs, GrpoConfig(beta=0.1))
+    spoilt_loss, spoilt_grad, spoilt_metrics = run(losses[name], spoilt, GrpoConfig(beta=0.1))
+    assert (spoilt_loss, spoilt_metrics) == (loss, metrics)
+    assert torch.equal(spoilt_grad, grad)
+
+
+@pytest.mark.parametrize("distance", [-1e4, -100.0, 100.0, 1e4])
+@pytest.mark.parametrize("other", ["old_logprobs", "ref_logprobs"])
+def test_a_policy_far_from_where_it_was_has_a_finite_gradient(other, distance):
+    # exp(100) is inf in float32; one such token must not turn all weights into nan.
+    inputs = loss_input(
+        logprobs=torch.tensor([-1.0, -2.0]),
+        **{other: torch.tensor([-1.0 - distance, -2.0 - distance])},
+    )
+    loss, grad, metrics = run(grpo, inputs, GrpoConfig(beta=0.1))
+    assert math.isfinite(loss)
+    assert grad.isfinite().all()
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+@given(
+    tokens=st.integers(1, 20),
+    seed=st.integers(0, 99),
+    cuts=st.lists(st.integers(1, 19), max_size=4),
+)
+def test_losses_gradients_and_metrics_do_not_depend_on_the_split(tokens, seed, cuts):
+    inputs = random_input(tokens, seed)
+    config = GrpoConfig(beta=0.05)
+    loss, grad, metrics = run(grpo, inputs, config)
+
+    edges = [0, *sorted({cut for cut in cuts if cut < tokens}), tokens]
+    sums, total, grads = MetricSums(), 0.0, []
+    for start, end in pairwise(edges):
+        names = LossInput.__dataclass_fields__
+        piece = LossInput(**{name: getattr(inputs, name)[start:end] for name in names})
+        piece = replace(piece, logprobs=piece.logprobs.detach().requires_grad_())
+        piece_loss, statistics = grpo(piece, config)
+        grads.append(torch.autograd.grad(piece_loss, piece.logprobs)[0])
+        sums.add(statistics)
+        total += piece_loss.item()
+    assert total == pytest.approx(loss, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(torch.cat(grads), grad)
+    assert sums.means() == pytest.approx(metrics, rel=1e-6, abs=1e-6)
+
+
+def test_a_loss_of_ones_own_is_one_function():
+    @register_loss("reinforce-of-a-test")
+    def reinforce(inputs, config):
+        return -(inputs.weights * inputs.advantages * inputs.logprobs).sum(), {}
+
+    try:
+        loss, _ = losses["reinforce-of-a-test"](loss_input(), GrpoConfig())
+        assert loss.item() == pytest.approx(-(0.5 * -1.0 + 0.5 * -1.0 * -2.0))
+        with pytest.raises(ValueError, match=r"Did you mean 'grpo'"):
+            losses["gprpo"]
+    finally:
+        del losses["reinforce-of-a-test"]

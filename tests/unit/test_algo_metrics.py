@@ -1,0 +1,105 @@
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from algo_cases import make_groups
+
+from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
+from rlsys.algo.metrics import MetricSums, combine_optimizer_steps, rollout_metrics
+from rlsys.types import RewardOutput
+
+
+def groups_with_rewards(rewards_PG, lengths_PG=None):
+    lengths_PG = lengths_PG or [[2] * len(rewards) for rewards in rewards_PG]
+    groups = make_groups(lengths_PG, prompt_lengths=[3] * len(rewards_PG))
+    scored = []
+    for group, rewards in zip(groups, rewards_PG, strict=True):
+        outputs = [RewardOutput(total=r, by_name={"a": r, "b": 2 * r}) for r in rewards]
+        scored.append(replace(group, rewards=outputs))
+    return scored
+
+
+def metrics_of(groups):
+    advantages_PG = group_relative_advantages(rewards_matrix(groups), scale_rewards="none")
+    return rollout_metrics(groups, advantages_PG)
+
+
+def test_rewards_worked():
+    rewards = [[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]]
+    metrics = metrics_of(groups_with_rewards(rewards))
+    flat = rewards[0] + rewards[1]
+    assert metrics["reward"] == pytest.approx(statistics.mean(flat))
+    # The mean over groups of the std within the group, not the std over all completions.
+    assert metrics["reward_std"] == pytest.approx(statistics.stdev(rewards[0]) / 2)
+    assert metrics["frac_reward_zero_std"] == 0.5
+    assert metrics["rewards/a/mean"] == pytest.approx(statistics.mean(flat))
+    assert metrics["rewards/b/mean"] == pytest.approx(2 * statistics.mean(flat))
+    assert metrics["rewards/b/std"] == pytest.approx(2 * statistics.stdev(flat))
+    assert metrics["advantages/abs_mean"] == pytest.approx(0.25)
+    assert metrics["advantages/abs_max"] == pytest.approx(0.5)
+
+
+def test_lengths_worked():
+    metrics = metrics_of(groups_with_rewards([[0.0, 1.0], [1.0, 0.0]], [[4, 2], [6, 3]]))
+    # make_groups marks the longest of each group as cut: 4 and 6.
+    assert metrics["completions/mean_length"] == 15 / 4
+    assert metrics["completions/min_length"] == 2
+    assert metrics["completions/max_length"] == 6
+    assert metrics["completions/clipped_ratio"] == 0.5
+    assert metrics["completions/mean_terminated_length"] == 2.5
+    assert metrics["completions/min_terminated_length"] == 2
+    assert metrics["completions/max_terminated_length"] == 3
+    assert metrics["num_prompt_tokens"] == 12  # 3 tokens, once per completion
+    assert metrics["num_completion_tokens"] == 15
+
+
+def test_all_completions_cut_at_the_limit():
+    metrics = metrics_of(groups_with_rewards([[0.0, 1.0]], [[4, 4]]))
+    assert metrics["completions/clipped_ratio"] == 1
+    assert metrics["completions/mean_terminated_length"] == 0
+
+
+def test_every_metric_is_a_plain_finite_number():
+    for name, value in metrics_of(groups_with_rewards([[0.0, 1.0]])).items():
+        assert type(value) is float, name
+        assert math.isfinite(value), name
+
+
+def test_a_step_without_tokens_is_an_error_not_nan():
+    sums = MetricSums()
+    sums.add({"loss": torch.tensor(0.0), "num_loss_tokens": torch.tensor(0.0)})
+    with pytest.raises(ValueError, match="no tokens to train on"):
+        sums.means()
+
+
+def test_optimizer_steps_combine_worked():
+    steps = [
+        {
+            "loss": loss,
+            "num_loss_tokens": tokens,
+            "learning_rate": lr,
+            "clip_ratio/low_mean": low,
+            "clip_ratio/high_mean": high,
+            "ratio/min": 1 - low,
+            "ratio/max": 1 + high,
+        }
+        for loss, tokens, lr, low, high in [
+            (0.5, 100.0, 1e-6, 0.0, 0.02),
+            (-0.1, 60.0, 2e-6, 0.04, 0.06),
+        ]
+    ]
+    assert combine_optimizer_steps(steps) == pytest.approx(
+        {
+            "loss": 0.2,
+            "num_loss_tokens": 160,
+            "learning_rate": 2e-6,
+            "clip_ratio/low_mean": 0.02,
+            "clip_ratio/low_min": 0.0,
+            "clip_ratio/high_mean": 0.04,
+            "clip_ratio/high_max": 0.06,
+            "ratio/min": 0.96,
+            "ratio/max": 1.06,
+        }
+    )

@@ -1,0 +1,65 @@
+"""rlsys.algo over a real process group: two processes, gloo."""
+
+import algo_ranks
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from rlsys.algo.metrics import MetricSums
+
+WORLD_SIZE = 2
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp("ranks"))
+    mp.spawn(algo_ranks.run_rank, args=(WORLD_SIZE, folder), nprocs=WORLD_SIZE)
+    return [torch.load(f"{folder}/rank{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The same numbers from torch.log_softmax over the whole vocabulary."""
+    case = algo_ranks.problem()
+    hidden = case["hidden"].requires_grad_()
+    weight = case["weight"].requires_grad_()
+    logits = hidden @ weight.T
+    logits.retain_grad()
+    log_softmax = torch.log_softmax(logits / algo_ranks.TEMPERATURE, dim=-1)
+    logprobs = log_softmax.gather(-1, case["targets"][:, None]).squeeze(-1)
+    (logprobs * case["grad"]).sum().backward()
+    return {
+        "logprobs": logprobs.detach(),
+        "entropy": -(log_softmax.exp() * log_softmax).sum(-1).detach(),
+        "logits_grad": logits.grad,
+        "hidden_grad": hidden.grad,
+        "weight_grad": weight.grad,
+    }
+
+
+@pytest.mark.parametrize("name", ["logprobs", "entropy"])
+@pytest.mark.parametrize("prefix", ["", "chunked_"])
+def test_every_rank_returns_the_whole_vocabularys_numbers(ranks, whole, prefix, name):
+    for rank in ranks:
+        torch.testing.assert_close(rank[prefix + name], whole[name], rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_of_slices_make_up_the_whole(ranks, whole):
+    logits_grad = torch.cat([rank["logits_grad"] for rank in ranks], dim=1)
+    torch.testing.assert_close(logits_grad, whole["logits_grad"], rtol=1e-6, atol=1e-6)
+    weight_grad = torch.cat([rank["weight_grad"] for rank in ranks])
+    torch.testing.assert_close(weight_grad, whole["weight_grad"], rtol=1e-5, atol=1e-6)
+    # Each rank has its share; megatron-core sums them where the hidden states came from.
+    hidden_grad = sum(rank["hidden_grad"] for rank in ranks)
+    torch.testing.assert_close(hidden_grad, whole["hidden_grad"], rtol=1e-5, atol=1e-5)
+
+
+def test_reduced_metrics_are_those_of_one_rank_with_all_micro_batches(ranks):
+    sums = MetricSums()
+    for rank in range(WORLD_SIZE):
+        sums.add(algo_ranks.statistics(rank))
+    # loss 0.5 + 1.5, kl (1 + 3) / (2 + 3) tokens, extremes over both.
+    expected = {"loss": 2.0, "num_loss_tokens": 5.0, "kl": 0.8, "ratio/min": -0.1, "ratio/max": 1.1}
+    assert sums.means() == pytest.approx(expected)
+    for rank in ranks:
+        assert rank["metrics"] == pytest.approx(expected)
