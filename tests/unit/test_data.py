@@ -1,0 +1,360 @@
+"""Rows to prompts: nothing lost, nothing doubled, and errors that name the file and the row."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rlsys.config import DataConfig
+from rlsys.data import PromptSource, load_prompts, split_prompts
+from rlsys.types import Prompt
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Words are tokens, and encoding a text puts BOS in front, as Llama's tokenizer does."""
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "[", "]", "user", "assistant", "system", *"abcdefgh"]
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens([AddedToken("<s>", special=True)])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+def write_jsonl(path: Path, rows: list) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def user(text: str) -> list[dict]:
+    return [{"role": "user", "content": text}]
+
+
+def load(tokenizer, *sources: str, seed: int = 0, **options):
+    return load_prompts(DataConfig(dataset=list(sources), **options), tokenizer, seed=seed)
+
+
+def test_the_template_is_applied_once_and_bos_is_not_doubled(tokenizer, tmp_path):
+    assert tokenizer("<s> a").input_ids.count(tokenizer.bos_token_id) == 2  # the trap is armed
+    data = load(tokenizer, write_jsonl(tmp_path / "train.jsonl", [{"messages": user("a b")}]))
+    [prompt] = data.train
+    assert tokenizer.decode(prompt.token_ids) == "<s> [ user ] a b [ assistant ]"
+    assert prompt.token_ids.count(tokenizer.bos_token_id) == 1
+    assert all(type(token) is int for token in prompt.token_ids)
+
+
+def test_messages_and_both_kinds_of_prompt_give_the_same(tokenizer, tmp_path):
+    rows = [
+        {"messages": user("a")},
+        {"prompt": "a"},
+        {"prompt": user("a")},
+        {"messages": None, "prompt": "a"},
+    ]
+    data = load(tokenizer, write_jsonl(tmp_path / "train.jsonl", rows))
+    assert [prompt.messages for prompt in data.train] == [user("a")] * 4
+    assert len({tuple(prompt.token_ids) for prompt in data.train}) == 1
+    assert [prompt.prompt_id for prompt in data.train] == [f"train:{i}" for i in (1, 2, 3, 4)]
+
+
+def test_the_system_message_is_put_before_rows_that_have_none(tokenizer, tmp_path):
+    own = [{"role": "system", "content": "b"}, *user("a")]
+    source = write_jsonl(tmp_path / "train.jsonl", [{"messages": user("a")}, {"messages": own}])
+    first, second = load(tokenizer, source, system="c").train
+    assert first.messages == [{"role": "system", "content": "c"}, *user("a")]
+    assert tokenizer.decode(first.token_ids) == "<s> [ system ] c [ user ] a [ assistant ]"
+    assert second.messages == own
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(st.lists(JSON, min_size=1, max_size=4))
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_other_columns_pass_unchanged(tokenizer, tmp_path, values):
+    rows = [{"messages": user("a"), "column": value} for value in values]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
+    columns = [prompt.columns for prompt in load(tokenizer, str(path)).train]
+    assert columns == [{"column": value} for value in values]
+    assert [repr(c["column"]) for c in columns] == [repr(value) for value in values]
+
+
+def test_texts_that_look_like_dates_stay_texts_and_integers_integers(tokenizer, tmp_path):
+    rows = [
+        {"messages": user("a"), "answer": "2024-01-31", "x": 1},
+        {"messages": user("a"), "answer": "2024-02-01", "x": 0.5},
+        {"prompt": "a"},
+    ]
+    first, _, third = load(tokenizer, write_jsonl(tmp_path / "train.jsonl", rows)).train
+    assert first.columns == {"answer": "2024-01-31", "x": 1, "prompt": None}
+    assert type(first.columns["x"]) is int
+    assert third.columns == {"answer": None, "x": None}
+
+
+def test_json_lists_and_parquet_hold_the_same_rows_as_jsonl(tokenizer, tmp_path, monkeypatch):
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        {"messages": [{"role": "system", "content": "b", "name": "x"}, *user("a")], "nums": [1, 2]},
+        {"messages": user("c"), "nums": [3]},
+    ]
+    write_jsonl(tmp_path / "lines.jsonl", rows)
+    Path("list.json").write_text(json.dumps(rows, indent=2))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "table.parquet")
+    lines, listed, table = (
+        load(tokenizer, name).train for name in ("lines.jsonl", "list.json", "table.parquet")
+    )
+    assert [p.columns for p in lines] == [{"nums": [1, 2]}, {"nums": [3]}]
+    assert [p.messages for p in lines] == [row["messages"] for row in rows]
+    for other in (listed, table):
+        assert [p.columns for p in other] == [p.columns for p in lines]
+        assert [p.messages for p in other] == [p.messages for p in lines]
+        assert [p.token_ids for p in other] == [p.token_ids for p in lines]
+
+
+def test_a_folder_loads_as_a_hub_dataset_does(tokenizer, tmp_path):
+    write_jsonl(tmp_path / "folder" / "train.jsonl", [{"prompt": "a", "nums": [1]}])
+    write_jsonl(tmp_path / "folder" / "test.jsonl", [{"prompt": "b", "nums": [2]}])
+    folder = str(tmp_path / "folder")
+    data = load(tokenizer, folder, val_dataset=[folder])
+    assert [prompt.columns for prompt in data.train] == [{"nums": [1]}]
+    assert [prompt.columns for prompt in data.validation] == [{"nums": [2]}]
+
+
+def test_several_files_add_up_and_ids_stay_unique(tokenizer, tmp_path):
+    one = write_jsonl(tmp_path / "x" / "train.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    two = write_jsonl(tmp_path / "y" / "train.jsonl", [{"prompt": "c"}])
+    three = write_jsonl(tmp_path / "more.jsonl", [{"prompt": "d"}])
+    ids = [prompt.prompt_id for prompt in load(tokenizer, one, two, three).train]
+    assert ids == [f"{one}:1", f"{one}:2", f"{two}:1", "more:1"]
+    with pytest.raises(ValueError, match="listed twice"):
+        load(tokenizer, one, one)
+
+
+def test_long_prompts_are_dropped_and_counted(tokenizer, tmp_path):
+    rows = [{"prompt": "a " * n} for n in (1, 2, 5, 3, 50)]
+    source = write_jsonl(tmp_path / "train.jsonl", rows)
+    data = load(tokenizer, source, max_prompt_length=10)
+    assert [len(prompt.token_ids) for prompt in data.train] == [8, 9, 10]
+    assert [prompt.prompt_id for prompt in data.train] == ["train:1", "train:2", "train:4"]
+    assert data.num_dropped == 2
+    with pytest.raises(ValueError, match=r"every prompt of .*train\.jsonl.* 7 tokens.* 8 to 57"):
+        load(tokenizer, source, max_prompt_length=7)
+
+
+def test_a_validation_set_of_its_own(tokenizer, tmp_path):
+    train = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}, {"prompt": "a " * 50}])
+    held_out = write_jsonl(tmp_path / "val.jsonl", [{"prompt": c} for c in ("b " * 50, *"bcd")])
+    data = load(tokenizer, train, val_dataset=[held_out], max_prompt_length=20, max_eval_prompts=2)
+    assert [prompt.prompt_id for prompt in data.train] == ["train:1"]
+    assert [prompt.prompt_id for prompt in data.validation] == ["val:2", "val:3"]
+    assert data.num_dropped == 2
+    with pytest.raises(ValueError, match=r"every prompt of data.val_dataset .*train\.jsonl"):
+        load(tokenizer, train, val_dataset=[train])
+
+
+def test_without_a_validation_set_or_ratio_nothing_is_held_out(tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": c} for c in "abcd"])
+    assert load(tokenizer, source).validation == []
+    data = load(tokenizer, source, split_dataset_ratio=0.5, max_eval_prompts=1)
+    assert (len(data.train), len(data.validation)) == (2, 1)
+
+
+def prompts_of(texts: list[int]) -> list[Prompt]:
+    return [Prompt(f"p:{i}", user("a"), [text]) for i, text in enumerate(texts)]
+
+
+@given(
+    texts=st.lists(st.integers(0, 30), min_size=2, max_size=60),
+    ratio=st.floats(0.01, 0.5),
+    seed=st.integers(0, 100),
+)
+def test_a_split_loses_nothing_shares_no_text_and_depends_on_the_seed_alone(texts, ratio, seed):
+    prompts = prompts_of([0, 1, *texts])
+    try:
+        train, validation = split_prompts(prompts, ratio, seed=seed)
+    except ValueError:
+        assert len(set(texts) | {0, 1}) < 10  # only when one text makes up most of the rows
+        return
+    assert sorted(p.prompt_id for p in train + validation) == sorted(p.prompt_id for p in prompts)
+    assert not {p.token_ids[0] for p in train} & {p.token_ids[0] for p in validation}
+    most_common = Counter(p.token_ids[0] for p in prompts).most_common(1)[0][1]
+    assert 0 <= len(validation) - max(1, round(ratio * len(prompts))) < most_common
+    assert (train, validation) == split_prompts(prompts, ratio, seed=seed)
+
+
+def test_a_split_with_nothing_left_to_train_on(tokenizer):
+    with pytest.raises(ValueError, match="3 rows hold 1 different prompts"):
+        split_prompts(prompts_of([5, 5, 5]), 0.5, seed=0)
+
+
+@pytest.mark.parametrize(
+    "source", ["no_such.jsonl", "data/no_such.parquet", "./no_such", "/no/such"]
+)
+def test_a_missing_file_is_named(tokenizer, tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"dataset '{source}' does not exist"):
+        load(tokenizer, source)
+
+
+def test_a_hub_dataset_that_cannot_be_loaded_is_named(tokenizer, tmp_path):
+    # An empty folder takes the same way as the id of a hub's dataset, without the network.
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"dataset '.*empty' .*could not be loaded"):
+        load(tokenizer, str(tmp_path / "empty"))
+
+
+def test_a_dataset_without_prompts_lists_its_columns(tokenizer, tmp_path):
+    rows = [{"question": "a", "answer": "b"}, {"question": "a", "level": 3}]
+    source = write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.raises(ValueError, match=r"train\.jsonl' has neither.*question, answer, level"):
+        load(tokenizer, source)
+
+
+def test_an_empty_dataset_is_named(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.jsonl' has no rows"):
+        load(tokenizer, write_jsonl(tmp_path / "train.jsonl", []))
+
+
+def test_a_column_that_hides_what_reward_functions_get(tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "completions": "b"}])
+    with pytest.raises(ValueError, match=r"the column 'completions'.*Rename it"):
+        load(tokenizer, source)
+
+
+def test_bad_rows_are_listed_together_with_their_numbers(tokenizer, tmp_path):
+    rows = [
+        {"messages": user("a")},
+        {"messages": []},
+        {"messages": [*user("a"), {"role": "assistant", "content": "b"}]},
+        {"messages": [{"role": "User", "content": "a"}]},
+        {"messages": user("  ")},
+        {"messages": [{"role": "tool", "content": "a"}, *user("b")]},
+    ]
+    source = write_jsonl(tmp_path / "train.jsonl", rows)
+    with pytest.raises(ValueError, match="cannot be used") as caught:
+        load(tokenizer, source)
+    header, *problems = str(caught.value).splitlines()
+    assert header == "some rows of the data cannot be used:"
+    assert problems[0].endswith(
+        "train.jsonl, row 2: expected a list of messages or a prompt, found []"
+    )
+    assert "train.jsonl, row 3: the messages end with a turn of 'assistant'" in problems[1]
+    assert "train.jsonl, row 4: a message is {'role': one of system, user" in problems[2]
+    assert "train.jsonl, row 5: the user message has no text" in problems[3]
+    assert "train.jsonl, row 6: the chat template refuses it: no tools here" in problems[4]
+    assert len(problems) == 5
+
+
+@pytest.mark.parametrize("bad", [None, 3, "", [], ["a"], [{"role": "user"}], {"role": "user"}])
+def test_prompts_of_a_wrong_type(tokenizer, tmp_path, bad):
+    source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}, {"prompt": bad}])
+    with pytest.raises(ValueError, match=r"train\.jsonl, row 2: "):
+        load(tokenizer, source)
+
+
+def test_a_long_list_of_bad_rows_is_cut(tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": ""}] * 100)
+    with pytest.raises(ValueError, match="and maybe more") as caught:
+        load(tokenizer, source)
+    assert len(str(caught.value).splitlines()) == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"a\.jsonl, line 3: not JSON"),
+        ("a.jsonl", b'{"prompt": "a"}\n["b"]\n', r"a\.jsonl, row 2: expected a JSON object"),
+        ("a.json", b'[{"prompt": "a"}', r"a\.json: not JSON"),
+        ("a.jsonl", b"\xff\xfe\x00", r"a\.jsonl is not a text in UTF-8"),
+        ("a.parquet", b"text", r"a\.parquet is not a Parquet file"),
+        ("a.csv", b"prompt\na\n", r"a\.csv' must be a file in \.jsonl, \.json, \.parquet"),
+    ],
+)
+def test_files_that_cannot_be_read(tokenizer, tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load(tokenizer, str(tmp_path / name))
+
+
+def test_a_tokenizer_without_a_chat_template(tokenizer, tmp_path):
+    from copy import copy
+
+    bare = copy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        load(bare, write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}]))
+
+
+@given(
+    num_prompts=st.integers(1, 40),
+    batch_size=st.integers(1, 40),
+    shuffle=st.booleans(),
+    seed=st.integers(0, 2**31 - 1),
+)
+def test_every_epoch_holds_every_prompt_once_and_batches_run_over(
+    num_prompts, batch_size, shuffle, seed
+):
+    batch_size = min(batch_size, num_prompts)
+    prompts = prompts_of(list(range(num_prompts)))
+    source = PromptSource(prompts, batch_size=batch_size, shuffle=shuffle, seed=seed)
+    steps = 3 * num_prompts
+    stream = [p.prompt_id for step in range(1, steps + 1) for p in source.batch(step)]
+    assert len(stream) == steps * batch_size
+    everything = sorted(prompt.prompt_id for prompt in prompts)
+    for start in range(0, len(stream), num_prompts):
+        assert sorted(stream[start : start + num_prompts]) == everything
+    assert source.epoch(steps) == 3 * batch_size
+    if not shuffle:
+        assert stream == [p.prompt_id for p in prompts] * (3 * batch_size)
+
+
+@given(seed=st.integers(0, 2**31 - 1), step=st.integers(1, 50))
+def test_a_batch_depends_on_step_and_seed_alone(seed, step):
+    prompts = prompts_of(list(range(20)))
+    options = {"batch_size": 7, "shuffle": True}
+    walked = PromptSource(prompts, **options, seed=seed)
+    for earlier in range(1, step):
+        walked.batch(earlier)
+    resumed = PromptSource(prompts, **options, seed=seed)
+    assert walked.batch(step) == resumed.batch(step)
+
+
+def test_epochs_and_seeds_differ_in_order():
+    prompts = prompts_of(list(range(50)))
+    source = PromptSource(prompts, batch_size=50, shuffle=True, seed=1)
+    other = PromptSource(prompts, batch_size=50, shuffle=True, seed=2)
+    assert source.batch(1) != source.batch(2)
+    assert source.batch(1) != other.batch(1)
+    assert source.batch(1) != prompts
+
+
+def test_fewer_prompts_than_a_batch_names_the_numbers():
+    with pytest.raises(ValueError, match="a step needs 8 prompts .* the training data has 3"):
+        PromptSource(prompts_of([1, 2, 3]), batch_size=8, shuffle=True, seed=0)
