@@ -1,0 +1,95 @@
+"""What a run leaves in its output directory: every name in one place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+RUNNING = "running"
+ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """The files of one run.
+
+    `status` holds one word: "running" from the start of training until the trackers are closed,
+    then "ended", whether the run reached its last step or failed. A killed process leaves "running".
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, runnable as it is."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def completions(self) -> Path:
+        """One JSON object a training completion."""
+        return self.path / "completions.jsonl"
+
+    @property
+    def eval_completions(self) -> Path:
+        """One JSON object a held-out completion."""
+        return self.path / "eval_completions.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What training continues from."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """The trained model, a Hugging Face folder."""
+        return self.path / "final"
+
+    @property
+    def reward_curve(self) -> Path:
+        """The picture of the run."""
+        return self.path / "reward_curve.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def status(self) -> Path:
+        """One word, see the class."""
+        return self.path / "status"
+
+    def write_status(self, word: str) -> None:
+        """Replace the status, creating the directory when needed."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with replacing(self.status) as scratch:
+            scratch.write_text(word + "\n")
+
+    def has_ended(self) -> bool:
+        """Whether the run closed its trackers; False when it was killed or never started."""
+        return self.status.exists() and self.status.read_text().strip() == ENDED
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """Write a file as a whole or not at all.
+
+    Yields a scratch path in the same directory. When the body ends, it becomes `target` in one
+    rename; when the body raises, it is removed and `target` stays as it was.
+    """
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        yield scratch
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
