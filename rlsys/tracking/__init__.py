@@ -1,1 +1,10 @@
-"""..."""
+"""Where metrics and completions go.
+
+A new tracker is one file with a class under `@register_tracker("name")`, imported below.
+"""
+
+from rlsys.tracking import tensorboard, wandb  # noqa: F401  imported to be registered
+from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker, trackers
+from rlsys.tracking.composite import build_tracker
+
+__all__ = ["Metrics", "Split", "Tracker", "build_tracker", "register_tracker", "trackers"]

@@ -1,0 +1,72 @@
+"""completions.jsonl: every completion with its rewards, written as its group finishes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlsys.run_dir import RunDir
+from rlsys.tracking.base import Split, Tracker
+from rlsys.tracking.jsonl import JsonlWriter
+from rlsys.types import Message, RolloutGroup
+
+
+class CompletionsTracker(Tracker):
+    """Training groups go to completions.jsonl, held-out ones to eval_completions.jsonl."""
+
+    def __init__(self, run_dir: RunDir):
+        self._paths = {"train": run_dir.completions, "eval": run_dir.eval_completions}
+        self._writers = {"train": JsonlWriter(run_dir.completions)}
+
+    def log_completions(
+        self,
+        step: int,
+        group: RolloutGroup,
+        advantages: list[float] | None,
+        split: Split = "train",
+    ) -> None:
+        """Append the G completions of a group together."""
+        if split not in self._writers:
+            self._writers[split] = JsonlWriter(self._paths[split])
+        self._writers[split].append(*completion_rows(step, group, advantages))
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self._writers.values():
+            writer.close()
+
+
+def completion_rows(
+    step: int, group: RolloutGroup, advantages: list[float] | None
+) -> list[dict[str, Any]]:
+    """One row a completion; docs/debugging.md explains the columns."""
+    size = len(group.completions)
+    assert len(group.rewards) in (0, size), "a group is scored as a whole"
+    assert advantages is None or len(advantages) == size
+    prompt = last_user_message(group.prompt.messages)
+    return [
+        {
+            "step": step,
+            "group_id": group.group_id,
+            "index": index,
+            "group_size": size,
+            "prompt_id": group.prompt.prompt_id,
+            "reward": group.rewards[index].total if group.rewards else None,
+            "rewards": group.rewards[index].by_name if group.rewards else {},
+            "advantage": None if advantages is None else advantages[index],
+            "num_tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+            "policy_versions": completion.policy_versions,
+            "prompt": prompt,
+            "text": completion.text,
+        }
+        for index, completion in enumerate(group.completions)
+    ]
+
+
+def last_user_message(messages: list[Message]) -> str:
+    """What was asked: the text of the last user turn, or of the last turn when there is none."""
+    asked = [message for message in messages if message["role"] == "user"] or messages
+    content = asked[-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content if part["type"] == "text")

@@ -1,0 +1,140 @@
+"""All trackers of a run as one, and what they all show: progress, speed, memory."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from rlsys.config import Config
+from rlsys.run_dir import ENDED, RUNNING, RunDir
+from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation, trackers
+from rlsys.tracking.completions import CompletionsTracker
+from rlsys.tracking.console import console_tracker
+from rlsys.tracking.jsonl import JsonlTracker, truncate_after
+from rlsys.tracking.plot import RewardCurveTracker
+from rlsys.types import RolloutGroup
+
+
+def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker:
+    """The trackers of a run: console, metrics.jsonl, completions.jsonl, those of `report_to`.
+
+    Needs no Ray, so that a wrong name or a missing package is known before anything starts.
+
+    Args:
+        config: The run.
+        resumed_from: The step of the checkpoint that the run continues from. What an earlier
+            process recorded of later steps is dropped, because those steps are taken again.
+
+    Raises:
+        ValueError: An unknown tracker, or one whose package is missing.
+    """
+    factories = [trackers[name] for name in config.tracking.report_to]
+    run_dir = RunDir(Path(config.output_dir))
+    if resumed_from is not None:
+        for path in (run_dir.metrics, run_dir.completions, run_dir.eval_completions):
+            truncate_after(path, resumed_from)
+    parts = [factory(config, resumed_from) for factory in factories]
+    parts.append(JsonlTracker(run_dir.metrics))
+    if config.tracking.log_completions:
+        parts.append(CompletionsTracker(run_dir))
+    parts.append(RewardCurveTracker(run_dir))
+    parts.append(console_tracker(config, resumed_from))
+    run_dir.write_status(RUNNING)
+    return CompositeTracker(parts, run_dir, Progress(config.max_steps))
+
+
+class Progress:
+    """Where a run is and how fast, in the words of ms-swift's log line.
+
+    Times and speed are those of this process: after a resume, `elapsed_time` starts at 0 again and
+    only steps taken since then count. Speed is measured from the begin of the first such step, so
+    the start of the engines is in `elapsed_time` and not in `train_speed(iter/s)`.
+    """
+
+    def __init__(self, max_steps: int, clock: Callable[[], float] = time.monotonic):
+        self._max_steps = max_steps
+        self._clock = clock
+        self._start = clock()
+        self._first_step_start: float | None = None
+        self._steps = 0
+
+    def metrics(self, step: int, time_of_step: float | None) -> dict[str, float | str]:
+        """Metrics of a step that just ended and took `time_of_step` seconds, if that is known."""
+        now = self._clock()
+        if self._first_step_start is None:
+            self._first_step_start = self._start if time_of_step is None else now - time_of_step
+        self._steps += 1
+        seconds_per_step = max(now - self._first_step_start, 1e-9) / self._steps
+        return {
+            "global_step/max_steps": f"{step}/{self._max_steps}",
+            "percentage": f"{step / self._max_steps:.2%}",
+            "elapsed_time": format_seconds(now - self._start),
+            "remaining_time": format_seconds((self._max_steps - step) * seconds_per_step),
+            "memory(GiB)": round(peak_memory_gib(), 2),
+            "train_speed(iter/s)": round(1 / seconds_per_step, 6),
+        }
+
+
+class CompositeTracker(Tracker):
+    """Hands everything to every tracker; threads may call it at the same time."""
+
+    def __init__(self, parts: list[Tracker], run_dir: RunDir, progress: Progress):
+        self._parts = parts
+        self._run_dir = run_dir
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
+        """Add progress, speed and memory to a training step; values of the caller win."""
+        with self._lock:
+            if not is_evaluation(metrics):
+                time_of_step = metrics.get("time/step")
+                assert not isinstance(time_of_step, str)
+                metrics = {**metrics, **self._progress.metrics(step, time_of_step), **metrics}
+            for part in self._parts:
+                part.log_metrics(step, metrics)
+
+    def log_completions(
+        self,
+        step: int,
+        group: RolloutGroup,
+        advantages: list[float] | None,
+        split: Split = "train",
+    ) -> None:
+        """Hand the group on."""
+        with self._lock:
+            for part in self._parts:
+                part.log_completions(step, group, advantages, split)
+
+    def close(self) -> None:
+        """Close every tracker, also when one of them raises; a second call does nothing."""
+        with self._lock, ExitStack() as stack:
+            if self._closed:
+                return
+            self._closed = True
+            stack.callback(self._run_dir.write_status, ENDED)  # last: followers stop reading now
+            for part in self._parts:
+                stack.callback(part.close)
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as ms-swift writes them: "3m 12s", "1h 0m 5s", "2d 0h 0m 1s"."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    parts = [(days, "d"), (hour, "h"), (minute, "m"), (second, "s")]
+    while len(parts) > 1 and parts[0][0] == 0:
+        parts.pop(0)
+    return " ".join(f"{number}{unit}" for number, unit in parts)
+
+
+def peak_memory_gib() -> float:
+    """Most memory that this process has held, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux

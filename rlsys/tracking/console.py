@@ -1,0 +1,212 @@
+"""What a run shows while it goes: a table and a progress bar on a terminal, else plain lines."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rlsys.config import Config
+from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation
+from rlsys.types import RolloutGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One number of the step line."""
+
+    header: str
+    """Over the column on a terminal; before the number elsewhere."""
+    name: str
+    """The metric."""
+    format: str
+    width: int
+
+
+COLUMNS = [
+    Column("reward", "reward", ".3f", 7),
+    Column("±std", "reward_std", ".3f", 6),
+    Column("length", "completions/mean_length", ".0f", 6),
+    Column("clipped", "completions/clipped_ratio", ".3f", 7),
+    Column("kl", "kl", ".4f", 7),
+    Column("loss", "loss", ".2e", 9),
+    Column("s/step", "time/step", ".1f", 6),
+    Column("tok/s", "rollout/tokens_per_second", ".0f", 6),
+    Column("logp±", "sampling/logp_difference/mean", ".1e", 7),
+    Column("grad", "grad_norm", ".3g", 7),
+    Column("0-std", "frac_reward_zero_std", ".2f", 5),
+    Column("lr", "learning_rate", ".2g", 7),
+]
+"""The most important first: a terminal shows as many as fit."""
+ROWS_BETWEEN_HEADERS = 20
+
+
+def console_tracker(config: Config, resumed_from: int | None) -> Tracker:
+    """The tracker that fits standard output."""
+    console = Console(highlight=False)
+    if console.is_terminal and not console.is_dumb_terminal:
+        return TerminalTracker(config.max_steps, config.num_prompts, resumed_from or 0, console)
+    return LinesTracker(config.max_steps)
+
+
+class LinesTracker(Tracker):
+    """One line a step: for files, CI and `ray job logs`."""
+
+    def __init__(self, max_steps: int):
+        self._max_steps = max_steps
+
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
+        """Print the line."""
+        if is_evaluation(metrics):
+            print(evaluation_line(step, metrics), flush=True)
+            return
+        numbers = [f"{c.header} {cell(c, metrics)}" for c in COLUMNS if c.name in metrics]
+        line = f"step {step}/{self._max_steps} | {' | '.join(numbers)}"
+        if phases := phases_line(metrics):
+            line += f" | {phases}"
+        if "remaining_time" in metrics:
+            line += f" | {metrics['remaining_time']} left"
+        print(line, flush=True)
+
+    def close(self) -> None:
+        """Nothing is pending."""
+
+
+class TerminalTracker(Tracker):
+    """A row a step, and below the rows a bar with the time left and what is going on now."""
+
+    def __init__(
+        self,
+        max_steps: int,
+        groups_per_step: int,
+        first_step: int,
+        console: Console,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._max_steps = max_steps
+        self._groups_per_step = groups_per_step
+        self._console = console
+        self._clock = clock
+        self._start = clock()
+        self._step = first_step
+        self._seconds_per_step: float | None = None
+        self._last_step_end = self._start
+        self._rows = 0
+        self._activity = "starting"
+        self._phases = ""
+        self._groups_of: dict[tuple[str, int], int] = {}
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
+        self._live.start()
+
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
+        """Print a row above the bar and move the bar."""
+        if is_evaluation(metrics):
+            self._console.print(Text(evaluation_line(step, metrics), style="cyan"))
+            return
+        columns = self._columns()
+        if self._rows % ROWS_BETWEEN_HEADERS == 0:
+            header = "  ".join(f"{c.header:>{c.width}}" for c in columns)
+            self._console.print(Text(f"{'step':>7}  {header}", style="bold"))
+        row = "  ".join(f"{cell(c, metrics):>{c.width}}" for c in columns)
+        self._console.print(Text(f"{f'{step}/{self._max_steps}':>7}  {row}"))
+        self._rows += 1
+        self._step = step
+        self._last_step_end = self._clock()
+        speed = metrics.get("train_speed(iter/s)")
+        self._seconds_per_step = 1 / speed if isinstance(speed, float) and speed > 0 else None
+        self._phases = phases_line(metrics)
+        self._groups_of.pop(("train", step), None)
+        self._activity = "sampling"
+
+    def log_completions(
+        self,
+        step: int,
+        group: RolloutGroup,
+        advantages: list[float] | None,
+        split: Split = "train",
+    ) -> None:
+        """Count the groups of the step."""
+        done = self._groups_of[split, step] = self._groups_of.get((split, step), 0) + 1
+        if split == "eval":
+            self._activity = f"evaluating: {done} prompts"
+        elif done < self._groups_per_step:
+            self._activity = f"sampling: {done} of {self._groups_per_step} groups"
+        else:
+            self._activity = "updating"
+
+    def close(self) -> None:
+        """Leave the last state of the bar on the screen and give the terminal back."""
+        self._activity = "finished" if self._step == self._max_steps else "stopped"
+        self._live.stop()
+
+    def _columns(self) -> list[Column]:
+        """As many columns as fit beside the step."""
+        room = self._console.width - 7
+        columns = []
+        for column in COLUMNS:
+            room -= 2 + column.width
+            if room < 0:
+                break
+            columns.append(column)
+        return columns
+
+    def _render(self) -> RenderableType:
+        """The two lines under the rows."""
+        now = self._clock()
+        line = Table.grid(expand=True, padding=(0, 1))
+        for ratio in (None, 1, None, None):
+            line.add_column(ratio=ratio, no_wrap=True)
+        line.add_row(
+            f"{self._step}/{self._max_steps}",
+            ProgressBar(total=self._max_steps, completed=self._step),
+            f"{self._step / self._max_steps:.0%}",
+            Text(f"{clock_time(now - self._start)}, {self._time_left(now)}"),
+        )
+        status = Text(f"{self._activity}  {self._phases}", no_wrap=True, overflow="ellipsis")
+        return Group(line, status)
+
+    def _time_left(self, now: float) -> str:
+        """Time to the last step, counting down while a step goes on."""
+        if self._seconds_per_step is None:
+            return "time left unknown"
+        at_step_end = (self._max_steps - self._step) * self._seconds_per_step
+        return f"{clock_time(max(0.0, at_step_end - (now - self._last_step_end)))} left"
+
+
+def cell(column: Column, metrics: Metrics) -> str:
+    """The number of a column, "-" when the step has none."""
+    value = metrics.get(column.name)
+    return "-" if value is None else format(value, column.format)
+
+
+def phases_line(metrics: Metrics) -> str:
+    """Seconds by phase, the longest first: "rollout 3.1s, policy_update 1.4s"."""
+    phases = {
+        name.removeprefix("time/"): seconds
+        for name, seconds in metrics.items()
+        if name.startswith("time/") and name != "time/step" and isinstance(seconds, float)
+    }
+    longest_first = sorted(phases, key=lambda phase: -phases[phase])
+    return ", ".join(f"{phase} {phases[phase]:.1f}s" for phase in longest_first)
+
+
+def evaluation_line(step: int, metrics: Metrics) -> str:
+    """The metrics of an evaluation on one line."""
+    numbers = [
+        f"{name.removeprefix('eval/')} {value if isinstance(value, str) else format(value, '.4g')}"
+        for name, value in metrics.items()
+    ]
+    return f"evaluation after step {step} | {' | '.join(numbers)}"
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds as 1:02:03 or 2:03."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

@@ -1,0 +1,199 @@
+"""The picture of a run: rewards, lengths, and how far the policy is from its neighbours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsys.run_dir import RunDir, replacing
+from rlsys.tracking.base import Metrics, Tracker, is_evaluation
+from rlsys.tracking.jsonl import read_jsonl
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe and Ito's palette: distinct for colour-blind readers; lines differ in style as well."""
+LINE_STYLES = ("-", "--", ":", "-.")
+HELD_OUT_ACCURACY = ("eval/accuracy", "eval/pass@1")
+SMOOTHING_STEPS = 5
+"""Rewards are noisy from step to step: the bold line is the mean of this many steps."""
+
+
+class RewardCurveTracker(Tracker):
+    """Draws reward_curve.png when the run ends, also when it fails."""
+
+    def __init__(self, run_dir: RunDir):
+        self._run_dir = run_dir
+        self._has_steps = False
+
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
+        """Remember that there is something to draw; the numbers are read from metrics.jsonl."""
+        self._has_steps = self._has_steps or not is_evaluation(metrics)
+
+    def close(self) -> None:
+        """Draw."""
+        if self._has_steps:
+            plot_run(self._run_dir.path)
+
+
+def plot_run(run_dir: Path) -> Path:
+    """Draw a run's metrics.jsonl as OUTPUT_DIR/reward_curve.png, at any time.
+
+    Returns:
+        The path of the PNG, which is replaced as a whole.
+
+    Raises:
+        ValueError: Nothing has been logged yet.
+    """
+    # Imported here, not above: it takes a second that `rlsys completions` need not wait for.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    files = RunDir(run_dir)
+    if not files.metrics.exists():
+        raise ValueError(
+            f"{files.metrics} does not exist: {run_dir} holds no run that took a step."
+        )
+    series = load_series(read_jsonl(files.metrics))
+    if not series:
+        raise ValueError(f"{files.metrics} is empty: wait for the first step, then plot again.")
+
+    figure = Figure(figsize=(9, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    rewards, lengths, differences = figure.subplots(3, sharex=True, height_ratios=[2.2, 1, 1])
+    figure.suptitle(run_dir.resolve().name, fontsize=14)
+    _draw_rewards(rewards, series)
+    _draw_lengths(lengths, series)
+    _draw_differences(differences, series)
+    for axes in (rewards, lengths, differences):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            # Beside the axes: nothing is hidden, however the curves go.
+            axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
+    differences.set_xlabel("step")
+    differences.xaxis.get_major_locator().set_params(integer=True)
+    with replacing(files.reward_curve) as scratch:
+        figure.savefig(scratch, format="png", dpi=150)
+    return files.reward_curve
+
+
+class Series:
+    """One metric over the steps at which it was logged, gaps as NaN."""
+
+    def __init__(self) -> None:
+        self._by_step: dict[int, float] = {}
+
+    def set(self, step: int, value: float | None) -> None:
+        """Take a value; a later one of the same step replaces it."""
+        self._by_step[step] = float("nan") if value is None else float(value)
+
+    @property
+    def steps(self) -> list[int]:
+        """In order."""
+        return sorted(self._by_step)
+
+    @property
+    def values(self) -> list[float]:
+        """In the order of `steps`."""
+        return [self._by_step[step] for step in self.steps]
+
+    def smoothed(self, window: int) -> list[float]:
+        """The mean of the last `window` values at each step, fewer at the start, NaN left out."""
+        values = self.values
+        means = []
+        for end in range(1, len(values) + 1):
+            known = [value for value in values[max(0, end - window) : end] if value == value]
+            means.append(sum(known) / len(known) if known else float("nan"))
+        return means
+
+
+def load_series(rows: Iterable[dict[str, Any]]) -> dict[str, Series]:
+    """Metrics by name; texts are left out."""
+    series: dict[str, Series] = {}
+    for row in rows:
+        for name, value in row.items():
+            if name != "step" and not isinstance(value, str):
+                series.setdefault(name, Series()).set(row["step"], value)
+    return series
+
+
+def _draw_rewards(axes: Axes, series: dict[str, Series]) -> None:
+    axes.set_title("Reward", loc="left")
+    axes.set_ylabel("mean over the completions of a step")
+    if "reward" in series:
+        reward = series["reward"]
+        smooth = len(reward.steps) >= 4 * SMOOTHING_STEPS
+        bold = reward.smoothed(SMOOTHING_STEPS) if smooth else reward.values
+        label = f"reward, mean of {SMOOTHING_STEPS} steps" if smooth else "reward"
+        # A single step is a point, which a line alone would not show.
+        marker = "o" if len(reward.steps) == 1 else ""
+        axes.plot(reward.steps, bold, marker=marker, color=COLORS[0], linewidth=2.2, label=label)
+        if smooth:
+            axes.plot(reward.steps, reward.values, color=COLORS[0], alpha=0.35, linewidth=1)
+    if "reward" in series and "reward_std" in series:
+        std = dict(zip(series["reward_std"].steps, series["reward_std"].values, strict=True))
+        low = [value - std.get(step, 0.0) for step, value in zip(reward.steps, bold, strict=True)]
+        high = [value + std.get(step, 0.0) for step, value in zip(reward.steps, bold, strict=True)]
+        axes.fill_between(
+            reward.steps, low, high, color=COLORS[0], alpha=0.12, linewidth=0, label="± reward_std"
+        )
+    _draw_held_out(axes, series, "eval/reward", COLORS[0])
+    names = [name for name in series if name.startswith("rewards/") and name.endswith("/mean")]
+    for index, name in enumerate(names, start=1):
+        color = COLORS[1 + (index - 1) % (len(COLORS) - 2)]
+        style = LINE_STYLES[index % len(LINE_STYLES)]
+        label = name.removeprefix("rewards/").removesuffix("/mean")
+        axes.plot(series[name].steps, series[name].values, style, color=color, label=label)
+        _draw_held_out(axes, series, f"eval/{name}", color)
+    for name in HELD_OUT_ACCURACY:
+        _draw_held_out(axes, series, name, COLORS[-1])
+
+
+def _draw_held_out(axes: Axes, series: dict[str, Series], name: str, color: str) -> None:
+    """Markers, in the colour of the training curve of the same quantity."""
+    if name in series:
+        label = f"held-out {name.removeprefix('eval/rewards/').removeprefix('eval/')}"
+        axes.plot(
+            series[name].steps,
+            series[name].values,
+            linestyle="none",
+            marker="o",
+            markersize=7,
+            markerfacecolor=color,
+            markeredgecolor="white",
+            label=label.removesuffix("/mean"),
+            zorder=3,
+        )
+
+
+def _draw_lengths(axes: Axes, series: dict[str, Series]) -> None:
+    axes.set_title("Completion length", loc="left")
+    axes.set_ylabel("tokens")
+    names = [f"completions/{kind}_length" for kind in ("mean", "min", "max")]
+    if all(name in series for name in names):
+        mean, low, high = (series[name] for name in names)
+        axes.plot(mean.steps, mean.values, color=COLORS[0], linewidth=2, label="mean")
+        axes.fill_between(
+            low.steps, low.values, high.values, color=COLORS[0], alpha=0.12, label="min to max"
+        )
+        axes.set_ylim(bottom=0)
+
+
+def _draw_differences(axes: Axes, series: dict[str, Series]) -> None:
+    axes.set_title("Distance of the policy", loc="left")
+    axes.set_ylabel("nats a token")
+    curves = [
+        ("kl", "-", "to the reference (kl)"),
+        ("sampling/logp_difference/mean", "--", "to the rollout engine, mean"),
+        ("sampling/logp_difference/max", ":", "to the rollout engine, max"),
+    ]
+    positive = False
+    for color, (name, style, label) in zip(COLORS, curves, strict=False):
+        if name in series:
+            axes.plot(series[name].steps, series[name].values, style, color=color, label=label)
+            positive = positive or any(value > 0 for value in series[name].values)
+    if positive:
+        axes.set_yscale("log", nonpositive="mask")

@@ -1,0 +1,62 @@
+"""TensorBoard: every number as a scalar, now and then a group as text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlsys.config import Config
+from rlsys.run_dir import RunDir
+from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker
+from rlsys.tracking.completions import completion_rows
+from rlsys.types import RolloutGroup
+
+STEPS_BETWEEN_TEXTS = 10
+"""TensorBoard keeps few texts a tag; completions.jsonl has them all."""
+
+
+@register_tracker("tensorboard")
+class TensorBoardTracker(Tracker):
+    """Event files in OUTPUT_DIR/tensorboard."""
+
+    def __init__(self, config: Config, resumed_from: int | None):
+        # Imports torch, which `rlsys explain` and the viewers do not need.
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(
+            RunDir(Path(config.output_dir)).tensorboard,
+            # Hides what an earlier process wrote of the steps that are taken again.
+            purge_step=None if resumed_from is None else resumed_from + 1,
+            flush_secs=10,
+        )
+
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
+        """Add a scalar for each number."""
+        for name, value in metrics.items():
+            if not isinstance(value, str):
+                self._writer.add_scalar(name, value, step)
+
+    def log_completions(
+        self,
+        step: int,
+        group: RolloutGroup,
+        advantages: list[float] | None,
+        split: Split = "train",
+    ) -> None:
+        """Add the first group of every tenth step as text."""
+        if group.group_id == 0 and step % STEPS_BETWEEN_TEXTS == 0:
+            rows = completion_rows(step, group, advantages)
+            blocks = [rows[0]["prompt"]] + [
+                f"reward {row['reward']}\n{row['text']}" for row in rows
+            ]
+            self._writer.add_text(
+                f"completions/{split}", "\n\n---\n\n".join(map(verbatim, blocks)), step
+            )
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+def verbatim(text: str) -> str:
+    """A Markdown code block: indented, so that nothing in `text` can end it."""
+    return "\n".join(f"    {line}" for line in text.split("\n"))

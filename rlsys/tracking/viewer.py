@@ -1,0 +1,241 @@
+"""`rlsys completions RUN`: what the model wrote, siblings side by side with their rewards."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from rlsys.run_dir import RunDir
+from rlsys.tracking.base import Split
+from rlsys.tracking.jsonl import decode_row
+from rlsys.tracking.printable import printable
+
+FOLLOW_FROM = 3
+"""Groups that are already there and shown first when following, as `tail -f` does."""
+SECONDS_BETWEEN_LOOKS = 0.25
+
+logger = logging.getLogger(__name__)
+Row = dict[str, Any]
+
+
+def show_completions(
+    run_dir: Path,
+    *,
+    follow: bool,
+    step: int | None,
+    limit: int | None,
+    split: Split = "train",
+) -> None:
+    """Print the groups of a run to standard output, the siblings of a group best first.
+
+    Args:
+        run_dir: The output directory of the run; with `follow` it need not exist yet.
+        follow: Go on printing groups as they finish, until the run ends or Ctrl-C. A run that was
+            killed does not say that it ended; it may be resumed, and following goes on.
+        step: Only groups of this step; None is every step.
+        limit: The newest so many groups; None is all of them, or the newest 3 when following.
+        split: "eval" shows held-out completions.
+
+    Raises:
+        ValueError: There is nothing to show, and `follow` is not set.
+    """
+    run = RunDir(run_dir)
+    path = run.eval_completions if split == "eval" else run.completions
+    # What a model writes may hold characters that the terminal's encoding lacks.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    console = Console(markup=False, highlight=False, emoji=False)
+    try:
+        if follow:
+            _follow(console, run, path, step, FOLLOW_FROM if limit is None else limit)
+        else:
+            _show_recorded(console, path, step, limit)
+    except KeyboardInterrupt:
+        pass  # the way to stop following
+    except BrokenPipeError:
+        # `| head` has read enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _show_recorded(console: Console, path: Path, step: int | None, limit: int | None) -> None:
+    if not path.exists():
+        raise ValueError(
+            f"{path} does not exist. Either {path.parent} is not the output directory of a run, or "
+            "tracking.log_completions is off, or no group has finished yet: --follow waits for it."
+        )
+    steps: set[int] = set()
+    groups: deque[list[Row]] = deque(maxlen=limit)
+    collector = GroupCollector()
+    for row in Tail(path).rows():
+        steps.add(row["step"])
+        groups.extend(_of_step(collector.add(row), step))
+    groups.extend(_of_step(collector.rest(), step))
+    if not groups:
+        recorded = f"its steps are {min(steps)} to {max(steps)}" if steps else "it is empty so far"
+        wanted = "no group" if step is None else f"no group of step {step}"
+        raise ValueError(f"{path} holds {wanted}: {recorded}.")
+    for group in groups:
+        print_group(console, group)
+
+
+def _follow(console: Console, run: RunDir, path: Path, step: int | None, limit: int) -> None:
+    if not path.exists():
+        print(f"waiting for {path}", file=sys.stderr)
+    tail = Tail(path)
+    collector = GroupCollector()
+    backlog: deque[list[Row]] = deque(maxlen=limit)
+    for row in tail.rows():
+        backlog.extend(_of_step(collector.add(row), step))
+    for group in backlog:
+        print_group(console, group)
+    while True:
+        # Asked before the file is read, so that the last groups are not missed.
+        ended = run.has_ended()
+        for row in tail.rows():
+            for group in _of_step(collector.add(row), step):
+                print_group(console, group)
+        if ended:
+            print("the run has ended", file=sys.stderr)
+            return
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _of_step(groups: Iterable[list[Row]], step: int | None) -> Iterator[list[Row]]:
+    return (group for group in groups if step is None or group[0]["step"] == step)
+
+
+class Tail:
+    """The rows of a file that another process appends to, each once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._position = 0
+        self._inode: int | None = None
+
+    def rows(self) -> Iterator[Row]:
+        """Rows since the last call; none while the file does not exist.
+
+        A resumed run cuts its file back to its checkpoint. What is left was there before, so
+        reading goes on at the end of it.
+        """
+        if not self._path.exists():
+            self._position, self._inode = 0, None
+            return
+        with self._path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            replaced = self._inode is not None and self._inode != status.st_ino
+            if replaced or status.st_size < self._position:
+                self._position = status.st_size
+            self._inode = status.st_ino
+            file.seek(self._position)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written: read again next time
+                self._position += len(line)
+                row = decode_row(line)
+                if row is None:
+                    logger.warning("%s: skipped a line that is not a JSON object", self._path)
+                else:
+                    yield row
+
+
+class GroupCollector:
+    """Puts the rows of a group together; they follow each other in the file."""
+
+    def __init__(self) -> None:
+        self._rows: list[Row] = []
+
+    def add(self, row: Row) -> list[list[Row]]:
+        """The groups that `row` completes: itself last of its group, or first of the next one."""
+        groups = []
+        if self._rows and _group_of(self._rows[0]) != _group_of(row):
+            groups += self.rest()
+        self._rows.append(row)
+        if len(self._rows) == row["group_size"]:
+            groups += self.rest()
+        return groups
+
+    def rest(self) -> list[list[Row]]:
+        """The group at hand, of which rows are missing, if there is one."""
+        rows, self._rows = self._rows, []
+        return [rows] if rows else []
+
+
+def _group_of(row: Row) -> tuple[int, int]:
+    return row["step"], row["group_id"]
+
+
+def print_group(console: Console, rows: list[Row]) -> None:
+    """Print one group: a heading, the prompt once, the completions from best to worst."""
+    first = rows[0]
+    title = (
+        f"step {first['step']}, group {first['group_id']}, prompt {printable(first['prompt_id'])}"
+    )
+    console.rule(Text(title, style="bold"), align="left", style="dim")
+    console.print(Text(_group_summary(rows)))
+    console.print()
+    _print_indented(console, first["prompt"], "cyan")
+    totals = [row["reward"] for row in rows if row["reward"] is not None]
+    for row in sorted(rows, key=lambda row: -_worst_if_none(row["reward"])):
+        style = ""
+        if totals and min(totals) < max(totals):  # otherwise none is better than another
+            style = {max(totals): "bold green", min(totals): "bold red"}.get(row["reward"], "")
+        console.print()
+        _print_heading(console, row, style)
+        _print_indented(console, row["text"] or "(empty)", "" if row["text"] else "dim")
+    console.print()
+
+
+def _group_summary(rows: list[Row]) -> str:
+    """Mean and standard deviation of the total, means of the reward functions."""
+    parts = []
+    if len(rows) < rows[0]["group_size"]:
+        parts.append(f"only {len(rows)} of {rows[0]['group_size']} completions on record")
+    totals = [row["reward"] for row in rows if row["reward"] is not None]
+    if totals:
+        spread = stdev(totals) if len(totals) > 1 else 0.0
+        parts.append(f"reward {mean(totals):.3g} ± {spread:.2g}")
+        if spread == 0.0:
+            parts.append("no difference, so nothing to learn from")
+    else:
+        parts.append("not scored")
+    return ", ".join(parts)
+
+
+def _print_heading(console: Console, row: Row, style: str) -> None:
+    line = Text(f"#{row['index']}  ")
+    line.append(f"reward {_number(row['reward'])}", style=style)
+    for name, value in row["rewards"].items():
+        line.append(f"  {printable(name)} {_number(value)}")
+    advantage = row["advantage"]
+    line.append("  advantage " + ("-" if advantage is None else f"{advantage:+.2f}"))
+    end = "cut at the limit" if row["finish_reason"] == "length" else row["finish_reason"]
+    versions = ", ".join(map(str, row["policy_versions"]))
+    line.append(f"  {row['num_tokens']} tokens, {end}, policy {versions}", style="dim")
+    console.print(line)
+
+
+def _print_indented(console: Console, text: str, style: str) -> None:
+    indent = "    "
+    room = max(20, console.width - len(indent))
+    for line in Text(printable(text), style=style).wrap(console, room):
+        console.print(Text(indent) + line, soft_wrap=True)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _worst_if_none(reward: float | None) -> float:
+    return float("-inf") if reward is None else reward

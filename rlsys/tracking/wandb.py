@@ -1,0 +1,61 @@
+"""Weights & Biases, when it is installed and asked for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rlsys.config import Config
+from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker
+from rlsys.tracking.completions import completion_rows
+from rlsys.types import RolloutGroup
+
+TABLE_COLUMNS = ["step", "group_id", "index", "prompt", "text", "reward", "advantage", "num_tokens"]
+
+
+@register_tracker("wandb")
+class WandbTracker(Tracker):
+    """Numbers as they are, the completions of each training step as a table."""
+
+    def __init__(self, config: Config, resumed_from: int | None):
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError(
+                "tracking.report_to names 'wandb', but the package wandb is not installed. "
+                "Install it with `pip install rlsys[wandb]`, or take 'wandb' out of "
+                "tracking.report_to."
+            )
+        self._wandb = importlib.import_module("wandb")
+        output_dir = Path(config.output_dir)
+        self._run = self._wandb.init(
+            project=config.tracking.wandb_project,
+            name=config.tracking.run_name or output_dir.resolve().name,
+            dir=str(output_dir),
+            config=config.model_dump(mode="json"),
+        )
+        self._rows_of_step: dict[int, list[list[Any]]] = defaultdict(list)
+
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
+        """Log the numbers, and the completions of the step with them."""
+        numbers = {name: value for name, value in metrics.items() if not isinstance(value, str)}
+        if rows := self._rows_of_step.pop(step, None):
+            numbers["completions"] = self._wandb.Table(columns=TABLE_COLUMNS, data=rows)
+        self._run.log(numbers, step=step)
+
+    def log_completions(
+        self,
+        step: int,
+        group: RolloutGroup,
+        advantages: list[float] | None,
+        split: Split = "train",
+    ) -> None:
+        """Keep training completions until their step is logged."""
+        if split == "train":
+            for row in completion_rows(step, group, advantages):
+                self._rows_of_step[step].append([row[column] for column in TABLE_COLUMNS])
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
