@@ -1,0 +1,190 @@
+"""Rollout engines as Ray actors, and the driver's view of all of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ray
+from ray import ObjectRefGenerator
+
+from rlsys.actors.group import ActorFailure, get_all, get_one
+from rlsys.config import Config
+from rlsys.engines.vllm_settings import rollout_env
+from rlsys.types import Prompt, RolloutGroup
+from rlsys.weight_sync.plan import TensorMeta
+
+# Loading a large model, and on GPUs compiling it for the first time, takes minutes.
+START_TIMEOUT_S = 1800.0
+
+
+class RolloutActor:
+    """One vLLM engine in a process of its own; calls run one after the other."""
+
+    def __init__(self, config: Config, device: Literal["cpu", "cuda"], engine_rank: int):
+        start = time.monotonic()
+        from rlsys.engines.vllm import VLLMEngine  # takes seconds, and only this process needs it
+
+        self._engine = VLLMEngine(
+            config.model.path, config=config, device=device, engine_rank=engine_rank
+        )
+        self._start_seconds = time.monotonic() - start
+
+    def start_seconds(self) -> float:
+        """How long importing vLLM and loading the model took."""
+        return self._start_seconds
+
+    @ray.method(num_returns="streaming")
+    def generate(self, *args: Any, **kwargs: Any) -> Iterator[RolloutGroup]:
+        """See VLLMEngine.generate."""
+        yield from self._engine.generate(*args, **kwargs)
+
+    def connect_weight_sync(self, **connection: Any) -> None:
+        """See VLLMEngine.connect_weight_sync."""
+        self._engine.connect_weight_sync(**connection)
+
+    def start_weight_update(self) -> None:
+        """See VLLMEngine.start_weight_update."""
+        self._engine.start_weight_update()
+
+    def update_weights(self) -> list[list[int]]:
+        """See VLLMEngine.update_weights."""
+        return self._engine.update_weights()
+
+    def finish_weight_update(self, policy_version: int) -> int:
+        """See VLLMEngine.finish_weight_update."""
+        return self._engine.finish_weight_update(policy_version)
+
+
+@dataclass(slots=True)
+class _Stream:
+    engine: str
+    pending: int
+    """Groups that it has still to yield."""
+
+
+class RolloutActors:
+    """All rollout engines as the driver sees them.
+
+    Creating it starts the actors and returns; `wait_ready` waits for them. Calls made before
+    simply queue.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: Literal["cpu", "cuda"],
+        env_vars: Mapping[str, str] | None = None,
+    ):
+        rollout = config.rollout
+        self._transport = config.weight_sync.transport
+        self.num_workers = rollout.num_engines * rollout.tensor_parallel_size
+        options = {
+            "num_cpus": 0.01,  # cores are shared: policy and rollout take turns
+            "num_gpus": rollout.tensor_parallel_size if device == "cuda" else 0,
+            "runtime_env": {"env_vars": rollout_env(device) | dict(env_vars or {})},
+        }
+        actor_class = ray.remote(RolloutActor).options(**options)
+        self.actors: dict[str, Any] = {
+            f"rollout engine {rank}": actor_class.remote(config, device, rank)
+            for rank in range(rollout.num_engines)
+        }
+        self._streams: dict[ObjectRefGenerator, _Stream] = {}
+
+    def wait_ready(self) -> dict[str, float]:
+        """Wait until every engine is up: actor name -> seconds that its start took."""
+        refs = self._async_call("start_seconds")
+        seconds = get_all(refs, phase="start of the rollout engines", timeout_s=START_TIMEOUT_S)
+        return dict(zip(refs, seconds, strict=True))
+
+    def submit(
+        self, prompts: Sequence[Prompt], *, step: int, num_generations: int, temperature: float
+    ) -> None:
+        """Start sampling; a prompt's group_id is its position in `prompts`."""
+        for rank, (name, actor) in enumerate(self.actors.items()):
+            group_ids = range(rank, len(prompts), len(self.actors))
+            if not group_ids:
+                continue
+            stream = actor.generate.remote(
+                [prompts[group_id] for group_id in group_ids],
+                list(group_ids),
+                step=step,
+                num_generations=num_generations,
+                temperature=temperature,
+            )
+            self._streams[stream] = _Stream(name, pending=len(group_ids))
+
+    @property
+    def num_pending(self) -> int:
+        """Groups submitted and not collected yet."""
+        return sum(stream.pending for stream in self._streams.values())
+
+    def pending_refs(self) -> list[ObjectRefGenerator]:
+        """For `ray.wait`, which takes streams as it takes references: ready when `collect` finds
+        something."""
+        return list(self._streams)
+
+    def collect(self) -> list[RolloutGroup]:
+        """Groups that finished by now, without waiting.
+
+        Raises:
+            ActorFailure: an engine raised, died, or lost groups.
+        """
+        groups = []
+        while self._streams:
+            refs = list(self._streams)
+            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            if not ready:
+                break
+            for ref in ready:
+                groups += self._next_group(ref)
+        return groups
+
+    def _next_group(self, ref: ObjectRefGenerator) -> list[RolloutGroup]:
+        stream = self._streams[ref]
+        try:
+            group = next(ref)
+        except StopIteration:
+            del self._streams[ref]
+            if stream.pending:
+                raise ActorFailure(f"{stream.engine} lost {stream.pending} groups") from None
+            return []
+        stream.pending -= 1
+        return [get_one(group, name=stream.engine, phase="rollout")]
+
+    def async_connect_weight_sync(
+        self, *, metadata: Sequence[TensorMeta], **connection: Any
+    ) -> dict[str, ray.ObjectRef]:
+        """See WeightPublisher."""
+        return self._async_call(
+            "connect_weight_sync",
+            transport=self._transport,
+            metadata=list(metadata),
+            **connection,
+        )
+
+    def async_start_weight_update(self) -> dict[str, ray.ObjectRef]:
+        """See WeightPublisher."""
+        return self._async_call("start_weight_update")
+
+    def async_update_weights(self) -> dict[str, ray.ObjectRef]:
+        """See WeightPublisher."""
+        return self._async_call("update_weights")
+
+    def async_finish_weight_update(self, policy_version: int) -> dict[str, ray.ObjectRef]:
+        """See WeightPublisher."""
+        return self._async_call("finish_weight_update", policy_version)
+
+    def close(self) -> None:
+        """Kill the engines; whatever they do is given up."""
+        for actor in self.actors.values():
+            ray.kill(actor)
+
+    def _async_call(self, method: str, *args: Any, **kwargs: Any) -> dict[str, ray.ObjectRef]:
+        return {
+            name: getattr(actor, method).remote(*args, **kwargs)
+            for name, actor in self.actors.items()
+        }

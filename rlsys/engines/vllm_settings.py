@@ -1,0 +1,88 @@
+"""What vLLM is started with: the one place that knows about devices and vLLM's own knobs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+from rlsys.config import Config
+from rlsys.model_shape import ModelShape
+
+# Tokens of a KV block: vLLM's default on CPU, where kernels want multiples of 32.
+CPU_BLOCK_SIZE = 128
+MAX_CPU_KV_CACHE_BYTES = 4 * 2**30
+# Prompt tokens of one CPU step. Larger gains nothing, and activations grow with it.
+CPU_BATCHED_TOKENS = 8192
+
+
+def rollout_env(device: Literal["cpu", "cuda"]) -> dict[str, str]:
+    """Environment of a rollout engine's process, to be set before anything is imported there."""
+    env = {
+        # The engine runs in the actor's own process: one import of vLLM instead of two, and an
+        # error at start-up is the engine's own instead of "see root cause above".
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device == "cpu":
+        return env | {
+            # The policy and other engines share the cores, so no process is bound to any.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            # Small functions that vLLM compiles even in eager mode: half a minute of C++ compiling.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return env | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
+
+def engine_arguments(
+    config: Config, shape: ModelShape, *, device: Literal["cpu", "cuda"], engine_rank: int
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, except model and weight transfer."""
+    rollout = config.rollout
+    tensor_parallel_size = rollout.tensor_parallel_size
+    arguments: dict[str, Any] = {
+        "dtype": config.model_dtype(on_cpu=device == "cpu"),
+        "max_model_len": max_sequence_length(config),
+        "max_num_seqs": rollout.max_num_seqs,
+        "tensor_parallel_size": tensor_parallel_size,
+        # Named, because vLLM otherwise prefers Ray when it finds itself in an actor.
+        "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
+        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        # Log-probs of the distribution that is sampled from, after temperature, top_k and top_p.
+        "logprobs_mode": "processed_logprobs",
+        # Sampling parameters come from the config alone, stop tokens from `read_stop_token_ids`.
+        "generation_config": "vllm",
+        "skip_tokenizer_init": True,
+        "seed": config.seed + engine_rank,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if rollout.kv_cache_memory_mb is not None:
+        arguments["kv_cache_memory_bytes"] = rollout.kv_cache_memory_mb * 2**20
+    if device == "cpu":
+        arguments.setdefault("kv_cache_memory_bytes", cpu_kv_cache_bytes(config, shape))
+        arguments |= {
+            "enforce_eager": True,
+            "block_size": CPU_BLOCK_SIZE,
+            # A request whose prompt is processed in chunks draws a number per chunk from its own
+            # generator, which vLLM takes back in a way that CPU generators do not know.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_sequence_length(config)),
+        }
+    return arguments
+
+
+def max_sequence_length(config: Config) -> int:
+    """Tokens of the longest prompt and completion together."""
+    return config.data.max_prompt_length + config.rollout.max_completion_length
+
+
+def cpu_kv_cache_bytes(config: Config, shape: ModelShape) -> int:
+    """KV cache of one CPU engine: max_num_seqs full sequences, 4 GiB at most."""
+    element_bytes = 4 if config.model_dtype(on_cpu=True) == "float32" else 2
+    blocks_per_sequence = -(-max_sequence_length(config) // CPU_BLOCK_SIZE)
+    blocks = config.rollout.max_num_seqs * blocks_per_sequence + 1  # vLLM keeps one for itself
+    block_bytes = CPU_BLOCK_SIZE * shape.kv_elements_per_token * element_bytes
+    return min(blocks * block_bytes, MAX_CPU_KV_CACHE_BYTES)

@@ -1,0 +1,73 @@
+"""Weight transport over gloo: TCP between processes of one or several hosts, through CPU memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from ipaddress import ip_address
+
+import torch
+import torch.distributed as dist
+
+from rlsys.weight_sync.transport import Transport, WeightSyncError, transports
+
+
+@transports.register("gloo")
+class GlooTransport(Transport):
+    """A gloo group of its own, beside whatever default group the process has."""
+
+    _rank: int
+    _world_size: int
+    _timeout_s: float
+    _group: dist.ProcessGroupGloo | None = None
+
+    @property
+    def buffer_device(self) -> torch.device:
+        """The CPU, whatever the model's device is."""
+        return torch.device("cpu")
+
+    def connect(
+        self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
+    ) -> None:
+        """See Transport.connect."""
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        timeout = timedelta(seconds=timeout_s)
+        with self._failures_explained(f"connecting to {address}:{port}"):
+            store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
+            # torch's type stubs lack `_Options` and, below, `broadcast`.
+            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+            options._timeout = timeout
+            options._threads = 1
+            options._devices = [_network_device(address)]
+            self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
+
+    def broadcast(self, buffer: torch.Tensor, *, what: str) -> None:
+        """See Transport.broadcast."""
+        assert self._group is not None, "connect first"
+        options = dist.BroadcastOptions()
+        options.rootRank = 0
+        with self._failures_explained(what):
+            self._group.broadcast([buffer], options).wait()  # type: ignore[attr-defined]
+
+    @contextmanager
+    def _failures_explained(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:  # gloo and the store raise nothing more specific
+            who = f"weight sync rank {self._rank} of {self._world_size}"
+            seconds = time.monotonic() - start
+            if seconds >= self._timeout_s:
+                reason = f"another rank did not take part within {self._timeout_s:g} s"
+            else:
+                reason = f"failed after {seconds:.1f} s"
+            raise WeightSyncError(f"{who}, {phase}: {reason} ({error})") from error
+
+
+def _network_device(address: str) -> dist.ProcessGroupGloo.Device:
+    """Loopback where all ranks share a host: the host's own name may resolve to nothing useful."""
+    if ip_address(address).is_loopback:
+        return dist.ProcessGroupGloo.create_device(hostname=address)
+    return dist.ProcessGroupGloo.create_default_device()

@@ -1,0 +1,133 @@
+"""The driver's side of weight sync: who does what when, with a deadline on every wait."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import ray
+
+from rlsys.actors.group import get_all
+from rlsys.config import WeightSyncConfig
+from rlsys.weight_sync.checksum import compare_checksums
+from rlsys.weight_sync.plan import TensorMeta, plan_buckets
+from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, serve_store
+
+if TYPE_CHECKING:
+    Refs = dict[str, ray.ObjectRef]  # actor name -> reference, in rank order
+
+# A rank that waits for another gives up after timeout_s and says who and where it was; the driver
+# waits this much longer, so that its own, less specific, deadline comes second.
+GRACE_S = 5.0
+
+
+class Sender(Protocol):
+    """What weight sync needs of the policy; its rank 0 sends, the others take part in gathering."""
+
+    policy_version: int
+
+    def weight_metadata(self) -> Sequence[TensorMeta]:
+        """Every exported tensor, in the order in which it is sent."""
+
+    def async_connect_weight_sync(self, **connection: Any) -> Refs:
+        """Rank 0 joins the weight sync group; see `WeightPublisher.connect` for the arguments."""
+
+    def async_send_weights(self) -> Refs:
+        """Rank 0's result, the first, is the checksum of each bucket."""
+
+
+class Receivers(Protocol):
+    """What weight sync needs of the rollout engines."""
+
+    num_workers: int
+    """Processes that hold a model, over all engines."""
+
+    def async_connect_weight_sync(
+        self, *, metadata: Sequence[TensorMeta], **connection: Any
+    ) -> Refs:
+        """Every worker joins the weight sync group."""
+
+    def async_start_weight_update(self) -> Refs:
+        """Stop sampling."""
+
+    def async_update_weights(self) -> Refs:
+        """Receive; the results are, per engine and worker, the checksum of each bucket."""
+
+    def async_finish_weight_update(self, policy_version: int) -> Refs:
+        """Sample with the new weights; the results are the versions that the engines hold."""
+
+
+class WeightPublisher:
+    """Pushes the policy's weights to every rollout engine. Connects all sides once, when created.
+
+    Raises:
+        ActorFailure, PhaseTimeout: a rank failed or did not answer in time.
+    """
+
+    def __init__(self, policy: Sender, rollout_engines: Receivers, config: WeightSyncConfig):
+        self._policy = policy
+        self._engines = rollout_engines
+        self._config = config
+        metadata = policy.weight_metadata()
+        bucket_bytes = config.bucket_mb * 2**20
+        self._buckets = plan_buckets(metadata, bucket_bytes)
+        self._bytes = sum(meta.nbytes for meta in metadata)
+        address = _meeting_address()
+        self._store = serve_store(address, config.timeout_s)  # lives as long as the publisher
+        connection = {
+            "address": address,
+            "port": self._store.port,
+            "world_size": 1 + rollout_engines.num_workers,
+            "bucket_bytes": bucket_bytes,
+            "verify": config.verify,
+            "timeout_s": config.timeout_s,
+        }
+        receivers = rollout_engines.async_connect_weight_sync(metadata=metadata, **connection)
+        self._wait(policy.async_connect_weight_sync(**connection) | receivers, "connecting")
+
+    def publish(self) -> dict[str, float]:
+        """Send the weights of `policy.policy_version`; returns when every engine samples with them.
+
+        Pauses sampling, sends in buckets, compares checksums, finishes (which resets the prefix
+        cache) and resumes.
+
+        Raises:
+            WeightSyncError: an engine received other bytes, or reports another version.
+            ActorFailure, PhaseTimeout: a rank failed or did not answer in time.
+        """
+        start = time.monotonic()
+        version = self._policy.policy_version
+        self._wait(self._engines.async_start_weight_update(), "pausing rollouts")
+        senders, receivers = self._policy.async_send_weights(), self._engines.async_update_weights()
+        results = self._wait(senders | receivers, "transfer")
+        if self._config.verify:
+            self._compare(results[0], dict(zip(receivers, results[len(senders) :], strict=True)))
+        finishing = self._engines.async_finish_weight_update(version)
+        for engine, held in zip(finishing, self._wait(finishing, "finishing"), strict=True):
+            if held != version:
+                raise WeightSyncError(
+                    f"{engine} holds weight version {held} after version {version} was published"
+                )
+        seconds = time.monotonic() - start
+        return {
+            "weight_sync/bytes": float(self._bytes),
+            "weight_sync/seconds": seconds,
+            "weight_sync/mb_per_s": self._bytes / 1e6 / seconds,
+        }
+
+    def _compare(self, sent: list[int], received: dict[str, list[list[int]]]) -> None:
+        for engine, workers in received.items():
+            for rank, checksums in enumerate(workers):
+                receiver = engine if len(workers) == 1 else f"{engine} worker {rank}"
+                compare_checksums(self._buckets, sent, checksums, receiver=receiver)
+
+    def _wait(self, refs: Refs, phase: str) -> list[Any]:
+        timeout_s = self._config.timeout_s + GRACE_S
+        return get_all(refs, phase=f"weight sync, {phase}", timeout_s=timeout_s)
+
+
+def _meeting_address() -> str:
+    """This host's address as other hosts of the Ray cluster see it; loopback if it is alone."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    return LOOPBACK if len(alive) == 1 else ray.util.get_node_ip_address()

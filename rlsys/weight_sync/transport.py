@@ -1,0 +1,82 @@
+"""The one interface of weight transports: a group of ranks, and a broadcast from rank 0."""
+
+from __future__ import annotations
+
+import socket
+from abc import ABC, abstractmethod
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from rlsys.registry import Registry
+
+LOOPBACK = "127.0.0.1"
+
+
+class WeightSyncError(RuntimeError):
+    """A weight sync failed; the message names the rank, the phase and, if known, the bucket."""
+
+
+class Transport(ABC):
+    """Rank 0 is the policy's sender; each worker of each rollout engine is one more rank.
+
+    A new transport is one file with one class, registered by name and imported in
+    `make_transport`. It knows no Ray, no vLLM and no megatron.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        """Where this rank's model lives."""
+
+    @property
+    @abstractmethod
+    def buffer_device(self) -> torch.device:
+        """Where the buckets that `broadcast` takes have to be."""
+
+    @abstractmethod
+    def connect(
+        self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
+    ) -> None:
+        """Meet the other ranks at the TCPStore on `address`:`port`.
+
+        Raises:
+            WeightSyncError: not all ranks came within `timeout_s` seconds, which is the deadline
+                of every later broadcast too.
+        """
+
+    @abstractmethod
+    def broadcast(self, buffer: torch.Tensor, *, what: str) -> None:
+        """Send `buffer` [nbytes] uint8 on rank 0, fill it on the others.
+
+        On return, work that follows (on a GPU: in the current stream) may read and overwrite it.
+
+        Raises:
+            WeightSyncError: with `what` in its message; the group cannot be used any more.
+        """
+
+
+transports: Registry[type[Transport]] = Registry("weight transport")
+
+
+def make_transport(name: str, device: torch.device) -> Transport:
+    """The transport of that name; "auto" is gloo on CPU and nccl on GPUs."""
+    from rlsys.weight_sync import gloo  # noqa: F401  registers itself
+
+    if name == "auto":
+        name = "gloo" if device.type == "cpu" else "nccl"
+    return transports[name](device)
+
+
+def serve_store(address: str, timeout_s: float) -> dist.TCPStore:
+    """A store on a free port of `address`, at which the ranks meet."""
+    listener = socket.create_server((address, 0))
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        address,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+        master_listen_fd=listener.detach(),
+    )
