@@ -28,7 +28,7 @@ def keys(rows: list[dict]) -> list[tuple]:
     operations=st.sampled_from(["+", "+-", "+-*", "*/", "+-*/"]),
     held_out=st.booleans(),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_every_reference_solution_earns_the_full_reward(seed, numbers, operations, held_out):
     rows = problems.generate_problems(
         8,
@@ -49,7 +49,7 @@ def test_every_reference_solution_earns_the_full_reward(seed, numbers, operation
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_splits_share_no_problem_whatever_the_seeds(train_seed, validation_seed):
     train = problems.generate_problems(300, seed=train_seed)
     validation = problems.generate_problems(100, seed=validation_seed, held_out=True)
