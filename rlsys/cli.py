@@ -1,0 +1,164 @@
+"""The `rlsys` command. Only what a subcommand needs is imported, so that help and errors are quick.
+
+Exit codes: 0 done; 1 the run failed, or a check found problems; 2 wrong input; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+EXIT_FAILED = 1
+EXIT_WRONG_INPUT = 2
+EXIT_INTERRUPTED = 130
+PIPE_WIDTH = 140
+"""Columns of tables that do not go to a terminal."""
+
+_CONFIG_HELP = """
+Any field of the config can be set after CONFIG, as --section.field value:
+
+  --policy.lr 1e-5 --reward.reward_funcs countdown format --checkpoint.resume
+
+`rlsys explain CONFIG` lists all fields.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except ValueError as error:
+        # By this project's rules a ValueError of its own tells users about their input. One from
+        # a library, deep in a run, is a bug: its traceback is needed.
+        if not _raised_by_rlsys(error):
+            raise
+        print(f"rlsys {args.command}: {error}", file=sys.stderr)
+        return EXIT_WRONG_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlsys", description="GRPO for language models: Ray, megatron-core, vLLM."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, text in (
+        ("grpo", _grpo, "train with GRPO"),
+        ("explain", _explain, "show what a config means, without starting anything"),
+    ):
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            usage=f"rlsys {name} CONFIG [--section.field value ...]",
+            epilog=_CONFIG_HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("config", metavar="CONFIG", help="YAML file")
+        command.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+        command.set_defaults(run=run, help_of=command)
+
+    doctor = commands.add_parser("doctor", help="check this machine, and say what is missing")
+    doctor.set_defaults(run=_doctor)
+
+    completions = commands.add_parser("completions", help="read the completions of a run")
+    completions.add_argument("run_dir", metavar="RUN", type=Path, help="output_dir of the run")
+    completions.add_argument("--follow", action="store_true", help="wait for new ones")
+    completions.add_argument("--step", type=int, help="only those of this step")
+    completions.add_argument("--limit", type=int, help="only so many groups")
+    completions.set_defaults(run=_completions)
+
+    rewards = commands.add_parser("rewards", help="list the reward functions by name")
+    rewards.add_argument(
+        "--external_plugins", nargs="+", default=[], metavar="FILE", help="plugins to load first"
+    )
+    rewards.set_defaults(run=_rewards)
+    return parser
+
+
+def _grpo(args: argparse.Namespace) -> int:
+    if _asks_for_help(args):
+        return 0
+    from rlsys.config_load import ConfigError, load_config
+    from rlsys.preflight import check_run
+
+    resolved = load_config(args.config, args.overrides)
+    problems = check_run(resolved.config)
+    if problems:
+        raise ConfigError(args.config, [str(problem) for problem in problems])
+    from rlsys.launch import run
+
+    run(resolved)
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    if _asks_for_help(args):
+        return 0
+    from rlsys.config_load import load_config
+    from rlsys.explain import explain
+
+    resolved = load_config(args.config, args.overrides)
+    return 0 if explain(resolved, _console()) else EXIT_FAILED
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rlsys.doctor import examine
+
+    return 0 if examine(_console()) else EXIT_FAILED
+
+
+def _completions(args: argparse.Namespace) -> int:
+    from rlsys.tracking.viewer import show_completions
+
+    show_completions(args.run_dir, follow=args.follow, step=args.step, limit=args.limit)
+    return 0
+
+
+def _rewards(args: argparse.Namespace) -> int:
+    import inspect
+
+    from rlsys.rewards import load_plugins, orms
+
+    load_plugins(args.external_plugins)
+    width = max(map(len, orms))
+    for name, function in sorted(orms.items()):
+        first_line = (inspect.getdoc(function) or "").partition("\n")[0]
+        print(f"{name:<{width}}  {first_line}  ({inspect.getsourcefile(function)})")
+    return 0
+
+
+def _asks_for_help(args: argparse.Namespace) -> bool:
+    """Everything behind CONFIG is for the config, except for a plea for help."""
+    if not {"-h", "--help"} & set(args.overrides):
+        return False
+    args.help_of.print_help()
+    return True
+
+
+def _console():  # type: ignore[no-untyped-def]  # rich is imported by those who print tables
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)
+
+
+def _raised_by_rlsys(error: ValueError) -> bool:
+    """Whether a `raise` in this package made `error`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
+def entry() -> NoReturn:
+    """What `python -m rlsys.cli` runs."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,24 @@
+"""Which devices this machine shows, without importing torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from rlsys.config import Config
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs that a process started here could use."""
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None:
+        return len([entry for entry in allowed.split(",") if entry.strip() not in ("", "-1")])
+    return sum(1 for _ in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def guess_device(config: Config) -> Literal["cpu", "cuda"]:
+    """The device of the run; "auto" goes by this machine, a Ray cluster may have others."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if visible_gpus() else "cpu"

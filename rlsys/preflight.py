@@ -1,0 +1,330 @@
+"""Everything about a run that can be checked before Ray starts.
+
+A run that would fail in its third minute, in some actor, fails here in its first second, with all
+its problems in one message. Nothing here imports torch, ray or vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from rlsys.config import Config
+from rlsys.data import FILE_SUFFIXES
+from rlsys.devices import guess_device
+from rlsys.model_shape import ModelShape, read_model_shape
+from rlsys.rewards import load_plugins, orms
+from rlsys.run_dir import RunDir
+
+_COUNTABLE_BYTES = 200 * 2**20
+"""Count the rows of JSONL files up to this size; larger ones would take a while to read."""
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes that vLLM's attention on CPU has kernels for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that would make the run fail."""
+
+    text: str
+    only_here: bool = False
+    """True of this machine, now: a file is missing, say. False: the config is wrong anywhere."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def check_run(config: Config) -> list[Problem]:
+    """All problems of a run that can be seen from this machine without starting it."""
+    return [
+        *_packages(config),
+        *_models(config),
+        *_datasets(config),
+        *_rewards(config),
+        *_output_dir(config),
+    ]
+
+
+def find_model_folder(path: str) -> Path:
+    """The folder that holds config.json of a model folder or hub id, downloading only that file.
+
+    Raises:
+        ValueError: neither a folder here nor a readable hub model.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if _looks_local(path):
+        raise ValueError(f"there is no model folder {path!r} on this machine")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        config = hf_hub_download(path, "config.json", local_files_only=not hub_answers())
+    except (HFValidationError, HfHubHTTPError, EntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if hub_answers() else "the hub does not answer"
+        raise ValueError(
+            f"{path!r} is neither a folder on this machine nor a hub model that can be read from "
+            f"here ({reason})"
+        ) from None
+    return Path(config).parent
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached: asked once, for at most 5 seconds.
+
+    Its own client would retry for half a minute for every file.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def _packages(config: Config) -> Iterator[Problem]:
+    for module in ("torch", "ray", "vllm", "megatron", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            yield Problem(f"{module} is not installed; `rlsys doctor` says how to get it", True)
+    if "wandb" in config.tracking.report_to and importlib.util.find_spec("wandb") is None:
+        yield Problem(
+            "tracking.report_to asks for wandb, which is not installed: `pip install "
+            "'rlsys[wandb]'`, or leave it out",
+            True,
+        )
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def _models(config: Config) -> Iterator[Problem]:
+    shape = yield from _one_model(config, "model.path", config.model.path)
+    if shape is not None:
+        yield from _policy_fits(config, shape)
+        yield from _rollout_fits(config, shape)
+    if config.grpo.beta == 0:
+        return
+    reference = shape
+    if config.reference.path is not None:
+        reference = yield from _one_model(config, "reference.path", config.reference.path)
+    if reference is not None:
+        tp = config.reference.tensor_parallel_size
+        yield from _tensor_parallel("reference.tensor_parallel_size", tp, reference)
+    if shape is not None and reference is not None and reference.vocab_size != shape.vocab_size:
+        yield Problem(
+            f"reference.path has a vocabulary of {reference.vocab_size} tokens and model.path one "
+            f"of {shape.vocab_size}: the reference model must have the same tokenizer"
+        )
+
+
+def _one_model(
+    config: Config, field: str, path: str
+) -> Generator[Problem, None, ModelShape | None]:
+    """The problems of one model; returns its shape where config.json can be read."""
+    try:
+        folder = find_model_folder(path)
+    except ValueError as error:
+        yield Problem(f"{field}: {error}", True)
+        return None
+    if folder == Path(path):  # of a hub model only config.json is here yet
+        yield from _model_files(field, folder)
+    try:
+        shape = read_model_shape(folder)
+    except ValueError as error:
+        yield Problem(f"{field}: {error}")
+        return None
+    longest = config.data.max_prompt_length + config.rollout.max_completion_length
+    if longest > shape.max_position_embeddings:
+        yield Problem(
+            f"data.max_prompt_length {config.data.max_prompt_length} + "
+            f"rollout.max_completion_length {config.rollout.max_completion_length} = {longest} "
+            f"tokens, but {field} {path} has positions for {shape.max_position_embeddings}: "
+            f"lower one by {longest - shape.max_position_embeddings}"
+        )
+    return shape
+
+
+def _model_files(field: str, folder: Path) -> Iterator[Problem]:
+    if not any(folder.glob("*.safetensors")):
+        yield Problem(f"{field}: {folder} holds no .safetensors file, so no weights", True)
+    if field != "model.path":
+        return
+    if not (folder / "tokenizer.json").is_file() and not any(folder.glob("*.model")):
+        yield Problem(f"{field}: {folder} holds no tokenizer.json, so no tokenizer", True)
+    elif not _has_chat_template(folder):
+        yield Problem(
+            f"{field}: the tokenizer of {folder} has no chat template, which turns messages into "
+            "a prompt: use an instruct model, or add a chat_template.jinja to the folder"
+        )
+
+
+def _has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    file = folder / "tokenizer_config.json"
+    return file.is_file() and bool(json.loads(file.read_text("utf-8")).get("chat_template"))
+
+
+def _policy_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    policy = config.policy
+    yield from _tensor_parallel("policy.tensor_parallel_size", policy.tensor_parallel_size, shape)
+    if shape.num_layers % policy.pipeline_parallel_size:
+        yield Problem(
+            f"policy.pipeline_parallel_size = {policy.pipeline_parallel_size} does not divide the "
+            f"model's {shape.num_layers} layers: use {_divisors(shape.num_layers)}"
+        )
+
+
+def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    tp = config.rollout.tensor_parallel_size
+    # vLLM replicates KV heads and pads the vocabulary, so fewer numbers have to divide.
+    if shape.num_heads % tp or shape.intermediate_size % tp:
+        fitting = math.gcd(shape.num_heads, shape.intermediate_size)
+        yield Problem(
+            f"rollout.tensor_parallel_size = {tp} does not divide the model's {shape.num_heads} "
+            f"attention heads and intermediate size {shape.intermediate_size}: use "
+            f"{_divisors(fitting)}"
+        )
+    if guess_device(config) == "cpu" and shape.head_dim not in CPU_HEAD_DIMS:
+        yield Problem(
+            f"the model's heads have {shape.head_dim} dimensions, and vLLM on CPU has attention "
+            f"for {', '.join(map(str, CPU_HEAD_DIMS))}: use another model"
+        )
+
+
+def _tensor_parallel(field: str, tp: int, shape: ModelShape) -> Iterator[Problem]:
+    sizes = {
+        "attention heads": shape.num_heads,
+        "KV heads": shape.num_kv_heads,
+        "intermediate size": shape.intermediate_size,
+        "vocabulary": shape.vocab_size,
+    }
+    wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]
+    if wrong:
+        yield Problem(
+            f"{field} = {tp} does not divide the model's {', '.join(wrong)}: use "
+            f"{_divisors(math.gcd(*sizes.values()))}"
+        )
+
+
+def _divisors(number: int) -> str:
+    return " or ".join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)
+
+
+# --- data, rewards, output -----------------------------------------------------------------------
+
+
+def _looks_local(path: str) -> bool:
+    """Whether `path` cannot be an id of the hub: `name` or `owner/name`."""
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _datasets(config: Config) -> Iterator[Problem]:
+    for field, sources in (
+        ("data.dataset", config.data.dataset),
+        ("data.val_dataset", config.data.val_dataset),
+    ):
+        for source in sources:
+            path = Path(source).expanduser()
+            if path.is_file():
+                yield from _data_file(field, path)
+            elif not path.exists() and (_looks_local(source) or path.suffix in FILE_SUFFIXES):
+                yield Problem(
+                    f"{field}: there is no file {source!r} on this machine (relative paths start "
+                    f"at the working directory, {os.getcwd()})",
+                    True,
+                )
+    rows = count_rows(config)
+    if rows is not None and 0 < rows < config.num_prompts:
+        yield Problem(
+            f"data.dataset has {rows} rows to train on, and a step needs {config.num_prompts} "
+            "prompts (rollout.generation_batch_size / rollout.num_generations): give more data, "
+            "or lower generation_batch_size"
+        )
+
+
+def _data_file(field: str, path: Path) -> Iterator[Problem]:
+    """What the first row shows; rlsys.data checks every row when the run starts."""
+    if path.suffix not in FILE_SUFFIXES:
+        yield Problem(f"{field}: {path} should be a file in {', '.join(FILE_SUFFIXES)}")
+    if path.suffix != ".jsonl":
+        return
+    with path.open(encoding="utf-8-sig") as file:
+        line = next((line for line in file if line.strip()), None)
+    if line is None:
+        yield Problem(f"{field}: {path} has no rows")
+        return
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        yield Problem(f"{field}: {path} is not JSON Lines: {error}")
+        return
+    if not isinstance(row, dict) or not {"messages", "prompt"} & set(row):
+        found = (
+            f"has the columns {', '.join(row)}" if isinstance(row, dict) else "is no JSON object"
+        )
+        yield Problem(
+            f"{field}: {path} needs a column `messages` (chat turns) or `prompt` (a text); its "
+            f"first row {found}"
+        )
+
+
+def count_rows(config: Config) -> int | None:
+    """Training rows, before the length limit; None where counting would not be cheap."""
+    total = 0
+    for name in config.data.dataset:
+        path = Path(name).expanduser()
+        if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size > _COUNTABLE_BYTES:
+            return None
+        with path.open("rb") as file:
+            total += sum(1 for line in file if line.strip())
+    return round(total * (1 - config.data.split_dataset_ratio))
+
+
+def _rewards(config: Config) -> Iterator[Problem]:
+    complete = True
+    for path in config.reward.external_plugins:
+        try:
+            load_plugins([path])
+        except ValueError as error:
+            complete = False
+            yield Problem(f"reward.external_plugins: {error}", only_here=not Path(path).exists())
+    for name in config.reward.reward_funcs:
+        try:
+            orms[name]
+        except ValueError as error:
+            hint = "" if complete else " (a plugin above could not be loaded)"
+            yield Problem(f"reward.reward_funcs: {error}{hint}", only_here=not complete)
+
+
+def _output_dir(config: Config) -> Iterator[Problem]:
+    run = RunDir(Path(config.output_dir))
+    if run.path.exists() and not run.path.is_dir():
+        yield Problem(f"output_dir: {run.path} is a file, and should be a folder", True)
+    elif config.checkpoint.resume:
+        if not run.checkpoints.is_dir() or not any(run.checkpoints.iterdir()):
+            yield Problem(
+                f"checkpoint.resume: {run.checkpoints} holds no checkpoint to continue from; "
+                "leave checkpoint.resume out to start anew",
+                True,
+            )
+    elif run.metrics.exists() or run.config.exists():
+        yield Problem(
+            f"output_dir: {run.path} holds another run. Continue it with --checkpoint.resume, or "
+            "choose another folder with --output_dir",
+            True,
+        )
