@@ -8,8 +8,9 @@ from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
 from rlsys.algo.batching import build_train_batch
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup, TrainBatch
 
-PAD = 0
 VOCAB = 32
+PAD = VOCAB - 1
+"""Not 0, which stands for "nothing" in packed fields."""
 
 
 def make_groups(
@@ -23,13 +24,13 @@ def make_groups(
         prompt = Prompt(
             prompt_id=f"p{p}",
             messages=[{"role": "user", "content": "?"}],
-            token_ids=torch.randint(1, VOCAB, (num_prompt_tokens,), generator=rng).tolist(),
+            token_ids=torch.randint(1, PAD, (num_prompt_tokens,), generator=rng).tolist(),
         )
         completions, rewards = [], []
         for length in lengths:
             completions.append(
                 Completion(
-                    token_ids=torch.randint(1, VOCAB, (length,), generator=rng).tolist(),
+                    token_ids=torch.randint(1, PAD, (length,), generator=rng).tolist(),
                     rollout_logprobs=(-4 * torch.rand(length, generator=rng)).tolist(),
                     text="",
                     finish_reason="length" if length == max(lengths) else "stop",

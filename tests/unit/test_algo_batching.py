@@ -139,6 +139,18 @@ def test_micro_batches_cover_rows_within_the_limit(lengths, max_tokens, size):
         assert all(a + b > max_tokens for i, a in enumerate(tokens) for b in tokens[:i])
 
 
+def test_a_shard_with_few_tokens_gets_the_next_long_row():
+    shards = shard_rows(range(4), [9, 5, 4, 1], num_shards=2)
+    assert [set(shard) for shard in shards] == [{0, 3}, {1, 2}]
+
+
+def test_micro_batches_may_be_exactly_full():
+    assert micro_batches(range(4), [6, 4, 5, 5], micro_batch_size=1, max_tokens=10) == [
+        [0, 1],
+        [2, 3],
+    ]
+
+
 def test_rows_of_similar_length_share_a_micro_batch():
     cut = micro_batches(range(6), [50, 3, 51, 4, 52, 5], micro_batch_size=3, max_tokens=None)
     assert [set(piece) for piece in cut] == [{0, 2, 4}, {1, 3, 5}]

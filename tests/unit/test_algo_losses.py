@@ -165,6 +165,18 @@ def test_mismatch_with_the_rollout_engine_is_measured_before_the_update():
     assert metrics["sampling/kl"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("log_ratio", [0.5, -0.5])
+def test_extremes_of_the_ratio_are_over_trained_tokens_only(log_ratio):
+    inputs = loss_input(
+        logprobs=torch.tensor([-1.0, -1.0]),
+        old_logprobs=torch.tensor([-1.0 - log_ratio, -1.0]),
+        mask=torch.tensor([True, False]),
+    )
+    _, _, metrics = run(grpo, inputs, GrpoConfig())
+    for key in ("ratio/mean", "ratio/min", "ratio/max"):
+        assert metrics[key] == pytest.approx(math.exp(log_ratio)), key
+
+
 def test_sft_is_the_weighted_negative_log_likelihood():
     inputs = loss_input(weights=torch.tensor([0.25, 0.75], dtype=torch.float64))
     loss, grad, metrics = run(sft, inputs, GrpoConfig())
