@@ -91,9 +91,7 @@ JSON = st.recursive(
 
 
 @given(st.lists(JSON, min_size=1, max_size=4))
-@settings(
-    max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_other_columns_pass_unchanged(tokenizer, tmp_path, values):
     rows = [{"messages": user("a"), "column": value} for value in values]
     path = tmp_path / "train.jsonl"
