@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def build_train_batch(
-    groups: list[RolloutGroup], advantages_PG: Tensor, *, pad_token_id: int
+    groups: list[RolloutGroup], advantages_PG: Tensor, *, pad_token_id: int = 0
 ) -> TrainBatch:
     """Right-padded rows `prompt + completion`, in group order, for `TrainBatch`.
 
@@ -43,7 +43,7 @@ def build_train_batch(
     Args:
         groups: P groups of G completions each.
         advantages_PG: [P, G].
-        pad_token_id: fills rows up to the longest; no pad token is ever trained on.
+        pad_token_id: fills rows up to the longest; any will do, `pack` drops it again.
 
     Raises:
         ValueError: a prompt without tokens, whose first completion token nothing could predict.

@@ -36,17 +36,32 @@ def rollout_metrics(groups: list[RolloutGroup], advantages_PG: Tensor) -> dict[s
         "advantages/abs_mean": advantages_PG.abs().mean(),
         "advantages/abs_max": advantages_PG.abs().max(),
     }
+    numbers = {name: value.item() for name, value in metrics.items()}
+    return numbers | _by_name_metrics(groups) | _length_metrics(groups)
+
+
+def evaluation_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
+    """Rewards and lengths of held-out completions, which need not be several a prompt.
+
+    Args:
+        groups: P scored groups.
+    """
+    rewards_PG = rewards_matrix(groups)
+    return {"reward": rewards_PG.mean().item()} | _by_name_metrics(groups) | _length_metrics(groups)
+
+
+def _by_name_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
     by_name: defaultdict[str, list[float]] = defaultdict(list)
     for group in groups:
         for reward in group.rewards:
             for name, value in reward.by_name.items():
                 by_name[name].append(value)
+    metrics = {}
     for name, values in by_name.items():
         values_N = torch.tensor(values, dtype=torch.float64)
-        metrics[f"rewards/{name}/mean"] = values_N.mean()
-        metrics[f"rewards/{name}/std"] = values_N.std()
-    numbers = {name: value.item() for name, value in metrics.items()}
-    return numbers | _length_metrics(groups)
+        metrics[f"rewards/{name}/mean"] = values_N.mean().item()
+        metrics[f"rewards/{name}/std"] = values_N.std().item()
+    return metrics
 
 
 def _length_metrics(groups: list[RolloutGroup]) -> dict[str, float]:

@@ -1,0 +1,124 @@
+"""Ranks that share one megatron-core model: what the policy and the reference have in common."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+import ray
+import torch
+
+from rlsys.actors.group import get_all
+from rlsys.config import Config
+from rlsys.types import TrainBatch
+
+
+class ModelRank:
+    """Base of the actors that hold one rank of a model; each has a process to itself."""
+
+    def __init__(self, config: Config, rank: int):
+        self.config = config
+        self.rank = rank
+
+    def rendezvous(self) -> tuple[str, int]:
+        """An address and a free port of this node, at which the ranks meet."""
+        address = ray.util.get_node_ip_address()
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return address, probe.getsockname()[1]
+
+    def join(
+        self,
+        address: str,
+        port: int,
+        *,
+        world_size: int,
+        tensor_parallel_size: int,
+        pipeline_parallel_size: int = 1,
+    ) -> None:
+        """Become one of `world_size` megatron-core ranks; the first thing that imports megatron."""
+        from rlsys.engines.megatron_cpu import enable_megatron_on_cpu
+
+        torch.set_num_threads(self.config.policy.cpu_threads)
+        enable_megatron_on_cpu()
+        from rlsys.engines.megatron import ParallelLayout, initialize_parallel
+
+        layout = ParallelLayout(
+            rank=self.rank,
+            world_size=world_size,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
+            master_address=address,
+            master_port=port,
+            timeout_s=self.config.policy.timeout_s,
+        )
+        initialize_parallel(layout, seed=self.config.seed)
+
+
+class ModelActors:
+    """Driver-side group of ranks: `async_call` returns references, everything else waits.
+
+    Args:
+        rank_class: a ModelRank; one actor of it is created for each rank.
+        role: "policy" or "reference", as errors name it.
+        options: Ray options of each actor, such as its GPUs.
+    """
+
+    def __init__(
+        self,
+        rank_class: type[ModelRank],
+        config: Config,
+        *,
+        role: str,
+        world_size: int,
+        options: dict[str, Any],
+    ):
+        self.role = role
+        self.timeout_s = config.policy.timeout_s
+        runtime_env = {"env_vars": process_env(config.policy.cpu_threads)}
+        actor_class = ray.remote(rank_class).options(runtime_env=runtime_env, **options)
+        self.actors = [actor_class.remote(config, rank) for rank in range(world_size)]
+
+    def async_start(self) -> dict[str, ray.ObjectRef]:
+        """Tell the ranks where to meet; each is ready when its model is built."""
+        first = {f"{self.role} rank 0": self.actors[0].rendezvous.remote()}
+        phase = f"start of the {self.role}"
+        address, port = get_all(first, phase=phase, timeout_s=self.timeout_s)[0]
+        return self.async_call("start", address, port)
+
+    def call(self, method: str, *args: Any) -> list[Any]:
+        """Run `method` on every rank and wait: results in rank order."""
+        refs = self.async_call(method, *args)
+        return get_all(refs, phase=f"{self.role} {method}", timeout_s=self.timeout_s)
+
+    def async_call(self, method: str, *args: Any, **kwargs: Any) -> dict[str, ray.ObjectRef]:
+        """Start `method` on every rank: actor name -> reference, in rank order."""
+        return {
+            f"{self.role} rank {rank}": getattr(actor, method).remote(*args, **kwargs)
+            for rank, actor in enumerate(self.actors)
+        }
+
+    def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
+        """[N, S] float32 log-probs in nats, 0 where masked, at the sampling temperature."""
+        logprobs = torch.zeros(batch.input_ids.shape, dtype=torch.float32)
+        for result in self.call("compute_logprobs", ray.put(batch)):
+            if result is not None:
+                rows, values = result
+                logprobs[rows] = values
+        return logprobs
+
+    def close(self) -> None:
+        """Kill the ranks; whatever they do is given up."""
+        for actor in self.actors:
+            ray.kill(actor)
+
+
+def process_env(threads: int) -> dict[str, str]:
+    """Environment of an actor process that computes on `threads` CPU threads."""
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(("HF_", "NCCL_", "NVTE_", "TORCH_"))
+    }
+    return inherited | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}

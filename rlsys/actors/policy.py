@@ -1,0 +1,137 @@
+"""The policy: a group of actors, each one rank of the trained model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from rlsys.actors.model_group import ModelActors, ModelRank
+from rlsys.config import Config
+from rlsys.types import TrainBatch, UpdateOutput
+from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.sender import WeightSender
+from rlsys.weight_sync.transport import make_transport
+
+
+class PolicyRank(ModelRank):
+    """One rank of the policy."""
+
+    def start(self, address: str, port: int) -> None:
+        """Build model and optimizer."""
+        policy = self.config.policy
+        self.join(
+            address,
+            port,
+            world_size=policy.world_size,
+            tensor_parallel_size=policy.tensor_parallel_size,
+            pipeline_parallel_size=policy.pipeline_parallel_size,
+        )
+        from rlsys.engines.megatron import MegatronPolicy
+
+        self.engine = MegatronPolicy(self.config)
+
+    def weight_metadata(self) -> list[TensorMeta]:
+        """See MegatronWeights.metadata."""
+        return self.engine.weights.metadata()
+
+    def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
+        """See MegatronModel.compute_logprobs."""
+        return self.engine.compute_logprobs(batch)
+
+    def update(self, batch: TrainBatch, loss: str) -> UpdateOutput | None:
+        """See MegatronPolicy.update."""
+        return self.engine.update(batch, loss=loss)
+
+    def connect_weight_sync(
+        self,
+        *,
+        address: str,
+        port: int,
+        world_size: int,
+        bucket_bytes: int,
+        verify: bool,
+        timeout_s: float,
+    ) -> None:
+        """Rank 0 joins the weight sync group as its sender; see WeightPublisher."""
+        if self.rank != 0:
+            return
+        self.sender = WeightSender(
+            self.engine.weights.metadata(),
+            transport=make_transport(self.config.weight_sync.transport, self.engine.device),
+            bucket_bytes=bucket_bytes,
+            verify=verify,
+        )
+        self.sender.connect(address, port, world_size=world_size, timeout_s=timeout_s)
+
+    def send_weights(self) -> list[int] | None:
+        """Take part in exporting; rank 0 sends what is exported and returns the checksums."""
+        tensors = self.engine.weights.export()
+        if self.rank == 0:
+            return self.sender.send(tensors)
+        for _ in tensors:  # the other ranks' part is in the collectives
+            pass
+        return None
+
+    def save_model(self, folder: Path) -> None:
+        """See MegatronPolicy.save_model."""
+        self.engine.save_model(folder)
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """See MegatronPolicy.save_checkpoint."""
+        self.engine.save_checkpoint(folder)
+
+    def load_checkpoint(self, folder: Path) -> int:
+        """See MegatronPolicy.load_checkpoint."""
+        return self.engine.load_checkpoint(folder)
+
+
+class PolicyActors(ModelActors):
+    """The policy as the driver sees it."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        options: dict[str, Any],
+        rank_class: type[PolicyRank] = PolicyRank,
+    ):
+        world_size = config.policy.world_size
+        super().__init__(
+            rank_class, config, role="policy", world_size=world_size, options=options
+        )
+        self.policy_version = 0
+        """Completed updates: the version of the weights that the next publish sends."""
+
+    def weight_metadata(self) -> list[TensorMeta]:
+        """Every tensor that a weight sync sends, in its order."""
+        return self.call("weight_metadata")[0]
+
+    def async_connect_weight_sync(self, **connection: Any) -> dict[str, ray.ObjectRef]:
+        """Connect the sender to the rollout engines; see WeightPublisher."""
+        return self.async_call("connect_weight_sync", **connection)
+
+    def async_send_weights(self) -> dict[str, ray.ObjectRef]:
+        """Send the weights; the first result is the checksum of each bucket."""
+        return self.async_call("send_weights")
+
+    def update(self, batch: TrainBatch, *, loss: str = "grpo") -> UpdateOutput:
+        """All optimizer steps of one rollout on `batch`; raises policy_version by one."""
+        outputs = self.call("update", ray.put(batch), loss)
+        output = next(output for output in outputs if output is not None)
+        self.policy_version = output.policy_version
+        return output
+
+    def save_model(self, folder: Path) -> None:
+        """Write a Hugging Face model folder; whole or not at all."""
+        self.call("save_model", folder)
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write everything that continuing exactly needs."""
+        self.call("save_checkpoint", folder)
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        self.policy_version = self.call("load_checkpoint", folder)[0]

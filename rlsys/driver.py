@@ -1,0 +1,121 @@
+"""THE loop: sample, score, compare within groups, update, publish weights."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
+from rlsys.algo.batching import build_train_batch
+from rlsys.algo.metrics import rollout_metrics
+from rlsys.config import Config
+from rlsys.timing import PhaseTimer
+from rlsys.tracking.base import Tracker
+from rlsys.types import RolloutGroup, TrainBatch, UpdateOutput
+
+
+class Rollouts(Protocol):
+    """Prompts in, scored groups out."""
+
+    def next_batch(self, step: int) -> list[RolloutGroup]:
+        """The P scored groups of a step."""
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Metrics of the held-out prompts, as eval/<name>."""
+
+    def epoch(self, step: int) -> float:
+        """Passes over the training data after `step` steps."""
+
+
+class Policy(Protocol):
+    """The trained model."""
+
+    policy_version: int
+    """Updates so far: one a step, so also the last step that was taken."""
+
+    def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
+        """[N, S] float32 log-probs, in nats."""
+
+    def update(self, batch: TrainBatch) -> UpdateOutput:
+        """All optimizer steps of one rollout."""
+
+
+class Reference(Protocol):
+    """The frozen model."""
+
+    def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
+        """[N, S] float32 log-probs, in nats."""
+
+
+class Publisher(Protocol):
+    """Weight sync."""
+
+    def publish(self) -> dict[str, float]:
+        """Give every rollout engine the policy's weights; returns metrics."""
+
+
+class Checkpoints(Protocol):
+    """What is kept to continue from."""
+
+    def after_step(self, step: int) -> None:
+        """Save when it is time to."""
+
+
+def train(
+    config: Config,
+    rollouts: Rollouts,
+    policy: Policy,
+    reference: Reference | None,
+    publisher: Publisher,
+    tracker: Tracker,
+    checkpoints: Checkpoints,
+) -> None:
+    """GRPO from the policy's version to config.max_steps.
+
+    Args:
+        config: of the run.
+        rollouts: samples with the weights that were published last.
+        policy: what is trained.
+        reference: where the KL term measures from; None when beta = 0.
+        publisher: sends the policy's weights to the rollout engines.
+        tracker: takes metrics and completions.
+        checkpoints: keeps what a later process continues from.
+    """
+    publisher.publish()  # the engines hold policy.policy_version from here on
+    if config.eval_steps is not None and policy.policy_version == 0:
+        tracker.log_metrics(0, rollouts.evaluate(0))
+    for step in range(policy.policy_version + 1, config.max_steps + 1):
+        timer = PhaseTimer()
+        with timer("rollout"):
+            groups_P = rollouts.next_batch(step)
+        with timer("advantages"):  # central: the only place where completions meet
+            advantages_PG = group_relative_advantages(
+                rewards_matrix(groups_P), scale_rewards=config.grpo.scale_rewards
+            )
+            batch = build_train_batch(groups_P, advantages_PG)
+        if reference is not None:
+            with timer("ref_logprobs"):
+                batch.ref_logprobs = reference.compute_logprobs(batch)
+        if config.recompute_old_logprobs:  # more than one optimizer step a rollout
+            with timer("old_logprobs"):
+                batch.old_logprobs = policy.compute_logprobs(batch)
+        with timer("policy_update"):
+            update = policy.update(batch)
+        with timer("weight_sync"):
+            sync_metrics = publisher.publish()
+        metrics = rollout_metrics(groups_P, advantages_PG) | update.metrics | sync_metrics
+        metrics |= {"epoch": rollouts.epoch(step), "policy_version": update.policy_version}
+        tracker.log_metrics(step, metrics | timer.metrics() | _throughput(batch, timer))
+        if config.eval_steps is not None and step % config.eval_steps == 0:
+            tracker.log_metrics(step, rollouts.evaluate(step))
+        checkpoints.after_step(step)
+
+
+def _throughput(batch: TrainBatch, timer: PhaseTimer) -> dict[str, float]:
+    """Tokens a second: completion tokens of the rollout, all tokens of the update."""
+    seconds = timer.metrics()
+    return {
+        "rollout/tokens_per_second": batch.completion_mask.sum().item() / seconds["time/rollout"],
+        "update/tokens_per_second": batch.lengths.sum().item() / seconds["time/policy_update"],
+    }

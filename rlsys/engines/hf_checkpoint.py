@@ -1,0 +1,120 @@
+"""Hugging Face model folders: lazy reading, atomic writing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+MAX_SHARD_BYTES = 4 * 2**30
+INDEX = "model.safetensors.index.json"
+
+
+def resolve_model_path(path: str) -> Path:
+    """The local folder of a model: `path` itself, or the hub's snapshot of that id."""
+    if Path(path).is_dir():
+        return Path(path)
+    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+
+
+class SafetensorsReader:
+    """The tensors of a folder of safetensors files by name, each read only when asked for.
+
+    Raises:
+        ValueError: the folder holds no safetensors, or a tensor is missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._stack = ExitStack()
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise ValueError(
+                f"{folder} holds no .safetensors file. Save the model with "
+                "`model.save_pretrained(folder)` of transformers."
+            )
+        handles = [self._stack.enter_context(safe_open(file, "pt")) for file in files]
+        self._handle_of = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+
+    def __enter__(self) -> SafetensorsReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handle_of
+
+    def shard(self, name: str, axis: int | None, rank: int, num_shards: int) -> torch.Tensor:
+        """Slice `rank` of `num_shards` equal slices of tensor `name` along `axis`; all if None."""
+        if name not in self._handle_of:
+            raise ValueError(f"tensor {name!r} is missing in {self.folder}")
+        tensor = self._handle_of[name].get_slice(name)
+        if axis is None or num_shards == 1:
+            return tensor[:]
+        size = tensor.get_shape()[axis] // num_shards
+        own = slice(rank * size, (rank + 1) * size)
+        return tensor[own] if axis == 0 else tensor[:, own]
+
+
+def save_model_folder(
+    source: Path, folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
+    """Write `folder` as a model folder: the weights `tensors`, config and tokenizer of `source`.
+
+    Everything is written to a folder beside it first, which then takes its name: `folder` is
+    either whole or not there (or still what it was).
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for file in source.iterdir():
+        if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".gguf"):
+            shutil.copyfile(file, partial / file.name)
+    _write_shards(partial, tensors)
+    config = json.loads((partial / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Shards of at most MAX_SHARD_BYTES, held one at a time, with an index when there are several."""
+    shards: list[tuple[Path, list[str]]] = []
+    total_bytes = 0
+
+    def flush(shard: dict[str, torch.Tensor]) -> None:
+        file = folder / f"shard-{len(shards)}.safetensors"
+        save_file(shard, file, metadata={"format": "pt"})
+        shards.append((file, list(shard)))
+
+    shard: dict[str, torch.Tensor] = {}
+    shard_bytes = 0
+    for name, tensor in tensors:
+        if shard and shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+            flush(shard)
+            shard, shard_bytes = {}, 0
+        # The exporter may reuse its buffers, and one file must not hold two views of one storage.
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush(shard)
+    if len(shards) == 1:
+        shards[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, (file, names) in enumerate(shards, 1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,330 @@
+"""The trained (policy) or frozen (reference) language model on megatron-core: one rank of it.
+
+No Ray here: the same classes run under torchrun. Parallel layout, optimizer, clipping, learning
+rate, recompute and pipeline schedule are megatron-core's; this module feeds them packed
+micro-batches and the loss of `rlsys.algo`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from transformers import AutoConfig
+
+from rlsys.algo.batching import (
+    PackedMicroBatch,
+    loss_weights,
+    micro_batches,
+    optimizer_step_rows,
+    pack,
+    shard_rows,
+    unpack_logprobs,
+)
+from rlsys.algo.losses import LossInput, losses
+from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
+from rlsys.config import Config
+from rlsys.engines.hf_checkpoint import SafetensorsReader, resolve_model_path, save_model_folder
+from rlsys.engines.megatron_model import LogprobHead, build_model, transformer_config
+from rlsys.engines.megatron_weights import MegatronWeights
+from rlsys.types import TrainBatch, UpdateOutput
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """Where this rank stands among those that share one model."""
+
+    rank: int
+    world_size: int
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    master_address: str
+    master_port: int
+    timeout_s: float
+
+
+def initialize_parallel(layout: ParallelLayout, *, seed: int) -> None:
+    """Join the process group and build megatron-core's parallel groups on it."""
+    timeout = timedelta(seconds=layout.timeout_s)
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        init_method=f"tcp://{layout.master_address}:{layout.master_port}",
+        rank=layout.rank,
+        world_size=layout.world_size,
+        timeout=timeout,
+    )
+    parallel_state.initialize_model_parallel(
+        layout.tensor_parallel_size,
+        layout.pipeline_parallel_size,
+        distributed_timeout_minutes=max(1, math.ceil(layout.timeout_s / 60)),
+    )
+    model_parallel_cuda_manual_seed(seed)
+
+
+class MegatronModel:
+    """A model that computes log-probs: all that the reference needs, the policy's base.
+
+    `initialize_parallel` comes first.
+    """
+
+    def __init__(self, config: Config, path: str):
+        self.config = config
+        self.on_cpu = not torch.cuda.is_available()
+        self.device = torch.device("cpu" if self.on_cpu else "cuda")
+        self.folder = resolve_model_path(path)
+        self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
+        self.hf_config = AutoConfig.from_pretrained(self.folder)
+        self.transformer_config = transformer_config(
+            self.hf_config, dtype=self.dtype, recompute=config.policy.recompute, on_cpu=self.on_cpu
+        )
+        self.model = build_model(self.hf_config, self.transformer_config).to(self.device)
+        self.weights = MegatronWeights(
+            self.model,
+            self.hf_config,
+            tp_group=parallel_state.get_tensor_model_parallel_group(),
+            pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        with SafetensorsReader(self.folder) as reader:
+            self.weights.load(reader)
+        self._head = LogprobHead(self.model) if self.model.post_process else None
+        self._dp_rank = parallel_state.get_data_parallel_rank()
+        self._dp_size = parallel_state.get_data_parallel_world_size()
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank is the one of its model replica that returns results."""
+        return self.model.post_process and parallel_state.get_tensor_model_parallel_rank() == 0
+
+    @torch.no_grad()
+    def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
+        """Log-probs of this data-parallel rank's share of the rows, at the sampling temperature.
+
+        Returns:
+            (row indices, [len(rows), S] float32), or None on ranks that do not report.
+        """
+        rows = shard_rows(
+            list(range(len(batch.lengths))), batch.lengths.tolist(), num_shards=self._dp_size
+        )[self._dp_rank]
+        packed, row_lists = self._pack(batch, rows, torch.zeros(batch.input_ids.shape))
+
+        def collect(logprobs: torch.Tensor, _: torch.Tensor, __: PackedMicroBatch):
+            return logprobs.new_zeros(()), {"logprobs": logprobs}
+
+        self.model.eval()
+        outputs = self._forward_backward(packed, collect, forward_only=True)
+        self.model.train()
+        if not self.reports:
+            return None
+        result = torch.zeros(batch.input_ids.shape, dtype=torch.float32)
+        for output, micro_batch, micro_rows in zip(outputs, packed, row_lists, strict=True):
+            unpack_logprobs(output["logprobs"].cpu(), micro_batch, result, micro_rows)
+        return rows, result[rows]
+
+    def _pack(
+        self, batch: TrainBatch, rows: list[int], weights: torch.Tensor
+    ) -> tuple[list[PackedMicroBatch], list[list[int]]]:
+        """Micro-batches of `rows`; of equal size where pipeline stages exchange them."""
+        policy, tp = self.config.policy, self.transformer_config.tensor_model_parallel_size
+        lengths = batch.lengths.tolist()
+        row_lists = micro_batches(
+            rows,
+            lengths,
+            micro_batch_size=policy.micro_batch_size,
+            max_tokens=policy.max_tokens_per_micro_batch,
+        )
+        total_tokens = None
+        if self.transformer_config.pipeline_model_parallel_size > 1:
+            longest = max(sum(lengths[row] for row in rows) for rows in row_lists)
+            total_tokens = math.ceil(longest / tp) * tp
+        packed = [
+            pack(batch, rows, weights, multiple_of=tp, total_tokens=total_tokens)
+            for rows in row_lists
+        ]
+        return packed, row_lists
+
+    def _forward_backward(
+        self,
+        packed: list[PackedMicroBatch],
+        loss_of: Callable[[torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, dict]],
+        *,
+        forward_only: bool,
+        model: torch.nn.Module | None = None,
+    ) -> list[dict]:
+        """Run megatron-core's schedule; `loss_of(logprobs_T, entropy_T, micro_batch)` ends it.
+
+        Returns:
+            the second result of `loss_of` of every micro-batch, on the last pipeline stage.
+        """
+
+        def forward_step(micro_batches: Iterator[PackedMicroBatch], model: torch.nn.Module):
+            micro_batch = next(micro_batches).to(self.device)
+            hidden = model(
+                micro_batch.input_ids[None],
+                micro_batch.position_ids[None],
+                attention_mask=None,
+                packed_seq_params=PackedSeqParams(
+                    qkv_format="thd",
+                    cu_seqlens_q=micro_batch.cu_seqlens,
+                    cu_seqlens_kv=micro_batch.cu_seqlens,
+                    max_seqlen_q=micro_batch.max_seqlen,
+                    max_seqlen_kv=micro_batch.max_seqlen,
+                ),
+            )
+
+            def loss(hidden: torch.Tensor):
+                assert self._head is not None, "only the last pipeline stage has a loss"
+                logprobs, entropy = self._head(
+                    hidden, micro_batch.targets, self.config.rollout.temperature
+                )
+                return loss_of(logprobs, entropy, micro_batch)
+
+            return hidden, loss
+
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(packed),
+            model=[model or self.model],
+            num_microbatches=len(packed),
+            seq_length=len(packed[0].input_ids),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+
+class MegatronPolicy(MegatronModel):
+    """The model with its optimizer: updated from batches, exported to rollout engines."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.model.path)
+        policy = config.policy
+        self.ddp = DistributedDataParallel(
+            self.transformer_config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=policy.use_distributed_optimizer,
+                check_for_nan_in_grad=True,
+            ),
+            self.model,
+        )
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=policy.lr,
+                min_lr=policy.min_lr,
+                weight_decay=policy.weight_decay,
+                adam_beta1=policy.adam_beta1,
+                adam_beta2=policy.adam_beta2,
+                adam_eps=policy.adam_eps,
+                clip_grad=policy.max_grad_norm,
+                bf16=self.dtype == torch.bfloat16,
+                params_dtype=self.dtype,
+                use_distributed_optimizer=policy.use_distributed_optimizer,
+            ),
+            [self.ddp],
+        )
+        self.transformer_config.finalize_model_grads_func = finalize_model_grads
+        self.transformer_config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = self._build_scheduler()
+        self.policy_version = 0
+
+    def _build_scheduler(self) -> OptimizerParamScheduler:
+        policy = self.config.policy
+        total = self.config.max_steps * self.config.optimizer_steps_per_rollout
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=policy.lr,
+            min_lr=policy.min_lr,
+            lr_warmup_steps=math.ceil(policy.warmup_ratio * total),
+            # The scheduler is stepped before each update, so that the first one already moves;
+            # one more than `total` keeps the last one from being at min_lr, which may be 0.
+            lr_decay_steps=total + 1,
+            lr_decay_style=policy.lr_scheduler_type,
+            start_wd=policy.weight_decay,
+            end_wd=policy.weight_decay,
+            wd_incr_steps=total,
+            wd_incr_style="constant",
+        )
+
+    def update(self, batch: TrainBatch, *, loss: str = "grpo") -> UpdateOutput | None:
+        """All optimizer steps of one rollout; raises policy_version by one.
+
+        Args:
+            batch: the whole generation batch; each data-parallel rank takes its own rows of it.
+            loss: name of a registered loss; "sft" for a supervised warm start.
+
+        Returns:
+            metrics reduced over ranks, on one rank; None on the others.
+        """
+        steps = optimizer_step_rows(
+            len(batch.lengths),
+            global_batch_size=self.config.global_batch_size,
+            num_iterations=self.config.grpo.num_iterations,
+            seed=hash((self.config.seed, self.policy_version)),  # of ints: the same in every process
+        )
+        metrics = [self._optimizer_step(batch, rows, loss) for rows in steps]
+        self.policy_version += 1
+        if not self.reports or self._dp_rank != 0:
+            return None
+        return UpdateOutput(self.policy_version, combine_optimizer_steps(metrics))
+
+    def _optimizer_step(self, batch: TrainBatch, rows: list[int], loss: str) -> dict[str, float]:
+        """One step on completions `rows` of `batch`: forward, backward, clip, AdamW."""
+        weights = torch.zeros(batch.input_ids.shape)
+        weights[rows] = loss_weights(
+            batch.completion_mask[rows],
+            loss_type=self.config.grpo.loss_type,
+            max_completion_length=self.config.rollout.max_completion_length,
+        )
+        own = shard_rows(rows, batch.lengths.tolist(), num_shards=self._dp_size)[self._dp_rank]
+        packed, _ = self._pack(batch, own, weights)
+        # The weights already hold the global denominator. megatron-core's schedule divides by the
+        # number of micro-batches and its DDP by the number of replicas: both are undone here.
+        undo_averaging = len(packed) * self._dp_size
+
+        def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch):
+            inputs = LossInput.from_packed(micro_batch, logprobs, entropy)
+            value, statistics = losses[loss](inputs, self.config.grpo)
+            return value * undo_averaging, statistics
+
+        self.scheduler.step(increment=1)
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._forward_backward(packed, loss_of, forward_only=False, model=self.ddp)
+        _, grad_norm, _ = self.optimizer.step()
+        if not self.model.post_process:
+            return {}
+        sums = MetricSums()
+        for statistics in outputs:
+            sums.add(statistics)
+        sums.all_reduce(parallel_state.get_data_parallel_group())
+        return sums.means() | {
+            "grad_norm": float(grad_norm),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def save_model(self, folder: Path) -> None:
+        """Write a Hugging Face model folder; every rank calls, the first one writes."""
+        tensors = self.weights.export()
+        if dist.get_rank() == 0:
+            save_model_folder(self.folder, folder, tensors, self.dtype)
+        else:
+            for _ in tensors:  # takes part in the collectives
+                pass
+        dist.barrier()

@@ -1,0 +1,87 @@
+"""A megatron-core layer spec without Transformer Engine: torch's RMSNorm and SDPA, packed (thd).
+
+Used where Transformer Engine is not there, which is to say on CPU. megatron-core's own local spec
+has a norm that refuses sequence parallelism and an attention that refuses packed sequences.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """torch's RMSNorm whose gradient megatron-core sums over the sequence-parallel ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any):
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention over packed sequences, with grouped queries.
+
+    The sequences of a micro-batch are scattered into right-padded rows and attended in one call:
+    under a causal mask no real token sees the padding on its right, so no mask is needed.
+    """
+
+    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any):
+        super().__init__(config)
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        packed_seq_params: PackedSeqParams,
+        **_: Any,
+    ) -> torch.Tensor:
+        """[T, heads, head_dim] queries, [T, kv_heads, head_dim] keys and values -> [T, heads*head_dim]."""
+        assert attention_mask is None, "packed sequences are causal by construction"
+        cu_seqlens = packed_seq_params.cu_seqlens_q.long()
+        lengths = cu_seqlens.diff()
+        # (row, column) of every token in the padded layout
+        rows = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
+        columns = torch.arange(len(rows), device=query.device) - cu_seqlens[rows]
+        shape = (len(lengths), int(lengths.max()))
+
+        def pad(packed: torch.Tensor) -> torch.Tensor:
+            padded = packed.new_zeros(*shape, *packed.shape[1:])
+            return padded.index_put((rows, columns), packed).transpose(1, 2)
+
+        attended = F.scaled_dot_product_attention(
+            pad(query),
+            pad(key),
+            pad(value),
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+        return attended.transpose(1, 2)[rows, columns].flatten(1)
+
+
+def torch_layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
+    """The decoder block of a dense model, without Transformer Engine."""
+    layer = get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )

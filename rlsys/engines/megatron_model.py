@@ -1,0 +1,178 @@
+"""A Hugging Face config as a megatron-core GPTModel: this rank's part of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.engines.megatron_weights import has_qk_norm, has_qkv_bias, head_dimension
+
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+LOGPROB_CHUNK_TOKENS = 1024
+"""Logits exist for this many tokens at a time: 1024 x 151,936 in fp32 are 0.6 GB."""
+
+
+def transformer_config(
+    hf: PretrainedConfig, *, dtype: torch.dtype, recompute: str, on_cpu: bool
+) -> TransformerConfig:
+    """megatron-core's config of a dense Llama, Qwen2 or Qwen3 for the initialised parallel layout.
+
+    Raises:
+        ValueError: the architecture, or an option of it, is not supported.
+    """
+    _check_supported(hf)
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    options: dict[str, Any] = {}
+    if on_cpu:
+        # Each names a CUDA kernel or stream that the CPU does not have.
+        options |= dict.fromkeys(
+            [
+                "persist_layer_norm",
+                "masked_softmax_fusion",
+                "gradient_accumulation_fusion",
+                "bias_activation_fusion",
+                "bias_dropout_fusion",
+                "apply_rope_fusion",
+                "batch_p2p_comm",
+                "batch_p2p_sync",
+            ],
+            False,
+        )
+    if recompute == "full":
+        options |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        ffn_hidden_size=hf.intermediate_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=head_dimension(hf),
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=has_qkv_bias(hf),
+        qk_layernorm=has_qk_norm(hf),
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        sequence_parallel=tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,  # every weight is read from the checkpoint
+        **options,
+    )
+
+
+def build_model(hf: PretrainedConfig, config: TransformerConfig) -> GPTModel:
+    """This rank's GPTModel, without weights; its output is hidden states, see `LogprobHead`."""
+    if importlib.util.find_spec("transformer_engine") is not None:
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    else:
+        from rlsys.engines.megatron_layers import torch_layer_spec
+
+        spec = torch_layer_spec(config)
+    model = GPTModel(
+        config,
+        spec,
+        vocab_size=hf.vocab_size,
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=hf.rope_parameters["rope_theta"],
+    )
+    _scale_rope(model, hf)
+    if model.post_process:
+        # The logits of a whole micro-batch would be the largest tensor of the step, so the model
+        # ends at its hidden states and log-probs are taken from them chunk by chunk.
+        model.output_layer.forward = lambda hidden, **_: (hidden, None)
+    return model
+
+
+class LogprobHead:
+    """Log-probs from the last stage's hidden states; correct under vocabulary parallelism."""
+
+    def __init__(self, model: GPTModel):
+        self._model = model
+        self._group = parallel_state.get_tensor_model_parallel_group()
+        shard = model.vocab_size // self._group.size()
+        self._vocab_start = self._group.rank() * shard
+
+    def __call__(
+        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, T / sp, H] hidden states, [T] targets -> [T] log-probs in nats, [T] entropies.
+
+        T is this micro-batch's tokens; sp is the sequence-parallel size.
+        """
+        model, group = self._model, self._group
+        hidden = hidden.squeeze(0)
+        if model.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        if model.share_embeddings_and_output_weights:
+            weight = model.shared_embedding_or_output_weight()
+        else:
+            weight = model.output_layer.weight
+        return chunked_logprobs(
+            hidden,
+            weight,
+            targets,
+            temperature=temperature,
+            chunk_size=LOGPROB_CHUNK_TOKENS,
+            vocab_start=self._vocab_start,
+            group=group if group.size() > 1 else None,
+        )
+
+
+def _check_supported(hf: PretrainedConfig) -> None:
+    if hf.model_type not in SUPPORTED_MODEL_TYPES:
+        raise ValueError(
+            f"model_type {hf.model_type!r} is not supported; use a dense model of "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
+        )
+    options = hf.to_dict()
+    for name, wanted in {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "hidden_act": "silu",
+    }.items():
+        if options.get(name, wanted) != wanted:
+            raise ValueError(f"{hf.model_type} with {name} = {options[name]!r} is not supported")
+
+
+def _scale_rope(model: GPTModel, hf: PretrainedConfig) -> None:
+    """Use transformers' own rotary frequencies where the config scales them (Llama 3 does)."""
+    kind = hf.rope_parameters["rope_type"]
+    if kind == "default":
+        return
+    if kind not in ("linear", "llama3"):
+        raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf, model.rotary_pos_emb.inv_freq.device)
+    model.rotary_pos_emb.inv_freq = frequencies

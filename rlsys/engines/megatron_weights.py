@@ -1,0 +1,294 @@
+"""Hugging Face weights in and out of megatron-core: one table, used in both directions.
+
+megatron-core fuses what Hugging Face keeps apart (q, k, v into `linear_qkv`, interleaved by query
+group; gate and up into `linear_fc1`) and cuts it over tensor- and pipeline-parallel ranks. The
+table has one row for each megatron parameter of the whole model; loading reads just this rank's
+slices, exporting streams whole Hugging Face tensors, one parameter at a time. Both are copies, so
+a round trip is bit-equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from transformers import PretrainedConfig
+
+from rlsys.engines.hf_checkpoint import SafetensorsReader
+from rlsys.weight_sync.plan import TensorMeta
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """One megatron parameter and the Hugging Face tensors it is made of."""
+
+    names: tuple[str, ...]
+    """Its name with the global layer number; the second one is Transformer Engine's, where it
+    differs."""
+    hf_names: tuple[str, ...]
+    hf_shapes: tuple[tuple[int, ...], ...]
+    tp_axis: int | None
+    """The axis that tensor parallelism cuts, of the Hugging Face tensors; None: replicated."""
+    query_groups: int = 0
+    """For linear_qkv: query groups of the whole model, by which q, k and v are interleaved."""
+
+    def fuse(self, parts: list[torch.Tensor], tp_size: int) -> torch.Tensor:
+        """One rank's slices of the Hugging Face tensors -> its megatron parameter."""
+        if not self.query_groups:
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        groups = self.query_groups // tp_size
+        return torch.cat(
+            [part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1
+        ).flatten(0, 1)
+
+    def split(self, fused: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
+        """One rank's megatron parameter -> its slices of the Hugging Face tensors."""
+        if len(self.hf_names) == 1:
+            return [fused]
+        rows = [shape[0] // tp_size for shape in self.hf_shapes]
+        if not self.query_groups:
+            return list(fused.split(rows))
+        groups = self.query_groups // tp_size
+        by_group = fused.reshape(groups, -1, *fused.shape[1:])
+        return [part.flatten(0, 1) for part in by_group.split([r // groups for r in rows], dim=1)]
+
+
+def weight_table(config: PretrainedConfig) -> list[WeightRow]:
+    """Every parameter of a dense Llama, Qwen2 or Qwen3, in the order of the model."""
+    hidden, vocab = config.hidden_size, config.vocab_size
+    rows = [WeightRow((EMBEDDING,), (HF_EMBEDDING,), ((vocab, hidden),), 0)]
+    for layer in range(config.num_hidden_layers):
+        rows += _layer_rows(config, layer)
+    rows.append(
+        WeightRow(("decoder.final_layernorm.weight",), ("model.norm.weight",), ((hidden,),), None)
+    )
+    if not config.tie_word_embeddings:
+        rows.append(WeightRow((OUTPUT,), (HF_OUTPUT,), ((vocab, hidden),), 0))
+    return rows
+
+
+def _layer_rows(config: PretrainedConfig, layer: int) -> list[WeightRow]:
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    groups, head_dim = config.num_key_value_heads, head_dimension(config)
+    q_rows, kv_rows = config.num_attention_heads * head_dim, groups * head_dim
+
+    def row(
+        names: list[str],
+        hf_names: list[str],
+        hf_shapes: list[tuple[int, ...]],
+        tp_axis: int | None,
+        query_groups: int = 0,
+    ) -> WeightRow:
+        return WeightRow(
+            tuple(f"decoder.layers.{layer}.{name}" for name in names),
+            tuple(f"model.layers.{layer}.{name}" for name in hf_names),
+            tuple(hf_shapes),
+            tp_axis,
+            query_groups,
+        )
+
+    def norm(names: list[str], hf_name: str, size: int = hidden) -> WeightRow:
+        return row(names, [hf_name], [(size,)], None)
+
+    qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    attention = [
+        row(
+            ["self_attention.linear_qkv.weight"],
+            [f"{name}.weight" for name in qkv],
+            [(q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)],
+            0,
+            groups,
+        ),
+        row(["self_attention.linear_proj.weight"], ["self_attn.o_proj.weight"], [(hidden, q_rows)], 1),
+    ]
+    if has_qkv_bias(config):
+        attention.append(
+            row(
+                ["self_attention.linear_qkv.bias"],
+                [f"{name}.bias" for name in qkv],
+                [(q_rows,), (kv_rows,), (kv_rows,)],
+                0,
+                groups,
+            )
+        )
+    if has_qk_norm(config):
+        attention += [
+            norm([f"self_attention.{x}_layernorm.weight"], f"self_attn.{x}_norm.weight", head_dim)
+            for x in "qk"
+        ]
+    return [
+        norm(
+            ["input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"],
+            "input_layernorm.weight",
+        ),
+        *attention,
+        norm(
+            ["pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"],
+            "post_attention_layernorm.weight",
+        ),
+        row(
+            ["mlp.linear_fc1.weight"],
+            ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+            [(ffn, hidden), (ffn, hidden)],
+            0,
+        ),
+        row(["mlp.linear_fc2.weight"], ["mlp.down_proj.weight"], [(hidden, ffn)], 1),
+    ]
+
+
+def head_dimension(config: PretrainedConfig) -> int:
+    """Size of one attention head; Llama configs may leave it out."""
+    explicit = config.to_dict().get("head_dim")
+    return explicit or config.hidden_size // config.num_attention_heads
+
+
+def has_qkv_bias(config: PretrainedConfig) -> bool:
+    """Whether q, k and v have a bias: always in Qwen2, which does not say so in its config."""
+    return config.model_type == "qwen2"
+
+
+def has_qk_norm(config: PretrainedConfig) -> bool:
+    """Whether q and k are normalised by head."""
+    return config.model_type == "qwen3"
+
+
+class MegatronWeights:
+    """The weights of one rank's part of a model, by the table.
+
+    Args:
+        model: the bare GPTModel of this rank.
+        config: of the Hugging Face model.
+        tp_group, pp_group: this rank's parallel groups.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        config: PretrainedConfig,
+        *,
+        tp_group: dist.ProcessGroup,
+        pp_group: dist.ProcessGroup,
+    ):
+        self.table = weight_table(config)
+        self.tied = config.tie_word_embeddings
+        self._tp, self._pp = tp_group, pp_group
+        self._parameters = _named_globally(model)
+        self._dtype = next(model.parameters()).dtype
+        self._owners = self._pipeline_owners()
+        self._mark_tensor_parallel()
+
+    def metadata(self) -> list[TensorMeta]:
+        """Name, dtype and shape of every Hugging Face tensor, in the order of `export`."""
+        dtype = str(self._dtype).removeprefix("torch.")
+        return [
+            TensorMeta(name, dtype, shape)
+            for row in self.table
+            for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)
+        ]
+
+    @torch.no_grad()
+    def load(self, reader: SafetensorsReader) -> None:
+        """Read this rank's slices; raises ValueError where names or shapes do not fit."""
+        rank, size = self._tp.rank(), self._tp.size()
+        loaded = set()
+        for row in self.table:
+            name = self._own_name(row)
+            if name is not None:
+                parts = [reader.shard(hf, row.tp_axis, rank, size) for hf in row.hf_names]
+                self._copy(row.fuse(parts, size), name)
+                loaded.add(name)
+        if self.tied and OUTPUT in self._parameters:  # the last stage's copy of tied embeddings
+            self._copy(reader.shard(HF_EMBEDDING, 0, rank, size), OUTPUT)
+            loaded.add(OUTPUT)
+        missing = self._parameters.keys() - loaded
+        assert not missing, f"no Hugging Face tensor for {sorted(missing)}"
+
+    @torch.no_grad()
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole Hugging Face tensors, in order: on pipeline rank 0, and every rank must iterate.
+
+        Other pipeline ranks take part in the collectives and yield the same tensors.
+        """
+        for row, owner in zip(self.table, self._owners, strict=True):
+            name = self._own_name(row)
+            if self._pp.rank() == owner:
+                assert name is not None
+                tensors = self._gather(row, self._parameters[name].detach())
+            else:
+                tensors = [
+                    torch.empty(shape, dtype=self._dtype, device=self._device)
+                    for shape in row.hf_shapes
+                ]
+            if self._pp.size() > 1:
+                source = dist.get_global_rank(self._pp, owner)
+                for tensor in tensors:
+                    dist.broadcast(tensor, source, group=self._pp)
+            yield from zip(row.hf_names, tensors, strict=True)
+
+    def _mark_tensor_parallel(self) -> None:
+        """Say which parameters are cut over ranks, which megatron-core does as it initialises them.
+
+        We skip that initialisation, as every weight is loaded; an unmarked parameter is taken for
+        a replica and counted on one rank only, so that gradients would be clipped to a wrong norm.
+        """
+        for row in self.table:
+            name = self._own_name(row)
+            if name is not None and row.tp_axis is not None:
+                _mark(self._parameters[name], row.tp_axis)
+        if OUTPUT in self._parameters:
+            _mark(self._parameters[OUTPUT], 0)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
+    def _own_name(self, row: WeightRow) -> str | None:
+        return next((name for name in row.names if name in self._parameters), None)
+
+    def _copy(self, value: torch.Tensor, name: str) -> None:
+        parameter = self._parameters[name]
+        if parameter.shape != value.shape:
+            raise ValueError(
+                f"the checkpoint gives {name} shape {tuple(value.shape)}, its config.json "
+                f"{tuple(parameter.shape)}: weights and config are of different models"
+            )
+        parameter.copy_(value)
+
+    def _gather(self, row: WeightRow, fused: torch.Tensor) -> list[torch.Tensor]:
+        if row.tp_axis is None or self._tp.size() == 1:
+            return [part.contiguous() for part in row.split(fused, 1)]
+        shards = [torch.empty_like(fused) for _ in range(self._tp.size())]
+        dist.all_gather(shards, fused.contiguous(), group=self._tp)
+        by_rank = [row.split(shard, self._tp.size()) for shard in shards]
+        return [torch.cat(parts, dim=row.tp_axis) for parts in zip(*by_rank, strict=True)]
+
+    def _pipeline_owners(self) -> list[int]:
+        """For each row of the table, the first pipeline rank that has it."""
+        owned = [self._own_name(row) is not None for row in self.table]
+        by_rank: list[list[bool]] = [owned] * self._pp.size()
+        if self._pp.size() > 1:
+            dist.all_gather_object(by_rank, owned, group=self._pp)
+        return [next(rank for rank, has in enumerate(column) if has) for column in zip(*by_rank, strict=True)]
+
+
+def _mark(parameter: torch.nn.Parameter, axis: int) -> None:
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
+
+
+def _named_globally(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters by name, with layers numbered over the whole model instead of this stage."""
+    first_layer = model.decoder.layers[0].layer_number - 1
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, local, rest = name.split(".", 3)
+            name = f"decoder.layers.{int(local) + first_layer}.{rest}"
+        parameters[name] = parameter
+    return parameters
