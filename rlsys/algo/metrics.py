@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -41,7 +42,9 @@ def rollout_metrics(groups: list[RolloutGroup], advantages_PG: Tensor) -> dict[s
 
 
 def evaluation_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
-    """Rewards and lengths of held-out completions, which need not be several a prompt.
+    """Rewards and lengths of held-out completions, of which a prompt may have only one.
+
+    So there is no `reward_std` and no `frac_reward_zero_std`, which look within groups.
 
     Args:
         groups: P scored groups.
@@ -58,9 +61,8 @@ def _by_name_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
                 by_name[name].append(value)
     metrics = {}
     for name, values in by_name.items():
-        values_N = torch.tensor(values, dtype=torch.float64)
-        metrics[f"rewards/{name}/mean"] = values_N.mean().item()
-        metrics[f"rewards/{name}/std"] = values_N.std().item()
+        metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
+        metrics[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0
     return metrics
 
 
@@ -108,9 +110,9 @@ class MetricSums:
         self._maxima: dict[str, Tensor] = {}
         """Minima are kept here with their sign turned."""
 
-    def add(self, statistics: Mapping[str, Tensor]) -> None:
+    def add(self, of_micro_batch: Mapping[str, Tensor]) -> None:
         """Adds the statistics of one micro-batch: detached scalars on any one device."""
-        for key, value in statistics.items():
+        for key, value in of_micro_batch.items():
             value = value.detach().double()
             if key.endswith(("/max", "/min")):
                 value = -value if key.endswith("/min") else value

@@ -7,7 +7,12 @@ import torch
 from algo_cases import make_groups
 
 from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
-from rlsys.algo.metrics import MetricSums, combine_optimizer_steps, rollout_metrics
+from rlsys.algo.metrics import (
+    MetricSums,
+    combine_optimizer_steps,
+    evaluation_metrics,
+    rollout_metrics,
+)
 from rlsys.types import RewardOutput
 
 
@@ -53,6 +58,19 @@ def test_lengths_worked():
     assert metrics["completions/max_terminated_length"] == 3
     assert metrics["num_prompt_tokens"] == 12  # 3 tokens, once per completion
     assert metrics["num_completion_tokens"] == 15
+
+
+def test_evaluations_have_groups_of_one():
+    two = evaluation_metrics(groups_with_rewards([[0.0], [2.0]]))
+    assert two["reward"] == two["rewards/a/mean"] == 1
+    assert two["rewards/b/std"] == pytest.approx(2 * math.sqrt(2))
+    assert two["completions/mean_length"] == 2
+    one = evaluation_metrics(groups_with_rewards([[1.0]]))
+    assert one["rewards/a/mean"] == 1
+    assert one["rewards/a/std"] == 0
+    for metrics in (one, two):
+        assert "reward_std" not in metrics
+        assert all(map(math.isfinite, metrics.values()))
 
 
 def test_all_completions_cut_at_the_limit():
