@@ -17,7 +17,8 @@ class RunDir:
     """The files of one run.
 
     `status` holds one word: "running" from the start of training until the trackers are closed,
-    then "ended", whether the run reached its last step or failed. A killed process leaves "running".
+    then "ended", whether the run reached its last step or failed. A killed process leaves
+    "running".
     """
 
     path: Path

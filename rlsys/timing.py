@@ -41,6 +41,6 @@ class PhaseTimer:
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
 
     def metrics(self) -> dict[str, float]:
-        """`time/<phase>` in the order phases ended first, then `time/step`: seconds since the start."""
+        """Seconds: `time/<phase>` of each phase, and `time/step` since the construction."""
         phases = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
         return phases | {"time/step": self._clock() - self._start}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,19 +32,21 @@ class Column:
 
 COLUMNS = [
     Column("reward", "reward", ".3f", 7),
-    Column("±std", "reward_std", ".3f", 6),
+    Column("std", "reward_std", ".3f", 6),
     Column("length", "completions/mean_length", ".0f", 6),
     Column("clipped", "completions/clipped_ratio", ".3f", 7),
     Column("kl", "kl", ".4f", 7),
     Column("loss", "loss", ".2e", 9),
     Column("s/step", "time/step", ".1f", 6),
     Column("tok/s", "rollout/tokens_per_second", ".0f", 6),
-    Column("logp±", "sampling/logp_difference/mean", ".1e", 7),
+    Column("logp diff", "sampling/logp_difference/mean", ".1e", 9),
     Column("grad", "grad_norm", ".3g", 7),
-    Column("0-std", "frac_reward_zero_std", ".2f", 5),
+    Column("zero-std", "frac_reward_zero_std", ".2f", 8),
     Column("lr", "learning_rate", ".2g", 7),
 ]
 """The most important first: a terminal shows as many as fit."""
+EVALUATION_LABELS = {"eval/reward": "reward", "eval/completions/mean_length": "length"}
+"""Besides the reward functions."""
 ROWS_BETWEEN_HEADERS = 20
 
 
@@ -90,6 +93,7 @@ class TerminalTracker(Tracker):
         clock: Callable[[], float] = time.monotonic,
     ):
         self._max_steps = max_steps
+        self._step_width = 2 * len(str(max_steps)) + 1
         self._groups_per_step = groups_per_step
         self._console = console
         self._clock = clock
@@ -106,23 +110,25 @@ class TerminalTracker(Tracker):
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Print a row above the bar and move the bar."""
+        self._activity = "sampling" if step < self._max_steps else "finishing"
         if is_evaluation(metrics):
+            self._groups_of.pop(("eval", step), None)
             self._console.print(Text(evaluation_line(step, metrics), style="cyan"))
             return
+        self._groups_of.pop(("train", step), None)
         columns = self._columns()
         if self._rows % ROWS_BETWEEN_HEADERS == 0:
             header = "  ".join(f"{c.header:>{c.width}}" for c in columns)
-            self._console.print(Text(f"{'step':>7}  {header}", style="bold"))
+            self._console.print(Text(f"{'step':>{self._step_width}}  {header}", style="bold"))
         row = "  ".join(f"{cell(c, metrics):>{c.width}}" for c in columns)
-        self._console.print(Text(f"{f'{step}/{self._max_steps}':>7}  {row}"))
+        progress = f"{step}/{self._max_steps}"
+        self._console.print(Text(f"{progress:>{self._step_width}}  {row}"))
         self._rows += 1
         self._step = step
         self._last_step_end = self._clock()
         speed = metrics.get("train_speed(iter/s)")
         self._seconds_per_step = 1 / speed if isinstance(speed, float) and speed > 0 else None
         self._phases = phases_line(metrics)
-        self._groups_of.pop(("train", step), None)
-        self._activity = "sampling"
 
     def log_completions(
         self,
@@ -147,7 +153,7 @@ class TerminalTracker(Tracker):
 
     def _columns(self) -> list[Column]:
         """As many columns as fit beside the step."""
-        room = self._console.width - 7
+        room = self._console.width - self._step_width
         columns = []
         for column in COLUMNS:
             room -= 2 + column.width
@@ -166,9 +172,10 @@ class TerminalTracker(Tracker):
             f"{self._step}/{self._max_steps}",
             ProgressBar(total=self._max_steps, completed=self._step),
             f"{self._step / self._max_steps:.0%}",
-            Text(f"{clock_time(now - self._start)}, {self._time_left(now)}"),
+            f"{clock_time(now - self._start)}, {self._time_left(now)}",
         )
-        status = Text(f"{self._activity}  {self._phases}", no_wrap=True, overflow="ellipsis")
+        last_step = f" | last step: {self._phases}" if self._phases else ""
+        status = Text(self._activity + last_step, no_wrap=True, overflow="ellipsis")
         return Group(line, status)
 
     def _time_left(self, now: float) -> str:
@@ -197,12 +204,14 @@ def phases_line(metrics: Metrics) -> str:
 
 
 def evaluation_line(step: int, metrics: Metrics) -> str:
-    """The metrics of an evaluation on one line."""
-    numbers = [
-        f"{name.removeprefix('eval/')} {value if isinstance(value, str) else format(value, '.4g')}"
-        for name, value in metrics.items()
-    ]
-    return f"evaluation after step {step} | {' | '.join(numbers)}"
+    """Means of an evaluation on one line: "held-out after step 20 | reward 1.2 | countdown 0.4"."""
+    shown = []
+    for name, value in metrics.items():
+        reward = re.fullmatch(r"eval/rewards/(.+)/mean", name)
+        label = reward[1] if reward else EVALUATION_LABELS.get(name)
+        if label is not None:
+            shown.append(f"{label} {value:.4g}")
+    return " | ".join([f"held-out after step {step}", *shown])
 
 
 def clock_time(seconds: float) -> str:

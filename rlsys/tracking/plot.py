@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Okabe and Ito's palette: distinct for colour-blind readers; lines differ in style as well."""
 LINE_STYLES = ("-", "--", ":", "-.")
-HELD_OUT_ACCURACY = ("eval/accuracy", "eval/pass@1")
 SMOOTHING_STEPS = 5
 """Rewards are noisy from step to step: the bold line is the mean of this many steps."""
 
@@ -148,8 +147,6 @@ def _draw_rewards(axes: Axes, series: dict[str, Series]) -> None:
         label = name.removeprefix("rewards/").removesuffix("/mean")
         axes.plot(series[name].steps, series[name].values, style, color=color, label=label)
         _draw_held_out(axes, series, f"eval/{name}", color)
-    for name in HELD_OUT_ACCURACY:
-        _draw_held_out(axes, series, name, COLORS[-1])
 
 
 def _draw_held_out(axes: Axes, series: dict[str, Series], name: str, color: str) -> None:

@@ -63,9 +63,6 @@ def show_completions(
             _show_recorded(console, path, step, limit)
     except KeyboardInterrupt:
         pass  # the way to stop following
-    except BrokenPipeError:
-        # `| head` has read enough. Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _show_recorded(console: Console, path: Path, step: int | None, limit: int | None) -> None:
@@ -204,10 +201,10 @@ def _group_summary(rows: list[Row]) -> str:
         parts.append(f"only {len(rows)} of {rows[0]['group_size']} completions on record")
     totals = [row["reward"] for row in rows if row["reward"] is not None]
     if totals:
-        spread = stdev(totals) if len(totals) > 1 else 0.0
-        parts.append(f"reward {mean(totals):.3g} ± {spread:.2g}")
-        if spread == 0.0:
-            parts.append("no difference, so nothing to learn from")
+        spread = f" ± {stdev(totals):.2g}" if len(totals) > 1 else ""
+        parts.append(f"reward {mean(totals):.3g}{spread}")
+        if len(totals) > 1 and min(totals) == max(totals):
+            parts.append("all alike, so nothing to learn from")
     else:
         parts.append("not scored")
     return ", ".join(parts)
@@ -220,7 +217,7 @@ def _print_heading(console: Console, row: Row, style: str) -> None:
         line.append(f"  {printable(name)} {_number(value)}")
     advantage = row["advantage"]
     line.append("  advantage " + ("-" if advantage is None else f"{advantage:+.2f}"))
-    end = "cut at the limit" if row["finish_reason"] == "length" else row["finish_reason"]
+    end = "cut" if row["finish_reason"] == "length" else row["finish_reason"]
     versions = ", ".join(map(str, row["policy_versions"]))
     line.append(f"  {row['num_tokens']} tokens, {end}, policy {versions}", style="dim")
     console.print(line)
@@ -230,6 +227,7 @@ def _print_indented(console: Console, text: str, style: str) -> None:
     indent = "    "
     room = max(20, console.width - len(indent))
     for line in Text(printable(text), style=style).wrap(console, room):
+        line.rstrip()
         console.print(Text(indent) + line, soft_wrap=True)
 
 
