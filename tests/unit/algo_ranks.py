@@ -39,6 +39,7 @@ def statistics(rank: int) -> dict[str, Tensor]:
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
     """Tensor-parallel log-probs, unchunked and chunked, and reduced metrics, saved to `folder`."""
+    torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",

@@ -53,6 +53,14 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(scale_rewards, rew
     assert (by_reward.diff(dim=1) >= 0).all()
 
 
+@given(rewards=rewards_lists)
+def test_advantages_scaled_by_group_are_bounded(rewards):
+    rewards_PG = torch.tensor(rewards, dtype=torch.float64)
+    G = rewards_PG.shape[1]
+    advantages_PG = group_relative_advantages(rewards_PG, scale_rewards="group")
+    assert advantages_PG.abs().max() <= (G - 1) / math.sqrt(G) + 1e-6
+
+
 @pytest.mark.parametrize("scale_rewards", ["group", "batch", "none"])
 def test_equal_rewards_give_no_advantage(scale_rewards):
     rewards_PG = torch.full((2, 3), 0.1)

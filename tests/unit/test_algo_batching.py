@@ -76,6 +76,13 @@ def test_no_tokens_at_all_weigh_nothing(loss_type):
     assert weights.tolist() == [[0.0] * 3] * 2
 
 
+@given(st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_on_policy_the_grpo_loss_is_zero_whatever_the_lengths(lengths_PG):
+    batch = make_batch(lengths_PG)
+    weights = loss_weights(batch.completion_mask, loss_type="grpo", max_completion_length=9)
+    assert (weights * batch.advantages[:, None]).sum().abs() < 1e-6
+
+
 @given(
     per_step=st.integers(1, 6),
     num_steps=st.integers(1, 5),
