@@ -244,6 +244,19 @@ def test_following_goes_on_where_a_resumed_run_goes_on(run):
     assert list(tail.rows()) == []
 
 
+def test_a_file_replaced_by_a_longer_one_is_not_read_from_its_middle(run, caplog):
+    log(run, 1, 0)
+    log(run, 2, 0)
+    tail = Tail(run.completions)
+    assert len(list(tail.rows())) == 4
+    truncate_after(run.completions, 1)
+    log(run, 2, 0, texts=("longer " * 9, "b"))
+    assert list(tail.rows()) == []
+    log(run, 2, 1)
+    assert [row["group_id"] for row in tail.rows()] == [1, 1]
+    assert caplog.records == []
+
+
 def test_half_a_line_is_read_when_it_is_whole(run):
     log(run, 1, 0)
     whole = run.completions.read_bytes()
