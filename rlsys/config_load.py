@@ -35,6 +35,12 @@ _PLACEHOLDERS: dict[str, Any] = {
 """Stand in for required fields that are missing or wrong, so that the rest can be checked."""
 
 
+_SAVED_HEAD = """\
+# The resolved config of the run in this folder. To run it again:
+#   rlsys grpo THIS_FILE --output_dir ANOTHER_FOLDER
+"""
+
+
 class ConfigError(ValueError):
     """Everything that is wrong with a config, one line each."""
 
@@ -81,12 +87,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConf
 
 def save_config(config: Config, path: Path) -> None:
     """Write every field to YAML file `path`, which `load_config` reads back to an equal config."""
-    head = (
-        "# The resolved config of the run in this folder. To run it again:\n"
-        "#   rlsys grpo THIS_FILE --output_dir ANOTHER_FOLDER\n"
-    )
-    body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    path.write_text(head + body, encoding="utf-8")
+    values = config.model_dump(mode="json")
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(body) != values:  # PyYAML reads some rare control characters as line ends
+        body = yaml.safe_dump(values, sort_keys=False)
+    path.write_text(_SAVED_HEAD + body, encoding="utf-8")
+
+
+def is_saved_config(path: Path) -> bool:
+    """Whether `save_config` wrote this file, and not a user."""
+    return path.read_text(encoding="utf-8").startswith(_SAVED_HEAD)
 
 
 def config_sections() -> dict[str, type[Section]]:
@@ -311,13 +321,11 @@ def _nearest_field(name: str) -> str:
     same = [field for field in fields if field.rpartition(".")[2] == own]
     if same:
         return f" Did you mean {' or '.join(map(repr, same))}?"
-    return did_you_mean(name, fields) or _nearest_bare_name(own, fields)
-
-
-def _nearest_bare_name(own: str, fields: list[str]) -> str:
-    by_own_name = {field.rpartition(".")[2]: field for field in fields}
-    near = did_you_mean(own, list(by_own_name))
-    for bare, field in by_own_name.items():
-        if repr(bare) in near:
-            return f" Did you mean {field!r}?"
-    return ""
+    if "." in name:
+        return did_you_mean(name, fields)
+    full_names = {field.rpartition(".")[2]: field for field in fields}
+    full_names |= {section: section for section in config_sections()}
+    hint = did_you_mean(own, list(full_names))
+    for bare, full in full_names.items():
+        hint = hint.replace(repr(bare), repr(full))
+    return hint

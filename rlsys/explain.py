@@ -184,8 +184,8 @@ def _print_memory(config: Config, console: Console) -> None:
     try:
         shape = read_model_shape(find_model_folder(config.model.path))
         reference = shape
-        if config.reference.path is not None and config.grpo.beta > 0:
-            reference = read_model_shape(find_model_folder(config.reference.path))
+        if config.grpo.beta > 0:
+            reference = read_model_shape(find_model_folder(config.reference_path))
     except ValueError:  # one of the problems, which are printed last
         console.print("\nModel config not available here: memory not estimated")
         return

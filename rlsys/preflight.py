@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from rlsys.checkpoints import checkpoint_steps
 from rlsys.config import Config
+from rlsys.config_load import is_saved_config
 from rlsys.data import FILE_SUFFIXES
 from rlsys.devices import guess_device
 from rlsys.model_shape import ModelShape, read_model_shape
@@ -316,15 +318,30 @@ def _output_dir(config: Config) -> Iterator[Problem]:
     if run.path.exists() and not run.path.is_dir():
         yield Problem(f"output_dir: {run.path} is a file, and should be a folder", True)
     elif config.checkpoint.resume:
-        if not run.checkpoints.is_dir() or not any(run.checkpoints.iterdir()):
+        if not checkpoint_steps(run.checkpoints):
             yield Problem(
                 f"checkpoint.resume: {run.checkpoints} holds no checkpoint to continue from; "
                 "leave checkpoint.resume out to start anew",
                 True,
             )
-    elif run.metrics.exists() or run.config.exists():
+    elif holds_run(run):
         yield Problem(
             f"output_dir: {run.path} holds another run. Continue it with --checkpoint.resume, or "
             "choose another folder with --output_dir",
             True,
         )
+
+
+def holds_run(run: RunDir) -> bool:
+    """Whether a run is going on or has left results; one that failed while starting has not.
+
+    A config.yaml that a user wrote counts, because a run would replace it.
+    """
+    results = (run.metrics, run.completions, run.eval_completions)
+    return (
+        any(path.is_file() and path.stat().st_size > 0 for path in results)
+        or run.checkpoints.exists()
+        or run.final.exists()
+        or (run.status.exists() and not run.has_ended())
+        or (run.config.exists() and not is_saved_config(run.config))
+    )

@@ -22,11 +22,12 @@ supported() {
 }
 
 find_python() {
-    local candidate
+    local candidate tried=""
     for candidate in ${PYTHON:-python3 python3.11 python3.12}; do
         if supported "$candidate"; then echo "$candidate"; return; fi
+        tried+=", $candidate ($("$candidate" --version 2>/dev/null || echo 'does not run'))"
     done
-    fail "Python 3.11 or 3.12 is needed, found $(python3 --version 2>&1 || true). Install one of them, or name it: make setup PYTHON=/path/to/python3.12"
+    fail "Python 3.11 or 3.12 is needed; found${tried#,}. Install one of them, or name it: make setup PYTHON=/path/to/python3.12"
 }
 
 create_venv() {

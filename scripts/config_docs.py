@@ -1,0 +1,76 @@
+"""Write docs/config.md, the table of every config field, from the fields themselves.
+
+python scripts/config_docs.py
+"""
+
+from __future__ import annotations
+
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from rlsys.config_load import config_fields, config_sections
+from rlsys.explain import show_value
+
+TARGET = Path(__file__).parents[1] / "docs" / "config.md"
+_HEAD = """# The config
+
+A run is a YAML file of these sections. Every field can be set on the command line too, as
+`--section.field value`. An unknown field is an error; so are numbers that do not fit each other.
+`rlsys explain CONFIG` prints the result, with what follows from it.
+
+This page is written by `python scripts/config_docs.py` from the docstrings in `rlsys/config.py`.
+"""
+
+
+def markdown() -> str:
+    """The whole page."""
+    fields = config_fields()
+    parts = [_HEAD, "## Top level\n", _table({n: f for n, f in fields.items() if "." not in n})]
+    for name, section in config_sections().items():
+        parts.append(f"## {name}\n\n{' '.join((section.__doc__ or '').split())}\n")
+        parts.append(_table({n: f for n, f in fields.items() if n.startswith(f"{name}.")}))
+    return "\n".join(parts)
+
+
+def _table(fields: dict[str, FieldInfo]) -> str:
+    rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for name, info in fields.items():
+        cells = (f"`{name}`", _type(info), _default(info), _one_line(info.description or ""))
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def _type(info: FieldInfo) -> str:
+    return _plain(info.annotation)
+
+
+def _plain(kind: Any) -> str:
+    """`Literal["a", "b"]` as "a, b"; `list[float] | None` as "list of float, null"."""
+    origin, members = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        return ", ".join(map(str, members))
+    if origin is list:
+        return f"list of {_plain(members[0])}"
+    if origin is typing.Annotated:
+        return _plain(members[0])
+    if members:
+        return ", ".join(map(_plain, members))
+    return "null" if kind is type(None) else kind.__name__
+
+
+def _default(info: FieldInfo) -> str:
+    return "*required*" if info.default is PydanticUndefined else f"`{show_value(info.default)}`"
+
+
+def _one_line(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+if __name__ == "__main__":
+    TARGET.parent.mkdir(exist_ok=True)
+    TARGET.write_text(markdown(), encoding="utf-8")

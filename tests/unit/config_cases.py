@@ -1,0 +1,71 @@
+"""A small valid config, as the YAML file that a user would write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MODEL_SIZES = {
+    "model_type": "qwen3",
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 256,
+}
+
+
+def values(**sections: dict[str, Any]) -> dict[str, Any]:
+    """A minimal config, with some sections' fields replaced or added."""
+    base: dict[str, Any] = {
+        "output_dir": "run",
+        "max_steps": 10,
+        "data": {"dataset": ["train.jsonl"], "max_prompt_length": 64},
+        "model": {"path": "model"},
+        "rollout": {
+            "num_generations": 4,
+            "generation_batch_size": 16,
+            "max_completion_length": 64,
+        },
+        "reward": {"reward_funcs": ["countdown", "format"]},
+    }
+    for name, fields in sections.items():
+        base[name] = {**base.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    return base
+
+
+def write_config(folder: Path, **sections: Any) -> Path:
+    """`values(**sections)` as a file."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(values(**sections)))
+    return path
+
+
+def write_model(folder: Path, **sizes: Any) -> Path:
+    """What preflight reads of a model folder; the weights are an empty file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(MODEL_SIZES | sizes))
+    (folder / "model.safetensors").touch()
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder
+
+
+def write_run(folder: Path, **sections: Any) -> Path:
+    """A config whose model and data are there too, with paths from the root."""
+    write_model(folder / "model")
+    row = {"messages": [{"role": "user", "content": "1 + 1?"}], "nums": [1, 1], "target": 2}
+    (folder / "train.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    places = {
+        "output_dir": str(folder / "run"),
+        "model": {"path": str(folder / "model"), **sections.pop("model", {})},
+        "data": {"dataset": [str(folder / "train.jsonl")], **sections.pop("data", {})},
+    }
+    return write_config(folder, **(places | sections))

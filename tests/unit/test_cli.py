@@ -1,0 +1,91 @@
+"""The `rlsys` command as a process: exit codes, where messages go, and what is not imported."""
+
+import subprocess
+import sys
+
+import pytest
+from config_cases import write_run
+
+from rlsys import cli
+
+
+def rlsys(*words, python=("-m", "rlsys.cli")):
+    return subprocess.run(
+        [sys.executable, *python, *map(str, words)], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("words", [["--help"], ["grpo", "--help"], ["grpo", "x.yaml", "--help"]])
+def test_help_exits_0(words):
+    done = rlsys(*words)
+    assert done.returncode == 0
+    assert done.stdout.startswith("usage: rlsys")
+
+
+def test_a_wrong_config_is_one_message_on_stderr_without_traceback(tmp_path):
+    done = rlsys("grpo", write_run(tmp_path), "--policy.lrr", "1", "--rollout.temperature", "-1")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "has 2 problems" in done.stderr
+    assert "Did you mean 'policy.lr'?" in done.stderr
+
+
+def test_what_preflight_finds_is_told_the_same_way(tmp_path):
+    done = rlsys(
+        "grpo", write_run(tmp_path), "--model.path", "./nowhere", "--data.dataset", "n.jsonl"
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "has 2 problems" in done.stderr
+
+
+def test_explain_tells_by_its_exit_code(tmp_path):
+    path = write_run(tmp_path)
+    assert rlsys("explain", path).returncode == 0
+    assert rlsys("explain", path, "--reward.reward_funcs", "nothing").returncode == 1
+    assert rlsys("explain", path, "--nothing", "1").returncode == 2
+
+
+def test_help_errors_and_explain_import_none_of_the_heavy_packages(tmp_path):
+    heavy = ("torch", "ray", "vllm", "megatron", "transformers", "datasets")
+    script = (
+        "import sys; from rlsys.cli import main; main(sys.argv[1:]);"
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+    done = rlsys("explain", write_run(tmp_path), python=("-c", script))
+    assert done.stdout.endswith("[]\n")
+
+
+def test_rewards_are_listed_with_their_source(tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(
+        "from rlsys.rewards import register_reward\n"
+        "@register_reward('mine')\ndef mine(completions, **columns):\n"
+        '    """Scores nothing."""\n'
+    )
+    done = rlsys("rewards", "--external_plugins", plugin)
+    assert done.returncode == 0
+    assert "countdown" in done.stdout
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("mine")]
+    assert "Scores nothing." in line
+    assert str(plugin) in line
+
+
+def test_a_users_mistake_is_a_message_and_a_librarys_error_a_traceback(capsys, monkeypatch):
+    def users_mistake(args):
+        from rlsys.rewards import orms
+
+        return orms["nothing"]
+
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_rewards", users_mistake)
+    assert cli.main(["rewards"]) == 2
+    assert "unknown reward function 'nothing'" in capsys.readouterr().err
+    monkeypatch.setattr(cli, "_rewards", lambda args: int("x"))  # raised outside of rlsys
+    with pytest.raises(ValueError, match="invalid literal"):
+        cli.main(["rewards"])
+    monkeypatch.setattr(cli, "_rewards", interrupted)
+    assert cli.main(["rewards"]) == 130

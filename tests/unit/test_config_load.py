@@ -1,0 +1,282 @@
+"""From a YAML file and command-line words to a config, or to one error that tells everything."""
+
+from contextlib import suppress
+
+import pytest
+import yaml
+from config_cases import values, write_config
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsys.config_load import ConfigError, config_fields, config_sections, load_config, save_config
+
+
+@pytest.fixture
+def problems(tmp_path):
+    """The problems of a config with these sections and overrides."""
+
+    def run(*overrides, **sections) -> list[str]:
+        with pytest.raises(ConfigError) as caught:
+            load_config(write_config(tmp_path, **sections), overrides)
+        assert all(text in str(caught.value) for text in caught.value.problems)
+        return caught.value.problems
+
+    return run
+
+
+@pytest.fixture
+def load(tmp_path):
+    def run(*overrides, **sections):
+        return load_config(write_config(tmp_path, **sections), overrides)
+
+    return run
+
+
+# --- wrong input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sections", "nearest"),
+    [
+        ({"rollout": {"num_generation": 8}}, "'rollout.num_generations'"),
+        ({"policy": {"learning_rate": 1}}, None),
+        ({"num_generations": 8}, "'rollout.num_generations'"),
+        ({"grpo": {"lr": 1}}, "'policy.lr'"),
+        ({"temprature": 1}, "'rollout.temperature'"),
+        ({"roolout": {"top_k": 1}}, "'rollout'"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_field(problems, sections, nearest):
+    (text,) = problems(**sections)
+    assert "there is no such" in text
+    assert nearest is None or f"Did you mean {nearest}?" in text
+
+
+def test_a_name_that_several_sections_have_names_them_all(problems):
+    (text,) = problems("--tensor_parallel_size", "2")
+    for section in ("rollout", "policy", "reference"):
+        assert f"'{section}.tensor_parallel_size'" in text
+
+
+def test_one_error_tells_of_file_command_line_and_rules(problems):
+    found = problems(
+        "--policy.learn_rate",
+        "1",
+        "--policy.min_lr",
+        "tiny",
+        rollout={"generation_batch_size": 30, "num_generations": 4, "temperature": -1},
+        tracking={"report_to": ["tensorbord"]},
+        polcy={},
+    )
+    for words in (
+        ["--policy.learn_rate"],
+        ["policy.min_lr = 'tiny' (command line)", "valid number"],
+        ["rollout.temperature = -1", "greater than 0"],
+        ["tracking.report_to[0] = 'tensorbord'", "'tensorboard' or 'wandb'"],
+        ["polcy", "policy"],
+        ["generation_batch_size = 30", "28 or 32"],
+    ):
+        assert any(all(word in text for word in words) for text in found), (words, found)
+    assert len(found) == 6
+
+
+def test_a_wrong_field_hides_no_rule_but_those_it_is_part_of(problems):
+    found = problems(
+        rollout={"generation_batch_size": "many", "num_generations": 7},
+        reward={"reward_weights": [1.0]},
+    )
+    assert any("rollout.generation_batch_size = 'many'" in text for text in found)
+    assert any("reward_weights has 1 values" in text for text in found)
+    assert len(found) == 2
+
+
+def test_everything_required_is_named_when_the_file_is_all_but_empty(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    missing = {text.partition(":")[0] for text in caught.value.problems}
+    assert missing == {name for name, info in config_fields().items() if info.is_required()}
+
+
+def test_one_generation_is_refused_with_the_reason(problems):
+    (text,) = problems(rollout={"num_generations": 1})
+    assert "rollout.num_generations = 1" in text
+    assert "greater than or equal to 2" in text
+    assert "group" in text
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [
+        ("rollout", "num_generations", 2.5),
+        ("rollout", "num_generations", True),
+        ("rollout", "temperature", float("nan")),
+        ("policy", "lr", [1e-5]),
+        ("policy", "lr", None),
+        ("data", "dataset", "train.jsonl"),
+        ("data", "dataset", []),
+        ("data", "shuffle", "perhaps"),
+        ("model", "path", 7),
+        ("model", "path", {"folder": "x"}),
+        ("grpo", "loss_type", "ppo"),
+    ],
+)
+def test_a_wrong_type_names_field_and_value(problems, section, field, value):
+    (text,) = problems(**{section: {field: value}})
+    assert text.startswith(f"{section}.{field} = {value!r}: ")
+
+
+def test_a_section_that_is_no_section(problems):
+    (text,) = problems(policy="fast")
+    assert "policy" in text
+    assert "'fast'" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "section"),
+        ("- a\n- b\n", "section"),
+        ("data: [unclosed", "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, content, words):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match=words):
+        load_config(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml.*\n.*no such file"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("policy:\n  lr: 1e-5\n  lr: 1e-6\n" + yaml.safe_dump(values()))
+    with pytest.raises(ConfigError, match="lr: is given twice, in lines 2 and 3"):
+        load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["--policy.lr"], "needs a value"),
+        (["--policy.lr", "1", "2"], "takes one value"),
+        (["--policy.lr", "1", "--policy.lr", "2"], "given 2 times"),
+        (["3"], "expected --section.field"),
+        (["--policy", "3"], "is a section"),
+        (["--checkpoint.resume", "perhaps"], "valid boolean"),
+        (["--policy.lr=1e-5x"], "valid number"),
+    ],
+)
+def test_command_lines_that_make_no_sense(problems, overrides, words):
+    (text,) = problems(*overrides)
+    assert words in text
+
+
+@given(
+    st.lists(
+        st.sampled_from([f"--{name}" for name in config_fields()])
+        | st.sampled_from(["1", "0.5", "null", "true", "x", "", "--", "--=", "--a.b.c", "[1]"])
+        | st.text(max_size=5),
+        max_size=6,
+    )
+)
+def test_no_command_line_fails_in_another_way(tmp_path_factory, words):
+    path = write_config(tmp_path_factory.mktemp("config"))
+    with suppress(ConfigError):
+        assert load_config(path, words).config.data.dataset
+
+
+_yaml_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 100) | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)
+
+
+@given(st.sampled_from([*config_fields(), *config_sections(), "x", "data.x"]), _yaml_values)
+def test_no_value_in_the_file_fails_in_another_way(tmp_path_factory, name, value):
+    section, _, field = name.rpartition(".")
+    changed = {section: {field: value}} if section else {field: value}
+    path = tmp_path_factory.mktemp("config") / "run.yaml"
+    path.write_text(yaml.safe_dump({**values(), **changed}))
+    with suppress(ConfigError):
+        assert load_config(path).config.max_steps > 0
+
+
+# --- right input ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name", "value"),
+    [
+        (["--policy.lr", "1e-5"], "policy.lr", 1e-5),
+        (["--policy.lr=1e-5"], "policy.lr", 1e-5),
+        (["--max_steps", "3"], "max_steps", 3),
+        (["--reward.reward_funcs", "b", "a"], "reward.reward_funcs", ["b", "a"]),
+        (["--reward.reward_funcs", "a"], "reward.reward_funcs", ["a"]),
+        (["--reward.reward_weights", "1", "-0.5"], "reward.reward_weights", [1.0, -0.5]),
+        (["--reward.external_plugins"], "reward.external_plugins", []),
+        (["--checkpoint.resume"], "checkpoint.resume", True),
+        (["--data.shuffle", "false"], "data.shuffle", False),
+        (["--data.system", "null"], "data.system", None),
+        (["--data.system", "Be brief = good"], "data.system", "Be brief = good"),
+        (["--data.system=a=b"], "data.system", "a=b"),
+        (["--grpo.scale_rewards", "none"], "grpo.scale_rewards", "none"),
+        (["--policy.recompute", "none"], "policy.recompute", "none"),
+        (["--model.path", "123"], "model.path", "123"),
+        (["--policy.global_batch_size", "null"], "policy.global_batch_size", None),
+    ],
+)
+def test_overrides(load, overrides, name, value):
+    resolved = load(*overrides, policy={"global_batch_size": 8}, data={"system": "old"})
+    section, _, field = name.rpartition(".")
+    owner = getattr(resolved.config, section) if section else resolved.config
+    assert getattr(owner, field) == value
+    assert resolved.origins[name] == "command line"
+
+
+def test_numbers_without_a_point_are_numbers_in_the_file_too(tmp_path):
+    path = write_config(tmp_path)
+    path.write_text(path.read_text() + "policy:\n  lr: 1e-5\n")
+    assert load_config(path).config.policy.lr == 1e-5
+
+
+def test_origins_cover_every_field(load):
+    resolved = load("--policy.lr", "1e-5", grpo={})
+    assert list(resolved.origins) == list(config_fields())
+    assert resolved.origins["policy.lr"] == "command line"
+    assert resolved.origins["model.path"] == "file"
+    assert resolved.origins["grpo.beta"] == "default"
+
+
+def test_an_empty_section_means_its_defaults(tmp_path):
+    path = write_config(tmp_path)
+    path.write_text(path.read_text() + "grpo:\n")
+    assert load_config(path).config.grpo.epsilon == 0.2
+
+
+@given(
+    lr=st.floats(min_value=1e-12, max_value=1.0),
+    system=st.none() | st.text(max_size=20),
+    weights=st.none() | st.lists(st.floats(0.1, 5), min_size=2, max_size=2),
+)
+def test_the_saved_config_runs_again_as_it_is(tmp_path_factory, lr, system, weights):
+    folder = tmp_path_factory.mktemp("config")
+    path = write_config(
+        folder,
+        policy={"lr": lr},
+        data={"system": system},
+        reward={"reward_weights": weights},
+        model={"path": "models/größe: 1 # a"},
+    )
+    config = load_config(path).config
+    save_config(config, folder / "config.yaml")
+    again = load_config(folder / "config.yaml")
+    assert again.config == config
+    assert set(again.origins.values()) == {"file"}

@@ -1,0 +1,107 @@
+"""Numbers that do not fit each other: every rule is found, and its remedy works."""
+
+import re
+
+import pytest
+from config_cases import values
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from rlsys.config import Config
+from rlsys.config_rules import BrokenRules
+
+
+def problems(**sections) -> list[str]:
+    try:
+        Config.model_validate(values(**sections))
+    except ValidationError as error:
+        (detail,) = error.errors()
+        rules = detail["ctx"]["error"]
+        assert isinstance(rules, BrokenRules)
+        return [problem.text for problem in rules.problems]
+    return []
+
+
+def suggested(text: str) -> list[int]:
+    return [int(n) for n in re.search(r"use (\d+(?: or \d+)?)", text).group(1).split(" or ")]
+
+
+@given(
+    completions=st.integers(1, 200),
+    generations=st.integers(2, 16),
+    global_batch=st.none() | st.integers(1, 200),
+    ranks=st.integers(1, 12),
+    tp=st.integers(1, 4),
+    pp=st.integers(1, 4),
+)
+def test_a_config_is_accepted_exactly_when_its_batches_divide(
+    completions, generations, global_batch, ranks, tp, pp
+):
+    step = global_batch or completions
+    layout_fits = ranks % (tp * pp) == 0
+    fits = (
+        completions % generations == 0
+        and completions % step == 0
+        and layout_fits
+        and step % (ranks // (tp * pp)) == 0
+    )
+    found = problems(
+        rollout={"generation_batch_size": completions, "num_generations": generations},
+        policy={
+            "global_batch_size": global_batch,
+            "world_size": ranks,
+            "tensor_parallel_size": tp,
+            "pipeline_parallel_size": pp,
+        },
+    )
+    assert (found == []) == fits
+
+
+@given(st.integers(1, 500), st.integers(2, 64))
+def test_the_suggested_generation_batch_sizes_are_whole_numbers_of_groups(completions, generations):
+    found = problems(rollout={"generation_batch_size": completions, "num_generations": generations})
+    for text in found:
+        assert str(completions) in text
+        assert str(generations) in text
+        for number in suggested(text):
+            assert number % generations == 0
+
+
+@given(st.integers(4, 500).filter(lambda n: n % 4 == 0), st.integers(1, 600))
+def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
+    rollout = {"generation_batch_size": completions}
+    for text in problems(rollout=rollout, policy={"global_batch_size": step}):
+        for number in suggested(text):
+            assert problems(rollout=rollout, policy={"global_batch_size": number}) == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"reference": {"world_size": 3, "tensor_parallel_size": 2}}, ["3", "2", "2 or 4"]),
+        ({"reward": {"reward_weights": [1.0]}}, ["1 values", "2 reward functions"]),
+        ({"reward": {"reward_weights": [0.0, 0.0]}}, ["all 0"]),
+        ({"reward": {"reward_funcs": ["format", "format"]}}, ["format", "more than once"]),
+        ({"eval_steps": 5}, ["eval_steps = 5", "val_dataset", "split_dataset_ratio"]),
+        ({"data": {"val_dataset": ["v.jsonl"], "split_dataset_ratio": 0.1}}, ["both", "leave one"]),
+        ({"rollout": {"num_engines": 5}}, ["5", "4 prompts", "at most 4"]),
+        ({"grpo": {"epsilon": 1.5}}, ["1.5", "-0.5", "below 1"]),
+        ({"policy": {"lr": 1e-6, "min_lr": 1e-5}}, ["1e-05", "1e-06"]),
+        ({"policy": {"max_tokens_per_micro_batch": 100}}, ["100", "128 or more"]),
+        ({"policy": {"world_size": 3}}, ["generation_batch_size", "16", "3 data-parallel", "15"]),
+    ],
+)
+def test_every_other_rule_names_its_numbers_and_a_remedy(sections, words):
+    (text,) = problems(**sections)
+    for word in words:
+        assert word in text
+
+
+def test_all_broken_rules_are_told_at_once():
+    found = problems(
+        rollout={"generation_batch_size": 15},
+        reward={"reward_weights": [1.0]},
+        policy={"lr": 1e-6, "min_lr": 1.0},
+    )
+    assert len(found) == 3

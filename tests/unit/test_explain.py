@@ -1,0 +1,194 @@
+"""What `rlsys explain` prints is what a run would do."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from config_cases import MODEL_SIZES, write_config, write_model, write_run
+from rich.console import Console
+
+from rlsys.config_load import config_fields, load_config
+from rlsys.explain import batch_arithmetic, explain
+from rlsys.memory import GIB, estimate_memory, rank_params
+from rlsys.model_shape import read_model_shape
+from rlsys.roles import plan_roles
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def printed(path, *overrides) -> tuple[bool, str]:
+    text = io.StringIO()
+    ok = explain(load_config(path, overrides), Console(file=text, width=160))
+    return ok, text.getvalue()
+
+
+def test_every_field_is_shown_with_its_origin(tmp_path):
+    ok, text = printed(write_run(tmp_path), "--policy.lr", "1e-5")
+    assert ok
+    assert "Ready to run." in text
+    for name in config_fields():
+        assert f" {name.rpartition('.')[2]} " in text.replace("\n", " ")
+    (line,) = [line for line in text.splitlines() if line.split()[:1] == ["lr"]]
+    assert line.split()[1:4] == ["1e-05", "command", "line"]
+
+
+def test_the_batch_arithmetic(tmp_path):
+    path = write_config(
+        tmp_path,
+        max_steps=5,
+        rollout={"num_generations": 8, "generation_batch_size": 64, "num_engines": 2},
+        grpo={"num_iterations": 2},
+        policy={
+            "world_size": 4,
+            "tensor_parallel_size": 2,
+            "global_batch_size": 32,
+            "micro_batch_size": 3,
+            "warmup_ratio": 0.1,
+        },
+    )
+    first_words = {name.strip(): text for name, text in batch_arithmetic(load_config(path).config)}
+    assert first_words["prompts a step (P)"].startswith("8 = ")
+    assert first_words["completions an engine"].startswith("32 = ")
+    assert first_words["optimizer steps a rollout"].startswith("4 = ")
+    assert first_words["of these, a rank has"].startswith("16 = ")
+    assert first_words["in micro-batches"].startswith("6 of up to 3 completions, at most 384")
+    assert (
+        "5 steps: 40 prompts, 320 completions, 20 optimizer steps (2 of"
+        in (first_words["the whole run"])
+    )
+
+
+def test_epochs_are_counted(tmp_path):
+    _, text = printed(write_run(tmp_path))
+    assert "2.00 = 40 prompts / 20 rows" in text
+
+
+def test_problems_anywhere_fail_it_and_those_of_this_machine_do_not(tmp_path):
+    path = write_run(tmp_path)
+    ok, text = printed(path, "--reward.reward_funcs", "nothing")
+    assert not ok
+    assert "unknown reward function 'nothing'" in text
+    ok, text = printed(path, "--model.path", "./nowhere")
+    assert ok
+    assert "memory not estimated" in text
+    assert "Not ready on this machine" in text
+
+
+def test_the_run_that_users_start_from_is_accepted(offline):
+    ok, text = printed(EXAMPLES / "countdown" / "qwen2.5_3b.yaml")
+    assert ok
+    assert "Actors on cuda" in text
+
+
+# --- roles ---------------------------------------------------------------------------------------
+
+
+def test_each_actor_has_its_devices(tmp_path):
+    path = write_config(
+        tmp_path,
+        rollout={"num_engines": 2, "tensor_parallel_size": 2},
+        policy={"world_size": 2, "cpu_threads": 3},
+        reward={"num_workers": 2},
+        grpo={"beta": 0.1},
+    )
+    config = load_config(path).config
+    roles = plan_roles(config, device="cuda")
+    assert [(r.name, r.rank, r.gpus) for r in roles] == [
+        ("policy", 0, 1),
+        ("policy", 1, 1),
+        ("rollout", 0, 2),
+        ("rollout", 1, 2),
+        ("reference", 0, 1),
+        ("reward", 0, 0),
+        ("reward", 1, 0),
+    ]
+    assert [r.cpu_threads for r in roles if r.name == "policy"] == [3, 3]
+    assert all(r.gpus == 0 for r in plan_roles(config, device="cpu"))
+
+
+def test_beta_0_builds_no_reference(tmp_path):
+    config = load_config(write_config(tmp_path)).config
+    assert "reference" not in {role.name for role in plan_roles(config, device="cuda")}
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_as_transformers_has_them(tmp_path, model_type, tied):
+    import torch
+    import transformers
+
+    sizes = {"model_type": model_type, "tie_word_embeddings": tied, "num_key_value_heads": 2}
+    folder = write_model(tmp_path / "model", **sizes)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert read_model_shape(folder).num_params == model.num_parameters()
+
+
+def estimates(tmp_path, device, **sections):
+    folder = tmp_path / "model"
+    shape = read_model_shape(folder if folder.exists() else write_model(folder))
+    config = load_config(write_config(tmp_path, **sections)).config
+    return {e.role: e for e in estimate_memory(config, shape, shape, device=device)}, shape
+
+
+def test_the_policy_needs_16_bytes_a_parameter_in_fp32_and_18_in_bf16(tmp_path):
+    for device, bytes_each in (("cpu", 16), ("cuda", 18)):
+        found, shape = estimates(tmp_path, device)
+        model = sum(found["policy"].gib[k] for k in ("weights", "gradients", "optimizer"))
+        # All but the final norm, which is too small to count.
+        assert model * GIB == pytest.approx(bytes_each * shape.num_params, rel=0.01)
+
+
+def test_replicas_share_the_optimizer_state_only_when_it_is_distributed(tmp_path):
+    alone, _ = estimates(tmp_path, "cuda")
+    for distributed, share in ((True, 4), (False, 1)):
+        policy = {"world_size": 4, "use_distributed_optimizer": distributed}
+        found, _ = estimates(tmp_path, "cuda", policy=policy)
+        whole = alone["policy"].gib["optimizer"]
+        assert found["policy"].gib["optimizer"] == pytest.approx(whole / share)
+        assert found["policy"].gib["weights"] == alone["policy"].gib["weights"]
+
+
+def test_tensor_and_pipeline_ranks_hold_the_model_together(tmp_path):
+    shape = read_model_shape(write_model(tmp_path / "untied", tie_word_embeddings=False))
+    whole = rank_params(shape, tp=1, pp=1)
+    assert rank_params(shape, tp=2, pp=1) == whole // 2
+    # The two stages have an embedding each: the first one's, and the head.
+    assert rank_params(shape, tp=1, pp=2) == whole // 2
+
+
+def test_recompute_and_smaller_micro_batches_need_less(tmp_path):
+    def activations(**policy):
+        found, _ = estimates(tmp_path, "cuda", policy=policy)
+        return found["policy"].gib["activations"]
+
+    assert activations(recompute="full") < activations()
+    assert activations(micro_batch_size=4) == pytest.approx(activations() / 2)
+    assert activations(max_tokens_per_micro_batch=128) == pytest.approx(activations() / 8)
+
+
+def test_the_kv_cache_holds_the_sequences_of_an_engine(tmp_path):
+    found, _ = estimates(tmp_path, "cuda")
+    token = 2 * MODEL_SIZES["num_hidden_layers"] * MODEL_SIZES["num_key_value_heads"] * 32 * 2
+    assert found["rollout"].gib["KV cache"] * GIB == pytest.approx(16 * 128 * token)
+    found, _ = estimates(tmp_path, "cpu", rollout={"kv_cache_memory_mb": 512})
+    assert found["rollout"].gib["KV cache"] == 0.5
+
+
+def test_the_reference_is_in_the_estimate_only_with_a_kl_term(tmp_path):
+    assert set(estimates(tmp_path, "cpu")[0]) == {"policy", "rollout"}
+    with_kl, _ = estimates(tmp_path, "cpu", grpo={"beta": 0.1})
+    assert set(with_kl) == {"policy", "rollout", "reference"}
+
+
+def test_sizes_that_config_json_leaves_out(tmp_path):
+    folder = write_model(tmp_path / "model")
+    sizes = {k: v for k, v in MODEL_SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    shape = read_model_shape(folder)
+    assert (shape.head_dim, shape.num_kv_heads) == (8, 8)

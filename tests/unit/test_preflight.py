@@ -1,0 +1,246 @@
+"""What would fail a run later is told before it starts, with a remedy."""
+
+import json
+import sys
+
+import pytest
+from config_cases import write_model, write_run
+
+from rlsys.config_load import load_config, save_config
+from rlsys.preflight import check_run
+from rlsys.run_dir import ENDED, RunDir
+
+
+@pytest.fixture
+def problems(tmp_path):
+    def run(*overrides, **sections):
+        return check_run(load_config(write_run(tmp_path, **sections), overrides).config)
+
+    return run
+
+
+def only(found):
+    assert len(found) == 1, found
+    return found[0].text
+
+
+def test_a_run_that_has_everything_has_no_problems(problems):
+    assert problems() == []
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/model", "a/b/c", "~/model"])
+def test_a_missing_model_folder(problems, path):
+    found = problems(model={"path": path})
+    assert f"there is no model folder {path!r}" in only(found)
+    assert found[0].only_here
+
+
+def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
+    text = only(problems(model={"path": "somebody/some-model"}))
+    assert "neither a folder on this machine nor a hub model" in text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"model_type": "gpt2"}, ["gpt2", "llama, qwen2, qwen3"]),
+        ({"model_type": None}, ["not supported"]),
+        ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
+        ({"max_position_embeddings": 100}, ["64 + ", "= 128 tokens", "100", "lower one by 28"]),
+        ({"head_dim": 16}, ["16 dimensions", "vLLM on CPU"]),
+    ],
+)
+def test_a_model_that_cannot_be_used(problems, tmp_path, sizes, words):
+    write_model(tmp_path / "other", **sizes)
+    text = only(problems(model={"path": str(tmp_path / "other")}, device="cpu"))
+    for word in words:
+        assert word in text
+
+
+def test_a_config_json_that_is_not_json(problems, tmp_path):
+    (write_model(tmp_path / "other") / "config.json").write_text("{")
+    assert "not valid JSON" in only(problems(model={"path": str(tmp_path / "other")}))
+
+
+def test_a_config_json_that_lacks_a_size(problems, tmp_path):
+    file = write_model(tmp_path / "other") / "config.json"
+    sizes = json.loads(file.read_text())
+    del sizes["hidden_size"]
+    file.write_text(json.dumps(sizes))
+    assert "lacks 'hidden_size'" in only(problems(model={"path": str(tmp_path / "other")}))
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("model.safetensors", "no weights"),
+        ("tokenizer.json", "no tokenizer"),
+        ("chat_template.jinja", "no chat template"),
+    ],
+)
+def test_a_model_folder_that_is_not_whole(problems, tmp_path, file, words):
+    (write_model(tmp_path / "other") / file).unlink()
+    assert words in only(problems(model={"path": str(tmp_path / "other")}))
+
+
+def test_a_chat_template_may_be_in_the_tokenizer_config(problems, tmp_path):
+    folder = write_model(tmp_path / "other")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert problems(model={"path": str(folder)}) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        # 8 heads, 4 KV heads, 4 layers, FFN 128, vocabulary 384.
+        (
+            ["--policy.tensor_parallel_size", "8", "--policy.world_size", "8"],
+            ["policy.tensor_parallel_size = 8", "KV heads 4", "use 1 or 2 or 4"],
+        ),
+        (
+            ["--policy.tensor_parallel_size", "3", "--policy.world_size", "3"],
+            ["attention heads 8", "KV heads 4", "intermediate size 128"],
+        ),
+        (
+            ["--policy.pipeline_parallel_size", "3", "--policy.world_size", "3"],
+            ["pipeline_parallel_size = 3", "4 layers", "use 1 or 2 or 4"],
+        ),
+        (
+            ["--rollout.tensor_parallel_size", "16"],
+            ["rollout.tensor_parallel_size = 16", "8 attention heads"],
+        ),
+        (
+            [
+                "--grpo.beta",
+                "0.1",
+                "--reference.tensor_parallel_size",
+                "8",
+                "--reference.world_size",
+                "8",
+            ],
+            ["reference.tensor_parallel_size = 8", "KV heads 4"],
+        ),
+    ],
+)
+def test_parallel_sizes_that_do_not_divide_the_model(problems, overrides, words):
+    text = only(problems(*overrides))
+    for word in words:
+        assert word in text
+
+
+def test_a_reference_with_another_vocabulary(problems, tmp_path):
+    folder = str(write_model(tmp_path / "other", vocab_size=512))
+    text = only(problems("--grpo.beta", "0.1", "--reference.path", folder))
+    assert "512" in text
+    assert "384" in text
+    assert problems("--reference.path", folder) == []  # beta is 0: no reference model
+
+
+def test_a_missing_data_file(problems):
+    text = only(problems("--data.dataset", "nowhere.jsonl"))
+    assert "data.dataset: there is no file 'nowhere.jsonl'" in text
+    assert "working directory" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", '{"question": "1 + 1?"}\n', ["`messages`", "`prompt`", "question"]),
+        ("a.jsonl", "", ["no rows"]),
+        ("a.jsonl", "question\n", ["not JSON Lines"]),
+        ("a.csv", "messages\n", [".jsonl"]),
+    ],
+)
+def test_a_data_file_that_cannot_be_used(problems, tmp_path, name, content, words):
+    path = tmp_path / name
+    path.write_text(content)
+    text = only(problems("--data.val_dataset", str(path)))
+    for word in words:
+        assert word in text
+
+
+def test_fewer_rows_than_a_step_needs(problems):
+    text = only(problems(rollout={"generation_batch_size": 4 * 21}))
+    assert "20 rows" in text
+    assert "21 prompts" in text
+
+
+def test_an_unknown_reward_lists_the_known(problems):
+    text = only(problems("--reward.reward_funcs", "countdwn", "format"))
+    assert "Did you mean 'countdown'?" in text
+    assert "countdown, format" in text
+
+
+def test_a_plugin_that_raises_shows_its_traceback(problems, tmp_path):
+    plugin = tmp_path / "my_reward.py"
+    plugin.write_text("x = 1\nimport nothing_of_this_name\n")
+    found = problems("--reward.external_plugins", str(plugin), "--reward.reward_funcs", "mine")
+    assert "my_reward.py" in found[0].text
+    assert "line 2" in found[0].text
+    assert "No module named 'nothing_of_this_name'" in found[0].text
+    assert "'mine'" in found[1].text
+    assert "plugin above" in found[1].text
+
+
+def test_a_plugin_makes_its_reward_known(problems, tmp_path):
+    plugin = tmp_path / "my_reward.py"
+    plugin.write_text(
+        "from rlsys.rewards import register_reward\n"
+        "@register_reward('preflight_mine')\n"
+        "def mine(completions, **columns):\n    return [0.0] * len(completions)\n"
+    )
+    overrides = ["--reward.external_plugins", str(plugin), "--reward.reward_funcs"]
+    assert problems(*overrides, "preflight_mine") == []
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("metrics.jsonl", "{}\n"), ("config.yaml", "max_steps: 1\n"), ("status", "running\n")],
+)
+def test_an_output_directory_with_another_run_says_how_to_go_on(problems, tmp_path, file, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / file).write_text(content)
+    text = only(problems())
+    assert "holds another run" in text
+    assert "--checkpoint.resume" in text
+    assert "--output_dir" in text
+
+
+def test_a_run_that_failed_while_starting_can_be_started_again(problems, tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.write_status(ENDED)
+    run.metrics.touch()
+    save_config(load_config(write_run(tmp_path)).config, run.config)
+    assert problems() == []
+
+
+def test_resuming_needs_a_checkpoint(problems, tmp_path):
+    assert "no checkpoint" in only(problems("--checkpoint.resume"))
+    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert problems("--checkpoint.resume") == []
+
+
+def test_an_output_directory_that_is_a_file(problems, tmp_path):
+    (tmp_path / "run").touch()
+    assert "is a file" in only(problems())
+
+
+def test_a_tracker_that_is_not_installed(problems, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what an absent module looks like
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    assert "rlsys[wandb]" in only(problems("--tracking.report_to", "wandb"))
+
+
+def test_all_problems_are_told_at_once(problems, tmp_path):
+    (tmp_path / "run").touch()
+    found = problems(
+        "--reward.reward_funcs",
+        "nothing",
+        "--model.path",
+        "./nowhere",
+        "--data.dataset",
+        "nowhere.jsonl",
+    )
+    assert len(found) == 4
