@@ -79,7 +79,7 @@ def _show_recorded(console: Console, path: Path, step: int | None, limit: int | 
         groups.extend(_of_step(collector.add(row), step))
     groups.extend(_of_step(collector.rest(), step))
     if not groups:
-        recorded = f"its steps are {min(steps)} to {max(steps)}" if steps else "it is empty so far"
+        recorded = f"it has steps {min(steps)} to {max(steps)}" if steps else "it is empty so far"
         wanted = "no group" if step is None else f"no group of step {step}"
         raise ValueError(f"{path} holds {wanted}: {recorded}.")
     for group in groups:

@@ -18,10 +18,14 @@ TABLE_COLUMNS = ["step", "group_id", "index", "prompt", "text", "reward", "advan
 
 @register_tracker("wandb")
 class WandbTracker(Tracker):
-    """Numbers as they are, the completions of each training step as a table."""
+    """Numbers as they are, the completions of each training step as a table.
+
+    A resumed run is a new run in wandb, with the same name.
+    """
 
     def __init__(self, config: Config, resumed_from: int | None):
-        if importlib.util.find_spec("wandb") is None:
+        spec = importlib.util.find_spec("wandb")
+        if spec is None or spec.origin is None:  # a folder wandb/ with old logs is no package
             raise ValueError(
                 "tracking.report_to names 'wandb', but the package wandb is not installed. "
                 "Install it with `pip install rlsys[wandb]`, or take 'wandb' out of "

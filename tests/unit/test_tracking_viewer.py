@@ -160,7 +160,7 @@ def test_nothing_to_show_says_what_there_is(run, capsys):
         shown(capsys, run)
     log(run, 3, 0)
     log(run, 5, 0)
-    with pytest.raises(ValueError, match="holds no group of step 9: its steps are 3 to 5"):
+    with pytest.raises(ValueError, match="holds no group of step 9: it has steps 3 to 5"):
         shown(capsys, run, step=9)
 
 
