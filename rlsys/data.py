@@ -208,6 +208,18 @@ def _render(row: _Row, system: str | None, tokenizer: PreTrainedTokenizerBase) -
     messages = _messages(row.values)
     if system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
+    token_ids = render_prompt(messages, tokenizer)
+    used = "messages" if row.values.get("messages") is not None else "prompt"
+    columns = {k: value for k, value in row.values.items() if k not in (used, "messages")}
+    return Prompt(row.prompt_id, messages, token_ids, columns)
+
+
+def render_prompt(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of the rendered chat template, generation prompt included.
+
+    Raises:
+        ValueError: the template refuses the messages.
+    """
     try:
         # Tokenised here and only here: templates write BOS themselves, a second pass through the
         # tokenizer would add another.
@@ -216,9 +228,7 @@ def _render(row: _Row, system: str | None, tokenizer: PreTrainedTokenizerBase) -
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses it: {error}") from error
-    used = "messages" if row.values.get("messages") is not None else "prompt"
-    columns = {k: value for k, value in row.values.items() if k not in (used, "messages")}
-    return Prompt(row.prompt_id, messages, token_ids, columns)
+    return token_ids
 
 
 def _messages(values: dict[str, Any]) -> list[Message]:

@@ -59,10 +59,10 @@ class RolloutActor:
 
 
 @dataclass(slots=True)
-class _Stream:
+class _Work:
     engine: str
     pending: int
-    """Groups that it has still to yield."""
+    """Groups that its stream has still to yield."""
 
 
 class RolloutActors:
@@ -92,11 +92,15 @@ class RolloutActors:
             f"rollout engine {rank}": actor_class.remote(config, device, rank)
             for rank in range(rollout.num_engines)
         }
-        self._streams: dict[ObjectRefGenerator, _Stream] = {}
+        self._streams: dict[ObjectRefGenerator, _Work] = {}
+
+    def async_start(self) -> dict[str, ray.ObjectRef]:
+        """Each engine's reference is ready when the engine is."""
+        return self._async_call("start_seconds")
 
     def wait_ready(self) -> dict[str, float]:
         """Wait until every engine is up: actor name -> seconds that its start took."""
-        refs = self._async_call("start_seconds")
+        refs = self.async_start()
         seconds = get_all(refs, phase="start of the rollout engines", timeout_s=START_TIMEOUT_S)
         return dict(zip(refs, seconds, strict=True))
 
@@ -115,12 +119,12 @@ class RolloutActors:
                 num_generations=num_generations,
                 temperature=temperature,
             )
-            self._streams[stream] = _Stream(name, pending=len(group_ids))
+            self._streams[stream] = _Work(name, pending=len(group_ids))
 
     @property
     def num_pending(self) -> int:
         """Groups submitted and not collected yet."""
-        return sum(stream.pending for stream in self._streams.values())
+        return sum(work.pending for work in self._streams.values())
 
     def pending_refs(self) -> list[ObjectRefGenerator]:
         """For `ray.wait`, which takes streams as it takes references: ready when `collect` finds
@@ -135,25 +139,23 @@ class RolloutActors:
         """
         groups = []
         while self._streams:
-            refs = list(self._streams)
-            ready, _ = ray.wait(refs, num_returns=len(refs), timeout=0)
+            streams = list(self._streams)
+            ready, _ = ray.wait(streams, num_returns=len(streams), timeout=0)
             if not ready:
                 break
-            for ref in ready:
-                groups += self._next_group(ref)
+            groups += [self._next_group(stream) for stream in ready]
         return groups
 
-    def _next_group(self, ref: ObjectRefGenerator) -> list[RolloutGroup]:
-        stream = self._streams[ref]
-        try:
-            group = next(ref)
-        except StopIteration:
-            del self._streams[ref]
-            if stream.pending:
-                raise ActorFailure(f"{stream.engine} lost {stream.pending} groups") from None
-            return []
-        stream.pending -= 1
-        return [get_one(group, name=stream.engine, phase="rollout")]
+    def _next_group(self, stream: ObjectRefGenerator) -> RolloutGroup:
+        work = self._streams.pop(stream)
+        ref = next(stream, None)
+        if ref is None:
+            raise ActorFailure(f"{work.engine} ended its rollout {work.pending} groups early")
+        group = get_one(ref, name=work.engine, phase="rollout")
+        work.pending -= 1
+        if work.pending:
+            self._streams[stream] = work
+        return group
 
     def async_connect_weight_sync(
         self, *, metadata: Sequence[TensorMeta], **connection: Any

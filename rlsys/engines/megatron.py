@@ -41,6 +41,7 @@ from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
 from rlsys.config import Config
 from rlsys.engines.hf_checkpoint import SafetensorsReader, resolve_model_path, save_model_folder
+from rlsys.engines.megatron_checkpoint import load_policy, save_policy
 from rlsys.engines.megatron_model import LogprobHead, build_model, transformer_config
 from rlsys.engines.megatron_weights import MegatronWeights
 from rlsys.types import TrainBatch, UpdateOutput
@@ -286,9 +287,9 @@ class MegatronPolicy(MegatronModel):
 
     def _optimizer_step(self, batch: TrainBatch, rows: list[int], loss: str) -> dict[str, float]:
         """One step on completions `rows` of `batch`: forward, backward, clip, AdamW."""
-        weights = torch.zeros(batch.input_ids.shape)
-        weights[rows] = loss_weights(
-            batch.completion_mask[rows],
+        weights = loss_weights(
+            batch.completion_mask,
+            rows=rows,
             loss_type=self.config.grpo.loss_type,
             max_completion_length=self.config.rollout.max_completion_length,
         )
@@ -328,3 +329,14 @@ class MegatronPolicy(MegatronModel):
             for _ in tensors:  # takes part in the collectives
                 pass
         dist.barrier()
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write what continuing exactly needs into an empty folder; every rank calls."""
+        save_policy(
+            folder, self.model, self.optimizer, self.scheduler, policy_version=self.policy_version
+        )
+
+    def load_checkpoint(self, folder: Path) -> int:
+        """Continue from a checkpoint; returns its policy_version."""
+        self.policy_version = load_policy(folder, self.model, self.optimizer, self.scheduler)
+        return self.policy_version

@@ -32,6 +32,9 @@ def rollout_env(device: Literal["cpu", "cuda"]) -> dict[str, str]:
             "OMP_NUM_THREADS": "1",
             # Small functions that vLLM compiles even in eager mode: half a minute of C++ compiling.
             "TORCHDYNAMO_DISABLE": "1",
+            # Warnings that nobody can act on: no Triton, memory bound to the only NUMA node.
+            "TORCH_LOGS": "-torch._library",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
     return env | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 

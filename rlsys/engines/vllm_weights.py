@@ -65,10 +65,13 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     update_info_cls = UpdateInfo
     receiver: WeightReceiver
 
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        # Taken before any update, which gives a tied head a parameter of its own for a while.
+        self._parameter_names = {name for name, _ in self.model.named_parameters()}
+
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the weight sync group."""
-        # While an update runs, vLLM replaces parameters, so their names are taken now.
-        self._parameter_names = {name for name, _ in self.model.named_parameters()}
         self.receiver = WeightReceiver(
             [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in init_info.metadata],
             transport=make_transport(init_info.transport, self.device),

@@ -1,0 +1,72 @@
+"""Policy checkpoints through megatron-core's dist_checkpointing: exact, and reshardable.
+
+Weights and optimizer state are stored by their place in the whole model, so that a run may
+continue with other tensor, pipeline or data parallelism. No random state is stored, because no
+update draws random numbers: dropout is 0 and mini-batches are a function of (seed, version).
+"""
+
+from __future__ import annotations
+
+import queue
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+
+def save_policy(
+    folder: Path,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    *,
+    policy_version: int,
+) -> None:
+    """Write a checkpoint into `folder`, which exists and is empty; every rank calls."""
+    # Saving is synchronous here, so a plain queue does: the default one starts a server process,
+    # which takes seconds and needs a __main__ that can be imported again.
+    filesystem_async._results_queue = queue.Queue()
+    state = _sharded_state(model, optimizer, is_loading=False)
+    state |= {"scheduler": scheduler.state_dict(), "policy_version": policy_version}
+    dist_checkpointing.save(state, str(folder))
+
+
+def load_policy(
+    folder: Path,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> int:
+    """Continue from the checkpoint in `folder`; returns its policy_version."""
+    state = dist_checkpointing.load(
+        _sharded_state(model, optimizer, is_loading=True), str(folder)
+    )
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    # Only where it stands: the schedule itself is the config's, which may have been changed.
+    scheduler.num_steps = 0
+    scheduler.step(increment=state["scheduler"]["num_steps"])
+    return state["policy_version"]
+
+
+def _sharded_state(
+    model: MegatronModule, optimizer: MegatronOptimizer, *, is_loading: bool
+) -> dict[str, Any]:
+    metadata = {
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+    }
+    weights = model.sharded_state_dict(metadata=metadata)
+    return {
+        "model": weights,
+        "optimizer": optimizer.sharded_state_dict(
+            weights, is_loading=is_loading, metadata=metadata
+        ),
+    }

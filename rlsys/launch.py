@@ -1,0 +1,165 @@
+"""From a config to a running system: Ray, the actors of every role, then `driver.train`."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import ray
+from transformers import AutoTokenizer
+
+from rlsys.actors.group import get_all
+from rlsys.actors.policy import PolicyActors
+from rlsys.actors.reference import ReferenceActors
+from rlsys.actors.reward import RewardWorkers
+from rlsys.actors.rollout import RolloutActors
+from rlsys.checkpoints import Checkpoints, checkpoint_steps
+from rlsys.config import Config
+from rlsys.config_load import ResolvedConfig, save_config
+from rlsys.data import PromptData, PromptSource, load_prompts
+from rlsys.driver import train
+from rlsys.engines.hf_checkpoint import resolve_model_path
+from rlsys.roles import plan_roles
+from rlsys.rollouts import Rollouts
+from rlsys.run_dir import RunDir
+from rlsys.tracking import Tracker, build_tracker
+from rlsys.weight_sync.publisher import WeightPublisher
+
+START_TIMEOUT_S = 1800.0
+"""For all models to be loaded, and on GPUs to be compiled for the first time."""
+CPU_SHARE = 0.01
+"""Of Ray's bookkeeping, on CPU: policy, rollout and reference take turns on the same cores."""
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """The running roles of one config, as the driver uses them."""
+
+    policy: PolicyActors
+    reference: ReferenceActors | None
+    rollouts: Rollouts
+    publisher: WeightPublisher
+
+
+def run(resolved: ResolvedConfig) -> None:
+    """Train, from the checks of the data to the final model."""
+    config = resolved.config
+    run_dir = RunDir(Path(config.output_dir).resolve())
+    data = load_data(config)  # before anything starts: rows are where most mistakes are
+    resume_step = checkpoint_steps(run_dir.checkpoints)[-1] if config.checkpoint.resume else None
+    run_dir.path.mkdir(parents=True, exist_ok=True)
+    save_config(config, run_dir.config)
+    with ExitStack() as stack:
+        tracker = build_tracker(config, resumed_from=resume_step)
+        stack.callback(tracker.close)
+        stack.enter_context(ray_session())
+        system = start_system(config, data, tracker)
+        if resume_step is not None:
+            system.policy.load_checkpoint(run_dir.checkpoints / f"step-{resume_step}")
+        train(
+            config,
+            system.rollouts,
+            system.policy,
+            system.reference,
+            system.publisher,
+            tracker,
+            Checkpoints(run_dir.checkpoints, system.policy, config.checkpoint),
+        )
+        system.policy.save_model(run_dir.final)
+
+
+def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
+    """Start the actors of every role on the connected cluster and wait until all are ready."""
+    prompts = PromptSource(
+        data.train, batch_size=config.num_prompts, shuffle=config.data.shuffle, seed=config.seed
+    )
+    device = choose_device(config)
+    check_cluster(config, device)
+    options = actor_options(device)
+    rewards = RewardWorkers(config.reward)
+    engines = RolloutActors(config, device=device)
+    policy = PolicyActors(config, options=options)
+    reference = ReferenceActors(config, options=options) if config.grpo.beta > 0 else None
+    starting = engines.async_start() | policy.async_start()
+    if reference is not None:
+        starting |= reference.async_start()
+    get_all(starting, phase="start", timeout_s=START_TIMEOUT_S)
+    rollouts = Rollouts(
+        config,
+        engines=engines,
+        rewards=rewards,
+        prompts=prompts,
+        validation=data.validation,
+        tracker=tracker,
+    )
+    publisher = WeightPublisher(policy, engines, config.weight_sync)
+    return System(policy, reference, rollouts, publisher)
+
+
+def load_data(config: Config) -> PromptData:
+    """The prompts of a run, with the chat template of its model."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
+    data = load_prompts(config.data, tokenizer, seed=config.seed)
+    if data.num_dropped:
+        print(
+            f"dropped {data.num_dropped} prompts of more than data.max_prompt_length = "
+            f"{config.data.max_prompt_length} tokens; {len(data.train)} are left to train on",
+            flush=True,
+        )
+    return data
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS (a Ray job sets it), or start one on this machine.
+
+    Leaving it ends every actor of this run.
+    """
+    # Workers' output comes to this terminal; identical lines of several workers as they are.
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Ray otherwise hides all GPUs from actors that ask for none, as reward workers do.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    local = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
+    ray.init(logging_level=logging.ERROR, **local)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def choose_device(config: Config) -> Device:
+    """The device of the run; "auto" is cuda when the cluster has GPUs."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
+
+
+def check_cluster(config: Config, device: Device) -> None:
+    """Refuse a config that the cluster can never run, instead of waiting for it.
+
+    Raises:
+        ValueError: more GPUs are asked for than there are, with who asks for what.
+    """
+    wanted = {
+        name: sum(role.gpus for role in plan_roles(config, device=device) if role.name == name)
+        for name in ("policy", "rollout", "reference")
+    }
+    available = ray.cluster_resources().get("GPU", 0)
+    if sum(wanted.values()) > available:
+        parts = ", ".join(f"{name} {gpus}" for name, gpus in wanted.items() if gpus)
+        raise ValueError(
+            f"the run needs {sum(wanted.values())} GPUs ({parts}), the Ray cluster has "
+            f"{available:g}: lower policy.world_size or rollout.num_engines, or add GPUs"
+        )
+
+
+def actor_options(device: Device) -> dict[str, Any]:
+    """Ray options of a policy or reference rank."""
+    return {"num_cpus": CPU_SHARE, "num_gpus": 1 if device == "cuda" else 0}
