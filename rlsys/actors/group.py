@@ -49,8 +49,8 @@ def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
     try:
         return ray.get(ref)
     except RayTaskError as error:
-        # The remote traceback is in the message; Ray's own frames around it help nobody.
-        raise ActorFailure(f"{error.traceback_str}\n{name} failed in {phase}: {error.cause!r}") from None
+        # The remote traceback is the message; Ray's own frames around it help nobody.
+        raise ActorFailure(f"{error}\n{name} failed in {phase}: {error.cause!r}") from None
     except RayActorError as error:
         raise ActorFailure(f"{error}\n{name} died in {phase}") from None
     except RayError as error:

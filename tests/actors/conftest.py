@@ -1,0 +1,72 @@
+"""Ray, tiny models and rollout engines, each started once for all tests of this folder."""
+
+from pathlib import Path
+
+import pytest
+import ray
+from tiny_models import save_tiny_qwen3
+
+from rlsys.actors.rollout import RolloutActors
+from rlsys.config import Config
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    # Actors of the tests' own classes import the modules beside this file.
+    helpers = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=200 * 2**20,
+        runtime_env=helpers,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Model folders by (tied, seed)."""
+    root = tmp_path_factory.mktemp("models")
+    folders = {}
+    for tied in (True, False):
+        for seed in (1, 2):
+            folders[tied, seed] = root / f"{'tied' if tied else 'untied'}-{seed}"
+            save_tiny_qwen3(folders[tied, seed], tied=tied, seed=seed)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def rollout_config(tiny_models):
+    """Configs of rollout engines, by what a test wants different."""
+
+    def build(model_path=tiny_models[True, 1], **rollout):
+        return Config.model_validate(
+            {
+                "output_dir": "unused",
+                "max_steps": 1,
+                "data": {"dataset": ["unused"], "max_prompt_length": 160},
+                "model": {"path": str(model_path)},
+                "reward": {"reward_funcs": ["format"]},
+                "rollout": {
+                    "num_generations": 4,
+                    "generation_batch_size": 32,
+                    "max_completion_length": 256,
+                    "max_num_seqs": 64,
+                    **rollout,
+                },
+                "weight_sync": {"bucket_mb": 1, "timeout_s": 60.0},
+            }
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def engines(ray_cluster, rollout_config):
+    """Two engines that started from the tied model 1; tests leave them able to sample."""
+    actors = RolloutActors(rollout_config(num_engines=2), device="cpu")
+    actors.wait_ready()
+    yield actors
+    actors.close()

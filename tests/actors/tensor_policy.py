@@ -1,0 +1,93 @@
+"""A policy that sends the tensors of model folders: the sending side without a trainer."""
+
+import ray
+import torch
+from safetensors.torch import load_file
+
+from rlsys.weight_sync.gloo import GlooTransport
+from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.sender import WeightSender
+
+
+class BitFlippingTransport(GlooTransport):
+    """Damages every bucket that starts with tensor data on its way."""
+
+    def broadcast(self, buffer, *, what):
+        buffer[9] ^= 4
+        super().broadcast(buffer, what=what)
+        buffer[9] ^= 4
+
+
+class SenderActor:
+    """Rank 0 of the weight sync group."""
+
+    def __init__(self, folder):
+        self.tensors = load_tensors(folder)
+
+    def weight_metadata(self):
+        return [
+            TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
+        ]
+
+    def connect(
+        self, *, transport_class, address, port, world_size, bucket_bytes, verify, timeout_s
+    ):
+        self.sender = WeightSender(
+            self.weight_metadata(),
+            transport=transport_class(torch.device("cpu")),
+            bucket_bytes=bucket_bytes,
+            verify=verify,
+        )
+        self.sender.connect(address, port, world_size=world_size, timeout_s=timeout_s)
+
+    def set_weights(self, folder):
+        self.tensors = load_tensors(folder)
+
+    def drop(self, name):
+        del self.tensors[name]
+
+    def send(self):
+        return self.sender.send(self.tensors.items())
+
+    def send_nothing(self):
+        return []
+
+
+class TensorPolicy:
+    """The driver's side: what WeightPublisher asks of a policy."""
+
+    def __init__(self, folder, *, transport_class=GlooTransport):
+        self.actor = ray.remote(SenderActor).options(num_cpus=0.01).remote(folder)
+        self.transport_class = transport_class
+        self.policy_version = 0
+        self.sends = True
+
+    def set_weights(self, folder):
+        ray.get(self.actor.set_weights.remote(folder))
+        self.policy_version += 1
+
+    def drop(self, name):
+        ray.get(self.actor.drop.remote(name))
+
+    def weight_metadata(self):
+        return ray.get(self.actor.weight_metadata.remote())
+
+    def async_connect_weight_sync(self, **connection):
+        return {
+            "policy rank 0": self.actor.connect.remote(
+                transport_class=self.transport_class, **connection
+            )
+        }
+
+    def async_send_weights(self):
+        method = self.actor.send if self.sends else self.actor.send_nothing
+        return {"policy rank 0": method.remote()}
+
+    def close(self):
+        ray.kill(self.actor)
+
+
+def load_tensors(folder):
+    """The state of a model folder as a policy exports it: a tied head is not a tensor."""
+    return load_file(folder / "model.safetensors")

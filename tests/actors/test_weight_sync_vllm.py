@@ -1,0 +1,168 @@
+"""What users fear most: rollouts from other weights than the policy's, and nobody notices."""
+
+import pytest
+import ray
+from tensor_policy import BitFlippingTransport, TensorPolicy
+
+from rlsys.actors.group import ActorFailure, get_all
+from rlsys.actors.rollout import RolloutActors
+from rlsys.types import Prompt
+from rlsys.weight_sync.publisher import WeightPublisher
+from rlsys.weight_sync.transport import WeightSyncError
+
+pytestmark = pytest.mark.system
+
+# Longer than a KV block (128 tokens), so that the prefix cache holds them.
+PROMPTS = [
+    Prompt(str(i), [], [2 + (i * 37 + j * (i + 3)) % 250 for j in range(140)]) for i in range(8)
+]
+
+
+def greedy(engines):
+    """Token ids, log-probs and versions of every prompt's greedy completion."""
+    engines.submit(PROMPTS, step=0, num_generations=1, temperature=0.0)
+    groups = {}
+    while engines.num_pending:
+        ray.wait(engines.pending_refs(), timeout=120)
+        groups |= {group.group_id: group for group in engines.collect()}
+    completions = [groups[i].completions[0] for i in range(len(PROMPTS))]
+    return (
+        [completion.token_ids for completion in completions],
+        [logprob for completion in completions for logprob in completion.rollout_logprobs],
+        {completion.policy_versions for completion in completions},
+    )
+
+
+@pytest.fixture(scope="module")
+def policy(ray_cluster, tiny_models):
+    policy = TensorPolicy(tiny_models[True, 1])
+    yield policy
+    policy.close()
+
+
+@pytest.fixture(scope="module")
+def connect(rollout_config):
+    """Connect a policy to engines, which forget whom they were connected to before."""
+
+    def connect(policy, engines, **settings):
+        config = rollout_config().weight_sync.model_copy(update=settings)
+        return WeightPublisher(policy, engines, config)
+
+    return connect
+
+
+@pytest.fixture(scope="module")
+def untied_engines(ray_cluster, rollout_config, tiny_models):
+    actors = RolloutActors(rollout_config(tiny_models[False, 1]), device="cpu")
+    actors.wait_ready()
+    yield actors
+    actors.close()
+
+
+def fresh_greedy(rollout_config, folder):
+    """What an engine gives that loads `folder` when it starts."""
+    fresh = RolloutActors(rollout_config(folder), device="cpu")
+    result = greedy(fresh)
+    fresh.close()
+    return result
+
+
+def assert_update_equals_fresh_start(engines, policy, publisher, folder, rollout_config):
+    before, _, _ = greedy(engines)  # and now the prefix cache is warm
+    policy.set_weights(folder)
+    metrics = publisher.publish()
+    tokens, logprobs, versions = greedy(engines)
+    fresh_tokens, fresh_logprobs, _ = fresh_greedy(rollout_config, folder)
+    assert tokens == fresh_tokens
+    assert logprobs == pytest.approx(fresh_logprobs, abs=1e-6)
+    assert all(new != old for new, old in zip(tokens, before, strict=True))
+    assert versions == {(policy.policy_version,)}
+    assert metrics["weight_sync/mb_per_s"] > 0
+
+
+def test_an_updated_engine_equals_a_fresh_one_tied(
+    policy, engines, connect, rollout_config, tiny_models
+):
+    publisher = connect(policy, engines)
+    folder = tiny_models[True, 2]
+    assert_update_equals_fresh_start(engines, policy, publisher, folder, rollout_config)
+
+
+def test_an_updated_engine_equals_a_fresh_one_untied(
+    untied_engines, connect, rollout_config, tiny_models
+):
+    policy = TensorPolicy(tiny_models[False, 1])
+    publisher = connect(policy, untied_engines)
+    folder = tiny_models[False, 2]
+    assert_update_equals_fresh_start(untied_engines, policy, publisher, folder, rollout_config)
+    policy.close()
+
+
+def test_pushing_the_same_weights_changes_nothing(policy, engines, connect):
+    publisher = connect(policy, engines)
+    publisher.publish()
+    tokens, logprobs, _ = greedy(engines)
+    for _ in range(2):
+        policy.policy_version += 1
+        publisher.publish()
+        again, logprobs_again, versions = greedy(engines)
+        assert again == tokens
+        assert logprobs_again == logprobs
+        assert versions == {(policy.policy_version,)}
+
+
+@pytest.fixture
+def healthy_after(policy, engines, connect):
+    """Around a failed update: another one makes the engines what they were."""
+    connect(policy, engines).publish()
+    before = greedy(engines)
+    yield
+    connect(policy, engines).publish()
+    assert greedy(engines) == before
+
+
+def test_a_damaged_bucket_is_named(healthy_after, engines, connect, tiny_models):
+    damaging = TensorPolicy(tiny_models[True, 1], transport_class=BitFlippingTransport)
+    publisher = connect(damaging, engines)
+    message = r"rollout engine 0 received other bytes.*bucket 0 of 1.*model\.embed_tokens\.weight"
+    with pytest.raises(WeightSyncError, match=message):
+        publisher.publish()
+    damaging.close()
+    # The driver compares before the engines finish, so here their update is still open.
+    get_all(engines.async_finish_weight_update(-1), phase="finish", timeout_s=60)
+
+
+def test_a_missing_tensor_is_named(healthy_after, engines, connect, tiny_models):
+    lacking = TensorPolicy(tiny_models[True, 1])
+    lacking.drop("model.layers.1.mlp.down_proj.weight")
+    publisher = connect(lacking, engines)
+    with pytest.raises(ActorFailure, match=r"1 parameters .*layers\.1\.mlp\.down_proj\.weight"):
+        publisher.publish()
+    lacking.close()
+
+
+def test_a_policy_that_never_sends_is_a_named_timeout(healthy_after, engines, connect, tiny_models):
+    silent = TensorPolicy(tiny_models[True, 1])
+    silent.sends = False
+    publisher = connect(silent, engines, timeout_s=2.0)
+    # Either engine may be the first to give up.
+    message = r"rank [12] of 3, waiting for bucket 0 [^\n]*\n.*rollout engine [01] failed in weight"
+    with pytest.raises(ActorFailure, match=message):
+        publisher.publish()
+    silent.close()
+
+
+def collect_all(engines):
+    """Every submitted group, in the order in which they come."""
+    groups = []
+    while engines.num_pending:
+        ray.wait(engines.pending_refs(), timeout=120)
+        groups += engines.collect()
+    return groups
+
+
+def test_an_engine_that_dies_while_sampling_is_named(untied_engines):
+    untied_engines.submit(PROMPTS, step=0, num_generations=4, temperature=1.0)
+    ray.kill(untied_engines.actors["rollout engine 0"])
+    with pytest.raises(ActorFailure, match="rollout engine 0 died in rollout"):
+        collect_all(untied_engines)

@@ -1,0 +1,69 @@
+"""Qwen3 models of a few kilobytes, with a byte-level tokenizer."""
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+VOCAB_SIZE = 512
+STOP_TOKEN_IDS = [1, *range(400, 430)]
+"""So many that a random model ends one in two completions of a few tens of tokens."""
+
+
+def save_tiny_qwen3(folder, *, tied, seed):
+    """Write a random fp32 model of 2 layers, hidden 64, vocabulary 512."""
+    torch.manual_seed(seed)
+    _save(_model(tied=tied), folder)
+
+
+@torch.no_grad()
+def save_markov_qwen3(folder, successors):
+    """Write a tied model that follows each token of `successors` by one token, with certainty.
+
+    Attention and MLP add nothing, so the next token is the one whose embedding has the largest
+    product with the last token's.
+    """
+    model = _model(tied=True)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    model.model.norm.weight.fill_(20.0)
+    embeddings = model.model.embed_tokens.weight.zero_()
+    for axis, (token, successor) in enumerate(successors.items()):
+        embeddings[token, axis] = 1.0
+        if successor != token:
+            embeddings[successor, axis] = 3.0
+    _save(model, folder)
+
+
+def _model(*, tied):
+    config = Qwen3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        tie_word_embeddings=tied,
+        initializer_range=0.2,  # so that models differ in what they find likely
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    return Qwen3ForCausalLM(config).float()
+
+
+def _save(model, folder):
+    model.generation_config.eos_token_id = STOP_TOKEN_IDS
+    model.save_pretrained(folder)
+    _tokenizer().save_pretrained(folder)
+
+
+def _tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = ["<pad>", "<eos>", *alphabet, *(f"word{i}" for i in range(VOCAB_SIZE))][:VOCAB_SIZE]
+    backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
