@@ -127,9 +127,7 @@ def _draw_rewards(axes: Axes, series: dict[str, Series]) -> None:
         smooth = len(reward.steps) >= 4 * SMOOTHING_STEPS
         bold = reward.smoothed(SMOOTHING_STEPS) if smooth else reward.values
         label = f"reward, mean of {SMOOTHING_STEPS} steps" if smooth else "reward"
-        # A single step is a point, which a line alone would not show.
-        marker = "o" if len(reward.steps) == 1 else ""
-        axes.plot(reward.steps, bold, marker=marker, color=COLORS[0], linewidth=2.2, label=label)
+        _draw_line(axes, reward.steps, bold, color=COLORS[0], linewidth=2.2, label=label)
         if smooth:
             axes.plot(reward.steps, reward.values, color=COLORS[0], alpha=0.35, linewidth=1)
     if "reward" in series and "reward_std" in series:
@@ -143,10 +141,20 @@ def _draw_rewards(axes: Axes, series: dict[str, Series]) -> None:
     names = [name for name in series if name.startswith("rewards/") and name.endswith("/mean")]
     for index, name in enumerate(names, start=1):
         color = COLORS[1 + (index - 1) % (len(COLORS) - 2)]
-        style = LINE_STYLES[index % len(LINE_STYLES)]
-        label = name.removeprefix("rewards/").removesuffix("/mean")
-        axes.plot(series[name].steps, series[name].values, style, color=color, label=label)
+        _draw_line(
+            axes,
+            series[name].steps,
+            series[name].values,
+            linestyle=LINE_STYLES[index % len(LINE_STYLES)],
+            color=color,
+            label=name.removeprefix("rewards/").removesuffix("/mean"),
+        )
         _draw_held_out(axes, series, f"eval/{name}", color)
+
+
+def _draw_line(axes: Axes, steps: list[int], values: list[float], **style: Any) -> None:
+    """A line, or a dot when there is one step only, which a line would not show."""
+    axes.plot(steps, values, marker="o" if len(steps) == 1 else "", **style)
 
 
 def _draw_held_out(axes: Axes, series: dict[str, Series], name: str, color: str) -> None:
@@ -157,8 +165,8 @@ def _draw_held_out(axes: Axes, series: dict[str, Series], name: str, color: str)
             series[name].steps,
             series[name].values,
             linestyle="none",
-            marker="o",
-            markersize=7,
+            marker="D",
+            markersize=6.5,
             markerfacecolor=color,
             markeredgecolor="white",
             label=label.removesuffix("/mean"),
@@ -172,7 +180,7 @@ def _draw_lengths(axes: Axes, series: dict[str, Series]) -> None:
     names = [f"completions/{kind}_length" for kind in ("mean", "min", "max")]
     if all(name in series for name in names):
         mean, low, high = (series[name] for name in names)
-        axes.plot(mean.steps, mean.values, color=COLORS[0], linewidth=2, label="mean")
+        _draw_line(axes, mean.steps, mean.values, color=COLORS[0], linewidth=2, label="mean")
         axes.fill_between(
             low.steps, low.values, high.values, color=COLORS[0], alpha=0.12, label="min to max"
         )
@@ -190,7 +198,8 @@ def _draw_differences(axes: Axes, series: dict[str, Series]) -> None:
     positive = False
     for color, (name, style, label) in zip(COLORS, curves, strict=False):
         if name in series:
-            axes.plot(series[name].steps, series[name].values, style, color=color, label=label)
-            positive = positive or any(value > 0 for value in series[name].values)
+            steps, values = series[name].steps, series[name].values
+            _draw_line(axes, steps, values, linestyle=style, color=color, label=label)
+            positive = positive or any(value > 0 for value in values)
     if positive:
         axes.set_yscale("log", nonpositive="mask")
