@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import warnings
 from typing import Any
 
 import ray
@@ -40,6 +42,10 @@ class ModelRank:
         """Become one of `world_size` megatron-core ranks; the first thing that imports megatron."""
         from rlsys.engines.megatron_cpu import enable_megatron_on_cpu
 
+        # What megatron-core says at import about packages that a CPU does not have, and torch about
+        # megatron-core's use of it: in a user's terminal it hides what matters.
+        warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
+        logging.getLogger("megatron").setLevel(logging.ERROR)
         torch.set_num_threads(self.config.policy.cpu_threads)
         enable_megatron_on_cpu()
         from rlsys.engines.megatron import ParallelLayout, initialize_parallel

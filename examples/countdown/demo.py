@@ -1,0 +1,124 @@
+"""Watch a small language model learn the Countdown game, on CPU: what `make demo` runs.
+
+    python examples/countdown/demo.py [--seed 0] [--runs runs]
+
+1. writes Countdown problems; those for evaluation are never trained on, whatever the seed,
+2. warm-starts the starter model on solutions until it solves about a quarter of them,
+3. runs `rlsys grpo examples/countdown/demo.yaml`,
+4. prints the held-out accuracy before and after, and the same problems solved by both.
+
+The data and the warm start are kept and used again; every GRPO run gets a folder of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from problems import generate_problems, write_jsonl
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from starter_model import write_starter_model
+from warm_start import warm_start
+
+from rlsys.run_dir import RunDir
+from rlsys.tracking.jsonl import read_jsonl
+
+HERE = Path(__file__).parent
+NUM_TRAIN, NUM_HELD_OUT = 4000, 256
+STOP_AT = 0.25
+"""Held-out pass@1 at which the warm start ends: GRPO needs some successes to learn from."""
+NUM_SHOWN = 3
+COUNTDOWN = "eval/rewards/countdown/mean"
+
+
+def main() -> int:
+    """Run the demo; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seed", type=int, default=0, help="of the warm start and of GRPO")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder to write to")
+    args = parser.parse_args()
+    console = Console()
+    start = time.monotonic()
+    data = args.runs / "countdown-data"
+    if not (data / "validation.jsonl").exists():
+        write_jsonl(data / "train.jsonl", generate_problems(NUM_TRAIN, seed=0))
+        write_jsonl(data / "validation.jsonl", generate_problems(NUM_HELD_OUT, seed=0, held_out=True))
+    model = _warm_started_model(args.runs, data, args.seed, console)
+    run = RunDir(_new_folder(args.runs / f"countdown-demo-seed{args.seed}"))
+    console.rule(f"GRPO -> {run.path}")
+    grpo_start = time.monotonic()
+    done = subprocess.run([
+        *(sys.executable, "-m", "rlsys.cli", "grpo", str(HERE / "demo.yaml")),
+        *("--seed", str(args.seed), "--output_dir", str(run.path), "--model.path", str(model)),
+        *("--data.dataset", str(data / "train.jsonl")),
+        *("--data.val_dataset", str(data / "validation.jsonl")),
+    ])  # fmt: skip
+    if done.returncode != 0:
+        return done.returncode
+    _report(run, console)
+    end = time.monotonic()
+    console.print(
+        f"GRPO took {(end - grpo_start) / 60:.1f} minutes, everything {(end - start) / 60:.1f}. "
+        f"Read all completions with: rlsys completions {run.path}"
+    )
+    return 0
+
+
+def _warm_started_model(runs: Path, data: Path, seed: int, console: Console) -> Path:
+    folder = runs / f"countdown-starter-seed{seed}"
+    if (folder / "config.json").exists():
+        console.print(f"The warm-started model in {folder} is used again.")
+        return folder
+    console.rule("Warm start: supervised, on solutions")
+    untrained = runs / f"countdown-untrained-seed{seed}"
+    write_starter_model(untrained, seed=seed)
+    warm_start(untrained, data, folder, stop_at=STOP_AT, seed=seed)
+    return folder
+
+
+def _new_folder(folder: Path) -> Path:
+    """`folder`, or the first of `folder`-2, `folder`-3 ... that holds no run yet."""
+    number = 1
+    candidate = folder
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _report(run: RunDir, console: Console) -> None:
+    evaluations = [line for line in read_jsonl(run.metrics) if COUNTDOWN in line]
+    before, after = evaluations[0], evaluations[-1]
+    completions = list(read_jsonl(run.eval_completions))
+    table = Table(title=f"{NUM_SHOWN} held-out problems, before and after", show_lines=True)
+    for column in ("problem", f"before (step {before['step']})", f"after (step {after['step']})"):
+        table.add_column(column, overflow="fold")
+    for group_id in range(NUM_SHOWN):
+        rows = [_completion(completions, step["step"], group_id) for step in (before, after)]
+        problem = rows[0]["prompt"].partition(". ")[0]
+        table.add_row(Text(problem), *(_judged(row) for row in rows))
+    console.print(table)
+    console.print(
+        f"Held-out pass@1 over {NUM_HELD_OUT} problems not seen in training: "
+        f"{before[COUNTDOWN]:.3f} before, {after[COUNTDOWN]:.3f} after {after['step']} GRPO steps."
+    )
+    console.print(f"Reward curve: {run.reward_curve}    trained model: {run.final}")
+
+
+def _completion(completions: list[dict[str, Any]], step: int, group_id: int) -> dict[str, Any]:
+    return next(c for c in completions if c["step"] == step and c["group_id"] == group_id)
+
+
+def _judged(row: dict[str, Any]) -> Text:
+    right = row["rewards"]["countdown"] == 1.0
+    return Text(f"{row['text']}\n{'right' if right else 'wrong'}", style="green" if right else "")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
