@@ -315,7 +315,7 @@ def _describe(detail: ErrorDetails, origins: dict[str, Origin]) -> str:
 
 
 def _nearest_field(name: str) -> str:
-    """ " Did you mean ...?": the same name in other sections first, then the nearest spelling."""
+    """A hint, "Did you mean ...?": the same name in other sections first, else the nearest."""
     fields = list(config_fields())
     own = name.rpartition(".")[2].replace("-", "_")
     same = [field for field in fields if field.rpartition(".")[2] == own]

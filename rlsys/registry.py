@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """" Did you mean 'x'?" for the known name nearest to `name`, or "" when none is near."""
+    """A hint, "Did you mean 'x'?", of the known name nearest to `name`; empty if none is near."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f" Did you mean {near[0]!r}?" if near else ""
 
