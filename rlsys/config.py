@@ -197,7 +197,7 @@ class ReferenceConfig(Section):
 class WeightSyncConfig(Section):
     """How the rollout engines get the policy's weights after every update."""
 
-    transport: Literal["auto", "gloo"] = "auto"
+    transport: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: NCCL between GPUs, gloo on CPU."""
     bucket_mb: PositiveInt = 256
     """MiB sent at once."""
@@ -288,6 +288,11 @@ class Config(Section):
         if self.model.dtype == "auto":
             return "float32" if on_cpu else "bfloat16"
         return self.model.dtype
+
+    @property
+    def reference_path(self) -> str:
+        """Model folder or hub id of the reference."""
+        return self.reference.path or self.model.path
 
     @property
     def data_parallel_size(self) -> int:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from ipaddress import ip_address
 
 import torch
 import torch.distributed as dist
 
-from rlsys.weight_sync.transport import Transport, WeightSyncError, transports
+from rlsys.weight_sync.transport import Transport, transports
 
 
 @transports.register("gloo")
 class GlooTransport(Transport):
     """A gloo group of its own, beside whatever default group the process has."""
 
-    _rank: int
-    _world_size: int
-    _timeout_s: float
     _group: dist.ProcessGroupGloo | None = None
 
     @property
@@ -32,7 +26,7 @@ class GlooTransport(Transport):
         self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
     ) -> None:
         """See Transport.connect."""
-        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._remember(rank, world_size, timeout_s)
         timeout = timedelta(seconds=timeout_s)
         with self._failures_explained(f"connecting to {address}:{port}"):
             store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
@@ -50,20 +44,6 @@ class GlooTransport(Transport):
         options.rootRank = 0
         with self._failures_explained(what):
             self._group.broadcast([buffer], options).wait()  # type: ignore[attr-defined]
-
-    @contextmanager
-    def _failures_explained(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        except RuntimeError as error:  # gloo and the store raise nothing more specific
-            who = f"weight sync rank {self._rank} of {self._world_size}"
-            seconds = time.monotonic() - start
-            if seconds >= self._timeout_s:
-                reason = f"another rank did not take part within {self._timeout_s:g} s"
-            else:
-                reason = f"failed after {seconds:.1f} s"
-            raise WeightSyncError(f"{who}, {phase}: {reason} ({error})") from error
 
 
 def _network_device(address: str) -> dist.ProcessGroupGloo.Device:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import socket
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -55,13 +58,31 @@ class Transport(ABC):
             WeightSyncError: with `what` in its message; the group cannot be used any more.
         """
 
+    def _remember(self, rank: int, world_size: int, timeout_s: float) -> None:
+        """What `_failures_explained` tells of."""
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+
+    @contextmanager
+    def _failures_explained(self, phase: str) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:  # torch raises nothing more specific
+            who = f"weight sync rank {self._rank} of {self._world_size}"
+            seconds = time.monotonic() - start
+            if seconds >= self._timeout_s:
+                reason = f"another rank did not take part within {self._timeout_s:g} s"
+            else:
+                reason = f"failed after {seconds:.1f} s"
+            raise WeightSyncError(f"{who}, {phase}: {reason} ({error})") from error
+
 
 transports: Registry[type[Transport]] = Registry("weight transport")
 
 
 def make_transport(name: str, device: torch.device) -> Transport:
     """The transport of that name; "auto" is gloo on CPU and nccl on GPUs."""
-    from rlsys.weight_sync import gloo  # noqa: F401  registers itself
+    from rlsys.weight_sync import gloo, nccl  # noqa: F401  they register themselves
 
     if name == "auto":
         name = "gloo" if device.type == "cpu" else "nccl"
