@@ -1,0 +1,216 @@
+"""The loop: who is called when, with what, and what is logged of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from algo_cases import make_groups
+from tracking_cases import make_config
+
+from rlsys.driver import train
+from rlsys.tracking.base import Tracker
+from rlsys.types import UpdateOutput
+
+ROLLOUT_KEYS = {
+    "reward",
+    "reward_std",
+    "frac_reward_zero_std",
+    "rewards/correct/mean",
+    "rewards/correct/std",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/clipped_ratio",
+    "epoch",
+    "policy_version",
+    "rollout/tokens_per_second",
+    "update/tokens_per_second",
+    "time/rollout",
+    "time/advantages",
+    "time/policy_update",
+    "time/weight_sync",
+    "time/step",
+}
+"""What the driver knows besides the metrics of the update and of the weight sync."""
+
+
+class System:
+    """Every role of a run in this process; `calls` is what was asked of them, in order."""
+
+    def __init__(self, *, policy_version: int = 0, fails_at: int | None = None):
+        self.calls: list[tuple] = []
+        self.policy_version = policy_version
+        self.published: int | None = None
+        self.batches = []
+        self.logged: list[tuple[int, dict]] = []
+        self._fails_at = fails_at
+
+    # rollouts
+    def next_batch(self, step):
+        self.calls.append(("sample", step, f"with version {self.published}"))
+        return make_groups([[3, 5], [4, 2]], seed=step)
+
+    def evaluate(self, step):
+        self.calls.append(("evaluate", step, f"with version {self.published}"))
+        return {"eval/reward": float(step)}
+
+    def epoch(self, step):
+        return step / 10
+
+    # policy
+    def compute_logprobs(self, batch):
+        self.calls.append(("old_logprobs",))
+        return torch.full(batch.input_ids.shape, -1.0)
+
+    def update(self, batch):
+        self.calls.append(("update",))
+        if self.policy_version + 1 == self._fails_at:
+            raise RuntimeError("out of memory")
+        self.batches.append(batch)
+        self.policy_version += 1
+        return UpdateOutput(self.policy_version, {"loss": 0.5, "grad_norm": 2.0})
+
+    # weight sync, checkpoints
+    def publish(self):
+        self.published = self.policy_version
+        self.calls.append(("publish", self.published))
+        return {"weight_sync/bytes": 7.0}
+
+    def after_step(self, step):
+        self.calls.append(("checkpoint", step))
+
+
+class Reference:
+    def __init__(self, calls):
+        self._calls = calls
+
+    def compute_logprobs(self, batch):
+        self._calls.append(("ref_logprobs",))
+        return torch.full(batch.input_ids.shape, -2.0)
+
+
+class Log(Tracker):
+    def __init__(self, system):
+        self._system = system
+
+    def log_metrics(self, step, metrics):
+        self._system.calls.append(("log", step))
+        self._system.logged.append((step, dict(metrics)))
+
+    def close(self):
+        raise AssertionError("trackers are closed by whoever built them")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Train to max_steps: `run(system, max_steps=2, **sections of the config)`."""
+
+    def run(system, *, with_reference=False, **fields):
+        config = make_config(tmp_path, **fields)
+        reference = Reference(system.calls) if with_reference else None
+        train(config, system, system, reference, system, Log(system), system)
+        return system
+
+    return run
+
+
+def step_calls(step):
+    """What an on-policy step without reference consists of."""
+    return [
+        ("sample", step, f"with version {step - 1}"),
+        ("update",),
+        ("publish", step),
+        ("log", step),
+        ("checkpoint", step),
+    ]
+
+
+def test_weights_are_published_before_the_first_rollout_and_after_every_update(run):
+    system = run(System(), max_steps=3)
+    assert system.calls == [("publish", 0), *step_calls(1), *step_calls(2), *step_calls(3)]
+
+
+def test_evaluations_come_before_the_first_step_and_after_every_so_many(run):
+    system = run(System(), max_steps=5, eval_steps=2, data=held_out())
+    evaluations = [call for call in system.calls if call[0] == "evaluate"]
+    assert evaluations == [("evaluate", s, f"with version {s}") for s in (0, 2, 4)]
+    assert [step for step, metrics in system.logged if "eval/reward" in metrics] == [0, 2, 4]
+    assert system.calls[:2] == [("publish", 0), ("evaluate", 0, "with version 0")]
+
+
+def test_an_evaluation_is_on_record_before_the_checkpoint_of_its_step(run):
+    """A run that resumes from the checkpoint keeps the rows up to its step, and adds later ones."""
+    system = run(System(), max_steps=1, eval_steps=1, data=held_out())
+    assert system.calls[-2:] == [("log", 1), ("checkpoint", 1)]
+    assert system.calls.count(("log", 1)) == 2
+
+
+def held_out():
+    return {"dataset": ["train.jsonl"], "val_dataset": ["validation.jsonl"]}
+
+
+def test_a_resumed_policy_goes_on_with_its_next_step_and_is_not_evaluated_again(run):
+    system = run(System(policy_version=3), max_steps=4, eval_steps=3, data=held_out())
+    assert system.calls == [("publish", 3), *step_calls(4)]
+
+
+def test_a_run_that_has_all_its_steps_takes_no_more(run):
+    assert run(System(policy_version=4), max_steps=4).calls == [("publish", 4)]
+
+
+def test_one_optimizer_step_a_rollout_needs_no_old_logprobs(run):
+    (batch,) = run(System(), max_steps=1).batches
+    assert batch.old_logprobs is None
+    assert batch.ref_logprobs is None
+
+
+@pytest.mark.parametrize(
+    "fields", [{"grpo": {"num_iterations": 2}}, {"policy": {"global_batch_size": 2}}]
+)
+def test_more_optimizer_steps_a_rollout_start_from_old_logprobs(run, fields):
+    system = run(System(), max_steps=1, **fields)
+    assert [call[0] for call in system.calls[1:4]] == ["sample", "old_logprobs", "update"]
+    assert (system.batches[0].old_logprobs == -1.0).all()
+    assert "time/old_logprobs" in system.logged[0][1]
+
+
+def test_the_reference_sees_the_batch_before_the_policy_does(run):
+    system = run(System(), max_steps=1, with_reference=True, grpo={"beta": 0.1})
+    assert [call[0] for call in system.calls[1:4]] == ["sample", "ref_logprobs", "update"]
+    assert (system.batches[0].ref_logprobs == -2.0).all()
+    assert "time/ref_logprobs" in system.logged[0][1]
+
+
+def test_the_batch_holds_the_groups_of_its_step_with_their_advantages(run):
+    system = run(System(), max_steps=2)
+    for step, batch in enumerate(system.batches, start=1):
+        groups = make_groups([[3, 5], [4, 2]], seed=step)
+        lengths = [
+            len(g.prompt.token_ids) + len(c.token_ids) for g in groups for c in g.completions
+        ]
+        assert batch.lengths.tolist() == lengths
+        rewards = torch.tensor([[r.total for r in g.rewards] for g in groups])
+        better = torch.sign(rewards - rewards.mean(dim=1, keepdim=True)).reshape(-1)
+        assert torch.equal(torch.sign(batch.advantages), better)
+    assert not torch.equal(*(batch.input_ids[:, :6] for batch in system.batches))
+
+
+def test_every_step_logs_what_all_roles_report(run):
+    system = run(System(), max_steps=2)
+    assert [step for step, _ in system.logged] == [1, 2]
+    for step, metrics in system.logged:
+        assert metrics.keys() >= ROLLOUT_KEYS
+        assert metrics["policy_version"] == step
+        assert metrics["epoch"] == step / 10
+        assert (metrics["loss"], metrics["grad_norm"]) == (0.5, 2.0)
+        assert metrics["weight_sync/bytes"] == 7.0
+        assert metrics["rollout/tokens_per_second"] == pytest.approx(14 / metrics["time/rollout"])
+        phases = sum(metrics[f"time/{name}"] for name in ("rollout", "advantages", "policy_update"))
+        assert 0 < phases <= metrics["time/step"]
+
+
+def test_a_failed_update_is_neither_published_nor_logged_nor_kept(run):
+    system = System(fails_at=2)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(system, max_steps=3)
+    assert system.calls[-2:] == [("sample", 2, "with version 1"), ("update",)]
