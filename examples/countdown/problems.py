@@ -18,8 +18,9 @@ import operator
 import os
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,19 @@ def is_held_out(nums: Iterable[int], target: int) -> bool:
     return int.from_bytes(digest) % HELD_OUT_SHARE == 0
 
 
+def with_examples(
+    rows: Iterable[dict[str, Any]], examples: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """`rows` whose messages begin with `examples`, each a question and its solution as an answer.
+
+    For models that would not find the format by themselves.
+    """
+    turns: list[dict[str, str]] = []
+    for example in examples:
+        turns += [*example["messages"], {"role": "assistant", "content": example["response"]}]
+    return [row | {"messages": [*turns, *row["messages"]]} for row in rows]
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write the data columns of `rows`; the file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,23 +218,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-number", type=int, default=20, help="largest number")
     parser.add_argument("--max-target", type=int, default=99, help="largest target")
     parser.add_argument("--operations", default="+-", help="signs of the solutions, of +-*/")
+    parser.add_argument(
+        "--examples", type=int, default=0, help="solved problems that every prompt begins with"
+    )
     args = parser.parse_args(argv)
+    if args.examples < 0:
+        parser.error(f"--examples must be at least 0, not {args.examples}")
+    draw = partial(
+        generate_problems,
+        seed=args.seed,
+        numbers=args.numbers,
+        max_number=args.max_number,
+        max_target=args.max_target,
+        operations=args.operations,
+    )
     try:
-        for name, n, held_out in (
-            ("train", args.train, False),
-            ("validation", args.validation, True),
-        ):
-            rows = generate_problems(
-                n,
-                seed=args.seed,
-                numbers=args.numbers,
-                max_number=args.max_number,
-                max_target=args.max_target,
-                operations=args.operations,
-                held_out=held_out,
-            )
+        train = draw(args.train + args.examples)
+        examples, train = train[: args.examples], train[args.examples :]
+        for name, rows in (("train", train), ("validation", draw(args.validation, held_out=True))):
             path = args.out / f"{name}.jsonl"
-            write_jsonl(path, rows)
+            write_jsonl(path, with_examples(rows, examples))
             print(f"{path}: {len(rows)} problems")
     except ValueError as error:
         parser.error(str(error))

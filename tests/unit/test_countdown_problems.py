@@ -126,6 +126,21 @@ def test_the_command_line_writes_both_files_with_the_data_columns_only(tmp_path,
             assert problems.is_held_out(row["nums"], row["target"]) == held_out
 
 
+def test_examples_begin_every_prompt_and_are_no_problem_of_either_file(tmp_path):
+    problems.main(
+        ["--out", str(tmp_path), "--train", "40", "--validation", "20", "--examples", "2"]
+    )
+    rows = [json.loads(line) for path in tmp_path.iterdir() for line in path.open()]
+    assert len(rows) == 60
+    shown = rows[0]["messages"][:4]
+    assert [turn["role"] for turn in shown] == ["user", "assistant"] * 2
+    asked = {row["messages"][4]["content"] for row in rows}
+    assert len(asked) == 60
+    assert not asked & {shown[0]["content"], shown[2]["content"]}
+    assert all(row["messages"][:4] == shown and len(row["messages"]) == 5 for row in rows)
+    assert orms["format"]()([shown[1]["content"], shown[3]["content"]]) == [1.0, 1.0]
+
+
 def test_the_command_line_explains_what_is_impossible(tmp_path, capsys):
     with pytest.raises(SystemExit):
         problems.main(["--out", str(tmp_path), "--train", "100000"])
