@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Literal, cast, get_args
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
+from pydantic import ValidationError
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
@@ -48,13 +50,9 @@ class VLLMEngine:
         self._engine_rank = engine_rank
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._stop_token_ids = read_stop_token_ids(folder, self._tokenizer)
-        self._llm = LLM(
-            model=str(folder),
-            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-            worker_extension_cls=WORKER_EXTENSION,
-            **engine_arguments(
-                config, read_model_shape(folder), device=device, engine_rank=engine_rank
-            ),
+        shape = read_model_shape(folder)
+        self._llm = _start_llm(
+            folder, engine_arguments(config, shape, device=device, engine_rank=engine_rank)
         )
         self.policy_version = 0
         """Version of the weights that it samples with; 0 are those of `model_path`."""
@@ -192,6 +190,19 @@ class VLLMEngine:
             finish_reason=cast(FinishReason, reason),
             policy_versions=(self.policy_version,),
         )
+
+
+def _start_llm(folder: Path, arguments: dict[str, Any]) -> LLM:
+    try:
+        return LLM(
+            model=str(folder),
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            worker_extension_cls=WORKER_EXTENSION,
+            **arguments,
+        )
+    except ValidationError as error:  # cannot be sent to another process as it is
+        reasons = "; ".join(problem["msg"] for problem in error.errors())
+        raise ValueError(f"vLLM does not take these settings: {reasons}") from None
 
 
 def request_seed(seed: int, step: int, group_id: int) -> int:

@@ -1,0 +1,211 @@
+"""How long a weight sync takes on CPU, next to the least it could: prints JSON.
+
+    python benchmarks/weight_sync_cpu.py                                  # the demo's model
+    python benchmarks/weight_sync_cpu.py --hidden 576 --ffn 1536 --layers 30 --heads 9 \
+        --kv-heads 3 --head-dim 64 --vocab 49152                          # SmolLM2-135M's shape
+
+A real rollout engine receives the weights of a random Qwen3 model. The same bytes are also copied
+within one process, and broadcast over gloo between two processes that do nothing else.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import ray
+import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from rlsys.actors.group import get_all
+from rlsys.actors.rollout import RolloutActors
+from rlsys.config import Config
+from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.publisher import WeightPublisher
+from rlsys.weight_sync.sender import WeightSender
+from rlsys.weight_sync.transport import LOOPBACK, make_transport, serve_store
+
+CPU = torch.device("cpu")
+TIMEOUT_S = 300.0
+
+
+class Process:
+    """A process with the tensors of a model: sends them, or only moves as many bytes."""
+
+    def __init__(self, folder):
+        torch.set_num_threads(1)
+        model = Qwen3ForCausalLM.from_pretrained(folder)
+        self.tensors = dict(model.named_parameters())
+
+    def weight_metadata(self):
+        return [
+            TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            for name, tensor in self.tensors.items()
+        ]
+
+    def connect_weight_sync(self, *, address, port, world_size, bucket_bytes, verify, timeout_s):
+        self.sender = WeightSender(
+            self.weight_metadata(),
+            transport=make_transport("gloo", CPU),
+            bucket_bytes=bucket_bytes,
+            verify=verify,
+        )
+        self.sender.connect(address, port, world_size=world_size, timeout_s=timeout_s)
+
+    def send_weights(self):
+        return self.sender.send(self.tensors.items())
+
+    def connect_plain(self, port, rank):
+        self.plain = make_transport("gloo", CPU)
+        self.plain.connect(LOOPBACK, port, rank=rank, world_size=2, timeout_s=TIMEOUT_S)
+
+    def broadcast(self, nbytes, repeats):
+        buffer = torch.zeros(nbytes, dtype=torch.uint8)
+        return [seconds(lambda: self.plain.broadcast(buffer, what="it")) for _ in range(repeats)]
+
+    def memcpy(self, nbytes, repeats):
+        source, target = (
+            torch.ones(nbytes, dtype=torch.uint8),
+            torch.zeros(nbytes, dtype=torch.uint8),
+        )
+        return [seconds(lambda: target.copy_(source)) for _ in range(repeats)]
+
+
+class Policy:
+    """What WeightPublisher asks of a policy."""
+
+    policy_version = 0
+
+    def __init__(self, actor):
+        self.actor = actor
+
+    def weight_metadata(self):
+        return ray.get(self.actor.weight_metadata.remote())
+
+    def async_connect_weight_sync(self, **connection):
+        return {"policy rank 0": self.actor.connect_weight_sync.remote(**connection)}
+
+    def async_send_weights(self):
+        return {"policy rank 0": self.actor.send_weights.remote()}
+
+
+def seconds(action):
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def main():
+    arguments = parse_arguments()
+    ray.init(include_dashboard=False, log_to_driver=False)
+    with tempfile.TemporaryDirectory() as folder:
+        save_random_model(Path(folder), arguments)
+        print(json.dumps(measure(Path(folder), arguments), indent=2))
+    ray.shutdown()
+
+
+def measure(folder, arguments):
+    config = Config.model_validate(
+        {
+            "output_dir": "unused",
+            "max_steps": 1,
+            "data": {"dataset": ["unused"], "max_prompt_length": 64},
+            "model": {"path": str(folder), "dtype": "float32"},
+            "reward": {"reward_funcs": ["format"]},
+            "rollout": {"generation_batch_size": 8, "max_completion_length": 64, "max_num_seqs": 8},
+            "weight_sync": {
+                "bucket_mb": arguments.bucket_mb,
+                "verify": not arguments.no_verify,
+                "timeout_s": TIMEOUT_S,
+            },
+        }
+    )
+    engines = RolloutActors(config, device="cpu")
+    actor_class = ray.remote(Process).options(num_cpus=0.01)
+    first, second = actor_class.remote(folder), actor_class.remote(folder)
+    policy = Policy(first)
+    publisher = WeightPublisher(policy, engines, config.weight_sync)
+    publisher.publish()  # the first one also connects and allocates
+    published = [publisher.publish() for _ in range(arguments.repeats)]
+    nbytes = int(published[0]["weight_sync/bytes"])
+    sync = statistics.median(metrics["weight_sync/seconds"] for metrics in published)
+    copies = ray.get(first.memcpy.remote(nbytes, 1 + arguments.repeats))
+    memcpy = statistics.median(copies[1:])
+    gloo = statistics.median(plain_broadcast(first, second, nbytes, arguments.repeats))
+    engines.close()
+    return {
+        "model": {k: v for k, v in vars(arguments).items() if k not in ("repeats", "no_verify")},
+        "megabytes": nbytes / 1e6,
+        "verify": config.weight_sync.verify,
+        "weight_sync_s": sync,
+        "weight_sync_mb_per_s": nbytes / 1e6 / sync,
+        "memcpy_s": memcpy,
+        "gloo_broadcast_s": gloo,
+        "weight_sync_over_memcpy": sync / memcpy,
+        "weight_sync_over_gloo_broadcast": sync / gloo,
+    }
+
+
+def plain_broadcast(first, second, nbytes, repeats):
+    store = serve_store(LOOPBACK, TIMEOUT_S)
+    pair = {"sender": first, "receiver": second}
+
+    def call(method, *arguments):
+        refs = {
+            name: getattr(actor, method).remote(*arguments, *extra)
+            for (name, actor), extra in zip(pair.items(), extras, strict=True)
+        }
+        return get_all(refs, phase=method, timeout_s=TIMEOUT_S)
+
+    extras = [(0,), (1,)]
+    call("connect_plain", store.port)
+    extras = [(), ()]
+    _, received = call("broadcast", nbytes, 1 + repeats)
+    return received[1:]
+
+
+def save_random_model(folder, arguments):
+    config = Qwen3Config(
+        vocab_size=arguments.vocab,
+        hidden_size=arguments.hidden,
+        intermediate_size=arguments.ffn,
+        num_hidden_layers=arguments.layers,
+        num_attention_heads=arguments.heads,
+        num_key_value_heads=arguments.kv_heads,
+        head_dim=arguments.head_dim,
+        max_position_embeddings=512,
+        tie_word_embeddings=not arguments.untied,
+        eos_token_id=1,
+    )
+    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
+    )
+    tokenizer.save_pretrained(folder)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name, default in {
+        "vocab": 399,
+        "hidden": 128,
+        "ffn": 384,
+        "layers": 3,
+        "heads": 4,
+        "kv-heads": 2,
+        "head-dim": 32,
+        "bucket-mb": 256,
+        "repeats": 9,
+    }.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--no-verify", action="store_true")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
