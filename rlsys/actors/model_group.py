@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import warnings
+from datetime import timedelta
 from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 
 from rlsys.actors.group import get_all
 from rlsys.config import Config
 from rlsys.types import TrainBatch
+from rlsys.weight_sync.transport import serve_store
 
 
 class ModelRank:
@@ -24,11 +26,14 @@ class ModelRank:
         self.rank = rank
 
     def rendezvous(self) -> tuple[str, int]:
-        """An address and a free port of this node, at which the ranks meet."""
+        """Serve the store at which the ranks meet; returns its address and port.
+
+        Its port is taken from here on: one that is only found free is often not any more, seconds
+        later, when megatron-core has been imported.
+        """
         address = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((address, 0))
-            return address, probe.getsockname()[1]
+        self.store = serve_store(address, self.config.policy.timeout_s)
+        return address, self.store.port
 
     def join(
         self,
@@ -50,16 +55,19 @@ class ModelRank:
         enable_megatron_on_cpu()
         from rlsys.engines.megatron import ParallelLayout, initialize_parallel
 
+        timeout_s = self.config.policy.timeout_s
+        if self.rank != 0:
+            self.store = dist.TCPStore(
+                address, port, is_master=False, timeout=timedelta(seconds=timeout_s)
+            )
         layout = ParallelLayout(
             rank=self.rank,
             world_size=world_size,
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
-            master_address=address,
-            master_port=port,
-            timeout_s=self.config.policy.timeout_s,
+            timeout_s=timeout_s,
         )
-        initialize_parallel(layout, seed=self.config.seed)
+        initialize_parallel(layout, self.store, seed=self.config.seed)
 
 
 class ModelActors:

@@ -55,20 +55,17 @@ class ParallelLayout:
     world_size: int
     tensor_parallel_size: int
     pipeline_parallel_size: int
-    master_address: str
-    master_port: int
     timeout_s: float
 
 
-def initialize_parallel(layout: ParallelLayout, *, seed: int) -> None:
-    """Join the process group and build megatron-core's parallel groups on it."""
-    timeout = timedelta(seconds=layout.timeout_s)
+def initialize_parallel(layout: ParallelLayout, store: dist.Store, *, seed: int) -> None:
+    """Join the process group, at a store that all ranks share, and build megatron-core's on it."""
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
-        init_method=f"tcp://{layout.master_address}:{layout.master_port}",
+        store=store,
         rank=layout.rank,
         world_size=layout.world_size,
-        timeout=timeout,
+        timeout=timedelta(seconds=layout.timeout_s),
     )
     parallel_state.initialize_model_parallel(
         layout.tensor_parallel_size,
@@ -162,7 +159,9 @@ class MegatronModel:
     def _forward_backward(
         self,
         packed: list[PackedMicroBatch],
-        loss_of: Callable[[torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, dict]],
+        loss_of: Callable[
+            [torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, dict]
+        ],
         *,
         forward_only: bool,
         model: torch.nn.Module | None = None,
@@ -277,7 +276,8 @@ class MegatronPolicy(MegatronModel):
             len(batch.lengths),
             global_batch_size=self.config.global_batch_size,
             num_iterations=self.config.grpo.num_iterations,
-            seed=hash((self.config.seed, self.policy_version)),  # of ints: the same in every process
+            # A hash of integers is the same in every process.
+            seed=hash((self.config.seed, self.policy_version)),
         )
         metrics = [self._optimizer_step(batch, rows, loss) for rows in steps]
         self.policy_version += 1
