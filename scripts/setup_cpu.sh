@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 VENV=${VENV:-.venv}
 PY=$VENV/bin/python
 LOG=$VENV/setup.log
-PYTORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
+PYTORCH_CPU_INDEX=${PYTORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}   # or a mirror of it
 
 fail() { printf 'setup failed: %s\n' "$1" >&2; exit 1; }
 say() { printf '%s\n' "$1"; }
