@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from policy_cases import MODELS, PolicyLab, save_policy_model
 from tiny_models import save_tiny_qwen3
 
 from rlsys.actors.rollout import RolloutActors
@@ -70,3 +71,20 @@ def engines(ray_cluster, rollout_config):
     actors.wait_ready()
     yield actors
     actors.close()
+
+
+@pytest.fixture(scope="session")
+def policy_models(tmp_path_factory):
+    """Model folders of every architecture that the policy trains, by name."""
+    root = tmp_path_factory.mktemp("policy-models")
+    for name in MODELS:
+        save_policy_model(root / name, name)
+    return {name: root / name for name in MODELS}
+
+
+@pytest.fixture(scope="session")
+def lab(ray_cluster):
+    """Makes policies of up to 4 ranks; each ends the one before."""
+    lab = PolicyLab(max_ranks=4)
+    yield lab
+    lab.close()

@@ -12,7 +12,7 @@ STOP_TOKEN_IDS = [1, *range(400, 430)]
 def save_tiny_qwen3(folder, *, tied, seed):
     """Write a random fp32 model of 2 layers, hidden 64, vocabulary 512."""
     torch.manual_seed(seed)
-    _save(_model(tied=tied), folder)
+    save_model(_model(tied=tied), folder)
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def save_markov_qwen3(folder, successors):
         embeddings[token, axis] = 1.0
         if successor != token:
             embeddings[successor, axis] = 3.0
-    _save(model, folder)
+    save_model(model, folder)
 
 
 def _model(*, tied):
@@ -54,7 +54,8 @@ def _model(*, tied):
     return Qwen3ForCausalLM(config).float()
 
 
-def _save(model, folder):
+def save_model(model, folder):
+    """Write weights, config and a tokenizer."""
     model.generation_config.eos_token_id = STOP_TOKEN_IDS
     model.save_pretrained(folder)
     _tokenizer().save_pretrained(folder)

@@ -1,0 +1,170 @@
+"""Policies of a few kilobytes, on processes that become one policy after the other."""
+
+from __future__ import annotations
+
+import ray
+import torch
+from tiny_models import VOCAB_SIZE, save_model
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+from rlsys.actors.group import get_all
+from rlsys.actors.policy import PolicyActors, PolicyRank
+from rlsys.config import Config
+from rlsys.types import TrainBatch
+
+TEMPERATURE = 0.8
+LLAMA_3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # So short that a few tokens tell scaled frequencies from plain ones.
+    "original_max_position_embeddings": 16,
+}
+MODELS = {
+    # Four heads of 16 are not the hidden size of 48.
+    "llama-tied": (LlamaConfig, {"head_dim": 16, "rope_parameters": LLAMA_3_ROPE}),
+    "llama-untied": (LlamaConfig, {}),
+    "qwen2-tied": (Qwen2Config, {}),
+    "qwen2-untied": (Qwen2Config, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen3-tied": (Qwen3Config, {"head_dim": 16}),
+    "qwen3-untied": (Qwen3Config, {"head_dim": 8}),
+}
+"""Every architecture, with tied and untied embeddings."""
+
+
+@torch.no_grad()
+def save_policy_model(folder, name):
+    """Write a random fp32 model, in which norms and biases matter too."""
+    config_class, options = MODELS[name]
+    config = config_class(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=name.endswith("-tied"),
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        **options,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    rng = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(0.0, 0.15, generator=rng)
+        if "norm" in name:
+            parameter += 1.0
+    save_model(model, folder)
+
+
+def policy_config(folder, *, grpo=None, max_steps=8, **policy):
+    """A policy that updates on 8 completions, in micro-batches of 3."""
+    return Config.model_validate(
+        {
+            "output_dir": "unused",
+            "max_steps": max_steps,
+            "data": {"dataset": ["unused"], "max_prompt_length": 8},
+            "model": {"path": str(folder)},
+            "reward": {"reward_funcs": ["format"]},
+            "rollout": {
+                "num_generations": 4,
+                "generation_batch_size": 8,
+                "max_completion_length": 24,
+                "temperature": TEMPERATURE,
+            },
+            "grpo": grpo or {},
+            "policy": {"micro_batch_size": 3, "lr": 1e-3, "timeout_s": 120.0, **policy},
+        }
+    )
+
+
+def random_batch(seed=0):
+    """8 rows of 2 to 8 prompt and 1 to 24 completion tokens; advantages of both signs."""
+    rng = torch.Generator().manual_seed(seed)
+    prompts_N = torch.tensor([2, 8, 3, 5, 2, 7, 4, 6])
+    completions_N = torch.tensor([24, 1, 13, 6, 20, 9, 3, 16])
+    lengths_N = prompts_N + completions_N
+    positions_S = torch.arange(int(lengths_N.max()))
+    shape = (len(lengths_N), len(positions_S))
+    valid_NS = positions_S < lengths_N[:, None]
+    mask_NS = valid_NS & (positions_S >= prompts_N[:, None])
+    ids_NS = torch.randint(2, VOCAB_SIZE, shape, generator=rng)
+    return TrainBatch(
+        input_ids=ids_NS.masked_fill(~valid_NS, 0),
+        lengths=lengths_N,
+        completion_mask=mask_NS,
+        advantages=torch.tensor([1.2, -0.7, -1.1, 0.6, 0.9, -1.3, 0.0, 0.4]),
+        rollout_logprobs=(-6.0 + torch.randn(shape, generator=rng)) * mask_NS,
+    )
+
+
+def padded_logprobs(model, batch, *, temperature=TEMPERATURE):
+    """[N, S] by plain transformers, one padded forward pass; 0 where masked."""
+    attention_mask = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
+    logits = model(input_ids=batch.input_ids, attention_mask=attention_mask.long()).logits
+    log_softmax = torch.log_softmax(logits[:, :-1] / temperature, dim=-1)
+    logprobs = log_softmax.gather(-1, batch.input_ids[:, 1:, None]).squeeze(-1)
+    return torch.nn.functional.pad(logprobs, (1, 0)) * batch.completion_mask
+
+
+class LabRank(PolicyRank):
+    """A rank that tests look into."""
+
+    def become(self, config):
+        """Forget model and process group: `start` makes another policy of this process."""
+        import torch.distributed as dist
+        from megatron.core import parallel_state
+
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+        self.config = config
+
+    def exported(self):
+        """Hugging Face name -> tensor, on rank 0; every rank takes part."""
+        tensors = {name: tensor.clone() for name, tensor in self.engine.weights.export()}
+        return tensors if self.rank == 0 else None
+
+
+class PolicyLab:
+    """Processes that become one policy after the other: starting them takes seconds, a policy not.
+
+    Each new policy ends the one before it.
+    """
+
+    def __init__(self, max_ranks):
+        self._max_ranks = max_ranks
+        self._policy = None
+        self._actors = []
+
+    def policy(self, config):
+        """A policy at version 0, from the weights of config.model.path."""
+        if self._policy is None:
+            self._start_processes(config)
+        self._policy.actors = self._actors[: config.policy.world_size]
+        self._policy.policy_version = 0
+        self._policy.call("become", config)
+        get_all(self._policy.async_start(), phase="start", timeout_s=120)
+        return self._policy
+
+    def close(self):
+        for actor in self._actors:
+            ray.kill(actor)
+        self._policy, self._actors = None, []
+
+    def _start_processes(self, config):
+        section = config.policy.model_copy(update={"world_size": self._max_ranks})
+        largest = config.model_copy(update={"policy": section})
+        options = {"num_cpus": 0.01}
+        self._policy = PolicyActors(largest, options=options, rank_class=LabRank)
+        self._actors = self._policy.actors
+
+
+def exported(policy):
+    """Hugging Face name -> tensor."""
+    return policy.call("exported")[0]

@@ -1,0 +1,65 @@
+"""Log-probs of the policy are those of transformers, for every architecture and layout.
+
+This process imports no megatron: what it compares with is transformers on an unpatched torch.
+"""
+
+import pytest
+import torch
+from policy_cases import MODELS, padded_logprobs, policy_config, random_batch
+from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.system
+
+LAYOUTS = {
+    "one rank": {},
+    "TP 2": {"world_size": 2, "tensor_parallel_size": 2},
+    "PP 2": {"world_size": 2, "pipeline_parallel_size": 2},
+    "DP 2": {"world_size": 2},
+    "TP 2 x PP 2": {"world_size": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def expected(policy_models):
+    """[N, S] log-probs of transformers, by model."""
+    batch = random_batch()
+    with torch.no_grad():
+        return {
+            name: padded_logprobs(
+                AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), batch
+            )
+            for name, folder in policy_models.items()
+        }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", MODELS)
+def test_logprobs_equal_those_of_transformers(lab, policy_models, expected, name, layout):
+    policy = lab.policy(policy_config(policy_models[name], **LAYOUTS[layout]))
+    logprobs = policy.compute_logprobs(random_batch())
+    torch.testing.assert_close(logprobs, expected[name], rtol=0, atol=1e-5)
+
+
+def test_logprobs_do_not_depend_on_packing(lab, policy_models, expected):
+    config = policy_config(policy_models["qwen3-tied"], max_tokens_per_micro_batch=40)
+    logprobs = lab.policy(config).compute_logprobs(random_batch())
+    torch.testing.assert_close(logprobs, expected["qwen3-tied"], rtol=0, atol=1e-5)
+
+
+def test_these_models_are_sensitive_to_what_could_be_wrong(policy_models, expected):
+    """Temperature, scaled rotary frequencies and biases move log-probs far beyond the tolerance."""
+    batch = random_batch()
+    model = AutoModelForCausalLM.from_pretrained(policy_models["llama-tied"], dtype=torch.float32)
+    with torch.no_grad():
+        hotter = padded_logprobs(model, batch, temperature=1.0)
+        unscaled = {"rope_type": "default", "rope_theta": 1e4}
+        model.config.rope_parameters = unscaled
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+        plain = padded_logprobs(model, batch)
+        model = AutoModelForCausalLM.from_pretrained(
+            policy_models["qwen2-tied"], dtype=torch.float32
+        )
+        model.model.layers[0].self_attn.q_proj.bias.zero_()
+        unbiased = padded_logprobs(model, batch)
+    for changed, name in ((hotter, "llama-tied"), (plain, "llama-tied"), (unbiased, "qwen2-tied")):
+        assert (changed - expected[name]).abs().max() > 1e-2
