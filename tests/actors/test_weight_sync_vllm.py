@@ -98,6 +98,21 @@ def test_an_updated_engine_equals_a_fresh_one_untied(
     policy.close()
 
 
+def test_an_engine_of_two_workers_gets_its_shards(
+    policy, engines, connect, rollout_config, tiny_models
+):
+    policy.set_weights(tiny_models[True, 2])
+    connect(policy, engines).publish()
+    tokens, logprobs, _ = greedy(engines)
+    other = tiny_models[True, 1]
+    sharded = RolloutActors(rollout_config(other, tensor_parallel_size=2), device="cpu")
+    connect(policy, sharded).publish()
+    sharded_tokens, sharded_logprobs, _ = greedy(sharded)
+    sharded.close()
+    assert sharded_tokens == tokens
+    assert sharded_logprobs == pytest.approx(logprobs, abs=2e-5)  # sums in another order
+
+
 def test_pushing_the_same_weights_changes_nothing(policy, engines, connect):
     publisher = connect(policy, engines)
     publisher.publish()

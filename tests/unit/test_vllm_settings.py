@@ -1,0 +1,73 @@
+"""What vLLM is started with, without starting it."""
+
+import pytest
+
+from rlsys.config import Config
+from rlsys.engines.vllm_settings import cpu_kv_cache_bytes, engine_arguments, rollout_env
+from rlsys.model_shape import ModelShape
+
+SHAPE = ModelShape(
+    model_type="qwen3",
+    vocab_size=399,
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    tied=True,
+    max_position_embeddings=512,
+)
+
+
+def config(*, max_prompt_length=64, **rollout):
+    return Config.model_validate(
+        {
+            "output_dir": "unused",
+            "max_steps": 1,
+            "data": {"dataset": ["unused"], "max_prompt_length": max_prompt_length},
+            "model": {"path": "unused"},
+            "reward": {"reward_funcs": ["format"]},
+            "rollout": {"generation_batch_size": 8, "max_completion_length": 64, **rollout},
+        }
+    )
+
+
+def test_the_cpu_cache_holds_every_sequence_at_full_length():
+    # 256 sequences of one 128-token block and vLLM's own; 2 * 3 layers * 2 heads * 32 * 4 bytes.
+    assert cpu_kv_cache_bytes(config(), SHAPE) == 257 * 128 * 1536
+    # 129 tokens need a second block.
+    assert cpu_kv_cache_bytes(config(max_prompt_length=65), SHAPE) == 513 * 128 * 1536
+
+
+def test_the_cpu_cache_stops_at_4_gib():
+    large = config(max_prompt_length=20000, max_num_seqs=1024)
+    assert cpu_kv_cache_bytes(large, SHAPE) == 4 * 2**30
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_the_config_says_reaches_vllm(device):
+    arguments = engine_arguments(
+        config(kv_cache_memory_mb=7, max_num_seqs=5, gpu_memory_utilization=0.5),
+        SHAPE,
+        device=device,
+        engine_rank=3,
+    )
+    assert arguments["kv_cache_memory_bytes"] == 7 * 2**20
+    assert arguments["max_num_seqs"] == 5
+    assert arguments["gpu_memory_utilization"] == 0.5
+    assert arguments["max_model_len"] == 128
+    assert arguments["dtype"] == {"cpu": "float32", "cuda": "bfloat16"}[device]
+    assert arguments["seed"] == config().seed + 3
+
+
+def test_gpus_size_their_own_cache():
+    arguments = engine_arguments(config(), SHAPE, device="cuda", engine_rank=0)
+    assert "kv_cache_memory_bytes" not in arguments
+
+
+def test_the_users_log_level_wins(monkeypatch):
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    assert rollout_env("cpu")["VLLM_LOGGING_LEVEL"] == "ERROR"
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    assert rollout_env("cpu")["VLLM_LOGGING_LEVEL"] == "DEBUG"
