@@ -19,7 +19,8 @@ class Checkpointed(Protocol):
 class Checkpoints:
     """Folders `step-<step>` in the run's checkpoint folder.
 
-    A checkpoint is written beside its place and then renamed, so one that is there is whole.
+    A checkpoint is written beside its place and then renamed, and loses its name before it is
+    deleted: one that is there is whole, whenever the process is killed.
     """
 
     def __init__(self, folder: Path, policy: Checkpointed, config: CheckpointConfig):
@@ -31,15 +32,22 @@ class Checkpoints:
         """Save when `save_steps` says so, then drop the oldest beyond `save_total_limit`."""
         if self._config.save_steps is None or step % self._config.save_steps:
             return
-        target = self._folder / f"step-{step}"
-        partial = self._folder / f"step-{step}.partial"
-        for leftover in (partial, target):  # of a run that was stopped, then resumed from before
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self._folder.glob("step-*.partial"):  # of a process that was killed
+            shutil.rmtree(leftover)
+        if step in checkpoint_steps(self._folder):  # of a run that was resumed from before it
+            self._remove(step)
+        partial = self._partial(step)
         partial.mkdir(parents=True)
         self._policy.save_checkpoint(partial)
-        partial.rename(target)
+        partial.rename(self._folder / f"step-{step}")
         for old in checkpoint_steps(self._folder)[: -self._config.save_total_limit]:
-            shutil.rmtree(self._folder / f"step-{old}")
+            self._remove(old)
+
+    def _partial(self, step: int) -> Path:
+        return self._folder / f"step-{step}.partial"
+
+    def _remove(self, step: int) -> None:
+        shutil.rmtree((self._folder / f"step-{step}").rename(self._partial(step)))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

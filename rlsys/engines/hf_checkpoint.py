@@ -21,7 +21,8 @@ def resolve_model_path(path: str) -> Path:
     """The local folder of a model: `path` itself, or the hub's snapshot of that id."""
     if Path(path).is_dir():
         return Path(path)
-    return Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]))
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    return Path(snapshot_download(path, allow_patterns=patterns))
 
 
 class SafetensorsReader:
@@ -72,23 +73,30 @@ def save_model_folder(
     Everything is written to a folder beside it first, which then takes its name: `folder` is
     either whole or not there (or still what it was).
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial, replaced = (folder.with_name(folder.name + end) for end in (".partial", ".replaced"))
+    for leftover in (partial, replaced):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     for file in source.iterdir():
-        if file.is_file() and ".safetensors" not in file.name and file.suffix not in (".bin", ".gguf"):
+        if file.is_file() and not _holds_weights(file):
             shutil.copyfile(file, partial / file.name)
     _write_shards(partial, tensors)
     config = json.loads((partial / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        folder.rename(replaced)
     partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _holds_weights(file: Path) -> bool:
+    return ".safetensors" in file.name or file.suffix in (".bin", ".gguf")
 
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Shards of at most MAX_SHARD_BYTES, held one at a time, with an index when there are several."""
+    """Shards of at most MAX_SHARD_BYTES, one in memory at a time; an index if there are more."""
     shards: list[tuple[Path, list[str]]] = []
     total_bytes = 0
 

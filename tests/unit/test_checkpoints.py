@@ -1,0 +1,108 @@
+"""A checkpoint that is there is whole, whenever the process was killed."""
+
+import shutil
+
+import pytest
+
+from rlsys import checkpoints
+from rlsys.checkpoints import Checkpoints, checkpoint_steps
+from rlsys.config import CheckpointConfig
+
+FILES = ("weights", "optimizer", "schedule")
+
+
+class FilePolicy:
+    """Writes a few files, or is killed after the first."""
+
+    version = 0
+    killed = False
+
+    def save_checkpoint(self, folder):
+        assert list(folder.iterdir()) == []
+        for name in FILES:
+            (folder / name).write_text(str(self.version))
+            if self.killed:
+                raise KeyboardInterrupt
+
+
+@pytest.fixture
+def policy():
+    return FilePolicy()
+
+
+@pytest.fixture
+def save(tmp_path, policy):
+    def save(*steps, save_steps=1, save_total_limit=2):
+        config = CheckpointConfig(save_steps=save_steps, save_total_limit=save_total_limit)
+        checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", policy, config)
+        for step in steps:
+            policy.version = step
+            checkpoints.after_step(step)
+        return tmp_path / "run" / "checkpoints"
+
+    return save
+
+
+def read(folder, step):
+    return {path.name: path.read_text() for path in (folder / f"step-{step}").iterdir()}
+
+
+def test_nothing_is_saved_unless_asked_for(save):
+    assert not save(1, 2, 3, save_steps=None).exists()
+
+
+def test_every_so_many_steps_and_the_newest_few_are_kept(save):
+    folder = save(*range(1, 13), save_steps=3, save_total_limit=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-12", "step-9"]
+    assert read(folder, 12) == dict.fromkeys(FILES, "12")
+
+
+def test_newest_is_by_number_not_by_name(save):
+    assert checkpoint_steps(save(8, 9, 10, 11)) == [10, 11]
+
+
+def test_a_checkpoint_that_is_being_written_does_not_count(save, policy):
+    folder = save(1, 2)
+    policy.killed = True
+    with pytest.raises(KeyboardInterrupt):
+        save(3)
+    assert checkpoint_steps(folder) == [1, 2]
+    policy.killed = False
+    save(3)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-3"]
+
+
+def test_a_step_that_was_saved_before_the_resume_is_saved_anew(save, policy):
+    folder = save(1, 2, 3, save_total_limit=5)
+    (folder / "step-3" / "weights").write_text("of the life before")
+    save(3, save_total_limit=5)
+    assert read(folder, 3) == dict.fromkeys(FILES, "3")
+    assert checkpoint_steps(folder) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("steps", [[3], [2]], ids=["oldest dropped", "same step again"])
+def test_a_checkpoint_is_never_there_in_part(save, monkeypatch, steps):
+    folder = save(1, 2)
+
+    def killed_while_deleting(path):
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed_while_deleting)
+    with pytest.raises(KeyboardInterrupt):
+        save(*steps)
+    monkeypatch.undo()
+    left = checkpoint_steps(folder)
+    assert left
+    assert all(set(read(folder, step)) == set(FILES) for step in left)
+    save(4)
+    assert [path.name for path in folder.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_other_folders_are_no_checkpoints(tmp_path):
+    for name in ("step-3", "step-4.partial", "step-x", "best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-5").write_text("a file")
+    assert checkpoint_steps(tmp_path) == [3]
+    shutil.rmtree(tmp_path)
+    assert checkpoint_steps(tmp_path) == []
