@@ -3,7 +3,7 @@
 vLLM imports this module in every process that holds a part of the model, because
 `WORKER_EXTENSION` names a class in it; that registers the backend. The life cycle is vLLM's:
 init_weight_transfer_engine, then start_weight_update, update_weights, finish_weight_update for
-every update. Works with vLLM 0.26 to 0.33.
+every update.
 """
 
 from __future__ import annotations
