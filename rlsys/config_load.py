@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 from typing import Any, Literal
 
 import yaml
@@ -47,7 +48,8 @@ class ConfigError(ValueError):
     def __init__(self, source: str, problems: list[str]):
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{source} has {count}:" + "".join(f"\n  - {text}" for text in problems))
+        lines = [indent(text, "    ").replace("    ", "  - ", 1) for text in problems]
+        super().__init__("\n".join([f"{source} has {count}:", *lines]))
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def _load(path: Path) -> None:
     except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ValueError(
-            f"plugin {str(path)!r} raised when it was imported:\n\n{_own_traceback(error, path)}"
+            f"plugin {str(path)!r} raised when it was imported:\n{_own_traceback(error, path)}"
         ) from None
 
 
