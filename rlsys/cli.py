@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -158,10 +158,5 @@ def _raised_by_rlsys(error: ValueError) -> bool:
     return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
 
-def entry() -> NoReturn:
-    """What `python -m rlsys.cli` runs."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    entry()
+    sys.exit(main())

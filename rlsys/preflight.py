@@ -325,9 +325,12 @@ def _output_dir(config: Config) -> Iterator[Problem]:
                 True,
             )
     elif holds_run(run):
+        continue_it = ""
+        if checkpoint_steps(run.checkpoints):
+            continue_it = "continue it with --checkpoint.resume, or "
         yield Problem(
-            f"output_dir: {run.path} holds another run. Continue it with --checkpoint.resume, or "
-            "choose another folder with --output_dir",
+            f"output_dir: {run.path} holds another run: {continue_it}choose another folder with "
+            "--output_dir",
             True,
         )
 

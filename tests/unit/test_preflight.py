@@ -203,8 +203,10 @@ def test_an_output_directory_with_another_run_says_how_to_go_on(problems, tmp_pa
     (tmp_path / "run" / file).write_text(content)
     text = only(problems())
     assert "holds another run" in text
-    assert "--checkpoint.resume" in text
     assert "--output_dir" in text
+    assert "--checkpoint.resume" not in text  # there is nothing to continue from
+    (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
+    assert "--checkpoint.resume" in only(problems())
 
 
 def test_a_run_that_failed_while_starting_can_be_started_again(problems, tmp_path):
