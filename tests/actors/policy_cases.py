@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import ray
 import torch
 from tiny_models import VOCAB_SIZE, save_model
@@ -32,6 +34,15 @@ MODELS = {
     "qwen3-untied": (Qwen3Config, {"head_dim": 8}),
 }
 """Every architecture, with tied and untied embeddings."""
+LAYOUTS = {
+    "one rank": {},
+    "TP 2": {"world_size": 2, "tensor_parallel_size": 2},
+    "PP 2": {"world_size": 2, "pipeline_parallel_size": 2},
+    "DP 2": {"world_size": 2},
+    "TP 2 x PP 2": {"world_size": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+    "TP 2 x DP 2": {"world_size": 4, "tensor_parallel_size": 2},
+    "PP 2 x DP 2": {"world_size": 4, "pipeline_parallel_size": 2},
+}
 
 
 @torch.no_grad()
@@ -127,7 +138,22 @@ class LabRank(PolicyRank):
 
     def exported(self):
         """Hugging Face name -> tensor, on rank 0; every rank takes part."""
-        tensors = {name: tensor.clone() for name, tensor in self.engine.weights.export()}
+        return self._export(self.engine.weights)
+
+    def gradient(self, batch):
+        """As `exported`: the gradient of one optimizer step, which is not taken."""
+        optimizer = self.engine.optimizer
+        optimizer.step = lambda: (True, 0.0, None)
+        self.engine.update(batch)
+        del optimizer.step
+        gradients = copy(self.engine.weights)
+        gradients._parameters = {
+            name: parameter.main_grad for name, parameter in gradients._parameters.items()
+        }
+        return self._export(gradients)
+
+    def _export(self, weights):
+        tensors = {name: tensor.clone() for name, tensor in weights.export()}
         return tensors if self.rank == 0 else None
 
 
@@ -168,3 +194,16 @@ class PolicyLab:
 def exported(policy):
     """Hugging Face name -> tensor."""
     return policy.call("exported")[0]
+
+
+def off_policy_batch(logprobs_NS, seed=0):
+    """`random_batch` with old, reference and rollout log-probs around the policy's own.
+
+    So far around that some ratios are clipped on either side.
+    """
+    batch = random_batch(seed)
+    rng = torch.Generator().manual_seed(seed + 1)
+    for name, spread in (("old_logprobs", 0.2), ("ref_logprobs", 0.4), ("rollout_logprobs", 0.2)):
+        noise_NS = spread * torch.randn(logprobs_NS.shape, generator=rng)
+        setattr(batch, name, (logprobs_NS + noise_NS) * batch.completion_mask)
+    return batch

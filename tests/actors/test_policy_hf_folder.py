@@ -1,0 +1,78 @@
+"""HF in, HF out: what the policy writes is what it read, bit by bit, and transformers loads it."""
+
+import json
+
+import pytest
+import torch
+from policy_cases import LAYOUTS, MODELS, policy_config, random_batch
+from safetensors.torch import load_file
+from tiny_models import VOCAB_SIZE
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+pytestmark = pytest.mark.system
+
+
+def assert_equal(tensors, expected):
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP 2", "PP 2", "TP 2 x PP 2"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_round_trip_is_bit_equal(lab, policy_models, tmp_path, name, layout):
+    policy = lab.policy(policy_config(policy_models[name], **LAYOUTS[layout]))
+    policy.save_model(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    assert_equal(saved, load_file(policy_models[name] / "model.safetensors"))
+    assert ("lm_head.weight" in saved) == name.endswith("-untied")
+
+
+def test_weight_sync_sends_what_is_saved(lab, policy_models, tmp_path):
+    policy = lab.policy(policy_config(policy_models["qwen3-untied"], **LAYOUTS["TP 2 x PP 2"]))
+    policy.save_model(tmp_path / "saved")
+    saved = load_file(tmp_path / "saved" / "model.safetensors")
+    announced = {meta.name: (meta.dtype, meta.shape) for meta in policy.weight_metadata()}
+    assert announced == {name: ("float32", tuple(tensor.shape)) for name, tensor in saved.items()}
+
+
+def test_transformers_loads_a_trained_model_with_its_tokenizer(lab, policy_models, tmp_path):
+    source = policy_models["qwen3-tied"]
+    policy = lab.policy(policy_config(source))
+    policy.update(random_batch())
+    policy.save_model(tmp_path / "saved")
+    model, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
+    assert not any(report.values())
+    assert model.dtype == torch.float32
+    moved = (
+        model.state_dict()["model.norm.weight"]
+        != load_file(source / "model.safetensors")["model.norm.weight"]
+    )
+    assert moved.any()
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "saved")) == VOCAB_SIZE
+    for loaded in (source, tmp_path / "saved"):
+        assert len(GenerationConfig.from_pretrained(loaded).eos_token_id) > 1
+
+
+def test_a_bfloat16_model_is_read_from_shards_and_written_as_bfloat16(lab, policy_models, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(policy_models["llama-untied"], dtype="bfloat16")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    config = policy_config(tmp_path / "sharded", **LAYOUTS["TP 2"])
+    section = config.model.model_copy(update={"dtype": "bfloat16"})
+    policy = lab.policy(config.model_copy(update={"model": section}))
+    policy.save_model(tmp_path / "saved")
+    assert_equal(load_file(tmp_path / "saved" / "model.safetensors"), dict(model.state_dict()))
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_weights_of_another_model_are_refused(lab, policy_models, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(policy_models["llama-untied"])
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(Exception, match=r"linear_fc1.*weights and config are of different models"):
+        lab.policy(policy_config(tmp_path))

@@ -1,0 +1,221 @@
+"""One update: the gradient of the equation, whatever the layout and however it is split."""
+
+import math
+
+import pytest
+import torch
+from policy_cases import (
+    LAYOUTS,
+    exported,
+    off_policy_batch,
+    padded_logprobs,
+    policy_config,
+    random_batch,
+)
+from transformers import AutoModelForCausalLM
+
+from rlsys.algo.batching import micro_batches, shard_rows
+
+pytestmark = pytest.mark.system
+
+GRPO = {"beta": 0.04, "epsilon": 0.1, "epsilon_high": 0.15}
+MAX_GRAD_NORM = 0.1
+
+
+def logprobs_of_transformers(folder, batch, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model, padded_logprobs(model, batch)
+
+
+@pytest.fixture(scope="module")
+def batches(policy_models):
+    """Off-policy batches, by model."""
+    with torch.no_grad():
+        return {
+            name: off_policy_batch(logprobs_of_transformers(folder, random_batch())[1])
+            for name, folder in policy_models.items()
+        }
+
+
+def oracle_gradient(folder, batch, loss_type):
+    """By tensor name, in float64: the equation as the papers have it, completion by completion."""
+    model, logprobs = logprobs_of_transformers(folder, batch, torch.float64)
+    sums, lengths = [], []
+    for n, mask in enumerate(batch.completion_mask):
+        log_pi, advantage = logprobs[n][mask], batch.advantages[n].double()
+        ratio = (log_pi - batch.old_logprobs[n][mask].double()).exp()
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.15) * advantage)
+        log_ratio_to_ref = batch.ref_logprobs[n][mask].double() - log_pi
+        kl = log_ratio_to_ref.exp() - log_ratio_to_ref - 1
+        sums.append((-surrogate + 0.04 * kl).sum())
+        lengths.append(len(ratio))
+    if loss_type == "grpo":
+        loss = sum(s / n for s, n in zip(sums, lengths, strict=True)) / len(sums)
+    elif loss_type == "dapo":
+        loss = sum(sums) / sum(lengths)
+    else:
+        loss = sum(sums) / (len(sums) * 24)
+    loss.backward()
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "loss_type", "splitting"),
+    [
+        ("llama-tied", "one rank", "grpo", {}),
+        ("llama-untied", "TP 2", "dapo", {}),
+        ("qwen2-tied", "TP 2 x PP 2", "grpo", {"max_tokens_per_micro_batch": 40}),
+        ("qwen2-untied", "DP 2", "dr_grpo", {"micro_batch_size": 1}),
+        ("qwen3-tied", "PP 2", "grpo", {"micro_batch_size": 2}),
+        ("qwen3-tied", "TP 2 x DP 2", "grpo", {}),
+        ("qwen3-untied", "PP 2 x DP 2", "dapo", {"max_tokens_per_micro_batch": 32}),
+        ("qwen3-untied", "TP 2", "grpo", {"recompute": "full"}),
+    ],
+)
+def test_the_gradient_is_that_of_plain_transformers(
+    lab, policy_models, batches, name, layout, loss_type, splitting
+):
+    batch = batches[name]
+    # Sharded optimizers leave each rank with the sum of its own part of the gradient only.
+    options = LAYOUTS[layout] | splitting | {"use_distributed_optimizer": False}
+    grpo = GRPO | {"loss_type": loss_type}
+    policy = lab.policy(policy_config(policy_models[name], grpo=grpo, **options))
+    gradient = policy.call("gradient", batch)[0]
+    expected = oracle_gradient(policy_models[name], batch, loss_type)
+    assert gradient.keys() == expected.keys()
+    assert norm(expected) > 0.1
+    differences = {key: gradient[key] - expected[key] for key in expected}
+    assert norm(differences) <= 1e-5 * norm(expected)
+    for key, difference in differences.items():
+        assert difference.norm() <= 1e-4 * expected[key].norm(), key
+
+
+def norm(tensors):
+    return math.sqrt(sum(tensor.double().square().sum() for tensor in tensors.values()))
+
+
+def train(lab, folder, batch, **policy):
+    """Metrics of three updates of two optimizer steps each, and the weights after them."""
+    config = policy_config(
+        folder, grpo=GRPO, global_batch_size=4, max_grad_norm=MAX_GRAD_NORM, **policy
+    )
+    policy = lab.policy(config)
+    metrics = [policy.update(batch).metrics for _ in range(3)]
+    return metrics, exported(policy)
+
+
+@pytest.fixture(scope="module")
+def one_rank(lab, policy_models, batches):
+    folder, batch = policy_models["qwen3-tied"], batches["qwen3-tied"]
+    return train(lab, folder, batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LAYOUTS["TP 2"],
+        LAYOUTS["PP 2"],
+        LAYOUTS["DP 2"],
+        LAYOUTS["DP 2"] | {"use_distributed_optimizer": False},
+        LAYOUTS["DP 2"] | {"max_tokens_per_micro_batch": 34},
+        LAYOUTS["TP 2 x PP 2"],
+        LAYOUTS["TP 2 x DP 2"],
+        {"use_distributed_optimizer": False},
+        {"recompute": "full"},
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 8},
+        {"max_tokens_per_micro_batch": 60},
+    ],
+    ids=str,
+)
+def test_updates_do_not_depend_on_layout_and_splitting(
+    lab, policy_models, batches, one_rank, options
+):
+    batch = batches["qwen3-tied"]
+    metrics, weights = train(lab, policy_models["qwen3-tied"], batch, **options)
+    expected_metrics, expected_weights = one_rank
+    for update, expected in zip(metrics, expected_metrics, strict=True):
+        assert update == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected_weights[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_updates_above_have_everything_that_could_go_wrong(policy_models, batches, one_rank):
+    metrics, weights = one_rank
+    assert all(update["grad_norm"] > 2 * MAX_GRAD_NORM for update in metrics)  # so it is clipped
+    assert metrics[0]["clip_ratio/low_mean"] > 0
+    assert metrics[0]["clip_ratio/high_mean"] > 0
+    assert metrics[0]["kl"] > 0.01
+    before = AutoModelForCausalLM.from_pretrained(policy_models["qwen3-tied"]).state_dict()
+    assert all((tensor - before[name]).abs().max() > 1e-3 for name, tensor in weights.items())
+    # One data-parallel rank has more micro-batches than the other.
+    lengths = batches["qwen3-tied"].lengths
+    shards = shard_rows(range(4), lengths, num_shards=2)
+    counts = {len(micro_batches(s, lengths, micro_batch_size=3, max_tokens=34)) for s in shards}
+    assert len(counts) == 2
+
+
+def test_one_optimizer_step_a_rollout_is_on_policy(lab, policy_models):
+    config = policy_config(policy_models["qwen2-tied"], grpo=GRPO, **LAYOUTS["DP 2"])
+    policy = lab.policy(config)
+    batch = random_batch()
+    batch.ref_logprobs = batch.rollout_logprobs = policy.compute_logprobs(batch)
+    output = policy.update(batch)
+    assert (output.policy_version, policy.policy_version) == (1, 1)
+    metrics = output.metrics
+    assert metrics["ratio/min"] == metrics["ratio/max"] == 1
+    assert metrics["clip_ratio/region_mean"] == 0
+    assert metrics["kl"] == pytest.approx(0, abs=1e-10)
+    assert metrics["sampling/logp_difference/max"] == pytest.approx(0, abs=1e-5)
+    assert metrics["num_loss_tokens"] == batch.completion_mask.sum()
+    assert policy.update(batch).metrics["kl"] > 1e-6
+
+
+def test_supervised_loss_is_the_mean_of_mean_log_likelihoods(lab, policy_models):
+    policy = lab.policy(policy_config(policy_models["llama-tied"]))
+    batch = random_batch()
+    with torch.no_grad():
+        logprobs = logprobs_of_transformers(policy_models["llama-tied"], batch)[1]
+    means = logprobs.sum(1) / batch.completion_mask.sum(1)
+    losses = [policy.update(batch, loss="sft").metrics["loss"] for _ in range(5)]
+    assert losses[0] == pytest.approx(-means.mean().item(), rel=1e-5)
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup_ratio", "min_lr", "steps_per_update"),
+    [
+        ("constant", 0.0, 0.0, 1),
+        ("constant", 0.3, 0.0, 1),
+        ("linear", 0.3, 1e-5, 2),
+        ("cosine", 0.1, 0.0, 1),
+    ],
+)
+def test_learning_rate_warms_up_and_decays(
+    lab, policy_models, schedule, warmup_ratio, min_lr, steps_per_update
+):
+    lr, updates = 1e-4, 10
+    config = policy_config(
+        policy_models["qwen3-tied"],
+        max_steps=updates,
+        global_batch_size=8 // steps_per_update,
+        lr=lr,
+        min_lr=min_lr,
+        lr_scheduler_type=schedule,
+        warmup_ratio=warmup_ratio,
+    )
+    policy = lab.policy(config)
+    batch = random_batch()
+    batch.old_logprobs = batch.rollout_logprobs
+    # The rate of the last optimizer step of each update.
+    rates = [policy.update(batch).metrics["learning_rate"] for _ in range(updates)]
+    warmup_steps = math.ceil(warmup_ratio * updates * steps_per_update)
+    for step, rate in enumerate(rates[: warmup_steps // steps_per_update], 1):
+        assert rate == pytest.approx(lr * step * steps_per_update / warmup_steps)
+    after_warmup = rates[warmup_steps // steps_per_update :]
+    if schedule == "constant":
+        assert set(after_warmup) == {lr}
+    else:
+        assert after_warmup == sorted(after_warmup, reverse=True)
+        assert after_warmup[0] > 0.75 * lr
+        assert min_lr < rates[-1] < min_lr + 0.15 * lr
