@@ -1,0 +1,96 @@
+"""A resumed policy goes on as if nothing had happened."""
+
+import pytest
+import torch
+from policy_cases import LAYOUTS, exported, policy_config, random_batch
+
+pytestmark = pytest.mark.system
+
+SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "weight_decay": 0.1}
+
+
+def config_of(policy_models, **policy):
+    """Two optimizer steps an update, in an order that is drawn from the version."""
+    return policy_config(
+        policy_models["qwen3-tied"], max_steps=5, global_batch_size=4, **SCHEDULE, **policy
+    )
+
+
+def update(policy, versions):
+    """Metrics of the updates to `versions`, each on a batch of its own."""
+    metrics = []
+    for version in versions:
+        batch = random_batch(seed=version)
+        batch.old_logprobs = policy.compute_logprobs(batch)
+        output = policy.update(batch)
+        assert output.policy_version == policy.policy_version == version
+        metrics.append(output.metrics)
+    return metrics
+
+
+def run_and_save(lab, config, folder):
+    """A checkpoint after 2 updates; metrics of 2 more and the weights after them."""
+    policy = lab.policy(config)
+    update(policy, [1, 2])
+    folder.mkdir()
+    policy.save_checkpoint(folder)
+    return update(policy, [3, 4]), exported(policy)
+
+
+def resume(lab, config, folder):
+    policy = lab.policy(config)
+    policy.load_checkpoint(folder)
+    assert policy.policy_version == 2
+    return update(policy, [3, 4]), exported(policy)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        LAYOUTS["one rank"],
+        LAYOUTS["one rank"] | {"use_distributed_optimizer": False},
+        LAYOUTS["DP 2"],
+        LAYOUTS["DP 2"] | {"use_distributed_optimizer": False},
+        LAYOUTS["TP 2 x PP 2"],
+    ],
+    ids=str,
+)
+def test_resume_is_exact(lab, policy_models, tmp_path, layout):
+    config = config_of(policy_models, **layout)
+    metrics, weights = run_and_save(lab, config, tmp_path / "step-2")
+    metrics_again, weights_again = resume(lab, config, tmp_path / "step-2")
+    assert metrics_again == metrics
+    assert weights_again.keys() == weights.keys()
+    assert all(torch.equal(weights_again[name], weights[name]) for name in weights)
+    assert metrics[0]["learning_rate"] > metrics[1]["learning_rate"]
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP 2", "PP 2", "TP 2 x DP 2"])
+def test_another_layout_goes_on_from_the_same_place(lab, policy_models, tmp_path, layout):
+    config = config_of(policy_models, **LAYOUTS["DP 2"])
+    metrics, weights = run_and_save(lab, config, tmp_path / "step-2")
+    other = config_of(policy_models, **LAYOUTS[layout])
+    metrics_again, weights_again = resume(lab, other, tmp_path / "step-2")
+    for again, expected in zip(metrics_again, metrics, strict=True):
+        assert again == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name, tensor in weights_again.items():
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_what_is_resumed_is_more_than_the_weights(lab, policy_models, tmp_path):
+    """The bounds above would notice an optimizer or a schedule that began anew."""
+    config = config_of(policy_models)
+    metrics, weights = run_and_save(lab, config, tmp_path / "step-2")
+    policy = lab.policy(config)
+    update(policy, [1, 2])
+    policy.save_model(tmp_path / "weights")
+    model = config.model.model_copy(update={"path": str(tmp_path / "weights")})
+    anew = lab.policy(config.model_copy(update={"model": model}))
+    rates = []
+    for version in (3, 4):
+        batch = random_batch(seed=version)
+        batch.old_logprobs = anew.compute_logprobs(batch)
+        rates.append(anew.update(batch).metrics["learning_rate"])
+    assert rates != [update["learning_rate"] for update in metrics]
+    weights_anew = exported(anew)
+    assert all((weights_anew[name] - weights[name]).abs().max() > 1e-4 for name in weights)
