@@ -36,6 +36,16 @@ class ModelShape:
     max_position_embeddings: int
 
     @property
+    def has_qkv_bias(self) -> bool:
+        """Whether q, k and v have a bias: always in Qwen2, which does not say so in its config."""
+        return self.model_type == "qwen2"
+
+    @property
+    def has_qk_norm(self) -> bool:
+        """Whether q and k are normalised by head."""
+        return self.model_type == "qwen3"
+
+    @property
     def embedding_params(self) -> int:
         """Parameters of the embedding, and of an untied head."""
         return self.vocab_size * self.hidden_size
@@ -45,9 +55,9 @@ class ModelShape:
         """Parameters of one layer."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = 2 * self.hidden_size * q + 2 * self.hidden_size * kv
-        if self.model_type == "qwen2":  # biases of q, k and v
+        if self.has_qkv_bias:
             attention += q + 2 * kv
-        if self.model_type == "qwen3":  # norms of q and k
+        if self.has_qk_norm:
             attention += 2 * self.head_dim
         return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
 

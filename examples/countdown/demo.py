@@ -47,8 +47,9 @@ def main() -> int:
     start = time.monotonic()
     data = args.runs / "countdown-data"
     if not (data / "validation.jsonl").exists():
+        held_out = generate_problems(NUM_HELD_OUT, seed=0, held_out=True)
         write_jsonl(data / "train.jsonl", generate_problems(NUM_TRAIN, seed=0))
-        write_jsonl(data / "validation.jsonl", generate_problems(NUM_HELD_OUT, seed=0, held_out=True))
+        write_jsonl(data / "validation.jsonl", held_out)
     model = _warm_started_model(args.runs, data, args.seed, console)
     run = RunDir(_new_folder(args.runs / f"countdown-demo-seed{args.seed}"))
     console.rule(f"GRPO -> {run.path}")

@@ -99,9 +99,7 @@ class PolicyActors(ModelActors):
         rank_class: type[PolicyRank] = PolicyRank,
     ):
         world_size = config.policy.world_size
-        super().__init__(
-            rank_class, config, role="policy", world_size=world_size, options=options
-        )
+        super().__init__(rank_class, config, role="policy", world_size=world_size, options=options)
         self.policy_version = 0
         """Completed updates: the version of the weights that the next publish sends."""
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -44,6 +45,7 @@ from rlsys.engines.hf_checkpoint import SafetensorsReader, resolve_model_path, s
 from rlsys.engines.megatron_checkpoint import load_policy, save_policy
 from rlsys.engines.megatron_model import LogprobHead, build_model, transformer_config
 from rlsys.engines.megatron_weights import MegatronWeights
+from rlsys.model_shape import read_model_shape
 from rlsys.types import TrainBatch, UpdateOutput
 
 
@@ -87,14 +89,19 @@ class MegatronModel:
         self.device = torch.device("cpu" if self.on_cpu else "cuda")
         self.folder = resolve_model_path(path)
         self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
+        shape = read_model_shape(self.folder)  # refuses what is not supported
         self.hf_config = AutoConfig.from_pretrained(self.folder)
         self.transformer_config = transformer_config(
-            self.hf_config, dtype=self.dtype, recompute=config.policy.recompute, on_cpu=self.on_cpu
+            self.hf_config,
+            shape,
+            dtype=self.dtype,
+            recompute=config.policy.recompute,
+            on_cpu=self.on_cpu,
         )
         self.model = build_model(self.hf_config, self.transformer_config).to(self.device)
         self.weights = MegatronWeights(
             self.model,
-            self.hf_config,
+            shape,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
         )
@@ -218,7 +225,6 @@ class MegatronPolicy(MegatronModel):
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=policy.use_distributed_optimizer,
-                check_for_nan_in_grad=True,
             ),
             self.model,
         )
@@ -304,21 +310,46 @@ class MegatronPolicy(MegatronModel):
             value, statistics = losses[loss](inputs, self.config.grpo)
             return value * undo_averaging, statistics
 
-        self.scheduler.step(increment=1)
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         outputs = self._forward_backward(packed, loss_of, forward_only=False, model=self.ddp)
-        _, grad_norm, _ = self.optimizer.step()
+        metrics = self._reduced_metrics(outputs)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            self._refuse_step(grad_norm, metrics)
+        self.scheduler.step(increment=1)
+        self.optimizer.step()
+        return metrics | {
+            "grad_norm": grad_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _reduced_metrics(self, outputs: list[dict]) -> dict[str, float]:
+        """Of one optimizer step, over data-parallel ranks; only the last pipeline stage has any."""
         if not self.model.post_process:
             return {}
         sums = MetricSums()
         for statistics in outputs:
             sums.add(statistics)
         sums.all_reduce(parallel_state.get_data_parallel_group())
-        return sums.means() | {
-            "grad_norm": float(grad_norm),
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+        return sums.means()
+
+    def _refuse_step(self, grad_norm: float, metrics: dict[str, float]) -> NoReturn:
+        """Raise, on every rank alike, before NaN reaches the weights."""
+        told = [metrics]
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            dist.broadcast_object_list(
+                told,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        values = ", ".join(f"{name} {value:g}" for name, value in told[0].items())
+        raise FloatingPointError(
+            f"the update of policy version {self.policy_version} has a gradient of norm "
+            f"{grad_norm:g}, which was not applied: the weights are as before this optimizer step. "
+            f"Its metrics: {values}"
+        )
 
     def save_model(self, folder: Path) -> None:
         """Write a Hugging Face model folder; every rank calls, the first one writes."""

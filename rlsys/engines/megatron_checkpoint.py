@@ -42,9 +42,7 @@ def load_policy(
     scheduler: OptimizerParamScheduler,
 ) -> int:
     """Continue from the checkpoint in `folder`; returns its policy_version."""
-    state = dist_checkpointing.load(
-        _sharded_state(model, optimizer, is_loading=True), str(folder)
-    )
+    state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     # Only where it stands: the schedule itself is the config's, which may have been changed.

@@ -1,4 +1,4 @@
-"""What megatron-core assumes about CUDA, answered for a process that has none: "cuda" means the CPU.
+"""What megatron-core assumes about CUDA, answered where there is none: "cuda" means the CPU.
 
 megatron-core runs on the CPU over gloo once four assumptions are answered:
 
@@ -57,7 +57,7 @@ def enable_megatron_on_cpu() -> None:
     _patch_devices()
     _patch_streams()
     _patch_random_state()
-    # Megatron decorates small functions with torch.compile, which costs a minute of C++ compilation.
+    # megatron-core decorates small functions with it, and compiling their C++ takes a minute.
     torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
     _patch_megatron()
 

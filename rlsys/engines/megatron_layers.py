@@ -35,7 +35,9 @@ class PackedAttention(MegatronModule):
     under a causal mask no real token sees the padding on its right, so no mask is needed.
     """
 
-    def __init__(self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any):
+    def __init__(
+        self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any
+    ):
         super().__init__(config)
         self.softmax_scale = softmax_scale
 
@@ -48,7 +50,7 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams,
         **_: Any,
     ) -> torch.Tensor:
-        """[T, heads, head_dim] queries, [T, kv_heads, head_dim] keys and values -> [T, heads*head_dim]."""
+        """[T, heads, d] queries, [T, kv_heads, d] keys and values -> [T, heads * d]."""
         assert attention_mask is None, "packed sequences are causal by construction"
         cu_seqlens = packed_seq_params.cu_seqlens_q.long()
         lengths = cu_seqlens.diff()

@@ -19,39 +19,36 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlsys.algo.logprobs import chunked_logprobs
-from rlsys.engines.megatron_weights import has_qk_norm, has_qkv_bias, head_dimension
+from rlsys.model_shape import ModelShape
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
 LOGPROB_CHUNK_TOKENS = 1024
 """Logits exist for this many tokens at a time: 1024 x 151,936 in fp32 are 0.6 GB."""
 
 
 def transformer_config(
-    hf: PretrainedConfig, *, dtype: torch.dtype, recompute: str, on_cpu: bool
+    hf: PretrainedConfig,
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    recompute: str,
+    on_cpu: bool,
 ) -> TransformerConfig:
-    """megatron-core's config of a dense Llama, Qwen2 or Qwen3 for the initialised parallel layout.
-
-    Raises:
-        ValueError: the architecture, or an option of it, is not supported.
-    """
-    _check_supported(hf)
+    """megatron-core's config of the model, for the parallel layout that is initialised."""
     tp = parallel_state.get_tensor_model_parallel_world_size()
-    options: dict[str, Any] = {}
-    if on_cpu:
-        # Each names a CUDA kernel or stream that the CPU does not have.
-        options |= dict.fromkeys(
-            [
-                "persist_layer_norm",
-                "masked_softmax_fusion",
-                "gradient_accumulation_fusion",
-                "bias_activation_fusion",
-                "bias_dropout_fusion",
-                "apply_rope_fusion",
-                "batch_p2p_comm",
-                "batch_p2p_sync",
-            ],
-            False,
-        )
+    # Fused kernels: on an H200 they take an update of a 1.5B model from 0.24 to 0.31 of the
+    # peak FLOPs. Each is a CUDA kernel that the CPU does not have, as are the last three.
+    on_gpu = not on_cpu
+    options: dict[str, Any] = {
+        "apply_rope_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "masked_softmax_fusion": on_gpu,
+        "persist_layer_norm": on_gpu,
+        "batch_p2p_comm": on_gpu,
+        "batch_p2p_sync": on_gpu,
+        # Needs an extension of Apex for the output layer, which log-probs do not go through.
+        "gradient_accumulation_fusion": False,
+    }
     if recompute == "full":
         options |= {
             "recompute_granularity": "full",
@@ -59,19 +56,19 @@ def transformer_config(
             "recompute_num_layers": 1,
         }
     return TransformerConfig(
-        num_layers=hf.num_hidden_layers,
-        hidden_size=hf.hidden_size,
-        ffn_hidden_size=hf.intermediate_size,
-        num_attention_heads=hf.num_attention_heads,
-        num_query_groups=hf.num_key_value_heads,
-        kv_channels=head_dimension(hf),
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=has_qkv_bias(hf),
-        qk_layernorm=has_qk_norm(hf),
+        add_qkv_bias=shape.has_qkv_bias,
+        qk_layernorm=shape.has_qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -148,23 +145,6 @@ class LogprobHead:
             vocab_start=self._vocab_start,
             group=group if group.size() > 1 else None,
         )
-
-
-def _check_supported(hf: PretrainedConfig) -> None:
-    if hf.model_type not in SUPPORTED_MODEL_TYPES:
-        raise ValueError(
-            f"model_type {hf.model_type!r} is not supported; use a dense model of "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
-        )
-    options = hf.to_dict()
-    for name, wanted in {
-        "attention_bias": False,
-        "mlp_bias": False,
-        "use_sliding_window": False,
-        "hidden_act": "silu",
-    }.items():
-        if options.get(name, wanted) != wanted:
-            raise ValueError(f"{hf.model_type} with {name} = {options[name]!r} is not supported")
 
 
 def _scale_rope(model: GPTModel, hf: PretrainedConfig) -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from transformers import PretrainedConfig
 
 from rlsys.engines.hf_checkpoint import SafetensorsReader
+from rlsys.model_shape import ModelShape
 from rlsys.weight_sync.plan import TensorMeta
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -59,24 +59,24 @@ class WeightRow:
         return [part.flatten(0, 1) for part in by_group.split([r // groups for r in rows], dim=1)]
 
 
-def weight_table(config: PretrainedConfig) -> list[WeightRow]:
+def weight_table(shape: ModelShape) -> list[WeightRow]:
     """Every parameter of a dense Llama, Qwen2 or Qwen3, in the order of the model."""
-    hidden, vocab = config.hidden_size, config.vocab_size
+    hidden, vocab = shape.hidden_size, shape.vocab_size
     rows = [WeightRow((EMBEDDING,), (HF_EMBEDDING,), ((vocab, hidden),), 0)]
-    for layer in range(config.num_hidden_layers):
-        rows += _layer_rows(config, layer)
+    for layer in range(shape.num_layers):
+        rows += _layer_rows(shape, layer)
     rows.append(
         WeightRow(("decoder.final_layernorm.weight",), ("model.norm.weight",), ((hidden,),), None)
     )
-    if not config.tie_word_embeddings:
+    if not shape.tied:
         rows.append(WeightRow((OUTPUT,), (HF_OUTPUT,), ((vocab, hidden),), 0))
     return rows
 
 
-def _layer_rows(config: PretrainedConfig, layer: int) -> list[WeightRow]:
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    groups, head_dim = config.num_key_value_heads, head_dimension(config)
-    q_rows, kv_rows = config.num_attention_heads * head_dim, groups * head_dim
+def _layer_rows(shape: ModelShape, layer: int) -> list[WeightRow]:
+    hidden, ffn = shape.hidden_size, shape.intermediate_size
+    groups, head_dim = shape.num_kv_heads, shape.head_dim
+    q_rows, kv_rows = shape.num_heads * head_dim, groups * head_dim
 
     def row(
         names: list[str],
@@ -105,9 +105,14 @@ def _layer_rows(config: PretrainedConfig, layer: int) -> list[WeightRow]:
             0,
             groups,
         ),
-        row(["self_attention.linear_proj.weight"], ["self_attn.o_proj.weight"], [(hidden, q_rows)], 1),
+        row(
+            ["self_attention.linear_proj.weight"],
+            ["self_attn.o_proj.weight"],
+            [(hidden, q_rows)],
+            1,
+        ),
     ]
-    if has_qkv_bias(config):
+    if shape.has_qkv_bias:
         attention.append(
             row(
                 ["self_attention.linear_qkv.bias"],
@@ -117,7 +122,7 @@ def _layer_rows(config: PretrainedConfig, layer: int) -> list[WeightRow]:
                 groups,
             )
         )
-    if has_qk_norm(config):
+    if shape.has_qk_norm:
         attention += [
             norm([f"self_attention.{x}_layernorm.weight"], f"self_attn.{x}_norm.weight", head_dim)
             for x in "qk"
@@ -142,41 +147,25 @@ def _layer_rows(config: PretrainedConfig, layer: int) -> list[WeightRow]:
     ]
 
 
-def head_dimension(config: PretrainedConfig) -> int:
-    """Size of one attention head; Llama configs may leave it out."""
-    explicit = config.to_dict().get("head_dim")
-    return explicit or config.hidden_size // config.num_attention_heads
-
-
-def has_qkv_bias(config: PretrainedConfig) -> bool:
-    """Whether q, k and v have a bias: always in Qwen2, which does not say so in its config."""
-    return config.model_type == "qwen2"
-
-
-def has_qk_norm(config: PretrainedConfig) -> bool:
-    """Whether q and k are normalised by head."""
-    return config.model_type == "qwen3"
-
-
 class MegatronWeights:
     """The weights of one rank's part of a model, by the table.
 
     Args:
         model: the bare GPTModel of this rank.
-        config: of the Hugging Face model.
+        shape: of the whole model.
         tp_group, pp_group: this rank's parallel groups.
     """
 
     def __init__(
         self,
         model: torch.nn.Module,
-        config: PretrainedConfig,
+        shape: ModelShape,
         *,
         tp_group: dist.ProcessGroup,
         pp_group: dist.ProcessGroup,
     ):
-        self.table = weight_table(config)
-        self.tied = config.tie_word_embeddings
+        self.table = weight_table(shape)
+        self.tied = shape.tied
         self._tp, self._pp = tp_group, pp_group
         self._parameters = _named_globally(model)
         self._dtype = next(model.parameters()).dtype
@@ -274,7 +263,7 @@ class MegatronWeights:
         by_rank: list[list[bool]] = [owned] * self._pp.size()
         if self._pp.size() > 1:
             dist.all_gather_object(by_rank, owned, group=self._pp)
-        return [next(rank for rank, has in enumerate(column) if has) for column in zip(*by_rank, strict=True)]
+        return [column.index(True) for column in zip(*by_rank, strict=True)]
 
 
 def _mark(parameter: torch.nn.Parameter, axis: int) -> None:
