@@ -126,6 +126,8 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # Ray otherwise hides all GPUs from actors that ask for none, as reward workers do.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # One failure is raised, with its actor's name; Ray would print those of the other ranks after.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     local = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
     ray.init(logging_level=logging.ERROR, **local)
     try:

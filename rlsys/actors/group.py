@@ -9,9 +9,16 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+DEATH_NOTICE_S = 2.0
+"""When an actor dies, those that talk with it raise, at times before Ray knows of the death."""
+
 
 class ActorFailure(RuntimeError):
     """An actor died or raised; the message ends with who it was and what it was doing."""
+
+
+class ActorDeath(ActorFailure):
+    """An actor's process ended."""
 
 
 class PhaseTimeout(TimeoutError):
@@ -25,7 +32,7 @@ def get_all(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) 
     would wait for a dead one until their own deadline.
 
     Raises:
-        ActorFailure: an actor raised or died, with its own traceback.
+        ActorFailure: an actor raised or died (ActorDeath), with its own traceback.
         PhaseTimeout: some were not done after `timeout_s` seconds.
     """
     names = {ref: name for name, ref in refs.items()}
@@ -40,8 +47,26 @@ def get_all(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) 
                 f"{phase} did not finish within {timeout_s:g} s; still waiting for {waiting}"
             )
         for ref in done:
-            results[ref] = get_one(ref, name=names[ref], phase=phase)
+            try:
+                results[ref] = get_one(ref, name=names[ref], phase=phase)
+            except ActorFailure:
+                others = {other: names[other] for other in pending if other != ref}
+                _raise_death(others, phase=phase)
+                raise
     return [results[ref] for ref in refs.values()]
+
+
+def _raise_death(names: Mapping[ray.ObjectRef, str], *, phase: str) -> None:
+    """Raise ActorDeath if that is why another actor failed; hear what the others raise."""
+    refs = list(names)
+    done = ray.wait(refs, num_returns=len(refs), timeout=DEATH_NOTICE_S)[0] if refs else []
+    for ref in done:
+        try:
+            get_one(ref, name=names[ref], phase=phase)
+        except ActorDeath:
+            raise
+        except ActorFailure:
+            pass  # Ray would print what nobody asked for, after the error that matters
 
 
 def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
@@ -52,6 +77,6 @@ def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
         # The remote traceback is the message; Ray's own frames around it help nobody.
         raise ActorFailure(f"{error}\n{name} failed in {phase}: {error.cause!r}") from None
     except RayActorError as error:
-        raise ActorFailure(f"{error}\n{name} died in {phase}") from None
+        raise ActorDeath(f"{error}\n{name} died in {phase}") from None
     except RayError as error:
         raise ActorFailure(f"{error}\n{name} was lost in {phase}") from error

@@ -1,0 +1,47 @@
+"""What goes wrong in an update is told at once, by name, and spoils nothing."""
+
+import os
+import time
+
+import pytest
+import torch
+from policy_cases import LAYOUTS, exported, policy_config, random_batch
+
+from rlsys.actors.group import ActorDeath, ActorFailure, get_all
+from rlsys.actors.policy import PolicyActors, PolicyRank
+
+pytestmark = pytest.mark.system
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP 2", "PP 2", "DP 2"])
+def test_a_gradient_that_is_not_finite_is_told_and_not_applied(lab, policy_models, layout):
+    policy = lab.policy(policy_config(policy_models["qwen3-tied"], **LAYOUTS[layout]))
+    policy.update(random_batch())
+    before = exported(policy)
+    batch = random_batch()
+    batch.advantages[1] = torch.nan
+    message = r"policy rank \d failed in policy update.*policy version 1 .*norm nan.*loss nan"
+    with pytest.raises(ActorFailure, match=message):
+        policy.update(batch)
+    assert policy.policy_version == 1
+    after = exported(policy)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+class MortalRank(PolicyRank):
+    """Its rank 1 dies in the backward pass, when rank 0 is long waiting for its gradient."""
+
+    def update(self, batch, loss):
+        if self.rank == 1:
+            weight = next(self.engine.model.parameters())
+            weight.register_hook(lambda _: (time.sleep(2), os._exit(1)))
+        return super().update(batch, loss)
+
+
+def test_a_rank_that_dies_is_named_long_before_the_timeout(ray_cluster, policy_models):
+    config = policy_config(policy_models["qwen3-tied"], **LAYOUTS["DP 2"], timeout_s=3600.0)
+    policy = PolicyActors(config, options={"num_cpus": 0.01}, rank_class=MortalRank)
+    get_all(policy.async_start(), phase="start", timeout_s=120)
+    with pytest.raises(ActorDeath, match="policy rank 1 died in policy update"):
+        policy.update(random_batch())
+    policy.close()
