@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     completions.add_argument("--follow", action="store_true", help="wait for new ones")
     completions.add_argument("--step", type=int, help="only those of this step")
     completions.add_argument("--limit", type=int, help="only so many groups")
+    completions.add_argument("--eval", action="store_true", help="those of held-out prompts")
     completions.set_defaults(run=_completions)
 
     rewards = commands.add_parser("rewards", help="list the reward functions by name")
@@ -121,7 +122,13 @@ def _doctor(args: argparse.Namespace) -> int:
 def _completions(args: argparse.Namespace) -> int:
     from rlsys.tracking.viewer import show_completions
 
-    show_completions(args.run_dir, follow=args.follow, step=args.step, limit=args.limit)
+    show_completions(
+        args.run_dir,
+        follow=args.follow,
+        step=args.step,
+        limit=args.limit,
+        split="eval" if args.eval else "train",
+    )
     return 0
 
 

@@ -210,8 +210,8 @@ class WeightSyncConfig(Section):
 class TrackingConfig(Section):
     """Where metrics and completions go, besides metrics.jsonl and completions.jsonl."""
 
-    report_to: list[Literal["tensorboard", "wandb"]] = ["tensorboard"]
-    """More trackers; wandb needs `pip install rlsys[wandb]`."""
+    report_to: list[str] = ["tensorboard"]
+    """More trackers by name: tensorboard, wandb (which needs `pip install rlsys[wandb]`)."""
     run_name: str | None = None
     """Name of the run in trackers; None is the name of output_dir."""
     wandb_project: str = "rlsys"

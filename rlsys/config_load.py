@@ -217,7 +217,7 @@ def _parse_value(
     if types.NoneType in kinds and texts in (["null"], ["none"], ["None"]):
         values[name] = None
     elif list in kinds:
-        values[name] = texts
+        values[name] = [] if texts == ["[]"] else texts
     elif not texts and bool in kinds:
         values[name] = True
     elif len(texts) == 1:

@@ -25,6 +25,7 @@ from rlsys.devices import guess_device
 from rlsys.model_shape import ModelShape, read_model_shape
 from rlsys.rewards import load_plugins, orms
 from rlsys.run_dir import RunDir
+from rlsys.tracking import trackers
 
 _COUNTABLE_BYTES = 200 * 2**20
 """Count the rows of JSONL files up to this size; larger ones would take a while to read."""
@@ -102,7 +103,14 @@ def _packages(config: Config) -> Iterator[Problem]:
     for module in ("torch", "ray", "vllm", "megatron", "transformers"):
         if importlib.util.find_spec(module) is None:
             yield Problem(f"{module} is not installed; `rlsys doctor` says how to get it", True)
-    if "wandb" in config.tracking.report_to and importlib.util.find_spec("wandb") is None:
+    for name in config.tracking.report_to:
+        try:
+            trackers[name]
+        except ValueError as error:
+            yield Problem(f"tracking.report_to: {error}")
+    wandb = importlib.util.find_spec("wandb")
+    # A folder wandb/ with old logs is found too, but has no origin.
+    if "wandb" in config.tracking.report_to and (wandb is None or wandb.origin is None):
         yield Problem(
             "tracking.report_to asks for wandb, which is not installed: `pip install "
             "'rlsys[wandb]'`, or leave it out",

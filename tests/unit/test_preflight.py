@@ -229,6 +229,11 @@ def test_an_output_directory_that_is_a_file(problems, tmp_path):
     assert "is a file" in only(problems())
 
 
+def test_a_tracker_that_nobody_registered(problems):
+    text = only(problems("--tracking.report_to", "tensorbord"))
+    assert "Did you mean 'tensorboard'?" in text
+
+
 def test_a_tracker_that_is_not_installed(problems, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what an absent module looks like
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
