@@ -2,35 +2,15 @@
 
 import pytest
 import ray
+from greedy_rollouts import PROMPTS, greedy
 from tensor_policy import BitFlippingTransport, TensorPolicy
 
 from rlsys.actors.group import ActorFailure, get_all
 from rlsys.actors.rollout import RolloutActors
-from rlsys.types import Prompt
 from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.transport import WeightSyncError
 
 pytestmark = pytest.mark.system
-
-# Longer than a KV block (128 tokens), so that the prefix cache holds them.
-PROMPTS = [
-    Prompt(str(i), [], [2 + (i * 37 + j * (i + 3)) % 250 for j in range(140)]) for i in range(8)
-]
-
-
-def greedy(engines):
-    """Token ids, log-probs and versions of every prompt's greedy completion."""
-    engines.submit(PROMPTS, step=0, num_generations=1, temperature=0.0)
-    groups = {}
-    while engines.num_pending:
-        ray.wait(engines.pending_refs(), timeout=120)
-        groups |= {group.group_id: group for group in engines.collect()}
-    completions = [groups[i].completions[0] for i in range(len(PROMPTS))]
-    return (
-        [completion.token_ids for completion in completions],
-        [logprob for completion in completions for logprob in completion.rollout_logprobs],
-        {completion.policy_versions for completion in completions},
-    )
 
 
 @pytest.fixture(scope="module")

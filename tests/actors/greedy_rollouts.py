@@ -1,0 +1,57 @@
+"""What a rollout engine finds likeliest: the same for the same weights, wherever they came from."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import ray
+
+from rlsys.actors import rollout
+from rlsys.actors.group import get_all
+from rlsys.actors.rollout import RolloutActor, RolloutActors
+from rlsys.types import Prompt
+
+# Longer than a KV block (128 tokens), so that the prefix cache holds them.
+PROMPTS = [
+    Prompt(str(i), [], [2 + (i * 37 + j * (i + 3)) % 250 for j in range(140)]) for i in range(8)
+]
+
+
+def greedy(engines):
+    """Token ids, log-probs and versions of every prompt's greedy completion."""
+    engines.submit(PROMPTS, step=0, num_generations=1, temperature=0.0)
+    groups = {}
+    while engines.num_pending:
+        ray.wait(engines.pending_refs(), timeout=120)
+        groups |= {group.group_id: group for group in engines.collect()}
+    completions = [groups[i].completions[0] for i in range(len(PROMPTS))]
+    return (
+        [completion.token_ids for completion in completions],
+        [logprob for completion in completions for logprob in completion.rollout_logprobs],
+        {completion.policy_versions for completion in completions},
+    )
+
+
+class ReloadingActor(RolloutActor):
+    """Its process starts one engine after the other: importing vLLM takes longer than that."""
+
+    def reload(self, config):
+        del self._engine
+        gc.collect()
+        self.__init__(config, "cpu", 0)
+
+
+def start_reloading_engine(config):
+    """A RolloutActors of one engine, for `reload`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "RolloutActor", ReloadingActor)
+        engines = RolloutActors(config, device="cpu")
+    engines.wait_ready()
+    return engines
+
+
+def reload(engines, config):
+    """Replace the engine by one that starts from config.model.path."""
+    refs = {name: actor.reload.remote(config) for name, actor in engines.actors.items()}
+    get_all(refs, phase="reload", timeout_s=120)
