@@ -1,0 +1,112 @@
+"""Where the seconds of the demo's GRPO steps go, on CPU: prints JSON.
+
+    python benchmarks/grpo_step_cpu.py                        # the demo's config, 5 steps
+    python benchmarks/grpo_step_cpu.py --steps 9 --grpo.beta 0.001
+
+Runs `rlsys grpo examples/countdown/demo.yaml` with the untrained starter model, which hardly ever
+ends a completion: every step samples the most tokens that the config allows, and all steps are
+alike. Any further option is one of `rlsys grpo`. The first steps are left out.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from machine import describe_machine
+
+from rlsys.config_load import load_config
+from rlsys.run_dir import RunDir
+from rlsys.tracking.jsonl import read_jsonl
+
+COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
+sys.path.insert(0, str(COUNTDOWN))
+from problems import generate_problems, write_jsonl  # noqa: E402
+from starter_model import write_starter_model  # noqa: E402
+
+WARM_UP_STEPS = 2
+NUM_PROBLEMS = 512
+
+
+def main():
+    machine = describe_machine()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=5, help="measured steps")
+    arguments, overrides = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        options = prepare(Path(folder), WARM_UP_STEPS + arguments.steps) + overrides
+        command = [sys.executable, "-m", "rlsys.cli", "grpo", str(COUNTDOWN / "demo.yaml")]
+        # Its output is for people; stdout is for the JSON.
+        subprocess.run([*command, *options], check=True, stdout=sys.stderr)
+        run = RunDir(Path(folder) / "run")
+        config = load_config(run.config).config
+        steps = list(read_jsonl(run.metrics))[WARM_UP_STEPS:]
+    print(json.dumps({"machine": machine} | summary(config, steps), indent=2))
+
+
+def prepare(folder, max_steps):
+    """Data and model; returns the options of `rlsys grpo` that name them."""
+    write_jsonl(folder / "train.jsonl", generate_problems(NUM_PROBLEMS, seed=0))
+    write_starter_model(folder / "model", seed=0)
+    return [
+        *("--output_dir", str(folder / "run")),
+        *("--model.path", str(folder / "model")),
+        *("--data.dataset", str(folder / "train.jsonl")),
+        "--data.val_dataset",  # without a value: none
+        *("--max_steps", str(max_steps), "--eval_steps", "null"),
+    ]
+
+
+def summary(config, steps):
+    def median(value_of_step):
+        return statistics.median(value_of_step(step) for step in steps)
+
+    phases = [key for key in steps[0] if key.startswith("time/") and key != "time/step"]
+    return {
+        "config": {
+            "completions_a_step": config.rollout.generation_batch_size,
+            "max_completion_length": config.rollout.max_completion_length,
+            "optimizer_steps_a_rollout": config.optimizer_steps_per_rollout,
+            "beta": config.grpo.beta,
+            "dtype": config.model_dtype(on_cpu=True),
+            "policy_ranks": config.policy.world_size,
+            "rollout_engines": config.rollout.num_engines,
+        },
+        "measured_steps": len(steps),
+        "prompt_tokens_a_step": median(lambda step: step["num_prompt_tokens"]),
+        "completion_tokens_a_step": median(lambda step: step["num_completion_tokens"]),
+        "steps_per_second": 1 / median(lambda step: step["time/step"]),
+        "step_seconds": [step["time/step"] for step in steps],
+        "median_seconds": {
+            key.removeprefix("time/"): median(lambda step, key=key: step[key])
+            for key in ["time/step", *phases]
+        },
+        "median_tokens_per_second": {
+            name: median(lambda step, name=name: step[f"{name}/tokens_per_second"])
+            for name in ("rollout", "update")
+        },
+        "median_ratios": {
+            f"{key.removeprefix('time/')} / step": median(
+                lambda step, key=key: step[key] / step["time/step"]
+            )
+            for key in phases
+        }
+        | {
+            "outside of phases / step": median(
+                lambda step: 1 - sum(step[key] for key in phases) / step["time/step"]
+            ),
+            "rollout / policy_update": median(
+                lambda step: step["time/rollout"] / step["time/policy_update"]
+            ),
+            "weight_sync / policy_update": median(
+                lambda step: step["time/weight_sync"] / step["time/policy_update"]
+            ),
+        },
+    }
+
+
+if __name__ == "__main__":
+    main()

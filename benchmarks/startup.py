@@ -1,0 +1,148 @@
+"""How long the parts of a run take to start on CPU, and what memory they then hold: prints JSON.
+
+    python benchmarks/startup.py                                       # the demo's starter model
+    python benchmarks/startup.py --model runs/smollm2-135m-instruct
+
+One role after the other, each alone on the machine; then all at once, as a run starts them.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from machine import describe_machine
+
+from rlsys.actors.group import get_all
+from rlsys.actors.policy import PolicyActors
+from rlsys.actors.reference import ReferenceActors
+from rlsys.actors.reward import RewardWorkers
+from rlsys.actors.rollout import RolloutActors
+from rlsys.config import Config
+from rlsys.launch import START_TIMEOUT_S, actor_options, load_data, ray_session, start_system
+from rlsys.tracking import Tracker
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "countdown"))
+from problems import generate_problems, write_jsonl
+from starter_model import write_starter_model
+
+
+class NoTracker(Tracker):
+    def close(self):
+        pass
+
+
+def main():
+    machine = describe_machine()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="model folder; default: the starter model")
+    model = parser.parse_args().model
+    with tempfile.TemporaryDirectory() as folder:
+        if model is None:
+            model = Path(folder) / "starter"
+            write_starter_model(model, seed=0)
+        write_jsonl(Path(folder) / "train.jsonl", generate_problems(64, seed=0))
+        config = make_config(Path(folder), model)
+        result = {"model": model.name, **measure(config)}
+    print(json.dumps({"machine": machine} | result, indent=2))
+
+
+def make_config(folder, model):
+    return Config.model_validate(
+        {
+            "output_dir": str(folder),
+            "max_steps": 1,
+            "device": "cpu",
+            "data": {"dataset": [str(folder / "train.jsonl")], "max_prompt_length": 128},
+            "model": {"path": str(model)},
+            "rollout": {
+                "generation_batch_size": 64,
+                "max_completion_length": 64,
+                "max_num_seqs": 64,
+            },
+            "reward": {"reward_funcs": ["countdown", "format"]},
+            "grpo": {"beta": 0.001},
+        }
+    )
+
+
+def measure(config):
+    seconds, started = {}, {}
+    seconds["import of the driver"] = timed(import_driver)[0]
+    seconds["data"], data = timed(lambda: load_data(config))
+    session = ray_session()
+    seconds["Ray"] = timed(session.__enter__)[0]
+    for name, title, start in (
+        ("reward workers", "RewardWorker", start_rewards),
+        ("policy", "PolicyRank", start_policy),
+        ("reference", "ReferenceRank", start_reference),
+        ("rollout engine", "RolloutActor", start_rollout),
+    ):
+        seconds[name], actors = timed(lambda start=start: start(config))
+        started[name] = actor_process(title)
+        actors.close()
+        wait_until_gone(title)
+    seconds["all actors together"] = timed(lambda: start_system(config, data, NoTracker()))[0]
+    session.__exit__(None, None, None)
+    return {"seconds": seconds, "started_process": started}
+
+
+def timed(action):
+    start = time.perf_counter()
+    result = action()
+    return round(time.perf_counter() - start, 2), result
+
+
+def import_driver():
+    subprocess.run([sys.executable, "-c", "import rlsys.launch"], check=True)
+
+
+def start_rewards(config):
+    return RewardWorkers(config.reward)
+
+
+def start_policy(config):
+    return wait_for(PolicyActors(config, options=actor_options("cpu")))
+
+
+def start_reference(config):
+    return wait_for(ReferenceActors(config, options=actor_options("cpu")))
+
+
+def start_rollout(config):
+    return wait_for(RolloutActors(config, device="cpu"))
+
+
+def wait_for(actors):
+    get_all(actors.async_start(), phase="start", timeout_s=START_TIMEOUT_S)
+    return actors
+
+
+def actor_process(title):
+    """CPU seconds, which other processes on the machine do not change much, and memory."""
+    [process] = actor_processes(title)
+    cpu = process.cpu_times()
+    return {
+        "cpu_seconds": round(cpu.user + cpu.system, 2),
+        "memory_gib": round(process.memory_info().rss / 2**30, 2),
+    }
+
+
+def actor_processes(title):
+    """The processes that Ray runs for actors of a class, which show as ray::<class>."""
+    own = psutil.Process(os.getpid()).children(recursive=True)
+    return [process for process in own if process.name().startswith(f"ray::{title}"[:15])]
+
+
+def wait_until_gone(title):
+    while actor_processes(title):
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    main()
