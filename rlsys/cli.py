@@ -97,9 +97,16 @@ def _grpo(args: argparse.Namespace) -> int:
     problems = check_run(resolved.config)
     if problems:
         raise ConfigError(args.config, [str(problem) for problem in problems])
+    from rlsys.actors.group import ActorFailure, PhaseTimeout
     from rlsys.launch import run
+    from rlsys.weight_sync.transport import WeightSyncError
 
-    run(resolved)
+    try:
+        run(resolved)
+    except (ActorFailure, PhaseTimeout, WeightSyncError) as error:
+        # Who failed at what, below the failing actor's own traceback; the driver's is no news.
+        print(f"\nrlsys grpo: the run failed.\n{error}", file=sys.stderr)
+        return EXIT_FAILED
     return 0
 
 

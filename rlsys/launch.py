@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -56,6 +58,12 @@ def run(resolved: ResolvedConfig) -> None:
     resume_step = checkpoint_steps(run_dir.checkpoints)[-1] if config.checkpoint.resume else None
     run_dir.path.mkdir(parents=True, exist_ok=True)
     save_config(config, run_dir.config)
+    if is_in_ray_job_copy(run_dir.path):
+        print(
+            f"note: {run_dir.path} is in this Ray job's copy of the working directory, which Ray "
+            "may delete after the job. Give an absolute --output_dir to keep what the run writes.",
+            flush=True,
+        )
     with ExitStack() as stack:
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)
@@ -73,6 +81,7 @@ def run(resolved: ResolvedConfig) -> None:
             Checkpoints(run_dir.checkpoints, system.policy, config.checkpoint),
         )
         system.policy.save_model(run_dir.final)
+        print(f"the trained model is in {run_dir.final}", flush=True)
 
 
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
@@ -82,6 +91,9 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     )
     device = choose_device(config)
     check_cluster(config, device)
+    num_actors = Counter(role.name for role in plan_roles(config, device=device))
+    actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
+    print(f"starting on {device}: {actors}", flush=True)
     options = actor_options(device)
     rewards = RewardWorkers(config.reward)
     engines = RolloutActors(config, device=device)
@@ -116,6 +128,11 @@ def load_data(config: Config) -> PromptData:
     return data
 
 
+def is_in_ray_job_copy(path: Path) -> bool:
+    """Whether `path` is below what `ray job submit --working-dir` unpacked for a job."""
+    return "working_dir_files" in path.parts
+
+
 @contextmanager
 def ray_session() -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS (a Ray job sets it), or start one on this machine.
@@ -124,12 +141,15 @@ def ray_session() -> Iterator[None]:
     """
     # Workers' output comes to this terminal; identical lines of several workers as they are.
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    if not sys.stdout.isatty():
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # or escape codes end up in log files
     # Ray otherwise hides all GPUs from actors that ask for none, as reward workers do.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # One failure is raised, with its actor's name; Ray would print those of the other ranks after.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
-    local = {} if "RAY_ADDRESS" in os.environ else {"include_dashboard": False}
-    ray.init(logging_level=logging.ERROR, **local)
+    # "local": Ray would otherwise join a cluster that somebody, anybody started on this machine.
+    own = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
+    ray.init(logging_level=logging.ERROR, **own)
     try:
         yield
     finally:

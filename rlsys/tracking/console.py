@@ -45,8 +45,6 @@ COLUMNS = [
     Column("lr", "learning_rate", ".2g", 7),
 ]
 """The most important first: a terminal shows as many as fit."""
-EVALUATION_LABELS = {"eval/reward": "reward", "eval/completions/mean_length": "length"}
-"""Besides the reward functions."""
 ROWS_BETWEEN_HEADERS = 20
 
 
@@ -116,7 +114,7 @@ class TerminalTracker(Tracker):
             self._console.print(Text(evaluation_line(step, metrics), style="cyan"))
             return
         self._groups_of.pop(("train", step), None)
-        columns = self._columns()
+        columns = self._columns(metrics)
         if self._rows % ROWS_BETWEEN_HEADERS == 0:
             header = "  ".join(f"{c.header:>{c.width}}" for c in columns)
             self._console.print(Text(f"{'step':>{self._step_width}}  {header}", style="bold"))
@@ -151,11 +149,11 @@ class TerminalTracker(Tracker):
         self._activity = "finished" if self._step == self._max_steps else "stopped"
         self._live.stop()
 
-    def _columns(self) -> list[Column]:
-        """As many columns as fit beside the step."""
+    def _columns(self, metrics: Metrics) -> list[Column]:
+        """As many columns as fit beside the step, of those that the run has."""
         room = self._console.width - self._step_width
         columns = []
-        for column in COLUMNS:
+        for column in (column for column in COLUMNS if column.name in metrics):
             room -= 2 + column.width
             if room < 0:
                 break
@@ -187,9 +185,8 @@ class TerminalTracker(Tracker):
 
 
 def cell(column: Column, metrics: Metrics) -> str:
-    """The number of a column, "-" when the step has none."""
-    value = metrics.get(column.name)
-    return "-" if value is None else format(value, column.format)
+    """The number of a column."""
+    return format(metrics[column.name], column.format)
 
 
 def phases_line(metrics: Metrics) -> str:
@@ -204,13 +201,15 @@ def phases_line(metrics: Metrics) -> str:
 
 
 def evaluation_line(step: int, metrics: Metrics) -> str:
-    """Means of an evaluation on one line: "held-out after step 20 | reward 1.2 | countdown 0.4"."""
+    """Means of an evaluation on one line: "held-out after step 20 | reward 1.234 | ..."."""
     shown = []
     for name, value in metrics.items():
-        reward = re.fullmatch(r"eval/rewards/(.+)/mean", name)
-        label = reward[1] if reward else EVALUATION_LABELS.get(name)
-        if label is not None:
-            shown.append(f"{label} {value:.4g}")
+        if name == "eval/reward":
+            shown.append(f"reward {value:.3f}")
+        elif reward := re.fullmatch(r"eval/rewards/(.+)/mean", name):
+            shown.append(f"{reward[1]} {value:.3f}")
+        elif name == "eval/completions/mean_length":
+            shown.append(f"length {value:.0f}")
     return " | ".join([f"held-out after step {step}", *shown])
 
 

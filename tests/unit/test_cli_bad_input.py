@@ -70,7 +70,7 @@ def results(tmp_path_factory):
     write_run(folder)
     (folder / "questions.jsonl").write_text('{"question": "1 + 1?"}\n' * 20)
     (folder / "plugin.py").write_text(PLUGIN)
-    (folder / "used").mkdir()
+    (folder / "used" / "checkpoints" / "step-1").mkdir(parents=True)
     (folder / "used" / "metrics.jsonl").write_text('{"step": 1}\n')
     done = subprocess.run(
         [sys.executable, "-c", RUNNER],

@@ -44,7 +44,7 @@ def test_elsewhere_a_step_is_one_plain_line(capsys):
     tracker.log_completions(31, make_group(["a", "b"]), None)
     tracker.close()
     evaluation, line = capsys.readouterr().out.splitlines()
-    assert evaluation == "held-out after step 0 | reward 1.2 | countdown 0.25 | length 120"
+    assert evaluation == "held-out after step 0 | reward 1.200 | countdown 0.250 | length 120"
     assert line.startswith("step 30/400 | reward 1.367 | std 0.307 | length 667 | clipped 0.316")
     assert "rollout 200.0s, policy_update 80.0s" in line
     assert line.endswith("left")
