@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from copy import copy
 
 import ray
@@ -131,9 +132,15 @@ class LabRank(PolicyRank):
         import torch.distributed as dist
         from megatron.core import parallel_state
 
+        engine = vars(self).pop("engine", None)
+        if engine is not None:
+            # Its gradient hooks keep it alive, and it the process groups with 50 threads.
+            vars(engine.ddp).clear()
+            del engine
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+            gc.collect()
         self.config = config
 
     def exported(self):
