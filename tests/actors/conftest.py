@@ -39,6 +39,19 @@ def tiny_models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def starter_model(tmp_path_factory):
+    """The folder of an untrained starter model of examples/countdown, chat template and all."""
+    examples = Path(__file__).parents[2] / "examples/countdown"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(examples))
+        from starter_model import write_starter_model
+
+        folder = tmp_path_factory.mktemp("models") / "starter"
+        write_starter_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def rollout_config(tiny_models):
     """Configs of rollout engines, by what a test wants different."""
 

@@ -1,0 +1,209 @@
+"""Small real runs as a user starts them: their files, their process, and everything below it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from rlsys.run_dir import RunDir
+
+NUM_PROMPTS, G = 4, 4
+PATIENCE_S = 240.0
+"""Far beyond what anything here takes: a wait this long is a hang."""
+POLL_S = 0.1
+
+CLOCK = re.compile(
+    r"^time/|tokens_per_second$|^weight_sync/(seconds|mb_per_s)$|_time$|memory|train_speed"
+)
+"""Metrics that depend on how fast the machine was."""
+
+PLUGIN = '''
+"""A reward that an untrained model earns now and then, and that stops time when asked to."""
+
+import time
+from pathlib import Path
+
+from rlsys.rewards import ORM, register_reward
+
+HOLD_AFTER = Path("hold_after")  # so many groups
+
+
+@register_reward("digits")
+class Digits(ORM):
+    """Share of characters that are digits."""
+
+    def __init__(self):
+        self.num_scored = 0
+
+    def __call__(self, completions, **columns):
+        if HOLD_AFTER.exists() and self.num_scored == int(HOLD_AFTER.read_text()):
+            Path("held").touch()
+            while not Path("released").exists():
+                time.sleep(0.05)
+        self.num_scored += 1
+        return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
+'''
+
+
+def write_workplace(folder: Path, model: Path) -> None:
+    """A working directory: plugin, data, and run.yaml, which names them by relative paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "digits.py").write_text(PLUGIN)
+    for split, size in (("train", 10), ("validation", 3)):
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps({"prompt": f"{split} {i}"}) + "\n" for i in range(size))
+        )
+    (folder / "run.yaml").write_text(yaml.safe_dump(run_config(model)))
+
+
+def run_config(model: Path) -> dict[str, Any]:
+    """Four on-policy steps with everything that a run may have."""
+    return {
+        "output_dir": "out",
+        "max_steps": 4,
+        "eval_steps": 2,
+        "seed": 1,
+        "device": "cpu",
+        "data": {
+            "dataset": ["train.jsonl"],
+            "val_dataset": ["validation.jsonl"],
+            "max_prompt_length": 40,
+        },
+        "model": {"path": str(model)},
+        "rollout": {
+            "num_generations": G,
+            "generation_batch_size": NUM_PROMPTS * G,
+            "max_completion_length": 24,
+            "max_num_seqs": NUM_PROMPTS * G,
+        },
+        "reward": {"reward_funcs": ["digits", "format"], "external_plugins": ["digits.py"]},
+        "grpo": {"beta": 0.05},
+        "policy": {
+            "micro_batch_size": 8,
+            "lr": 1e-3,
+            "lr_scheduler_type": "cosine",
+            "warmup_ratio": 0.25,
+        },
+        "checkpoint": {"save_steps": 2},
+    }
+
+
+def hold(folder: Path, after: int | None) -> None:
+    """Have the reward function of the next run stop time after so many groups; None: never."""
+    for name in ("held", "released", "hold_after"):
+        (folder / name).unlink(missing_ok=True)
+    if after is not None:
+        (folder / "hold_after").write_text(str(after))
+
+
+class RunProcess:
+    """`rlsys grpo` in a session of its own, as a terminal starts it, with its output in a file."""
+
+    def __init__(self, folder: Path, *words: str, hold_after: int | None = None):
+        self.folder = folder
+        hold(folder, hold_after)
+        self.out = RunDir(folder / "out")
+        self._seen: set[psutil.Process] = set()
+        self._log = folder / "log.txt"
+        command = [sys.executable, "-m", "rlsys.cli", "grpo", *words]
+        environment = {name: os.environ[name] for name in os.environ if name != "RAY_ADDRESS"}
+        with self._log.open("ab") as log:
+            self.popen = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._root = psutil.Process(self.popen.pid)
+
+    @property
+    def log(self) -> str:
+        """Everything that it printed so far, to both streams."""
+        return self._log.read_text()
+
+    def processes(self) -> set[psutil.Process]:
+        """Every process that it or its children started and that still runs."""
+        if self._root.is_running():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._seen.update(self._root.children(recursive=True))
+        return {process for process in self._seen if is_alive(process)}
+
+    def actors(self, class_name: str, *, at: str = "") -> list[psutil.Process]:
+        """Its Ray actors of a class, those that are running method `at` when that is given."""
+        wanted = f"ray::{class_name}" + (f".{at}" if at else "")
+        return [process for process in self.processes() if title(process).startswith(wanted)]
+
+    def wait_for(self, condition: Callable[[], Any]) -> Any:
+        """The first true value of `condition`; the log if the run ends before that."""
+        for _ in range(int(PATIENCE_S / POLL_S)):
+            if value := condition():
+                return value
+            assert self.popen.poll() is None, self.log
+            time.sleep(POLL_S)
+        raise AssertionError(f"waited {PATIENCE_S:g} s in vain\n{self.log}")
+
+    def wait_until_held(self) -> None:
+        """Wait for the reward function to stop time."""
+        self.wait_for((self.folder / "held").exists)
+
+    def release(self) -> None:
+        """Let the reward function go on."""
+        (self.folder / "released").touch()
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does: SIGINT to every process of the foreground process group."""
+        os.killpg(self.popen.pid, signal.SIGINT)
+
+    def wait(self) -> int:
+        """The exit code."""
+        while self.popen.poll() is None:
+            self.processes()  # those of now, to be looked for later
+            time.sleep(5 * POLL_S)
+        return self.popen.returncode
+
+    def wait_for_no_process(self) -> None:
+        """Wait until nothing that the run started is alive."""
+        psutil.wait_procs(self._seen, timeout=PATIENCE_S)
+        assert self.processes() == set()
+
+    def end(self) -> None:
+        """Kill what is left, when a test has failed."""
+        left = self.processes()
+        for process in {self._root, *left}:
+            if is_alive(process):
+                process.kill()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it runs; a zombie does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def title(process: psutil.Process) -> str:
+    """What `ps` shows; Ray puts the class and the running method of an actor there."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def without_clock(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl without what depends on how fast the machine was."""
+    return {name: value for name, value in row.items() if not CLOCK.search(name)}

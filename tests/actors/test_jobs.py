@@ -1,0 +1,173 @@
+"""`ray job submit` on a cluster of its own, as a user would have one, token and all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from run_cases import PATIENCE_S, POLL_S, hold, is_alive, title, write_workplace
+
+from rlsys.tracking.jsonl import read_jsonl
+
+pytestmark = pytest.mark.system
+
+BIN = Path(sys.executable).parent
+RUN = ["rlsys", "grpo", "run.yaml", "--grpo.beta", "0"]  # a process less to wait for
+
+
+class Cluster:
+    """A head node that other Ray sessions on this machine neither see nor disturb."""
+
+    def __init__(self, folder: Path):
+        self.temp_dir = Path(tempfile.mkdtemp(prefix="rlsys-"))  # sockets: their paths are short
+        dashboard, head, agent, client = free_ports(4)
+        token = folder / "token"
+        token.write_text(secrets.token_hex(32))
+        self.env = {
+            **os.environ,
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+        }
+        options = {
+            "temp-dir": self.temp_dir,
+            "port": head,
+            "dashboard-host": "127.0.0.1",
+            "dashboard-port": dashboard,
+            "dashboard-agent-listen-port": agent,
+            "ray-client-server-port": client,
+            "num-cpus": 2,
+            "object-store-memory": 200 * 2**20,
+        }
+        words = [f"--{name}={value}" for name, value in options.items()]
+        self._log = folder / "cluster.txt"
+        with self._log.open("wb") as log:
+            self._head = subprocess.Popen(
+                [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", *words],
+                env={name: self.env[name] for name in self.env if name != "RAY_ADDRESS"},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        wait_for(lambda: "Ray runtime started" in self._log.read_text() or self._head.poll())
+        assert self._head.poll() is None, self._log.read_text()
+
+    def actors(self) -> list[str]:
+        """Class and method of every actor of a run."""
+        processes = psutil.Process(self._head.pid).children(recursive=True)
+        titles = [title(process) for process in processes if is_alive(process)]
+        return [t for t in titles if t.startswith(("ray::Policy", "ray::Ro", "ray::Re"))]
+
+    def job(self, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+        """`ray job ...`, run in `folder`."""
+        return subprocess.run(
+            [BIN / "ray", "job", *words],
+            cwd=folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def working_copy(self, file: str) -> Path | None:
+        """A file of the one job that has it in its copy of the working directory."""
+        found = list(self.temp_dir.glob(f"session_2*/runtime_resources/working_dir_files/*/{file}"))
+        assert len(found) <= 1
+        return found[0] if found else None
+
+    def stop(self) -> None:
+        """End the head node and everything below it, and nothing else: not `ray stop`."""
+        processes = psutil.Process(self._head.pid).children(recursive=True)
+        self._head.send_signal(signal.SIGTERM)
+        self._head.wait()
+        _, alive = psutil.wait_procs(processes, timeout=20)
+        for process in alive:
+            process.kill()
+        shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has now."""
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+def wait_for(condition):
+    for _ in range(int(PATIENCE_S / POLL_S)):
+        if value := condition():
+            return value
+        time.sleep(POLL_S)
+    raise AssertionError(f"waited {PATIENCE_S:g} s in vain")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture
+def folder(tmp_path, starter_model):
+    """A project: what its .gitignore names is not sent to the cluster."""
+    write_workplace(tmp_path, starter_model)
+    (tmp_path / ".gitignore").write_text("out/\n")
+    return tmp_path
+
+
+def test_a_job_runs_from_relative_paths_and_shows_its_log(cluster, folder):
+    """Plugin, data and output are named relative to the working directory that was sent."""
+    (folder / "out").mkdir()
+    (folder / "out" / "metrics.jsonl").write_text("{}\n")  # an earlier run, which stays here
+    words = [*RUN, "--max_steps", "1", "--eval_steps", "1"]
+    done = cluster.job(
+        folder, "submit", "--working-dir", ".", "--submission-id", "first", "--", *words
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    log = cluster.job(folder, "logs", "first").stdout
+    assert "\nstep 1/1 | reward" in log
+    assert "\nheld-out after step 1 | reward" in log
+    metrics = cluster.working_copy("out/metrics.jsonl")
+    assert f"note: {metrics.parent} is in this Ray job's copy" in log
+    assert [row["step"] for row in read_jsonl(metrics)] == [0, 1, 1]
+    assert (metrics.parent / "final" / "model.safetensors").is_file()
+    wait_for(lambda: not cluster.actors())
+
+
+def test_a_run_that_cannot_work_is_a_failed_job(cluster, folder):
+    words = [*RUN, "--reward.external_plugins", "nowhere.py"]
+    done = cluster.job(
+        folder, "submit", "--working-dir", ".", "--submission-id", "second", "--", *words
+    )
+    assert done.returncode != 0
+    assert "exit code 2" in done.stdout + done.stderr
+    assert "nowhere.py' is not a file" in cluster.job(folder, "logs", "second").stdout
+    assert "FAILED" in cluster.job(folder, "status", "second").stdout.upper()
+
+
+def test_stopping_a_job_ends_all_its_actors(cluster, folder):
+    hold(folder, after=3)
+    words = [*RUN, "--output_dir", str(folder / "kept")]
+    submit = ["submit", "--no-wait", "--working-dir", ".", "--submission-id", "third", "--"]
+    assert cluster.job(folder, *submit, *words).returncode == 0
+    wait_for(lambda: cluster.working_copy("held"))
+    assert len(cluster.actors()) == 3
+    done = cluster.job(folder, "stop", "third")
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_for(lambda: not cluster.actors())
+    assert "STOPPED" in cluster.job(folder, "status", "third").stdout.upper()
+    assert (folder / "kept" / "status").read_text() == "ended\n"

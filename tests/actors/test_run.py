@@ -1,0 +1,276 @@
+"""Whole runs through `rlsys grpo`: what they leave behind, and that they can be repeated."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from run_cases import NUM_PROMPTS, G, RunProcess, without_clock, write_workplace
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlsys import cli
+from rlsys.tracking.jsonl import read_jsonl
+
+pytestmark = pytest.mark.system
+
+REPOSITORY = Path(__file__).parents[2]
+
+LOG_LINE_KEYS = {
+    *("loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std"),
+    *(f"rewards/{name}/{part}" for name in ("digits", "format") for part in ("mean", "std")),
+    *(f"completions/{name}" for name in ("mean_length", "min_length", "max_length")),
+    *("completions/clipped_ratio", "kl", "clip_ratio/low_mean", "clip_ratio/low_min"),
+    *("clip_ratio/high_mean", "clip_ratio/high_max", "clip_ratio/region_mean", "epoch"),
+    *("global_step/max_steps", "percentage", "elapsed_time", "remaining_time", "memory(GiB)"),
+    *("train_speed(iter/s)", "policy_version", "rollout/tokens_per_second"),
+    *("update/tokens_per_second", "sampling/logp_difference/mean", "sampling/logp_difference/max"),
+    *(f"time/{phase}" for phase in ("rollout", "advantages", "ref_logprobs", "policy_update")),
+    *("time/weight_sync", "time/step"),
+}
+"""What every step's line holds: ms-swift's keys and those that rlsys promises besides."""
+
+GROUPS_BEFORE_STEP_3 = 3 + 4 + 4 + 3
+"""Scored by then: an evaluation, two steps, another evaluation."""
+
+
+@pytest.fixture(scope="module")
+def start(starter_model, tmp_path_factory):
+    """`start(name, *words)` begins a run in its own directory; the same name, in the same one."""
+    root = tmp_path_factory.mktemp("runs")
+    started = []
+
+    def start(name, *words, **options):
+        if not (root / name).exists():
+            write_workplace(root / name, starter_model)
+        started.append(RunProcess(root / name, *words, **options))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.end()
+
+
+@pytest.fixture(scope="module")
+def whole(start):
+    """A run of four steps that nothing disturbed."""
+    run = start("whole", "run.yaml")
+    assert run.wait() == 0, run.log
+    return run
+
+
+@pytest.fixture(scope="module")
+def broken(start):
+    """The same run, whose policy is killed in step 3 while completions are scored."""
+    run = start("resumed", "run.yaml", hold_after=GROUPS_BEFORE_STEP_3)
+    run.wait_until_held()
+    (policy,) = run.actors("PolicyRank")
+    policy.kill()
+    run.release()
+    run.exit_code = run.wait()
+    run.rows_left = list(read_jsonl(run.out.metrics))
+    return run
+
+
+@pytest.fixture(scope="module")
+def resumed(broken, start):
+    """The killed run, continued from its checkpoint of step 2."""
+    run = start("resumed", "run.yaml", "--checkpoint.resume")
+    assert run.wait() == 0, run.log
+    return run
+
+
+def steps(run):
+    """Metrics of the training steps, in order."""
+    rows = read_jsonl(run.out.metrics)
+    return [row for row in rows if "reward" in row]
+
+
+# --- what a run leaves behind ---------------------------------------------------------------------
+
+
+def test_every_step_has_a_line_with_the_promised_keys(whole):
+    assert [row["step"] for row in steps(whole)] == [1, 2, 3, 4]
+    for row in steps(whole):
+        assert LOG_LINE_KEYS - row.keys() == set()
+        assert row["policy_version"] == row["step"]
+        assert row["global_step/max_steps"] == f"{row['step']}/4"
+        assert row["epoch"] == pytest.approx(row["step"] * NUM_PROMPTS / 10)
+
+
+def test_every_metric_is_documented(whole):
+    text = (REPOSITORY / "docs/metrics.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", text, re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    known = [re.sub(r"<\w+>", ".+", re.escape(name)) for name in names]
+    documented = re.compile("|".join(known))
+    keys = {key for row in read_jsonl(whole.out.metrics) for key in row} - {"step"}
+    assert [key for key in sorted(keys) if not documented.fullmatch(key)] == []
+
+
+def test_the_policy_that_is_trained_is_the_one_that_sampled(whole):
+    for row in steps(whole):
+        for name in ("ratio/mean", "ratio/min", "ratio/max"):
+            assert row[name] == pytest.approx(1.0, abs=1e-6)
+        assert {row[key] for key in row if key.startswith("clip_ratio/")} == {0.0}
+        assert row["sampling/logp_difference/mean"] < 1e-5  # fp32
+
+
+def test_the_policy_leaves_the_reference_with_its_first_update(whole):
+    first, *later = steps(whole)
+    assert first["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert all(row["kl"] > 1e-6 for row in later)
+    assert all(row["grad_norm"] > 0 for row in steps(whole))
+
+
+def test_held_out_prompts_are_evaluated_before_and_every_two_steps(whole):
+    rows = [row for row in read_jsonl(whole.out.metrics) if "eval/reward" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4]
+    completions = list(read_jsonl(whole.out.eval_completions))
+    assert [row["step"] for row in completions] == [0] * 3 + [2] * 3 + [4] * 3
+    assert [row["policy_versions"] for row in completions] == [[row["step"]] for row in completions]
+
+
+def test_every_completion_is_on_record_with_its_rewards(whole):
+    groups = defaultdict(list)
+    for row in read_jsonl(whole.out.completions):
+        groups[row["step"], row["group_id"]].append(row)
+        assert row["rewards"].keys() == {"digits", "format"}
+        assert row["reward"] == pytest.approx(sum(row["rewards"].values()))
+        assert row["policy_versions"] == [row["step"] - 1]
+        assert 1 <= row["num_tokens"] <= 24
+        assert row["finish_reason"] == "stop" or row["num_tokens"] == 24
+    assert groups.keys() == {(s, p) for s in (1, 2, 3, 4) for p in range(NUM_PROMPTS)}
+    for rows in groups.values():
+        assert [row["index"] for row in rows] == list(range(G))
+        assert sum(row["advantage"] for row in rows) == pytest.approx(0.0, abs=1e-5)
+    for row in steps(whole):
+        rewards = [c["reward"] for p in range(NUM_PROMPTS) for c in groups[row["step"], p]]
+        assert row["reward"] == pytest.approx(sum(rewards) / len(rewards))
+
+
+def test_completions_can_be_read(whole, capsys):
+    assert cli.main(["completions", str(whole.out.path), "--step", "2"]) == 0
+    assert capsys.readouterr().out.count("step 2, group") == NUM_PROMPTS
+
+
+def test_the_final_model_is_a_folder_that_transformers_loads(whole, starter_model):
+    model = AutoModelForCausalLM.from_pretrained(whole.out.final, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(whole.out.final)
+    chat = [{"role": "user", "content": "1 + 1?"}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    assert model(**ids).logits.isfinite().all()
+    before = load_file(starter_model / "model.safetensors")
+    after = load_file(whole.out.final / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert len(changed) > len(before) // 2
+
+
+def test_the_curve_and_tensorboard_are_there(whole):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert whole.out.reward_curve.read_bytes().startswith(b"\x89PNG")
+    events = EventAccumulator(str(whole.out.tensorboard)).Reload()
+    assert [event.step for event in events.Scalars("reward")] == [1, 2, 3, 4]
+
+
+def test_the_saved_config_is_accepted_as_it_is(whole, capsys, monkeypatch):
+    monkeypatch.chdir(whole.folder)
+    saved = str(whole.out.config)
+    assert cli.main(["explain", saved, "--output_dir", "elsewhere"]) == 0
+    values = yaml.safe_load(whole.out.config.read_text())
+    assert values["rollout"]["generation_batch_size"] == NUM_PROMPTS * G
+    assert values["grpo"]["epsilon"] == 0.2  # a default, written out
+
+
+def test_another_run_into_the_same_folder_is_refused_with_the_remedy(whole, capsys, monkeypatch):
+    monkeypatch.chdir(whole.folder)
+    assert cli.main(["grpo", "run.yaml"]) == 2
+    message = capsys.readouterr().err
+    assert "holds another run" in message
+    assert "--checkpoint.resume" in message
+    assert "--output_dir" in message
+
+
+def test_a_run_on_a_pipe_prints_lines_of_its_own_and_nothing_else(whole):
+    first, *lines, last = whole.log.splitlines()
+    assert first == "starting on cpu: policy 1, rollout 1, reference 1, reward 1"
+    for line in lines:
+        assert re.match(r"(step \d/4|held-out after step \d) \|", line)
+    assert last == f"the trained model is in {whole.out.final}"
+
+
+# --- killed, repeated, resumed --------------------------------------------------------------------
+
+
+def test_a_killed_policy_ends_the_run_and_is_named_last(broken):
+    assert broken.exit_code == 1
+    *_, last = broken.log.splitlines()
+    assert last == "policy rank 0 died in policy update"
+    assert "Traceback" not in broken.log
+    broken.wait_for_no_process()
+
+
+def test_what_was_written_before_a_kill_is_whole_and_the_same_for_the_same_seed(broken, whole):
+    rows = [row for row in read_jsonl(whole.out.metrics) if row["step"] <= 2]
+    assert list(map(without_clock, broken.rows_left)) == list(map(without_clock, rows))
+    assert len(rows) == 4
+    assert broken.out.reward_curve.exists()
+
+
+def test_a_resumed_run_is_the_run_that_was_never_stopped(resumed, whole):
+    for file in ("metrics", "completions", "eval_completions"):
+        rows, expected = (
+            sorted(map(repr, map(without_clock, read_jsonl(getattr(run.out, file)))))
+            for run in (resumed, whole)
+        )
+        assert rows == expected
+    ends = [load_file(run.out.final / "model.safetensors") for run in (resumed, whole)]
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
+
+
+def test_ctrl_c_ends_a_run_quietly(whole, start):
+    """This one starts from the config that the first run saved."""
+    run = start("interrupted", str(whole.out.config), hold_after=7)
+    run.wait_until_held()
+    run.interrupt()
+    assert run.wait() == 130
+    run.wait_for_no_process()
+    assert "Traceback" not in run.log
+    assert run.log.splitlines()[-1] == "interrupted"
+    assert [row["step"] for row in steps(run)] == [1]
+    assert run.out.has_ended()
+
+
+def test_a_killed_engine_ends_a_parallel_run_and_is_named_last(start):
+    """Two policy ranks, two rollout engines and no reference, which beta = 0 does without."""
+    run = start(
+        "parallel",
+        *("run.yaml", "--grpo.beta", "0", "--policy.world_size", "2", "--rollout.num_engines", "2"),
+        *("--rollout.max_completion_length", "200", "--max_steps", "1000", "--eval_steps", "1000"),
+    )
+    run.wait_for(lambda: run.out.metrics.exists() and len(steps(run)) == 2)
+    assert len(run.actors("PolicyRank")) == len(run.actors("RolloutActor")) == 2
+    assert run.actors("ReferenceRank") == []
+
+    def stopped_while_sampling():
+        for engine in run.actors("RolloutActor", at="generate"):
+            engine.suspend()
+            if engine in run.actors("RolloutActor", at="generate"):
+                return engine
+            engine.resume()
+
+    run.wait_for(stopped_while_sampling).kill()
+    assert run.wait() == 1
+    *_, last = run.log.splitlines()
+    assert re.fullmatch(r"rollout engine [01] died in rollout", last)
+    run.wait_for_no_process()
+    rows = steps(run)
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert all(row["ratio/mean"] == pytest.approx(1.0, abs=1e-6) for row in rows)
+    assert not any("kl" in row for row in rows)
