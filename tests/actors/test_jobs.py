@@ -86,6 +86,11 @@ class Cluster:
         assert len(found) <= 1
         return found[0] if found else None
 
+    def driver_log(self, job: str) -> str:
+        """What `ray job logs` shows, without asking the cluster."""
+        path = self.temp_dir / "session_latest" / "logs" / f"job-driver-{job}.log"
+        return path.read_text() if path.exists() else ""
+
     def stop(self) -> None:
         """End the head node and everything below it, and nothing else: not `ray stop`."""
         processes = psutil.Process(self._head.pid).children(recursive=True)
@@ -106,12 +111,12 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def wait_for(condition):
+def wait_for(condition, explain=lambda: ""):
     for _ in range(int(PATIENCE_S / POLL_S)):
         if value := condition():
             return value
         time.sleep(POLL_S)
-    raise AssertionError(f"waited {PATIENCE_S:g} s in vain")
+    raise AssertionError(f"waited {PATIENCE_S:g} s in vain\n{explain()}")
 
 
 @pytest.fixture(scope="module")
@@ -164,10 +169,12 @@ def test_stopping_a_job_ends_all_its_actors(cluster, folder):
     words = [*RUN, "--output_dir", str(folder / "kept")]
     submit = ["submit", "--no-wait", "--working-dir", ".", "--submission-id", "third", "--"]
     assert cluster.job(folder, *submit, *words).returncode == 0
-    wait_for(lambda: cluster.working_copy("held"))
+    wait_for(lambda: cluster.working_copy("held"), lambda: cluster.driver_log("third"))
     assert len(cluster.actors()) == 3
     done = cluster.job(folder, "stop", "third")
     assert done.returncode == 0, done.stdout + done.stderr
     wait_for(lambda: not cluster.actors())
     assert "STOPPED" in cluster.job(folder, "status", "third").stdout.upper()
     assert (folder / "kept" / "status").read_text() == "ended\n"
+    *_, last = cluster.driver_log("third").splitlines()  # nothing of Ray's or Python's after it
+    assert last.startswith("held-out after step 0 |")
