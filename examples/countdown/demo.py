@@ -33,7 +33,6 @@ HERE = Path(__file__).parent
 NUM_TRAIN, NUM_HELD_OUT = 4000, 256
 STOP_AT = 0.25
 """Held-out pass@1 at which the warm start ends: GRPO needs some successes to learn from."""
-NUM_SHOWN = 3
 COUNTDOWN = "eval/rewards/countdown/mean"
 
 
@@ -97,17 +96,25 @@ def _report(run: RunDir, console: Console) -> None:
     evaluations = [line for line in read_jsonl(run.metrics) if COUNTDOWN in line]
     before, after = evaluations[0], evaluations[-1]
     completions = list(read_jsonl(run.eval_completions))
-    table = Table(title=f"{NUM_SHOWN} held-out problems, before and after", show_lines=True)
+    pairs = [
+        tuple(_completion(completions, line["step"], group_id) for line in (before, after))
+        for group_id in range(NUM_HELD_OUT)
+    ]
+    kinds: dict[str, list[tuple[dict[str, Any], ...]]] = {"learned": [], "lost": [], "kept": []}
+    for pair in pairs:
+        was_right, is_right = (_is_right(row) for row in pair)
+        kinds["kept" if was_right == is_right else "learned" if is_right else "lost"].append(pair)
+    table = Table(title="A held-out problem of each kind, before and after", show_lines=True)
     for column in ("problem", f"before (step {before['step']})", f"after (step {after['step']})"):
         table.add_column(column, overflow="fold")
-    for group_id in range(NUM_SHOWN):
-        rows = [_completion(completions, step["step"], group_id) for step in (before, after)]
-        problem = rows[0]["prompt"].partition(". ")[0]
-        table.add_row(Text(problem), *(_judged(row) for row in rows))
+    for pair in (pairs_of_kind[0] for pairs_of_kind in kinds.values() if pairs_of_kind):
+        problem = pair[0]["prompt"].partition(". ")[0]
+        table.add_row(Text(problem), *(_judged(row) for row in pair))
     console.print(table)
     console.print(
         f"Held-out pass@1 over {NUM_HELD_OUT} problems not seen in training: "
-        f"{before[COUNTDOWN]:.3f} before, {after[COUNTDOWN]:.3f} after {after['step']} GRPO steps."
+        f"{before[COUNTDOWN]:.3f} before, {after[COUNTDOWN]:.3f} after {after['step']} GRPO steps. "
+        f"{len(kinds['learned'])} answers became right, {len(kinds['lost'])} became wrong."
     )
     console.print(f"Reward curve: {run.reward_curve}    trained model: {run.final}")
 
@@ -117,8 +124,12 @@ def _completion(completions: list[dict[str, Any]], step: int, group_id: int) -> 
 
 
 def _judged(row: dict[str, Any]) -> Text:
-    right = row["rewards"]["countdown"] == 1.0
+    right = _is_right(row)
     return Text(f"{row['text']}\n{'right' if right else 'wrong'}", style="green" if right else "")
+
+
+def _is_right(row: dict[str, Any]) -> bool:
+    return row["rewards"]["countdown"] == 1.0
 
 
 if __name__ == "__main__":
