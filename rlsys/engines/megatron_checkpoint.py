@@ -31,7 +31,11 @@ def save_policy(
     # which takes seconds and needs a __main__ that can be imported again.
     filesystem_async._results_queue = queue.Queue()
     state = _sharded_state(model, optimizer, is_loading=False)
-    state |= {"scheduler": scheduler.state_dict(), "policy_version": policy_version}
+    state |= {
+        "scheduler": scheduler.state_dict(),
+        "policy_version": policy_version,
+        "use_distributed_optimizer": optimizer.config.use_distributed_optimizer,
+    }
     dist_checkpointing.save(state, str(folder))
 
 
@@ -41,7 +45,19 @@ def load_policy(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> int:
-    """Continue from the checkpoint in `folder`; returns its policy_version."""
+    """Continue from the checkpoint in `folder`; returns its policy_version.
+
+    Raises:
+        ValueError: the optimizer's state is of the other kind.
+    """
+    distributed = dist_checkpointing.load_common_state_dict(str(folder))[
+        "use_distributed_optimizer"
+    ]
+    if distributed != optimizer.config.use_distributed_optimizer:
+        raise ValueError(
+            f"the checkpoint {folder} was written with policy.use_distributed_optimizer = "
+            f"{str(distributed).lower()}: continue with the same value"
+        )
     state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

@@ -74,14 +74,14 @@ def save_policy_model(folder, name):
     save_model(model, folder)
 
 
-def policy_config(folder, *, grpo=None, max_steps=8, **policy):
+def policy_config(folder, *, grpo=None, max_steps=8, dtype="auto", **policy):
     """A policy that updates on 8 completions, in micro-batches of 3."""
     return Config.model_validate(
         {
             "output_dir": "unused",
             "max_steps": max_steps,
             "data": {"dataset": ["unused"], "max_prompt_length": 8},
-            "model": {"path": str(folder)},
+            "model": {"path": str(folder), "dtype": dtype},
             "reward": {"reward_funcs": ["format"]},
             "rollout": {
                 "num_generations": 4,

@@ -61,9 +61,8 @@ def test_a_bfloat16_model_is_read_from_shards_and_written_as_bfloat16(lab, polic
     model = AutoModelForCausalLM.from_pretrained(policy_models["llama-untied"], dtype="bfloat16")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="20KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
-    config = policy_config(tmp_path / "sharded", **LAYOUTS["TP 2"])
-    section = config.model.model_copy(update={"dtype": "bfloat16"})
-    policy = lab.policy(config.model_copy(update={"model": section}))
+    config = policy_config(tmp_path / "sharded", dtype="bfloat16", **LAYOUTS["TP 2"])
+    policy = lab.policy(config)
     policy.save_model(tmp_path / "saved")
     assert_equal(load_file(tmp_path / "saved" / "model.safetensors"), dict(model.state_dict()))
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"

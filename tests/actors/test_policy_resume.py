@@ -4,6 +4,8 @@ import pytest
 import torch
 from policy_cases import LAYOUTS, exported, policy_config, random_batch
 
+from rlsys.actors.group import ActorFailure
+
 pytestmark = pytest.mark.system
 
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "weight_decay": 0.1}
@@ -45,18 +47,21 @@ def resume(lab, config, folder):
 
 
 @pytest.mark.parametrize(
-    "layout",
+    "options",
     [
         LAYOUTS["one rank"],
         LAYOUTS["one rank"] | {"use_distributed_optimizer": False},
         LAYOUTS["DP 2"],
         LAYOUTS["DP 2"] | {"use_distributed_optimizer": False},
         LAYOUTS["TP 2 x PP 2"],
+        # Weights in bfloat16, as on GPUs, with the optimizer's own copy in float32.
+        LAYOUTS["DP 2"] | {"dtype": "bfloat16"},
+        LAYOUTS["TP 2"] | {"dtype": "bfloat16", "use_distributed_optimizer": False},
     ],
     ids=str,
 )
-def test_resume_is_exact(lab, policy_models, tmp_path, layout):
-    config = config_of(policy_models, **layout)
+def test_resume_is_exact(lab, policy_models, tmp_path, options):
+    config = config_of(policy_models, **options)
     metrics, weights = run_and_save(lab, config, tmp_path / "step-2")
     metrics_again, weights_again = resume(lab, config, tmp_path / "step-2")
     assert metrics_again == metrics
@@ -75,6 +80,14 @@ def test_another_layout_goes_on_from_the_same_place(lab, policy_models, tmp_path
         assert again == pytest.approx(expected, rel=1e-4, abs=1e-6)
     for name, tensor in weights_again.items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_an_optimizer_state_of_the_other_kind_is_refused(lab, policy_models, tmp_path):
+    run_and_save(lab, config_of(policy_models), tmp_path / "step-2")
+    policy = lab.policy(config_of(policy_models, use_distributed_optimizer=False))
+    message = r"step-2 was written with policy\.use_distributed_optimizer = true"
+    with pytest.raises(ActorFailure, match=message):
+        policy.load_checkpoint(tmp_path / "step-2")
 
 
 def test_what_is_resumed_is_more_than_the_weights(lab, policy_models, tmp_path):
