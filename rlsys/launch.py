@@ -37,8 +37,6 @@ START_TIMEOUT_S = 1800.0
 """For all models to be loaded, and on GPUs to be compiled for the first time."""
 CPU_SHARE = 0.01
 """Of Ray's bookkeeping, on CPU: policy, rollout and reference take turns on the same cores."""
-EXIT_TERMINATED = 128 + signal.SIGTERM
-"""What shells report of a process that ended at a SIGTERM."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -153,8 +151,8 @@ def ray_session() -> Iterator[None]:
     # "local": Ray would otherwise join a cluster that somebody, anybody started on this machine.
     own = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, **own)
-    # What `ray job stop` sends. Ray's handler prints a C++ stack and aborts after three seconds.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_TERMINATED))
+    # `ray job stop` is a Ctrl-C. Ray's handler prints a C++ stack and aborts after three seconds.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
