@@ -146,6 +146,8 @@ def ray_session() -> Iterator[None]:
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # or escape codes end up in log files
     # Ray otherwise hides all GPUs from actors that ask for none, as reward workers do.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # A busy laptop takes longer than Ray's own 30 s to start it.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
     # One failure is raised, with its actor's name; Ray would print those of the other ranks after.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # "local": Ray would otherwise join a cluster that somebody, anybody started on this machine.

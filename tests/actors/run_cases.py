@@ -57,7 +57,7 @@ class Digits(ORM):
 '''
 
 
-def write_workplace(folder: Path, model: Path) -> None:
+def write_run_files(folder: Path, model: Path) -> None:
     """A working directory: plugin, data, and run.yaml, which names them by relative paths."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "digits.py").write_text(PLUGIN)

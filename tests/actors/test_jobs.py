@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_cases import PATIENCE_S, POLL_S, hold, is_alive, title, write_workplace
+from run_cases import PATIENCE_S, POLL_S, hold, is_alive, title, write_run_files
 
 from rlsys.tracking.jsonl import read_jsonl
 
@@ -129,7 +129,7 @@ def cluster(tmp_path_factory):
 @pytest.fixture
 def folder(tmp_path, starter_model):
     """A project: what its .gitignore names is not sent to the cluster."""
-    write_workplace(tmp_path, starter_model)
+    write_run_files(tmp_path, starter_model)
     (tmp_path / ".gitignore").write_text("out/\n")
     return tmp_path
 

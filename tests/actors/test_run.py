@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from run_cases import NUM_PROMPTS, G, RunProcess, without_clock, write_workplace
+from run_cases import NUM_PROMPTS, G, RunProcess, without_clock, write_run_files
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,7 +46,7 @@ def start(starter_model, tmp_path_factory):
 
     def start(name, *words, **options):
         if not (root / name).exists():
-            write_workplace(root / name, starter_model)
+            write_run_files(root / name, starter_model)
         started.append(RunProcess(root / name, *words, **options))
         return started[-1]
 
