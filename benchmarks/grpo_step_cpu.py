@@ -3,23 +3,27 @@
     python benchmarks/grpo_step_cpu.py                        # the demo's config, 5 steps
     python benchmarks/grpo_step_cpu.py --steps 9 --grpo.beta 0.001
 
-Runs `rlsys grpo examples/countdown/demo.yaml` with the untrained starter model, which hardly ever
-ends a completion: every step samples the most tokens that the config allows, and all steps are
-alike. Any further option is one of `rlsys grpo`. The first steps are left out.
+Runs what `rlsys grpo examples/countdown/demo.yaml` runs, with the untrained starter model. That
+seldom ends a completion, so all steps are alike and sample about as many tokens as the config
+allows. Any further option is one of `rlsys grpo`. The first steps are left out.
 """
 
 import argparse
+import contextlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from itertools import pairwise
 from pathlib import Path
 
-from machine import describe_machine
+from machine import actor_processes, cpu_seconds, describe_machine
 
 from rlsys.config_load import load_config
+from rlsys.launch import run
 from rlsys.run_dir import RunDir
+from rlsys.tracking import Tracker, register_tracker
 from rlsys.tracking.jsonl import read_jsonl
 
 COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
@@ -27,8 +31,23 @@ sys.path.insert(0, str(COUNTDOWN))
 from problems import generate_problems, write_jsonl  # noqa: E402
 from starter_model import write_starter_model  # noqa: E402
 
+ACTORS = {"policy": "PolicyRank", "rollout engine": "RolloutActor", "reward worker": "RewardWorker"}
 WARM_UP_STEPS = 2
 NUM_PROBLEMS = 512
+
+
+class CpuSeconds(Tracker):
+    """What the processes of each role have used up to the end of every step."""
+
+    def __init__(self):
+        self.after_step = []
+
+    def log_metrics(self, step, metrics):
+        used = {role: cpu_seconds(actor_processes(name)) for role, name in ACTORS.items()}
+        self.after_step.append(used | {"driver": time.process_time()})
+
+    def close(self):
+        pass
 
 
 def main():
@@ -36,15 +55,22 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=5, help="measured steps")
     arguments, overrides = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as folder:
+    cpu = CpuSeconds()
+    register_tracker("cpu_seconds")(lambda config, resumed_from: cpu)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         options = prepare(Path(folder), WARM_UP_STEPS + arguments.steps) + overrides
-        command = [sys.executable, "-m", "rlsys.cli", "grpo", str(COUNTDOWN / "demo.yaml")]
-        # Its output is for people; stdout is for the JSON.
-        subprocess.run([*command, *options], check=True, stdout=sys.stderr)
-        run = RunDir(Path(folder) / "run")
-        config = load_config(run.config).config
-        steps = list(read_jsonl(run.metrics))[WARM_UP_STEPS:]
-    print(json.dumps({"machine": machine} | summary(config, steps), indent=2))
+        resolved = load_config(COUNTDOWN / "demo.yaml", options)
+        run(resolved)
+        steps = list(read_jsonl(RunDir(Path(folder) / "run").metrics))
+    result = summary(resolved.config, steps[WARM_UP_STEPS:])
+    result["median_cpu_seconds"] = {
+        role: statistics.median(
+            after[role] - before[role]
+            for before, after in pairwise(cpu.after_step[WARM_UP_STEPS - 1 :])
+        )
+        for role in cpu.after_step[0]
+    }
+    print(json.dumps({"machine": machine} | result, indent=2))
 
 
 def prepare(folder, max_steps):
@@ -57,6 +83,7 @@ def prepare(folder, max_steps):
         *("--data.dataset", str(folder / "train.jsonl")),
         "--data.val_dataset",  # without a value: none
         *("--max_steps", str(max_steps), "--eval_steps", "null"),
+        *("--tracking.report_to", "cpu_seconds"),
     ]
 
 

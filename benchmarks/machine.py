@@ -1,4 +1,4 @@
-"""What a benchmark ran on: numbers mean little without it."""
+"""What a benchmark ran on, and what its actors used of it."""
 
 import os
 import platform
@@ -22,6 +22,19 @@ def describe_machine():
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "commit": commit(),
     }
+
+
+def actor_processes(actor_class):
+    """The processes of this driver's Ray actors of a class, which are named ray::<class>."""
+    # What the kernel keeps of a name is 15 characters.
+    name = f"ray::{actor_class}"[:15]
+    children = psutil.Process().children(recursive=True)
+    return [process for process in children if process.name().startswith(name)]
+
+
+def cpu_seconds(processes):
+    """Unlike seconds on the clock, they hardly depend on what else the machine does."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def cpu_model():

@@ -7,16 +7,15 @@ One role after the other, each alone on the machine; then all at once, as a run 
 """
 
 import argparse
+import contextlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import psutil
-from machine import describe_machine
+from machine import actor_processes, cpu_seconds, describe_machine
 
 from rlsys.actors.group import get_all
 from rlsys.actors.policy import PolicyActors
@@ -48,7 +47,8 @@ def main():
             write_starter_model(model, seed=0)
         write_jsonl(Path(folder) / "train.jsonl", generate_problems(64, seed=0))
         config = make_config(Path(folder), model)
-        result = {"model": model.name, **measure(config)}
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON
+            result = {"model": model.name, **measure(config)}
     print(json.dumps({"machine": machine} | result, indent=2))
 
 
@@ -72,24 +72,24 @@ def make_config(folder, model):
 
 
 def measure(config):
-    seconds, started = {}, {}
-    seconds["import of the driver"] = timed(import_driver)[0]
+    seconds = {"import of the driver": timed(import_driver)[0]}
     seconds["data"], data = timed(lambda: load_data(config))
     session = ray_session()
     seconds["Ray"] = timed(session.__enter__)[0]
-    for name, title, start in (
-        ("reward workers", "RewardWorker", start_rewards),
-        ("policy", "PolicyRank", start_policy),
-        ("reference", "ReferenceRank", start_reference),
-        ("rollout engine", "RolloutActor", start_rollout),
-    ):
-        seconds[name], actors = timed(lambda start=start: start(config))
-        started[name] = actor_process(title)
+    processes = {}
+    for role, (actor_class, start) in ROLES.items():
+        seconds[role], actors = timed(lambda start=start: start(config))
+        found = actor_processes(actor_class)
+        processes[role] = {
+            "cpu_seconds": round(cpu_seconds(found), 2),
+            "memory_gib": round(sum(process.memory_info().rss for process in found) / 2**30, 2),
+        }
         actors.close()
-        wait_until_gone(title)
-    seconds["all actors together"] = timed(lambda: start_system(config, data, NoTracker()))[0]
+        while actor_processes(actor_class):
+            time.sleep(0.1)
+    seconds["all roles together"] = timed(lambda: start_system(config, data, NoTracker()))[0]
     session.__exit__(None, None, None)
-    return {"seconds": seconds, "started_process": started}
+    return {"seconds": seconds, "processes": processes}
 
 
 def timed(action):
@@ -123,25 +123,12 @@ def wait_for(actors):
     return actors
 
 
-def actor_process(title):
-    """CPU seconds, which other processes on the machine do not change much, and memory."""
-    [process] = actor_processes(title)
-    cpu = process.cpu_times()
-    return {
-        "cpu_seconds": round(cpu.user + cpu.system, 2),
-        "memory_gib": round(process.memory_info().rss / 2**30, 2),
-    }
-
-
-def actor_processes(title):
-    """The processes that Ray runs for actors of a class, which show as ray::<class>."""
-    own = psutil.Process(os.getpid()).children(recursive=True)
-    return [process for process in own if process.name().startswith(f"ray::{title}"[:15])]
-
-
-def wait_until_gone(title):
-    while actor_processes(title):
-        time.sleep(0.1)
+ROLES = {
+    "reward worker": ("RewardWorker", start_rewards),
+    "policy": ("PolicyRank", start_policy),
+    "reference": ("ReferenceRank", start_reference),
+    "rollout engine": ("RolloutActor", start_rollout),
+}
 
 
 if __name__ == "__main__":
