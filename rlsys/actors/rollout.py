@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,8 +25,6 @@ class RolloutActor:
 
     def __init__(self, config: Config, device: Literal["cpu", "cuda"], engine_rank: int):
         start = time.monotonic()
-        # vLLM's own use of torch: in a user's terminal it hides what matters.
-        warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\.")
         from rlsys.engines.vllm import VLLMEngine  # takes seconds, and only this process needs it
 
         self._engine = VLLMEngine(

@@ -24,6 +24,8 @@ def rollout_env(device: Literal["cpu", "cuda"]) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "TOKENIZERS_PARALLELISM": "false",
+        # vLLM's own use of torch: in a user's terminal it hides what matters.
+        "PYTHONWARNINGS": "ignore::FutureWarning",
     }
     if device == "cpu":
         return env | {
