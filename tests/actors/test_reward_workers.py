@@ -15,7 +15,7 @@ from rlsys.config import RewardConfig
 from rlsys.rewards import orms
 from rlsys.types import Completion, Prompt, RolloutGroup
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.usefixtures("ray_cluster")]
 
 PLUGIN = """
 import os, sys, time
@@ -56,13 +56,6 @@ class Unmade(ORM):
     def __init__(self):
         open("no such model")
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cluster():
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture
