@@ -127,6 +127,8 @@ class RunProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # Shells have what they start in the background ignore Ctrl-C, tests for example.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         self._root = psutil.Process(self.popen.pid)
 
