@@ -88,7 +88,11 @@ def run_config(model: Path) -> dict[str, Any]:
             "max_completion_length": 24,
             "max_num_seqs": NUM_PROMPTS * G,
         },
-        "reward": {"reward_funcs": ["digits", "format"], "external_plugins": ["digits.py"]},
+        "reward": {
+            "reward_funcs": ["digits", "format"],
+            "external_plugins": ["digits.py"],
+            "timeout_s": 2 * PATIENCE_S,  # a reward that is held is not to be taken for a hang
+        },
         "grpo": {"beta": 0.05},
         "policy": {
             "micro_batch_size": 8,
