@@ -1,9 +1,21 @@
 import os
 
+import pytest
 from hypothesis import settings
+
+from rlsys.rewards import orms
 
 # Nothing here is judged by how long it took: a busy machine would fail tests at random.
 settings.register_profile("rlsys", deadline=None)
 settings.load_profile("rlsys")
 # The same for Ray's own start, in this process and in those that tests start.
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_plugins():
+    """What plugins register in this process is gone after the module that loaded them."""
+    registered = dict(orms.data)
+    yield
+    orms.data.clear()
+    orms.data.update(registered)
