@@ -103,7 +103,7 @@ def import_driver():
 
 
 def start_rewards(config):
-    return RewardWorkers(config.reward)
+    return RewardWorkers(config.reward, known=config.known_to_rewards)
 
 
 def start_policy(config):

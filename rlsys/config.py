@@ -111,6 +111,10 @@ class RewardConfig(Section):
     """Registered names, see `rlsys rewards`."""
     reward_weights: list[float] | None = None
     """One per reward function; None is 1 for each."""
+    reward_params: dict[str, dict[str, Any]] = {}
+    """Settings of reward functions by name, `{length: {max_length: 100}}`: keyword arguments that
+    a class is instantiated with, or a function is called with. Parameters that are called
+    max_completion_length or model_path and not given here get the run's own."""
     external_plugins: list[str] = []
     """Python files that register more reward functions when imported."""
     num_workers: PositiveInt = 1
@@ -288,6 +292,14 @@ class Config(Section):
         if self.model.dtype == "auto":
             return "float32" if on_cpu else "bfloat16"
         return self.model.dtype
+
+    @property
+    def known_to_rewards(self) -> dict[str, Any]:
+        """What reward parameters of these names get when reward.reward_params leaves them out."""
+        return {
+            "max_completion_length": self.rollout.max_completion_length,
+            "model_path": self.model.path,
+        }
 
     @property
     def reference_path(self) -> str:

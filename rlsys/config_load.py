@@ -220,6 +220,8 @@ def _parse_value(
         values[name] = [] if texts == ["[]"] else texts
     elif not texts and bool in kinds:
         values[name] = True
+    elif dict in kinds and len(texts) == 1:
+        values[name] = _mapping(texts[0])
     elif len(texts) == 1:
         values[name] = _boolean(texts[0]) if bool in kinds else texts[0]
     elif not texts:
@@ -231,6 +233,14 @@ def _parse_value(
 def _boolean(text: str) -> bool | str:
     """true and false as booleans; another text stays one, for the validation to report."""
     return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def _mapping(text: str) -> Any:
+    """What `{name: {key: value}}` means in YAML; another text stays one, to be reported."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _kinds(info: FieldInfo) -> set[Any]:
@@ -298,9 +308,11 @@ def _concerns(fields: tuple[str, ...], wrong: set[str]) -> bool:
 def _describe(detail: ErrorDetails, origins: dict[str, Origin]) -> str:
     """One problem as a line: the field, its value, the rule, and what the field means."""
     place = list(detail["loc"])
-    name = ".".join(str(part) for part in place if isinstance(part, str))
-    label = name + "".join(f"[{part}]" for part in place if isinstance(part, int))
     fields = config_fields()
+    # Below a field, the place goes on with list indices and keys of the user's own.
+    depth = 2 if place[0] in config_sections() else 1
+    name = ".".join(str(part) for part in place[:depth])
+    label = name + "".join(f"[{part}]" for part in place[depth:])
     if detail["type"] == "extra_forbidden":
         return f"{name}: there is no such field.{_nearest_field(name)}"
     if name in config_sections():

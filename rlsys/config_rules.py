@@ -132,6 +132,13 @@ def _reward_problems(config: Config) -> Iterator[RuleProblem]:
             f"reward.reward_weights has {len(weights)} values for {len(names)} reward functions "
             f"({', '.join(names)}): give one weight for each, or leave it out for 1 each",
         )
+    stray = sorted(set(config.reward.reward_params) - set(names))
+    if stray:
+        yield RuleProblem(
+            ("reward.reward_params", "reward.reward_funcs"),
+            f"reward.reward_params has settings for {', '.join(stray)}, which reward.reward_funcs "
+            f"does not name ({', '.join(names)}): add it there, or take its settings out",
+        )
     if weights and not any(weights):
         yield RuleProblem(
             ("reward.reward_weights",),

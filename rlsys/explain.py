@@ -137,6 +137,8 @@ def show_value(value: object) -> str:
     """As it would be written in the YAML file."""
     if isinstance(value, list):
         return "[" + ", ".join(map(show_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show_value(item)}" for key, item in value.items()) + "}"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return f"{value:g}" if isinstance(value, float) else str(value)

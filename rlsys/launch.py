@@ -96,7 +96,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
     print(f"starting on {device}: {actors}", flush=True)
     options = actor_options(device)
-    rewards = RewardWorkers(config.reward)
+    rewards = RewardWorkers(config.reward, known=config.known_to_rewards)
     engines = RolloutActors(config, device=device)
     policy = PolicyActors(config, options=options)
     reference = ReferenceActors(config, options=options) if config.grpo.beta > 0 else None

@@ -23,7 +23,7 @@ from rlsys.config_load import is_saved_config
 from rlsys.data import FILE_SUFFIXES
 from rlsys.devices import guess_device
 from rlsys.model_shape import ModelShape, read_model_shape
-from rlsys.rewards import load_plugins, orms
+from rlsys.rewards import load_plugins, orms, settings_of
 from rlsys.run_dir import RunDir
 from rlsys.tracking import trackers
 
@@ -316,6 +316,7 @@ def _rewards(config: Config) -> Iterator[Problem]:
     for name in config.reward.reward_funcs:
         try:
             orms[name]
+            settings_of(name, config.reward.reward_params.get(name, {}), config.known_to_rewards)
         except ValueError as error:
             hint = "" if complete else " (a plugin above could not be loaded)"
             yield Problem(f"reward.reward_funcs: {error}{hint}", only_here=not complete)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 FinishReason = Literal["stop", "length", "abort"]
+RewardFailure = Literal["timeout", "crashed", "error"]
+"""Why a reward function has no value of its own for a completion: it was killed after
+reward.timeout_s, its process ended, or it raised or returned what is no reward."""
 Message = dict[str, Any]
 """One chat turn, `{"role": "user", "content": "..."}`."""
 
@@ -54,9 +57,14 @@ class RewardOutput:
     """The score of one completion."""
 
     total: float
-    """Weighted sum over the reward functions: what advantages are computed from."""
+    """Weighted sum over the reward functions that have a value: what advantages are computed
+    from. NaN: the completion is dropped, it takes no part in advantages, loss or group statistics.
+    """
     by_name: dict[str, float]
-    """The unweighted value of each reward function, in the configured order."""
+    """The unweighted value of each reward function, in the configured order. NaN: the function
+    said None, it does not apply to this completion, or it failed under `on_error: drop`."""
+    failures: dict[str, RewardFailure] = field(default_factory=dict)
+    """The functions that failed on this completion; normally none."""
 
 
 @dataclass(frozen=True, slots=True)

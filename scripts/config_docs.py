@@ -56,6 +56,10 @@ def _plain(kind: Any) -> str:
         return ", ".join(map(str, members))
     if origin is list:
         return f"list of {_plain(members[0])}"
+    if origin is dict:
+        return f"mapping of {_plain(members[1])}"
+    if kind is Any:
+        return "any value"
     if origin is typing.Annotated:
         return _plain(members[0])
     if members:

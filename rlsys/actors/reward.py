@@ -36,12 +36,14 @@ class RewardWorker:
     """One process with its own instances of the reward functions."""
 
     def start(
-        self, names: Sequence[str], weights: Sequence[float] | None, plugins: Sequence[str]
+        self, config: RewardConfig, known: dict[str, Any], plugins: Sequence[str]
     ) -> Failed | None:
         """Load the plugins and instantiate the reward functions."""
         load_plugins(plugins)
         try:
-            self._functions = RewardFunctions(names, weights)
+            self._functions = RewardFunctions(
+                config.reward_funcs, config.reward_weights, config.reward_params, known
+            )
         except RewardError as error:
             return Failed(_report(error))
         return None
@@ -72,11 +74,18 @@ class RewardWorkers:
     that hands idle workers the next group and notices one that hangs.
     """
 
-    def __init__(self, config: RewardConfig, *, env_vars: dict[str, str] | None = None):
+    def __init__(
+        self,
+        config: RewardConfig,
+        *,
+        known: dict[str, Any] | None = None,
+        env_vars: dict[str, str] | None = None,
+    ):
         """Start the workers and wait until each has its reward functions.
 
         Args:
             config: names, weights, plugins, number of workers and time limit.
+            known: values of the run for parameters of these names, see `settings_of`.
             env_vars: environment of the worker processes, besides their inherited one.
 
         Raises:
@@ -95,7 +104,7 @@ class RewardWorkers:
         self._workers: list[ActorHandle] = [actor_class.remote() for _ in range(config.num_workers)]
         self._idle = deque(range(config.num_workers))
         refs = {
-            _name(index): worker.start.remote(config.reward_funcs, config.reward_weights, plugins)
+            _name(index): worker.start.remote(config, known or {}, plugins)
             for index, worker in enumerate(self._workers)
         }
         try:

@@ -4,11 +4,12 @@ A reward is a class derived from `ORM`, registered in `orms`; `plugins/README.md
 """
 
 from rlsys.rewards import countdown, format  # noqa: F401  registers the built-in rewards
-from rlsys.rewards.base import ORM, orms, register_reward
+from rlsys.rewards.base import ORM, AsyncORM, TrainerState, orms, register_reward, trl_style
+from rlsys.rewards.instances import RewardError, settings_of
 from rlsys.rewards.plugins import load_plugins
 from rlsys.rewards.scoring import (
     OWN_COLUMNS,
-    RewardError,
+    Reward,
     RewardFunctions,
     check_names_and_weights,
 )
@@ -16,10 +17,15 @@ from rlsys.rewards.scoring import (
 __all__ = [
     "ORM",
     "OWN_COLUMNS",
+    "AsyncORM",
+    "Reward",
     "RewardError",
     "RewardFunctions",
+    "TrainerState",
     "check_names_and_weights",
     "load_plugins",
     "orms",
     "register_reward",
+    "settings_of",
+    "trl_style",
 ]

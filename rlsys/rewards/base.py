@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlsys.registry import Registry
 
-RewardFunction = Callable[..., Sequence[float]]
+Rewards = Sequence[float | None]
+"""One number per completion; None: the function does not apply to this one."""
+RewardFunction = Callable[..., Rewards | Awaitable[Rewards]]
 
 
 class ORM:
     """Outcome reward function: scores finished completions.
 
-    Derive from it, implement `__call__` and register the class. It is instantiated without
-    arguments, once in every reward worker.
+    Derive from it, implement `__call__` and register the class. It is instantiated once in every
+    reward process, with the keyword arguments that `reward.reward_params` has for its name.
 
     Example:
-        @register_reward("ends_with_dot")
-        class EndsWithDot(ORM):
+        @register_reward("short")
+        class Short(ORM):
+            def __init__(self, max_characters: int = 100):
+                self.max_characters = max_characters
+
             def __call__(self, completions, **columns):
-                return [float(text.endswith(".")) for text in completions]
+                return [float(len(text) <= self.max_characters) for text in completions]
     """
 
     def __init__(self, args: Any = None, **kwargs: Any):
@@ -28,19 +35,68 @@ class ORM:
         self.args = args
 
     # *args so that type checkers let subclasses name the columns that they need.
-    def __call__(self, completions: list[str], *args: Any, **columns: Any) -> Sequence[float]:
-        """One finite number per completion, in order.
+    def __call__(
+        self, completions: list[str], *args: Any, **columns: Any
+    ) -> Rewards | Awaitable[Rewards]:
+        """One finite number per completion, in order, or None where it does not apply.
 
         Args:
             completions: [G] texts sampled from one prompt, special tokens removed.
-            columns: each dataset column by its name as a list of G values, and `prompts`,
-                `messages`, `completion_ids` and `finish_reasons`.
+            columns: each dataset column by its name as a list of G values, and `OWN_COLUMNS`.
         """
         raise NotImplementedError
 
 
+class AsyncORM(ORM):
+    """An outcome reward function that waits, for a server say: `async def __call__`.
+
+    The calls for many groups run at the same time in one event loop. Deriving from `ORM` does as
+    well; this class is here because ms-swift has it.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """Where the run is, for rewards that change as training goes on."""
+
+    global_step: int
+    """The step whose completions are scored."""
+    max_steps: int
+
+
 orms: Registry[type[ORM] | RewardFunction] = Registry("reward function")
-"""Name -> ORM class, or function `f(completions, **columns)` as TRL has them."""
+"""Name -> ORM class, or function `f(completions, **columns)`; either may be async."""
 
 register_reward = orms.register
 """Decorator form of `orms[name] = value`."""
+
+
+class TrlStyle:
+    """A function that gets its arguments as TRL passes them for conversational prompts.
+
+    Its `completions` are message lists, `[{"role": "assistant", "content": text}]`, where rlsys
+    and ms-swift pass texts.
+    """
+
+    def __init__(self, function: RewardFunction):
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __call__(self, **columns: Any) -> Rewards | Awaitable[Rewards]:
+        """Call the function."""
+        return self.function(**columns)
+
+
+def trl_style(function: RewardFunction) -> RewardFunction:
+    """Mark a function as one of TRL's style, see `TrlStyle`; a decorator.
+
+    In `reward.reward_funcs`, `trl/` before a reference does the same without touching the file:
+    `trl/path/to/file.py:function`.
+
+    Example:
+        @register_reward("brief")
+        @trl_style
+        def brief(completions, **kwargs):
+            return [float(len(messages[0]["content"]) < 100) for messages in completions]
+    """
+    return TrlStyle(function)

@@ -2,57 +2,153 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsFloat
 
-from rlsys.rewards.base import RewardFunction, orms
+from rlsys.rewards.base import TrainerState, TrlStyle, orms
+from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
 from rlsys.types import RewardOutput, RolloutGroup
 
-OWN_COLUMNS = ("completions", "prompts", "messages", "completion_ids", "finish_reasons")
+OWN_COLUMNS = (
+    "completions",
+    "prompts",
+    "messages",
+    "completion_ids",
+    "response_token_ids",
+    "finish_reasons",
+    "trainer_state",
+)
 """What reward functions get besides the dataset's columns."""
 
 
-class RewardError(ValueError):
-    """A reward function could not be made, raised, or returned what is no reward."""
+class Reward:
+    """One reward function of a run, ready to be called."""
+
+    def __init__(self, name: str, params: Params | None = None, of_run: Params | None = None):
+        """Make it, with the settings of `settings_of`.
+
+        Raises:
+            ValueError: an unknown name, or settings that do not fit.
+            RewardError: its class raised when it was instantiated.
+        """
+        self.name = name
+        settings = settings_of(name, params or {}, of_run or {})
+        self.function = instantiate(name, settings)
+        self._call_settings = {} if isinstance(orms[name], type) else settings
+        self.is_async = is_async(orms[name])
+
+    def score(self, columns: Mapping[str, Any], prompt_id: str) -> list[float]:
+        """[G] its values, NaN for None. An async function is run to its end.
+
+        Args:
+            columns: as of `reward_columns`.
+            prompt_id: of the group, for error messages.
+
+        Raises:
+            RewardError: the function raised (the cause is its exception), its signature does not
+                fit the columns, or it did not return one finite number or None per completion.
+        """
+        if self.is_async:
+            return asyncio.run(self.score_async(columns, prompt_id))
+        args, kwargs = self._arguments(columns)
+        try:
+            returned = self.function(*args, **kwargs)
+        # User code: whatever it raises is told with the name of the function. sys.exit() included.
+        except (Exception, SystemExit) as error:
+            raise self._raised(error, prompt_id) from error
+        return self._checked(returned, len(columns["completions"]), prompt_id)
+
+    async def score_async(self, columns: Mapping[str, Any], prompt_id: str) -> list[float]:
+        """`score` of an async function, in the running event loop."""
+        args, kwargs = self._arguments(columns)
+        try:
+            returned = await self.function(*args, **kwargs)  # type: ignore[misc]
+        except (Exception, SystemExit) as error:
+            raise self._raised(error, prompt_id) from error
+        return self._checked(returned, len(columns["completions"]), prompt_id)
+
+    def _arguments(self, columns: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = {**columns, **self._call_settings}
+        args: tuple[Any, ...] = ()
+        if isinstance(self.function, TrlStyle):
+            kwargs["completions"] = [
+                [{"role": "assistant", "content": text}] for text in columns["completions"]
+            ]
+        elif not inspect.isfunction(self.function):
+            # Objects are called as ms-swift does, completions first whatever the parameter is
+            # called; functions as TRL does, all by keyword.
+            args = (kwargs.pop("completions"),)
+        try:
+            inspect.signature(self.function).bind(*args, **kwargs)
+        except TypeError as error:
+            raise RewardError(
+                f"reward function {self.name!r} cannot be called: {error}. It gets the columns "
+                f"{', '.join(sorted(kwargs))}; add what is missing to the dataset, and end the "
+                "function's parameters with **columns for those that it does not use."
+            ) from None
+        return args, kwargs
+
+    def _raised(self, error: BaseException, prompt_id: str) -> RewardError:
+        return RewardError(
+            f"reward function {self.name!r} raised {type(error).__name__} on prompt "
+            f"{prompt_id!r}: {error}"
+        )
+
+    def _checked(self, returned: Any, num_completions: int, prompt_id: str) -> list[float]:
+        return checked(
+            returned, num_completions, f"reward function {self.name!r} on prompt {prompt_id!r}"
+        )
 
 
 class RewardFunctions:
-    """The configured reward functions, each instantiated once."""
+    """Several reward functions in this process, each instantiated once."""
 
-    def __init__(self, names: Sequence[str], weights: Sequence[float] | None = None):
-        """Look up and instantiate `names`; `weights` is one per name, None is 1 for each.
+    def __init__(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float] | None = None,
+        params: Mapping[str, Params] | None = None,
+        of_run: Params | None = None,
+    ):
+        """Look up and instantiate `names`.
+
+        Args:
+            names: registered names.
+            weights: one per name; None is 1 for each.
+            params: settings by name.
+            of_run: values of the run by parameter name, see `settings_of`.
 
         Raises:
-            ValueError: a name that is not registered or comes twice, or weights that do not fit.
-            RewardError: a class that cannot be instantiated without arguments.
+            ValueError: a name that is not registered or comes twice, or weights or settings that
+                do not fit.
+            RewardError: a class raised when it was instantiated.
         """
         check_names_and_weights(names, weights)
-        self.functions = {name: _instantiate(name) for name in names}
+        self.rewards = [Reward(name, (params or {}).get(name), of_run) for name in names]
         self.weights = [1.0] * len(names) if weights is None else list(weights)
 
-    def score(self, group: RolloutGroup) -> list[RewardOutput]:
+    def score(self, group: RolloutGroup, state: TrainerState | None = None) -> list[RewardOutput]:
         """[G] the rewards of the group's completions.
 
         Raises:
-            RewardError: a function raised (the cause is its exception), its signature does not
-                fit the columns, or it did not return one finite number per completion.
+            RewardError: as of `Reward.score`.
         """
-        columns = _columns(group)
+        columns = reward_columns(group, state)
         by_name = {
-            name: _call(name, function, columns, group.prompt.prompt_id)
-            for name, function in self.functions.items()
+            reward.name: reward.score(columns, group.prompt.prompt_id) for reward in self.rewards
         }
         rows = [dict(zip(by_name, row, strict=True)) for row in zip(*by_name.values(), strict=True)]
-        return [
-            RewardOutput(
-                total=sum(w * value for w, value in zip(self.weights, row.values(), strict=True)),
-                by_name=row,
-            )
-            for row in rows
-        ]
+        return [RewardOutput(weighted_total(row.values(), self.weights), row) for row in rows]
+
+
+def weighted_total(values: Sequence[float] | Any, weights: Sequence[float]) -> float:
+    """The weighted sum of the values that are not NaN; NaN when all are, as in TRL."""
+    terms = [w * value for w, value in zip(weights, values, strict=True) if not math.isnan(value)]
+    return sum(terms) if terms else math.nan
 
 
 def check_names_and_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
@@ -79,23 +175,20 @@ def check_names_and_weights(names: Sequence[str], weights: Sequence[float] | Non
         raise ValueError(f"reward_weights must be finite numbers, not {list(weights)}")
 
 
-def _instantiate(name: str) -> RewardFunction:
-    registered = orms[name]
-    if not isinstance(registered, type):
-        return registered
-    try:
-        return registered()
-    # User code: whatever it raises is told with the name of the function.
-    except Exception as error:
-        raise RewardError(
-            f"reward function {name!r}: {registered.__name__}() raised "
-            f"{type(error).__name__}: {error}. It is instantiated without arguments."
-        ) from error
+def is_async(registered: Any) -> bool:
+    """Whether a registered class or function is to be awaited."""
+    if isinstance(registered, TrlStyle):
+        registered = registered.function
+    if inspect.isfunction(registered):
+        return inspect.iscoroutinefunction(registered)
+    cls = registered if isinstance(registered, type) else type(registered)
+    return inspect.iscoroutinefunction(cls.__call__)
 
 
-def _columns(group: RolloutGroup) -> dict[str, list[Any]]:
-    """[G] values of every keyword that reward functions get."""
+def reward_columns(group: RolloutGroup, state: TrainerState | None = None) -> dict[str, Any]:
+    """Every keyword that reward functions get, [G] values each; `trainer_state` is one object."""
     prompt, completions = group.prompt, group.completions
+    token_ids = [completion.token_ids for completion in completions]
     repeated = {name: [value] * len(completions) for name, value in prompt.columns.items()}
     return repeated | {
         "completions": [completion.text for completion in completions],
@@ -104,43 +197,23 @@ def _columns(group: RolloutGroup) -> dict[str, list[Any]]:
             [*prompt.messages, {"role": "assistant", "content": completion.text}]
             for completion in completions
         ],
-        "completion_ids": [completion.token_ids for completion in completions],
+        "completion_ids": token_ids,
+        "response_token_ids": token_ids,  # ms-swift's name
         "finish_reasons": [completion.finish_reason for completion in completions],
+        "trainer_state": state or TrainerState(global_step=0, max_steps=0),
     }
 
 
-def _call(
-    name: str, function: RewardFunction, columns: dict[str, list[Any]], prompt_id: str
-) -> list[float]:
-    args: tuple[Any, ...] = ()
-    num_completions = len(columns["completions"])
-    if not inspect.isfunction(function):
-        # Objects are called as ms-swift does, completions first whatever the parameter is called;
-        # functions as TRL does, all by keyword.
-        columns = dict(columns)
-        args = (columns.pop("completions"),)
-    try:
-        inspect.signature(function).bind(*args, **columns)
-    except TypeError as error:
-        raise RewardError(
-            f"reward function {name!r} cannot be called: {error}. It gets the columns "
-            f"{', '.join(sorted(columns))}; add what is missing to the dataset, and end the "
-            "function's parameters with **columns for those that it does not use."
-        ) from None
-    try:
-        returned = function(*args, **columns)
-    # User code: whatever it raises is told with the name of the function, and ends the run.
-    except Exception as error:
-        raise RewardError(
-            f"reward function {name!r} raised {type(error).__name__} on prompt {prompt_id!r}: "
-            f"{error}"
-        ) from error
-    return _checked(returned, num_completions, f"reward function {name!r} on prompt {prompt_id!r}")
+def checked(returned: Any, num_completions: int, who: str) -> list[float]:
+    """`returned` as one finite float per completion, NaN for None.
 
-
-def _checked(returned: Any, num_completions: int, who: str) -> list[float]:
-    """`returned` as one finite float per completion."""
-    remedy = f"Return a list with one finite number for each of the {num_completions} completions."
+    Raises:
+        RewardError: it is something else.
+    """
+    remedy = (
+        f"Return a list with one finite number for each of the {num_completions} completions, or "
+        "None where the function does not apply."
+    )
     # A list, a tuple, a numpy array or a torch tensor; not a text, a generator or a coroutine.
     if isinstance(returned, str | bytes | dict) or not hasattr(returned, "__getitem__"):
         raise RewardError(f"{who} returned {reprlib.repr(returned)}. {remedy}")
@@ -148,13 +221,15 @@ def _checked(returned: Any, num_completions: int, who: str) -> list[float]:
         raise RewardError(
             f"{who} returned {len(returned)} values, {reprlib.repr(returned)}. {remedy}"
         )
-    rewards = [_finite_float(value) for value in returned]
-    if None in rewards:
-        index = rewards.index(None)
-        raise RewardError(
-            f"{who} returned {reprlib.repr(returned[index])} for completion {index}. {remedy}"
-        )
-    return [reward for reward in rewards if reward is not None]
+    rewards = []
+    for index, value in enumerate(returned):
+        reward = math.nan if value is None else _finite_float(value)
+        if reward is None:
+            raise RewardError(
+                f"{who} returned {reprlib.repr(value)} for completion {index}. {remedy}"
+            )
+        rewards.append(reward)
+    return rewards
 
 
 def _finite_float(value: Any) -> float | None:

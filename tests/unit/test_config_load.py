@@ -279,3 +279,17 @@ def test_the_saved_config_runs_again_as_it_is(tmp_path_factory, lr, system, weig
     again = load_config(folder / "config.yaml")
     assert again.config == config
     assert set(again.origins.values()) == {"file"}
+
+
+def test_settings_of_rewards_come_from_the_file_and_the_command_line(tmp_path):
+    given = {"reward_funcs": ["countdown"], "reward_params": {"countdown": {"a": 1}}}
+    path = write_config(tmp_path, reward=given)
+    assert load_config(path).config.reward.reward_params == {"countdown": {"a": 1}}
+    resolved = load_config(path, ["--reward.reward_params", "{countdown: {b: [2, x]}}"])
+    assert resolved.config.reward.reward_params == {"countdown": {"b": [2, "x"]}}
+    with pytest.raises(ConfigError, match=r"reward\.reward_params\[countdown\] = 3"):
+        load_config(path, ["--reward.reward_params", "{countdown: 3}"])
+    with pytest.raises(ConfigError, match=r"reward\.reward_params = '{'"):
+        load_config(path, ["--reward.reward_params", "{"])
+    with pytest.raises(ConfigError, match=r"settings for format, which reward\.reward_funcs does"):
+        load_config(path, ["--reward.reward_params", "{format: {}}"])

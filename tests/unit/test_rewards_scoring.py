@@ -1,13 +1,26 @@
 """What crosses between the system and the user's reward code, in both directions."""
 
+import asyncio
+import math
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.rewards import ORM, RewardError, RewardFunctions, orms, register_reward
+from rlsys.rewards import (
+    ORM,
+    AsyncORM,
+    RewardError,
+    RewardFunctions,
+    TrainerState,
+    orms,
+    register_reward,
+    settings_of,
+    trl_style,
+)
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 np = pytest.importorskip("numpy")
@@ -61,6 +74,8 @@ def test_a_class_gets_texts_and_columns_as_lists():
             [{"role": "user", "content": "count"}, {"role": "assistant", "content": "bc"}],
         ],
         "completion_ids": [[0, 1], [0, 1]],
+        "response_token_ids": [[0, 1], [0, 1]],
+        "trainer_state": TrainerState(0, 0),
         "finish_reasons": ["stop", "length"],
     }
 
@@ -140,7 +155,6 @@ def test_numbers_of_all_kinds_are_rewards(returned):
         ([1.0, 2.0, 3.0], "returned 3 values"),
         ([0.0, float("nan")], "returned nan for completion 1"),
         ([float("-inf"), 0.0], "returned -inf for completion 0"),
-        ([1.0, None], "returned None for completion 1"),
         ([1.0, "0"], "returned '0' for completion 1"),
         ([1.0, [0.0]], r"returned \[0\.0\] for completion 1"),
         ([1.0, 10**400], "returned 1000.* for completion 1"),
@@ -208,14 +222,132 @@ def test_names_and_weights_that_do_not_fit(names, weights, message):
         RewardFunctions(names, weights)
 
 
-def test_a_class_that_needs_arguments_is_named():
-    @register_reward("needy")
-    class Needy(ORM):
-        def __init__(self, model):
-            self.model = model
+def test_none_means_not_applicable_and_is_left_out_of_the_total():
+    orms["half"] = lambda completions, **columns: [None, 2.0]
+    orms["one"] = lambda completions, **columns: [1.0, 1.0]
+    first, second = RewardFunctions(["half", "one"], [10.0, 1.0]).score(group_of("a", "b"))
+    assert math.isnan(first.by_name["half"])
+    assert (first.total, second.total) == (1.0, 21.0)
 
-    with pytest.raises(RewardError, match=r"'needy': Needy\(\) raised TypeError.*'model'"):
-        RewardFunctions(["needy"])
+
+def test_a_completion_that_no_function_applies_to_is_dropped():
+    orms["never"] = lambda completions, **columns: [None] * len(completions)
+    [first] = RewardFunctions(["never"]).score(group_of("a"))
+    assert math.isnan(first.total)
+
+
+@pytest.mark.parametrize("form", ["function", "class"])
+def test_async_functions_are_awaited(form):
+    async def score(completions, nums, **columns):
+        await asyncio.sleep(0)
+        return [len(text) + nums[0] for text in completions]
+
+    class Waits(AsyncORM):
+        async def __call__(self, completions, nums, **columns):
+            return await score(completions, nums)
+
+    orms["waits"] = score if form == "function" else Waits
+    rewards = RewardFunctions(["waits"]).score(group_of("a", "bcd", nums=1))
+    assert [reward.total for reward in rewards] == [2.0, 4.0]
+
+
+def test_an_async_exception_is_told_as_any_other():
+    async def score(completions, **columns):
+        raise ConnectionError("no server")
+
+    orms["waits"] = score
+    with pytest.raises(RewardError, match="'waits' raised ConnectionError on prompt 'train:7'"):
+        RewardFunctions(["waits"]).score(group_of("a"))
+
+
+def test_a_trl_style_function_gets_messages_and_others_texts():
+    seen = []
+
+    def spy(prompts, completions, **kwargs):
+        seen.append(completions)
+        return [0.0] * len(completions)
+
+    orms["texts"] = spy
+    orms["chats"] = trl_style(spy)
+    RewardFunctions(["texts", "chats"]).score(group_of("a", "b"))
+    assert seen == [
+        ["a", "b"],
+        [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]],
+    ]
+
+
+class Settled(ORM):
+    def __init__(self, scale: float, offset: float = 0.5, max_completion_length: int = 7):
+        self.value = scale * max_completion_length + offset
+
+    def __call__(self, completions, **columns):
+        return [self.value] * len(completions)
+
+
+def test_settings_reach_the_class_and_the_run_fills_the_rest():
+    orms["settled"] = Settled
+    [reward] = RewardFunctions(["settled"], params={"settled": {"scale": 2}}).score(group_of("a"))
+    assert reward.total == 14.5
+    of_run = {"max_completion_length": 100, "model_path": "m"}
+    assert settings_of("settled", {"scale": 2}, of_run) == {
+        "scale": 2,
+        "max_completion_length": 100,
+    }
+    given = {"scale": 2, "max_completion_length": 3}
+    assert settings_of("settled", given, of_run) == given
+
+
+def test_settings_of_a_function_are_passed_in_every_call():
+    def over(completions, limit=5, **columns):
+        return [float(len(text) > limit) for text in completions]
+
+    orms["over"] = over
+    group = group_of("abc", limit="a column of this name")
+    assert RewardFunctions(["over"], params={"over": {"limit": 2}}).score(group)[0].total == 1.0
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"scale": 1, "ofset": 1}, r"sets ofset for 'settled'.*Did you mean 'offset'.*scale, off"),
+        ({}, r"'settled' needs scale: set it with reward.reward_params, {settled: {scale: VALUE}}"),
+    ],
+)
+def test_settings_that_do_not_fit_name_the_parameters(params, message):
+    orms["settled"] = Settled
+    with pytest.raises(ValueError, match=message):
+        settings_of("settled", params, {})
+
+
+def test_a_class_without_parameters_takes_none():
+    with pytest.raises(ValueError, match="It has: none"):
+        settings_of("format", {"strict": True}, {})
+
+
+def test_a_class_of_ms_swift_finds_its_settings_in_args():
+    class Cosine(ORM):
+        def __init__(self, args=None, accuracy_orm=None):
+            super().__init__(args)
+            self.max_len = args.cosine_max_len
+
+        def __call__(self, completions, **kwargs):
+            return [self.max_len for _ in completions]
+
+    orms["cosine_of_swift"] = Cosine
+    params = {"cosine_of_swift": {"cosine_max_len": 9}}
+    assert RewardFunctions(["cosine_of_swift"], params=params).score(group_of("a"))[0].total == 9
+    with pytest.raises(RewardError, match=r"set it with reward.reward_params, {cosine_of_"):
+        RewardFunctions(["cosine_of_swift"])
+
+
+def test_a_class_that_cannot_be_made_is_told_with_its_settings():
+    class Broken(ORM):
+        def __init__(self, path: str):
+            Path(path).read_text()
+
+    orms["broken"] = Broken
+    with pytest.raises(RewardError, match=r"Broken\(path='no such'\) raised FileNotFoundError"):
+        RewardFunctions(["broken"], params={"broken": {"path": "no such"}})
 
 
 def test_a_dataset_cannot_replace_what_the_system_passes():
