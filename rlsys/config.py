@@ -134,8 +134,26 @@ class GrpoConfig(Section):
     """Upper clip range (DAPO's clip-higher); None is epsilon."""
     num_iterations: PositiveInt = 1
     """Passes over one rollout (mu in the paper)."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """Divide advantages by the std of rewards within the group, within the batch, or not at all."""
+    advantage_estimator: str = "grpo"
+    """What a completion is compared with: grpo (mean of its group), rloo (mean of the others of its
+    group), reinforce_plus_plus (mean of the batch), reinforce_plus_plus_baseline (mean of its
+    group, scaled by the batch)."""
+    scale_rewards: Literal["group", "batch", "none"] | None = None
+    """Divide advantages by the std of rewards within the group, within the batch, or not at all;
+    None is what the estimator's paper does: group for grpo, none for rloo."""
+    advantage_eps: PositiveFloat = 1e-4
+    """Added to that std, in reward units."""
+    multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (
+        "sum_then_normalize"
+    )
+    """Sum the reward functions, then compare; or compare each by itself, then sum (GDPO)."""
+    mask_truncated_completions: bool = False
+    """Do not train on completions cut at max_completion_length (DAPO's overlong filtering); they
+    still count in the advantages of their group."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """Estimate of the KL to the reference model; None is k3 in the loss and k1 in the reward."""
+    kl_in_reward: bool = False
+    """Subtract beta * KL from the rewards instead of adding it to the loss."""
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
     """How token losses are averaged over an optimizer step. grpo: mean over completions of their
     token means. dapo: mean over all tokens. dr_grpo: sum over tokens, divided by
@@ -284,8 +302,12 @@ class Config(Section):
 
     @property
     def recompute_old_logprobs(self) -> bool:
-        """Whether the policy moves within one rollout, so that the ratio needs a fixed start."""
-        return self.optimizer_steps_per_rollout > 1
+        """Whether the policy's log-probs before the update are needed as numbers.
+
+        They are when the policy moves within one rollout, so that the ratio needs a fixed start,
+        and when the KL is part of the reward.
+        """
+        return self.optimizer_steps_per_rollout > 1 or self.grpo.kl_in_reward
 
     def model_dtype(self, *, on_cpu: bool) -> Literal["float32", "bfloat16"]:
         """The weights' type on the device of the run."""

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 
-from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
-from rlsys.algo.batching import build_train_batch
+from rlsys.algo.advantages import compute_advantages
+from rlsys.algo.batching import build_train_batch, leave_out
 from rlsys.algo.metrics import rollout_metrics
 from rlsys.config import Config
 from rlsys.timing import PhaseTimer
@@ -89,22 +89,27 @@ def train(
         timer = PhaseTimer()
         with timer("rollout"):
             groups_P = rollouts.next_batch(step)
-        with timer("advantages"):  # central: the only place where completions meet
-            advantages_PG = group_relative_advantages(
-                rewards_matrix(groups_P), scale_rewards=config.grpo.scale_rewards
-            )
-            batch = build_train_batch(groups_P, advantages_PG)
+            batch = build_train_batch(groups_P)
         if reference is not None:
             with timer("ref_logprobs"):
                 batch.ref_logprobs = reference.compute_logprobs(batch)
         if config.recompute_old_logprobs:  # more than one optimizer step a rollout
             with timer("old_logprobs"):
                 batch.old_logprobs = policy.compute_logprobs(batch)
+        with timer("advantages"):  # central: the only place where completions meet
+            batch.advantages = compute_advantages(
+                groups_P, batch, config.grpo, config.reward.reward_weights
+            )
+            leave_out(
+                batch,
+                groups_P,
+                mask_truncated_completions=config.grpo.mask_truncated_completions,
+            )
         with timer("policy_update"):
             update = policy.update(batch)
         with timer("weight_sync"):
             sync_metrics = publisher.publish()
-        metrics = rollout_metrics(groups_P, advantages_PG) | update.metrics | sync_metrics
+        metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
         metrics |= {"epoch": rollouts.epoch(step), "policy_version": update.policy_version}
         tracker.log_metrics(step, metrics | timer.metrics() | _throughput(batch, timer))
         if config.eval_steps is not None and step % config.eval_steps == 0:

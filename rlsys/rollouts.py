@@ -10,7 +10,7 @@ import ray
 from rlsys.actors.group import PhaseTimeout
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
-from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
+from rlsys.algo.advantages import advantages_of_group
 from rlsys.algo.metrics import evaluation_metrics
 from rlsys.config import Config
 from rlsys.data import PromptSource
@@ -105,8 +105,5 @@ class Rollouts:
 
     def _advantages_of(self, group: RolloutGroup) -> list[float] | None:
         """Known already unless they depend on the rest of the batch."""
-        scale_rewards = self._config.grpo.scale_rewards
-        if scale_rewards == "batch":
-            return None
-        rewards_1G = rewards_matrix([group])
-        return group_relative_advantages(rewards_1G, scale_rewards=scale_rewards)[0].tolist()
+        config = self._config
+        return advantages_of_group(group, config.grpo, config.reward.reward_weights)

@@ -96,7 +96,7 @@ class TrainBatch:
     completion_mask: torch.Tensor
     """[N, S] bool, True on the tokens that are trained on."""
     advantages: torch.Tensor
-    """[N] float32, constant over the tokens of a completion."""
+    """[N, S] float32, 0 where masked."""
     rollout_logprobs: torch.Tensor
     """[N, S] float32, from the rollout engine."""
     ref_logprobs: torch.Tensor | None = None
@@ -104,6 +104,9 @@ class TrainBatch:
     old_logprobs: torch.Tensor | None = None
     """[N, S] float32, from the policy before the update; None when one optimizer step uses the
     whole batch, because the policy's own detached log-probs are the same numbers then."""
+    kept: torch.Tensor | None = None
+    """[N] bool, False for a completion without a reward, which counts in no mean; None keeps all.
+    A kept completion counts even if `completion_mask` leaves it no tokens."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,6 @@ def _batch(examples: list[tuple[list[int], list[int]]]) -> TrainBatch:
         input_ids=input_ids,
         lengths=lengths,
         completion_mask=completion_mask,
-        advantages=torch.zeros(len(examples)),
+        advantages=torch.zeros(shape),
         rollout_logprobs=torch.zeros(shape),
     )

@@ -1,22 +1,165 @@
-"""Group-relative advantages: what makes it GRPO."""
+"""Advantages: how much better a completion is than what it is compared with.
+
+An estimator reads an `AdvantageInput` and the `grpo` section of the config, and returns one
+advantage for each token, [N, S]. It sees a whole rollout: this is the only place where completions
+meet.
+
+Example: an estimator of your own, in one function
+
+    @register_advantage_estimator("plain")
+    def plain(inputs, config):
+        return inputs.over_tokens(inputs.rewards_PG)
+
+Everything is computed in float64. NaN rewards are dropped completions: they are in no mean and no
+std, and `compute_advantages` gives them 0.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+from rlsys.algo.kl import KL_ESTIMATORS, log_ratio
+from rlsys.registry import Registry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlsys.types import RolloutGroup
+    from rlsys.config import GrpoConfig
+    from rlsys.types import RolloutGroup, TrainBatch
 
-ADVANTAGE_EPS = 1e-4
-"""Added to the std, in reward units, as TRL and ms-swift do: equal rewards give 0, not nan."""
+
+@dataclass(frozen=True, slots=True)
+class AdvantageInput:
+    """One rollout: P groups of G completions, N = P * G rows of S tokens."""
+
+    rewards_PG: Tensor
+    """[P, G] float64, total rewards; NaN is a dropped completion."""
+    by_name_PGF: Tensor
+    """[P, G, F] float64, of each reward function; NaN where it says nothing."""
+    weights_F: Tensor
+    """[F] float64, weight of each reward function."""
+    kl_NS: Tensor
+    """[N, S] float64, what each token costs: `beta * KL` where the KL is part of the reward
+    (`kl_in_reward`), else 0."""
+    mask_NS: Tensor
+    """[N, S] bool, sampled tokens."""
+
+    @property
+    def penalized_PG(self) -> Tensor:
+        """[P, G] rewards less the KL of all tokens of the completion."""
+        return self.rewards_PG - self.kl_NS.sum(dim=1).view_as(self.rewards_PG)
+
+    def over_tokens(self, advantages_PG: Tensor) -> Tensor:
+        """[P, G] -> [N, S]: every token of a completion has its completion's advantage."""
+        return advantages_PG.reshape(-1, 1) * self.mask_NS
+
+
+AdvantageEstimator = Callable[[AdvantageInput, "GrpoConfig"], "Tensor"]
+
+advantage_estimators: Registry[AdvantageEstimator] = Registry("advantage estimator")
+register_advantage_estimator = advantage_estimators.register
+
+
+@register_advantage_estimator("grpo")
+def group_relative(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
+    """`A = (r - mean of the group) / (std + advantage_eps)`.
+
+    DeepSeekMath (arXiv:2402.03300), section 4.1.2. The std is unbiased (torch's), over the group;
+    with `scale_rewards` over the batch, or left out: Dr. GRPO (arXiv:2503.20783), section 3.2.
+    """
+    if config.multi_objective_aggregation == "normalize_then_sum":
+        return inputs.over_tokens(decoupled_normalization(inputs, config.advantage_eps))
+    rewards_PG = inputs.penalized_PG
+    advantages_PG = rewards_PG - rewards_PG.nanmean(dim=1, keepdim=True)
+    return inputs.over_tokens(_scaled(advantages_PG, rewards_PG, config, default="group"))
+
+
+def decoupled_normalization(inputs: AdvantageInput, eps: float) -> Tensor:
+    """Each reward function normalized within its group, then summed: GDPO (arXiv:2601.05242), 3.1.
+
+    `A_f = (r_f - mean of the group) / (std of the group + eps)`; their weighted sum is normalized
+    over the batch. So rewards of different size and spread stay distinguishable after the sum.
+
+    Returns:
+        [P, G] float64.
+    """
+    rewards_PGF = inputs.by_name_PGF
+    each_PGF = rewards_PGF - rewards_PGF.nanmean(dim=1, keepdim=True)
+    each_PGF = each_PGF / (nanstd(rewards_PGF, dim=1) + eps)
+    sum_PG = (each_PGF * inputs.weights_F).nansum(dim=2)
+    sum_PG = sum_PG.masked_fill(inputs.rewards_PG.isnan(), torch.nan)
+    return (sum_PG - sum_PG.nanmean()) / (nanstd(sum_PG) + eps)
+
+
+@register_advantage_estimator("rloo")
+def leave_one_out(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
+    """`A_i = r_i - mean of the other r_j of the group`, RLOO (arXiv:2402.14740), section 3.2.
+
+    Equal to `G / (G - 1) * (r_i - mean of the group)`; not divided by a std unless `scale_rewards`
+    asks for it.
+    """
+    rewards_PG = inputs.penalized_PG
+    kept_P1 = (~rewards_PG.isnan()).sum(dim=1, keepdim=True)
+    # A completion whose siblings were all dropped equals its own mean: 0, whatever it is scaled by.
+    factor_P1 = kept_P1 / (kept_P1 - 1).clamp(min=1)
+    advantages_PG = factor_P1 * (rewards_PG - rewards_PG.nanmean(dim=1, keepdim=True))
+    return inputs.over_tokens(_scaled(advantages_PG, rewards_PG, config, default="none"))
+
+
+@register_advantage_estimator("reinforce_plus_plus")
+def reinforce_plus_plus(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
+    """`A_t = r - sum of beta KL_i over i >= t`, whitened: REINFORCE++ (arXiv:2501.03262), eq. 3, 4.
+
+    Whitened over all tokens of the batch. There is no baseline of the group.
+    """
+    return _whitened(inputs.over_tokens(inputs.rewards_PG) - _to_go(inputs.kl_NS), inputs, config)
+
+
+@register_advantage_estimator("reinforce_plus_plus_baseline")
+def reinforce_plus_plus_baseline(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
+    """`A = r - mean of the group`, whitened over all tokens: REINFORCE++ (arXiv:2501.03262), eq. 5.
+
+    A KL in the reward is charged to the tokens before it, as by `reinforce_plus_plus`.
+    """
+    centered_PG = inputs.rewards_PG - inputs.rewards_PG.nanmean(dim=1, keepdim=True)
+    return _whitened(inputs.over_tokens(centered_PG) - _to_go(inputs.kl_NS), inputs, config)
+
+
+def nanstd(values: Tensor, dim: int | None = None) -> Tensor:
+    """Unbiased std of what is not NaN, 0 for fewer than two values; `dim` is kept with size 1."""
+    dims = tuple(range(values.ndim)) if dim is None else (dim,)
+    count = (~values.isnan()).sum(dim=dims, keepdim=True)
+    difference = values - values.nanmean(dim=dims, keepdim=True)
+    return (difference.square().nansum(dim=dims, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+
+
+def _scaled(advantages_PG: Tensor, rewards_PG: Tensor, config: GrpoConfig, default: str) -> Tensor:
+    scale = config.scale_rewards or default
+    if scale == "none":
+        return advantages_PG
+    std = nanstd(rewards_PG, dim=1 if scale == "group" else None)
+    return advantages_PG / (std + config.advantage_eps)
+
+
+def _to_go(values_NS: Tensor) -> Tensor:
+    """[n, s] -> the sum over s and everything after it."""
+    return values_NS.flip(1).cumsum(1).flip(1)
+
+
+def _whitened(advantages_NS: Tensor, inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
+    """Mean 0 and std 1 over the tokens of the batch."""
+    kept_NS = inputs.mask_NS & ~advantages_NS.isnan()
+    values = advantages_NS[kept_NS]
+    scaled_NS = (advantages_NS - values.mean()) / (nanstd(values) + config.advantage_eps)
+    return scaled_NS.masked_fill(~kept_NS, 0.0)
 
 
 def rewards_matrix(groups: list[RolloutGroup]) -> Tensor:
-    """Total rewards of scored groups, [P, G] float64.
+    """Total rewards of scored groups, [P, G] float64; NaN is a dropped completion.
 
     Example:
         two prompts with rewards 1, 0 and 0.5, 0.5 -> [[1, 0], [0.5, 0.5]]
@@ -26,34 +169,69 @@ def rewards_matrix(groups: list[RolloutGroup]) -> Tensor:
     )
 
 
-def group_relative_advantages(
-    rewards_PG: Tensor, *, scale_rewards: Literal["group", "batch", "none"]
+def compute_advantages(
+    groups: list[RolloutGroup],
+    batch: TrainBatch,
+    config: GrpoConfig,
+    reward_weights: Sequence[float] | None,
 ) -> Tensor:
-    """How much better each completion is than its siblings, [P, G] float32.
-
-    `A[p, g] = (r[p, g] - mean(r[p])) / (std + ADVANTAGE_EPS)`, DeepSeekMath (arXiv:2402.03300),
-    section 4.1.2, with torch's unbiased std. The std is taken
-
-    - "group": over the G rewards of the prompt;
-    - "batch": over all P * G rewards: a group whose rewards hardly differ is not blown up;
-    - "none": not at all (the division is left out), Dr. GRPO (arXiv:2503.20783), section 3.2.
+    """The advantage of every token, by the estimator of the config: [N, S] float32, 0 where masked.
 
     Args:
-        rewards_PG: [P, G] total rewards, any float type; computed in float64.
-        scale_rewards: as in `GrpoConfig`.
+        groups: P scored groups of G completions.
+        batch: built from them; with a KL in the reward, with ref_logprobs and old_logprobs.
+        config: of the algorithm.
+        reward_weights: one for each reward function, in the order of `by_name`; None is 1 each.
 
     Raises:
         ValueError: G = 1, because a completion alone has nothing to be compared with.
     """
+    mask_NS = batch.completion_mask
+    kl_NS = torch.zeros(mask_NS.shape, dtype=torch.float64)
+    if config.kl_in_reward and batch.ref_logprobs is not None:
+        assert batch.old_logprobs is not None, "Config.recompute_old_logprobs is for this, too"
+        x_NS = log_ratio(batch.ref_logprobs.double(), batch.old_logprobs.double(), mask_NS)
+        kl_NS = config.beta * KL_ESTIMATORS[config.kl_estimator or "k1"](x_NS)
+    return _advantages(groups, mask_NS, kl_NS, config, reward_weights).float()
+
+
+def advantages_of_group(
+    group: RolloutGroup, config: GrpoConfig, reward_weights: Sequence[float] | None
+) -> list[float] | None:
+    """[G] advantages of one group; None if they depend on the rest of the batch or on the KL."""
+    alone = (
+        config.advantage_estimator in ("grpo", "rloo")
+        and config.scale_rewards != "batch"
+        and config.multi_objective_aggregation == "sum_then_normalize"
+    )
+    if not alone or config.kl_in_reward:
+        return None
+    one_token_G1 = torch.ones(len(group.completions), 1, dtype=torch.bool)
+    no_kl_G1 = torch.zeros(one_token_G1.shape, dtype=torch.float64)
+    advantages_G1 = _advantages([group], one_token_G1, no_kl_G1, config, reward_weights)
+    return advantages_G1[:, 0].float().tolist()
+
+
+def _advantages(
+    groups: list[RolloutGroup],
+    mask_NS: Tensor,
+    kl_NS: Tensor,
+    config: GrpoConfig,
+    reward_weights: Sequence[float] | None,
+) -> Tensor:
+    rewards_PG = rewards_matrix(groups)
     if rewards_PG.shape[1] < 2:
         raise ValueError(
             f"advantages compare the completions of one prompt, but a group has "
             f"{rewards_PG.shape[1]}: set rollout.num_generations to at least 2"
         )
-    rewards_PG = rewards_PG.double()
-    advantages_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    if scale_rewards == "group":
-        advantages_PG = advantages_PG / (rewards_PG.std(dim=1, keepdim=True) + ADVANTAGE_EPS)
-    elif scale_rewards == "batch":
-        advantages_PG = advantages_PG / (rewards_PG.std() + ADVANTAGE_EPS)
-    return advantages_PG.float()
+    names = list(groups[0].rewards[0].by_name)
+    by_name = [[[r.by_name[name] for name in names] for r in g.rewards] for g in groups]
+    inputs = AdvantageInput(
+        rewards_PG=rewards_PG,
+        by_name_PGF=torch.tensor(by_name, dtype=torch.float64),
+        weights_F=torch.tensor(reward_weights or [1.0] * len(names), dtype=torch.float64),
+        kl_NS=kl_NS,
+        mask_NS=mask_NS,
+    )
+    return advantage_estimators[config.advantage_estimator](inputs, config).nan_to_num(nan=0.0)

@@ -17,6 +17,7 @@ left by one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,24 +33,20 @@ if TYPE_CHECKING:
     from rlsys.types import RolloutGroup
 
 
-def build_train_batch(
-    groups: list[RolloutGroup], advantages_PG: Tensor, *, pad_token_id: int = 0
-) -> TrainBatch:
+def build_train_batch(groups: list[RolloutGroup], *, pad_token_id: int = 0) -> TrainBatch:
     """Right-padded rows `prompt + completion`, in group order, for `TrainBatch`.
 
-    Every sampled token is trained on: the EOS token, and the tokens of a completion that was cut
-    at the length limit.
+    Advantages are 0, and every sampled token is marked: the EOS token, and the tokens of a
+    completion that was cut at the length limit. What is then not trained on, `leave_out` says.
 
     Args:
         groups: P groups of G completions each.
-        advantages_PG: [P, G].
         pad_token_id: fills rows up to the longest; any will do, `pack` drops it again.
 
     Raises:
         ValueError: a prompt without tokens, whose first completion token nothing could predict.
     """
     rows = [(group.prompt, completion) for group in groups for completion in group.completions]
-    assert len(rows) == advantages_PG.numel(), (len(rows), advantages_PG.shape)
     lengths = [len(prompt.token_ids) + len(completion.token_ids) for prompt, completion in rows]
     shape = (len(rows), max(lengths))
     input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
@@ -70,9 +67,41 @@ def build_train_batch(
         input_ids=input_ids,
         lengths=torch.tensor(lengths),
         completion_mask=completion_mask,
-        advantages=advantages_PG.reshape(-1).float(),
+        advantages=torch.zeros(shape),
         rollout_logprobs=rollout_logprobs,
     )
+
+
+def leave_out(
+    batch: TrainBatch, groups: list[RolloutGroup], *, mask_truncated_completions: bool
+) -> None:
+    """Takes completions out of the loss, in place.
+
+    A completion without a reward (NaN) is dropped: it is no longer `kept`. With
+    `mask_truncated_completions` one that was cut at the length limit loses its tokens but still
+    counts as a completion, as in TRL; DAPO (arXiv:2503.14476), section 3.4, overlong filtering.
+
+    Args:
+        batch: N rows, built from `groups`, whose advantages are known: they are comparisons with
+            all completions, those left out here among them.
+        groups: P scored groups of G completions.
+        mask_truncated_completions: as in `GrpoConfig`.
+    """
+    rewards = [reward for group in groups for reward in group.rewards]
+    completions = [completion for group in groups for completion in group.completions]
+    batch.kept = torch.tensor([not math.isnan(reward.total) for reward in rewards])
+    trained_N = batch.kept
+    if mask_truncated_completions:
+        trained_N = trained_N & torch.tensor([c.finish_reason != "length" for c in completions])
+    batch.completion_mask &= trained_N[:, None]
+    for values_NS in (
+        batch.advantages,
+        batch.rollout_logprobs,
+        batch.ref_logprobs,
+        batch.old_logprobs,
+    ):
+        if values_NS is not None:
+            values_NS.masked_fill_(~batch.completion_mask, 0.0)
 
 
 def loss_weights(
@@ -81,6 +110,7 @@ def loss_weights(
     loss_type: Literal["grpo", "dapo", "dr_grpo"],
     max_completion_length: int,
     rows: Sequence[int] | None = None,
+    kept_N: Tensor | None = None,
 ) -> Tensor:
     """The weight of each token, so that `loss = sum(weights * token_losses)`, [N, S] float32.
 
@@ -90,20 +120,21 @@ def loss_weights(
     - dapo: `1 / sum(len_n)`, DAPO (arXiv:2503.14476), section 3.3;
     - dr_grpo: `1 / (M * max_completion_length)`, Dr. GRPO (arXiv:2503.20783), section 3.2.
 
-    A completion without tokens counts in M and contributes 0.
+    A completion without tokens counts in M and contributes 0; one that is not kept does not count.
 
     Args:
         completion_mask_NS: [N, S] bool.
         loss_type: as in `GrpoConfig`.
         max_completion_length: of the rollout; only dr_grpo reads it.
         rows: the completions of this optimizer step, None for all N. Other rows get weight 0.
+        kept_N: [N] bool, `TrainBatch.kept`.
     """
-    mask_NS = completion_mask_NS.double()
-    if rows is not None:
-        in_step_N = torch.zeros(len(mask_NS), 1, dtype=mask_NS.dtype, device=mask_NS.device)
-        in_step_N[list(rows)] = 1.0
-        mask_NS = mask_NS * in_step_N
-    num_completions = len(mask_NS) if rows is None else len(rows)
+    counts_N = torch.zeros(len(completion_mask_NS), dtype=torch.float64)
+    counts_N[slice(None) if rows is None else list(rows)] = 1.0
+    if kept_N is not None:
+        counts_N *= kept_N
+    mask_NS = completion_mask_NS * counts_N[:, None]
+    num_completions = counts_N.sum().clamp(min=1)
     if loss_type == "grpo":
         weights_NS = mask_NS / (mask_NS.sum(dim=1, keepdim=True).clamp(min=1) * num_completions)
     elif loss_type == "dapo":
@@ -301,7 +332,7 @@ def pack(
         targets=shift(batch.input_ids),
         loss_mask=shift(batch.completion_mask),
         weights=shift(weights_NS),
-        advantages=shift(batch.advantages[:, None] * batch.completion_mask),
+        advantages=shift(batch.advantages),
         rollout_logprobs=shift(batch.rollout_logprobs),
         ref_logprobs=None if batch.ref_logprobs is None else shift(batch.ref_logprobs),
         old_logprobs=None if batch.old_logprobs is None else shift(batch.old_logprobs),

@@ -26,16 +26,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlsys.algo.kl import k3, log_ratio
 from rlsys.registry import Registry
 
 if TYPE_CHECKING:
     from rlsys.algo.batching import PackedMicroBatch
     from rlsys.config import GrpoConfig
-
-MAX_LOG_RATIO = 20.0
-"""Log ratios, in nats, are bounded by this, both ways: exp(20) is 5e8, far beyond any clip range,
-but a finite number. exp(89) is inf in float32, and the gradient of a branch that clipping discards
-would be 0 * inf = nan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +94,10 @@ def policy_gradient_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor,
     epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     low, high = 1 - config.epsilon, 1 + epsilon_high
     advantages_T = inputs.advantages
-    ratio_T = _log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.mask).exp()
+    ratio_T = log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.mask).exp()
     token_losses_T = -torch.min(ratio_T * advantages_T, ratio_T.clamp(low, high) * advantages_T)
     if inputs.ref_logprobs is not None:
-        kl_T = k3(_log_ratio(inputs.ref_logprobs, inputs.logprobs, inputs.mask))
+        kl_T = k3(log_ratio(inputs.ref_logprobs, inputs.logprobs, inputs.mask))
         token_losses_T = token_losses_T + config.beta * kl_T
     loss = weighted_sum(inputs, token_losses_T)
 
@@ -132,16 +128,6 @@ def sft_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, T
     return loss, token_statistics(inputs, loss)
 
 
-def k3(log_ratio_T: Tensor) -> Tensor:
-    """`exp(x) - x - 1` with `x = log q - log p`: unbiased estimate of KL(p || q) at samples of p.
-
-    Never negative, 0 when p and q agree. Schulman, http://joschu.net/blog/kl-approx.html;
-    DeepSeekMath (arXiv:2402.03300), equation 4, with q the reference model and p the policy.
-    """
-    # expm1 keeps what exp() - 1 rounds away when policy and reference nearly agree.
-    return torch.expm1(log_ratio_T) - log_ratio_T
-
-
 def weighted_sum(inputs: LossInput, token_losses_T: Tensor) -> Tensor:
     """The loss of a micro-batch, its share of the optimizer step's loss."""
     # 0 * nan is nan, so a weight of 0 is not enough to leave a token out.
@@ -166,14 +152,8 @@ def _sampling_statistics(inputs: LossInput) -> dict[str, Tensor]:
     return {
         "sampling/logp_difference/mean": _sum(difference_T, inputs.mask),
         "sampling/logp_difference/max": difference_T.amax(),
-        "sampling/kl": _sum(k3(_log_ratio(old_T, rollout_T, inputs.mask)), inputs.mask),
+        "sampling/kl": _sum(k3(log_ratio(old_T, rollout_T, inputs.mask)), inputs.mask),
     }
-
-
-def _log_ratio(numerator_T: Tensor, denominator_T: Tensor, mask_T: Tensor) -> Tensor:
-    """`numerator - denominator`, bounded, and 0 with gradient 0 where masked."""
-    log_ratio_T = (numerator_T - denominator_T).masked_fill(~mask_T, 0.0)
-    return log_ratio_T.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def _sum(values_T: Tensor, mask_T: Tensor) -> Tensor:

@@ -10,32 +10,34 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from rlsys.algo.advantages import rewards_matrix
+from rlsys.algo.advantages import nanstd, rewards_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlsys.types import RolloutGroup
+    from rlsys.types import RolloutGroup, TrainBatch
 
 TOTALS = ("loss", "num_loss_tokens")
 """Statistics that are reported as sums, not divided by the number of tokens."""
 
 
-def rollout_metrics(groups: list[RolloutGroup], advantages_PG: Tensor) -> dict[str, float]:
+def rollout_metrics(groups: list[RolloutGroup], batch: TrainBatch) -> dict[str, float]:
     """Rewards and lengths of one rollout, by the names of TRL and ms-swift.
 
     Args:
         groups: P scored groups of G completions.
-        advantages_PG: [P, G].
+        batch: with the advantages of their tokens.
     """
     rewards_PG = rewards_matrix(groups)
-    std_P = rewards_PG.std(dim=1)
+    std_P = nanstd(rewards_PG, dim=1)
+    num_tokens_N = batch.completion_mask.sum(dim=1)
+    abs_mean_N = batch.advantages.abs().sum(dim=1) / num_tokens_N.clamp(min=1)
     metrics = {
-        "reward": rewards_PG.mean(),
+        "reward": rewards_PG.nanmean(),
         "reward_std": std_P.mean(),
         "frac_reward_zero_std": torch.isclose(std_P, torch.zeros_like(std_P)).double().mean(),
-        "advantages/abs_mean": advantages_PG.abs().mean(),
-        "advantages/abs_max": advantages_PG.abs().max(),
+        "advantages/abs_mean": abs_mean_N.sum() / (num_tokens_N > 0).sum().clamp(min=1),
+        "advantages/abs_max": batch.advantages.abs().max(),
     }
     numbers = {name: value.item() for name, value in metrics.items()}
     return numbers | _by_name_metrics(groups) | _length_metrics(groups)
@@ -50,7 +52,8 @@ def evaluation_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
         groups: P scored groups.
     """
     rewards_PG = rewards_matrix(groups)
-    return {"reward": rewards_PG.mean().item()} | _by_name_metrics(groups) | _length_metrics(groups)
+    mean = {"reward": rewards_PG.nanmean().item()}
+    return mean | _by_name_metrics(groups) | _length_metrics(groups)
 
 
 def _by_name_metrics(groups: list[RolloutGroup]) -> dict[str, float]:

@@ -296,6 +296,7 @@ class MegatronPolicy(MegatronModel):
         weights = loss_weights(
             batch.completion_mask,
             rows=rows,
+            kept_N=batch.kept,
             loss_type=self.config.grpo.loss_type,
             max_completion_length=self.config.rollout.max_completion_length,
         )

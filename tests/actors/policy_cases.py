@@ -110,7 +110,7 @@ def random_batch(seed=0):
         input_ids=ids_NS.masked_fill(~valid_NS, 0),
         lengths=lengths_N,
         completion_mask=mask_NS,
-        advantages=torch.tensor([1.2, -0.7, -1.1, 0.6, 0.9, -1.3, 0.0, 0.4]),
+        advantages=torch.tensor([1.2, -0.7, -1.1, 0.6, 0.9, -1.3, 0.0, 0.4])[:, None] * mask_NS,
         rollout_logprobs=(-6.0 + torch.randn(shape, generator=rng)) * mask_NS,
     )
 

@@ -42,7 +42,7 @@ def oracle_gradient(folder, batch, loss_type):
     model, logprobs = logprobs_of_transformers(folder, batch, torch.float64)
     sums, lengths = [], []
     for n, mask in enumerate(batch.completion_mask):
-        log_pi, advantage = logprobs[n][mask], batch.advantages[n].double()
+        log_pi, advantage = logprobs[n][mask], batch.advantages[n][mask].double()
         ratio = (log_pi - batch.old_logprobs[n][mask].double()).exp()
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.15) * advantage)
         log_ratio_to_ref = batch.ref_logprobs[n][mask].double() - log_pi

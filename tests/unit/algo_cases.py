@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
+from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_train_batch
+from rlsys.config import GrpoConfig
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup, TrainBatch
 
 VOCAB = 32
@@ -50,8 +51,8 @@ def make_groups(
 def make_batch(lengths_PG: list[list[int]], *, seed: int = 0) -> TrainBatch:
     """A train batch with reference and old log-probs near the rollout's."""
     groups = make_groups(lengths_PG, seed=seed)
-    advantages_PG = group_relative_advantages(rewards_matrix(groups), scale_rewards="group")
-    batch = build_train_batch(groups, advantages_PG, pad_token_id=PAD)
+    batch = build_train_batch(groups, pad_token_id=PAD)
+    batch.advantages = compute_advantages(groups, batch, GrpoConfig(), None)
     rng = torch.Generator().manual_seed(seed + 1)
     for name, spread in (("ref_logprobs", 0.5), ("old_logprobs", 0.3)):
         noise = spread * torch.randn(batch.input_ids.shape, generator=rng)

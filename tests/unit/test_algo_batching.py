@@ -26,10 +26,10 @@ def flat(pieces):
 
 def test_rows_hold_prompt_and_completion_and_train_on_every_sampled_token():
     groups = make_groups([[3, 1], [2, 5]], prompt_lengths=[2, 4])
-    batch = build_train_batch(groups, torch.tensor([[1.0, -1.0], [0.5, -0.5]]), pad_token_id=99)
+    batch = build_train_batch(groups, pad_token_id=99)
     assert batch.input_ids.shape == (4, 9)
     assert batch.lengths.tolist() == [5, 3, 6, 9]
-    assert batch.advantages.tolist() == [1.0, -1.0, 0.5, -0.5]
+    assert batch.advantages.tolist() == [[0.0] * 9] * 4  # not known yet
     for n, (p, g) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         prompt, completion = groups[p].prompt, groups[p].completions[g]
         row = prompt.token_ids + completion.token_ids
@@ -46,7 +46,7 @@ def test_rows_hold_prompt_and_completion_and_train_on_every_sampled_token():
 def test_a_prompt_without_tokens_is_named():
     groups = make_groups([[1, 1]], prompt_lengths=[0])
     with pytest.raises(ValueError, match="'p0' has no tokens"):
-        build_train_batch(groups, torch.zeros(1, 2), pad_token_id=PAD)
+        build_train_batch(groups, pad_token_id=PAD)
 
 
 def test_loss_weights_worked():
@@ -80,7 +80,7 @@ def test_no_tokens_at_all_weigh_nothing(loss_type):
 def test_on_policy_the_grpo_loss_is_zero_whatever_the_lengths(lengths_PG):
     batch = make_batch(lengths_PG)
     weights = loss_weights(batch.completion_mask, loss_type="grpo", max_completion_length=9)
-    assert (weights * batch.advantages[:, None]).sum().abs() < 1e-6
+    assert (weights * batch.advantages).sum().abs() < 1e-6
 
 
 @given(
@@ -175,7 +175,8 @@ def test_no_rows_are_no_micro_batches():
 
 def test_pack_aligns_with_the_predicting_position():
     groups = make_groups([[2, 0]], prompt_lengths=[2])
-    batch = build_train_batch(groups, torch.tensor([[0.7, -0.7]]), pad_token_id=PAD)
+    batch = build_train_batch(groups, pad_token_id=PAD)
+    batch.advantages = torch.tensor([[0.0, 0.0, 0.7, 0.9], [0.0] * 4])
     (a, b), (c, d) = groups[0].prompt.token_ids, groups[0].completions[0].token_ids
     weights = loss_weights(batch.completion_mask, loss_type="grpo", max_completion_length=2)
     packed = pack(batch, [0, 1], weights, multiple_of=8)
@@ -187,7 +188,7 @@ def test_pack_aligns_with_the_predicting_position():
     assert packed.max_seqlen == 4
     assert packed.loss_mask.tolist() == [False, True, True, False] + [False] * 4
     assert packed.weights.tolist() == [0.0, 0.25, 0.25] + [0.0] * 5
-    assert packed.advantages.tolist() == pytest.approx([0.0, 0.7, 0.7] + [0.0] * 5)
+    assert packed.advantages.tolist() == pytest.approx([0.0, 0.7, 0.9] + [0.0] * 5)
     rollout = groups[0].completions[0].rollout_logprobs
     assert packed.rollout_logprobs.tolist() == pytest.approx([0.0, *rollout] + [0.0] * 5)
     assert packed.ref_logprobs is None

@@ -7,7 +7,6 @@ import pytest
 import torch
 from algo_cases import make_batch, make_groups
 
-from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
 from rlsys.algo.batching import loss_weights, pack
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import (
@@ -43,6 +42,7 @@ def test_the_document_quotes_every_module_of_the_mathematics():
     assert {Path(path).stem for path, _ in quotes()} == {
         "advantages",
         "batching",
+        "kl",
         "logprobs",
         "losses",
     }
@@ -61,8 +61,7 @@ def update_metrics() -> dict[str, float]:
 
 def test_every_metric_is_explained():
     groups = make_groups([[3, 2]])
-    advantages_PG = group_relative_advantages(rewards_matrix(groups), scale_rewards="group")
-    metrics = {**rollout_metrics(groups, advantages_PG), **update_metrics()}
+    metrics = {**rollout_metrics(groups, make_batch([[3, 2]])), **update_metrics()}
     text = (REPOSITORY / "docs/metrics.md").read_text()
     explained = {
         key

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.algo.losses import MAX_LOG_RATIO, LossInput, k3, losses, register_loss
+from rlsys.algo.kl import MAX_LOG_RATIO, k3
+from rlsys.algo.losses import LossInput, losses, register_loss
 from rlsys.algo.metrics import MetricSums
 from rlsys.config import GrpoConfig
 

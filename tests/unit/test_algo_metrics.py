@@ -6,13 +6,15 @@ import pytest
 import torch
 from algo_cases import make_groups
 
-from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
+from rlsys.algo.advantages import compute_advantages
+from rlsys.algo.batching import build_train_batch
 from rlsys.algo.metrics import (
     MetricSums,
     combine_optimizer_steps,
     evaluation_metrics,
     rollout_metrics,
 )
+from rlsys.config import GrpoConfig
 from rlsys.types import RewardOutput
 
 
@@ -27,8 +29,9 @@ def groups_with_rewards(rewards_PG, lengths_PG=None):
 
 
 def metrics_of(groups):
-    advantages_PG = group_relative_advantages(rewards_matrix(groups), scale_rewards="none")
-    return rollout_metrics(groups, advantages_PG)
+    batch = build_train_batch(groups)
+    batch.advantages = compute_advantages(groups, batch, GrpoConfig(scale_rewards="none"), None)
+    return rollout_metrics(groups, batch)
 
 
 def test_rewards_worked():

@@ -82,7 +82,7 @@ def oracle(model, batch, rows, loss_type):
     for n in rows:
         mask = batch.completion_mask[n]
         log_pi, old = logprobs[n][mask], batch.old_logprobs[n][mask]
-        advantage = batch.advantages[n]
+        advantage = batch.advantages[n][mask]
         ratio = (log_pi - old).exp()
         unclipped, bounded = ratio * advantage, ratio.clamp(0.9, 1.15) * advantage
         log_ratio_to_ref = batch.ref_logprobs[n][mask] - log_pi

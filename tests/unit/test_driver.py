@@ -170,14 +170,16 @@ def test_one_optimizer_step_a_rollout_needs_no_old_logprobs(run):
 def test_more_optimizer_steps_a_rollout_start_from_old_logprobs(run, fields):
     system = run(System(), max_steps=1, **fields)
     assert [call[0] for call in system.calls[1:4]] == ["sample", "old_logprobs", "update"]
-    assert (system.batches[0].old_logprobs == -1.0).all()
+    batch = system.batches[0]
+    assert torch.equal(batch.old_logprobs, -1.0 * batch.completion_mask)
     assert "time/old_logprobs" in system.logged[0][1]
 
 
 def test_the_reference_sees_the_batch_before_the_policy_does(run):
     system = run(System(), max_steps=1, with_reference=True, grpo={"beta": 0.1})
     assert [call[0] for call in system.calls[1:4]] == ["sample", "ref_logprobs", "update"]
-    assert (system.batches[0].ref_logprobs == -2.0).all()
+    batch = system.batches[0]
+    assert torch.equal(batch.ref_logprobs, -2.0 * batch.completion_mask)
     assert "time/ref_logprobs" in system.logged[0][1]
 
 
@@ -191,7 +193,8 @@ def test_the_batch_holds_the_groups_of_its_step_with_their_advantages(run):
         assert batch.lengths.tolist() == lengths
         rewards = torch.tensor([[r.total for r in g.rewards] for g in groups])
         better = torch.sign(rewards - rewards.mean(dim=1, keepdim=True)).reshape(-1)
-        assert torch.equal(torch.sign(batch.advantages), better)
+        last = batch.advantages[torch.arange(len(lengths)), batch.lengths - 1]
+        assert torch.equal(torch.sign(last), better)
     assert not torch.equal(*(batch.input_ids[:, :6] for batch in system.batches))
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from algo_cases import make_groups
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +17,9 @@ from tracking_cases import make_config
 
 from rlsys import rollouts as rollouts_module
 from rlsys.actors.group import PhaseTimeout
-from rlsys.algo.advantages import group_relative_advantages, rewards_matrix
+from rlsys.algo.advantages import compute_advantages, rewards_matrix
+from rlsys.algo.batching import build_train_batch
+from rlsys.config import GrpoConfig
 from rlsys.data import PromptSource
 from rlsys.rollouts import POLL_S, Rollouts
 from rlsys.tracking.base import Tracker
@@ -183,11 +186,16 @@ def test_prompts_come_from_the_data_and_are_sampled_as_configured(build):
     assert rollouts.epoch(5) == 5.0
 
 
-@pytest.mark.parametrize("scale_rewards", ["group", "none"])
+@pytest.mark.parametrize("scale_rewards", [None, "group", "none"])
 def test_logged_advantages_are_those_that_the_driver_computes(build, scale_rewards):
     world, rollouts = build([0.0] * 4, [0.0] * 4, grpo={"scale_rewards": scale_rewards})
     groups = rollouts.next_batch(1)
-    expected = group_relative_advantages(rewards_matrix(groups), scale_rewards=scale_rewards)
+    batch = build_train_batch(groups)
+    config = GrpoConfig(scale_rewards=scale_rewards)
+    advantages_NS = compute_advantages(groups, batch, config, None)
+    # The last token of a row is one of its completion's.
+    last_N = advantages_NS[torch.arange(len(groups) * 2), batch.lengths - 1]
+    expected = last_N.view(-1, 2)
     for _, _, group, advantages, _ in world.tracker.completions:
         assert advantages == expected[group.group_id].tolist()
     assert expected.abs().max() > 0
