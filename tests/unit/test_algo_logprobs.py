@@ -31,7 +31,8 @@ def test_equals_log_softmax_in_value_and_gradient(temperature, scale, seed):
     (grad,) = torch.autograd.grad((logprobs * upstream).sum(), logits)
     torch.testing.assert_close(logprobs, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(our_entropy, entropy, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6)
+    # Softmax of float32 logits of hundreds has errors of eps * hundreds.
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6 * (1 + scale))
     assert not our_entropy.requires_grad
 
 
