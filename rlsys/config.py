@@ -138,9 +138,9 @@ class GrpoConfig(Section):
     """What a completion is compared with: grpo (mean of its group), rloo (mean of the others of its
     group), reinforce_plus_plus (mean of the batch), reinforce_plus_plus_baseline (mean of its
     group, scaled by the batch)."""
-    scale_rewards: Literal["group", "batch", "none"] | None = None
+    scale_rewards: Literal["auto", "group", "batch", "none"] = "auto"
     """Divide advantages by the std of rewards within the group, within the batch, or not at all;
-    None is what the estimator's paper does: group for grpo, none for rloo."""
+    auto is what the estimator's paper does: group for grpo, none for rloo."""
     advantage_eps: PositiveFloat = 1e-4
     """Added to that std, in reward units."""
     multi_objective_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = (

@@ -138,7 +138,7 @@ def nanstd(values: Tensor, dim: int | None = None) -> Tensor:
 
 
 def _scaled(advantages_PG: Tensor, rewards_PG: Tensor, config: GrpoConfig, default: str) -> Tensor:
-    scale = config.scale_rewards or default
+    scale = default if config.scale_rewards == "auto" else config.scale_rewards
     if scale == "none":
         return advantages_PG
     std = nanstd(rewards_PG, dim=1 if scale == "group" else None)

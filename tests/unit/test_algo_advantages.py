@@ -155,7 +155,7 @@ def test_a_kl_in_the_reward_is_charged_for_the_whole_completion(estimator):
 
 
 ESTIMATORS = sorted(advantage_estimators)
-SCALES = [None, "group", "batch", "none"]
+SCALES = ["auto", "group", "batch", "none"]
 
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])

@@ -186,7 +186,7 @@ def test_prompts_come_from_the_data_and_are_sampled_as_configured(build):
     assert rollouts.epoch(5) == 5.0
 
 
-@pytest.mark.parametrize("scale_rewards", [None, "group", "none"])
+@pytest.mark.parametrize("scale_rewards", ["auto", "group", "none"])
 def test_logged_advantages_are_those_that_the_driver_computes(build, scale_rewards):
     world, rollouts = build([0.0] * 4, [0.0] * 4, grpo={"scale_rewards": scale_rewards})
     groups = rollouts.next_batch(1)
