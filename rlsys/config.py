@@ -223,6 +223,10 @@ class WeightSyncConfig(Section):
     """auto: NCCL between GPUs, gloo on CPU."""
     bucket_mb: PositiveInt = 256
     """MiB sent at once."""
+    in_place: bool = True
+    """Copy straight into the rollout engine's own parameters where they can be mapped, which the
+    first update proves; false goes through vLLM's own loader every time. CPU engines keep weights
+    packed and always do."""
     verify: bool = True
     """Compare a checksum of every bucket on both sides."""
     timeout_s: PositiveFloat = 120.0

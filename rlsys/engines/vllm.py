@@ -106,6 +106,7 @@ class VLLMEngine:
         world_size: int,
         bucket_bytes: int,
         verify: bool,
+        in_place: bool,
         timeout_s: float,
         metadata: Sequence[TensorMeta],
     ) -> None:
@@ -118,6 +119,7 @@ class VLLMEngine:
             world_size=world_size,
             bucket_bytes=bucket_bytes,
             verify=verify,
+            in_place=in_place,
             timeout_s=timeout_s,
             metadata=[(meta.name, meta.dtype, meta.shape) for meta in metadata],
         )

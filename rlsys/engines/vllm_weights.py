@@ -25,6 +25,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from rlsys.engines.vllm_in_place import CannotMap, InPlacePlan, PlanProof
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
 from rlsys.weight_sync.transport import WeightSyncError, make_transport
@@ -45,6 +46,8 @@ class InitInfo(WeightTransferInitInfo):
     world_size: int
     bucket_bytes: int
     verify: bool
+    in_place: bool
+    """Copy straight into vLLM's parameters, where that is possible."""
     timeout_s: float
     metadata: list[tuple[str, str, tuple[int, ...]]]
 
@@ -59,7 +62,11 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Loads what a `WeightSender` streams, bucket by bucket, into one worker's model."""
+    """Loads what a `WeightSender` streams, bucket by bucket, into one worker's model.
+
+    The first update goes through vLLM's own loader and proves the plan for copies in place, which
+    all later ones use. Where there is no such plan every update goes through vLLM's loader.
+    """
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -69,11 +76,21 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         super().__init__(*args)
         # Taken before any update, which gives a tied head a parameter of its own for a while.
         self._parameter_names = {name for name, _ in self.model.named_parameters()}
+        self._plan: InPlacePlan | None = None
+        self._proof: PlanProof | None = None
+
+    @property
+    def loads_in_place(self) -> bool:
+        """Whether the next update is copied straight into the parameters."""
+        return self._plan is not None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the weight sync group."""
+        metadata = [
+            TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in init_info.metadata
+        ]
         self.receiver = WeightReceiver(
-            [TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in init_info.metadata],
+            metadata,
             transport=make_transport(init_info.transport, self.device),
             bucket_bytes=init_info.bucket_bytes,
             verify=init_info.verify,
@@ -85,10 +102,31 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             world_size=init_info.world_size,
             timeout_s=init_info.timeout_s,
         )
+        self._plan = self._proof = None
+        if init_info.in_place:
+            self._begin_proof(metadata)
+
+    def _begin_proof(self, metadata: list[TensorMeta]) -> None:
+        try:
+            if self.vllm_config.quant_config is not None:
+                raise CannotMap("the rollout engine quantises weights")
+            self._proof = PlanProof(InPlacePlan(self.model, metadata))
+        except CannotMap as reason:
+            self._tell_reload(str(reason))
+
+    def _tell_reload(self, reason: str) -> None:
+        # On CPU every linear layer is packed, so there it says nothing.
+        if self.device.type != "cpu" and self.parallel_config.rank == 0:
+            print(
+                f"weight sync: {reason}; so every update goes through vLLM's own loader, which "
+                "takes several times as long",
+                flush=True,
+            )
 
     def start_weight_update(self) -> None:
         """Make the model's layers wait for new weights."""
-        initialize_layerwise_reload(self.model)
+        if self._plan is None:
+            initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load all buckets."""
@@ -96,10 +134,18 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
+    @torch.no_grad()
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Receive and load all buckets; raises where a parameter got nothing."""
+        if self._plan is not None:
+            for tensors in self.receiver.receive(keep=False):
+                self._plan.load(tensors)
+            return
         loaded: set[str] = set()
-        for tensors in self.receiver.receive():
+        # vLLM keeps tensors until it has all parts of a layer, which several buckets may hold.
+        for tensors in self.receiver.receive(keep=True):
+            if self._proof is not None:
+                self._proof.note(tensors)
             loaded |= self.model.load_weights(tensors)  # type: ignore[operator]
         missing = sorted(self._parameter_names - loaded)
         if missing:
@@ -110,9 +156,21 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def finish_weight_update(self) -> None:
         """Put the new weights where the kernels read them."""
+        if self._plan is not None:
+            return
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             self._repack_output_head()
+        if self._proof is not None:
+            self._finish_proof(self._proof)
+
+    def _finish_proof(self, proof: PlanProof) -> None:
+        self._proof = None
+        difference = proof.first_difference()
+        if difference is None:
+            self._plan = proof.plan
+        else:
+            self._tell_reload(f"vLLM changes {difference} after loading it")
 
     def _repack_output_head(self) -> None:
         """CPU kernels read a packed copy, which a reload leaves stale when the head is tied."""
@@ -137,6 +195,10 @@ class WeightSyncWorkerExtension:
     def received_checksums(self) -> list[int]:
         """Per bucket of the last update."""
         return self.weight_transfer_engine.receiver.checksums
+
+    def loads_in_place(self) -> bool:
+        """Whether the next update is copied straight into the parameters."""
+        return self.weight_transfer_engine.loads_in_place
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketWeightTransferEngine)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from rlsys.weight_sync.plan import Bucket
 from rlsys.weight_sync.transport import WeightSyncError
 
-# Words summed at once: the int64 temporaries of a chunk (2 MiB each) stay in a CPU's cache, and a
-# GPU is still busy with each.
+# Words summed at once: on a CPU the int64 temporaries of a chunk (2 MiB each) stay in its cache.
 CHUNK_WORDS = 1 << 18
 # Odd constants of splitmix64 (Steele, Lea, Flood 2014) and FNV-1a, as signed 64-bit numbers.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -19,8 +19,8 @@ MIX = 0xBF58476D1CE4E5B9 - (1 << 64)
 PRIME = 0x100000001B3
 
 
-def checksum(data: torch.Tensor) -> int:
-    """Checksum of `data` [nbytes] uint8 as an unsigned 64-bit number.
+def checksum(data: Tensor) -> Tensor:
+    """Checksum of `data` [nbytes] uint8: a 0-dim int64 on its device, see `as_numbers`.
 
     With the bytes read as 32-bit words x_i (signed, zeros after the last byte), it is
     sum_i w_i x_i modulo 2**64 within a chunk, with w_i odd and pseudo-random, and a polynomial in
@@ -29,11 +29,24 @@ def checksum(data: torch.Tensor) -> int:
     """
     assert data.dtype == torch.uint8, data.dtype
     assert data.dim() == 1, data.shape
-    total = torch.full((), data.numel(), dtype=torch.int64, device=data.device)
-    for chunk in torch.split(_words(data), CHUNK_WORDS):
-        weights = _weights(data.device)[: chunk.numel()]
-        total = total * PRIME + (chunk.to(torch.int64).mul_(weights)).sum()
-    return int(total.item()) % (1 << 64)
+    words = _words(data)
+    num_whole = words.numel() // CHUNK_WORDS
+    whole, rest = words.split([num_whole * CHUNK_WORDS, words.numel() - num_whole * CHUNK_WORDS])
+    weights = _weights(data.device)
+    terms = [torch.full((1,), data.numel(), dtype=torch.int64, device=data.device)]
+    if num_whole:
+        terms.append(_sums_of_chunks(whole.view(num_whole, CHUNK_WORDS), weights))
+    if rest.numel():
+        terms.append(_weighted_sum(rest, weights[: rest.numel()])[None])
+    polynomial = torch.cat(terms)
+    return (polynomial * _powers(data.device, len(polynomial))).sum()
+
+
+def as_numbers(checksums: Sequence[Tensor]) -> list[int]:
+    """Checksums as unsigned 64-bit numbers, fetched from their device at once."""
+    if not checksums:
+        return []
+    return [number % (1 << 64) for number in torch.stack(list(checksums)).tolist()]
 
 
 def compare_checksums(
@@ -50,7 +63,7 @@ def compare_checksums(
             )
 
 
-def _words(data: torch.Tensor) -> torch.Tensor:
+def _words(data: Tensor) -> Tensor:
     """`data` as int32, copied only if it ends or starts in the middle of a word."""
     tail = -data.numel() % 4
     if tail:
@@ -60,10 +73,33 @@ def _words(data: torch.Tensor) -> torch.Tensor:
     return data.view(torch.int32)
 
 
-@lru_cache(maxsize=8)
-def _weights(device: torch.device) -> torch.Tensor:
+def _weighted_sum(words: Tensor, weights: Tensor) -> Tensor:
+    return (words.to(torch.int64) * weights).sum(dim=-1)
+
+
+_fused_weighted_sum = functools.cache(functools.partial(torch.compile, _weighted_sum, dynamic=True))
+
+
+def _sums_of_chunks(chunks: Tensor, weights: Tensor) -> Tensor:
+    """[chunks, words] int32 -> [chunks] int64."""
+    if chunks.device.type == "cpu":
+        return torch.stack([_weighted_sum(chunk, weights) for chunk in chunks])
+    # As one kernel that reads each word once: op by op, the int64 temporaries are five times that.
+    return _fused_weighted_sum()(chunks, weights)
+
+
+@functools.lru_cache(maxsize=8)
+def _weights(device: torch.device) -> Tensor:
     """[CHUNK_WORDS] odd int64 multipliers, splitmix64's mixing of the position."""
     position = torch.arange(1, CHUNK_WORDS + 1, dtype=torch.int64)
     mixed = position * GOLDEN
     mixed = (mixed ^ (mixed >> 30)) * MIX
     return (mixed | 1).to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _powers(device: torch.device, number: int) -> Tensor:
+    """[number] int64, PRIME ** (number - 1) ... PRIME ** 0 modulo 2**64."""
+    powers = [pow(PRIME, exponent, 1 << 64) for exponent in range(number)]
+    signed = [power - (1 << 64) if power >= 1 << 63 else power for power in powers]
+    return torch.tensor(signed[::-1], dtype=torch.int64).to(device)

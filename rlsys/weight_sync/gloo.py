@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from ipaddress import ip_address
 
@@ -28,7 +30,7 @@ class GlooTransport(Transport):
         """See Transport.connect."""
         self._remember(rank, world_size, timeout_s)
         timeout = timedelta(seconds=timeout_s)
-        with self._failures_explained(f"connecting to {address}:{port}"):
+        with self._failures_explained(f"connecting to {address}:{port}", since=time.monotonic()):
             store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
             # torch's type stubs lack `_Options` and, below, `broadcast`.
             options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
@@ -37,13 +39,12 @@ class GlooTransport(Transport):
             options._devices = [_network_device(address)]
             self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
 
-    def broadcast(self, buffer: torch.Tensor, *, what: str) -> None:
-        """See Transport.broadcast."""
+    def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
         assert self._group is not None, "connect first"
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        with self._failures_explained(what):
-            self._group.broadcast([buffer], options).wait()  # type: ignore[attr-defined]
+        work = self._group.broadcast([buffer], options)  # type: ignore[attr-defined]
+        return work.wait
 
 
 def _network_device(address: str) -> dist.ProcessGroupGloo.Device:

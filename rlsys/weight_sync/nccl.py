@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,9 +17,10 @@ from rlsys.weight_sync.transport import Transport, transports
 class NcclTransport(Transport):
     """An NCCL communicator of its own, beside whatever default group the process has.
 
-    Streams: a broadcast starts after all work that the current stream holds, and work that the
-    current stream is given afterwards starts after the broadcast. So a bucket is never sent before
-    it is packed, never read before it has arrived, and never overwritten while it is in use.
+    Streams: a broadcast runs on a stream of its own. It starts after all work that the current
+    stream holds, and work that the current stream is given after the wait starts after the
+    broadcast. So a bucket is never sent before it is packed, never read before it has arrived, and
+    never overwritten while it is in use; between the two calls other buckets are packed or loaded.
     """
 
     _group: Any = None  # ProcessGroupNCCL, which a torch built for CPU does not have
@@ -33,23 +36,18 @@ class NcclTransport(Transport):
         """See Transport.connect."""
         self._remember(rank, world_size, timeout_s)
         timeout = timedelta(seconds=timeout_s)
-        with self._failures_explained(f"connecting to {address}:{port}"):
+        with self._failures_explained(f"connecting to {address}:{port}", since=time.monotonic()):
             store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
             # The communicator is made by the first collective: now, so that a rank that cannot
             # join is found here.
-            self._broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))
+            self._begin_broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))()
             torch.cuda.synchronize()
 
-    def broadcast(self, buffer: torch.Tensor, *, what: str) -> None:
-        """See Transport.broadcast."""
-        with self._failures_explained(what):
-            self._broadcast(buffer)
-
-    def _broadcast(self, buffer: torch.Tensor) -> None:
+    def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
         assert self._group is not None, "connect first"
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        self._group.broadcast([buffer], options).wait()
+        return self._group.broadcast([buffer], options).wait

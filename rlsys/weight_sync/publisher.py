@@ -44,7 +44,7 @@ class Receivers(Protocol):
     """Processes that hold a model, over all engines."""
 
     def async_connect_weight_sync(
-        self, *, metadata: Sequence[TensorMeta], **connection: Any
+        self, *, metadata: Sequence[TensorMeta], in_place: bool, **connection: Any
     ) -> Refs:
         """Every worker joins the weight sync group."""
 
@@ -83,7 +83,9 @@ class WeightPublisher:
             "verify": config.verify,
             "timeout_s": config.timeout_s,
         }
-        receivers = rollout_engines.async_connect_weight_sync(metadata=metadata, **connection)
+        receivers = rollout_engines.async_connect_weight_sync(
+            metadata=metadata, in_place=config.in_place, **connection
+        )
         self._wait(policy.async_connect_weight_sync(**connection) | receivers, "connecting")
 
     def publish(self) -> dict[str, float]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from rlsys.weight_sync.checksum import checksum
-from rlsys.weight_sync.plan import TensorMeta, plan_buckets
+from rlsys.weight_sync.checksum import as_numbers, checksum
+from rlsys.weight_sync.plan import Bucket, TensorMeta, plan_buckets
 from rlsys.weight_sync.transport import Transport
 
 
@@ -25,8 +25,7 @@ class WeightReceiver:
         self._buckets = plan_buckets(metadata, bucket_bytes)
         self._transport = transport
         self._verify = verify
-        self.checksums: list[int] = []
-        """Per bucket of the last `receive`, empty without `verify`."""
+        self._checksums: list[torch.Tensor] = []
 
     def connect(
         self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
@@ -37,21 +36,48 @@ class WeightReceiver:
             address, port, rank=rank, world_size=world_size, timeout_s=timeout_s
         )
 
-    def receive(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    @property
+    def checksums(self) -> list[int]:
+        """Per bucket of the last update, empty without `verify`."""
+        return as_numbers(self._checksums)
+
+    def receive(self, *, keep: bool) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """The (name, tensor) pairs of each bucket, in the transport's memory.
 
-        Every bucket has memory of its own: vLLM keeps tensors until it has all parts of a layer,
-        which may be spread over buckets.
+        The next bucket is on its way while one is used.
+
+        Args:
+            keep: every bucket has memory of its own, for those who use tensors later. Otherwise
+                two buffers take turns: a bucket is gone when the next but one is asked for.
 
         Raises:
             WeightSyncError: the sender did not send in time, or is gone.
         """
-        self.checksums = []
+        self._checksums = []
+        largest = max(bucket.nbytes for bucket in self._buckets)
+        memory = [] if keep else [self._new_buffer(largest) for _ in range(2)]
+        ahead: tuple[Bucket, torch.Tensor, Callable[[], None]] | None = None
         for bucket in self._buckets:
-            buffer = torch.empty(
-                bucket.nbytes, dtype=torch.uint8, device=self._transport.buffer_device
-            )
-            self._transport.broadcast(buffer, what=f"waiting for {bucket}")
-            if self._verify:
-                self.checksums.append(checksum(buffer))
-            yield bucket.views(buffer)
+            if keep:
+                buffer = self._new_buffer(bucket.nbytes)
+            else:
+                buffer = memory[bucket.index % 2][: bucket.nbytes]
+            # Into memory that the bucket before last had: whoever used it is behind us, on a GPU
+            # in the current stream, which this broadcast waits for.
+            wait = self._transport.broadcast(buffer, what=f"waiting for {bucket}")
+            if ahead is not None:
+                yield self._arrived(*ahead)
+            ahead = bucket, buffer, wait
+        assert ahead is not None, "a plan has at least one bucket"
+        yield self._arrived(*ahead)
+
+    def _arrived(
+        self, bucket: Bucket, buffer: torch.Tensor, wait: Callable[[], None]
+    ) -> list[tuple[str, torch.Tensor]]:
+        wait()
+        if self._verify:
+            self._checksums.append(checksum(buffer))
+        return bucket.views(buffer)
+
+    def _new_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._transport.buffer_device)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from rlsys.weight_sync.checksum import checksum
+from rlsys.weight_sync.checksum import as_numbers, checksum
 from rlsys.weight_sync.plan import Bucket, TensorMeta, plan_buckets
 from rlsys.weight_sync.transport import Transport
 
 
 class WeightSender:
-    """Streams tensors in buckets to all rollout engines; needs the memory of one bucket.
+    """Streams tensors in buckets to all rollout engines; needs the memory of two buckets.
 
     Args:
         metadata: every tensor of `send`, in its order.
@@ -46,28 +46,43 @@ class WeightSender:
         """
         stream = iter(tensors)
         checksums = []
+        # One buffer is packed while the other is sent. Zeros: bytes between tensors are sent too,
+        # and should be the same in every run.
         size = max(bucket.nbytes for bucket in self._buckets)
-        # Zeros: bytes between tensors are sent too, and should be the same in every run.
-        memory = torch.zeros(size, dtype=torch.uint8, device=self._transport.buffer_device)
+        memory = torch.zeros(
+            min(2, len(self._buckets)),
+            size,
+            dtype=torch.uint8,
+            device=self._transport.buffer_device,
+        )
+        sending: dict[int, Callable[[], None]] = {}
         for bucket in self._buckets:
-            buffer = memory[: bucket.nbytes]
+            turn = bucket.index % 2
+            buffer = memory[turn, : bucket.nbytes]
+            if turn in sending:
+                sending.pop(turn)()
             _pack(bucket, buffer, stream)
-            self._transport.broadcast(buffer, what=f"sending {bucket}")
-            if self._verify:  # while the receivers load this bucket
+            sending[turn] = self._transport.broadcast(buffer, what=f"sending {bucket}")
+            if self._verify:
                 checksums.append(checksum(buffer))
+        for wait in sending.values():
+            wait()
         extra = next(stream, None)
         if extra is not None:
             raise ValueError(f"weight sync got tensor {extra[0]!r}, which was not announced")
-        return checksums
+        return as_numbers(checksums)
 
 
-def _pack(bucket: Bucket, buffer: torch.Tensor, stream: Iterable[tuple[str, torch.Tensor]]) -> None:
+def _pack(bucket: Bucket, buffer: torch.Tensor, stream: Iterator[tuple[str, torch.Tensor]]) -> None:
+    sources, targets = [], []
     for meta, (_, target) in zip(bucket.tensors, bucket.views(buffer), strict=True):
-        name, tensor = next(iter(stream), ("nothing", torch.empty(0)))
+        name, tensor = next(stream, ("nothing", torch.empty(0)))
         found = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
         if found != meta:
             raise ValueError(f"weight sync expected {_describe(meta)}, got {_describe(found)}")
-        target.copy_(tensor)
+        sources.append(tensor)
+        targets.append(target)
+    torch._foreach_copy_(targets, sources)  # one kernel for many tensors
 
 
 def _describe(meta: TensorMeta) -> str:

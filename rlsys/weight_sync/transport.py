@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -48,28 +48,44 @@ class Transport(ABC):
                 of every later broadcast too.
         """
 
-    @abstractmethod
-    def broadcast(self, buffer: torch.Tensor, *, what: str) -> None:
-        """Send `buffer` [nbytes] uint8 on rank 0, fill it on the others.
+    def broadcast(self, buffer: torch.Tensor, *, what: str) -> Callable[[], None]:
+        """Begin to send `buffer` [nbytes] uint8 on rank 0, to fill it on the others.
 
-        On return, work that follows (on a GPU: in the current stream) may read and overwrite it.
+        On a GPU it begins when the work is done that the current stream holds now.
+
+        Returns:
+            what to call before `buffer` is read (on the other ranks) or overwritten: work that
+            follows the call, on a GPU in the current stream, comes after the broadcast.
 
         Raises:
-            WeightSyncError: with `what` in its message; the group cannot be used any more.
+            WeightSyncError: here or in the returned function, with `what` in its message; the
+                group cannot be used any more.
         """
+        start = time.monotonic()
+        with self._failures_explained(what, since=start):
+            wait = self._begin_broadcast(buffer)
+
+        def wait_explained() -> None:
+            with self._failures_explained(what, since=start):
+                wait()
+
+        return wait_explained
+
+    @abstractmethod
+    def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
+        """`broadcast` for one kind of network; torch's own errors are explained around it."""
 
     def _remember(self, rank: int, world_size: int, timeout_s: float) -> None:
         """What `_failures_explained` tells of."""
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
 
     @contextmanager
-    def _failures_explained(self, phase: str) -> Iterator[None]:
-        start = time.monotonic()
+    def _failures_explained(self, phase: str, *, since: float) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # torch raises nothing more specific
             who = f"weight sync rank {self._rank} of {self._world_size}"
-            seconds = time.monotonic() - start
+            seconds = time.monotonic() - since
             if seconds >= self._timeout_s:
                 reason = f"another rank did not take part within {self._timeout_s:g} s"
             else:

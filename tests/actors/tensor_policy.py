@@ -13,9 +13,9 @@ class BitFlippingTransport(GlooTransport):
     """Damages every bucket that starts with tensor data on its way."""
 
     def broadcast(self, buffer, *, what):
-        buffer[9] ^= 4
-        super().broadcast(buffer, what=what)
-        buffer[9] ^= 4
+        damaged = buffer.clone()
+        damaged[9] ^= 4
+        return super().broadcast(damaged, what=what)
 
 
 class SenderActor:

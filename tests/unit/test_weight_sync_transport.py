@@ -47,7 +47,7 @@ class Group:
 
     def start_receiving(self):
         return [
-            self.threads.submit(lambda receiver=receiver: dict(chain(*receiver.receive())))
+            self.threads.submit(lambda receiver=receiver: dict(chain(*receiver.receive(keep=True))))
             for receiver in self.receivers
         ]
 

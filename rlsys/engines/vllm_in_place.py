@@ -1,0 +1,166 @@
+"""New weights straight into vLLM's own parameters: a plan made once, then a few large copies.
+
+vLLM's loader decides where a Hugging Face tensor goes: which rows of a fused parameter, which
+shard of a tensor-parallel rank. Running its Python for every tensor takes ten times as long as
+moving the bytes. So it is run once, on tensors without memory, and watched: every copy that it asks
+for becomes an entry of the plan. No table of models has to be kept, whatever vLLM can load is
+covered; and what it does other than copy, the plan refuses by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlsys.weight_sync.checksum import as_numbers, checksum
+from rlsys.weight_sync.plan import DTYPES, TensorMeta
+
+COPY, FILL = torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar
+
+
+class CannotMap(ValueError):
+    """These weights cannot be copied in place; the message says which and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """One slice of a Hugging Face tensor and the slice of vLLM's parameter it lands in."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    """Of the slice within the contiguous Hugging Face tensor, in elements."""
+    target: torch.Tensor
+    """Shares the memory of the parameter."""
+
+    def source(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The slice of a tensor that has arrived."""
+        return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+
+class InPlacePlan:
+    """Where every tensor of a weight sync lands in one worker's model.
+
+    Args:
+        model: vLLM's model, loaded.
+        metadata: every tensor that the sender will send.
+
+    Raises:
+        CannotMap: vLLM transforms a tensor while loading it, or keeps a parameter that no tensor
+            fills.
+    """
+
+    def __init__(self, model: torch.nn.Module, metadata: Sequence[TensorMeta]):
+        parameters = dict(model.named_parameters())
+        for name, parameter in parameters.items():
+            if parameter.numel() == 0:
+                raise CannotMap(f"{name} is empty, its weights are kept packed elsewhere")
+        recorder = _LoadRecorder(parameters)
+        announced = [
+            (meta.name, torch.empty(meta.shape, dtype=DTYPES[meta.dtype], device="meta"))
+            for meta in metadata
+        ]
+        recorder.watch(announced)
+        with torch.no_grad(), recorder:
+            model.load_weights(announced)  # type: ignore[operator]
+        recorder.check_complete()
+        self.copies: Mapping[str, list[Copy]] = recorder.copies
+
+    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Copy tensors that have arrived to where they belong; on a GPU in the current stream."""
+        targets, sources = [], []
+        for name, tensor in tensors:
+            for copy in self.copies[name]:
+                targets.append(copy.target)
+                sources.append(copy.source(tensor))
+        if targets:
+            torch._foreach_copy_(targets, sources)  # one kernel for many tensors
+
+
+class PlanProof:
+    """Shows on one update that vLLM itself loads where the plan says: see `first_difference`.
+
+    By checksums, so that nothing of the update has to be kept.
+    """
+
+    def __init__(self, plan: InPlacePlan):
+        self.plan = plan
+        self._arrived: list[tuple[str, Copy, torch.Tensor]] = []
+
+    def note(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Remember what tensors hold that vLLM is about to load."""
+        for name, tensor in tensors:
+            for copy in self.plan.copies[name]:
+                self._arrived.append((name, copy, _content(copy.source(tensor))))
+
+    def first_difference(self) -> str | None:
+        """After vLLM has loaded: the first tensor that is not where the plan says, if any."""
+        arrived = as_numbers([content for _, _, content in self._arrived])
+        loaded = as_numbers([_content(copy.target) for _, copy, _ in self._arrived])
+        for (name, _, _), sent, held in zip(self._arrived, arrived, loaded, strict=True):
+            if sent != held:
+                return name
+        return None
+
+
+class _LoadRecorder(TorchDispatchMode):
+    """Notes copies from watched tensors into parameters, and does not do them."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
+        super().__init__()
+        self.copies: dict[str, list[Copy]] = {}
+        self._parameters = {_memory(parameter): name for name, parameter in parameters.items()}
+        # Elements that something was loaded into; a tied head is one memory under two names.
+        self._numel = {self._parameters[_memory(p)]: p.numel() for p in parameters.values()}
+        self._filled = dict.fromkeys(self._numel, 0)
+        self._watched: dict[int, str] = {}
+
+    def watch(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            self._watched[_memory(tensor)] = name
+            self.copies[name] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        parameter = self._parameters.get(_memory(args[0])) if func in (COPY, FILL) else None
+        if parameter is None:
+            return func(*args, **(kwargs or {}))
+        target = args[0]
+        self._filled[parameter] += target.numel()
+        if func is FILL:  # of a padded vocabulary: stays as it is
+            return target
+        source = args[1]
+        name = self._watched.get(_memory(source))
+        if name is None:
+            raise CannotMap(f"{parameter} is filled with transformed weights")
+        if source.dtype != target.dtype:
+            raise CannotMap(f"{name} is {source.dtype}, {parameter} is {target.dtype}")
+        if source.shape != target.shape:
+            raise CannotMap(f"{name} is spread over {parameter}")
+        layout = tuple(source.shape), tuple(source.stride()), source.storage_offset()
+        self.copies[name].append(Copy(*layout, target.detach()))
+        return target
+
+    def check_complete(self) -> None:
+        """Every tensor is used, and every element of every parameter is filled once."""
+        unused = [name for name, copies in self.copies.items() if not copies]
+        if unused:
+            raise CannotMap(f"{unused[0]} goes nowhere")
+        for name, numel in self._numel.items():
+            if self._filled[name] != numel:
+                raise CannotMap(f"{self._filled[name]} of {numel} elements of {name} are filled")
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Which storage a tensor is a view of; also of tensors without memory."""
+    return tensor.untyped_storage()._cdata
+
+
+def _content(tensor: torch.Tensor) -> torch.Tensor:
+    """Checksum of the elements, wherever they lie."""
+    return checksum(tensor.contiguous().view(-1).view(torch.uint8))

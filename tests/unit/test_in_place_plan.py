@@ -1,0 +1,163 @@
+"""The plan of copies into a rollout engine's parameters: what is mapped, and what is refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from rlsys.engines.vllm_in_place import CannotMap, InPlacePlan, PlanProof
+from rlsys.weight_sync.plan import TensorMeta
+
+HIDDEN, ROWS, VOCAB, PADDED = 8, 4, 10, 12
+
+
+class Loader(nn.Module):
+    """Loads as a rank of a tensor-parallel engine does: fused rows, slices, a padded vocabulary."""
+
+    def __init__(self, rank=0):
+        super().__init__()
+        self.rank = rank
+        self.embed = nn.Parameter(torch.zeros(PADDED // 2, HIDDEN))
+        self.qkv = nn.Parameter(torch.zeros(2 * ROWS // 2, HIDDEN))
+        self.out = nn.Parameter(torch.zeros(HIDDEN, ROWS // 2))
+        self.norm = nn.Parameter(torch.ones(HIDDEN))
+        self.head = self.embed  # tied
+
+    def load_weights(self, tensors):
+        half = ROWS // 2
+        for name, tensor in tensors:
+            if name == "embed":
+                part = tensor[self.rank * PADDED // 2 : (self.rank + 1) * PADDED // 2]
+                self.embed[: len(part)].data.copy_(part)
+                self.embed[len(part) :].data.fill_(0)
+            elif name in ("q", "k"):
+                start = 0 if name == "q" else half
+                shard = tensor.narrow(0, self.rank * half, half)
+                self.qkv.data.narrow(0, start, half).copy_(shard)
+            elif name == "out":
+                self.out.data.copy_(tensor.narrow(1, self.rank * half, half))
+            else:
+                self.norm.data.copy_(tensor)
+        return {name for name, _ in self.named_parameters()}
+
+
+def weights():
+    return {
+        "embed": torch.randn(VOCAB, HIDDEN),
+        "q": torch.randn(ROWS, HIDDEN),
+        "k": torch.randn(ROWS, HIDDEN),
+        "out": torch.randn(HIDDEN, ROWS),
+        "norm": torch.randn(HIDDEN),
+    }
+
+
+def metadata(tensors):
+    return [
+        TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_plan_puts_everything_where_the_loader_does(rank):
+    tensors = weights()
+    model, expected = Loader(rank), Loader(rank)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    plan = InPlacePlan(model, metadata(tensors))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), "making a plan changes nothing"
+    with torch.no_grad():
+        plan.load(list(tensors.items())[:2])  # bucket by bucket
+        plan.load(list(tensors.items())[2:])
+        expected.load_weights(tensors.items())
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+
+
+def test_a_received_tensor_may_lie_anywhere_in_a_bucket():
+    tensors, model, expected = weights(), Loader(1), Loader(1)
+    plan = InPlacePlan(model, metadata(tensors))
+    bucket = torch.zeros(1000)
+    arrived, start = {}, 16
+    for name, tensor in tensors.items():
+        arrived[name] = bucket[start : start + tensor.numel()].view(tensor.shape)
+        arrived[name].copy_(tensor)
+        start += tensor.numel() + 3
+    with torch.no_grad():
+        plan.load(arrived.items())
+        expected.load_weights(tensors.items())
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+
+
+def proof_of(model, tensors):
+    proof = PlanProof(InPlacePlan(model, metadata(tensors)))
+    proof.note(tensors.items())
+    with torch.no_grad():
+        model.load_weights(tensors.items())
+    return proof
+
+
+def test_the_proof_holds_where_the_loader_only_copies():
+    assert proof_of(Loader(), weights()).first_difference() is None
+
+
+def test_the_proof_names_what_is_changed_after_loading():
+    model = Loader()
+    proof = proof_of(model, weights())
+    model.out.data.mul_(2)  # as a conversion for the kernels would
+    assert proof.first_difference() == "out"
+
+
+class Transposing(Loader):
+    def load_weights(self, tensors):
+        self.out.data.copy_(dict(tensors)["out"].t().contiguous().t()[:, : ROWS // 2])
+
+
+class Scaling(Loader):
+    def load_weights(self, tensors):
+        self.norm.data.copy_(dict(tensors)["norm"] + 1)
+
+
+class Forgetful(Loader):
+    def load_weights(self, tensors):
+        return super().load_weights([(n, t) for n, t in tensors if n != "k"])
+
+
+class Partial(Loader):
+    def load_weights(self, tensors):
+        super().load_weights((n, t) for n, t in tensors if n != "q")
+        self.qkv.data[:1].copy_(dict(tensors)["q"][:1])
+
+
+class Broadcasting(Loader):
+    def load_weights(self, tensors):
+        self.out.data.copy_(dict(tensors)["norm"][:, None])
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (Transposing, "out is filled with transformed weights"),
+        (Scaling, "norm is filled with transformed weights"),
+        (Forgetful, "k goes nowhere"),
+        (Partial, "elements of qkv are filled"),
+        (Broadcasting, "norm is spread over out"),
+    ],
+)
+def test_what_is_no_copy_is_refused_by_name(kind, words):
+    with pytest.raises(CannotMap, match=words):
+        InPlacePlan(kind(), metadata(weights()))
+
+
+def test_a_conversion_is_refused():
+    tensors = weights()
+    tensors["norm"] = tensors["norm"].bfloat16()
+    with pytest.raises(CannotMap, match=r"norm is torch\.bfloat16, norm is torch\.float32"):
+        InPlacePlan(Loader(), metadata(tensors))
+
+
+def test_weights_packed_elsewhere_are_refused():
+    model = Loader()
+    model.out = nn.Parameter(torch.empty(0))
+    with pytest.raises(CannotMap, match="out is empty"):
+        InPlacePlan(model, metadata(weights()))
