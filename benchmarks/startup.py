@@ -23,7 +23,7 @@ from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.config import Config
-from rlsys.launch import START_TIMEOUT_S, actor_options, load_data, ray_session, start_system
+from rlsys.launch import START_TIMEOUT_S, load_data, ray_session, start_system
 from rlsys.tracking import Tracker
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "countdown"))
@@ -107,11 +107,11 @@ def start_rewards(config):
 
 
 def start_policy(config):
-    return wait_for(PolicyActors(config, options=actor_options("cpu")))
+    return wait_for(PolicyActors(config))
 
 
 def start_reference(config):
-    return wait_for(ReferenceActors(config, options=actor_options("cpu")))
+    return wait_for(ReferenceActors(config))
 
 
 def start_rollout(config):

@@ -214,6 +214,9 @@ class ReferenceConfig(Section):
     """Ranks; they hold replicas except for tensor_parallel_size."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share each layer."""
+    placement: Literal["policy", "own"] = "policy"
+    """On GPUs. policy: rank r runs on the GPU of policy rank r, and its weights wait in host memory
+    while it does not. own: GPUs of its own, which saves that copy."""
 
 
 class WeightSyncConfig(Section):

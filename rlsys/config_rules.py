@@ -116,6 +116,18 @@ def _parallelism_problems(config: Config) -> Iterator[RuleProblem]:
             f"{_near_multiples(reference.world_size, reference.tensor_parallel_size)} ranks",
         )
 
+    if (
+        config.grpo.beta > 0
+        and reference.placement == "policy"
+        and reference.world_size > policy.world_size
+    ):
+        yield RuleProblem(
+            ("reference.world_size", "reference.placement", "policy.world_size"),
+            f"reference.world_size = {reference.world_size} is more than the "
+            f"{policy.world_size} ranks of the policy, whose GPUs it shares "
+            "(reference.placement = policy): lower it, or set reference.placement to own",
+        )
+
 
 def _reward_problems(config: Config) -> Iterator[RuleProblem]:
     names, weights = config.reward.reward_funcs, config.reward.reward_weights

@@ -174,6 +174,11 @@ def _counts(roles: list[Role]) -> list[tuple[str, int]]:
 
 def _role_text(name: str, roles: list[Role]) -> str:
     role = next(role for role in roles if role.name == name)
+    if role.shares_gpu_of:
+        return (
+            f"the GPU of the {role.shares_gpu_of} rank of the same number, its weights in host "
+            f"memory meanwhile ({name}.placement)"
+        )
     if role.gpus:
         first = sum(r.gpus for r in roles[: roles.index(role)])
         last = first + sum(r.gpus for r in roles if r.name == name) - 1

@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import ray
 from transformers import AutoTokenizer
@@ -27,6 +28,7 @@ from rlsys.config_load import ResolvedConfig, save_config
 from rlsys.data import PromptData, PromptSource, load_prompts
 from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
+from rlsys.placement import Placement
 from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
 from rlsys.run_dir import RunDir
@@ -35,8 +37,6 @@ from rlsys.weight_sync.publisher import WeightPublisher
 
 START_TIMEOUT_S = 1800.0
 """For all models to be loaded, and on GPUs to be compiled for the first time."""
-CPU_SHARE = 0.01
-"""Of Ray's bookkeeping, on CPU: policy, rollout and reference take turns on the same cores."""
 
 Device = Literal["cpu", "cuda"]
 
@@ -91,15 +91,16 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         data.train, batch_size=config.num_prompts, shuffle=config.data.shuffle, seed=config.seed
     )
     device = choose_device(config)
-    check_cluster(config, device)
+    placement = Placement(config, device=device)
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
     print(f"starting on {device}: {actors}", flush=True)
-    options = actor_options(device)
     rewards = RewardWorkers(config.reward, known=config.known_to_rewards)
-    engines = RolloutActors(config, device=device)
-    policy = PolicyActors(config, options=options)
-    reference = ReferenceActors(config, options=options) if config.grpo.beta > 0 else None
+    engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
+    policy = PolicyActors(config, place=partial(placement.options, "policy"))
+    reference = None
+    if config.grpo.beta > 0:
+        reference = ReferenceActors(config, place=partial(placement.options, "reference"))
     starting = engines.async_start() | policy.async_start()
     if reference is not None:
         starting |= reference.async_start()
@@ -166,27 +167,3 @@ def choose_device(config: Config) -> Device:
     if config.device != "auto":
         return config.device
     return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
-
-
-def check_cluster(config: Config, device: Device) -> None:
-    """Refuse a config that the cluster can never run, instead of waiting for it.
-
-    Raises:
-        ValueError: more GPUs are asked for than there are, with who asks for what.
-    """
-    wanted = {
-        name: sum(role.gpus for role in plan_roles(config, device=device) if role.name == name)
-        for name in ("policy", "rollout", "reference")
-    }
-    available = ray.cluster_resources().get("GPU", 0)
-    if sum(wanted.values()) > available:
-        parts = ", ".join(f"{name} {gpus}" for name, gpus in wanted.items() if gpus)
-        raise ValueError(
-            f"the run needs {sum(wanted.values())} GPUs ({parts}), the Ray cluster has "
-            f"{available:g}: lower policy.world_size or rollout.num_engines, or add GPUs"
-        )
-
-
-def actor_options(device: Device) -> dict[str, Any]:
-    """Ray options of a policy or reference rank."""
-    return {"num_cpus": CPU_SHARE, "num_gpus": 1 if device == "cuda" else 0}

@@ -107,7 +107,7 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
             "optimizer": params * state / shards / GIB,
             "activations": activations / GIB,
             "logits": logits / GIB,
-            "weight sync": _bucket_gib(config, params * width),
+            "weight sync": 2 * _bucket_gib(config, params * width / 2),
         },
         {
             "parameters a rank": f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M "
@@ -153,13 +153,13 @@ def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEsti
             "process": _PROCESS_GIB["rollout", device],
             "weights": params * width / GIB,
             "KV cache": kv_gib,
-            # A bucket that is being loaded, and the next one.
+            # A bucket that is being loaded, and the next one; the policy has two as well.
             "weight sync": 2 * _bucket_gib(config, params * width / 2),
         },
         {
             "weights": f"parameters x {width} bytes / TP {tp}",
             "KV cache": kv_text,
-            "weight sync": "2 x weight_sync.bucket_mb, at most the weights; the policy holds one",
+            "weight sync": "2 x weight_sync.bucket_mb, at most the weights; so in the policy",
         },
     )
 

@@ -18,9 +18,11 @@ class Role:
     rank: int
     """Position within its group: policy and reference rank, engine or worker number."""
     gpus: int
-    """Whole GPUs; 0 on CPU."""
+    """Whole GPUs of its own; 0 on CPU."""
     cpu_threads: int
     """Threads that it computes with on CPU; on GPUs it merely feeds them."""
+    shares_gpu_of: RoleName | None = None
+    """The role on whose GPU, that of the same rank, it runs."""
 
 
 def plan_roles(config: Config, *, device: Literal["cpu", "cuda"]) -> list[Role]:
@@ -33,8 +35,16 @@ def plan_roles(config: Config, *, device: Literal["cpu", "cuda"]) -> list[Role]:
         for rank in range(rollout.num_engines)
     ]
     if config.grpo.beta > 0:
+        shares = gpu > 0 and reference.placement == "policy"
         roles += [
-            Role("reference", rank, gpu, policy.cpu_threads) for rank in range(reference.world_size)
+            Role(
+                "reference",
+                rank,
+                0 if shares else gpu,
+                policy.cpu_threads,
+                shares_gpu_of="policy" if shares else None,
+            )
+            for rank in range(reference.world_size)
         ]
     roles += [Role("reward", rank, 0, 1) for rank in range(config.reward.num_workers)]
     return roles

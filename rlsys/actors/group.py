@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+CPU_SHARE = 0.01
+"""Of Ray's bookkeeping: policy, rollout and reference take turns on the same cores."""
 DEATH_NOTICE_S = 2.0
 """When an actor dies, those that talk with it raise, at times before Ray knows of the death."""
+
+_INHERITED = ("CUDA_", "HF_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH_", "VLLM_")
+
+Place = Callable[[int], dict[str, Any]]
+"""The Ray options of an actor, by its rank in its group; see rlsys.placement."""
+
+
+def on_cpu(rank: int) -> dict[str, Any]:
+    """The `Place` of actors that use no GPU."""
+    return {"num_cpus": CPU_SHARE, "num_gpus": 0}
 
 
 class ActorFailure(RuntimeError):
@@ -80,3 +93,16 @@ def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
         raise ActorDeath(f"{error}\n{name} died in {phase}") from None
     except RayError as error:
         raise ActorFailure(f"{error}\n{name} was lost in {phase}") from error
+
+
+def inherited_env() -> dict[str, str]:
+    """The variables of this process that libraries in an actor are to see.
+
+    An actor inherits from its node, which may be another host. CUDA_VISIBLE_DEVICES is left out:
+    Ray has read it, and gives each actor its own.
+    """
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(_INHERITED) and name != "CUDA_VISIBLE_DEVICES"
+    }

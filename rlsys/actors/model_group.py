@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import warnings
 from datetime import timedelta
 from typing import Any
@@ -12,7 +11,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from rlsys.actors.group import get_all
+from rlsys.actors.group import Place, get_all, inherited_env
 from rlsys.config import Config
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.transport import serve_store
@@ -76,7 +75,7 @@ class ModelActors:
     Args:
         rank_class: a ModelRank; one actor of it is created for each rank.
         role: "policy" or "reference", as errors name it.
-        options: Ray options of each actor, such as its GPUs.
+        place: where each actor runs.
     """
 
     def __init__(
@@ -86,13 +85,16 @@ class ModelActors:
         *,
         role: str,
         world_size: int,
-        options: dict[str, Any],
+        place: Place,
     ):
         self.role = role
         self.timeout_s = config.policy.timeout_s
         runtime_env = {"env_vars": process_env(config.policy.cpu_threads)}
-        actor_class = ray.remote(rank_class).options(runtime_env=runtime_env, **options)
-        self.actors = [actor_class.remote(config, rank) for rank in range(world_size)]
+        actor_class = ray.remote(rank_class)
+        self.actors = [
+            actor_class.options(runtime_env=runtime_env, **place(rank)).remote(config, rank)
+            for rank in range(world_size)
+        ]
 
     def async_start(self) -> dict[str, ray.ObjectRef]:
         """Tell the ranks where to meet; each is ready when its model is built."""
@@ -130,9 +132,4 @@ class ModelActors:
 
 def process_env(threads: int) -> dict[str, str]:
     """Environment of an actor process that computes on `threads` CPU threads."""
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(("HF_", "NCCL_", "NVTE_", "TORCH_"))
-    }
-    return inherited | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return inherited_env() | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}

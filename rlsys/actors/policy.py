@@ -8,6 +8,7 @@ from typing import Any
 import ray
 import torch
 
+from rlsys.actors.group import Place, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import Config
 from rlsys.types import TrainBatch, UpdateOutput
@@ -95,11 +96,11 @@ class PolicyActors(ModelActors):
         self,
         config: Config,
         *,
-        options: dict[str, Any],
+        place: Place = on_cpu,
         rank_class: type[PolicyRank] = PolicyRank,
     ):
         world_size = config.policy.world_size
-        super().__init__(rank_class, config, role="policy", world_size=world_size, options=options)
+        super().__init__(rank_class, config, role="policy", world_size=world_size, place=place)
         self.policy_version = 0
         """Completed updates: the version of the weights that the next publish sends."""
 

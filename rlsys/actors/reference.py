@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
+from rlsys.actors.group import Place, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import Config
 from rlsys.types import TrainBatch
@@ -22,9 +21,9 @@ class ReferenceRank(ModelRank):
             world_size=self.config.reference.world_size,
             tensor_parallel_size=self.config.reference.tensor_parallel_size,
         )
-        from rlsys.engines.megatron import MegatronModel
+        from rlsys.engines.megatron_reference import MegatronReference
 
-        self.engine = MegatronModel(self.config, self.config.reference_path)
+        self.engine = MegatronReference(self.config)
 
     def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
         """See MegatronModel.compute_logprobs."""
@@ -34,8 +33,8 @@ class ReferenceRank(ModelRank):
 class ReferenceActors(ModelActors):
     """The reference as the driver sees it."""
 
-    def __init__(self, config: Config, *, options: dict[str, Any]):
+    def __init__(self, config: Config, *, place: Place = on_cpu):
         world_size = config.reference.world_size
         super().__init__(
-            ReferenceRank, config, role="reference", world_size=world_size, options=options
+            ReferenceRank, config, role="reference", world_size=world_size, place=place
         )

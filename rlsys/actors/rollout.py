@@ -10,7 +10,7 @@ from typing import Any, Literal
 import ray
 from ray import ObjectRefGenerator
 
-from rlsys.actors.group import ActorFailure, get_all, get_one
+from rlsys.actors.group import ActorFailure, Place, get_all, get_one, inherited_env, on_cpu
 from rlsys.config import Config
 from rlsys.engines.vllm_settings import rollout_env
 from rlsys.types import Prompt, RolloutGroup
@@ -77,19 +77,19 @@ class RolloutActors:
         config: Config,
         *,
         device: Literal["cpu", "cuda"],
+        place: Place = on_cpu,
         env_vars: Mapping[str, str] | None = None,
     ):
         rollout = config.rollout
         self._transport = config.weight_sync.transport
         self.num_workers = rollout.num_engines * rollout.tensor_parallel_size
-        options = {
-            "num_cpus": 0.01,  # cores are shared: policy and rollout take turns
-            "num_gpus": rollout.tensor_parallel_size if device == "cuda" else 0,
-            "runtime_env": {"env_vars": rollout_env(device) | dict(env_vars or {})},
-        }
-        actor_class = ray.remote(RolloutActor).options(**options)
+        env_vars = inherited_env() | rollout_env(device) | dict(env_vars or {})
+        runtime_env = {"env_vars": env_vars}
+        actor_class = ray.remote(RolloutActor)
         self.actors: dict[str, Any] = {
-            f"rollout engine {rank}": actor_class.remote(config, device, rank)
+            f"rollout engine {rank}": actor_class.options(
+                runtime_env=runtime_env, **place(rank)
+            ).remote(config, device, rank)
             for rank in range(rollout.num_engines)
         }
         self._streams: dict[ObjectRefGenerator, _Work] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -203,15 +204,30 @@ class MegatronModel:
 
             return hidden, loss
 
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iter(packed),
-            model=[model or self.model],
-            num_microbatches=len(packed),
-            seq_length=len(packed[0].input_ids),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+        with _out_of_memory_explained(packed):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(packed),
+                model=[model or self.model],
+                num_microbatches=len(packed),
+                seq_length=len(packed[0].input_ids),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+
+@contextmanager
+def _out_of_memory_explained(packed: list[PackedMicroBatch]) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        tokens = max(len(micro_batch.input_ids) for micro_batch in packed)
+        raise torch.OutOfMemoryError(
+            f"{error}\nThe GPU is too small for micro-batches of {tokens:,} tokens: lower "
+            "policy.max_tokens_per_micro_batch (or policy.micro_batch_size), set policy.recompute "
+            "to full, or raise policy.tensor_parallel_size; `rlsys explain` estimates what each "
+            "would take"
+        ) from None
 
 
 class MegatronPolicy(MegatronModel):
@@ -286,6 +302,8 @@ class MegatronPolicy(MegatronModel):
             seed=hash((self.config.seed, self.policy_version)),
         )
         metrics = [self._optimizer_step(batch, rows, loss) for rows in steps]
+        if not self.on_cpu and self.config.reference.placement == "policy":
+            torch.cuda.empty_cache()  # for the reference, which may share this GPU
         self.policy_version += 1
         if not self.reports or self._dp_rank != 0:
             return None

@@ -57,8 +57,8 @@ class InPlacePlan:
     def __init__(self, model: torch.nn.Module, metadata: Sequence[TensorMeta]):
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
-            if parameter.numel() == 0:
-                raise CannotMap(f"{name} is empty, its weights are kept packed elsewhere")
+            if parameter.numel() == 0 or parameter.is_meta:
+                raise CannotMap(f"{name} has no memory of its own")
         recorder = _LoadRecorder(parameters)
         announced = [
             (meta.name, torch.empty(meta.shape, dtype=DTYPES[meta.dtype], device="meta"))

@@ -17,6 +17,7 @@ def ray_cluster():
     helpers = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
     ray.init(
         num_cpus=4,
+        num_gpus=3,  # which nothing but Ray's bookkeeping believes in
         include_dashboard=False,
         object_store_memory=200 * 2**20,
         runtime_env=helpers,

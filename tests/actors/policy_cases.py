@@ -159,6 +159,18 @@ class LabRank(PolicyRank):
         }
         return self._export(gradients)
 
+    def update_without_memory(self, batch):
+        """As on a GPU that is too small."""
+
+        def run_out(gradient):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        hook = next(self.engine.model.parameters()).register_hook(run_out)
+        try:
+            self.engine.update(batch)
+        finally:
+            hook.remove()
+
     def _export(self, weights):
         tensors = {name: tensor.clone() for name, tensor in weights.export()}
         return tensors if self.rank == 0 else None
@@ -193,8 +205,7 @@ class PolicyLab:
     def _start_processes(self, config):
         section = config.policy.model_copy(update={"world_size": self._max_ranks})
         largest = config.model_copy(update={"policy": section})
-        options = {"num_cpus": 0.01}
-        self._policy = PolicyActors(largest, options=options, rank_class=LabRank)
+        self._policy = PolicyActors(largest, rank_class=LabRank)
         self._actors = self._policy.actors
 
 

@@ -1,6 +1,7 @@
 """What goes wrong in an update is told at once, by name, and spoils nothing."""
 
 import os
+import re
 import time
 
 import pytest
@@ -28,6 +29,13 @@ def test_a_gradient_that_is_not_finite_is_told_and_not_applied(lab, policy_model
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_a_gpu_that_is_too_small_is_told_with_what_to_change(lab, policy_models):
+    policy = lab.policy(policy_config(policy_models["qwen3-tied"]))
+    message = r"CUDA out of memory.*micro-batches of \d+ tokens: lower policy\.max_tokens_per"
+    with pytest.raises(ActorFailure, match=re.compile(message, re.DOTALL)):
+        policy.call("update_without_memory", random_batch())
+
+
 class MortalRank(PolicyRank):
     """Its rank 1 dies in the backward pass, when rank 0 is long waiting for its gradient."""
 
@@ -40,7 +48,7 @@ class MortalRank(PolicyRank):
 
 def test_a_rank_that_dies_is_named_long_before_the_timeout(ray_cluster, policy_models):
     config = policy_config(policy_models["qwen3-tied"], **LAYOUTS["DP 2"], timeout_s=3600.0)
-    policy = PolicyActors(config, options={"num_cpus": 0.01}, rank_class=MortalRank)
+    policy = PolicyActors(config, rank_class=MortalRank)
     get_all(policy.async_start(), phase="start", timeout_s=120)
     with pytest.raises(ActorDeath, match="policy rank 1 died in policy update"):
         policy.update(random_batch())

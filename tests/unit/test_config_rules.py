@@ -80,6 +80,10 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
     ("sections", "words"),
     [
         ({"reference": {"world_size": 3, "tensor_parallel_size": 2}}, ["3", "2", "2 or 4"]),
+        (
+            {"reference": {"world_size": 2}, "grpo": {"beta": 0.1}},
+            ["reference.world_size = 2", "the 1 ranks", "reference.placement to own"],
+        ),
         ({"reward": {"reward_weights": [1.0]}}, ["1 values", "2 reward functions"]),
         ({"reward": {"reward_weights": [0.0, 0.0]}}, ["all 0"]),
         ({"reward": {"reward_funcs": ["format", "format"]}}, ["format", "more than once"]),

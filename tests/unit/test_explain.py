@@ -99,7 +99,7 @@ def test_each_actor_has_its_devices(tmp_path):
         ("policy", 1, 1),
         ("rollout", 0, 2),
         ("rollout", 1, 2),
-        ("reference", 0, 1),
+        ("reference", 0, 0),  # on the policy's
         ("reward", 0, 0),
         ("reward", 1, 0),
     ]

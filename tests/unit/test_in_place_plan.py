@@ -156,8 +156,13 @@ def test_a_conversion_is_refused():
         InPlacePlan(Loader(), metadata(tensors))
 
 
-def test_weights_packed_elsewhere_are_refused():
+@pytest.mark.parametrize(
+    "elsewhere",
+    [torch.empty(0), torch.empty(HIDDEN, ROWS // 2, device="meta")],
+    ids=["packed", "waiting for an update"],
+)
+def test_weights_kept_elsewhere_are_refused(elsewhere):
     model = Loader()
-    model.out = nn.Parameter(torch.empty(0))
-    with pytest.raises(CannotMap, match="out is empty"):
+    model.out = nn.Parameter(elsewhere)
+    with pytest.raises(CannotMap, match="out has no memory"):
         InPlacePlan(model, metadata(weights()))

@@ -1,0 +1,48 @@
+"""The frozen reference model on megatron-core, which may wait in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rlsys.config import Config
+from rlsys.engines.megatron import MegatronModel
+from rlsys.types import TrainBatch
+
+
+class MegatronReference(MegatronModel):
+    """One rank of the reference.
+
+    Where it shares its GPU with a policy rank (reference.placement), its weights are on the GPU
+    only while it computes: 1.5B parameters in bfloat16 take a tenth of a second to come.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__(config, config.reference_path)
+        self._in_host_memory: dict[torch.nn.Parameter, torch.Tensor] = {}
+        if config.reference.placement == "policy" and not self.on_cpu:
+            self._in_host_memory = {
+                parameter: parameter.data.to("cpu").pin_memory()
+                for parameter in self.model.parameters()
+            }
+            self._leave_gpu()
+
+    def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
+        """See MegatronModel.compute_logprobs."""
+        with self._on_gpu():
+            return super().compute_logprobs(batch)
+
+    @contextmanager
+    def _on_gpu(self) -> Iterator[None]:
+        for parameter, waiting in self._in_host_memory.items():
+            parameter.data = waiting.to(self.device, non_blocking=True)
+        yield
+        if self._in_host_memory:
+            self._leave_gpu()
+
+    def _leave_gpu(self) -> None:
+        for parameter, waiting in self._in_host_memory.items():
+            parameter.data = waiting
+        torch.cuda.empty_cache()  # what the allocator keeps, the policy could not have

@@ -1,0 +1,110 @@
+"""Which GPU each Ray actor gets: one placement group, a bundle for each policy rank and engine.
+
+The reference is given GPUs of its own, or shares those of the policy (reference.placement): the two
+never compute at the same time, so sharing costs nothing but the copy of its weights, which wait in
+host memory meanwhile. Two actors in one bundle of one GPU see the same GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlsys.actors.group import CPU_SHARE, on_cpu
+from rlsys.config import Config
+from rlsys.roles import Role, RoleName, plan_roles
+
+PLACEMENT_TIMEOUT_S = 60.0
+"""For Ray to find GPUs that are free; they are, unless somebody else uses the cluster."""
+
+
+class Placement:
+    """Ray options of every actor that holds a model.
+
+    Raises:
+        ValueError: more GPUs are asked for than the cluster has, has free, or has on one host for
+            one engine; it says who asks for what.
+    """
+
+    def __init__(self, config: Config, *, device: Literal["cpu", "cuda"]):
+        roles = [role for role in plan_roles(config, device=device) if role.name != "reward"]
+        self._roles = {(role.name, role.rank): role for role in roles}
+        self._group: PlacementGroup | None = None
+        self._bundles: dict[tuple[RoleName, int], int] = {}
+        if device == "cuda":
+            self._reserve(roles)
+
+    def options(self, name: RoleName, rank: int) -> dict[str, Any]:
+        """Ray options of one actor."""
+        role = self._roles[name, rank]
+        if self._group is None:
+            return on_cpu(rank)
+        owner = (role.shares_gpu_of or name, rank)
+        return {
+            "num_cpus": CPU_SHARE,
+            "num_gpus": self._gpus(role),
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self._group, placement_group_bundle_index=self._bundles[owner]
+            ),
+        }
+
+    def _gpus(self, role: Role) -> float:
+        """Of its bundle; halves where two share, which is Ray's bookkeeping and no limit."""
+        shared = role.shares_gpu_of is not None or any(
+            other.shares_gpu_of == role.name and other.rank == role.rank
+            for other in self._roles.values()
+        )
+        return 0.5 if shared else role.gpus
+
+    def _reserve(self, roles: list[Role]) -> None:
+        owners = [role for role in roles if role.shares_gpu_of is None]
+        _check_enough(owners)
+        self._bundles = {(role.name, role.rank): i for i, role in enumerate(owners)}
+        # Room for two actors in every bundle.
+        bundles = [{"GPU": float(role.gpus), "CPU": 2 * CPU_SHARE} for role in owners]
+        self._group = placement_group(bundles, strategy="PACK")
+        if not self._group.wait(PLACEMENT_TIMEOUT_S):
+            raise ValueError(
+                f"Ray could not place the run within {PLACEMENT_TIMEOUT_S:g} s: "
+                f"{_asked_for(owners)}, and an engine's GPUs must be on one host. "
+                f"{_free_gpus()}. Free some, or lower rollout.tensor_parallel_size, "
+                "rollout.num_engines or policy.world_size"
+            )
+
+
+def _check_enough(roles: list[Role]) -> None:
+    wanted, total = sum(role.gpus for role in roles), ray.cluster_resources().get("GPU", 0)
+    if wanted > total:
+        raise ValueError(
+            f"{_asked_for(roles)}, and the Ray cluster has {total:g}: lower policy.world_size or "
+            "rollout.num_engines, set reference.placement to policy, or add GPUs"
+        )
+    available = ray.available_resources().get("GPU", 0)
+    if wanted > available:
+        print(
+            f"waiting up to {PLACEMENT_TIMEOUT_S:g} s: {_asked_for(roles)}, and of the cluster's "
+            f"{total:g} only {available:g} are free now",
+            flush=True,
+        )
+
+
+def _asked_for(roles: list[Role]) -> str:
+    gpus = {
+        name: sum(role.gpus for role in roles if role.name == name)
+        for name in dict.fromkeys(role.name for role in roles)
+    }
+    parts = ", ".join(f"{name} {number}" for name, number in gpus.items() if number)
+    return f"the run needs {sum(gpus.values())} GPUs ({parts})"
+
+
+def _free_gpus() -> str:
+    hosts = [
+        f"{node['NodeManagerHostname']} {node['Resources'].get('GPU', 0):g}"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    free = ray.available_resources().get("GPU", 0)
+    return f"Hosts have {', '.join(hosts)} GPUs, {free:g} are free"

@@ -1,0 +1,79 @@
+"""Which GPUs the actors of a run get, by Ray's bookkeeping alone: no GPU is needed for that."""
+
+import pytest
+import ray
+
+from rlsys import placement
+from rlsys.placement import Placement
+
+pytestmark = pytest.mark.system
+
+
+class Seeing:
+    def gpus(self):
+        return [str(gpu) for gpu in ray.get_gpu_ids()]
+
+
+@pytest.fixture
+def place(ray_cluster, rollout_config, monkeypatch):
+    """Place a run on the cluster's three GPUs: (role, rank) -> the GPUs that its actor sees."""
+    actors, groups = [], []
+    monkeypatch.setattr(placement, "PLACEMENT_TIMEOUT_S", 5.0)
+
+    def run(wanted, *, policy=(), reference=(), beta=0.1, **rollout):
+        config = rollout_config(**rollout)
+        config = config.model_copy(
+            update={
+                "policy": config.policy.model_copy(update=dict(policy)),
+                "reference": config.reference.model_copy(update=dict(reference)),
+                "grpo": config.grpo.model_copy(update={"beta": beta}),
+            }
+        )
+        plan = Placement(config, device="cuda")
+        groups.append(plan._group)
+        for who in wanted:
+            actors.append(ray.remote(Seeing).options(**plan.options(*who)).remote())
+        seen = ray.get([actor.gpus.remote() for actor in actors[-len(wanted) :]], timeout=60)
+        return dict(zip(wanted, seen, strict=True))
+
+    yield run
+    for actor in actors:
+        ray.kill(actor)
+    for group in groups:
+        ray.util.remove_placement_group(group)
+
+
+def test_the_reference_shares_the_gpu_of_the_policy_rank(place):
+    seen = place(
+        [("policy", 0), ("policy", 1), ("reference", 0), ("reference", 1), ("rollout", 0)],
+        policy={"world_size": 2},
+        reference={"world_size": 2},
+    )
+    assert seen["reference", 0] == seen["policy", 0]
+    assert seen["reference", 1] == seen["policy", 1]
+    apart = seen["policy", 0] + seen["policy", 1] + seen["rollout", 0]
+    assert len(set(apart)) == 3
+
+
+def test_an_engine_sees_all_its_gpus_and_nobody_elses(place):
+    seen = place([("policy", 0), ("rollout", 0)], tensor_parallel_size=2)
+    assert len(seen["rollout", 0]) == 2
+    assert not set(seen["rollout", 0]) & set(seen["policy", 0])
+
+
+def test_a_reference_of_its_own(place):
+    seen = place([("policy", 0), ("reference", 0), ("rollout", 0)], reference={"placement": "own"})
+    assert len({gpu for gpus in seen.values() for gpu in gpus}) == 3
+
+
+def test_more_gpus_than_there_are_names_both_numbers_and_who_asks(place):
+    message = r"needs 4 GPUs \(policy 2, rollout 2\), and the Ray cluster has 3"
+    with pytest.raises(ValueError, match=message):
+        place([], policy={"world_size": 2}, num_engines=2)
+
+
+def test_gpus_in_use_by_others_are_not_waited_for_without_end(place, capsys):
+    place([("policy", 0), ("rollout", 0)])
+    with pytest.raises(ValueError, match=r"could not place .*needs 2 GPUs.*1 are free"):
+        place([("policy", 0), ("rollout", 0)])
+    assert "waiting up to 5 s: the run needs 2 GPUs" in capsys.readouterr().out
