@@ -118,6 +118,8 @@ def test_a_chat_template_may_be_in_the_tokenizer_config(problems, tmp_path):
                 "8",
                 "--reference.world_size",
                 "8",
+                "--reference.placement",
+                "own",
             ],
             ["reference.tensor_parallel_size = 8", "KV heads 4"],
         ),
