@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlsys.config import CheckpointConfig
 
+ROLLOUTS_FILE = "rollouts.json"
+
 
 class Checkpointed(Protocol):
-    """What can be saved and continued."""
+    """What writes its own files."""
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write everything into an empty folder."""
+
+
+class Stateful(Protocol):
+    """What has a small state."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as JSON has it."""
 
 
 class Checkpoints:
@@ -23,9 +33,12 @@ class Checkpoints:
     deleted: one that is there is whole, whenever the process is killed.
     """
 
-    def __init__(self, folder: Path, policy: Checkpointed, config: CheckpointConfig):
+    def __init__(
+        self, folder: Path, *, policy: Checkpointed, rollouts: Stateful, config: CheckpointConfig
+    ):
         self._folder = folder
         self._policy = policy
+        self._rollouts = rollouts
         self._config = config
 
     def after_step(self, step: int) -> None:
@@ -39,6 +52,7 @@ class Checkpoints:
         partial = self._partial(step)
         partial.mkdir(parents=True)
         self._policy.save_checkpoint(partial)
+        (partial / ROLLOUTS_FILE).write_text(json.dumps(self._rollouts.state_dict()))
         partial.rename(self._folder / f"step-{step}")
         for old in checkpoint_steps(self._folder)[: -self._config.save_total_limit]:
             self._remove(old)
@@ -48,6 +62,23 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         shutil.rmtree((self._folder / f"step-{step}").rename(self._partial(step)))
+
+
+def load_rollouts_state(folder: Path) -> dict[str, Any]:
+    """The state of the rollouts in the checkpoint `folder`.
+
+    Raises:
+        ValueError: the checkpoint is of an rlsys that did not write one.
+    """
+    try:
+        state: dict[str, Any] = json.loads((folder / ROLLOUTS_FILE).read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} has no {ROLLOUTS_FILE}, so it was written by an older rlsys and does not "
+            "say where in the data the run was. Start a new run from its weights: set model.path "
+            "to the model of that run, and another output_dir."
+        ) from None
+    return state
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

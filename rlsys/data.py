@@ -1,4 +1,4 @@
-"""From dataset rows to prompts ready to sample from, and from prompts to batches.
+"""From dataset rows to prompts ready to sample from.
 
 A row holds `messages` (chat turns that end with the user's) or `prompt` (a text, or such turns as
 TRL has them). Its other columns travel with the prompt to the reward functions, unchanged.
@@ -11,7 +11,6 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,55 +122,6 @@ def split_prompts(
 
 def _texts(prompts: list[Prompt]) -> set[tuple[int, ...]]:
     return {tuple(prompt.token_ids) for prompt in prompts}
-
-
-class PromptSource:
-    """Endless batches of training prompts, as a function of the step alone.
-
-    Step s gets the places (s - 1) * batch_size to s * batch_size of an endless sequence of
-    epochs, each a permutation of all prompts. Hence a resumed run continues exactly, with no
-    state to save; and a batch may span two epochs, so that each epoch holds every prompt once.
-    """
-
-    def __init__(self, prompts: list[Prompt], *, batch_size: int, shuffle: bool, seed: int):
-        """`batch_size` prompts a step, in a new order every epoch when `shuffle` is set.
-
-        Raises:
-            ValueError: fewer prompts than a batch needs.
-        """
-        if len(prompts) < batch_size:
-            raise ValueError(
-                f"a step needs {batch_size} prompts (rollout.generation_batch_size / "
-                f"rollout.num_generations), but the training data has {len(prompts)}. Give more "
-                "data or lower generation_batch_size."
-            )
-        self.prompts = prompts
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-
-    def batch(self, step: int) -> list[Prompt]:
-        """The prompts of `step`, which counts from 1."""
-        assert step >= 1, step
-        first = (step - 1) * self.batch_size
-        return [self._at(place) for place in range(first, first + self.batch_size)]
-
-    def epoch(self, step: int) -> float:
-        """Epochs consumed after `step`."""
-        return step * self.batch_size / len(self.prompts)
-
-    def _at(self, place: int) -> Prompt:
-        epoch, index = divmod(place, len(self.prompts))
-        if self.shuffle:
-            index = _epoch_order(len(self.prompts), self.seed, epoch)[index]
-        return self.prompts[index]
-
-
-@lru_cache(maxsize=4)
-def _epoch_order(num_prompts: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(num_prompts))
-    random.Random(f"{seed}:{epoch}").shuffle(order)
-    return order
 
 
 def _prompts(

@@ -24,8 +24,9 @@ class Rollouts(Protocol):
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics of the held-out prompts, as eval/<name>."""
 
-    def epoch(self, step: int) -> float:
-        """Passes over the training data after `step` steps."""
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
 
 
 class Policy(Protocol):
@@ -110,7 +111,7 @@ def train(
         with timer("weight_sync"):
             sync_metrics = publisher.publish()
         metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
-        metrics |= {"epoch": rollouts.epoch(step), "policy_version": update.policy_version}
+        metrics |= {"epoch": rollouts.epoch, "policy_version": update.policy_version}
         tracker.log_metrics(step, metrics | timer.metrics() | _throughput(batch, timer))
         if config.eval_steps is not None and step % config.eval_steps == 0:
             tracker.log_metrics(step, rollouts.evaluate(step))

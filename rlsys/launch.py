@@ -22,13 +22,14 @@ from rlsys.actors.policy import PolicyActors
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
-from rlsys.checkpoints import Checkpoints, checkpoint_steps
+from rlsys.checkpoints import Checkpoints, checkpoint_steps, load_rollouts_state
 from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
-from rlsys.data import PromptData, PromptSource, load_prompts
+from rlsys.data import PromptData, load_prompts
 from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.placement import Placement
+from rlsys.prompt_source import PromptSource
 from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
 from rlsys.run_dir import RunDir
@@ -71,7 +72,9 @@ def run(resolved: ResolvedConfig) -> None:
         stack.enter_context(ray_session())
         system = start_system(config, data, tracker)
         if resume_step is not None:
-            system.policy.load_checkpoint(run_dir.checkpoints / f"step-{resume_step}")
+            checkpoint = run_dir.checkpoints / f"step-{resume_step}"
+            system.policy.load_checkpoint(checkpoint)
+            system.rollouts.load_state_dict(load_rollouts_state(checkpoint))
         train(
             config,
             system.rollouts,
@@ -79,7 +82,12 @@ def run(resolved: ResolvedConfig) -> None:
             system.reference,
             system.publisher,
             tracker,
-            Checkpoints(run_dir.checkpoints, system.policy, config.checkpoint),
+            Checkpoints(
+                run_dir.checkpoints,
+                policy=system.policy,
+                rollouts=system.rollouts,
+                config=config.checkpoint,
+            ),
         )
         system.policy.save_model(run_dir.final)
         print(f"the trained model is in {run_dir.final}", flush=True)
@@ -87,9 +95,7 @@ def run(resolved: ResolvedConfig) -> None:
 
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     """Start the actors of every role on the connected cluster and wait until all are ready."""
-    prompts = PromptSource(
-        data.train, batch_size=config.num_prompts, shuffle=config.data.shuffle, seed=config.seed
-    )
+    prompts = PromptSource(data.train, shuffle=config.data.shuffle, seed=config.seed)
     device = choose_device(config)
     placement = Placement(config, device=device)
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
@@ -117,6 +123,20 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     return System(policy, reference, rollouts, publisher)
 
 
+def check_prompts(config: Config, data: PromptData) -> None:
+    """Refuse data of which one step would hold some prompts twice.
+
+    Raises:
+        ValueError: fewer prompts than a step needs.
+    """
+    if len(data.train) < config.num_prompts:
+        raise ValueError(
+            f"a step needs {config.num_prompts} prompts (rollout.generation_batch_size / "
+            f"rollout.num_generations), but the training data has {len(data.train)}. Give more "
+            "data or lower generation_batch_size."
+        )
+
+
 def load_data(config: Config) -> PromptData:
     """The prompts of a run, with the chat template of its model."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
@@ -127,6 +147,7 @@ def load_data(config: Config) -> PromptData:
             f"{config.data.max_prompt_length} tokens; {len(data.train)} are left to train on",
             flush=True,
         )
+    check_prompts(config, data)
     return data
 
 

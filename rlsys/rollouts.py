@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ray
 
@@ -13,7 +14,7 @@ from rlsys.actors.rollout import RolloutActors
 from rlsys.algo.advantages import advantages_of_group
 from rlsys.algo.metrics import evaluation_metrics
 from rlsys.config import Config
-from rlsys.data import PromptSource
+from rlsys.prompt_source import PromptSource
 from rlsys.tracking.base import Tracker
 from rlsys.types import Prompt, RolloutGroup
 
@@ -41,23 +42,35 @@ class Rollouts:
         self._validation = list(validation)
         self._tracker = tracker
 
-    def epoch(self, step: int) -> float:
-        """Passes over the training data after `step` steps."""
-        return self._prompts.epoch(step)
+    @property
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
+        return self._prompts.epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where in the data the run is, as JSON has it."""
+        return {"prompts": self._prompts.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the run with this state was."""
+        self._prompts.load_state_dict(state["prompts"])
 
     def next_batch(self, step: int) -> list[RolloutGroup]:
         """The P scored groups of a step, in the order of their prompts.
 
         Every group is logged as soon as it is scored.
         """
-        return self._sample(
-            self._prompts.batch(step),
+        groups = self._sample(
+            self._prompts.take(self._config.num_prompts),
             step,
             num_generations=self._config.rollout.num_generations,
             on_scored=lambda group: self._tracker.log_completions(
                 step, group, self._advantages_of(group)
             ),
         )
+        for group in groups:
+            self._prompts.observe(group)
+        return groups
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Rewards of one completion for each held-out prompt, at the sampling temperature.

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from rlsys import checkpoints
-from rlsys.checkpoints import Checkpoints, checkpoint_steps
+from rlsys.checkpoints import Checkpoints, checkpoint_steps, load_rollouts_state
 from rlsys.config import CheckpointConfig
 
 FILES = ("weights", "optimizer", "schedule")
@@ -25,6 +25,16 @@ class FilePolicy:
                 raise KeyboardInterrupt
 
 
+class Data:
+    """Has seen three prompts a step."""
+
+    def __init__(self, policy):
+        self._policy = policy
+
+    def state_dict(self):
+        return {"prompts": {"num_taken": 3 * self._policy.version}}
+
+
 @pytest.fixture
 def policy():
     return FilePolicy()
@@ -34,7 +44,8 @@ def policy():
 def save(tmp_path, policy):
     def save(*steps, save_steps=1, save_total_limit=2):
         config = CheckpointConfig(save_steps=save_steps, save_total_limit=save_total_limit)
-        checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", policy, config)
+        folder = tmp_path / "run" / "checkpoints"
+        checkpoints = Checkpoints(folder, policy=policy, rollouts=Data(policy), config=config)
         for step in steps:
             policy.version = step
             checkpoints.after_step(step)
@@ -44,7 +55,10 @@ def save(tmp_path, policy):
 
 
 def read(folder, step):
-    return {path.name: path.read_text() for path in (folder / f"step-{step}").iterdir()}
+    """The policy's files of a checkpoint, which must have the state of the data too."""
+    files = {path.name: path.read_text() for path in (folder / f"step-{step}").iterdir()}
+    assert "num_taken" in files.pop("rollouts.json")
+    return files
 
 
 def test_nothing_is_saved_unless_asked_for(save):
@@ -55,6 +69,18 @@ def test_every_so_many_steps_and_the_newest_few_are_kept(save):
     folder = save(*range(1, 13), save_steps=3, save_total_limit=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-12", "step-9"]
     assert read(folder, 12) == dict.fromkeys(FILES, "12")
+
+
+def test_the_state_of_the_data_comes_back(save):
+    folder = save(1, 2)
+    assert load_rollouts_state(folder / "step-2") == {"prompts": {"num_taken": 6}}
+
+
+def test_a_checkpoint_without_that_state_is_refused_with_the_remedy(save):
+    folder = save(1)
+    (folder / "step-1" / "rollouts.json").unlink()
+    with pytest.raises(ValueError, match=r"no rollouts\.json.*new run from its weights"):
+        load_rollouts_state(folder / "step-1")
 
 
 def test_newest_is_by_number_not_by_name(save):

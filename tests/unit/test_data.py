@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlsys.config import DataConfig
-from rlsys.data import PromptSource, load_prompts, split_prompts
+from rlsys.data import load_prompts, split_prompts
 from rlsys.types import Prompt
 
 TEMPLATE = (
@@ -309,51 +309,3 @@ def test_a_tokenizer_without_a_chat_template(tokenizer, tmp_path):
     bare.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
         load(bare, write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}]))
-
-
-@given(
-    num_prompts=st.integers(1, 40),
-    batch_size=st.integers(1, 40),
-    shuffle=st.booleans(),
-    seed=st.integers(0, 2**31 - 1),
-)
-def test_every_epoch_holds_every_prompt_once_and_batches_run_over(
-    num_prompts, batch_size, shuffle, seed
-):
-    batch_size = min(batch_size, num_prompts)
-    prompts = prompts_of(list(range(num_prompts)))
-    source = PromptSource(prompts, batch_size=batch_size, shuffle=shuffle, seed=seed)
-    steps = 3 * num_prompts
-    stream = [p.prompt_id for step in range(1, steps + 1) for p in source.batch(step)]
-    assert len(stream) == steps * batch_size
-    everything = sorted(prompt.prompt_id for prompt in prompts)
-    for start in range(0, len(stream), num_prompts):
-        assert sorted(stream[start : start + num_prompts]) == everything
-    assert source.epoch(steps) == 3 * batch_size
-    if not shuffle:
-        assert stream == [p.prompt_id for p in prompts] * (3 * batch_size)
-
-
-@given(seed=st.integers(0, 2**31 - 1), step=st.integers(1, 50))
-def test_a_batch_depends_on_step_and_seed_alone(seed, step):
-    prompts = prompts_of(list(range(20)))
-    options = {"batch_size": 7, "shuffle": True}
-    walked = PromptSource(prompts, **options, seed=seed)
-    for earlier in range(1, step):
-        walked.batch(earlier)
-    resumed = PromptSource(prompts, **options, seed=seed)
-    assert walked.batch(step) == resumed.batch(step)
-
-
-def test_epochs_and_seeds_differ_in_order():
-    prompts = prompts_of(list(range(50)))
-    source = PromptSource(prompts, batch_size=50, shuffle=True, seed=1)
-    other = PromptSource(prompts, batch_size=50, shuffle=True, seed=2)
-    assert source.batch(1) != source.batch(2)
-    assert source.batch(1) != other.batch(1)
-    assert source.batch(1) != prompts
-
-
-def test_fewer_prompts_than_a_batch_names_the_numbers():
-    with pytest.raises(ValueError, match=r"a step needs 8 prompts .* the training data has 3"):
-        PromptSource(prompts_of([1, 2, 3]), batch_size=8, shuffle=True, seed=0)

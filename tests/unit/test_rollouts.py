@@ -20,7 +20,7 @@ from rlsys.actors.group import PhaseTimeout
 from rlsys.algo.advantages import compute_advantages, rewards_matrix
 from rlsys.algo.batching import build_train_batch
 from rlsys.config import GrpoConfig
-from rlsys.data import PromptSource
+from rlsys.prompt_source import PromptSource
 from rlsys.rollouts import POLL_S, Rollouts
 from rlsys.tracking.base import Tracker
 
@@ -111,7 +111,7 @@ class World:
             make_config(tmp_path, rollout=rollout, **fields),
             engines=self.engines,
             rewards=self.rewards,
-            prompts=PromptSource(prompts, batch_size=num_prompts, shuffle=False, seed=0),
+            prompts=PromptSource(prompts, shuffle=False, seed=0),
             validation=prompts,
             tracker=self.tracker,
         )
@@ -183,7 +183,7 @@ def test_prompts_come_from_the_data_and_are_sampled_as_configured(build):
     world, rollouts = build([0.0] * 3, [0.0] * 3)
     rollouts.next_batch(5)
     assert world.engines.request == {"step": 5, "num_generations": 2, "temperature": 0.7}
-    assert rollouts.epoch(5) == 5.0
+    assert rollouts.epoch == 1.0
 
 
 @pytest.mark.parametrize("scale_rewards", ["auto", "group", "none"])
