@@ -99,11 +99,12 @@ def _grpo(args: argparse.Namespace) -> int:
         raise ConfigError(args.config, [str(problem) for problem in problems])
     from rlsys.actors.group import ActorFailure, PhaseTimeout
     from rlsys.launch import run
+    from rlsys.rewards.pool import RewardCodeError
     from rlsys.weight_sync.transport import WeightSyncError
 
     try:
         run(resolved)
-    except (ActorFailure, PhaseTimeout, WeightSyncError) as error:
+    except (ActorFailure, PhaseTimeout, RewardCodeError, WeightSyncError) as error:
         # Who failed at what, below the failing actor's own traceback; the driver's is no news.
         print(f"\nrlsys grpo: the run failed.\n{error}", file=sys.stderr)
         return EXIT_FAILED

@@ -108,7 +108,7 @@ class RewardConfig(Section):
     """What completions are scored by."""
 
     reward_funcs: list[str] = Field(min_length=1)
-    """Registered names, see `rlsys rewards`."""
+    """Registered names, see `rlsys rewards list`."""
     reward_weights: list[float] | None = None
     """One per reward function; None is 1 for each."""
     reward_params: dict[str, dict[str, Any]] = {}
@@ -117,10 +117,26 @@ class RewardConfig(Section):
     max_completion_length or model_path and not given here get the run's own."""
     external_plugins: list[str] = []
     """Python files that register more reward functions when imported."""
+    gate: dict[str, str] = {}
+    """Functions that count only where another one is high enough: `{accuracy: format}` or
+    `{accuracy: format >= 0.5}`; without a number it is 1. Where the gate is lower, the function is
+    not called and its value is 0. A gate may not be gated itself."""
     num_workers: PositiveInt = 1
-    """Reward processes; groups are scored while others are still being sampled."""
+    """Reward processes; groups are scored while others are still being sampled. Async functions
+    share one more process."""
     timeout_s: PositiveFloat = 60.0
-    """Longest time, in seconds, that scoring one group may take."""
+    """Longest time, in seconds, that one reward function may take for one group; then its process
+    is killed, and each completion is tried alone with an equal share, at least a second, to find
+    the one that hangs."""
+    max_memory_mb: PositiveInt | None = None
+    """MiB that a reward process may hold before it is killed; None is a quarter of its machine's
+    memory."""
+    on_error: Literal["raise", "zero", "drop"] = "raise"
+    """When a reward function raises or returns what is no reward: end the run with its traceback,
+    score that completion 0, or drop it, so that it takes no part in the update."""
+    on_timeout: Literal["raise", "zero", "drop"] | None = None
+    """When a reward function hangs, crashes or needs too much memory, for the completion that makes
+    it; None is on_error if that is zero or drop, and otherwise zero: the run goes on."""
 
 
 class GrpoConfig(Section):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from rlsys.reward_gates import parse_gate
+
 if TYPE_CHECKING:
     from rlsys.config import Config
 
@@ -151,12 +153,37 @@ def _reward_problems(config: Config) -> Iterator[RuleProblem]:
             f"reward.reward_params has settings for {', '.join(stray)}, which reward.reward_funcs "
             f"does not name ({', '.join(names)}): add it there, or take its settings out",
         )
+    yield from _gate_problems(config)
     if weights and not any(weights):
         yield RuleProblem(
             ("reward.reward_weights",),
             "reward.reward_weights are all 0, so there is nothing to learn from: give at least one "
             "reward function another weight",
         )
+
+
+def _gate_problems(config: Config) -> Iterator[RuleProblem]:
+    names, gates = config.reward.reward_funcs, config.reward.gate
+    for gated, text in gates.items():
+        try:
+            by = parse_gate(text).by
+        except ValueError as error:
+            yield RuleProblem(("reward.gate",), f"reward.gate of {gated}: {error}")
+            continue
+        stray = [name for name in (gated, by) if name not in names]
+        if stray:
+            yield RuleProblem(
+                ("reward.gate", "reward.reward_funcs"),
+                f"reward.gate lets {gated} count where {text}, but reward.reward_funcs does not "
+                f"name {' and '.join(stray)}: add it there, with weight 0 in "
+                "reward.reward_weights if it should only be the gate",
+            )
+        elif by in gates:
+            yield RuleProblem(
+                ("reward.gate",),
+                f"reward.gate lets {gated} count where {text}, but {by} has a gate itself: gate "
+                f"{gated} by what gates {by} ({gates[by]}), or take one of the two gates out",
+            )
 
 
 def _optimizer_problems(config: Config) -> Iterator[RuleProblem]:

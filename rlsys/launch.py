@@ -101,7 +101,9 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
     print(f"starting on {device}: {actors}", flush=True)
-    rewards = RewardWorkers(config.reward, known=config.known_to_rewards)
+    rewards = RewardWorkers(
+        config.reward, known=config.known_to_rewards, max_steps=config.max_steps
+    )
     engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
     policy = PolicyActors(config, place=partial(placement.options, "policy"))
     reference = None

@@ -1,0 +1,144 @@
+"""Reward processes as children of this one, without Ray: for `rlsys rewards try` and tests."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from rlsys.rewards.pool import ProcessDied
+from rlsys.rewards.runner import ProcessSettings, RewardRunner, Task
+
+
+@dataclass(eq=False, slots=True)
+class Child:
+    """One process and the results that it sent."""
+
+    process: SpawnProcess
+    pipe: Connection
+    results: dict[int, Any] = field(default_factory=dict)
+    num_sent: int = 0
+    has_ended: bool = False
+
+
+Reference = tuple[Child, int]
+
+
+class LocalBackend:
+    """Reward processes by `multiprocessing`; see `rlsys.rewards.pool.Backend`."""
+
+    def __init__(self, settings: ProcessSettings):
+        self._settings = settings
+
+    def spawn(self, *, concurrent: bool) -> tuple[Child, Reference]:
+        """Start a process."""
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        target = _serve_async if concurrent else _serve
+        process = context.Process(target=target, args=(theirs, self._settings), daemon=True)
+        process.start()
+        theirs.close()
+        child = Child(process, ours, num_sent=1)
+        return child, (child, 0)
+
+    def score(self, process: Child, task: Task) -> Reference:
+        """Send a task."""
+        number = process.num_sent
+        process.num_sent += 1
+        try:
+            process.pipe.send((number, task))
+        except OSError:
+            process.has_ended = True
+        return process, number
+
+    def wait(self, references: Sequence[Reference], timeout_s: float) -> list[Reference]:
+        """All that are done, at least one unless time is over."""
+        pipes = {child.pipe: child for child, _ in references if not child.has_ended}
+        if not any(self._is_done(reference) for reference in references):
+            wait(list(pipes), timeout_s)
+        for child in pipes.values():
+            _receive(child)
+        return [reference for reference in references if self._is_done(reference)]
+
+    def result(self, reference: Reference) -> Any:
+        """Of a reference that is done."""
+        child, number = reference
+        if number in child.results:
+            return child.results.pop(number)
+        child.process.join(timeout=5)
+        raise ProcessDied(f"reward process {child.process.pid} {_ending(child.process.exitcode)}")
+
+    def kill(self, process: Child) -> None:
+        """End a process."""
+        process.process.kill()
+        process.process.join()
+        process.pipe.close()
+
+    def _is_done(self, reference: Reference) -> bool:
+        child, number = reference
+        return number in child.results or child.has_ended
+
+
+def _receive(child: Child) -> None:
+    try:
+        while child.pipe.poll():
+            number, result = child.pipe.recv()
+            child.results[number] = result
+    except (EOFError, OSError):
+        child.has_ended = True
+
+
+def _ending(exit_code: int | None) -> str:
+    if exit_code is not None and exit_code < 0:
+        return f"was ended by signal {-exit_code}"
+    return f"ended with exit code {exit_code}"
+
+
+def _serve(pipe: Connection, settings: ProcessSettings) -> None:
+    """The life of a process: one task after another until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, which kills
+    runner = RewardRunner()
+    pipe.send((0, runner.start(settings)))
+    while (message := _next(pipe)) is not None:
+        number, task = message
+        pipe.send((number, runner.score(task)))
+
+
+def _serve_async(pipe: Connection, settings: ProcessSettings) -> None:
+    """The same for async functions: tasks run together."""
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    async def serve() -> None:
+        runner = RewardRunner()
+        pipe.send((0, runner.start(settings)))
+        loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Task] | None]()
+
+        def read() -> None:
+            while (message := _next(pipe)) is not None:
+                loop.call_soon_threadsafe(arrived.put_nowait, message)
+            loop.call_soon_threadsafe(arrived.put_nowait, None)
+
+        async def answer(number: int, task: Task) -> None:
+            pipe.send((number, await runner.score_async(task)))
+
+        threading.Thread(target=read, daemon=True).start()
+        tasks = set()
+        while (message := await arrived.get()) is not None:
+            tasks.add(task := asyncio.create_task(answer(*message)))
+            task.add_done_callback(tasks.discard)
+
+    asyncio.run(serve())
+
+
+def _next(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        return None

@@ -1,0 +1,165 @@
+"""What runs inside a reward process: the reward functions, and a guard of its memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from rlsys.rewards.base import TrainerState
+from rlsys.rewards.instances import Params, RewardError
+from rlsys.rewards.plugins import load_plugins
+from rlsys.rewards.scoring import Reward, reward_columns
+from rlsys.types import RolloutGroup
+
+MEMORY_SHARE = 0.25
+"""Of the machine's memory: the limit of a process for which none is set."""
+_OWN_FILES = tuple(str(Path(__file__).with_name(name)) for name in ("scoring.py", "base.py"))
+"""Frames of these are rlsys calling the user's code."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessSettings:
+    """What a reward process is started with."""
+
+    names: Sequence[str]
+    params: Mapping[str, Params]
+    known: Params
+    """Values of the run for parameters of these names."""
+    plugins: Sequence[str]
+    """Absolute paths."""
+    max_memory_mb: int | None
+    """MiB; None is `MEMORY_SHARE` of the machine's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One reward function on some completions of one prompt."""
+
+    name: str
+    group: RolloutGroup
+    state: TrainerState
+    timeout_s: float
+    """Async functions are cancelled after it; others are killed from outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What a task came to."""
+
+    values: list[float]
+    """One per completion; NaN for None."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A task without values. Told as text: user's exceptions may not survive pickling."""
+
+    kind: Literal["timeout", "error"]
+    report: str
+    """The traceback of the user's own code, then one line that sums it up."""
+    splittable: bool = False
+    """Whether one of the completions alone may be the reason."""
+
+
+class RewardRunner:
+    """The reward functions of this process."""
+
+    def start(self, settings: ProcessSettings) -> Failed | None:
+        """Load the plugins and instantiate the functions; what goes wrong comes back as text."""
+        self._guard = guard_memory(settings.max_memory_mb)
+        try:
+            load_plugins(settings.plugins)
+            self._rewards = {
+                name: Reward(name, settings.params.get(name), settings.known)
+                for name in settings.names
+            }
+        except ValueError as error:
+            return Failed("error", report_of(error))
+        return None
+
+    def score(self, task: Task) -> Values | Failed:
+        """Run a task of a function that is not async."""
+        start = time.perf_counter()
+        try:
+            values = self._rewards[task.name].score(*_inputs(task))
+        except RewardError as error:
+            return _failed(error)
+        return Values(values, time.perf_counter() - start)
+
+    async def score_async(self, task: Task) -> Values | Failed:
+        """Run a task of an async function, for at most its time limit."""
+        start = time.perf_counter()
+        call = self._rewards[task.name].score_async(*_inputs(task))
+        try:
+            values = await asyncio.wait_for(call, task.timeout_s)
+        except RewardError as error:
+            return _failed(error)
+        except TimeoutError:
+            return Failed("timeout", "cancelled", splittable=True)
+        return Values(values, time.perf_counter() - start)
+
+
+def _inputs(task: Task) -> tuple[dict[str, Any], str]:
+    return reward_columns(task.group, task.state), task.group.prompt.prompt_id
+
+
+def _failed(error: RewardError) -> Failed:
+    return Failed("error", report_of(error), splittable=error.__cause__ is not None)
+
+
+def report_of(error: ValueError) -> str:
+    """The user's own traceback, if there is one, and the message of `error` below it."""
+    cause = error.__cause__
+    if cause is None or cause.__traceback__ is None:
+        return str(error)
+    frames: TracebackType | None = cause.__traceback__
+    while frames is not None and frames.tb_frame.f_code.co_filename in _OWN_FILES:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(cause), cause, frames)) + f"\n{error}"
+
+
+_GUARD = """
+import os, signal, sys, time
+pid, limit = int(sys.argv[1]), int(sys.argv[2])
+page = os.sysconf("SC_PAGE_SIZE")
+while os.getppid() == pid:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            size = int(file.read().split()[1]) * page
+    except OSError:
+        break
+    if size > limit:
+        print(f"reward process {pid} was killed: it holds {size >> 20} MiB, more than "
+              f"reward.max_memory_mb = {limit >> 20}", file=sys.stderr, flush=True)
+        os.kill(pid, signal.SIGKILL)
+        break
+    time.sleep(0.05)
+"""
+"""Its own process, because code that never lets go of the interpreter stops every thread here."""
+
+
+def guard_memory(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
+    """Have this process killed when it holds more memory than that, on Linux.
+
+    A limit of the address space would be simpler, but torch and others reserve far more than they
+    use; and the kernel's own killer would take the process that is largest, the driver perhaps.
+    """
+    if not Path("/proc/self/statm").exists():
+        return None
+    limit = (max_memory_mb or 0) << 20
+    if max_memory_mb is None:
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limit = int(machine * MEMORY_SHARE)
+    command = [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpid()), str(limit)]
+    # In its own session, so that a Ctrl-C does not reach it; it ends with this process.
+    return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)

@@ -1,0 +1,291 @@
+"""Reward code that raises, dies, hangs or leaks, in processes of its own: without Ray."""
+
+import math
+import os
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rlsys.config import RewardConfig
+from rlsys.rewards import check_names_and_weights, load_plugins, orms
+from rlsys.rewards.local import LocalBackend
+from rlsys.rewards.pool import RewardCodeError, RewardPool
+from rlsys.rewards.runner import ProcessSettings
+from rlsys.types import Completion, Prompt, RolloutGroup
+
+PLUGIN = """
+import asyncio, ctypes, os, statistics, sys, time
+from rlsys.rewards import ORM, AsyncORM, register_reward
+
+def act(text):
+    match text:
+        case "raise": return float(text)
+        case "die": os._exit(3)
+        case "exit": sys.exit(3)
+        case "segfault": ctypes.string_at(0)
+        case "hang":
+            while True: pass
+        case "hang in C": ctypes.PyDLL(None).pause()  # holds the interpreter for ever
+        case "leak":
+            hoard = []
+            while True: hoard.append(b"x" * (50 << 20))
+        case "none": return None
+    return float(len(text))
+
+@register_reward("acts")
+class Acts(ORM):
+    def __call__(self, completions, **columns):
+        return [act(text) for text in completions]
+
+@register_reward("length")
+def length(completions, **columns):
+    return [float(len(text)) for text in completions]
+
+@register_reward("ids")
+def ids(completions, **columns):
+    return [float(os.getpid())] * len(completions)
+
+@register_reward("steps")
+def steps(completions, trainer_state, **columns):
+    return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
+
+@register_reward("spread")
+def spread(completions, **columns):  # needs siblings, and fails without them for another reason
+    if "raise" in completions:
+        raise KeyError("raise")
+    return [statistics.stdev(map(len, completions))] * len(completions)
+
+@register_reward("calls")
+class Calls(ORM):
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, completions, **columns):
+        self.seen += completions
+        return [float(len(self.seen))] * len(completions)
+
+together = 0
+
+@register_reward("waits")
+class Waits(AsyncORM):
+    async def __call__(self, completions, **columns):
+        return await asyncio.gather(*map(self.one, completions))
+
+    async def one(self, text):
+        global together
+        together += 1
+        await asyncio.sleep(3600 if text == "hang" else 0.2)
+        if text == "block":
+            time.sleep(3600)
+        if text == "die":
+            os._exit(3)
+        return float(together)
+
+@register_reward("unmade")
+class Unmade(ORM):
+    def __init__(self):
+        open("no such model")
+"""
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start a pool with the plugin above; it and what it registers are gone afterwards."""
+    plugin = tmp_path / "acts.py"
+    plugin.write_text(PLUGIN)
+    registered = dict(orms.data)
+    load_plugins([plugin])
+    pools = []
+
+    def start(*names: str, **options) -> RewardPool:
+        config = RewardConfig(reward_funcs=list(names), **options)
+        check_names_and_weights(config.reward_funcs, config.reward_weights)
+        settings = ProcessSettings(names, {}, {}, [str(plugin)], config.max_memory_mb)
+        pools.append(RewardPool(config, LocalBackend(settings), max_steps=10))
+        return pools[-1]
+
+    yield start
+    for pool in pools:
+        pool.close()
+    orms.data.clear()
+    orms.data.update(registered)
+
+
+def group_of(*texts: str, group_id: int = 0) -> RolloutGroup:
+    prompt = Prompt(f"train:{group_id}", [{"role": "user", "content": "a"}], [1], {})
+    completions = [Completion([1], [0.0], text, "stop", (0,)) for text in texts]
+    return RolloutGroup(group_id, prompt, completions)
+
+
+def score(pool: RewardPool, *groups: RolloutGroup) -> list[RolloutGroup]:
+    for group in groups:
+        pool.submit(group, step=5)
+    scored = []
+    while pool.num_pending:
+        pool.wait(0.2)
+        scored += pool.collect()
+    return sorted(scored, key=lambda group: group.group_id)
+
+
+def totals(group: RolloutGroup) -> list[float]:
+    return [reward.total for reward in group.rewards]
+
+
+def test_groups_come_back_scored_and_otherwise_as_they_were(start):
+    pool = start("length", "format", "steps", num_workers=2, reward_weights=[1.0, 10.0, 100.0])
+    groups = [group_of("x" * i, "<think></think><answer></answer>", group_id=i) for i in range(6)]
+    scored = score(pool, *groups)
+    for before, after in zip(groups, scored, strict=True):
+        assert after.completions == before.completions
+        assert after.prompt == before.prompt
+        first, second = after.rewards
+        assert list(first.by_name) == ["length", "format", "steps"]
+        assert first.by_name == {"length": after.group_id, "format": 0.0, "steps": 0.5}
+        assert second.total == 32 + 10 + 50
+        assert first.failures == {}
+    assert pool.num_pending == 0
+    assert pool.pending_refs() == []
+
+
+@pytest.mark.parametrize(
+    ("act", "failure"),
+    [
+        ("die", "crashed"),
+        ("segfault", "crashed"),
+        ("leak", "crashed"),
+        ("hang", "timeout"),
+        ("hang in C", "timeout"),
+    ],
+)
+def test_one_bad_completion_costs_its_siblings_nothing(start, act, failure, caplog):
+    pool = start("acts", "length", timeout_s=2.0, max_memory_mb=300)
+    [bad, good] = score(pool, group_of("a", act, "ccc"), group_of("dddd", "ee", group_id=1))
+    assert totals(good) == [8.0, 4.0]
+    assert totals(bad) == [2.0, len(act), 6.0]
+    assert [reward.failures for reward in bad.rewards] == [{}, {"acts": failure}, {}]
+    assert bad.rewards[1].by_name == {"acts": 0.0, "length": len(act)}
+    assert "'acts'" in caplog.text
+    assert f"prompt 'train:0', completion 1: {act!r}" in caplog.text
+
+
+def test_a_process_that_is_killed_is_gone_and_another_one_goes_on(start):
+    pool = start("ids", "acts", timeout_s=1.0)
+    [first] = score(pool, group_of("a"))
+    [hung] = score(pool, group_of("hang"))
+    [last] = score(pool, group_of("a"))
+    before, after = (int(g.rewards[0].by_name["ids"]) for g in (first, last))
+    assert before != after
+    assert not psutil.pid_exists(before)
+    assert hung.rewards[0].failures == {"acts": "timeout"}
+    pool.close()
+    assert not psutil.pid_exists(after)
+    assert pool.num_pending == 0
+
+
+def test_dropped_completions_have_no_total(start):
+    pool = start("acts", "length", on_error="drop")
+    [group] = score(pool, group_of("a", "raise", "die", "none"))
+    assert totals(group)[0] == 2.0
+    assert totals(group)[3] == 4.0  # None is no failure
+    for index, failure in ((1, "error"), (2, "crashed")):
+        assert math.isnan(totals(group)[index])
+        assert math.isnan(group.rewards[index].by_name["acts"])
+        assert group.rewards[index].failures == {"acts": failure}
+
+
+def test_timeouts_may_have_a_policy_of_their_own(start):
+    pool = start("acts", on_error="zero", on_timeout="drop")
+    [group] = score(pool, group_of("raise", "die"))
+    assert totals(group)[0] == 0.0
+    assert math.isnan(totals(group)[1])
+    pool = start("acts", on_timeout="raise")
+    with pytest.raises(RewardCodeError, match="(?s)'acts' ended its process.*completion 1: 'die'"):
+        score(pool, group_of("a", "die"))
+
+
+@pytest.mark.parametrize(("act", "error"), [("raise", "ValueError"), ("exit", "SystemExit")])
+def test_an_exception_ends_with_the_users_own_traceback_and_the_completion(start, act, error):
+    pool = start("length", "acts")
+    with pytest.raises(RewardCodeError) as caught:
+        score(pool, group_of("a", "b", act))
+    first, *frames, raised, empty, summary, where = str(caught.value).splitlines()
+    assert first == "Traceback (most recent call last):"
+    assert raised.startswith(error)
+    assert empty == ""
+    assert summary.startswith(f"reward function 'acts' raised {error} on prompt 'train:0'")
+    assert where == f"(prompt 'train:0', completion 2: {act!r})"
+    assert "return [act(text) for text in completions]" in "".join(frames)
+    assert not any("rlsys/" in line for line in frames)
+
+
+def test_an_exception_of_siblings_together_is_not_hidden_by_trying_them_alone(start):
+    pool = start("spread")
+    with pytest.raises(RewardCodeError, match="KeyError: 'raise'"):
+        score(pool, group_of("a", "raise", "c"))
+    pool = start("spread", on_error="zero")
+    [group] = score(pool, group_of("a", "raise", "c"))
+    assert [reward.failures for reward in group.rewards] == [{"spread": "error"}] * 3
+
+
+def test_a_gate_keeps_a_function_from_being_called(start):
+    gate = {"calls": "length >= 3"}
+    pool = start("length", "calls", gate=gate, reward_weights=[0.0, 1.0])
+    [group] = score(pool, group_of("a", "abc", "ab", "abcd"))
+    assert totals(group) == [0.0, 2.0, 0.0, 2.0]
+    [group] = score(pool, group_of("a", "b"))
+    assert [r.by_name for r in group.rewards] == [{"length": 1.0, "calls": 0.0}] * 2
+
+
+def test_a_gate_that_says_none_does_not_apply(start):
+    pool = start("acts", "length", gate={"length": "acts >= 5"})
+    [group] = score(pool, group_of("none", "a"))
+    assert totals(group) == [4.0, 1.0]
+
+
+def test_async_functions_of_many_groups_run_together(start):
+    pool = start("waits", "length")
+    groups = [group_of(*"ab", group_id=i) for i in range(20)]
+    scored = score(pool, *groups)
+    together = [reward.by_name["waits"] for group in scored for reward in group.rewards]
+    assert max(together) == 40  # all had begun before the first one ended
+    assert min(together) > 2
+    assert totals(scored[0]) == [value + 1 for value in together[:2]]
+
+
+@pytest.mark.parametrize(
+    ("act", "failure"), [("hang", "timeout"), ("die", "crashed"), ("block", "timeout")]
+)
+def test_one_bad_async_call_costs_the_others_nothing(start, act, failure, monkeypatch):
+    monkeypatch.setattr("rlsys.rewards.pool.ASYNC_GRACE_S", 0.5)
+    pool = start("waits", timeout_s=1.0)
+    scored = score(pool, group_of("a", act), *(group_of("b", group_id=i) for i in (1, 2)))
+    assert [reward.failures for reward in scored[0].rewards] == [{}, {"waits": failure}]
+    assert all(reward.failures == {} for group in scored[1:] for reward in group.rewards)
+    assert all(value > 0 for group in scored[1:] for value in totals(group))
+
+
+def test_a_class_that_cannot_be_made_shows_its_traceback(start):
+    with pytest.raises(RewardCodeError) as caught:
+        start("unmade")
+    assert 'open("no such model")' in str(caught.value)
+    assert "reward function 'unmade': Unmade() raised FileNotFoundError" in str(caught.value)
+
+
+def test_the_guard_of_memory_ends_with_its_process(start):
+    pool = start("ids")
+    [group] = score(pool, group_of("a"))
+    worker = psutil.Process(int(totals(group)[0]))
+    assert worker.ppid() == os.getpid()
+    [guard] = worker.children()
+    pool.close()
+    guard.wait(timeout=30)
+    assert not guard.is_running()
+
+
+def test_nothing_is_left_when_a_start_fails(start, tmp_path):
+    before = {child.pid for child in psutil.Process().children()}
+    with pytest.raises(RewardCodeError):
+        start("length", "unmade", num_workers=2)
+    assert {child.pid for child in psutil.Process().children()} <= before
+    assert Path(tmp_path / "acts.py").exists()
