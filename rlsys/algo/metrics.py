@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -11,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from rlsys.algo.advantages import nanstd, rewards_matrix
+from rlsys.algo.reward_metrics import reward_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +39,7 @@ def rollout_metrics(groups: list[RolloutGroup], batch: TrainBatch) -> dict[str, 
         "advantages/abs_max": batch.advantages.abs().max(),
     }
     numbers = {name: value.item() for name, value in metrics.items()}
-    return numbers | _by_name_metrics(groups) | _length_metrics(groups)
+    return numbers | reward_metrics(groups) | _length_metrics(groups)
 
 
 def evaluation_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
@@ -53,20 +52,7 @@ def evaluation_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
     """
     rewards_PG = rewards_matrix(groups)
     mean = {"reward": rewards_PG.nanmean().item()}
-    return mean | _by_name_metrics(groups) | _length_metrics(groups)
-
-
-def _by_name_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
-    by_name: defaultdict[str, list[float]] = defaultdict(list)
-    for group in groups:
-        for reward in group.rewards:
-            for name, value in reward.by_name.items():
-                by_name[name].append(value)
-    metrics = {}
-    for name, values in by_name.items():
-        metrics[f"rewards/{name}/mean"] = statistics.fmean(values)
-        metrics[f"rewards/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0
-    return metrics
+    return mean | reward_metrics(groups) | _length_metrics(groups)
 
 
 def _length_metrics(groups: list[RolloutGroup]) -> dict[str, float]:

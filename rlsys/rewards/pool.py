@@ -21,8 +21,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rlsys.config import RewardConfig
-from rlsys.rewards.base import TrainerState, orms
 from rlsys.reward_gates import Gate, parse_gates
+from rlsys.rewards.base import TrainerState, orms
 from rlsys.rewards.runner import Failed, Task, Values
 from rlsys.rewards.scoring import is_async, weighted_total
 from rlsys.types import RewardFailure, RewardOutput, RolloutGroup

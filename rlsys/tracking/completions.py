@@ -52,6 +52,7 @@ def completion_rows(
             "prompt_id": group.prompt.prompt_id,
             "reward": group.rewards[index].total if group.rewards else None,
             "rewards": group.rewards[index].by_name if group.rewards else {},
+            "failures": group.rewards[index].failures if group.rewards else {},
             "advantage": None if advantages is None else advantages[index],
             "num_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,

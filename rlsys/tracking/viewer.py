@@ -213,8 +213,11 @@ def _group_summary(rows: list[Row]) -> str:
 def _print_heading(console: Console, row: Row, style: str) -> None:
     line = Text(f"#{row['index']}  ")
     line.append(f"reward {_number(row['reward'])}", style=style)
+    failures = row.get("failures", {})  # older runs did not write it
     for name, value in row["rewards"].items():
         line.append(f"  {printable(name)} {_number(value)}")
+        if name in failures:
+            line.append(f" {printable(failures[name])}", style="bold red")
     advantage = row["advantage"]
     line.append("  advantage " + ("-" if advantage is None else f"{advantage:+.2f}"))
     end = "cut" if row["finish_reason"] == "length" else row["finish_reason"]

@@ -200,7 +200,7 @@ def test_timeouts_may_have_a_policy_of_their_own(start):
     assert totals(group)[0] == 0.0
     assert math.isnan(totals(group)[1])
     pool = start("acts", on_timeout="raise")
-    with pytest.raises(RewardCodeError, match="(?s)'acts' ended its process.*completion 1: 'die'"):
+    with pytest.raises(RewardCodeError, match=r"(?s)'acts' ended its process.*completion 1: 'die'"):
         score(pool, group_of("a", "die"))
 
 

@@ -1,10 +1,12 @@
 import io
+import math
 import re
 import signal
 import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from rlsys.tracking.completions import CompletionsTracker, completion_rows, last
 from rlsys.tracking.jsonl import read_jsonl, truncate_after
 from rlsys.tracking.printable import printable
 from rlsys.tracking.viewer import Tail, print_group, show_completions
+from rlsys.types import RewardOutput
 
 
 @pytest.fixture
@@ -52,6 +55,7 @@ def test_a_row_holds_what_a_person_asks_about_a_completion(run):
         "prompt_id": "countdown-3",
         "reward": 1.0,
         "rewards": {"countdown": 1.0},
+        "failures": {},
         "advantage": 0.7,
         "num_tokens": 4,
         "finish_reason": "stop",
@@ -68,6 +72,18 @@ def test_unscored_groups_and_unknown_advantages_are_null():
         (None, {}, None),
         (None, {}, None),
     ]
+
+
+def test_a_failed_reward_function_is_shown_with_what_happened(run, capsys):
+    group = make_group(["a", "b"], [1.0, 0.0])
+    dropped = RewardOutput(math.nan, {"countdown": math.nan}, {"countdown": "timeout"})
+    tracker = CompletionsTracker(run)
+    tracker.log_completions(1, replace(group, rewards=[group.rewards[0], dropped]), None)
+    tracker.close()
+    rows = list(read_jsonl(run.completions))
+    assert [row["failures"] for row in rows] == [{}, {"countdown": "timeout"}]
+    assert [row["reward"] for row in rows] == [1.0, None]
+    assert "#1  reward -  countdown - timeout" in shown(capsys, run)
 
 
 def test_held_out_groups_have_a_file_of_their_own(run, capsys):
