@@ -64,7 +64,7 @@ class Process:
 
     def broadcast(self, nbytes, repeats):
         buffer = torch.zeros(nbytes, dtype=torch.uint8)
-        return [seconds(lambda: self.plain.broadcast(buffer, what="it")) for _ in range(repeats)]
+        return [seconds(lambda: self.plain.broadcast(buffer, what="it")()) for _ in range(repeats)]
 
     def memcpy(self, nbytes, repeats):
         source, target = (

@@ -80,6 +80,12 @@ class InPlacePlan:
         if targets:
             torch._foreach_copy_(targets, sources)  # one kernel for many tensors
 
+    def checksums(self) -> list[tuple[str, int]]:
+        """(tensor, checksum of what the parameter holds of it) of every copy."""
+        all_copies = [(name, copy) for name, copies in self.copies.items() for copy in copies]
+        held = as_numbers([_content(copy.target) for _, copy in all_copies])
+        return [(name, number) for (name, _), number in zip(all_copies, held, strict=True)]
+
 
 class PlanProof:
     """Shows on one update that vLLM itself loads where the plan says: see `first_difference`.

@@ -84,6 +84,11 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Whether the next update is copied straight into the parameters."""
         return self._plan is not None
 
+    def loaded_checksums(self) -> list[tuple[str, int]]:
+        """(tensor, checksum of the slice of it that this worker holds), where loaded in place."""
+        assert self._plan is not None
+        return self._plan.checksums()
+
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the weight sync group."""
         metadata = [
@@ -199,6 +204,10 @@ class WeightSyncWorkerExtension:
     def loads_in_place(self) -> bool:
         """Whether the next update is copied straight into the parameters."""
         return self.weight_transfer_engine.loads_in_place
+
+    def loaded_checksums(self) -> list[tuple[str, int]]:
+        """Of what this worker's parameters hold of each tensor, to compare with the policy's."""
+        return self.weight_transfer_engine.loaded_checksums()
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketWeightTransferEngine)
