@@ -3,7 +3,16 @@
 A reward is a class derived from `ORM`, registered in `orms`; `plugins/README.md` shows how.
 """
 
-from rlsys.rewards import countdown, format  # noqa: F401  registers the built-in rewards
+from rlsys.rewards import (  # noqa: F401  registers the built-in rewards
+    accuracy,
+    countdown,
+    format,
+    json_schema,
+    language,
+    length,
+    matching,
+    trl,
+)
 from rlsys.rewards.base import ORM, AsyncORM, TrainerState, orms, register_reward, trl_style
 from rlsys.rewards.instances import RewardError, settings_of
 from rlsys.rewards.plugins import load_plugins

@@ -1,4 +1,4 @@
-"""The format reward: did the model answer in the tags it was asked for?"""
+"""The format rewards: did the model answer in the tags it was asked for?"""
 
 from __future__ import annotations
 
@@ -17,15 +17,47 @@ def has_format(completion: str) -> bool:
     Each tag occurs exactly once; white space around and between the two parts is allowed, and
     both may have several lines.
     """
-    if any(completion.count(tag) != 1 for tag in _TAGS):
-        return False
-    return _LAYOUT.fullmatch(completion.strip()) is not None
+    return _has_each_tag_once(completion) and _LAYOUT.fullmatch(completion.strip()) is not None
+
+
+def has_format_somewhere(completion: str) -> bool:
+    """Whether it has one `<think>...</think>` and after it one `<answer>...</answer>`.
+
+    Each tag occurs exactly once. Other text may stand before, between and after them.
+    """
+    places = [completion.find(tag) for tag in _TAGS]
+    return _has_each_tag_once(completion) and places == sorted(places)
+
+
+def _has_each_tag_once(completion: str) -> bool:
+    return all(completion.count(tag) == 1 for tag in _TAGS)
+
+
+class _TagFormat(ORM):
+    def __init__(self, prompt_opens_think: bool = False):
+        """Settings.
+
+        Args:
+            prompt_opens_think: the chat template ends with `<think>`, so that completions begin
+                inside of it and must not repeat the tag.
+        """
+        super().__init__()
+        self._opened = "<think>" if prompt_opens_think else ""
 
 
 @register_reward("format")
-class Format(ORM):
-    """1 for `<think>...</think><answer>...</answer>`, else 0."""
+class Format(_TagFormat):
+    """1 for `<think>...</think><answer>...</answer>` and nothing else, else 0."""
 
     def __call__(self, completions: list[str], **columns: Any) -> list[float]:
         """[G] 1.0 or 0.0; see `has_format`."""
-        return [float(has_format(completion)) for completion in completions]
+        return [float(has_format(self._opened + completion)) for completion in completions]
+
+
+@register_reward("format_soft")
+class FormatSoft(_TagFormat):
+    """1 for one `<think>` part, then one `<answer>` part, with any text around them, else 0."""
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        """[G] 1.0 or 0.0; see `has_format_somewhere`."""
+        return [float(has_format_somewhere(self._opened + text)) for text in completions]

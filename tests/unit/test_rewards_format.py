@@ -57,3 +57,26 @@ def test_any_content_between_the_tags_scores_1_and_a_repeated_tag_0(thought, ans
     for tag in TAGS:
         assert score(completion.replace(tag, tag * 2)) == 0.0
         assert score(completion.replace(tag, "")) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        ("<think>a</think><answer>b</answer>", 1.0),
+        ("Sure! <think>a</think> so <answer>b</answer> Done.", 1.0),
+        ("<answer>b</answer><think>a</think>", 0.0),
+        ("<think>a<answer></think>b</answer>", 0.0),
+        ("<think>a</think><think>a</think><answer>b</answer>", 0.0),
+        ("<think>a</think><answer>b", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_soft_format_allows_text_around_the_parts(completion, expected):
+    assert orms["format_soft"]()([completion]) == [expected]
+
+
+@pytest.mark.parametrize("name", ["format", "format_soft"])
+def test_a_prompt_may_open_the_think_tag(name):
+    reward = orms[name](prompt_opens_think=True)
+    texts = ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"]
+    assert reward(texts) == [1.0, 0.0]

@@ -1,0 +1,121 @@
+"""Is the answer mathematically right? Read and compared by math-verify."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Any, get_args
+
+from rlsys.rewards.answers import (
+    AnswerFormat,
+    after_thinking,
+    last_boxed,
+    marked_answer,
+    reference,
+    tagged_answers,
+)
+from rlsys.rewards.base import ORM, register_reward
+from rlsys.rewards.bounded import BoundedCalls, Limit
+
+MAX_LENGTH = 2000
+"""Characters of an answer; what is longer is no answer."""
+
+_DOLLARS = re.compile(r"^\\?\$(?=\s*[0-9.]+)")
+_GSM8K = re.compile(r"####\s*([^\n]+)")
+
+
+@register_reward("accuracy")
+class Accuracy(ORM):
+    r"""1 for an answer equal to the dataset's, else 0: numbers, fractions, sets, LaTeX.
+
+    The answer stands after the last `</think>`: in `<answer>` tags, else in the last `\boxed{}`,
+    else (`answer_format: any`) it is what math-verify finds, such as "the answer is 4" or the last
+    number. Reads the columns `solution` or `answer`, where GSM8K's `#### 72` is understood. A row
+    whose answer cannot be read as mathematics is None, not applicable.
+    """
+
+    def __init__(self, answer_format: AnswerFormat = "any", time_limit_s: float = 3.0):
+        """Settings.
+
+        Args:
+            answer_format: "any", "tags" for `<answer>` only, "boxed" for `\\boxed{}` only.
+            time_limit_s: seconds of CPU time for one comparison. An answer that takes longer,
+                such as 9^{9^{9^9}}, scores 0.
+
+        Raises:
+            ValueError: math-verify is not installed, or an unknown answer_format.
+        """
+        super().__init__()
+        check_answer_format("accuracy", answer_format)
+        if importlib.util.find_spec("math_verify") is None:
+            raise ValueError("the reward accuracy needs math-verify: pip install math-verify")
+        self.answer_format = answer_format
+        self._check = BoundedCalls("rlsys.rewards.math_check:check", cpu_limit_s=time_limit_s)
+        self._known_golds: dict[str, bool] = {}
+
+    def __call__(
+        self,
+        completions: list[str],
+        solution: list[Any] | None = None,
+        answer: list[Any] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """[G] 1.0, 0.0, or None where the row's own answer cannot be read."""
+        golds = reference("accuracy", solution, answer)
+        return [
+            self._score(completion, gold_answer(gold))
+            for completion, gold in zip(completions, golds, strict=True)
+        ]
+
+    def _score(self, completion: str, gold: str) -> float | None:
+        if gold not in self._known_golds:
+            self._known_golds[gold] = self._check(gold, None, True) is True
+        if not self._known_golds[gold]:
+            return None
+        found, marked = self._find(completion)
+        if not found or len(found) > MAX_LENGTH:
+            return 0.0
+        same = self._check(gold, found, marked)
+        return 0.0 if same is Limit.EXCEEDED else float(same)
+
+    def _find(self, completion: str) -> tuple[str | None, bool]:
+        """The answer, and whether it was marked as one."""
+        found = marked_answer(completion, self.answer_format)
+        if found is not None or self.answer_format != "any":
+            return found, True
+        text = after_thinking(completion)
+        if text is None or tagged_answers(text) != [] or last_boxed(text) is not None:
+            return None, True
+        # An answer in prose stands at the end, and math-verify's patterns are slow on long texts.
+        return text[-MAX_LENGTH:], False
+
+
+def gold_answer(gold: Any) -> str:
+    r"""The answer of a dataset's row, freed of `#### `, `<answer>`, `\boxed{}` or `$`.
+
+    Raises:
+        ValueError: neither text nor number.
+    """
+    if isinstance(gold, int | float) and not isinstance(gold, bool):
+        return repr(gold)
+    if not isinstance(gold, str):
+        raise ValueError(
+            f"an answer must be text or a number, found {gold!r}. Correct the dataset."
+        )
+    marked = _GSM8K.findall(gold) or tagged_answers(gold)
+    text = (marked[-1] if marked else gold).strip()
+    boxed = last_boxed(text)
+    text = text if boxed is None else boxed
+    bare = text[1:-1]
+    if text[:1] == text[-1:] == "$" and "$" not in bare:
+        return bare.strip()
+    return _DOLLARS.sub("", text)
+
+
+def check_answer_format(reward: str, value: str) -> None:
+    """Raises ValueError unless `value` is an AnswerFormat."""
+    if value not in get_args(AnswerFormat):
+        raise ValueError(
+            f"{reward}: answer_format must be one of {', '.join(get_args(AnswerFormat))}, "
+            f"not {value!r}"
+        )

@@ -1,0 +1,197 @@
+"""Rewards for structured output: is it JSON of the right form, and does it say the right thing?"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any
+
+from rlsys.rewards.answers import after_thinking
+from rlsys.rewards.base import ORM, register_reward
+from rlsys.rewards.bounded import BoundedCalls
+
+MAX_LENGTH = 100_000
+"""Characters of JSON; what is longer scores 0."""
+
+_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL)
+
+
+class NotJSON(ValueError):
+    """The text is not one JSON value."""
+
+
+@register_reward("json_schema")
+class JSONSchema(ORM):
+    """1 for one JSON value that fits a JSON schema, `valid_json` for other JSON, else 0.
+
+    The JSON is all that follows the last `</think>`, or stands in its only ``` block. Duplicate
+    keys, NaN, Infinity and text around it are not JSON. Every draft of JSON schema that
+    `jsonschema` knows; a `$ref` to an address is refused, nothing is ever fetched. Validation
+    runs in a helper process with a limit on CPU time, as a schema may hold regular expressions.
+    """
+
+    def __init__(
+        self,
+        schema: dict[str, Any] | None = None,
+        valid_json: float = 0.0,
+        time_limit_s: float = 2.0,
+    ):
+        """Settings.
+
+        Args:
+            schema: the JSON schema; None reads the column `schema`, an object or its JSON text.
+            valid_json: value of JSON that does not fit, 0 to below 1.
+            time_limit_s: seconds of CPU time for one completion; what takes longer scores 0.
+
+        Raises:
+            ValueError: a schema that is none, or `valid_json` out of range.
+        """
+        super().__init__()
+        if not 0 <= valid_json < 1:
+            raise ValueError(f"json_schema: valid_json must be 0 to below 1, not {valid_json}")
+        self.valid_json = valid_json
+        self._problem = BoundedCalls("rlsys.rewards.json_check:problem", cpu_limit_s=10.0)
+        self._checked: set[str] = set()
+        self._schema = None if schema is None else self._text(schema)
+        self._fits = BoundedCalls("rlsys.rewards.json_check:fits", cpu_limit_s=time_limit_s)
+
+    def __call__(
+        self, completions: list[str], schema: list[Any] | None = None, **columns: Any
+    ) -> list[float]:
+        """[G] 1.0, `valid_json` or 0.0.
+
+        Raises:
+            ValueError: no schema, or one that is none.
+        """
+        if self._schema is None and schema is None:
+            raise ValueError(
+                "json_schema needs a schema: reward.reward_params: {json_schema: {schema: ...}}, "
+                "or a dataset column 'schema'"
+            )
+        texts = (
+            [self._schema] * len(completions)
+            if self._schema is not None
+            else [self._text(one) for one in schema or []]
+        )
+        values = {"fits": 1.0, "json": self.valid_json}
+        return [
+            values.get(self._fits(text, completion), 0.0)
+            for text, completion in zip(texts, completions, strict=True)
+        ]
+
+    def _text(self, schema: Any) -> str:
+        """The schema as JSON, checked once."""
+        text = schema if isinstance(schema, str) else json.dumps(schema, sort_keys=True)
+        if text not in self._checked:
+            problem = self._problem(text)
+            if problem is not None:
+                raise ValueError(f"json_schema: not a usable JSON schema: {problem}: {text[:200]}")
+            self._checked.add(text)
+        return text
+
+
+@register_reward("json_match")
+class JSONMatch(ORM):
+    """Share of the fields of the dataset's object that the completion's JSON object has right.
+
+    Fields that the dataset's object does not have make it 0, so that a model cannot try several
+    names. Reads the column `expected`, an object or its JSON text; the JSON of the completion is
+    found as by `json_schema`.
+    """
+
+    def __init__(self, all_or_nothing: bool = False):
+        """Settings.
+
+        Args:
+            all_or_nothing: 1 where all fields are right, else 0.
+        """
+        super().__init__()
+        self.all_or_nothing = all_or_nothing
+
+    def __call__(self, completions: list[str], expected: list[Any], **columns: Any) -> list[float]:
+        """[G] between 0 and 1.
+
+        Raises:
+            ValueError: a row whose `expected` is no object with fields.
+        """
+        return [
+            self._score(completion, _expected(row))
+            for completion, row in zip(completions, expected, strict=True)
+        ]
+
+    def _score(self, completion: str, expected: dict[str, Any]) -> float:
+        try:
+            found = read_json(completion)
+        except NotJSON:
+            return 0.0
+        if not isinstance(found, dict) or not found.keys() <= expected.keys():
+            return 0.0
+        right = sum(name in found and same(found[name], expected[name]) for name in expected)
+        return float(right == len(expected)) if self.all_or_nothing else right / len(expected)
+
+
+def read_json(completion: str) -> Any:
+    """The one JSON value of a completion.
+
+    Raises:
+        NotJSON: there is none, or more than that.
+    """
+    text = after_thinking(completion)
+    if text is None or len(text) > MAX_LENGTH:
+        raise NotJSON("unfinished thinking, or too long")
+    fenced = _FENCE.findall(text)
+    if len(fenced) > 1:
+        raise NotJSON("several blocks")
+    try:
+        return json.loads(
+            fenced[0] if fenced else text,
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+    # RecursionError: thousands of brackets.
+    except (ValueError, RecursionError) as error:
+        raise NotJSON(str(error)) from None
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equality of JSON values: 1 is 1.0, and neither is true."""
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same, left, right))
+    return left == right
+
+
+def _expected(row: Any) -> dict[str, Any]:
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except ValueError:
+            row = None
+    if not isinstance(row, dict) or not row:
+        raise ValueError(
+            "json_match: column 'expected' must be an object with fields, or its JSON text, found "
+            f"{row!r}. Correct the dataset."
+        )
+    return row
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise NotJSON("a key twice")
+    return dict(pairs)
+
+
+def _refuse_constant(name: str) -> float:
+    raise NotJSON(name)
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise NotJSON("a number beyond all")
+    return value

@@ -1,0 +1,256 @@
+"""Rewards that compare an answer with the dataset's: a choice, a text, a pattern."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from rlsys.rewards.accuracy import check_answer_format
+from rlsys.rewards.answers import (
+    AnswerFormat,
+    after_thinking,
+    last_boxed,
+    marked_answer,
+    reference,
+    tagged_answers,
+)
+from rlsys.rewards.base import ORM, register_reward
+from rlsys.rewards.bounded import BoundedCalls
+
+_ANSWER_IS = re.compile(
+    r"\b(?:answer|choice|option)\b(?:\s+(?:is|would\s+be))?\s*:?\s*"
+    r"[*_]{0,3}\(?([A-Z])\b(?!['\u2019])",
+    re.IGNORECASE,
+)
+_BARE_CHOICE = re.compile(
+    r"[\s(\[{*_$]*(?:\\text\s*\{\s*)?\(?([A-Z])\)?\}?[\s)\]}*_$]*(?:[.:)].*)?",
+    re.IGNORECASE | re.DOTALL,
+)
+
+
+@register_reward("multiple_choice")
+class MultipleChoice(ORM):
+    r"""1 for the right letter, else 0.
+
+    The choice stands after the last `</think>`: in `<answer>` tags, else in the last `\boxed{}`,
+    else (`answer_format: any`) in words such as "the answer is (B)", or it is the whole text. A
+    completion that names several choices as its answer scores 0. Reads the columns `solution` or
+    `answer`: `B`, `(b)` or `B. Paris`.
+    """
+
+    def __init__(self, choices: str = "ABCDEFGHIJ", answer_format: AnswerFormat = "any"):
+        """Settings.
+
+        Args:
+            choices: the letters that are choices.
+            answer_format: "any", "tags" for `<answer>` only, "boxed" for `\\boxed{}` only.
+        """
+        super().__init__()
+        check_answer_format("multiple_choice", answer_format)
+        if not re.fullmatch("[A-Z]{2,}", choices.upper()):
+            raise ValueError(f"multiple_choice: choices must be two or more letters: {choices!r}")
+        self.choices = choices.upper()
+        self.answer_format = answer_format
+
+    def __call__(
+        self,
+        completions: list[str],
+        solution: list[Any] | None = None,
+        answer: list[Any] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """[G] 1.0 or 0.0.
+
+        Raises:
+            ValueError: a row whose right answer is none of the choices.
+        """
+        golds = reference("multiple_choice", solution, answer)
+        return [
+            float(self._choice(completion) == self._gold(gold))
+            for completion, gold in zip(completions, golds, strict=True)
+        ]
+
+    def _gold(self, gold: Any) -> str:
+        letter = _letter(gold) if isinstance(gold, str) else None
+        if letter is None or letter not in self.choices:
+            raise ValueError(
+                f"multiple_choice: the right answer of a row must be one of {self.choices}, "
+                f"found {gold!r}. Correct the dataset, or set choices."
+            )
+        return letter
+
+    def _choice(self, completion: str) -> str | None:
+        marked = marked_answer(completion, self.answer_format)
+        if marked is not None:
+            return _letter(marked)
+        text = after_thinking(completion)
+        if self.answer_format != "any" or text is None or tagged_answers(text) != []:
+            return None
+        named = {letter.upper() for letter in _ANSWER_IS.findall(text)}
+        if not named:
+            return _letter(text)
+        return named.pop() if len(named) == 1 else None
+
+
+def _letter(text: str) -> str | None:
+    """The choice that `text` is: `B`, `(b)`, `B. Paris`, `**B**`, `\\text{B}`; not `A or B`."""
+    match = _BARE_CHOICE.fullmatch(text)
+    return match[1].upper() if match else None
+
+
+@register_reward("exact_match")
+class ExactMatch(ORM):
+    r"""1 for an answer that is the dataset's text, or one of its texts, else 0.
+
+    The answer is what `<answer>` tags hold, else the last `\boxed{}`, else (`answer_format: any`)
+    all after the last `</think>`. Unicode's equivalent spellings are equal (NFKC), and so are runs
+    of white space. Reads the columns `solution` or `answer`, or the one that `column` names: a
+    text, a number, or a list of accepted ones.
+    """
+
+    def __init__(
+        self,
+        column: str | None = None,
+        ignore_case: bool = True,
+        ignore_punctuation: bool = False,
+        answer_format: AnswerFormat = "any",
+    ):
+        """Settings.
+
+        Args:
+            column: dataset column with the right answer; None is `solution` or `answer`.
+            ignore_case: whether paris is Paris.
+            ignore_punctuation: whether "Paris." is "Paris".
+            answer_format: "any", "tags" for `<answer>` only, "boxed" for `\\boxed{}` only.
+        """
+        super().__init__()
+        check_answer_format("exact_match", answer_format)
+        self.column = column
+        self.ignore_case = ignore_case
+        self.ignore_punctuation = ignore_punctuation
+        self.answer_format = answer_format
+
+    def __call__(
+        self,
+        completions: list[str],
+        solution: list[Any] | None = None,
+        answer: list[Any] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """[G] 1.0 or 0.0.
+
+        Raises:
+            ValueError: a row without an answer, or with an empty one.
+        """
+        if self.column in ("solution", "answer"):
+            golds = solution if self.column == "solution" else answer
+        else:
+            golds = columns.get(self.column) if self.column else None
+        if self.column and golds is None:
+            raise ValueError(f"exact_match: the dataset has no column {self.column!r}")
+        golds = reference("exact_match", solution, answer, golds)
+        return [
+            float(self._normal(self._answer(completion)) in self._accepted(gold))
+            for completion, gold in zip(completions, golds, strict=True)
+        ]
+
+    def _answer(self, completion: str) -> str:
+        marked = marked_answer(completion, self.answer_format)
+        text = after_thinking(completion)
+        if marked is not None or self.answer_format != "any" or text is None:
+            return marked or ""
+        # Tags that do not pair up, or disagree, hold no answer, and neither does their text.
+        return text if tagged_answers(text) == [] and last_boxed(text) is None else ""
+
+    def _accepted(self, gold: Any) -> set[str]:
+        golds = gold if isinstance(gold, list | tuple) else [gold]
+        accepted = {self._normal(str(one)) for one in golds if isinstance(one, str | int | float)}
+        if not accepted or "" in accepted:
+            raise ValueError(
+                f"exact_match: the right answer of a row must be a text or a list of texts, none "
+                f"of them empty, found {gold!r}. Correct the dataset."
+            )
+        return accepted
+
+    def _normal(self, text: str) -> str:
+        text = unicodedata.normalize("NFKC", text)
+        if self.ignore_case:
+            text = text.casefold()
+        if self.ignore_punctuation:
+            text = "".join(" " if unicodedata.category(c)[0] == "P" else c for c in text)
+        return " ".join(text.split())
+
+
+@register_reward("regex_match")
+class RegexMatch(ORM):
+    """1 for a completion in which a regular expression is found, else 0.
+
+    Python's `re`, with flags as `(?i)` in the pattern. The pattern is a parameter, or a dataset
+    column `pattern`. Matching runs in a helper process: a search that takes more than
+    `time_limit_s` of CPU time (catastrophic backtracking, as of `(a+)+b`) is ended by the kernel
+    and scores 0.
+    """
+
+    def __init__(
+        self,
+        pattern: str | None = None,
+        mode: Literal["search", "match", "fullmatch"] = "search",
+        time_limit_s: float = 1.0,
+    ):
+        """Settings.
+
+        Args:
+            pattern: the regular expression; None reads the column `pattern`.
+            mode: "search" anywhere, "match" from the beginning, "fullmatch" all of it.
+            time_limit_s: seconds of CPU time for one completion.
+
+        Raises:
+            ValueError: a pattern that is none, or an unknown mode.
+        """
+        super().__init__()
+        if mode not in ("search", "match", "fullmatch"):
+            raise ValueError(f"regex_match: mode must be search, match or fullmatch, not {mode!r}")
+        if pattern is not None:
+            check_pattern(pattern)
+        self.pattern = pattern
+        self.mode = mode
+        self._matches = BoundedCalls("rlsys.rewards.matching:matches", cpu_limit_s=time_limit_s)
+
+    def __call__(
+        self, completions: list[str], pattern: list[str] | None = None, **columns: Any
+    ) -> list[float]:
+        """[G] 1.0 or 0.0.
+
+        Raises:
+            ValueError: no pattern, or one that is none.
+        """
+        patterns: Sequence[str] | None = (
+            pattern if self.pattern is None else [self.pattern] * len(completions)
+        )
+        if patterns is None:
+            raise ValueError(
+                "regex_match needs a pattern: reward.reward_params: {regex_match: {pattern: ...}}, "
+                "or a dataset column 'pattern'"
+            )
+        for one in set(patterns):
+            check_pattern(one)
+        return [
+            float(self._matches(one, completion, self.mode) is True)
+            for one, completion in zip(patterns, completions, strict=True)
+        ]
+
+
+def matches(pattern: str, text: str, mode: str) -> bool:
+    """Whether `re.<mode>` finds `pattern` in `text`; runs in the helper process."""
+    function = {"search": re.search, "match": re.match, "fullmatch": re.fullmatch}[mode]
+    return function(pattern, text) is not None
+
+
+def check_pattern(pattern: str) -> None:
+    """Raises ValueError unless it is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"regex_match: {pattern!r} is no regular expression: {error}") from None

@@ -1,0 +1,68 @@
+"""Are two answers the same number, set or expression? Runs in the helper process of `accuracy`.
+
+math-verify reads and compares. It is imported here only, and never with its own time limits:
+they are signals, which need the main thread and do not interrupt C code.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import lru_cache
+from typing import Any
+
+from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from sympy import Basic, Eq, Expr, N
+
+# They say, once each, that no time limit is set. It is: the helper's.
+logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
+logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
+
+_EQUAL_WITHIN = 1e-6  # as math-verify rounds
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf|operatorname|mbox)\s*\{[^{}]*\}")
+_LATEX = LatexExtractionConfig(boxed_match_priority=0)
+
+
+def check(gold: str, answer: str | None, marked: bool) -> bool:
+    """`is_same`, or whether `gold` can be read at all when there is no answer."""
+    if answer is not None:
+        return is_same(gold, answer, marked)
+    # math-verify gives back the text alone when it is no mathematics.
+    return any(not isinstance(value, str) for value in _read(gold, True))
+
+
+def is_same(gold: str, answer: str, marked: bool) -> bool:
+    """Whether `answer` is `gold`.
+
+    Args:
+        gold: the dataset's answer, with nothing around it.
+        answer: the model's. Marked, it is the answer alone; else a text in which math-verify
+            looks for one: LaTeX, "the answer is 4", or the last number.
+        marked: which of the two.
+    """
+    found = _read(answer, marked)
+    if not found or any(_contradicts_itself(value) for value in found):
+        return False
+    return bool(verify(_read(gold, True), found, timeout_seconds=None))
+
+
+@lru_cache(maxsize=1024)
+def _read(text: str, marked: bool) -> list[Any]:
+    if not marked:
+        return parse(text, parsing_timeout=None)
+    # In a box all of the text is the answer: without one math-verify reads 2\sqrt{3} as 2.
+    prose = "$" in text or r"\boxed" in text or _WORD.search(_TEXT.sub("", text)) is not None
+    read = [] if prose else parse(f"\\boxed{{{text}}}", [_LATEX], parsing_timeout=None)
+    return read or parse(text, [_LATEX, ExprExtractionConfig()], parsing_timeout=None)
+
+
+def _contradicts_itself(value: Any) -> bool:
+    """`4 = 3` or `1 = 2 = 3`: math-verify would take the right side for the answer."""
+    return isinstance(value, Basic) and any(
+        isinstance(equation.lhs, Expr)
+        and isinstance(equation.rhs, Expr)
+        and not equation.free_symbols
+        and abs(N(equation.lhs - equation.rhs)) > _EQUAL_WITHIN
+        for equation in value.atoms(Eq)
+    )
