@@ -46,6 +46,7 @@ class BoundedCalls:
     """
 
     def __init__(self, function: str, *, cpu_limit_s: float, memory_gib: float = 4.0):
+        self._process: subprocess.Popen[bytes] | None = None
         if not (cpu_limit_s > 0 and memory_gib > 0):
             raise ValueError(
                 f"the time limit of a reward must be above 0 s, not {cpu_limit_s}, and its memory "
@@ -54,7 +55,6 @@ class BoundedCalls:
         self.function = function
         self.cpu_limit_s = cpu_limit_s
         self.memory_gib = memory_gib
-        self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:

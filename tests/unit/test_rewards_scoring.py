@@ -321,7 +321,7 @@ def test_settings_that_do_not_fit_name_the_parameters(params, message):
 
 def test_a_class_without_parameters_takes_none():
     with pytest.raises(ValueError, match="It has: none"):
-        settings_of("format", {"strict": True}, {})
+        settings_of("countdown", {"strict": True}, {})
 
 
 def test_a_class_of_ms_swift_finds_its_settings_in_args():
