@@ -171,7 +171,7 @@ def test_fewer_rows_than_a_step_needs(problems):
 def test_an_unknown_reward_lists_the_known(problems):
     text = only(problems("--reward.reward_funcs", "countdwn", "format"))
     assert "Did you mean 'countdown'?" in text
-    assert "countdown, format" in text
+    assert "cosine, countdown, exact_match" in text
 
 
 def test_a_plugin_that_raises_shows_its_traceback(problems, tmp_path):
