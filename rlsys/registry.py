@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections import UserDict
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -35,8 +36,8 @@ class Registry(UserDict[str, T]):
     def __setitem__(self, name: str, value: T) -> None:
         if self.data.get(name, value) is not value:
             raise ValueError(
-                f"{self.kind} {name!r} is registered twice: by {_where(self.data[name])} and by "
-                f"{_where(value)}. Rename one of them."
+                f"{self.kind} {name!r} is registered twice: by {where_defined(self.data[name])} "
+                f"and by {where_defined(value)}. Rename one of them."
             )
         self.data[name] = value
 
@@ -58,5 +59,11 @@ class Registry(UserDict[str, T]):
         return decorate
 
 
-def _where(value: object) -> str:
-    return f"{getattr(value, '__module__', '?')}.{getattr(value, '__qualname__', value)}"
+def where_defined(value: object) -> str:
+    """`file:line` of the definition, as far as it is written in Python."""
+    try:
+        defined = inspect.unwrap(value) if callable(value) else value
+        lines = inspect.getsourcelines(cast(Any, defined))[1]
+        return f"{inspect.getsourcefile(cast(Any, defined))}:{lines}"
+    except (TypeError, OSError):  # not written in Python, or not in a file
+        return repr(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -13,7 +12,14 @@ from ray.exceptions import RayError
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins
 from rlsys.rewards.pool import ProcessDied, RewardPool
-from rlsys.rewards.runner import Failed, ProcessSettings, RewardRunner, Task, Values
+from rlsys.rewards.runner import (
+    Failed,
+    ProcessSettings,
+    RewardRunner,
+    Task,
+    Values,
+    process_settings,
+)
 
 WORKER_CPUS = 0.01
 """Ray's bookkeeping only: rewards share the cores with whatever is idle at the time."""
@@ -108,10 +114,7 @@ class RewardWorkers(RewardPool):
                 that do not fit; found before any process starts.
             RewardCodeError: a reward class that cannot be instantiated.
         """
-        plugins = [str(Path(path).expanduser().resolve()) for path in config.external_plugins]
-        load_plugins(plugins)
+        load_plugins(config.external_plugins)
         check_names_and_weights(config.reward_funcs, config.reward_weights)
-        settings = ProcessSettings(
-            config.reward_funcs, config.reward_params, known or {}, plugins, config.max_memory_mb
-        )
+        settings = process_settings(config, known or {})
         super().__init__(config, RayBackend(settings, env_vars or {}), max_steps=max_steps)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.registry import Registry
+from rlsys.rewards import plugins
 
 Rewards = Sequence[float | None]
 """One number per completion; None: the function does not apply to this one."""
@@ -64,13 +65,6 @@ class TrainerState:
     max_steps: int
 
 
-orms: Registry[type[ORM] | RewardFunction] = Registry("reward function")
-"""Name -> ORM class, or function `f(completions, **columns)`; either may be async."""
-
-register_reward = orms.register
-"""Decorator form of `orms[name] = value`."""
-
-
 class TrlStyle:
     """A function that gets its arguments as TRL passes them for conversational prompts.
 
@@ -100,3 +94,37 @@ def trl_style(function: RewardFunction) -> RewardFunction:
             return [float(len(messages[0]["content"]) < 100) for messages in completions]
     """
     return TrlStyle(function)
+
+
+TRL_PREFIX = "trl/"
+"""Before a reference: the function is one of TRL's style."""
+
+
+class RewardRegistry(Registry[type[ORM] | RewardFunction]):
+    """Reward functions by name; looks a missing name up elsewhere.
+
+    A name is, in this order: registered; a reference, `path/to/file.py:name` or
+    `package.module:name`, with or without `trl/` before it; offered by an installed package, as an
+    entry point of the group `rlsys.rewards`.
+    """
+
+    def __getitem__(self, name: str) -> type[ORM] | RewardFunction:
+        """The class or function.
+
+        Raises:
+            ValueError: there is none, more than one, or it cannot be imported.
+        """
+        offered = plugins.load_entry_point(name)
+        if offered is not None:
+            self[name] = offered  # an error when somebody else has the name
+        elif name not in self.data and ":" in name:
+            function = plugins.load_reference(name.removeprefix(TRL_PREFIX))
+            self[name] = trl_style(function) if name.startswith(TRL_PREFIX) else function
+        return super().__getitem__(name)
+
+
+orms: RewardRegistry = RewardRegistry("reward function")
+"""Name -> ORM class, or function `f(completions, **columns)`; either may be async."""
+
+register_reward = orms.register
+"""Decorator form of `orms[name] = value`."""

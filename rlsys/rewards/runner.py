@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
+from rlsys.config import RewardConfig
 from rlsys.rewards.base import TrainerState
 from rlsys.rewards.instances import Params, RewardError
 from rlsys.rewards.plugins import load_plugins
@@ -35,9 +36,24 @@ class ProcessSettings:
     known: Params
     """Values of the run for parameters of these names."""
     plugins: Sequence[str]
-    """Absolute paths."""
+    """Paths of files."""
+    directory: str
+    """Working directory of the run, from which paths start. A process on another machine may lack
+    it; then it stays in its own, which in a Ray job is a copy of it."""
     max_memory_mb: int | None
     """MiB; None is `MEMORY_SHARE` of the machine's."""
+
+
+def process_settings(config: RewardConfig, known: Params) -> ProcessSettings:
+    """Those of a run whose working directory is that of this process."""
+    return ProcessSettings(
+        config.reward_funcs,
+        config.reward_params,
+        known,
+        config.external_plugins,
+        os.getcwd(),
+        config.max_memory_mb,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +93,8 @@ class RewardRunner:
     def start(self, settings: ProcessSettings) -> Failed | None:
         """Load the plugins and instantiate the functions; what goes wrong comes back as text."""
         self._guard = guard_memory(settings.max_memory_mb)
+        if Path(settings.directory).is_dir():
+            os.chdir(settings.directory)
         try:
             load_plugins(settings.plugins)
             self._rewards = {

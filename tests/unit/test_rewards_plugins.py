@@ -1,13 +1,15 @@
 """Loading reward functions from the user's own files."""
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from rlsys.rewards import load_plugins, orms
+from rlsys.rewards import RewardFunctions, TrainerState, load_plugins, orms
+from rlsys.types import Completion, Prompt, RolloutGroup
 
 PLUGINS = Path(__file__).parents[2] / "plugins"
 
@@ -121,6 +123,131 @@ def test_a_corrected_plugin_loads(tmp_path):
     write(plugin, "from rlsys.rewards import orms\norms['corrected'] = abs  # 1 / 0\n")
     load_plugins([plugin])
     assert orms["corrected"] is abs
+
+
+def test_two_plugins_that_claim_a_name_are_both_named_with_their_lines(tmp_path):
+    text = "from rlsys.rewards import register_reward\n\n@register_reward('taken')\ndef f(c): 0\n"
+    first, second = (write(tmp_path / name / "mine.py", text) for name in "ab")
+    load_plugins([first])
+    with pytest.raises(ValueError, match="registered twice") as caught:
+        load_plugins([second])
+    assert f"by {first}:3 and by {second}:3" in str(caught.value)
+
+
+def test_a_file_written_for_ms_swift_runs_with_its_import_line_changed(tmp_path):
+    plugin = write(
+        tmp_path / "plugin.py",
+        "import re\n"
+        "from typing import List\n"
+        "from rlsys.rewards import ORM, AsyncORM, orms  # was: from swift.rewards import ...\n"
+        "class Boxed(ORM):\n"
+        "    @staticmethod\n"
+        "    def answer(text: str) -> str:\n"
+        "        return re.findall(r'boxed{(.*?)}', text)[-1:]\n"
+        "    def __call__(self, completions, solution, **kwargs) -> List[float]:\n"
+        "        pairs = zip(completions, solution)\n"
+        "        return [float(self.answer(c) == self.answer(s)) for c, s in pairs]\n"
+        "class Late(ORM):\n"
+        "    def __init__(self, args=None, **kwargs):\n"
+        "        super().__init__(args, **kwargs)\n"
+        "    def __call__(self, completions, **kwargs) -> List[float]:\n"
+        "        state = kwargs.get('trainer_state')\n"
+        "        ids = kwargs.get('response_token_ids')\n"
+        "        return [state.global_step / state.max_steps + len(i) for i in ids]\n"
+        "class Judge(AsyncORM):\n"
+        "    async def __call__(self, completions, **kwargs) -> List[float]:\n"
+        "        return [0.5] * len(completions)\n"
+        "orms['external_boxed'] = Boxed\n"
+        "orms['external_late'] = Late\n"
+        "orms['external_judge'] = Judge\n",
+    )
+    load_plugins([plugin])
+    names = ["external_boxed", "external_late", "external_judge"]
+    prompt = Prompt("p", [], [], {"solution": "boxed{4}"})
+    completions = [Completion([1, 2], [], text, "stop", (0,)) for text in ("boxed{4}", "4")]
+    group = RolloutGroup(0, prompt, completions)
+    rewards = RewardFunctions(names).score(group, TrainerState(1, 4))
+    assert [tuple(reward.by_name.values()) for reward in rewards] == [
+        (1.0, 2.25, 0.5),
+        (0.0, 2.25, 0.5),
+    ]
+
+
+def test_a_reference_names_a_function_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "own" / "math.py", "def short(completions, **kwargs):\n    return [1.0]\n")
+    reference = "own/math.py:short"
+    assert orms[reference](["a"]) == [1.0]
+    assert orms[reference] is orms[reference]
+    assert orms[str(tmp_path / reference)] is orms[reference]
+    with pytest.raises(ValueError, match=r"no function or class 'shrot'. Did you mean 'short'"):
+        orms["own/math.py:shrot"]
+    with pytest.raises(ValueError, match=r"own/none\.py' is not a file"):
+        orms["own/none.py:short"]
+
+
+def test_a_reference_names_a_function_of_a_module(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    write(
+        tmp_path / "package_of_mine" / "rewards.py", "def f(completions, **kw):\n    return [2]\n"
+    )
+    write(tmp_path / "json.py", "raise RuntimeError('shadows the standard library')\n")
+    write(tmp_path / "broken_module.py", "import json\n1 / 0\n")
+    assert orms["package_of_mine.rewards:f"](["a"]) == [2]
+    with pytest.raises(ValueError, match=r"there is no module 'nowhere', neither installed nor"):
+        orms["nowhere.at.all:f"]
+    with pytest.raises(ValueError, match=r"(?s)raised when it was imported.*ZeroDivis") as caught:
+        orms["broken_module:f"]
+    assert "importlib" not in str(caught.value)
+
+
+def test_trl_before_a_reference_passes_messages(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(
+        tmp_path / "trained.py",
+        "def f(prompts, completions, completion_ids, **kwargs):\n"
+        "    return [float(len(messages[0]['content'])) for messages in completions]\n",
+    )
+    group = RolloutGroup(0, Prompt("p", [], []), [Completion([1], [], "four", "stop", (0,))])
+    [reward] = RewardFunctions(["trl/trained.py:f"]).score(group)
+    assert reward.total == 4.0
+
+
+def test_installed_packages_offer_rewards_by_entry_points(tmp_path):
+    def install(distribution: str, module: str) -> None:
+        write(tmp_path / f"{module}.py", "def f(completions, **kwargs):\n    return [3.0]\n")
+        info = tmp_path / f"{distribution}-1.0.dist-info"
+        write(info / "METADATA", f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
+        lines = f"[rlsys.rewards]\nshared = {module}:f\n{module} = {module}:f\n"
+        write(info / "entry_points.txt", lines + f"format = {module}:f\n" * (module == "one"))
+
+    install("dist_one", "one")
+    install("dist_two", "two")
+    program = (
+        "from rlsys.rewards import orms\n"
+        "print(orms['one'](['a']))\n"
+        "for name in ('shared', 'format'):\n"
+        "    try:\n"
+        "        orms[name]\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    path = f"{tmp_path}{os.pathsep}{PLUGINS.parent}"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded, shared, taken = done.stdout.splitlines()
+    assert loaded == "[3.0]"
+    assert "'shared' is offered by " in shared
+    assert "one:f of dist_one" in shared
+    assert "two:f of dist_two" in shared
+    assert "'format' is registered twice: by " in taken
+    assert f"{tmp_path / 'one.py'}:1" in taken
 
 
 def test_the_worked_plugin_pays_for_true_steps():

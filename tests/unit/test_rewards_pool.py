@@ -11,7 +11,7 @@ from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins, orms
 from rlsys.rewards.local import LocalBackend
 from rlsys.rewards.pool import RewardCodeError, RewardPool
-from rlsys.rewards.runner import ProcessSettings
+from rlsys.rewards.runner import process_settings
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 PLUGIN = """
@@ -99,10 +99,10 @@ def start(tmp_path):
     pools = []
 
     def start(*names: str, **options) -> RewardPool:
-        config = RewardConfig(reward_funcs=list(names), **options)
+        config = RewardConfig(reward_funcs=list(names), external_plugins=[str(plugin)], **options)
         check_names_and_weights(config.reward_funcs, config.reward_weights)
-        settings = ProcessSettings(names, {}, {}, [str(plugin)], config.max_memory_mb)
-        pools.append(RewardPool(config, LocalBackend(settings), max_steps=10))
+        backend = LocalBackend(process_settings(config, {}))
+        pools.append(RewardPool(config, backend, max_steps=10))
         return pools[-1]
 
     yield start
