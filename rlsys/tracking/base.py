@@ -36,6 +36,9 @@ class Tracker(ABC):
         `advantages` has G entries, or is None when they are not known (yet).
         """
 
+    def log_warning(self, step: int, text: str) -> None:  # noqa: B027  optional
+        """Take something that a person should look into; each is told once a run."""
+
     @abstractmethod
     def close(self) -> None:
         """Write what is pending and let go of files and connections. Called once."""

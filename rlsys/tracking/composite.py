@@ -17,6 +17,7 @@ from rlsys.tracking.completions import CompletionsTracker
 from rlsys.tracking.console import console_tracker
 from rlsys.tracking.jsonl import JsonlTracker, truncate_after
 from rlsys.tracking.plot import RewardCurveTracker
+from rlsys.tracking.reward_watch import RewardWatch
 from rlsys.types import RolloutGroup
 
 
@@ -45,7 +46,8 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
     parts.append(RewardCurveTracker(run_dir))
     parts.append(console_tracker(config, resumed_from))
     run_dir.write_status(RUNNING)
-    return CompositeTracker(parts, run_dir, Progress(config.max_steps))
+    watch = RewardWatch(config.reward.reward_funcs)
+    return CompositeTracker(parts, run_dir, Progress(config.max_steps), watch)
 
 
 class Progress:
@@ -83,8 +85,11 @@ class Progress:
 class CompositeTracker(Tracker):
     """Hands everything to every tracker; threads may call it at the same time."""
 
-    def __init__(self, parts: list[Tracker], run_dir: RunDir, progress: Progress):
+    def __init__(
+        self, parts: list[Tracker], run_dir: RunDir, progress: Progress, watch: RewardWatch
+    ):
         self._parts = parts
+        self._watch = watch
         self._run_dir = run_dir
         self._progress = progress
         self._lock = threading.Lock()
@@ -99,6 +104,9 @@ class CompositeTracker(Tracker):
                 metrics = {**metrics, **self._progress.metrics(step, time_of_step), **metrics}
             for part in self._parts:
                 part.log_metrics(step, metrics)
+            for text in self._watch.observe(step, metrics):
+                for part in self._parts:
+                    part.log_warning(step, text)
 
     def log_completions(
         self,
@@ -111,6 +119,12 @@ class CompositeTracker(Tracker):
         with self._lock:
             for part in self._parts:
                 part.log_completions(step, group, advantages, split)
+
+    def log_warning(self, step: int, text: str) -> None:
+        """Hand the warning on."""
+        with self._lock:
+            for part in self._parts:
+                part.log_warning(step, text)
 
     def close(self) -> None:
         """Close every tracker, also when one of them raises; a second call does nothing."""

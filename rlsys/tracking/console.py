@@ -75,6 +75,10 @@ class LinesTracker(Tracker):
             line += f" | {metrics['remaining_time']} left"
         print(line, flush=True)
 
+    def log_warning(self, step: int, text: str) -> None:
+        """Print it."""
+        print(f"warning, step {step}: {text}", flush=True)
+
     def close(self) -> None:
         """Nothing is pending."""
 
@@ -143,6 +147,10 @@ class TerminalTracker(Tracker):
             self._activity = f"sampling: {done} of {self._groups_per_step} groups"
         else:
             self._activity = "updating"
+
+    def log_warning(self, step: int, text: str) -> None:
+        """Print it above the bar."""
+        self._console.print(Text(f"warning, step {step}: {text}", style="bold yellow"))
 
     def close(self) -> None:
         """Leave the last state of the bar on the screen and give the terminal back."""

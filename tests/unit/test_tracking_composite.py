@@ -9,6 +9,7 @@ from rlsys.run_dir import RunDir
 from rlsys.tracking import Tracker, build_tracker, register_tracker, trackers
 from rlsys.tracking.composite import CompositeTracker, Progress, format_seconds
 from rlsys.tracking.jsonl import read_jsonl
+from rlsys.tracking.reward_watch import RewardWatch
 
 
 class Clock:
@@ -152,7 +153,7 @@ def test_status_says_whether_the_run_is_still_going(run):
 
 def test_every_tracker_is_closed_once_even_when_one_fails(run):
     parts = [Recorder(), Recorder(error="disk full"), Recorder()]
-    tracker = CompositeTracker(list(parts), run, Progress(1))
+    tracker = CompositeTracker(list(parts), run, Progress(1), RewardWatch(["a"]))
     with pytest.raises(RuntimeError, match="disk full"):
         tracker.close()
     tracker.close()
@@ -162,7 +163,7 @@ def test_every_tracker_is_closed_once_even_when_one_fails(run):
 
 def test_groups_reach_every_tracker_with_their_split(run):
     recorder = Recorder()
-    tracker = CompositeTracker([recorder], run, Progress(1))
+    tracker = CompositeTracker([recorder], run, Progress(1), RewardWatch(["a"]))
     tracker.log_completions(1, make_group(["a", "b"]), [0.5, -0.5])
     tracker.log_completions(0, make_group(["a", "b"], group_id=7), None, split="eval")
     assert recorder.calls == [

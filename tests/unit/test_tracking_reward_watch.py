@@ -1,0 +1,98 @@
+"""Warnings of dead rewards and of reward hacking: when they must come, and when they must not."""
+
+import random
+
+import pytest
+from tracking_cases import make_config
+
+from rlsys.tracking import build_tracker
+from rlsys.tracking.reward_watch import DEAD_STEPS, RewardWatch
+
+
+def step_metrics(reward: float = 1.0, **means: tuple[float, float]) -> dict[str, float]:
+    metrics = {"reward": reward}
+    for name, (mean, std) in means.items():
+        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+    return metrics
+
+
+def evaluation(accuracy: float, count: int = 400) -> dict[str, float]:
+    std = (accuracy * (1 - accuracy)) ** 0.5
+    return {
+        "eval/rewards/accuracy/mean": accuracy,
+        "eval/rewards/accuracy/std": std,
+        "eval/num_completion_tokens": 50.0 * count,
+        "eval/completions/mean_length": 50.0,
+    }
+
+
+def test_a_constant_reward_is_told_once_and_by_name():
+    watch = RewardWatch(["accuracy", "format"])
+    warnings = []
+    for step in range(1, 3 * DEAD_STEPS):
+        new = watch.observe(step, step_metrics(accuracy=(0.5, 0.5), format=(0.0, 0.0)))
+        assert not new or step == DEAD_STEPS
+        warnings += new
+    [warning] = warnings
+    assert "'format' gave 0 to every completion of the last 20 steps" in warning
+
+
+@pytest.mark.parametrize("alive", [(0.0, 0.1), (1.0, 0.0)])
+def test_a_reward_that_changes_now_and_then_is_alive(alive):
+    watch = RewardWatch(["format"])
+    for step in range(1, 100):
+        dead = (0.0, 0.0) if step % DEAD_STEPS else alive
+        assert watch.observe(step, step_metrics(format=dead)) == []
+
+
+def run(rewards, accuracies, count: int = 400) -> list[str]:
+    """Warnings of a run with an evaluation every ten steps."""
+    watch = RewardWatch(["format", "accuracy"])
+    warnings = watch.observe(0, evaluation(accuracies[0], count))
+    for step, reward in enumerate(rewards, start=1):
+        warnings += watch.observe(step, step_metrics(reward))
+        if step % 10 == 0:
+            warnings += watch.observe(step, evaluation(accuracies[step // 10], count))
+    return warnings
+
+
+RISING = [1 + 0.02 * step + 0.05 * (-1) ** step for step in range(50)]
+
+
+def test_a_rising_reward_with_a_falling_accuracy_is_told_once():
+    [warning] = run(RISING, [0.5, 0.7, 0.65, 0.4, 0.3, 0.2])
+    assert "held-out 'accuracy' has fallen from 0.7 to 0.3" in warning
+
+
+@pytest.mark.parametrize(
+    ("rewards", "accuracies", "count"),
+    [
+        (RISING, [0.3, 0.4, 0.5, 0.6, 0.7, 0.8], 400),  # both rise
+        (RISING[::-1], [0.7, 0.6, 0.5, 0.4, 0.3, 0.2], 400),  # both fall: it just goes badly
+        (RISING, [0.5, 0.5, 0.5, 0.2, 0.5, 0.5], 400),  # one bad evaluation
+        (RISING, [0.5, 0.52, 0.47, 0.46, 0.47, 0.46], 400),  # within the noise
+        (RISING, [0.5, 0.7, 0.6, 0.5, 0.5, 0.5], 8),  # too few prompts to tell
+    ],
+)
+def test_no_warning_without_a_reason(rewards, accuracies, count):
+    assert run(rewards, accuracies, count) == []
+
+
+def test_noise_alone_is_hardly_ever_a_warning():
+    random.seed(0)
+    told = 0
+    for _ in range(200):
+        rewards = [random.gauss(1, 0.1) for _ in range(50)]
+        hits = [sum(random.random() < 0.5 for _ in range(400)) / 400 for _ in range(6)]
+        told += bool(run(rewards, hits))
+    assert told <= 4
+
+
+def test_the_console_prints_a_warning_of_the_run(tmp_path, capsys):
+    tracker = build_tracker(make_config(tmp_path / "run"))
+    for step in range(1, 30):
+        tracker.log_metrics(step, step_metrics(format=(1.0, 0.0)))
+    tracker.close()
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning, step 20: reward function 'format' gave 1 to every")
