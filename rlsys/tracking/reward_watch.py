@@ -115,8 +115,8 @@ class RewardWatch:
 
 def _evaluation(step: int, metrics: Metrics, name: str) -> _Evaluation | None:
     """Of reward function `name`; None where the metrics do not have it."""
-    keys = ("completions/mean_length", "num_completion_tokens")
-    keys += (f"rewards/{name}/mean", f"rewards/{name}/std")
+    keys = ["completions/mean_length", "num_completion_tokens"]
+    keys += [f"rewards/{name}/mean", f"rewards/{name}/std"]
     values = [metrics.get(f"eval/{key}", math.nan) for key in keys]
     length, tokens, mean, std = (math.nan if isinstance(x, str) else x for x in values)
     if not math.isfinite(mean + std + tokens / max(length, 1.0)):
