@@ -5,9 +5,11 @@ A reward is a class derived from `ORM`, registered in `orms`; `plugins/README.md
 
 from rlsys.rewards import (  # noqa: F401  registers the built-in rewards
     accuracy,
+    code,
     countdown,
     format,
     json_schema,
+    judge,
     language,
     length,
     matching,

@@ -1,0 +1,155 @@
+"""The forms in which data sets write down tests of programs, read into three kinds.
+
+What a program must not see, the expected results, stays in these objects.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from dataclasses import dataclass
+from typing import Any
+
+_INPUTS = ("input", "inputs", "stdin", "args")
+_OUTPUTS = ("output", "outputs", "stdout", "expected", "expected_output")
+_TEXT_TYPES = ("stdin", "stdin_stdout", "stdio")
+_CALL_TYPES = ("functional", "function_call", "function", "call")
+
+
+@dataclass(frozen=True, slots=True)
+class StdioTest:
+    """The program reads `stdin` and has to write `stdout`."""
+
+    stdin: str
+    stdout: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallTest:
+    """`name(*args)`, or `Solution().name(*args)`, has to return one of `expected`."""
+
+    name: str
+    args: list[Any]
+    expected: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AssertTest:
+    """Python that raises when the program is wrong; names it does not define are the program's."""
+
+    code: str
+
+
+Test = StdioTest | CallTest | AssertTest
+
+
+def read_tests(row: Any, entry_point: str | None = None) -> list[Test]:
+    """The tests of a dataset row.
+
+    Args:
+        row: a list of tests, an object, or the JSON text of either, or Python code. Tests are
+            `{"input": ..., "output": ...}` with texts (standard input and output) or, with
+            `fn_name`, arguments and result; or Python code with asserts. An object is
+            `{"inputs": [...], "outputs": [...], "fn_name": ...}` of APPS and TACO, or holds the
+            list under `test_cases` or `tests`, as `verification_info` does.
+        entry_point: the function that HumanEval's `check(candidate)` is called with.
+
+    Raises:
+        ValueError: none of these, or no test at all.
+    """
+    if isinstance(row, str):
+        row = _from_json(row)
+    tests = _of_row(row, entry_point, None)
+    if not tests:
+        raise ValueError(f"code: a row has no tests: {str(row)[:200]!r}. Correct the dataset.")
+    return tests
+
+
+def _from_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _of_row(row: Any, entry_point: str | None, name: str | None) -> list[Test]:
+    if isinstance(row, str):
+        return [_asserts(row, entry_point)]
+    if isinstance(row, list | tuple):
+        return [_one(test, entry_point, name) for test in row]
+    if not isinstance(row, dict):
+        raise _unknown(row)
+    name = row.get("fn_name") or row.get("func_name") or name
+    for key in ("test_cases", "tests"):
+        if key in row:
+            return _of_row(row[key], entry_point, name)
+    if isinstance(row.get("inputs"), list) and isinstance(row.get("outputs"), list):
+        pairs = zip(row["inputs"], row["outputs"], strict=True)
+        return [_pair(given, wanted, name, row) for given, wanted in pairs]
+    return [_one(row, entry_point, name)]
+
+
+def _one(test: Any, entry_point: str | None, name: str | None) -> Test:
+    if isinstance(test, str):
+        return _asserts(test, entry_point)
+    if not isinstance(test, dict):
+        raise _unknown(test)
+    given = next((test[key] for key in _INPUTS if key in test), None)
+    wanted = next((test[key] for key in _OUTPUTS if key in test), _unknown)
+    if wanted is _unknown:
+        raise _unknown(test)
+    name = test.get("fn_name") or test.get("func_name") or name
+    return _pair(given, wanted, name, test)
+
+
+def _pair(given: Any, wanted: Any, name: str | None, test: dict[str, Any]) -> Test:
+    kind = test.get("type") or test.get("testtype")
+    if name and kind not in _TEXT_TYPES:
+        return _call(name, given, wanted)
+    if kind in _CALL_TYPES:
+        raise ValueError(f"code: a test of a function has no fn_name: {str(test)[:200]!r}")
+    return StdioTest(_text(given), _text(wanted))
+
+
+def _call(name: str, given: Any, wanted: Any) -> CallTest:
+    if isinstance(given, str):  # one argument a line, as LiveCodeBench has it
+        given = [json.loads(line) for line in given.splitlines() if line.strip()]
+        wanted = _from_json(wanted) if isinstance(wanted, str) else wanted
+    args = given if isinstance(given, list) else [given]
+    # APPS and TACO put a result into a list of one.
+    unwrapped = [wanted[0]] if isinstance(wanted, list) and len(wanted) == 1 else []
+    return CallTest(name, args, [wanted, *unwrapped])
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return "\n".join(map(str, value)) + "\n"
+    return str(value)
+
+
+def _asserts(code: str, entry_point: str | None) -> AssertTest:
+    try:
+        tree = ast.parse(code)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"code: a test is no Python code: {error}: {code[:200]!r}") from None
+    defines_check = any(
+        isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body
+    )
+    if defines_check:
+        if entry_point is None:
+            raise ValueError(
+                "code: tests with check(candidate) need a dataset column 'entry_point'"
+            )
+        code = f"{code}\ncheck({entry_point})\n"
+    elif not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
+        raise ValueError(f"code: a test without any assert passes always: {code[:200]!r}")
+    return AssertTest(code)
+
+
+def _unknown(test: Any) -> ValueError:
+    return ValueError(
+        f"code: not a test: {str(test)[:200]!r}. A test is an object with input and output (and "
+        "fn_name, to call a function), or Python code with asserts."
+    )

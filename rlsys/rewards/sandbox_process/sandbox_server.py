@@ -1,0 +1,169 @@
+"""Runs programs that nobody trusts. A process of its own, started with `python -I -S` as a script.
+
+It forks a child for each program and never touches what the program gets or gives: those are file
+descriptors that it hands on. What may be done:
+
+- Landlock, for this process and all children: read Python's standard library and the system's
+  shared libraries, and no other file; write none. Where the kernel knows, no TCP, and no signals
+  to the outside.
+- seccomp, for each child, a list of what is allowed: no sockets, no new processes, no exec, no
+  signals, no ptrace; threads are allowed. Everything that is not on the list fails with EPERM.
+- resource limits: CPU time, address space, file size 0, open files, no core dumps.
+
+Before the first program a probe child tries what must fail; see `probe`. Only the standard
+library is used, and nothing of rlsys, which cannot be imported here.
+"""
+
+from __future__ import annotations
+
+import atexit
+import builtins
+import contextlib
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import types
+from typing import Any
+
+# Started with -I, which leaves the folder of this script out.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from sandbox_calls import run_asserts, serve_calls
+from sandbox_restrict import (
+    Unavailable,
+    limit,
+    probe,
+    restrict_files,
+    restrict_syscalls,
+)
+
+sys.path.pop(0)
+
+# Imported once here and not again in every child.
+PRELOADED = (
+    "array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions",
+    "functools", "heapq", "itertools", "math", "operator", "queue", "random", "re", "statistics",
+    "string", "threading", "time", "typing",
+)  # fmt: skip
+
+
+def main() -> None:
+    """Serve the socket whose descriptor is the first argument, until its other end closes."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    control.set_inheritable(False)
+    restricted = sys.argv[2] == "restricted"
+    for name in PRELOADED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    null = os.open("/dev/null", os.O_RDWR)
+    try:
+        if restricted:
+            restrict_files()
+            probe()
+    except (Unavailable, OSError) as error:
+        control.send(json.dumps({"problem": str(error)}).encode())
+        return
+    control.send(json.dumps({"ready": os.getpid()}).encode())
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(control, 4096, 3)
+        if not message:
+            return
+        if message == b"kill":  # it came too late for the last program
+            continue
+        job = json.loads(message)
+        pid = os.fork()
+        if pid == 0:
+            control.close()
+            try:
+                _child(job, restricted, null, *descriptors)
+            finally:
+                os._exit(1)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        control.send(json.dumps(_wait(pid, control, job["wall_time_s"])).encode())
+
+
+def _wait(pid: int, control: socket.socket, wall_time_s: float) -> dict[str, Any]:
+    """Wait for a child, kill it when its time is over or the other side says so or is gone."""
+    descriptor = os.pidfd_open(pid)
+    watched: list[Any] = [descriptor, control]
+    ready, _, _ = select.select(watched, [], [], wall_time_s)
+    in_time = descriptor in ready
+    if control in ready:
+        control.recv(16)  # "kill", or nothing when the reward's process is gone
+    for kill in (os.kill, os.killpg):
+        with contextlib.suppress(ProcessLookupError):
+            kill(pid, signal.SIGKILL)
+    _, status, usage = os.wait4(pid, 0)
+    os.close(descriptor)
+    return {
+        "exit_code": os.waitstatus_to_exitcode(status),
+        "in_time": in_time or control in ready,
+        "cpu_time_s": usage.ru_utime + usage.ru_stime,
+    }
+
+
+def _child(
+    job: dict[str, Any], restricted: bool, null: int, program: int, input_: int, output: int
+) -> None:
+    """Become the program; never returns."""
+    os.setpgid(0, 0)
+    text = _read_all(program)
+    talks = job["mode"] != "stdio"
+    for target, source in ((0, input_), (1, output), (2, null)):
+        os.dup2(null if talks else source, target)
+    if talks:
+        # Through copies above, as 3 and 4 may be one of the two themselves.
+        high = [os.dup(descriptor) for descriptor in (input_, output)]
+        for target, source in zip((3, 4), high, strict=True):
+            os.dup2(source, target)
+    os.closerange(5 if talks else 3, 4096)
+    limit(job)
+    if restricted:
+        restrict_syscalls()
+    if job["mode"] == "asserts":
+        return run_asserts(text, 3, 4)
+    module = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = module
+    sys.argv = ["solution.py"]
+    code = 0
+    try:
+        if talks:
+            # Not __main__: such programs are there to be called, and read no input.
+            module.__name__ = "solution"
+        exec(compile(text, "solution.py", "exec", dont_inherit=True), module.__dict__)
+        if talks:
+            serve_calls(module.__dict__, 3, 4)
+        _finish()
+    except SystemExit as end:
+        _finish()
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        code = 1
+    # An interpreter that takes itself apart costs five times what starting this child did.
+    os._exit(code & 0xFF)
+
+
+def _finish() -> None:
+    """What an interpreter does at its end: wait for threads, run exit functions, flush."""
+    for thread in threading.enumerate():
+        if thread is not threading.main_thread() and not thread.daemon:
+            thread.join()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    if sys.__stdout__ is not None:
+        sys.__stdout__.flush()
+
+
+def _read_all(descriptor: int) -> str:
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read().decode()
+
+
+if __name__ == "__main__":
+    main()
