@@ -54,7 +54,7 @@ SAYS = {
     "a missing model folder": ["model.path", "there is no model folder './nowhere'"],
     "a dataset without messages": ["questions.jsonl", "`messages`", "has the columns question"],
     "a dataset that is not there": ["data.dataset", "'nowhere.jsonl'", "relative paths start at"],
-    "an unknown reward": ["'countdwn'", "Did you mean 'countdown'?", "Known: accuracy, cosine"],
+    "an unknown reward": ["'countdwn'", "Did you mean 'countdown'?", "Known: accuracy, "],
     "a plugin that raises": ["plugin.py", "line 3", "import nothing_of_this_name"],
     "groups of one": ["rollout.num_generations = '1'", "greater than or equal to 2"],
     "more tokens than positions": ["64 + ", "1000 = 1064 tokens", "256: lower one by 808"],
