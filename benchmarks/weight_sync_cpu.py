@@ -46,10 +46,12 @@ class Process:
             for name, tensor in self.tensors.items()
         ]
 
-    def connect_weight_sync(self, *, address, port, world_size, bucket_bytes, verify, timeout_s):
+    def connect_weight_sync(
+        self, *, transport, address, port, world_size, bucket_bytes, verify, timeout_s
+    ):
         self.sender = WeightSender(
             self.weight_metadata(),
-            transport=make_transport("gloo", CPU),
+            transport=make_transport(transport, CPU),
             bucket_bytes=bucket_bytes,
             verify=verify,
         )
@@ -85,10 +87,10 @@ class Policy:
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
 
-    def async_connect_weight_sync(self, **connection):
+    def async_connect_weight_sync(self, *, to, **connection):
         return {"policy rank 0": self.actor.connect_weight_sync.remote(**connection)}
 
-    def async_send_weights(self):
+    def async_send_weights(self, to):
         return {"policy rank 0": self.actor.send_weights.remote()}
 
 

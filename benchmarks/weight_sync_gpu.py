@@ -49,9 +49,9 @@ class ChangingRank(PolicyRank):
         for parameter in self.engine.model.parameters():
             parameter.mul_(-1.0)
 
-    def send_weights(self):
+    def send_weights(self, to):
         start = time.perf_counter()
-        sent = super().send_weights()
+        sent = super().send_weights(to)
         self.send_seconds = time.perf_counter() - start
         return sent
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from rlsys.config import CheckpointConfig
 
 ROLLOUTS_FILE = "rollouts.json"
+REFERENCE_FOLDER = "reference"
 
 
 class Checkpointed(Protocol):
@@ -17,6 +18,13 @@ class Checkpointed(Protocol):
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write everything into an empty folder."""
+
+
+class SavesModel(Protocol):
+    """What writes a Hugging Face model folder."""
+
+    def save_model(self, folder: Path) -> None:
+        """Write the folder; whole or not at all."""
 
 
 class Stateful(Protocol):
@@ -34,10 +42,18 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path, *, policy: Checkpointed, rollouts: Stateful, config: CheckpointConfig
+        self,
+        folder: Path,
+        *,
+        policy: Checkpointed,
+        reference: SavesModel | None,
+        rollouts: Stateful,
+        config: CheckpointConfig,
     ):
+        """`reference` only where it changes; otherwise its own folder says what it is."""
         self._folder = folder
         self._policy = policy
+        self._reference = reference
         self._rollouts = rollouts
         self._config = config
 
@@ -52,6 +68,8 @@ class Checkpoints:
         partial = self._partial(step)
         partial.mkdir(parents=True)
         self._policy.save_checkpoint(partial)
+        if self._reference is not None:
+            self._reference.save_model(partial / REFERENCE_FOLDER)
         (partial / ROLLOUTS_FILE).write_text(json.dumps(self._rollouts.state_dict()))
         partial.rename(self._folder / f"step-{step}")
         for old in checkpoint_steps(self._folder)[: -self._config.save_total_limit]:

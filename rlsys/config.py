@@ -230,6 +230,12 @@ class ReferenceConfig(Section):
     """Ranks; they hold replicas except for tensor_parallel_size."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share each layer."""
+    sync_steps: PositiveInt | None = None
+    """Take the policy's weights every so many steps (TRL's ref_model_sync_steps); None keeps the
+    reference as it is."""
+    mixup_alpha: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the policy's weights in the mix that then replaces the reference's (TR-DPO,
+    arXiv:2404.09656; TRL's ref_model_mixup_alpha); 1 is a copy."""
     placement: Literal["policy", "own"] = "policy"
     """On GPUs. policy: rank r runs on the GPU of policy rank r, and its weights wait in host memory
     while it does not. own: GPUs of its own, which saves that copy."""
@@ -350,6 +356,10 @@ class Config(Section):
     def reference_path(self) -> str:
         """Model folder or hub id of the reference."""
         return self.reference.path or self.model.path
+
+    def refreshes_reference(self, step: int) -> bool:
+        """Whether the reference takes the policy's weights after `step`."""
+        return self.reference.sync_steps is not None and step % self.reference.sync_steps == 0
 
     @property
     def data_parallel_size(self) -> int:

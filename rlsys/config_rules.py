@@ -118,6 +118,12 @@ def _parallelism_problems(config: Config) -> Iterator[RuleProblem]:
             f"{_near_multiples(reference.world_size, reference.tensor_parallel_size)} ranks",
         )
 
+    if reference.sync_steps is not None and config.grpo.beta == 0:
+        yield RuleProblem(
+            ("reference.sync_steps", "grpo.beta"),
+            f"reference.sync_steps = {reference.sync_steps}, but with grpo.beta = 0 there is no "
+            "reference: set grpo.beta, or leave sync_steps out",
+        )
     if (
         config.grpo.beta > 0
         and reference.placement == "policy"

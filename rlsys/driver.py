@@ -48,6 +48,9 @@ class Reference(Protocol):
     def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
         """[N, S] float32 log-probs, in nats."""
 
+    def refresh(self) -> None:
+        """Take the policy's weights, or a share of them."""
+
 
 class Publisher(Protocol):
     """Weight sync."""
@@ -110,6 +113,9 @@ def train(
             update = policy.update(batch)
         with timer("weight_sync"):
             sync_metrics = publisher.publish()
+        if reference is not None and config.refreshes_reference(step):
+            with timer("reference_sync"):
+                reference.refresh()
         metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
         metrics |= {"epoch": rollouts.epoch, "policy_version": update.policy_version}
         tracker.log_metrics(step, metrics | timer.metrics() | _throughput(batch, timer))

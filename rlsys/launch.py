@@ -23,7 +23,7 @@ from rlsys.actors.policy import PolicyActors
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
-from rlsys.checkpoints import Checkpoints, checkpoint_steps, load_rollouts_state
+from rlsys.checkpoints import REFERENCE_FOLDER, Checkpoints, checkpoint_steps, load_rollouts_state
 from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
 from rlsys.data import PromptData, load_prompts
@@ -75,6 +75,8 @@ def run(resolved: ResolvedConfig) -> None:
         if resume_step is not None:
             checkpoint = run_dir.checkpoints / f"step-{resume_step}"
             system.policy.load_checkpoint(checkpoint)
+            if system.reference is not None and (checkpoint / REFERENCE_FOLDER).exists():
+                system.reference.load_model(checkpoint / REFERENCE_FOLDER)
             system.rollouts.load_state_dict(load_rollouts_state(checkpoint))
         train(
             config,
@@ -86,6 +88,7 @@ def run(resolved: ResolvedConfig) -> None:
             Checkpoints(
                 run_dir.checkpoints,
                 policy=system.policy,
+                reference=system.reference if config.reference.sync_steps else None,
                 rollouts=system.rollouts,
                 config=config.checkpoint,
             ),
@@ -123,6 +126,8 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         tracker=tracker,
     )
     publisher = WeightPublisher(policy, engines, config.weight_sync)
+    if reference is not None and config.reference.sync_steps is not None:
+        reference.follow(policy)
     return System(policy, reference, rollouts, publisher)
 
 

@@ -33,6 +33,7 @@ class PolicyRank(ModelRank):
         from rlsys.engines.megatron import MegatronPolicy
 
         self.engine = MegatronPolicy(self.config)
+        self.senders: dict[str, WeightSender] = {}
 
     def weight_metadata(self) -> list[TensorMeta]:
         """See MegatronWeights.metadata."""
@@ -49,6 +50,8 @@ class PolicyRank(ModelRank):
     def connect_weight_sync(
         self,
         *,
+        to: str,
+        transport: str,
         address: str,
         port: int,
         world_size: int,
@@ -56,22 +59,23 @@ class PolicyRank(ModelRank):
         verify: bool,
         timeout_s: float,
     ) -> None:
-        """Rank 0 joins the weight sync group as its sender; see WeightPublisher."""
+        """Rank 0 joins a weight sync group as its sender; see WeightPublisher."""
         if self.rank != 0:
             return
-        self.sender = WeightSender(
+        sender = WeightSender(
             self.engine.weights.metadata(),
-            transport=make_transport(self.config.weight_sync.transport, self.engine.device),
+            transport=make_transport(transport, self.engine.device),
             bucket_bytes=bucket_bytes,
             verify=verify,
         )
-        self.sender.connect(address, port, world_size=world_size, timeout_s=timeout_s)
+        sender.connect(address, port, world_size=world_size, timeout_s=timeout_s)
+        self.senders[to] = sender
 
-    def send_weights(self) -> list[int] | None:
+    def send_weights(self, to: str) -> list[int] | None:
         """Take part in exporting; rank 0 sends what is exported and returns the checksums."""
         tensors = self.engine.weights.export()
         if self.rank == 0:
-            return self.sender.send(tensors)
+            return self.senders[to].send(tensors)
         for _ in tensors:  # the other ranks' part is in the collectives
             pass
         return None
@@ -112,9 +116,9 @@ class PolicyActors(ModelActors):
         """Connect the sender to the rollout engines; see WeightPublisher."""
         return self.async_call("connect_weight_sync", **connection)
 
-    def async_send_weights(self) -> dict[str, ray.ObjectRef]:
+    def async_send_weights(self, to: str) -> dict[str, ray.ObjectRef]:
         """Send the weights; the first result is the checksum of each bucket."""
-        return self.async_call("send_weights")
+        return self.async_call("send_weights", to)
 
     def update(self, batch: TrainBatch, *, loss: str = "grpo") -> UpdateOutput:
         """All optimizer steps of one rollout on `batch`; raises policy_version by one."""

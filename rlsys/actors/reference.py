@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import ray
 import torch
 
 from rlsys.actors.group import Place, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
+from rlsys.actors.policy import PolicyActors
 from rlsys.config import Config
 from rlsys.types import TrainBatch
+from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.publisher import WeightPublisher
+from rlsys.weight_sync.receiver import WeightReceiver
+from rlsys.weight_sync.transport import make_transport
 
 
 class ReferenceRank(ModelRank):
@@ -29,12 +40,95 @@ class ReferenceRank(ModelRank):
         """See MegatronModel.compute_logprobs."""
         return self.engine.compute_logprobs(batch)
 
+    def connect_weight_sync(
+        self,
+        *,
+        transport: str,
+        address: str,
+        port: int,
+        world_size: int,
+        bucket_bytes: int,
+        verify: bool,
+        timeout_s: float,
+        metadata: Sequence[TensorMeta],
+    ) -> None:
+        """Join the weight sync group behind its sender, the policy."""
+        self.receiver = WeightReceiver(
+            metadata,
+            transport=make_transport(transport, self.engine.device),
+            bucket_bytes=bucket_bytes,
+            verify=verify,
+        )
+        self.receiver.connect(
+            address, port, rank=1 + self.rank, world_size=world_size, timeout_s=timeout_s
+        )
+
+    def update_weights(self) -> list[list[int]]:
+        """Receive the policy's weights and mix them in; the result is as a rollout engine's."""
+        tensors = chain.from_iterable(self.receiver.receive(keep=True))
+        self.engine.mix_weights(tensors, alpha=self.config.reference.mixup_alpha)
+        return [self.receiver.checksums]
+
+    def finish_weight_update(self, policy_version: int) -> int:
+        """The weights are in use at once; returns the version that was sent."""
+        return policy_version
+
+    def save_model(self, folder: Path) -> None:
+        """See MegatronModel.save_model."""
+        self.engine.save_model(folder)
+
+    def load_model(self, folder: Path) -> None:
+        """See MegatronReference.load_model."""
+        self.engine.load_model(folder)
+
 
 class ReferenceActors(ModelActors):
-    """The reference as the driver sees it."""
+    """The reference as the driver sees it.
+
+    With `follow` it can be given the policy's weights. They travel over gloo through host memory,
+    where a reference that shares the policy's GPU keeps its own, and where NCCL, which refuses two
+    ranks on one GPU, is not needed: it happens every reference.sync_steps.
+    """
 
     def __init__(self, config: Config, *, place: Place = on_cpu):
-        world_size = config.reference.world_size
+        self.num_workers = config.reference.world_size
+        self._config = config
         super().__init__(
-            ReferenceRank, config, role="reference", world_size=world_size, place=place
+            ReferenceRank, config, role="reference", world_size=self.num_workers, place=place
         )
+
+    def follow(self, policy: PolicyActors) -> None:
+        """Connect to the policy, for `refresh`."""
+        self._publisher = WeightPublisher(
+            policy, self, self._config.weight_sync, to="reference", transport="gloo"
+        )
+
+    def refresh(self) -> None:
+        """Mix the policy's weights in, by reference.mixup_alpha."""
+        self._publisher.publish()
+
+    def save_model(self, folder: Path) -> None:
+        """Write a Hugging Face model folder; whole or not at all."""
+        self.call("save_model", folder)
+
+    def load_model(self, folder: Path) -> None:
+        """Take the weights of a model folder."""
+        self.call("load_model", folder)
+
+    def async_connect_weight_sync(
+        self, *, metadata: Sequence[TensorMeta], in_place: bool, **connection: Any
+    ) -> dict[str, ray.ObjectRef]:
+        """See WeightPublisher."""
+        return self.async_call("connect_weight_sync", metadata=list(metadata), **connection)
+
+    def async_start_weight_update(self) -> dict[str, ray.ObjectRef]:
+        """Nothing runs between two phases."""
+        return {}
+
+    def async_update_weights(self) -> dict[str, ray.ObjectRef]:
+        """See WeightPublisher."""
+        return self.async_call("update_weights")
+
+    def async_finish_weight_update(self, policy_version: int) -> dict[str, ray.ObjectRef]:
+        """See WeightPublisher."""
+        return self.async_call("finish_weight_update", policy_version)

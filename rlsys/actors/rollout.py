@@ -81,7 +81,6 @@ class RolloutActors:
         env_vars: Mapping[str, str] | None = None,
     ):
         rollout = config.rollout
-        self._transport = config.weight_sync.transport
         self.num_workers = rollout.num_engines * rollout.tensor_parallel_size
         env_vars = inherited_env() | rollout_env(device) | dict(env_vars or {})
         runtime_env = {"env_vars": env_vars}
@@ -163,7 +162,6 @@ class RolloutActors:
         """See WeightPublisher."""
         return self._async_call(
             "connect_weight_sync",
-            transport=self._transport,
             metadata=list(metadata),
             **connection,
         )

@@ -142,6 +142,16 @@ class MegatronModel:
             unpack_logprobs(output["logprobs"].cpu(), micro_batch, result, micro_rows)
         return rows, result[rows]
 
+    def save_model(self, folder: Path) -> None:
+        """Write a Hugging Face model folder; every rank calls, the first one writes."""
+        tensors = self.weights.export()
+        if dist.get_rank() == 0:
+            save_model_folder(self.folder, folder, tensors, self.dtype)
+        else:
+            for _ in tensors:  # takes part in the collectives
+                pass
+        dist.barrier()
+
     def _pack(
         self, batch: TrainBatch, rows: list[int], weights: torch.Tensor
     ) -> tuple[list[PackedMicroBatch], list[list[int]]]:
@@ -369,16 +379,6 @@ class MegatronPolicy(MegatronModel):
             f"{grad_norm:g}, which was not applied: the weights are as before this optimizer step. "
             f"Its metrics: {values}"
         )
-
-    def save_model(self, folder: Path) -> None:
-        """Write a Hugging Face model folder; every rank calls, the first one writes."""
-        tensors = self.weights.export()
-        if dist.get_rank() == 0:
-            save_model_folder(self.folder, folder, tensors, self.dtype)
-        else:
-            for _ in tensors:  # takes part in the collectives
-                pass
-        dist.barrier()
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write what continuing exactly needs into an empty folder; every rank calls."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from rlsys.config import Config
+from rlsys.engines.hf_checkpoint import SafetensorsReader
 from rlsys.engines.megatron import MegatronModel
 from rlsys.types import TrainBatch
 
@@ -33,6 +35,15 @@ class MegatronReference(MegatronModel):
         """See MegatronModel.compute_logprobs."""
         with self._on_gpu():
             return super().compute_logprobs(batch)
+
+    def mix_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], *, alpha: float) -> None:
+        """See MegatronWeights.mix."""
+        self.weights.mix(tensors, alpha=alpha)
+
+    def load_model(self, folder: Path) -> None:
+        """Take the weights of a model folder of the same shape."""
+        with SafetensorsReader(folder) as reader:
+            self.weights.load(reader)
 
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:

@@ -199,6 +199,32 @@ class MegatronWeights:
         assert not missing, f"no Hugging Face tensor for {sorted(missing)}"
 
     @torch.no_grad()
+    def mix(self, tensors: Iterator[tuple[str, torch.Tensor]], *, alpha: float) -> None:
+        """Move every parameter to `alpha` times another model's + (1 - alpha) times its own.
+
+        Args:
+            tensors: what that model's `export` gives, whole and in its order.
+            alpha: 1 is a copy.
+        """
+        rank, size = self._tp.rank(), self._tp.size()
+        for row in self.table:
+            parts = []
+            for hf_name in row.hf_names:
+                name, tensor = next(tensors)
+                assert name == hf_name, (name, hf_name)
+                if row.tp_axis is not None:
+                    tensor = tensor.chunk(size, dim=row.tp_axis)[rank]
+                parts.append(tensor)
+            own_name = self._own_name(row)
+            assert own_name is not None, "only for models of one pipeline stage"
+            parameter = self._parameters[own_name]
+            other = row.fuse(parts, size).to(parameter)
+            if alpha == 1.0:
+                parameter.copy_(other)
+            else:
+                parameter.lerp_(other, alpha)
+
+    @torch.no_grad()
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole Hugging Face tensors, in order: on pipeline rank 0, and every rank must iterate.
 

@@ -30,10 +30,10 @@ class Sender(Protocol):
     def weight_metadata(self) -> Sequence[TensorMeta]:
         """Every exported tensor, in the order in which it is sent."""
 
-    def async_connect_weight_sync(self, **connection: Any) -> Refs:
-        """Rank 0 joins the weight sync group; see `WeightPublisher.connect` for the arguments."""
+    def async_connect_weight_sync(self, *, to: str, **connection: Any) -> Refs:
+        """Rank 0 joins a weight sync group as its rank 0; `to` tells several groups apart."""
 
-    def async_send_weights(self) -> Refs:
+    def async_send_weights(self, to: str) -> Refs:
         """Rank 0's result, the first, is the checksum of each bucket."""
 
 
@@ -61,12 +61,28 @@ class Receivers(Protocol):
 class WeightPublisher:
     """Pushes the policy's weights to every rollout engine. Connects all sides once, when created.
 
+    Args:
+        policy: sends.
+        rollout_engines: receive; the reference may, when it is refreshed.
+        config: how.
+        to: tells several receivers of one policy apart.
+        transport: name of the registered transport; None is that of the config.
+
     Raises:
         ActorFailure, PhaseTimeout: a rank failed or did not answer in time.
     """
 
-    def __init__(self, policy: Sender, rollout_engines: Receivers, config: WeightSyncConfig):
+    def __init__(
+        self,
+        policy: Sender,
+        rollout_engines: Receivers,
+        config: WeightSyncConfig,
+        *,
+        to: str = "rollout",
+        transport: str | None = None,
+    ):
         self._policy = policy
+        self._to = to
         self._engines = rollout_engines
         self._config = config
         metadata = policy.weight_metadata()
@@ -76,6 +92,7 @@ class WeightPublisher:
         address = _meeting_address()
         self._store = serve_store(address, config.timeout_s)  # lives as long as the publisher
         connection = {
+            "transport": transport or config.transport,
             "address": address,
             "port": self._store.port,
             "world_size": 1 + rollout_engines.num_workers,
@@ -86,7 +103,8 @@ class WeightPublisher:
         receivers = rollout_engines.async_connect_weight_sync(
             metadata=metadata, in_place=config.in_place, **connection
         )
-        self._wait(policy.async_connect_weight_sync(**connection) | receivers, "connecting")
+        senders = policy.async_connect_weight_sync(to=to, **connection)
+        self._wait(senders | receivers, "connecting")
 
     def publish(self) -> dict[str, float]:
         """Send the weights of `policy.policy_version`; returns when every engine samples with them.
@@ -101,7 +119,8 @@ class WeightPublisher:
         start = time.monotonic()
         version = self._policy.policy_version
         self._wait(self._engines.async_start_weight_update(), "pausing rollouts")
-        senders, receivers = self._policy.async_send_weights(), self._engines.async_update_weights()
+        senders = self._policy.async_send_weights(self._to)
+        receivers = self._engines.async_update_weights()
         results = self._wait(senders | receivers, "transfer")
         if self._config.verify:
             self._compare(results[0], dict(zip(receivers, results[len(senders) :], strict=True)))

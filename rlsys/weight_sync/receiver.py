@@ -48,7 +48,7 @@ class WeightReceiver:
 
         Args:
             keep: every bucket has memory of its own, for those who use tensors later. Otherwise
-                two buffers take turns: a bucket is gone when the next but one is asked for.
+                two buffers take turns: a bucket is gone when the next one is asked for.
 
         Raises:
             WeightSyncError: the sender did not send in time, or is gone.
@@ -62,8 +62,8 @@ class WeightReceiver:
                 buffer = self._new_buffer(bucket.nbytes)
             else:
                 buffer = memory[bucket.index % 2][: bucket.nbytes]
-            # Into memory that the bucket before last had: whoever used it is behind us, on a GPU
-            # in the current stream, which this broadcast waits for.
+            # Without keep, into memory that the bucket before last had: whoever used it is done, on
+            # a GPU in the current stream, which this broadcast waits for.
             wait = self._transport.broadcast(buffer, what=f"waiting for {bucket}")
             if ahead is not None:
                 yield self._arrived(*ahead)

@@ -31,7 +31,16 @@ class SenderActor:
         ]
 
     def connect(
-        self, *, transport_class, address, port, world_size, bucket_bytes, verify, timeout_s
+        self,
+        *,
+        transport,
+        transport_class,
+        address,
+        port,
+        world_size,
+        bucket_bytes,
+        verify,
+        timeout_s,
     ):
         self.sender = WeightSender(
             self.weight_metadata(),
@@ -73,14 +82,14 @@ class TensorPolicy:
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
 
-    def async_connect_weight_sync(self, **connection):
+    def async_connect_weight_sync(self, *, to, **connection):
         return {
             "policy rank 0": self.actor.connect.remote(
                 transport_class=self.transport_class, **connection
             )
         }
 
-    def async_send_weights(self):
+    def async_send_weights(self, to):
         method = self.actor.send if self.sends else self.actor.send_nothing
         return {"policy rank 0": method.remote()}
 

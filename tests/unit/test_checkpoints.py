@@ -42,10 +42,16 @@ def policy():
 
 @pytest.fixture
 def save(tmp_path, policy):
-    def save(*steps, save_steps=1, save_total_limit=2):
+    def save(*steps, save_steps=1, save_total_limit=2, reference=None):
         config = CheckpointConfig(save_steps=save_steps, save_total_limit=save_total_limit)
         folder = tmp_path / "run" / "checkpoints"
-        checkpoints = Checkpoints(folder, policy=policy, rollouts=Data(policy), config=config)
+        checkpoints = Checkpoints(
+            folder,
+            policy=policy,
+            reference=reference,
+            rollouts=Data(policy),
+            config=config,
+        )
         for step in steps:
             policy.version = step
             checkpoints.after_step(step)
@@ -132,3 +138,14 @@ def test_other_folders_are_no_checkpoints(tmp_path):
     assert checkpoint_steps(tmp_path) == [3]
     shutil.rmtree(tmp_path)
     assert checkpoint_steps(tmp_path) == []
+
+
+class ReferenceFiles:
+    def save_model(self, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+
+def test_a_reference_that_changes_is_a_part_of_the_checkpoint(save):
+    folder = save(1, reference=ReferenceFiles())
+    assert (folder / "step-1" / "reference" / "config.json").is_file()

@@ -89,6 +89,9 @@ class Reference:
         self._calls.append(("ref_logprobs",))
         return torch.full(batch.input_ids.shape, -2.0)
 
+    def refresh(self):
+        self._calls.append(("refresh",))
+
 
 class Log(Tracker):
     def __init__(self, system):
@@ -182,6 +185,15 @@ def test_the_reference_sees_the_batch_before_the_policy_does(run):
     batch = system.batches[0]
     assert torch.equal(batch.ref_logprobs, -2.0 * batch.completion_mask)
     assert "time/ref_logprobs" in system.logged[0][1]
+
+
+def test_the_reference_follows_the_policy_every_so_many_steps(run):
+    fields = {"grpo": {"beta": 0.1}, "reference": {"sync_steps": 2}}
+    system = run(System(), max_steps=5, with_reference=True, **fields)
+    around = [call for call in system.calls if call[0] in ("publish", "refresh", "checkpoint")]
+    assert around[:2] == [("publish", 0), ("publish", 1)]
+    assert around[3:6] == [("publish", 2), ("refresh",), ("checkpoint", 2)]
+    assert around.count(("refresh",)) == 2
 
 
 def test_the_batch_holds_the_groups_of_its_step_with_their_advantages(run):

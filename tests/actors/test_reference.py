@@ -1,0 +1,53 @@
+"""The reference model: a copy of what it was given, and after a refresh a mix with the policy."""
+
+import pytest
+import torch
+from policy_cases import LAYOUTS, exported, policy_config, random_batch
+from safetensors.torch import load_file
+
+from rlsys.actors.group import get_all
+from rlsys.actors.reference import ReferenceActors
+
+pytestmark = pytest.mark.system
+
+
+def start(config):
+    reference = ReferenceActors(config)
+    get_all(reference.async_start(), phase="start", timeout_s=120)
+    return reference
+
+
+def saved(reference, folder):
+    reference.save_model(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_refreshed_reference_is_the_mix_that_was_asked_for(lab, policy_models, tmp_path):
+    config = policy_config(policy_models["qwen2-tied"], grpo={"beta": 0.1}, **LAYOUTS["TP 2"])
+    section = {"world_size": 2, "tensor_parallel_size": 2, "sync_steps": 1, "mixup_alpha": 0.25}
+    section = config.reference.model_copy(update=section)
+    config = config.model_copy(update={"reference": section})
+    policy = lab.policy(config)
+    reference = start(config)
+    batch = random_batch()
+    before = saved(reference, tmp_path / "before")
+    assert torch.allclose(policy.compute_logprobs(batch), reference.compute_logprobs(batch))
+
+    reference.follow(policy)
+    policy.update(batch)
+    reference.refresh()
+    after = saved(reference, tmp_path / "after")
+    trained = exported(policy)
+    assert after.keys() == trained.keys()
+    for name, tensor in after.items():
+        mix = 0.75 * before[name] + 0.25 * trained[name]
+        torch.testing.assert_close(tensor, mix, atol=1e-6, rtol=1e-6, msg=name)
+    assert not torch.equal(after["model.norm.weight"], before["model.norm.weight"])
+
+    # As a resumed run does with what its checkpoint holds.
+    mixed_logprobs = reference.compute_logprobs(batch)
+    reference.load_model(tmp_path / "before")
+    assert not torch.allclose(reference.compute_logprobs(batch), mixed_logprobs)
+    reference.load_model(tmp_path / "after")
+    assert torch.equal(reference.compute_logprobs(batch), mixed_logprobs)
+    reference.close()
