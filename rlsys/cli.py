@@ -79,6 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     completions.add_argument("--eval", action="store_true", help="those of held-out prompts")
     completions.set_defaults(run=_completions)
 
+    data = commands.add_parser("data", help="look at the data of a config before training on it")
+    preview = data.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
+        "preview",
+        help="counts, columns, lengths, and a few rendered prompts",
+        description="Counts, columns, lengths, and a few rendered prompts. Needs no Ray or GPU.",
+        usage="rlsys data preview CONFIG [--rows N] [--section.field value ...]",
+        epilog=_CONFIG_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    preview.add_argument("config", metavar="CONFIG", help="YAML file")
+    preview.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    preview.add_argument("--rows", type=int, default=3, help="prompts to show; default 3")
+    preview.set_defaults(run=_preview, help_of=preview)
+
     rewards = commands.add_parser("rewards", help="list the reward functions by name")
     rewards.add_argument(
         "--external_plugins", nargs="+", default=[], metavar="FILE", help="plugins to load first"
@@ -119,6 +133,18 @@ def _explain(args: argparse.Namespace) -> int:
 
     resolved = load_config(args.config, args.overrides)
     return 0 if explain(resolved, _console()) else EXIT_FAILED
+
+
+def _preview(args: argparse.Namespace) -> int:
+    if _asks_for_help(args):
+        return 0
+    from rlsys.config_load import load_config
+    from rlsys.data.preview import preview, split_rows_option
+
+    rows, overrides = split_rows_option(args.overrides)
+    resolved = load_config(args.config, overrides)
+    num_rows = args.rows if rows is None else rows
+    return 0 if preview(resolved.config, _console(), num_rows=num_rows) else EXIT_FAILED
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -44,20 +44,55 @@ class DataConfig(Section):
     """Where prompts come from."""
 
     dataset: list[str] = Field(min_length=1)
-    """Training rows: JSONL or Parquet files, or ids of the Hugging Face hub. Relative paths are
-    resolved against the working directory."""
+    """Training rows: files in JSONL, JSON, CSV, TSV, Parquet or Arrow, folders, or ids of the
+    Hugging Face hub, each as `PATH_OR_ID[:SUBSET[:SPLIT]][#ROWS]`, see docs/data.md. Relative paths
+    are resolved against the working directory."""
+    dataset_weights: list[PositiveFloat] | None = None
+    """One per dataset: each prompt comes from a dataset drawn with probability weight / sum of
+    weights. None: every row comes once an epoch, whatever dataset it is from."""
     val_dataset: list[str] = []
     """Held-out rows, evaluated every `eval_steps`. Empty: `split_dataset_ratio` of `dataset`."""
     split_dataset_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of `dataset` held out for evaluation, instead of `val_dataset`; 0 holds out nothing."""
     max_eval_prompts: PositiveInt = 256
     """Evaluate on the first so many held-out prompts."""
+    columns: dict[str, str] = {}
+    """New names of columns, `{question: prompt}`, given before anything else looks at a row."""
+    preprocessor: list[str] = []
+    """Names of `@register_preprocessor` functions: one for all datasets, or one for each of
+    `dataset` (`none` leaves rows as they are)."""
+    val_preprocessor: list[str] = []
+    """The same for `val_dataset`; empty: `preprocessor`, if that is one for all."""
+    external_plugins: list[str] = []
+    """Python files that register preprocessors when imported."""
     max_prompt_length: PositiveInt = 512
-    """Tokens of the rendered prompt; longer prompts are dropped and counted."""
+    """Tokens of the rendered prompt; what happens with longer ones, `overlong_prompts` says."""
+    min_prompt_length: PositiveInt = 1
+    """Tokens of the rendered prompt; shorter prompts are dropped and counted."""
+    overlong_prompts: Literal["drop", "error"] = "drop"
+    """Prompts over `max_prompt_length` are dropped and counted, or refused before training."""
+    deduplicate: bool = False
+    """Keep only the first of the training rows with the same rendered prompt, and count the
+    others."""
+    max_row_mb: PositiveInt = 8
+    """MiB of one row of a text file; a larger one is an error, as a missing line break makes it."""
     system: str | None = None
     """System message put before rows that have none; None adds nothing."""
     shuffle: bool = True
     """Shuffle the training rows anew in every epoch, seeded by `seed`."""
+    streaming: bool = False
+    """Read and render training rows when they are needed, for data that does not fit in memory.
+    Rows are then checked as they come, not before the run."""
+    shuffle_buffer_size: PositiveInt = 10_000
+    """Rows among which a streamed dataset is shuffled."""
+    difficulty_sampling: bool = False
+    """Skip prompts whose groups had one and the same reward, so nothing to learn from: solved
+    always, or never."""
+    difficulty_patience: PositiveInt = 2
+    """Such groups in a row after which a prompt is skipped."""
+    difficulty_exploration: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Probability that a prompt to be skipped is sampled nevertheless; one group with different
+    rewards brings it back."""
 
 
 class ModelConfig(Section):

@@ -39,6 +39,7 @@ def cross_field_problems(config: Config) -> list[RuleProblem]:
         *_reward_problems(config),
         *_optimizer_problems(config),
         *_data_problems(config),
+        *_dataset_problems(config),
     ]
 
 
@@ -223,6 +224,53 @@ def _data_problems(config: Config) -> Iterator[RuleProblem]:
             ("data.val_dataset", "data.split_dataset_ratio"),
             f"data.val_dataset and data.split_dataset_ratio = {data.split_dataset_ratio:g} both "
             "say what is held out: leave one of them out",
+        )
+
+
+def _dataset_problems(config: Config) -> Iterator[RuleProblem]:
+    data = config.data
+    if data.dataset_weights is not None and len(data.dataset_weights) != len(data.dataset):
+        yield RuleProblem(
+            ("data.dataset_weights", "data.dataset"),
+            f"data.dataset_weights has {len(data.dataset_weights)} values for "
+            f"{len(data.dataset)} datasets ({', '.join(data.dataset)}): give one weight for each, "
+            "or leave it out to take every row once an epoch",
+        )
+    if len(data.preprocessor) > 1 and len(data.preprocessor) != len(data.dataset):
+        yield RuleProblem(
+            ("data.preprocessor", "data.dataset"),
+            f"data.preprocessor has {len(data.preprocessor)} names for {len(data.dataset)} "
+            "datasets: give one for all, or one for each (none leaves rows as they are)",
+        )
+    if len(data.val_preprocessor) > 1 and len(data.val_preprocessor) != len(data.val_dataset):
+        yield RuleProblem(
+            ("data.val_preprocessor", "data.val_dataset"),
+            f"data.val_preprocessor has {len(data.val_preprocessor)} names for "
+            f"{len(data.val_dataset)} datasets: give one for all, or one for each",
+        )
+    if data.val_dataset and len(data.preprocessor) > 1 and not data.val_preprocessor:
+        yield RuleProblem(
+            ("data.val_preprocessor", "data.preprocessor", "data.val_dataset"),
+            "data.preprocessor has one name for each of data.dataset, which says nothing about "
+            "data.val_dataset: set data.val_preprocessor (none leaves rows as they are)",
+        )
+    if data.min_prompt_length > data.max_prompt_length:
+        yield RuleProblem(
+            ("data.min_prompt_length", "data.max_prompt_length"),
+            f"data.min_prompt_length = {data.min_prompt_length} is above data.max_prompt_length = "
+            f"{data.max_prompt_length}, so no prompt fits: lower one or raise the other",
+        )
+    if data.streaming and data.split_dataset_ratio:
+        yield RuleProblem(
+            ("data.streaming", "data.split_dataset_ratio"),
+            f"data.split_dataset_ratio = {data.split_dataset_ratio:g} needs all rows at once, "
+            "which data.streaming does not have: set data.val_dataset, or do not stream",
+        )
+    if data.streaming and data.deduplicate:
+        yield RuleProblem(
+            ("data.streaming", "data.deduplicate"),
+            "data.deduplicate needs all rows at once, which data.streaming does not have: remove "
+            "duplicates from the files, or do not stream",
         )
 
 

@@ -28,6 +28,9 @@ class Rollouts(Protocol):
     def epoch(self) -> float:
         """Passes over the training data so far."""
 
+    def metrics(self) -> dict[str, float]:
+        """What there is to tell about where prompts come from."""
+
 
 class Policy(Protocol):
     """The trained model."""
@@ -117,6 +120,7 @@ def train(
             with timer("reference_sync"):
                 reference.refresh()
         metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
+        metrics |= rollouts.metrics()
         metrics |= {"epoch": rollouts.epoch, "policy_version": update.policy_version}
         tracker.log_metrics(step, metrics | timer.metrics() | _throughput(batch, timer))
         if config.eval_steps is not None and step % config.eval_steps == 0:

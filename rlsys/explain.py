@@ -12,6 +12,7 @@ from rich.text import Text
 
 from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, config_fields, first_sentence
+from rlsys.data.checks import count_rows
 from rlsys.devices import guess_device, visible_gpus
 from rlsys.memory import (
     REWARD_GIB,
@@ -21,7 +22,7 @@ from rlsys.memory import (
     micro_batch_tokens,
 )
 from rlsys.model_shape import read_model_shape
-from rlsys.preflight import Problem, check_run, count_rows, find_model_folder
+from rlsys.preflight import Problem, check_run, find_model_folder
 from rlsys.roles import Role, plan_roles
 
 _ORIGIN_STYLES = {"default": "dim", "file": "", "command line": "bold green"}
@@ -58,7 +59,7 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
         micro = "as many completions as fit, "
     total = config.max_steps * steps
     warmup = math.ceil(policy.warmup_ratio * total)
-    rows = count_rows(config)
+    rows = count_rows(config.data)
     drawn = config.max_steps * prompts
     return [
         (

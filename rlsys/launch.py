@@ -27,10 +27,12 @@ from rlsys.checkpoints import REFERENCE_FOLDER, Checkpoints, checkpoint_steps, l
 from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
 from rlsys.data import PromptData, load_prompts
+from rlsys.data.stream import make_prompt_stream
+from rlsys.data.usage import missing_columns
 from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.placement import Placement
-from rlsys.prompt_source import PromptSource
+from rlsys.rewards import load_plugins
 from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
 from rlsys.run_dir import RunDir
@@ -99,7 +101,7 @@ def run(resolved: ResolvedConfig) -> None:
 
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     """Start the actors of every role on the connected cluster and wait until all are ready."""
-    prompts = PromptSource(data.train, shuffle=config.data.shuffle, seed=config.seed)
+    prompts = make_prompt_stream(config, data)
     device = choose_device(config)
     placement = Placement(config, device=device)
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
@@ -132,29 +134,31 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
 
 
 def check_prompts(config: Config, data: PromptData) -> None:
-    """Refuse data of which one step would hold some prompts twice.
+    """Refuse data of which one step would hold some prompts twice, or without a reward's columns.
 
     Raises:
-        ValueError: fewer prompts than a step needs.
+        ValueError: fewer prompts than a step needs; a column that a reward function needs and no
+            row has.
     """
-    if len(data.train) < config.num_prompts:
+    if not config.data.streaming and len(data.train) < config.num_prompts:
         raise ValueError(
             f"a step needs {config.num_prompts} prompts (rollout.generation_batch_size / "
             f"rollout.num_generations), but the training data has {len(data.train)}. Give more "
             "data or lower generation_batch_size."
         )
+    reward = config.reward
+    load_plugins(reward.external_plugins)
+    missing = missing_columns(reward.reward_funcs, reward.reward_params, data.columns)
+    if missing:
+        raise ValueError("\n".join(missing))
 
 
 def load_data(config: Config) -> PromptData:
     """The prompts of a run, with the chat template of its model."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
     data = load_prompts(config.data, tokenizer, seed=config.seed)
-    if data.num_dropped:
-        print(
-            f"dropped {data.num_dropped} prompts of more than data.max_prompt_length = "
-            f"{config.data.max_prompt_length} tokens; {len(data.train)} are left to train on",
-            flush=True,
-        )
+    for line in data.summary():
+        print(line, flush=True)
     check_prompts(config, data)
     return data
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Generator, Iterator
@@ -20,15 +19,13 @@ from pathlib import Path
 from rlsys.checkpoints import checkpoint_steps
 from rlsys.config import Config
 from rlsys.config_load import is_saved_config
-from rlsys.data import FILE_SUFFIXES
+from rlsys.data.checks import check_data, count_rows
 from rlsys.devices import guess_device
 from rlsys.model_shape import ModelShape, read_model_shape
 from rlsys.rewards import load_plugins, orms, settings_of
 from rlsys.run_dir import RunDir
 from rlsys.tracking import trackers
 
-_COUNTABLE_BYTES = 200 * 2**20
-"""Count the rows of JSONL files up to this size; larger ones would take a while to read."""
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention on CPU has kernels for."""
 
@@ -244,65 +241,15 @@ def _looks_local(path: str) -> bool:
 
 
 def _datasets(config: Config) -> Iterator[Problem]:
-    for field, sources in (
-        ("data.dataset", config.data.dataset),
-        ("data.val_dataset", config.data.val_dataset),
-    ):
-        for source in sources:
-            path = Path(source).expanduser()
-            if path.is_file():
-                yield from _data_file(field, path)
-            elif not path.exists() and (_looks_local(source) or path.suffix in FILE_SUFFIXES):
-                yield Problem(
-                    f"{field}: there is no file {source!r} on this machine (relative paths start "
-                    f"at the working directory, {os.getcwd()})",
-                    True,
-                )
-    rows = count_rows(config)
+    for text, only_here in check_data(config.data):
+        yield Problem(text, only_here)
+    rows = count_rows(config.data)
     if rows is not None and 0 < rows < config.num_prompts:
         yield Problem(
             f"data.dataset has {rows} rows to train on, and a step needs {config.num_prompts} "
             "prompts (rollout.generation_batch_size / rollout.num_generations): give more data, "
             "or lower generation_batch_size"
         )
-
-
-def _data_file(field: str, path: Path) -> Iterator[Problem]:
-    """What the first row shows; rlsys.data checks every row when the run starts."""
-    if path.suffix not in FILE_SUFFIXES:
-        yield Problem(f"{field}: {path} should be a file in {', '.join(FILE_SUFFIXES)}")
-    if path.suffix != ".jsonl":
-        return
-    with path.open(encoding="utf-8-sig") as file:
-        line = next((line for line in file if line.strip()), None)
-    if line is None:
-        yield Problem(f"{field}: {path} has no rows")
-        return
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        yield Problem(f"{field}: {path} is not JSON Lines: {error}")
-        return
-    if not isinstance(row, dict) or not {"messages", "prompt"} & set(row):
-        found = (
-            f"has the columns {', '.join(row)}" if isinstance(row, dict) else "is no JSON object"
-        )
-        yield Problem(
-            f"{field}: {path} needs a column `messages` (chat turns) or `prompt` (a text); its "
-            f"first row {found}"
-        )
-
-
-def count_rows(config: Config) -> int | None:
-    """Training rows, before the length limit; None where counting would not be cheap."""
-    total = 0
-    for name in config.data.dataset:
-        path = Path(name).expanduser()
-        if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size > _COUNTABLE_BYTES:
-            return None
-        with path.open("rb") as file:
-            total += sum(1 for line in file if line.strip())
-    return round(total * (1 - config.data.split_dataset_ratio))
 
 
 def _rewards(config: Config) -> Iterator[Problem]:

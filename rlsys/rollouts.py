@@ -14,7 +14,7 @@ from rlsys.actors.rollout import RolloutActors
 from rlsys.algo.advantages import advantages_of_group
 from rlsys.algo.metrics import evaluation_metrics
 from rlsys.config import Config
-from rlsys.prompt_source import PromptSource
+from rlsys.prompt_source import PromptStream
 from rlsys.tracking.base import Tracker
 from rlsys.types import Prompt, RolloutGroup
 
@@ -31,7 +31,7 @@ class Rollouts:
         *,
         engines: RolloutActors,
         rewards: RewardWorkers,
-        prompts: PromptSource,
+        prompts: PromptStream,
         validation: Sequence[Prompt],
         tracker: Tracker,
     ):
@@ -46,6 +46,10 @@ class Rollouts:
     def epoch(self) -> float:
         """Passes over the training data so far."""
         return self._prompts.epoch
+
+    def metrics(self) -> dict[str, float]:
+        """What there is to tell about where prompts come from."""
+        return self._prompts.metrics()
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is, as JSON has it."""

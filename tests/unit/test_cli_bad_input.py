@@ -52,8 +52,12 @@ CASES = {
 SAYS = {
     "a file that is not there": ["nowhere.yaml", "there is no such file"],
     "a missing model folder": ["model.path", "there is no model folder './nowhere'"],
-    "a dataset without messages": ["questions.jsonl", "`messages`", "has the columns question"],
-    "a dataset that is not there": ["data.dataset", "'nowhere.jsonl'", "relative paths start at"],
+    "a dataset without messages": [
+        "questions.jsonl",
+        "columns messages",
+        "has the columns: question",
+    ],
+    "a dataset that is not there": ["data.dataset", "'nowhere.jsonl'", "Relative paths start at"],
     "an unknown reward": ["'countdwn'", "Did you mean 'countdown'?", "Known: accuracy, "],
     "a plugin that raises": ["plugin.py", "line 3", "import nothing_of_this_name"],
     "groups of one": ["rollout.num_generations = '1'", "greater than or equal to 2"],

@@ -58,6 +58,9 @@ class System:
     def epoch(self):
         return self.policy_version / 10
 
+    def metrics(self):
+        return {}
+
     # policy
     def compute_logprobs(self, batch):
         self.calls.append(("old_logprobs",))

@@ -141,17 +141,21 @@ def test_a_reference_with_another_vocabulary(problems, tmp_path):
 
 def test_a_missing_data_file(problems):
     text = only(problems("--data.dataset", "nowhere.jsonl"))
-    assert "data.dataset: there is no file 'nowhere.jsonl'" in text
+    assert "data.dataset: dataset 'nowhere.jsonl' does not exist" in text
     assert "working directory" in text
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", '{"question": "1 + 1?"}\n', ["`messages`", "`prompt`", "question"]),
+        ("a.jsonl", '{"question": "1 + 1?"}\n', ["messages", "prompt", "{question: prompt}"]),
         ("a.jsonl", "", ["no rows"]),
-        ("a.jsonl", "question\n", ["not JSON Lines"]),
-        ("a.csv", "messages\n", [".jsonl"]),
+        ("a.jsonl", "question\n", ["line 1: not JSON"]),
+        ("a.csv", "prompt\n", ["no rows"]),
+        ("a.csv", "question\na\n", ["{question: prompt}"]),
+        ("a.parquet", "text", ["not a Parquet file"]),
+        ("a.txt", "a", [".jsonl"]),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', ["line 2: ", "found 3"]),
     ],
 )
 def test_a_data_file_that_cannot_be_used(problems, tmp_path, name, content, words):

@@ -1,6 +1,7 @@
 """The stream of prompts: every prompt once an epoch, and to be continued from its state."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -63,6 +64,14 @@ def test_epochs_and_seeds_differ_in_order():
 
 def test_fewer_prompts_than_a_step_needs_names_the_numbers(tmp_path):
     config = make_config(tmp_path, rollout={"generation_batch_size": 16, "num_generations": 2})
+    prompts = [replace(prompt, columns={"nums": [1], "target": 1}) for prompt in prompts_of(8)]
     with pytest.raises(ValueError, match=r"a step needs 8 prompts .* the training data has 7"):
-        check_prompts(config, PromptData(prompts_of(7), [], 0))
-    check_prompts(config, PromptData(prompts_of(8), [], 0))
+        check_prompts(config, PromptData(prompts[:7], [], [7]))
+    check_prompts(config, PromptData(prompts, [], [8]))
+
+
+def test_a_column_that_a_reward_needs_and_no_row_has_is_named_before_the_run(tmp_path):
+    config = make_config(tmp_path, rollout={"generation_batch_size": 16, "num_generations": 2})
+    prompts = [replace(prompt, columns={"target": 1}) for prompt in prompts_of(8)]
+    with pytest.raises(ValueError, match=r"'countdown' needs the column nums.*It has: target"):
+        check_prompts(config, PromptData(prompts, [], [8]))

@@ -5,51 +5,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from data_cases import assistant, load, user, word_tokenizer, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rlsys.config import DataConfig
-from rlsys.data import load_prompts, split_prompts
+from rlsys.data import split_prompts
 from rlsys.types import Prompt
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}"
-    "{% if m['role'] == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
-    "{% if add_generation_prompt %}[assistant]{% endif %}"
-)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """Words are tokens, and encoding a text puts BOS in front, as Llama's tokenizer does."""
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<unk>", "[", "]", "user", "assistant", "system", *"abcdefgh"]
-    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.add_special_tokens([AddedToken("<s>", special=True)])
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", unk_token="<unk>", chat_template=TEMPLATE
-    )
-
-
-def write_jsonl(path: Path, rows: list) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def user(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
-
-
-def load(tokenizer, *sources: str, seed: int = 0, **options):
-    return load_prompts(DataConfig(dataset=list(sources), **options), tokenizer, seed=seed)
+    return word_tokenizer()
 
 
 def test_the_template_is_applied_once_and_bos_is_not_doubled(tokenizer, tmp_path):
@@ -84,7 +50,11 @@ def test_the_system_message_is_put_before_rows_that_have_none(tokenizer, tmp_pat
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
@@ -108,7 +78,7 @@ def test_texts_that_look_like_dates_stay_texts_and_integers_integers(tokenizer, 
         {"prompt": "a"},
     ]
     first, _, third = load(tokenizer, write_jsonl(tmp_path / "train.jsonl", rows)).train
-    assert first.columns == {"answer": "2024-01-31", "x": 1, "prompt": None}
+    assert first.columns == {"answer": "2024-01-31", "x": 1}
     assert type(first.columns["x"]) is int
     assert third.columns == {"answer": None, "x": None}
 
@@ -225,15 +195,18 @@ def test_a_missing_file_is_named(tokenizer, tmp_path, monkeypatch, source):
 def test_a_hub_dataset_that_cannot_be_loaded_is_named(tokenizer, tmp_path):
     # An empty folder takes the same way as the id of a hub's dataset, without the network.
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"dataset '.*empty' .*could not be loaded"):
+    with pytest.raises(ValueError, match=r"dataset '.*empty': .*could not be loaded"):
         load(tokenizer, str(tmp_path / "empty"))
 
 
 def test_a_dataset_without_prompts_lists_its_columns(tokenizer, tmp_path):
     rows = [{"question": "a", "answer": "b"}, {"question": "a", "level": 3}]
     source = write_jsonl(tmp_path / "train.jsonl", rows)
-    with pytest.raises(ValueError, match=r"train\.jsonl' has neither.*question, answer, level"):
+    with pytest.raises(ValueError, match="has none of the columns messages") as caught:
         load(tokenizer, source)
+    assert "question, answer, level" in str(caught.value)
+    assert "Set data.columns to {question: prompt}" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2  # once, not for every row
 
 
 def test_an_empty_dataset_is_named(tokenizer, tmp_path):
@@ -247,53 +220,74 @@ def test_a_column_that_hides_what_reward_functions_get(tokenizer, tmp_path):
         load(tokenizer, source)
 
 
-def test_bad_rows_are_listed_together_with_their_numbers(tokenizer, tmp_path):
+def test_bad_rows_are_listed_together_with_their_lines(tokenizer, tmp_path):
     rows = [
         {"messages": user("a")},
         {"messages": []},
-        {"messages": [*user("a"), {"role": "assistant", "content": "b"}]},
+        {"messages": [*user("a"), {"role": "system", "content": "b"}]},
         {"messages": [{"role": "User", "content": "a"}]},
         {"messages": user("  ")},
         {"messages": [{"role": "tool", "content": "a"}, *user("b")]},
+        {"answer": 1},
+        {"messages": user("a"), "images": ["a.png"]},
+        {"messages": user([{"type": "text", "text": "a"}, {"type": "image", "image": "b"}])},
     ]
     source = write_jsonl(tmp_path / "train.jsonl", rows)
-    with pytest.raises(ValueError, match="cannot be used") as caught:
-        load(tokenizer, source)
-    header, *problems = str(caught.value).splitlines()
-    assert header == "some rows of the data cannot be used:"
-    assert problems[0].endswith(
-        "train.jsonl, row 2: expected a list of messages or a prompt, found []"
-    )
-    assert "train.jsonl, row 3: the messages end with a turn of 'assistant'" in problems[1]
-    assert "train.jsonl, row 4: a message is {'role': one of system, user" in problems[2]
-    assert "train.jsonl, row 5: the user message has no text" in problems[3]
-    assert "train.jsonl, row 6: the chat template refuses it: no tools here" in problems[4]
-    assert len(problems) == 5
+    with Path(source).open("ab") as file:
+        file.write(b'\n{"prompt": "\xff"}\n{"prompt": NaN}\n')
+    other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": [*user("a"), *assistant("b")]}])
+    with pytest.raises(ValueError, match="there are 12 problems") as caught:
+        load(tokenizer, source, other, "no_such.jsonl")
+    _, *found = str(caught.value).splitlines()
+    expected = [
+        "train.jsonl, line 2: expected a list of messages or a prompt, found []",
+        "train.jsonl, line 3: the messages end with a turn of 'system'",
+        "train.jsonl, line 4: a message is {'role': one of system, user",
+        "train.jsonl, line 5: the user message has no text",
+        "train.jsonl, line 7: has no prompt: none of messages",
+        "train.jsonl, line 8: has images (the column 'images' is not empty)",
+        "train.jsonl, line 9: a message has a part of type 'image'",
+        "train.jsonl, line 11: is not a text in UTF-8: byte 13 is 0xff",
+        "train.jsonl, line 12: not JSON: NaN is no JSON value",
+        "train.jsonl, line 6: the chat template refuses it: no tools here",
+        "... and 2 more",
+    ]
+    assert len(found) == len(expected)
+    for line, words in zip(found, expected, strict=True):
+        assert words in line
 
 
 @pytest.mark.parametrize("bad", [None, 3, "", [], ["a"], [{"role": "user"}], {"role": "user"}])
 def test_prompts_of_a_wrong_type(tokenizer, tmp_path, bad):
     source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}, {"prompt": bad}])
-    with pytest.raises(ValueError, match=r"train\.jsonl, row 2: "):
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 2: "):
         load(tokenizer, source)
 
 
 def test_a_long_list_of_bad_rows_is_cut(tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": ""}] * 100)
-    with pytest.raises(ValueError, match="and maybe more") as caught:
+    with pytest.raises(ValueError, match=r"there are 100 problems(.|\n)*and 90 more") as caught:
         load(tokenizer, source)
-    assert len(str(caught.value).splitlines()) == 7
+    assert len(str(caught.value).splitlines()) == 12
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"a\.jsonl, line 3: not JSON"),
-        ("a.jsonl", b'{"prompt": "a"}\n["b"]\n', r"a\.jsonl, row 2: expected a JSON object"),
+        ("a.jsonl", b'{"prompt": "a"}\n["b"]\n', r"a\.jsonl, line 2: expected a JSON object"),
         ("a.json", b'[{"prompt": "a"}', r"a\.json: not JSON"),
-        ("a.jsonl", b"\xff\xfe\x00", r"a\.jsonl is not a text in UTF-8"),
+        ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"line 1: is not .* UTF-8.*UTF-16"),
+        ("a.jsonl", b'{"prompt": "\\ud83d"}', r"line 1: .*half of a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, r"line 1: .*nested too deeply"),
         ("a.parquet", b"text", r"a\.parquet is not a Parquet file"),
-        ("a.csv", b"prompt\na\n", r"a\.csv' must be a file in \.jsonl, \.json, \.parquet"),
+        ("a.arrow", b"text", r"a\.arrow is not an Arrow file"),
+        ("a.csv", b"prompt,n\na\n", r"a\.csv, line 2: has 1 cells, and the header 2"),
+        ("a.csv", b'prompt,n\n"a"b,1\n', r"a\.csv, line 2: not CSV"),
+        ("a.csv", b"prompt\na\xff\n", r"a\.csv, line 2: is not a text in UTF-8.* 0xff"),
+        ("a.csv", b"prompt;n\na;1\n", r"a\.csv, line 1: the header has no comma"),
+        ("a.csv", b"prompt,prompt\na,b\n", r"a\.csv, line 1: the column 'prompt' is there twice"),
+        ("a.txt", b"prompt\na\n", r"a\.txt' must be a file in \.jsonl, \.json, \.csv"),
     ],
 )
 def test_files_that_cannot_be_read(tokenizer, tmp_path, name, content, message):

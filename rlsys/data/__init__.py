@@ -1,0 +1,37 @@
+"""From dataset rows to prompts ready to sample from.
+
+    spec         what an entry of data.dataset says
+    readers      text files to rows, with their lines
+    tables       Parquet, Arrow, folders and the hub to rows
+    preprocess   a user's function, row to row
+    rows         row formats to chat turns and columns
+    render       chat turns to token ids
+    sources      the above for one dataset of a config
+    load         everything in memory: filters, counts, the split
+    streaming    rows when they are needed
+    preview      `rlsys data preview`
+
+docs/data.md is for users.
+"""
+
+from rlsys.data.load import PromptData, load_prompts, split_prompts
+from rlsys.data.preprocess import (
+    ResponsePreprocessor,
+    RowPreprocessor,
+    preprocessors,
+    register_preprocessor,
+)
+from rlsys.data.render import render_prompt
+from rlsys.data.spec import FILE_SUFFIXES
+
+__all__ = [
+    "FILE_SUFFIXES",
+    "PromptData",
+    "ResponsePreprocessor",
+    "RowPreprocessor",
+    "load_prompts",
+    "preprocessors",
+    "register_preprocessor",
+    "render_prompt",
+    "split_prompts",
+]

@@ -1,0 +1,118 @@
+"""What is wrong with the data of a config, as far as a second's look at the first rows tells.
+
+`rlsys.data.load` checks every row when the run starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from rlsys.config import DataConfig
+from rlsys.data.readers import BadRow
+from rlsys.data.sources import Problems, Source, Split, load_data_plugins, open_sources
+from rlsys.data.spec import parse_spec
+from rlsys.data.tables import OWN_SUFFIXES
+
+FIRST_ROWS = 20
+"""Rows of each text file that are looked at."""
+_SHOWN = 3
+_COUNTABLE_BYTES = 200 * 2**20
+"""Count the rows of JSONL files up to this size; larger ones would take a while to read."""
+
+Finding = tuple[str, bool]
+"""What is wrong, and whether only on this machine (a file is missing, say)."""
+
+
+def check_data(config: DataConfig) -> Iterator[Finding]:
+    """Problems of plugins, dataset entries, files and their first rows."""
+    plugins = Problems()
+    load_data_plugins(config, plugins)
+    for text in plugins.texts:
+        yield text, "is not a file" in text
+    splits: tuple[Split, ...] = ("train", "validation")
+    for split in splits:
+        field = "data.dataset" if split == "train" else "data.val_dataset"
+        described = Problems()
+        sources = open_sources(config, split, described)
+        for text in described.texts:
+            hint = " (a plugin above could not be loaded)" if plugins else ""
+            yield f"{field}: {text}{hint}", bool(plugins)
+        for source in sources:
+            for text, only_here in _check_source(source):
+                yield f"{field}: {text}", only_here
+
+
+def count_rows(config: DataConfig) -> int | None:
+    """Training rows, before the length limit; None where counting would not be cheap."""
+    total = 0
+    for text in config.dataset:
+        try:
+            spec = parse_spec(text)
+        except ValueError:
+            return None
+        if spec.num_rows is not None and not config.streaming:
+            total += spec.num_rows
+            continue
+        path = spec.path
+        if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size > _COUNTABLE_BYTES:
+            return None
+        with path.open("rb") as file:
+            rows = sum(1 for line in file if line.strip())
+        total += min(rows, spec.num_rows or rows)
+    return round(total * (1 - config.split_dataset_ratio))
+
+
+def _check_source(source: Source) -> Iterator[Finding]:
+    problem = source.file_problem()
+    path = source.spec.path
+    if problem is not None:
+        yield problem, not path.exists()
+    elif source.spec.is_local and path.suffix in OWN_SUFFIXES and path.is_file():
+        yield from _check_first_rows(source)
+    elif source.spec.is_local and path.suffix == ".parquet" and path.is_file():
+        yield from _check_parquet(source)
+
+
+def _check_first_rows(source: Source) -> Iterator[Finding]:
+    bad: list[str] = []
+    num_rows = 0
+    try:
+        for raw in islice(source.raw_rows(), FIRST_ROWS):
+            num_rows += 1
+            try:
+                source.understand(raw)
+            except BadRow as error:
+                bad.append(f"{source.where(raw)}: {error}")
+    except ValueError as error:
+        yield str(error), False
+        return
+    if not num_rows:
+        yield f"dataset {source.spec.text!r} has no rows", False
+    of_all = source.problem_of_all_rows()
+    if of_all is not None:
+        yield of_all, False
+        return
+    for text in bad[:_SHOWN]:
+        yield text, False
+    if len(bad) > _SHOWN:
+        yield (
+            f"{source.spec.name}: {len(bad) - _SHOWN} more of the first rows cannot be used",
+            False,
+        )
+
+
+def _check_parquet(source: Source) -> Iterator[Finding]:
+    """Only the names of the columns: rows would need `datasets`, which takes a second to import."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(source.spec.path).names
+    except (pyarrow.ArrowException, OSError) as error:
+        yield f"{source.spec.path} is not a Parquet file: {error}", False
+        return
+    source.columns.update(dict.fromkeys(names))
+    problem = source.problem_of_all_rows()
+    if problem is not None:
+        yield problem, False

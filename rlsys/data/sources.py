@@ -1,0 +1,288 @@
+"""The datasets of a config, opened: rows with their places, renamed, preprocessed, understood."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rlsys.config import DataConfig
+from rlsys.data.preprocess import NO_PREPROCESSOR, Preprocessor, keep_row, make_preprocessor
+from rlsys.data.readers import BadRow, RawRow, read_file
+from rlsys.data.rows import ParsedRow, columns_problem, parse_row
+from rlsys.data.spec import FILE_SUFFIXES, DatasetSpec, parse_spec
+from rlsys.data.tables import OWN_SUFFIXES, read_hub, read_table
+from rlsys.registry import did_you_mean
+from rlsys.rewards import load_plugins
+
+Split = Literal["train", "validation"]
+MAX_PROBLEMS_SHOWN = 10
+"""Bad rows that one error lists; the others are counted."""
+
+
+class Problems:
+    """What is wrong with the data: the first few as texts, the others as a number."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.num_more = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.texts)
+
+    def add(self, text: object) -> None:
+        """Note one more."""
+        if len(self.texts) < MAX_PROBLEMS_SHOWN:
+            self.texts.append(str(text))
+        else:
+            self.num_more += 1
+
+    def raise_if_any(self) -> None:
+        """Tell all of them at once.
+
+        Raises:
+            ValueError: there are any.
+        """
+        if not self:
+            return
+        count = len(self.texts) + self.num_more
+        head = f"the data cannot be used, there {_are(count, 'problem')}:"
+        lines = ["  - " + text.replace("\n", "\n    ") for text in self.texts]
+        if self.num_more:
+            lines.append(f"  ... and {self.num_more:,} more")
+        raise ValueError("\n".join([head, *lines]))
+
+
+@dataclass(slots=True)
+class SourceCounts:
+    """What became of the rows of one dataset: `rows` is the sum of all below `formats`."""
+
+    source: str
+    """As it stands in the config."""
+    rows: int = 0
+    """Read, or taken by `#ROWS`, copies included."""
+    formats: Counter[str] = field(default_factory=Counter)
+    """Rows by format."""
+    filtered: int = 0
+    """Left out by the preprocessor."""
+    too_long: int = 0
+    """Over max_prompt_length."""
+    too_short: int = 0
+    """Under min_prompt_length."""
+    duplicates: int = 0
+    """Of a prompt that is there already."""
+    used: int = 0
+    """Prompts, before any are held out."""
+    lengths: list[int] = field(default_factory=list)
+    """Tokens of every rendered prompt, before the limits."""
+
+    def dropped(self) -> dict[str, int]:
+        """Rows that are not used, by the reason."""
+        return {
+            "left out by the preprocessor": self.filtered,
+            "over data.max_prompt_length": self.too_long,
+            "under data.min_prompt_length": self.too_short,
+            "duplicates": self.duplicates,
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.source}: {self.used:,} of {self.rows:,} rows used"
+        dropped = [f"{count:,} {reason}" for reason, count in self.dropped().items() if count]
+        return text + (f"; dropped: {', '.join(dropped)}" if dropped else "")
+
+
+@dataclass(slots=True)
+class Source:
+    """One dataset of the config."""
+
+    spec: DatasetSpec
+    prefix: str
+    """What its prompt ids start with."""
+    split: Split
+    config: DataConfig
+    prepare: Preprocessor
+    columns: dict[str, None] = field(default_factory=dict)
+    """Names of the columns seen so far, in order, as they stand in the data."""
+
+    def raw_rows(self) -> Iterator[RawRow]:
+        """All rows, not parsed yet, from the first one.
+
+        Raises:
+            ValueError: the dataset as a whole cannot be read.
+        """
+        spec, limit = self.spec, self.config.max_row_mb
+        if not spec.is_local or spec.path.is_dir():
+            return read_hub(
+                spec,
+                evaluation=self.split == "validation",
+                streaming=self.config.streaming and self.split == "train",
+                max_row_mb=limit,
+            )
+        problem = self.file_problem()
+        if problem is not None:
+            raise ValueError(problem)
+        if spec.path.suffix in OWN_SUFFIXES:
+            return read_file(spec.path, max_row_mb=limit)
+        return read_table(spec.path, streaming=self.config.streaming)
+
+    def file_problem(self) -> str | None:
+        """Why there is no file of a known kind; None when there is one, or it is no file."""
+        path = self.spec.path
+        if not self.spec.is_local or path.is_dir():
+            return None
+        if not path.exists():
+            return (
+                f"dataset {self.spec.text!r} does not exist (looked for {path.resolve()}). "
+                "Relative paths start at the working directory."
+            )
+        if path.suffix not in FILE_SUFFIXES:
+            return f"dataset {self.spec.text!r} must be a file in {', '.join(FILE_SUFFIXES)}"
+        return None
+
+    def understand(self, raw: RawRow) -> ParsedRow | None:
+        """Columns renamed, preprocessed, and parsed; None when the preprocessor leaves it out.
+
+        Raises:
+            BadRow: the row cannot be used.
+        """
+        values = raw.values()
+        self.columns.update(dict.fromkeys(values))
+        prepared = self.prepare(_renamed(values, self.config.columns))
+        if prepared is None:
+            return None
+        return parse_row(prepared, system=self.config.system)
+
+    def where(self, raw: RawRow) -> str:
+        """The place of a row, for people."""
+        return f"{self.spec.name}, {raw.place}"
+
+    def prompt_id(self, raw: RawRow) -> str:
+        """Unique within the split, and the same in every run."""
+        return f"{self.prefix}:{raw.number}"
+
+    def problem_of_all_rows(self) -> str | None:
+        """What its columns lack, told once instead of for every row."""
+        if self.prepare is not keep_row or not self.columns:
+            return None  # the columns of the preprocessor's rows are not known
+        names = self.config.columns
+        problem = columns_problem([names.get(name, name) for name in self.columns])
+        return None if problem is None else f"dataset {self.spec.text!r} {problem}"
+
+
+def open_sources(config: DataConfig, split: Split, problems: Problems) -> list[Source]:
+    """The datasets of `split` in the order of the config, without reading them.
+
+    Those that the config describes wrongly are told in `problems`, and left out.
+    """
+    texts = config.dataset if split == "train" else config.val_dataset
+    specs: list[tuple[DatasetSpec, Preprocessor]] = []
+    for text, name in zip(texts, preprocessor_names(config, split), strict=True):
+        try:
+            specs.append((parse_spec(text), make_preprocessor(name)))
+        except ValueError as error:
+            problems.add(error)
+    rows = [spec.same_rows for spec, _ in specs]
+    for spec in {spec.same_rows: spec for spec, _ in specs}.values():
+        if rows.count(spec.same_rows) > 1:
+            problems.add(
+                f"a dataset is listed twice: {spec.name}. To see its rows more often, give it a "
+                "weight in data.dataset_weights, or more rows than it has behind #"
+            )
+    stems = [spec.stem for spec, _ in specs]
+    return [
+        # Two files of one name are told apart by their whole path.
+        Source(
+            spec,
+            spec.stem if stems.count(spec.stem) == 1 else spec.long_name,
+            split,
+            config,
+            prepare,
+        )
+        for spec, prepare in specs
+    ]
+
+
+def load_data_plugins(config: DataConfig, problems: Problems) -> None:
+    """Import the files that register preprocessors."""
+    for path in config.external_plugins:
+        try:
+            load_plugins([path])
+        except ValueError as error:
+            problems.add(f"data.external_plugins: {error}")
+
+
+def check_renamed(config: DataConfig, sources: list[Source], problems: Problems) -> None:
+    """Note a name in data.columns that no dataset has: most likely a typing error."""
+    found = list(dict.fromkeys(name for source in sources for name in source.columns))
+    for name in config.columns:
+        if found and name not in found:
+            problems.add(
+                f"data.columns renames {name!r}, which no dataset has.{did_you_mean(name, found)} "
+                f"The columns are: {', '.join(found)}"
+            )
+
+
+def preprocessor_names(config: DataConfig, split: Split) -> list[str]:
+    """One for each dataset of `split`."""
+    names, texts = config.preprocessor, config.dataset
+    if split == "validation":
+        names, texts = config.val_preprocessor or config.preprocessor, config.val_dataset
+    if len(names) <= 1 or not texts:
+        return (names or [NO_PREPROCESSOR]) * len(texts)
+    return names
+
+
+def sampled(rows: Iterable[RawRow], source: Source, *, seed: int) -> list[tuple[RawRow, int]]:
+    """The rows that `#ROWS` takes, each with the number of its copy, from 0; without it all.
+
+    As in ms-swift: fewer rows than there are, are drawn without replacement; more are the whole
+    dataset as often as it fits, and the rest drawn. Unshuffled, and for evaluation, the first ones
+    are taken instead.
+
+    Raises:
+        ValueError: evaluation data is asked for more rows than it has.
+    """
+    everything = list(rows)
+    wanted = source.spec.num_rows
+    if wanted is None or not everything:
+        return [(row, 0) for row in everything]
+    if source.split == "validation" and wanted > len(everything):
+        raise ValueError(
+            f"dataset {source.spec.text!r} has {len(everything):,} rows, and evaluating one twice "
+            "tells nothing new: ask for at most so many"
+        )
+    copies, rest = divmod(wanted, len(everything))
+    some = list(range(rest))
+    if source.config.shuffle and source.split == "train":
+        drawing = random.Random(f"{seed}:sample:{source.prefix}")
+        some = sorted(drawing.sample(range(len(everything)), rest))
+    taken = [(row, copy) for copy in range(copies) for row in everything]
+    return taken + [(everything[index], copies) for index in some]
+
+
+def too_long(length: int, config: DataConfig) -> str:
+    """What to tell about a prompt over the limit where that is an error."""
+    return (
+        f"the prompt has {length:,} tokens, more than data.max_prompt_length = "
+        f"{config.max_prompt_length:,}. Raise it, or set data.overlong_prompts to drop"
+    )
+
+
+def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    if not names:
+        return values
+    renamed = {names.get(name, name): value for name, value in values.items()}
+    if len(renamed) < len(values):
+        kept = [name for name in values if name in names.values() and name not in names]
+        raise BadRow(
+            f"data.columns gives two columns one name: the row has {kept[0]!r} already"
+            if kept
+            else "data.columns gives two columns one name"
+        )
+    return renamed
+
+
+def _are(count: int, what: str) -> str:
+    return f"is 1 {what}" if count == 1 else f"are {count:,} {what}s"

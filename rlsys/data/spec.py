@@ -1,0 +1,123 @@
+"""What an entry of `data.dataset` says: a file, a folder or a hub dataset, and which part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSpec:
+    """One dataset of a config, in ms-swift's syntax plus a split.
+
+    `[hf::]PATH_OR_ID[:SUBSET[/SUBSET...][:SPLIT]][#ROWS]`
+
+    Example:
+        parse_spec("data/train.jsonl#1000")      # 1,000 rows of a file
+        parse_spec("openai/gsm8k:main#500")      # a subset (config name) of a hub dataset
+        parse_spec("openai/gsm8k:main:test")     # another split than the default
+        parse_spec("hf::owner/name::test")       # no subset
+    """
+
+    text: str
+    """As it stands in the config."""
+    name: str
+    """Path or hub id."""
+    subsets: tuple[str, ...] = ()
+    """Config names of a hub dataset or a folder laid out like one; empty: its only one."""
+    split: str | None = None
+    """None: train for training; validation, test or train for evaluation, whichever exists."""
+    num_rows: int | None = None
+    """Take so many rows, see `sample_rows`; None takes all."""
+    from_hub: bool = False
+    """Whether `hf::` says that it is no path."""
+
+    @property
+    def path(self) -> Path:
+        """Where it would be on this machine."""
+        return Path(self.name).expanduser()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it is a path, existing or not, and cannot be an id of the hub."""
+        if self.from_hub:
+            return False
+        return self.path.exists() or _looks_local(self.name)
+
+    @property
+    def same_rows(self) -> tuple[str, tuple[str, ...], str | None]:
+        """Equal for two specs that read the same rows."""
+        return self.name, self.subsets, self.split
+
+    @property
+    def long_name(self) -> str:
+        """All but the number of rows."""
+        return ":".join(filter(None, (self.name, "/".join(self.subsets), self.split)))
+
+    @property
+    def stem(self) -> str:
+        """The short name that prompt ids start with."""
+        return Path(self.name).stem if self.is_local else self.name.rsplit("/", 1)[-1]
+
+
+def parse_spec(text: str) -> DatasetSpec:
+    """Read an entry of `data.dataset`; what exists as a path is one, whatever it contains.
+
+    Raises:
+        ValueError: an unknown prefix, or something else than a row count behind `#`.
+    """
+    if not text.strip():
+        raise ValueError("a dataset is empty: give a path or an id of the hub")
+    if _exists(text):
+        return DatasetSpec(text, text)
+    prefix, colons, rest = text.partition("::")
+    from_hub = bool(colons) and prefix.lower() == "hf"
+    if colons and prefix.lower() == "ms":
+        raise ValueError(
+            f"dataset {text!r}: ModelScope is not read. `git clone` the dataset and give the "
+            "folder's path"
+        )
+    name, num_rows = _row_count(rest if from_hub else text, text)
+    is_folder = ":" in name and _exists(name.partition(":")[0])
+    if not from_hub and (_exists(name) or (_looks_local(name) and not is_folder)):
+        return DatasetSpec(text, name, num_rows=num_rows)
+    name, _, part = name.partition(":")
+    subsets, _, split = part.partition(":")
+    return DatasetSpec(
+        text,
+        name,
+        tuple(subset for subset in subsets.split("/") if subset),
+        split or None,
+        num_rows,
+        from_hub,
+    )
+
+
+def _row_count(rest: str, text: str) -> tuple[str, int | None]:
+    name, hash_sign, count = rest.rpartition("#")
+    if not hash_sign:
+        return rest, None
+    if not count.isdecimal() or not int(count):
+        raise ValueError(
+            f"dataset {text!r}: behind # belongs a number of rows, as in {name}#1000, not {count!r}"
+        )
+    return name, int(count)
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long for a path, a null byte, no such ~user
+        return False
+
+
+def _looks_local(name: str) -> bool:
+    """Whether `name`, which is not here, cannot be an id of the hub: `name` or `owner/name`."""
+    bare = name.partition(":")[0]
+    return (
+        name.startswith((".", "/", "~"))
+        or (name.count("/") > 1 and ":" not in name)
+        or bare.endswith(FILE_SUFFIXES)
+    )

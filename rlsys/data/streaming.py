@@ -1,0 +1,210 @@
+"""Training rows that are read and rendered when they are needed, and never all in memory."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import TYPE_CHECKING, Any
+
+from rlsys.config import DataConfig
+from rlsys.data.readers import BadRow, RawRow
+from rlsys.data.render import render_prompts
+from rlsys.data.sources import Problems, Source, SourceCounts, too_long
+from rlsys.types import Prompt, RolloutGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHECKED_ROWS = 1000
+"""Rows of each dataset that are checked before the run."""
+
+_Place = tuple[Source, RawRow]
+
+
+class StreamedPrompts:
+    """An endless stream of prompts with the methods of `rlsys.prompt_source.PromptSource`.
+
+    An epoch is one pass over all rows of its datasets, in their order, through a buffer of
+    `shuffle_buffer_size` rows out of which one is drawn whenever the next is read. The order of
+    rows depends on the seed alone. To continue from a state, the rows of the current epoch that
+    were given already are read again, but neither parsed nor rendered.
+    """
+
+    def __init__(
+        self,
+        sources: list[Source],
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        *,
+        seed: int,
+    ):
+        self._sources = sources
+        self._tokenizer = tokenizer
+        self._config = config
+        self._seed = seed
+        self.counts = [SourceCounts(source.spec.text) for source in sources]
+        self.columns: dict[str, None] = {}
+        """What every prompt has, None where its row has no such column."""
+        self.num_taken = 0
+        self._epoch = 0
+        self._num_given = 0  # rows of this epoch that left the buffer
+        self._rows_an_epoch: int | None = None
+        self._rows = self._pass(0)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the rows; the first one counts as 0 until it is over."""
+        share = self._num_given / self._rows_an_epoch if self._rows_an_epoch else 0.0
+        return self._epoch + share
+
+    def take(self, n: int) -> list[Prompt]:
+        """The next `n` prompts.
+
+        Raises:
+            ValueError: a row that cannot be used, with its place; or no row of an epoch can.
+        """
+        prompts: list[Prompt] = []
+        empty_since = self._epoch
+        while len(prompts) < n:
+            some = self._prompts(list(islice(self._endless(), n - len(prompts))))
+            prompts += some
+            if some:
+                empty_since = self._epoch
+            elif self._epoch > empty_since + 1:
+                names = ", ".join(source.spec.text for source in self._sources)
+                raise ValueError(
+                    f"a whole pass over {names} gave no prompt: all rows are left out, by the "
+                    "preprocessor or by data.max_prompt_length and min_prompt_length"
+                )
+        self.num_taken += n
+        return prompts
+
+    def observe(self, group: RolloutGroup) -> None:
+        """Hear how a prompt was answered; this stream does not listen."""
+
+    def metrics(self) -> dict[str, float]:
+        """How many rows were read and not used."""
+        return {
+            "data/num_rows_read": float(sum(count.rows for count in self.counts)),
+            "data/num_rows_dropped": float(sum(count.rows - count.used for count in self.counts)),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs, as JSON has it."""
+        return {
+            "num_taken": self.num_taken,
+            "epoch": self._epoch,
+            "num_given": self._num_given,
+            "rows_an_epoch": self._rows_an_epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the stream with this state was."""
+        self.num_taken = state["num_taken"]
+        self._epoch = state["epoch"]
+        self._num_given = state["num_given"]
+        self._rows_an_epoch = state["rows_an_epoch"]
+        self._rows = self._pass(self._epoch)
+        skipped = sum(1 for _ in islice(self._rows, self._num_given))
+        if skipped < self._num_given:
+            raise ValueError(
+                f"the checkpoint was {self._num_given:,} rows into the data, which now has "
+                f"{skipped:,}: it is not what the run started with"
+            )
+
+    def check_first_rows(self, problems: Problems) -> None:
+        """Look at the first rows of each dataset, for mistakes and for the names of columns."""
+        for source in self._sources:
+            bad: list[str] = []
+            num_rows = 0
+            try:
+                for raw in islice(source.raw_rows(), CHECKED_ROWS):
+                    num_rows += 1
+                    try:
+                        parsed = source.understand(raw)
+                    except BadRow as error:
+                        bad.append(f"{source.where(raw)}: {error}")
+                    else:
+                        self.columns.update(dict.fromkeys(parsed.columns if parsed else ()))
+            except ValueError as error:
+                problems.add(error)
+                continue
+            if not num_rows:
+                problems.add(f"dataset {source.spec.text!r} has no rows.")
+            of_all = source.problem_of_all_rows()
+            for text in [of_all] if of_all is not None else bad:
+                problems.add(text)
+
+    def _endless(self) -> Iterator[_Place]:
+        while True:
+            for place in self._rows:
+                self._num_given += 1
+                yield place
+            self._rows_an_epoch = self._num_given
+            self._epoch += 1
+            self._num_given = 0
+            self._rows = self._pass(self._epoch)
+
+    def _pass(self, epoch: int) -> Iterator[_Place]:
+        in_order = chain.from_iterable(
+            ((source, raw) for raw in islice(source.raw_rows(), source.spec.num_rows))
+            for source in self._sources
+        )
+        if not self._config.shuffle:
+            return in_order
+        drawing = random.Random(f"{self._seed}:{self._sources[0].prefix}:{epoch}")
+        return _shuffled(in_order, self._config.shuffle_buffer_size, drawing)
+
+    def _prompts(self, places: list[_Place]) -> list[Prompt]:
+        """Those of the rows that are prompts within the limits."""
+        counts = dict(zip(map(id, self._sources), self.counts, strict=True))
+        understood = []
+        for source, raw in places:
+            counts[id(source)].rows += 1
+            try:
+                parsed = source.understand(raw)
+            except BadRow as error:
+                raise ValueError(_bad_row(f"{source.where(raw)}: {error}")) from error
+            if parsed is None:
+                counts[id(source)].filtered += 1
+            else:
+                understood.append((source, raw, parsed))
+        rendered = render_prompts([p.messages for _, _, p in understood], self._tokenizer)
+        prompts = []
+        for (source, raw, parsed), token_ids in zip(understood, rendered, strict=True):
+            if isinstance(token_ids, str):
+                raise ValueError(_bad_row(f"{source.where(raw)}: {token_ids}"))
+            if self._within_limits(source, raw, len(token_ids), counts[id(source)]):
+                columns = dict.fromkeys(self.columns) | parsed.columns
+                prompts.append(Prompt(source.prompt_id(raw), parsed.messages, token_ids, columns))
+        return prompts
+
+    def _within_limits(self, source: Source, raw: RawRow, length: int, count: SourceCounts) -> bool:
+        if length > self._config.max_prompt_length:
+            if self._config.overlong_prompts == "error":
+                raise ValueError(_bad_row(f"{source.where(raw)}: {too_long(length, self._config)}"))
+            count.too_long += 1
+            return False
+        if length < self._config.min_prompt_length:
+            count.too_short += 1
+            return False
+        count.used += 1
+        return True
+
+
+def _bad_row(text: str) -> str:
+    return (
+        f"{text}\nWith data.streaming rows are checked when they are needed. To check all before a "
+        "run: rlsys data preview CONFIG --data.streaming false"
+    )
+
+
+def _shuffled(rows: Iterator[_Place], size: int, drawing: random.Random) -> Iterator[_Place]:
+    buffer = list(islice(rows, size))
+    for row in rows:
+        index = drawing.randrange(size)
+        yield buffer[index]
+        buffer[index] = row
+    drawing.shuffle(buffer)
+    yield from buffer

@@ -1,0 +1,163 @@
+"""Rows through the `datasets` library: Parquet, Arrow, folders, and the Hugging Face hub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlsys.data.readers import RawRow, read_file
+from rlsys.data.spec import DatasetSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+OWN_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
+"""Files that are read without `datasets`; in a folder laid out like a hub dataset too."""
+_EVALUATION_SPLITS = ("validation", "test", "train")
+_BATCH = 1000
+
+
+def read_table(path: Path, *, streaming: bool) -> Iterator[RawRow]:
+    """The rows of a Parquet or Arrow file.
+
+    Raises:
+        ValueError: it is none.
+    """
+    import datasets
+    import pyarrow
+
+    kind = path.suffix[1:]
+    try:
+        with _quiet():
+            table = datasets.load_dataset(
+                kind, data_files=str(path), split="train", streaming=streaming
+            )
+        yield from _rows(str(path), table)
+    except (datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{path} is not {'a Parquet' if kind == 'parquet' else 'an Arrow'} file: "
+            f"{error.__cause__ or error}"
+        ) from error
+
+
+def read_hub(
+    spec: DatasetSpec, *, evaluation: bool, streaming: bool, max_row_mb: int
+) -> Iterator[RawRow]:
+    """The rows of a dataset of the Hugging Face hub, or of a folder laid out like one.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no such subset or split.
+    """
+    source = str(spec.path) if spec.is_local else spec.name
+    if _is_saved(Path(source)):
+        yield from _rows(spec.text, _chosen(spec, _load_saved(spec, source), evaluation))
+        return
+    number = 0
+    for subset in spec.subsets or (None,):
+        for row in _subset(spec, source, subset, evaluation, streaming, max_row_mb):
+            number += 1
+            place = row.place if subset is None else f"{row.place} of {subset}"
+            yield RawRow(number, place, row.content, row.problem)
+
+
+def _subset(
+    spec: DatasetSpec,
+    source: str,
+    subset: str | None,
+    evaluation: bool,
+    streaming: bool,
+    max_row_mb: int,
+) -> Iterator[RawRow]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        with _quiet():
+            builder = datasets.load_dataset_builder(source, name=subset)
+            files = _own_files(builder) if spec.is_local else None
+            splits = None if files else datasets.load_dataset(source, subset, streaming=streaming)
+    except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
+        what = "the folder" if spec.is_local else "no file here, and the Hugging Face hub's dataset"
+        raise ValueError(
+            f"dataset {spec.text!r}: {what} could not be loaded: {_first_lines(error)}"
+        ) from error
+    if files:
+        for path in _chosen(spec, files, evaluation):
+            for row in read_file(path, max_row_mb=max_row_mb):
+                yield RawRow(row.number, f"{path.name}, {row.place}", row.content, row.problem)
+    else:
+        yield from _rows(spec.text, _chosen(spec, splits, evaluation))
+
+
+def _own_files(builder: Any) -> dict[str, list[Path]] | None:
+    """The files of each split, where all of them are of kinds that rlsys reads itself."""
+    found = builder.config.data_files or {}
+    files = {str(split): [Path(str(file)) for file in listed] for split, listed in found.items()}
+    every = [file for listed in files.values() for file in listed]
+    return files if every and all(file.suffix in OWN_SUFFIXES for file in every) else None
+
+
+def _is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote this folder."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+
+
+def _load_saved(spec: DatasetSpec, source: str) -> Any:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"dataset {spec.text!r}: the saved dataset could not be loaded: {_first_lines(error)}"
+        ) from error
+    return saved if isinstance(saved, dict) else {spec.split or "train": saved}
+
+
+def _chosen(spec: DatasetSpec, splits: Any, evaluation: bool) -> Any:
+    wanted = (spec.split,) if spec.split else _EVALUATION_SPLITS if evaluation else ("train",)
+    for name in wanted:
+        if name in splits:
+            return splits[name]
+    raise ValueError(
+        f"dataset {spec.text!r} has no split {wanted[0]!r}, only {', '.join(splits)}: name one as "
+        f"{spec.name}:{'/'.join(spec.subsets)}:{next(iter(splits))}"
+    )
+
+
+def _rows(source: str, table: Dataset | IterableDataset) -> Iterator[RawRow]:
+    import datasets
+
+    for name, feature in (table.features or {}).items():
+        if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+            raise ValueError(
+                f"dataset {source!r} has {type(feature).__name__.lower()} data in the column "
+                f"{name!r}. rlsys trains on text alone: take a dataset without, or remove the "
+                "column if prompts make sense without it"
+            )
+    number = 0
+    for batch in table.iter(batch_size=_BATCH):
+        columns = list(batch)
+        for values in zip(*batch.values(), strict=True):
+            number += 1
+            yield RawRow(number, f"row {number}", dict(zip(columns, values, strict=True)))
+
+
+def _first_lines(error: BaseException) -> str:
+    return "\n".join(str(error.__cause__ or error).strip().splitlines()[:3])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the progress bars of `datasets`, which fill logs."""
+    import datasets
+
+    enabled = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if enabled:
+            datasets.enable_progress_bars()

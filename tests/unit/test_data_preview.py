@@ -1,0 +1,128 @@
+"""`rlsys data preview` as a user sees it."""
+
+import contextlib
+import io
+import random
+
+import pytest
+from config_cases import write_run
+from data_cases import write_jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsys.cli import main
+from rlsys.data import preprocessors
+from rlsys.data.preview import histogram, split_rows_option
+
+
+@given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))
+def test_a_histogram_holds_every_length_once_in_round_classes(lengths):
+    bins = list(histogram(lengths))
+    assert sum(number for *_, number in bins) == len(lengths)
+    assert len(bins) <= 14
+    assert bins[0][2] > 0
+    assert bins[-1][2] > 0
+    widths = {last - first + 1 for first, last, _ in bins}
+    assert len(widths) == 1
+    assert str(widths.pop()).rstrip("0") in ("1", "2", "5")
+    for first, last, number in bins:
+        assert number == sum(first <= length <= last for length in lengths)
+
+
+def test_the_number_of_rows_may_stand_anywhere_behind_the_config():
+    assert split_rows_option(["--seed", "3", "--rows", "5", "--device", "cpu"]) == (
+        5,
+        ["--seed", "3", "--device", "cpu"],
+    )
+    assert split_rows_option(["--rows=2"]) == (2, [])
+    assert split_rows_option(["--seed", "3"]) == (None, ["--seed", "3"])
+    with pytest.raises(ValueError, match="--rows takes a number"):
+        split_rows_option(["--rows"])
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`rlsys data preview` in a folder with a model that has a real tokenizer."""
+    from data_cases import word_tokenizer
+
+    registered = dict(preprocessors.data)
+    word_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    config = write_run(tmp_path)
+    for file in (tmp_path / "tokenizer").iterdir():
+        file.replace(tmp_path / "model" / file.name)
+
+    def preview(*overrides, width=120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        monkeypatch.setattr("rlsys.cli.PIPE_WIDTH", width)
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            code = main(["data", "preview", str(config), *overrides])
+        return code, output.getvalue()
+
+    yield preview
+    preprocessors.data.clear()
+    preprocessors.data.update(registered)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    drawing = random.Random(0)
+    rows = [
+        {"prompt": "a " * drawing.randint(1, 60), "nums": [n], "target": n, "extra": None}
+        for n in range(100)
+    ]
+    return write_jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": "b\x1b[31m c", "target": 1}])
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_everything_is_there_and_fits(run, rows, width):
+    code, output = run("--data.dataset", rows, "--data.max_prompt_length", "50", width=width)
+    assert code == 0
+    assert max(map(len, output.splitlines())) <= width
+    assert "<s>[user] a" in output.replace("<s> [ user ]", "<s>[user]")
+    assert "rows:6 " in output
+    assert "dropped" in output
+    assert "data.max_prompt_length is 50" in output
+    table = output[output.index("Columns") :]
+    nums = next(line for line in table.splitlines() if line.startswith("nums"))
+    assert nums.split() == ["nums", "list", "1", "[1]", "countdown"]
+    _, shorter = run("--data.dataset", rows, "--rows", "1", width=width)
+    assert shorter.count(" tokens\n") == 1 + 1  # and the heading of the lengths
+    assert output.count(" tokens\n") == 3 + 1
+
+
+def test_what_controls_a_terminal_is_shown_and_not_obeyed(run, rows):
+    _, output = run("--data.dataset", rows, "--rows", "101")
+    assert "\x1b" not in output
+
+
+def test_a_missing_column_is_a_problem(run, rows):
+    code, output = run("--data.dataset", rows, "--data.columns", "{nums: numbers}")
+    assert code == 1
+    assert "'countdown' needs the column nums" in output
+    assert "numbers" in output
+
+
+def test_streamed_data_is_looked_at_too(run, rows):
+    code, output = run("--data.dataset", rows, "--data.streaming")
+    assert code == 0
+    assert "Streamed" in output
+
+
+def test_bad_rows_are_an_error_without_a_traceback(run, tmp_path, capsys):
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": ""}])
+    assert run("--data.dataset", bad)[0] == 2
+    assert "bad.jsonl, line 1: the user message has no text" in capsys.readouterr().err
+
+
+def test_the_preprocessor_of_the_documentation_runs(run, tmp_path):
+    problem = {"question": "Tom has 3. Ann has 4.", "answer": "3 + 4 = 7\n#### 1,007"}
+    source = write_jsonl(tmp_path / "gsm.jsonl", [problem] * 40 + [{"question": "?", "answer": ""}])
+    code, output = run(
+        "--data.dataset", source, "--reward.reward_funcs", "format",
+        "--data.external_plugins", "plugins/word_problems.py",
+        "--data.preprocessor", "word_problems",
+    )  # fmt: skip
+    assert code == 0
+    assert "1 left out by the preprocessor" in output
+    assert "'1007'" in output
