@@ -78,6 +78,8 @@ class DataConfig(Section):
     """MiB of one row of a text file; a larger one is an error, as a missing line break makes it."""
     system: str | None = None
     """System message put before rows that have none; None adds nothing."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Variables for the chat template, `{enable_thinking: false}` for Qwen3."""
     shuffle: bool = True
     """Shuffle the training rows anew in every epoch, seeded by `seed`."""
     streaming: bool = False

@@ -6,12 +6,27 @@ Every message names the fields, the numbers and what to do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rlsys.reward_gates import parse_gate
 
 if TYPE_CHECKING:
     from rlsys.config import Config
+
+
+_OWN_TEMPLATE_ARGUMENTS = (
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "max_length",
+    "padding",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "truncation",
+)
+"""Arguments of transformers' `apply_chat_template` that are no variables of the template."""
 
 
 class RuleProblem(NamedTuple):
@@ -232,21 +247,22 @@ def _dataset_problems(config: Config) -> Iterator[RuleProblem]:
     if data.dataset_weights is not None and len(data.dataset_weights) != len(data.dataset):
         yield RuleProblem(
             ("data.dataset_weights", "data.dataset"),
-            f"data.dataset_weights has {len(data.dataset_weights)} values for "
-            f"{len(data.dataset)} datasets ({', '.join(data.dataset)}): give one weight for each, "
-            "or leave it out to take every row once an epoch",
+            f"data.dataset_weights has {_count(data.dataset_weights, 'value')} for "
+            f"{_count(data.dataset, 'dataset')} ({', '.join(data.dataset)}): give one weight for "
+            "each, or leave it out to take every row once an epoch",
         )
     if len(data.preprocessor) > 1 and len(data.preprocessor) != len(data.dataset):
         yield RuleProblem(
             ("data.preprocessor", "data.dataset"),
-            f"data.preprocessor has {len(data.preprocessor)} names for {len(data.dataset)} "
-            "datasets: give one for all, or one for each (none leaves rows as they are)",
+            f"data.preprocessor has {_count(data.preprocessor, 'name')} for "
+            f"{_count(data.dataset, 'dataset')}: give one for all, or one for each (none leaves "
+            "rows as they are)",
         )
     if len(data.val_preprocessor) > 1 and len(data.val_preprocessor) != len(data.val_dataset):
         yield RuleProblem(
             ("data.val_preprocessor", "data.val_dataset"),
-            f"data.val_preprocessor has {len(data.val_preprocessor)} names for "
-            f"{len(data.val_dataset)} datasets: give one for all, or one for each",
+            f"data.val_preprocessor has {_count(data.val_preprocessor, 'name')} for "
+            f"{_count(data.val_dataset, 'dataset')}: give one for all, or one for each",
         )
     if data.val_dataset and len(data.preprocessor) > 1 and not data.val_preprocessor:
         yield RuleProblem(
@@ -272,6 +288,17 @@ def _dataset_problems(config: Config) -> Iterator[RuleProblem]:
             "data.deduplicate needs all rows at once, which data.streaming does not have: remove "
             "duplicates from the files, or do not stream",
         )
+    taken = sorted(set(data.chat_template_kwargs) & set(_OWN_TEMPLATE_ARGUMENTS))
+    if taken:
+        yield RuleProblem(
+            ("data.chat_template_kwargs",),
+            f"data.chat_template_kwargs has {', '.join(taken)}, which rlsys sets itself: leave it "
+            "out; it is for variables that the template reads, such as enable_thinking",
+        )
+
+
+def _count(things: list[Any], what: str) -> str:
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
 
 
 def _near_multiples(number: int, unit: int) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlsys.config import DataConfig
 from rlsys.data.readers import BadRow
@@ -208,7 +209,7 @@ def _load_split(
     seen: set[tuple[int, ...]] = set()
     for source, count in zip(sources, counts, strict=True):
         rows = _read(source, count, problems, seed=seed)
-        rows = _rendered(rows, tokenizer, problems)
+        rows = _rendered(rows, tokenizer, config.chat_template_kwargs, problems)
         count.lengths = [len(row.token_ids) for row in rows]
         rows = _in_bounds(rows, config, count, problems)
         if config.deduplicate and source.split == "train":
@@ -275,12 +276,15 @@ def _read(source: Source, count: SourceCounts, problems: Problems, *, seed: int)
 
 
 def _rendered(
-    rows: list[_Row], tokenizer: PreTrainedTokenizerBase, problems: Problems
+    rows: list[_Row],
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any],
+    problems: Problems,
 ) -> list[_Row]:
     originals = [row for row in rows if not row.copy]
     for start in range(0, len(originals), RENDER_BATCH):
         some = originals[start : start + RENDER_BATCH]
-        rendered = render_prompts([row.parsed.messages for row in some], tokenizer)
+        rendered = render_prompts([row.parsed.messages for row in some], tokenizer, variables)
         for row, token_ids in zip(some, rendered, strict=True):
             if isinstance(token_ids, str):
                 problems.add(f"{row.where}: {token_ids}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -12,42 +13,60 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def render_prompt(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def render_prompt(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """Token ids of the rendered chat template, generation prompt included.
+
+    `template_kwargs` are variables that the template reads, as of data.chat_template_kwargs.
 
     Raises:
         ValueError: the template refuses the messages.
     """
     try:
-        return _render([messages], tokenizer)[0]
+        return _render([messages], tokenizer, template_kwargs or {})[0]
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses it: {error}") from error
 
 
 def render_prompts(
-    conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBase
+    conversations: list[list[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
 ) -> list[list[int] | str]:
     """`render_prompt` of many, tokenised together; a text is what is wrong with that one."""
     try:
-        return list(_render(conversations, tokenizer))
+        return list(_render(conversations, tokenizer, template_kwargs))
     except jinja2.TemplateError:  # one of them: find out which
-        return [_one(messages, tokenizer) for messages in conversations]
+        return [_one(messages, tokenizer, template_kwargs) for messages in conversations]
 
 
-def _one(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[int] | str:
+def _one(
+    messages: list[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
+) -> list[int] | str:
     try:
-        return render_prompt(messages, tokenizer)
+        return render_prompt(messages, tokenizer, template_kwargs)
     except ValueError as error:
         return str(error)
 
 
 def _render(
-    conversations: list[list[Message]], tokenizer: PreTrainedTokenizerBase
+    conversations: list[list[Message]],
+    tokenizer: PreTrainedTokenizerBase,
+    template_kwargs: Mapping[str, Any],
 ) -> list[list[int]]:
     # Tokenised here and only here: templates write BOS themselves, a second pass through the
     # tokenizer would add another.
     token_ids: Any = tokenizer.apply_chat_template(
-        conversations, add_generation_prompt=True, tokenize=True, return_dict=False
+        conversations,
+        **template_kwargs,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=False,
     )
     return token_ids
 

@@ -170,7 +170,11 @@ class StreamedPrompts:
                 counts[id(source)].filtered += 1
             else:
                 understood.append((source, raw, parsed))
-        rendered = render_prompts([p.messages for _, _, p in understood], self._tokenizer)
+        rendered = render_prompts(
+            [p.messages for _, _, p in understood],
+            self._tokenizer,
+            self._config.chat_template_kwargs,
+        )
         prompts = []
         for (source, raw, parsed), token_ids in zip(understood, rendered, strict=True):
             if isinstance(token_ids, str):

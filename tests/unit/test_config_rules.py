@@ -94,6 +94,23 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
         ({"grpo": {"epsilon": 1.5}}, ["1.5", "-0.5", "below 1"]),
         ({"policy": {"lr": 1e-6, "min_lr": 1e-5}}, ["1e-05", "1e-06"]),
         ({"policy": {"max_tokens_per_micro_batch": 100}}, ["100", "128 or more"]),
+        (
+            {"data": {"dataset_weights": [1, 2]}},
+            ["2 values for 1 dataset (", "one weight"],
+        ),
+        ({"data": {"preprocessor": ["a", "b"]}}, ["2 names for 1 dataset:", "one for all"]),
+        (
+            {"data": {"val_dataset": ["v"], "val_preprocessor": ["a", "b"]}},
+            ["2 names for 1 dataset:", "val_preprocessor"],
+        ),
+        (
+            {"data": {"dataset": ["a", "b"], "preprocessor": ["a", "b"], "val_dataset": ["v"]}},
+            ["says nothing about data.val_dataset", "val_preprocessor"],
+        ),
+        ({"data": {"min_prompt_length": 65}}, ["min_prompt_length = 65", "max_prompt_length = 64"]),
+        ({"data": {"streaming": True, "split_dataset_ratio": 0.1}}, ["0.1", "val_dataset"]),
+        ({"data": {"streaming": True, "deduplicate": True}}, ["deduplicate", "do not stream"]),
+        ({"data": {"chat_template_kwargs": {"tokenize": False}}}, ["has tokenize", "leave it out"]),
         ({"policy": {"world_size": 3}}, ["generation_batch_size", "16", "3 data-parallel", "15"]),
     ],
 )

@@ -27,6 +27,18 @@ def test_the_template_is_applied_once_and_bos_is_not_doubled(tokenizer, tmp_path
     assert all(type(token) is int for token in prompt.token_ids)
 
 
+def test_the_template_gets_its_variables(tokenizer, tmp_path):
+    from copy import copy
+
+    thinking = copy(tokenizer)
+    thinking.chat_template = "{{ bos_token }}" + "{% if deep %}a{% else %}b{% endif %}"
+    source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "c"}])
+    [plain] = load(thinking, source).train
+    [deep] = load(thinking, source, chat_template_kwargs={"deep": True}).train
+    assert thinking.decode(plain.token_ids) == "<s> b"
+    assert thinking.decode(deep.token_ids) == "<s> a"
+
+
 def test_messages_and_both_kinds_of_prompt_give_the_same(tokenizer, tmp_path):
     rows = [
         {"messages": user("a")},

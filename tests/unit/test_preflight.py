@@ -166,6 +166,19 @@ def test_a_data_file_that_cannot_be_used(problems, tmp_path, name, content, word
         assert word in text
 
 
+def test_data_plugins_and_preprocessors_are_checked(problems, tmp_path):
+    text = only(problems("--data.preprocessor", "word_problem"))
+    assert "data.dataset: unknown preprocessor 'word_problem'" in text
+    [plugin, unknown] = problems(
+        "--data.external_plugins", "nowhere.py", "--data.preprocessor", "word_problem"
+    )
+    assert "data.external_plugins: plugin '" in plugin.text
+    assert "a plugin above could not be loaded" in unknown.text
+    assert plugin.only_here
+    assert unknown.only_here
+    assert "behind # belongs a number" in only(problems("--data.val_dataset", "a.jsonl#many"))
+
+
 def test_fewer_rows_than_a_step_needs(problems):
     text = only(problems(rollout={"generation_batch_size": 4 * 21}))
     assert "20 rows" in text
