@@ -33,7 +33,7 @@ class RewardWorker:
 
     def start(self, settings: ProcessSettings) -> Failed | None:
         """Make the reward functions."""
-        return self._runner.start(settings)
+        return self._runner.start(settings, concurrent=False)
 
     def score(self, task: Task) -> Values | Failed:
         """Call one function for the completions of one prompt."""
@@ -48,7 +48,7 @@ class AsyncRewardWorker:
 
     async def start(self, settings: ProcessSettings) -> Failed | None:
         """Make the reward functions."""
-        return self._runner.start(settings)
+        return self._runner.start(settings, concurrent=True)
 
     async def score(self, task: Task) -> Values | Failed:
         """Call one async function for the completions of one prompt."""

@@ -13,6 +13,7 @@ from rlsys.rewards import (  # noqa: F401  registers the built-in rewards
     language,
     length,
     matching,
+    reward_model,
     trl,
 )
 from rlsys.rewards.base import ORM, AsyncORM, TrainerState, orms, register_reward, trl_style

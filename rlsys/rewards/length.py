@@ -104,7 +104,8 @@ class RepetitionPenalty(ORM):
             if self.unit == "tokens"
             else [text.lower().split() for text in completions]
         )
-        return [self.max_penalty * self._repeated_share(sequence) for sequence in sequences]
+        # Adding 0 makes -0.0 a 0.0, which reads better in logs.
+        return [self.max_penalty * self._repeated_share(one) + 0.0 for one in sequences]
 
     def _repeated_share(self, sequence: Sequence[Any]) -> float:
         num_ngrams = len(sequence) - self.ngram_size + 1
@@ -146,7 +147,7 @@ class SoftOverlong(ORM):
         """[G] between -1 and 0."""
         allowed = self.max_completion_length - self.cache_length
         return [
-            -min(max(len(token_ids) - allowed, 0) / self.cache_length, 1.0)
+            0.0 - min(max(len(token_ids) - allowed, 0) / self.cache_length, 1.0)
             for token_ids in completion_ids
         ]
 

@@ -104,7 +104,7 @@ def _serve(pipe: Connection, settings: ProcessSettings) -> None:
     """The life of a process: one task after another until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, which kills
     runner = RewardRunner()
-    pipe.send((0, runner.start(settings)))
+    pipe.send((0, runner.start(settings, concurrent=False)))
     while (message := _next(pipe)) is not None:
         number, task = message
         pipe.send((number, runner.score(task)))
@@ -117,7 +117,7 @@ def _serve_async(pipe: Connection, settings: ProcessSettings) -> None:
 
     async def serve() -> None:
         runner = RewardRunner()
-        pipe.send((0, runner.start(settings)))
+        pipe.send((0, runner.start(settings, concurrent=True)))
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Task] | None]()
 
         def read() -> None:

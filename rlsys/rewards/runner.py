@@ -15,10 +15,10 @@ from types import TracebackType
 from typing import Any, Literal
 
 from rlsys.config import RewardConfig
-from rlsys.rewards.base import TrainerState
+from rlsys.rewards.base import TrainerState, orms
 from rlsys.rewards.instances import Params, RewardError
 from rlsys.rewards.plugins import load_plugins
-from rlsys.rewards.scoring import Reward, reward_columns
+from rlsys.rewards.scoring import Reward, is_async, reward_columns
 from rlsys.types import RolloutGroup
 
 MEMORY_SHARE = 0.25
@@ -90,8 +90,14 @@ class Failed:
 class RewardRunner:
     """The reward functions of this process."""
 
-    def start(self, settings: ProcessSettings) -> Failed | None:
-        """Load the plugins and instantiate the functions; what goes wrong comes back as text."""
+    def start(self, settings: ProcessSettings, *, concurrent: bool) -> Failed | None:
+        """Load the plugins and instantiate the functions; what goes wrong comes back as text.
+
+        Args:
+            settings: Of all reward processes of the run.
+            concurrent: Whether this is the process of the async functions. Each makes those that
+                it runs and no others: they may be large.
+        """
         self._guard = guard_memory(settings.max_memory_mb)
         if Path(settings.directory).is_dir():
             os.chdir(settings.directory)
@@ -100,6 +106,7 @@ class RewardRunner:
             self._rewards = {
                 name: Reward(name, settings.params.get(name), settings.known)
                 for name in settings.names
+                if is_async(orms[name]) == concurrent
             }
         except ValueError as error:
             return Failed("error", report_of(error))

@@ -1,0 +1,144 @@
+"""The reward model against transformers, one conversation at a time."""
+
+import asyncio
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForSequenceClassification,
+)
+
+from rlsys.config import RewardConfig
+from rlsys.rewards import orms
+from rlsys.rewards.runner import RewardRunner, process_settings
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+
+
+def save(folder, num_labels=1, template=TEMPLATE):
+    """A tiny random model whose tokens are characters."""
+    words = ["<pad>", "<end>", "<user>", "<assistant>", *map(chr, range(32, 127))]
+    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
+    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        eos_token="<end>",
+        additional_special_tokens=["<user>", "<assistant>"],
+    )
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+        num_labels=num_labels,
+        pad_token_id=0,
+    )
+    Qwen3ForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("reward_model"))
+
+
+def conversation(text):
+    return [{"role": "user", "content": "What?"}, {"role": "assistant", "content": text}]
+
+
+def directly(path, text, keep=128):
+    model = AutoModelForSequenceClassification.from_pretrained(path).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    ids = tokenizer.apply_chat_template(conversation(text), return_dict=False)[-keep:]
+    with torch.inference_mode():
+        return model(input_ids=torch.tensor([ids])).logits[0, 0].item()
+
+
+TEXTS = ["a", "A longer answer, with words.", "", "0123456789" * 5, "b", "z" * 30, "!"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_score_as_transformers_does_alone(path, batch_size):
+    reward = orms["reward_model"](path, batch_size=batch_size)
+    scores = asyncio.run(reward(TEXTS, messages=[conversation(text) for text in TEXTS]))
+    assert scores == pytest.approx([directly(path, text) for text in TEXTS], abs=1e-5)
+    assert len(set(scores)) == len(TEXTS)
+
+
+def test_groups_that_are_scored_together_share_batches(path, monkeypatch):
+    reward = orms["reward_model"](path, batch_size=4)
+    sizes = []
+    logits = reward._logits
+    monkeypatch.setattr(reward, "_logits", lambda rows: sizes.append(len(rows)) or logits(rows))
+
+    async def three_groups():
+        groups = [TEXTS[:3], TEXTS[3:5], TEXTS[5:]]
+        return await asyncio.gather(
+            *(reward(group, messages=[conversation(text) for text in group]) for group in groups)
+        )
+
+    scores = [score for group in asyncio.run(three_groups()) for score in group]
+    assert scores == pytest.approx([directly(path, text) for text in TEXTS], abs=1e-5)
+    assert sum(sizes) == len(TEXTS)
+    assert max(sizes) == 4
+
+
+def test_what_is_too_long_keeps_its_end(path):
+    text = "x" * 500
+    scores = asyncio.run(orms["reward_model"](path)([text], messages=[conversation(text)]))
+    assert scores == pytest.approx([directly(path, text)], abs=1e-5)
+    short = orms["reward_model"](path, max_length=9)
+    scores = asyncio.run(short([text], messages=[conversation(text)]))
+    assert scores == pytest.approx([directly(path, text, keep=9)], abs=1e-5)
+
+
+def test_a_failed_batch_is_an_error_and_the_next_one_is_scored(path, monkeypatch):
+    reward = orms["reward_model"](path)
+    logits = reward._logits
+
+    def fails(rows):
+        monkeypatch.setattr(reward, "_logits", logits)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(reward, "_logits", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(reward(["a"], messages=[conversation("a")]))
+    assert asyncio.run(reward(["a"], messages=[conversation("a")])) == pytest.approx(
+        [directly(path, "a")], abs=1e-5
+    )
+
+
+def test_models_that_are_no_reward_models_are_refused(path, tmp_path):
+    with pytest.raises(ValueError, match="has 2 outputs"):
+        orms["reward_model"](save(tmp_path / "two", num_labels=2))
+    with pytest.raises(ValueError, match="no chat template"):
+        orms["reward_model"](save(tmp_path / "none", template=None))
+    with pytest.raises(ValueError, match="at least 1"):
+        orms["reward_model"](path, batch_size=0)
+
+
+def test_there_is_one_copy_however_many_workers(path, monkeypatch):
+    """Made in the process of the async functions only."""
+    config = RewardConfig(
+        reward_funcs=["format", "reward_model"], reward_params={"reward_model": {"path": path}}
+    )
+    settings = process_settings(config, {})
+    made = {}
+    for concurrent in (False, True):
+        runner = RewardRunner()
+        monkeypatch.setattr("rlsys.rewards.runner.guard_memory", lambda limit: None)
+        assert runner.start(settings, concurrent=concurrent) is None
+        made[concurrent] = list(runner._rewards)
+    assert made == {False: ["format"], True: ["reward_model"]}
