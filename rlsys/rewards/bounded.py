@@ -112,7 +112,7 @@ class BoundedCalls:
         path = os.pathsep.join(entry for entry in sys.path if entry)
         settings = json.dumps([self.function, self.cpu_limit_s, self.memory_gib])
         return subprocess.Popen(
-            [sys.executable, "-c", _START, settings],
+            [sys.executable, "-P", "-c", _START, settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},

@@ -11,7 +11,13 @@ from typing import Any
 from rlsys.rewards.answers import after_thinking
 from rlsys.rewards.base import ORM, register_reward
 from rlsys.rewards.code_tests import AssertTest, CallTest, StdioTest, Test, read_tests
-from rlsys.rewards.sandbox import Limits, Sandbox, SandboxEnded, SandboxUnavailable
+from rlsys.rewards.sandbox import (
+    Limits,
+    OutOfTime,
+    Sandbox,
+    SandboxEnded,
+    SandboxUnavailable,
+)
 
 MAX_PROGRAM = 100_000
 """Characters of a program; what is longer scores 0."""
@@ -45,7 +51,8 @@ class Code(ORM):
 
         Args:
             time_limit_s: seconds of CPU time for one test. A program that only waits is stopped
-                after 5 s and four times as much.
+                after 5 s and four times as much. Once a test has run out of time, the program's
+                other tests fail without being run.
             memory_mib: address space of the program.
             output_kib: what it may print, or return, in one test.
             max_tests: only so many of a row's tests are run, the first; None is all.
@@ -116,18 +123,24 @@ class Code(ORM):
         if program is None:
             return 0.0
         passed = 0
-        for test in tests:
-            if self._passes(program, test):
-                passed += 1
-            elif self.all_or_nothing:
-                return 0.0
-        return passed / len(tests)
+        try:
+            for test in tests:
+                if self._passes(program, test):
+                    passed += 1
+                elif self.all_or_nothing:
+                    return 0.0
+        except OutOfTime:
+            # The tests that are left fail too: a program that hangs costs its time once.
+            pass
+        return 0.0 if self.all_or_nothing and passed < len(tests) else passed / len(tests)
 
     def _passes(self, program: str, test: Test) -> bool:
         try:
             match test:
                 case StdioTest():
                     done = self._sandbox.run(program, test.stdin)
+                    if done.out_of_time:
+                        raise OutOfTime
                     return (
                         done.exit_code == 0
                         and done.within_limits
@@ -137,6 +150,8 @@ class Code(ORM):
                     return self._returns(program, test)
                 case AssertTest():
                     return self._holds(program, test)
+        except OutOfTime:
+            raise
         except SandboxEnded:
             return False
         # What a program answers to a call is its own text: no JSON, or thousands of brackets.

@@ -19,10 +19,10 @@ from rlsys.rewards.answers import (
 from rlsys.rewards.base import ORM, register_reward
 from rlsys.rewards.bounded import BoundedCalls
 
+# A small letter only in parentheses: "the answer is a city" chooses nothing.
 _ANSWER_IS = re.compile(
-    r"\b(?:answer|choice|option)\b(?:\s+(?:is|would\s+be))?\s*:?\s*"
-    r"[*_]{0,3}\(?([A-Z])\b(?!['\u2019])",
-    re.IGNORECASE,
+    r"(?i:\b(?:answer|choice|option)\b(?:\s+(?:is|would\s+be))?)\s*:?\s*[*_]{0,3}"
+    r"(?:\(([A-Za-z])\)|([A-Z])\b(?!['\u2019]))"
 )
 _BARE_CHOICE = re.compile(
     r"[\s(\[{*_$]*(?:\\text\s*\{\s*)?\(?([A-Z])\)?\}?[\s)\]}*_$]*(?:[.:)].*)?",
@@ -88,7 +88,7 @@ class MultipleChoice(ORM):
         text = after_thinking(completion)
         if self.answer_format != "any" or text is None or tagged_answers(text) != []:
             return None
-        named = {letter.upper() for letter in _ANSWER_IS.findall(text)}
+        named = {(one or other).upper() for one, other in _ANSWER_IS.findall(text)}
         if not named:
             return _letter(text)
         return named.pop() if len(named) == 1 else None

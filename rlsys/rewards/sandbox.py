@@ -10,6 +10,7 @@ import fcntl
 import json
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -31,6 +32,10 @@ class SandboxUnavailable(ValueError):
 
 class SandboxEnded(Exception):
     """The program ended, or was stopped, before it answered."""
+
+
+class OutOfTime(SandboxEnded):
+    """It was stopped for its time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ class Finished:
     """Negative: the signal that ended it, such as -9 or -27 (its CPU time was over)."""
     within_limits: bool
     """False when it was stopped for its time or its output."""
-    cpu_time_s: float
+    out_of_time: bool
 
 
 class Sandbox:
@@ -86,14 +91,25 @@ class Sandbox:
         """Run `program` with `stdin` as standard input until it ends or is stopped."""
         with self._lock, self._started("stdio", program, stdin.encode()) as running:
             output, verdict = running.read_until_end()
-            return Finished(output, verdict["exit_code"], verdict["in_time"], verdict["cpu_time_s"])
+            return Finished(
+                output, verdict["exit_code"], verdict["in_time"], running.is_out_of_time()
+            )
 
     @contextlib.contextmanager
     def talk(self, program: str, mode: Mode) -> Iterator[Running]:
-        """Run `program` and exchange JSON lines with it; it is stopped at the end of the block."""
+        """Run `program` and exchange JSON lines with it; it is stopped at the end of the block.
+
+        Raises:
+            OutOfTime: the block raised SandboxEnded and this is why.
+        """
         with self._lock, self._started(mode, program, None) as running:
-            yield running
-            running.stop()
+            try:
+                yield running
+            except SandboxEnded:
+                running.stop()
+                if running.is_out_of_time():
+                    raise OutOfTime from None
+                raise
 
     def close(self) -> None:
         """End the helper process and what it runs."""
@@ -163,6 +179,7 @@ class Running:
         self._max_bytes = limits.output_kib * 1024
         self._limits = limits
         self._buffer = b""
+        self._killed = False
         self._verdict: dict[str, Any] | None = None
 
     def read_until_end(self) -> tuple[bytes, dict[str, Any]]:
@@ -235,9 +252,17 @@ class Running:
             ready, _, _ = select.select([self._control], [], [], 0)
             if not ready:
                 self._control.send(b"kill")
+                self._killed = True
             self._receive()
         assert self._verdict is not None
         return self._verdict
+
+    def is_out_of_time(self) -> bool:
+        """Whether a program that has ended was stopped for its time."""
+        assert self._verdict is not None
+        code = self._verdict["exit_code"]
+        by_kernel = code == -signal.SIGPROF or (code == -signal.SIGKILL and not self._killed)
+        return by_kernel or not self._verdict["in_time"]
 
     def _receive(self) -> None:
         message = self._control.recv(4096)

@@ -284,6 +284,19 @@ def test_share_of_tests_or_all_of_them(code):
     assert orms["code"](max_tests=1)([text], tests=[tests]) == [1.0]
 
 
+def test_a_program_that_hangs_costs_its_time_once(code, monkeypatch):
+    runs = []
+    run = code._sandbox.run
+    monkeypatch.setattr(code._sandbox, "run", lambda *args: runs.append(1) or run(*args))
+    text = "n = int(input())\nprint(n)\nwhile n == 1: pass"
+    tests = [{"input": str(n), "output": str(n)} for n in range(4)]
+    assert code([program(text)], tests=[tests]) == [0.25]
+    assert len(runs) == 2
+    calls = {"fn_name": "f", "inputs": [[0], [1], [2]], "outputs": [0, 1, 2]}
+    text = "def f(n):\n    while n == 1: pass\n    return n"
+    assert code([program(text)], tests=[calls]) == [1 / 3]
+
+
 @pytest.mark.parametrize(
     ("output", "expected", "same"),
     [

@@ -60,6 +60,12 @@ def test_another_or_several_choices_score_0(completion):
     assert score("multiple_choice", completion, solution="B") == 0.0
 
 
+@pytest.mark.parametrize("text", ["The answer is a city", "Answer: a long story", "I'd say so"])
+def test_the_words_a_and_i_are_no_choices(text):
+    assert score("multiple_choice", text, solution="A") == 0.0
+    assert score("multiple_choice", text, solution="I") == 0.0
+
+
 def test_a_right_answer_that_is_no_choice_is_an_error():
     for gold in ("E", "", "1", 2, None):
         with pytest.raises(ValueError, match="must be one of ABCD"):
