@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 
+from rlsys.algo.names import Aggregation
 from rlsys.config_rules import BrokenRules, cross_field_problems
 
 
@@ -182,9 +183,12 @@ class GrpoConfig(Section):
     beta: NonNegativeFloat = 0.0
     """Weight of the k3 KL to the reference model; 0 builds no reference model."""
     epsilon: PositiveFloat = 0.2
-    """Clip range of the ratio: [1 - epsilon, 1 + epsilon_high]."""
+    """Clip range of the ratio: [1 - epsilon, 1 + epsilon_high]; cispo has no lower bound."""
     epsilon_high: PositiveFloat | None = None
     """Upper clip range (DAPO's clip-higher); None is epsilon."""
+    delta: PositiveFloat | None = None
+    """Upper bound of the ratio where the advantage is negative, above 1 + epsilon_high: TRL's
+    delta and the constant c of dual-clip PPO. None is no bound, and 3 for loss_type dual_clip."""
     num_iterations: PositiveInt = 1
     """Passes over one rollout (mu in the paper)."""
     advantage_estimator: str = "grpo"
@@ -207,10 +211,49 @@ class GrpoConfig(Section):
     """Estimate of the KL to the reference model; None is k3 in the loss and k1 in the reward."""
     kl_in_reward: bool = False
     """Subtract beta * KL from the rewards instead of adding it to the loss."""
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "grpo"
-    """How token losses are averaged over an optimizer step. grpo: mean over completions of their
-    token means. dapo: mean over all tokens. dr_grpo: sum over tokens, divided by
-    completions * max_completion_length."""
+    use_bias_correction_kl: bool = False
+    """Multiply the KL in the loss by the ratio: then its gradient is unbiased (DeepSeek-V3.2)."""
+    entropy_coef: NonNegativeFloat = 0.0
+    """Weight of the entropy bonus, averaged over tokens as the loss is; 0 is none."""
+    top_entropy_quantile: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of an optimizer step's tokens, those of highest entropy, that get a policy gradient;
+    1 is all. Below 1 costs a forward pass."""
+    old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
+    """Where the ratio starts from. auto: the trainer's log-probs before the update, computed only
+    when they differ from those of the update itself. recompute: always computed. rollout: the
+    rollout engine's, which saves a forward pass and clips against what was sampled."""
+    rollout_is: Literal["auto", "none", "token", "sequence"] = "auto"
+    """Multiply the policy loss by old_logprobs / rollout_logprobs as probabilities, of the token or
+    of the whole completion, truncated. auto: token when rollouts may be stale, else none."""
+    rollout_is_threshold: PositiveFloat = 2.0
+    """Upper bound of these weights."""
+    rollout_rs: Literal["none", "token", "sequence", "geometric"] = "none"
+    """Leave out the tokens (IcePop), or the completions, whose weight is out of bounds: that of the
+    token, of the completion, or its geometric mean over the completion's tokens."""
+    rollout_rs_threshold: float = Field(default=2.0, ge=1.0)
+    """Upper bound of the weights that are kept."""
+    rollout_rs_threshold_lower: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Lower bound of them; None is 1 / rollout_rs_threshold."""
+    off_policy_mask_threshold: PositiveFloat | None = None
+    """Leave out completions of negative advantage whose log-probs fell by more than this, in nats a
+    token, since they were sampled (DeepSeek-V3.2). None leaves out none."""
+    external_plugins: list[str] = []
+    """Python files that register more losses or advantage estimators when imported."""
+    loss_type: str = "grpo"
+    """The policy's loss: grpo, bnpo, dapo, dr_grpo, dual_clip, gspo, luspo, cispo, sapo,
+    reinforce; see docs/algorithm.md."""
+    loss_aggregation: Aggregation | None = None
+    """How token losses are averaged over an optimizer step of M completions. token_mean: over all
+    tokens. seq_mean_token_mean: token means of each completion, over M. seq_mean_token_sum: sum /
+    M. seq_mean_token_sum_norm: sum / (M * max_completion_length). None is that of the loss's
+    paper."""
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
+    """What the clipped losses take the ratio of: each token, the sequence (GSPO), or the sequence
+    with each token's gradient (GSPO-token). None is sequence for gspo and luspo, else token."""
+    sapo_temperature_pos: PositiveFloat = 1.0
+    """Steepness of sapo's gate for positive advantages."""
+    sapo_temperature_neg: PositiveFloat = 1.05
+    """Steepness of sapo's gate for the others."""
 
 
 class PolicyConfig(Section):
@@ -368,12 +411,24 @@ class Config(Section):
 
     @property
     def recompute_old_logprobs(self) -> bool:
-        """Whether the policy's log-probs before the update are needed as numbers.
+        """Whether the policy's log-probs before the update are computed on their own.
 
-        They are when the policy moves within one rollout, so that the ratio needs a fixed start,
-        and when the KL is part of the reward.
+        They must be when the policy moves within one rollout, so that the ratio needs a fixed
+        start; when the KL is part of the reward; and when entropies choose tokens.
         """
-        return self.optimizer_steps_per_rollout > 1 or self.grpo.kl_in_reward
+        grpo = self.grpo
+        if grpo.old_logprobs == "auto":
+            needed = (grpo.kl_in_reward and grpo.beta > 0) or grpo.top_entropy_quantile < 1
+            return needed or self.optimizer_steps_per_rollout > 1
+        return grpo.old_logprobs == "recompute"
+
+    @property
+    def algorithm(self) -> GrpoConfig:
+        """`grpo` with what depends on other sections decided."""
+        rollout_is = self.grpo.rollout_is
+        if rollout_is == "auto":
+            rollout_is = "none"
+        return self.grpo.model_copy(update={"rollout_is": rollout_is})
 
     def model_dtype(self, *, on_cpu: bool) -> Literal["float32", "bfloat16"]:
         """The weights' type on the device of the run."""

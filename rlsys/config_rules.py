@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rlsys.algorithm_rules import algorithm_problems
 from rlsys.reward_gates import parse_gate
 
 if TYPE_CHECKING:
@@ -55,6 +56,10 @@ def cross_field_problems(config: Config) -> list[RuleProblem]:
         *_optimizer_problems(config),
         *_data_problems(config),
         *_dataset_problems(config),
+        *(
+            RuleProblem(tuple(f"grpo.{field}" for field in fields), text)
+            for fields, text in algorithm_problems(config)
+        ),
     ]
 
 

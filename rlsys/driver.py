@@ -7,8 +7,9 @@ from typing import Protocol
 import torch
 
 from rlsys.algo.advantages import compute_advantages
-from rlsys.algo.batching import build_train_batch, leave_out
+from rlsys.algo.batching import build_train_batch
 from rlsys.algo.metrics import rollout_metrics
+from rlsys.algo.weighting import leave_out
 from rlsys.config import Config
 from rlsys.timing import PhaseTimer
 from rlsys.tracking.base import Tracker
@@ -40,6 +41,11 @@ class Policy(Protocol):
 
     def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
         """[N, S] float32 log-probs, in nats."""
+
+    def compute_logprobs_and_entropies(
+        self, batch: TrainBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two [N, S] float32, in nats."""
 
     def update(self, batch: TrainBatch) -> UpdateOutput:
         """All optimizer steps of one rollout."""
@@ -100,9 +106,16 @@ def train(
         if reference is not None:
             with timer("ref_logprobs"):
                 batch.ref_logprobs = reference.compute_logprobs(batch)
-        if config.recompute_old_logprobs:  # more than one optimizer step a rollout
+        if config.grpo.old_logprobs == "rollout":
+            batch.old_logprobs = batch.rollout_logprobs
+        elif config.recompute_old_logprobs:  # the policy is about to move within this rollout
             with timer("old_logprobs"):
-                batch.old_logprobs = policy.compute_logprobs(batch)
+                if config.grpo.top_entropy_quantile < 1:
+                    batch.old_logprobs, batch.entropies = policy.compute_logprobs_and_entropies(
+                        batch
+                    )
+                else:
+                    batch.old_logprobs = policy.compute_logprobs(batch)
         with timer("advantages"):  # central: the only place where completions meet
             batch.advantages = compute_advantages(
                 groups_P, batch, config.grpo, config.reward.reward_weights

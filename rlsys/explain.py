@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlsys.algorithm_rules import describe_algorithm
 from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, config_fields, first_sentence
 from rlsys.data.checks import count_rows
@@ -38,6 +39,7 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
     config = resolved.config
     problems = check_run(config)
     _print_config(resolved, console)
+    _print_pairs(console, "Algorithm", describe_algorithm(config))
     _print_pairs(console, "Batches", batch_arithmetic(config))
     _print_roles(config, console)
     _print_memory(config, console)

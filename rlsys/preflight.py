@@ -1,7 +1,8 @@
 """Everything about a run that can be checked before Ray starts.
 
 A run that would fail in its third minute, in some actor, fails here in its first second, with all
-its problems in one message. Nothing here imports torch, ray or vLLM.
+its problems in one message. Nothing here imports torch (unless a plugin registers a loss), ray or
+vLLM.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def check_run(config: Config) -> list[Problem]:
         *_models(config),
         *_datasets(config),
         *_rewards(config),
+        *_algorithm(config),
         *_output_dir(config),
     ]
 
@@ -267,6 +269,27 @@ def _rewards(config: Config) -> Iterator[Problem]:
         except ValueError as error:
             hint = "" if complete else " (a plugin above could not be loaded)"
             yield Problem(f"reward.reward_funcs: {error}{hint}", only_here=not complete)
+
+
+def _algorithm(config: Config) -> Iterator[Problem]:
+    """Names that a plugin registers; the built-in ones are checked with the config."""
+    grpo, complete = config.grpo, True
+    if not grpo.external_plugins:
+        return
+    from rlsys.algo.advantages import advantage_estimators
+    from rlsys.algo.losses import losses
+
+    for path in grpo.external_plugins:
+        try:
+            load_plugins([path])
+        except ValueError as error:
+            complete = False
+            yield Problem(f"grpo.external_plugins: {error}", only_here=not Path(path).exists())
+    try:
+        losses[grpo.loss_type]
+        advantage_estimators[grpo.advantage_estimator]
+    except ValueError as error:
+        yield Problem(f"grpo: {error}", only_here=not complete)
 
 
 def _output_dir(config: Config) -> Iterator[Problem]:

@@ -104,6 +104,9 @@ class TrainBatch:
     old_logprobs: torch.Tensor | None = None
     """[N, S] float32, from the policy before the update; None when one optimizer step uses the
     whole batch, because the policy's own detached log-probs are the same numbers then."""
+    entropies: torch.Tensor | None = None
+    """[N, S] float32 nats, of the distributions that the policy before the update predicted these
+    tokens from; None unless `top_entropy_quantile` needs them."""
     kept: torch.Tensor | None = None
     """[N] bool, False for a completion without a reward, which counts in no mean; None keeps all.
     A kept completion counts even if `completion_mask` leaves it no tokens."""

@@ -117,12 +117,15 @@ class ModelActors:
 
     def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
         """[N, S] float32 log-probs in nats, 0 where masked, at the sampling temperature."""
-        logprobs = torch.zeros(batch.input_ids.shape, dtype=torch.float32)
-        for result in self.call("compute_logprobs", ray.put(batch)):
-            if result is not None:
-                rows, values = result
-                logprobs[rows] = values
-        return logprobs
+        return self.gather("compute_logprobs", batch)[0]
+
+    def gather(self, method: str, batch: TrainBatch) -> list[torch.Tensor]:
+        """[N, S] tensors of whose rows each data-parallel rank computes some."""
+        results = [r for r in self.call(method, ray.put(batch)) if r is not None]
+        gathered = torch.zeros(len(results[0][1]), *batch.input_ids.shape, dtype=torch.float32)
+        for rows, values in results:
+            gathered[:, rows] = values
+        return list(gathered)
 
     def close(self) -> None:
         """Kill the ranks; whatever they do is given up."""

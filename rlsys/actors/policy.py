@@ -11,6 +11,7 @@ import torch
 from rlsys.actors.group import Place, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import Config
+from rlsys.rewards import load_plugins
 from rlsys.types import TrainBatch, UpdateOutput
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender
@@ -32,6 +33,7 @@ class PolicyRank(ModelRank):
         )
         from rlsys.engines.megatron import MegatronPolicy
 
+        load_plugins(self.config.grpo.external_plugins)
         self.engine = MegatronPolicy(self.config)
         self.senders: dict[str, WeightSender] = {}
 
@@ -43,7 +45,13 @@ class PolicyRank(ModelRank):
         """See MegatronModel.compute_logprobs."""
         return self.engine.compute_logprobs(batch)
 
-    def update(self, batch: TrainBatch, loss: str) -> UpdateOutput | None:
+    def compute_logprobs_and_entropies(
+        self, batch: TrainBatch
+    ) -> tuple[list[int], torch.Tensor] | None:
+        """See MegatronModel.compute_logprobs."""
+        return self.engine.compute_logprobs(batch, with_entropies=True)
+
+    def update(self, batch: TrainBatch, loss: str | None) -> UpdateOutput | None:
         """See MegatronPolicy.update."""
         return self.engine.update(batch, loss=loss)
 
@@ -120,8 +128,18 @@ class PolicyActors(ModelActors):
         """Send the weights; the first result is the checksum of each bucket."""
         return self.async_call("send_weights", to)
 
-    def update(self, batch: TrainBatch, *, loss: str = "grpo") -> UpdateOutput:
-        """All optimizer steps of one rollout on `batch`; raises policy_version by one."""
+    def compute_logprobs_and_entropies(
+        self, batch: TrainBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two [N, S] float32 in nats, 0 where masked; entropies are those of the predictions."""
+        logprobs, entropies = self.gather("compute_logprobs_and_entropies", batch)
+        return logprobs, entropies
+
+    def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput:
+        """All optimizer steps of one rollout on `batch`; raises policy_version by one.
+
+        `loss` is the name of a registered loss, None that of the config.
+        """
         outputs = self.call("update", ray.put(batch), loss)
         output = next(output for output in outputs if output is not None)
         self.policy_version = output.policy_version

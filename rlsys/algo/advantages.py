@@ -79,7 +79,7 @@ def group_relative(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
 
 
 def decoupled_normalization(inputs: AdvantageInput, eps: float) -> Tensor:
-    """Each reward function normalized within its group, then summed: GDPO (arXiv:2601.05242), 3.1.
+    """Each reward function normalized within its group, then summed: GDPO (arXiv:2601.05242).
 
     `A_f = (r_f - mean of the group) / (std of the group + eps)`; their weighted sum is normalized
     over the batch. So rewards of different size and spread stay distinguishable after the sum.
@@ -112,7 +112,7 @@ def leave_one_out(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
 
 @register_advantage_estimator("reinforce_plus_plus")
 def reinforce_plus_plus(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
-    """`A_t = r - sum of beta KL_i over i >= t`, whitened: REINFORCE++ (arXiv:2501.03262), eq. 3, 4.
+    """`A_t = r - sum of beta KL_i over i >= t`, whitened: REINFORCE++ (arXiv:2501.03262).
 
     Whitened over all tokens of the batch. There is no baseline of the group.
     """
@@ -121,7 +121,7 @@ def reinforce_plus_plus(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
 
 @register_advantage_estimator("reinforce_plus_plus_baseline")
 def reinforce_plus_plus_baseline(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
-    """`A = r - mean of the group`, whitened over all tokens: REINFORCE++ (arXiv:2501.03262), eq. 5.
+    """`A = r - mean of the group`, whitened over all tokens: REINFORCE++ (arXiv:2501.03262).
 
     A KL in the reward is charged to the tokens before it, as by `reinforce_plus_plus`.
     """
@@ -204,7 +204,7 @@ def advantages_of_group(
         and config.scale_rewards != "batch"
         and config.multi_objective_aggregation == "sum_then_normalize"
     )
-    if not alone or config.kl_in_reward:
+    if not alone or (config.kl_in_reward and config.beta > 0):
         return None
     one_token_G1 = torch.ones(len(group.completions), 1, dtype=torch.bool)
     no_kl_G1 = torch.zeros(one_token_G1.shape, dtype=torch.float64)

@@ -17,10 +17,9 @@ left by one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
@@ -70,78 +69,6 @@ def build_train_batch(groups: list[RolloutGroup], *, pad_token_id: int = 0) -> T
         advantages=torch.zeros(shape),
         rollout_logprobs=rollout_logprobs,
     )
-
-
-def leave_out(
-    batch: TrainBatch, groups: list[RolloutGroup], *, mask_truncated_completions: bool
-) -> None:
-    """Takes completions out of the loss, in place.
-
-    A completion without a reward (NaN) is dropped: it is no longer `kept`. With
-    `mask_truncated_completions` one that was cut at the length limit loses its tokens but still
-    counts as a completion, as in TRL; DAPO (arXiv:2503.14476), section 3.4, overlong filtering.
-
-    Args:
-        batch: N rows, built from `groups`, whose advantages are known: they are comparisons with
-            all completions, those left out here among them.
-        groups: P scored groups of G completions.
-        mask_truncated_completions: as in `GrpoConfig`.
-    """
-    rewards = [reward for group in groups for reward in group.rewards]
-    completions = [completion for group in groups for completion in group.completions]
-    batch.kept = torch.tensor([not math.isnan(reward.total) for reward in rewards])
-    trained_N = batch.kept
-    if mask_truncated_completions:
-        trained_N = trained_N & torch.tensor([c.finish_reason != "length" for c in completions])
-    batch.completion_mask &= trained_N[:, None]
-    for values_NS in (
-        batch.advantages,
-        batch.rollout_logprobs,
-        batch.ref_logprobs,
-        batch.old_logprobs,
-    ):
-        if values_NS is not None:
-            values_NS.masked_fill_(~batch.completion_mask, 0.0)
-
-
-def loss_weights(
-    completion_mask_NS: Tensor,
-    *,
-    loss_type: Literal["grpo", "dapo", "dr_grpo"],
-    max_completion_length: int,
-    rows: Sequence[int] | None = None,
-    kept_N: Tensor | None = None,
-) -> Tensor:
-    """The weight of each token, so that `loss = sum(weights * token_losses)`, [N, S] float32.
-
-    With M completions in the optimizer step, `len_n` tokens in completion n:
-
-    - grpo: `1 / (M * len_n)`, DeepSeekMath (arXiv:2402.03300), equation 3;
-    - dapo: `1 / sum(len_n)`, DAPO (arXiv:2503.14476), section 3.3;
-    - dr_grpo: `1 / (M * max_completion_length)`, Dr. GRPO (arXiv:2503.20783), section 3.2.
-
-    A completion without tokens counts in M and contributes 0; one that is not kept does not count.
-
-    Args:
-        completion_mask_NS: [N, S] bool.
-        loss_type: as in `GrpoConfig`.
-        max_completion_length: of the rollout; only dr_grpo reads it.
-        rows: the completions of this optimizer step, None for all N. Other rows get weight 0.
-        kept_N: [N] bool, `TrainBatch.kept`.
-    """
-    counts_N = torch.zeros(len(completion_mask_NS), dtype=torch.float64)
-    counts_N[slice(None) if rows is None else list(rows)] = 1.0
-    if kept_N is not None:
-        counts_N *= kept_N
-    mask_NS = completion_mask_NS * counts_N[:, None]
-    num_completions = counts_N.sum().clamp(min=1)
-    if loss_type == "grpo":
-        weights_NS = mask_NS / (mask_NS.sum(dim=1, keepdim=True).clamp(min=1) * num_completions)
-    elif loss_type == "dapo":
-        weights_NS = mask_NS / mask_NS.sum().clamp(min=1)
-    else:
-        weights_NS = mask_NS / (num_completions * max_completion_length)
-    return weights_NS.float()
 
 
 def optimizer_step_rows(

@@ -30,7 +30,8 @@ def vocab_parallel_logprobs(
     With `group`, each rank holds a slice of the vocabulary. Maxima and sums are reduced over the
     group, so every rank returns the same numbers and, by computing the same loss from them, gets
     the same gradient for each log-prob. What flows back into a rank's own logits then needs no
-    communication: `d log pi(a) / d z_v = 1[v = a] - pi(v)`. The gradient of a reduced sum goes to
+    communication: `d log pi(a) / d z_v = 1[v = a] - pi(v)` and, of the entropy H,
+    `d H / d z_v = -pi(v) (log pi(v) + H)`. The gradient of a reduced sum goes to
     every rank's term as it is, unlike with torch.distributed.nn, which would add up the equal
     gradients of all ranks.
 
@@ -45,7 +46,7 @@ def vocab_parallel_logprobs(
         group: the tensor-parallel group; None when the vocabulary is whole.
 
     Returns:
-        `logprobs_T` with gradient and `entropy_T` without.
+        `logprobs_T` and `entropy_T`, both with gradient.
     """
     return _VocabParallelLogprobs.apply(logits_TV, targets_T, temperature, vocab_start, group)
 
@@ -84,21 +85,44 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         entropy_T = log_sum_T - sum_exp_z_T / sum_exp_T
 
         ctx.save_for_backward(
-            logits_TV, max_T + log_sum_T, logprobs_T, local_T[:, None], is_local_T[:, None]
+            logits_TV,
+            max_T + log_sum_T,
+            logprobs_T,
+            entropy_T,
+            local_T[:, None],
+            is_local_T[:, None],
         )
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy_T)
+        ctx.set_materialize_grads(False)  # entropy that no loss uses costs nothing
         return logprobs_T, entropy_T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_T: Tensor, _entropy_grad: Tensor) -> tuple[Tensor | None, ...]:
-        logits_TV, log_norm_T, logprobs_T, local_T1, is_local_T1 = ctx.saved_tensors
-        grad_T = grad_T / ctx.temperature
-        grad_TV = _pass(_logits_grad, logits_TV, log_norm_T, grad_T, ctx.temperature)
+    def backward(
+        ctx: Any, grad_T: Tensor | None, entropy_grad_T: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        logits_TV, log_norm_T, logprobs_T, entropy_T, local_T1, is_local_T1 = ctx.saved_tensors
+        grad_T = torch.zeros_like(logprobs_T) if grad_T is None else grad_T / ctx.temperature
         # 1 - pi(a) for the target: in the narrow type of the logits, the 1 added to -pi(a) would
         # lose all digits of a likely token.
-        target_grad_T1 = (-torch.expm1(logprobs_T) * grad_T)[:, None].to(grad_TV.dtype)
+        target_grad_T = -torch.expm1(logprobs_T) * grad_T
+        if entropy_grad_T is None:
+            grad_TV = _pass(_logits_grad, logits_TV, log_norm_T, grad_T, ctx.temperature)
+        else:
+            of_entropy_T = entropy_grad_T / ctx.temperature
+            grad_TV = _pass(
+                _logits_grad_with_entropy,
+                logits_TV,
+                log_norm_T,
+                grad_T,
+                of_entropy_T,
+                entropy_T,
+                ctx.temperature,
+            )
+            target_grad_T = (
+                target_grad_T - logprobs_T.exp() * (logprobs_T + entropy_T) * of_entropy_T
+            )
+        target_grad_T1 = target_grad_T[:, None].to(grad_TV.dtype)
         kept_T1 = grad_TV.gather(-1, local_T1)
         grad_TV.scatter_(-1, local_T1, torch.where(is_local_T1, target_grad_T1, kept_T1))
         return grad_TV, None, None, None, None
@@ -121,6 +145,25 @@ def _logits_grad(
     log_probs_TV = logits_TV.to(log_norm_T.dtype) / temperature - log_norm_T[:, None]
     return (log_probs_TV.exp() * -grad_T[:, None]).to(logits_TV.dtype)
 
+
+def _logits_grad_with_entropy(
+    logits_TV: Tensor,
+    log_norm_T: Tensor,
+    grad_T: Tensor,
+    of_entropy_T: Tensor,
+    entropy_T: Tensor,
+    temperature: float,
+) -> Tensor:
+    """`-pi(v) (grad + of_entropy (log pi(v) + H))`, as `_logits_grad`."""
+    log_probs_TV = logits_TV.to(log_norm_T.dtype) / temperature - log_norm_T[:, None]
+    # A logit of -inf has no probability and no gradient; without the bound 0 * -inf = nan.
+    log_probs_TV = log_probs_TV.clamp(min=NO_PROBABILITY)
+    factor_TV = grad_T[:, None] + of_entropy_T[:, None] * (log_probs_TV + entropy_T[:, None])
+    return (log_probs_TV.exp() * -factor_TV).to(logits_TV.dtype)
+
+
+NO_PROBABILITY = -1e4
+"""Nats of which exp() is 0 in every type, small enough to be multiplied."""
 
 _fused = functools.cache(functools.partial(torch.compile, dynamic=True))
 
@@ -178,7 +221,7 @@ def chunked_logprobs(
         group: the tensor-parallel group; None when the vocabulary is whole.
 
     Returns:
-        `logprobs_T` with gradient and `entropy_T` without.
+        `logprobs_T` and `entropy_T`, both with gradient.
     """
 
     def one_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,8 @@ class MetricSums:
 
     - ending in /max or /min: the extreme over all micro-batches and ranks;
     - `loss`, `num_loss_tokens`: the sum;
+    - ending in /square_mean: as the next, and reported with `<name>/mean` as their squared mean by
+      the mean of their squares, `<name>/effective_sample_size`;
     - anything else: the sum too, divided by `num_loss_tokens` at the end, a mean over tokens.
 
     Example:
@@ -139,6 +141,11 @@ class MetricSums:
             key: value.item() if key in TOTALS else value.item() / num_tokens
             for key, value in self._sums.items()
         }
+        for key in [key for key in metrics if key.endswith("/square_mean")]:
+            # Kish's effective sample size, as a share of the tokens: 1 when all weigh the same.
+            mean, square = metrics[key.replace("/square_mean", "/mean")], metrics.pop(key)
+            share = mean**2 / square if square else 0.0
+            metrics[key.replace("/square_mean", "/effective_sample_size")] = share
         for key, value in self._maxima.items():
             metrics[key] = -value.item() if key.endswith("/min") else value.item()
         return metrics
@@ -150,8 +157,11 @@ def combine_optimizer_steps(steps: list[dict[str, float]]) -> dict[str, float]:
     Means over the steps, except: extremes (/min, /max), the sum of `num_loss_tokens`, the last
     `learning_rate`. Adds `clip_ratio/low_min` and `clip_ratio/high_max`, the extremes of the clip
     ratios over the steps. TRL takes them over sequences and devices; over optimizer steps they do
-    not depend on how a step is split.
+    not depend on how a step is split. Without any step, because none had tokens to train on, there
+    is nothing else to report.
     """
+    if not steps:
+        return {"num_loss_tokens": 0.0}
     combined = {}
     for key in steps[0]:
         values = [step[key] for step in steps]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -32,7 +32,6 @@ from transformers import AutoConfig
 
 from rlsys.algo.batching import (
     PackedMicroBatch,
-    loss_weights,
     micro_batches,
     optimizer_step_rows,
     pack,
@@ -41,7 +40,9 @@ from rlsys.algo.batching import (
 )
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
-from rlsys.config import Config
+from rlsys.algo.names import aggregation_of
+from rlsys.algo.weighting import keep_high_entropy, loss_weights
+from rlsys.config import Config, GrpoConfig
 from rlsys.engines.hf_checkpoint import SafetensorsReader, resolve_model_path, save_model_folder
 from rlsys.engines.megatron_checkpoint import load_policy, save_policy
 from rlsys.engines.megatron_model import LogprobHead, build_model, transformer_config
@@ -118,29 +119,34 @@ class MegatronModel:
         return self.model.post_process and parallel_state.get_tensor_model_parallel_rank() == 0
 
     @torch.no_grad()
-    def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
+    def compute_logprobs(
+        self, batch: TrainBatch, *, with_entropies: bool = False
+    ) -> tuple[list[int], torch.Tensor] | None:
         """Log-probs of this data-parallel rank's share of the rows, at the sampling temperature.
 
         Returns:
-            (row indices, [len(rows), S] float32), or None on ranks that do not report.
+            (row indices, [K, len(rows), S] float32), or None on ranks that do not report. K is 1,
+            or 2 with the entropies of the predictions.
         """
         rows = shard_rows(
             list(range(len(batch.lengths))), batch.lengths.tolist(), num_shards=self._dp_size
         )[self._dp_rank]
         packed, row_lists = self._pack(batch, rows, torch.zeros(batch.input_ids.shape))
 
-        def collect(logprobs: torch.Tensor, _: torch.Tensor, __: PackedMicroBatch):
-            return logprobs.new_zeros(()), {"logprobs": logprobs}
+        def collect(logprobs: torch.Tensor, entropies: torch.Tensor, _: PackedMicroBatch):
+            values = [logprobs, entropies] if with_entropies else [logprobs]
+            return logprobs.new_zeros(()), {"values": torch.stack(values)}
 
         self.model.eval()
         outputs = self._forward_backward(packed, collect, forward_only=True)
         self.model.train()
         if not self.reports:
             return None
-        result = torch.zeros(batch.input_ids.shape, dtype=torch.float32)
+        result = torch.zeros(1 + with_entropies, *batch.input_ids.shape, dtype=torch.float32)
         for output, micro_batch, micro_rows in zip(outputs, packed, row_lists, strict=True):
-            unpack_logprobs(output["logprobs"].cpu(), micro_batch, result, micro_rows)
-        return rows, result[rows]
+            for values, out in zip(output["values"].cpu(), result, strict=True):
+                unpack_logprobs(values, micro_batch, out, micro_rows)
+        return rows, result[:, rows]
 
     def save_model(self, folder: Path) -> None:
         """Write a Hugging Face model folder; every rank calls, the first one writes."""
@@ -294,12 +300,16 @@ class MegatronPolicy(MegatronModel):
             wd_incr_style="constant",
         )
 
-    def update(self, batch: TrainBatch, *, loss: str = "grpo") -> UpdateOutput | None:
+    def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput | None:
         """All optimizer steps of one rollout; raises policy_version by one.
+
+        An optimizer step that has no tokens to train on, because all its completions are dropped
+        or cut, is left out.
 
         Args:
             batch: the whole generation batch; each data-parallel rank takes its own rows of it.
-            loss: name of a registered loss; "sft" for a supervised warm start.
+            loss: name of a registered loss, None for grpo.loss_type; "sft" for a supervised warm
+                start.
 
         Returns:
             metrics reduced over ranks, on one rank; None on the others.
@@ -311,7 +321,11 @@ class MegatronPolicy(MegatronModel):
             # A hash of integers is the same in every process.
             seed=hash((self.config.seed, self.policy_version)),
         )
-        metrics = [self._optimizer_step(batch, rows, loss) for rows in steps]
+        metrics = [
+            self._optimizer_step(batch, rows, loss or self.config.grpo.loss_type)
+            for rows in steps
+            if batch.completion_mask[rows].any()
+        ]
         if not self.on_cpu and self.config.reference.placement == "policy":
             torch.cuda.empty_cache()  # for the reference, which may share this GPU
         self.policy_version += 1
@@ -321,13 +335,26 @@ class MegatronPolicy(MegatronModel):
 
     def _optimizer_step(self, batch: TrainBatch, rows: list[int], loss: str) -> dict[str, float]:
         """One step on completions `rows` of `batch`: forward, backward, clip, AdamW."""
+        algorithm: GrpoConfig = self.config.algorithm
         weights = loss_weights(
             batch.completion_mask,
             rows=rows,
             kept_N=batch.kept,
-            loss_type=self.config.grpo.loss_type,
+            aggregation=aggregation_of(loss, algorithm.loss_aggregation),
             max_completion_length=self.config.rollout.max_completion_length,
         )
+        if batch.entropies is not None:
+            advantages = keep_high_entropy(
+                batch.advantages,
+                batch.entropies,
+                batch.completion_mask,
+                rows=rows,
+                quantile=algorithm.top_entropy_quantile,
+            )
+            batch = replace(batch, advantages=advantages)
+        # What has no token to train on is not computed, unless a rank would be left with nothing.
+        trained = [row for row in rows if batch.completion_mask[row].any()]
+        rows = trained if len(trained) >= self._dp_size else rows
         own = shard_rows(rows, batch.lengths.tolist(), num_shards=self._dp_size)[self._dp_rank]
         packed, _ = self._pack(batch, own, weights)
         # The weights already hold the global denominator. megatron-core's schedule divides by the
@@ -336,7 +363,7 @@ class MegatronPolicy(MegatronModel):
 
         def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch):
             inputs = LossInput.from_packed(micro_batch, logprobs, entropy)
-            value, statistics = losses[loss](inputs, self.config.grpo)
+            value, statistics = losses[loss](inputs, algorithm)
             return value * undo_averaging, statistics
 
         self.ddp.zero_grad_buffer()

@@ -124,6 +124,15 @@ def padded_logprobs(model, batch, *, temperature=TEMPERATURE):
     return torch.nn.functional.pad(logprobs, (1, 0)) * batch.completion_mask
 
 
+def padded_entropies(model, batch, *, temperature=TEMPERATURE):
+    """[N, S] as `padded_logprobs`: entropies of the distributions that tokens were predicted by."""
+    attention_mask = torch.arange(batch.input_ids.shape[1]) < batch.lengths[:, None]
+    logits = model(input_ids=batch.input_ids, attention_mask=attention_mask.long()).logits
+    log_softmax = torch.log_softmax(logits[:, :-1] / temperature, dim=-1)
+    entropies = -(log_softmax.exp() * log_softmax).sum(-1)
+    return torch.nn.functional.pad(entropies, (1, 0)) * batch.completion_mask
+
+
 class LabRank(PolicyRank):
     """A rank that tests look into."""
 

@@ -1,13 +1,16 @@
 """One update: the gradient of the equation, whatever the layout and however it is split."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from loss_oracle import oracle_loss
 from policy_cases import (
     LAYOUTS,
     exported,
     off_policy_batch,
+    padded_entropies,
     padded_logprobs,
     policy_config,
     random_batch,
@@ -15,6 +18,8 @@ from policy_cases import (
 from transformers import AutoModelForCausalLM
 
 from rlsys.algo.batching import micro_batches, shard_rows
+from rlsys.algo.names import aggregation_of
+from rlsys.types import TrainBatch
 
 pytestmark = pytest.mark.system
 
@@ -27,6 +32,11 @@ def logprobs_of_transformers(folder, batch, dtype=torch.float32):
     return model, padded_logprobs(model, batch)
 
 
+def logprobs_and_entropies_of_transformers(folder, batch):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    return model, padded_logprobs(model, batch), padded_entropies(model, batch)
+
+
 @pytest.fixture(scope="module")
 def batches(policy_models):
     """Off-policy batches, by model."""
@@ -37,51 +47,56 @@ def batches(policy_models):
         }
 
 
-def oracle_gradient(folder, batch, loss_type):
+def oracle_gradient(folder, batch, grpo):
     """By tensor name, in float64: the equation as the papers have it, completion by completion."""
-    model, logprobs = logprobs_of_transformers(folder, batch, torch.float64)
-    sums, lengths = [], []
-    for n, mask in enumerate(batch.completion_mask):
-        log_pi, advantage = logprobs[n][mask], batch.advantages[n][mask].double()
-        ratio = (log_pi - batch.old_logprobs[n][mask].double()).exp()
-        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.15) * advantage)
-        log_ratio_to_ref = batch.ref_logprobs[n][mask].double() - log_pi
-        kl = log_ratio_to_ref.exp() - log_ratio_to_ref - 1
-        sums.append((-surrogate + 0.04 * kl).sum())
-        lengths.append(len(ratio))
-    if loss_type == "grpo":
-        loss = sum(s / n for s, n in zip(sums, lengths, strict=True)) / len(sums)
-    elif loss_type == "dapo":
-        loss = sum(sums) / sum(lengths)
-    else:
-        loss = sum(sums) / (len(sums) * 24)
+    model, logprobs, entropies = logprobs_and_entropies_of_transformers(folder, batch)
+    loss = oracle_loss(
+        grpo.loss_type,
+        batch,
+        logprobs,
+        entropies,
+        range(len(batch.lengths)),
+        grpo,
+        aggregation=aggregation_of(grpo.loss_type, grpo.loss_aggregation),
+        max_completion_length=24,
+    )
     loss.backward()
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "loss_type", "splitting"),
+    ("name", "layout", "grpo", "splitting"),
     [
-        ("llama-tied", "one rank", "grpo", {}),
-        ("llama-untied", "TP 2", "dapo", {}),
-        ("qwen2-tied", "TP 2 x PP 2", "grpo", {"max_tokens_per_micro_batch": 40}),
-        ("qwen2-untied", "DP 2", "dr_grpo", {"micro_batch_size": 1}),
-        ("qwen3-tied", "PP 2", "grpo", {"micro_batch_size": 2}),
-        ("qwen3-tied", "TP 2 x DP 2", "grpo", {}),
-        ("qwen3-untied", "PP 2 x DP 2", "dapo", {"max_tokens_per_micro_batch": 32}),
-        ("qwen3-untied", "TP 2", "grpo", {"recompute": "full"}),
+        ("llama-tied", "one rank", {}, {}),
+        ("llama-untied", "TP 2", {"loss_type": "dapo", "entropy_coef": 0.3}, {}),
+        ("qwen2-tied", "TP 2 x PP 2", {"loss_type": "gspo"}, {"max_tokens_per_micro_batch": 40}),
+        ("qwen2-untied", "DP 2", {"loss_type": "dr_grpo"}, {"micro_batch_size": 1}),
+        (
+            "qwen3-tied",
+            "PP 2",
+            {"loss_type": "sapo", "kl_estimator": "k2"},
+            {"micro_batch_size": 2},
+        ),
+        ("qwen3-tied", "TP 2 x DP 2", {"rollout_is": "sequence", "rollout_rs": "token"}, {}),
+        (
+            "qwen3-untied",
+            "PP 2 x DP 2",
+            {"loss_type": "cispo", "entropy_coef": 0.3},
+            {"max_tokens_per_micro_batch": 32},
+        ),
+        ("qwen3-untied", "TP 2", {"use_bias_correction_kl": True}, {"recompute": "full"}),
     ],
+    ids=str,
 )
 def test_the_gradient_is_that_of_plain_transformers(
-    lab, policy_models, batches, name, layout, loss_type, splitting
+    lab, policy_models, batches, name, layout, grpo, splitting
 ):
     batch = batches[name]
     # Sharded optimizers leave each rank with the sum of its own part of the gradient only.
     options = LAYOUTS[layout] | splitting | {"use_distributed_optimizer": False}
-    grpo = GRPO | {"loss_type": loss_type}
-    policy = lab.policy(policy_config(policy_models[name], grpo=grpo, **options))
-    gradient = policy.call("gradient", batch)[0]
-    expected = oracle_gradient(policy_models[name], batch, loss_type)
+    config = policy_config(policy_models[name], grpo=GRPO | grpo, **options)
+    gradient = lab.policy(config).call("gradient", batch)[0]
+    expected = oracle_gradient(policy_models[name], batch, config.grpo)
     assert gradient.keys() == expected.keys()
     assert norm(expected) > 0.1
     differences = {key: gradient[key] - expected[key] for key in expected}
@@ -169,6 +184,57 @@ def test_one_optimizer_step_a_rollout_is_on_policy(lab, policy_models):
     assert metrics["sampling/logp_difference/max"] == pytest.approx(0, abs=1e-5)
     assert metrics["num_loss_tokens"] == batch.completion_mask.sum()
     assert policy.update(batch).metrics["kl"] > 1e-6
+
+
+def test_only_tokens_of_high_entropy_are_trained_on(lab, policy_models, batches):
+    batch, folder = replace(batches["qwen3-tied"]), policy_models["qwen3-tied"]
+    options = LAYOUTS["TP 2 x DP 2"] | {"use_distributed_optimizer": False}
+    grpo = GRPO | {"beta": 0.0, "top_entropy_quantile": 0.25}
+    policy = lab.policy(policy_config(folder, grpo=grpo, **options))
+    _, batch.entropies = policy.compute_logprobs_and_entropies(batch)
+    *_, entropies = logprobs_and_entropies_of_transformers(folder, batch)
+    torch.testing.assert_close(batch.entropies.double(), entropies, rtol=1e-4, atol=1e-4)
+    mask = batch.completion_mask
+    threshold = torch.quantile(entropies[mask], 0.75)
+    chosen = replace(batch, advantages=batch.advantages * (entropies >= threshold))
+    gradient = policy.call("gradient", batch)[0]
+    config = policy_config(folder, grpo=grpo, **options)
+    expected = oracle_gradient(folder, chosen, config.grpo)
+    assert norm(expected) > 0.01
+    difference = {key: gradient[key] - expected[key] for key in expected}
+    assert norm(difference) <= 1e-5 * norm(expected)
+
+
+def test_dropped_completions_leave_no_trace_and_a_step_of_nothing_else_is_left_out(
+    lab, policy_models, batches
+):
+    """Rows 0 to 3 are dropped: without them, and with two optimizer steps, one is left."""
+    whole = batches["qwen3-tied"]
+    kept = torch.arange(8) >= 4
+    dropped = replace(
+        whole,
+        kept=kept,
+        completion_mask=whole.completion_mask & kept[:, None],
+        advantages=whole.advantages * kept[:, None],
+    )
+    folder, options = policy_models["qwen3-tied"], LAYOUTS["DP 2"]
+    policy = lab.policy(policy_config(folder, grpo=GRPO, **options))
+    metrics = policy.update(dropped).metrics
+    alone = TrainBatch(
+        **{
+            name: value[kept]
+            for name in TrainBatch.__slots__
+            if (value := getattr(whole, name)) is not None
+        }
+    )
+    config = policy_config(folder, grpo=GRPO, global_batch_size=4, **options)
+    policy = lab.policy(config)
+    assert metrics == pytest.approx(policy.update(alone).metrics, rel=1e-5, abs=1e-6)
+    nothing = replace(dropped, completion_mask=torch.zeros_like(dropped.completion_mask))
+    before = exported(policy)
+    assert policy.update(nothing).metrics == {"num_loss_tokens": 0.0}
+    assert policy.policy_version == 2
+    assert all(torch.equal(tensor, before[name]) for name, tensor in exported(policy).items())
 
 
 def test_supervised_loss_is_the_mean_of_mean_log_likelihoods(lab, policy_models):

@@ -56,8 +56,12 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     logprobs, entropy = vocab_parallel_logprobs(
         logits, case["targets"], temperature=TEMPERATURE, vocab_start=start, group=group
     )
-    (logprobs * case["grad"]).sum().backward()
-    results |= {"logprobs": logprobs.detach(), "entropy": entropy, "logits_grad": logits.grad}
+    (logprobs * case["grad"] + entropy).sum().backward()
+    results |= {
+        "logprobs": logprobs.detach(),
+        "entropy": entropy.detach(),
+        "logits_grad": logits.grad,
+    }
 
     hidden = case["hidden"].clone().requires_grad_()
     weight = case["weight"][start:end].clone().requires_grad_()
@@ -70,10 +74,10 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         vocab_start=start,
         group=group,
     )
-    (logprobs * case["grad"]).sum().backward()
+    (logprobs * case["grad"] + entropy).sum().backward()
     results |= {
         "chunked_logprobs": logprobs.detach(),
-        "chunked_entropy": entropy,
+        "chunked_entropy": entropy.detach(),
         "hidden_grad": hidden.grad,
         "weight_grad": weight.grad,
     }

@@ -16,7 +16,8 @@ from rlsys.algo.advantages import (
     register_advantage_estimator,
     rewards_matrix,
 )
-from rlsys.algo.batching import build_train_batch, leave_out
+from rlsys.algo.batching import build_train_batch
+from rlsys.algo.weighting import leave_out
 from rlsys.config import GrpoConfig
 from rlsys.types import RewardOutput
 

@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 import torch
 from algo_cases import PAD, make_batch, make_groups
@@ -6,14 +8,16 @@ from hypothesis import strategies as st
 
 from rlsys.algo.batching import (
     build_train_batch,
-    loss_weights,
     micro_batches,
     optimizer_step_rows,
     pack,
     shard_rows,
     unpack_logprobs,
 )
+from rlsys.algo.names import Aggregation
+from rlsys.algo.weighting import keep_high_entropy, loss_weights
 
+AGGREGATIONS = get_args(Aggregation)
 lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=40)
 group_lengths = st.lists(
     st.lists(st.integers(0, 5), min_size=2, max_size=2), min_size=1, max_size=4
@@ -51,27 +55,33 @@ def test_a_prompt_without_tokens_is_named():
 
 def test_loss_weights_worked():
     mask = torch.tensor([[0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
-    kinds = {"grpo": [1 / 9, 1 / 3], "dapo": [1 / 4, 1 / 4], "dr_grpo": [1 / 30, 1 / 30]}
-    for loss_type, (first, second) in kinds.items():
-        weights = loss_weights(mask, loss_type=loss_type, max_completion_length=10)
+    kinds = {
+        "seq_mean_token_mean": [1 / 9, 1 / 3],
+        "token_mean": [1 / 4, 1 / 4],
+        "seq_mean_token_sum": [1 / 3, 1 / 3],
+        "seq_mean_token_sum_norm": [1 / 30, 1 / 30],
+    }
+    assert set(kinds) == set(AGGREGATIONS)
+    for aggregation, (first, second) in kinds.items():
+        weights = loss_weights(mask, aggregation=aggregation, max_completion_length=10)
         expected = mask * torch.tensor([[first], [second], [0.0]])
-        assert torch.allclose(weights, expected), loss_type
+        assert torch.allclose(weights, expected), aggregation
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_loss_weights_of_an_optimizer_step_ignore_the_other_rows(loss_type):
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_loss_weights_of_an_optimizer_step_ignore_the_other_rows(aggregation):
     mask = make_batch([[3, 1], [5, 2]]).completion_mask
     rows = [3, 1]
-    weights = loss_weights(mask, loss_type=loss_type, max_completion_length=7, rows=rows)
-    alone = loss_weights(mask[rows], loss_type=loss_type, max_completion_length=7)
+    weights = loss_weights(mask, aggregation=aggregation, max_completion_length=7, rows=rows)
+    alone = loss_weights(mask[rows], aggregation=aggregation, max_completion_length=7)
     assert torch.equal(weights[rows], alone)
     assert weights[[0, 2]].abs().sum() == 0
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_no_tokens_at_all_weigh_nothing(loss_type):
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_no_tokens_at_all_weigh_nothing(aggregation):
     weights = loss_weights(
-        torch.zeros(2, 3, dtype=torch.bool), loss_type=loss_type, max_completion_length=7
+        torch.zeros(2, 3, dtype=torch.bool), aggregation=aggregation, max_completion_length=7
     )
     assert weights.tolist() == [[0.0] * 3] * 2
 
@@ -79,7 +89,9 @@ def test_no_tokens_at_all_weigh_nothing(loss_type):
 @given(st.lists(st.lists(st.integers(1, 9), min_size=3, max_size=3), min_size=1, max_size=4))
 def test_on_policy_the_grpo_loss_is_zero_whatever_the_lengths(lengths_PG):
     batch = make_batch(lengths_PG)
-    weights = loss_weights(batch.completion_mask, loss_type="grpo", max_completion_length=9)
+    weights = loss_weights(
+        batch.completion_mask, aggregation="seq_mean_token_mean", max_completion_length=9
+    )
     assert (weights * batch.advantages).sum().abs() < 1e-6
 
 
@@ -178,7 +190,9 @@ def test_pack_aligns_with_the_predicting_position():
     batch = build_train_batch(groups, pad_token_id=PAD)
     batch.advantages = torch.tensor([[0.0, 0.0, 0.7, 0.9], [0.0] * 4])
     (a, b), (c, d) = groups[0].prompt.token_ids, groups[0].completions[0].token_ids
-    weights = loss_weights(batch.completion_mask, loss_type="grpo", max_completion_length=2)
+    weights = loss_weights(
+        batch.completion_mask, aggregation="seq_mean_token_mean", max_completion_length=2
+    )
     packed = pack(batch, [0, 1], weights, multiple_of=8)
     assert packed.input_ids.tolist() == [a, b, c, d, a, b, 0, 0]
     assert packed.targets.tolist() == [b, c, d, 0, b, 0, 0, 0]
@@ -203,7 +217,7 @@ def test_pack_aligns_with_the_predicting_position():
 )
 def test_pack_and_unpack_are_inverse(lengths_PG, multiple_of, more, data):
     batch = make_batch(lengths_PG)
-    weights = loss_weights(batch.completion_mask, loss_type="dapo", max_completion_length=5)
+    weights = loss_weights(batch.completion_mask, aggregation="token_mean", max_completion_length=5)
     order = data.draw(st.permutations(range(len(batch.lengths))))
     half = data.draw(st.integers(1, len(order)))
     out = {name: torch.full(batch.input_ids.shape, 7.0) for name in ("old", "ref", "rollout")}
@@ -256,3 +270,37 @@ def test_moving_a_micro_batch_moves_every_tensor():
     assert packed.max_seqlen == 5
     for name in ("input_ids", "cu_seqlens", "weights", "ref_logprobs", "old_logprobs"):
         assert getattr(packed, name).device.type == "meta"
+
+
+def test_tokens_of_high_entropy_worked():
+    """arXiv:2506.01939: the threshold is the 0.6 quantile of the step's five tokens for 0.4."""
+    entropies = torch.tensor([[9.0, 0.1, 0.5, 0.3], [9.0, 0.2, 0.9, 9.0], [9.0, 7.0, 7.0, 7.0]])
+    mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    advantages = mask * 2.0
+    kept = keep_high_entropy(advantages, entropies, mask, rows=[0, 1], quantile=0.4)
+    # Ordered 0.1 0.2 0.3 0.5 0.9: position 0.6 * 4 = 2.4, threshold 0.3 + 0.4 * 0.2 = 0.38.
+    assert kept[:2].tolist() == [[0, 0, 2, 0], [0, 0, 2, 0]]
+    everything = keep_high_entropy(advantages, entropies, mask, rows=[0, 1], quantile=1.0)
+    assert torch.equal(everything, advantages)
+
+
+@given(
+    lengths_PG=group_lengths,
+    quantile=st.floats(0.05, 1),
+    seed=st.integers(0, 99),
+)
+def test_the_share_of_tokens_of_high_entropy(lengths_PG, quantile, seed):
+    batch = make_batch(lengths_PG)
+    mask = batch.completion_mask
+    entropies = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed))
+    rows = range(len(mask))
+    ones = mask.float()
+    kept = keep_high_entropy(ones, entropies, mask, rows=rows, quantile=quantile)
+    expected = entropies >= torch.quantile(entropies[mask].double(), 1 - quantile)
+    assert torch.equal(kept, ones * expected)
+
+
+def test_a_step_without_tokens_has_no_threshold():
+    nothing = torch.zeros(2, 3)
+    kept = keep_high_entropy(nothing, nothing, nothing.bool(), rows=[0, 1], quantile=0.2)
+    assert torch.equal(kept, nothing)

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from algo_cases import make_batch, make_groups
+from config_cases import values
 
-from rlsys.algo.batching import loss_weights, pack
+from rlsys.algo.advantages import advantage_estimators
+from rlsys.algo.batching import pack
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import (
     MetricSums,
@@ -15,7 +18,8 @@ from rlsys.algo.metrics import (
     evaluation_metrics,
     rollout_metrics,
 )
-from rlsys.config import GrpoConfig
+from rlsys.algo.weighting import loss_weights
+from rlsys.config import Config, GrpoConfig
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -39,24 +43,57 @@ def test_quoted_lines_are_in_the_code(path, line):
 
 
 def test_the_document_quotes_every_module_of_the_mathematics():
-    assert {Path(path).stem for path, _ in quotes()} == {
+    quoted = {path for path, _ in quotes()}
+    mathematics = {
         "advantages",
         "batching",
         "kl",
         "logprobs",
-        "losses",
+        "weighting",
+        "losses/base",
+        "losses/clipped",
+        "losses/correction",
+        "losses/others",
     }
+    assert quoted == {f"rlsys/algo/{name}.py" for name in mathematics}
+
+
+def test_the_document_has_a_row_for_every_loss_and_estimator():
+    text = (REPOSITORY / "docs/algorithm.md").read_text()
+    for name in {*losses, *advantage_estimators}:
+        assert f"`{name}`" in text, name
+
+
+RECIPES = re.findall(
+    r"^### ([^\n]+)\n.*?```yaml\n(.*?)```",
+    (REPOSITORY / "docs/algorithm.md").read_text().partition("## Recipes")[2],
+    re.MULTILINE | re.DOTALL,
+)
+
+
+@pytest.mark.parametrize(("name", "text"), RECIPES, ids=[name for name, _ in RECIPES])
+def test_recipes_are_configs_that_run(name, text):
+    Config.model_validate(values(**yaml.safe_load(text)))
+
+
+def test_there_are_recipes():
+    assert len(RECIPES) > 9
 
 
 def update_metrics() -> dict[str, float]:
+    """Of every loss, with everything on that has metrics."""
     batch = make_batch([[3, 2]])
-    weights = loss_weights(batch.completion_mask, loss_type="grpo", max_completion_length=3)
+    weights = loss_weights(batch.completion_mask, aggregation="token_mean", max_completion_length=3)
     packed = pack(batch, [0, 1], weights)
     logprobs = packed.rollout_logprobs.clone().requires_grad_()
     inputs = LossInput.from_packed(packed, logprobs, torch.ones_like(logprobs))
-    sums = MetricSums()
-    sums.add(losses["grpo"](inputs, GrpoConfig(beta=0.1))[1])
-    return combine_optimizer_steps([sums.means()])
+    metrics = {}
+    for name in losses:
+        sums = MetricSums()
+        config = GrpoConfig(beta=0.1, rollout_is="token", rollout_rs="token", loss_type=name)
+        sums.add(losses[name](inputs, config)[1])
+        metrics |= combine_optimizer_steps([sums.means()])
+    return metrics
 
 
 def test_every_metric_is_explained():

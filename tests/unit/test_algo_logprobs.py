@@ -33,13 +33,30 @@ def test_equals_log_softmax_in_value_and_gradient(temperature, scale, seed):
     torch.testing.assert_close(our_entropy, entropy, rtol=1e-5, atol=1e-5)
     # Softmax of float32 logits of hundreds has errors of eps * hundreds.
     torch.testing.assert_close(grad, expected_grad, rtol=1e-5, atol=1e-6 * (1 + scale))
-    assert not our_entropy.requires_grad
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@given(scale=st.floats(0, 30), seed=st.integers(0, 99), of_logprob=st.sampled_from([0.0, 1.5]))
+def test_the_gradient_of_the_entropy_is_autograds(temperature, scale, seed, of_logprob):
+    logits, targets = random_logits(scale=scale, seed=seed, dtype=torch.float64)
+    upstream = torch.linspace(-2, 2, len(targets), dtype=torch.float64)
+
+    def loss(logprobs, entropy):
+        return (upstream * (of_logprob * logprobs + entropy)).sum()
+
+    log_softmax = torch.log_softmax(logits / temperature, dim=-1)
+    expected_logprobs = log_softmax.gather(-1, targets[:, None]).squeeze(-1)
+    expected_entropy = -(log_softmax.exp() * log_softmax).sum(-1)
+    (expected,) = torch.autograd.grad(loss(expected_logprobs, expected_entropy), logits)
+    ours = vocab_parallel_logprobs(logits, targets, temperature=temperature)
+    (grad,) = torch.autograd.grad(loss(*ours), logits)
+    torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_is_that_of_finite_differences():
     logits, targets = random_logits(4, 6, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda z: vocab_parallel_logprobs(z, targets, temperature=0.7)[0], logits
+        lambda z: vocab_parallel_logprobs(z, targets, temperature=0.7), logits
     )
 
 
@@ -60,9 +77,9 @@ def test_a_padded_vocabulary_changes_nothing():
     plain = vocab_parallel_logprobs(logits, targets)
     with_padding = vocab_parallel_logprobs(padded, targets)
     torch.testing.assert_close(with_padding, plain, rtol=1e-6, atol=1e-6)
-    with_padding[0].sum().backward()
-    plain[0].sum().backward()
-    torch.testing.assert_close(padded.grad[:, :-3], logits.grad, rtol=1e-6, atol=1e-6)
+    (with_padding[0] + 3 * with_padding[1]).sum().backward()
+    (plain[0] + 3 * plain[1]).sum().backward()
+    torch.testing.assert_close(padded.grad[:, :-3], logits.grad, rtol=1e-5, atol=1e-5)
     assert (padded.grad[:, -3:] == 0).all()
 
 
@@ -91,10 +108,11 @@ def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_siz
     upstream = torch.randn(tokens, generator=rng)
 
     whole, entropy = vocab_parallel_logprobs(hidden @ weight.T, targets, temperature=temperature)
-    expected = torch.autograd.grad((whole * upstream).sum(), (hidden, weight))
+    expected = torch.autograd.grad((whole * upstream + entropy).sum(), (hidden, weight))
     kwargs = {"temperature": temperature, "chunk_size": chunk_size}
     chunked, chunked_entropy = chunked_logprobs(hidden, weight, targets, **kwargs)
-    grads = torch.autograd.grad((chunked * upstream).sum(), (hidden, weight))
+    total = (chunked * upstream + chunked_entropy).sum()
+    grads = torch.autograd.grad(total, (hidden, weight))
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(chunked_entropy, entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)

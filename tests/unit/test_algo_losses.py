@@ -1,6 +1,5 @@
 import math
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -8,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.algo.kl import MAX_LOG_RATIO, k3
-from rlsys.algo.losses import LossInput, losses, register_loss
+from rlsys.algo.losses import LossInput, losses, policy_loss, register_loss
 from rlsys.algo.metrics import MetricSums
+from rlsys.algo.segments import Segments
 from rlsys.config import GrpoConfig
 
 grpo = losses["grpo"]
@@ -29,8 +29,11 @@ def loss_input(**fields):
         "mask": torch.ones(2, dtype=torch.bool),
     }
     values |= {
-        name: value if value is None else torch.as_tensor(value) for name, value in fields.items()
+        name: value if value is None or name == "segments" else torch.as_tensor(value)
+        for name, value in fields.items()
     }
+    one_sequence = torch.zeros(len(values["mask"]), dtype=torch.int64)
+    values.setdefault("segments", Segments(ids_T=one_sequence, num_sequences=1))
     values["logprobs"] = values["logprobs"].clone().requires_grad_()
     return LossInput(**values)
 
@@ -50,7 +53,7 @@ def random_input(tokens, seed, *, spread=0.5, with_reference=True):
         old_logprobs=old,
         ref_logprobs=near(logprobs) if with_reference else None,
         rollout_logprobs=near(old),
-        advantages=torch.randn(tokens, generator=rng),
+        advantages=torch.randn(tokens, generator=rng) * mask,
         weights=torch.rand(tokens, generator=rng) * mask,
         mask=mask,
         entropy=torch.rand(tokens, generator=rng),
@@ -186,7 +189,7 @@ def test_sft_is_the_weighted_negative_log_likelihood():
     assert metrics == {"loss": loss, "num_loss_tokens": 2}
 
 
-@pytest.mark.parametrize("name", ["grpo", "sft"])
+@pytest.mark.parametrize("name", sorted(losses))
 @pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf, 1e30, -1e30])
 def test_masked_positions_are_never_read(name, garbage):
     inputs = random_input(12, seed=3)
@@ -195,11 +198,19 @@ def test_masked_positions_are_never_read(name, garbage):
     def spoil(values):
         return torch.where(inputs.mask, values.detach(), garbage)
 
-    fields = ("ref_logprobs", "old_logprobs", "rollout_logprobs", "advantages", "entropy")
+    fields = ("ref_logprobs", "old_logprobs", "rollout_logprobs", "entropy")
     spoilt = replace(inputs, **{field: spoil(getattr(inputs, field)) for field in fields})
+    config = GrpoConfig(
+        beta=0.1,
+        use_bias_correction_kl=True,
+        entropy_coef=0.1,
+        rollout_is="sequence",
+        rollout_rs="geometric",
+        off_policy_mask_threshold=0.1,
+    )
     spoilt = replace(spoilt, logprobs=spoil(inputs.logprobs).requires_grad_())
-    loss, grad, metrics = run(losses[name], inputs, GrpoConfig(beta=0.1))
-    spoilt_loss, spoilt_grad, spoilt_metrics = run(losses[name], spoilt, GrpoConfig(beta=0.1))
+    loss, grad, metrics = run(losses[name], inputs, config)
+    spoilt_loss, spoilt_grad, spoilt_metrics = run(losses[name], spoilt, config)
     assert (spoilt_loss, spoilt_metrics) == (loss, metrics)
     assert torch.equal(spoilt_grad, grad)
 
@@ -218,35 +229,10 @@ def test_a_policy_far_from_where_it_was_has_a_finite_gradient(other, distance):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-@given(
-    tokens=st.integers(1, 20),
-    seed=st.integers(0, 99),
-    cuts=st.lists(st.integers(1, 19), max_size=4),
-)
-def test_losses_gradients_and_metrics_do_not_depend_on_the_split(tokens, seed, cuts):
-    inputs = random_input(tokens, seed)
-    config = GrpoConfig(beta=0.05)
-    loss, grad, metrics = run(grpo, inputs, config)
-
-    edges = [0, *sorted({cut for cut in cuts if cut < tokens}), tokens]
-    sums, total, grads = MetricSums(), 0.0, []
-    for start, end in pairwise(edges):
-        names = LossInput.__dataclass_fields__
-        piece = LossInput(**{name: getattr(inputs, name)[start:end] for name in names})
-        piece = replace(piece, logprobs=piece.logprobs.detach().requires_grad_())
-        piece_loss, statistics = grpo(piece, config)
-        grads.append(torch.autograd.grad(piece_loss, piece.logprobs)[0])
-        sums.add(statistics)
-        total += piece_loss.item()
-    assert total == pytest.approx(loss, rel=1e-5, abs=1e-6)
-    torch.testing.assert_close(torch.cat(grads), grad)
-    assert sums.means() == pytest.approx(metrics, rel=1e-6, abs=1e-6)
-
-
 def test_a_loss_of_ones_own_is_one_function():
     @register_loss("reinforce-of-a-test")
     def reinforce(inputs, config):
-        return -(inputs.weights * inputs.advantages * inputs.logprobs).sum(), {}
+        return policy_loss(inputs, config, -inputs.advantages * inputs.logprobs)
 
     try:
         loss, _ = losses["reinforce-of-a-test"](loss_input(), GrpoConfig())
@@ -255,3 +241,145 @@ def test_a_loss_of_ones_own_is_one_function():
             losses["gprpo"]
     finally:
         del losses["reinforce-of-a-test"]
+
+
+def one_token(ratio, advantage, **fields):
+    """A completion of one token, of weight 1."""
+    one = torch.ones(1, dtype=torch.float64)
+    values = {
+        "logprobs": -one,
+        "old_logprobs": -one - math.log(ratio),
+        "rollout_logprobs": -one - math.log(ratio),
+        "advantages": advantage * one,
+        "weights": one,
+        "mask": [True],
+    }
+    return loss_input(**values | fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "advantage", "loss", "grad"),
+    [
+        # -min(r A, clip(r, 0.8, 1.2) A), but at least c A = 3 A for A < 0.
+        ("dual_clip", 2.0, -1.0, 2.0, 2.0),
+        ("dual_clip", 5.0, -1.0, 3.0, 0.0),
+        ("dual_clip", 5.0, 1.0, -1.2, 0.0),
+        # A sequence of one token: its geometric mean is the token's ratio.
+        ("gspo", 1.1, 1.0, -1.1, -1.1),
+        ("gspo", 1.5, 1.0, -1.2, 0.0),
+        # -min(r, 1.2) A log pi with log pi = -1.
+        ("cispo", 1.1, 2.0, 2.2, -2.2),
+        ("cispo", 1.5, 2.0, 2.4, -2.4),
+        ("cispo", 0.1, -2.0, -0.2, 0.2),
+        # 4 sigmoid(r - 1) = 4 / (1 + e^-1) at r = 2; its slope 4 s (1 - s), times r for log pi.
+        ("sapo", 2.0, 1.0, -4 / (1 + math.exp(-1)), -8 * math.exp(-1) / (1 + math.exp(-1)) ** 2),
+        ("reinforce", 2.0, 1.5, 1.5, -1.5),
+    ],
+)
+def test_losses_of_one_token_worked(name, ratio, advantage, loss, grad):
+    ours, gradient, _ = run(losses[name], one_token(ratio, advantage), GrpoConfig())
+    assert ours == pytest.approx(loss)
+    assert gradient.item() == pytest.approx(grad)
+
+
+def test_the_ratio_of_a_sequence_worked():
+    """GSPO (arXiv:2507.18071), equations 7 and 14: two sequences, of two tokens and of one."""
+    segments = Segments(ids_T=torch.tensor([0, 0, 1]), num_sequences=2)
+    logs = torch.tensor([0.1, 0.3, -0.2], dtype=torch.float64)
+    logprobs = torch.full((3,), -2.0, dtype=torch.float64)
+    inputs = loss_input(
+        logprobs=logprobs,
+        old_logprobs=logprobs - logs,
+        rollout_logprobs=logprobs - logs,
+        advantages=torch.tensor([1.0, 1.0, -2.0], dtype=torch.float64),
+        weights=torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64),
+        mask=torch.ones(3, dtype=torch.bool),
+        segments=segments,
+    )
+    config = GrpoConfig(epsilon=0.9)
+    loss, grad, metrics = run(losses["gspo"], inputs, config)
+    first, second = math.exp(0.2), math.exp(-0.2)
+    assert loss == pytest.approx(-(0.5 * first - 0.5 * 2 * second))
+    assert grad.tolist() == pytest.approx([-0.25 * first, -0.25 * first, second])
+    assert metrics["ratio/max"] == pytest.approx(first)
+    # Each token's own advantage meets the sequence's ratio: only there do the two levels differ.
+    shaped = replace(inputs, advantages=torch.tensor([3.0, 1.0, -2.0], dtype=torch.float64))
+    whole = run(losses["gspo"], shaped, config)[1]
+    tokens = run(
+        losses["gspo"], shaped, GrpoConfig(epsilon=0.9, importance_sampling_level="sequence_token")
+    )[1]
+    assert whole.tolist() == pytest.approx([-0.5 * first, -0.5 * first, second])
+    assert tokens.tolist() == pytest.approx([-0.75 * first, -0.25 * first, second])
+
+
+def test_the_bias_corrected_kl_has_the_gradient_of_the_kl():
+    """In expectation over the old policy's samples, exactly; k3 as it stands has another one."""
+    z = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
+    old = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    ref = torch.tensor([0.6, 0.1, 0.3], dtype=torch.float64)
+    log_pi = torch.log_softmax(z, dim=0)
+    exact = (log_pi.exp() * (log_pi - ref.log())).sum()
+    (expected,) = torch.autograd.grad(exact, z, retain_graph=True)
+
+    def gradient(**options):
+        inputs = replace(
+            loss_input(
+                logprobs=torch.zeros(3),
+                old_logprobs=old.log(),
+                ref_logprobs=ref.log(),
+                rollout_logprobs=old.log(),
+                advantages=torch.zeros(3, dtype=torch.float64),
+                weights=old,  # each token as often as the old policy samples it
+                mask=torch.ones(3, dtype=torch.bool),
+            ),
+            logprobs=log_pi,
+        )
+        loss, _ = losses["grpo"](inputs, GrpoConfig(beta=1.0, **options))
+        return torch.autograd.grad(loss, z, retain_graph=True)[0]
+
+    for estimator in ("k1", "k3"):
+        corrected = gradient(kl_estimator=estimator, use_bias_correction_kl=True)
+        torch.testing.assert_close(corrected, expected)
+    assert (gradient(kl_estimator="k3") - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("options", "weight"),
+    [
+        # One token, old policy / rollout engine = 3.
+        ({"rollout_is": "token"}, 2.0),
+        ({"rollout_is": "token", "rollout_is_threshold": 5.0}, 3.0),
+        ({"rollout_is": "sequence", "rollout_is_threshold": 2.5}, 2.5),
+        ({"rollout_rs": "token"}, 0.0),
+        ({"rollout_rs": "geometric", "rollout_rs_threshold": 3.5}, 1.0),
+        ({"rollout_is": "token", "rollout_rs": "token", "rollout_rs_threshold": 4.0}, 2.0),
+        ({}, 1.0),
+        ({"rollout_is": "none"}, 1.0),
+    ],
+    ids=str,
+)
+def test_correction_of_one_token_worked(options, weight):
+    inputs = one_token(1.0, -1.5, rollout_logprobs=[-1.0 - math.log(3.0)])
+    loss, grad, metrics = run(grpo, inputs, GrpoConfig(**options))
+    assert loss == pytest.approx(1.5 * weight)
+    assert grad.item() == pytest.approx(1.5 * weight)
+    if options.get("rollout_is", "none") != "none" or "rollout_rs" in options:
+        assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(weight)
+        assert metrics["sampling/masked_fraction"] == (weight == 0)
+        assert metrics["sampling/clipped_fraction"] == (weight in (2.0, 2.5))
+        share = metrics["sampling/importance_sampling_ratio/effective_sample_size"]
+        assert share == pytest.approx(float(weight > 0))
+
+
+def test_two_completions_of_which_one_is_better_worked():
+    """On-policy: rewards 1 and 0, one token each, unit std: the better one is made likelier."""
+    inputs = loss_input(
+        advantages=torch.tensor([0.5, -0.5], dtype=torch.float64) / (math.sqrt(0.5) + 1e-4)
+    )
+    for name in sorted(set(losses) - {"sft"}):
+        _, grad, _ = run(losses[name], inputs, GrpoConfig())
+        size = 0.25 / (math.sqrt(0.5) + 1e-4)
+        if name in ("gspo", "luspo"):  # here one sequence: its two tokens share what each earns
+            assert grad.tolist() == pytest.approx([0.0, 0.0]), name
+        else:
+            assert grad.tolist() == pytest.approx([-size, size]), name

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rlsys.algo.batching import (
-    loss_weights,
     micro_batches,
     optimizer_step_rows,
     pack,
@@ -24,6 +23,8 @@ from rlsys.algo.batching import (
 from rlsys.algo.logprobs import chunked_logprobs, vocab_parallel_logprobs
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums
+from rlsys.algo.names import aggregation_of
+from rlsys.algo.weighting import loss_weights
 from rlsys.config import GrpoConfig
 
 LENGTHS_PG = [[5, 2, 1, 7], [3, 8, 4, 0]]  # the last completion is empty: it counts, it adds 0
@@ -83,17 +84,23 @@ def oracle(model, batch, rows, loss_type):
         mask = batch.completion_mask[n]
         log_pi, old = logprobs[n][mask], batch.old_logprobs[n][mask]
         advantage = batch.advantages[n][mask]
-        ratio = (log_pi - old).exp()
+        log_ratio = log_pi - old
+        if loss_type == "gspo" and len(log_ratio):
+            log_ratio = log_ratio.mean().expand(log_ratio.shape)
+        ratio = log_ratio.exp()
         unclipped, bounded = ratio * advantage, ratio.clamp(0.9, 1.15) * advantage
+        surrogate = torch.minimum(unclipped, bounded)
+        if loss_type == "cispo":
+            surrogate = ratio.clamp(max=1.15).detach() * advantage * log_pi
         log_ratio_to_ref = batch.ref_logprobs[n][mask] - log_pi
         kl = log_ratio_to_ref.exp() - log_ratio_to_ref - 1
-        sums.append((-torch.minimum(unclipped, bounded) + CONFIG.beta * kl).sum())
+        sums.append((-surrogate + CONFIG.beta * kl).sum())
         lengths.append(len(ratio))
         kls.append(kl)
         clipped.append(bounded < unclipped)
-    if loss_type == "grpo":
+    if loss_type in ("grpo", "gspo"):
         loss = sum(s / max(n, 1) for s, n in zip(sums, lengths, strict=True)) / len(rows)
-    elif loss_type == "dapo":
+    elif loss_type in ("dapo", "cispo"):
         loss = sum(sums) / sum(lengths)
     else:
         loss = sum(sums) / (len(rows) * MAX_COMPLETION_LENGTH)
@@ -104,6 +111,8 @@ def oracle(model, batch, rows, loss_type):
         "clip_ratio/region_mean": torch.cat(clipped).float().mean().item(),
         "num_loss_tokens": sum(lengths),
     }
+    if loss_type == "cispo":
+        del statistics["clip_ratio/region_mean"]
     return loss.item(), gradient(model), statistics
 
 
@@ -127,7 +136,7 @@ def pipeline(model, batch, rows, loss_type, *, num_shards=1, chunk_size=None, **
     """What the policy's ranks do, one after the other, gradients added up."""
     weights = loss_weights(
         batch.completion_mask,
-        loss_type=loss_type,
+        aggregation=aggregation_of(loss_type, None),
         max_completion_length=MAX_COMPLETION_LENGTH,
         rows=rows,
     )
@@ -138,14 +147,14 @@ def pipeline(model, batch, rows, loss_type, *, num_shards=1, chunk_size=None, **
             packed = pack(batch, piece, weights, multiple_of=4)
             logprobs, entropy = packed_logprobs(model, packed, chunk_size=chunk_size)
             inputs = LossInput.from_packed(packed, logprobs, entropy)
-            loss, statistics = losses["grpo"](inputs, CONFIG)
+            loss, statistics = losses[loss_type](inputs, CONFIG)
             loss.backward()
             sums.add(statistics)
             total += loss.item()
     return total, gradient(model), sums.means()
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
 @settings(max_examples=25)
 @given(
     per_step=st.sampled_from([2, 4, 8]),

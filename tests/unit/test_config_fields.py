@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG_FILE = ROOT / "rlsys" / "config.py"
 # These show or check fields. What only they read would have no effect on a run.
 DISPLAY = {
+    "algorithm_rules.py",
     "config_rules.py",
     "config_load.py",
     "explain.py",

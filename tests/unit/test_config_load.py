@@ -117,7 +117,7 @@ def test_one_generation_is_refused_with_the_reason(problems):
         ("data", "shuffle", "perhaps"),
         ("model", "path", 7),
         ("model", "path", {"folder": "x"}),
-        ("grpo", "loss_type", "ppo"),
+        ("grpo", "kl_estimator", "k4"),
     ],
 )
 def test_a_wrong_type_names_field_and_value(problems, section, field, value):

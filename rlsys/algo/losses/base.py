@@ -1,0 +1,184 @@
+"""What every loss has in common: its input, the registry, and how token losses become the loss.
+
+A loss reads a `LossInput` and the `grpo` section of the config, and returns
+
+- the loss: the sum of `weights * token_losses` over the micro-batch. The weights hold the
+  denominators of the whole optimizer step (`batching.loss_weights`), so the losses and gradients
+  of micro-batches add up to those of the step;
+- statistics that combine over micro-batches and ranks as `metrics.MetricSums` says: sums over the
+  tokens that are trained on, reported as their mean, or extremes if the key ends in /min or /max.
+
+Example: a loss of your own, in one function. `policy_loss` does what all have in common.
+
+    @register_loss("reinforce_squared")
+    def reinforce_squared(inputs, config):
+        token_losses_T = -inputs.advantages.square() * inputs.logprobs
+        return policy_loss(inputs, config, token_losses_T)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlsys.algo.kl import KL_ESTIMATORS, k3, log_ratio
+from rlsys.algo.losses.correction import correction_weights
+from rlsys.algo.segments import Segments
+from rlsys.registry import Registry
+
+if TYPE_CHECKING:
+    from rlsys.algo.batching import PackedMicroBatch
+    from rlsys.config import GrpoConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LossInput:
+    """One micro-batch, [T] each, at predicting positions (see `batching.PackedMicroBatch`)."""
+
+    logprobs: Tensor
+    """Of the policy now, with gradient."""
+    old_logprobs: Tensor
+    """Of the policy before the update."""
+    ref_logprobs: Tensor | None
+    """Of the reference model; None when there is none (beta = 0)."""
+    rollout_logprobs: Tensor
+    """Of the rollout engine while it sampled."""
+    advantages: Tensor
+    """Constants, 0 where masked."""
+    weights: Tensor
+    """From `batching.loss_weights`; 0 where masked."""
+    mask: Tensor
+    """bool, True where the predicted token is trained on. Log-probs elsewhere are never read."""
+    segments: Segments
+    """Which tokens are of one sequence."""
+    entropy: Tensor | None = None
+    """Of the policy now, with gradient. None logs none."""
+
+    @classmethod
+    def from_packed(
+        cls, packed: PackedMicroBatch, logprobs_T: Tensor, entropy_T: Tensor | None = None
+    ) -> LossInput:
+        """Joins a micro-batch with the policy's log-probs of its targets.
+
+        Without `packed.old_logprobs` one optimizer step uses the whole rollout, so that the policy
+        before the update is the policy now: the ratio is 1, its gradient that of the log-prob.
+        """
+        old_T = logprobs_T.detach() if packed.old_logprobs is None else packed.old_logprobs
+        return cls(
+            logprobs=logprobs_T,
+            old_logprobs=old_T,
+            ref_logprobs=packed.ref_logprobs,
+            rollout_logprobs=packed.rollout_logprobs,
+            advantages=packed.advantages,
+            weights=packed.weights,
+            mask=packed.loss_mask,
+            segments=Segments.from_cu_seqlens(packed.cu_seqlens, len(packed.targets)),
+            entropy=entropy_T,
+        )
+
+    def ratio(self) -> Tensor:
+        """[T] `exp(logprobs - old_logprobs)` with gradient, bounded; 1 where masked."""
+        return log_ratio(self.logprobs, self.old_logprobs, self.mask).exp()
+
+
+LossFunction = Callable[[LossInput, "GrpoConfig"], tuple[Tensor, dict[str, Tensor]]]
+
+losses: Registry[LossFunction] = Registry("loss")
+register_loss = losses.register
+
+
+def policy_loss(
+    inputs: LossInput,
+    config: GrpoConfig,
+    token_losses_T: Tensor,
+    statistics: dict[str, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a micro-batch from the policy's token losses, and what every loss reports.
+
+    `correction * policy + beta * KL - entropy_coef * entropy` for each token, weighted.
+
+    Args:
+        inputs: of the loss.
+        config: what is added to the policy's token losses.
+        token_losses_T: of the policy alone.
+        statistics: more of them, of this loss.
+    """
+    extra = dict(statistics or {})
+    weights_T, of_correction = correction_weights(inputs, config)
+    extra |= of_correction
+    if weights_T is not None:
+        token_losses_T = weights_T * token_losses_T
+    if inputs.ref_logprobs is not None:
+        kl_T = reference_kl(inputs, config)
+        extra["kl"] = masked_sum(kl_T, inputs.mask)
+        if not config.kl_in_reward:
+            token_losses_T = token_losses_T + config.beta * kl_T
+    if config.entropy_coef:
+        assert inputs.entropy is not None
+        token_losses_T = token_losses_T - config.entropy_coef * inputs.entropy
+    loss = weighted_sum(inputs, token_losses_T)
+    return loss, token_statistics(inputs, loss) | extra | _sampling_statistics(inputs, config)
+
+
+def reference_kl(inputs: LossInput, config: GrpoConfig) -> Tensor:
+    """[T] estimates of KL(policy || reference), with gradient.
+
+    Differentiated as it stands, an estimate leaves out that the samples depend on the policy, and
+    that they may be of an older one. `use_bias_correction_kl` multiplies by the ratio of the policy
+    to the one before the update, whose gradient is what was left out: DeepSeek-V3.2
+    (arXiv:2512.02556), section 3.1.
+    """
+    assert inputs.ref_logprobs is not None
+    estimate = KL_ESTIMATORS[config.kl_estimator or "k3"]
+    kl_T = estimate(log_ratio(inputs.ref_logprobs, inputs.logprobs, inputs.mask))
+    return inputs.ratio() * kl_T if config.use_bias_correction_kl else kl_T
+
+
+def weighted_sum(inputs: LossInput, token_losses_T: Tensor) -> Tensor:
+    """The loss of a micro-batch, its share of the optimizer step's loss."""
+    # 0 * nan is nan, so a weight of 0 is not enough to leave a token out.
+    return (inputs.weights * token_losses_T.masked_fill(~inputs.mask, 0.0)).sum()
+
+
+def token_statistics(inputs: LossInput, loss: Tensor) -> dict[str, Tensor]:
+    """What even a supervised loss reports: itself, the tokens it is over, and their entropy."""
+    statistics = {
+        "loss": loss.detach().double(),
+        "num_loss_tokens": inputs.mask.sum(dtype=torch.float64),
+    }
+    if inputs.entropy is not None:
+        statistics["entropy"] = masked_sum(inputs.entropy, inputs.mask)
+    return statistics
+
+
+def ratio_statistics(inputs: LossInput, ratio_T: Tensor) -> dict[str, Tensor]:
+    """Mean and extremes of what multiplies the advantages."""
+    ratio_T = ratio_T.detach()
+    return {
+        "ratio/mean": masked_sum(ratio_T, inputs.mask),
+        "ratio/min": ratio_T.masked_fill(~inputs.mask, torch.inf).amin(),
+        "ratio/max": ratio_T.masked_fill(~inputs.mask, -torch.inf).amax(),
+    }
+
+
+def _sampling_statistics(inputs: LossInput, config: GrpoConfig) -> dict[str, Tensor]:
+    """How far the rollout engine's log-probs are from the trainer's, for the same weights."""
+    # Where the rollout's take the place of old_logprobs, the trainer's own are the policy's now.
+    own_T = inputs.logprobs.detach() if config.old_logprobs == "rollout" else inputs.old_logprobs
+    rollout_T, mask_T = inputs.rollout_logprobs, inputs.mask
+    difference_T = (own_T - rollout_T).abs().masked_fill(~mask_T, 0.0)
+    return {
+        "sampling/logp_difference/mean": masked_sum(difference_T, mask_T),
+        "sampling/logp_difference/max": difference_T.amax(),
+        "sampling/kl": masked_sum(k3(log_ratio(own_T, rollout_T, mask_T)), mask_T),
+    }
+
+
+def masked_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
+    """A statistic: the sum over trained tokens."""
+    # float64, so that how tokens are split over micro-batches and ranks does not show.
+    return values_T.detach().masked_fill(~mask_T, 0).sum(dtype=torch.float64)

@@ -1,0 +1,97 @@
+"""The clipped surrogate: grpo, bnpo, dapo, dr_grpo, dual_clip, gspo, luspo."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlsys.algo.kl import log_ratio
+from rlsys.algo.losses.base import (
+    LossInput,
+    masked_sum,
+    policy_loss,
+    ratio_statistics,
+    register_loss,
+)
+from rlsys.algo.names import DUAL_CLIP_DELTA
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlsys.config import GrpoConfig
+
+
+# The four differ in how token losses are averaged, see names.DEFAULT_AGGREGATION.
+@register_loss("grpo")
+@register_loss("bnpo")
+@register_loss("dapo")
+@register_loss("dr_grpo")
+def clipped_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """`L_t = -min(r_t A_t, clip(r_t, 1 - epsilon, 1 + epsilon_high) A_t)`.
+
+    DeepSeekMath (arXiv:2402.03300), equation 3, from PPO (arXiv:1707.06347), equation 7; DAPO
+    (arXiv:2503.14476), section 3.1, lets the upper bound differ from the lower one.
+    """
+    return _clipped(inputs, config, level="token", delta=config.delta)
+
+
+@register_loss("dual_clip")
+def dual_clip_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO that also bounds the loss of a bad token: `max(min(r A, clip(r) A), delta A)` for A < 0.
+
+    Ye et al. (arXiv:1912.09729), where delta is called c.
+    """
+    delta = DUAL_CLIP_DELTA if config.delta is None else config.delta
+    return _clipped(inputs, config, level="token", delta=delta)
+
+
+@register_loss("gspo")
+@register_loss("luspo")
+def sequence_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The surrogate of sequences: the ratio of every token is the geometric mean of its sequence.
+
+    GSPO (arXiv:2507.18071), equations 5 and 7; averaged without division by the length LUSPO
+    (arXiv:2602.05261).
+    """
+    return _clipped(inputs, config, level="sequence", delta=config.delta)
+
+
+def _clipped(
+    inputs: LossInput, config: GrpoConfig, *, level: str, delta: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    low, high = 1 - config.epsilon, 1 + epsilon_high
+    advantages_T = inputs.advantages
+    ratio_T = importance_ratio(inputs, config.importance_sampling_level or level)
+    # With delta > high only tokens of negative advantage notice: TRL's bound is dual clip's.
+    bounded_T = ratio_T if delta is None else ratio_T.clamp(max=delta)
+    surrogate_T = (bounded_T * advantages_T).min(ratio_T.clamp(low, high) * advantages_T)
+    # Where min() takes the clipped term: there the token has no policy gradient.
+    low_clipped_T = (ratio_T < low) & (advantages_T < 0)
+    high_clipped_T = (ratio_T > high) & (advantages_T > 0)
+    statistics = {
+        "clip_ratio/low_mean": masked_sum(low_clipped_T, inputs.mask),
+        "clip_ratio/high_mean": masked_sum(high_clipped_T, inputs.mask),
+        "clip_ratio/region_mean": masked_sum(low_clipped_T | high_clipped_T, inputs.mask),
+    }
+    if delta is not None:
+        dual_T = (ratio_T > delta) & (advantages_T < 0)
+        statistics["clip_ratio/dual_mean"] = masked_sum(dual_T, inputs.mask)
+    statistics |= ratio_statistics(inputs, ratio_T)
+    return policy_loss(inputs, config, -surrogate_T, statistics)
+
+
+def importance_ratio(inputs: LossInput, level: str) -> Tensor:
+    """[T] policy now / policy before the update.
+
+    - "token": of the token;
+    - "sequence": `s = exp(mean of the sequence's log ratios)`, GSPO (arXiv:2507.18071), equation 7;
+    - "sequence_token": s in value, with the gradient of the token alone, equation 14.
+    """
+    if level == "token":
+        return inputs.ratio()
+    log_ratio_T = log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.mask)
+    mean_T = inputs.segments.means(log_ratio_T, inputs.mask)
+    if level == "sequence":
+        return mean_T.exp()
+    own_T = log_ratio(inputs.logprobs, inputs.logprobs.detach(), inputs.mask)
+    return (mean_T.detach() + own_T).exp()

@@ -1,0 +1,308 @@
+"""What a config of the algorithm means, and the combinations that mean nothing or cannot be right.
+
+Torch-free: `rlsys explain` reads it in its first second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rlsys.algo.names import (
+    ADVANTAGE_ESTIMATORS,
+    CLIPPED_LOSSES,
+    DEFAULT_AGGREGATION,
+    DUAL_CLIP_DELTA,
+    SEQUENCE_LOSSES,
+    aggregation_of,
+)
+from rlsys.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from rlsys.config import Config, GrpoConfig
+
+Problem = tuple[tuple[str, ...], str]
+"""Fields without their section, and what is wrong with them."""
+
+
+def algorithm_problems(config: Config) -> Iterator[Problem]:
+    """Every rule about the `grpo` section that `config` breaks."""
+    grpo = config.grpo
+    yield from _name_problems(grpo)
+    yield from _advantage_problems(grpo)
+    yield from _ratio_problems(grpo)
+    yield from _kl_problems(grpo)
+    yield from _off_policy_problems(config)
+
+
+def _name_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+    if grpo.loss_type == "sft":
+        yield (
+            ("loss_type",),
+            "grpo.loss_type = sft imitates completions whatever they earn, it is for warm starts: "
+            "use grpo, or see docs/algorithm.md",
+        )
+    if grpo.external_plugins:
+        return  # which may register any name; preflight looks
+    for field, name, known in (
+        ("loss_type", grpo.loss_type, list(DEFAULT_AGGREGATION)),
+        ("advantage_estimator", grpo.advantage_estimator, list(ADVANTAGE_ESTIMATORS)),
+    ):
+        if name not in known:
+            yield (
+                (field,),
+                f"grpo.{field} = {name} is not known.{did_you_mean(name, known)} Known: "
+                f"{', '.join(known)}. For one of your own, name its file in grpo.external_plugins",
+            )
+
+
+def _advantage_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+    estimator = grpo.advantage_estimator
+    if grpo.multi_objective_aggregation == "normalize_then_sum":
+        if estimator != "grpo":
+            yield (
+                ("multi_objective_aggregation", "advantage_estimator"),
+                "grpo.multi_objective_aggregation = normalize_then_sum (GDPO) normalizes each "
+                f"reward within its group, which grpo.advantage_estimator = {estimator} does not: "
+                "use advantage_estimator grpo",
+            )
+        if grpo.scale_rewards != "auto":
+            yield (
+                ("multi_objective_aggregation", "scale_rewards"),
+                "grpo.multi_objective_aggregation = normalize_then_sum (GDPO) scales each reward "
+                f"by its group and their sum by the batch, so grpo.scale_rewards = "
+                f"{grpo.scale_rewards} has no place: use auto",
+            )
+        if grpo.kl_in_reward:
+            yield (
+                ("multi_objective_aggregation", "kl_in_reward"),
+                "grpo.kl_in_reward subtracts the KL from the sum of rewards, which "
+                "grpo.multi_objective_aggregation = normalize_then_sum never compares: put the KL "
+                "into the loss (kl_in_reward false)",
+            )
+    if estimator.startswith("reinforce_plus_plus") and grpo.scale_rewards != "auto":
+        yield (
+            ("advantage_estimator", "scale_rewards"),
+            f"grpo.advantage_estimator = {estimator} scales by all tokens of the batch, so "
+            f"grpo.scale_rewards = {grpo.scale_rewards} has no place: use auto",
+        )
+
+
+def _ratio_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+    loss, level = grpo.loss_type, grpo.importance_sampling_level
+    built_in = loss in DEFAULT_AGGREGATION
+    if built_in and loss not in CLIPPED_LOSSES:
+        for field, value in (("importance_sampling_level", level), ("delta", grpo.delta)):
+            if value is not None:
+                yield (
+                    (field, "loss_type"),
+                    f"grpo.{field} = {value} is for the losses that clip "
+                    f"({', '.join(CLIPPED_LOSSES)}), not for grpo.loss_type = {loss}: leave it out",
+                )
+        return
+    if loss in SEQUENCE_LOSSES and level == "token":
+        yield (
+            ("importance_sampling_level", "loss_type"),
+            f"grpo.loss_type = {loss} is the loss of sequence ratios, so "
+            "grpo.importance_sampling_level = token contradicts it: use loss_type grpo",
+        )
+    yield from _aggregation_problems(grpo)
+    delta = grpo.delta or (DUAL_CLIP_DELTA if loss == "dual_clip" else None)
+    high = 1 + (grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high)
+    if delta is not None and delta <= high:
+        yield (
+            ("delta", "epsilon_high", "epsilon"),
+            f"grpo.delta = {delta:g} is not above the upper clip bound of {high:g} "
+            "(1 + grpo.epsilon_high), so it would undo the clip of good tokens: use a larger one, "
+            "such as 3",
+        )
+
+
+def _aggregation_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+    loss = grpo.loss_type
+    aggregation = aggregation_of(loss, grpo.loss_aggregation)
+    level = level_of(grpo)
+    expected = "seq_mean_token_sum" if loss == "luspo" else "seq_mean_token_mean"
+    if level != "token" and loss in CLIPPED_LOSSES and aggregation != expected:
+        yield (
+            ("loss_type", "importance_sampling_level", "loss_aggregation"),
+            f"grpo.loss_type = {loss} with the ratio of the {level} averages by {aggregation}, "
+            "which counts a sequence by its length where its paper counts sequences "
+            f"(arXiv:{'2602.05261' if loss == 'luspo' else '2507.18071'}): use loss_aggregation "
+            f"{expected}" + ("" if loss in SEQUENCE_LOSSES else " with loss_type gspo"),
+        )
+
+
+def _kl_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+    if grpo.beta == 0:
+        return
+    if grpo.kl_in_reward and grpo.use_bias_correction_kl:
+        yield (
+            ("kl_in_reward", "use_bias_correction_kl"),
+            "grpo.use_bias_correction_kl is about the gradient of a KL in the loss, but with "
+            "grpo.kl_in_reward it is in the reward, which has none: leave one of them out",
+        )
+    if grpo.kl_estimator == "k1" and not grpo.kl_in_reward and not grpo.use_bias_correction_kl:
+        yield (
+            ("kl_estimator", "kl_in_reward", "use_bias_correction_kl"),
+            "grpo.kl_estimator = k1 in the loss has a gradient of mean 0, it would hold the policy "
+            "nowhere (arXiv:2510.01555): use k2 or k3, or set use_bias_correction_kl or "
+            "kl_in_reward",
+        )
+
+
+def _off_policy_problems(config: Config) -> Iterator[Problem]:
+    grpo = config.grpo
+    if grpo.old_logprobs == "rollout":
+        if grpo.rollout_is in ("token", "sequence") or grpo.rollout_rs != "none":
+            yield (
+                ("old_logprobs", "rollout_is", "rollout_rs"),
+                "grpo.old_logprobs = rollout puts the rollout engine's log-probs in place of the "
+                "policy's, so their ratio, which grpo.rollout_is and grpo.rollout_rs correct for, "
+                "is 1: leave those out, or use old_logprobs auto",
+            )
+        if grpo.top_entropy_quantile < 1:
+            yield (
+                ("old_logprobs", "top_entropy_quantile"),
+                f"grpo.top_entropy_quantile = {grpo.top_entropy_quantile:g} needs the policy's "
+                "entropies before the update, which grpo.old_logprobs = rollout does not compute: "
+                "use old_logprobs auto",
+            )
+    if grpo.loss_type == "reinforce" and config.optimizer_steps_per_rollout > 1:
+        yield (
+            ("loss_type", "num_iterations"),
+            "grpo.loss_type = reinforce has no ratio, so all but the first of the "
+            f"{config.optimizer_steps_per_rollout} optimizer steps a rollout would be off-policy "
+            "without correction: make policy.global_batch_size the generation_batch_size and "
+            "num_iterations 1, or use loss_type grpo",
+        )
+
+
+def level_of(grpo: GrpoConfig) -> str:
+    """The importance_sampling_level in effect."""
+    default = "sequence" if grpo.loss_type in SEQUENCE_LOSSES else "token"
+    return grpo.importance_sampling_level or default
+
+
+RECIPES = {
+    ("grpo", "grpo"): "GRPO",
+    ("grpo", "bnpo"): "GRPO averaged over tokens (TRL's bnpo)",
+    ("grpo", "dapo"): "DAPO",
+    ("grpo", "dr_grpo"): "Dr. GRPO",
+    ("grpo", "dual_clip"): "GRPO with dual clip",
+    ("grpo", "gspo"): "GSPO",
+    ("grpo", "luspo"): "LUSPO",
+    ("grpo", "cispo"): "CISPO",
+    ("grpo", "sapo"): "SAPO",
+    ("rloo", "reinforce"): "RLOO",
+    ("reinforce_plus_plus", "bnpo"): "REINFORCE++",
+    ("reinforce_plus_plus_baseline", "bnpo"): "REINFORCE++ with the group's mean as baseline",
+}
+"""(advantage_estimator, loss_type) of what has a name."""
+
+
+def describe_algorithm(config: Config) -> list[tuple[str, str]]:
+    """(part, what it is) of the algorithm that a config amounts to."""
+    grpo = config.algorithm
+    return [
+        ("algorithm", _name(grpo)),
+        ("advantages", _advantages_text(grpo)),
+        ("loss", _loss_text(config)),
+        ("KL to the reference", _kl_text(grpo)),
+        ("old_logprobs", _old_text(config)),
+        ("off-policy correction", _correction_text(grpo)),
+    ]
+
+
+def _name(grpo: GrpoConfig) -> str:
+    if grpo.multi_objective_aggregation == "normalize_then_sum":
+        return f"GDPO's advantages with loss_type {grpo.loss_type}"
+    name = RECIPES.get((grpo.advantage_estimator, grpo.loss_type))
+    if name is None:
+        return f"{grpo.advantage_estimator} advantages with the loss {grpo.loss_type}"
+    if grpo.loss_type == "dr_grpo" and grpo.scale_rewards != "none":
+        return "Dr. GRPO's loss with GRPO's advantages (the paper has scale_rewards none)"
+    return name
+
+
+def _advantages_text(grpo: GrpoConfig) -> str:
+    if grpo.multi_objective_aggregation == "normalize_then_sum":
+        text = "each reward less its group's mean / std, weighted sum, normalized over the batch"
+    else:
+        known = {
+            "grpo": "reward less the mean of its group",
+            "rloo": "reward less the mean of the others of its group",
+            "reinforce_plus_plus": "reward, normalized over all tokens of the batch",
+            "reinforce_plus_plus_baseline": "reward less the mean of its group, normalized over "
+            "all tokens of the batch",
+        }
+        text = known.get(grpo.advantage_estimator, grpo.advantage_estimator)
+        scale = grpo.scale_rewards
+        if scale == "auto":
+            scale = "group" if grpo.advantage_estimator == "grpo" else "none"
+        if scale != "none":
+            text += f", / (std of the {scale} + {grpo.advantage_eps:g})"
+    if grpo.mask_truncated_completions:
+        text += "; completions cut at the length limit are not trained on"
+    return text
+
+
+def _loss_text(config: Config) -> str:
+    grpo = config.algorithm
+    high = 1 + (grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high)
+    text = grpo.loss_type
+    if text in CLIPPED_LOSSES:
+        text += f": ratio of the {level_of(grpo)}, clipped to [{1 - grpo.epsilon:g}, {high:g}]"
+        delta = grpo.delta or (DUAL_CLIP_DELTA if grpo.loss_type == "dual_clip" else None)
+        text += f" and at {delta:g} for bad ones" if delta else ""
+    elif text == "cispo":
+        text += f": weight of each token bounded by {high:g}"
+    elif text == "sapo":
+        text += (
+            f": gate of temperature {grpo.sapo_temperature_pos:g} for good ones, "
+            f"{grpo.sapo_temperature_neg:g} for bad ones"
+        )
+    text += f"; {aggregation_of(grpo.loss_type, grpo.loss_aggregation)}"
+    if grpo.top_entropy_quantile < 1:
+        text += f"; only the {grpo.top_entropy_quantile:.0%} of tokens with the highest entropy"
+    if grpo.entropy_coef:
+        text += f"; entropy bonus {grpo.entropy_coef:g}"
+    return text
+
+
+def _kl_text(grpo: GrpoConfig) -> str:
+    if grpo.beta == 0:
+        return "none (beta 0)"
+    if grpo.kl_in_reward:
+        return f"{grpo.beta:g} x {grpo.kl_estimator or 'k1'}, subtracted from the reward"
+    corrected = ", times the ratio" if grpo.use_bias_correction_kl else ""
+    return f"{grpo.beta:g} x {grpo.kl_estimator or 'k3'}{corrected}, added to the loss"
+
+
+def _old_text(config: Config) -> str:
+    if config.grpo.old_logprobs == "rollout":
+        return "the rollout engine's"
+    if config.recompute_old_logprobs:
+        return "computed by the policy before the update, a forward pass"
+    return "not computed: with one optimizer step a rollout they are those of the update"
+
+
+def _correction_text(grpo: GrpoConfig) -> str:
+    parts = []
+    if grpo.rollout_is != "none":
+        parts.append(
+            f"weight old policy / rollout engine of the {grpo.rollout_is}, at most "
+            f"{grpo.rollout_is_threshold:g}"
+        )
+    if grpo.rollout_rs != "none":
+        lower, upper = grpo.rollout_rs_threshold_lower, grpo.rollout_rs_threshold
+        lower = 1 / upper if lower is None else lower
+        what = "token" if grpo.rollout_rs == "token" else "completion"
+        mean = " (geometric mean)" if grpo.rollout_rs == "geometric" else ""
+        parts.append(f"a {what} whose weight{mean} is outside [{lower:g}, {upper:g}] is left out")
+    if grpo.off_policy_mask_threshold is not None:
+        parts.append(
+            f"bad completions that fell by {grpo.off_policy_mask_threshold:g} nats a token are "
+            "left out"
+        )
+    return "; ".join(parts) or "none"
