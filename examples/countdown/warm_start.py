@@ -89,7 +89,7 @@ def _config(model: Path, data: Path, seed: int) -> Config:
                 "max_num_seqs": 256,
             },
             "reward": {"reward_funcs": ["countdown", "format"]},
-            "grpo": {"loss_type": "dapo"},
+            "grpo": {"loss_aggregation": "token_mean"},
             "policy": {
                 "micro_batch_size": BATCH_SIZE,
                 "lr": 3e-3,
