@@ -136,9 +136,16 @@ def _print_counts(config: Config, data: PromptData, console: Console) -> None:
     console.print(
         f"{len(data.train):,} prompts to train on, {len(data.validation):,} to evaluate on."
     )
+    repeated = len(data.train) - len({tuple(prompt.token_ids) for prompt in data.train})
+    if repeated:
+        console.print(
+            f"{repeated:,} of them repeat a prompt that is there already; data.deduplicate drops "
+            "such rows."
+        )
     if data.num_validation_in_train:
         console.print(
-            f"{data.num_validation_in_train:,} of the latter are trained on as well.", style="red"
+            f"{data.num_validation_in_train:,} of those to evaluate on are trained on as well.",
+            style="red",
         )
 
 

@@ -50,6 +50,7 @@ class StreamedPrompts:
         self._epoch = 0
         self._num_given = 0  # rows of this epoch that left the buffer
         self._rows_an_epoch: int | None = None
+        self._num_read_before = self._num_dropped_before = 0  # by the runs that this one continues
         self._rows = self._pass(0)
 
     @property
@@ -84,10 +85,12 @@ class StreamedPrompts:
         """Hear how a prompt was answered; this stream does not listen."""
 
     def metrics(self) -> dict[str, float]:
-        """How many rows were read and not used."""
+        """How many rows were read and not used, since the start of the run."""
+        read = sum(count.rows for count in self.counts)
+        used = sum(count.used for count in self.counts)
         return {
-            "data/num_rows_read": float(sum(count.rows for count in self.counts)),
-            "data/num_rows_dropped": float(sum(count.rows - count.used for count in self.counts)),
+            "data/num_rows_read": float(self._num_read_before + read),
+            "data/num_rows_dropped": float(self._num_dropped_before + read - used),
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,6 +100,7 @@ class StreamedPrompts:
             "epoch": self._epoch,
             "num_given": self._num_given,
             "rows_an_epoch": self._rows_an_epoch,
+            "metrics": self.metrics(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -105,6 +109,8 @@ class StreamedPrompts:
         self._epoch = state["epoch"]
         self._num_given = state["num_given"]
         self._rows_an_epoch = state["rows_an_epoch"]
+        self._num_read_before = int(state["metrics"]["data/num_rows_read"])
+        self._num_dropped_before = int(state["metrics"]["data/num_rows_dropped"])
         self._rows = self._pass(self._epoch)
         skipped = sum(1 for _ in islice(self._rows, self._num_given))
         if skipped < self._num_given:

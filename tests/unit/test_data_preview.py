@@ -3,6 +3,7 @@
 import contextlib
 import io
 import random
+import re
 
 import pytest
 from config_cases import write_run
@@ -89,6 +90,12 @@ def test_everything_is_there_and_fits(run, rows, width):
     _, shorter = run("--data.dataset", rows, "--rows", "1", width=width)
     assert shorter.count(" tokens\n") == 1 + 1  # and the heading of the lengths
     assert output.count(" tokens\n") == 3 + 1
+
+
+def test_repeated_prompts_are_counted(run, rows):
+    _, output = run("--data.dataset", rows)
+    assert re.search(r"\d+ of them repeat a prompt that is there already", output)
+    assert "repeat a prompt" not in run("--data.dataset", rows, "--data.deduplicate")[1]
 
 
 def test_what_controls_a_terminal_is_shown_and_not_obeyed(run, rows):

@@ -42,7 +42,8 @@ def continued(make, stream, after):
     stream.take(after)
     resumed = make()
     resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
-    return (ids(stream.take(30)), stream.epoch), (ids(resumed.take(30)), resumed.epoch)
+    expected, found = ids(stream.take(30)), ids(resumed.take(30))
+    return (expected, stream.epoch, stream.metrics()), (found, resumed.epoch, resumed.metrics())
 
 
 def test_a_mix_holds_its_weights_and_each_dataset_its_epochs():
