@@ -9,6 +9,9 @@
     sources      the above for one dataset of a config
     load         everything in memory: filters, counts, the split
     streaming    rows when they are needed
+    stream       either of them as the stream that rollouts take prompts from
+    checks       a quick look, for `rlsys explain` and before a run
+    usage        which reward functions ask for which columns
     preview      `rlsys data preview`
 
 docs/data.md is for users.

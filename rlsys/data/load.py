@@ -123,6 +123,12 @@ def load_prompts(
         everything = train
         train, validation = split_prompts(train, config.split_dataset_ratio, seed=seed)
         sizes = _sizes_after_split(everything, train, sizes)
+        if config.dataset_weights and 0 in sizes and train:
+            raise ValueError(
+                f"data.split_dataset_ratio = {config.split_dataset_ratio} holds out every prompt "
+                f"of {config.dataset[sizes.index(0)]}, which has a weight in data.dataset_weights. "
+                "Give it more rows, or use val_dataset."
+            )
     validation = validation[: config.max_eval_prompts]
     known = _texts(train)
     return PromptData(

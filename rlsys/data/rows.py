@@ -86,6 +86,9 @@ def parse_row(values: dict[str, Any], *, system: str | None) -> ParsedRow:
         messages.insert(0, {"role": "system", "content": system})
     used = {*reading.used, "system", "messages"}
     columns = {name: value for name, value in values.items() if name not in used}
+    hidden = columns.keys() & set(OWN_COLUMNS)
+    if hidden:
+        raise BadRow(f"has the column {min(hidden)!r}, {_HIDDEN}. Rename it")
     if answer is not None and columns.get(SOLUTION) is None:
         columns[SOLUTION] = answer
     return ParsedRow(messages, columns, name)
@@ -99,9 +102,8 @@ def columns_problem(columns: list[str]) -> str | None:
     reserved = sorted(set(columns) & set(OWN_COLUMNS) - {"messages"})
     if reserved:
         return (
-            f"has the column {reserved[0]!r}, a name under which reward functions get something "
-            f"else. Rename it, for example with data.columns: {{{reserved[0]}: "
-            f"dataset_{reserved[0]}}}. {found}"
+            f"has the column {reserved[0]!r}, {_HIDDEN}. Rename it, for example with data.columns: "
+            f"{{{reserved[0]}: dataset_{reserved[0]}}}. {found}"
         )
     return None
 
@@ -250,6 +252,7 @@ def _refuse_surrogates(text: str) -> None:
         ) from None
 
 
+_HIDDEN = "a name under which reward functions get something else"
 _ONLY_TEXT = "rlsys trains on text alone. Leave such rows out, with a data.preprocessor for example"
 
 

@@ -130,6 +130,7 @@ def test_a_system_message_of_the_row_goes_before_the_one_of_the_config():
         ({"prompt": "a", "system": 3}, "the column 'system' is no text: 3"),
         ({"prompt": "a", "image": "a.png"}, "has image (the column 'image' is not empty)"),
         ({"messages": user([{"type": "image_url"}])}, "a part of type 'image_url'"),
+        ({"prompt": "a", "completions": ["b"]}, "has the column 'completions', a name under which"),
         ({"prompt": "a\ud83d"}, "half of a surrogate pair"),
     ],
 )

@@ -265,6 +265,18 @@ def test_every_prompt_carries_the_columns_of_all_datasets(tokenizer, tmp_path):
     assert second.columns == {"nums": None, "solution": "c"}
 
 
+def test_a_dataset_with_a_weight_keeps_something_to_train_on(tokenizer, tmp_path):
+    one = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
+    two = write_jsonl(tmp_path / "b.jsonl", [{"prompt": c} for c in "bcdefgh"])
+    options = {"dataset_weights": [1.0, 1.0], "split_dataset_ratio": 0.9}
+    with pytest.raises(ValueError, match=r"holds out every prompt of .*a\.jsonl"):
+        load(tokenizer, one, two, seed=1, **options)
+    sizes = [
+        load(tokenizer, one, two, seed=s, split_dataset_ratio=0.5).train_sizes for s in range(9)
+    ]
+    assert {sum(size) for size in sizes} == {4}
+
+
 def test_held_out_prompts_that_are_trained_on_are_told(tokenizer, tmp_path):
     train = write_jsonl(tmp_path / "a.jsonl", [{"prompt": c} for c in "abc"])
     held_out = write_jsonl(tmp_path / "b.jsonl", [{"prompt": c} for c in "cd"])
