@@ -81,7 +81,7 @@ class Code(ORM):
             if not allow_unsandboxed:
                 raise ValueError(
                     f"code: {error}. A completion could then read files and use the network. Run "
-                    "on a kernel with Landlock (Linux 5.13) and seccomp, or accept it: "
+                    "on x86_64 Linux with seccomp, or accept it: "
                     "reward.reward_params: {code: {allow_unsandboxed: true}}"
                 ) from None
             self._sandbox = Sandbox(limits, restricted=False)

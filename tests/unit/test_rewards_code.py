@@ -132,8 +132,19 @@ ATTEMPTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def code_without_landlock(tmp_path_factory):
+    """As on a kernel that has none: programs open no file at all."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("sandbox")
+        changed_server(patch, folder, "_libc.syscall(444, None, 0, 1)", "_libc.syscall(9999)")
+        yield orms["code"](time_limit_s=1.0)
+
+
+@pytest.mark.parametrize("fixture", ["code", "code_without_landlock"])
 @pytest.mark.parametrize("name", ATTEMPTS)
-def test_what_a_program_must_not_do_raises(code, name):
+def test_what_a_program_must_not_do_raises(request, fixture, name):
+    code = request.getfixturevalue(fixture)
     # It passes exactly when it was refused.
     text = "\n".join(f"    {line}" for line in ATTEMPTS[name].splitlines())
     text = (
@@ -361,12 +372,20 @@ def _state(pid: int) -> str:
 
 
 def test_a_host_without_a_sandbox_is_refused_unless_the_user_says_so(monkeypatch, tmp_path):
-    """A server that finds no Landlock, as on an old kernel."""
-    changed_server(monkeypatch, tmp_path, "_libc.syscall(444, None, 0, 1)", "_libc.syscall(9999)")
-    with pytest.raises(ValueError, match=r"cannot be restricted.*Landlock.*allow_unsandboxed"):
+    """A server that finds no seccomp."""
+    changed_server(monkeypatch, tmp_path, "_libc.prctl(22, 2,", "_libc.prctl(9999, 2,")
+    with pytest.raises(ValueError, match=r"could do what it must not.*allow_unsandboxed"):
         orms["code"]()
     reward = orms["code"](allow_unsandboxed=True)
     assert reward([program("print(3)")], tests=[[{"input": "", "output": "3"}]]) == [1.0]
+
+
+def test_without_landlock_programs_run_with_what_is_imported(code_without_landlock):
+    text = program("import json, math, collections\nprint(json.loads(input())['x'])")
+    read = program("print(open('/usr/lib/os-release').read())")
+    numbers = program("import sys\nprint(sum(map(int, sys.stdin.read().split())))")
+    tests = [[{"input": '{"x": 3}', "output": "3"}], [{"input": "", "output": ""}], ADD]
+    assert code_without_landlock([text, read, numbers], tests=tests) == [1.0, 0.0, 1.0]
 
 
 def test_a_probe_that_escapes_is_a_refusal(monkeypatch, tmp_path):

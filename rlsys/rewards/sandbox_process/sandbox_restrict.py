@@ -33,6 +33,7 @@ ALLOWED = (
     292, 293, 309, 318, 324,  # dup3 pipe2 getcpu getrandom membarrier
     332, 334, 436, 439,  # statx rseq close_range faccessat2
 )  # fmt: skip
+OPENING = (2, 89, 217, 257, 267)  # open readlink getdents64 openat readlinkat
 CLONE, CLONE3, FCNTL, IOCTL, PRLIMIT64 = 56, 435, 72, 16, 302
 CLONE_THREAD = 0x10000
 # Duplicate, flags, pipe size, seals. Not F_SETOWN and F_SETSIG, which send signals.
@@ -68,11 +69,29 @@ def _call(name: str, result: int) -> int:
     return result
 
 
-def restrict_files() -> None:
-    """Landlock: see linux/landlock.h; ABI 1 (Linux 5.13) is enough, later ones restrict more."""
+def restrict_process() -> bool:
+    """Restrict this process and its children; whether they may still open some files.
+
+    With Landlock (Linux 5.13) they may: those of `_readable`. Without, none at all, which
+    `restrict_syscalls` then sees to.
+
+    Raises:
+        Unavailable: another processor or system, or not even the first steps are possible.
+    """
     if platform.machine() != "x86_64" or sys.platform != "linux":
         raise Unavailable(f"the sandbox knows x86_64 Linux, not {platform.machine()}")
-    abi = _call("Landlock", _libc.syscall(444, None, 0, 1))
+    _call("no_new_privs", _libc.prctl(38, 1, 0, 0, 0))
+    abi = _libc.syscall(444, None, 0, 1)
+    if abi > 0:
+        _restrict_files(abi)
+    # Root without any of root's powers.
+    header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
+    _call("capset", _libc.capset(header, nothing))
+    return abi > 0
+
+
+def _restrict_files(abi: int) -> None:
+    """Landlock: see linux/landlock.h; ABI 1 is enough, later ones restrict more."""
     files = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
     attributes = struct.pack("QQQ", files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 8 if abi < 4 else 16 if abi < 6 else 24
@@ -88,12 +107,8 @@ def restrict_files() -> None:
         rule = struct.pack("=Qi", access, descriptor)
         _call("Landlock", _libc.syscall(445, ruleset, 1, rule, 0))
         os.close(descriptor)
-    _call("no_new_privs", _libc.prctl(38, 1, 0, 0, 0))
     _call("Landlock", _libc.syscall(446, ruleset, 0))
     os.close(ruleset)
-    # Root without any of root's powers.
-    header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
-    _call("capset", _libc.capset(header, nothing))
 
 
 def _readable() -> set[str]:
@@ -111,7 +126,7 @@ def _readable() -> set[str]:
     }
 
 
-def restrict_syscalls() -> None:
+def restrict_syscalls(*, may_open: bool) -> None:
     """seccomp: see linux/seccomp.h and linux/filter.h."""
     load, equal, any_bit, at_least, end = 0x20, 0x15, 0x45, 0x35, 0x06
     allow, kill = 0x7FFF0000, 0x80000000
@@ -139,7 +154,7 @@ def restrict_syscalls() -> None:
         statement(at_least, 0x40000000, 0, 1),  # the x32 calls, which have other numbers
         statement(end, kill),
     ]
-    for syscall in ALLOWED:
+    for syscall in ALLOWED if may_open else set(ALLOWED) - set(OPENING):
         program += decide(syscall, statement(end, allow))
     # glibc falls back to clone, whose flags can be seen from here.
     program += decide(CLONE3, statement(end, unknown))
@@ -163,11 +178,11 @@ def restrict_syscalls() -> None:
     _call("seccomp", _libc.prctl(22, 2, header, 0, 0))
 
 
-def probe() -> None:
+def probe(*, may_open: bool) -> None:
     """Raises Unavailable unless a restricted child can do none of what it must not."""
     pid = os.fork()
     if pid == 0:
-        os._exit(_count_escapes())
+        os._exit(_count_escapes(may_open))
     _, status = os.waitpid(pid, 0)
     if status != 0:
         raise Unavailable(
@@ -175,9 +190,9 @@ def probe() -> None:
         )
 
 
-def _count_escapes() -> int:
+def _count_escapes(may_open: bool) -> int:
     try:
-        restrict_syscalls()
+        restrict_syscalls(may_open=may_open)
     except Unavailable:
         return 99
     escapes = 0

@@ -5,7 +5,7 @@ descriptors that it hands on. What may be done:
 
 - Landlock, for this process and all children: read Python's standard library and the system's
   shared libraries, and no other file; write none. Where the kernel knows, no TCP, and no signals
-  to the outside.
+  to the outside. Without Landlock children open no file at all, and have what is imported here.
 - seccomp, for each child, a list of what is allowed: no sockets, no new processes, no exec, no
   signals, no ptrace; threads are allowed. Everything that is not on the list fails with EPERM.
 - resource limits: CPU time, address space, file size 0, open files, no core dumps.
@@ -37,7 +37,7 @@ from sandbox_restrict import (
     Unavailable,
     limit,
     probe,
-    restrict_files,
+    restrict_process,
     restrict_syscalls,
 )
 
@@ -48,6 +48,13 @@ PRELOADED = (
     "array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions",
     "functools", "heapq", "itertools", "math", "operator", "queue", "random", "re", "statistics",
     "string", "threading", "time", "typing",
+)  # fmt: skip
+# Where programs cannot open files: what they have besides.
+PRELOADED_FOR_ALL = (
+    "abc", "base64", "binascii", "calendar", "cmath", "contextlib", "enum", "fnmatch", "graphlib",
+    "hashlib", "hmac", "html", "inspect", "io", "json", "numbers", "pickle", "pprint", "secrets",
+    "struct", "textwrap", "timeit", "traceback", "types", "unicodedata", "uuid", "warnings",
+    "weakref", "zlib",
 )  # fmt: skip
 
 
@@ -61,9 +68,11 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     null = os.open("/dev/null", os.O_RDWR)
     try:
+        may_open = not restricted or restrict_process()
+        for name in () if may_open else PRELOADED_FOR_ALL:
+            importlib.import_module(name)
         if restricted:
-            restrict_files()
-            probe()
+            probe(may_open=may_open)
     except (Unavailable, OSError) as error:
         control.send(json.dumps({"problem": str(error)}).encode())
         return
@@ -79,7 +88,7 @@ def main() -> None:
         if pid == 0:
             control.close()
             try:
-                _child(job, restricted, null, *descriptors)
+                _child(job, restricted, may_open, null, *descriptors)
             finally:
                 os._exit(1)
         for descriptor in descriptors:
@@ -107,7 +116,13 @@ def _wait(pid: int, control: socket.socket, wall_time_s: float) -> dict[str, Any
 
 
 def _child(
-    job: dict[str, Any], restricted: bool, null: int, program: int, input_: int, output: int
+    job: dict[str, Any],
+    restricted: bool,
+    may_open: bool,
+    null: int,
+    program: int,
+    input_: int,
+    output: int,
 ) -> None:
     """Become the program; never returns."""
     os.setpgid(0, 0)
@@ -123,7 +138,7 @@ def _child(
     os.closerange(5 if talks else 3, 4096)
     limit(job)
     if restricted:
-        restrict_syscalls()
+        restrict_syscalls(may_open=may_open)
     if job["mode"] == "asserts":
         return run_asserts(text, 3, 4)
     module = types.ModuleType("__main__")
