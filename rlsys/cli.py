@@ -6,14 +6,18 @@ Exit codes: 0 done; 1 the run failed, or a check found problems; 2 wrong input; 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from rlsys.config_load import ResolvedConfig
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -69,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run, help_of=command)
 
     doctor = commands.add_parser("doctor", help="check this machine, and say what is missing")
+    doctor.add_argument(
+        "--canary",
+        nargs=argparse.REMAINDER,
+        metavar="CONFIG",
+        help="run this config with learning rate 0 (options of `rlsys grpo` may follow) and check "
+        "that nothing changes",
+    )
     doctor.set_defaults(run=_doctor)
 
     completions = commands.add_parser("completions", help="read the completions of a run")
@@ -104,25 +115,35 @@ def _parser() -> argparse.ArgumentParser:
 def _grpo(args: argparse.Namespace) -> int:
     if _asks_for_help(args):
         return 0
+    resolved = _load_runnable(args.config, args.overrides)
+    from rlsys.launch import run
+
+    return _run_told("rlsys grpo", lambda: run(resolved))
+
+
+def _load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
     from rlsys.config_load import ConfigError, load_config
     from rlsys.preflight import check_run
 
-    resolved = load_config(args.config, args.overrides)
+    resolved = load_config(path, overrides)
     problems = check_run(resolved.config)
     if problems:
-        raise ConfigError(args.config, [str(problem) for problem in problems])
+        raise ConfigError(path, [str(problem) for problem in problems])
+    return resolved
+
+
+def _run_told(command: str, run: Callable[[], bool | None]) -> int:
+    """Run something on Ray; False or a failure of an actor is EXIT_FAILED."""
     from rlsys.actors.group import ActorFailure, PhaseTimeout
-    from rlsys.launch import run
     from rlsys.rewards.pool import RewardCodeError
     from rlsys.weight_sync.transport import WeightSyncError
 
     try:
-        run(resolved)
+        return EXIT_FAILED if run() is False else 0
     except (ActorFailure, PhaseTimeout, RewardCodeError, WeightSyncError) as error:
         # Who failed at what, below the failing actor's own traceback; the driver's is no news.
-        print(f"\nrlsys grpo: the run failed.\n{error}", file=sys.stderr)
+        print(f"\n{command}: the run failed.\n{error}", file=sys.stderr)
         return EXIT_FAILED
-    return 0
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -148,9 +169,23 @@ def _preview(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    if args.canary is not None:
+        return _canary(args.canary)
     from rlsys.doctor import examine
 
     return 0 if examine(_console()) else EXIT_FAILED
+
+
+def _canary(arguments: list[str]) -> int:
+    if not arguments:
+        raise ValueError("--canary needs a config: rlsys doctor --canary CONFIG")
+    path, *overrides = arguments
+    # Nothing is kept, so a run that is already in the config's own folder is no obstacle.
+    nowhere = Path(tempfile.gettempdir()) / f"rlsys-canary-{os.getpid()}"
+    config = _load_runnable(path, [*overrides, "--output_dir", str(nowhere)]).config
+    from rlsys.canary import run_canary
+
+    return _run_told("rlsys doctor --canary", lambda: run_canary(config, _console()))
 
 
 def _completions(args: argparse.Namespace) -> int:

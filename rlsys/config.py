@@ -272,8 +272,8 @@ class PolicyConfig(Section):
     max_tokens_per_micro_batch: PositiveInt | None = None
     """Tokens a forward pass of a data-parallel rank; when set, it decides instead of
     micro_batch_size."""
-    lr: PositiveFloat = 1e-6
-    """Peak learning rate of AdamW."""
+    lr: NonNegativeFloat = 1e-6
+    """Peak learning rate of AdamW; 0 trains nothing, see `rlsys doctor --canary`."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     """Decay from `lr` to `min_lr` over the optimizer steps after warm-up."""
     min_lr: NonNegativeFloat = 0.0

@@ -49,7 +49,7 @@ def main() -> int:
         held_out = generate_problems(NUM_HELD_OUT, seed=0, held_out=True)
         write_jsonl(data / "train.jsonl", generate_problems(NUM_TRAIN, seed=0))
         write_jsonl(data / "validation.jsonl", held_out)
-    model = _warm_started_model(args.runs, data, args.seed, console)
+    model = warm_started_model(args.runs, data, args.seed, console)
     run = RunDir(_new_folder(args.runs / f"countdown-demo-seed{args.seed}"))
     console.rule(f"GRPO -> {run.path}")
     grpo_start = time.monotonic()
@@ -70,7 +70,8 @@ def main() -> int:
     return 0
 
 
-def _warm_started_model(runs: Path, data: Path, seed: int, console: Console) -> Path:
+def warm_started_model(runs: Path, data: Path, seed: int, console: Console) -> Path:
+    """The folder of the starter model after its warm start, made now or by an earlier call."""
     folder = runs / f"countdown-starter-seed{seed}"
     if (folder / "config.json").exists():
         console.print(f"The warm-started model in {folder} is used again.")
