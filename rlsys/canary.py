@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +20,6 @@ from rich.text import Text
 
 from rlsys.checkpoints import Checkpoints
 from rlsys.config import CheckpointConfig, Config
-from rlsys.data import PromptData
 from rlsys.driver import train
 from rlsys.launch import System, choose_device, load_data, ray_session, start_system
 from rlsys.tracking.base import Metrics, Split, Tracker
@@ -52,7 +51,13 @@ def run_canary(config: Config, console: Console) -> bool:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         data = load_data(config)
-        data = PromptData(data.train, (data.validation or data.train)[:MAX_HELD_OUT], 0)
+        held_out = list(data.validation or data.train)[:MAX_HELD_OUT]
+        if not held_out:
+            raise ValueError(
+                "the canary samples held-out prompts before and after, and data.streaming holds "
+                "none out: give data.val_dataset"
+            )
+        data = replace(data, validation=held_out)
         stack.enter_context(ray_session())
         on_cpu = choose_device(config) == "cpu"
         system = start_system(config, data, recorder)
