@@ -181,7 +181,7 @@ class GrpoConfig(Section):
     """The algorithm: Group Relative Policy Optimization (arXiv:2402.03300)."""
 
     beta: NonNegativeFloat = 0.0
-    """Weight of the k3 KL to the reference model; 0 builds no reference model."""
+    """Weight of the KL to the reference model; 0 builds no reference model."""
     epsilon: PositiveFloat = 0.2
     """Clip range of the ratio: [1 - epsilon, 1 + epsilon_high]; cispo has no lower bound."""
     epsilon_high: PositiveFloat | None = None

@@ -135,16 +135,18 @@ def train(
         metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
         metrics |= rollouts.metrics()
         metrics |= {"epoch": rollouts.epoch, "policy_version": update.policy_version}
-        tracker.log_metrics(step, metrics | timer.metrics() | _throughput(batch, timer))
+        tracker.log_metrics(step, metrics | timer.metrics() | _throughput(metrics, batch, timer))
         if config.eval_steps is not None and step % config.eval_steps == 0:
             tracker.log_metrics(step, rollouts.evaluate(step))
         checkpoints.after_step(step)
 
 
-def _throughput(batch: TrainBatch, timer: PhaseTimer) -> dict[str, float]:
+def _throughput(
+    metrics: dict[str, float], batch: TrainBatch, timer: PhaseTimer
+) -> dict[str, float]:
     """Tokens a second: completion tokens of the rollout, all tokens of the update."""
     seconds = timer.metrics()
     return {
-        "rollout/tokens_per_second": batch.completion_mask.sum().item() / seconds["time/rollout"],
+        "rollout/tokens_per_second": metrics["num_completion_tokens"] / seconds["time/rollout"],
         "update/tokens_per_second": batch.lengths.sum().item() / seconds["time/policy_update"],
     }

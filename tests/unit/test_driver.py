@@ -233,3 +233,18 @@ def test_a_failed_update_is_neither_published_nor_logged_nor_kept(run):
     with pytest.raises(RuntimeError, match="out of memory"):
         run(system, max_steps=3)
     assert system.calls[-2:] == [("sample", 2, "with version 1"), ("update",)]
+
+
+def test_throughput_counts_what_was_sampled_not_what_is_trained_on(run):
+    """make_groups marks the longest completion of each group as cut: 9 of 14 tokens."""
+    system = run(System(), max_steps=1, grpo={"mask_truncated_completions": True})
+    assert system.batches[0].completion_mask.sum() == 5
+    metrics = system.logged[0][1]
+    assert metrics["rollout/tokens_per_second"] == pytest.approx(14 / metrics["time/rollout"])
+
+
+def test_rollout_logprobs_may_take_the_place_of_old_ones(run):
+    (batch,) = run(
+        System(), max_steps=1, grpo={"old_logprobs": "rollout", "num_iterations": 2}
+    ).batches
+    assert torch.equal(batch.old_logprobs, batch.rollout_logprobs)
