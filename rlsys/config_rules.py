@@ -25,6 +25,7 @@ _OWN_TEMPLATE_ARGUMENTS = (
     "return_dict",
     "return_tensors",
     "tokenize",
+    "tokenizer_kwargs",
     "truncation",
 )
 """Arguments of transformers' `apply_chat_template` that are no variables of the template."""

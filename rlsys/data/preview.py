@@ -116,8 +116,14 @@ def _print_counts(config: Config, data: PromptData, console: Console) -> None:
     for index, count in enumerate(data.counts):
         purpose = "training" if index < len(config.data.dataset) else "evaluation"
         if weights and purpose == "training":
-            purpose += f", {weights[index] / sum(weights):.1%} of prompts"
-        dropped = [f"{number:,} {reason}" for reason, number in count.dropped().items() if number]
+            purpose += f" {weights[index] / sum(weights):.0%}"
+        reasons = {
+            "too long": count.too_long,
+            "too short": count.too_short,
+            "duplicates": count.duplicates,
+            "by preprocessor": count.filtered,
+        }
+        dropped = [f"{number:,} {reason}" for reason, number in reasons.items() if number]
         table.add_row(
             Text(count.source),
             ", ".join(count.formats),
@@ -211,10 +217,10 @@ def _print_histogram(config: Config, lengths: list[int], console: Console) -> No
     space = max(10, min(console.width, 100) - 2 * label_width - number_width - 24)
     for first, last, number in bins:
         length = math.ceil(number / most * space)
-        outside = first > high or last < low
-        partly = first <= high < last or first < low <= last
+        dropped = sum(first <= n <= last and not low <= n <= high for n in lengths)
         line = f"{first:>{label_width},} - {last:>{label_width},}  {number:>{number_width},} "
-        note = "  dropped" if outside and number else "  partly dropped" if partly else ""
+        outside = dropped == number > 0
+        note = "  dropped" if outside else "  partly dropped" if dropped else ""
         console.print(Text(line + bar * length + note, style=_DROPPED if outside else ""))
 
 

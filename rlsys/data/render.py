@@ -67,6 +67,8 @@ def _render(
         add_generation_prompt=True,
         tokenize=True,
         return_dict=False,
+        # Or it warns of prompts over the model's length, which the limits of the config drop.
+        tokenizer_kwargs={"verbose": False},
     )
     return token_ids
 

@@ -131,5 +131,5 @@ def test_the_preprocessor_of_the_documentation_runs(run, tmp_path):
         "--data.preprocessor", "word_problems",
     )  # fmt: skip
     assert code == 0
-    assert "1 left out by the preprocessor" in output
+    assert "1 by preprocessor" in output
     assert "'1007'" in output
