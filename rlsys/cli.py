@@ -87,7 +87,18 @@ def _parser() -> argparse.ArgumentParser:
     completions.add_argument("--follow", action="store_true", help="wait for new ones")
     completions.add_argument("--step", type=int, help="only those of this step")
     completions.add_argument("--limit", type=int, help="only so many groups")
-    completions.add_argument("--eval", action="store_true", help="those of held-out prompts")
+    others = completions.add_mutually_exclusive_group()
+    others.add_argument(
+        "--eval", dest="split", action="store_const", const="eval", help="those of held-out prompts"
+    )
+    others.add_argument(
+        "--filtered",
+        dest="split",
+        action="store_const",
+        const="filtered",
+        help="those that dynamic sampling left out",
+    )
+    completions.set_defaults(split="train")
     completions.set_defaults(run=_completions)
 
     data = commands.add_parser("data", help="look at the data of a config before training on it")
@@ -196,7 +207,7 @@ def _completions(args: argparse.Namespace) -> int:
         follow=args.follow,
         step=args.step,
         limit=args.limit,
-        split="eval" if args.eval else "train",
+        split=args.split,
     )
     return 0
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 RUNNING = "running"
 ENDED = "ended"
@@ -39,9 +40,23 @@ class RunDir:
         return self.path / "completions.jsonl"
 
     @property
+    def filtered_completions(self) -> Path:
+        """One JSON object a completion that dynamic sampling left out."""
+        return self.path / "filtered_completions.jsonl"
+
+    @property
     def eval_completions(self) -> Path:
         """One JSON object a held-out completion."""
         return self.path / "eval_completions.jsonl"
+
+    def completions_of(self, split: Literal["train", "eval", "filtered"]) -> Path:
+        """The file of training, held-out or filtered completions."""
+        paths = {
+            "train": self.completions,
+            "eval": self.eval_completions,
+            "filtered": self.filtered_completions,
+        }
+        return paths[split]
 
     @property
     def checkpoints(self) -> Path:

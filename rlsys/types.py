@@ -50,6 +50,24 @@ class Completion:
     """"length" means cut at max_completion_length: TRL's and ms-swift's `clipped`."""
     policy_versions: tuple[int, ...]
     """The weight versions it was sampled under, in order; one unless weights changed in flight."""
+    version_starts: tuple[int, ...] = (0,)
+    """The index in `token_ids` of the first token of each of `policy_versions`: versions (3, 4)
+    with starts (0, 57) mean that tokens 0 to 56 are of version 3, and the others of version 4."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRequest:
+    """One prompt to sample a group of completions for."""
+
+    group_id: int
+    """Comes back with the group; unique among what an engine is working on."""
+    prompt: Prompt
+    num_generations: int
+    """G, completions."""
+    temperature: float
+    """Of sampling and of the log-probs; 0 is greedy."""
+    seed: int | None
+    """Completion i is sampled with seed + i; None leaves it to the engine's own generator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +90,9 @@ class RolloutGroup:
     """The G completions of one prompt: the unit in which GRPO compares."""
 
     group_id: int
-    """Position of the prompt within its generation batch, 0 <= group_id < P."""
+    """Number of the group within its step, under which it is logged, 0 <= group_id < P. With
+    `max_staleness: 0` it is the position of the prompt in the step's batch; until a group belongs
+    to a step, it is any number that tells it from the others."""
     prompt: Prompt
     completions: list[Completion]
     """[G]"""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import ray
@@ -12,8 +13,9 @@ from ray import ObjectRefGenerator
 
 from rlsys.actors.group import ActorFailure, Place, get_all, get_one, inherited_env, on_cpu
 from rlsys.config import Config
+from rlsys.engines.engine_loop import EngineLoop, Outcome
 from rlsys.engines.vllm_settings import rollout_env
-from rlsys.types import Prompt, RolloutGroup
+from rlsys.types import RolloutGroup, SampleRequest
 from rlsys.weight_sync.plan import TensorMeta
 
 # Loading a large model, and on GPUs compiling it for the first time, takes minutes.
@@ -21,48 +23,68 @@ START_TIMEOUT_S = 1800.0
 
 
 class RolloutActor:
-    """One vLLM engine in a process of its own; calls run one after the other."""
+    """One vLLM engine in a process of its own.
+
+    Calls are answered while it samples: between two tokens, in the order in which they came.
+    """
 
     def __init__(self, config: Config, device: Literal["cpu", "cuda"], engine_rank: int):
         start = time.monotonic()
         from rlsys.engines.vllm import VLLMEngine  # takes seconds, and only this process needs it
 
-        self._engine = VLLMEngine(
-            config.model.path, config=config, device=device, engine_rank=engine_rank
+        self._loop = EngineLoop(
+            lambda: VLLMEngine(
+                config.model.path, config=config, device=device, engine_rank=engine_rank
+            )
         )
         self._start_seconds = time.monotonic() - start
 
-    def start_seconds(self) -> float:
+    async def start_seconds(self) -> float:
         """How long importing vLLM and loading the model took."""
         return self._start_seconds
 
     @ray.method(num_returns="streaming")
-    def generate(self, *args: Any, **kwargs: Any) -> Iterator[RolloutGroup]:
-        """See VLLMEngine.generate."""
-        yield from self._engine.generate(*args, **kwargs)
+    async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[RolloutGroup]:
+        """The groups of `requests`, each as soon as it is finished; none for what is aborted."""
+        ended: asyncio.Queue[Outcome] = asyncio.Queue()
+        tell = asyncio.get_running_loop().call_soon_threadsafe
+        self._loop.sample(requests, lambda outcome: tell(ended.put_nowait, outcome))
+        for _ in requests:
+            outcome = await ended.get()
+            if isinstance(outcome, Exception):
+                raise outcome
+            if outcome is not None:
+                yield outcome
 
-    def connect_weight_sync(self, **connection: Any) -> None:
+    async def abort(self, group_ids: Sequence[int]) -> None:
+        """Give up groups."""
+        await asyncio.wrap_future(self._loop.abort(group_ids))
+
+    async def connect_weight_sync(self, **connection: Any) -> None:
         """See VLLMEngine.connect_weight_sync."""
-        self._engine.connect_weight_sync(**connection)
+        await self._call("connect_weight_sync", **connection)
 
-    def start_weight_update(self) -> None:
+    async def start_weight_update(self) -> None:
         """See VLLMEngine.start_weight_update."""
-        self._engine.start_weight_update()
+        await self._call("start_weight_update")
 
-    def update_weights(self) -> list[list[int]]:
+    async def update_weights(self) -> list[list[int]]:
         """See VLLMEngine.update_weights."""
-        return self._engine.update_weights()
+        return await self._call("update_weights")
 
-    def finish_weight_update(self, policy_version: int) -> int:
+    async def finish_weight_update(self, policy_version: int) -> int:
         """See VLLMEngine.finish_weight_update."""
-        return self._engine.finish_weight_update(policy_version)
+        return await self._call("finish_weight_update", policy_version)
+
+    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return await asyncio.wrap_future(self._loop.call(method, *args, **kwargs))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Work:
     engine: str
-    pending: int
-    """Groups that its stream has still to yield."""
+    pending: set[int]
+    """The group_ids that its stream has still to yield."""
 
 
 class RolloutActors:
@@ -103,27 +125,33 @@ class RolloutActors:
         seconds = get_all(refs, phase="start of the rollout engines", timeout_s=START_TIMEOUT_S)
         return dict(zip(refs, seconds, strict=True))
 
-    def submit(
-        self, prompts: Sequence[Prompt], *, step: int, num_generations: int, temperature: float
-    ) -> None:
-        """Start sampling; a prompt's group_id is its position in `prompts`."""
-        for rank, (name, actor) in enumerate(self.actors.items()):
-            group_ids = range(rank, len(prompts), len(self.actors))
-            if not group_ids:
-                continue
-            stream = actor.generate.remote(
-                [prompts[group_id] for group_id in group_ids],
-                list(group_ids),
-                step=step,
-                num_generations=num_generations,
-                temperature=temperature,
-            )
-            self._streams[stream] = _Work(name, pending=len(group_ids))
+    def submit(self, requests: Sequence[SampleRequest]) -> None:
+        """Start sampling; each request goes to the engine that has the fewest groups."""
+        loads = dict.fromkeys(self.actors, 0)
+        for work in self._streams.values():
+            loads[work.engine] += len(work.pending)
+        shares: dict[str, list[SampleRequest]] = {name: [] for name in self.actors}
+        for request in requests:
+            name = min(loads, key=lambda name: loads[name])  # the first of several
+            loads[name] += 1
+            shares[name].append(request)
+        for name, share in shares.items():
+            if share:
+                stream = self.actors[name].generate.remote(share)
+                self._streams[stream] = _Work(name, {request.group_id for request in share})
+
+    def abort(self, group_ids: Collection[int]) -> None:
+        """Give up groups: they are not collected any more."""
+        for stream, work in list(self._streams.items()):
+            given_up = work.pending.intersection(group_ids)
+            if given_up:
+                self.actors[work.engine].abort.remote(sorted(given_up))
+                self._keep(stream, replace(work, pending=work.pending - given_up))
 
     @property
     def num_pending(self) -> int:
         """Groups submitted and not collected yet."""
-        return sum(work.pending for work in self._streams.values())
+        return sum(len(work.pending) for work in self._streams.values())
 
     def pending_refs(self) -> list[ObjectRefGenerator]:
         """For `ray.wait`, which takes streams as it takes references: ready when `collect` finds
@@ -142,19 +170,26 @@ class RolloutActors:
             ready, _ = ray.wait(streams, num_returns=len(streams), timeout=0)
             if not ready:
                 break
-            groups += [self._next_group(stream) for stream in ready]
+            for stream in ready:
+                group = self._next_group(stream)
+                groups += [] if group is None else [group]
         return groups
 
-    def _next_group(self, stream: ObjectRefGenerator) -> RolloutGroup:
+    def _next_group(self, stream: ObjectRefGenerator) -> RolloutGroup | None:
+        """None when it has been given up while it was on its way."""
         work = self._streams.pop(stream)
         ref = next(stream, None)
         if ref is None:
-            raise ActorFailure(f"{work.engine} ended its rollout {work.pending} groups early")
-        group = get_one(ref, name=work.engine, phase="rollout")
-        work.pending -= 1
+            raise ActorFailure(f"{work.engine} ended its rollout {len(work.pending)} groups early")
+        group: RolloutGroup = get_one(ref, name=work.engine, phase="rollout")
+        self._keep(stream, replace(work, pending=work.pending - {group.group_id}))
+        return group if group.group_id in work.pending else None
+
+    def _keep(self, stream: ObjectRefGenerator, work: _Work) -> None:
+        """Go on listening to `stream`, unless there is nothing more to come."""
+        self._streams.pop(stream, None)
         if work.pending:
             self._streams[stream] = work
-        return group
 
     def async_connect_weight_sync(
         self, *, metadata: Sequence[TensorMeta], **connection: Any

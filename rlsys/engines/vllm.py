@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 from pydantic import ValidationError
 from transformers import AutoTokenizer
@@ -22,8 +22,30 @@ from rlsys.engines.stop_tokens import read_stop_token_ids
 from rlsys.engines.vllm_settings import engine_arguments
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.model_shape import read_model_shape
-from rlsys.types import Completion, FinishReason, Prompt, RolloutGroup
+from rlsys.types import Completion, FinishReason, Prompt, RolloutGroup, SampleRequest
 from rlsys.weight_sync.plan import TensorMeta
+
+
+class _Span(NamedTuple):
+    """The tokens of a completion that one weight version sampled, up to the next span."""
+
+    version: int
+    first_token: int
+
+
+@dataclass(slots=True)
+class _Running:
+    """A group that is being sampled."""
+
+    prompt: Prompt
+    version: int
+    """Of the weights when it was added."""
+    _spans: dict[int, list[_Span]] = field(default_factory=dict)
+    """Of the completions, by index, during which weights changed."""
+
+    def spans(self, index: int) -> list[_Span]:
+        """The weight versions of completion `index`, in order."""
+        return self._spans.setdefault(index, [_Span(self.version, 0)])
 
 
 class VLLMEngine:
@@ -56,46 +78,46 @@ class VLLMEngine:
         )
         self.policy_version = 0
         """Version of the weights that it samples with; 0 are those of `model_path`."""
+        self._running: dict[int, _Running] = {}
+        self._paused = False
+        self._drained: list[RequestOutput] = []
+        """Finished by what was being computed when sampling paused."""
+        engine_core = self._llm.llm_engine.engine_core.engine_core  # in this process
+        self._steps_in_flight: int = engine_core.batch_queue_size
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        group_ids: Sequence[int],
-        *,
-        step: int,
-        num_generations: int,
-        temperature: float,
-    ) -> Iterator[RolloutGroup]:
-        """Sample `num_generations` completions of each prompt.
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do: sequences that are not finished, and no pause."""
+        return bool(self._running) and not self._paused
 
-        Yields each group as soon as its completions are finished, while others still run. Closing
-        the iterator early gives up what still runs.
-
-        Args:
-            group_ids: one per prompt, unique; they come back in the groups and seed the sampling.
-            step: seeds the sampling too.
-            temperature: of sampling and of the log-probs; 0 is greedy.
+    def add(self, requests: Sequence[SampleRequest]) -> None:
+        """Begin to sample completions; `step` carries on.
 
         Raises:
-            ValueError: a prompt is longer than data.max_prompt_length.
+            ValueError: a prompt is longer than data.max_prompt_length; none is begun then.
         """
-        engine = self._llm.llm_engine
-        assert not engine.has_unfinished_requests(), "one generate at a time"
-        running: dict[str, tuple[int, Prompt]] = {}
-        try:
-            for group_id, prompt in zip(group_ids, prompts, strict=True):
-                self._check_length(prompt)
-                parameters = self._sampling_parameters(step, group_id, num_generations, temperature)
-                engine.add_request(str(group_id), tokens_input(prompt.token_ids), parameters)
-                running[str(group_id)] = (group_id, prompt)
-            while engine.has_unfinished_requests():
-                for output in engine.step():
-                    assert isinstance(output, RequestOutput)
-                    group_id, prompt = running.pop(output.request_id)
-                    yield self._group(group_id, prompt, output)
-        finally:
-            if running:
-                engine.abort_request(list(running))
+        for request in requests:
+            self._check_length(request.prompt)
+        for request in requests:
+            assert request.group_id not in self._running, request.group_id
+            self._llm.llm_engine.add_request(
+                str(request.group_id),
+                tokens_input(request.prompt.token_ids, cache_salt=self._cache_salt()),
+                self._sampling_parameters(request),
+            )
+            self._running[request.group_id] = _Running(request.prompt, self.policy_version)
+
+    def step(self) -> list[RolloutGroup]:
+        """One token of every sequence that there is room for; the groups that this finished."""
+        outputs, self._drained = self._drained, []
+        return [self._group(output) for output in outputs or self._llm.llm_engine.step()]
+
+    def abort(self, group_ids: Iterable[int]) -> None:
+        """Give up groups; those that are unknown do not matter."""
+        for group_id in group_ids:
+            self._llm.llm_engine.abort_request([str(group_id)])
+            self._running.pop(group_id, None)
+        self._drained = [out for out in self._drained if int(out.request_id) in self._running]
 
     def connect_weight_sync(
         self,
@@ -126,8 +148,8 @@ class VLLMEngine:
         self._llm.init_weight_transfer_engine(init.as_request())
 
     def start_weight_update(self) -> None:
-        """Sampling stops until `finish_weight_update`; nothing may be running."""
-        assert not self._llm.llm_engine.has_unfinished_requests(), "still sampling"
+        """Sampling pauses, between two tokens, until `finish_weight_update`."""
+        self._pause()
         self._llm.start_weight_update()
 
     def update_weights(self) -> list[list[int]]:
@@ -136,29 +158,62 @@ class VLLMEngine:
         return self._llm.collective_rpc("received_checksums")
 
     def finish_weight_update(self, policy_version: int) -> int:
-        """Sample with the new weights from now on; returns the version now held."""
+        """Sample with the new weights from now on; returns the version now held.
+
+        What is in flight goes on with its next token. `rollout.in_flight_kv` says whether the
+        keys and values of its tokens so far are computed anew or kept as the old weights left
+        them.
+        """
         self._llm.finish_weight_update()
-        # vLLM keeps the KV blocks of earlier prompts, computed with the old weights.
-        if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM could not reset its prefix cache after a weight update")
-        self.policy_version = policy_version
+        self._drop_stale_cache()
+        self._begin_version(policy_version)
+        self._llm.wake_up(tags=["scheduling"])
+        self._paused = False
         return self.policy_version
 
-    def _sampling_parameters(
-        self, step: int, group_id: int, num_generations: int, temperature: float
-    ) -> SamplingParams:
+    def _pause(self) -> None:
+        """Schedule nothing more, and take what is already being computed."""
+        self._paused = True
+        self._llm.sleep(level=0, mode="keep")
+        engine = self._llm.llm_engine
+        # vLLM computes a step while it handles the tokens of the one before. So many calls empty
+        # its queue of anything but empty steps, all of them sampled with the weights of now.
+        for _ in range(self._steps_in_flight if self._running else 0):
+            self._drained += engine.step()
+
+    def _drop_stale_cache(self) -> None:
+        """vLLM keeps keys and values of earlier prompts, computed with the old weights."""
+        keep = bool(self._running) and self._config.rollout.in_flight_kv == "keep"
+        # Blocks in use cannot be dropped; there, `_cache_salt` keeps new prompts from them.
+        if not keep and not self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM could not reset its prefix cache after a weight update")
+
+    def _cache_salt(self) -> str | None:
+        """Prompts share cached keys and values only within one weight version."""
+        keep = self._config.rollout.in_flight_kv == "keep"
+        return f"weights {self.policy_version}" if keep else None
+
+    def _begin_version(self, policy_version: int) -> None:
+        """Note where in every unfinished completion the new version begins."""
+        self.policy_version = policy_version
+        for state in self._llm.llm_engine.output_processor.request_states.values():
+            running = self._running[int(state.external_req_id)]
+            assert state.detokenizer is not None  # counts tokens, even where none are decoded
+            spans = running.spans(state.request_index)
+            if spans[-1].first_token == state.detokenizer.num_output_tokens():
+                spans.pop()  # not a token of it was sampled
+            spans.append(_Span(policy_version, state.detokenizer.num_output_tokens()))
+
+    def _sampling_parameters(self, request: SampleRequest) -> SamplingParams:
         rollout = self._config.rollout
-        seed = None
-        if rollout.seed_per_request:
-            seed = request_seed(self._config.seed, step, group_id)
         return SamplingParams(
-            n=num_generations,
-            temperature=temperature,
+            n=request.num_generations,
+            temperature=request.temperature,
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             max_tokens=rollout.max_completion_length,
             stop_token_ids=self._stop_token_ids,
-            seed=seed,
+            seed=request.seed,
             logprobs=0,  # of the sampled token only
             flat_logprobs=True,
             detokenize=False,
@@ -173,11 +228,16 @@ class VLLMEngine:
                 f"data.max_prompt_length = {limit}: drop it or raise the limit"
             )
 
-    def _group(self, group_id: int, prompt: Prompt, output: RequestOutput) -> RolloutGroup:
-        completions = [self._completion(sampled) for sampled in output.outputs]
-        return RolloutGroup(group_id=group_id, prompt=prompt, completions=completions)
+    def _group(self, output: RequestOutput) -> RolloutGroup:
+        group_id = int(output.request_id)
+        running = self._running.pop(group_id)
+        completions = [
+            self._completion(sampled, running.spans(index))
+            for index, sampled in enumerate(output.outputs)
+        ]
+        return RolloutGroup(group_id=group_id, prompt=running.prompt, completions=completions)
 
-    def _completion(self, sampled: CompletionOutput) -> Completion:
+    def _completion(self, sampled: CompletionOutput, spans: list[_Span]) -> Completion:
         assert isinstance(sampled.logprobs, FlatLogprobs)
         token_ids, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)
         assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
@@ -190,7 +250,8 @@ class VLLMEngine:
             rollout_logprobs=logprobs,
             text=str(self._tokenizer.decode(text_ids, skip_special_tokens=True)),
             finish_reason=cast(FinishReason, reason),
-            policy_versions=(self.policy_version,),
+            policy_versions=tuple(span.version for span in spans),
+            version_starts=tuple(span.first_token for span in spans),
         )
 
 
@@ -205,13 +266,3 @@ def _start_llm(folder: Path, arguments: dict[str, Any]) -> LLM:
     except ValidationError as error:  # cannot be sent to another process as it is
         reasons = "; ".join(problem["msg"] for problem in error.errors())
         raise ValueError(f"vLLM does not take these settings: {reasons}") from None
-
-
-def request_seed(seed: int, step: int, group_id: int) -> int:
-    """The seed of one prompt's completions in one step; completion i is sampled with seed + i.
-
-    The first 8 bytes of BLAKE2b over "seed:step:group_id", so it depends on nothing but these
-    numbers: not on the engine, the process or the order of sampling.
-    """
-    digest = hashlib.blake2b(f"{seed}:{step}:{group_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 2  # room for + i within a signed 64-bit number

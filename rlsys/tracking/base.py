@@ -12,7 +12,8 @@ from rlsys.types import RolloutGroup
 
 Metrics = Mapping[str, float | str]
 """Names to numbers; the few texts are for people, such as `remaining_time`."""
-Split = Literal["train", "eval"]
+Split = Literal["train", "eval", "filtered"]
+"""Of a group: trained on, held out, or left out by dynamic sampling."""
 
 
 class Tracker(ABC):

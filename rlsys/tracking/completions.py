@@ -11,11 +11,11 @@ from rlsys.types import Message, RolloutGroup
 
 
 class CompletionsTracker(Tracker):
-    """Training groups go to completions.jsonl, held-out ones to eval_completions.jsonl."""
+    """completions.jsonl, and files of their own for held-out and for filtered groups."""
 
     def __init__(self, run_dir: RunDir):
-        self._paths = {"train": run_dir.completions, "eval": run_dir.eval_completions}
-        self._writers = {"train": JsonlWriter(run_dir.completions)}
+        self._run_dir = run_dir
+        self._writers: dict[Split, JsonlWriter] = {"train": JsonlWriter(run_dir.completions)}
 
     def log_completions(
         self,
@@ -26,7 +26,7 @@ class CompletionsTracker(Tracker):
     ) -> None:
         """Append the G completions of a group together."""
         if split not in self._writers:
-            self._writers[split] = JsonlWriter(self._paths[split])
+            self._writers[split] = JsonlWriter(self._run_dir.completions_of(split))
         self._writers[split].append(*completion_rows(step, group, advantages))
 
     def close(self) -> None:
@@ -57,6 +57,7 @@ def completion_rows(
             "num_tokens": len(completion.token_ids),
             "finish_reason": completion.finish_reason,
             "policy_versions": completion.policy_versions,
+            "version_starts": completion.version_starts,
             "prompt": prompt,
             "text": completion.text,
         }

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import get_args
 
 from rlsys.config import Config
 from rlsys.run_dir import ENDED, RUNNING, RunDir
@@ -37,7 +38,7 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
     factories = [trackers[name] for name in config.tracking.report_to]
     run_dir = RunDir(Path(config.output_dir))
     if resumed_from is not None:
-        for path in (run_dir.metrics, run_dir.completions, run_dir.eval_completions):
+        for path in (run_dir.metrics, *map(run_dir.completions_of, get_args(Split))):
             truncate_after(path, resumed_from)
     parts = [factory(config, resumed_from) for factory in factories]
     parts.append(JsonlTracker(run_dir.metrics))

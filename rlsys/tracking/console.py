@@ -140,6 +140,8 @@ class TerminalTracker(Tracker):
         split: Split = "train",
     ) -> None:
         """Count the groups of the step."""
+        if split == "filtered":
+            return
         done = self._groups_of[split, step] = self._groups_of.get((split, step), 0) + 1
         if split == "eval":
             self._activity = f"evaluating: {done} prompts"

@@ -45,13 +45,13 @@ def show_completions(
             killed does not say that it ended; it may be resumed, and following goes on.
         step: Only groups of this step; None is every step.
         limit: The newest so many groups; None is all of them, or the newest 3 when following.
-        split: "eval" shows held-out completions.
+        split: "eval" shows held-out completions, "filtered" those that dynamic sampling left out.
 
     Raises:
         ValueError: There is nothing to show, and `follow` is not set.
     """
     run = RunDir(run_dir)
-    path = run.eval_completions if split == "eval" else run.completions
+    path = run.completions_of(split)
     # What a model writes may hold characters that the terminal's encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -221,7 +221,11 @@ def _print_heading(console: Console, row: Row, style: str) -> None:
     advantage = row["advantage"]
     line.append("  advantage " + ("-" if advantage is None else f"{advantage:+.2f}"))
     end = "cut" if row["finish_reason"] == "length" else row["finish_reason"]
-    versions = ", ".join(map(str, row["policy_versions"]))
+    first, *later = row["policy_versions"]
+    starts = row["version_starts"][1:] if later else []
+    versions = f"{first}" + "".join(
+        f", {version} from token {start}" for version, start in zip(later, starts, strict=True)
+    )
     line.append(f"  {row['num_tokens']} tokens, {end}, policy {versions}", style="dim")
     console.print(line)
 

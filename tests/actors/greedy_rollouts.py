@@ -10,7 +10,7 @@ import ray
 from rlsys.actors import rollout
 from rlsys.actors.group import get_all
 from rlsys.actors.rollout import RolloutActor, RolloutActors
-from rlsys.types import Prompt
+from rlsys.types import Prompt, SampleRequest
 
 # Longer than a KV block (128 tokens), so that the prefix cache holds them.
 PROMPTS = [
@@ -20,7 +20,7 @@ PROMPTS = [
 
 def greedy(engines):
     """Token ids, log-probs and versions of every prompt's greedy completion."""
-    engines.submit(PROMPTS, step=0, num_generations=1, temperature=0.0)
+    engines.submit([SampleRequest(i, prompt, 1, 0.0, i) for i, prompt in enumerate(PROMPTS)])
     groups = {}
     while engines.num_pending:
         ray.wait(engines.pending_refs(), timeout=120)
@@ -37,7 +37,7 @@ class ReloadingActor(RolloutActor):
     """Its process starts one engine after the other: importing vLLM takes longer than that."""
 
     def reload(self, config):
-        del self._engine
+        self._loop.close()
         gc.collect()
         self.__init__(config, "cpu", 0)
 

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsys.actors.group import ActorFailure
 from rlsys.actors.rollout import RolloutActors
-from rlsys.types import Prompt
+from rlsys.rollout_pool import sampling_seed
+from rlsys.types import Prompt, SampleRequest
 from rlsys.weight_sync.publisher import WeightPublisher
 
 pytestmark = pytest.mark.system
@@ -21,9 +22,16 @@ PROMPTS = [
 G = 4
 
 
+def requests(prompts, *, step=1, temperature=0.7):
+    return [
+        SampleRequest(i, prompt, G, temperature, sampling_seed(42, step, i))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
 def sample(engines, *, step=1, prompts=PROMPTS, temperature=0.7):
     """All groups, by group_id."""
-    engines.submit(prompts, step=step, num_generations=G, temperature=temperature)
+    engines.submit(requests(prompts, step=step, temperature=temperature))
     groups = {group.group_id: group for group in collect_all(engines)}
     assert sorted(groups) == list(range(len(prompts)))
     return groups
@@ -97,9 +105,7 @@ def test_seeds_reproduce_a_step_whoever_samples_it(groups, engines):
     assert token_ids(sample(engines)) == token_ids(groups)
     assert token_ids(sample(engines, step=2)) != token_ids(groups)
     # All prompts on one engine instead of two.
-    stream = engines.actors["rollout engine 1"].generate.remote(
-        PROMPTS, list(range(8)), step=1, num_generations=G, temperature=0.7
-    )
+    stream = engines.actors["rollout engine 1"].generate.remote(requests(PROMPTS))
     alone = {group.group_id: group for group in map(ray.get, stream)}
     assert token_ids(alone) == token_ids(groups)
 
@@ -120,7 +126,7 @@ def test_short_groups_arrive_while_long_ones_are_sampled_and_cut(
     policy.close()
     endless, short = Prompt("endless", [], [5, 10]), Prompt("short", [], [5, 11])
     # Engine 0 gets the endless ones first, engine 1 the short ones.
-    engines.submit([endless, short, short, endless], step=0, num_generations=G, temperature=1.0)
+    engines.submit(requests([endless, short, short, endless], temperature=1.0))
     first = []
     while len(first) < 2:
         ray.wait(engines.pending_refs(), timeout=120)

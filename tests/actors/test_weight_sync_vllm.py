@@ -7,6 +7,7 @@ from tensor_policy import BitFlippingTransport, TensorPolicy
 
 from rlsys.actors.group import ActorFailure, get_all
 from rlsys.actors.rollout import RolloutActors
+from rlsys.types import SampleRequest
 from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.transport import WeightSyncError
 
@@ -157,7 +158,7 @@ def collect_all(engines):
 
 
 def test_an_engine_that_dies_while_sampling_is_named(untied_engines):
-    untied_engines.submit(PROMPTS, step=0, num_generations=4, temperature=1.0)
+    untied_engines.submit([SampleRequest(i, p, 4, 1.0, i) for i, p in enumerate(PROMPTS)])
     ray.kill(untied_engines.actors["rollout engine 0"])
     with pytest.raises(ActorFailure, match="rollout engine 0 died in rollout"):
         collect_all(untied_engines)

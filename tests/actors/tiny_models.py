@@ -35,6 +35,24 @@ def save_markov_qwen3(folder, successors):
     save_model(model, folder)
 
 
+@torch.no_grad()
+def save_endless_qwen3(folder, *, seed):
+    """Write a random untied model that never ends a completion.
+
+    The first axis of its hidden states is the same large number everywhere, and the output head
+    turns it into logits of stop tokens that are far below all others.
+    """
+    torch.manual_seed(seed)
+    model = _model(tied=False)
+    model.model.embed_tokens.weight[:, 0] = 2.0
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = 0.0
+        layer.mlp.down_proj.weight[0] = 0.0
+    model.lm_head.weight[:, 0] = 0.0
+    model.lm_head.weight[STOP_TOKEN_IDS, 0] = -100.0
+    save_model(model, folder)
+
+
 def _model(*, tied):
     config = Qwen3Config(
         vocab_size=VOCAB_SIZE,

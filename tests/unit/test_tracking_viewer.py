@@ -60,6 +60,7 @@ def test_a_row_holds_what_a_person_asks_about_a_completion(run):
         "num_tokens": 4,
         "finish_reason": "stop",
         "policy_versions": [3],
+        "version_starts": [0],
         "prompt": "Make 25 from 5, 7 and 2.",
         "text": "four",
     }
@@ -322,3 +323,21 @@ def test_a_pipe_that_closes_early_ends_the_viewer_without_a_word(run):
     viewer.stdout.close()
     assert viewer.stderr.read() == ""
     viewer.wait()
+
+
+def test_a_completion_of_several_versions_says_where_each_begins(run, capsys):
+    group = make_group(["four"], [1.0])
+    (completion,) = group.completions
+    completion = replace(completion, policy_versions=(3, 4), version_starts=(0, 2))
+    tracker = CompletionsTracker(run)
+    tracker.log_completions(7, replace(group, completions=[completion]), None)
+    tracker.close()
+    assert "policy 3, 4 from token 2" in shown(capsys, run)
+    assert list(read_jsonl(run.completions))[0]["version_starts"] == [0, 2]
+
+
+def test_filtered_groups_have_a_file_of_their_own(run, capsys):
+    log(run, 1, 0, texts=("nothing new", "b"), split="filtered")
+    log(run, 1, 0, texts=("trained on", "b"))
+    assert "nothing new" not in run.completions.read_text()
+    assert "nothing new" in shown(capsys, run, split="filtered")

@@ -1,0 +1,152 @@
+"""Weights that change under unfinished completions: which token is whose, in which context."""
+
+import asyncio
+
+import pytest
+import ray
+import torch
+from tensor_policy import TensorPolicy
+from tiny_models import save_endless_qwen3
+from transformers import AutoModelForCausalLM
+
+from rlsys.actors import rollout
+from rlsys.actors.rollout import RolloutActor, RolloutActors
+from rlsys.types import Prompt, SampleRequest
+from rlsys.weight_sync.publisher import WeightPublisher
+
+pytestmark = pytest.mark.system
+
+# Longer than a KV block (128 tokens), so that the prefix cache holds the beginning.
+PROMPTS = [
+    Prompt(str(i), [], [2 + (i * 37 + j * (i + 3)) % 250 for j in range(140)]) for i in (1, 2)
+]
+G, TEMPERATURE = 3, 0.7
+BEFORE_THE_CHANGE = 8
+
+
+class PeekingActor(RolloutActor):
+    """Its tests know how far it is, and try both ways of `in_flight_kv` on one engine."""
+
+    async def set_in_flight_kv(self, value):
+        def change(engine):
+            rollout = engine._config.rollout.model_copy(update={"in_flight_kv": value})
+            engine._config = engine._config.model_copy(update={"rollout": rollout})
+
+        await asyncio.wrap_future(self._loop._ask(change))
+
+    async def least_tokens(self):
+        """Of the completions in flight."""
+
+        def count(engine):
+            states = engine._llm.llm_engine.output_processor.request_states.values()
+            return min((state.detokenizer.num_output_tokens() for state in states), default=0)
+
+        return await asyncio.wrap_future(self._loop._ask(count))
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folders = [tmp_path_factory.mktemp("endless") / str(seed) for seed in (1, 2)]
+    for seed, folder in enumerate(folders):
+        save_endless_qwen3(folder, seed=seed)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def engines(ray_cluster, rollout_config, models):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "RolloutActor", PeekingActor)
+        actors = RolloutActors(rollout_config(models[0]), device="cpu")
+    actors.wait_ready()
+    yield actors
+    actors.close()
+
+
+@pytest.fixture(scope="module")
+def policy(models):
+    policy = TensorPolicy(models[0])
+    yield policy
+    policy.close()
+
+
+@pytest.fixture(scope="module")
+def publisher(policy, engines, rollout_config):
+    return WeightPublisher(policy, engines, rollout_config().weight_sync)
+
+
+def submit(engines, *, first_id):
+    requests = [
+        SampleRequest(first_id + i, prompt, G, TEMPERATURE, first_id + i)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    engines.submit(requests)
+
+
+def wait_for_tokens(engines, number):
+    (actor,) = engines.actors.values()
+    while ray.get(actor.least_tokens.remote()) < number:
+        pass
+
+
+def collect_all(engines):
+    groups = {}
+    while engines.num_pending:
+        assert ray.wait(engines.pending_refs(), timeout=120)[0]
+        groups |= {group.group_id: group for group in engines.collect()}
+    return groups
+
+
+@torch.no_grad()
+def differences(model, group):
+    """[G, T] between an engine's log-probs and those of transformers with the weights of now."""
+    prompt = group.prompt.token_ids
+    ids = torch.tensor([prompt + completion.token_ids for completion in group.completions])
+    logprobs = torch.log_softmax(model(ids).logits[:, :-1] / TEMPERATURE, dim=-1)
+    expected = logprobs.gather(2, ids[:, 1:, None])[:, len(prompt) - 1 :, 0]
+    return (expected - torch.tensor([c.rollout_logprobs for c in group.completions])).abs()
+
+
+@pytest.mark.parametrize("in_flight_kv", ["recompute", "keep"])
+def test_every_token_is_of_the_version_that_its_span_says(
+    engines, policy, publisher, models, rollout_config, in_flight_kv
+):
+    (actor,) = engines.actors.values()
+    ray.get(actor.set_in_flight_kv.remote(in_flight_kv))
+    policy.set_weights(models[0])
+    publisher.publish()
+    old = policy.policy_version
+    submit(engines, first_id=10)
+    wait_for_tokens(engines, BEFORE_THE_CHANGE)
+    policy.set_weights(models[1])
+    publisher.publish()
+    submit(engines, first_id=20)  # the same prompts, which the prefix cache may know
+    groups = collect_all(engines)
+    before, after = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in models)
+    limit = rollout_config().rollout.max_completion_length
+    for group_id in (10, 11):
+        of_before = differences(before, groups[group_id])
+        of_after = differences(after, groups[group_id])
+        for index, completion in enumerate(groups[group_id].completions):
+            assert completion.policy_versions == (old, old + 1)
+            zero, start = completion.version_starts
+            assert zero == 0
+            assert BEFORE_THE_CHANGE <= start < limit == len(completion.token_ids)
+            assert of_before[index, :start].max() < 1e-4
+            assert of_before[index, start:].max() > 1e-2
+            if in_flight_kv == "recompute":
+                assert of_after[index, start:].max() < 1e-4
+            else:  # new weights that look back at what the old ones left
+                assert of_after[index, start:].max() > 1e-2
+    for group_id in (20, 21):
+        assert differences(after, groups[group_id]).max() < 1e-4
+        for completion in groups[group_id].completions:
+            assert (completion.policy_versions, completion.version_starts) == ((old + 1,), (0,))
+
+
+def test_groups_that_are_given_up_leave_the_others_alone(engines, publisher):
+    submit(engines, first_id=30)
+    wait_for_tokens(engines, 1)
+    engines.abort([30])
+    assert engines.num_pending == 1
+    submit(engines, first_id=40)
+    assert collect_all(engines).keys() == {31, 40, 41}
