@@ -13,6 +13,7 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationInfo,
@@ -136,8 +137,27 @@ class RolloutConfig(Section):
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
     """Share of its GPU that an engine may take."""
     seed_per_request: bool = True
-    """Seed every completion by (seed, step, prompt, index): the same completions after a resume
-    and for any number of engines. Costs a little Python per sequence and step."""
+    """Seed every completion by (seed, place of the prompt in the stream, index): the same
+    completions after a resume and for any number of engines, as long as they are sampled with the
+    same weights. Costs a little Python per sequence and step."""
+    max_staleness: NonNegativeInt = 0
+    """k, in weight versions: how many updates the policy may be ahead of the oldest token that it
+    trains on. 0 is strictly on-policy; above, completions are sampled during updates and go on
+    through weight syncs."""
+    in_flight_kv: Literal["recompute", "keep"] = "recompute"
+    """What happens to the keys and values of unfinished completions when weights change: recompute
+    them with the new weights, or keep them, which saves that time and leaves later tokens with
+    a context that neither version would have computed."""
+    oversample_prompts: NonNegativeInt | None = None
+    """x: sample P + x prompts and train on the P that are done first. With max_staleness 0 the
+    others are given up and begun again in the next step, so long completions are trained on less
+    often; above 0 they go on. None: 0, or with max_staleness k as many as that allows, k * P."""
+    dynamic_sample: bool = False
+    """Replace groups whose rewards are all equal by newly sampled ones (DAPO, arXiv:2503.14476,
+    3.2)."""
+    max_resample_times: PositiveInt = 3
+    """With dynamic_sample: replace at most so many times P groups a step; then groups without
+    variance fill the batch."""
     timeout_s: PositiveFloat = 600.0
     """Longest wait, in seconds, for the next completion before the run fails and says so."""
 
@@ -397,6 +417,13 @@ class Config(Section):
     def num_prompts(self) -> int:
         """P, prompts a step."""
         return self.rollout.generation_batch_size // self.rollout.num_generations
+
+    @property
+    def num_prompts_ahead(self) -> int:
+        """x, prompts that are sampled beyond those of the batch that is waited for."""
+        if self.rollout.oversample_prompts is not None:
+            return self.rollout.oversample_prompts
+        return self.rollout.max_staleness * self.num_prompts
 
     @property
     def global_batch_size(self) -> int:

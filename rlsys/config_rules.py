@@ -61,6 +61,7 @@ def cross_field_problems(config: Config) -> list[RuleProblem]:
             RuleProblem(tuple(f"grpo.{field}" for field in fields), text)
             for fields, text in algorithm_problems(config)
         ),
+        *_rollout_problems(config),
     ]
 
 
@@ -228,6 +229,62 @@ def _optimizer_problems(config: Config) -> Iterator[RuleProblem]:
             f"grpo.epsilon = {epsilon:g} puts the lower clip bound at {1 - epsilon:g}, which no "
             "ratio of probabilities reaches: use a value below 1, such as 0.2 (grpo.epsilon_high "
             "may be larger)",
+        )
+
+
+def _rollout_problems(config: Config) -> Iterator[RuleProblem]:
+    rollout, ahead = config.rollout, config.rollout.oversample_prompts
+    fields = ("rollout.max_staleness", "rollout.oversample_prompts")
+    most = rollout.max_staleness * config.num_prompts
+    if rollout.max_staleness and ahead == 0:
+        yield RuleProblem(
+            fields,
+            f"rollout.max_staleness = {rollout.max_staleness} with oversample_prompts = 0 leaves "
+            "nothing to sample while the policy is updated: leave oversample_prompts out, or set "
+            "max_staleness to 0",
+        )
+    elif rollout.max_staleness and ahead and ahead > most:
+        yield RuleProblem(
+            fields,
+            f"rollout.oversample_prompts = {ahead} is more than the {most} "
+            f"prompts that {rollout.max_staleness} further batches of {config.num_prompts} can "
+            f"hold, so some would get staler than rollout.max_staleness: use at most "
+            f"{most}, or a larger max_staleness",
+        )
+    if rollout.in_flight_kv == "keep" and not rollout.max_staleness:
+        yield RuleProblem(
+            ("rollout.in_flight_kv", "rollout.max_staleness"),
+            "rollout.in_flight_kv = keep has no effect with rollout.max_staleness = 0, where no "
+            "completion is unfinished when weights change: leave it out, or set max_staleness to "
+            "1 or more",
+        )
+    if rollout.dynamic_sample:
+        yield from _dynamic_sample_problems(config)
+    elif rollout.max_resample_times != type(rollout).model_fields["max_resample_times"].default:
+        yield RuleProblem(
+            ("rollout.max_resample_times", "rollout.dynamic_sample"),
+            f"rollout.max_resample_times = {rollout.max_resample_times} has no effect without "
+            "rollout.dynamic_sample: set that, or leave it out",
+        )
+
+
+def _dynamic_sample_problems(config: Config) -> Iterator[RuleProblem]:
+    grpo = config.grpo
+    if grpo.advantage_estimator == "reinforce_plus_plus":
+        yield RuleProblem(
+            ("rollout.dynamic_sample", "grpo.advantage_estimator"),
+            "rollout.dynamic_sample replaces groups whose rewards are all equal because they teach "
+            "nothing, but with grpo.advantage_estimator = reinforce_plus_plus they do: it compares "
+            "over the batch and not within groups. Leave dynamic_sample out, or use another "
+            "estimator, such as grpo",
+        )
+    if grpo.multi_objective_aggregation == "normalize_then_sum":
+        yield RuleProblem(
+            ("rollout.dynamic_sample", "grpo.multi_objective_aggregation"),
+            "rollout.dynamic_sample looks at total rewards, but with "
+            "grpo.multi_objective_aggregation = normalize_then_sum a group with equal totals still "
+            "teaches something where its reward functions differ. Leave dynamic_sample out, or use "
+            "sum_then_normalize",
         )
 
 

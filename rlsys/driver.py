@@ -25,12 +25,8 @@ class Rollouts(Protocol):
     def evaluate(self, step: int) -> dict[str, float]:
         """Metrics of the held-out prompts, as eval/<name>."""
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the training data so far."""
-
     def metrics(self) -> dict[str, float]:
-        """What there is to tell about where prompts come from."""
+        """Of the last batch, and of the time since the last call."""
 
 
 class Policy(Protocol):
@@ -88,7 +84,8 @@ def train(
 
     Args:
         config: of the run.
-        rollouts: samples with the weights that were published last.
+        rollouts: samples with the weights that were published last; it may run ahead of the policy
+            by config.rollout.max_staleness versions, which this loop needs not know.
         policy: what is trained.
         reference: where the KL term measures from; None when beta = 0.
         publisher: sends the policy's weights to the rollout engines.
@@ -133,8 +130,7 @@ def train(
             with timer("reference_sync"):
                 reference.refresh()
         metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
-        metrics |= rollouts.metrics()
-        metrics |= {"epoch": rollouts.epoch, "policy_version": update.policy_version}
+        metrics |= rollouts.metrics() | {"policy_version": update.policy_version}
         tracker.log_metrics(step, metrics | timer.metrics() | _throughput(metrics, batch, timer))
         if config.eval_steps is not None and step % config.eval_steps == 0:
             tracker.log_metrics(step, rollouts.evaluate(step))

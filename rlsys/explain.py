@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
@@ -70,6 +71,7 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
             f"{rollout.num_generations}",
         ),
         ("completions a step (N)", f"{completions} = P {prompts} x G {rollout.num_generations}"),
+        *_running_ahead(config),
         (
             "completions an engine",
             f"{completions / rollout.num_engines:g} = {completions} / num_engines "
@@ -109,6 +111,25 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
         ),
         ("epochs", "unknown: rows not counted" if rows is None else _epochs(drawn, rows)),
     ]
+
+
+def _running_ahead(config: Config) -> Iterator[tuple[str, str]]:
+    rollout, prompts, ahead = config.rollout, config.num_prompts, config.num_prompts_ahead
+    if ahead:
+        rest = "go on" if rollout.max_staleness else "are given up and begun again"
+        yield (
+            "prompts in flight, at most",
+            f"{prompts + ahead} = P {prompts} + {ahead} that {rest} when the first {prompts} are "
+            f"done; no token is more than max_staleness {rollout.max_staleness} weight versions "
+            "old",
+        )
+    if rollout.dynamic_sample:
+        times = rollout.max_resample_times
+        yield (
+            "prompts resampled a step",
+            f"up to {times * prompts} = max_resample_times {times} x P {prompts}, in place of "
+            "groups whose rewards are all equal",
+        )
 
 
 def _epochs(drawn: int, rows: int) -> str:

@@ -91,6 +91,30 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
         ({"eval_steps": 5}, ["eval_steps = 5", "val_dataset", "split_dataset_ratio"]),
         ({"data": {"val_dataset": ["v.jsonl"], "split_dataset_ratio": 0.1}}, ["both", "leave one"]),
         ({"rollout": {"num_engines": 5}}, ["5", "4 prompts", "at most 4"]),
+        (
+            {"rollout": {"max_staleness": 1, "oversample_prompts": 0}},
+            ["nothing to sample while the policy is updated", "leave oversample_prompts out"],
+        ),
+        (
+            {"rollout": {"max_staleness": 2, "oversample_prompts": 9}},
+            ["9", "2 further batches of 4", "at most 8"],
+        ),
+        ({"rollout": {"in_flight_kv": "keep"}}, ["no effect", "max_staleness to 1"]),
+        ({"rollout": {"max_resample_times": 5}}, ["5", "no effect", "dynamic_sample"]),
+        (
+            {
+                "rollout": {"dynamic_sample": True},
+                "grpo": {"advantage_estimator": "reinforce_plus_plus"},
+            },
+            ["teach nothing", "over the batch", "another estimator"],
+        ),
+        (
+            {
+                "rollout": {"dynamic_sample": True},
+                "grpo": {"multi_objective_aggregation": "normalize_then_sum"},
+            },
+            ["equal totals", "sum_then_normalize"],
+        ),
         ({"grpo": {"epsilon": 1.5}}, ["1.5", "-0.5", "below 1"]),
         ({"policy": {"lr": 1e-6, "min_lr": 1e-5}}, ["1e-05", "1e-06"]),
         ({"policy": {"max_tokens_per_micro_batch": 100}}, ["100", "128 or more"]),
@@ -118,6 +142,19 @@ def test_every_other_rule_names_its_numbers_and_a_remedy(sections, words):
     (text,) = problems(**sections)
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    "rollout",
+    [
+        {"max_staleness": 1},
+        {"max_staleness": 2, "oversample_prompts": 8, "in_flight_kv": "keep"},
+        {"oversample_prompts": 9},
+        {"dynamic_sample": True, "max_resample_times": 1},
+    ],
+)
+def test_what_runs_ahead_or_filters_is_accepted_within_the_rules(rollout):
+    assert problems(rollout=rollout) == []
 
 
 def test_all_broken_rules_are_told_at_once():

@@ -54,9 +54,8 @@ class System:
         self.calls.append(("evaluate", step, f"with version {self.published}"))
         return {"eval/reward": float(step)}
 
-    @property
-    def epoch(self):
-        return self.policy_version / 10
+    def metrics(self):
+        return {"epoch": self.policy_version / 10, "staleness/max": 0.0}
 
     def metrics(self):
         return {}

@@ -1,133 +1,38 @@
 """Groups are scored and logged as they finish; waiting has an end; the order is restored.
 
-Engines and reward workers are played by a world whose time passes only while somebody waits.
+With what runs ahead, test_rollouts_ahead.py begins.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import SimpleNamespace
-
 import pytest
 import torch
-from algo_cases import make_groups
 from hypothesis import given
 from hypothesis import strategies as st
-from tracking_cases import make_config
+from rollout_world import NEVER, TIMEOUT_S, World, enter, make_prompts
 
-from rlsys import rollouts as rollouts_module
 from rlsys.actors.group import PhaseTimeout
-from rlsys.algo.advantages import compute_advantages, rewards_matrix
+from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_train_batch
 from rlsys.config import GrpoConfig
-from rlsys.prompt_source import PromptSource
-from rlsys.rollouts import POLL_S, Rollouts
-from rlsys.tracking.base import Tracker
-
-NEVER = float("inf")
-TIMEOUT_S = 20.0
-
-
-class Work:
-    """Things that are done at known times: what engines and reward workers have in common."""
-
-    def __init__(self, world, seconds):
-        self.world = world
-        self.seconds = seconds
-        self.done_at = {}
-
-    def begin(self, group):
-        self.done_at[group.group_id] = self.world.now + self.seconds[group.group_id], group
-
-    @property
-    def num_pending(self):
-        return len(self.done_at)
-
-    def pending_refs(self):
-        return [time for time, _ in self.done_at.values()]
-
-    def collect(self):
-        ready = [i for i, (time, _) in self.done_at.items() if time <= self.world.now]
-        return [self.done_at.pop(i)[1] for i in ready]
-
-
-class Engines(Work):
-    """Samples group i within `seconds[i]`."""
-
-    def submit(self, prompts, **request):
-        self.request = request
-        lengths = [[2 + i, 3] for i in range(len(prompts))]
-        self.groups = make_groups(lengths) if prompts else []
-        if request["num_generations"] == 1:
-            self.groups = [
-                replace(group, completions=group.completions[:1], rewards=group.rewards[:1])
-                for group in self.groups
-            ]
-        for group in self.groups:
-            self.begin(replace(group, rewards=[]))
-
-
-class Rewards(Work):
-    """Scores group i within `seconds[i]`, any number at a time."""
-
-    def submit(self, group):
-        assert group.rewards == []
-        self.begin(self.world.engines.groups[group.group_id])
-
-
-class Log(Tracker):
-    def __init__(self, world):
-        self.world = world
-        self.completions = []
-
-    def log_completions(self, step, group, advantages, split="train"):
-        self.completions.append((self.world.now, step, group, advantages, split))
-
-    def close(self):
-        raise AssertionError("trackers are closed by whoever built them")
-
-
-class World:
-    def __init__(self, sampling, scoring):
-        self.now = 100.0
-        self.engines = Engines(self, sampling)
-        self.rewards = Rewards(self, scoring)
-        self.tracker = Log(self)
-
-    def wait(self, refs, timeout):
-        assert 0 < timeout <= POLL_S
-        self.now = max(self.now, min([self.now + timeout, *refs]))
-
-    def rollouts(self, tmp_path, **fields):
-        num_prompts = len(self.engines.seconds)
-        rollout = {
-            "generation_batch_size": 2 * num_prompts,
-            "num_generations": 2,
-            "timeout_s": TIMEOUT_S,
-            "temperature": 0.7,
-        }
-        prompts = [group.prompt for group in make_groups([[1, 1]] * num_prompts)]
-        return Rollouts(
-            make_config(tmp_path, rollout=rollout, **fields),
-            engines=self.engines,
-            rewards=self.rewards,
-            prompts=PromptSource(prompts, shuffle=False, seed=0),
-            validation=prompts,
-            tracker=self.tracker,
-        )
+from rlsys.rollout_pipeline import POLL_S
+from rlsys.rollout_pool import sampling_seed
 
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """`build(sampling seconds, scoring seconds)` -> world, rollouts."""
+    """`build(sampling seconds, scoring seconds)` -> world, rollouts of so many prompts a step."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("rollouts")
 
         def build(sampling, scoring, **fields):
-            world = World(sampling, scoring)
-            patch.setattr(rollouts_module, "ray", SimpleNamespace(wait=world.wait))
-            patch.setattr(rollouts_module, "time", SimpleNamespace(monotonic=lambda: world.now))
-            return world, world.rollouts(folder, **fields)
+            world = enter(World(sampling.__getitem__, scoring.__getitem__), patch)
+            size = len(sampling)
+            validation = make_prompts(size)
+            rollouts = world.rollouts(
+                folder, num_prompts=size, dataset_size=size, validation=validation, **fields
+            )
+            return world, rollouts
 
         yield build
 
@@ -139,8 +44,10 @@ seconds = st.floats(0.0, TIMEOUT_S * 0.9)
 def test_whatever_finishes_when_the_groups_are_in_order_and_logged_once_each(build, times):
     sampling, scoring = zip(*times, strict=True)
     world, rollouts = build(sampling, scoring)
+    world.version = 2
     groups = rollouts.next_batch(3)
-    assert groups == world.engines.groups
+    assert [group.prompt for group in groups] == make_prompts(len(times))
+    assert [group.group_id for group in groups] == list(range(len(times)))
     logged = {group.group_id: group for _, _, group, _, _ in world.tracker.completions}
     assert len(world.tracker.completions) == len(groups)
     assert [logged[i] for i in range(len(groups))] == groups
@@ -158,6 +65,7 @@ def test_a_group_is_logged_while_others_are_still_sampled(build):
 
 def test_engines_that_stop_giving_groups_are_an_error_with_the_numbers(build):
     world, rollouts = build(sampling=[1.0, NEVER, 4.0, NEVER], scoring=[1.0] * 4)
+    world.version = 6
     with pytest.raises(PhaseTimeout) as caught:
         rollouts.next_batch(7)
     assert str(caught.value) == (
@@ -181,9 +89,25 @@ def test_slow_rewards_do_not_count_as_slow_sampling(build):
 
 def test_prompts_come_from_the_data_and_are_sampled_as_configured(build):
     world, rollouts = build([0.0] * 3, [0.0] * 3)
-    rollouts.next_batch(5)
-    assert world.engines.request == {"step": 5, "num_generations": 2, "temperature": 0.7}
-    assert rollouts.epoch == 1.0
+    rollouts.next_batch(1)
+    assert [request.prompt for request in world.engines.requests] == make_prompts(3)
+    for request in world.engines.requests:
+        assert (request.num_generations, request.temperature) == (2, 0.7)
+    assert rollouts.metrics()["epoch"] == 1.0
+
+
+def test_seeds_are_those_of_the_step_and_the_position(build):
+    """What seeds of the first release were, so that its runs can be repeated."""
+    world, rollouts = build([0.0] * 3, [0.0] * 3)
+    for step in (1, 2):
+        world.version = step - 1
+        rollouts.next_batch(step)
+    seeds = [request.seed for request in world.engines.requests]
+    assert seeds == [sampling_seed(42, step, i) for step in (1, 2) for i in range(3)]
+    assert len(set(seeds)) == 6
+    world, rollouts = build([0.0] * 3, [0.0] * 3, rollout={"seed_per_request": False})
+    rollouts.next_batch(1)
+    assert {request.seed for request in world.engines.requests} == {None}
 
 
 @pytest.mark.parametrize("scale_rewards", ["auto", "group", "none"])
@@ -211,11 +135,13 @@ def test_evaluations_differ_by_the_weights_alone(build):
     """One completion a prompt, with seeds that do not depend on the step."""
     world, rollouts = build([0.0] * 3, [0.0] * 3)
     metrics = rollouts.evaluate(20)
-    assert world.engines.request == {"step": 0, "num_generations": 1, "temperature": 0.7}
-    rewards = rewards_matrix(world.engines.groups)
-    assert metrics["eval/reward"] == pytest.approx(rewards.mean().item())
+    requests = world.engines.requests
+    assert [(r.num_generations, r.temperature) for r in requests] == [(1, 0.7)] * 3
+    assert [r.seed for r in requests] == [sampling_seed(42, 0, i) for i in range(3)]
+    assert metrics["eval/reward"] == pytest.approx((0 + 1 / 8 + 2 / 8) / 3)
     assert all(name.startswith("eval/") for name in metrics)
     logged = [
         (step, advantages, split) for _, step, _, advantages, split in world.tracker.completions
     ]
     assert logged == [(20, None, "eval")] * 3
+    assert sorted(group.group_id for _, _, group, _, _ in world.tracker.completions) == [0, 1, 2]

@@ -1,0 +1,122 @@
+"""Requests in, scored groups out: what the engines finish goes to the reward workers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Collection, Sequence
+
+import ray
+
+from rlsys.actors.group import PhaseTimeout
+from rlsys.actors.reward import RewardWorkers
+from rlsys.actors.rollout import RolloutActors
+from rlsys.types import RolloutGroup, SampleRequest
+
+POLL_S = 0.5
+"""Longest sleep between two looks at the reward workers, which enforce their own deadlines."""
+BACKGROUND_POLL_S = 0.02
+"""The same while the driver does something else, and the longest that it waits to take over."""
+
+
+class RolloutPipeline:
+    """Samples and scores: rewards of finished groups are computed while others are sampled.
+
+    Nothing here happens by itself: groups move on while somebody is in `wait`, or between
+    `go_on_alone` and `take_over`. All other methods are for a driver that has taken over.
+    """
+
+    def __init__(self, engines: RolloutActors, rewards: RewardWorkers, *, timeout_s: float):
+        self._engines = engines
+        self._rewards = rewards
+        self._timeout_s = timeout_s
+        self._wanted: set[int] = set()
+        self._scored: list[RolloutGroup] = []
+        self._thread: threading.Thread | None = None
+        self._stop = threading.Event()
+        self._error: Exception | None = None
+        self._idle_s = 0.0
+        self._idle_since: float | None = time.monotonic()
+
+    def submit(self, requests: Sequence[SampleRequest]) -> None:
+        """Have groups sampled and scored; their group_ids tell them apart from all others."""
+        if not requests:
+            return
+        if self._idle_since is not None:
+            self._idle_s += time.monotonic() - self._idle_since
+            self._idle_since = None
+        self._wanted.update(request.group_id for request in requests)
+        self._engines.submit(requests)
+
+    def give_up(self, group_ids: Collection[int]) -> None:
+        """Never return these groups; engines stop sampling them."""
+        self._wanted.difference_update(group_ids)
+        self._engines.abort(group_ids)
+
+    def wait(self, what: str, *, done: int, of: int) -> list[RolloutGroup]:
+        """The groups that were scored since the last call, at least one.
+
+        Raises:
+            PhaseTimeout: no group was sampled for `timeout_s`; `what`, `done` and `of` are for
+                its text.
+            ActorFailure: an engine or a reward worker died or raised.
+        """
+        last_progress = time.monotonic()
+        while not self._scored:
+            if self._poll(POLL_S) or self._rewards.num_pending:
+                last_progress = time.monotonic()  # slow rewards have their own deadline
+            elif time.monotonic() - last_progress > self._timeout_s:
+                raise PhaseTimeout(
+                    f"{what}: no group finished within rollout.timeout_s = {self._timeout_s:g} s; "
+                    f"{done} of {of} groups are done"
+                )
+        scored, self._scored = self._scored, []
+        return scored
+
+    def idle_seconds(self) -> float:
+        """Seconds so far in which no engine had anything to sample."""
+        since = self._idle_since
+        return self._idle_s + (0.0 if since is None else time.monotonic() - since)
+
+    def go_on_alone(self) -> None:
+        """Let groups move on, in a thread, while the driver does something else."""
+        if self._wanted:
+            self._stop.clear()
+            self._thread = threading.Thread(target=self._poll_until_stopped, daemon=True)
+            self._thread.start()
+
+    def take_over(self) -> None:
+        """End `go_on_alone`, and raise what was raised meanwhile."""
+        self.close()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """End `go_on_alone`."""
+        if self._thread is not None:
+            self._stop.set()
+            self._thread.join()
+            self._thread = None
+
+    def _poll_until_stopped(self) -> None:
+        try:
+            while self._wanted and not self._stop.is_set():
+                self._poll(BACKGROUND_POLL_S)
+        except Exception as error:  # raised by `take_over`, in the driver's own thread
+            self._error = error
+
+    def _poll(self, timeout_s: float) -> bool:
+        """Move every group that is ready one place on; whether any had been sampled."""
+        refs = [*self._engines.pending_refs(), *self._rewards.pending_refs()]
+        ray.wait(refs, timeout=timeout_s)
+        sampled, scored = self._engines.collect(), self._rewards.collect()
+        if self._idle_since is None and not self._engines.num_pending:
+            self._idle_since = time.monotonic()
+        for group in sampled:
+            if group.group_id in self._wanted:
+                self._rewards.submit(group)
+        for group in scored:
+            if group.group_id in self._wanted:
+                self._wanted.remove(group.group_id)
+                self._scored.append(group)
+        return bool(sampled)
