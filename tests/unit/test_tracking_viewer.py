@@ -333,7 +333,7 @@ def test_a_completion_of_several_versions_says_where_each_begins(run, capsys):
     tracker.log_completions(7, replace(group, completions=[completion]), None)
     tracker.close()
     assert "policy 3, 4 from token 2" in shown(capsys, run)
-    assert list(read_jsonl(run.completions))[0]["version_starts"] == [0, 2]
+    assert next(iter(read_jsonl(run.completions)))["version_starts"] == [0, 2]
 
 
 def test_filtered_groups_have_a_file_of_their_own(run, capsys):
