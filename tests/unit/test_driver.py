@@ -57,9 +57,6 @@ class System:
     def metrics(self):
         return {"epoch": self.policy_version / 10, "staleness/max": 0.0}
 
-    def metrics(self):
-        return {}
-
     # policy
     def compute_logprobs(self, batch):
         self.calls.append(("old_logprobs",))
