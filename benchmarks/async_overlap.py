@@ -55,7 +55,10 @@ def main():
 def measure(steps, overrides):
     """Medians over the measured steps of one run."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        options = [*prepare(Path(folder), WARM_UP_STEPS + steps), "--tracking.report_to"]
+        options = prepare(Path(folder), WARM_UP_STEPS + steps)
+        options[options.index("cpu_seconds") - 1 :] = [
+            "--tracking.report_to"
+        ]  # without a value: none
         run(load_config(COUNTDOWN / "demo.yaml", options + overrides))
         rows = list(read_jsonl(RunDir(Path(folder) / "run").metrics))[WARM_UP_STEPS:]
     medians = {key: statistics.median(row[key] for row in rows) for key in KEYS}
