@@ -454,7 +454,7 @@ class Config(Section):
         """`grpo` with what depends on other sections decided."""
         rollout_is = self.grpo.rollout_is
         if rollout_is == "auto":
-            rollout_is = "none"
+            rollout_is = "token" if self.rollout.max_staleness else "none"
         return self.grpo.model_copy(update={"rollout_is": rollout_is})
 
     def model_dtype(self, *, on_cpu: bool) -> Literal["float32", "bfloat16"]:

@@ -251,6 +251,14 @@ def _rollout_problems(config: Config) -> Iterator[RuleProblem]:
             f"hold, so some would get staler than rollout.max_staleness: use at most "
             f"{most}, or a larger max_staleness",
         )
+    if rollout.max_staleness and config.grpo.old_logprobs == "rollout":
+        yield RuleProblem(
+            ("grpo.old_logprobs", "rollout.max_staleness"),
+            f"grpo.old_logprobs = rollout with rollout.max_staleness = {rollout.max_staleness} "
+            "would clip against policies that are up to so many updates old, so that what those "
+            "updates changed counts as this one's: use old_logprobs auto, which clips against the "
+            "policy before this update and corrects for staleness with grpo.rollout_is",
+        )
     if rollout.in_flight_kv == "keep" and not rollout.max_staleness:
         yield RuleProblem(
             ("rollout.in_flight_kv", "rollout.max_staleness"),

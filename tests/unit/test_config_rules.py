@@ -99,6 +99,10 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
             {"rollout": {"max_staleness": 2, "oversample_prompts": 9}},
             ["9", "2 further batches of 4", "at most 8"],
         ),
+        (
+            {"rollout": {"max_staleness": 2}, "grpo": {"old_logprobs": "rollout"}},
+            ["max_staleness = 2", "old_logprobs auto", "rollout_is"],
+        ),
         ({"rollout": {"in_flight_kv": "keep"}}, ["no effect", "max_staleness to 1"]),
         ({"rollout": {"max_resample_times": 5}}, ["5", "no effect", "dynamic_sample"]),
         (
@@ -155,6 +159,16 @@ def test_every_other_rule_names_its_numbers_and_a_remedy(sections, words):
 )
 def test_what_runs_ahead_or_filters_is_accepted_within_the_rules(rollout):
     assert problems(rollout=rollout) == []
+
+
+def test_staleness_is_corrected_for_unless_that_is_switched_off():
+    def correction(rollout, **grpo):
+        return Config.model_validate(values(rollout=rollout, grpo=grpo)).algorithm.rollout_is
+
+    assert correction({}) == "none"
+    assert correction({"max_staleness": 1}) == "token"
+    assert correction({"max_staleness": 1}, rollout_is="sequence") == "sequence"
+    assert correction({"max_staleness": 1}, rollout_is="none") == "none"
 
 
 def test_all_broken_rules_are_told_at_once():
