@@ -131,18 +131,22 @@ def train(
                 reference.refresh()
         metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
         metrics |= rollouts.metrics() | {"policy_version": update.policy_version}
-        tracker.log_metrics(step, metrics | timer.metrics() | _throughput(metrics, batch, timer))
+        tracker.log_metrics(
+            step, metrics | timer.metrics() | _throughput(config, metrics, batch, timer)
+        )
         if config.eval_steps is not None and step % config.eval_steps == 0:
             tracker.log_metrics(step, rollouts.evaluate(step))
         checkpoints.after_step(step)
 
 
 def _throughput(
-    metrics: dict[str, float], batch: TrainBatch, timer: PhaseTimer
+    config: Config, metrics: dict[str, float], batch: TrainBatch, timer: PhaseTimer
 ) -> dict[str, float]:
     """Tokens a second: completion tokens of the rollout, all tokens of the update."""
     seconds = timer.metrics()
+    # What runs ahead is sampled during the whole step, and the rollout phase is a wait for it.
+    sampling = seconds["time/step" if config.rollout.max_staleness else "time/rollout"]
     return {
-        "rollout/tokens_per_second": metrics["num_completion_tokens"] / seconds["time/rollout"],
+        "rollout/tokens_per_second": metrics["num_completion_tokens"] / sampling,
         "update/tokens_per_second": batch.lengths.sum().item() / seconds["time/policy_update"],
     }

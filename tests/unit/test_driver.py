@@ -224,6 +224,13 @@ def test_every_step_logs_what_all_roles_report(run):
         assert 0 < phases <= metrics["time/step"]
 
 
+def test_what_runs_ahead_is_sampled_during_the_whole_step(run):
+    rollout = {"generation_batch_size": 4, "num_generations": 2, "max_staleness": 1}
+    system = run(System(), max_steps=1, rollout=rollout)
+    ((_, metrics),) = system.logged
+    assert metrics["rollout/tokens_per_second"] < 14 / metrics["time/rollout"]
+
+
 def test_a_failed_update_is_neither_published_nor_logged_nor_kept(run):
     system = System(fails_at=2)
     with pytest.raises(RuntimeError, match="out of memory"):
