@@ -115,12 +115,42 @@ def _parser() -> argparse.ArgumentParser:
     preview.add_argument("--rows", type=int, default=3, help="prompts to show; default 3")
     preview.set_defaults(run=_preview, help_of=preview)
 
-    rewards = commands.add_parser("rewards", help="list the reward functions by name")
-    rewards.add_argument(
-        "--external_plugins", nargs="+", default=[], metavar="FILE", help="plugins to load first"
-    )
-    rewards.set_defaults(run=_rewards)
+    _add_rewards(commands)
     return parser
+
+
+def _add_rewards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    rewards = commands.add_parser("rewards", help="list reward functions, or try them")
+    actions = rewards.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="name, settings, columns and source of each")
+    trying = actions.add_parser("try", help="score completions of a file, without a model")
+    for action, run in ((listing, _rewards_list), (trying, _rewards_try)):
+        action.add_argument(
+            *("--external_plugins", "--plugin"),
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help="plugins to load first",
+        )
+        action.set_defaults(run=run)
+    trying.add_argument("names", nargs="+", metavar="NAME", help="reward functions")
+    trying.add_argument(
+        "--completions",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSONL of objects with `completion`, or completions.jsonl of a run",
+    )
+    trying.add_argument(
+        "--dataset",
+        nargs="+",
+        default=[],
+        help="where the columns are, if not in the file of completions",
+    )
+    trying.add_argument("--params", default="{}", help="settings: '{NAME: {SETTING: VALUE}}'")
+    trying.add_argument("--timeout_s", type=float, default=60.0, help="as reward.timeout_s")
+    trying.add_argument("--limit", type=int, help="score only so many completions")
+    trying.add_argument("--tokenizer", help="model folder or hub id, for completion_ids")
 
 
 def _grpo(args: argparse.Namespace) -> int:
@@ -212,17 +242,34 @@ def _completions(args: argparse.Namespace) -> int:
     return 0
 
 
-def _rewards(args: argparse.Namespace) -> int:
-    import inspect
+def _rewards_list(args: argparse.Namespace) -> int:
+    from rlsys.reward_list import list_rewards
 
-    from rlsys.rewards import load_plugins, orms
-
-    load_plugins(args.external_plugins)
-    width = max(map(len, orms))
-    for name, function in sorted(orms.items()):
-        first_line = (inspect.getdoc(function) or "").partition("\n")[0]
-        print(f"{name:<{width}}  {first_line}  ({inspect.getsourcefile(function)})")
+    list_rewards(args.external_plugins, _console())
     return 0
+
+
+def _rewards_try(args: argparse.Namespace) -> int:
+    import yaml
+
+    from rlsys.reward_try import TryOptions, try_rewards
+    from rlsys.rewards.pool import RewardCodeError
+
+    options = TryOptions(
+        names=args.names,
+        completions=args.completions,
+        dataset=args.dataset,
+        plugins=args.external_plugins,
+        params=yaml.safe_load(args.params),
+        timeout_s=args.timeout_s,
+        limit=args.limit,
+        tokenizer=args.tokenizer,
+    )
+    try:
+        return 0 if try_rewards(options, _console()) else EXIT_FAILED
+    except RewardCodeError as error:
+        print(f"\nrlsys rewards try: {error}", file=sys.stderr)
+        return EXIT_FAILED
 
 
 def _asks_for_help(args: argparse.Namespace) -> bool:

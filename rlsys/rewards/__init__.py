@@ -16,7 +16,15 @@ from rlsys.rewards import (  # noqa: F401  registers the built-in rewards
     reward_model,
     trl,
 )
-from rlsys.rewards.base import ORM, AsyncORM, TrainerState, orms, register_reward, trl_style
+from rlsys.rewards.base import (
+    ORM,
+    AsyncORM,
+    TrainerState,
+    TrlStyle,
+    orms,
+    register_reward,
+    trl_style,
+)
 from rlsys.rewards.instances import RewardError, settings_of
 from rlsys.rewards.plugins import load_plugins
 from rlsys.rewards.scoring import (
@@ -34,6 +42,7 @@ __all__ = [
     "RewardError",
     "RewardFunctions",
     "TrainerState",
+    "TrlStyle",
     "check_names_and_weights",
     "load_plugins",
     "orms",

@@ -53,10 +53,7 @@ def settings_of(name: str, params: Params, of_run: Params) -> dict[str, Any]:
     """
     function = orms[name]
     is_class = isinstance(function, type)
-    parameters: Mapping[str, inspect.Parameter] = {}
-    # ORM's own constructor takes what ms-swift's classes hand on to it, and uses none of it.
-    if not (isinstance(function, type) and "__init__" not in _own_names(function)):
-        parameters = inspect.signature(function).parameters
+    parameters = parameters_of(function)
     named = [p.name for p in parameters.values() if p.kind in _KEYWORD]
     settings = {key: of_run[key] for key in named if key in of_run} | dict(params)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
@@ -81,6 +78,14 @@ def settings_of(name: str, params: Params, of_run: Params) -> dict[str, Any]:
             f"reward.reward_params, {{{name}: {{{missing[0]}: VALUE}}}}"
         )
     return settings
+
+
+def parameters_of(function: type[ORM] | RewardFunction) -> Mapping[str, inspect.Parameter]:
+    """Of a function, or of the constructor of a class."""
+    # ORM's own constructor takes what ms-swift's classes hand on to it, and uses none of it.
+    if isinstance(function, type) and "__init__" not in _own_names(function):
+        return {}
+    return inspect.signature(function).parameters
 
 
 def instantiate(name: str, settings: Params) -> RewardFunction:

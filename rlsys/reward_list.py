@@ -1,0 +1,65 @@
+"""`rlsys rewards list`: which reward functions there are, what they take and where they stand."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlsys.data.usage import column_use
+from rlsys.registry import where_defined
+from rlsys.rewards import TrlStyle, load_plugins, orms
+from rlsys.rewards.instances import parameters_of
+from rlsys.rewards.plugins import describe, entry_points
+from rlsys.rewards.scoring import is_async
+
+
+def list_rewards(plugins: Sequence[str], console: Console) -> None:
+    """Print a table of the reward functions: built-in ones, those of `plugins`, of packages.
+
+    Raises:
+        ValueError: a plugin cannot be loaded.
+    """
+    load_plugins(plugins)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("name", no_wrap=True)
+    table.add_column("settings", overflow="fold", ratio=3)
+    table.add_column("columns", overflow="fold", ratio=2)
+    table.add_column("what it pays for", ratio=4)
+    table.add_column("source", overflow="fold", ratio=3)
+    for name in sorted({*orms, *entry_points()}):
+        table.add_row(*map(Text, (name, *_row(name))))
+    console.print(table)
+    console.print(
+        "\nsettings: reward.reward_params, {NAME: {SETTING: VALUE}}. columns: what the dataset "
+        "must have; in brackets, what is used if it is there.",
+        style="dim",
+    )
+
+
+def _row(name: str) -> tuple[str, str, str, str]:
+    """Settings, columns, the first line of the docstring, the place."""
+    try:
+        function = orms[name]
+    except ValueError as error:  # of a package; the others can be used
+        offered = ", ".join(map(describe, entry_points().get(name, [])))
+        return "", "", str(error).strip().splitlines()[-1], offered
+    use = column_use(name)
+    settings = ""
+    if isinstance(function, type):
+        settings = ", ".join(_as_written(p) for p in parameters_of(function).values())
+    columns = ", ".join([*use.needed, *(f"[{column}]" for column in use.optional)])
+    kinds = ["TRL style"] * isinstance(function, TrlStyle) + ["async"] * is_async(function)
+    about = (inspect.getdoc(function) or "").partition("\n")[0]
+    if kinds:
+        about += f" ({', '.join(kinds)})"
+    return settings, columns, about, where_defined(function).removeprefix(f"{os.getcwd()}/")
+
+
+def _as_written(parameter: inspect.Parameter) -> str:
+    """`limit`, `limit=5`, `**kwargs`."""
+    return str(parameter.replace(annotation=inspect.Parameter.empty))
