@@ -26,13 +26,12 @@ def list_rewards(plugins: Sequence[str], console: Console) -> None:
     """
     load_plugins(plugins)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("name", no_wrap=True)
-    table.add_column("settings", overflow="fold", ratio=3)
-    table.add_column("columns", overflow="fold", ratio=2)
-    table.add_column("what it pays for", ratio=4)
-    table.add_column("source", overflow="fold", ratio=3)
+    table.add_column("name and source", overflow="fold", ratio=3)
+    table.add_column("settings", overflow="fold", ratio=2)
+    table.add_column("columns", overflow="fold", ratio=1)
+    table.add_column("what it pays for", ratio=3)
     for name in sorted({*orms, *entry_points()}):
-        table.add_row(*map(Text, (name, *_row(name))))
+        table.add_row(*_row(name))
     console.print(table)
     console.print(
         "\nsettings: reward.reward_params, {NAME: {SETTING: VALUE}}. columns: what the dataset "
@@ -41,23 +40,36 @@ def list_rewards(plugins: Sequence[str], console: Console) -> None:
     )
 
 
-def _row(name: str) -> tuple[str, str, str, str]:
-    """Settings, columns, the first line of the docstring, the place."""
+def _row(name: str) -> tuple[Text, Text, Text, Text]:
+    """Name and place, settings, columns, the first sentence of the docstring."""
     try:
         function = orms[name]
     except ValueError as error:  # of a package; the others can be used
         offered = ", ".join(map(describe, entry_points().get(name, [])))
-        return "", "", str(error).strip().splitlines()[-1], offered
+        reason = str(error).strip().splitlines()[-1]
+        return _named(name, offered), Text(), Text(), Text(reason, style="bold red")
     use = column_use(name)
     settings = ""
     if isinstance(function, type):
-        settings = ", ".join(_as_written(p) for p in parameters_of(function).values())
-    columns = ", ".join([*use.needed, *(f"[{column}]" for column in use.optional)])
+        settings = "\n".join(map(_as_written, parameters_of(function).values()))
+    columns = "\n".join([*use.needed, *(f"[{column}]" for column in use.optional)])
     kinds = ["TRL style"] * isinstance(function, TrlStyle) + ["async"] * is_async(function)
-    about = (inspect.getdoc(function) or "").partition("\n")[0]
+    about = _first_sentence(inspect.getdoc(function) or "")
     if kinds:
         about += f" ({', '.join(kinds)})"
-    return settings, columns, about, where_defined(function).removeprefix(f"{os.getcwd()}/")
+    place = where_defined(function).removeprefix(f"{os.getcwd()}/")
+    return _named(name, place), Text(settings), Text(columns), Text(about)
+
+
+def _named(name: str, place: str) -> Text:
+    return Text(f"{name}\n", style="bold").append(place, style="not bold dim")
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of the first paragraph, on one line."""
+    line = " ".join(text.partition("\n\n")[0].split())
+    end = line.find(". ")
+    return line if end < 0 else line[: end + 1]
 
 
 def _as_written(parameter: inspect.Parameter) -> str:

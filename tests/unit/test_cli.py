@@ -57,21 +57,6 @@ def test_help_errors_and_explain_import_none_of_the_heavy_packages(tmp_path):
     assert done.stdout.endswith("[]\n")
 
 
-def test_rewards_are_listed_with_their_source(tmp_path):
-    plugin = tmp_path / "mine.py"
-    plugin.write_text(
-        "from rlsys.rewards import register_reward\n"
-        "@register_reward('mine')\ndef mine(completions, **columns):\n"
-        '    """Scores nothing."""\n'
-    )
-    done = rlsys("rewards", "--external_plugins", plugin)
-    assert done.returncode == 0
-    assert "countdown" in done.stdout
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("mine")]
-    assert "Scores nothing." in line
-    assert str(plugin) in line
-
-
 def test_a_users_mistake_is_a_message_and_a_librarys_error_a_traceback(capsys, monkeypatch):
     def users_mistake(args):
         from rlsys.rewards import orms
@@ -81,11 +66,11 @@ def test_a_users_mistake_is_a_message_and_a_librarys_error_a_traceback(capsys, m
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_rewards", users_mistake)
-    assert cli.main(["rewards"]) == 2
+    monkeypatch.setattr(cli, "_rewards_list", users_mistake)
+    assert cli.main(["rewards", "list"]) == 2
     assert "unknown reward function 'nothing'" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "_rewards", lambda args: int("x"))  # raised outside of rlsys
+    monkeypatch.setattr(cli, "_rewards_list", lambda args: int("x"))  # raised outside of rlsys
     with pytest.raises(ValueError, match="invalid literal"):
-        cli.main(["rewards"])
-    monkeypatch.setattr(cli, "_rewards", interrupted)
-    assert cli.main(["rewards"]) == 130
+        cli.main(["rewards", "list"])
+    monkeypatch.setattr(cli, "_rewards_list", interrupted)
+    assert cli.main(["rewards", "list"]) == 130

@@ -1,0 +1,143 @@
+"""`rlsys rewards list` and `try`, as a user calls them."""
+
+import json
+
+import pytest
+
+from rlsys import cli
+from rlsys.rewards import orms
+
+PLUGIN = '''
+import os
+from rlsys.rewards import ORM, register_reward, trl_style
+
+@register_reward("mine")
+class Mine(ORM):
+    """Pays for the number. And more that the table leaves out."""
+
+    def __init__(self, bonus: float = 1.0):
+        self.bonus = bonus
+
+    def __call__(self, completions, nums, level=None, **columns):
+        for text in completions:
+            while text == "hang":
+                pass
+            if text == "raise":
+                raise KeyError(text)
+        return [self.bonus * nums[0][0] if text else None for text in completions]
+
+@register_reward("mine_trl")
+@trl_style
+def mine_trl(prompts, completions, completion_ids, **kwargs):
+    """Counts tokens."""
+    return [float(len(ids)) for ids in completion_ids]
+'''
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    registered = dict(orms.data)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    yield tmp_path
+    orms.data.clear()
+    orms.data.update(registered)
+
+
+def write_rows(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rlsys(capfd, *words) -> tuple[int, str, str]:
+    code = cli.main([str(word) for word in words])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def lines_with(text: str, word: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if word in line]
+
+
+def test_the_list_has_name_source_settings_and_columns(folder, capfd):
+    code, out, _ = rlsys(capfd, "rewards", "list", "--plugin", "mine.py")
+    assert code == 0
+    assert "countdown" in out
+    lines = out.splitlines()
+    [at] = [i for i, line in enumerate(lines) if line.startswith("mine ")]
+    assert lines[at].split() == ["mine", "bonus=1.0", "nums", "Pays", "for", "the", "number."]
+    assert lines[at + 1].split() == ["mine.py:5", "[level]"]
+    assert any(line.startswith("mine.py:20") for line in lines)
+    assert "Counts tokens. (TRL style)" in out
+
+
+def test_completions_of_a_file_are_scored_and_failures_shown(folder, capfd, caplog):
+    rows = [
+        {"prompt": "Use 2.", "nums": [2], "completion": "a"},
+        {"prompt": "Use 3.", "nums": [3], "completions": ["b b", "hang", "raise", ""]},
+    ]
+    words = ("--completions", write_rows(folder / "c.jsonl", *rows), "--timeout_s", 1)
+    words += ("--params", "{mine: {bonus: 10}}", "--plugin", "mine.py")
+    code, out, _ = rlsys(capfd, "rewards", "try", "mine", "mine_trl", *words)
+    assert code == 1
+    _, *table = out.partition("\n\n")[0].splitlines()
+    assert [line.split()[-2:] for line in table] == [
+        ["20", "1"],
+        ["30", "2"],
+        ["timeout", "1"],
+        ["error", "1"],
+        ["None", "0"],
+    ]
+    assert table[1].startswith("Use 3.")
+    [summary] = [cells for cells in lines_with(out, "timeout, ") if cells[0] == "mine"]
+    assert summary[1:] == ["25", "7.071", "1", "1", "timeout,", "1", "error", summary[-1]]
+    assert float(summary[-1]) > 0
+    assert "KeyError: 'raise'" in caplog.text
+
+
+@pytest.mark.parametrize("by_id", [True, False])
+def test_columns_come_from_a_dataset(folder, capfd, by_id):
+    write_rows(
+        folder / "train.jsonl",
+        {"messages": [{"role": "user", "content": "Use 2."}], "nums": [2]},
+        {"messages": [{"role": "user", "content": "Use 3."}], "nums": [3]},
+    )
+    rows = [{"text": "a", "reward": 7.0, "num_tokens": 5}, {"text": "b", "num_tokens": 6}]
+    if by_id:  # as a run writes them
+        rows = [rows[i] | {"prompt_id": f"train:{number}"} for i, number in ((0, 2), (1, 1))]
+    words = ("--completions", write_rows(folder / "c.jsonl", *rows), "--plugin", "mine.py")
+    code, out, _ = rlsys(
+        capfd, "rewards", "try", "mine", "mine_trl", *words, "--dataset", "train.jsonl"
+    )
+    assert code == 0
+    values = [line.split()[-2:] for line in out.splitlines()[1:3]]
+    assert values == ([["3", "5"], ["2", "6"]] if by_id else [["2", "5"], ["3", "6"]])
+
+
+@pytest.mark.parametrize(
+    ("row", "words", "message"),
+    [
+        ({"answer": "a"}, (), "c.jsonl, line 1: expected one of completion, completions, text"),
+        ({"completion": 7}, (), "a completion should be a text, not 7"),
+        ({"completion": "a"}, ("--params", "{mine: {bnous: 1}}"), "Did you mean 'bonus'"),
+        ({"text": "a", "prompt_id": "x"}, ("--dataset", "d.jsonl"), "its first is 'd:1'"),
+        ({"completion": "a"}, ("--limit", "0"), "holds no completions"),
+    ],
+)
+def test_what_cannot_be_used_is_told_with_its_place(folder, capfd, row, words, message):
+    write_rows(folder / "d.jsonl", {"prompt": "a", "nums": [1]})
+    path = write_rows(folder / "c.jsonl", row)
+    words = ("try", "mine", "--plugin", "mine.py", "--completions", path, *words)
+    code, _, err = rlsys(capfd, "rewards", *words)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_missing_column_is_told(folder, capfd, caplog):
+    path = write_rows(folder / "c.jsonl", {"completion": "a", "numbers": [1]})
+    words = ("try", "mine", "--plugin", "mine.py", "--completions", path)
+    code, out, _ = rlsys(capfd, "rewards", *words)
+    assert code == 1
+    assert "missing a required argument: 'nums'" in caplog.text
+    assert "error" in out
