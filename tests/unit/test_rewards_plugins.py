@@ -264,6 +264,14 @@ def test_the_worked_plugin_pays_for_true_steps():
             "<think>6+4=10",
         ]
     ) == [1.0, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0]
+    # A setting, None and a function that waits, in the same test because a file is loaded once.
+    prompt = Prompt("p", [], [], {"nums": [6, 4]})
+    texts = ("<think>6+4=10", "<think>6+4=10</think>", "<think> 7-3=4</think>")
+    completions = [Completion([1], [], text, "stop", (0,)) for text in texts]
+    names, params = ["think_steps", "first_number"], {"think_steps": {"without_thought": -1}}
+    rewards = RewardFunctions(names, params=params).score(RolloutGroup(0, prompt, completions))
+    assert [reward.total for reward in rewards] == [-1.0, 2.0, 1.0]
+    assert math.isnan(rewards[0].by_name["first_number"])
 
 
 def test_the_example_in_the_readme_runs():
