@@ -61,7 +61,7 @@ class TrainerState:
     """Where the run is, for rewards that change as training goes on."""
 
     global_step: int
-    """The step whose completions are scored."""
+    """Updates of the policy when the completions were sampled: 0 in the first step, as in TRL."""
     max_steps: int
 
 

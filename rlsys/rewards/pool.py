@@ -172,10 +172,11 @@ class RewardPool:
         """Groups submitted and not collected yet."""
         return self._num_groups
 
-    def submit(self, group: RolloutGroup, *, step: int = 0) -> None:
-        """Have `group` scored; `step` is what reward functions see as trainer_state.global_step."""
+    def submit(self, group: RolloutGroup) -> None:
+        """Have `group` scored, as soon as a process is idle."""
         size = len(group.completions)
-        state = TrainerState(step, self._max_steps)
+        updates = max((v for c in group.completions for v in c.policy_versions), default=0)
+        state = TrainerState(updates, self._max_steps)
         values = {name: [math.nan] * size for name in self._config.reward_funcs}
         entry = _Group(group, state, values, failures=[{} for _ in range(size)])
         self._num_groups += 1

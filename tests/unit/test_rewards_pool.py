@@ -115,13 +115,13 @@ def start(tmp_path):
 
 def group_of(*texts: str, group_id: int = 0) -> RolloutGroup:
     prompt = Prompt(f"train:{group_id}", [{"role": "user", "content": "a"}], [1], {})
-    completions = [Completion([1], [0.0], text, "stop", (0,)) for text in texts]
+    completions = [Completion([1], [0.0], text, "stop", (4, 5)) for text in texts]
     return RolloutGroup(group_id, prompt, completions)
 
 
 def score(pool: RewardPool, *groups: RolloutGroup) -> list[RolloutGroup]:
     for group in groups:
-        pool.submit(group, step=5)
+        pool.submit(group)
     scored = []
     while pool.num_pending:
         pool.wait(0.2)
