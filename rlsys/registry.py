@@ -34,9 +34,11 @@ class Registry(UserDict[str, T]):
         self.kind = kind
 
     def __setitem__(self, name: str, value: T) -> None:
-        if self.data.get(name, value) is not value:
+        before = self.data.get(name, value)
+        # The same lines again: a file that is loaded anew after an error in it.
+        if before is not value and where_defined(before) != where_defined(value):
             raise ValueError(
-                f"{self.kind} {name!r} is registered twice: by {where_defined(self.data[name])} "
+                f"{self.kind} {name!r} is registered twice: by {where_defined(before)} "
                 f"and by {where_defined(value)}. Rename one of them."
             )
         self.data[name] = value
