@@ -149,20 +149,28 @@ def test_groups_come_back_scored_and_otherwise_as_they_were(start):
     assert pool.pending_refs() == []
 
 
-def test_bad_completions_cost_their_siblings_nothing(start, caplog):
-    pool = start("acts", "length", timeout_s=2.0, max_memory_mb=300, num_workers=2)
-    texts = ["a", "die", "segfault", "leak", "hang", "hang in C", "ccc"]
+def test_bad_completions_cost_their_siblings_nothing(start, caplog, monkeypatch):
+    monkeypatch.setattr("rlsys.rewards.pool.MIN_ALONE_S", 2.0)
+    pool = start("acts", "length", timeout_s=4.0, num_workers=2)
+    texts = ["a", "die", "segfault", "hang", "hang in C", "ccc"]
     [bad, good] = score(pool, group_of(*texts), group_of("dddd", "ee", group_id=1))
     assert totals(good) == [8.0, 4.0]
     assert totals(bad) == [2.0, *map(len, texts[1:-1]), 6.0]
     crashed, timeout = {"acts": "crashed"}, {"acts": "timeout"}
     failures = [reward.failures for reward in bad.rewards]
-    assert failures == [{}, crashed, crashed, crashed, timeout, timeout, {}]
+    assert failures == [{}, crashed, crashed, timeout, timeout, {}]
     assert bad.rewards[1].by_name == {"acts": 0.0, "length": 3.0}
     # The first of each kind is told with the completion.
     told = sorted(record.getMessage() for record in caplog.records)
     assert len(told) == 2
-    assert all(re.search(r"\(prompt 'train:0', completion [1-5]: '", text) for text in told)
+    assert all(re.search(r"\(prompt 'train:0', completion [1-4]: '", text) for text in told)
+
+
+def test_a_process_that_holds_too_much_memory_is_killed_long_before_its_time(start):
+    pool = start("acts", timeout_s=300.0, max_memory_mb=300)
+    [group] = score(pool, group_of("a", "leak"))
+    assert [reward.failures for reward in group.rewards] == [{}, {"acts": "crashed"}]
+    assert totals(group) == [1.0, 0.0]
 
 
 def test_a_process_that_is_killed_is_gone_and_another_one_goes_on(start):
