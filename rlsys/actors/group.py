@@ -12,7 +12,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 CPU_SHARE = 0.01
 """Of Ray's bookkeeping: policy, rollout and reference take turns on the same cores."""
-DEATH_NOTICE_S = 2.0
+DEATH_NOTICE_S = 5.0
 """When an actor dies, those that talk with it raise, at times before Ray knows of the death."""
 
 _INHERITED = ("CUDA_", "HF_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH_", "VLLM_")
