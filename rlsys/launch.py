@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import ray
+# Before Ray is imported, which reads some of the environment then.
+import rlsys.ray_env  # noqa: F401  # isort: skip
+import ray  # isort: skip
 from transformers import AutoTokenizer
 
 from rlsys.actors.group import get_all
@@ -175,16 +176,6 @@ def ray_session() -> Iterator[None]:
 
     Leaving it ends every actor of this run.
     """
-    # Workers' output comes to this terminal; identical lines of several workers as they are.
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    if not sys.stdout.isatty():
-        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # or escape codes end up in log files
-    # Ray otherwise hides all GPUs from actors that ask for none, as reward workers do.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # A busy laptop takes longer than Ray's own 30 s to start it.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
-    # One failure is raised, with its actor's name; Ray would print those of the other ranks after.
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     # "local": Ray would otherwise join a cluster that somebody, anybody started on this machine.
     own = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, **own)

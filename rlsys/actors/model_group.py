@@ -135,4 +135,8 @@ class ModelActors:
 
 def process_env(threads: int) -> dict[str, str]:
     """Environment of an actor process that computes on `threads` CPU threads."""
-    return inherited_env() | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    return inherited_env() | {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns of every host name without an entry
+    }

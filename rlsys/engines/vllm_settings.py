@@ -30,6 +30,9 @@ def rollout_env(device: Literal["cpu", "cuda"]) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         # vLLM's own use of torch: in a user's terminal it hides what matters.
         "PYTHONWARNINGS": "ignore::FutureWarning",
+        # Progress bars of many lines in a log, and a warning for each host name without an entry.
+        "TQDM_DISABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if device == "cpu":
         return env | {
@@ -40,7 +43,6 @@ def rollout_env(device: Literal["cpu", "cuda"]) -> dict[str, str]:
             "TORCHDYNAMO_DISABLE": "1",
             # Warnings that nobody can act on: no Triton, memory bound to the only NUMA node.
             "TORCH_LOGS": "-torch._library",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
         }
     return env | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 

@@ -1,0 +1,17 @@
+"""What Ray is told through the environment; it reads some of that when it is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+# Workers' output comes to this terminal; identical lines of several workers as they are.
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+if not sys.stdout.isatty():
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # or escape codes end up in log files
+# Ray otherwise hides all GPUs from actors that ask for none, as reward workers do.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# A busy laptop takes longer than Ray's own 30 s to start it.
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
+# One failure is raised, with its actor's name; Ray would print those of the other ranks after.
+os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
