@@ -114,7 +114,7 @@ def _ratio_problems(grpo: GrpoConfig) -> Iterator[Problem]:
             ("delta", "epsilon_high", "epsilon"),
             f"grpo.delta = {delta:g} is not above the upper clip bound of {high:g} "
             "(1 + grpo.epsilon_high), so it would undo the clip of good tokens: use a larger one, "
-            "such as 3",
+            f"such as {max(DUAL_CLIP_DELTA, high + 1):g}, or a smaller epsilon_high",
         )
 
 
@@ -168,6 +168,14 @@ def _off_policy_problems(config: Config) -> Iterator[Problem]:
                 "entropies before the update, which grpo.old_logprobs = rollout does not compute: "
                 "use old_logprobs auto",
             )
+    staleness = config.rollout.max_staleness
+    if staleness and grpo.loss_type == "reinforce" and grpo.rollout_is == "none":
+        yield (
+            ("loss_type", "rollout_is"),
+            f"grpo.loss_type = reinforce has no ratio, and rollout.max_staleness = {staleness} "
+            "gives it completions of older weights, for which grpo.rollout_is = none does not "
+            "correct: leave rollout_is at auto, or set max_staleness 0",
+        )
     if grpo.loss_type == "reinforce" and config.optimizer_steps_per_rollout > 1:
         yield (
             ("loss_type", "num_iterations"),

@@ -232,7 +232,8 @@ class GrpoConfig(Section):
     kl_in_reward: bool = False
     """Subtract beta * KL from the rewards instead of adding it to the loss."""
     use_bias_correction_kl: bool = False
-    """Multiply the KL in the loss by the ratio: then its gradient is unbiased (DeepSeek-V3.2)."""
+    """Multiply the KL in the loss by policy / sampler: then its gradient is unbiased, for stale
+    data too if `rollout_is` is token or sequence (DeepSeek-V3.2)."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus, averaged over tokens as the loss is; 0 is none."""
     top_entropy_quantile: float = Field(default=1.0, gt=0.0, le=1.0)

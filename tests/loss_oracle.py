@@ -107,7 +107,11 @@ def kl(row, config):
         "k3": (-difference).exp() - 1 + difference,
     }
     estimate = estimates[config.kl_estimator or "k3"]
-    return token_ratio(row) * estimate if config.use_bias_correction_kl else estimate
+    if not config.use_bias_correction_kl:
+        return estimate
+    if config.rollout_is in ("token", "sequence"):
+        return (row.logprobs - row.rollout).exp() * estimate
+    return token_ratio(row) * estimate
 
 
 def oracle_loss(

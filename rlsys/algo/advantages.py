@@ -87,7 +87,9 @@ def decoupled_normalization(inputs: AdvantageInput, eps: float) -> Tensor:
     Returns:
         [P, G] float64.
     """
-    rewards_PGF = inputs.by_name_PGF
+    # A dropped completion is in no mean and no std, whatever some functions gave it.
+    dropped_PG1 = inputs.rewards_PG.isnan()[..., None]
+    rewards_PGF = inputs.by_name_PGF.masked_fill(dropped_PG1, torch.nan)
     each_PGF = rewards_PGF - rewards_PGF.nanmean(dim=1, keepdim=True)
     each_PGF = each_PGF / (nanstd(rewards_PGF, dim=1) + eps)
     sum_PG = (each_PGF * inputs.weights_F).nansum(dim=2)

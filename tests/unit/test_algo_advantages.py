@@ -247,6 +247,19 @@ def test_groups_that_lose_all_or_all_but_one_have_finite_advantages(estimator, r
     assert (values[torch.tensor(rewards).isnan()] == 0).all()
 
 
+@given(given_to_the_dropped=st.floats(-100, 100))
+def test_what_a_dropped_completion_got_from_other_functions_leaves_no_trace(given_to_the_dropped):
+    """One function failed on it, so its total is NaN; the other one had given it a reward."""
+    aggregation = {"multi_objective_aggregation": "normalize_then_sum"}
+    kept = [[1.0, 0.2], [0.0, 0.9], [0.5, 0.4]]
+    totals = [sum(each) for each in kept]
+    by_name = [[*kept, [NAN, given_to_the_dropped]]]
+    values = advantages([[*totals, NAN]], by_name_PGF=by_name, **aggregation)
+    without = advantages([totals], by_name_PGF=[kept], **aggregation)
+    torch.testing.assert_close(values[0, :3], without[0])
+    assert values[0, 3] == 0
+
+
 def test_a_function_that_says_nothing_is_left_out_of_the_sum():
     by_name = [[[1.0, NAN], [0.0, NAN], [0.0, 1.0]]]
     values = advantages(

@@ -31,6 +31,11 @@ OPTIONS = {
     "k1": {"beta": 0.1, "kl_estimator": "k1", "use_bias_correction_kl": True},
     "k2": {"beta": 0.1, "kl_estimator": "k2"},
     "unbiased k3": {"beta": 0.1, "use_bias_correction_kl": True},
+    "unbiased k3 of stale data": {
+        "beta": 0.1,
+        "use_bias_correction_kl": True,
+        "rollout_is": "token",
+    },
     "kl in reward": {"beta": 0.1, "kl_in_reward": True},
     "entropy bonus": {"entropy_coef": 0.2},
     "token truncation": {"rollout_is": "token", "rollout_is_threshold": 1.1},

@@ -312,10 +312,13 @@ def test_the_ratio_of_a_sequence_worked():
     assert tokens.tolist() == pytest.approx([-0.75 * first, -0.25 * first, second])
 
 
-def test_the_bias_corrected_kl_has_the_gradient_of_the_kl():
-    """In expectation over the old policy's samples, exactly; k3 as it stands has another one."""
+@pytest.mark.parametrize("stale", [False, True])
+def test_the_bias_corrected_kl_has_the_gradient_of_the_kl(stale):
+    """In expectation over the sampler's samples, exactly; k3 as it stands has another one."""
     z = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64, requires_grad=True)
-    old = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    sampler = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
+    old = torch.tensor([0.4, 0.4, 0.2], dtype=torch.float64) if stale else sampler
+    correction = {"rollout_is": "token"} if stale else {}
     ref = torch.tensor([0.6, 0.1, 0.3], dtype=torch.float64)
     log_pi = torch.log_softmax(z, dim=0)
     exact = (log_pi.exp() * (log_pi - ref.log())).sum()
@@ -327,14 +330,14 @@ def test_the_bias_corrected_kl_has_the_gradient_of_the_kl():
                 logprobs=torch.zeros(3),
                 old_logprobs=old.log(),
                 ref_logprobs=ref.log(),
-                rollout_logprobs=old.log(),
+                rollout_logprobs=sampler.log(),
                 advantages=torch.zeros(3, dtype=torch.float64),
-                weights=old,  # each token as often as the old policy samples it
+                weights=sampler,  # each token as often as it is sampled
                 mask=torch.ones(3, dtype=torch.bool),
             ),
             logprobs=log_pi,
         )
-        loss, _ = losses["grpo"](inputs, GrpoConfig(beta=1.0, **options))
+        loss, _ = losses["grpo"](inputs, GrpoConfig(beta=1.0, **options, **correction))
         return torch.autograd.grad(loss, z, retain_graph=True)[0]
 
     for estimator in ("k1", "k3"):

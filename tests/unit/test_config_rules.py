@@ -104,6 +104,13 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
             ["max_staleness = 2", "old_logprobs auto", "rollout_is"],
         ),
         ({"rollout": {"in_flight_kv": "keep"}}, ["no effect", "max_staleness to 1"]),
+        (
+            {
+                "rollout": {"max_staleness": 2},
+                "grpo": {"loss_type": "reinforce", "rollout_is": "none"},
+            },
+            ["has no ratio", "max_staleness = 2", "rollout_is at auto"],
+        ),
         ({"rollout": {"max_resample_times": 5}}, ["5", "no effect", "dynamic_sample"]),
         (
             {

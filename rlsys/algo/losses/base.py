@@ -129,13 +129,18 @@ def reference_kl(inputs: LossInput, config: GrpoConfig) -> Tensor:
 
     Differentiated as it stands, an estimate leaves out that the samples depend on the policy, and
     that they may be of an older one. `use_bias_correction_kl` multiplies by the ratio of the policy
-    to the one before the update, whose gradient is what was left out: DeepSeek-V3.2
-    (arXiv:2512.02556), section 3.1.
+    to the sampler, whose gradient is what was left out: DeepSeek-V3.2 (arXiv:2512.02556), section
+    3.1. The sampler is the policy before the update, or with `rollout_is`, which is for samples
+    that are not of it, the rollout engine.
     """
     assert inputs.ref_logprobs is not None
     estimate = KL_ESTIMATORS[config.kl_estimator or "k3"]
     kl_T = estimate(log_ratio(inputs.ref_logprobs, inputs.logprobs, inputs.mask))
-    return inputs.ratio() * kl_T if config.use_bias_correction_kl else kl_T
+    if not config.use_bias_correction_kl:
+        return kl_T
+    from_rollout = config.rollout_is in ("token", "sequence")
+    sampler_T = inputs.rollout_logprobs if from_rollout else inputs.old_logprobs
+    return log_ratio(inputs.logprobs, sampler_T, inputs.mask).exp() * kl_T
 
 
 def weighted_sum(inputs: LossInput, token_losses_T: Tensor) -> Tensor:
