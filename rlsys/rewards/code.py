@@ -22,14 +22,16 @@ from rlsys.rewards.sandbox import (
 MAX_PROGRAM = 100_000
 """Characters of a program; what is longer scores 0."""
 
-_FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_FENCE = re.compile(r" {0,3}(`{3,})([^`]*)")
+_PYTHON = re.compile(r"(?:python|py)[\d.]*", re.IGNORECASE)
 
 
 @register_reward("code")
 class Code(ORM):
     """Share of the tests that the completion's Python program passes, 0 to 1.
 
-    The program is the last ``` block after the last `</think>`. Tests are in the first of the
+    The program is the last ``` block after the last `</think>` that names Python or no language.
+    Tests are in the first of the
     columns `tests`, `verification_info`, `input_output`, `test_list` and `test` that the dataset
     has; `code_tests.read_tests` says how they may be written.
 
@@ -154,22 +156,22 @@ class Code(ORM):
             raise
         except SandboxEnded:
             return False
-        # What a program answers to a call is its own text: no JSON, or thousands of brackets.
-        except (json.JSONDecodeError, RecursionError):
-            return False
 
     def _returns(self, program: str, test: CallTest) -> bool:
         request = {"name": test.name, "attributes": [], "args": test.args, "kwargs": {}}
         request["args"] = [_tagged(arg) for arg in test.args]
         with self._sandbox.talk(program, "calls") as running:
-            reply = json.loads(running.ask(json.dumps(request)))
-        if not isinstance(reply, dict) or "value" not in reply:
-            return False
+            answer = running.ask(json.dumps(request))
+        # The answer is the program's own text: no JSON, numbers of 5,000 digits, deep brackets,
+        # integers that no float can be compared with.
         try:
+            reply = json.loads(answer)
+            if not isinstance(reply, dict) or "value" not in reply:
+                return False
             value = _plain(reply["value"])
-        except (ValueError, TypeError, KeyError):
+            return any(_same_value(value, expected) for expected in test.expected)
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError):
             return False
-        return any(_same_value(value, expected) for expected in test.expected)
 
     def _holds(self, program: str, test: AssertTest) -> bool:
         """Run the test's code in one sandbox and the program in another, and carry the calls."""
@@ -185,10 +187,26 @@ class Code(ORM):
 
 
 def find_program(completion: str) -> str | None:
-    """The last ``` block after the thinking; None without a whole one."""
-    text = after_thinking(completion)
-    blocks = _FENCE.findall(text) if text is not None else []
-    return blocks[-1] if blocks and len(blocks[-1]) <= MAX_PROGRAM else None
+    """The last whole ``` block after the thinking whose language is Python or not said.
+
+    Fences are lines of their own, as in Markdown, and pair up: one that ends a block of another
+    language begins none.
+    """
+    program: str | None = None
+    opened: re.Match[str] | None = None
+    lines: list[str] = []
+    for line in (after_thinking(completion) or "").split("\n"):
+        fence = _FENCE.fullmatch(line)
+        if opened is None:
+            opened, lines = fence, []
+        elif fence and len(fence[1]) >= len(opened[1]) and not fence[2].strip():
+            language = re.split(r"[\s:,{]", opened[2].strip())[0]
+            if not language or _PYTHON.fullmatch(language):
+                program = "\n".join(lines)
+            opened = None
+        else:
+            lines.append(line)
+    return program if program is not None and len(program) <= MAX_PROGRAM else None
 
 
 def _same_text(output: str, expected: str) -> bool:

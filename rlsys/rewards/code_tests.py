@@ -6,6 +6,7 @@ What a program must not see, the expected results, stays in these objects.
 from __future__ import annotations
 
 import ast
+import builtins
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -81,9 +82,14 @@ def _of_row(row: Any, entry_point: str | None, name: str | None) -> list[Test]:
         raise _unknown(row)
     name = row.get("fn_name") or row.get("func_name") or name
     for key in ("test_cases", "tests"):
-        if key in row:
+        if row.get(key) is not None:
             return _of_row(row[key], entry_point, name)
     if isinstance(row.get("inputs"), list) and isinstance(row.get("outputs"), list):
+        if len(row["inputs"]) != len(row["outputs"]):
+            raise ValueError(
+                f"code: {len(row['inputs'])} inputs but {len(row['outputs'])} outputs in a row: "
+                f"{str(row)[:200]!r}. Correct the dataset."
+            )
         pairs = zip(row["inputs"], row["outputs"], strict=True)
         return [_pair(given, wanted, name, row) for given, wanted in pairs]
     return [_one(row, entry_point, name)]
@@ -94,10 +100,11 @@ def _one(test: Any, entry_point: str | None, name: str | None) -> Test:
         return _asserts(test, entry_point)
     if not isinstance(test, dict):
         raise _unknown(test)
-    given = next((test[key] for key in _INPUTS if key in test), None)
-    wanted = next((test[key] for key in _OUTPUTS if key in test), _unknown)
-    if wanted is _unknown:
+    if not any(key in test for key in _OUTPUTS):
         raise _unknown(test)
+    # Arrow gives every object of a column the keys of all others, with None.
+    given = next((test[key] for key in _INPUTS if test.get(key) is not None), None)
+    wanted = next((test[key] for key in _OUTPUTS if test.get(key) is not None), None)
     name = test.get("fn_name") or test.get("func_name") or name
     return _pair(given, wanted, name, test)
 
@@ -105,17 +112,29 @@ def _one(test: Any, entry_point: str | None, name: str | None) -> Test:
 def _pair(given: Any, wanted: Any, name: str | None, test: dict[str, Any]) -> Test:
     kind = test.get("type") or test.get("testtype")
     if name and kind not in _TEXT_TYPES:
-        return _call(name, given, wanted)
+        return _call(name, given, wanted, test)
     if kind in _CALL_TYPES:
         raise ValueError(f"code: a test of a function has no fn_name: {str(test)[:200]!r}")
+    if wanted is None:
+        raise ValueError(
+            "code: a test has no expected output, which a program that does nothing would pass: "
+            f"{str(test)[:200]!r}. Correct the dataset."
+        )
     return StdioTest(_text(given), _text(wanted))
 
 
-def _call(name: str, given: Any, wanted: Any) -> CallTest:
-    if isinstance(given, str):  # one argument a line, as LiveCodeBench has it
-        given = [json.loads(line) for line in given.splitlines() if line.strip()]
-        wanted = _from_json(wanted) if isinstance(wanted, str) else wanted
-    args = given if isinstance(given, list) else [given]
+def _call(name: str, given: Any, wanted: Any, test: dict[str, Any]) -> CallTest:
+    try:
+        if isinstance(given, str):  # one argument a line, as LiveCodeBench has it
+            given = [json.loads(line) for line in given.splitlines() if line.strip()]
+            wanted = _from_json(wanted) if isinstance(wanted, str) else wanted
+        args = given if isinstance(given, list) else [given]
+        json.dumps(args)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"code: arguments that are no JSON ({error}) in a row: {str(test)[:200]!r}. "
+            "Correct the dataset."
+        ) from None
     # APPS and TACO put a result into a list of one.
     unwrapped = [wanted[0]] if isinstance(wanted, list) and len(wanted) == 1 else []
     return CallTest(name, args, [wanted, *unwrapped])
@@ -145,7 +164,28 @@ def _asserts(code: str, entry_point: str | None) -> AssertTest:
         code = f"{code}\ncheck({entry_point})\n"
     elif not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
         raise ValueError(f"code: a test without any assert passes always: {code[:200]!r}")
+    elif not _free_names(tree):
+        raise ValueError(
+            f"code: a test that uses no name of the program says nothing of it: {code[:200]!r}. "
+            "Builtins and names that the test defines or imports are not the program's."
+        )
     return AssertTest(code)
+
+
+def _free_names(tree: ast.Module) -> set[str]:
+    """Names that are read and that neither Python nor the test itself has."""
+    used, own = set(), set(dir(builtins))
+    for node in ast.walk(tree):
+        match node:
+            case ast.Name(id=name, ctx=ast.Load()):
+                used.add(name)
+            case ast.Name(id=name) | ast.arg(arg=name) | ast.ExceptHandler(name=str(name)):
+                own.add(name)
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                own.add(name)
+            case ast.alias(name=name, asname=asname):
+                own.add(asname or name.partition(".")[0])
+    return used - own
 
 
 def _unknown(test: Any) -> ValueError:

@@ -179,6 +179,10 @@ FORGERIES = {
         "json.loads = lambda _: True\nsys.modules['tests'] = sys\ndef add(a, b): return 0"
     ),
     "no function": "x = 1",
+    "a number of 5,000 digits": (
+        "import os\nos.write(4, b'{\"value\": ' + b'9' * 5000 + b', \"args\": []}\\n')\n"
+        "def add(a, b): return 0"
+    ),
 }
 
 
@@ -187,6 +191,12 @@ FORGERIES = {
 def test_a_result_cannot_be_forged(code, name, tests):
     right = program("def add(a, b): return a + b")
     assert code([program(FORGERIES[name]), right], tests=[tests] * 2) == [0.0, 1.0]
+
+
+def test_an_integer_that_no_float_can_hold_is_wrong_where_a_float_is_expected(code):
+    tests = {"fn_name": "f", "inputs": [[1]], "outputs": [1.5]}
+    texts = [program("def f(x): return 10 ** 400"), program("def f(x): return 1.5")]
+    assert code(texts, tests=[tests] * 2) == [0.0, 1.0]
 
 
 def test_asserts_may_do_what_tests_do(code):
@@ -242,6 +252,12 @@ def test_reading_tests():
     ]
     assert read_tests(ADD_FUNCTION)[0] == CallTest("add", [1, 2], [3])
     assert read_tests("assert f(1)") == [AssertTest("assert f(1)")]
+    # Arrow's form of a list of objects with different keys.
+    filled = {"input": None, "stdin": "1", "output": None, "stdout": "3", "fn_name": None}
+    assert read_tests([filled]) == [StdioTest("1", "3")]
+    assert read_tests({"test_cases": None, "tests": [filled]}) == [StdioTest("1", "3")]
+    nothing = {"fn_name": "f", "input": [1], "output": None}
+    assert read_tests([nothing]) == [CallTest("f", [1], [None])]
 
 
 @pytest.mark.parametrize(
@@ -256,6 +272,13 @@ def test_reading_tests():
         (["f(1)"], "passes always"),
         (["def check(candidate):\n    assert candidate()"], "entry_point"),
         ([{"input": [1], "output": 1, "type": "function_call"}], "no fn_name"),
+        ([{"input": "1", "output": None}], r"no expected output.*'input': '1'"),
+        ({"inputs": ["1"], "outputs": [None]}, "no expected output"),
+        (["assert True"], "no name of the program"),
+        (["import math\nx = 1\nassert math.isclose(x, abs(x))"], "no name of the program"),
+        ({"inputs": ["1", "2"], "outputs": ["3"]}, "2 inputs but 1 outputs in a row: .*inputs"),
+        ({"fn_name": "f", "inputs": ["abc"], "outputs": [3]}, "arguments that are no JSON.*abc"),
+        ({"fn_name": "f", "inputs": [[b"a"]], "outputs": [3]}, "arguments that are no JSON.*b'a'"),
     ],
 )
 def test_rows_that_cannot_be_read_are_errors_and_not_a_0(code, row, message):
@@ -271,6 +294,13 @@ def test_rows_that_cannot_be_read_are_errors_and_not_a_0(code, row, message):
         ("```python\nprint(1)\n```\nor\n```python\nprint(3)\n```", 1.0),
         ("```\nprint(3)\n```", 1.0),
         ("```PY\nprint(3)\n```", 1.0),
+        ("```bash\npip install x\n```\nThen:\n```python\nprint(3)\n```", 1.0),
+        ("```python\nprint(3)\n```\nIt prints\n```text\n3\n```", 1.0),
+        ("```python\r\nprint(3)\r\n```", 1.0),
+        ("```python3.11\nprint(3)\n```", 1.0),
+        ("```Python 3\nprint(3)\n```", 1.0),
+        ("````python\nx = '''\n```\n'''\nprint(3)\n````", 1.0),
+        ("```pycon\nprint(3)\n```", 0.0),
         ("print(3)", 0.0),
         ("```python\nprint(3)", 0.0),
         ("<think>```python\nprint(3)\n```", 0.0),
