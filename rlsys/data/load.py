@@ -193,6 +193,8 @@ def _texts(prompts: list[Prompt]) -> set[tuple[int, ...]]:
 class _Row:
     """A row that is understood, on its way to become a prompt."""
 
+    number: int
+    """Within its dataset, which `where` need not be."""
     prompt_id: str
     where: str
     parsed: ParsedRow
@@ -265,7 +267,9 @@ def _read(source: Source, count: SourceCounts, problems: Problems, *, seed: int)
                 parsed = None
             else:
                 count.filtered += parsed is None
-            made = _Row(source.prompt_id(raw), source.where(raw), parsed, 0) if parsed else None
+            made = None
+            if parsed is not None:
+                made = _Row(raw.number, source.prompt_id(raw), source.where(raw), parsed, 0)
             rows[raw.number] = made
         else:
             made = rows[raw.number]
@@ -296,9 +300,9 @@ def _rendered(
                 problems.add(f"{row.where}: {token_ids}")
             else:
                 row.token_ids = token_ids
-    of_row = {row.where: row.token_ids for row in originals}
+    of_row = {row.number: row.token_ids for row in originals}
     for row in rows:
-        row.token_ids = of_row.get(row.where, [])
+        row.token_ids = of_row[row.number]
     return [row for row in rows if row.token_ids]
 
 
@@ -324,13 +328,13 @@ def _without_duplicates(
 ) -> list[_Row]:
     """The first row of each prompt; copies that `#ROWS` asks for stay with it."""
     kept = []
-    kept_rows: set[str] = set()
+    kept_rows: set[int] = set()
     for row in rows:
         text = tuple(row.token_ids)
         if text not in seen:
             seen.add(text)
-            kept_rows.add(row.where)
-        if row.where in kept_rows:
+            kept_rows.add(row.number)
+        if row.number in kept_rows:
             kept.append(row)
         else:
             count.duplicates += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,8 +86,9 @@ def _subset(
         ) from error
     if files:
         for path in _chosen(spec, files, evaluation):
+            name = os.path.relpath(path, spec.path.resolve())
             for row in read_file(path, max_row_mb=max_row_mb):
-                yield RawRow(row.number, f"{path.name}, {row.place}", row.content, row.problem)
+                yield RawRow(row.number, f"{name}, {row.place}", row.content, row.problem)
     else:
         yield from _rows(spec.text, _chosen(spec, splits, evaluation))
 

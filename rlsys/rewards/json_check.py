@@ -50,6 +50,9 @@ def fits(schema: str, completion: str) -> str:
         return "fits" if _validator(schema).is_valid(value) else "json"
     except Unresolvable as error:
         raise ValueError(_unresolvable(error.ref)) from None
+    except ArithmeticError:
+        # `multipleOf` of an integer too large for a float.
+        return "none"
 
 
 def _unresolvable(reference: str) -> str:

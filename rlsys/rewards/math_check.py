@@ -18,6 +18,8 @@ from sympy import Basic, Eq, Expr, N
 logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
 logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
 
+_log = logging.getLogger(__name__)
+
 _EQUAL_WITHIN = 1e-6  # as math-verify rounds
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _TEXT = re.compile(r"\\(?:text|mathrm|textbf|operatorname|mbox)\s*\{[^{}]*\}")
@@ -41,10 +43,18 @@ def is_same(gold: str, answer: str, marked: bool) -> bool:
             looks for one: LaTeX, "the answer is 4", or the last number.
         marked: which of the two.
     """
-    found = _read(answer, marked)
-    if not found or any(_contradicts_itself(value) for value in found):
+    right = _read(gold, True)
+    try:
+        found = _read(answer, marked)
+        if not found or any(_contradicts_itself(value) for value in found):
+            return False
+        return bool(verify(right, found, timeout_seconds=None))
+    except (RecursionError, MemoryError):
+        raise  # the helper ends, and starts anew for the next answer
+    except Exception:
+        # sympy raises errors of many kinds at what a model may write, and none may end a run.
+        _log.debug("an answer that cannot be compared: %.200r", answer, exc_info=True)
         return False
-    return bool(verify(_read(gold, True), found, timeout_seconds=None))
 
 
 @lru_cache(maxsize=1024)
@@ -63,6 +73,12 @@ def _contradicts_itself(value: Any) -> bool:
         isinstance(equation.lhs, Expr)
         and isinstance(equation.rhs, Expr)
         and not equation.free_symbols
-        and abs(N(equation.lhs - equation.rhs)) > _EQUAL_WITHIN
+        and not _is_zero(equation.lhs - equation.rhs)
         for equation in value.atoms(Eq)
     )
+
+
+def _is_zero(difference: Expr) -> bool:
+    size = abs(N(difference))
+    # Of `\infty = \infty` or `\frac00 = 3` it is NaN, which compares with nothing.
+    return size.is_finite is True and bool(size <= _EQUAL_WITHIN)

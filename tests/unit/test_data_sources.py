@@ -114,6 +114,22 @@ def test_json_in_a_folder_keeps_its_types_and_names_its_lines(tokenizer, tmp_pat
         load(tokenizer, str(tmp_path / "folder"))
 
 
+@pytest.mark.parametrize("rows", ["", "#8"])
+def test_two_files_of_one_name_in_a_folder_keep_their_own_rows(tokenizer, tmp_path, rows):
+    for part, texts in (("x", "ab"), ("y", "cd")):
+        written = [{"prompt": text, "is": text} for text in texts]
+        write_jsonl(tmp_path / "folder" / "train" / part / "part.jsonl", written)
+    prompts = load(tokenizer, f"{tmp_path / 'folder'}{rows}", deduplicate=True).train
+    assert sorted(p.columns["is"] for p in prompts) == sorted("abcd" * (2 if rows else 1))
+    for prompt in prompts:
+        words = tokenizer.decode(prompt.token_ids)
+        assert words == f"<s> [ user ] {prompt.columns['is']} [ assistant ]"
+    assert len({prompt.prompt_id for prompt in prompts}) == len(prompts)
+    write_jsonl(tmp_path / "folder" / "train" / "y" / "part.jsonl", [{"prompt": 3}])
+    with pytest.raises(ValueError, match=r"folder, train/y/part\.jsonl, line 1: expected a list"):
+        load(tokenizer, str(tmp_path / "folder"))
+
+
 def test_a_folder_has_splits_and_subsets(tokenizer, tmp_path):
     folder = tmp_path / "folder"
     for subset in "xy":

@@ -103,6 +103,30 @@ def test_huge_or_broken_answers_score_0(accuracy, completion):
     assert accuracy([completion], solution=["42"]) == [0.0]
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        (r"\infty", r"\infty = \infty"),
+        ("3", r"\frac{0}{0}=3"),
+        ("4", r"\frac10-\frac10=4"),
+        ("4", r"\infty = 4"),
+        ("1", r"\infty - \infty = 1 = 1"),
+    ],
+)
+def test_an_equation_of_what_is_no_number_scores_0(accuracy, gold, answer):
+    assert accuracy([rf"\boxed{{{answer}}}"], solution=[gold]) == [0.0]
+
+
+def test_an_answer_at_which_the_comparison_fails_is_wrong(monkeypatch):
+    from rlsys.rewards import math_check
+
+    def fail(*args, **kwargs):
+        raise TypeError("Invalid NaN comparison")
+
+    monkeypatch.setattr(math_check, "verify", fail)
+    assert math_check.check("3", "3", True) is False
+
+
 def test_what_never_ends_is_stopped_and_the_next_answer_is_right():
     accuracy = orms["accuracy"](time_limit_s=1.5)
     assert accuracy([r"\boxed{99999999!}", r"\boxed{3}"], solution=["3"] * 2) == [0.0, 1.0]

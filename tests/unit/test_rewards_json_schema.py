@@ -119,6 +119,12 @@ def test_a_pattern_that_backtracks_is_stopped():
     assert reward(['"' + "a" * 60 + 'b"', '"aa"']) == [0.0, 1.0]
 
 
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "1" + "0" * 308 + "1"])
+def test_a_number_beyond_all_floats_ends_no_run(number):
+    reward = orms["json_schema"](schema={"type": "number", "multipleOf": 0.01})
+    assert reward([number, "0.5"]) == [0.0, 1.0]
+
+
 @pytest.mark.parametrize("value", [-0.1, 1.0, 2])
 def test_other_json_may_not_pay_as_much_as_what_fits(value):
     with pytest.raises(ValueError, match="valid_json must be"):
