@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 from typing import Any, get_args
 
@@ -16,6 +17,8 @@ from rlsys.rewards.answers import (
 )
 from rlsys.rewards.base import ORM, register_reward
 from rlsys.rewards.bounded import BoundedCalls, Limit
+
+_log = logging.getLogger(__name__)
 
 MAX_LENGTH = 2000
 """Characters of an answer; what is longer is no answer."""
@@ -60,7 +63,11 @@ class Accuracy(ORM):
         answer: list[Any] | None = None,
         **columns: Any,
     ) -> list[float | None]:
-        """[G] 1.0, 0.0, or None where the row's own answer cannot be read."""
+        """[G] 1.0, 0.0, or None where the row's own answer cannot be read.
+
+        Raises:
+            ValueError: a row without an answer, or with an empty one.
+        """
         golds = reference("accuracy", solution, answer)
         return [
             self._score(completion, gold_answer(gold))
@@ -70,6 +77,12 @@ class Accuracy(ORM):
     def _score(self, completion: str, gold: str) -> float | None:
         if gold not in self._known_golds:
             self._known_golds[gold] = self._check(gold, None, True) is True
+            if not self._known_golds[gold]:
+                _log.warning(
+                    "accuracy: the right answer %.200r of a row cannot be read as mathematics: its "
+                    "completions are None (not applicable)",
+                    gold,
+                )
         if not self._known_golds[gold]:
             return None
         found, marked = self._find(completion)
@@ -94,7 +107,7 @@ def gold_answer(gold: Any) -> str:
     r"""The answer of a dataset's row, freed of `#### `, `<answer>`, `\boxed{}` or `$`.
 
     Raises:
-        ValueError: neither text nor number.
+        ValueError: neither text nor number, or empty.
     """
     if isinstance(gold, int | float) and not isinstance(gold, bool):
         return repr(gold)
@@ -108,8 +121,15 @@ def gold_answer(gold: Any) -> str:
     text = text if boxed is None else boxed
     bare = text[1:-1]
     if text[:1] == text[-1:] == "$" and "$" not in bare:
-        return bare.strip()
-    return _DOLLARS.sub("", text)
+        text = bare.strip()
+    else:
+        text = _DOLLARS.sub("", text)
+    if not text.strip("# "):
+        raise ValueError(
+            f"accuracy: the right answer of a row must not be empty, found {gold!r:.200}. Correct "
+            "the dataset."
+        )
+    return text
 
 
 def check_answer_format(reward: str, value: str) -> None:

@@ -21,9 +21,23 @@ from rlsys.rewards.bounded import BoundedCalls
 
 # A small letter only in parentheses: "the answer is a city" chooses nothing.
 _ANSWER_IS = re.compile(
-    r"(?i:\b(?:answer|choice|option)\b(?:\s+(?:is|would\s+be))?)\s*:?\s*[*_]{0,3}"
-    r"(?:\(([A-Za-z])\)|([A-Z])\b(?!['\u2019]))"
+    r"(?i:\b(?P<wrong>(?:wrong|incorrect|false|worst)\s+)?"
+    r"(?:answer|choice|option)\b(?:\s+(?:is|would\s+be))?)\s*:?\s*[*_]{0,3}"
+    r"(?:\((?P<small>[A-Za-z])\)|(?P<capital>[A-Z])\b(?!['\u2019]))"
 )
+_CHOICE = r"[*_$\[{]*(?:\(?[A-Za-z]\)|[A-Z]\b(?!['\u2019]))"
+# A letter that ends a list, and does not begin a sentence: "B, A is wrong" chooses B.
+_ENDS = r"(?=\s*(?:[.,:;)/&|*\]}]|$|(?:or|and)\b|[A-Z]\b))"
+_AND_ANOTHER = re.compile(
+    r"[)\]}*_$]*(?:"
+    rf"\.?\s*,?\s*(?:or\b|/|\|)\s*{_CHOICE}"
+    rf"|\.?\s*(?:[,;&+]\s*(?:and\b)?|and\b)\s*{_CHOICE}{_ENDS}"
+    r"|\.[A-Z]\b"
+    rf"|\s+{_CHOICE}{_ENDS})"
+)
+"""What follows a letter where several are named: "A or B", "(A) or (B)", "A, B and C"."""
+_AND_ANOTHER_ITEM = re.compile(r"[)\]}*_$]*[.:)]\s*\(?[A-Z]\b\s*(?:[.:)]|$)")
+_IS_WRONG = re.compile(r"[)*_.]*\s+(?:is|was)\s+(?:wrong|incorrect|false|not)\b", re.IGNORECASE)
 _BARE_CHOICE = re.compile(
     r"[\s(\[{*_$]*(?:\\text\s*\{\s*)?\(?([A-Z])\)?\}?[\s)\]}*_$]*(?:[.:)].*)?",
     re.IGNORECASE | re.DOTALL,
@@ -84,14 +98,30 @@ class MultipleChoice(ORM):
     def _choice(self, completion: str) -> str | None:
         marked = marked_answer(completion, self.answer_format)
         if marked is not None:
-            return _letter(marked)
+            return _only_letter(marked)
         text = after_thinking(completion)
         if self.answer_format != "any" or text is None or tagged_answers(text) != []:
             return None
-        named = {(one or other).upper() for one, other in _ANSWER_IS.findall(text)}
+        named = set()
+        for found in _ANSWER_IS.finditer(text):
+            if found["wrong"] or _IS_WRONG.match(text, found.end()):
+                continue
+            if _AND_ANOTHER.match(text, found.end()):
+                return None
+            named.add((found["small"] or found["capital"]).upper())
         if not named:
-            return _letter(text)
+            return _only_letter(text)
         return named.pop() if len(named) == 1 else None
+
+
+def _only_letter(text: str) -> str | None:
+    """`_letter` of a completion, where no other choice follows: not `A. or B.`, `A.B.C.D`."""
+    match = _BARE_CHOICE.fullmatch(text)
+    if match is None or any(
+        another.match(text, match.end(1)) for another in (_AND_ANOTHER, _AND_ANOTHER_ITEM)
+    ):
+        return None
+    return match[1].upper()
 
 
 def _letter(text: str) -> str | None:

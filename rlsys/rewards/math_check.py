@@ -13,6 +13,7 @@ from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 from sympy import Basic, Eq, Expr, N
+from sympy.core.function import AppliedUndef
 
 # They say, once each, that no time limit is set. It is: the helper's.
 logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
@@ -73,6 +74,7 @@ def _contradicts_itself(value: Any) -> bool:
         isinstance(equation.lhs, Expr)
         and isinstance(equation.rhs, Expr)
         and not equation.free_symbols
+        and not equation.atoms(AppliedUndef)  # as in `f(2) = 4`
         and not _is_zero(equation.lhs - equation.rhs)
         for equation in value.atoms(Eq)
     )

@@ -29,6 +29,7 @@ def accuracy():
         ("42", r"\boxed{\boxed{42}}"),
         ("42", r"\boxed{42.0}"),
         ("42", r"\boxed{x = 42}"),
+        ("42", r"\boxed{f(2) = 42}"),
         ("42", r"\boxed{40 + 2 = 42}"),
         (42, r"\boxed{42}"),
         (0.5, r"\boxed{\frac{1}{2}}"),
@@ -140,9 +141,19 @@ def test_it_works_in_a_thread_where_signals_do_not(accuracy):
     assert scores == [1.0]
 
 
-@pytest.mark.parametrize("gold", ["", "no idea", "???"])
-def test_a_row_that_cannot_be_read_does_not_apply(accuracy, gold):
-    assert accuracy(["<answer>1</answer>"], solution=[gold]) == [None]
+@pytest.mark.parametrize("gold", ["no idea", "???"])
+def test_a_row_that_cannot_be_read_does_not_apply_and_is_told_once(accuracy, gold, caplog):
+    for _ in range(2):
+        assert accuracy(["<answer>1</answer>"] * 2, solution=[gold] * 2) == [None, None]
+    assert [gold in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(
+    "gold", ["", "   ", "####", "so #### ", "$$", r"\boxed{}", "<answer></answer>"]
+)
+def test_an_empty_right_answer_is_an_error(accuracy, gold):
+    with pytest.raises(ValueError, match="right answer of a row must not be empty, found"):
+        accuracy([r"\boxed{1}"], solution=[gold])
 
 
 def test_only_the_place_that_was_asked_for_counts(accuracy):

@@ -60,6 +60,53 @@ def test_another_or_several_choices_score_0(completion):
     assert score("multiple_choice", completion, solution="B") == 0.0
 
 
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "The answer is A or B.",
+        "The answer is (A) or (B).",
+        "The answer is **A** or **B**.",
+        "The answer is A, B, C and D",
+        "The answer is A.B.C.D",
+        "The answer is A B C D",
+        "(A) or (B)",
+        "(a) or (b)",
+        "A) or B)",
+        "A, B, C and D",
+        "A. or B. or C.",
+        "A.B.C.D",
+        "A. B. C. D.",
+        "A/B",
+        "<answer>A. or B.</answer>",
+        r"\boxed{(A) or (B)}",
+        "The wrong choice is A.",
+        "The incorrect option: A",
+        "Option A is wrong.",
+    ],
+)
+def test_hedging_and_ruling_out_choose_nothing(completion):
+    assert score("multiple_choice", completion, solution="A") == 0.0
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        "The answer is B, A is wrong.",
+        "The answer is B. A, C and D are wrong.",
+        "The answer is B and I am sure.",
+        "Option A is wrong, so the answer is B.",
+        "The wrong choice is A. The answer is B.",
+        "B. Vitamin C.",
+        "B. Both A and C",
+        "(B) A city or a town",
+        "(B). It is the only one.",
+        "B) Paris or London",
+    ],
+)
+def test_other_letters_in_a_reason_or_in_the_text_of_a_choice_are_no_hedging(completion):
+    assert score("multiple_choice", completion, solution="B") == 1.0
+
+
 @pytest.mark.parametrize("text", ["The answer is a city", "Answer: a long story", "I'd say so"])
 def test_the_words_a_and_i_are_no_choices(text):
     assert score("multiple_choice", text, solution="A") == 0.0
