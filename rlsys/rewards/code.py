@@ -103,7 +103,7 @@ class Code(ORM):
         """[G] between 0 and 1.
 
         Raises:
-            ValueError: no column with tests, or a row whose tests cannot be read.
+            ValueError: no column with tests, or a row whose tests cannot be read or cannot run.
         """
         rows = next(
             (c for c in (tests, verification_info, input_output, test_list, test) if c is not None),
@@ -174,15 +174,25 @@ class Code(ORM):
             return False
 
     def _holds(self, program: str, test: AssertTest) -> bool:
-        """Run the test's code in one sandbox and the program in another, and carry the calls."""
+        """Run the test's code in one sandbox and the program in another, and carry the calls.
+
+        Raises:
+            ValueError: the test cannot run, whatever the program.
+        """
         with (
             self._sandbox.talk(program, "calls") as running,
             self._judge.talk(test.code, "asserts") as judge,
         ):
             while True:
                 line = judge.next_line()
-                if json.loads(line) == {"passed": True}:
-                    return True
+                said = json.loads(line)
+                if "broken" in said:
+                    raise ValueError(
+                        f"code: a test cannot run: {said['broken']}, in {test.code[:200]!r}. The "
+                        "sandbox has Python's standard library only; correct the dataset."
+                    )
+                if "passed" in said:
+                    return bool(said["passed"])
                 judge.send(running.ask(line))
 
 

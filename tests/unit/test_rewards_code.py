@@ -230,6 +230,42 @@ def apply(f, x): return x
     assert code([program(wrong)], test_list=[tests]) == [6 / 8]
 
 
+@pytest.mark.parametrize(
+    ("test", "reason"),
+    [
+        ("import numpy as np\nassert np.allclose(f(1), 1)", "ModuleNotFoundError.*numpy"),
+        ("import no_such\ndef check(candidate):\n    assert candidate(1)", "no_such"),
+        ("assert f(1) == 1\nfrom pytest import raises", "ModuleNotFoundError.*pytest"),
+        ("x = 1 / 0\nassert f(x) == 1", "ZeroDivisionError.*x = 1 / 0"),
+        ("raise SystemExit(0)\nassert f(1) == 1", "SystemExit"),
+    ],
+)
+def test_a_test_that_cannot_run_is_an_error_and_not_a_0(code, test, reason):
+    with pytest.raises(ValueError, match=f"(?s)cannot run: .*{reason}"):
+        code([program("def f(x): return x")], tests=[[test]], entry_point=["f"])
+    # The reward goes on to work.
+    assert code([program("def f(x): return x")], tests=["assert f(1) == 1"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def f(x): raise ImportError('numpy')",
+        "def f(x): import numpy",
+        "def f(x): raise SystemExit",
+        "def f(x): return None",
+        "def f(x): return 0",
+        "def f(x): return object()",
+        "import numpy",
+        "import os\nos.write(4, b'{\"broken\": 1}\\n' * 9)\ndef f(x): return [2]",
+    ],
+)
+def test_a_wrong_program_never_makes_a_test_look_broken(code, text):
+    test = "assert 1 / f(1)[0] == 1"
+    right = program("def f(x): return [x]")
+    assert code([program(text), right], tests=[[test]] * 2) == [0.0, 1.0]
+
+
 def test_humaneval_and_other_forms_of_tests(code):
     check = (
         "def check(candidate):\n    for i in range(5):\n        assert candidate(i, 1) == i + 1\n"

@@ -138,17 +138,28 @@ def _update(arg: Any, changed: Any) -> None:
 
 
 def run_asserts(text: str, replies: int, requests: int) -> None:
-    """In the tests' child: run the tests; the names they do not define are the program's."""
+    """In the tests' child: run the tests; the names they do not define are the program's.
+
+    The last line says `{"passed": true}`, `{"passed": false}`, or `{"broken": reason}`: the tests
+    cannot run, whatever the program. That is what they raise, other than by an assert, before they
+    asked the program for anything, and any failing import of theirs. What they raise later may be
+    what they make of a wrong value: None that is indexed, a division by a result of 0.
+    """
     lines, out = os.fdopen(replies), os.fdopen(requests, "w")
+    has_asked = False
+    raised_by_program: list[Exception] = []
 
     def ask(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal has_asked
+        has_asked = True
         out.write(json.dumps(request) + "\n")
         out.flush()
         reply = json.loads(lines.readline())
         if "raised" in reply:
             kind = getattr(builtins, str(reply["raised"]), Exception)
             is_exception = isinstance(kind, type) and issubclass(kind, Exception)
-            raise (kind if is_exception else Exception)(reply["message"])
+            raised_by_program.append((kind if is_exception else Exception)(reply["message"]))
+            raise raised_by_program[-1]
         return reply
 
     tree = ast.parse(text)
@@ -156,6 +167,13 @@ def run_asserts(text: str, replies: int, requests: int) -> None:
     loaded = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     names: dict[str, Any] = {"__name__": "tests"}
     names |= {name: _Remote(ask, {"name": name}) for name in loaded if not hasattr(builtins, name)}
-    exec(compile(tree, "tests.py", "exec"), names)
-    out.write(json.dumps({"passed": True}) + "\n")
+    verdict: dict[str, Any] = {"passed": True}
+    try:
+        exec(compile(tree, "tests.py", "exec"), names)
+    except BaseException as error:
+        verdict = {"passed": False}
+        own_import = isinstance(error, ImportError) and error not in raised_by_program
+        if own_import or not (has_asked or isinstance(error, AssertionError)):
+            verdict = {"broken": f"{type(error).__name__}: {error}"[:1000]}
+    out.write(json.dumps(verdict) + "\n")
     out.flush()
