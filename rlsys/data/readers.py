@@ -8,6 +8,7 @@ at once; what is wrong with a whole file is raised.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 from collections.abc import Iterable, Iterator
@@ -134,7 +135,7 @@ def _parse(content: bytes) -> Any:
     except UnicodeDecodeError as error:
         raise BadRow(_not_utf8(content, error.start)) from None
     try:
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
         place = f"column {error.colno}"
         if error.lineno > 1:
@@ -142,6 +143,10 @@ def _parse(content: bytes) -> Any:
         raise BadRow(f"not JSON: {error.msg} at {place}") from None
     except RecursionError:
         raise BadRow("not JSON that can be read: nested too deeply") from None
+    except BadRow:
+        raise
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise BadRow(f"not JSON that can be read: {error}") from None
     if b"\\ud" in content.lower():  # half of a pair of escapes is no character
         check_unicode(value)
     return value
@@ -149,6 +154,15 @@ def _parse(content: bytes) -> Any:
 
 def _no_constant(name: str) -> NoReturn:
     raise BadRow(f"not JSON: {name} is no JSON value; write null or a number")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise BadRow(f"not JSON of one meaning: an object has the key {twice!r} twice")
+    return found
 
 
 def check_unicode(value: Any) -> None:
@@ -189,6 +203,8 @@ def _read_csv(path: Path, limit: int) -> Iterator[RawRow]:
                 problem = f"has {len(cells)} cells, and the header {len(header)}"
             if not problem and not "".join(cells).isascii():
                 problem = _escaped_bytes(cells)
+            if not problem:
+                problem = _unnamed(header, cells)
             values: dict[str, Any] = {}
             if not problem:
                 values = {
@@ -197,7 +213,20 @@ def _read_csv(path: Path, limit: int) -> Iterator[RawRow]:
             yield RawRow(number, f"line {line}", values, problem)
 
 
+def _unnamed(header: list[str], cells: list[str]) -> str:
+    """A cell that no reward could be given; the first one may be the row's index from pandas."""
+    for number, (name, cell) in enumerate(zip(header, cells, strict=True), start=1):
+        if cell and not name and number > 1:
+            return f"has {cell!r:.40} in column {number}, which has no name in the header"
+    return ""
+
+
 def _header(path: Path, reader: Any) -> list[str]:
+    with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError(
+                f"{path} is not a text in UTF-8 (it looks like UTF-16); convert the file to UTF-8"
+            )
     try:
         header: list[str] = next(reader, [])
     except csv.Error as error:

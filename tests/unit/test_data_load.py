@@ -292,6 +292,16 @@ def test_a_long_list_of_bad_rows_is_cut(tokenizer, tmp_path):
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"line 1: is not .* UTF-8.*UTF-16"),
         ("a.jsonl", b'{"prompt": "\\ud83d"}', r"line 1: .*half of a surrogate pair"),
         ("a.jsonl", b"[" * 100_000, r"line 1: .*nested too deeply"),
+        ("a.jsonl", b'{"prompt": 1' + b"0" * 5_000 + b"}", r"a\.jsonl, line 1: not JSON that can"),
+        ("a.json", b'[{"prompt": 1' + b"0" * 5_000 + b"}]", r"a\.json: not JSON that can be read"),
+        ("a.jsonl", b'{"prompt": "a", "n": 1, "n": 2}', r"a\.jsonl, line 1: .* key 'n' twice"),
+        ("a.jsonl", b'{"prompt": "a", "n": {"m": 1, "m": 1}}', r"line 1: .* key 'm' twice"),
+        (
+            "a.csv",
+            b"prompt,,n\na,,1\na,b,1\n",
+            r"a\.csv, line 3: has 'b' in column 2, which has no",
+        ),
+        ("a.csv", "prompt,n\na,1\n".encode("utf-16"), r"a\.csv is not .* UTF-8 .*UTF-16"),
         ("a.parquet", b"text", r"a\.parquet is not a Parquet file"),
         ("a.arrow", b"text", r"a\.arrow is not an Arrow file"),
         ("a.csv", b"prompt,n\na\n", r"a\.csv, line 2: has 1 cells, and the header 2"),
@@ -306,6 +316,12 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load(tokenizer, str(tmp_path / name))
+
+
+def test_the_index_that_pandas_writes_is_no_column(tokenizer, tmp_path):
+    (tmp_path / "a.csv").write_text(",prompt,n\n0,a,1\n1,b,2\n")
+    data = load(tokenizer, str(tmp_path / "a.csv"))
+    assert [prompt.columns for prompt in data.train] == [{"n": "1"}, {"n": "2"}]
 
 
 def test_a_tokenizer_without_a_chat_template(tokenizer, tmp_path):
