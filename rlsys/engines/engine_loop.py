@@ -46,6 +46,8 @@ class EngineLoop:
         self._commands = SimpleQueue()
         self._on_end: dict[int, Callable[[Outcome], None]] = {}
         """Of what is being sampled, by group_id. Touched by the engine's thread alone."""
+        self._broken: Exception | None = None
+        """Why the engine cannot be used any more: a step failed, and could not be cleaned up."""
         built: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(build, built), name="rollout engine", daemon=True
@@ -57,11 +59,13 @@ class EngineLoop:
         """Begin to sample. `on_end` is called once a request, in the engine's thread.
 
         Whatever the engine raises, when it takes the requests or in a later step, is the outcome
-        of every group that it was working on.
+        of every group that it was working on. An engine that is broken for good raises that, here
+        and in every other call.
         """
 
         def add(engine: SteppedEngine) -> None:
             try:
+                self._check_usable()
                 engine.add(requests)
             except Exception as error:  # raised where the groups are waited for
                 for _ in requests:
@@ -75,6 +79,7 @@ class EngineLoop:
         """Give up groups; those that are finished already do not matter."""
 
         def abort(engine: SteppedEngine) -> None:
+            self._check_usable()
             running = [group_id for group_id in group_ids if group_id in self._on_end]
             engine.abort(running)
             for group_id in running:
@@ -84,7 +89,12 @@ class EngineLoop:
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
         """Call a method of the engine between two steps."""
-        return self._ask(lambda engine: getattr(engine, method)(*args, **kwargs))
+
+        def call(engine: SteppedEngine) -> Any:
+            self._check_usable()
+            return getattr(engine, method)(*args, **kwargs)
+
+        return self._ask(call)
 
     def close(self) -> None:
         """Let go of the engine and end its thread."""
@@ -96,6 +106,10 @@ class EngineLoop:
         self._commands.put((future, command))
         return future
 
+    def _check_usable(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+
     def _run(self, build: Callable[[], SteppedEngine], built: Future[None]) -> None:
         try:
             engine = build()
@@ -104,7 +118,7 @@ class EngineLoop:
             return
         built.set_result(None)
         while True:
-            while not (engine.has_work and self._commands.empty()):
+            while self._broken or not (engine.has_work and self._commands.empty()):
                 asked = self._commands.get()
                 if asked is None:
                     return
@@ -118,7 +132,10 @@ class EngineLoop:
             running, self._on_end = self._on_end, {}
             for on_end in running.values():
                 on_end(error)
-            engine.abort(running)
+            try:
+                engine.abort(running)
+            except Exception:  # less telling than why the step failed
+                self._broken = error
         else:
             for group in finished:
                 self._on_end.pop(group.group_id)(group)
@@ -127,6 +144,8 @@ class EngineLoop:
 def _answer(
     future: Future[Any], command: Callable[[SteppedEngine], Any], engine: SteppedEngine
 ) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         result = command(engine)
     except Exception as error:  # raised where the result is asked for

@@ -123,6 +123,30 @@ def test_a_broken_step_reaches_every_group_and_the_loop_goes_on(loop, engine):
     assert next_end(ends).group_id == 1
 
 
+def test_an_engine_that_is_broken_for_good_says_why_to_everybody(loop, engine, monkeypatch):
+    def abort(group_ids):
+        raise RuntimeError("out of memory again")
+
+    monkeypatch.setattr(engine, "abort", abort)
+    ends = sample(loop, 1)
+    engine.tokens.put("broken")
+    assert str(next_end(ends)) == "out of memory"
+    assert str(next_end(sample(loop, 3))) == "out of memory"
+    for asked in (loop.call("pause", True), loop.abort([1])):
+        with pytest.raises(RuntimeError, match=r"^out of memory$"):
+            asked.result(PATIENCE_S)
+
+
+def test_a_command_that_nobody_waits_for_any_more_is_passed_over(loop, engine):
+    ends = sample(loop, 1)  # whose step waits for its token
+    cancelled = loop.call("pause", True)
+    assert cancelled.cancel()
+    engine.tokens.put("a")
+    assert next_end(ends).group_id == 1
+    assert loop.call("pause", False).result(PATIENCE_S) == []
+    assert "pause" not in engine.log
+
+
 def test_requests_that_the_engine_refuses_reach_their_groups_alone(loop, engine):
     good, bad = sample(loop, 1), sample(loop, 0, 4)
     assert [str(next_end(bad)) for _ in range(2)] == ["no such prompt"] * 2
