@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -46,6 +47,9 @@ class StreamedPrompts:
         self.counts = [SourceCounts(source.spec.text) for source in sources]
         self.columns: dict[str, None] = {}
         """What every prompt has, None where its row has no such column."""
+        self.unsaveable: dict[str, str] = {}
+        """Columns that JSON cannot hold, and what to do: a checkpoint holds streamed prompts that
+        were begun and not trained on."""
         self.num_taken = 0
         self._epoch = 0
         self._num_given = 0  # rows of this epoch that left the buffer
@@ -132,7 +136,7 @@ class StreamedPrompts:
                     except BadRow as error:
                         bad.append(f"{source.where(raw)}: {error}")
                     else:
-                        self.columns.update(dict.fromkeys(parsed.columns if parsed else ()))
+                        self._note_columns(source, parsed.columns if parsed else {})
             except ValueError as error:
                 problems.add(error)
                 continue
@@ -141,6 +145,18 @@ class StreamedPrompts:
             of_all = source.problem_of_all_rows()
             for text in [of_all] if of_all is not None else bad:
                 problems.add(text)
+
+    def _note_columns(self, source: Source, columns: dict[str, Any]) -> None:
+        self.columns.update(dict.fromkeys(columns))
+        for name, value in columns.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                self.unsaveable[name] = (
+                    f"dataset {source.spec.text!r}: checkpoints cannot hold the column {name!r} of "
+                    f"streamed rows ({error}; it is of type {type(value).__name__}). Turn it into "
+                    "text or leave it out with a data.preprocessor, or do not set data.streaming"
+                )
 
     def _endless(self) -> Iterator[_Place]:
         while True:

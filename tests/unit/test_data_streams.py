@@ -2,16 +2,20 @@
 
 import json
 from collections import Counter
+from datetime import datetime
 
+import pyarrow
 import pytest
 from data_cases import load, word_tokenizer, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from tracking_cases import make_config
 
 from rlsys.data import load_prompts
 from rlsys.data.stream import make_prompt_stream
 from rlsys.difficulty import DifficultySampling
+from rlsys.launch import check_prompts
 from rlsys.prompt_source import MixedPrompts, PromptSource
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
 
@@ -226,3 +230,31 @@ def test_tables_stream_too(tokenizer, tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     stream = streamed(tokenizer, str(tmp_path / "a.parquet"), shuffle_buffer_size=3)
     assert sorted(p.columns["n"] for p in stream.take(8)) == list(range(8))
+
+
+@pytest.mark.parametrize("in_state", [True, False])
+def test_streamed_columns_that_no_checkpoint_can_hold_are_refused(tokenizer, tmp_path, in_state):
+    source = tmp_path / "rows.parquet"
+    when = datetime(2024, 1, 1)
+    parquet.write_table(
+        pyarrow.table({"prompt": ["a", "b"], "when": [when] * 2, "raw": [b"x"] * 2}), source
+    )
+    config = make_config(
+        tmp_path,
+        rollout={
+            "generation_batch_size": 4,
+            "num_generations": 2,
+            "max_staleness": 1 if in_state else 0,
+        },
+        checkpoint={"save_steps": 2},
+        reward={"reward_funcs": ["format"]},
+        data={"dataset": [str(source)], "streaming": True},
+    )
+    data = load_prompts(config.data, tokenizer, seed=0)
+    if not in_state:
+        check_prompts(config, data)
+        return
+    with pytest.raises(ValueError, match=r"rows\.parquet.*column 'when'.*datetime") as refused:
+        check_prompts(config, data)
+    assert "column 'raw'" in str(refused.value)
+    assert "type bytes" in str(refused.value)

@@ -68,6 +68,9 @@ def test_fewer_prompts_than_a_step_needs_names_the_numbers(tmp_path):
     with pytest.raises(ValueError, match=r"a step needs 8 prompts .* the training data has 7"):
         check_prompts(config, PromptData(prompts[:7], [], [7]))
     check_prompts(config, PromptData(prompts, [], [8]))
+    ahead = config.rollout.model_copy(update={"max_staleness": 1})
+    with pytest.raises(ValueError, match=r"8 prompts .* and 8 ahead .* training data has 8"):
+        check_prompts(config.model_copy(update={"rollout": ahead}), PromptData(prompts, [], [8]))
 
 
 def test_a_column_that_a_reward_needs_and_no_row_has_is_named_before_the_run(tmp_path):
