@@ -75,12 +75,13 @@ def _batch_problems(config: Config) -> Iterator[RuleProblem]:
             f"rollout.num_generations = {group}, so it is no whole number of prompts: use "
             f"{_near_multiples(completions, group)}",
         )
-    elif config.num_prompts < rollout.num_engines:
+    elif (prompts := config.num_prompts + config.num_prompts_ahead) < rollout.num_engines:
+        ahead = f" + {config.num_prompts_ahead} ahead" if config.num_prompts_ahead else ""
         yield RuleProblem(
             ("rollout.num_engines", "rollout.generation_batch_size", "rollout.num_generations"),
-            f"rollout.num_engines = {rollout.num_engines} is more than the {config.num_prompts} "
-            f"prompts a step (generation_batch_size {completions} / num_generations {group}), so "
-            f"some would idle: use at most {config.num_prompts} engines, or more prompts",
+            f"rollout.num_engines = {rollout.num_engines} is more than the {prompts} "
+            f"prompts a step (generation_batch_size {completions} / num_generations {group}"
+            f"{ahead}), so some would idle: use at most {prompts} engines, or more prompts",
         )
     step = config.global_batch_size
     if completions % step:

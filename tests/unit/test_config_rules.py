@@ -92,6 +92,10 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
         ({"data": {"val_dataset": ["v.jsonl"], "split_dataset_ratio": 0.1}}, ["both", "leave one"]),
         ({"rollout": {"num_engines": 5}}, ["5", "4 prompts", "at most 4"]),
         (
+            {"rollout": {"num_engines": 9, "max_staleness": 1}},
+            ["9", "8 prompts", "4 ahead", "at most 8"],
+        ),
+        (
             {"rollout": {"max_staleness": 1, "oversample_prompts": 0}},
             ["nothing to sample while the policy is updated", "leave oversample_prompts out"],
         ),
