@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 # Before Ray is imported, which reads some of the environment then.
@@ -74,7 +75,7 @@ def run(resolved: ResolvedConfig) -> None:
         stack.callback(tracker.close)
         stack.enter_context(ray_session())
         system = start_system(config, data, tracker)
-        stack.callback(system.rollouts.close)
+        stack.push(partial(_end_rollouts, system.rollouts))
         if resume_step is not None:
             checkpoint = run_dir.checkpoints / f"step-{resume_step}"
             system.policy.load_checkpoint(checkpoint)
@@ -98,6 +99,22 @@ def run(resolved: ResolvedConfig) -> None:
         )
         system.policy.save_model(run_dir.final)
         print(f"the trained model is in {run_dir.final}", flush=True)
+
+
+def _end_rollouts(
+    rollouts: Rollouts,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """Tell what failed beside the driver: it is why a run ended that did not end by itself."""
+    unheard = rollouts.close()
+    if unheard is None:
+        return
+    if isinstance(error, Exception):
+        raise unheard  # with `error` as its context
+    if error is None:
+        print(f"note: what was sampled beyond the last step failed: {unheard}", flush=True)
 
 
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
@@ -140,14 +157,23 @@ def check_prompts(config: Config, data: PromptData) -> None:
 
     Raises:
         ValueError: fewer prompts than a step needs; a column that a reward function needs and no
-            row has.
+            row has, or of streamed rows that no checkpoint can hold.
     """
-    if not config.data.streaming and len(data.train) < config.num_prompts:
+    ahead = config.num_prompts_ahead
+    if not config.data.streaming and len(data.train) < config.num_prompts + ahead:
+        needed, remedy = "", "lower generation_batch_size"
+        if ahead:
+            needed = f" and {ahead} ahead of it (rollout.oversample_prompts, max_staleness)"
+            remedy += ", oversample_prompts or max_staleness"
         raise ValueError(
             f"a step needs {config.num_prompts} prompts (rollout.generation_batch_size / "
-            f"rollout.num_generations), but the training data has {len(data.train)}. Give more "
-            "data or lower generation_batch_size."
+            f"rollout.num_generations){needed}, but the training data has {len(data.train)}. Give "
+            f"more data or {remedy}."
         )
+    if ahead and config.checkpoint.save_steps is not None:
+        unsaveable = [text for stream in data.streams for text in stream.unsaveable.values()]
+        if unsaveable:
+            raise ValueError("\n".join(unsaveable))
     reward = config.reward
     load_plugins(reward.external_plugins)
     missing = missing_columns(reward.reward_funcs, reward.reward_params, data.columns)

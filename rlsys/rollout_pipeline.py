@@ -52,6 +52,7 @@ class RolloutPipeline:
         """Never return these groups; engines stop sampling them."""
         self._wanted.difference_update(group_ids)
         self._engines.abort(group_ids)
+        self._note_idle()
 
     def wait(self, what: str, *, done: int, of: int) -> list[RolloutGroup]:
         """The groups that were scored since the last call, at least one.
@@ -87,31 +88,36 @@ class RolloutPipeline:
 
     def take_over(self) -> None:
         """End `go_on_alone`, and raise what was raised meanwhile."""
-        self.close()
-        if self._error is not None:
-            raise self._error
+        error = self.close()
+        if error is not None:
+            raise error
 
-    def close(self) -> None:
-        """End `go_on_alone`."""
+    def close(self) -> Exception | None:
+        """End `go_on_alone`; returns what was raised meanwhile, once."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
             self._thread = None
+        error, self._error = self._error, None
+        return error
 
     def _poll_until_stopped(self) -> None:
         try:
             while self._wanted and not self._stop.is_set():
                 self._poll(BACKGROUND_POLL_S)
-        except Exception as error:  # raised by `take_over`, in the driver's own thread
+        except Exception as error:  # `take_over` or `close` tell the driver's own thread
             self._error = error
+
+    def _note_idle(self) -> None:
+        if self._idle_since is None and not self._engines.num_pending:
+            self._idle_since = time.monotonic()
 
     def _poll(self, timeout_s: float) -> bool:
         """Move every group that is ready one place on; whether any had been sampled."""
         refs = [*self._engines.pending_refs(), *self._rewards.pending_refs()]
         ray.wait(refs, timeout=timeout_s)
         sampled, scored = self._engines.collect(), self._rewards.collect()
-        if self._idle_since is None and not self._engines.num_pending:
-            self._idle_since = time.monotonic()
+        self._note_idle()
         for group in sampled:
             if group.group_id in self._wanted:
                 self._rewards.submit(group)

@@ -84,23 +84,29 @@ class DrawPool:
         self._waiting.extendleft(reversed(again))
         return [ticket for ticket, _ in given_up]
 
-    def must_leave_room(
-        self, ticket: int, *, step: int, room: int, batch_size: int, max_staleness: int
+    def is_in_time(
+        self,
+        *,
+        step: int,
+        room: int,
+        batch_size: int,
+        max_staleness: int,
+        without: int | None = None,
     ) -> bool:
-        """Whether taking `ticket` into the batch of `step` would make another draw too stale.
+        """Whether no draw, other than the one `without`, has to become too stale.
 
         A draw that was begun with version v is to be in the batch of step v + 1 + max_staleness
         at the latest. The batch of `step` has `room` for so many draws, every later one has room
-        for `batch_size`. Taking is fine as long as those that are left can all be in time: for
-        every step t, no more of them are due by t than there is room up to t.
+        for `batch_size`. All can be in time if for every step t, no more of them are due by t
+        than there is room up to t.
         """
         due = sorted(
             draw.version + 1 + max_staleness
             for other, draw in self._begun.items()
-            if other != ticket
+            if other != without
         )
-        return any(
-            count > room - 1 + batch_size * (last_step - step)
+        return all(
+            count <= room + batch_size * (last_step - step)
             for count, last_step in enumerate(due, start=1)
         )
 
@@ -128,7 +134,16 @@ class DrawPool:
         return prompt.prompt_id if prompt.prompt_id in self._known else asdict(prompt)
 
     def _prompt(self, named: str | dict[str, Any]) -> Prompt:
-        return self._known[named] if isinstance(named, str) else Prompt(**named)
+        if not isinstance(named, str):
+            return Prompt(**named)
+        if named not in self._known:
+            raise ValueError(
+                f"the checkpoint has the prompt {named!r} still to be trained on, which the data "
+                "does not have: it is not what the run started with. Resume with the data and the "
+                "data section of that run, or start a new run from its weights: set model.path to "
+                "its model, and another output_dir."
+            )
+        return self._known[named]
 
 
 def sampling_seed(seed: int, *key: int) -> int:

@@ -73,6 +73,8 @@ class Rollouts:
         self._pool = DrawPool(prompts, known=training)
         self._finished: dict[int, RolloutGroup] = {}
         """Scored groups of the pool that are in no batch yet."""
+        self._scored_in_evaluation: list[RolloutGroup] = []
+        """Of the pool too; the next batch sorts them in."""
         self._validation = list(validation)
         self._tracker = tracker
         self._metrics: dict[str, float] = {}
@@ -87,9 +89,12 @@ class Rollouts:
         """Go on where the run with this state was; what was in flight is sampled again."""
         self._pool.load_state_dict(state)
 
-    def close(self) -> None:
-        """Stop looking after what is in flight; before Ray is shut down."""
-        self._pipeline.close()
+    def close(self) -> Exception | None:
+        """Stop looking after what is in flight; before Ray is shut down.
+
+        Returns what failed there since the last batch or evaluation, which nobody heard of.
+        """
+        return self._pipeline.close()
 
     def next_batch(self, step: int) -> list[RolloutGroup]:
         """The P scored groups of a step, in the order in which the stream gave their prompts.
@@ -106,9 +111,12 @@ class Rollouts:
         rollout, size = self._config.rollout, self._config.num_prompts
         resamples = rollout.max_resample_times * size if rollout.dynamic_sample else 0
         batch = _Batch(step, size, resamples)
-        self._begin(batch, size + self._config.num_prompts_ahead - len(self._pool))
+        self._begin(batch, self._num_wanted(step) - len(self._pool))
+        for group in self._scored_in_evaluation:
+            self._sort_in(batch, group)
+        self._scored_in_evaluation = []
         self._take_finished(batch)
-        while batch.room and len(self._pool) > len(self._finished):
+        while self._is_worth_waiting(batch):
             what = f"rollout of step {step}"
             for group in self._pipeline.wait(what, done=len(batch.taken), of=size):
                 self._sort_in(batch, group)
@@ -142,7 +150,7 @@ class Rollouts:
             what = f"evaluation after step {step}"
             for group in self._pipeline.wait(what, done=len(groups), of=len(asked)):
                 if group.group_id not in asked:
-                    self._finished[group.group_id] = group
+                    self._scored_in_evaluation.append(group)
                     continue
                 index = asked[group.group_id]
                 groups[index] = replace(group, group_id=index)
@@ -166,6 +174,31 @@ class Rollouts:
             for name, value in idle.items()
         }
         return self._metrics | idle | shares | self._prompts.metrics()
+
+    def _num_wanted(self, step: int) -> int:
+        """Draws to be begun or finished in `step`; what runs ahead ends with the last step."""
+        config = self._config
+        wanted = config.num_prompts + config.num_prompts_ahead
+        if config.rollout.max_staleness == 0:  # none of them outlives the step
+            return wanted
+        return min(wanted, config.num_prompts * max(1, config.max_steps - step + 1))
+
+    def _is_worth_waiting(self, batch: _Batch) -> bool:
+        """Whether the batch is not full, and is to be filled with what is in flight.
+
+        With the resamples used up, enough groups without variance fill it, unless a draw would
+        be too stale for the next step.
+        """
+        if not batch.room or len(self._pool) == len(self._finished):
+            return False
+        if batch.resamples_left or len(batch.flat) < batch.room:
+            return True
+        return not self._pool.is_in_time(
+            step=batch.step,
+            room=0,
+            batch_size=batch.size,
+            max_staleness=self._config.rollout.max_staleness,
+        )
 
     def _begin(self, batch: _Batch, n: int) -> None:
         """Have so many more prompts sampled, by the weights that the policy has now."""
@@ -214,10 +247,10 @@ class Rollouts:
         for ticket in sorted(self._finished, key=due):
             if not batch.room:
                 return
-            if max_staleness and self._pool.must_leave_room(
-                ticket,
+            if max_staleness and not self._pool.is_in_time(
+                without=ticket,
                 step=batch.step,
-                room=batch.room,
+                room=batch.room - 1,
                 batch_size=batch.size,
                 max_staleness=max_staleness,
             ):

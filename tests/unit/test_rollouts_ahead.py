@@ -13,6 +13,7 @@ from rollout_world import NEVER, World, enter, make_prompts, number_of
 
 from rlsys.actors.group import PhaseTimeout
 from rlsys.driver import train
+from rlsys.rollouts import is_flat
 from rlsys.types import UpdateOutput
 
 DATASET_SIZE = 2000
@@ -34,10 +35,15 @@ def build(tmp_path_factory):
         yield build
 
 
-def steps(world, rollouts, first, last, *, update_seconds=1.0):
-    """The batches of steps, with updates that take some time and weight syncs that take none."""
+def steps(world, rollouts, first, last, *, update_seconds=1.0, evaluated=()):
+    """The batches of steps, with updates that take some time and weight syncs that take none.
+
+    What is `evaluated` is so before the step of that number.
+    """
     for step in range(first, last + 1):
         world.publish(step - 1)
+        if step in evaluated:
+            rollouts.evaluate(step - 1)
         yield rollouts.next_batch(step)
         world.pass_seconds(update_seconds)
 
@@ -80,14 +86,18 @@ def worlds(draw):
     return world, num_prompts, rollout, draw(seconds)
 
 
-@given(worlds())
-def test_batches_are_full_and_fresh_and_no_prompt_is_lost_or_used_twice(build, drawn):
+@given(worlds(), st.sets(st.integers(1, 6)))
+def test_batches_are_full_and_fresh_and_no_prompt_is_lost_or_used_twice(build, drawn, evaluated):
     world, size, rollout, update_seconds = drawn
-    rollouts = build(world, num_prompts=size, **rollout)
+    validation = make_prompts(3, first=DATASET_SIZE)
+    rollouts = build(world, num_prompts=size, rollout=rollout, validation=validation)
     used = []
     for step, groups in enumerate(
-        steps(world, rollouts, 1, 6, update_seconds=update_seconds), start=1
+        steps(world, rollouts, 1, 6, update_seconds=update_seconds, evaluated=evaluated), start=1
     ):
+        flat = sum(is_flat(group) for group in groups)
+        if rollout["dynamic_sample"]:
+            assert flat == rollouts.metrics()["dynamic_sample/groups_without_variance"]
         assert len(groups) == size
         assert sorted(group.group_id for group in groups) == list(range(size))
         assert numbers(groups) == sorted(numbers(groups))
@@ -98,7 +108,7 @@ def test_batches_are_full_and_fresh_and_no_prompt_is_lost_or_used_twice(build, d
         assert metrics["idle/rollout_seconds"] >= 0.0
         assert 0.0 <= metrics["idle/rollout_frac"] <= 1.0 + 1e-9
         assert 0.0 <= metrics["idle/policy_frac"] <= 1.0 + 1e-9
-    splits = {"train": [], "filtered": []}
+    splits = {"train": [], "filtered": [], "eval": []}
     for _, _, group, _, split in world.tracker.completions:
         splits[split].append(number_of(group.prompt))
     assert sorted(splits["train"]) == sorted(used)
@@ -260,6 +270,39 @@ def test_an_evaluation_shares_the_engines_and_is_of_one_version(build):
     assert numbers(first + second) == [0, 1, 2, 3]
 
 
+def test_groups_without_variance_that_end_during_an_evaluation_are_replaced(build):
+    world = World(sampling=lambda n: 5.0 if n < 500 else 6.0, flat=lambda n: n % 2 == 1)
+    rollouts = build(
+        world,
+        num_prompts=2,
+        validation=make_prompts(2, first=500),
+        rollout={"max_staleness": 1, "dynamic_sample": True, "max_resample_times": 5},
+    )
+    for groups in steps(world, rollouts, 1, 4, evaluated=(2, 3)):
+        assert not any(is_flat(group) for group in groups)
+
+
+def test_nothing_is_begun_that_the_last_step_does_not_need(build):
+    world = World(sampling=lambda number: 1.0)
+    rollouts = build(world, num_prompts=4, rollout={"max_staleness": 4}, max_steps=3)
+    assert [len(groups) for groups in steps(world, rollouts, 1, 3)] == [4, 4, 4]
+    assert len(world.engines.requests) == 3 * 4
+
+
+def test_a_failure_that_nobody_came_back_for_is_handed_out_at_the_end_once(build):
+    world = World(sampling=lambda number: 5.0 if number < 2 else 10.0)
+    rollouts = build(world, num_prompts=2, max_staleness=1)
+    rollouts.next_batch(1)
+
+    def broken():
+        raise RuntimeError("rollout engine 0: device-side assert")
+
+    world.engines.collect = broken
+    world.pass_seconds(10.0)
+    assert str(rollouts.close()) == "rollout engine 0: device-side assert"
+    assert rollouts.close() is None
+
+
 def test_a_failure_while_the_driver_is_busy_is_raised_when_it_comes_back(build):
     world = World(sampling=lambda number: 5.0 if number < 2 else 10.0)
     rollouts = build(world, num_prompts=2, max_staleness=1)
@@ -300,6 +343,18 @@ def test_stragglers_are_given_up_and_come_first_in_the_next_step(build):
     assert rollouts.metrics()["rollout/groups_cut_off"] == 1.0
 
 
+def test_engines_whose_stragglers_were_given_up_count_as_idle(build):
+    world = World(sampling=lambda number: 4.0 if number % 4 == 3 else 1.0)
+    rollouts = build(world, num_prompts=3, oversample_prompts=1)
+    rollouts.next_batch(1)
+    world.pass_seconds(10.0)
+    world.publish(1)
+    metrics = rollouts.metrics()
+    assert metrics["rollout/groups_cut_off"] == 1.0
+    assert metrics["idle/policy_seconds"] == 1.0
+    assert metrics["idle/rollout_seconds"] == 10.0
+
+
 def test_stragglers_go_on_where_staleness_allows_it(build):
     world = World(sampling=lambda number: 3.5 if number == 1 else 1.0)
     rollouts = build(world, num_prompts=2, max_staleness=2, oversample_prompts=1)
@@ -336,6 +391,35 @@ def test_resampling_ends_and_says_so(build):
     assert metrics["dynamic_sample/groups_without_variance"] == 1.0
     assert metrics["dynamic_sample/groups_filtered"] == 4.0
     assert metrics["dynamic_sample/resample_times"] == 2.0
+
+
+def test_a_step_whose_resamples_are_used_up_waits_for_nothing_that_is_due_later(build):
+    world = World(
+        sampling=lambda number: 100.0 if number == 11 else 1.0, flat=lambda n: n not in (0, 11)
+    )
+    rollouts = build(
+        world,
+        num_prompts=2,
+        max_staleness=4,
+        dynamic_sample=True,
+        max_resample_times=1,
+        timeout_s=500.0,
+    )
+    start = world.now
+    assert numbers(rollouts.next_batch(1)) == [0, 1]
+    assert world.now - start < 3.0
+    assert rollouts.metrics()["dynamic_sample/groups_without_variance"] == 1.0
+    assert 11 in chain(*(numbers(groups) for groups in steps(world, rollouts, 2, 6)))
+
+
+def test_a_checkpoint_of_other_data_says_so(build):
+    world = World(sampling=lambda number: 1.0)
+    rollouts = build(world, num_prompts=2, max_staleness=1)
+    rollouts.next_batch(1)
+    state = rollouts.state_dict()
+    state["unused"][0]["prompt"] = "gone:7"
+    with pytest.raises(ValueError, match=r"'gone:7'.*not what the run started with"):
+        build(World(lambda number: 1.0), num_prompts=2, max_staleness=1).load_state_dict(state)
 
 
 def test_every_scored_group_is_observed_once_in_the_order_of_the_stream(build, monkeypatch):

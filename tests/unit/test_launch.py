@@ -1,0 +1,39 @@
+"""How a run ends whose rollouts failed while the driver was busy."""
+
+from contextlib import ExitStack
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+
+from rlsys.actors.group import ActorFailure
+from rlsys.launch import _end_rollouts
+
+
+def end_run(error, unheard):
+    with ExitStack() as stack:
+        stack.push(partial(_end_rollouts, SimpleNamespace(close=lambda: unheard)))
+        if error is not None:
+            raise error
+
+
+def test_what_failed_in_the_background_is_told_before_what_the_driver_stumbled_over():
+    stumbled = TimeoutError("rollout engine 0 did not answer")
+    with pytest.raises(ActorFailure, match="device-side assert") as raised:
+        end_run(stumbled, ActorFailure("rollout engine 0: device-side assert"))
+    assert raised.value.__context__ is stumbled
+
+
+def test_a_run_that_ended_well_only_notes_what_failed_beyond_its_last_step(capsys):
+    end_run(None, ActorFailure("device-side assert"))
+    assert "beyond the last step failed: device-side assert" in capsys.readouterr().out
+
+
+def test_an_interrupt_stays_one():
+    with pytest.raises(KeyboardInterrupt):
+        end_run(KeyboardInterrupt(), ActorFailure("rollout engine 0 died"))
+
+
+def test_other_ends_are_left_alone():
+    with pytest.raises(ValueError, match="no such file"):
+        end_run(ValueError("no such file"), None)
