@@ -114,6 +114,8 @@ class RolloutActors:
             for rank in range(rollout.num_engines)
         }
         self._streams: dict[ObjectRefGenerator, _Work] = {}
+        self._aborts: dict[ray.ObjectRef, str] = {}
+        """The engine that each unanswered `abort` went to."""
 
     def async_start(self) -> dict[str, ray.ObjectRef]:
         """Each engine's reference is ready when the engine is."""
@@ -145,7 +147,8 @@ class RolloutActors:
         for stream, work in list(self._streams.items()):
             given_up = work.pending.intersection(group_ids)
             if given_up:
-                self.actors[work.engine].abort.remote(sorted(given_up))
+                ref = self.actors[work.engine].abort.remote(sorted(given_up))
+                self._aborts[ref] = work.engine
                 self._keep(stream, replace(work, pending=work.pending - given_up))
 
     @property
@@ -162,8 +165,9 @@ class RolloutActors:
         """Groups that finished by now, without waiting.
 
         Raises:
-            ActorFailure: an engine raised, died, or lost groups.
+            ActorFailure: an engine raised, died, or lost groups; or it could not give up some.
         """
+        self._check_aborts()
         groups = []
         while self._streams:
             streams = list(self._streams)
@@ -174,6 +178,13 @@ class RolloutActors:
                 group = self._next_group(stream)
                 groups += [] if group is None else [group]
         return groups
+
+    def _check_aborts(self) -> None:
+        if not self._aborts:
+            return
+        done, _ = ray.wait(list(self._aborts), num_returns=len(self._aborts), timeout=0)
+        for ref in done:
+            get_one(ref, name=self._aborts.pop(ref), phase="giving up groups")
 
     def _next_group(self, stream: ObjectRefGenerator) -> RolloutGroup | None:
         """None when it has been given up while it was on its way."""
