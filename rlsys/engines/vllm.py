@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from pydantic import ValidationError
 from transformers import AutoTokenizer
@@ -18,19 +18,13 @@ from vllm.sampling_params import RequestOutputKind
 
 from rlsys.config import Config
 from rlsys.engines.hf_checkpoint import resolve_model_path
+from rlsys.engines.spans import Span, begin_span
 from rlsys.engines.stop_tokens import read_stop_token_ids
 from rlsys.engines.vllm_settings import engine_arguments
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.model_shape import read_model_shape
 from rlsys.types import Completion, FinishReason, Prompt, RolloutGroup, SampleRequest
 from rlsys.weight_sync.plan import TensorMeta
-
-
-class _Span(NamedTuple):
-    """The tokens of a completion that one weight version sampled, up to the next span."""
-
-    version: int
-    first_token: int
 
 
 @dataclass(slots=True)
@@ -40,12 +34,12 @@ class _Running:
     prompt: Prompt
     version: int
     """Of the weights when it was added."""
-    _spans: dict[int, list[_Span]] = field(default_factory=dict)
+    _spans: dict[int, list[Span]] = field(default_factory=dict)
     """Of the completions, by index, during which weights changed."""
 
-    def spans(self, index: int) -> list[_Span]:
+    def spans(self, index: int) -> list[Span]:
         """The weight versions of completion `index`, in order."""
-        return self._spans.setdefault(index, [_Span(self.version, 0)])
+        return self._spans.setdefault(index, [Span(self.version, 0)])
 
 
 class VLLMEngine:
@@ -199,10 +193,12 @@ class VLLMEngine:
         for state in self._llm.llm_engine.output_processor.request_states.values():
             running = self._running[int(state.external_req_id)]
             assert state.detokenizer is not None  # counts tokens, even where none are decoded
-            spans = running.spans(state.request_index)
-            if spans[-1].first_token == state.detokenizer.num_output_tokens():
-                spans.pop()  # not a token of it was sampled
-            spans.append(_Span(policy_version, state.detokenizer.num_output_tokens()))
+            begin_span(
+                running.spans(state.request_index),
+                policy_version,
+                num_tokens=state.detokenizer.num_output_tokens(),
+                keeps_kv=self._config.rollout.in_flight_kv == "keep",
+            )
 
     def _sampling_parameters(self, request: SampleRequest) -> SamplingParams:
         rollout = self._config.rollout
@@ -237,7 +233,7 @@ class VLLMEngine:
         ]
         return RolloutGroup(group_id=group_id, prompt=running.prompt, completions=completions)
 
-    def _completion(self, sampled: CompletionOutput, spans: list[_Span]) -> Completion:
+    def _completion(self, sampled: CompletionOutput, spans: list[Span]) -> Completion:
         assert isinstance(sampled.logprobs, FlatLogprobs)
         token_ids, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)
         assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
