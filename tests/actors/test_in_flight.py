@@ -10,6 +10,7 @@ from tiny_models import save_endless_qwen3
 from transformers import AutoModelForCausalLM
 
 from rlsys.actors import rollout
+from rlsys.actors.group import ActorFailure
 from rlsys.actors.rollout import RolloutActor, RolloutActors
 from rlsys.types import Prompt, SampleRequest
 from rlsys.weight_sync.publisher import WeightPublisher
@@ -31,6 +32,15 @@ class PeekingActor(RolloutActor):
         def change(engine):
             rollout = engine._config.rollout.model_copy(update={"in_flight_kv": value})
             engine._config = engine._config.model_copy(update={"rollout": rollout})
+
+        await asyncio.wrap_future(self._loop._ask(change))
+
+    async def break_abort(self):
+        def change(engine):
+            def abort(group_ids):
+                raise RuntimeError("nothing can be given up")
+
+            engine.abort = abort
 
         await asyncio.wrap_future(self._loop._ask(change))
 
@@ -150,3 +160,15 @@ def test_groups_that_are_given_up_leave_the_others_alone(engines, publisher):
     assert engines.num_pending == 1
     submit(engines, first_id=40)
     assert collect_all(engines).keys() == {31, 40, 41}
+
+
+def test_a_failure_to_give_up_groups_is_raised_where_others_are_waited_for(engines):
+    """The last test of these engines, which it breaks."""
+    (actor,) = engines.actors.values()
+    ray.get(actor.break_abort.remote())
+    submit(engines, first_id=50)
+    engines.abort([50])
+    with pytest.raises(
+        ActorFailure, match=r"failed in giving up groups: .*nothing can be given up"
+    ):
+        collect_all(engines)
