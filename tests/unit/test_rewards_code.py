@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -23,6 +24,12 @@ ADD_ASSERTS = ["assert add(1, 2) == 3", "assert add(10, -4) == 6"]
 @pytest.fixture(scope="module")
 def code():
     return orms["code"](time_limit_s=1.0)
+
+
+def _package_file() -> str:
+    """A file that was installed into the interpreter that runs the sandbox."""
+    folder = Path(sysconfig.get_paths(vars={"base": sys.base_prefix})["purelib"])
+    return str(next(folder.rglob("*.py"), folder))
 
 
 def program(text: str) -> str:
@@ -129,6 +136,10 @@ ATTEMPTS = {
     "tracing": "import ctypes, os; assert ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0",
     "a changed input": "import os; os.ftruncate(0, 0)",
     "other packages": "import rlsys",
+    "the list of packages": (
+        "import os, sysconfig; os.listdir(sysconfig.get_paths()['stdlib'] + '/site-packages')"
+    ),
+    "a file of a package": f"open({_package_file()!r})",
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import struct
 import sys
 import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # Syscall numbers of x86_64. What an interpreter needs to compute, to read files that Landlock
@@ -112,13 +113,27 @@ def _restrict_files(abi: int) -> None:
 
 
 def _readable() -> set[str]:
+    """Files and folders, with all that is in these, that programs may read.
+
+    Of the standard library's folder its children and not itself: other people's packages are in
+    there too.
+    """
     paths = sysconfig.get_paths()
+    packages = ("site-packages", "dist-packages")
+    standard = [
+        str(path)
+        for folder in {paths["stdlib"], paths["platstdlib"]}
+        for path in Path(folder).glob("*")
+        if path.name not in packages
+    ]
+    libdir = sysconfig.get_config_var("LIBDIR") or "/usr/lib"
+    # libpython, and what extension modules are linked with where Python brings it along.
+    interpreter = map(str, Path(libdir).glob("*.so*"))
     libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
     devices = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
     return {
-        paths["stdlib"],
-        paths["platstdlib"],
-        sysconfig.get_config_var("LIBDIR") or "/usr/lib",
+        *standard,
+        *interpreter,
         "/etc/ld.so.cache",
         "/usr/share/zoneinfo",
         *libraries,
