@@ -18,6 +18,7 @@ from rlsys.config import DataConfig, RewardConfig
 from rlsys.data.readers import BadRow, read_file
 from rlsys.data.rows import parse_row
 from rlsys.data.sources import Problems, open_sources
+from rlsys.registry import did_you_mean
 from rlsys.rewards import check_names_and_weights, load_plugins, settings_of
 from rlsys.rewards.local import LocalBackend
 from rlsys.rewards.pool import RewardPool
@@ -75,6 +76,12 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
     )
     load_plugins(options.plugins)
     check_names_and_weights(options.names, None)
+    for name in options.params:
+        if name not in options.names:
+            raise ValueError(
+                f"--params has settings for {name!r}, which is not tried."
+                f"{did_you_mean(name, options.names)} Tried: {', '.join(options.names)}"
+            )
     for name in options.names:
         settings_of(name, options.params.get(name, {}), {})
     groups = read_groups(options)
@@ -122,9 +129,10 @@ def read_groups(options: TryOptions) -> list[RolloutGroup]:
             row = raw.values()
             texts = _texts(row)
             prompt = _prompt_of(row, raw.number, prompts, places)
+            first, completions = found.setdefault(prompt.prompt_id, (prompt, []))
+            _check_same(first, prompt)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
-        _, completions = found.setdefault(prompt.prompt_id, (prompt, []))
         for text in texts:
             if options.limit is None or count < options.limit:
                 completions.append(_completion(text, row, tokenizer))
@@ -179,6 +187,26 @@ def _prompt_of(
             f"the dataset has no prompt_id {prompt_id!r}; its first is {next(iter(prompts))!r}"
         )
     return prompts[prompt_id]
+
+
+def _check_same(first: Prompt, second: Prompt) -> None:
+    """Whether rows of one prompt_id agree: all are scored with the columns of the first.
+
+    Raises:
+        ValueError: they do not.
+    """
+    earlier, later = ({"prompt": p.messages} | p.columns for p in (first, second))
+    differing = [
+        name
+        for name in earlier | later
+        # As text, because NaN is not equal to itself.
+        if repr(earlier.get(name)) != repr(later.get(name))
+    ]
+    if differing:
+        raise ValueError(
+            f"prompt_id {second.prompt_id!r} stood in an earlier row with another "
+            f"{', '.join(differing)}. Give each prompt an id of its own, or leave prompt_id out"
+        )
 
 
 def _own_prompt(values: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO
 _log = logging.getLogger(__name__)
 
 _START = "from rlsys.rewards.bounded import serve; serve()"
+_READY = b"ready\n"
 _OUT_OF_RESOURCES = (RecursionError, MemoryError)
 
 
@@ -37,8 +38,8 @@ class Limit(Enum):
 class BoundedCalls:
     """A function `module:name` that takes and returns JSON, called in a helper process.
 
-    The process starts at the first call and again after one that exceeded its limits. It ends
-    with this object or with the process that holds it.
+    The process starts, and imports what it needs, in the constructor, and again at the next call
+    after one that exceeded its limits. It ends with this object or with the process that holds it.
 
     Example:
         match = BoundedCalls("rlsys.rewards.regex_match:matches", cpu_limit_s=1.0)
@@ -56,6 +57,8 @@ class BoundedCalls:
         self.cpu_limit_s = cpu_limit_s
         self.memory_gib = memory_gib
         self._lock = threading.Lock()
+        # Not at the first call, whose time is limited: the imports may take seconds.
+        self._process = self._start()
 
     def __call__(self, *args: Any) -> Any:
         """The function's result, or `Limit.EXCEEDED`.
@@ -101,21 +104,29 @@ class BoundedCalls:
         process.communicate()
         self._process = None
         if process.returncode not in (-signal.SIGPROF, -signal.SIGKILL, -signal.SIGSEGV):
-            raise RuntimeError(
-                f"the helper process of {self.function} ended with code {process.returncode}; its "
-                "own words are in the log above"
-            )
+            raise self._ended(process)
         return None
 
     def _start(self) -> subprocess.Popen[bytes]:
         # What this process can import, the helper can: sys.path may be Ray's, not the shell's.
         path = os.pathsep.join(entry for entry in sys.path if entry)
         settings = json.dumps([self.function, self.cpu_limit_s, self.memory_gib])
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
+        )
+        assert process.stdout is not None
+        if process.stdout.readline() != _READY:
+            process.communicate()
+            raise self._ended(process)
+        return process
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> RuntimeError:
+        return RuntimeError(
+            f"the helper process of {self.function} ended with code {process.returncode}; its own "
+            "words are in the log above"
         )
 
 
@@ -131,8 +142,14 @@ def serve() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     module, _, name = function_name.partition(":")
     function = getattr(importlib.import_module(module), name)
-    for line in sys.stdin.buffer:
-        _answer(function, line, cpu_limit_s, replies)
+    try:
+        replies.write(_READY)
+        replies.flush()
+        for line in sys.stdin.buffer:
+            _answer(function, line, cpu_limit_s, replies)
+    except BrokenPipeError:
+        # The process that asked was killed. No ordinary exit, which would try to write once more.
+        os._exit(0)
 
 
 def _answer(

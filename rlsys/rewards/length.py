@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rlsys.rewards.base import ORM, orms, register_reward
+from rlsys.rewards.base import ORM, register_reward
+from rlsys.rewards.scoring import Reward
 
 
 @register_reward("cosine")
@@ -36,12 +37,23 @@ class Cosine(ORM):
             max_len_value_correct: of a right completion of T tokens.
             min_len_value_wrong: of a wrong completion without any tokens.
             max_len_value_wrong: of a wrong completion of T tokens.
-            correctness: the reward function that decides what is right: 1 or more.
+            correctness: the reward function that decides what is right: 1 or more. It gets its
+                default settings.
+
+        Raises:
+            ValueError: no tokens, or a correctness reward that is unknown, async or this one.
         """
         super().__init__()
         _positive("cosine", "max_completion_length", max_completion_length)
-        function = orms[correctness]
-        self._correctness: Any = function() if isinstance(function, type) else function
+        if correctness == "cosine":
+            raise ValueError("cosine: correctness must be another reward than cosine itself")
+        of_run = {"max_completion_length": max_completion_length}
+        self._correctness = Reward(correctness, of_run=of_run)
+        if self._correctness.is_async:
+            raise ValueError(
+                f"cosine: correctness must be a reward that is not async, and {correctness!r} is: "
+                "name another, or list both in reward.reward_funcs"
+            )
         self.max_completion_length = max_completion_length
         self.correct = (min_len_value_correct, max_len_value_correct)
         self.wrong = (min_len_value_wrong, max_len_value_wrong)
@@ -50,9 +62,10 @@ class Cosine(ORM):
         self, completions: list[str], completion_ids: list[list[int]], **columns: Any
     ) -> list[float | None]:
         """[G] between the smallest and the largest of the four values."""
-        verdicts = self._correctness(completions, completion_ids=completion_ids, **columns)
+        columns |= {"completions": completions, "completion_ids": completion_ids}
+        verdicts = self._correctness.score(columns)
         return [
-            None if verdict is None else self._value(verdict >= 1.0, len(token_ids))
+            None if math.isnan(verdict) else self._value(verdict >= 1.0, len(token_ids))
             for verdict, token_ids in zip(verdicts, completion_ids, strict=True)
         ]
 

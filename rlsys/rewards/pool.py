@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S = 300.0
 """For processes to start and reward classes to load what they need, a model perhaps."""
 MIN_ALONE_S = 1.0
-"""Least time that a completion gets when it is tried alone."""
+"""Least time that a completion gets when it is tried alone, after a function's first call."""
 MAX_ASYNC_TASKS = 256
 """Groups of completions that async functions work on at the same time."""
 ASYNC_GRACE_S = 5.0
@@ -122,6 +122,8 @@ class _Process:
     concurrent: bool
     parts: dict[Any, tuple[_Part, float]] = field(default_factory=dict)
     """Reference -> what runs, and until when on the clock of time.monotonic()."""
+    warm: set[str] = field(default_factory=set)
+    """Functions that returned values here: what they load at their first call is loaded."""
 
 
 class RewardPool:
@@ -130,8 +132,10 @@ class RewardPool:
     `submit` groups as they finish, wait for `pending_refs` together with whatever else may happen,
     and `collect` at least every second or so: it hands out tasks and kills what hangs.
 
-    A group takes `timeout_s` for each function and, if that fails, `timeout_s` once more, or one
-    second for each completion if that is longer, besides the time in which processes start.
+    A group takes `timeout_s` for each function and, if that fails, an equal share of it for each
+    completion, at least a second. A completion that is a function's first in a new process gets
+    `timeout_s`, so the bound is 1 + G times `timeout_s`, reached where each alone is killed,
+    besides the time in which processes start.
     """
 
     def __init__(self, config: RewardConfig, backend: Backend, *, max_steps: int = 0):
@@ -269,6 +273,8 @@ class RewardPool:
                 death = error
                 continue
             part, _ = process.parts.pop(reference)
+            if isinstance(outcome, Values):
+                process.warm.add(part.name)
             self._finish(part, outcome)
         if death is not None:
             self._died(process, "crashed", str(death))
@@ -301,6 +307,10 @@ class RewardPool:
             queue = self._waiting[process.concurrent]
             while queue and self._has_room(process, queue[0]):
                 part = queue.popleft()
+                if part.name not in process.warm:
+                    # A share may be less than what the function loads at its first call; and one
+                    # killed for that leaves the next completion a new process, to be killed too.
+                    part = replace(part, timeout_s=self._config.timeout_s)
                 reference = self._backend.score(process.handle, _task(part))
                 limit = part.timeout_s + (ASYNC_GRACE_S if process.concurrent else 0.0)
                 process.parts[reference] = (part, time.monotonic() + limit)
@@ -424,8 +434,8 @@ class RewardPool:
             return (
                 f"reward function {part.name!r} was killed after {part.timeout_s:g} s ({where}). "
                 f"reward.timeout_s = {self._config.timeout_s:g} s is for a group, an equal share "
-                "of it for one completion tried alone. Look for a loop without end or a wait "
-                "without limit in the function, or raise the limit."
+                "of it for one completion tried alone after the function's first call. Look for a "
+                "loop without end or a wait without limit in the function, or raise the limit."
             )
         return (
             f"{report}\nreward function {part.name!r} ended its process ({where}): a crash of C "

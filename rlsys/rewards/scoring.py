@@ -41,12 +41,12 @@ class Reward:
         self._call_settings = {} if isinstance(orms[name], type) else settings
         self.is_async = is_async(orms[name])
 
-    def score(self, columns: Mapping[str, Any], prompt_id: str) -> list[float]:
+    def score(self, columns: Mapping[str, Any], prompt_id: str | None = None) -> list[float]:
         """[G] its values, NaN for None. An async function is run to its end.
 
         Args:
             columns: as of `reward_columns`.
-            prompt_id: of the group, for error messages.
+            prompt_id: of the group, for error messages; None when their reader knows it.
 
         Raises:
             RewardError: the function raised (the cause is its exception), its signature does not
@@ -62,7 +62,9 @@ class Reward:
             raise self._raised(error, prompt_id) from error
         return self._checked(returned, len(columns["completions"]), prompt_id)
 
-    async def score_async(self, columns: Mapping[str, Any], prompt_id: str) -> list[float]:
+    async def score_async(
+        self, columns: Mapping[str, Any], prompt_id: str | None = None
+    ) -> list[float]:
         """`score` of an async function, in the running event loop."""
         args, kwargs = self._arguments(columns)
         try:
@@ -92,16 +94,18 @@ class Reward:
             ) from None
         return args, kwargs
 
-    def _raised(self, error: BaseException, prompt_id: str) -> RewardError:
+    def _raised(self, error: BaseException, prompt_id: str | None) -> RewardError:
         return RewardError(
-            f"reward function {self.name!r} raised {type(error).__name__} on prompt "
-            f"{prompt_id!r}: {error}"
+            f"reward function {self.name!r} raised {type(error).__name__}{_on(prompt_id)}: {error}"
         )
 
-    def _checked(self, returned: Any, num_completions: int, prompt_id: str) -> list[float]:
-        return checked(
-            returned, num_completions, f"reward function {self.name!r} on prompt {prompt_id!r}"
-        )
+    def _checked(self, returned: Any, num_completions: int, prompt_id: str | None) -> list[float]:
+        who = f"reward function {self.name!r}{_on(prompt_id)}"
+        return checked(returned, num_completions, who)
+
+
+def _on(prompt_id: str | None) -> str:
+    return "" if prompt_id is None else f" on prompt {prompt_id!r}"
 
 
 class RewardFunctions:

@@ -120,6 +120,7 @@ def test_columns_come_from_a_dataset(folder, capfd, by_id):
         ({"answer": "a"}, (), "c.jsonl, line 1: expected one of completion, completions, text"),
         ({"completion": 7}, (), "a completion should be a text, not 7"),
         ({"completion": "a"}, ("--params", "{mine: {bnous: 1}}"), "Did you mean 'bonus'"),
+        ({"completion": "a"}, ("--params", "{mien: {bonus: 1}}"), "Did you mean 'mine'"),
         ({"text": "a", "prompt_id": "x"}, ("--dataset", "d.jsonl"), "its first is 'd:1'"),
         ({"completion": "a"}, ("--limit", "0"), "holds no completions"),
     ],
@@ -132,6 +133,17 @@ def test_what_cannot_be_used_is_told_with_its_place(folder, capfd, row, words, m
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+def test_rows_of_one_prompt_id_must_agree(folder, capfd):
+    same = {"prompt": "Use it.", "prompt_id": "p", "completion": "a"}
+    rows = [same | {"nums": [2]}, same | {"nums": [2], "step": 7}, same | {"nums": [3]}]
+    words = ("rewards", "try", "mine", "--plugin", "mine.py", "--completions")
+    code, _, err = rlsys(capfd, *words, write_rows(folder / "c.jsonl", *rows))
+    assert code == 2
+    assert "line 3: prompt_id 'p' stood in an earlier row with another nums" in err
+    code, _, _ = rlsys(capfd, *words, write_rows(folder / "c.jsonl", *rows[:2]))
+    assert code == 0
 
 
 def test_a_missing_column_is_told(folder, capfd, caplog):

@@ -11,7 +11,7 @@ from trl.rewards import (
     get_soft_overlong_punishment,
 )
 
-from rlsys.rewards import ORM, orms
+from rlsys.rewards import ORM, orms, trl_style
 
 TOKENS = st.lists(st.integers(0, 3), max_size=40)
 
@@ -67,6 +67,32 @@ def test_cosine_is_ms_swifts_by_default(is_right):
     scores = reward(texts, completion_ids=ids)
     assert scores[:8] == pytest.approx([1, 0.75, 0.5, 0.5, -0.5, -0.25, 0, 0])
     assert scores[8] is None
+
+
+def test_cosine_calls_the_other_reward_as_a_run_does(monkeypatch):
+    def by_keyword(prompts, completions, **columns):
+        return [float(text in prompt) for prompt, text in zip(prompts, completions, strict=True)]
+
+    @trl_style
+    def as_trl(prompts, completions, **columns):
+        return [float(reply[-1]["content"] == "a") for reply in completions]
+
+    for name, function in (("by_keyword", by_keyword), ("as_trl", as_trl)):
+        monkeypatch.setitem(orms.data, name, function)
+        reward = orms["cosine"](max_completion_length=2, correctness=name)
+        scores = reward(["a", "b"], completion_ids=[[1, 1]] * 2, prompts=["a", "c"])
+        assert scores == pytest.approx([0.5, 0.0])
+
+
+def test_cosine_refuses_what_it_cannot_call(monkeypatch):
+    async def later(completions, **columns):
+        return [1.0] * len(completions)
+
+    monkeypatch.setitem(orms.data, "later", later)
+    with pytest.raises(ValueError, match="not async, and 'later' is"):
+        orms["cosine"](max_completion_length=9, correctness="later")
+    with pytest.raises(ValueError, match="another reward than cosine"):
+        orms["cosine"](max_completion_length=9, correctness="cosine")
 
 
 @given(st.integers(0, 200), st.integers(0, 200))

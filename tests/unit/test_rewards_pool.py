@@ -66,6 +66,17 @@ class Calls(ORM):
         self.seen += completions
         return [float(len(self.seen))] * len(completions)
 
+warm = []
+
+@register_reward("lazy")
+def lazy(completions, **columns):
+    if not warm:
+        time.sleep(1.5)  # an import, a connection
+        warm.append(1)
+    while "hang" in completions:
+        pass
+    return [1.0] * len(completions)
+
 together = 0
 
 @register_reward("waits")
@@ -284,6 +295,14 @@ def test_the_guard_of_memory_ends_with_its_process(start):
     pool.close()
     guard.wait(timeout=30)
     assert not guard.is_running()
+
+
+def test_the_first_call_in_a_new_process_has_all_the_time(start):
+    pool = start("lazy", timeout_s=4.0)
+    [group] = score(pool, group_of("a", "hang", *"bcdef"))
+    failures = [reward.failures for reward in group.rewards]
+    assert failures == [{}, {"lazy": "timeout"}, *[{}] * 5]
+    assert totals(group) == [1.0, 0.0, *[1.0] * 5]
 
 
 def test_nothing_is_left_when_a_start_fails(start, tmp_path):
