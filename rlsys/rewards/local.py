@@ -13,7 +13,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from rlsys.rewards.pool import ProcessDied
-from rlsys.rewards.runner import ProcessSettings, RewardRunner, Task
+from rlsys.rewards.runner import ProcessSettings, RewardRunner, Task, kill_group
 
 
 @dataclass(eq=False, slots=True)
@@ -76,6 +76,7 @@ class LocalBackend:
 
     def kill(self, process: Child) -> None:
         """End a process."""
+        kill_group(process.process.pid)
         process.process.kill()
         process.process.join()
         process.pipe.close()

@@ -1,9 +1,10 @@
-"""What runs inside a reward process: the reward functions, and a guard of its memory."""
+"""What runs inside a reward process: the reward functions, and its guard."""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -98,7 +99,8 @@ class RewardRunner:
             concurrent: Whether this is the process of the async functions. Each makes those that
                 it runs and no others: they may be large.
         """
-        self._guard = guard_memory(settings.max_memory_mb)
+        _lead_a_group()
+        self._guard = start_guard(settings.max_memory_mb)
         if Path(settings.directory).is_dir():
             os.chdir(settings.directory)
         try:
@@ -153,31 +155,59 @@ def report_of(error: ValueError) -> str:
     return "".join(traceback.format_exception(type(cause), cause, frames)) + f"\n{error}"
 
 
+def _lead_a_group() -> None:
+    """Make this process the leader of a group, so that what user code starts can end with it."""
+    if os.getpgrp() != os.getpid():  # Ray may have done it
+        os.setsid()
+
+
+def kill_group(pid: int | None) -> None:
+    """Kill a reward process and what it started, if it has come so far as to lead a group."""
+    try:
+        if pid is not None and os.getpgid(pid) == pid:
+            os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass  # it ended before; its guard sees to the rest
+
+
 _GUARD = """
 import os, signal, sys, time
-pid, limit = int(sys.argv[1]), int(sys.argv[2])
+pid, parent, limit = map(int, sys.argv[1:])
 page = os.sysconf("SC_PAGE_SIZE")
 while os.getppid() == pid:
     try:
         with open(f"/proc/{pid}/statm") as file:
             size = int(file.read().split()[1]) * page
+        with open(f"/proc/{pid}/stat") as file:
+            its_parent = int(file.read().rpartition(")")[2].split()[1])
     except OSError:
         break
     if size > limit:
         print(f"reward process {pid} was killed: it holds {size >> 20} MiB, more than "
               f"reward.max_memory_mb = {limit >> 20}", file=sys.stderr, flush=True)
-        os.kill(pid, signal.SIGKILL)
+        break
+    if its_parent != parent:
         break
     time.sleep(0.05)
+try:
+    os.killpg(pid, signal.SIGKILL)
+except ProcessLookupError:
+    pass
 """
 """Its own process, because code that never lets go of the interpreter stops every thread here."""
 
 
-def guard_memory(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
-    """Have this process killed when it holds more memory than that, on Linux.
+def start_guard(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
+    """Have the group of this process, its leader, killed when it holds more memory, on Linux.
+
+    Also when this process ends, for whatever reason, and when its parent does, which can no longer
+    kill it then.
 
     A limit of the address space would be simpler, but torch and others reserve far more than they
     use; and the kernel's own killer would take the process that is largest, the driver perhaps.
+
+    Args:
+        max_memory_mb: MiB that this process may hold, see `ProcessSettings`.
     """
     if not Path("/proc/self/statm").exists():
         return None
@@ -185,6 +215,8 @@ def guard_memory(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
     if max_memory_mb is None:
         machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         limit = int(machine * MEMORY_SHARE)
-    command = [sys.executable, "-S", "-E", "-c", _GUARD, str(os.getpid()), str(limit)]
-    # In its own session, so that a Ctrl-C does not reach it; it ends with this process.
+    assert os.getpgrp() == os.getpid(), "the guard kills the whole group"
+    numbers = [str(number) for number in (os.getpid(), os.getppid(), limit)]
+    command = [sys.executable, "-S", "-E", "-c", _GUARD, *numbers]
+    # In a session of its own, as it must outlive the group.
     return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)

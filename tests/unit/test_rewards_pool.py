@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import time
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,7 @@ from rlsys.rewards.runner import process_settings
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 PLUGIN = """
-import asyncio, ctypes, os, statistics, sys, time
+import asyncio, ctypes, os, statistics, subprocess, sys, time
 from rlsys.rewards import ORM, AsyncORM, register_reward
 
 def act(text):
@@ -76,6 +77,18 @@ def lazy(completions, **columns):
     while "hang" in completions:
         pass
     return [1.0] * len(completions)
+
+@register_reward("starts")
+def starts(completions, **columns):  # a program that outlives what waits for it
+    for text in completions:
+        with open(text.partition(" ")[2], "w") as file:
+            program = "import os, time; print(os.getpid(), flush=True); time.sleep(3600)"
+            child = subprocess.Popen([sys.executable, "-c", program], stdout=file)
+        if text.startswith("die"):
+            while not os.path.getsize(file.name):
+                pass
+            os._exit(3)
+        child.wait()
 
 together = 0
 
@@ -138,6 +151,14 @@ def score(pool: RewardPool, *groups: RolloutGroup) -> list[RolloutGroup]:
         pool.wait(0.2)
         scored += pool.collect()
     return sorted(scored, key=lambda group: group.group_id)
+
+
+def gone(pid: int) -> bool:
+    for _ in range(300):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie":
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def totals(group: RolloutGroup) -> list[float]:
@@ -303,6 +324,16 @@ def test_the_first_call_in_a_new_process_has_all_the_time(start):
     failures = [reward.failures for reward in group.rewards]
     assert failures == [{}, {"lazy": "timeout"}, *[{}] * 5]
     assert totals(group) == [1.0, 0.0, *[1.0] * 5]
+
+
+@pytest.mark.parametrize("end", ["die", "hang"])
+def test_what_a_function_started_ends_with_its_process(start, tmp_path, end):
+    pool = start("starts", timeout_s=3.0)
+    path = tmp_path / "pid"
+    [group] = score(pool, group_of(f"{end} {path}"))
+    assert list(group.rewards[0].failures) == ["starts"]
+    pid = int(path.read_text())
+    assert gone(pid)
 
 
 def test_nothing_is_left_when_a_start_fails(start, tmp_path):
