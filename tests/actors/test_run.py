@@ -198,7 +198,9 @@ def test_another_run_into_the_same_folder_is_refused_with_the_remedy(whole, caps
 
 
 def test_a_run_on_a_pipe_prints_lines_of_its_own_and_nothing_else(whole):
-    first, *lines, last = whole.log.splitlines()
+    train, validation, first, *lines, last = whole.log.splitlines()
+    assert train == "data: train.jsonl: 10 of 10 rows used"
+    assert validation == "data: validation.jsonl: 3 of 3 rows used"
     assert first == "starting on cpu: policy 1, rollout 1, reference 1, reward 1"
     for line in lines:
         assert re.match(r"(step \d/4|held-out after step \d) \|", line)
