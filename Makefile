@@ -1,6 +1,7 @@
 # make          set up the environment (does nothing when nothing changed)
 # make demo     watch a small language model learn the Countdown game, on CPU
 # make test     lint, types and tests
+# make test-all the same with the slowest tests: servers and whole runs of their own
 #
 # VENV=dir uses another environment, PYTHON=python3.12 another interpreter to create it with.
 
@@ -17,6 +18,9 @@ demo: setup
 	$(VENV)/bin/python examples/countdown/demo.py
 
 test: lint
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-all: lint
 	$(VENV)/bin/python -m pytest
 
 lint: setup
@@ -31,4 +35,4 @@ clean:
 distclean: clean
 	rm -rf $(VENV) *.egg-info
 
-.PHONY: setup demo test lint clean distclean
+.PHONY: setup demo test test-all lint clean distclean

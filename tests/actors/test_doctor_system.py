@@ -16,6 +16,7 @@ def test_the_environment_of_the_tests_can_run():
 
 
 @pytest.mark.system
+@pytest.mark.slow
 def test_the_canary_finds_nothing_in_a_healthy_system(tmp_path, starter_model):
     write_run_files(tmp_path, starter_model)
     command = [sys.executable, "-m", "rlsys.cli", "doctor", "--canary", "run.yaml"]

@@ -14,7 +14,7 @@ import pytest
 from rlsys.rewards import orms
 from rlsys.rewards.judge import JudgeError
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -249,6 +249,7 @@ def test_ctrl_c_ends_a_run_quietly(whole, start):
     assert run.out.has_ended()
 
 
+@pytest.mark.slow
 def test_a_killed_engine_ends_a_parallel_run_and_is_named_last(start):
     """Two policy ranks, two rollout engines and no reference, which beta = 0 does without."""
     run = start(

@@ -10,7 +10,7 @@ from run_cases import NUM_PROMPTS, G, RunProcess, write_run_files
 
 from rlsys.tracking.jsonl import read_jsonl
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 MAX_STALENESS = 1
 NUM_ROWS = 100
