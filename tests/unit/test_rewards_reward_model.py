@@ -138,7 +138,8 @@ def test_there_is_one_copy_however_many_workers(path, monkeypatch):
     made = {}
     for concurrent in (False, True):
         runner = RewardRunner()
-        monkeypatch.setattr("rlsys.rewards.runner.guard_memory", lambda limit: None)
+        monkeypatch.setattr("rlsys.rewards.runner.start_guard", lambda limit: None)
+        monkeypatch.setattr("rlsys.rewards.runner._lead_a_group", lambda: None)
         assert runner.start(settings, concurrent=concurrent) is None
         made[concurrent] = list(runner._rewards)
     assert made == {False: ["format"], True: ["reward_model"]}
