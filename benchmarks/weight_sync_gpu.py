@@ -27,7 +27,7 @@ from rlsys.actors.policy import PolicyActors, PolicyRank
 from rlsys.actors.rollout import RolloutActor, RolloutActors
 from rlsys.algo.batching import build_train_batch
 from rlsys.config import Config
-from rlsys.types import Prompt
+from rlsys.types import Prompt, SampleRequest
 from rlsys.weight_sync.checksum import as_numbers, checksum
 from rlsys.weight_sync.publisher import WeightPublisher
 
@@ -67,17 +67,17 @@ class ChangingRank(PolicyRank):
 class OpenActor(RolloutActor):
     """A rollout actor that tells what its parameters hold, and how long they took."""
 
-    def update_weights(self):
+    async def update_weights(self):
         start = time.perf_counter()
-        received = super().update_weights()
+        received = await super().update_weights()
         self.receive_seconds = time.perf_counter() - start
         return received
 
-    def seconds_of_receive(self):
+    async def seconds_of_receive(self):
         return self.receive_seconds
 
-    def ask_workers(self, method):
-        return self._engine._llm.collective_rpc(method)
+    async def ask_workers(self, method):
+        return await self._call("ask_workers", method)
 
 
 def main():
@@ -152,7 +152,8 @@ def syncs(policy, engines, section, repeats):
 def logp_difference(policy, engines, config):
     """Mean |log-prob| difference of completions sampled with the synced weights, in nats."""
     prompts = [Prompt(str(i), [], [2 + i, 5, 7 + i], {}) for i in range(config.num_prompts)]
-    engines.submit(prompts, step=1, num_generations=config.rollout.num_generations, temperature=1.0)
+    each = config.rollout.num_generations
+    engines.submit([SampleRequest(i, p, each, 1.0, seed=i) for i, p in enumerate(prompts)])
     groups = []
     while len(groups) < len(prompts):
         ray.wait(engines.pending_refs(), timeout=60)

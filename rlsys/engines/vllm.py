@@ -151,6 +151,10 @@ class VLLMEngine:
         self._llm.update_weights({"update_info": {}})
         return self._llm.collective_rpc("received_checksums")
 
+    def ask_workers(self, method: str) -> list[Any]:
+        """What a method of WeightSyncWorkerExtension returns on every worker."""
+        return self._llm.collective_rpc(method)
+
     def finish_weight_update(self, policy_version: int) -> int:
         """Sample with the new weights from now on; returns the version now held.
 

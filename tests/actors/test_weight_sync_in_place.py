@@ -22,8 +22,8 @@ class UnpackedActor(ReloadingActor):
         _custom_ops._supports_onednn = False
         super().__init__(*args)
 
-    def loads_in_place(self):
-        return self._engine._llm.collective_rpc("loads_in_place")
+    async def loads_in_place(self):
+        return await self._call("ask_workers", "loads_in_place")
 
 
 @pytest.fixture(scope="module")
