@@ -194,6 +194,7 @@ def _draw_differences(axes: Axes, series: dict[str, Series]) -> None:
         ("kl", "-", "to the reference (kl)"),
         ("sampling/logp_difference/mean", "--", "to the rollout engine, mean"),
         ("sampling/logp_difference/max", ":", "to the rollout engine, max"),
+        ("sampling/kl", "-.", "to the rollout engine (k3 KL)"),
     ]
     positive = False
     for color, (name, style, label) in zip(COLORS, curves, strict=False):

@@ -77,6 +77,7 @@ DRIVER_METRICS: dict[str, float] = {
     "epoch": 0.12,
     "sampling/logp_difference/mean": 0.0021,
     "sampling/logp_difference/max": 0.4,
+    "sampling/kl": 0.0002,
     "rollout/tokens_per_second": 1175.0,
     "time/rollout": 200.0,
     "time/policy_update": 80.0,
