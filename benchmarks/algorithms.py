@@ -28,7 +28,7 @@ from rlsys.tracking.jsonl import read_jsonl
 COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
 sys.path.insert(0, str(COUNTDOWN))
 from demo import NUM_TRAIN, warm_started_model  # noqa: E402
-from problems import generate_problems, write_jsonl  # noqa: E402
+from problems import generate_problems, write_problems  # noqa: E402
 
 NUM_HELD_OUT = 512
 WARM_START_SEED = 0
@@ -59,11 +59,11 @@ def main():
     machine = describe_machine()
     data = arguments.runs / "countdown-data"
     train, held_out = data / "train.jsonl", data / f"validation-{NUM_HELD_OUT}.jsonl"
-    write_jsonl(train, generate_problems(NUM_TRAIN, seed=0))
-    write_jsonl(held_out, generate_problems(NUM_HELD_OUT, seed=0, held_out=True))
+    write_problems(train, generate_problems(NUM_TRAIN, seed=0))
+    write_problems(held_out, generate_problems(NUM_HELD_OUT, seed=0, held_out=True))
     console = Console(stderr=True)
     if not (data / "validation.jsonl").exists():  # by which the warm start knows when to end
-        write_jsonl(data / "validation.jsonl", generate_problems(256, seed=0, held_out=True))
+        write_problems(data / "validation.jsonl", generate_problems(256, seed=0, held_out=True))
     model = warm_started_model(arguments.runs, data, WARM_START_SEED, console)
     common = {
         "model.path": model,

@@ -28,7 +28,7 @@ from rlsys.tracking.jsonl import read_jsonl
 
 COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
 sys.path.insert(0, str(COUNTDOWN))
-from problems import generate_problems, write_jsonl  # noqa: E402
+from problems import generate_problems, write_problems  # noqa: E402
 from starter_model import write_starter_model  # noqa: E402
 
 ACTORS = {"policy": "PolicyRank", "rollout engine": "RolloutActor", "reward worker": "RewardWorker"}
@@ -75,7 +75,7 @@ def main():
 
 def prepare(folder, max_steps):
     """Data and model; returns the options of `rlsys grpo` that name them."""
-    write_jsonl(folder / "train.jsonl", generate_problems(NUM_PROBLEMS, seed=0))
+    write_problems(folder / "train.jsonl", generate_problems(NUM_PROBLEMS, seed=0))
     write_starter_model(folder / "model", seed=0)
     return [
         *("--output_dir", str(folder / "run")),

@@ -27,7 +27,7 @@ from rlsys.launch import START_TIMEOUT_S, load_data, ray_session, start_system
 from rlsys.tracking import Tracker
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "countdown"))
-from problems import generate_problems, write_jsonl
+from problems import generate_problems, write_problems
 from starter_model import write_starter_model
 
 
@@ -45,7 +45,7 @@ def main():
         if model is None:
             model = Path(folder) / "starter"
             write_starter_model(model, seed=0)
-        write_jsonl(Path(folder) / "train.jsonl", generate_problems(64, seed=0))
+        write_problems(Path(folder) / "train.jsonl", generate_problems(64, seed=0))
         config = make_config(Path(folder), model)
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON
             result = {"model": model.name, **measure(config)}

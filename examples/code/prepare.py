@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rlsys.data.jsonl import write_jsonl
 
 DATASET = "google-research-datasets/mbpp"
 INSTRUCTION = "Put the program into one ```python block."
@@ -169,16 +170,6 @@ def download(split: str) -> list[dict[str, Any]]:
     return rows
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write `rows`; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line: write train.jsonl and validation.jsonl."""
     parser = argparse.ArgumentParser(description="Write programming tasks as JSONL.")
@@ -197,8 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         splits = {"train": download("train"), "validation": download("validation")}
     for name, rows in splits.items():
         path = args.out / f"{name}.jsonl"
-        write_jsonl(path, rows)
-        print(f"{path}: {len(rows)} tasks")
+        print(f"{path}: {write_jsonl(path, rows)} tasks")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from problems import generate_problems, write_jsonl
+from problems import generate_problems, write_problems
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -47,8 +47,8 @@ def main() -> int:
     data = args.runs / "countdown-data"
     if not (data / "validation.jsonl").exists():
         held_out = generate_problems(NUM_HELD_OUT, seed=0, held_out=True)
-        write_jsonl(data / "train.jsonl", generate_problems(NUM_TRAIN, seed=0))
-        write_jsonl(data / "validation.jsonl", held_out)
+        write_problems(data / "train.jsonl", generate_problems(NUM_TRAIN, seed=0))
+        write_problems(data / "validation.jsonl", held_out)
     model = warm_started_model(args.runs, data, args.seed, console)
     run = RunDir(_new_folder(args.runs / f"countdown-demo-seed{args.seed}"))
     console.rule(f"GRPO -> {run.path}")

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import operator
-import os
 import random
 import sys
 from collections.abc import Iterable, Sequence
@@ -23,6 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rlsys.data.jsonl import write_jsonl
 
 PROMPT = (
     "Using the numbers {nums}, create an equation that equals {target}. You can use + - * / and "
@@ -140,14 +140,9 @@ def with_examples(
     return [row | {"messages": [*turns, *row["messages"]]} for row in rows]
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write the data columns of `rows`; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("w") as file:
-        for row in rows:
-            file.write(json.dumps({name: row[name] for name in COLUMNS}) + "\n")
-    unfinished.replace(path)
+def write_problems(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write the data columns of `rows`, as `write_jsonl` does."""
+    return write_jsonl(path, ({name: row[name] for name in COLUMNS} for row in rows))
 
 
 def _check(n: int, numbers: int, max_number: int, max_target: int, operations: str) -> None:
@@ -237,8 +232,7 @@ def main(argv: list[str] | None = None) -> int:
         examples, train = train[: args.examples], train[args.examples :]
         for name, rows in (("train", train), ("validation", draw(args.validation, held_out=True))):
             path = args.out / f"{name}.jsonl"
-            write_jsonl(path, with_examples(rows, examples))
-            print(f"{path}: {len(rows)} problems")
+            print(f"{path}: {write_problems(path, with_examples(rows, examples))} problems")
     except ValueError as error:
         parser.error(str(error))
     return 0

@@ -11,14 +11,14 @@ decides which problems are held out, as in problems.py.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from problems import PROMPT, generate_problems, is_held_out
+
+from rlsys.data.jsonl import write_jsonl
 
 DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 MIN_TARGET = 10
@@ -69,16 +69,6 @@ def download(train: int, validation: int) -> Iterator[tuple[str, dict[str, Any]]
             return
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write `rows`; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("w") as file:
-        for row in rows:
-            file.write(json.dumps(row) + "\n")
-    unfinished.replace(path)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line: write train.jsonl and validation.jsonl."""
     parser = argparse.ArgumentParser(description="Write Countdown problems of 3 to 4 numbers.")
@@ -99,8 +89,7 @@ def main(argv: list[str] | None = None) -> None:
             splits[split].append(row)
     for name, rows in splits.items():
         path = args.out / f"{name}.jsonl"
-        write_jsonl(path, rows)
-        print(f"{path}: {len(rows)} problems")
+        print(f"{path}: {write_jsonl(path, rows)} problems")
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import os
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from rlsys.data.jsonl import write_jsonl
 
 DATASET = "openai/gsm8k"
 INSTRUCTION = "Think step by step, then give the final answer as a number in \\boxed{}."
@@ -105,19 +105,6 @@ def download(split: str) -> Iterator[dict]:
 
     for row in datasets.load_dataset(DATASET, "main", split=split):
         yield as_row(row["question"], row["answer"])
-
-
-def write_jsonl(path: Path, rows: Iterable[dict]) -> int:
-    """Write `rows`; the file appears whole or not at all. Returns how many there were."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    count = 0
-    with unfinished.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    unfinished.replace(path)
-    return count
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from rlsys.data.jsonl import write_jsonl
 
 DATASET = "NousResearch/json-mode-eval"
 INSTRUCTION = "Answer with one JSON object that fits the schema, and with nothing else."
@@ -128,16 +128,6 @@ def is_held_out(content: str) -> bool:
     return int.from_bytes(digest) % HELD_OUT_SHARE == 0
 
 
-def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write `rows`; the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    unfinished.replace(path)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Command line: write train.jsonl and validation.jsonl."""
     parser = argparse.ArgumentParser(description="Write texts to turn into JSON as JSONL.")
@@ -157,8 +147,7 @@ def main(argv: list[str] | None = None) -> None:
         validation = [row for row, held in zip(rows, held_out, strict=True) if held]
     for name, rows in (("train", train), ("validation", validation)):
         path = args.out / f"{name}.jsonl"
-        write_jsonl(path, rows)
-        print(f"{path}: {len(rows)} texts")
+        print(f"{path}: {write_jsonl(path, rows)} texts")
 
 
 if __name__ == "__main__":

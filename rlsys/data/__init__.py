@@ -13,6 +13,7 @@
     checks       a quick look, for `rlsys explain` and before a run
     usage        which reward functions ask for which columns
     preview      `rlsys data preview`
+    jsonl        rows to a file, for the data preparation of examples
 
 docs/data.md is for users.
 """
