@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 
 from rlsys.config import DataConfig
-from rlsys.data.readers import BadRow
 from rlsys.data.sources import Problems, Source, Split, load_data_plugins, open_sources
 from rlsys.data.spec import parse_spec
 from rlsys.data.tables import OWN_SUFFIXES
@@ -75,24 +73,7 @@ def _check_source(source: Source) -> Iterator[Finding]:
 
 
 def _check_first_rows(source: Source) -> Iterator[Finding]:
-    bad: list[str] = []
-    num_rows = 0
-    try:
-        for raw in islice(source.raw_rows(), FIRST_ROWS):
-            num_rows += 1
-            try:
-                source.understand(raw)
-            except BadRow as error:
-                bad.append(f"{source.where(raw)}: {error}")
-    except ValueError as error:
-        yield str(error), False
-        return
-    if not num_rows:
-        yield f"dataset {source.spec.text!r} has no rows", False
-    of_all = source.problem_of_all_rows()
-    if of_all is not None:
-        yield of_all, False
-        return
+    _, bad = source.first_rows(FIRST_ROWS)
     for text in bad[:_SHOWN]:
         yield text, False
     if len(bad) > _SHOWN:

@@ -21,7 +21,6 @@ from rlsys.data.sources import (
     load_data_plugins,
     open_sources,
     sampled,
-    too_long,
 )
 from rlsys.data.streaming import StreamedPrompts
 from rlsys.types import Prompt
@@ -57,11 +56,6 @@ class PromptData:
         if self.streams:
             return list(self.streams[0].columns)
         return list(self.train[0].columns)
-
-    @property
-    def num_dropped(self) -> int:
-        """Rows of all datasets that are not used."""
-        return sum(count.rows - count.used for count in self.counts)
 
     def summary(self) -> list[str]:
         """Lines that account for every row."""
@@ -256,7 +250,7 @@ def _read(source: Source, count: SourceCounts, problems: Problems, *, seed: int)
         problems.add(error)
         return []
     if not taken:
-        problems.add(f"dataset {source.spec.text!r} has no rows.")
+        problems.add(source.no_rows())
     count.rows = len(taken)
     for raw, copy in taken:
         if raw.number not in rows:
@@ -311,15 +305,11 @@ def _in_bounds(
 ) -> list[_Row]:
     kept = []
     for row in rows:
-        length = len(row.token_ids)
-        if length > config.max_prompt_length:
-            count.too_long += 1
-            if config.overlong_prompts == "error":
-                problems.add(f"{row.where}: {too_long(length, config)}")
-        elif length < config.min_prompt_length:
-            count.too_short += 1
-        else:
-            kept.append(row)
+        try:
+            if count.within_limits(len(row.token_ids), config):
+                kept.append(row)
+        except BadRow as error:
+            problems.add(f"{row.where}: {error}")
     return kept
 
 

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from rlsys.config import DataConfig
@@ -77,6 +78,23 @@ class SourceCounts:
     """Prompts, before any are held out."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of every rendered prompt, before the limits."""
+
+    def within_limits(self, length: int, config: DataConfig) -> bool:
+        """Whether a prompt of `length` tokens is used; counts it where it is not.
+
+        Raises:
+            BadRow: it is too long, and data.overlong_prompts says that this is an error.
+        """
+        if length > config.max_prompt_length:
+            self.too_long += 1
+            if config.overlong_prompts == "error":
+                raise BadRow(
+                    f"the prompt has {length:,} tokens, more than data.max_prompt_length = "
+                    f"{config.max_prompt_length:,}. Raise it, or set data.overlong_prompts to drop"
+                )
+            return False
+        self.too_short += length < config.min_prompt_length
+        return length >= config.min_prompt_length
 
     def dropped(self) -> dict[str, int]:
         """Rows that are not used, by the reason."""
@@ -153,6 +171,33 @@ class Source:
         if prepared is None:
             return None
         return parse_row(prepared, system=self.config.system)
+
+    def first_rows(self, limit: int) -> tuple[list[ParsedRow], list[str]]:
+        """Those of the first `limit` rows that can be used, and what is wrong with the others.
+
+        A problem of the dataset as a whole is told instead of those of its rows.
+        """
+        parsed: list[ParsedRow] = []
+        bad: list[str] = []
+        num_rows = 0
+        try:
+            for raw in islice(self.raw_rows(), limit):
+                num_rows += 1
+                try:
+                    row = self.understand(raw)
+                except BadRow as error:
+                    bad.append(f"{self.where(raw)}: {error}")
+                else:
+                    parsed += [] if row is None else [row]
+        except ValueError as error:
+            return [], [str(error)]
+        problems = [] if num_rows else [self.no_rows()]
+        of_all = self.problem_of_all_rows()
+        return parsed, problems + (bad if of_all is None else [of_all])
+
+    def no_rows(self) -> str:
+        """What to tell about a dataset without rows."""
+        return f"dataset {self.spec.text!r} has no rows"
 
     def where(self, raw: RawRow) -> str:
         """The place of a row, for people."""
@@ -260,14 +305,6 @@ def sampled(rows: Iterable[RawRow], source: Source, *, seed: int) -> list[tuple[
         some = sorted(drawing.sample(range(len(everything)), rest))
     taken = [(row, copy) for copy in range(copies) for row in everything]
     return taken + [(everything[index], copies) for index in some]
-
-
-def too_long(length: int, config: DataConfig) -> str:
-    """What to tell about a prompt over the limit where that is an error."""
-    return (
-        f"the prompt has {length:,} tokens, more than data.max_prompt_length = "
-        f"{config.max_prompt_length:,}. Raise it, or set data.overlong_prompts to drop"
-    )
 
 
 def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:

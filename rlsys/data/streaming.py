@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlsys.config import DataConfig
 from rlsys.data.readers import BadRow, RawRow
 from rlsys.data.render import render_prompts
-from rlsys.data.sources import Problems, Source, SourceCounts, too_long
+from rlsys.data.sources import Problems, Source, SourceCounts
 from rlsys.types import Prompt, RolloutGroup
 
 if TYPE_CHECKING:
@@ -126,24 +126,10 @@ class StreamedPrompts:
     def check_first_rows(self, problems: Problems) -> None:
         """Look at the first rows of each dataset, for mistakes and for the names of columns."""
         for source in self._sources:
-            bad: list[str] = []
-            num_rows = 0
-            try:
-                for raw in islice(source.raw_rows(), CHECKED_ROWS):
-                    num_rows += 1
-                    try:
-                        parsed = source.understand(raw)
-                    except BadRow as error:
-                        bad.append(f"{source.where(raw)}: {error}")
-                    else:
-                        self._note_columns(source, parsed.columns if parsed else {})
-            except ValueError as error:
-                problems.add(error)
-                continue
-            if not num_rows:
-                problems.add(f"dataset {source.spec.text!r} has no rows.")
-            of_all = source.problem_of_all_rows()
-            for text in [of_all] if of_all is not None else bad:
+            parsed, bad = source.first_rows(CHECKED_ROWS)
+            for row in parsed:
+                self._note_columns(source, row.columns)
+            for text in bad:
                 problems.add(text)
 
     def _note_columns(self, source: Source, columns: dict[str, Any]) -> None:
@@ -201,22 +187,16 @@ class StreamedPrompts:
         for (source, raw, parsed), token_ids in zip(understood, rendered, strict=True):
             if isinstance(token_ids, str):
                 raise ValueError(_bad_row(f"{source.where(raw)}: {token_ids}"))
-            if self._within_limits(source, raw, len(token_ids), counts[id(source)]):
+            count = counts[id(source)]
+            try:
+                used = count.within_limits(len(token_ids), self._config)
+            except BadRow as error:
+                raise ValueError(_bad_row(f"{source.where(raw)}: {error}")) from error
+            if used:
+                count.used += 1
                 columns = dict.fromkeys(self.columns) | parsed.columns
                 prompts.append(Prompt(source.prompt_id(raw), parsed.messages, token_ids, columns))
         return prompts
-
-    def _within_limits(self, source: Source, raw: RawRow, length: int, count: SourceCounts) -> bool:
-        if length > self._config.max_prompt_length:
-            if self._config.overlong_prompts == "error":
-                raise ValueError(_bad_row(f"{source.where(raw)}: {too_long(length, self._config)}"))
-            count.too_long += 1
-            return False
-        if length < self._config.min_prompt_length:
-            count.too_short += 1
-            return False
-        count.used += 1
-        return True
 
 
 def _bad_row(text: str) -> str:

@@ -143,7 +143,7 @@ def test_long_prompts_are_dropped_and_counted(tokenizer, tmp_path):
     data = load(tokenizer, source, max_prompt_length=10)
     assert [len(prompt.token_ids) for prompt in data.train] == [8, 9, 10]
     assert [prompt.prompt_id for prompt in data.train] == ["train:1", "train:2", "train:4"]
-    assert data.num_dropped == 2
+    assert data.counts[0].too_long == 2
     with pytest.raises(ValueError, match=r"every prompt of .*train\.jsonl.* 7 tokens.* 8 to 57"):
         load(tokenizer, source, max_prompt_length=7)
 
@@ -154,7 +154,7 @@ def test_a_validation_set_of_its_own(tokenizer, tmp_path):
     data = load(tokenizer, train, val_dataset=[held_out], max_prompt_length=20, max_eval_prompts=2)
     assert [prompt.prompt_id for prompt in data.train] == ["train:1"]
     assert [prompt.prompt_id for prompt in data.validation] == ["val:2", "val:3"]
-    assert data.num_dropped == 2
+    assert [count.too_long for count in data.counts] == [1, 1]
     with pytest.raises(ValueError, match=r"every prompt of data.val_dataset .*train\.jsonl"):
         load(tokenizer, train, val_dataset=[train])
 
