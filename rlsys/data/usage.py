@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.rewards import OWN_COLUMNS, orms
-
-_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+from rlsys.rewards.instances import KEYWORD_KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +39,7 @@ def column_use(name: str, settings: Collection[str] = ()) -> ColumnUse:
     function = registered.__call__ if isinstance(registered, type) else registered
     parameters = list(inspect.signature(function).parameters.values())[2 if is_class else 0 :]
     known = {*OWN_COLUMNS, *settings}
-    named = [p for p in parameters if p.kind in _NAMED and p.name not in known]
+    named = [p for p in parameters if p.kind in KEYWORD_KINDS and p.name not in known]
     return ColumnUse(
         tuple(p.name for p in named if p.default is p.empty),
         tuple(p.name for p in named if p.default is not p.empty),

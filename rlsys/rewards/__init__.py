@@ -30,7 +30,6 @@ from rlsys.rewards.plugins import load_plugins
 from rlsys.rewards.scoring import (
     OWN_COLUMNS,
     Reward,
-    RewardFunctions,
     check_names_and_weights,
 )
 
@@ -40,7 +39,6 @@ __all__ = [
     "AsyncORM",
     "Reward",
     "RewardError",
-    "RewardFunctions",
     "TrainerState",
     "TrlStyle",
     "check_names_and_weights",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
-from typing import Any, get_args
+from typing import Any
 
 from rlsys.rewards.answers import (
     AnswerFormat,
     after_thinking,
+    check_answer_format,
     last_boxed,
     marked_answer,
     reference,
@@ -130,12 +131,3 @@ def gold_answer(gold: Any) -> str:
             "the dataset."
         )
     return text
-
-
-def check_answer_format(reward: str, value: str) -> None:
-    """Raises ValueError unless `value` is an AnswerFormat."""
-    if value not in get_args(AnswerFormat):
-        raise ValueError(
-            f"{reward}: answer_format must be one of {', '.join(get_args(AnswerFormat))}, "
-            f"not {value!r}"
-        )

@@ -6,7 +6,7 @@ Shared by the rewards that compare an answer. All of it is linear in the length 
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 AnswerFormat = Literal["any", "tags", "boxed"]
 """Where an answer may stand: in `<answer>` tags, in LaTeX's `\\boxed{}`, or in any of the places
@@ -89,3 +89,12 @@ def reference(
         f"{name} needs a dataset column 'solution' (or 'answer') with the right answer. Rename "
         "yours, or write a preprocessor that does."
     )
+
+
+def check_answer_format(reward: str, value: str) -> None:
+    """Raises ValueError unless `value` is an AnswerFormat."""
+    if value not in get_args(AnswerFormat):
+        raise ValueError(
+            f"{reward}: answer_format must be one of {', '.join(get_args(AnswerFormat))}, "
+            f"not {value!r}"
+        )

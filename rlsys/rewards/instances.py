@@ -13,7 +13,7 @@ from rlsys.registry import did_you_mean
 from rlsys.rewards.base import ORM, RewardFunction, orms
 
 Params = Mapping[str, Any]
-_KEYWORD = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+KEYWORD_KINDS = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 class RewardError(ValueError):
@@ -54,7 +54,7 @@ def settings_of(name: str, params: Params, of_run: Params) -> dict[str, Any]:
     function = orms[name]
     is_class = isinstance(function, type)
     parameters = parameters_of(function)
-    named = [p.name for p in parameters.values() if p.kind in _KEYWORD]
+    named = [p.name for p in parameters.values() if p.kind in KEYWORD_KINDS]
     settings = {key: of_run[key] for key in named if key in of_run} | dict(params)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if is_class and "args" in named:  # as in ms-swift: it may read anything from there
@@ -70,7 +70,7 @@ def settings_of(name: str, params: Params, of_run: Params) -> dict[str, Any]:
     missing = [
         p.name
         for p in parameters.values()
-        if is_class and p.kind in _KEYWORD and p.default is p.empty and p.name not in settings
+        if is_class and p.kind in KEYWORD_KINDS and p.default is p.empty and p.name not in settings
     ]
     if missing:
         raise ValueError(

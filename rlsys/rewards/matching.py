@@ -7,10 +7,10 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from rlsys.rewards.accuracy import check_answer_format
 from rlsys.rewards.answers import (
     AnswerFormat,
     after_thinking,
+    check_answer_format,
     last_boxed,
     marked_answer,
     reference,

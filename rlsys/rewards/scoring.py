@@ -11,7 +11,7 @@ from typing import Any, SupportsFloat
 
 from rlsys.rewards.base import TrainerState, TrlStyle, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
-from rlsys.types import RewardOutput, RolloutGroup
+from rlsys.types import RolloutGroup
 
 OWN_COLUMNS = (
     "completions",
@@ -106,47 +106,6 @@ class Reward:
 
 def _on(prompt_id: str | None) -> str:
     return "" if prompt_id is None else f" on prompt {prompt_id!r}"
-
-
-class RewardFunctions:
-    """Several reward functions in this process, each instantiated once."""
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        weights: Sequence[float] | None = None,
-        params: Mapping[str, Params] | None = None,
-        of_run: Params | None = None,
-    ):
-        """Look up and instantiate `names`.
-
-        Args:
-            names: registered names.
-            weights: one per name; None is 1 for each.
-            params: settings by name.
-            of_run: values of the run by parameter name, see `settings_of`.
-
-        Raises:
-            ValueError: a name that is not registered or comes twice, or weights or settings that
-                do not fit.
-            RewardError: a class raised when it was instantiated.
-        """
-        check_names_and_weights(names, weights)
-        self.rewards = [Reward(name, (params or {}).get(name), of_run) for name in names]
-        self.weights = [1.0] * len(names) if weights is None else list(weights)
-
-    def score(self, group: RolloutGroup, state: TrainerState | None = None) -> list[RewardOutput]:
-        """[G] the rewards of the group's completions.
-
-        Raises:
-            RewardError: as of `Reward.score`.
-        """
-        columns = reward_columns(group, state)
-        by_name = {
-            reward.name: reward.score(columns, group.prompt.prompt_id) for reward in self.rewards
-        }
-        rows = [dict(zip(by_name, row, strict=True)) for row in zip(*by_name.values(), strict=True)]
-        return [RewardOutput(weighted_total(row.values(), self.weights), row) for row in rows]
 
 
 def weighted_total(values: Sequence[float] | Any, weights: Sequence[float]) -> float:

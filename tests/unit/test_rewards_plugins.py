@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from reward_cases import RewardFunctions
 
-from rlsys.rewards import RewardFunctions, TrainerState, load_plugins, orms
+from rlsys.rewards import TrainerState, load_plugins, orms
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 PLUGINS = Path(__file__).parents[2] / "plugins"

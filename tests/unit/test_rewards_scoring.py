@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reward_cases import RewardFunctions
 
 from rlsys.rewards import (
     ORM,
     AsyncORM,
     RewardError,
-    RewardFunctions,
     TrainerState,
     orms,
     register_reward,
