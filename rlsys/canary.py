@@ -18,10 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlsys.checkpoints import Checkpoints
 from rlsys.config import CheckpointConfig, Config
-from rlsys.driver import train
-from rlsys.launch import System, choose_device, load_data, ray_session, start_system
+from rlsys.launch import choose_device, load_data, ray_session, start_system, train_system
 from rlsys.tracking.base import Metrics, Split, Tracker
 from rlsys.types import RolloutGroup
 
@@ -61,7 +59,7 @@ def run_canary(config: Config, console: Console) -> bool:
         stack.enter_context(ray_session())
         on_cpu = choose_device(config) == "cpu"
         system = start_system(config, data, recorder)
-        _train(config, system, recorder, folder)
+        train_system(config, system, recorder, folder)
     checks = list(judge(config, recorder, on_cpu=on_cpu))
     table = Table(box=None, pad_edge=False)
     for column in ("", "with learning rate 0", "found"):
@@ -112,25 +110,6 @@ class Recorder(Tracker):
 
     def close(self) -> None:
         """See Tracker."""
-
-
-def _train(config: Config, system: System, recorder: Recorder, folder: Path) -> None:
-    checkpoints = Checkpoints(
-        folder,
-        policy=system.policy,
-        reference=None,
-        rollouts=system.rollouts,
-        config=config.checkpoint,
-    )
-    train(
-        config,
-        system.rollouts,
-        system.policy,
-        system.reference,
-        system.publisher,
-        recorder,
-        checkpoints,
-    )
 
 
 def judge(config: Config, recorder: Recorder, *, on_cpu: bool) -> Iterator[Check]:

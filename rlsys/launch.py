@@ -75,13 +75,28 @@ def run(resolved: ResolvedConfig) -> None:
         stack.callback(tracker.close)
         stack.enter_context(ray_session())
         system = start_system(config, data, tracker)
-        stack.push(partial(_end_rollouts, system.rollouts))
         if resume_step is not None:
             checkpoint = run_dir.checkpoints / f"step-{resume_step}"
             system.policy.load_checkpoint(checkpoint)
             if system.reference is not None and (checkpoint / REFERENCE_FOLDER).exists():
                 system.reference.load_model(checkpoint / REFERENCE_FOLDER)
             system.rollouts.load_state_dict(load_rollouts_state(checkpoint))
+        train_system(config, system, tracker, run_dir.checkpoints)
+        system.policy.save_model(run_dir.final)
+        print(f"the trained model is in {run_dir.final}", flush=True)
+
+
+def train_system(config: Config, system: System, tracker: Tracker, checkpoints: Path) -> None:
+    """Train to the last step, and end what is sampled in the background.
+
+    Args:
+        checkpoints: folder that they are written to.
+
+    Raises:
+        Exception: whatever ended the run; a failure in the background before what came of it.
+    """
+    with ExitStack() as stack:
+        stack.push(partial(_end_rollouts, system.rollouts))
         train(
             config,
             system.rollouts,
@@ -90,15 +105,13 @@ def run(resolved: ResolvedConfig) -> None:
             system.publisher,
             tracker,
             Checkpoints(
-                run_dir.checkpoints,
+                checkpoints,
                 policy=system.policy,
                 reference=system.reference if config.reference.sync_steps else None,
                 rollouts=system.rollouts,
                 config=config.checkpoint,
             ),
         )
-        system.policy.save_model(run_dir.final)
-        print(f"the trained model is in {run_dir.final}", flush=True)
 
 
 def _end_rollouts(
