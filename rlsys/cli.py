@@ -176,7 +176,7 @@ def _load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
 def _run_told(command: str, run: Callable[[], bool | None]) -> int:
     """Run something on Ray; False or a failure of an actor is EXIT_FAILED."""
     from rlsys.actors.group import ActorFailure, PhaseTimeout
-    from rlsys.rewards.pool import RewardCodeError
+    from rlsys.rewards.failures import RewardCodeError
     from rlsys.weight_sync.transport import WeightSyncError
 
     try:
@@ -253,7 +253,7 @@ def _rewards_try(args: argparse.Namespace) -> int:
     import yaml
 
     from rlsys.reward_try import TryOptions, try_rewards
-    from rlsys.rewards.pool import RewardCodeError
+    from rlsys.rewards.failures import RewardCodeError
 
     options = TryOptions(
         names=args.names,

@@ -11,7 +11,7 @@ from ray.exceptions import RayError
 
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins
-from rlsys.rewards.pool import ProcessDied, RewardPool
+from rlsys.rewards.pool import RewardPool
 from rlsys.rewards.runner import (
     Failed,
     ProcessSettings,
@@ -20,6 +20,7 @@ from rlsys.rewards.runner import (
     Values,
     process_settings,
 )
+from rlsys.rewards.work import ProcessDied
 
 WORKER_CPUS = 0.01
 """Ray's bookkeeping only: rewards share the cores with whatever is idle at the time."""
@@ -56,7 +57,7 @@ class AsyncRewardWorker:
 
 
 class RayBackend:
-    """Reward processes as Ray actors; see `rlsys.rewards.pool.Backend`."""
+    """Reward processes as Ray actors; see `rlsys.rewards.work.Backend`."""
 
     def __init__(self, settings: ProcessSettings, env_vars: dict[str, str]):
         self._settings = settings

@@ -12,8 +12,8 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
-from rlsys.rewards.pool import ProcessDied
 from rlsys.rewards.runner import ProcessSettings, RewardRunner, Task, kill_group
+from rlsys.rewards.work import ProcessDied
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +31,7 @@ Reference = tuple[Child, int]
 
 
 class LocalBackend:
-    """Reward processes by `multiprocessing`; see `rlsys.rewards.pool.Backend`."""
+    """Reward processes by `multiprocessing`; see `rlsys.rewards.work.Backend`."""
 
     def __init__(self, settings: ProcessSettings):
         self._settings = settings

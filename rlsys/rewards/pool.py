@@ -11,23 +11,21 @@ process in `rlsys rewards try`.
 
 from __future__ import annotations
 
-import logging
 import math
-import reprlib
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 from rlsys.config import RewardConfig
 from rlsys.reward_gates import Gate, parse_gates
 from rlsys.rewards.base import TrainerState, orms
-from rlsys.rewards.runner import Failed, Task, Values
+from rlsys.rewards.failures import Failures, RewardCodeError
+from rlsys.rewards.runner import Failed, Values
 from rlsys.rewards.scoring import is_async, weighted_total
+from rlsys.rewards.work import Backend, Group, Part, Process, ProcessDied, Trial, task_of
 from rlsys.types import RewardFailure, RewardOutput, RolloutGroup
-
-logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
 """For processes to start and reward classes to load what they need, a model perhaps."""
@@ -37,93 +35,6 @@ MAX_ASYNC_TASKS = 256
 """Groups of completions that async functions work on at the same time."""
 ASYNC_GRACE_S = 5.0
 """An async function that ignores its cancellation for so long blocks its event loop: killed."""
-
-
-class ProcessDied(Exception):
-    """A reward process ended; the message says what is known of why."""
-
-
-class RewardCodeError(RuntimeError):
-    """Reward code failed and `reward.on_error` says raise; the message ends with what to do."""
-
-
-class Backend(Protocol):
-    """Reward processes. A reference stands for a result that is on its way."""
-
-    def spawn(self, *, concurrent: bool) -> tuple[Any, Any]:
-        """Start a process: its handle, and the reference of `RewardRunner.start`'s result.
-
-        Args:
-            concurrent: Whether it takes many tasks at once, of async functions.
-        """
-
-    def score(self, process: Any, task: Task) -> Any:
-        """Send a task: the reference of its `Values` or `Failed`."""
-
-    def wait(self, references: Sequence[Any], timeout_s: float) -> Sequence[Any]:
-        """Those that are done; at least one unless `timeout_s` passes first."""
-
-    def result(self, reference: Any) -> Any:
-        """Of a reference that is done.
-
-        Raises:
-            ProcessDied: its process ended.
-        """
-
-    def kill(self, process: Any) -> None:
-        """End a process whatever it is doing, dead or not."""
-
-
-@dataclass(slots=True)
-class _Group:
-    """A group on its way through the reward functions."""
-
-    group: RolloutGroup
-    state: TrainerState
-    values: dict[str, list[float]]
-    """[G] by function, NaN until known."""
-    open_tasks: int = 0
-    failures: list[dict[str, RewardFailure]] = field(default_factory=list)
-    """[G]"""
-    gated: bool = False
-    """Whether the functions behind a gate have been called."""
-
-
-@dataclass(slots=True)
-class _Trial:
-    """The completions of a task that failed, each tried alone."""
-
-    kind: RewardFailure
-    report: str
-    """Of the failure of all together."""
-    num_open: int
-    num_failed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A function on some completions of a group, waiting or running."""
-
-    group: _Group
-    name: str
-    indexes: tuple[int, ...]
-    timeout_s: float
-    trial: _Trial | None = None
-    """What this is one completion of, tried alone."""
-    exclusive: bool = False
-    """Whether it must run with no other, because one of several ended their process."""
-
-
-@dataclass(slots=True)
-class _Process:
-    handle: Any
-    starting: Any
-    """Reference of its start; None when it is ready."""
-    concurrent: bool
-    parts: dict[Any, tuple[_Part, float]] = field(default_factory=dict)
-    """Reference -> what runs, and until when on the clock of time.monotonic()."""
-    warm: set[str] = field(default_factory=set)
-    """Functions that returned values here: what they load at their first call is loaded."""
 
 
 class RewardPool:
@@ -156,10 +67,10 @@ class RewardPool:
         self.seconds = dict.fromkeys(names, 0.0)
         """Spent in each function so far."""
         self._num_groups = 0
-        self._waiting: dict[bool, deque[_Part]] = {False: deque(), True: deque()}
+        self._waiting: dict[bool, deque[Part]] = {False: deque(), True: deque()}
         self._scored: list[RolloutGroup] = []
-        self._told: set[tuple[str, str]] = set()
-        self._processes: list[_Process] = []
+        self._failures = Failures(config)
+        self._processes: list[Process] = []
         try:
             if not all(self._is_async.values()):
                 for _ in range(config.num_workers):
@@ -182,7 +93,7 @@ class RewardPool:
         updates = max((v for c in group.completions for v in c.policy_versions), default=0)
         state = TrainerState(updates, self._max_steps)
         values = {name: [math.nan] * size for name in self._config.reward_funcs}
-        entry = _Group(group, state, values, failures=[{} for _ in range(size)])
+        entry = Group(group, state, values, failures=[{} for _ in range(size)])
         self._num_groups += 1
         self._enqueue(entry, {n: range(size) for n in values if n not in self._gates})
         self._dispatch()
@@ -227,9 +138,9 @@ class RewardPool:
 
     def _spawn(self, *, concurrent: bool) -> None:
         handle, starting = self._backend.spawn(concurrent=concurrent)
-        self._processes.append(_Process(handle, starting, concurrent))
+        self._processes.append(Process(handle, starting, concurrent))
 
-    def _replace(self, process: _Process) -> None:
+    def _replace(self, process: Process) -> None:
         """Kill a process and start another in the background; the others go on."""
         self._backend.kill(process.handle)
         self._processes.remove(process)
@@ -248,7 +159,7 @@ class RewardPool:
                     "the constructors of the reward classes wait for"
                 )
 
-    def _started(self, process: _Process) -> None:
+    def _started(self, process: Process) -> None:
         try:
             outcome = self._backend.result(process.starting)
         except ProcessDied as death:
@@ -259,7 +170,7 @@ class RewardPool:
             raise RewardCodeError(outcome.report)
         process.starting = None
 
-    def _look_at(self, process: _Process, done: set[Any]) -> None:
+    def _look_at(self, process: Process, done: set[Any]) -> None:
         """Take what a process has done; replace it when it died or is overdue."""
         if process.starting is not None:
             if process.starting in done:
@@ -281,7 +192,7 @@ class RewardPool:
         elif any(time.monotonic() > deadline for _, deadline in process.parts.values()):
             self._died(process, "timeout", "killed")
 
-    def _died(self, process: _Process, kind: RewardFailure, why: str) -> None:
+    def _died(self, process: Process, kind: RewardFailure, why: str) -> None:
         parts = [part for part, _ in process.parts.values()]
         self._replace(process)
         if len(parts) == 1:
@@ -292,12 +203,12 @@ class RewardPool:
 
     # --- tasks -----------------------------------------------------------------------------------
 
-    def _enqueue(self, entry: _Group, indexes_by_name: dict[str, Iterable[int]]) -> None:
+    def _enqueue(self, entry: Group, indexes_by_name: dict[str, Iterable[int]]) -> None:
         for name, indexes in indexes_by_name.items():
             chosen = tuple(indexes)
             if chosen:
                 entry.open_tasks += 1
-                part = _Part(entry, name, chosen, self._config.timeout_s)
+                part = Part(entry, name, chosen, self._config.timeout_s)
                 self._waiting[self._is_async[name]].append(part)
         if not entry.open_tasks:
             self._next_stage(entry)
@@ -311,11 +222,11 @@ class RewardPool:
                     # A share may be less than what the function loads at its first call; and one
                     # killed for that leaves the next completion a new process, to be killed too.
                     part = replace(part, timeout_s=self._config.timeout_s)
-                reference = self._backend.score(process.handle, _task(part))
+                reference = self._backend.score(process.handle, task_of(part))
                 limit = part.timeout_s + (ASYNC_GRACE_S if process.concurrent else 0.0)
                 process.parts[reference] = (part, time.monotonic() + limit)
 
-    def _has_room(self, process: _Process, part: _Part) -> bool:
+    def _has_room(self, process: Process, part: Part) -> bool:
         if process.starting is not None:
             return False
         if part.exclusive or not process.concurrent:
@@ -323,7 +234,7 @@ class RewardPool:
         exclusive = any(running.exclusive for running, _ in process.parts.values())
         return not exclusive and len(process.parts) < MAX_ASYNC_TASKS
 
-    def _finish(self, part: _Part, outcome: Values | Failed) -> None:
+    def _finish(self, part: Part, outcome: Values | Failed) -> None:
         if isinstance(outcome, Values):
             self.seconds[part.name] += outcome.seconds
             for index, value in zip(part.indexes, outcome.values, strict=True):
@@ -333,7 +244,7 @@ class RewardPool:
             self._failed(part, outcome.kind, outcome.report, splittable=outcome.splittable)
 
     def _failed(
-        self, part: _Part, kind: RewardFailure, report: str, *, splittable: bool = True
+        self, part: Part, kind: RewardFailure, report: str, *, splittable: bool = True
     ) -> None:
         """Try each completion alone, or, where that was done, give the failure its score."""
         # An exception comes again; a process may have died for a reason of its own.
@@ -341,10 +252,10 @@ class RewardPool:
         if part.trial is None and splittable and again:
             self._try_alone(part, kind, report)
             return
-        policy = self._policy(kind)
+        policy = self._failures.policy(kind)
         if policy == "raise":
-            raise RewardCodeError(self._story(part, kind, report))
-        self._tell(part, kind, report, policy)
+            raise RewardCodeError(self._failures.story(part, kind, report))
+        self._failures.tell(part, kind, report, policy)
         for index in part.indexes:
             part.group.failures[index][part.name] = kind
             part.group.values[part.name][index] = 0.0 if policy == "zero" else math.nan
@@ -352,30 +263,32 @@ class RewardPool:
             part.trial.num_failed += 1
         self._close(part)
 
-    def _try_alone(self, part: _Part, kind: RewardFailure, report: str) -> None:
+    def _try_alone(self, part: Part, kind: RewardFailure, report: str) -> None:
         shared = max(part.timeout_s / len(part.indexes), MIN_ALONE_S)
         # Async functions are tried at the same time, so none has to share.
         limit = part.timeout_s if self._is_async[part.name] else min(part.timeout_s, shared)
-        trial = _Trial(kind, report, len(part.indexes))
+        trial = Trial(kind, report, len(part.indexes))
         part.group.open_tasks += len(part.indexes) - 1
         self._waiting[self._is_async[part.name]].extendleft(
             replace(part, indexes=(index,), timeout_s=limit, trial=trial)
             for index in reversed(part.indexes)
         )
 
-    def _close(self, part: _Part) -> None:
+    def _close(self, part: Part) -> None:
         if part.trial is not None:
             part.trial.num_open -= 1
             blameless = part.trial.num_open == 0 and part.trial.num_failed == 0
-            if blameless and self._policy(part.trial.kind) == "raise":
+            if blameless and self._failures.policy(part.trial.kind) == "raise":
                 size = len(part.group.group.completions)
                 together = replace(part, indexes=tuple(range(size)), trial=None)
-                raise RewardCodeError(self._story(together, part.trial.kind, part.trial.report))
+                raise RewardCodeError(
+                    self._failures.story(together, part.trial.kind, part.trial.report)
+                )
         part.group.open_tasks -= 1
         if part.group.open_tasks == 0:
             self._next_stage(part.group)
 
-    def _next_stage(self, entry: _Group) -> None:
+    def _next_stage(self, entry: Group) -> None:
         """Call the functions behind a gate, or finish the group."""
         if self._gates and not entry.gated:
             entry.gated = True
@@ -388,68 +301,13 @@ class RewardPool:
             return
         self._scored.append(replace(entry.group, rewards=self._rewards(entry)))
 
-    def _rewards(self, entry: _Group) -> list[RewardOutput]:
+    def _rewards(self, entry: Group) -> list[RewardOutput]:
         rewards = []
         for row, failures in zip(
             zip(*entry.values.values(), strict=True), entry.failures, strict=True
         ):
             total = weighted_total(row, self._weights)
-            if any(self._policy(kind) == "drop" for kind in failures.values()):
+            if any(self._failures.policy(kind) == "drop" for kind in failures.values()):
                 total = math.nan
             rewards.append(RewardOutput(total, dict(zip(entry.values, row, strict=True)), failures))
         return rewards
-
-    # --- failures --------------------------------------------------------------------------------
-
-    def _policy(self, kind: RewardFailure) -> str:
-        if kind == "error":
-            return self._config.on_error
-        if self._config.on_timeout is not None:
-            return self._config.on_timeout
-        return "zero" if self._config.on_error == "raise" else self._config.on_error
-
-    def _tell(self, part: _Part, kind: RewardFailure, report: str, policy: str) -> None:
-        """Log the first failure of a function of each kind; metrics count all."""
-        if (part.name, kind) not in self._told:
-            self._told.add((part.name, kind))
-            scored = "scored 0" if policy == "zero" else "dropped"
-            logger.warning(
-                "%s\nThe completion is %s. More failures of this kind are counted in metrics and "
-                "not shown.",
-                self._story(part, kind, report),
-                scored,
-            )
-
-    def _story(self, part: _Part, kind: RewardFailure, report: str) -> str:
-        group = part.group.group
-        where = f"prompt {group.prompt.prompt_id!r}"
-        if len(part.indexes) == 1:
-            index = part.indexes[0]
-            where += f", completion {index}: {_SHORT.repr(group.completions[index].text)}"
-        if kind == "error":
-            if part.trial is not None and part.trial.kind == "error":
-                report = part.trial.report  # alone it may raise something else
-            return f"{report}\n({where})"
-        if kind == "timeout":
-            return (
-                f"reward function {part.name!r} was killed after {part.timeout_s:g} s ({where}). "
-                f"reward.timeout_s = {self._config.timeout_s:g} s is for a group, an equal share "
-                "of it for one completion tried alone after the function's first call. Look for a "
-                "loop without end or a wait without limit in the function, or raise the limit."
-            )
-        return (
-            f"{report}\nreward function {part.name!r} ended its process ({where}): a crash of C "
-            "code, os._exit, or more memory than reward.max_memory_mb."
-        )
-
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = 120
-
-
-def _task(part: _Part) -> Task:
-    group = part.group.group
-    completions = [replace(group.completions[index], rollout_logprobs=[]) for index in part.indexes]
-    prompt = replace(group.prompt, token_ids=[])
-    sent = replace(group, prompt=prompt, completions=completions, rewards=[])
-    return Task(part.name, sent, part.group.state, part.timeout_s)

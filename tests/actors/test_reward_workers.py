@@ -13,7 +13,7 @@ import ray
 from rlsys.actors.reward import RewardWorkers
 from rlsys.config import RewardConfig
 from rlsys.rewards import orms
-from rlsys.rewards.pool import RewardCodeError
+from rlsys.rewards.failures import RewardCodeError
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("ray_cluster")]

@@ -11,8 +11,9 @@ import pytest
 
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins, orms
+from rlsys.rewards.failures import RewardCodeError
 from rlsys.rewards.local import LocalBackend
-from rlsys.rewards.pool import RewardCodeError, RewardPool
+from rlsys.rewards.pool import RewardPool
 from rlsys.rewards.runner import process_settings
 from rlsys.types import Completion, Prompt, RolloutGroup
 

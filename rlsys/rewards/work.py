@@ -1,0 +1,105 @@
+"""What a reward pool hands out: tasks of groups, and the processes that they run in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from rlsys.rewards.base import TrainerState
+from rlsys.rewards.runner import Task
+from rlsys.types import RewardFailure, RolloutGroup
+
+
+class ProcessDied(Exception):
+    """A reward process ended; the message says what is known of why."""
+
+
+class Backend(Protocol):
+    """Reward processes. A reference stands for a result that is on its way."""
+
+    def spawn(self, *, concurrent: bool) -> tuple[Any, Any]:
+        """Start a process: its handle, and the reference of `RewardRunner.start`'s result.
+
+        Args:
+            concurrent: Whether it takes many tasks at once, of async functions.
+        """
+
+    def score(self, process: Any, task: Task) -> Any:
+        """Send a task: the reference of its `Values` or `Failed`."""
+
+    def wait(self, references: Sequence[Any], timeout_s: float) -> Sequence[Any]:
+        """Those that are done; at least one unless `timeout_s` passes first."""
+
+    def result(self, reference: Any) -> Any:
+        """Of a reference that is done.
+
+        Raises:
+            ProcessDied: its process ended.
+        """
+
+    def kill(self, process: Any) -> None:
+        """End a process whatever it is doing, dead or not."""
+
+
+@dataclass(slots=True)
+class Group:
+    """A group on its way through the reward functions."""
+
+    group: RolloutGroup
+    state: TrainerState
+    values: dict[str, list[float]]
+    """[G] by function, NaN until known."""
+    open_tasks: int = 0
+    failures: list[dict[str, RewardFailure]] = field(default_factory=list)
+    """[G]"""
+    gated: bool = False
+    """Whether the functions behind a gate have been called."""
+
+
+@dataclass(slots=True)
+class Trial:
+    """The completions of a task that failed, each tried alone."""
+
+    kind: RewardFailure
+    report: str
+    """Of the failure of all together."""
+    num_open: int
+    num_failed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A function on some completions of a group, waiting or running."""
+
+    group: Group
+    name: str
+    indexes: tuple[int, ...]
+    timeout_s: float
+    trial: Trial | None = None
+    """What this is one completion of, tried alone."""
+    exclusive: bool = False
+    """Whether it must run with no other, because one of several ended their process."""
+
+
+@dataclass(slots=True)
+class Process:
+    """A reward process and what it is doing."""
+
+    handle: Any
+    starting: Any
+    """Reference of its start; None when it is ready."""
+    concurrent: bool
+    parts: dict[Any, tuple[Part, float]] = field(default_factory=dict)
+    """Reference -> what runs, and until when on the clock of time.monotonic()."""
+    warm: set[str] = field(default_factory=set)
+    """Functions that returned values here: what they load at their first call is loaded."""
+
+
+def task_of(part: Part) -> Task:
+    """What a process needs of it, and no more."""
+    group = part.group.group
+    completions = [replace(group.completions[index], rollout_logprobs=[]) for index in part.indexes]
+    prompt = replace(group.prompt, token_ids=[])
+    sent = replace(group, prompt=prompt, completions=completions, rewards=[])
+    return Task(part.name, sent, part.group.state, part.timeout_s)
