@@ -1,10 +1,9 @@
 """How long a weight sync takes on CPU, next to the least it could: prints JSON.
 
-    python benchmarks/weight_sync_cpu.py                                  # the demo's model
-    python benchmarks/weight_sync_cpu.py --hidden 576 --ffn 1536 --layers 30 --heads 9 \
-        --kv-heads 3 --head-dim 64 --vocab 49152                          # SmolLM2-135M's shape
+    python benchmarks/weight_sync_cpu.py                           # a model of the demo's shape
+    python benchmarks/weight_sync_cpu.py --shape smollm2-135m
 
-A real rollout engine receives the weights of a random Qwen3 model. The same bytes are also copied
+A real rollout engine receives the weights of a random model. The same bytes are also copied
 within one process, and broadcast over gloo between two processes that do nothing else.
 """
 
@@ -17,8 +16,8 @@ from pathlib import Path
 
 import ray
 import torch
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from random_model import SHAPES, save_random_model
+from transformers import AutoModelForCausalLM
 
 from rlsys.actors.group import get_all
 from rlsys.actors.rollout import RolloutActors
@@ -37,7 +36,7 @@ class Process:
 
     def __init__(self, folder):
         torch.set_num_threads(1)
-        model = Qwen3ForCausalLM.from_pretrained(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
         self.tensors = dict(model.named_parameters())
 
     def weight_metadata(self):
@@ -46,16 +45,8 @@ class Process:
             for name, tensor in self.tensors.items()
         ]
 
-    def connect_weight_sync(
-        self, *, transport, address, port, world_size, bucket_bytes, verify, timeout_s
-    ):
-        self.sender = WeightSender(
-            self.weight_metadata(),
-            transport=make_transport(transport, CPU),
-            bucket_bytes=bucket_bytes,
-            verify=verify,
-        )
-        self.sender.connect(address, port, world_size=world_size, timeout_s=timeout_s)
+    def connect_weight_sync(self, connection):
+        self.sender = WeightSender(connection, CPU)
 
     def send_weights(self):
         return self.sender.send(self.tensors.items())
@@ -87,8 +78,8 @@ class Policy:
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
 
-    def async_connect_weight_sync(self, *, to, **connection):
-        return {"policy rank 0": self.actor.connect_weight_sync.remote(**connection)}
+    def async_connect_weight_sync(self, connection, *, to):
+        return {"policy rank 0": self.actor.connect_weight_sync.remote(connection)}
 
     def async_send_weights(self, to):
         return {"policy rank 0": self.actor.send_weights.remote()}
@@ -104,7 +95,7 @@ def main():
     arguments = parse_arguments()
     ray.init(include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
-        save_random_model(Path(folder), arguments)
+        save_random_model(Path(folder), arguments.shape, "cpu")
         print(json.dumps(measure(Path(folder), arguments), indent=2))
     ray.shutdown()
 
@@ -139,7 +130,8 @@ def measure(folder, arguments):
     gloo = statistics.median(plain_broadcast(first, second, nbytes, arguments.repeats))
     engines.close()
     return {
-        "model": {k: v for k, v in vars(arguments).items() if k not in ("repeats", "no_verify")},
+        "shape": arguments.shape,
+        "bucket_mb": arguments.bucket_mb,
         "megabytes": nbytes / 1e6,
         "verify": config.weight_sync.verify,
         "weight_sync_s": sync,
@@ -169,42 +161,11 @@ def plain_broadcast(first, second, nbytes, repeats):
     return received[1:]
 
 
-def save_random_model(folder, arguments):
-    config = Qwen3Config(
-        vocab_size=arguments.vocab,
-        hidden_size=arguments.hidden,
-        intermediate_size=arguments.ffn,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads,
-        num_key_value_heads=arguments.kv_heads,
-        head_dim=arguments.head_dim,
-        max_position_embeddings=512,
-        tie_word_embeddings=not arguments.untied,
-        eos_token_id=1,
-    )
-    Qwen3ForCausalLM(config).float().save_pretrained(folder)
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
-    )
-    tokenizer.save_pretrained(folder)
-
-
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in {
-        "vocab": 399,
-        "hidden": 128,
-        "ffn": 384,
-        "layers": 3,
-        "heads": 4,
-        "kv-heads": 2,
-        "head-dim": 32,
-        "bucket-mb": 256,
-        "repeats": 9,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--untied", action="store_true")
+    parser.add_argument("--shape", choices=SHAPES, default="demo")
+    parser.add_argument("--bucket-mb", type=int, default=256)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-verify", action="store_true")
     return parser.parse_args()
 

@@ -19,8 +19,7 @@ from pathlib import Path
 import ray
 import torch
 from machine import describe_machine
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from random_model import SHAPES, save_random_model
 
 from rlsys.actors.group import get_all
 from rlsys.actors.policy import PolicyActors, PolicyRank
@@ -31,13 +30,6 @@ from rlsys.types import Prompt, SampleRequest
 from rlsys.weight_sync.checksum import as_numbers, checksum
 from rlsys.weight_sync.publisher import WeightPublisher
 
-SHAPES = {
-    "tiny": (128, 2, 4, 2, 256, 512),
-    "qwen2.5-0.5b": (896, 24, 14, 2, 4864, 151936),
-    "qwen2.5-1.5b": (1536, 28, 12, 2, 8960, 151936),
-    "qwen2.5-3b": (2048, 36, 16, 2, 11008, 151936),
-}
-"""Hidden, layers, heads, KV heads, FFN, vocabulary."""
 TIMEOUT_S = 300.0
 
 
@@ -180,31 +172,6 @@ def make_config(folder):
             "weight_sync": {"timeout_s": TIMEOUT_S},
         }
     )
-
-
-def save_random_model(folder, shape, device):
-    hidden, layers, heads, kv_heads, ffn, vocabulary = SHAPES[shape]
-    config = Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.save_pretrained(folder)
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
-    )
-    tokenizer.save_pretrained(folder)
 
 
 def parse_arguments():

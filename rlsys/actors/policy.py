@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -13,9 +12,9 @@ from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import Config
 from rlsys.rewards import load_plugins
 from rlsys.types import TrainBatch, UpdateOutput
+from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender
-from rlsys.weight_sync.transport import make_transport
 
 
 class PolicyRank(ModelRank):
@@ -55,29 +54,10 @@ class PolicyRank(ModelRank):
         """See MegatronPolicy.update."""
         return self.engine.update(batch, loss=loss)
 
-    def connect_weight_sync(
-        self,
-        *,
-        to: str,
-        transport: str,
-        address: str,
-        port: int,
-        world_size: int,
-        bucket_bytes: int,
-        verify: bool,
-        timeout_s: float,
-    ) -> None:
+    def connect_weight_sync(self, connection: Connection, *, to: str) -> None:
         """Rank 0 joins a weight sync group as its sender; see WeightPublisher."""
-        if self.rank != 0:
-            return
-        sender = WeightSender(
-            self.engine.weights.metadata(),
-            transport=make_transport(transport, self.engine.device),
-            bucket_bytes=bucket_bytes,
-            verify=verify,
-        )
-        sender.connect(address, port, world_size=world_size, timeout_s=timeout_s)
-        self.senders[to] = sender
+        if self.rank == 0:
+            self.senders[to] = WeightSender(connection, self.engine.device)
 
     def send_weights(self, to: str) -> list[int] | None:
         """Take part in exporting; rank 0 sends what is exported and returns the checksums."""
@@ -124,9 +104,11 @@ class PolicyActors(ModelActors):
         """Every tensor that a weight sync sends, in its order."""
         return self.call("weight_metadata")[0]
 
-    def async_connect_weight_sync(self, **connection: Any) -> dict[str, ray.ObjectRef]:
+    def async_connect_weight_sync(
+        self, connection: Connection, *, to: str
+    ) -> dict[str, ray.ObjectRef]:
         """Connect the sender to the rollout engines; see WeightPublisher."""
-        return self.async_call("connect_weight_sync", **connection)
+        return self.async_call("connect_weight_sync", connection, to=to)
 
     def async_send_weights(self, to: str) -> dict[str, ray.ObjectRef]:
         """Send the weights; the first result is the checksum of each bucket."""

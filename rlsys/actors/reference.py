@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
@@ -15,10 +13,9 @@ from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
 from rlsys.config import Config
 from rlsys.types import TrainBatch
-from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.receiver import WeightReceiver
-from rlsys.weight_sync.transport import make_transport
 
 
 class ReferenceRank(ModelRank):
@@ -40,28 +37,9 @@ class ReferenceRank(ModelRank):
         """See MegatronModel.compute_logprobs."""
         return self.engine.compute_logprobs(batch)
 
-    def connect_weight_sync(
-        self,
-        *,
-        transport: str,
-        address: str,
-        port: int,
-        world_size: int,
-        bucket_bytes: int,
-        verify: bool,
-        timeout_s: float,
-        metadata: Sequence[TensorMeta],
-    ) -> None:
+    def connect_weight_sync(self, connection: Connection) -> None:
         """Join the weight sync group behind its sender, the policy."""
-        self.receiver = WeightReceiver(
-            metadata,
-            transport=make_transport(transport, self.engine.device),
-            bucket_bytes=bucket_bytes,
-            verify=verify,
-        )
-        self.receiver.connect(
-            address, port, rank=1 + self.rank, world_size=world_size, timeout_s=timeout_s
-        )
+        self.receiver = WeightReceiver(connection, self.engine.device, rank=1 + self.rank)
 
     def update_weights(self) -> list[list[int]]:
         """Receive the policy's weights and mix them in; the result is as a rollout engine's."""
@@ -115,11 +93,9 @@ class ReferenceActors(ModelActors):
         """Take the weights of a model folder."""
         self.call("load_model", folder)
 
-    def async_connect_weight_sync(
-        self, *, metadata: Sequence[TensorMeta], in_place: bool, **connection: Any
-    ) -> dict[str, ray.ObjectRef]:
+    def async_connect_weight_sync(self, connection: Connection) -> dict[str, ray.ObjectRef]:
         """See WeightPublisher."""
-        return self.async_call("connect_weight_sync", metadata=list(metadata), **connection)
+        return self.async_call("connect_weight_sync", connection)
 
     def async_start_weight_update(self) -> dict[str, ray.ObjectRef]:
         """Nothing runs between two phases."""

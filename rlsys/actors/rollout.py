@@ -16,7 +16,7 @@ from rlsys.config import Config
 from rlsys.engines.engine_loop import EngineLoop, Outcome
 from rlsys.engines.vllm_settings import rollout_env
 from rlsys.types import RolloutGroup, SampleRequest
-from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.connection import Connection
 
 # Loading a large model, and on GPUs compiling it for the first time, takes minutes.
 START_TIMEOUT_S = 1800.0
@@ -60,9 +60,9 @@ class RolloutActor:
         """Give up groups."""
         await asyncio.wrap_future(self._loop.abort(group_ids))
 
-    async def connect_weight_sync(self, **connection: Any) -> None:
+    async def connect_weight_sync(self, connection: Connection) -> None:
         """See VLLMEngine.connect_weight_sync."""
-        await self._call("connect_weight_sync", **connection)
+        await self._call("connect_weight_sync", connection)
 
     async def start_weight_update(self) -> None:
         """See VLLMEngine.start_weight_update."""
@@ -202,15 +202,9 @@ class RolloutActors:
         if work.pending:
             self._streams[stream] = work
 
-    def async_connect_weight_sync(
-        self, *, metadata: Sequence[TensorMeta], **connection: Any
-    ) -> dict[str, ray.ObjectRef]:
+    def async_connect_weight_sync(self, connection: Connection) -> dict[str, ray.ObjectRef]:
         """See WeightPublisher."""
-        return self._async_call(
-            "connect_weight_sync",
-            metadata=list(metadata),
-            **connection,
-        )
+        return self._async_call("connect_weight_sync", connection)
 
     def async_start_weight_update(self) -> dict[str, ray.ObjectRef]:
         """See WeightPublisher."""

@@ -24,7 +24,7 @@ from rlsys.engines.vllm_settings import engine_arguments
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.model_shape import read_model_shape
 from rlsys.types import Completion, FinishReason, Prompt, RolloutGroup, SampleRequest
-from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.connection import Connection
 
 
 @dataclass(slots=True)
@@ -113,32 +113,10 @@ class VLLMEngine:
             self._running.pop(group_id, None)
         self._drained = [out for out in self._drained if int(out.request_id) in self._running]
 
-    def connect_weight_sync(
-        self,
-        *,
-        transport: str,
-        address: str,
-        port: int,
-        world_size: int,
-        bucket_bytes: int,
-        verify: bool,
-        in_place: bool,
-        timeout_s: float,
-        metadata: Sequence[TensorMeta],
-    ) -> None:
+    def connect_weight_sync(self, connection: Connection) -> None:
         """Let this engine's workers join the weight sync group, behind rank 0 and other engines."""
-        init = InitInfo(
-            transport=transport,
-            address=address,
-            port=port,
-            first_rank=1 + self._engine_rank * self._config.rollout.tensor_parallel_size,
-            world_size=world_size,
-            bucket_bytes=bucket_bytes,
-            verify=verify,
-            in_place=in_place,
-            timeout_s=timeout_s,
-            metadata=[(meta.name, meta.dtype, meta.shape) for meta in metadata],
-        )
+        first_rank = 1 + self._engine_rank * self._config.rollout.tensor_parallel_size
+        init = InitInfo(connection, first_rank)
         self._llm.init_weight_transfer_engine(init.as_request())
 
     def start_weight_update(self) -> None:

@@ -8,8 +8,8 @@ every update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,9 +26,10 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from rlsys.engines.vllm_in_place import CannotMap, InPlacePlan, PlanProof
+from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
-from rlsys.weight_sync.transport import WeightSyncError, make_transport
+from rlsys.weight_sync.transport import WeightSyncError
 
 BACKEND = "rlsys"
 WORKER_EXTENSION = "rlsys.engines.vllm_weights.WeightSyncWorkerExtension"
@@ -36,24 +37,15 @@ WORKER_EXTENSION = "rlsys.engines.vllm_weights.WeightSyncWorkerExtension"
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """How this engine's workers meet the sender; plain values, since vLLM sends it as a dict."""
+    """How this engine's workers meet the sender."""
 
-    transport: str
-    address: str
-    port: int
+    connection: Connection
     first_rank: int
-    """Rank of this engine's first worker in the weight sync group; the sender is rank 0."""
-    world_size: int
-    bucket_bytes: int
-    verify: bool
-    in_place: bool
-    """Copy straight into vLLM's parameters, where that is possible."""
-    timeout_s: float
-    metadata: list[tuple[str, str, tuple[int, ...]]]
+    """Rank of this engine's first worker in the weight sync group."""
 
     def as_request(self) -> dict[str, Any]:
-        """The argument of `LLM.init_weight_transfer_engine`."""
-        return {"init_info": asdict(self)}
+        """The argument of `LLM.init_weight_transfer_engine`, which wants a dict of the fields."""
+        return {"init_info": dict(vars(self))}
 
 
 @dataclass
@@ -91,27 +83,14 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the weight sync group."""
-        metadata = [
-            TensorMeta(name, dtype, tuple(shape)) for name, dtype, shape in init_info.metadata
-        ]
-        self.receiver = WeightReceiver(
-            metadata,
-            transport=make_transport(init_info.transport, self.device),
-            bucket_bytes=init_info.bucket_bytes,
-            verify=init_info.verify,
-        )
-        self.receiver.connect(
-            init_info.address,
-            init_info.port,
-            rank=init_info.first_rank + self.parallel_config.rank,
-            world_size=init_info.world_size,
-            timeout_s=init_info.timeout_s,
-        )
+        connection = init_info.connection
+        rank = init_info.first_rank + self.parallel_config.rank
+        self.receiver = WeightReceiver(connection, self.device, rank=rank)
         self._plan = self._proof = None
-        if init_info.in_place:
-            self._begin_proof(metadata)
+        if connection.in_place:
+            self._begin_proof(connection.metadata)
 
-    def _begin_proof(self, metadata: list[TensorMeta]) -> None:
+    def _begin_proof(self, metadata: Sequence[TensorMeta]) -> None:
         try:
             if self.vllm_config.quant_config is not None:
                 raise CannotMap("the rollout engine quantises weights")

@@ -11,7 +11,8 @@ import ray
 from rlsys.actors.group import get_all
 from rlsys.config import WeightSyncConfig
 from rlsys.weight_sync.checksum import compare_checksums
-from rlsys.weight_sync.plan import TensorMeta, plan_buckets
+from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, serve_store
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Sender(Protocol):
     def weight_metadata(self) -> Sequence[TensorMeta]:
         """Every exported tensor, in the order in which it is sent."""
 
-    def async_connect_weight_sync(self, *, to: str, **connection: Any) -> Refs:
+    def async_connect_weight_sync(self, connection: Connection, *, to: str) -> Refs:
         """Rank 0 joins a weight sync group as its rank 0; `to` tells several groups apart."""
 
     def async_send_weights(self, to: str) -> Refs:
@@ -43,9 +44,7 @@ class Receivers(Protocol):
     num_workers: int
     """Processes that hold a model, over all engines."""
 
-    def async_connect_weight_sync(
-        self, *, metadata: Sequence[TensorMeta], in_place: bool, **connection: Any
-    ) -> Refs:
+    def async_connect_weight_sync(self, connection: Connection) -> Refs:
         """Every worker joins the weight sync group."""
 
     def async_start_weight_update(self) -> Refs:
@@ -85,25 +84,24 @@ class WeightPublisher:
         self._to = to
         self._engines = rollout_engines
         self._config = config
-        metadata = policy.weight_metadata()
-        bucket_bytes = config.bucket_mb * 2**20
-        self._buckets = plan_buckets(metadata, bucket_bytes)
+        metadata = tuple(policy.weight_metadata())
         self._bytes = sum(meta.nbytes for meta in metadata)
         address = _meeting_address()
         self._store = serve_store(address, config.timeout_s)  # lives as long as the publisher
-        connection = {
-            "transport": transport or config.transport,
-            "address": address,
-            "port": self._store.port,
-            "world_size": 1 + rollout_engines.num_workers,
-            "bucket_bytes": bucket_bytes,
-            "verify": config.verify,
-            "timeout_s": config.timeout_s,
-        }
-        receivers = rollout_engines.async_connect_weight_sync(
-            metadata=metadata, in_place=config.in_place, **connection
+        connection = Connection(
+            metadata=metadata,
+            transport=transport or config.transport,
+            address=address,
+            port=self._store.port,
+            world_size=1 + rollout_engines.num_workers,
+            bucket_bytes=config.bucket_mb * 2**20,
+            verify=config.verify,
+            in_place=config.in_place,
+            timeout_s=config.timeout_s,
         )
-        senders = policy.async_connect_weight_sync(to=to, **connection)
+        self._buckets = connection.buckets()
+        receivers = rollout_engines.async_connect_weight_sync(connection)
+        senders = policy.async_connect_weight_sync(connection, to=to)
         self._wait(senders | receivers, "connecting")
 
     def publish(self) -> dict[str, float]:

@@ -2,39 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 
 from rlsys.weight_sync.checksum import as_numbers, checksum
-from rlsys.weight_sync.plan import Bucket, TensorMeta, plan_buckets
-from rlsys.weight_sync.transport import Transport
+from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.plan import Bucket
+from rlsys.weight_sync.transport import join
 
 
 class WeightReceiver:
-    """Receives what a WeightSender sends; `metadata`, `bucket_bytes` and `verify` as there."""
+    """Receives what a WeightSender sends. Joins the group when created.
 
-    def __init__(
-        self,
-        metadata: Sequence[TensorMeta],
-        *,
-        transport: Transport,
-        bucket_bytes: int,
-        verify: bool,
-    ):
-        self._buckets = plan_buckets(metadata, bucket_bytes)
-        self._transport = transport
-        self._verify = verify
+    Args:
+        rank: 1 or higher, in the group.
+        device: where the receiving model is.
+
+    Raises:
+        WeightSyncError: not all ranks came in time.
+    """
+
+    def __init__(self, connection: Connection, device: torch.device, *, rank: int):
+        assert rank > 0, "rank 0 is the sender"
+        self._buckets = connection.buckets()
+        self._verify = connection.verify
         self._checksums: list[torch.Tensor] = []
-
-    def connect(
-        self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
-    ) -> None:
-        """Join the group of `world_size` ranks as one of the ranks 1 and up."""
-        assert 0 < rank < world_size, (rank, world_size)
-        self._transport.connect(
-            address, port, rank=rank, world_size=world_size, timeout_s=timeout_s
-        )
+        self._transport = join(connection, rank, device)
 
     @property
     def checksums(self) -> list[int]:

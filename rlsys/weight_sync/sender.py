@@ -2,39 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from rlsys.weight_sync.checksum import as_numbers, checksum
-from rlsys.weight_sync.plan import Bucket, TensorMeta, plan_buckets
-from rlsys.weight_sync.transport import Transport
+from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.plan import Bucket, TensorMeta
+from rlsys.weight_sync.transport import join
 
 
 class WeightSender:
     """Streams tensors in buckets to all rollout engines; needs the memory of two buckets.
 
+    Joins the group when created, as its rank 0.
+
     Args:
-        metadata: every tensor of `send`, in its order.
-        bucket_bytes: as on the receiving side.
-        verify: compute checksums.
+        device: where the tensors of `send` are.
+
+    Raises:
+        WeightSyncError: not all ranks came in time.
     """
 
-    def __init__(
-        self,
-        metadata: Sequence[TensorMeta],
-        *,
-        transport: Transport,
-        bucket_bytes: int,
-        verify: bool,
-    ):
-        self._buckets = plan_buckets(metadata, bucket_bytes)
-        self._transport = transport
-        self._verify = verify
-
-    def connect(self, address: str, port: int, *, world_size: int, timeout_s: float) -> None:
-        """Join the group of `world_size` ranks as its rank 0."""
-        self._transport.connect(address, port, rank=0, world_size=world_size, timeout_s=timeout_s)
+    def __init__(self, connection: Connection, device: torch.device):
+        self._buckets = connection.buckets()
+        self._verify = connection.verify
+        self._transport = join(connection, 0, device)
 
     @torch.no_grad()
     def send(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[int]:

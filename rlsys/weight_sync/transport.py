@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from rlsys.registry import Registry
+from rlsys.weight_sync.connection import Connection
 
 LOOPBACK = "127.0.0.1"
 
@@ -41,7 +42,7 @@ class Transport(ABC):
     def connect(
         self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
     ) -> None:
-        """Meet the other ranks at the TCPStore on `address`:`port`.
+        """Meet the other ranks at the TCPStore on `address`:`port`; see Connection.
 
         Raises:
             WeightSyncError: not all ranks came within `timeout_s` seconds, which is the deadline
@@ -94,6 +95,25 @@ class Transport(ABC):
 
 
 transports: Registry[type[Transport]] = Registry("weight transport")
+
+
+def join(connection: Connection, rank: int, device: torch.device) -> Transport:
+    """Become rank `rank` of a weight sync group, with a model on `device`.
+
+    Raises:
+        ValueError: there is no such transport.
+        WeightSyncError: not all ranks came in time.
+    """
+    assert 0 <= rank < connection.world_size, (rank, connection.world_size)
+    transport = make_transport(connection.transport, device)
+    transport.connect(
+        connection.address,
+        connection.port,
+        rank=rank,
+        world_size=connection.world_size,
+        timeout_s=connection.timeout_s,
+    )
+    return transport
 
 
 def make_transport(name: str, device: torch.device) -> Transport:

@@ -1,5 +1,7 @@
 """A policy that sends the tensors of model folders: the sending side without a trainer."""
 
+from dataclasses import replace
+
 import ray
 import torch
 from safetensors.torch import load_file
@@ -7,8 +9,10 @@ from safetensors.torch import load_file
 from rlsys.weight_sync.gloo import GlooTransport
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender
+from rlsys.weight_sync.transport import transports
 
 
+@transports.register("damaging gloo")
 class BitFlippingTransport(GlooTransport):
     """Damages every bucket that starts with tensor data on its way."""
 
@@ -30,25 +34,9 @@ class SenderActor:
             for name, tensor in self.tensors.items()
         ]
 
-    def connect(
-        self,
-        *,
-        transport,
-        transport_class,
-        address,
-        port,
-        world_size,
-        bucket_bytes,
-        verify,
-        timeout_s,
-    ):
-        self.sender = WeightSender(
-            self.weight_metadata(),
-            transport=transport_class(torch.device("cpu")),
-            bucket_bytes=bucket_bytes,
-            verify=verify,
-        )
-        self.sender.connect(address, port, world_size=world_size, timeout_s=timeout_s)
+    def connect(self, connection, transport):
+        connection = replace(connection, transport=transport)
+        self.sender = WeightSender(connection, torch.device("cpu"))
 
     def set_weights(self, folder):
         self.tensors = load_tensors(folder)
@@ -66,9 +54,9 @@ class SenderActor:
 class TensorPolicy:
     """The driver's side: what WeightPublisher asks of a policy."""
 
-    def __init__(self, folder, *, transport_class=GlooTransport):
+    def __init__(self, folder, *, transport="gloo"):
         self.actor = ray.remote(SenderActor).options(num_cpus=0.01).remote(folder)
-        self.transport_class = transport_class
+        self.transport = transport
         self.policy_version = 0
         self.sends = True
 
@@ -82,12 +70,8 @@ class TensorPolicy:
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
 
-    def async_connect_weight_sync(self, *, to, **connection):
-        return {
-            "policy rank 0": self.actor.connect.remote(
-                transport_class=self.transport_class, **connection
-            )
-        }
+    def async_connect_weight_sync(self, connection, *, to):
+        return {"policy rank 0": self.actor.connect.remote(connection, self.transport)}
 
     def async_send_weights(self, to):
         method = self.actor.send if self.sends else self.actor.send_nothing

@@ -3,7 +3,7 @@
 import pytest
 import ray
 from greedy_rollouts import PROMPTS, greedy
-from tensor_policy import BitFlippingTransport, TensorPolicy
+from tensor_policy import TensorPolicy
 
 from rlsys.actors.group import ActorFailure, get_all
 from rlsys.actors.rollout import RolloutActors
@@ -118,7 +118,7 @@ def healthy_after(policy, engines, connect):
 
 
 def test_a_damaged_bucket_is_named(healthy_after, engines, connect, tiny_models):
-    damaging = TensorPolicy(tiny_models[True, 1], transport_class=BitFlippingTransport)
+    damaging = TensorPolicy(tiny_models[True, 1], transport="damaging gloo")
     publisher = connect(damaging, engines)
     message = r"rollout engine 0 received other bytes.*bucket 0 of 1.*model\.embed_tokens\.weight"
     with pytest.raises(WeightSyncError, match=message):

@@ -6,6 +6,7 @@ from itertools import chain
 import pytest
 import torch
 
+from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
 from rlsys.weight_sync.sender import WeightSender
@@ -19,31 +20,37 @@ TENSORS = {
     "layer.k": torch.randn(3, 8).half(),
     "head": torch.randn(50, 8),
 }
-METADATA = [
+METADATA = tuple(
     TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
     for name, tensor in TENSORS.items()
-]
-PLAN = {"bucket_bytes": 400, "verify": True}
+)
+
+
+def connection(store, *, world_size, timeout_s=20.0):
+    return Connection(
+        metadata=METADATA,
+        transport="auto",
+        address=LOOPBACK,
+        port=store.port,
+        world_size=world_size,
+        bucket_bytes=400,
+        verify=True,
+        in_place=False,
+        timeout_s=timeout_s,
+    )
 
 
 class Group:
     """One sender and two receivers that have met."""
 
     def __init__(self, *, timeout_s=20.0):
-        self.sender = WeightSender(METADATA, transport=make_transport("gloo", CPU), **PLAN)
-        self.receivers = [
-            WeightReceiver(METADATA, transport=make_transport("auto", CPU), **PLAN)
-            for _ in range(2)
-        ]
         self.store = serve_store(LOOPBACK, timeout_s)
-        meeting = (LOOPBACK, self.store.port)
-        options = {"world_size": 3, "timeout_s": timeout_s}
+        agreed = connection(self.store, world_size=3, timeout_s=timeout_s)
         self.threads = ThreadPoolExecutor(3)
-        connecting = [self.threads.submit(self.sender.connect, *meeting, **options)]
-        for rank, receiver in enumerate(self.receivers, start=1):
-            connecting.append(self.threads.submit(receiver.connect, *meeting, rank=rank, **options))
-        for future in connecting:
-            future.result()
+        sender = self.threads.submit(WeightSender, agreed, CPU)
+        receivers = [self.threads.submit(WeightReceiver, agreed, CPU, rank=rank) for rank in (1, 2)]
+        self.sender = sender.result()
+        self.receivers = [receiver.result() for receiver in receivers]
 
     def start_receiving(self):
         return [
@@ -79,8 +86,7 @@ def test_every_receiver_gets_equal_bits_and_checksums_again_and_again():
 )
 def test_other_tensors_than_announced_are_refused_by_name(change, message):
     store = serve_store(LOOPBACK, 20.0)
-    sender = WeightSender(METADATA, transport=make_transport("gloo", CPU), **PLAN)
-    sender.connect(LOOPBACK, store.port, world_size=1, timeout_s=20.0)
+    sender = WeightSender(connection(store, world_size=1), CPU)
     tensors = dict(TENSORS)
     change(tensors)
     with pytest.raises(ValueError, match=message):
@@ -98,10 +104,9 @@ def test_a_sender_that_never_sends_is_named_with_phase_and_bucket():
 
 def test_a_receiver_that_never_connects_is_a_named_timeout():
     store = serve_store(LOOPBACK, 1.0)
-    sender = WeightSender(METADATA, transport=make_transport("gloo", CPU), **PLAN)
     message = r"weight sync rank 0 of 2, connecting to 127\.0\.0\.1:\d+: .* within 1 s"
     with pytest.raises(WeightSyncError, match=message):
-        sender.connect(LOOPBACK, store.port, world_size=2, timeout_s=1.0)
+        WeightSender(connection(store, world_size=2, timeout_s=1.0), CPU)
 
 
 def test_an_unknown_transport_lists_the_known():
