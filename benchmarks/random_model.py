@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -38,23 +38,41 @@ SHAPES = {
     "qwen2.5-1.5b": Shape(1536, 28, 12, 2, 8960, 151936),
     "qwen2.5-3b": Shape(2048, 36, 16, 2, 11008, 151936),
 }
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
+LOGIT_STD = 6.0
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- message['role'] + ' ' + message['content'] + '\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant ' }}{%- endif %}"
+)
 
 
-def save_random_model(folder: Path, shape: str, device: str, dtype: torch.dtype | None = None):
-    """Write a Hugging Face folder of SHAPES[shape], with a tokenizer that knows <pad> and <eos>.
+def save_random_model(
+    folder: Path,
+    shape: str,
+    device: str,
+    dtype: torch.dtype | None = None,
+    *,
+    endless: bool = False,
+):
+    """Write a Hugging Face folder of SHAPES[shape], with a tokenizer of as many words.
 
     `device`, "cpu" or "cuda", is where the weights are drawn. `dtype` None is what a run would
-    take there: float32 on CPU, bfloat16 on a GPU.
+    take there: float32 on CPU, bfloat16 on a GPU. With `endless` no completion ends before
+    max_completion_length, so that what is compared samples the same number of tokens, without
+    a setting that runs do not have: the logit of EOS is 0, and the others are far apart.
     """
     dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    config = hf_config(SHAPES[shape])
+    torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(hf_config(SHAPES[shape]), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if endless:
+        with torch.no_grad():
+            head = model.get_output_embeddings().weight
+            head.normal_(std=LOGIT_STD / config.hidden_size**0.5)  # of hidden states of RMS 1
+            head[config.eos_token_id] = 0.0
     model.save_pretrained(folder)
-    backend = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
-    )
-    tokenizer.save_pretrained(folder)
+    build_tokenizer(config.vocab_size).save_pretrained(folder)
 
 
 def hf_config(shape: Shape):
@@ -71,4 +89,23 @@ def hf_config(shape: Shape):
         tie_word_embeddings=shape.tied,
         eos_token_id=1,
         bos_token_id=None,
+    )
+
+
+def build_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """A token for every digit, sign and tag of a Countdown prompt, and `vocabulary` in all."""
+    known = [PAD, EOS, UNKNOWN, *"0123456789+-*/=<>()[],."]
+    words = [*known, *(f"word{number}" for number in range(vocabulary - len(known)))]
+    backend = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token=UNKNOWN)
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.Digits(individual_digits=True)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        unk_token=UNKNOWN,
+        chat_template=CHAT_TEMPLATE,
     )

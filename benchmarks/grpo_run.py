@@ -1,0 +1,148 @@
+"""A GRPO run on Countdown with random weights, as `rlsys grpo` runs it, and what its steps took."""
+
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import yaml
+
+from rlsys.config_load import load_config
+from rlsys.launch import run
+from rlsys.run_dir import RunDir
+from rlsys.tracking import Tracker, register_tracker
+from rlsys.tracking.jsonl import read_jsonl
+
+COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
+sys.path.insert(0, str(COUNTDOWN))
+from problems import generate_problems, write_jsonl  # noqa: E402
+
+SAMPLE_MS = 200
+
+
+class StepEnds(Tracker):
+    """When each step ended, on the clock of time.monotonic."""
+
+    def __init__(self):
+        self.times = []
+
+    def log_metrics(self, step, metrics):
+        self.times.append(time.monotonic())
+
+    def close(self):
+        pass
+
+
+class GpuBusy:
+    """Percent of time in which a kernel ran on each GPU of the host, as nvidia-smi samples it."""
+
+    def __enter__(self):
+        query = ["--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits"]
+        self._samples = []
+        self._process = subprocess.Popen(
+            ["nvidia-smi", *query, f"--loop-ms={SAMPLE_MS}"], stdout=subprocess.PIPE, text=True
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        return self
+
+    def __exit__(self, *error):
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+    def _read(self):
+        for line in self._process.stdout:
+            gpu, _, percent = line.partition(",")
+            if percent.strip().isdigit():
+                self._samples.append((time.monotonic(), int(gpu), int(percent)))
+
+    def idle_shares(self, since, until):
+        """{GPU: share of the time between two moments in which no kernel ran}."""
+        gpus = sorted({gpu for _, gpu, _ in self._samples})
+        return {
+            f"GPU {gpu}": 1 - statistics.mean(seen) / 100
+            for gpu in gpus
+            if (seen := [p for at, g, p in self._samples if g == gpu and since < at <= until])
+        }
+
+
+def write_config(folder, *, model, device, steps, prompts, generations, completion_length, gpus):
+    """A config of the Countdown shape and its data; returns the path."""
+    problems = generate_problems(
+        max(2 * prompts, 512), seed=0, numbers=4, max_number=99, max_target=999, operations="+-*"
+    )
+    write_jsonl(folder / "train.jsonl", problems)
+    engines = max(1, gpus - 1)
+    config = {
+        "output_dir": str(folder / "run"),
+        "max_steps": steps,
+        "device": device,
+        "data": {"dataset": [str(folder / "train.jsonl")], "max_prompt_length": 256},
+        "model": {"path": str(model)},
+        "rollout": {
+            "num_engines": engines,
+            "num_generations": generations,
+            "generation_batch_size": prompts * generations,
+            "max_completion_length": completion_length,
+            "max_num_seqs": min(512, -(-prompts * generations // engines)),
+        },
+        "reward": {"reward_funcs": ["countdown", "format"], "num_workers": 2},
+        "grpo": {"beta": 0.0, "loss_type": "dapo"},
+        "policy": {"max_tokens_per_micro_batch": 16384, "lr": 1.0e-6},
+        "tracking": {"report_to": []},
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def run_steps(config_file, options, *, warm_up):
+    """Run it in this process; the measured steps, the seconds of each, and idle shares of GPUs.
+
+    A step's seconds are those from the end of the step before to its own, so they have everything
+    in them. `warm_up` steps are left out, 1 at least.
+    """
+    ends = StepEnds()
+    register_tracker("step_ends")(lambda config, resumed_from: ends)
+    resolved = load_config(config_file, [*options, "--tracking.report_to", "step_ends"])
+    on_gpus = resolved.config.device != "cpu"
+    busy = GpuBusy() if on_gpus else None
+    if busy is None:
+        run(resolved)
+    else:
+        with busy:
+            run(resolved)
+    rows = list(read_jsonl(RunDir(Path(resolved.config.output_dir)).metrics))
+    seconds = [end - start for start, end in zip(ends.times, ends.times[1:], strict=False)]
+    idle = busy.idle_shares(ends.times[warm_up - 1], ends.times[-1]) if busy else {}
+    return rows[warm_up:], seconds[warm_up - 1 :], idle
+
+
+def summary(rows, seconds, idle):
+    """Medians of the measured steps, and what a GPU waits."""
+
+    def median(key):
+        return statistics.median(row[key] for row in rows)
+
+    tokens = median("num_completion_tokens")
+    step = statistics.median(seconds)
+    return {
+        "measured_steps": len(rows),
+        "step_s": step,
+        "step_s_of_each": seconds,
+        "completion_tokens": tokens,
+        "completion_tokens_per_second": tokens / step,
+        "phases_s": {
+            key.removeprefix("time/"): median(key) for key in rows[0] if key.startswith("time/")
+        },
+        "rollout_tokens_per_second": median("rollout/tokens_per_second"),
+        "update_tokens_per_second": median("update/tokens_per_second"),
+        "idle_share_of_policy": median("idle/policy_frac"),
+        "idle_share_of_rollout": median("idle/rollout_frac"),
+        "idle_share_by_nvidia_smi": idle,
+        "staleness_max": max(row["staleness/max"] for row in rows),
+        "logp_difference_mean": median("sampling/logp_difference/mean"),
+    }
