@@ -2,8 +2,10 @@
 # make demo     watch a small language model learn the Countdown game, on CPU
 # make test     lint, types and tests
 # make test-all the same with the slowest tests: servers and whole runs of their own
+# make test-gpu the tests that need GPUs, with the python3 of this shell and what it has installed
 #
-# VENV=dir uses another environment, PYTHON=python3.12 another interpreter to create it with.
+# VENV=dir uses another environment, PYTHON=python3.12 another interpreter to create it with (or
+# to run test-gpu with).
 
 VENV ?= .venv
 STAMP := $(VENV)/.setup-done
@@ -23,6 +25,9 @@ test: lint
 test-all: lint
 	$(VENV)/bin/python -m pytest
 
+test-gpu:
+	$(or $(PYTHON),python3) -m pytest tests/gpu -m gpu -ra --durations=10
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -35,4 +40,4 @@ clean:
 distclean: clean
 	rm -rf $(VENV) *.egg-info
 
-.PHONY: setup demo test test-all lint clean distclean
+.PHONY: setup demo test test-all test-gpu lint clean distclean

@@ -90,7 +90,11 @@ def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
         # The remote traceback is the message; Ray's own frames around it help nobody.
         raise ActorFailure(f"{error}\n{name} failed in {phase}: {error.cause!r}") from None
     except RayActorError as error:
-        raise ActorDeath(f"{error}\n{name} died in {phase}") from None
+        text = str(error).rstrip()
+        if error.actor_init_failed:  # `text` is the traceback: what was raised is told last
+            reason = text.rpartition("\n")[2]
+            raise ActorDeath(f"{text}\n{name} failed in {phase}: {reason}") from None
+        raise ActorDeath(f"{text}\n{name} died in {phase}") from None
     except RayError as error:
         raise ActorFailure(f"{error}\n{name} was lost in {phase}") from error
 

@@ -236,7 +236,10 @@ class MegatronModel:
 def _out_of_memory_explained(packed: list[PackedMicroBatch]) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # What extensions run out of, Transformer Engine's among them, may come as its base class.
+        if "out of memory" not in str(error):
+            raise
         tokens = max(len(micro_batch.input_ids) for micro_batch in packed)
         raise torch.OutOfMemoryError(
             f"{error}\nThe GPU is too small for micro-batches of {tokens:,} tokens: lower "

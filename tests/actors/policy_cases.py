@@ -10,7 +10,7 @@ import torch
 from tiny_models import VOCAB_SIZE, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from rlsys.actors.group import get_all
+from rlsys.actors.group import get_all, on_cpu
 from rlsys.actors.policy import PolicyActors, PolicyRank
 from rlsys.config import Config
 from rlsys.types import TrainBatch
@@ -191,8 +191,8 @@ class PolicyLab:
     Each new policy ends the one before it.
     """
 
-    def __init__(self, max_ranks):
-        self._max_ranks = max_ranks
+    def __init__(self, max_ranks, *, rank_class=LabRank, place=on_cpu):
+        self._max_ranks, self._rank_class, self._place = max_ranks, rank_class, place
         self._policy = None
         self._actors = []
 
@@ -214,7 +214,7 @@ class PolicyLab:
     def _start_processes(self, config):
         section = config.policy.model_copy(update={"world_size": self._max_ranks})
         largest = config.model_copy(update={"policy": section})
-        self._policy = PolicyActors(largest, rank_class=LabRank)
+        self._policy = PolicyActors(largest, rank_class=self._rank_class, place=self._place)
         self._actors = self._policy.actors
 
 

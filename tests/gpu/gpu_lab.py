@@ -1,0 +1,157 @@
+"""Policies on GPUs, on processes that become one policy after the other, and a look into them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ray
+import torch
+from policy_cases import LabRank
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rlsys.actors.rollout import RolloutActor
+from rlsys.engines.hf_checkpoint import SafetensorsReader
+from rlsys.weight_sync.checksum import as_numbers, checksum
+
+SHARE = 0.1
+"""Of a GPU, in Ray's bookkeeping: all the tests' actors fit on two."""
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """The GPUs of the tests: one bundle each, and a last one of two GPUs where there are four."""
+
+    group: ray.util.placement_group.PlacementGroup
+
+    @classmethod
+    def reserve(cls, number):
+        sizes = [1, 1, 2] if number >= 4 else [1] * min(number, 2)
+        group = placement_group(
+            [{"GPU": size, "CPU": 0.1} for size in sizes], strategy="STRICT_PACK"
+        )
+        assert group.wait(60), "other processes of this Ray cluster hold its GPUs"
+        return cls(group)
+
+    def rank_by_rank(self, rank):
+        """A `Place`: rank r on GPU r."""
+        return self._options(rank, SHARE)
+
+    def on(self, bundle):
+        """A `Place`: everything on one GPU."""
+        return lambda rank: self._options(bundle, SHARE)
+
+    def pair(self, rank):
+        """A `Place` for an engine of two GPUs."""
+        return self._options(2, 2)
+
+    def _options(self, bundle, gpus):
+        return {
+            "num_cpus": 0.01,
+            "num_gpus": gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(
+                self.group, placement_group_bundle_index=bundle
+            ),
+        }
+
+
+class GpuRank(LabRank):
+    """A rank that calls functions of the tests."""
+
+    def run(self, function, *args):
+        return function(self, *args)
+
+    def _export(self, weights):
+        tensors = {name: tensor.cpu().clone() for name, tensor in weights.export()}
+        return tensors if self.rank == 0 else None
+
+
+def use_config(rank, config):
+    """Pack otherwise, for example; the model stays."""
+    rank.config = rank.engine.config = config
+
+
+def load_weights(rank, folder):
+    """Take the weights of a model folder, while the GPU is busy with other things."""
+    keep_gpu_busy(rank)
+    with SafetensorsReader(folder) as reader:
+        rank.engine.weights.load(reader)
+
+
+@torch.no_grad()
+def negate_weights(rank):
+    """Change all weights some time after the call, when the GPU comes to it."""
+    keep_gpu_busy(rank)
+    for parameter in rank.engine.model.parameters():
+        parameter.mul_(-1.0)
+
+
+def keep_gpu_busy(rank):
+    """Tens of milliseconds of work on two other streams and on the current one; waits for none."""
+    if not torch.cuda.is_available():
+        return
+    matrix = torch.ones(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    rank.busy = [matrix]  # outlives the work on it
+    for _ in range(2):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            rank.busy += [matrix @ matrix for _ in range(20)]
+    torch.cuda._sleep(20_000_000)  # cycles
+
+
+def exported_checksums(rank):
+    """Name -> checksum of what the policy holds, when all its work is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    tensors = dict(rank.engine.weights.export())
+    content = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in tensors.values()]
+    return dict(zip(tensors, as_numbers([checksum(data) for data in content]), strict=True))
+
+
+def update_with_little_memory(rank, batch, spare_bytes):
+    """One update with so much GPU memory beside what is held already."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + spare_bytes) / total)
+    try:
+        rank.engine.update(batch)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+class OpenActor(RolloutActor):
+    """A rollout engine that its tests look into."""
+
+    def __init__(self, config, device, engine_rank):
+        if device == "cpu":
+            from vllm import _custom_ops
+
+            # vLLM then multiplies with the parameters themselves, as on GPUs.
+            _custom_ops._supports_onednn = False
+        super().__init__(config, device, engine_rank)
+
+    async def ask_workers(self, method):
+        return await self._call("ask_workers", method)
+
+    async def set_in_flight_kv(self, value):
+        await self._between_steps(_set_in_flight_kv, value)
+
+    async def least_tokens(self):
+        """Of the completions in flight."""
+        return await self._between_steps(_least_tokens)
+
+    async def _between_steps(self, function, *args):
+        import asyncio
+
+        return await asyncio.wrap_future(self._loop._ask(lambda engine: function(engine, *args)))
+
+
+def _set_in_flight_kv(engine, value):
+    rollout = engine._config.rollout.model_copy(update={"in_flight_kv": value})
+    engine._config = engine._config.model_copy(update={"rollout": rollout})
+
+
+def _least_tokens(engine):
+    states = engine._llm.llm_engine.output_processor.request_states.values()
+    return min((state.detokenizer.num_output_tokens() for state in states), default=0)

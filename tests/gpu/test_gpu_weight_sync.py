@@ -1,0 +1,161 @@
+"""Weights over NCCL, from a real policy to real engines: never others than the policy's."""
+
+import pytest
+import ray
+import torch
+from gpu_cases import DEVICE, gpu_config, transformers_logprobs
+from gpu_lab import exported_checksums, load_weights, negate_weights
+from greedy_rollouts import PROMPTS, greedy
+from policy_cases import LAYOUTS
+
+from rlsys.algo.batching import build_train_batch
+from rlsys.types import SampleRequest
+from rlsys.weight_sync.publisher import WeightPublisher
+
+pytestmark = pytest.mark.gpu(2)
+
+NUM_SYNCS = 200 if DEVICE == "cuda" else 6
+
+
+@pytest.fixture(scope="module")
+def connect(lab, gpu_models):
+    """A policy of seed 0, connected to an engine: (policy, publisher, load)."""
+
+    def connect(engine, layout="one rank", **settings):
+        config = gpu_config(gpu_models[engine.kind, 0], **LAYOUTS[layout])
+        policy = lab.policy(config)
+        section = config.weight_sync.model_copy(
+            update={"bucket_mb": 1, "timeout_s": 60.0, **settings}
+        )
+        publisher = WeightPublisher(policy, engine.actors, section)
+
+        def load(seed):
+            policy.call("run", load_weights, gpu_models[engine.kind, seed])
+            policy.policy_version += 1
+            publisher.publish()
+
+        return policy, publisher, load
+
+    return connect
+
+
+def assert_samples_as(engine, expected, *, version=None):
+    tokens, logprobs, versions = greedy(engine.actors)
+    assert tokens == expected[0]
+    assert logprobs == pytest.approx(expected[1], abs=1e-4)
+    assert version is None or versions == {(version,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("tied", "one rank"),
+        ("tied", "TP 2"),
+        ("untied", "one rank"),
+        ("untied", "PP 2"),
+        pytest.param("two GPUs", "one rank", marks=pytest.mark.gpu(4)),
+        pytest.param("two GPUs", "TP 2", marks=pytest.mark.gpu(4)),
+    ],
+)
+def test_an_updated_engine_equals_one_that_was_started_with_these_weights(
+    engines, connect, name, layout
+):
+    engine = engines(name)
+    _, publisher, load = connect(engine, layout)
+    publisher.publish()  # through vLLM's own loader, and proves the plan
+    if DEVICE == "cuda":
+        assert set(engine.ask_workers("loads_in_place")) == {True}
+    with_seed_0 = greedy(engine.actors)
+    assert with_seed_0[0] != engine.fresh[0]
+    load(seed=1)  # in place from now on
+    assert_samples_as(engine, engine.fresh, version=1)
+    load(seed=0)
+    assert_samples_as(engine, with_seed_0, version=2)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_vllms_own_loader_gives_the_same_weights(engines, connect, name):
+    engine = engines(name)
+    _, publisher, load = connect(engine, in_place=False)
+    publisher.publish()
+    for _ in range(NUM_SYNCS // 20):
+        load(seed=0)
+        load(seed=1)
+    assert engine.ask_workers("loads_in_place") == [False]
+    assert_samples_as(engine, engine.fresh)
+
+
+@pytest.mark.parametrize("name", ["tied", "untied"])
+def test_no_sync_sends_weights_of_before_or_half_of_them(engines, connect, name):
+    """200 syncs, each right after a change that the GPU has not got to yet, while others streams
+    are busy and the engine is sampling; then every parameter is looked at."""
+    engine = engines(name)
+    policy, publisher, _ = connect(engine)
+    publisher.publish()
+    expected = []
+    for _ in range(2):
+        expected.append(policy.call("run", exported_checksums)[0])
+        policy.call("run", negate_weights)
+    assert expected[0] != expected[1]
+    next_id = 1000
+    for sync in range(1, NUM_SYNCS + 1):
+        if engine.actors.num_pending < 8:
+            requests = [
+                SampleRequest(next_id + i, prompt, 4, 1.0, i) for i, prompt in enumerate(PROMPTS)
+            ]
+            engine.actors.submit(requests)
+            next_id += len(requests)
+        policy.call("run", negate_weights)
+        policy.policy_version += 1
+        publisher.publish()
+        held = dict(engine.ask_workers("loaded_checksums")[0])
+        assert held == expected[sync % 2], f"sync {sync}"
+        engine.actors.collect()
+    engine.actors.abort(range(1000, next_id))
+
+
+@pytest.mark.parametrize("in_flight_kv", ["recompute", "keep"])
+def test_completions_in_flight_keep_the_versions_of_their_tokens(
+    engines, connect, gpu_models, in_flight_kv
+):
+    engine = engines("untied")
+    _, publisher, load = connect(engine)
+    publisher.publish()
+    ray.get(engine.actor.set_in_flight_kv.remote(in_flight_kv), timeout=60)
+    requests = [SampleRequest(i, prompt, 4, 1.0, i) for i, prompt in enumerate(PROMPTS)]
+    engine.actors.submit(requests)
+    while ray.get(engine.actor.least_tokens.remote(), timeout=60) < 16:
+        pass
+    load(seed=1)
+    later = SampleRequest(len(PROMPTS), PROMPTS[0], 4, 1.0, 0)
+    engine.actors.submit([later])
+    groups = {}
+    while engine.actors.num_pending:
+        assert ray.wait(engine.actors.pending_refs(), timeout=60)[0]
+        groups |= {group.group_id: group for group in engine.actors.collect()}
+    ray.get(engine.actor.set_in_flight_kv.remote("recompute"), timeout=60)
+
+    batch = build_train_batch([groups[i] for i in sorted(groups)])
+    errors = [
+        (batch.rollout_logprobs - transformers_logprobs(folder, batch, dtype=torch.bfloat16)).abs()
+        for folder in (gpu_models[engine.kind, seed] for seed in (0, 1))
+    ]
+    completions = [c for i in sorted(groups) for c in groups[i].completions]
+    of_old, of_new = [], []
+    for row, completion in enumerate(completions):
+        prompt_length = int(batch.lengths[row]) - len(completion.token_ids)
+        if completion.policy_versions == (0, 1):
+            change = prompt_length + completion.version_starts[1]
+            of_old.append(torch.stack([e[row, prompt_length:change] for e in errors]))
+            if in_flight_kv == "recompute":
+                of_new.append(torch.stack([e[row, change : batch.lengths[row]] for e in errors]))
+        else:
+            version = 1 if row // 4 == len(PROMPTS) else 0
+            assert completion.policy_versions == (version,)
+            own = torch.stack([e[row, prompt_length : batch.lengths[row]] for e in errors])
+            (of_new if version else of_old).append(own)
+    assert len(of_old) > len(completions) // 2
+    for parts, version in ((of_old, 0), (of_new, 1)):
+        by_weights = torch.cat(parts, dim=1).mean(dim=1)  # seed 0, seed 1
+        assert by_weights[version] < 0.02, by_weights
+        assert by_weights[1 - version] > 0.1, by_weights
