@@ -10,8 +10,9 @@ from policy_cases import LAYOUTS, exported
 pytestmark = pytest.mark.gpu(2)
 
 BATCH = long_batch(16, 400)
-RELATIVE = {"float32": 1e-4, "bfloat16": 2**-9}
-"""Of loss and gradient norm; 2^-9 is what one rounding to bfloat16 changes at most."""
+RELATIVE = {"float32": 1e-4, "bfloat16": 2**-6}
+"""Of loss and gradient norm. A rounding to bfloat16 changes a number by up to 2^-9; with others
+in other places, gradient norms of these models are up to 6e-3 apart."""
 NATS = {"float32": 1e-4, "bfloat16": 1e-2}
 """Of log-probs, in the mean."""
 NUM_UPDATES = 3
