@@ -48,8 +48,12 @@ class Process:
     def connect_weight_sync(self, connection):
         self.sender = WeightSender(connection, CPU)
 
-    def send_weights(self):
-        return self.sender.send(self.tensors.items())
+    def send_weights(self, version):
+        return self.sender.send(self.fill, version)
+
+    def fill(self, bucket, buffer):
+        for name, target in bucket.views(buffer):
+            target.copy_(self.tensors[name].detach())
 
     def connect_plain(self, port, rank):
         self.plain = make_transport("gloo", CPU)
@@ -81,8 +85,8 @@ class Policy:
     def async_connect_weight_sync(self, connection, *, to):
         return {"policy rank 0": self.actor.connect_weight_sync.remote(connection)}
 
-    def async_send_weights(self, to):
-        return {"policy rank 0": self.actor.send_weights.remote()}
+    def async_send_weights(self, version, *, to):
+        return {"policy rank 0": self.actor.send_weights.remote(version)}
 
 
 def seconds(action):

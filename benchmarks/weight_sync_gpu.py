@@ -1,161 +1,263 @@
-"""Weight sync between two GPUs, policy to rollout engine, copies in place against vLLM's loader.
+"""Weight sync between GPUs, policy to rollout engine, and what it could take at best: prints JSON.
 
     python benchmarks/weight_sync_gpu.py                     # Qwen2.5-1.5B's shape, 3.09 GB in bf16
-    python benchmarks/weight_sync_gpu.py --device cpu --shape tiny        # does the script work?
+    python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-tp 2      # on four GPUs
+    python benchmarks/weight_sync_gpu.py --device cpu --shape tiny --repeats 4    # does it work?
 
 A real policy and a real engine, with random weights of the shape. Every sync is the whole of it:
 pause, export from megatron-core's layout, transport, loading, prefix cache, resume. The syncs in
 place are also a stress test: the weights change before each of them, every bucket's checksums are
-compared, and at the end those of every parameter. Prints JSON.
+compared, and after each part those of every parameter. In the same run, between the same two
+processes: broadcasts of as many bytes and nothing else, and vLLM's own NCCL weight transfer.
+
+What one part measures is kept, whatever becomes of the others.
 """
 
 import argparse
 import json
+import signal
 import statistics
+import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import ray
-import torch
 from machine import describe_machine
 from random_model import SHAPES, save_random_model
+from weight_sync_sides import (
+    TIMEOUT_S,
+    OpenActor,
+    OpenRank,
+    bare_broadcasts,
+    join_native,
+    receive_native,
+)
 
+from rlsys.actors import rollout
 from rlsys.actors.group import get_all
-from rlsys.actors.policy import PolicyActors, PolicyRank
-from rlsys.actors.rollout import RolloutActor, RolloutActors
+from rlsys.actors.policy import PolicyActors
+from rlsys.actors.rollout import RolloutActors
 from rlsys.algo.batching import build_train_batch
 from rlsys.config import Config
 from rlsys.types import Prompt, SampleRequest
-from rlsys.weight_sync.checksum import as_numbers, checksum
 from rlsys.weight_sync.publisher import WeightPublisher
+from rlsys.weight_sync.transport import LOOPBACK, serve_store
 
-TIMEOUT_S = 300.0
-
-
-class ChangingRank(PolicyRank):
-    """A policy whose weights can be changed without training."""
-
-    @torch.no_grad()
-    def change_weights(self):
-        for parameter in self.engine.model.parameters():
-            parameter.mul_(-1.0)
-
-    def send_weights(self, to):
-        start = time.perf_counter()
-        sent = super().send_weights(to)
-        self.send_seconds = time.perf_counter() - start
-        return sent
-
-    def seconds_of_send(self):
-        return self.send_seconds
-
-    def exported_checksums(self):
-        tensors = dict(self.engine.weights.export())
-        content = [t.contiguous().view(-1).view(torch.uint8) for t in tensors.values()]
-        return dict(zip(tensors, as_numbers([checksum(data) for data in content]), strict=True))
+START_TIMEOUT_S = 300.0
+WIDE_CTAS = 32
+"""Thread blocks that NCCL is made to use in one of the bare broadcasts, instead of its choice."""
 
 
-class OpenActor(RolloutActor):
-    """A rollout actor that tells what its parameters hold, and how long they took."""
+class Bench:
+    """The two sides, and one method for each part of the results."""
 
-    async def update_weights(self):
-        start = time.perf_counter()
-        received = await super().update_weights()
-        self.receive_seconds = time.perf_counter() - start
-        return received
+    def __init__(self, folder, arguments):
+        self.arguments = arguments
+        self.config = make_config(folder, arguments)
+        cpu = arguments.device == "cpu"
 
-    async def seconds_of_receive(self):
-        return self.receive_seconds
+        def gpus(number):
+            return lambda rank: {"num_gpus": 0 if cpu else number, "num_cpus": 0.01}
 
-    async def ask_workers(self, method):
-        return await self._call("ask_workers", method)
+        rollout.RolloutActor = OpenActor
+        engine_tp = arguments.engine_tp
+        self.engines = RolloutActors(self.config, device=arguments.device, place=gpus(engine_tp))
+        self.policy = PolicyActors(self.config, place=gpus(1), rank_class=OpenRank)
+        (self.actor,) = self.engines.actors.values()
+        starting = self.engines.async_start() | self.policy.async_start()
+        get_all(starting, phase="start", timeout_s=START_TIMEOUT_S)
+        self.ask(self.actor.instrument.remote())
+        self.metadata = self.policy.weight_metadata()
+
+    def ask(self, reference):
+        (result,) = get_all({"engine": reference}, phase="benchmark", timeout_s=TIMEOUT_S)
+        return result
+
+    def syncs(self, repeats, settings):
+        section = self.config.weight_sync.model_copy(update=settings)
+        publisher = WeightPublisher(self.policy, self.engines, section)
+        for _ in range(
+            2
+        ):  # connects, compiles and proves the plan, then uses it for the first time
+            publisher.publish()
+        all_metrics, sends, parts = [], [], []
+        for _ in range(repeats):
+            self.policy.call("change_weights")
+            self.policy.policy_version += 1
+            all_metrics.append(publisher.publish())
+            sends.append(self.policy.call("seconds_of_send")[0])
+            parts.append(self.ask(self.actor.seconds_of_parts.remote()))
+        seconds = [metrics["weight_sync/seconds"] for metrics in all_metrics]
+        transport = [metrics["weight_sync/transport_seconds"] for metrics in all_metrics]
+        gigabytes = all_metrics[0]["weight_sync/bytes"] / 1e9
+        launched, packed = self.policy.call("seconds_of_packing", "rollout", 5)[0]
+        return {
+            "syncs": repeats,
+            "gigabytes": gigabytes,
+            "median_s": statistics.median(seconds),
+            "min_s": min(seconds),
+            "max_s": max(seconds),
+            "gb_per_s": gigabytes / statistics.median(seconds),
+            "transport_s": statistics.median(transport),
+            "transport_gb_per_s": gigabytes / statistics.median(transport),
+            "sending_s": statistics.median(sends),
+            "packing_alone_s": packed,
+            "packing_alone_host_s": launched,
+            "engine_s": {
+                name: statistics.median(part[name] for part in parts) for name in parts[0]
+            },
+            **self.equality(),
+        }
+
+    def equality(self):
+        """Whether every slice that an engine's worker holds is the policy's."""
+        in_place = self.ask(self.actor.ask_workers.remote("loads_in_place"))
+        if not all(in_place):
+            return {"in_place": in_place}
+        held = [
+            part
+            for worker in self.ask(self.actor.ask_workers.remote("held_slices"))
+            for part in worker
+        ]
+        ours = self.policy.call("slices_checksums", [part[:4] for part in held])[0]
+        differing = [part[0] for part, own in zip(held, ours, strict=True) if part[4] != own]
+        return {"in_place": in_place, "slices_compared": len(held), "slices_differing": differing}
+
+    def bare(self, ctas, bucket_mb, repeats=10):
+        """Broadcasts between rank 0 of the policy and the engine's workers, nothing else."""
+        total = sum(meta.nbytes for meta in self.metadata)
+        whole, rest = divmod(total, bucket_mb << 20)
+        sizes = [bucket_mb << 20] * whole + [rest] * (rest > 0)
+        world_size = 1 + self.engines.num_workers
+        store = serve_store(LOOPBACK, TIMEOUT_S)
+        arguments = (store.port, world_size, ctas, sizes, repeats)
+        references = self.policy.async_call("bare", 0, *arguments)
+        references["engine"] = self.actor.on_workers_by_rank.remote(bare_broadcasts, *arguments)
+        results = get_all(references, phase="bare broadcasts", timeout_s=TIMEOUT_S)
+        seconds = statistics.median(results[0][1:])
+        return {"median_s": seconds, "gb_per_s": total / 1e9 / seconds, "bucket_mb": bucket_mb}
+
+    def native(self, repeats=5):
+        """vLLM's own: its packed NCCL transfer and its loader; without pause and cache reset."""
+        world_size = 1 + self.engines.num_workers
+        port = free_port()
+        references = self.policy.async_call("join_native", port, world_size)
+        references["engine"] = self.actor.on_workers.remote(join_native, port, world_size)
+        get_all(references, phase="joining", timeout_s=TIMEOUT_S)
+        names = [meta.name for meta in self.metadata]
+        dtypes = [meta.dtype for meta in self.metadata]
+        shapes = [list(meta.shape) for meta in self.metadata]
+        seconds = []
+        for _ in range(1 + repeats):
+            self.policy.call("change_weights")
+            start = time.perf_counter()
+            references = self.policy.async_call("send_native")
+            references["engine"] = self.actor.on_workers.remote(
+                receive_native, names, dtypes, shapes
+            )
+            get_all(references, phase="vLLM's own transfer", timeout_s=TIMEOUT_S)
+            seconds.append(time.perf_counter() - start)
+        gigabytes = sum(meta.nbytes for meta in self.metadata) / 1e9
+        median = statistics.median(seconds[1:])
+        return {"median_s": median, "gb_per_s": gigabytes / median, **self.equality()}
+
+    def logp_difference(self):
+        """Mean |log-prob| difference of completions sampled with the synced weights, in nats."""
+        prompts = [Prompt(str(i), [], [2 + i, 5, 7 + i], {}) for i in range(8)]
+        each = self.config.rollout.num_generations
+        requests = [SampleRequest(i, p, each, 1.0, seed=i) for i, p in enumerate(prompts)]
+        self.engines.submit(requests)
+        groups, deadline = [], time.monotonic() + TIMEOUT_S
+        while len(groups) < len(prompts):
+            assert time.monotonic() < deadline, "sampling takes too long"
+            ray.wait(self.engines.pending_refs(), timeout=5)
+            groups += self.engines.collect()
+        batch = build_train_batch(groups)
+        difference = self.policy.compute_logprobs(batch) - batch.rollout_logprobs
+        return difference[batch.completion_mask].abs().mean().item()
+
+
+def parts_of(bench, arguments):
+    """What is measured, by name, the most important first; vLLM's own last, as it may hang."""
+    repeats, few = arguments.repeats, max(2, arguments.repeats // 10)
+    parts = {
+        "in_place": lambda: bench.syncs(repeats, {}),
+        "mean_logp_difference": bench.logp_difference,
+        "vllm_loader": lambda: bench.syncs(5, {"in_place": False}),
+        "in_place_without_checksums": lambda: bench.syncs(few, {"verify": False}),
+    }
+    for mb in (64, 256, 1024):
+        parts[f"in_place_buckets_of_{mb}_mb"] = partial(bench.syncs, few, {"bucket_mb": mb})
+    mb = bench.config.weight_sync.bucket_mb
+    parts["bare_broadcast"] = lambda: bench.bare(None, mb)
+    if arguments.device == "cuda":
+        parts["bare_broadcast_wide"] = lambda: bench.bare(WIDE_CTAS, mb)
+        parts["vllm_nccl_engine"] = bench.native
+    return parts
 
 
 def main():
     arguments = parse_arguments()
+    results = {"machine": describe_machine(), "arguments": vars(arguments), "errors": {}}
+    signal.signal(signal.SIGALRM, out_of_time)
+    signal.alarm(arguments.limit_s)
     ray.init(include_dashboard=False, log_to_driver=False)
-    with tempfile.TemporaryDirectory() as folder:
-        device = arguments.device
-        save = ray.remote(num_gpus=0 if device == "cpu" else 1, max_calls=1)(save_random_model)
-        ray.get(save.remote(Path(folder), arguments.shape, device))
-        print(json.dumps(measure(Path(folder), arguments), indent=2))
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(Path(folder), arguments, results)
+    except Exception as error:  # what has been measured is worth printing
+        results["errors"]["benchmark"] = tell(error)
+    signal.alarm(0)
+    print(json.dumps(results, indent=2), flush=True)
     ray.shutdown()
 
 
-def measure(folder, arguments):
-    config = make_config(folder)
-    gpus = {"num_gpus": 0 if arguments.device == "cpu" else 1, "num_cpus": 0.01}
-    from rlsys.actors import rollout
-
-    rollout.RolloutActor = OpenActor
-    engines = RolloutActors(config, device=arguments.device, place=lambda rank: gpus)
-    policy = PolicyActors(config, place=lambda rank: gpus, rank_class=ChangingRank)
-    starting = engines.async_start() | policy.async_start()
-    get_all(starting, phase="start", timeout_s=TIMEOUT_S)
-    results = {"machine": describe_machine(), "shape": arguments.shape}
-    usual = config.weight_sync
-    for name, repeats, settings in (
-        ("vllm_loader", 5, {"in_place": False}),
-        ("in_place_without_checksums", 20, {"verify": False}),
-        ("in_place_buckets_of_64_mb", 20, {"bucket_mb": 64}),
-        ("in_place_buckets_of_1024_mb", 20, {"bucket_mb": 1024}),
-        ("in_place", arguments.repeats, {}),
-    ):
-        section = usual.model_copy(update=settings)
-        results[name] = syncs(policy, engines, section, repeats)
-    results["in_place_over_vllm_loader"] = (
-        results["in_place"]["median_s"] / results["vllm_loader"]["median_s"]
+def measure(folder, arguments, results):
+    device = arguments.device
+    save = ray.remote(num_gpus=0 if device == "cpu" else 1, max_calls=1)(save_random_model)
+    get_all(
+        {"writer": save.remote(folder, arguments.shape, device)},
+        phase="writing a model",
+        timeout_s=START_TIMEOUT_S,
     )
-    (actor,) = engines.actors.values()
-    results["in_place"]["used"] = ray.get(actor.ask_workers.remote("loads_in_place"))
-    if all(results["in_place"]["used"]):
-        held = dict(ray.get(actor.ask_workers.remote("loaded_checksums"))[0])
-        results["parameters_equal_after_all"] = held == policy.call("exported_checksums")[0]
-    results["mean_logp_difference"] = logp_difference(policy, engines, config)
-    return results
+    progress("the model is written")
+    bench = Bench(folder, arguments)
+    progress("policy and engine are up")
+    for name, part in parts_of(bench, arguments).items():
+        try:
+            results[name] = part()
+            progress(f"{name}: {json.dumps(results[name])}")
+        except TimeUp:
+            raise
+        except Exception as error:  # the other parts may still work
+            results["errors"][name] = tell(error)
+            progress(f"{name}: {results['errors'][name]}")
 
 
-def syncs(policy, engines, section, repeats):
-    publisher = WeightPublisher(policy, engines, section)
-    publisher.publish()  # connects, compiles, and proves the plan
-    (actor,) = engines.actors.values()
-    seconds, sends, receives = [], [], []
-    for _ in range(repeats):
-        policy.call("change_weights")
-        policy.policy_version += 1
-        metrics = publisher.publish()
-        seconds.append(metrics["weight_sync/seconds"])
-        sends.append(policy.call("seconds_of_send")[0])
-        receives.append(ray.get(actor.seconds_of_receive.remote()))
-    gigabytes = metrics["weight_sync/bytes"] / 1e9
-    return {
-        "syncs": repeats,
-        "gigabytes": gigabytes,
-        "median_s": statistics.median(seconds),
-        "min_s": min(seconds),
-        "max_s": max(seconds),
-        "gb_per_s": gigabytes / statistics.median(seconds),
-        "median_s_of_sending": statistics.median(sends),
-        "median_s_of_receiving": statistics.median(receives),
-    }
+class TimeUp(Exception):
+    """The whole benchmark took longer than --limit-s."""
 
 
-def logp_difference(policy, engines, config):
-    """Mean |log-prob| difference of completions sampled with the synced weights, in nats."""
-    prompts = [Prompt(str(i), [], [2 + i, 5, 7 + i], {}) for i in range(config.num_prompts)]
-    each = config.rollout.num_generations
-    engines.submit([SampleRequest(i, p, each, 1.0, seed=i) for i, p in enumerate(prompts)])
-    groups = []
-    while len(groups) < len(prompts):
-        ray.wait(engines.pending_refs(), timeout=60)
-        groups += engines.collect()
-    batch = build_train_batch(groups)
-    difference = policy.compute_logprobs(batch) - batch.rollout_logprobs
-    return difference[batch.completion_mask].abs().mean().item()
+def out_of_time(*_):
+    raise TimeUp("the time limit is over: parts that are missing were not begun or not finished")
 
 
-def make_config(folder):
+def tell(error):
+    return f"{type(error).__name__}: {str(error)[-1500:]}"
+
+
+def progress(text):
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
+def free_port():
+    store = serve_store(LOOPBACK, TIMEOUT_S)
+    return store.port
+
+
+def make_config(folder, arguments):
     return Config.model_validate(
         {
             "output_dir": "unused",
@@ -163,11 +265,16 @@ def make_config(folder):
             "data": {"dataset": ["unused"], "max_prompt_length": 64},
             "model": {"path": str(folder)},
             "reward": {"reward_funcs": ["format"]},
+            "policy": {
+                "world_size": arguments.policy_tp,
+                "tensor_parallel_size": arguments.policy_tp,
+            },
             "rollout": {
                 "generation_batch_size": 64,
                 "max_completion_length": 64,
                 "max_num_seqs": 64,
                 "kv_cache_memory_mb": 1024,
+                "tensor_parallel_size": arguments.engine_tp,
             },
             "weight_sync": {"timeout_s": TIMEOUT_S},
         }
@@ -179,6 +286,9 @@ def parse_arguments():
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--repeats", type=int, default=200, help="syncs in place")
+    parser.add_argument("--policy-tp", type=int, default=1, help="GPUs of the policy")
+    parser.add_argument("--engine-tp", type=int, default=1, help="GPUs of the engine")
+    parser.add_argument("--limit-s", type=int, default=480, help="of the whole benchmark, seconds")
     return parser.parse_args()
 
 

@@ -347,8 +347,9 @@ class WeightSyncConfig(Section):
 
     transport: Literal["auto", "gloo", "nccl"] = "auto"
     """auto: NCCL between GPUs, gloo on CPU."""
-    bucket_mb: PositiveInt = 256
-    """MiB sent at once."""
+    bucket_mb: PositiveInt = 512
+    """MiB sent at once. Both sides keep two such buffers; the largest tensor, most often the
+    embedding, sets their size if it is larger. Small buckets cost time, large ones memory."""
     in_place: bool = True
     """Copy straight into the rollout engine's own parameters where they can be mapped, which the
     first update proves; false goes through vLLM's own loader every time. CPU engines keep weights

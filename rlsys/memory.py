@@ -107,7 +107,7 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
             "optimizer": params * state / shards / GIB,
             "activations": activations / GIB,
             "logits": logits / GIB,
-            "weight sync": 2 * _bucket_gib(config, params * width / 2),
+            "weight sync": _weight_sync_gib(config, shape, width),
         },
         {
             "parameters a rank": f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M "
@@ -154,12 +154,13 @@ def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEsti
             "weights": params * width / GIB,
             "KV cache": kv_gib,
             # A bucket that is being loaded, and the next one; the policy has two as well.
-            "weight sync": 2 * _bucket_gib(config, params * width / 2),
+            "weight sync": _weight_sync_gib(config, shape, width),
         },
         {
             "weights": f"parameters x {width} bytes / TP {tp}",
             "KV cache": kv_text,
-            "weight sync": "2 x weight_sync.bucket_mb, at most the weights; so in the policy",
+            "weight sync": "2 x weight_sync.bucket_mb, or the embedding if it is larger, at most "
+            "the weights; so in the policy",
         },
     )
 
@@ -182,8 +183,9 @@ def _reference(config: Config, shape: ModelShape, *, device: Device) -> MemoryEs
     )
 
 
-def _bucket_gib(config: Config, most_bytes: float) -> float:
-    return min(config.weight_sync.bucket_mb * 2**20, most_bytes) / GIB
+def _weight_sync_gib(config: Config, shape: ModelShape, width: int) -> float:
+    buffer = max(config.weight_sync.bucket_mb * 2**20, shape.embedding_params * width)
+    return min(2 * buffer, shape.num_params * width) / GIB
 
 
 def _bytes_per_weight(config: Config, device: Device) -> int:

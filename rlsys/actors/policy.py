@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 import torch
@@ -15,6 +16,9 @@ from rlsys.types import TrainBatch, UpdateOutput
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender
+
+if TYPE_CHECKING:
+    from rlsys.engines.megatron_export import BucketExport
 
 
 class PolicyRank(ModelRank):
@@ -34,6 +38,7 @@ class PolicyRank(ModelRank):
 
         load_plugins(self.config.grpo.external_plugins)
         self.engine = MegatronPolicy(self.config)
+        self.exports: dict[str, BucketExport] = {}
         self.senders: dict[str, WeightSender] = {}
 
     def weight_metadata(self) -> list[TensorMeta]:
@@ -55,17 +60,18 @@ class PolicyRank(ModelRank):
         return self.engine.update(batch, loss=loss)
 
     def connect_weight_sync(self, connection: Connection, *, to: str) -> None:
-        """Rank 0 joins a weight sync group as its sender; see WeightPublisher."""
+        """Plan this rank's part; rank 0 joins a weight sync group as its sender."""
+        from rlsys.engines.megatron_export import BucketExport
+
+        self.exports[to] = BucketExport(self.engine.weights, connection.buckets())
         if self.rank == 0:
             self.senders[to] = WeightSender(connection, self.engine.device)
 
-    def send_weights(self, to: str) -> list[int] | None:
-        """Take part in exporting; rank 0 sends what is exported and returns the checksums."""
-        tensors = self.engine.weights.export()
+    def send_weights(self, version: int, *, to: str) -> float | None:
+        """Take part in exporting; rank 0 sends, see WeightSender.send for what it returns."""
         if self.rank == 0:
-            return self.senders[to].send(tensors)
-        for _ in tensors:  # the other ranks' part is in the collectives
-            pass
+            return self.senders[to].send(self.exports[to].fill, version)
+        self.exports[to].contribute()
         return None
 
     def save_model(self, folder: Path) -> None:
@@ -110,9 +116,9 @@ class PolicyActors(ModelActors):
         """Connect the sender to the rollout engines; see WeightPublisher."""
         return self.async_call("connect_weight_sync", connection, to=to)
 
-    def async_send_weights(self, to: str) -> dict[str, ray.ObjectRef]:
-        """Send the weights; the first result is the checksum of each bucket."""
-        return self.async_call("send_weights", to)
+    def async_send_weights(self, version: int, *, to: str) -> dict[str, ray.ObjectRef]:
+        """Send the weights; the first result is how long the transport took, in seconds."""
+        return self.async_call("send_weights", version, to=to)
 
     def compute_logprobs_and_entropies(
         self, batch: TrainBatch

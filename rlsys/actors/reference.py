@@ -41,14 +41,12 @@ class ReferenceRank(ModelRank):
         """Join the weight sync group behind its sender, the policy."""
         self.receiver = WeightReceiver(connection, self.engine.device, rank=1 + self.rank)
 
-    def update_weights(self) -> list[list[int]]:
-        """Receive the policy's weights and mix them in; the result is as a rollout engine's."""
-        tensors = chain.from_iterable(self.receiver.receive(keep=True))
+    def update_weights(self, policy_version: int) -> int:
+        """Receive the policy's weights and mix them in; returns the version that came."""
+        received = [bucket.views(buffer) for bucket, buffer in self.receiver.receive(keep=True)]
+        self.receiver.check(policy_version)
+        tensors = chain.from_iterable(received)
         self.engine.mix_weights(tensors, alpha=self.config.reference.mixup_alpha)
-        return [self.receiver.checksums]
-
-    def finish_weight_update(self, policy_version: int) -> int:
-        """The weights are in use at once; returns the version that was sent."""
         return policy_version
 
     def save_model(self, folder: Path) -> None:
@@ -101,10 +99,6 @@ class ReferenceActors(ModelActors):
         """Nothing runs between two phases."""
         return {}
 
-    def async_update_weights(self) -> dict[str, ray.ObjectRef]:
+    def async_update_weights(self, policy_version: int) -> dict[str, ray.ObjectRef]:
         """See WeightPublisher."""
-        return self.async_call("update_weights")
-
-    def async_finish_weight_update(self, policy_version: int) -> dict[str, ray.ObjectRef]:
-        """See WeightPublisher."""
-        return self.async_call("finish_weight_update", policy_version)
+        return self.async_call("update_weights", policy_version)

@@ -68,13 +68,9 @@ class RolloutActor:
         """See VLLMEngine.start_weight_update."""
         await self._call("start_weight_update")
 
-    async def update_weights(self) -> list[list[int]]:
+    async def update_weights(self, policy_version: int) -> int:
         """See VLLMEngine.update_weights."""
-        return await self._call("update_weights")
-
-    async def finish_weight_update(self, policy_version: int) -> int:
-        """See VLLMEngine.finish_weight_update."""
-        return await self._call("finish_weight_update", policy_version)
+        return await self._call("update_weights", policy_version)
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return await asyncio.wrap_future(self._loop.call(method, *args, **kwargs))
@@ -210,13 +206,9 @@ class RolloutActors:
         """See WeightPublisher."""
         return self._async_call("start_weight_update")
 
-    def async_update_weights(self) -> dict[str, ray.ObjectRef]:
+    def async_update_weights(self, policy_version: int) -> dict[str, ray.ObjectRef]:
         """See WeightPublisher."""
-        return self._async_call("update_weights")
-
-    def async_finish_weight_update(self, policy_version: int) -> dict[str, ray.ObjectRef]:
-        """See WeightPublisher."""
-        return self._async_call("finish_weight_update", policy_version)
+        return self._async_call("update_weights", policy_version)
 
     def close(self) -> None:
         """Kill the engines; whatever they do is given up."""

@@ -49,14 +49,19 @@ class WeightRow:
 
     def split(self, fused: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
         """One rank's megatron parameter -> its slices of the Hugging Face tensors."""
+        views = self.views(fused, tp_size)
+        return [view.flatten(0, 1) for view in views] if self.query_groups else views
+
+    def views(self, fused: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
+        """`split` without a copy: q, k and v have their query groups as an axis before the rest."""
         if len(self.hf_names) == 1:
             return [fused]
         rows = [shape[0] // tp_size for shape in self.hf_shapes]
         if not self.query_groups:
             return list(fused.split(rows))
         groups = self.query_groups // tp_size
-        by_group = fused.reshape(groups, -1, *fused.shape[1:])
-        return [part.flatten(0, 1) for part in by_group.split([r // groups for r in rows], dim=1)]
+        by_group = fused.view(groups, -1, *fused.shape[1:])
+        return list(by_group.split([r // groups for r in rows], dim=1))
 
 
 def weight_table(shape: ModelShape) -> list[WeightRow]:
@@ -237,7 +242,7 @@ class MegatronWeights:
                 tensors = self._gather(row, self._parameters[name].detach())
             else:
                 tensors = [
-                    torch.empty(shape, dtype=self._dtype, device=self._device)
+                    torch.empty(shape, dtype=self._dtype, device=self.device)
                     for shape in row.hf_shapes
                 ]
             if self._pp.size() > 1:
@@ -245,6 +250,22 @@ class MegatronWeights:
                 for tensor in tensors:
                     dist.broadcast(tensor, source, group=self._pp)
             yield from zip(row.hf_names, tensors, strict=True)
+
+    def own_parameter(self, row: WeightRow) -> torch.nn.Parameter | None:
+        """This rank's parameter of a row of the table, if it has one."""
+        name = self._own_name(row)
+        return None if name is None else self._parameters[name]
+
+    def slice_of(self, row: WeightRow) -> tuple[int, int]:
+        """Which slice of a row's tensors this rank would have, and of how many."""
+        return (0, 1) if row.tp_axis is None else (self._tp.rank(), self._tp.size())
+
+    def own_slices(self, row: WeightRow) -> list[torch.Tensor]:
+        """This rank's slices of a row's tensors, as views of its parameter: see WeightRow.views."""
+        parameter = self.own_parameter(row)
+        assert parameter is not None, row.names
+        _, number = self.slice_of(row)
+        return row.views(parameter.detach(), number)
 
     def _mark_tensor_parallel(self) -> None:
         """Say which parameters are cut over ranks, which megatron-core does as it initialises them.
@@ -260,7 +281,8 @@ class MegatronWeights:
             _mark(self._parameters[OUTPUT], 0)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
+        """Where the parameters are."""
         return next(iter(self._parameters.values())).device
 
     def _own_name(self, row: WeightRow) -> str | None:

@@ -120,32 +120,31 @@ class VLLMEngine:
         self._llm.init_weight_transfer_engine(init.as_request())
 
     def start_weight_update(self) -> None:
-        """Sampling pauses, between two tokens, until `finish_weight_update`."""
+        """Sampling pauses, between two tokens, until `update_weights` has ended."""
         self._pause()
         self._llm.start_weight_update()
 
-    def update_weights(self) -> list[list[int]]:
-        """Receive and load all buckets; returns the checksums of each worker, by bucket."""
-        self._llm.update_weights({"update_info": {}})
-        return self._llm.collective_rpc("received_checksums")
-
-    def ask_workers(self, method: str) -> list[Any]:
-        """What a method of WeightSyncWorkerExtension returns on every worker."""
-        return self._llm.collective_rpc(method)
-
-    def finish_weight_update(self, policy_version: int) -> int:
-        """Sample with the new weights from now on; returns the version now held.
+    def update_weights(self, policy_version: int) -> int:
+        """Receive the weights of that version and sample with them; returns the version now held.
 
         What is in flight goes on with its next token. `rollout.in_flight_kv` says whether the
         keys and values of its tokens so far are computed anew or kept as the old weights left
         them.
+
+        Raises:
+            WeightSyncError: weights did not come, or others than were sent; sampling stays paused.
         """
+        self._llm.update_weights({"update_info": {"policy_version": policy_version}})
         self._llm.finish_weight_update()
         self._drop_stale_cache()
         self._begin_version(policy_version)
         self._llm.wake_up(tags=["scheduling"])
         self._paused = False
         return self.policy_version
+
+    def ask_workers(self, method: str) -> list[Any]:
+        """What a method of WeightSyncWorkerExtension returns on every worker."""
+        return self._llm.collective_rpc(method)
 
     def _pause(self) -> None:
         """Schedule nothing more, and take what is already being computed."""

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsys.weight_sync.checksum import as_numbers, checksum
-from rlsys.weight_sync.plan import DTYPES, TensorMeta
+from rlsys.weight_sync.copies import CopyPlan
+from rlsys.weight_sync.plan import DTYPES, Bucket, TensorMeta
 
 COPY, FILL = torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar
 
@@ -40,6 +41,16 @@ class Copy:
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
         """The slice of a tensor that has arrived."""
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+
+class HeldSlice(NamedTuple):
+    """A slice of a Hugging Face tensor that a worker's parameters hold: for comparisons."""
+
+    tensor: str
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    checksum: int
 
 
 class InPlacePlan:
@@ -69,22 +80,42 @@ class InPlacePlan:
             model.load_weights(announced)  # type: ignore[operator]
         recorder.check_complete()
         self.copies: Mapping[str, list[Copy]] = recorder.copies
+        self._parameters = list(parameters.values())
+        self._addresses = self._addresses_now()
+        self._loads: dict[int, tuple[int, CopyPlan]] = {}
+        """By bucket: the address of the buffer it came in, and its copies from there."""
 
-    def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Copy tensors that have arrived to where they belong; on a GPU in the current stream."""
-        targets, sources = [], []
-        for name, tensor in tensors:
-            for copy in self.copies[name]:
-                targets.append(copy.target)
-                sources.append(copy.source(tensor))
-        if targets:
-            torch._foreach_copy_(targets, sources)  # one kernel for many tensors
+    @property
+    def is_stale(self) -> bool:
+        """Whether parameters lie elsewhere now: then the plan would write where nobody reads."""
+        return self._addresses_now() != self._addresses
 
-    def checksums(self) -> list[tuple[str, int]]:
-        """(tensor, checksum of what the parameter holds of it) of every copy."""
+    def load(self, bucket: Bucket, buffer: torch.Tensor) -> None:
+        """Copy what has arrived in `buffer` [nbytes] uint8 to where it belongs.
+
+        On a GPU in the current stream. Fast where a bucket comes in the same buffer again.
+        """
+        address, copies = self._loads.get(bucket.index, (0, None))
+        if copies is None or address != buffer.data_ptr():
+            copies = CopyPlan(
+                (copy.target, copy.source(tensor))
+                for name, tensor in bucket.views(buffer)
+                for copy in self.copies[name]
+            )
+            self._loads[bucket.index] = buffer.data_ptr(), copies
+        copies.run()
+
+    def held(self) -> list[HeldSlice]:
+        """What the parameters hold now, of every copy."""
         all_copies = [(name, copy) for name, copies in self.copies.items() for copy in copies]
-        held = as_numbers([_content(copy.target) for _, copy in all_copies])
-        return [(name, number) for (name, _), number in zip(all_copies, held, strict=True)]
+        numbers = as_numbers([_content(copy.target) for _, copy in all_copies])
+        return [
+            HeldSlice(name, copy.size, copy.stride, copy.offset, number)
+            for (name, copy), number in zip(all_copies, numbers, strict=True)
+        ]
+
+    def _addresses_now(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self._parameters]
 
 
 class PlanProof:

@@ -25,7 +25,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from rlsys.engines.vllm_in_place import CannotMap, InPlacePlan, PlanProof
+from rlsys.engines.vllm_in_place import CannotMap, HeldSlice, InPlacePlan, PlanProof
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
@@ -50,7 +50,10 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Nothing varies from update to update: the plan was agreed on at init."""
+    """What varies from update to update: the plan was agreed on at init."""
+
+    policy_version: int
+    """Of the weights that are to come."""
 
 
 class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -76,16 +79,17 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Whether the next update is copied straight into the parameters."""
         return self._plan is not None
 
-    def loaded_checksums(self) -> list[tuple[str, int]]:
-        """(tensor, checksum of the slice of it that this worker holds), where loaded in place."""
+    def held_slices(self) -> list[HeldSlice]:
+        """What this worker's parameters hold of each tensor, where they are loaded in place."""
         assert self._plan is not None
-        return self._plan.checksums()
+        return self._plan.held()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Join the weight sync group."""
         connection = init_info.connection
         rank = init_info.first_rank + self.parallel_config.rank
         self.receiver = WeightReceiver(connection, self.device, rank=rank)
+        self._connection = connection
         self._plan = self._proof = None
         if connection.in_place:
             self._begin_proof(connection.metadata)
@@ -109,6 +113,9 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Make the model's layers wait for new weights."""
+        if self._plan is not None and self._plan.is_stale:
+            self._plan = None
+            self._begin_proof(self._connection.metadata)
         if self._plan is None:
             initialize_layerwise_reload(self.model)
 
@@ -120,14 +127,23 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     @torch.no_grad()
     def receive_weights(self, update_info: UpdateInfo) -> None:
-        """Receive and load all buckets; raises where a parameter got nothing."""
+        """Receive and load all buckets.
+
+        Raises:
+            WeightSyncError: a parameter got nothing, or weights are damaged, or another version's.
+        """
         if self._plan is not None:
-            for tensors in self.receiver.receive(keep=False):
-                self._plan.load(tensors)
-            return
+            for bucket, buffer in self.receiver.receive(keep=False):
+                self._plan.load(bucket, buffer)
+        else:
+            self._receive_through_loader()
+        self.receiver.check(update_info.policy_version)
+
+    def _receive_through_loader(self) -> None:
         loaded: set[str] = set()
         # vLLM keeps tensors until it has all parts of a layer, which several buckets may hold.
-        for tensors in self.receiver.receive(keep=True):
+        for bucket, buffer in self.receiver.receive(keep=True):
+            tensors = bucket.views(buffer)
             if self._proof is not None:
                 self._proof.note(tensors)
             loaded |= self.model.load_weights(tensors)  # type: ignore[operator]
@@ -176,17 +192,13 @@ class WeightSyncWorkerExtension:
 
     weight_transfer_engine: BucketWeightTransferEngine
 
-    def received_checksums(self) -> list[int]:
-        """Per bucket of the last update."""
-        return self.weight_transfer_engine.receiver.checksums
-
     def loads_in_place(self) -> bool:
         """Whether the next update is copied straight into the parameters."""
         return self.weight_transfer_engine.loads_in_place
 
-    def loaded_checksums(self) -> list[tuple[str, int]]:
-        """Of what this worker's parameters hold of each tensor, to compare with the policy's."""
-        return self.weight_transfer_engine.loaded_checksums()
+    def held_slices(self) -> list[HeldSlice]:
+        """What this worker's parameters hold of each tensor, to compare with the policy's."""
+        return self.weight_transfer_engine.held_slices()
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketWeightTransferEngine)

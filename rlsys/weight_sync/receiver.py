@@ -6,14 +6,20 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from rlsys.weight_sync.checksum import as_numbers, checksum
+from rlsys.weight_sync.checksum import as_numbers, checksum, compare_checksums
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import Bucket
-from rlsys.weight_sync.transport import join
+from rlsys.weight_sync.transport import WeightSyncError, join
 
 
 class WeightReceiver:
     """Receives what a WeightSender sends. Joins the group when created.
+
+    An update is `receive`, to its end, and then `check`.
+
+    Order, on a GPU: whoever uses a bucket does so in the current stream. A broadcast starts after
+    what that stream held when it was asked for; so into a buffer that two buckets share, the second
+    comes after the first was used. Its checksum and its users come after the wait for it.
 
     Args:
         rank: 1 or higher, in the group.
@@ -27,37 +33,30 @@ class WeightReceiver:
         assert rank > 0, "rank 0 is the sender"
         self._buckets = connection.buckets()
         self._verify = connection.verify
+        self._name = f"weight sync rank {rank} of {connection.world_size}"
         self._checksums: list[torch.Tensor] = []
+        self._memory: list[torch.Tensor] = []
         self._transport = join(connection, rank, device)
 
-    @property
-    def checksums(self) -> list[int]:
-        """Per bucket of the last update, empty without `verify`."""
-        return as_numbers(self._checksums)
-
-    def receive(self, *, keep: bool) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """The (name, tensor) pairs of each bucket, in the transport's memory.
+    def receive(self, *, keep: bool) -> Iterator[tuple[Bucket, torch.Tensor]]:
+        """Each bucket with its buffer [nbytes] uint8, in the transport's memory; see Bucket.views.
 
         The next bucket is on its way while one is used.
 
         Args:
             keep: every bucket has memory of its own, for those who use tensors later. Otherwise
-                two buffers take turns: a bucket is gone when the next one is asked for.
+                two buffers take turns, in every update the same one for the same bucket: a bucket
+                is gone when the next one is asked for.
 
         Raises:
             WeightSyncError: the sender did not send in time, or is gone.
         """
         self._checksums = []
-        largest = max(bucket.nbytes for bucket in self._buckets)
-        memory = [] if keep else [self._new_buffer(largest) for _ in range(2)]
+        self._version, wait = self._ask(1, "waiting for the version")
+        wait()
         ahead: tuple[Bucket, torch.Tensor, Callable[[], None]] | None = None
         for bucket in self._buckets:
-            if keep:
-                buffer = self._new_buffer(bucket.nbytes)
-            else:
-                buffer = memory[bucket.index % 2][: bucket.nbytes]
-            # Without keep, into memory that the bucket before last had: whoever used it is done, on
-            # a GPU in the current stream, which this broadcast waits for.
+            buffer = self._new_buffer(bucket.nbytes) if keep else self._buffer(bucket)
             wait = self._transport.broadcast(buffer, what=f"waiting for {bucket}")
             if ahead is not None:
                 yield self._arrived(*ahead)
@@ -65,13 +64,46 @@ class WeightReceiver:
         assert ahead is not None, "a plan has at least one bucket"
         yield self._arrived(*ahead)
 
+    def check(self, version: int) -> None:
+        """Whether what has been received are the weights of policy version `version`, undamaged.
+
+        Raises:
+            WeightSyncError: they are not; the message names the first bucket that is damaged.
+        """
+        numbers = [self._version[0]]
+        if self._verify:
+            sent, wait = self._ask(len(self._buckets), "waiting for the checksums")
+            wait()
+            numbers += [*sent, *self._checksums]
+        received, *checksums = as_numbers(numbers)
+        if received != version % (1 << 64):
+            raise WeightSyncError(
+                f"{self._name} received the weights of version {received} instead of {version}"
+            )
+        half = len(checksums) // 2
+        if self._verify:
+            compare_checksums(
+                self._buckets, checksums[:half], checksums[half:], receiver=self._name
+            )
+
     def _arrived(
         self, bucket: Bucket, buffer: torch.Tensor, wait: Callable[[], None]
-    ) -> list[tuple[str, torch.Tensor]]:
+    ) -> tuple[Bucket, torch.Tensor]:
         wait()
         if self._verify:
             self._checksums.append(checksum(buffer))
-        return bucket.views(buffer)
+        return bucket, buffer
+
+    def _ask(self, number: int, what: str) -> tuple[torch.Tensor, Callable[[], None]]:
+        """[number] int64 that are there after the wait."""
+        numbers = self._new_buffer(8 * number)
+        return numbers.view(torch.int64), self._transport.broadcast(numbers, what=what)
+
+    def _buffer(self, bucket: Bucket) -> torch.Tensor:
+        if not self._memory:
+            largest = max(bucket.nbytes for bucket in self._buckets)
+            self._memory = [self._new_buffer(largest) for _ in range(min(2, len(self._buckets)))]
+        return self._memory[bucket.index % 2][: bucket.nbytes]
 
     def _new_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._transport.buffer_device)

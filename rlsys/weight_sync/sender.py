@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 
 import torch
 
-from rlsys.weight_sync.checksum import as_numbers, checksum
+from rlsys.weight_sync.checksum import checksum
 from rlsys.weight_sync.connection import Connection
-from rlsys.weight_sync.plan import Bucket, TensorMeta
+from rlsys.weight_sync.plan import Bucket
+from rlsys.weight_sync.stopwatch import Stopwatch
 from rlsys.weight_sync.transport import join
+
+Fill = Callable[[Bucket, torch.Tensor], None]
+"""Writes the tensors of a bucket to where `Bucket.views` has them in a buffer [nbytes] uint8; on a
+GPU in the current stream. It is asked for the buckets in their order, and always gets the same
+buffer for the same bucket."""
 
 
 class WeightSender:
-    """Streams tensors in buckets to all rollout engines; needs the memory of two buckets.
+    """Streams tensors in buckets to all rollout engines; keeps the memory of two buckets.
 
-    Joins the group when created, as its rank 0.
+    Joins the group when created, as its rank 0. An update is a broadcast of the policy version,
+    one of each bucket and, with `verify`, one of the buckets' checksums: see WeightReceiver.
+
+    Order, on a GPU: everything but the broadcasts runs in the current stream, in which the
+    optimizer wrote the weights and will write them again. A broadcast starts after what that stream
+    held when it was asked for, so never before its bucket is filled. A buffer is filled again after
+    the wait for its last broadcast, which makes the stream wait. In between, while a bucket is on
+    its way, its checksum is computed, which only reads, and the next bucket is filled, which lies
+    in the other buffer. The host runs ahead of all of it, and waits once, at the end.
 
     Args:
-        device: where the tensors of `send` are.
+        device: where the policy's weights are.
 
     Raises:
         WeightSyncError: not all ranks came in time.
@@ -28,55 +42,51 @@ class WeightSender:
         self._buckets = connection.buckets()
         self._verify = connection.verify
         self._transport = join(connection, 0, device)
-
-    @torch.no_grad()
-    def send(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[int]:
-        """Send all tensors; returns a checksum per bucket, or [] without `verify`.
-
-        Raises:
-            ValueError: a tensor's name, type or shape is not what the metadata announced.
-            WeightSyncError: a receiver did not take part in time, or is gone.
-        """
-        stream = iter(tensors)
-        checksums = []
-        # One buffer is packed while the other is sent. Zeros: bytes between tensors are sent too,
-        # and should be the same in every run.
-        size = max(bucket.nbytes for bucket in self._buckets)
-        memory = torch.zeros(
+        # Zeros: bytes between tensors are sent too, and should be the same in every run.
+        self._memory = torch.zeros(
             min(2, len(self._buckets)),
-            size,
+            max(bucket.nbytes for bucket in self._buckets),
             dtype=torch.uint8,
             device=self._transport.buffer_device,
         )
-        sending: dict[int, Callable[[], None]] = {}
+
+    @torch.no_grad()
+    def send(self, fill: Fill, version: int) -> float:
+        """Send what `fill` gives as the weights of policy version `version`.
+
+        Returns:
+            seconds from the start of the first bucket's broadcast, for which all receivers are
+            ready, to the end of the last.
+
+        Raises:
+            WeightSyncError: a receiver did not take part in time, or is gone.
+        """
+        device = self._transport.buffer_device
+        # All ranks meet here: what follows is the transport's own time.
+        number = torch.full((1,), version, dtype=torch.int64, device=device)
+        waits = [self._send(number, "the version")]
+        fill(self._buckets[0], self._buffer(self._buckets[0]))
+        waits.pop()()
+        watch = Stopwatch(device)
+        checksums = []
         for bucket in self._buckets:
-            turn = bucket.index % 2
-            buffer = memory[turn, : bucket.nbytes]
-            if turn in sending:
-                sending.pop(turn)()
-            _pack(bucket, buffer, stream)
-            sending[turn] = self._transport.broadcast(buffer, what=f"sending {bucket}")
+            buffer = self._buffer(bucket)
+            if len(waits) > 1:  # for the bucket before the last, whose buffer this is
+                waits.pop(0)()
+            if bucket.index > 0:
+                fill(bucket, buffer)
+            waits.append(self._transport.broadcast(buffer, what=f"sending {bucket}"))
             if self._verify:
                 checksums.append(checksum(buffer))
-        for wait in sending.values():
+        for wait in waits:
             wait()
-        extra = next(stream, None)
-        if extra is not None:
-            raise ValueError(f"weight sync got tensor {extra[0]!r}, which was not announced")
-        return as_numbers(checksums)
+        watch.stop()
+        if self._verify:
+            self._send(torch.stack(checksums), "the checksums")()
+        return watch.seconds()
 
+    def _buffer(self, bucket: Bucket) -> torch.Tensor:
+        return self._memory[bucket.index % 2, : bucket.nbytes]
 
-def _pack(bucket: Bucket, buffer: torch.Tensor, stream: Iterator[tuple[str, torch.Tensor]]) -> None:
-    sources, targets = [], []
-    for meta, (_, target) in zip(bucket.tensors, bucket.views(buffer), strict=True):
-        name, tensor = next(stream, ("nothing", torch.empty(0)))
-        found = TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        if found != meta:
-            raise ValueError(f"weight sync expected {_describe(meta)}, got {_describe(found)}")
-        sources.append(tensor)
-        targets.append(target)
-    torch._foreach_copy_(targets, sources)  # one kernel for many tensors
-
-
-def _describe(meta: TensorMeta) -> str:
-    return f"{meta.name} {list(meta.shape)} {meta.dtype}"
+    def _send(self, numbers: torch.Tensor, what: str) -> Callable[[], None]:
+        return self._transport.broadcast(numbers.view(torch.uint8), what=f"sending {what}")

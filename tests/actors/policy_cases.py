@@ -14,6 +14,7 @@ from rlsys.actors.group import get_all, on_cpu
 from rlsys.actors.policy import PolicyActors, PolicyRank
 from rlsys.config import Config
 from rlsys.types import TrainBatch
+from rlsys.weight_sync.plan import plan_buckets
 
 TEMPERATURE = 0.8
 LLAMA_3_ROPE = {
@@ -142,6 +143,8 @@ class LabRank(PolicyRank):
         from megatron.core import parallel_state
 
         engine = vars(self).pop("engine", None)
+        for planned in ("export", "exports", "senders"):  # which hold process groups, too
+            vars(self).pop(planned, None)
         if engine is not None:
             # Its gradient hooks keep it alive, and it the process groups with 50 threads.
             vars(engine.ddp).clear()
@@ -155,6 +158,35 @@ class LabRank(PolicyRank):
     def exported(self):
         """Hugging Face name -> tensor, on rank 0; every rank takes part."""
         return self._export(self.engine.weights)
+
+    def change_weights(self, move):
+        """Where they are, or in new memory."""
+        for parameter in self.engine.model.parameters():
+            changed = 3 * parameter.data + 1
+            if move:
+                parameter.data = changed
+            else:
+                parameter.data.copy_(changed)
+
+    def plan_buckets(self, bucket_bytes):
+        from rlsys.engines.megatron_export import BucketExport
+
+        self.buckets = plan_buckets(self.engine.weights.metadata(), bucket_bytes)
+        self.export = BucketExport(self.engine.weights, self.buckets)
+        largest = max(bucket.nbytes for bucket in self.buckets)
+        self.memory = torch.zeros(2, largest, dtype=torch.uint8)
+
+    def in_buckets(self):
+        """As `exported`, through the buckets of `plan_buckets`."""
+        if self.rank != 0:
+            self.export.contribute()
+            return None
+        tensors = {}
+        for bucket in self.buckets:
+            buffer = self.memory[bucket.index % 2, : bucket.nbytes]
+            self.export.fill(bucket, buffer)
+            tensors |= {name: view.clone() for name, view in bucket.views(buffer)}
+        return tensors
 
     def gradient(self, batch):
         """As `exported`: the gradient of one optimizer step, which is not taken."""

@@ -17,6 +17,8 @@ class BitFlippingTransport(GlooTransport):
     """Damages every bucket that starts with tensor data on its way."""
 
     def broadcast(self, buffer, *, what):
+        if "bucket" not in what:
+            return super().broadcast(buffer, what=what)
         damaged = buffer.clone()
         damaged[9] ^= 4
         return super().broadcast(damaged, what=what)
@@ -44,11 +46,15 @@ class SenderActor:
     def drop(self, name):
         del self.tensors[name]
 
-    def send(self):
-        return self.sender.send(self.tensors.items())
+    def send(self, version):
+        return self.sender.send(self.fill, version)
 
-    def send_nothing(self):
-        return []
+    def fill(self, bucket, buffer):
+        for name, target in bucket.views(buffer):
+            target.copy_(self.tensors[name])
+
+    def send_nothing(self, version):
+        return 0.0
 
 
 class TensorPolicy:
@@ -73,9 +79,9 @@ class TensorPolicy:
     def async_connect_weight_sync(self, connection, *, to):
         return {"policy rank 0": self.actor.connect.remote(connection, self.transport)}
 
-    def async_send_weights(self, to):
+    def async_send_weights(self, version, *, to):
         method = self.actor.send if self.sends else self.actor.send_nothing
-        return {"policy rank 0": method.remote()}
+        return {"policy rank 0": method.remote(version)}
 
     def close(self):
         ray.kill(self.actor)

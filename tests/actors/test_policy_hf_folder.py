@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from policy_cases import LAYOUTS, MODELS, policy_config, random_batch
+from policy_cases import LAYOUTS, MODELS, exported, policy_config, random_batch
 from safetensors.torch import load_file
 from tiny_models import VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -35,6 +35,28 @@ def test_weight_sync_sends_what_is_saved(lab, policy_models, tmp_path):
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     announced = {meta.name: (meta.dtype, meta.shape) for meta in policy.weight_metadata()}
     assert announced == {name: ("float32", tuple(tensor.shape)) for name, tensor in saved.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen2-tied", "one rank"),
+        ("qwen2-untied", "TP 2 x PP 2"),
+        ("llama-tied", "PP 2 x DP 2"),
+        ("qwen3-untied", "TP 2 x DP 2"),
+    ],
+)
+def test_buckets_hold_what_one_by_one_export_gives(lab, policy_models, name, layout):
+    policy = lab.policy(policy_config(policy_models[name], **LAYOUTS[layout]))
+    policy.call("plan_buckets", 20_000)  # most tensors travel with others, the largest alone
+    loaded = load_file(policy_models[name] / "model.safetensors")
+    assert_equal(policy.call("in_buckets")[0], loaded)
+    for move in (False, True, False):  # as an optimizer step does, and as nothing should
+        policy.call("change_weights", move)
+        tensors = policy.call("in_buckets")[0]
+        assert_equal(tensors, exported(policy))
+        loaded = {name: 3 * tensor + 1 for name, tensor in loaded.items()}
+        assert_equal(tensors, loaded)
 
 
 def test_transformers_loads_a_trained_model_with_its_tokenizer(lab, policy_models, tmp_path):

@@ -5,11 +5,10 @@ import ray
 from greedy_rollouts import PROMPTS, greedy
 from tensor_policy import TensorPolicy
 
-from rlsys.actors.group import ActorFailure, get_all
+from rlsys.actors.group import ActorFailure
 from rlsys.actors.rollout import RolloutActors
 from rlsys.types import SampleRequest
 from rlsys.weight_sync.publisher import WeightPublisher
-from rlsys.weight_sync.transport import WeightSyncError
 
 pytestmark = pytest.mark.system
 
@@ -120,12 +119,13 @@ def healthy_after(policy, engines, connect):
 def test_a_damaged_bucket_is_named(healthy_after, engines, connect, tiny_models):
     damaging = TensorPolicy(tiny_models[True, 1], transport="damaging gloo")
     publisher = connect(damaging, engines)
-    message = r"rollout engine 0 received other bytes.*bucket 0 of 1.*model\.embed_tokens\.weight"
-    with pytest.raises(WeightSyncError, match=message):
+    message = (
+        r"rank ([12]) of 3 received other bytes.*bucket 0 of 1.*model\.embed_tokens\.weight"
+        r"[^\n]*\n.*rollout engine [01] failed in weight sync"
+    )
+    with pytest.raises(ActorFailure, match=message):
         publisher.publish()
     damaging.close()
-    # The driver compares before the engines finish, so here their update is still open.
-    get_all(engines.async_finish_weight_update(-1), phase="finish", timeout_s=60)
 
 
 def test_a_missing_tensor_is_named(healthy_after, engines, connect, tiny_models):
@@ -142,7 +142,9 @@ def test_a_policy_that_never_sends_is_a_named_timeout(healthy_after, engines, co
     silent.sends = False
     publisher = connect(silent, engines, timeout_s=2.0)
     # Either engine may be the first to give up.
-    message = r"rank [12] of 3, waiting for bucket 0 [^\n]*\n.*rollout engine [01] failed in weight"
+    message = (
+        r"rank [12] of 3, waiting for the version[^\n]*\n.*rollout engine [01] failed in weight"
+    )
     with pytest.raises(ActorFailure, match=message):
         publisher.publish()
     silent.close()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rlsys.engines.vllm_in_place import CannotMap, InPlacePlan, PlanProof
-from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.plan import TensorMeta, plan_buckets
 
 HIDDEN, ROWS, VOCAB, PADDED = 8, 4, 10, 12
 
@@ -57,6 +57,14 @@ def metadata(tensors):
     ]
 
 
+def filled(bucket, tensors):
+    """A buffer as it arrives."""
+    buffer = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+    for name, view in bucket.views(buffer):
+        view.copy_(tensors[name])
+    return buffer
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_plan_puts_everything_where_the_loader_does(rank):
     tensors = weights()
@@ -66,27 +74,38 @@ def test_the_plan_puts_everything_where_the_loader_does(rank):
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), "making a plan changes nothing"
     with torch.no_grad():
-        plan.load(list(tensors.items())[:2])  # bucket by bucket
-        plan.load(list(tensors.items())[2:])
+        for bucket in plan_buckets(metadata(tensors), 400):
+            plan.load(bucket, filled(bucket, tensors))
         expected.load_weights(tensors.items())
     for name, parameter in expected.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
 
 
-def test_a_received_tensor_may_lie_anywhere_in_a_bucket():
-    tensors, model, expected = weights(), Loader(1), Loader(1)
-    plan = InPlacePlan(model, metadata(tensors))
-    bucket = torch.zeros(1000)
-    arrived, start = {}, 16
-    for name, tensor in tensors.items():
-        arrived[name] = bucket[start : start + tensor.numel()].view(tensor.shape)
-        arrived[name].copy_(tensor)
-        start += tensor.numel() + 3
-    with torch.no_grad():
-        plan.load(arrived.items())
-        expected.load_weights(tensors.items())
-    for name, parameter in expected.named_parameters():
-        assert torch.equal(model.get_parameter(name), parameter), name
+def test_a_plan_is_used_again_with_other_weights_and_other_memory():
+    model, expected = Loader(1), Loader(1)
+    buckets = plan_buckets(metadata(weights()), 400)
+    plan = InPlacePlan(model, metadata(weights()))
+    memory = torch.zeros(2, max(bucket.nbytes for bucket in buckets), dtype=torch.uint8)
+    for update in range(4):
+        tensors = weights()
+        if update == 2:
+            memory = torch.zeros_like(memory)
+        for bucket in buckets:
+            buffer = memory[bucket.index % 2, : bucket.nbytes]
+            plan.load(bucket, buffer.copy_(filled(bucket, tensors)))
+        with torch.no_grad():
+            expected.load_weights(tensors.items())
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(model.get_parameter(name), parameter), name
+
+
+def test_a_plan_whose_parameters_have_moved_is_stale():
+    model = Loader()
+    plan = InPlacePlan(model, metadata(weights()))
+    model.out.data.add_(1)
+    assert not plan.is_stale
+    model.out.data = model.out.data.clone()
+    assert plan.is_stale
 
 
 def proof_of(model, tensors):

@@ -1,7 +1,6 @@
 """Sender and receivers over a real gloo group of this process's threads."""
 
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
 
 import pytest
 import torch
@@ -52,45 +51,69 @@ class Group:
         self.sender = sender.result()
         self.receivers = [receiver.result() for receiver in receivers]
 
-    def start_receiving(self):
+    def start_receiving(self, version=0, *, keep=True):
         return [
-            self.threads.submit(lambda receiver=receiver: dict(chain(*receiver.receive(keep=True))))
-            for receiver in self.receivers
+            self.threads.submit(receive, receiver, version, keep) for receiver in self.receivers
         ]
 
 
-def test_every_receiver_gets_equal_bits_and_checksums_again_and_again():
+def receive(receiver, version, keep):
+    """All tensors of an update, copied while they are there."""
+    tensors = {}
+    for bucket, buffer in receiver.receive(keep=keep):
+        tensors |= {name: view.clone() for name, view in bucket.views(buffer)}
+    receiver.check(version)
+    return tensors
+
+
+def fill_from(tensors):
+    def fill(bucket, buffer):
+        for name, view in bucket.views(buffer):
+            view.copy_(tensors[name])
+
+    return fill
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_every_receiver_gets_equal_bits_again_and_again(keep):
     group = Group()
-    for scale in (1, 3):  # a second update through the same connection
+    for version, scale in enumerate((1, 3, -2)):  # updates through the same connection
         tensors = {name: tensor * scale for name, tensor in TENSORS.items()}
-        receiving = group.start_receiving()
-        sent = group.sender.send(tensors.items())
-        assert len(sent) == 3
-        for future, receiver in zip(receiving, group.receivers, strict=True):
+        receiving = group.start_receiving(version, keep=keep)
+        seconds = group.sender.send(fill_from(tensors), version)
+        assert seconds > 0
+        for future in receiving:
             received = future.result()
-            assert receiver.checksums == sent
             assert list(received) == list(tensors)
             for name, tensor in tensors.items():
                 assert torch.equal(received[name], tensor), name
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t.pop("layer.k"), r"expected layer\.k \[3, 8\] float16, got head"),
-        (lambda t: t.update(norm=torch.zeros(9).bfloat16()), r"norm \[8\] .* got norm \[9\]"),
-        (lambda t: t.update(norm=torch.zeros(8)), r"norm \[8\] bfloat16, got norm \[8\] float32"),
-        (lambda t: t.pop("head"), "expected head .* got nothing"),
-        (lambda t: t.update(bias=torch.zeros(1)), "'bias', which was not announced"),
-    ],
-)
-def test_other_tensors_than_announced_are_refused_by_name(change, message):
-    store = serve_store(LOOPBACK, 20.0)
-    sender = WeightSender(connection(store, world_size=1), CPU)
-    tensors = dict(TENSORS)
-    change(tensors)
-    with pytest.raises(ValueError, match=message):
-        sender.send(tensors.items())
+def test_another_version_than_asked_for_is_refused():
+    group = Group()
+    receiving = group.start_receiving(version=7)
+    group.sender.send(fill_from(TENSORS), 6)
+    for rank, future in enumerate(receiving, start=1):
+        with pytest.raises(WeightSyncError, match=f"rank {rank} of 3 .* version 6 instead of 7"):
+            future.result()
+
+
+def test_what_is_damaged_on_its_way_is_named_by_every_receiver(monkeypatch):
+    group = Group()
+    broadcast = group.sender._transport.broadcast
+
+    def damaging(buffer, *, what):
+        damaged = buffer.clone()
+        damaged[0] ^= "bucket 2" in what
+        return broadcast(damaged, what=what)
+
+    monkeypatch.setattr(group.sender._transport, "broadcast", damaging)
+    receiving = group.start_receiving()
+    group.sender.send(fill_from(TENSORS), 0)
+    for rank, future in enumerate(receiving, start=1):
+        message = rf"rank {rank} of 3 received other bytes.* in bucket 2 of 3, which holds head"
+        with pytest.raises(WeightSyncError, match=message):
+            future.result()
 
 
 def test_a_sender_that_never_sends_is_named_with_phase_and_bucket():
@@ -98,8 +121,24 @@ def test_a_sender_that_never_sends_is_named_with_phase_and_bucket():
     errors = [future.exception() for future in group.start_receiving()]
     assert all(isinstance(error, WeightSyncError) for error in errors)
     for rank, error in enumerate(errors, start=1):
-        assert f"weight sync rank {rank} of 3, waiting for bucket 0 (" in str(error)
+        assert f"weight sync rank {rank} of 3, waiting for the version: " in str(error)
     assert "did not take part within 1 s" in str(errors[0])
+
+
+def test_a_sender_that_stops_is_named_with_phase_and_bucket():
+    group = Group(timeout_s=1.0)
+    receiving = group.start_receiving()
+
+    def fill(bucket, buffer):
+        if bucket.index == 1:
+            raise KeyError("the policy is out of order")
+
+    with pytest.raises(KeyError):
+        group.sender.send(fill, 0)
+    for rank, future in enumerate(receiving, start=1):
+        message = rf"rank {rank} of 3, waiting for bucket 1 \(.*did not take part within 1 s"
+        with pytest.raises(WeightSyncError, match=message):
+            future.result()
 
 
 def test_a_receiver_that_never_connects_is_a_named_timeout():
