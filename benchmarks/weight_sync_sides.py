@@ -103,11 +103,11 @@ class OpenRank(PolicyRank):
 
     def slices_checksums(self, slices):
         """Of (tensor, size, stride, offset), by one-by-one export."""
-        tensors = dict(self.engine.weights.export())
+        tensors = {name: tensor.contiguous() for name, tensor in self.engine.weights.export()}
         if self.rank != 0:
             return None
         parts = [
-            tensors[name].contiguous().as_strided(size, stride, offset)
+            tensors[name].view(-1)[offset:].as_strided(size, stride)
             for name, size, stride, offset in slices
         ]
         content = [part.contiguous().view(-1).view(torch.uint8) for part in parts]
