@@ -108,7 +108,7 @@ def test_no_sync_sends_weights_of_before_or_half_of_them(engines, connect, name)
         policy.call("run", negate_weights)
         policy.policy_version += 1
         publisher.publish()
-        held = dict(engine.ask_workers("loaded_checksums")[0])
+        held = {part.tensor: part.checksum for part in engine.ask_workers("held_slices")[0]}
         assert held == expected[sync % 2], f"sync {sync}"
         engine.actors.collect()
     engine.actors.abort(range(1000, next_id))
