@@ -28,7 +28,8 @@ class CopyPlan:
         for whole_target, whole_source in pairs:
             assert whole_target.dtype == whole_source.dtype, (whole_target, whole_source)
             for target, source in _pieces(whole_target, whole_source):
-                if target.is_contiguous() and source.is_contiguous():
+                contiguous = target.is_contiguous() and source.is_contiguous()
+                if contiguous and target.device == source.device:
                     targets, sources = self._together.setdefault(target.dtype, ([], []))
                     targets.append(target.view(-1))
                     sources.append(source.view(-1))
