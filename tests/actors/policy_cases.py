@@ -232,9 +232,11 @@ class PolicyLab:
         """A policy at version 0, from the weights of config.model.path."""
         if self._policy is None:
             self._start_processes(config)
-        self._policy.actors = self._actors[: config.policy.world_size]
         self._policy.policy_version = 0
+        # Every rank, since NCCL ends a group only when all its ranks do.
+        self._policy.actors = self._actors
         self._policy.call("become", config)
+        self._policy.actors = self._actors[: config.policy.world_size]
         get_all(self._policy.async_start(), phase="start", timeout_s=120)
         return self._policy
 

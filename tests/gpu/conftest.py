@@ -34,7 +34,9 @@ from rlsys.actors.group import get_all  # noqa: E402
 from rlsys.actors.rollout import RolloutActors  # noqa: E402
 
 # Of the processes that tests start, where rlsys need not be installed.
-PYTHONPATH = os.pathsep.join([str(REPOSITORY), str(Path(__file__).parent), str(ACTORS)])
+PYTHONPATH = os.pathsep.join(
+    [str(REPOSITORY), str(Path(__file__).parent), str(ACTORS), os.environ.get("PYTHONPATH", "")]
+).rstrip(os.pathsep)
 START_TIMEOUT_S = 300.0
 EARLY = ("engines", "failing_engines", "short_run")
 
@@ -57,8 +59,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session", autouse=True)
 def start_early(request):
     """While the first tests run, what later ones need starts."""
+    items = [item for item in request.session.items if not item.get_closest_marker("skip")]
     for name in EARLY:
-        if any(name in item.fixturenames for item in request.session.items):
+        if any(name in item.fixturenames for item in items):
             request.getfixturevalue(name)
 
 

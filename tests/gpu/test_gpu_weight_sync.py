@@ -1,5 +1,7 @@
 """Weights over NCCL, from a real policy to real engines: never others than the policy's."""
 
+import time
+
 import pytest
 import ray
 import torch
@@ -124,8 +126,9 @@ def test_completions_in_flight_keep_the_versions_of_their_tokens(
     ray.get(engine.actor.set_in_flight_kv.remote(in_flight_kv), timeout=60)
     requests = [SampleRequest(i, prompt, 4, 1.0, i) for i, prompt in enumerate(PROMPTS)]
     engine.actors.submit(requests)
+    deadline = time.monotonic() + 60
     while ray.get(engine.actor.least_tokens.remote(), timeout=60) < 16:
-        pass
+        assert time.monotonic() < deadline
     load(seed=1)
     later = SampleRequest(len(PROMPTS), PROMPTS[0], 4, 1.0, 0)
     engine.actors.submit([later])
