@@ -149,7 +149,7 @@ def test_a_prompt_over_the_limit_is_refused_by_name(engines, model_folder):
 
 def test_an_engine_that_cannot_start_shows_vllms_own_error(ray_cluster, rollout_config):
     actors = RolloutActors(rollout_config(max_completion_length=400), device="cpu")
-    message = r"max_model_len \(560\) is greater than[^$]*\nrollout engine 0 died in start"
+    message = r"\nrollout engine 0 failed in start[^\n]*max_model_len \(560\) is greater than"
     with pytest.raises(ActorFailure, match=message):
         actors.wait_ready()
     actors.close()
