@@ -29,7 +29,7 @@ from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
 from rlsys.data import PromptData, load_prompts
 from rlsys.data.stream import make_prompt_stream
-from rlsys.data.usage import missing_columns
+from rlsys.data.usage import missing_columns, row_check
 from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.placement import Placement
@@ -197,10 +197,14 @@ def check_prompts(config: Config, data: PromptData) -> None:
 def load_data(config: Config) -> PromptData:
     """The prompts of a run, with the chat template of its model."""
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
-    data = load_prompts(config.data, tokenizer, seed=config.seed)
+    reward = config.reward
+    load_plugins(reward.external_plugins)
+    check = row_check(reward.reward_funcs, reward.reward_params, config.known_to_rewards)
+    data = load_prompts(config.data, tokenizer, seed=config.seed, check=check)
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)
+    data.refused.raise_if_any()
     return data
 
 

@@ -7,18 +7,19 @@
     rows         row formats to chat turns and columns
     render       chat turns to token ids
     sources      the above for one dataset of a config
-    load         everything in memory: filters, counts, the split
+    load         everything in memory: filters, counts, what rewards say of a row
+    split        which prompts are held out
     streaming    rows when they are needed
     stream       either of them as the stream that rollouts take prompts from
     checks       a quick look, for `rlsys explain` and before a run
-    usage        which reward functions ask for which columns
+    usage        which reward functions ask for which columns, and refuse which rows
     preview      `rlsys data preview`
     jsonl        rows to a file, for the data preparation of examples
 
 docs/data.md is for users.
 """
 
-from rlsys.data.load import PromptData, load_prompts, split_prompts
+from rlsys.data.load import PromptData, load_prompts
 from rlsys.data.preprocess import (
     ResponsePreprocessor,
     RowPreprocessor,
@@ -27,6 +28,7 @@ from rlsys.data.preprocess import (
 )
 from rlsys.data.render import render_prompt
 from rlsys.data.spec import FILE_SUFFIXES
+from rlsys.data.split import split_prompts
 
 __all__ = [
     "FILE_SUFFIXES",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rlsys.config import DataConfig
@@ -22,7 +19,9 @@ from rlsys.data.sources import (
     open_sources,
     sampled,
 )
+from rlsys.data.split import sizes_after_split, split_prompts, texts_of
 from rlsys.data.streaming import StreamedPrompts
+from rlsys.data.usage import RowCheck
 from rlsys.types import Prompt
 
 if TYPE_CHECKING:
@@ -50,6 +49,9 @@ class PromptData:
     """With data.streaming what `train` is read from: one stream for all datasets, or one for each
     where they have weights. Then `train` is empty."""
 
+    refused: Problems = field(default_factory=Problems)
+    """Rows of which `check` found something wrong."""
+
     @property
     def columns(self) -> list[str]:
         """What every training prompt carries to the rewards; of streamed rows, the first ones."""
@@ -74,12 +76,22 @@ class PromptData:
 
 
 def load_prompts(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    check: RowCheck | None = None,
 ) -> PromptData:
     """Read the datasets, render the chat template once, filter, split.
 
     `prompt_id` is the name of the file (or of the hub's dataset) and the row counted from 1, as
     in "train:17"; the second copy of a row that `#ROWS` repeats is "train:17+1".
+
+    Args:
+        config: the datasets and what to do with their rows.
+        tokenizer: of the model, with its chat template.
+        seed: of what is drawn.
+        check: asked about the columns of every row that is used, streamed ones left out.
 
     Raises:
         ValueError: everything that is wrong, up to a number: datasets that are not there or cannot
@@ -91,6 +103,7 @@ def load_prompts(
     load_data_plugins(config, problems)
     sources = open_sources(config, "train", problems)
     val_sources = open_sources(config, "validation", problems)
+    refused = Problems()
     streams: list[StreamedPrompts] = []
     train: list[Prompt] = []
     sizes: list[int] = []
@@ -99,16 +112,18 @@ def load_prompts(
         streams = _open_streams(sources, config, tokenizer, problems, seed=seed)
         counts = [count for stream in streams for count in stream.counts]
     else:
-        train, sizes, counts = _load_split(sources, config, tokenizer, problems, seed=seed)
-    validation, val_sizes, more_counts = _load_split(
-        val_sources, config, tokenizer, problems, seed=seed
-    )
+        rows, counts = _load_split(sources, config, tokenizer, problems, seed=seed)
+        train, sizes = _prompts(rows, check, refused), [len(some) for some in rows]
+    rows, more_counts = _load_split(val_sources, config, tokenizer, problems, seed=seed)
+    validation, val_sizes = _prompts(rows, check, refused), [len(some) for some in rows]
     check_renamed(config, [*sources, *val_sources], problems)
+    if problems:
+        problems.add_all(refused)
     problems.raise_if_any()
     _check_something_left(config, sizes, [] if config.streaming else counts)
     _check_something_left(config, val_sizes, more_counts)
     if config.val_dataset:
-        if _texts(validation) <= _texts(train):
+        if texts_of(validation) <= texts_of(train):
             raise ValueError(
                 f"every prompt of data.val_dataset ({', '.join(config.val_dataset)}) is in the "
                 "training data too. Leave val_dataset empty and set split_dataset_ratio."
@@ -116,7 +131,7 @@ def load_prompts(
     else:
         everything = train
         train, validation = split_prompts(train, config.split_dataset_ratio, seed=seed)
-        sizes = _sizes_after_split(everything, train, sizes)
+        sizes = sizes_after_split(everything, train, sizes)
         if config.dataset_weights and 0 in sizes and train:
             raise ValueError(
                 f"data.split_dataset_ratio = {config.split_dataset_ratio} holds out every prompt "
@@ -124,7 +139,7 @@ def load_prompts(
                 "Give it more rows, or use val_dataset."
             )
     validation = validation[: config.max_eval_prompts]
-    known = _texts(train)
+    known = texts_of(train)
     return PromptData(
         train,
         validation,
@@ -132,52 +147,8 @@ def load_prompts(
         [*counts, *more_counts],
         sum(tuple(prompt.token_ids) in known for prompt in validation),
         streams,
+        refused,
     )
-
-
-def split_prompts(
-    prompts: list[Prompt], ratio: float, *, seed: int
-) -> tuple[list[Prompt], list[Prompt]]:
-    """`prompts` as (train, validation), each in the order given; validation holds `ratio` of them.
-
-    Rows with the same rendered prompt stay together, so nothing that is evaluated was trained on.
-
-    Raises:
-        ValueError: one of the two would be empty.
-    """
-    if ratio == 0.0:
-        return prompts, []
-    wanted = max(1, round(ratio * len(prompts)))
-    texts = Counter(tuple(prompt.token_ids) for prompt in prompts)
-    order = list(texts)
-    random.Random(seed).shuffle(order)
-    held_out: set[tuple[int, ...]] = set()
-    num_held_out = 0
-    while num_held_out < wanted and order:
-        text = order.pop()
-        held_out.add(text)
-        num_held_out += texts[text]
-    if not order:
-        raise ValueError(
-            f"data.split_dataset_ratio = {ratio} leaves nothing to train on: {len(prompts)} rows "
-            f"hold {len(texts)} different prompts. Give more rows or a val_dataset."
-        )
-    return (
-        [prompt for prompt in prompts if tuple(prompt.token_ids) not in held_out],
-        [prompt for prompt in prompts if tuple(prompt.token_ids) in held_out],
-    )
-
-
-def _sizes_after_split(
-    everything: list[Prompt], train: list[Prompt], sizes: list[int]
-) -> list[int]:
-    kept = {prompt.prompt_id for prompt in train}
-    remaining = iter(everything)
-    return [sum(prompt.prompt_id in kept for prompt in islice(remaining, size)) for size in sizes]
-
-
-def _texts(prompts: list[Prompt]) -> set[tuple[int, ...]]:
-    return {tuple(prompt.token_ids) for prompt in prompts}
 
 
 # --- one split -----------------------------------------------------------------------------------
@@ -204,8 +175,8 @@ def _load_split(
     problems: Problems,
     *,
     seed: int,
-) -> tuple[list[Prompt], list[int], list[SourceCounts]]:
-    """The prompts of some datasets, how many are of each, and what became of the rows."""
+) -> tuple[list[list[_Row]], list[SourceCounts]]:
+    """The rows to use of each dataset, and what became of all."""
     counts = [SourceCounts(source.spec.text) for source in sources]
     rows_of = []
     seen: set[tuple[int, ...]] = set()
@@ -218,7 +189,7 @@ def _load_split(
             rows = _without_duplicates(rows, seen, count)
         count.used = len(rows)
         rows_of.append(rows)
-    return _prompts(rows_of), [len(rows) for rows in rows_of], counts
+    return rows_of, counts
 
 
 def _open_streams(
@@ -331,11 +302,11 @@ def _without_duplicates(
     return kept
 
 
-def _prompts(rows_of: list[list[_Row]]) -> list[Prompt]:
+def _prompts(rows_of: list[list[_Row]], check: RowCheck | None, refused: Problems) -> list[Prompt]:
     rows = [row for some in rows_of for row in some]
     # A reward sees None where another row has a column, and never misses an argument.
     names = list(dict.fromkeys(name for row in rows for name in row.parsed.columns))
-    return [
+    prompts = [
         Prompt(
             row.prompt_id,
             row.parsed.messages,
@@ -344,6 +315,14 @@ def _prompts(rows_of: list[list[_Row]]) -> list[Prompt]:
         )
         for row in rows
     ]
+    if check is not None:
+        asked = [(row, prompt) for row, prompt in zip(rows, prompts, strict=True) if not row.copy]
+        found = [(row.where, text) for row, prompt in asked for text in check(prompt.columns)]
+        if len(asked) == len(found) > 1 and len({text for _, text in found}) == 1:
+            found = [("every row", found[0][1])]
+        for where, text in found:
+            refused.add(f"{where}: {text}")
+    return prompts
 
 
 def _check_something_left(config: DataConfig, sizes: list[int], counts: list[SourceCounts]) -> None:

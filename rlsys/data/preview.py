@@ -16,7 +16,7 @@ from rich.text import Text
 
 from rlsys.config import Config
 from rlsys.data.load import PromptData, load_prompts
-from rlsys.data.usage import column_use, missing_columns
+from rlsys.data.usage import column_use, missing_columns, row_check
 from rlsys.rewards import load_plugins
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
@@ -35,13 +35,16 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     """Print what became of the rows, the columns, the lengths, and `num_rows` rendered prompts.
 
     Returns:
-        whether the reward functions find their columns.
+        whether the reward functions find their columns, and what they need in them.
 
     Raises:
         ValueError: the data cannot be used, or the model has no tokenizer here.
     """
     tokenizer = load_tokenizer(config)
-    data = load_prompts(config.data, tokenizer, seed=config.seed)
+    reward = config.reward
+    load_plugins(reward.external_plugins)
+    check = row_check(reward.reward_funcs, reward.reward_params, config.known_to_rewards)
+    data = load_prompts(config.data, tokenizer, seed=config.seed, check=check)
     prompts = _first_of_each_stream(data) if config.data.streaming else data.train
     _print_counts(config, data, console)
     problems = _print_columns(config, prompts, console)
@@ -51,6 +54,9 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     _print_histogram(config, lengths, console)
     for prompt in _spread(prompts, data.train_sizes, num_rows):
         _print_prompt(prompt, tokenizer, console)
+    problems += data.refused.texts
+    if data.refused.num_more:
+        problems.append(f"... and {data.refused.num_more:,} more such rows")
     for problem in problems:
         console.print(Text(f"\nProblem: {problem}", style="bold red"))
     return not problems
@@ -161,7 +167,6 @@ def _print_counts(config: Config, data: PromptData, console: Console) -> None:
 def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> list[str]:
     """The columns, and what is missing."""
     reward = config.reward
-    load_plugins(reward.external_plugins)
     names = list(prompts[0].columns) if prompts else []
     uses = {
         name: column_use(name, reward.reward_params.get(name, {})) for name in reward.reward_funcs

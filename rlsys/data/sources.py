@@ -40,6 +40,12 @@ class Problems:
         else:
             self.num_more += 1
 
+    def add_all(self, others: Problems) -> None:
+        """Note those of `others`."""
+        for text in others.texts:
+            self.add(text)
+        self.num_more += others.num_more
+
     def raise_if_any(self) -> None:
         """Tell all of them at once.
 

@@ -1,13 +1,14 @@
-"""Which dataset columns the reward functions of a run ask for, by their signatures."""
+"""Which dataset columns the reward functions of a run ask for, and what they say of a row."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlsys.rewards import OWN_COLUMNS, orms
+from rlsys.rewards import ORM, OWN_COLUMNS, Reward, RewardError, orms
 from rlsys.rewards.instances import KEYWORD_KINDS
 
 
@@ -45,6 +46,65 @@ def column_use(name: str, settings: Collection[str] = ()) -> ColumnUse:
         tuple(p.name for p in named if p.default is not p.empty),
         any(p.kind is p.VAR_KEYWORD for p in parameters),
     )
+
+
+RowCheck = Callable[[Mapping[str, Any]], list[str]]
+"""What is wrong with the columns of one row; nothing is the empty list."""
+
+
+def row_check(
+    reward_funcs: Sequence[str],
+    reward_params: Mapping[str, Mapping[str, Any]],
+    of_run: Mapping[str, Any],
+) -> RowCheck:
+    """What the reward functions that check rows (`ORM.check_row`) say of one.
+
+    Classes are instantiated for it, unless theirs is a static method. Functions that miss a column
+    are left out: that is told once, by `missing_columns`.
+
+    Raises:
+        ValueError: a function that there is not, or settings that do not fit.
+        RewardError: a class raised when it was instantiated; later, a check raised something else
+            than ValueError.
+    """
+    checks = {}
+    for name in reward_funcs:
+        params = reward_params.get(name, {})
+        check = _own_check(name, params, of_run)
+        if check is not None:
+            checks[name] = (check, column_use(name, params).needed)
+
+    def problems(row: Mapping[str, Any]) -> list[str]:
+        found = []
+        for name, (check, needed) in checks.items():
+            if all(column in row for column in needed):
+                try:
+                    check(row)
+                except ValueError as error:
+                    found.append(f"reward function {name!r}: {error}")
+                # User code: whatever else it raises is a mistake of its own.
+                except Exception as error:
+                    raise RewardError(
+                        f"check_row of the reward function {name!r} raised "
+                        f"{type(error).__name__}: {error}\n(its row: {reprlib.repr(dict(row))}). "
+                        "For a row that is wrong it has to raise ValueError."
+                    ) from error
+        return found
+
+    return problems
+
+
+def _own_check(
+    name: str, params: Mapping[str, Any], of_run: Mapping[str, Any]
+) -> Callable[[Mapping[str, Any]], None] | None:
+    registered = orms[name]
+    check = getattr(registered, "check_row", None)
+    if check is None or check is ORM.check_row:
+        return None
+    static = inspect.getattr_static(registered, "check_row")
+    if isinstance(registered, type) and not isinstance(static, staticmethod | classmethod):
+        return Reward(name, params, of_run).check_row
+    return check
 
 
 def missing_columns(

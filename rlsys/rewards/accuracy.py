@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from rlsys.rewards.answers import (
@@ -14,6 +15,7 @@ from rlsys.rewards.answers import (
     last_boxed,
     marked_answer,
     reference,
+    right_answer,
     tagged_answers,
 )
 from rlsys.rewards.base import ORM, register_reward
@@ -74,6 +76,11 @@ class Accuracy(ORM):
             self._score(completion, gold_answer(gold))
             for completion, gold in zip(completions, golds, strict=True)
         ]
+
+    @staticmethod
+    def check_row(row: Mapping[str, Any]) -> None:
+        """See ORM: the right answer must be a text or a number, and not empty."""
+        gold_answer(right_answer("accuracy", row))
 
     def _score(self, completion: str, gold: str) -> float | None:
         if gold not in self._known_golds:

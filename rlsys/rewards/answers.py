@@ -6,6 +6,7 @@ Shared by the rewards that compare an answer. All of it is linear in the length 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 AnswerFormat = Literal["any", "tags", "boxed"]
@@ -66,6 +67,16 @@ def marked_answer(completion: str, where: AnswerFormat) -> str | None:
         found = {boxed if (boxed := last_boxed(one)) is not None else one for one in tagged}
         return found.pop() if len(found) == 1 else None
     return last_boxed(text) if where != "tags" else None
+
+
+def right_answer(name: str, row: Mapping[str, Any]) -> Any:
+    """The right answer of one row of the dataset, from the column that `reference` takes.
+
+    Raises:
+        ValueError: the dataset has neither.
+    """
+    columns = {column: [row[column]] for column in ("solution", "answer") if column in row}
+    return reference(name, columns.get("solution"), columns.get("answer"))[0]
 
 
 def reference(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,20 @@ class ORM:
             columns: each dataset column by its name as a list of G values, and `OWN_COLUMNS`.
         """
         raise NotImplementedError
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Refuse a row of the dataset that this function could not score.
+
+        Called for every row before a run starts, in the driver, if a class has its own. As a
+        `staticmethod` it spares the driver an instance. A function may have the attribute
+        `check_row`.
+
+        Args:
+            row: its columns besides the prompt, None for those that only other rows have.
+
+        Raises:
+            ValueError: the row is wrong; the message says how, and need not say where.
+        """
 
 
 class AsyncORM(ORM):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rlsys.rewards.answers import after_thinking
@@ -22,6 +22,8 @@ from rlsys.rewards.sandbox import (
 MAX_PROGRAM = 100_000
 """Characters of a program; what is longer scores 0."""
 
+_COLUMNS = ("tests", "verification_info", "input_output", "test_list", "test")
+_NO_TESTS = f"code needs a dataset column {_COLUMNS[0]!r} (or {', '.join(_COLUMNS[1:])})"
 _FENCE = re.compile(r" {0,3}(`{3,})([^`]*)")
 _PYTHON = re.compile(r"(?:python|py)[\d.]*", re.IGNORECASE)
 
@@ -110,15 +112,20 @@ class Code(ORM):
             None,
         )
         if rows is None:
-            raise ValueError(
-                "code needs a dataset column 'tests' (or verification_info, input_output, "
-                "test_list, test)"
-            )
+            raise ValueError(_NO_TESTS)
         names: list[Any] = entry_point or [None] * len(completions)
         return [
             self._score(completion, read_tests(row, name)[: self.max_tests])
             for completion, row, name in zip(completions, rows, names, strict=True)
         ]
+
+    @staticmethod
+    def check_row(row: Mapping[str, Any]) -> None:
+        """See ORM: the tests must be readable, and test something. None is run."""
+        column = next((name for name in _COLUMNS if name in row), None)
+        if column is None:
+            raise ValueError(_NO_TESTS)
+        read_tests(row[column], row.get("entry_point"))
 
     def _score(self, completion: str, tests: list[Test]) -> float:
         program = find_program(completion)

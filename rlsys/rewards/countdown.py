@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -21,6 +21,7 @@ MAX_LENGTH = 500
 MAX_DEPTH = 50
 """Nested parentheses; CPython's parser itself gives up at 200."""
 
+_NO_TARGET = "countdown needs a dataset column 'target' (or 'response')"
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 _TAIL = re.compile(r"-?[0-9]+")
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
@@ -93,6 +94,15 @@ def _evaluate(node: ast.expr) -> Fraction:
     raise SyntaxError(f"{type(node).__name__} is not arithmetic")
 
 
+def _problem(nums: Any, target: Any) -> tuple[list[int], int]:
+    if not isinstance(nums, list | tuple):
+        raise ValueError(
+            f"countdown needs a list of whole numbers in column 'nums', found {nums!r:.200}. "
+            "Correct the dataset."
+        )
+    return [_integer(number, "nums") for number in nums], _integer(target, "target")
+
+
 def _integer(value: Any, column: str) -> int:
     """An int out of a dataset: 24, 24.0 or "24"."""
     if isinstance(value, str) and _TAIL.fullmatch(value.strip()):
@@ -127,14 +137,15 @@ class Countdown(ORM):
         """
         targets = response if target is None else target
         if targets is None:
-            raise ValueError("countdown needs a dataset column 'target' (or 'response')")
+            raise ValueError(_NO_TARGET)
         return [
-            float(
-                is_solution(
-                    completion,
-                    [_integer(number, "nums") for number in numbers],
-                    _integer(goal, "target"),
-                )
-            )
+            float(is_solution(completion, *_problem(numbers, goal)))
             for completion, numbers, goal in zip(completions, nums, targets, strict=True)
         ]
+
+    @staticmethod
+    def check_row(row: Mapping[str, Any]) -> None:
+        """See ORM: numbers and target must be whole numbers."""
+        if "target" not in row and "response" not in row:
+            raise ValueError(_NO_TARGET)
+        _problem(row["nums"], row["target"] if "target" in row else row["response"])

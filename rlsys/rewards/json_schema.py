@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from rlsys.rewards.answers import after_thinking
@@ -13,7 +14,13 @@ from rlsys.rewards.bounded import BoundedCalls
 
 MAX_LENGTH = 100_000
 """Characters of JSON; what is longer scores 0."""
+MAX_CHECKED = 1000
+"""Different schemas of a dataset that are checked whole before a run, at some milliseconds each."""
 
+_NO_SCHEMA = (
+    "json_schema needs a schema: reward.reward_params: {json_schema: {schema: ...}}, or a dataset "
+    "column 'schema'"
+)
 _FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)\n[ \t]*```", re.DOTALL)
 
 
@@ -65,10 +72,7 @@ class JSONSchema(ORM):
             ValueError: no schema, or one that is none.
         """
         if self._schema is None and schema is None:
-            raise ValueError(
-                "json_schema needs a schema: reward.reward_params: {json_schema: {schema: ...}}, "
-                "or a dataset column 'schema'"
-            )
+            raise ValueError(_NO_SCHEMA)
         texts = (
             [self._schema] * len(completions)
             if self._schema is not None
@@ -79,6 +83,17 @@ class JSONSchema(ORM):
             values.get(self._fits(text, completion), 0.0)
             for text, completion in zip(texts, completions, strict=True)
         ]
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """See ORM: the schema must be one; after `MAX_CHECKED` different ones, a JSON object."""
+        if self._schema is None and "schema" not in row:
+            raise ValueError(_NO_SCHEMA)
+        if self._schema is not None:
+            return
+        if len(self._checked) < MAX_CHECKED:
+            self._text(row["schema"])
+        elif not isinstance(_object_of(row["schema"]), dict):
+            raise ValueError(f"json_schema: not a JSON object: {row['schema']!r:.200}")
 
     def _text(self, schema: Any) -> str:
         """The schema as JSON, checked once."""
@@ -119,6 +134,11 @@ class JSONMatch(ORM):
             self._score(completion, _expected(row))
             for completion, row in zip(completions, expected, strict=True)
         ]
+
+    @staticmethod
+    def check_row(row: Mapping[str, Any]) -> None:
+        """See ORM: `expected` must be an object with fields."""
+        _expected(row["expected"])
 
     def _score(self, completion: str, expected: dict[str, Any]) -> float:
         try:
@@ -166,12 +186,18 @@ def same(left: Any, right: Any) -> bool:
     return left == right
 
 
+def _object_of(cell: Any) -> Any:
+    """An object of the dataset, or what its JSON text says; None where that is no JSON."""
+    if not isinstance(cell, str):
+        return cell
+    try:
+        return json.loads(cell)
+    except ValueError:
+        return None
+
+
 def _expected(row: Any) -> dict[str, Any]:
-    if isinstance(row, str):
-        try:
-            row = json.loads(row)
-        except ValueError:
-            row = None
+    row = _object_of(row)
     if not isinstance(row, dict) or not row:
         raise ValueError(
             "json_match: column 'expected' must be an object with fields, or its JSON text, found "

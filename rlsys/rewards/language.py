@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -79,6 +80,12 @@ class LanguageConsistency(ORM):
             share_in_script(text, scripts(code))
             for text, code in zip(completions, wanted, strict=True)
         ]
+
+    @staticmethod
+    def check_row(row: Mapping[str, Any]) -> None:
+        """See ORM: the language must be known."""
+        if "language" in row:
+            scripts(row["language"])
 
 
 def scripts(language: str) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rlsys.rewards.base import ORM, register_reward
@@ -68,6 +68,10 @@ class Cosine(ORM):
             None if math.isnan(verdict) else self._value(verdict >= 1.0, len(token_ids))
             for verdict, token_ids in zip(verdicts, completion_ids, strict=True)
         ]
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """See ORM: what the correctness reward refuses."""
+        self._correctness.check_row(row)
 
     def _value(self, correct: bool, num_tokens: int) -> float:
         start, end = self.correct if correct else self.wrong

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rlsys.rewards.answers import (
@@ -14,11 +14,16 @@ from rlsys.rewards.answers import (
     last_boxed,
     marked_answer,
     reference,
+    right_answer,
     tagged_answers,
 )
 from rlsys.rewards.base import ORM, register_reward
 from rlsys.rewards.bounded import BoundedCalls
 
+_NO_PATTERN = (
+    "regex_match needs a pattern: reward.reward_params: {regex_match: {pattern: ...}}, or a "
+    "dataset column 'pattern'"
+)
 # A small letter only in parentheses: "the answer is a city" chooses nothing.
 _ANSWER_IS = re.compile(
     r"(?i:\b(?P<wrong>(?:wrong|incorrect|false|worst)\s+)?"
@@ -85,6 +90,10 @@ class MultipleChoice(ORM):
             float(self._choice(completion) == self._gold(gold))
             for completion, gold in zip(completions, golds, strict=True)
         ]
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """See ORM: the right answer must be one of the choices."""
+        self._gold(right_answer("multiple_choice", row))
 
     def _gold(self, gold: Any) -> str:
         letter = _letter(gold) if isinstance(gold, str) else None
@@ -186,6 +195,12 @@ class ExactMatch(ORM):
             for completion, gold in zip(completions, golds, strict=True)
         ]
 
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """See ORM: there must be a right answer, and it must not be empty."""
+        if self.column and self.column not in row:
+            raise ValueError(f"exact_match: the dataset has no column {self.column!r}")
+        self._accepted(row[self.column] if self.column else right_answer("exact_match", row))
+
     def _answer(self, completion: str) -> str:
         marked = marked_answer(completion, self.answer_format)
         text = after_thinking(completion)
@@ -260,16 +275,20 @@ class RegexMatch(ORM):
             pattern if self.pattern is None else [self.pattern] * len(completions)
         )
         if patterns is None:
-            raise ValueError(
-                "regex_match needs a pattern: reward.reward_params: {regex_match: {pattern: ...}}, "
-                "or a dataset column 'pattern'"
-            )
+            raise ValueError(_NO_PATTERN)
         for one in set(patterns):
             check_pattern(one)
         return [
             float(self._matches(one, completion, self.mode) is True)
             for one, completion in zip(patterns, completions, strict=True)
         ]
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """See ORM: the pattern must be a regular expression."""
+        if self.pattern is None and "pattern" not in row:
+            raise ValueError(_NO_PATTERN)
+        if self.pattern is None:
+            check_pattern(row["pattern"])
 
 
 def matches(pattern: str, text: str, mode: str) -> bool:
@@ -278,8 +297,10 @@ def matches(pattern: str, text: str, mode: str) -> bool:
     return function(pattern, text) is not None
 
 
-def check_pattern(pattern: str) -> None:
+def check_pattern(pattern: Any) -> None:
     """Raises ValueError unless it is a regular expression."""
+    if not isinstance(pattern, str):
+        raise ValueError(f"regex_match: a pattern must be a text, found {pattern!r:.200}")
     try:
         re.compile(pattern)
     except re.error as error:

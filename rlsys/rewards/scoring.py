@@ -41,6 +41,16 @@ class Reward:
         self._call_settings = {} if isinstance(orms[name], type) else settings
         self.is_async = is_async(orms[name])
 
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """What the function itself says of a row of the dataset, see `ORM.check_row`.
+
+        Raises:
+            ValueError: it refuses the row.
+        """
+        check = getattr(self.function, "check_row", None)
+        if check is not None:
+            check(row)
+
     def score(self, columns: Mapping[str, Any], prompt_id: str | None = None) -> list[float]:
         """[G] its values, NaN for None. An async function is run to its end.
 

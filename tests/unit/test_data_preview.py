@@ -72,7 +72,8 @@ def rows(tmp_path):
         {"prompt": "a " * drawing.randint(1, 60), "nums": [n], "target": n, "extra": None}
         for n in range(100)
     ]
-    return write_jsonl(tmp_path / "rows.jsonl", [*rows, {"prompt": "b\x1b[31m c", "target": 1}])
+    last = {"prompt": "b\x1b[31m c", "nums": [1], "target": 1, "extra": "x"}
+    return write_jsonl(tmp_path / "rows.jsonl", [*rows, last])
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -86,7 +87,11 @@ def test_everything_is_there_and_fits(run, rows, width):
     assert "data.max_prompt_length is 50" in output
     table = output[output.index("Columns") :]
     nums = next(line for line in table.splitlines() if line.startswith("nums"))
-    assert nums.split() == ["nums", "list", "1", "[1]", "countdown"]
+    assert nums.split() == ["nums", "list", "[1]", "countdown"]
+    extra = next(line for line in table.splitlines() if line.startswith("extra"))
+    _, kind, missing, example = extra.split()
+    assert (kind, example) == ("str", "'x'")
+    assert int(missing) > 1
     _, shorter = run("--data.dataset", rows, "--rows", "1", width=width)
     assert shorter.count(" tokens\n") == 1 + 1  # and the heading of the lengths
     assert output.count(" tokens\n") == 3 + 1
@@ -108,6 +113,15 @@ def test_a_missing_column_is_a_problem(run, rows):
     assert code == 1
     assert "'countdown' needs the column nums" in output
     assert "numbers" in output
+
+
+def test_rows_that_a_reward_cannot_score_are_problems(run, tmp_path):
+    rows = [{"prompt": "a", "nums": nums, "target": 1} for nums in ([1, "x"], [1])]
+    code, output = run("--data.dataset", write_jsonl(tmp_path / "bad.jsonl", rows))
+    assert code == 1
+    output = " ".join(output.split())
+    assert "bad.jsonl, line 1: reward function 'countdown': countdown needs whole" in output
+    assert "line 2" not in output
 
 
 def test_streamed_data_is_looked_at_too(run, rows):

@@ -1,0 +1,54 @@
+"""Which prompts are held out."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from itertools import islice
+
+from rlsys.types import Prompt
+
+
+def split_prompts(
+    prompts: list[Prompt], ratio: float, *, seed: int
+) -> tuple[list[Prompt], list[Prompt]]:
+    """`prompts` as (train, validation), each in the order given; validation holds `ratio` of them.
+
+    Rows with the same rendered prompt stay together, so nothing that is evaluated was trained on.
+
+    Raises:
+        ValueError: one of the two would be empty.
+    """
+    if ratio == 0.0:
+        return prompts, []
+    wanted = max(1, round(ratio * len(prompts)))
+    texts = Counter(tuple(prompt.token_ids) for prompt in prompts)
+    order = list(texts)
+    random.Random(seed).shuffle(order)
+    held_out: set[tuple[int, ...]] = set()
+    num_held_out = 0
+    while num_held_out < wanted and order:
+        text = order.pop()
+        held_out.add(text)
+        num_held_out += texts[text]
+    if not order:
+        raise ValueError(
+            f"data.split_dataset_ratio = {ratio} leaves nothing to train on: {len(prompts)} rows "
+            f"hold {len(texts)} different prompts. Give more rows or a val_dataset."
+        )
+    return (
+        [prompt for prompt in prompts if tuple(prompt.token_ids) not in held_out],
+        [prompt for prompt in prompts if tuple(prompt.token_ids) in held_out],
+    )
+
+
+def sizes_after_split(everything: list[Prompt], train: list[Prompt], sizes: list[int]) -> list[int]:
+    """`sizes` of the parts of `everything` after only `train` is left of it."""
+    kept = {prompt.prompt_id for prompt in train}
+    remaining = iter(everything)
+    return [sum(prompt.prompt_id in kept for prompt in islice(remaining, size)) for size in sizes]
+
+
+def texts_of(prompts: list[Prompt]) -> set[tuple[int, ...]]:
+    """The different rendered prompts."""
+    return {tuple(prompt.token_ids) for prompt in prompts}
