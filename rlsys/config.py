@@ -162,13 +162,24 @@ class RolloutConfig(Section):
     """Longest wait, in seconds, for the next completion before the run fails and says so."""
 
 
+REWARD_MODEL_PREFIX = "reward_model:"
+"""Before the path of a model: the reward function that it is."""
+
+
 class RewardConfig(Section):
     """What completions are scored by."""
 
-    reward_funcs: list[str] = Field(min_length=1)
+    reward_funcs: list[str] = []
     """Registered names, see `rlsys rewards list`."""
+    reward_model: list[str] = []
+    """Folders or hub ids of sequence-classification models (ms-swift: --reward_model). Each is
+    one more reward function, called reward_model:PATH, in a process of its own; settings in
+    reward_params stand under that name, or under reward_model for all of them."""
+    reward_model_placement: Literal["policy", "own"] = "policy"
+    """On GPUs. policy: on those of the policy's ranks, which wait while completions are sampled and
+    scored; the model's weights stay there, so leave room for them. own: a GPU for each model."""
     reward_weights: list[float] | None = None
-    """One per reward function; None is 1 for each."""
+    """One per reward function, then one per reward model; None is 1 for each."""
     reward_params: dict[str, dict[str, Any]] = {}
     """Settings of reward functions by name, `{length: {max_length: 100}}`: keyword arguments that
     a class is instantiated with, or a function is called with. Parameters that are called
@@ -195,6 +206,27 @@ class RewardConfig(Section):
     on_timeout: Literal["raise", "zero", "drop"] | None = None
     """When a reward function hangs, crashes or needs too much memory, for the completion that makes
     it; None is on_error if that is zero or drop, and otherwise zero: the run goes on."""
+
+    @property
+    def names(self) -> list[str]:
+        """All reward functions, in the order of their weights."""
+        return self.reward_funcs + [REWARD_MODEL_PREFIX + path for path in self.reward_model]
+
+    @property
+    def models(self) -> list[str]:
+        """Those of `names` that are reward models."""
+        prefix = REWARD_MODEL_PREFIX
+        return [name for name in self.names if f"{name}:" == prefix or name.startswith(prefix)]
+
+    @property
+    def params(self) -> dict[str, dict[str, Any]]:
+        """`reward_params` by name, those of reward models completed."""
+        shared = self.reward_params.get(REWARD_MODEL_PREFIX[:-1], {})
+        return self.reward_params | {
+            name: shared | {"path": path} | self.reward_params.get(name, {})
+            for name in self.models
+            if (path := name.removeprefix(REWARD_MODEL_PREFIX)) != name
+        }
 
 
 class GrpoConfig(Section):

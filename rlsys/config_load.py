@@ -31,7 +31,6 @@ _PLACEHOLDERS: dict[str, Any] = {
     "data.dataset": ["-"],
     "model.path": "-",
     "rollout.generation_batch_size": 8,
-    "reward.reward_funcs": ["-"],
 }
 """Stand in for required fields that are missing or wrong, so that the rest can be checked."""
 

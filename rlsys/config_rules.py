@@ -162,7 +162,13 @@ def _parallelism_problems(config: Config) -> Iterator[RuleProblem]:
 
 
 def _reward_problems(config: Config) -> Iterator[RuleProblem]:
-    names, weights = config.reward.reward_funcs, config.reward.reward_weights
+    names, weights = config.reward.names, config.reward.reward_weights
+    if not names:
+        yield RuleProblem(
+            ("reward.reward_funcs", "reward.reward_model"),
+            "reward.reward_funcs: nothing scores the completions: name a function (`rlsys rewards "
+            "list` shows them), or a model in reward.reward_model",
+        )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         yield RuleProblem(
@@ -176,7 +182,9 @@ def _reward_problems(config: Config) -> Iterator[RuleProblem]:
             f"reward.reward_weights has {len(weights)} values for {len(names)} reward functions "
             f"({', '.join(names)}): give one weight for each, or leave it out for 1 each",
         )
-    stray = sorted(set(config.reward.reward_params) - set(names))
+    # Settings under reward_model are for all models.
+    known = {*names, *(["reward_model"] if config.reward.models else [])}
+    stray = sorted(set(config.reward.reward_params) - known)
     if stray:
         yield RuleProblem(
             ("reward.reward_params", "reward.reward_funcs"),
@@ -193,7 +201,7 @@ def _reward_problems(config: Config) -> Iterator[RuleProblem]:
 
 
 def _gate_problems(config: Config) -> Iterator[RuleProblem]:
-    names, gates = config.reward.reward_funcs, config.reward.gate
+    names, gates = config.reward.names, config.reward.gate
     for gated, text in gates.items():
         try:
             by = parse_gate(text).by

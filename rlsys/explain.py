@@ -198,6 +198,8 @@ def _counts(roles: list[Role]) -> list[tuple[str, int]]:
 
 def _role_text(name: str, roles: list[Role]) -> str:
     role = next(role for role in roles if role.name == name)
+    if role.name == "reward_model" and role.shares_gpu_of:
+        return "a GPU of the policy's, and memory there (reward.reward_model_placement)"
     if role.shares_gpu_of:
         return (
             f"the GPU of the {role.shares_gpu_of} rank of the same number, its weights in host "

@@ -139,7 +139,10 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
     print(f"starting on {device}: {actors}", flush=True)
     rewards = RewardWorkers(
-        config.reward, known=config.known_to_rewards, max_steps=config.max_steps
+        config.reward,
+        known=config.known_to_rewards,
+        max_steps=config.max_steps,
+        place=partial(placement.options, "reward_model") if device == "cuda" else None,
     )
     engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
     policy = PolicyActors(config, place=partial(placement.options, "policy"))
@@ -189,7 +192,7 @@ def check_prompts(config: Config, data: PromptData) -> None:
             raise ValueError("\n".join(unsaveable))
     reward = config.reward
     load_plugins(reward.external_plugins)
-    missing = missing_columns(reward.reward_funcs, reward.reward_params, data.columns)
+    missing = missing_columns(reward.names, reward.params, data.columns)
     if missing:
         raise ValueError("\n".join(missing))
 
@@ -199,7 +202,7 @@ def load_data(config: Config) -> PromptData:
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
     reward = config.reward
     load_plugins(reward.external_plugins)
-    check = row_check(reward.reward_funcs, reward.reward_params, config.known_to_rewards)
+    check = row_check(reward.names, reward.params, config.known_to_rewards)
     data = load_prompts(config.data, tokenizer, seed=config.seed, check=check)
     for line in data.summary():
         print(line, flush=True)

@@ -2,11 +2,14 @@
 
 The reference is given GPUs of its own, or shares those of the policy (reference.placement): the two
 never compute at the same time, so sharing costs nothing but the copy of its weights, which wait in
-host memory meanwhile. Two actors in one bundle of one GPU see the same GPU.
+host memory meanwhile. Reward models score while completions are sampled, when the policy waits too:
+they share its GPUs, where their weights stay, or have their own (reward.reward_model_placement).
+Actors in one bundle of one GPU see the same GPU.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any, Literal
 
 import ray
@@ -32,6 +35,7 @@ class Placement:
     def __init__(self, config: Config, *, device: Literal["cpu", "cuda"]):
         roles = [role for role in plan_roles(config, device=device) if role.name != "reward"]
         self._roles = {(role.name, role.rank): role for role in roles}
+        self._sharers = Counter(map(self._owner, roles))
         self._group: PlacementGroup | None = None
         self._bundles: dict[tuple[RoleName, int], int] = {}
         if device == "cuda":
@@ -42,29 +46,34 @@ class Placement:
         role = self._roles[name, rank]
         if self._group is None:
             return on_cpu(rank)
-        owner = (role.shares_gpu_of or name, rank)
         return {
             "num_cpus": CPU_SHARE,
             "num_gpus": self._gpus(role),
             "scheduling_strategy": PlacementGroupSchedulingStrategy(
-                self._group, placement_group_bundle_index=self._bundles[owner]
+                self._group, placement_group_bundle_index=self._bundles[self._owner(role)]
             ),
         }
 
+    def _owner(self, role: Role) -> tuple[RoleName, int]:
+        """The actor whose bundle it is in: itself, or the one whose GPU it shares."""
+        if role.shares_gpu_of is None:
+            return role.name, role.rank
+        ranks = sum(name == role.shares_gpu_of for name, _ in self._roles)
+        return role.shares_gpu_of, role.rank % ranks
+
     def _gpus(self, role: Role) -> float:
-        """Of its bundle; halves where two share, which is Ray's bookkeeping and no limit."""
-        shared = role.shares_gpu_of is not None or any(
-            other.shares_gpu_of == role.name and other.rank == role.rank
-            for other in self._roles.values()
-        )
-        return 0.5 if shared else role.gpus
+        """Of its bundle; equal parts where several share: Ray's bookkeeping, and no limit."""
+        sharers = self._sharers[self._owner(role)]
+        return 1 / sharers if sharers > 1 else role.gpus
 
     def _reserve(self, roles: list[Role]) -> None:
         owners = [role for role in roles if role.shares_gpu_of is None]
         _check_enough(owners)
         self._bundles = {(role.name, role.rank): i for i, role in enumerate(owners)}
-        # Room for two actors in every bundle.
-        bundles = [{"GPU": float(role.gpus), "CPU": 2 * CPU_SHARE} for role in owners]
+        bundles = [
+            {"GPU": float(role.gpus), "CPU": CPU_SHARE * self._sharers[role.name, role.rank]}
+            for role in owners
+        ]
         self._group = placement_group(bundles, strategy="PACK")
         if not self._group.wait(PLACEMENT_TIMEOUT_S):
             raise ValueError(
@@ -80,7 +89,8 @@ def _check_enough(roles: list[Role]) -> None:
     if wanted > total:
         raise ValueError(
             f"{_asked_for(roles)}, and the Ray cluster has {total:g}: lower policy.world_size or "
-            "rollout.num_engines, set reference.placement to policy, or add GPUs"
+            "rollout.num_engines, set reference.placement and reward.reward_model_placement to "
+            "policy, or add GPUs"
         )
     available = ray.available_resources().get("GPU", 0)
     if wanted > available:

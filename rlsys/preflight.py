@@ -262,10 +262,10 @@ def _rewards(config: Config) -> Iterator[Problem]:
         except ValueError as error:
             complete = False
             yield Problem(f"reward.external_plugins: {error}", only_here=not Path(path).exists())
-    for name in config.reward.reward_funcs:
+    for name in config.reward.names:
         try:
             orms[name]
-            settings_of(name, config.reward.reward_params.get(name, {}), config.known_to_rewards)
+            settings_of(name, config.reward.params.get(name, {}), config.known_to_rewards)
         except ValueError as error:
             hint = "" if complete else " (a plugin above could not be loaded)"
             yield Problem(f"reward.reward_funcs: {error}{hint}", only_here=not complete)

@@ -83,7 +83,7 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
                 f"{did_you_mean(name, options.names)} Tried: {', '.join(options.names)}"
             )
     for name in options.names:
-        settings_of(name, options.params.get(name, {}), {})
+        settings_of(name, config.params.get(name, {}), {})
     groups = read_groups(options)
     pool = RewardPool(config, LocalBackend(process_settings(config, {})))
     try:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from rlsys.config import Config
 
-RoleName = Literal["policy", "rollout", "reference", "reward"]
+RoleName = Literal["policy", "rollout", "reference", "reward_model", "reward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,11 +22,13 @@ class Role:
     cpu_threads: int
     """Threads that it computes with on CPU; on GPUs it merely feeds them."""
     shares_gpu_of: RoleName | None = None
-    """The role on whose GPU, that of the same rank, it runs."""
+    """The role on whose GPU it runs, that of the same rank; where it has fewer ranks, they begin
+    again from 0."""
 
 
 def plan_roles(config: Config, *, device: Literal["cpu", "cuda"]) -> list[Role]:
-    """Every actor of the run, group by group: policy, rollout, reference (if any), reward."""
+    """Every actor of the run, group by group: policy, rollout, reference and reward models (if
+    any), reward."""
     gpu = 1 if device == "cuda" else 0
     policy, rollout, reference = config.policy, config.rollout, config.reference
     roles = [Role("policy", rank, gpu, policy.cpu_threads) for rank in range(policy.world_size)]
@@ -46,5 +48,10 @@ def plan_roles(config: Config, *, device: Literal["cpu", "cuda"]) -> list[Role]:
             )
             for rank in range(reference.world_size)
         ]
+    shares = gpu > 0 and config.reward.reward_model_placement == "policy"
+    roles += [
+        Role("reward_model", i, 0 if shares else gpu, 1, "policy" if shares else None)
+        for i in range(len(config.reward.models))
+    ]
     roles += [Role("reward", rank, 0, 1) for rank in range(config.reward.num_workers)]
     return roles

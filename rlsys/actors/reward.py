@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from rlsys.actors.group import Place
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins
 from rlsys.rewards.pool import RewardPool
@@ -34,7 +36,7 @@ class RewardWorker:
 
     def start(self, settings: ProcessSettings) -> Failed | None:
         """Make the reward functions."""
-        return self._runner.start(settings, concurrent=False)
+        return self._runner.start(settings)
 
     def score(self, task: Task) -> Values | Failed:
         """Call one function for the completions of one prompt."""
@@ -49,7 +51,7 @@ class AsyncRewardWorker:
 
     async def start(self, settings: ProcessSettings) -> Failed | None:
         """Make the reward functions."""
-        return self._runner.start(settings, concurrent=True)
+        return self._runner.start(settings)
 
     async def score(self, task: Task) -> Values | Failed:
         """Call one async function for the completions of one prompt."""
@@ -59,15 +61,28 @@ class AsyncRewardWorker:
 class RayBackend:
     """Reward processes as Ray actors; see `rlsys.rewards.work.Backend`."""
 
-    def __init__(self, settings: ProcessSettings, env_vars: dict[str, str]):
+    def __init__(
+        self,
+        settings: ProcessSettings,
+        env_vars: dict[str, str],
+        models: Sequence[str] = (),
+        place: Place | None = None,
+    ):
+        """Args as of `RewardWorkers`; `models` are the names of reward models, which `place` is
+        for."""
         self._settings = settings
+        self._models = list(models)
+        self._place = place
         self._options = {"num_cpus": WORKER_CPUS, "runtime_env": {"env_vars": env_vars}}
 
-    def spawn(self, *, concurrent: bool) -> tuple[ActorHandle, ray.ObjectRef]:
+    def spawn(self, names: Sequence[str], *, concurrent: bool) -> tuple[ActorHandle, ray.ObjectRef]:
         """Start an actor."""
         actor_class: Any = AsyncRewardWorker if concurrent else RewardWorker
-        actor = ray.remote(**self._options)(actor_class).remote()
-        return actor, actor.start.remote(self._settings)
+        options = self._options
+        if self._place is not None and names[0] in self._models:
+            options = options | self._place(self._models.index(names[0]))
+        actor = ray.remote(**options)(actor_class).remote()
+        return actor, actor.start.remote(replace(self._settings, names=names))
 
     def score(self, process: ActorHandle, task: Task) -> ray.ObjectRef:
         """Send a task."""
@@ -101,6 +116,7 @@ class RewardWorkers(RewardPool):
         known: dict[str, Any] | None = None,
         max_steps: int = 0,
         env_vars: dict[str, str] | None = None,
+        place: Place | None = None,
     ):
         """Start the workers and wait until each has its reward functions.
 
@@ -109,6 +125,8 @@ class RewardWorkers(RewardPool):
             known: values of the run for parameters of these names, see `settings_of`.
             max_steps: of the run, for `trainer_state`.
             env_vars: environment of the worker processes, besides their inherited one.
+            place: Ray options of the processes of reward models, by the model's number; None is
+                those of the others.
 
         Raises:
             ValueError: a plugin that cannot be imported, an unknown reward function, or weights
@@ -116,6 +134,7 @@ class RewardWorkers(RewardPool):
             RewardCodeError: a reward class that cannot be instantiated.
         """
         load_plugins(config.external_plugins)
-        check_names_and_weights(config.reward_funcs, config.reward_weights)
+        check_names_and_weights(config.names, config.reward_weights)
         settings = process_settings(config, known or {})
-        super().__init__(config, RayBackend(settings, env_vars or {}), max_steps=max_steps)
+        backend = RayBackend(settings, env_vars or {}, config.models, place)
+        super().__init__(config, backend, max_steps=max_steps)

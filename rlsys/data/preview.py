@@ -43,7 +43,7 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     tokenizer = load_tokenizer(config)
     reward = config.reward
     load_plugins(reward.external_plugins)
-    check = row_check(reward.reward_funcs, reward.reward_params, config.known_to_rewards)
+    check = row_check(reward.names, reward.params, config.known_to_rewards)
     data = load_prompts(config.data, tokenizer, seed=config.seed, check=check)
     prompts = _first_of_each_stream(data) if config.data.streaming else data.train
     _print_counts(config, data, console)
@@ -168,9 +168,7 @@ def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> l
     """The columns, and what is missing."""
     reward = config.reward
     names = list(prompts[0].columns) if prompts else []
-    uses = {
-        name: column_use(name, reward.reward_params.get(name, {})) for name in reward.reward_funcs
-    }
+    uses = {name: column_use(name, reward.params.get(name, {})) for name in reward.names}
     table = _table("Columns for the rewards", "column", "type", "missing", "example", "used by")
     table.columns[2].justify = "right"
     table.columns[3].overflow = "ellipsis"
@@ -194,7 +192,7 @@ def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> l
     for name, use in uses.items():
         if use.takes_all and not use.needed and not use.optional:
             console.print(Text(f"{name} names no column, but is given all of them.", style="dim"))
-    return missing_columns(reward.reward_funcs, reward.reward_params, names)
+    return missing_columns(reward.names, reward.params, names)
 
 
 def _short(value: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlsys.config import REWARD_MODEL_PREFIX
 from rlsys.registry import Registry
 from rlsys.rewards import plugins
 
@@ -117,9 +118,9 @@ TRL_PREFIX = "trl/"
 class RewardRegistry(Registry[type[ORM] | RewardFunction]):
     """Reward functions by name; looks a missing name up elsewhere.
 
-    A name is, in this order: registered; a reference, `path/to/file.py:name` or
-    `package.module:name`, with or without `trl/` before it; offered by an installed package, as an
-    entry point of the group `rlsys.rewards`.
+    A name is, in this order: `reward_model:PATH`, one of several reward models; registered; a
+    reference, `path/to/file.py:name` or `package.module:name`, with or without `trl/` before it;
+    offered by an installed package, as an entry point of the group `rlsys.rewards`.
     """
 
     def __getitem__(self, name: str) -> type[ORM] | RewardFunction:
@@ -129,6 +130,8 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
             ValueError: there is none, more than one, or it cannot be imported.
         """
         offered = plugins.load_entry_point(name)
+        if name.startswith(REWARD_MODEL_PREFIX):
+            name = REWARD_MODEL_PREFIX[:-1]  # which of them is a setting, see RewardConfig.params
         if offered is not None:
             self[name] = offered  # an error when somebody else has the name
         elif name not in self.data and ":" in name:

@@ -7,7 +7,7 @@ import multiprocessing
 import signal
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
@@ -36,12 +36,13 @@ class LocalBackend:
     def __init__(self, settings: ProcessSettings):
         self._settings = settings
 
-    def spawn(self, *, concurrent: bool) -> tuple[Child, Reference]:
+    def spawn(self, names: Sequence[str], *, concurrent: bool) -> tuple[Child, Reference]:
         """Start a process."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         target = _serve_async if concurrent else _serve
-        process = context.Process(target=target, args=(theirs, self._settings), daemon=True)
+        settings = replace(self._settings, names=names)
+        process = context.Process(target=target, args=(theirs, settings), daemon=True)
         process.start()
         theirs.close()
         child = Child(process, ours, num_sent=1)
@@ -105,7 +106,7 @@ def _serve(pipe: Connection, settings: ProcessSettings) -> None:
     """The life of a process: one task after another until the other end is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, which kills
     runner = RewardRunner()
-    pipe.send((0, runner.start(settings, concurrent=False)))
+    pipe.send((0, runner.start(settings)))
     while (message := _next(pipe)) is not None:
         number, task = message
         pipe.send((number, runner.score(task)))
@@ -118,7 +119,7 @@ def _serve_async(pipe: Connection, settings: ProcessSettings) -> None:
 
     async def serve() -> None:
         runner = RewardRunner()
-        pipe.send((0, runner.start(settings, concurrent=True)))
+        pipe.send((0, runner.start(settings)))
         loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Task] | None]()
 
         def read() -> None:

@@ -24,7 +24,7 @@ from rlsys.rewards.base import TrainerState, orms
 from rlsys.rewards.failures import Failures, RewardCodeError
 from rlsys.rewards.runner import Failed, Values
 from rlsys.rewards.scoring import is_async, weighted_total
-from rlsys.rewards.work import Backend, Group, Part, Process, ProcessDied, Trial, task_of
+from rlsys.rewards.work import Backend, Group, Lane, Part, Process, ProcessDied, Trial, task_of
 from rlsys.types import RewardFailure, RewardOutput, RolloutGroup
 
 START_TIMEOUT_S = 300.0
@@ -35,6 +35,15 @@ MAX_ASYNC_TASKS = 256
 """Groups of completions that async functions work on at the same time."""
 ASYNC_GRACE_S = 5.0
 """An async function that ignores its cancellation for so long blocks its event loop: killed."""
+
+
+def make_lanes(config: RewardConfig) -> list[Lane]:
+    """The functions by the processes that run them: sync ones, async ones, each reward model."""
+    others = [name for name in config.names if name not in config.models]
+    sync = tuple(name for name in others if not is_async(orms[name]))
+    waiting = tuple(name for name in others if is_async(orms[name]))
+    lanes = [Lane(sync, concurrent=False, num_processes=config.num_workers), Lane(waiting, True)]
+    return [lane for lane in lanes if lane.names] + [Lane((name,), True) for name in config.models]
 
 
 class RewardPool:
@@ -59,24 +68,23 @@ class RewardPool:
         self._backend = backend
         self._max_steps = max_steps
         self._gates: dict[str, Gate] = parse_gates(config.gate)
-        names = config.reward_funcs
+        names = config.names
         self._weights = (
             [1.0] * len(names) if config.reward_weights is None else config.reward_weights
         )
-        self._is_async = {name: is_async(orms[name]) for name in names}
+        lanes = make_lanes(config)
+        self._lane = {name: lane for lane in lanes for name in lane.names}
         self.seconds = dict.fromkeys(names, 0.0)
         """Spent in each function so far."""
         self._num_groups = 0
-        self._waiting: dict[bool, deque[Part]] = {False: deque(), True: deque()}
+        self._waiting: dict[Lane, deque[Part]] = {lane: deque() for lane in lanes}
         self._scored: list[RolloutGroup] = []
         self._failures = Failures(config)
         self._processes: list[Process] = []
         try:
-            if not all(self._is_async.values()):
-                for _ in range(config.num_workers):
-                    self._spawn(concurrent=False)
-            if any(self._is_async.values()):
-                self._spawn(concurrent=True)
+            for lane in lanes:
+                for _ in range(lane.num_processes):
+                    self._spawn(lane)
             self._wait_until_ready()
         except BaseException:
             self.close()
@@ -92,7 +100,7 @@ class RewardPool:
         size = len(group.completions)
         updates = max((v for c in group.completions for v in c.policy_versions), default=0)
         state = TrainerState(updates, self._max_steps)
-        values = {name: [math.nan] * size for name in self._config.reward_funcs}
+        values = {name: [math.nan] * size for name in self._config.names}
         entry = Group(group, state, values, failures=[{} for _ in range(size)])
         self._num_groups += 1
         self._enqueue(entry, {n: range(size) for n in values if n not in self._gates})
@@ -136,15 +144,15 @@ class RewardPool:
 
     # --- processes -------------------------------------------------------------------------------
 
-    def _spawn(self, *, concurrent: bool) -> None:
-        handle, starting = self._backend.spawn(concurrent=concurrent)
-        self._processes.append(Process(handle, starting, concurrent))
+    def _spawn(self, lane: Lane) -> None:
+        handle, starting = self._backend.spawn(lane.names, concurrent=lane.concurrent)
+        self._processes.append(Process(handle, starting, lane))
 
     def _replace(self, process: Process) -> None:
         """Kill a process and start another in the background; the others go on."""
         self._backend.kill(process.handle)
         self._processes.remove(process)
-        self._spawn(concurrent=process.concurrent)
+        self._spawn(process.lane)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -199,7 +207,9 @@ class RewardPool:
             self._failed(parts[0], kind, why)
             return
         # One of several is to blame: each is tried with no other beside it.
-        self._waiting[True].extendleft(replace(part, exclusive=True) for part in reversed(parts))
+        self._waiting[process.lane].extendleft(
+            replace(part, exclusive=True) for part in reversed(parts)
+        )
 
     # --- tasks -----------------------------------------------------------------------------------
 
@@ -209,13 +219,13 @@ class RewardPool:
             if chosen:
                 entry.open_tasks += 1
                 part = Part(entry, name, chosen, self._config.timeout_s)
-                self._waiting[self._is_async[name]].append(part)
+                self._waiting[self._lane[name]].append(part)
         if not entry.open_tasks:
             self._next_stage(entry)
 
     def _dispatch(self) -> None:
         for process in self._processes:
-            queue = self._waiting[process.concurrent]
+            queue = self._waiting[process.lane]
             while queue and self._has_room(process, queue[0]):
                 part = queue.popleft()
                 if part.name not in process.warm:
@@ -223,13 +233,13 @@ class RewardPool:
                     # killed for that leaves the next completion a new process, to be killed too.
                     part = replace(part, timeout_s=self._config.timeout_s)
                 reference = self._backend.score(process.handle, task_of(part))
-                limit = part.timeout_s + (ASYNC_GRACE_S if process.concurrent else 0.0)
+                limit = part.timeout_s + (ASYNC_GRACE_S if process.lane.concurrent else 0.0)
                 process.parts[reference] = (part, time.monotonic() + limit)
 
     def _has_room(self, process: Process, part: Part) -> bool:
         if process.starting is not None:
             return False
-        if part.exclusive or not process.concurrent:
+        if part.exclusive or not process.lane.concurrent:
             return not process.parts
         exclusive = any(running.exclusive for running, _ in process.parts.values())
         return not exclusive and len(process.parts) < MAX_ASYNC_TASKS
@@ -266,10 +276,11 @@ class RewardPool:
     def _try_alone(self, part: Part, kind: RewardFailure, report: str) -> None:
         shared = max(part.timeout_s / len(part.indexes), MIN_ALONE_S)
         # Async functions are tried at the same time, so none has to share.
-        limit = part.timeout_s if self._is_async[part.name] else min(part.timeout_s, shared)
+        lane = self._lane[part.name]
+        limit = part.timeout_s if lane.concurrent else min(part.timeout_s, shared)
         trial = Trial(kind, report, len(part.indexes))
         part.group.open_tasks += len(part.indexes) - 1
-        self._waiting[self._is_async[part.name]].extendleft(
+        self._waiting[lane].extendleft(
             replace(part, indexes=(index,), timeout_s=limit, trial=trial)
             for index in reversed(part.indexes)
         )

@@ -16,10 +16,10 @@ from types import TracebackType
 from typing import Any, Literal
 
 from rlsys.config import RewardConfig
-from rlsys.rewards.base import TrainerState, orms
+from rlsys.rewards.base import TrainerState
 from rlsys.rewards.instances import Params, RewardError
 from rlsys.rewards.plugins import load_plugins
-from rlsys.rewards.scoring import Reward, is_async, reward_columns
+from rlsys.rewards.scoring import Reward, reward_columns
 from rlsys.types import RolloutGroup
 
 MEMORY_SHARE = 0.25
@@ -33,6 +33,7 @@ class ProcessSettings:
     """What a reward process is started with."""
 
     names: Sequence[str]
+    """The functions that it runs."""
     params: Mapping[str, Params]
     known: Params
     """Values of the run for parameters of these names."""
@@ -48,8 +49,8 @@ class ProcessSettings:
 def process_settings(config: RewardConfig, known: Params) -> ProcessSettings:
     """Those of a run whose working directory is that of this process."""
     return ProcessSettings(
-        config.reward_funcs,
-        config.reward_params,
+        config.names,
+        config.params,
         known,
         config.external_plugins,
         os.getcwd(),
@@ -91,14 +92,8 @@ class Failed:
 class RewardRunner:
     """The reward functions of this process."""
 
-    def start(self, settings: ProcessSettings, *, concurrent: bool) -> Failed | None:
-        """Load the plugins and instantiate the functions; what goes wrong comes back as text.
-
-        Args:
-            settings: Of all reward processes of the run.
-            concurrent: Whether this is the process of the async functions. Each makes those that
-                it runs and no others: they may be large.
-        """
+    def start(self, settings: ProcessSettings) -> Failed | None:
+        """Load the plugins and instantiate the functions; what goes wrong comes back as text."""
         _lead_a_group()
         self._guard = start_guard(settings.max_memory_mb)
         if Path(settings.directory).is_dir():
@@ -108,7 +103,6 @@ class RewardRunner:
             self._rewards = {
                 name: Reward(name, settings.params.get(name), settings.known)
                 for name in settings.names
-                if is_async(orms[name]) == concurrent
             }
         except ValueError as error:
             return Failed("error", report_of(error))

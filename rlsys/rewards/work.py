@@ -18,10 +18,11 @@ class ProcessDied(Exception):
 class Backend(Protocol):
     """Reward processes. A reference stands for a result that is on its way."""
 
-    def spawn(self, *, concurrent: bool) -> tuple[Any, Any]:
+    def spawn(self, names: Sequence[str], *, concurrent: bool) -> tuple[Any, Any]:
         """Start a process: its handle, and the reference of `RewardRunner.start`'s result.
 
         Args:
+            names: Of the functions that it runs.
             concurrent: Whether it takes many tasks at once, of async functions.
         """
 
@@ -40,6 +41,16 @@ class Backend(Protocol):
 
     def kill(self, process: Any) -> None:
         """End a process whatever it is doing, dead or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Functions that the same processes run, which makes no others: they may be large."""
+
+    names: tuple[str, ...]
+    concurrent: bool
+    """Whether they are async and run together."""
+    num_processes: int = 1
 
 
 @dataclass(slots=True)
@@ -89,7 +100,7 @@ class Process:
     handle: Any
     starting: Any
     """Reference of its start; None when it is ready."""
-    concurrent: bool
+    lane: Lane
     parts: dict[Any, tuple[Part, float]] = field(default_factory=dict)
     """Reference -> what runs, and until when on the clock of time.monotonic()."""
     warm: set[str] = field(default_factory=set)

@@ -20,11 +20,12 @@ def place(ray_cluster, rollout_config, monkeypatch):
     actors, groups = [], []
     monkeypatch.setattr(placement, "PLACEMENT_TIMEOUT_S", 5.0)
 
-    def run(wanted, *, policy=(), reference=(), beta=0.1, **rollout):
+    def run(wanted, *, policy=(), reference=(), reward=(), beta=0.1, **rollout):
         config = rollout_config(**rollout)
         config = config.model_copy(
             update={
                 "policy": config.policy.model_copy(update=dict(policy)),
+                "reward": config.reward.model_copy(update=dict(reward)),
                 "reference": config.reference.model_copy(update=dict(reference)),
                 "grpo": config.grpo.model_copy(update={"beta": beta}),
             }
@@ -53,6 +54,19 @@ def test_the_reference_shares_the_gpu_of_the_policy_rank(place):
     assert seen["reference", 1] == seen["policy", 1]
     apart = seen["policy", 0] + seen["policy", 1] + seen["rollout", 0]
     assert len(set(apart)) == 3
+
+
+def test_reward_models_share_the_policys_gpus_beside_the_reference(place):
+    models = [("reward_model", rank) for rank in range(3)]
+    seen = place(
+        [("policy", 0), ("policy", 1), ("reference", 0), ("rollout", 0), *models],
+        policy={"world_size": 2},
+        reward={"reward_model": ["A", "B", "C"]},
+    )
+    assert [seen[model] for model in models] == [seen["policy", rank] for rank in (0, 1, 0)]
+    own = {"reward_model": ["A"], "reward_model_placement": "own"}
+    seen = place([("policy", 0), ("rollout", 0), ("reward_model", 0)], reward=own)
+    assert len({gpu for gpus in seen.values() for gpu in gpus}) == 3
 
 
 def test_an_engine_sees_all_its_gpus_and_nobody_elses(place):

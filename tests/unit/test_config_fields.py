@@ -94,14 +94,20 @@ def fields_read_in_a_run() -> set[str]:
     for path in (ROOT / "rlsys").rglob("*.py"):
         if path != CONFIG_FILE and path.name not in DISPLAY:
             reads |= FieldReads(ast.parse(path.read_text("utf-8"))).reads
-    # A property of Config that is read stands for the fields that it is derived from.
+    # A property that is read stands for the fields that it is derived from.
     tree = ast.parse(CONFIG_FILE.read_text("utf-8"))
-    (cls,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
-    methods = {n.name: n for n in cls.body if isinstance(n, ast.FunctionDef)}
+    methods = {
+        f"{section_of_class()[cls.name]}.{n.name}".lstrip("."): (cls.name, n)
+        for cls in tree.body
+        if isinstance(cls, ast.ClassDef) and cls.name in section_of_class()
+        for n in cls.body
+        if isinstance(n, ast.FunctionDef)
+    }
     pending = [name for name in methods if name in reads]
     while pending:
-        method = ast.Module([ast.ClassDef("Config", [], [], [methods[pending.pop()]], [])], [])
-        found = FieldReads(method, own_class=True).reads - reads
+        class_name, method = methods[pending.pop()]
+        module = ast.Module([ast.ClassDef(class_name, [], [], [method], [])], [])
+        found = FieldReads(module, own_class=True).reads - reads
         reads |= found
         pending += [name for name in found if name in methods]
     return reads

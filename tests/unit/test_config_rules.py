@@ -87,6 +87,12 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
         ),
         ({"reward": {"reward_weights": [1.0]}}, ["1 values", "2 reward functions"]),
         ({"reward": {"reward_weights": [0.0, 0.0]}}, ["all 0"]),
+        ({"reward": {"reward_funcs": []}}, ["nothing scores", "reward.reward_model"]),
+        (
+            {"reward": {"reward_model": ["A"], "reward_weights": [1.0, 1.0]}},
+            ["2 values", "3 reward functions", "reward_model:A"],
+        ),
+        ({"reward": {"reward_params": {"reward_model": {"batch_size": 1}}}}, ["does not name"]),
         ({"reward": {"reward_funcs": ["format", "format"]}}, ["format", "more than once"]),
         ({"eval_steps": 5}, ["eval_steps = 5", "val_dataset", "split_dataset_ratio"]),
         ({"data": {"val_dataset": ["v.jsonl"], "split_dataset_ratio": 0.1}}, ["both", "leave one"]),

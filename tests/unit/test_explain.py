@@ -23,6 +23,17 @@ def printed(path, *overrides) -> tuple[bool, str]:
     return ok, text.getvalue()
 
 
+@pytest.mark.parametrize(("placement", "gpus"), [("policy", 0), ("own", 1)])
+def test_reward_models_share_the_policys_gpus_or_have_their_own(tmp_path, placement, gpus):
+    reward = {"reward_funcs": [], "reward_model": ["A", "B"], "reward_model_placement": placement}
+    config = load_config(write_config(tmp_path, reward=reward)).config
+    for device, expected in (("cuda", gpus), ("cpu", 0)):
+        roles = [r for r in plan_roles(config, device=device) if r.name == "reward_model"]
+        assert [(role.rank, role.gpus) for role in roles] == [(0, expected), (1, expected)]
+        shares = device == "cuda" and placement == "policy"
+        assert {role.shares_gpu_of for role in roles} == {"policy" if shares else None}
+
+
 def test_every_field_is_shown_with_its_origin(tmp_path):
     ok, text = printed(write_run(tmp_path), "--policy.lr", "1e-5")
     assert ok

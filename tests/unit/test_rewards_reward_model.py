@@ -1,6 +1,7 @@
 """The reward model against transformers, one conversation at a time."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from transformers import (
 )
 
 from rlsys.config import RewardConfig
-from rlsys.rewards import orms
+from rlsys.rewards import orms, settings_of
+from rlsys.rewards.pool import make_lanes
 from rlsys.rewards.runner import RewardRunner, process_settings
+from rlsys.rewards.work import Lane
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
 
@@ -129,17 +132,40 @@ def test_models_that_are_no_reward_models_are_refused(path, tmp_path):
         orms["reward_model"](path, batch_size=0)
 
 
-def test_there_is_one_copy_however_many_workers(path, monkeypatch):
-    """Made in the process of the async functions only."""
+def test_each_model_has_one_process_of_its_own_however_many_workers():
     config = RewardConfig(
-        reward_funcs=["format", "reward_model"], reward_params={"reward_model": {"path": path}}
+        reward_funcs=["format", "reward_model", "judge", "reward_model:C"],
+        reward_model=["org/A", "B"],
+        reward_params={"reward_model": {"path": "D"}},
+        num_workers=3,
     )
-    settings = process_settings(config, {})
-    made = {}
-    for concurrent in (False, True):
+    assert make_lanes(config) == [
+        Lane(("format",), concurrent=False, num_processes=3),
+        Lane(("judge",), concurrent=True),
+        *(
+            Lane((name,), concurrent=True)
+            for name in ("reward_model", *(f"reward_model:{path}" for path in ("C", "org/A", "B")))
+        ),
+    ]
+
+
+def test_several_models_are_told_apart_by_their_paths():
+    config = RewardConfig(
+        reward_funcs=["format"],
+        reward_model=["org/A", "B"],
+        reward_params={"reward_model": {"batch_size": 4}, "reward_model:B": {"batch_size": 2}},
+    )
+    assert config.names == ["format", "reward_model:org/A", "reward_model:B"]
+    settings = [settings_of(name, config.params[name], {}) for name in config.names[1:]]
+    assert settings == [{"batch_size": 4, "path": "org/A"}, {"batch_size": 2, "path": "B"}]
+    assert orms["reward_model:B"] is orms["reward_model"]
+
+
+def test_a_process_makes_the_functions_of_its_lane_only(path, monkeypatch):
+    monkeypatch.setattr("rlsys.rewards.runner.start_guard", lambda limit: None)
+    monkeypatch.setattr("rlsys.rewards.runner._lead_a_group", lambda: None)
+    config = RewardConfig(reward_funcs=["format"], reward_model=[path])
+    for lane in make_lanes(config):
         runner = RewardRunner()
-        monkeypatch.setattr("rlsys.rewards.runner.start_guard", lambda limit: None)
-        monkeypatch.setattr("rlsys.rewards.runner._lead_a_group", lambda: None)
-        assert runner.start(settings, concurrent=concurrent) is None
-        made[concurrent] = list(runner._rewards)
-    assert made == {False: ["format"], True: ["reward_model"]}
+        assert runner.start(replace(process_settings(config, {}), names=lane.names)) is None
+        assert tuple(runner._rewards) == lane.names
