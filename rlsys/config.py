@@ -198,8 +198,8 @@ class RewardConfig(Section):
     is killed, and each completion is tried alone with an equal share, at least a second, to find
     the one that hangs."""
     max_memory_mb: PositiveInt | None = None
-    """MiB that a reward process may hold before it is killed; None is a quarter of its machine's
-    memory."""
+    """MiB that a reward process and what it started may hold before they are killed; None is a
+    quarter of the machine's memory."""
     on_error: Literal["raise", "zero", "drop"] = "raise"
     """When a reward function raises or returns what is no reward: end the run with its traceback,
     score that completion 0, or drop it, so that it takes no part in the update."""

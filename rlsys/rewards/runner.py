@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
-import sys
+import socket
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -17,13 +16,12 @@ from typing import Any, Literal
 
 from rlsys.config import RewardConfig
 from rlsys.rewards.base import TrainerState
+from rlsys.rewards.guard import start_guard
 from rlsys.rewards.instances import Params, RewardError
 from rlsys.rewards.plugins import load_plugins
 from rlsys.rewards.scoring import Reward, reward_columns
 from rlsys.types import RolloutGroup
 
-MEMORY_SHARE = 0.25
-"""Of the machine's memory: the limit of a process for which none is set."""
 _OWN_FILES = tuple(str(Path(__file__).with_name(name)) for name in ("scoring.py", "base.py"))
 """Frames of these are rlsys calling the user's code."""
 
@@ -43,7 +41,7 @@ class ProcessSettings:
     """Working directory of the run, from which paths start. A process on another machine may lack
     it; then it stays in its own, which in a Ray job is a copy of it."""
     max_memory_mb: int | None
-    """MiB; None is `MEMORY_SHARE` of the machine's."""
+    """MiB, see `start_guard`."""
 
 
 def process_settings(config: RewardConfig, known: Params) -> ProcessSettings:
@@ -98,6 +96,9 @@ class RewardRunner:
         self._guard = start_guard(settings.max_memory_mb)
         if Path(settings.directory).is_dir():
             os.chdir(settings.directory)
+        missing = [path for path in settings.plugins if not Path(path).expanduser().is_file()]
+        if missing:
+            return Failed("error", _missing_plugins(missing, settings.directory))
         try:
             load_plugins(settings.plugins)
             self._rewards = {
@@ -128,6 +129,18 @@ class RewardRunner:
         except TimeoutError:
             return Failed("timeout", "cancelled", splittable=True)
         return Values(values, time.perf_counter() - start)
+
+
+def _missing_plugins(paths: Sequence[str], directory: str) -> str:
+    """Of files that the driver has and this process has not."""
+    where = f"its working directory is {os.getcwd()}"
+    if os.getcwd() != directory:
+        where += f", as it has no {directory}, that of the run"
+    return (
+        f"the reward process on host {socket.gethostname()} has no {', '.join(paths)} "
+        f"(reward.external_plugins; {where}). Put plugins where every host has them under the same "
+        "path, or submit the run as a Ray job with --working-dir and name them relative to it"
+    )
 
 
 def _inputs(task: Task) -> tuple[dict[str, Any], str]:
@@ -162,55 +175,3 @@ def kill_group(pid: int | None) -> None:
             os.killpg(pid, signal.SIGKILL)
     except ProcessLookupError:
         pass  # it ended before; its guard sees to the rest
-
-
-_GUARD = """
-import os, signal, sys, time
-pid, parent, limit = map(int, sys.argv[1:])
-page = os.sysconf("SC_PAGE_SIZE")
-while os.getppid() == pid:
-    try:
-        with open(f"/proc/{pid}/statm") as file:
-            size = int(file.read().split()[1]) * page
-        with open(f"/proc/{pid}/stat") as file:
-            its_parent = int(file.read().rpartition(")")[2].split()[1])
-    except OSError:
-        break
-    if size > limit:
-        print(f"reward process {pid} was killed: it holds {size >> 20} MiB, more than "
-              f"reward.max_memory_mb = {limit >> 20}", file=sys.stderr, flush=True)
-        break
-    if its_parent != parent:
-        break
-    time.sleep(0.05)
-try:
-    os.killpg(pid, signal.SIGKILL)
-except ProcessLookupError:
-    pass
-"""
-"""Its own process, because code that never lets go of the interpreter stops every thread here."""
-
-
-def start_guard(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
-    """Have the group of this process, its leader, killed when it holds more memory, on Linux.
-
-    Also when this process ends, for whatever reason, and when its parent does, which can no longer
-    kill it then.
-
-    A limit of the address space would be simpler, but torch and others reserve far more than they
-    use; and the kernel's own killer would take the process that is largest, the driver perhaps.
-
-    Args:
-        max_memory_mb: MiB that this process may hold, see `ProcessSettings`.
-    """
-    if not Path("/proc/self/statm").exists():
-        return None
-    limit = (max_memory_mb or 0) << 20
-    if max_memory_mb is None:
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        limit = int(machine * MEMORY_SHARE)
-    assert os.getpgrp() == os.getpid(), "the guard kills the whole group"
-    numbers = [str(number) for number in (os.getpid(), os.getppid(), limit)]
-    command = [sys.executable, "-S", "-E", "-c", _GUARD, *numbers]
-    # In a session of its own, as it must outlive the group.
-    return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)

@@ -3,7 +3,12 @@
 import math
 import os
 import re
+import signal
+import socket
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,6 +17,7 @@ import pytest
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins, orms
 from rlsys.rewards.failures import RewardCodeError
+from rlsys.rewards.guard import family, memory_of
 from rlsys.rewards.local import LocalBackend
 from rlsys.rewards.pool import RewardPool
 from rlsys.rewards.runner import process_settings
@@ -33,6 +39,9 @@ def act(text):
         case "leak":
             hoard = []
             while True: hoard.append(b"x" * (50 << 20))
+        case "child leaks":
+            code = "hoard = [b'x' * (50 << 20) for _ in range(8)]; import time; time.sleep(60)"
+            subprocess.run([sys.executable, "-c", code])
         case "none": return None
     return float(len(text))
 
@@ -199,11 +208,47 @@ def test_bad_completions_cost_their_siblings_nothing(start, caplog, monkeypatch)
     assert all(re.search(r"\(prompt 'train:0', completion [1-4]: '", text) for text in told)
 
 
-def test_a_process_that_holds_too_much_memory_is_killed_long_before_its_time(start):
+@pytest.mark.parametrize("leak", ["leak", "child leaks"])
+def test_a_process_that_holds_too_much_memory_is_killed_long_before_its_time(start, leak):
     pool = start("acts", timeout_s=300.0, max_memory_mb=300)
-    [group] = score(pool, group_of("a", "leak"))
+    [group] = score(pool, group_of("a", leak))
     assert [reward.failures for reward in group.rewards] == [{}, {"acts": "crashed"}]
     assert totals(group) == [1.0, 0.0]
+
+
+def test_memory_that_a_process_shares_with_its_children_counts_once():
+    code = """
+import os, time
+hoard = bytearray(os.urandom(1)) * (150 << 20)
+if os.fork() and os.fork():
+    print("ready", flush=True)
+time.sleep(60)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        assert parent.stdout.readline() == b"ready\n"
+        pids = family(parent.pid)
+        assert len(pids) == 3
+        assert memory_of(pids, limit=1 << 40) > 400 << 20
+        assert 150 << 20 < memory_of(pids, limit=1) < 250 << 20
+        assert memory_of([*pids, 2**22 - 1], limit=1) < 250 << 20  # one that has ended
+    finally:
+        for pid in family(parent.pid)[::-1]:
+            os.kill(pid, signal.SIGKILL)
+        parent.communicate()
+    assert family(parent.pid) == [parent.pid]
+    assert memory_of([parent.pid], limit=1) == 0
+
+
+def test_a_plugin_that_the_workers_host_lacks_is_named_with_the_host(start, tmp_path):
+    config = RewardConfig(reward_funcs=["format"], external_plugins=["only_here.py"])
+    settings = replace(process_settings(config, {}), directory=str(tmp_path / "not there"))
+    with pytest.raises(RewardCodeError) as raised:
+        RewardPool(config, LocalBackend(settings))
+    message = str(raised.value)
+    assert f"on host {socket.gethostname()} has no only_here.py" in message
+    assert f"it has no {tmp_path / 'not there'}, that of the run" in message
+    assert "--working-dir" in message
 
 
 def test_a_process_that_is_killed_is_gone_and_another_one_goes_on(start):

@@ -1,0 +1,119 @@
+"""What watches a reward process: a process of its own, run as a script without site-packages.
+
+Code that never lets go of the interpreter stops every thread of its process, so no thread could.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+MEMORY_SHARE = 0.25
+"""Of the machine's memory: the limit of a process for which none is set."""
+_POLL_S = 0.05
+_CHILDREN_EVERY = 5
+"""Polls between two looks at the children: finding them costs about 0.1 ms."""
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def start_guard(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
+    """Have the group of this process, its leader, killed when it holds more memory, on Linux.
+
+    Also when this process ends, for whatever reason, and when its parent does, which can no longer
+    kill it then.
+
+    A limit of the address space would be simpler, but torch and others reserve far more than they
+    use; and the kernel's own killer would take the process that is largest, the driver perhaps.
+
+    Args:
+        max_memory_mb: MiB that this process and what it started may hold; None is `MEMORY_SHARE`
+            of the machine's.
+    """
+    if not Path("/proc/self/statm").exists():
+        return None
+    limit = (max_memory_mb or 0) << 20
+    if max_memory_mb is None:
+        machine = os.sysconf("SC_PHYS_PAGES") * _PAGE
+        limit = int(machine * MEMORY_SHARE)
+    assert os.getpgrp() == os.getpid(), "the guard kills the whole group"
+    numbers = [str(number) for number in (os.getpid(), os.getppid(), limit)]
+    # -I: the modules beside this file must not shadow Python's own.
+    command = [sys.executable, "-I", "-S", __file__, *numbers]
+    # In a session of its own, as it must outlive the group.
+    return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
+
+
+def family(pid: int) -> list[int]:
+    """A process and its descendants that still have a living parent among them, this one left out.
+
+    On a kernel that does not tell children (CONFIG_PROC_CHILDREN) the process alone.
+    """
+    members = [pid]
+    for member in members:  # which grows meanwhile
+        try:
+            for thread in os.listdir(f"/proc/{member}/task"):
+                children = Path(f"/proc/{member}/task/{thread}/children").read_text().split()
+                members += [int(child) for child in children if int(child) != os.getpid()]
+        except OSError:
+            continue  # it ended
+    return members
+
+
+def memory_of(pids: list[int], limit: int) -> int:
+    """Bytes that processes hold together, exact only where it may be more than `limit`.
+
+    Pages that several of them share count once. The quick sum counts them for each.
+    """
+    quick = sum(_resident(pid) for pid in pids)
+    return quick if quick <= limit or len(pids) == 1 else sum(_proportional(pid) for pid in pids)
+
+
+def _resident(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+    except OSError:
+        return 0  # it ended
+
+
+def _proportional(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _watch(pid: int, parent: int, limit: int) -> None:
+    """Return when the process has to be killed, or has ended."""
+    polls = 0
+    while os.getppid() == pid and _parent(pid) == parent:
+        size = memory_of(family(pid) if polls % _CHILDREN_EVERY == 0 else [pid], limit)
+        if size > limit:
+            print(
+                f"reward process {pid} was killed: with its children it holds {size >> 20} MiB, "
+                f"more than reward.max_memory_mb = {limit >> 20}",
+                file=sys.stderr,
+                flush=True,
+            )
+            return
+        polls += 1
+        time.sleep(_POLL_S)
+
+
+if __name__ == "__main__":
+    watched, its_parent, most = map(int, sys.argv[1:])
+    _watch(watched, its_parent, most)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(watched, signal.SIGKILL)
