@@ -6,7 +6,7 @@ A config is a YAML file whose sections are the classes below, overridden from th
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from pydantic import (
     BaseModel,
@@ -37,7 +37,8 @@ class Section(BaseModel):
     def _boolean_only_where_asked(cls, value: Any, info: ValidationInfo) -> Any:
         """YAML reads yes, on and true as booleans, which pydantic would take for the number 1."""
         assert info.field_name is not None
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+        annotation = cls.model_fields[info.field_name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("should not be true or false; quote it if it is a text")
         return value
 
@@ -345,9 +346,28 @@ class PolicyConfig(Section):
     """Clip the global gradient norm to this."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
-    recompute: Literal["none", "full"] = "none"
-    """Activation recompute: full keeps each layer's input only, less memory for a third more
+    overlap_grad_reduce: bool | None = None
+    """Sum gradients over data-parallel ranks while the backward pass of the last micro-batch goes
+    on. None: on GPUs, where there are several such ranks."""
+    overlap_param_gather: bool | None = None
+    """With use_distributed_optimizer: after an optimizer step, gather each part of the weights when
+    the next forward pass needs it. After the last step of a rollout all are gathered at once, for
+    the weight sync. None: where overlap_grad_reduce is on and a rollout has several optimizer
+    steps."""
+    attention_backend: Literal["auto", "fused", "flash", "unfused"] = "auto"
+    """Attention kernels on GPUs, as Transformer Engine calls them: fused is cuDNN's, flash needs
+    the package flash-attn, unfused is plain matrix products, slow and large. auto lets Transformer
+    Engine choose; the CPU has one kind only."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that the backward pass computes again instead of keeping them. selective: those
+    of recompute_modules, in every layer. full: everything but each layer's input, for a third more
     time."""
+    recompute_modules: list[Literal["core_attn", "mlp"]] = Field(default=["mlp"], min_length=1)
+    """What recompute: selective computes again: mlp, about two thirds of a layer's activations for
+    a quarter more time, or core_attn, which saves little where attention is fused."""
+    recompute_logits: bool = True
+    """Compute logits again in the backward pass; false keeps those of a micro-batch, tokens x
+    vocabulary / tensor_parallel_size numbers, and saves a few percent of the time."""
     cpu_threads: PositiveInt = 1
     """Threads of each rank on CPU."""
     timeout_s: PositiveFloat = 1800.0
@@ -490,6 +510,22 @@ class Config(Section):
         if rollout_is == "auto":
             rollout_is = "token" if self.rollout.max_staleness else "none"
         return self.grpo.model_copy(update={"rollout_is": rollout_is})
+
+    def overlaps_grad_reduce(self, *, on_cpu: bool) -> bool:
+        """policy.overlap_grad_reduce, decided."""
+        if self.policy.overlap_grad_reduce is None:
+            return not on_cpu and self.data_parallel_size > 1
+        return self.policy.overlap_grad_reduce
+
+    def overlaps_param_gather(self, *, on_cpu: bool) -> bool:
+        """policy.overlap_param_gather, decided."""
+        if self.policy.overlap_param_gather is None:
+            return (
+                self.policy.use_distributed_optimizer
+                and self.optimizer_steps_per_rollout > 1
+                and self.overlaps_grad_reduce(on_cpu=on_cpu)
+            )
+        return self.policy.overlap_param_gather
 
     def model_dtype(self, *, on_cpu: bool) -> Literal["float32", "bfloat16"]:
         """The weights' type on the device of the run."""

@@ -53,6 +53,8 @@ def cross_field_problems(config: Config) -> list[RuleProblem]:
     return [
         *_batch_problems(config),
         *_parallelism_problems(config),
+        *_overlap_problems(config),
+        *_recompute_problems(config),
         *_reward_problems(config),
         *_optimizer_problems(config),
         *_data_problems(config),
@@ -158,6 +160,34 @@ def _parallelism_problems(config: Config) -> Iterator[RuleProblem]:
             f"reference.world_size = {reference.world_size} is more than the "
             f"{policy.world_size} ranks of the policy, whose GPUs it shares "
             "(reference.placement = policy): lower it, or set reference.placement to own",
+        )
+
+
+def _overlap_problems(config: Config) -> Iterator[RuleProblem]:
+    policy = config.policy
+    if not policy.overlap_param_gather:
+        return
+    if not policy.use_distributed_optimizer:
+        yield RuleProblem(
+            ("policy.overlap_param_gather", "policy.use_distributed_optimizer"),
+            "policy.overlap_param_gather gathers weights that policy.use_distributed_optimizer "
+            "cuts, and that is false: set it to true, or leave overlap_param_gather out",
+        )
+    if not policy.overlap_grad_reduce:
+        yield RuleProblem(
+            ("policy.overlap_param_gather", "policy.overlap_grad_reduce"),
+            "policy.overlap_param_gather works on the parts that policy.overlap_grad_reduce cuts "
+            "gradients into: set that to true as well, or leave overlap_param_gather out",
+        )
+
+
+def _recompute_problems(config: Config) -> Iterator[RuleProblem]:
+    policy = config.policy
+    if "recompute_modules" in policy.model_fields_set and policy.recompute != "selective":
+        yield RuleProblem(
+            ("policy.recompute_modules", "policy.recompute"),
+            f"policy.recompute_modules says what policy.recompute = selective computes again, and "
+            f"that is {policy.recompute}: set it to selective, or leave recompute_modules out",
         )
 
 

@@ -91,13 +91,24 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
     tokens = micro_batch_tokens(config)
     layers = shape.num_layers // pp
     per_layer = _activation_elements(shape)
+    again = _recomputed_elements(config, shape)
     if policy.recompute == "full":
         elements, kept = layers * shape.hidden_size + per_layer, "each layer's input + one layer"
     else:
-        elements, kept = layers * per_layer, f"{layers} layers x {per_layer:,}"
+        # What one layer computes again is there once, in its backward pass.
+        elements, kept = layers * (per_layer - again) + again, f"{layers} layers x {per_layer:,}"
+        if again:
+            kept = f"{layers} layers x {per_layer - again:,} + {again:,} of one layer"
     # The first stage holds the micro-batches of all stages behind it.
     activations = tokens * elements * width * pp / tp
     logits = _logit_bytes(shape, tokens, tp)
+    logits_text = (
+        f"{min(tokens, LOGIT_CHUNK_TOKENS):,} tokens at a time x vocabulary "
+        f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies"
+    )
+    if not policy.recompute_logits:
+        logits += tokens * shape.vocab_size / tp * width
+        logits_text += f", and {tokens:,} tokens kept x vocabulary / TP x {width} bytes"
     return MemoryEstimate(
         "policy",
         {
@@ -119,10 +130,21 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
             + f") / {shards}"
             + (" data-parallel ranks" if shards > 1 else ""),
             "activations": f"{tokens:,} tokens x ({kept} numbers) x {width} bytes x PP / TP",
-            "logits": f"{min(tokens, LOGIT_CHUNK_TOKENS):,} tokens at a time x vocabulary "
-            f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies",
+            "logits": logits_text,
         },
     )
+
+
+def _recomputed_elements(config: Config, shape: ModelShape) -> int:
+    """Of `_activation_elements`, what policy.recompute = selective computes again."""
+    if config.policy.recompute != "selective":
+        return 0
+    of_module = {
+        # The norm's output, which is the MLP's first input, and gate, up and their product.
+        "mlp": shape.hidden_size + 3 * shape.intermediate_size,
+        "core_attn": shape.num_heads * shape.head_dim,  # its output
+    }
+    return sum(of_module[module] for module in set(config.policy.recompute_modules))
 
 
 def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:

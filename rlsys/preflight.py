@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from rlsys.attention_backends import attention_backend_problem
 from rlsys.checkpoints import checkpoint_steps
 from rlsys.config import Config
 from rlsys.config_load import is_saved_config
@@ -48,6 +49,7 @@ def check_run(config: Config) -> list[Problem]:
     return [
         *_packages(config),
         *_models(config),
+        *_attention(config),
         *_datasets(config),
         *_rewards(config),
         *_algorithm(config),
@@ -196,6 +198,15 @@ def _policy_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"policy.pipeline_parallel_size = {policy.pipeline_parallel_size} does not divide the "
             f"model's {shape.num_layers} layers: use {_divisors(shape.num_layers)}"
         )
+
+
+def _attention(config: Config) -> Iterator[Problem]:
+    device = guess_device(config)
+    if device == "cpu" and config.device == "auto":
+        return  # the Ray cluster may have GPUs; the engines ask again
+    problem = attention_backend_problem(config.policy.attention_backend, device=device)
+    if problem is not None:
+        yield Problem(problem, only_here=device == "cuda")
 
 
 def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:

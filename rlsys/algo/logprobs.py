@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.checkpoint import checkpoint
 
 
 def vocab_parallel_logprobs(
@@ -52,7 +51,7 @@ def vocab_parallel_logprobs(
 
 
 class _VocabParallelLogprobs(torch.autograd.Function):
-    """Keeps the logits as they came and two numbers a row; backward computes the softmax anew.
+    """Keeps the logits as they came and a few numbers a row; backward computes the softmax anew.
 
     Autograd's own graph of the same formula would keep several [T, V] tensors in float32.
     """
@@ -66,79 +65,224 @@ class _VocabParallelLogprobs(torch.autograd.Function):
         vocab_start: int,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(logits_TV.dtype, torch.float32)
-        max_T = logits_TV.amax(dim=-1).to(wide) / temperature
-        if group is not None:
-            dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=group)
-        local_T, is_local_T = _local_targets(targets_T, vocab_start, logits_TV.shape[1], group)
-        target_z_T = logits_TV.gather(-1, local_T[:, None]).squeeze(-1).to(wide) / temperature
-        sum_exp_T, sum_exp_z_T = _pass(_row_sums, logits_TV, max_T, temperature)
-        sums = torch.stack(
-            [sum_exp_T, sum_exp_z_T, (target_z_T - max_T).masked_fill(~is_local_T, 0.0)]
-        )
-        if group is not None:
-            dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
-        sum_exp_T, sum_exp_z_T, target_z_T = sums
-        log_sum_T = sum_exp_T.log()
-        logprobs_T = target_z_T - log_sum_T
-        # H = -sum_v pi(v) log pi(v) = log sum_v exp(z_v) - sum_v pi(v) z_v
-        entropy_T = log_sum_T - sum_exp_z_T / sum_exp_T
-
-        ctx.save_for_backward(
-            logits_TV,
-            max_T + log_sum_T,
-            logprobs_T,
-            entropy_T,
-            local_T[:, None],
-            is_local_T[:, None],
-        )
+        rows = _compute_rows(logits_TV, targets_T, temperature, vocab_start, group)
+        ctx.save_for_backward(logits_TV, *rows)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)  # entropy that no loss uses costs nothing
-        return logprobs_T, entropy_T
+        return rows.logprobs_T, rows.entropy_T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
         ctx: Any, grad_T: Tensor | None, entropy_grad_T: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        logits_TV, log_norm_T, logprobs_T, entropy_T, local_T1, is_local_T1 = ctx.saved_tensors
-        grad_T = torch.zeros_like(logprobs_T) if grad_T is None else grad_T / ctx.temperature
-        # 1 - pi(a) for the target: in the narrow type of the logits, the 1 added to -pi(a) would
-        # lose all digits of a likely token.
-        target_grad_T = -torch.expm1(logprobs_T) * grad_T
-        if entropy_grad_T is None:
-            grad_TV = _pass(_logits_grad, logits_TV, log_norm_T, grad_T, ctx.temperature)
-        else:
-            of_entropy_T = entropy_grad_T / ctx.temperature
-            grad_TV = _pass(
-                _logits_grad_with_entropy,
-                logits_TV,
-                log_norm_T,
-                grad_T,
-                of_entropy_T,
-                entropy_T,
-                ctx.temperature,
-            )
-            target_grad_T = (
-                target_grad_T - logprobs_T.exp() * (logprobs_T + entropy_T) * of_entropy_T
-            )
-        target_grad_T1 = target_grad_T[:, None].to(grad_TV.dtype)
-        kept_T1 = grad_TV.gather(-1, local_T1)
-        grad_TV.scatter_(-1, local_T1, torch.where(is_local_T1, target_grad_T1, kept_T1))
+        logits_TV, *rows = ctx.saved_tensors
+        grad_TV = _logits_gradient(logits_TV, _Rows(*rows), grad_T, entropy_grad_T, ctx.temperature)
         return grad_TV, None, None, None, None
 
 
-def _row_sums(logits_TV: Tensor, max_T: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """sum_v exp(z_v) and sum_v exp(z_v) z_v, with z shifted by its maximum: two [T]."""
-    z_TV = logits_TV.to(max_T.dtype) / temperature - max_T[:, None]
-    # The bound changes no exp(), and makes a logit of -inf contribute 0 to the entropy instead of
-    # 0 * -inf = nan.
-    z_TV = z_TV.clamp(min=torch.finfo(torch.float32).min)
+def chunked_logprobs(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    *,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+    recompute: bool = True,
+    vocab_start: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`vocab_parallel_logprobs` of `hidden_TH @ weight_VH.T`, chunk by chunk.
+
+    Logits exist for `chunk_size` tokens at a time; with gradients they are computed again on the
+    way back, so that only `hidden_TH` is kept. At a vocabulary of 152k, logits of 16k tokens take
+    4.6 GiB in bfloat16, those of a chunk of 1,024 take 0.3 GiB. The gradient of `weight_VH` is
+    summed over chunks in float32, and rounded once.
+
+    With `group`, the gradient of `hidden_TH` is this rank's share, from its slice of the
+    vocabulary. The op that gave every rank the same hidden states sums the shares on its way back,
+    as those of megatron-core do (copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region).
+
+    Args:
+        hidden_TH: [T, H], the same on every rank of `group`.
+        weight_VH: [V, H], this rank's slice of the output layer.
+        targets_T: [T] int64, token ids of the whole vocabulary.
+        temperature: divides the logits.
+        chunk_size: tokens whose logits are computed at once.
+        recompute: False keeps the logits of all chunks for the way back, in the type of
+            `hidden_TH`, which saves one of four products with `weight_VH`.
+        vocab_start: token id of `weight_VH[0]`.
+        group: the tensor-parallel group; None when the vocabulary is whole.
+
+    Returns:
+        `logprobs_T` and `entropy_T`, both with gradient.
+    """
+    keep_logits = not recompute and torch.is_grad_enabled()
+    return _ChunkedLogprobs.apply(
+        hidden_TH, weight_VH, targets_T, temperature, chunk_size, keep_logits, vocab_start, group
+    )
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """One node for all chunks, so that their gradients of the weight can be summed in one place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        targets_T: Tensor,
+        temperature: float,
+        chunk_size: int,
+        keep_logits: bool,
+        vocab_start: int,
+        group: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, Tensor]:
+        by_chunk, kept = [], []
+        for hidden, targets in zip(
+            hidden_TH.split(chunk_size), targets_T.split(chunk_size), strict=True
+        ):
+            logits = linear(hidden, weight_VH)
+            by_chunk.append(_compute_rows(logits, targets, temperature, vocab_start, group))
+            if keep_logits:
+                kept.append(logits)
+        rows = _Rows(*(torch.cat(values) for values in zip(*by_chunk, strict=True)))
+        ctx.save_for_backward(hidden_TH, weight_VH, *rows, *kept)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.set_materialize_grads(False)
+        return rows.logprobs_T, rows.entropy_T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, grad_T: Tensor | None, entropy_grad_T: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden_TH, weight_VH, *others = ctx.saved_tensors
+        rows, kept = _Rows(*others[: len(_Rows._fields)]), others[len(_Rows._fields) :]
+        grad_TH = torch.empty_like(hidden_TH)
+        wide = torch.promote_types(weight_VH.dtype, torch.float32)
+        grad_VH = torch.zeros_like(weight_VH, dtype=wide)
+        for i, start in enumerate(range(0, len(hidden_TH), ctx.chunk_size)):
+            chunk = slice(start, start + ctx.chunk_size)
+            hidden = hidden_TH[chunk]
+            grad_TV = _logits_gradient(
+                kept[i] if kept else linear(hidden, weight_VH),
+                _Rows(*(values[chunk] for values in rows)),
+                None if grad_T is None else grad_T[chunk],
+                None if entropy_grad_T is None else entropy_grad_T[chunk],
+                ctx.temperature,
+            )
+            torch.mm(grad_TV, weight_VH, out=grad_TH[chunk])
+            _add_product(grad_VH, grad_TV.t(), hidden)
+        return grad_TH, grad_VH.to(weight_VH.dtype), None, None, None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """`total += left @ right`, of factors that may be of a narrower type than their sum."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:  # which the CPU has no kernel for: there the product of a chunk is rounded
+        total += left @ right
+
+
+class _Rows(NamedTuple):
+    """What the forward pass knows of every row of logits."""
+
+    log_norm_T: Tensor
+    """log sum_v exp(z_v)"""
+    logprobs_T: Tensor
+    entropy_T: Tensor
+    columns_T: Tensor
+    """The target's column in this rank's slice; 0 where another rank has it."""
+    is_local_T: Tensor
+    """Whether this rank has the target."""
+
+
+def _compute_rows(
+    logits_TV: Tensor,
+    targets_T: Tensor,
+    temperature: float,
+    vocab_start: int,
+    group: dist.ProcessGroup | None,
+) -> _Rows:
+    columns_T, is_local_T = _local_targets(targets_T, vocab_start, logits_TV.shape[1], group)
+    max_T, sum_exp_T, sum_exp_z_T = _pass(_row_sums, logits_TV, temperature)
+    target_z_T = logits_TV.gather(-1, columns_T[:, None]).squeeze(-1).to(max_T.dtype) / temperature
+    if group is None:
+        target_z_T = target_z_T - max_T
+    else:
+        shift_T = max_T.clone()
+        dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=group)
+        # The sums of this rank's slice, taken against the maximum of all slices.
+        shift_T = (shift_T - max_T).clamp(min=NO_PROBABILITY)
+        sum_exp_z_T = shift_T.exp() * (sum_exp_z_T + shift_T * sum_exp_T)
+        sum_exp_T = shift_T.exp() * sum_exp_T
+        target_z_T = (target_z_T - max_T).masked_fill(~is_local_T, 0.0)
+        sums = torch.stack([sum_exp_T, sum_exp_z_T, target_z_T])
+        dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
+        sum_exp_T, sum_exp_z_T, target_z_T = sums
+    log_sum_T = sum_exp_T.log()
+    return _Rows(
+        log_norm_T=max_T + log_sum_T,
+        logprobs_T=target_z_T - log_sum_T,
+        # H = -sum_v pi(v) log pi(v) = log sum_v exp(z_v) - sum_v pi(v) z_v
+        entropy_T=log_sum_T - sum_exp_z_T / sum_exp_T,
+        columns_T=columns_T,
+        is_local_T=is_local_T,
+    )
+
+
+def _logits_gradient(
+    logits_TV: Tensor,
+    rows: _Rows,
+    grad_T: Tensor | None,
+    entropy_grad_T: Tensor | None,
+    temperature: float,
+) -> Tensor:
+    """[T, V], of the logits and in their type, from the gradients of log-probs and entropies."""
+    grad_T = torch.zeros_like(rows.logprobs_T) if grad_T is None else grad_T / temperature
+    # 1 - pi(a) for the target: in the narrow type of the logits, the 1 added to -pi(a) would
+    # lose all digits of a likely token.
+    target_grad_T = -torch.expm1(rows.logprobs_T) * grad_T
+    if entropy_grad_T is None:
+        grad_TV = _pass(_softmax_grad, logits_TV, rows.log_norm_T, grad_T, temperature)
+    else:
+        of_entropy_T = entropy_grad_T / temperature
+        grad_TV = _pass(
+            _softmax_grad_with_entropy,
+            logits_TV,
+            rows.log_norm_T,
+            grad_T,
+            of_entropy_T,
+            rows.entropy_T,
+            temperature,
+        )
+        target_grad_T = target_grad_T - (
+            rows.logprobs_T.exp() * (rows.logprobs_T + rows.entropy_T) * of_entropy_T
+        )
+    columns_T1, is_local_T1 = rows.columns_T[:, None], rows.is_local_T[:, None]
+    kept_T1 = grad_TV.gather(-1, columns_T1)
+    target_grad_T1 = target_grad_T[:, None].to(grad_TV.dtype)
+    return grad_TV.scatter_(-1, columns_T1, torch.where(is_local_T1, target_grad_T1, kept_T1))
+
+
+def _row_sums(logits_TV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """max_v z_v, and of z less that: sum_v exp(z_v) and sum_v exp(z_v) z_v. Three [T]."""
+    wide = torch.promote_types(logits_TV.dtype, torch.float32)
+    lowest = torch.finfo(torch.float32).min
+    z_TV = logits_TV.to(wide) / temperature
+    # The bounds change no exp(), and make a logit of -inf contribute 0 instead of nan, also where
+    # all logits of a slice are -inf.
+    max_T = z_TV.amax(dim=-1).clamp(min=lowest)
+    z_TV = (z_TV - max_T[:, None]).clamp(min=lowest)
     exp_TV = z_TV.exp()
-    return exp_TV.sum(dim=-1), (exp_TV * z_TV).sum(dim=-1)
+    return max_T, exp_TV.sum(dim=-1), (exp_TV * z_TV).sum(dim=-1)
 
 
-def _logits_grad(
+def _softmax_grad(
     logits_TV: Tensor, log_norm_T: Tensor, grad_T: Tensor, temperature: float
 ) -> Tensor:
     """`-grad * pi(v)`, [T, V] in the type of the logits: the gradient but for the targets."""
@@ -146,7 +290,7 @@ def _logits_grad(
     return (log_probs_TV.exp() * -grad_T[:, None]).to(logits_TV.dtype)
 
 
-def _logits_grad_with_entropy(
+def _softmax_grad_with_entropy(
     logits_TV: Tensor,
     log_norm_T: Tensor,
     grad_T: Tensor,
@@ -154,7 +298,7 @@ def _logits_grad_with_entropy(
     entropy_T: Tensor,
     temperature: float,
 ) -> Tensor:
-    """`-pi(v) (grad + of_entropy (log pi(v) + H))`, as `_logits_grad`."""
+    """`-pi(v) (grad + of_entropy (log pi(v) + H))`, as `_softmax_grad`."""
     log_probs_TV = logits_TV.to(log_norm_T.dtype) / temperature - log_norm_T[:, None]
     # A logit of -inf has no probability and no gradient; without the bound 0 * -inf = nan.
     log_probs_TV = log_probs_TV.clamp(min=NO_PROBABILITY)
@@ -165,14 +309,16 @@ def _logits_grad_with_entropy(
 NO_PROBABILITY = -1e4
 """Nats of which exp() is 0 in every type, small enough to be multiplied."""
 
-_fused = functools.cache(functools.partial(torch.compile, dynamic=True))
+_fused = functools.cache(torch.compile)
 
 
 def _pass(function: Callable[..., Any], logits_TV: Tensor, *args: Any) -> Any:
     """Run a chain of element-wise ops and sums over [T, V].
 
     Off the CPU as one kernel: op by op, each would read and write the whole tensor in float32,
-    which took two fifths of an update of a 1.5B model. On CPU compiling takes longer than it saves.
+    which took two fifths of an update of a 1.5B model. The vocabulary is a constant of the kernel:
+    only then does the compiler know that rows are aligned, and reads more than a number at a time.
+    On CPU compiling takes longer than it saves.
     """
     if logits_TV.device.type != "cpu":
         function = _fused(function)
@@ -188,67 +334,3 @@ def _local_targets(
         return local_T, torch.ones_like(local_T, dtype=torch.bool)
     is_local_T = (local_T >= 0) & (local_T < vocab_size)
     return local_T.masked_fill(~is_local_T, 0), is_local_T
-
-
-def chunked_logprobs(
-    hidden_TH: Tensor,
-    weight_VH: Tensor,
-    targets_T: Tensor,
-    *,
-    temperature: float = 1.0,
-    chunk_size: int = 1024,
-    vocab_start: int = 0,
-    group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`vocab_parallel_logprobs` of `hidden_TH @ weight_VH.T`, never holding all logits at once.
-
-    Logits exist for `chunk_size` tokens at a time; with gradients they are computed again on the
-    way back (torch.utils.checkpoint), so that only `hidden_TH` is kept. At a vocabulary of 152k,
-    float32 logits of 16k tokens take 9.3 GiB, those of a chunk of 1,024 take 0.6 GiB.
-
-    With `group`, the gradient of `hidden_TH` is this rank's share, from its slice of the
-    vocabulary. The op that gave every rank the same hidden states sums the shares on its way back,
-    as those of megatron-core do (copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region).
-
-    Args:
-        hidden_TH: [T, H], the same on every rank of `group`.
-        weight_VH: [V, H], this rank's slice of the output layer.
-        targets_T: [T] int64, token ids of the whole vocabulary.
-        temperature: divides the logits.
-        chunk_size: tokens whose logits exist at once.
-        vocab_start: token id of `weight_VH[0]`.
-        group: the tensor-parallel group; None when the vocabulary is whole.
-
-    Returns:
-        `logprobs_T` and `entropy_T`, both with gradient.
-    """
-
-    def one_chunk(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        return vocab_parallel_logprobs(
-            linear(hidden, weight),
-            targets,
-            temperature=temperature,
-            vocab_start=vocab_start,
-            group=group,
-        )
-
-    chunks = []
-    for hidden, targets in zip(
-        hidden_TH.split(chunk_size), targets_T.split(chunk_size), strict=True
-    ):
-        if torch.is_grad_enabled():
-            # Nothing random happens in a chunk, so random states need not be kept.
-            chunk = checkpoint(
-                one_chunk,
-                hidden,
-                weight_VH,
-                targets,
-                use_reentrant=False,
-                preserve_rng_state=False,
-            )
-        else:
-            chunk = one_chunk(hidden, weight_VH, targets)
-        chunks.append(chunk)
-    logprobs, entropies = zip(*chunks, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)

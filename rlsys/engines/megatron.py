@@ -45,7 +45,12 @@ from rlsys.algo.weighting import keep_high_entropy, loss_weights
 from rlsys.config import Config, GrpoConfig
 from rlsys.engines.hf_checkpoint import SafetensorsReader, resolve_model_path, save_model_folder
 from rlsys.engines.megatron_checkpoint import load_policy, save_policy
-from rlsys.engines.megatron_model import LogprobHead, build_model, transformer_config
+from rlsys.engines.megatron_model import (
+    LogprobHead,
+    build_model,
+    fuse_weight_gradients,
+    transformer_config,
+)
 from rlsys.engines.megatron_weights import MegatronWeights
 from rlsys.model_shape import read_model_shape
 from rlsys.types import TrainBatch, UpdateOutput
@@ -97,7 +102,7 @@ class MegatronModel:
             self.hf_config,
             shape,
             dtype=self.dtype,
-            recompute=config.policy.recompute,
+            policy=config.policy,
             on_cpu=self.on_cpu,
         )
         self.model = build_model(self.hf_config, self.transformer_config).to(self.device)
@@ -109,7 +114,10 @@ class MegatronModel:
         )
         with SafetensorsReader(self.folder) as reader:
             self.weights.load(reader)
-        self._head = LogprobHead(self.model) if self.model.post_process else None
+        self._head = None
+        if self.model.post_process:
+            recompute = config.policy.recompute_logits
+            self._head = LogprobHead(self.model, recompute_logits=recompute)
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
 
@@ -244,8 +252,8 @@ def _out_of_memory_explained(packed: list[PackedMicroBatch]) -> Iterator[None]:
         raise torch.OutOfMemoryError(
             f"{error}\nThe GPU is too small for micro-batches of {tokens:,} tokens: lower "
             "policy.max_tokens_per_micro_batch (or policy.micro_batch_size), set policy.recompute "
-            "to full, or raise policy.tensor_parallel_size; `rlsys explain` estimates what each "
-            "would take"
+            "to selective or full, or raise policy.tensor_parallel_size; `rlsys explain` estimates "
+            "what each would take"
         ) from None
 
 
@@ -255,11 +263,16 @@ class MegatronPolicy(MegatronModel):
     def __init__(self, config: Config):
         super().__init__(config, config.model.path)
         policy = config.policy
+        overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
+        self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
+        fuse_weight_gradients(self.model)
         self.ddp = DistributedDataParallel(
             self.transformer_config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=policy.use_distributed_optimizer,
+                overlap_grad_reduce=overlap_grads,
+                overlap_param_gather=self._overlaps_param_gather,
             ),
             self.model,
         )
@@ -276,9 +289,13 @@ class MegatronPolicy(MegatronModel):
                 bf16=self.dtype == torch.bfloat16,
                 params_dtype=self.dtype,
                 use_distributed_optimizer=policy.use_distributed_optimizer,
+                overlap_param_gather=self._overlaps_param_gather,
             ),
             [self.ddp],
         )
+        if overlap_grads:
+            # Gradients are summed over ranks during the last micro-batch only.
+            self.transformer_config.no_sync_func = self.ddp.no_sync
         self.transformer_config.finalize_model_grads_func = finalize_model_grads
         self.transformer_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = self._build_scheduler()
@@ -329,6 +346,10 @@ class MegatronPolicy(MegatronModel):
             for rows in steps
             if batch.completion_mask[rows].any()
         ]
+        if self._overlaps_param_gather:
+            # The last optimizer step left this to a forward pass, but log-probs, weight sync and
+            # checkpoints come first: until here, ranks have new weights in their own part only.
+            self.ddp.start_param_sync(force_sync=True)
         if not self.on_cpu and self.config.reference.placement == "policy":
             torch.cuda.empty_cache()  # for the reference, which may share this GPU
         self.policy_version += 1

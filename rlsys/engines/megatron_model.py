@@ -15,14 +15,17 @@ from megatron.core.tensor_parallel import (
     gather_from_sequence_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.attention_backends import attention_backend_problem
+from rlsys.config import PolicyConfig
 from rlsys.model_shape import ModelShape
 
 LOGPROB_CHUNK_TOKENS = 1024
-"""Logits exist for this many tokens at a time: 1024 x 151,936 in fp32 are 0.6 GB."""
+"""Logits are computed for this many tokens at a time: 1024 x 151,936 in bf16 are 0.3 GB."""
 
 
 def transformer_config(
@@ -30,10 +33,19 @@ def transformer_config(
     shape: ModelShape,
     *,
     dtype: torch.dtype,
-    recompute: str,
+    policy: PolicyConfig,
     on_cpu: bool,
 ) -> TransformerConfig:
-    """megatron-core's config of the model, for the parallel layout that is initialised."""
+    """megatron-core's config of the model, for the parallel layout that is initialised.
+
+    Raises:
+        ValueError: this machine has no attention of kind policy.attention_backend.
+    """
+    problem = attention_backend_problem(
+        policy.attention_backend, device="cpu" if on_cpu else "cuda"
+    )
+    if problem is not None:
+        raise ValueError(problem)
     tp = parallel_state.get_tensor_model_parallel_world_size()
     # Fused kernels: on an H200 they take an update of a 1.5B model from 0.24 to 0.31 of the
     # peak FLOPs. Each is a CUDA kernel that the CPU does not have, as are the last three.
@@ -46,14 +58,19 @@ def transformer_config(
         "persist_layer_norm": on_gpu,
         "batch_p2p_comm": on_gpu,
         "batch_p2p_sync": on_gpu,
-        # Needs an extension of Apex for the output layer, which log-probs do not go through.
+        # Asks for an extension of Apex that nothing here uses: see `fuse_weight_gradients`.
         "gradient_accumulation_fusion": False,
     }
-    if recompute == "full":
+    if policy.recompute == "full":
         options |= {
             "recompute_granularity": "full",
             "recompute_method": "uniform",
             "recompute_num_layers": 1,
+        }
+    elif policy.recompute == "selective":
+        options |= {
+            "recompute_granularity": "selective",
+            "recompute_modules": list(policy.recompute_modules),
         }
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -79,6 +96,7 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=on_cpu,
         perform_initialization=False,  # every weight is read from the checkpoint
+        attention_backend=AttnBackend[policy.attention_backend],
         **options,
     )
 
@@ -110,11 +128,24 @@ def build_model(hf: PretrainedConfig, config: TransformerConfig) -> GPTModel:
     return model
 
 
+def fuse_weight_gradients(model: GPTModel) -> None:
+    """Let Transformer Engine's layers add weight gradients to the fp32 `main_grad` as they compute.
+
+    megatron-core's own switch for it, gradient_accumulation_fusion, wants an extension of Apex for
+    the output layer, which log-probs do not go through; its DistributedDataParallel knows
+    by `grad_added_to_main_grad` what is added already.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
 class LogprobHead:
     """Log-probs from the last stage's hidden states; correct under vocabulary parallelism."""
 
-    def __init__(self, model: GPTModel):
+    def __init__(self, model: GPTModel, *, recompute_logits: bool):
         self._model = model
+        self._recompute_logits = recompute_logits
         self._group = parallel_state.get_tensor_model_parallel_group()
         shard = model.vocab_size // self._group.size()
         self._vocab_start = self._group.rank() * shard
@@ -142,6 +173,7 @@ class LogprobHead:
             targets,
             temperature=temperature,
             chunk_size=LOGPROB_CHUNK_TOKENS,
+            recompute=self._recompute_logits,
             vocab_start=self._vocab_start,
             group=group if group.size() > 1 else None,
         )

@@ -155,6 +155,24 @@ class LabRank(PolicyRank):
             gc.collect()
         self.config = config
 
+    def cut_buckets(self, num_parameters):
+        """Communicate gradients and weights in parts of so many parameters, as a large model does.
+
+        For policies that are made after this; None is megatron-core's own size, of 40 million.
+        """
+        from functools import partial
+
+        from megatron.core.distributed import DistributedDataParallelConfig
+
+        from rlsys.engines import megatron
+
+        megatron.DistributedDataParallelConfig = partial(
+            DistributedDataParallelConfig, bucket_size=num_parameters
+        )
+
+    def num_buckets(self):
+        return len(self.engine.ddp.bucket_groups)
+
     def exported(self):
         """Hugging Face name -> tensor, on rank 0; every rank takes part."""
         return self._export(self.engine.weights)

@@ -99,8 +99,8 @@ def test_a_token_outside_the_vocabulary_is_an_error_not_a_number():
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@given(tokens=st.integers(1, 12), chunk_size=st.integers(1, 14))
-def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_size):
+@given(tokens=st.integers(1, 12), chunk_size=st.integers(1, 14), recompute=st.booleans())
+def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_size, recompute):
     rng = torch.Generator().manual_seed(tokens)
     hidden = torch.randn(tokens, 6, generator=rng, requires_grad=True)
     weight = torch.randn(17, 6, generator=rng, requires_grad=True)
@@ -109,7 +109,7 @@ def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_siz
 
     whole, entropy = vocab_parallel_logprobs(hidden @ weight.T, targets, temperature=temperature)
     expected = torch.autograd.grad((whole * upstream + entropy).sum(), (hidden, weight))
-    kwargs = {"temperature": temperature, "chunk_size": chunk_size}
+    kwargs = {"temperature": temperature, "chunk_size": chunk_size, "recompute": recompute}
     chunked, chunked_entropy = chunked_logprobs(hidden, weight, targets, **kwargs)
     total = (chunked * upstream + chunked_entropy).sum()
     grads = torch.autograd.grad(total, (hidden, weight))
@@ -120,6 +120,19 @@ def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_siz
     with torch.no_grad():
         without_grad, _ = chunked_logprobs(hidden, weight, targets, **kwargs)
     assert torch.equal(without_grad, chunked)
+
+
+def test_the_gradient_of_a_narrow_weight_is_rounded_once_not_once_a_chunk():
+    """Summed in bfloat16, 256 equal gradients of one chunk each would stop growing on the way."""
+    tokens = 256
+    hidden = torch.ones(tokens, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(tokens, dtype=torch.int64)
+    upstream = torch.full((tokens,), 1 + 2**-7)
+    logprobs, _ = chunked_logprobs(hidden, weight, targets, chunk_size=1)
+    (grad,) = torch.autograd.grad((logprobs * upstream).sum(), weight)
+    # A half of each upstream gradient goes to the target, the other to the other token.
+    assert grad.flatten().tolist() == [tokens * (1 + 2**-7) / 2, -tokens * (1 + 2**-7) / 2]
 
 
 def test_chunks_never_hold_all_logits():

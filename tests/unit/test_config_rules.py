@@ -140,6 +140,24 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
         ({"policy": {"lr": 1e-6, "min_lr": 1e-5}}, ["1e-05", "1e-06"]),
         ({"policy": {"max_tokens_per_micro_batch": 100}}, ["100", "128 or more"]),
         (
+            {"policy": {"overlap_param_gather": True}},
+            ["overlap_grad_reduce", "set that to true as well"],
+        ),
+        (
+            {
+                "policy": {
+                    "overlap_grad_reduce": True,
+                    "overlap_param_gather": True,
+                    "use_distributed_optimizer": False,
+                }
+            },
+            ["use_distributed_optimizer cuts", "that is false"],
+        ),
+        (
+            {"policy": {"recompute": "full", "recompute_modules": ["mlp"]}},
+            ["that is full", "set it to selective"],
+        ),
+        (
             {"data": {"dataset_weights": [1, 2]}},
             ["2 values for 1 dataset (", "one weight"],
         ),
@@ -186,6 +204,35 @@ def test_staleness_is_corrected_for_unless_that_is_switched_off():
     assert correction({"max_staleness": 1}) == "token"
     assert correction({"max_staleness": 1}, rollout_is="sequence") == "sequence"
     assert correction({"max_staleness": 1}, rollout_is="none") == "none"
+
+
+@pytest.mark.parametrize(
+    ("policy", "on_cpu", "grad_reduce", "param_gather"),
+    [
+        ({}, False, False, False),
+        ({"world_size": 2}, False, True, False),
+        ({"world_size": 2}, True, False, False),
+        ({"world_size": 2, "global_batch_size": 8}, False, True, True),
+        ({"world_size": 2, "tensor_parallel_size": 2}, False, False, False),
+        (
+            {"world_size": 2, "global_batch_size": 8, "use_distributed_optimizer": False},
+            False,
+            True,
+            False,
+        ),
+        (
+            {"world_size": 2, "global_batch_size": 8, "overlap_grad_reduce": False},
+            False,
+            False,
+            False,
+        ),
+        ({"overlap_grad_reduce": True}, True, True, False),
+    ],
+)
+def test_communication_overlaps_where_there_is_some(policy, on_cpu, grad_reduce, param_gather):
+    config = Config.model_validate(values(policy=policy))
+    assert config.overlaps_grad_reduce(on_cpu=on_cpu) == grad_reduce
+    assert config.overlaps_param_gather(on_cpu=on_cpu) == param_gather
 
 
 def test_all_broken_rules_are_told_at_once():

@@ -178,9 +178,22 @@ def test_recompute_and_smaller_micro_batches_need_less(tmp_path):
         found, _ = estimates(tmp_path, "cuda", policy=policy)
         return found["policy"].gib["activations"]
 
-    assert activations(recompute="full") < activations()
+    assert activations(recompute="full") < activations(recompute="selective") < activations()
+    attention_too = {"recompute": "selective", "recompute_modules": ["mlp", "core_attn"]}
+    assert activations(**attention_too) < activations(recompute="selective")
     assert activations(micro_batch_size=4) == pytest.approx(activations() / 2)
     assert activations(max_tokens_per_micro_batch=128) == pytest.approx(activations() / 8)
+
+
+def test_kept_logits_are_a_number_for_every_token_and_vocabulary_entry(tmp_path):
+    def logits(**policy):
+        found, shape = estimates(tmp_path, "cuda", policy=policy)
+        return found["policy"].gib["logits"], shape
+
+    again, shape = logits()
+    kept, _ = logits(recompute_logits=False)
+    tokens = 8 * 128  # micro_batch_size rows of the greatest length
+    assert (kept - again) * GIB == pytest.approx(tokens * shape.vocab_size * 2)
 
 
 def test_the_kv_cache_holds_the_sequences_of_an_engine(tmp_path):

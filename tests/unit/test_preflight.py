@@ -57,6 +57,30 @@ def test_a_model_that_cannot_be_used(problems, tmp_path, sizes, words):
         assert word in text
 
 
+@pytest.mark.parametrize(
+    ("backend", "device", "variable", "words"),
+    [
+        ("fused", "cpu", None, ["attention_backend = fused", "one kind only", "set it to auto"]),
+        ("flash", "cuda", None, ["attention_backend = flash", "pip install flash-attn"]),
+        ("unfused", "cuda", "NVTE_FLASH_ATTN", ["NVTE_FLASH_ATTN=1", "unfused", "unset it"]),
+    ],
+)
+def test_attention_that_is_not_to_be_had(problems, monkeypatch, backend, device, variable, words):
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "1")
+    found = problems(device=device, policy={"attention_backend": backend})
+    for word in words:
+        assert word in only(found)
+    assert found[0].only_here == (device == "cuda")
+
+
+def test_attention_of_gpus_may_be_had_elsewhere_in_the_cluster(problems, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert problems(device="auto", policy={"attention_backend": "fused"}) == []
+
+
 def test_a_config_json_that_is_not_json(problems, tmp_path):
     (write_model(tmp_path / "other") / "config.json").write_text("{")
     assert "not valid JSON" in only(problems(model={"path": str(tmp_path / "other")}))

@@ -1,0 +1,357 @@
+"""One policy update on GPUs: seconds, MFU and memory, by setting; no Ray, no vLLM.
+
+    python benchmarks/policy_update.py                      # Qwen2.5-1.5B's shape, random weights
+    python benchmarks/policy_update.py --variants default keep_logits --profile
+    python benchmarks/policy_update.py --shape qwen2.5-3b --memory-limit-gb 80 --reference \
+        --variants recompute_selective recompute_full
+    python benchmarks/policy_update.py --variants dp2 dp2_no_overlap tp2     # on two GPUs
+    python benchmarks/policy_update.py --device cpu --shape tiny --rows 4 --tokens 64
+
+An update is everything that `MegatronPolicy.update` does with `--rows` rows of `--tokens` tokens:
+packing, forward, backward, gradient norm, AdamW. Each variant has processes of its own and a time
+limit; one that fails leaves an "error" in its place.
+
+    MFU = FLOPs of the model / (seconds x GPUs x peak)
+    FLOPs a token = 6 x parameters + 12 x layers x heads x head_dim x length / 2
+
+Parameters count the head, tied or not, and no other embedding; length / 2 because attention is
+causal; what recompute adds is not counted. The peak is 990 TFLOP/s: bfloat16, dense, H100 or H200.
+Prints JSON; progress goes to stderr.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from machine import describe_machine
+from random_model import SHAPES, save_random_model
+
+from rlsys.config import Config
+from rlsys.model_shape import read_model_shape
+from rlsys.types import TrainBatch
+from rlsys.weight_sync.transport import serve_store
+
+PEAK_FLOPS = 990e12
+VARIANTS = {
+    "default": {},
+    "keep_logits": {"recompute_logits": False},
+    "chunk_2048": {"chunk": 2048},
+    "chunk_4096": {"chunk": 4096},
+    "keep_logits_chunk_4096": {"recompute_logits": False, "chunk": 4096},
+    "unfused_weight_gradients": {"fuse_weight_gradients": False},
+    "recompute_selective": {"recompute": "selective"},
+    "recompute_full": {"recompute": "full"},
+    "attention_fused": {"attention_backend": "fused"},
+    "attention_flash": {"attention_backend": "flash"},
+    "dp2": {"world_size": 2},
+    "dp2_no_overlap": {"world_size": 2, "overlap_grad_reduce": False},
+    "tp2": {"world_size": 2, "tensor_parallel_size": 2},
+    "pp2": {"world_size": 2, "pipeline_parallel_size": 2},
+}
+"""Settings of policy.*, and `chunk` (tokens of a chunk of logits) and `fuse_weight_gradients`,
+which are no settings. Every data-parallel rank has as many rows as one rank alone."""
+KERNELS = {
+    "attention": ("fmha", "flash", "attn", "attention", "sdpa"),
+    "communication": ("nccl", "c10d"),
+    "gemm": ("gemm", "nvjet", "cutlass", "matmul", "addmm", "aten::mm"),
+    "optimizer": ("adam", "multi_tensor", "l2norm"),
+    "copy and fill": ("memcpy", "memset", "fill", "copy"),
+    "compiled": ("triton",),
+    "norm and rope": ("norm", "rope"),
+}
+"""Kinds of kernels by what their names contain, first match; the rest is "other"."""
+RANGES = ("_ChunkedLogprobs", "_ChunkedLogprobsBackward", "Optimizer.step")
+"""Whose kernels are also summed by who launched them; a name may go on after a #."""
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.save_model:
+        save_random_model(Path(arguments.save_model), arguments.shape, arguments.device)
+        return
+    if arguments.rank is not None:
+        Path(arguments.result).write_text(json.dumps(measure(arguments)))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        if error := run([{}], arguments, ["--save-model", str(model)], timeout_s=300):
+            sys.exit(f"no model: {error}")
+        for name in arguments.variants:
+            print(f"{name} ...", file=sys.stderr, flush=True)
+            results[name] = run_variant(name, arguments, Path(folder))
+            print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
+    shown = ("shape", "rows", "tokens", "tokens_per_micro_batch", "memory_limit_gb", "reference")
+    settings = {key: vars(arguments)[key] for key in shown}
+    report = {"machine": describe_machine(), **settings, "variants": results}
+    print(json.dumps(report, indent=2))
+
+
+def run_variant(name, arguments, folder):
+    """The result of one variant: what rank 0 measured, or its error."""
+    world_size = VARIANTS[name].get("world_size", 1)
+    store = serve_store("127.0.0.1", arguments.timeout)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(world_size)))).split(",")
+    if arguments.device == "cuda" and len(gpus) < world_size:
+        return {"error": f"needs {world_size} GPUs"}
+    result = folder / f"{name}.json"
+    environments = [
+        {"CUDA_VISIBLE_DEVICES": gpus[rank] if arguments.device == "cuda" else ""}
+        for rank in range(world_size)
+    ]
+    own = ["--variants", name, "--port", str(store.port), "--result", str(result)]
+    own += ["--model", str(folder / "model")]
+    error = run(environments, arguments, own, timeout_s=arguments.timeout)
+    return {"error": error} if error else json.loads(result.read_text())
+
+
+def run(environments, arguments, options, *, timeout_s):
+    """One process of this script for each environment; returns why it failed, or None."""
+    with tempfile.TemporaryFile("w+") as output:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, *sys.argv[1:], *options, "--rank", str(rank)],
+                env=os.environ | environment,
+                stdout=output,
+                stderr=output,
+            )
+            for rank, environment in enumerate(environments)
+        ]
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            codes = [process.poll() for process in processes]
+            if any(codes) or None not in codes:  # a rank that failed leaves the others waiting
+                break
+            time.sleep(0.2)
+        for process in processes:
+            process.kill()
+            process.wait()
+        if any(codes):
+            return f"exit codes {codes}{said(output)}"
+        return f"took more than {timeout_s:g} s{said(output)}" if None in codes else None
+
+
+def said(output):
+    output.seek(0)
+    return ": " + output.read()[-3000:]
+
+
+def measure(arguments):
+    """In a process of its own: one rank of one variant."""
+    settings = dict(VARIANTS[arguments.variants[0]])
+    chunk = settings.pop("chunk", None)
+    fuse = settings.pop("fuse_weight_gradients", True)
+    config = make_config(arguments, settings)
+    policy = make_policy(config, arguments, chunk=chunk, fuse=fuse)
+    batch = random_batch(len_of(config), arguments.tokens, policy.hf_config.vocab_size)
+    reference_s = reference_seconds(config, batch, policy) if arguments.reference else None
+    started = time.perf_counter()
+    policy.update(batch)
+    first_s = time.perf_counter() - started
+    reset_peak(policy)
+    seconds = [timed(lambda: policy.update(batch), policy) for _ in range(arguments.repeats)]
+    logprobs_s = [timed(lambda: policy.compute_logprobs(batch), policy) for _ in range(2)][-1]
+    result = summary(config, arguments, statistics.median(seconds)) | {
+        "settings": VARIANTS[arguments.variants[0]],
+        "first_update_s": first_s,
+        "all_s": seconds,
+        "compute_logprobs_s": logprobs_s,
+    }
+    if reference_s is not None:
+        result["reference_logprobs_s"] = reference_s
+    if not policy.on_cpu:
+        result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+    if arguments.profile:
+        result["profile"] = profile(lambda: policy.update(batch), on_cpu=policy.on_cpu)
+    return result
+
+
+def make_policy(config, arguments, *, chunk, fuse):
+    from rlsys.engines.megatron_cpu import enable_megatron_on_cpu
+
+    enable_megatron_on_cpu()
+    if arguments.memory_limit_gb is not None:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(arguments.memory_limit_gb * 1e9 / total)
+    from rlsys.engines import megatron, megatron_model
+
+    policy, timeout_s = config.policy, float(arguments.timeout)
+    store = torch.distributed.TCPStore("127.0.0.1", arguments.port, is_master=False)
+    layout = megatron.ParallelLayout(
+        rank=arguments.rank,
+        world_size=policy.world_size,
+        tensor_parallel_size=policy.tensor_parallel_size,
+        pipeline_parallel_size=policy.pipeline_parallel_size,
+        timeout_s=timeout_s,
+    )
+    megatron.initialize_parallel(layout, store, seed=0)
+    if chunk is not None:
+        megatron_model.LOGPROB_CHUNK_TOKENS = chunk
+    if not fuse:
+        megatron.fuse_weight_gradients = lambda model: None
+    return megatron.MegatronPolicy(config)
+
+
+def make_config(arguments, settings):
+    policy = {"max_tokens_per_micro_batch": arguments.tokens_per_micro_batch, **settings}
+    parts = policy.get("tensor_parallel_size", 1) * policy.get("pipeline_parallel_size", 1)
+    replicas = policy.get("world_size", 1) // parts
+    prompt = arguments.tokens // 8
+    return Config.model_validate(
+        {
+            "output_dir": "unused",
+            "max_steps": 100,
+            "device": arguments.device,
+            "data": {"dataset": ["unused"], "max_prompt_length": prompt},
+            "model": {"path": arguments.model},
+            "reward": {"reward_funcs": ["format"]},
+            "rollout": {
+                "num_generations": 4,
+                "generation_batch_size": arguments.rows * replicas,
+                "max_completion_length": arguments.tokens - prompt,
+            },
+            "grpo": {"beta": 0.01 if arguments.reference else 0.0},
+            "policy": policy,
+            "reference": {"tensor_parallel_size": policy.get("tensor_parallel_size", 1)},
+        }
+    )
+
+
+def len_of(config):
+    return config.rollout.generation_batch_size
+
+
+def random_batch(rows, tokens, vocabulary):
+    """Rows of the same length, of which one eighth is the prompt."""
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.arange(tokens).expand(rows, tokens) >= tokens // 8
+    return TrainBatch(
+        input_ids=torch.randint(2, vocabulary, (rows, tokens), generator=rng),
+        lengths=torch.full((rows,), tokens),
+        completion_mask=mask,
+        advantages=torch.randn(rows, 1, generator=rng) * mask,
+        rollout_logprobs=-1.0 * mask,
+    )
+
+
+def reference_seconds(config, batch, policy):
+    """Of ref_logprobs, the copy of the weights to the GPU and back included; fills the batch."""
+    from rlsys.engines.megatron_reference import MegatronReference
+
+    reference = MegatronReference(config)
+    rows, values = reference.compute_logprobs(batch)
+    batch.ref_logprobs = torch.zeros(batch.input_ids.shape)
+    batch.ref_logprobs[rows] = values[0]
+    return timed(lambda: reference.compute_logprobs(batch), policy)
+
+
+def timed(function, policy):
+    """Seconds, until the GPU is done."""
+    started = time.perf_counter()
+    function()
+    if not policy.on_cpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def reset_peak(policy):
+    if not policy.on_cpu:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def summary(config, arguments, seconds):
+    shape = read_model_shape(Path(arguments.model))
+    params = shape.num_params - (0 if shape.tied else shape.embedding_params)
+    attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * arguments.tokens / 2
+    tokens = len_of(config) * arguments.tokens
+    flops = tokens * (6 * params + attention)
+    gpus = config.policy.world_size
+    return {
+        "seconds": seconds,
+        "tokens_per_s": tokens / seconds,
+        "tflops_per_gpu": flops / seconds / gpus / 1e12,
+        "mfu": flops / seconds / gpus / PEAK_FLOPS,
+    }
+
+
+def profile(function, *, on_cpu):
+    """Milliseconds of one call by kind of kernel, by who launched them, and of the longest."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity
+
+    activities = [ProfilerActivity.CPU] + ([] if on_cpu else [ProfilerActivity.CUDA])
+    with torch.profiler.profile(activities=activities) as profiler:
+        function()
+        if not on_cpu:
+            torch.cuda.synchronize()
+    events = profiler.key_averages()
+    if on_cpu:
+        kernels = [(event.key, event.self_cpu_time_total, event.count) for event in events]
+        ranges = [(event.key, event.cpu_time_total) for event in events]
+    else:
+        kernels = [
+            (event.key, event.self_device_time_total, event.count)
+            for event in events
+            if event.device_type == DeviceType.CUDA
+        ]
+        ranges = [
+            (event.key, event.device_time_total)
+            for event in events
+            if event.device_type == DeviceType.CPU
+        ]
+    by_kind = dict.fromkeys([*KERNELS, "other"], 0.0)
+    for name, microseconds, _ in kernels:
+        by_kind[kind_of(name)] += microseconds / 1e3
+    longest = sorted(kernels, key=lambda kernel: -kernel[1])[:40]
+    return {
+        "all_ms": sum(by_kind.values()),
+        "by_kind_ms": by_kind,
+        "by_range_ms": {
+            wanted: sum(time for name, time in ranges if name.partition("#")[0] == wanted) / 1e3
+            for wanted in RANGES
+        },
+        "longest": [
+            {"ms": time / 1e3, "calls": count, "kind": kind_of(name), "name": name[:160]}
+            for name, time, count in longest
+        ],
+    }
+
+
+def kind_of(name):
+    lower = name.lower()
+    return next(
+        (kind for kind, parts in KERNELS.items() if any(p in lower for p in parts)), "other"
+    )
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"])
+    parser.add_argument("--rows", type=int, default=32, help="of each data-parallel rank")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a row")
+    parser.add_argument("--tokens-per-micro-batch", type=int, default=16384)
+    parser.add_argument("--repeats", type=int, default=5, help="updates, after the first")
+    parser.add_argument("--memory-limit-gb", type=float, help="of a GPU, in 10^9 bytes")
+    parser.add_argument("--reference", action="store_true", help="share the GPU with a reference")
+    parser.add_argument("--profile", action="store_true", help="which kernels take the time")
+    parser.add_argument("--timeout", type=float, default=180.0, help="seconds of a variant")
+    for internal in ("--save-model", "--model", "--result"):
+        parser.add_argument(internal, default="", help=argparse.SUPPRESS)
+    for internal in ("--rank", "--port"):
+        parser.add_argument(internal, type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
