@@ -225,9 +225,10 @@ def _compute_rows(
         dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
         sum_exp_T, sum_exp_z_T, target_z_T = sums
     log_sum_T = sum_exp_T.log()
+    logprobs_T = target_z_T - log_sum_T
     return _Rows(
         log_norm_T=max_T + log_sum_T,
-        logprobs_T=target_z_T - log_sum_T,
+        logprobs_T=logprobs_T,
         # H = -sum_v pi(v) log pi(v) = log sum_v exp(z_v) - sum_v pi(v) z_v
         entropy_T=log_sum_T - sum_exp_z_T / sum_exp_T,
         columns_T=columns_T,
