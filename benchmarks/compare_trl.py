@@ -1,0 +1,286 @@
+"""Whole GRPO steps of TRL's GRPOTrainer and of rlsys on the same two GPUs: prints JSON.
+
+    python benchmarks/compare_trl.py                    # 32 prompts x 8, 512 tokens, 1.5B shape
+    python benchmarks/compare_trl.py --device cpu --shape tiny --prompts 4 --completion_length 16
+
+One after the other, each with its own processes and a deadline. Both get the same model folder
+(random weights that never sample EOS), prompts, batch, completion length, learning rate, loss
+(dapo, beta 0, one optimizer step a rollout) and bfloat16 weights, and no recompute of activations.
+TRL runs as its documentation says for two GPUs: `trl vllm-serve` on one, the trainer on the other.
+What it could be slowed by and does not need is off: logging, gradient checkpointing (its default),
+the importance-sampling correction, which costs a forward pass and rlsys does not do at staleness 0
+either. Its weights and optimizer state are bfloat16; rlsys keeps both in float32 besides. Its
+reward function costs nothing. Attention is torch's scaled_dot_product_attention: flash-attn, if
+installed, is `--trl_attention flash_attention_2`.
+
+A step is from the end of the one before to its own end. With --device cpu, TRL samples with
+transformers: that only shows that the script works.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from urllib.request import urlopen
+
+import psutil
+from alone import run_alone
+from machine import describe_machine
+from random_model import SHAPES, save_random_model
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.one is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            result = WHAT[arguments.one](arguments)
+        print(json.dumps(result), flush=True)
+        return
+    gpus = [0, 1] if arguments.device == "cuda" else None
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        arguments.folder = Path(folder)
+        for what in ("save", *arguments.what):
+            results[what] = run_alone(
+                command(arguments, what), timeout_s=arguments.timeout_s, gpus=gpus
+            )
+            print(f"{what}: {json.dumps(results[what])}", file=sys.stderr, flush=True)
+    if all("step_s" in results.get(side, {}) for side in ("trl", "rlsys")):
+        results["rlsys over trl"] = {
+            "steps a second": results["trl"]["step_s"] / results["rlsys"]["step_s"],
+            "completion tokens a second": results["rlsys"]["completion_tokens_per_second"]
+            / results["trl"]["completion_tokens_per_second"],
+        }
+    asked = {name: getattr(arguments, name) for name in SHARED}
+    print(json.dumps({"machine": describe_machine(), "settings": asked, **results}, indent=2))
+
+
+SHARED = (
+    "shape",
+    "device",
+    "prompts",
+    "generations",
+    "completion_length",
+    "steps",
+    "warm_up",
+    "trl_batch_size",
+    "trl_attention",
+    "timeout_s",
+)
+
+
+def command(arguments, what):
+    options = [text for name in SHARED for text in (f"--{name}", str(getattr(arguments, name)))]
+    folder = ["--folder", str(arguments.folder)]
+    return [sys.executable, __file__, *options, *folder, "--one", what]
+
+
+def save(arguments):
+    """The model, and what `rlsys grpo` would read; TRL reads the same prompts."""
+    from grpo_run import write_config
+
+    model = arguments.folder / "model"
+    save_random_model(model, arguments.shape, arguments.device, endless=True)
+    write_config(
+        arguments.folder,
+        model=model,
+        device=arguments.device,
+        steps=arguments.warm_up + arguments.steps,
+        prompts=arguments.prompts,
+        generations=arguments.generations,
+        completion_length=arguments.completion_length,
+        gpus=2,
+    )
+    return {"saved": str(model)}
+
+
+def rlsys(arguments):
+    from grpo_run import run_steps, summary
+
+    config = arguments.folder / "config.yaml"
+    return summary(*run_steps(config, [], warm_up=arguments.warm_up))
+
+
+def trl(arguments):
+    """The server on the second GPU, the trainer, another process, on the first."""
+    line = command(arguments, "trainer")
+    if arguments.device == "cpu":
+        return run_alone(line, timeout_s=arguments.timeout_s)
+    port, group_port = free_ports(2)
+    server = start_server(arguments, port)
+    try:
+        return run_alone(
+            [
+                *line,
+                *("--port", str(port), "--group_port", str(group_port)),
+                *("--server_pid", str(server.pid)),
+            ],
+            timeout_s=arguments.timeout_s - 10,
+            env=TRL_ENV,
+            gpus=[0],
+        )
+    finally:
+        # Its engine is another process, of this one's session, which is killed as a whole.
+        server.kill()
+        server.wait()
+
+
+TRL_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+}
+
+
+def start_server(arguments, port):
+    second = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[1]
+    options = {
+        "--model": arguments.folder / "model",
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--max_model_len": 256 + arguments.completion_length,
+        "--gpu_memory_utilization": 0.85,
+        "--log_level": "warning",
+        "--max-num-seqs": min(1024, arguments.prompts * arguments.generations),
+    }
+    line = [text for option in options.items() for text in map(str, option)]
+    return subprocess.Popen(
+        [sys.executable, "-m", "trl.scripts.vllm_serve", *line],
+        env=os.environ | TRL_ENV | {"CUDA_VISIBLE_DEVICES": second},
+        stdout=sys.stderr,
+    )
+
+
+def free_ports(n):
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(n)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def wait_for_server(arguments):
+    """Until it answers; an error at once if it has ended."""
+    server = psutil.Process(arguments.server_pid)
+    deadline = time.monotonic() + arguments.timeout_s
+    while time.monotonic() < deadline and server.status() != psutil.STATUS_ZOMBIE:
+        with contextlib.suppress(OSError):
+            urlopen(f"http://127.0.0.1:{arguments.port}/health", timeout=5).close()
+            return
+        time.sleep(0.5)
+    raise RuntimeError("trl vllm-serve did not come up; its own messages are above")
+
+
+def trainer(arguments):
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class StepEnds(TrainerCallback):
+        times = ()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.times = (*self.times, time.monotonic())
+
+    lengths = []
+
+    def reward(completion_ids, **columns):
+        lengths.append([len(ids) for ids in completion_ids])
+        return [float(ids[0] % 2) for ids in completion_ids]
+
+    completions = arguments.prompts * arguments.generations
+    batch_size = min(arguments.trl_batch_size, completions)
+    on_gpu = arguments.device == "cuda"
+    model = arguments.folder / "model"
+    rows = [json.loads(line) for line in (arguments.folder / "train.jsonl").open()]
+    settings = GRPOConfig(
+        output_dir=str(arguments.folder / "trl"),
+        max_steps=arguments.warm_up + arguments.steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=completions // batch_size,
+        num_generations=arguments.generations,
+        max_completion_length=arguments.completion_length,
+        learning_rate=1e-6,
+        lr_scheduler_type="constant",
+        beta=0.0,
+        loss_type="dapo",
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        gradient_checkpointing=False,
+        optim="adamw_torch_fused" if on_gpu else "adamw_torch",
+        model_init_kwargs={
+            "dtype": "bfloat16" if on_gpu else "float32",
+            "attn_implementation": arguments.trl_attention,
+        },
+        use_vllm=on_gpu,
+        vllm_mode="server",
+        vllm_server_base_url=f"http://127.0.0.1:{arguments.port}",
+        vllm_group_port=arguments.group_port,
+        vllm_importance_sampling_correction=False,
+        generation_kwargs={"ignore_eos": True} if on_gpu else None,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    if on_gpu:
+        wait_for_server(arguments)
+    ends = StepEnds()
+    GRPOTrainer(
+        model=str(model),
+        args=settings,
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list([{"prompt": row["messages"]} for row in rows]),
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+        callbacks=[ends],
+    ).train()
+    seconds = [end - start for start, end in zip(ends.times, ends.times[1:], strict=False)]
+    seconds = seconds[arguments.warm_up - 1 :]
+    assert all(len(step) == completions for step in lengths)
+    tokens = statistics.median(sum(step) for step in lengths[arguments.warm_up :])
+    return {
+        "measured_steps": len(seconds),
+        "step_s": statistics.median(seconds),
+        "step_s_of_each": seconds,
+        "completion_tokens": tokens,
+        "completion_tokens_per_second": tokens / statistics.median(seconds),
+        "batch_size": batch_size,
+    }
+
+
+WHAT = {"save": save, "trl": trl, "trainer": trainer, "rlsys": rlsys}
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--prompts", type=int, default=32, help="of a step")
+    parser.add_argument("--generations", type=int, default=8, help="of a prompt")
+    parser.add_argument("--completion_length", type=int, default=512, help="tokens, of all")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps of each")
+    parser.add_argument("--warm_up", type=int, default=1, help="steps before, 1 at least")
+    parser.add_argument("--what", nargs="+", choices=["trl", "rlsys"], default=["trl", "rlsys"])
+    parser.add_argument("--trl_batch_size", type=int, default=16, help="completions a forward pass")
+    parser.add_argument("--trl_attention", default="sdpa")
+    parser.add_argument("--timeout_s", type=float, default=280, help="of each side")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--one", choices=WHAT, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=8000, help=argparse.SUPPRESS)
+    parser.add_argument("--server_pid", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--group_port", type=int, default=51216, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
