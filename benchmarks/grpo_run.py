@@ -1,5 +1,7 @@
 """A GRPO run on Countdown with random weights, as `rlsys grpo` runs it, and what its steps took."""
 
+import contextlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -108,13 +110,10 @@ def run_steps(config_file, options, *, warm_up):
     ends = StepEnds()
     register_tracker("step_ends")(lambda config, resumed_from: ends)
     resolved = load_config(config_file, [*options, "--tracking.report_to", "step_ends"])
-    on_gpus = resolved.config.device != "cpu"
-    busy = GpuBusy() if on_gpus else None
-    if busy is None:
+    watched = resolved.config.device != "cpu" and shutil.which("nvidia-smi") is not None
+    busy = GpuBusy() if watched else None
+    with busy or contextlib.nullcontext():
         run(resolved)
-    else:
-        with busy:
-            run(resolved)
     rows = list(read_jsonl(RunDir(Path(resolved.config.output_dir)).metrics))
     seconds = [end - start for start, end in zip(ends.times, ends.times[1:], strict=False)]
     idle = busy.idle_shares(ends.times[warm_up - 1], ends.times[-1]) if busy else {}
