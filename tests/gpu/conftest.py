@@ -30,14 +30,14 @@ from policy_cases import PolicyLab  # noqa: E402
 from run_cases import run_config, write_run_files  # noqa: E402
 
 from rlsys.actors import rollout  # noqa: E402
-from rlsys.actors.group import get_all  # noqa: E402
+from rlsys.actors.group import PhaseTimeout, get_all  # noqa: E402
 from rlsys.actors.rollout import RolloutActors  # noqa: E402
 
 # Of the processes that tests start, where rlsys need not be installed.
 PYTHONPATH = os.pathsep.join(
     [str(REPOSITORY), str(Path(__file__).parent), str(ACTORS), os.environ.get("PYTHONPATH", "")]
 ).rstrip(os.pathsep)
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 240.0
 EARLY = ("engines", "failing_engines", "short_run")
 
 
@@ -54,6 +54,25 @@ def pytest_collection_modifyitems(items):
         if num_gpus() < needed:
             reason = f"needs {needed} CUDA GPUs, and this machine has {num_gpus()}"
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+_HUNG = set()
+"""What did not answer within its deadline: tests that need it would only wait as long again."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try:
+        return (yield)
+    except PhaseTimeout:
+        _HUNG.add("engines" if "engines" in item.fixturenames else "lab")
+        raise
+
+
+def pytest_runtest_setup(item):
+    hung = _HUNG.intersection(item.fixturenames)
+    if hung:
+        pytest.fail(f"an earlier test waited in vain for what the same {hung} does")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -34,5 +34,5 @@ def test_an_engine_that_cannot_start_says_why_in_the_last_line(failing_engines, 
     if DEVICE == "cpu" and wrong == "no free memory":
         pytest.skip("a CPU engine asks for none")
     with pytest.raises(ActorFailure) as caught:
-        get_all(failing_engines[wrong], phase="start", timeout_s=300)
+        get_all(failing_engines[wrong], phase="start", timeout_s=240)
     assert re.search(message, str(caught.value).splitlines()[-1])
