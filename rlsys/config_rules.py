@@ -183,7 +183,9 @@ def _overlap_problems(config: Config) -> Iterator[RuleProblem]:
 
 def _recompute_problems(config: Config) -> Iterator[RuleProblem]:
     policy = config.policy
-    if "recompute_modules" in policy.model_fields_set and policy.recompute != "selective":
+    # A run's saved config says the default too.
+    default = type(policy).model_fields["recompute_modules"].default
+    if policy.recompute_modules != default and policy.recompute != "selective":
         yield RuleProblem(
             ("policy.recompute_modules", "policy.recompute"),
             f"policy.recompute_modules says what policy.recompute = selective computes again, and "

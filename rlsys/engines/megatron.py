@@ -90,7 +90,7 @@ class MegatronModel:
     `initialize_parallel` comes first.
     """
 
-    def __init__(self, config: Config, path: str):
+    def __init__(self, config: Config, path: str, *, trains: bool = False):
         self.config = config
         self.on_cpu = not torch.cuda.is_available()
         self.device = torch.device("cpu" if self.on_cpu else "cuda")
@@ -118,6 +118,12 @@ class MegatronModel:
         if self.model.post_process:
             recompute = config.policy.recompute_logits
             self._head = LogprobHead(self.model, recompute_logits=recompute)
+            if not self.on_cpu:
+                self._head.warm_up(
+                    config.rollout.temperature,
+                    trains=trains,
+                    entropy_bonus=config.grpo.entropy_coef > 0,
+                )
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
 
@@ -261,7 +267,7 @@ class MegatronPolicy(MegatronModel):
     """The model with its optimizer: updated from batches, exported to rollout engines."""
 
     def __init__(self, config: Config):
-        super().__init__(config, config.model.path)
+        super().__init__(config, config.model.path, trains=True)
         policy = config.policy
         overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)

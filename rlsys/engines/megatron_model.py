@@ -178,6 +178,36 @@ class LogprobHead:
             group=group if group.size() > 1 else None,
         )
 
+    def warm_up(self, temperature: float, *, trains: bool, entropy_bonus: bool) -> None:
+        """Compile the kernels of log-probs, on a GPU; every tensor-parallel rank calls.
+
+        It takes some seconds, which are free while the other actors of a run start.
+
+        Args:
+            temperature: of the run.
+            trains: compile those of gradients too.
+            entropy_bonus: gradients are also of the entropy.
+        """
+        config = self._model.config
+        sequence_parallel = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        # A whole chunk, and one of another length: then the kernels are made for any length.
+        tokens = LOGPROB_CHUNK_TOKENS * 3 // 2
+        hidden = torch.zeros(
+            1,
+            tokens // sequence_parallel,
+            config.hidden_size,
+            dtype=config.params_dtype,
+            device="cuda",
+            requires_grad=trains,
+        )
+        targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+        with torch.set_grad_enabled(trains):
+            logprobs, entropy = self(hidden, targets, temperature)
+        if trains:
+            loss = (logprobs + entropy if entropy_bonus else logprobs).sum()
+            # Of the hidden states alone: nothing may be left in the gradients of the weights.
+            torch.autograd.grad(loss, hidden)
+
 
 def _scale_rope(model: GPTModel, hf: PretrainedConfig) -> None:
     """Use transformers' own rotary frequencies where the config scales them (Llama 3 does)."""

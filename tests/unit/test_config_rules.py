@@ -154,7 +154,7 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
             ["use_distributed_optimizer cuts", "that is false"],
         ),
         (
-            {"policy": {"recompute": "full", "recompute_modules": ["mlp"]}},
+            {"policy": {"recompute": "full", "recompute_modules": ["core_attn"]}},
             ["that is full", "set it to selective"],
         ),
         (
