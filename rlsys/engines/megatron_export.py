@@ -86,6 +86,9 @@ class BucketExport:
             [piece for meta in bucket.tensors for piece in self._cut(meta, owners)]
             for bucket in buckets
         ]
+        self._parameters = [
+            [self._parameter(piece) for piece in self._own(slices)] for slices in self._slices
+        ]
         self._parcels = [_parcels(slices) for slices in self._slices]
         self._staging = self._make_staging()
         self._copies: dict[int, _Copies] = {}
@@ -152,6 +155,11 @@ class BucketExport:
             for index in range(number)
         ]
 
+    def _parameter(self, piece: _Slice) -> torch.nn.Parameter:
+        parameter = self._weights.own_parameter(self._parts[piece.hf_name][0])
+        assert parameter is not None, piece
+        return parameter
+
     def _make_staging(self) -> dict[int, torch.Tensor]:
         """Memory for a parcel of each owner: on rank 0 that of all, elsewhere one's own."""
         sizes: dict[int, int] = {}
@@ -169,18 +177,19 @@ class BucketExport:
 
     def _plan(self, bucket: Bucket, buffer: torch.Tensor) -> _Copies:
         """This rank's copies into `buffer`, a bucket or a parcel; new ones if memory has moved."""
-        own = [piece for piece in self._slices[bucket.index] if piece.owner == self._rank]
-        parameters = [self._weights.own_parameter(self._parts[piece.hf_name][0]) for piece in own]
-        addresses = [buffer.data_ptr()] + [p.data_ptr() for p in parameters if p is not None]
+        parameters = self._parameters[bucket.index]
+        addresses = [buffer.data_ptr(), *[parameter.data_ptr() for parameter in parameters]]
         planned = self._copies.get(bucket.index)
         if planned is None or planned.addresses != addresses:
-            planned = self._plan_anew(bucket, buffer, own, addresses)
+            planned = self._plan_anew(bucket, buffer, addresses)
             self._copies[bucket.index] = planned
         return planned
 
-    def _plan_anew(
-        self, bucket: Bucket, buffer: torch.Tensor, own: Sequence[_Slice], addresses: list[int]
-    ) -> _Copies:
+    def _own(self, slices: Sequence[_Slice]) -> list[_Slice]:
+        return [piece for piece in slices if piece.owner == self._rank]
+
+    def _plan_anew(self, bucket: Bucket, buffer: torch.Tensor, addresses: list[int]) -> _Copies:
+        own = self._own(self._slices[bucket.index])
         parcels = self._parcels[bucket.index]
         if self._rank != SENDER:
             targets = [view for _, view in parcels[self._rank].views(buffer)]
