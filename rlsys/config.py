@@ -104,7 +104,7 @@ class ModelConfig(Section):
     """The language model that is trained."""
 
     path: str
-    """Hugging Face model folder or hub id (Llama, Qwen2 or Qwen3, dense)."""
+    """Hugging Face model folder or hub id (Llama, Qwen2, Qwen3, Qwen3-MoE)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in policy, reference and rollout engine; auto is bfloat16 on GPUs and
     float32 on CPU, where it makes engines agree to 1e-5."""
@@ -319,6 +319,10 @@ class PolicyConfig(Section):
     """Ranks that share each layer; above 1, sequence parallelism is on."""
     pipeline_parallel_size: PositiveInt = 1
     """Ranks that share the layers among them."""
+    expert_model_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of each layer, in a mixture of experts: tensor-parallel ranks
+    first, then data-parallel ones, which then exchange tokens. Must be above 1 where
+    tensor_parallel_size is."""
     global_batch_size: PositiveInt | None = None
     """Completions an optimizer step; None is generation_batch_size, one step a rollout."""
     micro_batch_size: PositiveInt = 8

@@ -12,7 +12,7 @@ from rlsys.algorithm_rules import algorithm_problems
 from rlsys.reward_gates import parse_gate
 
 if TYPE_CHECKING:
-    from rlsys.config import Config
+    from rlsys.config import Config, PolicyConfig
 
 
 _OWN_TEMPLATE_ARGUMENTS = (
@@ -136,6 +136,7 @@ def _parallelism_problems(config: Config) -> Iterator[RuleProblem]:
             f"{_near_multiples(config.global_batch_size, config.data_parallel_size)}, or another "
             "number of ranks",
         )
+    yield from _expert_parallelism_problems(policy)
     if reference.world_size % reference.tensor_parallel_size:
         yield RuleProblem(
             ("reference.world_size", "reference.tensor_parallel_size"),
@@ -190,6 +191,22 @@ def _recompute_problems(config: Config) -> Iterator[RuleProblem]:
             ("policy.recompute_modules", "policy.recompute"),
             f"policy.recompute_modules says what policy.recompute = selective computes again, and "
             f"that is {policy.recompute}: set it to selective, or leave recompute_modules out",
+        )
+
+
+def _expert_parallelism_problems(policy: PolicyConfig) -> Iterator[RuleProblem]:
+    ep, pp = policy.expert_model_parallel_size, policy.pipeline_parallel_size
+    stage = policy.world_size // pp
+    if policy.world_size % pp == 0 and stage % ep:
+        yield RuleProblem(
+            (
+                "policy.expert_model_parallel_size",
+                "policy.world_size",
+                "policy.pipeline_parallel_size",
+            ),
+            f"policy.expert_model_parallel_size = {ep} does not divide the {stage} ranks that hold "
+            f"a layer (policy.world_size {policy.world_size} / pipeline_parallel_size {pp}): use a "
+            "number that does",
         )
 
 

@@ -74,18 +74,30 @@ def micro_batch_tokens(config: Config) -> int:
 
 
 def rank_params(shape: ModelShape, *, tp: int, pp: int) -> int:
-    """Parameters of the largest pipeline stage's rank; the last stage has a head of its own."""
-    layers = shape.layer_params * (shape.num_layers // pp)
+    """Parameters of the largest pipeline stage's rank; the last stage has a head of its own.
+
+    Experts are not among them, see `rank_expert_params`.
+    """
+    layers = (shape.layer_params - shape.expert_params) * (shape.num_layers // pp)
     ends = 1 if shape.tied or pp > 1 else 2
     return (layers + ends * shape.embedding_params) // tp
+
+
+def rank_expert_params(shape: ModelShape, *, ep: int, pp: int) -> int:
+    """Parameters of the experts of a rank: whole ones."""
+    return shape.expert_params // ep * (shape.num_layers // pp)
 
 
 def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
     policy = config.policy
     tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
-    params = rank_params(shape, tp=tp, pp=pp)
+    ep = policy.expert_model_parallel_size
+    dense, experts = rank_params(shape, tp=tp, pp=pp), rank_expert_params(shape, ep=ep, pp=pp)
+    params = dense + experts
     width = _bytes_per_weight(config, device)
-    shards = config.data_parallel_size if policy.use_distributed_optimizer else 1
+    shards = expert_shards = 1
+    if policy.use_distributed_optimizer:
+        shards, expert_shards = config.data_parallel_size, policy.world_size // (pp * ep)
     # AdamW's two moments; bf16 weights also have a master copy in fp32.
     state = 8 if width == 4 else 12
     tokens = micro_batch_tokens(config)
@@ -115,20 +127,21 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
             "process": _PROCESS_GIB["policy", device],
             "weights": params * width / GIB,
             "gradients": params * 4 / GIB,
-            "optimizer": params * state / shards / GIB,
+            "optimizer": (dense / shards + experts / expert_shards) * state / GIB,
             "activations": activations / GIB,
             "logits": logits / GIB,
             "weight sync": _weight_sync_gib(config, shape, width),
         },
         {
             "parameters a rank": f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M "
-            f"(TP {tp}, PP {pp})",
+            f"(TP {tp}, PP {pp}" + (f", EP {ep})" if shape.is_moe else ")"),
             "weights": f"parameters x {width} bytes",
             "gradients": "parameters x 4 bytes (fp32)",
             "optimizer": f"parameters x {state} bytes (AdamW's moments"
             + (", fp32 copy" if state == 12 else "")
             + f") / {shards}"
-            + (" data-parallel ranks" if shards > 1 else ""),
+            + (" data-parallel ranks" if shards > 1 else "")
+            + (f", of experts / {expert_shards}" if shape.is_moe else ""),
             "activations": f"{tokens:,} tokens x ({kept} numbers) x {width} bytes x PP / TP",
             "logits": logits_text,
         },
@@ -140,8 +153,8 @@ def _recomputed_elements(config: Config, shape: ModelShape) -> int:
     if config.policy.recompute != "selective":
         return 0
     of_module = {
-        # The norm's output, which is the MLP's first input, and gate, up and their product.
-        "mlp": shape.hidden_size + 3 * shape.intermediate_size,
+        # The norm's output, which is the MLP's first input, and what is inside.
+        "mlp": shape.hidden_size + _mlp_elements(shape),
         "core_attn": shape.num_heads * shape.head_dim,  # its output
     }
     return sum(of_module[module] for module in set(config.policy.recompute_modules))
@@ -217,9 +230,16 @@ def _bytes_per_weight(config: Config, device: Device) -> int:
 def _activation_elements(shape: ModelShape) -> int:
     """Numbers that a layer keeps of each token for its backward pass, with a fused attention."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    # Both norms' inputs and outputs; q, k, v before and after the rotation; the attention's output;
-    # gate, up and their product.
-    return 4 * shape.hidden_size + 2 * (q + 2 * kv) + q + 3 * shape.intermediate_size
+    # Both norms' inputs and outputs; q, k, v before and after the rotation; the attention's output.
+    return 4 * shape.hidden_size + 2 * (q + 2 * kv) + q + _mlp_elements(shape)
+
+
+def _mlp_elements(shape: ModelShape) -> int:
+    if not shape.is_moe:
+        return 3 * shape.intermediate_size  # gate, up and their product
+    # The same of each expert of the token, with its copy of the input and its output; the router's.
+    expert = 2 * shape.hidden_size + 3 * shape.moe_intermediate_size
+    return shape.num_experts_per_tok * expert + 2 * shape.num_experts
 
 
 def _logit_bytes(shape: ModelShape, tokens: int, tp: int) -> float:

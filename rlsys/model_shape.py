@@ -10,18 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3")
+SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 _SUPPORTED_OPTIONS = {
     "attention_bias": False,
     "mlp_bias": False,
     "use_sliding_window": False,
     "hidden_act": "silu",
+    # Every layer of a mixture of experts has experts.
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
 }
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a dense decoder."""
+    """Sizes of a decoder, dense or with experts in every layer."""
 
     model_type: str
     vocab_size: int
@@ -34,6 +37,19 @@ class ModelShape:
     tied: bool
     """Whether the output head is the embedding."""
     max_position_embeddings: int
+    num_experts: int = 0
+    """Of each layer; 0 in dense models."""
+    num_experts_per_tok: int = 0
+    """Experts that a token goes through in each layer."""
+    moe_intermediate_size: int = 0
+    """Intermediate size of one expert; a model with experts does not use `intermediate_size`."""
+    norm_topk_prob: bool = False
+    """Whether the weights of a token's experts are normalised to a sum of 1."""
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the layers have experts."""
+        return self.num_experts > 0
 
     @property
     def has_qkv_bias(self) -> bool:
@@ -43,7 +59,7 @@ class ModelShape:
     @property
     def has_qk_norm(self) -> bool:
         """Whether q and k are normalised by head."""
-        return self.model_type == "qwen3"
+        return self.model_type in ("qwen3", "qwen3_moe")
 
     @property
     def embedding_params(self) -> int:
@@ -51,21 +67,38 @@ class ModelShape:
         return self.vocab_size * self.hidden_size
 
     @property
+    def expert_params(self) -> int:
+        """Parameters of all experts of one layer."""
+        return self.num_experts * 3 * self.hidden_size * self.moe_intermediate_size
+
+    @property
     def layer_params(self) -> int:
-        """Parameters of one layer."""
+        """Parameters of one layer, all its experts included."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = 2 * self.hidden_size * q + 2 * self.hidden_size * kv
         if self.has_qkv_bias:
             attention += q + 2 * kv
         if self.has_qk_norm:
             attention += 2 * self.head_dim
-        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+        if self.is_moe:
+            mlp = self.expert_params + self.num_experts * self.hidden_size  # the router
+        else:
+            mlp = 3 * self.hidden_size * self.intermediate_size
+        return attention + mlp + 2 * self.hidden_size
 
     @property
     def num_params(self) -> int:
         """All parameters; the final norm and a tied embedding count once."""
         embeddings = self.embedding_params * (1 if self.tied else 2)
         return embeddings + self.num_layers * self.layer_params + self.hidden_size
+
+    @property
+    def num_active_params(self) -> int:
+        """Parameters that one token goes through: `num_params` without the experts it skips."""
+        if not self.is_moe:
+            return self.num_params
+        skipped = self.expert_params * (self.num_experts - self.num_experts_per_tok)
+        return self.num_params - self.num_layers * skipped // self.num_experts
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -89,11 +122,11 @@ def read_model_shape(folder: Path) -> ModelShape:
     model_type = values.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
-            f"{file}: model_type {model_type!r} is not supported; use a dense model of type "
+            f"{file}: model_type {model_type!r} is not supported; use a model of type "
             f"{', '.join(SUPPORTED_MODEL_TYPES)}"
         )
     for option, supported in _SUPPORTED_OPTIONS.items():
-        if values.get(option, supported) != supported:
+        if values.get(option, supported) not in (supported, None):
             raise ValueError(
                 f"{file}: {model_type} with {option} = {values[option]!r} is not supported"
             )
@@ -110,6 +143,28 @@ def read_model_shape(folder: Path) -> ModelShape:
             head_dim=values.get("head_dim") or values["hidden_size"] // num_heads,
             tied=values.get("tie_word_embeddings", False),
             max_position_embeddings=values["max_position_embeddings"],
+            **(_expert_fields(file, values) if model_type == "qwen3_moe" else {}),
         )
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}") from None
+
+
+def _expert_fields(file: Path, values: dict[str, Any]) -> dict[str, Any]:
+    # transformers 5 writes num_local_experts, transformers 4 and the models on the hub num_experts.
+    num_experts = values.get("num_local_experts") or values["num_experts"]
+    per_token, normalised = values["num_experts_per_tok"], values.get("norm_topk_prob", False)
+    if not 0 < per_token <= num_experts:
+        raise ValueError(
+            f"{file}: num_experts_per_tok = {per_token} of {num_experts} experts is not possible"
+        )
+    if per_token == 1 and normalised:
+        raise ValueError(
+            f"{file}: norm_topk_prob with num_experts_per_tok = 1 makes every weight 1, so that "
+            "the router would not be trained: it is not supported"
+        )
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": per_token,
+        "moe_intermediate_size": values["moe_intermediate_size"],
+        "norm_topk_prob": normalised,
+    }

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rlsys.attention_backends import attention_backend_problem
 from rlsys.checkpoints import checkpoint_steps
-from rlsys.config import Config
+from rlsys.config import Config, PolicyConfig
 from rlsys.config_load import is_saved_config
 from rlsys.data.checks import check_data, count_rows
 from rlsys.devices import guess_device
@@ -135,6 +135,11 @@ def _models(config: Config) -> Iterator[Problem]:
     if reference is not None:
         tp = config.reference.tensor_parallel_size
         yield from _tensor_parallel("reference.tensor_parallel_size", tp, reference)
+        if reference.is_moe and reference.num_experts % tp:
+            yield Problem(
+                f"reference.tensor_parallel_size = {tp}, over which experts are shared too, does "
+                f"not divide the model's {reference.num_experts} experts"
+            )
     if shape is not None and reference is not None and reference.vocab_size != shape.vocab_size:
         yield Problem(
             f"reference.path has a vocabulary of {reference.vocab_size} tokens and model.path one "
@@ -198,6 +203,30 @@ def _policy_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"policy.pipeline_parallel_size = {policy.pipeline_parallel_size} does not divide the "
             f"model's {shape.num_layers} layers: use {_divisors(shape.num_layers)}"
         )
+    yield from _experts_fit(policy, shape)
+
+
+def _experts_fit(policy: PolicyConfig, shape: ModelShape) -> Iterator[Problem]:
+    ep, tp = policy.expert_model_parallel_size, policy.tensor_parallel_size
+    setting = f"policy.expert_model_parallel_size = {ep}"
+    if not shape.is_moe:
+        if ep > 1:
+            yield Problem(
+                f"{setting}, but the model has no experts to share ({shape.model_type} is dense): "
+                "leave it out"
+            )
+        return
+    if shape.num_experts % ep:
+        yield Problem(
+            f"{setting} does not divide the model's {shape.num_experts} experts: use "
+            f"{_divisors(shape.num_experts)}"
+        )
+    if ep == 1 and tp > 1:
+        yield Problem(
+            f"policy.tensor_parallel_size = {tp} does not cut the experts of {shape.model_type}, "
+            f"and with {setting} no rank has all tokens of an expert: set "
+            f"policy.expert_model_parallel_size to {tp}"
+        )
 
 
 def _attention(config: Config) -> Iterator[Problem]:
@@ -212,11 +241,12 @@ def _attention(config: Config) -> Iterator[Problem]:
 def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
     tp = config.rollout.tensor_parallel_size
     # vLLM replicates KV heads and pads the vocabulary, so fewer numbers have to divide.
-    if shape.num_heads % tp or shape.intermediate_size % tp:
-        fitting = math.gcd(shape.num_heads, shape.intermediate_size)
+    intermediate = shape.moe_intermediate_size if shape.is_moe else shape.intermediate_size
+    if shape.num_heads % tp or intermediate % tp:
+        fitting = math.gcd(shape.num_heads, intermediate)
         yield Problem(
             f"rollout.tensor_parallel_size = {tp} does not divide the model's {shape.num_heads} "
-            f"attention heads and intermediate size {shape.intermediate_size}: use "
+            f"attention heads and intermediate size {intermediate}: use "
             f"{_divisors(fitting)}"
         )
     if guess_device(config) == "cpu" and shape.head_dim not in CPU_HEAD_DIMS:
@@ -233,6 +263,8 @@ def _tensor_parallel(field: str, tp: int, shape: ModelShape) -> Iterator[Problem
         "intermediate size": shape.intermediate_size,
         "vocabulary": shape.vocab_size,
     }
+    if shape.is_moe:
+        del sizes["intermediate size"]  # experts are shared, not cut
     wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]
     if wrong:
         yield Problem(

@@ -33,6 +33,7 @@ class PolicyRank(ModelRank):
             world_size=policy.world_size,
             tensor_parallel_size=policy.tensor_parallel_size,
             pipeline_parallel_size=policy.pipeline_parallel_size,
+            expert_model_parallel_size=policy.expert_model_parallel_size,
         )
         from rlsys.engines.megatron import MegatronPolicy
 

@@ -28,6 +28,8 @@ class ReferenceRank(ModelRank):
             port,
             world_size=self.config.reference.world_size,
             tensor_parallel_size=self.config.reference.tensor_parallel_size,
+            # What tensor parallelism does for other layers: a share of the experts a rank.
+            expert_model_parallel_size=self.config.reference.tensor_parallel_size,
         )
         from rlsys.engines.megatron_reference import MegatronReference
 

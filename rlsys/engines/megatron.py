@@ -64,6 +64,7 @@ class ParallelLayout:
     world_size: int
     tensor_parallel_size: int
     pipeline_parallel_size: int
+    expert_model_parallel_size: int
     timeout_s: float
 
 
@@ -79,6 +80,8 @@ def initialize_parallel(layout: ParallelLayout, store: dist.Store, *, seed: int)
     parallel_state.initialize_model_parallel(
         layout.tensor_parallel_size,
         layout.pipeline_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # an expert is small enough to be whole on a rank
         distributed_timeout_minutes=max(1, math.ceil(layout.timeout_s / 60)),
     )
     model_parallel_cuda_manual_seed(seed)
@@ -111,6 +114,7 @@ class MegatronModel:
             shape,
             tp_group=parallel_state.get_tensor_model_parallel_group(),
             pp_group=parallel_state.get_pipeline_model_parallel_group(),
+            ep_group=parallel_state.get_expert_model_parallel_group(),
         )
         with SafetensorsReader(self.folder) as reader:
             self.weights.load(reader)
@@ -128,6 +132,14 @@ class MegatronModel:
         self._dp_size = parallel_state.get_data_parallel_world_size()
 
     @property
+    def _experts_span_data_parallel_ranks(self) -> bool:
+        # Ranks of the expert group are neighbours: tensor-parallel ranks come first.
+        return (
+            self.transformer_config.expert_model_parallel_size
+            > self.transformer_config.tensor_model_parallel_size
+        )
+
+    @property
     def reports(self) -> bool:
         """Whether this rank is the one of its model replica that returns results."""
         return self.model.post_process and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -142,10 +154,11 @@ class MegatronModel:
             (row indices, [K, len(rows), S] float32), or None on ranks that do not report. K is 1,
             or 2 with the entropies of the predictions.
         """
-        rows = shard_rows(
+        shards = shard_rows(
             list(range(len(batch.lengths))), batch.lengths.tolist(), num_shards=self._dp_size
-        )[self._dp_rank]
-        packed, row_lists = self._pack(batch, rows, torch.zeros(batch.input_ids.shape))
+        )
+        rows = shards[self._dp_rank]
+        packed, row_lists = self._pack(batch, shards, torch.zeros(batch.input_ids.shape))
 
         def collect(logprobs: torch.Tensor, entropies: torch.Tensor, _: PackedMicroBatch):
             values = [logprobs, entropies] if with_entropies else [logprobs]
@@ -173,17 +186,25 @@ class MegatronModel:
         dist.barrier()
 
     def _pack(
-        self, batch: TrainBatch, rows: list[int], weights: torch.Tensor
+        self, batch: TrainBatch, shards: list[list[int]], weights: torch.Tensor
     ) -> tuple[list[PackedMicroBatch], list[list[int]]]:
-        """Micro-batches of `rows`; of equal size where pipeline stages exchange them."""
+        """Micro-batches of this rank's one of `shards`; the rows of those that only fill are [].
+
+        Micro-batches are of equal size where pipeline stages exchange them, and equally many where
+        data-parallel ranks exchange tokens for their experts.
+        """
         policy, tp = self.config.policy, self.transformer_config.tensor_model_parallel_size
         lengths = batch.lengths.tolist()
-        row_lists = micro_batches(
-            rows,
-            lengths,
-            micro_batch_size=policy.micro_batch_size,
-            max_tokens=policy.max_tokens_per_micro_batch,
-        )
+        row_lists_of_ranks = [
+            micro_batches(
+                rows,
+                lengths,
+                micro_batch_size=policy.micro_batch_size,
+                max_tokens=policy.max_tokens_per_micro_batch,
+            )
+            for rows in shards
+        ]
+        row_lists = row_lists_of_ranks[self._dp_rank]
         total_tokens = None
         if self.transformer_config.pipeline_model_parallel_size > 1:
             longest = max(sum(lengths[row] for row in rows) for rows in row_lists)
@@ -192,6 +213,20 @@ class MegatronModel:
             pack(batch, rows, weights, multiple_of=tp, total_tokens=total_tokens)
             for rows in row_lists
         ]
+        if self._experts_span_data_parallel_ranks:
+            missing = max(map(len, row_lists_of_ranks)) - len(packed)
+            untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
+            shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
+            packed += missing * [
+                pack(
+                    untrained,
+                    shortest,
+                    torch.zeros_like(weights),
+                    multiple_of=tp,
+                    total_tokens=total_tokens,
+                )
+            ]
+            row_lists = row_lists + missing * [[]]
         return packed, row_lists
 
     def _forward_backward(
@@ -385,8 +420,8 @@ class MegatronPolicy(MegatronModel):
         # What has no token to train on is not computed, unless a rank would be left with nothing.
         trained = [row for row in rows if batch.completion_mask[row].any()]
         rows = trained if len(trained) >= self._dp_size else rows
-        own = shard_rows(rows, batch.lengths.tolist(), num_shards=self._dp_size)[self._dp_rank]
-        packed, _ = self._pack(batch, own, weights)
+        shards = shard_rows(rows, batch.lengths.tolist(), num_shards=self._dp_size)
+        packed, _ = self._pack(batch, shards, weights)
         # The weights already hold the global denominator. megatron-core's schedule divides by the
         # number of micro-batches and its DDP by the number of replicas: both are undone here.
         undo_averaging = len(packed) * self._dp_size

@@ -35,6 +35,7 @@ def save_policy(
         "scheduler": scheduler.state_dict(),
         "policy_version": policy_version,
         "use_distributed_optimizer": optimizer.config.use_distributed_optimizer,
+        "shares_experts": _shares_experts(),
     }
     dist_checkpointing.save(state, str(folder))
 
@@ -50,13 +51,19 @@ def load_policy(
     Raises:
         ValueError: the optimizer's state is of the other kind.
     """
-    distributed = dist_checkpointing.load_common_state_dict(str(folder))[
-        "use_distributed_optimizer"
-    ]
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    distributed = common["use_distributed_optimizer"]
     if distributed != optimizer.config.use_distributed_optimizer:
         raise ValueError(
             f"the checkpoint {folder} was written with policy.use_distributed_optimizer = "
             f"{str(distributed).lower()}: continue with the same value"
+        )
+    if common["shares_experts"] != _shares_experts():
+        was, must = ("above 1", "also above 1") if common["shares_experts"] else ("1", "also 1")
+        raise ValueError(
+            f"the checkpoint {folder} was written with policy.expert_model_parallel_size {was}, "
+            f"when megatron-core has one optimizer for experts and one for the rest or one for "
+            f"all: continue with a value that is {must}"
         )
     state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
     model.load_state_dict(state["model"])
@@ -65,6 +72,11 @@ def load_policy(
     scheduler.num_steps = 0
     scheduler.step(increment=state["scheduler"]["num_steps"])
     return state["policy_version"]
+
+
+def _shares_experts() -> bool:
+    """Whether experts have an optimizer of their own: their replicas are on other ranks."""
+    return parallel_state.get_expert_model_parallel_world_size() > 1
 
 
 def _sharded_state(

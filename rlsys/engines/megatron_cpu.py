@@ -59,7 +59,8 @@ def enable_megatron_on_cpu() -> None:
     _patch_random_state()
     # megatron-core decorates small functions with it, and compiling their C++ takes a minute.
     torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
-    _patch_megatron()
+    _patch_optimizer()
+    _patch_experts()
 
 
 def _is_cuda(device: Any) -> bool:
@@ -123,7 +124,23 @@ def _patch_random_state() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
 
-def _patch_megatron() -> None:
+def _patch_experts() -> None:
+    """Two places of megatron-core 0.16: tokens to ranks as GPUs leave them, a name that is missing.
+
+    How many tokens go to which rank becomes an array when it is copied from a GPU, which a
+    collective needs and which is not done on a CPU. The router asks whether a kernel of
+    Transformer Engine is None, and without Transformer Engine the name does not exist.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    moe_utils.te_general_gemm = None
+
+
+def _patch_optimizer() -> None:
     """Two places of megatron-core 0.16 that fail for torch's own AdamW, which stands for Apex's.
 
     Its step counter is a tensor per parameter, which DistributedOptimizer's checkpoints miss.

@@ -75,9 +75,11 @@ class PackedAttention(MegatronModule):
 
 
 def torch_layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The decoder block of a dense model, without Transformer Engine."""
+    """The decoder block, without Transformer Engine; a rank's experts run one after the other."""
     layer = get_gpt_layer_local_spec(
-        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
     )
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules

@@ -61,6 +61,8 @@ def transformer_config(
         # Asks for an extension of Apex that nothing here uses: see `fuse_weight_gradients`.
         "gradient_accumulation_fusion": False,
     }
+    if shape.is_moe:
+        options |= _expert_options(shape, on_cpu=on_cpu)
     if policy.recompute == "full":
         options |= {
             "recompute_granularity": "full",
@@ -70,7 +72,10 @@ def transformer_config(
     elif policy.recompute == "selective":
         options |= {
             "recompute_granularity": "selective",
-            "recompute_modules": list(policy.recompute_modules),
+            "recompute_modules": [
+                "moe" if module == "mlp" and shape.is_moe else module
+                for module in policy.recompute_modules
+            ],
         }
     return TransformerConfig(
         num_layers=shape.num_layers,
@@ -101,10 +106,33 @@ def transformer_config(
     )
 
 
+def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
+    """Options of a mixture of experts; no token is dropped, and no loss balances the experts."""
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.num_experts_per_tok,
+        "moe_ffn_hidden_size": shape.moe_intermediate_size,
+        # transformers takes softmax over all experts, then the largest, then normalises if the
+        # model says so. Normalised, that is the softmax over the largest logits alone.
+        "moe_router_pre_softmax": not shape.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        # All experts of a rank in one kernel, and tokens sorted by another: Transformer Engine's.
+        "moe_grouped_gemm": not on_cpu,
+        "moe_permute_fusion": not on_cpu,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": 1,
+    }
+
+
 def build_model(hf: PretrainedConfig, config: TransformerConfig) -> GPTModel:
     """This rank's GPTModel, without weights; its output is hidden states, see `LogprobHead`."""
     if importlib.util.find_spec("transformer_engine") is not None:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
     else:
         from rlsys.engines.megatron_layers import torch_layer_spec
 

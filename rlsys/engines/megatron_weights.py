@@ -1,155 +1,24 @@
 """Hugging Face weights in and out of megatron-core: one table, used in both directions.
 
-megatron-core fuses what Hugging Face keeps apart (q, k, v into `linear_qkv`, interleaved by query
-group; gate and up into `linear_fc1`) and cuts it over tensor- and pipeline-parallel ranks. The
-table has one row for each megatron parameter of the whole model; loading reads just this rank's
-slices, exporting streams whole Hugging Face tensors, one parameter at a time. Both are copies, so
-a round trip is bit-equal.
+megatron-core cuts its parameters over tensor-parallel, pipeline-parallel and expert-parallel ranks.
+Loading reads just this rank's slices; exporting streams whole Hugging Face tensors, one parameter
+at a time, or that of all experts of a layer. Both are copies, so a round trip is bit-equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from rlsys.engines.hf_checkpoint import SafetensorsReader
+from rlsys.engines.megatron_weight_table import HF_EMBEDDING, OUTPUT, WeightRow, weight_table
 from rlsys.model_shape import ModelShape
 from rlsys.weight_sync.plan import TensorMeta
-
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-
-
-@dataclass(frozen=True)
-class WeightRow:
-    """One megatron parameter and the Hugging Face tensors it is made of."""
-
-    names: tuple[str, ...]
-    """Its name with the global layer number; the second one is Transformer Engine's, where it
-    differs."""
-    hf_names: tuple[str, ...]
-    hf_shapes: tuple[tuple[int, ...], ...]
-    tp_axis: int | None
-    """The axis that tensor parallelism cuts, of the Hugging Face tensors; None: replicated."""
-    query_groups: int = 0
-    """For linear_qkv: query groups of the whole model, by which q, k and v are interleaved."""
-
-    def fuse(self, parts: list[torch.Tensor], tp_size: int) -> torch.Tensor:
-        """One rank's slices of the Hugging Face tensors -> its megatron parameter."""
-        if not self.query_groups:
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-        groups = self.query_groups // tp_size
-        return torch.cat(
-            [part.reshape(groups, -1, *part.shape[1:]) for part in parts], dim=1
-        ).flatten(0, 1)
-
-    def split(self, fused: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
-        """One rank's megatron parameter -> its slices of the Hugging Face tensors."""
-        views = self.views(fused, tp_size)
-        return [view.flatten(0, 1) for view in views] if self.query_groups else views
-
-    def views(self, fused: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
-        """`split` without a copy: q, k and v have their query groups as an axis before the rest."""
-        if len(self.hf_names) == 1:
-            return [fused]
-        rows = [shape[0] // tp_size for shape in self.hf_shapes]
-        if not self.query_groups:
-            return list(fused.split(rows))
-        groups = self.query_groups // tp_size
-        by_group = fused.view(groups, -1, *fused.shape[1:])
-        return list(by_group.split([r // groups for r in rows], dim=1))
-
-
-def weight_table(shape: ModelShape) -> list[WeightRow]:
-    """Every parameter of a dense Llama, Qwen2 or Qwen3, in the order of the model."""
-    hidden, vocab = shape.hidden_size, shape.vocab_size
-    rows = [WeightRow((EMBEDDING,), (HF_EMBEDDING,), ((vocab, hidden),), 0)]
-    for layer in range(shape.num_layers):
-        rows += _layer_rows(shape, layer)
-    rows.append(
-        WeightRow(("decoder.final_layernorm.weight",), ("model.norm.weight",), ((hidden,),), None)
-    )
-    if not shape.tied:
-        rows.append(WeightRow((OUTPUT,), (HF_OUTPUT,), ((vocab, hidden),), 0))
-    return rows
-
-
-def _layer_rows(shape: ModelShape, layer: int) -> list[WeightRow]:
-    hidden, ffn = shape.hidden_size, shape.intermediate_size
-    groups, head_dim = shape.num_kv_heads, shape.head_dim
-    q_rows, kv_rows = shape.num_heads * head_dim, groups * head_dim
-
-    def row(
-        names: list[str],
-        hf_names: list[str],
-        hf_shapes: list[tuple[int, ...]],
-        tp_axis: int | None,
-        query_groups: int = 0,
-    ) -> WeightRow:
-        return WeightRow(
-            tuple(f"decoder.layers.{layer}.{name}" for name in names),
-            tuple(f"model.layers.{layer}.{name}" for name in hf_names),
-            tuple(hf_shapes),
-            tp_axis,
-            query_groups,
-        )
-
-    def norm(names: list[str], hf_name: str, size: int = hidden) -> WeightRow:
-        return row(names, [hf_name], [(size,)], None)
-
-    qkv = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
-    attention = [
-        row(
-            ["self_attention.linear_qkv.weight"],
-            [f"{name}.weight" for name in qkv],
-            [(q_rows, hidden), (kv_rows, hidden), (kv_rows, hidden)],
-            0,
-            groups,
-        ),
-        row(
-            ["self_attention.linear_proj.weight"],
-            ["self_attn.o_proj.weight"],
-            [(hidden, q_rows)],
-            1,
-        ),
-    ]
-    if shape.has_qkv_bias:
-        attention.append(
-            row(
-                ["self_attention.linear_qkv.bias"],
-                [f"{name}.bias" for name in qkv],
-                [(q_rows,), (kv_rows,), (kv_rows,)],
-                0,
-                groups,
-            )
-        )
-    if shape.has_qk_norm:
-        attention += [
-            norm([f"self_attention.{x}_layernorm.weight"], f"self_attn.{x}_norm.weight", head_dim)
-            for x in "qk"
-        ]
-    return [
-        norm(
-            ["input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"],
-            "input_layernorm.weight",
-        ),
-        *attention,
-        norm(
-            ["pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"],
-            "post_attention_layernorm.weight",
-        ),
-        row(
-            ["mlp.linear_fc1.weight"],
-            ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-            [(ffn, hidden), (ffn, hidden)],
-            0,
-        ),
-        row(["mlp.linear_fc2.weight"], ["mlp.down_proj.weight"], [(hidden, ffn)], 1),
-    ]
 
 
 class MegatronWeights:
@@ -158,7 +27,8 @@ class MegatronWeights:
     Args:
         model: the bare GPTModel of this rank.
         shape: of the whole model.
-        tp_group, pp_group: this rank's parallel groups.
+        tp_group, pp_group, ep_group: this rank's parallel groups, the last one of the ranks that
+            share the experts of a layer.
     """
 
     def __init__(
@@ -168,11 +38,13 @@ class MegatronWeights:
         *,
         tp_group: dist.ProcessGroup,
         pp_group: dist.ProcessGroup,
+        ep_group: dist.ProcessGroup,
     ):
         self.table = weight_table(shape)
         self.tied = shape.tied
-        self._tp, self._pp = tp_group, pp_group
-        self._parameters = _named_globally(model)
+        self._tp, self._pp, self._ep = tp_group, pp_group, ep_group
+        own_experts = shape.num_experts // ep_group.size() if shape.is_moe else 0
+        self._parameters = _named_globally(model, first_expert=ep_group.rank() * own_experts)
         self._dtype = next(model.parameters()).dtype
         self._owners = self._pipeline_owners()
         self._mark_tensor_parallel()
@@ -221,7 +93,9 @@ class MegatronWeights:
                     tensor = tensor.chunk(size, dim=row.tp_axis)[rank]
                 parts.append(tensor)
             own_name = self._own_name(row)
-            assert own_name is not None, "only for models of one pipeline stage"
+            if own_name is None:
+                assert row.experts, "only for models of one pipeline stage"
+                continue
             parameter = self._parameters[own_name]
             other = row.fuse(parts, size).to(parameter)
             if alpha == 1.0:
@@ -235,21 +109,11 @@ class MegatronWeights:
 
         Other pipeline ranks take part in the collectives and yield the same tensors.
         """
-        for row, owner in zip(self.table, self._owners, strict=True):
-            name = self._own_name(row)
-            if self._pp.rank() == owner:
-                assert name is not None
-                tensors = self._gather(row, self._parameters[name].detach())
-            else:
-                tensors = [
-                    torch.empty(shape, dtype=self._dtype, device=self.device)
-                    for shape in row.hf_shapes
-                ]
-            if self._pp.size() > 1:
-                source = dist.get_global_rank(self._pp, owner)
-                for tensor in tensors:
-                    dist.broadcast(tensor, source, group=self._pp)
-            yield from zip(row.hf_names, tensors, strict=True)
+        for _, group in groupby(zip(self.table, self._owners, strict=True), _is_gathered_with):
+            rows, owners = zip(*group, strict=True)
+            gather = self._gather_experts if rows[0].experts else self._gather
+            tensors = gather(rows, owners[0])
+            yield from zip([name for row in rows for name in row.hf_names], tensors, strict=True)
 
     def own_parameter(self, row: WeightRow) -> torch.nn.Parameter | None:
         """This rank's parameter of a row of the table, if it has one."""
@@ -272,11 +136,12 @@ class MegatronWeights:
 
         We skip that initialisation, as every weight is loaded; an unmarked parameter is taken for
         a replica and counted on one rank only, so that gradients would be clipped to a wrong norm.
+        An expert has just one owner among tensor-parallel ranks, so it is not a replica either.
         """
         for row in self.table:
             name = self._own_name(row)
-            if name is not None and row.tp_axis is not None:
-                _mark(self._parameters[name], row.tp_axis)
+            if name is not None and (row.tp_axis is not None or row.experts):
+                _mark(self._parameters[name], row.tp_axis or 0)
         if OUTPUT in self._parameters:
             _mark(self._parameters[OUTPUT], 0)
 
@@ -297,7 +162,23 @@ class MegatronWeights:
             )
         parameter.copy_(value)
 
-    def _gather(self, row: WeightRow, fused: torch.Tensor) -> list[torch.Tensor]:
+    def _gather(self, rows: Sequence[WeightRow], owner: int) -> list[torch.Tensor]:
+        """The whole tensors of one row, which pipeline rank `owner` has."""
+        (row,) = rows
+        if self._pp.rank() == owner:
+            tensors = self._gather_slices(row)
+        else:
+            tensors = [
+                torch.empty(shape, dtype=self._dtype, device=self.device) for shape in row.hf_shapes
+            ]
+        for tensor in tensors:
+            self._broadcast(tensor, owner)
+        return tensors
+
+    def _gather_slices(self, row: WeightRow) -> list[torch.Tensor]:
+        parameter = self.own_parameter(row)
+        assert parameter is not None, row.names
+        fused = parameter.detach()
         if row.tp_axis is None or self._tp.size() == 1:
             return [part.contiguous() for part in row.split(fused, 1)]
         shards = [torch.empty_like(fused) for _ in range(self._tp.size())]
@@ -305,13 +186,42 @@ class MegatronWeights:
         by_rank = [row.split(shard, self._tp.size()) for shard in shards]
         return [torch.cat(parts, dim=row.tp_axis) for parts in zip(*by_rank, strict=True)]
 
+    def _gather_experts(self, rows: Sequence[WeightRow], owner: int) -> list[torch.Tensor]:
+        """The tensors of all experts of a layer, in one collective of each kind."""
+        own = [p.detach() for row in rows if (p := self.own_parameter(row)) is not None]
+        if self._ep.size() == self._pp.size() == 1:
+            experts: Sequence[torch.Tensor] = own
+        else:
+            shape = (len(rows), sum(part[0] for part in rows[0].hf_shapes), rows[0].hf_shapes[0][1])
+            stacked = torch.empty(shape, dtype=self._dtype, device=self.device)
+            if self._pp.rank() == owner:
+                dist.all_gather_into_tensor(stacked, torch.stack(own), group=self._ep)
+            self._broadcast(stacked, owner)
+            experts = stacked.unbind()
+        return [
+            part for row, fused in zip(rows, experts, strict=True) for part in row.split(fused, 1)
+        ]
+
+    def _broadcast(self, tensor: torch.Tensor, owner: int) -> None:
+        if self._pp.size() > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self._pp, owner), group=self._pp)
+
     def _pipeline_owners(self) -> list[int]:
-        """For each row of the table, the first pipeline rank that has it."""
-        owned = [self._own_name(row) is not None for row in self.table]
+        """For each row of the table, the first pipeline rank that has it, or experts like it."""
+        layers = {row.experts for row in self.table if self._own_name(row) is not None}
+        owned = [
+            row.experts in layers if row.experts else self._own_name(row) is not None
+            for row in self.table
+        ]
         by_rank: list[list[bool]] = [owned] * self._pp.size()
         if self._pp.size() > 1:
             dist.all_gather_object(by_rank, owned, group=self._pp)
         return [column.index(True) for column in zip(*by_rank, strict=True)]
+
+
+def _is_gathered_with(row_and_owner: tuple[WeightRow, int]) -> tuple[str, ...]:
+    row, _ = row_and_owner
+    return (row.experts,) if row.experts else row.names
 
 
 def _mark(parameter: torch.nn.Parameter, axis: int) -> None:
@@ -319,13 +229,18 @@ def _mark(parameter: torch.nn.Parameter, axis: int) -> None:
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
 
 
-def _named_globally(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name, with layers numbered over the whole model instead of this stage."""
+_LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+")
+"""The number of an expert, as SequentialMLP and as Transformer Engine's TEGroupedMLP have it."""
+
+
+def _named_globally(model: torch.nn.Module, *, first_expert: int) -> dict[str, torch.nn.Parameter]:
+    """Parameters by name, with layers and experts numbered over the whole model."""
     first_layer = model.decoder.layers[0].layer_number - 1
     parameters = {}
     for name, parameter in model.named_parameters():
         if name.startswith("decoder.layers."):
             _, _, local, rest = name.split(".", 3)
             name = f"decoder.layers.{int(local) + first_layer}.{rest}"
+            name = _LOCAL_EXPERT.sub(lambda number: str(int(number[0]) + first_expert), name)
         parameters[name] = parameter
     return parameters

@@ -2,17 +2,54 @@
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 VOCAB_SIZE = 512
 STOP_TOKEN_IDS = [1, *range(400, 430)]
 """So many that a random model ends one in two completions of a few tens of tokens."""
+SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # so that models differ in what they find likely
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+}
 
 
 def save_tiny_qwen3(folder, *, tied, seed):
     """Write a random fp32 model of 2 layers, hidden 64, vocabulary 512."""
     torch.manual_seed(seed)
     save_model(_model(tied=tied), folder)
+
+
+@torch.no_grad()
+def save_tiny_qwen3_moe(folder, *, seed, norm_topk_prob=True):
+    """Write a random untied fp32 model of 2 layers, each token through 2 of their 8 experts."""
+    torch.manual_seed(seed)
+    experts = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": norm_topk_prob,
+    }
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, tie_word_embeddings=False))
+    for name, parameter in model.float().named_parameters():
+        if "norm" in name:
+            parameter += 0.3 * torch.randn_like(parameter)
+    save_model(model, folder)
 
 
 @torch.no_grad()
@@ -54,22 +91,7 @@ def save_endless_qwen3(folder, *, seed):
 
 
 def _model(*, tied):
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=512,
-        tie_word_embeddings=tied,
-        initializer_range=0.2,  # so that models differ in what they find likely
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    return Qwen3ForCausalLM(config).float()
+    return Qwen3ForCausalLM(Qwen3Config(**SIZES, tie_word_embeddings=tied)).float()
 
 
 def save_model(model, folder):

@@ -21,6 +21,15 @@ MODEL_SIZES = {
     "max_position_embeddings": 256,
 }
 
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+"""What makes `MODEL_SIZES` a mixture of experts."""
+
 
 def values(**sections: dict[str, Any]) -> dict[str, Any]:
     """A minimal config, with some sections' fields replaced or added."""

@@ -80,6 +80,16 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
     ("sections", "words"),
     [
         ({"reference": {"world_size": 3, "tensor_parallel_size": 2}}, ["3", "2", "2 or 4"]),
+        (
+            {
+                "policy": {
+                    "world_size": 4,
+                    "pipeline_parallel_size": 2,
+                    "expert_model_parallel_size": 4,
+                }
+            },
+            ["expert_model_parallel_size = 4", "2 ranks that hold a layer", "4 / ", "2)"],
+        ),
         ({"reference": {"sync_steps": 5}}, ["sync_steps = 5", "grpo.beta = 0"]),
         (
             {"reference": {"world_size": 2}, "grpo": {"beta": 0.1}},

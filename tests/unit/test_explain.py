@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from config_cases import MODEL_SIZES, write_config, write_model, write_run
+from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model, write_run
 from rich.console import Console
 
 from rlsys.config_load import config_fields, load_config
@@ -126,18 +126,43 @@ def test_beta_0_builds_no_reference(tmp_path):
 # --- memory --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_parameters_are_counted_as_transformers_has_them(tmp_path, model_type, tied):
     import torch
     import transformers
 
     sizes = {"model_type": model_type, "tie_word_embeddings": tied, "num_key_value_heads": 2}
+    if model_type == "qwen3_moe":
+        sizes |= EXPERTS
     folder = write_model(tmp_path / "model", **sizes)
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     assert read_model_shape(folder).num_params == model.num_parameters()
+
+
+def test_a_token_goes_through_the_experts_that_it_is_routed_to(tmp_path):
+    all_of_them = {"num_experts_per_tok": EXPERTS["num_experts"]}
+    whole = read_model_shape(write_model(tmp_path / "whole", **EXPERTS | all_of_them))
+    assert whole.num_active_params == whole.num_params
+    shape = read_model_shape(write_model(tmp_path / "sparse", **EXPERTS))
+    assert shape.num_params == whole.num_params
+    # 4 layers, 6 experts that a token skips, 3 matrices of 64 x 32.
+    assert shape.num_params - shape.num_active_params == 4 * 6 * 3 * 64 * 32
+
+
+def test_ranks_share_experts_and_their_optimizer_state(tmp_path):
+    write_model(tmp_path / "model", **EXPERTS)
+    policy = {"world_size": 4, "expert_model_parallel_size": 4}
+    shared, shape = estimates(tmp_path, "cuda", policy=policy)
+    replicas, _ = estimates(tmp_path, "cuda", policy={"world_size": 4})
+    experts = 4 * shape.expert_params
+    weights = [found["policy"].gib["weights"] * GIB for found in (replicas, shared)]
+    assert weights[0] - weights[1] == pytest.approx(experts * 3 / 4 * 2)
+    # Each expert's state is in one place either way.
+    states = [found["policy"].gib["optimizer"] for found in (replicas, shared)]
+    assert states[0] == pytest.approx(states[1])
 
 
 def estimates(tmp_path, device, **sections):

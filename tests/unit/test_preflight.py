@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from config_cases import write_model, write_run
+from config_cases import EXPERTS, write_model, write_run
 
 from rlsys.config_load import load_config, save_config
 from rlsys.preflight import check_run
@@ -48,6 +48,11 @@ def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
         ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
         ({"max_position_embeddings": 100}, ["64 + ", "= 128 tokens", "100", "lower one by 28"]),
         ({"head_dim": 16}, ["16 dimensions", "vLLM on CPU"]),
+        (EXPERTS | {"decoder_sparse_step": 2}, ["decoder_sparse_step = 2"]),
+        (EXPERTS | {"mlp_only_layers": [0]}, ["mlp_only_layers = [0]"]),
+        (EXPERTS | {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "8 experts"]),
+        (EXPERTS | {"num_experts_per_tok": 1}, ["norm_topk_prob", "num_experts_per_tok = 1"]),
+        ({"model_type": "qwen3_moe"}, ["lacks 'num_experts'"]),
     ],
 )
 def test_a_model_that_cannot_be_used(problems, tmp_path, sizes, words):
@@ -79,6 +84,32 @@ def test_attention_that_is_not_to_be_had(problems, monkeypatch, backend, device,
 def test_attention_of_gpus_may_be_had_elsewhere_in_the_cluster(problems, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert problems(device="auto", policy={"attention_backend": "fused"}) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["--policy.expert_model_parallel_size", "16", "--policy.world_size", "16"],
+            ["expert_model_parallel_size = 16", "8 experts", "use 1 or 2 or 4 or 8"],
+        ),
+        (
+            ["--policy.tensor_parallel_size", "2", "--policy.world_size", "2"],
+            ["tensor_parallel_size = 2", "set policy.expert_model_parallel_size to 2"],
+        ),
+        (["--rollout.tensor_parallel_size", "64"], ["8 attention heads", "size 32", "4 or 8"]),
+    ],
+)
+def test_layouts_that_do_not_fit_a_mixture_of_experts(problems, tmp_path, overrides, words):
+    # What transformers 5 writes instead of num_experts; no rank has a dense layer's intermediate.
+    sizes = EXPERTS | {"num_local_experts": 8, "intermediate_size": 127, "num_key_value_heads": 8}
+    del sizes["num_experts"]
+    write_model(tmp_path / "experts", **sizes)
+    model = {"path": str(tmp_path / "experts")}
+    assert problems(model=model) == []
+    text = only(problems(*overrides, model=model))
+    for word in words:
+        assert word in text
 
 
 def test_a_config_json_that_is_not_json(problems, tmp_path):
@@ -129,6 +160,10 @@ def test_a_chat_template_may_be_in_the_tokenizer_config(problems, tmp_path):
         (
             ["--policy.pipeline_parallel_size", "3", "--policy.world_size", "3"],
             ["pipeline_parallel_size = 3", "4 layers", "use 1 or 2 or 4"],
+        ),
+        (
+            ["--policy.expert_model_parallel_size", "2", "--policy.world_size", "2"],
+            ["expert_model_parallel_size = 2", "no experts", "leave it out"],
         ),
         (
             ["--rollout.tensor_parallel_size", "16"],

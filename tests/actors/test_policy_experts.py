@@ -1,0 +1,192 @@
+"""Mixtures of experts: log-probs, gradient and weights are those of transformers, wherever the
+experts are."""
+
+import math
+
+import pytest
+import torch
+from policy_cases import (
+    exported,
+    off_policy_batch,
+    padded_logprobs,
+    policy_config,
+    random_batch,
+)
+from safetensors.torch import load_file
+from tiny_models import save_tiny_qwen3_moe
+from transformers import AutoModelForCausalLM
+
+from rlsys.algo.batching import micro_batches, shard_rows
+
+pytestmark = pytest.mark.system
+
+EP_2 = {"world_size": 2, "expert_model_parallel_size": 2}
+LAYOUTS = {
+    "one rank": {},
+    "EP 2": EP_2,
+    "TP 2 x EP 2": EP_2 | {"tensor_parallel_size": 2},
+    "PP 2 x EP 2": EP_2 | {"world_size": 4, "pipeline_parallel_size": 2},
+    "TP 2 x DP 2 x EP 4": {
+        "world_size": 4,
+        "tensor_parallel_size": 2,
+        "expert_model_parallel_size": 4,
+    },
+}
+ONE_AND_TWO_MICRO_BATCHES = {"max_tokens_per_micro_batch": 64}
+"""Of the two data-parallel ranks of `random_batch`, which exchange tokens in each of them."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Model folders by norm_topk_prob."""
+    root = tmp_path_factory.mktemp("experts")
+    for normalised in (True, False):
+        save_tiny_qwen3_moe(root / str(normalised), seed=5, norm_topk_prob=normalised)
+    return {normalised: root / str(normalised) for normalised in (True, False)}
+
+
+def of_transformers(folder, batch, dtype=torch.float32):
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, experts_implementation="eager"
+    )
+    return model, padded_logprobs(model, batch)
+
+
+def by_expert(tensors):
+    """What transformers holds of all experts in one tensor, under the names of checkpoints."""
+    for name, tensor in tensors:
+        if ".experts." not in name:
+            yield name, tensor
+            continue
+        prefix, _, fused = name.rpartition(".")
+        parts = ["gate_proj", "up_proj"] if fused == "gate_up_proj" else ["down_proj"]
+        for expert, both in enumerate(tensor):
+            for part, value in zip(parts, both.chunk(len(parts)), strict=True):
+                yield f"{prefix}.{expert}.{part}.weight", value
+
+
+def norm(tensors):
+    return math.sqrt(sum(tensor.double().square().sum() for tensor in tensors.values()))
+
+
+def test_the_ranks_have_different_numbers_of_micro_batches():
+    lengths = random_batch().lengths
+    shards = shard_rows(range(8), lengths, num_shards=2)
+    tokens = ONE_AND_TWO_MICRO_BATCHES["max_tokens_per_micro_batch"]
+    counts = [len(micro_batches(s, lengths, micro_batch_size=3, max_tokens=tokens)) for s in shards]
+    assert sorted(counts) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("normalised", "layout", "splitting"),
+    [
+        (True, "one rank", {}),
+        (False, "one rank", {"micro_batch_size": 1}),
+        (False, "EP 2", ONE_AND_TWO_MICRO_BATCHES),
+        (True, "TP 2 x EP 2", {}),
+        (True, "PP 2 x EP 2", {}),
+    ],
+)
+def test_logprobs_are_those_of_transformers_and_a_round_trip_is_bit_equal(
+    lab, folders, normalised, layout, splitting
+):
+    folder, batch = folders[normalised], random_batch()
+    policy = lab.policy(policy_config(folder, **LAYOUTS[layout], **splitting))
+    with torch.no_grad():
+        _, expected = of_transformers(folder, batch)
+    torch.testing.assert_close(policy.compute_logprobs(batch), expected, rtol=0, atol=1e-5)
+    tensors, saved = exported(policy), load_file(folder / "model.safetensors")
+    assert tensors.keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in tensors.items())
+    announced = {meta.name: meta.shape for meta in policy.weight_metadata()}
+    assert announced == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def test_these_models_are_sensitive_to_how_experts_are_weighted(folders):
+    batch = random_batch()
+    with torch.no_grad():
+        model, normalised = of_transformers(folders[True], batch)
+        for layer in model.model.layers:
+            layer.mlp.gate.norm_topk_prob = False
+        assert (padded_logprobs(model, batch) - normalised).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("layout", "splitting"),
+    [("EP 2", ONE_AND_TWO_MICRO_BATCHES), ("TP 2 x DP 2 x EP 4", {"recompute": "selective"})],
+)
+def test_the_gradient_is_that_of_plain_transformers(lab, folders, layout, splitting):
+    batch = random_batch()
+    # Sharded optimizers leave each rank with the sum of its own part of the gradient only.
+    options = LAYOUTS[layout] | splitting | {"use_distributed_optimizer": False}
+    gradient = lab.policy(policy_config(folders[True], **options)).call("gradient", batch)[0]
+    model, logprobs = of_transformers(folders[True], batch, dtype=torch.float64)
+    means = ((logprobs - logprobs.detach()).exp() * batch.advantages).sum(1)
+    (-(means / batch.completion_mask.sum(1)).mean()).backward()
+    expected = dict(by_expert((n, p.grad) for n, p in model.named_parameters()))
+    assert gradient.keys() == expected.keys()
+    differences = {name: gradient[name] - expected[name] for name in expected}
+    assert norm(differences) <= 1e-5 * norm(expected)
+    router = {name: tensor for name, tensor in expected.items() if ".gate." in name}
+    experts = {name: tensor for name, tensor in expected.items() if ".experts." in name}
+    for part in (router, experts):
+        assert norm(part) > 0.01
+        assert norm({name: differences[name] for name in part}) <= 1e-5 * norm(part)
+
+
+def train(lab, folder, batch, **options):
+    """Metrics of three clipped updates, and the weights after them.
+
+    Some experts see few tokens: with AdamW's usual epsilon, rounding would move their weights.
+    """
+    grpo = {"epsilon": 0.1, "epsilon_high": 0.15}
+    options |= {"max_grad_norm": 0.1, "adam_eps": 1e-5}
+    policy = lab.policy(policy_config(folder, grpo=grpo, **options))
+    metrics = [policy.update(batch).metrics for _ in range(3)]
+    return metrics, exported(policy)
+
+
+@pytest.fixture(scope="module")
+def one_rank(lab, folders):
+    with torch.no_grad():
+        batch = off_policy_batch(of_transformers(folders[True], random_batch())[1])
+    return batch, *train(lab, folders[True], batch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        LAYOUTS["EP 2"] | ONE_AND_TWO_MICRO_BATCHES,
+        LAYOUTS["PP 2 x EP 2"] | {"use_distributed_optimizer": False},
+        LAYOUTS["TP 2 x DP 2 x EP 4"],
+    ],
+    ids=str,
+)
+def test_updates_do_not_depend_on_where_experts_are(lab, folders, one_rank, options):
+    batch, expected_metrics, expected_weights = one_rank
+    assert all(update["grad_norm"] > 0.2 for update in expected_metrics)  # so it is clipped
+    metrics, weights = train(lab, folders[True], batch, **options)
+    for update, expected in zip(metrics, expected_metrics, strict=True):
+        assert update == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected_weights[name], rtol=0, atol=1e-5, msg=name)
+
+
+def test_a_run_continues_with_its_experts_elsewhere(lab, folders, one_rank, tmp_path):
+    batch, *_ = one_rank
+    policy = lab.policy(policy_config(folders[True], adam_eps=1e-5, **LAYOUTS["EP 2"]))
+    policy.update(batch)
+    policy.save_checkpoint(tmp_path)
+    at_checkpoint = exported(policy)
+    policy.update(batch)
+    expected = exported(policy)
+    elsewhere = LAYOUTS["TP 2 x DP 2 x EP 4"]
+    policy = lab.policy(policy_config(folders[True], adam_eps=1e-5, **elsewhere))
+    policy.load_checkpoint(tmp_path)
+    assert all(torch.equal(tensor, at_checkpoint[n]) for n, tensor in exported(policy).items())
+    policy.update(batch)
+    for name, tensor in exported(policy).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-5, msg=name)
+    policy = lab.policy(policy_config(folders[True]))
+    with pytest.raises(Exception, match=r"expert_model_parallel_size above 1.*also above 1"):
+        policy.load_checkpoint(tmp_path)
