@@ -323,6 +323,9 @@ class PolicyConfig(Section):
     """Ranks that share the experts of each layer, in a mixture of experts: tensor-parallel ranks
     first, then data-parallel ones, which then exchange tokens. Must be above 1 where
     tensor_parallel_size is."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of each sequence, for completions whose activations do not fit on
+    one GPU. Sequences are filled up to a multiple of twice this."""
     global_batch_size: PositiveInt | None = None
     """Completions an optimizer step; None is generation_batch_size, one step a rollout."""
     micro_batch_size: PositiveInt = 8
@@ -387,6 +390,8 @@ class ReferenceConfig(Section):
     """Ranks; they hold replicas except for tensor_parallel_size."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share each layer."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share the tokens of each sequence."""
     sync_steps: PositiveInt | None = None
     """Take the policy's weights every so many steps (TRL's ref_model_sync_steps); None keeps the
     reference as it is."""
@@ -557,6 +562,9 @@ class Config(Section):
     @property
     def data_parallel_size(self) -> int:
         """Replicas of the policy."""
-        return self.policy.world_size // (
-            self.policy.tensor_parallel_size * self.policy.pipeline_parallel_size
+        policy = self.policy
+        return policy.world_size // (
+            policy.tensor_parallel_size
+            * policy.pipeline_parallel_size
+            * policy.context_parallel_size
         )

@@ -110,18 +110,23 @@ def _batch_problems(config: Config) -> Iterator[RuleProblem]:
 
 def _parallelism_problems(config: Config) -> Iterator[RuleProblem]:
     policy, reference = config.policy, config.reference
-    tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
+    tp, pp, cp = (
+        policy.tensor_parallel_size,
+        policy.pipeline_parallel_size,
+        policy.context_parallel_size,
+    )
     rank_fields = (
         "policy.world_size",
         "policy.tensor_parallel_size",
         "policy.pipeline_parallel_size",
+        "policy.context_parallel_size",
     )
-    if policy.world_size % (tp * pp):
+    if policy.world_size % (tp * pp * cp):
         yield RuleProblem(
             rank_fields,
             f"policy.world_size = {policy.world_size} is not a multiple of tensor_parallel_size "
-            f"{tp} x pipeline_parallel_size {pp} = {tp * pp}: use "
-            f"{_near_multiples(policy.world_size, tp * pp)} ranks",
+            f"{tp} x pipeline_parallel_size {pp} x context_parallel_size {cp} = {tp * pp * cp}: "
+            f"use {_near_multiples(policy.world_size, tp * pp * cp)} ranks",
         )
     elif config.global_batch_size % config.data_parallel_size:
         field = name = "policy.global_batch_size"
@@ -132,17 +137,29 @@ def _parallelism_problems(config: Config) -> Iterator[RuleProblem]:
             (*rank_fields, field),
             f"{name} = {config.global_batch_size} cannot be shared equally among "
             f"{config.data_parallel_size} data-parallel ranks (policy.world_size "
-            f"{policy.world_size} / ({tp} x {pp})): use "
+            f"{policy.world_size} / ({tp} x {pp} x {cp})): use "
             f"{_near_multiples(config.global_batch_size, config.data_parallel_size)}, or another "
             "number of ranks",
         )
     yield from _expert_parallelism_problems(policy)
-    if reference.world_size % reference.tensor_parallel_size:
+    replica = reference.tensor_parallel_size * reference.context_parallel_size
+    if reference.world_size % replica:
         yield RuleProblem(
-            ("reference.world_size", "reference.tensor_parallel_size"),
+            (
+                "reference.world_size",
+                "reference.tensor_parallel_size",
+                "reference.context_parallel_size",
+            ),
             f"reference.world_size = {reference.world_size} is not a multiple of "
-            f"reference.tensor_parallel_size = {reference.tensor_parallel_size}: use "
-            f"{_near_multiples(reference.world_size, reference.tensor_parallel_size)} ranks",
+            f"reference.tensor_parallel_size {reference.tensor_parallel_size} x "
+            f"context_parallel_size {reference.context_parallel_size} = {replica}: use "
+            f"{_near_multiples(reference.world_size, replica)} ranks",
+        )
+    if cp > 1 and policy.attention_backend == "unfused":
+        yield RuleProblem(
+            ("policy.attention_backend", "policy.context_parallel_size"),
+            f"policy.attention_backend = unfused knows no context_parallel_size = {cp}: use auto, "
+            "fused or flash",
         )
 
     if reference.sync_steps is not None and config.grpo.beta == 0:

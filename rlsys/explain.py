@@ -91,7 +91,7 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
             "  of these, a rank has",
             f"{per_rank} = {per_step} / {config.data_parallel_size} data-parallel ranks "
             f"(world_size {policy.world_size} / (TP {policy.tensor_parallel_size} x PP "
-            f"{policy.pipeline_parallel_size}))",
+            f"{policy.pipeline_parallel_size} x CP {policy.context_parallel_size}))",
         ),
         ("  in micro-batches", f"{micro}at most {micro_batch_tokens(config):,} tokens each"),
         (

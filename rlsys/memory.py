@@ -95,12 +95,13 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
     dense, experts = rank_params(shape, tp=tp, pp=pp), rank_expert_params(shape, ep=ep, pp=pp)
     params = dense + experts
     width = _bytes_per_weight(config, device)
+    cp = policy.context_parallel_size
     shards = expert_shards = 1
     if policy.use_distributed_optimizer:
-        shards, expert_shards = config.data_parallel_size, policy.world_size // (pp * ep)
+        shards, expert_shards = config.data_parallel_size * cp, policy.world_size // (pp * ep)
     # AdamW's two moments; bf16 weights also have a master copy in fp32.
     state = 8 if width == 4 else 12
-    tokens = micro_batch_tokens(config)
+    tokens = -(-micro_batch_tokens(config) // cp)
     layers = shape.num_layers // pp
     per_layer = _activation_elements(shape)
     again = _recomputed_elements(config, shape)
@@ -140,7 +141,7 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
             "optimizer": f"parameters x {state} bytes (AdamW's moments"
             + (", fp32 copy" if state == 12 else "")
             + f") / {shards}"
-            + (" data-parallel ranks" if shards > 1 else "")
+            + (" ranks" if shards > 1 else "")
             + (f", of experts / {expert_shards}" if shape.is_moe else ""),
             "activations": f"{tokens:,} tokens x ({kept} numbers) x {width} bytes x PP / TP",
             "logits": logits_text,
@@ -202,7 +203,7 @@ def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEsti
 
 def _reference(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
     tp, width = config.reference.tensor_parallel_size, _bytes_per_weight(config, device)
-    tokens = micro_batch_tokens(config)
+    tokens = -(-micro_batch_tokens(config) // config.reference.context_parallel_size)
     return MemoryEstimate(
         "reference",
         {

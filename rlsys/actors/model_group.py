@@ -43,6 +43,7 @@ class ModelRank:
         tensor_parallel_size: int,
         pipeline_parallel_size: int = 1,
         expert_model_parallel_size: int = 1,
+        context_parallel_size: int = 1,
     ) -> None:
         """Become one of `world_size` megatron-core ranks; the first thing that imports megatron."""
         from rlsys.engines.megatron_cpu import enable_megatron_on_cpu
@@ -66,6 +67,7 @@ class ModelRank:
             tensor_parallel_size=tensor_parallel_size,
             pipeline_parallel_size=pipeline_parallel_size,
             expert_model_parallel_size=expert_model_parallel_size,
+            context_parallel_size=context_parallel_size,
             timeout_s=timeout_s,
         )
         initialize_parallel(layout, self.store, seed=self.config.seed)

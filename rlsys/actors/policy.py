@@ -34,6 +34,7 @@ class PolicyRank(ModelRank):
             tensor_parallel_size=policy.tensor_parallel_size,
             pipeline_parallel_size=policy.pipeline_parallel_size,
             expert_model_parallel_size=policy.expert_model_parallel_size,
+            context_parallel_size=policy.context_parallel_size,
         )
         from rlsys.engines.megatron import MegatronPolicy
 

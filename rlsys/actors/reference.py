@@ -30,6 +30,7 @@ class ReferenceRank(ModelRank):
             tensor_parallel_size=self.config.reference.tensor_parallel_size,
             # What tensor parallelism does for other layers: a share of the experts a rank.
             expert_model_parallel_size=self.config.reference.tensor_parallel_size,
+            context_parallel_size=self.config.reference.context_parallel_size,
         )
         from rlsys.engines.megatron_reference import MegatronReference
 

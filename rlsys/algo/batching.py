@@ -220,6 +220,7 @@ def pack(
     weights_NS: Tensor,
     *,
     multiple_of: int = 1,
+    sequence_multiple_of: int = 1,
     total_tokens: int | None = None,
 ) -> PackedMicroBatch:
     """Concatenates `rows` of `batch` without their padding.
@@ -233,6 +234,9 @@ def pack(
         rows: row numbers of one micro-batch, at least one.
         weights_NS: [N, S] float32, aligned with `batch`, from `loss_weights`.
         multiple_of: T is a multiple of this.
+        sequence_multiple_of: so is every sequence's length of this one (context parallelism cuts
+            sequences into chunks), filled at its end with tokens 0, which train nothing; it
+            divides `multiple_of` and `total_tokens`.
         total_tokens: T itself; None takes the smallest possible.
 
     Raises:
@@ -240,19 +244,23 @@ def pack(
     """
     index_B = torch.as_tensor(rows, dtype=torch.int64)
     lengths_B = batch.lengths[index_B]
-    positions_S = torch.arange(batch.input_ids.shape[1])
-    valid_BS = positions_S < lengths_B[:, None]
+    filled_B = lengths_B + -lengths_B % sequence_multiple_of
+    beyond = max(0, int(filled_B.max()) - batch.input_ids.shape[1])
+    positions_S = torch.arange(batch.input_ids.shape[1] + beyond)
+    valid_BS = positions_S < filled_B[:, None]
     predicting_BS = positions_S < lengths_B[:, None] - 1
-    fill = _num_filling_tokens(int(lengths_B.sum()), multiple_of, total_tokens)
-    lengths = [*lengths_B.tolist(), *([fill] if fill else [])]
+    fill = _num_filling_tokens(int(filled_B.sum()), multiple_of, total_tokens)
+    lengths = [*filled_B.tolist(), *([fill] if fill else [])]
+    input_ids_BS = pad(batch.input_ids[index_B], (0, beyond))
+    input_ids_BS = input_ids_BS.masked_fill(positions_S >= lengths_B[:, None], 0)
 
     def shift(values_NS: Tensor) -> Tensor:
         """[N, S] at own positions -> [T] at predicting positions."""
-        shifted_BS = pad(values_NS[index_B, 1:], (0, 1))
+        shifted_BS = pad(values_NS[index_B, 1:], (0, 1 + beyond))
         return pad(shifted_BS.masked_fill(~predicting_BS, 0)[valid_BS], (0, fill))
 
     return PackedMicroBatch(
-        input_ids=pad(batch.input_ids[index_B][valid_BS], (0, fill)),
+        input_ids=pad(input_ids_BS[valid_BS], (0, fill)),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(),
         max_seqlen=max(lengths),
@@ -295,4 +303,5 @@ def unpack_logprobs(
     # Without strict: the filling has a sequence, but no row.
     for row, start, end in zip(rows, starts, starts[1:], strict=False):
         out_NS[row] = 0
+        end = min(end, start + out_NS.shape[1])  # beyond is what `sequence_multiple_of` filled
         out_NS[row, 1 : end - start] = masked_T[start : end - 1]

@@ -38,6 +38,7 @@ from rlsys.algo.batching import (
     shard_rows,
     unpack_logprobs,
 )
+from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
 from rlsys.algo.names import aggregation_of
@@ -65,6 +66,7 @@ class ParallelLayout:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     expert_model_parallel_size: int
+    context_parallel_size: int
     timeout_s: float
 
 
@@ -82,6 +84,7 @@ def initialize_parallel(layout: ParallelLayout, store: dist.Store, *, seed: int)
         layout.pipeline_parallel_size,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=1,  # an expert is small enough to be whole on a rank
+        context_parallel_size=layout.context_parallel_size,
         distributed_timeout_minutes=max(1, math.ceil(layout.timeout_s / 60)),
     )
     model_parallel_cuda_manual_seed(seed)
@@ -130,6 +133,7 @@ class MegatronModel:
                 )
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
+        self._cp_group = parallel_state.get_context_parallel_group()
 
     @property
     def _experts_span_data_parallel_ranks(self) -> bool:
@@ -142,7 +146,11 @@ class MegatronModel:
     @property
     def reports(self) -> bool:
         """Whether this rank is the one of its model replica that returns results."""
-        return self.model.post_process and parallel_state.get_tensor_model_parallel_rank() == 0
+        return (
+            self.model.post_process
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and self._cp_group.rank() == 0
+        )
 
     @torch.no_grad()
     def compute_logprobs(
@@ -193,7 +201,11 @@ class MegatronModel:
         Micro-batches are of equal size where pipeline stages exchange them, and equally many where
         data-parallel ranks exchange tokens for their experts.
         """
-        policy, tp = self.config.policy, self.transformer_config.tensor_model_parallel_size
+        policy = self.config.policy
+        tp, cp = self.transformer_config.tensor_model_parallel_size, self._cp_group.size()
+        # Context parallelism cuts each sequence into chunks, sequence parallelism what a rank has.
+        of_sequence = 2 * cp if cp > 1 else 1
+        of_all = math.lcm(of_sequence, tp * cp)
         lengths = batch.lengths.tolist()
         row_lists_of_ranks = [
             micro_batches(
@@ -207,10 +219,18 @@ class MegatronModel:
         row_lists = row_lists_of_ranks[self._dp_rank]
         total_tokens = None
         if self.transformer_config.pipeline_model_parallel_size > 1:
-            longest = max(sum(lengths[row] for row in rows) for rows in row_lists)
-            total_tokens = math.ceil(longest / tp) * tp
+            filled = [math.ceil(length / of_sequence) * of_sequence for length in lengths]
+            longest = max(sum(filled[row] for row in rows) for rows in row_lists)
+            total_tokens = math.ceil(longest / of_all) * of_all
         packed = [
-            pack(batch, rows, weights, multiple_of=tp, total_tokens=total_tokens)
+            pack(
+                batch,
+                rows,
+                weights,
+                multiple_of=of_all,
+                sequence_multiple_of=of_sequence,
+                total_tokens=total_tokens,
+            )
             for rows in row_lists
         ]
         if self._experts_span_data_parallel_ranks:
@@ -222,7 +242,8 @@ class MegatronModel:
                     untrained,
                     shortest,
                     torch.zeros_like(weights),
-                    multiple_of=tp,
+                    multiple_of=of_all,
+                    sequence_multiple_of=of_sequence,
                     total_tokens=total_tokens,
                 )
             ]
@@ -246,24 +267,24 @@ class MegatronModel:
         """
 
         def forward_step(micro_batches: Iterator[PackedMicroBatch], model: torch.nn.Module):
-            micro_batch = next(micro_batches).to(self.device)
+            micro_batch = next(micro_batches)
+            positions = chunk_positions(micro_batch.cu_seqlens, self._cp_group.size())
+            micro_batch, positions = micro_batch.to(self.device), positions.to(self.device)
+            own = positions[self._cp_group.rank()]
             hidden = model(
-                micro_batch.input_ids[None],
-                micro_batch.position_ids[None],
+                micro_batch.input_ids[own][None],
+                micro_batch.position_ids[own][None],
                 attention_mask=None,
-                packed_seq_params=PackedSeqParams(
-                    qkv_format="thd",
-                    cu_seqlens_q=micro_batch.cu_seqlens,
-                    cu_seqlens_kv=micro_batch.cu_seqlens,
-                    max_seqlen_q=micro_batch.max_seqlen,
-                    max_seqlen_kv=micro_batch.max_seqlen,
-                ),
+                packed_seq_params=_packed_seq_params(micro_batch, self._cp_group.size()),
             )
 
             def loss(hidden: torch.Tensor):
                 assert self._head is not None, "only the last pipeline stage has a loss"
-                logprobs, entropy = self._head(
-                    hidden, micro_batch.targets, self.config.rollout.temperature
+                logprobs, entropy = (
+                    gather_tokens(values, positions, self._cp_group, sum_gradients=False)
+                    for values in self._head(
+                        hidden, micro_batch.targets[own], self.config.rollout.temperature
+                    )
                 )
                 return loss_of(logprobs, entropy, micro_batch)
 
@@ -279,6 +300,23 @@ class MegatronModel:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+
+
+def _packed_seq_params(
+    micro_batch: PackedMicroBatch, context_parallel_size: int
+) -> PackedSeqParams:
+    # Transformer Engine wants to be told under context parallelism, and by the same object, that
+    # sequences are not padded: what fills them is a part of them that nothing attends to.
+    padded = micro_batch.cu_seqlens if context_parallel_size > 1 else None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro_batch.cu_seqlens,
+        cu_seqlens_kv=micro_batch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=micro_batch.max_seqlen,
+        max_seqlen_kv=micro_batch.max_seqlen,
+    )
 
 
 @contextmanager
@@ -423,7 +461,8 @@ class MegatronPolicy(MegatronModel):
         shards = shard_rows(rows, batch.lengths.tolist(), num_shards=self._dp_size)
         packed, _ = self._pack(batch, shards, weights)
         # The weights already hold the global denominator. megatron-core's schedule divides by the
-        # number of micro-batches and its DDP by the number of replicas: both are undone here.
+        # number of micro-batches and its DDP by the number of replicas: both are undone here. (Over
+        # context-parallel ranks it averages too, which the schedule has multiplied by already.)
         undo_averaging = len(packed) * self._dp_size
 
         def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch):

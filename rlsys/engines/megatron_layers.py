@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
@@ -18,6 +19,8 @@ from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
 )
+
+from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -50,9 +53,28 @@ class PackedAttention(MegatronModule):
         packed_seq_params: PackedSeqParams,
         **_: Any,
     ) -> torch.Tensor:
-        """[T, heads, d] queries, [T, kv_heads, d] keys and values -> [T, heads * d]."""
+        """[T, heads, d] queries, [T, kv_heads, d] keys and values -> [T, heads * d].
+
+        Under context parallelism T are this rank's tokens: those of all ranks are gathered, and
+        each rank computes everything, which is exact and good for no more than trying it on CPU.
+        """
         assert attention_mask is None, "packed sequences are causal by construction"
-        cu_seqlens = packed_seq_params.cu_seqlens_q.long()
+        group = parallel_state.get_context_parallel_group()
+        positions = chunk_positions(packed_seq_params.cu_seqlens_q, group.size())
+        query, key, value = (
+            gather_tokens(packed, positions, group, sum_gradients=True)
+            for packed in (query, key, value)
+        )
+        attended = self._attend(query, key, value, packed_seq_params.cu_seqlens_q.long())
+        return attended if group.size() == 1 else attended[positions[group.rank()]]
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+    ) -> torch.Tensor:
         lengths = cu_seqlens.diff()
         # (row, column) of every token in the padded layout
         rows = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)

@@ -95,6 +95,7 @@ def transformer_config(
         hidden_dropout=0.0,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
         sequence_parallel=tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,

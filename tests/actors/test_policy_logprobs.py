@@ -32,8 +32,10 @@ def test_logprobs_equal_those_of_transformers(lab, policy_models, expected, name
     torch.testing.assert_close(logprobs, expected[name], rtol=0, atol=1e-5)
 
 
-def test_logprobs_do_not_depend_on_packing(lab, policy_models, expected):
-    config = policy_config(policy_models["qwen3-tied"], max_tokens_per_micro_batch=40)
+@pytest.mark.parametrize("layout", ["one rank", "CP 2 x DP 2"])
+def test_logprobs_do_not_depend_on_packing(lab, policy_models, expected, layout):
+    options = LAYOUTS[layout] | {"max_tokens_per_micro_batch": 40}
+    config = policy_config(policy_models["qwen3-tied"], **options)
     logprobs = lab.policy(config).compute_logprobs(random_batch())
     torch.testing.assert_close(logprobs, expected["qwen3-tied"], rtol=0, atol=1e-5)
 

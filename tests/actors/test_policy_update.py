@@ -84,6 +84,7 @@ def oracle_gradient(folder, batch, grpo):
             {"loss_type": "cispo", "entropy_coef": 0.3},
             {"max_tokens_per_micro_batch": 32},
         ),
+        ("qwen2-untied", "TP 2 x CP 2", {"loss_type": "gspo", "entropy_coef": 0.3}, {}),
         ("qwen3-untied", "TP 2", {"use_bias_correction_kl": True}, {"recompute": "full"}),
     ],
     ids=str,
@@ -130,6 +131,9 @@ def one_rank(lab, policy_models, batches):
     [
         LAYOUTS["TP 2"],
         LAYOUTS["PP 2"],
+        LAYOUTS["CP 2"] | {"recompute": "full"},
+        LAYOUTS["PP 2 x CP 2"],
+        LAYOUTS["CP 2 x DP 2"] | {"max_tokens_per_micro_batch": 34, "overlap_grad_reduce": True},
         LAYOUTS["DP 2"],
         LAYOUTS["DP 2"] | {"use_distributed_optimizer": False},
         LAYOUTS["DP 2"] | {"max_tokens_per_micro_batch": 34},

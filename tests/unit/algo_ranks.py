@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.logprobs import chunked_logprobs, vocab_parallel_logprobs
 from rlsys.algo.metrics import MetricSums
 
@@ -26,6 +27,11 @@ def problem() -> dict[str, Tensor]:
     }
 
 
+def shared_tokens() -> Tensor:
+    """[T, 2] values of two sequences, of 4 and of 8 tokens."""
+    return torch.arange(24.0).view(12, 2)
+
+
 def statistics(rank: int) -> dict[str, Tensor]:
     """Statistics of a micro-batch of `rank`."""
     return {
@@ -38,7 +44,8 @@ def statistics(rank: int) -> dict[str, Tensor]:
 
 
 def run_rank(rank: int, world_size: int, folder: str) -> None:
-    """Tensor-parallel log-probs, unchunked and chunked, and reduced metrics, saved to `folder`."""
+    """Tensor-parallel log-probs, unchunked and chunked, tokens shared by context parallelism, and
+    reduced metrics, saved to `folder`."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -81,6 +88,14 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         "hidden_grad": hidden.grad,
         "weight_grad": weight.grad,
     }
+
+    positions = chunk_positions(torch.tensor([0, 4, 12]), world_size)
+    for sum_gradients in (False, True):
+        own = shared_tokens()[positions[rank]].requires_grad_()
+        gathered = gather_tokens(own, positions, group, sum_gradients=sum_gradients)
+        # The whole loss on every rank, or a rank's own part of it.
+        (gathered.square() * (1 + rank if sum_gradients else 1)).sum().backward()
+        results |= {f"gathered_{sum_gradients}": gathered.detach(), f"{sum_gradients}": own.grad}
 
     sums = MetricSums()
     sums.add(statistics(rank))

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+from rlsys.algo.context_parallel import chunk_positions
 from rlsys.algo.metrics import MetricSums
 
 WORLD_SIZE = 2
@@ -53,6 +54,17 @@ def test_gradients_of_slices_make_up_the_whole(ranks, whole):
     # Each rank has its share; megatron-core sums them where the hidden states came from.
     hidden_grad = sum(rank["hidden_grad"] for rank in ranks)
     torch.testing.assert_close(hidden_grad, whole["hidden_grad"], rtol=1e-5, atol=1e-5)
+
+
+def test_context_parallel_ranks_gather_all_tokens_and_their_gradients(ranks):
+    tokens = algo_ranks.shared_tokens()
+    positions = chunk_positions(torch.tensor([0, 4, 12]), WORLD_SIZE)
+    for number, rank in enumerate(ranks):
+        own = tokens[positions[number]]
+        assert torch.equal(rank["gathered_False"], tokens)
+        assert torch.equal(rank["gathered_True"], tokens)
+        assert torch.equal(rank["False"], 2 * own)
+        assert torch.equal(rank["True"], (1 + 2) * 2 * own)  # the parts of both ranks
 
 
 def test_reduced_metrics_are_those_of_one_rank_with_all_micro_batches(ranks):

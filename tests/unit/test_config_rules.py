@@ -34,17 +34,18 @@ def suggested(text: str) -> list[int]:
     ranks=st.integers(1, 12),
     tp=st.integers(1, 4),
     pp=st.integers(1, 4),
+    cp=st.integers(1, 3),
 )
 def test_a_config_is_accepted_exactly_when_its_batches_divide(
-    completions, generations, global_batch, ranks, tp, pp
+    completions, generations, global_batch, ranks, tp, pp, cp
 ):
     step = global_batch or completions
-    layout_fits = ranks % (tp * pp) == 0
+    layout_fits = ranks % (tp * pp * cp) == 0
     fits = (
         completions % generations == 0
         and completions % step == 0
         and layout_fits
-        and step % (ranks // (tp * pp)) == 0
+        and step % (ranks // (tp * pp * cp)) == 0
     )
     found = problems(
         rollout={"generation_batch_size": completions, "num_generations": generations},
@@ -53,6 +54,7 @@ def test_a_config_is_accepted_exactly_when_its_batches_divide(
             "world_size": ranks,
             "tensor_parallel_size": tp,
             "pipeline_parallel_size": pp,
+            "context_parallel_size": cp,
         },
     )
     assert (found == []) == fits
@@ -162,6 +164,20 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
                 }
             },
             ["use_distributed_optimizer cuts", "that is false"],
+        ),
+        (
+            {
+                "policy": {
+                    "world_size": 2,
+                    "context_parallel_size": 2,
+                    "attention_backend": "unfused",
+                }
+            },
+            ["unfused", "context_parallel_size = 2", "use auto"],
+        ),
+        (
+            {"reference": {"world_size": 3, "context_parallel_size": 2}},
+            ["3", "context_parallel_size 2", "use 2 or 4"],
         ),
         (
             {"policy": {"recompute": "full", "recompute_modules": ["core_attn"]}},

@@ -206,6 +206,8 @@ def test_recompute_and_smaller_micro_batches_need_less(tmp_path):
     assert activations(recompute="full") < activations(recompute="selective") < activations()
     attention_too = {"recompute": "selective", "recompute_modules": ["mlp", "core_attn"]}
     assert activations(**attention_too) < activations(recompute="selective")
+    two_ranks = {"world_size": 2, "context_parallel_size": 2}
+    assert activations(**two_ranks) == pytest.approx(activations() / 2)
     assert activations(micro_batch_size=4) == pytest.approx(activations() / 2)
     assert activations(max_tokens_per_micro_batch=128) == pytest.approx(activations() / 8)
 
