@@ -21,6 +21,7 @@ Prints JSON; progress goes to stderr.
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -54,6 +55,7 @@ VARIANTS = {
     "dp2_no_overlap": {"world_size": 2, "overlap_grad_reduce": False},
     "tp2": {"world_size": 2, "tensor_parallel_size": 2},
     "pp2": {"world_size": 2, "pipeline_parallel_size": 2},
+    "cp2": {"world_size": 2, "context_parallel_size": 2},
 }
 """Settings of policy.*, and `chunk` (tokens of a chunk of logits) and `fuse_weight_gradients`,
 which are no settings. Every data-parallel rank has as many rows as one rank alone."""
@@ -190,6 +192,8 @@ def make_policy(config, arguments, *, chunk, fuse):
         world_size=policy.world_size,
         tensor_parallel_size=policy.tensor_parallel_size,
         pipeline_parallel_size=policy.pipeline_parallel_size,
+        expert_model_parallel_size=policy.expert_model_parallel_size,
+        context_parallel_size=policy.context_parallel_size,
         timeout_s=timeout_s,
     )
     megatron.initialize_parallel(layout, store, seed=0)
@@ -202,8 +206,8 @@ def make_policy(config, arguments, *, chunk, fuse):
 
 def make_config(arguments, settings):
     policy = {"max_tokens_per_micro_batch": arguments.tokens_per_micro_batch, **settings}
-    parts = policy.get("tensor_parallel_size", 1) * policy.get("pipeline_parallel_size", 1)
-    replicas = policy.get("world_size", 1) // parts
+    parts = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
+    replicas = policy.get("world_size", 1) // math.prod(policy.get(part, 1) for part in parts)
     prompt = arguments.tokens // 8
     return Config.model_validate(
         {
