@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, BinaryIO
@@ -38,8 +39,9 @@ class Limit(Enum):
 class BoundedCalls:
     """A function `module:name` that takes and returns JSON, called in a helper process.
 
-    The process starts, and imports what it needs, in the constructor, and again at the next call
-    after one that exceeded its limits. It ends with this object or with the process that holds it.
+    The process starts, and imports what it needs, with `start_helpers` or else at the first call,
+    and again at the next call after one that exceeded its limits. It ends with this object or with
+    the process that holds it.
 
     Example:
         match = BoundedCalls("rlsys.rewards.regex_match:matches", cpu_limit_s=1.0)
@@ -56,9 +58,9 @@ class BoundedCalls:
         self.function = function
         self.cpu_limit_s = cpu_limit_s
         self.memory_gib = memory_gib
+        self._is_ready = False
         self._lock = threading.Lock()
-        # Not at the first call, whose time is limited: the imports may take seconds.
-        self._process = self._start()
+        _made.add(self)
 
     def __call__(self, *args: Any) -> Any:
         """The function's result, or `Limit.EXCEEDED`.
@@ -90,7 +92,9 @@ class BoundedCalls:
 
     def _ask(self, request: str) -> dict[str, Any] | None:
         """One exchange; None when the helper died of it."""
-        process = self._process = self._process or self._start()
+        if self._process is None:
+            self._launch()
+        process = self._ready_process()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -107,20 +111,27 @@ class BoundedCalls:
             raise self._ended(process)
         return None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _launch(self) -> None:
         # What this process can import, the helper can: sys.path may be Ray's, not the shell's.
         path = os.pathsep.join(entry for entry in sys.path if entry)
         settings = json.dumps([self.function, self.cpu_limit_s, self.memory_gib])
-        process = subprocess.Popen(
+        self._is_ready = False
+        self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path},
         )
+
+    def _ready_process(self) -> subprocess.Popen[bytes]:
+        process = self._process
+        assert process is not None
         assert process.stdout is not None
-        if process.stdout.readline() != _READY:
+        if not self._is_ready and process.stdout.readline() != _READY:
             process.communicate()
+            self._process = None
             raise self._ended(process)
+        self._is_ready = True
         return process
 
     def _ended(self, process: subprocess.Popen[bytes]) -> RuntimeError:
@@ -128,6 +139,26 @@ class BoundedCalls:
             f"the helper process of {self.function} ended with code {process.returncode}; its own "
             "words are in the log above"
         )
+
+
+_made: weakref.WeakSet[BoundedCalls] = weakref.WeakSet()
+"""Those of this process."""
+
+
+def start_helpers() -> None:
+    """Start the helper processes of all `BoundedCalls` of this process, all at the same time.
+
+    Before calls whose time is limited, as the imports may take seconds. Only where no other thread
+    makes any or calls them.
+
+    Raises:
+        RuntimeError: one ended instead of starting.
+    """
+    waiting = [calls for calls in _made if calls._process is None]
+    for calls in waiting:
+        calls._launch()
+    for calls in waiting:
+        calls._ready_process()
 
 
 def serve() -> None:

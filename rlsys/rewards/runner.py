@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from rlsys.config import RewardConfig
 from rlsys.rewards.base import TrainerState
+from rlsys.rewards.bounded import start_helpers
 from rlsys.rewards.guard import start_guard
 from rlsys.rewards.instances import Params, RewardError
 from rlsys.rewards.plugins import load_plugins
@@ -105,7 +106,8 @@ class RewardRunner:
                 name: Reward(name, settings.params.get(name), settings.known)
                 for name in settings.names
             }
-        except ValueError as error:
+            start_helpers()
+        except (ValueError, RuntimeError) as error:
             return Failed("error", report_of(error))
         return None
 
@@ -151,7 +153,7 @@ def _failed(error: RewardError) -> Failed:
     return Failed("error", report_of(error), splittable=error.__cause__ is not None)
 
 
-def report_of(error: ValueError) -> str:
+def report_of(error: ValueError | RuntimeError) -> str:
     """The user's own traceback, if there is one, and the message of `error` below it."""
     cause = error.__cause__
     if cause is None or cause.__traceback__ is None:

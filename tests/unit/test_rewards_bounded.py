@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from rlsys.rewards.bounded import BoundedCalls
+from rlsys.rewards.bounded import BoundedCalls, start_helpers
 
 KILLED_WHILE_IT_WAITS = """
 import os, signal, threading, time
@@ -18,22 +18,41 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_the_imports_are_done_in_the_constructor(tmp_path, monkeypatch):
+@pytest.fixture
+def slow_to_import(tmp_path, monkeypatch):
+    """A module that leaves a file for each process that imports it."""
     (tmp_path / "slow_to_import.py").write_text(
-        "from pathlib import Path\nPath(__file__).with_name('imported').touch()\n"
+        "import os\nfrom pathlib import Path\n"
+        "Path(__file__).with_name(f'by{os.getpid()}').touch()\n"
         "def double(x):\n    return 2 * x\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    calls = BoundedCalls("slow_to_import:double", cpu_limit_s=5.0)
-    assert (tmp_path / "imported").exists()
-    assert calls(4) == 8
+    return lambda: len(list(tmp_path.glob("by*")))
 
 
-def test_what_cannot_be_imported_is_an_error_of_the_constructor():
-    with pytest.raises(
-        RuntimeError, match=r"helper process of no\.such:function ended with code 1"
-    ):
-        BoundedCalls("no.such:function", cpu_limit_s=5.0)
+def test_the_imports_are_done_before_the_first_call(slow_to_import):
+    calls = [BoundedCalls("slow_to_import:double", cpu_limit_s=5.0) for _ in range(2)]
+    assert slow_to_import() == 0
+    start_helpers()
+    start_helpers()
+    assert slow_to_import() == 2
+    assert [call(4) for call in calls] == [8, 8]
+    assert slow_to_import() == 2
+
+
+def test_a_call_starts_what_was_not_started(slow_to_import):
+    assert BoundedCalls("slow_to_import:double", cpu_limit_s=5.0)(4) == 8
+    assert slow_to_import() == 1
+
+
+def test_what_cannot_be_imported_is_an_error_of_the_start_and_of_every_call():
+    calls = BoundedCalls("no.such:function", cpu_limit_s=5.0)
+    message = r"helper process of no\.such:function ended with code 1"
+    others = [BoundedCalls("math:sqrt", cpu_limit_s=5.0) for _ in range(2)]
+    for start in (start_helpers, calls, calls):
+        with pytest.raises(RuntimeError, match=message):
+            start()
+    assert [other(4) for other in others] == [2.0, 2.0]
 
 
 def test_the_helper_of_a_killed_process_ends_without_a_word():
