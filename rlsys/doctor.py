@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.devices import visible_gpus
-from rlsys.preflight import hub_answers
+from rlsys.hub import hub_answers
 
 Level = Literal["ok", "note", "broken"]
 _STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "broken": "bold red"}

@@ -32,6 +32,7 @@ from rlsys.data.stream import make_prompt_stream
 from rlsys.data.usage import missing_columns, row_check
 from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
+from rlsys.hub import use_cache_without_hub
 from rlsys.placement import Placement
 from rlsys.rewards import load_plugins
 from rlsys.roles import plan_roles
@@ -199,6 +200,7 @@ def check_prompts(config: Config, data: PromptData) -> None:
 
 def load_data(config: Config) -> PromptData:
     """The prompts of a run, with the chat template of its model."""
+    use_cache_without_hub(config)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
     reward = config.reward
     load_plugins(reward.external_plugins)

@@ -10,11 +10,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import urllib.error
-import urllib.request
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from rlsys.attention_backends import attention_backend_problem
@@ -23,6 +20,7 @@ from rlsys.config import Config, PolicyConfig
 from rlsys.config_load import is_saved_config
 from rlsys.data.checks import check_data, count_rows
 from rlsys.devices import guess_device
+from rlsys.hub import hub_answers
 from rlsys.model_shape import ModelShape, read_model_shape
 from rlsys.rewards import load_plugins, orms, settings_of
 from rlsys.run_dir import RunDir
@@ -68,36 +66,27 @@ def find_model_folder(path: str) -> Path:
     if _looks_local(path):
         raise ValueError(f"there is no model folder {path!r} on this machine")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
 
     try:
         config = hf_hub_download(path, "config.json", local_files_only=not hub_answers())
     except (HFValidationError, HfHubHTTPError, EntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if hub_answers() else "the hub does not answer"
+        if isinstance(error, GatedRepoError):
+            reason = "it is gated: ask for access on its page, and set HF_TOKEN to your token"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "the hub has none of this name, or your token (HF_TOKEN) may not read it"
         raise ValueError(
             f"{path!r} is neither a folder on this machine nor a hub model that can be read from "
             f"here ({reason})"
         ) from None
     return Path(config).parent
-
-
-@cache
-def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached: asked once, for at most 5 seconds.
-
-    Its own client would retry for half a minute for every file.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        with urllib.request.urlopen(constants.ENDPOINT, timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
 
 
 def _packages(config: Config) -> Iterator[Problem]:

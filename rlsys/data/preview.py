@@ -17,6 +17,7 @@ from rich.text import Text
 from rlsys.config import Config
 from rlsys.data.load import PromptData, load_prompts
 from rlsys.data.usage import column_use, missing_columns, row_check
+from rlsys.hub import use_cache_without_hub
 from rlsys.rewards import load_plugins
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
@@ -40,6 +41,7 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     Raises:
         ValueError: the data cannot be used, or the model has no tokenizer here.
     """
+    use_cache_without_hub(config)
     tokenizer = load_tokenizer(config)
     reward = config.reward
     load_plugins(reward.external_plugins)

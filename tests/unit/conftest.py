@@ -1,6 +1,6 @@
 import pytest
 
-from rlsys.preflight import hub_answers
+from rlsys.hub import hub_answers
 
 
 @pytest.fixture

@@ -1,0 +1,55 @@
+"""Is the Hugging Face hub there? Its clients retry for minutes before they look into the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import urllib.error
+import urllib.request
+from functools import cache
+from pathlib import Path
+
+from rlsys.config import Config
+from rlsys.data.spec import parse_spec
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached: asked once, for at most 5 seconds.
+
+    Its own client would retry for half a minute for every file.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def use_cache_without_hub(config: Config) -> None:
+    """Take what is downloaded already if the config has hub ids and the hub does not answer.
+
+    Here and in the processes that this one starts; before `datasets` is imported.
+    """
+    from huggingface_hub import constants
+
+    models = (config.model.path, config.reference_path, *config.reward.reward_model)
+    names = [path for path in models if path[0] not in "./~" and not Path(path).is_dir()]
+    for text in (*config.data.dataset, *config.data.val_dataset):
+        with contextlib.suppress(ValueError):  # told by whoever reads it
+            spec = parse_spec(text)
+            names += [] if spec.is_local else [spec.name]
+    if names and not constants.HF_HUB_OFFLINE and not hub_answers():
+        print(
+            "note: the Hugging Face hub does not answer; what is called "
+            f"{', '.join(dict.fromkeys(names))} can only come from the cache of downloads",
+            flush=True,
+        )
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        constants.HF_HUB_OFFLINE = True
