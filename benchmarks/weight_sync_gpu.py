@@ -207,7 +207,7 @@ def main():
     try:
         with tempfile.TemporaryDirectory() as folder:
             measure(Path(folder), arguments, results)
-    except Exception as error:  # what has been measured is worth printing
+    except (Exception, KeyboardInterrupt) as error:  # what has been measured is worth printing
         results["errors"]["benchmark"] = tell(error)
     signal.alarm(0)
     print(json.dumps(results, indent=2), flush=True)
