@@ -183,11 +183,11 @@ def make_policy(config, arguments, *, chunk, fuse):
     if arguments.memory_limit_gb is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(arguments.memory_limit_gb * 1e9 / total)
-    from rlsys.engines import megatron, megatron_model
+    from rlsys.engines import megatron, megatron_model, parallel_layout
 
     policy, timeout_s = config.policy, float(arguments.timeout)
     store = torch.distributed.TCPStore("127.0.0.1", arguments.port, is_master=False)
-    layout = megatron.ParallelLayout(
+    layout = parallel_layout.ParallelLayout(
         rank=arguments.rank,
         world_size=policy.world_size,
         tensor_parallel_size=policy.tensor_parallel_size,
@@ -196,7 +196,7 @@ def make_policy(config, arguments, *, chunk, fuse):
         context_parallel_size=policy.context_parallel_size,
         timeout_s=timeout_s,
     )
-    megatron.initialize_parallel(layout, store, seed=0)
+    parallel_layout.initialize_parallel(layout, store, seed=0)
     if chunk is not None:
         megatron_model.LOGPROB_CHUNK_TOKENS = chunk
     if not fuse:

@@ -54,7 +54,7 @@ class ModelRank:
         logging.getLogger("megatron").setLevel(logging.ERROR)
         torch.set_num_threads(self.config.policy.cpu_threads)
         enable_megatron_on_cpu()
-        from rlsys.engines.megatron import ParallelLayout, initialize_parallel
+        from rlsys.engines.parallel_layout import ParallelLayout, initialize_parallel
 
         timeout_s = self.config.policy.timeout_s
         if self.rank != 0:

@@ -10,7 +10,7 @@ import torch
 
 from rlsys.config import Config
 from rlsys.engines.hf_checkpoint import SafetensorsReader
-from rlsys.engines.megatron import MegatronModel
+from rlsys.engines.megatron_logprobs import MegatronModel
 from rlsys.types import TrainBatch
 
 

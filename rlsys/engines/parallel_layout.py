@@ -1,0 +1,46 @@
+"""Which ranks share one model, and how: the process groups that megatron-core works with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelLayout:
+    """Where this rank stands among those that share one model."""
+
+    rank: int
+    world_size: int
+    timeout_s: float
+    """Of every collective, in seconds."""
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    context_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+
+
+def initialize_parallel(layout: ParallelLayout, store: dist.Store, *, seed: int) -> None:
+    """Join the process group, at a store that all ranks share, and build megatron-core's on it."""
+    dist.init_process_group(
+        "nccl" if torch.cuda.is_available() else "gloo",
+        store=store,
+        rank=layout.rank,
+        world_size=layout.world_size,
+        timeout=timedelta(seconds=layout.timeout_s),
+    )
+    parallel_state.initialize_model_parallel(
+        layout.tensor_parallel_size,
+        layout.pipeline_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=1,  # an expert is small enough to be whole on a rank
+        context_parallel_size=layout.context_parallel_size,
+        distributed_timeout_minutes=max(1, math.ceil(layout.timeout_s / 60)),
+    )
+    model_parallel_cuda_manual_seed(seed)
