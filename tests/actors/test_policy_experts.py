@@ -26,6 +26,11 @@ LAYOUTS = {
     "EP 2": EP_2,
     "TP 2 x EP 2": EP_2 | {"tensor_parallel_size": 2},
     "PP 2 x EP 2": EP_2 | {"world_size": 4, "pipeline_parallel_size": 2},
+    "CP 2 x DP 2 x EP 4": {
+        "world_size": 4,
+        "context_parallel_size": 2,
+        "expert_model_parallel_size": 4,
+    },
     "TP 2 x DP 2 x EP 4": {
         "world_size": 4,
         "tensor_parallel_size": 2,
@@ -85,6 +90,7 @@ def test_the_ranks_have_different_numbers_of_micro_batches():
         (False, "EP 2", ONE_AND_TWO_MICRO_BATCHES),
         (True, "TP 2 x EP 2", {}),
         (True, "PP 2 x EP 2", {}),
+        (True, "CP 2 x DP 2 x EP 4", ONE_AND_TWO_MICRO_BATCHES),
     ],
 )
 def test_logprobs_are_those_of_transformers_and_a_round_trip_is_bit_equal(
@@ -113,7 +119,11 @@ def test_these_models_are_sensitive_to_how_experts_are_weighted(folders):
 
 @pytest.mark.parametrize(
     ("layout", "splitting"),
-    [("EP 2", ONE_AND_TWO_MICRO_BATCHES), ("TP 2 x DP 2 x EP 4", {"recompute": "selective"})],
+    [
+        ("EP 2", ONE_AND_TWO_MICRO_BATCHES),
+        ("TP 2 x DP 2 x EP 4", {"recompute": "selective"}),
+        ("CP 2 x DP 2 x EP 4", ONE_AND_TWO_MICRO_BATCHES),
+    ],
 )
 def test_the_gradient_is_that_of_plain_transformers(lab, folders, layout, splitting):
     batch = random_batch()
