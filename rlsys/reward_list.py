@@ -17,6 +17,9 @@ from rlsys.rewards.instances import parameters_of
 from rlsys.rewards.plugins import describe, entry_points
 from rlsys.rewards.scoring import is_async
 
+MAX_SETTING = 60
+"""Characters of a setting and its default."""
+
 
 def list_rewards(plugins: Sequence[str], console: Console) -> None:
     """Print a table of the reward functions: built-in ones, those of `plugins`, of packages.
@@ -73,5 +76,6 @@ def _first_sentence(text: str) -> str:
 
 
 def _as_written(parameter: inspect.Parameter) -> str:
-    """`limit`, `limit=5`, `**kwargs`."""
-    return str(parameter.replace(annotation=inspect.Parameter.empty))
+    """`limit`, `limit=5`, `**kwargs`; long texts, such as prompts, by their beginning."""
+    written = str(parameter.replace(annotation=inspect.Parameter.empty))
+    return written if len(written) <= MAX_SETTING else f"{written[:MAX_SETTING]}..."

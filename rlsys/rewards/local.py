@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -28,6 +30,7 @@ class Child:
 
 
 Reference = tuple[Child, int]
+_SAFE_PATH = "PYTHONSAFEPATH"
 
 
 class LocalBackend:
@@ -42,8 +45,10 @@ class LocalBackend:
         ours, theirs = context.Pipe()
         target = _serve_async if concurrent else _serve
         settings = replace(self._settings, names=names)
-        process = context.Process(target=target, args=(theirs, settings), daemon=True)
-        process.start()
+        args = (theirs, settings, os.environ.get(_SAFE_PATH))
+        process = context.Process(target=target, args=args, daemon=True)
+        with _safe_path():
+            process.start()
         theirs.close()
         child = Child(process, ours, num_sent=1)
         return child, (child, 0)
@@ -87,6 +92,28 @@ class LocalBackend:
         return number in child.results or child.has_ended
 
 
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """Have Python start without the working directory in sys.path.
+
+    It would stand first, before Python itself, and a math.py in it be Python's math. What this
+    process has in sys.path `multiprocessing` hands on later.
+    """
+    before = os.environ.get(_SAFE_PATH)
+    os.environ[_SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        _restore_safe_path(before)
+
+
+def _restore_safe_path(value: str | None) -> None:
+    if value is None:
+        del os.environ[_SAFE_PATH]
+    else:
+        os.environ[_SAFE_PATH] = value
+
+
 def _receive(child: Child) -> None:
     try:
         while child.pipe.poll():
@@ -102,8 +129,9 @@ def _ending(exit_code: int | None) -> str:
     return f"ended with exit code {exit_code}"
 
 
-def _serve(pipe: Connection, settings: ProcessSettings) -> None:
+def _serve(pipe: Connection, settings: ProcessSettings, safe_path: str | None) -> None:
     """The life of a process: one task after another until the other end is gone."""
+    _restore_safe_path(safe_path)  # for programs that reward code starts
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the parent, which kills
     runner = RewardRunner()
     pipe.send((0, runner.start(settings)))
@@ -112,9 +140,9 @@ def _serve(pipe: Connection, settings: ProcessSettings) -> None:
         pipe.send((number, runner.score(task)))
 
 
-def _serve_async(pipe: Connection, settings: ProcessSettings) -> None:
+def _serve_async(pipe: Connection, settings: ProcessSettings, safe_path: str | None) -> None:
     """The same for async functions: tasks run together."""
-
+    _restore_safe_path(safe_path)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     async def serve() -> None:

@@ -95,6 +95,20 @@ def test_completions_of_a_file_are_scored_and_failures_shown(folder, capfd, capl
     assert "KeyError: 'raise'" in caplog.text
 
 
+def test_a_plugin_beside_the_user_shadows_no_module_of_python(folder, capfd):
+    code = "from rlsys.rewards import register_reward\nimport math, os, subprocess, sys\n"
+    code += "@register_reward('root')\ndef root(completions, **columns):\n"
+    code += "    assert 'PYTHONSAFEPATH' not in os.environ\n"
+    code += "    return [math.sqrt(4.0)] * len(completions)\n"
+    (folder / "math.py").write_text(code)
+    rows = write_rows(folder / "c.jsonl", {"completion": "a"})
+    code, out, _ = rlsys(
+        capfd, "rewards", "try", "root", "--plugin", "math.py", "--completions", rows
+    )
+    assert code == 0
+    assert lines_with(out, "root")[-1][:2] == ["root", "2"]
+
+
 @pytest.mark.parametrize("by_id", [True, False])
 def test_columns_come_from_a_dataset(folder, capfd, by_id):
     write_rows(
