@@ -82,7 +82,7 @@ def right_answer(name: str, row: Mapping[str, Any]) -> Any:
 def reference(
     name: str, solution: list[Any] | None, answer: list[Any] | None, own: list[Any] | None = None
 ) -> list[Any]:
-    """The dataset's right answers: column `solution`, or `answer` where there is none.
+    """The dataset's right answers: column `solution`, or `answer` where there is none, row by row.
 
     Args:
         name: of the reward, for the error.
@@ -93,9 +93,16 @@ def reference(
     Raises:
         ValueError: the dataset has none of them.
     """
-    for column in (own, solution, answer):
-        if column is not None:
-            return column
+    if own is not None:
+        return own
+    if solution is not None and answer is not None:
+        # Rows of two datasets: one has this column, one that.
+        return [
+            second if first is None else first
+            for first, second in zip(solution, answer, strict=True)
+        ]
+    if solution is not None or answer is not None:
+        return solution or answer or []
     raise ValueError(
         f"{name} needs a dataset column 'solution' (or 'answer') with the right answer. Rename "
         "yours, or write a preprocessor that does."

@@ -135,9 +135,14 @@ class Countdown(ORM):
         Raises:
             ValueError: the dataset has no target, or numbers that are none.
         """
-        targets = response if target is None else target
-        if targets is None:
+        if target is None and response is None:
             raise ValueError(_NO_TARGET)
+        none = [None] * len(completions)
+        # Row by row, as one dataset may have this column and another that.
+        targets = [
+            second if first is None else first
+            for first, second in zip(target or none, response or none, strict=True)
+        ]
         return [
             float(is_solution(completion, *_problem(numbers, goal)))
             for completion, numbers, goal in zip(completions, nums, targets, strict=True)
@@ -148,4 +153,5 @@ class Countdown(ORM):
         """See ORM: numbers and target must be whole numbers."""
         if "target" not in row and "response" not in row:
             raise ValueError(_NO_TARGET)
-        _problem(row["nums"], row["target"] if "target" in row else row["response"])
+        target = row.get("target")
+        _problem(row["nums"], row.get("response") if target is None else target)

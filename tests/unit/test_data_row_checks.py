@@ -76,6 +76,23 @@ def test_what_no_row_has_is_told_once(tokenizer, tmp_path, name):
     assert "column" in problem
 
 
+def test_datasets_may_have_the_answer_in_different_columns(tokenizer, tmp_path):
+    rows = [
+        {"prompt": "a", "nums": [1], "target": 1, "solution": "1"},
+        {"prompt": "b", "nums": [2], "response": "2", "answer": "2"},
+        {"prompt": "c", "nums": [3], "other": 3},
+    ]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    data = load(tokenizer, source, "countdown", "exact_match")
+    assert [text.split(":")[0].split()[-1] for text in data.refused.texts] == ["3", "3"]
+    texts = ["<answer>1</answer>", "<answer>2</answer>"]
+    for name in ("countdown", "exact_match"):
+        columns = [prompt.columns for prompt in data.train[:2]]
+        by_name = {key: [column[key] for column in columns] for key in columns[0]}
+        assert orms[name]()(texts, **by_name) == [1.0, 1.0]
+        assert orms[name]()(texts[::-1], **by_name) == [0.0, 0.0]
+
+
 def test_a_needed_column_that_is_missing_is_left_to_the_check_of_columns(tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "target": 1}])
     assert not load(tokenizer, source, "countdown").refused
