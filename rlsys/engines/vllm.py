@@ -12,7 +12,6 @@ from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.inputs import tokens_input
-from vllm.logprobs import FlatLogprobs
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
@@ -20,6 +19,7 @@ from rlsys.config import Config
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.engines.spans import Span, begin_span
 from rlsys.engines.stop_tokens import read_stop_token_ids
+from rlsys.engines.vllm_logprobs import keep_sampled_logprobs, sampled_logprobs
 from rlsys.engines.vllm_settings import engine_arguments
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.model_shape import read_model_shape
@@ -192,7 +192,6 @@ class VLLMEngine:
             stop_token_ids=self._stop_token_ids,
             seed=request.seed,
             logprobs=0,  # of the sampled token only
-            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -215,8 +214,7 @@ class VLLMEngine:
         return RolloutGroup(group_id=group_id, prompt=running.prompt, completions=completions)
 
     def _completion(self, sampled: CompletionOutput, spans: list[Span]) -> Completion:
-        assert isinstance(sampled.logprobs, FlatLogprobs)
-        token_ids, logprobs = list(sampled.token_ids), list(sampled.logprobs.logprobs)
+        token_ids, logprobs = list(sampled.token_ids), sampled_logprobs(sampled.logprobs)
         assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
         reason = sampled.finish_reason
         if reason not in get_args(FinishReason):
@@ -233,6 +231,7 @@ class VLLMEngine:
 
 
 def _start_llm(folder: Path, arguments: dict[str, Any]) -> LLM:
+    keep_sampled_logprobs()
     try:
         return LLM(
             model=str(folder),
