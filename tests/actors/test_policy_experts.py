@@ -200,3 +200,17 @@ def test_a_run_continues_with_its_experts_elsewhere(lab, folders, one_rank, tmp_
     policy = lab.policy(policy_config(folders[True]))
     with pytest.raises(Exception, match=r"expert_model_parallel_size above 1.*also above 1"):
         policy.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["PP 2 x EP 2", "TP 2 x DP 2 x EP 4"])
+def test_buckets_hold_every_expert(lab, folders, layout):
+    policy = lab.policy(policy_config(folders[True], **LAYOUTS[layout]))
+    policy.call("plan_buckets", 50_000)
+    expected = load_file(folders[True] / "model.safetensors")
+    for _ in range(2):
+        tensors = policy.call("in_buckets")[0]
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            assert torch.equal(tensor, expected[name]), name
+        policy.call("change_weights", False)
+        expected = {name: 3 * tensor + 1 for name, tensor in expected.items()}
