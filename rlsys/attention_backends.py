@@ -1,4 +1,4 @@
-"""Whether policy.attention_backend can be had, told before a GPU is taken and again by the engine.
+"""Whether the policy's attention can be had, told before a GPU is taken and again by the engine.
 
 Imports neither torch nor Transformer Engine.
 """
@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rlsys.config import PolicyConfig
 
 _FLASH_PACKAGES = ("flash_attn", "flash_attn_3", "flash_attn_interface", "flash_attn_4")
 _VARIABLES = {
@@ -19,15 +22,39 @@ _VARIABLES = {
 stops at an assertion where one is set otherwise."""
 
 
-def attention_backend_problem(backend: str, *, device: Literal["cpu", "cuda"]) -> str | None:
-    """What keeps attention of kind `backend` from running on this machine, and what to do."""
-    if device == "cpu":
-        if backend == "auto":
-            return None
+def unsupported_attention(
+    policy: PolicyConfig, *, device: Literal["cpu", "cuda"], dtype: str
+) -> str | None:
+    """Why no machine has the attention that `policy` asks for, and what to do; None if some do.
+
+    Args:
+        policy: its attention_backend and context_parallel_size.
+        device: that it runs on.
+        dtype: of the weights, "float32" or "bfloat16".
+    """
+    backend = policy.attention_backend
+    if device == "cpu" and backend != "auto":
         return (
             f"policy.attention_backend = {backend} chooses among kernels of GPUs, and this run is "
             "on the CPU, which has one kind only: set it to auto"
         )
+    if device == "cpu" or dtype != "float32":
+        return None
+    if backend in ("fused", "flash"):
+        return (
+            f"policy.attention_backend = {backend} has no kernels for float32: set it to auto, or "
+            "model.dtype to bfloat16"
+        )
+    if policy.context_parallel_size > 1:
+        return (
+            f"policy.context_parallel_size = {policy.context_parallel_size} needs attention that "
+            "has no kernels for float32: set model.dtype to bfloat16"
+        )
+    return None
+
+
+def missing_attention(backend: str) -> str | None:
+    """What keeps policy.attention_backend from GPUs of this machine, and what to do."""
     if backend == "flash" and not any(map(importlib.util.find_spec, _FLASH_PACKAGES)):
         return (
             "policy.attention_backend = flash needs the package flash-attn, which is not "

@@ -14,7 +14,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.attention_backends import attention_backend_problem
+from rlsys.attention_backends import missing_attention, unsupported_attention
 from rlsys.checkpoints import checkpoint_steps
 from rlsys.config import Config, PolicyConfig
 from rlsys.config_load import is_saved_config
@@ -222,9 +222,14 @@ def _attention(config: Config) -> Iterator[Problem]:
     device = guess_device(config)
     if device == "cpu" and config.device == "auto":
         return  # the Ray cluster may have GPUs; the engines ask again
-    problem = attention_backend_problem(config.policy.attention_backend, device=device)
-    if problem is not None:
-        yield Problem(problem, only_here=device == "cuda")
+    policy, dtype = config.policy, config.model_dtype(on_cpu=device == "cpu")
+    unsupported = unsupported_attention(policy, device=device, dtype=dtype)
+    if unsupported is not None:
+        yield Problem(unsupported)
+    elif device == "cuda":
+        missing = missing_attention(policy.attention_backend)
+        if missing is not None:
+            yield Problem(missing, True)
 
 
 def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:

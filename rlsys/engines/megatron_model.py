@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlsys.algo.logprobs import chunked_logprobs
-from rlsys.attention_backends import attention_backend_problem
+from rlsys.attention_backends import missing_attention, unsupported_attention
 from rlsys.config import PolicyConfig
 from rlsys.model_shape import ModelShape
 
@@ -41,9 +41,10 @@ def transformer_config(
     Raises:
         ValueError: this machine has no attention of kind policy.attention_backend.
     """
-    problem = attention_backend_problem(
-        policy.attention_backend, device="cpu" if on_cpu else "cuda"
-    )
+    device: Literal["cpu", "cuda"] = "cpu" if on_cpu else "cuda"
+    problem = unsupported_attention(policy, device=device, dtype=str(dtype).rpartition(".")[2])
+    if problem is None and not on_cpu:
+        problem = missing_attention(policy.attention_backend)
     if problem is not None:
         raise ValueError(problem)
     tp = parallel_state.get_tensor_model_parallel_world_size()

@@ -81,6 +81,16 @@ def test_attention_that_is_not_to_be_had(problems, monkeypatch, backend, device,
     assert found[0].only_here == (device == "cuda")
 
 
+@pytest.mark.parametrize(
+    "policy", [{"attention_backend": "fused"}, {"world_size": 2, "context_parallel_size": 2}]
+)
+def test_attention_without_float32(problems, policy, tmp_path):
+    model = {"path": str(write_model(tmp_path / "other")), "dtype": "float32"}
+    found = problems(device="cuda", policy=policy, model=model)
+    assert "no kernels for float32" in only(found)
+    assert not found[0].only_here
+
+
 def test_attention_of_gpus_may_be_had_elsewhere_in_the_cluster(problems, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert problems(device="auto", policy={"attention_backend": "fused"}) == []
