@@ -116,6 +116,11 @@ def _models(config: Config) -> Iterator[Problem]:
     if shape is not None:
         yield from _policy_fits(config, shape)
         yield from _rollout_fits(config, shape)
+    for path in config.reward.reward_model:
+        try:
+            find_model_folder(path)
+        except ValueError as error:
+            yield Problem(f"reward.reward_model: {error}", True)
     if config.grpo.beta == 0:
         return
     reference = shape

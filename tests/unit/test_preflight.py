@@ -35,6 +35,11 @@ def test_a_missing_model_folder(problems, path):
     assert found[0].only_here
 
 
+def test_a_missing_reward_model(problems):
+    text = only(problems(reward={"reward_model": ["./nowhere"]}))
+    assert text == "reward.reward_model: there is no model folder './nowhere' on this machine"
+
+
 def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
     text = only(problems(model={"path": "somebody/some-model"}))
     assert "neither a folder on this machine nor a hub model" in text
