@@ -64,6 +64,9 @@ def test_reward_models_share_the_policys_gpus_beside_the_reference(place):
         reward={"reward_model": ["A", "B", "C"]},
     )
     assert [seen[model] for model in models] == [seen["policy", rank] for rank in (0, 1, 0)]
+
+
+def test_a_reward_model_on_a_gpu_of_its_own(place):
     own = {"reward_model": ["A"], "reward_model_placement": "own"}
     seen = place([("policy", 0), ("rollout", 0), ("reward_model", 0)], reward=own)
     assert len({gpu for gpus in seen.values() for gpu in gpus}) == 3

@@ -2,37 +2,17 @@
 
 import pytest
 import torch
+from reward_models import save_reward_model
 from run_cases import NUM_PROMPTS, G, RunProcess, write_run_files
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForSequenceClassification
 
 from rlsys.tracking.jsonl import read_jsonl
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 
-def save_reward_model(folder, starter_model, seed):
-    """A tiny random model with one output and the policy's tokenizer and chat template."""
-    tokenizer = AutoTokenizer.from_pretrained(starter_model)
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_labels=1,
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )
-    Qwen3ForSequenceClassification(config).save_pretrained(folder)
-    return tokenizer, Qwen3ForSequenceClassification.from_pretrained(folder).eval()
-
-
 def test_two_reward_models_score_a_run(starter_model, tmp_path):
     models = {
-        name: save_reward_model(tmp_path / name, starter_model, seed)
+        name: save_reward_model(tmp_path / name, seed=seed)
         for seed, name in enumerate(("first", "second"))
     }
     write_run_files(tmp_path / "run", starter_model)
