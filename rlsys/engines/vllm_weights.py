@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -98,9 +99,14 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         try:
             if self.vllm_config.quant_config is not None:
                 raise CannotMap("the rollout engine quantises weights")
+            if self.device.type == "cpu" and self._has_experts():
+                raise CannotMap("kernels of experts read packed weights")
             self._proof = PlanProof(InPlacePlan(self.model, metadata))
         except CannotMap as reason:
             self._tell_reload(str(reason))
+
+    def _has_experts(self) -> bool:
+        return any(isinstance(module, RoutedExperts) for module in self.model.modules())
 
     def _tell_reload(self, reason: str) -> None:
         # On CPU every linear layer is packed, so there it says nothing.
@@ -160,7 +166,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
-            self._repack_output_head()
+            self._repack_for_cpu()
         if self._proof is not None:
             self._finish_proof(self._proof)
 
@@ -172,11 +178,17 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         else:
             self._tell_reload(f"vLLM changes {difference} after loading it")
 
-    def _repack_output_head(self) -> None:
-        """CPU kernels read a packed copy, which a reload leaves stale when the head is tied."""
+    def _repack_for_cpu(self) -> None:
+        """What CPU kernels read packed and a reload leaves as it is: a tied head, experts.
+
+        vLLM's update of experts leaves out the packing with which it ends their first loading.
+        """
         for module in self.model.modules():
             if isinstance(module, ParallelLMHead):
                 module.quant_method.process_weights_after_loading(module)
+            elif isinstance(module, RoutedExperts):
+                kernel = module.quant_method.moe_kernel
+                kernel.fused_experts.process_weights_after_loading(module)
 
     def shutdown(self) -> None:
         """Nothing to release: the group ends with the process."""

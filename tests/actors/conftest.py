@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import ray
 from policy_cases import MODELS, PolicyLab, save_policy_model
-from tiny_models import save_tiny_qwen3
+from tiny_models import save_tiny_qwen3, save_tiny_qwen3_moe
 
 from rlsys.actors.rollout import RolloutActors
 from rlsys.config import Config
@@ -29,9 +29,12 @@ def ray_cluster():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-    """Model folders by (tied, seed)."""
+    """Model folders by (tied, seed), and mixtures of experts by ("experts", seed)."""
     root = tmp_path_factory.mktemp("models")
     folders = {}
+    for seed in (1, 2):
+        folders["experts", seed] = root / f"experts-{seed}"
+        save_tiny_qwen3_moe(folders["experts", seed], seed=seed)
     for tied in (True, False):
         for seed in (1, 2):
             folders[tied, seed] = root / f"{'tied' if tied else 'untied'}-{seed}"

@@ -16,7 +16,7 @@ def engine(ray_cluster, rollout_config):
     engine.close()
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=[True, False, "experts"], ids=["tied", "untied", "experts"])
 def start(request, engine, rollout_config, tiny_models):
     """A model folder, and what an engine that started from it gives."""
     folder = tiny_models[request.param, 1]
@@ -29,7 +29,10 @@ def test_an_updated_engine_equals_one_started_from_the_saved_model(
     lab, engine, rollout_config, start, tmp_path, layout
 ):
     folder, at_start = start
-    policy = lab.policy(policy_config(folder, lr=1e-2, **LAYOUTS[layout]))
+    options = LAYOUTS[layout]
+    if folder.name.startswith("experts"):
+        options = options | {"expert_model_parallel_size": options.get("tensor_parallel_size", 1)}
+    policy = lab.policy(policy_config(folder, lr=1e-2, **options))
     publisher = WeightPublisher(policy, engine, rollout_config().weight_sync)
     publisher.publish()  # what the engine holds is the update of the test before
     assert greedy(engine) == at_start

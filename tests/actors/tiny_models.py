@@ -36,16 +36,17 @@ def save_tiny_qwen3(folder, *, tied, seed):
 
 
 @torch.no_grad()
-def save_tiny_qwen3_moe(folder, *, seed, norm_topk_prob=True):
+def save_tiny_qwen3_moe(folder, *, seed, norm_topk_prob=True, **sizes):
     """Write a random untied fp32 model of 2 layers, each token through 2 of their 8 experts."""
     torch.manual_seed(seed)
-    experts = {
+    experts = SIZES | {
         "num_experts": 8,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 32,
         "norm_topk_prob": norm_topk_prob,
     }
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **experts, tie_word_embeddings=False))
+    config = Qwen3MoeConfig(**experts | sizes, tie_word_embeddings=False)
+    model = Qwen3MoeForCausalLM(config)
     for name, parameter in model.float().named_parameters():
         if "norm" in name:
             parameter += 0.3 * torch.randn_like(parameter)
