@@ -320,9 +320,9 @@ class PolicyConfig(Section):
     pipeline_parallel_size: PositiveInt = 1
     """Ranks that share the layers among them."""
     expert_model_parallel_size: PositiveInt = 1
-    """Ranks that share the experts of each layer, in a mixture of experts: tensor-parallel ranks
-    first, then data-parallel ones, which then exchange tokens. Must be above 1 where
-    tensor_parallel_size is."""
+    """Ranks that share the experts of each layer, in a mixture of experts, and exchange tokens for
+    it: tensor-parallel ranks first, then context-parallel, then data-parallel ones. Must be above 1
+    where tensor_parallel_size is."""
     context_parallel_size: PositiveInt = 1
     """Ranks that share the tokens of each sequence, for completions whose activations do not fit on
     one GPU. Sequences are filled up to a multiple of twice this."""

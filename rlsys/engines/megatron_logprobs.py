@@ -82,11 +82,10 @@ class MegatronModel:
 
     @property
     def _experts_span_data_parallel_ranks(self) -> bool:
-        # Ranks of the expert group are neighbours: tensor-parallel ranks come first.
-        return (
-            self.transformer_config.expert_model_parallel_size
-            > self.transformer_config.tensor_model_parallel_size
-        )
+        # Ranks of the expert group are neighbours, and data-parallel ones are the farthest apart.
+        parallel = self.transformer_config
+        same_rows = parallel.tensor_model_parallel_size * self._cp_group.size()
+        return parallel.expert_model_parallel_size > same_rows
 
     @property
     def reports(self) -> bool:
