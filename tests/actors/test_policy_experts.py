@@ -166,7 +166,9 @@ def one_rank(lab, folders):
 @pytest.mark.parametrize(
     "options",
     [
-        LAYOUTS["EP 2"] | ONE_AND_TWO_MICRO_BATCHES,
+        LAYOUTS["EP 2"]
+        | ONE_AND_TWO_MICRO_BATCHES
+        | {"overlap_grad_reduce": True, "overlap_param_gather": True},
         LAYOUTS["PP 2 x EP 2"] | {"use_distributed_optimizer": False},
         LAYOUTS["TP 2 x DP 2 x EP 4"],
     ],

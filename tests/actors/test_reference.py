@@ -22,8 +22,16 @@ def saved(reference, folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_a_refreshed_reference_is_the_mix_that_was_asked_for(lab, policy_models, tmp_path):
-    config = policy_config(policy_models["qwen2-tied"], grpo={"beta": 0.1}, **LAYOUTS["TP 2"])
+@pytest.mark.parametrize("name", ["qwen2-tied", pytest.param("experts", marks=pytest.mark.slow)])
+def test_a_refreshed_reference_is_the_mix_that_was_asked_for(
+    lab, policy_models, tiny_models, tmp_path, name
+):
+    layout = LAYOUTS["TP 2"]
+    if name == "experts":
+        folder, layout = tiny_models["experts", 1], layout | {"expert_model_parallel_size": 2}
+    else:
+        folder = policy_models[name]
+    config = policy_config(folder, grpo={"beta": 0.1}, **layout)
     section = {"world_size": 2, "tensor_parallel_size": 2, "sync_steps": 1, "mixup_alpha": 0.25}
     section = config.reference.model_copy(update=section)
     config = config.model_copy(update={"reference": section})
