@@ -11,6 +11,8 @@ pytestmark = pytest.mark.gpu(1)
 
 BATCH = long_batch(16, 200)
 MIB = 2**20
+MEAN_DIFFERENCE = 2e-3
+"""Nats: what bfloat16 leaves, see docs/gpu.md. Two processes may be given different kernels."""
 
 
 def memory(rank):
@@ -42,8 +44,10 @@ def test_a_reference_that_shares_the_policys_gpu_leaves_it_while_idle(lab, gpus,
     policy = lab.policy(config)
     get_all(starting, phase="start", timeout_s=120)
     (actor,) = reference.actors
-    for _ in range(2):  # a policy that was not updated is the reference
-        assert torch.equal(reference.compute_logprobs(BATCH), policy.compute_logprobs(BATCH))
+    for _ in range(2):  # a policy that was not updated is the reference, but for rounding
+        ours, theirs = reference.compute_logprobs(BATCH), policy.compute_logprobs(BATCH)
+        differences = (ours - theirs)[BATCH.completion_mask].abs()
+        assert differences.mean() < MEAN_DIFFERENCE, differences.max()
         policy.update(BATCH)
         if DEVICE == "cuda":
             weights, on_gpu, allocated, reserved, peak = _ask(actor)
