@@ -244,6 +244,9 @@ def _print_memory(config: Config, console: Console) -> None:
     for estimate in estimates:
         for purpose, formula in estimate.formula.items():
             console.print(Text(f"  {estimate.role} {purpose} = {formula}", style="dim"))
+    if config.reward.models:
+        models = ", ".join(config.reward.models)
+        console.print(Text(f"  not in the estimate: the weights of {models}", style="dim"))
     if device == "cpu":
         _print_total(estimates, counts, console)
 

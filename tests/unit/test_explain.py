@@ -34,6 +34,14 @@ def test_reward_models_share_the_policys_gpus_or_have_their_own(tmp_path, placem
         assert {role.shares_gpu_of for role in roles} == {"policy" if shares else None}
 
 
+def test_reward_models_are_shown_and_their_memory_is_not_guessed(tmp_path):
+    reward = {"reward_funcs": [], "reward_model": [str(tmp_path / "model")]}
+    ok, text = printed(write_run(tmp_path, reward=reward))
+    assert ok, text
+    assert "reward_model x 1" in text
+    assert f"not in the estimate: the weights of reward_model:{tmp_path / 'model'}" in text
+
+
 def test_every_field_is_shown_with_its_origin(tmp_path):
     ok, text = printed(write_run(tmp_path), "--policy.lr", "1e-5")
     assert ok
