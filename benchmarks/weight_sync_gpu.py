@@ -46,8 +46,6 @@ from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.transport import LOOPBACK, serve_store
 
 START_TIMEOUT_S = 300.0
-WIDE_CTAS = 32
-"""Thread blocks that NCCL is made to use in one of the bare broadcasts, instead of its choice."""
 
 
 class Bench:
@@ -125,14 +123,14 @@ class Bench:
         differing = [part[0] for part, own in zip(held, ours, strict=True) if part[4] != own]
         return {"in_place": in_place, "slices_compared": len(held), "slices_differing": differing}
 
-    def bare(self, ctas, bucket_mb, repeats=10):
+    def bare(self, bucket_mb, repeats=10):
         """Broadcasts between rank 0 of the policy and the engine's workers, nothing else."""
         total = sum(meta.nbytes for meta in self.metadata)
         whole, rest = divmod(total, bucket_mb << 20)
         sizes = [bucket_mb << 20] * whole + [rest] * (rest > 0)
         world_size = 1 + self.engines.num_workers
         store = serve_store(LOOPBACK, TIMEOUT_S)
-        arguments = (store.port, world_size, ctas, sizes, repeats)
+        arguments = (store.port, world_size, sizes, repeats)
         references = self.policy.async_call("bare", 0, *arguments)
         references["engine"] = self.actor.on_workers_by_rank.remote(bare_broadcasts, *arguments)
         results = get_all(references, phase="bare broadcasts", timeout_s=TIMEOUT_S)
@@ -188,12 +186,11 @@ def parts_of(bench, arguments):
         "vllm_loader": lambda: bench.syncs(5, {"in_place": False}),
         "in_place_without_checksums": lambda: bench.syncs(few, {"verify": False}),
     }
-    for mb in (64, 256, 1024):
+    usual = bench.config.weight_sync.bucket_mb
+    for mb in (64, 512, 1024):
         parts[f"in_place_buckets_of_{mb}_mb"] = partial(bench.syncs, few, {"bucket_mb": mb})
-    mb = bench.config.weight_sync.bucket_mb
-    parts["bare_broadcast"] = lambda: bench.bare(None, mb)
+    parts["bare_broadcast"] = lambda: bench.bare(usual)
     if arguments.device == "cuda":
-        parts["bare_broadcast_wide"] = lambda: bench.bare(WIDE_CTAS, mb)
         parts["vllm_nccl_engine"] = bench.native
     return parts
 

@@ -16,11 +16,9 @@ TIMEOUT_S = 60.0
 NATIVE = {"packed": True, "packed_buffer_size_bytes": 512 << 20, "packed_num_buffers": 3}
 
 
-def bare_broadcasts(_, rank, port, world_size, ctas, sizes, repeats):
+def bare_broadcasts(_, rank, port, world_size, sizes, repeats):
     """Seconds of broadcasts of buffers of `sizes` bytes, all at once, by a group of its own."""
     transport = make_transport("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    if ctas is not None:
-        choose, transport._options = transport._options, lambda: wide(choose(), ctas)
     transport.connect(LOOPBACK, port, rank=rank, world_size=world_size, timeout_s=TIMEOUT_S)
     device = transport.buffer_device
     buffers = [torch.zeros(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
@@ -38,12 +36,6 @@ def bare_broadcasts(_, rank, port, world_size, ctas, sizes, repeats):
         watch.stop()
         seconds.append(watch.seconds())
     return seconds
-
-
-def wide(options, ctas):
-    options.config.min_ctas = ctas
-    options.config.max_ctas = ctas
-    return options
 
 
 def join_native(worker, port, world_size):

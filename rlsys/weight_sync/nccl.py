@@ -38,16 +38,13 @@ class NcclTransport(Transport):
         timeout = timedelta(seconds=timeout_s)
         with self._failures_explained(f"connecting to {address}:{port}", since=time.monotonic()):
             store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-            options = self._options()
+            options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout
             self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
             # The communicator is made by the first collective: now, so that a rank that cannot
             # join is found here.
             self._begin_broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))()
             torch.cuda.synchronize()
-
-    def _options(self) -> Any:
-        return dist.ProcessGroupNCCL.Options()
 
     def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
         assert self._group is not None, "connect first"
