@@ -119,6 +119,10 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
         f"{min(tokens, LOGIT_CHUNK_TOKENS):,} tokens at a time x vocabulary "
         f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies"
     )
+    # The output weight's gradient, summed over chunks in fp32, and in the weight's own type.
+    of_head = 4 if width == 4 else 6
+    logits += shape.embedding_params / tp * of_head
+    logits_text += f", and the head's gradient, vocabulary / TP x hidden x {of_head} bytes"
     if not policy.recompute_logits:
         logits += tokens * shape.vocab_size / tp * width
         logits_text += f", and {tokens:,} tokens kept x vocabulary / TP x {width} bytes"
