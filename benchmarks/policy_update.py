@@ -79,7 +79,9 @@ def main():
         save_random_model(Path(arguments.save_model), arguments.shape, arguments.device)
         return
     if arguments.rank is not None:
-        Path(arguments.result).write_text(json.dumps(measure(arguments)))
+        result = measure(arguments)
+        if arguments.rank == 0:
+            Path(arguments.result).write_text(json.dumps(result))
         return
     results = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -224,7 +226,6 @@ def make_config(arguments, settings):
             },
             "grpo": {"beta": 0.01 if arguments.reference else 0.0},
             "policy": policy,
-            "reference": {"tensor_parallel_size": policy.get("tensor_parallel_size", 1)},
         }
     )
 
