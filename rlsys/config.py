@@ -552,6 +552,13 @@ class Config(Section):
         }
 
     @property
+    def policy_shares_gpus(self) -> bool:
+        """Whether the reference or reward models compute on the policy's GPUs while it waits."""
+        return (self.grpo.beta > 0 and self.reference.placement == "policy") or (
+            bool(self.reward.reward_model) and self.reward.reward_model_placement == "policy"
+        )
+
+    @property
     def reference_path(self) -> str:
         """Model folder or hub id of the reference."""
         return self.reference.path or self.model.path
