@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from rlsys.engines.vllm_in_place import CannotMap, HeldSlice, InPlacePlan, PlanProof
+from rlsys.engines.vllm_names import not_loaded
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
@@ -153,7 +154,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if self._proof is not None:
                 self._proof.note(tensors)
             loaded |= self.model.load_weights(tensors)  # type: ignore[operator]
-        missing = sorted(self._parameter_names - loaded)
+        missing = not_loaded(self._parameter_names, loaded)
         if missing:
             raise WeightSyncError(
                 f"the policy sent no weights for {len(missing)} parameters of the rollout engine: "
