@@ -128,8 +128,8 @@ class MegatronPolicy(MegatronModel):
             # checkpoints come first: until here, ranks have new weights in their own part only.
             self.ddp.start_param_sync(force_sync=True)
         if not self.on_cpu and self.config.policy_shares_gpus:
-            # What the allocator keeps, they could not have. Otherwise it stays: asking the driver
-            # for 60 GB anew takes a third of a second an update.
+            # What the allocator keeps, they could not have. Otherwise it stays: to ask the driver
+            # for it anew takes time in every update.
             torch.cuda.empty_cache()
         self.policy_version += 1
         if not self.reports or self._dp_rank != 0:
