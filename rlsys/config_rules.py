@@ -6,13 +6,15 @@ Every message names the fields, the numbers and what to do.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from rlsys.algorithm_rules import algorithm_problems
+from rlsys.parallel_rules import parallelism_problems
 from rlsys.reward_gates import parse_gate
+from rlsys.rule_problem import RuleProblem, count, near_divisors, near_multiples
 
 if TYPE_CHECKING:
-    from rlsys.config import Config, PolicyConfig
+    from rlsys.config import Config
 
 
 _OWN_TEMPLATE_ARGUMENTS = (
@@ -31,15 +33,6 @@ _OWN_TEMPLATE_ARGUMENTS = (
 """Arguments of transformers' `apply_chat_template` that are no variables of the template."""
 
 
-class RuleProblem(NamedTuple):
-    """One broken rule."""
-
-    fields: tuple[str, ...]
-    """The fields it is about, as `section.field`."""
-    text: str
-    """What is wrong, with the numbers, and what to do."""
-
-
 class BrokenRules(ValueError):
     """All rules that a config breaks."""
 
@@ -52,9 +45,7 @@ def cross_field_problems(config: Config) -> list[RuleProblem]:
     """Every rule between fields that `config` breaks; empty when it can run."""
     return [
         *_batch_problems(config),
-        *_parallelism_problems(config),
-        *_overlap_problems(config),
-        *_recompute_problems(config),
+        *parallelism_problems(config),
         *_reward_problems(config),
         *_optimizer_problems(config),
         *_data_problems(config),
@@ -75,7 +66,7 @@ def _batch_problems(config: Config) -> Iterator[RuleProblem]:
             ("rollout.generation_batch_size", "rollout.num_generations"),
             f"rollout.generation_batch_size = {completions} is not a multiple of "
             f"rollout.num_generations = {group}, so it is no whole number of prompts: use "
-            f"{_near_multiples(completions, group)}",
+            f"{near_multiples(completions, group)}",
         )
     elif (prompts := config.num_prompts + config.num_prompts_ahead) < rollout.num_engines:
         ahead = f" + {config.num_prompts_ahead} ahead" if config.num_prompts_ahead else ""
@@ -91,7 +82,7 @@ def _batch_problems(config: Config) -> Iterator[RuleProblem]:
             ("policy.global_batch_size", "rollout.generation_batch_size"),
             f"policy.global_batch_size = {step} does not divide rollout.generation_batch_size = "
             f"{completions}, so a rollout is no whole number of optimizer steps: use "
-            f"{_near_divisors(step, completions)}",
+            f"{near_divisors(step, completions)}",
         )
     prompt, completion = config.data.max_prompt_length, rollout.max_completion_length
     budget = policy.max_tokens_per_micro_batch
@@ -105,125 +96,6 @@ def _batch_problems(config: Config) -> Iterator[RuleProblem]:
             f"policy.max_tokens_per_micro_batch = {budget} does not hold the longest row, "
             f"{prompt + completion} tokens (data.max_prompt_length {prompt} + "
             f"rollout.max_completion_length {completion}): use {prompt + completion} or more",
-        )
-
-
-def _parallelism_problems(config: Config) -> Iterator[RuleProblem]:
-    policy, reference = config.policy, config.reference
-    tp, pp, cp = (
-        policy.tensor_parallel_size,
-        policy.pipeline_parallel_size,
-        policy.context_parallel_size,
-    )
-    rank_fields = (
-        "policy.world_size",
-        "policy.tensor_parallel_size",
-        "policy.pipeline_parallel_size",
-        "policy.context_parallel_size",
-    )
-    if policy.world_size % (tp * pp * cp):
-        yield RuleProblem(
-            rank_fields,
-            f"policy.world_size = {policy.world_size} is not a multiple of tensor_parallel_size "
-            f"{tp} x pipeline_parallel_size {pp} x context_parallel_size {cp} = {tp * pp * cp}: "
-            f"use {_near_multiples(policy.world_size, tp * pp * cp)} ranks",
-        )
-    elif config.global_batch_size % config.data_parallel_size:
-        field = name = "policy.global_batch_size"
-        if policy.global_batch_size is None:
-            field = "rollout.generation_batch_size"
-            name = f"{field} (which policy.global_batch_size defaults to)"
-        yield RuleProblem(
-            (*rank_fields, field),
-            f"{name} = {config.global_batch_size} cannot be shared equally among "
-            f"{config.data_parallel_size} data-parallel ranks (policy.world_size "
-            f"{policy.world_size} / ({tp} x {pp} x {cp})): use "
-            f"{_near_multiples(config.global_batch_size, config.data_parallel_size)}, or another "
-            "number of ranks",
-        )
-    yield from _expert_parallelism_problems(policy)
-    replica = reference.tensor_parallel_size * reference.context_parallel_size
-    if reference.world_size % replica:
-        yield RuleProblem(
-            (
-                "reference.world_size",
-                "reference.tensor_parallel_size",
-                "reference.context_parallel_size",
-            ),
-            f"reference.world_size = {reference.world_size} is not a multiple of "
-            f"reference.tensor_parallel_size {reference.tensor_parallel_size} x "
-            f"context_parallel_size {reference.context_parallel_size} = {replica}: use "
-            f"{_near_multiples(reference.world_size, replica)} ranks",
-        )
-    if cp > 1 and policy.attention_backend == "unfused":
-        yield RuleProblem(
-            ("policy.attention_backend", "policy.context_parallel_size"),
-            f"policy.attention_backend = unfused knows no context_parallel_size = {cp}: use auto, "
-            "fused or flash",
-        )
-
-    if reference.sync_steps is not None and config.grpo.beta == 0:
-        yield RuleProblem(
-            ("reference.sync_steps", "grpo.beta"),
-            f"reference.sync_steps = {reference.sync_steps}, but with grpo.beta = 0 there is no "
-            "reference: set grpo.beta, or leave sync_steps out",
-        )
-    if (
-        config.grpo.beta > 0
-        and reference.placement == "policy"
-        and reference.world_size > policy.world_size
-    ):
-        yield RuleProblem(
-            ("reference.world_size", "reference.placement", "policy.world_size"),
-            f"reference.world_size = {reference.world_size} is more than the "
-            f"{policy.world_size} ranks of the policy, whose GPUs it shares "
-            "(reference.placement = policy): lower it, or set reference.placement to own",
-        )
-
-
-def _overlap_problems(config: Config) -> Iterator[RuleProblem]:
-    policy = config.policy
-    if not policy.overlap_param_gather:
-        return
-    if not policy.use_distributed_optimizer:
-        yield RuleProblem(
-            ("policy.overlap_param_gather", "policy.use_distributed_optimizer"),
-            "policy.overlap_param_gather gathers weights that policy.use_distributed_optimizer "
-            "cuts, and that is false: set it to true, or leave overlap_param_gather out",
-        )
-    if not policy.overlap_grad_reduce:
-        yield RuleProblem(
-            ("policy.overlap_param_gather", "policy.overlap_grad_reduce"),
-            "policy.overlap_param_gather works on the parts that policy.overlap_grad_reduce cuts "
-            "gradients into: set that to true as well, or leave overlap_param_gather out",
-        )
-
-
-def _recompute_problems(config: Config) -> Iterator[RuleProblem]:
-    policy = config.policy
-    # A run's saved config says the default too.
-    default = type(policy).model_fields["recompute_modules"].default
-    if policy.recompute_modules != default and policy.recompute != "selective":
-        yield RuleProblem(
-            ("policy.recompute_modules", "policy.recompute"),
-            f"policy.recompute_modules says what policy.recompute = selective computes again, and "
-            f"that is {policy.recompute}: set it to selective, or leave recompute_modules out",
-        )
-
-
-def _expert_parallelism_problems(policy: PolicyConfig) -> Iterator[RuleProblem]:
-    ep, pp = policy.expert_model_parallel_size, policy.pipeline_parallel_size
-    stage = policy.world_size // pp
-    if policy.world_size % pp == 0 and stage % ep:
-        yield RuleProblem(
-            (
-                "policy.expert_model_parallel_size",
-                "policy.world_size",
-                "policy.pipeline_parallel_size",
-            ),
-            f"policy.expert_model_parallel_size = {ep} does not divide the {stage} ranks that hold "
-            f"a layer (policy.world_size {policy.world_size} / pipeline_parallel_size {pp}): use a "
-            "number that does",
         )
 
 
@@ -393,22 +265,22 @@ def _dataset_problems(config: Config) -> Iterator[RuleProblem]:
     if data.dataset_weights is not None and len(data.dataset_weights) != len(data.dataset):
         yield RuleProblem(
             ("data.dataset_weights", "data.dataset"),
-            f"data.dataset_weights has {_count(data.dataset_weights, 'value')} for "
-            f"{_count(data.dataset, 'dataset')} ({', '.join(data.dataset)}): give one weight for "
+            f"data.dataset_weights has {count(data.dataset_weights, 'value')} for "
+            f"{count(data.dataset, 'dataset')} ({', '.join(data.dataset)}): give one weight for "
             "each, or leave it out to take every row once an epoch",
         )
     if len(data.preprocessor) > 1 and len(data.preprocessor) != len(data.dataset):
         yield RuleProblem(
             ("data.preprocessor", "data.dataset"),
-            f"data.preprocessor has {_count(data.preprocessor, 'name')} for "
-            f"{_count(data.dataset, 'dataset')}: give one for all, or one for each (none leaves "
+            f"data.preprocessor has {count(data.preprocessor, 'name')} for "
+            f"{count(data.dataset, 'dataset')}: give one for all, or one for each (none leaves "
             "rows as they are)",
         )
     if len(data.val_preprocessor) > 1 and len(data.val_preprocessor) != len(data.val_dataset):
         yield RuleProblem(
             ("data.val_preprocessor", "data.val_dataset"),
-            f"data.val_preprocessor has {_count(data.val_preprocessor, 'name')} for "
-            f"{_count(data.val_dataset, 'dataset')}: give one for all, or one for each",
+            f"data.val_preprocessor has {count(data.val_preprocessor, 'name')} for "
+            f"{count(data.val_dataset, 'dataset')}: give one for all, or one for each",
         )
     if data.val_dataset and len(data.preprocessor) > 1 and not data.val_preprocessor:
         yield RuleProblem(
@@ -441,20 +313,3 @@ def _dataset_problems(config: Config) -> Iterator[RuleProblem]:
             f"data.chat_template_kwargs has {', '.join(taken)}, which rlsys sets itself: leave it "
             "out; it is for variables that the template reads, such as enable_thinking",
         )
-
-
-def _count(things: list[Any], what: str) -> str:
-    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
-
-
-def _near_multiples(number: int, unit: int) -> str:
-    """The multiples of `unit` around `number`: "24 or 32" for 30 and 8."""
-    below = number // unit * unit
-    return " or ".join(str(n) for n in (below, below + unit) if n > 0)
-
-
-def _near_divisors(number: int, of: int) -> str:
-    """The divisors of `of` around `number`: "8 or 16" for 12 and 32."""
-    below = max(n for n in range(1, number) if of % n == 0)
-    above = [n for n in range(number, of + 1) if of % n == 0]
-    return " or ".join(str(n) for n in (below, *above[:1]))

@@ -14,6 +14,7 @@ CONFIG_FILE = ROOT / "rlsys" / "config.py"
 DISPLAY = {
     "algorithm_rules.py",
     "config_rules.py",
+    "parallel_rules.py",
     "config_load.py",
     "explain.py",
     "memory.py",
