@@ -10,6 +10,8 @@ import tempfile
 import threading
 import time
 
+import psutil
+
 
 def run_alone(command, *, timeout_s, env=None, gpus=None):
     """What a command printed last to stdout, a line of JSON; or {"error": why there is none}.
@@ -41,9 +43,18 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
 
 
 def end_session(process):
-    """Kill a process that was started with start_new_session, and what it started."""
+    """Kill a process that was started with start_new_session, and what it started.
+
+    Its children may have sessions of their own, where one measurement alone starts others.
+    """
+    family = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid).children(recursive=True)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
     process.wait()
 
 

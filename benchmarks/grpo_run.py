@@ -19,7 +19,7 @@ from rlsys.tracking.jsonl import read_jsonl
 
 COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
 sys.path.insert(0, str(COUNTDOWN))
-from problems import generate_problems, write_jsonl  # noqa: E402
+from problems import generate_problems, write_problems  # noqa: E402
 
 SAMPLE_MS = 200
 
@@ -76,7 +76,7 @@ def write_config(folder, *, model, device, steps, prompts, generations, completi
     problems = generate_problems(
         max(2 * prompts, 512), seed=0, numbers=4, max_number=99, max_target=999, operations="+-*"
     )
-    write_jsonl(folder / "train.jsonl", problems)
+    write_problems(folder / "train.jsonl", problems)
     engines = max(1, gpus - 1)
     config = {
         "output_dir": str(folder / "run"),

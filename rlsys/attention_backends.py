@@ -23,12 +23,17 @@ stops at an assertion where one is set otherwise."""
 
 
 def unsupported_attention(
-    policy: PolicyConfig, *, device: Literal["cpu", "cuda"], dtype: str
+    policy: PolicyConfig,
+    *,
+    context_parallel_size: int,
+    device: Literal["cpu", "cuda"],
+    dtype: str,
 ) -> str | None:
     """Why no machine has the attention that `policy` asks for, and what to do; None if some do.
 
     Args:
-        policy: its attention_backend and context_parallel_size.
+        policy: its attention_backend, which is the reference's too.
+        context_parallel_size: of the policy, or of the reference.
         device: that it runs on.
         dtype: of the weights, "float32" or "bfloat16".
     """
@@ -45,10 +50,10 @@ def unsupported_attention(
             f"policy.attention_backend = {backend} has no kernels for float32: set it to auto, or "
             "model.dtype to bfloat16"
         )
-    if policy.context_parallel_size > 1:
+    if context_parallel_size > 1:
         return (
-            f"policy.context_parallel_size = {policy.context_parallel_size} needs attention that "
-            "has no kernels for float32: set model.dtype to bfloat16"
+            f"context_parallel_size = {context_parallel_size} needs attention that has no kernels "
+            "for float32: set model.dtype to bfloat16"
         )
     return None
 

@@ -220,6 +220,13 @@ class RewardConfig(Section):
         return [name for name in self.names if f"{name}:" == prefix or name.startswith(prefix)]
 
     @property
+    def model_paths(self) -> list[str]:
+        """Folders or hub ids of `models`, where they are given."""
+        return [
+            self.params[name]["path"] for name in self.models if "path" in self.params.get(name, {})
+        ]
+
+    @property
     def params(self) -> dict[str, dict[str, Any]]:
         """`reward_params` by name, those of reward models completed."""
         shared = self.reward_params.get(REWARD_MODEL_PREFIX[:-1], {})
@@ -552,10 +559,16 @@ class Config(Section):
         }
 
     @property
+    def largest_context_parallel_size(self) -> int:
+        """Of the policy and, if there is one, the reference."""
+        of_reference = self.reference.context_parallel_size if self.grpo.beta > 0 else 1
+        return max(self.policy.context_parallel_size, of_reference)
+
+    @property
     def policy_shares_gpus(self) -> bool:
         """Whether the reference or reward models compute on the policy's GPUs while it waits."""
         return (self.grpo.beta > 0 and self.reference.placement == "policy") or (
-            bool(self.reward.reward_model) and self.reward.reward_model_placement == "policy"
+            bool(self.reward.models) and self.reward.reward_model_placement == "policy"
         )
 
     @property

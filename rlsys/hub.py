@@ -39,7 +39,7 @@ def use_cache_without_hub(config: Config) -> None:
     """
     from huggingface_hub import constants
 
-    models = (config.model.path, config.reference_path, *config.reward.reward_model)
+    models = (config.model.path, config.reference_path, *config.reward.model_paths)
     names = [path for path in models if path[0] not in "./~" and not Path(path).is_dir()]
     for text in (*config.data.dataset, *config.data.val_dataset):
         with contextlib.suppress(ValueError):  # told by whoever reads it

@@ -15,6 +15,7 @@ def parallelism_problems(config: Config) -> Iterator[RuleProblem]:
     """Every rule about ranks that `config` breaks."""
     yield from _layout_problems(config)
     yield from _expert_parallelism_problems(config.policy)
+    yield from _attention_problems(config)
     yield from _reference_problems(config)
     yield from _overlap_problems(config)
     yield from _recompute_problems(config)
@@ -53,11 +54,19 @@ def _layout_problems(config: Config) -> Iterator[RuleProblem]:
             f"{near_multiples(config.global_batch_size, config.data_parallel_size)}, or another "
             "number of ranks",
         )
-    if cp > 1 and policy.attention_backend == "unfused":
+
+
+def _attention_problems(config: Config) -> Iterator[RuleProblem]:
+    cp = config.largest_context_parallel_size
+    if cp > 1 and config.policy.attention_backend == "unfused":
         yield RuleProblem(
-            ("policy.attention_backend", "policy.context_parallel_size"),
-            f"policy.attention_backend = unfused knows no context_parallel_size = {cp}: use auto, "
-            "fused or flash",
+            (
+                "policy.attention_backend",
+                "policy.context_parallel_size",
+                "reference.context_parallel_size",
+            ),
+            f"policy.attention_backend = unfused knows no context_parallel_size = {cp}, of the "
+            "policy or the reference: use auto, fused or flash",
         )
 
 

@@ -116,7 +116,7 @@ def _models(config: Config) -> Iterator[Problem]:
     if shape is not None:
         yield from _policy_fits(config, shape)
         yield from _rollout_fits(config, shape)
-    for path in config.reward.reward_model:
+    for path in config.reward.model_paths:
         try:
             find_model_folder(path)
         except ValueError as error:
@@ -228,7 +228,12 @@ def _attention(config: Config) -> Iterator[Problem]:
     if device == "cpu" and config.device == "auto":
         return  # the Ray cluster may have GPUs; the engines ask again
     policy, dtype = config.policy, config.model_dtype(on_cpu=device == "cpu")
-    unsupported = unsupported_attention(policy, device=device, dtype=dtype)
+    unsupported = unsupported_attention(
+        policy,
+        context_parallel_size=config.largest_context_parallel_size,
+        device=device,
+        dtype=dtype,
+    )
     if unsupported is not None:
         yield Problem(unsupported)
     elif device == "cuda":

@@ -111,8 +111,9 @@ def missing_columns(
     reward_funcs: Sequence[str],
     reward_params: Mapping[str, Mapping[str, Any]],
     columns: Collection[str],
+    data: str = "the data",
 ) -> list[str]:
-    """Problems of reward functions that need a column which no dataset has."""
+    """Problems of reward functions that need a column which no dataset of `data` has."""
     problems = []
     for name in reward_funcs:
         use = column_use(name, reward_params.get(name, {}))
@@ -120,7 +121,7 @@ def missing_columns(
         if missing:
             problems.append(
                 f"reward function {name!r} needs the column{'s' * (len(missing) > 1)} "
-                f"{', '.join(missing)}, which the data does not have. It has: "
+                f"{', '.join(missing)}, which {data} does not have. It has: "
                 f"{', '.join(columns) or 'none besides the prompt'}. Rename one with data.columns, "
                 "or add it with a data.preprocessor"
             )

@@ -58,8 +58,9 @@ def load_policy(
             f"the checkpoint {folder} was written with policy.use_distributed_optimizer = "
             f"{str(distributed).lower()}: continue with the same value"
         )
-    if common["shares_experts"] != _shares_experts():
-        was, must = ("above 1", "also above 1") if common["shares_experts"] else ("1", "also 1")
+    shared_experts = common.get("shares_experts", False)  # older checkpoints do not say
+    if shared_experts != _shares_experts():
+        was, must = ("above 1", "also above 1") if shared_experts else ("1", "also 1")
         raise ValueError(
             f"the checkpoint {folder} was written with policy.expert_model_parallel_size {was}, "
             f"when megatron-core has one optimizer for experts and one for the rest or one for "

@@ -82,10 +82,10 @@ class MegatronModel:
 
     @property
     def _experts_span_data_parallel_ranks(self) -> bool:
-        # Ranks of the expert group are neighbours, and data-parallel ones are the farthest apart.
+        # Ranks of an expert group are neighbours, counted from 0; those with the same rows too.
         parallel = self.transformer_config
         same_rows = parallel.tensor_model_parallel_size * self._cp_group.size()
-        return parallel.expert_model_parallel_size > same_rows
+        return same_rows % parallel.expert_model_parallel_size != 0
 
     @property
     def reports(self) -> bool:
@@ -179,6 +179,9 @@ class MegatronModel:
         ]
         if self._experts_span_data_parallel_ranks:
             missing = max(map(len, row_lists_of_ranks)) - len(packed)
+        else:
+            missing = 0
+        if missing:
             untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
             shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
             packed += missing * [

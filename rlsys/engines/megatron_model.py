@@ -42,7 +42,12 @@ def transformer_config(
         ValueError: this machine has no attention of kind policy.attention_backend.
     """
     device: Literal["cpu", "cuda"] = "cpu" if on_cpu else "cuda"
-    problem = unsupported_attention(policy, device=device, dtype=str(dtype).rpartition(".")[2])
+    problem = unsupported_attention(
+        policy,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        device=device,
+        dtype=str(dtype).rpartition(".")[2],
+    )
     if problem is None and not on_cpu:
         problem = missing_attention(policy.attention_backend)
     if problem is not None:
@@ -110,6 +115,9 @@ def transformer_config(
 
 def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
     """Options of a mixture of experts; no token is dropped, and no loss balances the experts."""
+    ep = parallel_state.get_expert_model_parallel_world_size()
+    # megatron-core 0.16 would not sum their gradients over the tensor-parallel ranks.
+    assert ep > 1 or parallel_state.get_tensor_model_parallel_world_size() == 1, "see preflight"
     return {
         "num_moe_experts": shape.num_experts,
         "moe_router_topk": shape.num_experts_per_tok,
@@ -122,7 +130,7 @@ def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
         # All experts of a rank in one kernel, and tokens sorted by another: Transformer Engine's.
         "moe_grouped_gemm": not on_cpu,
         "moe_permute_fusion": not on_cpu,
-        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_model_parallel_size": ep,
         "expert_tensor_parallel_size": 1,
     }
 

@@ -36,6 +36,11 @@ class MegatronReference(MegatronModel):
         with self._on_gpu():
             return super().compute_logprobs(batch)
 
+    def save_model(self, folder: Path) -> None:
+        """See MegatronModel.save_model."""
+        with self._on_gpu():  # where its ranks can exchange weights
+            super().save_model(folder)
+
     def mix_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], *, alpha: float) -> None:
         """See MegatronWeights.mix."""
         self.weights.mix(tensors, alpha=alpha)
@@ -49,9 +54,11 @@ class MegatronReference(MegatronModel):
     def _on_gpu(self) -> Iterator[None]:
         for parameter, waiting in self._in_host_memory.items():
             parameter.data = waiting.to(self.device, non_blocking=True)
-        yield
-        if self._in_host_memory:
-            self._leave_gpu()
+        try:
+            yield
+        finally:
+            if self._in_host_memory:
+                self._leave_gpu()
 
     def _leave_gpu(self) -> None:
         for parameter, waiting in self._in_host_memory.items():

@@ -214,11 +214,11 @@ class VLLMEngine:
         return RolloutGroup(group_id=group_id, prompt=running.prompt, completions=completions)
 
     def _completion(self, sampled: CompletionOutput, spans: list[Span]) -> Completion:
-        token_ids, logprobs = list(sampled.token_ids), sampled_logprobs(sampled.logprobs)
-        assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
         reason = sampled.finish_reason
         if reason not in get_args(FinishReason):
             raise RuntimeError(f"vLLM ended a completion with {reason!r}")
+        token_ids, logprobs = list(sampled.token_ids), sampled_logprobs(sampled.logprobs)
+        assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
         text_ids = token_ids[:-1] if reason == "stop" else token_ids
         return Completion(
             token_ids=token_ids,

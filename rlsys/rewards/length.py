@@ -71,7 +71,12 @@ class Cosine(ORM):
 
     def check_row(self, row: Mapping[str, Any]) -> None:
         """See ORM: what the correctness reward refuses."""
-        self._correctness.check_row(row)
+        try:
+            self._correctness.check_row(row)
+        except KeyError as error:
+            raise ValueError(
+                f"cosine asks {self._correctness.name!r}, which needs the column {error.args[0]!r}"
+            ) from None
 
     def _value(self, correct: bool, num_tokens: int) -> float:
         start, end = self.correct if correct else self.wrong

@@ -33,6 +33,9 @@ MIN_ALONE_S = 1.0
 """Least time that a completion gets when it is tried alone, after a function's first call."""
 MAX_ASYNC_TASKS = 256
 """Groups of completions that async functions work on at the same time."""
+MAX_MODEL_TASKS = 4
+"""The same of a reward model: enough to fill its batches. A group's time runs while it waits for
+its turn in the model's process, and here it does not."""
 ASYNC_GRACE_S = 5.0
 """An async function that ignores its cancellation for so long blocks its event loop: killed."""
 
@@ -42,8 +45,12 @@ def make_lanes(config: RewardConfig) -> list[Lane]:
     others = [name for name in config.names if name not in config.models]
     sync = tuple(name for name in others if not is_async(orms[name]))
     waiting = tuple(name for name in others if is_async(orms[name]))
-    lanes = [Lane(sync, concurrent=False, num_processes=config.num_workers), Lane(waiting, True)]
-    return [lane for lane in lanes if lane.names] + [Lane((name,), True) for name in config.models]
+    lanes = [
+        Lane(sync, concurrent=False, num_processes=config.num_workers),
+        Lane(waiting, concurrent=True, max_tasks=MAX_ASYNC_TASKS),
+        *(Lane((name,), concurrent=True, max_tasks=MAX_MODEL_TASKS) for name in config.models),
+    ]
+    return [lane for lane in lanes if lane.names]
 
 
 class RewardPool:
@@ -172,7 +179,8 @@ class RewardPool:
             outcome = self._backend.result(process.starting)
         except ProcessDied as death:
             raise RewardCodeError(
-                f"{death}\na reward process died while its reward functions were made"
+                f"{death}\na reward process died while its reward functions were made. If they "
+                "hold much memory, a model perhaps, raise reward.max_memory_mb"
             ) from None
         if isinstance(outcome, Failed):
             raise RewardCodeError(outcome.report)
@@ -242,7 +250,7 @@ class RewardPool:
         if part.exclusive or not process.lane.concurrent:
             return not process.parts
         exclusive = any(running.exclusive for running, _ in process.parts.values())
-        return not exclusive and len(process.parts) < MAX_ASYNC_TASKS
+        return not exclusive and len(process.parts) < process.lane.max_tasks
 
     def _finish(self, part: Part, outcome: Values | Failed) -> None:
         if isinstance(outcome, Values):

@@ -51,6 +51,8 @@ class Lane:
     concurrent: bool
     """Whether they are async and run together."""
     num_processes: int = 1
+    max_tasks: int = 1
+    """Groups that one process works on at the same time."""
 
 
 @dataclass(slots=True)

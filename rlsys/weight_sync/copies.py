@@ -18,8 +18,8 @@ class CopyPlan:
     contiguous pieces is.
 
     Args:
-        pairs: (target, source) of equal numbers of elements and types; the source is reshaped to
-            the target if need be. Both are kept, and with them the memory that they are views of.
+        pairs: (target, source) of equal shapes and types. Both are kept, and with them the memory
+            that they are views of.
     """
 
     def __init__(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]):
@@ -27,6 +27,7 @@ class CopyPlan:
         self._alone: list[tuple[torch.Tensor, torch.Tensor]] = []
         for whole_target, whole_source in pairs:
             assert whole_target.dtype == whole_source.dtype, (whole_target, whole_source)
+            assert whole_target.shape == whole_source.shape, (whole_target, whole_source)
             for target, source in _pieces(whole_target, whole_source):
                 contiguous = target.is_contiguous() and source.is_contiguous()
                 if contiguous and target.device == source.device:

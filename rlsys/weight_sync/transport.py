@@ -60,7 +60,8 @@ class Transport(ABC):
 
         Raises:
             WeightSyncError: here or in the returned function, with `what` in its message; the
-                group cannot be used any more.
+                group cannot be used any more. On a GPU the stream waits and not the host: there
+                a rank that does not come ends this process, when the deadline is over.
         """
         start = time.monotonic()
         with self._failures_explained(what, since=start):
