@@ -214,6 +214,17 @@ class RewardConfig(Section):
         return self.reward_funcs + [REWARD_MODEL_PREFIX + path for path in self.reward_model]
 
     @property
+    def names_that_check_rows(self) -> list[str]:
+        """Those of `names` that may refuse rows before the run.
+
+        Not those behind a gate, which may never be called for such a row; and none in a run that
+        takes 0 for what fails, or drops it: it has said what it does with such rows.
+        """
+        if self.on_error != "raise":
+            return []
+        return [name for name in self.names if name not in self.gate]
+
+    @property
     def models(self) -> list[str]:
         """Those of `names` that are reward models."""
         prefix = REWARD_MODEL_PREFIX

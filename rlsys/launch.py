@@ -196,9 +196,7 @@ def check_prompts(config: Config, data: PromptData) -> None:
     missing = missing_columns(reward.names, reward.params, data.columns)
     if config.eval_steps is not None and data.validation:
         held_out = {column: None for prompt in data.validation for column in prompt.columns}
-        missing += missing_columns(
-            reward.names, reward.params, held_out, "the held-out data (data.val_dataset)"
-        )
+        missing += missing_columns(reward.names, reward.params, held_out, "the held-out data")
     if missing:
         raise ValueError("\n".join(missing))
 
@@ -209,12 +207,7 @@ def load_data(config: Config) -> PromptData:
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
     reward = config.reward
     load_plugins(reward.external_plugins)
-    # A gated function may never be called for a row that it cannot score; and a run that takes 0
-    # for what fails, or drops it, has said what it does with such rows.
-    asked = [name for name in reward.names if name not in reward.gate]
-    check = row_check(
-        asked if reward.on_error == "raise" else [], reward.params, config.known_to_rewards
-    )
+    check = row_check(reward.names_that_check_rows, reward.params, config.known_to_rewards)
     data = load_prompts(config.data, tokenizer, seed=config.seed, check=check)
     for line in data.summary():
         print(line, flush=True)

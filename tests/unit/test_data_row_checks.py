@@ -3,7 +3,7 @@
 import pytest
 from data_cases import word_tokenizer, write_jsonl
 
-from rlsys.config import DataConfig
+from rlsys.config import DataConfig, RewardConfig
 from rlsys.data import load_prompts
 from rlsys.data.usage import row_check
 from rlsys.rewards import ORM, RewardError, orms, register_reward
@@ -163,6 +163,22 @@ def test_functions_and_classes_of_users_may_check_rows(tokenizer, tmp_path):
         "line 3: reward function 'instance': n must be at most 3",
     ]
     assert made == ["instance"]
+
+
+def test_only_functions_that_score_every_row_and_end_a_run_refuse_rows():
+    names = {"reward_funcs": ["format", "accuracy"]}
+    assert RewardConfig(**names).names_that_check_rows == ["format", "accuracy"]
+    gated = RewardConfig(**names, gate={"accuracy": "format"})
+    assert gated.names_that_check_rows == ["format"]
+    assert RewardConfig(**names, on_error="zero").names_that_check_rows == []
+
+
+def test_cosine_says_which_column_its_correctness_needs(tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "target": 3}])
+    params = {"cosine": {"correctness": "countdown"}}
+    data = load(tokenizer, source, "cosine", params=params)
+    with pytest.raises(ValueError, match="'countdown', which needs the column 'nums'"):
+        data.refused.raise_if_any()
 
 
 def test_a_check_that_is_broken_itself_says_so(tokenizer, tmp_path):

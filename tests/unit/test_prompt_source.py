@@ -73,6 +73,18 @@ def test_fewer_prompts_than_a_step_needs_names_the_numbers(tmp_path):
         check_prompts(config.model_copy(update={"rollout": ahead}), PromptData(prompts, [], [8]))
 
 
+def test_a_column_that_only_held_out_rows_lack_is_named_where_they_are_used(tmp_path):
+    fields = {
+        "rollout": {"generation_batch_size": 16, "num_generations": 2},
+        "data": {"dataset": ["train.jsonl"], "val_dataset": ["validation.jsonl"]},
+    }
+    prompts = [replace(prompt, columns={"nums": [1], "target": 1}) for prompt in prompts_of(8)]
+    data = PromptData(prompts, [replace(prompts[0], columns={"target": 1})], [8])
+    with pytest.raises(ValueError, match="nums, which the held-out data does not have"):
+        check_prompts(make_config(tmp_path, eval_steps=1, **fields), data)
+    check_prompts(make_config(tmp_path, **fields), data)
+
+
 def test_a_column_that_a_reward_needs_and_no_row_has_is_named_before_the_run(tmp_path):
     config = make_config(tmp_path, rollout={"generation_batch_size": 16, "num_generations": 2})
     prompts = [replace(prompt, columns={"target": 1}) for prompt in prompts_of(8)]

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from config_cases import values
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForSequenceClassification,
@@ -13,7 +14,7 @@ from transformers import (
     Qwen3ForSequenceClassification,
 )
 
-from rlsys.config import RewardConfig
+from rlsys.config import Config, RewardConfig
 from rlsys.rewards import orms, settings_of
 from rlsys.rewards.pool import make_lanes
 from rlsys.rewards.runner import RewardRunner, process_settings
@@ -141,12 +142,27 @@ def test_each_model_has_one_process_of_its_own_however_many_workers():
     )
     assert make_lanes(config) == [
         Lane(("format",), concurrent=False, num_processes=3),
-        Lane(("judge",), concurrent=True),
+        Lane(("judge",), concurrent=True, max_tasks=256),
+        # So few that groups wait here, where their time does not run.
         *(
-            Lane((name,), concurrent=True)
+            Lane((name,), concurrent=True, max_tasks=4)
             for name in ("reward_model", *(f"reward_model:{path}" for path in ("C", "org/A", "B")))
         ),
     ]
+
+
+@pytest.mark.parametrize("named_by", ["reward_model", "reward_funcs"])
+def test_a_model_is_known_however_it_is_named(named_by):
+    reward = {"reward_funcs": ["format"]}
+    if named_by == "reward_funcs":
+        reward["reward_funcs"] = ["format", "reward_model:org/A"]
+    else:
+        reward["reward_model"] = ["org/A"]
+    config = Config.model_validate(values(reward=reward))
+    assert config.reward.model_paths == ["org/A"]
+    assert config.policy_shares_gpus
+    own = values(reward=reward | {"reward_model_placement": "own"})
+    assert not Config.model_validate(own).policy_shares_gpus
 
 
 def test_several_models_are_told_apart_by_their_paths():
