@@ -2,6 +2,7 @@
 experts are."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,9 @@ from transformers import AutoModelForCausalLM
 from rlsys.algo.batching import micro_batches, shard_rows
 
 pytestmark = pytest.mark.system
+
+FOUR_RANKS = partial(pytest.param, marks=pytest.mark.slow)
+"""On a machine of two cores."""
 
 EP_2 = {"world_size": 2, "expert_model_parallel_size": 2}
 LAYOUTS = {
@@ -89,8 +93,8 @@ def test_the_ranks_have_different_numbers_of_micro_batches():
         (False, "one rank", {"micro_batch_size": 1}),
         (False, "EP 2", ONE_AND_TWO_MICRO_BATCHES),
         (True, "TP 2 x EP 2", {}),
-        (True, "PP 2 x EP 2", {}),
-        (True, "CP 2 x DP 2 x EP 4", ONE_AND_TWO_MICRO_BATCHES),
+        FOUR_RANKS(True, "PP 2 x EP 2", {}),
+        FOUR_RANKS(True, "CP 2 x DP 2 x EP 4", ONE_AND_TWO_MICRO_BATCHES),
     ],
 )
 def test_logprobs_are_those_of_transformers_and_a_round_trip_is_bit_equal(
@@ -121,8 +125,8 @@ def test_these_models_are_sensitive_to_how_experts_are_weighted(folders):
     ("layout", "splitting"),
     [
         ("EP 2", ONE_AND_TWO_MICRO_BATCHES),
-        ("TP 2 x DP 2 x EP 4", {"recompute": "selective"}),
-        ("CP 2 x DP 2 x EP 4", ONE_AND_TWO_MICRO_BATCHES),
+        FOUR_RANKS("TP 2 x DP 2 x EP 4", {"recompute": "selective"}),
+        FOUR_RANKS("CP 2 x DP 2 x EP 4", ONE_AND_TWO_MICRO_BATCHES),
     ],
 )
 def test_the_gradient_is_that_of_plain_transformers(lab, folders, layout, splitting):
@@ -169,8 +173,8 @@ def one_rank(lab, folders):
         LAYOUTS["EP 2"]
         | ONE_AND_TWO_MICRO_BATCHES
         | {"overlap_grad_reduce": True, "overlap_param_gather": True},
-        LAYOUTS["PP 2 x EP 2"] | {"use_distributed_optimizer": False},
-        LAYOUTS["TP 2 x DP 2 x EP 4"],
+        FOUR_RANKS(LAYOUTS["PP 2 x EP 2"] | {"use_distributed_optimizer": False}),
+        FOUR_RANKS(LAYOUTS["TP 2 x DP 2 x EP 4"]),
     ],
     ids=str,
 )
@@ -184,6 +188,7 @@ def test_updates_do_not_depend_on_where_experts_are(lab, folders, one_rank, opti
         torch.testing.assert_close(tensor, expected_weights[name], rtol=0, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_continues_with_its_experts_elsewhere(lab, folders, one_rank, tmp_path):
     batch, *_ = one_rank
     policy = lab.policy(policy_config(folders[True], adam_eps=1e-5, **LAYOUTS["EP 2"]))
@@ -204,7 +209,7 @@ def test_a_run_continues_with_its_experts_elsewhere(lab, folders, one_rank, tmp_
         policy.load_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["PP 2 x EP 2", "TP 2 x DP 2 x EP 4"])
+@pytest.mark.parametrize("layout", ["PP 2 x EP 2", FOUR_RANKS("TP 2 x DP 2 x EP 4")])
 def test_buckets_hold_every_expert(lab, folders, layout):
     policy = lab.policy(policy_config(folders[True], **LAYOUTS[layout]))
     policy.call("plan_buckets", 50_000)

@@ -42,8 +42,8 @@ def test_weight_sync_sends_what_is_saved(lab, policy_models, tmp_path):
     [
         ("qwen2-tied", "one rank"),
         ("qwen2-untied", "TP 2 x PP 2"),
-        ("llama-tied", "PP 2 x DP 2"),
-        ("qwen3-untied", "TP 2 x DP 2"),
+        pytest.param("llama-tied", "PP 2 x DP 2", marks=pytest.mark.slow),
+        pytest.param("qwen3-untied", "TP 2 x DP 2", marks=pytest.mark.slow),
     ],
 )
 def test_buckets_hold_what_one_by_one_export_gives(lab, policy_models, name, layout):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,9 @@ from rlsys.algo.names import aggregation_of
 from rlsys.types import TrainBatch
 
 pytestmark = pytest.mark.system
+
+FOUR_RANKS = partial(pytest.param, marks=pytest.mark.slow)
+"""On a machine of two cores."""
 
 GRPO = {"beta": 0.04, "epsilon": 0.1, "epsilon_high": 0.15}
 MAX_GRAD_NORM = 0.1
@@ -132,12 +136,14 @@ def one_rank(lab, policy_models, batches):
         LAYOUTS["TP 2"],
         LAYOUTS["PP 2"],
         LAYOUTS["CP 2"] | {"recompute": "full"},
-        LAYOUTS["PP 2 x CP 2"],
-        LAYOUTS["CP 2 x DP 2"] | {"max_tokens_per_micro_batch": 34, "overlap_grad_reduce": True},
+        FOUR_RANKS(LAYOUTS["PP 2 x CP 2"]),
+        FOUR_RANKS(
+            LAYOUTS["CP 2 x DP 2"] | {"max_tokens_per_micro_batch": 34, "overlap_grad_reduce": True}
+        ),
         LAYOUTS["DP 2"],
         LAYOUTS["DP 2"] | {"use_distributed_optimizer": False},
         LAYOUTS["DP 2"] | {"max_tokens_per_micro_batch": 34},
-        LAYOUTS["TP 2 x PP 2"],
+        FOUR_RANKS(LAYOUTS["TP 2 x PP 2"]),
         LAYOUTS["TP 2 x DP 2"],
         {"use_distributed_optimizer": False},
         {"recompute": "full"},
@@ -161,7 +167,7 @@ def test_updates_do_not_depend_on_layout_and_splitting(
         torch.testing.assert_close(tensor, expected_weights[name], rtol=0, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("layout", ["DP 2", "PP 2 x DP 2"])
+@pytest.mark.parametrize("layout", ["DP 2", FOUR_RANKS("PP 2 x DP 2")])
 def test_overlapping_communication_changes_no_bit(lab, policy_models, batches, layout):
     """Weights and log-probs right after an update, whose weights ranks only have in part until they
     are gathered: what is still missing would go to the rollout engines as it was before.
