@@ -19,7 +19,10 @@ def assert_equal(tensors, expected):
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize("layout", ["one rank", "TP 2", "PP 2", "TP 2 x PP 2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["one rank", "TP 2", "PP 2", pytest.param("TP 2 x PP 2", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_round_trip_is_bit_equal(lab, policy_models, tmp_path, name, layout):
     policy = lab.policy(policy_config(policy_models[name], **LAYOUTS[layout]))

@@ -24,7 +24,10 @@ def expected(policy_models):
         }
 
 
-@pytest.mark.parametrize("layout", ["one rank", "TP 2", "PP 2", "DP 2", "TP 2 x PP 2"])
+@pytest.mark.parametrize(
+    "layout",
+    ["one rank", "TP 2", "PP 2", "DP 2", pytest.param("TP 2 x PP 2", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_logprobs_equal_those_of_transformers(lab, policy_models, expected, name, layout):
     policy = lab.policy(policy_config(policy_models[name], **LAYOUTS[layout]))
