@@ -6,13 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from config_cases import values
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import (
-    AutoModelForSequenceClassification,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForSequenceClassification,
-)
+from reward_models import save_reward_model
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from rlsys.config import Config, RewardConfig
 from rlsys.rewards import orms, settings_of
@@ -20,36 +15,9 @@ from rlsys.rewards.pool import make_lanes
 from rlsys.rewards.runner import RewardRunner, process_settings
 from rlsys.rewards.work import Lane
 
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
 
-
-def save(folder, num_labels=1, template=TEMPLATE):
-    """A tiny random model whose tokens are characters."""
-    words = ["<pad>", "<end>", "<user>", "<assistant>", *map(chr, range(32, 127))]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<pad>"))
-    raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        pad_token="<pad>",
-        eos_token="<end>",
-        additional_special_tokens=["<user>", "<assistant>"],
-    )
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=128,
-        num_labels=num_labels,
-        pad_token_id=0,
-    )
-    Qwen3ForSequenceClassification(config).save_pretrained(folder)
+def save(folder, **settings):
+    save_reward_model(folder, max_length=128, **settings)
     return str(folder)
 
 
