@@ -188,6 +188,7 @@ def make_policy(config, arguments, *, chunk, fuse):
     from rlsys.engines import megatron, megatron_model, parallel_layout
 
     policy, timeout_s = config.policy, float(arguments.timeout)
+    torch.set_num_threads(policy.cpu_threads)  # as a run's ranks do
     store = torch.distributed.TCPStore("127.0.0.1", arguments.port, is_master=False)
     layout = parallel_layout.ParallelLayout(
         rank=arguments.rank,
@@ -314,12 +315,14 @@ def profile(function, *, on_cpu):
             for event in events
             if event.device_type == DeviceType.CPU
         ]
+    waits = {} if on_cpu else gpu_waits(profiler.events())
     by_kind = dict.fromkeys([*KERNELS, "other"], 0.0)
     for name, microseconds, _ in kernels:
         by_kind[kind_of(name)] += microseconds / 1e3
     longest = sorted(kernels, key=lambda kernel: -kernel[1])[:40]
     return {
         "all_ms": sum(by_kind.values()),
+        **waits,
         "by_kind_ms": by_kind,
         "by_range_ms": {
             wanted: sum(time for name, time in ranges if name.partition("#")[0] == wanted) / 1e3
@@ -328,6 +331,55 @@ def profile(function, *, on_cpu):
         "longest": [
             {"ms": time / 1e3, "calls": count, "kind": kind_of(name), "name": name[:160]}
             for name, time, count in longest
+        ],
+    }
+
+
+def gpu_waits(events):
+    """From the first kernel to the end of the last: how long any ran, and the longest waits.
+
+    A wait is told by what ran before and after it, and by what the host did in its middle, from
+    the outermost function that the profiler knows to the innermost.
+    """
+    from torch.autograd import DeviceType
+
+    def spans(device):
+        return sorted(
+            (event.time_range.start, event.time_range.end, event.name)
+            for event in events
+            if event.device_type == device
+        )
+
+    host = spans(DeviceType.CPU)
+    ranges = {name for *_, name in host}  # the profiler shows those on the GPU as well
+    kernels = [span for span in spans(DeviceType.CUDA) if span[2] not in ranges]
+    busy, waits = 0.0, []
+    start, end, before = kernels[0]
+    began = start
+    for next_start, next_end, name in kernels:
+        if next_start > end:
+            waits.append((next_start - end, end, before, name))
+            busy += end - start
+            start, end, before = next_start, next_end, name
+        elif next_end > end:
+            end, before = next_end, name
+    busy += end - start
+    waits.sort(reverse=True)
+    return {
+        "span_ms": (end - began) / 1e3,
+        "busy_ms": busy / 1e3,
+        "waits_over_1_ms": sum(wait > 1e3 for wait, *_ in waits),
+        "longest_waits": [
+            {
+                "ms": wait / 1e3,
+                "at_ms": (since - began) / 1e3,
+                "after": before[:80],
+                "until": until[:80],
+                "host": [
+                    name[:60] for begin, finish, name in host if begin <= since + wait / 2 < finish
+                ],
+            }
+            for wait, since, before, until in waits[:12]
         ],
     }
 
