@@ -1,6 +1,7 @@
 """Whole GRPO steps of TRL's GRPOTrainer and of rlsys on the same two GPUs: prints JSON.
 
     python benchmarks/compare_trl.py                    # 32 prompts x 8, 512 tokens, 1.5B shape
+    python benchmarks/compare_trl.py --rollout.num_engines 2 --rollout.engines_per_gpu 2
     python benchmarks/compare_trl.py --device cpu --shape tiny --prompts 4 --completion_length 16
 
 One after the other, each with its own processes and a deadline. Both get the same model folder
@@ -11,7 +12,7 @@ What it could be slowed by and does not need is off: logging, gradient checkpoin
 the importance-sampling correction, which costs a forward pass and rlsys does not do at staleness 0
 either. Its weights and optimizer state are bfloat16; rlsys keeps both in float32 besides. Its
 reward function costs nothing. Attention is torch's scaled_dot_product_attention: flash-attn, if
-installed, is `--trl_attention flash_attention_2`.
+installed, is `--trl_attention flash_attention_2`. Any further option is one of `rlsys grpo`.
 
 A step is from the end of the one before to its own end. With --device cpu, TRL samples with
 transformers: that only shows that the script works.
@@ -37,7 +38,7 @@ from random_model import SHAPES, save_random_model
 
 
 def main():
-    arguments = parse_arguments()
+    arguments, arguments.rlsys_options = parse_arguments()
     if arguments.one is not None:
         with contextlib.redirect_stdout(sys.stderr):
             result = WHAT[arguments.one](arguments)
@@ -58,7 +59,7 @@ def main():
             "completion tokens a second": results["rlsys"]["completion_tokens_per_second"]
             / results["trl"]["completion_tokens_per_second"],
         }
-    asked = {name: getattr(arguments, name) for name in SHARED}
+    asked = {name: getattr(arguments, name) for name in (*SHARED, "rlsys_options")}
     print(json.dumps({"machine": describe_machine(), "settings": asked, **results}, indent=2))
 
 
@@ -79,7 +80,8 @@ SHARED = (
 def command(arguments, what):
     options = [text for name in SHARED for text in (f"--{name}", str(getattr(arguments, name)))]
     folder = ["--folder", str(arguments.folder)]
-    return [sys.executable, __file__, *options, *folder, "--one", what]
+    own = arguments.rlsys_options
+    return [sys.executable, __file__, *options, *folder, *own, "--one", what]
 
 
 def save(arguments):
@@ -105,7 +107,7 @@ def rlsys(arguments):
     from grpo_run import run_steps, summary
 
     config = arguments.folder / "config.yaml"
-    return summary(*run_steps(config, [], warm_up=arguments.warm_up))
+    return summary(*run_steps(config, arguments.rlsys_options, warm_up=arguments.warm_up))
 
 
 def trl(arguments):
@@ -262,7 +264,7 @@ WHAT = {"save": save, "trl": trl, "trainer": trainer, "rlsys": rlsys}
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--prompts", type=int, default=32, help="of a step")
@@ -279,7 +281,7 @@ def parse_arguments():
     parser.add_argument("--port", type=int, default=8000, help=argparse.SUPPRESS)
     parser.add_argument("--server_pid", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--group_port", type=int, default=51216, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_known_args()
 
 
 if __name__ == "__main__":

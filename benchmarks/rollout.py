@@ -9,8 +9,8 @@ the same arguments and sampling parameters and nothing around it; in a process o
 its engine in another one, as vLLM does by itself, bare_in_process does not, as the actor does not.
 profile: the actor's engine in one process, step by step; see rollout_steps.py for what it tells.
 
-two_engines: two such engines, each in its process with half of the sequences, on one GPU. A run
-cannot do that; it tells what it would be worth where Python is what a step waits for.
+two_engines: two RolloutActors that share the GPU (rollout.engines_per_gpu), with half of the
+sequences each.
 
 Each is a process of its own, on a GPU of its own, `--gpus` of them at a time; one that fails or
 hangs is an entry "error". A wave is `num_seqs` completions that begin and end together: random
@@ -27,7 +27,6 @@ import random
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from alone import run_alone, run_on_gpus
@@ -40,10 +39,6 @@ from rlsys.engines.vllm_settings import engine_arguments, rollout_env
 from rlsys.model_shape import read_model_shape
 from rlsys.types import Prompt, SampleRequest
 
-BARRIER_TIMEOUT_S = 120.0
-KV_CACHE_MB = 24 * 1024
-"""Of each of two engines, so that it does not depend on what the other one has taken by then.
-1,024 sequences of 640 tokens of the 1.5B shape need 18 GiB."""
 WAVE = 10_000
 """The group_ids of a wave begin at its number times this."""
 
@@ -62,9 +57,10 @@ def main():
         if "error" in saved:
             sys.exit(f"no model to measure with: {saved['error']}")
         results = run_on_gpus(jobs(arguments, model), num_gpus=arguments.gpus)
-    for what in ("bare", "bare_in_process"):
-        if what in results and "actor" in results:
-            results[f"actor / {what}"] = ratios(results["actor"], results[what])
+    for side in ("actor", "two_engines"):
+        for what in ("bare", "bare_in_process"):
+            if what in results and side in results:
+                results[f"{side} / {what}"] = ratios(results[side], results[what])
     print(
         json.dumps({"machine": describe_machine(), "shape": arguments.shape, **results}, indent=2)
     )
@@ -115,7 +111,7 @@ def save(arguments):
 
 
 def actor(arguments):
-    """Tokens a second of a RolloutActor, with what reads its stream."""
+    """Tokens a second of a RolloutActor, or two, with what reads their streams."""
     import rlsys.ray_env  # noqa: F401  # before Ray is imported
     import ray  # isort: skip
     from rlsys.actors import rollout
@@ -128,11 +124,12 @@ def actor(arguments):
             super().__init__(config, device, engine_rank)
 
     rollout.RolloutActor = Actor
-    config = make_config(arguments)
+    num_engines = 2 if arguments.one == "two_engines" else 1
+    config = make_config(arguments, num_engines=num_engines)
     ray.init(include_dashboard=False, log_to_driver=False)
-    gpus = {"num_gpus": 0 if arguments.device == "cpu" else 1, "num_cpus": 0.01}
+    gpus = {"num_gpus": 0 if arguments.device == "cpu" else 1 / num_engines, "num_cpus": 0.01}
     engines = rollout.RolloutActors(config, device=arguments.device, place=lambda rank: gpus)
-    (start_s,) = engines.wait_ready().values()
+    start_s = max(engines.wait_ready().values())
 
     def wave(requests):
         engines.submit(requests)
@@ -196,38 +193,13 @@ def profiled(arguments):
     )
 
 
-def two_engines(arguments):
-    """Both at once: {wave: tokens a second of the two, by the time of the slower}."""
-    halves = argparse.Namespace(**vars(arguments) | {"parts": ["waves"]})
-    halves.num_seqs = [num_seqs // 2 for num_seqs in arguments.num_seqs]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as threads:
-        line = [*command(halves), "--model", str(arguments.model), "--one", "profile"]
-        both = list(
-            threads.map(
-                lambda rank: run_alone(
-                    [*line, "--barrier", f"{folder}/{rank}"], timeout_s=0.9 * arguments.timeout_s
-                ),
-                range(2),
-            )
-        )
-    if errors := [half["error"] for half in both if "error" in half]:
-        return {"error": errors[0]}
-    result = {"start_s": max(half["start_s"] for half in both)}
-    for name in both[0]["waves"]:
-        pair = [half["waves"][name] for half in both]
-        seconds = max(wave["seconds"] for wave in pair)
-        tokens = sum(wave["tokens"] for wave in pair)
-        result[f"twice a {name}"] = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    return result
-
-
 WHAT = {
     "save": save,
     "actor": actor,
     "bare": bare,
     "bare_in_process": bare,
     "profile": profiled,
-    "two_engines": two_engines,
+    "two_engines": actor,
 }
 
 
@@ -240,8 +212,6 @@ def waves(wave, arguments, graphs=None):
     for number, (name, num_seqs) in enumerate(sizes.items(), 1):
         place = number + (VARIED // WAVE if name.startswith("varied") else 0)
         requests = make_requests(num_seqs, place, arguments)
-        if arguments.barrier is not None:
-            meet(arguments.barrier, number)
         if graphs is not None:
             graphs.clear()
         start = time.perf_counter()
@@ -260,16 +230,6 @@ def waves(wave, arguments, graphs=None):
     return results
 
 
-def meet(own_file, number):
-    """Wait for the other of two processes, which has a file beside `own_file`."""
-    Path(f"{own_file}.{number}").touch()
-    deadline = time.monotonic() + BARRIER_TIMEOUT_S
-    while len(list(own_file.parent.glob(f"*.{number}"))) < 2:
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the other engine did not come to wave {number}")
-        time.sleep(0.01)
-
-
 def make_requests(num_seqs, number, arguments):
     """Prompts that no other wave has: none is in the prefix cache."""
     vocabulary = SHAPES[arguments.shape].vocabulary
@@ -285,16 +245,16 @@ def make_requests(num_seqs, number, arguments):
     return requests
 
 
-def make_config(arguments):
+def make_config(arguments, *, num_engines=1):
     largest = max(arguments.num_seqs)
     rollout = {
         "generation_batch_size": largest,
         "num_generations": arguments.num_generations,
         "max_completion_length": arguments.completion_length,
-        "max_num_seqs": largest,
+        "max_num_seqs": largest // num_engines,
+        "num_engines": num_engines,
+        "engines_per_gpu": num_engines,
     }
-    if arguments.barrier is not None and arguments.device == "cuda":
-        rollout |= {"gpu_memory_utilization": 0.4, "kv_cache_memory_mb": KV_CACHE_MB}
     return Config.model_validate(
         {
             "output_dir": "unused",
@@ -328,7 +288,6 @@ def parse_arguments():
     parser.add_argument("--gpus", type=int, default=1, help="processes at a time, a GPU each")
     parser.add_argument("--timeout_s", type=float, default=240, help="of each process")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--barrier", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", choices=WHAT, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     on_gpu = arguments.device == "cuda"

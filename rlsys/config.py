@@ -115,6 +115,9 @@ class RolloutConfig(Section):
 
     num_engines: PositiveInt = 1
     """vLLM engines, each an actor and process of its own; prompts are shared among them."""
+    engines_per_gpu: PositiveInt = 1
+    """Engines that share a GPU. For a model of a few billion parameters vLLM's Python takes longer
+    than the GPU, for each sequence of a step: with hundreds of sequences two engines are faster."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs of one engine."""
     num_generations: int = Field(default=8, ge=2)
@@ -133,10 +136,11 @@ class RolloutConfig(Section):
     max_num_seqs: PositiveInt = 256
     """Most sequences an engine decodes at once."""
     kv_cache_memory_mb: PositiveInt | None = None
-    """MiB of KV cache of an engine; None lets vLLM use gpu_memory_utilization, or on CPU gives
-    room for max_num_seqs full sequences, 4 GiB at most."""
+    """MiB of KV cache of an engine; None lets vLLM use gpu_memory_utilization. On CPU, and where
+    engines share a GPU, None is room for max_num_seqs full sequences: 4 GiB at most, or what
+    gpu_memory_utilization leaves to each."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
-    """Share of its GPU that an engine may take."""
+    """Share of its GPU that an engine may take; engines_per_gpu engines take it together."""
     seed_per_request: bool = True
     """Seed every completion by (seed, place of the prompt in the stream, index): the same
     completions after a resume and for any number of engines, as long as they are sampled with the

@@ -206,6 +206,19 @@ def _rollout_problems(config: Config) -> Iterator[RuleProblem]:
             "updates changed counts as this one's: use old_logprobs auto, which clips against the "
             "policy before this update and corrects for staleness with grpo.rollout_is",
         )
+    if rollout.num_engines % rollout.engines_per_gpu:
+        yield RuleProblem(
+            ("rollout.num_engines", "rollout.engines_per_gpu"),
+            f"rollout.num_engines = {rollout.num_engines} is not a multiple of "
+            f"rollout.engines_per_gpu = {rollout.engines_per_gpu}, and every GPU has as many: use "
+            f"{near_multiples(rollout.num_engines, rollout.engines_per_gpu)} engines",
+        )
+    if rollout.engines_per_gpu > 1 and rollout.tensor_parallel_size > 1:
+        yield RuleProblem(
+            ("rollout.engines_per_gpu", "rollout.tensor_parallel_size"),
+            f"rollout.engines_per_gpu = {rollout.engines_per_gpu} is for engines of one GPU, and "
+            f"rollout.tensor_parallel_size = {rollout.tensor_parallel_size}: set one of them to 1",
+        )
     if rollout.in_flight_kv == "keep" and not rollout.max_staleness:
         yield RuleProblem(
             ("rollout.in_flight_kv", "rollout.max_staleness"),

@@ -202,13 +202,15 @@ def _role_text(name: str, roles: list[Role]) -> str:
         return "a GPU of the policy's, and memory there (reward.reward_model_placement)"
     if role.shares_gpu_of:
         return (
-            f"the GPU of the {role.shares_gpu_of} rank of the same number, its weights in host "
+            f"the GPU of the {role.shares_gpu_of[0]} rank of the same number, its weights in host "
             f"memory meanwhile ({name}.placement)"
         )
     if role.gpus:
         first = sum(r.gpus for r in roles[: roles.index(role)])
         last = first + sum(r.gpus for r in roles if r.name == name) - 1
-        return f"{role.gpus} GPU each: number {first}" + (f" to {last}" if last > first else "")
+        sharers = sum(other.shares_gpu_of == (role.name, role.rank) for other in roles)
+        each = f"{1 + sharers} share a GPU" if sharers else f"{role.gpus} GPU each"
+        return f"{each}: number {first}" + (f" to {last}" if last > first else "")
     return f"CPU, {role.cpu_threads} thread{'s' if role.cpu_threads > 1 else ''} each"
 
 

@@ -4,6 +4,7 @@ The reference is given GPUs of its own, or shares those of the policy (reference
 never compute at the same time, so sharing costs nothing but the copy of its weights, which wait in
 host memory meanwhile. Reward models score while completions are sampled, when the policy waits too:
 they share its GPUs, where their weights stay, or have their own (reward.reward_model_placement).
+Rollout engines share a GPU where rollout.engines_per_gpu says so.
 Actors in one bundle of one GPU see the same GPU.
 """
 
@@ -56,10 +57,7 @@ class Placement:
 
     def _owner(self, role: Role) -> tuple[RoleName, int]:
         """The actor whose bundle it is in: itself, or the one whose GPU it shares."""
-        if role.shares_gpu_of is None:
-            return role.name, role.rank
-        ranks = sum(name == role.shares_gpu_of for name, _ in self._roles)
-        return role.shares_gpu_of, role.rank % ranks
+        return role.shares_gpu_of or (role.name, role.rank)
 
     def _gpus(self, role: Role) -> float:
         """Of its bundle; equal parts where several share: Ray's bookkeeping, and no limit."""

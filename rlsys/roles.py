@@ -21,9 +21,8 @@ class Role:
     """Whole GPUs of its own; 0 on CPU."""
     cpu_threads: int
     """Threads that it computes with on CPU; on GPUs it merely feeds them."""
-    shares_gpu_of: RoleName | None = None
-    """The role on whose GPU it runs, that of the same rank; where it has fewer ranks, they begin
-    again from 0."""
+    shares_gpu_of: tuple[RoleName, int] | None = None
+    """Name and rank of the actor on whose GPU it runs."""
 
 
 def plan_roles(config: Config, *, device: Literal["cpu", "cuda"]) -> list[Role]:
@@ -32,10 +31,17 @@ def plan_roles(config: Config, *, device: Literal["cpu", "cuda"]) -> list[Role]:
     gpu = 1 if device == "cuda" else 0
     policy, rollout, reference = config.policy, config.rollout, config.reference
     roles = [Role("policy", rank, gpu, policy.cpu_threads) for rank in range(policy.world_size)]
-    roles += [
-        Role("rollout", rank, gpu * rollout.tensor_parallel_size, rollout.tensor_parallel_size)
-        for rank in range(rollout.num_engines)
-    ]
+    for rank in range(rollout.num_engines):
+        first = rank - rank % rollout.engines_per_gpu if gpu else rank
+        roles.append(
+            Role(
+                "rollout",
+                rank,
+                gpu * rollout.tensor_parallel_size if rank == first else 0,
+                rollout.tensor_parallel_size,
+                shares_gpu_of=None if rank == first else ("rollout", first),
+            )
+        )
     if config.grpo.beta > 0:
         shares = gpu > 0 and reference.placement == "policy"
         roles += [
@@ -44,13 +50,19 @@ def plan_roles(config: Config, *, device: Literal["cpu", "cuda"]) -> list[Role]:
                 rank,
                 0 if shares else gpu,
                 policy.cpu_threads,
-                shares_gpu_of="policy" if shares else None,
+                shares_gpu_of=("policy", rank) if shares else None,
             )
             for rank in range(reference.world_size)
         ]
     shares = gpu > 0 and config.reward.reward_model_placement == "policy"
     roles += [
-        Role("reward_model", i, 0 if shares else gpu, 1, "policy" if shares else None)
+        Role(
+            "reward_model",
+            i,
+            0 if shares else gpu,
+            1,
+            shares_gpu_of=("policy", i % policy.world_size) if shares else None,
+        )
         for i in range(len(config.reward.models))
     ]
     roles += [Role("reward", rank, 0, 1) for rank in range(config.reward.num_workers)]

@@ -62,7 +62,7 @@ class PolicyRank(ModelRank):
         return self.engine.update(batch, loss=loss)
 
     def connect_weight_sync(self, connection: Connection, *, to: str) -> None:
-        """Plan this rank's part; rank 0 joins a weight sync group as its sender."""
+        """Plan this rank's part; rank 0 joins the weight sync groups as their sender."""
         from rlsys.engines.megatron_export import BucketExport
 
         self.exports[to] = BucketExport(self.engine.weights, connection.buckets())

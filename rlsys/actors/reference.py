@@ -71,6 +71,7 @@ class ReferenceActors(ModelActors):
 
     def __init__(self, config: Config, *, place: Place = on_cpu):
         self.num_workers = config.reference.world_size
+        self.num_sync_groups = 1
         self._config = config
         super().__init__(
             ReferenceRank, config, role="reference", world_size=self.num_workers, place=place

@@ -100,6 +100,7 @@ class RolloutActors:
     ):
         rollout = config.rollout
         self.num_workers = rollout.num_engines * rollout.tensor_parallel_size
+        self.num_sync_groups = rollout.engines_per_gpu  # engines of one GPU are in different ones
         env_vars = inherited_env() | rollout_env(device) | dict(env_vars or {})
         runtime_env = {"env_vars": env_vars}
         actor_class = ray.remote(RolloutActor)

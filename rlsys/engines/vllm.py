@@ -13,6 +13,7 @@ from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.inputs import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from rlsys.config import Config
@@ -68,7 +69,14 @@ class VLLMEngine:
         self._stop_token_ids = read_stop_token_ids(folder, self._tokenizer)
         shape = read_model_shape(folder)
         self._llm = _start_llm(
-            folder, engine_arguments(config, shape, device=device, engine_rank=engine_rank)
+            folder,
+            engine_arguments(
+                config,
+                shape,
+                device=device,
+                engine_rank=engine_rank,
+                gpu_bytes=current_platform.get_device_total_memory() if device == "cuda" else None,
+            ),
         )
         self.policy_version = 0
         """Version of the weights that it samples with; 0 are those of `model_path`."""
@@ -114,9 +122,10 @@ class VLLMEngine:
         self._drained = [out for out in self._drained if int(out.request_id) in self._running]
 
     def connect_weight_sync(self, connection: Connection) -> None:
-        """Let this engine's workers join the weight sync group, behind rank 0 and other engines."""
-        first_rank = 1 + self._engine_rank * self._config.rollout.tensor_parallel_size
-        init = InitInfo(connection, first_rank)
+        """Let this engine's workers join a weight sync group, behind rank 0 and other engines."""
+        rollout = self._config.rollout
+        before, group = divmod(self._engine_rank, rollout.engines_per_gpu)
+        init = InitInfo(connection, 1 + before * rollout.tensor_parallel_size, group)
         self._llm.init_weight_transfer_engine(init.as_request())
 
     def start_weight_update(self) -> None:

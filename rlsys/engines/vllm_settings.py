@@ -17,6 +17,9 @@ CPU_BATCHED_TOKENS = 8192
 # vLLM captures CUDA graphs for up to so many sequences by itself; a decode step of more runs kernel
 # by kernel, at half the tokens a second.
 GRAPH_SEQUENCES = 512
+# What an engine needs besides weights and KV cache where it shares a GPU: CUDA context and graphs,
+# activations, weight sync.
+SHARED_GPU_RESERVE_BYTES = 5 * 2**30
 
 
 def rollout_env(device: Literal["cpu", "cuda"]) -> dict[str, str]:
@@ -48,9 +51,21 @@ def rollout_env(device: Literal["cpu", "cuda"]) -> dict[str, str]:
 
 
 def engine_arguments(
-    config: Config, shape: ModelShape, *, device: Literal["cpu", "cuda"], engine_rank: int
+    config: Config,
+    shape: ModelShape,
+    *,
+    device: Literal["cpu", "cuda"],
+    engine_rank: int,
+    gpu_bytes: int | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, except model and weight transfer."""
+    """Arguments of `vllm.LLM`, except model and weight transfer.
+
+    Args:
+        gpu_bytes: memory of the engine's GPU, to be known where it shares it.
+
+    Raises:
+        ValueError: engines that share a GPU do not fit.
+    """
     rollout = config.rollout
     tensor_parallel_size = rollout.tensor_parallel_size
     arguments: dict[str, Any] = {
@@ -60,7 +75,7 @@ def engine_arguments(
         "tensor_parallel_size": tensor_parallel_size,
         # Named, because vLLM otherwise prefers Ray when it finds itself in an actor.
         "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
-        "gpu_memory_utilization": rollout.gpu_memory_utilization,
+        "gpu_memory_utilization": rollout.gpu_memory_utilization / rollout.engines_per_gpu,
         # Log-probs of the distribution that is sampled from, after temperature, top_k and top_p.
         "logprobs_mode": "processed_logprobs",
         # Sampling parameters come from the config alone, stop tokens from `read_stop_token_ids`.
@@ -74,6 +89,9 @@ def engine_arguments(
         arguments["max_cudagraph_capture_size"] = rollout.max_num_seqs
     if rollout.kv_cache_memory_mb is not None:
         arguments["kv_cache_memory_bytes"] = rollout.kv_cache_memory_mb * 2**20
+    elif device == "cuda" and rollout.engines_per_gpu > 1:
+        assert gpu_bytes is not None
+        arguments["kv_cache_memory_bytes"] = shared_gpu_kv_cache_bytes(config, shape, gpu_bytes)
     if device == "cpu":
         arguments.setdefault("kv_cache_memory_bytes", cpu_kv_cache_bytes(config, shape))
         arguments |= {
@@ -90,6 +108,29 @@ def engine_arguments(
 def max_sequence_length(config: Config) -> int:
     """Tokens of the longest prompt and completion together."""
     return config.data.max_prompt_length + config.rollout.max_completion_length
+
+
+def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int) -> int:
+    """KV cache of each of the engines that share a GPU: max_num_seqs full sequences, if they fit.
+
+    vLLM by itself would measure what is free, while the other engines take memory and return it.
+
+    Raises:
+        ValueError: not even one sequence fits.
+    """
+    rollout, width = config.rollout, 4 if config.model_dtype(on_cpu=False) == "float32" else 2
+    share = rollout.gpu_memory_utilization * gpu_bytes / rollout.engines_per_gpu
+    room = int(share - width * shape.num_params - SHARED_GPU_RESERVE_BYTES)
+    sequence = max_sequence_length(config) * shape.kv_elements_per_token * width
+    if room < sequence:
+        raise ValueError(
+            f"rollout.engines_per_gpu = {rollout.engines_per_gpu} leaves each engine "
+            f"{share / 2**30:.1f} GiB of a GPU, of which weights, graphs and activations take "
+            f"{(share - room) / 2**30:.1f}: one sequence of {max_sequence_length(config)} tokens "
+            "does not fit into the rest. Lower it, or raise rollout.gpu_memory_utilization"
+        )
+    # vLLM keeps a block for itself, and gives out whole ones.
+    return min(room, rollout.max_num_seqs * sequence + sequence)
 
 
 def cpu_kv_cache_bytes(config: Config, shape: ModelShape) -> int:

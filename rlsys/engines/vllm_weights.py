@@ -43,7 +43,9 @@ class InitInfo(WeightTransferInitInfo):
 
     connection: Connection
     first_rank: int
-    """Rank of this engine's first worker in the weight sync group."""
+    """Rank of this engine's first worker in its weight sync group."""
+    group: int
+    """Which of the connection's groups that is."""
 
     def as_request(self) -> dict[str, Any]:
         """The argument of `LLM.init_weight_transfer_engine`, which wants a dict of the fields."""
@@ -87,10 +89,10 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         return self._plan.held()
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Join the weight sync group."""
+        """Join this engine's weight sync group."""
         connection = init_info.connection
         rank = init_info.first_rank + self.parallel_config.rank
-        self.receiver = WeightReceiver(connection, self.device, rank=rank)
+        self.receiver = WeightReceiver(connection, self.device, rank=rank, group=init_info.group)
         self._connection = connection
         self._plan = self._proof = None
         if connection.in_place:

@@ -9,9 +9,11 @@ from rlsys.weight_sync.plan import Bucket, TensorMeta, plan_buckets
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One weight sync group, the same on every rank; plain values, since it travels to them.
+    """What is sent and to how many, the same on every rank; plain values, since it travels to them.
 
-    The sender is rank 0, each process that holds a receiving model one of the ranks from 1 on.
+    There is one group or several of the same size, and everything is sent to each: NCCL does not
+    take two ranks on one GPU into one group. The sender is rank 0 of all groups, each process that
+    holds a receiving model one of the ranks from 1 on, of one group.
     """
 
     metadata: tuple[TensorMeta, ...]
@@ -19,10 +21,10 @@ class Connection:
     transport: str
     """Name of a registered transport, or auto: NCCL between GPUs, gloo on CPU."""
     address: str
-    port: int
-    """With `address`: the TCPStore at which the ranks meet."""
+    ports: tuple[int, ...]
+    """With `address`: the TCPStore of each group, at which its ranks meet."""
     world_size: int
-    """Ranks, the sender included."""
+    """Ranks of each group, the sender included."""
     bucket_bytes: int
     """Most that is sent at once; a larger tensor is sent alone."""
     verify: bool

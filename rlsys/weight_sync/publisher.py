@@ -31,7 +31,7 @@ class Sender(Protocol):
         """Every exported tensor, in the order in which it is sent."""
 
     def async_connect_weight_sync(self, connection: Connection, *, to: str) -> Refs:
-        """Rank 0 joins a weight sync group as its rank 0; `to` tells several groups apart."""
+        """Rank 0 joins all groups as their rank 0; `to` tells several connections apart."""
 
     def async_send_weights(self, version: int, *, to: str) -> Refs:
         """Rank 0's result, the first, is how long the transport took, in seconds."""
@@ -42,9 +42,11 @@ class Receivers(Protocol):
 
     num_workers: int
     """Processes that hold a model, over all engines."""
+    num_sync_groups: int
+    """Weight sync groups that they join, equally many each; see Connection."""
 
     def async_connect_weight_sync(self, connection: Connection) -> Refs:
-        """Every worker joins the weight sync group."""
+        """Every worker joins its weight sync group."""
 
     def async_start_weight_update(self) -> Refs:
         """Stop sampling."""
@@ -87,13 +89,15 @@ class WeightPublisher:
         metadata = tuple(policy.weight_metadata())
         self._bytes = sum(meta.nbytes for meta in metadata)
         address = _meeting_address()
-        self._store = serve_store(address, config.timeout_s)  # lives as long as the publisher
+        groups = rollout_engines.num_sync_groups
+        # Stores live as long as the publisher.
+        self._stores = [serve_store(address, config.timeout_s) for _ in range(groups)]
         connection = Connection(
             metadata=metadata,
             transport=transport or config.transport,
             address=address,
-            port=self._store.port,
-            world_size=1 + rollout_engines.num_workers,
+            ports=tuple(store.port for store in self._stores),
+            world_size=1 + rollout_engines.num_workers // groups,
             bucket_bytes=config.bucket_mb * 2**20,
             verify=config.verify,
             in_place=config.in_place,

@@ -13,7 +13,7 @@ from rlsys.weight_sync.transport import WeightSyncError, join
 
 
 class WeightReceiver:
-    """Receives what a WeightSender sends. Joins the group when created.
+    """Receives what a WeightSender sends. Joins a group when created.
 
     An update is `receive`, to its end, and then `check`.
 
@@ -24,19 +24,20 @@ class WeightReceiver:
     Args:
         rank: 1 or higher, in the group.
         device: where the receiving model is.
+        group: which of the connection's groups it joins.
 
     Raises:
         WeightSyncError: not all ranks came in time.
     """
 
-    def __init__(self, connection: Connection, device: torch.device, *, rank: int):
+    def __init__(self, connection: Connection, device: torch.device, *, rank: int, group: int = 0):
         assert rank > 0, "rank 0 is the sender"
         self._buckets = connection.buckets()
         self._verify = connection.verify
         self._name = f"weight sync rank {rank} of {connection.world_size}"
         self._checksums: list[torch.Tensor] = []
         self._memory: list[torch.Tensor] = []
-        self._transport = join(connection, rank, device)
+        self._transport = join(connection, rank, device, group=group)
 
     def receive(self, *, keep: bool) -> Iterator[tuple[Bucket, torch.Tensor]]:
         """Each bucket with its buffer [nbytes] uint8, in the transport's memory; see Bucket.views.

@@ -21,7 +21,7 @@ buffer for the same bucket."""
 class WeightSender:
     """Streams tensors in buckets to all rollout engines; keeps the memory of two buckets.
 
-    Joins the group when created, as its rank 0. An update is a broadcast of the policy version,
+    Joins all groups when created, as their rank 0. An update is a broadcast of the policy version,
     one of each bucket and, with `verify`, one of the buckets' checksums: see WeightReceiver.
 
     Order, on a GPU: everything but the broadcasts runs in the current stream, in which the
@@ -41,13 +41,16 @@ class WeightSender:
     def __init__(self, connection: Connection, device: torch.device):
         self._buckets = connection.buckets()
         self._verify = connection.verify
-        self._transport = join(connection, 0, device)
+        self._transports = [
+            join(connection, 0, device, group=group) for group in range(len(connection.ports))
+        ]
+        self._device = self._transports[0].buffer_device
         # Zeros: bytes between tensors are sent too, and should be the same in every run.
         self._memory = torch.zeros(
             min(2, len(self._buckets)),
             max(bucket.nbytes for bucket in self._buckets),
             dtype=torch.uint8,
-            device=self._transport.buffer_device,
+            device=self._device,
         )
 
     @torch.no_grad()
@@ -61,13 +64,12 @@ class WeightSender:
         Raises:
             WeightSyncError: a receiver did not take part in time, or is gone.
         """
-        device = self._transport.buffer_device
         # All ranks meet here: what follows is the transport's own time.
-        number = torch.full((1,), version, dtype=torch.int64, device=device)
+        number = torch.full((1,), version, dtype=torch.int64, device=self._device)
         waits = [self._send(number, "the version")]
         fill(self._buckets[0], self._buffer(self._buckets[0]))
         waits.pop()()
-        watch = Stopwatch(device)
+        watch = Stopwatch(self._device)
         checksums = []
         for bucket in self._buckets:
             buffer = self._buffer(bucket)
@@ -75,7 +77,7 @@ class WeightSender:
                 waits.pop(0)()
             if bucket.index > 0:
                 fill(bucket, buffer)
-            waits.append(self._transport.broadcast(buffer, what=f"sending {bucket}"))
+            waits.append(self._broadcast(buffer, f"sending {bucket}"))
             if self._verify:
                 checksums.append(checksum(buffer))
         for wait in waits:
@@ -89,4 +91,14 @@ class WeightSender:
         return self._memory[bucket.index % 2, : bucket.nbytes]
 
     def _send(self, numbers: torch.Tensor, what: str) -> Callable[[], None]:
-        return self._transport.broadcast(numbers.view(torch.uint8), what=f"sending {what}")
+        return self._broadcast(numbers.view(torch.uint8), f"sending {what}")
+
+    def _broadcast(self, buffer: torch.Tensor, what: str) -> Callable[[], None]:
+        """To all groups at once."""
+        waits = [transport.broadcast(buffer, what=what) for transport in self._transports]
+
+        def wait() -> None:
+            for wait_for_group in waits:
+                wait_for_group()
+
+        return wait

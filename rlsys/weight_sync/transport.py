@@ -98,8 +98,8 @@ class Transport(ABC):
 transports: Registry[type[Transport]] = Registry("weight transport")
 
 
-def join(connection: Connection, rank: int, device: torch.device) -> Transport:
-    """Become rank `rank` of a weight sync group, with a model on `device`.
+def join(connection: Connection, rank: int, device: torch.device, *, group: int = 0) -> Transport:
+    """Become rank `rank` of weight sync group `group`, with a model on `device`.
 
     Raises:
         ValueError: there is no such transport.
@@ -109,7 +109,7 @@ def join(connection: Connection, rank: int, device: torch.device) -> Transport:
     transport = make_transport(connection.transport, device)
     transport.connect(
         connection.address,
-        connection.port,
+        connection.ports[group],
         rank=rank,
         world_size=connection.world_size,
         timeout_s=connection.timeout_s,

@@ -78,6 +78,15 @@ def test_an_engine_sees_all_its_gpus_and_nobody_elses(place):
     assert not set(seen["rollout", 0]) & set(seen["policy", 0])
 
 
+def test_two_engines_share_a_gpu(place):
+    seen = place(
+        [("policy", 0), *(("rollout", rank) for rank in range(4))], num_engines=4, engines_per_gpu=2
+    )
+    engines = [seen["rollout", rank] for rank in range(4)]
+    assert engines[0] == engines[1] != engines[2] == engines[3]
+    assert len({*engines[0], *engines[2], *seen["policy", 0]}) == 3
+
+
 def test_a_reference_of_its_own(place):
     seen = place([("policy", 0), ("reference", 0), ("rollout", 0)], reference={"placement": "own"})
     assert len({gpu for gpus in seen.values() for gpu in gpus}) == 3

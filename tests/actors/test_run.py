@@ -251,10 +251,14 @@ def test_ctrl_c_ends_a_run_quietly(whole, start):
 
 @pytest.mark.slow
 def test_a_killed_engine_ends_a_parallel_run_and_is_named_last(start):
-    """Two policy ranks, two rollout engines and no reference, which beta = 0 does without."""
+    """Two policy ranks, two rollout engines and no reference, which beta = 0 does without.
+
+    The engines get their weights as two that share a GPU do, each in a group of its own.
+    """
     run = start(
         "parallel",
         *("run.yaml", "--grpo.beta", "0", "--policy.world_size", "2", "--rollout.num_engines", "2"),
+        *("--rollout.engines_per_gpu", "2"),
         *("--rollout.max_completion_length", "200", "--max_steps", "1000", "--eval_steps", "1000"),
     )
     run.wait_for(lambda: run.out.metrics.exists() and len(steps(run)) == 2)

@@ -120,7 +120,7 @@ def lab(gpus):
 
 @dataclass
 class Engine:
-    """A rollout engine and what it gave before any weight sync, from seed 1."""
+    """A rollout engine, or two on one GPU, and what it gave before any weight sync, from seed 1."""
 
     actors: RolloutActors
     kind: str
@@ -132,7 +132,9 @@ class Engine:
         return actor
 
     def ask_workers(self, method):
-        return ray.get(self.actor.ask_workers.remote(method), timeout=60)
+        """Of all workers, where engines share a GPU of both engines."""
+        asked = [actor.ask_workers.remote(method) for actor in self.actors.actors.values()]
+        return [answer for answers in ray.get(asked, timeout=60) for answer in answers]
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +147,9 @@ def engines(gpus, gpu_models):
             name: RolloutActors(engine_config(gpu_models[kind, 1]), device=DEVICE, place=gpus.on(1))
             for name, kind in kinds.items()
         }
+        kinds["shared GPU"] = "qwen3-tied"
+        config = engine_config(gpu_models["qwen3-tied", 1], num_engines=2, engines_per_gpu=2)
+        actors["shared GPU"] = RolloutActors(config, device=DEVICE, place=gpus.on(1))
         if num_gpus() >= 4:
             kinds["two GPUs"] = "qwen3-untied"
             config = engine_config(gpu_models["qwen3-untied", 1], tensor_parallel_size=2)

@@ -55,6 +55,7 @@ def assert_samples_as(engine, expected, *, version=None):
         ("tied", "TP 2"),
         ("untied", "one rank"),
         ("untied", "PP 2"),
+        ("shared GPU", "one rank"),
         pytest.param("two GPUs", "one rank", marks=pytest.mark.gpu(4)),
         pytest.param("two GPUs", "TP 2", marks=pytest.mark.gpu(4)),
     ],

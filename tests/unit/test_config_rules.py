@@ -110,6 +110,14 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
         ({"data": {"val_dataset": ["v.jsonl"], "split_dataset_ratio": 0.1}}, ["both", "leave one"]),
         ({"rollout": {"num_engines": 5}}, ["5", "4 prompts", "at most 4"]),
         (
+            {"rollout": {"num_engines": 3, "engines_per_gpu": 2}},
+            ["num_engines = 3", "engines_per_gpu = 2", "2 or 4 engines"],
+        ),
+        (
+            {"rollout": {"num_engines": 2, "engines_per_gpu": 2, "tensor_parallel_size": 2}},
+            ["engines_per_gpu = 2", "tensor_parallel_size = 2", "one of them to 1"],
+        ),
+        (
             {"rollout": {"num_engines": 9, "max_staleness": 1}},
             ["9", "8 prompts", "4 ahead", "at most 8"],
         ),

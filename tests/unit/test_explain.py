@@ -31,7 +31,7 @@ def test_reward_models_share_the_policys_gpus_or_have_their_own(tmp_path, placem
         roles = [r for r in plan_roles(config, device=device) if r.name == "reward_model"]
         assert [(role.rank, role.gpus) for role in roles] == [(0, expected), (1, expected)]
         shares = device == "cuda" and placement == "policy"
-        assert {role.shares_gpu_of for role in roles} == {"policy" if shares else None}
+        assert {role.shares_gpu_of for role in roles} == {("policy", 0) if shares else None}
 
 
 def test_reward_models_are_shown_and_their_memory_is_not_guessed(tmp_path):
@@ -124,6 +124,20 @@ def test_each_actor_has_its_devices(tmp_path):
     ]
     assert [r.cpu_threads for r in roles if r.name == "policy"] == [3, 3]
     assert all(r.gpus == 0 for r in plan_roles(config, device="cpu"))
+
+
+def test_engines_share_gpus(tmp_path):
+    path = write_config(tmp_path, rollout={"num_engines": 4, "engines_per_gpu": 2})
+    config = load_config(path).config
+    engines = [r for r in plan_roles(config, device="cuda") if r.name == "rollout"]
+    assert [r.gpus for r in engines] == [1, 0, 1, 0]
+    assert [r.shares_gpu_of for r in engines] == [None, ("rollout", 0), None, ("rollout", 2)]
+    on_cpu = [r for r in plan_roles(config, device="cpu") if r.name == "rollout"]
+    assert {(r.gpus, r.shares_gpu_of) for r in on_cpu} == {(0, None)}
+    ok, text = printed(write_run(tmp_path, device="cuda", rollout=config.rollout.model_dump()))
+    assert ok, text
+    assert "2 share a GPU: number 1 to 2" in text
+    assert "3 GPUs" in text
 
 
 def test_beta_0_builds_no_reference(tmp_path):

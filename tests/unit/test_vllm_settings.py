@@ -66,6 +66,27 @@ def test_gpus_size_their_own_cache():
     assert "kv_cache_memory_bytes" not in arguments
 
 
+def test_engines_that_share_a_gpu_have_room_for_all_their_sequences_or_what_there_is():
+    def arguments(gpu_gib, **rollout):
+        shared = config(
+            num_generations=4, num_engines=2, engines_per_gpu=2, max_num_seqs=64, **rollout
+        )
+        return engine_arguments(
+            shared, SHAPE, device="cuda", engine_rank=1, gpu_bytes=gpu_gib * 2**30
+        )
+
+    # 65 sequences of 128 tokens of 2 * 3 layers * 2 heads * 32 * 2 bytes.
+    full = arguments(80)
+    assert full["kv_cache_memory_bytes"] == 65 * 128 * 768
+    assert full["gpu_memory_utilization"] == 0.85 / 2
+    # 1 % of 1,000 GiB for both: all but 5 GiB of it is for graphs and activations.
+    scarce = arguments(1000, gpu_memory_utilization=0.01 + 1e-5)
+    assert 128 * 768 < scarce["kv_cache_memory_bytes"] < 65 * 128 * 768
+    with pytest.raises(ValueError, match=r"engines_per_gpu = 2 .* one sequence of 128 tokens"):
+        arguments(10)
+    assert arguments(10, kv_cache_memory_mb=7)["kv_cache_memory_bytes"] == 7 * 2**20
+
+
 def test_the_users_log_level_wins(monkeypatch):
     monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
     assert rollout_env("cpu")["VLLM_LOGGING_LEVEL"] == "ERROR"

@@ -37,7 +37,7 @@ def connection(request):
         metadata=tuple(TensorMeta(f"t{i}", "float32", (4,)) for i in range(request.param)),
         transport="telling",
         address="",
-        port=0,
+        ports=(0,),
         world_size=2,
         bucket_bytes=16,
         verify=True,

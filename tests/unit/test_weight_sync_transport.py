@@ -25,12 +25,12 @@ METADATA = tuple(
 )
 
 
-def connection(store, *, world_size, timeout_s=20.0):
+def connection(*stores, world_size, timeout_s=20.0):
     return Connection(
         metadata=METADATA,
         transport="auto",
         address=LOOPBACK,
-        port=store.port,
+        ports=tuple(store.port for store in stores),
         world_size=world_size,
         bucket_bytes=400,
         verify=True,
@@ -40,14 +40,18 @@ def connection(store, *, world_size, timeout_s=20.0):
 
 
 class Group:
-    """One sender and two receivers that have met."""
+    """One sender and two receivers that have met, in one group or in a group each."""
 
-    def __init__(self, *, timeout_s=20.0):
-        self.store = serve_store(LOOPBACK, timeout_s)
-        agreed = connection(self.store, world_size=3, timeout_s=timeout_s)
+    def __init__(self, *, timeout_s=20.0, apart=False):
+        self.stores = [serve_store(LOOPBACK, timeout_s) for _ in range(1 + apart)]
+        agreed = connection(*self.stores, world_size=2 if apart else 3, timeout_s=timeout_s)
         self.threads = ThreadPoolExecutor(3)
         sender = self.threads.submit(WeightSender, agreed, CPU)
-        receivers = [self.threads.submit(WeightReceiver, agreed, CPU, rank=rank) for rank in (1, 2)]
+        places = [(1, 0), (1, 1)] if apart else [(1, 0), (2, 0)]
+        receivers = [
+            self.threads.submit(WeightReceiver, agreed, CPU, rank=rank, group=group)
+            for rank, group in places
+        ]
         self.sender = sender.result()
         self.receivers = [receiver.result() for receiver in receivers]
 
@@ -74,9 +78,10 @@ def fill_from(tensors):
     return fill
 
 
+@pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("keep", [True, False])
-def test_every_receiver_gets_equal_bits_again_and_again(keep):
-    group = Group()
+def test_every_receiver_gets_equal_bits_again_and_again(keep, apart):
+    group = Group(apart=apart)
     for version, scale in enumerate((1, 3, -2)):  # updates through the same connection
         tensors = {name: tensor * scale for name, tensor in TENSORS.items()}
         receiving = group.start_receiving(version, keep=keep)
@@ -98,22 +103,40 @@ def test_another_version_than_asked_for_is_refused():
             future.result()
 
 
-def test_what_is_damaged_on_its_way_is_named_by_every_receiver(monkeypatch):
-    group = Group()
-    broadcast = group.sender._transport.broadcast
+def damage_bucket_2(transport, monkeypatch):
+    broadcast = transport.broadcast
 
     def damaging(buffer, *, what):
         damaged = buffer.clone()
         damaged[0] ^= "bucket 2" in what
         return broadcast(damaged, what=what)
 
-    monkeypatch.setattr(group.sender._transport, "broadcast", damaging)
+    monkeypatch.setattr(transport, "broadcast", damaging)
+
+
+DAMAGED = r"rank {} of {} received other bytes.* in bucket 2 of 3, which holds head"
+
+
+def test_what_is_damaged_on_its_way_is_named_by_every_receiver(monkeypatch):
+    group = Group()
+    (transport,) = group.sender._transports
+    damage_bucket_2(transport, monkeypatch)
     receiving = group.start_receiving()
     group.sender.send(fill_from(TENSORS), 0)
     for rank, future in enumerate(receiving, start=1):
-        message = rf"rank {rank} of 3 received other bytes.* in bucket 2 of 3, which holds head"
-        with pytest.raises(WeightSyncError, match=message):
+        with pytest.raises(WeightSyncError, match=DAMAGED.format(rank, 3)):
             future.result()
+
+
+def test_what_is_damaged_on_its_way_to_one_group_is_named_there_alone(monkeypatch):
+    group = Group(apart=True)
+    damage_bucket_2(group.sender._transports[1], monkeypatch)
+    whole, damaged = group.start_receiving()
+    group.sender.send(fill_from(TENSORS), 0)
+    for name, tensor in whole.result().items():
+        assert torch.equal(tensor, TENSORS[name]), name
+    with pytest.raises(WeightSyncError, match=DAMAGED.format(1, 2)):
+        damaged.result()
 
 
 def test_a_sender_that_never_sends_is_named_with_phase_and_bucket():
