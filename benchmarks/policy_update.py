@@ -308,7 +308,7 @@ def profile(function, *, on_cpu):
         kernels = [
             (event.key, event.self_device_time_total, event.count)
             for event in events
-            if event.device_type == DeviceType.CUDA
+            if runs_on_gpu(event)
         ]
         ranges = [
             (event.key, event.device_time_total)
@@ -335,24 +335,35 @@ def profile(function, *, on_cpu):
     }
 
 
+def runs_on_gpu(event):
+    """Whether it is a kernel, copy or fill.
+
+    The profiler also shows ranges of the host, such as Optimizer.step, over their kernels. Names do
+    not tell the two apart: the host's call of a Triton kernel has the name of the kernel.
+    """
+    from torch.autograd import DeviceType
+
+    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
+
+
 def gpu_waits(events):
     """From the first kernel to the end of the last: how long any ran, and the longest waits.
 
     A wait is told by what ran before and after it, and by what the host did in its middle, from
-    the outermost function that the profiler knows to the innermost.
+    the outermost function that the profiler knows to the innermost. That is its cause only if the
+    host had no kernels in the queue: where it is ahead, it may be in a much later function.
     """
     from torch.autograd import DeviceType
 
-    def spans(device):
+    def spans(wanted):
         return sorted(
             (event.time_range.start, event.time_range.end, event.name)
             for event in events
-            if event.device_type == device
+            if wanted(event)
         )
 
-    host = spans(DeviceType.CPU)
-    ranges = {name for *_, name in host}  # the profiler shows those on the GPU as well
-    kernels = [span for span in spans(DeviceType.CUDA) if span[2] not in ranges]
+    host = spans(lambda event: event.device_type == DeviceType.CPU)
+    kernels = spans(runs_on_gpu)
     busy, waits = 0.0, []
     start, end, before = kernels[0]
     began = start
