@@ -12,12 +12,16 @@ import time
 
 import psutil
 
+EXIT_S = 20.0
+"""For a command to end after its result; what it has to say is known by then."""
+
 
 def run_alone(command, *, timeout_s, env=None, gpus=None):
     """What a command printed last to stdout, a line of JSON; or {"error": why there is none}.
 
-    The command gets a session of its own, and all of it is killed when it is over or takes longer
-    than `timeout_s`. `gpus` are the numbers of those that it may see; its stderr is this one's.
+    The command gets a session of its own, and all of it is killed when it is over, takes longer
+    than `timeout_s`, or does not end after its result: TRL's client of a vLLM server may hang then.
+    `gpus` are the numbers of those that it may see; its stderr is this one's.
     """
     environment = os.environ | (env or {})
     if gpus is not None:
@@ -25,21 +29,39 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
         ids = seen.split(",") if seen else [str(number) for number in range(max(gpus) + 1)]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(ids[number] for number in gpus)
     start = time.monotonic()
+    result, end = None, start + timeout_s
     # A file: a pipe is open for as long as any grandchild lives.
-    with tempfile.TemporaryFile("w+") as stdout:
+    with tempfile.NamedTemporaryFile("w") as stdout, open(stdout.name) as printed:
         process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
         try:
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return {"error": f"not done within {timeout_s:g} s: {command}"}
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.1)
+                if result is None and (result := last_result(printed)) is not None:
+                    end = min(end, time.monotonic() + EXIT_S)
+            code = process.poll()
         finally:
             end_session(process)
-        stdout.seek(0)
-        lines = [line for line in stdout if line.startswith("{")]
+        result = last_result(printed) or result
     seconds = round(time.monotonic() - start, 1)
-    if process.returncode or not lines:
-        return {"error": f"exit code {process.returncode}: {command}", "process_s": seconds}
-    return json.loads(lines[-1]) | {"process_s": seconds}
+    if code:
+        return {"error": f"exit code {code}: {command}", "process_s": seconds}
+    if result is None:
+        why = "nothing printed" if code == 0 else f"not done within {timeout_s:g} s"
+        return {"error": f"{why}: {command}", "process_s": seconds}
+    return result | {"process_s": seconds}
+
+
+def last_result(printed):
+    """The last line of JSON that was printed since the last call and is whole, if any."""
+    result = None
+    while True:
+        start = printed.tell()
+        line = printed.readline()
+        if not line.endswith("\n"):
+            printed.seek(start)
+            return result
+        if line.startswith("{"):
+            result = json.loads(line)
 
 
 def end_session(process):

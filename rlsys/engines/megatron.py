@@ -29,7 +29,7 @@ from rlsys.algo.names import aggregation_of
 from rlsys.algo.weighting import keep_high_entropy, loss_weights
 from rlsys.config import Config, GrpoConfig
 from rlsys.engines.megatron_checkpoint import load_policy, save_policy
-from rlsys.engines.megatron_logprobs import MegatronModel
+from rlsys.engines.megatron_logprobs import MegatronModel, out_of_memory_explained
 from rlsys.engines.megatron_model import fuse_weight_gradients
 from rlsys.types import TrainBatch, UpdateOutput
 
@@ -179,7 +179,11 @@ class MegatronPolicy(MegatronModel):
         if not math.isfinite(grad_norm):
             self._refuse_step(grad_norm, metrics)
         self.scheduler.step(increment=1)
-        self.optimizer.step()
+        with out_of_memory_explained(
+            "the optimizer's state, which the first step makes: raise policy.world_size, as "
+            "policy.use_distributed_optimizer cuts it over replicas, or policy.tensor_parallel_size"
+        ):
+            self.optimizer.step()
         return metrics | {
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],

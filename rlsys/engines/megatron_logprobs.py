@@ -237,7 +237,12 @@ class MegatronModel:
 
             return hidden, loss
 
-        with _out_of_memory_explained(packed):
+        tokens = max(len(micro_batch.input_ids) for micro_batch in packed)
+        with out_of_memory_explained(
+            f"micro-batches of {tokens:,} tokens: lower policy.max_tokens_per_micro_batch (or "
+            "policy.micro_batch_size), set policy.recompute to selective or full, or raise "
+            "policy.tensor_parallel_size"
+        ):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iter(packed),
@@ -267,17 +272,15 @@ def _packed_seq_params(
 
 
 @contextmanager
-def _out_of_memory_explained(packed: list[PackedMicroBatch]) -> Iterator[None]:
+def out_of_memory_explained(reason: str) -> Iterator[None]:
+    """`reason` says for what the GPU is too small, and what to change."""
     try:
         yield
     except RuntimeError as error:
         # What extensions run out of, Transformer Engine's among them, may come as its base class.
         if "out of memory" not in str(error):
             raise
-        tokens = max(len(micro_batch.input_ids) for micro_batch in packed)
         raise torch.OutOfMemoryError(
-            f"{error}\nThe GPU is too small for micro-batches of {tokens:,} tokens: lower "
-            "policy.max_tokens_per_micro_batch (or policy.micro_batch_size), set policy.recompute "
-            "to selective or full, or raise policy.tensor_parallel_size; `rlsys explain` estimates "
-            "what each would take"
+            f"{error}\nThe GPU is too small for {reason}; `rlsys explain` estimates what each "
+            "would take"
         ) from None

@@ -222,17 +222,23 @@ class LabRank(PolicyRank):
         }
         return self._export(gradients)
 
-    def update_without_memory(self, batch):
-        """As on a GPU that is too small."""
+    def run_out_of_memory(self, batch, at):
+        """As on a GPU that is too small for the backward pass, or for the optimizer's state."""
 
-        def run_out(gradient):
+        def run_out(*gradient):
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        hook = next(self.engine.model.parameters()).register_hook(run_out)
+        if at == "optimizer":
+            self.engine.optimizer.step = run_out
+        else:
+            hook = next(self.engine.model.parameters()).register_hook(run_out)
         try:
             self.engine.update(batch)
         finally:
-            hook.remove()
+            if at == "optimizer":
+                del self.engine.optimizer.step
+            else:
+                hook.remove()
 
     def _export(self, weights):
         tensors = {name: tensor.clone() for name, tensor in weights.export()}

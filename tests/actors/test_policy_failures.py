@@ -29,11 +29,18 @@ def test_a_gradient_that_is_not_finite_is_told_and_not_applied(lab, policy_model
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_gpu_that_is_too_small_is_told_with_what_to_change(lab, policy_models):
+@pytest.mark.parametrize(
+    ("at", "advice"),
+    [
+        ("backward", r"micro-batches of \d+ tokens: lower policy\.max_tokens_per"),
+        ("optimizer", r"the optimizer's state, .* raise policy\.world_size"),
+    ],
+)
+def test_a_gpu_that_is_too_small_is_told_with_what_to_change(lab, policy_models, at, advice):
     policy = lab.policy(policy_config(policy_models["qwen3-tied"]))
-    message = r"CUDA out of memory.*micro-batches of \d+ tokens: lower policy\.max_tokens_per"
-    with pytest.raises(ActorFailure, match=re.compile(message, re.DOTALL)):
-        policy.call("update_without_memory", random_batch())
+    message = re.compile(r"CUDA out of memory.*too small for " + advice, re.DOTALL)
+    with pytest.raises(ActorFailure, match=message):
+        policy.call("run_out_of_memory", random_batch(), at)
 
 
 class MortalRank(PolicyRank):
