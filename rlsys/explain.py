@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -18,8 +19,10 @@ from rlsys.data.checks import count_rows
 from rlsys.devices import guess_device, visible_gpus
 from rlsys.memory import (
     REWARD_GIB,
+    Device,
     MemoryEstimate,
     estimate_memory,
+    estimate_reward_model,
     longest_row,
     micro_batch_tokens,
 )
@@ -225,6 +228,8 @@ def _print_memory(config: Config, console: Console) -> None:
         console.print("\nModel config not available here: memory not estimated")
         return
     estimates = estimate_memory(config, shape, reference, device=device)
+    of_rewards, unknown = _reward_model_memory(config, device)
+    estimates += of_rewards
     counts = dict(_counts(plan_roles(config, device=device)))
     purposes = list(dict.fromkeys(purpose for e in estimates for purpose in e.gib))
     table = Table(
@@ -246,11 +251,24 @@ def _print_memory(config: Config, console: Console) -> None:
     for estimate in estimates:
         for purpose, formula in estimate.formula.items():
             console.print(Text(f"  {estimate.role} {purpose} = {formula}", style="dim"))
-    if config.reward.models:
-        models = ", ".join(config.reward.models)
-        console.print(Text(f"  not in the estimate: the weights of {models}", style="dim"))
+    if unknown:
+        console.print(Text(f"  not in the estimate: {', '.join(unknown)}", style="dim"))
     if device == "cpu":
         _print_total(estimates, counts, console)
+
+
+def _reward_model_memory(config: Config, device: Device) -> tuple[list[MemoryEstimate], list[str]]:
+    """Of the largest reward model, if any, and those whose weights are not on this machine."""
+    known, unknown = [], []
+    for name in config.reward.models:
+        settings = config.reward.params.get(name, {})
+        estimate = None
+        if "path" in settings:
+            dtype = settings.get("dtype", "auto")
+            estimate = estimate_reward_model(Path(settings["path"]), dtype=dtype, device=device)
+        known += [] if estimate is None else [estimate]
+        unknown += [name] if estimate is None else []
+    return sorted(known, key=lambda estimate: -estimate.total_gib)[:1], unknown
 
 
 def _gib(size: float) -> str:

@@ -7,7 +7,9 @@ rows of the greatest length. Measured on CPU with SmolLM2-135M in fp32: policy 5
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from rlsys.config import Config
@@ -23,6 +25,8 @@ _PROCESS_GIB = {
     ("policy", "cuda"): 1.5,
     ("rollout", "cuda"): 1.5,
     ("reference", "cuda"): 1.5,
+    ("reward_model", "cpu"): 0.5,
+    ("reward_model", "cuda"): 0.5,  # no collectives
 }
 """A process with its libraries loaded and no model; on cuda what it takes of the GPU."""
 REWARD_GIB = 0.1
@@ -58,6 +62,35 @@ def estimate_memory(
     if config.grpo.beta > 0:
         estimates.append(_reference(config, reference_shape, device=device))
     return estimates
+
+
+def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> MemoryEstimate | None:
+    """Of a reward model, from the headers of its weight files; None where they tell nothing.
+
+    Args:
+        dtype: torch's name of the type that it is loaded in, or "auto" for that of the files.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    numbers = 0
+    try:
+        for file in files:
+            with safe_open(file, framework="pt") as weights:
+                shapes = [weights.get_slice(name).get_shape() for name in weights.offset_keys()]
+                numbers += sum(map(math.prod, shapes))
+    except SafetensorError:  # the model is checked when it is loaded
+        return None
+    if not numbers:
+        return None
+    if dtype == "auto":
+        size, text = sum(file.stat().st_size for file in files), "what its files hold"
+    else:
+        width = getattr(torch, dtype).itemsize
+        size, text = numbers * width, f"{numbers / 1e6:,.1f} M parameters x {width} bytes"
+    gib = {"process": _PROCESS_GIB["reward_model", device], "weights": size / GIB}
+    return MemoryEstimate("reward_model", gib, {"weights": text})
 
 
 def longest_row(config: Config) -> int:

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model, write_run
+from reward_models import save_reward_model
 from rich.console import Console
 
 from rlsys.config_load import config_fields, load_config
 from rlsys.explain import batch_arithmetic, explain
-from rlsys.memory import GIB, estimate_memory, rank_params
+from rlsys.memory import GIB, estimate_memory, estimate_reward_model, rank_params
 from rlsys.model_shape import read_model_shape
 from rlsys.roles import plan_roles
 
@@ -34,12 +35,21 @@ def test_reward_models_share_the_policys_gpus_or_have_their_own(tmp_path, placem
         assert {role.shares_gpu_of for role in roles} == {("policy", 0) if shares else None}
 
 
-def test_reward_models_are_shown_and_their_memory_is_not_guessed(tmp_path):
-    reward = {"reward_funcs": [], "reward_model": [str(tmp_path / "model")]}
+def test_reward_models_are_shown_with_the_memory_of_their_weights(tmp_path):
+    _, model = save_reward_model(tmp_path / "judge")
+    folder, numbers = str(tmp_path / "judge"), sum(p.numel() for p in model.parameters())
+    reward = {"reward_funcs": [], "reward_model": [folder, str(tmp_path / "model")]}
     ok, text = printed(write_run(tmp_path, reward=reward))
     assert ok, text
-    assert "reward_model x 1" in text
-    assert f"not in the estimate: the weights of reward_model:{tmp_path / 'model'}" in text
+    assert "reward_model x 2" in text
+    assert "reward_model weights = what its files hold" in text
+    # That folder has a config and no weights.
+    assert f"not in the estimate: reward_model:{tmp_path / 'model'}" in text
+    for dtype, width in (("bfloat16", 2), ("float32", 4)):
+        estimate = estimate_reward_model(tmp_path / "judge", dtype=dtype, device="cpu")
+        assert estimate.gib["weights"] == numbers * width / GIB
+    by_files = estimate_reward_model(tmp_path / "judge", dtype="auto", device="cpu")
+    assert by_files.gib["weights"] == pytest.approx(numbers * 4 / GIB, rel=0.1)
 
 
 def test_every_field_is_shown_with_its_origin(tmp_path):
