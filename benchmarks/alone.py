@@ -20,8 +20,8 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
     """What a command printed last to stdout, a line of JSON; or {"error": why there is none}.
 
     The command gets a session of its own, and all of it is killed when it is over, takes longer
-    than `timeout_s`, or does not end after its result: TRL's client of a vLLM server may hang then.
-    `gpus` are the numbers of those that it may see; its stderr is this one's.
+    than `timeout_s`, or does not end after its result ("hung_after"), as TRL's client of a vLLM
+    server sometimes. `gpus` are the numbers of those that it may see; its stderr is this one's.
     """
     environment = os.environ | (env or {})
     if gpus is not None:
@@ -48,7 +48,7 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
     if result is None:
         why = "nothing printed" if code == 0 else f"not done within {timeout_s:g} s"
         return {"error": f"{why}: {command}", "process_s": seconds}
-    return result | {"process_s": seconds}
+    return result | {"process_s": seconds} | ({"hung_after": True} if code is None else {})
 
 
 def last_result(printed):
@@ -61,7 +61,8 @@ def last_result(printed):
             printed.seek(start)
             return result
         if line.startswith("{"):
-            result = json.loads(line)
+            with contextlib.suppress(json.JSONDecodeError):  # somebody else's
+                result = json.loads(line)
 
 
 def end_session(process):

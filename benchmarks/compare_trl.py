@@ -38,7 +38,7 @@ from random_model import SHAPES, save_random_model
 
 
 def main():
-    arguments, arguments.rlsys_options = parse_arguments()
+    arguments = parse_arguments()
     if arguments.one is not None:
         with contextlib.redirect_stdout(sys.stderr):
             result = WHAT[arguments.one](arguments)
@@ -281,7 +281,11 @@ def parse_arguments():
     parser.add_argument("--port", type=int, default=8000, help=argparse.SUPPRESS)
     parser.add_argument("--server_pid", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--group_port", type=int, default=51216, help=argparse.SUPPRESS)
-    return parser.parse_known_args()
+    arguments, arguments.rlsys_options = parser.parse_known_args()
+    for option in arguments.rlsys_options:
+        if option.startswith("--") and "." not in option:
+            parser.error(f"unknown option {option}")
+    return arguments
 
 
 if __name__ == "__main__":

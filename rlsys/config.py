@@ -116,8 +116,9 @@ class RolloutConfig(Section):
     num_engines: PositiveInt = 1
     """vLLM engines, each an actor and process of its own; prompts are shared among them."""
     engines_per_gpu: PositiveInt = 1
-    """Engines that share a GPU. For a model of a few billion parameters vLLM's Python takes longer
-    than the GPU, for each sequence of a step: with hundreds of sequences two engines are faster."""
+    """Engines that share a GPU. With a model of a few billion parameters and hundreds of sequences
+    a decode step waits for vLLM's Python and not for the GPU: two engines then sample faster.
+    max_num_seqs is that of each. On CPU it only changes how weights are sent."""
     tensor_parallel_size: PositiveInt = 1
     """GPUs of one engine."""
     num_generations: int = Field(default=8, ge=2)

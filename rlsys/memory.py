@@ -217,8 +217,8 @@ def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEsti
         kv_gib = rollout.max_num_seqs * longest_row(config) * token_bytes / GIB
         kv_text = (
             f"max_num_seqs {rollout.max_num_seqs} x {longest_row(config):,} tokens x "
-            f"{token_bytes:,.0f} bytes, or what is left of {rollout.gpu_memory_utilization:.0%} of "
-            f"a GPU / {rollout.engines_per_gpu} engines"
+            f"{token_bytes:,.0f} bytes, at most what the rest needs not of "
+            f"{rollout.gpu_memory_utilization:.0%} of a GPU / {rollout.engines_per_gpu} engines"
         )
     else:
         kv_gib = sequences * longest_row(config) * token_bytes / GIB

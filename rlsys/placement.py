@@ -1,4 +1,4 @@
-"""Which GPU each Ray actor gets: one placement group, a bundle for each policy rank and engine.
+"""Which GPU each Ray actor gets: one placement group, a bundle for each that does not share one.
 
 The reference is given GPUs of its own, or shares those of the policy (reference.placement): the two
 never compute at the same time, so sharing costs nothing but the copy of its weights, which wait in
@@ -78,7 +78,7 @@ class Placement:
                 f"Ray could not place the run within {PLACEMENT_TIMEOUT_S:g} s: "
                 f"{_asked_for(owners)}, and an engine's GPUs must be on one host. "
                 f"{_free_gpus()}. Free some, or lower rollout.tensor_parallel_size, "
-                "rollout.num_engines or policy.world_size"
+                "rollout.num_engines or policy.world_size, or raise rollout.engines_per_gpu"
             )
 
 
@@ -87,8 +87,8 @@ def _check_enough(roles: list[Role]) -> None:
     if wanted > total:
         raise ValueError(
             f"{_asked_for(roles)}, and the Ray cluster has {total:g}: lower policy.world_size or "
-            "rollout.num_engines, set reference.placement and reward.reward_model_placement to "
-            "policy, or add GPUs"
+            "rollout.num_engines, raise rollout.engines_per_gpu, set reference.placement and "
+            "reward.reward_model_placement to policy, or add GPUs"
         )
     available = ray.available_resources().get("GPU", 0)
     if wanted > available:

@@ -180,8 +180,9 @@ class MegatronPolicy(MegatronModel):
             self._refuse_step(grad_norm, metrics)
         self.scheduler.step(increment=1)
         with out_of_memory_explained(
-            "the optimizer's state, which the first step makes: raise policy.world_size, as "
-            "policy.use_distributed_optimizer cuts it over replicas, or policy.tensor_parallel_size"
+            "the optimizer's step, the first of which makes its state: raise "
+            "policy.tensor_parallel_size or policy.pipeline_parallel_size, or policy.world_size "
+            "with policy.use_distributed_optimizer, which cuts that state over replicas"
         ):
             self.optimizer.step()
         return metrics | {

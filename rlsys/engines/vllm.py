@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.inputs import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 
 from rlsys.config import Config
@@ -25,7 +25,7 @@ from rlsys.engines.vllm_settings import engine_arguments
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.model_shape import read_model_shape
 from rlsys.types import Completion, FinishReason, Prompt, RolloutGroup, SampleRequest
-from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.connection import Connection, place_of_engine
 
 
 @dataclass(slots=True)
@@ -68,6 +68,7 @@ class VLLMEngine:
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._stop_token_ids = read_stop_token_ids(folder, self._tokenizer)
         shape = read_model_shape(folder)
+        shares_gpu = device == "cuda" and config.rollout.engines_per_gpu > 1
         self._llm = _start_llm(
             folder,
             engine_arguments(
@@ -75,7 +76,7 @@ class VLLMEngine:
                 shape,
                 device=device,
                 engine_rank=engine_rank,
-                gpu_bytes=current_platform.get_device_total_memory() if device == "cuda" else None,
+                gpu_bytes=torch.cuda.mem_get_info()[1] if shares_gpu else None,
             ),
         )
         self.policy_version = 0
@@ -124,8 +125,12 @@ class VLLMEngine:
     def connect_weight_sync(self, connection: Connection) -> None:
         """Let this engine's workers join a weight sync group, behind rank 0 and other engines."""
         rollout = self._config.rollout
-        before, group = divmod(self._engine_rank, rollout.engines_per_gpu)
-        init = InitInfo(connection, 1 + before * rollout.tensor_parallel_size, group)
+        first_rank, group = place_of_engine(
+            self._engine_rank,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            engines_per_gpu=rollout.engines_per_gpu,
+        )
+        init = InitInfo(connection, first_rank, group)
         self._llm.init_weight_transfer_engine(init.as_request())
 
     def start_weight_update(self) -> None:

@@ -17,9 +17,14 @@ CPU_BATCHED_TOKENS = 8192
 # vLLM captures CUDA graphs for up to so many sequences by itself; a decode step of more runs kernel
 # by kernel, at half the tokens a second.
 GRAPH_SEQUENCES = 512
-# What an engine needs besides weights and KV cache where it shares a GPU: CUDA context and graphs,
-# activations, weight sync.
-SHARED_GPU_RESERVE_BYTES = 5 * 2**30
+# vLLM's default on GPUs.
+GPU_BLOCK_SIZE = 16
+# Of an engine that shares its GPU: CUDA context and graphs, and activations of a prompt's step.
+SHARED_GPU_RESERVE_BYTES = 3 * 2**30
+# Its logits in fp32, and what the sampler makes of them.
+LOGIT_COPIES = 4
+# A bucket that is being loaded, the next one, and in the first update what a layer waits for.
+SYNC_BUCKETS = 3
 
 
 def rollout_env(device: Literal["cpu", "cuda"]) -> dict[str, str]:
@@ -87,11 +92,11 @@ def engine_arguments(
     }
     if device == "cuda" and rollout.max_num_seqs > GRAPH_SEQUENCES:
         arguments["max_cudagraph_capture_size"] = rollout.max_num_seqs
-    if rollout.kv_cache_memory_mb is not None:
-        arguments["kv_cache_memory_bytes"] = rollout.kv_cache_memory_mb * 2**20
-    elif device == "cuda" and rollout.engines_per_gpu > 1:
+    if device == "cuda" and rollout.engines_per_gpu > 1:
         assert gpu_bytes is not None
         arguments["kv_cache_memory_bytes"] = shared_gpu_kv_cache_bytes(config, shape, gpu_bytes)
+    elif rollout.kv_cache_memory_mb is not None:
+        arguments["kv_cache_memory_bytes"] = rollout.kv_cache_memory_mb * 2**20
     if device == "cpu":
         arguments.setdefault("kv_cache_memory_bytes", cpu_kv_cache_bytes(config, shape))
         arguments |= {
@@ -111,32 +116,46 @@ def max_sequence_length(config: Config) -> int:
 
 
 def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int) -> int:
-    """KV cache of each of the engines that share a GPU: max_num_seqs full sequences, if they fit.
+    """KV cache of each of the engines that share a GPU: what the config says, or as on CPU.
 
-    vLLM by itself would measure what is free, while the other engines take memory and return it.
+    That is room for max_num_seqs full sequences, if the engine's share of the GPU has it. vLLM by
+    itself would measure what is free, while the other engines take memory and return it.
 
     Raises:
-        ValueError: not even one sequence fits.
+        ValueError: not even one sequence fits, or not what the config says.
     """
     rollout, width = config.rollout, 4 if config.model_dtype(on_cpu=False) == "float32" else 2
-    share = rollout.gpu_memory_utilization * gpu_bytes / rollout.engines_per_gpu
-    room = int(share - width * shape.num_params - SHARED_GPU_RESERVE_BYTES)
-    sequence = max_sequence_length(config) * shape.kv_elements_per_token * width
-    if room < sequence:
+    share = int(rollout.gpu_memory_utilization * gpu_bytes / rollout.engines_per_gpu)
+    bucket = max(config.weight_sync.bucket_mb * 2**20, width * shape.embedding_params)
+    logits = LOGIT_COPIES * 4 * rollout.max_num_seqs * shape.vocab_size
+    taken = width * shape.num_params + SYNC_BUCKETS * bucket + logits + SHARED_GPU_RESERVE_BYTES
+    full = kv_cache_bytes(config, shape, sequences=rollout.max_num_seqs, on_cpu=False)
+    least, what = kv_cache_bytes(config, shape, sequences=1, on_cpu=False), "one full sequence"
+    wanted = full
+    if rollout.kv_cache_memory_mb is not None:
+        least = wanted = rollout.kv_cache_memory_mb * 2**20
+        what = f"rollout.kv_cache_memory_mb = {rollout.kv_cache_memory_mb}"
+    if share - taken < least:
         raise ValueError(
             f"rollout.engines_per_gpu = {rollout.engines_per_gpu} leaves each engine "
-            f"{share / 2**30:.1f} GiB of a GPU, of which weights, graphs and activations take "
-            f"{(share - room) / 2**30:.1f}: one sequence of {max_sequence_length(config)} tokens "
-            "does not fit into the rest. Lower it, or raise rollout.gpu_memory_utilization"
+            f"{share / 2**30:.1f} GiB of its GPU (rollout.gpu_memory_utilization = "
+            f"{rollout.gpu_memory_utilization:g} of {gpu_bytes / 2**30:.1f}), of which weights, "
+            f"weight sync, logits, graphs and activations take {taken / 2**30:.1f}: {what} needs "
+            f"{least / 2**30:.1f} and does not fit into the rest. Lower engines_per_gpu"
         )
-    # vLLM keeps a block for itself, and gives out whole ones.
-    return min(room, rollout.max_num_seqs * sequence + sequence)
+    return min(share - taken, wanted)
 
 
 def cpu_kv_cache_bytes(config: Config, shape: ModelShape) -> int:
     """KV cache of one CPU engine: max_num_seqs full sequences, 4 GiB at most."""
-    element_bytes = 4 if config.model_dtype(on_cpu=True) == "float32" else 2
-    blocks_per_sequence = -(-max_sequence_length(config) // CPU_BLOCK_SIZE)
-    blocks = config.rollout.max_num_seqs * blocks_per_sequence + 1  # vLLM keeps one for itself
-    block_bytes = CPU_BLOCK_SIZE * shape.kv_elements_per_token * element_bytes
-    return min(blocks * block_bytes, MAX_CPU_KV_CACHE_BYTES)
+    full = kv_cache_bytes(config, shape, sequences=config.rollout.max_num_seqs, on_cpu=True)
+    return min(full, MAX_CPU_KV_CACHE_BYTES)
+
+
+def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, on_cpu: bool) -> int:
+    """For so many sequences of the greatest length, in vLLM's blocks."""
+    element_bytes = 4 if config.model_dtype(on_cpu=on_cpu) == "float32" else 2
+    block_size = CPU_BLOCK_SIZE if on_cpu else GPU_BLOCK_SIZE
+    blocks_per_sequence = -(-max_sequence_length(config) // block_size)
+    blocks = sequences * blocks_per_sequence + 1  # vLLM keeps one for itself
+    return blocks * block_size * shape.kv_elements_per_token * element_bytes

@@ -34,6 +34,18 @@ class Connection:
     timeout_s: float
     """Deadline, in seconds, of each wait for another rank."""
 
+    def name_of(self, group: int) -> str:
+        """What tells a group from the others in an error; nothing where there are no others."""
+        return f" in group {group} of {len(self.ports)}" if len(self.ports) > 1 else ""
+
     def buckets(self) -> list[Bucket]:
         """Which tensors travel in which bucket; raises ValueError, see `plan_buckets`."""
         return plan_buckets(self.metadata, self.bucket_bytes)
+
+
+def place_of_engine(
+    engine_rank: int, *, tensor_parallel_size: int, engines_per_gpu: int
+) -> tuple[int, int]:
+    """(rank of an engine's first worker, its group): engines of one GPU are in different groups."""
+    before, group = divmod(engine_rank, engines_per_gpu)
+    return 1 + before * tensor_parallel_size, group

@@ -34,7 +34,9 @@ class WeightReceiver:
         assert rank > 0, "rank 0 is the sender"
         self._buckets = connection.buckets()
         self._verify = connection.verify
-        self._name = f"weight sync rank {rank} of {connection.world_size}"
+        self._name = (
+            f"weight sync rank {rank} of {connection.world_size}{connection.name_of(group)}"
+        )
         self._checksums: list[torch.Tensor] = []
         self._memory: list[torch.Tensor] = []
         self._transport = join(connection, rank, device, group=group)

@@ -29,6 +29,9 @@ class Transport(ABC):
     `make_transport`. It knows no Ray, no vLLM and no megatron.
     """
 
+    group_name = ""
+    """Of the group, in errors; see Connection.name_of."""
+
     def __init__(self, device: torch.device):
         self.device = device
         """Where this rank's model lives."""
@@ -86,7 +89,7 @@ class Transport(ABC):
         try:
             yield
         except RuntimeError as error:  # torch raises nothing more specific
-            who = f"weight sync rank {self._rank} of {self._world_size}"
+            who = f"weight sync rank {self._rank} of {self._world_size}{self.group_name}"
             seconds = time.monotonic() - since
             if seconds >= self._timeout_s:
                 reason = f"another rank did not take part within {self._timeout_s:g} s"
@@ -107,6 +110,7 @@ def join(connection: Connection, rank: int, device: torch.device, *, group: int 
     """
     assert 0 <= rank < connection.world_size, (rank, connection.world_size)
     transport = make_transport(connection.transport, device)
+    transport.group_name = connection.name_of(group)
     transport.connect(
         connection.address,
         connection.ports[group],

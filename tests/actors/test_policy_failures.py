@@ -33,7 +33,7 @@ def test_a_gradient_that_is_not_finite_is_told_and_not_applied(lab, policy_model
     ("at", "advice"),
     [
         ("backward", r"micro-batches of \d+ tokens: lower policy\.max_tokens_per"),
-        ("optimizer", r"the optimizer's state, .* raise policy\.world_size"),
+        ("optimizer", r"the optimizer's step, .* raise policy\.tensor_par"),
     ],
 )
 def test_a_gpu_that_is_too_small_is_told_with_what_to_change(lab, policy_models, at, advice):

@@ -148,7 +148,8 @@ def engines(gpus, gpu_models):
             for name, kind in kinds.items()
         }
         kinds["shared GPU"] = "qwen3-tied"
-        config = engine_config(gpu_models["qwen3-tied", 1], num_engines=2, engines_per_gpu=2)
+        sharing = {"num_engines": 2, "engines_per_gpu": 2, "kv_cache_memory_mb": None}
+        config = engine_config(gpu_models["qwen3-tied", 1], **sharing)
         actors["shared GPU"] = RolloutActors(config, device=DEVICE, place=gpus.on(1))
         if num_gpus() >= 4:
             kinds["two GPUs"] = "qwen3-untied"

@@ -66,25 +66,41 @@ def test_gpus_size_their_own_cache():
     assert "kv_cache_memory_bytes" not in arguments
 
 
+def fits(arguments, gpu_gib):
+    try:
+        return bool(arguments(gpu_gib))
+    except ValueError:
+        return False
+
+
 def test_engines_that_share_a_gpu_have_room_for_all_their_sequences_or_what_there_is():
     def arguments(gpu_gib, **rollout):
-        shared = config(
-            num_generations=4, num_engines=2, engines_per_gpu=2, max_num_seqs=64, **rollout
-        )
+        sharing = {"num_generations": 4, "num_engines": 2, "engines_per_gpu": 2, "max_num_seqs": 64}
+        shared = config(**sharing | rollout)
         return engine_arguments(
-            shared, SHAPE, device="cuda", engine_rank=1, gpu_bytes=gpu_gib * 2**30
+            shared, SHAPE, device="cuda", engine_rank=1, gpu_bytes=int(gpu_gib * 2**30)
         )
 
-    # 65 sequences of 128 tokens of 2 * 3 layers * 2 heads * 32 * 2 bytes.
+    # 64 sequences of 8 blocks, and vLLM's own; 16 tokens of 2 * 3 layers * 2 heads * 32 * 2 bytes.
     full = arguments(80)
-    assert full["kv_cache_memory_bytes"] == 65 * 128 * 768
+    assert full["kv_cache_memory_bytes"] == (64 * 8 + 1) * 16 * 768
     assert full["gpu_memory_utilization"] == 0.85 / 2
-    # 1 % of 1,000 GiB for both: all but 5 GiB of it is for graphs and activations.
-    scarce = arguments(1000, gpu_memory_utilization=0.01 + 1e-5)
-    assert 128 * 768 < scarce["kv_cache_memory_bytes"] < 65 * 128 * 768
-    with pytest.raises(ValueError, match=r"engines_per_gpu = 2 .* one sequence of 128 tokens"):
-        arguments(10)
-    assert arguments(10, kv_cache_memory_mb=7)["kv_cache_memory_bytes"] == 7 * 2**20
+    # 129 tokens need a ninth block.
+    longer = arguments(80, max_prompt_length=65)
+    assert longer["kv_cache_memory_bytes"] == (64 * 9 + 1) * 16 * 768
+    with pytest.raises(ValueError, match=r"engines_per_gpu = 2 .* one full sequence needs"):
+        arguments(7)
+    assert arguments(80, kv_cache_memory_mb=7)["kv_cache_memory_bytes"] == 7 * 2**20
+    # What is missing is taken from the cache, down to what the config says.
+    gpu_gib = next(gib / 1000 for gib in range(7000, 12000) if fits(arguments, gib / 1000))
+    scarce = arguments(gpu_gib)["kv_cache_memory_bytes"]
+    assert 9 * 16 * 768 <= scarce < full["kv_cache_memory_bytes"]
+    with pytest.raises(ValueError, match=r"kv_cache_memory_mb = 700 needs 0\.7"):
+        arguments(gpu_gib, kv_cache_memory_mb=700)
+    # A bigger bucket, more logits: less for the cache.
+    for settings in ({"max_num_seqs": 1024}, {"gpu_memory_utilization": 0.8}):
+        with pytest.raises(ValueError, match="one full sequence"):
+            arguments(gpu_gib, **settings)
 
 
 def test_the_users_log_level_wins(monkeypatch):

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.connection import Connection, place_of_engine
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
 from rlsys.weight_sync.sender import WeightSender
@@ -114,7 +114,7 @@ def damage_bucket_2(transport, monkeypatch):
     monkeypatch.setattr(transport, "broadcast", damaging)
 
 
-DAMAGED = r"rank {} of {} received other bytes.* in bucket 2 of 3, which holds head"
+DAMAGED = r"rank {} of {}{} received other bytes.* in bucket 2 of 3, which holds head"
 
 
 def test_what_is_damaged_on_its_way_is_named_by_every_receiver(monkeypatch):
@@ -124,7 +124,7 @@ def test_what_is_damaged_on_its_way_is_named_by_every_receiver(monkeypatch):
     receiving = group.start_receiving()
     group.sender.send(fill_from(TENSORS), 0)
     for rank, future in enumerate(receiving, start=1):
-        with pytest.raises(WeightSyncError, match=DAMAGED.format(rank, 3)):
+        with pytest.raises(WeightSyncError, match=DAMAGED.format(rank, 3, "")):
             future.result()
 
 
@@ -135,7 +135,7 @@ def test_what_is_damaged_on_its_way_to_one_group_is_named_there_alone(monkeypatc
     group.sender.send(fill_from(TENSORS), 0)
     for name, tensor in whole.result().items():
         assert torch.equal(tensor, TENSORS[name]), name
-    with pytest.raises(WeightSyncError, match=DAMAGED.format(1, 2)):
+    with pytest.raises(WeightSyncError, match=DAMAGED.format(1, 2, " in group 1 of 2")):
         damaged.result()
 
 
@@ -169,6 +169,31 @@ def test_a_receiver_that_never_connects_is_a_named_timeout():
     message = r"weight sync rank 0 of 2, connecting to 127\.0\.0\.1:\d+: .* within 1 s"
     with pytest.raises(WeightSyncError, match=message):
         WeightSender(connection(store, world_size=2, timeout_s=1.0), CPU)
+
+
+@pytest.mark.parametrize(
+    ("num_engines", "tensor_parallel_size", "engines_per_gpu"),
+    [(1, 1, 1), (3, 2, 1), (2, 1, 2), (4, 1, 2), (6, 1, 3)],
+)
+def test_every_worker_has_a_place_and_no_two_of_one_gpu_are_in_a_group(
+    num_engines, tensor_parallel_size, engines_per_gpu
+):
+    places = [
+        place_of_engine(
+            rank,
+            tensor_parallel_size=tensor_parallel_size,
+            engines_per_gpu=engines_per_gpu,
+        )
+        for rank in range(num_engines)
+    ]
+    world_size = 1 + num_engines * tensor_parallel_size // engines_per_gpu
+    for group in range(engines_per_gpu):
+        firsts = [first for first, of_group in places if of_group == group]
+        ranks = [first + worker for first in firsts for worker in range(tensor_parallel_size)]
+        assert ranks == list(range(1, world_size))
+    for start in range(0, num_engines, engines_per_gpu):
+        of_gpu = [group for _, group in places[start : start + engines_per_gpu]]
+        assert len(set(of_gpu)) == engines_per_gpu
 
 
 def test_an_unknown_transport_lists_the_known():
