@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 import torch
@@ -64,6 +64,20 @@ class GpuRank(LabRank):
     def _export(self, weights):
         tensors = {name: tensor.cpu().clone() for name, tensor in weights.export()}
         return tensors if self.rank == 0 else None
+
+
+def train(policy, batch, num_updates, *, start=None):
+    """Log-probs at the start, and (loss, gradient norm) of every update.
+
+    Old log-probs lie around `start`, those of another layout perhaps: the loss depends on the
+    policy's own only then. At a ratio of 1 it is the mean advantage.
+    """
+    logprobs = policy.compute_logprobs(batch)
+    start = logprobs if start is None else start
+    noise = 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
+    batch = replace(batch, old_logprobs=(start + noise) * batch.completion_mask)
+    updates = [policy.update(batch).metrics for _ in range(num_updates)]
+    return logprobs, [(metrics["loss"], metrics["grad_norm"]) for metrics in updates]
 
 
 def use_config(rank, config):

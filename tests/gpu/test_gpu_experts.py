@@ -1,12 +1,10 @@
 """Mixtures of experts on GPUs: grouped kernels, experts shared over two GPUs, weights into vLLM."""
 
-from dataclasses import replace
-
 import pytest
 import ray
 import torch
 from gpu_cases import DEVICE, engine_config, gpu_config, long_batch
-from gpu_lab import OpenActor, load_weights, use_config
+from gpu_lab import OpenActor, load_weights, train, use_config
 from greedy_rollouts import greedy
 from policy_cases import exported
 from safetensors.torch import load_file
@@ -63,24 +61,15 @@ def config_of(folder, dtype, layout="one rank", **policy):
 
 
 @pytest.fixture(scope="module")
-def train(lab, folders):
+def trained(lab, folders):
     """(layout, type) -> log-probs at the start, (loss, gradient norm) of every update."""
     known = {}
 
-    def train(layout, dtype):
-        start = None if layout == "one rank" else remember("one rank", dtype)[0]
-        policy = lab.policy(config_of(folders[0], dtype, layout))
-        logprobs = policy.compute_logprobs(BATCH)
-        # So that the loss depends on log-probs: at a ratio of 1 it is the mean advantage.
-        start = logprobs if start is None else start
-        noise = 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
-        batch = replace(BATCH, old_logprobs=(start + noise) * BATCH.completion_mask)
-        updates = [policy.update(batch).metrics for _ in range(NUM_UPDATES)]
-        return logprobs, [(metrics["loss"], metrics["grad_norm"]) for metrics in updates]
-
     def remember(layout, dtype):
         if (layout, dtype) not in known:
-            known[layout, dtype] = train(layout, dtype)
+            start = None if layout == "one rank" else remember("one rank", dtype)[0]
+            policy = lab.policy(config_of(folders[0], dtype, layout))
+            known[layout, dtype] = train(policy, BATCH, NUM_UPDATES, start=start)
         return known[layout, dtype]
 
     return remember
@@ -102,20 +91,20 @@ def test_a_round_trip_is_bit_equal_and_packing_changes_no_logprob(lab, folders, 
 
 
 @pytest.mark.gpu(1)
-def test_logprobs_are_as_exact_as_those_of_transformers(train, folders):
+def test_logprobs_are_as_exact_as_those_of_transformers(trained, folders):
     exact = of_transformers(folders[0], torch.float32)
-    torch.testing.assert_close(train("one rank", "float32")[0], exact, rtol=0, atol=1e-3)
+    torch.testing.assert_close(trained("one rank", "float32")[0], exact, rtol=0, atol=1e-3)
     rounding = mean_difference(of_transformers(folders[0], torch.bfloat16), exact)
     assert rounding > 1e-5  # or there is nothing to compare with
-    assert mean_difference(train("one rank", "bfloat16")[0], exact) < 1.5 * rounding
+    assert mean_difference(trained("one rank", "bfloat16")[0], exact) < 1.5 * rounding
 
 
 @pytest.mark.gpu(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["EP 2", "TP 2 x EP 2"])
-def test_experts_on_two_gpus_train_as_those_on_one(train, layout, dtype):
-    logprobs, updates = train(layout, dtype)
-    expected_logprobs, expected_updates = train("one rank", dtype)
+def test_experts_on_two_gpus_train_as_those_on_one(trained, layout, dtype):
+    logprobs, updates = trained(layout, dtype)
+    expected_logprobs, expected_updates = trained("one rank", dtype)
     assert mean_difference(logprobs, expected_logprobs) < {"float32": 1e-4, "bfloat16": 2e-2}[dtype]
     assert all(norm > 1e-3 for _, norm in updates)
     assert len({loss for loss, _ in updates}) == NUM_UPDATES

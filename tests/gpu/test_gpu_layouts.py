@@ -1,10 +1,9 @@
 """How a policy is spread over GPUs changes no number that it reports."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from gpu_cases import gpu_config, long_batch
+from gpu_lab import train
 from policy_cases import LAYOUTS, exported
 
 pytestmark = pytest.mark.gpu(2)
@@ -19,31 +18,22 @@ NUM_UPDATES = 3
 
 
 @pytest.fixture(scope="module")
-def train(lab, gpu_models):
+def trained(lab, gpu_models):
     """(layout, type) -> log-probs at the start, (loss, gradient norm) of every update, weights."""
     known = {}
 
-    def train(layout, dtype):
-        config = gpu_config(
-            gpu_models["qwen3-tied", 0],
-            dtype=dtype,
-            max_tokens_per_micro_batch=1024,
-            **LAYOUTS[layout],
-        )
-        start = None if layout == "one rank" else remember("one rank", dtype)[0]
-        policy = lab.policy(config)
-        logprobs = policy.compute_logprobs(BATCH)
-        # So that the loss depends on log-probs: at a ratio of 1 it is the mean advantage.
-        start = logprobs if start is None else start
-        noise = 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
-        batch = replace(BATCH, old_logprobs=(start + noise) * BATCH.completion_mask)
-        updates = [policy.update(batch).metrics for _ in range(NUM_UPDATES)]
-        reported = [(metrics["loss"], metrics["grad_norm"]) for metrics in updates]
-        return logprobs, reported, exported(policy)
-
     def remember(layout, dtype):
         if (layout, dtype) not in known:
-            known[layout, dtype] = train(layout, dtype)
+            config = gpu_config(
+                gpu_models["qwen3-tied", 0],
+                dtype=dtype,
+                max_tokens_per_micro_batch=1024,
+                **LAYOUTS[layout],
+            )
+            start = None if layout == "one rank" else remember("one rank", dtype)[0]
+            policy = lab.policy(config)
+            reported = train(policy, BATCH, NUM_UPDATES, start=start)
+            known[layout, dtype] = *reported, exported(policy)
         return known[layout, dtype]
 
     return remember
@@ -51,9 +41,9 @@ def train(lab, gpu_models):
 
 @pytest.mark.parametrize("dtype", RELATIVE)
 @pytest.mark.parametrize("layout", ["TP 2", "DP 2", "PP 2"])
-def test_a_layout_trains_as_one_gpu_does(train, layout, dtype):
-    logprobs, updates, weights = train(layout, dtype)
-    expected_logprobs, expected_updates, expected_weights = train("one rank", dtype)
+def test_a_layout_trains_as_one_gpu_does(trained, layout, dtype):
+    logprobs, updates, weights = trained(layout, dtype)
+    expected_logprobs, expected_updates, expected_weights = trained("one rank", dtype)
     mean = (logprobs - expected_logprobs).abs().sum() / BATCH.completion_mask.sum()
     assert mean < NATS[dtype]
     for update, expected in zip(updates, expected_updates, strict=True):
@@ -67,8 +57,8 @@ def test_a_layout_trains_as_one_gpu_does(train, layout, dtype):
             assert moved.max() <= 2.1 * NUM_UPDATES * 1e-4, name
 
 
-def test_updates_move_what_is_compared(train):
-    _, updates, weights = train("one rank", "float32")
+def test_updates_move_what_is_compared(trained):
+    _, updates, weights = trained("one rank", "float32")
     assert len({loss for loss, _ in updates}) == NUM_UPDATES
     assert all(norm > 1e-3 for _, norm in updates)
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())

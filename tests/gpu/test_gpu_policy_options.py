@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_cases import DEVICE, gpu_config, long_batch
-from gpu_lab import keep_gpu_busy
+from gpu_lab import keep_gpu_busy, train
 from policy_cases import LAYOUTS, exported
 
 pytestmark = pytest.mark.gpu(1)
@@ -22,28 +22,24 @@ def use_separate_weight_gradients(rank):
 
 
 @pytest.fixture(scope="module")
-def train(lab, gpu_models):
+def trained(lab, gpu_models):
     """Log-probs at the start, and (loss, gradient norm) of every update in two micro-batches."""
 
-    def train(*, dtype="float32", change=None, **options):
+    def start_and_train(*, dtype="float32", change=None, **options):
         config = gpu_config(
             gpu_models["qwen3-tied", 0], dtype=dtype, max_tokens_per_micro_batch=1024, **options
         )
         policy = lab.policy(config)
         if change is not None:
             policy.call("run", change)
-        logprobs = policy.compute_logprobs(BATCH)
-        noise = 0.05 * torch.randn(logprobs.shape, generator=torch.Generator().manual_seed(1))
-        batch = replace(BATCH, old_logprobs=(logprobs + noise) * BATCH.completion_mask)
-        metrics = [policy.update(batch).metrics for _ in range(NUM_UPDATES)]
-        return logprobs, [(update["loss"], update["grad_norm"]) for update in metrics]
+        return train(policy, BATCH, NUM_UPDATES)
 
-    return train
+    return start_and_train
 
 
 @pytest.fixture(scope="module")
-def usual(train):
-    return train()
+def usual(trained):
+    return trained()
 
 
 @pytest.mark.parametrize(
@@ -56,18 +52,18 @@ def usual(train):
     ],
     ids=lambda options: next(iter(options.values())),
 )
-def test_how_gradients_are_computed_changes_no_number(train, usual, options):
-    _, updates = train(**options)
+def test_how_gradients_are_computed_changes_no_number(trained, usual, options):
+    _, updates = trained(**options)
     for update, expected in zip(updates, usual[1], strict=True):
         assert update == pytest.approx(expected, rel=1e-4)
     assert len({loss for loss, _ in updates}) == NUM_UPDATES
 
 
 @pytest.mark.gpu(2)
-def test_context_parallel_gpus_train_as_one_does(train):
+def test_context_parallel_gpus_train_as_one_does(trained):
     """In bfloat16: there are no such attention kernels in float32."""
-    logprobs, updates = train(dtype="bfloat16", **LAYOUTS["CP 2"])
-    expected_logprobs, expected_updates = train(dtype="bfloat16")
+    logprobs, updates = trained(dtype="bfloat16", **LAYOUTS["CP 2"])
+    expected_logprobs, expected_updates = trained(dtype="bfloat16")
     difference = (logprobs - expected_logprobs).abs().sum() / BATCH.completion_mask.sum()
     assert difference < 1e-2
     for update, expected in zip(updates, expected_updates, strict=True):
