@@ -80,15 +80,17 @@ def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> Memory
             with safe_open(file, framework="pt") as weights:
                 shapes = [weights.get_slice(name).get_shape() for name in weights.offset_keys()]
                 numbers += sum(map(math.prod, shapes))
-    except SafetensorError:  # the model is checked when it is loaded
+    except SafetensorError:  # which is told when the model is loaded
         return None
     if not numbers:
         return None
     if dtype == "auto":
         size, text = sum(file.stat().st_size for file in files), "what its files hold"
-    else:
-        width = getattr(torch, dtype).itemsize
+    elif isinstance(torch_type := getattr(torch, dtype, None), torch.dtype):
+        width = torch_type.itemsize
         size, text = numbers * width, f"{numbers / 1e6:,.1f} M parameters x {width} bytes"
+    else:
+        return None
     gib = {"process": _PROCESS_GIB["reward_model", device], "weights": size / GIB}
     return MemoryEstimate("reward_model", gib, {"weights": text})
 
@@ -217,8 +219,8 @@ def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEsti
         kv_gib = rollout.max_num_seqs * longest_row(config) * token_bytes / GIB
         kv_text = (
             f"max_num_seqs {rollout.max_num_seqs} x {longest_row(config):,} tokens x "
-            f"{token_bytes:,.0f} bytes, at most what the rest needs not of "
-            f"{rollout.gpu_memory_utilization:.0%} of a GPU / {rollout.engines_per_gpu} engines"
+            f"{token_bytes:,.0f} bytes; less where {rollout.gpu_memory_utilization:.0%} of a GPU "
+            f"/ {rollout.engines_per_gpu} engines has no room for it"
         )
     else:
         kv_gib = sequences * longest_row(config) * token_bytes / GIB
