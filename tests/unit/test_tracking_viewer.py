@@ -219,6 +219,8 @@ def following(run_dir: Path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        # A shell that started the tests in the background has them ignore SIGINT.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     guard = threading.Timer(60, process.kill)  # a follower that misses its group fails, not hangs
     guard.start()
