@@ -211,7 +211,8 @@ def _role_text(name: str, roles: list[Role]) -> str:
     if role.gpus:
         first = sum(r.gpus for r in roles[: roles.index(role)])
         last = first + sum(r.gpus for r in roles if r.name == name) - 1
-        sharers = sum(other.shares_gpu_of == (role.name, role.rank) for other in roles)
+        of_its_kind = [other for other in roles if other.name == name]
+        sharers = sum(other.shares_gpu_of == (name, role.rank) for other in of_its_kind)
         each = f"{1 + sharers} share a GPU" if sharers else f"{role.gpus} GPU each"
         return f"{each}: number {first}" + (f" to {last}" if last > first else "")
     return f"CPU, {role.cpu_threads} thread{'s' if role.cpu_threads > 1 else ''} each"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -144,9 +145,12 @@ def test_engines_share_gpus(tmp_path):
     assert [r.shares_gpu_of for r in engines] == [None, ("rollout", 0), None, ("rollout", 2)]
     on_cpu = [r for r in plan_roles(config, device="cpu") if r.name == "rollout"]
     assert {(r.gpus, r.shares_gpu_of) for r in on_cpu} == {(0, None)}
-    ok, text = printed(write_run(tmp_path, device="cuda", rollout=config.rollout.model_dump()))
+    rollout = config.rollout.model_dump()
+    path = write_run(tmp_path, device="cuda", rollout=rollout, grpo={"beta": 0.1})
+    ok, text = printed(path)
     assert ok, text
-    assert "2 share a GPU: number 1 to 2" in text
+    assert re.search(r"policy x 1 +1 GPU each: number 0", text)  # what the reference shares, too
+    assert re.search(r"rollout x 4 +2 share a GPU: number 1 to 2", text)
     assert "3 GPUs" in text
 
 
