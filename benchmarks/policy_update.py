@@ -33,6 +33,7 @@ from pathlib import Path
 import torch
 from machine import describe_machine
 from random_model import SHAPES, save_random_model
+from torch.autograd import DeviceType
 
 from rlsys.config import Config
 from rlsys.model_shape import read_model_shape
@@ -292,7 +293,6 @@ def summary(config, arguments, seconds):
 
 def profile(function, *, on_cpu):
     """Milliseconds of one call by kind of kernel, by who launched them, and of the longest."""
-    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
 
     activities = [ProfilerActivity.CPU] + ([] if on_cpu else [ProfilerActivity.CUDA])
@@ -341,8 +341,6 @@ def runs_on_gpu(event):
     The profiler also shows ranges of the host, such as Optimizer.step, over their kernels. Names do
     not tell the two apart: the host's call of a Triton kernel has the name of the kernel.
     """
-    from torch.autograd import DeviceType
-
     return event.device_type == DeviceType.CUDA and not event.is_user_annotation
 
 
@@ -353,7 +351,6 @@ def gpu_waits(events):
     the outermost function that the profiler knows to the innermost. That is its cause only if the
     host had no kernels in the queue: where it is ahead, it may be in a much later function.
     """
-    from torch.autograd import DeviceType
 
     def spans(wanted):
         return sorted(

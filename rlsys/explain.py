@@ -267,8 +267,10 @@ def _reward_model_memory(config: Config, device: Device) -> tuple[list[MemoryEst
         if "path" in settings:
             dtype = settings.get("dtype", "auto")
             estimate = estimate_reward_model(Path(settings["path"]), dtype=dtype, device=device)
-        known += [] if estimate is None else [estimate]
-        unknown += [name] if estimate is None else []
+        if estimate is None:
+            unknown.append(name)
+        else:
+            known.append(estimate)
     return sorted(known, key=lambda estimate: -estimate.total_gib)[:1], unknown
 
 

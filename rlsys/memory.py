@@ -129,7 +129,7 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
     ep = policy.expert_model_parallel_size
     dense, experts = rank_params(shape, tp=tp, pp=pp), rank_expert_params(shape, ep=ep, pp=pp)
     params = dense + experts
-    width = _bytes_per_weight(config, device)
+    width = bytes_per_weight(config, device)
     cp = policy.context_parallel_size
     shards = expert_shards = 1
     if policy.use_distributed_optimizer:
@@ -202,26 +202,26 @@ def _recomputed_elements(config: Config, shape: ModelShape) -> int:
 
 def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
     rollout = config.rollout
-    tp, width = rollout.tensor_parallel_size, _bytes_per_weight(config, device)
+    tp, width = rollout.tensor_parallel_size, bytes_per_weight(config, device)
     per_engine = -(-config.num_prompts // rollout.num_engines) * rollout.num_generations
     sequences = min(rollout.max_num_seqs, per_engine)
     token_bytes = shape.kv_elements_per_token * width / tp
     if rollout.kv_cache_memory_mb is not None:
         kv_gib, kv_text = rollout.kv_cache_memory_mb / 1024, "rollout.kv_cache_memory_mb"
-    elif device == "cpu":
-        full = rollout.max_num_seqs * longest_row(config) * token_bytes / GIB
-        kv_gib = min(full, MAX_CPU_KV_GIB)
-        kv_text = (
-            f"max_num_seqs {rollout.max_num_seqs} x {longest_row(config):,} tokens x "
-            f"{token_bytes:,.0f} bytes, {MAX_CPU_KV_GIB:g} GiB at most"
-        )
-    elif rollout.engines_per_gpu > 1:
+    elif device == "cpu" or rollout.engines_per_gpu > 1:
         kv_gib = rollout.max_num_seqs * longest_row(config) * token_bytes / GIB
         kv_text = (
             f"max_num_seqs {rollout.max_num_seqs} x {longest_row(config):,} tokens x "
-            f"{token_bytes:,.0f} bytes; less where {rollout.gpu_memory_utilization:.0%} of a GPU "
-            f"/ {rollout.engines_per_gpu} engines has no room for it"
+            f"{token_bytes:,.0f} bytes"
         )
+        if device == "cpu":
+            kv_gib = min(kv_gib, MAX_CPU_KV_GIB)
+            kv_text += f", {MAX_CPU_KV_GIB:g} GiB at most"
+        else:
+            kv_text += (
+                f"; less where {rollout.gpu_memory_utilization:.0%} of a GPU / "
+                f"{rollout.engines_per_gpu} engines has no room for it"
+            )
     else:
         kv_gib = sequences * longest_row(config) * token_bytes / GIB
         kv_text = (
@@ -248,7 +248,7 @@ def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEsti
 
 
 def _reference(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
-    tp, width = config.reference.tensor_parallel_size, _bytes_per_weight(config, device)
+    tp, width = config.reference.tensor_parallel_size, bytes_per_weight(config, device)
     tokens = -(-micro_batch_tokens(config) // config.reference.context_parallel_size)
     return MemoryEstimate(
         "reference",
@@ -265,12 +265,18 @@ def _reference(config: Config, shape: ModelShape, *, device: Device) -> MemoryEs
     )
 
 
+def sync_bucket_bytes(config: Config, shape: ModelShape, width: int) -> int:
+    """Of a bucket's buffer on either side: a tensor that is larger than a bucket is sent alone."""
+    return max(config.weight_sync.bucket_mb * 2**20, shape.embedding_params * width)
+
+
 def _weight_sync_gib(config: Config, shape: ModelShape, width: int) -> float:
-    buffer = max(config.weight_sync.bucket_mb * 2**20, shape.embedding_params * width)
-    return min(2 * buffer, shape.num_params * width) / GIB
+    buffers = 2 * sync_bucket_bytes(config, shape, width)
+    return min(buffers, shape.num_params * width) / GIB
 
 
-def _bytes_per_weight(config: Config, device: Device) -> int:
+def bytes_per_weight(config: Config, device: Device) -> int:
+    """Of the type that policy, reference and engines hold weights in, and engines their cache."""
     return 4 if config.model_dtype(on_cpu=device == "cpu") == "float32" else 2
 
 

@@ -6,6 +6,7 @@ import os
 from typing import Any, Literal
 
 from rlsys.config import Config
+from rlsys.memory import bytes_per_weight, longest_row, sync_bucket_bytes
 from rlsys.model_shape import ModelShape
 
 # Tokens of a KV block: vLLM's default on CPU, where kernels want multiples of 32.
@@ -75,7 +76,7 @@ def engine_arguments(
     tensor_parallel_size = rollout.tensor_parallel_size
     arguments: dict[str, Any] = {
         "dtype": config.model_dtype(on_cpu=device == "cpu"),
-        "max_model_len": max_sequence_length(config),
+        "max_model_len": longest_row(config),
         "max_num_seqs": rollout.max_num_seqs,
         "tensor_parallel_size": tensor_parallel_size,
         # Named, because vLLM otherwise prefers Ray when it finds itself in an actor.
@@ -105,14 +106,9 @@ def engine_arguments(
             # A request whose prompt is processed in chunks draws a number per chunk from its own
             # generator, which vLLM takes back in a way that CPU generators do not know.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, max_sequence_length(config)),
+            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, longest_row(config)),
         }
     return arguments
-
-
-def max_sequence_length(config: Config) -> int:
-    """Tokens of the longest prompt and completion together."""
-    return config.data.max_prompt_length + config.rollout.max_completion_length
 
 
 def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int) -> int:
@@ -124,14 +120,13 @@ def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int)
     Raises:
         ValueError: not even one sequence fits, or not what the config says.
     """
-    rollout, width = config.rollout, 4 if config.model_dtype(on_cpu=False) == "float32" else 2
+    rollout, width = config.rollout, bytes_per_weight(config, "cuda")
     share = int(rollout.gpu_memory_utilization * gpu_bytes / rollout.engines_per_gpu)
-    bucket = max(config.weight_sync.bucket_mb * 2**20, width * shape.embedding_params)
+    bucket = sync_bucket_bytes(config, shape, width)
     logits = LOGIT_COPIES * 4 * rollout.max_num_seqs * shape.vocab_size
     taken = width * shape.num_params + SYNC_BUCKETS * bucket + logits + SHARED_GPU_RESERVE_BYTES
-    full = kv_cache_bytes(config, shape, sequences=rollout.max_num_seqs, on_cpu=False)
-    least, what = kv_cache_bytes(config, shape, sequences=1, on_cpu=False), "one full sequence"
-    wanted = full
+    wanted = kv_cache_bytes(config, shape, sequences=rollout.max_num_seqs, device="cuda")
+    least, what = kv_cache_bytes(config, shape, sequences=1, device="cuda"), "one full sequence"
     if rollout.kv_cache_memory_mb is not None:
         least = wanted = rollout.kv_cache_memory_mb * 2**20
         what = f"rollout.kv_cache_memory_mb = {rollout.kv_cache_memory_mb}"
@@ -148,14 +143,16 @@ def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int)
 
 def cpu_kv_cache_bytes(config: Config, shape: ModelShape) -> int:
     """KV cache of one CPU engine: max_num_seqs full sequences, 4 GiB at most."""
-    full = kv_cache_bytes(config, shape, sequences=config.rollout.max_num_seqs, on_cpu=True)
+    full = kv_cache_bytes(config, shape, sequences=config.rollout.max_num_seqs, device="cpu")
     return min(full, MAX_CPU_KV_CACHE_BYTES)
 
 
-def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, on_cpu: bool) -> int:
+def kv_cache_bytes(
+    config: Config, shape: ModelShape, *, sequences: int, device: Literal["cpu", "cuda"]
+) -> int:
     """For so many sequences of the greatest length, in vLLM's blocks."""
-    element_bytes = 4 if config.model_dtype(on_cpu=on_cpu) == "float32" else 2
-    block_size = CPU_BLOCK_SIZE if on_cpu else GPU_BLOCK_SIZE
-    blocks_per_sequence = -(-max_sequence_length(config) // block_size)
+    block_size = CPU_BLOCK_SIZE if device == "cpu" else GPU_BLOCK_SIZE
+    blocks_per_sequence = -(-longest_row(config) // block_size)
     blocks = sequences * blocks_per_sequence + 1  # vLLM keeps one for itself
-    return blocks * block_size * shape.kv_elements_per_token * element_bytes
+    token_bytes = shape.kv_elements_per_token * bytes_per_weight(config, device)
+    return blocks * block_size * token_bytes

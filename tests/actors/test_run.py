@@ -280,4 +280,6 @@ def test_a_killed_engine_ends_a_parallel_run_and_is_named_last(start):
     rows = steps(run)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     assert all(row["ratio/mean"] == pytest.approx(1.0, abs=1e-6) for row in rows)
+    # Both engines sample with the weights that were sent, or this would be far from rounding.
+    assert all(row["sampling/logp_difference/mean"] < 1e-5 for row in rows)
     assert not any("kl" in row for row in rows)

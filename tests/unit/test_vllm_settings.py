@@ -66,13 +66,6 @@ def test_gpus_size_their_own_cache():
     assert "kv_cache_memory_bytes" not in arguments
 
 
-def fits(arguments, gpu_gib):
-    try:
-        return bool(arguments(gpu_gib))
-    except ValueError:
-        return False
-
-
 def test_engines_that_share_a_gpu_have_room_for_all_their_sequences_or_what_there_is():
     def arguments(gpu_gib, **rollout):
         sharing = {"num_generations": 4, "num_engines": 2, "engines_per_gpu": 2, "max_num_seqs": 64}
@@ -92,12 +85,14 @@ def test_engines_that_share_a_gpu_have_room_for_all_their_sequences_or_what_ther
         arguments(7)
     assert arguments(80, kv_cache_memory_mb=7)["kv_cache_memory_bytes"] == 7 * 2**20
     # What is missing is taken from the cache, down to what the config says.
-    gpu_gib = next(gib / 1000 for gib in range(7000, 12000) if fits(arguments, gib / 1000))
+    taken = 2 * SHAPE.num_params + 3 * 256 * 2**20 + 4 * 4 * 64 * SHAPE.vocab_size + 3 * 2**30
+    gpu_gib = (taken + 2**20) / (0.85 / 2) / 2**30
     scarce = arguments(gpu_gib)["kv_cache_memory_bytes"]
     assert 9 * 16 * 768 <= scarce < full["kv_cache_memory_bytes"]
+    assert scarce == pytest.approx(2**20, abs=2)
     with pytest.raises(ValueError, match=r"kv_cache_memory_mb = 700 needs 0\.7"):
         arguments(gpu_gib, kv_cache_memory_mb=700)
-    # A bigger bucket, more logits: less for the cache.
+    # More logits, or a smaller share: less for the cache.
     for settings in ({"max_num_seqs": 1024}, {"gpu_memory_utilization": 0.8}):
         with pytest.raises(ValueError, match="one full sequence"):
             arguments(gpu_gib, **settings)
