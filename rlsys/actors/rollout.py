@@ -25,7 +25,8 @@ START_TIMEOUT_S = 1800.0
 class RolloutActor:
     """One vLLM engine in a process of its own.
 
-    Calls are answered while it samples: between two tokens, in the order in which they came.
+    Calls are answered while it samples: between two tokens, in the order in which they came. That
+    is not always the order in which they were made: Ray keeps none among those of an async actor.
     """
 
     def __init__(self, config: Config, device: Literal["cpu", "cuda"], engine_rank: int):
@@ -37,6 +38,8 @@ class RolloutActor:
                 config.model.path, config=config, device=device, engine_rank=engine_rank
             )
         )
+        self._pauses = asyncio.Semaphore(0)
+        """Of weight updates: asked for, and not yet followed by its `update_weights`."""
         self._start_seconds = time.monotonic() - start
 
     async def start_seconds(self) -> float:
@@ -57,7 +60,7 @@ class RolloutActor:
                 yield outcome
 
     async def abort(self, group_ids: Sequence[int]) -> None:
-        """Give up groups."""
+        """Give up groups. One whose `generate` comes later is sampled all the same, for nobody."""
         await asyncio.wrap_future(self._loop.abort(group_ids))
 
     async def connect_weight_sync(self, connection: Connection) -> None:
@@ -66,14 +69,17 @@ class RolloutActor:
 
     async def start_weight_update(self) -> None:
         """See VLLMEngine.start_weight_update."""
-        await self._call("start_weight_update")
+        pausing = self._call("start_weight_update")
+        self._pauses.release()
+        await pausing
 
     async def update_weights(self, policy_version: int) -> int:
-        """See VLLMEngine.update_weights."""
+        """See VLLMEngine.update_weights. Comes behind its pause, whichever was here first."""
+        await self._pauses.acquire()
         return await self._call("update_weights", policy_version)
 
-    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return await asyncio.wrap_future(self._loop.call(method, *args, **kwargs))
+    def _call(self, method: str, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
+        return asyncio.wrap_future(self._loop.call(method, *args, **kwargs))
 
 
 @dataclass(frozen=True, slots=True)

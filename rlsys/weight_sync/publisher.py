@@ -54,8 +54,9 @@ class Receivers(Protocol):
     def async_update_weights(self, policy_version: int) -> Refs:
         """Receive, compare checksums, and sample with the new weights.
 
-        The results are the versions that the engines hold. Comes right after
-        `async_start_weight_update`, whose end it does not wait for: an engine keeps the order.
+        The results are the versions that the engines hold. Asked for right after
+        `async_start_weight_update`, whose end it does not wait for: an engine has to see to it that
+        it has paused before.
         """
 
 

@@ -5,7 +5,7 @@ import ray
 from greedy_rollouts import PROMPTS, greedy
 from tensor_policy import TensorPolicy
 
-from rlsys.actors.group import ActorFailure
+from rlsys.actors.group import ActorFailure, get_all
 from rlsys.actors.rollout import RolloutActors
 from rlsys.types import SampleRequest
 from rlsys.weight_sync.publisher import WeightPublisher
@@ -104,6 +104,19 @@ def test_pushing_the_same_weights_changes_nothing(policy, engines, connect):
         assert again == tokens
         assert logprobs_again == logprobs
         assert versions == {(policy.policy_version,)}
+
+
+def test_an_update_that_overtakes_its_pause_waits_for_it(policy, engines, connect):
+    """Ray keeps no order among the calls of an async actor, so now and then one does."""
+    connect(policy, engines)
+    policy.policy_version += 1
+    version = policy.policy_version
+    overtaking = engines.async_update_weights(version)
+    ready, _ = ray.wait(list(overtaking.values()), timeout=1.0)
+    assert not ready
+    calls = engines.async_start_weight_update() | policy.async_send_weights(version, to="rollout")
+    get_all(calls, phase="the others", timeout_s=60)
+    assert get_all(overtaking, phase="update", timeout_s=60) == [version, version]
 
 
 @pytest.fixture
