@@ -1,6 +1,7 @@
 """A GRPO run on Countdown with random weights, as `rlsys grpo` runs it, and what its steps took."""
 
 import contextlib
+import os
 import shutil
 import statistics
 import subprocess
@@ -38,10 +39,12 @@ class StepEnds(Tracker):
 
 
 class GpuBusy:
-    """Percent of time in which a kernel ran on each GPU of the host, as nvidia-smi samples it."""
+    """Percent of time in which a kernel ran on each GPU of this run, as nvidia-smi samples it."""
 
     def __enter__(self):
         query = ["--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits"]
+        if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):  # which nvidia-smi itself does not read
+            query.append(f"--id={seen}")
         self._samples = []
         self._process = subprocess.Popen(
             ["nvidia-smi", *query, f"--loop-ms={SAMPLE_MS}"], stdout=subprocess.PIPE, text=True
