@@ -14,6 +14,7 @@ import psutil
 
 EXIT_S = 20.0
 """For a command to end after its result; what it has to say is known by then."""
+SO_FAR = "so_far"
 
 
 def run_alone(command, *, timeout_s, env=None, gpus=None):
@@ -21,7 +22,9 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
 
     The command gets a session of its own, and all of it is killed when it is over, takes longer
     than `timeout_s`, or does not end after its result ("hung_after"), as TRL's client of a vLLM
-    server sometimes. `gpus` are the numbers of those that it may see; its stderr is this one's.
+    server sometimes. A line with SO_FAR in it is not yet the result; if no other follows, it is
+    what comes back, beside the error. `gpus` are the numbers of those that the command may see;
+    its stderr is this one's.
     """
     environment = os.environ | (env or {})
     if gpus is not None:
@@ -36,19 +39,34 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
         try:
             while process.poll() is None and time.monotonic() < end:
                 time.sleep(0.1)
-                if result is None and (result := last_result(printed)) is not None:
+                waited_for = unfinished(result)
+                result = last_result(printed) or result
+                if waited_for and not unfinished(result):
                     end = min(end, time.monotonic() + EXIT_S)
             code = process.poll()
         finally:
             end_session(process)
         result = last_result(printed) or result
-    seconds = round(time.monotonic() - start, 1)
+    took = {"process_s": round(time.monotonic() - start, 1)}
     if code:
-        return {"error": f"exit code {code}: {command}", "process_s": seconds}
-    if result is None:
-        why = "nothing printed" if code == 0 else f"not done within {timeout_s:g} s"
-        return {"error": f"{why}: {command}", "process_s": seconds}
-    return result | {"process_s": seconds} | ({"hung_after": True} if code is None else {})
+        return {"error": f"exit code {code}: {command}"} | (result or {}) | took
+    if unfinished(result):
+        why = "no result printed" if code == 0 else f"not done within {timeout_s:g} s"
+        return {"error": f"{why}: {command}"} | (result or {}) | took
+    return result | took | ({"hung_after": True} if code is None else {})
+
+
+def unfinished(result):
+    """Whether there is none yet, or only what was measured so far."""
+    return result is None or SO_FAR in result
+
+
+@contextlib.contextmanager
+def results_only():
+    """A function that prints a result, a line of JSON; whatever else is printed goes to stderr."""
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr):
+        yield lambda result: print(json.dumps(result), file=stdout, flush=True)
 
 
 def last_result(printed):

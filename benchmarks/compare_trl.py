@@ -32,7 +32,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import psutil
-from alone import run_alone
+from alone import results_only, run_alone
 from machine import describe_machine
 from random_model import SHAPES, save_random_model
 
@@ -40,9 +40,8 @@ from random_model import SHAPES, save_random_model
 def main():
     arguments = parse_arguments()
     if arguments.one is not None:
-        with contextlib.redirect_stdout(sys.stderr):
-            result = WHAT[arguments.one](arguments)
-        print(json.dumps(result), flush=True)
+        with results_only() as arguments.tell:
+            arguments.tell(WHAT[arguments.one](arguments))
         return
     gpus = [0, 1] if arguments.device == "cuda" else None
     results = {}
@@ -104,10 +103,11 @@ def save(arguments):
 
 
 def rlsys(arguments):
-    from grpo_run import run_steps, summary
+    from grpo_run import run_steps
 
     config = arguments.folder / "config.yaml"
-    return summary(*run_steps(config, arguments.rlsys_options, warm_up=arguments.warm_up))
+    options = arguments.rlsys_options
+    return run_steps(config, options, warm_up=arguments.warm_up, report=arguments.tell)
 
 
 def trl(arguments):

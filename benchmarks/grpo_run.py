@@ -8,15 +8,15 @@ import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
+from alone import SO_FAR
 
 from rlsys.config_load import load_config
 from rlsys.launch import run
-from rlsys.run_dir import RunDir
 from rlsys.tracking import Tracker, register_tracker
-from rlsys.tracking.jsonl import read_jsonl
 
 COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
 sys.path.insert(0, str(COUNTDOWN))
@@ -25,17 +25,35 @@ from problems import generate_problems, write_problems  # noqa: E402
 SAMPLE_MS = 200
 
 
-class StepEnds(Tracker):
-    """When each step ended, on the clock of time.monotonic."""
+class Steps(Tracker):
+    """The metrics of each step and when it ended, on the clock of time.monotonic."""
 
-    def __init__(self):
-        self.times = []
+    def __init__(self, warm_up, busy, report):
+        self._warm_up = warm_up
+        self._busy = busy
+        self._report = report
+        self._rows = []
+        self._ends = []
 
     def log_metrics(self, step, metrics):
-        self.times.append(time.monotonic())
+        self._rows.append(metrics)
+        self._ends.append(time.monotonic())
+        if len(self._rows) > self._warm_up:
+            self._report(self.summary() | {SO_FAR: True})
 
     def close(self):
         pass
+
+    def summary(self):
+        """Of the measured steps.
+
+        A step's seconds are those from the end of the step before to its own, so they have
+        everything in them.
+        """
+        ends = self._ends[self._warm_up - 1 :]
+        seconds = [end - start for start, end in pairwise(ends)]
+        idle = self._busy.idle_shares(ends[0], ends[-1]) if self._busy else {}
+        return summary(self._rows[self._warm_up :], seconds, idle)
 
 
 class GpuBusy:
@@ -104,23 +122,19 @@ def write_config(folder, *, model, device, steps, prompts, generations, completi
     return path
 
 
-def run_steps(config_file, options, *, warm_up):
-    """Run it in this process; the measured steps, the seconds of each, and idle shares of GPUs.
+def run_steps(config_file, options, *, warm_up, report):
+    """Run it in this process; returns the summary of its steps.
 
-    A step's seconds are those from the end of the step before to its own, so they have everything
-    in them. `warm_up` steps are left out, 1 at least.
+    `warm_up` steps are left out, 1 at least. `report` gets the summary of the others after each of
+    them, for a time limit may come before the next.
     """
-    ends = StepEnds()
-    register_tracker("step_ends")(lambda config, resumed_from: ends)
-    resolved = load_config(config_file, [*options, "--tracking.report_to", "step_ends"])
+    resolved = load_config(config_file, [*options, "--tracking.report_to", "steps"])
     watched = resolved.config.device != "cpu" and shutil.which("nvidia-smi") is not None
-    busy = GpuBusy() if watched else None
-    with busy or contextlib.nullcontext():
+    with GpuBusy() if watched else contextlib.nullcontext() as busy:
+        steps = Steps(warm_up, busy, report)
+        register_tracker("steps")(lambda config, resumed_from: steps)
         run(resolved)
-    rows = list(read_jsonl(RunDir(Path(resolved.config.output_dir)).metrics))
-    seconds = [end - start for start, end in zip(ends.times, ends.times[1:], strict=False)]
-    idle = busy.idle_shares(ends.times[warm_up - 1], ends.times[-1]) if busy else {}
-    return rows[warm_up:], seconds[warm_up - 1 :], idle
+    return steps.summary()
 
 
 def summary(rows, seconds, idle):

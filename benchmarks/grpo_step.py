@@ -15,14 +15,13 @@ whether a kernel was running.
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import tempfile
 from pathlib import Path
 
-from alone import run_alone
-from grpo_run import run_steps, summary, write_config
+from alone import results_only, run_alone
+from grpo_run import run_steps, write_config
 from machine import describe_machine
 from random_model import SHAPES, save_random_model
 
@@ -30,9 +29,8 @@ from random_model import SHAPES, save_random_model
 def main():
     arguments, options = parse_arguments()
     if arguments.one is not None:
-        with contextlib.redirect_stdout(sys.stderr):
-            result = one(arguments, options)
-        print(json.dumps(result), flush=True)
+        with results_only() as tell:
+            tell(one(arguments, options, tell))
         return
     line = [sys.executable, __file__, *sys.argv[1:]]
     results = {}
@@ -52,7 +50,7 @@ def main():
     print(json.dumps({"machine": describe_machine(), **asked, **results}, indent=2))
 
 
-def one(arguments, options):
+def one(arguments, options, tell):
     if arguments.one == "save":
         save_random_model(arguments.model, arguments.shape, arguments.device, endless=True)
         return {"saved": str(arguments.model)}
@@ -68,7 +66,7 @@ def one(arguments, options):
             gpus=arguments.gpus,
         )
         options = [*options, "--rollout.max_staleness", arguments.one]
-        return summary(*run_steps(config, options, warm_up=arguments.warm_up))
+        return run_steps(config, options, warm_up=arguments.warm_up, report=tell)
 
 
 def parse_arguments():
