@@ -34,9 +34,6 @@ class WeightReceiver:
         assert rank > 0, "rank 0 is the sender"
         self._buckets = connection.buckets()
         self._verify = connection.verify
-        self._name = (
-            f"weight sync rank {rank} of {connection.world_size}{connection.name_of(group)}"
-        )
         self._checksums: list[torch.Tensor] = []
         self._memory: list[torch.Tensor] = []
         self._transport = join(connection, rank, device, group=group)
@@ -81,12 +78,13 @@ class WeightReceiver:
         received, *checksums = as_numbers(numbers)
         if received != version % (1 << 64):
             raise WeightSyncError(
-                f"{self._name} received the weights of version {received} instead of {version}"
+                f"{self._transport.name} received the weights of version {received} instead of "
+                f"{version}"
             )
         half = len(checksums) // 2
         if self._verify:
             compare_checksums(
-                self._buckets, checksums[:half], checksums[half:], receiver=self._name
+                self._buckets, checksums[:half], checksums[half:], receiver=self._transport.name
             )
 
     def _arrived(

@@ -80,8 +80,13 @@ class Transport(ABC):
     def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
         """`broadcast` for one kind of network; torch's own errors are explained around it."""
 
+    @property
+    def name(self) -> str:
+        """This rank as errors tell of it, once it is connected."""
+        return f"weight sync rank {self._rank} of {self._world_size}{self.group_name}"
+
     def _remember(self, rank: int, world_size: int, timeout_s: float) -> None:
-        """What `_failures_explained` tells of."""
+        """What errors tell of."""
         self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
 
     @contextmanager
@@ -89,13 +94,12 @@ class Transport(ABC):
         try:
             yield
         except RuntimeError as error:  # torch raises nothing more specific
-            who = f"weight sync rank {self._rank} of {self._world_size}{self.group_name}"
             seconds = time.monotonic() - since
             if seconds >= self._timeout_s:
                 reason = f"another rank did not take part within {self._timeout_s:g} s"
             else:
                 reason = f"failed after {seconds:.1f} s"
-            raise WeightSyncError(f"{who}, {phase}: {reason} ({error})") from error
+            raise WeightSyncError(f"{self.name}, {phase}: {reason} ({error})") from error
 
 
 transports: Registry[type[Transport]] = Registry("weight transport")
