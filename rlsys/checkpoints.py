@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlsys.config import CheckpointConfig
+from rlsys.run_dir import flush_to_disk
 
 ROLLOUTS_FILE = "rollouts.json"
 REFERENCE_FOLDER = "reference"
@@ -38,7 +39,7 @@ class Checkpoints:
     """Folders `step-<step>` in the run's checkpoint folder.
 
     A checkpoint is written beside its place and then renamed, and loses its name before it is
-    deleted: one that is there is whole, whenever the process is killed.
+    deleted: one that is there is whole, whenever the process is killed or the machine crashes.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class Checkpoints:
         if self._reference is not None:
             self._reference.save_model(partial / REFERENCE_FOLDER)
         (partial / ROLLOUTS_FILE).write_text(json.dumps(self._rollouts.state_dict()))
+        flush_to_disk(partial)
         partial.rename(self._folder / f"step-{step}")
         for old in checkpoint_steps(self._folder)[: -self._config.save_total_limit]:
             self._remove(old)

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from rlsys.config import Config, Section
 from rlsys.config_rules import BrokenRules
 from rlsys.registry import did_you_mean
+from rlsys.run_dir import replacing
 
 Origin = Literal["default", "file", "command line"]
 
@@ -92,7 +93,8 @@ def save_config(config: Config, path: Path) -> None:
     body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     if yaml.safe_load(body) != values:  # PyYAML reads some rare control characters as line ends
         body = yaml.safe_dump(values, sort_keys=False)
-    path.write_text(_SAVED_HEAD + body, encoding="utf-8")
+    with replacing(path) as scratch:
+        scratch.write_text(_SAVED_HEAD + body, encoding="utf-8")
 
 
 def is_saved_config(path: Path) -> bool:

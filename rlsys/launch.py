@@ -35,6 +35,7 @@ from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
 from rlsys.placement import Placement
+from rlsys.preflight import output_dir_problems
 from rlsys.rewards import load_plugins
 from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
@@ -66,16 +67,20 @@ def run(resolved: ResolvedConfig) -> None:
     # 0.1 s a step, to compute it takes 2 ms.
     torch.set_num_threads(1)
     data = load_data(config)  # before anything starts: rows are where most mistakes are
-    resume_step = checkpoint_steps(run_dir.checkpoints)[-1] if config.checkpoint.resume else None
-    run_dir.path.mkdir(parents=True, exist_ok=True)
-    save_config(config, run_dir.config)
-    if is_in_ray_job_copy(run_dir.path):
-        print(
-            f"note: {run_dir.path} is in this Ray job's copy of the working directory, which Ray "
-            "may delete after the job. Give an absolute --output_dir to keep what the run writes.",
-            flush=True,
-        )
     with ExitStack() as stack:
+        stack.enter_context(run_dir.held())
+        for problem in output_dir_problems(config):  # of a run that was faster than this one
+            raise ValueError(problem.text)
+        steps = checkpoint_steps(run_dir.checkpoints)
+        resume_step = steps[-1] if config.checkpoint.resume else None
+        save_config(config, run_dir.config)
+        if is_in_ray_job_copy(run_dir.path):
+            print(
+                f"note: {run_dir.path} is in this Ray job's copy of the working directory, which "
+                "Ray may delete after the job. Give an absolute --output_dir to keep what the run "
+                "writes.",
+                flush=True,
+            )
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)
         stack.enter_context(ray_session())
@@ -236,6 +241,8 @@ def ray_session() -> Iterator[None]:
     ray.init(logging_level=logging.ERROR, **own)
     # `ray job stop` is a Ctrl-C. Ray's handler prints a C++ stack and aborts after three seconds.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
+        signal.signal(signal.SIGHUP, signal.default_int_handler)  # nor is a closed terminal a crash
     try:
         yield
     finally:

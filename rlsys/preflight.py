@@ -51,7 +51,7 @@ def check_run(config: Config) -> list[Problem]:
         *_datasets(config),
         *_rewards(config),
         *_algorithm(config),
-        *_output_dir(config),
+        *output_dir_problems(config),
     ]
 
 
@@ -339,7 +339,8 @@ def _algorithm(config: Config) -> Iterator[Problem]:
         yield Problem(f"grpo: {error}", only_here=not complete)
 
 
-def _output_dir(config: Config) -> Iterator[Problem]:
+def output_dir_problems(config: Config) -> Iterator[Problem]:
+    """Whether the run's folder can be written to without harm to another run's results."""
     run = RunDir(Path(config.output_dir))
     if run.path.exists() and not run.path.is_dir():
         yield Problem(f"output_dir: {run.path} is a file, and should be a folder", True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,8 @@ from typing import Literal
 
 RUNNING = "running"
 ENDED = "ended"
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+"""What a file system without locks answers, some network ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,33 @@ class RunDir:
         """One word, see the class."""
         return self.path / "status"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else runs in this folder meanwhile; the operating system knows when a process is
+        dead, whatever it was killed by. Creates the folder when needed.
+
+        Raises:
+            ValueError: another process is running in it.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"output_dir: another process is running in {self.path}. Wait for it or stop "
+                    "it, or choose another folder with --output_dir."
+                ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(
+                    f"note: the file system of {self.path} has no locks, so nothing keeps two runs "
+                    "out of one folder",
+                    flush=True,
+                )
+            yield
+
     def write_status(self, word: str) -> None:
         """Replace the status, creating the directory when needed."""
         self.path.mkdir(parents=True, exist_ok=True)
@@ -92,6 +123,16 @@ class RunDir:
     def has_ended(self) -> bool:
         """Whether the run closed its trackers; False when it was killed or never started."""
         return self.status.exists() and self.status.read_text().strip() == ENDED
+
+
+def flush_to_disk(folder: Path) -> None:
+    """Return when a folder with all that is in it survives a crash of the machine."""
+    for path in (folder, *folder.rglob("*")):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager

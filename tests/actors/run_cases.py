@@ -170,9 +170,10 @@ class RunProcess:
         """Let the reward function go on."""
         (self.folder / "released").touch()
 
-    def interrupt(self) -> None:
-        """What Ctrl-C does: SIGINT to every process of the foreground process group."""
-        os.killpg(self.popen.pid, signal.SIGINT)
+    def interrupt(self, by: signal.Signals = signal.SIGINT) -> None:
+        """What Ctrl-C does, SIGINT, or a closed terminal: to every process of the foreground
+        process group."""
+        os.killpg(self.popen.pid, by)
 
     def wait(self) -> int:
         """The exit code."""

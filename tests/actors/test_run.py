@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections import defaultdict
 from pathlib import Path
 
@@ -236,17 +237,22 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(resumed, whole):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
-def test_ctrl_c_ends_a_run_quietly(whole, start):
+@pytest.mark.parametrize("by", ["SIGINT", pytest.param("SIGHUP", marks=pytest.mark.slow)])
+def test_ctrl_c_or_a_closed_terminal_ends_a_run_quietly(whole, start, by):
     """This one starts from the config that the first run saved."""
-    run = start("interrupted", str(whole.out.config), hold_after=7)
+    run = start(f"interrupted by {by}", str(whole.out.config), hold_after=7)
     run.wait_until_held()
-    run.interrupt()
+    with pytest.raises(ValueError, match="another process is running in"), run.out.held():
+        pass
+    run.interrupt(getattr(signal, by))
     assert run.wait() == 130
     run.wait_for_no_process()
     assert "Traceback" not in run.log
     assert run.log.splitlines()[-1] == "interrupted"
     assert [row["step"] for row in steps(run)] == [1]
     assert run.out.has_ended()
+    with run.out.held():
+        pass
 
 
 @pytest.mark.slow

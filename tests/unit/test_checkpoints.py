@@ -1,6 +1,8 @@
 """A checkpoint that is there is whole, whenever the process was killed."""
 
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +77,27 @@ def test_every_so_many_steps_and_the_newest_few_are_kept(save):
     folder = save(*range(1, 13), save_steps=3, save_total_limit=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-12", "step-9"]
     assert read(folder, 12) == dict.fromkeys(FILES, "12")
+
+
+def test_what_gets_the_name_of_a_checkpoint_is_on_the_disk_by_then(save, monkeypatch):
+    """Or a file of it may be empty when the machine crashes."""
+    on_disk = set()
+    fsync = os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        on_disk.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    rename = Path.rename
+
+    def checked(path, target):
+        if target.name == "step-1":
+            assert {p.stat().st_ino for p in (path, *path.iterdir())} <= on_disk
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", checked)
+    assert read(save(1), 1)
 
 
 def test_the_state_of_the_data_comes_back(save):
