@@ -28,7 +28,7 @@ from rlsys.rewards.work import Backend, Group, Lane, Part, Process, ProcessDied,
 from rlsys.types import RewardFailure, RewardOutput, RolloutGroup
 
 START_TIMEOUT_S = 300.0
-"""For processes to start and reward classes to load what they need, a model perhaps."""
+"""For a process to start and its reward classes to load what they need, a model perhaps."""
 MIN_ALONE_S = 1.0
 """Least time that a completion gets when it is tried alone, after a function's first call."""
 MAX_ASYNC_TASKS = 256
@@ -69,7 +69,7 @@ class RewardPool:
         """Start the processes and wait until each has its reward functions.
 
         Raises:
-            RewardCodeError: a class could not be instantiated.
+            RewardCodeError: a class could not be instantiated, or not within START_TIMEOUT_S.
         """
         self._config = config
         self._backend = backend
@@ -123,7 +123,8 @@ class RewardPool:
 
         Raises:
             RewardCodeError: reward code failed and the policy for that is "raise"; its own
-                traceback is in the message.
+                traceback is in the message. Or a process that took the place of another did not
+                start.
         """
         references = self.pending_refs()
         done = set(self._backend.wait(references, 0.0)) if references else set()
@@ -153,7 +154,8 @@ class RewardPool:
 
     def _spawn(self, lane: Lane) -> None:
         handle, starting = self._backend.spawn(lane.names, concurrent=lane.concurrent)
-        self._processes.append(Process(handle, starting, lane))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        self._processes.append(Process(handle, starting, lane, deadline))
 
     def _replace(self, process: Process) -> None:
         """Kill a process and start another in the background; the others go on."""
@@ -162,17 +164,10 @@ class RewardPool:
         self._spawn(process.lane)
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
         while starting := [p for p in self._processes if p.starting is not None]:
-            done = self._backend.wait([p.starting for p in starting], 1.0)
+            done = set(self._backend.wait([p.starting for p in starting], 1.0))
             for process in starting:
-                if process.starting in done:
-                    self._started(process)
-            if time.monotonic() > deadline:
-                raise RewardCodeError(
-                    f"reward processes did not start within {START_TIMEOUT_S:g} s; look at what "
-                    "the constructors of the reward classes wait for"
-                )
+                self._look_at(process, done)
 
     def _started(self, process: Process) -> None:
         try:
@@ -191,6 +186,13 @@ class RewardPool:
         if process.starting is not None:
             if process.starting in done:
                 self._started(process)
+            elif time.monotonic() > process.start_deadline:
+                raise RewardCodeError(
+                    f"a reward process did not start within {START_TIMEOUT_S:g} s; look at what "
+                    "the constructors of its reward functions wait for, such as a server that is "
+                    "down or a lock that a killed process left: "
+                    + ", ".join(map(repr, process.lane.names))
+                )
             return
         death = None
         for reference in [r for r in process.parts if r in done]:

@@ -103,6 +103,8 @@ class Process:
     starting: Any
     """Reference of its start; None when it is ready."""
     lane: Lane
+    start_deadline: float
+    """Until when it must be ready, on the clock of time.monotonic()."""
     parts: dict[Any, tuple[Part, float]] = field(default_factory=dict)
     """Reference -> what runs, and until when on the clock of time.monotonic()."""
     warm: set[str] = field(default_factory=set)
