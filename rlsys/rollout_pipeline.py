@@ -49,9 +49,10 @@ class RolloutPipeline:
         self._engines.submit(requests)
 
     def give_up(self, group_ids: Collection[int]) -> None:
-        """Never return these groups; engines stop sampling them."""
+        """Never return these groups; they are neither sampled nor scored any further."""
         self._wanted.difference_update(group_ids)
         self._engines.abort(group_ids)
+        self._rewards.forget(group_ids)
         self._note_idle()
 
     def wait(self, what: str, *, done: int, of: int) -> list[RolloutGroup]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -57,7 +57,8 @@ class RewardPool:
     """Scores groups; from one thread.
 
     `submit` groups as they finish, wait for `pending_refs` together with whatever else may happen,
-    and `collect` at least every second or so: it hands out tasks and kills what hangs.
+    and `collect` at least every second or so: it hands out tasks and kills what hangs. A group's
+    group_id tells it apart from all others that are pending.
 
     A group takes `timeout_s` for each function and, if that fails, an equal share of it for each
     completion, at least a second. A completion that is a function's first in a new process gets
@@ -83,7 +84,8 @@ class RewardPool:
         self._lane = {name: lane for lane in lanes for name in lane.names}
         self.seconds = dict.fromkeys(names, 0.0)
         """Spent in each function so far."""
-        self._num_groups = 0
+        self._groups: dict[int, Group] = {}
+        """By group_id: submitted, and neither collected nor forgotten yet."""
         self._waiting: dict[Lane, deque[Part]] = {lane: deque() for lane in lanes}
         self._scored: list[RolloutGroup] = []
         self._failures = Failures(config)
@@ -99,19 +101,32 @@ class RewardPool:
 
     @property
     def num_pending(self) -> int:
-        """Groups submitted and not collected yet."""
-        return self._num_groups
+        """Groups submitted, and neither collected nor forgotten yet."""
+        return len(self._groups)
 
     def submit(self, group: RolloutGroup) -> None:
         """Have `group` scored, as soon as a process is idle."""
+        assert group.group_id not in self._groups, f"group {group.group_id} is pending already"
         size = len(group.completions)
         updates = max((v for c in group.completions for v in c.policy_versions), default=0)
         state = TrainerState(updates, self._max_steps)
         values = {name: [math.nan] * size for name in self._config.names}
         entry = Group(group, state, values, failures=[{} for _ in range(size)])
-        self._num_groups += 1
+        self._groups[group.group_id] = entry
         self._enqueue(entry, {n: range(size) for n in values if n not in self._gates})
         self._dispatch()
+
+    def forget(self, group_ids: Collection[int]) -> None:
+        """Never return these groups; those that are unknown do not matter.
+
+        A function that works on one may go on to its end, since stopping it costs a process; what
+        it returns and whether it fails is ignored.
+        """
+        for group_id in group_ids:
+            self._groups.pop(group_id, None)
+        for lane, queue in self._waiting.items():
+            self._waiting[lane] = deque(filter(self._is_wanted, queue))
+        self._scored = [group for group in self._scored if group.group_id in self._groups]
 
     def pending_refs(self) -> list[Any]:
         """For the backend's wait: one of them is done when there may be something to collect."""
@@ -132,7 +147,8 @@ class RewardPool:
             self._look_at(process, done)
         self._dispatch()
         scored, self._scored = self._scored, []
-        self._num_groups -= len(scored)
+        for group in scored:
+            del self._groups[group.group_id]
         return scored
 
     def wait(self, timeout_s: float) -> None:
@@ -148,7 +164,7 @@ class RewardPool:
         for queue in self._waiting.values():
             queue.clear()
         self._scored.clear()
-        self._num_groups = 0
+        self._groups.clear()
 
     # --- processes -------------------------------------------------------------------------------
 
@@ -204,7 +220,9 @@ class RewardPool:
             part, _ = process.parts.pop(reference)
             if isinstance(outcome, Values):
                 process.warm.add(part.name)
-            self._finish(part, outcome)
+                self.seconds[part.name] += outcome.seconds
+            if self._is_wanted(part):
+                self._finish(part, outcome)
         if death is not None:
             self._died(process, "crashed", str(death))
         elif any(time.monotonic() > deadline for _, deadline in process.parts.values()):
@@ -213,15 +231,19 @@ class RewardPool:
     def _died(self, process: Process, kind: RewardFailure, why: str) -> None:
         parts = [part for part, _ in process.parts.values()]
         self._replace(process)
-        if len(parts) == 1:
-            self._failed(parts[0], kind, why)
-            return
-        # One of several is to blame: each is tried with no other beside it.
-        self._waiting[process.lane].extendleft(
-            replace(part, exclusive=True) for part in reversed(parts)
-        )
+        wanted = [part for part in parts if self._is_wanted(part)]
+        if len(parts) > 1:
+            # One of several is to blame: each is tried with no other beside it.
+            self._waiting[process.lane].extendleft(
+                replace(part, exclusive=True) for part in reversed(wanted)
+            )
+        elif wanted:
+            self._failed(wanted[0], kind, why)
 
     # --- tasks -----------------------------------------------------------------------------------
+
+    def _is_wanted(self, part: Part) -> bool:
+        return self._groups.get(part.group.group.group_id) is part.group
 
     def _enqueue(self, entry: Group, indexes_by_name: dict[str, Iterable[int]]) -> None:
         for name, indexes in indexes_by_name.items():
@@ -256,7 +278,6 @@ class RewardPool:
 
     def _finish(self, part: Part, outcome: Values | Failed) -> None:
         if isinstance(outcome, Values):
-            self.seconds[part.name] += outcome.seconds
             for index, value in zip(part.indexes, outcome.values, strict=True):
                 part.group.values[part.name][index] = value
             self._close(part)

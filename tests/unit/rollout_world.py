@@ -168,6 +168,10 @@ class Rewards:
         rewards = rewards[: len(group.completions)]
         self.scoring[group.group_id] = end, replace(group, rewards=rewards)
 
+    def forget(self, group_ids):
+        for group_id in group_ids:
+            self.scoring.pop(group_id, None)
+
     @property
     def num_pending(self):
         return len(self.scoring)

@@ -98,6 +98,8 @@ def test_batches_are_full_and_fresh_and_no_prompt_is_lost_or_used_twice(build, d
         flat = sum(is_flat(group) for group in groups)
         if rollout["dynamic_sample"]:
             assert flat == rollouts.metrics()["dynamic_sample/groups_without_variance"]
+        if rollout["max_staleness"] == 0:  # nothing outlives its step
+            assert world.engines.num_pending == world.rewards.num_pending == 0
         assert len(groups) == size
         assert sorted(group.group_id for group in groups) == list(range(size))
         assert numbers(groups) == sorted(numbers(groups))
@@ -341,6 +343,18 @@ def test_stragglers_are_given_up_and_come_first_in_the_next_step(build):
     assert straggler[0].seed != straggler[1].seed
     assert straggler[0].group_id in world.engines.aborted
     assert rollouts.metrics()["rollout/groups_cut_off"] == 1.0
+
+
+def test_stragglers_are_given_up_wherever_they_are(build):
+    world = World(
+        sampling=lambda number: NEVER if number == 1 else 1.0,
+        scoring=lambda number: NEVER if number == 2 else 1.0,
+    )
+    rollouts = build(world, num_prompts=2, oversample_prompts=2)
+    assert numbers(rollouts.next_batch(1)) == [0, 3]
+    assert world.engines.num_pending == 0
+    assert world.rewards.num_pending == 0
+    assert rollouts.metrics()["rollout/groups_cut_off"] == 2.0
 
 
 def test_engines_whose_stragglers_were_given_up_count_as_idle(build):
