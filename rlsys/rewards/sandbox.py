@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import select
 import signal
@@ -19,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+_log = logging.getLogger(__name__)
 
 Mode = Literal["stdio", "calls", "asserts"]
 
@@ -70,6 +73,9 @@ class Finished:
 
 class Sandbox:
     """Runs one program at a time, each from a fresh state.
+
+    A helper process that is found dead is replaced. One that dies while a program runs is a
+    RuntimeError, and no verdict on the program.
 
     Example:
         sandbox = Sandbox(Limits(cpu_time_s=2, memory_mib=512, output_kib=64))
@@ -135,7 +141,7 @@ class Sandbox:
                 start_new_session=True,
             )  # fmt: skip
         answer = self._control.recv(4096)
-        problem = json.loads(answer).get("problem") if answer else "it ended, see the log above"
+        problem = json.loads(answer).get("problem") if answer else _ending(self._process)
         if problem:
             raise SandboxUnavailable(f"programs cannot be restricted on this host: {problem}")
 
@@ -160,21 +166,38 @@ class Sandbox:
             mine_out, theirs_out = os.pipe()
             mine.insert(0, mine_out)
             theirs += [theirs_in, theirs_out]
-            socket.send_fds(self._control, [json.dumps(job).encode()], theirs)
+            self._send(json.dumps(job).encode(), theirs)
             _close(theirs)
-            running = Running(self._control, mine, self.limits)
+            running = Running(self._control, self._process, mine, self.limits)
             try:
                 yield running
             finally:
                 # Also when this side raised: the next program must not get this one's verdict.
                 running.stop()
 
+    def _send(self, job: bytes, descriptors: list[int]) -> None:
+        """Send a job to the helper process, to another if it has ended since the last job."""
+        try:
+            socket.send_fds(self._control, [job], descriptors)
+        except ConnectionError:
+            _log.warning("%s; another is started", _ending(self._process))
+            self.close()
+            self._start()
+            socket.send_fds(self._control, [job], descriptors)
+
 
 class Running:
     """A program that runs, seen from outside."""
 
-    def __init__(self, control: socket.socket, descriptors: list[int], limits: Limits):
+    def __init__(
+        self,
+        control: socket.socket,
+        helper: subprocess.Popen[bytes],
+        descriptors: list[int],
+        limits: Limits,
+    ):
         self._control = control
+        self._helper = helper
         self._output, *self._input = descriptors
         self._max_bytes = limits.output_kib * 1024
         self._limits = limits
@@ -251,7 +274,8 @@ class Running:
             # Nothing is sent to a helper that has answered already: it would end the next program.
             ready, _, _ = select.select([self._control], [], [], 0)
             if not ready:
-                self._control.send(b"kill")
+                with contextlib.suppress(ConnectionError):  # `_receive` says that it has ended
+                    self._control.send(b"kill")
                 self._killed = True
             self._receive()
         assert self._verdict is not None
@@ -265,9 +289,12 @@ class Running:
         return by_kernel or not self._verdict["in_time"]
 
     def _receive(self) -> None:
-        message = self._control.recv(4096)
+        try:
+            message = self._control.recv(4096)
+        except ConnectionResetError:  # it ended before it read all that was sent
+            message = b""
         if not message:
-            raise RuntimeError("the sandbox's helper process ended; its own words are in the log")
+            raise RuntimeError(_ending(self._helper)) from None
         self._verdict = json.loads(message)
 
     def _read(self) -> bool:
@@ -275,6 +302,17 @@ class Running:
         data = os.read(self._output, 65536)
         self._buffer += data
         return bool(data)
+
+
+def _ending(helper: subprocess.Popen[bytes]) -> str:
+    """How a helper process ended that has closed its socket."""
+    code = helper.wait()
+    if code < 0:
+        return (
+            f"the sandbox's helper process was killed by signal {-code}, perhaps because memory "
+            "ran out, or by a program that allow_unsandboxed lets do so"
+        )
+    return f"the sandbox's helper process ended with code {code}; its own words are in the log"
 
 
 def _sealed(content: bytes) -> int:

@@ -448,6 +448,86 @@ def _state(pid: int) -> str:
         return "Z"
 
 
+SLEEP = "import time\ndef f(x):\n    time.sleep(x)\n    return x"
+
+
+def call_f(x):
+    return json.dumps({"name": "f", "attributes": [], "args": [x], "kwargs": {}})
+
+
+def killed(sandbox):
+    """Kill the helper process, as the kernel does when memory runs out."""
+    sandbox._process.kill()
+    os.waitid(os.P_PID, sandbox._process.pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_a_helper_found_dead_is_replaced_and_nothing_leaks(caplog):
+    sandbox = Sandbox(Limits(cpu_time_s=1, memory_mib=256, output_kib=64))
+    num_open = len(os.listdir("/proc/self/fd"))
+    pids = {sandbox._process.pid}
+    for _ in range(3):
+        killed(sandbox)
+        assert sandbox.run("print(input())", "3").output == b"3\n"
+        pids.add(sandbox._process.pid)
+        killed(sandbox)
+        with sandbox.talk(SLEEP, "calls") as running:
+            assert json.loads(running.ask(call_f(0)))["value"] == 0
+        pids.add(sandbox._process.pid)
+    assert len(pids) == 7
+    assert len(os.listdir("/proc/self/fd")) <= num_open
+    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == [sandbox._process.pid]
+    assert caplog.text.count("killed by signal 9, perhaps because memory ran out") == 6
+
+
+def killed_in_the_middle(sandbox, programs, *, ask):
+    with sandbox.talk(SLEEP, "calls") as running:
+        assert json.loads(running.ask(call_f(0)))["value"] == 0
+        server = sandbox._process.pid
+        programs.append(int(Path(f"/proc/{server}/task/{server}/children").read_text()))
+        running.send(call_f(600))
+        killed(sandbox)
+        if ask:
+            running.next_line()
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_a_helper_that_dies_in_the_middle_is_an_error_of_that_program_only(ask):
+    sandbox = Sandbox(Limits(cpu_time_s=1, memory_mib=256, output_kib=64))
+    num_open = len(os.listdir("/proc/self/fd"))
+    programs = []
+    with pytest.raises(RuntimeError, match="helper process was killed by signal 9, perhaps"):
+        killed_in_the_middle(sandbox, programs, ask=ask)
+    while "Z" not in _state(programs[0]):  # the program ends with the helper
+        time.sleep(0.01)
+    assert sandbox.run("print(input())", "3").output == b"3\n"
+    assert len(os.listdir("/proc/self/fd")) <= num_open
+
+
+def test_a_helper_that_dies_before_it_reads_its_program_is_an_error_too():
+    sandbox = Sandbox(Limits(cpu_time_s=1, memory_mib=256, output_kib=64))
+    os.kill(sandbox._process.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, sandbox._process.pid, os.WSTOPPED | os.WNOWAIT)
+    with (
+        pytest.raises(RuntimeError, match="helper process was killed by signal 9, perhaps"),
+        sandbox.talk(SLEEP, "calls"),
+    ):
+        killed(sandbox)
+    assert sandbox.run("print(input())", "3").output == b"3\n"
+
+
+def test_without_a_sandbox_a_program_that_kills_the_helper_takes_no_other_with_it(
+    monkeypatch, tmp_path
+):
+    changed_server(monkeypatch, tmp_path, "_libc.prctl(22, 2,", "_libc.prctl(9999, 2,")
+    reward = orms["code"](allow_unsandboxed=True)
+    kill = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)"
+    right = program("print(sum(map(int, input().split())))")
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="or by a program that allow_unsandboxed lets do"):
+            reward([program(kill)], tests=[ADD])
+        assert reward([right], tests=[ADD]) == [1.0]
+
+
 def test_a_host_without_a_sandbox_is_refused_unless_the_user_says_so(monkeypatch, tmp_path):
     """A server that finds no seccomp."""
     changed_server(monkeypatch, tmp_path, "_libc.prctl(22, 2,", "_libc.prctl(9999, 2,")

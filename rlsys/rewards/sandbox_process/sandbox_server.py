@@ -35,6 +35,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 from sandbox_calls import run_asserts, serve_calls
 from sandbox_restrict import (
     Unavailable,
+    end_with,
     limit,
     probe,
     restrict_process,
@@ -84,10 +85,12 @@ def main() -> None:
         if message == b"kill":  # it came too late for the last program
             continue
         job = json.loads(message)
+        server = os.getpid()
         pid = os.fork()
         if pid == 0:
             control.close()
             try:
+                end_with(server)
                 _child(job, restricted, may_open, null, *descriptors)
             finally:
                 os._exit(1)
