@@ -13,6 +13,7 @@ import random
 import re
 import tempfile
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,7 +60,8 @@ class Judge(AsyncORM):
 
     A reply without a score, or with one out of range, is None (not applicable) and counted in a
     warning. A server that refuses, or fails `max_retries` times more, raises. Replies are cached,
-    so that equal completions cost one request.
+    so that equal completions cost one request. What was sent when its caller is cancelled is
+    finished and cached; what was not is not sent.
     """
 
     def __init__(
@@ -139,7 +141,7 @@ class Judge(AsyncORM):
         self._key_name = api_key_env or "OPENAI_API_KEY"
         self._cache = _Cache(None if cache_dir is None else Path(cache_dir).expanduser())
         self._connected: tuple[Any, httpx.AsyncClient, asyncio.Semaphore] | None = None
-        self._in_flight: dict[str, asyncio.Task[str]] = {}
+        self._in_flight: dict[str, _Request] = {}
 
     async def __call__(
         self, completions: list[str], prompts: list[Any], **columns: Any
@@ -200,15 +202,29 @@ class Judge(AsyncORM):
         if cached is not None:
             return cached
         # Equal completions of a group ask once.
-        task = self._in_flight.get(key)
-        if task is None or task.get_loop() is not asyncio.get_running_loop():
-            task = self._in_flight[key] = asyncio.ensure_future(self._ask(body))
-            task.add_done_callback(lambda _: self._in_flight.pop(key, None))
-        reply = await asyncio.shield(task)
-        self._cache.put(key, reply)
-        return reply
+        request = self._in_flight.get(key)
+        if request is None or request.task.get_loop() is not asyncio.get_running_loop():
+            request = self._in_flight[key] = _Request(body)
+            request.task = asyncio.create_task(self._ask_and_keep(key, request))
+            request.task.add_done_callback(_forget_failure)
+        request.num_waiting += 1
+        try:
+            # Unlike `shield`, which newer Pythons have report failures that nobody waits for.
+            await asyncio.wait([request.task])
+        finally:
+            request.num_waiting -= 1
+        return request.task.result()
 
-    async def _ask(self, body: dict[str, Any]) -> str:
+    async def _ask_and_keep(self, key: str, request: _Request) -> str:
+        try:
+            reply = await self._ask(request)
+            self._cache.put(key, reply)
+            return reply
+        finally:
+            # Not in a callback, which comes later: nobody may join a request that has ended.
+            self._in_flight.pop(key, None)
+
+    async def _ask(self, request: _Request) -> str:
         import httpx  # here, as most runs have no judge
 
         client, semaphore = self._client()
@@ -217,7 +233,9 @@ class Judge(AsyncORM):
             wait = self.retry_wait_s * 2**attempt * random.uniform(0.5, 1.5)
             try:
                 async with semaphore:
-                    response = await client.post(self.url, json=body)
+                    if not request.num_waiting:
+                        raise asyncio.CancelledError
+                    response = await client.post(self.url, json=request.body)
                 if response.is_success:
                     return _content(response)
                 problem = f"status {response.status_code}: {response.text[:300]}"
@@ -246,6 +264,22 @@ class Judge(AsyncORM):
             )
             self._connected = loop, client, asyncio.Semaphore(self.max_concurrency)
         return self._connected[1:]
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """A request under way, for all who ask the same."""
+
+    body: dict[str, Any]
+    num_waiting: int = 0
+    """Callers that were not cancelled. With none it is not sent, or sent again."""
+    task: asyncio.Task[str] = field(init=False)
+
+
+def _forget_failure(task: asyncio.Task[str]) -> None:
+    """Keep asyncio from reporting it where all callers were cancelled; others get it anyway."""
+    if not task.cancelled():
+        task.exception()
 
 
 class _NoCompletion(ValueError):

@@ -1,6 +1,7 @@
 """The judge against a server that misbehaves on purpose."""
 
 import asyncio
+import gc
 import json
 import logging
 import threading
@@ -212,6 +213,106 @@ def test_failures_are_not_cached(server):
     server.script.append(reply("", status=500))
     with pytest.raises(JudgeError):
         score(judge, "2")
+    assert score(judge, "2") == [0.5]
+
+
+def ask(judge, text):
+    """A call under way, as a group's time may end it."""
+    return asyncio.create_task(judge([text], prompts=["What is 1+1?"]))
+
+
+async def arrived(server, number):
+    while len(server.requests) < number:
+        await asyncio.sleep(0.01)
+
+
+async def cancelled(*calls):
+    for call in calls:
+        call.cancel()
+    assert all(
+        isinstance(end, asyncio.CancelledError)
+        for end in await asyncio.gather(*calls, return_exceptions=True)
+    )
+
+
+async def all_is_done():
+    while len(asyncio.all_tasks()) > 1:
+        await asyncio.sleep(0.01)
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_kept(server):
+    judge = make(server)
+
+    async def main():
+        server.gate.clear()
+        call = ask(judge, "2")
+        await arrived(server, 1)
+        await cancelled(call)
+        server.gate.set()
+        await all_is_done()
+        return await ask(judge, "2")
+
+    assert asyncio.run(main()) == [0.5]
+    assert len(server.requests) == 1
+
+
+def test_a_request_that_nobody_waits_for_is_not_sent(server):
+    judge = make(server, max_concurrency=1)
+
+    async def main():
+        server.gate.clear()
+        first = ask(judge, "first")
+        await arrived(server, 1)
+        gone, half_gone = [[ask(judge, text) for _ in range(2)] for text in ("gone", "half gone")]
+        asked_again = ask(judge, "asked again")
+        for _ in range(10):  # now they wait for the place of the first
+            await asyncio.sleep(0)
+        await cancelled(*gone, half_gone[0], asked_again)
+        asked_again = ask(judge, "asked again")
+        server.gate.set()
+        assert await asyncio.gather(first, half_gone[1], asked_again) == [[0.5]] * 3
+        await all_is_done()
+
+    asyncio.run(main())
+    texts = [body["messages"][0]["content"] for _, _, body in server.requests]
+    assert len(texts) == 3
+    assert not any(">\ngone\n<" in text for text in texts)
+
+
+def test_a_failed_request_that_nobody_waits_for_is_not_tried_again(server):
+    judge = make(server)
+    server.script.append(reply("", status=503))
+
+    async def main():
+        server.gate.clear()
+        call = ask(judge, "2")
+        await arrived(server, 1)
+        await cancelled(call)
+        server.gate.set()
+        await all_is_done()
+        assert len(server.requests) == 1
+        return await ask(judge, "2")
+
+    assert asyncio.run(main()) == [0.5]
+
+
+def test_a_failure_that_nobody_waits_for_any_more_is_no_warning(server):
+    judge = make(server)
+    server.script.append(reply("no such model", status=404))
+    told = []
+
+    async def main():
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        server.gate.clear()
+        call = ask(judge, "2")
+        await arrived(server, 1)
+        await cancelled(call)
+        server.gate.set()
+        await all_is_done()
+        gc.collect()
+
+    asyncio.run(main())
+    assert told == []
     assert score(judge, "2") == [0.5]
 
 
