@@ -49,7 +49,7 @@ def main():
     for max_staleness in arguments.max_staleness:
         staleness = ["--rollout.max_staleness", str(max_staleness)]
         results[f"max_staleness {max_staleness}"] = measure(arguments.steps, overrides + staleness)
-    print(json.dumps({"machine": machine, "medians": results}, indent=2))
+    print(json.dumps({"machine": machine, "options": overrides, "medians": results}, indent=2))
 
 
 def measure(steps, overrides):

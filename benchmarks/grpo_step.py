@@ -46,7 +46,7 @@ def main():
             )
             print(json.dumps(results), file=sys.stderr, flush=True)
     names = ("shape", "prompts", "generations", "completion_length", "gpus")
-    asked = {name: getattr(arguments, name) for name in names}
+    asked = {name: getattr(arguments, name) for name in names} | {"options": options}
     print(json.dumps({"machine": describe_machine(), **asked, **results}, indent=2))
 
 

@@ -70,7 +70,7 @@ def main():
         )
         for role in cpu.after_step[0]
     }
-    print(json.dumps({"machine": machine} | result, indent=2))
+    print(json.dumps({"machine": machine, "options": overrides} | result, indent=2))
 
 
 def prepare(folder, max_steps):

