@@ -5,14 +5,15 @@ Imports neither torch nor Transformer Engine.
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from rlsys.config import PolicyConfig
 
-_FLASH_PACKAGES = ("flash_attn", "flash_attn_3", "flash_attn_interface", "flash_attn_4")
+_FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
+"""The distributions that Transformer Engine looks for, by these names and not by their modules."""
 _VARIABLES = {
     "fused": "NVTE_FUSED_ATTN",
     "flash": "NVTE_FLASH_ATTN",
@@ -60,10 +61,10 @@ def unsupported_attention(
 
 def missing_attention(backend: str) -> str | None:
     """What keeps policy.attention_backend from GPUs of this machine, and what to do."""
-    if backend == "flash" and not any(map(importlib.util.find_spec, _FLASH_PACKAGES)):
+    if backend == "flash" and not any(map(_is_installed, _FLASH_PACKAGES)):
         return (
-            "policy.attention_backend = flash needs the package flash-attn, which is not "
-            "installed: `pip install flash-attn --no-build-isolation`, or set it to auto, which "
+            f"policy.attention_backend = flash needs one of {', '.join(_FLASH_PACKAGES)}, and none "
+            "is installed: `pip install flash-attn --no-build-isolation`, or set it to auto, which "
             "takes cuDNN's attention"
         )
     for kind, variable in _VARIABLES.items():
@@ -75,3 +76,11 @@ def missing_attention(backend: str) -> str | None:
                 "policy.attention_backend"
             )
     return None
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

@@ -386,8 +386,8 @@ class PolicyConfig(Section):
     steps."""
     attention_backend: Literal["auto", "fused", "flash", "unfused"] = "auto"
     """Attention kernels on GPUs, as Transformer Engine calls them: fused is cuDNN's, flash needs
-    the package flash-attn, unfused is plain matrix products, slow and large. auto lets Transformer
-    Engine choose; the CPU has one kind only."""
+    flash-attn, flash-attn-3 or flash-attn-4, unfused is plain matrix products, slow and large. auto
+    lets Transformer Engine choose; the CPU has one kind only."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping them. selective: those
     of recompute_modules, in every layer. full: everything but each layer's input, for a third more

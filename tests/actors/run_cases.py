@@ -131,8 +131,7 @@ class RunProcess:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                # Shells have what they start in the background ignore Ctrl-C, tests for example.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=_heed_the_terminal,
             )
         self._root = psutil.Process(self.popen.pid)
 
@@ -193,6 +192,12 @@ class RunProcess:
         for process in {self._root, *left}:
             if is_alive(process):
                 process.kill()
+
+
+def _heed_the_terminal() -> None:
+    """Shells have what they start in the background, tests too, ignore Ctrl-C, and nohup SIGHUP."""
+    for ignored in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_DFL)
 
 
 def is_alive(process: psutil.Process) -> bool:
