@@ -17,15 +17,13 @@ from rlsys.algo.names import (
     aggregation_of,
 )
 from rlsys.registry import did_you_mean
+from rlsys.rule_problem import RuleProblem
 
 if TYPE_CHECKING:
     from rlsys.config import Config, GrpoConfig
 
-Problem = tuple[tuple[str, ...], str]
-"""Fields without their section, and what is wrong with them."""
 
-
-def algorithm_problems(config: Config) -> Iterator[Problem]:
+def algorithm_problems(config: Config) -> Iterator[RuleProblem]:
     """Every rule about the `grpo` section that `config` breaks."""
     grpo = config.grpo
     yield from _name_problems(grpo)
@@ -35,10 +33,10 @@ def algorithm_problems(config: Config) -> Iterator[Problem]:
     yield from _off_policy_problems(config)
 
 
-def _name_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+def _name_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
     if grpo.loss_type == "sft":
-        yield (
-            ("loss_type",),
+        yield RuleProblem(
+            ("grpo.loss_type",),
             "grpo.loss_type = sft imitates completions whatever they earn, it is for warm starts: "
             "use grpo, or see docs/algorithm.md",
         )
@@ -49,60 +47,60 @@ def _name_problems(grpo: GrpoConfig) -> Iterator[Problem]:
         ("advantage_estimator", grpo.advantage_estimator, list(ADVANTAGE_ESTIMATORS)),
     ):
         if name not in known:
-            yield (
-                (field,),
+            yield RuleProblem(
+                (f"grpo.{field}",),
                 f"grpo.{field} = {name} is not known.{did_you_mean(name, known)} Known: "
                 f"{', '.join(known)}. For one of your own, name its file in grpo.external_plugins",
             )
 
 
-def _advantage_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+def _advantage_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
     estimator = grpo.advantage_estimator
     if grpo.multi_objective_aggregation == "normalize_then_sum":
         if estimator != "grpo":
-            yield (
-                ("multi_objective_aggregation", "advantage_estimator"),
+            yield RuleProblem(
+                ("grpo.multi_objective_aggregation", "grpo.advantage_estimator"),
                 "grpo.multi_objective_aggregation = normalize_then_sum (GDPO) normalizes each "
                 f"reward within its group, which grpo.advantage_estimator = {estimator} does not: "
                 "use advantage_estimator grpo",
             )
         if grpo.scale_rewards != "auto":
-            yield (
-                ("multi_objective_aggregation", "scale_rewards"),
+            yield RuleProblem(
+                ("grpo.multi_objective_aggregation", "grpo.scale_rewards"),
                 "grpo.multi_objective_aggregation = normalize_then_sum (GDPO) scales each reward "
                 f"by its group and their sum by the batch, so grpo.scale_rewards = "
                 f"{grpo.scale_rewards} has no place: use auto",
             )
         if grpo.kl_in_reward:
-            yield (
-                ("multi_objective_aggregation", "kl_in_reward"),
+            yield RuleProblem(
+                ("grpo.multi_objective_aggregation", "grpo.kl_in_reward"),
                 "grpo.kl_in_reward subtracts the KL from the sum of rewards, which "
                 "grpo.multi_objective_aggregation = normalize_then_sum never compares: put the KL "
                 "into the loss (kl_in_reward false)",
             )
     if estimator.startswith("reinforce_plus_plus") and grpo.scale_rewards != "auto":
-        yield (
-            ("advantage_estimator", "scale_rewards"),
+        yield RuleProblem(
+            ("grpo.advantage_estimator", "grpo.scale_rewards"),
             f"grpo.advantage_estimator = {estimator} scales by all tokens of the batch, so "
             f"grpo.scale_rewards = {grpo.scale_rewards} has no place: use auto",
         )
 
 
-def _ratio_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+def _ratio_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
     loss, level = grpo.loss_type, grpo.importance_sampling_level
     built_in = loss in DEFAULT_AGGREGATION
     if built_in and loss not in CLIPPED_LOSSES:
         for field, value in (("importance_sampling_level", level), ("delta", grpo.delta)):
             if value is not None:
-                yield (
-                    (field, "loss_type"),
+                yield RuleProblem(
+                    (f"grpo.{field}", "grpo.loss_type"),
                     f"grpo.{field} = {value} is for the losses that clip "
                     f"({', '.join(CLIPPED_LOSSES)}), not for grpo.loss_type = {loss}: leave it out",
                 )
         return
     if loss in SEQUENCE_LOSSES and level == "token":
-        yield (
-            ("importance_sampling_level", "loss_type"),
+        yield RuleProblem(
+            ("grpo.importance_sampling_level", "grpo.loss_type"),
             f"grpo.loss_type = {loss} is the loss of sequence ratios, so "
             "grpo.importance_sampling_level = token contradicts it: use loss_type grpo",
         )
@@ -110,22 +108,22 @@ def _ratio_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     delta = grpo.delta or (DUAL_CLIP_DELTA if loss == "dual_clip" else None)
     high = 1 + (grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high)
     if delta is not None and delta <= high:
-        yield (
-            ("delta", "epsilon_high", "epsilon"),
+        yield RuleProblem(
+            ("grpo.delta", "grpo.epsilon_high", "grpo.epsilon"),
             f"grpo.delta = {delta:g} is not above the upper clip bound of {high:g} "
             "(1 + grpo.epsilon_high), so it would undo the clip of good tokens: use a larger one, "
             f"such as {max(DUAL_CLIP_DELTA, high + 1):g}, or a smaller epsilon_high",
         )
 
 
-def _aggregation_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+def _aggregation_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
     loss = grpo.loss_type
     aggregation = aggregation_of(loss, grpo.loss_aggregation)
     level = level_of(grpo)
     expected = "seq_mean_token_sum" if loss == "luspo" else "seq_mean_token_mean"
     if level != "token" and loss in CLIPPED_LOSSES and aggregation != expected:
-        yield (
-            ("loss_type", "importance_sampling_level", "loss_aggregation"),
+        yield RuleProblem(
+            ("grpo.loss_type", "grpo.importance_sampling_level", "grpo.loss_aggregation"),
             f"grpo.loss_type = {loss} with the ratio of the {level} averages by {aggregation}, "
             "which counts a sequence by its length where its paper counts sequences "
             f"(arXiv:{'2602.05261' if loss == 'luspo' else '2507.18071'}): use loss_aggregation "
@@ -133,52 +131,55 @@ def _aggregation_problems(grpo: GrpoConfig) -> Iterator[Problem]:
         )
 
 
-def _kl_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+def _kl_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
     if grpo.beta == 0:
         return
     if grpo.kl_in_reward and grpo.use_bias_correction_kl:
-        yield (
-            ("kl_in_reward", "use_bias_correction_kl"),
+        yield RuleProblem(
+            ("grpo.kl_in_reward", "grpo.use_bias_correction_kl"),
             "grpo.use_bias_correction_kl is about the gradient of a KL in the loss, but with "
             "grpo.kl_in_reward it is in the reward, which has none: leave one of them out",
         )
     if grpo.kl_estimator == "k1" and not grpo.kl_in_reward and not grpo.use_bias_correction_kl:
-        yield (
-            ("kl_estimator", "kl_in_reward", "use_bias_correction_kl"),
+        yield RuleProblem(
+            ("grpo.kl_estimator", "grpo.kl_in_reward", "grpo.use_bias_correction_kl"),
             "grpo.kl_estimator = k1 in the loss has a gradient of mean 0, it would hold the policy "
             "nowhere (arXiv:2510.01555): use k2 or k3, or set use_bias_correction_kl or "
             "kl_in_reward",
         )
 
 
-def _off_policy_problems(config: Config) -> Iterator[Problem]:
+def _off_policy_problems(config: Config) -> Iterator[RuleProblem]:
     grpo = config.grpo
     if grpo.old_logprobs == "rollout":
         if grpo.rollout_is in ("token", "sequence") or grpo.rollout_rs != "none":
-            yield (
-                ("old_logprobs", "rollout_is", "rollout_rs"),
+            yield RuleProblem(
+                ("grpo.old_logprobs", "grpo.rollout_is", "grpo.rollout_rs"),
                 "grpo.old_logprobs = rollout puts the rollout engine's log-probs in place of the "
                 "policy's, so their ratio, which grpo.rollout_is and grpo.rollout_rs correct for, "
                 "is 1: leave those out, or use old_logprobs auto",
             )
         if grpo.top_entropy_quantile < 1:
-            yield (
-                ("old_logprobs", "top_entropy_quantile"),
+            yield RuleProblem(
+                ("grpo.old_logprobs", "grpo.top_entropy_quantile"),
                 f"grpo.top_entropy_quantile = {grpo.top_entropy_quantile:g} needs the policy's "
                 "entropies before the update, which grpo.old_logprobs = rollout does not compute: "
                 "use old_logprobs auto",
             )
     staleness = config.rollout.max_staleness
     if staleness and grpo.loss_type == "reinforce" and grpo.rollout_is == "none":
-        yield (
-            ("loss_type", "rollout_is"),
+        yield RuleProblem(
+            ("grpo.loss_type", "grpo.rollout_is", "rollout.max_staleness"),
             f"grpo.loss_type = reinforce has no ratio, and rollout.max_staleness = {staleness} "
             "gives it completions of older weights, for which grpo.rollout_is = none does not "
             "correct: leave rollout_is at auto, or set max_staleness 0",
         )
     if grpo.loss_type == "reinforce" and config.optimizer_steps_per_rollout > 1:
-        yield (
-            ("loss_type", "num_iterations"),
+        yield RuleProblem(
+            (
+                *("grpo.loss_type", "grpo.num_iterations"),
+                *("policy.global_batch_size", "rollout.generation_batch_size"),
+            ),
             "grpo.loss_type = reinforce has no ratio, so all but the first of the "
             f"{config.optimizer_steps_per_rollout} optimizer steps a rollout would be off-policy "
             "without correction: make policy.global_batch_size the generation_batch_size and "

@@ -103,7 +103,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The language model that is trained."""
 
-    path: str
+    path: str = Field(min_length=1)
     """Hugging Face model folder or hub id (Llama, Qwen2, Qwen3, Qwen3-MoE)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in policy, reference and rollout engine; auto is bfloat16 on GPUs and
@@ -407,7 +407,7 @@ class PolicyConfig(Section):
 class ReferenceConfig(Section):
     """The frozen model of the KL term; exists only when grpo.beta > 0."""
 
-    path: str | None = None
+    path: str | None = Field(default=None, min_length=1)
     """Hugging Face model folder or hub id; None is model.path."""
     world_size: PositiveInt = 1
     """Ranks; they hold replicas except for tensor_parallel_size."""

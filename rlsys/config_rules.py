@@ -50,10 +50,7 @@ def cross_field_problems(config: Config) -> list[RuleProblem]:
         *_optimizer_problems(config),
         *_data_problems(config),
         *_dataset_problems(config),
-        *(
-            RuleProblem(tuple(f"grpo.{field}" for field in fields), text)
-            for fields, text in algorithm_problems(config)
-        ),
+        *algorithm_problems(config),
         *_rollout_problems(config),
     ]
 

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.data.spec import parse_spec
+from rlsys.data.spec import is_no_hub_id, parse_spec
 
 
 @cache
@@ -40,7 +40,7 @@ def use_cache_without_hub(config: Config) -> None:
     from huggingface_hub import constants
 
     models = (config.model.path, config.reference_path, *config.reward.model_paths)
-    names = [path for path in models if path[0] not in "./~" and not Path(path).is_dir()]
+    names = [path for path in models if not is_no_hub_id(path) and not Path(path).is_dir()]
     for text in (*config.data.dataset, *config.data.val_dataset):
         with contextlib.suppress(ValueError):  # told by whoever reads it
             spec = parse_spec(text)

@@ -28,9 +28,9 @@ from rlsys.actors.rollout import RolloutActors
 from rlsys.checkpoints import REFERENCE_FOLDER, Checkpoints, checkpoint_steps, load_rollouts_state
 from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
-from rlsys.data import PromptData, load_prompts
+from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.stream import make_prompt_stream
-from rlsys.data.usage import missing_columns, row_check
+from rlsys.data.usage import missing_columns
 from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
@@ -214,10 +214,7 @@ def load_data(config: Config) -> PromptData:
     """The prompts of a run, with the chat template of its model."""
     use_cache_without_hub(config)
     tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
-    reward = config.reward
-    load_plugins(reward.external_plugins)
-    check = row_check(reward.names_that_check_rows, reward.params, config.known_to_rewards)
-    data = load_prompts(config.data, tokenizer, seed=config.seed, check=check)
+    data = load_checked_prompts(config, tokenizer)
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)

@@ -19,10 +19,11 @@ from rlsys.checkpoints import checkpoint_steps
 from rlsys.config import Config, PolicyConfig
 from rlsys.config_load import is_saved_config
 from rlsys.data.checks import check_data, count_rows
+from rlsys.data.spec import is_no_hub_id
 from rlsys.devices import guess_device
 from rlsys.hub import hub_answers
 from rlsys.model_shape import ModelShape, read_model_shape
-from rlsys.rewards import load_plugins, orms, settings_of
+from rlsys.rewards import orms, plugin_problems, settings_of
 from rlsys.run_dir import RunDir
 from rlsys.tracking import trackers
 
@@ -63,7 +64,7 @@ def find_model_folder(path: str) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
-    if _looks_local(path):
+    if is_no_hub_id(path):
         raise ValueError(f"there is no model folder {path!r} on this machine")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -284,11 +285,6 @@ def _divisors(number: int) -> str:
 # --- data, rewards, output -----------------------------------------------------------------------
 
 
-def _looks_local(path: str) -> bool:
-    """Whether `path` cannot be an id of the hub: `name` or `owner/name`."""
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
 def _datasets(config: Config) -> Iterator[Problem]:
     for text, only_here in check_data(config.data):
         yield Problem(text, only_here)
@@ -303,12 +299,11 @@ def _datasets(config: Config) -> Iterator[Problem]:
 
 def _rewards(config: Config) -> Iterator[Problem]:
     complete = True
-    for path in config.reward.external_plugins:
-        try:
-            load_plugins([path])
-        except ValueError as error:
-            complete = False
-            yield Problem(f"reward.external_plugins: {error}", only_here=not Path(path).exists())
+    for text, only_here in plugin_problems(
+        "reward.external_plugins", config.reward.external_plugins
+    ):
+        complete = False
+        yield Problem(text, only_here)
     for name in config.reward.names:
         try:
             orms[name]
@@ -326,12 +321,9 @@ def _algorithm(config: Config) -> Iterator[Problem]:
     from rlsys.algo.advantages import advantage_estimators
     from rlsys.algo.losses import losses
 
-    for path in grpo.external_plugins:
-        try:
-            load_plugins([path])
-        except ValueError as error:
-            complete = False
-            yield Problem(f"grpo.external_plugins: {error}", only_here=not Path(path).exists())
+    for text, only_here in plugin_problems("grpo.external_plugins", grpo.external_plugins):
+        complete = False
+        yield Problem(text, only_here)
     try:
         losses[grpo.loss_type]
         advantage_estimators[grpo.advantage_estimator]

@@ -23,7 +23,7 @@ from rlsys.rewards import check_names_and_weights, load_plugins, settings_of
 from rlsys.rewards.local import LocalBackend
 from rlsys.rewards.pool import RewardPool
 from rlsys.rewards.runner import process_settings
-from rlsys.tracking.completions import last_user_message
+from rlsys.tracking.completions import ABOUT_COMPLETION, last_user_message
 from rlsys.tracking.printable import printable
 from rlsys.types import Completion, Message, Prompt, RolloutGroup
 
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COMPLETION_KEYS = ("completion", "completions", "text")
-LOG_KEYS = {
-    *("step", "group_id", "index", "group_size", "prompt_id", "reward", "rewards", "failures"),
-    *("advantage", "num_tokens", "finish_reason", "policy_versions"),
-}
-"""Of the rows that a run writes to completions.jsonl: no columns of a dataset."""
 EXCERPT = 60
 """Characters of prompt and completion that the table shows."""
 
@@ -172,7 +167,8 @@ def _prompt_of(
 ) -> Prompt:
     prompt_id = row.get("prompt_id")
     if not prompts:
-        rest = {k: v for k, v in row.items() if k not in COMPLETION_KEYS and k not in LOG_KEYS}
+        about = {*COMPLETION_KEYS, *ABOUT_COMPLETION}
+        rest = {name: value for name, value in row.items() if name not in about}
         messages, columns = _own_prompt(rest)
         return Prompt(str(prompt_id or f"row {number}"), messages, [], columns)
     if prompt_id is None:

@@ -19,7 +19,7 @@
 docs/data.md is for users.
 """
 
-from rlsys.data.load import PromptData, load_prompts
+from rlsys.data.load import PromptData, load_checked_prompts, load_prompts
 from rlsys.data.preprocess import (
     ResponsePreprocessor,
     RowPreprocessor,
@@ -35,6 +35,7 @@ __all__ = [
     "PromptData",
     "ResponsePreprocessor",
     "RowPreprocessor",
+    "load_checked_prompts",
     "load_prompts",
     "preprocessors",
     "register_preprocessor",

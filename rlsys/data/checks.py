@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlsys.config import DataConfig
-from rlsys.data.sources import Problems, Source, Split, load_data_plugins, open_sources
+from rlsys.data.sources import Problems, Source, Split, open_sources
 from rlsys.data.spec import parse_spec
 from rlsys.data.tables import OWN_SUFFIXES
+from rlsys.rewards import plugin_problems
 
 FIRST_ROWS = 20
 """Rows of each text file that are looked at."""
@@ -24,18 +25,16 @@ Finding = tuple[str, bool]
 
 def check_data(config: DataConfig) -> Iterator[Finding]:
     """Problems of plugins, dataset entries, files and their first rows."""
-    plugins = Problems()
-    load_data_plugins(config, plugins)
-    for text in plugins.texts:
-        yield text, "is not a file" in text
+    not_loaded = list(plugin_problems("data.external_plugins", config.external_plugins))
+    yield from not_loaded
     splits: tuple[Split, ...] = ("train", "validation")
     for split in splits:
         field = "data.dataset" if split == "train" else "data.val_dataset"
         described = Problems()
         sources = open_sources(config, split, described)
         for text in described.texts:
-            hint = " (a plugin above could not be loaded)" if plugins else ""
-            yield f"{field}: {text}{hint}", bool(plugins)
+            hint = " (a plugin above could not be loaded)" if not_loaded else ""
+            yield f"{field}: {text}{hint}", bool(not_loaded)
         for source in sources:
             for text, only_here in _check_source(source):
                 yield f"{field}: {text}", only_here

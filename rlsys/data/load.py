@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from rlsys.config import DataConfig
+from rlsys.config import Config, DataConfig
 from rlsys.data.readers import BadRow
 from rlsys.data.render import check_chat_template, render_prompts
 from rlsys.data.rows import ParsedRow
@@ -15,13 +15,13 @@ from rlsys.data.sources import (
     Source,
     SourceCounts,
     check_renamed,
-    load_data_plugins,
     open_sources,
     sampled,
 )
 from rlsys.data.split import sizes_after_split, split_prompts, texts_of
 from rlsys.data.streaming import StreamedPrompts
-from rlsys.data.usage import RowCheck
+from rlsys.data.usage import RowCheck, row_check
+from rlsys.rewards import load_plugins, plugin_problems
 from rlsys.types import Prompt
 
 if TYPE_CHECKING:
@@ -75,6 +75,19 @@ class PromptData:
         return lines
 
 
+def load_checked_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptData:
+    """The prompts of a run, and what its reward functions say of their rows.
+
+    Raises:
+        ValueError: as `load_prompts`; a plugin that cannot be loaded. Rows that reward functions
+            refuse are in the result.
+    """
+    reward = config.reward
+    load_plugins(reward.external_plugins)
+    check = row_check(reward.names_that_check_rows, reward.params, config.known_to_rewards)
+    return load_prompts(config.data, tokenizer, seed=config.seed, check=check)
+
+
 def load_prompts(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -100,7 +113,8 @@ def load_prompts(
     """
     check_chat_template(tokenizer)
     problems = Problems()
-    load_data_plugins(config, problems)
+    for text, _ in plugin_problems("data.external_plugins", config.external_plugins):
+        problems.add(text)
     sources = open_sources(config, "train", problems)
     val_sources = open_sources(config, "validation", problems)
     refused = Problems()

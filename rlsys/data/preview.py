@@ -15,10 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import Config
-from rlsys.data.load import PromptData, load_prompts
-from rlsys.data.usage import column_use, missing_columns, row_check
+from rlsys.data.load import PromptData, load_checked_prompts
+from rlsys.data.usage import column_use, missing_columns
 from rlsys.hub import use_cache_without_hub
-from rlsys.rewards import load_plugins
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
 
@@ -43,10 +42,7 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     """
     use_cache_without_hub(config)
     tokenizer = load_tokenizer(config)
-    reward = config.reward
-    load_plugins(reward.external_plugins)
-    check = row_check(reward.names, reward.params, config.known_to_rewards)
-    data = load_prompts(config.data, tokenizer, seed=config.seed, check=check)
+    data = load_checked_prompts(config, tokenizer)
     prompts = _first_of_each_stream(data) if config.data.streaming else data.train
     _print_counts(config, data, console)
     problems = _print_columns(config, prompts, console)

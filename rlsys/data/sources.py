@@ -16,7 +16,6 @@ from rlsys.data.rows import ParsedRow, columns_problem, parse_row
 from rlsys.data.spec import FILE_SUFFIXES, DatasetSpec, parse_spec
 from rlsys.data.tables import OWN_SUFFIXES, read_hub, read_table
 from rlsys.registry import did_you_mean
-from rlsys.rewards import load_plugins
 
 Split = Literal["train", "validation"]
 MAX_PROBLEMS_SHOWN = 10
@@ -253,15 +252,6 @@ def open_sources(config: DataConfig, split: Split, problems: Problems) -> list[S
         )
         for spec, prepare in specs
     ]
-
-
-def load_data_plugins(config: DataConfig, problems: Problems) -> None:
-    """Import the files that register preprocessors."""
-    for path in config.external_plugins:
-        try:
-            load_plugins([path])
-        except ValueError as error:
-            problems.add(f"data.external_plugins: {error}")
 
 
 def check_renamed(config: DataConfig, sources: list[Source], problems: Problems) -> None:

@@ -113,11 +113,12 @@ def _exists(name: str) -> bool:
         return False
 
 
+def is_no_hub_id(name: str) -> bool:
+    """Whether `name` cannot be an id of the hub, which is `name` or `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def _looks_local(name: str) -> bool:
-    """Whether `name`, which is not here, cannot be an id of the hub: `name` or `owner/name`."""
-    bare = name.partition(":")[0]
-    return (
-        name.startswith((".", "/", "~"))
-        or (name.count("/") > 1 and ":" not in name)
-        or bare.endswith(FILE_SUFFIXES)
-    )
+    """Whether `name`, which is not here, cannot be a dataset of the hub."""
+    bare = name.partition(":")[0]  # behind it a subset or a split, with slashes of their own
+    return is_no_hub_id(bare) or bare.endswith(FILE_SUFFIXES)

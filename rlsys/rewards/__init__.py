@@ -26,7 +26,7 @@ from rlsys.rewards.base import (
     trl_style,
 )
 from rlsys.rewards.instances import RewardError, settings_of
-from rlsys.rewards.plugins import load_plugins
+from rlsys.rewards.plugins import load_plugins, plugin_problems
 from rlsys.rewards.scoring import (
     OWN_COLUMNS,
     Reward,
@@ -44,6 +44,7 @@ __all__ = [
     "check_names_and_weights",
     "load_plugins",
     "orms",
+    "plugin_problems",
     "register_reward",
     "settings_of",
     "trl_style",

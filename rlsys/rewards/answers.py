@@ -95,18 +95,22 @@ def reference(
     """
     if own is not None:
         return own
-    if solution is not None and answer is not None:
-        # Rows of two datasets: one has this column, one that.
-        return [
-            second if first is None else first
-            for first, second in zip(solution, answer, strict=True)
-        ]
-    if solution is not None or answer is not None:
-        return solution or answer or []
-    raise ValueError(
-        f"{name} needs a dataset column 'solution' (or 'answer') with the right answer. Rename "
-        "yours, or write a preprocessor that does."
-    )
+    if solution is None and answer is None:
+        raise ValueError(
+            f"{name} needs a dataset column 'solution' (or 'answer') with the right answer. Rename "
+            "yours, or write a preprocessor that does."
+        )
+    return row_by_row(solution, answer)
+
+
+def row_by_row(column: list[Any] | None, other: list[Any] | None) -> list[Any]:
+    """What stands in `column`, or where that has nothing in `other`; one of them may be missing.
+
+    Row by row, because the rows of one dataset may have this column and those of another that.
+    """
+    if column is None or other is None:
+        return column or other or []
+    return [second if first is None else first for first, second in zip(column, other, strict=True)]
 
 
 def check_answer_format(reward: str, value: str) -> None:

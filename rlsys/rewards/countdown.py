@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
+from rlsys.rewards.answers import row_by_row, tagged_answers
 from rlsys.rewards.base import ORM, register_reward
 
 MAX_LENGTH = 500
@@ -38,10 +39,8 @@ def is_solution(completion: str, nums: list[int], target: int) -> bool:
     The answer stands in `<answer>...</answer>`. There may be several; then each has to be right,
     so that two that disagree earn nothing. A tag without its partner earns nothing.
     """
-    _, *parts = completion.split("<answer>")
-    if not parts or any(part.count("</answer>") != 1 for part in parts):
-        return False
-    return all(is_correct_answer(part.split("</answer>")[0], nums, target) for part in parts)
+    answers = tagged_answers(completion) or []
+    return bool(answers) and all(is_correct_answer(answer, nums, target) for answer in answers)
 
 
 def is_correct_answer(answer: str, nums: list[int], target: int) -> bool:
@@ -137,15 +136,10 @@ class Countdown(ORM):
         """
         if target is None and response is None:
             raise ValueError(_NO_TARGET)
-        none = [None] * len(completions)
-        # Row by row, as one dataset may have this column and another that.
-        targets = [
-            second if first is None else first
-            for first, second in zip(target or none, response or none, strict=True)
-        ]
+        goals = row_by_row(target, response)
         return [
             float(is_solution(completion, *_problem(numbers, goal)))
-            for completion, numbers, goal in zip(completions, nums, targets, strict=True)
+            for completion, numbers, goal in zip(completions, nums, goals, strict=True)
         ]
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""Reward functions from elsewhere: the user's Python files, modules and installed packages."""
+"""Code from elsewhere: the user's Python files, modules and installed packages.
+
+Reward functions most of all; losses, advantage estimators and preprocessors come by files too.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
@@ -32,6 +35,20 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
     """
     for path in paths:
         _load(Path(path).expanduser().resolve())
+
+
+def plugin_problems(field: str, paths: Iterable[str | Path]) -> Iterator[tuple[str, bool]]:
+    """As `load_plugins`, but everything that is wrong, and all else is loaded.
+
+    Yields:
+        what is wrong with a path of config field `field`, and whether that file is missing, which
+        it may be on this machine only.
+    """
+    for path in paths:
+        try:
+            load_plugins([path])
+        except ValueError as error:
+            yield f"{field}: {error}", not Path(path).expanduser().exists()
 
 
 def load_reference(reference: str) -> Any:
@@ -114,8 +131,8 @@ def _load(path: Path) -> ModuleType:
         return sys.modules[name]
     if not path.is_file():
         raise ValueError(
-            f"plugin {str(path)!r} is not a file. Relative paths in reward.external_plugins start "
-            "at the working directory."
+            f"plugin {str(path)!r} is not a file. Relative paths start at the working directory, "
+            f"which is {os.getcwd()}."
         )
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -9,6 +9,12 @@ from rlsys.tracking.base import Split, Tracker
 from rlsys.tracking.jsonl import JsonlWriter
 from rlsys.types import Message, RolloutGroup
 
+ABOUT_COMPLETION = {
+    *("step", "group_id", "index", "group_size", "prompt_id", "reward", "rewards", "failures"),
+    *("advantage", "num_tokens", "finish_reason", "policy_versions", "version_starts"),
+}
+"""Of a row: all but `prompt` and `text`, and no columns of a dataset."""
+
 
 class CompletionsTracker(Tracker):
     """completions.jsonl, and files of their own for held-out and for filtered groups."""

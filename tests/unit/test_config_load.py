@@ -88,6 +88,16 @@ def test_a_wrong_field_hides_no_rule_but_those_it_is_part_of(problems):
     assert len(found) == 2
 
 
+def test_a_wrong_field_hides_the_algorithms_rules_too_where_they_read_it(problems):
+    """The number that stands in for it would make up optimizer steps."""
+    (text,) = problems(
+        rollout={"generation_batch_size": "many", "num_generations": 2},
+        policy={"global_batch_size": 4},
+        grpo={"loss_type": "reinforce"},
+    )
+    assert "rollout.generation_batch_size = 'many'" in text
+
+
 def test_everything_required_is_named_when_the_file_is_all_but_empty(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("seed: 1\n")
@@ -117,6 +127,7 @@ def test_one_generation_is_refused_with_the_reason(problems):
         ("data", "dataset", []),
         ("data", "shuffle", "perhaps"),
         ("model", "path", 7),
+        ("model", "path", ""),
         ("model", "path", {"folder": "x"}),
         ("grpo", "kl_estimator", "k4"),
     ],

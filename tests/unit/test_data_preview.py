@@ -122,6 +122,10 @@ def test_rows_that_a_reward_cannot_score_are_problems(run, tmp_path):
     output = " ".join(output.split())
     assert "bad.jsonl, line 1: reward function 'countdown': countdown needs whole" in output
     assert "line 2" not in output
+    # A run takes them where the reward may never be called, or where it said what to do.
+    gated = ("--reward.reward_funcs", "countdown", "format", "--reward.gate", "{countdown: format}")
+    for options in (gated, ("--reward.on_error", "zero")):
+        assert run("--data.dataset", str(tmp_path / "bad.jsonl"), *options)[0] == 0
 
 
 def test_streamed_data_is_looked_at_too(run, rows):

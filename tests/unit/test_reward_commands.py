@@ -1,11 +1,14 @@
 """`rlsys rewards list` and `try`, as a user calls them."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from tracking_cases import make_group
 
 from rlsys import cli
 from rlsys.rewards import orms
+from rlsys.tracking.completions import ABOUT_COMPLETION, completion_rows
 
 PLUGIN = '''
 import os
@@ -158,6 +161,18 @@ def test_rows_of_one_prompt_id_must_agree(folder, capfd):
     assert "line 3: prompt_id 'p' stood in an earlier row with another nums" in err
     code, _, _ = rlsys(capfd, *words, write_rows(folder / "c.jsonl", *rows[:2]))
     assert code == 0
+
+
+def test_the_completions_of_a_run_are_scored_whatever_weights_they_are_of(folder, capfd):
+    group = make_group(["<answer>1</answer>", "no"], [1.0, 0.0])
+    group.completions[1] = replace(
+        group.completions[1], policy_versions=(3, 4), version_starts=(0, 1)
+    )
+    path = write_rows(folder / "completions.jsonl", *completion_rows(1, group, [0.5, -0.5]))
+    code, out, err = rlsys(capfd, "rewards", "try", "format", "--completions", path)
+    assert (code, err) == (0, "")
+    assert "countdown-0" in out or "Make 25" in out
+    assert set(completion_rows(1, group, None)[0]) == {*ABOUT_COMPLETION, "prompt", "text"}
 
 
 def test_a_missing_column_is_told(folder, capfd, caplog):

@@ -120,6 +120,7 @@ def test_huge_answers_score_0_and_never_crash(answer):
         ("<answer>1+2</answer></answer>", 0.0),
         ("<answer><answer>1+2</answer>", 0.0),
         ("</answer>1+2<answer>", 0.0),
+        ("so</answer> <answer>1+2</answer>", 0.0),
         ("<answer>1+2", 0.0),
         ("1+2", 0.0),
         ("", 0.0),
