@@ -165,7 +165,8 @@ class RolloutConfig(Section):
     """With dynamic_sample: replace at most so many times P groups a step; then groups without
     variance fill the batch."""
     timeout_s: PositiveFloat = 600.0
-    """Longest wait, in seconds, for the next completion before the run fails and says so."""
+    """Longest wait, in seconds, for the next group of completions before the run fails and says so;
+    time in which rewards are computed does not count."""
 
 
 REWARD_MODEL_PREFIX = "reward_model:"
@@ -434,7 +435,7 @@ class WeightSyncConfig(Section):
     bucket_mb: PositiveInt = 256
     """MiB sent at once. Both sides keep two such buffers; the largest tensor, most often the
     embedding, sets their size if it is larger. Between two H200s more is not faster, and 64 takes
-    three times as long."""
+    twice as long."""
     in_place: bool = True
     """Copy straight into the rollout engine's own parameters where they can be mapped, which the
     first update proves; false goes through vLLM's own loader every time. CPU engines keep weights
@@ -455,7 +456,7 @@ class TrackingConfig(Section):
     wandb_project: str = "rlsys"
     """Project of the run in wandb."""
     log_completions: bool = True
-    """Append every completion to completions.jsonl as its group finishes."""
+    """Append every completion to completions.jsonl when its group gets its place in a batch."""
 
 
 class CheckpointConfig(Section):
