@@ -23,7 +23,11 @@ class PromptStream(Protocol):
         """The next `n` prompts."""
 
     def observe(self, group: RolloutGroup) -> None:
-        """Hear how a prompt of the stream was answered; called once for every scored group."""
+        """Hear how a prompt of the stream was answered.
+
+        Called once for every group of a batch, and for every one that dynamic sampling left out of
+        it. Groups that were given up are not heard of, scored or not.
+        """
 
     def metrics(self) -> dict[str, float]:
         """What there is to tell about the stream; logged at every step."""
@@ -69,7 +73,7 @@ class PromptSource:
         return [self._at(place) for place in range(first, first + n)]
 
     def observe(self, group: RolloutGroup) -> None:
-        """Hear how a prompt of the stream was answered; called once for every scored group.
+        """Hear how a prompt of the stream was answered, see PromptStream.
 
         This stream does not listen.
         """

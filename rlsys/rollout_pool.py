@@ -149,8 +149,8 @@ class DrawPool:
 def sampling_seed(seed: int, *key: int) -> int:
     """The seed of one prompt's completions; completion i is sampled with seed + i.
 
-    The first 8 bytes of BLAKE2b over "seed:key:...", so it depends on nothing but these numbers:
-    not on the engine, the process or the order of sampling.
+    The upper 62 bits of an 8-byte BLAKE2b over "seed:key:...", so it depends on nothing but these
+    numbers: not on the engine, the process or the order of sampling.
     """
     text = ":".join(map(str, (seed, *key)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

@@ -74,7 +74,7 @@ class ModelRank:
 
 
 class ModelActors:
-    """Driver-side group of ranks: `async_call` returns references, everything else waits.
+    """Driver-side group of ranks: `async_<name>` returns references, everything else waits.
 
     Args:
         rank_class: a ModelRank; one actor of it is created for each rank.

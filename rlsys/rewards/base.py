@@ -116,11 +116,12 @@ TRL_PREFIX = "trl/"
 
 
 class RewardRegistry(Registry[type[ORM] | RewardFunction]):
-    """Reward functions by name; looks a missing name up elsewhere.
+    """Reward functions by name; also looks names up that nobody registered.
 
-    A name is, in this order: `reward_model:PATH`, one of several reward models; registered; a
-    reference, `path/to/file.py:name` or `package.module:name`, with or without `trl/` before it;
-    offered by an installed package, as an entry point of the group `rlsys.rewards`.
+    A name is, in this order: offered by an installed package, as an entry point of the group
+    `rlsys.rewards`; `reward_model:PATH`, one of several reward models; registered; a reference,
+    `path/to/file.py:name` or `package.module:name`, with or without `trl/` before it. An entry
+    point of a name that something else has registered is an error: none hides the other.
     """
 
     def __getitem__(self, name: str) -> type[ORM] | RewardFunction:

@@ -44,7 +44,7 @@ class BoundedCalls:
     the process that holds it.
 
     Example:
-        match = BoundedCalls("rlsys.rewards.regex_match:matches", cpu_limit_s=1.0)
+        match = BoundedCalls("rlsys.rewards.matching:matches", cpu_limit_s=1.0)
         match("(a+)+b", "a" * 50, "search")   # Limit.EXCEEDED, a second later
     """
 

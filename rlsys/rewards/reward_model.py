@@ -1,4 +1,4 @@
-"""A sequence-classification model as reward: one copy, in the process of the async rewards."""
+"""A sequence-classification model as reward: one copy, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class RewardModel(AsyncORM):
 
     Any model of transformers' AutoModelForSequenceClassification with one output, as
     reward models have; its own tokenizer and chat template write the conversation. Completions
-    that wait, of all groups that are being scored, go through it in batches. As an async reward
-    it lives in one process, however many reward workers there are.
+    that wait, of all groups that are being scored, go through it in batches. Each model has one
+    process, which runs no other reward, however many reward workers there are.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RewardModel(AsyncORM):
             if not batch:
                 return
             try:
-                # In a thread, so that the other async rewards go on meanwhile.
+                # In a thread, so that groups that come meanwhile join the next batch.
                 scores = await asyncio.to_thread(self._logits, [ids for ids, _ in batch])
             # Told to those who wait for it: the batch's calls raise it.
             except Exception as error:

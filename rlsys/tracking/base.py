@@ -1,4 +1,4 @@
-"""What a tracker is: three methods and a name."""
+"""What a tracker is: four methods and a name."""
 
 from __future__ import annotations
 

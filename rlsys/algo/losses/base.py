@@ -3,7 +3,7 @@
 A loss reads a `LossInput` and the `grpo` section of the config, and returns
 
 - the loss: the sum of `weights * token_losses` over the micro-batch. The weights hold the
-  denominators of the whole optimizer step (`batching.loss_weights`), so the losses and gradients
+  denominators of the whole optimizer step (`weighting.loss_weights`), so the losses and gradients
   of micro-batches add up to those of the step;
 - statistics that combine over micro-batches and ranks as `metrics.MetricSums` says: sums over the
   tokens that are trained on, reported as their mean, or extremes if the key ends in /min or /max.
@@ -50,7 +50,7 @@ class LossInput:
     advantages: Tensor
     """Constants, 0 where masked."""
     weights: Tensor
-    """From `batching.loss_weights`; 0 where masked."""
+    """From `weighting.loss_weights`; 0 where masked."""
     mask: Tensor
     """bool, True where the predicted token is trained on. Log-probs elsewhere are never read."""
     segments: Segments
