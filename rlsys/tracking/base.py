@@ -32,7 +32,11 @@ class Tracker(ABC):
         advantages: list[float] | None,
         split: Split = "train",
     ) -> None:
-        """Take one group as it finishes, before any filter, once.
+        """Take one group, once, before the update.
+
+        A group of a batch comes when it gets its place there, one that dynamic sampling left out
+        when the batch is full, a held-out one when it is scored. Groups that were given up do not
+        come at all.
 
         `advantages` has G entries, or is None when they are not known (yet).
         """

@@ -1,4 +1,4 @@
-"""completions.jsonl: every completion with its rewards, written as its group finishes."""
+"""completions.jsonl: every completion of a batch, with its rewards, written before the update."""
 
 from __future__ import annotations
 
