@@ -1,15 +1,24 @@
 """What megatron-core assumes about CUDA, answered where there is none: "cuda" means the CPU.
 
-megatron-core runs on the CPU over gloo once four assumptions are answered:
+megatron-core runs on the CPU over gloo once four assumptions of it are answered, in torch:
 
 1. tensors are created with `device="cuda"` and moved with `.cuda()`: both give CPU tensors;
 2. streams, events and synchronisation exist: here all work is done when its call returns;
 3. each device has a random generator to fork and restore: the CPU's generator stands for it;
 4. optimizers check `parameter.type() == "torch.cuda.FloatTensor"`: `type()` answers in those words.
 
-Nothing else is changed: layers, parallelism, optimizer, clipping, schedules and checkpoints are
-megatron-core's own. The patches hold for the whole process, so a policy or reference actor has a
-process to itself; where CUDA exists `enable_megatron_on_cpu` does nothing.
+Three more things are replaced:
+
+5. `torch.compile` gives functions back as they are: compiling their C++ takes a minute;
+6. two methods of DistributedOptimizer, `sharded_state_dict` and
+   `_set_main_param_and_optimizer_states`, whose checkpoints miss the step counter of torch's AdamW;
+7. two names of the mixture of experts: `maybe_move_tensor_to_cpu`, which makes no array of what is
+   on a CPU already, and `te_general_gemm`, which is missing without Transformer Engine.
+
+Besides, two warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log level. Nothing else is
+changed: parallelism, optimizer, clipping and schedules are megatron-core's own; norm and attention
+are layers of `rlsys.engines.megatron_layers`. The patches hold for the whole process, so a policy
+or reference actor has a process to itself; where CUDA exists `enable_megatron_on_cpu` does nothing.
 """
 
 from __future__ import annotations
