@@ -2,7 +2,7 @@
 
 Weights, gradients and optimizer state are exact to a percent; activations are a rough guess for
 rows of the greatest length. Measured on CPU with SmolLM2-135M in fp32: policy 5.2 GiB (estimate
-4.8), rollout engine 2.3 (2.1), reference 1.5 (1.6).
+5.2), rollout engine 2.3 (2.1), reference 1.5 (1.6).
 """
 
 from __future__ import annotations
