@@ -50,17 +50,24 @@ class Checkpoints:
         reference: SavesModel | None,
         rollouts: Stateful,
         config: CheckpointConfig,
+        last_step: int,
     ):
-        """`reference` only where it changes; otherwise its own folder says what it is."""
+        """`reference` only where it changes; otherwise its own folder says what it is.
+
+        `last_step` of the run is saved too, so that a longer run continues where it ended.
+        """
         self._folder = folder
         self._policy = policy
         self._reference = reference
         self._rollouts = rollouts
         self._config = config
+        self._last_step = last_step
 
     def after_step(self, step: int) -> None:
         """Save when `save_steps` says so, then drop the oldest beyond `save_total_limit`."""
-        if self._config.save_steps is None or step % self._config.save_steps:
+        if self._config.save_steps is None:
+            return
+        if step % self._config.save_steps and step != self._last_step:
             return
         for leftover in self._folder.glob("step-*.partial"):  # of a process that was killed
             shutil.rmtree(leftover)

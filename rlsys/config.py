@@ -463,7 +463,7 @@ class CheckpointConfig(Section):
     """What is kept to continue from. The final model is always written to OUTPUT_DIR/final."""
 
     save_steps: PositiveInt | None = None
-    """Write a checkpoint every so many steps; None writes none."""
+    """Write a checkpoint every so many steps, and after the last one; None writes none."""
     save_total_limit: PositiveInt = 2
     """Keep the newest so many checkpoints."""
     resume: bool = False

@@ -230,8 +230,15 @@ def _process_id() -> int:
 def _ray() -> Iterator[Finding]:
     if installed_version("ray") is None:
         return  # told under packages
-    import ray
+    from rlsys.ray_env import check_cluster_answers  # before ray is imported
 
+    import ray  # isort: skip
+
+    try:
+        check_cluster_answers()
+    except ValueError as error:
+        yield Finding("broken", "Ray", str(error), "start that cluster, or `unset RAY_ADDRESS`")
+        return
     options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
     address = os.environ.get("RAY_ADDRESS")
     if address is None:

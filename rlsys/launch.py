@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Literal
 
 # Before Ray is imported, which reads some of the environment then.
-import rlsys.ray_env  # noqa: F401  # isort: skip
+from rlsys.ray_env import check_cluster_answers  # isort: skip
 import ray  # isort: skip
 import torch
 from transformers import AutoTokenizer
@@ -36,6 +36,7 @@ from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
 from rlsys.placement import Placement
 from rlsys.preflight import output_dir_problems
+from rlsys.resume import resume_notes
 from rlsys.rewards import load_plugins
 from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
@@ -73,6 +74,9 @@ def run(resolved: ResolvedConfig) -> None:
             raise ValueError(problem.text)
         steps = checkpoint_steps(run_dir.checkpoints)
         resume_step = steps[-1] if config.checkpoint.resume else None
+        if resume_step is not None:
+            for note in resume_notes(config, run_dir, resume_step):
+                print(note, flush=True)
         save_config(config, run_dir.config)
         if is_in_ray_job_copy(run_dir.path):
             print(
@@ -120,6 +124,7 @@ def train_system(config: Config, system: System, tracker: Tracker, checkpoints: 
                 reference=system.reference if config.reference.sync_steps else None,
                 rollouts=system.rollouts,
                 config=config.checkpoint,
+                last_step=config.max_steps,
             ),
         )
 
@@ -233,6 +238,7 @@ def ray_session() -> Iterator[None]:
 
     Leaving it ends every actor of this run.
     """
+    check_cluster_answers()
     # "local": Ray would otherwise join a cluster that somebody, anybody started on this machine.
     own = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, **own)

@@ -337,10 +337,19 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
     if run.path.exists() and not run.path.is_dir():
         yield Problem(f"output_dir: {run.path} is a file, and should be a folder", True)
     elif config.checkpoint.resume:
-        if not checkpoint_steps(run.checkpoints):
+        steps = checkpoint_steps(run.checkpoints)
+        if not steps:
             yield Problem(
                 f"checkpoint.resume: {run.checkpoints} holds no checkpoint to continue from; "
                 "leave checkpoint.resume out to start anew",
+                True,
+            )
+        # A run that was killed right before its end has its last checkpoint, but no model.
+        elif steps[-1] > config.max_steps or (steps[-1] == config.max_steps and run.final.exists()):
+            yield Problem(
+                f"checkpoint.resume: {run.checkpoints} has step {steps[-1]}, after which max_steps "
+                f"= {config.max_steps} leaves nothing to do: raise --max_steps, or choose another "
+                "folder with --output_dir",
                 True,
             )
     elif holds_run(run):

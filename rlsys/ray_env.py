@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
 # Workers' output comes to this terminal; identical lines of several workers as they are.
@@ -15,3 +16,24 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
 # One failure is raised, with its actor's name; Ray would print those of the other ranks after.
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+
+_ANSWER_TIMEOUT_S = 10.0
+
+
+def check_cluster_answers() -> None:
+    """Knock at RAY_ADDRESS, where it names a place: Ray itself would try for many minutes.
+
+    Raises:
+        ValueError: nothing listens there.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():  # "auto" and "local", which Ray looks up by itself
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _ANSWER_TIMEOUT_S).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}). Start it, correct "
+            "the address, or unset RAY_ADDRESS to have a run start its own on this machine."
+        ) from error

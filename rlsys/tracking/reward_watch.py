@@ -1,4 +1,4 @@
-"""Two ways in which rewards go wrong that nobody sees in a table of numbers, told once each."""
+"""Three ways in which rewards go wrong that nobody sees in a table of numbers, told once each."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ class _Evaluation:
 class RewardWatch:
     """Looks at the metrics of a run and says what a person should look into.
 
+    - No reward: not one completion of a step has any, so nothing was trained.
     - A dead reward: one value for every completion of `DEAD_STEPS` steps in a row.
     - A sign of reward hacking: the reward of training has risen since the evaluation at which
       held-out accuracy was best, and at two evaluations in a row that accuracy was lower.
@@ -52,10 +53,12 @@ class RewardWatch:
         """Take the metrics of a step or an evaluation; returns the warnings that are new."""
         if is_evaluation(metrics):
             return self._once("hacking", self._hacking(step, metrics))
+        warnings: list[str] = []
         reward = metrics.get("reward")
         if isinstance(reward, float) and math.isfinite(reward):
             self._rewards[step] = reward
-        warnings = []
+        elif isinstance(reward, float):
+            warnings += self._once("no reward", _no_reward(step))
         for key in metrics:
             if match := _NAME.fullmatch(key):
                 warnings += self._once(f"dead {match[1]}", self._dead(match[1], metrics))
@@ -111,6 +114,14 @@ class RewardWatch:
         steps = sorted(self._rewards)
         until = [s for s in steps if s <= step][-WINDOW_STEPS:]
         return [self._rewards[s] for s in until or steps[:WINDOW_STEPS]]
+
+
+def _no_reward(step: int) -> str:
+    return (
+        f"no completion of step {step} has a reward, so the step trained nothing: the reward "
+        "functions returned None for all of them, or failed where reward.on_error is drop. Try "
+        "them alone with `rlsys rewards try`. Later steps of this kind are not told."
+    )
 
 
 def _evaluation(step: int, metrics: Metrics, name: str) -> _Evaluation | None:

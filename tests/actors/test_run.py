@@ -227,6 +227,7 @@ def test_what_was_written_before_a_kill_is_whole_and_the_same_for_the_same_seed(
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(resumed, whole):
+    assert f"continuing from {resumed.out.checkpoints.resolve() / 'step-2'}" in resumed.log
     for file in ("metrics", "completions", "eval_completions"):
         rows, expected = (
             sorted(map(repr, map(without_clock, read_jsonl(getattr(run.out, file)))))

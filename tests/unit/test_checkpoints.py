@@ -44,7 +44,7 @@ def policy():
 
 @pytest.fixture
 def save(tmp_path, policy):
-    def save(*steps, save_steps=1, save_total_limit=2, reference=None):
+    def save(*steps, save_steps=1, save_total_limit=2, reference=None, last_step=1000):
         config = CheckpointConfig(save_steps=save_steps, save_total_limit=save_total_limit)
         folder = tmp_path / "run" / "checkpoints"
         checkpoints = Checkpoints(
@@ -53,6 +53,7 @@ def save(tmp_path, policy):
             reference=reference,
             rollouts=Data(policy),
             config=config,
+            last_step=last_step,
         )
         for step in steps:
             policy.version = step
@@ -71,6 +72,10 @@ def read(folder, step):
 
 def test_nothing_is_saved_unless_asked_for(save):
     assert not save(1, 2, 3, save_steps=None).exists()
+
+
+def test_the_last_step_is_saved_whatever_its_number(save):
+    assert checkpoint_steps(save(*range(1, 6), save_steps=2, last_step=5)) == [4, 5]
 
 
 def test_every_so_many_steps_and_the_newest_few_are_kept(save):

@@ -317,6 +317,22 @@ def test_resuming_needs_a_checkpoint(problems, tmp_path):
     assert problems("--checkpoint.resume") == []
 
 
+@pytest.mark.parametrize(
+    ("step", "has_ended", "is_refused"),
+    [(11, False, True), (10, True, True), (10, False, False), (9, True, False)],
+)
+def test_resuming_needs_steps_to_take(problems, tmp_path, step, has_ended, is_refused):
+    """After the last step only the final model may be missing; it would be replaced otherwise."""
+    (tmp_path / "run" / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    if has_ended:
+        (tmp_path / "run" / "final").mkdir()
+    found = problems("--checkpoint.resume")
+    assert bool(found) == is_refused
+    if is_refused:
+        assert f"has step {step}" in only(found)
+        assert "raise --max_steps" in only(found)
+
+
 def test_an_output_directory_that_is_a_file(problems, tmp_path):
     (tmp_path / "run").touch()
     assert "is a file" in only(problems())

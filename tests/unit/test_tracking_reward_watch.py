@@ -37,6 +37,15 @@ def test_a_constant_reward_is_told_once_and_by_name():
     assert "'format' gave 0 to every completion of the last 20 steps" in warning
 
 
+def test_a_step_without_any_reward_is_told_once():
+    watch = RewardWatch(["format"])
+    nothing = {"reward": float("nan"), "rewards/format/mean": float("nan")}
+    [warning] = watch.observe(3, nothing)
+    assert "no completion of step 3 has a reward" in warning
+    assert watch.observe(4, nothing) == []
+    assert watch.observe(5, step_metrics(format=(0.5, 0.5))) == []
+
+
 @pytest.mark.parametrize("alive", [(0.0, 0.1), (1.0, 0.0)])
 def test_a_reward_that_changes_now_and_then_is_alive(alive):
     watch = RewardWatch(["format"])

@@ -1,0 +1,42 @@
+"""A cluster that is not there is told at once: Ray would try for minutes, without a word."""
+
+import socket
+
+import pytest
+
+from rlsys.ray_env import check_cluster_answers
+
+
+@pytest.fixture
+def port():
+    """Nothing listens there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}"])
+def test_an_address_where_nothing_listens_is_an_error_that_names_it(monkeypatch, port, form):
+    monkeypatch.setenv("RAY_ADDRESS", form.format(port))
+    with pytest.raises(ValueError, match=rf"RAY_ADDRESS={form.format(port)}: no Ray cluster"):
+        check_cluster_answers()
+
+
+def test_a_port_that_is_none_is_an_error_too(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:99999")
+    with pytest.raises(ValueError, match="no Ray cluster answers there"):
+        check_cluster_answers()
+
+
+@pytest.mark.parametrize("address", [None, "", "auto", "local"])
+def test_what_ray_looks_up_by_itself_is_left_to_it(monkeypatch, address):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    check_cluster_answers()
+
+
+def test_a_place_where_something_listens_is_let_through(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        check_cluster_answers()

@@ -1,0 +1,46 @@
+"""What is told of a run that continues, before it replaces anything."""
+
+from config_cases import write_config
+
+from rlsys.config_load import load_config, save_config
+from rlsys.resume import resume_notes
+from rlsys.run_dir import RunDir
+
+
+def notes(folder, *overrides, rows=(), step=4):
+    """Of a run in `folder` whose rows of metrics.jsonl have these steps."""
+    path = write_config(folder)
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    save_config(load_config(path).config, run.config)
+    run.metrics.write_text("".join(f'{{"step": {row}}}\n' for row in rows))
+    options = ["--checkpoint.resume", "--output_dir", "elsewhere", *overrides]
+    return list(resume_notes(load_config(path, options).config, run, step))
+
+
+def test_an_unchanged_run_that_lost_nothing_has_one_line(tmp_path):
+    (line,) = notes(tmp_path, rows=[1, 2, 3, 4])
+    assert line == f"continuing from {tmp_path}/run/checkpoints/step-4"
+
+
+def test_steps_that_are_taken_again_are_named(tmp_path):
+    _, line = notes(tmp_path, rows=range(8))
+    assert line.startswith("steps 5 to 7 came after that checkpoint")
+
+
+def test_settings_that_differ_are_named_with_both_values(tmp_path):
+    _, line = notes(tmp_path, "--policy.lr", "1e-9", "--seed", "7")
+    assert line == "changed since then: seed 42 -> 7; policy.lr 1e-06 -> 1e-09"
+
+
+def test_a_config_of_an_older_version_or_of_a_user_is_no_error(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    config = load_config(write_config(tmp_path)).config
+    assert len(list(resume_notes(config, run, 1))) == 1
+    run.config.write_text("max_steps: [\n")
+    assert len(list(resume_notes(config, run, 1))) == 1
+    save_config(config, run.config)
+    text = run.config.read_text()
+    run.config.write_text(text.replace("  lr: ", "  rate: ").replace("policy:", "policies:"))
+    assert len(list(resume_notes(config, run, 1))) == 1
