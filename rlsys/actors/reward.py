@@ -64,7 +64,6 @@ class RayBackend:
     def __init__(
         self,
         settings: ProcessSettings,
-        env_vars: dict[str, str],
         models: Sequence[str] = (),
         place: Place | None = None,
     ):
@@ -73,7 +72,7 @@ class RayBackend:
         self._settings = settings
         self._models = list(models)
         self._place = place
-        self._options = {"num_cpus": WORKER_CPUS, "runtime_env": {"env_vars": env_vars}}
+        self._options: dict[str, Any] = {"num_cpus": WORKER_CPUS}
 
     def spawn(self, names: Sequence[str], *, concurrent: bool) -> tuple[ActorHandle, ray.ObjectRef]:
         """Start an actor."""
@@ -115,7 +114,6 @@ class RewardWorkers(RewardPool):
         *,
         known: dict[str, Any] | None = None,
         max_steps: int = 0,
-        env_vars: dict[str, str] | None = None,
         place: Place | None = None,
     ):
         """Start the workers and wait until each has its reward functions.
@@ -124,7 +122,6 @@ class RewardWorkers(RewardPool):
             config: names, settings, plugins, number of workers, limits and policies.
             known: values of the run for parameters of these names, see `settings_of`.
             max_steps: of the run, for `trainer_state`.
-            env_vars: environment of the worker processes, besides their inherited one.
             place: Ray options of the processes of reward models, by the model's number; None is
                 those of the others.
 
@@ -136,5 +133,5 @@ class RewardWorkers(RewardPool):
         load_plugins(config.external_plugins)
         check_names_and_weights(config.names, config.reward_weights)
         settings = process_settings(config, known or {})
-        backend = RayBackend(settings, env_vars or {}, config.models, place)
+        backend = RayBackend(settings, config.models, place)
         super().__init__(config, backend, max_steps=max_steps)

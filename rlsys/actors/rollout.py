@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -102,13 +102,11 @@ class RolloutActors:
         *,
         device: Literal["cpu", "cuda"],
         place: Place = on_cpu,
-        env_vars: Mapping[str, str] | None = None,
     ):
         rollout = config.rollout
         self.num_workers = rollout.num_engines * rollout.tensor_parallel_size
         self.num_sync_groups = rollout.engines_per_gpu  # engines of one GPU are in different ones
-        env_vars = inherited_env() | rollout_env(device) | dict(env_vars or {})
-        runtime_env = {"env_vars": env_vars}
+        runtime_env = {"env_vars": inherited_env() | rollout_env(device)}
         actor_class = ray.remote(RolloutActor)
         self.actors: dict[str, Any] = {
             f"rollout engine {rank}": actor_class.options(
