@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 _START = "from rlsys.rewards.bounded import serve; serve()"
 _READY = b"ready\n"
 _OUT_OF_RESOURCES = (RecursionError, MemoryError)
+_MEMORY_GIB = 4
+"""Address space of a helper process."""
 
 
 class Limit(Enum):
@@ -48,16 +50,12 @@ class BoundedCalls:
         match("(a+)+b", "a" * 50, "search")   # Limit.EXCEEDED, a second later
     """
 
-    def __init__(self, function: str, *, cpu_limit_s: float, memory_gib: float = 4.0):
+    def __init__(self, function: str, *, cpu_limit_s: float):
         self._process: subprocess.Popen[bytes] | None = None
-        if not (cpu_limit_s > 0 and memory_gib > 0):
-            raise ValueError(
-                f"the time limit of a reward must be above 0 s, not {cpu_limit_s}, and its memory "
-                f"above 0 GiB, not {memory_gib}"
-            )
+        if not cpu_limit_s > 0:
+            raise ValueError(f"the time limit of a reward must be above 0 s, not {cpu_limit_s}")
         self.function = function
         self.cpu_limit_s = cpu_limit_s
-        self.memory_gib = memory_gib
         self._is_ready = False
         self._lock = threading.Lock()
         _made.add(self)
@@ -72,8 +70,8 @@ class BoundedCalls:
             reply = self._ask(json.dumps(args))
         if reply is None:
             _log.warning(
-                "%s took more than %g s of CPU time or %g GiB for one completion and was stopped",
-                self.function, self.cpu_limit_s, self.memory_gib,
+                "%s took more than %g s of CPU time or %d GiB for one completion and was stopped",
+                self.function, self.cpu_limit_s, _MEMORY_GIB,
             )  # fmt: skip
             return Limit.EXCEEDED
         if "error" in reply:
@@ -114,7 +112,7 @@ class BoundedCalls:
     def _launch(self) -> None:
         # What this process can import, the helper can: sys.path may be Ray's, not the shell's.
         path = os.pathsep.join(entry for entry in sys.path if entry)
-        settings = json.dumps([self.function, self.cpu_limit_s, self.memory_gib])
+        settings = json.dumps([self.function, self.cpu_limit_s])
         self._is_ready = False
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-c", _START, settings],
@@ -163,13 +161,13 @@ def start_helpers() -> None:
 
 def serve() -> None:
     """Main function of the helper process: one JSON array of arguments a line, one answer each."""
-    function_name, cpu_limit_s, memory_gib = json.loads(sys.argv[1])
+    function_name, cpu_limit_s = json.loads(sys.argv[1])
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no answer
     # As a Ctrl-C in a terminal reaches every process of the run, which ends this one itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    limit = int(memory_gib * 2**30)
+    limit = _MEMORY_GIB * 2**30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     module, _, name = function_name.partition(":")
     function = getattr(importlib.import_module(module), name)
