@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from rlsys.types import RolloutGroup
 
 
-def build_train_batch(groups: list[RolloutGroup], *, pad_token_id: int = 0) -> TrainBatch:
+def build_train_batch(groups: list[RolloutGroup]) -> TrainBatch:
     """Right-padded rows `prompt + completion`, in group order, for `TrainBatch`.
 
     Advantages are 0, and every sampled token is marked: the EOS token, and the tokens of a
@@ -40,7 +40,6 @@ def build_train_batch(groups: list[RolloutGroup], *, pad_token_id: int = 0) -> T
 
     Args:
         groups: P groups of G completions each.
-        pad_token_id: fills rows up to the longest; any will do, `pack` drops it again.
 
     Raises:
         ValueError: a prompt without tokens, whose first completion token nothing could predict.
@@ -48,7 +47,7 @@ def build_train_batch(groups: list[RolloutGroup], *, pad_token_id: int = 0) -> T
     rows = [(group.prompt, completion) for group in groups for completion in group.completions]
     lengths = [len(prompt.token_ids) + len(completion.token_ids) for prompt, completion in rows]
     shape = (len(rows), max(lengths))
-    input_ids = torch.full(shape, pad_token_id, dtype=torch.int64)
+    input_ids = torch.zeros(shape, dtype=torch.int64)  # `pack` drops the padding again
     completion_mask = torch.zeros(shape, dtype=torch.bool)
     rollout_logprobs = torch.zeros(shape, dtype=torch.float32)
     for n, (prompt, completion) in enumerate(rows):

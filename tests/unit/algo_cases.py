@@ -48,10 +48,17 @@ def make_groups(
     return groups
 
 
+def padded_batch(groups: list[RolloutGroup]) -> TrainBatch:
+    """`build_train_batch`, whose padding is PAD here."""
+    batch = build_train_batch(groups)
+    batch.input_ids[torch.arange(batch.input_ids.shape[1]) >= batch.lengths[:, None]] = PAD
+    return batch
+
+
 def make_batch(lengths_PG: list[list[int]], *, seed: int = 0) -> TrainBatch:
     """A train batch with reference and old log-probs near the rollout's."""
     groups = make_groups(lengths_PG, seed=seed)
-    batch = build_train_batch(groups, pad_token_id=PAD)
+    batch = padded_batch(groups)
     batch.advantages = compute_advantages(groups, batch, GrpoConfig(), None)
     rng = torch.Generator().manual_seed(seed + 1)
     for name, spread in (("ref_logprobs", 0.5), ("old_logprobs", 0.3)):

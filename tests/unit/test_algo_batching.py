@@ -2,7 +2,7 @@ from typing import get_args
 
 import pytest
 import torch
-from algo_cases import PAD, make_batch, make_groups
+from algo_cases import make_batch, make_groups, padded_batch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,14 +30,14 @@ def flat(pieces):
 
 def test_rows_hold_prompt_and_completion_and_train_on_every_sampled_token():
     groups = make_groups([[3, 1], [2, 5]], prompt_lengths=[2, 4])
-    batch = build_train_batch(groups, pad_token_id=99)
+    batch = build_train_batch(groups)
     assert batch.input_ids.shape == (4, 9)
     assert batch.lengths.tolist() == [5, 3, 6, 9]
     assert batch.advantages.tolist() == [[0.0] * 9] * 4  # not known yet
     for n, (p, g) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
         prompt, completion = groups[p].prompt, groups[p].completions[g]
         row = prompt.token_ids + completion.token_ids
-        assert batch.input_ids[n].tolist() == row + [99] * (9 - len(row))
+        assert batch.input_ids[n].tolist() == row + [0] * (9 - len(row))
         mask = batch.completion_mask[n]
         # The last one, EOS, is trained on; so are the tokens of a completion cut at the limit.
         assert batch.input_ids[n][mask].tolist() == completion.token_ids
@@ -50,7 +50,7 @@ def test_rows_hold_prompt_and_completion_and_train_on_every_sampled_token():
 def test_a_prompt_without_tokens_is_named():
     groups = make_groups([[1, 1]], prompt_lengths=[0])
     with pytest.raises(ValueError, match="'p0' has no tokens"):
-        build_train_batch(groups, pad_token_id=PAD)
+        build_train_batch(groups)
 
 
 def test_loss_weights_worked():
@@ -187,7 +187,7 @@ def test_no_rows_are_no_micro_batches():
 
 def test_pack_aligns_with_the_predicting_position():
     groups = make_groups([[2, 0]], prompt_lengths=[2])
-    batch = build_train_batch(groups, pad_token_id=PAD)
+    batch = padded_batch(groups)
     batch.advantages = torch.tensor([[0.0, 0.0, 0.7, 0.9], [0.0] * 4])
     (a, b), (c, d) = groups[0].prompt.token_ids, groups[0].completions[0].token_ids
     weights = loss_weights(
