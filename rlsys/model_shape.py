@@ -93,14 +93,6 @@ class ModelShape:
         return embeddings + self.num_layers * self.layer_params + self.hidden_size
 
     @property
-    def num_active_params(self) -> int:
-        """Parameters that one token goes through: `num_params` without the experts it skips."""
-        if not self.is_moe:
-            return self.num_params
-        skipped = self.expert_params * (self.num_experts - self.num_experts_per_tok)
-        return self.num_params - self.num_layers * skipped // self.num_experts
-
-    @property
     def kv_elements_per_token(self) -> int:
         """Numbers that the KV cache holds for one token."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim

@@ -50,9 +50,6 @@ class SafetensorsReader:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._handle_of
-
     def shard(self, name: str, axis: int | None, rank: int, num_shards: int) -> torch.Tensor:
         """Slice `rank` of `num_shards` equal slices of tensor `name` along `axis`; all if None."""
         if name not in self._handle_of:

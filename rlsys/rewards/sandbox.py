@@ -200,7 +200,6 @@ class Running:
         self._helper = helper
         self._output, *self._input = descriptors
         self._max_bytes = limits.output_kib * 1024
-        self._limits = limits
         self._buffer = b""
         self._killed = False
         self._verdict: dict[str, Any] | None = None

@@ -178,16 +178,6 @@ def test_parameters_are_counted_as_transformers_has_them(tmp_path, model_type, t
     assert read_model_shape(folder).num_params == model.num_parameters()
 
 
-def test_a_token_goes_through_the_experts_that_it_is_routed_to(tmp_path):
-    all_of_them = {"num_experts_per_tok": EXPERTS["num_experts"]}
-    whole = read_model_shape(write_model(tmp_path / "whole", **EXPERTS | all_of_them))
-    assert whole.num_active_params == whole.num_params
-    shape = read_model_shape(write_model(tmp_path / "sparse", **EXPERTS))
-    assert shape.num_params == whole.num_params
-    # 4 layers, 6 experts that a token skips, 3 matrices of 64 x 32.
-    assert shape.num_params - shape.num_active_params == 4 * 6 * 3 * 64 * 32
-
-
 def test_ranks_share_experts_and_their_optimizer_state(tmp_path):
     write_model(tmp_path / "model", **EXPERTS)
     policy = {"world_size": 4, "expert_model_parallel_size": 4}
