@@ -59,9 +59,7 @@ def engine():
 
 @pytest.fixture
 def loop(engine):
-    loop = EngineLoop(lambda: engine)
-    yield loop
-    loop.close()
+    return EngineLoop(lambda: engine)
 
 
 def sample(loop, *group_ids):
