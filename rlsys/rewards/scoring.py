@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import math
 import reprlib
@@ -52,7 +51,7 @@ class Reward:
             check(row)
 
     def score(self, columns: Mapping[str, Any], prompt_id: str | None = None) -> list[float]:
-        """[G] its values, NaN for None. An async function is run to its end.
+        """[G] its values, NaN for None, of a function that is not async.
 
         Args:
             columns: as of `reward_columns`.
@@ -62,8 +61,6 @@ class Reward:
             RewardError: the function raised (the cause is its exception), its signature does not
                 fit the columns, or it did not return one finite number or None per completion.
         """
-        if self.is_async:
-            return asyncio.run(self.score_async(columns, prompt_id))
         args, kwargs = self._arguments(columns)
         try:
             returned = self.function(*args, **kwargs)

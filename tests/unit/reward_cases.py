@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 
 from rlsys.rewards import Reward, TrainerState, check_names_and_weights
@@ -45,7 +46,12 @@ class RewardFunctions:
         """
         columns = reward_columns(group, state)
         by_name = {
-            reward.name: reward.score(columns, group.prompt.prompt_id) for reward in self.rewards
+            reward.name: (
+                asyncio.run(reward.score_async(columns, group.prompt.prompt_id))
+                if reward.is_async
+                else reward.score(columns, group.prompt.prompt_id)
+            )
+            for reward in self.rewards
         }
         rows = [dict(zip(by_name, row, strict=True)) for row in zip(*by_name.values(), strict=True)]
         return [RewardOutput(weighted_total(row.values(), self.weights), row) for row in rows]
