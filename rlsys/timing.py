@@ -10,8 +10,8 @@ from contextlib import contextmanager
 class PhaseTimer:
     """Wall-clock seconds of named phases, from its construction on.
 
-    A phase entered again adds to its sum. A phase inside another counts for both; the same phase
-    inside itself counts once. An exception inside a phase still records it and passes on.
+    A phase entered again adds to its sum. A phase inside another counts for both. An exception
+    inside a phase still records it and passes on.
 
     Example:
         timer = PhaseTimer()
@@ -24,20 +24,14 @@ class PhaseTimer:
         self._clock = clock
         self._start = clock()
         self._seconds: dict[str, float] = {}
-        self._open: set[str] = set()
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the seconds of the `with` body to `phase`."""
-        if phase in self._open:
-            yield
-            return
-        self._open.add(phase)
         start = self._clock()
         try:
             yield
         finally:
-            self._open.remove(phase)
             self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
 
     def metrics(self) -> dict[str, float]:
