@@ -126,17 +126,9 @@ class MetricSums:
                 values.update(zip(keys, flat, strict=True))
 
     def means(self) -> dict[str, float]:
-        """The metrics of the optimizer step, as numbers.
-
-        Raises:
-            ValueError: no token was trained on.
-        """
+        """The metrics of the optimizer step, as numbers."""
         num_tokens = self._sums["num_loss_tokens"].item()
-        if num_tokens == 0:
-            raise ValueError(
-                "an optimizer step has no tokens to train on: all its completions are empty; see "
-                "their finish_reason in completions.jsonl"
-            )
+        assert num_tokens > 0, "a step without tokens to train on is left out"
         metrics = {
             key: value.item() if key in TOTALS else value.item() / num_tokens
             for key, value in self._sums.items()
