@@ -16,71 +16,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 
-def vocab_parallel_logprobs(
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    *,
-    temperature: float = 1.0,
-    vocab_start: int = 0,
-    group: dist.ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution: two [T] tensors in nats.
-
-    With `group`, each rank holds a slice of the vocabulary. Maxima and sums are reduced over the
-    group, so every rank returns the same numbers and, by computing the same loss from them, gets
-    the same gradient for each log-prob. What flows back into a rank's own logits then needs no
-    communication: `d log pi(a) / d z_v = 1[v = a] - pi(v)` and, of the entropy H,
-    `d H / d z_v = -pi(v) (log pi(v) + H)`. The gradient of a reduced sum goes to
-    every rank's term as it is, unlike with torch.distributed.nn, which would add up the equal
-    gradients of all ranks.
-
-    Computed in float32 (float64 for float64 logits), which is also the type of the results;
-    gradients have the type of the logits. Logits may be -inf (a padded vocabulary).
-
-    Args:
-        logits_TV: [T, V], this rank's slice of the vocabulary.
-        targets_T: [T] int64, token ids of the whole vocabulary.
-        temperature: divides the logits; 1 for logits that are already divided.
-        vocab_start: token id of `logits_TV[:, 0]`.
-        group: the tensor-parallel group; None when the vocabulary is whole.
-
-    Returns:
-        `logprobs_T` and `entropy_T`, both with gradient.
-    """
-    return _VocabParallelLogprobs.apply(logits_TV, targets_T, temperature, vocab_start, group)
-
-
-class _VocabParallelLogprobs(torch.autograd.Function):
-    """Keeps the logits as they came and a few numbers a row; backward computes the softmax anew.
-
-    Autograd's own graph of the same formula would keep several [T, V] tensors in float32.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_TV: Tensor,
-        targets_T: Tensor,
-        temperature: float,
-        vocab_start: int,
-        group: dist.ProcessGroup | None,
-    ) -> tuple[Tensor, Tensor]:
-        rows = _compute_rows(logits_TV, targets_T, temperature, vocab_start, group)
-        ctx.save_for_backward(logits_TV, *rows)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(False)  # entropy that no loss uses costs nothing
-        return rows.logprobs_T, rows.entropy_T
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad_T: Tensor | None, entropy_grad_T: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        logits_TV, *rows = ctx.saved_tensors
-        grad_TV = _logits_gradient(logits_TV, _Rows(*rows), grad_T, entropy_grad_T, ctx.temperature)
-        return grad_TV, None, None, None, None
-
-
 def chunked_logprobs(
     hidden_TH: Tensor,
     weight_VH: Tensor,
@@ -92,17 +27,25 @@ def chunked_logprobs(
     vocab_start: int = 0,
     group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`vocab_parallel_logprobs` of `hidden_TH @ weight_VH.T`, chunk by chunk.
+    """Log-prob of each target and entropy of each distribution: two [T] tensors in nats.
 
-    Logits exist for `chunk_size` tokens at a time; with gradients they are computed again on the
-    way back, so that only `hidden_TH` is kept. At a vocabulary of 152k, logits of 16k tokens take
-    4.6 GiB in bfloat16, those of a chunk of 1,024 take 0.3 GiB. The gradient of `weight_VH` is
-    summed over chunks in float32, and rounded once.
+    The logits are `hidden_TH @ weight_VH.T`. They exist for `chunk_size` tokens at a time; with
+    gradients they are computed again on the way back, so that only `hidden_TH` is kept. At a
+    vocabulary of 152k, logits of 16k tokens take 4.6 GiB in bfloat16, those of a chunk of 1,024
+    take 0.3 GiB. The gradient of `weight_VH` is summed over chunks in float32, and rounded once.
 
-    With `group`, the gradient of `hidden_TH` is this rank's share, from its slice of the
-    vocabulary. The op that gave every rank the same hidden states sums the shares on its way back,
-    as those of megatron-core do (copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region).
+    With `group`, each rank holds a slice of the vocabulary. Maxima and sums are reduced over the
+    group, so every rank returns the same numbers and, by computing the same loss from them, gets
+    the same gradient for each log-prob. What flows back into a rank's own logits then needs no
+    communication: `d log pi(a) / d z_v = 1[v = a] - pi(v)` and, of the entropy H,
+    `d H / d z_v = -pi(v) (log pi(v) + H)`. The gradient of a reduced sum goes to every rank's term
+    as it is, unlike with torch.distributed.nn, which would add up the equal gradients of all ranks.
+    The gradient of `hidden_TH` is this rank's share, from its slice of the vocabulary. The op that
+    gave every rank the same hidden states sums the shares on its way back, as those of
+    megatron-core do (copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region).
+
+    Computed in float32 (float64 for float64 logits), which is also the type of the results;
+    gradients have the type of what they are of.
 
     Args:
         hidden_TH: [T, H], the same on every rank of `group`.
@@ -125,7 +68,11 @@ def chunked_logprobs(
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """One node for all chunks, so that their gradients of the weight can be summed in one place."""
+    """One node for all chunks, so that their gradients of the weight can be summed in one place.
+
+    Keeps a few numbers a row, from which backward computes the softmax anew: autograd's own graph
+    of the formula would keep several [T, V] tensors in float32.
+    """
 
     @staticmethod
     def forward(
@@ -150,7 +97,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         rows = _Rows(*(torch.cat(values) for values in zip(*by_chunk, strict=True)))
         ctx.save_for_backward(hidden_TH, weight_VH, *rows, *kept)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # entropy that no loss uses costs nothing
         return rows.logprobs_T, rows.entropy_T
 
     @staticmethod

@@ -20,7 +20,7 @@ from rlsys.algo.batching import (
     shard_rows,
     unpack_logprobs,
 )
-from rlsys.algo.logprobs import chunked_logprobs, vocab_parallel_logprobs
+from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums
 from rlsys.algo.names import aggregation_of
@@ -116,7 +116,7 @@ def oracle(model, batch, rows, loss_type):
     return loss.item(), gradient(model), statistics
 
 
-def packed_logprobs(model, packed, *, chunk_size):
+def packed_logprobs(model, packed, *, chunk_size=None):
     """Log-probs and entropy of a packed micro-batch, one forward pass per sequence."""
     hidden = torch.cat(
         [
@@ -124,11 +124,12 @@ def packed_logprobs(model, packed, *, chunk_size):
             for start, end in pairwise(packed.cu_seqlens.tolist())
         ]
     )
-    kwargs = {"temperature": TEMPERATURE}
-    if chunk_size is None:
-        return vocab_parallel_logprobs(model.lm_head(hidden), packed.targets, **kwargs)
     return chunked_logprobs(
-        hidden, model.lm_head.weight, packed.targets, chunk_size=chunk_size, **kwargs
+        hidden,
+        model.lm_head.weight,
+        packed.targets,
+        temperature=TEMPERATURE,
+        chunk_size=chunk_size or len(hidden),
     )
 
 
@@ -203,7 +204,7 @@ def test_unpacked_logprobs_equal_those_of_a_padded_forward_pass(model, batch):
         expected = padded_logprobs(model, batch) * batch.completion_mask
         for piece in micro_batches(range(8), batch.lengths, micro_batch_size=8, max_tokens=15):
             packed = pack(batch, piece, weights, multiple_of=8)
-            logprobs, _ = packed_logprobs(model, packed, chunk_size=None)
+            logprobs, _ = packed_logprobs(model, packed)
             unpack_logprobs(logprobs, packed, out, piece)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
