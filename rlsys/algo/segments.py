@@ -1,4 +1,4 @@
-"""Sums and means over each sequence of a packed micro-batch, with gradient."""
+"""Sums and means over a packed micro-batch: of each sequence, with gradient, and of all tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +9,12 @@ import torch
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def masked_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
+    """A statistic: the sum over trained tokens."""
+    # float64, so that how tokens are split over micro-batches and ranks does not show.
+    return values_T.detach().masked_fill(~mask_T, 0).sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rlsys.algo.kl import KL_ESTIMATORS, k3, log_ratio
 from rlsys.algo.losses.correction import correction_weights
-from rlsys.algo.segments import Segments
+from rlsys.algo.segments import Segments, masked_sum
 from rlsys.registry import Registry
 
 if TYPE_CHECKING:
@@ -181,9 +181,3 @@ def _sampling_statistics(inputs: LossInput, config: GrpoConfig) -> dict[str, Ten
         "sampling/logp_difference/max": difference_T.amax(),
         "sampling/kl": masked_sum(k3(log_ratio(own_T, rollout_T, mask_T)), mask_T),
     }
-
-
-def masked_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
-    """A statistic: the sum over trained tokens."""
-    # float64, so that how tokens are split over micro-batches and ranks does not show.
-    return values_T.detach().masked_fill(~mask_T, 0).sum(dtype=torch.float64)

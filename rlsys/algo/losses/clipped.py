@@ -5,14 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlsys.algo.kl import log_ratio
-from rlsys.algo.losses.base import (
-    LossInput,
-    masked_sum,
-    policy_loss,
-    ratio_statistics,
-    register_loss,
-)
+from rlsys.algo.losses.base import LossInput, policy_loss, ratio_statistics, register_loss
 from rlsys.algo.names import DUAL_CLIP_DELTA
+from rlsys.algo.segments import masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlsys.algo.kl import MAX_LOG_RATIO, log_ratio
+from rlsys.algo.segments import masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,12 +49,12 @@ def correction_weights(
     kept_T = _accepted(log_w_T, inputs, config) & _not_off_policy(inputs, config)
     weights_T = weights_T * kept_T
     statistics = {
-        "importance_sampling_ratio/mean": _sum(weights_T, mask_T),
-        "importance_sampling_ratio/square_mean": _sum(weights_T.square(), mask_T),
+        "importance_sampling_ratio/mean": masked_sum(weights_T, mask_T),
+        "importance_sampling_ratio/square_mean": masked_sum(weights_T.square(), mask_T),
         "importance_sampling_ratio/min": weights_T.masked_fill(~mask_T, torch.inf).amin(),
         "importance_sampling_ratio/max": weights_T.masked_fill(~mask_T, -torch.inf).amax(),
-        "clipped_fraction": _sum(clipped_T & kept_T, mask_T),
-        "masked_fraction": _sum(~kept_T, mask_T),
+        "clipped_fraction": masked_sum(clipped_T & kept_T, mask_T),
+        "masked_fraction": masked_sum(~kept_T, mask_T),
     }
     return weights_T, {f"sampling/{name}": value for name, value in statistics.items()}
 
@@ -87,7 +88,3 @@ def _not_off_policy(inputs: LossInput, config: GrpoConfig) -> Tensor:
     fallen_T = log_ratio(inputs.rollout_logprobs, inputs.logprobs, inputs.mask)
     mean_T = inputs.segments.means(fallen_T, inputs.mask)
     return (inputs.advantages >= 0) | (mean_T <= config.off_policy_mask_threshold)
-
-
-def _sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
-    return values_T.masked_fill(~mask_T, 0).sum(dtype=torch.float64)

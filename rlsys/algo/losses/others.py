@@ -8,13 +8,13 @@ import torch
 
 from rlsys.algo.losses.base import (
     LossInput,
-    masked_sum,
     policy_loss,
     ratio_statistics,
     register_loss,
     token_statistics,
     weighted_sum,
 )
+from rlsys.algo.segments import masked_sum
 
 if TYPE_CHECKING:
     from torch import Tensor
