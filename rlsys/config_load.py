@@ -120,9 +120,9 @@ def config_fields() -> dict[str, FieldInfo]:
     return fields
 
 
-def first_sentence(info: FieldInfo) -> str:
-    """The first sentence of a field's docstring, on one line."""
-    text = " ".join((info.description or "").split())
+def first_sentence(docstring: str | None) -> str:
+    """The first sentence of the first paragraph, on one line."""
+    text = " ".join((docstring or "").partition("\n\n")[0].split())
     end = text.find(". ")
     return text if end < 0 else text[: end + 1]
 
@@ -226,7 +226,7 @@ def _parse_value(
     elif len(texts) == 1:
         values[name] = _boolean(texts[0]) if bool in kinds else texts[0]
     elif not texts:
-        problems.append(f"--{name}: needs a value. {first_sentence(info)}")
+        problems.append(f"--{name}: needs a value. {first_sentence(info.description)}")
     else:
         problems.append(f"--{name}: takes one value, but has {len(texts)}: {' '.join(texts)}")
 
@@ -318,7 +318,7 @@ def _describe(detail: ErrorDetails, origins: dict[str, Origin]) -> str:
         return f"{name}: there is no such field.{_nearest_field(name)}"
     if name in config_sections():
         return f"{name}: should be a section with fields below it, not {detail['input']!r}"
-    meaning = first_sentence(fields[name])
+    meaning = first_sentence(fields[name].description)
     if detail["type"] == "missing":
         return f"{name}: is missing. {meaning}"
     rule = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")

@@ -155,7 +155,7 @@ def _print_config(resolved: ResolvedConfig, console: Console) -> None:
         value = (values[section] if section else values)[field]
         origin = resolved.origins[name]
         indent = "  " if section else ""
-        cells = (indent + field, show_value(value), origin, first_sentence(info))
+        cells = (indent + field, show_value(value), origin, first_sentence(info.description))
         table.add_row(*(Text(cell, style=_ORIGIN_STYLES[origin]) for cell in cells))
     console.print(table)
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlsys.config_load import first_sentence
 from rlsys.data.usage import column_use
 from rlsys.registry import where_defined
 from rlsys.rewards import TrlStyle, load_plugins, orms
@@ -57,7 +58,7 @@ def _row(name: str) -> tuple[Text, Text, Text, Text]:
         settings = "\n".join(map(_as_written, parameters_of(function).values()))
     columns = "\n".join([*use.needed, *(f"[{column}]" for column in use.optional)])
     kinds = ["TRL style"] * isinstance(function, TrlStyle) + ["async"] * is_async(function)
-    about = _first_sentence(inspect.getdoc(function) or "")
+    about = first_sentence(inspect.getdoc(function))
     if kinds:
         about += f" ({', '.join(kinds)})"
     place = where_defined(function).removeprefix(f"{os.getcwd()}/")
@@ -66,13 +67,6 @@ def _row(name: str) -> tuple[Text, Text, Text, Text]:
 
 def _named(name: str, place: str) -> Text:
     return Text(f"{name}\n", style="bold").append(place, style="not bold dim")
-
-
-def _first_sentence(text: str) -> str:
-    """The first sentence of the first paragraph, on one line."""
-    line = " ".join(text.partition("\n\n")[0].split())
-    end = line.find(". ")
-    return line if end < 0 else line[: end + 1]
 
 
 def _as_written(parameter: inspect.Parameter) -> str:

@@ -133,7 +133,7 @@ def test_every_field_is_read_outside_config():
 
 @pytest.mark.parametrize("name", config_fields())
 def test_every_field_has_a_docstring(name):
-    assert first_sentence(config_fields()[name])
+    assert first_sentence(config_fields()[name].description)
 
 
 def test_the_page_of_the_config_is_current():
