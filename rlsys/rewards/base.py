@@ -10,6 +10,7 @@ from typing import Any
 from rlsys.config import REWARD_MODEL_PREFIX
 from rlsys.registry import Registry
 from rlsys.rewards import plugins
+from rlsys.types import Message
 
 Rewards = Sequence[float | None]
 """One number per completion; None: the function does not apply to this one."""
@@ -94,6 +95,11 @@ class TrlStyle:
     def __call__(self, **columns: Any) -> Rewards | Awaitable[Rewards]:
         """Call the function."""
         return self.function(**columns)
+
+
+def as_messages(completions: Sequence[str]) -> list[list[Message]]:
+    """Completions as TRL passes them, see `TrlStyle`."""
+    return [[{"role": "assistant", "content": text}] for text in completions]
 
 
 def trl_style(function: RewardFunction) -> RewardFunction:

@@ -8,7 +8,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, SupportsFloat
 
-from rlsys.rewards.base import TrainerState, TrlStyle, orms
+from rlsys.rewards.base import TrainerState, TrlStyle, as_messages, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
 from rlsys.types import RolloutGroup
 
@@ -84,9 +84,7 @@ class Reward:
         kwargs = {**columns, **self._call_settings}
         args: tuple[Any, ...] = ()
         if isinstance(self.function, TrlStyle):
-            kwargs["completions"] = [
-                [{"role": "assistant", "content": text}] for text in columns["completions"]
-            ]
+            kwargs["completions"] = as_messages(columns["completions"])
         elif not inspect.isfunction(self.function):
             # Objects are called as ms-swift does, completions first whatever the parameter is
             # called; functions as TRL does, all by keyword.

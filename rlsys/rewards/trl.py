@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from rlsys.rewards.base import ORM, register_reward
+from rlsys.rewards.base import ORM, as_messages, register_reward
 
 
 class _FromTRL(ORM):
@@ -28,8 +28,7 @@ class _FromTRL(ORM):
 
     def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         """[G] what TRL's function returns."""
-        messages = [[{"role": "assistant", "content": text}] for text in completions]
-        return self._function(completions=messages, **columns)
+        return self._function(completions=as_messages(completions), **columns)
 
 
 @register_reward("trl/accuracy_reward")
