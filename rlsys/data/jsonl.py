@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from rlsys.run_dir import replacing
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -16,11 +17,9 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
         How many rows there were.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     count = 0
-    with unfinished.open("w", encoding="utf-8") as file:
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
-    unfinished.replace(path)
     return count
