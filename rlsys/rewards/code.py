@@ -165,8 +165,8 @@ class Code(ORM):
             return False
 
     def _returns(self, program: str, test: CallTest) -> bool:
-        request = {"name": test.name, "attributes": [], "args": test.args, "kwargs": {}}
-        request["args"] = [_tagged(arg) for arg in test.args]
+        args = [_tagged(arg) for arg in test.args]
+        request = {"name": test.name, "attributes": [], "args": args, "kwargs": {}}
         with self._sandbox.talk(program, "calls") as running:
             answer = running.ask(json.dumps(request))
         # The answer is the program's own text: no JSON, numbers of 5,000 digits, deep brackets,
