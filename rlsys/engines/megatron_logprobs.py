@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -166,17 +167,10 @@ class MegatronModel:
             filled = [math.ceil(length / of_sequence) * of_sequence for length in lengths]
             longest = max(sum(filled[row] for row in rows) for rows in row_lists)
             total_tokens = math.ceil(longest / of_all) * of_all
-        packed = [
-            pack(
-                batch,
-                rows,
-                weights,
-                multiple_of=of_all,
-                sequence_multiple_of=of_sequence,
-                total_tokens=total_tokens,
-            )
-            for rows in row_lists
-        ]
+        pack_rows = partial(
+            pack, multiple_of=of_all, sequence_multiple_of=of_sequence, total_tokens=total_tokens
+        )
+        packed = [pack_rows(batch, rows, weights) for rows in row_lists]
         if self._experts_span_data_parallel_ranks:
             missing = max(map(len, row_lists_of_ranks)) - len(packed)
         else:
@@ -184,16 +178,7 @@ class MegatronModel:
         if missing:
             untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
             shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
-            packed += missing * [
-                pack(
-                    untrained,
-                    shortest,
-                    torch.zeros_like(weights),
-                    multiple_of=of_all,
-                    sequence_multiple_of=of_sequence,
-                    total_tokens=total_tokens,
-                )
-            ]
+            packed += missing * [pack_rows(untrained, shortest, torch.zeros_like(weights))]
             row_lists = row_lists + missing * [[]]
         return packed, row_lists
 
