@@ -34,18 +34,13 @@ class ModelRank:
         self.store = serve_store(address, self.config.policy.timeout_s)
         return address, self.store.port
 
-    def join(
-        self,
-        address: str,
-        port: int,
-        *,
-        world_size: int,
-        tensor_parallel_size: int,
-        pipeline_parallel_size: int = 1,
-        expert_model_parallel_size: int = 1,
-        context_parallel_size: int = 1,
-    ) -> None:
-        """Become one of `world_size` megatron-core ranks; the first thing that imports megatron."""
+    def join(self, address: str, port: int, **sizes: int) -> None:
+        """Become a megatron-core rank; the first thing that imports megatron.
+
+        Args:
+            address, port: of the store of `rendezvous`.
+            sizes: those of `ParallelLayout`.
+        """
         from rlsys.engines.megatron_cpu import enable_megatron_on_cpu
 
         # What megatron-core says at import about packages that a CPU does not have, and torch about
@@ -61,15 +56,7 @@ class ModelRank:
             self.store = dist.TCPStore(
                 address, port, is_master=False, timeout=timedelta(seconds=timeout_s)
             )
-        layout = ParallelLayout(
-            rank=self.rank,
-            world_size=world_size,
-            tensor_parallel_size=tensor_parallel_size,
-            pipeline_parallel_size=pipeline_parallel_size,
-            expert_model_parallel_size=expert_model_parallel_size,
-            context_parallel_size=context_parallel_size,
-            timeout_s=timeout_s,
-        )
+        layout = ParallelLayout(rank=self.rank, timeout_s=timeout_s, **sizes)
         initialize_parallel(layout, self.store, seed=self.config.seed)
 
 
