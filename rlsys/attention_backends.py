@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlsys.config import PolicyConfig
+    from rlsys.types import Device
 
 _FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 """The distributions that Transformer Engine looks for, by these names and not by their modules."""
@@ -27,7 +28,7 @@ def unsupported_attention(
     policy: PolicyConfig,
     *,
     context_parallel_size: int,
-    device: Literal["cpu", "cuda"],
+    device: Device,
     dtype: str,
 ) -> str | None:
     """Why no machine has the attention that `policy` asks for, and what to do; None if some do.

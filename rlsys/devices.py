@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
 
 from rlsys.config import Config
+from rlsys.types import Device
 
 
 def visible_gpus() -> int:
@@ -17,7 +17,7 @@ def visible_gpus() -> int:
     return sum(1 for _ in Path("/dev").glob("nvidia[0-9]*"))
 
 
-def guess_device(config: Config) -> Literal["cpu", "cuda"]:
+def guess_device(config: Config) -> Device:
     """The device of the run; "auto" goes by this machine, a Ray cluster may have others."""
     if config.device != "auto":
         return config.device

@@ -19,7 +19,6 @@ from rlsys.data.checks import count_rows
 from rlsys.devices import guess_device, visible_gpus
 from rlsys.memory import (
     REWARD_GIB,
-    Device,
     MemoryEstimate,
     estimate_memory,
     estimate_reward_model,
@@ -29,6 +28,7 @@ from rlsys.memory import (
 from rlsys.model_shape import read_model_shape
 from rlsys.preflight import Problem, check_run, find_model_folder
 from rlsys.roles import Role, plan_roles
+from rlsys.types import Device
 
 _ORIGIN_STYLES = {"default": "dim", "file": "", "command line": "bold green"}
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
 
 # Before Ray is imported, which reads some of the environment then.
 from rlsys.ray_env import check_cluster_answers  # isort: skip
@@ -20,7 +19,7 @@ import ray  # isort: skip
 import torch
 from transformers import AutoTokenizer
 
-from rlsys.actors.group import get_all
+from rlsys.actors.group import START_TIMEOUT_S, get_all
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
@@ -42,12 +41,8 @@ from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
 from rlsys.run_dir import RunDir
 from rlsys.tracking import Tracker, build_tracker
+from rlsys.types import Device
 from rlsys.weight_sync.publisher import WeightPublisher
-
-START_TIMEOUT_S = 1800.0
-"""For all models to be loaded, and on GPUs to be compiled for the first time."""
-
-Device = Literal["cpu", "cuda"]
 
 
 @dataclass(frozen=True, slots=True)

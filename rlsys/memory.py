@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from rlsys.config import Config
 from rlsys.model_shape import ModelShape
+from rlsys.types import Device
 
-Device = Literal["cpu", "cuda"]
 GIB = 2**30
 _PROCESS_GIB = {
     ("policy", "cpu"): 0.5,
@@ -30,9 +29,10 @@ _PROCESS_GIB = {
 }
 """A process with its libraries loaded and no model; on cuda what it takes of the GPU."""
 REWARD_GIB = 0.1
-LOGIT_CHUNK_TOKENS = 1024
-"""Logits exist for this many tokens at a time, see rlsys.engines.megatron_model."""
-MAX_CPU_KV_GIB = 4.0
+LOGPROB_CHUNK_TOKENS = 1024
+"""Logits are computed for this many tokens at a time: 1024 x 151,936 in bf16 are 0.3 GB."""
+MAX_CPU_KV_GIB = 4
+"""The largest KV cache of a rollout engine on CPU, unless rollout.kv_cache_memory_mb says."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
     activations = tokens * elements * width * pp / tp
     logits = _logit_bytes(shape, tokens, tp)
     logits_text = (
-        f"{min(tokens, LOGIT_CHUNK_TOKENS):,} tokens at a time x vocabulary "
+        f"{min(tokens, LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
         f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies"
     )
     # The output weight's gradient, summed over chunks in fp32, and in the weight's own type.
@@ -297,4 +297,4 @@ def _mlp_elements(shape: ModelShape) -> int:
 
 def _logit_bytes(shape: ModelShape, tokens: int, tp: int) -> float:
     # fp32 logits, their exponentials and the gradient, chunk by chunk.
-    return 3 * 4 * min(tokens, LOGIT_CHUNK_TOKENS) * shape.vocab_size / tp
+    return 3 * 4 * min(tokens, LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp

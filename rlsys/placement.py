@@ -11,7 +11,7 @@ Actors in one bundle of one GPU see the same GPU.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group
@@ -20,6 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from rlsys.actors.group import CPU_SHARE, on_cpu
 from rlsys.config import Config
 from rlsys.roles import Role, RoleName, plan_roles
+from rlsys.types import Device
 
 PLACEMENT_TIMEOUT_S = 60.0
 """For Ray to find GPUs that are free; they are, unless somebody else uses the cluster."""
@@ -33,7 +34,7 @@ class Placement:
             one engine; it says who asks for what.
     """
 
-    def __init__(self, config: Config, *, device: Literal["cpu", "cuda"]):
+    def __init__(self, config: Config, *, device: Device):
         roles = [role for role in plan_roles(config, device=device) if role.name != "reward"]
         self._roles = {(role.name, role.rank): role for role in roles}
         self._sharers = Counter(map(self._owner, roles))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlsys.config import Config
+from rlsys.types import Device
 
 RoleName = Literal["policy", "rollout", "reference", "reward_model", "reward"]
 
@@ -25,7 +26,7 @@ class Role:
     """Name and rank of the actor on whose GPU it runs."""
 
 
-def plan_roles(config: Config, *, device: Literal["cpu", "cuda"]) -> list[Role]:
+def plan_roles(config: Config, *, device: Device) -> list[Role]:
     """Every actor of the run, group by group: policy, rollout, reference and reward models (if
     any), reward."""
     gpu = 1 if device == "cuda" else 0

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
+Device = Literal["cpu", "cuda"]
+"""What a run computes on."""
 FinishReason = Literal["stop", "length", "abort"]
 RewardFailure = Literal["timeout", "crashed", "error"]
 """Why a reward function has no value of its own for a completion: it was killed after

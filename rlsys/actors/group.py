@@ -12,6 +12,8 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 
 CPU_SHARE = 0.01
 """Of Ray's bookkeeping: policy, rollout and reference take turns on the same cores."""
+START_TIMEOUT_S = 1800.0
+"""For models to be loaded, and on GPUs to be compiled for the first time."""
 DEATH_NOTICE_S = 5.0
 """When an actor dies, those that talk with it raise, at times before Ray knows of the death."""
 

@@ -6,20 +6,25 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import ray
 from ray import ObjectRefGenerator
 
-from rlsys.actors.group import ActorFailure, Place, get_all, get_one, inherited_env, on_cpu
+from rlsys.actors.group import (
+    START_TIMEOUT_S,
+    ActorFailure,
+    Place,
+    get_all,
+    get_one,
+    inherited_env,
+    on_cpu,
+)
 from rlsys.config import Config
 from rlsys.engines.engine_loop import EngineLoop, Outcome
 from rlsys.engines.vllm_settings import rollout_env
-from rlsys.types import RolloutGroup, SampleRequest
+from rlsys.types import Device, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Connection
-
-# Loading a large model, and on GPUs compiling it for the first time, takes minutes.
-START_TIMEOUT_S = 1800.0
 
 
 class RolloutActor:
@@ -29,7 +34,7 @@ class RolloutActor:
     is not always the order in which they were made: Ray keeps none among those of an async actor.
     """
 
-    def __init__(self, config: Config, device: Literal["cpu", "cuda"], engine_rank: int):
+    def __init__(self, config: Config, device: Device, engine_rank: int):
         start = time.monotonic()
         from rlsys.engines.vllm import VLLMEngine  # takes seconds, and only this process needs it
 
@@ -100,7 +105,7 @@ class RolloutActors:
         self,
         config: Config,
         *,
-        device: Literal["cpu", "cuda"],
+        device: Device,
         place: Place = on_cpu,
     ):
         rollout = config.rollout

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +22,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.attention_backends import missing_attention, unsupported_attention
 from rlsys.config import PolicyConfig
+from rlsys.memory import LOGPROB_CHUNK_TOKENS
 from rlsys.model_shape import ModelShape
-
-LOGPROB_CHUNK_TOKENS = 1024
-"""Logits are computed for this many tokens at a time: 1024 x 151,936 in bf16 are 0.3 GB."""
+from rlsys.types import Device
 
 
 def transformer_config(
@@ -41,7 +40,7 @@ def transformer_config(
     Raises:
         ValueError: this machine has no attention of kind policy.attention_backend.
     """
-    device: Literal["cpu", "cuda"] = "cpu" if on_cpu else "cuda"
+    device: Device = "cpu" if on_cpu else "cuda"
     problem = unsupported_attention(
         policy,
         context_parallel_size=parallel_state.get_context_parallel_world_size(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from pydantic import ValidationError
@@ -24,7 +24,7 @@ from rlsys.engines.vllm_logprobs import keep_sampled_logprobs, sampled_logprobs
 from rlsys.engines.vllm_settings import engine_arguments
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.model_shape import read_model_shape
-from rlsys.types import Completion, FinishReason, Prompt, RolloutGroup, SampleRequest
+from rlsys.types import Completion, Device, FinishReason, Prompt, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Connection, place_of_engine
 
 
@@ -59,7 +59,7 @@ class VLLMEngine:
         model_path: str,
         *,
         config: Config,
-        device: Literal["cpu", "cuda"],
+        device: Device,
         engine_rank: int,
     ):
         folder = resolve_model_path(model_path)

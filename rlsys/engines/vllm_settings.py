@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any
 
 from rlsys.config import Config
-from rlsys.memory import bytes_per_weight, longest_row, sync_bucket_bytes
+from rlsys.memory import (
+    GIB,
+    MAX_CPU_KV_GIB,
+    bytes_per_weight,
+    longest_row,
+    sync_bucket_bytes,
+)
 from rlsys.model_shape import ModelShape
+from rlsys.types import Device
 
 # Tokens of a KV block: vLLM's default on CPU, where kernels want multiples of 32.
 CPU_BLOCK_SIZE = 128
-MAX_CPU_KV_CACHE_BYTES = 4 * 2**30
 # Prompt tokens of one CPU step. Larger gains nothing, and activations grow with it.
 CPU_BATCHED_TOKENS = 8192
 
@@ -28,7 +34,7 @@ LOGIT_COPIES = 4
 SYNC_BUCKETS = 3
 
 
-def rollout_env(device: Literal["cpu", "cuda"]) -> dict[str, str]:
+def rollout_env(device: Device) -> dict[str, str]:
     """Environment of a rollout engine's process, to be set before anything is imported there."""
     env = {
         # The engine runs in the actor's own process: one import of vLLM instead of two, and an
@@ -60,7 +66,7 @@ def engine_arguments(
     config: Config,
     shape: ModelShape,
     *,
-    device: Literal["cpu", "cuda"],
+    device: Device,
     engine_rank: int,
     gpu_bytes: int | None = None,
 ) -> dict[str, Any]:
@@ -142,14 +148,12 @@ def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int)
 
 
 def cpu_kv_cache_bytes(config: Config, shape: ModelShape) -> int:
-    """KV cache of one CPU engine: max_num_seqs full sequences, 4 GiB at most."""
+    """KV cache of one CPU engine: max_num_seqs full sequences, MAX_CPU_KV_GIB at most."""
     full = kv_cache_bytes(config, shape, sequences=config.rollout.max_num_seqs, device="cpu")
-    return min(full, MAX_CPU_KV_CACHE_BYTES)
+    return min(full, MAX_CPU_KV_GIB * GIB)
 
 
-def kv_cache_bytes(
-    config: Config, shape: ModelShape, *, sequences: int, device: Literal["cpu", "cuda"]
-) -> int:
+def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device: Device) -> int:
     """For so many sequences of the greatest length, in vLLM's blocks."""
     block_size = CPU_BLOCK_SIZE if device == "cpu" else GPU_BLOCK_SIZE
     blocks_per_sequence = -(-longest_row(config) // block_size)
