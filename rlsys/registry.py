@@ -11,9 +11,15 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 
-def did_you_mean(name: str, known: list[str]) -> str:
-    """A hint, "Did you mean 'x'?", of the known name nearest to `name`; empty if none is near."""
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+def did_you_mean(name: str, known: list[str], *, cutoff: float = 0.6) -> str:
+    """A hint, "Did you mean 'x'?", of the known name nearest to `name`; empty if none is near.
+
+    Args:
+        name: what was asked for.
+        known: what there is.
+        cutoff: of difflib's ratio, from 0 to 1; a hint that is wrong is worse than none.
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
