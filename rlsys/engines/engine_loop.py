@@ -42,16 +42,17 @@ class EngineLoop:
     """
 
     def __init__(self, build: Callable[[], SteppedEngine]):
-        self._commands: SimpleQueue[tuple[Future[Any], Callable[[SteppedEngine], Any]]]
+        self._commands: SimpleQueue[tuple[Future[Any], Callable[[SteppedEngine], Any]] | None]
         self._commands = SimpleQueue()
         self._on_end: dict[int, Callable[[Outcome], None]] = {}
         """Of what is being sampled, by group_id. Touched by the engine's thread alone."""
         self._broken: Exception | None = None
         """Why the engine cannot be used any more: a step failed, and could not be cleaned up."""
         built: Future[None] = Future()
-        threading.Thread(
+        self._thread = threading.Thread(
             target=self._run, args=(build, built), name="rollout engine", daemon=True
-        ).start()
+        )
+        self._thread.start()
         built.result()
 
     def sample(self, requests: Sequence[SampleRequest], on_end: Callable[[Outcome], None]) -> None:
@@ -95,6 +96,11 @@ class EngineLoop:
 
         return self._ask(call)
 
+    def close(self) -> None:
+        """Let go of the engine and end its thread."""
+        self._commands.put(None)
+        self._thread.join()
+
     def _ask(self, command: Callable[[SteppedEngine], Any]) -> Future[Any]:
         future: Future[Any] = Future()
         self._commands.put((future, command))
@@ -113,7 +119,10 @@ class EngineLoop:
         built.set_result(None)
         while True:
             while self._broken or not (engine.has_work and self._commands.empty()):
-                _answer(*self._commands.get(), engine)
+                asked = self._commands.get()
+                if asked is None:
+                    return
+                _answer(*asked, engine)
             self._step(engine)
 
     def _step(self, engine: SteppedEngine) -> None:

@@ -59,7 +59,9 @@ def engine():
 
 @pytest.fixture
 def loop(engine):
-    return EngineLoop(lambda: engine)
+    loop = EngineLoop(lambda: engine)
+    yield loop
+    loop.close()
 
 
 def sample(loop, *group_ids):
