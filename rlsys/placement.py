@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.actors.group import CPU_SHARE, on_cpu
 from rlsys.config import Config
-from rlsys.roles import Role, RoleName, plan_roles
+from rlsys.roles import Role, RoleName, asked_for, fewer_gpus, plan_roles
 from rlsys.types import Device
 
 PLACEMENT_TIMEOUT_S = 60.0
@@ -77,7 +77,7 @@ class Placement:
         if not self._group.wait(PLACEMENT_TIMEOUT_S):
             raise ValueError(
                 f"Ray could not place the run within {PLACEMENT_TIMEOUT_S:g} s: "
-                f"{_asked_for(owners)}, and an engine's GPUs must be on one host. "
+                f"{asked_for(owners)}, and an engine's GPUs must be on one host. "
                 f"{_free_gpus()}. Free some, or lower rollout.tensor_parallel_size, "
                 "rollout.num_engines or policy.world_size, or raise rollout.engines_per_gpu"
             )
@@ -87,26 +87,22 @@ def _check_enough(roles: list[Role]) -> None:
     wanted, total = sum(role.gpus for role in roles), ray.cluster_resources().get("GPU", 0)
     if wanted > total:
         raise ValueError(
-            f"{_asked_for(roles)}, and the Ray cluster has {total:g}: lower policy.world_size or "
-            "rollout.num_engines, raise rollout.engines_per_gpu, set reference.placement and "
-            "reward.reward_model_placement to policy, or add GPUs"
+            f"{asked_for(roles)}, and the Ray cluster has {total:g}: {fewer_gpus(int(total))}"
+        )
+    widest = max(role.gpus for role in roles)
+    largest_host = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
+    if widest > largest_host:
+        raise ValueError(
+            f"an engine's GPUs must be on one host, rollout.tensor_parallel_size = {widest}, and "
+            f"the largest host of the Ray cluster has {largest_host:g}: lower tensor_parallel_size"
         )
     available = ray.available_resources().get("GPU", 0)
     if wanted > available:
         print(
-            f"waiting up to {PLACEMENT_TIMEOUT_S:g} s: {_asked_for(roles)}, and of the cluster's "
+            f"waiting up to {PLACEMENT_TIMEOUT_S:g} s: {asked_for(roles)}, and of the cluster's "
             f"{total:g} only {available:g} are free now",
             flush=True,
         )
-
-
-def _asked_for(roles: list[Role]) -> str:
-    gpus = {
-        name: sum(role.gpus for role in roles if role.name == name)
-        for name in dict.fromkeys(role.name for role in roles)
-    }
-    parts = ", ".join(f"{name} {number}" for name, number in gpus.items() if number)
-    return f"the run needs {sum(gpus.values())} GPUs ({parts})"
 
 
 def _free_gpus() -> str:

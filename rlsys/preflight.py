@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ from rlsys.config import Config, PolicyConfig
 from rlsys.config_load import is_saved_config
 from rlsys.data.checks import check_data, count_rows
 from rlsys.data.spec import is_no_hub_id
-from rlsys.devices import guess_device
+from rlsys.devices import guess_device, visible_gpus
 from rlsys.hub import hub_answers
 from rlsys.model_shape import ModelShape, read_model_shape
 from rlsys.rewards import orms, plugin_problems, settings_of
+from rlsys.roles import asked_for, fewer_gpus, plan_roles
 from rlsys.run_dir import RunDir
 from rlsys.tracking import trackers
+from rlsys.weight_files import weight_file_problems
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention on CPU has kernels for."""
@@ -49,6 +52,7 @@ def check_run(config: Config) -> list[Problem]:
         *_packages(config),
         *_models(config),
         *_attention(config),
+        *_gpus(config),
         *_datasets(config),
         *_rewards(config),
         *_algorithm(config),
@@ -170,8 +174,11 @@ def _one_model(
 
 
 def _model_files(field: str, folder: Path) -> Iterator[Problem]:
-    if not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         yield Problem(f"{field}: {folder} holds no .safetensors file, so no weights", True)
+    for text in weight_file_problems(folder, files):
+        yield Problem(f"{field}: {text}", True)
     if field != "model.path":
         return
     if not (folder / "tokenizer.json").is_file() and not any(folder.glob("*.model")):
@@ -243,6 +250,17 @@ def _attention(config: Config) -> Iterator[Problem]:
             yield Problem(missing, True)
 
 
+def _gpus(config: Config) -> Iterator[Problem]:
+    """Whether this machine has enough of them, where the run starts a cluster of its own here."""
+    if guess_device(config) == "cpu" or os.environ.get("RAY_ADDRESS"):
+        return
+    roles, there_are = plan_roles(config, device="cuda"), visible_gpus()
+    if sum(role.gpus for role in roles) > there_are:
+        yield Problem(
+            f"{asked_for(roles)}, and this machine shows {there_are}: {fewer_gpus(there_are)}", True
+        )
+
+
 def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
     tp = config.rollout.tensor_parallel_size
     # vLLM replicates KV heads and pads the vocabulary, so fewer numbers have to divide.
@@ -253,6 +271,12 @@ def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"rollout.tensor_parallel_size = {tp} does not divide the model's {shape.num_heads} "
             f"attention heads and intermediate size {intermediate}: use "
             f"{_divisors(fitting)}"
+        )
+    kv_heads = shape.num_kv_heads
+    if kv_heads % tp and tp % kv_heads:
+        yield Problem(
+            f"rollout.tensor_parallel_size = {tp} neither divides the model's {kv_heads} KV heads "
+            f"nor is a multiple of them: use {_divisors(kv_heads)}"
         )
     if guess_device(config) == "cpu" and shape.head_dim not in CPU_HEAD_DIMS:
         yield Problem(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,3 +69,23 @@ def plan_roles(config: Config, *, device: Device) -> list[Role]:
     ]
     roles += [Role("reward", rank, 0, 1) for rank in range(config.reward.num_workers)]
     return roles
+
+
+def asked_for(roles: Sequence[Role]) -> str:
+    """How many GPUs they need in all, and who of them how many."""
+    gpus = {
+        name: sum(role.gpus for role in roles if role.name == name)
+        for name in dict.fromkeys(role.name for role in roles)
+    }
+    parts = ", ".join(f"{name} {number}" for name, number in gpus.items() if number)
+    return f"the run needs {sum(gpus.values())} GPUs ({parts})"
+
+
+def fewer_gpus(there_are: int) -> str:
+    """What to do where there are not enough."""
+    if not there_are:
+        return "run on the CPU with --device cpu, or where there are GPUs"
+    return (
+        "lower policy.world_size or rollout.num_engines, raise rollout.engines_per_gpu, set "
+        "reference.placement and reward.reward_model_placement to policy, or add GPUs"
+    )

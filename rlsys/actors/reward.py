@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from rlsys.actors.group import Place
+from rlsys.actors.group import Place, inherited_env
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins
 from rlsys.rewards.pool import RewardPool
@@ -72,7 +72,10 @@ class RayBackend:
         self._settings = settings
         self._models = list(models)
         self._place = place
-        self._options: dict[str, Any] = {"num_cpus": WORKER_CPUS}
+        self._options: dict[str, Any] = {
+            "num_cpus": WORKER_CPUS,
+            "runtime_env": {"env_vars": inherited_env()},
+        }
 
     def spawn(self, names: Sequence[str], *, concurrent: bool) -> tuple[ActorHandle, ray.ObjectRef]:
         """Start an actor."""

@@ -17,8 +17,9 @@ from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, serve_store
 if TYPE_CHECKING:
     Refs = dict[str, ray.ObjectRef]  # actor name -> reference, in rank order
 
-# A rank that waits for another gives up after timeout_s and says who and where it was; the driver
-# waits this much longer, so that its own, less specific, deadline comes second.
+# Between CPUs a rank that waits for another gives up after timeout_s and says who and where it was,
+# and the driver waits this much longer, so that its own, less specific, deadline comes second. Over
+# NCCL nobody waits on the host: torch ends a process whose transfer took too long.
 GRACE_S = 5.0
 
 

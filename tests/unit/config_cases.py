@@ -58,10 +58,10 @@ def write_config(folder: Path, **sections: Any) -> Path:
 
 
 def write_model(folder: Path, **sizes: Any) -> Path:
-    """What preflight reads of a model folder; the weights are an empty file."""
+    """What preflight reads of a model folder; the file of weights holds none."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(MODEL_SIZES | sizes))
-    (folder / "model.safetensors").touch()
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     (folder / "tokenizer.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder

@@ -12,7 +12,19 @@ from rlsys.run_dir import ENDED, RunDir
 
 
 @pytest.fixture
-def problems(tmp_path):
+def gpus(monkeypatch):
+    """Sets how many this machine shows; many, unless a test says otherwise."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def show(number):
+        monkeypatch.setattr("rlsys.preflight.visible_gpus", lambda: number)
+
+    show(64)
+    return show
+
+
+@pytest.fixture
+def problems(tmp_path, gpus):
     def run(*overrides, **sections):
         return check_run(load_config(write_run(tmp_path, **sections), overrides).config)
 
@@ -151,6 +163,68 @@ def test_a_config_json_that_lacks_a_size(problems, tmp_path):
 def test_a_model_folder_that_is_not_whole(problems, tmp_path, file, words):
     (write_model(tmp_path / "other") / file).unlink()
     assert words in only(problems(model={"path": str(tmp_path / "other")}))
+
+
+def safetensors(header, num_bytes):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 7\n", "git lfs pull"),
+        (safetensors({"a": {"data_offsets": [0, 8]}}, 7), "is cut off"),
+        (safetensors({"a": {"data_offsets": [0, 8]}}, 0)[:-20], "is cut off"),
+        (b"PK\x03\x04 something else", "is no safetensors file"),
+    ],
+)
+def test_weights_that_did_not_arrive_whole(problems, tmp_path, content, words):
+    folder = write_model(tmp_path / "other")
+    (folder / "model.safetensors").write_bytes(content)
+    found = problems(model={"path": str(folder)})
+    assert words in only(found)
+    assert "model.safetensors" in only(found)
+    assert found[0].only_here
+
+
+def test_whole_weights_are_no_problem_and_missing_shards_are(problems, tmp_path):
+    folder = write_model(tmp_path / "other")
+    whole = safetensors({"__metadata__": {"format": "pt"}, "a": {"data_offsets": [0, 8]}}, 8)
+    (folder / "model.safetensors").write_bytes(whole)
+    assert problems(model={"path": str(folder)}) == []
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-2.safetensors" in only(problems(model={"path": str(folder)}))
+
+
+@pytest.mark.parametrize(
+    ("there_are", "overrides", "words"),
+    [
+        (1, [], ["needs 2 GPUs (policy 1, rollout 1)", "shows 1", "lower policy.world_size"]),
+        (3, ["--rollout.num_engines", "3"], ["needs 4 GPUs (policy 1, rollout 3)", "shows 3"]),
+        (0, [], ["shows 0", "--device cpu"]),
+    ],
+)
+def test_more_gpus_than_this_machine_has(problems, gpus, monkeypatch, there_are, overrides, words):
+    gpus(there_are)
+    found = problems("--device", "cuda", *overrides)
+    for word in words:
+        assert word in only(found)
+    assert found[0].only_here
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # whose GPUs nobody sees from here
+    assert problems("--device", "cuda", *overrides) == []
+
+
+@pytest.mark.parametrize(("tp", "fits"), [(2, True), (4, True), (6, False)])
+def test_engines_whose_tensor_parallel_size_fits_no_kv_heads(problems, tmp_path, tp, fits):
+    """12 heads on 4 KV heads: vLLM shares out either KV heads or copies of them."""
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 384}
+    folder = write_model(tmp_path / "other", **sizes)
+    options = ("--model.path", str(folder), "--rollout.tensor_parallel_size", str(tp))
+    found = problems("--device", "cuda", *options)
+    assert fits or "neither divides the model's 4 KV heads nor" in only(found)
+    assert bool(found) != fits
 
 
 def test_a_chat_template_may_be_in_the_tokenizer_config(problems, tmp_path):
