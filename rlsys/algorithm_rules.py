@@ -13,7 +13,9 @@ from rlsys.algo.names import (
     CLIPPED_LOSSES,
     DEFAULT_AGGREGATION,
     DUAL_CLIP_DELTA,
+    LOSSES_ELSEWHERE,
     SEQUENCE_LOSSES,
+    WARM_START_LOSSES,
     aggregation_of,
 )
 from rlsys.registry import did_you_mean
@@ -34,23 +36,26 @@ def algorithm_problems(config: Config) -> Iterator[RuleProblem]:
 
 
 def _name_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
-    if grpo.loss_type == "sft":
+    if grpo.loss_type in WARM_START_LOSSES:
         yield RuleProblem(
             ("grpo.loss_type",),
-            "grpo.loss_type = sft imitates completions whatever they earn, it is for warm starts: "
-            "use grpo, or see docs/algorithm.md",
+            f"grpo.loss_type = {grpo.loss_type} imitates completions whatever they earn, it is for "
+            "warm starts: use grpo, or see docs/algorithm.md",
         )
     if grpo.external_plugins:
         return  # which may register any name; preflight looks
-    for field, name, known in (
-        ("loss_type", grpo.loss_type, list(DEFAULT_AGGREGATION)),
-        ("advantage_estimator", grpo.advantage_estimator, list(ADVANTAGE_ESTIMATORS)),
+    loss, estimator = grpo.loss_type, grpo.advantage_estimator
+    for field, name, meant, known in (
+        ("loss_type", loss, LOSSES_ELSEWHERE.get(loss.lower(), loss), list(DEFAULT_AGGREGATION)),
+        ("advantage_estimator", estimator, estimator, list(ADVANTAGE_ESTIMATORS)),
     ):
         if name not in known:
+            offered = [other for other in known if other not in WARM_START_LOSSES]
             yield RuleProblem(
                 (f"grpo.{field}",),
-                f"grpo.{field} = {name} is not known.{did_you_mean(name, known)} Known: "
-                f"{', '.join(known)}. For one of your own, name its file in grpo.external_plugins",
+                f"grpo.{field} = {name} is not known.{did_you_mean(meant, offered)} Known: "
+                f"{', '.join(offered)}. For one of your own, name its file in "
+                "grpo.external_plugins",
             )
 
 

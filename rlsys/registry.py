@@ -5,22 +5,22 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
-
 
 def did_you_mean(name: str, known: list[str], *, cutoff: float = 0.7) -> str:
     """A hint, "Did you mean 'x'?", of the known name nearest to `name`; empty if none is near.
 
     Args:
-        name: what was asked for.
+        name: what was asked for, in any case.
         known: what there is.
         cutoff: of difflib's ratio, from 0 to 1; a hint that is wrong is worse than none.
     """
-    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
-    return f" Did you mean {near[0]!r}?" if near else ""
+    by_letters = {key.lower(): key for key in known}
+    near = difflib.get_close_matches(name.lower(), list(by_letters), n=1, cutoff=cutoff)
+    return f" Did you mean {by_letters[near[0]]!r}?" if near else ""
 
 
 class Registry(UserDict[str, T]):
@@ -35,9 +35,11 @@ class Registry(UserDict[str, T]):
         losses["grpo"]
     """
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, *, unlisted: Collection[str] = ()):
         super().__init__()
         self.kind = kind
+        self._unlisted = unlisted
+        """Names that work and that errors do not offer."""
 
     def __setitem__(self, name: str, value: T) -> None:
         before = self.data.get(name, value)
@@ -51,9 +53,10 @@ class Registry(UserDict[str, T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self.data:
+            known = sorted(set(self.data).difference(self._unlisted))
             raise ValueError(
-                f"unknown {self.kind} {name!r}.{did_you_mean(name, list(self.data))} "
-                f"Known: {', '.join(sorted(self.data)) or 'none'}."
+                f"unknown {self.kind} {name!r}.{did_you_mean(name, known)} "
+                f"Known: {', '.join(known) or 'none'}."
             )
         return self.data[name]
 

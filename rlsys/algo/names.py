@@ -23,10 +23,15 @@ DEFAULT_AGGREGATION: dict[str, Aggregation] = {
 }
 """Of every built-in loss: how its paper averages token losses over an optimizer step."""
 
+WARM_START_LOSSES = ("sft",)
+"""Those that look at no reward, which `grpo.loss_type` refuses."""
 CLIPPED_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo", "dual_clip", "gspo", "luspo")
 """Losses with the clipped surrogate, which know `importance_sampling_level` and `delta`."""
 SEQUENCE_LOSSES = ("gspo", "luspo")
 """Those of them whose ratio is that of the sequence unless `importance_sampling_level` is set."""
+
+LOSSES_ELSEWHERE = {"ppo": "grpo", "ppo_clip": "grpo", "vanilla": "grpo"}
+"""What OpenRLHF and verl call PPO's clipped loss -> its name here."""
 
 DUAL_CLIP_DELTA = 3.0
 """`delta` of dual_clip unless it is set: c of arXiv:1912.09729."""

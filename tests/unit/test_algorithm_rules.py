@@ -33,6 +33,9 @@ def problems(grpo, **sections):
     ("grpo", "reason"),
     [
         ({"loss_type": "gsop"}, "Did you mean 'gspo'"),
+        ({"loss_type": "GRPO"}, "Did you mean 'grpo'"),
+        ({"loss_type": "ppo"}, "Did you mean 'grpo'? Known: grpo, bnpo,"),
+        ({"loss_type": "x"}, "sapo, reinforce. For one of your own"),  # sft is for warm starts
         ({"advantage_estimator": "rlo"}, "Did you mean 'rloo'"),
         ({"loss_type": "sft"}, "imitates"),
         ({"loss_type": "gspo", "loss_aggregation": "token_mean"}, "2507.18071"),
@@ -191,5 +194,7 @@ def test_a_plugin_may_bring_a_loss(tmp_path):
         unknown = config(grpo | {"loss_type": "loss-of-the-plugin"})
         (text,) = [str(p) for p in check_run(unknown) if str(p).startswith("grpo")]
         assert "Did you mean 'loss-of-a-plugin'" in text
+        assert "sft" not in text
+        assert "sft" in losses
     finally:
         del losses["loss-of-a-plugin"]

@@ -201,6 +201,8 @@ def test_a_tracker_of_ones_own_is_a_class_and_a_name(run, monkeypatch):
 def test_an_unknown_tracker_is_named_with_the_known_ones(run):
     with pytest.raises(ValueError, match=r"unknown tracker 'tensorbord'\. Did you mean 'tensorb"):
         build_tracker(reporting_to(run, "tensorbord"))
+    with pytest.raises(ValueError, match=r"unknown tracker 'swanlab'\. Known: .*wandb"):
+        build_tracker(reporting_to(run, "swanlab"))
     assert not run.path.exists()
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from rlsys.algo.kl import KL_ESTIMATORS, k3, log_ratio
 from rlsys.algo.losses.correction import correction_weights
+from rlsys.algo.names import WARM_START_LOSSES
 from rlsys.algo.segments import Segments, masked_sum
 from rlsys.registry import Registry
 
@@ -87,7 +88,7 @@ class LossInput:
 
 LossFunction = Callable[[LossInput, "GrpoConfig"], tuple[Tensor, dict[str, Tensor]]]
 
-losses: Registry[LossFunction] = Registry("loss")
+losses: Registry[LossFunction] = Registry("loss", unlisted=WARM_START_LOSSES)
 register_loss = losses.register
 
 
