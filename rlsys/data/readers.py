@@ -119,7 +119,8 @@ def _starts_with_bracket(path: Path) -> bool:
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
-    row = _parse(line)
+    # Without the line's end, or an error at the end of the line is one of the next line.
+    row = _parse(line.rstrip(b"\r\n"))
     if not isinstance(row, dict):
         raise BadRow(_no_object(row))
     return row
@@ -133,7 +134,7 @@ def _parse(content: bytes) -> Any:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadRow(_not_utf8(content, error.start)) from None
+        raise BadRow(not_utf8(content, error.start)) from None
     try:
         value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
     except json.JSONDecodeError as error:
@@ -180,7 +181,8 @@ def check_unicode(value: Any) -> None:
         ) from None
 
 
-def _not_utf8(content: bytes, byte: int) -> str:
+def not_utf8(content: bytes, byte: int) -> str:
+    """What is wrong with a line that has a byte, counted from 0, that is no UTF-8."""
     hint = " (it looks like UTF-16)" if content.count(0) > len(content) // 3 else ""
     return (
         f"is not a text in UTF-8: byte {byte + 1} is {content[byte]:#04x}{hint}; convert the file "

@@ -287,6 +287,11 @@ def test_a_long_list_of_bad_rows_is_cut(tokenizer, tmp_path):
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"prompt": "a"}\n\n{"prompt": \n', r"a\.jsonl, line 3: not JSON"),
+        (
+            "a.jsonl",
+            b'{"prompt": "a"}\n{"prompt": "a"\r\n',
+            r"a\.jsonl, line 2: not JSON: Expecting ',' delimiter at column 15\b",
+        ),
         ("a.jsonl", b'{"prompt": "a"}\n["b"]\n', r"a\.jsonl, line 2: expected a JSON object"),
         ("a.json", b'[{"prompt": "a"}', r"a\.json: not JSON"),
         ("a.jsonl", '{"prompt": "a"}'.encode("utf-16"), r"line 1: is not .* UTF-8.*UTF-16"),
