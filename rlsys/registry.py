@@ -57,9 +57,13 @@ class Registry(UserDict[str, T]):
             known = sorted(set(self.data).difference(self._unlisted))
             raise ValueError(
                 f"unknown {self.kind} {name!r}.{did_you_mean(name, known)} "
-                f"Known: {', '.join(known) or 'none'}."
+                f"Known: {', '.join(known) or 'none'}.{self.remedy(name)}"
             )
         return self.data[name]
+
+    def remedy(self, name: str) -> str:
+        """What else to say about an unknown `name`, for registries that know more."""
+        return ""
 
     def register(self, name: str) -> Callable[[T], T]:
         """Decorator form of `registry[name] = value`."""

@@ -146,6 +146,18 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
             self[name] = trl_style(function) if name.startswith(TRL_PREFIX) else function
         return super().__getitem__(name)
 
+    def remedy(self, name: str) -> str:
+        """For a name that is that of a plugin or of a function in it: how to name the function."""
+        found = plugins.find_unregistered(name)
+        if found is None:
+            return ""
+        path, reference = found
+        return (
+            f" {path} was loaded, but registered no reward {name!r}: put "
+            f"@register_reward({name!r}) above the function in it, or name that as "
+            f"{reference} (path:function)."
+        )
+
 
 orms: RewardRegistry = RewardRegistry("reward function")
 """Name -> ORM class, or function `f(completions, **columns)`; either may be async."""

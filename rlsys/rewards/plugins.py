@@ -22,6 +22,7 @@ from typing import Any
 from rlsys.registry import did_you_mean
 
 ENTRY_POINT_GROUP = "rlsys.rewards"
+_MODULE_PREFIX = "rlsys_plugin_"
 
 
 def load_plugins(paths: Iterable[str | Path]) -> None:
@@ -72,6 +73,31 @@ def load_reference(reference: str) -> Any:
             f"{place!r} has no function or class {name!r}.{did_you_mean(name, functions)}"
         )
     return value
+
+
+def find_unregistered(name: str) -> tuple[str, str] | None:
+    """A loaded plugin that is called `name` or has a function `name`.
+
+    Returns:
+        its path, and a reference to that function, in a plugin called `name` to its first.
+    """
+    for module_name, module in list(sys.modules.items()):
+        if not module_name.startswith(_MODULE_PREFIX):
+            continue
+        assert module.__file__ is not None
+        path = module.__file__.removeprefix(f"{os.getcwd()}/")
+        own = [
+            key
+            for key, value in vars(module).items()
+            if getattr(value, "__module__", None) == module_name  # imported ones have another
+            and callable(value)
+            and not key.startswith("_")
+        ]
+        if name in own:
+            return path, f"{path}:{name}"
+        if Path(path).stem == name:
+            return path, f"{path}:{own[0] if own else 'FUNCTION'}"
+    return None
 
 
 @cache
@@ -126,7 +152,7 @@ def _import_module(name: str, reference: str) -> ModuleType:
 
 def _load(path: Path) -> ModuleType:
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    name = f"rlsys_plugin_{path.stem}_{digest}"
+    name = f"{_MODULE_PREFIX}{path.stem}_{digest}"
     if name in sys.modules:
         return sys.modules[name]
     if not path.is_file():

@@ -189,6 +189,22 @@ def test_a_reference_names_a_function_of_a_file(tmp_path, monkeypatch):
         orms["own/none.py:short"]
 
 
+def test_a_plugin_that_registers_nothing_says_how_to_name_its_function(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "import os\nfrom rlsys.rewards import ORM\n_x = 1\n"
+    write(tmp_path / "noreg.py", code + "def pays(completions, **kwargs):\n    return [1.0]\n")
+    load_plugins(["noreg.py"])
+    for name in ("noreg", "pays"):
+        with pytest.raises(ValueError, match=f"unknown reward function '{name}'") as caught:
+            orms[name]
+        assert f"noreg.py was loaded, but registered no reward {name!r}" in str(caught.value)
+        assert "name that as noreg.py:pays (path:function)" in str(caught.value)
+    with pytest.raises(ValueError, match=r"Known: [^:]*\.$"):
+        orms["nothing"]
+    assert orms["noreg.py:pays"](["a"]) == [1.0]
+    del orms.data["noreg.py:pays"]
+
+
 def test_a_reference_names_a_function_of_a_module(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
