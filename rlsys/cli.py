@@ -14,8 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlsys import __version__
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -36,20 +34,9 @@ Any field of the config can be set after CONFIG, as --section.field value:
 """
 
 
-_WITH_CONFIG = (["grpo"], ["explain"], ["data", "preview"])
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    command = words[: 2 if words[:1] == ["data"] else 1]
-    if command in _WITH_CONFIG and not words[len(command) :]:
-        parser.error(f"which config? rlsys {' '.join(command)} CONFIG [--section.field value ...]")
-    if command in _WITH_CONFIG and words[len(command)].startswith("--") and "--help" not in words:
-        option = words[len(command)]
-        parser.error(f"{option} stands before CONFIG, or CONFIG is missing: options come after it")
-    args = parser.parse_args(words)
+    args = _parser().parse_args(argv)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -68,7 +55,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlsys", description="GRPO for language models: Ray, megatron-core, vLLM."
     )
-    parser.add_argument("--version", action="version", version=f"rlsys {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, text in (
         ("grpo", _grpo, "train with GRPO"),
@@ -100,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     completions.add_argument("run_dir", metavar="RUN", type=Path, help="output_dir of the run")
     completions.add_argument("--follow", action="store_true", help="wait for new ones")
     completions.add_argument("--step", type=int, help="only those of this step")
-    completions.add_argument("--limit", type=_natural, help="only so many groups")
+    completions.add_argument("--limit", type=int, help="only so many groups")
     others = completions.add_mutually_exclusive_group()
     others.add_argument(
         "--eval", dest="split", action="store_const", const="eval", help="those of held-out prompts"
@@ -162,25 +148,9 @@ def _add_rewards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="where the columns are, if not in the file of completions",
     )
     trying.add_argument("--params", default="{}", help="settings: '{NAME: {SETTING: VALUE}}'")
-    trying.add_argument("--timeout_s", type=_seconds, default=60.0, help="as reward.timeout_s")
-    trying.add_argument("--limit", type=_natural, help="score only so many completions")
+    trying.add_argument("--timeout_s", type=float, default=60.0, help="as reward.timeout_s")
+    trying.add_argument("--limit", type=int, help="score only so many completions")
     trying.add_argument("--tokenizer", help="model folder or hub id, for completion_ids")
-
-
-def _natural(word: str) -> int:
-    if not word.isdecimal():
-        raise argparse.ArgumentTypeError(f"{word!r} is no whole number from 0 on")
-    return int(word)
-
-
-def _seconds(word: str) -> float:
-    try:
-        seconds = float(word)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds above 0")
-    return seconds
 
 
 def _grpo(args: argparse.Namespace) -> int:
@@ -280,7 +250,9 @@ def _rewards_list(args: argparse.Namespace) -> int:
 
 
 def _rewards_try(args: argparse.Namespace) -> int:
-    from rlsys.reward_try import TryOptions, parse_params, try_rewards
+    import yaml
+
+    from rlsys.reward_try import TryOptions, try_rewards
     from rlsys.rewards.failures import RewardCodeError
 
     options = TryOptions(
@@ -288,7 +260,7 @@ def _rewards_try(args: argparse.Namespace) -> int:
         completions=args.completions,
         dataset=args.dataset,
         plugins=args.external_plugins,
-        params=parse_params(args.params),
+        params=yaml.safe_load(args.params),
         timeout_s=args.timeout_s,
         limit=args.limit,
         tokenizer=args.tokenizer,

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 T = TypeVar("T")
 
 
-def did_you_mean(name: str, known: list[str], *, cutoff: float = 0.7) -> str:
+def did_you_mean(name: str, known: list[str], *, cutoff: float = 0.6) -> str:
     """A hint, "Did you mean 'x'?", of the known name nearest to `name`; empty if none is near.
 
     Args:

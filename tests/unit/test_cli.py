@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from importlib.metadata import version
 
 import pytest
 from config_cases import write_run
@@ -21,19 +20,6 @@ def test_help_exits_0(words):
     done = rlsys(*words)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: rlsys")
-
-
-@pytest.mark.parametrize("command", [["grpo"], ["explain"], ["data", "preview"]])
-def test_a_missing_config_is_told_as_that(command):
-    for words, message in (([], "which config?"), (["--policy.lr", "1"], "stands before CONFIG")):
-        done = rlsys(*command, *words)
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert "overrides" not in done.stderr
-
-
-def test_the_version_is_that_of_the_package():
-    assert rlsys("--version").stdout == f"rlsys {version('rlsys')}\n"
 
 
 def test_a_wrong_config_is_one_message_on_stderr_without_traceback(tmp_path):

@@ -140,10 +140,6 @@ def test_columns_come_from_a_dataset(folder, capfd, by_id):
         ({"completion": "a"}, ("--params", "{mien: {bonus: 1}}"), "Did you mean 'mine'"),
         ({"text": "a", "prompt_id": "x"}, ("--dataset", "d.jsonl"), "its first is 'd:1'"),
         ({"completion": "a"}, ("--limit", "0"), "holds no completions"),
-        ({"completion": "a"}, ("--params", "{mine: [}"), "is not YAML"),
-        ({"completion": "a"}, ("--params", "mine"), "no settings by reward function"),
-        ({"completion": "a"}, ("--completions", "none.jsonl"), "there is no file 'none.jsonl'"),
-        ({"completion": "a"}, ("--tokenizer", "/no/where"), "'/no/where' has no tokenizer"),
     ],
 )
 def test_what_cannot_be_used_is_told_with_its_place(folder, capfd, row, words, message):
@@ -154,14 +150,6 @@ def test_what_cannot_be_used_is_told_with_its_place(folder, capfd, row, words, m
     assert code == 2
     assert message in err
     assert "Traceback" not in err
-
-
-@pytest.mark.parametrize("words", [("--limit", "-1"), ("--timeout_s", "-1"), ("--timeout_s", "x")])
-def test_numbers_that_cannot_be_are_told_before_anything(folder, capfd, words):
-    with pytest.raises(SystemExit) as stopped:
-        rlsys(capfd, "rewards", "try", "mine", "--completions", "c.jsonl", *words)
-    assert stopped.value.code == 2
-    assert f"argument {words[0]}: {words[1]!r} is no" in capfd.readouterr().err
 
 
 def test_rows_of_one_prompt_id_must_agree(folder, capfd):
