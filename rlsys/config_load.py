@@ -21,7 +21,6 @@ from pydantic_core import ErrorDetails
 
 from rlsys.config import Config, Section
 from rlsys.config_rules import BrokenRules
-from rlsys.other_names import OTHER_NAMES
 from rlsys.registry import did_you_mean
 from rlsys.run_dir import replacing
 
@@ -153,11 +152,8 @@ class _Loader(yaml.SafeLoader):
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     """The file's mapping; raises ConfigError when there is nothing to go on with."""
     if not path.is_file():
-        what = (
-            "it is a folder: name a YAML file in it" if path.is_dir() else "there is no such file"
-        )
-        raise ConfigError(str(path), [what])
-    loader = _Loader(_read_text(path))
+        raise ConfigError(str(path), ["there is no such file"])
+    loader = _Loader(path.read_text(encoding="utf-8"))
     try:
         values = loader.get_single_data()
     except yaml.YAMLError as error:
@@ -175,18 +171,6 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
         # An empty section, `grpo:` with nothing below it, means all its defaults.
         checked[str(key)] = {} if value is None and key in sections else value
     return checked
-
-
-def _read_text(path: Path) -> str:
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        byte = f"{content[error.start]:#04x}"
-        raise ConfigError(
-            str(path), [f"line {line} is not UTF-8 (byte {byte}): save the file as UTF-8"]
-        ) from None
 
 
 def _leaves(values: dict[str, Any]) -> list[str]:
@@ -348,17 +332,15 @@ def _describe(detail: ErrorDetails, origins: dict[str, Origin]) -> str:
 def _nearest_field(name: str) -> str:
     """A hint, "Did you mean ...?": the same name in other sections first, else the nearest."""
     fields = list(config_fields())
-    own = name.rpartition(".")[2].replace("-", "_").lower()
+    own = name.rpartition(".")[2].replace("-", "_")
     same = [field for field in fields if field.rpartition(".")[2] == own]
-    if not same and own in OTHER_NAMES:
-        same = [OTHER_NAMES[own]]
     if same:
         return f" Did you mean {' or '.join(map(repr, same))}?"
+    if "." in name:
+        return did_you_mean(name, fields)
     full_names = {field.rpartition(".")[2]: field for field in fields}
-    if "." not in name:
-        full_names |= {section: section for section in config_sections()}
-    # By the last part alone: a section in common would make any two names look near.
-    hint = did_you_mean(own, list(full_names), cutoff=0.75)
+    full_names |= {section: section for section in config_sections()}
+    hint = did_you_mean(own, list(full_names))
     for bare, full in full_names.items():
         hint = hint.replace(repr(bare), repr(full))
     return hint

@@ -10,17 +10,14 @@ from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
 
+LEAST_LIKE = 0.7
+"""Similarity of a name to the one that is meant: gsop is gspo, and swanlab is not wandb."""
 
-def did_you_mean(name: str, known: list[str], *, cutoff: float = 0.6) -> str:
-    """A hint, "Did you mean 'x'?", of the known name nearest to `name`; empty if none is near.
 
-    Args:
-        name: what was asked for, in any case.
-        known: what there is.
-        cutoff: of difflib's ratio, from 0 to 1; a hint that is wrong is worse than none.
-    """
+def did_you_mean(name: str, known: list[str]) -> str:
+    """A hint, "Did you mean 'x'?", of the known name nearest to `name`; empty if none is near."""
     by_letters = {key.lower(): key for key in known}
-    near = difflib.get_close_matches(name.lower(), list(by_letters), n=1, cutoff=cutoff)
+    near = difflib.get_close_matches(name.lower(), list(by_letters), n=1, cutoff=LEAST_LIKE)
     return f" Did you mean {by_letters[near[0]]!r}?" if near else ""
 
 
