@@ -20,8 +20,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rlsys.config import Config, Section
+from rlsys.config_names import fields_of_elsewhere, nearest_fields
 from rlsys.config_rules import BrokenRules
-from rlsys.registry import did_you_mean
+from rlsys.data.readers import not_utf8
 from rlsys.run_dir import replacing
 
 Origin = Literal["default", "file", "command line"]
@@ -151,15 +152,18 @@ class _Loader(yaml.SafeLoader):
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
     """The file's mapping; raises ConfigError when there is nothing to go on with."""
+    if path.is_dir():
+        inside = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+        example = f", such as {inside[0]}" if inside else ""
+        raise ConfigError(str(path), [f"it is a folder; name a YAML file{example}"])
     if not path.is_file():
         raise ConfigError(str(path), ["there is no such file"])
-    loader = _Loader(path.read_text(encoding="utf-8"))
+    text = _decode(path)
     try:
+        loader = _Loader(text)
         values = loader.get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(str(path), [f"it is not valid YAML: {error}"]) from None
-    finally:
-        loader.dispose()
     problems += loader.repeated
     if not isinstance(values, dict):
         raise ConfigError(str(path), ["it should hold `section:` blocks of `field: value` lines"])
@@ -171,6 +175,18 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
         # An empty section, `grpo:` with nothing below it, means all its defaults.
         checked[str(key)] = {} if value is None and key in sections else value
     return checked
+
+
+def _decode(path: Path) -> str:
+    """The text of a file in UTF-8; raises ConfigError with line and byte when it is none."""
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        before = content[: error.start].split(b"\n")
+        line = content.split(b"\n")[len(before) - 1]
+        problem = f"line {len(before)} {not_utf8(line, len(before[-1]))}"
+        raise ConfigError(str(path), [problem]) from None
 
 
 def _leaves(values: dict[str, Any]) -> list[str]:
@@ -330,17 +346,15 @@ def _describe(detail: ErrorDetails, origins: dict[str, Origin]) -> str:
 
 
 def _nearest_field(name: str) -> str:
-    """A hint, "Did you mean ...?": the same name in other sections first, else the nearest."""
-    fields = list(config_fields())
-    own = name.rpartition(".")[2].replace("-", "_")
-    same = [field for field in fields if field.rpartition(".")[2] == own]
-    if same:
-        return f" Did you mean {' or '.join(map(repr, same))}?"
-    if "." in name:
-        return did_you_mean(name, fields)
-    full_names = {field.rpartition(".")[2]: field for field in fields}
-    full_names |= {section: section for section in config_sections()}
-    hint = did_you_mean(own, list(full_names))
-    for bare, full in full_names.items():
-        hint = hint.replace(repr(bare), repr(full))
-    return hint
+    """A hint, "Did you mean ...?", for a name that no field has; empty unless one is clear."""
+    fields = config_fields()
+    known = [*fields, *([] if "." in name else config_sections())]
+    elsewhere = fields_of_elsewhere(name)
+    meant = elsewhere or nearest_fields(name, known)
+    if not meant:
+        return ""
+    hint = f" Did you mean {' or '.join(map(repr, meant))}?"
+    # Another project may count something else.
+    if len(elsewhere) == 1:
+        return f"{hint} {first_sentence(fields[meant[0]])}"
+    return hint + "".join(f" {field}: {first_sentence(fields[field])}" for field in elsewhere)

@@ -8,7 +8,15 @@ from config_cases import values, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.config_load import ConfigError, config_fields, config_sections, load_config, save_config
+from rlsys.config_load import (
+    ConfigError,
+    config_fields,
+    config_sections,
+    first_sentence,
+    load_config,
+    save_config,
+)
+from rlsys.config_names import NAMES_ELSEWHERE
 
 
 @pytest.fixture
@@ -50,6 +58,69 @@ def test_an_unknown_key_names_the_nearest_field(problems, sections, nearest):
     (text,) = problems(**sections)
     assert "there is no such" in text
     assert nearest is None or f"Did you mean {nearest}?" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("grpo.kl_coef", "grpo.beta"),
+        ("policy.learning_rate", "policy.lr"),
+        ("learning_rate", "policy.lr"),
+        ("rollout.n", "rollout.num_generations"),
+        ("actor_rollout_ref.rollout.n", "rollout.num_generations"),
+        ("policy.gradient_accumulation_steps", "policy.global_batch_size"),
+        ("policy.num_train_epochs", "max_steps"),
+        ("grpo.clip_range", "grpo.epsilon"),
+        ("data.max_response_length", "rollout.max_completion_length"),
+        ("policy.clip_grad", "policy.max_grad_norm"),
+        ("data.train_files", "data.dataset"),
+        ("rollout.max_new_tokens", "rollout.max_completion_length"),
+        ("bf16", "model.dtype"),
+        ("policy.gradient_checkpointing", "policy.recompute"),
+        ("per-device-train-batch-size", "policy.micro_batch_size"),
+        ("rollout.tensor_model_parallel_size", "rollout.tensor_parallel_size"),
+    ],
+)
+def test_a_name_of_another_project_names_the_field_here_and_what_it_counts(problems, name, meant):
+    (text,) = problems(f"--{name}", "1")
+    assert f"Did you mean {meant!r}? {first_sentence(config_fields()[meant])}" in text
+
+
+def test_a_name_with_two_meanings_names_both_with_what_they_count(problems):
+    (text,) = problems("--train_batch_size", "64")
+    assert "'policy.global_batch_size' or 'rollout.generation_batch_size'? " in text
+    assert "policy.global_batch_size: Completions an optimizer step" in text
+    assert "rollout.generation_batch_size: N, completions sampled a step" in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lora_rank", "rollout.lora_alpha", "grpo.gamma", "policy.zero_stage", "deepspeed"),
+        *("rollout.min_completion_length", "rollout.min_p", "policy.max_lr", "epsilon_lo"),
+        *("data.prompt_template", "rollout.swap_space", "policy.", "", "x"),
+    ],
+)
+def test_a_name_that_is_not_clearly_a_field_gets_no_hint(problems, name):
+    (text,) = problems(f"--{name}", "1")
+    assert text == f"--{name}: there is no such field."
+
+
+def test_a_misspelt_name_in_several_sections_is_that_of_its_own(problems):
+    (text,) = problems("--reward.timout_s", "1")
+    assert "Did you mean 'reward.timeout_s'?" in text
+    (text,) = problems("--numgenerations", "1")
+    assert "Did you mean 'rollout.num_generations'?" in text
+
+
+def test_names_of_other_projects_are_none_of_ours_and_mean_fields_of_ours():
+    fields = config_fields()
+    ours = {field.rpartition(".")[2] for field in fields}
+    assert set(NAMES_ELSEWHERE) <= set(fields)
+    assert list(NAMES_ELSEWHERE) == sorted(NAMES_ELSEWHERE)
+    for names in NAMES_ELSEWHERE.values():
+        assert list(names) == sorted(set(names))
+        assert not ours & set(names)
 
 
 def test_a_name_that_several_sections_have_names_them_all(problems):
@@ -162,6 +233,38 @@ def test_a_file_that_is_no_config(tmp_path, content, words):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"nowhere\.yaml.*\n.*no such file"):
         load_config(tmp_path / "nowhere.yaml")
+
+
+def test_a_folder_is_told_from_a_file_that_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match=r"it is a folder; name a YAML file$"):
+        load_config(tmp_path)
+    path = write_config(tmp_path)
+    with pytest.raises(ConfigError, match=f"it is a folder; name a YAML file, such as {path}"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [
+        ("latin-1", "line 2 is not a text in UTF-8: byte 15 is 0xf6; convert the file to UTF-8"),
+        ("utf-16", "line 1 is not a text in UTF-8: byte 1 is 0xff (it looks like UTF-16); convert"),
+        ("utf-16-le", "line 2 is not a text in UTF-8: byte 30 is 0xf6"),
+    ],
+)
+def test_a_file_that_is_not_utf8_is_told_with_line_and_byte(tmp_path, encoding, words):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"# first line\noutput_dir: gr\xf6\xdfe\n".decode("latin-1").encode(encoding))
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    (text,) = caught.value.problems
+    assert words in text
+
+
+def test_a_character_that_yaml_forbids_is_no_traceback(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: a\x00b\n")
+    with pytest.raises(ConfigError, match="it is not valid YAML: "):
+        load_config(path)
 
 
 def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path):
