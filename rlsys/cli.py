@@ -139,7 +139,8 @@ def _add_rewards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSONL of objects with `completion`, or completions.jsonl of a run",
+        help="JSONL of objects with `completion`, or completions.jsonl of a run. One group are "
+        "the rows of one `prompt_id`; without it, neighbours of the same prompt and columns",
     )
     trying.add_argument(
         "--dataset",
@@ -250,9 +251,7 @@ def _rewards_list(args: argparse.Namespace) -> int:
 
 
 def _rewards_try(args: argparse.Namespace) -> int:
-    import yaml
-
-    from rlsys.reward_try import TryOptions, try_rewards
+    from rlsys.reward_try import TryOptions, parse_params, try_rewards
     from rlsys.rewards.failures import RewardCodeError
 
     options = TryOptions(
@@ -260,7 +259,7 @@ def _rewards_try(args: argparse.Namespace) -> int:
         completions=args.completions,
         dataset=args.dataset,
         plugins=args.external_plugins,
-        params=yaml.safe_load(args.params),
+        params=parse_params(args.params),
         timeout_s=args.timeout_s,
         limit=args.limit,
         tokenizer=args.tokenizer,

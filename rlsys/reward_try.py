@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +20,7 @@ from rlsys.config import DataConfig, RewardConfig
 from rlsys.data.readers import BadRow, read_file
 from rlsys.data.rows import parse_row
 from rlsys.data.sources import Problems, open_sources
+from rlsys.data.spec import is_no_hub_id
 from rlsys.registry import did_you_mean
 from rlsys.rewards import check_names_and_weights, load_plugins, settings_of
 from rlsys.rewards.local import LocalBackend
@@ -62,13 +65,7 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
         ValueError: a function, its settings or a row that cannot be used.
         RewardCodeError: a class that cannot be instantiated.
     """
-    config = RewardConfig(
-        reward_funcs=options.names,
-        reward_params=options.params,
-        external_plugins=options.plugins,
-        timeout_s=options.timeout_s,
-        on_error="zero",
-    )
+    config = _config(options)
     load_plugins(options.plugins)
     check_names_and_weights(options.names, None)
     for name in options.params:
@@ -80,7 +77,7 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
     for name in options.names:
         settings_of(name, config.params.get(name, {}), {})
     groups = read_groups(options)
-    pool = RewardPool(config, LocalBackend(process_settings(config, {})))
+    pool = RewardPool(config, LocalBackend(process_settings(config, {})), in_run=False)
     try:
         scored = _score(pool, groups)
     finally:
@@ -88,6 +85,47 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
     _print_table(scored, options.names, console)
     _print_summary(scored, options.names, pool.seconds, console)
     return not any(reward.failures for group in scored for reward in group.rewards)
+
+
+def parse_params(text: str) -> dict[str, dict[str, Any]]:
+    """What `--params` says: settings by reward function.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        params = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
+        raise ValueError(
+            f"--params {text!r} is not YAML: {reason or ' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(params, dict) or not all(
+        isinstance(name, str) and isinstance(settings, dict) for name, settings in params.items()
+    ):
+        raise ValueError(
+            f"--params {text!r} should be settings by reward function, such as "
+            "'{format: {SETTING: VALUE}}'"
+        )
+    return params
+
+
+def _config(options: TryOptions) -> RewardConfig:
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit {options.limit} should be 1 or more")
+    try:
+        return RewardConfig(
+            reward_funcs=options.names,
+            reward_params=options.params,
+            external_plugins=options.plugins,
+            timeout_s=options.timeout_s,
+            on_error="zero",  # so that all are scored
+        )
+    except ValidationError as error:
+        detail = error.errors()[0]
+        option = ".".join(map(str, detail["loc"]))
+        rule = detail["msg"].replace("Input should", "should")
+        raise ValueError(f"--{option} {detail['input']!r} {rule}") from None
 
 
 def _score(pool: RewardPool, groups: list[RolloutGroup]) -> list[RolloutGroup]:
@@ -110,24 +148,32 @@ def read_groups(options: TryOptions) -> list[RolloutGroup]:
     them) or `completions` (a list of these). Its prompt and columns are the row's own, or with a
     dataset those of the row that `prompt_id` names, or else of the row at the same place.
 
+    One group are the rows of one `prompt_id`; without it, rows that follow each other and have
+    the same prompt and columns. A row without a prompt is a group of its own.
+
     Raises:
         ValueError: a row that is something else.
     """
+    if not options.completions.exists() or options.completions.is_dir():
+        kind = "is a folder" if options.completions.is_dir() else "does not exist"
+        raise ValueError(f"--completions {options.completions} {kind}; name a JSONL file")
     tokenizer = _tokenizer(options.tokenizer)
     prompts = _prompts(options.dataset)
     places = list(prompts.values())
     found: dict[str, tuple[Prompt, list[Completion]]] = {}
+    before: Prompt | None = None
     count = 0
     for raw in read_file(options.completions, max_row_mb=64):
         where = f"{options.completions}, {raw.place}"
         try:
             row = raw.values()
             texts = _texts(row)
-            prompt = _prompt_of(row, raw.number, prompts, places)
+            prompt = _prompt_of(row, raw.number, prompts, places, before)
             first, completions = found.setdefault(prompt.prompt_id, (prompt, []))
             _check_same(first, prompt)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
+        before = prompt if row.get("prompt_id") is None else None
         for text in texts:
             if options.limit is None or count < options.limit:
                 completions.append(_completion(text, row, tokenizer))
@@ -163,14 +209,24 @@ def _text(value: Any) -> str:
 
 
 def _prompt_of(
-    row: dict[str, Any], number: int, prompts: dict[str, Prompt], places: list[Prompt]
+    row: dict[str, Any],
+    number: int,
+    prompts: dict[str, Prompt],
+    places: list[Prompt],
+    before: Prompt | None,
 ) -> Prompt:
+    """`before` is the prompt of the row above, if that has no prompt_id."""
     prompt_id = row.get("prompt_id")
     if not prompts:
         about = {*COMPLETION_KEYS, *ABOUT_COMPLETION}
         rest = {name: value for name, value in row.items() if name not in about}
         messages, columns = _own_prompt(rest)
-        return Prompt(str(prompt_id or f"row {number}"), messages, [], columns)
+        prompt = Prompt(
+            f"row {number}" if prompt_id is None else str(prompt_id), messages, [], columns
+        )
+        if prompt_id is None and before and messages and not _differences(before, prompt):
+            return before
+        return prompt
     if prompt_id is None:
         if number > len(places):
             raise ValueError(
@@ -191,18 +247,22 @@ def _check_same(first: Prompt, second: Prompt) -> None:
     Raises:
         ValueError: they do not.
     """
+    if differing := _differences(first, second):
+        raise ValueError(
+            f"prompt_id {second.prompt_id!r} stood in an earlier row with another "
+            f"{', '.join(differing)}. Give each prompt an id of its own, or leave prompt_id out"
+        )
+
+
+def _differences(first: Prompt, second: Prompt) -> list[str]:
+    """The columns in which two prompts differ, `prompt` for their messages."""
     earlier, later = ({"prompt": p.messages} | p.columns for p in (first, second))
-    differing = [
+    return [
         name
         for name in earlier | later
         # As text, because NaN is not equal to itself.
         if repr(earlier.get(name)) != repr(later.get(name))
     ]
-    if differing:
-        raise ValueError(
-            f"prompt_id {second.prompt_id!r} stood in an earlier row with another "
-            f"{', '.join(differing)}. Give each prompt an id of its own, or leave prompt_id out"
-        )
 
 
 def _own_prompt(values: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
@@ -235,9 +295,15 @@ def _prompts(dataset: list[str]) -> dict[str, Prompt]:
 def _tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
     if name is None:
         return None
+    if is_no_hub_id(name) and not Path(name).is_dir():
+        raise ValueError(f"--tokenizer {name} should be a model folder or hub id, and is no folder")
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None
 
 
 def _completion(

@@ -19,8 +19,9 @@ class RewardCodeError(RuntimeError):
 class Failures:
     """The policies of a config, and what was told already."""
 
-    def __init__(self, config: RewardConfig):
+    def __init__(self, config: RewardConfig, *, in_run: bool = True):
         self._config = config
+        self._in_run = in_run
         self._told: set[tuple[str, str]] = set()
 
     def policy(self, kind: RewardFailure) -> str:
@@ -35,13 +36,19 @@ class Failures:
         """Log the first failure of a function of each kind; metrics count all."""
         if (part.name, kind) not in self._told:
             self._told.add((part.name, kind))
-            scored = "scored 0" if policy == "zero" else "dropped"
             logger.warning(
-                "%s\nThe completion is %s. More failures of this kind are counted in metrics and "
-                "not shown.",
+                "%s\n%s More failures of this kind are counted in %s and not shown.",
                 self.story(part, kind, report),
-                scored,
+                self._consequence(kind, policy),
+                "metrics" if self._in_run else "the table",
             )
+
+    def _consequence(self, kind: RewardFailure, policy: str) -> str:
+        if self._in_run:
+            return f"The completion is {'scored 0' if policy == 'zero' else 'dropped'}."
+        if kind == "error":
+            return "A run would end here (reward.on_error: raise, unless it is set otherwise)."
+        return "A run would score the completion 0 (unless reward.on_timeout is set otherwise)."
 
     def story(self, part: Part, kind: RewardFailure, report: str) -> str:
         """What happened, to which completion, and what to do about it."""

@@ -66,8 +66,16 @@ class RewardPool:
     besides the time in which processes start.
     """
 
-    def __init__(self, config: RewardConfig, backend: Backend, *, max_steps: int = 0):
+    def __init__(
+        self, config: RewardConfig, backend: Backend, *, max_steps: int = 0, in_run: bool = True
+    ):
         """Start the processes and wait until each has its reward functions.
+
+        Args:
+            config: The functions and what they may take.
+            backend: Makes the processes.
+            max_steps: Of the run, for functions that ask.
+            in_run: Whether failures are those of a run; false tells what a run would make of them.
 
         Raises:
             RewardCodeError: a class could not be instantiated, or not within START_TIMEOUT_S.
@@ -88,7 +96,7 @@ class RewardPool:
         """By group_id: submitted, and neither collected nor forgotten yet."""
         self._waiting: dict[Lane, deque[Part]] = {lane: deque() for lane in lanes}
         self._scored: list[RolloutGroup] = []
-        self._failures = Failures(config)
+        self._failures = Failures(config, in_run=in_run)
         self._processes: list[Process] = []
         try:
             for lane in lanes:

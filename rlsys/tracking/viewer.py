@@ -48,8 +48,11 @@ def show_completions(
         split: "eval" shows held-out completions, "filtered" those that dynamic sampling left out.
 
     Raises:
-        ValueError: There is nothing to show, and `follow` is not set.
+        ValueError: There is nothing to show, and `follow` is not set; or `limit` shows nothing.
     """
+    least = 0 if follow else 1
+    if limit is not None and limit < least:
+        raise ValueError(f"--limit {limit} should be {least} or more")
     run = RunDir(run_dir)
     path = run.completions_of(split)
     # What a model writes may hold characters that the terminal's encoding lacks.

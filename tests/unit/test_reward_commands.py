@@ -96,6 +96,37 @@ def test_completions_of_a_file_are_scored_and_failures_shown(folder, capfd, capl
     assert summary[1:] == ["25", "7.071", "1", "1", "timeout,", "1", "error", summary[-1]]
     assert float(summary[-1]) > 0
     assert "KeyError: 'raise'" in caplog.text
+    assert "A run would end here (reward.on_error: raise" in caplog.text
+    assert "A run would score the completion 0 (unless reward.on_timeout" in caplog.text
+    assert "The completion is scored 0" not in caplog.text
+
+
+SIZE = """
+from rlsys.rewards import register_reward
+
+@register_reward("size")
+def size(completions, **columns):
+    return [len(completions)] * len(completions)
+"""
+
+
+def test_neighbours_of_one_prompt_are_a_group(folder, capfd):
+    (folder / "size.py").write_text(SIZE)
+    two, three = {"prompt": "Use it.", "nums": [2]}, {"prompt": "Use it.", "nums": [3]}
+    asked = {"messages": [{"role": "user", "content": "Use it."}], "nums": [3]}
+    rows = [
+        *(two | {"completion": "a", "reward": 1.0}, two | {"completion": "b", "reward": 0.0}),
+        *(three | {"completions": ["c", "d"]}, three | {"text": "e"}, asked | {"text": "f"}),
+        *({"completion": "g"}, {"completion": "h"}),  # perhaps of other prompts
+        *(two | {"completion": "i"}, two | {"completion": "j", "prompt_id": "x"}),
+        *(two | {"completion": "k"}, two | {"completion": "l", "prompt_id": "x"}),
+    ]
+    words = ("--plugin", "size.py", "--completions", write_rows(folder / "c.jsonl", *rows))
+    code, out, _ = rlsys(capfd, "rewards", "try", "size", *words)
+    assert code == 0
+    sizes = dict(line.split()[-2:] for line in out.partition("\n\n")[0].splitlines()[1:])
+    groups = {2: "abjl", 4: "cdef", 1: "ghik"}
+    assert sizes == {name: str(size) for size, names in groups.items() for name in names}
 
 
 def test_a_plugin_beside_the_user_shadows_no_module_of_python(folder, capfd):
@@ -139,17 +170,30 @@ def test_columns_come_from_a_dataset(folder, capfd, by_id):
         ({"completion": "a"}, ("--params", "{mine: {bnous: 1}}"), "Did you mean 'bonus'"),
         ({"completion": "a"}, ("--params", "{mien: {bonus: 1}}"), "Did you mean 'mine'"),
         ({"text": "a", "prompt_id": "x"}, ("--dataset", "d.jsonl"), "its first is 'd:1'"),
-        ({"completion": "a"}, ("--limit", "0"), "holds no completions"),
+        ({"completions": []}, (), "holds no completions"),
+        ({"completion": "a"}, ("--limit", "0"), "rlsys rewards: --limit 0 should be 1 or more"),
+        ({"completion": "a"}, ("--limit", "-1"), "--limit -1 should be 1 or more"),
+        ({"completion": "a"}, ("--timeout_s", "-1"), "--timeout_s -1.0 should be greater than 0"),
+        ({"completion": "a"}, ("--timeout_s", "nan"), "--timeout_s nan should be "),
+        ({"completion": "a"}, ("--params", "{mine: [}"), "--params '{mine: [}' is not YAML: "),
+        ({"completion": "a"}, ("--params", "foo"), "--params 'foo' should be settings by"),
+        ({"completion": "a"}, ("--params", "{mine: 1}"), "should be settings by reward function"),
+        ({"completion": "a"}, ("--params", "\a"), "is not YAML: unacceptable character"),
+        ({"completion": "a"}, ("--completions", "no.jsonl"), "--completions no.jsonl does not ex"),
+        ({"completion": "a"}, ("--completions", "."), "--completions . is a folder"),
+        ({"completion": "a"}, ("--tokenizer", "/nowhere"), "--tokenizer /nowhere should be a"),
+        ({"completion": "a"}, ("--tokenizer", "empty"), "--tokenizer empty cannot be loaded: "),
     ],
 )
 def test_what_cannot_be_used_is_told_with_its_place(folder, capfd, row, words, message):
     write_rows(folder / "d.jsonl", {"prompt": "a", "nums": [1]})
+    (folder / "empty").mkdir()
     path = write_rows(folder / "c.jsonl", row)
     words = ("try", "mine", "--plugin", "mine.py", "--completions", path, *words)
     code, _, err = rlsys(capfd, "rewards", *words)
     assert code == 2
     assert message in err
-    assert "Traceback" not in err
+    assert len(err.splitlines()) == 1
 
 
 def test_rows_of_one_prompt_id_must_agree(folder, capfd):

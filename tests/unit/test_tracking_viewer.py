@@ -167,6 +167,9 @@ def test_step_and_limit_choose_the_newest_groups(run, capsys):
     assert headings(shown(capsys, run, step=1)) == [f"step 1, group {g}" for g in range(3)]
     assert headings(shown(capsys, run, limit=2)) == ["step 2, group 1", "step 2, group 2"]
     assert headings(shown(capsys, run, step=1, limit=1)) == ["step 1, group 2"]
+    for limit, follow, least in ((-1, False, 1), (0, False, 1), (-1, True, 0)):
+        with pytest.raises(ValueError, match=f"--limit {limit} should be {least} or more"):
+            shown(capsys, run, limit=limit, follow=follow)
 
 
 def test_nothing_to_show_says_what_there_is(run, capsys):
