@@ -12,7 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +25,7 @@ EXIT_INTERRUPTED = 130
 PIPE_WIDTH = 140
 """Columns of tables that do not go to a terminal."""
 
+_EXAMPLE = "examples/countdown/demo.yaml"
 _CONFIG_HELP = """
 Any field of the config can be set after CONFIG, as --section.field value:
 
@@ -51,11 +52,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_WRONG_INPUT
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """Of a subcommand; one that takes a CONFIG says what is wrong when there is none in place."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, which would tell of required `overrides`, or of unknown arguments."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if "config" in found and (unknown or found.config is None):
+            wrong = f"should stand before {unknown[0]}" if unknown else "is missing"
+            self.error(
+                f"CONFIG, a YAML file, {wrong}, as in\n  {self.prog} {_EXAMPLE} --policy.lr 1e-5"
+            )
+        return found, unknown
+
+
+class _ShowVersion(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print it, and exit."""
+        from importlib import metadata
+
+        try:
+            version = metadata.version("rlsys")
+        except metadata.PackageNotFoundError:
+            version = f"of no version: {Path(__file__).parent} is not installed"
+        print(f"rlsys {version}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rlsys", description="GRPO for language models: Ray, megatron-core, vLLM."
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser
+    )
     for name, run, text in (
         ("grpo", _grpo, "train with GRPO"),
         ("explain", _explain, "show what a config means, without starting anything"),
@@ -68,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_CONFIG_HELP,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("config", metavar="CONFIG", help="YAML file")
+        command.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
         command.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
         command.set_defaults(run=run, help_of=command)
 
@@ -110,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_CONFIG_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    preview.add_argument("config", metavar="CONFIG", help="YAML file")
+    preview.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
     preview.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     preview.add_argument("--rows", type=int, default=3, help="prompts to show; default 3")
     preview.set_defaults(run=_preview, help_of=preview)
@@ -119,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_rewards(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_rewards(commands: argparse._SubParsersAction[_CommandParser]) -> None:
     rewards = commands.add_parser("rewards", help="list reward functions, or try them")
     actions = rewards.add_subparsers(dest="action", required=True, metavar="ACTION")
     listing = actions.add_parser("list", help="name, settings, columns and source of each")

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from config_cases import write_run
@@ -20,6 +21,34 @@ def test_help_exits_0(words):
     done = rlsys(*words)
     assert done.returncode == 0
     assert done.stdout.startswith("usage: rlsys")
+
+
+def test_the_version_is_shown():
+    done = rlsys("--version")
+    assert (done.returncode, done.stdout) == (0, f"rlsys {version('rlsys')}\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["grpo"], "rlsys grpo: error: CONFIG, a YAML file, is missing, as in"),
+        (["explain", "--policy.lr", "3"], "CONFIG, a YAML file, should stand before --policy.lr"),
+        (["data", "preview", "--rows", "3"], "CONFIG, a YAML file, is missing, as in"),
+    ],
+)
+def test_a_missing_config_is_told_with_an_example(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+    error = capsys.readouterr().err
+    assert message in error
+    command = " ".join(word for word in words if word.isalpha())
+    assert f"  rlsys {command} examples/countdown/demo.yaml --policy.lr 1e-5\n" in error
+    assert "overrides" not in error
+
+
+def test_options_of_the_preview_may_stand_before_the_config(tmp_path, capsys):
+    assert cli.main(["data", "preview", "--rows", "3", str(tmp_path / "nowhere.yaml")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_a_wrong_config_is_one_message_on_stderr_without_traceback(tmp_path):

@@ -37,6 +37,8 @@ import nothing_of_this_name
 
 CASES = {
     "a file that is not there": ["nowhere.yaml"],
+    "a folder": ["used"],
+    "a file in Latin-1": ["latin-1.yaml"],
     "a missing model folder": ["run.yaml", "--model.path", "./nowhere"],
     "a dataset without messages": ["run.yaml", "--data.dataset", "questions.jsonl"],
     "a dataset that is not there": ["run.yaml", "--data.dataset", "nowhere.jsonl"],
@@ -51,6 +53,8 @@ CASES = {
 
 SAYS = {
     "a file that is not there": ["nowhere.yaml", "there is no such file"],
+    "a folder": ["used", "it is a folder; name a YAML file"],
+    "a file in Latin-1": ["latin-1.yaml", "line 1 is not a text in UTF-8: byte 13 is 0xe9"],
     "a missing model folder": ["model.path", "there is no model folder './nowhere'"],
     "a dataset without messages": [
         "questions.jsonl",
@@ -73,6 +77,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad-input")
     write_run(folder)
     (folder / "questions.jsonl").write_text('{"question": "1 + 1?"}\n' * 20)
+    (folder / "latin-1.yaml").write_bytes(b"output_dir: \xe9t\xe9\n")
     (folder / "plugin.py").write_text(PLUGIN)
     (folder / "used" / "checkpoints" / "step-1").mkdir(parents=True)
     (folder / "used" / "metrics.jsonl").write_text('{"step": 1}\n')
