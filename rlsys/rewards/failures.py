@@ -47,7 +47,7 @@ class Failures:
         if self._in_run:
             return f"The completion is {'scored 0' if policy == 'zero' else 'dropped'}."
         if kind == "error":
-            return "A run would end here (reward.on_error: raise, unless it is set otherwise)."
+            return "A run would end here (reward.on_error: raise)."
         return "A run would score the completion 0 (unless reward.on_timeout is set otherwise)."
 
     def story(self, part: Part, kind: RewardFailure, report: str) -> str:

@@ -96,7 +96,7 @@ def test_completions_of_a_file_are_scored_and_failures_shown(folder, capfd, capl
     assert summary[1:] == ["25", "7.071", "1", "1", "timeout,", "1", "error", summary[-1]]
     assert float(summary[-1]) > 0
     assert "KeyError: 'raise'" in caplog.text
-    assert "A run would end here (reward.on_error: raise" in caplog.text
+    assert "A run would end here (reward.on_error: raise)." in caplog.text
     assert "A run would score the completion 0 (unless reward.on_timeout" in caplog.text
     assert "The completion is scored 0" not in caplog.text
 
