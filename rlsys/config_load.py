@@ -356,5 +356,6 @@ def _nearest_field(name: str) -> str:
     hint = f" Did you mean {' or '.join(map(repr, meant))}?"
     # Another project may count something else.
     if len(elsewhere) == 1:
-        return f"{hint} {first_sentence(fields[meant[0]])}"
-    return hint + "".join(f" {field}: {first_sentence(fields[field])}" for field in elsewhere)
+        return f"{hint} {first_sentence(fields[meant[0]].description)}"
+    meanings = (f" {field}: {first_sentence(fields[field].description)}" for field in elsewhere)
+    return hint + "".join(meanings)

@@ -83,7 +83,7 @@ def test_an_unknown_key_names_the_nearest_field(problems, sections, nearest):
 )
 def test_a_name_of_another_project_names_the_field_here_and_what_it_counts(problems, name, meant):
     (text,) = problems(f"--{name}", "1")
-    assert f"Did you mean {meant!r}? {first_sentence(config_fields()[meant])}" in text
+    assert f"Did you mean {meant!r}? {first_sentence(config_fields()[meant].description)}" in text
 
 
 def test_a_name_with_two_meanings_names_both_with_what_they_count(problems):
