@@ -2,6 +2,7 @@
 
     python benchmarks/weight_sync_gpu.py                     # Qwen2.5-1.5B's shape, 3.09 GB in bf16
     python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-tp 2      # on four GPUs
+    python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-shares    # on two
     python benchmarks/weight_sync_gpu.py --device cpu --shape tiny --repeats 4    # does it work?
 
 A real policy and a real engine, with random weights of the shape. Every sync is the whole of it:
@@ -54,15 +55,23 @@ class Bench:
     def __init__(self, folder, arguments):
         self.arguments = arguments
         self.config = make_config(folder, arguments)
-        cpu = arguments.device == "cpu"
+        cpu, shares = arguments.device == "cpu", arguments.engine_shares
 
         def gpus(number):
-            return lambda rank: {"num_gpus": 0 if cpu else number, "num_cpus": 0.01}
+            return {"num_gpus": 0 if cpu else number, "num_cpus": 0.01}
 
+        # Halves of a GPU meet on one, which leaves the other to rank 0: it is the sender, and NCCL
+        # takes no two ranks on a GPU.
+        engine = gpus(0.5 if shares else arguments.engine_tp)
         rollout.RolloutActor = OpenActor
-        engine_tp = arguments.engine_tp
-        self.engines = RolloutActors(self.config, device=arguments.device, place=gpus(engine_tp))
-        self.policy = PolicyActors(self.config, place=gpus(1), rank_class=OpenRank)
+        self.engines = RolloutActors(
+            self.config, device=arguments.device, place=lambda rank: engine
+        )
+        self.policy = PolicyActors(
+            self.config,
+            place=lambda rank: gpus(0.5 if shares and rank > 0 else 1),
+            rank_class=OpenRank,
+        )
         (self.actor,) = self.engines.actors.values()
         starting = self.engines.async_start() | self.policy.async_start()
         get_all(starting, phase="start", timeout_s=START_TIMEOUT_S)
@@ -285,8 +294,14 @@ def parse_arguments():
     parser.add_argument("--repeats", type=int, default=200, help="syncs in place")
     parser.add_argument("--policy-tp", type=int, default=1, help="GPUs of the policy")
     parser.add_argument("--engine-tp", type=int, default=1, help="GPUs of the engine")
+    parser.add_argument(
+        "--engine-shares", action="store_true", help="the GPU of policy rank 1: --policy-tp 2"
+    )
     parser.add_argument("--limit-s", type=int, default=480, help="of the whole benchmark, seconds")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.engine_shares and (arguments.policy_tp, arguments.engine_tp) != (2, 1):
+        parser.error("--engine-shares is for --policy-tp 2 --engine-tp 1")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Weights over NCCL, from a real policy to real engines: never others than the policy's."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import ray
 import torch
-from gpu_cases import DEVICE, gpu_config, transformers_logprobs
-from gpu_lab import exported_checksums, load_weights, negate_weights
+from gpu_cases import DEVICE, gpu_config, long_batch, transformers_logprobs
+from gpu_lab import exported_checksums, keep_gpu_busy, load_weights, negate_weights
 from greedy_rollouts import PROMPTS, greedy
 from policy_cases import LAYOUTS
 
@@ -16,15 +17,16 @@ from rlsys.weight_sync.publisher import WeightPublisher
 
 pytestmark = pytest.mark.gpu(2)
 
-NUM_SYNCS, NUM_LOADS = (200, 10) if DEVICE == "cuda" else (6, 1)
+NUM_SYNCS, NUM_LOADS, NUM_UPDATES = (200, 10, 30) if DEVICE == "cuda" else (6, 1, 2)
+BATCH = long_batch(16, 400)
 
 
 @pytest.fixture(scope="module")
 def connect(lab, gpu_models):
     """A policy of seed 0, connected to an engine: (policy, publisher, load)."""
 
-    def connect(engine, layout="one rank", **settings):
-        config = gpu_config(gpu_models[engine.kind, 0], **LAYOUTS[layout])
+    def connect(engine, layout="one rank", policy_options=None, **settings):
+        config = gpu_config(gpu_models[engine.kind, 0], **LAYOUTS[layout], **(policy_options or {}))
         policy = lab.policy(config)
         section = config.weight_sync.model_copy(
             update={"bucket_mb": 1, "timeout_s": 60.0, **settings}
@@ -88,12 +90,19 @@ def test_vllms_own_loader_gives_the_same_weights(engines, connect, name):
     assert_samples_as(engine, engine.fresh)
 
 
-@pytest.mark.parametrize("name", ["tied", "untied"])
-def test_no_sync_sends_weights_of_before_or_half_of_them(engines, connect, name):
+def held_by(engine):
+    """Name -> checksum of every tensor, as the engine has it."""
+    return {part.tensor: part.checksum for part in engine.ask_workers("held_slices")[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("tied", "one rank"), ("untied", "one rank"), ("untied", "TP 2")]
+)
+def test_no_sync_sends_weights_of_before_or_half_of_them(engines, connect, name, layout):
     """200 syncs, each right after a change that the GPU has not got to yet, while others streams
     are busy and the engine is sampling; then every parameter is looked at."""
     engine = engines(name)
-    policy, publisher, _ = connect(engine)
+    policy, publisher, _ = connect(engine, layout)
     publisher.publish()
     expected = []
     for _ in range(2):
@@ -111,10 +120,37 @@ def test_no_sync_sends_weights_of_before_or_half_of_them(engines, connect, name)
         policy.call("run", negate_weights)
         policy.policy_version += 1
         publisher.publish()
-        held = {part.tensor: part.checksum for part in engine.ask_workers("held_slices")[0]}
-        assert held == expected[sync % 2], f"sync {sync}"
+        assert held_by(engine) == expected[sync % 2], f"sync {sync}"
         engine.actors.collect()
     engine.actors.abort(range(1000, next_id))
+
+
+@pytest.mark.parametrize("layout", ["DP 2", "TP 2"])
+def test_what_is_sent_right_after_an_update_is_what_the_update_settles_on(
+    lab, engines, connect, gpu_models, layout
+):
+    """Of two replicas each has new weights in its own part only, and gathers the other's on a
+    stream of its own, in buckets: a copy that does not wait for that sends weights of the step
+    before. `weight_sync.verify` would not see it, as both sides hash what was copied."""
+    engine = engines("untied")
+    overlapping = {"global_batch_size": 8, "overlap_grad_reduce": True}
+    options = overlapping | {"overlap_param_gather": True} if layout == "DP 2" else {}
+    lab.policy(gpu_config(gpu_models[engine.kind, 0], **LAYOUTS[layout])).call(
+        "cut_buckets", 200_000
+    )
+    policy, publisher, _ = connect(engine, layout, options)
+    publisher.publish()
+    batch = replace(BATCH, old_logprobs=policy.compute_logprobs(BATCH))
+    before = held_by(engine)
+    for update in range(NUM_UPDATES):
+        policy.call("run", keep_gpu_busy)
+        policy.update(batch)
+        publisher.publish()
+        held = held_by(engine)
+        assert held == policy.call("run", exported_checksums)[0], f"update {update}"
+        assert held != before
+        before = held
+    policy.call("cut_buckets", None)
 
 
 @pytest.mark.parametrize("in_flight_kv", ["recompute", "keep"])
