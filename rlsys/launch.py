@@ -29,7 +29,7 @@ from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
 from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.stream import make_prompt_stream
-from rlsys.data.usage import missing_columns
+from rlsys.data.usage import missing_columns_of_run
 from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
@@ -200,12 +200,9 @@ def check_prompts(config: Config, data: PromptData) -> None:
         unsaveable = [text for stream in data.streams for text in stream.unsaveable.values()]
         if unsaveable:
             raise ValueError("\n".join(unsaveable))
-    reward = config.reward
-    load_plugins(reward.external_plugins)
-    missing = missing_columns(reward.names, reward.params, data.columns)
-    if config.eval_steps is not None and data.validation:
-        held_out = {column: None for prompt in data.validation for column in prompt.columns}
-        missing += missing_columns(reward.names, reward.params, held_out, "the held-out data")
+    load_plugins(config.reward.external_plugins)
+    held_out = {column: None for prompt in data.validation for column in prompt.columns}
+    missing = missing_columns_of_run(config, data.columns, held_out if data.validation else None)
     if missing:
         raise ValueError("\n".join(missing))
 

@@ -19,8 +19,9 @@ from rlsys.attention_backends import missing_attention, unsupported_attention
 from rlsys.checkpoints import checkpoint_steps
 from rlsys.config import Config, PolicyConfig
 from rlsys.config_load import is_saved_config
-from rlsys.data.checks import check_data, count_rows
+from rlsys.data.checks import check_data, count_rows, known_columns
 from rlsys.data.spec import is_no_hub_id
+from rlsys.data.usage import missing_columns_of_run, needed_columns
 from rlsys.devices import guess_device, visible_gpus
 from rlsys.hub import hub_answers
 from rlsys.model_shape import ModelShape, read_model_shape
@@ -322,6 +323,11 @@ def _datasets(config: Config) -> Iterator[Problem]:
 
 
 def _rewards(config: Config) -> Iterator[Problem]:
+    problems = list(_reward_functions(config))
+    yield from problems or _reward_columns(config)
+
+
+def _reward_functions(config: Config) -> Iterator[Problem]:
     complete = True
     for text, only_here in plugin_problems(
         "reward.external_plugins", config.reward.external_plugins
@@ -335,6 +341,15 @@ def _rewards(config: Config) -> Iterator[Problem]:
         except ValueError as error:
             hint = "" if complete else " (a plugin above could not be loaded)"
             yield Problem(f"reward.reward_funcs: {error}{hint}", only_here=not complete)
+
+
+def _reward_columns(config: Config) -> Iterator[Problem]:
+    """Columns that reward functions need and no row has, where a look at the rows tells."""
+    wanted = needed_columns(config.reward.names, config.reward.params)
+    train = known_columns(config.data, "train", wanted)
+    held_out = known_columns(config.data, "validation", wanted)
+    for text in missing_columns_of_run(config, train, held_out):
+        yield Problem(f"reward.reward_funcs: {text}")
 
 
 def _algorithm(config: Config) -> Iterator[Problem]:

@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import islice
 
 from rlsys.config import DataConfig
 from rlsys.data.sources import Problems, Source, Split, open_sources
 from rlsys.data.spec import parse_spec
-from rlsys.data.tables import OWN_SUFFIXES
+from rlsys.data.streaming import CHECKED_ROWS
 from rlsys.rewards import plugin_problems
 
 FIRST_ROWS = 20
 """Rows of each text file that are looked at."""
+MOST_ROWS = 50_000
+"""Rows of a text file that are read to find a column which the first ones lack."""
 _SHOWN = 3
 _COUNTABLE_BYTES = 200 * 2**20
 """Count the rows of JSONL files up to this size; larger ones would take a while to read."""
@@ -60,12 +63,59 @@ def count_rows(config: DataConfig) -> int | None:
     return round(total * (1 - config.split_dataset_ratio))
 
 
+def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> list[str] | None:
+    """The columns that prompts of `split` carry to the rewards, as far as needed to find `wanted`.
+
+    Rows of one dataset may differ, and a prompt has the columns of all: rows are read until every
+    column of `wanted` is found, and only one that no row has is missing. No row is read for the
+    length of its prompt, so columns of prompts that are too long count.
+
+    Returns:
+        None where that does not tell: there is no dataset, one is no text file or has more than
+        `MOST_ROWS` rows, or something is wrong with a row, which is told elsewhere.
+    """
+    problems, columns = Problems(), dict[str, None]()
+    sources = open_sources(config, split, problems)
+    if problems or not sources:
+        return None
+    for source in sources:
+        if not columns.keys() >= set(wanted) and not _add_columns(source, columns, set(wanted)):
+            return None
+    return list(columns)
+
+
+def _add_columns(source: Source, columns: dict[str, None], wanted: set[str]) -> bool:
+    """Read rows until `columns` holds all of `wanted`; returns whether it now holds all it can.
+
+    That is not known of a dataset without a usable row.
+    """
+    if not source.is_text_file:
+        return False
+    # A streaming run goes by its first rows too.
+    streamed = source.config.streaming and source.split == "train"
+    found = False
+    try:
+        for number, raw in enumerate(islice(source.raw_rows(), CHECKED_ROWS if streamed else None)):
+            if number == MOST_ROWS:
+                return False
+            row = source.understand(raw)
+            if row is None:
+                continue
+            found = True
+            columns.update(dict.fromkeys(row.columns))
+            if columns.keys() >= wanted:
+                break
+    except ValueError:  # a file or a row that cannot be used
+        return False
+    return found
+
+
 def _check_source(source: Source) -> Iterator[Finding]:
     problem = source.file_problem()
     path = source.spec.path
     if problem is not None:
         yield problem, not path.exists()
-    elif source.spec.is_local and path.suffix in OWN_SUFFIXES and path.is_file():
+    elif source.is_text_file:
         yield from _check_first_rows(source)
     elif source.spec.is_local and path.suffix == ".parquet" and path.is_file():
         yield from _check_parquet(source)

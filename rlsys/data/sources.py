@@ -150,6 +150,12 @@ class Source:
             return read_file(spec.path, max_row_mb=limit)
         return read_table(spec.path, streaming=self.config.streaming)
 
+    @property
+    def is_text_file(self) -> bool:
+        """Whether it is a file on this machine that is read row by row."""
+        spec = self.spec
+        return spec.is_local and spec.path.suffix in OWN_SUFFIXES and spec.path.is_file()
+
     def file_problem(self) -> str | None:
         """Why there is no file of a known kind; None when there is one, or it is no file."""
         path = self.spec.path

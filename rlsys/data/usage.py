@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlsys.config import Config
 from rlsys.rewards import ORM, OWN_COLUMNS, Reward, RewardError, orms
 from rlsys.rewards.instances import KEYWORD_KINDS
 
@@ -105,6 +106,32 @@ def _own_check(
     if isinstance(registered, type) and not isinstance(static, staticmethod | classmethod):
         return Reward(name, params, of_run).check_row
     return check
+
+
+def needed_columns(
+    reward_funcs: Sequence[str], reward_params: Mapping[str, Mapping[str, Any]]
+) -> set[str]:
+    """The columns without which some of the reward functions cannot be called."""
+    uses = (column_use(name, reward_params.get(name, {})) for name in reward_funcs)
+    return {column for use in uses for column in use.needed}
+
+
+def missing_columns_of_run(
+    config: Config, train: Collection[str] | None, held_out: Collection[str] | None
+) -> list[str]:
+    """`missing_columns` of the training data and of those that a run evaluates on.
+
+    Args:
+        config: of the run.
+        train: columns of the training prompts; None where they are not known.
+        held_out: the same of held-out prompts; None also where there are none.
+    """
+    reward, problems = config.reward, []
+    if train is not None:
+        problems += missing_columns(reward.names, reward.params, train)
+    if held_out is not None and config.eval_steps is not None:
+        problems += missing_columns(reward.names, reward.params, held_out, "the held-out data")
+    return problems
 
 
 def missing_columns(

@@ -361,6 +361,80 @@ def test_a_plugin_makes_its_reward_known(problems, tmp_path):
     assert problems(*overrides, "preflight_mine") == []
 
 
+def rows(path, *columns, copies=20):
+    """A file with a row for each of `columns`, beside a prompt, so often each."""
+    lines = [json.dumps({"prompt": "1 + 1?"} | own) + "\n" for own in columns]
+    path.write_text("".join(line * copies for line in lines))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("columns", "data", "missing"),
+    [
+        ([{"numbers": [1, 1]}], {}, "the column nums, which the data does not have. It has: numb"),
+        ([{}], {}, "the column nums, which the data does not have. It has: none besides"),
+        ([{"numbers": [1, 1]}], {"columns": {"numbers": "nums"}}, None),
+        ([{"nums": [1, 1]}], {"columns": {"nums": "numbers"}}, "the column nums, which"),
+        # Another row has it, of which the first rows tell nothing: the others see None.
+        ([{}, {"nums": [1, 1]}], {}, None),
+        ([{}], {"streaming": True}, "the column nums, which"),
+    ],
+)
+def test_a_column_that_no_dataset_has(problems, tmp_path, columns, data, missing):
+    path = rows(tmp_path / "own.jsonl", *columns)
+    found = problems(data={"dataset": [path], **data})
+    if missing is None:
+        assert found == []
+    else:
+        assert only(found).startswith("reward.reward_funcs: reward function 'countdown' needs")
+        assert missing in only(found)
+        assert not found[0].only_here
+
+
+def test_a_column_may_be_in_another_dataset_and_in_files_of_columns(problems, tmp_path):
+    path = rows(tmp_path / "own.jsonl", {})
+    table = tmp_path / "own.csv"
+    table.write_text("prompt,number\na,1\n")
+    assert "It has: number." in only(problems(data={"dataset": [path, str(table)]}))
+    table.write_text("prompt,nums\na,1\n")
+    assert problems(data={"dataset": [path, str(table)]}) == []
+
+
+def test_a_column_that_only_held_out_data_lack(problems, tmp_path):
+    data = {"val_dataset": [rows(tmp_path / "own.jsonl", {"target": 2})]}
+    assert problems(data=data) == []  # nothing is evaluated
+    assert "which the held-out data does not have" in only(problems("--eval_steps", "5", data=data))
+
+
+def test_columns_that_a_preprocessor_makes(problems, tmp_path):
+    plugin = tmp_path / "numbers.py"
+    plugin.write_text(
+        "from rlsys.data import register_preprocessor\n"
+        "@register_preprocessor('preflight_numbers')\n"
+        "def numbers(row):\n    return row | {row['name']: [1, 1]}\n"
+    )
+    plugins = {"external_plugins": [str(plugin)], "preprocessor": ["preflight_numbers"]}
+    path = rows(tmp_path / "own.jsonl", {"name": "nums"})
+    assert problems(data={"dataset": [path], **plugins}) == []
+    path = rows(tmp_path / "own.jsonl", {"name": "numbers"})
+    text = only(problems(data={"dataset": [path], **plugins}))
+    assert "the column nums, which the data does not have. It has: name, numbers." in text
+
+
+def test_columns_are_left_to_the_run_where_a_look_cannot_tell(problems, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlsys.data.checks.MOST_ROWS", 30)
+    short, longer = rows(tmp_path / "a.jsonl", {}, copies=30), rows(tmp_path / "b.jsonl", {}, {})
+    assert "the column nums, which" in only(problems(data={"dataset": [short]}))
+    assert problems(data={"dataset": [longer]}) == []
+    (tmp_path / "folder").mkdir()
+    assert problems(data={"dataset": [short, str(tmp_path / "folder")]}) == []
+    # What is wrong with rows is told alone.
+    one_bad = '{"prompt": 3}\n' + '{"prompt": "a"}\n' * 3
+    for content, words in ((one_bad, "found 3"), ("", "no rows")):
+        (tmp_path / "bad.jsonl").write_text(content)
+        assert words in only(problems(data={"dataset": [str(tmp_path / "bad.jsonl")]}))
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [("metrics.jsonl", "{}\n"), ("config.yaml", "max_steps: 1\n"), ("status", "running\n")],
