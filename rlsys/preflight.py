@@ -21,11 +21,11 @@ from rlsys.config import Config, PolicyConfig
 from rlsys.config_load import is_saved_config
 from rlsys.data.checks import check_data, count_rows, known_columns
 from rlsys.data.spec import is_no_hub_id
-from rlsys.data.usage import missing_columns_of_run, needed_columns
+from rlsys.data.usage import column_use, missing_columns_of_run, needed_columns
 from rlsys.devices import guess_device, visible_gpus
 from rlsys.hub import hub_answers
 from rlsys.model_shape import ModelShape, read_model_shape
-from rlsys.rewards import orms, plugin_problems, settings_of
+from rlsys.rewards import check_call, plugin_problems
 from rlsys.roles import asked_for, fewer_gpus, plan_roles
 from rlsys.run_dir import RunDir
 from rlsys.tracking import trackers
@@ -335,9 +335,11 @@ def _reward_functions(config: Config) -> Iterator[Problem]:
         complete = False
         yield Problem(text, only_here)
     for name in config.reward.names:
+        params = config.reward.params.get(name, {})
         try:
-            orms[name]
-            settings_of(name, config.reward.params.get(name, {}), config.known_to_rewards)
+            # Columns that are missing are told below, with those that there are.
+            needed = column_use(name, params).needed
+            check_call(name, params, config.known_to_rewards, needed)
         except ValueError as error:
             hint = "" if complete else " (a plugin above could not be loaded)"
             yield Problem(f"reward.reward_funcs: {error}{hint}", only_here=not complete)

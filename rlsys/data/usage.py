@@ -11,6 +11,7 @@ from typing import Any
 from rlsys.config import Config
 from rlsys.rewards import ORM, OWN_COLUMNS, Reward, RewardError, orms
 from rlsys.rewards.instances import KEYWORD_KINDS
+from rlsys.rewards.scoring import call_signature, takes_completions_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +37,9 @@ def column_use(name: str, settings: Collection[str] = ()) -> ColumnUse:
         ValueError: no such reward function.
     """
     registered = orms[name]
-    # Instances are called with the completions first, whatever that parameter is called.
-    is_class = isinstance(registered, type)
-    function = registered.__call__ if isinstance(registered, type) else registered
-    parameters = list(inspect.signature(function).parameters.values())[2 if is_class else 0 :]
+    parameters = list(call_signature(registered).parameters.values())
+    if takes_completions_first(registered):
+        parameters = parameters[1:]
     known = {*OWN_COLUMNS, *settings}
     named = [p for p in parameters if p.kind in KEYWORD_KINDS and p.name not in known]
     return ColumnUse(

@@ -30,6 +30,7 @@ from rlsys.rewards.plugins import load_plugins, plugin_problems
 from rlsys.rewards.scoring import (
     OWN_COLUMNS,
     Reward,
+    check_call,
     check_names_and_weights,
 )
 
@@ -41,6 +42,7 @@ __all__ = [
     "RewardError",
     "TrainerState",
     "TrlStyle",
+    "check_call",
     "check_names_and_weights",
     "load_plugins",
     "orms",

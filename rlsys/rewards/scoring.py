@@ -5,10 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
-from rlsys.rewards.base import TrainerState, TrlStyle, as_messages, orms
+from rlsys.rewards.base import ORM, RewardFunction, TrainerState, TrlStyle, as_messages, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
 from rlsys.types import RolloutGroup
 
@@ -81,23 +81,7 @@ class Reward:
         return self._checked(returned, len(columns["completions"]), prompt_id)
 
     def _arguments(self, columns: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = {**columns, **self._call_settings}
-        args: tuple[Any, ...] = ()
-        if isinstance(self.function, TrlStyle):
-            kwargs["completions"] = as_messages(columns["completions"])
-        elif not inspect.isfunction(self.function):
-            # Objects are called as ms-swift does, completions first whatever the parameter is
-            # called; functions as TRL does, all by keyword.
-            args = (kwargs.pop("completions"),)
-        try:
-            inspect.signature(self.function).bind(*args, **kwargs)
-        except TypeError as error:
-            raise RewardError(
-                f"reward function {self.name!r} cannot be called: {error}. It gets the columns "
-                f"{', '.join(sorted(kwargs))}; add what is missing to the dataset, and end the "
-                "function's parameters with **columns for those that it does not use."
-            ) from None
-        return args, kwargs
+        return call_arguments(self.name, self.function, {**columns, **self._call_settings})
 
     def _raised(self, error: BaseException, prompt_id: str | None) -> RewardError:
         return RewardError(
@@ -107,6 +91,66 @@ class Reward:
     def _checked(self, returned: Any, num_completions: int, prompt_id: str | None) -> list[float]:
         who = f"reward function {self.name!r}{_on(prompt_id)}"
         return checked(returned, num_completions, who)
+
+
+def check_call(name: str, params: Params, of_run: Params, columns: Iterable[str]) -> None:
+    """Whether a reward function takes its settings, and what it is called with.
+
+    Args:
+        name: of a registered reward function.
+        params: what the user set for it.
+        of_run: as of `settings_of`.
+        columns: of the dataset, besides `OWN_COLUMNS`.
+
+    Raises:
+        ValueError: an unknown name, settings that do not fit, or parameters that do not.
+    """
+    registered, settings = orms[name], settings_of(name, params, of_run)
+    given: dict[str, Any] = {column: [] for column in (*columns, *OWN_COLUMNS)}
+    call_arguments(name, registered, given | ({} if isinstance(registered, type) else settings))
+
+
+def call_arguments(
+    name: str, function: type[ORM] | RewardFunction, columns: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a reward function, or of instances of a class.
+
+    Raises:
+        RewardError: its signature does not take them.
+    """
+    kwargs = dict(columns)
+    args: tuple[Any, ...] = ()
+    if isinstance(function, TrlStyle):
+        kwargs["completions"] = as_messages(columns["completions"])
+    elif takes_completions_first(function):
+        args = (kwargs.pop("completions"),)
+    try:
+        call_signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise RewardError(
+            f"reward function {name!r} cannot be called: {error}. It gets the columns "
+            f"{', '.join(sorted(kwargs))}; add what is missing to the dataset, and end the "
+            "function's parameters with **columns for those that it does not use."
+        ) from None
+    return args, kwargs
+
+
+def takes_completions_first(function: type[ORM] | RewardFunction) -> bool:
+    """Whether it is called as ms-swift does, completions first whatever that parameter is called.
+
+    So are objects; functions are called as TRL does, all by keyword.
+    """
+    return not (inspect.isfunction(function) or isinstance(function, TrlStyle))
+
+
+def call_signature(function: type[ORM] | RewardFunction) -> inspect.Signature:
+    """Of a reward function, or of calling an instance of a class."""
+    if not isinstance(function, type):
+        return inspect.signature(function)
+    signature = inspect.signature(function.__call__)
+    if isinstance(inspect.getattr_static(function, "__call__"), staticmethod | classmethod):
+        return signature
+    return signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
 
 
 def _on(prompt_id: str | None) -> str:

@@ -7,7 +7,10 @@ import pytest
 from config_cases import EXPERTS, write_model, write_run
 
 from rlsys.config_load import load_config, save_config
+from rlsys.data.usage import column_use
 from rlsys.preflight import check_run
+from rlsys.rewards import OWN_COLUMNS, orms
+from rlsys.rewards.scoring import call_arguments
 from rlsys.run_dir import ENDED, RunDir
 
 
@@ -359,6 +362,52 @@ def test_a_plugin_makes_its_reward_known(problems, tmp_path):
     )
     overrides = ["--reward.external_plugins", str(plugin), "--reward.reward_funcs"]
     assert problems(*overrides, "preflight_mine") == []
+
+
+HEADS = {
+    "def {}(completions):": "unexpected keyword argument",
+    "def {}(completions, nums):": "unexpected keyword argument",
+    "async def {}(completions, prompts):": "unexpected keyword argument",
+    "def {}(completions, /, **columns):": "positional",
+    "def {}(completions, **columns):": None,
+    "def {}(completions, nums, **columns):": None,
+    "def {}(**columns):": None,
+    "class {}(ORM):\n def __call__(self, completions):": "unexpected keyword argument",
+    "class {}(ORM):\n def __call__(self, **columns):": "too many positional arguments",
+    "class {}(ORM):\n def __call__(self, texts, nums, **columns):": None,
+    "class {}(ORM):\n @staticmethod\n def __call__(texts, **columns):": None,
+    "class {}:\n async def __call__(self, texts, *more, **columns):": None,
+    "@trl_style\ndef {}(completions, prompts, **kwargs):": None,
+    "@trl_style\ndef {}(completions, prompts):": "unexpected keyword argument",
+}
+"""Signatures of reward functions, and what is wrong with them."""
+
+
+@pytest.mark.parametrize(("index", "words"), list(enumerate(HEADS.values())))
+def test_a_reward_function_that_cannot_be_called(problems, tmp_path, index, words):
+    name = f"preflight_{index}"
+    head = list(HEADS)[index].format(name)
+    plugin = tmp_path / "my_reward.py"
+    plugin.write_text(
+        "from rlsys.rewards import ORM, register_reward, trl_style\n"
+        f"@register_reward({name!r})\n{head} return [0.0] * 4\n"
+    )
+    found = problems("--reward.external_plugins", str(plugin), "--reward.reward_funcs", name)
+    if words is None:
+        assert found == []
+        return
+    text = only(found)
+    assert f"reward.reward_funcs: reward function {name!r} cannot be called: " in text
+    assert words in text
+    assert "end the function's parameters with **columns" in text
+    assert not found[0].only_here
+
+
+def test_every_reward_function_of_rlsys_can_be_called():
+    for name, registered in orms.items():
+        if registered.__module__.startswith("rlsys."):  # and no test registered it
+            given = {column: [] for column in (*column_use(name).needed, *OWN_COLUMNS)}
+            call_arguments(name, registered, given)
 
 
 def rows(path, *columns, copies=20):
