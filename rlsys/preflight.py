@@ -375,8 +375,11 @@ def _algorithm(config: Config) -> Iterator[Problem]:
 def output_dir_problems(config: Config) -> Iterator[Problem]:
     """Whether the run's folder can be written to without harm to another run's results."""
     run = RunDir(Path(config.output_dir))
-    if run.path.exists() and not run.path.is_dir():
-        yield Problem(f"output_dir: {run.path} is a file, and should be a folder", True)
+    obstacle = run.obstacle()
+    if obstacle is not None:
+        yield Problem(
+            f"output_dir: {run.path} {obstacle}: choose another one with --output_dir", True
+        )
     elif config.checkpoint.resume:
         steps = checkpoint_steps(run.checkpoints)
         if not steps:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 RUNNING = "running"
 ENDED = "ended"
@@ -87,16 +87,31 @@ class RunDir:
         """One word, see the class."""
         return self.path / "status"
 
+    def obstacle(self) -> str | None:
+        """Why the folder cannot be written to, or made where it is not; None where it can.
+
+        A file system may have reasons that its permissions do not show: `held` tells those.
+        """
+        place = self.path.absolute()
+        while not os.path.lexists(place):
+            place = place.parent
+        if not os.path.isdir(place):
+            reason, where = f"{place} is no folder", "is no folder"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            reason, where = f"you may not write in {place}", "is closed: you may not write there"
+        else:
+            return None
+        return where if place == self.path.absolute() else f"cannot be made, {reason}"
+
     @contextmanager
     def held(self) -> Iterator[None]:
         """Nobody else runs in this folder meanwhile; the operating system knows when a process is
         dead, whatever it was killed by. Creates the folder when needed.
 
         Raises:
-            ValueError: another process is running in it.
+            ValueError: another process is running in it, or nothing can be written to it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as lock:
+        with self._open_lock() as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -113,6 +128,16 @@ class RunDir:
                     flush=True,
                 )
             yield
+
+    def _open_lock(self) -> IO[str]:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            return (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ValueError(
+                f"output_dir: {self.path} cannot be written to ({error.strerror}). Choose another "
+                "folder with --output_dir."
+            ) from None
 
     def write_status(self, word: str) -> None:
         """Replace the status, creating the directory when needed."""

@@ -1,6 +1,7 @@
 """What would fail a run later is told before it starts, with a remedy."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -532,7 +533,43 @@ def test_resuming_needs_steps_to_take(problems, tmp_path, step, has_ended, is_re
 
 def test_an_output_directory_that_is_a_file(problems, tmp_path):
     (tmp_path / "run").touch()
-    assert "is a file" in only(problems())
+    found = problems()
+    assert only(found) == (
+        f"output_dir: {tmp_path / 'run'} is no folder: choose another one with --output_dir"
+    )
+    assert found[0].only_here
+
+
+@pytest.mark.parametrize("place", ["file", "link"])
+@pytest.mark.parametrize("option", [[], ["--checkpoint.resume"]])
+def test_an_output_directory_below_what_is_no_folder(problems, tmp_path, place, option):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    found = problems("--output_dir", str(tmp_path / place / "a" / "b"), *option)
+    assert only(found) == (
+        f"output_dir: {tmp_path / place / 'a' / 'b'} cannot be made, {tmp_path / place} is no "
+        "folder: choose another one with --output_dir"
+    )
+    assert found[0].only_here
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_an_output_directory_without_the_permission_to_write(
+    problems, tmp_path, monkeypatch, exists
+):
+    """Root may write anywhere, so the answer of the system is made up."""
+    folder, closed = tmp_path / "closed" / "run", tmp_path / "closed"
+    folder.mkdir(parents=True)
+    if not exists:
+        folder.rmdir()
+    of_system = os.access
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: of_system(path, mode) and closed not in (path, path.parent)
+    )
+    found = problems("--output_dir", str(folder))
+    where = "you may not write there" if exists else f"you may not write in {closed}"
+    assert where in only(found)
+    assert found[0].only_here
 
 
 def test_a_tracker_that_nobody_registered(problems):
