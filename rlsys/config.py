@@ -6,6 +6,7 @@ A config is a YAML file whose sections are the classes below, overridden from th
 
 from __future__ import annotations
 
+import os.path
 from typing import Any, Literal, Self, get_args
 
 from pydantic import (
@@ -41,6 +42,11 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise ValueError("should not be true or false; quote it if it is a text")
         return value
+
+
+def _expanded(path: str | None) -> str | None:
+    """With the home folder for a `~` at its beginning, which only a shell would put there."""
+    return None if path is None else os.path.expanduser(path)
 
 
 class DataConfig(Section):
@@ -99,6 +105,11 @@ class DataConfig(Section):
     """Probability that a prompt to be skipped is sampled nevertheless; one group with different
     rewards brings it back."""
 
+    @field_validator("dataset", "val_dataset")
+    @classmethod
+    def _from_home(cls, datasets: list[str]) -> list[str]:
+        return [os.path.expanduser(text) for text in datasets]
+
 
 class ModelConfig(Section):
     """The language model that is trained."""
@@ -108,6 +119,8 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in policy, reference and rollout engine; auto is bfloat16 on GPUs and
     float32 on CPU, where it makes engines agree to 1e-5."""
+
+    _from_home = field_validator("path")(_expanded)
 
 
 class RolloutConfig(Section):
@@ -248,7 +261,7 @@ class RewardConfig(Section):
         """`reward_params` by name, those of reward models completed."""
         shared = self.reward_params.get(REWARD_MODEL_PREFIX[:-1], {})
         return self.reward_params | {
-            name: shared | {"path": path} | self.reward_params.get(name, {})
+            name: shared | {"path": os.path.expanduser(path)} | self.reward_params.get(name, {})
             for name in self.models
             if (path := name.removeprefix(REWARD_MODEL_PREFIX)) != name
         }
@@ -426,6 +439,8 @@ class ReferenceConfig(Section):
     """On GPUs. policy: rank r runs on the GPU of policy rank r, and its weights wait in host memory
     while it does not. own: GPUs of its own, which saves that copy."""
 
+    _from_home = field_validator("path")(_expanded)
+
 
 class WeightSyncConfig(Section):
     """How the rollout engines get the policy's weights after every update."""
@@ -493,6 +508,8 @@ class Config(Section):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    _from_home = field_validator("output_dir")(_expanded)
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> Self:

@@ -98,7 +98,7 @@ class RunDir:
         if not os.path.isdir(place):
             reason, where = f"{place} is no folder", "is no folder"
         elif not os.access(place, os.W_OK | os.X_OK):
-            reason, where = f"you may not write in {place}", "is closed: you may not write there"
+            reason, where = f"you may not write in {place}", "is a folder that you may not write in"
         else:
             return None
         return where if place == self.path.absolute() else f"cannot be made, {reason}"

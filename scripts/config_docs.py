@@ -21,7 +21,8 @@ _HEAD = """# The config
 
 A run is a YAML file of these sections. Every field can be set on the command line too, as
 `--section.field value`. An unknown field is an error; so are numbers that do not fit each other.
-`rlsys explain CONFIG` prints the result, with what follows from it.
+`rlsys explain CONFIG` prints the result, with what follows from it. Relative paths start at the
+working directory, and `~` is the home folder.
 
 This page is written by `python scripts/config_docs.py` from the docstrings in `rlsys/config.py`.
 """

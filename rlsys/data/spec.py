@@ -37,7 +37,7 @@ class DatasetSpec:
     @property
     def path(self) -> Path:
         """Where it would be on this machine."""
-        return Path(self.name).expanduser()
+        return Path(self.name)
 
     @property
     def is_local(self) -> bool:
@@ -108,8 +108,8 @@ def _row_count(rest: str, text: str) -> tuple[str, int | None]:
 
 def _exists(name: str) -> bool:
     try:
-        return Path(name).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long for a path, a null byte, no such ~user
+        return Path(name).exists()
+    except (OSError, ValueError):  # too long for a path, a null byte
         return False
 
 

@@ -43,6 +43,29 @@ def load(tmp_path):
 # --- wrong input ---------------------------------------------------------------------------------
 
 
+def test_a_tilde_is_the_home_folder_wherever_a_config_has_a_path(load, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    data = {"dataset": ["~/a.jsonl#10", "hf::a/b~"], "val_dataset": ["~/b:main:test"]}
+    resolved = load(
+        "--output_dir=~/runs/a", data=data, model={"path": "~/m"}, reward={"reward_model": ["~/r"]}
+    )
+    config = resolved.config
+    assert config.output_dir == "/home/me/runs/a"
+    assert config.model.path == "/home/me/m"
+    assert config.reference.path is None
+    assert config.data.dataset == ["/home/me/a.jsonl#10", "hf::a/b~"]
+    assert config.data.val_dataset == ["/home/me/b:main:test"]
+    # A reward model is called what the config calls it, in its settings and weights too.
+    assert config.reward.names[-1] == "reward_model:~/r"
+    assert config.reward.model_paths == ["/home/me/r"]
+    assert load(reference={"path": "~/m"}).config.reference.path == "/home/me/m"
+    saved = tmp_path / "saved.yaml"
+    save_config(config, saved)
+    assert "output_dir: /home/me/runs/a" in saved.read_text()
+    monkeypatch.setenv("HOME", "/home/you")
+    assert load_config(saved).config.output_dir == "/home/me/runs/a"
+
+
 @pytest.mark.parametrize(
     ("sections", "nearest"),
     [
