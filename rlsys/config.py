@@ -150,9 +150,10 @@ class RolloutConfig(Section):
     max_num_seqs: PositiveInt = 256
     """Most sequences an engine decodes at once."""
     kv_cache_memory_mb: PositiveInt | None = None
-    """MiB of KV cache of an engine; None lets vLLM use gpu_memory_utilization. On CPU, and where
-    engines share a GPU, None is room for max_num_seqs full sequences: 4 GiB at most, or what
-    gpu_memory_utilization leaves to each."""
+    """MiB of KV cache of an engine, on each of its GPUs, at least one sequence of the greatest
+    length; None lets vLLM use gpu_memory_utilization. On CPU, and where engines share a GPU, None
+    is room for max_num_seqs full sequences: 4 GiB at most, or what gpu_memory_utilization leaves to
+    each."""
     gpu_memory_utilization: float = Field(default=0.85, gt=0.0, le=1.0)
     """Share of its GPU that an engine may take; engines_per_gpu engines take it together."""
     seed_per_request: bool = True

@@ -205,7 +205,7 @@ def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEsti
     tp, width = rollout.tensor_parallel_size, bytes_per_weight(config, device)
     per_engine = -(-config.num_prompts // rollout.num_engines) * rollout.num_generations
     sequences = min(rollout.max_num_seqs, per_engine)
-    token_bytes = shape.kv_elements_per_token * width / tp
+    token_bytes = shape.kv_elements_per_token(tp) * width
     if rollout.kv_cache_memory_mb is not None:
         kv_gib, kv_text = rollout.kv_cache_memory_mb / 1024, "rollout.kv_cache_memory_mb"
     elif device == "cpu" or rollout.engines_per_gpu > 1:

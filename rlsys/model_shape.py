@@ -92,10 +92,10 @@ class ModelShape:
         embeddings = self.embedding_params * (1 if self.tied else 2)
         return embeddings + self.num_layers * self.layer_params + self.hidden_size
 
-    @property
-    def kv_elements_per_token(self) -> int:
-        """Numbers that the KV cache holds for one token."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+    def kv_elements_per_token(self, tensor_parallel_size: int) -> int:
+        """Numbers that each rank's KV cache holds for one token; a rank has at least one head."""
+        heads = max(1, self.num_kv_heads // tensor_parallel_size)
+        return 2 * self.num_layers * heads * self.head_dim
 
 
 def read_model_shape(folder: Path) -> ModelShape:

@@ -23,7 +23,9 @@ from rlsys.data.checks import check_data, count_rows, known_columns
 from rlsys.data.spec import is_no_hub_id
 from rlsys.data.usage import column_use, missing_columns_of_run, needed_columns
 from rlsys.devices import guess_device, visible_gpus
+from rlsys.engines.vllm_settings import kv_cache_bytes
 from rlsys.hub import hub_answers
+from rlsys.memory import longest_row
 from rlsys.model_shape import ModelShape, read_model_shape
 from rlsys.rewards import check_call, plugin_problems
 from rlsys.roles import asked_for, fewer_gpus, plan_roles
@@ -122,6 +124,7 @@ def _models(config: Config) -> Iterator[Problem]:
     if shape is not None:
         yield from _policy_fits(config, shape)
         yield from _rollout_fits(config, shape)
+        yield from _kv_cache_fits(config, shape)
     for path in config.reward.model_paths:
         try:
             find_model_folder(path)
@@ -283,6 +286,24 @@ def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(
             f"the model's heads have {shape.head_dim} dimensions, and vLLM on CPU has attention "
             f"for {', '.join(map(str, CPU_HEAD_DIMS))}: use another model"
+        )
+
+
+def _kv_cache_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    """Whether one sequence fits: vLLM asks it too, when it has loaded the model."""
+    size, device = config.rollout.kv_cache_memory_mb, guess_device(config)
+    if size is None:
+        return
+    if config.device == "auto" and os.environ.get("RAY_ADDRESS"):
+        device = "cuda"  # which the cluster may have; on a CPU a token takes more
+    needed = kv_cache_bytes(config, shape, sequences=1, device=device)
+    if size * 2**20 < needed:
+        yield Problem(
+            f"rollout.kv_cache_memory_mb = {size} does not hold one sequence of "
+            f"data.max_prompt_length {config.data.max_prompt_length} + "
+            f"rollout.max_completion_length {config.rollout.max_completion_length} = "
+            f"{longest_row(config)} tokens, which takes {needed / 2**20:,.1f} MiB: set it to at "
+            f"least {-(-needed // 2**20)}, or leave it out"
         )
 
 

@@ -154,9 +154,13 @@ def cpu_kv_cache_bytes(config: Config, shape: ModelShape) -> int:
 
 
 def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device: Device) -> int:
-    """For so many sequences of the greatest length, in vLLM's blocks."""
+    """Of each rank, for so many sequences of the greatest length, in vLLM's blocks.
+
+    On GPUs of the smallest blocks: some attention kernels want larger ones, and then more memory.
+    """
     block_size = CPU_BLOCK_SIZE if device == "cpu" else GPU_BLOCK_SIZE
     blocks_per_sequence = -(-longest_row(config) // block_size)
     blocks = sequences * blocks_per_sequence + 1  # vLLM keeps one for itself
-    token_bytes = shape.kv_elements_per_token * bytes_per_weight(config, device)
+    elements = shape.kv_elements_per_token(config.rollout.tensor_parallel_size)
+    token_bytes = elements * bytes_per_weight(config, device)
     return blocks * block_size * token_bytes

@@ -231,6 +231,54 @@ def test_engines_whose_tensor_parallel_size_fits_no_kv_heads(problems, tmp_path,
     assert bool(found) != fits
 
 
+@pytest.mark.parametrize(
+    ("device", "prompt", "tp", "least"),
+    [
+        # A token takes 4 KiB in fp32: 2 x 4 layers x 4 KV heads x 32. One block is vLLM's own.
+        ("cpu", 64, 1, 1),  # 2 blocks of 128 tokens are 1 MiB
+        ("cpu", 65, 1, 2),
+        # 2 KiB in bf16: 33 blocks of 16 tokens are 1 MiB and a block.
+        ("cuda", 448, 1, 2),
+        ("cuda", 432, 1, 1),
+        # The KV heads are shared among ranks, down to one each: 65 blocks, and 129.
+        ("cuda", 960, 2, 2),
+        ("cuda", 944, 2, 1),
+        ("cuda", 1984, 4, 2),
+        ("cuda", 1968, 4, 1),
+        ("cuda", 1984, 8, 2),
+        ("cuda", 1968, 8, 1),
+    ],
+)
+def test_a_kv_cache_that_holds_not_even_one_sequence(problems, tmp_path, device, prompt, tp, least):
+    folder = write_model(tmp_path / "other", max_position_embeddings=4096)
+    sections = {
+        "device": device,
+        "model": {"path": str(folder)},
+        "data": {"max_prompt_length": prompt},
+    }
+
+    def found(size):
+        rollout = {"kv_cache_memory_mb": size, "tensor_parallel_size": tp}
+        return problems(**sections, rollout=rollout)
+
+    assert found(least) == []
+    if least > 1:
+        text = only(found(least - 1))
+        assert f"rollout.kv_cache_memory_mb = {least - 1} does not hold one sequence" in text
+        assert f"{prompt} + rollout.max_completion_length 64 = {prompt + 64} tokens" in text
+        assert f"set it to at least {least}, or leave it out" in text
+
+
+def test_a_kv_cache_of_a_cluster_that_may_have_gpus(problems, tmp_path, gpus, monkeypatch):
+    """There a token takes half as much."""
+    gpus(0)
+    monkeypatch.setattr("rlsys.devices.visible_gpus", lambda: 0)
+    options = ["--rollout.kv_cache_memory_mb", "1", "--data.max_prompt_length", "65"]
+    assert "at least 2" in only(problems(*options))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert problems(*options) == []
+
+
 def test_a_chat_template_may_be_in_the_tokenizer_config(problems, tmp_path):
     folder = write_model(tmp_path / "other")
     (folder / "chat_template.jinja").unlink()

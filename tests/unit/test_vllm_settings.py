@@ -40,6 +40,13 @@ def test_the_cpu_cache_holds_every_sequence_at_full_length():
     assert cpu_kv_cache_bytes(config(max_prompt_length=65), SHAPE) == 513 * 128 * 1536
 
 
+def test_ranks_share_the_kv_heads_down_to_one_each():
+    # 2 KV heads: 1 of each of 2 ranks, and of each of 4.
+    for tp in (2, 4):
+        halved = cpu_kv_cache_bytes(config(tensor_parallel_size=tp), SHAPE)
+        assert halved == 257 * 128 * 1536 // 2
+
+
 def test_the_cpu_cache_stops_at_4_gib():
     large = config(max_prompt_length=20000, max_num_seqs=1024)
     assert cpu_kv_cache_bytes(large, SHAPE) == 4 * 2**30
