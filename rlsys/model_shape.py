@@ -122,6 +122,11 @@ def read_model_shape(folder: Path) -> ModelShape:
             raise ValueError(
                 f"{file}: {model_type} with {option} = {values[option]!r} is not supported"
             )
+    others = set(values.get("layer_types") or ()) - {"full_attention"}
+    if others:
+        raise ValueError(
+            f"{file}: {model_type} with {', '.join(sorted(others))} in layer_types is not supported"
+        )
     try:
         num_heads = values["num_attention_heads"]
         return ModelShape(

@@ -67,6 +67,10 @@ def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
         ({"model_type": "gpt2"}, ["gpt2", "llama, qwen2, qwen3"]),
         ({"model_type": None}, ["not supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            ["layer_types", "sliding_attention"],
+        ),
         ({"max_position_embeddings": 100}, ["64 + ", "= 128 tokens", "100", "lower one by 28"]),
         ({"head_dim": 16}, ["16 dimensions", "vLLM on CPU"]),
         (EXPERTS | {"decoder_sparse_step": 2}, ["decoder_sparse_step = 2"]),
