@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 # Before Ray is imported, which reads some of the environment then.
-from rlsys.ray_env import check_cluster_answers  # isort: skip
+from rlsys.ray_env import check_cluster_answers, unused_choice_of_gpus  # isort: skip
 import ray  # isort: skip
 import torch
 from transformers import AutoTokenizer
@@ -231,6 +231,9 @@ def ray_session() -> Iterator[None]:
     Leaving it ends every actor of this run.
     """
     check_cluster_answers()
+    unused = unused_choice_of_gpus()
+    if unused is not None:
+        print(f"note: {unused}", flush=True)
     # "local": Ray would otherwise join a cluster that somebody, anybody started on this machine.
     own = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
     ray.init(logging_level=logging.ERROR, **own)

@@ -20,6 +20,18 @@ os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 _ANSWER_TIMEOUT_S = 10.0
 
 
+def unused_choice_of_gpus() -> str | None:
+    """A note for those who choose GPUs here for a cluster that runs already; None for others."""
+    address, chosen = os.environ.get("RAY_ADDRESS"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not address or not chosen:
+        return None
+    return (
+        f"CUDA_VISIBLE_DEVICES={chosen} does not choose the GPUs of this run: the Ray cluster of "
+        f"RAY_ADDRESS={address} has those that it was started with. Set it where `ray start` runs, "
+        "or unset RAY_ADDRESS."
+    )
+
+
 def check_cluster_answers() -> None:
     """Knock at RAY_ADDRESS, where it names a place: Ray itself would try for many minutes.
 

@@ -12,7 +12,13 @@ from rlsys.config import Config
 
 
 @pytest.fixture(scope="session")
-def ray_cluster():
+def variable():
+    """Name and value of an environment variable of the driver that Ray's own processes have not."""
+    return "NCCL_SET_LATER", "yes"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(variable):
     # Actors of the tests' own classes import the modules beside this file.
     helpers = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
     ray.init(
@@ -23,7 +29,9 @@ def ray_cluster():
         runtime_env=helpers,
         log_to_driver=False,
     )
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*variable)
+        yield
     ray.shutdown()
 
 

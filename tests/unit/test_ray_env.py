@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from rlsys.ray_env import check_cluster_answers
+from rlsys.ray_env import check_cluster_answers, unused_choice_of_gpus
 
 
 @pytest.fixture
@@ -40,3 +40,19 @@ def test_a_place_where_something_listens_is_let_through(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
         check_cluster_answers()
+
+
+@pytest.mark.parametrize(
+    ("address", "chosen", "told"),
+    [("10.0.0.1:6379", "2,3", True), (None, "2,3", False), ("10.0.0.1:6379", "", False)],
+)
+def test_gpus_chosen_here_for_a_cluster_that_runs_already_are_told(
+    monkeypatch, address, chosen, told
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    note = unused_choice_of_gpus()
+    assert (note is not None) == told
+    assert note is None or (chosen in note and address in note)

@@ -1,0 +1,44 @@
+"""What is set for NCCL and CUDA where a run is started reaches actors on any node."""
+
+import psutil
+import pytest
+from policy_cases import policy_config
+
+from rlsys.actors.group import get_all, inherited_env
+from rlsys.actors.reference import ReferenceActors
+from rlsys.actors.reward import RewardWorkers
+from rlsys.config import RewardConfig
+
+pytestmark = pytest.mark.system
+
+
+def environments(class_name):
+    """Of every process of an actor class, as the process was started."""
+    processes = psutil.Process().children(recursive=True)
+    return [p.environ() for p in processes if p.cmdline()[:1] == [f"ray::{class_name}"]]
+
+
+def test_a_variable_for_nccl_reaches_every_actor(engines, lab, policy_models, variable):
+    config = policy_config(policy_models["qwen2-tied"], grpo={"beta": 0.1})
+    lab.policy(config)
+    reference = ReferenceActors(config)
+    rewards = RewardWorkers(RewardConfig(reward_funcs=["format"]), known={})
+    name, value = variable
+    try:
+        get_all(reference.async_start(), phase="start", timeout_s=120)
+        for role in ("RolloutActor", "LabRank", "ReferenceRank", "RewardWorker"):
+            found = environments(role)
+            assert found, role
+            assert [env.get(name) for env in found] == [value] * len(found), role
+    finally:
+        reference.close()
+        rewards.close()
+
+
+def test_which_gpu_an_actor_has_is_rays_to_say(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    monkeypatch.setenv("HOME_OF_SOMETHING", "else")
+    env = inherited_env()
+    assert env["CUDA_LAUNCH_BLOCKING"] == "1"
+    assert not {"CUDA_VISIBLE_DEVICES", "HOME_OF_SOMETHING"} & env.keys()
