@@ -46,6 +46,9 @@ class Policy(Protocol):
     def update(self, batch: TrainBatch) -> UpdateOutput:
         """All optimizer steps of one rollout."""
 
+    def peak_memory_gib(self) -> float:
+        """Most memory that one of its ranks has held."""
+
 
 class Reference(Protocol):
     """The frozen model."""
@@ -130,7 +133,11 @@ def train(
             with timer("reference_sync"):
                 reference.refresh()
         metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
-        metrics |= rollouts.metrics() | {"policy_version": update.policy_version}
+        metrics |= rollouts.metrics()
+        metrics |= {
+            "policy_version": update.policy_version,
+            "memory(GiB)": policy.peak_memory_gib(),
+        }
         tracker.log_metrics(
             step, metrics | timer.metrics() | _throughput(config, metrics, batch, timer)
         )

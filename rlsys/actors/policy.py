@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,6 +62,13 @@ class PolicyRank(ModelRank):
     def update(self, batch: TrainBatch, loss: str | None) -> UpdateOutput | None:
         """See MegatronPolicy.update."""
         return self.engine.update(batch, loss=loss)
+
+    def peak_memory_gib(self) -> float:
+        """Most that was reserved on this rank's GPU by now; on CPU, that its process has held."""
+        if not self.engine.on_cpu:
+            return torch.cuda.max_memory_reserved() / 2**30
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB here
 
     def connect_weight_sync(self, connection: Connection, *, to: str) -> None:
         """Plan this rank's part; rank 0 joins the weight sync groups as their sender."""
@@ -138,6 +147,10 @@ class PolicyActors(ModelActors):
         output = next(output for output in outputs if output is not None)
         self.policy_version = output.policy_version
         return output
+
+    def peak_memory_gib(self) -> float:
+        """Of the rank that has held most; see PolicyRank.peak_memory_gib."""
+        return max(self.call("peak_memory_gib"))
 
     def save_model(self, folder: Path) -> None:
         """Write a Hugging Face model folder; whole or not at all."""

@@ -1,9 +1,7 @@
-"""All trackers of a run as one, and what they all show: progress, speed, memory."""
+"""All trackers of a run as one, and what they all show: progress and speed."""
 
 from __future__ import annotations
 
-import resource
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -78,7 +76,6 @@ class Progress:
             "percentage": f"{step / self._max_steps:.2%}",
             "elapsed_time": format_seconds(now - self._start),
             "remaining_time": format_seconds((self._max_steps - step) * seconds_per_step),
-            "memory(GiB)": round(peak_memory_gib(), 2),
             "train_speed(iter/s)": round(1 / seconds_per_step, 6),
         }
 
@@ -97,12 +94,12 @@ class CompositeTracker(Tracker):
         self._closed = False
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """Add progress, speed and memory to a training step; values of the caller win."""
+        """Add progress and speed to a training step."""
         with self._lock:
             if not is_evaluation(metrics):
                 time_of_step = metrics.get("time/step")
                 assert not isinstance(time_of_step, str)
-                metrics = {**metrics, **self._progress.metrics(step, time_of_step), **metrics}
+                metrics = {**metrics, **self._progress.metrics(step, time_of_step)}
             for part in self._parts:
                 part.log_metrics(step, metrics)
             for text in self._watch.observe(step, metrics):
@@ -147,9 +144,3 @@ def format_seconds(seconds: float) -> str:
     while len(parts) > 1 and parts[0][0] == 0:
         parts.pop(0)
     return " ".join(f"{number}{unit}" for number, unit in parts)
-
-
-def peak_memory_gib() -> float:
-    """Most memory that this process has held, in GiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB on Linux

@@ -70,6 +70,9 @@ class System:
         self.policy_version += 1
         return UpdateOutput(self.policy_version, {"loss": 0.5, "grad_norm": 2.0})
 
+    def peak_memory_gib(self):
+        return 71.5
+
     # weight sync, checkpoints
     def publish(self):
         self.published = self.policy_version
@@ -216,6 +219,7 @@ def test_every_step_logs_what_all_roles_report(run):
     for step, metrics in system.logged:
         assert metrics.keys() >= ROLLOUT_KEYS
         assert metrics["policy_version"] == step
+        assert metrics["memory(GiB)"] == 71.5
         assert metrics["epoch"] == step / 10
         assert (metrics["loss"], metrics["grad_norm"]) == (0.5, 2.0)
         assert metrics["weight_sync/bytes"] == 7.0

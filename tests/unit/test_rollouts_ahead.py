@@ -182,6 +182,9 @@ class Policy:
         self.policy_version += 1
         return UpdateOutput(self.policy_version, {"loss": 0.0})
 
+    def peak_memory_gib(self):
+        return 1.0
+
     def publish(self):
         self.world.publish(self.policy_version)
         return {}

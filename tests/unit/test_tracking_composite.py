@@ -56,15 +56,6 @@ def test_the_log_line_has_every_key_of_the_contract(run):
     assert row["global_step/max_steps"] == "12/60"
     assert row["percentage"] == "20.00%"
     assert {key: row[key] for key in DRIVER_METRICS} == DRIVER_METRICS
-    assert 0.01 < row["memory(GiB)"] < 1000
-
-
-def test_memory_that_the_caller_measured_wins(run):
-    tracker = build_tracker(make_config(run.path))
-    tracker.log_metrics(1, {"memory(GiB)": 71.5})
-    tracker.close()
-    (row,) = read_jsonl(run.metrics)
-    assert row["memory(GiB)"] == 71.5
 
 
 def test_an_evaluation_is_a_line_of_its_own_without_progress(run):

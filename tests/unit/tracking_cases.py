@@ -75,6 +75,7 @@ DRIVER_METRICS: dict[str, float] = {
     "clip_ratio/high_max": 0.0,
     "clip_ratio/region_mean": 0.0,
     "epoch": 0.12,
+    "memory(GiB)": 71.5,
     "sampling/logp_difference/mean": 0.0021,
     "sampling/logp_difference/max": 0.4,
     "sampling/kl": 0.0002,
