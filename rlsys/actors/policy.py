@@ -13,6 +13,7 @@ import torch
 from rlsys.actors.group import Place, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import Config
+from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.rewards import load_plugins
 from rlsys.types import TrainBatch, UpdateOutput
 from rlsys.weight_sync.connection import Connection
@@ -74,9 +75,13 @@ class PolicyRank(ModelRank):
         """Plan this rank's part; rank 0 joins the weight sync groups as their sender."""
         from rlsys.engines.megatron_export import BucketExport
 
-        self.exports[to] = BucketExport(self.engine.weights, connection.buckets())
-        if self.rank == 0:
-            self.senders[to] = WeightSender(connection, self.engine.device)
+        mib = max(bucket.nbytes for bucket in connection.buckets()) / 2**20
+        with out_of_memory_explained(
+            f"two buckets of {mib:,.0f} MiB to send weights in: lower weight_sync.bucket_mb"
+        ):
+            self.exports[to] = BucketExport(self.engine.weights, connection.buckets())
+            if self.rank == 0:
+                self.senders[to] = WeightSender(connection, self.engine.device)
 
     def send_weights(self, version: int, *, to: str) -> float | None:
         """Take part in exporting; rank 0 sends, see WeightSender.send for what it returns."""

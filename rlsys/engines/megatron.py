@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,13 @@ from rlsys.algo.names import aggregation_of
 from rlsys.algo.weighting import keep_high_entropy, loss_weights
 from rlsys.config import Config, GrpoConfig
 from rlsys.engines.megatron_checkpoint import load_policy, save_policy
-from rlsys.engines.megatron_logprobs import MegatronModel, out_of_memory_explained
+from rlsys.engines.megatron_logprobs import MegatronModel
 from rlsys.engines.megatron_model import fuse_weight_gradients
+from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.types import TrainBatch, UpdateOutput
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
 
 
 class MegatronPolicy(MegatronModel):
@@ -39,21 +43,45 @@ class MegatronPolicy(MegatronModel):
 
     def __init__(self, config: Config):
         super().__init__(config, config.model.path, trains=True)
-        policy = config.policy
         overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
         fuse_weight_gradients(self.model)
-        self.ddp = DistributedDataParallel(
+        with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
+            self.ddp = self._build_ddp(overlap_grads)
+        with out_of_memory_explained(f"the optimizer's copy of the weights: {self.more_gpus}"):
+            self.optimizer = self._build_optimizer()
+        if overlap_grads:
+            # Gradients are summed over ranks during the last micro-batch only.
+            self.transformer_config.no_sync_func = self.ddp.no_sync
+        self.transformer_config.finalize_model_grads_func = finalize_model_grads
+        self.transformer_config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = self._build_scheduler()
+        self.policy_version = 0
+
+    @property
+    def more_gpus(self) -> str:
+        """What to change where the model or its optimizer is too large for a GPU."""
+        return (
+            "raise policy.tensor_parallel_size or policy.pipeline_parallel_size, or "
+            "policy.world_size with policy.use_distributed_optimizer, which cuts the optimizer's "
+            "state over replicas"
+        )
+
+    def _build_ddp(self, overlap_grads: bool) -> DistributedDataParallel:
+        return DistributedDataParallel(
             self.transformer_config,
             DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
-                use_distributed_optimizer=policy.use_distributed_optimizer,
+                use_distributed_optimizer=self.config.policy.use_distributed_optimizer,
                 overlap_grad_reduce=overlap_grads,
                 overlap_param_gather=self._overlaps_param_gather,
             ),
             self.model,
         )
-        self.optimizer = get_megatron_optimizer(
+
+    def _build_optimizer(self) -> MegatronOptimizer:
+        policy = self.config.policy
+        return get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
                 lr=policy.lr,
@@ -70,13 +98,6 @@ class MegatronPolicy(MegatronModel):
             ),
             [self.ddp],
         )
-        if overlap_grads:
-            # Gradients are summed over ranks during the last micro-batch only.
-            self.transformer_config.no_sync_func = self.ddp.no_sync
-        self.transformer_config.finalize_model_grads_func = finalize_model_grads
-        self.transformer_config.grad_scale_func = self.optimizer.scale_loss
-        self.scheduler = self._build_scheduler()
-        self.policy_version = 0
 
     def _build_scheduler(self) -> OptimizerParamScheduler:
         policy = self.config.policy
@@ -180,9 +201,7 @@ class MegatronPolicy(MegatronModel):
             self._refuse_step(grad_norm, metrics)
         self.scheduler.step(increment=1)
         with out_of_memory_explained(
-            "the optimizer's step, the first of which makes its state: raise "
-            "policy.tensor_parallel_size or policy.pipeline_parallel_size, or policy.world_size "
-            "with policy.use_distributed_optimizer, which cuts that state over replicas"
+            f"the optimizer's step, the first of which makes its state: {self.more_gpus}"
         ):
             self.optimizer.step()
         return metrics | {

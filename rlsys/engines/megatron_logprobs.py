@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +31,7 @@ from rlsys.config import Config
 from rlsys.engines.hf_checkpoint import SafetensorsReader, resolve_model_path, save_model_folder
 from rlsys.engines.megatron_model import LogprobHead, build_model, transformer_config
 from rlsys.engines.megatron_weights import MegatronWeights
+from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.model_shape import read_model_shape
 from rlsys.types import TrainBatch
 
@@ -41,6 +41,9 @@ class MegatronModel:
 
     `initialize_parallel` comes first.
     """
+
+    role = "policy"
+    """The section of the config with its parallel sizes."""
 
     def __init__(self, config: Config, path: str, *, trains: bool = False):
         self.config = config
@@ -57,16 +60,17 @@ class MegatronModel:
             policy=config.policy,
             on_cpu=self.on_cpu,
         )
-        self.model = build_model(self.hf_config, self.transformer_config).to(self.device)
-        self.weights = MegatronWeights(
-            self.model,
-            shape,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            pp_group=parallel_state.get_pipeline_model_parallel_group(),
-            ep_group=parallel_state.get_expert_model_parallel_group(),
-        )
-        with SafetensorsReader(self.folder) as reader:
-            self.weights.load(reader)
+        with out_of_memory_explained(f"the {self.role}'s weights: {self.more_gpus}"):
+            self.model = build_model(self.hf_config, self.transformer_config).to(self.device)
+            self.weights = MegatronWeights(
+                self.model,
+                shape,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                pp_group=parallel_state.get_pipeline_model_parallel_group(),
+                ep_group=parallel_state.get_expert_model_parallel_group(),
+            )
+            with SafetensorsReader(self.folder) as reader:
+                self.weights.load(reader)
         self._head = None
         if self.model.post_process:
             recompute = config.policy.recompute_logits
@@ -80,6 +84,11 @@ class MegatronModel:
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._cp_group = parallel_state.get_context_parallel_group()
+
+    @property
+    def more_gpus(self) -> str:
+        """What to change where the model itself is too large for a GPU."""
+        return f"raise {self.role}.tensor_parallel_size"
 
     @property
     def _experts_span_data_parallel_ranks(self) -> bool:
@@ -223,10 +232,13 @@ class MegatronModel:
             return hidden, loss
 
         tokens = max(len(micro_batch.input_ids) for micro_batch in packed)
+        recompute = ""  # keeps less for the backward pass, if there is one
+        if not forward_only and self.config.policy.recompute != "full":
+            recompute = "set policy.recompute to selective or full, "
         with out_of_memory_explained(
-            f"micro-batches of {tokens:,} tokens: lower policy.max_tokens_per_micro_batch (or "
-            "policy.micro_batch_size), set policy.recompute to selective or full, or raise "
-            "policy.tensor_parallel_size"
+            f"the {self.role}'s {'log-probs' if forward_only else 'update'} in micro-batches of "
+            f"{tokens:,} tokens: lower policy.max_tokens_per_micro_batch (or "
+            f"policy.micro_batch_size), {recompute}or {self.more_gpus}"
         ):
             return get_forward_backward_func()(
                 forward_step_func=forward_step,
@@ -254,18 +266,3 @@ def _packed_seq_params(
         max_seqlen_q=micro_batch.max_seqlen,
         max_seqlen_kv=micro_batch.max_seqlen,
     )
-
-
-@contextmanager
-def out_of_memory_explained(reason: str) -> Iterator[None]:
-    """`reason` says for what the GPU is too small, and what to change."""
-    try:
-        yield
-    except RuntimeError as error:
-        # What extensions run out of, Transformer Engine's among them, may come as its base class.
-        if "out of memory" not in str(error):
-            raise
-        raise torch.OutOfMemoryError(
-            f"{error}\nThe GPU is too small for {reason}; `rlsys explain` estimates what each "
-            "would take"
-        ) from None

@@ -11,6 +11,7 @@ import torch
 from rlsys.config import Config
 from rlsys.engines.hf_checkpoint import SafetensorsReader
 from rlsys.engines.megatron_logprobs import MegatronModel
+from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.types import TrainBatch
 
 
@@ -21,6 +22,8 @@ class MegatronReference(MegatronModel):
     only while it computes: 1.5B parameters in bfloat16 take a tenth of a second to come.
     """
 
+    role = "reference"
+
     def __init__(self, config: Config):
         super().__init__(config, config.reference_path)
         self._in_host_memory: dict[torch.nn.Parameter, torch.Tensor] = {}
@@ -30,6 +33,13 @@ class MegatronReference(MegatronModel):
                 for parameter in self.model.parameters()
             }
             self._leave_gpu()
+
+    @property
+    def more_gpus(self) -> str:
+        """What to change where the model is too large for a GPU."""
+        if self.config.reference.placement == "own":
+            return super().more_gpus
+        return f"set reference.placement to own, or {super().more_gpus}"
 
     def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
         """See MegatronModel.compute_logprobs."""
@@ -52,9 +62,12 @@ class MegatronReference(MegatronModel):
 
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:
-        for parameter, waiting in self._in_host_memory.items():
-            parameter.data = waiting.to(self.device, non_blocking=True)
         try:
+            with out_of_memory_explained(
+                f"the reference's weights beside what the policy holds: {self.more_gpus}"
+            ):
+                for parameter, waiting in self._in_host_memory.items():
+                    parameter.data = waiting.to(self.device, non_blocking=True)
             yield
         finally:
             if self._in_host_memory:

@@ -28,6 +28,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from rlsys.engines.vllm_in_place import CannotMap, HeldSlice, InPlacePlan, PlanProof
 from rlsys.engines.vllm_names import not_loaded
+from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
@@ -130,9 +131,13 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load all buckets."""
-        self.receive_weights(self.parse_update_info(update_info))
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+        with out_of_memory_explained(
+            "the weights that arrive beside what the rollout engine holds: lower "
+            "weight_sync.bucket_mb or rollout.gpu_memory_utilization"
+        ):
+            self.receive_weights(self.parse_update_info(update_info))
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
 
     @torch.no_grad()
     def receive_weights(self, update_info: UpdateInfo) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from copy import copy
+from unittest import mock
 
 import ray
 import torch
@@ -14,6 +15,7 @@ from rlsys.actors.group import get_all, on_cpu
 from rlsys.actors.policy import PolicyActors, PolicyRank
 from rlsys.config import Config
 from rlsys.types import TrainBatch
+from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import plan_buckets
 
 TEMPERATURE = 0.8
@@ -223,22 +225,35 @@ class LabRank(PolicyRank):
         return self._export(gradients)
 
     def run_out_of_memory(self, batch, at):
-        """As on a GPU that is too small for the backward pass, or for the optimizer's state."""
+        """As on a GPU that is too small for one part of the work."""
+        from rlsys.engines import megatron, megatron_export, megatron_logprobs, megatron_reference
 
-        def run_out(*gradient):
-            raise torch.OutOfMemoryError("CUDA out of memory.")
+        engine = self.engine
+        reference = megatron_reference.MegatronReference(self.config)
 
-        if at == "optimizer":
-            self.engine.optimizer.step = run_out
-        else:
-            hook = next(self.engine.model.parameters()).register_hook(run_out)
-        try:
-            self.engine.update(batch)
-        finally:
-            if at == "optimizer":
-                del self.engine.optimizer.step
-            else:
-                hook.remove()
+        def connect():
+            metadata = tuple(self.weight_metadata())
+            connection = Connection(metadata, "gloo", "", (), 1, 1 << 20, True, True, 1.0)
+            self.connect_weight_sync(connection, to="nobody")
+
+        place, name, work = {
+            "weights": (megatron_logprobs, "build_model", self.build_anew),
+            "gradients": (megatron, "DistributedDataParallel", self.build_anew),
+            "optimizer": (megatron, "get_megatron_optimizer", self.build_anew),
+            "update": (engine.model, "forward", lambda: engine.update(batch)),
+            "optimizer's step": (engine.optimizer, "step", lambda: engine.update(batch)),
+            "log-probs": (engine.model, "forward", lambda: engine.compute_logprobs(batch)),
+            "reference": (reference.model, "forward", lambda: reference.compute_logprobs(batch)),
+            "buckets": (megatron_export, "BucketExport", connect),
+        }[at]
+        full = torch.OutOfMemoryError("CUDA out of memory.")
+        with mock.patch.object(place, name, side_effect=full):
+            work()
+
+    def build_anew(self):
+        from rlsys.engines.megatron import MegatronPolicy
+
+        MegatronPolicy(self.config)
 
     def _export(self, weights):
         tensors = {name: tensor.clone() for name, tensor in weights.export()}
