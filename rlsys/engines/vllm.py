@@ -23,6 +23,7 @@ from rlsys.engines.stop_tokens import read_stop_token_ids
 from rlsys.engines.vllm_logprobs import keep_sampled_logprobs, sampled_logprobs
 from rlsys.engines.vllm_settings import engine_arguments
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
+from rlsys.engines.vllm_worker_errors import worker_errors_told
 from rlsys.model_shape import read_model_shape
 from rlsys.types import Completion, Device, FinishReason, Prompt, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Connection, place_of_engine
@@ -247,12 +248,13 @@ class VLLMEngine:
 def _start_llm(folder: Path, arguments: dict[str, Any]) -> LLM:
     keep_sampled_logprobs()
     try:
-        return LLM(
-            model=str(folder),
-            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-            worker_extension_cls=WORKER_EXTENSION,
-            **arguments,
-        )
+        with worker_errors_told():
+            return LLM(
+                model=str(folder),
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+                worker_extension_cls=WORKER_EXTENSION,
+                **arguments,
+            )
     except ValidationError as error:  # cannot be sent to another process as it is
         reasons = "; ".join(problem["msg"] for problem in error.errors())
         raise ValueError(f"vLLM does not take these settings: {reasons}") from None

@@ -1,7 +1,8 @@
 """The receiving side of weight sync inside vLLM: a backend of its native weight transfer.
 
 vLLM imports this module in every process that holds a part of the model, because
-`WORKER_EXTENSION` names a class in it; that registers the backend. The life cycle is vLLM's:
+`WORKER_EXTENSION` names a class in it; that registers the backend, and lets a worker tell why it
+could not start. The life cycle is vLLM's:
 init_weight_transfer_engine, then start_weight_update, update_weights, finish_weight_update for
 every update.
 """
@@ -28,6 +29,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from rlsys.engines.vllm_in_place import CannotMap, HeldSlice, InPlacePlan, PlanProof
 from rlsys.engines.vllm_names import not_loaded
+from rlsys.engines.vllm_worker_errors import leave_errors
 from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
@@ -222,3 +224,4 @@ class WeightSyncWorkerExtension:
 
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketWeightTransferEngine)
+leave_errors()

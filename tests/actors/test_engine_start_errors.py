@@ -1,0 +1,43 @@
+"""Engines that cannot start say why: the error is the engine's own, whichever process raised it."""
+
+import re
+import shutil
+
+import pytest
+
+from rlsys.actors.group import ActorFailure
+from rlsys.actors.rollout import RolloutActors
+
+pytestmark = pytest.mark.system
+
+
+@pytest.fixture
+def damaged_model(tiny_models, tmp_path):
+    """A model whose weight file ends too early."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_models[True, 1], folder)
+    (weights,) = folder.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return folder
+
+
+@pytest.fixture
+def start_error(ray_cluster, rollout_config):
+    """The text of what is raised when engines of a config start."""
+
+    def start(model_path, **rollout):
+        engines = RolloutActors(rollout_config(model_path, **rollout), device="cpu")
+        try:
+            with pytest.raises(ActorFailure) as caught:
+                engines.wait_ready()
+        finally:
+            engines.close()
+        return str(caught.value)
+
+    return start
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_last_line_says_what_vllm_could_not_do(start_error, damaged_model, workers):
+    error = start_error(damaged_model, tensor_parallel_size=workers)
+    assert re.search("SafetensorError.*file not fully covered", error.splitlines()[-1])
