@@ -21,7 +21,7 @@ from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.engines.spans import Span, begin_span
 from rlsys.engines.stop_tokens import read_stop_token_ids
 from rlsys.engines.vllm_logprobs import keep_sampled_logprobs, sampled_logprobs
-from rlsys.engines.vllm_settings import engine_arguments
+from rlsys.engines.vllm_settings import engine_arguments, refusal
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.engines.vllm_worker_errors import worker_errors_told
 from rlsys.model_shape import read_model_shape
@@ -52,7 +52,7 @@ class VLLMEngine:
         engine_rank: position among config.rollout.num_engines engines.
 
     Raises:
-        ValueError: the model has no EOS token, or vLLM's own error about its settings.
+        ValueError: the model has no EOS token, or vLLM does not take it or its settings.
     """
 
     def __init__(
@@ -256,5 +256,4 @@ def _start_llm(folder: Path, arguments: dict[str, Any]) -> LLM:
                 **arguments,
             )
     except ValidationError as error:  # cannot be sent to another process as it is
-        reasons = "; ".join(problem["msg"] for problem in error.errors())
-        raise ValueError(f"vLLM does not take these settings: {reasons}") from None
+        raise ValueError(refusal(folder, error)) from None

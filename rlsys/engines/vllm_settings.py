@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from rlsys.config import Config
 from rlsys.memory import (
@@ -164,3 +167,18 @@ def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device:
     elements = shape.kv_elements_per_token(config.rollout.tensor_parallel_size)
     token_bytes = elements * bytes_per_weight(config, device)
     return blocks * block_size * token_bytes
+
+
+def refusal(folder: Path, error: ValidationError) -> str:
+    """What vLLM has against a model, or against what it is to run it with, in one line.
+
+    vLLM checks both while it validates the same objects: an architecture that it does not know, or
+    a max_model_len beyond the model's positions.
+    """
+    reasons = []
+    for problem in error.errors():
+        reason = problem["msg"].removeprefix("Value error, ")
+        setting = ".".join(map(str, problem["loc"]))
+        reasons.append(f"{setting} = {problem['input']!r}: {reason}" if setting else reason)
+    text = " ".join("; ".join(reasons).split())
+    return f"vLLM does not take the model {folder}, or not with these settings: {text}"

@@ -1,9 +1,17 @@
 """What vLLM is started with, without starting it."""
 
+from pathlib import Path
+
 import pytest
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlsys.config import Config
-from rlsys.engines.vllm_settings import cpu_kv_cache_bytes, engine_arguments, rollout_env
+from rlsys.engines.vllm_settings import (
+    cpu_kv_cache_bytes,
+    engine_arguments,
+    refusal,
+    rollout_env,
+)
 from rlsys.model_shape import ModelShape
 
 SHAPE = ModelShape(
@@ -110,3 +118,36 @@ def test_the_users_log_level_wins(monkeypatch):
     assert rollout_env("cpu")["VLLM_LOGGING_LEVEL"] == "ERROR"
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
     assert rollout_env("cpu")["VLLM_LOGGING_LEVEL"] == "DEBUG"
+
+
+class SettingsOfVLLM(BaseModel):
+    """Refused by a field's bounds, or as a whole: the two ways that vLLM's own settings are."""
+
+    max_num_seqs: int = Field(default=1, ge=1)
+    block_size: int = Field(default=1, ge=1)
+    architecture: str = "known"
+
+    @model_validator(mode="after")
+    def _architecture_is_known(self):
+        if self.architecture != "known":
+            raise ValueError(f"Model architectures ['{self.architecture}'] are not\n\nsupported.")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("settings", "reasons"),
+    [
+        ({"architecture": "Foo"}, "Model architectures ['Foo'] are not supported."),
+        (
+            {"max_num_seqs": 0, "block_size": -1},
+            "max_num_seqs = 0: Input should be greater than or equal to 1; "
+            "block_size = -1: Input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_what_vllm_refuses_is_told_with_the_model_and_the_setting(settings, reasons):
+    with pytest.raises(ValidationError) as caught:
+        SettingsOfVLLM(**settings)
+    assert refusal(Path("models/a"), caught.value) == (
+        f"vLLM does not take the model models/a, or not with these settings: {reasons}"
+    )
