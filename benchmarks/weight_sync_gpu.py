@@ -27,6 +27,8 @@ from pathlib import Path
 import ray
 from machine import describe_machine
 from random_model import SHAPES, save_random_model
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from weight_sync_sides import (
     TIMEOUT_S,
     OpenActor,
@@ -49,29 +51,46 @@ from rlsys.weight_sync.transport import LOOPBACK, serve_store
 START_TIMEOUT_S = 300.0
 
 
+class Placement:
+    """GPUs of their own for all, or on two GPUs an engine that shares that of policy rank 1.
+
+    Not that of rank 0: it is the sender, and NCCL takes no two ranks on a GPU.
+    """
+
+    def __init__(self, arguments):
+        self.engine_gpus = arguments.engine_tp
+        self.shared = None
+        if arguments.engine_shares:
+            self.shared = placement_group([{"GPU": 1, "CPU": 0.1}] * 2, strategy="STRICT_PACK")
+            assert self.shared.wait(START_TIMEOUT_S), "no two GPUs are free"
+
+    def of_policy(self, rank):
+        return self.options(1, bundle=rank)
+
+    def of_engine(self):
+        return self.options(self.engine_gpus, bundle=1)
+
+    def options(self, gpus, bundle):
+        if self.shared is None:
+            return {"num_gpus": gpus, "num_cpus": 0.01}
+        strategy = PlacementGroupSchedulingStrategy(
+            self.shared, placement_group_bundle_index=bundle
+        )
+        return {"num_gpus": 0.5, "num_cpus": 0.01, "scheduling_strategy": strategy}
+
+
 class Bench:
     """The two sides, and one method for each part of the results."""
 
     def __init__(self, folder, arguments):
         self.arguments = arguments
         self.config = make_config(folder, arguments)
-        cpu, shares = arguments.device == "cpu", arguments.engine_shares
-
-        def gpus(number):
-            return {"num_gpus": 0 if cpu else number, "num_cpus": 0.01}
-
-        # Halves of a GPU meet on one, which leaves the other to rank 0: it is the sender, and NCCL
-        # takes no two ranks on a GPU.
-        engine = gpus(0.5 if shares else arguments.engine_tp)
+        place = Placement(arguments)
         rollout.RolloutActor = OpenActor
         self.engines = RolloutActors(
-            self.config, device=arguments.device, place=lambda rank: engine
+            self.config, device=arguments.device, place=lambda rank: place.of_engine()
         )
-        self.policy = PolicyActors(
-            self.config,
-            place=lambda rank: gpus(0.5 if shares and rank > 0 else 1),
-            rank_class=OpenRank,
-        )
+        self.policy = PolicyActors(self.config, place=place.of_policy, rank_class=OpenRank)
         (self.actor,) = self.engines.actors.values()
         starting = self.engines.async_start() | self.policy.async_start()
         get_all(starting, phase="start", timeout_s=START_TIMEOUT_S)
@@ -209,7 +228,9 @@ def main():
     results = {"machine": describe_machine(), "arguments": vars(arguments), "errors": {}}
     signal.signal(signal.SIGALRM, out_of_time)
     signal.alarm(arguments.limit_s)
-    ray.init(include_dashboard=False, log_to_driver=False)
+    # On CPU these GPUs are Ray's bookkeeping and nothing else.
+    gpus = arguments.policy_tp + arguments.engine_tp if arguments.device == "cpu" else None
+    ray.init(num_gpus=gpus, include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as folder:
             measure(Path(folder), arguments, results)
@@ -222,7 +243,7 @@ def main():
 
 def measure(folder, arguments, results):
     device = arguments.device
-    save = ray.remote(num_gpus=0 if device == "cpu" else 1, max_calls=1)(save_random_model)
+    save = ray.remote(num_gpus=1, max_calls=1)(save_random_model)
     get_all(
         {"writer": save.remote(folder, arguments.shape, device)},
         phase="writing a model",

@@ -60,11 +60,17 @@ def test_without_a_worker_error_it_is_vllms_own():
         start([])
 
 
+@worker_errors_told()
+def start_here(message):
+    """As an engine without worker processes."""
+    log_exception(message)
+    raise TypeError(WRAPPER)
+
+
 def test_what_the_engines_own_process_logs_is_not_a_workers(vllm_logger):
     leave_errors()
-    with pytest.raises(TypeError, match=re.escape(WRAPPER)), worker_errors_told():
-        log_exception("optional")
-        raise TypeError(WRAPPER)
+    with pytest.raises(TypeError, match=re.escape(WRAPPER)):
+        start_here("something optional is missing")
 
 
 def test_errors_after_the_start_go_their_own_way(vllm_logger):
