@@ -9,11 +9,12 @@ import torch
 
 
 @contextmanager
-def out_of_memory_explained(reason: str) -> Iterator[None]:
-    """Add to an error of a full GPU what that GPU is too small for, and what to change.
+def out_of_memory_explained(reason: str, *, memory: str = "The GPU") -> Iterator[None]:
+    """Add to an error of full memory what it is too small for, and what to change.
 
     Args:
         reason: "<what>: <remedy>", to follow "The GPU is too small for".
+        memory: of what there is too little; CUDA, which pins host memory, says the same of both.
 
     Raises:
         torch.OutOfMemoryError: the block ran out of memory.
@@ -25,6 +26,6 @@ def out_of_memory_explained(reason: str) -> Iterator[None]:
         if "out of memory" not in str(error):
             raise
         raise torch.OutOfMemoryError(
-            f"{error}\nThe GPU is too small for {reason}; `rlsys explain` estimates what each "
+            f"{error}\n{memory} is too small for {reason}; `rlsys explain` estimates what each "
             "would take"
         ) from None

@@ -28,10 +28,15 @@ class MegatronReference(MegatronModel):
         super().__init__(config, config.reference_path)
         self._in_host_memory: dict[torch.nn.Parameter, torch.Tensor] = {}
         if config.reference.placement == "policy" and not self.on_cpu:
-            self._in_host_memory = {
-                parameter: parameter.data.to("cpu").pin_memory()
-                for parameter in self.model.parameters()
-            }
+            with out_of_memory_explained(
+                "the reference's weights, which wait there in pinned pages: set "
+                "reference.placement to own",
+                memory="Host memory",
+            ):
+                self._in_host_memory = {
+                    parameter: parameter.data.to("cpu").pin_memory()
+                    for parameter in self.model.parameters()
+                }
             self._leave_gpu()
 
     @property
