@@ -111,7 +111,7 @@ def _ratio_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
         )
     yield from _aggregation_problems(grpo)
     delta = grpo.delta or (DUAL_CLIP_DELTA if loss == "dual_clip" else None)
-    high = 1 + (grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high)
+    _, high = grpo.clip_range
     if delta is not None and delta <= high:
         yield RuleProblem(
             ("grpo.delta", "grpo.epsilon_high", "grpo.epsilon"),
@@ -263,10 +263,10 @@ def _advantages_text(grpo: GrpoConfig) -> str:
 
 def _loss_text(config: Config) -> str:
     grpo = config.algorithm
-    high = 1 + (grpo.epsilon if grpo.epsilon_high is None else grpo.epsilon_high)
+    low, high = grpo.clip_range
     text = grpo.loss_type
     if text in CLIPPED_LOSSES:
-        text += f": ratio of the {level_of(grpo)}, clipped to [{1 - grpo.epsilon:g}, {high:g}]"
+        text += f": ratio of the {level_of(grpo)}, clipped to [{low:g}, {high:g}]"
         delta = grpo.delta or (DUAL_CLIP_DELTA if grpo.loss_type == "dual_clip" else None)
         text += f" and at {delta:g} for bad ones" if delta else ""
     elif text == "cispo":

@@ -347,6 +347,12 @@ class GrpoConfig(Section):
     sapo_temperature_neg: PositiveFloat = 1.05
     """Steepness of sapo's gate for the others."""
 
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """Least and greatest ratio that is not clipped."""
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        return 1 - self.epsilon, 1 + high
+
 
 class PolicyConfig(Section):
     """The megatron-core trainer."""

@@ -53,8 +53,7 @@ def sequence_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[s
 def _clipped(
     inputs: LossInput, config: GrpoConfig, *, level: str, delta: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
-    low, high = 1 - config.epsilon, 1 + epsilon_high
+    low, high = config.clip_range
     advantages_T = inputs.advantages
     ratio_T = importance_ratio(inputs, config.importance_sampling_level or level)
     # With delta > high only tokens of negative advantage notice: TRL's bound is dual clip's.

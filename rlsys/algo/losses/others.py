@@ -28,10 +28,10 @@ def cispo_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str,
 
     CISPO, MiniMax-M1 (arXiv:2506.13585), equations 4 and 5; there too without a lower bound.
     """
-    epsilon_high = config.epsilon if config.epsilon_high is None else config.epsilon_high
+    _, high = config.clip_range
     ratio_T = inputs.ratio().detach()
-    weights_T = ratio_T.clamp(max=1 + epsilon_high)
-    clipped_T = (ratio_T > 1 + epsilon_high) & (inputs.advantages > 0)
+    weights_T = ratio_T.clamp(max=high)
+    clipped_T = (ratio_T > high) & (inputs.advantages > 0)
     statistics = {"cispo_clip_ratio": masked_sum(clipped_T, inputs.mask)}
     statistics |= ratio_statistics(inputs, ratio_T)
     token_losses_T = -weights_T * inputs.advantages * inputs.logprobs
