@@ -3,9 +3,10 @@
     python benchmarks/weight_sync_gpu.py                     # Qwen2.5-1.5B's shape, 3.09 GB in bf16
     python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-tp 2      # on four GPUs
     python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-shares    # on two
+    python benchmarks/weight_sync_gpu.py --engines 2      # which share a GPU, on two as well
     python benchmarks/weight_sync_gpu.py --device cpu --shape tiny --repeats 4    # does it work?
 
-A real policy and a real engine, with random weights of the shape. Every sync is the whole of it:
+A real policy and real engines, with random weights of the shape. Every sync is the whole of it:
 pause, export from megatron-core's layout, transport, loading, prefix cache, resume. The syncs in
 place are also a stress test: the weights change before each of them, every bucket's checksums are
 compared, and after each part those of every parameter. In the same run, between the same two
@@ -52,15 +53,16 @@ START_TIMEOUT_S = 300.0
 
 
 class Placement:
-    """GPUs of their own for all, or on two GPUs an engine that shares that of policy rank 1.
+    """GPUs of their own for all, or on two GPUs engines that share the second.
 
-    Not that of rank 0: it is the sender, and NCCL takes no two ranks on a GPU.
+    Not that of policy rank 0: it is the sender, and NCCL takes no two ranks on a GPU.
     """
 
     def __init__(self, arguments):
         self.engine_gpus = arguments.engine_tp
+        self.share = 1 / (arguments.engines + arguments.engine_shares)
         self.shared = None
-        if arguments.engine_shares:
+        if self.share < 1:
             self.shared = placement_group([{"GPU": 1, "CPU": 0.1}] * 2, strategy="STRICT_PACK")
             assert self.shared.wait(START_TIMEOUT_S), "no two GPUs are free"
 
@@ -76,7 +78,7 @@ class Placement:
         strategy = PlacementGroupSchedulingStrategy(
             self.shared, placement_group_bundle_index=bundle
         )
-        return {"num_gpus": 0.5, "num_cpus": 0.01, "scheduling_strategy": strategy}
+        return {"num_gpus": self.share, "num_cpus": 0.01, "scheduling_strategy": strategy}
 
 
 class Bench:
@@ -91,10 +93,11 @@ class Bench:
             self.config, device=arguments.device, place=lambda rank: place.of_engine()
         )
         self.policy = PolicyActors(self.config, place=place.of_policy, rank_class=OpenRank)
-        (self.actor,) = self.engines.actors.values()
+        self.actor = next(iter(self.engines.actors.values()))
         starting = self.engines.async_start() | self.policy.async_start()
         get_all(starting, phase="start", timeout_s=START_TIMEOUT_S)
-        self.ask(self.actor.instrument.remote())
+        for actor in self.engines.actors.values():
+            self.ask(actor.instrument.remote())
         self.metadata = self.policy.weight_metadata()
 
     def ask(self, reference):
@@ -137,16 +140,19 @@ class Bench:
             **self.equality(),
         }
 
+    def ask_workers(self, method):
+        """The answers of all workers of all engines."""
+        of_engines = [
+            self.ask(actor.ask_workers.remote(method)) for actor in self.engines.actors.values()
+        ]
+        return [answer for answers in of_engines for answer in answers]
+
     def equality(self):
-        """Whether every slice that an engine's worker holds is the policy's."""
-        in_place = self.ask(self.actor.ask_workers.remote("loads_in_place"))
+        """Whether every slice that a worker of an engine holds is the policy's."""
+        in_place = self.ask_workers("loads_in_place")
         if not all(in_place):
             return {"in_place": in_place}
-        held = [
-            part
-            for worker in self.ask(self.actor.ask_workers.remote("held_slices"))
-            for part in worker
-        ]
+        held = [part for worker in self.ask_workers("held_slices") for part in worker]
         ours = self.policy.call("slices_checksums", [part[:4] for part in held])[0]
         differing = [part[0] for part, own in zip(held, ours, strict=True) if part[4] != own]
         return {"in_place": in_place, "slices_compared": len(held), "slices_differing": differing}
@@ -218,7 +224,9 @@ def parts_of(bench, arguments):
     for mb in (64, 512, 1024):
         parts[f"in_place_buckets_of_{mb}_mb"] = partial(bench.syncs, few, {"bucket_mb": mb})
     parts["bare_broadcast"] = lambda: bench.bare(usual)
-    if arguments.device == "cuda":
+    if arguments.engines > 1:
+        del parts["bare_broadcast"]  # one group, which two engines on a GPU cannot be in
+    elif arguments.device == "cuda":
         parts["vllm_nccl_engine"] = bench.native
     return parts
 
@@ -302,6 +310,8 @@ def make_config(folder, arguments):
                 "max_num_seqs": 64,
                 "kv_cache_memory_mb": 1024,
                 "tensor_parallel_size": arguments.engine_tp,
+                "num_engines": arguments.engines,
+                "engines_per_gpu": arguments.engines,
             },
             "weight_sync": {"timeout_s": TIMEOUT_S},
         }
@@ -315,6 +325,7 @@ def parse_arguments():
     parser.add_argument("--repeats", type=int, default=200, help="syncs in place")
     parser.add_argument("--policy-tp", type=int, default=1, help="GPUs of the policy")
     parser.add_argument("--engine-tp", type=int, default=1, help="GPUs of the engine")
+    parser.add_argument("--engines", type=int, default=1, help="on one GPU, that they share")
     parser.add_argument(
         "--engine-shares", action="store_true", help="the GPU of policy rank 1: --policy-tp 2"
     )
@@ -322,6 +333,8 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.engine_shares and (arguments.policy_tp, arguments.engine_tp) != (2, 1):
         parser.error("--engine-shares is for --policy-tp 2 --engine-tp 1")
+    if arguments.engines > 1 and (arguments.policy_tp, arguments.engine_tp) != (1, 1):
+        parser.error("--engines is for --policy-tp 1 --engine-tp 1")
     return arguments
 
 

@@ -44,6 +44,7 @@ class PolicyRank(ModelRank):
         load_plugins(self.config.grpo.external_plugins)
         self.engine = MegatronPolicy(self.config)
         self.exports: dict[str, BucketExport] = {}
+        self.num_groups: dict[str, int] = {}
         self.senders: dict[str, WeightSender] = {}
 
     def weight_metadata(self) -> list[TensorMeta]:
@@ -80,6 +81,7 @@ class PolicyRank(ModelRank):
             f"two buckets of {mib:,.0f} MiB to send weights in: lower weight_sync.bucket_mb"
         ):
             self.exports[to] = BucketExport(self.engine.weights, connection.buckets())
+            self.num_groups[to] = len(connection.ports)
             if self.rank == 0:
                 self.senders[to] = WeightSender(connection, self.engine.device)
 
@@ -87,7 +89,8 @@ class PolicyRank(ModelRank):
         """Take part in exporting; rank 0 sends, see WeightSender.send for what it returns."""
         if self.rank == 0:
             return self.senders[to].send(self.exports[to].fill, version)
-        self.exports[to].contribute()
+        for _ in range(self.num_groups[to]):
+            self.exports[to].contribute()
         return None
 
     def save_model(self, folder: Path) -> None:

@@ -46,8 +46,11 @@ class ReferenceRank(ModelRank):
 
     def update_weights(self, policy_version: int) -> int:
         """Receive the policy's weights and mix them in; returns the version that came."""
-        received = [bucket.views(buffer) for bucket, buffer in self.receiver.receive(keep=True)]
-        self.receiver.check(policy_version)
+        received = [
+            bucket.views(buffer)
+            for bucket, buffer in self.receiver.receive(policy_version, keep=True)
+        ]
+        self.receiver.check()
         tensors = chain.from_iterable(received)
         self.engine.mix_weights(tensors, alpha=self.config.reference.mixup_alpha)
         return policy_version

@@ -148,17 +148,18 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         Raises:
             WeightSyncError: a parameter got nothing, or weights are damaged, or another version's.
         """
+        version = update_info.policy_version
         if self._plan is not None:
-            for bucket, buffer in self.receiver.receive(keep=False):
+            for bucket, buffer in self.receiver.receive(version, keep=False):
                 self._plan.load(bucket, buffer)
         else:
-            self._receive_through_loader()
-        self.receiver.check(update_info.policy_version)
+            self._receive_through_loader(version)
+        self.receiver.check()
 
-    def _receive_through_loader(self) -> None:
+    def _receive_through_loader(self, version: int) -> None:
         loaded: set[str] = set()
         # vLLM keeps tensors until it has all parts of a layer, which several buckets may hold.
-        for bucket, buffer in self.receiver.receive(keep=True):
+        for bucket, buffer in self.receiver.receive(version, keep=True):
             tensors = bucket.views(buffer)
             if self._proof is not None:
                 self._proof.note(tensors)

@@ -11,9 +11,9 @@ from rlsys.weight_sync.plan import Bucket, TensorMeta, plan_buckets
 class Connection:
     """What is sent and to how many, the same on every rank; plain values, since it travels to them.
 
-    There is one group or several of the same size, and everything is sent to each: NCCL does not
-    take two ranks on one GPU into one group. The sender is rank 0 of all groups, each process that
-    holds a receiving model one of the ranks from 1 on, of one group.
+    There is one group or several of the same size, and everything is sent to one after the other:
+    NCCL does not take two ranks on one GPU into one group. The sender is rank 0 of all groups, each
+    process that holds a receiving model one of the ranks from 1 on, of one group.
     """
 
     metadata: tuple[TensorMeta, ...]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from ipaddress import ip_address
@@ -24,20 +23,13 @@ class GlooTransport(Transport):
         """The CPU, whatever the model's device is."""
         return torch.device("cpu")
 
-    def connect(
-        self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
-    ) -> None:
-        """See Transport.connect."""
-        self._remember(rank, world_size, timeout_s)
-        timeout = timedelta(seconds=timeout_s)
-        with self._failures_explained(f"connecting to {address}:{port}", since=time.monotonic()):
-            store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-            # torch's type stubs lack `_Options` and, below, `broadcast`.
-            options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-            options._timeout = timeout
-            options._threads = 1
-            options._devices = [_network_device(address)]
-            self._group = dist.ProcessGroupGloo(store, rank, world_size, options)
+    def _join(self, store: dist.Store, timeout: timedelta) -> None:
+        # torch's type stubs lack `_Options` and, below, `broadcast`.
+        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = timeout
+        options._threads = 1
+        options._devices = [_network_device(self._address)]
+        self._group = dist.ProcessGroupGloo(store, self._rank, self._world_size, options)
 
     def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
         assert self._group is not None, "connect first"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -30,21 +29,14 @@ class NcclTransport(Transport):
         """The GPU of this rank."""
         return self.device
 
-    def connect(
-        self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
-    ) -> None:
-        """See Transport.connect."""
-        self._remember(rank, world_size, timeout_s)
-        timeout = timedelta(seconds=timeout_s)
-        with self._failures_explained(f"connecting to {address}:{port}", since=time.monotonic()):
-            store = dist.TCPStore(address, port, is_master=False, timeout=timeout)
-            options = dist.ProcessGroupNCCL.Options()
-            options._timeout = timeout
-            self._group = dist.ProcessGroupNCCL(store, rank, world_size, options)
-            # The communicator is made by the first collective: now, so that a rank that cannot
-            # join is found here.
-            self._begin_broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))()
-            torch.cuda.synchronize()
+    def _join(self, store: dist.Store, timeout: timedelta) -> None:
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        self._group = dist.ProcessGroupNCCL(store, self._rank, self._world_size, options)
+        # The communicator is made by the first collective: now, so that a rank that cannot join is
+        # found here.
+        self._begin_broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))()
+        torch.cuda.synchronize()
 
     def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
         assert self._group is not None, "connect first"

@@ -17,9 +17,9 @@ from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, serve_store
 if TYPE_CHECKING:
     Refs = dict[str, ray.ObjectRef]  # actor name -> reference, in rank order
 
-# Between CPUs a rank that waits for another gives up after timeout_s and says who and where it was,
-# and the driver waits this much longer, so that its own, less specific, deadline comes second. Over
-# NCCL nobody waits on the host: torch ends a process whose transfer took too long.
+# A rank that waits for another gives up after timeout_s and says who and where it was, and the
+# driver waits this much longer, so that its own, less specific, deadline comes second. Once buckets
+# travel over NCCL nobody waits on the host: torch ends a process whose transfer took too long.
 GRACE_S = 5.0
 
 
@@ -92,7 +92,7 @@ class WeightPublisher:
         self._bytes = sum(meta.nbytes for meta in metadata)
         address = _meeting_address()
         groups = rollout_engines.num_sync_groups
-        # Stores live as long as the publisher.
+        # Stores live as long as the publisher: ranks meet there at every update.
         self._stores = [serve_store(address, config.timeout_s) for _ in range(groups)]
         connection = Connection(
             metadata=metadata,
@@ -134,12 +134,13 @@ class WeightPublisher:
                     f"{engine} holds weight version {held} after version {version} was published"
                 )
         seconds = time.monotonic() - start
+        sent_bytes = self._bytes * len(self._stores)
         return {
             "weight_sync/bytes": float(self._bytes),
             "weight_sync/seconds": seconds,
             "weight_sync/mb_per_s": self._bytes / 1e6 / seconds,
             "weight_sync/transport_seconds": results[0],
-            "weight_sync/transport_gb_per_s": self._bytes / 1e9 / results[0],
+            "weight_sync/transport_gb_per_s": sent_bytes / 1e9 / results[0],
         }
 
     def _wait(self, refs: Refs, phase: str, *, grace_s: float = GRACE_S) -> list[Any]:

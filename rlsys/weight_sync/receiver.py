@@ -15,7 +15,8 @@ from rlsys.weight_sync.transport import WeightSyncError, join
 class WeightReceiver:
     """Receives what a WeightSender sends. Joins a group when created.
 
-    An update is `receive`, to its end, and then `check`.
+    An update is `receive`, to its end, and then `check`. Until the sender is there, the GPU has
+    nothing to do: engines that share it are sent to one after the other.
 
     Order, on a GPU: whoever uses a bucket does so in the current stream. A broadcast starts after
     what that stream held when it was asked for; so into a buffer that two buckets share, the second
@@ -38,22 +39,26 @@ class WeightReceiver:
         self._memory: list[torch.Tensor] = []
         self._transport = join(connection, rank, device, group=group)
 
-    def receive(self, *, keep: bool) -> Iterator[tuple[Bucket, torch.Tensor]]:
+    def receive(self, version: int, *, keep: bool) -> Iterator[tuple[Bucket, torch.Tensor]]:
         """Each bucket with its buffer [nbytes] uint8, in the transport's memory; see Bucket.views.
 
         The next bucket is on its way while one is used.
 
         Args:
+            version: of the policy, whose weights these have to be.
             keep: every bucket has memory of its own, for those who use tensors later. Otherwise
                 two buffers take turns, in every update the same one for the same bucket: a bucket
                 is gone when the next one is asked for.
 
         Raises:
-            WeightSyncError: the sender did not send in time, or is gone.
+            WeightSyncError: the sender did not send in time, is gone, or sends another version.
         """
         self._checksums = []
-        self._version, wait = self._ask(1, "waiting for the version")
-        wait()
+        sent = self._transport.meet(version, what="waiting for the sender")
+        if sent != version:
+            raise WeightSyncError(
+                f"{self._transport.name} is sent the weights of version {sent} instead of {version}"
+            )
         ahead: tuple[Bucket, torch.Tensor, Callable[[], None]] | None = None
         for bucket in self._buckets:
             buffer = self._new_buffer(bucket.nbytes) if keep else self._buffer(bucket)
@@ -64,28 +69,21 @@ class WeightReceiver:
         assert ahead is not None, "a plan has at least one bucket"
         yield self._arrived(*ahead)
 
-    def check(self, version: int) -> None:
-        """Whether what has been received are the weights of policy version `version`, undamaged.
+    def check(self) -> None:
+        """Whether what has been received is what was sent, where that is to be verified.
 
         Raises:
-            WeightSyncError: they are not; the message names the first bucket that is damaged.
+            WeightSyncError: it is not; the message names the first bucket that is damaged.
         """
-        numbers = [self._version[0]]
-        if self._verify:
-            sent, wait = self._ask(len(self._buckets), "waiting for the checksums")
-            wait()
-            numbers += [*sent, *self._checksums]
-        received, *checksums = as_numbers(numbers)
-        if received != version % (1 << 64):
-            raise WeightSyncError(
-                f"{self._transport.name} received the weights of version {received} instead of "
-                f"{version}"
-            )
-        half = len(checksums) // 2
-        if self._verify:
-            compare_checksums(
-                self._buckets, checksums[:half], checksums[half:], receiver=self._transport.name
-            )
+        if not self._verify:
+            return
+        sent = self._new_buffer(8 * len(self._buckets))
+        self._transport.broadcast(sent, what="waiting for the checksums")()
+        numbers = as_numbers([*sent.view(torch.int64), *self._checksums])
+        half = len(numbers) // 2
+        compare_checksums(
+            self._buckets, numbers[:half], numbers[half:], receiver=self._transport.name
+        )
 
     def _arrived(
         self, bucket: Bucket, buffer: torch.Tensor, wait: Callable[[], None]
@@ -94,11 +92,6 @@ class WeightReceiver:
         if self._verify:
             self._checksums.append(checksum(buffer))
         return bucket, buffer
-
-    def _ask(self, number: int, what: str) -> tuple[torch.Tensor, Callable[[], None]]:
-        """[number] int64 that are there after the wait."""
-        numbers = self._new_buffer(8 * number)
-        return numbers.view(torch.int64), self._transport.broadcast(numbers, what=what)
 
     def _buffer(self, bucket: Bucket) -> torch.Tensor:
         if not self._memory:

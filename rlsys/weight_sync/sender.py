@@ -10,7 +10,7 @@ from rlsys.weight_sync.checksum import checksum
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import Bucket
 from rlsys.weight_sync.stopwatch import Stopwatch
-from rlsys.weight_sync.transport import join
+from rlsys.weight_sync.transport import Transport, join
 
 Fill = Callable[[Bucket, torch.Tensor], None]
 """Writes the tensors of a bucket to where `Bucket.views` has them in a buffer [nbytes] uint8; on a
@@ -21,15 +21,18 @@ buffer for the same bucket."""
 class WeightSender:
     """Streams tensors in buckets to all rollout engines; keeps the memory of two buckets.
 
-    Joins all groups when created, as their rank 0. An update is a broadcast of the policy version,
-    one of each bucket and, with `verify`, one of the buckets' checksums: see WeightReceiver.
+    Joins all groups when created, as their rank 0. An update is, for one group after the other, a
+    meeting that tells the policy version, a broadcast of each bucket and, with `verify`, one of the
+    buckets' checksums: see WeightReceiver. To all groups at once would not be faster, as one
+    broadcast takes all of the link to the GPU that their engines share.
 
     Order, on a GPU: everything but the broadcasts runs in the current stream, in which the
     optimizer wrote the weights and will write them again. A broadcast starts after what that stream
     held when it was asked for, so never before its bucket is filled. A buffer is filled again after
     the wait for its last broadcast, which makes the stream wait. In between, while a bucket is on
     its way, its checksum is computed, which only reads, and the next bucket is filled, which lies
-    in the other buffer. The host runs ahead of all of it, and waits once, at the end.
+    in the other buffer. The host runs ahead of all of it, and waits once for each group, at the
+    end.
 
     Args:
         device: where the policy's weights are.
@@ -57,19 +60,22 @@ class WeightSender:
     def send(self, fill: Fill, version: int) -> float:
         """Send what `fill` gives as the weights of policy version `version`.
 
+        `fill` is asked for all buckets once for each group.
+
         Returns:
             seconds from the start of the first bucket's broadcast, for which all receivers are
-            ready, to the end of the last.
+            ready, to the end of the last; the sum over all groups.
 
         Raises:
             WeightSyncError: a receiver did not take part in time, or is gone.
         """
-        # All ranks meet here: what follows is the transport's own time.
-        number = torch.full((1,), version, dtype=torch.int64, device=self._device)
-        waits = [self._send(number, "the version")]
+        return sum(self._send_to(transport, fill, version) for transport in self._transports)
+
+    def _send_to(self, transport: Transport, fill: Fill, version: int) -> float:
         fill(self._buckets[0], self._buffer(self._buckets[0]))
-        waits.pop()()
+        transport.meet(version, what="meeting the receivers")
         watch = Stopwatch(self._device)
+        waits: list[Callable[[], None]] = []
         checksums = []
         for bucket in self._buckets:
             buffer = self._buffer(bucket)
@@ -77,28 +83,16 @@ class WeightSender:
                 waits.pop(0)()
             if bucket.index > 0:
                 fill(bucket, buffer)
-            waits.append(self._broadcast(buffer, f"sending {bucket}"))
+            waits.append(transport.broadcast(buffer, what=f"sending {bucket}"))
             if self._verify:
                 checksums.append(checksum(buffer))
         for wait in waits:
             wait()
         watch.stop()
         if self._verify:
-            self._send(torch.stack(checksums), "the checksums")()
+            numbers = torch.stack(checksums).view(torch.uint8)
+            transport.broadcast(numbers, what="sending the checksums")()
         return watch.seconds()
 
     def _buffer(self, bucket: Bucket) -> torch.Tensor:
         return self._memory[bucket.index % 2, : bucket.nbytes]
-
-    def _send(self, numbers: torch.Tensor, what: str) -> Callable[[], None]:
-        return self._broadcast(numbers.view(torch.uint8), f"sending {what}")
-
-    def _broadcast(self, buffer: torch.Tensor, what: str) -> Callable[[], None]:
-        """To all groups at once."""
-        waits = [transport.broadcast(buffer, what=what) for transport in self._transports]
-
-        def wait() -> None:
-            for wait_for_group in waits:
-                wait_for_group()
-
-        return wait

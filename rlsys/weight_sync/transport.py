@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -16,6 +16,9 @@ from rlsys.registry import Registry
 from rlsys.weight_sync.connection import Connection
 
 LOOPBACK = "127.0.0.1"
+PATIENCE_S = 2.0
+"""A receiver waits so much longer for the sender than the sender for it: a receiver that is missing
+is then told by the sender, which knows who it is, and not by one that came."""
 
 
 class WeightSyncError(RuntimeError):
@@ -25,8 +28,9 @@ class WeightSyncError(RuntimeError):
 class Transport(ABC):
     """Rank 0 is the policy's sender; each worker of each rollout engine is one more rank.
 
-    A new transport is one file with one class, registered by name and imported in
-    `make_transport`. It knows no Ray, no vLLM and no megatron.
+    Ranks meet on the host, through a TCPStore, and send over a network of its kind. A new transport
+    is one file with one class, registered by name and imported in `make_transport`. It knows no
+    Ray, no vLLM and no megatron.
     """
 
     group_name = ""
@@ -41,16 +45,63 @@ class Transport(ABC):
     def buffer_device(self) -> torch.device:
         """Where the buckets that `broadcast` takes have to be."""
 
-    @abstractmethod
     def connect(
         self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
     ) -> None:
-        """Meet the other ranks at the TCPStore on `address`:`port`; see Connection.
+        """Join the others at the TCPStore on `address`:`port`; see Connection.
 
         Raises:
             WeightSyncError: not all ranks came within `timeout_s` seconds, which is the deadline
-                of every later broadcast too.
+                of every later meeting and broadcast too.
         """
+        self._address, self._timeout_s = address, timeout_s
+        self._rank, self._world_size = rank, world_size
+        timeout = timedelta(seconds=timeout_s)
+        with self._failures_explained(f"connecting to {address}:{port}", since=time.monotonic()):
+            # Two clients: one is busy while it waits, and torch asks its own from other threads.
+            ours, torchs = (
+                dist.TCPStore(address, port, is_master=False, timeout=timeout) for _ in range(2)
+            )
+            self._store = dist.PrefixStore("rlsys", ours)
+            self._num_meetings = 0
+            self._join(dist.PrefixStore("torch", torchs), timeout)
+
+    @abstractmethod
+    def _join(self, store: dist.Store, timeout: timedelta) -> None:
+        """`connect` for one kind of network; the group uses `store` as it likes."""
+
+    def meet(self, number: int, *, what: str) -> int:
+        """Wait for every other rank to be here, with nothing running on a GPU meanwhile.
+
+        Returns:
+            `number` of rank 0, on all of them.
+
+        Raises:
+            WeightSyncError: not all came within the deadline, with `what` in its message; the
+                group cannot be used any more.
+        """
+        meeting = self._num_meetings
+        self._num_meetings += 1
+        others = range(1, self._world_size)
+        with self._failures_explained(what, since=time.monotonic()):
+            if self._rank > 0:
+                self._store.set(f"{meeting}/{self._rank}", "")
+                key, patience_s = f"{meeting}/number", self._timeout_s + PATIENCE_S
+                self._store.wait([key], timedelta(seconds=patience_s))
+                return int(self._store.get(key))
+            self._wait_for({f"{meeting}/{rank}": rank for rank in others})
+            self._store.set(f"{meeting}/number", str(number))
+            if meeting > 0:  # nobody is at the one before, as all are here
+                for key in ["number", *others]:
+                    self._store.delete_key(f"{meeting - 1}/{key}")
+        return number
+
+    def _wait_for(self, ranks: Mapping[str, int]) -> None:
+        try:
+            self._store.wait(list(ranks))
+        except dist.DistStoreError as error:
+            missing = [str(rank) for key, rank in ranks.items() if not self._store.check([key])]
+            raise RuntimeError(f"without rank {', '.join(missing)}") from error
 
     def broadcast(self, buffer: torch.Tensor, *, what: str) -> Callable[[], None]:
         """Begin to send `buffer` [nbytes] uint8 on rank 0, to fill it on the others.
@@ -84,10 +135,6 @@ class Transport(ABC):
     def name(self) -> str:
         """This rank as errors tell of it, once it is connected."""
         return f"weight sync rank {self._rank} of {self._world_size}{self.group_name}"
-
-    def _remember(self, rank: int, world_size: int, timeout_s: float) -> None:
-        """What errors tell of."""
-        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
 
     @contextmanager
     def _failures_explained(self, phase: str, *, since: float) -> Iterator[None]:

@@ -108,7 +108,7 @@ def test_pushing_the_same_weights_changes_nothing(policy, engines, connect):
 
 def test_an_update_that_overtakes_its_pause_waits_for_it(policy, engines, connect):
     """Ray keeps no order among the calls of an async actor, so now and then one does."""
-    connect(policy, engines)
+    publisher = connect(policy, engines)
     policy.policy_version += 1
     version = policy.policy_version
     overtaking = engines.async_update_weights(version)
@@ -117,6 +117,7 @@ def test_an_update_that_overtakes_its_pause_waits_for_it(policy, engines, connec
     calls = engines.async_start_weight_update() | policy.async_send_weights(version, to="rollout")
     get_all(calls, phase="the others", timeout_s=60)
     assert get_all(overtaking, phase="update", timeout_s=60) == [version, version]
+    publisher.publish()  # and so does one of the usual kind
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_a_policy_that_never_sends_is_a_named_timeout(healthy_after, engines, co
     publisher = connect(silent, engines, timeout_s=2.0)
     # Either engine may be the first to give up.
     message = (
-        r"rank [12] of 3, waiting for the version[^\n]*\n.*rollout engine [01] failed in weight"
+        r"rank [12] of 3, waiting for the sender[^\n]*\n.*rollout engine [01] failed in weight"
     )
     with pytest.raises(ActorFailure, match=message):
         publisher.publish()

@@ -6,6 +6,7 @@ two GPUs (an engine of two needs four). RLSYS_GPU_TESTS_DEVICE=cpu tries the tes
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -38,7 +39,7 @@ PYTHONPATH = os.pathsep.join(
     [str(REPOSITORY), str(Path(__file__).parent), str(ACTORS), os.environ.get("PYTHONPATH", "")]
 ).rstrip(os.pathsep)
 START_TIMEOUT_S = 240.0
-EARLY = ("engines", "failing_engines", "short_run")
+EARLY = ("engines", "lost_engine", "failing_engines", "short_run")
 
 
 def num_gpus():
@@ -166,6 +167,23 @@ def engines(gpus, gpu_models):
     yield ready
     for group in actors.values():
         group.close()
+
+
+@pytest.fixture(scope="session")
+def lost_engine(gpus, gpu_models):
+    """As one of `engines`, for tests after which it may be of no use any more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "RolloutActor", OpenActor)
+        config = engine_config(gpu_models["qwen3-tied", 1])
+        actors = RolloutActors(config, device=DEVICE, place=gpus.on(1))
+    starting = actors.async_start()
+
+    def ready():
+        get_all(starting, phase="start", timeout_s=START_TIMEOUT_S)
+        return Engine(actors, "qwen3-tied", greedy(actors))
+
+    yield functools.cache(ready)
+    actors.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 
 import ray
@@ -123,6 +124,19 @@ def exported_checksums(rank):
     return dict(zip(tensors, as_numbers([checksum(data) for data in content]), strict=True))
 
 
+def stall_in_bucket(rank, index, seconds):
+    """Stop in the middle of a weight sync, with a part of it sent, and fail in the end."""
+    export = rank.exports["rollout"]
+
+    def fill(bucket, buffer):
+        if bucket.index == index:
+            time.sleep(seconds)
+            raise RuntimeError("the policy got stuck")
+        type(export).fill(export, bucket, buffer)
+
+    export.fill = fill
+
+
 def update_with_little_memory(rank, batch, spare_bytes):
     """One update with so much GPU memory beside what is held already."""
     torch.cuda.empty_cache()
@@ -154,6 +168,10 @@ class OpenActor(RolloutActor):
     async def least_tokens(self):
         """Of the completions in flight."""
         return await self._between_steps(_least_tokens)
+
+    async def do_nothing(self, seconds):
+        """Neither sample nor answer, as a process that hangs."""
+        await self._between_steps(lambda engine: time.sleep(seconds))
 
     async def _between_steps(self, function, *args):
         import asyncio

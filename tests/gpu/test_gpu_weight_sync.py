@@ -7,10 +7,17 @@ import pytest
 import ray
 import torch
 from gpu_cases import DEVICE, gpu_config, long_batch, transformers_logprobs
-from gpu_lab import exported_checksums, keep_gpu_busy, load_weights, negate_weights
+from gpu_lab import (
+    exported_checksums,
+    keep_gpu_busy,
+    load_weights,
+    negate_weights,
+    stall_in_bucket,
+)
 from greedy_rollouts import PROMPTS, greedy
 from policy_cases import LAYOUTS
 
+from rlsys.actors.group import ActorFailure, PhaseTimeout
 from rlsys.algo.batching import build_train_batch
 from rlsys.types import SampleRequest
 from rlsys.weight_sync.publisher import WeightPublisher
@@ -200,3 +207,28 @@ def test_completions_in_flight_keep_the_versions_of_their_tokens(
         by_weights = torch.cat(parts, dim=1).mean(dim=1)  # seed 0, seed 1
         assert by_weights[version] < 0.02, by_weights
         assert by_weights[1 - version] > 0.1, by_weights
+
+
+def test_an_engine_that_does_not_come_is_named_and_costs_nobody_its_process(lost_engine, connect):
+    engine = lost_engine()
+    _, publisher, _ = connect(engine, timeout_s=8.0)
+    publisher.publish()
+    engine.actor.do_nothing.remote(13.0)
+    message = r"(?s)without rank 1.*policy rank 0 failed in weight sync|pausing.* rollout engine 0"
+    with pytest.raises((ActorFailure, PhaseTimeout), match=message):
+        publisher.publish()
+    _, publisher, load = connect(engine)
+    publisher.publish()
+    load(seed=1)
+    assert_samples_as(engine, engine.fresh)
+
+
+def test_a_policy_that_gets_stuck_in_the_middle_of_a_sync_is_a_failure_with_a_deadline(
+    lost_engine, connect
+):
+    """On a GPU torch ends the engine's process later, as nothing else ends its wait."""
+    policy, publisher, _ = connect(lost_engine(), timeout_s=8.0)
+    publisher.publish()
+    policy.call("run", stall_in_bucket, 1, 20.0)
+    with pytest.raises((ActorFailure, PhaseTimeout), match="weight sync, transfer"):
+        publisher.publish()

@@ -22,28 +22,39 @@ class TellingTransport(Transport):
     def connect(self, address, port, *, rank, world_size, timeout_s):
         EVENTS.clear()
 
+    def meet(self, number, *, what):
+        EVENTS.append(f"meet {number}")
+        return number
+
     def broadcast(self, buffer, *, what):
         name = what.partition("bucket ")[2].partition(" ")[0] or what
         EVENTS.append(f"broadcast {name}")
         return lambda: EVENTS.append(f"wait {name}")
 
+    def _join(self, store, timeout):
+        raise AssertionError
+
     def _begin_broadcast(self, buffer):
         raise AssertionError
 
 
-@pytest.fixture(params=range(1, 6), ids="{} buckets".format)
-def connection(request):
+def connection_of(num_buckets, num_groups=1):
     return Connection(
-        metadata=tuple(TensorMeta(f"t{i}", "float32", (4,)) for i in range(request.param)),
+        metadata=tuple(TensorMeta(f"t{i}", "float32", (4,)) for i in range(num_buckets)),
         transport="telling",
         address="",
-        ports=(0,),
+        ports=(0,) * num_groups,
         world_size=2,
         bucket_bytes=16,
         verify=True,
         in_place=False,
         timeout_s=1.0,
     )
+
+
+@pytest.fixture(params=range(1, 6), ids="{} buckets".format)
+def connection(request):
+    return connection_of(request.param)
 
 
 def before(first, second):
@@ -60,7 +71,7 @@ def test_a_buffer_is_filled_only_when_it_is_free_and_sent_only_when_it_is_full(c
 
     for _ in range(2):
         EVENTS.clear()
-        sender.send(fill, 0)
+        sender.send(fill, 7)
         number = len(connection.metadata)
         for i in range(number):
             assert before(f"fill {i}", f"broadcast {i}")
@@ -71,9 +82,19 @@ def test_a_buffer_is_filled_only_when_it_is_free_and_sent_only_when_it_is_full(c
             if i > 1:
                 assert addresses[i] == addresses[i - 2]
                 assert before(f"wait {i - 2}", f"fill {i}")
-        assert before("wait sending the version", "broadcast 0")
+        assert EVENTS[:3] == ["fill 0", "meet 7", "broadcast 0"]
         assert before(f"wait {number - 1}", "broadcast sending the checksums")
         assert EVENTS[-1] == "wait sending the checksums"
+
+
+@pytest.mark.parametrize("num_buckets", [1, 2, 3])
+def test_a_group_is_met_when_the_one_before_has_everything(num_buckets):
+    sender = WeightSender(connection_of(num_buckets, num_groups=2), CPU)
+    sender.send(lambda bucket, buffer: EVENTS.append(f"fill {bucket.index}"), 7)
+    first, second = EVENTS[: len(EVENTS) // 2], EVENTS[len(EVENTS) // 2 :]
+    assert first == second
+    assert first[:2] == ["fill 0", "meet 7"]
+    assert first[-1] == "wait sending the checksums"
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -81,9 +102,10 @@ def test_a_bucket_is_used_when_it_is_there_and_before_its_memory_is_taken(connec
     receiver = WeightReceiver(connection, CPU, rank=1)
     number = len(connection.metadata)
     held = []
-    for bucket, buffer in receiver.receive(keep=keep):
+    for bucket, buffer in receiver.receive(7, keep=keep):
         EVENTS.append(f"use {bucket.index}")
         held.append(buffer)
+    assert EVENTS[:2] == ["meet 7", "broadcast 0"]
     assert [f"use {i}" for i in range(number)] == [e for e in EVENTS if e.startswith("use")]
     for i in range(number):
         assert before(f"wait {i}", f"use {i}")

@@ -64,9 +64,9 @@ class Group:
 def receive(receiver, version, keep):
     """All tensors of an update, copied while they are there."""
     tensors = {}
-    for bucket, buffer in receiver.receive(keep=keep):
+    for bucket, buffer in receiver.receive(version, keep=keep):
         tensors |= {name: view.clone() for name, view in bucket.views(buffer)}
-    receiver.check(version)
+    receiver.check()
     return tensors
 
 
@@ -94,10 +94,11 @@ def test_every_receiver_gets_equal_bits_again_and_again(keep, apart):
                 assert torch.equal(received[name], tensor), name
 
 
-def test_another_version_than_asked_for_is_refused():
-    group = Group()
+def test_another_version_than_asked_for_is_refused_before_anything_of_it_is_used():
+    group = Group(timeout_s=1.0)
     receiving = group.start_receiving(version=7)
-    group.sender.send(fill_from(TENSORS), 6)
+    with pytest.raises(WeightSyncError, match=r"rank 0 of 3, sending .*did not take part"):
+        group.sender.send(fill_from(TENSORS), 6)
     for rank, future in enumerate(receiving, start=1):
         with pytest.raises(WeightSyncError, match=f"rank {rank} of 3 .* version 6 instead of 7"):
             future.result()
@@ -144,8 +145,26 @@ def test_a_sender_that_never_sends_is_named_with_phase_and_bucket():
     errors = [future.exception() for future in group.start_receiving()]
     assert all(isinstance(error, WeightSyncError) for error in errors)
     for rank, error in enumerate(errors, start=1):
-        assert f"weight sync rank {rank} of 3, waiting for the version: " in str(error)
-    assert "did not take part within 1 s" in str(errors[0])
+        assert f"weight sync rank {rank} of 3, waiting for the sender: " in str(error)
+        assert "did not take part within 1 s" in str(error)
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_receiver_that_does_not_come_to_an_update_is_named(missing):
+    group = Group(timeout_s=1.0)
+    for version in range(2):  # what was left of a meeting is not taken for the next
+        receiving = group.start_receiving(version)
+        group.sender.send(fill_from(TENSORS), version)
+        for future in receiving:
+            future.result()
+    here = group.receivers[2 - missing]
+    receiving = group.threads.submit(receive, here, 2, True)
+    message = rf"rank 0 of 3, meeting .*did not take part within 1 s \(without rank {missing}\)"
+    with pytest.raises(WeightSyncError, match=message):
+        group.sender.send(fill_from(TENSORS), 2)
+    assert not receiving.done(), "who came is not to be taken for who is missing"
+    with pytest.raises(WeightSyncError, match=rf"rank {3 - missing} of 3, waiting for the sender"):
+        receiving.result()
 
 
 def test_a_sender_that_stops_is_named_with_phase_and_bucket():
