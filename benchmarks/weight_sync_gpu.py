@@ -17,6 +17,8 @@ What one part measures is kept, whatever becomes of the others.
 
 import argparse
 import json
+import os
+import shutil
 import signal
 import statistics
 import sys
@@ -234,18 +236,18 @@ def parts_of(bench, arguments):
 def main():
     arguments = parse_arguments()
     results = {"machine": describe_machine(), "arguments": vars(arguments), "errors": {}}
-    signal.signal(signal.SIGALRM, out_of_time)
-    signal.alarm(arguments.limit_s)
     # On CPU these GPUs are Ray's bookkeeping and nothing else.
     gpus = arguments.policy_tp + arguments.engine_tp if arguments.device == "cpu" else None
     ray.init(num_gpus=gpus, include_dashboard=False, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as folder:
+            signal.signal(signal.SIGALRM, partial(out_of_time, results, folder))
+            signal.alarm(arguments.limit_s)
             measure(Path(folder), arguments, results)
     except (Exception, KeyboardInterrupt) as error:  # what has been measured is worth printing
         results["errors"]["benchmark"] = tell(error)
     signal.alarm(0)
-    print(json.dumps(results, indent=2), flush=True)
+    show(results)
     ray.shutdown()
 
 
@@ -264,19 +266,21 @@ def measure(folder, arguments, results):
         try:
             results[name] = part()
             progress(f"{name}: {json.dumps(results[name])}")
-        except TimeUp:
-            raise
         except Exception as error:  # the other parts may still work
             results["errors"][name] = tell(error)
             progress(f"{name}: {results['errors'][name]}")
 
 
-class TimeUp(Exception):
-    """The whole benchmark took longer than --limit-s."""
+def out_of_time(results, folder, *_):
+    """Ends the process there and then: Ray would take an exception for one of its own."""
+    results["errors"]["benchmark"] = "out of time: missing parts were not begun or not finished"
+    show(results)
+    shutil.rmtree(folder, ignore_errors=True)  # an engine may be reading it
+    os._exit(1)
 
 
-def out_of_time(*_):
-    raise TimeUp("the time limit is over: parts that are missing were not begun or not finished")
+def show(results):
+    print(json.dumps(results, indent=2), flush=True)
 
 
 def tell(error):
