@@ -122,10 +122,13 @@ def read_model_shape(folder: Path) -> ModelShape:
             raise ValueError(
                 f"{file}: {model_type} with {option} = {values[option]!r} is not supported"
             )
-    others = set(values.get("layer_types") or ()) - {"full_attention"}
+    layer_types = values.get("layer_types") or []
+    kinds = layer_types if isinstance(layer_types, list) else [layer_types]
+    others = sorted({repr(kind) for kind in kinds if kind != "full_attention"})
     if others:
         raise ValueError(
-            f"{file}: {model_type} with {', '.join(sorted(others))} in layer_types is not supported"
+            f"{file}: {model_type} with {', '.join(others)} in layer_types is not supported: each "
+            "layer has to be 'full_attention'"
         )
     try:
         num_heads = values["num_attention_heads"]
