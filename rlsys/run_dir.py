@@ -93,8 +93,11 @@ class RunDir:
         A file system may have reasons that its permissions do not show: `held` tells those.
         """
         place = self.path.absolute()
-        while not os.path.lexists(place):
-            place = place.parent
+        try:
+            while not _is_there(place):
+                place = place.parent
+        except OSError as error:
+            return f"cannot be made ({error.strerror})"
         if not os.path.isdir(place):
             reason, where = f"{place} is no folder", "is no folder"
         elif not os.access(place, os.W_OK | os.X_OK):
@@ -175,3 +178,12 @@ def replacing(target: Path) -> Iterator[Path]:
         scratch.replace(target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def _is_there(place: Path) -> bool:
+    """As `os.path.lexists`, which says of a name that is too long that nothing is there."""
+    try:
+        os.lstat(place)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        return False
+    return True

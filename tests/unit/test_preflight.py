@@ -648,3 +648,13 @@ def test_all_problems_are_told_at_once(problems, tmp_path):
         "nowhere.jsonl",
     )
     assert len(found) == 4
+def test_an_output_directory_that_no_file_system_takes(problems, tmp_path):
+    path = tmp_path / ("a" * 300) / "b"
+    found = problems("--output_dir", str(path))
+    assert only(found) == (
+        f"output_dir: {path} cannot be made (File name too long): choose another one with "
+        "--output_dir"
+    )
+    assert found[0].only_here
+
+
