@@ -23,7 +23,7 @@ _ANSWER_TIMEOUT_S = 10.0
 def unused_choice_of_gpus() -> str | None:
     """A note for those who choose GPUs here for a cluster that runs already; None for others."""
     address, chosen = os.environ.get("RAY_ADDRESS"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not address or not chosen:
+    if not address or address == "local" or not chosen:
         return None
     return (
         f"CUDA_VISIBLE_DEVICES={chosen} does not choose the GPUs of this run: the Ray cluster of "

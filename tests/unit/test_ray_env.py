@@ -44,7 +44,12 @@ def test_a_place_where_something_listens_is_let_through(monkeypatch):
 
 @pytest.mark.parametrize(
     ("address", "chosen", "told"),
-    [("10.0.0.1:6379", "2,3", True), (None, "2,3", False), ("10.0.0.1:6379", "", False)],
+    [
+        ("10.0.0.1:6379", "2,3", True),
+        (None, "2,3", False),
+        ("local", "2,3", False),
+        ("10.0.0.1:6379", "", False),
+    ],
 )
 def test_gpus_chosen_here_for_a_cluster_that_runs_already_are_told(
     monkeypatch, address, chosen, told
