@@ -261,11 +261,15 @@ class RewardConfig(Section):
     def params(self) -> dict[str, dict[str, Any]]:
         """`reward_params` by name, those of reward models completed."""
         shared = self.reward_params.get(REWARD_MODEL_PREFIX[:-1], {})
-        return self.reward_params | {
-            name: shared | {"path": os.path.expanduser(path)} | self.reward_params.get(name, {})
-            for name in self.models
-            if (path := name.removeprefix(REWARD_MODEL_PREFIX)) != name
-        }
+        completed = {}
+        for name in self.models:
+            path = name.removeprefix(REWARD_MODEL_PREFIX)
+            own = {"path": path} if path != name else {}
+            merged = shared | own | self.reward_params.get(name, {})
+            if isinstance(merged.get("path"), str):
+                merged["path"] = os.path.expanduser(merged["path"])
+            completed[name] = merged
+        return self.reward_params | completed
 
 
 class GrpoConfig(Section):

@@ -58,6 +58,10 @@ def test_a_tilde_is_the_home_folder_wherever_a_config_has_a_path(load, tmp_path,
     # A reward model is called what the config calls it, in its settings and weights too.
     assert config.reward.names[-1] == "reward_model:~/r"
     assert config.reward.model_paths == ["/home/me/r"]
+    params = {"reward_model": {"path": "~/s", "batch_size": 2}}
+    reward = load(reward={"reward_funcs": ["reward_model"], "reward_params": params}).config.reward
+    assert reward.model_paths == ["/home/me/s"]
+    assert reward.params == {"reward_model": {"path": "/home/me/s", "batch_size": 2}}
     assert load(reference={"path": "~/m"}).config.reference.path == "/home/me/m"
     saved = tmp_path / "saved.yaml"
     save_config(config, saved)
