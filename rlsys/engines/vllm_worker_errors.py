@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+_WRAPPER = "WorkerProc initialization failed"
+"""In vLLM's own error, see above."""
 _FOLDER = "RLSYS_VLLM_WORKER_ERRORS"
 """Environment variable, which workers inherit: where they leave their errors."""
 
@@ -34,7 +36,8 @@ def worker_errors_told() -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            told = _first_error(Path(folder))
+            # Any other error is the engine's own: workers also log what they went on after.
+            told = _first_error(Path(folder)) if _WRAPPER in str(error) else None
             if told is None:
                 raise
             raise RuntimeError(told) from error
@@ -53,11 +56,17 @@ class _ErrorFile(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         folder = Path(os.environ.get(_FOLDER, ""))
         # The folder is gone once the engine is up: later errors come through vLLM's calls.
-        if record.exc_info and _FOLDER in os.environ and folder.is_dir():
-            text = "".join(traceback.format_exception(*record.exc_info)).rstrip()
-            unfinished = folder / f"{os.getpid()}.unfinished"
+        if _FOLDER not in os.environ or not folder.is_dir():
+            return
+        if not record.exc_info or record.exc_info[0] is None:
+            return
+        text = "".join(traceback.format_exception(*record.exc_info)).rstrip()
+        unfinished = folder / f"{os.getpid()}.unfinished"
+        try:
             unfinished.write_text(f"in {record.processName}:\n{text}")
             unfinished.replace(unfinished.with_suffix(".txt"))
+        except OSError:  # the disk is full, or the engine is up by now: the worker goes on
+            self.handleError(record)
 
 
 def _first_error(folder: Path) -> str | None:

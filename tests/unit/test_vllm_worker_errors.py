@@ -1,5 +1,6 @@
 """A worker process's error takes the place of vLLM's "see stack trace for root cause"."""
 
+import errno
 import logging
 import multiprocessing
 import os
@@ -36,7 +37,7 @@ def vllm_logger():
     logger.handlers[:] = before
 
 
-def start(*workers):
+def start(*workers, error=WRAPPER):
     """Processes that log what is given, one after the other; then what vLLM raises."""
     context = multiprocessing.get_context("spawn")
     with worker_errors_told():
@@ -45,7 +46,7 @@ def start(*workers):
             process.start()
             process.join()
             assert process.exitcode == 0
-        raise TypeError(WRAPPER)
+        raise TypeError(error)
 
 
 def test_the_last_error_of_the_worker_that_failed_first_is_raised():
@@ -60,6 +61,11 @@ def test_without_a_worker_error_it_is_vllms_own():
         start([])
 
 
+def test_an_error_of_the_engine_itself_is_not_taken_for_a_workers():
+    with pytest.raises(TypeError, match="no room for a KV cache"):
+        start(["something optional is missing"], error="no room for a KV cache")
+
+
 @worker_errors_told()
 def start_here(message):
     """As an engine without worker processes."""
@@ -71,6 +77,26 @@ def test_what_the_engines_own_process_logs_is_not_a_workers(vllm_logger):
     leave_errors()
     with pytest.raises(TypeError, match=re.escape(WRAPPER)):
         start_here("something optional is missing")
+
+
+@pytest.mark.parametrize("exc_info", [True, False])
+def test_a_record_without_an_exception_is_none(vllm_logger, exc_info):
+    leave_errors()
+    with worker_errors_told():
+        vllm_logger.error("no exception", exc_info=exc_info)
+        assert os.listdir(os.environ["RLSYS_VLLM_WORKER_ERRORS"]) == []
+
+
+def test_a_worker_that_cannot_write_its_error_goes_on(vllm_logger, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    leave_errors()
+    with worker_errors_told():
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.write_text", full)
+            log_exception("something is missing")
+        assert "No space left on device" in capsys.readouterr().err
 
 
 def test_errors_after_the_start_go_their_own_way(vllm_logger):
