@@ -28,4 +28,4 @@ def out_of_memory_explained(reason: str, *, memory: str = "The GPU") -> Iterator
         raise torch.OutOfMemoryError(
             f"{error}\n{memory} is too small for {reason}; `rlsys explain` estimates what each "
             "would take"
-        ) from None
+        ) from error

@@ -48,7 +48,9 @@ class MegatronPolicy(MegatronModel):
         fuse_weight_gradients(self.model)
         with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
             self.ddp = self._build_ddp(overlap_grads)
-        with out_of_memory_explained(f"the optimizer's copy of the weights: {self.more_gpus}"):
+        with out_of_memory_explained(
+            f"the optimizer's copy of the weights: {self._more_gpus_for_optimizer}"
+        ):
             self.optimizer = self._build_optimizer()
         if overlap_grads:
             # Gradients are summed over ranks during the last micro-batch only.
@@ -60,11 +62,14 @@ class MegatronPolicy(MegatronModel):
 
     @property
     def more_gpus(self) -> str:
-        """What to change where the model or its optimizer is too large for a GPU."""
+        """What to change where the model is too large for a GPU."""
+        return "raise policy.tensor_parallel_size or policy.pipeline_parallel_size"
+
+    @property
+    def _more_gpus_for_optimizer(self) -> str:
         return (
-            "raise policy.tensor_parallel_size or policy.pipeline_parallel_size, or "
-            "policy.world_size with policy.use_distributed_optimizer, which cuts the optimizer's "
-            "state over replicas"
+            f"{self.more_gpus}, or policy.world_size with policy.use_distributed_optimizer, which "
+            "cuts the optimizer's state over replicas"
         )
 
     def _build_ddp(self, overlap_grads: bool) -> DistributedDataParallel:
@@ -201,7 +206,8 @@ class MegatronPolicy(MegatronModel):
             self._refuse_step(grad_norm, metrics)
         self.scheduler.step(increment=1)
         with out_of_memory_explained(
-            f"the optimizer's step, the first of which makes its state: {self.more_gpus}"
+            "the optimizer's step, the first of which makes its state: "
+            f"{self._more_gpus_for_optimizer}"
         ):
             self.optimizer.step()
         return metrics | {
