@@ -82,7 +82,8 @@ class Policy:
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
 
-    def async_connect_weight_sync(self, connection, *, to):
+    def async_connect_weight_sync(self, connections, *, to):
+        (connection,) = connections  # to an engine of one worker there is no other
         return {"policy rank 0": self.actor.connect_weight_sync.remote(connection)}
 
     def async_send_weights(self, version, *, to):

@@ -3,6 +3,7 @@
     python benchmarks/weight_sync_gpu.py                     # Qwen2.5-1.5B's shape, 3.09 GB in bf16
     python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-tp 2      # on four GPUs
     python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-shares    # on two
+    python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-tp 2 --engine-shares    # on two
     python benchmarks/weight_sync_gpu.py --engines 2      # which share a GPU, on two as well
     python benchmarks/weight_sync_gpu.py --device cpu --shape tiny --repeats 4    # does it work?
 
@@ -34,6 +35,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from weight_sync_sides import (
     TIMEOUT_S,
+    CrossedActor,
     OpenActor,
     OpenRank,
     bare_broadcasts,
@@ -64,6 +66,9 @@ class Placement:
         self.engine_gpus = arguments.engine_tp
         self.share = 1 / (arguments.engines + arguments.engine_shares)
         self.shared = None
+        if arguments.engine_shares and arguments.engine_tp > 1:
+            self.engine_gpus, self.share = 0, 1  # see CrossedActor
+            return
         if self.share < 1:
             self.shared = placement_group([{"GPU": 1, "CPU": 0.1}] * 2, strategy="STRICT_PACK")
             assert self.shared.wait(START_TIMEOUT_S), "no two GPUs are free"
@@ -90,7 +95,10 @@ class Bench:
         self.arguments = arguments
         self.config = make_config(folder, arguments)
         place = Placement(arguments)
-        rollout.RolloutActor = OpenActor
+        shares_both = arguments.engine_shares and arguments.engine_tp > 1
+        rollout.RolloutActor = CrossedActor if shares_both else OpenActor
+        # With both GPUs shared, rank 0 can meet no worker of its GPU: once, before shards are.
+        self.first_transport = "gloo" if shares_both else None
         self.engines = RolloutActors(
             self.config, device=arguments.device, place=lambda rank: place.of_engine()
         )
@@ -108,7 +116,10 @@ class Bench:
 
     def syncs(self, repeats, settings):
         section = self.config.weight_sync.model_copy(update=settings)
-        publisher = WeightPublisher(self.policy, self.engines, section)
+        publisher = WeightPublisher(
+            self.policy, self.engines, section, transport=self.first_transport
+        )
+        publisher._transport = section.transport
         for _ in range(
             2
         ):  # connects, compiles and proves the plan, then uses it for the first time
@@ -131,8 +142,11 @@ class Bench:
             "min_s": min(seconds),
             "max_s": max(seconds),
             "gb_per_s": gigabytes / statistics.median(seconds),
+            "connections": self.policy.call("num_connections", "rollout")[0],
             "transport_s": statistics.median(transport),
-            "transport_gb_per_s": gigabytes / statistics.median(transport),
+            "transport_gb_per_s": statistics.median(
+                metrics["weight_sync/transport_gb_per_s"] for metrics in all_metrics
+            ),
             "sending_s": statistics.median(sends),
             "packing_alone_s": packed,
             "packing_alone_host_s": launched,
@@ -226,8 +240,11 @@ def parts_of(bench, arguments):
     for mb in (64, 512, 1024):
         parts[f"in_place_buckets_of_{mb}_mb"] = partial(bench.syncs, few, {"bucket_mb": mb})
     parts["bare_broadcast"] = lambda: bench.bare(usual)
-    if arguments.engines > 1:
-        del parts["bare_broadcast"]  # one group, which two engines on a GPU cannot be in
+    if arguments.engines > 1 or bench.first_transport:
+        # One group, which nobody on the GPU of another can be in.
+        del parts["bare_broadcast"]
+    if bench.first_transport:  # that is all that goes without it
+        del parts["vllm_loader"]
     elif arguments.device == "cuda":
         parts["vllm_nccl_engine"] = bench.native
     return parts
@@ -331,12 +348,12 @@ def parse_arguments():
     parser.add_argument("--engine-tp", type=int, default=1, help="GPUs of the engine")
     parser.add_argument("--engines", type=int, default=1, help="on one GPU, that they share")
     parser.add_argument(
-        "--engine-shares", action="store_true", help="the GPU of policy rank 1: --policy-tp 2"
+        "--engine-shares", action="store_true", help="the policy's GPUs: --policy-tp 2"
     )
     parser.add_argument("--limit-s", type=int, default=480, help="of the whole benchmark, seconds")
     arguments = parser.parse_args()
-    if arguments.engine_shares and (arguments.policy_tp, arguments.engine_tp) != (2, 1):
-        parser.error("--engine-shares is for --policy-tp 2 --engine-tp 1")
+    if arguments.engine_shares and (arguments.policy_tp != 2 or arguments.engine_tp > 2):
+        parser.error("--engine-shares is for --policy-tp 2 and --engine-tp 1 or 2")
     if arguments.engines > 1 and (arguments.policy_tp, arguments.engine_tp) != (1, 1):
         parser.error("--engines is for --policy-tp 1 --engine-tp 1")
     return arguments

@@ -1,6 +1,7 @@
 """The two sides of benchmarks/weight_sync_gpu.py, which tell where their time goes."""
 
 import asyncio
+import os
 import time
 from functools import partial
 
@@ -78,20 +79,24 @@ class OpenRank(PolicyRank):
         return self.send_seconds
 
     def seconds_of_packing(self, to, repeats):
-        """Every bucket, and nothing sent to the engines."""
-        sender, seconds = self.senders.get(to), []
+        """Every bucket of this rank's part, and nothing sent to the engines."""
+        seconds = []
         for _ in range(repeats):
             self._synchronize()
             start = time.perf_counter()
-            if sender is None:
-                self.exports[to].contribute()
-            else:
-                for bucket in sender._buckets:
-                    self.exports[to].fill(bucket, sender._buffer(bucket))
+            for link in self.links[to]:
+                if link.sender is None:
+                    link.export.contribute()
+                else:
+                    for bucket in link.sender._buckets:
+                        link.export.fill(bucket, link.sender._buffer(bucket))
             launched = time.perf_counter() - start
             self._synchronize()
             seconds.append((launched, time.perf_counter() - start))
         return seconds[-1]
+
+    def num_connections(self, to):
+        return len(self.links[to])
 
     def slices_checksums(self, slices):
         """Of (tensor, size, stride, offset), by one-by-one export."""
@@ -179,6 +184,17 @@ class OpenActor(RolloutActor):
 
     async def _ask(self, command):
         return await asyncio.wrap_future(self._loop._ask(command))
+
+
+class CrossedActor(OpenActor):
+    """An engine of two workers on the two GPUs of a policy, each on that of the other's sender.
+
+    NCCL takes no two ranks on a GPU into a group: worker i and policy rank i are in one, and apart.
+    """
+
+    def __init__(self, config, device, engine_rank):
+        os.environ["CUDA_VISIBLE_DEVICES"] = "1,0"  # Ray gave it none, and CUDA has not begun
+        super().__init__(config, device, engine_rank)
 
 
 def with_rank(function, worker, *arguments):

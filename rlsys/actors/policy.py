@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +17,38 @@ from rlsys.config import Config
 from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.rewards import load_plugins
 from rlsys.types import TrainBatch, UpdateOutput
-from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.connection import Connection, senders_of_shards
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender
 
 if TYPE_CHECKING:
-    from rlsys.engines.megatron_export import BucketExport
+    from rlsys.engines.megatron import MegatronPolicy
+
+
+class WeightLink:
+    """A policy rank's part in one weight sync connection.
+
+    Args:
+        engine: whose weights are sent.
+        rank: of this process in the policy.
+    """
+
+    def __init__(self, engine: MegatronPolicy, connection: Connection, rank: int):
+        from rlsys.engines.megatron_export import BucketExport
+
+        self.export = BucketExport(engine.weights, connection)
+        self.sender: WeightSender | None = None
+        self._num_groups = len(connection.ports)
+        if rank == connection.sender:
+            self.sender = WeightSender(connection, engine.device)
+
+    def send(self, version: int) -> float:
+        """See WeightSender.send; 0 on those that contribute to what another rank sends."""
+        if self.sender is not None:
+            return self.sender.send(self.export.fill, version)
+        for _ in range(self._num_groups):
+            self.export.contribute()
+        return 0.0
 
 
 class PolicyRank(ModelRank):
@@ -43,9 +70,7 @@ class PolicyRank(ModelRank):
 
         load_plugins(self.config.grpo.external_plugins)
         self.engine = MegatronPolicy(self.config)
-        self.exports: dict[str, BucketExport] = {}
-        self.num_groups: dict[str, int] = {}
-        self.senders: dict[str, WeightSender] = {}
+        self.links: dict[str, list[WeightLink]] = {}
 
     def weight_metadata(self) -> list[TensorMeta]:
         """See MegatronWeights.metadata."""
@@ -72,26 +97,19 @@ class PolicyRank(ModelRank):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB here
 
-    def connect_weight_sync(self, connection: Connection, *, to: str) -> None:
-        """Plan this rank's part; rank 0 joins the weight sync groups as their sender."""
-        from rlsys.engines.megatron_export import BucketExport
+    def connect_weight_sync(self, connections: Sequence[Connection], *, to: str) -> None:
+        """Plan this rank's part, and join as sender where it is one; ends what `to` had before."""
+        self.links[to] = []
+        for connection in connections:
+            mib = max(bucket.nbytes for bucket in connection.buckets()) / 2**20
+            with out_of_memory_explained(
+                f"two buckets of {mib:,.0f} MiB to send weights in: lower weight_sync.bucket_mb"
+            ):
+                self.links[to].append(WeightLink(self.engine, connection, self.rank))
 
-        mib = max(bucket.nbytes for bucket in connection.buckets()) / 2**20
-        with out_of_memory_explained(
-            f"two buckets of {mib:,.0f} MiB to send weights in: lower weight_sync.bucket_mb"
-        ):
-            self.exports[to] = BucketExport(self.engine.weights, connection.buckets())
-            self.num_groups[to] = len(connection.ports)
-            if self.rank == 0:
-                self.senders[to] = WeightSender(connection, self.engine.device)
-
-    def send_weights(self, version: int, *, to: str) -> float | None:
-        """Take part in exporting; rank 0 sends, see WeightSender.send for what it returns."""
-        if self.rank == 0:
-            return self.senders[to].send(self.exports[to].fill, version)
-        for _ in range(self.num_groups[to]):
-            self.exports[to].contribute()
-        return None
+    def send_weights(self, version: int, *, to: str) -> float:
+        """Take part in exporting and sending; seconds that this rank's transports took."""
+        return sum(link.send(version) for link in self.links[to])
 
     def save_model(self, folder: Path) -> None:
         """See MegatronPolicy.save_model."""
@@ -121,6 +139,7 @@ class PolicyActors(ModelActors):
         plugins = [str(Path(p).expanduser().resolve()) for p in config.grpo.external_plugins]
         grpo = config.grpo.model_copy(update={"external_plugins": plugins})
         config = config.model_copy(update={"grpo": grpo})
+        self._config = config
         super().__init__(rank_class, config, role="policy", world_size=world_size, place=place)
         self.policy_version = 0
         """Completed updates: the version of the weights that the next publish sends."""
@@ -129,14 +148,24 @@ class PolicyActors(ModelActors):
         """Every tensor that a weight sync sends, in its order."""
         return self.call("weight_metadata")[0]
 
+    def senders_of_shards(self, number: int) -> list[int]:
+        """See rlsys.weight_sync.connection.senders_of_shards."""
+        policy = self._config.policy
+        return senders_of_shards(
+            number,
+            tensor_parallel_size=policy.tensor_parallel_size,
+            pipeline_parallel_size=policy.pipeline_parallel_size,
+            world_size=policy.world_size,
+        )
+
     def async_connect_weight_sync(
-        self, connection: Connection, *, to: str
+        self, connections: Sequence[Connection], *, to: str
     ) -> dict[str, ray.ObjectRef]:
-        """Connect the sender to the rollout engines; see WeightPublisher."""
-        return self.async_call("connect_weight_sync", connection, to=to)
+        """Connect the senders to the rollout engines; see WeightPublisher."""
+        return self.async_call("connect_weight_sync", connections, to=to)
 
     def async_send_weights(self, version: int, *, to: str) -> dict[str, ray.ObjectRef]:
-        """Send the weights; the first result is how long the transport took, in seconds."""
+        """Send the weights; how long the transports took on each rank, in seconds."""
         return self.async_call("send_weights", version, to=to)
 
     def compute_logprobs_and_entropies(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -101,6 +102,14 @@ class ReferenceActors(ModelActors):
     def async_connect_weight_sync(self, connection: Connection) -> dict[str, ray.ObjectRef]:
         """See WeightPublisher."""
         return self.async_call("connect_weight_sync", connection)
+
+    def async_needed_slices(self) -> dict[str, ray.ObjectRef]:
+        """None of its ranks would do with less than whole tensors, see MegatronWeights.mix."""
+        return {}
+
+    def async_connect_shards(self, connections: Sequence[Connection]) -> dict[str, ray.ObjectRef]:
+        """Never asked for."""
+        raise AssertionError(connections)
 
     def async_start_weight_update(self) -> dict[str, ray.ObjectRef]:
         """Nothing runs between two phases."""

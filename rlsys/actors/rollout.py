@@ -25,6 +25,7 @@ from rlsys.engines.engine_loop import EngineLoop, Outcome
 from rlsys.engines.vllm_settings import rollout_env
 from rlsys.types import Device, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.plan import TensorSlice
 
 
 class RolloutActor:
@@ -71,6 +72,14 @@ class RolloutActor:
     async def connect_weight_sync(self, connection: Connection) -> None:
         """See VLLMEngine.connect_weight_sync."""
         await self._call("connect_weight_sync", connection)
+
+    async def needed_slices(self) -> list[tuple[TensorSlice, ...] | None]:
+        """See VLLMEngine.needed_slices."""
+        return await self._call("needed_slices")
+
+    async def connect_shards(self, connections: Sequence[Connection]) -> None:
+        """See VLLMEngine.connect_shards."""
+        await self._call("connect_shards", connections)
 
     async def start_weight_update(self) -> None:
         """See VLLMEngine.start_weight_update."""
@@ -211,6 +220,14 @@ class RolloutActors:
     def async_connect_weight_sync(self, connection: Connection) -> dict[str, ray.ObjectRef]:
         """See WeightPublisher."""
         return self._async_call("connect_weight_sync", connection)
+
+    def async_needed_slices(self) -> dict[str, ray.ObjectRef]:
+        """See WeightPublisher."""
+        return self._async_call("needed_slices")
+
+    def async_connect_shards(self, connections: Sequence[Connection]) -> dict[str, ray.ObjectRef]:
+        """See WeightPublisher."""
+        return self._async_call("connect_shards", connections)
 
     def async_start_weight_update(self) -> dict[str, ray.ObjectRef]:
         """See WeightPublisher."""

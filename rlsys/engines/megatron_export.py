@@ -1,49 +1,50 @@
 """The policy's weights in the buckets of a weight sync: planned once, then a few large operations.
 
 `MegatronWeights.export` gathers one parameter after the other, with collectives among all ranks.
-Here every slice of a Hugging Face tensor has one owner, the lowest rank that holds it. What rank 0
-owns is copied straight into the bucket; every other owner packs what it has of a bucket into one
-parcel and sends that to rank 0, which copies it to where it belongs. So it is for tensor, pipeline
-and expert parallelism alike, and replicas have nothing to do.
+Here the buckets hold any slices of Hugging Face tensors, and one rank, the sender, has to fill
+them. Whatever part of a slice it has itself is copied straight into the bucket. Any other part has
+one owner, the lowest rank that holds it: that packs what it has for a bucket into one parcel and
+sends it to the sender, which copies it to where it belongs. So it is for tensor, pipeline and
+expert parallelism alike, and a sender that has everything needs nobody.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
+from rlsys.engines.megatron_weight_table import WeightRow
 from rlsys.engines.megatron_weights import MegatronWeights
+from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.copies import CopyPlan
-from rlsys.weight_sync.plan import Bucket, TensorMeta, plan_buckets
+from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets
 from rlsys.weight_sync.transport import WeightSyncError
-
-SENDER = 0
-"""The policy rank that sends the buckets."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Slice:
-    """What one policy rank has of one Hugging Face tensor."""
+class _Part:
+    """What one policy rank has of one slice that is sent."""
 
-    hf_name: str
+    item: TensorSlice
+    """What is sent: a tensor of a bucket."""
+    box: TensorSlice
+    """The part of it."""
     owner: int
-    axis: int | None
-    """That tensor parallelism cuts; None: the slice is the whole tensor."""
-    index: int
-    """Of the slice along that axis."""
-    meta: TensorMeta
-    """Of the slice by itself; its name holds the index."""
+    held: TensorSlice
+    """What the owner has of the Hugging Face tensor."""
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The slice of the whole tensor."""
-        if self.axis is None:
-            return tensor
-        length = self.meta.shape[self.axis]
-        return tensor.narrow(self.axis, self.index * length, length)
+    def target(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the part belongs in the tensor that is sent."""
+        return self.box.within(tensor, self.item)
+
+    @property
+    def in_parcel(self) -> TensorMeta:
+        """The part as its owner sends it, with the name of the item."""
+        return TensorMeta(self.item.meta.name, self.box.of.dtype, self.box.shape)
 
 
 @dataclass(slots=True)
@@ -60,46 +61,48 @@ class _Copies:
 class BucketExport:
     """This rank's part in filling the buckets of one weight sync connection.
 
-    Every rank of the policy makes one at the same time. For each update rank 0 then calls `fill`
-    for every bucket in order, all others `contribute`.
+    Every rank of the policy makes one at the same time. For each update the sender then calls
+    `fill` for every bucket in order, all others `contribute`.
 
     Order, on a GPU: copies run in the current stream, in which the optimizer writes parameters. A
     parcel is sent after what that stream held when it was asked for, and the stream waits for it
-    before it is read, on rank 0, or packed anew, on its owner.
+    before it is read, on the sender, or packed anew, on its owner.
 
     Args:
         weights: of this rank.
-        buckets: of whole Hugging Face tensors, in the order of `weights.metadata()`.
+        connection: says what is sent, in which buckets and by whom.
     """
 
-    def __init__(self, weights: MegatronWeights, buckets: Sequence[Bucket]):
+    def __init__(self, weights: MegatronWeights, connection: Connection):
         self._weights = weights
         self._rank = dist.get_rank()
-        self._parts = {
-            hf_name: (row, part)
+        self._sender = connection.sender
+        self._rows = {
+            hf_name: (row, index)
             for row in weights.table
-            for part, hf_name in enumerate(row.hf_names)
+            for index, hf_name in enumerate(row.hf_names)
         }
-        self._buckets = list(buckets)
+        self._buckets = connection.buckets()
+        items = {piece.meta.name: piece for piece in connection.slices}
         owners = self._find_owners()
-        self._slices = [
-            [piece for meta in bucket.tensors for piece in self._cut(meta, owners)]
-            for bucket in buckets
+        self._parts = [
+            [part for meta in bucket.tensors for part in self._cut(items[meta.name], owners)]
+            for bucket in self._buckets
         ]
         self._parameters = [
-            [self._parameter(piece) for piece in self._own(slices)] for slices in self._slices
+            [self._parameter(part) for part in self._own(parts)] for parts in self._parts
         ]
-        self._parcels = [_parcels(slices) for slices in self._slices]
+        self._parcels = [self._plan_parcels(parts) for parts in self._parts]
         self._staging = self._make_staging()
         self._copies: dict[int, _Copies] = {}
 
     def fill(self, bucket: Bucket, buffer: torch.Tensor) -> None:
-        """Write the weights as they are now into `buffer` [nbytes] uint8: rank 0's part.
+        """Write the weights as they are now into `buffer` [nbytes] uint8: the sender's part.
 
         Raises:
             WeightSyncError: another rank did not send its parcel.
         """
-        assert self._rank == SENDER, self._rank
+        assert self._rank == self._sender, (self._rank, self._sender)
         parcels = self._parcels[bucket.index]
         ops = [
             dist.P2POp(dist.irecv, self._parcel_memory(bucket, owner), owner) for owner in parcels
@@ -110,20 +113,23 @@ class BucketExport:
         copies.parcels.run()
 
     def contribute(self) -> None:
-        """Send rank 0 what it needs of this rank: every other rank's part.
+        """Send the sender what it needs of this rank: every other rank's part.
 
         Raises:
-            WeightSyncError: rank 0 did not receive it.
+            WeightSyncError: the sender did not receive it.
         """
-        assert self._rank != SENDER
+        assert self._rank != self._sender
         for bucket, parcels in zip(self._buckets, self._parcels, strict=True):
             if self._rank in parcels:
                 memory = self._parcel_memory(bucket, self._rank)
                 self._plan(bucket, memory).own.run()
-                self._exchange([dist.P2POp(dist.isend, memory, SENDER)], bucket)
+                self._exchange([dist.P2POp(dist.isend, memory, self._sender)], bucket)
 
     def _find_owners(self) -> dict[tuple[str, int], int]:
-        """(first Hugging Face name of a row, index of the slice) -> the lowest rank that has it."""
+        """(first Hugging Face name of a row, index of its slice) -> who contributes that slice.
+
+        The sender where it has it, else the lowest rank that does.
+        """
         held = []
         for row in self._weights.table:
             if self._weights.own_parameter(row) is not None:
@@ -131,41 +137,51 @@ class BucketExport:
                 held.append((row.hf_names[0], index))
         by_rank: list[list[tuple[str, int]]] = [held] * dist.get_world_size()
         dist.all_gather_object(by_rank, held)
-        owners: dict[tuple[str, int], int] = {}
+        owners = dict.fromkeys(by_rank[self._sender], self._sender)
         for rank, names in enumerate(by_rank):
             for name in names:
                 owners.setdefault(name, rank)
         return owners
 
-    def _cut(self, meta: TensorMeta, owners: Mapping[tuple[str, int], int]) -> list[_Slice]:
-        row, _ = self._parts[meta.name]
+    def _cut(self, item: TensorSlice, owners: Mapping[tuple[str, int], int]) -> Iterator[_Part]:
+        """By the slices of the tensor that policy ranks have."""
+        row, _ = self._rows[item.of.name]
         _, number = self._weights.slice_of(row)
-        axis = row.tp_axis if number > 1 else None
-        shape = list(meta.shape)
-        if axis is not None:
-            shape[axis] //= number
-        return [
-            _Slice(
-                hf_name=meta.name,
-                owner=owners[row.hf_names[0], index],
-                axis=axis,
-                index=index,
-                meta=TensorMeta(f"{meta.name}, slice {index}", meta.dtype, tuple(shape)),
-            )
-            for index in range(number)
-        ]
+        starts, shape = [0] * len(item.of.shape), list(item.of.shape)
+        if row.tp_axis is not None:
+            shape[row.tp_axis] //= number
+        for index in range(number):
+            if row.tp_axis is not None:
+                starts[row.tp_axis] = index * shape[row.tp_axis]
+            held = TensorSlice(item.of, tuple(starts), tuple(shape))
+            box = item.intersection(held)
+            if box is not None:
+                yield _Part(item, box, owners[row.hf_names[0], index], held)
 
-    def _parameter(self, piece: _Slice) -> torch.nn.Parameter:
-        parameter = self._weights.own_parameter(self._parts[piece.hf_name][0])
-        assert parameter is not None, piece
+    def _row(self, part: _Part) -> tuple[WeightRow, int]:
+        """The row of the table that a part is of, and which of the row's tensors."""
+        return self._rows[part.item.of.name]
+
+    def _parameter(self, part: _Part) -> torch.nn.Parameter:
+        row, _ = self._row(part)
+        parameter = self._weights.own_parameter(row)
+        assert parameter is not None, part
         return parameter
 
+    def _plan_parcels(self, parts: Sequence[_Part]) -> dict[int, Bucket]:
+        """How each other owner lays its parts of a bucket out, to send them at once."""
+        by_owner: dict[int, list[TensorMeta]] = {}
+        for part in parts:
+            if part.owner != self._sender:
+                by_owner.setdefault(part.owner, []).append(part.in_parcel)
+        return {owner: plan_buckets(metas, sys.maxsize)[0] for owner, metas in by_owner.items()}
+
     def _make_staging(self) -> dict[int, torch.Tensor]:
-        """Memory for a parcel of each owner: on rank 0 that of all, elsewhere one's own."""
+        """Memory for a parcel of each owner: on the sender that of all, elsewhere one's own."""
         sizes: dict[int, int] = {}
         for parcels in self._parcels:
             for owner, parcel in parcels.items():
-                if self._rank in (SENDER, owner):
+                if self._rank in (self._sender, owner):
                     sizes[owner] = max(sizes.get(owner, 0), parcel.nbytes)
         return {
             owner: torch.zeros(size, dtype=torch.uint8, device=self._weights.device)
@@ -185,31 +201,34 @@ class BucketExport:
             self._copies[bucket.index] = planned
         return planned
 
-    def _own(self, slices: Sequence[_Slice]) -> list[_Slice]:
-        return [piece for piece in slices if piece.owner == self._rank]
+    def _own(self, parts: Sequence[_Part]) -> list[_Part]:
+        return [part for part in parts if part.owner == self._rank]
 
     def _plan_anew(self, bucket: Bucket, buffer: torch.Tensor, addresses: list[int]) -> _Copies:
-        own = self._own(self._slices[bucket.index])
+        own = self._own(self._parts[bucket.index])
         parcels = self._parcels[bucket.index]
-        if self._rank != SENDER:
+        if self._rank != self._sender:
             targets = [view for _, view in parcels[self._rank].views(buffer)]
             return _Copies(addresses, self._from_parameters(own, targets), CopyPlan([]))
         tensors = dict(bucket.views(buffer))
-        slices = {piece.meta.name: piece for piece in self._slices[bucket.index]}
+        parts = {(part.owner, part.item.meta.name): part for part in self._parts[bucket.index]}
         arriving = [
-            (slices[name].of(tensors[slices[name].hf_name]), view)
+            (parts[owner, name].target(tensors[name]), view)
             for owner, parcel in parcels.items()
             for name, view in parcel.views(self._parcel_memory(bucket, owner))
         ]
-        targets = [piece.of(tensors[piece.hf_name]) for piece in own]
+        targets = [part.target(tensors[part.item.meta.name]) for part in own]
         return _Copies(addresses, self._from_parameters(own, targets), CopyPlan(arriving))
 
-    def _from_parameters(self, own: Sequence[_Slice], targets: Sequence[torch.Tensor]) -> CopyPlan:
-        pairs = []
-        for piece, target in zip(own, targets, strict=True):
-            row, part = self._parts[piece.hf_name]
-            source = self._weights.own_slices(row)[part]
-            pairs.append((target.view(source.shape), source))  # q, k and v lie by query group
+    def _from_parameters(self, own: Sequence[_Part], targets: Sequence[torch.Tensor]) -> CopyPlan:
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for part, target in zip(own, targets, strict=True):
+            row, index = self._row(part)
+            source = self._weights.own_slices(row)[index]
+            if row.query_groups:
+                pairs += _from_query_groups(target, source, part)
+            else:
+                pairs.append((target, part.box.within(source, part.held)))
         return CopyPlan(pairs)
 
     def _exchange(self, ops: list[dist.P2POp], bucket: Bucket) -> None:
@@ -225,10 +244,22 @@ class BucketExport:
             ) from error
 
 
-def _parcels(slices: Sequence[_Slice]) -> dict[int, Bucket]:
-    """How each owner but rank 0 lays its slices of a bucket out, to send them at once."""
-    by_owner: dict[int, list[TensorMeta]] = {}
-    for piece in slices:
-        if piece.owner != SENDER:
-            by_owner.setdefault(piece.owner, []).append(piece.meta)
-    return {owner: plan_buckets(metas, sys.maxsize)[0] for owner, metas in by_owner.items()}
+def _from_query_groups(
+    target: torch.Tensor, source: torch.Tensor, part: _Part
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of rows that lie by query group in their parameter: `source` [groups, rows, ...]."""
+    for axis, size in enumerate(part.box.shape[1:], start=1):
+        start = part.box.starts[axis] - part.held.starts[axis]
+        source = source.narrow(axis + 1, start, size)
+    rows = source.shape[1]
+    start = part.box.starts[0] - part.held.starts[0]
+    stop = start + part.box.shape[0]
+    if start % rows == stop % rows == 0:
+        yield target.unflatten(0, (-1, rows)), source[start // rows : stop // rows]
+        return
+    for group in range(start // rows, -(-stop // rows)):
+        first, last = max(start, group * rows), min(stop, (group + 1) * rows)
+        yield (
+            target[first - start : last - start],
+            source[group, first - group * rows : last - group * rows],
+        )

@@ -27,6 +27,7 @@ from rlsys.engines.vllm_worker_errors import worker_errors_told
 from rlsys.model_shape import read_model_shape
 from rlsys.types import Completion, Device, FinishReason, Prompt, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Connection, place_of_engine
+from rlsys.weight_sync.plan import TensorSlice
 
 
 @dataclass(slots=True)
@@ -133,6 +134,14 @@ class VLLMEngine:
         )
         init = InitInfo(connection, first_rank, group)
         self._llm.init_weight_transfer_engine(init.as_request())
+
+    def needed_slices(self) -> list[tuple[TensorSlice, ...] | None]:
+        """What has to be sent to each worker; None for one that needs whole tensors."""
+        return self.ask_workers("needed_slices")
+
+    def connect_shards(self, connections: Sequence[Connection]) -> None:
+        """Let each worker join the group of its shard, behind the sender and other engines."""
+        self._llm.collective_rpc("connect_shard", args=(connections, 1 + self._engine_rank))
 
     def start_weight_update(self) -> None:
         """Sampling pauses, between two tokens, until `update_weights` has ended."""

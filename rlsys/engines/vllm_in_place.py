@@ -9,8 +9,9 @@ covered; and what it does other than copy, the plan refuses by name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsys.weight_sync.checksum import as_numbers, checksum
 from rlsys.weight_sync.copies import CopyPlan
-from rlsys.weight_sync.plan import DTYPES, Bucket, TensorMeta
+from rlsys.weight_sync.plan import DTYPES, Bucket, TensorMeta, TensorSlice
 
 COPY, FILL = torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar
 
@@ -41,6 +42,17 @@ class Copy:
     def source(self, tensor: torch.Tensor) -> torch.Tensor:
         """The slice of a tensor that has arrived."""
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
+
+    def box_of(self, meta: TensorMeta) -> TensorSlice | None:
+        """The slice as a box of the Hugging Face tensor, if it is one."""
+        strides = _contiguous_strides(meta.shape)
+        if self.stride != strides:
+            return None
+        starts, rest = [], self.offset
+        for stride in strides:
+            start, rest = divmod(rest, stride)
+            starts.append(start)
+        return TensorSlice(meta, tuple(starts), self.size)
 
 
 class HeldSlice(NamedTuple):
@@ -80,6 +92,9 @@ class InPlacePlan:
             model.load_weights(announced)  # type: ignore[operator]
         recorder.check_complete()
         self.copies: Mapping[str, list[Copy]] = recorder.copies
+        self._metadata = list(metadata)
+        self._arriving = self.copies
+        """By the name of what is sent: the copies that are made of it."""
         self._parameters = list(parameters.values())
         self._addresses = self._addresses_now()
         self._loads: dict[int, tuple[int, CopyPlan]] = {}
@@ -100,10 +115,35 @@ class InPlacePlan:
             copies = CopyPlan(
                 (copy.target, copy.source(tensor))
                 for name, tensor in bucket.views(buffer)
-                for copy in self.copies[name]
+                for copy in self._arriving[name]
             )
             self._loads[bucket.index] = buffer.data_ptr(), copies
         copies.run()
+
+    def needed(self) -> tuple[TensorSlice, ...]:
+        """What of the tensors has to be sent to this worker, in their order."""
+        return tuple(self._by_slice())
+
+    def expect(self, slices: Sequence[TensorSlice]) -> None:
+        """From now on `load` gets what is `needed`, and not whole tensors."""
+        by_slice = self._by_slice()
+        assert list(by_slice) == list(slices), "other slices than this worker asked for"
+        self._arriving = {piece.meta.name: copies for piece, copies in by_slice.items()}
+        self._loads.clear()
+
+    def _by_slice(self) -> dict[TensorSlice, list[Copy]]:
+        """Each slice that some copies read, with these copies as they read it by itself."""
+        by_slice: dict[TensorSlice, list[Copy]] = {}
+        for meta in self._metadata:
+            for copy in self.copies[meta.name]:
+                box = copy.box_of(meta)
+                if box is None:
+                    box = TensorSlice.whole(meta)
+                else:
+                    strides = _contiguous_strides(copy.size)
+                    copy = replace(copy, stride=strides, offset=0)
+                by_slice.setdefault(box, []).append(copy)
+        return by_slice
 
     def held(self) -> list[HeldSlice]:
         """What the parameters hold now, of every copy."""
@@ -196,6 +236,11 @@ class _LoadRecorder(TorchDispatchMode):
 def _memory(tensor: torch.Tensor) -> int:
     """Which storage a tensor is a view of; also of tensors without memory."""
     return tensor.untyped_storage()._cdata
+
+
+def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    """In elements."""
+    return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _content(tensor: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from rlsys.engines.vllm_names import not_loaded
 from rlsys.engines.vllm_worker_errors import leave_errors
 from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.weight_sync.connection import Connection
-from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.plan import TensorSlice
 from rlsys.weight_sync.receiver import WeightReceiver
 from rlsys.weight_sync.transport import WeightSyncError
 
@@ -67,7 +67,8 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Loads what a `WeightSender` streams, bucket by bucket, into one worker's model.
 
     The first update goes through vLLM's own loader and proves the plan for copies in place, which
-    all later ones use. Where there is no such plan every update goes through vLLM's loader.
+    all later ones use. A worker of several is then sent no more than it holds. Where there is no
+    such plan every update goes through vLLM's loader, which takes whole tensors.
     """
 
     init_info_cls = InitInfo
@@ -80,6 +81,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._parameter_names = {name for name, _ in self.model.named_parameters()}
         self._plan: InPlacePlan | None = None
         self._proof: PlanProof | None = None
+        self._gets_its_shard = False
 
     @property
     def loads_in_place(self) -> bool:
@@ -96,18 +98,36 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         connection = init_info.connection
         rank = init_info.first_rank + self.parallel_config.rank
         self.receiver = WeightReceiver(connection, self.device, rank=rank, group=init_info.group)
-        self._connection = connection
+        self._metadata = [piece.of for piece in connection.slices]
         self._plan = self._proof = None
+        self._gets_its_shard = False
         if connection.in_place:
-            self._begin_proof(connection.metadata)
+            self._begin_proof()
 
-    def _begin_proof(self, metadata: Sequence[TensorMeta]) -> None:
+    def needed_slices(self) -> tuple[TensorSlice, ...] | None:
+        """What has to be sent to this worker; None where vLLM's loader needs whole tensors."""
+        return None if self._plan is None else self._plan.needed()
+
+    def connect_shard(self, connections: Sequence[Connection], rank: int) -> None:
+        """Leave the weight sync group for one that gets what this worker holds, and no more.
+
+        Args:
+            connections: of the workers of an engine, in their order.
+            rank: in the group.
+        """
+        assert self._plan is not None
+        connection = connections[self.parallel_config.rank]
+        self.receiver = WeightReceiver(connection, self.device, rank=rank)
+        self._plan.expect(connection.slices)
+        self._gets_its_shard = True
+
+    def _begin_proof(self) -> None:
         try:
             if self.vllm_config.quant_config is not None:
                 raise CannotMap("the rollout engine quantises weights")
             if self.device.type == "cpu" and self._has_experts():
                 raise CannotMap("kernels of experts read packed weights")
-            self._proof = PlanProof(InPlacePlan(self.model, metadata))
+            self._proof = PlanProof(InPlacePlan(self.model, self._metadata))
         except CannotMap as reason:
             self._tell_reload(str(reason))
 
@@ -126,8 +146,14 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         """Make the model's layers wait for new weights."""
         if self._plan is not None and self._plan.is_stale:
+            if self._gets_its_shard:
+                raise WeightSyncError(
+                    "parameters of the rollout engine lie elsewhere than before, so its loader has "
+                    "to find them, and that takes whole tensors, which are not sent any more: "
+                    "resume the run from its checkpoint"
+                )
             self._plan = None
-            self._begin_proof(self._connection.metadata)
+            self._begin_proof()
         if self._plan is None:
             initialize_layerwise_reload(self.model)
 
@@ -218,6 +244,14 @@ class WeightSyncWorkerExtension:
     def loads_in_place(self) -> bool:
         """Whether the next update is copied straight into the parameters."""
         return self.weight_transfer_engine.loads_in_place
+
+    def needed_slices(self) -> tuple[TensorSlice, ...] | None:
+        """See BucketWeightTransferEngine.needed_slices."""
+        return self.weight_transfer_engine.needed_slices()
+
+    def connect_shard(self, connections: Sequence[Connection], rank: int) -> None:
+        """See BucketWeightTransferEngine.connect_shard."""
+        self.weight_transfer_engine.connect_shard(connections, rank)
 
     def held_slices(self) -> list[HeldSlice]:
         """What this worker's parameters hold of each tensor, to compare with the policy's."""

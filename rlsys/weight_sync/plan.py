@@ -31,6 +31,56 @@ class TensorMeta:
 
 
 @dataclass(frozen=True, slots=True)
+class TensorSlice:
+    """A box of an exported tensor, or all of it, which travels as a tensor of its own."""
+
+    of: TensorMeta
+    """The whole tensor."""
+    starts: tuple[int, ...]
+    """Where the box begins, on each axis."""
+    shape: tuple[int, ...]
+    """Its size on each axis."""
+
+    @classmethod
+    def whole(cls, meta: TensorMeta) -> TensorSlice:
+        """All of a tensor."""
+        return cls(meta, (0,) * len(meta.shape), meta.shape)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of the tensor."""
+        return self.shape == self.of.shape
+
+    @property
+    def meta(self) -> TensorMeta:
+        """Of the slice by itself; the name of a part says which: `name[2:4, 0:8]`."""
+        if self.is_whole:
+            return self.of
+        ranges = (f"{start}:{start + n}" for start, n in zip(self.starts, self.shape, strict=True))
+        return TensorMeta(f"{self.of.name}[{', '.join(ranges)}]", self.of.dtype, self.shape)
+
+    def intersection(self, other: TensorSlice) -> TensorSlice | None:
+        """What two slices of a tensor have in common, if anything."""
+        assert self.of == other.of, (self, other)
+        starts, shape = [], []
+        for a, size_a, b, size_b in zip(
+            self.starts, self.shape, other.starts, other.shape, strict=True
+        ):
+            start, stop = max(a, b), min(a + size_a, b + size_b)
+            if start >= stop:
+                return None
+            starts.append(start)
+            shape.append(stop - start)
+        return TensorSlice(self.of, tuple(starts), tuple(shape))
+
+    def within(self, tensor: torch.Tensor, outer: TensorSlice) -> torch.Tensor:
+        """This slice as a view of `tensor`, which is the slice `outer`."""
+        for axis, (start, size) in enumerate(zip(self.starts, self.shape, strict=True)):
+            tensor = tensor.narrow(axis, start - outer.starts[axis], size)
+        return tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Bucket:
     """Consecutive tensors that are sent at once."""
 

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
+from torch.distributed import TCPStore
 
 from rlsys.actors.group import get_all
 from rlsys.config import WeightSyncConfig
-from rlsys.weight_sync.connection import Connection
-from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.connection import Connection, whole_tensors
+from rlsys.weight_sync.plan import TensorMeta, TensorSlice
 from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, serve_store
 
 if TYPE_CHECKING:
@@ -24,18 +25,24 @@ GRACE_S = 5.0
 
 
 class Sender(Protocol):
-    """What weight sync needs of the policy; its rank 0 sends, the others take part in gathering."""
+    """What weight sync needs of the policy."""
 
     policy_version: int
 
     def weight_metadata(self) -> Sequence[TensorMeta]:
         """Every exported tensor, in the order in which it is sent."""
 
-    def async_connect_weight_sync(self, connection: Connection, *, to: str) -> Refs:
-        """Rank 0 joins all groups as their rank 0; `to` tells several connections apart."""
+    def senders_of_shards(self, number: int) -> list[int]:
+        """The rank that sends to each worker of engines which have `number` of them."""
+
+    def async_connect_weight_sync(self, connections: Sequence[Connection], *, to: str) -> Refs:
+        """The sender of each connection joins all its groups as their rank 0, in this order.
+
+        `to` tells receivers apart; connections to the same ones take the place of those before.
+        """
 
     def async_send_weights(self, version: int, *, to: str) -> Refs:
-        """Rank 0's result, the first, is how long the transport took, in seconds."""
+        """The results are how long the transports took on each rank, in seconds."""
 
 
 class Receivers(Protocol):
@@ -48,6 +55,15 @@ class Receivers(Protocol):
 
     def async_connect_weight_sync(self, connection: Connection) -> Refs:
         """Every worker joins its weight sync group."""
+
+    def async_needed_slices(self) -> Refs:
+        """For every engine a list of what its workers have to be sent, in the order of the tensors.
+
+        None for a worker that needs whole tensors; no engine where none would do with less.
+        """
+
+    def async_connect_shards(self, connections: Sequence[Connection]) -> Refs:
+        """Every worker leaves its group for that of its connection, with others of its place."""
 
     def async_start_weight_update(self) -> Refs:
         """Stop sampling."""
@@ -88,26 +104,77 @@ class WeightPublisher:
         self._to = to
         self._engines = rollout_engines
         self._config = config
-        metadata = tuple(policy.weight_metadata())
+        metadata = policy.weight_metadata()
         self._bytes = sum(meta.nbytes for meta in metadata)
-        address = _meeting_address()
+        self._transport = transport or config.transport
+        self._stores: list[TCPStore] = []
+        self._has_asked_for_shards = False
         groups = rollout_engines.num_sync_groups
-        # Stores live as long as the publisher: ranks meet there at every update.
-        self._stores = [serve_store(address, config.timeout_s) for _ in range(groups)]
-        connection = Connection(
-            metadata=metadata,
-            transport=transport or config.transport,
-            address=address,
-            ports=tuple(store.port for store in self._stores),
+        whole = self._connection(
+            whole_tensors(metadata),
+            sender=0,
+            num_groups=groups,
             world_size=1 + rollout_engines.num_workers // groups,
+        )
+        receivers = rollout_engines.async_connect_weight_sync(whole)
+        self._connect([whole], receivers)
+
+    def _connection(
+        self,
+        slices: Sequence[TensorSlice],
+        *,
+        sender: int,
+        num_groups: int,
+        world_size: int,
+        shard: str = "",
+    ) -> Connection:
+        config, address = self._config, _meeting_address()
+        stores = [serve_store(address, config.timeout_s) for _ in range(num_groups)]
+        self._stores += stores  # which live as long as it: ranks meet there at every update
+        return Connection(
+            slices=tuple(slices),
+            sender=sender,
+            transport=self._transport,
+            address=address,
+            ports=tuple(store.port for store in stores),
+            world_size=world_size,
             bucket_bytes=config.bucket_mb * 2**20,
             verify=config.verify,
             in_place=config.in_place,
             timeout_s=config.timeout_s,
+            shard=shard,
         )
-        receivers = rollout_engines.async_connect_weight_sync(connection)
-        senders = policy.async_connect_weight_sync(connection, to=to)
+
+    def _connect(self, connections: Sequence[Connection], receivers: Refs) -> None:
+        senders = self._policy.async_connect_weight_sync(connections, to=self._to)
         self._wait(senders | receivers, "connecting")
+        self._sent_bytes = sum(c.nbytes * len(c.ports) for c in connections)
+
+    def _connect_shards(self) -> None:
+        """Send each worker of an engine what it holds, and no more, from the next update on.
+
+        Where engines have one worker, or vLLM's loader needs whole tensors, nothing changes.
+        """
+        self._has_asked_for_shards = True
+        needed = self._wait(self._engines.async_needed_slices(), "planning")
+        if not needed or None in needed[0] or any(engine != needed[0] for engine in needed):
+            return
+        if all(piece.is_whole for shard in needed[0] for piece in shard):
+            return
+        number = len(needed[0])
+        senders = self._policy.senders_of_shards(number)
+        self._stores = []
+        connections = [
+            self._connection(
+                shard,
+                sender=sender,
+                num_groups=1,
+                world_size=1 + len(needed),
+                shard=f" for worker {worker} of {number}",
+            )
+            for worker, (shard, sender) in enumerate(zip(needed[0], senders, strict=True))
+        ]
+        self._connect(connections, self._engines.async_connect_shards(connections))
 
     def publish(self) -> dict[str, float]:
         """Send the weights of `policy.policy_version`; returns when every engine samples with them.
@@ -133,14 +200,16 @@ class WeightPublisher:
                 raise WeightSyncError(
                     f"{engine} holds weight version {held} after version {version} was published"
                 )
-        seconds = time.monotonic() - start
-        sent_bytes = self._bytes * len(self._stores)
+        seconds, transport_seconds = time.monotonic() - start, max(results[: len(senders)])
+        sent_bytes = self._sent_bytes
+        if not self._has_asked_for_shards:  # what engines need is known once they have loaded
+            self._connect_shards()
         return {
             "weight_sync/bytes": float(self._bytes),
             "weight_sync/seconds": seconds,
             "weight_sync/mb_per_s": self._bytes / 1e6 / seconds,
-            "weight_sync/transport_seconds": results[0],
-            "weight_sync/transport_gb_per_s": sent_bytes / 1e9 / results[0],
+            "weight_sync/transport_seconds": transport_seconds,
+            "weight_sync/transport_gb_per_s": sent_bytes / 1e9 / transport_seconds,
         }
 
     def _wait(self, refs: Refs, phase: str, *, grace_s: float = GRACE_S) -> list[Any]:

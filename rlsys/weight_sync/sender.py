@@ -1,4 +1,4 @@
-"""The sending side of a weight sync: lives in the process of the policy's rank 0."""
+"""The sending side of a weight sync: lives in a process of the policy, mostly that of rank 0."""
 
 from __future__ import annotations
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from rlsys.actors.group import get_all, on_cpu
 from rlsys.actors.policy import PolicyActors, PolicyRank
 from rlsys.config import Config
+from rlsys.engines.hf_checkpoint import SafetensorsReader
 from rlsys.types import TrainBatch
-from rlsys.weight_sync.connection import Connection
-from rlsys.weight_sync.plan import plan_buckets
+from rlsys.weight_sync.connection import Connection, whole_tensors
 
 TEMPERATURE = 0.8
 LLAMA_3_ROPE = {
@@ -140,6 +140,11 @@ def padded_entropies(model, batch, *, temperature=TEMPERATURE):
     return torch.nn.functional.pad(entropies, (1, 0)) * batch.completion_mask
 
 
+def unconnected(slices, *, bucket_bytes, sender=0):
+    """What is sent, and no receiver."""
+    return Connection(slices, sender, "gloo", "", (), 1, bucket_bytes, True, True, 1.0)
+
+
 class LabRank(PolicyRank):
     """A rank that tests look into."""
 
@@ -149,7 +154,7 @@ class LabRank(PolicyRank):
         from megatron.core import parallel_state
 
         engine = vars(self).pop("engine", None)
-        for planned in ("export", "exports", "senders"):  # which hold process groups, too
+        for planned in ("export", "links"):  # which hold process groups, too
             vars(self).pop(planned, None)
         if engine is not None:
             # Its gradient hooks keep it alive, and it the process groups with 50 threads.
@@ -192,17 +197,19 @@ class LabRank(PolicyRank):
             else:
                 parameter.data.copy_(changed)
 
-    def plan_buckets(self, bucket_bytes):
+    def plan_buckets(self, bucket_bytes, slices=None, sender=0):
         from rlsys.engines.megatron_export import BucketExport
 
-        self.buckets = plan_buckets(self.engine.weights.metadata(), bucket_bytes)
-        self.export = BucketExport(self.engine.weights, self.buckets)
+        slices = slices or whole_tensors(self.engine.weights.metadata())
+        connection = unconnected(slices, bucket_bytes=bucket_bytes, sender=sender)
+        self.buckets, self.sender = connection.buckets(), sender
+        self.export = BucketExport(self.engine.weights, connection)
         largest = max(bucket.nbytes for bucket in self.buckets)
         self.memory = torch.zeros(2, largest, dtype=torch.uint8)
 
     def in_buckets(self):
-        """As `exported`, through the buckets of `plan_buckets`."""
-        if self.rank != 0:
+        """As `exported`, on the sender, through the buckets of `plan_buckets`."""
+        if self.rank != self.sender:
             self.export.contribute()
             return None
         tensors = {}
@@ -211,6 +218,21 @@ class LabRank(PolicyRank):
             self.export.fill(bucket, buffer)
             tensors |= {name: view.clone() for name, view in bucket.views(buffer)}
         return tensors
+
+    def load_folder(self, folder):
+        with SafetensorsReader(folder) as reader:
+            self.engine.weights.load(reader)
+
+    def sent_to_engines(self):
+        """For each connection: whether this rank sends, what is sent, and whose help that takes."""
+        return [
+            (
+                link.sender is not None,
+                [meta.name for bucket in link.export._buckets for meta in bucket.tensors],
+                {owner for parcels in link.export._parcels for owner in parcels},
+            )
+            for link in self.links["rollout"]
+        ]
 
     def gradient(self, batch):
         """As `exported`: the gradient of one optimizer step, which is not taken."""
@@ -232,9 +254,8 @@ class LabRank(PolicyRank):
         reference = megatron_reference.MegatronReference(self.config)
 
         def connect():
-            metadata = tuple(self.weight_metadata())
-            connection = Connection(metadata, "gloo", "", (), 1, 1 << 20, True, True, 1.0)
-            self.connect_weight_sync(connection, to="nobody")
+            slices = whole_tensors(self.weight_metadata())
+            self.connect_weight_sync([unconnected(slices, bucket_bytes=1 << 20)], to="nobody")
 
         place, name, work = {
             "weights": (megatron_logprobs, "build_model", self.build_anew),
@@ -276,6 +297,7 @@ class PolicyLab:
         if self._policy is None:
             self._start_processes(config)
         self._policy.policy_version = 0
+        self._policy._config = config
         # Every rank, since NCCL ends a group only when all its ranks do.
         self._policy.actors = self._actors
         self._policy.call("become", config)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlsys.weight_sync.gloo import GlooTransport
-from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.plan import TensorMeta, TensorSlice
 from rlsys.weight_sync.sender import WeightSender
 from rlsys.weight_sync.transport import transports
 
@@ -36,9 +36,12 @@ class SenderActor:
             for name, tensor in self.tensors.items()
         ]
 
-    def connect(self, connection, transport):
-        connection = replace(connection, transport=transport)
-        self.sender = WeightSender(connection, torch.device("cpu"))
+    def connect(self, connections, transport):
+        self.slices = {piece.meta.name: piece for c in connections for piece in c.slices}
+        self.senders = [
+            WeightSender(replace(connection, transport=transport), torch.device("cpu"))
+            for connection in connections
+        ]
 
     def set_weights(self, folder):
         self.tensors = load_tensors(folder)
@@ -47,11 +50,12 @@ class SenderActor:
         del self.tensors[name]
 
     def send(self, version):
-        return self.sender.send(self.fill, version)
+        return sum(sender.send(self.fill, version) for sender in self.senders)
 
     def fill(self, bucket, buffer):
         for name, target in bucket.views(buffer):
-            target.copy_(self.tensors[name])
+            piece = self.slices[name]
+            target.copy_(piece.within(self.tensors[piece.of.name], TensorSlice.whole(piece.of)))
 
     def send_nothing(self, version):
         return 0.0
@@ -76,8 +80,11 @@ class TensorPolicy:
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
 
-    def async_connect_weight_sync(self, connection, *, to):
-        return {"policy rank 0": self.actor.connect.remote(connection, self.transport)}
+    def senders_of_shards(self, number):
+        return [0] * number
+
+    def async_connect_weight_sync(self, connections, *, to):
+        return {"policy rank 0": self.actor.connect.remote(connections, self.transport)}
 
     def async_send_weights(self, version, *, to):
         method = self.actor.send if self.sends else self.actor.send_nothing

@@ -1,6 +1,7 @@
 """HF in, HF out: what the policy writes is what it read, bit by bit, and transformers loads it."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ from policy_cases import LAYOUTS, MODELS, exported, policy_config, random_batch
 from safetensors.torch import load_file
 from tiny_models import VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from rlsys.weight_sync.plan import TensorSlice
 
 pytestmark = pytest.mark.system
 
@@ -60,6 +63,49 @@ def test_buckets_hold_what_one_by_one_export_gives(lab, policy_models, name, lay
         assert_equal(tensors, exported(policy))
         loaded = {name: 3 * tensor + 1 for name, tensor in loaded.items()}
         assert_equal(tensors, loaded)
+
+
+def random_boxes(metadata, seed):
+    """Of each tensor one or two, of which some are all of it and none overlap."""
+    rng = random.Random(seed)
+    boxes = []
+    for meta in metadata:
+        axis = rng.randrange(len(meta.shape))
+        cut = rng.randrange(meta.shape[axis])
+        ranges = [(0, cut), (cut, meta.shape[axis])][rng.randrange(2) :]
+        for start, stop in ranges:
+            if start < stop:
+                starts, shape = [0] * len(meta.shape), list(meta.shape)
+                starts[axis], shape[axis] = start, stop - start
+                boxes.append(TensorSlice(meta, tuple(starts), tuple(shape)))
+    return tuple(boxes)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "sender"),
+    [
+        ("qwen2-tied", "one rank", 0),
+        ("qwen3-untied", "TP 2", 1),
+        ("qwen2-untied", "TP 2 x PP 2", 1),
+        pytest.param("llama-tied", "TP 2 x DP 2", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_any_rank_sends_any_part_of_the_tensors(lab, policy_models, name, layout, sender):
+    policy = lab.policy(policy_config(policy_models[name], **LAYOUTS[layout]))
+    metadata = policy.weight_metadata()
+    for seed in range(3):
+        whole = exported(policy)
+        slices = random_boxes(metadata, seed)
+        policy.call("plan_buckets", 20_000, slices, sender)
+        tensors = policy.call("in_buckets")[sender]
+        expected = {
+            piece.meta.name: piece.within(whole[piece.of.name], TensorSlice.whole(piece.of))
+            for piece in slices
+        }
+        assert_equal(tensors, expected)
+        policy.call("change_weights", False)
+        changed = {name: 3 * tensor + 1 for name, tensor in expected.items()}
+        assert_equal(policy.call("in_buckets")[sender], changed)
 
 
 def test_transformers_loads_a_trained_model_with_its_tokenizer(lab, policy_models, tmp_path):

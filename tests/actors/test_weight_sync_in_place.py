@@ -4,6 +4,7 @@ pack its linear layers."""
 import pytest
 import ray
 from greedy_rollouts import ReloadingActor, greedy, reload
+from policy_cases import LAYOUTS, policy_config
 from tensor_policy import TensorPolicy
 
 from rlsys.actors import rollout
@@ -17,9 +18,11 @@ class UnpackedActor(ReloadingActor):
     """vLLM then multiplies with the parameters themselves, as on GPUs."""
 
     def __init__(self, *args):
-        from vllm import _custom_ops
+        import unpacked_workers
 
-        _custom_ops._supports_onednn = False
+        from rlsys.engines import vllm
+
+        vllm.WORKER_EXTENSION = unpacked_workers.WORKER_EXTENSION
         super().__init__(*args)
 
     async def loads_in_place(self):
@@ -34,6 +37,54 @@ def engines(ray_cluster, rollout_config):
     engines.wait_ready()
     yield engines
     engines.close()
+
+
+@pytest.fixture(scope="module")
+def pair(ray_cluster, rollout_config, tiny_models):
+    """An engine of two workers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "RolloutActor", UnpackedActor)
+        config = rollout_config(tiny_models[False, 2], tensor_parallel_size=2)
+        pair = RolloutActors(config, device="cpu")
+    pair.wait_ready()
+    yield pair
+    pair.close()
+
+
+@pytest.mark.parametrize(
+    ("layout", "senders", "helpers"),
+    [("one rank", [0, 0], set()), ("TP 2", [0, 1], set()), ("PP 2", [0, 0], {1})],
+)
+def test_each_worker_of_an_engine_is_sent_what_it_holds_and_no_more(
+    lab, pair, rollout_config, tiny_models, layout, senders, helpers
+):
+    reload(pair, rollout_config(tiny_models[False, 2], tensor_parallel_size=2))
+    fresh_tokens, fresh_logprobs, _ = greedy(pair)
+    policy = lab.policy(policy_config(tiny_models[False, 1], **LAYOUTS[layout]))
+    publisher = WeightPublisher(policy, pair, rollout_config().weight_sync)
+    publisher.publish()  # whole tensors, through vLLM's own loader
+    assert greedy(pair)[0] != fresh_tokens
+
+    by_rank = policy.call("sent_to_engines")
+    sends = [[is_sender for is_sender, _, _ in links] for links in by_rank]
+    assert sends == [[sender == rank for sender in senders] for rank in range(len(by_rank))]
+    names = [names for _, names, _ in by_rank[0]]
+    assert all(len(of_worker) == len(policy.weight_metadata()) for of_worker in names)
+    assert [of_worker[1] for of_worker in names] == ["model.layers.0.input_layernorm.weight"] * 2
+    assert "model.layers.0.mlp.down_proj.weight[0:64, 0:48]" in names[0]
+    assert "model.layers.0.mlp.down_proj.weight[0:64, 48:96]" in names[1]
+    assert [needed for _, _, needed in by_rank[0]] == [helpers] * 2
+
+    for version, folder in ((1, tiny_models[False, 2]), (2, tiny_models[False, 2])):
+        policy.call("load_folder", folder)
+        policy.policy_version = version
+        metrics = publisher.publish()
+        tokens, logprobs, versions = greedy(pair)
+        assert tokens == fresh_tokens
+        assert logprobs == pytest.approx(fresh_logprobs, abs=1e-6)
+        assert versions == {(version,)}
+        sent = metrics["weight_sync/transport_gb_per_s"] * metrics["weight_sync/transport_seconds"]
+        assert sent * 1e9 < 1.1 * metrics["weight_sync/bytes"]
 
 
 @pytest.mark.parametrize("kind", [True, False, "experts"], ids=["tied", "untied", "experts"])

@@ -126,7 +126,8 @@ def exported_checksums(rank):
 
 def stall_in_bucket(rank, index, seconds):
     """Stop in the middle of a weight sync, with a part of it sent, and fail in the end."""
-    export = rank.exports["rollout"]
+    (link,) = rank.links["rollout"]
+    export = link.export
 
     def fill(bucket, buffer):
         if bucket.index == index:

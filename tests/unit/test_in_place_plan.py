@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rlsys.engines.vllm_in_place import CannotMap, InPlacePlan, PlanProof
-from rlsys.weight_sync.plan import TensorMeta, plan_buckets
+from rlsys.weight_sync.plan import TensorMeta, TensorSlice, plan_buckets
 
 HIDDEN, ROWS, VOCAB, PADDED = 8, 4, 10, 12
 
@@ -76,6 +76,60 @@ def test_the_plan_puts_everything_where_the_loader_does(rank):
     with torch.no_grad():
         for bucket in plan_buckets(metadata(tensors), 400):
             plan.load(bucket, filled(bucket, tensors))
+        expected.load_weights(tensors.items())
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_a_rank_needs_is_its_shard_and_enough(rank):
+    model, expected = Loader(rank), Loader(rank)
+    plan = InPlacePlan(model, metadata(weights()))
+    needed = plan.needed()
+    half, start = ROWS // 2, rank * ROWS // 2
+    vocab = ["embed[0:6, 0:8]", "embed[6:10, 0:8]"][rank]  # padded to 12
+    rows = f"{start}:{start + half}, 0:{HIDDEN}"
+    columns = f"0:{HIDDEN}, {start}:{start + half}"
+    names = [piece.meta.name for piece in needed]
+    assert names == [vocab, f"q[{rows}]", f"k[{rows}]", f"out[{columns}]", "norm"]
+    plan.expect(needed)
+    for _ in range(2):
+        tensors = weights()
+        parts = {
+            piece.meta.name: piece.within(tensors[piece.of.name], TensorSlice.whole(piece.of))
+            for piece in needed
+        }
+        with torch.no_grad():
+            for bucket in plan_buckets([piece.meta for piece in needed], 200):
+                plan.load(bucket, filled(bucket, parts))
+            expected.load_weights(tensors.items())
+        for name, parameter in expected.named_parameters():
+            assert torch.equal(model.get_parameter(name), parameter), name
+
+
+class Flattening(Loader):
+    """Copies rows that are no box of the tensor."""
+
+    def load_weights(self, tensors):
+        tensors = dict(tensors)
+        super().load_weights((n, t) for n, t in tensors.items() if n != "out")
+        self.out.data.view(-1).copy_(tensors["out"].view(-1)[: HIDDEN * ROWS // 2])
+
+
+def test_of_what_is_no_box_the_whole_tensor_is_needed():
+    model, expected = Flattening(), Flattening()
+    plan = InPlacePlan(model, metadata(weights()))
+    needed = plan.needed()
+    assert TensorSlice.whole(metadata(weights())[3]) in needed
+    plan.expect(needed)
+    tensors = weights()
+    parts = {
+        piece.meta.name: piece.within(tensors[piece.of.name], TensorSlice.whole(piece.of))
+        for piece in needed
+    }
+    with torch.no_grad():
+        for bucket in plan_buckets([piece.meta for piece in needed], 400):
+            plan.load(bucket, filled(bucket, parts))
         expected.load_weights(tensors.items())
     for name, parameter in expected.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name

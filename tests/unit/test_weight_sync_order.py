@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.connection import Connection, whole_tensors
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
 from rlsys.weight_sync.sender import WeightSender
@@ -40,7 +40,8 @@ class TellingTransport(Transport):
 
 def connection_of(num_buckets, num_groups=1):
     return Connection(
-        metadata=tuple(TensorMeta(f"t{i}", "float32", (4,)) for i in range(num_buckets)),
+        slices=whole_tensors(TensorMeta(f"t{i}", "float32", (4,)) for i in range(num_buckets)),
+        sender=0,
         transport="telling",
         address="",
         ports=(0,) * num_groups,
@@ -72,7 +73,7 @@ def test_a_buffer_is_filled_only_when_it_is_free_and_sent_only_when_it_is_full(c
     for _ in range(2):
         EVENTS.clear()
         sender.send(fill, 7)
-        number = len(connection.metadata)
+        number = len(connection.slices)
         for i in range(number):
             assert before(f"fill {i}", f"broadcast {i}")
             assert before(f"broadcast {i}", f"wait {i}")
@@ -100,7 +101,7 @@ def test_a_group_is_met_when_the_one_before_has_everything(num_buckets):
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_bucket_is_used_when_it_is_there_and_before_its_memory_is_taken(connection, keep):
     receiver = WeightReceiver(connection, CPU, rank=1)
-    number = len(connection.metadata)
+    number = len(connection.slices)
     held = []
     for bucket, buffer in receiver.receive(7, keep=keep):
         EVENTS.append(f"use {bucket.index}")

@@ -5,7 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from rlsys.weight_sync.connection import Connection, place_of_engine
+from rlsys.weight_sync.connection import (
+    Connection,
+    place_of_engine,
+    senders_of_shards,
+    whole_tensors,
+)
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
 from rlsys.weight_sync.sender import WeightSender
@@ -27,7 +32,8 @@ METADATA = tuple(
 
 def connection(*stores, world_size, timeout_s=20.0):
     return Connection(
-        metadata=METADATA,
+        slices=whole_tensors(METADATA),
+        sender=0,
         transport="auto",
         address=LOOPBACK,
         ports=tuple(store.port for store in stores),
@@ -213,6 +219,27 @@ def test_every_worker_has_a_place_and_no_two_of_one_gpu_are_in_a_group(
     for start in range(0, num_engines, engines_per_gpu):
         of_gpu = [group for _, group in places[start : start + engines_per_gpu]]
         assert len(set(of_gpu)) == engines_per_gpu
+
+
+@pytest.mark.parametrize(
+    ("policy", "number", "expected"),
+    [
+        ({}, 2, [0, 0]),
+        ({"tensor_parallel_size": 2}, 2, [0, 1]),
+        ({"tensor_parallel_size": 4}, 2, [0, 2]),
+        ({"tensor_parallel_size": 2}, 4, [0, 0, 1, 1]),
+        # Replicas share the work; rank 0 and 2 have the same slice of the model.
+        ({"world_size": 4, "tensor_parallel_size": 2}, 4, [0, 2, 1, 3]),
+        ({"world_size": 4, "tensor_parallel_size": 2}, 2, [0, 1]),
+        ({"world_size": 2}, 4, [0, 1, 0, 1]),
+        # Ranks 0 and 1 are the first stage.
+        ({"world_size": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 2, [0, 1]),
+    ],
+)
+def test_a_shard_is_sent_by_a_rank_that_has_it(policy, number, expected):
+    sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **policy}
+    sizes.setdefault("world_size", sizes["tensor_parallel_size"])
+    assert senders_of_shards(number, **sizes) == expected
 
 
 def test_an_unknown_transport_lists_the_known():
