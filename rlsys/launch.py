@@ -29,7 +29,7 @@ from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
 from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.stream import make_prompt_stream
-from rlsys.data.usage import missing_columns_of_run
+from rlsys.data.usage import column_problems_of_run
 from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
@@ -202,9 +202,9 @@ def check_prompts(config: Config, data: PromptData) -> None:
             raise ValueError("\n".join(unsaveable))
     load_plugins(config.reward.external_plugins)
     held_out = {column: None for prompt in data.validation for column in prompt.columns}
-    missing = missing_columns_of_run(config, data.columns, held_out if data.validation else None)
-    if missing:
-        raise ValueError("\n".join(missing))
+    problems = column_problems_of_run(config, data.columns, held_out if data.validation else None)
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def load_data(config: Config) -> PromptData:

@@ -21,7 +21,7 @@ from rlsys.config import Config, PolicyConfig
 from rlsys.config_load import is_saved_config
 from rlsys.data.checks import check_data, count_rows, known_columns
 from rlsys.data.spec import is_no_hub_id
-from rlsys.data.usage import column_use, missing_columns_of_run, needed_columns
+from rlsys.data.usage import column_problems_of_run, column_use, column_uses
 from rlsys.devices import guess_device, visible_gpus
 from rlsys.engines.vllm_settings import kv_cache_bytes
 from rlsys.hub import hub_answers
@@ -356,22 +356,21 @@ def _reward_functions(config: Config) -> Iterator[Problem]:
         complete = False
         yield Problem(text, only_here)
     for name in config.reward.names:
-        params = config.reward.params.get(name, {})
+        params, of_run = config.reward.params.get(name, {}), config.known_to_rewards
         try:
             # Columns that are missing are told below, with those that there are.
-            needed = column_use(name, params).needed
-            check_call(name, params, config.known_to_rewards, needed)
+            check_call(name, params, of_run, column_use(name, params, of_run).needed)
         except ValueError as error:
             hint = "" if complete else " (a plugin above could not be loaded)"
             yield Problem(f"reward.reward_funcs: {error}{hint}", only_here=not complete)
 
 
 def _reward_columns(config: Config) -> Iterator[Problem]:
-    """Columns that reward functions need and no row has, where a look at the rows tells."""
-    wanted = needed_columns(config.reward.names, config.reward.params)
+    """Columns that do not fit the reward functions, where a look at the rows tells."""
+    wanted = {column for use in column_uses(config).values() for column in use.needed}
     train = known_columns(config.data, "train", wanted)
     held_out = known_columns(config.data, "validation", wanted)
-    for text in missing_columns_of_run(config, train, held_out):
+    for text in column_problems_of_run(config, train, held_out):
         yield Problem(f"reward.reward_funcs: {text}")
 
 

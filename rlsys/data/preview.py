@@ -16,7 +16,7 @@ from rich.text import Text
 
 from rlsys.config import Config
 from rlsys.data.load import PromptData, load_checked_prompts
-from rlsys.data.usage import column_use, missing_columns
+from rlsys.data.usage import column_problems, column_uses
 from rlsys.hub import use_cache_without_hub
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
@@ -163,10 +163,9 @@ def _print_counts(config: Config, data: PromptData, console: Console) -> None:
 
 
 def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> list[str]:
-    """The columns, and what is missing."""
-    reward = config.reward
+    """The columns, and what is wrong with them."""
     names = list(prompts[0].columns) if prompts else []
-    uses = {name: column_use(name, reward.params.get(name, {})) for name in reward.names}
+    uses = column_uses(config)
     table = _table("Columns for the rewards", "column", "type", "missing", "example", "used by")
     table.columns[2].justify = "right"
     table.columns[3].overflow = "ellipsis"
@@ -190,7 +189,7 @@ def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> l
     for name, use in uses.items():
         if use.takes_all and not use.needed and not use.optional:
             console.print(Text(f"{name} names no column, but is given all of them.", style="dim"))
-    return missing_columns(reward.names, reward.params, names)
+    return column_problems(config, names)
 
 
 def _short(value: Any) -> str:

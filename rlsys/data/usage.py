@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.config import Config
-from rlsys.rewards import ORM, OWN_COLUMNS, Reward, RewardError, orms
-from rlsys.rewards.instances import KEYWORD_KINDS
-from rlsys.rewards.scoring import call_signature, takes_completions_first
+from rlsys.rewards import ORM, OWN_COLUMNS, Reward, RewardError, check_call, orms
+from rlsys.rewards.instances import KEYWORD_KINDS, Params
+from rlsys.rewards.scoring import call_settings, call_signature, takes_completions_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,21 +26,21 @@ class ColumnUse:
     """Whether it gets every other column too, by **kwargs, and may use it."""
 
 
-def column_use(name: str, settings: Collection[str] = ()) -> ColumnUse:
+def column_use(name: str, params: Params | None = None, of_run: Params | None = None) -> ColumnUse:
     """The columns that the registered reward `name` asks for.
 
     Args:
         name: of a reward function.
-        settings: parameters that reward.reward_params sets.
+        params, of_run: as of `settings_of`; a parameter that these set is no column.
 
     Raises:
-        ValueError: no such reward function.
+        ValueError: no such reward function, or a class that cannot be called.
     """
     registered = orms[name]
     parameters = list(call_signature(registered).parameters.values())
     if takes_completions_first(registered):
         parameters = parameters[1:]
-    known = {*OWN_COLUMNS, *settings}
+    known = {*OWN_COLUMNS, *call_settings(name, {**(of_run or {}), **(params or {})})}
     named = [p for p in parameters if p.kind in KEYWORD_KINDS and p.name not in known]
     return ColumnUse(
         tuple(p.name for p in named if p.default is p.empty),
@@ -61,7 +61,7 @@ def row_check(
     """What the reward functions that check rows (`ORM.check_row`) say of one.
 
     Classes are instantiated for it, unless theirs is a static method. Functions that miss a column
-    are left out: that is told once, by `missing_columns`.
+    are left out: that is told once, by `column_problems`.
 
     Raises:
         ValueError: a function that there is not, or settings that do not fit.
@@ -73,7 +73,7 @@ def row_check(
         params = reward_params.get(name, {})
         check = _own_check(name, params, of_run)
         if check is not None:
-            checks[name] = (check, column_use(name, params).needed)
+            checks[name] = (check, column_use(name, params, of_run).needed)
 
     def problems(row: Mapping[str, Any]) -> list[str]:
         found = []
@@ -108,48 +108,53 @@ def _own_check(
     return check
 
 
-def needed_columns(
-    reward_funcs: Sequence[str], reward_params: Mapping[str, Mapping[str, Any]]
-) -> set[str]:
-    """The columns without which some of the reward functions cannot be called."""
-    uses = (column_use(name, reward_params.get(name, {})) for name in reward_funcs)
-    return {column for use in uses for column in use.needed}
+def column_uses(config: Config) -> dict[str, ColumnUse]:
+    """What each reward function of a run takes from the dataset, by its name.
+
+    Raises:
+        ValueError: as `column_use`.
+    """
+    params = config.reward.params
+    return {
+        name: column_use(name, params.get(name), config.known_to_rewards)
+        for name in config.reward.names
+    }
 
 
-def missing_columns_of_run(
+def column_problems_of_run(
     config: Config, train: Collection[str] | None, held_out: Collection[str] | None
 ) -> list[str]:
-    """`missing_columns` of the training data and of those that a run evaluates on.
+    """`column_problems` of the training data and of those that a run evaluates on.
 
     Args:
         config: of the run.
         train: columns of the training prompts; None where they are not known.
         held_out: the same of held-out prompts; None also where there are none.
     """
-    reward, problems = config.reward, []
+    problems = []
     if train is not None:
-        problems += missing_columns(reward.names, reward.params, train)
+        problems += column_problems(config, train)
     if held_out is not None and config.eval_steps is not None:
-        problems += missing_columns(reward.names, reward.params, held_out, "the held-out data")
+        problems += column_problems(config, held_out, "the held-out data")
     return problems
 
 
-def missing_columns(
-    reward_funcs: Sequence[str],
-    reward_params: Mapping[str, Mapping[str, Any]],
-    columns: Collection[str],
-    data: str = "the data",
-) -> list[str]:
-    """Problems of reward functions that need a column which no dataset of `data` has."""
+def column_problems(config: Config, columns: Collection[str], data: str = "the data") -> list[str]:
+    """Of reward functions that need a column which no dataset of `data` has, or do not take one
+    that there is."""
     problems = []
-    for name in reward_funcs:
-        use = column_use(name, reward_params.get(name, {}))
+    for name, use in column_uses(config).items():
         missing = [column for column in use.needed if column not in columns]
         if missing:
             problems.append(
                 f"reward function {name!r} needs the column{'s' * (len(missing) > 1)} "
                 f"{', '.join(missing)}, which {data} does not have. It has: "
                 f"{', '.join(columns) or 'none besides the prompt'}. Rename one with data.columns, "
-                "or add it with a data.preprocessor"
+                "add it with a data.preprocessor, or set the parameter with reward.reward_params"
             )
+            continue
+        try:
+            check_call(name, config.reward.params.get(name, {}), config.known_to_rewards, columns)
+        except ValueError as error:
+            problems.append(str(error))
     return problems

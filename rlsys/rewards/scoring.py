@@ -37,7 +37,7 @@ class Reward:
         self.name = name
         settings = settings_of(name, params or {}, of_run or {})
         self.function = instantiate(name, settings)
-        self._call_settings = {} if isinstance(orms[name], type) else settings
+        self._call_settings = call_settings(name, settings)
         self.is_async = is_async(orms[name])
 
     def check_row(self, row: Mapping[str, Any]) -> None:
@@ -107,7 +107,12 @@ def check_call(name: str, params: Params, of_run: Params, columns: Iterable[str]
     """
     registered, settings = orms[name], settings_of(name, params, of_run)
     given: dict[str, Any] = {column: [] for column in (*columns, *OWN_COLUMNS)}
-    call_arguments(name, registered, given | ({} if isinstance(registered, type) else settings))
+    call_arguments(name, orms[name], given | call_settings(name, settings))
+
+
+def call_settings(name: str, settings: Params) -> dict[str, Any]:
+    """Those settings that each call gets: a class had them when it was instantiated."""
+    return {} if isinstance(orms[name], type) else dict(settings)
 
 
 def call_arguments(

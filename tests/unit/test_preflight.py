@@ -427,6 +427,7 @@ HEADS = {
     "def {}(completions, **columns):": None,
     "def {}(completions, nums, **columns):": None,
     "def {}(**columns):": None,
+    "def {}(completions, max_completion_length, **columns):": None,
     "class {}(ORM):\n def __call__(self, completions):": "unexpected keyword argument",
     "class {}(ORM):\n def __call__(self, **columns):": "too many positional arguments",
     "class {}(ORM):\n def __call__(self, texts, nums, **columns):": None,
@@ -508,6 +509,40 @@ def test_a_column_that_only_held_out_data_lack(problems, tmp_path):
     data = {"val_dataset": [rows(tmp_path / "own.jsonl", {"target": 2})]}
     assert problems(data=data) == []  # nothing is evaluated
     assert "which the held-out data does not have" in only(problems("--eval_steps", "5", data=data))
+
+def test_a_setting_of_a_class_is_no_column(problems, tmp_path):
+    plugin = tmp_path / "my_reward.py"
+    plugin.write_text(
+        "from rlsys.rewards import ORM, register_reward\n"
+        "@register_reward('preflight_settled')\n"
+        "class Settled(ORM):\n"
+        " def __init__(self, nums): pass\n"
+        " def __call__(self, completions, nums, **columns): return [0.0] * len(completions)\n"
+    )
+    reward = {
+        "external_plugins": [str(plugin)],
+        "reward_funcs": ["preflight_settled"],
+        "reward_params": {"preflight_settled": {"nums": 3}},
+    }
+    data = {"dataset": [rows(tmp_path / "own.jsonl", {"target": 2})]}
+    text = only(problems(reward=reward, data=data))
+    assert "reward function 'preflight_settled' needs the column nums" in text
+
+
+def test_a_column_that_a_reward_function_does_not_take(problems, tmp_path):
+    plugin = tmp_path / "my_reward.py"
+    plugin.write_text(
+        "from rlsys.rewards import register_reward\n"
+        "@register_reward('preflight_exact')\n"
+        f"def exact({', '.join(OWN_COLUMNS)}, nums): return [0.0] * len(completions)\n"
+    )
+    reward = {"external_plugins": [str(plugin)], "reward_funcs": ["preflight_exact"]}
+    fitting = {"dataset": [rows(tmp_path / "own.jsonl", {"nums": [1]})]}
+    assert problems(reward=reward, data=fitting) == []
+    more = {"dataset": [rows(tmp_path / "more.jsonl", {"nums": [1], "target": 2})]}
+    text = only(problems(reward=reward, data=more))
+    assert "'preflight_exact' cannot be called: got an unexpected keyword argument 'tar" in text
+
 
 
 def test_columns_that_a_preprocessor_makes(problems, tmp_path):
