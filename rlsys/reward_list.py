@@ -48,11 +48,11 @@ def _row(name: str) -> tuple[Text, Text, Text, Text]:
     """Name and place, settings, columns, the first sentence of the docstring."""
     try:
         function = orms[name]
-    except ValueError as error:  # of a package; the others can be used
+        use = column_use(name)
+    except ValueError as error:  # the others can be used
         offered = ", ".join(map(describe, entry_points().get(name, [])))
         reason = str(error).strip().splitlines()[-1]
         return _named(name, offered), Text(), Text(), Text(reason, style="bold red")
-    use = column_use(name)
     settings = ""
     if isinstance(function, type):
         settings = "\n".join(map(_as_written, parameters_of(function).values()))

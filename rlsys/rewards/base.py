@@ -113,7 +113,15 @@ def trl_style(function: RewardFunction) -> RewardFunction:
         @trl_style
         def brief(completions, **kwargs):
             return [float(len(messages[0]["content"]) < 100) for messages in completions]
+
+    Raises:
+        ValueError: it is a class, whose instances TRL would not make.
     """
+    if isinstance(function, type):
+        raise ValueError(
+            f"{function.__name__} is a class, and what TRL calls is a function: leave out "
+            "@trl_style, or trl/ before the name"
+        )
     return TrlStyle(function)
 
 

@@ -105,7 +105,7 @@ def check_call(name: str, params: Params, of_run: Params, columns: Iterable[str]
     Raises:
         ValueError: an unknown name, settings that do not fit, or parameters that do not.
     """
-    registered, settings = orms[name], settings_of(name, params, of_run)
+    settings = settings_of(name, params, of_run)
     given: dict[str, Any] = {column: [] for column in (*columns, *OWN_COLUMNS)}
     call_arguments(name, orms[name], given | call_settings(name, settings))
 
@@ -149,13 +149,27 @@ def takes_completions_first(function: type[ORM] | RewardFunction) -> bool:
 
 
 def call_signature(function: type[ORM] | RewardFunction) -> inspect.Signature:
-    """Of a reward function, or of calling an instance of a class."""
+    """Of a reward function, or of calling an instance of a class.
+
+    Raises:
+        RewardError: the class has no `__call__` of its own.
+    """
     if not isinstance(function, type):
+        call = inspect.getattr_static(type(function), "__call__")
+        if isinstance(call, staticmethod | classmethod):
+            # Of the object itself, Python 3.11 would leave out the first parameter as self.
+            return inspect.signature(call.__get__(function, type(function)))
         return inspect.signature(function)
-    signature = inspect.signature(function.__call__)
-    if isinstance(inspect.getattr_static(function, "__call__"), staticmethod | classmethod):
-        return signature
-    return signature.replace(parameters=list(signature.parameters.values())[1:])  # without self
+    # Not function.__call__: a class without one would answer with how it is instantiated.
+    own = [vars(base) for base in function.__mro__ if base is not ORM and "__call__" in vars(base)]
+    if not own:
+        raise RewardError(
+            f"the reward class {function.__name__} has no method __call__(self, completions, "
+            "**columns), which scores completions: add it"
+        )
+    call = own[0]["__call__"]
+    # As an instance has it, which need not be made for this.
+    return inspect.signature(call.__get__(object(), function) if hasattr(call, "__get__") else call)
 
 
 def _on(prompt_id: str | None) -> str:
@@ -196,10 +210,9 @@ def is_async(registered: Any) -> bool:
     """Whether a registered class or function is to be awaited."""
     if isinstance(registered, TrlStyle):
         registered = registered.function
-    if inspect.isfunction(registered):
-        return inspect.iscoroutinefunction(registered)
-    cls = registered if isinstance(registered, type) else type(registered)
-    return inspect.iscoroutinefunction(cls.__call__)
+    if isinstance(registered, type):
+        return inspect.iscoroutinefunction(registered.__call__)
+    return any(map(inspect.iscoroutinefunction, (registered, type(registered).__call__)))
 
 
 def reward_columns(group: RolloutGroup, state: TrainerState | None = None) -> dict[str, Any]:

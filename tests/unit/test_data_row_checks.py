@@ -144,11 +144,17 @@ def test_functions_and_classes_of_users_may_check_rows(tokenizer, tmp_path):
         def __init__(self):
             made.append("static")
 
+        def __call__(self, completions, **columns):
+            return [0.0] * len(completions)
+
     @register_reward("instance")
     class Instance(ORM):
         def __init__(self, limit: int):
             made.append("instance")
             self.limit = limit
+
+        def __call__(self, completions, **columns):
+            return [0.0] * len(completions)
 
         def check_row(self, row):
             if row["n"] > self.limit:

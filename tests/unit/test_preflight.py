@@ -432,6 +432,8 @@ HEADS = {
     "class {}(ORM):\n def __call__(self, **columns):": "too many positional arguments",
     "class {}(ORM):\n def __call__(self, texts, nums, **columns):": None,
     "class {}(ORM):\n @staticmethod\n def __call__(texts, **columns):": None,
+    "class {}(ORM):\n @classmethod\n def __call__(cls, texts, **columns):": None,
+    "class {}(ORM):\n @classmethod\n def __call__(cls, texts):": "unexpected keyword argument",
     "class {}:\n async def __call__(self, texts, *more, **columns):": None,
     "@trl_style\ndef {}(completions, prompts, **kwargs):": None,
     "@trl_style\ndef {}(completions, prompts):": "unexpected keyword argument",
@@ -457,6 +459,18 @@ def test_a_reward_function_that_cannot_be_called(problems, tmp_path, index, word
     assert words in text
     assert "end the function's parameters with **columns" in text
     assert not found[0].only_here
+
+
+@pytest.mark.parametrize("base", ["ORM", "AsyncORM", "object"])
+def test_a_reward_class_that_scores_nothing(problems, tmp_path, base):
+    plugin = tmp_path / "my_reward.py"
+    plugin.write_text(
+        "from rlsys.rewards import ORM, AsyncORM, register_reward\n"
+        f"@register_reward('preflight_{base}')\nclass Silent({base}):\n pass\n"
+    )
+    overrides = ["--reward.external_plugins", str(plugin), "--reward.reward_funcs"]
+    text = only(problems(*overrides, f"preflight_{base}"))
+    assert "reward.reward_funcs: the reward class Silent has no method __call__(self, comp" in text
 
 
 def test_every_reward_function_of_rlsys_can_be_called():
@@ -496,20 +510,6 @@ def test_a_column_that_no_dataset_has(problems, tmp_path, columns, data, missing
         assert not found[0].only_here
 
 
-def test_a_column_may_be_in_another_dataset_and_in_files_of_columns(problems, tmp_path):
-    path = rows(tmp_path / "own.jsonl", {})
-    table = tmp_path / "own.csv"
-    table.write_text("prompt,number\na,1\n")
-    assert "It has: number." in only(problems(data={"dataset": [path, str(table)]}))
-    table.write_text("prompt,nums\na,1\n")
-    assert problems(data={"dataset": [path, str(table)]}) == []
-
-
-def test_a_column_that_only_held_out_data_lack(problems, tmp_path):
-    data = {"val_dataset": [rows(tmp_path / "own.jsonl", {"target": 2})]}
-    assert problems(data=data) == []  # nothing is evaluated
-    assert "which the held-out data does not have" in only(problems("--eval_steps", "5", data=data))
-
 def test_a_setting_of_a_class_is_no_column(problems, tmp_path):
     plugin = tmp_path / "my_reward.py"
     plugin.write_text(
@@ -543,6 +543,20 @@ def test_a_column_that_a_reward_function_does_not_take(problems, tmp_path):
     text = only(problems(reward=reward, data=more))
     assert "'preflight_exact' cannot be called: got an unexpected keyword argument 'tar" in text
 
+
+def test_a_column_may_be_in_another_dataset_and_in_files_of_columns(problems, tmp_path):
+    path = rows(tmp_path / "own.jsonl", {})
+    table = tmp_path / "own.csv"
+    table.write_text("prompt,number\na,1\n")
+    assert "It has: number." in only(problems(data={"dataset": [path, str(table)]}))
+    table.write_text("prompt,nums\na,1\n")
+    assert problems(data={"dataset": [path, str(table)]}) == []
+
+
+def test_a_column_that_only_held_out_data_lack(problems, tmp_path):
+    data = {"val_dataset": [rows(tmp_path / "own.jsonl", {"target": 2})]}
+    assert problems(data=data) == []  # nothing is evaluated
+    assert "which the held-out data does not have" in only(problems("--eval_steps", "5", data=data))
 
 
 def test_columns_that_a_preprocessor_makes(problems, tmp_path):
@@ -642,6 +656,16 @@ def test_an_output_directory_below_what_is_no_folder(problems, tmp_path, place, 
     assert found[0].only_here
 
 
+def test_an_output_directory_that_no_file_system_takes(problems, tmp_path):
+    path = tmp_path / ("a" * 300) / "b"
+    found = problems("--output_dir", str(path))
+    assert only(found) == (
+        f"output_dir: {path} cannot be made (File name too long): choose another one with "
+        "--output_dir"
+    )
+    assert found[0].only_here
+
+
 @pytest.mark.parametrize("exists", [True, False])
 def test_an_output_directory_without_the_permission_to_write(
     problems, tmp_path, monkeypatch, exists
@@ -683,13 +707,3 @@ def test_all_problems_are_told_at_once(problems, tmp_path):
         "nowhere.jsonl",
     )
     assert len(found) == 4
-def test_an_output_directory_that_no_file_system_takes(problems, tmp_path):
-    path = tmp_path / ("a" * 300) / "b"
-    found = problems("--output_dir", str(path))
-    assert only(found) == (
-        f"output_dir: {path} cannot be made (File name too long): choose another one with "
-        "--output_dir"
-    )
-    assert found[0].only_here
-
-

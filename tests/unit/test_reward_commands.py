@@ -74,6 +74,15 @@ def test_the_list_has_name_source_settings_and_columns(folder, capfd):
     assert "Counts tokens. (TRL style)" in out
 
 
+def test_the_list_goes_on_after_a_class_that_scores_nothing(folder, capfd):
+    silent = '\n@register_reward("silent")\nclass Silent(ORM):\n    """Says nothing."""\n'
+    (folder / "mine.py").write_text(PLUGIN + silent)
+    code, out, _ = rlsys(capfd, "rewards", "list", "--plugin", "mine.py")
+    assert code == 0
+    assert "class Silent has no method" in " ".join(out.split())
+    assert "Counts tokens. (TRL style)" in out
+
+
 def test_completions_of_a_file_are_scored_and_failures_shown(folder, capfd, caplog):
     rows = [
         {"prompt": "Use 2.", "nums": [2], "completion": "a"},

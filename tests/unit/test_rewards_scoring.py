@@ -1,6 +1,7 @@
 """What crosses between the system and the user's reward code, in both directions."""
 
 import asyncio
+import functools
 import math
 import traceback
 from dataclasses import replace
@@ -236,7 +237,7 @@ def test_a_completion_that_no_function_applies_to_is_dropped():
     assert math.isnan(first.total)
 
 
-@pytest.mark.parametrize("form", ["function", "class"])
+@pytest.mark.parametrize("form", ["function", "class", "object", "method", "partial"])
 def test_async_functions_are_awaited(form):
     async def score(completions, nums, **columns):
         await asyncio.sleep(0)
@@ -246,7 +247,14 @@ def test_async_functions_are_awaited(form):
         async def __call__(self, completions, nums, **columns):
             return await score(completions, nums)
 
-    orms["waits"] = score if form == "function" else Waits
+    forms = {
+        "function": score,
+        "class": Waits,
+        "object": Waits(),
+        "method": Waits().__call__,
+        "partial": functools.partial(score),
+    }
+    orms["waits"] = forms[form]
     rewards = RewardFunctions(["waits"]).score(group_of("a", "bcd", nums=1))
     assert [reward.total for reward in rewards] == [2.0, 4.0]
 
@@ -274,6 +282,27 @@ def test_a_trl_style_function_gets_messages_and_others_texts():
         ["a", "b"],
         [[{"role": "assistant", "content": "a"}], [{"role": "assistant", "content": "b"}]],
     ]
+
+
+def test_a_class_is_not_of_trl_style():
+    with pytest.raises(ValueError, match=r"Settled is a class.*leave out @trl_style, or trl/"):
+        trl_style(Settled)
+
+
+@pytest.mark.parametrize("kind", [staticmethod, classmethod])
+def test_a_call_without_self_gets_the_same(kind):
+    def score(completions, nums):
+        return [len(text) + nums[0] for text in completions]
+
+    def of_class(cls, texts, nums, **columns):
+        return score(texts, nums)
+
+    def static(texts, nums, **columns):
+        return score(texts, nums)
+
+    call = kind(static if kind is staticmethod else of_class)
+    orms["selfless"] = type("Selfless", (), {"__call__": call})
+    assert RewardFunctions(["selfless"]).score(group_of("ab", nums=1))[0].total == 3.0
 
 
 class Settled(ORM):
