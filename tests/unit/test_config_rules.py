@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from rlsys.config import Config
 from rlsys.config_rules import BrokenRules
+from rlsys.rule_problem import near_divisors
 
 
 def problems(**sections) -> list[str]:
@@ -68,6 +69,11 @@ def test_the_suggested_generation_batch_sizes_are_whole_numbers_of_groups(comple
         assert str(generations) in text
         for number in suggested(text):
             assert number % generations == 0
+
+
+def test_a_number_of_fifteen_digits_is_told_at_once():
+    assert near_divisors(7, 10**15) == "5 or 8"
+    assert near_divisors(10**14 + 1, 10**15) == f"{10**14} or {125 * 10**12}"
 
 
 @given(st.integers(4, 500).filter(lambda n: n % 4 == 0), st.integers(1, 600))
