@@ -19,7 +19,7 @@ from rlsys.rewards import load_plugins
 from rlsys.types import TrainBatch, UpdateOutput
 from rlsys.weight_sync.connection import Connection, senders_of_shards
 from rlsys.weight_sync.plan import TensorMeta
-from rlsys.weight_sync.sender import WeightSender
+from rlsys.weight_sync.sender import WeightSender, sending_memory
 
 if TYPE_CHECKING:
     from rlsys.engines.megatron import MegatronPolicy
@@ -31,16 +31,23 @@ class WeightLink:
     Args:
         engine: whose weights are sent.
         rank: of this process in the policy.
+        memory: to send from, shared with other connections; of ranks that send.
     """
 
-    def __init__(self, engine: MegatronPolicy, connection: Connection, rank: int):
+    def __init__(
+        self,
+        engine: MegatronPolicy,
+        connection: Connection,
+        rank: int,
+        memory: torch.Tensor | None,
+    ):
         from rlsys.engines.megatron_export import BucketExport
 
         self.export = BucketExport(engine.weights, connection)
         self.sender: WeightSender | None = None
         self._num_groups = len(connection.ports)
         if rank == connection.sender:
-            self.sender = WeightSender(connection, engine.device)
+            self.sender = WeightSender(connection, engine.device, memory)
 
     def send(self, version: int) -> float:
         """See WeightSender.send; 0 on those that contribute to what another rank sends."""
@@ -100,12 +107,14 @@ class PolicyRank(ModelRank):
     def connect_weight_sync(self, connections: Sequence[Connection], *, to: str) -> None:
         """Plan this rank's part, and join as sender where it is one; ends what `to` had before."""
         self.links[to] = []
-        for connection in connections:
-            mib = max(bucket.nbytes for bucket in connection.buckets()) / 2**20
-            with out_of_memory_explained(
-                f"two buckets of {mib:,.0f} MiB to send weights in: lower weight_sync.bucket_mb"
-            ):
-                self.links[to].append(WeightLink(self.engine, connection, self.rank))
+        mib = max(bucket.nbytes for c in connections for bucket in c.buckets()) / 2**20
+        with out_of_memory_explained(
+            f"two buckets of {mib:,.0f} MiB to send weights in: lower weight_sync.bucket_mb"
+        ):
+            own = [connection for connection in connections if connection.sender == self.rank]
+            memory = sending_memory(own, self.engine.device) if own else None
+            for connection in connections:
+                self.links[to].append(WeightLink(self.engine, connection, self.rank, memory))
 
     def send_weights(self, version: int, *, to: str) -> float:
         """Take part in exporting and sending; seconds that this rank's transports took."""

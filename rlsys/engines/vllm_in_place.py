@@ -52,6 +52,9 @@ class Copy:
         for stride in strides:
             start, rest = divmod(rest, stride)
             starts.append(start)
+        ends = (start + size for start, size in zip(starts, self.size, strict=True))
+        if any(end > size for end, size in zip(ends, meta.shape, strict=True)):
+            return None  # from the end of a row on into the next
         return TensorSlice(meta, tuple(starts), self.size)
 
 
@@ -70,7 +73,7 @@ class InPlacePlan:
 
     Args:
         model: vLLM's model, loaded.
-        metadata: every tensor that the sender will send.
+        metadata: every tensor that the policy exports, whole; `expect` has less of it sent.
 
     Raises:
         CannotMap: vLLM transforms a tensor while loading it, or keeps a parameter that no tensor

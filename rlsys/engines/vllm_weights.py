@@ -57,7 +57,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """What varies from update to update: the plan was agreed on at init."""
+    """What varies from update to update: the rest was agreed on when the sides connected."""
 
     policy_version: int
     """Of the weights that are to come."""
@@ -106,7 +106,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def needed_slices(self) -> tuple[TensorSlice, ...] | None:
         """What has to be sent to this worker; None where vLLM's loader needs whole tensors."""
-        return None if self._plan is None else self._plan.needed()
+        return None if self._plan is None or self._plan.is_stale else self._plan.needed()
 
     def connect_shard(self, connections: Sequence[Connection], rank: int) -> None:
         """Leave the weight sync group for one that gets what this worker holds, and no more.
@@ -117,6 +117,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """
         assert self._plan is not None
         connection = connections[self.parallel_config.rank]
+        del self.receiver  # and its memory, before there is another one's
         self.receiver = WeightReceiver(connection, self.device, rank=rank)
         self._plan.expect(connection.slices)
         self._gets_its_shard = True

@@ -78,7 +78,9 @@ class Receivers(Protocol):
 
 
 class WeightPublisher:
-    """Pushes the policy's weights to every rollout engine. Connects all sides once, when created.
+    """Pushes the policy's weights to every rollout engine.
+
+    Connects all sides when created, and once more after the first `publish` if workers hold shards.
 
     Args:
         policy: sends.
@@ -148,7 +150,10 @@ class WeightPublisher:
     def _connect(self, connections: Sequence[Connection], receivers: Refs) -> None:
         senders = self._policy.async_connect_weight_sync(connections, to=self._to)
         self._wait(senders | receivers, "connecting")
-        self._sent_bytes = sum(c.nbytes * len(c.ports) for c in connections)
+        self._sent_bytes = [
+            sum(c.nbytes * len(c.ports) for c in connections if c.sender == rank)
+            for rank in range(len(senders))
+        ]
 
     def _connect_shards(self) -> None:
         """Send each worker of an engine what it holds, and no more, from the next update on.
@@ -159,11 +164,11 @@ class WeightPublisher:
         needed = self._wait(self._engines.async_needed_slices(), "planning")
         if not needed or None in needed[0] or any(engine != needed[0] for engine in needed):
             return
-        if all(piece.is_whole for shard in needed[0] for piece in shard):
-            return
         number = len(needed[0])
+        if number == 1:
+            return
         senders = self._policy.senders_of_shards(number)
-        self._stores = []
+        stores_before, self._stores = self._stores, []
         connections = [
             self._connection(
                 shard,
@@ -175,6 +180,7 @@ class WeightPublisher:
             for worker, (shard, sender) in enumerate(zip(needed[0], senders, strict=True))
         ]
         self._connect(connections, self._engines.async_connect_shards(connections))
+        stores_before.clear()  # which everybody has left by now
 
     def publish(self) -> dict[str, float]:
         """Send the weights of `policy.policy_version`; returns when every engine samples with them.
@@ -200,8 +206,10 @@ class WeightPublisher:
                 raise WeightSyncError(
                     f"{engine} holds weight version {held} after version {version} was published"
                 )
-        seconds, transport_seconds = time.monotonic() - start, max(results[: len(senders)])
-        sent_bytes = self._sent_bytes
+        seconds = time.monotonic() - start
+        transport_seconds, sent_bytes = max(
+            zip(results[: len(senders)], self._sent_bytes, strict=True)
+        )
         if not self._has_asked_for_shards:  # what engines need is known once they have loaded
             self._connect_shards()
         return {

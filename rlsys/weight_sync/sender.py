@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -10,7 +10,7 @@ from rlsys.weight_sync.checksum import checksum
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import Bucket
 from rlsys.weight_sync.stopwatch import Stopwatch
-from rlsys.weight_sync.transport import Transport, join
+from rlsys.weight_sync.transport import Transport, join, make_transport
 
 Fill = Callable[[Bucket, torch.Tensor], None]
 """Writes the tensors of a bucket to where `Bucket.views` has them in a buffer [nbytes] uint8; on a
@@ -18,8 +18,20 @@ GPU in the current stream. It is asked for the buckets in their order, and alway
 buffer for the same bucket."""
 
 
+def sending_memory(connections: Sequence[Connection], device: torch.device) -> torch.Tensor:
+    """Two buckets [2, nbytes] uint8 for a rank that sends to all of these, or one for all."""
+    plans = [connection.buckets() for connection in connections]
+    # Zeros: bytes between tensors are sent too, and should be the same in every run.
+    return torch.zeros(
+        min(2, max(map(len, plans))),
+        max(bucket.nbytes for buckets in plans for bucket in buckets),
+        dtype=torch.uint8,
+        device=make_transport(connections[0].transport, device).buffer_device,
+    )
+
+
 class WeightSender:
-    """Streams tensors in buckets to all rollout engines; keeps the memory of two buckets.
+    """Sends what a connection says to all its receivers; keeps the memory of two buckets.
 
     Joins all groups when created, as their rank 0. An update is, for one group after the other, a
     meeting that tells the policy version, a broadcast of each bucket and, with `verify`, one of the
@@ -36,25 +48,22 @@ class WeightSender:
 
     Args:
         device: where the policy's weights are.
+        memory: of `sending_memory`, where senders share it that send one after the other.
 
     Raises:
         WeightSyncError: not all ranks came in time.
     """
 
-    def __init__(self, connection: Connection, device: torch.device):
+    def __init__(
+        self, connection: Connection, device: torch.device, memory: torch.Tensor | None = None
+    ):
         self._buckets = connection.buckets()
         self._verify = connection.verify
         self._transports = [
             join(connection, 0, device, group=group) for group in range(len(connection.ports))
         ]
         self._device = self._transports[0].buffer_device
-        # Zeros: bytes between tensors are sent too, and should be the same in every run.
-        self._memory = torch.zeros(
-            min(2, len(self._buckets)),
-            max(bucket.nbytes for bucket in self._buckets),
-            dtype=torch.uint8,
-            device=self._device,
-        )
+        self._memory = memory if memory is not None else sending_memory([connection], device)
 
     @torch.no_grad()
     def send(self, fill: Fill, version: int) -> float:

@@ -26,7 +26,7 @@ class WeightSyncError(RuntimeError):
 
 
 class Transport(ABC):
-    """Rank 0 is the policy's sender; each worker of each rollout engine is one more rank.
+    """Rank 0 is the policy's sender; each process that it sends to is one more rank.
 
     Ranks meet on the host, through a TCPStore, and send over a network of its kind. A new transport
     is one file with one class, registered by name and imported in `make_transport`. It knows no

@@ -84,7 +84,8 @@ def test_each_worker_of_an_engine_is_sent_what_it_holds_and_no_more(
         assert logprobs == pytest.approx(fresh_logprobs, abs=1e-6)
         assert versions == {(version,)}
         sent = metrics["weight_sync/transport_gb_per_s"] * metrics["weight_sync/transport_seconds"]
-        assert sent * 1e9 < 1.1 * metrics["weight_sync/bytes"]
+        # A few tensors are whole in both shards.
+        assert sent * 1e9 < 1.1 * metrics["weight_sync/bytes"] / len(set(senders))
 
 
 @pytest.mark.parametrize("kind", [True, False, "experts"], ids=["tied", "untied", "experts"])

@@ -25,7 +25,7 @@ import ray  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from gpu_cases import DEVICE, KINDS, engine_config, save_gpu_model  # noqa: E402
-from gpu_lab import GpuRank, Gpus, OpenActor  # noqa: E402
+from gpu_lab import CrossedActor, GpuRank, Gpus, OpenActor  # noqa: E402
 from greedy_rollouts import greedy  # noqa: E402
 from policy_cases import PolicyLab  # noqa: E402
 from run_cases import run_config, write_run_files  # noqa: E402
@@ -152,10 +152,14 @@ def engines(gpus, gpu_models):
         sharing = {"num_engines": 2, "engines_per_gpu": 2, "kv_cache_memory_mb": None}
         config = engine_config(gpu_models["qwen3-tied", 1], **sharing)
         actors["shared GPU"] = RolloutActors(config, device=DEVICE, place=gpus.on(1))
+        kinds["crossed"] = "qwen3-untied"
+        pair = engine_config(gpu_models["qwen3-untied", 1], tensor_parallel_size=2)
+        patch.setattr(rollout, "RolloutActor", CrossedActor)
+        actors["crossed"] = RolloutActors(pair, device=DEVICE, place=gpus.none)
+        patch.setattr(rollout, "RolloutActor", OpenActor)
         if num_gpus() >= 4:
             kinds["two GPUs"] = "qwen3-untied"
-            config = engine_config(gpu_models["qwen3-untied", 1], tensor_parallel_size=2)
-            actors["two GPUs"] = RolloutActors(config, device=DEVICE, place=gpus.pair)
+            actors["two GPUs"] = RolloutActors(pair, device=DEVICE, place=gpus.pair)
     started = {}
 
     def ready(name):

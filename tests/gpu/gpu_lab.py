@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass, replace
 
@@ -41,6 +42,10 @@ class Gpus:
     def on(self, bundle):
         """A `Place`: everything on one GPU."""
         return lambda rank: self._options(bundle, SHARE)
+
+    def none(self, rank):
+        """A `Place` for an actor that takes GPUs by itself."""
+        return self._options(0, 0)
 
     def pair(self, rank):
         """A `Place` for an engine of two GPUs."""
@@ -154,10 +159,11 @@ class OpenActor(RolloutActor):
 
     def __init__(self, config, device, engine_rank):
         if device == "cpu":
-            from vllm import _custom_ops
+            import unpacked_workers
 
-            # vLLM then multiplies with the parameters themselves, as on GPUs.
-            _custom_ops._supports_onednn = False
+            from rlsys.engines import vllm
+
+            vllm.WORKER_EXTENSION = unpacked_workers.WORKER_EXTENSION
         super().__init__(config, device, engine_rank)
 
     async def ask_workers(self, method):
@@ -178,6 +184,17 @@ class OpenActor(RolloutActor):
         import asyncio
 
         return await asyncio.wrap_future(self._loop._ask(lambda engine: function(engine, *args)))
+
+
+class CrossedActor(OpenActor):
+    """An engine of two workers on the two GPUs of a policy, each on that of the other's sender.
+
+    NCCL takes no two ranks on a GPU into a group: worker i and policy rank i are in one, and apart.
+    """
+
+    def __init__(self, config, device, engine_rank):
+        os.environ["CUDA_VISIBLE_DEVICES"] = "1,0"  # Ray gave it none, and CUDA has not begun
+        super().__init__(config, device, engine_rank)
 
 
 def _set_in_flight_kv(engine, value):

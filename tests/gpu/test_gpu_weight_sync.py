@@ -85,6 +85,24 @@ def test_an_updated_engine_equals_one_that_was_started_with_these_weights(
     assert_samples_as(engine, with_seed_0, version=2)
 
 
+@pytest.mark.parametrize("layout", ["TP 2", "DP 2"])
+def test_each_worker_of_an_engine_gets_its_shard_from_another_policy_rank(engines, connect, layout):
+    engine = engines("crossed")
+    # At first rank 0 sends to all, of which one is on its own GPU.
+    policy, publisher, load = connect(engine, layout, transport="gloo")
+    publisher._transport = "auto"
+    publisher.publish()
+    senders = [[sends for sends, _, _ in links] for links in policy.call("sent_to_engines")]
+    assert senders == [[True, False], [False, True]]
+    with_seed_0 = greedy(engine.actors)
+    assert with_seed_0[0] != engine.fresh[0]
+    for version in range(1, 2 * NUM_LOADS, 2):
+        load(seed=1)
+        assert_samples_as(engine, engine.fresh, version=version)
+        load(seed=0)
+        assert_samples_as(engine, with_seed_0, version=version + 1)
+
+
 @pytest.mark.parametrize("name", ["tied", "untied"])
 def test_vllms_own_loader_gives_the_same_weights(engines, connect, name):
     engine = engines(name)

@@ -108,7 +108,7 @@ def test_what_a_rank_needs_is_its_shard_and_enough(rank):
 
 
 class Flattening(Loader):
-    """Copies rows that are no box of the tensor."""
+    """Copies elements in a row that are no box of the tensor."""
 
     def load_weights(self, tensors):
         tensors = dict(tensors)
@@ -116,8 +116,19 @@ class Flattening(Loader):
         self.out.data.view(-1).copy_(tensors["out"].view(-1)[: HIDDEN * ROWS // 2])
 
 
-def test_of_what_is_no_box_the_whole_tensor_is_needed():
-    model, expected = Flattening(), Flattening()
+class Wrapping(Flattening):
+    """Copies rows with the strides of the tensor that begin in the middle of one of its rows."""
+
+    def load_weights(self, tensors):
+        tensors = dict(tensors)
+        Loader.load_weights(self, [(n, t) for n, t in tensors.items() if n != "out"])
+        rows = tensors["out"].as_strided((HIDDEN // 2, ROWS), (ROWS, 1), ROWS // 2)
+        self.out.data.view(HIDDEN // 2, ROWS).copy_(rows)
+
+
+@pytest.mark.parametrize("kind", [Flattening, Wrapping])
+def test_of_what_is_no_box_the_whole_tensor_is_needed(kind):
+    model, expected = kind(), kind()
     plan = InPlacePlan(model, metadata(weights()))
     needed = plan.needed()
     assert TensorSlice.whole(metadata(weights())[3]) in needed
