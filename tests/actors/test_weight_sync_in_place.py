@@ -41,13 +41,12 @@ def engines(ray_cluster, rollout_config):
 
 @pytest.fixture(scope="module")
 def pair(ray_cluster, rollout_config, tiny_models):
-    """An engine of two workers."""
+    """An engine of two workers, and what it gives of the untied model 2 before any weight sync."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "RolloutActor", UnpackedActor)
         config = rollout_config(tiny_models[False, 2], tensor_parallel_size=2)
         pair = RolloutActors(config, device="cpu")
-    pair.wait_ready()
-    yield pair
+    yield pair, greedy(pair)
     pair.close()
 
 
@@ -58,12 +57,12 @@ def pair(ray_cluster, rollout_config, tiny_models):
 def test_each_worker_of_an_engine_is_sent_what_it_holds_and_no_more(
     lab, pair, rollout_config, tiny_models, layout, senders, helpers
 ):
-    reload(pair, rollout_config(tiny_models[False, 2], tensor_parallel_size=2))
-    fresh_tokens, fresh_logprobs, _ = greedy(pair)
+    pair, fresh = pair
     policy = lab.policy(policy_config(tiny_models[False, 1], **LAYOUTS[layout]))
     publisher = WeightPublisher(policy, pair, rollout_config().weight_sync)
     publisher.publish()  # whole tensors, through vLLM's own loader
-    assert greedy(pair)[0] != fresh_tokens
+    loaded = greedy(pair)
+    assert loaded[0] != fresh[0]
 
     by_rank = policy.call("sent_to_engines")
     sends = [[is_sender for is_sender, _, _ in links] for links in by_rank]
@@ -75,13 +74,13 @@ def test_each_worker_of_an_engine_is_sent_what_it_holds_and_no_more(
     assert "model.layers.0.mlp.down_proj.weight[0:64, 48:96]" in names[1]
     assert [needed for _, _, needed in by_rank[0]] == [helpers] * 2
 
-    for version, folder in ((1, tiny_models[False, 2]), (2, tiny_models[False, 2])):
-        policy.call("load_folder", folder)
+    for version, seed, expected in ((1, 2, fresh), (2, 1, loaded)):
+        policy.call("load_folder", tiny_models[False, seed])
         policy.policy_version = version
         metrics = publisher.publish()
         tokens, logprobs, versions = greedy(pair)
-        assert tokens == fresh_tokens
-        assert logprobs == pytest.approx(fresh_logprobs, abs=1e-6)
+        assert tokens == expected[0]
+        assert logprobs == pytest.approx(expected[1], abs=1e-6)
         assert versions == {(version,)}
         sent = metrics["weight_sync/transport_gb_per_s"] * metrics["weight_sync/transport_seconds"]
         # A few tensors are whole in both shards.

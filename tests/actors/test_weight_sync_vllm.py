@@ -78,6 +78,7 @@ def test_an_updated_engine_equals_a_fresh_one_untied(
     policy.close()
 
 
+@pytest.mark.slow  # starts two engines; test_weight_sync_in_place.py has one of two workers, too
 def test_an_engine_of_two_workers_gets_its_shards(
     policy, engines, connect, rollout_config, tiny_models
 ):
