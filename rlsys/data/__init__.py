@@ -3,7 +3,9 @@
     spec         what an entry of data.dataset says
     readers      text files to rows, with their lines
     tables       Parquet, Arrow, folders and the hub to rows
-    preprocess   a user's function, row to row
+    preprocess   a user's function or class, row to row
+    row_preprocessors   ms-swift's classes
+    registered   datasets that a plugin registers by name
     rows         row formats to chat turns and columns
     render       chat turns to token ids
     sources      the above for one dataset of a config
@@ -20,24 +22,33 @@ docs/data.md is for users.
 """
 
 from rlsys.data.load import PromptData, load_checked_prompts, load_prompts
-from rlsys.data.preprocess import (
+from rlsys.data.preprocess import preprocessors, register_preprocessor
+from rlsys.data.registered import DatasetMeta, SubsetDataset, register_dataset
+from rlsys.data.render import render_prompt
+from rlsys.data.row_preprocessors import (
+    AlpacaPreprocessor,
+    AutoPreprocessor,
+    MessagesPreprocessor,
     ResponsePreprocessor,
     RowPreprocessor,
-    preprocessors,
-    register_preprocessor,
 )
-from rlsys.data.render import render_prompt
 from rlsys.data.spec import FILE_SUFFIXES
 from rlsys.data.split import split_prompts
 
 __all__ = [
     "FILE_SUFFIXES",
+    "AlpacaPreprocessor",
+    "AutoPreprocessor",
+    "DatasetMeta",
+    "MessagesPreprocessor",
     "PromptData",
     "ResponsePreprocessor",
     "RowPreprocessor",
+    "SubsetDataset",
     "load_checked_prompts",
     "load_prompts",
     "preprocessors",
+    "register_dataset",
     "register_preprocessor",
     "render_prompt",
     "split_prompts",

@@ -1,45 +1,50 @@
-"""Preprocessors: a user's function that makes of each row what rlsys understands.
+"""Preprocessors: a user's function or class that turns each row into one that rlsys understands.
 
-plugins/word_problems.py is a complete one.
+plugins/word_problems.py is a complete one. `rlsys.data.row_preprocessors` has ms-swift's classes.
 """
 
 from __future__ import annotations
 
+import sysconfig
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from rlsys.data.readers import BadRow
+from rlsys.data.registered import find_registered, resolve
+from rlsys.data.row_preprocessors import Row, RowPreprocessor
+from rlsys.data.spec import DatasetSpec, parse_spec
 from rlsys.registry import Registry
+from rlsys.rewards.plugins import find_unregistered, load_reference
 
-Row = dict[str, Any]
 Preprocessor = Callable[[Row], Row | None]
 
 NO_PREPROCESSOR = "none"
 """The name, in a list of one for each dataset, that leaves rows as they are."""
 
 
-class RowPreprocessor:
-    """Base of preprocessors that are classes, with the method that ms-swift's have.
+class PreprocessorRegistry(Registry[Preprocessor | type[RowPreprocessor]]):
+    """Preprocessors by name; `path/to/file.py:name` names one that is not registered."""
 
-    Example:
-        @register_preprocessor("countdown")
-        class Countdown(RowPreprocessor):
-            def preprocess(self, row):
-                row["query"] = f"Make {row['target']} out of {row['nums']}."
-                return super().preprocess(row)
-    """
+    def __getitem__(self, name: str) -> Preprocessor | type[RowPreprocessor]:
+        """The function, class or instance.
 
-    def preprocess(self, row: Row) -> Row | None:
-        """The row to train on; None leaves it out, which is counted."""
-        return row
+        Raises:
+            ValueError: an unknown name, or a file that cannot be imported.
+        """
+        if name not in self.data and ":" in name:
+            return load_reference(name)
+        return super().__getitem__(name)
+
+    def remedy(self, name: str) -> str:
+        """How to name a class or function of a loaded plugin that did not register `name`."""
+        found = find_unregistered(name)
+        return "" if found is None else f" {found[0]} was loaded; name it as {found[1]!r}."
 
 
-ResponsePreprocessor = RowPreprocessor
-"""ms-swift's name. Its columns `query` and `response` are understood without it."""
-
-preprocessors: Registry[Preprocessor | type[RowPreprocessor]] = Registry("preprocessor")
-"""Name -> function, or class derived from `RowPreprocessor`."""
+preprocessors = PreprocessorRegistry("preprocessor")
+"""Name -> function, or class derived from `RowPreprocessor`, or an instance of one."""
 
 register_preprocessor = preprocessors.register
 """Decorator form of `preprocessors[name] = value`."""
@@ -50,27 +55,97 @@ def keep_row(row: Row) -> Row:
     return row
 
 
-def make_preprocessor(name: str) -> Preprocessor:
-    """What is called for each row.
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What happens to the rows of one dataset between reading and understanding them."""
+
+    each: Preprocessor = keep_row
+    """Called with each row."""
+    whole: RowPreprocessor | None = None
+    """Has a `prepare_dataset`, which gets all rows before `each` gets one."""
+
+    def prepared(self, rows: list[Row]) -> Iterator[Row]:
+        """The rows that `whole` makes of all.
+
+        Raises:
+            ValueError: it raised, or the rows do not fit into one table.
+        """
+        import datasets
+
+        assert self.whole is not None
+        names = dict.fromkeys(name for row in rows for name in row)
+        who = f"{type(self.whole).__name__}.prepare_dataset"
+        try:
+            # All names in every row: the library takes the columns of the first one.
+            table = datasets.Dataset.from_list([{n: row.get(n) for n in names} for row in rows])
+            made = self.whole.prepare_dataset(table)
+            yield from (dict(row) for row in made)
+        # User code: whatever it raises is reported with the line of the code.
+        except Exception as error:
+            raise ValueError(f"{who} raised {_raised(error)}") from error
+
+
+def open_dataset(text: str, preprocessor: str) -> tuple[DatasetSpec, Preparation]:
+    """An entry of `data.dataset`, and the preprocessor that the config or a plugin has for it.
 
     Raises:
-        ValueError: no such preprocessor.
+        ValueError: an entry that says nothing, no such preprocessor, or one that cannot be made.
     """
-    if name == NO_PREPROCESSOR:
-        return keep_row
-    found = preprocessors[name]
-    function = found().preprocess if isinstance(found, type) else found
+    spec, found, name = parse_spec(text), None, preprocessor
+    meta = find_registered(spec.name)
+    if meta is not None:
+        spec, found = resolve(spec, meta)
+    if preprocessor != NO_PREPROCESSOR:
+        other = None if preprocessor in preprocessors else find_registered(preprocessor)
+        found = preprocessors[preprocessor] if other is None else other.preprocess_func
+    elif found is None:
+        return spec, Preparation()
+    else:
+        name = type(found).__name__ if isinstance(found, RowPreprocessor) else found.__name__
+    made = _instance(name, found)
+    if isinstance(made, RowPreprocessor) and made.prepares_dataset:
+        return spec, Preparation(_checked(name, made.preprocess_renamed), made)
+    return spec, Preparation(_checked(name, made))
+
+
+def _instance(name: str, found: Any) -> Preprocessor:
+    """A function, or an instance, of what the user registered.
+
+    Raises:
+        ValueError: a class that cannot be made without arguments, or nothing that can be called.
+    """
+    if isinstance(found, type):
+        try:
+            found = found()
+        # User code: whatever it raises is reported with its name.
+        except Exception as error:
+            raise ValueError(f"preprocessor {name!r}: {name}() raised {_raised(error)}") from error
+    if not callable(found):
+        raise ValueError(
+            f"preprocessor {name!r} is {found!r:.80}, which cannot be called: derive its class "
+            "from RowPreprocessor, or write a function of a row"
+        )
+    return found
+
+
+def _checked(name: str, function: Preprocessor) -> Preprocessor:
+    """`function`; what it raises, or returns that is no row, becomes a `BadRow`."""
 
     def checked(row: Row) -> Row | None:
         try:
-            made = function(row)
-        # User code: whatever it raises is told with the row and the line of the code.
+            made: Any = function(row)
+        except BadRow:
+            raise
+        # User code: whatever it raises is reported with the row and the line of the code.
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            raise BadRow(
-                f"preprocessor {name!r} raised {type(error).__name__}: {error} "
-                f"({frame.filename}, line {frame.lineno})"
-            ) from error
+            raise BadRow(f"preprocessor {name!r} raised {_raised(error)}") from error
+        if isinstance(made, list) and all(isinstance(row, dict) for row in made):
+            if len(made) > 1:
+                raise BadRow(
+                    f"preprocessor {name!r} returned {len(made)} rows for one, which ms-swift "
+                    "takes and rlsys does not: write these rows into a file first"
+                )
+            made = made[0] if made else None
         if made is not None and not isinstance(made, dict):
             raise BadRow(
                 f"preprocessor {name!r} returned {made!r:.80}: return the row as a dictionary, or "
@@ -79,3 +154,12 @@ def make_preprocessor(name: str) -> Preprocessor:
         return made
 
     return checked
+
+
+def _raised(error: Exception) -> str:
+    """An exception of user code, and the last line of it that is no library's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    frame = (own or frames)[-1]
+    return f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno})"

@@ -10,10 +10,10 @@ from itertools import islice
 from typing import Any, Literal
 
 from rlsys.config import DataConfig
-from rlsys.data.preprocess import NO_PREPROCESSOR, Preprocessor, keep_row, make_preprocessor
+from rlsys.data.preprocess import NO_PREPROCESSOR, Preparation, keep_row, open_dataset
 from rlsys.data.readers import BadRow, RawRow, read_file
 from rlsys.data.rows import ParsedRow, columns_problem, parse_row
-from rlsys.data.spec import FILE_SUFFIXES, DatasetSpec, parse_spec
+from rlsys.data.spec import FILE_SUFFIXES, DatasetSpec
 from rlsys.data.tables import OWN_SUFFIXES, read_hub, read_table
 from rlsys.registry import did_you_mean
 
@@ -125,7 +125,7 @@ class Source:
     """What its prompt ids start with."""
     split: Split
     config: DataConfig
-    prepare: Preprocessor
+    preparation: Preparation
     columns: dict[str, None] = field(default_factory=dict)
     """Names of the columns seen so far, in order, as they stand in the data."""
 
@@ -133,8 +133,30 @@ class Source:
         """All rows, not parsed yet, from the first one.
 
         Raises:
-            ValueError: the dataset as a whole cannot be read.
+            ValueError: the dataset as a whole cannot be read or prepared.
         """
+        rows = self._stored_rows()
+        return rows if self.preparation.whole is None else self._prepared_rows(rows)
+
+    def _prepared_rows(self, rows: Iterator[RawRow]) -> Iterator[RawRow]:
+        """The rows that `prepare_dataset` makes of all."""
+        assert self.preparation.whole is not None
+        renamed = []
+        for raw in rows:
+            try:
+                renamed.append(self.preparation.whole.rename(self._own_columns(raw)))
+            except BadRow as error:
+                raise ValueError(f"{self.where(raw)}: {error}") from None
+        for number, row in enumerate(self.preparation.prepared(renamed), start=1):
+            yield RawRow(number, f"row {number} of prepare_dataset", row)
+
+    def _own_columns(self, raw: RawRow) -> dict[str, Any]:
+        """The columns of a row under the names that data.columns gives them."""
+        values = raw.values()
+        self.columns.update(dict.fromkeys(values))
+        return _renamed(values, self.config.columns)
+
+    def _stored_rows(self) -> Iterator[RawRow]:
         spec, limit = self.spec, self.config.max_row_mb
         if not spec.is_local or spec.path.is_dir():
             return read_hub(
@@ -176,9 +198,9 @@ class Source:
         Raises:
             BadRow: the row cannot be used.
         """
-        values = raw.values()
-        self.columns.update(dict.fromkeys(values))
-        prepared = self.prepare(_renamed(values, self.config.columns))
+        is_prepared = self.preparation.whole is not None
+        values = raw.values() if is_prepared else self._own_columns(raw)
+        prepared = self.preparation.each(values)
         if prepared is None:
             return None
         return parse_row(prepared, system=self.config.system)
@@ -220,7 +242,7 @@ class Source:
 
     def problem_of_all_rows(self) -> str | None:
         """What its columns lack, told once instead of for every row."""
-        if self.prepare is not keep_row or not self.columns:
+        if self.preparation.each is not keep_row or not self.columns:
             return None  # the columns of the preprocessor's rows are not known
         names = self.config.columns
         problem = columns_problem([names.get(name, name) for name in self.columns])
@@ -233,10 +255,10 @@ def open_sources(config: DataConfig, split: Split, problems: Problems) -> list[S
     Those that the config describes wrongly are told in `problems`, and left out.
     """
     texts = config.dataset if split == "train" else config.val_dataset
-    specs: list[tuple[DatasetSpec, Preprocessor]] = []
+    specs: list[tuple[DatasetSpec, Preparation]] = []
     for text, name in zip(texts, preprocessor_names(config, split), strict=True):
         try:
-            specs.append((parse_spec(text), make_preprocessor(name)))
+            specs.append(open_dataset(text, name))
         except ValueError as error:
             problems.add(error)
     rows = [spec.same_rows for spec, _ in specs]
@@ -254,9 +276,9 @@ def open_sources(config: DataConfig, split: Split, problems: Problems) -> list[S
             spec.stem if stems.count(spec.stem) == 1 else spec.long_name,
             split,
             config,
-            prepare,
+            preparation,
         )
-        for spec, prepare in specs
+        for spec, preparation in specs
     ]
 
 

@@ -231,7 +231,7 @@ def test_preprocessors_of_a_plugin(tokenizer, tmp_path, forget_preprocessors):
     assert "dropped: 1 left out by the preprocessor" in data.summary()[0]
     both = load(tokenizer, words, plain, preprocessor=["swift", "none"], **options)
     assert [p.messages[0]["content"] for p in both.train] == ["a", "skip", "b", "c"]
-    assert both.train[0].columns == {"response": "x", "solution": "x"}
+    assert both.train[0].columns == {"solution": "x"}
     with pytest.raises(ValueError, match=r"line 1: .*'broken' raised KeyError: .*line 18"):
         load(tokenizer, words, preprocessor=["broken"], **options)
     with pytest.raises(ValueError, match=r"line 1: .*'text' returned 'a text'"):

@@ -1,0 +1,202 @@
+"""Datasets that a plugin registers, as ms-swift's do: a name, where the rows are, a preprocessor.
+
+    register_dataset(DatasetMeta(hf_dataset_id="owner/name", preprocess_func=MyPreprocessor()))
+
+An entry of `data.dataset` that is one of the names is read from there and preprocessed so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rlsys.data.row_preprocessors import AutoPreprocessor, RowPreprocessor
+from rlsys.data.spec import DatasetSpec
+
+
+@dataclass
+class SubsetDataset:
+    """A subset (config name) of a dataset of the hub."""
+
+    name: str | None = None
+    """What an entry of `data.dataset` calls it; None: `subset`."""
+    subset: str = "default"
+    """What the hub calls it."""
+    split: list[str] | None = None
+    """None: that of the dataset."""
+    preprocess_func: Any = None
+    """None: that of the dataset."""
+    is_weak_subset: bool = False
+    """Whether `NAME:all` leaves it out."""
+
+    def __post_init__(self) -> None:
+        self.name = self.name or self.subset
+
+
+@dataclass
+class DatasetMeta:
+    """A dataset by name; `tags`, `help`, `huge_dataset` and `ms_revision` are only kept."""
+
+    ms_dataset_id: str | None = None
+    """ModelScope's id. rlsys does not read ModelScope: a name for a folder or file here."""
+    hf_dataset_id: str | None = None
+    dataset_path: str | None = None
+    """A file or a folder; relative paths start at the working directory."""
+    dataset_name: str | None = None
+    """One more name."""
+    ms_revision: str | None = None
+    hf_revision: str | None = None
+    subsets: Sequence[SubsetDataset | str] = ("default",)
+    split: Sequence[str] = ("train",)
+    preprocess_func: Any = field(default_factory=AutoPreprocessor)
+    """A `RowPreprocessor`: a class or an instance."""
+    loader: Any = None
+    tags: Sequence[str] = ()
+    help: str | None = None
+    huge_dataset: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise ValueError(
+                "DatasetMeta has no name: give it hf_dataset_id, dataset_path or dataset_name"
+            )
+        for what, value in (("loader", self.loader), ("hf_revision", self.hf_revision)):
+            if value is not None:
+                raise ValueError(
+                    f"DatasetMeta of {self.names[0]!r}: {what} = {value!r:.80} is not supported. "
+                    "Write the rows into a file, and name that as dataset_path"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """All that an entry of `data.dataset` may call it, the best one first."""
+        given = (self.dataset_name, self.dataset_path, self.hf_dataset_id, self.ms_dataset_id)
+        return [name for name in given if name]
+
+
+registered_datasets: list[DatasetMeta] = []
+"""In the order of registration."""
+
+
+def register_dataset(
+    dataset_meta: DatasetMeta, *, exist_ok: bool = False, **unsupported: Any
+) -> None:
+    """Make a dataset known by its names.
+
+    Raises:
+        ValueError: something else has one of the names, and not `exist_ok`.
+    """
+    if unsupported or not isinstance(dataset_meta, DatasetMeta):
+        raise ValueError(
+            "register_dataset takes a DatasetMeta (from rlsys.data import DatasetMeta) and "
+            f"exist_ok, not {', '.join(unsupported) or type(dataset_meta).__name__}"
+        )
+    for other in [meta for meta in registered_datasets if set(meta.names) & {*dataset_meta.names}]:
+        if not exist_ok:
+            both = next(name for name in other.names if name in dataset_meta.names)
+            raise ValueError(
+                f"the dataset {both!r} is registered twice: leave one out, or set exist_ok=True"
+            )
+        registered_datasets.remove(other)
+    registered_datasets.append(dataset_meta)
+
+
+def find_registered(name: str) -> DatasetMeta | None:
+    """The registered dataset called `name`, or whose clone is the folder `name`."""
+    for meta in registered_datasets:
+        if name in meta.names:
+            return meta
+    path = Path(name).expanduser()
+    for meta in registered_datasets:
+        if meta.dataset_path and path.exists() and path.resolve() == _path(meta.dataset_path):
+            return meta
+        ids = {str(known).rpartition("/")[2] for known in (meta.hf_dataset_id, meta.ms_dataset_id)}
+        if path.is_dir() and path.resolve().name in ids:
+            return meta
+    return None
+
+
+def resolve(spec: DatasetSpec, meta: DatasetMeta) -> tuple[DatasetSpec, Any]:
+    """Where the rows of an entry that names a registered dataset are, and its preprocessor.
+
+    Raises:
+        ValueError: it is on ModelScope only, or the subset or split is not clear.
+    """
+    prepare = meta.preprocess_func
+    if not isinstance(prepare, RowPreprocessor) and not (
+        isinstance(prepare, type) and issubclass(prepare, RowPreprocessor)
+    ):
+        raise ValueError(
+            f"dataset {spec.text!r}: its preprocess_func is {prepare!r:.80}. ms-swift calls such a "
+            "function with the whole dataset, rlsys does not: derive a class from RowPreprocessor "
+            "(from rlsys.data import RowPreprocessor) whose preprocess(row) returns a row"
+        )
+    name = _place(spec, meta)
+    if Path(name).expanduser().is_file():
+        return replace(spec, name=str(Path(name).expanduser())), prepare
+    subsets = _subsets(spec, meta)
+    functions = [subset.preprocess_func for subset in subsets if subset.preprocess_func is not None]
+    splits = {tuple(subset.split or meta.split) for subset in subsets} or {tuple(meta.split)}
+    if spec.split is None and (len(splits) > 1 or len(next(iter(splits))) != 1):
+        every = "/".join(dict.fromkeys(split for some in splits for split in some))
+        raise ValueError(
+            f"dataset {spec.text!r} is registered with several splits: list one entry for each, as "
+            f"{meta.names[0]}:{'/'.join(spec.subsets)}:SPLIT with SPLIT one of {every}"
+        )
+    if functions and len(subsets) > 1:
+        raise ValueError(
+            f"dataset {spec.text!r} has subsets with a preprocess_func of their own: list one "
+            f"entry for each, as {meta.names[0]}:{subsets[0].name}"
+        )
+    [(split, *_)] = splits if spec.split is None else {(spec.split,)}
+    chosen = tuple(subset.subset for subset in subsets if subset.subset != "default")
+    found = replace(
+        spec,
+        name=name,
+        subsets=chosen,
+        # "train" is the default, and lets evaluation look for validation and test.
+        split=spec.split or (None if split == "train" else split),
+        from_hub=spec.from_hub or not Path(name).expanduser().exists(),
+    )
+    return found, functions[0] if functions else prepare
+
+
+def _place(spec: DatasetSpec, meta: DatasetMeta) -> str:
+    """The path or hub id of the rows."""
+    if spec.is_local and spec.path.exists():
+        return spec.name
+    if meta.dataset_path and not spec.from_hub:
+        return meta.dataset_path
+    if meta.hf_dataset_id or spec.from_hub:
+        return meta.hf_dataset_id or spec.name
+    known = meta.ms_dataset_id or meta.names[0]
+    raise ValueError(
+        f"dataset {spec.text!r} is registered with ms_dataset_id only, and rlsys does not read "
+        f"ModelScope. Download it (`modelscope download --dataset {known} --local_dir FOLDER`) and "
+        f"set dataset_path=FOLDER in its DatasetMeta, or list the files here and name the "
+        f"preprocessor by it: --data.dataset FILE --data.preprocessor {known}. If the Hugging Face "
+        f"hub has it too, write hf::{known}"
+    )
+
+
+def _subsets(spec: DatasetSpec, meta: DatasetMeta) -> list[SubsetDataset]:
+    listed = [SubsetDataset(subset=s) if isinstance(s, str) else s for s in meta.subsets]
+    known = {subset.name: subset for subset in listed}
+    if spec.subsets == ("all",) and "all" not in known:
+        return [subset for subset in listed if not subset.is_weak_subset]
+    if spec.subsets:
+        return [known.get(name, SubsetDataset(subset=name)) for name in spec.subsets]
+    if len(listed) > 1:
+        if "default" not in known:
+            raise ValueError(
+                f"dataset {spec.text!r} is registered with the subsets {', '.join(map(str, known))}"
+                f": name some, as {meta.names[0]}:{next(iter(known))}, or {meta.names[0]}:all"
+            )
+        return [known["default"]]
+    return listed
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser().resolve()
