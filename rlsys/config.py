@@ -6,8 +6,8 @@ A config is a YAML file whose sections are the classes below, overridden from th
 
 from __future__ import annotations
 
-import os.path
-from typing import Any, Literal, Self, get_args
+from types import NoneType
+from typing import Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -24,6 +24,14 @@ from pydantic import (
 
 from rlsys.algo.names import Aggregation
 from rlsys.config_rules import BrokenRules, cross_field_problems
+from rlsys.config_texts import (
+    REWARD_MODEL_PREFIX,
+    PathText,
+    RewardName,
+    RewardSettings,
+    kinds_of,
+    split_list,
+)
 
 
 class Section(BaseModel):
@@ -35,31 +43,30 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _boolean_only_where_asked(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML reads yes, on and true as booleans, which pydantic would take for the number 1."""
+    def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
+        """`none` is null where that is possible, a text a list of one, a boolean no number."""
         assert info.field_name is not None
-        annotation = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+        kinds = kinds_of(cls.model_fields[info.field_name])
+        if NoneType in kinds and value in ("none", "None"):
+            return None
+        if list in kinds and isinstance(value, str):
+            return split_list(value)
+        if isinstance(value, bool) and bool not in kinds:
             raise ValueError("should not be true or false; quote it if it is a text")
         return value
-
-
-def _expanded(path: str | None) -> str | None:
-    """With the home folder for a `~` at its beginning, which only a shell would put there."""
-    return None if path is None else os.path.expanduser(path)
 
 
 class DataConfig(Section):
     """Where prompts come from."""
 
-    dataset: list[str] = Field(min_length=1)
+    dataset: list[PathText] = Field(min_length=1)
     """Training rows: files in JSONL, JSON, CSV, TSV, Parquet or Arrow, folders, or ids of the
     Hugging Face hub, each as `PATH_OR_ID[:SUBSET[:SPLIT]][#ROWS]`, see docs/data.md. Relative paths
     are resolved against the working directory."""
     dataset_weights: list[PositiveFloat] | None = None
     """One per dataset: each prompt comes from a dataset drawn with probability weight / sum of
     weights. None: every row comes once an epoch, whatever dataset it is from."""
-    val_dataset: list[str] = []
+    val_dataset: list[PathText] = []
     """Held-out rows, evaluated every `eval_steps`. Empty: `split_dataset_ratio` of `dataset`."""
     split_dataset_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of `dataset` held out for evaluation, instead of `val_dataset`; 0 holds out nothing."""
@@ -72,7 +79,7 @@ class DataConfig(Section):
     `dataset` (`none` leaves rows as they are)."""
     val_preprocessor: list[str] = []
     """The same for `val_dataset`; empty: `preprocessor`, if that is one for all."""
-    external_plugins: list[str] = []
+    external_plugins: list[PathText] = []
     """Python files that register preprocessors when imported."""
     max_prompt_length: PositiveInt = 512
     """Tokens of the rendered prompt; what happens with longer ones, `overlong_prompts` says."""
@@ -105,22 +112,15 @@ class DataConfig(Section):
     """Probability that a prompt to be skipped is sampled nevertheless; one group with different
     rewards brings it back."""
 
-    @field_validator("dataset", "val_dataset")
-    @classmethod
-    def _from_home(cls, datasets: list[str]) -> list[str]:
-        return [os.path.expanduser(text) for text in datasets]
-
 
 class ModelConfig(Section):
     """The language model that is trained."""
 
-    path: str = Field(min_length=1)
+    path: PathText = Field(min_length=1)
     """Hugging Face model folder or hub id (Llama, Qwen2, Qwen3, Qwen3-MoE)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in policy, reference and rollout engine; auto is bfloat16 on GPUs and
     float32 on CPU, where it makes engines agree to 1e-5."""
-
-    _from_home = field_validator("path")(_expanded)
 
 
 class RolloutConfig(Section):
@@ -183,16 +183,12 @@ class RolloutConfig(Section):
     time in which rewards are computed does not count."""
 
 
-REWARD_MODEL_PREFIX = "reward_model:"
-"""Before the path of a model: the reward function that it is."""
-
-
 class RewardConfig(Section):
     """What completions are scored by."""
 
-    reward_funcs: list[str] = []
+    reward_funcs: list[RewardName] = []
     """Registered names, see `rlsys rewards list`."""
-    reward_model: list[str] = []
+    reward_model: list[PathText] = []
     """Folders or hub ids of sequence-classification models (ms-swift: --reward_model). Each is
     one more reward function, called reward_model:PATH, in a process of its own; settings in
     reward_params stand under that name, or under reward_model for all of them."""
@@ -201,13 +197,13 @@ class RewardConfig(Section):
     scored; the model's weights stay there, so leave room for them. own: a GPU for each model."""
     reward_weights: list[float] | None = None
     """One per reward function, then one per reward model; None is 1 for each."""
-    reward_params: dict[str, dict[str, Any]] = {}
+    reward_params: dict[RewardName, RewardSettings] = {}
     """Settings of reward functions by name, `{length: {max_length: 100}}`: keyword arguments that
     a class is instantiated with, or a function is called with. Parameters that are called
     max_completion_length or model_path and not given here get the run's own."""
-    external_plugins: list[str] = []
+    external_plugins: list[PathText] = []
     """Python files that register more reward functions when imported."""
-    gate: dict[str, str] = {}
+    gate: dict[RewardName, RewardName] = {}
     """Functions that count only where another one is high enough: `{accuracy: format}` or
     `{accuracy: format >= 0.5}`; without a number it is 1. Where the gate is lower, the function is
     not called and its value is 0. A gate may not be gated itself."""
@@ -265,10 +261,7 @@ class RewardConfig(Section):
         for name in self.models:
             path = name.removeprefix(REWARD_MODEL_PREFIX)
             own = {"path": path} if path != name else {}
-            merged = shared | own | self.reward_params.get(name, {})
-            if isinstance(merged.get("path"), str):
-                merged["path"] = os.path.expanduser(merged["path"])
-            completed[name] = merged
+            completed[name] = shared | own | self.reward_params.get(name, {})
         return self.reward_params | completed
 
 
@@ -333,7 +326,7 @@ class GrpoConfig(Section):
     off_policy_mask_threshold: PositiveFloat | None = None
     """Leave out completions of negative advantage whose log-probs fell by more than this, in nats a
     token, since they were sampled (DeepSeek-V3.2). None leaves out none."""
-    external_plugins: list[str] = []
+    external_plugins: list[PathText] = []
     """Python files that register more losses or advantage estimators when imported."""
     loss_type: str = "grpo"
     """The policy's loss: grpo, bnpo, dapo, dr_grpo, dual_clip, gspo, luspo, cispo, sapo,
@@ -432,7 +425,7 @@ class PolicyConfig(Section):
 class ReferenceConfig(Section):
     """The frozen model of the KL term; exists only when grpo.beta > 0."""
 
-    path: str | None = Field(default=None, min_length=1)
+    path: PathText | None = Field(default=None, min_length=1)
     """Hugging Face model folder or hub id; None is model.path."""
     world_size: PositiveInt = 1
     """Ranks; they hold replicas except for tensor_parallel_size."""
@@ -449,8 +442,6 @@ class ReferenceConfig(Section):
     placement: Literal["policy", "own"] = "policy"
     """On GPUs. policy: rank r runs on the GPU of policy rank r, and its weights wait in host memory
     while it does not. own: GPUs of its own, which saves that copy."""
-
-    _from_home = field_validator("path")(_expanded)
 
 
 class WeightSyncConfig(Section):
@@ -476,13 +467,19 @@ class TrackingConfig(Section):
     """Where metrics and completions go, besides metrics.jsonl and completions.jsonl."""
 
     report_to: list[str] = ["tensorboard"]
-    """More trackers by name: tensorboard, wandb (which needs `pip install rlsys[wandb]`)."""
-    run_name: str | None = None
+    """More trackers by name: tensorboard, wandb (which needs `pip install rlsys[wandb]`); none or
+    [] for no more."""
+    run_name: PathText | None = None
     """Name of the run in trackers; None is the name of output_dir."""
-    wandb_project: str = "rlsys"
+    wandb_project: PathText = "rlsys"
     """Project of the run in wandb."""
     log_completions: bool = True
     """Append every completion to completions.jsonl when its group gets its place in a batch."""
+
+    @field_validator("report_to")
+    @classmethod
+    def _none_is_none(cls, names: list[str]) -> list[str]:
+        return [] if names == ["none"] else names
 
 
 class CheckpointConfig(Section):
@@ -499,7 +496,7 @@ class CheckpointConfig(Section):
 class Config(Section):
     """One GRPO run."""
 
-    output_dir: str = Field(min_length=1)
+    output_dir: PathText = Field(min_length=1)
     """Everything a run writes; must not hold another run unless checkpoint.resume is set."""
     max_steps: PositiveInt
     """Rollouts, each followed by one policy update and one weight sync."""
@@ -519,8 +516,6 @@ class Config(Section):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-
-    _from_home = field_validator("output_dir")(_expanded)
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> Self:

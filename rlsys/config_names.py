@@ -8,6 +8,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from rlsys.config_fields import config_fields, config_sections, first_sentence
+
 NAMES_ELSEWHERE: dict[str, tuple[str, ...]] = {
     "checkpoint.resume": (
         *("load_checkpoint", "resume_from_checkpoint", "resume_from_path", "resume_mode"),
@@ -168,3 +170,19 @@ def _likeness(name: str, known: str) -> float:
     pairs = zip(words, others, strict=True)
     likeness = [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
     return sum(likeness) / len(words) if min(likeness) >= LEAST_LIKE else 0.0
+
+
+def hint(name: str) -> str:
+    """A hint, "Did you mean ...?", for a name that no field has; empty unless one is clear."""
+    fields = config_fields()
+    known = [*fields, *([] if "." in name else config_sections())]
+    elsewhere = fields_of_elsewhere(name)
+    meant = elsewhere or nearest_fields(name, known)
+    if not meant:
+        return ""
+    text = f" Did you mean {' or '.join(map(repr, meant))}?"
+    # Another project may count something else.
+    if len(elsewhere) == 1:
+        return f"{text} {first_sentence(fields[meant[0]].description)}"
+    meanings = (f" {field}: {first_sentence(fields[field].description)}" for field in elsewhere)
+    return text + "".join(meanings)

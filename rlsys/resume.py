@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
-
 from rlsys.config import Config
 from rlsys.config_load import config_fields, is_saved_config
 from rlsys.run_dir import RunDir
 from rlsys.tracking.jsonl import read_jsonl
+from rlsys.yaml_text import load_yaml
 
 _OF_EVERY_RESUME = ("checkpoint.resume", "output_dir")
 
@@ -43,8 +42,8 @@ def _changes(config: Config, run_dir: RunDir) -> Iterator[str]:
     """`field before -> now`, of the fields that the older config has, too."""
     if not run_dir.config.exists() or not is_saved_config(run_dir.config):
         return
-    before = yaml.safe_load(run_dir.config.read_text(encoding="utf-8"))
-    now = config.model_dump(mode="json")
+    before = load_yaml(run_dir.config.read_text(encoding="utf-8"))
+    now = config.model_dump()
     for name in config_fields():
         section, _, field = name.rpartition(".")
         old, new = (values.get(section, {}) if section else values for values in (before, now))

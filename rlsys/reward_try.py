@@ -29,6 +29,7 @@ from rlsys.rewards.runner import process_settings
 from rlsys.tracking.completions import ABOUT_COMPLETION, last_user_message
 from rlsys.tracking.printable import printable
 from rlsys.types import Completion, Message, Prompt, RolloutGroup
+from rlsys.yaml_text import load_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +95,7 @@ def parse_params(text: str) -> dict[str, dict[str, Any]]:
         ValueError: it is something else.
     """
     try:
-        params = yaml.safe_load(text)
+        params = load_yaml(text)
     except yaml.YAMLError as error:
         reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
         raise ValueError(

@@ -21,8 +21,19 @@ _HEAD = """# The config
 
 A run is a YAML file of these sections. Every field can be set on the command line too, as
 `--section.field value`. An unknown field is an error; so are numbers that do not fit each other.
-`rlsys explain CONFIG` prints the result, with what follows from it. Relative paths start at the
-working directory, and `~` is the home folder.
+`rlsys explain CONFIG` prints the result, with what follows from it.
+
+## How values are written
+
+- **YAML 1.2**: `1e-3` is a number at every depth, `no`, `on` and `12:30` are texts. Where a field is
+  true or false, `no` and `off` mean false. `1_000` is 1000.
+- **Command line**: `--policy.lr 1e-6`, `--policy.lr=1e-6` and `policy.lr=1e-6` mean the same. A list
+  is `a b`, `a,b` or `[a, b]`. A mapping is `'{length: {max_length: 100}}'`, or one of its keys as
+  `--reward.reward_params.length.max_length 100`.
+- **Paths**: `~` is the home folder; `$NAME` and `${NAME}` are environment variables, which must be
+  set. Relative paths start at the working directory. Also in settings of rewards that are called
+  `path`, `file`, `folder` or `dir`, or end in `_path` and so on.
+- `null`, and `none` where a field takes null, mean the same.
 
 This page is written by `python scripts/config_docs.py` from the docstrings in `rlsys/config.py`.
 """

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
+from rlsys.yaml_text import dump_yaml
 
 MODEL_SIZES = {
     "model_type": "qwen3",
@@ -53,7 +53,7 @@ def values(**sections: dict[str, Any]) -> dict[str, Any]:
 def write_config(folder: Path, **sections: Any) -> Path:
     """`values(**sections)` as a file."""
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(values(**sections)))
+    path.write_text(dump_yaml(values(**sections)))
     return path
 
 

@@ -64,7 +64,7 @@ SAYS = {
     "a dataset that is not there": ["data.dataset", "'nowhere.jsonl'", "Relative paths start at"],
     "an unknown reward": ["'countdwn'", "Did you mean 'countdown'?", "Known: accuracy, "],
     "a plugin that raises": ["plugin.py", "line 3", "import nothing_of_this_name"],
-    "groups of one": ["rollout.num_generations = '1'", "greater than or equal to 2"],
+    "groups of one": ["rollout.num_generations = 1 (command line)", "greater than or equal to 2"],
     "more tokens than positions": ["64 + ", "1000 = 1064 tokens", "256: lower one by 808"],
     "another run in the folder": ["used", "holds another run", "--checkpoint.resume"],
     "nothing to resume": ["no checkpoint to continue from", "leave checkpoint.resume out"],

@@ -55,8 +55,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_config_has_a_path(load, tmp_path,
     assert config.reference.path is None
     assert config.data.dataset == ["/home/me/a.jsonl#10", "hf::a/b~"]
     assert config.data.val_dataset == ["/home/me/b:main:test"]
-    # A reward model is called what the config calls it, in its settings and weights too.
-    assert config.reward.names[-1] == "reward_model:~/r"
+    assert config.reward.names[-1] == "reward_model:/home/me/r"
     assert config.reward.model_paths == ["/home/me/r"]
     params = {"reward_model": {"path": "~/s", "batch_size": 2}}
     reward = load(reward={"reward_funcs": ["reward_model"], "reward_params": params}).config.reward
@@ -221,7 +220,6 @@ def test_one_generation_is_refused_with_the_reason(problems):
         ("rollout", "temperature", float("nan")),
         ("policy", "lr", [1e-5]),
         ("policy", "lr", None),
-        ("data", "dataset", "train.jsonl"),
         ("data", "dataset", []),
         ("data", "shuffle", "perhaps"),
         ("model", "path", 7),

@@ -1,0 +1,32 @@
+"""The fields of a config by name, and what each means."""
+
+from __future__ import annotations
+
+from pydantic.fields import FieldInfo
+
+from rlsys.config import Config, Section
+
+
+def config_sections() -> dict[str, type[Section]]:
+    """The sections of the config by name, in order."""
+    return {
+        name: info.annotation
+        for name, info in Config.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+    }
+
+
+def config_fields() -> dict[str, FieldInfo]:
+    """Every field: top-level ones by name, then the others as `section.field`, in order."""
+    sections = config_sections()
+    fields = {name: info for name, info in Config.model_fields.items() if name not in sections}
+    for section, cls in sections.items():
+        fields |= {f"{section}.{name}": info for name, info in cls.model_fields.items()}
+    return fields
+
+
+def first_sentence(docstring: str | None) -> str:
+    """The first sentence of the first paragraph, on one line."""
+    text = " ".join((docstring or "").partition("\n\n")[0].split())
+    end = text.find(". ")
+    return text if end < 0 else text[: end + 1]

@@ -1,0 +1,90 @@
+"""What a text in a config means where the field is a path, or a list."""
+
+from __future__ import annotations
+
+import os
+import re
+import types
+import typing
+from typing import Annotated, Any
+
+from pydantic import AfterValidator
+from pydantic.fields import FieldInfo
+
+_VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*)\}|(?P<bare>[A-Za-z_][A-Za-z0-9_]*))")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_OMEGACONF_VARIABLE = re.compile(r"oc\.env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?:,.*)?")
+_HOLDS_PATH = re.compile(r"(.*_)?(path|file|folder|dir|directory)")
+"""Names of reward settings that are paths. Others may be patterns, where $ is the end of a text."""
+REWARD_MODEL_PREFIX = "reward_model:"
+"""Before the path of a model: the reward function that it is."""
+
+
+def expand_path(text: str) -> str:
+    """The path with `~` at its beginning, `$NAME` and `${NAME}` replaced, as a shell would.
+
+    Raises:
+        ValueError: a variable is not set, or `${...}` holds something else than a name.
+    """
+    return os.path.expanduser(_VARIABLE.sub(_value_of, text))
+
+
+def _value_of(found: re.Match[str]) -> str:
+    name = found["bare"] or found["braced"]
+    if not _NAME.fullmatch(name):
+        omegaconf = _OMEGACONF_VARIABLE.fullmatch(name)
+        if omegaconf:
+            raise ValueError(f"write ${{{omegaconf['name']}}} instead of {found[0]}")
+        raise ValueError(
+            f"{found[0]} is not the name of an environment variable, and nothing else is replaced: "
+            "write ${NAME}, or the value"
+        )
+    if name not in os.environ:
+        raise ValueError(
+            f"the environment variable {name} is not set: `export {name}=...` first, or write its "
+            "value"
+        )
+    return os.environ[name]
+
+
+def _expand_reward_name(text: str) -> str:
+    """A reward function's name; of a reward model, that is its path."""
+    if not text.startswith(REWARD_MODEL_PREFIX):
+        return expand_path(text)
+    return REWARD_MODEL_PREFIX + expand_path(text.removeprefix(REWARD_MODEL_PREFIX))
+
+
+def _expand_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a reward function, with those expanded that are paths by their name."""
+    return {
+        key: expand_path(value) if isinstance(value, str) and _HOLDS_PATH.fullmatch(key) else value
+        for key, value in settings.items()
+    }
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]
+"""A path, the id of a hub, or a name that is made of them: variables and `~` are replaced."""
+RewardName = Annotated[str, AfterValidator(_expand_reward_name)]
+"""The name of a reward function, or `reward_model:PATH`."""
+RewardSettings = Annotated[dict[str, Any], AfterValidator(_expand_settings)]
+"""Settings of one reward function."""
+
+
+def split_list(text: str) -> list[str]:
+    """What `a,b` means as a list: its parts, or the one path that has a comma in its name."""
+    if "," not in text or os.path.exists(os.path.expandvars(os.path.expanduser(text))):
+        return [text]
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def kinds_of(info: FieldInfo) -> set[Any]:
+    """The types that a field takes: {list, NoneType} for `list[float] | None`."""
+    union = typing.get_origin(info.annotation) in (typing.Union, types.UnionType)
+    members = typing.get_args(info.annotation) if union else (info.annotation,)
+    return {_plain(member) for member in members}
+
+
+def _plain(kind: Any) -> Any:
+    """`list` for `list[str]`, `int` for `PositiveInt`."""
+    origin = typing.get_origin(kind)
+    return _plain(typing.get_args(kind)[0]) if origin is Annotated else origin or kind
