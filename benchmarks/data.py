@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from rlsys.config import DataConfig
 from rlsys.data import load_prompts
 from rlsys.data.readers import read_file
-from rlsys.data.render import render_prompt, render_prompts
+from rlsys.data.render import ChatTemplate, render_prompt
+from rlsys.data.rows import ParsedRow
 
 WORDS = ["Tom", "has", "red", "and", "blue", "apples", "how", "many", "are", "left", "in", "all"]
 
@@ -87,9 +88,11 @@ def load(file, tokenizer, **options):
 def slowdown(prompts, tokenizer):
     """CPU seconds of rendering one prompt after the other, divided by those of batches of 1,000."""
     messages = [prompt.messages for prompt in prompts]
-    batches = [messages[start : start + 1000] for start in range(0, len(messages), 1000)]
+    template = ChatTemplate(tokenizer)
+    rows = [("", ParsedRow(m, {}, "messages")) for m in messages]
+    batches = [rows[start : start + 1000] for start in range(0, len(rows), 1000)]
     one_by_one, _ = timed(lambda: [render_prompt(m, tokenizer) for m in messages])
-    together, _ = timed(lambda: [render_prompts(batch, tokenizer, {}) for batch in batches])
+    together, _ = timed(lambda: [template.render(batch) for batch in batches])
     return round(one_by_one["cpu_seconds"] / together["cpu_seconds"], 2)
 
 

@@ -20,7 +20,7 @@ from rlsys.config_fields import config_fields, config_sections, first_sentence
 from rlsys.config_names import hint
 from rlsys.config_rules import BrokenRules
 from rlsys.config_words import apply_words
-from rlsys.data.readers import not_utf8
+from rlsys.data.json_text import not_utf8
 from rlsys.run_dir import replacing
 from rlsys.yaml_text import dump_yaml, load_yaml
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rlsys.config import Config
 
 
-_OWN_TEMPLATE_ARGUMENTS = (
+OWN_TEMPLATE_ARGUMENTS = (
     "add_generation_prompt",
     "chat_template",
     "continue_final_message",
@@ -316,7 +316,7 @@ def _dataset_problems(config: Config) -> Iterator[RuleProblem]:
             "data.deduplicate needs all rows at once, which data.streaming does not have: remove "
             "duplicates from the files, or do not stream",
         )
-    taken = sorted(set(data.chat_template_kwargs) & set(_OWN_TEMPLATE_ARGUMENTS))
+    taken = sorted(set(data.chat_template_kwargs) & set(OWN_TEMPLATE_ARGUMENTS))
     if taken:
         yield RuleProblem(
             ("data.chat_template_kwargs",),

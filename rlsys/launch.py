@@ -29,7 +29,7 @@ from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
 from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.stream import make_prompt_stream
-from rlsys.data.usage import column_problems_of_run
+from rlsys.data.usage import column_problems_of_run, unread_columns
 from rlsys.driver import train
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
@@ -215,6 +215,9 @@ def load_data(config: Config) -> PromptData:
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)
+    unread = unread_columns(config, data.columns)
+    if unread is not None:
+        print(f"data: {unread}", flush=True)
     data.refused.raise_if_any()
     return data
 

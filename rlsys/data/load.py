@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlsys.config import Config, DataConfig
 from rlsys.data.readers import BadRow
-from rlsys.data.render import check_chat_template, render_prompts
+from rlsys.data.render import ChatTemplate
 from rlsys.data.rows import ParsedRow
 from rlsys.data.sources import (
     Problems,
@@ -51,6 +50,8 @@ class PromptData:
 
     refused: Problems = field(default_factory=Problems)
     """Rows of which `check` found something wrong."""
+    notices: list[str] = field(default_factory=list)
+    """What rows have and their prompts lack, and values that are missing in prompts."""
 
     @property
     def columns(self) -> list[str]:
@@ -60,7 +61,7 @@ class PromptData:
         return list(self.train[0].columns)
 
     def summary(self) -> list[str]:
-        """Lines that account for every row."""
+        """Lines that account for every row, and name what prompts lack of them."""
         if self.streams:
             names = [count.source for stream in self.streams for count in stream.counts]
             streamed = f"data: {', '.join(names)}: streamed, rows are checked as they come"
@@ -72,7 +73,7 @@ class PromptData:
                 f"data: {self.num_validation_in_train:,} of {len(self.validation):,} held-out "
                 "prompts are in the training data too, so eval/ looks better than it should"
             )
-        return lines
+        return lines + [f"data: {notice}" for notice in self.notices]
 
 
 def load_checked_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptData:
@@ -111,7 +112,7 @@ def load_prompts(
             be read, rows that are not what they should be; a tokenizer without chat template; no
             prompt left.
     """
-    check_chat_template(tokenizer)
+    template = ChatTemplate(tokenizer, config.chat_template_kwargs)
     problems = Problems()
     for text, _ in plugin_problems("data.external_plugins", config.external_plugins):
         problems.add(text)
@@ -123,12 +124,12 @@ def load_prompts(
     sizes: list[int] = []
     counts: list[SourceCounts] = []
     if config.streaming:
-        streams = _open_streams(sources, config, tokenizer, problems, seed=seed)
+        streams = _open_streams(sources, config, template, problems, seed=seed)
         counts = [count for stream in streams for count in stream.counts]
     else:
-        rows, counts = _load_split(sources, config, tokenizer, problems, seed=seed)
+        rows, counts = _load_split(sources, config, template, problems, seed=seed)
         train, sizes = _prompts(rows, check, refused), [len(some) for some in rows]
-    rows, more_counts = _load_split(val_sources, config, tokenizer, problems, seed=seed)
+    rows, more_counts = _load_split(val_sources, config, template, problems, seed=seed)
     validation, val_sizes = _prompts(rows, check, refused), [len(some) for some in rows]
     check_renamed(config, [*sources, *val_sources], problems)
     if problems:
@@ -162,6 +163,7 @@ def load_prompts(
         sum(tuple(prompt.token_ids) in known for prompt in validation),
         streams,
         refused,
+        template.notices,
     )
 
 
@@ -185,7 +187,7 @@ class _Row:
 def _load_split(
     sources: list[Source],
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     problems: Problems,
     *,
     seed: int,
@@ -196,7 +198,7 @@ def _load_split(
     seen: set[tuple[int, ...]] = set()
     for source, count in zip(sources, counts, strict=True):
         rows = _read(source, count, problems, seed=seed)
-        rows = _rendered(rows, tokenizer, config.chat_template_kwargs, problems)
+        rows = _rendered(rows, template, problems)
         count.lengths = [len(row.token_ids) for row in rows]
         rows = _in_bounds(rows, config, count, problems)
         if config.deduplicate and source.split == "train":
@@ -209,13 +211,13 @@ def _load_split(
 def _open_streams(
     sources: list[Source],
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    template: ChatTemplate,
     problems: Problems,
     *,
     seed: int,
 ) -> list[StreamedPrompts]:
     parts = [[source] for source in sources] if config.dataset_weights else [sources]
-    streams = [StreamedPrompts(part, tokenizer, config, seed=seed) for part in parts if part]
+    streams = [StreamedPrompts(part, template, config, seed=seed) for part in parts if part]
     for stream in streams:
         stream.check_first_rows(problems)
     # One set of columns for all, so that a reward misses no argument.
@@ -264,16 +266,11 @@ def _read(source: Source, count: SourceCounts, problems: Problems, *, seed: int)
     return found
 
 
-def _rendered(
-    rows: list[_Row],
-    tokenizer: PreTrainedTokenizerBase,
-    variables: Mapping[str, Any],
-    problems: Problems,
-) -> list[_Row]:
+def _rendered(rows: list[_Row], template: ChatTemplate, problems: Problems) -> list[_Row]:
     originals = [row for row in rows if not row.copy]
     for start in range(0, len(originals), RENDER_BATCH):
         some = originals[start : start + RENDER_BATCH]
-        rendered = render_prompts([row.parsed.messages for row in some], tokenizer, variables)
+        rendered = template.render([(row.where, row.parsed) for row in some])
         for row, token_ids in zip(some, rendered, strict=True):
             if isinstance(token_ids, str):
                 problems.add(f"{row.where}: {token_ids}")

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from rlsys.config import Config
 from rlsys.data.load import PromptData, load_checked_prompts
-from rlsys.data.usage import column_problems, column_uses
+from rlsys.data.usage import column_problems, column_uses, unread_columns
 from rlsys.hub import use_cache_without_hub
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
@@ -55,6 +55,8 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     problems += data.refused.texts
     if data.refused.num_more:
         problems.append(f"... and {data.refused.num_more:,} more such rows")
+    for notice in data.notices:
+        console.print(Text(f"\nNote: {notice}", style="yellow"))
     for problem in problems:
         console.print(Text(f"\nProblem: {problem}", style="bold red"))
     return not problems
@@ -189,6 +191,9 @@ def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> l
     for name, use in uses.items():
         if use.takes_all and not use.needed and not use.optional:
             console.print(Text(f"{name} names no column, but is given all of them.", style="dim"))
+    unread = unread_columns(config, names)
+    if unread is not None:
+        console.print(Text(f"{unread[0].upper()}{unread[1:]}.", style="dim"))
     return column_problems(config, names)
 
 

@@ -10,19 +10,16 @@ from __future__ import annotations
 
 import codecs
 import csv
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
+
+from rlsys.data.json_text import BadRow, parse_json
 
 MIB = 2**20
 _BOM = b"\xef\xbb\xbf"
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-
-
-class BadRow(ValueError):
-    """A row that cannot be used; the message does not say where it stands."""
 
 
 @dataclass(slots=True)
@@ -102,7 +99,7 @@ def _too_large(limit: int) -> str:
 
 def _read_json_list(path: Path, limit: int) -> Iterator[RawRow]:
     try:
-        rows = _parse(path.read_bytes().removeprefix(_BOM))
+        rows = parse_json(path.read_bytes().removeprefix(_BOM))
     except BadRow as error:
         raise ValueError(f"{path}: {error}") from error
     for number, row in enumerate(rows, start=1):
@@ -120,7 +117,7 @@ def _starts_with_bracket(path: Path) -> bool:
 
 def _json_object(line: bytes) -> dict[str, Any]:
     # Without the line's end, or an error at the end of the line is one of the next line.
-    row = _parse(line.rstrip(b"\r\n"))
+    row = parse_json(line.rstrip(b"\r\n"))
     if not isinstance(row, dict):
         raise BadRow(_no_object(row))
     return row
@@ -128,66 +125,6 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 def _no_object(row: Any) -> str:
     return f"expected a JSON object, found {row!r:.80}"
-
-
-def _parse(content: bytes) -> Any:
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise BadRow(not_utf8(content, error.start)) from None
-    try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno}"
-        if error.lineno > 1:
-            place = f"line {error.lineno}, {place}"
-        raise BadRow(f"not JSON: {error.msg} at {place}") from None
-    except RecursionError:
-        raise BadRow("not JSON that can be read: nested too deeply") from None
-    except BadRow:
-        raise
-    except ValueError as error:  # an integer of more digits than Python reads
-        raise BadRow(f"not JSON that can be read: {error}") from None
-    if b"\\ud" in content.lower():  # half of a pair of escapes is no character
-        check_unicode(value)
-    return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise BadRow(f"not JSON: {name} is no JSON value; write null or a number")
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in found if names.count(name) > 1)
-        raise BadRow(f"not JSON of one meaning: an object has the key {twice!r} twice")
-    return found
-
-
-def check_unicode(value: Any) -> None:
-    r"""Refuse half a surrogate pair, such as "\ud83d" alone, which no tokenizer takes.
-
-    Raises:
-        BadRow: there is one in `value`.
-    """
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            f"the text {error.object[max(0, error.start - 20) : error.start]!r} is followed by "
-            f"{error.object[error.start]!a}, half of a surrogate pair, which is no character"
-        ) from None
-
-
-def not_utf8(content: bytes, byte: int) -> str:
-    """What is wrong with a line that has a byte, counted from 0, that is no UTF-8."""
-    hint = " (it looks like UTF-16)" if content.count(0) > len(content) // 3 else ""
-    return (
-        f"is not a text in UTF-8: byte {byte + 1} is {content[byte]:#04x}{hint}; convert the file "
-        "to UTF-8"
-    )
 
 
 # --- CSV -----------------------------------------------------------------------------------------

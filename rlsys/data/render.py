@@ -1,16 +1,277 @@
-"""Chat turns to token ids: the one place where the chat template is applied."""
+"""Rows to token ids: the one place where the chat template is applied."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from rlsys.data.json_text import BadRow
+from rlsys.data.rows import ParsedRow
+from rlsys.data.turns import called_functions, read_turns
 from rlsys.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_MISSING = re.compile(r"\b(?:None(?! of\b)|nan|NaT)\b|<NA>")
+"""What Python prints for a value that is not there; "None of" is English."""
+_UNREAD_VARIABLE = "the chat template does not read the variable {!r}"
+_PROBE: list[Message] = [
+    {"role": "user", "content": "Hi"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {
+                "id": "call00001",  # Mistral's templates ask for nine signs
+                "type": "function",
+                "function": {"name": "get", "arguments": {"key": "rlsys_value"}},
+            }
+        ],
+    },
+    {"role": "tool", "name": "get", "tool_call_id": "call00001", "content": "1"},
+]
+"""A conversation that calls a tool."""
+
+
+class ChatTemplate:
+    """The chat template of a run, and what it makes of rows.
+
+    What a template leaves out of a row goes into `notices`, once, and never silently.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
+    ):
+        """`variables` are what the template reads in every row, as of data.chat_template_kwargs.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or one that is no Jinja.
+        """
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so messages "
+                "cannot be rendered. Take an instruct model, or save a chat_template with the "
+                "tokenizer."
+            )
+        self._tokenizer = tokenizer
+        self._variables = dict(variables or {})
+        self._noticed: dict[str, _Notice] = {}
+        for name in self._unread(self._variables):
+            self._notice(_UNREAD_VARIABLE.format(name), "data.chat_template_kwargs")
+
+    @property
+    def notices(self) -> list[str]:
+        """What rows rendered so far have and their prompts lack, or the other way round."""
+        return [str(notice) for notice in self._noticed.values()]
+
+    def render(self, rows: Sequence[tuple[str, ParsedRow]]) -> list[list[int] | str]:
+        """Token ids of each row, generation prompt included, tokenised together.
+
+        Args:
+            rows: each with its place, for people. A text in the result is what is wrong with it.
+        """
+        texts: list[str] = []
+        problems: dict[int, str] = {}
+        for index, (where, row) in enumerate(rows):
+            try:
+                texts.append(self._text(row))
+                self._look(where, row, texts[-1])
+            except BadRow as error:
+                problems[index] = str(error)
+        # Tokenised here and only here: templates write BOS themselves, and the tokenizer would add
+        # another. Not verbose, or it warns of prompts over the model's length, which the limits of
+        # the config drop.
+        ids: Iterator[list[int]] = iter(
+            self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            if texts
+            else []
+        )
+        return [problems[i] if i in problems else next(ids) for i in range(len(rows))]
+
+    def _text(self, row: ParsedRow) -> str:
+        messages = row.messages
+        if any("tool_calls" in message for message in messages):
+            messages = [self._calling[0].of(message) for message in messages]
+        return self._apply(messages, row.tools, row.template_kwargs)
+
+    def _apply(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None,
+        variables: Mapping[str, Any],
+    ) -> str:
+        """The text of the prompt.
+
+        Raises:
+            BadRow: the template does not take the messages.
+        """
+        given = self._variables | dict(variables)
+        if tools is not None:
+            given["tools"] = tools
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    self._with_known_roles(messages),
+                    **given,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"the chat template of {self._tokenizer.name_or_path!r} is no Jinja template: "
+                f"{error.message} in its line {error.lineno}"
+            ) from error
+        # A template is a program of the model's authors, and raises whatever Python does.
+        except Exception as error:
+            kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
+            words = " ".join(str(error).split())
+            raise BadRow(f"the chat template refuses it: {kind}{words}") from error
+
+    # --- what templates differ in ---
+
+    @cached_property
+    def _source(self) -> str:
+        template: Any = self._tokenizer.chat_template
+        return "\n".join(template.values()) if isinstance(template, dict) else template
+
+    def _unread(self, names: Iterable[str]) -> list[str]:
+        """Those of `names` that do not stand in the template."""
+        return [n for n in names if not re.search(rf"\b{re.escape(n)}\b", self._source)]
+
+    def _with_known_roles(self, messages: list[Message]) -> list[Message]:
+        """Developer messages as the system message, in templates that do not know them."""
+        if not any(message["role"] == "developer" for message in messages):
+            return messages
+        if re.search(r"""["']developer["']""", self._source):
+            return messages
+        known: list[Message] = []
+        for message in messages:
+            if message["role"] != "developer":
+                known.append(message)
+            elif known and known[-1]["role"] == "system":
+                both = f"{known[-1]['content']}\n\n{message['content']}"
+                known[-1] = known[-1] | {"content": both}
+            else:
+                known.append(message | {"role": "system"})
+        return known
+
+    @cached_property
+    def _calling(self) -> tuple[_Form, bool]:
+        """How the template wants a turn that calls tools, and whether it shows the calls at all.
+
+        Templates differ in whether arguments are an object or its JSON text, and whether a turn
+        without text has the content "" or None. The first form that shows the arguments is taken.
+        """
+        forms = [_Form(as_text, empty) for empty in ("", None) for as_text in (False, True)]
+        schema = {"name": "other", "description": "", "parameters": {"type": "object"}}
+        for form in forms:
+            turns = [_PROBE[0], form.of(_PROBE[1]), _PROBE[2]]
+            try:
+                text = self._apply(turns, [{"type": "function", "function": schema}], {})
+            except BadRow:
+                continue
+            if "rlsys_value" in text and "'rlsys_value'" not in text:
+                return form, True
+        return forms[0], False
+
+    # --- what is left out ---
+
+    def _look(self, where: str, row: ParsedRow, text: str) -> None:
+        """Note what the prompt lacks of the row, and where a value is missing in it."""
+        for role in dict.fromkeys(_left_out(row.messages, text)):
+            self._notice(
+                f"the chat template leaves out or changes the text of a {role} turn", where
+            )
+        if any(map(called_functions, row.messages)) and not self._calling[1]:
+            self._notice("the chat template leaves out the calls of tools", where)
+        keys = {key: None for message in row.messages for key in _telling_keys(message)}
+        for key in self._unread(keys):
+            self._notice(f"the chat template does not read {key!r} of a message", where)
+        for name in self._unread(row.template_kwargs):
+            self._notice(_UNREAD_VARIABLE.format(name), where)
+        if row.tools is not None and self._is_same_without_tools(row, text):
+            self._notice(
+                "the chat template leaves out the tools: the prompt is the same without them", where
+            )
+        found = _MISSING.search(text)
+        if found:
+            around = text[max(0, found.start() - 40) : found.end() + 20]
+            self._notice(
+                f"a prompt has the word {found.group()}, as Python prints a missing value",
+                f"{where}: {' '.join(around.split())!r}",
+            )
+
+    def _is_same_without_tools(self, row: ParsedRow, text: str) -> bool:
+        try:
+            return self._text(replace(row, tools=None)) == text
+        except BadRow:
+            return False
+
+    def _notice(self, text: str, first: str) -> None:
+        self._noticed.setdefault(text, _Notice(text, first)).count += 1
+
+
+@dataclass(slots=True)
+class _Notice:
+    text: str
+    first: str
+    """The place of the first row that it is about."""
+    count: int = 0
+
+    def __str__(self) -> str:
+        more = f" and {self.count - 1:,} more" if self.count > 1 else ""
+        return f"{self.text} ({self.first}{more})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a template wants a turn that calls tools."""
+
+    arguments_as_text: bool
+    empty: str | None
+    """The content of a turn without text."""
+
+    def of(self, message: Message) -> Message:
+        """The message in this form."""
+        if "tool_calls" not in message:
+            return message
+        calls = message["tool_calls"]
+        if self.arguments_as_text:
+            calls = [call | {"function": _with_text(call["function"])} for call in calls]
+        return message | {"content": message["content"] or self.empty, "tool_calls": calls}
+
+
+def _with_text(function: dict[str, Any]) -> dict[str, Any]:
+    arguments = function["arguments"]
+    if isinstance(arguments, str):
+        return function
+    return function | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+
+
+def _telling_keys(message: Message) -> list[str]:
+    """Keys that change what a turn says; a tool's answer follows the call that it belongs to."""
+    others = {"role", "content", "tool_calls"}
+    if message["role"] == "tool":
+        others |= {"tool_call_id", "name"}
+    return [key for key in message if key not in others]
+
+
+def _left_out(messages: list[Message], text: str) -> Iterator[str]:
+    """Roles of turns whose text the prompt lacks; thoughts of earlier answers often go."""
+    for message in messages:
+        words = message["content"].strip()
+        if message["role"] == "assistant" or words in text:
+            continue
+        if json.dumps(words, ensure_ascii=False)[1:-1] not in text:
+            yield message["role"]
 
 
 def render_prompt(
@@ -23,64 +284,10 @@ def render_prompt(
     `template_kwargs` are variables that the template reads, as of data.chat_template_kwargs.
 
     Raises:
-        ValueError: the template refuses the messages.
+        ValueError: these are no messages, or the template refuses them.
     """
-    try:
-        return _render([messages], tokenizer, template_kwargs or {})[0]
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses it: {error}") from error
-
-
-def render_prompts(
-    conversations: list[list[Message]],
-    tokenizer: PreTrainedTokenizerBase,
-    template_kwargs: Mapping[str, Any],
-) -> list[list[int] | str]:
-    """`render_prompt` of many, tokenised together; a text is what is wrong with that one."""
-    try:
-        return list(_render(conversations, tokenizer, template_kwargs))
-    except jinja2.TemplateError:  # one of them: find out which
-        return [_one(messages, tokenizer, template_kwargs) for messages in conversations]
-
-
-def _one(
-    messages: list[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    template_kwargs: Mapping[str, Any],
-) -> list[int] | str:
-    try:
-        return render_prompt(messages, tokenizer, template_kwargs)
-    except ValueError as error:
-        return str(error)
-
-
-def _render(
-    conversations: list[list[Message]],
-    tokenizer: PreTrainedTokenizerBase,
-    template_kwargs: Mapping[str, Any],
-) -> list[list[int]]:
-    # Tokenised here and only here: templates write BOS themselves, a second pass through the
-    # tokenizer would add another.
-    token_ids: Any = tokenizer.apply_chat_template(
-        conversations,
-        **template_kwargs,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-        # Or it warns of prompts over the model's length, which the limits of the config drop.
-        tokenizer_kwargs={"verbose": False},
-    )
+    template = ChatTemplate(tokenizer, template_kwargs)
+    [token_ids] = template.render([("", ParsedRow(read_turns(messages), {}, "messages"))])
+    if isinstance(token_ids, str):
+        raise ValueError(token_ids)
     return token_ids
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a tokenizer that cannot render.
-
-    Raises:
-        ValueError: it has no chat template.
-    """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so messages cannot "
-            "be rendered. Take an instruct model, or save a chat_template with the tokenizer."
-        )

@@ -6,28 +6,31 @@ function `_read_<name>` and name it in `_READERS`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from rlsys.data.readers import BadRow
-from rlsys.rewards import OWN_COLUMNS
+from rlsys.config_rules import OWN_TEMPLATE_ARGUMENTS
+from rlsys.data.json_text import BadRow, parse_cell
+from rlsys.data.turns import (
+    ONLY_TEXT,
+    SYSTEM_ROLES,
+    as_answer,
+    as_turns,
+    called_functions,
+    read_tools,
+    read_turns,
+)
 from rlsys.types import Message
 
-ROLES = ("system", "user", "assistant", "tool")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""The row's system message, as in ms-swift."""
 SOLUTION = "solution"
 """The column under which rewards find the answer of a row that has one."""
-_SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""What the chat template gets of a row besides its messages, as in TRL and ms-swift; rewards get
+these columns too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,15 @@ class ParsedRow:
     """A row, understood."""
 
     messages: list[Message]
-    """Ends with a turn of the user."""
+    """Ends with a turn of the user or of a tool."""
     columns: dict[str, Any]
-    """Everything that is not part of the prompt, unchanged, and `solution`."""
+    """Everything that is not a message, unchanged, and `solution`."""
     format: str
     """Which of the formats it was in."""
+    tools: list[dict[str, Any]] | None = None
+    """Schemas of functions for the chat template."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables of the chat template, before those of the config."""
 
 
 @dataclass(slots=True)
@@ -72,26 +79,53 @@ def parse_row(values: dict[str, Any], *, system: str | None) -> ParsedRow:
         raise BadRow(f"has no prompt: none of {', '.join(PROMPT_COLUMNS)} is there")
     name, read = _READERS[column]
     reading = read(values)
-    messages = _checked(reading.turns)
-    answer = reading.answer
-    if reading.answer_may_be_last and messages[-1]["role"] == "assistant" and len(messages) > 1:
-        answer = messages.pop()["content"]
-    if messages[-1]["role"] != "user":
-        raise BadRow(_wrong_end(column, messages[-1]["role"]))
-    own_system = values.get("system")
-    if own_system is not None and not isinstance(own_system, str):
-        raise BadRow(f"the column 'system' is no text: {own_system!r:.80}")
-    system = own_system if own_system and own_system.strip() else system
-    if system is not None and messages[0]["role"] != "system":
+    messages = read_turns(reading.turns)
+    answer, calls = reading.answer, []
+    if reading.answer_may_be_last and len(messages) > 1 and messages[-1]["role"] == "assistant":
+        last = messages.pop()
+        answer, calls = as_answer(last), called_functions(last)
+    if not messages or messages[-1]["role"] not in ("user", "tool"):
+        raise BadRow(_wrong_end(column, messages))
+    system = _own_system(values) or system
+    if system is not None and messages[0]["role"] not in SYSTEM_ROLES:
         messages.insert(0, {"role": "system", "content": system})
-    used = {*reading.used, "system", "messages"}
+    used = {*reading.used, *SYSTEM_COLUMNS, "messages"}
     columns = {name: value for name, value in values.items() if name not in used}
-    hidden = columns.keys() & set(OWN_COLUMNS)
-    if hidden:
-        raise BadRow(f"has the column {min(hidden)!r}, {_HIDDEN}. Rename it")
     if answer is not None and columns.get(SOLUTION) is None:
         columns[SOLUTION] = answer
-    return ParsedRow(messages, columns, name)
+    if calls:
+        columns.setdefault("tool_calls", calls)
+    return ParsedRow(
+        messages, columns, name, read_tools(values.get("tools")), _template_kwargs(values)
+    )
+
+
+def _own_system(values: dict[str, Any]) -> str | None:
+    """The row's system message; an empty one is none."""
+    for name in SYSTEM_COLUMNS:
+        text = values.get(name)
+        if text is not None and not isinstance(text, str):
+            raise BadRow(f"the column {name!r} is no text: {text!r:.80}")
+        if text and text.strip():
+            return text
+    return None
+
+
+def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
+    given = parse_cell(values.get("chat_template_kwargs"), "chat_template_kwargs")
+    if not given:
+        return {}
+    if not isinstance(given, dict):
+        raise BadRow(
+            "the column 'chat_template_kwargs' should hold variables of the chat template, as in "
+            f"{{'enable_thinking': false}}, and has {given!r:.80}"
+        )
+    taken = sorted(given.keys() & set(OWN_TEMPLATE_ARGUMENTS))
+    if taken:
+        raise BadRow(
+            f"the column 'chat_template_kwargs' has {', '.join(taken)}, which rlsys sets itself"
+        )
+    return given
 
 
 def columns_problem(columns: list[str]) -> str | None:
@@ -99,12 +133,6 @@ def columns_problem(columns: list[str]) -> str | None:
     found = f"It has the columns: {', '.join(columns) or 'none'}"
     if not set(PROMPT_COLUMNS) & set(columns):
         return f"has none of the columns {', '.join(PROMPT_COLUMNS)}. {found}. {_remedy(columns)}"
-    reserved = sorted(set(columns) & set(OWN_COLUMNS) - {"messages"})
-    if reserved:
-        return (
-            f"has the column {reserved[0]!r}, {_HIDDEN}. Rename it, for example with data.columns: "
-            f"{{{reserved[0]}: dataset_{reserved[0]}}}. {found}"
-        )
     return None
 
 
@@ -120,40 +148,26 @@ def _remedy(columns: list[str]) -> str:
 
 
 def _read_messages(values: dict[str, Any]) -> _Reading:
-    turns = _from_json(values["messages"], "messages")
-    return _Reading(turns, ("messages",), answer_may_be_last=True)
+    return _Reading(
+        parse_cell(values["messages"], "messages"), ("messages",), answer_may_be_last=True
+    )
 
 
 def _read_sharegpt(values: dict[str, Any]) -> _Reading:
     column = "conversations" if values.get("conversations") is not None else "conversation"
-    turns = _from_json(values[column], column)
-    if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):
-        turns = [turn for given in turns for turn in _sharegpt_turns(given)]
-    return _Reading(turns, (column,), answer_may_be_last=True)
-
-
-def _sharegpt_turns(given: dict[str, Any]) -> list[dict[str, Any]]:
-    """One turn of from and value, or ms-swift's pair of human and assistant."""
-    if "human" in given:
-        pair = [("user", given["human"]), ("assistant", given.get("assistant"))]
-        return [{"role": role, "content": text} for role, text in pair if text is not None]
-    if "from" not in given:
-        return [given]
-    role = _SHAREGPT_ROLES.get(given["from"]) if isinstance(given["from"], str) else None
-    if role is None:
-        raise BadRow(
-            f"a turn is from {given['from']!r:.40}; known are {', '.join(_SHAREGPT_ROLES)}"
-        )
-    return [{"role": role, "content": given.get("value")}]
+    return _Reading(parse_cell(values[column], column), (column,), answer_may_be_last=True)
 
 
 def _read_prompt(values: dict[str, Any]) -> _Reading:
     prompt = values["prompt"]
-    return _Reading(_user(prompt) if isinstance(prompt, str) else prompt, ("prompt",))
+    turns = as_turns(prompt, "prompt") if isinstance(prompt, str) else prompt
+    return _Reading(turns, ("prompt",))
 
 
 def _read_query(values: dict[str, Any]) -> _Reading:
-    turns = [*_history(values), *_user(values["query"])]
+    query = values["query"]
+    asked = as_turns(query, "query") if isinstance(query, str) else _user(query)
+    turns = [*_history(values), *asked]
     return _Reading(turns, ("query", "history"), answer=values.get("response"))
 
 
@@ -163,7 +177,7 @@ def _read_alpaca(values: dict[str, Any]) -> _Reading:
         if part is not None and not isinstance(part, str):
             raise BadRow(f"the column {name!r} is no text: {part!r:.80}")
     query = "\n".join(part for part in (instruction, text) if part and part.strip())
-    turns = [*_history(values), *_user(query)]
+    turns = [*_history(values), *as_turns(query, "instruction")]
     answer = values["output"] if values.get("output") is not None else values.get("response")
     return _Reading(turns, ("instruction", "input", "history"), answer=answer)
 
@@ -187,88 +201,32 @@ def _user(text: Any) -> list[Any]:
 def _history(values: dict[str, Any]) -> list[Message]:
     """Earlier turns as ms-swift and LLaMA-Factory have them: a list of [query, response]."""
     turns: list[Message] = []
-    for pair in _from_json(values.get("history"), "history") or []:
+    for pair in parse_cell(values.get("history"), "history") or []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRow(f"the column 'history' has no list of [query, response]: {pair!r:.80}")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return turns
 
 
-def _from_json(value: Any, column: str) -> Any:
-    """A list that a CSV file holds as a text."""
-    if not isinstance(value, str) or not value.strip():
-        return value
-    try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise BadRow(f"the column {column!r} is a text that is not JSON: {error}") from None
-
-
 # --- checks --------------------------------------------------------------------------------------
-
-
-def _checked(turns: Any) -> list[Message]:
-    if not isinstance(turns, list) or not turns:
-        raise BadRow(f"expected a list of messages or a prompt, found {turns!r:.80}")
-    return [_checked_turn(turn) for turn in turns]
-
-
-def _checked_turn(turn: Any) -> Message:
-    if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-        raise BadRow(
-            f"a message is {{'role': one of {', '.join(ROLES)}, 'content': text}}, "
-            f"found {turn!r:.80}"
-        )
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = _joined_text(content)
-    if not isinstance(content, str) or not content.strip():
-        kind = "no text" if content is None or isinstance(content, str) else "no text but a value"
-        raise BadRow(f"the {turn['role']} message has {kind}: {turn!r:.80}")
-    if not content.isascii():
-        _refuse_surrogates(content)
-    # Parquet gives every message the keys of all, None where it has none.
-    kept = {key: value for key, value in turn.items() if value is not None}
-    return kept | {"content": content}
-
-
-def _joined_text(parts: list[Any]) -> str:
-    """Content as a list of parts, which may only be text."""
-    texts = []
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise BadRow(f"a message has a part of type {kind!r:.40}: {_ONLY_TEXT}")
-        texts.append(str(part.get("text", "")))
-    return "".join(texts)
-
-
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            f"a message has {text[error.start]!a}, half of a surrogate pair, which is no character"
-        ) from None
-
-
-_HIDDEN = "a name under which reward functions get something else"
-_ONLY_TEXT = "rlsys trains on text alone. Leave such rows out, with a data.preprocessor for example"
 
 
 def _refuse_media(values: dict[str, Any]) -> None:
     for name in MEDIA_COLUMNS:
         if values.get(name):
-            raise BadRow(f"has {name} (the column {name!r} is not empty): {_ONLY_TEXT}")
+            raise BadRow(f"has {name} (the column {name!r} is not empty): {ONLY_TEXT}")
 
 
-def _wrong_end(column: str, role: str) -> str:
+def _wrong_end(column: str, messages: list[Message]) -> str:
+    if not messages:
+        return "the messages ask nothing: there is only an empty system message"
+    role = messages[-1]["role"]
     if column == "prompt" and role == "assistant":
         return (
             "the prompt ends with a turn of 'assistant', which TRL would let the model continue; "
             "rlsys does not. Leave it out, or name the column messages if it is the answer"
         )
     return (
-        f"the messages end with a turn of {role!r}; they must end with the user's, which the "
-        "model is to answer"
+        f"the messages end with a turn of {role!r}; they must end with one of the user or of a "
+        "tool, which the model is to answer"
     )

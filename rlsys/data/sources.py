@@ -205,12 +205,14 @@ class Source:
             return None
         return parse_row(prepared, system=self.config.system)
 
-    def first_rows(self, limit: int) -> tuple[list[ParsedRow], list[str]]:
+    def first_rows(self, limit: int) -> tuple[list[tuple[str, ParsedRow]], list[str]]:
         """Those of the first `limit` rows that can be used, and what is wrong with the others.
+
+        Each comes with its place.
 
         A problem of the dataset as a whole is told instead of those of its rows.
         """
-        parsed: list[ParsedRow] = []
+        parsed: list[tuple[str, ParsedRow]] = []
         bad: list[str] = []
         num_rows = 0
         try:
@@ -221,7 +223,7 @@ class Source:
                 except BadRow as error:
                     bad.append(f"{self.where(raw)}: {error}")
                 else:
-                    parsed += [] if row is None else [row]
+                    parsed += [] if row is None else [(self.where(raw), row)]
         except ValueError as error:
             return [], [str(error)]
         problems = [] if num_rows else [self.no_rows()]

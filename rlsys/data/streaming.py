@@ -6,16 +6,13 @@ import json
 import random
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlsys.config import DataConfig
 from rlsys.data.readers import BadRow, RawRow
-from rlsys.data.render import render_prompts
+from rlsys.data.render import ChatTemplate
 from rlsys.data.sources import Problems, Source, SourceCounts
 from rlsys.types import Prompt, RolloutGroup
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 CHECKED_ROWS = 1000
 """Rows of each dataset that are checked before the run."""
@@ -35,13 +32,13 @@ class StreamedPrompts:
     def __init__(
         self,
         sources: list[Source],
-        tokenizer: PreTrainedTokenizerBase,
+        template: ChatTemplate,
         config: DataConfig,
         *,
         seed: int,
     ):
         self._sources = sources
-        self._tokenizer = tokenizer
+        self._template = template
         self._config = config
         self._seed = seed
         self.counts = [SourceCounts(source.spec.text) for source in sources]
@@ -124,13 +121,19 @@ class StreamedPrompts:
             )
 
     def check_first_rows(self, problems: Problems) -> None:
-        """Look at the first rows of each dataset, for mistakes and for the names of columns."""
+        """Look at the first rows of each dataset, for mistakes and for the names of columns.
+
+        Rendering them lets the template notice what it leaves out of them.
+        """
         for source in self._sources:
             parsed, bad = source.first_rows(CHECKED_ROWS)
-            for row in parsed:
+            for _, row in parsed:
                 self._note_columns(source, row.columns)
             for text in bad:
                 problems.add(text)
+            for (where, _), token_ids in zip(parsed, self._template.render(parsed), strict=True):
+                if isinstance(token_ids, str):
+                    problems.add(f"{where}: {token_ids}")
 
     def _note_columns(self, source: Source, columns: dict[str, Any]) -> None:
         self.columns.update(dict.fromkeys(columns))
@@ -178,10 +181,8 @@ class StreamedPrompts:
                 counts[id(source)].filtered += 1
             else:
                 understood.append((source, raw, parsed))
-        rendered = render_prompts(
-            [p.messages for _, _, p in understood],
-            self._tokenizer,
-            self._config.chat_template_kwargs,
+        rendered = self._template.render(
+            [(source.where(raw), parsed) for source, raw, parsed in understood]
         )
         prompts = []
         for (source, raw, parsed), token_ids in zip(understood, rendered, strict=True):

@@ -1,6 +1,7 @@
 """A tokenizer whose tokens are words, and files of rows."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 from rlsys.config import DataConfig
@@ -28,6 +29,28 @@ def word_tokenizer():
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", unk_token="<unk>", chat_template=TEMPLATE
+    )
+
+
+def chat_tokenizer(template: str):
+    """Bytes are tokens, so that decoding gives the prompt as the template wrote it.
+
+    Args:
+        template: a chat template, or the name of one that comes with trl.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if "{" not in template:
+        [folder] = find_spec("trl").submodule_search_locations
+        template = (Path(folder) / "chat_templates" / f"{template}.jinja").read_text()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {sign: number for number, sign in enumerate(["<s>", "</s>", *sorted(alphabet)])}
+    backend = Tokenizer(models.BPE(vocabulary, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", chat_template=template
     )
 
 

@@ -226,12 +226,6 @@ def test_an_empty_dataset_is_named(tokenizer, tmp_path):
         load(tokenizer, write_jsonl(tmp_path / "train.jsonl", []))
 
 
-def test_a_column_that_hides_what_reward_functions_get(tokenizer, tmp_path):
-    source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "completions": "b"}])
-    with pytest.raises(ValueError, match=r"the column 'completions'.*Rename it"):
-        load(tokenizer, source)
-
-
 def test_bad_rows_are_listed_together_with_their_lines(tokenizer, tmp_path):
     rows = [
         {"messages": user("a")},

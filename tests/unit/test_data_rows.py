@@ -11,6 +11,17 @@ from rlsys.data.rows import parse_row
 ASKED = [{"role": "user", "content": "2 + 2?"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}]
 EARLIER = [*user("1 + 1?"), *assistant("2")]
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+CALLING = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+RESULT = {"role": "tool", "content": "4"}
+SCHEMA = {"name": "add", "description": "", "parameters": {"type": "object", "properties": {}}}
+TOOL = {"type": "function", "function": SCHEMA}
+
+
+def calling(content: str = "", *calls: dict) -> dict:
+    """A turn that calls functions, as rlsys has it after reading rows without ids."""
+    functions = [{"type": "function", "function": call} for call in calls or [CALL["function"]]]
+    return {"role": "assistant", "content": content, "tool_calls": functions}
 
 
 @pytest.mark.parametrize(
@@ -130,7 +141,22 @@ def test_a_system_message_of_the_row_goes_before_the_one_of_the_config():
         ({"prompt": "a", "system": 3}, "the column 'system' is no text: 3"),
         ({"prompt": "a", "image": "a.png"}, "has image (the column 'image' is not empty)"),
         ({"messages": user([{"type": "image_url"}])}, "a part of type 'image_url'"),
-        ({"prompt": "a", "completions": ["b"]}, "has the column 'completions', a name under which"),
+        ({"prompt": '[{"role": "user", "content": "a"'}, "'prompt' is a text that is not JSON"),
+        ({"prompt": '[{"role": "robot", "content": "a"}]'}, "found {'role': 'robot'"),
+        (
+            {"messages": [*SYSTEM, {"role": "system", "content": "b"}]},
+            "end with a turn of 'system'",
+        ),
+        ({"messages": [{"role": "system", "content": ""}]}, "the messages ask nothing"),
+        ({"messages": user([{"type": "text", "text": None}])}, "the user message has no text"),
+        ({"messages": user([{"type": "text", "text": 3}])}, "has no text but a value"),
+        ({"messages": "[" * 100_000}, "nested too deeply"),
+        ({"conversations": [{"from": "function_call", "value": "f(x)"}, *ASKED]}, "found 'f(x)'"),
+        ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "only the assist"),
+        ({"prompt": "a", "tools": "hammer"}, "the column 'tools' is a text that is not JSON"),
+        ({"prompt": "a", "tools": ["hammer"]}, "has 'hammer'. If it is for rewards only, rename"),
+        ({"prompt": "a", "chat_template_kwargs": "[1]"}, "variables of the chat template"),
+        ({"prompt": "a", "chat_template_kwargs": {"tokenize": False}}, "which rlsys sets itself"),
         ({"prompt": "a\ud83d"}, "half of a surrogate pair"),
     ],
 )
@@ -138,3 +164,183 @@ def test_a_row_that_cannot_be_used_says_why(row, words):
     with pytest.raises(BadRow) as caught:
         parse_row(row, system=None)
     assert words in str(caught.value)
+
+
+def openai(**call) -> dict:
+    """A turn as OpenAI's API returns it: null for what is not there, arguments as text."""
+    nothing = {"refusal": None, "audio": None, "function_call": None}
+    given = {"id": "c1", "type": "function", "index": None, "function": {"name": "add", **call}}
+    return {"role": "assistant", "content": None, "tool_calls": [given], **nothing}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        pytest.param(
+            {"messages": [*ASKED, openai(arguments='{"a": 2}'), RESULT]},
+            [*ASKED, CALLING, RESULT],
+            id="OpenAI, ends with a tool",
+        ),
+        pytest.param(
+            {"messages": [*ASKED, openai(arguments={"a": 2, "b": None}), RESULT]},
+            [
+                *ASKED,
+                CALLING
+                | {
+                    "tool_calls": [
+                        CALL | {"function": {"name": "add", "arguments": {"a": 2, "b": None}}}
+                    ]
+                },
+                RESULT,
+            ],
+            id="a null that the row has stays",
+        ),
+        pytest.param(
+            {
+                "messages": [
+                    *ASKED,
+                    {
+                        "role": "assistant",
+                        "function_call": {"name": "add", "arguments": '{"a": 2}'},
+                    },
+                    {"role": "function", "name": "add", "content": "4"},
+                ]
+            },
+            [*ASKED, calling(), RESULT | {"name": "add"}],
+            id="OpenAI before tools",
+        ),
+        pytest.param(
+            {
+                "conversations": [
+                    {"from": "human", "value": "2 + 2?"},
+                    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+                    {"from": "observation", "value": "4"},
+                ]
+            },
+            [*ASKED, calling(), RESULT],
+            id="LLaMA-Factory",
+        ),
+        pytest.param(
+            {
+                "conversations": [
+                    {"from": "human", "value": "2 + 2?"},
+                    {
+                        "from": "function_call",
+                        "value": "<think>Add.</think>\n"
+                        '[{"name": "a"}, {"name": "b", "arguments": "{}"}]',
+                    },
+                    {"from": "observation", "value": "4"},
+                ]
+            },
+            [
+                *ASKED,
+                calling(
+                    "<think>Add.</think>",
+                    {"name": "a", "arguments": {}},
+                    {"name": "b", "arguments": {}},
+                ),
+                RESULT,
+            ],
+            id="LLaMA-Factory, two calls behind a thought",
+        ),
+        pytest.param(
+            {
+                "messages": [
+                    *ASKED,
+                    *assistant("Wait."),
+                    {"role": "tool_call", "content": '{"name": "add", "arguments": {"a": 2}}'},
+                    {
+                        "role": "tool_call",
+                        "content": '{"name": "add", "arguments": "{\\"a\\": 2}"}',
+                    },
+                    {"role": "tool_response", "content": "4"},
+                    {"role": "tool_response", "content": {"sum": 4}},
+                ]
+            },
+            [
+                *ASKED,
+                calling("Wait.", CALL["function"], CALL["function"]),
+                RESULT,
+                {"role": "tool", "content": '{"sum": 4}'},
+            ],
+            id="ms-swift",
+        ),
+        pytest.param(
+            {"conversation": [{"human": "1 + 1?", "assistant": "2"}, {"tool": "4"}]},
+            [*EARLIER, RESULT],
+            id="ms-swift in pairs",
+        ),
+        pytest.param(
+            {"messages": [{"from": "human", "value": "2 + 2?"}]}, ASKED, id="ShareGPT as messages"
+        ),
+        pytest.param({"messages": [json.dumps(ASKED[0])]}, ASKED, id="turns as JSON text"),
+        pytest.param(
+            {"messages": [{"role": "system", "content": ""}, *ASKED], "system_prompt": "Be brief."},
+            [*SYSTEM, *ASKED],
+            id="an empty system message is none",
+        ),
+        pytest.param(
+            {"messages": [{"role": "developer", "content": "a"}, *ASKED], "system": "b"},
+            [{"role": "developer", "content": "a"}, *ASKED],
+            id="a developer message is the system message",
+        ),
+    ],
+)
+def test_agents_write_turns_in_many_ways(row, messages):
+    assert parse_row(row, system=None).messages == messages
+
+
+def test_a_last_turn_that_calls_tools_is_the_answer():
+    parsed = parse_row({"messages": [*ASKED, CALLING]}, system=None)
+    assert parsed.messages == ASKED
+    assert json.loads(parsed.columns["solution"]) == parsed.columns["tool_calls"]
+    assert parsed.columns["tool_calls"] == [CALL["function"]]
+    with_words = parse_row({"messages": [*ASKED, CALLING | {"content": "a"}]}, system=None)
+    assert with_words.columns == {"solution": "a", "tool_calls": [CALL["function"]]}
+
+
+@pytest.mark.parametrize("column", ["prompt", "query", "instruction", "messages", "conversations"])
+@pytest.mark.parametrize("write", [json.dumps, repr], ids=["JSON", "Python"])
+def test_turns_in_the_cell_of_a_table_are_turns(column, write):
+    given = [*SYSTEM, *ASKED]
+    assert parse_row({column: write(given)}, system=None).messages == given
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[1, 2, 3]: which is odd?",
+        '[{"id": 1}, {"id": 2}]',
+        '{"role": "admin"}',
+        '[{"value": 3}]',
+        "[{'role': who plays what?",
+        "{",
+        "[]",
+    ],
+)
+def test_words_that_begin_with_a_bracket_stay_words(words):
+    assert parse_row({"prompt": words}, system=None).messages == user(words)
+
+
+@pytest.mark.parametrize(
+    "given", [[TOOL], TOOL, [SCHEMA], {"type": "function", **SCHEMA}, [json.dumps(TOOL)]]
+)
+def test_tools_are_schemas_in_every_spelling(given):
+    for tools in (given, json.dumps(given)):
+        parsed = parse_row({"prompt": "a", "tools": tools}, system=None)
+        assert parsed.tools == [TOOL]
+        assert parsed.columns == {"tools": tools}
+
+
+@pytest.mark.parametrize("empty", [None, "", " ", [], "[]", {}])
+def test_rows_without_tools_or_variables_have_none(empty):
+    parsed = parse_row({"prompt": "a", "tools": empty, "chat_template_kwargs": empty}, system=None)
+    assert parsed.tools is None
+    assert parsed.template_kwargs == {}
+
+
+@pytest.mark.parametrize("write", [dict, json.dumps])
+def test_a_row_may_have_its_own_variables_of_the_template(write):
+    given = write({"enable_thinking": False})
+    parsed = parse_row({"prompt": "a", "chat_template_kwargs": given}, system=None)
+    assert parsed.template_kwargs == {"enable_thinking": False}

@@ -1,0 +1,111 @@
+"""JSON as Python's own parser reads it, with errors that say what is wrong and where."""
+
+from __future__ import annotations
+
+import ast
+import json
+from typing import Any, NoReturn
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; the message does not say where it stands."""
+
+
+def parse_json(content: bytes | str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        BadRow: it is no JSON, has two meanings, or holds text that is no Unicode.
+    """
+    text = content if isinstance(content, str) else _decoded(content)
+    try:
+        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise BadRow(f"not JSON: {_described(error)}") from None
+    except RecursionError:
+        raise BadRow("not JSON that can be read: nested too deeply") from None
+    except BadRow:
+        raise
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise BadRow(f"not JSON that can be read: {error}") from None
+    if "\\ud" in text or "\\uD" in text:  # half of a pair of escapes is no character
+        check_unicode(value)
+    return value
+
+
+def parse_cell(value: Any, column: str) -> Any:
+    """The value of a table's cell, which may hold it as text; a blank text is None.
+
+    The text is JSON, or lists and dictionaries as Python prints them and pandas writes them to CSV.
+
+    Raises:
+        BadRow: the text is neither.
+    """
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return parse_json(value)
+    except BadRow as error:
+        try:
+            return ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            raise BadRow(f"the column {column!r} is a text that is {error}") from None
+
+
+def _decoded(content: bytes) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(not_utf8(content, error.start)) from None
+
+
+def _described(error: json.JSONDecodeError) -> str:
+    place = f"column {error.colno}"
+    if error.lineno > 1:
+        place = f"line {error.lineno}, {place}"
+    before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].strip()
+    hint = ""
+    if before.endswith(",") and rest[:1] in ("]", "}"):
+        hint = "; remove the comma before it"
+    elif error.msg == "Extra data" and rest == ",":
+        hint = "; lines of a JSON Lines file end without a comma"
+    return f"{error.msg} at {place}{hint}"
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise BadRow(f"not JSON: {name} is no JSON value; write null or a number")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise BadRow(f"not JSON of one meaning: an object has the key {twice!r} twice")
+    return found
+
+
+def check_unicode(value: Any) -> None:
+    r"""Refuse half a surrogate pair, such as "\ud83d" alone, which no tokenizer takes.
+
+    Raises:
+        BadRow: there is one in `value`.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            f"the text {error.object[max(0, error.start - 20) : error.start]!r} is followed by "
+            f"{error.object[error.start]!a}, half of a surrogate pair, which is no character"
+        ) from None
+
+
+def not_utf8(content: bytes, byte: int) -> str:
+    """What is wrong with a line that has a byte, counted from 0, that is no UTF-8."""
+    hint = " (it looks like UTF-16)" if content.count(0) > len(content) // 3 else ""
+    return (
+        f"is not a text in UTF-8: byte {byte + 1} is {content[byte]:#04x}{hint}; convert the file "
+        "to UTF-8"
+    )

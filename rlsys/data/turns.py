@@ -1,0 +1,283 @@
+"""Turns of a conversation as people write them -> messages as OpenAI and transformers have them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rlsys.data.json_text import BadRow, parse_cell, parse_json
+from rlsys.types import Message
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+SYSTEM_ROLES = ("system", "developer")
+ONLY_TEXT = "rlsys trains on text alone. Leave such rows out, with a data.preprocessor for example"
+
+_CALLS = "calls"
+_ROLE_NAMES = {
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "observation": "tool",  # LLaMA-Factory
+    "tool_response": "tool",  # ms-swift
+    "function": "tool",  # OpenAI, before tools
+    "function_call": _CALLS,  # LLaMA-Factory
+    "tool_call": _CALLS,  # ms-swift
+}
+"""Names of roles in ShareGPT, LLaMA-Factory, ms-swift and OpenAI's API; `_CALLS` is a turn of the
+assistant whose content is the calls."""
+_THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
+_LOOKS_LIKE_TURNS = re.compile(
+    r"""\s*\[?\s*\{.*["'](role|from)["']\s*:.*["'](content|value)["']\s*:"""
+    r"""|\s*\[?\s*\{.*["'](content|value)["']\s*:.*["'](role|from)["']\s*:""",
+    re.DOTALL,
+)
+
+
+def as_turns(words: str, column: str) -> list[Any]:
+    """The turn of a user who says `words`, or the turns that a table's cell holds as text.
+
+    Words that merely begin with a bracket, JSON of something else included, stay words.
+
+    Raises:
+        BadRow: it looks like turns and cannot be read.
+    """
+    if _LOOKS_LIKE_TURNS.match(words):
+        turns = parse_cell(words, column)
+        turns = [turns] if isinstance(turns, dict) else turns
+        if isinstance(turns, list) and all(map(_is_turn, turns)):
+            return turns
+    return [{"role": "user", "content": words}]
+
+
+def read_turns(turns: Any) -> list[Message]:
+    """Messages without empty system messages, each with a text as `content`.
+
+    Turns that only call tools are one message of the assistant with `tool_calls`, whose arguments
+    are objects where they can be.
+
+    Raises:
+        BadRow: no turns, an unknown role, no text, or images.
+    """
+    if not isinstance(turns, list) or not turns:
+        raise BadRow(f"expected a list of messages or a prompt, found {turns!r:.80}")
+    messages: list[Message] = []
+    for name, message in (found for turn in turns for found in _messages_of(turn)):
+        if name == _CALLS and messages and messages[-1]["role"] == "assistant":
+            earlier = messages[-1]
+            earlier["tool_calls"] = [*earlier.get("tool_calls", []), *message["tool_calls"]]
+            earlier["content"] += message["content"]
+        elif name not in SYSTEM_ROLES or message["content"].strip():
+            messages.append(message)
+    return messages
+
+
+def called_functions(message: Message) -> list[dict[str, Any]]:
+    """The name and arguments of each call of a turn."""
+    return [call["function"] for call in message.get("tool_calls", [])]
+
+
+def _messages_of(turn: Any) -> list[tuple[str, Message]]:
+    """Role name and message of a turn, or of the two of ms-swift's pair of human and assistant."""
+    if isinstance(turn, str):
+        turn = _from_text(turn)
+    if not isinstance(turn, dict):
+        raise BadRow(_no_message(turn))
+    if {"role", "from"} & turn.keys():
+        return [_message(turn)]
+    pair = [(name, text) for name, text in turn.items() if name in _ROLE_NAMES and text is not None]
+    if not pair:
+        raise BadRow(_no_message(turn))
+    return [_message({"role": name, "content": text}) for name, text in pair]
+
+
+def _is_turn(given: Any) -> bool:
+    return isinstance(given, dict) and bool({"role", "from"} & given.keys())
+
+
+def _from_text(turn: str) -> Any:
+    try:
+        return parse_json(turn)
+    except BadRow:
+        return turn
+
+
+def _message(turn: Mapping[str, Any]) -> tuple[str, Message]:
+    name = _role_name(turn)
+    role = "assistant" if name == _CALLS else name
+    # Absent and null say the same of a message, and tables have null for what is absent.
+    kept = {key: v for key, v in turn.items() if v is not None and key not in ("from", "value")}
+    content = kept.get("content", turn.get("value"))
+    calls = _calls(kept.pop("tool_calls", None) or kept.pop("function_call", None))
+    if calls and name != "assistant":
+        raise BadRow(f"the {role} message has tool_calls, which only the assistant's may have")
+    if name == _CALLS:
+        content, calls = _calls_as_content(content)
+    if name == "tool" and isinstance(content, dict):
+        content = json.dumps(content, ensure_ascii=False)
+    content = _as_text(content, may_be_empty=bool(calls) or role in ("tool", *SYSTEM_ROLES))
+    if content is None or not isinstance(content, str):
+        kind = "no text" if content is None else "no text but a value"
+        raise BadRow(f"the {role} message has {kind}: {dict(turn)!r:.80}")
+    if not content.isascii():
+        _refuse_surrogates(content)
+    message = kept | {"role": role, "content": content}
+    return name, message | {"tool_calls": calls} if calls else message
+
+
+def _as_text(content: Any, *, may_be_empty: bool) -> Any:
+    """Content in parts as one text, None where there is no text; any other value as it is."""
+    if isinstance(content, list):
+        content = _joined_text(content)
+    if content is None or (isinstance(content, str) and not content.strip()):
+        return "" if may_be_empty else None
+    return content
+
+
+def _role_name(turn: Mapping[str, Any]) -> str:
+    key = "from" if turn.get("role") is None else "role"
+    given = turn.get(key)
+    name = _ROLE_NAMES.get(given) if isinstance(given, str) else None
+    if name is None and key == "from":
+        raise BadRow(f"a turn is from {given!r:.40}; known are {', '.join(_ROLE_NAMES)}")
+    if name is None:
+        raise BadRow(_no_message(dict(turn)))
+    return name
+
+
+def _no_message(turn: Any) -> str:
+    return (
+        f"a message is {{'role': one of {', '.join(ROLES)}, 'content': text}}, found {turn!r:.80}"
+    )
+
+
+def _joined_text(parts: list[Any]) -> str:
+    """Content as a list of parts, which may only be text."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, dict) else part
+            raise BadRow(f"a message has a part of type {kind!r:.40}: {ONLY_TEXT}")
+        text = part.get("text")
+        if text is not None and not isinstance(text, str):
+            raise BadRow(f"a part of a message has no text but a value: {part!r:.80}")
+        texts.append(text or "")
+    return "".join(texts)
+
+
+def _refuse_surrogates(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            f"a message has {text[error.start]!a}, half of a surrogate pair, which is no character"
+        ) from None
+
+
+# --- calls of tools ------------------------------------------------------------------------------
+
+
+def _calls_as_content(content: Any) -> tuple[str, list[dict[str, Any]]]:
+    """What comes before the calls, and the calls, of a turn that is nothing else."""
+    thought = _THOUGHT.match(content) if isinstance(content, str) else None
+    text = content[thought.end() :] if thought else content
+    calls = _calls(text)
+    if not calls:
+        raise BadRow(_no_call(content))
+    return thought.group(1) if thought else "", calls
+
+
+def _calls(given: Any) -> list[dict[str, Any]]:
+    """Calls as OpenAI has them, out of a list, one call, or JSON text of either."""
+    if isinstance(given, str):
+        try:
+            given = parse_json(given)
+        except BadRow:
+            raise BadRow(_no_call(given)) from None
+    calls = [given] if isinstance(given, dict) else given or []
+    if not isinstance(calls, list):
+        raise BadRow(_no_call(given))
+    return [_call(call) for call in calls]
+
+
+def _call(given: Any) -> dict[str, Any]:
+    if isinstance(given, str):
+        given = _from_text(given)
+    call = given if isinstance(given, dict) and "function" in given else {"function": given}
+    function = call["function"]
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(_no_call(given))
+    about = {key: v for key, v in call.items() if v is not None}
+    called = {"name": function["name"], "arguments": _arguments(function.get("arguments"))}
+    return {"type": "function"} | about | {"function": called}
+
+
+def _arguments(given: Any) -> Any:
+    """An object where it can be: transformers' templates expect one, OpenAI's API has its text."""
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return {}
+    if not isinstance(given, str):
+        return given
+    parsed = _from_text(given)
+    return parsed if isinstance(parsed, dict) else given
+
+
+def _no_call(given: Any) -> str:
+    return (
+        "a call of a tool is {'name': text, 'arguments': object}, alone or as 'function', or JSON "
+        f"text of it; found {given!r:.80}"
+    )
+
+
+# --- tools ---------------------------------------------------------------------------------------
+
+
+def read_tools(given: Any) -> list[dict[str, Any]] | None:
+    """The column `tools`: schemas of functions as OpenAI has them; None where there are none.
+
+    Also taken are JSON text of them, and functions without OpenAI's wrapper, as LLaMA-Factory has
+    them.
+
+    Raises:
+        BadRow: it is something else.
+    """
+    given = parse_cell(given, "tools")
+    if not given:
+        return None
+    tools = [given] if isinstance(given, dict) else given
+    if not isinstance(tools, list):
+        raise BadRow(_no_tools(given))
+    return [_tool(tool) for tool in tools]
+
+
+def _tool(given: Any) -> dict[str, Any]:
+    tool = _from_text(given) if isinstance(given, str) else given
+    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
+        name = tool["function"].get("name")
+    elif isinstance(tool, dict):
+        name = tool.get("name")
+        bare = {key: value for key, value in tool.items() if key != "type"}
+        tool = {"type": "function", "function": bare}
+    else:
+        name = None
+    if not isinstance(name, str):
+        raise BadRow(_no_tools(given))
+    return tool
+
+
+def _no_tools(given: Any) -> str:
+    return (
+        "the column 'tools' should hold schemas of functions, [{'type': 'function', 'function': "
+        f"{{'name': ...}}}}] or JSON text of it, and has {given!r:.80}. If it is for rewards only, "
+        "rename it with data.columns: {tools: dataset_tools}"
+    )
+
+
+def as_answer(message: Message) -> str:
+    """The text of a turn of the assistant; JSON of its calls where it has no text."""
+    if message["content"].strip():
+        return message["content"]
+    return json.dumps(called_functions(message), ensure_ascii=False)
