@@ -79,7 +79,7 @@ def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> 
     if problems or not sources:
         return None
     for source in sources:
-        if not columns.keys() >= set(wanted) and not _add_columns(source, columns, set(wanted)):
+        if not _add_columns(source, columns, set(wanted)):
             return None
     return list(columns)
 

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.config import Config
+from rlsys.data.rows import TEMPLATE_COLUMNS
 from rlsys.rewards import ORM, OWN_COLUMNS, Reward, RewardError, check_call, orms
 from rlsys.rewards.instances import KEYWORD_KINDS, Params
 from rlsys.rewards.scoring import call_settings, call_signature, takes_completions_first
+
+_SHOWN = 12
+"""Columns that one line names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +144,8 @@ def column_problems_of_run(
 
 
 def column_problems(config: Config, columns: Collection[str], data: str = "the data") -> list[str]:
-    """Of reward functions that need a column which no dataset of `data` has, or do not take one
-    that there is."""
+    """Of reward functions that need a column which no dataset of `data` has, do not take one that
+    there is, or take from the run what has the name of one."""
     problems = []
     for name, use in column_uses(config).items():
         missing = [column for column in use.needed if column not in columns]
@@ -153,8 +157,38 @@ def column_problems(config: Config, columns: Collection[str], data: str = "the d
                 "add it with a data.preprocessor, or set the parameter with reward.reward_params"
             )
             continue
+        hidden = [column for column in columns if _is_hidden(name, column)]
+        if hidden:
+            problems.append(
+                f"reward function {name!r} takes {hidden[0]!r}, which the run fills in, and {data} "
+                f"has the column {hidden[0]!r} too. Rename it with data.columns: "
+                f"{{{hidden[0]}: dataset_{hidden[0]}}}"
+            )
+            continue
         try:
             check_call(name, config.reward.params.get(name, {}), config.known_to_rewards, columns)
         except ValueError as error:
             problems.append(str(error))
     return problems
+
+
+def unread_columns(config: Config, columns: Collection[str]) -> str | None:
+    """A line that names the columns which neither the prompt nor a reward function asks for.
+
+    None where there are none.
+    """
+    uses = column_uses(config).values()
+    named = {column for use in uses for column in (*use.needed, *use.optional)}
+    unread = [column for column in columns if column not in named | set(TEMPLATE_COLUMNS)]
+    if not unread:
+        return None
+    more = f" and {len(unread) - _SHOWN:,} more" if len(unread) > _SHOWN else ""
+    may = "; functions with **columns may read them" if any(u.takes_all for u in uses) else ""
+    return f"no reward function names the columns {', '.join(unread[:_SHOWN])}{more}{may}"
+
+
+def _is_hidden(name: str, column: str) -> bool:
+    """Whether a reward function takes from the run what has the name of this column."""
+    if column not in OWN_COLUMNS:
+        return False
+    return column == "completions" or column in call_signature(orms[name]).parameters

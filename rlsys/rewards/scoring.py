@@ -123,7 +123,8 @@ def call_arguments(
     Raises:
         RewardError: its signature does not take them.
     """
-    kwargs = dict(columns)
+    # A method has a parameter of that name already.
+    kwargs = {name: values for name, values in columns.items() if name != "self"}
     args: tuple[Any, ...] = ()
     if isinstance(function, TrlStyle):
         kwargs["completions"] = as_messages(columns["completions"])
