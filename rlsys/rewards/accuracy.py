@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -12,22 +11,20 @@ from rlsys.rewards.answers import (
     AnswerFormat,
     after_thinking,
     check_answer_format,
+    is_prose,
     last_boxed,
     marked_answer,
-    reference,
     right_answer,
+    right_answers,
     tagged_answers,
+    warn_once,
+    words_of,
 )
 from rlsys.rewards.base import ORM, register_reward
 from rlsys.rewards.bounded import BoundedCalls, Limit
 
-_log = logging.getLogger(__name__)
-
 MAX_LENGTH = 2000
 """Characters of an answer; what is longer is no answer."""
-
-_DOLLARS = re.compile(r"^\\?\$(?=\s*[0-9.]+)")
-_GSM8K = re.compile(r"####\s*([^\n]+)")
 
 
 @register_reward("accuracy")
@@ -36,8 +33,8 @@ class Accuracy(ORM):
 
     The answer stands after the last `</think>`: in `<answer>` tags, else in the last `\boxed{}`,
     else (`answer_format: any`) it is what math-verify finds, such as "the answer is 4" or the last
-    number. Reads the columns `solution` or `answer`, where GSM8K's `#### 72` is understood. A row
-    whose answer cannot be read as mathematics is None, not applicable.
+    number. Reads the columns `answer`, else `solution`, where GSM8K's `#### 72` is understood. A
+    row whose answer cannot be read as mathematics, or is prose, is None: not applicable.
     """
 
     def __init__(self, answer_format: AnswerFormat = "any", time_limit_s: float = 3.0):
@@ -71,26 +68,32 @@ class Accuracy(ORM):
         Raises:
             ValueError: a row without an answer, or with an empty one.
         """
-        golds = reference("accuracy", solution, answer)
+        golds = right_answers(
+            "accuracy", len(completions), is_final=_is_final, answer=answer, solution=solution
+        )
         return [
-            self._score(completion, gold_answer(gold))
+            self._score(completion, None if gold is None else gold_answer(gold.value))
             for completion, gold in zip(completions, golds, strict=True)
         ]
 
     @staticmethod
     def check_row(row: Mapping[str, Any]) -> None:
         """See ORM: the right answer must be a text or a number, and not empty."""
-        gold_answer(right_answer("accuracy", row))
+        Accuracy.gold(row)
 
-    def _score(self, completion: str, gold: str) -> float | None:
+    @staticmethod
+    def gold(row: Mapping[str, Any]) -> str | None:
+        """See ORM."""
+        found = right_answer("accuracy", row, is_final=_is_final)
+        return None if found is None else gold_answer(found.value)
+
+    def _score(self, completion: str, gold: str | None) -> float | None:
+        if gold is None:
+            return None
         if gold not in self._known_golds:
             self._known_golds[gold] = self._check(gold, None, True) is True
             if not self._known_golds[gold]:
-                _log.warning(
-                    "accuracy: the right answer %.200r of a row cannot be read as mathematics: its "
-                    "completions are None (not applicable)",
-                    gold,
-                )
+                warn_once("accuracy", f"the right answer {gold!r:.200} is no mathematics")
         if not self._known_golds[gold]:
             return None
         found, marked = self._find(completion)
@@ -111,8 +114,14 @@ class Accuracy(ORM):
         return text[-MAX_LENGTH:], False
 
 
+def _is_final(column: str, text: str) -> bool:
+    """Whether a text without a mark is an answer: `3 apples` and `sqrt(3)`, not `See Figure 4`."""
+    before_number = re.split(r"\d", text, maxsplit=1)[0]
+    return not is_prose(text) and len(words_of(before_number)) < 2
+
+
 def gold_answer(gold: Any) -> str:
-    r"""The answer of a dataset's row, freed of `#### `, `<answer>`, `\boxed{}` or `$`.
+    """The answer of a dataset's row as a text, without the `$` around LaTeX.
 
     Raises:
         ValueError: neither text nor number, or empty.
@@ -123,15 +132,10 @@ def gold_answer(gold: Any) -> str:
         raise ValueError(
             f"an answer must be text or a number, found {gold!r}. Correct the dataset."
         )
-    marked = _GSM8K.findall(gold) or tagged_answers(gold)
-    text = (marked[-1] if marked else gold).strip()
-    boxed = last_boxed(text)
-    text = text if boxed is None else boxed
+    text = gold.strip()
     bare = text[1:-1]
     if text[:1] == text[-1:] == "$" and "$" not in bare:
         text = bare.strip()
-    else:
-        text = _DOLLARS.sub("", text)
     if not text.strip("# "):
         raise ValueError(
             f"accuracy: the right answer of a row must not be empty, found {gold!r:.200}. Correct "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -25,6 +26,8 @@ MAX_DEPTH = 50
 _NO_TARGET = "countdown needs a dataset column 'target' (or 'response')"
 _EXPRESSION = re.compile(r"[0-9+\-*/() ]+")
 _TAIL = re.compile(r"-?[0-9]+")
+_SIGN = re.compile(r"(?:^|\()\s*-(?=\s*[0-9(])")
+_NUMBER = re.compile(rf"({_SIGN.pattern}\s*)?([0-9]+)")
 _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -46,9 +49,10 @@ def is_solution(completion: str, nums: list[int], target: int) -> bool:
 def is_correct_answer(answer: str, nums: list[int], target: int) -> bool:
     """Whether `answer`, the text between the tags, is right.
 
-    It is one expression of non-negative integers, the binary operators + - * / and parentheses,
-    with any white space, and optionally `= target` after it. All else is wrong, however
-    well meant: signs, decimals, `x`, `×`, `÷`, LaTeX, words.
+    It is one expression of whole numbers, the binary operators + - * / and parentheses, with any
+    white space, and optionally `= target` after it. A minus at its beginning, or at that of a
+    parenthesis, is a sign. All else is wrong, however well meant: other signs, decimals, `x`, `×`,
+    `÷`, LaTeX, words.
     """
     answer = " ".join(answer.split())
     if len(answer) > MAX_LENGTH:
@@ -62,10 +66,15 @@ def is_correct_answer(answer: str, nums: list[int], target: int) -> bool:
 
 
 def _uses_exactly(expression: str, nums: list[int]) -> bool:
-    """Each number once, joined by as many operators as that takes: no `**`, `//` or signs."""
-    used = [int(digits) for digits in re.findall(r"[0-9]+", expression)]
+    """Each number once, joined by as many operators as that takes: no `**` or `//`."""
+    unused = Counter(nums)
+    for sign, digits in _NUMBER.findall(expression):
+        number = int(digits)
+        unused[-number if sign and unused[-number] > 0 else number] -= 1
     num_operators = sum(expression.count(symbol) for symbol in "+-*/")
-    return sorted(used) == sorted(nums) and num_operators == len(nums) - 1
+    return (
+        not any(unused.values()) and num_operators - len(_SIGN.findall(expression)) == len(nums) - 1
+    )
 
 
 def _depth(expression: str) -> int:
@@ -88,6 +97,8 @@ def _evaluate(node: ast.expr) -> Fraction:
     match node:
         case ast.Constant(value=int(value)):
             return Fraction(value)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_evaluate(left), _evaluate(right))
     raise SyntaxError(f"{type(node).__name__} is not arithmetic")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from rlsys.rewards.answers import (
+    ANSWER_COLUMNS,
     AnswerFormat,
     after_thinking,
     check_answer_format,
+    is_prose,
     last_boxed,
     marked_answer,
-    reference,
     right_answer,
+    right_answers,
     tagged_answers,
 )
 from rlsys.rewards.base import ORM, register_reward
@@ -55,8 +57,8 @@ class MultipleChoice(ORM):
 
     The choice stands after the last `</think>`: in `<answer>` tags, else in the last `\boxed{}`,
     else (`answer_format: any`) in words such as "the answer is (B)", or it is the whole text. A
-    completion that names several choices as its answer scores 0. Reads the columns `solution` or
-    `answer`: `B`, `(b)` or `B. Paris`.
+    completion that names several choices as its answer scores 0. Reads the columns `answer`, else
+    `solution`: `B`, `(b)` or `B. Paris`. A row whose answer is prose is None: not applicable.
     """
 
     def __init__(self, choices: str = "ABCDEFGHIJ", answer_format: AnswerFormat = "any"):
@@ -79,23 +81,34 @@ class MultipleChoice(ORM):
         solution: list[Any] | None = None,
         answer: list[Any] | None = None,
         **columns: Any,
-    ) -> list[float]:
-        """[G] 1.0 or 0.0.
+    ) -> list[float | None]:
+        """[G] 1.0, 0.0, or None where the row has no answer.
 
         Raises:
             ValueError: a row whose right answer is none of the choices.
         """
-        golds = reference("multiple_choice", solution, answer)
+        golds = right_answers(
+            "multiple_choice",
+            len(completions),
+            is_final=_is_choice_or_short,
+            answer=answer,
+            solution=solution,
+        )
         return [
-            float(self._choice(completion) == self._gold(gold))
+            None if gold is None else float(self._choice(completion) == self._letter(gold.value))
             for completion, gold in zip(completions, golds, strict=True)
         ]
 
     def check_row(self, row: Mapping[str, Any]) -> None:
         """See ORM: the right answer must be one of the choices."""
-        self._gold(right_answer("multiple_choice", row))
+        self.gold(row)
 
-    def _gold(self, gold: Any) -> str:
+    def gold(self, row: Mapping[str, Any]) -> str | None:
+        """See ORM."""
+        found = right_answer("multiple_choice", row, is_final=_is_choice_or_short)
+        return None if found is None else self._letter(found.value)
+
+    def _letter(self, gold: Any) -> str:
         letter = _letter(gold) if isinstance(gold, str) else None
         if letter is None or letter not in self.choices:
             raise ValueError(
@@ -123,6 +136,10 @@ class MultipleChoice(ORM):
         return named.pop() if len(named) == 1 else None
 
 
+def _is_choice_or_short(column: str, text: str) -> bool:
+    return _letter(text) is not None or not is_prose(text)
+
+
 def _only_letter(text: str) -> str | None:
     """`_letter` of a completion, where no other choice follows: not `A. or B.`, `A.B.C.D`."""
     match = _BARE_CHOICE.fullmatch(text)
@@ -145,8 +162,9 @@ class ExactMatch(ORM):
 
     The answer is what `<answer>` tags hold, else the last `\boxed{}`, else (`answer_format: any`)
     all after the last `</think>`. Unicode's equivalent spellings are equal (NFKC), and so are runs
-    of white space. Reads the columns `solution` or `answer`, or the one that `column` names: a
-    text, a number, or a list of accepted ones.
+    of white space. Reads the columns `answer`, else `solution`, or the one that `column` names: a
+    text, a number, or a list of accepted ones. Of a text that marks its answer, as by `#### 72`,
+    that counts. A row that has nothing but a `solution` in prose is None: not applicable.
     """
 
     def __init__(
@@ -159,7 +177,7 @@ class ExactMatch(ORM):
         """Settings.
 
         Args:
-            column: dataset column with the right answer; None is `solution` or `answer`.
+            column: dataset column with the right answer; None is `answer`, else `solution`.
             ignore_case: whether paris is Paris.
             ignore_punctuation: whether "Paris." is "Paris".
             answer_format: "any", "tags" for `<answer>` only, "boxed" for `\\boxed{}` only.
@@ -177,29 +195,47 @@ class ExactMatch(ORM):
         solution: list[Any] | None = None,
         answer: list[Any] | None = None,
         **columns: Any,
-    ) -> list[float]:
-        """[G] 1.0 or 0.0.
+    ) -> list[float | None]:
+        """[G] 1.0, 0.0, or None where the row has no answer.
 
         Raises:
             ValueError: a row without an answer, or with an empty one.
         """
-        if self.column in ("solution", "answer"):
-            golds = solution if self.column == "solution" else answer
-        else:
-            golds = columns.get(self.column) if self.column else None
-        if self.column and golds is None:
-            raise ValueError(f"exact_match: the dataset has no column {self.column!r}")
-        golds = reference("exact_match", solution, answer, golds)
+        columns |= {"answer": answer, "solution": solution}
+        own = {name: columns.get(name) for name in self._columns}
+        self._check_column(name for name, values in own.items() if values is not None)
+        golds = right_answers("exact_match", len(completions), is_final=self._is_final, **own)
         return [
-            float(self._normal(self._answer(completion)) in self._accepted(gold))
+            None
+            if gold is None
+            else float(self._normal(self._answer(completion)) in self._accepted(gold.value))
             for completion, gold in zip(completions, golds, strict=True)
         ]
 
     def check_row(self, row: Mapping[str, Any]) -> None:
         """See ORM: there must be a right answer, and it must not be empty."""
-        if self.column and self.column not in row:
+        self.gold(row)
+
+    def gold(self, row: Mapping[str, Any]) -> str | None:
+        """See ORM: the first text of a list."""
+        self._check_column(row)
+        found = right_answer("exact_match", row, columns=self._columns, is_final=self._is_final)
+        if found is None:
+            return None
+        self._accepted(found.value)
+        return str(found.value[0] if isinstance(found.value, list | tuple) else found.value)
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return ANSWER_COLUMNS if self.column is None else (self.column,)
+
+    def _check_column(self, there: Iterable[str]) -> None:
+        if self.column is not None and self.column not in there:
             raise ValueError(f"exact_match: the dataset has no column {self.column!r}")
-        self._accepted(row[self.column] if self.column else right_answer("exact_match", row))
+
+    def _is_final(self, column: str, text: str) -> bool:
+        """Sentences may be the right answer, but not in a column that is for derivations."""
+        return self.column is not None or column == "answer" or not is_prose(text)
 
     def _answer(self, completion: str) -> str:
         marked = marked_answer(completion, self.answer_format)

@@ -12,8 +12,11 @@ from functools import lru_cache
 from typing import Any
 
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
-from sympy import Basic, Eq, Expr, N
+from sympy import Basic, Eq, Expr, N, pi
 from sympy.core.function import AppliedUndef
+from sympy.functions.elementary.trigonometric import InverseTrigonometricFunction
+
+from rlsys.rewards.latex import in_one_spelling
 
 # They say, once each, that no time limit is set. It is: the helper's.
 logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
@@ -23,7 +26,7 @@ _log = logging.getLogger(__name__)
 
 _EQUAL_WITHIN = 1e-6  # as math-verify rounds
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|operatorname|mbox)\s*\{[^{}]*\}")
+_NO_WORDS = re.compile(r"\\(?:text|mathrm|textbf|operatorname|mbox|begin|end)\s*\{[^{}]*\}")
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
 
 
@@ -60,10 +63,11 @@ def is_same(gold: str, answer: str, marked: bool) -> bool:
 
 @lru_cache(maxsize=1024)
 def _read(text: str, marked: bool) -> list[Any]:
+    text = in_one_spelling(text, is_answer=marked)
     if not marked:
         return parse(text, parsing_timeout=None)
     # In a box all of the text is the answer: without one math-verify reads 2\sqrt{3} as 2.
-    prose = "$" in text or r"\boxed" in text or _WORD.search(_TEXT.sub("", text)) is not None
+    prose = "$" in text or r"\boxed" in text or _WORD.search(_NO_WORDS.sub("", text)) is not None
     read = [] if prose else parse(f"\\boxed{{{text}}}", [_LATEX], parsing_timeout=None)
     return read or parse(text, [_LATEX, ExprExtractionConfig()], parsing_timeout=None)
 
@@ -75,9 +79,18 @@ def _contradicts_itself(value: Any) -> bool:
         and isinstance(equation.rhs, Expr)
         and not equation.free_symbols
         and not equation.atoms(AppliedUndef)  # as in `f(2) = 4`
-        and not _is_zero(equation.lhs - equation.rhs)
+        and not _is_true(equation)
         for equation in value.atoms(Eq)
     )
+
+
+def _is_true(equation: Eq) -> bool:
+    r"""Whether both sides have one value; an angle may stand in degrees, `\arcsin 1 = 90`."""
+    left, right = equation.lhs.doit(), equation.rhs.doit()
+    if left == right and right.is_infinite:
+        return equation.lhs != right  # a limit, and not `\infty = \infty`
+    in_degrees = equation.lhs.has(InverseTrigonometricFunction)
+    return _is_zero(left - right) or (in_degrees and _is_zero(left * 180 / pi - right))
 
 
 def _is_zero(difference: Expr) -> bool:

@@ -47,6 +47,7 @@ def accuracy():
         ("3 * 24 = <<3*24=72>>72\n#### 72", r"\boxed{72}"),
         ("#### $1,080", r"\boxed{1080}"),
         (r"Thus \boxed{7}.", r"\boxed{7}"),
+        (1e-07, r"\boxed{10^{-7}}"),
     ],
 )
 def test_right_answers_score_1(accuracy, gold, completion):
@@ -130,7 +131,9 @@ def test_an_answer_at_which_the_comparison_fails_is_wrong(monkeypatch):
 
 def test_what_never_ends_is_stopped_and_the_next_answer_is_right():
     accuracy = orms["accuracy"](time_limit_s=1.5)
-    assert accuracy([r"\boxed{99999999!}", r"\boxed{3}"], solution=["3"] * 2) == [0.0, 1.0]
+    integral = r"\boxed{\int_0^1 \frac{x^{17} \sin(x^5)}{\ln(x+3)^7 + \cos(x^x)} dx = 3}"
+    texts = [r"\boxed{99999999!}", integral, r"\boxed{3}"]
+    assert accuracy(texts, solution=["3"] * 3) == [0.0, 0.0, 1.0]
 
 
 def test_it_works_in_a_thread_where_signals_do_not(accuracy):
@@ -141,8 +144,128 @@ def test_it_works_in_a_thread_where_signals_do_not(accuracy):
     assert scores == [1.0]
 
 
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("18", r"\$18"),
+        ("1250.5", r"\$1,250.50"),
+        ("-18", r"-\$18"),
+        ("3/4", r"\dfrac{\$3}{4}"),
+        ("18", r"\text{\$}18"),
+        ("18", "€18"),
+        ("$1,000", "£1,000"),
+        ("18", r"\text{18 dollars}"),
+        ("18", "18."),
+        ("1234567", r"1\,234\,567"),
+        ("1234567", "1{,}234{,}567"),
+        ("1234", r"1,\!234"),
+        ("10000", r"10\,000"),
+        ("1000000", "1 000 000"),
+        ("0.5", r"50\%"),
+        ("45", r"45^\circ"),
+        ("45", "45°"),
+        ("-5", "–5"),  # noqa: RUF001  an en dash
+        ("0.5", "½"),
+        (r"\sqrt{3}", "√3"),
+        ("x^2", "x²"),
+        ("6", r"6~\text{m}^{3}"),
+        ("6", "6 cm^2"),
+        ("1500", "1.5e3"),
+        ("7", r"\boldsymbol{7}"),
+        ("10", r"\binom52"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}"),
+    ],
+)
+def test_typography_changes_no_verdict(accuracy, gold, answer):
+    completions = [rf"\boxed{{{answer}}}", f"<answer>{answer}</answer>", r"\boxed{99}"]
+    assert accuracy(completions, answer=[gold] * 3) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [("12", r"1\,2"), ("18", r"-\$18"), ("1234", "1,2,3,4"), ("12345", "123 45")],
+)
+def test_what_only_looks_like_typography_scores_0(accuracy, gold, answer):
+    assert accuracy([rf"\boxed{{{answer}}}"], answer=[gold]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (r"\gcd(12, 18)", "6"),
+        (r"\operatorname{lcm}(4,6)", "12"),
+        (r"\mathrm{lcm}(4,6)", "12"),
+        (r"50\%", "0.5"),
+        (r"\lim_{x \to 0} \frac{\sin x}{x}", "1"),
+        (r"\lim_{x\to\infty} x", r"\infty"),
+        (r"\sin 30^\circ", r"\frac{1}{2}"),
+        (r"\sin^2 30^{\circ} + \cos^2 30^{\circ}", "1"),
+        (r"\tan(45°)", "1"),
+        (r"\arcsin \frac12", r"30^\circ"),
+        (r"\sum_{i=1}^{10} i", "55"),
+        (r"\int_0^1 x\,dx", r"\frac12"),
+        (r"\prod_{i=1}^{4} i", "24"),
+        ("5!", "120"),
+        (r"\lfloor 3.7 \rfloor", "3"),
+        (r"10 \bmod 7", "3"),
+        (r"\log_2 8", "3"),
+    ],
+)
+def test_an_equation_is_judged_by_its_value(accuracy, left, right):
+    boxed = [rf"\boxed{{{left} = {right}}}", rf"\boxed{{{left}={right}}}"]
+    assert accuracy(boxed, answer=[right] * 2) == [1.0] * 2
+    assert accuracy([rf"\boxed{{{left} = 7}}"], answer=["7"]) == [0.0]  # it is false
+    if "arcsin" not in left:  # of which the value is in radians
+        assert accuracy([rf"\boxed{{{left}}}"], answer=[right]) == [1.0]
+
+
+PROSE = "See Figure 4. The slope is minus two."
+
+
+@pytest.mark.parametrize(
+    ("row", "right", "wrong"),
+    [
+        ({"solution": PROSE, "answer": "-2"}, "-2", "4"),
+        ({"solution": rf"{PROSE} \boxed{{5}}", "answer": "-2"}, "-2", "5"),
+        ({"solution": rf"{PROSE} \boxed{{-2}}", "answer": PROSE}, "-2", "4"),
+        ({"solution": rf"{PROSE} \boxed{{-2}}", "answer": None}, "-2", "4"),
+        ({"solution": rf"{PROSE} \boxed{{-2}}", "answer": " "}, "-2", "4"),
+        ({"solution": f"{PROSE}\n#### -2"}, "-2", "4"),
+        ({"solution": "#### 1. Step 4\n#### Result\nSo \\boxed{-2}"}, "-2", "4"),
+        ({"solution": rf"<think>\boxed{{4}}?</think> {PROSE} \boxed{{-2}}"}, "-2", "4"),
+        ({"answer": f"{PROSE} <answer>-2</answer>"}, "-2", "4"),
+        ({"solution": "-2"}, "-2", "4"),
+    ],
+)
+def test_a_final_answer_goes_before_a_derivation(accuracy, row, right, wrong):
+    columns = {column: [value] * 2 for column, value in row.items()}
+    completions = [rf"\boxed{{{right}}}", rf"\boxed{{{wrong}}}"]
+    rewards = [accuracy]
+    if row.get("answer") != PROSE:  # sentences may be what a text has to equal
+        rewards.append(orms["exact_match"]())
+    for reward in rewards:
+        assert reward(completions, **columns) == [1.0, 0.0]
+        assert reward.gold(row) == right
+
+
+@pytest.mark.parametrize(
+    "prose", [PROSE, "We add 2 and 3, which makes 5 in all.", "因此答案是4。", "So it is 5."]
+)
+def test_prose_is_no_answer(accuracy, prose):
+    for reward in (accuracy, orms["exact_match"](), orms["multiple_choice"]()):
+        assert reward([r"\boxed{4}", r"\boxed{5}"], solution=[prose] * 2) == [None, None]
+        assert reward.gold({"solution": prose}) is None
+
+
+@pytest.mark.parametrize("text", ["See Figure 4", "The answer is 4", "we add 2 and 3 to get 5"])
+def test_a_number_among_words_is_no_mathematics(accuracy, text):
+    assert accuracy(["4", "5"], answer=[text] * 2) == [None, None]
+
+
 @pytest.mark.parametrize("gold", ["no idea", "???"])
-def test_a_row_that_cannot_be_read_does_not_apply_and_is_told_once(accuracy, gold, caplog):
+def test_a_row_that_cannot_be_read_does_not_apply_and_is_told_once(gold, caplog, monkeypatch):
+    monkeypatch.setattr("rlsys.rewards.answers._warned", set())
+    accuracy = orms["accuracy"]()
     for _ in range(2):
         assert accuracy(["<answer>1</answer>"] * 2, solution=[gold] * 2) == [None, None]
     assert [gold in record.getMessage() for record in caplog.records] == [True]
@@ -169,7 +292,7 @@ def test_only_the_place_that_was_asked_for_counts(accuracy):
 
 
 def test_a_dataset_without_answers_is_an_error(accuracy):
-    with pytest.raises(ValueError, match="needs a dataset column 'solution'"):
+    with pytest.raises(ValueError, match="needs a dataset column 'answer' or 'solution'"):
         accuracy(["1"])
     with pytest.raises(ValueError, match="must be text or a number, found None"):
         accuracy(["1"], solution=[None])
@@ -190,7 +313,13 @@ def test_the_helper_process_ends_with_the_reward():
         (r"\boxed {a\}b}", r"a\}b"),
         (r"\boxed{\frac{1}{2}} and {}", r"\frac{1}{2}"),
         (r"\boxed{1} \boxed{2", "1"),
-        (r"\boxed 1", None),
+        (r"\boxed 42.", "42"),
+        (r"$\boxed -3,000$", "-3,000"),
+        (r"\boxed is where it goes", None),
+        (r"\fbox{42}", "42"),
+        (r"\framebox{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
+        (r"\boxed{41}, no: \fbox{42}", "42"),
+        (r"\\boxed{8}", "8"),
         ("", None),
     ],
 )

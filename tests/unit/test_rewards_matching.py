@@ -117,7 +117,7 @@ def test_a_right_answer_that_is_no_choice_is_an_error():
     for gold in ("E", "", "1", 2, None):
         with pytest.raises(ValueError, match="must be one of ABCD"):
             score("multiple_choice", "A", {"choices": "ABCD"}, answer=gold)
-    with pytest.raises(ValueError, match="needs a dataset column 'solution'"):
+    with pytest.raises(ValueError, match="needs a dataset column 'answer' or 'solution'"):
         score("multiple_choice", "A")
     with pytest.raises(ValueError, match="two or more letters"):
         orms["multiple_choice"](choices="1234")

@@ -1,0 +1,89 @@
+r"""One spelling for each of the many that LaTeX and Unicode have for the same mathematics.
+
+What is only typography goes: `\$1{,}250` is 1250, `30^\circ` in a sine is an angle in degrees.
+math-verify reads what is left.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_UNICODE = str.maketrans(
+    {
+        **dict.fromkeys("\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d", "-"),
+        **dict.fromkeys("\u00a0\u2007\u2009\u202f", r"\,"),
+        "\u00d7": r"\times ", "\u00f7": r"\div ", "\u00b7": r"\cdot ", "\u22c5": r"\cdot ",
+        "\u00b0": r"^\circ ", "\u221e": r"\infty ", "\uff05": r"\%", "\uff0b": "+",
+        "\u00bd": r"\frac{1}{2}", "\u00bc": r"\frac{1}{4}", "\u00be": r"\frac{3}{4}",
+        "\u2153": r"\frac{1}{3}", "\u2154": r"\frac{2}{3}",
+        **{power: f"^{digit}" for digit, power in enumerate("\u2070\u00b9\u00b2\u00b3\u2074")},
+    }
+)  # fmt: skip
+_STYLE = (
+    r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|it|rm|sf|tt|normal)|mbox|bm|boldsymbol"
+    r"|underline|(?:text)?color\s*\{[^{}]*\})\s*"
+)
+_SPACE = r"(?:(?<!\\)\\[,;:! ]|~|\{,\}|,\\!|\s)"
+_TRIG = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\d\}))?\s*"
+_NUMBER = r"-?\d+(?:\.\d+)?"
+_DEGREES = r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|\\text\{\s*degrees?\s*\})"
+_FUNCTIONS = "gcd|lcm|max|min|sin|cos|tan|log|ln|exp|det"
+_UNITS = r"mm|cm|dm|km|in|ft|yd|mi|mg|kg|lbs?|oz|m[lL]|hrs?|mins?|secs?"
+
+Replacement = str | Callable[[re.Match[str]], str]
+
+_CURRENCY: tuple[str, Replacement] = (
+    r"\\text\s*\{\s*\\\$\s*\}|\\\$|\\textdollar\b|\\(?:pounds|euro)\b|[\u20ac\u00a3\u00a5\u20b9]",
+    "",
+)
+# Groups of exactly three digits, all with the same mark. Math-verify knows the plain comma.
+_THOUSANDS: tuple[str, Replacement] = (
+    rf"(?<![\d.,^_])\d{{1,3}}({_SPACE}+)\d{{3}}(?:\1\d{{3}})*(?![\d])",
+    lambda match: re.sub(r"\D", "", match[0]),
+)
+_ALWAYS = (_CURRENCY, _THOUSANDS)
+"""Harmless in prose too."""
+_IN_ANSWERS: tuple[tuple[str, Replacement], ...] = (
+    (r"(?<!\\)\\!|\\(?:displaystyle|bf|rm|it)\b|\\(?:left|right)(?=[.|])\.?", ""),
+    (r"(?<!\\)\\(?:q?quad\b|[,;: ])|~", " "),
+    (r"\u221a\s*(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
+    (rf"\\(?:text|mathrm|operatorname)\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1"),
+    (r"\\lcm\b", r"\\operatorname{lcm}"),
+    (r"\\([td]?)binom\s*(\d)\s*(\d)", r"\\binom{\2}{\3}"),
+    # 7 \equiv 1 \pmod{3}
+    (r"^(.+?)\\equiv(.+?)\\pmod\s*\{?(\w+)\}?\s*$", r"(\1) \\mod \3 = \2"),
+    (r"\\[bp]mod\b", r"\\mod "),
+    (r"(?<=[\d)])!=", "! ="),
+    (
+        rf"({_TRIG})(?:\(\s*({_NUMBER}){_DEGREES}\s*\)|\{{\s*({_NUMBER}){_DEGREES}\s*\}}"
+        rf"|({_NUMBER}){_DEGREES})",
+        lambda match: rf"{match[1]}(\frac{{{match[2] or match[3] or match[4]} \pi}}{{180}})",
+    ),
+    (_DEGREES, r"^\\circ"),
+    (rf"^(\s*[-+]?{_NUMBER})[eE]([-+]?\d+)\s*$", r"\1 \\times 10^{\2}"),
+    (rf"(?<=\d)\s*(?:{_UNITS})\.?(?:\s*\^\s*(?:[23]|\{{[23]\}}))?\s*$", ""),
+    (
+        rf"^\s*{_STYLE}\{{([^{{}}]*)\}}\s*$",
+        lambda match: match[1] if _starts(match[1]) else match[0],
+    ),
+    (r"^[\s,;]+|(?:\s|\\\\|[.,;])+$", ""),
+)
+
+
+def in_one_spelling(text: str, *, is_answer: bool) -> str:
+    """`text` without currency signs and thousands separators, and an answer in plain LaTeX.
+
+    Args:
+        text: an answer, or a text in which one is looked for.
+        is_answer: which of the two; a text is otherwise left as it is.
+    """
+    text = text.translate(_UNICODE)
+    for pattern, replacement in (*_ALWAYS, *_IN_ANSWERS) if is_answer else _ALWAYS:
+        text = re.sub(pattern, replacement, text)
+    return text
+
+
+def _starts(text: str) -> bool:
+    """Whether a styled text is a number: `\\text{18 dollars}`, not `\\text{Evelyn}`."""
+    return re.match(r"\s*[-+]?\.?\d", text) is not None
