@@ -57,11 +57,22 @@ class _CommandParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does, which would tell of required `overrides`, or of unknown arguments."""
-        found, unknown = super().parse_known_args(args, namespace)
-        if "config" in found and (unknown or found.config is None):
+        words = list(args or [])
+        if words[:1] == ["--config"]:
+            words = words[1:]
+        found, unknown = super().parse_known_args(words, namespace)
+        if "config" not in found:
+            return found, unknown
+        if found.config and "=" in found.config and not Path(found.config).exists():
+            unknown = words  # a field=value in the place of CONFIG
+        if unknown or found.config is None:
+            from rlsys.config_load import problems_of_words
+
             wrong = f"should stand before {unknown[0]}" if unknown else "is missing"
+            others = problems_of_words(words) if unknown else None
             self.error(
                 f"CONFIG, a YAML file, {wrong}, as in\n  {self.prog} {_EXAMPLE} --policy.lr 1e-5"
+                + (f"\n\n{others}" if others else "")
             )
         return found, unknown
 

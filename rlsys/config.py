@@ -6,6 +6,7 @@ A config is a YAML file whose sections are the classes below, overridden from th
 
 from __future__ import annotations
 
+import math
 from types import NoneType
 from typing import Any, Literal, Self
 
@@ -498,8 +499,13 @@ class Config(Section):
 
     output_dir: PathText = Field(min_length=1)
     """Everything a run writes; must not hold another run unless checkpoint.resume is set."""
-    max_steps: PositiveInt
-    """Rollouts, each followed by one policy update and one weight sync."""
+    max_steps: PositiveInt | None = None
+    """Rollouts, each followed by one policy update and one weight sync. None: num_train_epochs
+    decides; one of the two must be set, and max_steps goes first."""
+    num_train_epochs: PositiveFloat | None = None
+    """Passes over the training prompts: max_steps = num_train_epochs x prompts / prompts a step,
+    rounded up, once the data is loaded. Needs data in memory, so not data.streaming. What
+    rollout.dynamic_sample draws again is not counted."""
     eval_steps: PositiveInt | None = None
     """Evaluate on held-out prompts before the first and after every so many steps; None: never."""
     seed: int = Field(default=42, ge=0, lt=2**31)
@@ -523,6 +529,24 @@ class Config(Section):
         if problems:
             raise BrokenRules(problems)
         return self
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run, of a config `with_steps`."""
+        assert self.max_steps is not None, "num_train_epochs needs the number of prompts"
+        return self.max_steps
+
+    def steps_of_epochs(self, num_rows: int) -> int | None:
+        """What max_steps has to be for num_train_epochs passes over so many training prompts."""
+        if self.num_train_epochs is None:
+            return None
+        return max(1, math.ceil(round(self.num_train_epochs * num_rows / self.num_prompts, 9)))
+
+    def with_steps(self, num_rows: int) -> Config:
+        """This config with max_steps decided for so many training prompts."""
+        if self.max_steps is not None:
+            return self
+        return self.model_copy(update={"max_steps": self.steps_of_epochs(num_rows)})
 
     @property
     def num_prompts(self) -> int:

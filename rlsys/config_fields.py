@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from rlsys.config import Config, Section
 
@@ -30,3 +33,19 @@ def first_sentence(docstring: str | None) -> str:
     text = " ".join((docstring or "").partition("\n\n")[0].split())
     end = text.find(". ")
     return text if end < 0 else text[: end + 1]
+
+
+def show_value(value: object) -> str:
+    """As it would be written in the YAML file."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(show_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show_value(item)}" for key, item in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def show_default(info: FieldInfo) -> str:
+    """The default as it would be written in the YAML file."""
+    return "required" if info.default is PydanticUndefined else show_value(info.default)

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from rlsys.config import Config
 from rlsys.config_fields import config_fields, config_sections, first_sentence
-from rlsys.config_names import hint
+from rlsys.config_names import coming_from, hint
 from rlsys.config_rules import BrokenRules
 from rlsys.config_words import apply_words
 from rlsys.data.json_text import not_utf8
@@ -28,7 +28,6 @@ Origin = Literal["default", "file", "command line"]
 
 _PLACEHOLDERS: dict[str, Any] = {
     "output_dir": "-",
-    "max_steps": 1,
     "data.dataset": ["-"],
     "model.path": "-",
     "rollout.generation_batch_size": 8,
@@ -45,11 +44,12 @@ _SAVED_HEAD = """\
 class ConfigError(ValueError):
     """Everything that is wrong with a config, one line each."""
 
-    def __init__(self, source: str, problems: list[str]):
+    def __init__(self, source: str, problems: list[str], note: str | None = None):
+        """`note` is said below the problems."""
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = [indent(text, "    ").replace("    ", "  - ", 1) for text in problems]
-        super().__init__("\n".join([f"{source} has {count}:", *lines]))
+        super().__init__("\n".join([f"{source} has {count}:", *lines, *([note] if note else [])]))
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConf
     values = _read_yaml(Path(path), problems)
     origins: dict[str, Origin] = dict.fromkeys(config_fields(), "default")
     origins |= {name: "file" for name in _leaves(values) if name in origins}
-    for name in apply_words(overrides, values, problems):
-        origins[name] = "command line"
+    found, unknown = apply_words(overrides, values, problems)
+    origins |= dict.fromkeys(found, "command line")
+    if "num_train_epochs" in found and "max_steps" not in found and "max_steps" in values:
+        del values["max_steps"]  # in the file, where it was said before
+        origins["max_steps"] = "default"
+    unknown += [name for name in _leaves(values) if name not in origins]
     config = _validate(values, origins, problems)
     if config is None:
-        raise ConfigError(str(path), problems)
+        given = [name for name, origin in origins.items() if origin != "default"]
+        raise ConfigError(str(path), problems, coming_from(unknown, given))
     return ResolvedConfig(config, origins)
+
+
+def problems_of_words(words: Sequence[str]) -> str | None:
+    """What is wrong with a command line that has no CONFIG; None where only that is missing."""
+    problems: list[str] = []
+    given, unknown = apply_words(words, {}, problems)
+    if not problems:
+        return None
+    return str(ConfigError("the command line", problems, coming_from(unknown, given)))
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -44,6 +44,7 @@ class BrokenRules(ValueError):
 def cross_field_problems(config: Config) -> list[RuleProblem]:
     """Every rule between fields that `config` breaks; empty when it can run."""
     return [
+        *_length_problems(config),
         *_batch_problems(config),
         *parallelism_problems(config),
         *_reward_problems(config),
@@ -53,6 +54,23 @@ def cross_field_problems(config: Config) -> list[RuleProblem]:
         *algorithm_problems(config),
         *_rollout_problems(config),
     ]
+
+
+def _length_problems(config: Config) -> Iterator[RuleProblem]:
+    if config.max_steps is not None:
+        return
+    if config.num_train_epochs is None:
+        yield RuleProblem(
+            ("max_steps", "num_train_epochs"),
+            "max_steps: is missing, and num_train_epochs is too: set one of them to say how long "
+            "the run is",
+        )
+    elif config.data.streaming:
+        yield RuleProblem(
+            ("num_train_epochs", "data.streaming", "max_steps"),
+            f"num_train_epochs = {config.num_train_epochs:g} needs the number of rows, which "
+            "data.streaming does not know: set max_steps, or do not stream",
+        )
 
 
 def _batch_problems(config: Config) -> Iterator[RuleProblem]:

@@ -44,28 +44,33 @@ class _Option:
     def wants_values(self) -> bool:
         """Whether more words may be its values."""
         info = config_fields().get(self.name)
-        return info is None or bool({list, dict} & kinds_of(info))
+        if info is None:
+            return not self.written.endswith("=")
+        return bool({list, dict} & kinds_of(info))
 
 
 def apply_words(
     words: Sequence[str], values: dict[str, Any], problems: list[str]
-) -> dict[str, Any]:
+) -> tuple[list[str], list[str]]:
     """Put what `words` say into `values`, a config file's mapping.
 
     Returns:
-        the fields that were set, with their values. What cannot be read is added to `problems`.
+        the fields that were set, and the names that no field has. What is wrong is added to
+        `problems`.
     """
     fields = config_fields()
     options = _options(words, problems)
     for written, count in Counter(option.written.rstrip("=") for option in options).items():
         if count > 1:
             problems.append(f"{written}: is given {count} times: keep one, with all its values")
-    found: dict[str, Any] = {}
+    found: list[str] = []
+    unknown: list[str] = []
     for option in options:
         name, keys = _field_and_keys(option.name, fields)
         problem = _problem_of_name(option, name, keys, fields)
         if problem is not None:
             problems.append(problem)
+            unknown.append(name)
             continue
         section, _, field_name = name.rpartition(".")
         parent = values.setdefault(section, {}) if section else values
@@ -81,8 +86,8 @@ def apply_words(
             except ValueError as error:
                 problems.append(f"{option.written.rstrip('=')}: {error}")
                 continue
-        found[name] = parent[field_name]
-    return found
+        found.append(name)
+    return found, unknown
 
 
 def _options(words: Sequence[str], problems: list[str]) -> list[_Option]:

@@ -83,7 +83,7 @@ def train(
     tracker: Tracker,
     checkpoints: Checkpoints,
 ) -> None:
-    """GRPO from the policy's version to config.max_steps.
+    """GRPO from the policy's version to config.num_steps.
 
     Args:
         config: of the run.
@@ -98,7 +98,7 @@ def train(
     publisher.publish()  # the engines hold policy.policy_version from here on
     if config.eval_steps is not None and policy.policy_version == 0:
         tracker.log_metrics(0, rollouts.evaluate(0))
-    for step in range(policy.policy_version + 1, config.max_steps + 1):
+    for step in range(policy.policy_version + 1, config.num_steps + 1):
         timer = PhaseTimer()
         with timer("rollout"):
             groups_P = rollouts.next_batch(step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from rich.text import Text
 
 from rlsys.algorithm_rules import describe_algorithm
 from rlsys.config import Config
-from rlsys.config_load import ResolvedConfig, config_fields, first_sentence
+from rlsys.config_fields import config_fields, first_sentence, show_value
+from rlsys.config_load import ResolvedConfig
 from rlsys.data.checks import count_rows
 from rlsys.devices import guess_device, visible_gpus
 from rlsys.memory import (
@@ -63,10 +63,6 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
         micro = f"{count} of {'up to ' if per_rank % size else ''}{size} completions, "
     else:
         micro = "as many completions as fit, "
-    total = config.max_steps * steps
-    warmup = math.ceil(policy.warmup_ratio * total)
-    rows = count_rows(config.data)
-    drawn = config.max_steps * prompts
     return [
         (
             "prompts a step (P)",
@@ -107,13 +103,40 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
             f"{completions * rollout.max_completion_length:,} sampled, "
             f"{completions * longest_row(config):,} trained on",
         ),
-        (
-            "the whole run",
-            f"{config.max_steps:,} steps: {drawn:,} prompts, {config.max_steps * completions:,} "
-            f"completions, {total:,} optimizer steps ({warmup:,} of them warm-up)",
-        ),
-        ("epochs", "unknown: rows not counted" if rows is None else _epochs(drawn, rows)),
+        *_length(config),
     ]
+
+
+def _length(config: Config) -> Iterator[tuple[str, str]]:
+    """Steps and epochs of the run, which may depend on the number of rows."""
+    rows = count_rows(config.data)
+    prompts = config.num_prompts
+    by_epochs = None if rows is None else config.steps_of_epochs(rows)
+    if config.num_train_epochs is not None:
+        counted = "rows, not counted yet" if rows is None else f"{rows:,} rows"
+        result = "" if by_epochs is None else f" = {by_epochs:,} steps"
+        goes_first = (
+            "" if config.max_steps is None else f"; max_steps {config.max_steps} goes first"
+        )
+        yield (
+            "num_train_epochs",
+            f"{config.num_train_epochs:g} x {counted} (less those over max_prompt_length) / P "
+            f"{prompts}{result}{goes_first}",
+        )
+    num_steps = config.max_steps or by_epochs
+    if num_steps is None:
+        yield "the whole run", "known when the rows are counted, at the start of the run"
+        return
+    optimizer_steps = num_steps * config.optimizer_steps_per_rollout
+    warmup = math.ceil(config.policy.warmup_ratio * optimizer_steps)
+    drawn = num_steps * prompts
+    yield (
+        "the whole run",
+        f"{num_steps:,} steps: {drawn:,} prompts, "
+        f"{num_steps * config.rollout.generation_batch_size:,} completions, {optimizer_steps:,} "
+        f"optimizer steps ({warmup:,} of them warm-up)",
+    )
+    yield "epochs", "unknown: rows not counted" if rows is None else _epochs(drawn, rows)
 
 
 def _running_ahead(config: Config) -> Iterator[tuple[str, str]]:
@@ -158,17 +181,6 @@ def _print_config(resolved: ResolvedConfig, console: Console) -> None:
         cells = (indent + field, show_value(value), origin, first_sentence(info.description))
         table.add_row(*(Text(cell, style=_ORIGIN_STYLES[origin]) for cell in cells))
     console.print(table)
-
-
-def show_value(value: object) -> str:
-    """As it would be written in the YAML file."""
-    if isinstance(value, list):
-        return "[" + ", ".join(map(show_value, value)) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {show_value(item)}" for key, item in value.items()) + "}"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _print_pairs(console: Console, title: str, pairs: list[tuple[str, str]]) -> None:

@@ -63,6 +63,9 @@ def run(resolved: ResolvedConfig) -> None:
     # 0.1 s a step, to compute it takes 2 ms.
     torch.set_num_threads(1)
     data = load_data(config)  # before anything starts: rows are where most mistakes are
+    for note in step_notes(config, len(data.train)):
+        print(note, flush=True)
+    config = config.with_steps(len(data.train))
     with ExitStack() as stack:
         stack.enter_context(run_dir.held())
         for problem in output_dir_problems(config):  # of a run that was faster than this one
@@ -119,7 +122,7 @@ def train_system(config: Config, system: System, tracker: Tracker, checkpoints: 
                 reference=system.reference if config.reference.sync_steps else None,
                 rollouts=system.rollouts,
                 config=config.checkpoint,
-                last_step=config.max_steps,
+                last_step=config.num_steps,
             ),
         )
 
@@ -151,7 +154,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     rewards = RewardWorkers(
         config.reward,
         known=config.known_to_rewards,
-        max_steps=config.max_steps,
+        max_steps=config.num_steps,
         place=partial(placement.options, "reward_model") if device == "cuda" else None,
     )
     engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
@@ -220,6 +223,21 @@ def load_data(config: Config) -> PromptData:
         print(f"data: {unread}", flush=True)
     data.refused.raise_if_any()
     return data
+
+
+def step_notes(config: Config, num_rows: int) -> Iterator[str]:
+    """What num_train_epochs comes to, or that it has no effect."""
+    steps = config.steps_of_epochs(num_rows)
+    if steps is None or steps == config.max_steps:
+        return
+    epochs = (
+        f"num_train_epochs {config.num_train_epochs:g} x {num_rows:,} prompts / "
+        f"{config.num_prompts} a step = {steps:,} steps"
+    )
+    if config.max_steps is None:
+        yield epochs
+    else:
+        yield f"note: max_steps = {config.max_steps} goes before {epochs}"
 
 
 def is_in_ray_job_copy(path: Path) -> bool:

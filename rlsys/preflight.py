@@ -409,7 +409,9 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
                 True,
             )
         # A run that was killed right before its end has its last checkpoint, but no model.
-        elif steps[-1] > config.max_steps or (steps[-1] == config.max_steps and run.final.exists()):
+        elif config.max_steps is not None and (
+            steps[-1] > config.max_steps or (steps[-1] == config.max_steps and run.final.exists())
+        ):
             yield Problem(
                 f"checkpoint.resume: {run.checkpoints} has step {steps[-1]}, after which max_steps "
                 f"= {config.max_steps} leaves nothing to do: raise --max_steps, or choose another "

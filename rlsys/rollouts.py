@@ -181,7 +181,7 @@ class Rollouts:
         wanted = config.num_prompts + config.num_prompts_ahead
         if config.rollout.max_staleness == 0:  # none of them outlives the step
             return wanted
-        return min(wanted, config.num_prompts * max(1, config.max_steps - step + 1))
+        return min(wanted, config.num_prompts * max(1, config.num_steps - step + 1))
 
     def _is_worth_waiting(self, batch: _Batch) -> bool:
         """Whether the batch is not full, and is to be filled with what is in flight.

@@ -13,21 +13,21 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsys.config_load import config_fields, config_sections
-from rlsys.explain import show_value
+from rlsys.config_fields import config_fields, config_sections, show_value
 
 TARGET = Path(__file__).parents[1] / "docs" / "config.md"
 _HEAD = """# The config
 
 A run is a YAML file of these sections. Every field can be set on the command line too, as
 `--section.field value`. An unknown field is an error; so are numbers that do not fit each other.
-`rlsys explain CONFIG` prints the result, with what follows from it.
+`rlsys explain CONFIG` prints the result, with what follows from it. What TRL, ms-swift, verl and
+others call these fields is in [migration.md](migration.md).
 
 ## How values are written
 
-- **YAML 1.2**: `1e-3` is a number at every depth, `no`, `on` and `12:30` are texts. Where a field is
-  true or false, `no` and `off` mean false. `1_000` is 1000.
-- **Command line**: `--policy.lr 1e-6`, `--policy.lr=1e-6` and `policy.lr=1e-6` mean the same. A list
+- **YAML 1.2**: `1e-3` is a number at every depth; `no`, `on` and `12:30` are texts. Where a field
+  is true or false, `no` and `off` mean false. `1_000` is 1000.
+- **Command line**: `--policy.lr 1e-6`, `--policy.lr=1e-6` and `policy.lr=1e-6` are the same. A list
   is `a b`, `a,b` or `[a, b]`. A mapping is `'{length: {max_length: 100}}'`, or one of its keys as
   `--reward.reward_params.length.max_length 100`.
 - **Paths**: `~` is the home folder; `$NAME` and `${NAME}` are environment variables, which must be

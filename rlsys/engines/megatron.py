@@ -106,7 +106,7 @@ class MegatronPolicy(MegatronModel):
 
     def _build_scheduler(self) -> OptimizerParamScheduler:
         policy = self.config.policy
-        total = self.config.max_steps * self.config.optimizer_steps_per_rollout
+        total = self.config.num_steps * self.config.optimizer_steps_per_rollout
         return OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,

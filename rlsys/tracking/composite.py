@@ -46,7 +46,7 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
     parts.append(console_tracker(config, resumed_from))
     run_dir.write_status(RUNNING)
     watch = RewardWatch(config.reward.names)
-    return CompositeTracker(parts, run_dir, Progress(config.max_steps), watch)
+    return CompositeTracker(parts, run_dir, Progress(config.num_steps), watch)
 
 
 class Progress:

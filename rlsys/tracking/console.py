@@ -52,8 +52,8 @@ def console_tracker(config: Config, resumed_from: int | None) -> Tracker:
     """The tracker that fits standard output."""
     console = Console(highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
-        return TerminalTracker(config.max_steps, config.num_prompts, resumed_from or 0, console)
-    return LinesTracker(config.max_steps)
+        return TerminalTracker(config.num_steps, config.num_prompts, resumed_from or 0, console)
+    return LinesTracker(config.num_steps)
 
 
 class LinesTracker(Tracker):

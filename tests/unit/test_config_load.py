@@ -8,6 +8,7 @@ from config_cases import values, write_config
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlsys.config import Config
 from rlsys.config_load import (
     ConfigError,
     config_fields,
@@ -16,7 +17,6 @@ from rlsys.config_load import (
     load_config,
     save_config,
 )
-from rlsys.config_names import NAMES_ELSEWHERE
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_an_unknown_key_names_the_nearest_field(problems, sections, nearest):
         ("rollout.n", "rollout.num_generations"),
         ("actor_rollout_ref.rollout.n", "rollout.num_generations"),
         ("policy.gradient_accumulation_steps", "policy.global_batch_size"),
-        ("policy.num_train_epochs", "max_steps"),
+        ("policy.num_train_epochs", "num_train_epochs"),
         ("grpo.clip_range", "grpo.epsilon"),
         ("data.max_response_length", "rollout.max_completion_length"),
         ("policy.clip_grad", "policy.max_grad_norm"),
@@ -114,7 +114,7 @@ def test_a_name_of_another_project_names_the_field_here_and_what_it_counts(probl
 
 def test_a_name_with_two_meanings_names_both_with_what_they_count(problems):
     (text,) = problems("--train_batch_size", "64")
-    assert "'policy.global_batch_size' or 'rollout.generation_batch_size'? " in text
+    assert "'rollout.generation_batch_size' or 'policy.global_batch_size'? " in text
     assert "policy.global_batch_size: Completions an optimizer step" in text
     assert "rollout.generation_batch_size: N, completions sampled a step" in text
 
@@ -122,8 +122,7 @@ def test_a_name_with_two_meanings_names_both_with_what_they_count(problems):
 @pytest.mark.parametrize(
     "name",
     [
-        *("lora_rank", "rollout.lora_alpha", "grpo.gamma", "policy.zero_stage", "deepspeed"),
-        *("rollout.min_completion_length", "rollout.min_p", "policy.max_lr", "epsilon_lo"),
+        *("rollout.min_completion_length", "policy.max_lr", "epsilon_lo"),
         *("data.prompt_template", "rollout.swap_space", "policy.", "", "x"),
     ],
 )
@@ -137,16 +136,6 @@ def test_a_misspelt_name_in_several_sections_is_that_of_its_own(problems):
     assert "Did you mean 'reward.timeout_s'?" in text
     (text,) = problems("--numgenerations", "1")
     assert "Did you mean 'rollout.num_generations'?" in text
-
-
-def test_names_of_other_projects_are_none_of_ours_and_mean_fields_of_ours():
-    fields = config_fields()
-    ours = {field.rpartition(".")[2] for field in fields}
-    assert set(NAMES_ELSEWHERE) <= set(fields)
-    assert list(NAMES_ELSEWHERE) == sorted(NAMES_ELSEWHERE)
-    for names in NAMES_ELSEWHERE.values():
-        assert list(names) == sorted(set(names))
-        assert not ours & set(names)
 
 
 def test_a_name_that_several_sections_have_names_them_all(problems):
@@ -202,7 +191,7 @@ def test_everything_required_is_named_when_the_file_is_all_but_empty(tmp_path):
         load_config(path)
     missing = {text.partition(":")[0] for text in caught.value.problems}
     required = {name for name, info in config_fields().items() if info.is_required()}
-    assert missing == required | {"reward.reward_funcs"}  # or reward.reward_model
+    assert missing == required | {"max_steps", "reward.reward_funcs"}  # or other fields
 
 
 def test_one_generation_is_refused_with_the_reason(problems):
@@ -433,3 +422,71 @@ def test_settings_of_rewards_come_from_the_file_and_the_command_line(tmp_path):
         load_config(path, ["--reward.reward_params", "{"])
     with pytest.raises(ConfigError, match=r"settings for format, which reward\.reward_funcs does"):
         load_config(path, ["--reward.reward_params", "{format: {}}"])
+
+
+# --- the length of a run -------------------------------------------------------------------------
+
+
+@given(rows=st.integers(1, 10**6), epochs=st.floats(0.01, 20), prompts=st.integers(1, 512))
+def test_epochs_are_turned_into_the_fewest_steps_that_take_all_prompts(rows, epochs, prompts):
+    rollout = {"num_generations": 2, "generation_batch_size": 2 * prompts}
+    config = Config.model_validate(
+        values(max_steps=None, num_train_epochs=epochs, rollout=rollout)
+    ).with_steps(rows)
+    assert config.num_steps * prompts >= epochs * rows * (1 - 1e-9)
+    assert config.num_steps == 1 or (config.num_steps - 1) * prompts < epochs * rows
+
+
+def test_epochs_come_out_even():
+    for epochs, rows, steps in (
+        (1, 16, 4),
+        (3, 49500, 37125),
+        (0.1, 120, 3),
+        (1, 17, 5),
+        (2, 1, 1),
+    ):
+        config = Config.model_validate(values(max_steps=None, num_train_epochs=epochs))
+        assert config.num_prompts == 4
+        assert config.with_steps(rows).num_steps == steps
+
+
+def test_max_steps_goes_first_and_the_command_line_before_the_file(load):
+    assert load(num_train_epochs=2).config.with_steps(40).num_steps == 10
+    assert load("--max_steps", "3", num_train_epochs=2).config.with_steps(40).num_steps == 3
+    resolved = load("--num_train_epochs", "2")  # and max_steps in the file
+    assert resolved.config.with_steps(40).num_steps == 20
+    assert resolved.origins["max_steps"] == "default"
+    assert resolved.origins["num_train_epochs"] == "command line"
+
+
+def test_a_saved_run_of_epochs_runs_again_with_the_same_steps(load, tmp_path):
+    config = load(max_steps=None, num_train_epochs=2).config.with_steps(40)
+    save_config(config, tmp_path / "saved.yaml")
+    again = load_config(tmp_path / "saved.yaml").config
+    assert again == config
+    assert again.with_steps(1000).num_steps == 20
+    more = load_config(tmp_path / "saved.yaml", ["--num_train_epochs", "3"]).config
+    assert more.with_steps(40).num_steps == 30
+
+
+@pytest.mark.parametrize(
+    ("sections", "says"),
+    [
+        ({"max_steps": None}, "max_steps: is missing, and num_train_epochs is too"),
+        (
+            {"max_steps": None, "num_train_epochs": 2, "data": {"streaming": True}},
+            "num_train_epochs = 2 needs the number of rows, which data.streaming does not know",
+        ),
+        ({"max_steps": None, "num_train_epochs": 0}, "num_train_epochs = 0: should be greater"),
+        ({"max_steps": -1}, "max_steps = -1: should be greater than 0"),
+    ],
+)
+def test_a_run_needs_a_length(problems, sections, says):
+    (text,) = problems(**sections)
+    assert says in text
+
+
+def test_the_length_of_a_run_is_missed_beside_other_mistakes(problems):
+    found = problems(max_steps=None, policy={"lr": "much"})
+    assert any("max_steps: is missing" in text for text in found)
+    assert len(found) == 2

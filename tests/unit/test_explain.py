@@ -94,6 +94,20 @@ def test_epochs_are_counted(tmp_path):
     assert "2.00 = 40 prompts / 20 rows" in text
 
 
+def test_steps_of_epochs_are_counted(tmp_path):
+    path = write_run(tmp_path, max_steps=None, num_train_epochs=3)
+    ok, text = printed(path)
+    assert ok
+    assert "3 x 20 rows (less those over max_prompt_length) / P 4 = 15 steps" in text
+    assert "15 steps: 60 prompts, 240 completions, 15 optimizer steps" in text
+    assert "3.00 = 60 prompts / 20 rows" in text
+    _, text = printed(path, "--max_steps", "2")
+    assert "= 15 steps; max_steps 2 goes first" in text
+    assert "2 steps: 8 prompts" in text
+    _, text = printed(path, "--data.dataset", "org/name")
+    assert "known when the rows are counted, at the start of the run" in text
+
+
 def test_problems_anywhere_fail_it_and_those_of_this_machine_do_not(tmp_path):
     path = write_run(tmp_path)
     ok, text = printed(path, "--reward.reward_funcs", "nothing")

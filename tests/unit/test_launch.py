@@ -1,13 +1,15 @@
-"""How a run ends whose rollouts failed while the driver was busy."""
+"""What a run says of its length, and how it ends whose rollouts failed meanwhile."""
 
 from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from config_cases import values
 
 from rlsys.actors.group import ActorFailure
-from rlsys.launch import _end_rollouts
+from rlsys.config import Config
+from rlsys.launch import _end_rollouts, step_notes
 
 
 def end_run(error, unheard):
@@ -37,3 +39,25 @@ def test_an_interrupt_stays_one():
 def test_other_ends_are_left_alone():
     with pytest.raises(ValueError, match="no such file"):
         end_run(ValueError("no such file"), None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "notes"),
+    [
+        ({"max_steps": 10}, []),
+        ({"max_steps": 10, "num_train_epochs": 2}, []),  # as a finished run saves it
+        (
+            {"max_steps": None, "num_train_epochs": 2},
+            ["num_train_epochs 2 x 20 prompts / 4 a step = 10 steps"],
+        ),
+        (
+            {"max_steps": 3, "num_train_epochs": 2},
+            [
+                "note: max_steps = 3 goes before num_train_epochs 2 x 20 prompts / 4 a step = "
+                "10 steps"
+            ],
+        ),
+    ],
+)
+def test_a_run_says_what_its_epochs_come_to(fields, notes):
+    assert list(step_notes(Config.model_validate(values(**fields)), 20)) == notes

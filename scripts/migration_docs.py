@@ -1,0 +1,69 @@
+"""Write docs/migration.md, other projects' names of settings, from rlsys/names_elsewhere.txt.
+
+python scripts/migration_docs.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from rlsys.config_fields import config_fields, show_default
+from rlsys.config_names import Counterpart, counterparts, projects
+
+TARGET = Path(__file__).parents[1] / "docs" / "migration.md"
+_HEAD = """# Coming from TRL, ms-swift, verl, OpenRLHF or slime
+
+What their settings are called here. `rlsys grpo` says the same of every name that it does not know,
+so a whole command line of another project can be pasted behind it. [config.md](config.md) has every
+field with its meaning, [algorithm.md](algorithm.md#recipes) the algorithms by name.
+
+Three things differ everywhere:
+
+- **A step** is one rollout: sample, score, update, sync weights. `rollout.generation_batch_size` is
+  its completions, `policy.global_batch_size` the completions of one optimizer step. Neither counts
+  prompts.
+- **GPUs**: policy and rollout engines have GPUs of their own. `policy.world_size` and
+  `rollout.num_engines` are their numbers; one of each is the least, so two GPUs.
+- **Sampling settings** come from the config only, never from a model's generation_config.json.
+
+This page is written by `python scripts/migration_docs.py` from `rlsys/names_elsewhere.txt`.
+"""
+
+
+def markdown() -> str:
+    """The whole page."""
+    parts = [_HEAD]
+    for project, about in projects().items():
+        rows = [row for row in counterparts() if row.project == project]
+        parts.append(f"## {project}\n\n{about[0].upper()}{about[1:]}.\n")
+        differing = [row for row in rows if not row.same_default]
+        if differing:
+            parts.append(f"### Defaults that differ from {project}\n")
+            head = ("field", "default here", f"in {project}")
+            parts.append(_table(head, map(_differing, differing)))
+        parts.append(f"### Names of {project}\n")
+        parts.append(_table((f"in {project}", "here", "note"), map(_named, rows)))
+    return "\n".join(parts)
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def _differing(row: Counterpart) -> tuple[str, ...]:
+    [field] = row.fields
+    ours = show_default(config_fields()[field])
+    return f"`{field}`", f"`{ours}`", f"`{row.names[0]}`: `{row.default}`"
+
+
+def _named(row: Counterpart) -> tuple[str, ...]:
+    names = ", ".join(f"`{name}`" for name in row.names)
+    if row.fields:
+        return names, ", ".join(f"`{field}`" for field in row.fields), row.note
+    return names, "not needed" if row.supported else "**not supported**", row.note
+
+
+if __name__ == "__main__":
+    TARGET.write_text(markdown(), encoding="utf-8")
