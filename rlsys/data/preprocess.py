@@ -15,6 +15,7 @@ from rlsys.data.readers import BadRow
 from rlsys.data.registered import find_registered, resolve
 from rlsys.data.row_preprocessors import Row, RowPreprocessor
 from rlsys.data.spec import DatasetSpec, parse_spec
+from rlsys.data.tables import without_fill
 from rlsys.registry import Registry
 from rlsys.rewards.plugins import find_unregistered, load_reference
 
@@ -77,9 +78,11 @@ class Preparation:
         who = f"{type(self.whole).__name__}.prepare_dataset"
         try:
             # All names in every row: the library takes the columns of the first one.
-            table = datasets.Dataset.from_list([{n: row.get(n) for n in names} for row in rows])
+            every = [{n: row.get(n) for n in names} for row in rows]
+            # Rows whose structs differ become JSON, or all would get the fields of all.
+            table = datasets.Dataset.from_list(every, on_mixed_types="use_json")
             made = self.whole.prepare_dataset(table)
-            yield from (dict(row) for row in made)
+            yield from (without_fill(row, made.features) for row in made)
         # User code: whatever it raises is reported with the line of the code.
         except Exception as error:
             raise ValueError(f"{who} raised {_raised(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,29 @@ def _rows(source: str, table: Dataset | IterableDataset) -> Iterator[RawRow]:
         columns = list(batch)
         for values in zip(*batch.values(), strict=True):
             number += 1
-            yield RawRow(number, f"row {number}", dict(zip(columns, values, strict=True)))
+            row = without_fill(dict(zip(columns, values, strict=True)), table.features)
+            yield RawRow(number, f"row {number}", row)
+
+
+def without_fill(row: dict[str, Any], features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The row as it was before it became part of a table, with the columns of all rows.
+
+    Structs of a table have the fields of all rows, at every depth, and null where a row has none.
+    A null that was in the row looks the same, and goes too. What a table holds as JSON stays.
+    """
+    import datasets
+
+    def clean(value: Any, feature: Any) -> Any:
+        if isinstance(feature, datasets.Json):
+            return value
+        if isinstance(value, dict):
+            of = feature if isinstance(feature, dict) else {}
+            return {k: clean(v, of.get(k)) for k, v in value.items() if v is not None}
+        if isinstance(value, list) and any(isinstance(entry, dict | list) for entry in value):
+            return [clean(entry, getattr(feature, "feature", None)) for entry in value]
+        return value
+
+    return {name: clean(value, (features or {}).get(name)) for name, value in row.items()}
 
 
 def _first_lines(error: BaseException) -> str:

@@ -273,6 +273,15 @@ def openai(**call) -> dict:
         pytest.param(
             {"messages": [{"from": "human", "value": "2 + 2?"}]}, ASKED, id="ShareGPT as messages"
         ),
+        pytest.param(
+            {
+                "messages": user(
+                    [{"type": "text", "text": None}, {"type": "text", "text": "2 + 2?"}]
+                )
+            },
+            ASKED,
+            id="a part without text",
+        ),
         pytest.param({"messages": [json.dumps(ASKED[0])]}, ASKED, id="turns as JSON text"),
         pytest.param(
             {"messages": [{"role": "system", "content": ""}, *ASKED], "system_prompt": "Be brief."},
