@@ -98,7 +98,11 @@ def _machine() -> Iterator[Finding]:
         yield Finding("ok", "memory", text)
     yield _shared_memory()
     gpus = visible_gpus()
-    yield Finding("ok", "GPUs", f"{gpus} visible" if gpus else "none visible: runs use the CPU")
+    if gpus == 1:
+        found = "1 visible, and a run on GPUs needs 2: one for the policy, one for rollouts"
+        yield Finding("note", "GPUs", found, "run on the CPU with --device cpu, or use more GPUs")
+    else:
+        yield Finding("ok", "GPUs", f"{gpus} visible" if gpus else "none visible: runs use the CPU")
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         remedy = (

@@ -86,9 +86,8 @@ class Placement:
 def _check_enough(roles: list[Role]) -> None:
     wanted, total = sum(role.gpus for role in roles), ray.cluster_resources().get("GPU", 0)
     if wanted > total:
-        raise ValueError(
-            f"{asked_for(roles)}, and the Ray cluster has {total:g}: {fewer_gpus(int(total))}"
-        )
+        remedy = fewer_gpus(roles, int(total))
+        raise ValueError(f"{asked_for(roles)}, and the Ray cluster has {total:g}: {remedy}")
     widest = max(role.gpus for role in roles)
     largest_host = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
     if widest > largest_host:

@@ -260,9 +260,8 @@ def _gpus(config: Config) -> Iterator[Problem]:
         return
     roles, there_are = plan_roles(config, device="cuda"), visible_gpus()
     if sum(role.gpus for role in roles) > there_are:
-        yield Problem(
-            f"{asked_for(roles)}, and this machine shows {there_are}: {fewer_gpus(there_are)}", True
-        )
+        remedy = fewer_gpus(roles, there_are)
+        yield Problem(f"{asked_for(roles)}, and this machine shows {there_are}: {remedy}", True)
 
 
 def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:

@@ -81,11 +81,30 @@ def asked_for(roles: Sequence[Role]) -> str:
     return f"the run needs {sum(gpus.values())} GPUs ({parts})"
 
 
-def fewer_gpus(there_are: int) -> str:
-    """What to do where there are not enough."""
+def fewer_gpus(roles: Sequence[Role], there_are: int) -> str:
+    """What to do where there are not enough GPUs: what would help these roles, and nothing else."""
+    on_cpu = "run on the CPU with --device cpu"
     if not there_are:
-        return "run on the CPU with --device cpu, or where there are GPUs"
-    return (
-        "lower policy.world_size or rollout.num_engines, raise rollout.engines_per_gpu, set "
-        "reference.placement and reward.reward_model_placement to policy, or add GPUs"
-    )
+        return f"{on_cpu}, or where there are GPUs"
+    if there_are < LEAST_GPUS:
+        return (
+            f"a run on GPUs needs at least {LEAST_GPUS}, one for the policy and one for a rollout "
+            f"engine: {on_cpu}, or use a machine or a Ray cluster (RAY_ADDRESS) with more GPUs"
+        )
+    gpus = {name: [r.gpus for r in roles if r.name == name and r.gpus] for name in GPU_REMEDIES}
+    remedies = [remedy for name, (least, remedy) in GPU_REMEDIES.items() if sum(gpus[name]) > least]
+    return f"{', '.join(remedies)}, or add GPUs"
+
+
+LEAST_GPUS = 2
+"""One for the policy, one for a rollout engine."""
+GPU_REMEDIES: dict[RoleName, tuple[int, str]] = {
+    "policy": (1, "lower policy.world_size"),
+    "rollout": (
+        1,
+        "lower rollout.num_engines or rollout.tensor_parallel_size, raise rollout.engines_per_gpu",
+    ),
+    "reference": (0, "set reference.placement to policy"),
+    "reward_model": (0, "set reward.reward_model_placement to policy"),
+}
+"""Role -> GPUs that it cannot do without, and how it uses fewer."""

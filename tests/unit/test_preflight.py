@@ -211,8 +211,32 @@ def test_whole_weights_are_no_problem_and_missing_shards_are(problems, tmp_path)
 @pytest.mark.parametrize(
     ("there_are", "overrides", "words"),
     [
-        (1, [], ["needs 2 GPUs (policy 1, rollout 1)", "shows 1", "lower policy.world_size"]),
-        (3, ["--rollout.num_engines", "3"], ["needs 4 GPUs (policy 1, rollout 3)", "shows 3"]),
+        (
+            1,
+            [],
+            [
+                "needs 2 GPUs (policy 1, rollout 1), and this machine shows 1",
+                "at least 2, one for the policy and one for a rollout engine",
+                "--device cpu",
+                "RAY_ADDRESS",
+                "not: lower",
+                "not: world_size",
+            ],
+        ),
+        (
+            3,
+            ["--rollout.num_engines", "3"],
+            [
+                *("needs 4 GPUs (policy 1, rollout 3)", "shows 3", "lower rollout.num_engines"),
+                *("raise rollout.engines_per_gpu", "not: policy.world_size", "not: placement"),
+            ],
+        ),
+        (2, ["--policy.world_size", "2"], ["lower policy.world_size, or", "not: num_engines"]),
+        (
+            2,
+            ["--grpo.beta", "0.1", "--reference.placement", "own"],
+            ["shows 2: set reference.placement to policy, or add GPUs"],
+        ),
         (0, [], ["shows 0", "--device cpu"]),
     ],
 )
@@ -220,7 +244,7 @@ def test_more_gpus_than_this_machine_has(problems, gpus, monkeypatch, there_are,
     gpus(there_are)
     found = problems("--device", "cuda", *overrides)
     for word in words:
-        assert word in only(found)
+        assert (word.removeprefix("not: ") in only(found)) != word.startswith("not: ")
     assert found[0].only_here
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # whose GPUs nobody sees from here
     assert problems("--device", "cuda", *overrides) == []
