@@ -148,6 +148,11 @@ class RolloutConfig(Section):
     which `sampling/logp_difference` shows."""
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 is off. See top_p."""
+    skip_special_tokens: bool | Literal["auto"] = "auto"
+    """Which special tokens are left out of the text that rewards and logs get. auto: those with a
+    role, such as EOS, BOS and padding, while tags such as `<think>` stay where a tokenizer has
+    them as special tokens; true: all, as in TRL; false: none. The token that ends a completion is
+    never in its text."""
     max_num_seqs: PositiveInt = 256
     """Most sequences an engine decodes at once."""
     kv_cache_memory_mb: PositiveInt | None = None

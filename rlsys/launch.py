@@ -31,6 +31,7 @@ from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.stream import make_prompt_stream
 from rlsys.data.usage import column_problems_of_run, unread_columns
 from rlsys.driver import train
+from rlsys.engines.detokenize import Detokenizer
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
 from rlsys.placement import Placement
@@ -218,6 +219,9 @@ def load_data(config: Config) -> PromptData:
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)
+    note = Detokenizer(tokenizer, config.rollout.skip_special_tokens).note()
+    if note is not None:
+        print(f"note: {note}", flush=True)
     unread = unread_columns(config, data.columns)
     if unread is not None:
         print(f"data: {unread}", flush=True)

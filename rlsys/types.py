@@ -25,6 +25,10 @@ Message = dict[str, Any]
 """One chat turn, `{"role": "user", "content": "..."}`."""
 
 
+OPEN_THINK = "<think>"
+"""What begins the thinking of a completion, or ends a prompt so that the completion goes on."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """One row of the dataset, ready to sample from."""
@@ -36,6 +40,8 @@ class Prompt:
     """The rendered chat template, generation prompt included."""
     columns: dict[str, Any] = field(default_factory=dict)
     """Every other column of the row; reward functions receive them by keyword."""
+    opens_think: bool = False
+    """Whether the prompt ends with `<think>`, so that completions begin inside of the tag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +53,8 @@ class Completion:
     rollout_logprobs: list[float]
     """[T] nats, of each sampled token under the distribution it was sampled from."""
     text: str
-    """Decoded without special tokens: what reward functions and people read."""
+    """Decoded without the token that ended it, and without special tokens as
+    rollout.skip_special_tokens says: what reward functions and people read."""
     finish_reason: FinishReason
     """"length" means cut at max_completion_length: TRL's and ms-swift's `clipped`."""
     policy_versions: tuple[int, ...]

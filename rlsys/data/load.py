@@ -128,9 +128,9 @@ def load_prompts(
         counts = [count for stream in streams for count in stream.counts]
     else:
         rows, counts = _load_split(sources, config, template, problems, seed=seed)
-        train, sizes = _prompts(rows, check, refused), [len(some) for some in rows]
+        train, sizes = _prompts(rows, template, check, refused), [len(some) for some in rows]
     rows, more_counts = _load_split(val_sources, config, template, problems, seed=seed)
-    validation, val_sizes = _prompts(rows, check, refused), [len(some) for some in rows]
+    validation, val_sizes = _prompts(rows, template, check, refused), [len(some) for some in rows]
     check_renamed(config, [*sources, *val_sources], problems)
     if problems:
         problems.add_all(refused)
@@ -313,7 +313,9 @@ def _without_duplicates(
     return kept
 
 
-def _prompts(rows_of: list[list[_Row]], check: RowCheck | None, refused: Problems) -> list[Prompt]:
+def _prompts(
+    rows_of: list[list[_Row]], template: ChatTemplate, check: RowCheck | None, refused: Problems
+) -> list[Prompt]:
     rows = [row for some in rows_of for row in some]
     # A reward sees None where another row has a column, and never misses an argument.
     names = list(dict.fromkeys(name for row in rows for name in row.parsed.columns))
@@ -323,6 +325,7 @@ def _prompts(rows_of: list[list[_Row]], check: RowCheck | None, refused: Problem
             row.parsed.messages,
             row.token_ids,
             {name: row.parsed.columns.get(name) for name in names},
+            template.opens_think(row.token_ids),
         )
         for row in rows
     ]

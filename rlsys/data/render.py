@@ -14,14 +14,20 @@ import jinja2
 from rlsys.data.json_text import BadRow
 from rlsys.data.rows import ParsedRow
 from rlsys.data.turns import called_functions, read_turns
-from rlsys.types import Message
+from rlsys.types import OPEN_THINK, Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MISSING = re.compile(r"\b(?:None(?! of\b)|nan|NaT)\b|<NA>")
 """What Python prints for a value that is not there; "None of" is English."""
+_TAIL = 10
+"""Tokens that hold a last `<think>` and white space, whatever the tokenizer."""
 _UNREAD_VARIABLE = "the chat template does not read the variable {!r}"
+_OPENS_THINK = (
+    "the chat template ends the prompt with <think>: completions begin inside of it. format, "
+    "accuracy and other rewards of rlsys count that tag as the completion's"
+)
 _PROBE: list[Message] = [
     {"role": "user", "content": "Hi"},
     {
@@ -63,6 +69,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._variables = dict(variables or {})
         self._noticed: dict[str, _Notice] = {}
+        self._tails: dict[tuple[int, ...], bool] = {}
         for name in self._unread(self._variables):
             self._notice(_UNREAD_VARIABLE.format(name), "data.chat_template_kwargs")
 
@@ -94,6 +101,14 @@ class ChatTemplate:
             else []
         )
         return [problems[i] if i in problems else next(ids) for i in range(len(rows))]
+
+    def opens_think(self, token_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends with `<think>`: the templates of several models write it."""
+        tail = tuple(token_ids[-_TAIL:])
+        if tail not in self._tails:
+            text: Any = self._tokenizer.decode(list(tail), skip_special_tokens=False)
+            self._tails[tail] = text.rstrip().endswith(OPEN_THINK)
+        return self._tails[tail]
 
     def _text(self, row: ParsedRow) -> str:
         messages = row.messages
@@ -185,7 +200,9 @@ class ChatTemplate:
     # --- what is left out ---
 
     def _look(self, where: str, row: ParsedRow, text: str) -> None:
-        """Note what the prompt lacks of the row, and where a value is missing in it."""
+        """Note what the prompt lacks of the row or has beside it, and where a value is missing."""
+        if text.rstrip().endswith(OPEN_THINK):
+            self._notice(_OPENS_THINK, where)
         for role in dict.fromkeys(_left_out(row.messages, text)):
             self._notice(
                 f"the chat template leaves out or changes the text of a {role} turn", where

@@ -196,7 +196,9 @@ class StreamedPrompts:
             if used:
                 count.used += 1
                 columns = dict.fromkeys(self.columns) | parsed.columns
-                prompts.append(Prompt(source.prompt_id(raw), parsed.messages, token_ids, columns))
+                opens_think = self._template.opens_think(token_ids)
+                prompt_id = source.prompt_id(raw)
+                prompts.append(Prompt(prompt_id, parsed.messages, token_ids, columns, opens_think))
         return prompts
 
 

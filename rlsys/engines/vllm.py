@@ -17,6 +17,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 
 from rlsys.config import Config
+from rlsys.engines.detokenize import Detokenizer
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.engines.spans import Span, begin_span
 from rlsys.engines.stop_tokens import read_stop_token_ids
@@ -69,6 +70,9 @@ class VLLMEngine:
         self._engine_rank = engine_rank
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
         self._stop_token_ids = read_stop_token_ids(folder, self._tokenizer)
+        self._detokenizer = Detokenizer(
+            self._tokenizer, config.rollout.skip_special_tokens, self._stop_token_ids
+        )
         shape = read_model_shape(folder)
         shares_gpu = device == "cuda" and config.rollout.engines_per_gpu > 1
         self._llm = _start_llm(
@@ -247,7 +251,7 @@ class VLLMEngine:
         return Completion(
             token_ids=token_ids,
             rollout_logprobs=logprobs,
-            text=str(self._tokenizer.decode(text_ids, skip_special_tokens=True)),
+            text=self._detokenizer.text(text_ids),
             finish_reason=cast(FinishReason, reason),
             policy_versions=tuple(span.version for span in spans),
             version_starts=tuple(span.first_token for span in spans),

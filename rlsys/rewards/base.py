@@ -33,6 +33,10 @@ class ORM:
                 return [float(len(text) <= self.max_characters) for text in completions]
     """
 
+    reads_think_tags: bool = False
+    """Whether completions come with the `<think>` that the prompt ends with, if it does: for
+    functions that look for the tag, or for what stands behind `</think>`."""
+
     def __init__(self, args: Any = None, **kwargs: Any):
         # The signature that ms-swift's rewards call through super().__init__(args, **kwargs).
         self.args = args

@@ -42,6 +42,8 @@ class Code(ORM):
     results never enter it. On a host where that cannot be had the reward refuses to start.
     """
 
+    reads_think_tags = True
+
     def __init__(
         self,
         time_limit_s: float = 5.0,

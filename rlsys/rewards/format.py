@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal
 
 from rlsys.rewards.base import ORM, register_reward
+from rlsys.types import OPEN_THINK
 
 _TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _LAYOUT = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
@@ -34,15 +35,24 @@ def _has_each_tag_once(completion: str) -> bool:
 
 
 class _TagFormat(ORM):
-    def __init__(self, prompt_opens_think: bool = False):
+    def __init__(self, prompt_opens_think: bool | Literal["auto"] = "auto"):
         """Settings.
 
         Args:
-            prompt_opens_think: the chat template ends with `<think>`, so that completions begin
-                inside of it and must not repeat the tag.
+            prompt_opens_think: whether the prompt ends with `<think>`, so that completions begin
+                inside of it and must not repeat the tag. "auto" looks at each prompt.
+
+        Raises:
+            ValueError: it is something else.
         """
         super().__init__()
-        self._opened = "<think>" if prompt_opens_think else ""
+        if prompt_opens_think not in (True, False, "auto"):
+            raise ValueError(
+                f"format: prompt_opens_think must be true, false or auto, not "
+                f"{prompt_opens_think!r}"
+            )
+        self.reads_think_tags = prompt_opens_think == "auto"
+        self._opened = OPEN_THINK if prompt_opens_think is True else ""
 
 
 @register_reward("format")

@@ -38,6 +38,8 @@ class JSONSchema(ORM):
     runs in a helper process with a limit on CPU time, as a schema may hold regular expressions.
     """
 
+    reads_think_tags = True
+
     def __init__(
         self,
         schema: dict[str, Any] | None = None,
@@ -114,6 +116,8 @@ class JSONMatch(ORM):
     names. Reads the column `expected`, an object or its JSON text; the JSON of the completion is
     found as by `json_schema`.
     """
+
+    reads_think_tags = True
 
     def __init__(self, all_or_nothing: bool = False):
         """Settings.

@@ -61,6 +61,8 @@ class MultipleChoice(ORM):
     `solution`: `B`, `(b)` or `B. Paris`. A row whose answer is prose is None: not applicable.
     """
 
+    reads_think_tags = True
+
     def __init__(self, choices: str = "ABCDEFGHIJ", answer_format: AnswerFormat = "any"):
         """Settings.
 
@@ -166,6 +168,8 @@ class ExactMatch(ORM):
     text, a number, or a list of accepted ones. Of a text that marks its answer, as by `#### 72`,
     that counts. A row that has nothing but a `solution` in prose is None: not applicable.
     """
+
+    reads_think_tags = True
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from typing import Any, SupportsFloat
 
 from rlsys.rewards.base import ORM, RewardFunction, TrainerState, TrlStyle, as_messages, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
-from rlsys.types import RolloutGroup
+from rlsys.types import OPEN_THINK, RolloutGroup
 
 OWN_COLUMNS = (
     "completions",
@@ -19,6 +19,7 @@ OWN_COLUMNS = (
     "completion_ids",
     "response_token_ids",
     "finish_reasons",
+    "prompt_opens_think",
     "trainer_state",
 )
 """What reward functions get besides the dataset's columns."""
@@ -81,6 +82,8 @@ class Reward:
         return self._checked(returned, len(columns["completions"]), prompt_id)
 
     def _arguments(self, columns: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if getattr(self.function, "reads_think_tags", False):
+            columns = {**columns, "completions": _with_opened_think(columns)}
         return call_arguments(self.name, self.function, {**columns, **self._call_settings})
 
     def _raised(self, error: BaseException, prompt_id: str | None) -> RewardError:
@@ -231,8 +234,18 @@ def reward_columns(group: RolloutGroup, state: TrainerState | None = None) -> di
         "completion_ids": token_ids,
         "response_token_ids": token_ids,  # ms-swift's name
         "finish_reasons": [completion.finish_reason for completion in completions],
+        "prompt_opens_think": [prompt.opens_think] * len(completions),
         "trainer_state": state or TrainerState(global_step=0, max_steps=0),
     }
+
+
+def _with_opened_think(columns: Mapping[str, Any]) -> list[str]:
+    """The completions, and before those whose prompt ends with `<think>` that tag."""
+    opened = columns.get("prompt_opens_think") or [False] * len(columns["completions"])
+    return [
+        OPEN_THINK + text if opens else text
+        for text, opens in zip(columns["completions"], opened, strict=True)
+    ]
 
 
 def checked(returned: Any, num_completions: int, who: str) -> list[float]:

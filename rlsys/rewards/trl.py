@@ -66,6 +66,7 @@ class TRLReasoningAccuracy(_FromTRL):
 class TRLThinkFormat(_FromTRL):
     """trl.rewards.think_format_reward: 1 for `<think>...</think>` and an answer after it."""
 
+    reads_think_tags = True
     function_name = "think_format_reward"
 
     def __init__(self) -> None:

@@ -48,7 +48,7 @@ def test_tools_and_calls_of_a_row_are_in_its_prompt(template, write):
     text, notices = rendered(template, row)
     for words in (SCHEMA["description"], "get_weather", "Rome?", "21 degrees"):
         assert words in text
-    assert notices == []
+    assert [one for one in notices if "ends the prompt with <think>" not in one] == []
     # OpenAI's JSON text of arguments is not quoted a second time.
     assert text == rendered(template, row | {"messages": asked_and_called({"city": "Rome"})})[0]
     assert SCHEMA["description"] not in rendered(template, {"messages": row["messages"]})[0]
@@ -204,3 +204,17 @@ def test_one_prompt_alone():
         render_prompt([*user("a"), {"role": "assistant", "content": 3}], tokenizer)
     with pytest.raises(ValueError, match="the chat template refuses it: no"):
         render_prompt(user("a"), chat_tokenizer("{{ raise_exception('no') }}"))
+
+
+OPENING = MESSAGES + "{% if add_generation_prompt %}<think>\n{% endif %}"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_prompt_that_opens_think_says_so(tmp_path, streaming):
+    rows = [{"prompt": "Write <think>"}, {"prompt": "b"}]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    for template, opens in ((OPENING, True), (MESSAGES + "|", False)):
+        data = load(chat_tokenizer(template), source, streaming=streaming)
+        prompts = data.streams[0].take(2) if streaming else data.train
+        assert [prompt.opens_think for prompt in prompts] == [opens] * 2
+        assert any("ends the prompt with <think>" in line for line in data.summary()) is opens

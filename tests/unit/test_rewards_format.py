@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.rewards import orms
+from rlsys.rewards import Reward, orms
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
@@ -80,3 +80,31 @@ def test_a_prompt_may_open_the_think_tag(name):
     reward = orms[name](prompt_opens_think=True)
     texts = ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"]
     assert reward(texts) == [1.0, 0.0]
+
+
+def test_a_prompt_that_opens_the_think_tag_is_noticed():
+    texts = ["a</think><answer>b</answer>", "<think>a</think><answer>b</answer>"]
+    for opens, expected in ((True, [1.0, 0.0]), (False, [0.0, 1.0])):
+        columns = {"completions": texts, "prompt_opens_think": [opens] * 2}
+        for name in ("format", "format_soft"):
+            assert Reward(name).score(columns) == expected
+        explicit = Reward("format", {"prompt_opens_think": True})
+        assert explicit.score(columns) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="must be true, false or auto"):
+        orms["format"](prompt_opens_think="yes")
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "answer"),
+    [
+        ("exact_match", {"answer": "4"}, "4"),
+        ("multiple_choice", {"answer": "B"}, "The answer is B"),
+        ("json_match", {"expected": {"a": 1}}, '{"a": 1}'),
+        ("trl/think_format_reward", {}, "4"),
+    ],
+)
+def test_a_thought_that_the_prompt_opened_must_end(name, row, answer):
+    texts = [f"so</think>{answer}", answer]
+    columns = {column: [value] * 2 for column, value in row.items()}
+    columns |= {"completions": texts, "prompt_opens_think": [True] * 2}
+    assert Reward(name).score(columns) == [1.0, 0.0]

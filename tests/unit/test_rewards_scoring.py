@@ -78,6 +78,7 @@ def test_a_class_gets_texts_and_columns_as_lists():
         "response_token_ids": [[0, 1], [0, 1]],
         "trainer_state": TrainerState(0, 0),
         "finish_reasons": ["stop", "length"],
+        "prompt_opens_think": [False, False],
     }
 
 
@@ -190,7 +191,7 @@ def test_an_exception_is_told_with_function_and_prompt_and_never_a_0():
 def test_a_missing_column_lists_those_that_exist():
     with pytest.raises(RewardError, match=r"missing a required argument: 'nums'") as caught:
         RewardFunctions(["countdown"]).score(group_of("a", "b", numbers=[1, 2], goal=3))
-    assert "completion_ids, finish_reasons, goal, messages, numbers, prompts" in str(caught.value)
+    assert "finish_reasons, goal, messages, numbers, prompt_opens_think, prompts" in str(caught.value)
 
 
 def test_a_signature_without_columns_is_told_how_to_end():
