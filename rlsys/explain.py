@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from rlsys.algorithm_rules import describe_algorithm
+from rlsys.columns import GAP, columns, print_lines, print_pairs, print_wrapped
 from rlsys.config import Config
 from rlsys.config_fields import config_fields, first_sentence, show_value
 from rlsys.config_load import ResolvedConfig
@@ -30,6 +30,10 @@ from rlsys.preflight import Problem, check_run, find_model_folder
 from rlsys.roles import Role, plan_roles
 from rlsys.types import Device
 
+_VALUE = 32
+"""Columns for a value; a longer one goes on below."""
+_LEAST_MEANING = 40
+"""Columns for the meaning of a field, if it is shown."""
 _ORIGIN_STYLES = {"default": "dim", "file": "", "command line": "bold green"}
 
 
@@ -43,8 +47,8 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
     config = resolved.config
     problems = check_run(config)
     _print_config(resolved, console)
-    _print_pairs(console, "Algorithm", describe_algorithm(config))
-    _print_pairs(console, "Batches", batch_arithmetic(config))
+    print_pairs(console, "Algorithm", describe_algorithm(config))
+    print_pairs(console, "Batches", batch_arithmetic(config))
     _print_roles(config, console)
     _print_memory(config, console)
     _print_problems(problems, console)
@@ -163,34 +167,29 @@ def _epochs(drawn: int, rows: int) -> str:
 
 
 def _print_config(resolved: ResolvedConfig, console: Console) -> None:
-    table = Table(title="Config", title_justify="left", box=None, pad_edge=False, expand=True)
-    table.add_column("field", no_wrap=True)
-    table.add_column("value", overflow="fold", max_width=44)
-    table.add_column("from", no_wrap=True)
-    table.add_column("meaning: docs/config.md", no_wrap=True, overflow="ellipsis", ratio=1)
-    values = resolved.config.model_dump(mode="json")
+    """Each field with its value and origin, and its meaning where the terminal is wide."""
+    fields = config_fields()
+    widths = [2 + max(len(name.rpartition(".")[2]) for name in fields), _VALUE, len("command line")]
+    head = ["field", "value", "from"]
+    room = console.width - sum(widths) - len(widths) * GAP
+    if room >= _LEAST_MEANING:
+        widths, head = [*widths, room], [*head, "meaning"]
+    else:
+        widths[1] += max(0, room + GAP)
+    print_lines(console, ["Config: docs/config.md has the meaning of every field"], "italic")
+    print_lines(console, columns(head, widths), "bold")
+    values = resolved.config.model_dump()
     heading = ""
-    for name, info in config_fields().items():
+    for name, info in fields.items():
         section, _, field = name.rpartition(".")
         if section != heading:
-            table.add_row(Text(section, style="bold"))
+            print_lines(console, [section], "bold")
             heading = section
         value = (values[section] if section else values)[field]
         origin = resolved.origins[name]
         indent = "  " if section else ""
         cells = (indent + field, show_value(value), origin, first_sentence(info.description))
-        table.add_row(*(Text(cell, style=_ORIGIN_STYLES[origin]) for cell in cells))
-    console.print(table)
-
-
-def _print_pairs(console: Console, title: str, pairs: list[tuple[str, str]]) -> None:
-    table = Table(title=title, title_justify="left", box=None, show_header=False, pad_edge=False)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in pairs:
-        table.add_row(Text(name), Text(text))
-    console.print()
-    console.print(table)
+        print_lines(console, columns(cells[: len(widths)], widths), _ORIGIN_STYLES[origin])
 
 
 def _print_roles(config: Config, console: Console) -> None:
@@ -204,7 +203,7 @@ def _print_roles(config: Config, console: Console) -> None:
         pairs.append(("in all", f"{gpus} GPUs; this machine shows {visible_gpus()}"))
     else:
         pairs.append(("in all", f"{threads} threads, not all busy at once"))
-    _print_pairs(console, f"Actors on {device}", pairs)
+    print_pairs(console, f"Actors on {device}", pairs)
 
 
 def _counts(roles: list[Role]) -> list[tuple[str, int]]:
@@ -245,27 +244,26 @@ def _print_memory(config: Config, console: Console) -> None:
     estimates += of_rewards
     counts = dict(_counts(plan_roles(config, device=device)))
     purposes = list(dict.fromkeys(purpose for e in estimates for purpose in e.gib))
-    table = Table(
-        title=f"Estimate of {'GPU' if device == 'cuda' else 'main'} memory, in GiB a process",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
+    table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for header in (*purposes, "sum"):
-        table.add_column(header, justify="right")
     for estimate in estimates:
-        cells = [_gib(estimate.gib[p]) if p in estimate.gib else "" for p in purposes]
+        table.add_column(f"{estimate.role} x {counts[estimate.role]}", justify="right")
+    for purpose in purposes:
         table.add_row(
-            f"{estimate.role} x {counts[estimate.role]}", *cells, f"{estimate.total_gib:.2f}"
+            purpose, *(_gib(e.gib[purpose]) if purpose in e.gib else "" for e in estimates)
         )
+    table.add_row("sum", *(f"{estimate.total_gib:.2f}" for estimate in estimates))
     console.print()
+    kind = "GPU" if device == "cuda" else "main"
+    print_lines(console, [f"Estimate of {kind} memory, in GiB a process"], "italic")
     console.print(table)
     for estimate in estimates:
         for purpose, formula in estimate.formula.items():
-            console.print(Text(f"  {estimate.role} {purpose} = {formula}", style="dim"))
+            text = f"{estimate.role} {purpose} = {formula}"
+            print_wrapped(console, text, indent="  ", style="dim")
     if unknown:
-        console.print(Text(f"  not in the estimate: {', '.join(unknown)}", style="dim"))
+        text = f"not in the estimate: {', '.join(unknown)}"
+        print_wrapped(console, text, indent="  ", style="dim")
     if device == "cpu":
         _print_total(estimates, counts, console)
 
@@ -297,7 +295,8 @@ def _print_total(estimates: list[MemoryEstimate], counts: dict[str, int], consol
     available = psutil.virtual_memory().available / 2**30
     console.print(f"All processes: {total:.1f} GiB; this machine has {available:.1f} GiB free")
     if total > available:
-        console.print(
+        print_wrapped(
+            console,
             "That may not fit: lower policy.micro_batch_size or rollout.max_num_seqs, or set "
             "policy.recompute to full",
             style="bold red",
@@ -311,6 +310,6 @@ def _print_problems(problems: list[Problem], console: Console) -> None:
         if some:
             console.print(f"\n{title}", style="bold red")
             for problem in some:
-                console.print(Text(f"  - {problem}"))
+                print_wrapped(console, f"  - {problem}")
     if not problems:
         console.print("\nReady to run.", style="bold green")

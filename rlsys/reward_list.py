@@ -7,10 +7,10 @@ import os
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from rlsys.config_load import first_sentence
+from rlsys.columns import print_wrapped
+from rlsys.config_fields import first_sentence
 from rlsys.data.usage import column_use
 from rlsys.registry import where_defined
 from rlsys.rewards import TrlStyle, load_plugins, orms
@@ -23,50 +23,52 @@ MAX_SETTING = 60
 
 
 def list_rewards(plugins: Sequence[str], console: Console) -> None:
-    """Print a table of the reward functions: built-in ones, those of `plugins`, of packages.
+    """Print the reward functions, a few lines each: built-in ones, those of `plugins`, of packages.
 
     Raises:
         ValueError: a plugin cannot be loaded.
     """
     load_plugins(plugins)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("name and source", overflow="fold", ratio=3)
-    table.add_column("settings", overflow="fold", ratio=2)
-    table.add_column("columns", overflow="fold", ratio=1)
-    table.add_column("what it pays for", ratio=3)
     for name in sorted({*orms, *entry_points()}):
-        table.add_row(*_row(name))
-    console.print(table)
-    console.print(
-        "\nsettings: reward.reward_params, {NAME: {SETTING: VALUE}}. columns: what the dataset "
-        "must have; in brackets, what is used if it is there.",
+        _print_function(name, console)
+    print_wrapped(
+        console,
+        "settings: reward.reward_params, {NAME: {SETTING: VALUE}}. columns: what the dataset must "
+        "have; in brackets, what is used if it is there.",
         style="dim",
     )
 
 
-def _row(name: str) -> tuple[Text, Text, Text, Text]:
-    """Name and place, settings, columns, the first sentence of the docstring."""
+def _print_function(name: str, console: Console) -> None:
+    """Name and place; below them what it pays for, settings and columns."""
     try:
         function = orms[name]
         use = column_use(name)
     except ValueError as error:  # the others can be used
         offered = ", ".join(map(describe, entry_points().get(name, [])))
+        _print_heading(name, offered, console)
         reason = str(error).strip().splitlines()[-1]
-        return _named(name, offered), Text(), Text(), Text(reason, style="bold red")
-    settings = ""
-    if isinstance(function, type):
-        settings = "\n".join(map(_as_written, parameters_of(function).values()))
-    columns = "\n".join([*use.needed, *(f"[{column}]" for column in use.optional)])
+        print_wrapped(console, reason, indent="  ", style="bold red")
+        console.print()
+        return
     kinds = ["TRL style"] * isinstance(function, TrlStyle) + ["async"] * is_async(function)
-    about = first_sentence(inspect.getdoc(function))
-    if kinds:
-        about += f" ({', '.join(kinds)})"
-    place = where_defined(function).removeprefix(f"{os.getcwd()}/")
-    return _named(name, place), Text(settings), Text(columns), Text(about)
+    about = first_sentence(inspect.getdoc(function)) + (f" ({', '.join(kinds)})" if kinds else "")
+    settings = parameters_of(function).values() if isinstance(function, type) else []
+    named = {
+        "settings": list(map(_as_written, settings)),
+        "columns": [*use.needed, *(f"[{column}]" for column in use.optional)],
+    }
+    _print_heading(name, where_defined(function).removeprefix(f"{os.getcwd()}/"), console)
+    print_wrapped(console, about, indent="  ")
+    for title, items in named.items():
+        if items:
+            print_wrapped(console, f"{title}: {', '.join(items)}", indent="  ")
+    console.print()
 
 
-def _named(name: str, place: str) -> Text:
-    return Text(f"{name}\n", style="bold").append(place, style="not bold dim")
+def _print_heading(name: str, place: str, console: Console) -> None:
+    heading = Text(name, style="bold").append(f"  {place}", style="not bold dim")
+    console.print(heading, soft_wrap=True)
 
 
 def _as_written(parameter: inspect.Parameter) -> str:

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rlsys.columns import join_wrapped
 from rlsys.config import Config
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation
 from rlsys.types import RolloutGroup
@@ -65,7 +66,7 @@ class LinesTracker(Tracker):
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Print the line."""
         if is_evaluation(metrics):
-            print(evaluation_line(step, metrics), flush=True)
+            print(" | ".join(evaluation_items(step, metrics)), flush=True)
             return
         numbers = [f"{c.header} {cell(c, metrics)}" for c in COLUMNS if c.name in metrics]
         line = f"step {step}/{self._max_steps} | {' | '.join(numbers)}"
@@ -115,7 +116,9 @@ class TerminalTracker(Tracker):
         self._activity = "sampling" if step < self._max_steps else "finishing"
         if is_evaluation(metrics):
             self._groups_of.pop(("eval", step), None)
-            self._console.print(Text(evaluation_line(step, metrics), style="cyan"))
+            items = evaluation_items(step, metrics)
+            line = join_wrapped(items, " | ", self._console.width)
+            self._console.print(Text(line, style="cyan"), soft_wrap=True)
             return
         self._groups_of.pop(("train", step), None)
         columns = self._columns(metrics)
@@ -210,9 +213,9 @@ def phases_line(metrics: Metrics) -> str:
     return ", ".join(f"{phase} {phases[phase]:.1f}s" for phase in longest_first)
 
 
-def evaluation_line(step: int, metrics: Metrics) -> str:
-    """Means of an evaluation on one line: "held-out after step 20 | reward 1.234 | ..."."""
-    shown = []
+def evaluation_items(step: int, metrics: Metrics) -> list[str]:
+    """Means of an evaluation: "held-out after step 20", "reward 1.234", ..."""
+    shown = [f"held-out after step {step}"]
     for name, value in metrics.items():
         if name == "eval/reward":
             shown.append(f"reward {value:.3f}")
@@ -220,7 +223,7 @@ def evaluation_line(step: int, metrics: Metrics) -> str:
             shown.append(f"{reward[1]} {value:.3f}")
         elif name == "eval/completions/mean_length":
             shown.append(f"length {value:.0f}")
-    return " | ".join([f"held-out after step {step}", *shown])
+    return shown
 
 
 def clock_time(seconds: float) -> str:
