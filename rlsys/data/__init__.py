@@ -1,12 +1,16 @@
 """From dataset rows to prompts ready to sample from.
 
     spec         what an entry of data.dataset says
-    readers      text files to rows, with their lines
+    raw          a row as a file has it, and files that are compressed
+    json_text    JSON with errors that say where
+    json_files   JSON and JSON Lines to rows
+    readers      any text file to rows, with their lines
     tables       Parquet, Arrow, folders and the hub to rows
     preprocess   a user's function or class, row to row
     row_preprocessors   ms-swift's classes
     registered   datasets that a plugin registers by name
     rows         row formats to chat turns and columns
+    turns        turns, calls and tools as people write them to messages
     render       chat turns to token ids
     sources      the above for one dataset of a config
     load         everything in memory: filters, counts, what rewards say of a row

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from itertools import islice
 
 from rlsys.config import DataConfig
+from rlsys.data.json_files import is_json_lines
 from rlsys.data.sources import Problems, Source, Split, open_sources
 from rlsys.data.spec import parse_spec
 from rlsys.data.streaming import CHECKED_ROWS
@@ -56,6 +57,8 @@ def count_rows(config: DataConfig) -> int | None:
             continue
         path = spec.path
         if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size > _COUNTABLE_BYTES:
+            return None
+        if not is_json_lines(path):
             return None
         with path.open("rb") as file:
             rows = sum(1 for line in file if line.strip())

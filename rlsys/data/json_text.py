@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 
@@ -17,9 +18,22 @@ def parse_json(content: bytes | str) -> Any:
     Raises:
         BadRow: it is no JSON, has two meanings, or holds text that is no Unicode.
     """
+    return _parsed(content, _DECODER.decode)
+
+
+def parse_json_values(content: bytes | str) -> list[Any]:
+    """The values of a JSON text that has several, with nothing but blanks between them.
+
+    Raises:
+        BadRow: as `parse_json`.
+    """
+    return _parsed(content, _decode_all)
+
+
+def _parsed(content: bytes | str, decode: Callable[[str], Any]) -> Any:
     text = content if isinstance(content, str) else _decoded(content)
     try:
-        value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
+        value = decode(text)
     except json.JSONDecodeError as error:
         raise BadRow(f"not JSON: {_described(error)}") from None
     except RecursionError:
@@ -31,6 +45,20 @@ def parse_json(content: bytes | str) -> Any:
     if "\\ud" in text or "\\uD" in text:  # half of a pair of escapes is no character
         check_unicode(value)
     return value
+
+
+def _decode_all(text: str) -> list[Any]:
+    values: list[Any] = []
+    place = 0
+    text = text.strip()
+    while place < len(text):
+        if values and text[place] not in "[{":
+            raise json.JSONDecodeError("Extra data", text, place)
+        value, place = _DECODER.raw_decode(text, place)
+        values.append(value)
+        while place < len(text) and text[place].isspace():
+            place += 1
+    return values
 
 
 def parse_cell(value: Any, column: str) -> Any:
@@ -69,8 +97,8 @@ def _described(error: json.JSONDecodeError) -> str:
     hint = ""
     if before.endswith(",") and rest[:1] in ("]", "}"):
         hint = "; remove the comma before it"
-    elif error.msg == "Extra data" and rest == ",":
-        hint = "; lines of a JSON Lines file end without a comma"
+    elif error.msg == "Extra data" and rest.startswith(","):
+        hint = "; objects on lines of their own have no comma between them"
     return f"{error.msg} at {place}{hint}"
 
 
@@ -85,6 +113,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in found if names.count(name) > 1)
         raise BadRow(f"not JSON of one meaning: an object has the key {twice!r} twice")
     return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
 
 
 def check_unicode(value: Any) -> None:

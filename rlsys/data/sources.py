@@ -13,8 +13,14 @@ from rlsys.config import DataConfig
 from rlsys.data.preprocess import NO_PREPROCESSOR, Preparation, keep_row, open_dataset
 from rlsys.data.readers import BadRow, RawRow, read_file
 from rlsys.data.rows import ParsedRow, columns_problem, parse_row
-from rlsys.data.spec import FILE_SUFFIXES, DatasetSpec
-from rlsys.data.tables import OWN_SUFFIXES, read_hub, read_table
+from rlsys.data.spec import (
+    COMPRESSED_SUFFIXES,
+    FILE_SUFFIXES,
+    TEXT_SUFFIXES,
+    DatasetSpec,
+    file_kind,
+)
+from rlsys.data.tables import read_hub, read_table
 from rlsys.registry import did_you_mean
 
 Split = Literal["train", "validation"]
@@ -168,7 +174,7 @@ class Source:
         problem = self.file_problem()
         if problem is not None:
             raise ValueError(problem)
-        if spec.path.suffix in OWN_SUFFIXES:
+        if file_kind(spec.path) in TEXT_SUFFIXES:
             return read_file(spec.path, max_row_mb=limit)
         return read_table(spec.path, streaming=self.config.streaming)
 
@@ -176,7 +182,7 @@ class Source:
     def is_text_file(self) -> bool:
         """Whether it is a file on this machine that is read row by row."""
         spec = self.spec
-        return spec.is_local and spec.path.suffix in OWN_SUFFIXES and spec.path.is_file()
+        return spec.is_local and file_kind(spec.path) in TEXT_SUFFIXES and spec.path.is_file()
 
     def file_problem(self) -> str | None:
         """Why there is no file of a known kind; None when there is one, or it is no file."""
@@ -188,8 +194,11 @@ class Source:
                 f"dataset {self.spec.text!r} does not exist (looked for {path.resolve()}). "
                 "Relative paths start at the working directory."
             )
-        if path.suffix not in FILE_SUFFIXES:
-            return f"dataset {self.spec.text!r} must be a file in {', '.join(FILE_SUFFIXES)}"
+        if not file_kind(path):
+            return (
+                f"dataset {self.spec.text!r} must be a file in {', '.join(FILE_SUFFIXES)}; texts "
+                f"may be compressed ({', '.join(COMPRESSED_SUFFIXES)})"
+            )
         return None
 
     def understand(self, raw: RawRow) -> ParsedRow | None:

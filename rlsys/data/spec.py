@@ -5,7 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".ndjson")
+"""Files that rlsys reads itself, without `datasets`."""
+FILE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
+COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
+"""What may follow one of `TEXT_SUFFIXES`."""
+
+
+def file_kind(path: Path) -> str:
+    """One of `FILE_SUFFIXES`, without the suffix of compression; empty for any other file."""
+    if path.suffix in COMPRESSED_SUFFIXES:
+        kind = Path(path.stem).suffix
+        return kind if kind in TEXT_SUFFIXES else ""
+    return path.suffix if path.suffix in FILE_SUFFIXES else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +71,10 @@ class DatasetSpec:
     @property
     def stem(self) -> str:
         """The short name that prompt ids start with."""
-        return Path(self.name).stem if self.is_local else self.name.rsplit("/", 1)[-1]
+        if not self.is_local:
+            return self.name.rsplit("/", 1)[-1]
+        path = Path(self.name)
+        return Path(path.stem).stem if path.suffix in COMPRESSED_SUFFIXES else path.stem
 
 
 def parse_spec(text: str) -> DatasetSpec:
@@ -121,4 +136,4 @@ def is_no_hub_id(name: str) -> bool:
 def _looks_local(name: str) -> bool:
     """Whether `name`, which is not here, cannot be a dataset of the hub."""
     bare = name.partition(":")[0]  # behind it a subset or a split, with slashes of their own
-    return is_no_hub_id(bare) or bare.endswith(FILE_SUFFIXES)
+    return is_no_hub_id(bare) or bool(file_kind(Path(bare)))

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsys.data.readers import RawRow, read_file
-from rlsys.data.spec import DatasetSpec
+from rlsys.data.spec import TEXT_SUFFIXES, DatasetSpec, file_kind
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-OWN_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv")
-"""Files that are read without `datasets`; in a folder laid out like a hub dataset too."""
 _EVALUATION_SPLITS = ("validation", "test", "train")
 _BATCH = 1000
 
@@ -98,7 +96,7 @@ def _own_files(builder: Any) -> dict[str, list[Path]] | None:
     found = builder.config.data_files or {}
     files = {str(split): [Path(str(file)) for file in listed] for split, listed in found.items()}
     every = [file for listed in files.values() for file in listed]
-    return files if every and all(file.suffix in OWN_SUFFIXES for file in every) else None
+    return files if every and all(file_kind(file) in TEXT_SUFFIXES for file in every) else None
 
 
 def _is_saved(path: Path) -> bool:

@@ -48,7 +48,7 @@ def as_turns(words: str, column: str) -> list[Any]:
     if _LOOKS_LIKE_TURNS.match(words):
         turns = parse_cell(words, column)
         turns = [turns] if isinstance(turns, dict) else turns
-        if isinstance(turns, list) and all(map(_is_turn, turns)):
+        if isinstance(turns, list) and all(map(is_turn, turns)):
             return turns
     return [{"role": "user", "content": words}]
 
@@ -94,7 +94,8 @@ def _messages_of(turn: Any) -> list[tuple[str, Message]]:
     return [_message({"role": name, "content": text}) for name, text in pair]
 
 
-def _is_turn(given: Any) -> bool:
+def is_turn(given: Any) -> bool:
+    """Whether it looks like a turn of a conversation."""
     return isinstance(given, dict) and bool({"role", "from"} & given.keys())
 
 

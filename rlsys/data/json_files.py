@@ -1,0 +1,155 @@
+"""JSON files to rows: one object a line, a list, objects over several lines, or a wrapped list.
+
+JSON is read by Python's own parser, not through `datasets`, whose JSON reader turns a text such as
+"2024-01-31" into a datetime and an integer among floats into a float, and cannot name the line that
+is wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any
+
+from rlsys.data.json_text import BadRow, parse_json, parse_json_values
+from rlsys.data.raw import MIB, RawRow, json_object, no_object, open_bytes, too_large
+from rlsys.data.rows import PROMPT_COLUMNS
+from rlsys.data.spec import file_kind
+from rlsys.data.turns import is_turn
+
+_BOM = b"\xef\xbb\xbf"
+_WANTED = "Rows are objects, one a line or in one list [...]"
+_WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples", "train")
+"""Keys under which a file has its rows beside other values; alone, a key may have any name."""
+
+
+def read_json(path: Path, limit: int) -> Iterator[RawRow]:
+    """The rows of a JSON or JSON Lines file; rows over `limit` bytes have a problem.
+
+    Raises:
+        ValueError: the file as a whole cannot be read.
+    """
+    return _read_lines(path, limit) if is_json_lines(path, limit) else _read_whole(path, limit)
+
+
+def is_json_lines(path: Path, limit: int = 8 * MIB) -> bool:
+    """Whether a file has one row a line, as far as its first two lines tell.
+
+    Raises:
+        ValueError: it cannot be decompressed.
+    """
+    with open_bytes(path) as file:
+        lines = (line for line in _lines(file, limit) if line.strip())
+        first, second = islice((*islice(lines, 2), b"", b""), 2)
+    try:
+        value = parse_json(first.rstrip(b"\r\n"))
+    except BadRow:
+        begin = first.lstrip()[:1]
+        if begin not in (b"{", b"["):
+            return True
+        if not second:
+            return file_kind(path) != ".json"
+        return begin == b"{" and _is_object(second)
+    try:
+        return bool(second) or _rows_of(value) is None
+    except BadRow:
+        return False  # reading the whole file says what is wrong
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return bool(json_object(line))
+    except BadRow:
+        return False
+
+
+def _read_lines(path: Path, limit: int) -> Iterator[RawRow]:
+    number = 0
+    with open_bytes(path) as file:
+        for line_number, line in enumerate(_lines(file, limit), start=1):
+            if not line.strip():
+                continue
+            number += 1
+            if len(line) > limit:
+                yield RawRow(number, f"line {line_number}", b"", too_large(limit))
+                continue
+            yield RawRow(number, f"line {line_number}", line)
+
+
+def _lines(file: IO[bytes], limit: int) -> Iterator[bytes]:
+    """Lines without a BOM; of one over `limit` bytes only the start is kept, a little longer."""
+    first = True
+    while line := file.readline(limit + 2):
+        while not line.endswith(b"\n") and len(line) > limit:
+            rest = file.readline(limit + 2)
+            if not rest or rest.endswith(b"\n"):
+                break
+        yield line.removeprefix(_BOM) if first else line
+        first = False
+
+
+def _read_whole(path: Path, limit: int) -> Iterator[RawRow]:
+    try:
+        with open_bytes(path) as file:
+            values = parse_json_values(file.read().removeprefix(_BOM))
+        rows = _rows_of(values[0]) if len(values) == 1 else None
+    except BadRow as error:
+        raise ValueError(f"{path}: {error}. {_WANTED}") from error
+    for number, row in enumerate(values if rows is None else rows, start=1):
+        problem = "" if isinstance(row, dict) else no_object(row)
+        # Only a text can be that large, and measuring each row would double the time.
+        if not problem and any(isinstance(v, str) and len(v) > limit for v in row.values()):
+            problem = too_large(limit)
+        yield RawRow(number, f"row {number}", row, problem)
+
+
+def _rows_of(value: Any) -> list[Any] | None:
+    """The rows in the only value of a file; None where the value is itself a row.
+
+    Raises:
+        BadRow: it is a table of columns, or holds several lists.
+    """
+    if isinstance(value, list):
+        return value
+    if not isinstance(value, dict) or not value:
+        return None
+    if _is_table_of_columns(value):
+        raise BadRow(
+            f"it holds columns ({', '.join(list(value)[:5])}), as pandas' to_json writes them. "
+            "Write rows, with to_json(PATH, orient='records', lines=True)"
+        )
+    if value.keys() & set(PROMPT_COLUMNS):
+        return None
+    lists = {key: rows for key, rows in value.items() if _are_rows(rows)}
+    if len(lists) > 1 and len(lists) == len(value):
+        raise BadRow(
+            f"it holds several lists ({', '.join(lists)}). Write each into a file of its own"
+        )
+    for key, rows in lists.items():
+        if len(value) == 1 or key in _WRAPPERS:
+            # As the hub's viewer gives them: {"rows": [{"row_idx": 0, "row": {...}}]}.
+            inner = [row.get("row") for row in rows]
+            return inner if all(isinstance(row, dict) for row in inner) else rows
+    return None
+
+
+def _are_rows(value: Any) -> bool:
+    """A list of objects, which are no turns of a conversation."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(row, dict) and not is_turn(row) for row in value)
+    )
+
+
+def _is_table_of_columns(value: dict[str, Any]) -> bool:
+    columns = list(value.values())
+    if all(isinstance(column, dict) and "0" in column for column in columns):
+        return True
+    if not value.keys() & set(PROMPT_COLUMNS) or not all(isinstance(c, list) for c in columns):
+        return False
+    prompts = [value[name] for name in PROMPT_COLUMNS if name in value]
+    return len(set(map(len, columns))) == 1 and all(
+        isinstance(entry, str) for column in prompts for entry in column
+    )
