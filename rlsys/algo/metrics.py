@@ -28,7 +28,9 @@ def rollout_metrics(groups: list[RolloutGroup], batch: TrainBatch) -> dict[str, 
         batch: with the advantages of their tokens.
     """
     rewards_PG = rewards_matrix(groups)
-    std_P = nanstd(rewards_PG, dim=1)
+    # A group is compared where it has two rewards; where it has fewer, no std is known.
+    compared_P = (~rewards_PG.isnan()).sum(dim=1) > 1
+    std_P = nanstd(rewards_PG[compared_P], dim=1)
     num_tokens_N = batch.completion_mask.sum(dim=1)
     abs_mean_N = batch.advantages.abs().sum(dim=1) / num_tokens_N.clamp(min=1)
     metrics = {

@@ -49,6 +49,26 @@ def test_rewards_worked():
     assert metrics["advantages/abs_max"] == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("nothing", [[math.nan] * 2, [math.nan, 3.0]])
+def test_a_group_with_nothing_to_compare_is_in_no_statistic_of_groups(nothing):
+    alone = metrics_of(groups_with_rewards([[1.0, 0.0], [1.0, 1.0]]))
+    beside = metrics_of(groups_with_rewards([nothing, [1.0, 0.0], nothing, [1.0, 1.0]]))
+    assert alone["reward_std"] == pytest.approx(0.5**0.5 / 2)
+    assert alone["frac_reward_zero_std"] == 0.5
+    for key in alone:
+        if key.endswith(("reward_std", "zero_std", "group_std")):
+            assert beside[key] == alone[key], key
+    if nothing[1] != 3.0:
+        for key in ("reward", "rewards/a/mean", "rewards/a/std"):
+            assert beside[key] == alone[key], key
+
+
+def test_without_any_rewards_their_statistics_are_not_known():
+    metrics = metrics_of(groups_with_rewards([[math.nan] * 2]))
+    for key in ("reward", "reward_std", "frac_reward_zero_std"):
+        assert math.isnan(metrics[key]), key
+
+
 def test_lengths_worked():
     metrics = metrics_of(groups_with_rewards([[0.0, 1.0], [1.0, 0.0]], [[4, 2], [6, 3]]))
     # make_groups marks the longest of each group as cut: 4 and 6.
