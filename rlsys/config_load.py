@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from textwrap import indent
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from rlsys.config_names import coming_from, hint
 from rlsys.config_rules import BrokenRules
 from rlsys.config_words import apply_words
 from rlsys.data.json_text import not_utf8
-from rlsys.run_dir import replacing
+from rlsys.run_dir import replacing, unused_folder
 from rlsys.yaml_text import dump_yaml, load_yaml
 
 Origin = Literal["default", "file", "command line"]
@@ -35,10 +36,7 @@ _PLACEHOLDERS: dict[str, Any] = {
 """Stand in for required fields that are missing or wrong, so that the rest can be checked."""
 
 
-_SAVED_HEAD = """\
-# The resolved config of the run in this folder. To run it again:
-#   rlsys grpo THIS_FILE --output_dir ANOTHER_FOLDER
-"""
+_SAVED_HEAD = "# The resolved config of the run in this folder."
 
 
 class ConfigError(ValueError):
@@ -98,9 +96,14 @@ def problems_of_words(words: Sequence[str]) -> str | None:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write every field to YAML file `path`, which `load_config` reads back to an equal config."""
+    """Write every field to YAML file `path`, which `load_config` reads back to an equal config.
+
+    It begins with the command that runs it again, in another folder.
+    """
+    again = f"rlsys grpo {quote(str(path))} --output_dir {quote(str(unused_folder(path.parent)))}"
+    head = f"{_SAVED_HEAD} To run it again:\n#   {again}\n"
     with replacing(path) as scratch:
-        scratch.write_text(_SAVED_HEAD + dump_yaml(config.model_dump()), encoding="utf-8")
+        scratch.write_text(head + dump_yaml(config.model_dump()), encoding="utf-8")
 
 
 def is_saved_config(path: Path) -> bool:

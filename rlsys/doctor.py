@@ -19,14 +19,16 @@ from typing import Any, Literal
 import psutil
 from packaging.requirements import Requirement
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
+from rlsys.columns import GAP, columns, print_lines
 from rlsys.devices import visible_gpus
 from rlsys.hub import hub_answers
 
 Level = Literal["ok", "note", "broken"]
 _STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "broken": "bold red"}
+_LEVEL, _SUBJECT = 6, 18
+"""Columns of a finding's level and subject."""
 _IMPORT_SECONDS = 300
 _MARK = "rlsys-import-result "
 """Tells the child's own lines from what the packages print."""
@@ -64,17 +66,14 @@ def examine(console: Console) -> bool:
         ("Imports", check_imports()),
         ("Ray", _ray()),
     ):
-        table = Table(title=title, title_justify="left", box=None, show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True)
-        table.add_column(overflow="fold")
+        console.print(Text(title, style="italic"))
         with console.status(f"checking: {title.lower()}"):
             for finding in findings:
                 broken += finding.level == "broken"
                 text = finding.detail + (f"\n-> {finding.remedy}" if finding.remedy else "")
-                style = _STYLES[finding.level]
-                table.add_row(Text(finding.level, style=style), finding.subject, Text(text))
-        console.print(table)
+                widths = (_LEVEL, _SUBJECT, console.width - _LEVEL - _SUBJECT - 2 * GAP)
+                cells = (finding.level, finding.subject, text)
+                print_lines(console, columns(cells, widths), _STYLES[finding.level])
         console.print()
     if broken:
         console.print(f"A run cannot work here: {broken} broken, see above.", style="bold red")

@@ -30,7 +30,7 @@ class RunDir:
 
     @property
     def config(self) -> Path:
-        """The resolved config, runnable as it is."""
+        """The resolved config, which runs again in another output_dir."""
         return self.path / "config.yaml"
 
     @property
@@ -151,6 +151,14 @@ class RunDir:
     def has_ended(self) -> bool:
         """Whether the run closed its trackers; False when it was killed or never started."""
         return self.status.exists() and self.status.read_text().strip() == ENDED
+
+
+def unused_folder(folder: Path) -> Path:
+    """A folder that is not there yet, named after `folder`: runs/a-2 for runs/a."""
+    number = 2
+    while _is_there(place := folder.with_name(f"{folder.name}-{number}")):
+        number += 1
+    return place
 
 
 def flush_to_disk(folder: Path) -> None:

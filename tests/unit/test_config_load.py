@@ -1,5 +1,6 @@
 """From a YAML file and command-line words to a config, or to one error that tells everything."""
 
+import shlex
 from contextlib import suppress
 
 import pytest
@@ -14,6 +15,7 @@ from rlsys.config_load import (
     config_fields,
     config_sections,
     first_sentence,
+    is_saved_config,
     load_config,
     save_config,
 )
@@ -394,7 +396,7 @@ def test_an_empty_section_means_its_defaults(tmp_path):
     system=st.none() | st.text(max_size=20),
     weights=st.none() | st.lists(st.floats(0.1, 5), min_size=2, max_size=2),
 )
-def test_the_saved_config_runs_again_as_it_is(tmp_path_factory, lr, system, weights):
+def test_the_saved_config_is_read_back_to_an_equal_one(tmp_path_factory, lr, system, weights):
     folder = tmp_path_factory.mktemp("config")
     path = write_config(
         folder,
@@ -408,6 +410,25 @@ def test_the_saved_config_runs_again_as_it_is(tmp_path_factory, lr, system, weig
     again = load_config(folder / "config.yaml")
     assert again.config == config
     assert set(again.origins.values()) == {"file"}
+
+
+def test_the_command_in_a_saved_config_runs_it_in_a_folder_that_is_free(tmp_path, monkeypatch):
+    run = tmp_path / "my run"
+    run.mkdir()
+    (tmp_path / "my run-2").mkdir()
+    config = load_config(write_config(tmp_path, output_dir=str(run))).config
+    save_config(config, run / "config.yaml")
+    assert is_saved_config(run / "config.yaml")
+    first, second, *_ = (run / "config.yaml").read_text().splitlines()
+    assert first.endswith("To run it again:")
+    program, command, path, *words = shlex.split(second.removeprefix("#"))
+    assert (program, command) == ("rlsys", "grpo")
+    again = load_config(path, words).config
+    assert again.output_dir == str(tmp_path / "my run-3")
+    assert again.model_copy(update={"output_dir": config.output_dir}) == config
+    # Of an earlier version.
+    (run / "config.yaml").write_text(f"{first}\n#   rlsys grpo THIS_FILE\n")
+    assert is_saved_config(run / "config.yaml")
 
 
 def test_settings_of_rewards_come_from_the_file_and_the_command_line(tmp_path):

@@ -191,7 +191,9 @@ def test_an_exception_is_told_with_function_and_prompt_and_never_a_0():
 def test_a_missing_column_lists_those_that_exist():
     with pytest.raises(RewardError, match=r"missing a required argument: 'nums'") as caught:
         RewardFunctions(["countdown"]).score(group_of("a", "b", numbers=[1, 2], goal=3))
-    assert "finish_reasons, goal, messages, numbers, prompt_opens_think, prompts" in str(caught.value)
+    assert "finish_reasons, goal, messages, numbers, prompt_opens_think, prompts" in str(
+        caught.value
+    )
 
 
 def test_a_signature_without_columns_is_told_how_to_end():
