@@ -5,15 +5,16 @@ Torch-free: `rlsys explain` reads it in its first second.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from rlsys.algo.names import (
     ADVANTAGE_ESTIMATORS,
     CLIPPED_LOSSES,
     DEFAULT_AGGREGATION,
-    DUAL_CLIP_DELTA,
+    DEFAULT_DELTA,
     LOSSES_ELSEWHERE,
+    LOSSES_OF_FIELD,
     SEQUENCE_LOSSES,
     WARM_START_LOSSES,
     aggregation_of,
@@ -83,6 +84,17 @@ def _advantage_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
                 "grpo.multi_objective_aggregation = normalize_then_sum never compares: put the KL "
                 "into the loss (kl_in_reward false)",
             )
+    if estimator == "maxrl":
+        for field, value, usual in (
+            ("scale_rewards", grpo.scale_rewards, "auto"),
+            ("kl_in_reward", grpo.kl_in_reward, False),
+        ):
+            if value != usual:
+                yield RuleProblem(
+                    ("grpo.advantage_estimator", f"grpo.{field}"),
+                    "grpo.advantage_estimator = maxrl divides by the mean reward of the group, so "
+                    f"grpo.{field} = {str(value).lower()} has no place: leave it out",
+                )
     if estimator.startswith("reinforce_plus_plus") and grpo.scale_rewards != "auto":
         yield RuleProblem(
             ("grpo.advantage_estimator", "grpo.scale_rewards"),
@@ -94,15 +106,14 @@ def _advantage_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
 def _ratio_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
     loss, level = grpo.loss_type, grpo.importance_sampling_level
     built_in = loss in DEFAULT_AGGREGATION
-    if built_in and loss not in CLIPPED_LOSSES:
-        for field, value in (("importance_sampling_level", level), ("delta", grpo.delta)):
-            if value is not None:
-                yield RuleProblem(
-                    (f"grpo.{field}", "grpo.loss_type"),
-                    f"grpo.{field} = {value} is for the losses that clip "
-                    f"({', '.join(CLIPPED_LOSSES)}), not for grpo.loss_type = {loss}: leave it out",
-                )
-        return
+    for field, readers in LOSSES_OF_FIELD.items():
+        value = getattr(grpo, field)
+        if built_in and loss not in readers and value != type(grpo).model_fields[field].default:
+            yield RuleProblem(
+                (f"grpo.{field}", "grpo.loss_type"),
+                f"grpo.{field} = {value} is for grpo.loss_type {', '.join(readers)}, not for "
+                f"{loss}: leave it out",
+            )
     if loss in SEQUENCE_LOSSES and level == "token":
         yield RuleProblem(
             ("grpo.importance_sampling_level", "grpo.loss_type"),
@@ -110,14 +121,27 @@ def _ratio_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
             "grpo.importance_sampling_level = token contradicts it: use loss_type grpo",
         )
     yield from _aggregation_problems(grpo)
-    delta = grpo.delta or (DUAL_CLIP_DELTA if loss == "dual_clip" else None)
+    delta = grpo.delta_in_effect
     _, high = grpo.clip_range
-    if delta is not None and delta <= high:
+    if loss in CLIPPED_LOSSES and delta is not None and delta <= high:
         yield RuleProblem(
             ("grpo.delta", "grpo.epsilon_high", "grpo.epsilon"),
             f"grpo.delta = {delta:g} is not above the upper clip bound of {high:g} "
             "(1 + grpo.epsilon_high), so it would undo the clip of good tokens: use a larger one, "
-            f"such as {max(DUAL_CLIP_DELTA, high + 1):g}, or a smaller epsilon_high",
+            f"such as {max(DEFAULT_DELTA['dual_clip'], high + 1):g}, or a smaller epsilon_high",
+        )
+    if grpo.clip_cov_lb >= grpo.clip_cov_ub:
+        yield RuleProblem(
+            ("grpo.clip_cov_lb", "grpo.clip_cov_ub"),
+            f"grpo.clip_cov_lb = {grpo.clip_cov_lb:g} is not below grpo.clip_cov_ub = "
+            f"{grpo.clip_cov_ub:g}, so no token is between them: use a lower clip_cov_lb",
+        )
+    if loss == "vespo" and grpo.corrects_rollouts and not grpo.rollout_is.startswith("token"):
+        yield RuleProblem(
+            ("grpo.loss_type", "grpo.rollout_is"),
+            f"grpo.loss_type = vespo multiplies the weights of all tokens of a sequence, so "
+            f"grpo.rollout_is = {grpo.rollout_is} would count each of them many times: use "
+            "rollout_is token",
         )
 
 
@@ -126,13 +150,15 @@ def _aggregation_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
     aggregation = aggregation_of(loss, grpo.loss_aggregation)
     level = level_of(grpo)
     expected = "seq_mean_token_sum" if loss == "luspo" else "seq_mean_token_mean"
-    if level != "token" and loss in CLIPPED_LOSSES and aggregation != expected:
+    of_sequences = loss == "gmpo" or (level != "token" and loss in CLIPPED_LOSSES)
+    if of_sequences and aggregation != expected:
+        paper = {"luspo": "2602.05261", "gmpo": "2507.20673"}.get(loss, "2507.18071")
         yield RuleProblem(
             ("grpo.loss_type", "grpo.importance_sampling_level", "grpo.loss_aggregation"),
-            f"grpo.loss_type = {loss} with the ratio of the {level} averages by {aggregation}, "
+            f"grpo.loss_type = {loss} with the ratio of a sequence averages by {aggregation}, "
             "which counts a sequence by its length where its paper counts sequences "
-            f"(arXiv:{'2602.05261' if loss == 'luspo' else '2507.18071'}): use loss_aggregation "
-            f"{expected}" + ("" if loss in SEQUENCE_LOSSES else " with loss_type gspo"),
+            f"(arXiv:{paper}): use loss_aggregation {expected}"
+            + ("" if loss in (*SEQUENCE_LOSSES, "gmpo") else " with loss_type gspo"),
         )
 
 
@@ -157,9 +183,12 @@ def _kl_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
 def _off_policy_problems(config: Config) -> Iterator[RuleProblem]:
     grpo = config.grpo
     if grpo.old_logprobs == "rollout":
-        if grpo.rollout_is in ("token", "sequence") or grpo.rollout_rs != "none":
+        if grpo.corrects_rollouts or grpo.rejects_rollouts:
             yield RuleProblem(
-                ("grpo.old_logprobs", "grpo.rollout_is", "grpo.rollout_rs"),
+                (
+                    *("grpo.old_logprobs", "grpo.rollout_is", "grpo.rollout_rs"),
+                    "grpo.rollout_token_veto_threshold",
+                ),
                 "grpo.old_logprobs = rollout puts the rollout engine's log-probs in place of the "
                 "policy's, so their ratio, which grpo.rollout_is and grpo.rollout_rs correct for, "
                 "is 1: leave those out, or use old_logprobs auto",
@@ -171,6 +200,7 @@ def _off_policy_problems(config: Config) -> Iterator[RuleProblem]:
                 "entropies before the update, which grpo.old_logprobs = rollout does not compute: "
                 "use old_logprobs auto",
             )
+    yield from _bound_problems(grpo)
     staleness = config.rollout.max_staleness
     if staleness and grpo.loss_type == "reinforce" and grpo.rollout_is == "none":
         yield RuleProblem(
@@ -192,6 +222,38 @@ def _off_policy_problems(config: Config) -> Iterator[RuleProblem]:
         )
 
 
+def _bound_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
+    """Bounds of the correction that contradict each other, or that nothing would read."""
+    least, most = grpo.rollout_is_threshold_lower, grpo.rollout_is_threshold
+    if least is not None and least >= most:
+        yield RuleProblem(
+            ("grpo.rollout_is_threshold_lower", "grpo.rollout_is_threshold"),
+            f"grpo.rollout_is_threshold_lower = {least:g} is not below rollout_is_threshold = "
+            f"{most:g}: use a lower one",
+        )
+    rejection, threshold = grpo.rollout_rs, grpo.rollout_rs_threshold
+    fields = ("grpo.rollout_rs", "grpo.rollout_rs_threshold")
+    if rejection[-2:] in ("k2", "k3"):
+        if threshold is None:
+            yield RuleProblem(
+                fields,
+                f"grpo.rollout_rs = {rejection} needs grpo.rollout_rs_threshold: set the greatest "
+                "divergence that is kept, such as 0.01",
+            )
+        if grpo.rollout_rs_threshold_lower is not None:
+            yield RuleProblem(
+                ("grpo.rollout_rs", "grpo.rollout_rs_threshold_lower"),
+                f"grpo.rollout_rs = {rejection} is a divergence, which has an upper bound only: "
+                "leave grpo.rollout_rs_threshold_lower out",
+            )
+    elif threshold is not None and threshold < 1:
+        yield RuleProblem(
+            fields,
+            f"grpo.rollout_rs_threshold = {threshold:g} would leave out tokens on which policy and "
+            "rollout engine agree, their weight is 1: use 1 or more",
+        )
+
+
 def level_of(grpo: GrpoConfig) -> str:
     """The importance_sampling_level in effect."""
     default = "sequence" if grpo.loss_type in SEQUENCE_LOSSES else "token"
@@ -208,6 +270,13 @@ RECIPES = {
     ("grpo", "luspo"): "LUSPO",
     ("grpo", "cispo"): "CISPO",
     ("grpo", "sapo"): "SAPO",
+    ("grpo", "vespo"): "VESPO",
+    ("grpo", "gmpo"): "GMPO",
+    ("grpo", "dppo_tv"): "DPPO (binary TV)",
+    ("grpo", "dppo_kl"): "DPPO (binary KL)",
+    ("grpo", "clip_cov"): "GRPO with Clip-Cov",
+    ("grpo", "kl_cov"): "GRPO with KL-Cov",
+    ("maxrl", "reinforce"): "MaxRL",
     ("rloo", "reinforce"): "RLOO",
     ("reinforce_plus_plus", "bnpo"): "REINFORCE++",
     ("reinforce_plus_plus_baseline", "bnpo"): "REINFORCE++ with the group's mean as baseline",
@@ -246,6 +315,7 @@ def _advantages_text(grpo: GrpoConfig) -> str:
         known = {
             "grpo": "reward less the mean of its group",
             "rloo": "reward less the mean of the others of its group",
+            "maxrl": "reward less the mean of its group, / that mean",
             "reinforce_plus_plus": "reward, normalized over all tokens of the batch",
             "reinforce_plus_plus_baseline": "reward less the mean of its group, normalized over "
             "all tokens of the batch",
@@ -261,21 +331,62 @@ def _advantages_text(grpo: GrpoConfig) -> str:
     return text
 
 
+def _cispo_text(grpo: GrpoConfig) -> str:
+    low, high = grpo.clip_range
+    least = "" if grpo.epsilon_low is None else f"at least {low:g}, "
+    return f": weight of each {level_of(grpo)} {least}at most {high:g}"
+
+
+def _divergence_text(grpo: GrpoConfig) -> str:
+    low, high = grpo.epsilons
+    what = "probability" if grpo.loss_type == "dppo_tv" else "binary KL"
+    return (
+        f": left out where its {what} went up by {high:g} or down by {low:g}; ratio at most "
+        f"{grpo.delta_in_effect:g}"
+    )
+
+
+def _gmpo_text(grpo: GrpoConfig) -> str:
+    low, high = grpo.epsilons
+    return f": geometric mean of ratios clipped to [exp(-{low:g}), exp({high:g})]"
+
+
+_OTHER_LOSS_TEXT: dict[str, Callable[[GrpoConfig], str]] = {
+    "cispo": _cispo_text,
+    "dppo_tv": _divergence_text,
+    "dppo_kl": _divergence_text,
+    "gmpo": _gmpo_text,
+    "sapo": lambda grpo: (
+        f": ratio of the {level_of(grpo)}, gate of temperature {grpo.sapo_temperature_pos:g} for "
+        f"good ones, {grpo.sapo_temperature_neg:g} for bad ones"
+    ),
+    "vespo": lambda grpo: (
+        f": weight w^k exp(lambda (1 - w)) of the sequence, k {grpo.vespo_k_pos:g} and lambda "
+        f"{grpo.vespo_lambda_pos:g} for good ones, {grpo.vespo_k_neg:g} and "
+        f"{grpo.vespo_lambda_neg:g} for bad ones"
+    ),
+    "kl_cov": lambda grpo: (
+        f": unclipped, {grpo.ppo_kl_coef:g} x abs(log ratio) for the {grpo.kl_cov_ratio:g} of "
+        "tokens with the highest covariance"
+    ),
+}
+
+
 def _loss_text(config: Config) -> str:
     grpo = config.algorithm
     low, high = grpo.clip_range
     text = grpo.loss_type
     if text in CLIPPED_LOSSES:
         text += f": ratio of the {level_of(grpo)}, clipped to [{low:g}, {high:g}]"
-        delta = grpo.delta or (DUAL_CLIP_DELTA if grpo.loss_type == "dual_clip" else None)
+        delta = grpo.delta_in_effect
         text += f" and at {delta:g} for bad ones" if delta else ""
-    elif text == "cispo":
-        text += f": weight of each token bounded by {high:g}"
-    elif text == "sapo":
-        text += (
-            f": gate of temperature {grpo.sapo_temperature_pos:g} for good ones, "
-            f"{grpo.sapo_temperature_neg:g} for bad ones"
-        )
+        if text.startswith("clip_cov"):
+            text += (
+                f"; without {grpo.clip_cov_ratio:g} of the tokens, of those of covariance "
+                f"{grpo.clip_cov_lb:g} to {grpo.clip_cov_ub:g}"
+            )
+    else:
+        text += _OTHER_LOSS_TEXT.get(text, lambda grpo: "")(grpo)
     text += f"; {aggregation_of(grpo.loss_type, grpo.loss_aggregation)}"
     if grpo.top_entropy_quantile < 1:
         text += f"; only the {grpo.top_entropy_quantile:.0%} of tokens with the highest entropy"
@@ -301,19 +412,38 @@ def _old_text(config: Config) -> str:
     return "not computed: with one optimizer step a rollout they are those of the update"
 
 
+_LEVEL_TEXT = {
+    "token": "token",
+    "sequence": "sequence",
+    "geometric": "sequence (geometric mean)",
+}
+
+
 def _correction_text(grpo: GrpoConfig) -> str:
     parts = []
-    if grpo.rollout_is != "none":
+    if grpo.corrects_rollouts:
+        level, _, bound = grpo.rollout_is.partition("_")
+        least = grpo.rollout_is_threshold_lower
+        bounds = f"at least {least:g}, " if least is not None else ""
+        bounds += f"at most {grpo.rollout_is_threshold:g}"
         parts.append(
-            f"weight old policy / rollout engine of the {grpo.rollout_is}, at most "
-            f"{grpo.rollout_is_threshold:g}"
+            f"weight old policy / rollout engine of the {_LEVEL_TEXT[level]}, {bounds}"
+            + (", 0 beyond" if bound == "mask" else "")
         )
     if grpo.rollout_rs != "none":
-        lower, upper = grpo.rollout_rs_threshold_lower, grpo.rollout_rs_threshold
-        lower = 1 / upper if lower is None else lower
-        what = "token" if grpo.rollout_rs == "token" else "completion"
-        mean = " (geometric mean)" if grpo.rollout_rs == "geometric" else ""
-        parts.append(f"a {what} whose weight{mean} is outside [{lower:g}, {upper:g}] is left out")
+        lower, upper = grpo.rollout_rs_bounds
+        what = "token" if grpo.rollout_rs.startswith("token") else "completion"
+        if grpo.rollout_rs in _LEVEL_TEXT:
+            mean = " (geometric mean)" if grpo.rollout_rs == "geometric" else ""
+            out = f"weight{mean} is outside [{lower:g}, {upper:g}]"
+        else:
+            out = f"{grpo.rollout_rs} is above {upper:g}"
+        parts.append(f"a {what} whose {out} is left out")
+    if grpo.rollout_token_veto_threshold is not None:
+        parts.append(
+            "a completion with a token of weight below "
+            f"{grpo.rollout_token_veto_threshold:g} is left out"
+        )
     if grpo.off_policy_mask_threshold is not None:
         parts.append(
             f"bad completions that fell by {grpo.off_policy_mask_threshold:g} nats a token are "

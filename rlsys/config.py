@@ -23,7 +23,13 @@ from pydantic import (
     model_validator,
 )
 
-from rlsys.algo.names import Aggregation
+from rlsys.algo.names import (
+    COVARIANCE_LOSSES,
+    DEFAULT_DELTA,
+    Aggregation,
+    RolloutCorrection,
+    RolloutRejection,
+)
 from rlsys.config_rules import BrokenRules, cross_field_problems
 from rlsys.config_texts import (
     REWARD_MODEL_PREFIX,
@@ -277,18 +283,23 @@ class GrpoConfig(Section):
     beta: NonNegativeFloat = 0.0
     """Weight of the KL to the reference model; 0 builds no reference model."""
     epsilon: PositiveFloat = 0.2
-    """Clip range of the ratio: [1 - epsilon, 1 + epsilon_high]; cispo has no lower bound."""
+    """Clip range of the ratio: [1 - epsilon_low, 1 + epsilon_high], both epsilon unless set. Of its
+    log with gmpo: [-epsilon_low, epsilon_high]. With dppo_tv and dppo_kl the greatest divergence of
+    a token's probability: epsilon_high upwards, epsilon_low downwards."""
+    epsilon_low: PositiveFloat | None = None
+    """Lower clip range (verl's clip_ratio_low); None is epsilon, and no lower bound for cispo."""
     epsilon_high: PositiveFloat | None = None
     """Upper clip range (DAPO's clip-higher); None is epsilon."""
     delta: PositiveFloat | None = None
     """Upper bound of the ratio where the advantage is negative, above 1 + epsilon_high: TRL's
-    delta and the constant c of dual-clip PPO. None is no bound, and 3 for loss_type dual_clip."""
+    delta and the constant c of dual-clip PPO. None is no bound, and 3 for loss_type dual_clip. With
+    dppo_tv and dppo_kl of every ratio; None is 20."""
     num_iterations: PositiveInt = 1
     """Passes over one rollout (mu in the paper)."""
     advantage_estimator: str = "grpo"
     """What a completion is compared with: grpo (mean of its group), rloo (mean of the others of its
     group), reinforce_plus_plus (mean of the batch), reinforce_plus_plus_baseline (mean of its
-    group, scaled by the batch)."""
+    group, scaled by the batch), maxrl (mean of its group, divided by that mean)."""
     scale_rewards: Literal["auto", "group", "batch", "none"] = "auto"
     """Divide advantages by the std of rewards within the group, within the batch, or not at all;
     auto is what the estimator's paper does: group for grpo, none for rloo."""
@@ -307,7 +318,7 @@ class GrpoConfig(Section):
     """Subtract beta * KL from the rewards instead of adding it to the loss."""
     use_bias_correction_kl: bool = False
     """Multiply the KL in the loss by policy / sampler: then its gradient is unbiased, for stale
-    data too if `rollout_is` is token or sequence (DeepSeek-V3.2)."""
+    data too if `rollout_is` corrects for it (DeepSeek-V3.2)."""
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus, averaged over tokens as the loss is; 0 is none."""
     top_entropy_quantile: float = Field(default=1.0, gt=0.0, le=1.0)
@@ -317,44 +328,107 @@ class GrpoConfig(Section):
     """Where the ratio starts from. auto: the trainer's log-probs before the update, computed only
     when they differ from those of the update itself. recompute: always computed. rollout: the
     rollout engine's, which saves a forward pass and clips against what was sampled."""
-    rollout_is: Literal["auto", "none", "token", "sequence"] = "auto"
-    """Multiply the policy loss by old_logprobs / rollout_logprobs as probabilities, of the token or
-    of the whole completion, truncated. auto: token when rollouts may be stale, else none."""
+    rollout_is: RolloutCorrection = "auto"
+    """Multiply the policy loss by old_logprobs / rollout_logprobs as probabilities: of the token,
+    of the whole completion, or its geometric mean over the completion's tokens. Weights out of
+    bounds are truncated, or with token_mask and sequence_mask 0: TRL's
+    vllm_importance_sampling_mode. auto: token when rollouts may be stale, else none."""
     rollout_is_threshold: PositiveFloat = 2.0
-    """Upper bound of these weights."""
-    rollout_rs: Literal["none", "token", "sequence", "geometric"] = "none"
-    """Leave out the tokens (IcePop), or the completions, whose weight is out of bounds: that of the
-    token, of the completion, or its geometric mean over the completion's tokens."""
-    rollout_rs_threshold: float = Field(default=2.0, ge=1.0)
-    """Upper bound of the weights that are kept."""
+    """Upper bound of these weights (TRL's vllm_importance_sampling_clip_max)."""
+    rollout_is_threshold_lower: PositiveFloat | None = None
+    """Lower bound of these weights (TRL's vllm_importance_sampling_clip_min); None is no bound."""
+    rollout_rs: RolloutRejection = "none"
+    """Leave out what is out of bounds: the tokens (IcePop) or the completions by their weight
+    (token, sequence, geometric), or by k2 or k3 of the log of the weights: of the token, or the
+    sum, mean or maximum over the completion (verl)."""
+    rollout_rs_threshold: PositiveFloat | None = None
+    """Upper bound of what is kept: a weight of at least 1, None is 2; or for k2 and k3 a
+    divergence, which has no default."""
     rollout_rs_threshold_lower: float | None = Field(default=None, ge=0.0, le=1.0)
-    """Lower bound of them; None is 1 / rollout_rs_threshold."""
+    """Lower bound of the weights that are kept; None is 1 / rollout_rs_threshold, 0 is no bound.
+    Divergences have none."""
+    rollout_token_veto_threshold: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Leave out a completion if the weight of one of its tokens is below this, such as 1e-4: the
+    engine sampled what the policy would hardly ever say. None leaves out none."""
     off_policy_mask_threshold: PositiveFloat | None = None
     """Leave out completions of negative advantage whose log-probs fell by more than this, in nats a
     token, since they were sampled (DeepSeek-V3.2). None leaves out none."""
     external_plugins: list[PathText] = []
     """Python files that register more losses or advantage estimators when imported."""
     loss_type: str = "grpo"
-    """The policy's loss: grpo, bnpo, dapo, dr_grpo, dual_clip, gspo, luspo, cispo, sapo,
-    reinforce; see docs/algorithm.md."""
+    """The policy's loss: grpo, bnpo, dapo, dr_grpo, dual_clip, gspo, luspo, cispo, sapo, vespo,
+    gmpo, dppo_tv, dppo_kl, clip_cov, kl_cov, reinforce; see docs/algorithm.md."""
     loss_aggregation: Aggregation | None = None
     """How token losses are averaged over an optimizer step of M completions. token_mean: over all
     tokens. seq_mean_token_mean: token means of each completion, over M. seq_mean_token_sum: sum /
     M. seq_mean_token_sum_norm: sum / (M * max_completion_length). None is that of the loss's
     paper."""
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
-    """What the clipped losses take the ratio of: each token, the sequence (GSPO), or the sequence
-    with each token's gradient (GSPO-token). None is sequence for gspo and luspo, else token."""
+    """What the clipped losses, cispo and sapo take the ratio of: each token, the sequence (GSPO),
+    or the sequence with each token's gradient (GSPO-token). None is sequence for gspo and luspo,
+    else token."""
     sapo_temperature_pos: PositiveFloat = 1.0
     """Steepness of sapo's gate for positive advantages."""
     sapo_temperature_neg: PositiveFloat = 1.05
     """Steepness of sapo's gate for the others."""
+    vespo_k_pos: NonNegativeFloat = 2.0
+    """Power of the sequence's ratio in vespo's weight, for advantages of 0 and more: the larger,
+    the less counts a completion that became unlikely."""
+    vespo_lambda_pos: PositiveFloat = 3.0
+    """Decay of vespo's weight, for advantages of 0 and more: the larger, the less counts a
+    completion that became likely."""
+    vespo_k_neg: NonNegativeFloat = 3.0
+    """The power for negative advantages."""
+    vespo_lambda_neg: PositiveFloat = 2.0
+    """The decay for negative advantages."""
+    clip_cov_ratio: float = Field(default=2e-4, gt=0.0, le=1.0)
+    """Share of an optimizer step's tokens that clip_cov leaves out, at least one: drawn from those
+    whose covariance of log-prob and advantage is between clip_cov_lb and clip_cov_ub."""
+    clip_cov_lb: float = 1.0
+    """Covariance above which clip_cov may leave a token out."""
+    clip_cov_ub: float = 5.0
+    """Covariance below which clip_cov may leave a token out."""
+    kl_cov_ratio: float = Field(default=2e-4, gt=0.0, le=1.0)
+    """Share of an optimizer step's tokens that kl_cov penalizes, at least one: those of the highest
+    covariance of log-prob and advantage."""
+    ppo_kl_coef: NonNegativeFloat = 1.0
+    """Weight of kl_cov's penalty, the absolute log ratio of policy and old policy."""
+
+    @property
+    def corrects_rollouts(self) -> bool:
+        """Whether `rollout_is` weighs tokens."""
+        return self.rollout_is not in ("auto", "none")
+
+    @property
+    def rejects_rollouts(self) -> bool:
+        """Whether the difference between policy and rollout engine may leave tokens out."""
+        return self.rollout_rs != "none" or self.rollout_token_veto_threshold is not None
+
+    @property
+    def rollout_rs_bounds(self) -> tuple[float, float]:
+        """Least and greatest weight or divergence that `rollout_rs` keeps."""
+        upper = 2.0 if self.rollout_rs_threshold is None else self.rollout_rs_threshold
+        if self.rollout_rs not in ("token", "sequence", "geometric"):
+            return 0.0, upper
+        lower = self.rollout_rs_threshold_lower
+        return 1 / upper if lower is None else lower, upper
+
+    @property
+    def epsilons(self) -> tuple[float, float]:
+        """epsilon_low and epsilon_high, decided."""
+        low, high = self.epsilon_low, self.epsilon_high
+        return self.epsilon if low is None else low, self.epsilon if high is None else high
 
     @property
     def clip_range(self) -> tuple[float, float]:
         """Least and greatest ratio that is not clipped."""
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        return 1 - self.epsilon, 1 + high
+        low, high = self.epsilons
+        return 1 - low, 1 + high
+
+    @property
+    def delta_in_effect(self) -> float | None:
+        """`delta`, or that of the loss's paper."""
+        return DEFAULT_DELTA.get(self.loss_type) if self.delta is None else self.delta
 
 
 class PolicyConfig(Section):
@@ -581,11 +655,12 @@ class Config(Section):
         """Whether the policy's log-probs before the update are computed on their own.
 
         They must be when the policy moves within one rollout, so that the ratio needs a fixed
-        start; when the KL is part of the reward; and when entropies choose tokens.
+        start; when the KL is part of the reward; and when entropies or covariances choose tokens.
         """
         grpo = self.grpo
         if grpo.old_logprobs == "auto":
             needed = (grpo.kl_in_reward and grpo.beta > 0) or grpo.top_entropy_quantile < 1
+            needed = needed or grpo.loss_type in COVARIANCE_LOSSES
             return needed or self.optimizer_steps_per_rollout > 1
         return grpo.old_logprobs == "recompute"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rlsys.algo.names import CLIPPED_LOSSES
 from rlsys.algorithm_rules import algorithm_problems
 from rlsys.parallel_rules import parallelism_problems
 from rlsys.reward_gates import parse_gate
@@ -178,17 +179,18 @@ def _gate_problems(config: Config) -> Iterator[RuleProblem]:
 
 
 def _optimizer_problems(config: Config) -> Iterator[RuleProblem]:
-    policy, epsilon = config.policy, config.grpo.epsilon
+    policy, (epsilon, _) = config.policy, config.grpo.epsilons
     if policy.min_lr > policy.lr:
         yield RuleProblem(
             ("policy.min_lr", "policy.lr"),
             f"policy.min_lr = {policy.min_lr:g} is above policy.lr = {policy.lr:g}, where the "
             "decay starts: lower min_lr or raise lr",
         )
-    if epsilon >= 1:
+    if epsilon >= 1 and config.grpo.loss_type in CLIPPED_LOSSES:
+        name = "epsilon" if config.grpo.epsilon_low is None else "epsilon_low"
         yield RuleProblem(
-            ("grpo.epsilon",),
-            f"grpo.epsilon = {epsilon:g} puts the lower clip bound at {1 - epsilon:g}, which no "
+            (f"grpo.{name}",),
+            f"grpo.{name} = {epsilon:g} puts the lower clip bound at {1 - epsilon:g}, which no "
             "ratio of probabilities reaches: use a value below 1, such as 0.2 (grpo.epsilon_high "
             "may be larger)",
         )

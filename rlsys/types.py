@@ -136,6 +136,8 @@ class TrainBatch:
     entropies: torch.Tensor | None = None
     """[N, S] float32 nats, of the distributions that the policy before the update predicted these
     tokens from; None unless `top_entropy_quantile` needs them."""
+    high_covariance: torch.Tensor | None = None
+    """[N, S] bool, tokens that the losses clip_cov and kl_cov treat apart; None for others."""
     kept: torch.Tensor | None = None
     """[N] bool, False for a completion without a reward, which counts in no mean; None keeps all.
     A kept completion counts even if `completion_mask` leaves it no tokens."""

@@ -58,6 +58,9 @@ class AdvantageInput:
         return advantages_PG.reshape(-1, 1) * self.mask_NS
 
 
+MAXRL_EPS = 1e-6
+"""Added to the mean that maxrl divides by, as in its authors' code."""
+
 AdvantageEstimator = Callable[[AdvantageInput, "GrpoConfig"], "Tensor"]
 
 advantage_estimators: Registry[AdvantageEstimator] = Registry("advantage estimator")
@@ -131,6 +134,24 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInput, config: GrpoConfig) -> 
     return _whitened(inputs.over_tokens(centered_PG) - _to_go(inputs.kl_NS), inputs, config)
 
 
+@register_advantage_estimator("maxrl")
+def maximum_likelihood(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
+    """`A = (r - mean of the group) / (mean of the group + 1e-6)`: MaxRL (arXiv:2602.02710).
+
+    With rewards of 0 and 1 its expectation is the gradient of log p(solved), to the order that G
+    completions allow, in place of p(solved): prompts that are seldom solved count more.
+    """
+    rewards_PG = inputs.rewards_PG
+    means_P1 = rewards_PG.nanmean(dim=1, keepdim=True)
+    if (rewards_PG < 0).any():
+        raise ValueError(
+            "grpo.advantage_estimator = maxrl divides by the mean reward of a group, so rewards "
+            f"must be 0 or more, and one is {rewards_PG.nan_to_num(torch.inf).min():g}: shift it, "
+            "or use advantage_estimator grpo"
+        )
+    return inputs.over_tokens((rewards_PG - means_P1) / (means_P1 + MAXRL_EPS))
+
+
 def nanstd(values: Tensor, dim: int | None = None) -> Tensor:
     """Unbiased std of what is not NaN, 0 for fewer than two values; `dim` is kept with size 1."""
     dims = tuple(range(values.ndim)) if dim is None else (dim,)
@@ -202,7 +223,7 @@ def advantages_of_group(
 ) -> list[float] | None:
     """[G] advantages of one group; None if they depend on the rest of the batch or on the KL."""
     alone = (
-        config.advantage_estimator in ("grpo", "rloo")
+        config.advantage_estimator in ("grpo", "rloo", "maxrl")
         and config.scale_rewards != "batch"
         and config.multi_objective_aggregation == "sum_then_normalize"
     )

@@ -202,6 +202,8 @@ class PackedMicroBatch:
     """[T] float32, 0 where masked."""
     old_logprobs: Tensor | None
     """[T] float32, 0 where masked."""
+    high_covariance: Tensor | None = None
+    """[T] bool, from `tokens_of_high_covariance`."""
 
     def to(self, device: torch.device | str) -> PackedMicroBatch:
         """The same micro-batch with its tensors on `device`."""
@@ -270,6 +272,7 @@ def pack(
         rollout_logprobs=shift(batch.rollout_logprobs),
         ref_logprobs=None if batch.ref_logprobs is None else shift(batch.ref_logprobs),
         old_logprobs=None if batch.old_logprobs is None else shift(batch.old_logprobs),
+        high_covariance=None if batch.high_covariance is None else shift(batch.high_covariance),
     )
 
 

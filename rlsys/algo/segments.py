@@ -46,6 +46,12 @@ class Segments:
         sums_B = kept_T.new_zeros(self.num_sequences).index_add(0, self.ids_T, kept_T)
         return sums_B[self.ids_T].to(torch.promote_types(values_T.dtype, torch.float32))
 
+    def maxima(self, values_T: Tensor, mask_T: Tensor) -> Tensor:
+        """[T] at tokens -> [T]: its sequence's greatest unmasked value; -inf where it has none."""
+        kept_T = values_T.masked_fill(~mask_T, -torch.inf)
+        lowest_B = kept_T.new_full((self.num_sequences,), -torch.inf)
+        return lowest_B.scatter_reduce(0, self.ids_T, kept_T, "amax")[self.ids_T]
+
     def means(self, values_T: Tensor, mask_T: Tensor) -> Tensor:
         """As `sums`, divided by the unmasked tokens of the sequence; 0 where it has none."""
         return self.sums(values_T, mask_T) / self.sums(mask_T, mask_T).clamp(min=1)

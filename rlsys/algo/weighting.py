@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rlsys.algo.names import Aggregation
+    from rlsys.config import GrpoConfig
     from rlsys.types import RolloutGroup, TrainBatch
 
 
@@ -125,3 +126,49 @@ def keep_high_entropy(
     below, above = ordered[math.floor(position)], ordered[math.ceil(position)]
     threshold = below + (above - below) * (position - math.floor(position))
     return advantages_NS.masked_fill(entropies_NS.double() < threshold, 0.0)
+
+
+def tokens_of_high_covariance(
+    advantages_NS: Tensor,
+    logprobs_NS: Tensor,
+    completion_mask_NS: Tensor,
+    config: GrpoConfig,
+    *,
+    loss: str,
+    rows: Sequence[int],
+    seed: int,
+) -> Tensor:
+    """The tokens that clip_cov or kl_cov treats apart, [N, S] bool.
+
+    `cov_t = (A_t - mean A) (log pi_t - mean log pi)` (arXiv:2505.22617): what
+    drives the entropy down. Means are over the tokens of the optimizer step, and log-probs those
+    before the update: so the choice does not depend on how the step is split.
+
+    Args:
+        advantages_NS: [N, S].
+        logprobs_NS: [N, S].
+        completion_mask_NS: [N, S] bool.
+        config: has the shares and bounds.
+        loss: clip_cov draws `clip_cov_ratio` of the tokens from those between `clip_cov_lb` and
+            `clip_cov_ub`; kl_cov takes the highest `kl_cov_ratio`.
+        rows: the completions of the optimizer step.
+        seed: of the draw.
+    """
+    in_step_NS = torch.zeros_like(completion_mask_NS)
+    in_step_NS[list(rows)] = completion_mask_NS[list(rows)]
+    chosen_NS = torch.zeros_like(in_step_NS)
+    advantages, logprobs = advantages_NS[in_step_NS].double(), logprobs_NS[in_step_NS].double()
+    covariances = (advantages - advantages.mean()) * (logprobs - logprobs.mean())
+    if loss == "kl_cov":
+        count = max(1, int(config.kl_cov_ratio * len(covariances)))
+        chosen = covariances.topk(min(count, len(covariances))).indices
+    else:
+        between = (covariances > config.clip_cov_lb) & (covariances < config.clip_cov_ub)
+        candidates = between.nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(candidates), generator=generator)
+        chosen = candidates[order[: max(1, int(config.clip_cov_ratio * len(covariances)))]]
+    chosen_NS[in_step_NS] = torch.zeros(len(covariances), dtype=torch.bool).index_fill(
+        0, chosen, True
+    )
+    return chosen_NS

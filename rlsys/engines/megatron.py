@@ -25,8 +25,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
-from rlsys.algo.names import aggregation_of
-from rlsys.algo.weighting import keep_high_entropy, loss_weights
+from rlsys.algo.names import COVARIANCE_LOSSES, aggregation_of
+from rlsys.algo.weighting import keep_high_entropy, loss_weights, tokens_of_high_covariance
 from rlsys.config import Config, GrpoConfig
 from rlsys.engines.megatron_checkpoint import load_policy, save_policy
 from rlsys.engines.megatron_logprobs import MegatronModel
@@ -181,6 +181,18 @@ class MegatronPolicy(MegatronModel):
                 quantile=algorithm.top_entropy_quantile,
             )
             batch = replace(batch, advantages=advantages)
+        if loss in COVARIANCE_LOSSES:
+            assert batch.old_logprobs is not None, "Config.recompute_old_logprobs is for this, too"
+            high_covariance = tokens_of_high_covariance(
+                batch.advantages,
+                batch.old_logprobs,
+                batch.completion_mask,
+                algorithm,
+                loss=loss,
+                rows=rows,
+                seed=hash((self.config.seed, self.policy_version, *rows)),
+            )
+            batch = replace(batch, high_covariance=high_covariance)
         # What has no token to train on is not computed, unless a rank would be left with nothing.
         trained = [row for row in rows if batch.completion_mask[row].any()]
         rows = trained if len(trained) >= self._dp_size else rows

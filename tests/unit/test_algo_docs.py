@@ -1,7 +1,9 @@
 """docs/algorithm.md quotes the code, docs/metrics.md explains every metric: both stay true."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from rlsys.algo.metrics import (
     evaluation_metrics,
     rollout_metrics,
 )
+from rlsys.algo.names import RolloutCorrection, RolloutRejection
 from rlsys.algo.weighting import loss_weights
 from rlsys.config import Config, GrpoConfig
 
@@ -64,6 +67,13 @@ def test_the_document_has_a_row_for_every_loss_and_estimator():
         assert f"`{name}`" in text, name
 
 
+def test_the_document_explains_every_rejection_and_correction():
+    text = (REPOSITORY / "docs/algorithm.md").read_text()
+    for names in (RolloutCorrection, RolloutRejection):
+        for name in get_args(names):
+            assert re.search(rf"`(rollout_(is|rs): )?{name}`", text), name
+
+
 RECIPES = re.findall(
     r"^### ([^\n]+)\n.*?```yaml\n(.*?)```",
     (REPOSITORY / "docs/algorithm.md").read_text().partition("## Recipes")[2],
@@ -86,11 +96,14 @@ def update_metrics() -> dict[str, float]:
     weights = loss_weights(batch.completion_mask, aggregation="token_mean", max_completion_length=3)
     packed = pack(batch, [0, 1], weights)
     logprobs = packed.rollout_logprobs.clone().requires_grad_()
+    packed = replace(packed, high_covariance=packed.loss_mask)
     inputs = LossInput.from_packed(packed, logprobs, torch.ones_like(logprobs))
     metrics = {}
     for name in losses:
         sums = MetricSums()
-        config = GrpoConfig(beta=0.1, rollout_is="token", rollout_rs="token", loss_type=name)
+        config = GrpoConfig(
+            beta=0.1, rollout_is="token", rollout_rs="token", loss_type=name, epsilon_low=0.2
+        )
         sums.add(losses[name](inputs, config)[1])
         metrics |= combine_optimizer_steps([sums.means()])
     return metrics

@@ -1,153 +1,35 @@
-"""TRL's own code as an oracle, on tensors, without its trainer.
-
-`GRPOTrainer._compute_loss` for every loss_type that both have (TRL's vespo is not here), and what
-its trainer does to rewards.
-"""
+"""TRL's own code as an oracle: losses, what its trainer does to log-probs of vLLM, and GMPO."""
 
 import sys
-from collections import defaultdict
-from types import SimpleNamespace
+import warnings
 
 import pytest
 import torch
+from trl_oracle import importance_sampling_ratio, run_ours, run_trl, tensors
 
-from rlsys.algo.losses import LossInput, losses
-from rlsys.algo.metrics import MetricSums
-from rlsys.algo.names import aggregation_of
-from rlsys.algo.segments import Segments
-from rlsys.algo.weighting import keep_high_entropy, loss_weights
 from rlsys.config import GrpoConfig
-
-MAX_COMPLETION_LENGTH = 9
 
 
 @pytest.fixture(scope="module")
-def trl():
+def trl_modules():
     with pytest.MonkeyPatch.context() as patch:
         # TRL imports vLLM when it can: 5 seconds, and nothing here needs it.
         patch.setitem(sys.modules, "vllm", None)
         trainer = pytest.importorskip("trl.trainer.grpo_trainer")
-    return trainer.GRPOTrainer
+        with warnings.catch_warnings(action="ignore"):  # that it is experimental
+            gmpo = pytest.importorskip("trl.experimental.gmpo.gmpo_trainer")
+        patch.setattr(trainer, "gather_object", lambda values: values)
+        yield trainer.GRPOTrainer, gmpo.GMPOTrainer
+
+
+@pytest.fixture(scope="module")
+def trl(trl_modules):
+    return trl_modules[0]
 
 
 @pytest.fixture(scope="module")
 def case():
-    """Four completions of up to nine tokens, right-padded, ratios on both sides of both clips."""
-    rng = torch.Generator().manual_seed(0)
-    mask = torch.arange(9) < torch.tensor([9, 4, 1, 6])[:, None]
-
-    def random(spread):
-        return spread * torch.randn(mask.shape, generator=rng)
-
-    logprobs = -2 + random(0.5)
-    return {
-        "mask": mask,
-        "logprobs": logprobs,
-        "old": logprobs + random(0.3),
-        "ref": logprobs + random(0.3),
-        "rollout": logprobs + random(0.3),
-        "entropy": random(1.0).abs(),
-        "advantages": torch.tensor([1.2, -0.7, 0.4, -0.9]),
-    }
-
-
-def run_trl(trl, case, config, importance_sampling_ratio=None):
-    """TRL's loss, gradient and metrics; the namespace is what `_compute_loss` reads of self."""
-    logprobs = case["logprobs"].clone().requires_grad_()
-    entropy = case["entropy"].clone().requires_grad_()
-    sequence_ratio = config.loss_type in ("gspo", "luspo")
-    trainer = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, entropy, None),
-        _metrics={"train": defaultdict(list)},
-        _entropy_bonus_enabled=config.entropy_coef > 0,
-        entropy_coef=config.entropy_coef,
-        use_adaptive_entropy=False,
-        accelerator=SimpleNamespace(
-            num_processes=1,
-            sync_gradients=True,
-            reduce=lambda x, reduction: x,
-            gather=lambda x: x,
-            pad_across_processes=lambda x, **_: x,
-        ),
-        args=SimpleNamespace(
-            delta=config.delta,
-            use_bias_correction_kl=config.use_bias_correction_kl,
-            steps_per_generation=1,
-            sapo_temperature_pos=config.sapo_temperature_pos,
-            sapo_temperature_neg=config.sapo_temperature_neg,
-        ),
-        aux_loss_enabled=False,
-        beta=config.beta,
-        current_gradient_accumulation_steps=1,
-        # TRL's cispo reads epsilon_high as the bound itself.
-        epsilon_high=config.epsilon_high + (config.loss_type == "cispo"),
-        epsilon_low=config.epsilon,
-        importance_sampling_level="sequence" if sequence_ratio else "token",
-        loss_type="grpo" if config.loss_type == "gspo" else config.loss_type,
-        max_completion_length=MAX_COMPLETION_LENGTH,
-        model=SimpleNamespace(training=True),
-        off_policy_mask_threshold=config.off_policy_mask_threshold,
-        get_off_policy_mask=trl.get_off_policy_mask,
-        top_entropy_quantile=config.top_entropy_quantile,
-        use_vllm=importance_sampling_ratio is not None,
-        vllm_importance_sampling_correction=True,
-    )
-    trainer.get_high_entropy_mask = lambda *args: trl.get_high_entropy_mask(trainer, *args)
-    tokens = torch.zeros(case["mask"].shape, dtype=torch.int64)
-    inputs = {
-        "prompt_ids": tokens[:, :1],
-        "prompt_mask": torch.ones_like(tokens[:, :1]),
-        "completion_ids": tokens,
-        "completion_mask": case["mask"].int(),
-        "advantages": case["advantages"],
-        "old_per_token_logps": case["old"],
-        "ref_per_token_logps": case["ref"],
-        "sampling_per_token_logps": case["rollout"],
-        "importance_sampling_ratio": importance_sampling_ratio,
-        "num_items_in_batch": case["mask"].sum(),
-    }
-    loss = trl._compute_loss(trainer, None, inputs)
-    grads = torch.autograd.grad(
-        loss, (logprobs, entropy), allow_unused=True, materialize_grads=True
-    )
-    return loss.item(), grads, {name: v[0] for name, v in trainer._metrics["train"].items()}
-
-
-def run_ours(case, config):
-    logprobs = case["logprobs"].clone().requires_grad_()
-    entropy = case["entropy"].clone().requires_grad_()
-    mask = case["mask"]
-    weights = loss_weights(
-        mask,
-        aggregation=aggregation_of(config.loss_type, None),
-        max_completion_length=MAX_COMPLETION_LENGTH,
-    )
-    advantages = keep_high_entropy(
-        case["advantages"][:, None] * mask,
-        case["entropy"],
-        mask,
-        rows=range(len(mask)),
-        quantile=config.top_entropy_quantile,
-    )
-    rows, length = mask.shape
-    inputs = LossInput(
-        logprobs=logprobs.flatten(),
-        old_logprobs=case["old"].flatten(),
-        ref_logprobs=case["ref"].flatten() if config.beta else None,
-        rollout_logprobs=case["rollout"].flatten(),
-        advantages=advantages.flatten(),
-        weights=weights.flatten(),
-        mask=mask.flatten(),
-        segments=Segments(torch.arange(rows).repeat_interleave(length), rows),
-        entropy=entropy.flatten(),
-    )
-    loss, statistics = losses[config.loss_type](inputs, config)
-    grads = torch.autograd.grad(
-        loss, (logprobs, entropy), allow_unused=True, materialize_grads=True
-    )
-    sums = MetricSums()
-    sums.add(statistics)
-    return loss.item(), grads, sums.means()
+    return tensors()
 
 
 def assert_equal(ours, expected, *names):
@@ -159,7 +41,7 @@ def assert_equal(ours, expected, *names):
         assert ours[2][name] > 0
 
 
-LOSS_TYPES = ["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo"]
+LOSS_TYPES = ["grpo", "bnpo", "dapo", "dr_grpo", "gspo", "luspo", "cispo", "sapo", "vespo"]
 CLIPS = [f"clip_ratio/{name}_mean" for name in ("low", "high", "region")]
 
 
@@ -200,31 +82,64 @@ def test_the_entropy_bonus_equals_trls_where_the_loss_is_a_mean_over_tokens(trl,
     assert_equal(run_ours(case, config), run_trl(trl, case, config))
 
 
+MODES = ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("mode", "options"),
-    [
-        ("token_truncate", {"rollout_is": "token"}),
-        ("sequence_truncate", {"rollout_is": "sequence"}),
-        ("token_mask", {"rollout_is": "token", "rollout_rs": "token"}),
-        ("sequence_mask", {"rollout_is": "sequence", "rollout_rs": "sequence"}),
-    ],
+    ("cap", "lower"), [(3.0, None), (1.1, None), (0.6, None), (1.1, 0.8), (1e9, 0.8)]
 )
-def test_corrections_equal_trls_modes(trl, case, mode, options):
-    """The four values of vllm_importance_sampling_mode, as TRL's documentation defines them."""
-    cap, lower = 1.1, 0.8 if mode.endswith("mask") else None
-    log_w = (case["old"] - case["rollout"]) * case["mask"]
-    ratio = (log_w.sum(-1, keepdim=True) if mode.startswith("sequence") else log_w).exp()
-    if mode.endswith("truncate"):
-        ratio = ratio.clamp(max=cap)
-    else:
-        ratio = ratio.masked_fill((ratio < lower) | (ratio > cap), 0.0)
-        assert (ratio == 0).any()
+def test_rollout_is_equals_trls_importance_sampling_modes(trl, case, mode, cap, lower):
+    """A mode of TRL is one setting here; its weights come from TRL's own trainer."""
+    ratio = importance_sampling_ratio(trl, case, mode, cap if cap < 1e9 else None, lower)
     config = GrpoConfig(
         epsilon_high=0.2,
         beta=0.1,
+        rollout_is=mode,
         rollout_is_threshold=cap,
-        rollout_rs_threshold=cap,
-        rollout_rs_threshold_lower=lower,
-        **options,
+        rollout_is_threshold_lower=lower,
     )
     assert_equal(run_ours(case, config), run_trl(trl, case, config, ratio))
+    if lower and mode.endswith("mask"):
+        assert (ratio == 0).any()
+
+
+@pytest.mark.parametrize(("level", "cap"), [("token", 1.1), ("sequence", 0.6)])
+def test_a_mode_that_masks_is_truncation_and_rejection_without_lower_bound(case, level, cap):
+    mask = GrpoConfig(rollout_is=f"{level}_mask", rollout_is_threshold=cap)
+    both = GrpoConfig(
+        rollout_is=level,
+        rollout_is_threshold=cap,
+        rollout_rs=level,
+        rollout_rs_threshold=cap,
+        rollout_rs_threshold_lower=0,
+    )
+    ours = run_ours(case, mask)
+    assert_equal(run_ours(case, both), ours)
+    assert ours[2]["sampling/masked_fraction"] > 0
+    assert ours[2]["sampling/clipped_fraction"] == 0
+
+
+@pytest.mark.parametrize("mode", ["token_truncate", "token_mask"])
+def test_vespos_correction_is_part_of_its_weight_as_in_trl(trl, case, mode):
+    ratio = importance_sampling_ratio(trl, case, mode, 1.2)
+    config = GrpoConfig(loss_type="vespo", rollout_is=mode, rollout_is_threshold=1.2)
+    assert_equal(run_ours(case, config), run_trl(trl, case, config, ratio))
+
+
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "grpo"])
+def test_ratios_of_sequences_equal_trls(trl, case, loss_type):
+    config = GrpoConfig(
+        epsilon_high=0.02, loss_type=loss_type, importance_sampling_level="sequence"
+    )
+    ours, theirs = run_ours(case, config), run_trl(trl, case, config)
+    assert_equal(ours, theirs)
+    if loss_type == "cispo":
+        assert ours[2]["cispo_clip_ratio"] > 0
+
+
+@pytest.mark.parametrize("options", [{}, {"epsilon_high": 0.3}, {"beta": 0.1}], ids=str)
+def test_gmpo_equals_trls(trl_modules, case, options):
+    trl, gmpo = trl_modules
+    config = GrpoConfig(loss_type="gmpo", epsilon=0.2, **options)
+    assert_equal(run_ours(case, config), run_trl(trl, case, config, loss_of=gmpo), *CLIPS)

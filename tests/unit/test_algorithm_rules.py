@@ -35,15 +35,39 @@ def problems(grpo, **sections):
         ({"loss_type": "gsop"}, "Did you mean 'gspo'"),
         ({"loss_type": "GRPO"}, "Did you mean 'grpo'"),
         ({"loss_type": "ppo"}, "Did you mean 'grpo'? Known: grpo, bnpo,"),
-        ({"loss_type": "x"}, "sapo, reinforce. For one of your own"),  # sft is for warm starts
+        ({"loss_type": "geo_mean"}, "Did you mean 'gmpo'"),
+        ({"loss_type": "x"}, "kl_cov, reinforce. For one of your own"),  # sft is for warm starts
         ({"advantage_estimator": "rlo"}, "Did you mean 'rloo'"),
         ({"loss_type": "sft"}, "imitates"),
         ({"loss_type": "gspo", "loss_aggregation": "token_mean"}, "2507.18071"),
         ({"loss_type": "dapo", "importance_sampling_level": "sequence"}, "with loss_type gspo"),
         ({"loss_type": "luspo", "loss_aggregation": "token_mean"}, "2602.05261"),
         ({"loss_type": "gspo", "importance_sampling_level": "token"}, "use loss_type grpo"),
-        ({"loss_type": "cispo", "importance_sampling_level": "sequence"}, "losses that clip"),
-        ({"loss_type": "reinforce", "delta": 3.0}, "losses that clip"),
+        ({"loss_type": "gmpo", "loss_aggregation": "token_mean"}, "2507.20673"),
+        ({"loss_type": "vespo", "importance_sampling_level": "sequence"}, "cispo, sapo, not for"),
+        ({"loss_type": "reinforce", "delta": 3.0}, "dppo_kl, not for reinforce"),
+        ({"loss_type": "sapo", "epsilon_high": 0.28}, "epsilon_high = 0.28 is for grpo.loss_type"),
+        ({"vespo_k_pos": 1.0}, "vespo_k_pos = 1.0 is for grpo.loss_type vespo, not for grpo"),
+        ({"loss_type": "clip_cov", "ppo_kl_coef": 2.0}, "kl_cov, not for clip_cov"),
+        ({"loss_type": "clip_cov", "clip_cov_lb": 6.0}, "no token is between"),
+        ({"loss_type": "vespo", "rollout_is": "sequence_mask"}, "use rollout_is token"),
+        (
+            {"advantage_estimator": "maxrl", "scale_rewards": "batch"},
+            "scale_rewards = batch has no",
+        ),
+        ({"advantage_estimator": "maxrl", "kl_in_reward": True}, "kl_in_reward = true has no"),
+        ({"epsilon_low": 1.5}, "epsilon_low = 1.5"),
+        ({"rollout_is_threshold_lower": 2.0}, "not below rollout_is_threshold = 2"),
+        ({"rollout_rs": "seq_mean_k3"}, "needs grpo.rollout_rs_threshold"),
+        (
+            {
+                "rollout_rs": "token_k2",
+                "rollout_rs_threshold": 0.1,
+                "rollout_rs_threshold_lower": 0.0,
+            },
+            "an upper bound only",
+        ),
+        ({"rollout_rs": "token", "rollout_rs_threshold": 0.9}, "their weight is 1"),
         ({"delta": 1.1}, "clip bound of 1.2"),
         ({"loss_type": "dual_clip", "epsilon_high": 2.5}, "delta = 3"),
         ({"beta": 0.1, "kl_estimator": "k1"}, "mean 0"),
@@ -73,6 +97,7 @@ def problems(grpo, **sections):
         ),
         ({"old_logprobs": "rollout", "rollout_is": "token"}, "is 1"),
         ({"old_logprobs": "rollout", "rollout_rs": "geometric"}, "is 1"),
+        ({"old_logprobs": "rollout", "rollout_token_veto_threshold": 1e-4}, "is 1"),
         ({"old_logprobs": "rollout", "top_entropy_quantile": 0.2}, "entropies"),
         ({"loss_type": "reinforce", "num_iterations": 2}, "off-policy"),
     ],
@@ -94,6 +119,11 @@ def test_combinations_that_mean_nothing_are_refused_with_a_reason_and_a_remedy(g
         {"importance_sampling_level": "sequence"},
         {"loss_type": "gspo", "importance_sampling_level": "sequence_token"},
         {"loss_type": "luspo"},
+        {"loss_type": "cispo", "importance_sampling_level": "sequence"},
+        {"loss_type": "gmpo", "epsilon": 1.5},
+        {"loss_type": "dppo_kl", "epsilon": 0.05, "old_logprobs": "rollout"},
+        {"loss_type": "vespo", "rollout_is": "token_mask"},
+        {"rollout_rs": "seq_max_k2", "rollout_rs_threshold": 0.3},
         {"loss_type": "mine", "external_plugins": ["mine.py"], "loss_aggregation": "token_mean"},
         {"old_logprobs": "rollout", "num_iterations": 3},
     ],
@@ -149,6 +179,55 @@ def test_a_description_worked():
         "off-policy correction": "weight old policy / rollout engine of the token, at most 2; a "
         "completion whose weight (geometric mean) is outside [0.8, 1.25] is left out",
     }
+
+
+@pytest.mark.parametrize(
+    ("grpo", "part", "text"),
+    [
+        (
+            {"loss_type": "cispo", "epsilon_low": 0.5, "importance_sampling_level": "sequence"},
+            "loss",
+            "cispo: weight of each sequence at least 0.5, at most 1.2; token_mean",
+        ),
+        ({"loss_type": "gmpo", "epsilon": 0.4}, "loss", "ratios clipped to [exp(-0.4), exp(0.4)]"),
+        (
+            {"loss_type": "dppo_tv", "epsilon_high": 0.15},
+            "loss",
+            "left out where its probability went up by 0.15 or down by 0.2; ratio at most 20",
+        ),
+        ({"loss_type": "vespo"}, "loss", "k 2 and lambda 3 for good ones, 3 and 2 for bad ones"),
+        (
+            {"loss_type": "clip_cov"},
+            "loss",
+            "without 0.0002 of the tokens, of those of covariance 1",
+        ),
+        ({"loss_type": "kl_cov"}, "loss", "1 x abs(log ratio) for the 0.0002 of tokens"),
+        ({"advantage_estimator": "maxrl"}, "advantages", "less the mean of its group, / that mean"),
+        (
+            {"rollout_is": "sequence_mask", "rollout_is_threshold": 3.0},
+            "off-policy correction",
+            "weight old policy / rollout engine of the sequence, at most 3, 0 beyond",
+        ),
+        (
+            {"rollout_is": "token", "rollout_is_threshold_lower": 0.5},
+            "off-policy correction",
+            "of the token, at least 0.5, at most 2",
+        ),
+        (
+            {
+                "rollout_rs": "seq_max_k3",
+                "rollout_rs_threshold": 0.1,
+                "rollout_token_veto_threshold": 1e-4,
+            },
+            "off-policy correction",
+            "a completion whose seq_max_k3 is above 0.1 is left out; a completion with a token of "
+            "weight below 0.0001 is left out",
+        ),
+    ],
+    ids=str,
+)
+def test_parts_of_a_description(grpo, part, text):
+    assert text in dict(describe_algorithm(config(grpo)))[part]
 
 
 def test_the_names_are_those_of_the_registries():

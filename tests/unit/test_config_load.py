@@ -124,7 +124,7 @@ def test_a_name_with_two_meanings_names_both_with_what_they_count(problems):
 @pytest.mark.parametrize(
     "name",
     [
-        *("rollout.min_completion_length", "policy.max_lr", "epsilon_lo"),
+        *("rollout.min_completion_length", "policy.max_lr"),
         *("data.prompt_template", "rollout.swap_space", "policy.", "", "x"),
     ],
 )

@@ -58,6 +58,8 @@ class LossInput:
     """Which tokens are of one sequence."""
     entropy: Tensor | None = None
     """Of the policy now, with gradient. None logs none."""
+    high_covariance: Tensor | None = None
+    """bool, the tokens from `weighting.tokens_of_high_covariance`; None for other losses."""
 
     @classmethod
     def from_packed(
@@ -79,6 +81,7 @@ class LossInput:
             mask=packed.loss_mask,
             segments=Segments.from_cu_seqlens(packed.cu_seqlens, len(packed.targets)),
             entropy=entropy_T,
+            high_covariance=packed.high_covariance,
         )
 
     def ratio(self) -> Tensor:
@@ -92,11 +95,30 @@ losses: Registry[LossFunction] = Registry("loss", unlisted=WARM_START_LOSSES)
 register_loss = losses.register
 
 
+def importance_ratio(inputs: LossInput, level: str) -> Tensor:
+    """[T] policy now / policy before the update.
+
+    - "token": of the token;
+    - "sequence": `s = exp(mean of the sequence's log ratios)`, GSPO (arXiv:2507.18071), equation 7;
+    - "sequence_token": s in value, with the gradient of the token alone, equation 14.
+    """
+    if level == "token":
+        return inputs.ratio()
+    log_ratio_T = log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.mask)
+    mean_T = inputs.segments.means(log_ratio_T, inputs.mask)
+    if level == "sequence":
+        return mean_T.exp()
+    own_T = log_ratio(inputs.logprobs, inputs.logprobs.detach(), inputs.mask)
+    return (mean_T.detach() + own_T).exp()
+
+
 def policy_loss(
     inputs: LossInput,
     config: GrpoConfig,
     token_losses_T: Tensor,
     statistics: dict[str, Tensor] | None = None,
+    *,
+    corrected: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a micro-batch from the policy's token losses, and what every loss reports.
 
@@ -107,11 +129,12 @@ def policy_loss(
         config: what is added to the policy's token losses.
         token_losses_T: of the policy alone.
         statistics: more of them, of this loss.
+        corrected: the token losses have the correction in them.
     """
     extra = dict(statistics or {})
     weights_T, of_correction = correction_weights(inputs, config)
     extra |= of_correction
-    if weights_T is not None:
+    if weights_T is not None and not corrected:
         token_losses_T = weights_T * token_losses_T
     if inputs.ref_logprobs is not None:
         kl_T = reference_kl(inputs, config)
@@ -139,8 +162,7 @@ def reference_kl(inputs: LossInput, config: GrpoConfig) -> Tensor:
     kl_T = estimate(log_ratio(inputs.ref_logprobs, inputs.logprobs, inputs.mask))
     if not config.use_bias_correction_kl:
         return kl_T
-    from_rollout = config.rollout_is in ("token", "sequence")
-    sampler_T = inputs.rollout_logprobs if from_rollout else inputs.old_logprobs
+    sampler_T = inputs.rollout_logprobs if config.corrects_rollouts else inputs.old_logprobs
     return log_ratio(inputs.logprobs, sampler_T, inputs.mask).exp() * kl_T
 
 
@@ -159,6 +181,24 @@ def token_statistics(inputs: LossInput, loss: Tensor) -> dict[str, Tensor]:
     if inputs.entropy is not None:
         statistics["entropy"] = masked_sum(inputs.entropy, inputs.mask)
     return statistics
+
+
+def clip_statistics(
+    inputs: LossInput, low_clipped_T: Tensor, high_clipped_T: Tensor
+) -> dict[str, Tensor]:
+    """Shares of tokens clipped from below and from above."""
+    return {
+        "clip_ratio/low_mean": masked_sum(low_clipped_T, inputs.mask),
+        "clip_ratio/high_mean": masked_sum(high_clipped_T, inputs.mask),
+        "clip_ratio/region_mean": masked_sum(low_clipped_T | high_clipped_T, inputs.mask),
+    }
+
+
+def covariance_statistics(inputs: LossInput) -> dict[str, Tensor]:
+    """Share of tokens that a loss treats apart for their covariance."""
+    if inputs.high_covariance is None:
+        return {}
+    return {"clip_ratio/cov_mean": masked_sum(inputs.high_covariance, inputs.mask)}
 
 
 def ratio_statistics(inputs: LossInput, ratio_T: Tensor) -> dict[str, Tensor]:

@@ -1,12 +1,21 @@
-"""The clipped surrogate: grpo, bnpo, dapo, dr_grpo, dual_clip, gspo, luspo."""
+"""The clipped surrogate: grpo, bnpo, dapo, dr_grpo, dual_clip, clip_cov, gspo, luspo; gmpo."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rlsys.algo.kl import log_ratio
-from rlsys.algo.losses.base import LossInput, policy_loss, ratio_statistics, register_loss
-from rlsys.algo.names import DUAL_CLIP_DELTA
+from rlsys.algo.losses.base import (
+    LossInput,
+    clip_statistics,
+    covariance_statistics,
+    importance_ratio,
+    policy_loss,
+    ratio_statistics,
+    register_loss,
+)
+from rlsys.algo.names import DEFAULT_DELTA
 from rlsys.algo.segments import masked_sum
 
 if TYPE_CHECKING:
@@ -35,8 +44,40 @@ def dual_clip_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[
 
     Ye et al. (arXiv:1912.09729), where delta is called c.
     """
-    delta = DUAL_CLIP_DELTA if config.delta is None else config.delta
+    delta = DEFAULT_DELTA["dual_clip"] if config.delta is None else config.delta
     return _clipped(inputs, config, level="token", delta=delta)
+
+
+@register_loss("clip_cov")
+def clip_cov_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate without a few tokens whose covariance drives the entropy down.
+
+    Clip-Cov (arXiv:2505.22617); `weighting.tokens_of_high_covariance` chooses.
+    """
+    if inputs.high_covariance is not None:
+        kept_T = inputs.advantages.masked_fill(inputs.high_covariance, 0.0)
+        inputs = replace(inputs, advantages=kept_T)
+    return _clipped(inputs, config, level="token", delta=config.delta)
+
+
+@register_loss("gmpo")
+def geometric_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """`L = -A exp(mean of the sequence's clipped log r_t)`: the geometric mean of clipped ratios.
+
+    GMPO (arXiv:2507.20673). The log ratio of each token is clipped to [-epsilon_low,
+    epsilon_high], from above for A > 0 and from below for A < 0.
+    """
+    low, high = config.epsilons
+    sign_T = inputs.advantages.sign()
+    log_ratio_T = log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.mask)
+    clipped_T = log_ratio_T.clamp(-low, high)
+    bounded_T = sign_T * (sign_T * log_ratio_T).min(sign_T * clipped_T)
+    ratio_T = inputs.segments.means(bounded_T, inputs.mask).exp()
+    low_clipped_T = (log_ratio_T < -low) & (sign_T < 0)
+    high_clipped_T = (log_ratio_T > high) & (sign_T > 0)
+    statistics = clip_statistics(inputs, low_clipped_T, high_clipped_T)
+    statistics |= ratio_statistics(inputs, ratio_T)
+    return policy_loss(inputs, config, -ratio_T * inputs.advantages, statistics)
 
 
 @register_loss("gspo")
@@ -62,30 +103,9 @@ def _clipped(
     # Where min() takes the clipped term: there the token has no policy gradient.
     low_clipped_T = (ratio_T < low) & (advantages_T < 0)
     high_clipped_T = (ratio_T > high) & (advantages_T > 0)
-    statistics = {
-        "clip_ratio/low_mean": masked_sum(low_clipped_T, inputs.mask),
-        "clip_ratio/high_mean": masked_sum(high_clipped_T, inputs.mask),
-        "clip_ratio/region_mean": masked_sum(low_clipped_T | high_clipped_T, inputs.mask),
-    }
+    statistics = clip_statistics(inputs, low_clipped_T, high_clipped_T)
     if delta is not None:
         dual_T = (ratio_T > delta) & (advantages_T < 0)
         statistics["clip_ratio/dual_mean"] = masked_sum(dual_T, inputs.mask)
-    statistics |= ratio_statistics(inputs, ratio_T)
+    statistics |= ratio_statistics(inputs, ratio_T) | covariance_statistics(inputs)
     return policy_loss(inputs, config, -surrogate_T, statistics)
-
-
-def importance_ratio(inputs: LossInput, level: str) -> Tensor:
-    """[T] policy now / policy before the update.
-
-    - "token": of the token;
-    - "sequence": `s = exp(mean of the sequence's log ratios)`, GSPO (arXiv:2507.18071), equation 7;
-    - "sequence_token": s in value, with the gradient of the token alone, equation 14.
-    """
-    if level == "token":
-        return inputs.ratio()
-    log_ratio_T = log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.mask)
-    mean_T = inputs.segments.means(log_ratio_T, inputs.mask)
-    if level == "sequence":
-        return mean_T.exp()
-    own_T = log_ratio(inputs.logprobs, inputs.logprobs.detach(), inputs.mask)
-    return (mean_T.detach() + own_T).exp()

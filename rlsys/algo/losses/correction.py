@@ -3,16 +3,17 @@
 Engine and trainer round differently, and with stale weights they differ outright. The surrogate's
 expectation is then corrected by the weight `w = old policy / rollout engine` of what was sampled:
 PPO decoupled into a behaviour and a proximal policy (arXiv:2110.00641, arXiv:2505.24298). `w` is
-truncated (`rollout_is`) or its completion or token is left out (`rollout_rs`).
+bounded (`rollout_is`), or its completion or token is left out (`rollout_rs`).
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
-from rlsys.algo.kl import MAX_LOG_RATIO, log_ratio
+from rlsys.algo.kl import KL_ESTIMATORS, MAX_LOG_RATIO, log_ratio
 from rlsys.algo.segments import masked_sum
 
 if TYPE_CHECKING:
@@ -31,22 +32,21 @@ def correction_weights(
     Denominators do not change: a token that is left out still counts, so that micro-batches and
     ranks need not know each other's.
     """
-    truncate, reject = config.rollout_is, config.rollout_rs
-    if (
-        truncate in ("auto", "none")
-        and reject == "none"
-        and config.off_policy_mask_threshold is None
-    ):
+    masks_off_policy = config.off_policy_mask_threshold is not None
+    if not (config.corrects_rollouts or config.rejects_rollouts or masks_off_policy):
         return None, {}
     mask_T = inputs.mask
     log_w_T = log_ratio(inputs.old_logprobs, inputs.rollout_logprobs, mask_T)
-    weights_T = torch.ones_like(log_w_T)
+    weights_T, kept_T = torch.ones_like(log_w_T), torch.ones_like(mask_T)
     clipped_T = torch.zeros_like(mask_T)
-    if truncate not in ("auto", "none"):
-        raw_T = _at_level(log_w_T, truncate, inputs)
-        weights_T = raw_T.clamp(max=config.rollout_is_threshold)
-        clipped_T = raw_T > config.rollout_is_threshold
-    kept_T = _accepted(log_w_T, inputs, config) & _not_off_policy(inputs, config)
+    if config.corrects_rollouts:
+        level, _, bound = config.rollout_is.partition("_")
+        raw_T = _at_level(log_w_T, level, inputs)
+        weights_T = raw_T.clamp(config.rollout_is_threshold_lower, config.rollout_is_threshold)
+        clipped_T = weights_T != raw_T
+        if bound == "mask":
+            kept_T = ~clipped_T
+    kept_T &= _accepted(log_w_T, inputs, config) & _not_off_policy(inputs, config)
     weights_T = weights_T * kept_T
     statistics = {
         "importance_sampling_ratio/mean": masked_sum(weights_T, mask_T),
@@ -69,19 +69,36 @@ def _at_level(log_w_T: Tensor, level: str, inputs: LossInput) -> Tensor:
 
 
 def _accepted(log_w_T: Tensor, inputs: LossInput, config: GrpoConfig) -> Tensor:
-    """Where lower <= w <= upper: IcePop (arXiv:2510.18855) at the token level."""
-    if config.rollout_rs == "none":
-        return torch.ones_like(inputs.mask)
-    upper, lower = config.rollout_rs_threshold, config.rollout_rs_threshold_lower
-    w_T = _at_level(log_w_T, config.rollout_rs, inputs)
-    return (w_T <= upper) & (w_T >= (1 / upper if lower is None else lower))
+    """Where rollout_rs and the veto leave a token in: IcePop (arXiv:2510.18855), verl."""
+    kept_T = torch.ones_like(inputs.mask)
+    if config.rollout_rs != "none":
+        lower, upper = config.rollout_rs_bounds
+        w_T = _rejection_statistic(log_w_T, config.rollout_rs, inputs)
+        kept_T = (w_T <= upper) & (w_T >= lower)
+    if config.rollout_token_veto_threshold is not None:
+        least_T = -inputs.segments.maxima(-log_w_T, inputs.mask)
+        kept_T = kept_T & (least_T >= math.log(config.rollout_token_veto_threshold))
+    return kept_T
+
+
+def _rejection_statistic(log_w_T: Tensor, name: str, inputs: LossInput) -> Tensor:
+    """[T] the weight, or a divergence of rollout engine and policy, that rollout_rs bounds."""
+    *over, estimator = name.split("_")
+    if not over:
+        return _at_level(log_w_T, name, inputs)
+    divergence_T = KL_ESTIMATORS[estimator](log_w_T)
+    if over == ["token"]:
+        return divergence_T
+    segments = inputs.segments
+    reduce = {"sum": segments.sums, "mean": segments.means, "max": segments.maxima}[over[1]]
+    return reduce(divergence_T, inputs.mask)
 
 
 def _not_off_policy(inputs: LossInput, config: GrpoConfig) -> Tensor:
-    """DeepSeek-V3.2 (arXiv:2512.02556), equation 9: bad completions that went out of sight go.
+    """DeepSeek-V3.2 (arXiv:2512.02556), equation 9: the off-policy mask.
 
-    That is, those with a negative advantage whose log-probs fell by more than the threshold on
-    average since they were sampled.
+    Drops completions of negative advantage whose mean log-prob fell by more than the threshold
+    since sampling.
     """
     if config.off_policy_mask_threshold is None:
         return torch.ones_like(inputs.mask)
