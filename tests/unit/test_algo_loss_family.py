@@ -157,7 +157,7 @@ def test_every_loss_is_its_papers(case, name, options):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("name", POLICY_LOSSES)
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     rows=st.permutations(range(8)).flatmap(
         lambda order: st.integers(1, 8).map(lambda size: order[:size])
