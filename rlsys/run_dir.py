@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,15 +17,18 @@ RUNNING = "running"
 ENDED = "ended"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
 """What a file system without locks answers, some network ones."""
+LOCK_ATTEMPTS, LOCK_PAUSE_S = 10, 0.02
+"""`state` holds the lock for an instant, and must not be taken for a run."""
+State = Literal["running", "starting", "ended", "killed"]
 
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
     """The files of one run.
 
-    `status` holds one word: "running" from the start of training until the trackers are closed,
-    then "ended", whether the run reached its last step or failed. A killed process leaves
-    "running".
+    `status` holds one word: "running" from the start of training until the run begins to close its
+    files, then "ended", whether the run reached its last step, was interrupted or failed. A killed
+    process leaves "running", but not its lock: `state` compares the two.
     """
 
     path: Path
@@ -108,15 +113,15 @@ class RunDir:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Nobody else runs in this folder meanwhile; the operating system knows when a process is
-        dead, whatever it was killed by. Creates the folder when needed.
+        """Keep other runs out of this folder; the operating system ends that with the process,
+        whatever killed it. Creates the folder when needed.
 
         Raises:
             ValueError: another process is running in it, or nothing can be written to it.
         """
         with self._open_lock() as lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_exclusively(lock)
             except BlockingIOError:
                 raise ValueError(
                     f"output_dir: another process is running in {self.path}. Wait for it or stop "
@@ -130,17 +135,56 @@ class RunDir:
                     "out of one folder",
                     flush=True,
                 )
+            else:
+                lock.truncate(0)
+                lock.write(socket.gethostname())
+                lock.flush()
             yield
+
+    @property
+    def _lock(self) -> Path:
+        """Locked while a run is in the folder, and holds the name of its host."""
+        return self.path / ".lock"
 
     def _open_lock(self) -> IO[str]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            return (self.path / ".lock").open("w")
+            return self._lock.open("a")  # the run that holds it keeps its host's name
         except OSError as error:
             raise ValueError(
                 f"output_dir: {self.path} cannot be written to ({error.strerror}). Choose another "
                 "folder with --output_dir."
             ) from None
+
+    def is_held(self) -> bool | None:
+        """Whether a process runs in this folder; None where the lock does not show it.
+
+        Some file systems show locks only on the host that took them.
+        """
+        try:
+            with self._lock.open() as lock:
+                if lock.read() not in ("", socket.gethostname()):
+                    return None
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        return False
+
+    def state(self) -> State | None:
+        """What the last run in this folder is doing; None before the first one.
+
+        "starting" is also a run that is closing its files. "killed" ran when its process ended.
+        """
+        word, held = self._status_word(), self.is_held()
+        if word != self._status_word():  # it began or ended in between
+            return self.state()
+        if word == RUNNING:
+            return "killed" if held is False else "running"
+        if held:
+            return "starting"
+        return "ended" if word == ENDED else None
 
     def write_status(self, word: str) -> None:
         """Replace the status, creating the directory when needed."""
@@ -150,7 +194,23 @@ class RunDir:
 
     def has_ended(self) -> bool:
         """Whether the run closed its trackers; False when it was killed or never started."""
-        return self.status.exists() and self.status.read_text().strip() == ENDED
+        return self._status_word() == ENDED
+
+    def _status_word(self) -> str | None:
+        try:
+            return self.status.read_text().strip()
+        except FileNotFoundError:
+            return None
+
+
+def _lock_exclusively(lock: IO[str]) -> None:
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if attempt == LOCK_ATTEMPTS - 1:
+                raise
+            time.sleep(LOCK_PAUSE_S)
 
 
 def unused_folder(folder: Path) -> Path:

@@ -38,12 +38,13 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
     if resumed_from is not None:
         for path in (run_dir.metrics, *map(run_dir.completions_of, get_args(Split))):
             truncate_after(path, resumed_from)
-    parts = [factory(config, resumed_from) for factory in factories]
-    parts.append(JsonlTracker(run_dir.metrics))
+    reporters = [factory(config, resumed_from) for factory in factories]
+    parts: list[Tracker] = [JsonlTracker(run_dir.metrics)]
     if config.tracking.log_completions:
         parts.append(CompletionsTracker(run_dir))
-    parts.append(RewardCurveTracker(run_dir))
-    parts.append(console_tracker(config, resumed_from))
+    # They are closed in this order, and `ray job stop` kills after three seconds: the picture
+    # takes longest.
+    parts += [console_tracker(config, resumed_from), *reporters, RewardCurveTracker(run_dir)]
     run_dir.write_status(RUNNING)
     watch = RewardWatch(config.reward.names)
     return CompositeTracker(parts, run_dir, Progress(config.num_steps), watch)
@@ -130,9 +131,9 @@ class CompositeTracker(Tracker):
             if self._closed:
                 return
             self._closed = True
-            stack.callback(self._run_dir.write_status, ENDED)  # last: followers stop reading now
-            for part in self._parts:
+            for part in reversed(self._parts):
                 stack.callback(part.close)
+            stack.callback(self._run_dir.write_status, ENDED)  # first: it must not be lost
 
 
 def format_seconds(seconds: float) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.text import Text
 
@@ -41,14 +42,13 @@ def show_completions(
 
     Args:
         run_dir: The output directory of the run; with `follow` it need not exist yet.
-        follow: Go on printing groups as they finish, until the run ends or Ctrl-C. A run that was
-            killed does not say that it ended; it may be resumed, and following goes on.
+        follow: Go on printing groups as they finish, until the run ends, is killed, or Ctrl-C.
         step: Only groups of this step; None is every step.
         limit: The newest so many groups; None is all of them, or the newest 3 when following.
         split: "eval" shows held-out completions, "filtered" those that dynamic sampling left out.
 
     Raises:
-        ValueError: There is nothing to show, and `follow` is not set; or `limit` shows nothing.
+        ValueError: There is nothing to show, or to wait for; or `limit` shows nothing.
     """
     least = 0 if follow else 1
     if limit is not None and limit < least:
@@ -61,19 +61,16 @@ def show_completions(
     console = Console(markup=False, highlight=False, emoji=False)
     try:
         if follow:
-            _follow(console, run, path, step, FOLLOW_FROM if limit is None else limit)
+            _follow(console, run, split, step, FOLLOW_FROM if limit is None else limit)
         else:
+            if not path.exists():
+                raise ValueError(f"{path} does not exist: {_why_missing(run, split)}.")
             _show_recorded(console, path, step, limit)
     except KeyboardInterrupt:
         pass  # the way to stop following
 
 
 def _show_recorded(console: Console, path: Path, step: int | None, limit: int | None) -> None:
-    if not path.exists():
-        raise ValueError(
-            f"{path} does not exist. Either {path.parent} is not the output directory of a run, or "
-            "tracking.log_completions is off, or no group has finished yet: --follow waits for it."
-        )
     steps: set[int] = set()
     groups: deque[list[Row]] = deque(maxlen=limit)
     collector = GroupCollector()
@@ -89,9 +86,8 @@ def _show_recorded(console: Console, path: Path, step: int | None, limit: int | 
         print_group(console, group)
 
 
-def _follow(console: Console, run: RunDir, path: Path, step: int | None, limit: int) -> None:
-    if not path.exists():
-        print(f"waiting for {path}", file=sys.stderr)
+def _follow(console: Console, run: RunDir, split: Split, step: int | None, limit: int) -> None:
+    path = run.completions_of(split)
     tail = Tail(path)
     collector = GroupCollector()
     backlog: deque[list[Row]] = deque(maxlen=limit)
@@ -99,16 +95,66 @@ def _follow(console: Console, run: RunDir, path: Path, step: int | None, limit: 
         backlog.extend(_of_step(collector.add(row), step))
     for group in backlog:
         print_group(console, group)
+    # Without a row in it, this is what an attempt left that failed while it started.
+    waiting_for_start = not path.exists() or path.stat().st_size == 0
+    if waiting_for_start:
+        before = {"ended": "failed", "killed": "was killed"}.get(run.state() or "")
+        earlier = f" (an earlier attempt {before} before its first completion)" if before else ""
+        print(f"waiting for {path}{earlier}", file=sys.stderr)
     while True:
         # Asked before the file is read, so that the last groups are not missed.
-        ended = run.has_ended()
+        state = run.state()
+        if waiting_for_start and state == "running":
+            waiting_for_start = False
+            never = _why_never(run, split)
+            if never is not None:
+                raise ValueError(f"nothing to wait for: {never}")
         for row in tail.rows():
+            waiting_for_start = False
             for group in _of_step(collector.add(row), step):
                 print_group(console, group)
-        if ended:
-            print("the run has ended", file=sys.stderr)
+        if state in ("ended", "killed") and not waiting_for_start:
+            print(_END[state], file=sys.stderr)
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+_END = {
+    "ended": "the run has ended",
+    "killed": "the run was killed: no process runs in its folder, and it has not ended",
+}
+
+
+def _why_missing(run: RunDir, split: Split) -> str:
+    """Why a file of completions is not there."""
+    if not run.path.is_dir():
+        return f"there is no folder {run.path}"
+    if not run.config.exists():
+        return f"{run.path} is not the output directory of a run"
+    never = _why_never(run, split)
+    if never is not None:
+        return never
+    state = run.state()
+    what = {"train": "group", "eval": "held-out group", "filtered": "filtered group"}[split]
+    if state in ("ended", "killed"):
+        return f"the run {'ended' if state == 'ended' else 'was killed'} before its first {what}"
+    return f"no {what} has finished yet: --follow waits for it"
+
+
+def _why_never(run: RunDir, split: Split) -> str | None:
+    """Which setting of the run keeps it from recording a kind of completions."""
+    config = yaml.safe_load(run.config.read_text("utf-8")) if run.config.exists() else {}
+
+    def setting(section: str, field: str) -> Any:
+        return config.get(section, {}).get(field)
+
+    if setting("tracking", "log_completions") is False:
+        return "tracking.log_completions is off in this run"
+    if split == "filtered" and setting("rollout", "dynamic_sample") is False:
+        return "only rollout.dynamic_sample filters groups, and it is off in this run"
+    if split == "eval" and config.get("eval_steps", 1) is None:
+        return "eval_steps is not set in this run, so it evaluates nothing"
+    return None
 
 
 def _of_step(groups: Iterable[list[Row]], step: int | None) -> Iterator[list[Row]]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rlsys.run_dir import RunDir
+from rlsys.run_dir import ENDED, RUNNING, RunDir
 
 HOLDER = """
 import sys, time
@@ -74,3 +74,38 @@ def test_other_failures_of_a_lock_are_not_hidden(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lock)
     with pytest.raises(OSError, match="Input/output"), RunDir(tmp_path / "run").held():
         pass
+
+
+def test_the_state_of_a_folder_is_that_of_its_last_run(holder, tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert RunDir(tmp_path / "elsewhere").state() is None
+    assert run.state() == "starting"
+    run.write_status(ENDED)  # by an earlier attempt
+    assert run.state() == "starting"
+    run.write_status(RUNNING)
+    assert run.state() == "running"
+    holder.kill()
+    holder.wait()
+    assert run.state() == "killed"
+    run.write_status(ENDED)
+    assert run.state() == "ended"
+
+
+def test_a_lock_of_another_host_proves_nothing(tmp_path):
+    """Some network file systems show locks only on the host that took them."""
+    run = RunDir(tmp_path)
+    run.write_status(RUNNING)
+    (tmp_path / ".lock").write_text("another-host")
+    assert run.state() == "running"
+
+
+def test_looking_at_the_state_keeps_no_run_out(tmp_path, monkeypatch):
+    run = RunDir(tmp_path)
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(
+            "rlsys.run_dir.time.sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN)
+        )
+        with run.held():
+            assert run.is_held()

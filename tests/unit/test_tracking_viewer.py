@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tracking_cases import make_group
+from tracking_cases import make_config, make_group
 
+from rlsys.config_load import save_config
 from rlsys.run_dir import ENDED, RUNNING, RunDir
 from rlsys.tracking.completions import CompletionsTracker, completion_rows, last_user_message
 from rlsys.tracking.jsonl import read_jsonl, truncate_after
@@ -172,9 +173,35 @@ def test_step_and_limit_choose_the_newest_groups(run, capsys):
             shown(capsys, run, limit=limit, follow=follow)
 
 
+def save_run_config(run: RunDir, **values) -> None:
+    run.path.mkdir(exist_ok=True)
+    rollout = {"generation_batch_size": 4, "num_generations": 2} | values.pop("rollout", {})
+    save_config(make_config(run.path, rollout=rollout, **values), run.config)
+
+
+def test_a_missing_file_is_explained_by_what_the_run_does(run, capsys):
+    def reason(split="train"):
+        with pytest.raises(ValueError, match="jsonl does not exist: ") as raised:
+            shown(capsys, run, split=split)
+        return str(raised.value)
+
+    assert f"there is no folder {run.path}" in reason()
+    run.path.mkdir()
+    assert "is not the output directory of a run" in reason()
+    save_run_config(run, rollout={"dynamic_sample": True})
+    run.write_status(RUNNING)
+    assert "no group has finished yet: --follow waits for it" in reason()
+    assert "no filtered group has finished yet" in reason("filtered")
+    assert "eval_steps is not set" in reason("eval")
+    save_run_config(run)
+    assert "only rollout.dynamic_sample filters groups, and it is off" in reason("filtered")
+    run.write_status(ENDED)
+    assert "the run ended before its first group" in reason()
+    save_run_config(run, tracking={"log_completions": False})
+    assert "tracking.log_completions is off" in reason()
+
+
 def test_nothing_to_show_says_what_there_is(run, capsys):
-    with pytest.raises(ValueError, match=r"completions\.jsonl does not exist.*log_completions"):
-        shown(capsys, run)
     CompletionsTracker(run).close()
     with pytest.raises(ValueError, match="holds no group: it is empty so far"):
         shown(capsys, run)
@@ -235,6 +262,27 @@ def following(run_dir: Path):
         process.wait()
 
 
+@contextmanager
+def killed_later(run: RunDir):
+    """A process that runs in the folder until the function is called that this yields."""
+    program = (
+        "import sys, time; from pathlib import Path; from rlsys.run_dir import RUNNING, RunDir\n"
+        "run = RunDir(Path(sys.argv[1]))\n"
+        "with run.held():\n"
+        "    run.write_status(RUNNING); print(flush=True); time.sleep(600)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(run.path)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        yield process.kill
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_follow_sees_what_another_process_appends_until_the_run_ends(run):
     with following(run.path) as viewer:
         viewer.read_until("waiting for")  # nothing is there yet
@@ -248,6 +296,42 @@ def test_follow_sees_what_another_process_appends_until_the_run_ends(run):
         assert viewer.process.wait() == 0
         viewer.read_until("the run has ended")
     assert headings(viewer.text) == ["step 1, group 0", "step 1, group 1", "step 2, group 0"]
+
+
+def test_following_ends_with_a_run_that_was_killed(run):
+    log(run, 1, 0)
+    with killed_later(run) as kill, following(run.path) as viewer:
+        viewer.read_until("step 1, group 0")
+        log(run, 2, 0)
+        viewer.read_until("step 2, group 0")
+        kill()
+        assert viewer.process.wait() == 0
+        viewer.read_until("the run was killed")
+    with following(run.path) as viewer:  # and does not wait for a dead one
+        assert viewer.process.wait() == 0
+
+
+@pytest.mark.parametrize("earlier", [ENDED, RUNNING])
+def test_following_waits_for_a_run_after_an_attempt_that_failed(run, earlier):
+    with run.held():
+        run.write_status(earlier)
+    CompletionsTracker(run).close()
+    with following(run.path) as viewer:
+        viewer.read_until("an earlier attempt")
+        with run.held():
+            run.write_status(RUNNING)
+            log(run, 1, 0)
+            viewer.read_until("step 1, group 0")
+            run.write_status(ENDED)
+        assert viewer.process.wait() == 0
+        viewer.read_until("the run has ended")
+
+
+def test_following_what_a_run_never_writes_is_refused(run, capsys):
+    save_run_config(run)
+    run.write_status(RUNNING)
+    with pytest.raises(ValueError, match=r"nothing to wait for: only rollout\.dynamic_sample"):
+        shown(capsys, run, follow=True, split="filtered")
 
 
 def test_following_goes_on_where_a_resumed_run_goes_on(run):
