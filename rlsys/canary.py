@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import CheckpointConfig, Config
-from rlsys.launch import choose_device, load_data, ray_session, start_system, train_system
+from rlsys.launch import choose_device, interruptible, load_data, start_system, train_system
+from rlsys.ray_session import ray_session
 from rlsys.tracking.base import Metrics, Split, Tracker
 from rlsys.types import RolloutGroup
 
@@ -56,6 +57,7 @@ def run_canary(config: Config, console: Console) -> bool:
                 "none out: give data.val_dataset"
             )
         data = replace(data, validation=held_out)
+        stack.enter_context(interruptible())
         stack.enter_context(ray_session())
         on_cpu = choose_device(config) == "cpu"
         system = start_system(config, data, recorder)

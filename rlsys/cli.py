@@ -219,12 +219,19 @@ def _load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
 def _run_told(command: str, run: Callable[[], bool | None]) -> int:
     """Run something on Ray; False or a failure of an actor is EXIT_FAILED."""
     from rlsys.actors.group import ActorFailure, PhaseTimeout
+    from rlsys.ray_session import RayStartError
     from rlsys.rewards.failures import RewardCodeError
     from rlsys.weight_sync.transport import WeightSyncError
 
     try:
         return EXIT_FAILED if run() is False else 0
-    except (ActorFailure, PhaseTimeout, RewardCodeError, WeightSyncError) as error:
+    except (
+        ActorFailure,
+        PhaseTimeout,
+        RayStartError,
+        RewardCodeError,
+        WeightSyncError,
+    ) as error:
         # Who failed at what, below the failing actor's own traceback; the driver's is no news.
         print(f"\n{command}: the run failed.\n{error}", file=sys.stderr)
         return EXIT_FAILED

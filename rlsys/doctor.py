@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import os
 import platform
 import shutil
@@ -14,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
 from packaging.requirements import Requirement
@@ -233,32 +232,26 @@ def _process_id() -> int:
 def _ray() -> Iterator[Finding]:
     if installed_version("ray") is None:
         return  # told under packages
-    from rlsys.ray_env import check_cluster_answers  # before ray is imported
+    from rlsys.ray_env import cluster_address
+    from rlsys.ray_session import RayStartError, ray_session
 
     import ray  # isort: skip
 
+    address = cluster_address()
     try:
-        check_cluster_answers()
-    except ValueError as error:
-        yield Finding("broken", "Ray", str(error), "start that cluster, or `unset RAY_ADDRESS`")
-        return
-    options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
-    address = os.environ.get("RAY_ADDRESS")
-    if address is None:
-        address = "local"
-        options |= {"num_cpus": 1, "object_store_memory": 100 * 2**20}
-    try:
-        ray.init(address, logging_level=logging.ERROR, **options)
-        try:
+        with ray_session(num_cpus=1, object_store_memory=100 * 2**20, log_to_driver=False):
             pid = ray.get(ray.remote(_process_id).remote(), timeout=_RAY_SECONDS)
             resources = ray.cluster_resources()
-        finally:
-            ray.shutdown()
-    except (ray.exceptions.RayError, RuntimeError, OSError, ValueError) as error:
+    except ValueError as error:
+        yield Finding("broken", "Ray", str(error))
+        return
+    except (RayStartError, ray.exceptions.RayError, RuntimeError, OSError) as error:
         remedy = "Ray needs free ports on this machine, and a /tmp that it can write to"
         yield Finding("broken", "Ray", f"{type(error).__name__}: {error}", remedy)
         return
     assert pid != os.getpid()
-    where = "a cluster of its own" if address == "local" else f"the cluster at {address}"
+    where = (
+        "started a cluster of its own" if address is None else f"joined the cluster at {address}"
+    )
     gpus = f", {resources['GPU']:g} GPUs" if "GPU" in resources else ""
-    yield Finding("ok", "Ray", f"started {where} and ran a task ({resources['CPU']:g} CPUs{gpus})")
+    yield Finding("ok", "Ray", f"{where} and ran a task ({resources['CPU']:g} CPUs{gpus})")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 # Before Ray is imported, which reads some of the environment then.
-from rlsys.ray_env import check_cluster_answers, unused_choice_of_gpus  # isort: skip
+from rlsys.ray_env import check_cluster_answers  # isort: skip
 import ray  # isort: skip
 import torch
 from transformers import AutoTokenizer
@@ -36,11 +34,12 @@ from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
 from rlsys.placement import Placement
 from rlsys.preflight import output_dir_problems
+from rlsys.ray_session import STOP_SIGNALS, ray_session
 from rlsys.resume import resume_notes
 from rlsys.rewards import load_plugins
 from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
-from rlsys.run_dir import RunDir
+from rlsys.run_dir import ENDED, RunDir
 from rlsys.tracking import Tracker, build_tracker
 from rlsys.types import Device
 from rlsys.weight_sync.publisher import WeightPublisher
@@ -63,12 +62,14 @@ def run(resolved: ResolvedConfig) -> None:
     # What the driver computes is small: on a host with 64 cores, to wake as many threads took
     # 0.1 s a step, to compute it takes 2 ms.
     torch.set_num_threads(1)
-    data = load_data(config)  # before anything starts: rows are where most mistakes are
-    for note in step_notes(config, len(data.train)):
-        print(note, flush=True)
-    config = config.with_steps(len(data.train))
+    check_cluster_answers()
     with ExitStack() as stack:
         stack.enter_context(run_dir.held())
+        stack.enter_context(interruptible(run_dir))
+        data = load_data(config)  # before anything starts: rows are where most mistakes are
+        for note in step_notes(config, len(data.train)):
+            print(note, flush=True)
+        config = config.with_steps(len(data.train))
         for problem in output_dir_problems(config):  # of a run that was faster than this one
             raise ValueError(problem.text)
         steps = checkpoint_steps(run_dir.checkpoints)
@@ -87,6 +88,7 @@ def run(resolved: ResolvedConfig) -> None:
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)
         stack.enter_context(ray_session())
+        stack.callback(tracker.close)  # before the actors end, which takes seconds
         system = start_system(config, data, tracker)
         if resume_step is not None:
             checkpoint = run_dir.checkpoints / f"step-{resume_step}"
@@ -250,26 +252,28 @@ def is_in_ray_job_copy(path: Path) -> bool:
 
 
 @contextmanager
-def ray_session() -> Iterator[None]:
-    """Connect to the cluster of RAY_ADDRESS (a Ray job sets it), or start one on this machine.
+def interruptible(run_dir: RunDir | None = None) -> Iterator[None]:
+    """Have Ctrl-C, `ray job stop` and a closed terminal raise KeyboardInterrupt.
 
-    Leaving it ends every actor of this run.
+    The status comes first: `ray job stop` kills after three seconds, in which a run that closes its
+    trackers and ends its actors may not be done.
     """
-    check_cluster_answers()
-    unused = unused_choice_of_gpus()
-    if unused is not None:
-        print(f"note: {unused}", flush=True)
-    # "local": Ray would otherwise join a cluster that somebody, anybody started on this machine.
-    own = {} if "RAY_ADDRESS" in os.environ else {"address": "local", "include_dashboard": False}
-    ray.init(logging_level=logging.ERROR, **own)
-    # `ray job stop` is a Ctrl-C. Ray's handler prints a C++ stack and aborts after three seconds.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # not under nohup
-        signal.signal(signal.SIGHUP, signal.default_int_handler)  # nor is a closed terminal a crash
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if run_dir is not None:
+            with suppress(OSError):  # a full disk is no reason to go on
+                run_dir.write_status(ENDED)
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        ray.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def choose_device(config: Config) -> Device:

@@ -10,8 +10,6 @@ settings.register_profile("rlsys", deadline=None)
 # There the same examples in every run: what fails is what the change broke.
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if "CI" in os.environ else "rlsys")
-# The same for Ray's own start, in this process and in those that tests start.
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "300")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
-import ray
 from policy_cases import MODELS, PolicyLab, save_policy_model
 from tiny_models import save_tiny_qwen3, save_tiny_qwen3_moe
 
 from rlsys.actors.rollout import RolloutActors
 from rlsys.config import Config
+from rlsys.ray_session import ray_session
 
 
 @pytest.fixture(scope="session")
@@ -21,18 +21,16 @@ def variable():
 def ray_cluster(variable):
     # Actors of the tests' own classes import the modules beside this file.
     helpers = {"env_vars": {"PYTHONPATH": str(Path(__file__).parent)}}
-    ray.init(
+    session = ray_session(
         num_cpus=4,
         num_gpus=3,  # which nothing but Ray's bookkeeping believes in
-        include_dashboard=False,
         object_store_memory=200 * 2**20,
         runtime_env=helpers,
         log_to_driver=False,
     )
-    with pytest.MonkeyPatch.context() as patch:
+    with session, pytest.MonkeyPatch.context() as patch:
         patch.setenv(*variable)
         yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

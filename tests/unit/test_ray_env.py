@@ -15,16 +15,24 @@ def port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}", "localhost:{}"])
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}"])
 def test_an_address_where_nothing_listens_is_an_error_that_names_it(monkeypatch, port, form):
     monkeypatch.setenv("RAY_ADDRESS", form.format(port))
     with pytest.raises(ValueError, match=rf"RAY_ADDRESS={form.format(port)}: no Ray cluster"):
         check_cluster_answers()
 
 
-def test_a_port_that_is_none_is_an_error_too(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:99999")
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1", "head", ":6379", "head:port"])
+def test_what_is_no_address_is_an_error_too(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ValueError, match="no Ray cluster answers there"):
+        check_cluster_answers()
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
+def test_addresses_of_other_servers_of_a_cluster_name_the_one_to_use(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=r"RAY_ADDRESS=10\.0\.0\.1:6379.*`ray job submit`"):
         check_cluster_answers()
 
 
