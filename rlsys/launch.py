@@ -32,6 +32,7 @@ from rlsys.driver import train
 from rlsys.engines.detokenize import Detokenizer
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
+from rlsys.local_paths import is_in_job_copy, with_absolute_paths
 from rlsys.placement import Placement
 from rlsys.preflight import output_dir_problems
 from rlsys.ray_session import STOP_SIGNALS, ray_session
@@ -57,7 +58,7 @@ class System:
 
 def run(resolved: ResolvedConfig) -> None:
     """Train, from the checks of the data to the final model."""
-    config = resolved.config
+    config = with_absolute_paths(resolved.config)
     run_dir = RunDir(Path(config.output_dir).resolve())
     # What the driver computes is small: on a host with 64 cores, to wake as many threads took
     # 0.1 s a step, to compute it takes 2 ms.
@@ -77,8 +78,8 @@ def run(resolved: ResolvedConfig) -> None:
         if resume_step is not None:
             for note in resume_notes(config, run_dir, resume_step):
                 print(note, flush=True)
-        save_config(config, run_dir.config)
-        if is_in_ray_job_copy(run_dir.path):
+        save_config(resolved.config.with_steps(len(data.train)), run_dir.config)
+        if is_in_job_copy(run_dir.path):
             print(
                 f"note: {run_dir.path} is in this Ray job's copy of the working directory, which "
                 "Ray may delete after the job. Give an absolute --output_dir to keep what the run "
@@ -244,11 +245,6 @@ def step_notes(config: Config, num_rows: int) -> Iterator[str]:
         yield epochs
     else:
         yield f"note: max_steps = {config.max_steps} goes before {epochs}"
-
-
-def is_in_ray_job_copy(path: Path) -> bool:
-    """Whether `path` is below what `ray job submit --working-dir` unpacked for a job."""
-    return "working_dir_files" in path.parts
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from rlsys.data.usage import column_problems_of_run, column_use, column_uses
 from rlsys.devices import guess_device, visible_gpus
 from rlsys.engines.vllm_settings import kv_cache_bytes
 from rlsys.hub import hub_answers
+from rlsys.local_paths import left_out_of_job_copy
 from rlsys.memory import longest_row
 from rlsys.model_shape import ModelShape, read_model_shape
 from rlsys.rewards import check_call, plugin_problems
@@ -51,7 +52,7 @@ class Problem:
 
 def check_run(config: Config) -> list[Problem]:
     """All problems of a run that can be seen from this machine without starting it."""
-    return [
+    problems = [
         *_packages(config),
         *_models(config),
         *_attention(config),
@@ -61,6 +62,19 @@ def check_run(config: Config) -> list[Problem]:
         *_algorithm(config),
         *output_dir_problems(config),
     ]
+    left_out = left_out_of_job_copy(config) if problems else []
+    if left_out:
+        problems.append(
+            Problem(
+                f"{', '.join(left_out)}: not in this job's copy of the working directory, from "
+                "which Ray leaves out what .gitignore and .rayignore name. Run in the folder "
+                'itself, `ray job submit -- env -C "$PWD" rlsys grpo ...`, where the cluster has '
+                "it under the same path, or give absolute paths; RAY_RUNTIME_ENV_IGNORE_GITIGNORE="
+                "1 for `ray job submit` sends them, up to 512 MiB",
+                True,
+            )
+        )
+    return problems
 
 
 def find_model_folder(path: str) -> Path:

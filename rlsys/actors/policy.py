@@ -144,10 +144,6 @@ class PolicyActors(ModelActors):
         rank_class: type[PolicyRank] = PolicyRank,
     ):
         world_size = config.policy.world_size
-        # A rank's working directory may be another one.
-        plugins = [str(Path(p).expanduser().resolve()) for p in config.grpo.external_plugins]
-        grpo = config.grpo.model_copy(update={"external_plugins": plugins})
-        config = config.model_copy(update={"grpo": grpo})
         self._config = config
         super().__init__(rank_class, config, role="policy", world_size=world_size, place=place)
         self.policy_version = 0

@@ -13,12 +13,19 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from rlsys.local_paths import check_is_here
+
 MAX_SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
 
 
 def resolve_model_path(path: str) -> Path:
-    """The local folder of a model: `path` itself, or the hub's snapshot of that id."""
+    """The local folder of a model: `path` itself, or the hub's snapshot of that id.
+
+    Raises:
+        ValueError: this host has no folder of that path.
+    """
+    check_is_here(path)
     if Path(path).is_dir():
         return Path(path)
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]

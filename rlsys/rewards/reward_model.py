@@ -37,11 +37,13 @@ class RewardModel(AsyncORM):
             device: torch's name; None is the GPU if the process has one, else the CPU.
 
         Raises:
-            ValueError: settings out of range, a model with several outputs, or a tokenizer
-                without chat template.
+            ValueError: settings out of range, a folder that this host lacks, a model with several
+                outputs, or a tokenizer without chat template.
         """
         import torch  # not before a reward model is wanted
         import transformers
+
+        from rlsys.local_paths import check_is_here
 
         super().__init__()
         if batch_size < 1 or (max_length is not None and max_length < 1):
@@ -49,6 +51,7 @@ class RewardModel(AsyncORM):
                 f"reward_model: batch_size and max_length must be at least 1, not {batch_size} "
                 f"and {max_length}"
             )
+        check_is_here(path)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if not self._tokenizer.chat_template:
             raise ValueError(f"reward_model: the tokenizer of {path!r} has no chat template")
