@@ -1,9 +1,11 @@
-"""`ray job submit` on a cluster of its own, as a user would have one, token and all."""
+"""The README's lines on Ray jobs, in shells without a variable that they do not set."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -11,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -22,40 +26,41 @@ from rlsys.tracking.jsonl import read_jsonl
 pytestmark = pytest.mark.system
 
 BIN = Path(sys.executable).parent
+REPOSITORY = Path(__file__).parents[2]
 RUN = ["rlsys", "grpo", "run.yaml", "--grpo.beta", "0"]  # a process less to wait for
 
 
 class Cluster:
-    """A head node that other Ray sessions on this machine neither see nor disturb."""
+    """A head node that other Ray sessions on this machine neither see nor disturb.
+
+    It is started by the lines of the README, in a shell that has set nothing else.
+    """
 
     def __init__(self, folder: Path):
         self.temp_dir = Path(tempfile.mkdtemp(prefix="rlsys-"))  # sockets: their paths are short
-        dashboard, head, agent, client = free_ports(4)
-        token = folder / "token"
-        token.write_text(secrets.token_hex(32))
-        self.env = {
-            **os.environ,
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-            "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-        }
+        dashboard, self.port, agent, client = free_ports(4)
+        self.url = f"http://127.0.0.1:{dashboard}"
+        (folder / ".ray").mkdir()
+        (folder / ".ray" / "auth_token").write_text(secrets.token_hex(32))  # of an earlier Ray
+        self.env = {"PATH": f"{BIN}:{os.environ['PATH']}", "HOME": str(folder)}
         options = {
             "temp-dir": self.temp_dir,
-            "port": head,
-            "dashboard-host": "127.0.0.1",
+            "port": self.port,
             "dashboard-port": dashboard,
             "dashboard-agent-listen-port": agent,
             "ray-client-server-port": client,
             "num-cpus": 2,
             "object-store-memory": 200 * 2**20,
         }
-        words = [f"--{name}={value}" for name, value in options.items()]
+        words = " ".join(f"--{name}={value}" for name, value in options.items())
+        *self.preparation, start, submit = readme_lines()
+        assert start == "ray start --head"
+        assert submit.startswith("ray job submit --working-dir . -- rlsys grpo ")
         self._log = folder / "cluster.txt"
         with self._log.open("wb") as log:
             self._head = subprocess.Popen(
-                [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats", *words],
-                env={name: self.env[name] for name in self.env if name != "RAY_ADDRESS"},
+                self.shell(f"exec {start} --block --disable-usage-stats {words}"),
+                env=self.env,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -63,16 +68,20 @@ class Cluster:
         wait_for(lambda: "Ray runtime started" in self._log.read_text() or self._head.poll())
         assert self._head.poll() is None, self._log.read_text()
 
+    def shell(self, line: str) -> list[str]:
+        """A shell that runs `line` after what the README has a user type in each."""
+        return ["bash", "-ec", "\n".join([*self.preparation, line])]
+
     def actors(self) -> list[str]:
         """Class and method of every actor of a run."""
         processes = psutil.Process(self._head.pid).children(recursive=True)
         titles = [title(process) for process in processes if is_alive(process)]
         return [t for t in titles if t.startswith(("ray::Policy", "ray::Ro", "ray::Re"))]
 
-    def job(self, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    def job(self, folder: Path, action: str, *words: str) -> subprocess.CompletedProcess[str]:
         """`ray job ...`, run in `folder`."""
         return subprocess.run(
-            [BIN / "ray", "job", *words],
+            self.shell(shlex.join(["ray", "job", action, "--address", self.url, *words])),
             cwd=folder,
             env=self.env,
             capture_output=True,
@@ -100,6 +109,13 @@ class Cluster:
         for process in alive:
             process.kill()
         shutil.rmtree(self.temp_dir, ignore_errors=True)
+
+
+def readme_lines() -> list[str]:
+    """What the README has users type for a job."""
+    section = (REPOSITORY / "README.md").read_text().partition("## As a Ray job")[2]
+    lines = re.findall(r"^    (.+)", section, re.MULTILINE)
+    return [line.partition("  #")[0].strip() for line in lines]
 
 
 def free_ports(count: int) -> list[int]:
@@ -153,23 +169,50 @@ def test_a_job_runs_from_relative_paths_and_shows_its_log(cluster, folder):
     wait_for(lambda: not cluster.actors())
 
 
+def test_only_those_with_the_token_are_let_in(cluster):
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{cluster.url}/api/jobs/")
+
+
+def test_a_run_joins_the_cluster_of_ray_address_by_itself(cluster, folder):
+    """In a shell that does not even export RAY_AUTH_MODE."""
+    program = "import ray; from rlsys.ray_session import ray_session\n"
+    program += "with ray_session(): print(ray.cluster_resources()['CPU'])"
+    done = subprocess.run(
+        ["python", "-c", program],
+        cwd=folder,
+        env={**cluster.env, "RAY_ADDRESS": f"127.0.0.1:{cluster.port}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout == "2.0\n"
+
+
 def test_a_run_that_cannot_work_is_a_failed_job(cluster, folder):
-    words = [*RUN, "--reward.external_plugins", "nowhere.py"]
+    """Its log says what the copy of the working directory lacks, and why."""
+    words = [*RUN, "--reward.external_plugins", "nowhere.py", "--data.dataset", "out/train.jsonl"]
     done = cluster.job(
         folder, "submit", "--working-dir", ".", "--submission-id", "second", "--", *words
     )
     assert done.returncode != 0
     assert "exit code 2" in done.stdout + done.stderr
-    assert "nowhere.py' is not a file" in cluster.job(folder, "logs", "second").stdout
+    log = cluster.job(folder, "logs", "second").stdout
+    assert "nowhere.py' is not a file" in log
+    assert "out/train.jsonl: not in this job's copy of the working directory" in log
     assert "FAILED" in cluster.job(folder, "status", "second").stdout.upper()
 
 
 def test_stopping_a_job_ends_all_its_actors(cluster, folder):
+    """This one runs in the folder itself, with data that a copy would lack."""
     hold(folder, after=3)
-    words = [*RUN, "--output_dir", str(folder / "kept")]
-    submit = ["submit", "--no-wait", "--working-dir", ".", "--submission-id", "third", "--"]
-    assert cluster.job(folder, *submit, *words).returncode == 0
-    wait_for(lambda: cluster.working_copy("held"), lambda: cluster.driver_log("third"))
+    (folder / "out").mkdir()
+    (folder / "train.jsonl").rename(folder / "out/train.jsonl")
+    in_place = ["env", "-C", str(folder), *RUN, "--data.dataset", "out/train.jsonl"]
+    words = ["--no-wait", "--submission-id", "third", "--", *in_place, "--output_dir", "kept"]
+    assert cluster.job(folder, "submit", *words).returncode == 0
+    wait_for((folder / "held").exists, lambda: cluster.driver_log("third"))
     assert len(cluster.actors()) == 3
     done = cluster.job(folder, "stop", "third")
     assert done.returncode == 0, done.stdout + done.stderr
