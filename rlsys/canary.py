@@ -20,7 +20,6 @@ from rich.text import Text
 
 from rlsys.config import CheckpointConfig, Config
 from rlsys.launch import choose_device, interruptible, load_data, start_system, train_system
-from rlsys.local_paths import with_absolute_paths
 from rlsys.ray_session import ray_session
 from rlsys.tracking.base import Metrics, Split, Tracker
 from rlsys.types import RolloutGroup
@@ -45,7 +44,7 @@ class Check:
 
 def run_canary(config: Config, console: Console) -> bool:
     """Make the run, print what was checked; returns whether all of it held."""
-    config = canary_config(with_absolute_paths(config))
+    config = canary_config(config)
     console.print(f"{STEPS} steps of this config with learning rate 0: nothing may change.")
     recorder = Recorder()
     with ExitStack() as stack:

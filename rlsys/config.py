@@ -591,6 +591,9 @@ class Config(Section):
     """Seeds data order, sampling and mini-batches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: GPUs when this machine or the Ray cluster has any."""
+    placement_timeout: PositiveFloat | Literal["wait"] | None = 60.0
+    """Seconds to wait for GPUs of the Ray cluster that other runs are using, before this run fails.
+    wait or None: until they are free. A line every half minute says what is missing."""
     data: DataConfig
     model: ModelConfig
     rollout: RolloutConfig

@@ -18,10 +18,12 @@ import torch
 from transformers import AutoTokenizer
 
 from rlsys.actors.group import START_TIMEOUT_S, get_all
+from rlsys.actors.model_group import ModelActors
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.start_report import StartReport
 from rlsys.checkpoints import REFERENCE_FOLDER, Checkpoints, checkpoint_steps, load_rollouts_state
 from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
@@ -58,7 +60,7 @@ class System:
 
 def run(resolved: ResolvedConfig) -> None:
     """Train, from the checks of the data to the final model."""
-    config = with_absolute_paths(resolved.config)
+    config = resolved.config
     run_dir = RunDir(Path(config.output_dir).resolve())
     # What the driver computes is small: on a host with 64 cores, to wake as many threads took
     # 0.1 s a step, to compute it takes 2 ms.
@@ -78,7 +80,7 @@ def run(resolved: ResolvedConfig) -> None:
         if resume_step is not None:
             for note in resume_notes(config, run_dir, resume_step):
                 print(note, flush=True)
-        save_config(resolved.config.with_steps(len(data.train)), run_dir.config)
+        save_config(config, run_dir.config)
         if is_in_job_copy(run_dir.path):
             print(
                 f"note: {run_dir.path} is in this Ray job's copy of the working directory, which "
@@ -149,39 +151,46 @@ def _end_rollouts(
 
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     """Start the actors of every role on the connected cluster and wait until all are ready."""
+    config = with_absolute_paths(config)
     prompts = make_prompt_stream(config, data)
     device = choose_device(config)
     placement = Placement(config, device=device)
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
     print(f"starting on {device}: {actors}", flush=True)
-    rewards = RewardWorkers(
-        config.reward,
-        known=config.known_to_rewards,
-        max_steps=config.num_steps,
-        place=partial(placement.options, "reward_model") if device == "cuda" else None,
-    )
-    engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
-    policy = PolicyActors(config, place=partial(placement.options, "policy"))
-    reference = None
-    if config.grpo.beta > 0:
-        reference = ReferenceActors(config, place=partial(placement.options, "reference"))
-    starting = engines.async_start() | policy.async_start()
-    if reference is not None:
-        starting |= reference.async_start()
-    get_all(starting, phase="start", timeout_s=START_TIMEOUT_S)
-    rollouts = Rollouts(
-        config,
-        engines=engines,
-        rewards=rewards,
-        prompts=prompts,
-        training=data.train,
-        validation=data.validation,
-        tracker=tracker,
-    )
-    publisher = WeightPublisher(policy, engines, config.weight_sync)
-    if reference is not None and config.reference.sync_steps is not None:
-        reference.follow(policy)
+    with StartReport() as report:
+        report.waiting_for(["reward functions"])
+        rewards = RewardWorkers(
+            config.reward,
+            known=config.known_to_rewards,
+            max_steps=config.num_steps,
+            place=partial(placement.options, "reward_model") if device == "cuda" else None,
+        )
+        report.ready("reward functions")
+        engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
+        policy = PolicyActors(config, place=partial(placement.options, "policy"))
+        reference = None
+        if config.grpo.beta > 0:
+            reference = ReferenceActors(config, place=partial(placement.options, "reference"))
+        groups: list[RolloutActors | ModelActors] = [engines, policy]
+        groups += [] if reference is None else [reference]
+        for group in groups:
+            report.waiting_for(group.actors)
+        starting = {name: ref for group in groups for name, ref in group.async_start().items()}
+        get_all(starting, phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready)
+        rollouts = Rollouts(
+            config,
+            engines=engines,
+            rewards=rewards,
+            prompts=prompts,
+            training=data.train,
+            validation=data.validation,
+            tracker=tracker,
+        )
+        report.waiting_for(["weight sync to connect"])
+        publisher = WeightPublisher(policy, engines, config.weight_sync)
+        if reference is not None and config.reference.sync_steps is not None:
+            reference.follow(policy)
     return System(policy, reference, rollouts, publisher)
 
 

@@ -10,10 +10,13 @@ Actors in one bundle of one GPU see the same GPU.
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -22,8 +25,8 @@ from rlsys.config import Config
 from rlsys.roles import Role, RoleName, asked_for, fewer_gpus, plan_roles
 from rlsys.types import Device
 
-PLACEMENT_TIMEOUT_S = 60.0
-"""For Ray to find GPUs that are free; they are, unless somebody else uses the cluster."""
+FIRST_LOOK_S, REPORT_EVERY_S = 5.0, 30.0
+"""How long Ray may take to find GPUs that are free before a line says what it waits for."""
 
 
 class Placement:
@@ -41,7 +44,8 @@ class Placement:
         self._group: PlacementGroup | None = None
         self._bundles: dict[tuple[RoleName, int], int] = {}
         if device == "cuda":
-            self._reserve(roles)
+            timeout = config.placement_timeout
+            self._reserve(roles, None if timeout == "wait" else timeout)
 
     def options(self, name: RoleName, rank: int) -> dict[str, Any]:
         """Ray options of one actor."""
@@ -65,7 +69,7 @@ class Placement:
         sharers = self._sharers[self._owner(role)]
         return 1 / sharers if sharers > 1 else role.gpus
 
-    def _reserve(self, roles: list[Role]) -> None:
+    def _reserve(self, roles: list[Role], timeout_s: float | None) -> None:
         owners = [role for role in roles if role.shares_gpu_of is None]
         _check_enough(owners)
         self._bundles = {(role.name, role.rank): i for i, role in enumerate(owners)}
@@ -74,13 +78,36 @@ class Placement:
             for role in owners
         ]
         self._group = placement_group(bundles, strategy="PACK")
-        if not self._group.wait(PLACEMENT_TIMEOUT_S):
-            raise ValueError(
-                f"Ray could not place the run within {PLACEMENT_TIMEOUT_S:g} s: "
-                f"{asked_for(owners)}, and an engine's GPUs must be on one host. "
-                f"{_free_gpus()}. Free some, or lower rollout.tensor_parallel_size, "
-                "rollout.num_engines or policy.world_size, or raise rollout.engines_per_gpu"
-            )
+        _wait_until_placed(self._group, asked_for(owners), timeout_s)
+
+
+def _wait_until_placed(group: PlacementGroup, wanted: str, timeout_s: float | None) -> None:
+    """Wait for GPUs that other runs use, and say what is missing.
+
+    Raises:
+        ValueError: they are not free after `timeout_s` seconds; None waits for ever.
+    """
+    start, pause = time.monotonic(), FIRST_LOOK_S
+    limit = "for as long as it takes" if timeout_s is None else f"up to {timeout_s:g} s"
+    while True:
+        waited = time.monotonic() - start
+        left = math.inf if timeout_s is None else timeout_s - waited
+        if group.wait(max(0.0, min(pause, left))):
+            return
+        if left <= pause:
+            break
+        print(
+            f"waiting for GPUs, {limit} (placement_timeout): {wanted}. {_free_gpus()}. "
+            f"{waited + pause:.0f} s so far",
+            flush=True,
+        )
+        pause = REPORT_EVERY_S
+    raise ValueError(
+        f"Ray could not place the run within {timeout_s:g} s: {wanted}, and an engine's GPUs must "
+        f"be on one host. {_free_gpus()}. Free some, set placement_timeout to wait, or lower "
+        "rollout.tensor_parallel_size, rollout.num_engines or policy.world_size, or raise "
+        "rollout.engines_per_gpu"
+    )
 
 
 def _check_enough(roles: list[Role]) -> None:
@@ -95,20 +122,14 @@ def _check_enough(roles: list[Role]) -> None:
             f"an engine's GPUs must be on one host, rollout.tensor_parallel_size = {widest}, and "
             f"the largest host of the Ray cluster has {largest_host:g}: lower tensor_parallel_size"
         )
-    available = ray.available_resources().get("GPU", 0)
-    if wanted > available:
-        print(
-            f"waiting up to {PLACEMENT_TIMEOUT_S:g} s: {asked_for(roles)}, and of the cluster's "
-            f"{total:g} only {available:g} are free now",
-            flush=True,
-        )
 
 
 def _free_gpus() -> str:
+    free = available_resources_per_node()
     hosts = [
-        f"{node['NodeManagerHostname']} {node['Resources'].get('GPU', 0):g}"
+        f"{node['NodeManagerHostname']} {free.get(node['NodeID'], {}).get('GPU', 0):g} of {gpus:g}"
         for node in ray.nodes()
-        if node["Alive"]
+        if node["Alive"] and (gpus := node["Resources"].get("GPU", 0))
     ]
-    free = ray.available_resources().get("GPU", 0)
-    return f"Hosts have {', '.join(hosts)} GPUs, {free:g} are free"
+    cpus = ray.available_resources().get("CPU", 0), ray.cluster_resources().get("CPU", 0)
+    return f"Free GPUs: {', '.join(hosts)}; free CPUs: {cpus[0]:g} of {cpus[1]:g}"

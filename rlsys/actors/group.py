@@ -40,11 +40,23 @@ class PhaseTimeout(TimeoutError):
     """A phase did not finish in time; the message names the actors still at it."""
 
 
-def get_all(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) -> list[Any]:
+def get_all(
+    refs: Mapping[str, ray.ObjectRef],
+    *,
+    phase: str,
+    timeout_s: float,
+    on_done: Callable[[str], None] | None = None,
+) -> list[Any]:
     """The results of `refs` (actor name -> reference), in order.
 
     Fails as soon as any of them fails, not when its turn comes: the other ranks of a collective
     would wait for a dead one until their own deadline.
+
+    Args:
+        refs: what to wait for.
+        phase: what the actors do, for messages.
+        timeout_s: seconds for all of them together.
+        on_done: called with the name of each actor that has finished.
 
     Raises:
         ActorFailure: an actor raised or died (ActorDeath), with its own traceback.
@@ -64,6 +76,8 @@ def get_all(refs: Mapping[str, ray.ObjectRef], *, phase: str, timeout_s: float) 
         for ref in done:
             try:
                 results[ref] = get_one(ref, name=names[ref], phase=phase)
+                if on_done is not None:
+                    on_done(names[ref])
             except ActorFailure:
                 others = {other: names[other] for other in pending if other != ref}
                 _raise_death(others, phase=phase)

@@ -82,14 +82,17 @@ class ModelActors:
         self.timeout_s = config.policy.timeout_s
         runtime_env = {"env_vars": process_env(config.policy.cpu_threads)}
         actor_class = ray.remote(rank_class)
-        self.actors = [
-            actor_class.options(runtime_env=runtime_env, **place(rank)).remote(config, rank)
+        self.actors: dict[str, Any] = {
+            f"{role} rank {rank}": actor_class.options(
+                runtime_env=runtime_env, **place(rank)
+            ).remote(config, rank)
             for rank in range(world_size)
-        ]
+        }
 
     def async_start(self) -> dict[str, ray.ObjectRef]:
         """Tell the ranks where to meet; each is ready when its model is built."""
-        first = {f"{self.role} rank 0": self.actors[0].rendezvous.remote()}
+        name, actor = next(iter(self.actors.items()))
+        first = {name: actor.rendezvous.remote()}
         phase = f"start of the {self.role}"
         address, port = get_all(first, phase=phase, timeout_s=self.timeout_s)[0]
         return self.async_call("start", address, port)
@@ -102,8 +105,8 @@ class ModelActors:
     def async_call(self, method: str, *args: Any, **kwargs: Any) -> dict[str, ray.ObjectRef]:
         """Start `method` on every rank: actor name -> reference, in rank order."""
         return {
-            f"{self.role} rank {rank}": getattr(actor, method).remote(*args, **kwargs)
-            for rank, actor in enumerate(self.actors)
+            name: getattr(actor, method).remote(*args, **kwargs)
+            for name, actor in self.actors.items()
         }
 
     def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
@@ -120,7 +123,7 @@ class ModelActors:
 
     def close(self) -> None:
         """Kill the ranks; whatever they do is given up."""
-        for actor in self.actors:
+        for actor in self.actors.values():
             ray.kill(actor)
 
 

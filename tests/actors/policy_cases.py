@@ -290,7 +290,7 @@ class PolicyLab:
     def __init__(self, max_ranks, *, rank_class=LabRank, place=on_cpu):
         self._max_ranks, self._rank_class, self._place = max_ranks, rank_class, place
         self._policy = None
-        self._actors = []
+        self._actors = {}
 
     def policy(self, config):
         """A policy at version 0, from the weights of config.model.path."""
@@ -301,14 +301,14 @@ class PolicyLab:
         # Every rank, since NCCL ends a group only when all its ranks do.
         self._policy.actors = self._actors
         self._policy.call("become", config)
-        self._policy.actors = self._actors[: config.policy.world_size]
+        self._policy.actors = dict(list(self._actors.items())[: config.policy.world_size])
         get_all(self._policy.async_start(), phase="start", timeout_s=120)
         return self._policy
 
     def close(self):
-        for actor in self._actors:
+        for actor in self._actors.values():
             ray.kill(actor)
-        self._policy, self._actors = None, []
+        self._policy, self._actors = None, {}
 
     def _start_processes(self, config):
         section = config.policy.model_copy(update={"world_size": self._max_ranks})

@@ -18,12 +18,13 @@ class Seeing:
 def place(ray_cluster, rollout_config, monkeypatch):
     """Place a run on the cluster's three GPUs: (role, rank) -> the GPUs that its actor sees."""
     actors, groups = [], []
-    monkeypatch.setattr(placement, "PLACEMENT_TIMEOUT_S", 5.0)
+    monkeypatch.setattr(placement, "FIRST_LOOK_S", 0.5)
 
-    def run(wanted, *, policy=(), reference=(), reward=(), beta=0.1, **rollout):
+    def run(wanted, *, policy=(), reference=(), reward=(), beta=0.1, timeout=2.0, **rollout):
         config = rollout_config(**rollout)
         config = config.model_copy(
             update={
+                "placement_timeout": timeout,
                 "policy": config.policy.model_copy(update=dict(policy)),
                 "reward": config.reward.model_copy(update=dict(reward)),
                 "reference": config.reference.model_copy(update=dict(reference)),
@@ -37,6 +38,7 @@ def place(ray_cluster, rollout_config, monkeypatch):
         seen = ray.get([actor.gpus.remote() for actor in actors[-len(wanted) :]], timeout=60)
         return dict(zip(wanted, seen, strict=True))
 
+    run.groups = groups
     yield run
     for actor in actors:
         ray.kill(actor)
@@ -100,6 +102,24 @@ def test_more_gpus_than_there_are_names_both_numbers_and_who_asks(place):
 
 def test_gpus_in_use_by_others_are_not_waited_for_without_end(place, capsys):
     place([("policy", 0), ("rollout", 0)])
-    with pytest.raises(ValueError, match=r"could not place .*needs 2 GPUs.*1 are free"):
+    message = r"could not place .*needs 2 GPUs.*Free GPUs: \S+ 1 of 3; .*placement_timeout to wait"
+    with pytest.raises(ValueError, match=message):
         place([("policy", 0), ("rollout", 0)])
-    assert "waiting up to 5 s: the run needs 2 GPUs" in capsys.readouterr().out
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("waiting for GPUs, up to 2 s (placement_timeout): the run needs 2 GPUs")
+
+
+@pytest.mark.parametrize("timeout", ["wait", None])
+def test_a_run_may_wait_until_another_has_ended(place, capsys, monkeypatch, timeout):
+    free_gpus = placement._free_gpus
+
+    def other_run_ends():
+        """When the waiting one has looked once."""
+        text = free_gpus()
+        ray.util.remove_placement_group(place.groups[0])
+        return text
+
+    place([])
+    monkeypatch.setattr(placement, "_free_gpus", other_run_ends)
+    place([("policy", 0), ("rollout", 0)], timeout=timeout)
+    assert "for as long as it takes" in capsys.readouterr().out
