@@ -253,5 +253,8 @@ def _ray() -> Iterator[Finding]:
     where = (
         "started a cluster of its own" if address is None else f"joined the cluster at {address}"
     )
+    if (Path.home() / ".ray" / "auth_token").exists() and "RAY_AUTH_MODE" not in os.environ:
+        detail = "~/.ray/auth_token: `ray start` will ask for it, and `ray job` does not send it"
+        yield Finding("note", "Ray token", detail, "export RAY_AUTH_MODE=token")
     gpus = f", {resources['GPU']:g} GPUs" if "GPU" in resources else ""
     yield Finding("ok", "Ray", f"{where} and ran a task ({resources['CPU']:g} CPUs{gpus})")

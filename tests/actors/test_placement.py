@@ -4,6 +4,7 @@ import pytest
 import ray
 
 from rlsys import placement
+from rlsys.actors.start_report import where
 from rlsys.placement import Placement
 
 pytestmark = pytest.mark.system
@@ -123,3 +124,10 @@ def test_a_run_may_wait_until_another_has_ended(place, capsys, monkeypatch, time
     monkeypatch.setattr(placement, "_free_gpus", other_run_ends)
     place([("policy", 0), ("rollout", 0)], timeout=timeout)
     assert "for as long as it takes" in capsys.readouterr().out
+
+
+def test_who_waits_for_a_place_is_told_from_who_is_slow(ray_cluster):
+    slow, homeless = (ray.remote(Seeing).options(num_cpus=n).remote() for n in (0, 99))
+    ray.get(slow.gpus.remote())
+    assert where(slow) == []  # the cluster has one host
+    assert where(homeless)[0].startswith("Ray has not placed it: ")

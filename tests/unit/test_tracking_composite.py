@@ -152,6 +152,25 @@ def test_every_tracker_is_closed_once_even_when_one_fails(run):
     assert run.has_ended()
 
 
+def test_the_status_comes_first_and_the_picture_last(run):
+    """`ray job stop` kills three seconds later."""
+
+    class Closing(Recorder):
+        def close(self):
+            assert run.has_ended()
+            assert not run.reward_curve.exists()
+            super().close()
+
+    tracker = build_tracker(make_config(run.path))
+    tracker.log_metrics(1, DRIVER_METRICS)
+    for number in range(len(tracker._parts)):
+        tracker._parts.insert(2 * number, Closing())
+    recorders = tracker._parts[::2]
+    tracker.close()
+    assert all(recorder.calls == [("close",)] for recorder in recorders)
+    assert run.reward_curve.exists()
+
+
 def test_groups_reach_every_tracker_with_their_split(run):
     recorder = Recorder()
     tracker = CompositeTracker([recorder], run, Progress(1), RewardWatch(["a"]))
