@@ -45,7 +45,7 @@ def check_cluster_answers() -> None:
     """Knock at RAY_ADDRESS, where it names a place: Ray itself would try for many minutes.
 
     Raises:
-        ValueError: it is no address that a run can use, or nothing listens there.
+        ValueError: a run cannot use this address, or nothing listens there.
     """
     address = cluster_address()
     if address in (None, "auto"):  # "auto" is for Ray to look up

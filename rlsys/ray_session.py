@@ -91,8 +91,8 @@ def _join_cluster(address: str) -> None:
     except ConnectionError as error:
         raise ValueError(
             f"RAY_ADDRESS={address}: this machine could not join the Ray cluster ({error}). A run "
-            f"starts on a machine of the cluster: `ray start --address={place}` makes this one "
-            "such, and from elsewhere `ray job submit` starts a run there."
+            f"starts on a machine of the cluster: join it with `ray start --address={place}`, or "
+            "use `ray job submit`."
         ) from error
 
 

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from rlsys.run_dir import RunDir
+from rlsys.run_dir import RunDir, State
 from rlsys.tracking.base import Split
 from rlsys.tracking.jsonl import decode_row
 from rlsys.tracking.printable import printable
@@ -25,6 +25,11 @@ from rlsys.tracking.printable import printable
 FOLLOW_FROM = 3
 """Groups that are already there and shown first when following, as `tail -f` does."""
 SECONDS_BETWEEN_LOOKS = 0.25
+ENDS: dict[State | None, str] = {
+    "ended": "the run has ended",
+    "killed": "the run was killed: its status is running, and no process is in its folder",
+}
+"""Of following."""
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -95,34 +100,33 @@ def _follow(console: Console, run: RunDir, split: Split, step: int | None, limit
         backlog.extend(_of_step(collector.add(row), step))
     for group in backlog:
         print_group(console, group)
-    # Without a row in it, this is what an attempt left that failed while it started.
-    waiting_for_start = not path.exists() or path.stat().st_size == 0
-    if waiting_for_start:
+    waiting_for_start = not _has_recorded(run)  # an attempt that failed at its start is no run
+    if waiting_for_start or not path.exists():
         before = {"ended": "failed", "killed": "was killed"}.get(run.state() or "")
-        earlier = f" (an earlier attempt {before} before its first completion)" if before else ""
-        print(f"waiting for {path}{earlier}", file=sys.stderr)
+        earlier = f" (an earlier attempt {before} before its first step)" if before else ""
+        print(f"waiting for {path}{earlier if waiting_for_start else ''}", file=sys.stderr)
+    looked_for_reasons = False
     while True:
         # Asked before the file is read, so that the last groups are not missed.
         state = run.state()
-        if waiting_for_start and state == "running":
-            waiting_for_start = False
+        waiting_for_start = waiting_for_start and state != "running" and not _has_recorded(run)
+        if not waiting_for_start and not looked_for_reasons:
+            looked_for_reasons = True
             never = _why_never(run, split)
             if never is not None:
                 raise ValueError(f"nothing to wait for: {never}")
         for row in tail.rows():
-            waiting_for_start = False
             for group in _of_step(collector.add(row), step):
                 print_group(console, group)
-        if state in ("ended", "killed") and not waiting_for_start:
-            print(_END[state], file=sys.stderr)
+        if state in ENDS and not waiting_for_start:
+            print(ENDS[state], file=sys.stderr)
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-_END = {
-    "ended": "the run has ended",
-    "killed": "the run was killed: no process runs in its folder, and it has not ended",
-}
+def _has_recorded(run: RunDir) -> bool:
+    files = (run.metrics, run.completions, run.eval_completions)
+    return any(path.exists() and path.stat().st_size for path in files)
 
 
 def _why_missing(run: RunDir, split: Split) -> str:
