@@ -29,7 +29,7 @@ from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 START_ATTEMPTS = 3
 START_TIMEOUT_S = 180.0
 """For one attempt, while its processes live: a busy laptop takes longer than Ray's own 30 s."""
-PROBE_TIMEOUT_S = 10.0
+PROBE_TIMEOUT_S = 60.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C, `ray job stop` and a closed terminal."""
 
@@ -110,7 +110,7 @@ def agree_on_token(address: str, place: str) -> None:
         ValueError: no token, one that the cluster refuses, or RAY_AUTH_MODE is against it.
     """
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    wants_token = not _is_let_in(place, None)
+    wants_token = not _is_let_in(address, place, None)
     if wants_token and mode == "disabled":
         raise ValueError(
             f"RAY_ADDRESS={address}: this Ray cluster asks for a token, which "
@@ -142,7 +142,7 @@ def _check_token(address: str, place: str) -> None:
             "~/.ray/auth_token from the host and user that started it (`ray get-auth-token` prints "
             "it there), or set RAY_AUTH_TOKEN"
         )
-    if not _is_let_in(place, loader.get_raw_token(ignore_auth_mode=True)):
+    if not _is_let_in(address, place, loader.get_raw_token(ignore_auth_mode=True)):
         source = "RAY_AUTH_TOKEN"
         if source not in os.environ:
             source = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
@@ -152,15 +152,25 @@ def _check_token(address: str, place: str) -> None:
         )
 
 
-def _is_let_in(place: str, token: str | None) -> bool:
-    """Whether the head answers a request with this token, or with none."""
+def _is_let_in(address: str, place: str, token: str | None) -> bool:
+    """Whether the head answers a request with this token, or with none.
+
+    Raises:
+        ValueError: what listens there does not answer as the head of a Ray cluster.
+    """
     metadata = None if token is None else [("authorization", f"Bearer {token}")]
     with grpc.insecure_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
             ask(b"", timeout=PROBE_TIMEOUT_S, metadata=metadata)
         except grpc.RpcError as error:
-            return error.code() is not grpc.StatusCode.UNAUTHENTICATED
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                return False
+            raise ValueError(
+                f"RAY_ADDRESS={address}: what listens there does not answer as the head of a Ray "
+                f"cluster ({error.code().name}, {error.details()}). `ray start --head` prints the "
+                "head's address, with port 6379 unless --port chose another"
+            ) from None
     return True
 
 

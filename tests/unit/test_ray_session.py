@@ -1,11 +1,13 @@
 """Tokens of real Ray heads, and a node of Ray that dies while it starts."""
 
 import base64
+import http.server
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -108,6 +110,16 @@ def test_what_the_user_set_is_not_overruled(head, tmp_path, monkeypatch):
     text = "RAY_AUTH_MODE=disabled keeps from it" if asks else "started without authentication"
     with pytest.raises(ValueError, match=text):
         agree_on_token(address, address)
+
+
+def test_another_server_is_not_taken_for_an_open_cluster():
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{server.server_port}"
+        with pytest.raises(ValueError, match="does not answer as the head of a Ray cluster"):
+            agree_on_token(address, address)
+        server.shutdown()
+    assert "RAY_AUTH_MODE" not in os.environ
 
 
 @pytest.mark.parametrize("has_token", [True, False])
