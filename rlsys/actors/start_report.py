@@ -83,12 +83,9 @@ def where(actor: ActorHandle | None) -> list[str]:
     """The host of an actor where there are several, or that Ray has found none yet."""
     if actor is None:
         return []
-    table = cluster_state.actor_table(actor._actor_id.hex())
-    node_id = table.get("Address", {}).get("NodeID")
-    if not node_id:
-        free = ray.available_resources()
-        return [f"Ray has not placed it: {free.get('CPU', 0):g} CPUs are free"]
-    nodes = {node["NodeID"]: node for node in ray.nodes()}
-    if len(nodes) == 1 or node_id not in nodes:
-        return []
-    return [f"on {nodes[node_id]['NodeManagerHostname']}"]
+    address = cluster_state.actor_table(actor._actor_id.hex()).get("Address", {})
+    hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
+    if address.get("NodeID") not in hosts:
+        free = ray.available_resources().get("CPU", 0)
+        return [f"Ray has not placed it: {free:g} CPUs are free"]
+    return [f"on {hosts[address['NodeID']]}"] if len(hosts) > 1 else []

@@ -106,7 +106,7 @@ def test_gpus_in_use_by_others_are_not_waited_for_without_end(place, capsys):
     message = r"could not place .*needs 2 GPUs.*Free GPUs: \S+ 1 of 3; .*placement_timeout to wait"
     with pytest.raises(ValueError, match=message):
         place([("policy", 0), ("rollout", 0)])
-    (line,) = capsys.readouterr().out.splitlines()
+    *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("waiting for GPUs, up to 2 s (placement_timeout): the run needs 2 GPUs")
 
 
