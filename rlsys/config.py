@@ -119,6 +119,15 @@ class DataConfig(Section):
     """Probability that a prompt to be skipped is sampled nevertheless; one group with different
     rewards brings it back."""
 
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _no_text_for_a_boolean(cls, variables: dict[str, Any]) -> dict[str, Any]:
+        """Templates ask `if enable_thinking`, and the text "no" is not false."""
+        for name, value in variables.items():
+            if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
+                raise ValueError(f"{name}: {value} is a text, write true or false")
+        return variables
+
 
 class ModelConfig(Section):
     """The language model that is trained."""

@@ -60,9 +60,9 @@ def apply_words(
     """
     fields = config_fields()
     options = _options(words, problems)
-    for written, count in Counter(option.written.rstrip("=") for option in options).items():
+    for name, count in Counter(option.name for option in options).items():
         if count > 1:
-            problems.append(f"{written}: is given {count} times: keep one, with all its values")
+            problems.append(f"--{name}: is given {count} times: keep one, with all its values")
     found: list[str] = []
     unknown: list[str] = []
     for option in options:

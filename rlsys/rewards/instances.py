@@ -6,6 +6,8 @@ Settings are the keyword arguments of `reward.reward_params`, completed by what 
 from __future__ import annotations
 
 import inspect
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +15,7 @@ from rlsys.registry import did_you_mean
 from rlsys.rewards.base import ORM, RewardFunction, orms
 
 Params = Mapping[str, Any]
+_NOT_TEXTS = {"bool": "true or false", "int": "a number", "float": "a number"}
 KEYWORD_KINDS = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -67,6 +70,7 @@ def settings_of(name: str, params: Params, of_run: Params) -> dict[str, Any]:
             f"reward.reward_params sets {', '.join(unknown)} for {name!r}, which has no such "
             f"parameter.{did_you_mean(unknown[0], named)} It has: {', '.join(named) or 'none'}."
         )
+    _check_no_text_for_numbers(name, params, parameters)
     missing = [
         p.name
         for p in parameters.values()
@@ -78,6 +82,38 @@ def settings_of(name: str, params: Params, of_run: Params) -> dict[str, Any]:
             f"reward.reward_params, {{{name}: {{{missing[0]}: VALUE}}}}"
         )
     return settings
+
+
+def _check_no_text_for_numbers(
+    name: str, params: Params, parameters: Mapping[str, inspect.Parameter]
+) -> None:
+    """A text, as YAML 1.2 reads `no`, is true where a function asks whether to do something.
+
+    Raises:
+        ValueError: a text for a parameter whose annotation, or default, is true, false or a number.
+    """
+    for key in params.keys() & parameters.keys():
+        kinds = _kind_names(parameters[key])
+        wanted = _NOT_TEXTS[kinds[0]] if kinds and _NOT_TEXTS.keys() >= set(kinds) else None
+        if wanted is not None and isinstance(params[key], str):
+            raise ValueError(
+                f"reward.reward_params sets {key} = {params[key]!r} for {name!r}, which is a text, "
+                f"and {wanted} is wanted"
+            )
+
+
+def _kind_names(parameter: inspect.Parameter) -> list[str]:
+    """Names of the types that a parameter takes besides None, by its annotation or default."""
+    kind = parameter.annotation
+    if kind is inspect.Parameter.empty:
+        kind = type(parameter.default)
+    if isinstance(kind, str):
+        names = [part.strip() for part in kind.split("|")]
+    else:
+        union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+        members = typing.get_args(kind) if union else (kind,)
+        names = [getattr(member, "__name__", "") for member in members]
+    return [name for name in names if name not in ("None", "NoneType")]
 
 
 def parameters_of(function: type[ORM] | RewardFunction) -> Mapping[str, inspect.Parameter]:

@@ -35,6 +35,8 @@ LOG_LINE_KEYS = {
 }
 """What every step's line holds: ms-swift's keys and those that rlsys promises besides."""
 
+EPOCHS = ("--num_train_epochs", "1.6")
+"""Of ten prompts, with four a step."""
 GROUPS_BEFORE_STEP_3 = 3 + 4 + 4 + 3
 """Scored by then: an evaluation, two steps, another evaluation."""
 
@@ -58,8 +60,8 @@ def start(starter_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(start):
-    """A run of four steps that nothing disturbed."""
-    run = start("whole", "run.yaml")
+    """A run of four steps that nothing disturbed; the file says so, and the command line too."""
+    run = start("whole", "run.yaml", *EPOCHS)
     assert run.wait() == 0, run.log
     return run
 
@@ -67,7 +69,7 @@ def whole(start):
 @pytest.fixture(scope="module")
 def broken(start):
     """The same run, whose policy is killed in step 3 while completions are scored."""
-    run = start("resumed", "run.yaml", hold_after=GROUPS_BEFORE_STEP_3)
+    run = start("resumed", "run.yaml", *EPOCHS, hold_after=GROUPS_BEFORE_STEP_3)
     run.wait_until_held()
     (policy,) = run.actors("PolicyRank")
     policy.kill()
@@ -80,7 +82,7 @@ def broken(start):
 @pytest.fixture(scope="module")
 def resumed(broken, start):
     """The killed run, continued from its checkpoint of step 2."""
-    run = start("resumed", "run.yaml", "--checkpoint.resume")
+    run = start("resumed", "run.yaml", "--checkpoint.resume", *EPOCHS)
     assert run.wait() == 0, run.log
     return run
 
@@ -199,9 +201,10 @@ def test_another_run_into_the_same_folder_is_refused_with_the_remedy(whole, caps
 
 
 def test_a_run_on_a_pipe_prints_lines_of_its_own_and_nothing_else(whole):
-    train, validation, first, *lines, last = whole.log.splitlines()
+    train, validation, length, first, *lines, last = whole.log.splitlines()
     assert train == "data: train.jsonl: 10 of 10 rows used"
     assert validation == "data: validation.jsonl: 3 of 3 rows used"
+    assert length == "num_train_epochs 1.6 x 10 prompts / 4 a step = 4 steps"
     assert first == "starting on cpu: policy 1, rollout 1, reference 1, reward 1"
     for line in lines:
         assert re.match(r"(step \d/4|held-out after step \d) \|", line)

@@ -145,7 +145,12 @@ def test_a_field_with_a_point_and_in_its_section_is_given_twice(problems):
         (["-policy.lr", "3"], "-policy.lr: write it with two dashes: --policy.lr"),
         (["trainer.total_epochs=3"], "trainer.total_epochs: there is no such field. Did you mean"),
         (["--policy.lr", "1", "--policy.lr=2"], "--policy.lr: is given 2 times"),
+        (["--policy.max-grad-norm", "1", "policy.max_grad_norm=2"], "is given 2 times"),
         (["--reward.reward_params.countdown.a"], "needs a value"),
+        (
+            ["--data.chat_template_kwargs", "{enable_thinking: no}"],
+            "enable_thinking: no is a text, write true or false",
+        ),
         (["~policy.lr"], "expected --section.field before it"),
         (["--rollout.top_k", "yes"], "rollout.top_k = 'yes' (command line): should be a valid int"),
     ],

@@ -342,6 +342,10 @@ def test_settings_of_a_function_are_passed_in_every_call():
     ("params", "message"),
     [
         ({"scale": 1, "ofset": 1}, r"sets ofset for 'settled'.*Did you mean 'offset'.*scale, off"),
+        (
+            {"scale": "1e-3x"},
+            r"sets scale = '1e-3x' for 'settled', which is a text, and a number is",
+        ),
         ({}, r"'settled' needs scale: set it with reward.reward_params, {settled: {scale: VALUE}}"),
     ],
 )
@@ -349,6 +353,29 @@ def test_settings_that_do_not_fit_name_the_parameters(params, message):
     orms["settled"] = Settled
     with pytest.raises(ValueError, match=message):
         settings_of("settled", params, {})
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ("strict", "true or false"),
+        ("loose", "true or false"),
+        ("limit", "a number"),
+        ("either", None),
+        ("name", None),
+    ],
+)
+def test_a_text_is_not_taken_for_true_or_a_number(setting, wanted):
+    def asks(completions, strict=False, loose: bool | None = None, limit: "float | None" = None,
+             either: bool | str = True, name="a", **columns):  # fmt: skip
+        return [0.0] * len(completions)
+
+    orms["asks"] = asks
+    if wanted is None:
+        assert settings_of("asks", {setting: "no"}, {}) == {setting: "no"}
+        return
+    with pytest.raises(ValueError, match=f"{setting} = 'no' for 'asks'.*{wanted} is wanted"):
+        settings_of("asks", {setting: "no"}, {})
 
 
 def test_a_class_without_parameters_takes_none():
