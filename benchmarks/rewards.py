@@ -15,7 +15,6 @@
 import argparse
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 import time
@@ -84,10 +83,9 @@ def main():
 
 def starter(backend, plugin):
     if backend == "ray":
-        import ray
+        from rlsys.ray_session import start_cluster
 
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+        start_cluster(log_to_driver=False)
 
     def start(name):
         config = RewardConfig(

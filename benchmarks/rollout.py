@@ -37,6 +37,7 @@ from rollout_steps import PARTS, VARIANTS, VARIED, length_of, make_engine_class,
 from rlsys.config import Config
 from rlsys.engines.vllm_settings import engine_arguments, rollout_env
 from rlsys.model_shape import read_model_shape
+from rlsys.ray_session import start_cluster
 from rlsys.types import Prompt, SampleRequest
 
 WAVE = 10_000
@@ -126,7 +127,7 @@ def actor(arguments):
     rollout.RolloutActor = Actor
     num_engines = 2 if arguments.one == "two_engines" else 1
     config = make_config(arguments, num_engines=num_engines)
-    ray.init(include_dashboard=False, log_to_driver=False)
+    start_cluster(log_to_driver=False)
     gpus = {"num_gpus": 0 if arguments.device == "cpu" else 1 / num_engines, "num_cpus": 0.01}
     engines = rollout.RolloutActors(config, device=arguments.device, place=lambda rank: gpus)
     start_s = max(engines.wait_ready().values())

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from rlsys.actors.group import get_all
 from rlsys.actors.rollout import RolloutActors
 from rlsys.config import Config
+from rlsys.ray_session import start_cluster
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.sender import WeightSender
@@ -98,7 +99,7 @@ def seconds(action):
 
 def main():
     arguments = parse_arguments()
-    ray.init(include_dashboard=False, log_to_driver=False)
+    start_cluster(log_to_driver=False)
     with tempfile.TemporaryDirectory() as folder:
         save_random_model(Path(folder), arguments.shape, "cpu")
         print(json.dumps(measure(Path(folder), arguments), indent=2))

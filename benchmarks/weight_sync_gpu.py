@@ -49,6 +49,7 @@ from rlsys.actors.policy import PolicyActors
 from rlsys.actors.rollout import RolloutActors
 from rlsys.algo.batching import build_train_batch
 from rlsys.config import Config
+from rlsys.ray_session import start_cluster
 from rlsys.types import Prompt, SampleRequest
 from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.transport import LOOPBACK, serve_store
@@ -255,7 +256,7 @@ def main():
     results = {"machine": describe_machine(), "arguments": vars(arguments), "errors": {}}
     # On CPU these GPUs are Ray's bookkeeping and nothing else.
     gpus = arguments.policy_tp + arguments.engine_tp if arguments.device == "cpu" else None
-    ray.init(num_gpus=gpus, include_dashboard=False, log_to_driver=False)
+    start_cluster(num_gpus=gpus, log_to_driver=False)
     try:
         with tempfile.TemporaryDirectory() as folder:
             signal.signal(signal.SIGALRM, partial(out_of_time, results, folder))

@@ -59,7 +59,7 @@ def ray_session(**own_cluster: Any) -> Iterator[None]:
     address = cluster_address()
     try:
         if address is None:
-            _start_cluster(own_cluster)
+            start_cluster(**own_cluster)
         else:
             _join_cluster(address)
         # Ray's handler of SIGTERM prints a C++ stack and aborts after three seconds.
@@ -177,9 +177,14 @@ def _is_let_in(address: str, place: str, token: str | None) -> bool:
 # --- a cluster of this run's own -----------------------------------------------------------------
 
 
-def _start_cluster(options: dict[str, Any]) -> None:
-    """Start one, again when Ray's node dies on the way: it gives itself 15 s, on a busy machine too
-    few.
+def start_cluster(**options: Any) -> None:
+    """`ray.init` for a cluster on this machine.
+
+    Ray's node ends itself when its helpers take longer than 15 s to start, as on a busy machine;
+    then another one is started.
+
+    Raises:
+        RayStartError: no attempt succeeded.
     """
     _use_own_token()
     me = psutil.Process()

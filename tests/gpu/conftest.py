@@ -33,6 +33,7 @@ from run_cases import run_config, write_run_files  # noqa: E402
 from rlsys.actors import rollout  # noqa: E402
 from rlsys.actors.group import PhaseTimeout, get_all  # noqa: E402
 from rlsys.actors.rollout import RolloutActors  # noqa: E402
+from rlsys.ray_session import ray_session  # noqa: E402
 
 # Of the processes that tests start, where rlsys need not be installed.
 PYTHONPATH = os.pathsep.join(
@@ -87,15 +88,14 @@ def start_early(request):
 
 @pytest.fixture(scope="session")
 def gpus():
-    ray.init(
+    session = ray_session(
         num_gpus=None if DEVICE == "cuda" else num_gpus(),
-        include_dashboard=False,
         log_to_driver=False,
         # Matrix products in fp32 are then fp32, so that layouts can be compared closely.
         runtime_env={"env_vars": {"PYTHONPATH": PYTHONPATH, "NVIDIA_TF32_OVERRIDE": "0"}},
     )
-    yield Gpus.reserve(num_gpus())
-    ray.shutdown()
+    with session:
+        yield Gpus.reserve(num_gpus())
 
 
 @pytest.fixture(scope="session")
