@@ -46,27 +46,31 @@ class Counterpart:
 def counterparts() -> tuple[Counterpart, ...]:
     """The whole table, project by project."""
     found, project = [], ""
-    fields = config_fields()
     for line in TABLE.read_text("utf-8").splitlines():
         if line.startswith("["):
             project = line[1 : line.index("]")]
         elif line and not line.startswith("#"):
-            names, ours, default, note = (part.strip() for part in line.split("|"))
-            own = () if ours in (NOT_NEEDED, NOT_SUPPORTED) else tuple(ours.split(", "))
-            same = not default or default.startswith("= ")
-            same = same or len(own) != 1 or default == show_default(fields[own[0]])
+            names, meant, default, note = (part.strip() for part in line.split("|"))
+            own = () if meant in (NOT_NEEDED, NOT_SUPPORTED) else tuple(meant.split(", "))
+            same = not default or default.startswith("= ") or default == show_defaults(own)
             found.append(
                 Counterpart(
                     project,
                     tuple(names.split(", ")),
                     own,
-                    ours != NOT_SUPPORTED,
+                    meant != NOT_SUPPORTED,
                     default.removeprefix("= "),
                     same,
                     note,
                 )
             )
     return tuple(found)
+
+
+def show_defaults(names: Sequence[str]) -> str:
+    """The defaults of these fields of ours."""
+    fields = config_fields()
+    return ", ".join(show_default(fields[name]) for name in names)
 
 
 def projects() -> dict[str, str]:
@@ -126,12 +130,12 @@ def coming_from(names: Collection[str], fields_given: Collection[str]) -> str | 
         if given & set(map(_normal, row.names))
         for field in row.fields
     }
-    differ = {
-        row.fields[0]: f"{show_default(config_fields()[row.fields[0]])} ({row.default} there)"
+    differ = [
+        f"{', '.join(row.fields)} {show_defaults(row.fields)} ({row.default} there)"
         for row in rows[project]
-        if not row.same_default and row.fields[0] not in meant | set(fields_given)
-    }
-    defaults = ", ".join(f"{field} {text}" for field, text in differ.items())
+        if not row.same_default and not set(row.fields) & (meant | set(fields_given))
+    ]
+    defaults = ", ".join(dict.fromkeys(differ))
     return (
         f"These are names of {project}: docs/migration.md has all. Defaults that differ there, of "
         f"what was not given: {defaults}."

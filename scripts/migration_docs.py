@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from rlsys.config_fields import config_fields, show_default
-from rlsys.config_names import Counterpart, counterparts, projects
+from rlsys.config_names import Counterpart, counterparts, projects, show_defaults
 
 TARGET = Path(__file__).parents[1] / "docs" / "migration.md"
 _HEAD = """# Coming from TRL, ms-swift, verl, OpenRLHF or slime
@@ -53,9 +52,8 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 
 def _differing(row: Counterpart) -> tuple[str, ...]:
-    [field] = row.fields
-    ours = show_default(config_fields()[field])
-    return f"`{field}`", f"`{ours}`", f"`{row.names[0]}`: `{row.default}`"
+    fields = ", ".join(f"`{field}`" for field in row.fields)
+    return fields, f"`{show_defaults(row.fields)}`", f"`{row.names[0]}`: `{row.default}`"
 
 
 def _named(row: Counterpart) -> tuple[str, ...]:
