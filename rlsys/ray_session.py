@@ -77,10 +77,11 @@ def _join_cluster(address: str) -> None:
     check_cluster_answers()
     try:
         place = services.canonicalize_bootstrap_address_or_die(address)
-    except ConnectionError:
+    except ConnectionError as error:
         raise ValueError(
-            f"RAY_ADDRESS={address}: no Ray cluster runs on this machine. Start one with `ray "
-            "start --head`, or unset RAY_ADDRESS to have a run start its own."
+            f"RAY_ADDRESS={address}: Ray found no cluster to join on this machine ({error}). Start "
+            "one with `ray start --head`, name its address, or unset RAY_ADDRESS to have a run "
+            "start its own."
         ) from None
     agree_on_token(address, place)
     unused = unused_choice_of_gpus()
