@@ -16,6 +16,7 @@ from rich.text import Text
 
 from rlsys.config import Config
 from rlsys.data.load import PromptData, load_checked_prompts
+from rlsys.data.rows import TEMPLATE_COLUMNS
 from rlsys.data.usage import column_problems, column_uses, unread_columns
 from rlsys.hub import use_cache_without_hub
 from rlsys.tracking.printable import printable
@@ -175,7 +176,8 @@ def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> l
     for column in names:
         values = [prompt.columns.get(column) for prompt in prompts]
         there = [value for value in values if value is not None]
-        users = [n for n, use in uses.items() if column in (*use.needed, *use.optional)]
+        users = ["chat template"] if column in TEMPLATE_COLUMNS else []
+        users += [n for n, use in uses.items() if column in (*use.needed, *use.optional)]
         table.add_row(
             Text(column),
             "/".join(sorted({type(value).__name__ for value in there})) or "-",

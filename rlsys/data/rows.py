@@ -213,7 +213,10 @@ def _history(values: dict[str, Any]) -> list[Message]:
 
 def _refuse_media(values: dict[str, Any]) -> None:
     for name in MEDIA_COLUMNS:
-        if values.get(name):
+        given = values.get(name)
+        if isinstance(given, list):
+            given = [entry for entry in given if entry is not None]
+        if given and given not in ("[]", "{}"):  # as a CSV file has an empty list
             raise BadRow(f"has {name} (the column {name!r} is not empty): {ONLY_TEXT}")
 
 

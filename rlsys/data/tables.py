@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -151,6 +152,7 @@ def without_fill(row: dict[str, Any], features: Mapping[str, Any] | None) -> dic
 
     Structs of a table have the fields of all rows, at every depth, and null where a row has none.
     A null that was in the row looks the same, and goes too. What a table holds as JSON stays.
+    NaN, with which pandas and numpy mark a missing value, is one.
     """
     import datasets
 
@@ -159,12 +161,16 @@ def without_fill(row: dict[str, Any], features: Mapping[str, Any] | None) -> dic
             return value
         if isinstance(value, dict):
             of = feature if isinstance(feature, dict) else {}
-            return {k: clean(v, of.get(k)) for k, v in value.items() if v is not None}
+            return {k: clean(v, of.get(k)) for k, v in value.items() if not _is_missing(v)}
         if isinstance(value, list) and any(isinstance(entry, dict | list) for entry in value):
             return [clean(entry, getattr(feature, "feature", None)) for entry in value]
-        return value
+        return None if _is_missing(value) else value
 
     return {name: clean(value, (features or {}).get(name)) for name, value in row.items()}
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _first_lines(error: BaseException) -> str:

@@ -119,7 +119,8 @@ def _message(turn: Mapping[str, Any]) -> tuple[str, Message]:
         content, calls = _calls_as_content(content)
     if name == "tool" and isinstance(content, dict):
         content = json.dumps(content, ensure_ascii=False)
-    content = _as_text(content, may_be_empty=bool(calls) or role in ("tool", *SYSTEM_ROLES))
+    may_be_empty = role != "user" if isinstance(content, str) else role in ("tool", *SYSTEM_ROLES)
+    content = _as_text(content, may_be_empty=may_be_empty or bool(calls))
     if content is None or not isinstance(content, str):
         kind = "no text" if content is None else "no text but a value"
         raise BadRow(f"the {role} message has {kind}: {dict(turn)!r:.80}")
@@ -277,8 +278,9 @@ def _no_tools(given: Any) -> str:
     )
 
 
-def as_answer(message: Message) -> str:
+def as_answer(message: Message) -> str | None:
     """The text of a turn of the assistant; JSON of its calls where it has no text."""
     if message["content"].strip():
         return message["content"]
-    return json.dumps(called_functions(message), ensure_ascii=False)
+    calls = called_functions(message)
+    return json.dumps(calls, ensure_ascii=False) if calls else None

@@ -189,6 +189,7 @@ def unread_columns(config: Config, columns: Collection[str]) -> str | None:
 
 def _is_hidden(name: str, column: str) -> bool:
     """Whether a reward function takes from the run what has the name of this column."""
-    if column not in OWN_COLUMNS:
-        return False
-    return column == "completions" or column in call_signature(orms[name]).parameters
+    parameters = list(call_signature(orms[name]).parameters)
+    if takes_completions_first(orms[name]) and parameters[:1] == [column]:
+        return True
+    return column == "completions" or (column in OWN_COLUMNS and column in parameters)

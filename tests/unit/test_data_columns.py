@@ -61,9 +61,16 @@ def test_a_function_that_takes_one_of_the_runs_own_columns_hides_none_of_the_dat
         assert "data.columns: {finish_reasons: dataset_finish_reasons}" in problem
 
 
-def test_every_reward_function_takes_completions(tmp_path):
+def test_every_reward_function_takes_completions_whatever_it_calls_them(tmp_path):
+    @register_reward("other_word")
+    class OtherWord(ORM):
+        def __call__(self, texts, **columns):
+            return [0.0] * len(texts)
+
     [problem] = column_problems(config_of(tmp_path, "format"), ["completions"])
     assert "'format' takes 'completions'" in problem
+    [problem] = column_problems(config_of(tmp_path, "other_word"), ["texts"])
+    assert "'other_word' takes 'texts', which the run fills in" in problem
 
 
 def test_columns_that_nothing_reads_are_one_line(tmp_path):

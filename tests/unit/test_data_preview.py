@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.cli import main
+from rlsys.config_load import load_config
 from rlsys.data import preprocessors
 from rlsys.data.preview import histogram, split_rows_option
+from rlsys.launch import load_data
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))
@@ -151,3 +153,21 @@ def test_the_preprocessor_of_the_documentation_runs(run, tmp_path):
     assert code == 0
     assert "1 by preprocessor" in output
     assert "'1007'" in output
+
+
+def test_what_prompts_lack_and_nobody_reads_is_named_here_and_at_the_start(run, tmp_path, capsys):
+    rows = [
+        {"prompt": f"a {word}", "nums": [1], "target": 1, "tools": [{"name": "f"}], "self": 1}
+        for word in ("b", "c", "d", "None")
+    ]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    code, output = run("--data.dataset", source, width=200)
+    assert code == 0
+    load_data(load_config(tmp_path / "run.yaml", ["--data.dataset", source]).config)
+    for shown in (output, capsys.readouterr().out):
+        assert "chat template leaves out the tools" in shown
+        assert f"{source}, line 1 and 3 more" in shown
+        assert "a prompt has the word None" in shown
+        assert "o reward function names the columns self" in shown
+    tools = next(line for line in output.splitlines() if line.startswith("tools"))
+    assert tools.endswith("chat template")

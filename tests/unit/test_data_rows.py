@@ -353,3 +353,17 @@ def test_a_row_may_have_its_own_variables_of_the_template(write):
     given = write({"enable_thinking": False})
     parsed = parse_row({"prompt": "a", "chat_template_kwargs": given}, system=None)
     assert parsed.template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("empty", ["[]", [], [None], None, {}, ""])
+def test_a_column_of_images_may_be_empty(empty):
+    assert parse_row({"prompt": "2 + 2?", "images": empty}, system=None).messages == ASKED
+
+
+def test_the_assistant_may_have_said_nothing():
+    placeholder = {"messages": [*ASKED, *assistant("")]}
+    assert parse_row(placeholder, system=None).columns == {}
+    earlier = [*ASKED, *assistant(""), *ASKED]
+    assert parse_row({"messages": earlier}, system=None).messages == earlier
+    with pytest.raises(BadRow, match="the assistant message has no text"):
+        parse_row({"messages": [*ASKED, *assistant(None), *ASKED]}, system=None)

@@ -130,3 +130,10 @@ def test_prepare_dataset_adds_nothing_to_a_row(tmp_path):
         del preprocessors["whole"]
     assert [arguments_of(prompt) for prompt in data.train] == given
     assert [prompt.columns for prompt in data.train] == [{"n": 3}] * 2
+
+
+def test_nan_is_a_missing_value(tmp_path):
+    columns = {"prompt": ["a", "b"], "answer": [float("nan"), 2.0], "system": [None, "c"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    prompts = load(chat_tokenizer("qwen3"), str(tmp_path / "a.parquet")).train
+    assert [prompt.columns for prompt in prompts] == [{"answer": None}, {"answer": 2.0}]
