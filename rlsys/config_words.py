@@ -39,7 +39,8 @@ class _Option:
 
     def wants_value(self) -> bool:
         """Whether the next word is its value, whatever it looks like."""
-        return not self.texts and not self.written.endswith("=")
+        info = config_fields().get(self.name)
+        return not self.texts and (info is None or bool not in kinds_of(info))
 
     def wants_values(self) -> bool:
         """Whether more words may be its values."""

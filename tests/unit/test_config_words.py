@@ -52,6 +52,8 @@ def problems(tmp_path):
         (["--max_steps", "1_000"], "max_steps", 1000),
         (["--checkpoint.resume", "True"], "checkpoint.resume", True),
         (["--checkpoint.resume=False"], "checkpoint.resume", False),
+        (["--checkpoint.resume", "policy.lr=1e-6"], "checkpoint.resume", True),
+        (["--checkpoint.resume", "policy.lr=1e-6"], "policy.lr", 1e-6),
         (["--data.shuffle", "no"], "data.shuffle", False),
         (["--data.shuffle", "0"], "data.shuffle", False),
         (["--data.system", "policy.lr=1"], "data.system", "policy.lr=1"),
