@@ -67,9 +67,9 @@ class DataConfig(Section):
     """Where prompts come from."""
 
     dataset: list[PathText] = Field(min_length=1)
-    """Training rows: files in JSONL, JSON, CSV, TSV, Parquet or Arrow, folders, or ids of the
-    Hugging Face hub, each as `PATH_OR_ID[:SUBSET[:SPLIT]][#ROWS]`, see docs/data.md. Relative paths
-    are resolved against the working directory."""
+    """Training rows: files in JSONL, JSON, CSV, TSV (compressed or not), Parquet or Arrow, folders,
+    or ids of the Hugging Face hub, each as `PATH_OR_ID[:SUBSET[:SPLIT]][#ROWS]`, see docs/data.md.
+    Relative paths are resolved against the working directory."""
     dataset_weights: list[PositiveFloat] | None = None
     """One per dataset: each prompt comes from a dataset drawn with probability weight / sum of
     weights. None: every row comes once an epoch, whatever dataset it is from."""
@@ -102,7 +102,8 @@ class DataConfig(Section):
     system: str | None = None
     """System message put before rows that have none; None adds nothing."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Variables for the chat template, `{enable_thinking: false}` for Qwen3."""
+    """Variables for the chat template, `{enable_thinking: false}` for Qwen3. A row's own column
+    `chat_template_kwargs` goes before them."""
     shuffle: bool = True
     """Shuffle the training rows anew in every epoch, seeded by `seed`."""
     streaming: bool = False

@@ -21,6 +21,8 @@ _ROLE_NAMES = {
     "gpt": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "model": "assistant",
+    "function_response": "tool",
     "observation": "tool",  # LLaMA-Factory
     "tool_response": "tool",  # ms-swift
     "function": "tool",  # OpenAI, before tools

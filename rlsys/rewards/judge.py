@@ -301,10 +301,16 @@ def _retry_after(response: httpx.Response) -> float:
 
 
 def _as_text(prompt: Any) -> str:
-    """Chat messages as text."""
+    """Chat messages as text, calls of tools as JSON."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in prompt)
+
+
+def _said(message: dict[str, Any]) -> str:
+    called = [call["function"] for call in message.get("tool_calls", [])]
+    calls = [json.dumps(called, ensure_ascii=False)] if called else []
+    return "\n".join(filter(None, [message["content"], *calls]))
 
 
 class _Cache:

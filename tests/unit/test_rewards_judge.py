@@ -124,6 +124,20 @@ def test_what_the_judge_is_asked(server):
         score(judge, "2")
 
 
+def test_the_judge_reads_what_tools_were_called_with(server):
+    called = {"name": "add", "arguments": {"a": 2}}
+    prompt = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"function": called}]},
+        {"role": "tool", "content": "4"},
+    ]
+    judge = make(server, prompt="{prompt}")
+    asyncio.run(judge(["4"], prompts=[prompt]))
+    [(_, _, body)] = server.requests
+    expected = 'user: 2 + 2?\n\nassistant: [{"name": "add", "arguments": {"a": 2}}]\n\ntool: 4'
+    assert body["messages"][0]["content"] == expected
+
+
 @pytest.mark.parametrize(
     "failures",
     [
