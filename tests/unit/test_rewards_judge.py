@@ -131,10 +131,10 @@ def test_the_judge_reads_what_tools_were_called_with(server):
         {"role": "assistant", "content": "", "tool_calls": [{"function": called}]},
         {"role": "tool", "content": "4"},
     ]
-    judge = make(server, prompt="{prompt}")
+    judge = make(server, prompt="{prompt} | {completion}")
     asyncio.run(judge(["4"], prompts=[prompt]))
     [(_, _, body)] = server.requests
-    expected = 'user: 2 + 2?\n\nassistant: [{"name": "add", "arguments": {"a": 2}}]\n\ntool: 4'
+    expected = 'user: 2 + 2?\n\nassistant: [{"name": "add", "arguments": {"a": 2}}]\n\ntool: 4 | 4'
     assert body["messages"][0]["content"] == expected
 
 
