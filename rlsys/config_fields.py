@@ -8,6 +8,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlsys.config import Config, Section
+from rlsys.yaml_text import read_scalar
 
 
 def config_sections() -> dict[str, type[Section]]:
@@ -43,6 +44,8 @@ def show_value(value: object) -> str:
         return "{" + ", ".join(f"{key}: {show_value(item)}" for key, item in value.items()) + "}"
     if value is None or isinstance(value, bool):
         return json.dumps(value)
+    if isinstance(value, str) and not isinstance(read_scalar(value), str):
+        return json.dumps(value)  # such as the text "1e-3"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

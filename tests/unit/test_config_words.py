@@ -3,7 +3,8 @@
 import pytest
 from config_cases import write_config
 
-from rlsys.config_load import ConfigError, load_config
+from rlsys.config_fields import config_fields
+from rlsys.config_load import ConfigError, load_config, save_config
 
 COUNTDOWN = {"reward_funcs": ["countdown"], "reward_params": {"countdown": {"a": 1}}}
 
@@ -84,6 +85,15 @@ def test_what_is_understood(load, words, name, value):
 )
 def test_settings_of_a_reward_are_read_as_yaml_at_every_depth(load, words, value):
     assert load(*words, reward=COUNTDOWN).reward.reward_params == {"countdown": value}
+
+
+def test_settings_of_a_reward_are_saved_as_they_are(tmp_path):
+    settings = {"a": {1: 0.5, "1e-3": [1e-3, "no", "12:30", "1e-3"]}, "on": None, "b": True}
+    path = write_config(tmp_path, reward={"reward_params": {"countdown": settings}})
+    config = load_config(path).config
+    save_config(config, tmp_path / "saved.yaml")
+    again = load_config(tmp_path / "saved.yaml").config
+    assert again.reward.reward_params == config.reward.reward_params == {"countdown": settings}
 
 
 def test_a_number_in_a_file_is_a_number_at_every_depth(tmp_path):
@@ -177,6 +187,11 @@ PATHS = {
     "reward.reward_model": (["$BASE/r"], ["/base/r"]),
     "tracking.run_name": ("run-$BASE", "run-/base"),
 }
+
+
+def test_the_paths_of_the_config_are_all_in_these_tests():
+    ends = ("path", "dir", "file", "folder", "plugins", "dataset")
+    assert {name for name in config_fields() if name.endswith(ends)} <= set(PATHS)
 
 
 @pytest.mark.parametrize("name", PATHS)

@@ -10,7 +10,8 @@ from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model, write_
 from reward_models import save_reward_model
 from rich.console import Console
 
-from rlsys.config_load import config_fields, load_config
+from rlsys.config_fields import config_fields, show_value
+from rlsys.config_load import load_config
 from rlsys.explain import batch_arithmetic, explain
 from rlsys.memory import GIB, estimate_memory, estimate_reward_model, rank_params
 from rlsys.model_shape import read_model_shape
@@ -283,3 +284,10 @@ def test_sizes_that_config_json_leaves_out(tmp_path):
     (folder / "config.json").write_text(json.dumps(sizes))
     shape = read_model_shape(folder)
     assert (shape.head_dim, shape.num_kv_heads) == (8, 8)
+
+
+def test_a_text_that_looks_like_a_number_is_shown_as_a_text():
+    assert (
+        show_value({"a": ["1e-3", "null", "no", "", 1e-3]})
+        == '{a: ["1e-3", "null", no, "", 0.001]}'
+    )
