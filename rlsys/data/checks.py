@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from itertools import islice
+from pathlib import Path
 
 from rlsys.config import DataConfig
 from rlsys.data.json_files import is_json_lines
@@ -55,15 +56,31 @@ def count_rows(config: DataConfig) -> int | None:
         if spec.num_rows is not None and not config.streaming:
             total += spec.num_rows
             continue
-        path = spec.path
-        if path.suffix != ".jsonl" or not path.is_file() or path.stat().st_size > _COUNTABLE_BYTES:
+        rows = _rows_in_file(spec.path)
+        if rows is None:
             return None
-        if not is_json_lines(path):
-            return None
-        with path.open("rb") as file:
-            rows = sum(1 for line in file if line.strip())
         total += min(rows, spec.num_rows or rows)
     return round(total * (1 - config.split_dataset_ratio))
+
+
+def _rows_in_file(path: Path) -> int | None:
+    """Rows of a Parquet file, which says so, or of JSON lines; None of others."""
+    if not path.is_file():
+        return None
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_metadata(path).num_rows
+        except (pyarrow.ArrowException, OSError):
+            return None
+    if path.suffix != ".jsonl" or path.stat().st_size > _COUNTABLE_BYTES:
+        return None
+    if not is_json_lines(path):
+        return None
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> list[str] | None:

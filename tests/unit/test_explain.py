@@ -5,6 +5,8 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model, write_run
 from reward_models import save_reward_model
@@ -105,6 +107,10 @@ def test_steps_of_epochs_are_counted(tmp_path):
     _, text = printed(path, "--max_steps", "2")
     assert "= 15 steps; max_steps 2 goes first" in text
     assert "2 steps: 8 prompts" in text
+    table = pyarrow.table({"prompt": ["1 + 1?"] * 8, "nums": [[1, 1]] * 8, "target": [2] * 8})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    _, text = printed(path, "--data.dataset", str(tmp_path / "t.parquet"))
+    assert "3 x 8 rows (less those over max_prompt_length) / P 4 = 6 steps" in text
     _, text = printed(path, "--data.dataset", "org/name")
     assert "known when the rows are counted, at the start of the run" in text
 
