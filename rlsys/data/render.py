@@ -193,7 +193,8 @@ class ChatTemplate:
                 text = self._apply(turns, [{"type": "function", "function": schema}], {})
             except BadRow:
                 continue
-            if "rlsys_value" in text and "'rlsys_value'" not in text:
+            # Not as Python prints an object, where JSON is meant.
+            if "rlsys_value" in text and "'key': 'rlsys_value'" not in text:
                 return form, True
         return forms[0], False
 

@@ -40,7 +40,8 @@ def rendered(template: str, row: dict, **variables) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    "template", ["qwen2_5", "qwen3", "qwen3_6", "qwen3_instruct_2507", "llama3_1", "glm4moe"]
+    "template",
+    ["qwen2_5", "qwen3", "qwen3_6", "qwen3_instruct_2507", "llama3_1", "glm4moe", "lfm2_2_5"],
 )
 @pytest.mark.parametrize("write", [list, json.dumps], ids=["list", "JSON text"])
 def test_tools_and_calls_of_a_row_are_in_its_prompt(template, write):
@@ -59,6 +60,29 @@ def test_tools_and_calls_of_a_row_are_in_its_prompt(template, write):
 def test_a_template_that_wants_arguments_as_text_gets_them(template, arguments):
     text, _ = rendered(template, {"messages": asked_and_called(arguments)})
     assert '```json\n{"city": "Rome"}\n```' in text
+
+
+def test_a_template_that_prints_arguments_gets_them_as_text():
+    template = (
+        "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+        "{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    )
+    text, _ = rendered(template, {"messages": asked_and_called({"city": "Rome", "n": None})})
+    assert text == 'Rome?{"city": "Rome", "n": null}21 degrees'
+
+
+def test_a_tokenizer_may_have_another_template_for_tools():
+    tokenizer = chat_tokenizer("{}")
+    tokenizer.chat_template = {
+        "default": "{{ messages[-1].content }}",
+        "tool_use": "{{ messages[-1].content }}{{ tools | tojson }}",
+    }
+    chat = ChatTemplate(tokenizer)
+    rows = [{"prompt": "a"}, {"prompt": "a", "tools": TOOLS}]
+    parsed = [("a.jsonl", parse_row(row, system=None)) for row in rows]
+    plain, with_tools = map(tokenizer.decode, chat.render(parsed))
+    assert (plain, with_tools) == ("a", "a" + json.dumps(TOOLS))
+    assert chat.notices == []
 
 
 def test_a_template_that_knows_no_tools_is_named_once(tmp_path):
