@@ -37,7 +37,7 @@ def first_sentence(docstring: str | None) -> str:
 
 
 def show_value(value: object) -> str:
-    """As it would be written in the YAML file."""
+    """The value as the YAML file would have it."""
     if isinstance(value, list):
         return "[" + ", ".join(map(show_value, value)) + "]"
     if isinstance(value, dict):
@@ -50,5 +50,5 @@ def show_value(value: object) -> str:
 
 
 def show_default(info: FieldInfo) -> str:
-    """The default as it would be written in the YAML file."""
+    """The default as the YAML file would have it."""
     return "required" if info.default is PydanticUndefined else show_value(info.default)

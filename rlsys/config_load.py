@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 
 from rlsys.config import Config
 from rlsys.config_fields import config_fields, config_sections, first_sentence
-from rlsys.config_names import coming_from, hint
+from rlsys.config_names import coming_from, hint, is_of_elsewhere
 from rlsys.config_rules import BrokenRules
 from rlsys.config_words import apply_words
 from rlsys.data.json_text import not_utf8
@@ -129,13 +129,7 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
         raise ConfigError(str(path), [f"it is not valid YAML: {error}"]) from None
     if not isinstance(values, dict):
         raise ConfigError(str(path), ["it should hold `section:` blocks of `field: value` lines"])
-    sections = config_sections()
-    checked: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            value = {str(field): inner for field, inner in value.items()}
-        # An empty section, `grpo:` with nothing below it, means all its defaults.
-        checked[str(key)] = {} if value is None and key in sections else value
+    checked = _with_text_keys(values)
     for name in [key for key in checked if "." in key and key in config_fields()]:
         section, _, field = name.rpartition(".")
         inside = checked.setdefault(section, {})
@@ -145,6 +139,36 @@ def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
             problems.append(f"{name}: is given under {section}: too: keep one of them")
             del checked[name]
     return checked
+
+
+def _with_text_keys(values: dict[Any, Any]) -> dict[str, Any]:
+    """The file's mapping with names of sections and fields as texts.
+
+    An empty section, `grpo:` with nothing below it, means all its defaults. A section of another
+    project is taken apart, so that each of its names gets an answer.
+    """
+    sections = config_sections()
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        name = str(key)
+        if isinstance(value, dict):
+            value = {str(field): inner for field, inner in value.items()}
+            names = _names_below(name, value)
+            if name not in sections and any(map(is_of_elsewhere, names)):
+                checked |= names
+                continue
+        checked[name] = {} if value is None and name in sections else value
+    return checked
+
+
+def _names_below(name: str, value: Any) -> dict[str, Any]:
+    """`{"a.b.c": 1}` of `a` and `{"b": {"c": 1}}`."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _names_below(f"{name}.{key}", inner)
+    return found
 
 
 def _decode(path: Path) -> str:

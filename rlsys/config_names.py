@@ -103,6 +103,11 @@ def hint(name: str) -> str:
     return text + "".join(_notes([row for row in rows if set(row.fields) <= set(meant)]))
 
 
+def is_of_elsewhere(name: str) -> bool:
+    """Whether a name with its sections is another project's."""
+    return bool(_rows_of_path(name))
+
+
 def _notes(rows: Sequence[Counterpart]) -> list[str]:
     notes: dict[str, list[str]] = {}
     for row in rows:

@@ -120,6 +120,32 @@ def test_a_config_file_of_trl_is_answered(tmp_path):
     assert "grpo.use_bias_correction_kl false (true there)" in str(caught.value)
 
 
+def test_a_config_file_of_verl_is_answered_name_by_name(tmp_path):
+    path = tmp_path / "verl.yaml"
+    path.write_text(
+        "algorithm: {adv_estimator: grpo}\n"
+        "data: {train_files: a.parquet, train_batch_size: 64}\n"
+        "actor_rollout_ref:\n"
+        "  model: {path: m}\n"
+        "  actor: {optim: {lr: 1e-6}, ppo_mini_batch_size: 16}\n"
+        "  rollout: {n: 5, nothing_known: 1}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    text = str(caught.value)
+    for name, field in {
+        "algorithm.adv_estimator": "grpo.advantage_estimator",
+        "data.train_files": "data.dataset",
+        "data.train_batch_size": "rollout.generation_batch_size",
+        "actor_rollout_ref.model.path": "model.path",
+        "actor_rollout_ref.actor.optim.lr": "policy.lr",
+        "actor_rollout_ref.rollout.n": "rollout.num_generations",
+    }.items():
+        assert f"  - {name}: there is no such field. Did you mean {field!r}?" in text
+    assert "  - actor_rollout_ref.rollout.nothing_known: there is no such field.\n" in text
+    assert "These are names of verl" in text
+
+
 def test_a_slip_does_not_look_like_another_project(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_config(write_config(tmp_path), ["--learning_rate", "1"])
