@@ -1,19 +1,28 @@
 # make          set up the environment (does nothing when nothing changed)
+# make setup-gpu  the same for GPUs, in .venv-gpu
 # make demo     watch a small language model learn the Countdown game, on CPU
 # make test     lint, types and tests
 # make test-all the same with the slowest tests: servers and whole runs of their own
-# make test-gpu the tests that need GPUs, with the python3 of this shell and what it has installed
+# make test-gpu the tests that need GPUs, with .venv-gpu or else the python3 of this shell
 #
-# VENV=dir uses another environment, PYTHON=python3.12 another interpreter to create it with (or
-# to run test-gpu with).
+# VENV=dir (for GPUs VENV_GPU=dir) uses another environment, PYTHON=python3.12 another interpreter
+# to create it with (or to run test-gpu with).
 
 VENV ?= .venv
+VENV_GPU ?= .venv-gpu
 STAMP := $(VENV)/.setup-done
+STAMP_GPU := $(VENV_GPU)/.setup-done
 
 setup: $(STAMP)
 
-$(STAMP): requirements/cpu.txt pyproject.toml scripts/setup_cpu.sh
+setup-gpu: $(STAMP_GPU)
+
+$(STAMP): requirements/cpu.txt pyproject.toml scripts/setup_cpu.sh scripts/setup_common.sh
 	@VENV="$(VENV)" PYTHON="$(PYTHON)" scripts/setup_cpu.sh
+	@touch $@
+
+$(STAMP_GPU): requirements/gpu.txt pyproject.toml scripts/setup_gpu.sh scripts/setup_common.sh
+	@VENV_GPU="$(VENV_GPU)" PYTHON="$(PYTHON)" scripts/setup_gpu.sh
 	@touch $@
 
 demo: setup
@@ -26,7 +35,7 @@ test-all: lint
 	$(VENV)/bin/python -m pytest
 
 test-gpu:
-	$(or $(PYTHON),python3) -m pytest tests/gpu -m gpu -ra --durations=10
+	$(or $(PYTHON),$(wildcard $(VENV_GPU)/bin/python),python3) -m pytest tests/gpu -m gpu -ra --durations=10
 
 lint: setup
 	$(VENV)/bin/ruff check .
@@ -38,6 +47,6 @@ clean:
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) *.egg-info
+	rm -rf $(VENV) $(VENV_GPU) *.egg-info
 
-.PHONY: setup demo test test-all test-gpu lint clean distclean
+.PHONY: setup setup-gpu demo test test-all test-gpu lint clean distclean

@@ -132,7 +132,7 @@ def _shared_memory() -> Finding:
 
 def _packages() -> Iterator[Finding]:
     extra = "gpu" if visible_gpus() else "cpu"
-    install = "make setup" if extra == "cpu" else "pip install 'rlsys[gpu]'"
+    install = f"make setup{'' if extra == 'cpu' else '-gpu'}"
     for requirement in map(Requirement, metadata.requires("rlsys") or []):
         if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
             continue

@@ -8,29 +8,36 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 LOCK = (ROOT / "requirements" / "cpu.txt").read_text().splitlines()
+GPU_LOCK = [
+    line
+    for line in (ROOT / "requirements" / "gpu.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
 
 
 @pytest.fixture
 def set_up(tmp_path):
-    """Run the set-up with a stand-in for Python that refuses what `refuses` matches."""
+    """Run a set-up with a stand-in for Python that refuses what `refuses` matches."""
 
-    def run(refuses):
+    def run(refuses, script="setup_cpu.sh"):
         python = tmp_path / "python"
         python.write_text(
             f'#!/bin/sh\ncase "$*" in {refuses}) exit 1;; esac\nexec {sys.executable} "$@"\n'
         )
         python.chmod(0o755)
-        environment = os.environ | {"PYTHON": str(python), "VENV": str(tmp_path / "venv")}
-        script = ROOT / "scripts" / "setup_cpu.sh"
+        venv = str(tmp_path / "venv")
+        environment = os.environ | {"PYTHON": str(python), "VENV": venv, "VENV_GPU": venv}
         done = subprocess.run(
-            ["bash", str(script)], env=environment, capture_output=True, text=True, check=False
+            ["bash", str(ROOT / "scripts" / script)], env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 1
         assert not (tmp_path / "venv").exists()
-        (line,) = done.stderr.splitlines()
+        (line,) = done.stderr.splitlines()  # notes go to stdout
         return line
 
     return run
@@ -42,12 +49,19 @@ def test_an_unsupported_python_is_named_with_its_version(set_up):
     assert f"(Python {sys.version.split()[0]})" in line
 
 
+def test_the_gpu_set_up_asks_for_the_python_that_it_is_pinned_for(set_up):
+    line = set_up("*version_info*", "setup_gpu.sh")
+    assert "Python 3.12 is needed" in line
+    assert "make setup-gpu PYTHON=" in line
+
+
 def test_a_python_without_venv_says_what_to_install(set_up):
     assert "python3-venv" in set_up("*ensurepip*")
 
 
-def test_every_package_is_pinned_once():
-    names = [re.fullmatch(r"([a-z0-9.-]+)==[^;\s]+", line).group(1) for line in LOCK]
+@pytest.mark.parametrize("lock", [LOCK, GPU_LOCK], ids=["cpu", "gpu"])
+def test_every_package_is_pinned_once(lock):
+    names = [re.fullmatch(r"([a-z0-9.-]+)==[^;\s]+", line).group(1) for line in lock]
     assert len(set(names)) == len(names)
 
 
@@ -60,3 +74,11 @@ def test_the_lock_agrees_with_the_cpu_extra():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for pin in project["optional-dependencies"]["cpu"]:
         assert any(line == pin or line.startswith(f"{pin}+") for line in LOCK), pin
+
+
+def test_the_gpu_lock_agrees_with_the_gpu_extra_and_with_the_project():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["gpu"]
+    pinned = dict(line.split("==") for line in GPU_LOCK)
+    for requirement in map(Requirement, wanted):
+        assert pinned[canonicalize_name(requirement.name)] in requirement.specifier, requirement
