@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,14 @@ settings.register_profile("rlsys", deadline=None)
 # There the same examples in every run: what fails is what the change broke.
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if "CI" in os.environ else "rlsys")
+
+
+def pytest_collection_modifyitems(items):
+    """Deal tests to two processes: tests/actors to one, as they share engines, the rest by file."""
+    for item in items:
+        folder = Path(item.path).parent.name
+        group = folder if folder == "actors" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="module", autouse=True)
