@@ -182,7 +182,8 @@ def measure(arguments):
 def make_policy(config, arguments, *, chunk, fuse):
     from rlsys.engines.megatron_cpu import enable_megatron_on_cpu
 
-    enable_megatron_on_cpu()
+    if arguments.device == "cpu":
+        enable_megatron_on_cpu()
     if arguments.memory_limit_gb is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(arguments.memory_limit_gb * 1e9 / total)
@@ -200,12 +201,12 @@ def make_policy(config, arguments, *, chunk, fuse):
         context_parallel_size=policy.context_parallel_size,
         timeout_s=timeout_s,
     )
-    parallel_layout.initialize_parallel(layout, store, seed=0)
+    parallel_layout.initialize_parallel(layout, store, device=arguments.device, seed=0)
     if chunk is not None:
         megatron_model.LOGPROB_CHUNK_TOKENS = chunk
     if not fuse:
         megatron.fuse_weight_gradients = lambda model: None
-    return megatron.MegatronPolicy(config)
+    return megatron.MegatronPolicy(config, device=arguments.device)
 
 
 def make_config(arguments, settings):
@@ -256,7 +257,7 @@ def reference_seconds(config, batch, policy):
     """
     from rlsys.engines.megatron_reference import MegatronReference
 
-    reference = MegatronReference(config)
+    reference = MegatronReference(config, device=config.device)
     batch.ref_logprobs = batch.rollout_logprobs
     return [timed(lambda: reference.compute_logprobs(batch), policy) for _ in range(2)][-1]
 

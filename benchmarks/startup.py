@@ -107,11 +107,11 @@ def start_rewards(config):
 
 
 def start_policy(config):
-    return wait_for(PolicyActors(config))
+    return wait_for(PolicyActors(config, device="cpu"))
 
 
 def start_reference(config):
-    return wait_for(ReferenceActors(config))
+    return wait_for(ReferenceActors(config, device="cpu"))
 
 
 def start_rollout(config):

@@ -103,7 +103,9 @@ class Bench:
         self.engines = RolloutActors(
             self.config, device=arguments.device, place=lambda rank: place.of_engine()
         )
-        self.policy = PolicyActors(self.config, place=place.of_policy, rank_class=OpenRank)
+        self.policy = PolicyActors(
+            self.config, device=arguments.device, place=place.of_policy, rank_class=OpenRank
+        )
         self.actor = next(iter(self.engines.actors.values()))
         starting = self.engines.async_start() | self.policy.async_start()
         get_all(starting, phase="start", timeout_s=START_TIMEOUT_S)

@@ -600,7 +600,8 @@ class Config(Section):
     seed: int = Field(default=42, ge=0, lt=2**31)
     """Seeds data order, sampling and mini-batches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: GPUs when this machine or the Ray cluster has any."""
+    """What every role of the run computes on. auto: GPUs when this machine or the Ray cluster has
+    any. cpu leaves the GPUs of a host alone."""
     placement_timeout: PositiveFloat | Literal["wait"] | None = 60.0
     """Seconds to wait for GPUs of the Ray cluster that other runs are using, before this run fails.
     wait or None: until they are free. A line every half minute says what is missing."""

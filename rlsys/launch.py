@@ -168,10 +168,12 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         )
         report.ready("reward functions")
         engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
-        policy = PolicyActors(config, place=partial(placement.options, "policy"))
+        policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
         reference = None
         if config.grpo.beta > 0:
-            reference = ReferenceActors(config, place=partial(placement.options, "reference"))
+            reference = ReferenceActors(
+                config, device=device, place=partial(placement.options, "reference")
+            )
         groups: list[RolloutActors | ModelActors] = [engines, policy]
         groups += [] if reference is None else [reference]
         for group in groups:

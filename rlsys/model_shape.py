@@ -10,16 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SUPPORTED_MODEL_TYPES = ("llama", "qwen2", "qwen3", "qwen3_moe")
-_SUPPORTED_OPTIONS = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "hidden_act": "silu",
-    # Every layer of a mixture of experts has experts.
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
+from rlsys.model_keys import ARCHITECTURES, key_problems
+
+SUPPORTED_MODEL_TYPES = tuple(ARCHITECTURES)
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "qwen3_moe": {"num_key_value_heads": 4},
 }
+"""What transformers and vLLM take for a size that config.json leaves out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +97,24 @@ class ModelShape:
         return 2 * self.num_layers * heads * self.head_dim
 
 
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """What `folder/config.json` says.
+
+    Raises:
+        ValueError: no config.json, or not a JSON object.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} is not a JSON object")
+    return values
+
+
 def read_model_shape(folder: Path) -> ModelShape:
     """The shape in `folder/config.json`.
 
@@ -105,31 +122,17 @@ def read_model_shape(folder: Path) -> ModelShape:
         ValueError: no config.json, not JSON, or not a model that rlsys trains.
     """
     file = folder / "config.json"
-    if not file.is_file():
-        raise ValueError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
-    try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
+    values = read_model_config(folder)
     model_type = values.get("model_type")
     if model_type not in SUPPORTED_MODEL_TYPES:
         raise ValueError(
             f"{file}: model_type {model_type!r} is not supported; use a model of type "
             f"{', '.join(SUPPORTED_MODEL_TYPES)}"
         )
-    for option, supported in _SUPPORTED_OPTIONS.items():
-        if values.get(option, supported) not in (supported, None):
-            raise ValueError(
-                f"{file}: {model_type} with {option} = {values[option]!r} is not supported"
-            )
-    layer_types = values.get("layer_types") or []
-    kinds = layer_types if isinstance(layer_types, list) else [layer_types]
-    others = sorted({repr(kind) for kind in kinds if kind != "full_attention"})
-    if others:
-        raise ValueError(
-            f"{file}: {model_type} with {', '.join(others)} in layer_types is not supported: each "
-            "layer has to be 'full_attention'"
-        )
+    problems = list(key_problems(values))
+    if problems:
+        raise ValueError("\n".join(f"{file}: {problem}" for problem in problems))
+    values = _DEFAULTS.get(model_type, {}) | values
     try:
         num_heads = values["num_attention_heads"]
         return ModelShape(

@@ -22,7 +22,7 @@ from rlsys.config_load import is_saved_config
 from rlsys.data.checks import check_data, count_rows, known_columns
 from rlsys.data.spec import is_no_hub_id
 from rlsys.data.usage import column_problems_of_run, column_use, column_uses
-from rlsys.devices import guess_device, visible_gpus
+from rlsys.devices import device_of_packages, guess_device, visible_gpus
 from rlsys.engines.vllm_settings import kv_cache_bytes
 from rlsys.hub import hub_answers
 from rlsys.local_paths import left_out_of_job_copy
@@ -115,6 +115,7 @@ def _packages(config: Config) -> Iterator[Problem]:
     for module in ("torch", "ray", "vllm", "megatron", "transformers"):
         if importlib.util.find_spec(module) is None:
             yield Problem(f"{module} is not installed; `rlsys doctor` says how to get it", True)
+    yield from _packages_fit_device(config)
     for name in config.tracking.report_to:
         try:
             trackers[name]
@@ -126,6 +127,25 @@ def _packages(config: Config) -> Iterator[Problem]:
         yield Problem(
             "tracking.report_to asks for wandb, which is not installed: `pip install "
             "'rlsys[wandb]'`, or leave it out",
+            True,
+        )
+
+
+def _packages_fit_device(config: Config) -> Iterator[Problem]:
+    """The hosts of a running Ray cluster may have other packages, so this looks at local runs."""
+    device, built_for = guess_device(config), device_of_packages()
+    if os.environ.get("RAY_ADDRESS") or built_for in (None, device):
+        return
+    if built_for == "cpu":
+        yield Problem(
+            "the run is on GPUs and the installed vLLM is built for the CPU: install the GPU "
+            "packages (docs/gpu.md), or run on the CPU with --device cpu",
+            True,
+        )
+    else:
+        yield Problem(
+            "the run is on the CPU and the installed vLLM is built for GPUs: use --device cuda, or "
+            "install the CPU packages with `make setup` in an environment of their own",
             True,
         )
 
@@ -178,7 +198,8 @@ def _one_model(
     try:
         shape = read_model_shape(folder)
     except ValueError as error:
-        yield Problem(f"{field}: {error}")
+        for line in str(error).splitlines():
+            yield Problem(f"{field}: {line}")
         return None
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     if longest > shape.max_position_embeddings:

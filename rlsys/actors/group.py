@@ -10,6 +10,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from rlsys.types import Device
+
 CPU_SHARE = 0.01
 """Of Ray's bookkeeping: policy, rollout and reference take turns on the same cores."""
 START_TIMEOUT_S = 1800.0
@@ -113,6 +115,11 @@ def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
         raise ActorDeath(f"{text}\n{name} died in {phase}") from None
     except RayError as error:
         raise ActorFailure(f"{error}\n{name} was lost in {phase}") from error
+
+
+def device_env(device: Device) -> dict[str, str]:
+    """Variables that hide the GPUs of a host from the actors of a run on CPU."""
+    return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
 
 
 def inherited_env() -> dict[str, str]:

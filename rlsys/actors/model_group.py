@@ -11,17 +11,18 @@ import ray
 import torch
 import torch.distributed as dist
 
-from rlsys.actors.group import Place, get_all, inherited_env
+from rlsys.actors.group import Place, device_env, get_all, inherited_env
 from rlsys.config import Config
-from rlsys.types import TrainBatch
+from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.transport import serve_store
 
 
 class ModelRank:
     """Base of the actors that hold one rank of a model; each has a process to itself."""
 
-    def __init__(self, config: Config, rank: int):
+    def __init__(self, config: Config, device: Device, rank: int):
         self.config = config
+        self.device: Device = device
         self.rank = rank
 
     def rendezvous(self) -> tuple[str, int]:
@@ -48,7 +49,8 @@ class ModelRank:
         warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
         logging.getLogger("megatron").setLevel(logging.ERROR)
         torch.set_num_threads(self.config.policy.cpu_threads)
-        enable_megatron_on_cpu()
+        if self.device == "cpu":
+            enable_megatron_on_cpu()
         from rlsys.engines.parallel_layout import ParallelLayout, initialize_parallel
 
         timeout_s = self.config.policy.timeout_s
@@ -57,7 +59,7 @@ class ModelRank:
                 address, port, is_master=False, timeout=timedelta(seconds=timeout_s)
             )
         layout = ParallelLayout(rank=self.rank, timeout_s=timeout_s, **sizes)
-        initialize_parallel(layout, self.store, seed=self.config.seed)
+        initialize_parallel(layout, self.store, device=self.device, seed=self.config.seed)
 
 
 class ModelActors:
@@ -65,6 +67,7 @@ class ModelActors:
 
     Args:
         rank_class: a ModelRank; one actor of it is created for each rank.
+        device: of the run, as the launcher chose it.
         role: "policy" or "reference", as errors name it.
         place: where each actor runs.
     """
@@ -74,18 +77,19 @@ class ModelActors:
         rank_class: type[ModelRank],
         config: Config,
         *,
+        device: Device,
         role: str,
         world_size: int,
         place: Place,
     ):
         self.role = role
         self.timeout_s = config.policy.timeout_s
-        runtime_env = {"env_vars": process_env(config.policy.cpu_threads)}
+        runtime_env = {"env_vars": process_env(config.policy.cpu_threads, device)}
         actor_class = ray.remote(rank_class)
         self.actors: dict[str, Any] = {
             f"{role} rank {rank}": actor_class.options(
                 runtime_env=runtime_env, **place(rank)
-            ).remote(config, rank)
+            ).remote(config, device, rank)
             for rank in range(world_size)
         }
 
@@ -127,10 +131,14 @@ class ModelActors:
             ray.kill(actor)
 
 
-def process_env(threads: int) -> dict[str, str]:
+def process_env(threads: int, device: Device) -> dict[str, str]:
     """Environment of an actor process that computes on `threads` CPU threads."""
-    return inherited_env() | {
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns of every host name without an entry
-    }
+    return (
+        inherited_env()
+        | device_env(device)
+        | {
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns of every host name without an entry
+        }
+    )

@@ -16,7 +16,7 @@ from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import Config
 from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.rewards import load_plugins
-from rlsys.types import TrainBatch, UpdateOutput
+from rlsys.types import Device, TrainBatch, UpdateOutput
 from rlsys.weight_sync.connection import Connection, senders_of_shards
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender, sending_memory
@@ -76,7 +76,7 @@ class PolicyRank(ModelRank):
         from rlsys.engines.megatron import MegatronPolicy
 
         load_plugins(self.config.grpo.external_plugins)
-        self.engine = MegatronPolicy(self.config)
+        self.engine = MegatronPolicy(self.config, device=self.device)
         self.links: dict[str, list[WeightLink]] = {}
 
     def weight_metadata(self) -> list[TensorMeta]:
@@ -140,12 +140,15 @@ class PolicyActors(ModelActors):
         self,
         config: Config,
         *,
+        device: Device,
         place: Place = on_cpu,
         rank_class: type[PolicyRank] = PolicyRank,
     ):
         world_size = config.policy.world_size
         self._config = config
-        super().__init__(rank_class, config, role="policy", world_size=world_size, place=place)
+        super().__init__(
+            rank_class, config, device=device, role="policy", world_size=world_size, place=place
+        )
         self.policy_version = 0
         """Completed updates: the version of the weights that the next publish sends."""
 

@@ -13,7 +13,7 @@ from rlsys.actors.group import Place, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
 from rlsys.config import Config
-from rlsys.types import TrainBatch
+from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.receiver import WeightReceiver
@@ -35,7 +35,7 @@ class ReferenceRank(ModelRank):
         )
         from rlsys.engines.megatron_reference import MegatronReference
 
-        self.engine = MegatronReference(self.config)
+        self.engine = MegatronReference(self.config, device=self.device)
 
     def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
         """See MegatronModel.compute_logprobs."""
@@ -73,12 +73,17 @@ class ReferenceActors(ModelActors):
     ranks on one GPU, is not needed: it happens every reference.sync_steps.
     """
 
-    def __init__(self, config: Config, *, place: Place = on_cpu):
+    def __init__(self, config: Config, *, device: Device, place: Place = on_cpu):
         self.num_workers = config.reference.world_size
         self.num_sync_groups = 1
         self._config = config
         super().__init__(
-            ReferenceRank, config, role="reference", world_size=self.num_workers, place=place
+            ReferenceRank,
+            config,
+            device=device,
+            role="reference",
+            world_size=self.num_workers,
+            place=place,
         )
 
     def follow(self, policy: PolicyActors) -> None:

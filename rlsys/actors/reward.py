@@ -10,7 +10,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from rlsys.actors.group import Place, inherited_env
+from rlsys.actors.group import Place, device_env, inherited_env
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins
 from rlsys.rewards.pool import RewardPool
@@ -81,8 +81,10 @@ class RayBackend:
         """Start an actor."""
         actor_class: Any = AsyncRewardWorker if concurrent else RewardWorker
         options = self._options
-        if self._place is not None and names[0] in self._models:
+        if names[0] in self._models and self._place is not None:
             options = options | self._place(self._models.index(names[0]))
+        elif names[0] in self._models:
+            options = options | {"runtime_env": {"env_vars": inherited_env() | device_env("cpu")}}
         actor = ray.remote(**options)(actor_class).remote()
         return actor, actor.start.remote(replace(self._settings, names=names))
 
@@ -125,8 +127,8 @@ class RewardWorkers(RewardPool):
             config: names, settings, plugins, number of workers, limits and policies.
             known: values of the run for parameters of these names, see `settings_of`.
             max_steps: of the run, for `trainer_state`.
-            place: Ray options of the processes of reward models, by the model's number; None is
-                those of the others.
+            place: Ray options of the processes of reward models, by the model's number; None
+                keeps them on the CPU.
 
         Raises:
             ValueError: a plugin that cannot be imported, an unknown reward function, or weights

@@ -15,6 +15,7 @@ from rlsys.actors.group import (
     START_TIMEOUT_S,
     ActorFailure,
     Place,
+    device_env,
     get_all,
     get_one,
     inherited_env,
@@ -120,7 +121,7 @@ class RolloutActors:
         rollout = config.rollout
         self.num_workers = rollout.num_engines * rollout.tensor_parallel_size
         self.num_sync_groups = rollout.engines_per_gpu  # engines of one GPU are in different ones
-        runtime_env = {"env_vars": inherited_env() | rollout_env(device)}
+        runtime_env = {"env_vars": inherited_env() | device_env(device) | rollout_env(device)}
         actor_class = ray.remote(RolloutActor)
         self.actors: dict[str, Any] = {
             f"rollout engine {rank}": actor_class.options(

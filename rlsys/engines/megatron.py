@@ -32,7 +32,7 @@ from rlsys.engines.megatron_checkpoint import load_policy, save_policy
 from rlsys.engines.megatron_logprobs import MegatronModel
 from rlsys.engines.megatron_model import fuse_weight_gradients
 from rlsys.gpu_memory import out_of_memory_explained
-from rlsys.types import TrainBatch, UpdateOutput
+from rlsys.types import Device, TrainBatch, UpdateOutput
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 class MegatronPolicy(MegatronModel):
     """The model with its optimizer: updated from batches, exported to rollout engines."""
 
-    def __init__(self, config: Config):
-        super().__init__(config, config.model.path, trains=True)
+    def __init__(self, config: Config, *, device: Device):
+        super().__init__(config, config.model.path, device=device, trains=True)
         overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
         fuse_weight_gradients(self.model)

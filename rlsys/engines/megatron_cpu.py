@@ -18,7 +18,7 @@ Three more things are replaced:
 Besides, two warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log level. Nothing else is
 changed: parallelism, optimizer, clipping and schedules are megatron-core's own; norm and attention
 are layers of `rlsys.engines.megatron_layers`. The patches hold for the whole process, so a policy
-or reference actor has a process to itself; where CUDA exists `enable_megatron_on_cpu` does nothing.
+or reference actor has a process to itself.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ class _DoneStream:
 
 @functools.cache
 def enable_megatron_on_cpu() -> None:
-    """Patch torch for megatron-core; call before anything imports megatron."""
-    if torch.cuda.is_available():
-        return
+    """Patch torch for megatron-core; call in runs on CPU, before anything imports megatron."""
     # The collective ordering that this asks for has no meaning on gloo, but its absence warns.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _patch_devices()

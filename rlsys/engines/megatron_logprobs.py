@@ -33,7 +33,7 @@ from rlsys.engines.megatron_model import LogprobHead, build_model, transformer_c
 from rlsys.engines.megatron_weights import MegatronWeights
 from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.model_shape import read_model_shape
-from rlsys.types import TrainBatch
+from rlsys.types import Device, TrainBatch
 
 
 class MegatronModel:
@@ -45,10 +45,10 @@ class MegatronModel:
     role = "policy"
     """The section of the config with its parallel sizes."""
 
-    def __init__(self, config: Config, path: str, *, trains: bool = False):
+    def __init__(self, config: Config, path: str, *, device: Device, trains: bool = False):
         self.config = config
-        self.on_cpu = not torch.cuda.is_available()
-        self.device = torch.device("cpu" if self.on_cpu else "cuda")
+        self.on_cpu = device == "cpu"
+        self.device = torch.device(device)
         self.folder = resolve_model_path(path)
         self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
         shape = read_model_shape(self.folder)  # refuses what is not supported
@@ -61,7 +61,9 @@ class MegatronModel:
             on_cpu=self.on_cpu,
         )
         with out_of_memory_explained(f"the {self.role}'s weights: {self.more_gpus}"):
-            self.model = build_model(self.hf_config, self.transformer_config).to(self.device)
+            self.model = build_model(
+                self.hf_config, self.transformer_config, on_cpu=self.on_cpu
+            ).to(self.device)
             self.weights = MegatronWeights(
                 self.model,
                 shape,

@@ -134,9 +134,10 @@ def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
     }
 
 
-def build_model(hf: PretrainedConfig, config: TransformerConfig) -> GPTModel:
+def build_model(hf: PretrainedConfig, config: TransformerConfig, *, on_cpu: bool) -> GPTModel:
     """This rank's GPTModel, without weights; its output is hidden states, see `LogprobHead`."""
-    if importlib.util.find_spec("transformer_engine") is not None:
+    # Transformer Engine has no CPU kernels, so a GPU host that runs on its CPU does without it.
+    if not on_cpu and importlib.util.find_spec("transformer_engine") is not None:
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=config.num_moe_experts,
             moe_grouped_gemm=config.moe_grouped_gemm,
@@ -251,7 +252,6 @@ def _scale_rope(model: GPTModel, hf: PretrainedConfig) -> None:
     kind = hf.rope_parameters["rope_type"]
     if kind == "default":
         return
-    if kind not in ("linear", "llama3"):
-        raise ValueError(f"rope_type {kind!r} is not supported; supported: default, linear, llama3")
+    assert kind in ("linear", "llama3"), kind  # see rlsys.model_keys
     frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf, model.rotary_pos_emb.inv_freq.device)
     model.rotary_pos_emb.inv_freq = frequencies

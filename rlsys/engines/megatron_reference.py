@@ -12,7 +12,7 @@ from rlsys.config import Config
 from rlsys.engines.hf_checkpoint import SafetensorsReader
 from rlsys.engines.megatron_logprobs import MegatronModel
 from rlsys.gpu_memory import out_of_memory_explained
-from rlsys.types import TrainBatch
+from rlsys.types import Device, TrainBatch
 
 
 class MegatronReference(MegatronModel):
@@ -24,8 +24,8 @@ class MegatronReference(MegatronModel):
 
     role = "reference"
 
-    def __init__(self, config: Config):
-        super().__init__(config, config.reference_path)
+    def __init__(self, config: Config, *, device: Device):
+        super().__init__(config, config.reference_path, device=device)
         self._in_host_memory: dict[torch.nn.Parameter, torch.Tensor] = {}
         if config.reference.placement == "policy" and not self.on_cpu:
             with out_of_memory_explained(

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+from rlsys.types import Device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,10 +27,12 @@ class ParallelLayout:
     expert_model_parallel_size: int = 1
 
 
-def initialize_parallel(layout: ParallelLayout, store: dist.Store, *, seed: int) -> None:
+def initialize_parallel(
+    layout: ParallelLayout, store: dist.Store, *, device: Device, seed: int
+) -> None:
     """Join the process group, at a store that all ranks share, and build megatron-core's on it."""
     dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
+        "nccl" if device == "cuda" else "gloo",
         store=store,
         rank=layout.rank,
         world_size=layout.world_size,

@@ -251,7 +251,7 @@ class LabRank(PolicyRank):
         from rlsys.engines import megatron, megatron_export, megatron_logprobs, megatron_reference
 
         engine = self.engine
-        reference = megatron_reference.MegatronReference(self.config)
+        reference = megatron_reference.MegatronReference(self.config, device=self.device)
 
         def connect():
             slices = whole_tensors(self.weight_metadata())
@@ -274,7 +274,7 @@ class LabRank(PolicyRank):
     def build_anew(self):
         from rlsys.engines.megatron import MegatronPolicy
 
-        MegatronPolicy(self.config)
+        MegatronPolicy(self.config, device=self.device)
 
     def _export(self, weights):
         tensors = {name: tensor.clone() for name, tensor in weights.export()}
@@ -287,8 +287,9 @@ class PolicyLab:
     Each new policy ends the one before it.
     """
 
-    def __init__(self, max_ranks, *, rank_class=LabRank, place=on_cpu):
-        self._max_ranks, self._rank_class, self._place = max_ranks, rank_class, place
+    def __init__(self, max_ranks, *, device="cpu", rank_class=LabRank, place=on_cpu):
+        self._max_ranks, self._device = max_ranks, device
+        self._rank_class, self._place = rank_class, place
         self._policy = None
         self._actors = {}
 
@@ -313,7 +314,9 @@ class PolicyLab:
     def _start_processes(self, config):
         section = config.policy.model_copy(update={"world_size": self._max_ranks})
         largest = config.model_copy(update={"policy": section})
-        self._policy = PolicyActors(largest, rank_class=self._rank_class, place=self._place)
+        self._policy = PolicyActors(
+            largest, device=self._device, rank_class=self._rank_class, place=self._place
+        )
         self._actors = self._policy.actors
 
 

@@ -21,7 +21,7 @@ def environments(class_name):
 def test_a_variable_for_nccl_reaches_every_actor(engines, lab, policy_models, variable):
     config = policy_config(policy_models["qwen2-tied"], grpo={"beta": 0.1})
     lab.policy(config)
-    reference = ReferenceActors(config)
+    reference = ReferenceActors(config, device="cpu")
     rewards = RewardWorkers(RewardConfig(reward_funcs=["format"]), known={})
     name, value = variable
     try:

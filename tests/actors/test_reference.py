@@ -12,7 +12,7 @@ pytestmark = pytest.mark.system
 
 
 def start(config):
-    reference = ReferenceActors(config)
+    reference = ReferenceActors(config, device="cpu")
     get_all(reference.async_start(), phase="start", timeout_s=120)
     return reference
 

@@ -114,7 +114,9 @@ def gpu_models(tmp_path_factory):
 @pytest.fixture(scope="session")
 def lab(gpus):
     """Makes policies of one or two ranks; each ends the one before."""
-    lab = PolicyLab(max_ranks=min(num_gpus(), 2), rank_class=GpuRank, place=gpus.rank_by_rank)
+    lab = PolicyLab(
+        max_ranks=min(num_gpus(), 2), device=DEVICE, rank_class=GpuRank, place=gpus.rank_by_rank
+    )
     yield lab
     lab.close()
 

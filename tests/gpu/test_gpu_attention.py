@@ -61,7 +61,7 @@ def computed(gpus, gpu_models):
     """
 
     def in_a_process(backend):
-        lab = PolicyLab(max_ranks=1, rank_class=GpuRank, place=gpus.rank_by_rank)
+        lab = PolicyLab(max_ranks=1, device=DEVICE, rank_class=GpuRank, place=gpus.rank_by_rank)
         try:
             return compute(lab, gpu_models[KIND, 0], dtype="bfloat16", attention_backend=backend)
         finally:

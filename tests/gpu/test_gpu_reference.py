@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 def test_a_reference_that_shares_the_policys_gpu_leaves_it_while_idle(lab, gpus, folder):
     config = gpu_config(folder, beta=0.1)
     assert config.reference.placement == "policy"
-    reference = ReferenceActors(config, place=gpus.on(0))
+    reference = ReferenceActors(config, device=DEVICE, place=gpus.on(0))
     starting = reference.async_start()
     policy = lab.policy(config)
     get_all(starting, phase="start", timeout_s=120)

@@ -1,9 +1,13 @@
 """The layers: what may import what."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+import rlsys
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
@@ -41,3 +45,12 @@ def test_a_layer_stays_light(package, forbidden):
 
 def test_the_check_above_can_fail():
     assert imported("rlsys.rewards", "fractions", "ray") == ["fractions"]
+
+
+@pytest.mark.parametrize("package", ["actors", "engines", "weight_sync"])
+def test_the_device_is_handed_down_and_nobody_looks_for_gpus(package):
+    """With `device: cpu` on a host with GPUs, whoever looks for himself would take one."""
+    looks = re.compile(r"cuda\.(is_available|device_count)|visible_gpus|guess_device")
+    folder = Path(rlsys.__file__).parent / package
+    found = [file.name for file in sorted(folder.glob("*.py")) if looks.search(file.read_text())]
+    assert found == []

@@ -23,6 +23,7 @@ def gpus(monkeypatch):
     def show(number):
         monkeypatch.setattr("rlsys.preflight.visible_gpus", lambda: number)
 
+    monkeypatch.setattr("rlsys.preflight.device_of_packages", lambda: None)
     show(64)
     return show
 
@@ -87,6 +88,23 @@ def test_a_model_that_cannot_be_used(problems, tmp_path, sizes, words):
     text = only(problems(model={"path": str(tmp_path / "other")}, device="cpu"))
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("device", "built_for", "words"),
+    [
+        ("cuda", "cpu", ["on GPUs", "built for the CPU", "--device cpu"]),
+        ("cpu", "cuda", ["on the CPU", "built for GPUs", "--device cuda"]),
+    ],
+)
+def test_packages_of_the_other_device(problems, monkeypatch, device, built_for, words):
+    monkeypatch.setattr("rlsys.preflight.device_of_packages", lambda: built_for)
+    found = problems(device=device)
+    for word in words:
+        assert word in only(found)
+    assert problems(device=built_for) == []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # whose hosts have their own packages
+    assert problems(device=device) == []
 
 
 @pytest.mark.parametrize(

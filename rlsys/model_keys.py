@@ -1,0 +1,259 @@
+"""Which keys of a model's config.json rlsys knows to be right, and what it does with the others.
+
+transformers, vLLM and the policy each obey some keys and skip the rest without a word. A key that
+only one of them obeys makes policy and rollout engine compute different models. So this is a list
+of what is known to be right, for each architecture; a run with any other key is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
+"""model_type -> the class that vLLM builds, which goes by `architectures` and not by model_type."""
+
+_IMPLEMENTED = {
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+}
+_IMPLEMENTED_EXPERTS = {
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts",
+    "num_experts_per_tok",
+    "num_local_experts",
+    # Losses that balance experts, which rlsys does not add: docs/architecture.md.
+    "output_router_logits",
+    "router_aux_loss_coef",
+}
+_BOOKKEEPING = {
+    "attn_implementation",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_range",
+    "is_llama_config",
+    "label2id",
+    "max_window_layers",  # means something with use_sliding_window only
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "prefix",
+    "pretraining_tp",  # how pretraining split matrices
+    "problem_type",
+    "return_dict",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers.js_config",
+    "transformers_version",
+    "unk_token_id",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_bfloat16",
+    "use_cache",
+}
+"""Keys that describe files, training or defaults of a library, and leave the forward pass alone."""
+_GENERATION = {
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "suppress_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}
+"""Defaults of `generate()` in older transformers; the run's own sampling settings replace them."""
+_PROSE = {"author", "authors", "comment", "comments", "description", "license", "note", "notes"}
+"""Words of people for people: ignored, and named once."""
+
+_INERT: dict[str, tuple[Any, ...]] = {
+    "activation": ("silu", "swiglu"),
+    "add_cross_attention": (False,),
+    "attention_bias": (False,),
+    "attention_dropout": (0,),
+    "attention_multiplier": (),
+    "bias": (False,),
+    "chunk_size_feed_forward": (0,),
+    "decoder_sparse_step": (1,),
+    "embedding_multiplier": (1,),
+    "hidden_act": ("silu", "swish"),
+    "hidden_dropout": (0,),
+    "is_causal": (True,),
+    "is_decoder": (True, False),
+    "is_encoder_decoder": (False,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "mlp_bias": (False,),
+    "num_nextn_predict_layers": (0,),
+    "partial_rotary_factor": (1,),
+    "position_embedding_type": ("rope", "absolute"),  # transformers' old default for all models
+    "qk_layernorm": (False,),
+    "qk_norm": (False,),
+    "qkv_bias": (False,),
+    "residual_multiplier": (1,),
+    "rope_interleaved": (False,),
+    "shared_expert_intermediate_size": (0,),
+    "tie_encoder_decoder": (False,),
+    "use_qk_norm": (False,),
+    "use_sliding_window": (False,),
+}
+"""Values with which a key changes nothing; so do null and empty ones, of any key."""
+_INERT_OF_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
+    "qwen2": {"attention_bias": (True,), "qkv_bias": (True,), "bias": (True,)},
+    "qwen3": {"qk_norm": (True,), "use_qk_norm": (True,), "qk_layernorm": (True,)},
+    "qwen3_moe": {"qk_norm": (True,), "use_qk_norm": (True,), "qk_layernorm": (True,)},
+}
+"""What an architecture has without a word: biases of q, k and v in Qwen2, their norms in Qwen3."""
+
+_ROPE_KEYS = {
+    "default": set[str](),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
+"""Kind of rotary embedding -> the keys that it has."""
+_REMEDY = (
+    "policy and rollout engine could compute different models. Delete the key from config.json if "
+    "it changes nothing, or use another model"
+)
+
+
+def key_problems(values: dict[str, Any]) -> Iterator[str]:
+    """What a config.json of a supported model_type says that rlsys does not know to be right."""
+    model_type = values["model_type"]
+    yield from _architecture_problems(values)
+    inert = _INERT | _INERT_OF_TYPE.get(model_type, {})
+    experts = _IMPLEMENTED_EXPERTS | {"mlp_only_layers"} if model_type == "qwen3_moe" else set()
+    known = _IMPLEMENTED | _BOOKKEEPING | _GENERATION | _PROSE | experts | {"architectures"}
+    known |= {"layer_types", "rope_scaling", "rope_parameters", "sliding_window"}
+    for key, value in values.items():
+        if key.startswith("_") or value is None or value in ([], {}, ""):
+            continue
+        if key in inert:
+            if value not in inert[key]:
+                yield f"{model_type} with {key} = {value!r} is not supported{_allowed(inert[key])}"
+        elif key == "quantization_config":
+            yield (
+                f"quantization_config: its weights are stored as {_method(value)}, and rlsys "
+                "trains weights in bfloat16 or float32: use the model that was quantized"
+            )
+        elif key == "auto_map":
+            yield (
+                f"auto_map = {value!r}: the model brings code of its own, which rlsys does not "
+                f"run; {_REMEDY}"
+            )
+        elif key not in known:
+            yield f"{key} = {value!r} is not known to rlsys; {_REMEDY}"
+    yield from _layer_problems(values)
+    yield from _rope_problems(values)
+
+
+def ignored_prose(values: dict[str, Any]) -> list[str]:
+    """Keys of config.json that people wrote for people."""
+    return sorted(_PROSE & values.keys())
+
+
+def _allowed(allowed: tuple[Any, ...]) -> str:
+    return f": it may be {' or '.join(map(repr, allowed))}" if allowed else ""
+
+
+def _method(value: Any) -> str:
+    method = value.get("quant_method") if isinstance(value, dict) else None
+    return str(method or "quantized numbers")
+
+
+def _architecture_problems(values: dict[str, Any]) -> Iterator[str]:
+    model_type, named = values["model_type"], values.get("architectures")
+    if named not in (None, [], [ARCHITECTURES[model_type]]):
+        yield (
+            f"architectures = {named!r}, and vLLM goes by it: a language model of type "
+            f"{model_type} has [{ARCHITECTURES[model_type]!r}]"
+        )
+
+
+def _layer_problems(values: dict[str, Any]) -> Iterator[str]:
+    """Layers that differ from each other, or that see only a part of the context."""
+    model_type = values["model_type"]
+    layer_types = values.get("layer_types") or []
+    kinds = layer_types if isinstance(layer_types, list) else [layer_types]
+    others = sorted({repr(kind) for kind in kinds if kind != "full_attention"})
+    if others:
+        yield (
+            f"{model_type} with {', '.join(others)} in layer_types is not supported: each layer "
+            "has to be 'full_attention'"
+        )
+    window = values.get("sliding_window")
+    # Qwen's configs name a window and leave it off (use_sliding_window); Llama's have no switch.
+    if window is not None and model_type == "llama":
+        yield f"llama with sliding_window = {window!r} is not supported: it has to be null"
+    if values.get("mlp_only_layers"):
+        yield (
+            f"{model_type} with mlp_only_layers = {values['mlp_only_layers']!r} is not supported: "
+            "each layer has to have experts"
+        )
+
+
+def _rope_problems(values: dict[str, Any]) -> Iterator[str]:
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = values.get(name)
+        if not rope:
+            continue
+        if not isinstance(rope, dict):
+            yield f"{name} = {rope!r} should be a mapping with rope_type"
+            continue
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in _ROPE_KEYS:
+            yield (
+                f"{name}: rope_type {kind!r} is not supported; supported are "
+                f"{', '.join(_ROPE_KEYS)}. Where the longer context is not needed, set {name} to "
+                "null in config.json"
+            )
+            continue
+        known = _ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta"}
+        for key, value in rope.items():
+            if key == "partial_rotary_factor" and value == 1:
+                continue
+            if key not in known and value is not None:
+                yield f"{name}: {key} = {value!r} is not known to rlsys; {_REMEDY}"
