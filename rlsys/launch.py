@@ -35,6 +35,7 @@ from rlsys.engines.detokenize import Detokenizer
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.hub import use_cache_without_hub
 from rlsys.local_paths import is_in_job_copy, with_absolute_paths
+from rlsys.model_folder import check_model_folder, check_prompt_tokens
 from rlsys.placement import Placement
 from rlsys.preflight import output_dir_problems
 from rlsys.ray_session import STOP_SIGNALS, ray_session
@@ -228,8 +229,12 @@ def check_prompts(config: Config, data: PromptData) -> None:
 def load_data(config: Config) -> PromptData:
     """The prompts of a run, with the chat template of its model."""
     use_cache_without_hub(config)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
+    folder = resolve_model_path(config.model.path)
+    if folder != Path(config.model.path):  # it came from the hub: preflight saw its config only
+        check_model_folder(folder, has_prompts=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     data = load_checked_prompts(config, tokenizer)
+    check_prompt_tokens(folder, tokenizer, [*data.train, *data.validation])
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)

@@ -8,7 +8,6 @@ vLLM.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 from collections.abc import Generator, Iterator
@@ -27,12 +26,12 @@ from rlsys.engines.vllm_settings import kv_cache_bytes
 from rlsys.hub import hub_answers
 from rlsys.local_paths import left_out_of_job_copy
 from rlsys.memory import longest_row
+from rlsys.model_folder import model_folder_problems
 from rlsys.model_shape import ModelShape, read_model_shape
 from rlsys.rewards import check_call, plugin_problems
 from rlsys.roles import asked_for, fewer_gpus, plan_roles
 from rlsys.run_dir import RunDir
 from rlsys.tracking import trackers
-from rlsys.weight_files import weight_file_problems
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention on CPU has kernels for."""
@@ -193,14 +192,15 @@ def _one_model(
     except ValueError as error:
         yield Problem(f"{field}: {error}", True)
         return None
-    if folder == Path(path):  # of a hub model only config.json is here yet
-        yield from _model_files(field, folder)
     try:
         shape = read_model_shape(folder)
     except ValueError as error:
         for line in str(error).splitlines():
             yield Problem(f"{field}: {line}")
         return None
+    if folder == Path(path):  # of a hub model only config.json is here yet
+        for text in model_folder_problems(folder, shape, has_prompts=field == "model.path"):
+            yield Problem(f"{field}: {text}", True)
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     if longest > shape.max_position_embeddings:
         yield Problem(
@@ -210,30 +210,6 @@ def _one_model(
             f"lower one by {longest - shape.max_position_embeddings}"
         )
     return shape
-
-
-def _model_files(field: str, folder: Path) -> Iterator[Problem]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        yield Problem(f"{field}: {folder} holds no .safetensors file, so no weights", True)
-    for text in weight_file_problems(folder, files):
-        yield Problem(f"{field}: {text}", True)
-    if field != "model.path":
-        return
-    if not (folder / "tokenizer.json").is_file() and not any(folder.glob("*.model")):
-        yield Problem(f"{field}: {folder} holds no tokenizer.json, so no tokenizer", True)
-    elif not _has_chat_template(folder):
-        yield Problem(
-            f"{field}: the tokenizer of {folder} has no chat template, which turns messages into "
-            "a prompt: use an instruct model, or add a chat_template.jinja to the folder"
-        )
-
-
-def _has_chat_template(folder: Path) -> bool:
-    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
-        return True
-    file = folder / "tokenizer_config.json"
-    return file.is_file() and bool(json.loads(file.read_text("utf-8")).get("chat_template"))
 
 
 def _policy_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:

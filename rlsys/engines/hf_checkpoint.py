@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlsys.local_paths import check_is_here
+from rlsys.weight_files import INDEX, weight_files
 
 MAX_SHARD_BYTES = 4 * 2**30
-INDEX = "model.safetensors.index.json"
 
 
 def resolve_model_path(path: str) -> Path:
@@ -42,7 +42,7 @@ class SafetensorsReader:
     def __init__(self, folder: Path):
         self.folder = folder
         self._stack = ExitStack()
-        files = sorted(folder.glob("*.safetensors"))
+        files = weight_files(folder)
         if not files:
             raise ValueError(
                 f"{folder} holds no .safetensors file. Save the model with "

@@ -32,6 +32,7 @@ from rlsys.engines.hf_checkpoint import SafetensorsReader, resolve_model_path, s
 from rlsys.engines.megatron_model import LogprobHead, build_model, transformer_config
 from rlsys.engines.megatron_weights import MegatronWeights
 from rlsys.gpu_memory import out_of_memory_explained
+from rlsys.model_folder import check_model_folder
 from rlsys.model_shape import read_model_shape
 from rlsys.types import Device, TrainBatch
 
@@ -52,6 +53,8 @@ class MegatronModel:
         self.folder = resolve_model_path(path)
         self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
         shape = read_model_shape(self.folder)  # refuses what is not supported
+        # Of a model from the hub, and on another host, preflight has not seen the files.
+        check_model_folder(self.folder, has_prompts=False)
         self.hf_config = AutoConfig.from_pretrained(self.folder)
         self.transformer_config = transformer_config(
             self.hf_config,

@@ -26,6 +26,7 @@ from rlsys.engines.vllm_settings import engine_arguments, refusal
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.engines.vllm_worker_errors import worker_errors_told
 from rlsys.model_shape import read_model_shape
+from rlsys.tokenizer_files import resize_remedy
 from rlsys.types import Completion, Device, FinishReason, Prompt, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Connection, place_of_engine
 from rlsys.weight_sync.plan import TensorSlice
@@ -74,6 +75,7 @@ class VLLMEngine:
             self._tokenizer, config.rollout.skip_special_tokens, self._stop_token_ids
         )
         shape = read_model_shape(folder)
+        self._vocab_size = shape.vocab_size
         shares_gpu = device == "cuda" and config.rollout.engines_per_gpu > 1
         self._llm = _start_llm(
             folder,
@@ -103,10 +105,11 @@ class VLLMEngine:
         """Begin to sample completions; `step` carries on.
 
         Raises:
-            ValueError: a prompt is longer than data.max_prompt_length; none is begun then.
+            ValueError: a prompt is longer than data.max_prompt_length, or has a token that the
+                model does not have; none is begun then.
         """
         for request in requests:
-            self._check_length(request.prompt)
+            self._check_prompt(request.prompt)
         for request in requests:
             assert request.group_id not in self._running, request.group_id
             self._llm.llm_engine.add_request(
@@ -224,12 +227,18 @@ class VLLMEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _check_length(self, prompt: Prompt) -> None:
+    def _check_prompt(self, prompt: Prompt) -> None:
         limit = self._config.data.max_prompt_length
         if len(prompt.token_ids) > limit:
             raise ValueError(
                 f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens, more than "
                 f"data.max_prompt_length = {limit}: drop it or raise the limit"
+            )
+        if max(prompt.token_ids) >= self._vocab_size:
+            raise ValueError(
+                f"prompt {prompt.prompt_id!r} has the token id {max(prompt.token_ids)}, and the "
+                f"model embeddings for {self._vocab_size:,} tokens (vocab_size in config.json). "
+                f"{resize_remedy(len(self._tokenizer))}"
             )
 
     def _group(self, output: RequestOutput) -> RolloutGroup:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from rlsys.yaml_text import dump_yaml
+
+from rlsys.engines.megatron_weight_table import weight_table
+from rlsys.model_shape import read_model_shape
 
 MODEL_SIZES = {
     "model_type": "qwen3",
@@ -58,13 +62,38 @@ def write_config(folder: Path, **sections: Any) -> Path:
 
 
 def write_model(folder: Path, **sizes: Any) -> Path:
-    """What preflight reads of a model folder; the file of weights holds none."""
+    """A model folder as preflight reads it: weights are names, shapes and zeros."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(MODEL_SIZES | sizes))
-    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    write_weights(folder / "model.safetensors", hf_shapes(folder))
     (folder / "tokenizer.json").write_text("{}")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     return folder
+
+
+def hf_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what the model of config.json consists of; none if rlsys refuses it."""
+    try:
+        table = weight_table(read_model_shape(folder))
+    except ValueError:
+        return {}
+    return {
+        name: shape
+        for row in table
+        for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)
+    }
+
+
+def write_weights(file: Path, shapes: dict[str, tuple[int, ...]], dtype: str = "F32") -> None:
+    """A safetensors file of zeros, which take no place on the disk."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as content:
+        content.write(len(text).to_bytes(8, "little") + text)
+        content.truncate(content.tell() + end)
 
 
 def write_run(folder: Path, **sections: Any) -> Path:

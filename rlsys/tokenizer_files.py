@@ -1,0 +1,76 @@
+"""What the tokenizer files of a model folder say about token ids, without transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rlsys.model_shape import ModelShape
+
+
+def token_ids(folder: Path) -> dict[str, int]:
+    """Token -> id, of `tokenizer.json` and what was added beside it; empty without that file."""
+    content = _read(folder / "tokenizer.json")
+    vocabulary = content.get("model", {}).get("vocab", {})
+    if isinstance(vocabulary, list):  # a unigram model's, (token, score) by id
+        vocabulary = {entry[0]: token_id for token_id, entry in enumerate(vocabulary)}
+    if not vocabulary:
+        return {}
+    ids: dict[str, int] = dict(vocabulary)
+    ids |= {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
+    ids |= _read(folder / "added_tokens.json")
+    decoder = _read(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+    return ids | {entry["content"]: int(token_id) for token_id, entry in decoder.items()}
+
+
+def num_token_ids(folder: Path) -> int | None:
+    """One more than the largest id that decodes to a token; None where the files do not say."""
+    ids = token_ids(folder)
+    return max(ids.values()) + 1 if ids else None
+
+
+def chat_template(folder: Path) -> str:
+    """The text of the folder's chat template, of all where it has several; empty without one."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text("utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        template = _read(folder / name).get("chat_template")
+        if template:
+            return template if isinstance(template, str) else json.dumps(template)
+    return ""
+
+
+def tokenizer_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
+    """Tokens that prompts or completions need and the model has no embedding for."""
+    template, size = chat_template(folder), shape.vocab_size
+    outside = {token: i for token, i in token_ids(folder).items() if i >= size}
+    for token, token_id in sorted(outside.items(), key=lambda entry: entry[1]):
+        if token in template:
+            yield (
+                f"{folder}: its chat template writes the token {token!r} of id {token_id}, and "
+                f"the model has embeddings for {size:,} tokens (vocab_size in config.json), ids 0 "
+                f"to {size - 1:,}. {resize_remedy(max(outside.values()) + 1)}"
+            )
+    for name in ("config.json", "generation_config.json"):
+        ids = _read(folder / name).get("eos_token_id")
+        for eos in ids if isinstance(ids, list) else [ids]:
+            if isinstance(eos, int) and not 0 <= eos < size:
+                yield (
+                    f"{folder / name}: eos_token_id {eos} is not one of the model's "
+                    f"{size:,} tokens (vocab_size in config.json): correct it"
+                )
+
+
+def resize_remedy(num_tokens: int) -> str:
+    """What to do where a tokenizer has more tokens than its model."""
+    return (
+        f"Save the model after `model.resize_token_embeddings({num_tokens})`, or use the tokenizer "
+        "that it was trained with"
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
