@@ -158,10 +158,10 @@ class RolloutConfig(Section):
     max_completion_length: PositiveInt = 256
     """Tokens; a longer completion is cut there and marked `length`."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature; the policy's log-probs are taken at the same temperature."""
+    """Sampling temperature; log-probs of policy and reference are taken at the same temperature."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Nucleus sampling; below 1 the policy is trained on a distribution it was not sampled from,
-    which `sampling/logp_difference` shows."""
+    """Nucleus sampling: sample among the likeliest tokens that have this mass together. The
+    policy's log-probs and entropies are those of the same distribution, over what is kept."""
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 is off. See top_p."""
     skip_special_tokens: bool | Literal["auto"] = "auto"

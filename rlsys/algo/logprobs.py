@@ -1,19 +1,19 @@
 """Log-probs of given tokens, from logits that may be split over the vocabulary.
 
-`log pi(a) = z_a - log sum_v exp(z_v)` with `z = logits / temperature`: the policy's log-probs are
-taken at the temperature that completions were sampled at.
+`log pi(a) = z_a - log sum_v exp(z_v)` with `z = logits / temperature`, over the tokens that can be
+sampled (`SamplingSupport`): the policy's distribution is the one that completions are sampled from.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
+
+from rlsys.algo.sampling import EVERY_TOKEN, SamplingSupport, fused, leave_out_
 
 
 def chunked_logprobs(
@@ -22,6 +22,7 @@ def chunked_logprobs(
     targets_T: Tensor,
     *,
     temperature: float = 1.0,
+    support: SamplingSupport = EVERY_TOKEN,
     chunk_size: int = 1024,
     recompute: bool = True,
     vocab_start: int = 0,
@@ -52,6 +53,8 @@ def chunked_logprobs(
         weight_VH: [V, H], this rank's slice of the output layer.
         targets_T: [T] int64, token ids of the whole vocabulary.
         temperature: divides the logits.
+        support: the tokens that the distribution is over; all by default. Which tokens top_k and
+            top_p keep is a constant to the gradient.
         chunk_size: tokens whose logits are computed at once.
         recompute: False keeps the logits of all chunks for the way back, in the type of
             `hidden_TH`, which saves one of four products with `weight_VH`.
@@ -63,7 +66,15 @@ def chunked_logprobs(
     """
     keep_logits = not recompute and torch.is_grad_enabled()
     return _ChunkedLogprobs.apply(
-        hidden_TH, weight_VH, targets_T, temperature, chunk_size, keep_logits, vocab_start, group
+        hidden_TH,
+        weight_VH,
+        targets_T,
+        temperature,
+        support,
+        chunk_size,
+        keep_logits,
+        vocab_start,
+        group,
     )
 
 
@@ -81,22 +92,36 @@ class _ChunkedLogprobs(torch.autograd.Function):
         weight_VH: Tensor,
         targets_T: Tensor,
         temperature: float,
+        support: SamplingSupport,
         chunk_size: int,
         keep_logits: bool,
         vocab_start: int,
         group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
-        by_chunk, kept = [], []
+        by_chunk, kept, floors = [], [], []
         for hidden, targets in zip(
             hidden_TH.split(chunk_size), targets_T.split(chunk_size), strict=True
         ):
             logits = linear(hidden, weight_VH)
+            floors.append(
+                leave_out_(
+                    logits,
+                    targets,
+                    support,
+                    temperature=temperature,
+                    vocab_start=vocab_start,
+                    group=group,
+                )
+            )
             by_chunk.append(_compute_rows(logits, targets, temperature, vocab_start, group))
             if keep_logits:
                 kept.append(logits)
         rows = _Rows(*(torch.cat(values) for values in zip(*by_chunk, strict=True)))
         ctx.save_for_backward(hidden_TH, weight_VH, *rows, *kept)
         ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        # What backward needs to leave the same tokens out of logits that it computes again.
+        ctx.support, ctx.floors, ctx.targets_T = support, floors, targets_T
+        ctx.vocab_start = vocab_start
         ctx.set_materialize_grads(False)  # entropy that no loss uses costs nothing
         return rows.logprobs_T, rows.entropy_T
 
@@ -113,8 +138,20 @@ class _ChunkedLogprobs(torch.autograd.Function):
         for i, start in enumerate(range(0, len(hidden_TH), ctx.chunk_size)):
             chunk = slice(start, start + ctx.chunk_size)
             hidden = hidden_TH[chunk]
+            if kept:
+                logits = kept[i]
+            else:
+                logits = linear(hidden, weight_VH)
+                leave_out_(
+                    logits,
+                    ctx.targets_T[chunk],
+                    ctx.support,
+                    temperature=ctx.temperature,
+                    vocab_start=ctx.vocab_start,
+                    floor_T=ctx.floors[i],
+                )
             grad_TV = _logits_gradient(
-                kept[i] if kept else linear(hidden, weight_VH),
+                logits,
                 _Rows(*(values[chunk] for values in rows)),
                 None if grad_T is None else grad_T[chunk],
                 None if entropy_grad_T is None else entropy_grad_T[chunk],
@@ -122,7 +159,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             )
             torch.mm(grad_TV, weight_VH, out=grad_TH[chunk])
             _add_product(grad_VH, grad_TV.t(), hidden)
-        return grad_TH, grad_VH.to(weight_VH.dtype), None, None, None, None, None, None
+        return grad_TH, grad_VH.to(weight_VH.dtype), *[None] * 7
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -156,7 +193,7 @@ def _compute_rows(
     group: dist.ProcessGroup | None,
 ) -> _Rows:
     columns_T, is_local_T = _local_targets(targets_T, vocab_start, logits_TV.shape[1], group)
-    max_T, sum_exp_T, sum_exp_z_T = _pass(_row_sums, logits_TV, temperature)
+    max_T, sum_exp_T, sum_exp_z_T = fused(_row_sums, logits_TV, temperature)
     target_z_T = logits_TV.gather(-1, columns_T[:, None]).squeeze(-1).to(max_T.dtype) / temperature
     if group is None:
         target_z_T = target_z_T - max_T
@@ -196,10 +233,10 @@ def _logits_gradient(
     # lose all digits of a likely token.
     target_grad_T = -torch.expm1(rows.logprobs_T) * grad_T
     if entropy_grad_T is None:
-        grad_TV = _pass(_softmax_grad, logits_TV, rows.log_norm_T, grad_T, temperature)
+        grad_TV = fused(_softmax_grad, logits_TV, rows.log_norm_T, grad_T, temperature)
     else:
         of_entropy_T = entropy_grad_T / temperature
-        grad_TV = _pass(
+        grad_TV = fused(
             _softmax_grad_with_entropy,
             logits_TV,
             rows.log_norm_T,
@@ -256,21 +293,6 @@ def _softmax_grad_with_entropy(
 
 NO_PROBABILITY = -1e4
 """Nats of which exp() is 0 in every type, small enough to be multiplied."""
-
-_fused = functools.cache(torch.compile)
-
-
-def _pass(function: Callable[..., Any], logits_TV: Tensor, *args: Any) -> Any:
-    """Run a chain of element-wise ops and sums over [T, V].
-
-    Off the CPU as one kernel: op by op, each would read and write the whole tensor in float32,
-    which took two fifths of an update of a 1.5B model. The vocabulary is a constant of the kernel:
-    only then does the compiler know that rows are aligned, and reads more than a number at a time.
-    On CPU compiling takes longer than it saves.
-    """
-    if logits_TV.device.type != "cpu":
-        function = _fused(function)
-    return function(logits_TV, *args)
 
 
 def _local_targets(

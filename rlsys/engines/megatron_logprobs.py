@@ -27,6 +27,7 @@ from rlsys.algo.batching import (
     unpack_logprobs,
 )
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
+from rlsys.algo.sampling import SamplingSupport
 from rlsys.config import Config
 from rlsys.engines.hf_checkpoint import SafetensorsReader, resolve_model_path, save_model_folder
 from rlsys.engines.megatron_model import LogprobHead, build_model, transformer_config
@@ -34,6 +35,7 @@ from rlsys.engines.megatron_weights import MegatronWeights
 from rlsys.gpu_memory import out_of_memory_explained
 from rlsys.model_folder import check_model_folder
 from rlsys.model_shape import read_model_shape
+from rlsys.tokenizer_files import num_token_ids
 from rlsys.types import Device, TrainBatch
 
 
@@ -78,17 +80,23 @@ class MegatronModel:
                 self.weights.load(reader)
         self._head = None
         if self.model.post_process:
-            recompute = config.policy.recompute_logits
-            self._head = LogprobHead(self.model, recompute_logits=recompute)
+            self._head = LogprobHead(
+                self.model,
+                temperature=config.rollout.temperature,
+                support=self._sampling_support(),
+                recompute_logits=config.policy.recompute_logits,
+            )
             if not self.on_cpu:
-                self._head.warm_up(
-                    config.rollout.temperature,
-                    trains=trains,
-                    entropy_bonus=config.grpo.entropy_coef > 0,
-                )
+                self._head.warm_up(trains=trains, entropy_bonus=config.grpo.entropy_coef > 0)
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._cp_group = parallel_state.get_context_parallel_group()
+
+    def _sampling_support(self) -> SamplingSupport:
+        """What the rollout engines sample from, by the policy's tokenizer."""
+        rollout = self.config.rollout
+        known = num_token_ids(resolve_model_path(self.config.model.path))
+        return SamplingSupport(top_k=rollout.top_k, top_p=rollout.top_p, num_token_ids=known)
 
     @property
     def more_gpus(self) -> str:
@@ -115,7 +123,7 @@ class MegatronModel:
     def compute_logprobs(
         self, batch: TrainBatch, *, with_entropies: bool = False
     ) -> tuple[list[int], torch.Tensor] | None:
-        """Log-probs of this data-parallel rank's share of the rows, at the sampling temperature.
+        """Log-probs of this data-parallel rank's share of the rows, of what is sampled from.
 
         Returns:
             (row indices, [K, len(rows), S] float32), or None on ranks that do not report. K is 1,
@@ -228,9 +236,7 @@ class MegatronModel:
                 assert self._head is not None, "only the last pipeline stage has a loss"
                 logprobs, entropy = (
                     gather_tokens(values, positions, self._cp_group, sum_gradients=False)
-                    for values in self._head(
-                        hidden, micro_batch.targets[own], self.config.rollout.temperature
-                    )
+                    for values in self._head(hidden, micro_batch.targets[own])
                 )
                 return loss_of(logprobs, entropy, micro_batch)
 

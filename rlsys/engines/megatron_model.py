@@ -20,6 +20,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.algo.sampling import SamplingSupport
 from rlsys.attention_backends import missing_attention, unsupported_attention
 from rlsys.config import PolicyConfig
 from rlsys.memory import LOGPROB_CHUNK_TOKENS
@@ -181,15 +182,23 @@ def fuse_weight_gradients(model: GPTModel) -> None:
 class LogprobHead:
     """Log-probs from the last stage's hidden states; correct under vocabulary parallelism."""
 
-    def __init__(self, model: GPTModel, *, recompute_logits: bool):
+    def __init__(
+        self,
+        model: GPTModel,
+        *,
+        temperature: float,
+        support: SamplingSupport,
+        recompute_logits: bool,
+    ):
         self._model = model
+        self._temperature, self._support = temperature, support
         self._recompute_logits = recompute_logits
         self._group = parallel_state.get_tensor_model_parallel_group()
         shard = model.vocab_size // self._group.size()
         self._vocab_start = self._group.rank() * shard
 
     def __call__(
-        self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float
+        self, hidden: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """[1, T / sp, H] hidden states, [T] targets -> [T] log-probs in nats, [T] entropies.
 
@@ -209,20 +218,20 @@ class LogprobHead:
             hidden,
             weight,
             targets,
-            temperature=temperature,
+            temperature=self._temperature,
+            support=self._support,
             chunk_size=LOGPROB_CHUNK_TOKENS,
             recompute=self._recompute_logits,
             vocab_start=self._vocab_start,
             group=group if group.size() > 1 else None,
         )
 
-    def warm_up(self, temperature: float, *, trains: bool, entropy_bonus: bool) -> None:
+    def warm_up(self, *, trains: bool, entropy_bonus: bool) -> None:
         """Compile the kernels of log-probs, on a GPU; every tensor-parallel rank calls.
 
         It takes some seconds, which are free while the other actors of a run start.
 
         Args:
-            temperature: of the run.
             trains: compile those of gradients too.
             entropy_bonus: gradients are also of the entropy.
         """
@@ -240,7 +249,7 @@ class LogprobHead:
         )
         targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
         with torch.set_grad_enabled(trains):
-            logprobs, entropy = self(hidden, targets, temperature)
+            logprobs, entropy = self(hidden, targets)
         if trains:
             loss = (logprobs + entropy if entropy_bonus else logprobs).sum()
             # Of the hidden states alone: nothing may be left in the gradients of the weights.

@@ -26,7 +26,7 @@ from rlsys.engines.vllm_settings import engine_arguments, refusal
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.engines.vllm_worker_errors import worker_errors_told
 from rlsys.model_shape import read_model_shape
-from rlsys.tokenizer_files import resize_remedy
+from rlsys.tokenizer_files import num_token_ids, resize_remedy
 from rlsys.types import Completion, Device, FinishReason, Prompt, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Connection, place_of_engine
 from rlsys.weight_sync.plan import TensorSlice
@@ -87,6 +87,9 @@ class VLLMEngine:
                 gpu_bytes=torch.cuda.mem_get_info()[1] if shares_gpu else None,
             ),
         )
+        known = num_token_ids(folder)
+        if known is not None and known < shape.vocab_size:
+            self._llm.collective_rpc("sample_known_tokens_only", args=(known,))
         self.policy_version = 0
         """Version of the weights that it samples with; 0 are those of `model_path`."""
         self._running: dict[int, _Running] = {}

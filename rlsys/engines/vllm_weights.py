@@ -242,6 +242,21 @@ class WeightSyncWorkerExtension:
 
     weight_transfer_engine: BucketWeightTransferEngine
 
+    model_runner: Any
+
+    def sample_known_tokens_only(self, num_token_ids: int) -> None:
+        """Give ids that decode to nothing no probability, as `SamplingSupport` does."""
+        model = self.model_runner.get_model()
+        compute_logits = model.compute_logits
+
+        def of_known_tokens(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+            logits: torch.Tensor | None = compute_logits(*args, **kwargs)
+            if logits is not None:  # other tensor-parallel ranks have none
+                logits[:, num_token_ids:] = -torch.inf
+            return logits
+
+        model.compute_logits = of_known_tokens
+
     def loads_in_place(self) -> bool:
         """Whether the next update is copied straight into the parameters."""
         return self.weight_transfer_engine.loads_in_place

@@ -12,6 +12,7 @@ from torch import Tensor
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.metrics import MetricSums
+from rlsys.algo.sampling import SamplingSupport
 
 TOKENS, HIDDEN, VOCAB, TEMPERATURE = 7, 5, 12, 0.7
 
@@ -25,6 +26,14 @@ def problem() -> dict[str, Tensor]:
         "targets": torch.randint(0, VOCAB, (TOKENS,), generator=rng),
         "grad": torch.randn(TOKENS, generator=rng),
     }
+
+
+SUPPORTS = {
+    "top_k": SamplingSupport(top_k=4),
+    "top_p": SamplingSupport(top_p=0.7),
+    "both": SamplingSupport(top_k=5, top_p=0.6, num_token_ids=11),
+    "half": SamplingSupport(num_token_ids=5),  # none of the second rank's
+}
 
 
 def shared_tokens() -> Tensor:
@@ -57,7 +66,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     group = dist.group.WORLD
     case = problem()
     start, end = (VOCAB * r // world_size for r in (rank, rank + 1))
-    results: dict[str, Tensor | dict[str, float]] = {}
+    results: dict[str, Tensor | dict] = {}
 
     logits = (case["hidden"] @ case["weight"].T)[:, start:end].clone().requires_grad_()
     logprobs, entropy = chunked_logprobs(
@@ -93,6 +102,22 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         "hidden_grad": hidden.grad,
         "weight_grad": weight.grad,
     }
+
+    for name, support in SUPPORTS.items():
+        hidden = case["hidden"].clone().requires_grad_()
+        logprobs, entropy = chunked_logprobs(
+            hidden,
+            case["weight"][start:end],
+            case["targets"],
+            temperature=TEMPERATURE,
+            support=support,
+            chunk_size=3,
+            vocab_start=start,
+            group=group,
+        )
+        (logprobs * case["grad"] + entropy).sum().backward()
+        values = {"logprobs": logprobs, "entropy": entropy, "hidden_grad": hidden.grad}
+        results[name] = {key: value.detach() for key, value in values.items()}
 
     positions = chunk_positions(torch.tensor([0, 4, 12]), world_size)
     for sum_gradients in (False, True):

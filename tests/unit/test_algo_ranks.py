@@ -6,6 +6,7 @@ import torch
 import torch.multiprocessing as mp
 
 from rlsys.algo.context_parallel import chunk_positions
+from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.metrics import MetricSums
 
 WORLD_SIZE = 2
@@ -76,3 +77,22 @@ def test_reduced_metrics_are_those_of_one_rank_with_all_micro_batches(ranks):
     assert sums.means() == pytest.approx(expected)
     for rank in ranks:
         assert rank["metrics"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", algo_ranks.SUPPORTS)
+def test_ranks_leave_out_the_same_tokens_as_one(ranks, name):
+    case = algo_ranks.problem()
+    hidden = case["hidden"].requires_grad_()
+    logprobs, entropy = chunked_logprobs(
+        hidden,
+        case["weight"],
+        case["targets"],
+        temperature=algo_ranks.TEMPERATURE,
+        support=algo_ranks.SUPPORTS[name],
+    )
+    (logprobs * case["grad"] + entropy).sum().backward()
+    for rank in ranks:
+        torch.testing.assert_close(rank[name]["logprobs"], logprobs.detach())
+        torch.testing.assert_close(rank[name]["entropy"], entropy.detach())
+    shares = sum(rank[name]["hidden_grad"] for rank in ranks)
+    torch.testing.assert_close(shares, hidden.grad)
