@@ -21,6 +21,7 @@ from rich.text import Text
 from rlsys.config import CheckpointConfig, Config
 from rlsys.launch import choose_device, interruptible, load_data, start_system, train_system
 from rlsys.ray_session import ray_session
+from rlsys.sampling_watch import MAX_KL_OF_DTYPE
 from rlsys.tracking.base import Metrics, Split, Tracker
 from rlsys.types import RolloutGroup
 
@@ -29,8 +30,6 @@ MAX_HELD_OUT = 32
 """Held-out prompts that are sampled before and after."""
 EXACT = 1e-6
 """What rounding may leave of 0 in float32 statistics."""
-MAX_KL_OF_DTYPE = {"float32": 1e-6, "bfloat16": 1e-2}
-"""k3 KL between trainer and engine: in bfloat16 2e-3 was measured; far more is something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +79,8 @@ def canary_config(config: Config) -> Config:
             "max_steps": STEPS,
             "eval_steps": STEPS,
             "policy": config.policy.model_copy(update={"lr": 0.0, "min_lr": 0.0}),
+            # Its own checks tell more than the error would.
+            "grpo": config.grpo.model_copy(update={"max_logp_difference": None}),
             "checkpoint": CheckpointConfig(),
         }
     )

@@ -306,6 +306,10 @@ class GrpoConfig(Section):
     dppo_tv and dppo_kl of every ratio; None is 20."""
     num_iterations: PositiveInt = 1
     """Passes over one rollout (mu in the paper)."""
+    max_logp_difference: PositiveFloat | None = 1.0
+    """End the run where log-probs of policy and rollout engine differ by more than this, in nats a
+    token on average, for the same weights; a warning comes as soon as rounding does not explain the
+    difference. With rollout.max_staleness only the first step is looked at. None never ends it."""
     advantage_estimator: str = "grpo"
     """What a completion is compared with: grpo (mean of its group), rloo (mean of the others of its
     group), reinforce_plus_plus (mean of the batch), reinforce_plus_plus_baseline (mean of its

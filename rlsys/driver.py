@@ -12,7 +12,7 @@ from rlsys.algo.metrics import rollout_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.config import Config
 from rlsys.timing import PhaseTimer
-from rlsys.tracking.base import Tracker
+from rlsys.tracking.base import Metrics, Tracker
 from rlsys.types import RolloutGroup, TrainBatch, UpdateOutput
 
 
@@ -74,6 +74,13 @@ class Checkpoints(Protocol):
         """Save when it is time to."""
 
 
+class Watch(Protocol):
+    """What looks at the metrics of a step."""
+
+    def observe(self, step: int, metrics: Metrics) -> list[str]:
+        """New warnings; raises where going on would be a waste."""
+
+
 def train(
     config: Config,
     rollouts: Rollouts,
@@ -82,6 +89,7 @@ def train(
     publisher: Publisher,
     tracker: Tracker,
     checkpoints: Checkpoints,
+    watch: Watch,
 ) -> None:
     """GRPO from the policy's version to config.num_steps.
 
@@ -94,6 +102,7 @@ def train(
         publisher: sends the policy's weights to the rollout engines.
         tracker: takes metrics and completions.
         checkpoints: keeps what a later process continues from.
+        watch: warns where completions are not from this policy, or nothing is trained.
     """
     publisher.publish()  # the engines hold policy.policy_version from here on
     if config.eval_steps is not None and policy.policy_version == 0:
@@ -141,6 +150,8 @@ def train(
         tracker.log_metrics(
             step, metrics | timer.metrics() | _throughput(config, metrics, batch, timer)
         )
+        for warning in watch.observe(step, metrics):
+            tracker.log_warning(step, warning)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             tracker.log_metrics(step, rollouts.evaluate(step))
         checkpoints.after_step(step)

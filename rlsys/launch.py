@@ -44,6 +44,7 @@ from rlsys.rewards import load_plugins
 from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
 from rlsys.run_dir import ENDED, RunDir
+from rlsys.sampling_watch import SamplingWatch
 from rlsys.tracking import Tracker, build_tracker
 from rlsys.types import Device
 from rlsys.weight_sync.publisher import WeightPublisher
@@ -114,6 +115,7 @@ def train_system(config: Config, system: System, tracker: Tracker, checkpoints: 
     Raises:
         Exception: whatever ended the run; a failure in the background before what came of it.
     """
+    on_cpu = choose_device(config) == "cpu"
     with ExitStack() as stack:
         stack.push(partial(_end_rollouts, system.rollouts))
         train(
@@ -131,6 +133,7 @@ def train_system(config: Config, system: System, tracker: Tracker, checkpoints: 
                 config=config.checkpoint,
                 last_step=config.num_steps,
             ),
+            SamplingWatch(config, dtype=config.model_dtype(on_cpu=on_cpu)),
         )
 
 

@@ -8,6 +8,7 @@ from algo_cases import make_groups
 from tracking_cases import make_config
 
 from rlsys.driver import train
+from rlsys.sampling_watch import SamplingWatch
 from rlsys.tracking.base import Tracker
 from rlsys.types import UpdateOutput
 
@@ -114,7 +115,8 @@ def run(tmp_path):
     def run(system, *, with_reference=False, **fields):
         config = make_config(tmp_path, **fields)
         reference = Reference(system.calls) if with_reference else None
-        train(config, system, system, reference, system, Log(system), system)
+        watch = SamplingWatch(config, dtype="float32")
+        train(config, system, system, reference, system, Log(system), system, watch)
         return system
 
     return run

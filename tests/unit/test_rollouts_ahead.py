@@ -14,6 +14,7 @@ from rollout_world import NEVER, World, enter, make_prompts, number_of
 from rlsys.actors.group import PhaseTimeout
 from rlsys.driver import train
 from rlsys.rollouts import is_flat
+from rlsys.sampling_watch import SamplingWatch
 from rlsys.types import UpdateOutput
 
 DATASET_SIZE = 2000
@@ -199,7 +200,8 @@ def run(build, folder, *, rollout_seconds, update_seconds, max_steps=12, **rollo
     rollouts = build(world, num_prompts=2, **rollout)
     policy = Policy(world, update_seconds)
     config = rollouts._config.model_copy(update={"max_steps": max_steps})
-    train(config, rollouts, policy, None, policy, world.tracker, policy)
+    watch = SamplingWatch(config, dtype="float32")
+    train(config, rollouts, policy, None, policy, world.tracker, policy, watch)
     began = policy.began_at
     seconds = [end - start for start, end in pairwise(began)]
     return seconds[3:], [metrics for _, metrics in world.tracker.metrics[4:]]
