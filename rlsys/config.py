@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from types import NoneType
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -61,6 +61,9 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in kinds:
             raise ValueError("should not be true or false; quote it if it is a text")
         return value
+
+
+NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
 class DataConfig(Section):
@@ -164,6 +167,15 @@ class RolloutConfig(Section):
     policy's log-probs and entropies are those of the same distribution, over what is kept."""
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens; 0 is off. See top_p."""
+    stop: list[NonEmptyText] = []
+    """Texts that end a completion, besides the EOS tokens of the model's files: for base models,
+    `["\\nQuestion:"]`. The tokens up to there are trained on, as EOS is. Texts that are not special
+    tokens are looked for in decoded text, which makes sampling slower."""
+    stop_token_ids: list[NonNegativeInt] = []
+    """Token ids that end a completion, in the same way."""
+    include_stop_str_in_output: bool = False
+    """Leave what `stop` and `stop_token_ids` name in the text that rewards get, for stops such as
+    `</answer>`. EOS tokens are never in it."""
     skip_special_tokens: bool | Literal["auto"] = "auto"
     """Which special tokens are left out of the text that rewards and logs get. auto: those with a
     role, such as EOS, BOS and padding, while tags such as `<think>` stay where a tokenizer has

@@ -33,6 +33,7 @@ from rlsys.data.usage import column_problems_of_run, unread_columns
 from rlsys.driver import train
 from rlsys.engines.detokenize import Detokenizer
 from rlsys.engines.hf_checkpoint import resolve_model_path
+from rlsys.engines.stop_tokens import read_stop_rules
 from rlsys.hub import use_cache_without_hub
 from rlsys.local_paths import is_in_job_copy, with_absolute_paths
 from rlsys.model_folder import check_model_folder, check_prompt_tokens
@@ -238,10 +239,11 @@ def load_data(config: Config) -> PromptData:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = load_checked_prompts(config, tokenizer)
     check_prompt_tokens(folder, tokenizer, [*data.train, *data.validation])
+    stops = read_stop_rules(folder, tokenizer, config.rollout)
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)
-    note = Detokenizer(tokenizer, config.rollout.skip_special_tokens).note()
+    note = Detokenizer(tokenizer, config.rollout.skip_special_tokens, stops.eos_token_ids).note()
     if note is not None:
         print(f"note: {note}", flush=True)
     unread = unread_columns(config, data.columns)

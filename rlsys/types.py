@@ -49,7 +49,7 @@ class Completion:
     """One sampled continuation of a prompt."""
 
     token_ids: list[int]
-    """[T] sampled tokens; the EOS token is the last one when `finish_reason` is "stop"."""
+    """[T] sampled tokens; the last one is what ended it when `finish_reason` is "stop"."""
     rollout_logprobs: list[float]
     """[T] nats, of each sampled token under the distribution it was sampled from."""
     text: str

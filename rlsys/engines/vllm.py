@@ -20,7 +20,7 @@ from rlsys.config import Config
 from rlsys.engines.detokenize import Detokenizer
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.engines.spans import Span, begin_span
-from rlsys.engines.stop_tokens import read_stop_token_ids
+from rlsys.engines.stop_tokens import read_stop_rules
 from rlsys.engines.vllm_logprobs import keep_sampled_logprobs, sampled_logprobs
 from rlsys.engines.vllm_settings import engine_arguments, refusal
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
@@ -70,9 +70,9 @@ class VLLMEngine:
         self._config = config
         self._engine_rank = engine_rank
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
-        self._stop_token_ids = read_stop_token_ids(folder, self._tokenizer)
+        self._stops = read_stop_rules(folder, self._tokenizer, config.rollout)
         self._detokenizer = Detokenizer(
-            self._tokenizer, config.rollout.skip_special_tokens, self._stop_token_ids
+            self._tokenizer, config.rollout.skip_special_tokens, self._stops.eos_token_ids
         )
         shape = read_model_shape(folder)
         self._vocab_size = shape.vocab_size
@@ -223,10 +223,11 @@ class VLLMEngine:
             top_p=rollout.top_p,
             top_k=rollout.top_k,
             max_tokens=rollout.max_completion_length,
-            stop_token_ids=self._stop_token_ids,
+            stop_token_ids=self._stops.token_ids,
+            stop=self._stops.texts,
             seed=request.seed,
             logprobs=0,  # of the sampled token only
-            detokenize=False,
+            detokenize=bool(self._stops.texts),  # which vLLM finds in the text
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -259,11 +260,13 @@ class VLLMEngine:
             raise RuntimeError(f"vLLM ended a completion with {reason!r}")
         token_ids, logprobs = list(sampled.token_ids), sampled_logprobs(sampled.logprobs)
         assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
-        text_ids = token_ids[:-1] if reason == "stop" else token_ids
+        ended = reason == "stop"
+        text_ids = self._stops.tokens_of_text(token_ids) if ended else token_ids
+        text = self._detokenizer.text(text_ids)
         return Completion(
             token_ids=token_ids,
             rollout_logprobs=logprobs,
-            text=self._detokenizer.text(text_ids),
+            text=self._stops.cut(text) if ended else text,
             finish_reason=cast(FinishReason, reason),
             policy_versions=tuple(span.version for span in spans),
             version_starts=tuple(span.first_token for span in spans),

@@ -93,9 +93,10 @@ def engine_arguments(
         "gpu_memory_utilization": rollout.gpu_memory_utilization / rollout.engines_per_gpu,
         # Log-probs of the distribution that is sampled from, after temperature, top_k and top_p.
         "logprobs_mode": "processed_logprobs",
-        # Sampling parameters come from the config alone, stop tokens from `read_stop_token_ids`.
+        # Sampling parameters come from the config, what ends a completion from `read_stop_rules`.
         "generation_config": "vllm",
-        "skip_tokenizer_init": True,
+        # Stop texts are looked for in what vLLM decodes, which costs time for every token.
+        "skip_tokenizer_init": not config.rollout.stop,
         "seed": config.seed + engine_rank,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
