@@ -16,10 +16,11 @@ from rlsys.config import Config
 from rlsys.config_fields import config_fields, first_sentence, show_value
 from rlsys.config_load import ResolvedConfig
 from rlsys.data.checks import count_rows
-from rlsys.devices import guess_device, visible_gpus
+from rlsys.devices import gpu_memory_gib, guess_device, visible_gpus
 from rlsys.memory import (
     REWARD_GIB,
     MemoryEstimate,
+    card_warnings,
     estimate_memory,
     estimate_reward_model,
     longest_row,
@@ -266,6 +267,8 @@ def _print_memory(config: Config, console: Console) -> None:
         print_wrapped(console, text, indent="  ", style="dim")
     if device == "cpu":
         _print_total(estimates, counts, console)
+    else:
+        _print_cards(config, estimates, console)
 
 
 def _reward_model_memory(config: Config, device: Device) -> tuple[list[MemoryEstimate], list[str]]:
@@ -286,6 +289,16 @@ def _reward_model_memory(config: Config, device: Device) -> tuple[list[MemoryEst
 
 def _gib(size: float) -> str:
     return f"{size:.2f}" if size >= 0.005 else "<0.01"
+
+
+def _print_cards(config: Config, estimates: list[MemoryEstimate], console: Console) -> None:
+    card_gib = gpu_memory_gib()
+    if card_gib is None:
+        console.print("No GPU is visible here, so the estimate is compared with none")
+        return
+    console.print(f"The smallest GPU here has {card_gib:.1f} GiB")
+    for warning in card_warnings(config, estimates, card_gib):
+        print_wrapped(console, f"That may not fit: {warning}", style="bold red")
 
 
 def _print_total(estimates: list[MemoryEstimate], counts: dict[str, int], console: Console) -> None:

@@ -2,12 +2,14 @@
 
 Weights, gradients and optimizer state are exact to a percent; activations are a rough guess for
 rows of the greatest length. Measured on CPU with SmolLM2-135M in fp32: policy 5.2 GiB (estimate
-5.2), rollout engine 2.3 (2.1), reference 1.5 (1.6).
+5.2), rollout engine 2.3 (2.2), reference 1.5 (1.6). On an H200 two engines of 1.5B parameters on one
+GPU: 35.0 GiB (35.0).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +33,10 @@ _PROCESS_GIB = {
 REWARD_GIB = 0.1
 LOGPROB_CHUNK_TOKENS = 1024
 """Logits are computed for this many tokens at a time: 1024 x 151,936 in bf16 are 0.3 GB."""
+LOGIT_COPIES = 4
+"""Of an engine's logits in fp32: themselves, and what the sampler makes of them."""
+BATCHED_TOKENS: dict[Device, int] = {"cpu": 8192, "cuda": 16384}
+"""Prompt tokens of one step of an engine: on CPU larger gains nothing, on GPUs vLLM's default."""
 MAX_CPU_KV_GIB = 4
 """The largest KV cache of a rollout engine on CPU, unless rollout.kv_cache_memory_mb says."""
 
@@ -62,6 +68,74 @@ def estimate_memory(
     if config.grpo.beta > 0:
         estimates.append(_reference(config, reference_shape, device=device))
     return estimates
+
+
+def card_warnings(
+    config: Config, estimates: Sequence[MemoryEstimate], card_gib: float
+) -> list[str]:
+    """Where what shares a GPU is estimated to need more memory than the GPU has.
+
+    Args:
+        config: of the run, on GPUs.
+        estimates: of all roles that hold a model.
+        card_gib: memory of a GPU.
+    """
+    by_role = {estimate.role: estimate for estimate in estimates}
+    warnings = []
+    needed, sharers = _policy_card_gib(config, by_role)
+    if needed > card_gib:
+        warnings.append(
+            f"a GPU of the policy{sharers} needs about {needed:.1f} GiB and has {card_gib:.1f}: "
+            "raise policy.tensor_parallel_size or policy.pipeline_parallel_size"
+            + (", or policy.world_size" if config.policy.use_distributed_optimizer else "")
+            + ", lower policy.max_tokens_per_micro_batch or policy.micro_batch_size, or set "
+            "policy.recompute to full"
+        )
+    rollout = by_role["rollout"]
+    # Beside the cache, whose size vLLM fits to the GPU.
+    fixed = rollout.total_gib - rollout.gib["KV cache"]
+    share = config.rollout.gpu_memory_utilization * card_gib / config.rollout.engines_per_gpu
+    if config.rollout.kv_cache_memory_mb is not None:
+        fixed, share = rollout.total_gib, card_gib / config.rollout.engines_per_gpu
+    if fixed > share:
+        warnings.append(
+            f"a rollout engine needs about {fixed:.1f} GiB of a GPU beside its KV cache and may "
+            f"take {share:.1f}: raise rollout.tensor_parallel_size, lower rollout.engines_per_gpu "
+            "or rollout.max_num_seqs"
+            if config.rollout.kv_cache_memory_mb is None
+            else f"a rollout engine needs about {fixed:.1f} GiB and its share of a GPU is "
+            f"{share:.1f}: lower rollout.kv_cache_memory_mb or rollout.engines_per_gpu, or raise "
+            "rollout.tensor_parallel_size"
+        )
+    reference = by_role.get("reference")
+    if (
+        reference is not None
+        and config.reference.placement == "own"
+        and reference.total_gib > card_gib
+    ):
+        warnings.append(
+            f"a GPU of the reference needs about {reference.total_gib:.1f} GiB and has "
+            f"{card_gib:.1f}: raise reference.tensor_parallel_size"
+        )
+    return warnings
+
+
+def _policy_card_gib(config: Config, by_role: Mapping[str, MemoryEstimate]) -> tuple[float, str]:
+    """GiB on a GPU of the policy, and in words who shares it."""
+    policy = by_role["policy"]
+    at_work = policy.gib["activations"] + policy.gib["logits"]
+    kept, sharers = policy.total_gib - at_work, []
+    reference = by_role.get("reference")
+    if reference is not None and config.reference.placement == "policy":
+        # The two take turns; what a process itself takes stays.
+        kept += reference.gib["process"]
+        at_work = max(at_work, reference.total_gib - reference.gib["process"])
+        sharers.append("the reference")
+    reward_model = by_role.get("reward_model")
+    if reward_model is not None and config.reward.reward_model_placement == "policy":
+        kept += reward_model.total_gib * -(-len(config.reward.models) // config.policy.world_size)
+        sharers.append("reward models")
+    return kept + at_work, f", shared with {' and '.join(sharers)}," if sharers else ""
 
 
 def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> MemoryEstimate | None:
@@ -229,18 +303,27 @@ def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEsti
             f"for none to wait; vLLM takes {rollout.gpu_memory_utilization:.0%} of its GPU in all"
         )
     params = shape.num_params / tp
+    prompts = min(BATCHED_TOKENS[device], rollout.max_num_seqs * config.data.max_prompt_length)
+    # The residual stream and its norm, q, k, v and what attention makes of them, and the MLP.
+    activations = prompts * _activation_elements(shape) * width / tp
     return MemoryEstimate(
         "rollout",
         {
             "process": _PROCESS_GIB["rollout", device],
             "weights": params * width / GIB,
             "KV cache": kv_gib,
+            "activations": activations / GIB,
+            "logits": sampler_logit_bytes(config, shape) / GIB,
             # A bucket that is being loaded, and the next one; the policy has two as well.
             "weight sync": _weight_sync_gib(config, shape, width),
         },
         {
             "weights": f"parameters x {width} bytes / TP {tp}",
             "KV cache": kv_text,
+            "activations": f"{prompts:,} prompt tokens a step x {_activation_elements(shape):,} "
+            f"numbers of one layer x {width} bytes / TP",
+            "logits": f"max_num_seqs {rollout.max_num_seqs} x vocabulary {shape.vocab_size:,} x 4 "
+            f"bytes x {LOGIT_COPIES} copies",
             "weight sync": "2 x weight_sync.bucket_mb, or the embedding if it is larger, at most "
             "the weights; so in the policy",
         },
@@ -263,6 +346,11 @@ def _reference(config: Config, shape: ModelShape, *, device: Device) -> MemoryEs
             "activations": "one layer: nothing is kept for a backward pass",
         },
     )
+
+
+def sampler_logit_bytes(config: Config, shape: ModelShape) -> int:
+    """Logits of a step of an engine, and what the sampler makes of them."""
+    return LOGIT_COPIES * 4 * config.rollout.max_num_seqs * shape.vocab_size
 
 
 def sync_bucket_bytes(config: Config, shape: ModelShape, width: int) -> int:

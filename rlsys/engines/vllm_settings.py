@@ -10,10 +10,12 @@ from pydantic import ValidationError
 
 from rlsys.config import Config
 from rlsys.memory import (
+    BATCHED_TOKENS,
     GIB,
     MAX_CPU_KV_GIB,
     bytes_per_weight,
     longest_row,
+    sampler_logit_bytes,
     sync_bucket_bytes,
 )
 from rlsys.model_shape import ModelShape
@@ -21,8 +23,6 @@ from rlsys.types import Device
 
 # Tokens of a KV block: vLLM's default on CPU, where kernels want multiples of 32.
 CPU_BLOCK_SIZE = 128
-# Prompt tokens of one CPU step. Larger gains nothing, and activations grow with it.
-CPU_BATCHED_TOKENS = 8192
 
 # vLLM captures CUDA graphs for up to so many sequences by itself; a decode step of more runs kernel
 # by kernel, at half the tokens a second.
@@ -31,8 +31,6 @@ GRAPH_SEQUENCES = 512
 GPU_BLOCK_SIZE = 16
 # Of an engine that shares its GPU: CUDA context and graphs, and activations of a prompt's step.
 SHARED_GPU_RESERVE_BYTES = 3 * 2**30
-# Its logits in fp32, and what the sampler makes of them.
-LOGIT_COPIES = 4
 # A bucket that is being loaded, the next one, and in the first update what a layer waits for.
 SYNC_BUCKETS = 3
 
@@ -116,7 +114,7 @@ def engine_arguments(
             # A request whose prompt is processed in chunks draws a number per chunk from its own
             # generator, which vLLM takes back in a way that CPU generators do not know.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(CPU_BATCHED_TOKENS, longest_row(config)),
+            "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], longest_row(config)),
         }
     return arguments
 
@@ -133,7 +131,7 @@ def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int)
     rollout, width = config.rollout, bytes_per_weight(config, "cuda")
     share = int(rollout.gpu_memory_utilization * gpu_bytes / rollout.engines_per_gpu)
     bucket = sync_bucket_bytes(config, shape, width)
-    logits = LOGIT_COPIES * 4 * rollout.max_num_seqs * shape.vocab_size
+    logits = sampler_logit_bytes(config, shape)
     taken = width * shape.num_params + SYNC_BUCKETS * bucket + logits + SHARED_GPU_RESERVE_BYTES
     wanted = kv_cache_bytes(config, shape, sequences=rollout.max_num_seqs, device="cuda")
     least, what = kv_cache_bytes(config, shape, sequences=1, device="cuda"), "one full sequence"

@@ -1,6 +1,7 @@
 """What `rlsys explain` prints is what a run would do."""
 
 import io
+import json
 import re
 from pathlib import Path
 
@@ -13,8 +14,15 @@ from rich.console import Console
 
 from rlsys.config_fields import config_fields, show_value
 from rlsys.config_load import load_config
+from rlsys.devices import gpu_memory_gib
 from rlsys.explain import batch_arithmetic, explain
-from rlsys.memory import GIB, estimate_memory, estimate_reward_model, rank_params
+from rlsys.memory import (
+    GIB,
+    card_warnings,
+    estimate_memory,
+    estimate_reward_model,
+    rank_params,
+)
 from rlsys.model_shape import read_model_shape
 from rlsys.roles import plan_roles
 
@@ -290,3 +298,72 @@ def test_a_text_that_looks_like_a_number_is_shown_as_a_text():
         show_value({"a": ["1e-3", "null", "no", "", 1e-3]})
         == '{a: ["1e-3", "null", no, "", 0.001]}'
     )
+
+
+QWEN_1_5B = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+}
+QWEN_7B = QWEN_1_5B | {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def of_sizes(tmp_path, sizes, **sections):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_SIZES | sizes))
+    shape = read_model_shape(tmp_path)
+    config = load_config(write_config(tmp_path, **sections)).config
+    return config, estimate_memory(config, shape, shape, device="cuda")
+
+
+def test_engines_that_share_a_gpu_are_estimated_as_measured(tmp_path):
+    """35.0 GiB for two engines of 1.5B parameters on an H200."""
+    sections = {
+        "data": {"max_prompt_length": 512},
+        "rollout": {"max_completion_length": 1024, "num_engines": 2, "engines_per_gpu": 2},
+    }
+    _, found = of_sizes(tmp_path, QWEN_1_5B, **sections)
+    (rollout,) = (estimate for estimate in found if estimate.role == "rollout")
+    assert 2 * rollout.total_gib == pytest.approx(35.0, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sections", "card_gib", "words"),
+    [
+        (QWEN_1_5B, {}, 139.8, []),
+        (QWEN_7B, {}, 139.8, ["GPU of the policy needs", "139.8", "policy.tensor_parallel_size"]),
+        (QWEN_7B, {"policy": {"world_size": 8}}, 139.8, []),
+        (QWEN_1_5B, {"grpo": {"beta": 0.1}}, 30, ["shared with the reference"]),
+        (QWEN_7B, {"policy": {"world_size": 16, "tensor_parallel_size": 4}}, 22, ["engine"]),
+    ],
+)
+def test_an_estimate_above_the_gpus_memory_is_a_warning(tmp_path, sizes, sections, card_gib, words):
+    found = card_warnings(*of_sizes(tmp_path, sizes, **sections), card_gib)
+    assert len(found) == bool(words), found
+    for word in words:
+        assert word in found[0]
+
+
+def test_the_memory_of_gpus_is_the_drivers(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 143771; echo 81559\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert gpu_memory_gib() == pytest.approx(79.6, abs=0.1)
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu_memory_gib() is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_memory_gib() is None
