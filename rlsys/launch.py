@@ -36,7 +36,7 @@ from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.engines.stop_tokens import read_stop_rules
 from rlsys.hub import use_cache_without_hub
 from rlsys.local_paths import is_in_job_copy, with_absolute_paths
-from rlsys.model_folder import check_model_folder, check_prompt_tokens
+from rlsys.model_folder import check_model_folder, check_prompt_tokens, model_notes
 from rlsys.placement import Placement
 from rlsys.preflight import output_dir_problems
 from rlsys.ray_session import STOP_SIGNALS, ray_session
@@ -240,6 +240,8 @@ def load_data(config: Config) -> PromptData:
     data = load_checked_prompts(config, tokenizer)
     check_prompt_tokens(folder, tokenizer, [*data.train, *data.validation])
     stops = read_stop_rules(folder, tokenizer, config.rollout)
+    for note in model_notes(folder):
+        print(f"note: {note}", flush=True)
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)

@@ -2,8 +2,8 @@
 
 Weights, gradients and optimizer state are exact to a percent; activations are a rough guess for
 rows of the greatest length. Measured on CPU with SmolLM2-135M in fp32: policy 5.2 GiB (estimate
-5.2), rollout engine 2.3 (2.2), reference 1.5 (1.6). On an H200 two engines of 1.5B parameters on one
-GPU: 35.0 GiB (35.0).
+5.2), rollout engine 2.3 (2.2), reference 1.5 (1.6). On an H200, two
+engines of 1.5B parameters that share a GPU: 35.0 GiB (35.0).
 """
 
 from __future__ import annotations

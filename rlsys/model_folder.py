@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlsys.model_shape import ModelShape, read_model_shape
+from rlsys.model_keys import ignored_prose
+from rlsys.model_shape import ModelShape, read_model_config, read_model_shape
 from rlsys.tokenizer_files import chat_template, num_token_ids, resize_remedy, tokenizer_problems
 from rlsys.types import Prompt
 from rlsys.weight_files import weight_file_problems, weight_files, weight_table_problems
@@ -51,6 +52,12 @@ def check_model_folder(folder: Path, *, has_prompts: bool) -> None:
     problems = model_folder_problems(folder, read_model_shape(folder), has_prompts=has_prompts)
     if problems:
         raise ValueError("\n".join(problems))
+
+
+def model_notes(folder: Path) -> list[str]:
+    """What of config.json a run ignores, for people."""
+    prose = ignored_prose(read_model_config(folder))
+    return [f"{folder / 'config.json'}: {', '.join(prose)} ignored"] if prose else []
 
 
 def check_prompt_tokens(

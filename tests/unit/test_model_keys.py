@@ -5,6 +5,7 @@ import json
 import pytest
 from config_cases import EXPERTS, MODEL_SIZES
 
+from rlsys.model_folder import model_notes
 from rlsys.model_keys import ignored_prose
 from rlsys.model_shape import read_model_shape
 
@@ -174,6 +175,8 @@ def test_words_for_people_are_harmless_and_known(tmp_path):
     values = LLAMA | {"comment": "x", "license": "mit"}
     shape_of(tmp_path, values)
     assert ignored_prose(values) == ["comment", "license"]
+    (note,) = model_notes(tmp_path)
+    assert "comment, license ignored" in note
 
 
 @pytest.mark.parametrize(
