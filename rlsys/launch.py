@@ -240,8 +240,8 @@ def load_data(config: Config) -> PromptData:
     data = load_checked_prompts(config, tokenizer)
     check_prompt_tokens(folder, tokenizer, [*data.train, *data.validation])
     stops = read_stop_rules(folder, tokenizer, config.rollout)
-    for note in model_notes(folder):
-        print(f"note: {note}", flush=True)
+    for ignored in model_notes(folder):
+        print(f"note: {ignored}", flush=True)
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)
