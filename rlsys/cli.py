@@ -221,6 +221,7 @@ def _run_told(command: str, run: Callable[[], bool | None]) -> int:
     from rlsys.actors.group import ActorFailure, PhaseTimeout
     from rlsys.ray_session import RayStartError
     from rlsys.rewards.failures import RewardCodeError
+    from rlsys.sampling_watch import TrainingStopped
     from rlsys.weight_sync.transport import WeightSyncError
 
     try:
@@ -230,6 +231,7 @@ def _run_told(command: str, run: Callable[[], bool | None]) -> int:
         PhaseTimeout,
         RayStartError,
         RewardCodeError,
+        TrainingStopped,
         WeightSyncError,
     ) as error:
         # Who failed at what, below the failing actor's own traceback; the driver's is no news.

@@ -22,6 +22,10 @@ MAX_EMPTY_STEPS = 3
 """Such steps in a row end the run."""
 
 
+class TrainingStopped(RuntimeError):
+    """Going on would train nothing, or another policy than the one that samples."""
+
+
 class SamplingWatch:
     """Reads the metrics of each training step of this process.
 
@@ -40,7 +44,7 @@ class SamplingWatch:
         """The warnings that are new.
 
         Raises:
-            RuntimeError: policy and engine differ by more than grpo.max_logp_difference, or
+            TrainingStopped: policy and engine differ by more than grpo.max_logp_difference, or
                 several steps in a row trained nothing.
         """
         found = dict(self._differences(step, metrics))
@@ -52,7 +56,7 @@ class SamplingWatch:
             found["empty"] = empty
             self._empty_steps += 1
             if self._empty_steps == MAX_EMPTY_STEPS:
-                raise RuntimeError(f"{MAX_EMPTY_STEPS} steps in a row trained nothing: {empty}")
+                raise TrainingStopped(f"{MAX_EMPTY_STEPS} steps in a row trained nothing: {empty}")
         new = {topic: text for topic, text in found.items() if topic not in self._told}
         self._told |= new.keys()
         return list(new.values())
@@ -69,7 +73,7 @@ class SamplingWatch:
             text = self._difference_text(step, difference, rounding)
             bound = self._config.grpo.max_logp_difference
             if bound is not None and not difference <= bound:
-                raise RuntimeError(
+                raise TrainingStopped(
                     f"{text} This is above grpo.max_logp_difference = {bound:g}, which ends the "
                     "run; null never does."
                 )

@@ -6,7 +6,7 @@ import pytest
 from config_cases import values
 
 from rlsys.config import Config
-from rlsys.sampling_watch import MAX_EMPTY_STEPS, SamplingWatch
+from rlsys.sampling_watch import MAX_EMPTY_STEPS, SamplingWatch, TrainingStopped
 
 DIFFERENCE, MASKED = "sampling/logp_difference/mean", "sampling/masked_fraction"
 
@@ -49,9 +49,9 @@ def test_a_low_temperature_stretches_what_rounding_explains():
 @pytest.mark.parametrize("difference", [5.6, math.nan, math.inf])
 def test_a_difference_above_the_bound_ends_the_run(difference):
     metrics = step_of(**{DIFFERENCE: difference})
-    with pytest.raises(RuntimeError, match=r"max_logp_difference = 1"):
+    with pytest.raises(TrainingStopped, match=r"max_logp_difference = 1"):
         watch().observe(1, metrics)
-    with pytest.raises(RuntimeError, match="at step 7"):
+    with pytest.raises(TrainingStopped, match="at step 7"):
         watch().observe(7, metrics)
     assert watch(grpo={"max_logp_difference": None}).observe(1, metrics) != []
 
@@ -61,7 +61,7 @@ def test_stale_completions_are_compared_at_the_first_step_only():
     looking = watch(rollout={"max_staleness": 1})
     assert looking.observe(1, step_of(**{DIFFERENCE: 1e-6})) == []
     assert looking.observe(2, step_of(**{DIFFERENCE: 2.0})) == []
-    with pytest.raises(RuntimeError, match="nats a token"):
+    with pytest.raises(TrainingStopped, match="nats a token"):
         watch(rollout={"max_staleness": 1}).observe(1, step_of(**{DIFFERENCE: 2.0}))
 
 
@@ -96,7 +96,7 @@ def test_steps_that_train_nothing_warn_and_several_end_the_run(metrics, words):
         assert word in warning
     for step in range(2, MAX_EMPTY_STEPS):
         assert looking.observe(step, step_of(**metrics)) == []
-    with pytest.raises(RuntimeError, match=f"{MAX_EMPTY_STEPS} steps in a row trained nothing"):
+    with pytest.raises(TrainingStopped, match=f"{MAX_EMPTY_STEPS} steps in a row trained nothing"):
         looking.observe(MAX_EMPTY_STEPS, step_of(**metrics))
 
 
