@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from rlsys.ray_env import check_cluster_answers  # isort: skip
 import ray  # isort: skip
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlsys.actors.group import START_TIMEOUT_S, get_all
 from rlsys.actors.model_group import ModelActors
@@ -28,6 +28,7 @@ from rlsys.checkpoints import REFERENCE_FOLDER, Checkpoints, checkpoint_steps, l
 from rlsys.config import Config
 from rlsys.config_load import ResolvedConfig, save_config
 from rlsys.data import PromptData, load_checked_prompts
+from rlsys.data.golds import reachable_rewards
 from rlsys.data.stream import make_prompt_stream
 from rlsys.data.usage import column_problems_of_run, unread_columns
 from rlsys.driver import train
@@ -42,6 +43,7 @@ from rlsys.preflight import output_dir_problems
 from rlsys.ray_session import STOP_SIGNALS, ray_session
 from rlsys.resume import resume_notes
 from rlsys.rewards import load_plugins
+from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
 from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
 from rlsys.run_dir import ENDED, RunDir
@@ -230,6 +232,26 @@ def check_prompts(config: Config, data: PromptData) -> None:
         raise ValueError("\n".join(problems))
 
 
+def check_right_answers(
+    config: Config, data: PromptData, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Warn of rows whose right answer a reward function cannot use, or no completion could give.
+
+    Raises:
+        ValueError: a function that scores every completion can use that of no row.
+    """
+    streamed = [prompt for stream in data.streams for prompt in stream.first_prompts]
+    prompts = [*data.train, *streamed, *data.validation]
+    useless = []
+    for finding in look_at_rows(reachable_rewards(config, tokenizer), prompts):
+        if finding.kills_reward and finding.name in config.reward.names_that_check_rows:
+            useless.append(finding.text)
+        else:
+            print(f"warning: {finding.text}; `rlsys data preview` shows them", flush=True)
+    if useless:
+        raise ValueError("\n".join(f"{text}. {GOLD_REMEDY}" for text in useless))
+
+
 def load_data(config: Config) -> PromptData:
     """The prompts of a run, with the chat template of its model."""
     use_cache_without_hub(config)
@@ -245,6 +267,7 @@ def load_data(config: Config) -> PromptData:
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)
+    check_right_answers(config, data, tokenizer)
     note = Detokenizer(tokenizer, config.rollout.skip_special_tokens, stops.eos_token_ids).note()
     if note is not None:
         print(f"note: {note}", flush=True)

@@ -15,10 +15,13 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import Config
+from rlsys.data.golds import reachable_rewards
 from rlsys.data.load import PromptData, load_checked_prompts
 from rlsys.data.rows import TEMPLATE_COLUMNS
 from rlsys.data.usage import column_problems, column_uses, unread_columns
+from rlsys.engines.detokenize import Detokenizer
 from rlsys.hub import use_cache_without_hub
+from rlsys.rewards.reachable import GOLD_REMEDY, Look, ReachableRewards, look_at_rows
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
 
@@ -51,12 +54,18 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     if config.data.streaming:
         lengths = [len(prompt.token_ids) for prompt in prompts]
     _print_histogram(config, lengths, console)
+    rewards = None if problems else reachable_rewards(config, tokenizer)
     for prompt in _spread(prompts, data.train_sizes, num_rows):
         _print_prompt(prompt, tokenizer, console)
+        if rewards is not None:
+            _print_right_answers(rewards.look(prompt), console)
+    if rewards is not None:
+        problems += _right_answers_of_all(rewards, prompts, config, console)
     problems += data.refused.texts
     if data.refused.num_more:
         problems.append(f"... and {data.refused.num_more:,} more such rows")
-    for notice in data.notices:
+    detokenizer = Detokenizer(tokenizer, config.rollout.skip_special_tokens)
+    for notice in [*data.notices, *filter(None, [detokenizer.note()])]:
         console.print(Text(f"\nNote: {notice}", style="yellow"))
     for problem in problems:
         console.print(Text(f"\nProblem: {problem}", style="bold red"))
@@ -270,3 +279,48 @@ def _print_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, console: C
     console.print()
     for name, value in prompt.columns.items():
         console.print(Text.assemble((f"  {name}: ", "dim"), _short(value)), no_wrap=True)
+
+
+# --- right answers -------------------------------------------------------------------------------
+
+
+def _print_right_answers(look: Look, console: Console) -> None:
+    """The right answer that each function reads, and a completion that earns the most."""
+    for name, gold in look.golds.items():
+        if gold is None:
+            words = f"  {name} reads no right answer in this row: None for every completion"
+            console.print(Text(words, style="yellow"))
+        else:
+            console.print(Text.assemble((f"  {name} reads: ", "dim"), printable(gold)))
+    if look.completion is not None:
+        values = ", ".join(f"{name} {_value(value)}" for name, value in look.values.items())
+        console.print(Text.assemble(("  a completion that earns ", "dim"), values))
+        for line in printable(look.completion).splitlines():
+            console.print(Text(f"    {line}", style="green"))
+    for name in look.missed:
+        best = look.best[name]
+        says = f"earns {best:.4g}, below its maximum, on the best completion tried"
+        if math.isnan(best):
+            says = "says None to every completion tried"
+        console.print(Text(f"  {name} {says}", style="bold red"))
+
+
+def _right_answers_of_all(
+    rewards: ReachableRewards, prompts: list[Prompt], config: Config, console: Console
+) -> list[str]:
+    """Print what is wrong with right answers; returns what is wrong with those of every row."""
+    if rewards.unknown:
+        names = ", ".join(rewards.unknown)
+        console.print(Text(f"\nBest value not known, so not looked at: {names}", style="dim"))
+    problems = []
+    for finding in look_at_rows(rewards, prompts):
+        if finding.in_all_rows and finding.name in config.reward.names_that_check_rows:
+            remedy = f". {GOLD_REMEDY}" if finding.kills_reward else ""
+            problems.append(f"{finding.text}{remedy}")
+        else:
+            console.print(Text(f"\nNote: {finding.text}", style="yellow"))
+    return problems
+
+
+def _value(value: float) -> str:
+    return "None" if math.isnan(value) else f"{value:.4g}"

@@ -44,6 +44,8 @@ class StreamedPrompts:
         self.counts = [SourceCounts(source.spec.text) for source in sources]
         self.columns: dict[str, None] = {}
         """What every prompt has, None where its row has no such column."""
+        self.first_prompts: list[Prompt] = []
+        """Of the first rows of each dataset, under their place; they come again in the stream."""
         self.unsaveable: dict[str, str] = {}
         """Columns that JSON cannot hold, and what to do: a checkpoint holds streamed prompts that
         were begun and not trained on."""
@@ -131,9 +133,14 @@ class StreamedPrompts:
                 self._note_columns(source, row.columns)
             for text in bad:
                 problems.add(text)
-            for (where, _), token_ids in zip(parsed, self._template.render(parsed), strict=True):
+            for (where, row), token_ids in zip(parsed, self._template.render(parsed), strict=True):
                 if isinstance(token_ids, str):
                     problems.add(f"{where}: {token_ids}")
+                    continue
+                opens_think = self._template.opens_think(token_ids)
+                self.first_prompts.append(
+                    Prompt(where, row.messages, token_ids, row.columns, opens_think)
+                )
 
     def _note_columns(self, source: Source, columns: dict[str, Any]) -> None:
         self.columns.update(dict.fromkeys(columns))

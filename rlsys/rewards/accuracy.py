@@ -37,6 +37,7 @@ class Accuracy(ORM):
     row whose answer cannot be read as mathematics, or is prose, is None: not applicable.
     """
 
+    max_reward = 1.0
     reads_think_tags = True
 
     def __init__(self, answer_format: AnswerFormat = "any", time_limit_s: float = 3.0):

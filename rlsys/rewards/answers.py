@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -194,6 +195,16 @@ def warn_once(name: str, problem: str) -> None:
             "%s: %s: its completions are None (not applicable). Further rows are not named; "
             "`rlsys data preview` shows what is read of each", name, problem,
         )  # fmt: skip
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """For a caller that says itself which rows cannot be scored."""
+    _log.disabled = True
+    try:
+        yield
+    finally:
+        _log.disabled = False
 
 
 _warned: set[str] = set()

@@ -23,9 +23,15 @@ class ORM:
     Derive from it, implement `__call__` and register the class. It is instantiated once in every
     reward process, with the keyword arguments that `reward.reward_params` has for its name.
 
+    A class that compares with a right answer may say which, with two methods that take the columns
+    of a row: `gold(row)` is the answer that it reads, None where the row has none that it can use;
+    `example(row)` is what a completion would give as answer, where that is not `gold(row)`.
+
     Example:
         @register_reward("short")
         class Short(ORM):
+            max_reward = 1.0
+
             def __init__(self, max_characters: int = 100):
                 self.max_characters = max_characters
 
@@ -33,6 +39,9 @@ class ORM:
                 return [float(len(text) <= self.max_characters) for text in completions]
     """
 
+    max_reward: float | None = None
+    """What a completion that is right in every way earns; None is not known. A run and `rlsys data
+    preview` then look whether the rows let a completion earn it."""
     reads_think_tags: bool = False
     """Whether completions come with the `<think>` that the prompt ends with, if it does: for
     functions that look for the tag, or for what stands behind `</think>`."""

@@ -35,6 +35,8 @@ def _has_each_tag_once(completion: str) -> bool:
 
 
 class _TagFormat(ORM):
+    max_reward = 1.0
+
     def __init__(self, prompt_opens_think: bool | Literal["auto"] = "auto"):
         """Settings.
 

@@ -38,6 +38,7 @@ class JSONSchema(ORM):
     runs in a helper process with a limit on CPU time, as a schema may hold regular expressions.
     """
 
+    max_reward = 1.0
     reads_think_tags = True
 
     def __init__(
@@ -97,6 +98,13 @@ class JSONSchema(ORM):
         elif not isinstance(_object_of(row["schema"]), dict):
             raise ValueError(f"json_schema: not a JSON object: {row['schema']!r:.200}")
 
+    def example(self, row: Mapping[str, Any]) -> str | None:
+        """See ORM: a value that fits the schema; None where the first guess does not."""
+        text = self._schema or self._text(row["schema"])
+        schema = json.loads(text)
+        guess = json.dumps(instance_of(schema, schema), ensure_ascii=False)
+        return guess if self._fits(text, guess) == "fits" else None
+
     def _text(self, schema: Any) -> str:
         """The schema as JSON, checked once."""
         text = schema if isinstance(schema, str) else json.dumps(schema, sort_keys=True)
@@ -117,6 +125,7 @@ class JSONMatch(ORM):
     found as by `json_schema`.
     """
 
+    max_reward = 1.0
     reads_think_tags = True
 
     def __init__(self, all_or_nothing: bool = False):
@@ -143,6 +152,11 @@ class JSONMatch(ORM):
     def check_row(row: Mapping[str, Any]) -> None:
         """See ORM: `expected` must be an object with fields."""
         _expected(row["expected"])
+
+    @staticmethod
+    def gold(row: Mapping[str, Any]) -> str:
+        """See ORM."""
+        return json.dumps(_expected(row["expected"]), ensure_ascii=False)
 
     def _score(self, completion: str, expected: dict[str, Any]) -> float:
         try:
@@ -177,6 +191,43 @@ def read_json(completion: str) -> Any:
     # RecursionError: thousands of brackets.
     except (ValueError, RecursionError) as error:
         raise NotJSON(str(error)) from None
+
+
+def instance_of(schema: Any, root: Any, depth: int = 20) -> Any:
+    """A small value that fits most JSON schemas; the caller looks whether it does."""
+    if not isinstance(schema, dict) or not depth:
+        return None
+    reference = schema.get("$ref")
+    if isinstance(reference, str) and reference.startswith("#/"):
+        target = root
+        for key in reference[2:].split("/"):
+            target = target.get(key, {}) if isinstance(target, dict) else {}
+        return instance_of(target, root, depth - 1)
+    if "const" in schema:
+        return schema["const"]
+    for key in ("enum", "examples"):
+        if schema.get(key):
+            return schema[key][0]
+    if "default" in schema:
+        return schema["default"]
+    parts = [part for key in ("allOf", "anyOf", "oneOf") for part in schema.get(key, [])[:1]]
+    if parts:
+        rest = {key: value for key, value in schema.items() if key[3:] != "Of"}
+        return instance_of(parts[0] | rest, root, depth - 1)
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    kind = kind[0] if isinstance(kind, list) else kind
+    if kind == "object":
+        properties = schema.get("properties", {})
+        names = schema.get("required", [])
+        return {name: instance_of(properties.get(name, {}), root, depth - 1) for name in names}
+    if kind == "array":
+        item = instance_of(schema.get("items", {}), root, depth - 1)
+        return [item] * schema.get("minItems", 0)
+    if kind == "string":
+        return "a" * schema.get("minLength", 0)
+    if kind in ("integer", "number"):
+        return schema.get("minimum", schema.get("maximum", schema.get("exclusiveMinimum", -1) + 1))
+    return True if kind == "boolean" else None
 
 
 def same(left: Any, right: Any) -> bool:

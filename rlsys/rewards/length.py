@@ -20,6 +20,8 @@ class Cosine(ORM):
     correctness reward says None, so does this one.
     """
 
+    max_reward: float | None = 1.0
+
     def __init__(
         self,
         max_completion_length: int,
@@ -56,6 +58,9 @@ class Cosine(ORM):
             )
         self.max_completion_length = max_completion_length
         self.correct = (min_len_value_correct, max_len_value_correct)
+        self.gold = getattr(self._correctness.function, "gold", None)
+        self.max_reward = None if self.gold is None else min(self.correct)
+        self.example = getattr(self._correctness.function, "example", None)
         self.wrong = (min_len_value_wrong, max_len_value_wrong)
 
     def __call__(
@@ -143,6 +148,8 @@ class SoftOverlong(ORM):
 
     Soft overlong punishment of DAPO, arXiv:2503.14476, equation 13.
     """
+
+    max_reward = 0.0
 
     def __init__(self, max_completion_length: int, cache_length: int | None = None):
         """Settings.

@@ -61,6 +61,7 @@ class MultipleChoice(ORM):
     `solution`: `B`, `(b)` or `B. Paris`. A row whose answer is prose is None: not applicable.
     """
 
+    max_reward = 1.0
     reads_think_tags = True
 
     def __init__(self, choices: str = "ABCDEFGHIJ", answer_format: AnswerFormat = "any"):
@@ -169,6 +170,7 @@ class ExactMatch(ORM):
     that counts. A row that has nothing but a `solution` in prose is None: not applicable.
     """
 
+    max_reward = 1.0
     reads_think_tags = True
 
     def __init__(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
+from rlsys.rewards.answers import right_answer
 from rlsys.rewards.base import ORM, as_messages, register_reward
 
 
@@ -31,8 +33,20 @@ class _FromTRL(ORM):
         return self._function(completions=as_messages(completions), **columns)
 
 
+class _FromTRLWithGold(_FromTRL):
+    """TRL reads any number of the column `solution`, also one of a derivation in prose."""
+
+    max_reward = 1.0
+
+    @staticmethod
+    def gold(row: Mapping[str, Any]) -> str | None:
+        """See ORM."""
+        found = right_answer("trl", row, columns=("solution",))
+        return None if found is None else str(found.value)
+
+
 @register_reward("trl/accuracy_reward")
-class TRLAccuracy(_FromTRL):
+class TRLAccuracy(_FromTRLWithGold):
     """trl.rewards.accuracy_reward: 1 for LaTeX equal to column `solution`; None if it is not
     readable."""
 
@@ -43,7 +57,7 @@ class TRLAccuracy(_FromTRL):
 
 
 @register_reward("trl/reasoning_accuracy_reward")
-class TRLReasoningAccuracy(_FromTRL):
+class TRLReasoningAccuracy(_FromTRLWithGold):
     """trl.rewards.reasoning_accuracy_reward: the same for what follows the reasoning."""
 
     function_name = "reasoning_accuracy_reward"
@@ -66,6 +80,7 @@ class TRLReasoningAccuracy(_FromTRL):
 class TRLThinkFormat(_FromTRL):
     """trl.rewards.think_format_reward: 1 for `<think>...</think>` and an answer after it."""
 
+    max_reward = 1.0
     reads_think_tags = True
     function_name = "think_format_reward"
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from config_cases import write_run
-from data_cases import write_jsonl
+from data_cases import TEMPLATE, chat_tokenizer, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -46,10 +46,8 @@ def test_the_number_of_rows_may_stand_anywhere_behind_the_config():
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """`rlsys data preview` in a folder with a model that has a real tokenizer."""
-    from data_cases import word_tokenizer
-
     registered = dict(preprocessors.data)
-    word_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    chat_tokenizer(TEMPLATE).save_pretrained(tmp_path / "tokenizer")
     config = write_run(tmp_path)
     for file in (tmp_path / "tokenizer").iterdir():
         file.replace(tmp_path / "model" / file.name)
@@ -71,7 +69,7 @@ def run(tmp_path, monkeypatch):
 def rows(tmp_path):
     drawing = random.Random(0)
     rows = [
-        {"prompt": "a " * drawing.randint(1, 60), "nums": [n], "target": n, "extra": None}
+        {"prompt": "a " * drawing.randint(1, 30), "nums": [n], "target": n, "extra": None}
         for n in range(100)
     ]
     last = {"prompt": "b\x1b[31m c", "nums": [1], "target": 1, "extra": "x"}
@@ -83,7 +81,7 @@ def test_everything_is_there_and_fits(run, rows, width):
     code, output = run("--data.dataset", rows, "--data.max_prompt_length", "50", width=width)
     assert code == 0
     assert max(map(len, output.splitlines())) <= width
-    assert "<s>[user] a" in output.replace("<s> [ user ]", "<s>[user]")
+    assert "<s>[user] a" in output
     assert "rows:6 " in output
     assert "dropped" in output
     assert "data.max_prompt_length is 50" in output
@@ -147,6 +145,7 @@ def test_the_preprocessor_of_the_documentation_runs(run, tmp_path):
     source = write_jsonl(tmp_path / "gsm.jsonl", [problem] * 40 + [{"question": "?", "answer": ""}])
     code, output = run(
         "--data.dataset", source, "--reward.reward_funcs", "format",
+        "--data.max_prompt_length", "200",
         "--data.external_plugins", "plugins/word_problems.py",
         "--data.preprocessor", "word_problems",
     )  # fmt: skip
@@ -171,3 +170,52 @@ def test_what_prompts_lack_and_nobody_reads_is_named_here_and_at_the_start(run, 
         assert "o reward function names the columns self" in shown
     tools = next(line for line in output.splitlines() if line.startswith("tools"))
     assert tools.endswith("chat template")
+
+
+PROSE = "See Figure 4. The slope is minus two."
+
+
+def test_right_answers_and_a_completion_that_earns_the_most_are_shown(run, tmp_path):
+    rows = [
+        {"prompt": "a", "nums": [44, 19, 35], "target": 98, "answer": PROSE, "solution": "Rome"}
+    ]
+    rows.append({"prompt": "b", "nums": [1, 1], "target": 9, "answer": None, "solution": PROSE})
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    code, output = run(
+        "--data.dataset", source,
+        "--reward.reward_funcs", "countdown", "format", "exact_match", "regex_match",
+        "--reward.reward_params", "{regex_match: {pattern: x}, exact_match: {column: solution}}",
+    )  # fmt: skip
+    assert code == 0
+    assert "countdown reads: 98 of [44, 19, 35]" in output
+    assert "exact_match reads: Rome" in output
+    assert "a completion that earns" in output
+    assert "<answer>35 + (44 + 19)</answer>" in output
+    assert "countdown earns 0, below its maximum" in output
+    assert "countdown: 1 of 2 rows let no completion tried earn its maximum" in output
+    assert "Best value not known, so not looked at: regex_match" in output
+
+
+@pytest.mark.parametrize(
+    ("rewards", "row", "words"),
+    [
+        (["exact_match", "format"], {"solution": PROSE}, "exact_match: 3 of 3 rows have no right"),
+        (["countdown"], {"nums": [1, 1], "target": 9}, "3 of 3 rows let no completion tried earn"),
+    ],
+)
+def test_a_reward_that_no_row_lets_anyone_earn_is_a_problem(run, tmp_path, rewards, row, words):
+    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"} | row] * 3)
+    for streaming in ((), ("--data.streaming",)):
+        options = ("--data.dataset", source, "--reward.reward_funcs", *rewards, *streaming)
+        code, output = run(*options)
+        assert code == 1
+        assert f"Problem: {rewards[0]}" in output
+        assert words in output
+
+
+def test_a_limit_that_no_answer_fits_into_is_a_problem(run, rows):
+    code, output = run("--data.dataset", rows, "--rollout.max_completion_length", "10")
+    assert code == 1
+    assert re.search(
+        r"countdown: (\d+) of \1 rows let no completion tried earn its maximum", output
+    )

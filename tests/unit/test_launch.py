@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 from config_cases import values
+from data_cases import chat_tokenizer, write_jsonl
 
 from rlsys.actors.group import ActorFailure
 from rlsys.config import Config
-from rlsys.launch import _end_rollouts, step_notes
+from rlsys.data import load_checked_prompts
+from rlsys.launch import _end_rollouts, check_right_answers, step_notes
 
 
 def end_run(error, unheard):
@@ -61,3 +63,28 @@ def test_other_ends_are_left_alone():
 )
 def test_a_run_says_what_its_epochs_come_to(fields, notes):
     assert list(step_notes(Config.model_validate(values(**fields)), 20)) == notes
+
+
+PROSE = "See Figure 4. The slope is minus two."
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_without_a_right_answer_are_counted_before_the_run(tmp_path, capsys, streaming):
+    rows = [{"prompt": "a", "solution": "4"}, {"prompt": "b", "solution": PROSE}]
+    source = write_jsonl(tmp_path / "a.jsonl", rows * 4)
+    tokenizer = chat_tokenizer("{{ messages[0]['content'] }}")
+    data = {"dataset": [source], "streaming": streaming}
+
+    def check(**reward):
+        reward = {"reward_funcs": ["exact_match"]} | reward
+        config = Config.model_validate(values(data=data, reward=reward))
+        check_right_answers(config, load_checked_prompts(config, tokenizer), tokenizer)
+        return capsys.readouterr().out
+
+    assert "warning: exact_match: 4 of 8 rows have no right answer that it can use" in check()
+    write_jsonl(tmp_path / "a.jsonl", rows[1:] * 4)
+    with pytest.raises(ValueError, match=r"4 of 4 rows have no right answer.*\\boxed"):
+        check()
+    assert "warning: exact_match: 4 of 4 rows" in check(on_error="zero")
+    write_jsonl(tmp_path / "a.jsonl", rows[:1])
+    assert check() == ""

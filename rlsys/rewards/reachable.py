@@ -1,0 +1,224 @@
+"""Can a completion earn what the rows promise? Looked at before the first step, without a model.
+
+Each reward function says which right answer it reads in a row (`gold`) and what a completion would
+give as answer (`example`, see ORM). Completions are made of these answers in the usual layouts and
+scored by the functions themselves, so what scores here scores in the run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any
+
+from rlsys.rewards.answers import without_warnings
+from rlsys.rewards.base import orms
+from rlsys.rewards.instances import Params, RewardError
+from rlsys.rewards.scoring import Reward, is_async, reward_columns
+from rlsys.types import OPEN_THINK, Completion, Prompt, RolloutGroup
+
+MAX_ROWS = 100
+"""Rows, spread over the data, for which completions are made up and scored."""
+_LAYOUTS = (
+    "<think>So</think>\n<answer>{answer}</answer>",
+    "<think>So</think>\n\\boxed{{{answer}}}",
+    "<think>So</think>\n<answer>\\boxed{{{answer}}}</answer>",
+    "<think>So</think>\n{answer}",
+    "So</think>\n<answer>{answer}</answer>",
+    "So \\boxed{{{answer}}}",
+    "So <answer>{answer}</answer>",
+    "\\boxed{{{answer}}}",
+    "<answer>{answer}</answer>",
+    "{answer}",
+)
+_ROUNDING = 1e-6
+
+GOLD_REMEDY = (
+    "A right answer stands in the column answer, or marked in solution: <answer>42</answer>, "
+    "\\boxed{42}, or #### 42 as the last line. Rename a column with data.columns, or write a "
+    "data.preprocessor"
+)
+Write = Callable[[str], Completion]
+"""A text as the completion that a run would make of it: its tokens, and what they decode to."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the reward functions read in one row, and the best completion that was made up."""
+
+    golds: dict[str, str | None]
+    """The right answer, by function that compares with one; None where it reads none."""
+    completion: str | None
+    """As a run would decode it; None where no answer is known."""
+    values: dict[str, float]
+    """What `completion` earns; NaN for None."""
+    best: dict[str, float]
+    """The most that any completion earned from each function; NaN where all were None."""
+    missed: list[str]
+    """Functions of which no completion earned `max_reward`, though their answer is known."""
+
+
+@dataclass(slots=True)
+class _Count:
+    without: list[str] = field(default_factory=list)
+    """Prompts without a right answer that the function can use."""
+    unreadable: list[str] = field(default_factory=list)
+    """Prompts with one to which the function says None."""
+    missed: list[str] = field(default_factory=list)
+    """Prompts of which no completion earned the most."""
+
+
+class ReachableRewards:
+    """The reward functions of a run whose best value is known, and what rows let them give."""
+
+    def __init__(
+        self, names: Iterable[str], params: Mapping[str, Params], of_run: Params, write: Write
+    ):
+        """Instantiate them; async ones are left out.
+
+        Raises:
+            ValueError: settings that do not fit.
+            RewardError: a class raised when it was instantiated.
+        """
+        names = list(names)
+        made = [
+            Reward(name, params.get(name), of_run)
+            for name in names
+            if _max_reward(orms[name]) is not None and not is_async(orms[name])
+        ]
+        # An instance may know better than its class.
+        self.rewards = [reward for reward in made if _max_reward(reward.function) is not None]
+        known = [reward.name for reward in self.rewards]
+        self.unknown = [name for name in names if name not in known]
+        """Functions of which the best value is not known."""
+        self._write = write
+        self._layouts = list(_LAYOUTS)
+
+    def golds(self, row: Mapping[str, Any]) -> dict[str, str | None]:
+        """The right answer that each function reads; None where it has none that it can use."""
+        return {
+            reward.name: _ask(gold, row)
+            for reward in self.rewards
+            if (gold := getattr(reward.function, "gold", None)) is not None
+        }
+
+    def look(self, prompt: Prompt) -> Look:
+        """Make up completions until one earns the most from every function."""
+        golds = self.golds(prompt.columns)
+        asked = [reward for reward in self.rewards if golds.get(reward.name, "") is not None]
+        answers = {reward.name: _answer(reward, prompt.columns, golds) for reward in asked}
+        tried = list(dict.fromkeys(filter(None, answers.values())))
+        best = {reward.name: math.nan for reward in asked}
+        most, completion, earned = -1, None, dict[str, float]()
+        for layout, answer in product(list(self._layouts), tried or ["..."]):
+            text = layout.format(answer=answer)
+            written = self._write(text.removeprefix(OPEN_THINK) if prompt.opens_think else text)
+            values = _scores(asked, prompt, written)
+            best = {name: _larger(best[name], values[name]) for name in best}
+            num_earned = sum(_earns(reward, values) for reward in asked)
+            if num_earned > most:
+                most, completion, earned = num_earned, written.text, values
+            if most == len(asked):
+                # The next row most likely wants the same.
+                self._layouts.sort(key=lambda other: other != layout)
+                break
+        missed = [
+            reward.name
+            for reward in asked
+            if not _earns(reward, best) and answers[reward.name] is not None
+        ]
+        return Look(golds, completion if tried else None, earned if tried else {}, best, missed)
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Something about the right answers of many rows."""
+
+    name: str
+    """Of the reward function."""
+    text: str
+    in_all_rows: bool
+    """Whether it is so in every row that was looked at."""
+    kills_reward: bool
+    """Whether the function then says None to every completion."""
+
+
+def look_at_rows(rewards: ReachableRewards, prompts: Sequence[Prompt]) -> list[Finding]:
+    """What is wrong with right answers, by function and kind; [] if nothing is.
+
+    All rows are asked for their right answers, `MAX_ROWS` of them for completions.
+    """
+    counts = {reward.name: _Count() for reward in rewards.rewards}
+    for prompt in prompts:
+        for name, gold in rewards.golds(prompt.columns).items():
+            if gold is None:
+                counts[name].without.append(prompt.prompt_id)
+    step = max(1, math.ceil(len(prompts) / MAX_ROWS))
+    looked = prompts[::step]
+    for prompt in looked:
+        look = rewards.look(prompt)
+        for name in look.missed:
+            unreadable = name in look.golds and math.isnan(look.best[name])
+            count = counts[name]
+            (count.unreadable if unreadable else count.missed).append(prompt.prompt_id)
+    return [
+        finding
+        for name, count in counts.items()
+        for finding in _findings(name, count, num_rows=len(prompts), num_looked=len(looked))
+    ]
+
+
+def _findings(name: str, count: _Count, *, num_rows: int, num_looked: int) -> Iterator[Finding]:
+    some = "rows" if num_rows == num_looked else "rows looked at"
+    for ids, total, rows, says_none, what in (
+        (count.without, num_rows, "rows", True, "have no right answer that it can use"),
+        (count.unreadable, num_looked, some, True, "have a right answer to which it says None"),
+        (count.missed, num_looked, some, False, "let no completion tried earn its maximum"),
+    ):
+        if ids:
+            text = f"{name}: {len(ids):,} of {total:,} {rows} {what}, the first is {ids[0]}"
+            in_all = len(ids) == total
+            yield Finding(name, text, in_all, in_all and says_none)
+
+
+def _ask(function: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any]) -> str | None:
+    """What `gold` or `example` says; a row that it refuses, or that lacks its column, has none."""
+    try:
+        said = function(row)
+    except (ValueError, KeyError):
+        return None
+    return None if said is None else str(said)
+
+
+def _answer(reward: Reward, row: Mapping[str, Any], golds: Mapping[str, str | None]) -> str | None:
+    """What a completion would answer: "" for a function that wants nothing particular, None where
+    it is not known."""
+    example = getattr(reward.function, "example", None)
+    return golds.get(reward.name, "") if example is None else _ask(example, row)
+
+
+def _scores(rewards: Sequence[Reward], prompt: Prompt, completion: Completion) -> dict[str, float]:
+    columns = reward_columns(RolloutGroup(0, prompt, [completion]))
+    values = {}
+    with without_warnings():
+        for reward in rewards:
+            try:
+                [values[reward.name]] = reward.score(columns)
+            except RewardError:  # of a row that it refuses, which is said elsewhere
+                values[reward.name] = math.nan
+    return values
+
+
+def _earns(reward: Reward, values: Mapping[str, float]) -> bool:
+    most = _max_reward(reward.function)
+    return most is not None and values[reward.name] >= most - _ROUNDING
+
+
+def _max_reward(function: Any) -> float | None:
+    return getattr(function, "max_reward", None)
+
+
+def _larger(one: float, other: float) -> float:
+    return other if math.isnan(one) else one if math.isnan(other) else max(one, other)
