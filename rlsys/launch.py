@@ -271,7 +271,8 @@ def load_data(config: Config) -> PromptData:
     note = Detokenizer(tokenizer, config.rollout.skip_special_tokens, stops.eos_token_ids).note()
     if note is not None:
         print(f"note: {note}", flush=True)
-    unread = unread_columns(config, data.columns)
+    held_out = [column for prompt in data.validation[:1] for column in prompt.columns]
+    unread = unread_columns(config, dict.fromkeys([*data.columns, *held_out]))
     if unread is not None:
         print(f"data: {unread}", flush=True)
     data.refused.raise_if_any()

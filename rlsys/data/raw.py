@@ -16,6 +16,15 @@ from typing import IO, Any, cast
 from rlsys.data.json_text import BadRow, parse_json
 
 MIB = 2**20
+_MAGIC = {
+    ".gz": b"\x1f\x8b",
+    ".bz2": b"BZh",
+    ".xz": b"\xfd7zXZ\0",
+    ".zst": b"\x28\xb5\x2f\xfd",
+    ".zip": b"PK\x03\x04",
+    ".parquet": b"PAR1",
+}
+"""First bytes of files that are no text."""
 
 
 @dataclass(slots=True)
@@ -68,6 +77,20 @@ def too_large(limit: int) -> str:
         f"is larger than {limit / MIB:g} MiB: often a line break is missing. If the row is right, "
         "raise data.max_row_mb"
     )
+
+
+def foreign_content(path: Path) -> str | None:
+    """What a file holds instead of rows, where its first bytes tell; None where they do not."""
+    with path.open("rb") as file:
+        head = file.read(200).lstrip()
+    if head.startswith(b"version https://git-lfs"):
+        return "is a pointer of Git LFS, and not the file itself: fetch it with git lfs pull"
+    if head[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, and no rows: it may be the error page of a download"
+    found = next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), None)
+    if found is not None and found != path.suffix:
+        return f"is a {found} file by its first bytes: rename it, or decompress it"
+    return None
 
 
 @contextmanager

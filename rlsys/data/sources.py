@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rlsys.config import DataConfig
 from rlsys.data.preprocess import NO_PREPROCESSOR, Preparation, keep_row, open_dataset
+from rlsys.data.raw import foreign_content
 from rlsys.data.readers import BadRow, RawRow, read_file
 from rlsys.data.rows import ParsedRow, columns_problem, parse_row
 from rlsys.data.spec import (
@@ -199,7 +200,8 @@ class Source:
                 f"dataset {self.spec.text!r} must be a file in {', '.join(FILE_SUFFIXES)}; texts "
                 f"may be compressed ({', '.join(COMPRESSED_SUFFIXES)})"
             )
-        return None
+        foreign = foreign_content(path)
+        return None if foreign is None else f"dataset {self.spec.text!r} {foreign}"
 
     def understand(self, raw: RawRow) -> ParsedRow | None:
         """Columns renamed, preprocessed, and parsed; None when the preprocessor leaves it out.

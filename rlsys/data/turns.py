@@ -212,6 +212,7 @@ def _call(given: Any) -> dict[str, Any]:
         given = _from_text(given)
     call = given if isinstance(given, dict) and "function" in given else {"function": given}
     function = call["function"]
+    function = _from_text(function) if isinstance(function, str) else function
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(_no_call(given))
     about = {key: v for key, v in call.items() if v is not None}

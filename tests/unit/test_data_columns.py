@@ -26,7 +26,7 @@ def config_of(tmp_path, *names):
 
 @pytest.mark.parametrize("column", RESERVED)
 def test_a_reserved_name_that_no_reward_function_takes_is_ignored_and_named(tmp_path, column):
-    config = config_of(tmp_path, "format", "accuracy")
+    config = config_of(tmp_path, "format", "exact_match")
     columns = ["solution", column]
     assert column_problems(config, columns) == []
     assert unread_columns(config, columns) == (
@@ -37,7 +37,7 @@ def test_a_reserved_name_that_no_reward_function_takes_is_ignored_and_named(tmp_
     given = reward_columns(
         RolloutGroup(0, prompt, [Completion([1], [0.0], text, "stop", policy_versions=(1,))])
     )
-    for name in ("format", "accuracy"):
+    for name in ("format", "exact_match"):
         assert Reward(name).score(given) == [1.0]
     if column in OWN_COLUMNS:  # the run's own goes before the dataset's
         assert given[column] != ["x"]

@@ -173,3 +173,25 @@ def test_other_compressed_files_are_refused(tokenizer, tmp_path):
         load(tokenizer, str(tmp_path / "a.parquet.gz"))
     with pytest.raises(ValueError, match=r"dataset 'no/such\.jsonl\.gz' does not exist"):
         load(tokenizer, "no/such.jsonl.gz")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", gzip.compress(b"{}"), "is a .gz file by its first bytes: rename it"),
+        ("a.csv", COMPRESSORS["zst"](b"a" * 99), "is a .zst file by its first bytes"),
+        ("a.jsonl", b"PAR1....", "is a .parquet file by its first bytes"),
+        (
+            "a.parquet",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "fetch it with git lfs pull",
+        ),
+        ("a.json", b"\n<!DOCTYPE html>\n<html>\n", "is a web page, and no rows"),
+    ],
+)
+def test_a_file_of_something_else_is_one_error(tokenizer, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="there is 1 problem") as caught:
+        load(tokenizer, str(tmp_path / name))
+    assert f"{tmp_path / name}' is a" in str(caught.value)
+    assert words in str(caught.value)
