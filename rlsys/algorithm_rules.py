@@ -439,11 +439,12 @@ def _correction_text(grpo: GrpoConfig) -> str:
         else:
             out = f"{grpo.rollout_rs} is above {upper:g}"
         parts.append(f"a {what} whose {out} is left out")
-    if grpo.rollout_token_veto_threshold is not None:
-        parts.append(
-            "a completion with a token of weight below "
-            f"{grpo.rollout_token_veto_threshold:g} is left out"
-        )
+    for veto, side in (
+        (grpo.rollout_token_veto_threshold, "below"),
+        (grpo.rollout_token_veto_threshold_high, "above"),
+    ):
+        if veto is not None:
+            parts.append(f"a completion with a token of weight {side} {veto:g} is left out")
     if grpo.off_policy_mask_threshold is not None:
         parts.append(
             f"bad completions that fell by {grpo.off_policy_mask_threshold:g} nats a token are "

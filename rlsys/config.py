@@ -376,6 +376,8 @@ class GrpoConfig(Section):
     rollout_token_veto_threshold: float | None = Field(default=None, gt=0.0, lt=1.0)
     """Leave out a completion if the weight of one of its tokens is below this, such as 1e-4: the
     engine sampled what the policy would hardly ever say. None leaves out none."""
+    rollout_token_veto_threshold_high: float | None = Field(default=None, gt=1.0)
+    """The same for tokens whose weight is above this, such as 100 (SkyRL's outlier token mask)."""
     off_policy_mask_threshold: PositiveFloat | None = None
     """Leave out completions of negative advantage whose log-probs fell by more than this, in nats a
     token, since they were sampled (DeepSeek-V3.2). None leaves out none."""
@@ -428,7 +430,8 @@ class GrpoConfig(Section):
     @property
     def rejects_rollouts(self) -> bool:
         """Whether the difference between policy and rollout engine may leave tokens out."""
-        return self.rollout_rs != "none" or self.rollout_token_veto_threshold is not None
+        vetoes = (self.rollout_token_veto_threshold, self.rollout_token_veto_threshold_high)
+        return self.rollout_rs != "none" or vetoes != (None, None)
 
     @property
     def rollout_rs_bounds(self) -> tuple[float, float]:

@@ -166,6 +166,9 @@ def correction(row, config):
     veto = config.rollout_token_veto_threshold
     if veto is not None and (log_w.exp() < veto).any():
         weight = torch.zeros_like(weight)
+    veto = config.rollout_token_veto_threshold_high
+    if veto is not None and (log_w.exp() > veto).any():
+        weight = torch.zeros_like(weight)
     if config.off_policy_mask_threshold is not None:
         fallen = (row.rollout - row.logprobs).mean().item()
         if row.A[0] < 0 and fallen > config.off_policy_mask_threshold:

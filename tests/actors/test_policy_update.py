@@ -254,6 +254,24 @@ def test_only_tokens_of_high_entropy_are_trained_on(lab, policy_models, batches)
     assert norm(difference) <= 1e-5 * norm(expected)
 
 
+@pytest.mark.parametrize("loss_type", ["clip_cov", "kl_cov"])
+def test_tokens_of_high_covariance_are_chosen_before_the_step_is_split(
+    lab, policy_models, batches, loss_type
+):
+    batch = batches["qwen3-tied"]
+    grpo = {"loss_type": loss_type, "kl_cov_ratio": 0.1, "clip_cov_ratio": 0.1, "clip_cov_lb": 0}
+    metrics = [
+        lab.policy(policy_config(policy_models["qwen3-tied"], grpo=grpo, **options))
+        .update(batch)
+        .metrics
+        for options in (LAYOUTS["one rank"], LAYOUTS["DP 2"] | {"micro_batch_size": 1})
+    ]
+    tokens = int(batch.completion_mask.sum())
+    assert metrics[0]["clip_ratio/cov_mean"] == pytest.approx(int(0.1 * tokens) / tokens)
+    for key in ("clip_ratio/cov_mean", "loss", "grad_norm"):
+        assert metrics[1][key] == pytest.approx(metrics[0][key], rel=1e-4)
+
+
 def test_dropped_completions_leave_no_trace_and_a_step_of_nothing_else_is_left_out(
     lab, policy_models, batches
 ):

@@ -63,6 +63,7 @@ OPTIONS = {
     "sum k2": {"rollout_rs": "seq_sum_k2", "rollout_rs_threshold": 0.1},
     "maximal k3": {"rollout_rs": "seq_max_k3", "rollout_rs_threshold": 0.05},
     "veto": {"rollout_token_veto_threshold": 0.8},
+    "veto of the likelier": {"rollout_token_veto_threshold_high": 1.3},
 }
 
 
@@ -263,7 +264,15 @@ def test_the_case_above_has_everything_that_could_go_wrong(case):
     for options in ("token truncation", "sequence truncation", "truncation both ways"):
         assert 0 < metrics("grpo", options)["sampling/clipped_fraction"] < 1
     rejections = ["IcePop", "sequence rejection", "geometric rejection", "off-policy mask", "mask"]
-    for options in (*rejections, "token k2", "mean k3", "sum k2", "maximal k3", "veto"):
+    for options in (
+        *rejections,
+        "token k2",
+        "mean k3",
+        "sum k2",
+        "maximal k3",
+        "veto",
+        "veto of the likelier",
+    ):
         assert 0 < metrics("grpo", options)["sampling/masked_fraction"] < 1
         share = metrics("grpo", options)["sampling/importance_sampling_ratio/effective_sample_size"]
         assert 0 < share < 1

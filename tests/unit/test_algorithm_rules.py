@@ -218,10 +218,11 @@ def test_a_description_worked():
                 "rollout_rs": "seq_max_k3",
                 "rollout_rs_threshold": 0.1,
                 "rollout_token_veto_threshold": 1e-4,
+                "rollout_token_veto_threshold_high": 100.0,
             },
             "off-policy correction",
             "a completion whose seq_max_k3 is above 0.1 is left out; a completion with a token of "
-            "weight below 0.0001 is left out",
+            "weight below 0.0001 is left out; a completion with a token of weight above 100 is",
         ),
     ],
     ids=str,

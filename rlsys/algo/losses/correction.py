@@ -75,9 +75,12 @@ def _accepted(log_w_T: Tensor, inputs: LossInput, config: GrpoConfig) -> Tensor:
         lower, upper = config.rollout_rs_bounds
         w_T = _rejection_statistic(log_w_T, config.rollout_rs, inputs)
         kept_T = (w_T <= upper) & (w_T >= lower)
-    if config.rollout_token_veto_threshold is not None:
+    low, high = config.rollout_token_veto_threshold, config.rollout_token_veto_threshold_high
+    if low is not None:
         least_T = -inputs.segments.maxima(-log_w_T, inputs.mask)
-        kept_T = kept_T & (least_T >= math.log(config.rollout_token_veto_threshold))
+        kept_T = kept_T & (least_T >= math.log(low))
+    if high is not None:
+        kept_T = kept_T & (inputs.segments.maxima(log_w_T, inputs.mask) <= math.log(high))
     return kept_T
 
 
