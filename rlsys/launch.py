@@ -267,7 +267,6 @@ def load_data(config: Config) -> PromptData:
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)
-    check_right_answers(config, data, tokenizer)
     note = Detokenizer(tokenizer, config.rollout.skip_special_tokens, stops.eos_token_ids).note()
     if note is not None:
         print(f"note: {note}", flush=True)
@@ -276,6 +275,7 @@ def load_data(config: Config) -> PromptData:
     if unread is not None:
         print(f"data: {unread}", flush=True)
     data.refused.raise_if_any()
+    check_right_answers(config, data, tokenizer)
     return data
 
 

@@ -288,7 +288,7 @@ def _print_right_answers(look: Look, console: Console) -> None:
     """The right answer that each function reads, and a completion that earns the most."""
     for name, gold in look.golds.items():
         if gold is None:
-            words = f"  {name} reads no right answer in this row: None for every completion"
+            words = f"  {name} reads no right answer in this row"
             console.print(Text(words, style="yellow"))
         else:
             console.print(Text.assemble((f"  {name} reads: ", "dim"), printable(gold)))

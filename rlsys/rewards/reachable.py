@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 
 from rlsys.rewards.answers import without_warnings
-from rlsys.rewards.base import orms
+from rlsys.rewards.base import TRL_PREFIX, orms
 from rlsys.rewards.instances import Params, RewardError
 from rlsys.rewards.scoring import Reward, is_async, reward_columns
 from rlsys.types import OPEN_THINK, Completion, Prompt, RolloutGroup
@@ -180,7 +180,9 @@ def _findings(name: str, count: _Count, *, num_rows: int, num_looked: int) -> It
         if ids:
             text = f"{name}: {len(ids):,} of {total:,} {rows} {what}, the first is {ids[0]}"
             in_all = len(ids) == total
-            yield Finding(name, text, in_all, in_all and says_none)
+            # TRL's functions take any number out of prose.
+            kills = in_all and says_none and not name.startswith(TRL_PREFIX)
+            yield Finding(name, text, in_all, kills)
 
 
 def _ask(function: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any]) -> str | None:

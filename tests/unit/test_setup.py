@@ -33,7 +33,11 @@ def set_up(tmp_path):
         venv = str(tmp_path / "venv")
         environment = os.environ | {"PYTHON": str(python), "VENV": venv, "VENV_GPU": venv}
         done = subprocess.run(
-            ["bash", str(ROOT / "scripts" / script)], env=environment, capture_output=True, text=True, check=False
+            ["bash", str(ROOT / "scripts" / script)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 1
         assert not (tmp_path / "venv").exists()
