@@ -98,7 +98,11 @@ def _options(words: Sequence[str], problems: list[str]) -> list[_Option]:
         last = options[-1] if options else None
         found = _OPTION.fullmatch(word) or _other_spelling(word, last)
         if found is None and last is None:
-            problems.append(f"{word}: expected --section.field before it")
+            known = _normal(word) in config_fields()
+            way = (
+                f"write --{_normal(word)} VALUE" if known else "expected --section.field before it"
+            )
+            problems.append(f"{word}: {way}")
         elif found is None:
             assert last is not None
             last.texts.append(word)

@@ -163,6 +163,7 @@ def test_a_field_with_a_point_and_in_its_section_is_given_twice(problems):
             ["--data.chat_template_kwargs", "{enable_thinking: no}"],
             "enable_thinking: no is a text, write true or false",
         ),
+        (["policy.lr"], "policy.lr: write --policy.lr VALUE"),
         (["~policy.lr"], "expected --section.field before it"),
         (["--rollout.top_k", "yes"], "rollout.top_k = 'yes' (command line): should be a valid int"),
     ],
