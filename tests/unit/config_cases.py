@@ -22,6 +22,7 @@ MODEL_SIZES = {
     "head_dim": 32,
     "tie_word_embeddings": True,
     "max_position_embeddings": 256,
+    "eos_token_id": 2,
 }
 
 EXPERTS = {
