@@ -144,7 +144,5 @@ def test_weights_of_another_model_are_refused(lab, policy_models, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
-    with pytest.raises(
-        Exception, match=r"gate_proj.*weights and config\.json are of different models"
-    ):
+    with pytest.raises(Exception, match=r"gate_proj.*weights and config\.json are"):
         lab.policy(policy_config(tmp_path))
