@@ -119,6 +119,8 @@ def _rows_of(value: Any) -> list[Any] | None:
             f"it holds columns ({', '.join(list(value)[:5])}), as pandas' to_json writes them. "
             "Write rows, with to_json(PATH, orient='records', lines=True)"
         )
+    if all(key.isdecimal() and isinstance(row, dict) for key, row in value.items()):
+        return list(value.values())  # pandas' orient="index"
     if value.keys() & set(PROMPT_COLUMNS):
         return None
     lists = {key: rows for key, rows in value.items() if _are_rows(rows)}
@@ -145,6 +147,8 @@ def _are_rows(value: Any) -> bool:
 
 def _is_table_of_columns(value: dict[str, Any]) -> bool:
     columns = list(value.values())
+    if value.keys() == {"columns", "index", "data"}:  # orient="split"
+        return True
     if all(isinstance(column, dict) and "0" in column for column in columns):
         return True
     if not value.keys() & set(PROMPT_COLUMNS) or not all(isinstance(c, list) for c in columns):

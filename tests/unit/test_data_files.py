@@ -36,6 +36,7 @@ def lines(rows=ROWS) -> str:
         pytest.param("[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]", id="list of lines"),
         pytest.param(json.dumps({"data": ROWS}), id="wrapped"),
         pytest.param(json.dumps({"any name": ROWS}, indent=1), id="wrapped alone"),
+        pytest.param(json.dumps(dict(enumerate(ROWS))), id="numbered"),
         pytest.param(json.dumps({"version": "1", "data": ROWS, "tags": []}), id="wrapped, beside"),
         pytest.param(
             json.dumps({"rows": [{"row_idx": n, "row": row} for n, row in enumerate(ROWS)]}),
@@ -134,6 +135,7 @@ PRETTY = json.dumps({"prompt": "a", "n": 1}, indent=2)
             '{"prompt": ["a", "b"], "n": [1, 2]}',
             "it holds columns (prompt, n), as pandas",
         ),
+        ("a.json", '{"columns": ["prompt"], "index": [0], "data": [["a"]]}', "as pandas' to_json"),
         (
             "a.json",
             json.dumps({"train": ROWS, "test": ROWS}),
