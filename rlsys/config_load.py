@@ -101,6 +101,8 @@ def save_config(config: Config, path: Path) -> None:
     It begins with the command that runs it again, in another folder.
     """
     again = f"rlsys grpo {quote(str(path))} --output_dir {quote(str(unused_folder(path.parent)))}"
+    if config.checkpoint.resume:
+        again += " --checkpoint.resume false"
     head = f"{_SAVED_HEAD} To run it again:\n#   {again}\n"
     with replacing(path) as scratch:
         scratch.write_text(head + dump_yaml(config.model_dump()), encoding="utf-8")

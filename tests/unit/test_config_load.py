@@ -412,11 +412,13 @@ def test_the_saved_config_is_read_back_to_an_equal_one(tmp_path_factory, lr, sys
     assert set(again.origins.values()) == {"file"}
 
 
-def test_the_command_in_a_saved_config_runs_it_in_a_folder_that_is_free(tmp_path, monkeypatch):
+@pytest.mark.parametrize("resumed", [False, True])
+def test_the_command_in_a_saved_config_runs_it_in_a_folder_that_is_free(tmp_path, resumed):
     run = tmp_path / "my run"
     run.mkdir()
     (tmp_path / "my run-2").mkdir()
-    config = load_config(write_config(tmp_path, output_dir=str(run))).config
+    path = write_config(tmp_path, output_dir=str(run))
+    config = load_config(path, ["--checkpoint.resume"] if resumed else []).config
     save_config(config, run / "config.yaml")
     assert is_saved_config(run / "config.yaml")
     first, second, *_ = (run / "config.yaml").read_text().splitlines()
@@ -425,7 +427,9 @@ def test_the_command_in_a_saved_config_runs_it_in_a_folder_that_is_free(tmp_path
     assert (program, command) == ("rlsys", "grpo")
     again = load_config(path, words).config
     assert again.output_dir == str(tmp_path / "my run-3")
-    assert again.model_copy(update={"output_dir": config.output_dir}) == config
+    assert not again.checkpoint.resume  # there is nothing to continue from
+    same = {"output_dir": config.output_dir, "checkpoint": config.checkpoint}
+    assert again.model_copy(update=same) == config
     # Of an earlier version.
     (run / "config.yaml").write_text(f"{first}\n#   rlsys grpo THIS_FILE\n")
     assert is_saved_config(run / "config.yaml")
