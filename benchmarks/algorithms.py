@@ -73,6 +73,7 @@ def main():
         "max_steps": arguments.steps,
         "eval_steps": arguments.steps,
         "tracking.report_to": "[]",
+        "checkpoint.save_steps": "null",
     }
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = {

@@ -116,6 +116,7 @@ def write_config(folder, *, model, device, steps, prompts, generations, completi
         "grpo": {"beta": 0.0, "loss_type": "dapo"},
         "policy": {"max_tokens_per_micro_batch": 16384, "lr": 1.0e-6},
         "tracking": {"report_to": []},
+        "checkpoint": {"save_steps": None},
     }
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))

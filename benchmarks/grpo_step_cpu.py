@@ -84,6 +84,7 @@ def prepare(folder, max_steps):
         "--data.val_dataset",  # without a value: none
         *("--max_steps", str(max_steps), "--eval_steps", "null"),
         *("--tracking.report_to", "cpu_seconds"),
+        *("--checkpoint.save_steps", "null"),
     ]
 
 

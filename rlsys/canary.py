@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import CheckpointConfig, Config
-from rlsys.launch import choose_device, interruptible, load_data, start_system, train_system
+from rlsys.interrupts import interruptible
+from rlsys.launch import choose_device, load_data, make_checkpoints, start_system, train_system
 from rlsys.ray_session import ray_session
 from rlsys.sampling_watch import MAX_KL_OF_DTYPE
 from rlsys.tracking.base import Metrics, Split, Tracker
@@ -60,7 +61,7 @@ def run_canary(config: Config, console: Console) -> bool:
         stack.enter_context(ray_session())
         on_cpu = choose_device(config) == "cpu"
         system = start_system(config, data, recorder)
-        train_system(config, system, recorder, folder)
+        train_system(config, system, recorder, make_checkpoints(config, system, folder))
     checks = list(judge(config, recorder, on_cpu=on_cpu))
     table = Table(box=None, pad_edge=False)
     for column in ("", "with learning rate 0", "found"):
@@ -81,7 +82,7 @@ def canary_config(config: Config) -> Config:
             "policy": config.policy.model_copy(update={"lr": 0.0, "min_lr": 0.0}),
             # Its own checks tell more than the error would.
             "grpo": config.grpo.model_copy(update={"max_logp_difference": None}),
-            "checkpoint": CheckpointConfig(),
+            "checkpoint": CheckpointConfig(save_steps=None),
         }
     )
 

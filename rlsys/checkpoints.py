@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +15,8 @@ from rlsys.run_dir import flush_to_disk
 
 ROLLOUTS_FILE = "rollouts.json"
 REFERENCE_FOLDER = "reference"
+MAX_SHARE_OF_TIME = 0.1
+"""Of a run, for checkpoints of `save_steps: auto`."""
 
 
 class Checkpointed(Protocol):
@@ -51,6 +56,7 @@ class Checkpoints:
         rollouts: Stateful,
         config: CheckpointConfig,
         last_step: int,
+        clock: Callable[[], float] = time.monotonic,
     ):
         """`reference` only where it changes; otherwise its own folder says what it is.
 
@@ -62,13 +68,32 @@ class Checkpoints:
         self._rollouts = rollouts
         self._config = config
         self._last_step = last_step
+        self._clock = clock
+        self._worth_saving_from = -math.inf
+        """Time on the clock from which on `auto` finds a checkpoint worth what it takes."""
 
     def after_step(self, step: int) -> None:
-        """Save when `save_steps` says so, then drop the oldest beyond `save_total_limit`."""
-        if self._config.save_steps is None:
-            return
-        if step % self._config.save_steps and step != self._last_step:
-            return
+        """Save when `save_steps` says so."""
+        if self._is_due(step):
+            self.save(step, self._rollouts.state_dict())
+
+    def _is_due(self, step: int) -> bool:
+        interval = self._config.interval(self._last_step)
+        if interval is None:
+            return False
+        if step == self._last_step:
+            return True
+        is_worth_it = self._config.save_steps != "auto" or self._clock() >= self._worth_saving_from
+        return step % interval == 0 and is_worth_it
+
+    def save(self, step: int, rollouts: dict[str, Any]) -> None:
+        """Save the policy as it is, then drop the oldest beyond `save_total_limit`.
+
+        Args:
+            step: that the policy has finished.
+            rollouts: the state of the rollouts after that step.
+        """
+        start = self._clock()
         for leftover in self._folder.glob("step-*.partial"):  # of a process that was killed
             shutil.rmtree(leftover)
         if step in checkpoint_steps(self._folder):  # of a run that was resumed from before it
@@ -78,11 +103,13 @@ class Checkpoints:
         self._policy.save_checkpoint(partial)
         if self._reference is not None:
             self._reference.save_model(partial / REFERENCE_FOLDER)
-        (partial / ROLLOUTS_FILE).write_text(json.dumps(self._rollouts.state_dict()))
+        (partial / ROLLOUTS_FILE).write_text(json.dumps(rollouts))
         flush_to_disk(partial)
         partial.rename(self._folder / f"step-{step}")
         for old in checkpoint_steps(self._folder)[: -self._config.save_total_limit]:
             self._remove(old)
+        end = self._clock()
+        self._worth_saving_from = end + (end - start) / MAX_SHARE_OF_TIME
 
     def _partial(self, step: int) -> Path:
         return self._folder / f"step-{step}.partial"

@@ -591,22 +591,43 @@ class TrackingConfig(Section):
         return [] if names == ["none"] else names
 
 
-class CheckpointConfig(Section):
-    """What is kept to continue from. The final model is always written to OUTPUT_DIR/final."""
+AUTO_SAVES = 20
+"""A run that is killed loses 1/20 of its steps at most."""
 
-    save_steps: PositiveInt | None = None
-    """Write a checkpoint every so many steps, and after the last one; None writes none."""
+
+class CheckpointConfig(Section):
+    """What is kept to continue from. Every checkpoint, OUTPUT_DIR/checkpoints/step-N, is a model
+    folder that transformers and vLLM load, and holds the optimizer's state besides. The final model
+    is always written to OUTPUT_DIR/final."""
+
+    save_steps: PositiveInt | Literal["auto"] | None = "auto"
+    """Write a checkpoint every so many steps, and after the last one. auto: every 5% of max_steps,
+    less often where saving would take more than a tenth of the time. null: never."""
     save_total_limit: PositiveInt = 2
-    """Keep the newest so many checkpoints."""
+    """Keep the newest so many checkpoints. While one is written there is one more."""
+    exit_timeout_s: PositiveFloat = 600.0
+    """Seconds that a run may take, after Ctrl-C, SIGTERM or a failure, to save the last finished
+    step: its weights in OUTPUT_DIR/interrupted, then a checkpoint unless save_steps is null. A
+    second Ctrl-C ends it at once."""
     resume: bool = False
     """Continue the run in output_dir from its newest checkpoint."""
+
+    def interval(self, max_steps: int) -> int | None:
+        """Steps between two checkpoints; None writes none."""
+        if self.save_steps == "auto":
+            return max(1, max_steps // AUTO_SAVES)
+        return self.save_steps
 
 
 class Config(Section):
     """One GRPO run."""
 
     output_dir: PathText = Field(min_length=1)
-    """Everything a run writes; must not hold another run unless checkpoint.resume is set."""
+    """Everything a run writes. If it holds another run, checkpoint.resume or overwrite decides."""
+    overwrite: bool = False
+    """Start from step 0 in an output_dir that holds another run, whose files are moved to
+    OUTPUT_DIR/replaced-1 (then replaced-2, ...). With checkpoint.resume: only where there is no
+    checkpoint to continue from, so that a job that is started again and again needs both."""
     max_steps: PositiveInt | None = None
     """Rollouts, each followed by one policy update and one weight sync. None: num_train_epochs
     decides; one of the two must be set, and max_steps goes first."""

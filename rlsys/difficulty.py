@@ -89,7 +89,7 @@ class DifficultySampling:
             "stream": self._stream.state_dict(),
             "num_taken": self.num_taken,
             "num_skipped": self._num_skipped,
-            "useless": self._useless,
+            "useless": dict(self._useless),
             "reward_sum": self._reward_sum,
             "num_groups": self._num_groups,
         }

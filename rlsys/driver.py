@@ -11,6 +11,7 @@ from rlsys.algo.batching import build_train_batch
 from rlsys.algo.metrics import rollout_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.config import Config
+from rlsys.interrupts import held_back
 from rlsys.timing import PhaseTimer
 from rlsys.tracking.base import Metrics, Tracker
 from rlsys.types import RolloutGroup, TrainBatch, UpdateOutput
@@ -134,24 +135,25 @@ def train(
                 groups_P,
                 mask_truncated_completions=config.grpo.mask_truncated_completions,
             )
-        with timer("policy_update"):
-            update = policy.update(batch)
-        with timer("weight_sync"):
-            sync_metrics = publisher.publish()
-        if reference is not None and config.refreshes_reference(step):
-            with timer("reference_sync"):
-                reference.refresh()
-        metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
-        metrics |= rollouts.metrics()
-        metrics |= {
-            "policy_version": update.policy_version,
-            "memory(GiB)": policy.peak_memory_gib(),
-        }
-        tracker.log_metrics(
-            step, metrics | timer.metrics() | _throughput(config, metrics, batch, timer)
-        )
-        for warning in watch.observe(step, metrics):
-            tracker.log_warning(step, warning)
+        with held_back():  # or an interruption would leave half a step
+            with timer("policy_update"):
+                update = policy.update(batch)
+            with timer("weight_sync"):
+                sync_metrics = publisher.publish()
+            if reference is not None and config.refreshes_reference(step):
+                with timer("reference_sync"):
+                    reference.refresh()
+            metrics = rollout_metrics(groups_P, batch) | update.metrics | sync_metrics
+            metrics |= rollouts.metrics()
+            metrics |= {
+                "policy_version": update.policy_version,
+                "memory(GiB)": policy.peak_memory_gib(),
+            }
+            tracker.log_metrics(
+                step, metrics | timer.metrics() | _throughput(config, metrics, batch, timer)
+            )
+            for warning in watch.observe(step, metrics):
+                tracker.log_warning(step, warning)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             tracker.log_metrics(step, rollouts.evaluate(step))
         checkpoints.after_step(step)

@@ -29,6 +29,7 @@ from rlsys.memory import (
 from rlsys.model_shape import read_model_shape
 from rlsys.preflight import Problem, check_run, find_model_folder
 from rlsys.roles import Role, plan_roles
+from rlsys.saving import describe_saving, disk_use, disk_warning
 from rlsys.types import Device
 
 _VALUE = 32
@@ -51,7 +52,7 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
     print_pairs(console, "Algorithm", describe_algorithm(config))
     print_pairs(console, "Batches", batch_arithmetic(config))
     _print_roles(config, console)
-    _print_memory(config, console)
+    _print_saved_and_memory(config, console)
     _print_problems(problems, console)
     return all(problem.only_here for problem in problems)
 
@@ -230,7 +231,7 @@ def _role_text(name: str, roles: list[Role]) -> str:
     return f"CPU, {role.cpu_threads} thread{'s' if role.cpu_threads > 1 else ''} each"
 
 
-def _print_memory(config: Config, console: Console) -> None:
+def _print_saved_and_memory(config: Config, console: Console) -> None:
     device = guess_device(config)
     try:
         shape = read_model_shape(find_model_folder(config.model.path))
@@ -238,8 +239,16 @@ def _print_memory(config: Config, console: Console) -> None:
         if config.grpo.beta > 0:
             reference = read_model_shape(find_model_folder(config.reference_path))
     except ValueError:  # one of the problems, which are printed last
-        console.print("\nModel config not available here: memory not estimated")
+        print_pairs(console, "Saved", describe_saving(config, None))
+        console.print("\nModel config not available here: memory not estimated, nor disk")
         return
+    rows = count_rows(config.data)
+    config = config if rows is None else config.with_steps(rows)
+    use = disk_use(config, shape, device=device)
+    print_pairs(console, "Saved", describe_saving(config, use))
+    warning = disk_warning(config, use)
+    if warning is not None:
+        print_wrapped(console, warning, style="bold red")
     estimates = estimate_memory(config, shape, reference, device=device)
     of_rewards, unknown = _reward_model_memory(config, device)
     estimates += of_rewards

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 # Before Ray is imported, which reads some of the environment then.
 from rlsys.ray_env import check_cluster_answers  # isort: skip
@@ -31,23 +30,28 @@ from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.golds import reachable_rewards
 from rlsys.data.stream import make_prompt_stream
 from rlsys.data.usage import column_problems_of_run, unread_columns
+from rlsys.devices import guess_device
 from rlsys.driver import train
 from rlsys.engines.detokenize import Detokenizer
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.engines.stop_tokens import read_stop_rules
 from rlsys.hub import use_cache_without_hub
+from rlsys.interrupts import ImpatientInterrupt, interruptible
+from rlsys.last_step import save_last_step
 from rlsys.local_paths import is_in_job_copy, with_absolute_paths
 from rlsys.model_folder import check_model_folder, check_prompt_tokens, model_notes
+from rlsys.model_shape import read_model_shape
 from rlsys.placement import Placement
 from rlsys.preflight import output_dir_problems
-from rlsys.ray_session import STOP_SIGNALS, ray_session
-from rlsys.resume import resume_notes
+from rlsys.ray_session import ray_session
+from rlsys.resume import move_aside, resume_notes
 from rlsys.rewards import load_plugins
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
 from rlsys.roles import plan_roles
 from rlsys.rollouts import Rollouts
-from rlsys.run_dir import ENDED, RunDir
+from rlsys.run_dir import RunDir
 from rlsys.sampling_watch import SamplingWatch
+from rlsys.saving import describe_saving, disk_use, disk_warning
 from rlsys.tracking import Tracker, build_tracker
 from rlsys.types import Device
 from rlsys.weight_sync.publisher import WeightPublisher
@@ -77,15 +81,20 @@ def run(resolved: ResolvedConfig) -> None:
         data = load_data(config)  # before anything starts: rows are where most mistakes are
         for note in step_notes(config, len(data.train)):
             print(note, flush=True)
-        config = config.with_steps(len(data.train))
+        config = without_impossible_checkpoints(config.with_steps(len(data.train)), data)
         for problem in output_dir_problems(config):  # of a run that was faster than this one
             raise ValueError(problem.text)
         steps = checkpoint_steps(run_dir.checkpoints)
-        resume_step = steps[-1] if config.checkpoint.resume else None
+        resume_step = steps[-1] if config.checkpoint.resume and steps else None
         if resume_step is not None:
             for note in resume_notes(config, run_dir, resume_step):
                 print(note, flush=True)
-        save_config(config, run_dir.config)
+        elif config.overwrite:
+            for note in move_aside(run_dir):
+                print(note, flush=True)
+        save_config(config.model_copy(update={"overwrite": False}), run_dir.config)
+        for line in saving_lines(config):
+            print(line, flush=True)
         if is_in_job_copy(run_dir.path):
             print(
                 f"note: {run_dir.path} is in this Ray job's copy of the working directory, which "
@@ -104,16 +113,30 @@ def run(resolved: ResolvedConfig) -> None:
             if system.reference is not None and (checkpoint / REFERENCE_FOLDER).exists():
                 system.reference.load_model(checkpoint / REFERENCE_FOLDER)
             system.rollouts.load_state_dict(load_rollouts_state(checkpoint))
-        train_system(config, system, tracker, run_dir.checkpoints)
+        checkpoints = make_checkpoints(config, system, run_dir.checkpoints)
+        try:
+            train_system(config, system, tracker, checkpoints)
+        except ImpatientInterrupt:
+            raise
+        except BaseException:
+            save_last_step(
+                config,
+                run_dir,
+                checkpoints,
+                system.policy,
+                system.reference,
+                system.rollouts,
+                started_from=resume_step or 0,
+            )
+            raise
         system.policy.save_model(run_dir.final)
         print(f"the trained model is in {run_dir.final}", flush=True)
 
 
-def train_system(config: Config, system: System, tracker: Tracker, checkpoints: Path) -> None:
+def train_system(
+    config: Config, system: System, tracker: Tracker, checkpoints: Checkpoints
+) -> None:
     """Train to the last step, and end what is sampled in the background.
-
-    Args:
-        checkpoints: folder that they are written to.
 
     Raises:
         Exception: whatever ended the run; a failure in the background before what came of it.
@@ -128,16 +151,21 @@ def train_system(config: Config, system: System, tracker: Tracker, checkpoints: 
             system.reference,
             system.publisher,
             tracker,
-            Checkpoints(
-                checkpoints,
-                policy=system.policy,
-                reference=system.reference if config.reference.sync_steps else None,
-                rollouts=system.rollouts,
-                config=config.checkpoint,
-                last_step=config.num_steps,
-            ),
+            checkpoints,
             SamplingWatch(config, dtype=config.model_dtype(on_cpu=on_cpu)),
         )
+
+
+def make_checkpoints(config: Config, system: System, folder: Path) -> Checkpoints:
+    """What writes the checkpoints of a run into `folder`."""
+    return Checkpoints(
+        folder,
+        policy=system.policy,
+        reference=system.reference if config.reference.sync_steps else None,
+        rollouts=system.rollouts,
+        config=config.checkpoint,
+        last_step=config.num_steps,
+    )
 
 
 def _end_rollouts(
@@ -221,10 +249,8 @@ def check_prompts(config: Config, data: PromptData) -> None:
             f"rollout.num_generations){needed}, but the training data has {len(data.train)}. Give "
             f"more data or {remedy}."
         )
-    if ahead and config.checkpoint.save_steps is not None:
-        unsaveable = [text for stream in data.streams for text in stream.unsaveable.values()]
-        if unsaveable:
-            raise ValueError("\n".join(unsaveable))
+    if ahead and isinstance(config.checkpoint.save_steps, int) and data.unsaveable:
+        raise ValueError("\n".join(data.unsaveable))
     load_plugins(config.reward.external_plugins)
     held_out = {column: None for prompt in data.validation for column in prompt.columns}
     problems = column_problems_of_run(config, data.columns, held_out if data.validation else None)
@@ -294,29 +320,23 @@ def step_notes(config: Config, num_rows: int) -> Iterator[str]:
         yield f"note: max_steps = {config.max_steps} goes before {epochs}"
 
 
-@contextmanager
-def interruptible(run_dir: RunDir | None = None) -> Iterator[None]:
-    """Have Ctrl-C, `ray job stop` and a closed terminal raise KeyboardInterrupt.
+def without_impossible_checkpoints(config: Config, data: PromptData) -> Config:
+    """`save_steps: auto` is no reason to refuse data that a checkpoint cannot hold."""
+    if not config.num_prompts_ahead or config.checkpoint.save_steps is None or not data.unsaveable:
+        return config
+    print("note: no checkpoints are written:\n" + "\n".join(data.unsaveable), flush=True)
+    checkpoint = config.checkpoint.model_copy(update={"save_steps": None})
+    return config.model_copy(update={"checkpoint": checkpoint})
 
-    The status comes first: `ray job stop` kills after three seconds, in which a run that closes its
-    trackers and ends its actors may not be done.
-    """
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if run_dir is not None:
-            with suppress(OSError):  # a full disk is no reason to go on
-                run_dir.write_status(ENDED)
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def saving_lines(config: Config) -> Iterator[str]:
+    """What the run saves, how often, where, and how much disk that takes."""
+    shape = read_model_shape(resolve_model_path(config.model.path))
+    use = disk_use(config, shape, device=guess_device(config))
+    yield "saving: " + "; ".join(f"{what} {text}" for what, text in describe_saving(config, use))
+    warning = disk_warning(config, use)
+    if warning is not None:
+        yield f"warning: {warning}"
 
 
 def choose_device(config: Config) -> Device:

@@ -17,7 +17,6 @@ from pathlib import Path
 from rlsys.attention_backends import missing_attention, unsupported_attention
 from rlsys.checkpoints import checkpoint_steps
 from rlsys.config import Config, PolicyConfig
-from rlsys.config_load import is_saved_config
 from rlsys.data.checks import check_data, count_rows, known_columns
 from rlsys.data.spec import is_no_hub_id
 from rlsys.data.usage import column_problems_of_run, column_use, column_uses
@@ -28,6 +27,7 @@ from rlsys.local_paths import left_out_of_job_copy
 from rlsys.memory import longest_row
 from rlsys.model_folder import model_folder_problems
 from rlsys.model_shape import ModelShape, read_model_shape
+from rlsys.resume import holds_run
 from rlsys.rewards import check_call, plugin_problems
 from rlsys.roles import asked_for, fewer_gpus, plan_roles
 from rlsys.run_dir import RunDir
@@ -413,11 +413,15 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
     elif config.checkpoint.resume:
         steps = checkpoint_steps(run.checkpoints)
         if not steps:
-            yield Problem(
-                f"checkpoint.resume: {run.checkpoints} holds no checkpoint to continue from; "
-                "leave checkpoint.resume out to start anew",
-                True,
-            )
+            if not config.overwrite:
+                remedy = "add --overwrite to start from step 0"
+                if not holds_run(run):
+                    remedy = f"leave checkpoint.resume out, or {remedy}"
+                yield Problem(
+                    f"checkpoint.resume: {run.checkpoints} holds no checkpoint to continue from; "
+                    f"{remedy}",
+                    True,
+                )
         # A run that was killed right before its end has its last checkpoint, but no model.
         elif config.max_steps is not None and (
             steps[-1] > config.max_steps or (steps[-1] == config.max_steps and run.final.exists())
@@ -428,27 +432,13 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
                 "folder with --output_dir",
                 True,
             )
-    elif holds_run(run):
-        continue_it = ""
-        if checkpoint_steps(run.checkpoints):
-            continue_it = "continue it with --checkpoint.resume, or "
+    elif holds_run(run) and not config.overwrite:
+        found, remedy = "without a checkpoint", ""
+        steps = checkpoint_steps(run.checkpoints)
+        if steps:
+            found, remedy = f"up to step {steps[-1]}", "continue it with --checkpoint.resume, "
         yield Problem(
-            f"output_dir: {run.path} holds another run: {continue_it}choose another folder with "
-            "--output_dir",
+            f"output_dir: {run.path} holds another run, {found}: {remedy}start from step 0 with "
+            "--overwrite, which moves its files aside, or choose another folder with --output_dir",
             True,
         )
-
-
-def holds_run(run: RunDir) -> bool:
-    """Whether a run is going on or has left results; one that failed while starting has not.
-
-    A config.yaml that a user wrote counts, because a run would replace it.
-    """
-    results = (run.metrics, run.completions, run.eval_completions)
-    return (
-        any(path.is_file() and path.stat().st_size > 0 for path in results)
-        or run.checkpoints.exists()
-        or run.final.exists()
-        or (run.status.exists() and not run.has_ended())
-        or (run.config.exists() and not is_saved_config(run.config))
-    )

@@ -21,6 +21,8 @@ from rlsys.ray_env import (  # isort: skip
 import grpc
 import psutil
 
+from rlsys.interrupts import STOP_SIGNALS
+
 import ray  # isort: skip
 from ray._private import services
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
@@ -30,8 +32,6 @@ START_ATTEMPTS = 3
 START_TIMEOUT_S = 180.0
 """For one attempt, while its processes live: a busy laptop takes longer than Ray's own 30 s."""
 PROBE_TIMEOUT_S = 60.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C, `ray job stop` and a closed terminal."""
 
 
 class RayStartError(RuntimeError):
@@ -57,17 +57,23 @@ def ray_session(**own_cluster: Any) -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     address = cluster_address()
+    # Ray's processes inherit that: a closed terminal must not end the policy before it is saved.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         if address is None:
             start_cluster(**own_cluster)
         else:
             _join_cluster(address)
-        # Ray's handler of SIGTERM prints a C++ stack and aborts after three seconds.
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        _restore(handlers)  # Ray's own for SIGTERM prints a C++ stack and aborts after 3 s
         yield
     finally:
+        _restore(handlers)
         ray.shutdown()
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 # --- a cluster of RAY_ADDRESS --------------------------------------------------------------------

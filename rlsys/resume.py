@@ -1,17 +1,53 @@
-"""What a run that continues another takes over from it, told before anything of it is replaced."""
+"""What a run does with another one in its folder: continue it, or move it aside."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 from rlsys.config import Config
 from rlsys.config_load import config_fields, is_saved_config
-from rlsys.run_dir import RunDir
+from rlsys.run_dir import RunDir, bytes_in, size_text
 from rlsys.tracking.jsonl import read_jsonl
 from rlsys.yaml_text import load_yaml
 
-_OF_EVERY_RESUME = ("checkpoint.resume", "output_dir")
+_OF_EVERY_RESUME = ("checkpoint.resume", "output_dir", "overwrite")
+
+
+def holds_run(run: RunDir) -> bool:
+    """Whether a run is going on or has left results; one that failed while starting has not.
+
+    A config.yaml that a user wrote counts, because a run would replace it.
+    """
+    results = (run.metrics, run.completions, run.eval_completions)
+    return (
+        any(path.is_file() and path.stat().st_size > 0 for path in results)
+        or any(path.exists() for path in (run.checkpoints, run.final, run.interrupted))
+        or (run.status.exists() and not run.has_ended())
+        or (run.config.exists() and not is_saved_config(run.config))
+    )
+
+
+def move_aside(run: RunDir) -> Iterator[str]:
+    """Make room for a run that starts from step 0, and lose nothing.
+
+    Yields:
+        what was moved where, for the terminal; nothing where the folder holds no run.
+    """
+    if not holds_run(run):
+        return
+    taken = {path.name for path in run.path.glob("replaced-*")}
+    number = next(n for n in count(1) if f"replaced-{n}" not in taken)
+    target = run.path / f"replaced-{number}"
+    target.mkdir()
+    for path in run.files:
+        if path.exists():
+            path.rename(target / path.name)
+    yield (
+        f"overwrite: moved the earlier run to {target} ({size_text(bytes_in(target))}); delete it "
+        "when you no longer need it"
+    )
 
 
 def resume_notes(config: Config, run_dir: RunDir, step: int) -> Iterator[str]:

@@ -71,6 +71,8 @@ class Rollouts:
         self._pipeline = RolloutPipeline(engines, rewards, timeout_s=config.rollout.timeout_s)
         self._prompts = prompts
         self._pool = DrawPool(prompts, known=training)
+        self._before_batch: tuple[int, dict[str, Any]] = (0, {})
+        """The last step whose batch was begun, and the state before that."""
         self._finished: dict[int, RolloutGroup] = {}
         """Scored groups of the pool that are in no batch yet."""
         self._scored_in_evaluation: list[RolloutGroup] = []
@@ -84,6 +86,11 @@ class Rollouts:
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is, as JSON has it; see DrawPool."""
         return self._pool.state_dict()
+
+    def state_after(self, step: int) -> dict[str, Any]:
+        """`state_dict` as it was after a step, where the next one has begun."""
+        begun, before = self._before_batch
+        return before if step < begun else self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where the run with this state was; what was in flight is sampled again."""
@@ -107,6 +114,7 @@ class Rollouts:
             PhaseTimeout, ActorFailure: see RolloutPipeline.wait.
         """
         self._pipeline.take_over()
+        self._before_batch = step, self.state_dict()
         start = time.monotonic()
         rollout, size = self._config.rollout, self._config.num_prompts
         resamples = rollout.max_resample_times * size if rollout.dynamic_sample else 0

@@ -78,6 +78,12 @@ class RunDir:
         return self.path / "final"
 
     @property
+    def interrupted(self) -> Path:
+        """The model after the last finished step of a run that was interrupted or failed, a Hugging
+        Face folder; gone as soon as a checkpoint holds the same."""
+        return self.path / "interrupted"
+
+    @property
     def reward_curve(self) -> Path:
         """The picture of the run."""
         return self.path / "reward_curve.png"
@@ -91,6 +97,14 @@ class RunDir:
     def status(self) -> Path:
         """One word, see the class."""
         return self.path / "status"
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All that a run writes, folders too."""
+        records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
+        models = (self.checkpoints, self.final, self.interrupted)
+        shown = (self.reward_curve, self.tensorboard, self.path / "wandb")
+        return (self.config, *records, *models, *shown, self.status)
 
     def obstacle(self) -> str | None:
         """Why the folder cannot be written to, or made where it is not; None where it can.
@@ -219,6 +233,17 @@ def unused_folder(folder: Path) -> Path:
     while _is_there(place := folder.with_name(f"{folder.name}-{number}")):
         number += 1
     return place
+
+
+def bytes_in(folder: Path) -> int:
+    """Size of all files in a folder; 0 where it is not there."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def size_text(num_bytes: int) -> str:
+    """As in "1.5 GiB" or "12.0 MiB"."""
+    gib = num_bytes / 2**30
+    return f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"
 
 
 def flush_to_disk(folder: Path) -> None:

@@ -11,7 +11,14 @@ import ray
 import torch
 import torch.distributed as dist
 
-from rlsys.actors.group import Place, device_env, get_all, inherited_env
+from rlsys.actors.group import (
+    ActorFailure,
+    PhaseTimeout,
+    Place,
+    device_env,
+    get_all,
+    inherited_env,
+)
 from rlsys.config import Config
 from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.transport import serve_store
@@ -84,6 +91,8 @@ class ModelActors:
     ):
         self.role = role
         self.timeout_s = config.policy.timeout_s
+        self.may_be_stuck = False
+        """Whether a rank did not answer, or failed where others may wait for it in a collective."""
         runtime_env = {"env_vars": process_env(config.policy.cpu_threads, device)}
         actor_class = ray.remote(rank_class)
         self.actors: dict[str, Any] = {
@@ -104,7 +113,14 @@ class ModelActors:
     def call(self, method: str, *args: Any) -> list[Any]:
         """Run `method` on every rank and wait: results in rank order."""
         refs = self.async_call(method, *args)
-        return get_all(refs, phase=f"{self.role} {method}", timeout_s=self.timeout_s)
+        try:
+            return get_all(refs, phase=f"{self.role} {method}", timeout_s=self.timeout_s)
+        except PhaseTimeout:
+            self.may_be_stuck = True
+            raise
+        except ActorFailure:
+            self.may_be_stuck |= len(self.actors) > 1
+            raise
 
     def async_call(self, method: str, *args: Any, **kwargs: Any) -> dict[str, ray.ObjectRef]:
         """Start `method` on every rank: actor name -> reference, in rank order."""

@@ -120,6 +120,10 @@ class PolicyRank(ModelRank):
         """Take part in exporting and sending; seconds that this rank's transports took."""
         return sum(link.send(version) for link in self.links[to])
 
+    def finished_version(self) -> int | None:
+        """See MegatronPolicy.finished_version."""
+        return self.engine.finished_version()
+
     def save_model(self, folder: Path) -> None:
         """See MegatronPolicy.save_model."""
         self.engine.save_model(folder)
@@ -196,6 +200,14 @@ class PolicyActors(ModelActors):
     def peak_memory_gib(self) -> float:
         """Of the rank that has held most; see PolicyRank.peak_memory_gib."""
         return max(self.call("peak_memory_gib"))
+
+    def finished_version(self) -> int | None:
+        """The updates that the weights of all ranks are after, once they have done what they were
+        asked for; None in the middle of one, or where a collective may have been left half-way."""
+        if self.may_be_stuck:
+            return None
+        versions = set(self.call("finished_version"))
+        return versions.pop() if len(versions) == 1 else None
 
     def save_model(self, folder: Path) -> None:
         """Write a Hugging Face model folder; whole or not at all."""

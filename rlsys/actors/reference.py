@@ -77,6 +77,8 @@ class ReferenceActors(ModelActors):
         self.num_workers = config.reference.world_size
         self.num_sync_groups = 1
         self._config = config
+        self.refreshed_after: int | None = None
+        """The step after which the policy's weights were mixed in last."""
         super().__init__(
             ReferenceRank,
             config,
@@ -88,6 +90,7 @@ class ReferenceActors(ModelActors):
 
     def follow(self, policy: PolicyActors) -> None:
         """Connect to the policy, for `refresh`."""
+        self._policy = policy
         self._publisher = WeightPublisher(
             policy, self, self._config.weight_sync, to="reference", transport="gloo"
         )
@@ -95,6 +98,7 @@ class ReferenceActors(ModelActors):
     def refresh(self) -> None:
         """Mix the policy's weights in, by reference.mixup_alpha."""
         self._publisher.publish()
+        self.refreshed_after = self._policy.policy_version
 
     def save_model(self, folder: Path) -> None:
         """Write a Hugging Face model folder; whole or not at all."""

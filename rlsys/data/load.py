@@ -60,6 +60,11 @@ class PromptData:
             return list(self.streams[0].columns)
         return list(self.train[0].columns)
 
+    @property
+    def unsaveable(self) -> list[str]:
+        """Columns of streamed rows that no checkpoint can hold, and what to do."""
+        return [text for stream in self.streams for text in stream.unsaveable.values()]
+
     def summary(self) -> list[str]:
         """Lines that account for every row, and name what prompts lack of them."""
         if self.streams:

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlsys.local_paths import check_is_here
+from rlsys.run_dir import flush_to_disk
 from rlsys.weight_files import INDEX, weight_files
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -72,7 +73,7 @@ class SafetensorsReader:
 def save_model_folder(
     source: Path, folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype
 ) -> None:
-    """Write `folder` as a model folder: the weights `tensors`, config and tokenizer of `source`.
+    """Write `folder` as a model folder, see `write_model_files`.
 
     Everything is written to a folder beside it first, which then takes its name: `folder` is
     either whole or not there (or still what it was).
@@ -81,18 +82,26 @@ def save_model_folder(
     for leftover in (partial, replaced):  # of a process that was killed
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.is_file() and not _holds_weights(file):
-            shutil.copyfile(file, partial / file.name)
-    _write_shards(partial, tensors)
-    config = json.loads((partial / "config.json").read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    config.pop("torch_dtype", None)
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_model_files(source, partial, tensors, dtype)
+    flush_to_disk(partial)
     if folder.exists():
         folder.rename(replaced)
     partial.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_model_files(
+    source: Path, folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
+    """Write the weights `tensors`, and config and tokenizer of `source`, into an empty folder."""
+    for file in source.iterdir():
+        if file.is_file() and not _holds_weights(file):
+            shutil.copyfile(file, folder / file.name)
+    _write_shards(folder, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _holds_weights(file: Path) -> bool:

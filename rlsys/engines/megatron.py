@@ -28,7 +28,8 @@ from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
 from rlsys.algo.names import COVARIANCE_LOSSES, aggregation_of
 from rlsys.algo.weighting import keep_high_entropy, loss_weights, tokens_of_high_covariance
 from rlsys.config import Config, GrpoConfig
-from rlsys.engines.megatron_checkpoint import load_policy, save_policy
+from rlsys.engines.hf_checkpoint import SafetensorsReader, write_model_files
+from rlsys.engines.megatron_checkpoint import check_checkpoint, load_optimizer, save_optimizer
 from rlsys.engines.megatron_logprobs import MegatronModel
 from rlsys.engines.megatron_model import fuse_weight_gradients
 from rlsys.gpu_memory import out_of_memory_explained
@@ -59,6 +60,8 @@ class MegatronPolicy(MegatronModel):
         self.transformer_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = self._build_scheduler()
         self.policy_version = 0
+        self._is_mid_update = False
+        """Whether an update has moved the weights and is not at its end."""
 
     @property
     def more_gpus(self) -> str:
@@ -158,6 +161,7 @@ class MegatronPolicy(MegatronModel):
             # for it anew takes time in every update.
             torch.cuda.empty_cache()
         self.policy_version += 1
+        self._is_mid_update = False
         if not self.reports or self._dp_rank != 0:
             return None
         return UpdateOutput(self.policy_version, combine_optimizer_steps(metrics))
@@ -217,6 +221,7 @@ class MegatronPolicy(MegatronModel):
         if not math.isfinite(grad_norm):
             self._refuse_step(grad_norm, metrics)
         self.scheduler.step(increment=1)
+        self._is_mid_update = True
         with out_of_memory_explained(
             "the optimizer's step, the first of which makes its state: "
             f"{self._more_gpus_for_optimizer}"
@@ -253,13 +258,24 @@ class MegatronPolicy(MegatronModel):
             f"Its metrics: {values}"
         )
 
+    def finished_version(self) -> int | None:
+        """The updates that the weights are after; None where one of them stopped in the middle."""
+        return None if self._is_mid_update else self.policy_version
+
     def save_checkpoint(self, folder: Path) -> None:
-        """Write what continuing exactly needs into an empty folder; every rank calls."""
-        save_policy(
+        """Write what continuing exactly needs into an empty folder; every rank calls.
+
+        The folder is a Hugging Face model folder with the optimizer's state besides.
+        """
+        self.save_model(folder, write_model_files)
+        save_optimizer(
             folder, self.model, self.optimizer, self.scheduler, policy_version=self.policy_version
         )
 
     def load_checkpoint(self, folder: Path) -> int:
         """Continue from a checkpoint; returns its policy_version."""
-        self.policy_version = load_policy(folder, self.model, self.optimizer, self.scheduler)
+        check_checkpoint(folder, self.optimizer)
+        with SafetensorsReader(folder) as reader:
+            self.weights.load(reader)
+        self.policy_version = load_optimizer(folder, self.model, self.optimizer, self.scheduler)
         return self.policy_version

@@ -1,8 +1,9 @@
-"""Policy checkpoints through megatron-core's dist_checkpointing: exact, and reshardable.
+"""The optimizer's state through megatron-core's dist_checkpointing: exact, and reshardable.
 
-Weights and optimizer state are stored by their place in the whole model, so that a run may
-continue with other tensor, pipeline or data parallelism. No random state is stored, because no
-update draws random numbers: dropout is 0 and mini-batches are a function of (seed, version).
+It is stored by its place in the whole model, so that a run may continue with other tensor,
+pipeline or data parallelism. The weights are in Hugging Face's files beside it. No random state
+is stored, because no update draws random numbers: dropout is 0 and mini-batches are a function of
+(seed, version).
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
+OPTIMIZER_FOLDER = "optimizer"
+"""Beside the weights, which are in Hugging Face's files."""
 
-def save_policy(
+
+def save_optimizer(
     folder: Path,
     model: MegatronModule,
     optimizer: MegatronOptimizer,
@@ -26,48 +30,57 @@ def save_policy(
     *,
     policy_version: int,
 ) -> None:
-    """Write a checkpoint into `folder`, which exists and is empty; every rank calls."""
+    """Write the state of the optimizer into the checkpoint `folder`; every rank calls."""
     # Saving is synchronous here, so a plain queue does: the default one starts a server process,
     # which takes seconds and needs a __main__ that can be imported again.
     filesystem_async._results_queue = queue.Queue()
-    state = _sharded_state(model, optimizer, is_loading=False)
-    state |= {
+    state = {
+        "optimizer": _sharded_state(model, optimizer, is_loading=False),
         "scheduler": scheduler.state_dict(),
         "policy_version": policy_version,
         "use_distributed_optimizer": optimizer.config.use_distributed_optimizer,
         "shares_experts": _shares_experts(),
     }
-    dist_checkpointing.save(state, str(folder))
+    (folder / OPTIMIZER_FOLDER).mkdir(exist_ok=True)
+    dist_checkpointing.save(state, str(folder / OPTIMIZER_FOLDER))
 
 
-def load_policy(
-    folder: Path,
-    model: MegatronModule,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-) -> int:
-    """Continue from the checkpoint in `folder`; returns its policy_version.
+def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:
+    """Refuse the checkpoint in `folder` before anything of the policy is changed.
 
     Raises:
-        ValueError: the optimizer's state is of the other kind.
+        ValueError: an older rlsys wrote it, or the optimizer's state is of the other kind.
     """
-    common = dist_checkpointing.load_common_state_dict(str(folder))
+    if not (folder / OPTIMIZER_FOLDER).is_dir():
+        raise ValueError(
+            f"the checkpoint {folder} has no {OPTIMIZER_FOLDER}/: an older rlsys wrote it. "
+            "Continue with that version, or start a new run with --overwrite"
+        )
+    common = dist_checkpointing.load_common_state_dict(str(folder / OPTIMIZER_FOLDER))
     distributed = common["use_distributed_optimizer"]
     if distributed != optimizer.config.use_distributed_optimizer:
         raise ValueError(
             f"the checkpoint {folder} was written with policy.use_distributed_optimizer = "
             f"{str(distributed).lower()}: continue with the same value"
         )
-    shared_experts = common.get("shares_experts", False)  # older checkpoints do not say
-    if shared_experts != _shares_experts():
-        was, must = ("above 1", "also above 1") if shared_experts else ("1", "also 1")
+    if common["shares_experts"] != _shares_experts():
+        was, must = ("above 1", "also above 1") if common["shares_experts"] else ("1", "also 1")
         raise ValueError(
             f"the checkpoint {folder} was written with policy.expert_model_parallel_size {was}, "
             f"when megatron-core has one optimizer for experts and one for the rest or one for "
             f"all: continue with a value that is {must}"
         )
-    state = dist_checkpointing.load(_sharded_state(model, optimizer, is_loading=True), str(folder))
-    model.load_state_dict(state["model"])
+
+
+def load_optimizer(
+    folder: Path,
+    model: MegatronModule,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+) -> int:
+    """Continue from the checkpoint in `folder`, whose weights `model` has; its policy_version."""
+    template = {"optimizer": _sharded_state(model, optimizer, is_loading=True)}
+    state = dist_checkpointing.load(template, str(folder / OPTIMIZER_FOLDER))
     optimizer.load_state_dict(state["optimizer"])
     # Only where it stands: the schedule itself is the config's, which may have been changed.
     scheduler.num_steps = 0
@@ -91,9 +104,4 @@ def _sharded_state(
         "distrib_optim_fully_reshardable_mem_efficient": False,
     }
     weights = model.sharded_state_dict(metadata=metadata)
-    return {
-        "model": weights,
-        "optimizer": optimizer.sharded_state_dict(
-            weights, is_loading=is_loading, metadata=metadata
-        ),
-    }
+    return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)

@@ -38,6 +38,9 @@ from rlsys.model_shape import read_model_shape
 from rlsys.tokenizer_files import num_token_ids
 from rlsys.types import Device, TrainBatch
 
+ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
+"""Writes a model folder: see `save_model_folder`."""
+
 
 class MegatronModel:
     """A model that computes log-probs: all that the reference needs, the policy's base.
@@ -150,11 +153,11 @@ class MegatronModel:
                 unpack_logprobs(values, micro_batch, out, micro_rows)
         return rows, result[:, rows]
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """Write a Hugging Face model folder; every rank calls, the first one writes."""
         tensors = self.weights.export()
         if dist.get_rank() == 0:
-            save_model_folder(self.folder, folder, tensors, self.dtype)
+            write(self.folder, folder, tensors, self.dtype)
         else:
             for _ in tensors:  # takes part in the collectives
                 pass

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE_S
 from policy_cases import MODELS, PolicyLab, save_policy_model
 from tiny_models import save_tiny_qwen3, save_tiny_qwen3_moe
 
@@ -80,7 +81,7 @@ def rollout_config(tiny_models):
                     "max_num_seqs": 64,
                     **rollout,
                 },
-                "weight_sync": {"bucket_mb": 1, "timeout_s": 60.0},
+                "weight_sync": {"bucket_mb": 1, "timeout_s": PATIENCE_S},
             }
         )
 

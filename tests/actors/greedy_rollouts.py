@@ -6,6 +6,7 @@ import gc
 
 import pytest
 import ray
+from patience import PATIENCE_S
 
 from rlsys.actors import rollout
 from rlsys.actors.group import get_all
@@ -23,7 +24,7 @@ def greedy(engines):
     engines.submit([SampleRequest(i, prompt, 1, 0.0, i) for i, prompt in enumerate(PROMPTS)])
     groups = {}
     while engines.num_pending:
-        ray.wait(engines.pending_refs(), timeout=120)
+        ray.wait(engines.pending_refs(), timeout=PATIENCE_S)
         groups |= {group.group_id: group for group in engines.collect()}
     completions = [groups[i].completions[0] for i in range(len(PROMPTS))]
     return (
@@ -54,4 +55,4 @@ def start_reloading_engine(config):
 def reload(engines, config):
     """Replace the engine by one that starts from config.model.path."""
     refs = {name: actor.reload.remote(config) for name, actor in engines.actors.items()}
-    get_all(refs, phase="reload", timeout_s=120)
+    get_all(refs, phase="reload", timeout_s=PATIENCE_S)

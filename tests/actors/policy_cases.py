@@ -8,6 +8,7 @@ from unittest import mock
 
 import ray
 import torch
+from patience import PATIENCE_S
 from tiny_models import VOCAB_SIZE, save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -97,7 +98,7 @@ def policy_config(folder, *, grpo=None, max_steps=8, dtype="auto", **policy):
                 "temperature": TEMPERATURE,
             },
             "grpo": grpo or {},
-            "policy": {"micro_batch_size": 3, "lr": 1e-3, "timeout_s": 120.0, **policy},
+            "policy": {"micro_batch_size": 3, "lr": 1e-3, "timeout_s": PATIENCE_S, **policy},
         }
     )
 
@@ -303,7 +304,7 @@ class PolicyLab:
         self._policy.actors = self._actors
         self._policy.call("become", config)
         self._policy.actors = dict(list(self._actors.items())[: config.policy.world_size])
-        get_all(self._policy.async_start(), phase="start", timeout_s=120)
+        get_all(self._policy.async_start(), phase="start", timeout_s=PATIENCE_S)
         return self._policy
 
     def close(self):

@@ -16,12 +16,11 @@ from typing import Any
 
 import psutil
 import yaml
+from patience import PATIENCE_S
 
 from rlsys.run_dir import RunDir
 
 NUM_PROMPTS, G = 4, 4
-PATIENCE_S = 240.0
-"""Far beyond what anything here takes: a wait this long is a hang."""
 POLL_S = 0.1
 
 CLOCK = re.compile(

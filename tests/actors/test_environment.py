@@ -2,6 +2,7 @@
 
 import psutil
 import pytest
+from patience import PATIENCE_S
 from policy_cases import policy_config
 
 from rlsys.actors.group import get_all, inherited_env
@@ -25,7 +26,7 @@ def test_a_variable_for_nccl_reaches_every_actor(engines, lab, policy_models, va
     rewards = RewardWorkers(RewardConfig(reward_funcs=["format"]), known={})
     name, value = variable
     try:
-        get_all(reference.async_start(), phase="start", timeout_s=120)
+        get_all(reference.async_start(), phase="start", timeout_s=PATIENCE_S)
         for role in ("RolloutActor", "LabRank", "ReferenceRank", "RewardWorker"):
             found = environments(role)
             assert found, role

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 import ray
 import torch
+from patience import PATIENCE_S
 from tensor_policy import TensorPolicy
 from tiny_models import save_endless_qwen3
 from transformers import AutoModelForCausalLM
@@ -101,7 +102,7 @@ def wait_for_tokens(engines, number):
 def collect_all(engines):
     groups = {}
     while engines.num_pending:
-        assert ray.wait(engines.pending_refs(), timeout=120)[0]
+        assert ray.wait(engines.pending_refs(), timeout=PATIENCE_S)[0]
         groups |= {group.group_id: group for group in engines.collect()}
     return groups
 

@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from policy_cases import LAYOUTS, exported, policy_config, random_batch
 
 from rlsys.actors.group import ActorDeath, ActorFailure, get_all
@@ -76,7 +77,7 @@ class MortalRank(PolicyRank):
 def test_a_rank_that_dies_is_named_long_before_the_timeout(ray_cluster, policy_models):
     config = policy_config(policy_models["qwen3-tied"], **LAYOUTS["DP 2"], timeout_s=3600.0)
     policy = PolicyActors(config, device="cpu", rank_class=MortalRank)
-    get_all(policy.async_start(), phase="start", timeout_s=120)
+    get_all(policy.async_start(), phase="start", timeout_s=PATIENCE_S)
     with pytest.raises(ActorDeath, match="policy rank 1 died in policy update"):
         policy.update(random_batch())
     policy.close()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from policy_cases import LAYOUTS, exported, policy_config, random_batch
 from safetensors.torch import load_file
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.system
 
 def start(config):
     reference = ReferenceActors(config, device="cpu")
-    get_all(reference.async_start(), phase="start", timeout_s=120)
+    get_all(reference.async_start(), phase="start", timeout_s=PATIENCE_S)
     return reference
 
 

@@ -3,6 +3,7 @@
 import pytest
 import ray
 import torch
+from patience import PATIENCE_S
 from tensor_policy import TensorPolicy
 from tiny_models import STOP_TOKEN_IDS, save_markov_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -40,7 +41,7 @@ def sample(engines, *, step=1, prompts=PROMPTS, temperature=0.7):
 def collect_all(engines):
     groups = []
     while engines.num_pending:
-        ready, _ = ray.wait(engines.pending_refs(), timeout=120)
+        ready, _ = ray.wait(engines.pending_refs(), timeout=PATIENCE_S)
         assert ready
         groups += engines.collect()
     return groups
@@ -129,7 +130,7 @@ def test_short_groups_arrive_while_long_ones_are_sampled_and_cut(
     engines.submit(requests([endless, short, short, endless], temperature=1.0))
     first = []
     while len(first) < 2:
-        ray.wait(engines.pending_refs(), timeout=120)
+        ray.wait(engines.pending_refs(), timeout=PATIENCE_S)
         first += engines.collect()
     assert engines.num_pending == 2
     assert ray.wait(engines.pending_refs(), timeout=0)[0] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import signal
 from collections import defaultdict
 from pathlib import Path
@@ -37,8 +38,8 @@ LOG_LINE_KEYS = {
 
 EPOCHS = ("--num_train_epochs", "1.6")
 """Of ten prompts, with four a step."""
-GROUPS_BEFORE_STEP_3 = 3 + 4 + 4 + 3
-"""Scored by then: an evaluation, two steps, another evaluation."""
+GROUPS_BEFORE_STEP_2, GROUPS_BEFORE_STEP_3 = 3 + 4, 3 + 4 + 4 + 3
+"""Scored by then: an evaluation, one or two steps, another evaluation."""
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def whole(start):
 @pytest.fixture(scope="module")
 def broken(start):
     """The same run, whose policy is killed in step 3 while completions are scored."""
-    run = start("resumed", "run.yaml", *EPOCHS, hold_after=GROUPS_BEFORE_STEP_3)
+    run = start("broken", "run.yaml", *EPOCHS, hold_after=GROUPS_BEFORE_STEP_3)
     run.wait_until_held()
     (policy,) = run.actors("PolicyRank")
     policy.kill()
@@ -80,9 +81,30 @@ def broken(start):
 
 
 @pytest.fixture(scope="module")
-def resumed(broken, start):
-    """The killed run, continued from its checkpoint of step 2."""
-    run = start("resumed", "run.yaml", "--checkpoint.resume", *EPOCHS)
+def interrupted(start):
+    """The same run, stopped by Ctrl-C in step 2, long before its first checkpoint is due."""
+    words = ("run.yaml", *EPOCHS, "--checkpoint.save_steps", "4")
+    run = start("interrupted", *words, hold_after=GROUPS_BEFORE_STEP_2 + 1)
+    run.wait_until_held()
+    with pytest.raises(ValueError, match="another process is running in"), run.out.held():
+        pass
+    run.interrupt()
+    run.exit_code = run.wait()
+    run.wait_for_no_process()
+    run.lines = run.log.splitlines()
+    run.had_ended = run.out.has_ended()
+    run.steps_taken = [row["step"] for row in steps(run)]
+    run.saved = run.folder / "saved"  # a resumed run replaces it
+    shutil.copytree(run.out.checkpoints / "step-1", run.saved)
+    with run.out.held():
+        pass
+    return run
+
+
+@pytest.fixture(scope="module")
+def resumed(interrupted, start):
+    """The interrupted run, continued from what it saved."""
+    run = start("interrupted", "run.yaml", "--checkpoint.resume", *EPOCHS)
     assert run.wait() == 0, run.log
     return run
 
@@ -201,7 +223,8 @@ def test_another_run_into_the_same_folder_is_refused_with_the_remedy(whole, caps
 
 
 def test_a_run_on_a_pipe_prints_lines_of_its_own_and_nothing_else(whole):
-    train, validation, length, first, *lines, last = whole.log.splitlines()
+    train, validation, length, saving, first, *lines, last = whole.log.splitlines()
+    assert saving.startswith("saving: checkpoints every 2 of 4 steps, and on Ctrl-C or a failure")
     assert train == "data: train.jsonl: 10 of 10 rows used"
     assert validation == "data: validation.jsonl: 3 of 3 rows used"
     assert length == "num_train_epochs 1.6 x 10 prompts / 4 a step = 4 steps"
@@ -221,6 +244,9 @@ def test_a_killed_policy_ends_the_run_and_is_named_last(broken):
     assert broken.exit_code == 1
     *_, last = broken.log.splitlines()
     assert last == "policy rank 0 died in policy update"
+    assert "not saved: policy rank 0 died in policy finished_version" in broken.log
+    step = broken.out.checkpoints.resolve() / "step-2"
+    assert f"--checkpoint.resume continues from {step}" in broken.log
     assert "Traceback" not in broken.log
     broken.wait_for_no_process()
 
@@ -233,7 +259,7 @@ def test_what_was_written_before_a_kill_is_whole_and_the_same_for_the_same_seed(
 
 
 def test_a_resumed_run_is_the_run_that_was_never_stopped(resumed, whole):
-    assert f"continuing from {resumed.out.checkpoints.resolve() / 'step-2'}" in resumed.log
+    assert f"continuing from {resumed.out.checkpoints.resolve() / 'step-1'}" in resumed.log
     for file in ("metrics", "completions", "eval_completions"):
         rows, expected = (
             sorted(map(repr, map(without_clock, read_jsonl(getattr(run.out, file)))))
@@ -244,22 +270,42 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(resumed, whole):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
-@pytest.mark.parametrize("by", ["SIGINT", pytest.param("SIGHUP", marks=pytest.mark.slow)])
-def test_ctrl_c_or_a_closed_terminal_ends_a_run_quietly(whole, start, by):
-    """This one starts from the config that the first run saved."""
-    run = start(f"interrupted by {by}", str(whole.out.config), hold_after=7)
+def test_ctrl_c_ends_a_run_quietly(interrupted):
+    assert interrupted.exit_code == 130
+    saved, how_to_go_on, *_, last = interrupted.lines[-4:]
+    assert saved == "saved step 1"
+    step = interrupted.out.checkpoints.resolve() / "step-1"
+    assert how_to_go_on.startswith(f"--checkpoint.resume continues from {step}")
+    assert last == "interrupted"
+    assert "Traceback" not in "".join(interrupted.lines)
+    assert interrupted.had_ended
+
+
+def test_what_an_interrupted_run_saved_is_a_model_that_transformers_loads(
+    interrupted, starter_model
+):
+    """Its weights are the policy's: the resumed run is exact, and loads no others."""
+    assert interrupted.steps_taken == [1]
+    assert not interrupted.out.interrupted.exists()
+    model = AutoModelForCausalLM.from_pretrained(interrupted.saved, dtype=torch.float32)
+    AutoTokenizer.from_pretrained(interrupted.saved)
+    state, saved = model.state_dict(), load_file(interrupted.saved / "model.safetensors")
+    assert all(torch.equal(state[name], tensor) for name, tensor in saved.items())
+    before = load_file(starter_model / "model.safetensors")
+    assert any(not torch.equal(before[name], tensor) for name, tensor in saved.items())
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_ends_a_run_quietly(whole, start):
+    run = start("hung up", str(whole.out.config), hold_after=GROUPS_BEFORE_STEP_2)
     run.wait_until_held()
-    with pytest.raises(ValueError, match="another process is running in"), run.out.held():
-        pass
-    run.interrupt(getattr(signal, by))
+    run.interrupt(signal.SIGHUP)
     assert run.wait() == 130
     run.wait_for_no_process()
     assert "Traceback" not in run.log
+    assert "saved step 1" in run.log
     assert run.log.splitlines()[-1] == "interrupted"
-    assert [row["step"] for row in steps(run)] == [1]
     assert run.out.has_ended()
-    with run.out.held():
-        pass
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import pytest
 import ray
 from greedy_rollouts import PROMPTS, greedy
+from patience import PATIENCE_S
 from tensor_policy import TensorPolicy
 
 from rlsys.actors.group import ActorFailure, get_all
@@ -116,8 +117,8 @@ def test_an_update_that_overtakes_its_pause_waits_for_it(policy, engines, connec
     ready, _ = ray.wait(list(overtaking.values()), timeout=1.0)
     assert not ready
     calls = engines.async_start_weight_update() | policy.async_send_weights(version, to="rollout")
-    get_all(calls, phase="the others", timeout_s=60)
-    assert get_all(overtaking, phase="update", timeout_s=60) == [version, version]
+    get_all(calls, phase="the others", timeout_s=PATIENCE_S)
+    assert get_all(overtaking, phase="update", timeout_s=PATIENCE_S) == [version, version]
     publisher.publish()  # and so does one of the usual kind
 
 
@@ -169,7 +170,7 @@ def collect_all(engines):
     """Every submitted group, in the order in which they come."""
     groups = []
     while engines.num_pending:
-        ray.wait(engines.pending_refs(), timeout=120)
+        ray.wait(engines.pending_refs(), timeout=PATIENCE_S)
         groups += engines.collect()
     return groups
 

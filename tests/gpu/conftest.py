@@ -223,7 +223,7 @@ def short_run(tmp_path_factory):
     config["rollout"] |= {"max_staleness": 1, "kv_cache_memory_mb": 256}
     config["rollout"] |= {"gpu_memory_utilization": 0.2}
     config["policy"]["lr"] = 1e-5  # data one step old then has the policy's log-probs, nearly
-    del config["checkpoint"]
+    config["checkpoint"] = {"save_steps": None}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (folder / "log.txt").open("wb") as log:

@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rlsys import checkpoints
 from rlsys.checkpoints import Checkpoints, checkpoint_steps, load_rollouts_state
@@ -18,9 +20,11 @@ class FilePolicy:
 
     version = 0
     killed = False
+    clock = seconds = 0.0
 
     def save_checkpoint(self, folder):
         assert list(folder.iterdir()) == []
+        self.clock += self.seconds
         for name in FILES:
             (folder / name).write_text(str(self.version))
             if self.killed:
@@ -44,7 +48,14 @@ def policy():
 
 @pytest.fixture
 def save(tmp_path, policy):
-    def save(*steps, save_steps=1, save_total_limit=2, reference=None, last_step=1000):
+    def save(
+        *steps,
+        save_steps=1,
+        save_total_limit=2,
+        reference=None,
+        last_step=200,
+        seconds=(0.0, 0.0),
+    ):
         config = CheckpointConfig(save_steps=save_steps, save_total_limit=save_total_limit)
         folder = tmp_path / "run" / "checkpoints"
         checkpoints = Checkpoints(
@@ -54,9 +65,12 @@ def save(tmp_path, policy):
             rollouts=Data(policy),
             config=config,
             last_step=last_step,
+            clock=lambda: policy.clock,
         )
+        of_step, policy.seconds = seconds
         for step in steps:
             policy.version = step
+            policy.clock += of_step
             checkpoints.after_step(step)
         return tmp_path / "run" / "checkpoints"
 
@@ -70,8 +84,28 @@ def read(folder, step):
     return files
 
 
-def test_nothing_is_saved_unless_asked_for(save):
+def test_null_saves_nothing(save):
     assert not save(1, 2, 3, save_steps=None).exists()
+
+
+@given(max_steps=st.integers(1, 10_000))
+def test_auto_loses_a_twentieth_of_the_steps_at_most(max_steps):
+    interval = CheckpointConfig().interval(max_steps)
+    assert 1 <= interval <= max(1, max_steps / 20)
+    assert max_steps / interval < 40  # nor does it save twice as often as that takes
+
+
+def test_auto_takes_a_tenth_of_the_time_at_most(save, policy):
+    """A step takes 1 s and a checkpoint 5 s: the next is due 50 s later."""
+    folder = save(*range(1, 200), save_steps="auto", save_total_limit=100, seconds=(1.0, 5.0))
+    steps = checkpoint_steps(folder)
+    assert steps[:2] == [10, 60]
+    assert 5 * len(steps) <= 0.1 * (200 + 5 * len(steps))
+
+
+def test_auto_saves_on_time_where_that_costs_nothing(save):
+    folder = save(*range(1, 61), save_steps="auto", save_total_limit=100, last_step=60)
+    assert checkpoint_steps(folder) == list(range(3, 61, 3))
 
 
 def test_the_last_step_is_saved_whatever_its_number(save):

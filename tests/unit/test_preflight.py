@@ -636,11 +636,24 @@ def test_an_output_directory_with_another_run_says_how_to_go_on(problems, tmp_pa
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / file).write_text(content)
     text = only(problems())
-    assert "holds another run" in text
+    assert "holds another run, without a checkpoint: start from step 0 with --overwrite" in text
     assert "--output_dir" in text
     assert "--checkpoint.resume" not in text  # there is nothing to continue from
     (tmp_path / "run" / "checkpoints" / "step-1").mkdir(parents=True)
     assert "--checkpoint.resume" in only(problems())
+    assert problems("--overwrite") == []
+
+
+@pytest.mark.parametrize("holds", ["nothing", "a run without a checkpoint"])
+def test_what_says_that_there_is_nothing_to_resume_names_what_works(problems, tmp_path, holds):
+    """A run that was interrupted in its first step was refused whatever its user tried."""
+    if holds != "nothing":
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    text = only(problems("--checkpoint.resume"))
+    assert ("leave checkpoint.resume out" in text) == (problems() == [])
+    assert "add --overwrite" in text
+    assert problems("--checkpoint.resume", "--overwrite") == []
 
 
 def test_a_run_that_failed_while_starting_can_be_started_again(problems, tmp_path):

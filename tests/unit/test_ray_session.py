@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from rlsys import ray_session as session
-from rlsys.launch import interruptible
+from rlsys.interrupts import interruptible
 from rlsys.ray_session import RayStartError, agree_on_token
 from rlsys.run_dir import RUNNING, RunDir
 

@@ -1,9 +1,11 @@
 """What is told of a run that continues, before it replaces anything."""
 
+from pathlib import Path
+
 from config_cases import write_config
 
 from rlsys.config_load import load_config, save_config
-from rlsys.resume import resume_notes
+from rlsys.resume import holds_run, move_aside, resume_notes
 from rlsys.run_dir import RunDir
 
 
@@ -44,3 +46,26 @@ def test_a_config_of_an_older_version_or_of_a_user_is_no_error(tmp_path):
     text = run.config.read_text()
     run.config.write_text(text.replace("  lr: ", "  rate: ").replace("policy:", "policies:"))
     assert len(list(resume_notes(config, run, 1))) == 1
+
+
+def test_a_run_that_is_replaced_is_moved_aside_as_a_whole_each_time(tmp_path):
+    run = RunDir(tmp_path)
+    assert list(move_aside(run)) == []
+    (tmp_path / "notes.txt").write_text("of the user")
+    for number in (1, 2):
+        for path in run.files:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"{path.name} {number}")
+        (note,) = move_aside(run)
+        assert str(tmp_path / f"replaced-{number}") in note
+        assert not holds_run(run)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "replaced-1", "replaced-2"]
+    for number in (1, 2):
+        left = {p.name: p.read_text() for p in (tmp_path / f"replaced-{number}").iterdir()}
+        assert left == {path.name: f"{path.name} {number}" for path in run.files}
+
+
+def test_every_file_of_a_run_is_among_its_files():
+    run = RunDir(Path("run"))
+    paths = {p for name in dir(RunDir) if isinstance(p := getattr(run, name), Path)} - {run.path}
+    assert {path for path in paths if not path.name.startswith(".")} <= set(run.files)

@@ -148,6 +148,20 @@ def test_a_resumed_run_trains_on_what_is_left_and_on_nothing_twice(build, drawn,
     assert sorted(used + filtered + unused) == list(range(state["prompts"]["num_taken"]))
 
 
+@given(worlds(), st.integers(1, 4))
+def test_a_step_can_be_continued_from_until_the_next_one_is_whole(build, drawn, last):
+    """Wherever the next step is interrupted, the state after the last one is what it was."""
+    world, size, rollout, _ = drawn
+    rollouts = build(world, num_prompts=size, **rollout)
+    for _ in steps(world, rollouts, 1, last):
+        pass
+    after = json.dumps(rollouts.state_after(last))
+    assert after == json.dumps(rollouts.state_dict())
+    for _ in steps(world, rollouts, last + 1, last + 1):
+        assert json.dumps(rollouts.state_after(last)) == after
+    assert json.dumps(rollouts.state_after(last + 1)) == json.dumps(rollouts.state_dict())
+
+
 @given(worlds())
 def test_filtering_without_oversampling_depends_on_no_clock(build, drawn):
     world, size, rollout, _ = drawn

@@ -1,0 +1,85 @@
+"""Ctrl-C, SIGTERM and a closed terminal, heard where a step is whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+from rlsys.run_dir import ENDED, RunDir
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C; `ray job stop`, `kill` and job schedulers; a closed terminal."""
+SAME_S = 1.0
+"""Signals so close to the first one are the same wish: `timeout` sends two, a terminal may too."""
+
+
+class ImpatientInterrupt(KeyboardInterrupt):
+    """The second Ctrl-C: end at once, save nothing."""
+
+
+class _Hearing:
+    """The signals of this process, which has one main thread."""
+
+    def __init__(self) -> None:
+        self.first_at: float | None = None
+        self.is_held_back = False
+        self.is_pending = False
+
+
+_hearing = _Hearing()
+
+
+@contextmanager
+def interruptible(run_dir: RunDir | None = None) -> Iterator[None]:
+    """Have the stop signals raise KeyboardInterrupt in the main thread; ImpatientInterrupt the
+    second time.
+
+    The status is written at once: `ray job stop` kills after three seconds, in which a run that
+    saves, closes its trackers and ends its actors may not be done.
+    """
+    global _hearing
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if _hearing.first_at is not None:
+            if now - _hearing.first_at < SAME_S:
+                return
+            raise ImpatientInterrupt
+        _hearing.first_at = now
+        if run_dir is not None:
+            with suppress(OSError):  # a full disk is no reason to go on
+                run_dir.write_status(ENDED)
+        if not _hearing.is_held_back:
+            raise KeyboardInterrupt
+        _hearing.is_pending = True
+        # Not print: the main thread may be in the middle of one.
+        os.write(2, b"\ninterrupted: this step is finished first. Ctrl-C again ends at once.\n")
+
+    outer, _hearing = _hearing, _Hearing()
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _hearing = outer
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hear the first signal at the end: what began to change the policy is finished."""
+    _hearing.is_held_back = True
+    try:
+        yield
+    finally:
+        _hearing.is_held_back = False
+    if _hearing.is_pending:
+        _hearing.is_pending = False
+        raise KeyboardInterrupt
