@@ -86,10 +86,13 @@ def parse_row(values: dict[str, Any], *, system: str | None) -> ParsedRow:
         answer, calls = as_answer(last), called_functions(last)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
         raise BadRow(_wrong_end(column, messages))
-    system = _own_system(values) or system
+    own_system = _own_system(values)
+    system = next(iter(own_system.values()), system)
     if system is not None and messages[0]["role"] not in SYSTEM_ROLES:
         messages.insert(0, {"role": "system", "content": system})
-    used = {*reading.used, *SYSTEM_COLUMNS, "messages"}
+    # A system message beside another one stays a column, which the run names as unread.
+    unused = {name for name, text in own_system.items() if text != messages[0]["content"]}
+    used = {*reading.used, *SYSTEM_COLUMNS, "messages"} - unused
     columns = {name: value for name, value in values.items() if name not in used}
     if answer is not None and columns.get(SOLUTION) is None:
         columns[SOLUTION] = answer
@@ -100,15 +103,13 @@ def parse_row(values: dict[str, Any], *, system: str | None) -> ParsedRow:
     )
 
 
-def _own_system(values: dict[str, Any]) -> str | None:
-    """The row's system message; an empty one is none."""
-    for name in SYSTEM_COLUMNS:
-        text = values.get(name)
-        if text is not None and not isinstance(text, str):
+def _own_system(values: dict[str, Any]) -> dict[str, str]:
+    """The system messages that a row has as columns; an empty one is none."""
+    texts = {name: values[name] for name in SYSTEM_COLUMNS if values.get(name) is not None}
+    for name, text in texts.items():
+        if not isinstance(text, str):
             raise BadRow(f"the column {name!r} is no text: {text!r:.80}")
-        if text and text.strip():
-            return text
-    return None
+    return {name: text for name, text in texts.items() if text.strip()}
 
 
 def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:

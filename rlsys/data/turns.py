@@ -32,11 +32,8 @@ _ROLE_NAMES = {
 """Names of roles in ShareGPT, LLaMA-Factory, ms-swift and OpenAI's API; `_CALLS` is a turn of the
 assistant whose content is the calls."""
 _THOUGHT = re.compile(r"\s*(<think>.*?</think>)\s*", re.DOTALL)
-_LOOKS_LIKE_TURNS = re.compile(
-    r"""\s*\[?\s*\{.*["'](role|from)["']\s*:.*["'](content|value)["']\s*:"""
-    r"""|\s*\[?\s*\{.*["'](content|value)["']\s*:.*["'](role|from)["']\s*:""",
-    re.DOTALL,
-)
+_OBJECT = re.compile(r"\s*\[?\s*\{")
+_TURN_KEY = re.compile(r"""["'](role|from|content|value)["']\s*:""")
 
 
 def as_turns(words: str, column: str) -> list[Any]:
@@ -47,12 +44,17 @@ def as_turns(words: str, column: str) -> list[Any]:
     Raises:
         BadRow: it looks like turns and cannot be read.
     """
-    if _LOOKS_LIKE_TURNS.match(words):
+    if _look_like_turns(words):
         turns = parse_cell(words, column)
         turns = [turns] if isinstance(turns, dict) else turns
         if isinstance(turns, list) and all(map(is_turn, turns)):
             return turns
     return [{"role": "user", "content": words}]
+
+
+def _look_like_turns(words: str) -> bool:
+    keys = set(_TURN_KEY.findall(words)) if _OBJECT.match(words) else set()
+    return bool(keys & {"role", "from"} and keys & {"content", "value"})
 
 
 def read_turns(turns: Any) -> list[Message]:

@@ -123,7 +123,9 @@ def test_a_system_message_of_the_row_goes_before_the_one_of_the_config():
         assert parse_row(row, system="a").messages[0] == {"role": "system", "content": "b"}
     own = parse_row({"messages": [*SYSTEM, *ASKED], "system": "b"}, system="a")
     assert own.messages == [*SYSTEM, *ASKED]
-    assert own.columns == {}
+    assert own.columns == {"system": "b"}  # so that the run names it as unread
+    same = {"messages": [*SYSTEM, *ASKED], "system": "Be brief.", "system_prompt": ""}
+    assert parse_row(same, system="a").columns == {}
 
 
 @pytest.mark.parametrize(
