@@ -17,7 +17,11 @@ from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
-from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.actors.group import CPU_SHARE, on_cpu
@@ -102,6 +106,7 @@ def _wait_until_placed(group: PlacementGroup, wanted: str, timeout_s: float | No
             flush=True,
         )
         pause = REPORT_EVERY_S
+    remove_placement_group(group)  # or it takes what is free later
     raise ValueError(
         f"Ray could not place the run within {timeout_s:g} s: {wanted}, and an engine's GPUs must "
         f"be on one host. {_free_gpus()}. Free some, set placement_timeout to wait, or lower "

@@ -85,7 +85,8 @@ def where(actor: ActorHandle | None) -> list[str]:
         return []
     address = cluster_state.actor_table(actor._actor_id.hex()).get("Address", {})
     hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-    if address.get("NodeID") not in hosts:
+    # A node is named there when it is asked for a process, a port when it has one.
+    if not address.get("Port") or address["NodeID"] not in hosts:
         free = ray.available_resources().get("CPU", 0)
         return [f"Ray has not placed it: {free:g} CPUs are free"]
     return [f"on {hosts[address['NodeID']]}"] if len(hosts) > 1 else []
