@@ -21,7 +21,7 @@ def place(ray_cluster, rollout_config, monkeypatch):
     actors, groups = [], []
     monkeypatch.setattr(placement, "FIRST_LOOK_S", 0.5)
 
-    def run(wanted, *, policy=(), reference=(), reward=(), beta=0.1, timeout=2.0, **rollout):
+    def run(wanted, *, policy=(), reference=(), reward=(), beta=0.1, timeout=60.0, **rollout):
         config = rollout_config(**rollout)
         config = config.model_copy(
             update={
@@ -105,7 +105,7 @@ def test_gpus_in_use_by_others_are_not_waited_for_without_end(place, capsys):
     place([("policy", 0), ("rollout", 0)])
     message = r"could not place .*needs 2 GPUs.*Free GPUs: \S+ 1 of 3; .*placement_timeout to wait"
     with pytest.raises(ValueError, match=message):
-        place([("policy", 0), ("rollout", 0)])
+        place([("policy", 0), ("rollout", 0)], timeout=2.0)
     *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("waiting for GPUs, up to 2 s (placement_timeout): the run needs 2 GPUs")
 
