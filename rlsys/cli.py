@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import tempfile
 import traceback
@@ -212,8 +213,27 @@ def _load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
     resolved = load_config(path, overrides)
     problems = check_run(resolved.config)
     if problems:
-        raise ConfigError(path, [str(problem) for problem in problems])
+        texts = [str(problem) for problem in problems]
+        folder = Path(resolved.config.output_dir)
+        another = any("holds another run" in text for text in texts)
+        raise ConfigError(path, texts, _run_elsewhere(path, overrides, folder) if another else None)
     return resolved
+
+
+def _run_elsewhere(path: str, overrides: Sequence[str], folder: Path) -> str:
+    """The user's own command, with an output_dir that is free."""
+    from rlsys.run_dir import unused_folder
+
+    words = list(overrides)
+    for index, word in enumerate(words):
+        if word == "--output_dir":
+            del words[index : index + 2]
+            break
+        if word.lstrip("-+").startswith("output_dir="):
+            del words[index]
+            break
+    command = ["rlsys", "grpo", path, *words, "--output_dir", str(unused_folder(folder))]
+    return f"In another folder:\n  {shlex.join(command)}"
 
 
 def _run_told(command: str, run: Callable[[], bool | None]) -> int:
