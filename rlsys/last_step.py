@@ -57,11 +57,14 @@ def save_last_step(
             yield f"saving step {step}; Ctrl-C again ends without it"
             policy.save_model(run_dir.interrupted)
             if config.checkpoint.save_steps is None:
-                yield f"saved the weights of step {step}: {run_dir.interrupted}"
+                yield (
+                    f"saved the weights of step {step} in {run_dir.interrupted}; another run can "
+                    "start from them with --model.path"
+                )
             elif _is_behind(config, reference, step):
                 yield (
-                    f"saved the weights of step {step}: {run_dir.interrupted}; no checkpoint, for "
-                    "the reference has not followed yet"
+                    f"saved the weights of step {step} in {run_dir.interrupted}; no checkpoint, "
+                    "for the reference has not followed yet"
                 )
             else:
                 give_up_at_deadline()

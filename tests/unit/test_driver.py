@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 from algo_cases import make_groups
 from tracking_cases import make_config
 
 from rlsys.driver import train
+from rlsys.interrupts import interruptible
 from rlsys.sampling_watch import SamplingWatch
 from rlsys.tracking.base import Tracker
 from rlsys.types import UpdateOutput
@@ -257,3 +260,18 @@ def test_rollout_logprobs_may_take_the_place_of_old_ones(run):
         System(), max_steps=1, grpo={"old_logprobs": "rollout", "num_iterations": 2}
     ).batches
     assert torch.equal(batch.old_logprobs, batch.rollout_logprobs)
+
+
+def test_an_interruption_in_an_update_is_heard_when_the_step_is_on_record(run):
+    """Or what is saved then would be half a step, or one that metrics.jsonl does not have."""
+    system = System()
+    update = system.update
+
+    def interrupted_update(batch):
+        signal.raise_signal(signal.SIGINT)
+        return update(batch)
+
+    system.update = interrupted_update
+    with interruptible(), pytest.raises(KeyboardInterrupt):
+        run(system)
+    assert system.calls[1:] == step_calls(1)[:-1]
