@@ -6,6 +6,7 @@ from gpu_cases import gpu_config
 from policy_cases import LAYOUTS
 
 from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.algo.sampling import SamplingSupport
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -86,3 +87,49 @@ def test_fused_logprobs_entropies_and_gradients_are_the_formulas(lab, gpu_models
             assert found["entropy"] < 1e-4, (shape, found)
             assert found["gradient"] < TOLERANCE[dtype], (shape, found)
             assert found["gradient with entropy"] < TOLERANCE[dtype], (shape, found)
+
+
+def truncated(rank, dtype):
+    """On a rank: largest difference to the CPU, of what top_k, top_p and the tokenizer leave."""
+    from megatron.core import parallel_state
+
+    device, (tokens, vocabulary) = rank.engine.device, (300, 4096)
+    support = SamplingSupport(top_k=50, top_p=0.9, num_token_ids=vocabulary - PADDING)
+    rows = [
+        torch.randperm(vocabulary, generator=torch.Generator().manual_seed(i)) for i in range(4)
+    ]
+    # Exact in bfloat16, and no two of a row are equal where it matters: either might be kept.
+    ranks_of_row = torch.stack(rows).float()
+    logits = -(ranks_of_row / 4).clamp(max=64.0).repeat(tokens // 4, 1).to(getattr(torch, dtype))
+    targets = logits[:, : vocabulary - PADDING].argmax(-1)
+    group = parallel_state.get_tensor_model_parallel_group()
+    width = vocabulary // group.size()
+    own = slice(group.rank() * width, (group.rank() + 1) * width)
+    found = {}
+    for place, part, ranks in ((device, own, group), (torch.device("cpu"), slice(0, None), None)):
+        leaf = logits[:, part].to(place).requires_grad_()
+        logprobs, entropy = chunked_logprobs(
+            leaf,
+            torch.eye(leaf.shape[1], dtype=leaf.dtype, device=place),
+            targets.to(place),
+            temperature=0.6,
+            support=support,
+            vocab_start=part.start,
+            group=ranks if ranks is not None and ranks.size() > 1 else None,
+        )
+        (grad,) = torch.autograd.grad((logprobs + entropy).sum(), leaf)
+        found[place.type] = (logprobs.detach(), entropy.detach(), grad)
+    ours, theirs = found[device.type], found["cpu"]
+    parts = (slice(None), slice(None), (slice(None), own))
+    return [
+        (a.cpu().double() - b[part].double()).abs().max().item()
+        for a, b, part in zip(ours, theirs, parts, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("layout", ["one rank", pytest.param("TP 2", marks=pytest.mark.gpu(2))])
+def test_tokens_that_cannot_be_sampled_are_left_out_as_on_cpu(lab, gpu_models, layout, dtype):
+    policy = lab.policy(gpu_config(gpu_models["qwen3-tied", 0], **LAYOUTS[layout]))
+    for differences in policy.call("run", truncated, dtype):
+        assert max(differences) < (1e-4 if dtype == "float32" else 2e-2), differences
