@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.golds import reachable_rewards
 from rlsys.data.stream import make_prompt_stream
 from rlsys.data.usage import column_problems_of_run, unread_columns
-from rlsys.devices import guess_device
+from rlsys.devices import gpu_memory_gib, guess_device
 from rlsys.driver import train
 from rlsys.engines.detokenize import Detokenizer
 from rlsys.engines.hf_checkpoint import resolve_model_path
@@ -39,10 +40,11 @@ from rlsys.hub import use_cache_without_hub
 from rlsys.interrupts import ImpatientInterrupt, interruptible
 from rlsys.last_step import save_last_step
 from rlsys.local_paths import is_in_job_copy, with_absolute_paths
+from rlsys.memory import card_warnings, estimate_memory
 from rlsys.model_folder import check_model_folder, check_prompt_tokens, model_notes
 from rlsys.model_shape import read_model_shape
 from rlsys.placement import Placement
-from rlsys.preflight import output_dir_problems
+from rlsys.preflight import find_model_folder, output_dir_problems
 from rlsys.ray_session import ray_session
 from rlsys.resume import move_aside, resume_notes
 from rlsys.rewards import load_plugins
@@ -193,6 +195,8 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
     print(f"starting on {device}: {actors}", flush=True)
+    for warning in memory_warnings(config, device):
+        print(f"note: this may not fit: {warning}", flush=True)
     with StartReport() as report:
         report.waiting_for(["reward functions"])
         rewards = RewardWorkers(
@@ -229,6 +233,23 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         if reference is not None and config.reference.sync_steps is not None:
             reference.follow(policy)
     return System(policy, reference, rollouts, publisher)
+
+
+def memory_warnings(config: Config, device: Device) -> list[str]:
+    """Where a GPU of this machine is too small; those of a running cluster are not seen here."""
+    card_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
+    if card_gib is None:
+        return []
+    policy, reference = (
+        read_model_shape(find_model_folder(path))
+        for path in (
+            config.model.path,
+            config.reference_path if config.grpo.beta else config.model.path,
+        )
+    )
+    return card_warnings(
+        config, estimate_memory(config, policy, reference, device=device), card_gib
+    )
 
 
 def check_prompts(config: Config, data: PromptData) -> None:

@@ -5,13 +5,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from config_cases import values
+from config_cases import values, write_run
 from data_cases import chat_tokenizer, write_jsonl
 
 from rlsys.actors.group import ActorFailure
 from rlsys.config import Config
+from rlsys.config_load import load_config
 from rlsys.data import load_checked_prompts
-from rlsys.launch import _end_rollouts, check_right_answers, step_notes
+from rlsys.launch import _end_rollouts, check_right_answers, memory_warnings, step_notes
 
 
 def end_run(error, unheard):
@@ -88,3 +89,16 @@ def test_rows_without_a_right_answer_are_counted_before_the_run(tmp_path, capsys
     assert "warning: exact_match: 4 of 4 rows" in check(on_error="zero")
     write_jsonl(tmp_path / "a.jsonl", rows[:1])
     assert check() == ""
+
+
+def test_a_gpu_that_is_too_small_is_told_at_the_start(tmp_path, monkeypatch):
+    config = load_config(write_run(tmp_path)).config
+    monkeypatch.setattr("rlsys.launch.gpu_memory_gib", lambda: 1.0)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert any("GPU of the policy" in text for text in memory_warnings(config, "cuda"))
+    assert memory_warnings(config, "cpu") == []
+    monkeypatch.setattr("rlsys.launch.gpu_memory_gib", lambda: 80.0)
+    assert memory_warnings(config, "cuda") == []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # whose GPUs nobody sees from here
+    monkeypatch.setattr("rlsys.launch.gpu_memory_gib", lambda: 1.0)
+    assert memory_warnings(config, "cuda") == []
