@@ -137,7 +137,7 @@ def _rows_of(value: Any) -> list[Any] | None:
 
 
 def _are_rows(value: Any) -> bool:
-    """A list of objects, which are no turns of a conversation."""
+    """Whether it is a list of objects that are rows, not turns of a conversation."""
     return (
         isinstance(value, list)
         and bool(value)

@@ -16,7 +16,7 @@ def parse_json(content: bytes | str) -> Any:
     """The value of a JSON text.
 
     Raises:
-        BadRow: it is no JSON, has two meanings, or holds text that is no Unicode.
+        BadRow: the text is not JSON, repeats a key, or holds half a surrogate pair.
     """
     return _parsed(content, _DECODER.decode)
 

@@ -24,7 +24,7 @@ _MAGIC = {
     ".zip": b"PK\x03\x04",
     ".parquet": b"PAR1",
 }
-"""First bytes of files that are no text."""
+"""First bytes of binary files."""
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ def json_object(line: bytes) -> dict[str, Any]:
     """A row that is a line of JSON.
 
     Raises:
-        BadRow: it is no object.
+        BadRow: it is another value.
     """
     # Without the line's end, or an error at the end of the line is one of the next line.
     row = parse_json(line.rstrip(b"\r\n"))
@@ -86,7 +86,7 @@ def foreign_content(path: Path) -> str | None:
     if head.startswith(b"version https://git-lfs"):
         return "is a pointer of Git LFS, and not the file itself: fetch it with git lfs pull"
     if head[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page, and no rows: it may be the error page of a download"
+        return "is a web page, not rows: it may be the error page of a download"
     found = next((suffix for suffix, magic in _MAGIC.items() if head.startswith(magic)), None)
     if found is not None and found != path.suffix:
         return f"is a {found} file by its first bytes: rename it, or decompress it"

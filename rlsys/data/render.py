@@ -58,7 +58,7 @@ class ChatTemplate:
         """`variables` are what the template reads in every row, as of data.chat_template_kwargs.
 
         Raises:
-            ValueError: the tokenizer has no chat template, or one that is no Jinja.
+            ValueError: the tokenizer has no chat template, or one that is not valid Jinja.
         """
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -141,7 +141,7 @@ class ChatTemplate:
             )
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
-                f"the chat template of {self._tokenizer.name_or_path!r} is no Jinja template: "
+                f"the chat template of {self._tokenizer.name_or_path!r} is not valid Jinja: "
                 f"{error.message} in its line {error.lineno}"
             ) from error
         # A template is a program of the model's authors, and raises whatever Python does.
@@ -302,7 +302,7 @@ def render_prompt(
     `template_kwargs` are variables that the template reads, as of data.chat_template_kwargs.
 
     Raises:
-        ValueError: these are no messages, or the template refuses them.
+        ValueError: the messages are malformed, or the template refuses them.
     """
     template = ChatTemplate(tokenizer, template_kwargs)
     [token_ids] = template.render([("", ParsedRow(read_turns(messages), {}, "messages"))])

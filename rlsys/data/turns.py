@@ -135,7 +135,7 @@ def _message(turn: Mapping[str, Any]) -> tuple[str, Message]:
 
 
 def _as_text(content: Any, *, may_be_empty: bool) -> Any:
-    """Content in parts as one text, None where there is no text; any other value as it is."""
+    """Content in parts as one text, None for an empty text; any other value as it is."""
     if isinstance(content, list):
         content = _joined_text(content)
     if content is None or (isinstance(content, str) and not content.strip()):
@@ -235,7 +235,7 @@ def _arguments(given: Any) -> Any:
 def _no_call(given: Any) -> str:
     return (
         "a call of a tool is {'name': text, 'arguments': object}, alone or as 'function', or JSON "
-        f"text of it; found {given!r:.80}"
+        f"text; found {given!r:.80}"
     )
 
 
@@ -243,7 +243,7 @@ def _no_call(given: Any) -> str:
 
 
 def read_tools(given: Any) -> list[dict[str, Any]] | None:
-    """The column `tools`: schemas of functions as OpenAI has them; None where there are none.
+    """The column `tools`: schemas of functions as OpenAI has them; None for an empty column.
 
     Also taken are JSON text of them, and functions without OpenAI's wrapper, as LLaMA-Factory has
     them.
@@ -278,7 +278,7 @@ def _tool(given: Any) -> dict[str, Any]:
 def _no_tools(given: Any) -> str:
     return (
         "the column 'tools' should hold schemas of functions, [{'type': 'function', 'function': "
-        f"{{'name': ...}}}}] or JSON text of it, and has {given!r:.80}. If it is for rewards only, "
+        f"{{'name': ...}}}}] or JSON text, and has {given!r:.80}. If it is for rewards only, "
         "rename it with data.columns: {tools: dataset_tools}"
     )
 

@@ -175,7 +175,7 @@ def column_problems(config: Config, columns: Collection[str], data: str = "the d
 def unread_columns(config: Config, columns: Collection[str]) -> str | None:
     """A line that names the columns which neither the prompt nor a reward function asks for.
 
-    None where there are none.
+    None if every column is asked for.
     """
     uses = column_uses(config).values()
     named = {column for use in uses for column in (*use.needed, *use.optional)}

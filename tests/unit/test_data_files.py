@@ -188,7 +188,7 @@ def test_other_compressed_files_are_refused(tokenizer, tmp_path):
             b"version https://git-lfs.github.com/spec/v1\n",
             "fetch it with git lfs pull",
         ),
-        ("a.json", b"\n<!DOCTYPE html>\n<html>\n", "is a web page, and no rows"),
+        ("a.json", b"\n<!DOCTYPE html>\n<html>\n", "is a web page, not rows"),
     ],
 )
 def test_a_file_of_something_else_is_one_error(tokenizer, tmp_path, name, content, words):

@@ -215,9 +215,9 @@ def test_arguments_that_no_template_could_read_name_the_row(tmp_path):
         load(chat_tokenizer("qwen3_6"), source)
 
 
-def test_a_template_that_is_no_jinja_is_one_error(tmp_path):
+def test_a_template_that_is_not_jinja_is_one_error(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}] * 3)
-    with pytest.raises(ValueError, match=r"is no Jinja template: Unexpected end.* in its line 1"):
+    with pytest.raises(ValueError, match=r"is not valid Jinja: Unexpected end.* in its line 1"):
         load(chat_tokenizer("{% if a %}"), source)
 
 
