@@ -428,8 +428,8 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
         ):
             yield Problem(
                 f"checkpoint.resume: {run.checkpoints} has step {steps[-1]}, after which max_steps "
-                f"= {config.max_steps} leaves nothing to do: raise --max_steps, or choose another "
-                "folder with --output_dir",
+                f"= {config.max_steps} leaves nothing to do: raise --max_steps, start over with "
+                "--overwrite alone, or choose another folder with --output_dir",
                 True,
             )
     elif holds_run(run) and not config.overwrite:
