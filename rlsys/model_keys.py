@@ -42,6 +42,18 @@ _IMPLEMENTED_EXPERTS = {
     "output_router_logits",
     "router_aux_loss_coef",
 }
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+)
 _BOOKKEEPING = {
     "attn_implementation",
     "bos_token_id",
@@ -186,6 +198,7 @@ def key_problems(values: dict[str, Any]) -> Iterator[str]:
             )
         elif key not in known:
             yield f"{key} = {value!r} is not known to rlsys; {_REMEDY}"
+    yield from _size_problems(values)
     yield from _layer_problems(values)
     yield from _rope_problems(values)
 
@@ -213,6 +226,19 @@ def _architecture_problems(values: dict[str, Any]) -> Iterator[str]:
         )
 
 
+def _size_problems(values: dict[str, Any]) -> Iterator[str]:
+    for key in _SIZES:
+        value = values.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            yield f"{key} = {value!r} should be a whole number of at least 1"
+            return
+    heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if heads and groups and heads % groups:
+        yield f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}"
+    if not isinstance(values.get("tie_word_embeddings", False), bool):
+        yield f"tie_word_embeddings = {values['tie_word_embeddings']!r} should be true or false"
+
+
 def _layer_problems(values: dict[str, Any]) -> Iterator[str]:
     """Layers that differ from each other, or that see only a part of the context."""
     model_type = values["model_type"]
@@ -224,6 +250,9 @@ def _layer_problems(values: dict[str, Any]) -> Iterator[str]:
             f"{model_type} with {', '.join(others)} in layer_types is not supported: each layer "
             "has to be 'full_attention'"
         )
+    num_layers = values.get("num_hidden_layers")
+    if kinds and not others and len(kinds) != num_layers:
+        yield f"layer_types has {len(kinds)} entries for num_hidden_layers = {num_layers}"
     window = values.get("sliding_window")
     # Qwen's configs name a window and leave it off (use_sliding_window); Llama's have no switch.
     if window is not None and model_type == "llama":
@@ -251,6 +280,11 @@ def _rope_problems(values: dict[str, Any]) -> Iterator[str]:
                 "null in config.json"
             )
             continue
+        if rope.get("type", kind) != kind:
+            yield f"{name}: rope_type {kind!r} and type {rope['type']!r} contradict each other"
+        missing = sorted(_ROPE_KEYS[kind] - rope.keys())
+        if missing:
+            yield f"{name}: rope_type {kind!r} needs {', '.join(missing)}"
         known = _ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta"}
         for key, value in rope.items():
             if key == "partial_rotary_factor" and value == 1:

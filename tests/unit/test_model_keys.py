@@ -145,6 +145,11 @@ def test_published_configs_are_accepted(tmp_path, name):
         (PUBLISHED["Qwen3-MoE"], "decoder_sparse_step", 2),
         (PUBLISHED["Qwen3-MoE"], "mlp_only_layers", [0]),
         (QWEN3, "num_experts", 8),
+        (LLAMA, "hidden_size", 0),
+        (LLAMA, "vocab_size", "384"),
+        (LLAMA, "num_key_value_heads", 3),
+        (LLAMA, "tie_word_embeddings", "false"),
+        (LLAMA, "layer_types", ["full_attention"]),
     ],
 )
 def test_what_may_change_the_model_is_refused_by_name(tmp_path, base, key, value):
@@ -190,6 +195,8 @@ def test_words_for_people_are_harmless_and_known(tmp_path):
         ({"rope_type": "default", "partial_rotary_factor": 0.25}, "partial_rotary_factor = 0.25"),
         ({"full_attention": {"rope_type": "default"}}, "full_attention"),
         ("linear", "should be a mapping"),
+        ({"rope_type": "llama3", "factor": 8.0}, "needs high_freq_factor, low_freq_factor"),
+        ({"rope_type": "linear", "type": "yarn", "factor": 2.0}, "contradict"),
     ],
 )
 @pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
