@@ -24,7 +24,7 @@ _STYLE = (
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|it|rm|sf|tt|normal)|mbox|bm|boldsymbol"
     r"|underline|(?:text)?color\s*\{[^{}]*\})\s*"
 )
-_SPACE = r"(?:(?<!\\)\\[,;:! ]|~|\{,\}|,\\!|\s)"
+_SPACE = r"(?:(?<!\\)\\[,;:! ]|~|\{,\}|,\\!)"
 _TRIG = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\d\}))?\s*"
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _DEGREES = r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|\\text\{\s*degrees?\s*\})"
@@ -37,18 +37,28 @@ _CURRENCY: tuple[str, Replacement] = (
     r"\\text\s*\{\s*\\\$\s*\}|\\\$|\\textdollar\b|\\(?:pounds|euro)\b|[\u20ac\u00a3\u00a5\u20b9]",
     "",
 )
-# Groups of exactly three digits, all with the same mark. Math-verify knows the plain comma.
-_THOUSANDS: tuple[str, Replacement] = (
-    rf"(?<![\d.,^_])\d{{1,3}}({_SPACE}+)\d{{3}}(?:\1\d{{3}})*(?![\d])",
-    lambda match: re.sub(r"\D", "", match[0]),
-)
-_ALWAYS = (_CURRENCY, _THOUSANDS)
+
+
+def _thousands(mark: str) -> tuple[str, Replacement]:
+    """Groups of exactly three digits, all with the same mark. Math-verify knows the plain comma."""
+    return (
+        rf"(?<![\d.,^_])\d{{1,3}}({mark})\d{{3}}(?:\1\d{{3}})*(?!\d)",
+        lambda match: re.sub(r"\D", "", match[0]),
+    )
+
+
+_ALWAYS = (_CURRENCY, _thousands(f"{_SPACE}+"))
 """Harmless in prose too."""
 _IN_ANSWERS: tuple[tuple[str, Replacement], ...] = (
-    (r"(?<!\\)\\!|\\(?:displaystyle|bf|rm|it)\b|\\(?:left|right)(?=[.|])\.?", ""),
+    _thousands(" "),
+    (r"(?<!\\)\\!|\\(?:displaystyle|bf|rm|it)\b|\\(?:left|right)\s*(?=[()\[\].|])\.?", ""),
     (r"(?<!\\)\\(?:q?quad\b|[,;: ])|~", " "),
     (r"\u221a\s*(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
-    (rf"\\(?:text|mathrm|operatorname)\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1"),
+    (
+        rf"\\(?:text|mathrm|operatorname)\s*\{{\s*((?i:{_FUNCTIONS}))\s*\}}",
+        lambda match: rf"\{match[1].lower()}",
+    ),
+    (r"\\(?:text|mathrm)\s*\{\s*(?:USD|EUR|GBP|INR|JPY|CNY|Rs\.?)\s*\}|\b(?:USD|EUR|GBP)\b", ""),
     (r"\\lcm\b", r"\\operatorname{lcm}"),
     (r"\\([td]?)binom\s*(\d)\s*(\d)", r"\\binom{\2}{\3}"),
     # 7 \equiv 1 \pmod{3}

@@ -25,6 +25,8 @@ logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
 _log = logging.getLogger(__name__)
 
 _EQUAL_WITHIN = 1e-6  # as math-verify rounds
+_MOST_BRACKETS = 5
+"""Brackets within brackets."""
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _NO_WORDS = re.compile(r"\\(?:text|mathrm|textbf|operatorname|mbox|begin|end)\s*\{[^{}]*\}")
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
@@ -69,7 +71,20 @@ def _read(text: str, marked: bool) -> list[Any]:
     # In a box all of the text is the answer: without one math-verify reads 2\sqrt{3} as 2.
     prose = "$" in text or r"\boxed" in text or _WORD.search(_NO_WORDS.sub("", text)) is not None
     read = [] if prose else parse(f"\\boxed{{{text}}}", [_LATEX], parsing_timeout=None)
-    return read or parse(text, [_LATEX, ExprExtractionConfig()], parsing_timeout=None)
+    read = read or parse(text, [_LATEX, ExprExtractionConfig()], parsing_timeout=None)
+    side = _right_side(text) if all(isinstance(value, str) for value in read) else None
+    return read if side is None else _read(side, True)
+
+
+def _right_side(text: str) -> str | None:
+    r"""The value of one equation whose left side cannot be read: `P(X>2) = 0.3` says 0.3.
+
+    None where the left side lists several things, `P(A) = 1, P(B) = 2`.
+    """
+    left, equals, right = text.partition("=")
+    for _ in range(_MOST_BRACKETS):
+        left = re.sub(r"[(\[{][^()\[\]{}]*[)\]}]", "", left)
+    return right if equals and "=" not in right and not re.search(r"[,;<>]", left) else None
 
 
 def _contradicts_itself(value: Any) -> bool:

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 
+from rlsys.data.rows import parse_row
 from rlsys.rewards import orms
 from rlsys.rewards.answers import last_boxed
 
@@ -201,6 +202,8 @@ def test_what_only_looks_like_typography_scores_0(accuracy, gold, answer):
         (r"\sin 30^\circ", r"\frac{1}{2}"),
         (r"\sin^2 30^{\circ} + \cos^2 30^{\circ}", "1"),
         (r"\tan(45°)", "1"),
+        (r"\cos\left(60^\circ\right)", r"\frac12"),
+        (r"\text{GCD}(12,18)", "6"),
         (r"\arcsin \frac12", r"30^\circ"),
         (r"\sum_{i=1}^{10} i", "55"),
         (r"\int_0^1 x\,dx", r"\frac12"),
@@ -217,6 +220,27 @@ def test_an_equation_is_judged_by_its_value(accuracy, left, right):
     assert accuracy([rf"\boxed{{{left} = 7}}"], answer=["7"]) == [0.0]  # it is false
     if "arcsin" not in left:  # of which the value is in radians
         assert accuracy([rf"\boxed{{{left}}}"], answer=[right]) == [1.0]
+
+
+@pytest.mark.parametrize("left", ["P(X>2)", r"n(A \cup B)", r"\max\{1,2\}", r"{}_5C_2"])
+def test_of_an_equation_that_cannot_be_read_the_right_side_counts(accuracy, left):
+    texts = [rf"\boxed{{{left} = 0.3}}", rf"\boxed{{{left} = 0.4}}"]
+    texts.append(rf"\boxed{{41, {left} = 0.3}}")
+    assert accuracy(texts, answer=["0.3"] * 3) == [1.0, 0.0, 0.0]
+
+
+def test_numbers_below_each_other_are_not_one(accuracy):
+    assert accuracy(["First 12\n345", "it is 12\u202f345"], answer=["345", "12345"]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("said", "gold"), [("So \\boxed{7}.", "7"), ("7", "7"), ("See Figure 4. It is seven.", None)]
+)
+def test_the_last_turn_of_the_assistant_is_an_answer_only_where_it_marks_one(accuracy, said, gold):
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
+    columns = parse_row({"messages": turns}, system=None).columns
+    assert accuracy.gold(columns) == gold
+    assert accuracy.gold(columns | {"answer": "9"}) == "9"
 
 
 PROSE = "See Figure 4. The slope is minus two."
