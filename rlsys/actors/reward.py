@@ -1,7 +1,8 @@
-"""Reward workers: Ray actors that score groups, and that can be killed when one hangs."""
+"""Reward workers: Ray actors, each with a reward process on its node, killed when it hangs."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,14 +15,8 @@ from rlsys.actors.group import Place, device_env, inherited_env
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins
 from rlsys.rewards.pool import RewardPool
-from rlsys.rewards.runner import (
-    Failed,
-    ProcessSettings,
-    RewardRunner,
-    Task,
-    Values,
-    process_settings,
-)
+from rlsys.rewards.process import Died, RewardProcess
+from rlsys.rewards.runner import Failed, ProcessSettings, Task, Values, process_settings
 from rlsys.rewards.work import ProcessDied
 
 WORKER_CPUS = 0.01
@@ -29,33 +24,29 @@ WORKER_CPUS = 0.01
 
 
 class RewardWorker:
-    """One process with its own instances of the reward functions; one task at a time."""
+    """Starts one reward process on its node and hands it tasks. User code runs in the process."""
 
     def __init__(self) -> None:
-        self._runner = RewardRunner()
+        self._process: RewardProcess | None = None
+        self._calls: dict[int, asyncio.Future[Any]] = {}
 
-    def start(self, settings: ProcessSettings) -> Failed | None:
-        """Make the reward functions."""
-        return self._runner.start(settings)
+    async def start(self, settings: ProcessSettings, concurrent: bool) -> Failed | Died | None:
+        """Start it, and wait until it has its reward functions."""
+        loop = asyncio.get_running_loop()
+        self._calls[0] = loop.create_future()
 
-    def score(self, task: Task) -> Values | Failed:
+        def take(number: int, result: Any) -> None:
+            loop.call_soon_threadsafe(lambda: self._calls.pop(number).set_result(result))
+
+        self._process = RewardProcess(settings, take, concurrent=concurrent)
+        return await self._calls[0]
+
+    async def score(self, task: Task) -> Values | Failed | Died:
         """Call one function for the completions of one prompt."""
-        return self._runner.score(task)
-
-
-class AsyncRewardWorker:
-    """The same for async functions: many tasks at a time in one event loop."""
-
-    def __init__(self) -> None:
-        self._runner = RewardRunner()
-
-    async def start(self, settings: ProcessSettings) -> Failed | None:
-        """Make the reward functions."""
-        return self._runner.start(settings)
-
-    async def score(self, task: Task) -> Values | Failed:
-        """Call one async function for the completions of one prompt."""
-        return await self._runner.score_async(task)
+        assert self._process is not None
+        # The result comes through the loop, so it finds the future.
+        call = self._calls[self._process.call(task)] = asyncio.get_running_loop().create_future()
+        return await call
 
 
 class RayBackend:
@@ -79,14 +70,14 @@ class RayBackend:
 
     def spawn(self, names: Sequence[str], *, concurrent: bool) -> tuple[ActorHandle, ray.ObjectRef]:
         """Start an actor."""
-        actor_class: Any = AsyncRewardWorker if concurrent else RewardWorker
         options = self._options
         if names[0] in self._models and self._place is not None:
             options = options | self._place(self._models.index(names[0]))
         elif names[0] in self._models:
             options = options | {"runtime_env": {"env_vars": inherited_env() | device_env("cpu")}}
+        actor_class: Any = RewardWorker
         actor = ray.remote(**options)(actor_class).remote()
-        return actor, actor.start.remote(replace(self._settings, names=names))
+        return actor, actor.start.remote(replace(self._settings, names=names), concurrent)
 
     def score(self, process: ActorHandle, task: Task) -> ray.ObjectRef:
         """Send a task."""
@@ -101,12 +92,15 @@ class RayBackend:
     def result(self, reference: ray.ObjectRef) -> Any:
         """Of a reference that is done."""
         try:
-            return ray.get(reference)
+            result = ray.get(reference)
         except RayError as error:
             raise ProcessDied(str(error).strip().partition("\n")[0]) from None
+        if isinstance(result, Died):
+            raise ProcessDied(result.why)
+        return result
 
     def kill(self, process: ActorHandle) -> None:
-        """End the actor's process."""
+        """End the actor; the guard of its reward process ends that and what it started."""
         ray.kill(process)
 
 
@@ -120,6 +114,7 @@ class RewardWorkers(RewardPool):
         known: dict[str, Any] | None = None,
         max_steps: int = 0,
         place: Place | None = None,
+        plugins: Sequence[str] = (),
     ):
         """Start the workers and wait until each has its reward functions.
 
@@ -129,14 +124,15 @@ class RewardWorkers(RewardPool):
             max_steps: of the run, for `trainer_state`.
             place: Ray options of the processes of reward models, by the model's number; None
                 keeps them on the CPU.
+            plugins: files to load besides those of `config`.
 
         Raises:
             ValueError: a plugin that cannot be imported, an unknown reward function, or weights
                 that do not fit; found before any process starts.
             RewardCodeError: a reward class that cannot be instantiated.
         """
-        load_plugins(config.external_plugins)
+        settings = process_settings(config, known or {}, plugins)
+        load_plugins(settings.plugins)
         check_names_and_weights(config.names, config.reward_weights)
-        settings = process_settings(config, known or {})
         backend = RayBackend(settings, config.models, place)
         super().__init__(config, backend, max_steps=max_steps)

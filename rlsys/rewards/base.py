@@ -170,6 +170,8 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
     def remedy(self, name: str) -> str:
         """For a name that is that of a plugin or of a function in it: how to name the function."""
         found = plugins.find_unregistered(name)
+        if swift := plugins.imports_of_swift():
+            return f" {swift[0]}"
         if found is None:
             return ""
         path, reference = found

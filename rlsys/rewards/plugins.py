@@ -5,7 +5,7 @@ Reward functions most of all; losses, advantage estimators and preprocessors com
 
 from __future__ import annotations
 
-import hashlib
+import ast
 import importlib
 import importlib.util
 import os
@@ -20,19 +20,23 @@ from types import ModuleType
 from typing import Any
 
 from rlsys.registry import did_you_mean
+from rlsys.rewards.swift_imports import is_swift, swift_imports
+from rlsys.user_files import PREFIX, module_name
 
 ENTRY_POINT_GROUP = "rlsys.rewards"
-_MODULE_PREFIX = "rlsys_plugin_"
+_folders: list[Path] = []
+"""Of the plugins so far: files in them can be imported."""
 
 
 def load_plugins(paths: Iterable[str | Path]) -> None:
-    """Import each file once in this process.
+    """Import each file once in this process, as a module of `rlsys.user_files`.
 
-    A plugin's module has a name of its own that depends on the whole path, so that a plugin
-    called math.py shadows nothing, and two plugins of one name in two folders get along.
+    A plugin can import the files beside it: its folder is appended to sys.path, so that they
+    shadow neither the standard library nor installed packages.
 
     Raises:
-        ValueError: a file is missing or raises on import; the message ends with its traceback.
+        ValueError: a file is missing, raises on import (the message ends with its traceback), or
+            imports a file beside it under a name that another plugin's folder has too.
     """
     for path in paths:
         _load(Path(path).expanduser().resolve())
@@ -81,15 +85,15 @@ def find_unregistered(name: str) -> tuple[str, str] | None:
     Returns:
         its path, and a reference to that function, in a plugin called `name` to its first.
     """
-    for module_name, module in list(sys.modules.items()):
-        if not module_name.startswith(_MODULE_PREFIX):
+    for module_of, module in list(sys.modules.items()):
+        if not module_of.startswith(PREFIX):
             continue
         assert module.__file__ is not None
         path = module.__file__.removeprefix(f"{os.getcwd()}/")
         own = [
             key
             for key, value in vars(module).items()
-            if getattr(value, "__module__", None) == module_name  # imported ones have another
+            if getattr(value, "__module__", None) == module_of  # imported ones have another
             and callable(value)
             and not key.startswith("_")
         ]
@@ -98,6 +102,12 @@ def find_unregistered(name: str) -> tuple[str, str] | None:
         if Path(path).stem == name:
             return path, f"{path}:{own[0] if own else 'FUNCTION'}"
     return None
+
+
+def imports_of_swift() -> list[str]:
+    """Of the loaded plugins: they may have registered with ms-swift, where it is installed."""
+    files = [m.__file__ for n, m in list(sys.modules.items()) if n.startswith(PREFIX)]
+    return [one.describe(f) for f in files if f is not None for one in swift_imports(Path(f))]
 
 
 @cache
@@ -151,30 +161,85 @@ def _import_module(name: str, reference: str) -> ModuleType:
 
 
 def _load(path: Path) -> ModuleType:
-    digest = hashlib.sha256(str(path).encode()).hexdigest()[:8]
-    name = f"{_MODULE_PREFIX}{path.stem}_{digest}"
-    if name in sys.modules:
-        return sys.modules[name]
     if not path.is_file():
         raise ValueError(
             f"plugin {str(path)!r} is not a file. Relative paths start at the working directory, "
             f"which is {os.getcwd()}."
         )
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise ValueError(f"plugin {str(path)!r} is not a Python file: its name must end in .py")
-    module = importlib.util.module_from_spec(spec)
-    # Before it runs, as dataclasses and pickle look a class's module up by its name.
-    sys.modules[name] = module
+    name = module_name(path)
+    if name in sys.modules:
+        return sys.modules[name]
+    if path.parent not in _folders:
+        _folders.append(path.parent)
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+        importlib.invalidate_caches()
+    _check_siblings(path, {path})
     try:
-        spec.loader.exec_module(module)
+        return importlib.import_module(name)
     # Whatever a user's file may raise, sys.exit() included.
     except (Exception, SystemExit) as error:
-        del sys.modules[name]
         raise ValueError(
             f"plugin {str(path)!r} raised when it was imported:\n{_own_traceback(error, path)}"
+            f"{_import_remedy(error, path)}"
         ) from None
-    return module
+
+
+def _check_siblings(path: Path, seen: set[Path]) -> None:
+    """Refuse a plugin that would get another plugin's file under the name of one beside it.
+
+    Raises:
+        ValueError: as it says.
+    """
+    for name in _imported_names(path):
+        sibling = next((p for p in _places(path.parent, name) if p.is_file()), None)
+        if sibling is None or sibling in seen:
+            continue
+        loaded = sys.modules.get(name)
+        spec = importlib.util.find_spec(name) if loaded is None else loaded.__spec__
+        origin = Path(spec.origin).resolve() if spec is not None and spec.origin else None
+        others = {place for folder in _folders for place in _places(folder, name)} - {sibling}
+        if origin in others and origin.read_bytes() != sibling.read_bytes():
+            raise ValueError(
+                f"{path} imports {name}, which is {sibling} beside it, but another plugin has "
+                f"{origin}, and Python knows one module of a name: rename one of the two files"
+            )
+        if origin == sibling:
+            _check_siblings(sibling, seen | {sibling})
+
+
+def _places(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where a module of the folder is."""
+    return folder / f"{name}.py", folder / name / "__init__.py"
+
+
+def _imported_names(path: Path) -> set[str]:
+    """The top-level modules that a file imports, anywhere in it."""
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (SyntaxError, ValueError):
+        return set()  # its import tells
+    names = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+    names |= {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
+    return {name.partition(".")[0] for name in names}
+
+
+def _import_remedy(error: BaseException, path: Path) -> str:
+    """What to write in place of an import that cannot work here; empty for all other errors."""
+    if not isinstance(error, ImportError) or error.name is None:
+        return ""
+    if error.name.startswith(PREFIX.rstrip(".")):
+        return "\nA plugin is not part of a package: import the files beside it without the dot."
+    if not is_swift(error.name):
+        return ""
+    frames = traceback.extract_tb(error.__traceback__)
+    files = dict.fromkeys([Path(frame.filename) for frame in reversed(frames)] + [path])
+    for file in files:
+        if found := swift_imports(file) if file.parent in _folders else []:
+            return "\n" + "\n".join(one.describe(str(file)) for one in found)
+    return ""
 
 
 def _own_traceback(error: BaseException, path: Path | None) -> str:

@@ -5,8 +5,8 @@ tried alone, so that one that makes a function hang or crash does not cost its s
 reward. Functions that are not async run one at a time in each of `num_workers` processes; async
 ones run together in the event loop of a process of their own.
 
-How processes are made and talked to is a `Backend`: Ray actors in a run, plain children of this
-process in `rlsys rewards try`.
+A `Backend` starts the processes and talks to them: through Ray actors in a run, directly in
+`rlsys rewards try`. The processes are the same, see `rlsys.rewards.process`.
 """
 
 from __future__ import annotations

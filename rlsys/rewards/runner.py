@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
@@ -45,13 +46,21 @@ class ProcessSettings:
     """MiB, see `start_guard`."""
 
 
-def process_settings(config: RewardConfig, known: Params) -> ProcessSettings:
-    """Those of a run whose working directory is that of this process."""
+def process_settings(
+    config: RewardConfig, known: Params, plugins: Sequence[str] = ()
+) -> ProcessSettings:
+    """Those of a run whose working directory is that of this process.
+
+    Args:
+        config: of the rewards.
+        known: as of `ProcessSettings`.
+        plugins: files to load besides those of `config`.
+    """
     return ProcessSettings(
         config.names,
         config.params,
         known,
-        config.external_plugins,
+        list(dict.fromkeys([*plugins, *config.external_plugins])),
         os.getcwd(),
         config.max_memory_mb,
     )
@@ -93,7 +102,6 @@ class RewardRunner:
 
     def start(self, settings: ProcessSettings) -> Failed | None:
         """Load the plugins and instantiate the functions; what goes wrong comes back as text."""
-        _lead_a_group()
         self._guard = start_guard(settings.max_memory_mb)
         if Path(settings.directory).is_dir():
             os.chdir(settings.directory)
@@ -164,16 +172,7 @@ def report_of(error: ValueError | RuntimeError) -> str:
     return "".join(traceback.format_exception(type(cause), cause, frames)) + f"\n{error}"
 
 
-def _lead_a_group() -> None:
-    """Make this process the leader of a group, so that what user code starts can end with it."""
-    if os.getpgrp() != os.getpid():  # Ray may have done it
-        os.setsid()
-
-
-def kill_group(pid: int | None) -> None:
-    """Kill a reward process and what it started, if it has come so far as to lead a group."""
-    try:
-        if pid is not None and os.getpgid(pid) == pid:
-            os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it ended before; its guard sees to the rest
+def kill_group(pid: int) -> None:
+    """Kill a reward process, which leads a group, and what it started."""
+    with contextlib.suppress(ProcessLookupError):  # it ended before; its guard sees to the rest
+        os.killpg(pid, signal.SIGKILL)

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from reward_programs import PROGRAM_COMPLETIONS, PROGRAM_VALUES, PROGRAMS, SIBLING
 
 from rlsys.actors.reward import RewardWorkers
 from rlsys.config import RewardConfig
@@ -115,6 +116,23 @@ def test_bad_completions_are_found_and_their_siblings_keep_their_rewards(start):
     failures = [reward.failures.get("acts") for reward in bad.rewards]
     assert failures == [None, "crashed", "crashed", "timeout", "crashed", "error", None]
     assert all(math.isnan(reward.total) for reward in bad.rewards[1:-1])
+
+
+def test_a_function_may_do_what_a_script_may(start, tmp_path):
+    Path("programs.py").write_text(PROGRAMS)
+    Path("helper_beside.py").write_text(SIBLING)
+    workers = start(*PROGRAM_VALUES, external_plugins=["programs.py"])
+    [group] = score(workers, group_of(*PROGRAM_COMPLETIONS))
+    values = [reward.by_name for reward in group.rewards]
+    assert {name: [row[name] for row in values] for name in PROGRAM_VALUES} == PROGRAM_VALUES
+    workers.close()
+    workers = start("hangs", external_plugins=["programs.py"])
+    path = tmp_path / "pid"
+    workers.submit(group_of(str(path)))
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.1)
+    workers.close()
+    assert gone(int(path.read_text()))
 
 
 def test_an_async_call_that_hangs_is_cancelled(start):

@@ -58,13 +58,96 @@ def test_loading_again_does_nothing(tmp_path, monkeypatch):
     assert "again" in orms
 
 
-def test_a_plugin_called_math_shadows_nothing(tmp_path):
+@pytest.fixture
+def modules(monkeypatch):
+    """What tests import and append to sys.path is gone afterwards."""
+    before = set(sys.modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def test_a_plugin_imports_the_files_beside_it(tmp_path, modules):
+    write(tmp_path / "helper_a.py", "from helper_b.deep import value\n")
+    write(tmp_path / "helper_b" / "deep.py", "value = 3.0\n")
+    write(tmp_path / "json.py", "raise RuntimeError('shadows the standard library')\n")
+    write(tmp_path / "yaml.py", "raise RuntimeError('shadows an installed package')\n")
+    code = (
+        "import json, yaml\nfrom helper_a import value\n"
+        "from rlsys.rewards import orms\norms['beside'] = lambda completions: [value]\n"
+    )
+    load_plugins([write(tmp_path / "plugin.py", code)])
+    assert orms["beside"](["a"]) == [3.0]
+
+
+def test_two_plugins_with_different_files_of_one_name_beside_them_are_an_error(tmp_path, modules):
+    for name in "ab":
+        write(tmp_path / name / "utils_of_mine.py", f"value = {name!r}\n")
+        write(tmp_path / name / "plugin.py", "def f():\n    import utils_of_mine\nf()\n")
+    load_plugins([tmp_path / "a" / "plugin.py"])
+    with pytest.raises(ValueError, match="rename one of the two files") as caught:
+        load_plugins([tmp_path / "b" / "plugin.py"])
+    for name in "ab":
+        assert str(tmp_path / name / "utils_of_mine.py") in str(caught.value)
+    # A copy of the same file does no harm.
+    write(tmp_path / "b" / "utils_of_mine.py", "value = 'a'\n")
+    load_plugins([tmp_path / "b" / "plugin.py"])
+
+
+@pytest.mark.parametrize(
+    ("statement", "remedies"),
+    [
+        ("from swift.plugin import ORM, orms", ["from rlsys.rewards import ORM, orms"]),
+        (
+            "from swift.rewards import ORM as Base, AsyncORM, orms, rm_plugins",
+            ["import ORM as Base, AsyncORM, orms", "rlsys has no rm_plugins (reward.reward_model"],
+        ),
+        (
+            "from swift.llm import DatasetMeta, ResponsePreprocessor, register_dataset",
+            ["from rlsys.data import DatasetMeta, ResponsePreprocessor, register_dataset"],
+        ),
+        ("from swift.utils import get_logger", ["Delete the line", "get_logger (logging.getLog"]),
+        ("import swift.plugin", ["from rlsys.rewards import ORM, orms"]),
+    ],
+)
+def test_an_import_of_ms_swift_names_the_line_to_write(tmp_path, statement, remedies):
+    plugin = write(tmp_path / "from_swift.py", f"import re\n\n{statement}\n")
+    with pytest.raises(ValueError, match=r"from_swift\.py, line 3: `") as caught:
+        load_plugins([plugin])
+    for remedy in remedies:
+        assert remedy in str(caught.value)
+
+
+def test_an_import_of_ms_swift_in_a_file_beside_the_plugin_is_found(tmp_path, modules):
+    helper = write(tmp_path / "helper_swift.py", "from swift.plugin import orms\n")
+    with pytest.raises(ValueError, match="raised when it was imported") as caught:
+        load_plugins([write(tmp_path / "plugin.py", "import helper_swift\n")])
+    assert f"{helper}, line 1: `from swift.plugin import orms`" in str(caught.value)
+
+
+def test_what_was_registered_with_an_installed_ms_swift_is_told(tmp_path, modules):
+    write(tmp_path / "swift" / "plugin.py", "orms = {}\n")
+    sys.path.append(str(tmp_path))
+    code = "from swift.plugin import orms\ndef f(c): pass\norms['registered_there'] = f\n"
+    load_plugins([write(tmp_path / "there.py", code)])
+    with pytest.raises(ValueError, match=r"there\.py, line 1: .*does not use what is registered"):
+        orms["registered_there"]
+
+
+def test_a_relative_import_says_what_to_write(tmp_path):
+    plugin = write(tmp_path / "relative.py", "from .helper import f\n")
+    with pytest.raises(ValueError, match="import the files beside it without the dot"):
+        load_plugins([plugin])
+
+
+def test_a_plugin_called_math_shadows_nothing(tmp_path, modules):
     plugin = write(tmp_path / "math.py", "import math\nassert math.pi > 3\n")
     other = write(tmp_path / "b" / "math.py", "from rlsys.rewards import orms\norms['b'] = abs\n")
     before = list(sys.path)
     load_plugins([plugin, other])
     assert sys.modules["math"] is math
-    assert sys.path == before
+    assert sys.path == [*before, str(plugin.parent), str(other.parent)]
     assert orms["b"] is abs
 
 
@@ -81,7 +164,7 @@ def test_classes_know_their_module(tmp_path):
         "assert pickle.loads(pickle.dumps(State(3))) == State(3)\n",
     )
     load_plugins([plugin])
-    [name] = [name for name in sys.modules if name.startswith("rlsys_plugin_with_dataclass_")]
+    [name] = [name for name in sys.modules if name.startswith("rlsys.user_files.with_dataclass_")]
     assert sys.modules[name].State().n == 0
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from reward_programs import PROGRAM_COMPLETIONS, PROGRAM_VALUES, PROGRAMS, SIBLING
 
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins, orms
@@ -134,7 +135,8 @@ def start(tmp_path):
     pools = []
 
     def start(*names: str, **options) -> RewardPool:
-        config = RewardConfig(reward_funcs=list(names), external_plugins=[str(plugin)], **options)
+        options = {"external_plugins": [str(plugin)]} | options
+        config = RewardConfig(reward_funcs=list(names), **options)
         check_names_and_weights(config.reward_funcs, config.reward_weights)
         backend = LocalBackend(process_settings(config, {}))
         pools.append(RewardPool(config, backend, max_steps=10))
@@ -206,6 +208,30 @@ def test_bad_completions_cost_their_siblings_nothing(start, caplog, monkeypatch)
     told = sorted(record.getMessage() for record in caplog.records)
     assert len(told) == 2
     assert all(re.search(r"\(prompt 'train:0', completion [1-4]: '", text) for text in told)
+
+
+@pytest.fixture
+def programs(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "programs.py").write_text(PROGRAMS)
+    (tmp_path / "helper_beside.py").write_text(SIBLING)
+    load_plugins([tmp_path / "programs.py"])
+    return {"external_plugins": [str(tmp_path / "programs.py")]}
+
+
+def test_a_function_may_do_what_a_script_may(start, programs):
+    pool = start(*PROGRAM_VALUES, **programs, timeout_s=60.0)
+    [group] = score(pool, group_of(*PROGRAM_COMPLETIONS))
+    values = [reward.by_name for reward in group.rewards]
+    assert {name: [row[name] for row in values] for name in PROGRAM_VALUES} == PROGRAM_VALUES
+
+
+def test_the_pool_of_a_function_ends_with_its_process(start, programs, tmp_path):
+    pool = start("hangs", **programs, timeout_s=2.0)
+    paths = [str(tmp_path / name) for name in "ab"]
+    [group] = score(pool, group_of(*paths))
+    assert [reward.failures for reward in group.rewards] == [{"hangs": "timeout"}] * 2
+    assert all(gone(int(Path(path).read_text())) for path in paths)
 
 
 @pytest.mark.parametrize("leak", ["leak", "child leaks"])

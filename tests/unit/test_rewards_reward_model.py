@@ -147,7 +147,6 @@ def test_several_models_are_told_apart_by_their_paths():
 
 def test_a_process_makes_the_functions_of_its_lane_only(path, monkeypatch):
     monkeypatch.setattr("rlsys.rewards.runner.start_guard", lambda limit: None)
-    monkeypatch.setattr("rlsys.rewards.runner._lead_a_group", lambda: None)
     config = RewardConfig(reward_funcs=["format"], reward_model=[path])
     for lane in make_lanes(config):
         runner = RewardRunner()
