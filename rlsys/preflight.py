@@ -342,6 +342,8 @@ def _divisors(number: int) -> str:
 
 
 def _datasets(config: Config) -> Iterator[Problem]:
+    # One file may have rewards and preprocessors; `_rewards` reports what is wrong with these.
+    list(plugin_problems("", config.reward.external_plugins))
     for text, only_here in check_data(config.data):
         yield Problem(text, only_here)
     rows = count_rows(config.data)

@@ -13,10 +13,11 @@ from rlsys.columns import print_wrapped
 from rlsys.config_fields import first_sentence
 from rlsys.data.usage import column_use
 from rlsys.registry import where_defined
-from rlsys.rewards import TrlStyle, load_plugins, orms
+from rlsys.rewards import load_plugins, orms
 from rlsys.rewards.instances import parameters_of
 from rlsys.rewards.plugins import describe, entry_points
 from rlsys.rewards.scoring import is_async
+from rlsys.rewards.styles import TrlStyle, VerlStyle
 
 MAX_SETTING = 60
 """Characters of a setting and its default."""
@@ -52,6 +53,7 @@ def _print_function(name: str, console: Console) -> None:
         console.print()
         return
     kinds = ["TRL style"] * isinstance(function, TrlStyle) + ["async"] * is_async(function)
+    kinds += ["verl style"] * isinstance(function, VerlStyle)
     about = first_sentence(inspect.getdoc(function)) + (f" ({', '.join(kinds)})" if kinds else "")
     settings = parameters_of(function).values() if isinstance(function, type) else []
     named = {

@@ -373,3 +373,9 @@ def _print_summary(
         table.add_row(name, mean, std, str(len(own) - len(values)), failed, time)
     console.print()
     console.print(table)
+    for name in dict.fromkeys(name for reward in rewards for name in reward.metrics):
+        logged = [reward.metrics[name] for reward in rewards if name in reward.metrics]
+        console.print(Text(f"metric {name}: {statistics.fmean(logged):.4g}"))
+    for name in dict.fromkeys(name for reward in rewards for name in reward.extra):
+        shown = next(reward.extra[name] for reward in rewards if name in reward.extra)
+        console.print(Text(f"column {name} of completions.jsonl: {shown!r:.80}, ..."))

@@ -92,6 +92,10 @@ class RewardOutput:
     said None, it does not apply to this completion, or it failed under `on_error: drop`."""
     failures: dict[str, RewardFailure] = field(default_factory=dict)
     """The functions that failed on this completion; normally none."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Columns that reward functions add to completions.jsonl (`log_extra`)."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Metrics that they log (`log_metric`), by their keys."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,7 +35,14 @@ def reward_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
         correlation = _correlation(rewards, one, other)
         if correlation is not None:
             metrics[f"rewards/correlation/{one}/{other}"] = correlation
-    return metrics | _failure_counts(rewards)
+    return metrics | _failure_counts(rewards) | _logged(rewards)
+
+
+def _logged(rewards: list[RewardOutput]) -> dict[str, float]:
+    """Means of what the functions logged themselves."""
+    names = dict.fromkeys(name for reward in rewards for name in reward.metrics)
+    values = {name: [r.metrics[name] for r in rewards if name in r.metrics] for name in names}
+    return {name: statistics.fmean(numbers) for name, numbers in values.items()}
 
 
 def _values(rewards: Sequence[RewardOutput], name: str) -> list[float]:

@@ -89,6 +89,7 @@ def load_checked_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> 
             refuse are in the result.
     """
     reward = config.reward
+    list(plugin_problems("", config.data.external_plugins))  # `load_prompts` reports them
     load_plugins(reward.external_plugins)
     check = row_check(reward.names_that_check_rows, reward.params, config.known_to_rewards)
     return load_prompts(config.data, tokenizer, seed=config.seed, check=check)

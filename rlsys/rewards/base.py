@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from rlsys.config import REWARD_MODEL_PREFIX
 from rlsys.registry import Registry
 from rlsys.rewards import plugins
-from rlsys.types import Message
+from rlsys.rewards.styles import TRL_PREFIX, VERL_PREFIX, in_style
 
 Rewards = Sequence[float | None]
 """One number per completion; None: the function does not apply to this one."""
@@ -93,26 +92,9 @@ class TrainerState:
     """Updates of the policy when the completions were sampled: 0 in the first step, as in TRL."""
     max_steps: int
 
-
-class TrlStyle:
-    """A function that gets its arguments as TRL passes them for conversational prompts.
-
-    Its `completions` are message lists, `[{"role": "assistant", "content": text}]`, where rlsys
-    and ms-swift pass texts.
-    """
-
-    def __init__(self, function: RewardFunction):
-        functools.update_wrapper(self, function)
-        self.function = function
-
-    def __call__(self, **columns: Any) -> Rewards | Awaitable[Rewards]:
-        """Call the function."""
-        return self.function(**columns)
-
-
-def as_messages(completions: Sequence[str]) -> list[list[Message]]:
-    """Completions as TRL passes them, see `TrlStyle`."""
-    return [[{"role": "assistant", "content": text}] for text in completions]
+    def __getattr__(self, name: str) -> Any:
+        """Say what there is, where TRL's state has more."""
+        raise AttributeError(f"trainer_state has global_step and max_steps, not {name}")
 
 
 def trl_style(function: RewardFunction) -> RewardFunction:
@@ -130,16 +112,7 @@ def trl_style(function: RewardFunction) -> RewardFunction:
     Raises:
         ValueError: it is a class, whose instances TRL would not make.
     """
-    if isinstance(function, type):
-        raise ValueError(
-            f"{function.__name__} is a class, and what TRL calls is a function: leave out "
-            "@trl_style, or trl/ before the name"
-        )
-    return TrlStyle(function)
-
-
-TRL_PREFIX = "trl/"
-"""Before a reference: the function is one of TRL's style."""
+    return in_style(TRL_PREFIX, function)
 
 
 class RewardRegistry(Registry[type[ORM] | RewardFunction]):
@@ -147,8 +120,9 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
 
     A name is, in this order: offered by an installed package, as an entry point of the group
     `rlsys.rewards`; `reward_model:PATH`, one of several reward models; registered; a reference,
-    `path/to/file.py:name` or `package.module:name`, with or without `trl/` before it. An entry
-    point of a name that something else has registered is an error: none hides the other.
+    `path/to/file.py:name`, `package.module:name` or `package.module.name`, with or without `trl/`
+    or `verl/` before it. An entry point of a name that something else has registered is an error:
+    none hides the other.
     """
 
     def __getitem__(self, name: str) -> type[ORM] | RewardFunction:
@@ -162,16 +136,19 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
             name = REWARD_MODEL_PREFIX[:-1]  # which of them is a setting, see RewardConfig.params
         if offered is not None:
             self[name] = offered  # an error when somebody else has the name
-        elif name not in self.data and ":" in name:
-            function = plugins.load_reference(name.removeprefix(TRL_PREFIX))
-            self[name] = trl_style(function) if name.startswith(TRL_PREFIX) else function
+        elif name not in self.data and (reference := _reference(name)) is not None:
+            self[name] = in_style(name, plugins.load_reference(reference))
         return super().__getitem__(name)
 
     def remedy(self, name: str) -> str:
         """For a name that is that of a plugin or of a function in it: how to name the function."""
-        found = plugins.find_unregistered(name)
+        if f"{TRL_PREFIX}{name}" in self.data:
+            return f" TRL's function of this name is {TRL_PREFIX}{name}."
+        if name.endswith(".py"):
+            return f" That is a file: name a function in it, as {name}:FUNCTION."
         if swift := plugins.imports_of_swift():
             return f" {swift[0]}"
+        found = plugins.find_unregistered(name)
         if found is None:
             return ""
         path, reference = found
@@ -180,6 +157,17 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
             f"@register_reward({name!r}) above the function in it, or name that as "
             f"{reference} (path:function)."
         )
+
+
+def _reference(name: str) -> str | None:
+    """`place:name` of a name that is not registered; None if it is no reference."""
+    for prefix in (TRL_PREFIX, VERL_PREFIX):
+        name = name.removeprefix(prefix)
+    if ":" in name:
+        return name
+    module, dot, function = name.rpartition(".")
+    is_dotted = dot and not name.endswith(".py") and name.replace(".", "_").isidentifier()
+    return f"{module}:{function}" if is_dotted else None
 
 
 orms: RewardRegistry = RewardRegistry("reward function")

@@ -288,6 +288,8 @@ class RewardPool:
         if isinstance(outcome, Values):
             for index, value in zip(part.indexes, outcome.values, strict=True):
                 part.group.values[part.name][index] = value
+            for index, logged in zip(part.indexes, outcome.logged, strict=False):
+                part.group.logged[part.name, index] = logged
             self._close(part)
         else:
             self._failed(part, outcome.kind, outcome.report, splittable=outcome.splittable)
@@ -353,11 +355,11 @@ class RewardPool:
 
     def _rewards(self, entry: Group) -> list[RewardOutput]:
         rewards = []
-        for row, failures in zip(
-            zip(*entry.values.values(), strict=True), entry.failures, strict=True
-        ):
+        rows = zip(zip(*entry.values.values(), strict=True), entry.failures, strict=True)
+        for index, (row, failures) in enumerate(rows):
             total = weighted_total(row, self._weights)
             if any(self._failures.policy(kind) == "drop" for kind in failures.values()):
                 total = math.nan
-            rewards.append(RewardOutput(total, dict(zip(entry.values, row, strict=True)), failures))
+            by_name = dict(zip(entry.values, row, strict=True))
+            rewards.append(RewardOutput(total, by_name, failures, *entry.logged_about(index)))
         return rewards

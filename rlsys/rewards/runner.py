@@ -10,16 +10,17 @@ import socket
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 from rlsys.config import RewardConfig
 from rlsys.rewards.base import TrainerState
 from rlsys.rewards.bounded import start_helpers
 from rlsys.rewards.guard import start_guard
 from rlsys.rewards.instances import Params, RewardError
+from rlsys.rewards.logged import CallLog, Logged
 from rlsys.rewards.plugins import load_plugins
 from rlsys.rewards.scoring import Reward, reward_columns
 from rlsys.types import RolloutGroup
@@ -84,6 +85,8 @@ class Values:
     values: list[float]
     """One per completion; NaN for None."""
     seconds: float
+    logged: list[Logged] = field(default_factory=list)
+    """[G] what the function logged; empty if nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +124,46 @@ class RewardRunner:
 
     def score(self, task: Task) -> Values | Failed:
         """Run a task of a function that is not async."""
-        start = time.perf_counter()
+        call = _Call(task)
         try:
-            values = self._rewards[task.name].score(*_inputs(task))
+            return call.values(self._rewards[task.name].score(*call.inputs))
         except RewardError as error:
             return _failed(error)
-        return Values(values, time.perf_counter() - start)
 
     async def score_async(self, task: Task) -> Values | Failed:
         """Run a task of an async function, for at most its time limit."""
-        start = time.perf_counter()
-        call = self._rewards[task.name].score_async(*_inputs(task))
+        call = _Call(task)
+        scoring = self._rewards[task.name].score_async(*call.inputs)
         try:
-            values = await asyncio.wait_for(call, task.timeout_s)
+            return call.values(await asyncio.wait_for(scoring, task.timeout_s))
         except RewardError as error:
             return _failed(error)
         except TimeoutError:
             return Failed("timeout", "cancelled", splittable=True)
-        return Values(values, time.perf_counter() - start)
+
+
+class _Call:
+    """One call of a reward function: what it gets, and what it comes to."""
+
+    def __init__(self, task: Task):
+        self._name = task.name
+        self._log = CallLog(len(task.group.completions))
+        columns = reward_columns(task.group, task.state, self._log)
+        self.inputs = columns, task.group.prompt.prompt_id
+        self._start = time.perf_counter()
+
+    def values(self, values: list[float]) -> Values:
+        """The result of a function that returned.
+
+        Raises:
+            RewardError: it logged what fits no completion.
+        """
+        seconds = time.perf_counter() - self._start
+        try:
+            logged = self._log.per_completion()
+        except ValueError as error:
+            raise RewardError(f"reward function {self._name!r}: {error}") from None
+        return Values(values, seconds, logged if logged and logged[0] != Logged() else [])
 
 
 def _missing_plugins(paths: Sequence[str], directory: str) -> str:
@@ -151,10 +176,6 @@ def _missing_plugins(paths: Sequence[str], directory: str) -> str:
         f"(reward.external_plugins; {where}). Put plugins where every host has them under the same "
         "path, or submit the run as a Ray job with --working-dir and name them relative to it"
     )
-
-
-def _inputs(task: Task) -> tuple[dict[str, Any], str]:
-    return reward_columns(task.group, task.state), task.group.prompt.prompt_id
 
 
 def _failed(error: RewardError) -> Failed:

@@ -8,8 +8,16 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
-from rlsys.rewards.base import ORM, RewardFunction, TrainerState, TrlStyle, as_messages, orms
+from rlsys.rewards.base import ORM, RewardFunction, TrainerState, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
+from rlsys.rewards.logged import CallLog
+from rlsys.rewards.styles import (
+    TrlStyle,
+    VerlStyle,
+    as_messages,
+    expects_messages,
+    foreign_remedy,
+)
 from rlsys.types import OPEN_THINK, RolloutGroup
 
 OWN_COLUMNS = (
@@ -21,8 +29,11 @@ OWN_COLUMNS = (
     "finish_reasons",
     "prompt_opens_think",
     "trainer_state",
+    "log_extra",
+    "log_metric",
 )
 """What reward functions get besides the dataset's columns."""
+_CALLBACKS = {"log_extra", "log_metric"}
 
 
 class Reward:
@@ -87,8 +98,15 @@ class Reward:
         return call_arguments(self.name, self.function, {**columns, **self._call_settings})
 
     def _raised(self, error: BaseException, prompt_id: str | None) -> RewardError:
+        hint = ""
+        if isinstance(error, TypeError) and "string ind" in str(error):
+            hint = (
+                ". A completion is a text here. If the function takes message lists, as TRL passes "
+                f"them, name it trl/{self.name}, or put @trl_style below @register_reward"
+            )
         return RewardError(
-            f"reward function {self.name!r} raised {type(error).__name__}{_on(prompt_id)}: {error}"
+            f"reward function {self.name!r} raised {type(error).__name__}{_on(prompt_id)}: "
+            f"{error}{hint}"
         )
 
     def _checked(self, returned: Any, num_completions: int, prompt_id: str | None) -> list[float]:
@@ -129,19 +147,30 @@ def call_arguments(
     # A method has a parameter of that name already.
     kwargs = {name: values for name, values in columns.items() if name != "self"}
     args: tuple[Any, ...] = ()
-    if isinstance(function, TrlStyle):
+    if isinstance(function, TrlStyle) or _is_unmarked_trl(function):
         kwargs["completions"] = as_messages(columns["completions"])
-    elif takes_completions_first(function):
+    if takes_completions_first(function):
         args = (kwargs.pop("completions"),)
     try:
         call_signature(function).bind(*args, **kwargs)
     except TypeError as error:
-        raise RewardError(
-            f"reward function {name!r} cannot be called: {error}. It gets the columns "
-            f"{', '.join(sorted(kwargs))}; add what is missing to the dataset, and end the "
+        required = [p.name for p in call_signature(function).parameters.values()]
+        columns_given = ", ".join(sorted(set(kwargs) - _CALLBACKS))
+        remedy = foreign_remedy(name, set(required) - set(kwargs)) or (
+            f"It gets the columns {columns_given}; add what is missing to the dataset, and end the "
             "function's parameters with **columns for those that it does not use."
-        ) from None
+        )
+        raise RewardError(f"reward function {name!r} cannot be called: {error}. {remedy}") from None
     return args, kwargs
+
+
+def _is_unmarked_trl(function: Any) -> bool:
+    """Whether a function, or the `__call__` of an object, reads completions as TRL passes them."""
+    if isinstance(function, VerlStyle):
+        return False
+    if isinstance(function, type) or not inspect.isfunction(function):
+        function = (function if isinstance(function, type) else type(function)).__call__
+    return expects_messages(function)
 
 
 def takes_completions_first(function: type[ORM] | RewardFunction) -> bool:
@@ -149,7 +178,7 @@ def takes_completions_first(function: type[ORM] | RewardFunction) -> bool:
 
     So are objects; functions are called as TRL does, all by keyword.
     """
-    return not (inspect.isfunction(function) or isinstance(function, TrlStyle))
+    return not (inspect.isfunction(function) or isinstance(function, TrlStyle | VerlStyle))
 
 
 def call_signature(function: type[ORM] | RewardFunction) -> inspect.Signature:
@@ -212,15 +241,24 @@ def check_names_and_weights(names: Sequence[str], weights: Sequence[float] | Non
 
 def is_async(registered: Any) -> bool:
     """Whether a registered class or function is to be awaited."""
-    if isinstance(registered, TrlStyle):
+    if isinstance(registered, TrlStyle | VerlStyle):
         registered = registered.function
     if isinstance(registered, type):
         return inspect.iscoroutinefunction(registered.__call__)
     return any(map(inspect.iscoroutinefunction, (registered, type(registered).__call__)))
 
 
-def reward_columns(group: RolloutGroup, state: TrainerState | None = None) -> dict[str, Any]:
-    """Every keyword that reward functions get, [G] values each; `trainer_state` is one object."""
+def reward_columns(
+    group: RolloutGroup, state: TrainerState | None = None, log: CallLog | None = None
+) -> dict[str, Any]:
+    """Every keyword that reward functions get: columns of [G] values, and three objects.
+
+    Args:
+        group: the completions and the columns of their prompt.
+        state: `trainer_state`; None is that of the first step.
+        log: what `log_extra` and `log_metric` write to; None forgets it.
+    """
+    log = log or CallLog(len(group.completions))
     prompt, completions = group.prompt, group.completions
     token_ids = [completion.token_ids for completion in completions]
     repeated = {name: [value] * len(completions) for name, value in prompt.columns.items()}
@@ -236,6 +274,8 @@ def reward_columns(group: RolloutGroup, state: TrainerState | None = None) -> di
         "finish_reasons": [completion.finish_reason for completion in completions],
         "prompt_opens_think": [prompt.opens_think] * len(completions),
         "trainer_state": state or TrainerState(global_step=0, max_steps=0),
+        "log_extra": log.log_extra,
+        "log_metric": log.log_metric,
     }
 
 

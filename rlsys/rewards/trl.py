@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlsys.rewards.answers import right_answer
-from rlsys.rewards.base import ORM, as_messages, register_reward
+from rlsys.rewards.base import ORM, register_reward
+from rlsys.rewards.styles import as_messages
 
 
 class _FromTRL(ORM):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rlsys.rewards.base import TrainerState
+from rlsys.rewards.logged import Logged
 from rlsys.rewards.runner import Task
 from rlsys.types import RewardFailure, RolloutGroup
 
@@ -66,8 +67,22 @@ class Group:
     open_tasks: int = 0
     failures: list[dict[str, RewardFailure]] = field(default_factory=list)
     """[G]"""
+    logged: dict[tuple[str, int], Logged] = field(default_factory=dict)
+    """By function and completion; of those that logged something."""
     gated: bool = False
     """Whether the functions behind a gate have been called."""
+
+    def logged_about(self, index: int) -> tuple[dict[str, Any], dict[str, float]]:
+        """Columns and metrics of a completion; a name that two functions log has theirs before."""
+        extra: dict[str, Any] = {}
+        metrics: dict[str, float] = {}
+        for name in self.values:
+            logged = self.logged.get((name, index), Logged())
+            for key, value in logged.extra.items():
+                extra[key if key not in extra else f"{name}/{key}"] = value
+            for key, number in logged.metrics.items():
+                metrics[key if key not in metrics else f"{name}/{key}"] = number
+        return extra, metrics
 
 
 @dataclass(slots=True)

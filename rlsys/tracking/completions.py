@@ -12,6 +12,7 @@ from rlsys.types import Message, RolloutGroup
 ABOUT_COMPLETION = {
     *("step", "group_id", "index", "group_size", "prompt_id", "reward", "rewards", "failures"),
     *("advantage", "num_tokens", "finish_reason", "policy_versions", "version_starts"),
+    "extra_columns",
 }
 """Of a row: all but `prompt` and `text`, and no columns of a dataset."""
 
@@ -49,7 +50,7 @@ def completion_rows(
     assert len(group.rewards) in (0, size), "a group is scored as a whole"
     assert advantages is None or len(advantages) == size
     prompt = last_user_message(group.prompt.messages)
-    return [
+    rows: list[dict[str, Any]] = [
         {
             "step": step,
             "group_id": group.group_id,
@@ -69,6 +70,12 @@ def completion_rows(
         }
         for index, completion in enumerate(group.completions)
     ]
+    for row, reward in zip(rows, group.rewards, strict=False):
+        if reward.extra:
+            # A name that the row has already gets another one.
+            extra = {f"logged/{n}" if n in row else n: v for n, v in reward.extra.items()}
+            row |= extra | {"extra_columns": list(extra)}
+    return rows
 
 
 def last_user_message(messages: list[Message]) -> str:

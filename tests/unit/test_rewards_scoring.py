@@ -65,6 +65,8 @@ def test_a_class_gets_texts_and_columns_as_lists():
             return [0.0] * len(texts)
 
     RewardFunctions(["spy"]).score(group_of("a.", "bc", solution="x", level=[1, 2]))
+    assert callable(seen.pop("log_extra"))
+    assert callable(seen.pop("log_metric"))
     assert seen == {
         "texts": ["a.", "bc"],
         "solution": ["x", "x"],

@@ -1,0 +1,93 @@
+"""What reward functions log besides their values: TRL's `log_extra` and `log_metric`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any
+
+_OWN_METRICS = {
+    *("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "learning_rate", "kl"),
+    *("num_loss_tokens", "num_prompt_tokens", "num_completion_tokens", "entropy", "epoch"),
+    *("cispo_clip_ratio", "policy_version", "percentage", "elapsed_time", "remaining_time"),
+    *("memory(GiB)", "train_speed(iter/s)"),
+}
+_OWN_GROUPS = {
+    *("advantages", "clip_ratio", "completions", "data", "difficulty", "dynamic_sample", "eval"),
+    *("global_step", "idle", "logged", "ratio", "rewards", "rollout", "sampling", "staleness"),
+    *("time", "update", "weight_sync"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Logged:
+    """What one call logged about one completion."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Value by column, as JSON has it."""
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class CallLog:
+    """The `log_extra` and `log_metric` of one call."""
+
+    def __init__(self, num_completions: int):
+        self._num_completions = num_completions
+        self._extra: dict[str, list[Any]] = {}
+        self._metrics: dict[str, list[float]] = {}
+
+    def log_extra(self, column: str, values: Sequence[Any]) -> None:
+        """Add a column to completions.jsonl; several calls for one column follow each other."""
+        self._extra.setdefault(str(column), []).extend(_plain(value) for value in values)
+
+    def log_metric(self, name: str, value: Any) -> None:
+        """Add to a metric, the mean of all that is logged under its name in a step."""
+        number = float(value)
+        if math.isfinite(number):  # a NaN would be the mean of the whole step
+            self._metrics.setdefault(metric_name(str(name)), []).append(number)
+
+    def per_completion(self) -> list[Logged]:
+        """[G] what was logged.
+
+        Raises:
+            ValueError: a column that has not one value for each completion.
+        """
+        for column, values in self._extra.items():
+            if len(values) != self._num_completions:
+                raise ValueError(
+                    f"log_extra({column!r}, ...) got {len(values)} values for "
+                    f"{self._num_completions} completions: give one for each, in order"
+                )
+        metrics = {name: sum(values) / len(values) for name, values in self._metrics.items()}
+        return [
+            Logged({column: values[index] for column, values in self._extra.items()}, metrics)
+            for index in range(self._num_completions)
+        ]
+
+
+def metric_name(name: str) -> str:
+    """The key in metrics.jsonl: the name itself, below `logged/` if rlsys has such a key."""
+    is_own = name in _OWN_METRICS or name.partition("/")[0] in _OWN_GROUPS
+    return f"logged/{name}" if is_own else name
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold."""
+    for method in ("item", "tolist"):  # of numpy and torch: a number, an array
+        if hasattr(value, method):
+            try:
+                value = getattr(value, method)()
+                break
+            except (TypeError, ValueError, RuntimeError):
+                continue  # several values are no item
+    if isinstance(value, Real) and not isinstance(value, bool | int):
+        value = float(value)
+        return value if math.isfinite(value) else None
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return str(value)
+    return value
