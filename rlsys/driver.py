@@ -9,6 +9,7 @@ import torch
 from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_train_batch
 from rlsys.algo.metrics import rollout_metrics
+from rlsys.algo.reward_metrics import logged_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.config import Config
 from rlsys.interrupts import held_back
@@ -149,9 +150,8 @@ def train(
                 "policy_version": update.policy_version,
                 "memory(GiB)": policy.peak_memory_gib(),
             }
-            tracker.log_metrics(
-                step, metrics | timer.metrics() | _throughput(config, metrics, batch, timer)
-            )
+            metrics |= timer.metrics() | _throughput(config, metrics, batch, timer)
+            tracker.log_metrics(step, metrics | logged_metrics(groups_P, beside=metrics))
             for warning in watch.observe(step, metrics):
                 tracker.log_warning(step, warning)
         if config.eval_steps is not None and step % config.eval_steps == 0:

@@ -13,6 +13,7 @@ from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.algo.advantages import advantages_of_group, nanstd, rewards_matrix
 from rlsys.algo.metrics import evaluation_metrics
+from rlsys.algo.reward_metrics import logged_metrics
 from rlsys.config import Config
 from rlsys.prompt_source import PromptStream
 from rlsys.rollout_pipeline import RolloutPipeline
@@ -166,7 +167,9 @@ class Rollouts:
         self._pipeline.go_on_alone()
         in_order = [groups[index] for index in range(len(asked))]
         _check_one_version(in_order)
-        return {f"eval/{name}": value for name, value in evaluation_metrics(in_order).items()}
+        metrics = evaluation_metrics(in_order)
+        metrics |= logged_metrics(in_order, beside=metrics)
+        return {f"eval/{name}": value for name, value in metrics.items()}
 
     def metrics(self) -> dict[str, float]:
         """Of the batch that was collected last, and of the time since the last call."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import combinations
 from typing import TYPE_CHECKING
 
@@ -35,14 +35,20 @@ def reward_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
         correlation = _correlation(rewards, one, other)
         if correlation is not None:
             metrics[f"rewards/correlation/{one}/{other}"] = correlation
-    return metrics | _failure_counts(rewards) | _logged(rewards)
+    return metrics | _failure_counts(rewards)
 
 
-def _logged(rewards: list[RewardOutput]) -> dict[str, float]:
-    """Means of what the functions logged themselves."""
-    names = dict.fromkeys(name for reward in rewards for name in reward.metrics)
-    values = {name: [r.metrics[name] for r in rewards if name in r.metrics] for name in names}
-    return {name: statistics.fmean(numbers) for name, numbers in values.items()}
+def logged_metrics(groups: list[RolloutGroup], beside: Collection[str]) -> dict[str, float]:
+    """Means of what the reward functions logged themselves (`log_metric`).
+
+    Args:
+        groups: P scored groups.
+        beside: names that are taken: a metric of such a name is `logged/<name>`.
+    """
+    logged = [reward.metrics for group in groups for reward in group.rewards]
+    names = dict.fromkeys(name for metrics in logged for name in metrics)
+    means = {name: statistics.fmean(m[name] for m in logged if name in m) for name in names}
+    return {f"logged/{n}" if n in beside else n: value for n, value in means.items()}
 
 
 def _values(rewards: Sequence[RewardOutput], name: str) -> list[float]:

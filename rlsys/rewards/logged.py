@@ -9,18 +9,6 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-_OWN_METRICS = {
-    *("reward", "reward_std", "frac_reward_zero_std", "loss", "grad_norm", "learning_rate", "kl"),
-    *("num_loss_tokens", "num_prompt_tokens", "num_completion_tokens", "entropy", "epoch"),
-    *("cispo_clip_ratio", "policy_version", "percentage", "elapsed_time", "remaining_time"),
-    *("memory(GiB)", "train_speed(iter/s)"),
-}
-_OWN_GROUPS = {
-    *("advantages", "clip_ratio", "completions", "data", "difficulty", "dynamic_sample", "eval"),
-    *("global_step", "idle", "logged", "ratio", "rewards", "rollout", "sampling", "staleness"),
-    *("time", "update", "weight_sync"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Logged:
@@ -47,7 +35,7 @@ class CallLog:
         """Add to a metric, the mean of all that is logged under its name in a step."""
         number = float(value)
         if math.isfinite(number):  # a NaN would be the mean of the whole step
-            self._metrics.setdefault(metric_name(str(name)), []).append(number)
+            self._metrics.setdefault(str(name), []).append(number)
 
     def per_completion(self) -> list[Logged]:
         """[G] what was logged.
@@ -66,12 +54,6 @@ class CallLog:
             Logged({column: values[index] for column, values in self._extra.items()}, metrics)
             for index in range(self._num_completions)
         ]
-
-
-def metric_name(name: str) -> str:
-    """The key in metrics.jsonl: the name itself, below `logged/` if rlsys has such a key."""
-    is_own = name in _OWN_METRICS or name.partition("/")[0] in _OWN_GROUPS
-    return f"logged/{name}" if is_own else name
 
 
 def _plain(value: Any) -> Any:

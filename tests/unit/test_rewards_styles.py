@@ -5,10 +5,11 @@ import math
 
 import pytest
 
+from rlsys.algo.reward_metrics import logged_metrics
 from rlsys.config import RewardConfig
 from rlsys.rewards import RewardError, check_call, orms
 from rlsys.rewards.base import TrainerState
-from rlsys.rewards.logged import CallLog, Logged, metric_name
+from rlsys.rewards.logged import CallLog, Logged
 from rlsys.rewards.runner import RewardRunner, Task, process_settings
 from rlsys.tracking.completions import completion_rows
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
@@ -155,7 +156,7 @@ def test_what_trls_functions_log_is_in_metrics_and_completions():
     write("of_trl.py", TRL)
     outcome = run("trl/of_trl.py:logs", ["a", "abc"])
     assert outcome.values == [2.3, 2.3]
-    expected = {"mean_length": 2.0, "logged/kl": 1.0}
+    expected = {"mean_length": 2.0, "kl": 1.0}
     assert outcome.logged == [Logged({"text_length": n}, expected) for n in (1, 3)]
     failed = run("trl/of_trl.py:short", ["a", "abc"])
     assert "log_extra('once', ...) got 1 values for 2 completions" in failed.report
@@ -205,19 +206,13 @@ def test_logged_values_are_plain_and_fit_their_completions():
     assert first == Logged({"a": 1.5, "b": 3, "c": [1.0, 1.0]}, {"m": 3.0})
     assert second.extra == {"a": None, "b": "{1, 2}", "c": "x"}
     json.dumps([first.extra, second.extra])
-    assert metric_name("time/x") == "logged/time/x"
-    assert metric_name("words/mean") == "words/mean"
 
 
-def test_every_key_of_the_documentation_is_reserved():
-    import re
-    from pathlib import Path
-
-    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
-    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
-    keys = [key for row in rows for key in re.findall(r"`([^`]+)`", row)]
-    assert len(keys) > 60
-    assert [key for key in keys if metric_name(key) == key and "<" not in key] == []
+def test_a_metric_does_not_hide_one_of_rlsys():
+    rewards = [RewardOutput(1.0, {"f": 1.0}, metrics={"acc": n, "loss": 3.0}) for n in (0.0, 1.0)]
+    rewards += [RewardOutput(1.0, {"f": 1.0})]
+    groups = [RolloutGroup(0, Prompt("p", [], []), [], rewards)]
+    assert logged_metrics(groups, beside={"loss": 1.0}) == {"acc": 0.5, "logged/loss": 3.0}
 
 
 def test_columns_that_functions_log_stand_in_completions_jsonl():
