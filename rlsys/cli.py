@@ -176,23 +176,26 @@ def _add_rewards(commands: argparse._SubParsersAction[_CommandParser]) -> None:
             help="plugins to load first",
         )
         action.set_defaults(run=run)
-    trying.add_argument("names", nargs="+", metavar="NAME", help="reward functions")
+    trying.add_argument(
+        "names", nargs="*", metavar="NAME", help="reward functions; without any, those of the run"
+    )
     trying.add_argument(
         "--completions",
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSONL of objects with `completion`, or completions.jsonl of a run. One group are "
-        "the rows of one `prompt_id`; without it, neighbours of the same prompt and columns",
+        help="JSONL of objects with `completion`, or completions.jsonl of a run, whose config.yaml "
+        "then says what the options below do not. One group are the rows of one `prompt_id`; "
+        "without it, neighbours of the same prompt and columns",
     )
     trying.add_argument(
         "--dataset",
         nargs="+",
         default=[],
-        help="where the columns are, if not in the file of completions",
+        help="where the columns are, if neither in the run's data nor in the file of completions",
     )
     trying.add_argument("--params", default="{}", help="settings: '{NAME: {SETTING: VALUE}}'")
-    trying.add_argument("--timeout_s", type=float, default=60.0, help="as reward.timeout_s")
+    trying.add_argument("--timeout_s", type=float, help="as reward.timeout_s")
     trying.add_argument("--limit", type=int, help="score only so many completions")
     trying.add_argument("--tokenizer", help="model folder or hub id, for completion_ids")
 

@@ -17,24 +17,22 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import DataConfig, RewardConfig
-from rlsys.data.readers import BadRow, read_file
-from rlsys.data.rows import parse_row
-from rlsys.data.sources import Problems, open_sources
 from rlsys.data.spec import is_no_hub_id
 from rlsys.registry import did_you_mean
 from rlsys.rewards import check_names_and_weights, load_plugins, settings_of
 from rlsys.rewards.local import LocalBackend
 from rlsys.rewards.pool import RewardPool
 from rlsys.rewards.runner import process_settings
-from rlsys.tracking.completions import ABOUT_COMPLETION, last_user_message
+from rlsys.tracking.completions import last_user_message
 from rlsys.tracking.printable import printable
-from rlsys.types import Completion, Message, Prompt, RolloutGroup
+from rlsys.try_rows import RowSources, prompt_ids, prompts_of, read_groups
+from rlsys.try_run import TriedRun, find_run
+from rlsys.types import RolloutGroup
 from rlsys.yaml_text import load_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-COMPLETION_KEYS = ("completion", "completions", "text")
 EXCERPT = 60
 """Characters of prompt and completion that the table shows."""
 
@@ -44,20 +42,24 @@ class TryOptions:
     """What the command line asks for."""
 
     names: list[str]
+    """Empty: those of the run that wrote the completions."""
     completions: Path
     dataset: list[str]
-    """Where the columns come from; empty: from the file of completions."""
+    """Where the columns come from; empty: the run's data, or the file of completions."""
     plugins: list[str]
     params: dict[str, dict[str, Any]]
-    timeout_s: float
+    timeout_s: float | None
+    """None: the run's, or the default."""
     limit: int | None
     """Score so many completions; None is all."""
     tokenizer: str | None
-    """Of completion_ids; without one, a completion has as many as its row says, or as words."""
+    """Of completion_ids; None: the run's, or a completion has as many as its row says."""
 
 
 def try_rewards(options: TryOptions, console: Console) -> bool:
-    """Score the completions in killable processes and print a table.
+    """Score the completions in the processes of a run and print a table.
+
+    Where the file is that of a run, its saved config says what the command line does not.
 
     Returns:
         whether no function failed on any completion.
@@ -66,25 +68,31 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
         ValueError: a function, its settings or a row that cannot be used.
         RewardCodeError: a class that cannot be instantiated.
     """
-    config = _config(options)
-    load_plugins(options.plugins)
-    check_names_and_weights(options.names, None)
+    wanted = prompt_ids(options.completions)
+    run = find_run(options.completions)
+    config = _config(options, run)
+    load_plugins(config.external_plugins)
+    names = config.reward_funcs
+    check_names_and_weights(names, None)
     for name in options.params:
-        if name not in options.names:
+        if name not in names:
             raise ValueError(
                 f"--params has settings for {name!r}, which is not tried."
-                f"{did_you_mean(name, options.names)} Tried: {', '.join(options.names)}"
+                f"{did_you_mean(name, names)} Tried: {', '.join(names)}"
             )
-    for name in options.names:
-        settings_of(name, config.params.get(name, {}), {})
-    groups = read_groups(options)
-    pool = RewardPool(config, LocalBackend(process_settings(config, {})), in_run=False)
+    known = {} if run is None else run.known
+    for name in names:
+        settings_of(name, config.params.get(name, {}), known)
+    groups = read_groups(options.completions, _sources(options, run, wanted), options.limit)
+    if run is not None:
+        _print_run(run, console)
+    pool = RewardPool(config, LocalBackend(process_settings(config, known)), in_run=False)
     try:
         scored = _score(pool, groups)
     finally:
         pool.close()
-    _print_table(scored, options.names, console)
-    _print_summary(scored, options.names, pool.seconds, console)
+    _print_table(scored, names, console)
+    _print_summary(scored, names, pool.seconds, console)
     return not any(reward.failures for group in scored for reward in group.rewards)
 
 
@@ -111,16 +119,33 @@ def parse_params(text: str) -> dict[str, dict[str, Any]]:
     return params
 
 
-def _config(options: TryOptions) -> RewardConfig:
+def _config(options: TryOptions, run: TriedRun | None) -> RewardConfig:
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit {options.limit} should be 1 or more")
+    names = options.names or ([] if run is None else run.config.reward.reward_funcs)
+    if not names:
+        raise ValueError(
+            "name the reward functions to try, as in `rlsys rewards try format --completions "
+            f"{options.completions}`"
+        )
+    values: dict[str, Any] = {"params": {}, "plugins": []}
+    limits: dict[str, Any] = {}
+    if run is not None:
+        values = {"params": run.params(names), "plugins": run.plugins()}
+        limits = {name: getattr(run.config.reward, name) for name in ("timeout_s", "max_memory_mb")}
+    if options.timeout_s is not None:
+        limits["timeout_s"] = options.timeout_s
+    settings = {
+        name: values["params"].get(name, {}) | options.params.get(name, {})
+        for name in {**values["params"], **options.params}
+    }
     try:
         return RewardConfig(
-            reward_funcs=options.names,
-            reward_params=options.params,
-            external_plugins=options.plugins,
-            timeout_s=options.timeout_s,
+            reward_funcs=names,
+            reward_params=settings,
+            external_plugins=list(dict.fromkeys([*values["plugins"], *options.plugins])),
             on_error="zero",  # so that all are scored
+            **limits,
         )
     except ValidationError as error:
         detail = error.errors()[0]
@@ -129,173 +154,25 @@ def _config(options: TryOptions) -> RewardConfig:
         raise ValueError(f"--{option} {detail['input']!r} {rule}") from None
 
 
-def _score(pool: RewardPool, groups: list[RolloutGroup]) -> list[RolloutGroup]:
-    for group in groups:
-        pool.submit(group)
-    scored: list[RolloutGroup] = []
-    while pool.num_pending:
-        pool.wait(0.2)
-        scored += pool.collect()
-    return sorted(scored, key=lambda group: group.group_id)
+def _sources(options: TryOptions, run: TriedRun | None, wanted: set[str]) -> RowSources:
+    """The prompts and the tokenizer that the command line names, or else the run's."""
+    tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
+    if run is not None and tokenizer is None:
+        tokenizer = run.tokenizer()
+    if options.dataset:
+        data = DataConfig(dataset=options.dataset)
+        if run is not None:  # the rows may need what the run did with them
+            own = run.config.data
+            some = own.preprocessor if len(own.preprocessor) == 1 else []
+            data = data.model_copy(update={"columns": own.columns, "preprocessor": some})
+        prompts = prompts_of(data)
+        return RowSources(prompts, list(prompts.values()), tokenizer)
+    if run is None or not wanted:
+        return RowSources(tokenizer=tokenizer)
+    return run.sources(options.completions, wanted, tokenizer)
 
 
-# --- rows ----------------------------------------------------------------------------------------
-
-
-def read_groups(options: TryOptions) -> list[RolloutGroup]:
-    """The completions, grouped by their prompts.
-
-    A row of the file is an object with `completion` or `text` (a text, or messages as TRL has
-    them) or `completions` (a list of these). Its prompt and columns are the row's own, or with a
-    dataset those of the row that `prompt_id` names, or else of the row at the same place.
-
-    One group are the rows of one `prompt_id`; without it, rows that follow each other and have
-    the same prompt and columns. A row without a prompt is a group of its own.
-
-    Raises:
-        ValueError: a row that is something else.
-    """
-    if not options.completions.exists() or options.completions.is_dir():
-        kind = "is a folder" if options.completions.is_dir() else "does not exist"
-        raise ValueError(f"--completions {options.completions} {kind}; name a JSONL file")
-    tokenizer = _tokenizer(options.tokenizer)
-    prompts = _prompts(options.dataset)
-    places = list(prompts.values())
-    found: dict[str, tuple[Prompt, list[Completion]]] = {}
-    before: Prompt | None = None
-    count = 0
-    for raw in read_file(options.completions, max_row_mb=64):
-        where = f"{options.completions}, {raw.place}"
-        try:
-            row = raw.values()
-            texts = _texts(row)
-            prompt = _prompt_of(row, raw.number, prompts, places, before)
-            first, completions = found.setdefault(prompt.prompt_id, (prompt, []))
-            _check_same(first, prompt)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-        before = prompt if row.get("prompt_id") is None else None
-        for text in texts:
-            if options.limit is None or count < options.limit:
-                completions.append(_completion(text, row, tokenizer))
-                count += 1
-    if not count:
-        raise ValueError(f"{options.completions} holds no completions")
-    return [
-        RolloutGroup(group_id, prompt, completions)
-        for group_id, (prompt, completions) in enumerate(found.values())
-        if completions
-    ]
-
-
-def _texts(row: dict[str, Any]) -> list[str]:
-    key = next((key for key in COMPLETION_KEYS if key in row), None)
-    if key is None:
-        raise ValueError(
-            f"expected one of {', '.join(COMPLETION_KEYS)}, found {', '.join(row) or 'nothing'}"
-        )
-    given = row[key] if key == "completions" else [row[key]]
-    if isinstance(given, str) or not isinstance(given, list):
-        raise ValueError(f"completions should be a list of texts, not {given!r:.80}")
-    return [_text(value) for value in given]
-
-
-def _text(value: Any) -> str:
-    """A text, also out of messages."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        value = value[-1].get("content")
-    if not isinstance(value, str):
-        raise ValueError(f"a completion should be a text, not {value!r:.80}")
-    return value
-
-
-def _prompt_of(
-    row: dict[str, Any],
-    number: int,
-    prompts: dict[str, Prompt],
-    places: list[Prompt],
-    before: Prompt | None,
-) -> Prompt:
-    """`before` is the prompt of the row above, if that has no prompt_id."""
-    prompt_id = row.get("prompt_id")
-    if not prompts:
-        about = {*COMPLETION_KEYS, *ABOUT_COMPLETION}
-        rest = {name: value for name, value in row.items() if name not in about}
-        messages, columns = _own_prompt(rest)
-        prompt = Prompt(
-            f"row {number}" if prompt_id is None else str(prompt_id), messages, [], columns
-        )
-        if prompt_id is None and before and messages and not _differences(before, prompt):
-            return before
-        return prompt
-    if prompt_id is None:
-        if number > len(places):
-            raise ValueError(
-                f"the dataset has only {len(places)} rows. Rows without prompt_id belong to the "
-                "dataset's row at the same place"
-            )
-        return places[number - 1]
-    if prompt_id not in prompts:
-        raise ValueError(
-            f"the dataset has no prompt_id {prompt_id!r}; its first is {next(iter(prompts))!r}"
-        )
-    return prompts[prompt_id]
-
-
-def _check_same(first: Prompt, second: Prompt) -> None:
-    """Whether rows of one prompt_id agree: all are scored with the columns of the first.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if differing := _differences(first, second):
-        raise ValueError(
-            f"prompt_id {second.prompt_id!r} stood in an earlier row with another "
-            f"{', '.join(differing)}. Give each prompt an id of its own, or leave prompt_id out"
-        )
-
-
-def _differences(first: Prompt, second: Prompt) -> list[str]:
-    """The columns in which two prompts differ, `prompt` for their messages."""
-    earlier, later = ({"prompt": p.messages} | p.columns for p in (first, second))
-    return [
-        name
-        for name in earlier | later
-        # As text, because NaN is not equal to itself.
-        if repr(earlier.get(name)) != repr(later.get(name))
-    ]
-
-
-def _own_prompt(values: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
-    if not {"prompt", "messages"} & set(values):
-        return [], values
-    parsed = parse_row(values, system=None)
-    return parsed.messages, parsed.columns
-
-
-def _prompts(dataset: list[str]) -> dict[str, Prompt]:
-    """The dataset's prompts by id, without their tokens."""
-    if not dataset:
-        return {}
-    problems = Problems()
-    prompts: dict[str, Prompt] = {}
-    for source in open_sources(DataConfig(dataset=dataset), "train", problems):
-        for raw in source.raw_rows():
-            try:
-                parsed = source.understand(raw)
-            except BadRow as error:
-                problems.add(f"{source.where(raw)}: {error}")
-                continue
-            assert parsed is not None, "without a preprocessor every row is kept"
-            prompt_id = source.prompt_id(raw)
-            prompts[prompt_id] = Prompt(prompt_id, parsed.messages, [], parsed.columns)
-    problems.raise_if_any()
-    return prompts
-
-
-def _tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
-    if name is None:
-        return None
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     if is_no_hub_id(name) and not Path(name).is_dir():
         raise ValueError(f"--tokenizer {name} should be a model folder or hub id, and is no folder")
     from transformers import AutoTokenizer
@@ -307,14 +184,23 @@ def _tokenizer(name: str | None) -> PreTrainedTokenizerBase | None:
         raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None
 
 
-def _completion(
-    text: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
-) -> Completion:
-    if tokenizer is not None:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-    else:
-        ids = list(range(row.get("num_tokens") or len(text.split())))
-    return Completion(ids, [], text, row.get("finish_reason", "stop"), ())
+def _print_run(run: TriedRun, console: Console) -> None:
+    console.print(Text(f"from {run.path}:"))
+    for line in run.used:
+        console.print(Text(f"  {line}", style="dim"))
+    for line in run.missing:
+        console.print(Text(f"  not used: {line}", style="yellow"))
+    console.print()
+
+
+def _score(pool: RewardPool, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    for group in groups:
+        pool.submit(group)
+    scored: list[RolloutGroup] = []
+    while pool.num_pending:
+        pool.wait(0.2)
+        scored += pool.collect()
+    return sorted(scored, key=lambda group: group.group_id)
 
 
 # --- tables --------------------------------------------------------------------------------------

@@ -4,9 +4,13 @@ import json
 from dataclasses import replace
 
 import pytest
+from config_cases import values
+from data_cases import word_tokenizer
 from tracking_cases import make_group
 
 from rlsys import cli
+from rlsys.config import Config
+from rlsys.config_load import save_config
 from rlsys.rewards import orms
 from rlsys.tracking.completions import ABOUT_COMPLETION, completion_rows
 
@@ -227,6 +231,98 @@ def test_the_completions_of_a_run_are_scored_whatever_weights_they_are_of(folder
     assert set(completion_rows(1, group, None)[0]) == (
         ABOUT_COMPLETION - {"extra_columns"} | {"prompt", "text"}
     )
+
+
+@pytest.fixture
+def run(folder):
+    """A finished run of the plugin, with its data and its model's tokenizer."""
+    write_rows(
+        folder / "train.jsonl",
+        *({"question": f"Use {n}.", "nums": [n], "level": n} for n in (2, 3)),
+        {"question": "Use none.", "nums": [4]},
+    )
+    word_tokenizer().save_pretrained(folder / "model")
+    config = Config.model_validate(
+        values(
+            data={"columns": {"question": "prompt"}},
+            reward={
+                "reward_funcs": ["mine", "mine_trl"],
+                "external_plugins": ["mine.py"],
+                "reward_params": {"mine": {"bonus": 2.0}},
+            },
+        )
+    )
+    (folder / "run").mkdir()
+    save_config(config, folder / "run" / "config.yaml")
+    row = {"prompt_id": "train:2", "prompt": "Use 3.", "step": 1, "num_tokens": 3}
+    rows = [row | {"text": "a b"}, row | {"text": "c", "length": 1, "extra_columns": ["length"]}]
+    write_rows(folder / "run" / "completions.jsonl", *rows)
+    write_rows(folder / "run" / "eval_completions.jsonl", row | {"text": "a b"})
+    return folder
+
+
+def try_table(out: str) -> list[list[str]]:
+    """The last cells of the rows of the first table."""
+    table = out[out.index("prompt ") :].partition("\n\n")[0]
+    return [line.split()[-2:] for line in table.splitlines()[1:]]
+
+
+@pytest.mark.parametrize("names", [(), ("mine", "mine_trl")])
+def test_the_runs_own_config_has_data_plugins_settings_and_tokenizer(run, capfd, names):
+    words = ("rewards", "try", *names, "--completions", run / "run" / "completions.jsonl")
+    code, out, err = rlsys(capfd, *words)
+    assert (code, err) == (0, "")
+    assert try_table(out) == [["6", "2"], ["6", "1"]]
+    for used in ("config.yaml:", "data: train.jsonl", "plugins: mine.py", "{'bonus': 2.0}"):
+        assert used in out
+    assert "tokenizer: model" in out
+    code, out, _ = rlsys(capfd, *words, "--params", "{mine: {bonus: 3}}", "--limit", "1")
+    assert try_table(out) == [["9", "2"]]
+    code, out, _ = rlsys(
+        capfd, "rewards", "try", "mine", "--completions", run / "run" / "eval_completions.jsonl"
+    )
+    assert code == 1  # nothing is held out, as the config stands
+    assert "not used: data: train.jsonl gives no prompt 'train:2' with this config" in out
+    (run / "other.jsonl").write_text((run / "train.jsonl").read_text().replace("[3]", "[5]"))
+    rows = (run / "run" / "completions.jsonl").read_text().replace("train:2", "other:2")
+    (run / "run" / "mine.jsonl").write_text(rows)
+    words = ("--completions", run / "run" / "mine.jsonl", "--dataset", "other.jsonl")
+    code, out, _ = rlsys(capfd, "rewards", "try", "mine", "mine_trl", *words)
+    assert try_table(out) == [["10", "2"], ["10", "1"]]
+
+
+def test_what_is_gone_since_the_run_is_told_and_the_rest_is_used(run, capfd, caplog):
+    for path in (run / "train.jsonl", *(run / "model").iterdir()):
+        path.unlink()
+    (run / "mine.py").rename(run / "moved.py")
+    words = ("rewards", "try", "--completions", run / "run" / "completions.jsonl")
+    code, _, err = rlsys(capfd, *words)
+    assert code == 2
+    assert "unknown reward function 'mine'" in err
+    code, out, _ = rlsys(capfd, *words, "--plugin", "moved.py")
+    assert code == 1
+    assert "not used: plugin mine.py: not a file here" in out
+    assert "not used: tokenizer: " in out
+    assert "not used: data: " in out
+    assert "'train.jsonl' does not exist" in out
+    assert "missing a required argument: 'nums'" in caplog.text
+    assert try_table(out) == [["error", "3"]] * 2
+
+
+def test_a_config_that_cannot_be_read_any_more_is_an_error(run, capfd):
+    path = run / "run" / "config.yaml"
+    path.write_text(path.read_text().replace("max_steps", "max_stepz"))
+    words = ("rewards", "try", "mine", "--completions", run / "run" / "completions.jsonl")
+    code, _, err = rlsys(capfd, *words)
+    assert code == 2
+    assert "config.yaml, beside the completions, is of another version of rlsys" in err
+
+
+def test_without_a_run_the_functions_have_to_be_named(folder, capfd):
+    path = write_rows(folder / "c.jsonl", {"completion": "a"})
+    code, _, err = rlsys(capfd, "rewards", "try", "--completions", path)
+    assert code == 2
+    assert "name the reward functions to try" in err
 
 
 def test_a_missing_column_is_told(folder, capfd, caplog):
