@@ -15,7 +15,7 @@ from rlsys.columns import GAP, columns, print_lines, print_pairs, print_wrapped
 from rlsys.config import Config
 from rlsys.config_fields import config_fields, first_sentence, show_value
 from rlsys.config_load import ResolvedConfig
-from rlsys.data.checks import count_rows
+from rlsys.data.checks import FIRST_ROWS, count_rows
 from rlsys.devices import gpu_memory_gib, guess_device, visible_gpus
 from rlsys.memory import (
     REWARD_GIB,
@@ -28,6 +28,7 @@ from rlsys.memory import (
 )
 from rlsys.model_shape import read_model_shape
 from rlsys.preflight import Problem, check_run, find_model_folder
+from rlsys.reward_start import reward_start_problem
 from rlsys.roles import Role, plan_roles
 from rlsys.saving import describe_saving, disk_use, disk_warning
 from rlsys.types import Device
@@ -48,6 +49,8 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
     """
     config = resolved.config
     problems = check_run(config)
+    if not problems and (stopped := reward_start_problem(config)) is not None:
+        problems = [Problem(f"reward.reward_funcs: {stopped}")]
     _print_config(resolved, console)
     print_pairs(console, "Algorithm", describe_algorithm(config))
     print_pairs(console, "Batches", batch_arithmetic(config))
@@ -335,3 +338,8 @@ def _print_problems(problems: list[Problem], console: Console) -> None:
                 print_wrapped(console, f"  - {problem}")
     if not problems:
         console.print("\nReady to run.", style="bold green")
+        console.print(
+            f"The reward functions were started, and the first {FIRST_ROWS} rows of each text file "
+            "read. A run reads all rows, as `rlsys data preview` does.",
+            style="dim",
+        )

@@ -24,6 +24,7 @@ from rlsys.memory import (
     rank_params,
 )
 from rlsys.model_shape import read_model_shape
+from rlsys.rewards import orms
 from rlsys.roles import plan_roles
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -63,6 +64,23 @@ def test_reward_models_are_shown_with_the_memory_of_their_weights(tmp_path):
         assert estimate.gib["weights"] == numbers * width / GIB
     by_files = estimate_reward_model(tmp_path / "judge", dtype="auto", device="cpu")
     assert by_files.gib["weights"] == pytest.approx(numbers * 4 / GIB, rel=0.1)
+
+
+def test_a_reward_class_that_a_run_could_not_make_is_not_ready(tmp_path):
+    registered = dict(orms.data)
+    code = "from rlsys.rewards import ORM, orms\nclass Unready(ORM):\n"
+    code += "    def __init__(self):\n        open('no such model')\n"
+    code += "    def __call__(self, completions, **columns):\n        return []\n"
+    (tmp_path / "unready.py").write_text(f"{code}orms['unready'] = Unready\n")
+    files = {"external_plugins": [str(tmp_path / "unready.py")]}
+    # A file of rewards and preprocessors may be listed in either place.
+    for sections in ({"reward": files}, {"data": files}):
+        ok, text = printed(write_run(tmp_path, **sections), "--reward.reward_funcs", "unready")
+        assert not ok
+        assert "open('no such model')" in text
+        assert "Ready to run." not in text
+    orms.data.clear()
+    orms.data.update(registered)
 
 
 def test_every_field_is_shown_with_its_origin(tmp_path):
