@@ -199,7 +199,7 @@ def _load_split(
     seed: int,
 ) -> tuple[list[list[_Row]], list[SourceCounts]]:
     """The rows to use of each dataset, and what became of all."""
-    counts = [SourceCounts(source.spec.text) for source in sources]
+    counts = [SourceCounts(source.spec.text, source.preparation.name) for source in sources]
     rows_of = []
     seen: set[tuple[int, ...]] = set()
     for source, count in zip(sources, counts, strict=True):

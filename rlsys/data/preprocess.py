@@ -62,6 +62,8 @@ class Preparation:
 
     each: Preprocessor = keep_row
     """Called with each row."""
+    name: str = ""
+    """Of the preprocessor; empty: there is none."""
     whole: RowPreprocessor | None = None
     """Has a `prepare_dataset`, which gets all rows before `each` gets one."""
 
@@ -107,8 +109,8 @@ def open_dataset(text: str, preprocessor: str) -> tuple[DatasetSpec, Preparation
         name = type(found).__name__ if isinstance(found, RowPreprocessor) else found.__name__
     made = _instance(name, found)
     if isinstance(made, RowPreprocessor) and made.prepares_dataset:
-        return spec, Preparation(_checked(name, made.preprocess_renamed), made)
-    return spec, Preparation(_checked(name, made))
+        return spec, Preparation(_checked(name, made.preprocess_renamed), name, made)
+    return spec, Preparation(_checked(name, made), name)
 
 
 def _instance(name: str, found: Any) -> Preprocessor:

@@ -74,6 +74,8 @@ class SourceCounts:
 
     source: str
     """As it stands in the config."""
+    preprocessor: str = ""
+    """What its rows went through, named by the config or by a registered dataset."""
     rows: int = 0
     """Read, or taken by `#ROWS`, copies included."""
     formats: Counter[str] = field(default_factory=Counter)
@@ -118,7 +120,8 @@ class SourceCounts:
         }
 
     def __str__(self) -> str:
-        text = f"{self.source}: {self.used:,} of {self.rows:,} rows used"
+        through = f" through {self.preprocessor}" if self.preprocessor else ""
+        text = f"{self.source}{through}: {self.used:,} of {self.rows:,} rows used"
         dropped = [f"{count:,} {reason}" for reason, count in self.dropped().items() if count]
         return text + (f"; dropped: {', '.join(dropped)}" if dropped else "")
 

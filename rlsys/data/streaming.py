@@ -41,7 +41,9 @@ class StreamedPrompts:
         self._template = template
         self._config = config
         self._seed = seed
-        self.counts = [SourceCounts(source.spec.text) for source in sources]
+        self.counts = [
+            SourceCounts(source.spec.text, source.preparation.name) for source in sources
+        ]
         self.columns: dict[str, None] = {}
         """What every prompt has, None where its row has no such column."""
         self.first_prompts: list[Prompt] = []

@@ -9,7 +9,7 @@ from typing import Any
 from rlsys.config import REWARD_MODEL_PREFIX
 from rlsys.registry import Registry
 from rlsys.rewards import plugins
-from rlsys.rewards.styles import TRL_PREFIX, VERL_PREFIX, in_style
+from rlsys.rewards.styles import TRL_PREFIX, bare_name, in_style
 
 Rewards = Sequence[float | None]
 """One number per completion; None: the function does not apply to this one."""
@@ -120,9 +120,9 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
 
     A name is, in this order: offered by an installed package, as an entry point of the group
     `rlsys.rewards`; `reward_model:PATH`, one of several reward models; registered; a reference,
-    `path/to/file.py:name`, `package.module:name` or `package.module.name`, with or without `trl/`
-    or `verl/` before it. An entry point of a name that something else has registered is an error:
-    none hides the other.
+    `path/to/file.py:name`, `package.module:name` or `package.module.name`. Before a registered
+    function and before a reference may stand `trl/` or `verl/`. An entry point of a name that
+    something else has registered is an error: none hides the other.
     """
 
     def __getitem__(self, name: str) -> type[ORM] | RewardFunction:
@@ -136,6 +136,8 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
             name = REWARD_MODEL_PREFIX[:-1]  # which of them is a setting, see RewardConfig.params
         if offered is not None:
             self[name] = offered  # an error when somebody else has the name
+        elif name not in self.data and (bare := bare_name(name)) in self.data:
+            self[name] = in_style(name, self.data[bare])
         elif name not in self.data and (reference := _reference(name)) is not None:
             self[name] = in_style(name, plugins.load_reference(reference))
         return super().__getitem__(name)
@@ -161,8 +163,7 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
 
 def _reference(name: str) -> str | None:
     """`place:name` of a name that is not registered; None if it is no reference."""
-    for prefix in (TRL_PREFIX, VERL_PREFIX):
-        name = name.removeprefix(prefix)
+    name = bare_name(name)
     if ":" in name:
         return name
     module, dot, function = name.rpartition(".")

@@ -143,6 +143,11 @@ def _ground_truth(row: Mapping[str, Any]) -> Any:
     return row.get("ground_truth")
 
 
+def bare_name(name: str) -> str:
+    """A name without the prefix of a style."""
+    return name.removeprefix(TRL_PREFIX).removeprefix(VERL_PREFIX)
+
+
 def in_style(name: str, function: Any) -> Any:
     """A function as its reference's prefix asks for.
 

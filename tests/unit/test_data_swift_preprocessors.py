@@ -187,6 +187,7 @@ def test_none_leaves_a_row_out_and_a_class_does_as_well_as_an_instance(tokenizer
     source = write_jsonl(tmp_path / "a.jsonl", [{"question": "a"}, {"question": "a b c"}])
     register_dataset(DatasetMeta(dataset_path=source, dataset_name="short", preprocess_func=Short))
     data = load(tokenizer, "short#2")
+    assert data.summary()[0].startswith("data: short#2 through Short: 1 of 2 rows used")
     assert [p.messages for p in data.train] == [user("a")]
     assert data.counts[0].filtered == 1
     preprocessors["instance"] = Short()

@@ -7,7 +7,7 @@ import pytest
 
 from rlsys.algo.reward_metrics import logged_metrics
 from rlsys.config import RewardConfig
-from rlsys.rewards import RewardError, check_call, orms
+from rlsys.rewards import RewardError, check_call, load_plugins, orms
 from rlsys.rewards.base import TrainerState
 from rlsys.rewards.logged import CallLog, Logged
 from rlsys.rewards.runner import RewardRunner, Task, process_settings
@@ -173,6 +173,13 @@ def test_an_error_of_message_lists_says_how_to_get_them():
     write("of_trl.py", TRL)
     failed = run("of_trl.py:hidden", ["a"])
     assert "name it trl/of_trl.py:hidden, or put @trl_style" in failed.report
+
+
+def test_a_registered_function_may_have_a_prefix_too():
+    write("of_trl.py", TRL + "\nfrom rlsys.rewards import orms\norms['my_hidden'] = hidden\n")
+    load_plugins(["of_trl.py"])
+    assert "name it trl/my_hidden" in run("my_hidden", ["a"]).report
+    assert run("trl/my_hidden", ["a", "b"]).values == [1.0, 0.0]
 
 
 def test_a_dotted_name_is_a_function_of_a_module():
