@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from rlsys.config import RewardConfig
 from rlsys.rewards import pool as pool_module
 from rlsys.rewards.failures import RewardCodeError
+from rlsys.rewards.logged import Logged
 from rlsys.rewards.pool import START_TIMEOUT_S, RewardPool
 from rlsys.rewards.runner import Failed, Values
 from rlsys.rewards.work import ProcessDied
@@ -252,3 +253,21 @@ def test_a_process_that_ends_in_a_forgotten_group_is_replaced_for_the_others(bui
     assert task.group.group_id == group.group_id == 1
     assert [reward.total for reward in group.rewards] == [1.0, 2.0]
     assert pool.pending_refs() == []
+
+
+def test_what_functions_log_stands_with_the_rewards_of_its_completion(build):
+    backend = Processes()
+    pool = build(backend, "format", "judge")
+    pool.submit(group_of("a", "b"))
+    logged = {
+        "format": [Logged({"length": n, "seen": True}, {"acc": 0.5}) for n in (1, 2)],
+        "judge": [Logged({"length": "long"}, {"acc": 1.0})] * 2,
+    }
+    # Whichever comes first, the order of the config decides who keeps a name.
+    for reference, task in reversed(list(backend.running.items())):
+        backend.end(reference, Values([1.0, 2.0], 0.1, logged[task.name]))
+    [group] = pool.collect()
+    assert [reward.extra for reward in group.rewards] == [
+        {"length": n, "seen": True, "judge/length": "long"} for n in (1, 2)
+    ]
+    assert [reward.metrics for reward in group.rewards] == [{"acc": 0.5, "judge/acc": 1.0}] * 2
