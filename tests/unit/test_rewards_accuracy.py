@@ -132,9 +132,8 @@ def test_an_answer_at_which_the_comparison_fails_is_wrong(monkeypatch):
 
 def test_what_never_ends_is_stopped_and_the_next_answer_is_right():
     accuracy = orms["accuracy"](time_limit_s=1.5)
-    integral = r"\boxed{\int_0^1 \frac{x^{17} \sin(x^5)}{\ln(x+3)^7 + \cos(x^x)} dx = 3}"
-    texts = [r"\boxed{99999999!}", integral, r"\boxed{3}"]
-    assert accuracy(texts, solution=["3"] * 3) == [0.0, 0.0, 1.0]
+    endless = r"\boxed{\int_0^1 \frac{x^{17} \sin(x^5)}{\ln(x+3)^7 + \cos(x^x)} dx = 99999999!}"
+    assert accuracy([endless, r"\boxed{3}"], solution=["3"] * 2) == [0.0, 1.0]
 
 
 def test_it_works_in_a_thread_where_signals_do_not(accuracy):
@@ -287,9 +286,10 @@ def test_a_number_among_words_is_no_mathematics(accuracy, text):
 
 
 @pytest.mark.parametrize("gold", ["no idea", "???"])
-def test_a_row_that_cannot_be_read_does_not_apply_and_is_told_once(gold, caplog, monkeypatch):
+def test_a_row_that_cannot_be_read_does_not_apply_and_is_told_once(
+    accuracy, gold, caplog, monkeypatch
+):
     monkeypatch.setattr("rlsys.rewards.answers._warned", set())
-    accuracy = orms["accuracy"]()
     for _ in range(2):
         assert accuracy(["<answer>1</answer>"] * 2, solution=[gold] * 2) == [None, None]
     assert [gold in record.getMessage() for record in caplog.records] == [True]
