@@ -141,6 +141,11 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in policy, reference and rollout engine; auto is bfloat16 on GPUs and
     float32 on CPU, where it makes engines agree to 1e-5."""
+    fp32_lm_head: bool = False
+    """Compute logits in float32 in policy, reference and rollout engine where `dtype` is bfloat16
+    (MiniMax-M1, arXiv:2506.13585; TRL's cast_lm_head_to_fp32): their log-probs agree better. The
+    weights that are trained and sent stay in `dtype`. The policy needs vocabulary /
+    tensor_parallel_size x hidden size x 4 more bytes, and more time for logits."""
 
 
 class RolloutConfig(Section):

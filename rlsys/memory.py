@@ -229,12 +229,15 @@ def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstim
         f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies"
     )
     # The output weight's gradient, summed over chunks in fp32, and in the weight's own type.
-    of_head = 4 if width == 4 else 6
+    of_head, logit_width = (4 if width == 4 else 6), width
+    copied = ""
+    if config.model.fp32_lm_head and width < 4:
+        of_head, logit_width, copied = of_head + 4, 4, " and its fp32 copy"
     logits += shape.embedding_params / tp * of_head
-    logits_text += f", and the head's gradient, vocabulary / TP x hidden x {of_head} bytes"
+    logits_text += f", and the head's gradient{copied}, vocabulary / TP x hidden x {of_head} bytes"
     if not policy.recompute_logits:
-        logits += tokens * shape.vocab_size / tp * width
-        logits_text += f", and {tokens:,} tokens kept x vocabulary / TP x {width} bytes"
+        logits += tokens * shape.vocab_size / tp * logit_width
+        logits_text += f", and {tokens:,} tokens kept x vocabulary / TP x {logit_width} bytes"
     return MemoryEstimate(
         "policy",
         {

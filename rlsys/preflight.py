@@ -322,7 +322,6 @@ def _tensor_parallel(field: str, tp: int, shape: ModelShape) -> Iterator[Problem
         "attention heads": shape.num_heads,
         "KV heads": shape.num_kv_heads,
         "intermediate size": shape.intermediate_size,
-        "vocabulary": shape.vocab_size,
     }
     if shape.is_moe:
         del sizes["intermediate size"]  # experts are shared, not cut

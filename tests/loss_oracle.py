@@ -154,7 +154,7 @@ def correction(row, config):
         if config.rollout_is.endswith("mask"):
             weight = torch.where((raw < lower) | (raw > upper), 0.0, weight)
     if config.rollout_rs in levels:
-        value, upper = levels[config.rollout_rs], config.rollout_rs_threshold
+        value, upper = levels[config.rollout_rs], config.rollout_rs_threshold or 2.0
         lower = config.rollout_rs_threshold_lower
         lower = 1 / upper if lower is None else lower
         weight = torch.where((value < lower) | (value > upper), 0.0, weight)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from rlsys.local_paths import check_is_here
 from rlsys.run_dir import flush_to_disk
 from rlsys.weight_files import INDEX, weight_files
+from rlsys.weight_sync.plan import shard_bounds
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -59,14 +60,13 @@ class SafetensorsReader:
         self._stack.close()
 
     def shard(self, name: str, axis: int | None, rank: int, num_shards: int) -> torch.Tensor:
-        """Slice `rank` of `num_shards` equal slices of tensor `name` along `axis`; all if None."""
+        """Slice `rank` of `num_shards` of tensor `name` along `axis`; all if None."""
         if name not in self._handle_of:
             raise ValueError(f"tensor {name!r} is missing in {self.folder}")
         tensor = self._handle_of[name].get_slice(name)
         if axis is None or num_shards == 1:
             return tensor[:]
-        size = tensor.get_shape()[axis] // num_shards
-        own = slice(rank * size, (rank + 1) * size)
+        own = slice(*shard_bounds(tensor.get_shape()[axis], rank, num_shards))
         return tensor[own] if axis == 0 else tensor[:, own]
 
 

@@ -21,7 +21,7 @@ from rlsys.engines.megatron_weight_table import WeightRow
 from rlsys.engines.megatron_weights import MegatronWeights
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.copies import CopyPlan
-from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets
+from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets, shard_bounds
 from rlsys.weight_sync.transport import WeightSyncError
 
 
@@ -148,11 +148,10 @@ class BucketExport:
         row, _ = self._rows[item.of.name]
         _, number = self._weights.slice_of(row)
         starts, shape = [0] * len(item.of.shape), list(item.of.shape)
-        if row.tp_axis is not None:
-            shape[row.tp_axis] //= number
         for index in range(number):
-            if row.tp_axis is not None:
-                starts[row.tp_axis] = index * shape[row.tp_axis]
+            if (axis := row.tp_axis) is not None:
+                starts[axis], stop = shard_bounds(item.of.shape[axis], index, number)
+                shape[axis] = stop - starts[axis]
             held = TensorSlice(item.of, tuple(starts), tuple(shape))
             box = item.intersection(held)
             if box is not None:

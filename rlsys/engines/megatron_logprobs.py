@@ -86,8 +86,9 @@ class MegatronModel:
             self._head = LogprobHead(
                 self.model,
                 temperature=config.rollout.temperature,
-                support=self._sampling_support(),
+                support=self._sampling_support(shape.vocab_size),
                 recompute_logits=config.policy.recompute_logits,
+                in_fp32=config.model.fp32_lm_head and self.dtype != torch.float32,
             )
             if not self.on_cpu:
                 self._head.warm_up(trains=trains, entropy_bonus=config.grpo.entropy_coef > 0)
@@ -95,11 +96,14 @@ class MegatronModel:
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._cp_group = parallel_state.get_context_parallel_group()
 
-    def _sampling_support(self) -> SamplingSupport:
+    def _sampling_support(self, vocab_size: int) -> SamplingSupport:
         """What the rollout engines sample from, by the policy's tokenizer."""
         rollout = self.config.rollout
-        known = num_token_ids(resolve_model_path(self.config.model.path))
-        return SamplingSupport(top_k=rollout.top_k, top_p=rollout.top_p, num_token_ids=known)
+        known = num_token_ids(resolve_model_path(self.config.model.path)) or vocab_size
+        # Beyond the vocabulary are the rows that fill it up for tensor parallelism.
+        return SamplingSupport(
+            top_k=rollout.top_k, top_p=rollout.top_p, num_token_ids=min(known, vocab_size)
+        )
 
     @property
     def more_gpus(self) -> str:

@@ -148,10 +148,12 @@ def build_model(hf: PretrainedConfig, config: TransformerConfig, *, on_cpu: bool
         from rlsys.engines.megatron_layers import torch_layer_spec
 
         spec = torch_layer_spec(config)
+    tp = config.tensor_model_parallel_size
     model = GPTModel(
         config,
         spec,
-        vocab_size=hf.vocab_size,
+        # Filled up so that every rank has as many rows; see `MegatronWeights`.
+        vocab_size=-(-hf.vocab_size // tp) * tp,
         max_sequence_length=hf.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
@@ -180,7 +182,15 @@ def fuse_weight_gradients(model: GPTModel) -> None:
 
 
 class LogprobHead:
-    """Log-probs from the last stage's hidden states; correct under vocabulary parallelism."""
+    """Log-probs from the last stage's hidden states; correct under vocabulary parallelism.
+
+    Args:
+        model: of the last pipeline stage.
+        temperature: of sampling.
+        support: what can be sampled; not the rows that fill the vocabulary up.
+        recompute_logits: as in PolicyConfig.
+        in_fp32: compute logits from float32 copies of hidden states and output layer.
+    """
 
     def __init__(
         self,
@@ -189,10 +199,12 @@ class LogprobHead:
         temperature: float,
         support: SamplingSupport,
         recompute_logits: bool,
+        in_fp32: bool,
     ):
         self._model = model
         self._temperature, self._support = temperature, support
         self._recompute_logits = recompute_logits
+        self._in_fp32 = in_fp32
         self._group = parallel_state.get_tensor_model_parallel_group()
         shard = model.vocab_size // self._group.size()
         self._vocab_start = self._group.rank() * shard
@@ -214,6 +226,8 @@ class LogprobHead:
             weight = model.shared_embedding_or_output_weight()
         else:
             weight = model.output_layer.weight
+        if self._in_fp32:
+            hidden, weight = hidden.float(), weight.float()
         return chunked_logprobs(
             hidden,
             weight,

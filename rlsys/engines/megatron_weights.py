@@ -16,9 +16,15 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from rlsys.engines.hf_checkpoint import SafetensorsReader
-from rlsys.engines.megatron_weight_table import HF_EMBEDDING, OUTPUT, WeightRow, weight_table
+from rlsys.engines.megatron_weight_table import (
+    EMBEDDING,
+    HF_EMBEDDING,
+    OUTPUT,
+    WeightRow,
+    weight_table,
+)
 from rlsys.model_shape import ModelShape
-from rlsys.weight_sync.plan import TensorMeta
+from rlsys.weight_sync.plan import TensorMeta, shard_bounds
 
 
 class MegatronWeights:
@@ -42,6 +48,7 @@ class MegatronWeights:
     ):
         self.table = weight_table(shape)
         self.tied = shape.tied
+        self._vocab_size = shape.vocab_size
         self._tp, self._pp, self._ep = tp_group, pp_group, ep_group
         own_experts = shape.num_experts // ep_group.size() if shape.is_moe else 0
         self._parameters = _named_globally(model, first_expert=ep_group.rank() * own_experts)
@@ -96,7 +103,7 @@ class MegatronWeights:
             if own_name is None:
                 assert row.experts, "only for models of one pipeline stage"
                 continue
-            parameter = self._parameters[own_name]
+            parameter = self._without_padding(own_name)
             other = row.fuse(parts, size).to(parameter)
             if alpha == 1.0:
                 parameter.copy_(other)
@@ -154,13 +161,25 @@ class MegatronWeights:
         return next((name for name in row.names if name in self._parameters), None)
 
     def _copy(self, value: torch.Tensor, name: str) -> None:
-        parameter = self._parameters[name]
+        self._parameters[name].zero_()  # what only fills the vocabulary up stays 0
+        parameter = self._without_padding(name)
         if parameter.shape != value.shape:
             raise ValueError(
                 f"the checkpoint gives {name} shape {tuple(value.shape)}, its config.json "
                 f"{tuple(parameter.shape)}: weights and config are of different models"
             )
         parameter.copy_(value)
+
+    def _without_padding(self, name: str) -> torch.Tensor:
+        """A parameter without the rows that fill the vocabulary up to a multiple of ranks.
+
+        No token is embedded by those rows and none of them can be sampled, so their gradient is 0.
+        """
+        parameter = self._parameters[name]
+        if name not in (EMBEDDING, OUTPUT):
+            return parameter
+        start, stop = shard_bounds(self._vocab_size, self._tp.rank(), self._tp.size())
+        return parameter[: stop - start]
 
     def _gather(self, rows: Sequence[WeightRow], owner: int) -> list[torch.Tensor]:
         """The whole tensors of one row, which pipeline rank `owner` has."""
@@ -184,7 +203,10 @@ class MegatronWeights:
         shards = [torch.empty_like(fused) for _ in range(self._tp.size())]
         dist.all_gather(shards, fused.contiguous(), group=self._tp)
         by_rank = [row.split(shard, self._tp.size()) for shard in shards]
-        return [torch.cat(parts, dim=row.tp_axis) for parts in zip(*by_rank, strict=True)]
+        return [
+            torch.cat(parts, dim=row.tp_axis).narrow(row.tp_axis, 0, shape[row.tp_axis])
+            for parts, shape in zip(zip(*by_rank, strict=True), row.hf_shapes, strict=True)
+        ]
 
     def _gather_experts(self, rows: Sequence[WeightRow], owner: int) -> list[torch.Tensor]:
         """The tensors of all experts of a layer, in one collective of each kind."""

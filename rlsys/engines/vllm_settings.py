@@ -99,6 +99,8 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
+    if config.model.fp32_lm_head:
+        arguments["hf_overrides"] = {"head_dtype": "float32"}
     if device == "cuda" and rollout.max_num_seqs > GRAPH_SEQUENCES:
         arguments["max_cudagraph_capture_size"] = rollout.max_num_seqs
     if device == "cuda" and rollout.engines_per_gpu > 1:

@@ -80,6 +80,16 @@ class TensorSlice:
         return tensor
 
 
+def shard_bounds(length: int, index: int, number: int) -> tuple[int, int]:
+    """(start, stop) of slice `index` of `number` along an axis of `length`.
+
+    All slices are as long as the first, but for the last ones where `number` does not divide
+    `length`: those of a vocabulary.
+    """
+    size = -(-length // number)
+    return min(index * size, length), min((index + 1) * size, length)
+
+
 @dataclass(frozen=True, slots=True)
 class Bucket:
     """Consecutive tensors that are sent at once."""

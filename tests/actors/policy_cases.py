@@ -9,7 +9,7 @@ from unittest import mock
 import ray
 import torch
 from patience import PATIENCE_S
-from tiny_models import VOCAB_SIZE, save_model
+from tiny_models import save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from rlsys.actors.group import get_all, on_cpu
@@ -52,6 +52,9 @@ LAYOUTS = {
     "TP 2 x DP 2": {"world_size": 4, "tensor_parallel_size": 2},
     "PP 2 x DP 2": {"world_size": 4, "pipeline_parallel_size": 2},
 }
+
+VOCAB_SIZE = 509
+"""A prime: tensor-parallel ranks fill it up."""
 
 
 @torch.no_grad()

@@ -5,9 +5,8 @@ import random
 
 import pytest
 import torch
-from policy_cases import LAYOUTS, MODELS, exported, policy_config, random_batch
+from policy_cases import LAYOUTS, MODELS, VOCAB_SIZE, exported, policy_config, random_batch
 from safetensors.torch import load_file
-from tiny_models import VOCAB_SIZE
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from rlsys.weight_sync.plan import TensorSlice

@@ -35,6 +35,20 @@ def test_logprobs_equal_those_of_transformers(lab, policy_models, expected, name
     torch.testing.assert_close(logprobs, expected[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["one rank", "TP 2"])
+def test_an_fp32_head_differs_by_what_bfloat16_rounds_off_logits(lab, policy_models, layout):
+    batch = random_batch()
+
+    def logprobs(dtype, fp32_lm_head):
+        config = policy_config(policy_models["qwen3-untied"], dtype=dtype, **LAYOUTS[layout])
+        model = config.model.model_copy(update={"fp32_lm_head": fp32_lm_head})
+        return lab.policy(config.model_copy(update={"model": model})).compute_logprobs(batch)
+
+    rounded, unrounded = (logprobs("bfloat16", fp32) for fp32 in (False, True))
+    assert 1e-4 < (rounded - unrounded).abs().mean() < 1e-2
+    assert torch.equal(logprobs("float32", True), logprobs("float32", False))
+
+
 @pytest.mark.parametrize("layout", ["one rank", "CP 2 x DP 2"])
 def test_logprobs_do_not_depend_on_packing(lab, policy_models, expected, layout):
     options = LAYOUTS[layout] | {"max_tokens_per_micro_batch": 40}

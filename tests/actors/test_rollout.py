@@ -5,7 +5,7 @@ import ray
 import torch
 from patience import PATIENCE_S
 from tensor_policy import TensorPolicy
-from tiny_models import STOP_TOKEN_IDS, save_markov_qwen3
+from tiny_models import STOP_TOKEN_IDS, save_markov_qwen3, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsys.actors.group import ActorFailure
@@ -100,6 +100,36 @@ def test_logprobs_are_those_of_the_sampling_distribution(groups, model_folder):
             logprobs = torch.log_softmax(model(ids).logits[0, :-1] / 0.7, dim=-1)
             expected = logprobs.gather(1, ids[0, 1:, None])[len(prompt) - 1 :, 0]
             assert completion.rollout_logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_an_fp32_head_does_not_round_logits(ray_cluster, rollout_config, tiny_models, tmp_path):
+    """Of bfloat16 weights, after a weight sync: log-probs are nearer to those of float32 logits."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_models[True, 1], dtype=torch.bfloat16)
+    save_model(model, tmp_path)
+    config = rollout_config(model_path=tmp_path)
+    fp32 = config.model.model_copy(update={"dtype": "bfloat16", "fp32_lm_head": True})
+    engines = RolloutActors(config.model_copy(update={"model": fp32}), device="cpu")
+    engines.wait_ready()
+    policy = TensorPolicy(tmp_path)
+    WeightPublisher(policy, engines, config.weight_sync).publish()
+    groups = sample(engines, temperature=1.0)
+    engines.close()
+    policy.close()
+    head = model.get_output_embeddings().weight
+    to_rounded, to_unrounded = [], []
+    for completion, prompt in [(c, g.prompt) for g in groups.values() for c in g.completions]:
+        ids = torch.tensor([prompt.token_ids + completion.token_ids])
+        hidden = model.model(ids).last_hidden_state[0, len(prompt.token_ids) - 1 : -1]
+        for logits, differences in (
+            (hidden @ head.T, to_rounded),
+            (hidden.float() @ head.float().T, to_unrounded),
+        ):
+            logprobs = torch.log_softmax(logits.float(), dim=-1)
+            expected = logprobs.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+            differences.append((expected - torch.tensor(completion.rollout_logprobs)).abs())
+    assert torch.cat(to_unrounded).mean() < torch.cat(to_rounded).mean()
 
 
 def test_seeds_reproduce_a_step_whoever_samples_it(groups, engines):

@@ -99,12 +99,12 @@ def save_model(model, folder):
     """Write weights, config and a tokenizer."""
     model.generation_config.eos_token_id = STOP_TOKEN_IDS
     model.save_pretrained(folder)
-    _tokenizer().save_pretrained(folder)
+    _tokenizer(model.config.vocab_size).save_pretrained(folder)
 
 
-def _tokenizer():
+def _tokenizer(size):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<pad>", "<eos>", *alphabet, *(f"word{i}" for i in range(VOCAB_SIZE))][:VOCAB_SIZE]
+    tokens = ["<pad>", "<eos>", *alphabet, *(f"word{i}" for i in range(size))][:size]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -58,7 +58,9 @@ def test_the_document_quotes_every_module_of_the_mathematics():
         "losses/correction",
         "losses/others",
     }
-    assert quoted == {f"rlsys/algo/{name}.py" for name in mathematics}
+    assert quoted - {"rlsys/engines/megatron_model.py"} == {
+        f"rlsys/algo/{name}.py" for name in mathematics
+    }
 
 
 def test_the_document_has_a_row_for_every_loss_and_estimator():

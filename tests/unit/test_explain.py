@@ -297,6 +297,16 @@ def test_kept_logits_are_a_number_for_every_token_and_vocabulary_entry(tmp_path)
     assert (kept - again) * GIB == pytest.approx(tokens * shape.vocab_size * 2)
 
 
+def test_an_fp32_head_is_a_copy_of_the_output_layer(tmp_path):
+    def logits(fp32, device="cuda"):
+        found, shape = estimates(tmp_path, device, model={"fp32_lm_head": fp32})
+        return found["policy"].gib["logits"], shape
+
+    (narrow, shape), (wide, _) = logits(False), logits(True)
+    assert (wide - narrow) * GIB == pytest.approx(shape.embedding_params * 4)
+    assert logits(True, "cpu") == logits(False, "cpu")  # float32 as it is
+
+
 def test_the_kv_cache_holds_the_sequences_of_an_engine(tmp_path):
     found, _ = estimates(tmp_path, "cuda")
     token = 2 * MODEL_SIZES["num_hidden_layers"] * MODEL_SIZES["num_key_value_heads"] * 32 * 2

@@ -377,6 +377,12 @@ def test_parallel_sizes_that_do_not_divide_the_model(problems, overrides, words)
         assert word in text
 
 
+def test_a_vocabulary_that_tensor_parallel_ranks_do_not_divide(problems, tmp_path):
+    folder = str(write_model(tmp_path / "odd", vocab_size=385))
+    sizes = ["--policy.tensor_parallel_size", "2", "--policy.world_size", "2"]
+    assert problems("--model.path", folder, *sizes) == []
+
+
 def test_a_reference_with_another_vocabulary(problems, tmp_path):
     folder = str(write_model(tmp_path / "other", vocab_size=512))
     text = only(problems("--grpo.beta", "0.1", "--reference.path", folder))

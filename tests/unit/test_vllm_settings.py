@@ -76,6 +76,17 @@ def test_what_the_config_says_reaches_vllm(device):
     assert arguments["seed"] == config().seed + 3
 
 
+def test_an_fp32_head_is_the_engines_too():
+    def overrides(fp32):
+        settings = config()
+        model = settings.model.model_copy(update={"fp32_lm_head": fp32})
+        settings = settings.model_copy(update={"model": model})
+        return engine_arguments(settings, SHAPE, device="cuda", engine_rank=0).get("hf_overrides")
+
+    assert overrides(True) == {"head_dtype": "float32"}
+    assert overrides(False) is None
+
+
 def test_gpus_size_their_own_cache():
     arguments = engine_arguments(config(), SHAPE, device="cuda", engine_rank=0)
     assert "kv_cache_memory_bytes" not in arguments

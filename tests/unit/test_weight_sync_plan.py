@@ -1,12 +1,14 @@
 """Buckets and checksums: whatever the tensors, nothing is lost, moved or damaged unseen."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.weight_sync.checksum import CHUNK_WORDS, as_numbers, checksum, compare_checksums
-from rlsys.weight_sync.plan import DTYPES, TensorMeta, plan_buckets
+from rlsys.weight_sync.plan import DTYPES, TensorMeta, plan_buckets, shard_bounds
 from rlsys.weight_sync.transport import WeightSyncError
 
 shapes = st.lists(st.integers(1, 9), min_size=0, max_size=3).map(tuple)
@@ -14,6 +16,20 @@ tensor_lists = st.lists(st.tuples(st.sampled_from(list(DTYPES)), shapes), min_si
 byte_tensors = st.binary(min_size=1, max_size=200).map(
     lambda data: torch.tensor(list(data), dtype=torch.uint8)
 )
+
+
+@given(length=st.integers(1, 10**6), number=st.integers(1, 64))
+def test_shards_of_any_length_follow_each_other_and_only_the_last_are_shorter(length, number):
+    bounds = [shard_bounds(length, index, number) for index in range(number)]
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == length
+    assert all(left[1] == right[0] for left, right in itertools.pairwise(bounds))
+    sizes = [stop - start for start, stop in bounds]
+    assert sizes == sorted(sizes, reverse=True)
+    if length % number == 0:
+        assert set(sizes) == {length // number}
+    if length >= number**2:  # as every vocabulary: no rank is without a token
+        assert min(sizes) > 0
 
 
 @given(tensor_lists, st.integers(1, 600))
