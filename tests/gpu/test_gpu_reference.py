@@ -43,7 +43,7 @@ def test_a_reference_that_shares_the_policys_gpu_leaves_it_while_idle(lab, gpus,
     starting = reference.async_start()
     policy = lab.policy(config)
     get_all(starting, phase="start", timeout_s=120)
-    (actor,) = reference.actors
+    (actor,) = reference.actors.values()
     for _ in range(2):  # a policy that was not updated is the reference, but for rounding
         ours, theirs = reference.compute_logprobs(BATCH), policy.compute_logprobs(BATCH)
         differences = (ours - theirs)[BATCH.completion_mask].abs()
