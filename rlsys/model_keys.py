@@ -78,6 +78,7 @@ _BOOKKEEPING = {
     "return_dict_in_generate",
     "sep_token_id",
     "task_specific_params",
+    "tf_legacy_loss",
     "tokenizer_class",
     "torch_dtype",
     "torchscript",
@@ -149,6 +150,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "shared_expert_intermediate_size": (0,),
     "tie_encoder_decoder": (False,),
+    "use_mrope": (False,),
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }

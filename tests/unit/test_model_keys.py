@@ -51,6 +51,7 @@ LLAMA3_ROPE = {
 }
 PUBLISHED = {
     "Qwen2.5": QWEN2,
+    "Qwen2.5 base and Math": QWEN2 | {"use_mrope": False},
     "Qwen3": QWEN3,
     "Qwen3-MoE": QWEN3
     | EXPERTS
@@ -107,6 +108,7 @@ def test_published_configs_are_accepted(tmp_path, name):
     ("base", "key", "value"),
     [
         (LLAMA, "partial_rotary_factor", 0.5),
+        (QWEN2, "use_mrope", True),
         (LLAMA, "attention_bias", True),
         (LLAMA, "mlp_bias", True),
         (LLAMA, "bias", True),
