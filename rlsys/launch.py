@@ -310,8 +310,8 @@ def load_data(config: Config) -> PromptData:
     data = load_checked_prompts(config, tokenizer)
     check_prompt_tokens(folder, tokenizer, [*data.train, *data.validation])
     stops = read_stop_rules(folder, tokenizer, config.rollout)
-    for ignored in model_notes(folder):
-        print(f"note: {ignored}", flush=True)
+    for text in model_notes(folder):
+        print(f"note: {text}", flush=True)
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)

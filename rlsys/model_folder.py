@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 
 from rlsys.model_keys import ignored_prose
 from rlsys.model_shape import ModelShape, read_model_config, read_model_shape
-from rlsys.tokenizer_files import chat_template, num_token_ids, resize_remedy, tokenizer_problems
+from rlsys.tokenizer_files import (
+    chat_template,
+    id_gap_notes,
+    num_token_ids,
+    resize_remedy,
+    tokenizer_problems,
+)
 from rlsys.types import Prompt
 from rlsys.weight_files import weight_file_problems, weight_files, weight_table_problems
 
@@ -55,9 +61,10 @@ def check_model_folder(folder: Path, *, has_prompts: bool) -> None:
 
 
 def model_notes(folder: Path) -> list[str]:
-    """What of config.json a run ignores, for people."""
+    """What a run ignores of config.json, and cannot show of completions; for people."""
     prose = ignored_prose(read_model_config(folder))
-    return [f"{folder / 'config.json'}: {', '.join(prose)} ignored"] if prose else []
+    ignored = [f"{folder / 'config.json'}: {', '.join(prose)} ignored"] if prose else []
+    return [*ignored, *id_gap_notes(folder)]
 
 
 def check_prompt_tokens(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from rlsys.config import Config
+from rlsys.config import Config, GrpoConfig
 from rlsys.tracking.base import Metrics
 
 MAX_DIFFERENCE_OF_DTYPE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -127,10 +127,22 @@ class SamplingWatch:
             return None
         difference = metrics.get("sampling/logp_difference/mean", math.nan)
         return (
-            f"step {step} trained next to nothing, grpo.rollout_rs = {grpo.rollout_rs} and "
-            f"grpo.off_policy_mask_threshold = {grpo.off_policy_mask_threshold} left out "
-            f"{masked:.1%} of its tokens; policy and rollout engine differ by {difference:.3g} "
-            "nats a token. Where that is large, see docs/debugging.md; where it is small, widen "
-            "grpo.rollout_rs_threshold, or use rollout_rs geometric or token, as the ratio of a "
-            "whole completion multiplies those of its tokens"
+            f"step {step} trained next to nothing, {_what_leaves_out(grpo)} left out {masked:.1%} "
+            f"of its tokens; policy and rollout engine differ by {difference:.3g} nats a token. "
+            "Where that is large, see docs/debugging.md; where it is small, widen the threshold, "
+            "or use token or geometric weights, as the ratio of a whole completion multiplies "
+            "those of its tokens"
         )
+
+
+def _what_leaves_out(grpo: GrpoConfig) -> str:
+    """The settings that may leave tokens out of a step."""
+    values = {
+        "rollout_is": grpo.rollout_is if grpo.rollout_is.endswith("_mask") else None,
+        "rollout_rs": None if grpo.rollout_rs == "none" else grpo.rollout_rs,
+        "rollout_token_veto_threshold": grpo.rollout_token_veto_threshold,
+        "rollout_token_veto_threshold_high": grpo.rollout_token_veto_threshold_high,
+        "off_policy_mask_threshold": grpo.off_policy_mask_threshold,
+    }
+    found = [f"grpo.{name} = {value}" for name, value in values.items() if value is not None]
+    return " and ".join(found)

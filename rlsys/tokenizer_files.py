@@ -11,11 +11,12 @@ from rlsys.model_shape import ModelShape
 
 
 def token_ids(folder: Path) -> dict[str, int]:
-    """Token -> id, of `tokenizer.json` and what was added beside it; empty without that file."""
+    """Token -> id, of the tokenizer and what was added beside it; empty where no file says."""
     content = _read(folder / "tokenizer.json")
     vocabulary = content.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # a unigram model's, (token, score) by id
         vocabulary = {entry[0]: token_id for token_id, entry in enumerate(vocabulary)}
+    vocabulary = vocabulary or _sentencepieces(folder)
     if not vocabulary:
         return {}
     ids: dict[str, int] = dict(vocabulary)
@@ -29,6 +30,17 @@ def num_token_ids(folder: Path) -> int | None:
     """One more than the largest id that decodes to a token; None where the files do not say."""
     ids = token_ids(folder)
     return max(ids.values()) + 1 if ids else None
+
+
+def id_gap_notes(folder: Path) -> Iterator[str]:
+    """Ids between tokens without a token of their own: they can be sampled."""
+    ids = set(token_ids(folder).values())
+    gaps = max(ids) + 1 - len(ids) if ids else 0
+    if gaps:
+        yield (
+            f"{gaps:,} ids below {max(ids):,} have no token in the tokenizer of {folder}: "
+            "completions may hold them, and their text does not show them"
+        )
 
 
 def chat_template(folder: Path) -> str:
@@ -70,6 +82,20 @@ def resize_remedy(num_tokens: int) -> str:
         f"Save the model after `model.resize_token_embeddings({num_tokens})`, or use the tokenizer "
         "that it was trained with"
     )
+
+
+def _sentencepieces(folder: Path) -> dict[str, int]:
+    """The pieces of a folder with `tokenizer.model` alone, which transformers converts."""
+    file = folder / "tokenizer.model"
+    if (folder / "tokenizer.json").is_file() or not file.is_file():
+        return {}
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        pieces = SentencePieceProcessor(model_file=str(file))
+    except RuntimeError:  # a file of another kind
+        return {}
+    return {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
 
 
 def _read(file: Path) -> dict[str, Any]:

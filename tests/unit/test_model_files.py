@@ -7,7 +7,12 @@ import torch
 from config_cases import EXPERTS, hf_shapes, write_model, write_weights
 from safetensors.torch import save_file
 
-from rlsys.model_folder import check_model_folder, check_prompt_tokens, model_folder_problems
+from rlsys.model_folder import (
+    check_model_folder,
+    check_prompt_tokens,
+    model_folder_problems,
+    model_notes,
+)
 from rlsys.model_shape import read_model_shape
 from rlsys.tokenizer_files import num_token_ids, token_ids
 from rlsys.types import Prompt
@@ -169,6 +174,38 @@ def test_token_ids_are_those_of_transformers(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     assert token_ids(tmp_path) == tokenizer.get_vocab()
     assert num_token_ids(tmp_path) == 4
+
+
+def test_token_ids_of_a_tokenizer_model_alone(tmp_path):
+    """A vocabulary that is padded beyond them would be sampled from."""
+    from sentencepiece import SentencePieceTrainer
+    from transformers import LlamaTokenizer
+
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(["abc bcd cde dea"] * 9),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=20,
+        minloglevel=2,
+    )
+    assert num_token_ids(tmp_path) == 20
+    assert token_ids(tmp_path) == LlamaTokenizer.from_pretrained(tmp_path).get_vocab()
+
+
+def test_a_tokenizer_model_of_another_kind_says_nothing_of_ids(tmp_path):
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert num_token_ids(tmp_path) is None
+
+
+def test_ids_without_a_token_between_others_are_named(tmp_path):
+    folder = write_model(tmp_path)
+    assert model_notes(folder) == []
+    vocabulary = {f"t{i}": i for i in range(300)}
+    far = {"id": 310, "content": "<far>", "special": True}
+    content = {"model": {"vocab": vocabulary}, "added_tokens": [far]}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (note,) = model_notes(folder)
+    assert "10 ids below 310 have no token" in note
 
 
 def test_a_folder_without_a_tokenizer_file_says_nothing_of_ids(tmp_path):

@@ -100,6 +100,23 @@ def test_steps_that_train_nothing_warn_and_several_end_the_run(metrics, words):
         looking.observe(MAX_EMPTY_STEPS, step_of(**metrics))
 
 
+@pytest.mark.parametrize(
+    ("grpo", "named"),
+    [
+        ({"rollout_is": "sequence_mask"}, "grpo.rollout_is = sequence_mask left"),
+        ({"rollout_token_veto_threshold": 0.5}, "grpo.rollout_token_veto_threshold = 0.5 left"),
+        (
+            {"rollout_rs": "token", "off_policy_mask_threshold": 0.1},
+            "grpo.rollout_rs = token and grpo.off_policy_mask_threshold = 0.1 left",
+        ),
+    ],
+)
+def test_a_masked_step_names_what_masks(grpo, named):
+    (warning,) = watch(grpo=grpo).observe(1, step_of(**{MASKED: 1.0}))
+    assert named in warning
+    assert "None" not in warning
+
+
 def test_a_step_that_trains_starts_the_count_again():
     looking = watch(grpo={"rollout_rs": "sequence"})
     for step in range(1, 12):
