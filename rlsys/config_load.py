@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from textwrap import indent
+from types import NoneType
 from typing import Any, Literal
 
 import yaml
@@ -20,6 +21,7 @@ from rlsys.config import Config
 from rlsys.config_fields import config_fields, config_sections, first_sentence
 from rlsys.config_names import coming_from, hint, is_of_elsewhere
 from rlsys.config_rules import BrokenRules
+from rlsys.config_texts import kinds_of
 from rlsys.config_words import apply_words
 from rlsys.data.json_text import not_utf8
 from rlsys.run_dir import replacing, unused_folder
@@ -201,16 +203,16 @@ def _validate(
     """The config, or None when there are problems, which are all added to `problems`."""
     for section in config_sections():
         values.setdefault(section, {})  # so that what it lacks is told field by field
-    broken: list[tuple[str, ...]] = []
+    broken: set[str] = set()
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        for detail in error.errors():
+        for detail in _types_together(error.errors()):
             rules = detail.get("ctx", {}).get("error")
             if isinstance(rules, BrokenRules):
                 problems += [problem.text for problem in rules.problems]
             else:
-                broken.append(tuple(str(part) for part in detail["loc"][:2]))
+                broken.add(_field_of(detail)[0])
                 problems.append(_describe(detail, origins))
     else:
         return None if problems else config
@@ -219,9 +221,8 @@ def _validate(
     return None
 
 
-def _rules_broken_by_the_rest(values: dict[str, Any], broken: list[tuple[str, ...]]) -> list[str]:
+def _rules_broken_by_the_rest(values: dict[str, Any], wrong: set[str]) -> list[str]:
     """The cross-field rules that the fields without a mistake of their own break."""
-    wrong = {".".join(place) for place in broken}
     rest: dict[str, Any] = {}
     for name in config_fields():
         section, _, field = name.rpartition(".")
@@ -247,14 +248,38 @@ def _concerns(fields: tuple[str, ...], wrong: set[str]) -> bool:
     return any(field in wrong or field.rpartition(".")[0] in wrong for field in fields)
 
 
+def _types_together(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """One error for a field that may be of several types; pydantic has one for each type."""
+    together: dict[tuple[Any, ...], ErrorDetails] = {}
+    for detail in details:
+        name, below = _field_of(detail)
+        first = together.setdefault((name, *below), detail)
+        if first is not detail:
+            first["msg"] = f"{_rule(first)}, or {_rule(detail).removeprefix('should be ')}"
+    return list(together.values())
+
+
+def _field_of(detail: ErrorDetails) -> tuple[str, list[Any]]:
+    """The name of the field, and list indices and keys of the user's own below it."""
+    place = list(detail["loc"])
+    depth = 2 if place and place[0] in config_sections() else 1
+    name, below = ".".join(str(part) for part in place[:depth]), place[depth:]
+    info = config_fields().get(name)
+    if info is not None and len(kinds_of(info) - {NoneType}) > 1:
+        del below[:1]  # the type for which it is wrong
+    return name, below
+
+
+def _rule(detail: ErrorDetails) -> str:
+    rule = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return rule.split(", unable to ")[0]
+
+
 def _describe(detail: ErrorDetails, origins: dict[str, Origin]) -> str:
     """One problem as a line: the field, its value, the rule, and what the field means."""
-    place = list(detail["loc"])
     fields = config_fields()
-    # Below a field, the place goes on with list indices and keys of the user's own.
-    depth = 2 if place[0] in config_sections() else 1
-    name = ".".join(str(part) for part in place[:depth])
-    label = name + "".join(f"[{part}]" for part in place[depth:])
+    name, below = _field_of(detail)
+    label = name + "".join(f"[{part}]" for part in below)
     if detail["type"] == "extra_forbidden":
         return f"{name}: there is no such field.{hint(name)}"
     if name in config_sections():
@@ -262,8 +287,7 @@ def _describe(detail: ErrorDetails, origins: dict[str, Origin]) -> str:
     meaning = first_sentence(fields[name].description)
     if detail["type"] == "missing":
         return f"{name}: is missing. {meaning}"
-    rule = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    rule = rule.split(", unable to parse")[0]
+    rule = _rule(detail)
     if detail["type"] == "list_type":
         rule = f"should be a list: [{detail['input']}]"
     where = " (command line)" if origins[name] == "command line" else ""

@@ -307,6 +307,16 @@ def test_command_lines_that_make_no_sense(problems, overrides, words):
     assert words in text
 
 
+@pytest.mark.parametrize("value", ["1h", -1, [1]])
+@pytest.mark.parametrize("name", ["placement_timeout", "checkpoint.save_steps"])
+def test_a_field_of_several_types_is_wrong_once(problems, name, value):
+    """With all that it may be; pydantic has an error for each type."""
+    section, _, field = name.rpartition(".")
+    (text,) = problems(**({section: {field: value}} if section else {field: value}))
+    assert text.startswith(f"{name} = {value!r}: should be ")
+    assert ", or '" in text
+
+
 @given(
     st.lists(
         st.sampled_from([f"--{name}" for name in config_fields()])
