@@ -14,6 +14,8 @@ from pydantic.fields import FieldInfo
 _VARIABLE = re.compile(r"\$(?:\{(?P<braced>[^}]*)\}|(?P<bare>[A-Za-z_][A-Za-z0-9_]*))")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _OMEGACONF_VARIABLE = re.compile(r"oc\.env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?:,.*)?")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_COMMAND = re.compile(r"\$\([^)]*\)?|`[^`]*`")
 _HOLDS_PATH = re.compile(r"(.*_)?(path|file|folder|dir|directory)")
 """Names of reward settings that are paths. Others may be patterns, where $ is the end of a text."""
 REWARD_MODEL_PREFIX = "reward_model:"
@@ -24,9 +26,22 @@ def expand_path(text: str) -> str:
     """The path with `~` at its beginning, `$NAME` and `${NAME}` replaced, as a shell would.
 
     Raises:
-        ValueError: a variable is not set, or `${...}` holds something else than a name.
+        ValueError: a variable is not set, `${...}` holds something else than a name, or the text
+            is a URL, a command or the home folder of nobody, none of which is a path here.
     """
-    return os.path.expanduser(_VARIABLE.sub(_value_of, text))
+    url, command = _URL.match(text), _COMMAND.search(text)
+    if url:
+        raise ValueError(
+            f"{url[0]} is not read or written: download or mount it, and write the path on this "
+            "machine"
+        )
+    if command:
+        raise ValueError(f"{command[0]} is a command, which is not run: write what it prints")
+    path = os.path.expanduser(_VARIABLE.sub(_value_of, text))
+    if path.startswith("~"):
+        user = path.partition("/")[0]
+        raise ValueError(f"this machine has no user {user[1:]!r}: write the path, or ./{user}")
+    return path
 
 
 def _value_of(found: re.Match[str]) -> str:

@@ -216,6 +216,10 @@ def test_variables_are_replaced_in_every_path(load, monkeypatch, name):
         ("${model.path}", "${model.path} is not the name of an environment variable"),
         ("${now:%Y}", "${now:%Y} is not the name"),
         ("${HOME:-/tmp}", "${HOME:-/tmp} is not the name"),
+        ("run-$(date +%F)", "$(date +%F) is a command, which is not run"),
+        ("run-`date`", "`date` is a command"),
+        ("s3://bucket/x", "s3:// is not read or written: download or mount it"),
+        ("~nobody-of-this-name/x", "no user 'nobody-of-this-name'"),
     ],
 )
 def test_what_cannot_be_replaced_is_refused(problems, name, written, says):
