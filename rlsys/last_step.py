@@ -58,8 +58,8 @@ def save_last_step(
             policy.save_model(run_dir.interrupted)
             if config.checkpoint.save_steps is None:
                 yield (
-                    f"saved the weights of step {step} in {run_dir.interrupted}; another run can "
-                    "start from them with --model.path"
+                    f"saved the weights of step {step} in {run_dir.interrupted}; another run, in "
+                    "another folder, can start from them with --model.path"
                 )
             elif _is_behind(config, reference, step):
                 yield (

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator
 from pathlib import Path
 
 from rlsys.config import Config
@@ -68,17 +67,16 @@ def left_out_of_job_copy(config: Config) -> list[str]:
     here = Path.cwd()
     if not is_in_job_copy(here):
         return []
-    return [path for path in dict.fromkeys(_named_paths(config)) if _is_left_out(here, path)]
+    return [path for path in named_paths(config) if _is_left_out(here, path)]
 
 
-def _named_paths(config: Config) -> Iterator[str]:
-    yield config.model.path
-    yield config.reference_path
-    yield from config.reward.model_paths
-    for section in (config.data, config.reward, config.grpo):
-        yield from section.external_plugins
-    for dataset in (*config.data.dataset, *config.data.val_dataset):
-        yield parse_spec(dataset).name
+def named_paths(config: Config) -> list[str]:
+    """What a run reads, each once: models, plugins and data, by path or id of the hub."""
+    sections = (config.data, config.reward, config.grpo)
+    paths = [config.model.path, config.reference_path, *config.reward.model_paths]
+    paths += [path for section in sections for path in section.external_plugins]
+    paths += [parse_spec(spec).name for spec in (*config.data.dataset, *config.data.val_dataset)]
+    return list(dict.fromkeys(paths))
 
 
 def _is_left_out(here: Path, path: str) -> bool:

@@ -23,7 +23,7 @@ from rlsys.data.usage import column_problems_of_run, column_use, column_uses
 from rlsys.devices import device_of_packages, guess_device, visible_gpus
 from rlsys.engines.vllm_settings import kv_cache_bytes
 from rlsys.hub import hub_answers
-from rlsys.local_paths import left_out_of_job_copy
+from rlsys.local_paths import left_out_of_job_copy, named_paths
 from rlsys.memory import longest_row
 from rlsys.model_folder import model_folder_problems
 from rlsys.model_shape import ModelShape, read_model_shape
@@ -411,20 +411,11 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"output_dir: {run.path} {obstacle}: choose another one with --output_dir", True
         )
-    elif config.checkpoint.resume:
-        steps = checkpoint_steps(run.checkpoints)
-        if not steps:
-            if not config.overwrite:
-                remedy = "add --overwrite to start from step 0"
-                if not holds_run(run):
-                    remedy = f"leave checkpoint.resume out, or {remedy}"
-                yield Problem(
-                    f"checkpoint.resume: {run.checkpoints} holds no checkpoint to continue from; "
-                    f"{remedy}",
-                    True,
-                )
+        return
+    steps = checkpoint_steps(run.checkpoints)
+    if config.checkpoint.resume and steps:
         # A run that was killed right before its end has its last checkpoint, but no model.
-        elif config.max_steps is not None and (
+        if config.max_steps is not None and (
             steps[-1] > config.max_steps or (steps[-1] == config.max_steps and run.final.exists())
         ):
             yield Problem(
@@ -433,9 +424,24 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
                 "--overwrite alone, or choose another folder with --output_dir",
                 True,
             )
-    elif holds_run(run) and not config.overwrite:
+    elif config.overwrite:
+        needed = [path for path in named_paths(config) if run.holds(Path(path))]
+        if needed:
+            yield Problem(
+                f"overwrite: moves aside {', '.join(needed)}, which this run reads: choose another "
+                "folder with --output_dir",
+                True,
+            )
+    elif config.checkpoint.resume:
+        remedy = "add --overwrite to start from step 0"
+        if not holds_run(run):
+            remedy = f"leave checkpoint.resume out, or {remedy}"
+        yield Problem(
+            f"checkpoint.resume: {run.checkpoints} holds no checkpoint to continue from; {remedy}",
+            True,
+        )
+    elif holds_run(run):
         found, remedy = "without a checkpoint", ""
-        steps = checkpoint_steps(run.checkpoints)
         if steps:
             found, remedy = f"up to step {steps[-1]}", "continue it with --checkpoint.resume, "
         yield Problem(

@@ -106,6 +106,11 @@ class RunDir:
         shown = (self.reward_curve, self.tensorboard, self.path / "wandb")
         return (self.config, *records, *models, *shown, self.status)
 
+    def holds(self, path: Path) -> bool:
+        """Whether a path is one of `files`, or below one."""
+        own = self.path.resolve()
+        return any(path.resolve().is_relative_to(own / file.name) for file in self.files)
+
     def obstacle(self) -> str | None:
         """Why the folder cannot be written to, or made where it is not; None where it can.
 

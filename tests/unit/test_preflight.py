@@ -650,6 +650,22 @@ def test_an_output_directory_with_another_run_says_how_to_go_on(problems, tmp_pa
     assert problems("--overwrite") == []
 
 
+@pytest.mark.parametrize("resume", [[], ["--checkpoint.resume"]])
+@pytest.mark.parametrize("folder", ["interrupted", "final", "checkpoints/step-3"])
+def test_a_run_does_not_move_aside_what_it_reads(problems, tmp_path, folder, resume):
+    """Whoever starts from an interrupted run's weights is asked for --overwrite, and takes it."""
+    model = tmp_path / "run" / folder
+    model.parent.mkdir(parents=True, exist_ok=True)
+    write_run(tmp_path)
+    (tmp_path / "model").rename(model)
+    found = problems("--model.path", str(model), "--overwrite", *resume)
+    if resume and folder.startswith("checkpoints"):
+        assert found == []  # nothing is moved
+    else:
+        assert f"overwrite: moves aside {model}, which this run reads" in only(found)
+        assert "--output_dir" in only(found)
+
+
 @pytest.mark.parametrize("holds", ["nothing", "a run without a checkpoint"])
 def test_what_says_that_there_is_nothing_to_resume_names_what_works(problems, tmp_path, holds):
     """A run that was interrupted in its first step was refused whatever its user tried."""
