@@ -26,7 +26,8 @@ class _Hearing:
 
     def __init__(self) -> None:
         self.first_at: float | None = None
-        self.is_held_back = False
+        self.first_finishes: str | None = None
+        """What a signal waits for, while it is held back."""
         self.is_pending = False
 
 
@@ -53,11 +54,12 @@ def interruptible(run_dir: RunDir | None = None) -> Iterator[None]:
         if run_dir is not None:
             with suppress(OSError):  # a full disk is no reason to go on
                 run_dir.write_status(ENDED)
-        if not _hearing.is_held_back:
+        if _hearing.first_finishes is None:
             raise KeyboardInterrupt
         _hearing.is_pending = True
-        # Not print: the main thread may be in the middle of one.
-        os.write(2, b"\ninterrupted: this step is finished first. Ctrl-C again ends at once.\n")
+        text = f"\ninterrupted: {_hearing.first_finishes} first. Ctrl-C again ends at once.\n"
+        with suppress(OSError):  # the terminal may have been closed
+            os.write(2, text.encode())  # not print: the main thread may be in the middle of one
 
     outer, _hearing = _hearing, _Hearing()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -73,13 +75,13 @@ def interruptible(run_dir: RunDir | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """Hear the first signal at the end: what began to change the policy is finished."""
-    _hearing.is_held_back = True
+def held_back(what: str = "this step is finished") -> Iterator[None]:
+    """Hear the first signal at the end: what began to change or to save the policy is finished."""
+    _hearing.first_finishes = what
     try:
         yield
     finally:
-        _hearing.is_held_back = False
+        _hearing.first_finishes = None
     if _hearing.is_pending:
         _hearing.is_pending = False
         raise KeyboardInterrupt

@@ -37,7 +37,7 @@ from rlsys.engines.detokenize import Detokenizer
 from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.engines.stop_tokens import read_stop_rules
 from rlsys.hub import use_cache_without_hub
-from rlsys.interrupts import ImpatientInterrupt, interruptible
+from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
 from rlsys.last_step import save_last_step
 from rlsys.local_paths import is_in_job_copy, with_absolute_paths
 from rlsys.memory import card_warnings, estimate_memory
@@ -131,8 +131,9 @@ def run(resolved: ResolvedConfig) -> None:
                 started_from=resume_step or 0,
             )
             raise
-        system.policy.save_model(run_dir.final)
-        print(f"the trained model is in {run_dir.final}", flush=True)
+        with held_back("the model is saved"):  # where there is no checkpoint, it is all there is
+            system.policy.save_model(run_dir.final)
+            print(f"the trained model is in {run_dir.final}", flush=True)
 
 
 def train_system(

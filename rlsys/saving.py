@@ -91,10 +91,12 @@ def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]
 def disk_warning(config: Config, use: DiskUse) -> str | None:
     """What to do where the disk is too small for what the run saves.
 
-    What an earlier run left in the folder counts as room: this one replaces it.
+    What the run that is resumed has left counts as room: this one replaces it.
     """
     run = RunDir(Path(config.output_dir))
-    own = sum(bytes_in(folder) for folder in (run.checkpoints, run.final))
+    own = 0
+    if config.checkpoint.resume:
+        own = sum(bytes_in(folder) for folder in (run.checkpoints, run.final))
     free = _free_bytes(run.path)
     if free + own >= use.total:
         return None

@@ -47,6 +47,34 @@ def test_an_update_is_finished_first(capfd):
     assert "this step is finished first" in capfd.readouterr().err
 
 
+def test_a_closed_terminal_is_no_failure_of_the_update(capfd):
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = []
+
+    def step():
+        with held_back():
+            os.dup2(writer, 2)  # what is written there from now on is an error
+            send(signal.SIGHUP)
+            done.append("the rest of the update")
+
+    stderr = os.dup(2)
+    try:
+        with interruptible(), pytest.raises(KeyboardInterrupt):
+            step()
+    finally:
+        os.dup2(stderr, 2)
+        for descriptor in (stderr, writer):
+            os.close(descriptor)
+    assert done == ["the rest of the update"]
+
+
+def test_what_is_finished_first_is_named(capfd):
+    with interruptible(), pytest.raises(KeyboardInterrupt), held_back("the model is saved"):
+        send()
+    assert "interrupted: the model is saved first" in capfd.readouterr().err
+
+
 def test_an_interruption_between_updates_is_heard_at_once():
     with interruptible():
         with held_back():

@@ -88,3 +88,14 @@ def test_a_disk_that_is_too_small_is_said_with_remedies(config, monkeypatch, fre
         assert "43.0 GiB free, and the run may save 44.0 GiB" in warning
         assert "checkpoint.save_total_limit" in warning
     assert shutil.disk_usage is saving.shutil.disk_usage
+
+
+@pytest.mark.parametrize("how", ["--checkpoint.resume", "--overwrite"])
+def test_what_is_replaced_counts_as_room_and_what_is_moved_aside_does_not(
+    config, monkeypatch, tmp_path, how
+):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(saving, "bytes_in", lambda folder: 30 * GIB)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda place: Usage(100 * GIB, 0, GIB))
+    resumes = how == "--checkpoint.resume"
+    assert (disk_warning(config(how), use(config(how))) is None) == resumes
