@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -127,13 +128,13 @@ def gold_answer(gold: Any) -> str:
     """The answer of a dataset's row as a text, without the `$` around LaTeX.
 
     Raises:
-        ValueError: neither text nor number, or empty.
+        ValueError: neither text nor finite number, or empty.
     """
-    if isinstance(gold, int | float) and not isinstance(gold, bool):
+    if isinstance(gold, int | float) and not isinstance(gold, bool) and math.isfinite(gold):
         return repr(gold)
     if not isinstance(gold, str):
         raise ValueError(
-            f"an answer must be text or a number, found {gold!r}. Correct the dataset."
+            f"accuracy: an answer must be text or a number, found {gold!r}. Correct the dataset."
         )
     text = gold.strip()
     bare = text[1:-1]

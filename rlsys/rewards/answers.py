@@ -6,6 +6,7 @@ Shared by the rewards that compare an answer. All of it is linear in the length 
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ class RightAnswer:
     """What a row says is right."""
 
     value: Any
-    """As the column has it; of a text with a mark, what is marked."""
+    """As the column has it; of a text what is marked, or else what follows `</think>`."""
     column: str
 
 
@@ -166,8 +167,9 @@ def right_answer(
         marked = marked_gold(value)
         if marked is not None:
             return RightAnswer(marked, column)
-        if is_final(column, value) if is_final is not None else not is_prose(value):
-            return RightAnswer(value, column)
+        text = (after_thinking(value) or value).strip()
+        if is_final(column, text) if is_final is not None else not is_prose(text):
+            return RightAnswer(text, column)
     return None
 
 
@@ -211,8 +213,13 @@ _warned: set[str] = set()
 """Rewards of this process that named a row."""
 
 
+def is_missing(value: Any) -> bool:
+    """None, or NaN, with which pandas marks a missing value."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def _is_blank(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and not value.strip())
+    return is_missing(value) or (isinstance(value, str) and not value.strip())
 
 
 def row_by_row(column: list[Any] | None, other: list[Any] | None) -> list[Any]:

@@ -24,7 +24,10 @@ _STYLE = (
     r"\\(?:text(?:bf|it|rm|sf|tt|normal)?|math(?:bf|it|rm|sf|tt|normal)|mbox|bm|boldsymbol"
     r"|underline|(?:text)?color\s*\{[^{}]*\})\s*"
 )
+_STYLED = rf"^\s*{_STYLE}\{{([^{{}}]*)\}}\s*$"
 _SPACE = r"(?:(?<!\\)\\[,;:! ]|~|\{,\}|,\\!)"
+_END = r"(?![A-Za-z])"
+"""Ends a command's name: `\\pounds18` is 18 pounds."""
 _TRIG = r"\\(?:sin|cos|tan|cot|sec|csc)\s*(?:\^\s*(?:\d|\{\d\}))?\s*"
 _NUMBER = r"-?\d+(?:\.\d+)?"
 _DEGREES = r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|\\degree|\\text\{\s*degrees?\s*\})"
@@ -34,7 +37,8 @@ _UNITS = r"mm|cm|dm|km|in|ft|yd|mi|mg|kg|lbs?|oz|m[lL]|hrs?|mins?|secs?"
 Replacement = str | Callable[[re.Match[str]], str]
 
 _CURRENCY: tuple[str, Replacement] = (
-    r"\\text\s*\{\s*\\\$\s*\}|\\\$|\\textdollar\b|\\(?:pounds|euro)\b|[\u20ac\u00a3\u00a5\u20b9]",
+    r"\\text\s*\{\s*\\\$\s*\}|\\\$|[\u20ac\u00a3\u00a5\u20b9]"
+    rf"|\\(?:textdollar|pounds|textsterling|euro|texteuro){_END}",
     "",
 )
 
@@ -51,19 +55,19 @@ _ALWAYS = (_CURRENCY, _thousands(f"{_SPACE}+"))
 """Harmless in prose too."""
 _IN_ANSWERS: tuple[tuple[str, Replacement], ...] = (
     _thousands(" "),
-    (r"(?<!\\)\\!|\\(?:displaystyle|bf|rm|it)\b|\\(?:left|right)\s*(?=[()\[\].|])\.?", ""),
-    (r"(?<!\\)\\(?:q?quad\b|[,;: ])|~", " "),
+    (rf"(?<!\\)\\!|\\(?:displaystyle|bf|rm|it){_END}|\\(?:left|right)\s*(?=[()\[\].|])\.?", ""),
+    (rf"(?<!\\)\\(?:q?quad{_END}|[,;: ])|~", " "),
     (r"\u221a\s*(\d+|[A-Za-z]|\([^()]*\))", r"\\sqrt{\1}"),
     (
         rf"\\(?:text|mathrm|operatorname)\s*\{{\s*((?i:{_FUNCTIONS}))\s*\}}",
         lambda match: rf"\{match[1].lower()}",
     ),
     (r"\\(?:text|mathrm)\s*\{\s*(?:USD|EUR|GBP|INR|JPY|CNY|Rs\.?)\s*\}|\b(?:USD|EUR|GBP)\b", ""),
-    (r"\\lcm\b", r"\\operatorname{lcm}"),
+    (rf"\\lcm{_END}", r"\\operatorname{lcm}"),
     (r"\\([td]?)binom\s*(\d)\s*(\d)", r"\\binom{\2}{\3}"),
     # 7 \equiv 1 \pmod{3}
     (r"^(.+?)\\equiv(.+?)\\pmod\s*\{?(\w+)\}?\s*$", r"(\1) \\mod \3 = \2"),
-    (r"\\[bp]mod\b", r"\\mod "),
+    (rf"\\[bp]mod{_END}", r"\\mod "),
     (r"(?<=[\d)])!=", "! ="),
     (
         rf"({_TRIG})(?:\(\s*({_NUMBER}){_DEGREES}\s*\)|\{{\s*({_NUMBER}){_DEGREES}\s*\}}"
@@ -73,10 +77,7 @@ _IN_ANSWERS: tuple[tuple[str, Replacement], ...] = (
     (_DEGREES, r"^\\circ"),
     (rf"^(\s*[-+]?{_NUMBER})[eE]([-+]?\d+)\s*$", r"\1 \\times 10^{\2}"),
     (rf"(?<=\d)\s*(?:{_UNITS})\.?(?:\s*\^\s*(?:[23]|\{{[23]\}}))?\s*$", ""),
-    (
-        rf"^\s*{_STYLE}\{{([^{{}}]*)\}}\s*$",
-        lambda match: match[1] if _starts(match[1]) else match[0],
-    ),
+    (_STYLED, lambda match: match[1] if _starts(match[1]) else match[0]),
     (r"^[\s,;]+|(?:\s|\\\\|[.,;])+$", ""),
 )
 
@@ -92,6 +93,11 @@ def in_one_spelling(text: str, *, is_answer: bool) -> str:
     for pattern, replacement in (*_ALWAYS, *_IN_ANSWERS) if is_answer else _ALWAYS:
         text = re.sub(pattern, replacement, text)
     return text
+
+
+def without_style(text: str) -> str:
+    """`\\text{Evelyn}` as `Evelyn`; an answer that is not in one style stays."""
+    return re.sub(_STYLED, r"\1", in_one_spelling(text, is_answer=True)).strip()
 
 
 def _starts(text: str) -> bool:

@@ -12,6 +12,7 @@ from rlsys.rewards.answers import (
     AnswerFormat,
     after_thinking,
     check_answer_format,
+    is_missing,
     is_prose,
     last_boxed,
     marked_answer,
@@ -253,7 +254,8 @@ class ExactMatch(ORM):
 
     def _accepted(self, gold: Any) -> set[str]:
         golds = gold if isinstance(gold, list | tuple) else [gold]
-        accepted = {self._normal(str(one)) for one in golds if isinstance(one, str | int | float)}
+        known = [one for one in golds if isinstance(one, str | int | float) and not is_missing(one)]
+        accepted = {self._normal(str(one)) for one in known}
         if not accepted or "" in accepted:
             raise ValueError(
                 f"exact_match: the right answer of a row must be a text or a list of texts, none "

@@ -16,7 +16,7 @@ from sympy import Basic, Eq, Expr, N, pi
 from sympy.core.function import AppliedUndef
 from sympy.functions.elementary.trigonometric import InverseTrigonometricFunction
 
-from rlsys.rewards.latex import in_one_spelling
+from rlsys.rewards.latex import in_one_spelling, without_style
 
 # They say, once each, that no time limit is set. It is: the helper's.
 logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
@@ -49,6 +49,9 @@ def is_same(gold: str, answer: str, marked: bool) -> bool:
             looks for one: LaTeX, "the answer is 4", or the last number.
         marked: which of the two.
     """
+    # Words in LaTeX are read as symbols, and words without it not at all.
+    if marked and without_style(gold) == without_style(answer):
+        return True
     right = _read(gold, True)
     try:
         found = _read(answer, marked)

@@ -1,5 +1,6 @@
 """Accuracy: what is right however it is written, and what a model might try instead."""
 
+import math
 import subprocess
 import threading
 
@@ -127,7 +128,7 @@ def test_an_answer_at_which_the_comparison_fails_is_wrong(monkeypatch):
         raise TypeError("Invalid NaN comparison")
 
     monkeypatch.setattr(math_check, "verify", fail)
-    assert math_check.check("3", "3", True) is False
+    assert math_check.check("3", "3.0", True) is False
 
 
 def test_what_never_ends_is_stopped_and_the_next_answer_is_right():
@@ -153,6 +154,9 @@ def test_it_works_in_a_thread_where_signals_do_not(accuracy):
         ("3/4", r"\dfrac{\$3}{4}"),
         ("18", r"\text{\$}18"),
         ("18", "€18"),
+        ("18", r"\pounds18"),
+        ("18", r"\displaystyle18"),
+        (r"\text{Evelyn}", "Evelyn"),
         ("$1,000", "£1,000"),
         ("18", r"\text{18 dollars}"),
         ("18", "18."),
@@ -233,7 +237,13 @@ def test_numbers_below_each_other_are_not_one(accuracy):
 
 
 @pytest.mark.parametrize(
-    ("said", "gold"), [("So \\boxed{7}.", "7"), ("7", "7"), ("See Figure 4. It is seven.", None)]
+    ("said", "gold"),
+    [
+        ("So \\boxed{7}.", "7"),
+        ("7", "7"),
+        ("<think>Maybe 5.</think>\n\n7", "7"),
+        ("See Figure 4. It is seven.", None),
+    ],
 )
 def test_the_last_turn_of_the_assistant_is_an_answer_only_where_it_marks_one(accuracy, said, gold):
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
@@ -253,6 +263,7 @@ PROSE = "See Figure 4. The slope is minus two."
         ({"solution": rf"{PROSE} \boxed{{-2}}", "answer": PROSE}, "-2", "4"),
         ({"solution": rf"{PROSE} \boxed{{-2}}", "answer": None}, "-2", "4"),
         ({"solution": rf"{PROSE} \boxed{{-2}}", "answer": " "}, "-2", "4"),
+        ({"solution": rf"{PROSE} \boxed{{-2}}", "answer": math.nan}, "-2", "nan"),
         ({"solution": f"{PROSE}\n#### -2"}, "-2", "4"),
         ({"solution": "#### 1. Step 4\n#### Result\nSo \\boxed{-2}"}, "-2", "4"),
         ({"solution": rf"<think>\boxed{{4}}?</think> {PROSE} \boxed{{-2}}"}, "-2", "4"),
@@ -301,6 +312,12 @@ def test_a_row_that_cannot_be_read_does_not_apply_and_is_told_once(
 def test_an_empty_right_answer_is_an_error(accuracy, gold):
     with pytest.raises(ValueError, match="right answer of a row must not be empty, found"):
         accuracy([r"\boxed{1}"], solution=[gold])
+
+
+def test_nan_is_no_right_answer(accuracy):
+    for reward in (accuracy, orms["exact_match"]()):
+        with pytest.raises(ValueError, match="found nan"):
+            reward(["nan"], answer=[math.nan])
 
 
 def test_only_the_place_that_was_asked_for_counts(accuracy):
