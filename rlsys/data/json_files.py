@@ -123,6 +123,9 @@ def _rows_of(value: Any) -> list[Any] | None:
         return list(value.values())  # pandas' orient="index"
     if value.keys() & set(PROMPT_COLUMNS):
         return None
+    [(name, inner), *others] = value.items()
+    if name in _WRAPPERS and isinstance(inner, dict) and not others:
+        return _rows_of(inner)  # {"train": {"data": [...]}}
     lists = {key: rows for key, rows in value.items() if _are_rows(rows)}
     if len(lists) > 1 and len(lists) == len(value):
         raise BadRow(

@@ -121,7 +121,7 @@ def _message(turn: Mapping[str, Any]) -> tuple[str, Message]:
         raise BadRow(f"the {role} message has tool_calls, which only the assistant's may have")
     if name == _CALLS:
         content, calls = _calls_as_content(content)
-    if name == "tool" and isinstance(content, dict):
+    if name == "tool" and _is_value(content):
         content = json.dumps(content, ensure_ascii=False)
     may_be_empty = role != "user" if isinstance(content, str) else role in ("tool", *SYSTEM_ROLES)
     content = _as_text(content, may_be_empty=may_be_empty or bool(calls))
@@ -132,6 +132,13 @@ def _message(turn: Mapping[str, Any]) -> tuple[str, Message]:
         _refuse_surrogates(content)
     message = kept | {"role": role, "content": content}
     return name, message | {"tool_calls": calls} if calls else message
+
+
+def _is_value(result: Any) -> bool:
+    """Whether a tool's result is neither a text nor a list of parts, which have a type."""
+    if isinstance(result, list):
+        return not all(isinstance(part, dict) and "type" in part for part in result)
+    return result is not None and not isinstance(result, str)
 
 
 def _as_text(content: Any, *, may_be_empty: bool) -> Any:

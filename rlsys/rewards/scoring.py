@@ -99,7 +99,7 @@ class Reward:
 
     def _raised(self, error: BaseException, prompt_id: str | None) -> RewardError:
         hint = ""
-        if isinstance(error, TypeError) and "string ind" in str(error):
+        if "string ind" in str(error) or "'str' object has no attribute 'get'" in str(error):
             hint = (
                 ". A completion is a text here. If the function takes message lists, as TRL passes "
                 f"them, name it trl/{self.name}, or put @trl_style below @register_reward"

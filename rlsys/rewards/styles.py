@@ -204,10 +204,14 @@ def _over_completions(target: ast.expr, over: ast.expr) -> list[str]:
 
 
 def _is_content_of(node: ast.AST, names: Collection[str]) -> bool:
-    """Whether it is `NAME[0]["content"]`, or the same of `completions[...]`."""
-    if not (isinstance(node, ast.Subscript) and _constant(node.slice) == "content"):
-        return False
-    turn = node.value
+    """Whether it is `NAME[0]["content"]`, or the same of `completions[...]` or by `.get`."""
+    match node:
+        case ast.Subscript(value=turn, slice=ast.Constant("content")):
+            pass
+        case ast.Call(ast.Attribute(turn, "get"), [ast.Constant("content"), *_]):
+            pass
+        case _:
+            return False
     if not (isinstance(turn, ast.Subscript) and _constant(turn.slice) in (0, -1)):
         return False
     given = turn.value

@@ -36,6 +36,7 @@ def lines(rows=ROWS) -> str:
         pytest.param("[\n" + ",\n".join(map(json.dumps, ROWS)) + "\n]", id="list of lines"),
         pytest.param(json.dumps({"data": ROWS}), id="wrapped"),
         pytest.param(json.dumps({"any name": ROWS}, indent=1), id="wrapped alone"),
+        pytest.param(json.dumps({"train": {"data": ROWS}}), id="wrapped twice"),
         pytest.param(json.dumps(dict(enumerate(ROWS))), id="numbered"),
         pytest.param(json.dumps({"version": "1", "data": ROWS, "tags": []}), id="wrapped, beside"),
         pytest.param(

@@ -257,6 +257,8 @@ def openai(**call) -> dict:
                     },
                     {"role": "tool_response", "content": "4"},
                     {"role": "tool_response", "content": {"sum": 4}},
+                    {"role": "tool_response", "content": [{"sum": 4}]},
+                    {"role": "tool_response", "content": 4},
                 ]
             },
             [
@@ -264,6 +266,8 @@ def openai(**call) -> dict:
                 calling("Wait.", CALL["function"], CALL["function"]),
                 RESULT,
                 {"role": "tool", "content": '{"sum": 4}'},
+                {"role": "tool", "content": '[{"sum": 4}]'},
+                {"role": "tool", "content": "4"},
             ],
             id="ms-swift",
         ),

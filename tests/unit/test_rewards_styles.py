@@ -140,8 +140,14 @@ def zips(completions, prompts, **kwargs):
         scores.append(float(c[-1]["content"] == p[0]["content"]))
     return scores
 
+def gets(completions, **kwargs):
+    return [float(c[0].get("content", "") == "a") for c in completions]
+
 def hidden(completions, **kwargs):
     return [helper(c) for c in completions]
+
+def hidden_get(completions, **kwargs):
+    return [float(c[0].get("content") == "a") for c in map(list, completions)]
 
 def helper(c):
     return float(c[0]["content"] == "a")
@@ -162,7 +168,7 @@ def test_what_trls_functions_log_is_in_metrics_and_completions():
     assert "log_extra('once', ...) got 1 values for 2 completions" in failed.report
 
 
-@pytest.mark.parametrize("function", ["indexes", "zips", "texts"])
+@pytest.mark.parametrize("function", ["indexes", "zips", "gets", "texts"])
 def test_a_function_that_takes_message_lists_gets_them_without_a_prefix(function):
     write("of_trl.py", TRL)
     for name in (f"of_trl.py:{function}", f"of_trl.{function}"):
@@ -171,8 +177,9 @@ def test_a_function_that_takes_message_lists_gets_them_without_a_prefix(function
 
 def test_an_error_of_message_lists_says_how_to_get_them():
     write("of_trl.py", TRL)
-    failed = run("of_trl.py:hidden", ["a"])
-    assert "name it trl/of_trl.py:hidden, or put @trl_style" in failed.report
+    for function in ("hidden", "hidden_get"):
+        failed = run(f"of_trl.py:{function}", ["a"])
+        assert f"name it trl/of_trl.py:{function}, or put @trl_style" in failed.report
 
 
 def test_a_registered_function_may_have_a_prefix_too():
