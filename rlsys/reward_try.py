@@ -6,7 +6,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from rlsys.tracking.completions import last_user_message
 from rlsys.tracking.printable import printable
 from rlsys.try_rows import RowSources, prompt_ids, prompts_of, read_groups
 from rlsys.try_run import TriedRun, find_run
-from rlsys.types import RolloutGroup
+from rlsys.types import OPEN_THINK, RolloutGroup
 from rlsys.yaml_text import load_yaml
 
 if TYPE_CHECKING:
@@ -83,9 +83,14 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
     known = {} if run is None else run.known
     for name in names:
         settings_of(name, config.params.get(name, {}), known)
-    groups = read_groups(options.completions, _sources(options, run, wanted), options.limit)
+    sources = _sources(options, run, wanted)
+    if run is not None:
+        sources = replace(sources, template_kwargs=run.config.data.chat_template_kwargs)
+    groups = read_groups(options.completions, sources, options.limit)
     if run is not None:
         _print_run(run, console)
+    if sources.tokenizer is None:
+        _print_think_hint(groups, console)
     pool = RewardPool(config, LocalBackend(process_settings(config, known)), in_run=False)
     try:
         scored = _score(pool, groups)
@@ -191,6 +196,18 @@ def _print_run(run: TriedRun, console: Console) -> None:
     for line in run.missing:
         console.print(Text(f"  not used: {line}", style="yellow"))
     console.print()
+
+
+def _print_think_hint(groups: list[RolloutGroup], console: Console) -> None:
+    """Whether prompts open `<think>` is known by the chat template alone."""
+    texts = [completion.text for group in groups for completion in group.completions]
+    count = sum("</think>" in text and OPEN_THINK not in text for text in texts)
+    if count:
+        line = (
+            f"{count:,} of {len(texts):,} completions close <think> and do not open it. If their "
+            "prompts do, name the model's folder or hub id with --tokenizer: format then counts it"
+        )
+        console.print(Text(line, style="yellow"))
 
 
 def _score(pool: RewardPool, groups: list[RolloutGroup]) -> list[RolloutGroup]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsys.config import DataConfig
 from rlsys.data.json_text import BadRow
 from rlsys.data.readers import read_file
+from rlsys.data.render import ChatTemplate
 from rlsys.data.rows import parse_row
 from rlsys.data.sources import Problems, Split, open_sources
 from rlsys.tracking.completions import ABOUT_COMPLETION
@@ -32,6 +33,8 @@ class RowSources:
     """The prompts of rows without prompt_id, by the row's place; empty: they have their own."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """None: a completion has as many tokens as its row says, or as it has words."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """As of data.chat_template_kwargs."""
 
 
 def read_groups(path: Path, sources: RowSources, limit: int | None) -> list[RolloutGroup]:
@@ -68,9 +71,28 @@ def read_groups(path: Path, sources: RowSources, limit: int | None) -> list[Roll
         raise ValueError(f"{path} holds no completions")
     return [
         RolloutGroup(group_id, prompt, completions)
-        for group_id, (prompt, completions) in enumerate(found.values())
+        for group_id, (prompt, completions) in enumerate(_rendered(found.values(), sources))
         if completions
     ]
+
+
+def _rendered(
+    groups: Iterable[tuple[Prompt, list[Completion]]], sources: RowSources
+) -> Iterator[tuple[Prompt, list[Completion]]]:
+    """The groups; a prompt that the chat template can render says whether it opens <think>."""
+    if sources.tokenizer is None or sources.tokenizer.chat_template is None:
+        yield from groups
+        return
+    template = ChatTemplate(sources.tokenizer, sources.template_kwargs)
+    for prompt, completions in groups:
+        if completions and prompt.messages and not prompt.token_ids:
+            row = parse_row(prompt.columns | {"messages": prompt.messages}, system=None)
+            [token_ids] = template.render([(prompt.prompt_id, row)])
+            if not isinstance(token_ids, str):  # a text is why the template refuses the prompt
+                prompt = replace(
+                    prompt, token_ids=token_ids, opens_think=template.opens_think(token_ids)
+                )
+        yield prompt, completions
 
 
 def prompt_ids(path: Path) -> set[str]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from config_cases import values
-from data_cases import word_tokenizer
+from data_cases import TEMPLATE, chat_tokenizer, word_tokenizer
 from tracking_cases import make_group
 
 from rlsys import cli
@@ -231,6 +231,23 @@ def test_the_completions_of_a_run_are_scored_whatever_weights_they_are_of(folder
     assert set(completion_rows(1, group, None)[0]) == (
         ABOUT_COMPLETION - {"extra_columns"} | {"prompt", "text"}
     )
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_think_tag_that_the_template_opens_counts(folder, capfd, opened):
+    template = TEMPLATE.replace("[assistant]", "[assistant] <think>") if opened else TEMPLATE
+    chat_tokenizer(template).save_pretrained(folder / "model")
+    row = {"prompt": "2 + 2?", "completion": "So</think><answer>4</answer>"}
+    path = write_rows(folder / "c.jsonl", row)
+    words = ("rewards", "try", "format", "format_soft", "--completions", path)
+    code, out, err = rlsys(capfd, *words, "--tokenizer", "model")
+    assert (code, err) == (0, "")
+    assert try_table(out) == [[str(int(opened))] * 2]
+    data = write_rows(folder / "rows.jsonl", {"prompt": "2 + 2?"})
+    _, out, _ = rlsys(capfd, *words, "--tokenizer", "model", "--dataset", data)
+    assert try_table(out) == [[str(int(opened))] * 2]
+    _, out, _ = rlsys(capfd, *words)
+    assert "1 of 1 completions close <think> and do not open it" in " ".join(out.split())
 
 
 @pytest.fixture
