@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,21 @@ def hold(folder: Path, after: int | None) -> None:
 class RunProcess:
     """`rlsys grpo` in a session of its own, as a terminal starts it, with its output in a file."""
 
-    def __init__(self, folder: Path, *words: str, hold_after: int | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        *words: str,
+        hold_after: int | None = None,
+        environment: Mapping[str, str] | None = None,
+    ):
         self.folder = folder
         hold(folder, hold_after)
         self.out = RunDir(folder / "out")
         self._seen: set[psutil.Process] = set()
         self._log = folder / "log.txt"
         command = [sys.executable, "-m", "rlsys.cli", "grpo", *words]
-        environment = {name: os.environ[name] for name in os.environ if name != "RAY_ADDRESS"}
+        if environment is None:
+            environment = {name: os.environ[name] for name in os.environ if name != "RAY_ADDRESS"}
         with self._log.open("ab") as log:
             self.popen = subprocess.Popen(
                 command,

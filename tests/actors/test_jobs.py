@@ -19,8 +19,20 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_cases import PATIENCE_S, POLL_S, hold, is_alive, title, write_run_files
+import torch
+from run_cases import (
+    PATIENCE_S,
+    POLL_S,
+    RunProcess,
+    hold,
+    is_alive,
+    title,
+    without_clock,
+    write_run_files,
+)
+from safetensors.torch import load_file
 
+from rlsys.run_dir import RunDir
 from rlsys.tracking.jsonl import read_jsonl
 
 pytestmark = pytest.mark.system
@@ -223,3 +235,62 @@ def test_stopping_a_job_ends_all_its_actors(cluster, folder):
     assert log.splitlines()[-1] == "interrupted"
     assert "Traceback" not in log
     assert "SIGTERM" not in log  # which Ray would show with a C++ stack
+
+
+@pytest.mark.slow
+def test_a_stopped_job_is_resumed_by_a_new_one_while_another_run_shares_the_cluster(
+    cluster, folder
+):
+    """The other run comes from a shell with nothing but RAY_ADDRESS. Nobody disturbs it, so the job
+    has to end as it does: same metrics, same completions, same weights."""
+    job, other = (RunDir(folder.resolve() / "out" / name) for name in ("job", "other"))
+    patience = '{"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "600"}}'  # as docs/saving.md has it
+
+    def submit(name, *words):
+        options = ["--no-wait", "--working-dir", ".", "--runtime-env-json", patience]
+        command = [*RUN, "--output_dir", str(job.path), *words]
+        done = cluster.job(folder, "submit", *options, "--submission-id", name, "--", *command)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    in_step_2 = 3 + 4 + 1  # groups that are scored by then: an evaluation, a step, and one more
+    hold(folder, after=in_step_2)
+    submit("stopped")
+    run = RunProcess(
+        folder,
+        *(*RUN[2:], "--output_dir", "out/other"),
+        hold_after=in_step_2,
+        environment={**cluster.env, "RAY_ADDRESS": f"127.0.0.1:{cluster.port}"},
+    )
+    try:
+        run.wait_until_held()
+        wait_for(lambda: cluster.working_copy("held"), lambda: cluster.driver_log("stopped"))
+        assert len(cluster.actors()) == 6
+        assert cluster.job(folder, "stop", "stopped").returncode == 0
+        wait_for(lambda: len(cluster.actors()) == 3)
+        saved = f"{job.checkpoints / 'step-1'}"
+        log = cluster.driver_log("stopped")
+        assert f"\nsaved step 1\n--checkpoint.resume continues from {saved}" in log
+        recorded = job.metrics.read_text()
+        assert [row["step"] for row in read_jsonl(job.metrics)] == [0, 1]
+        (folder / "hold_after").unlink()
+        submit("resumed", "--checkpoint.resume")
+        wait_for(lambda: len(cluster.actors()) == 6, lambda: cluster.driver_log("resumed"))
+        run.release()
+        assert run.wait() == 0, run.log
+    finally:
+        run.end()
+    log = cluster.job(folder, "logs", "--follow", "resumed").stdout
+    assert f"\ncontinuing from {saved}\n" in log
+    assert "changed since then" not in log
+    assert f"\nthe trained model is in {job.final}\n" in log
+    assert "SUCCEEDED" in cluster.job(folder, "status", "resumed").stdout.upper()
+    assert job.metrics.read_text().startswith(recorded)
+    for file in ("metrics", "completions", "eval_completions"):
+        rows, expected = (
+            sorted(map(repr, map(without_clock, read_jsonl(getattr(out, file)))))
+            for out in (job, other)
+        )
+        assert rows == expected
+    weights, expected = (load_file(out.final / "model.safetensors") for out in (job, other))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    wait_for(lambda: not cluster.actors())
