@@ -648,8 +648,9 @@ class Config(Section):
     """What every role of the run computes on. auto: GPUs when this machine or the Ray cluster has
     any. cpu leaves the GPUs of a host alone."""
     placement_timeout: PositiveFloat | Literal["wait"] | None = 60.0
-    """Seconds to wait for GPUs of the Ray cluster that other runs are using, before this run fails.
-    wait or None: until they are free. A line every half minute says what is missing."""
+    """Seconds to wait for GPUs of the Ray cluster that other runs are using (on CPU, for CPUs),
+    before this run fails. wait or None: until they are free. A line every half minute says what is
+    missing."""
     data: DataConfig
     model: ModelConfig
     rollout: RolloutConfig

@@ -21,7 +21,17 @@ def place(ray_cluster, rollout_config, monkeypatch):
     actors, groups = [], []
     monkeypatch.setattr(placement, "FIRST_LOOK_S", 0.5)
 
-    def run(wanted, *, policy=(), reference=(), reward=(), beta=0.1, timeout=60.0, **rollout):
+    def run(
+        wanted,
+        *,
+        policy=(),
+        reference=(),
+        reward=(),
+        beta=0.1,
+        timeout=60.0,
+        device="cuda",
+        **rollout,
+    ):
         config = rollout_config(**rollout)
         config = config.model_copy(
             update={
@@ -32,7 +42,7 @@ def place(ray_cluster, rollout_config, monkeypatch):
                 "grpo": config.grpo.model_copy(update={"beta": beta}),
             }
         )
-        plan = Placement(config, device="cuda")
+        plan = Placement(config, device=device)
         groups.append(plan._group)
         for who in wanted:
             actors.append(ray.remote(Seeing).options(**plan.options(*who)).remote())
@@ -110,18 +120,28 @@ def test_gpus_in_use_by_others_are_not_waited_for_without_end(place, capsys):
     assert line.startswith("waiting for GPUs, up to 2 s (placement_timeout): the run needs 2 GPUs")
 
 
+def test_cpus_in_use_by_others_are_not_waited_for_without_end(place, capsys, monkeypatch):
+    """A run on CPU would else wait for its actors, and blame their constructors in the end."""
+    place([("policy", 0), ("rollout", 0)], device="cpu")
+    monkeypatch.setattr(placement, "CPU_SHARE", 50.0)
+    with pytest.raises(ValueError, match=r"could not place .*needs 100 CPUs\. Free.*to wait"):
+        place([], device="cpu", timeout=2.0, beta=0.0)
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.startswith("waiting for CPUs, up to 2 s (placement_timeout): the run needs 100 CPU")
+
+
 @pytest.mark.parametrize("timeout", ["wait", None])
 def test_a_run_may_wait_until_another_has_ended(place, capsys, monkeypatch, timeout):
-    free_gpus = placement._free_gpus
+    free = placement._free
 
     def other_run_ends():
         """When the waiting one has looked once."""
-        text = free_gpus()
+        text = free()
         ray.util.remove_placement_group(place.groups[0])
         return text
 
     place([])
-    monkeypatch.setattr(placement, "_free_gpus", other_run_ends)
+    monkeypatch.setattr(placement, "_free", other_run_ends)
     place([("policy", 0), ("rollout", 0)], timeout=timeout)
     assert "for as long as it takes" in capsys.readouterr().out
 
