@@ -13,7 +13,7 @@ import jinja2
 
 from rlsys.data.json_text import BadRow
 from rlsys.data.rows import ParsedRow
-from rlsys.data.turns import called_functions, read_turns
+from rlsys.data.turns import called_functions, read_tools, read_turns
 from rlsys.types import OPEN_THINK, Message
 
 if TYPE_CHECKING:
@@ -102,6 +102,21 @@ class ChatTemplate:
         )
         return [problems[i] if i in problems else next(ids) for i in range(len(rows))]
 
+    def render_answered(self, messages: list[Message], tools: Any) -> list[int]:
+        """Token ids of a conversation with its last answer, as a reward model gets it.
+
+        Args:
+            messages: as `read_turns` returns them.
+            tools: the column of that name, None without one.
+
+        Raises:
+            BadRow: the template does not take the messages.
+        """
+        row = ParsedRow(messages, {}, "messages", read_tools(tools))
+        text = self._text(row, is_answered=True)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
     def opens_think(self, token_ids: Sequence[int]) -> bool:
         """Whether a prompt ends with `<think>`: the templates of several models write it."""
         tail = tuple(token_ids[-_TAIL:])
@@ -110,19 +125,21 @@ class ChatTemplate:
             self._tails[tail] = text.rstrip().endswith(OPEN_THINK)
         return self._tails[tail]
 
-    def _text(self, row: ParsedRow) -> str:
+    def _text(self, row: ParsedRow, *, is_answered: bool = False) -> str:
         messages = row.messages
         if any("tool_calls" in message for message in messages):
             messages = [self._calling[0].of(message) for message in messages]
-        return self._apply(messages, row.tools, row.template_kwargs)
+        return self._apply(messages, row.tools, row.template_kwargs, is_answered=is_answered)
 
     def _apply(
         self,
         messages: list[Message],
         tools: list[dict[str, Any]] | None,
         variables: Mapping[str, Any],
+        *,
+        is_answered: bool = False,
     ) -> str:
-        """The text of the prompt.
+        """The text of the prompt, or of a conversation that ends with its answer.
 
         Raises:
             BadRow: the template does not take the messages.
@@ -135,7 +152,7 @@ class ChatTemplate:
                 self._tokenizer.apply_chat_template(
                     self._with_known_roles(messages),
                     **given,
-                    add_generation_prompt=True,
+                    add_generation_prompt=not is_answered,
                     tokenize=False,
                 )
             )

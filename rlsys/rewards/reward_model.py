@@ -6,6 +6,7 @@ import asyncio
 from typing import Any
 
 from rlsys.rewards.base import AsyncORM, register_reward
+from rlsys.types import Message
 
 
 @register_reward("reward_model")
@@ -43,6 +44,7 @@ class RewardModel(AsyncORM):
         import torch  # not before a reward model is wanted
         import transformers
 
+        from rlsys.data.render import ChatTemplate
         from rlsys.local_paths import check_is_here
 
         super().__init__()
@@ -53,8 +55,7 @@ class RewardModel(AsyncORM):
             )
         check_is_here(path)
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        if not self._tokenizer.chat_template:
-            raise ValueError(f"reward_model: the tokenizer of {path!r} has no chat template")
+        self._template = ChatTemplate(self._tokenizer)
         config = transformers.AutoConfig.from_pretrained(path)
         if config.num_labels != 1:
             raise ValueError(
@@ -74,20 +75,28 @@ class RewardModel(AsyncORM):
         self._worker: asyncio.Task[None] | None = None
 
     async def __call__(
-        self, completions: list[str], messages: list[list[dict[str, Any]]], **columns: Any
+        self,
+        completions: list[str],
+        messages: list[list[Message]],
+        tools: list[Any] | None = None,
+        **columns: Any,
     ) -> list[float]:
-        """[G] the model's logit for each conversation, prompt and completion."""
+        """[G] the model's logit for each conversation: tools, prompt and completion.
+
+        Raises:
+            ValueError: the model's chat template refuses one.
+        """
         loop = asyncio.get_running_loop()
         futures: list[asyncio.Future[float]] = []
-        for conversation in messages:
+        for conversation, given in zip(messages, tools or [None] * len(messages), strict=True):
             futures.append(loop.create_future())
-            self._waiting.append((self._encode(conversation), futures[-1]))
+            self._waiting.append((self._encode(conversation, given), futures[-1]))
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
         return list(await asyncio.gather(*futures))
 
-    def _encode(self, conversation: list[dict[str, Any]]) -> list[int]:
-        token_ids = self._tokenizer.apply_chat_template(conversation, return_dict=False)
+    def _encode(self, conversation: list[Message], tools: Any) -> list[int]:
+        token_ids = self._template.render_answered(conversation, tools)
         return token_ids[-self._max_length :] if self._max_length else token_ids
 
     async def _work(self) -> None:

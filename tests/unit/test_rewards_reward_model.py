@@ -49,6 +49,28 @@ def test_batches_score_as_transformers_does_alone(path, batch_size):
     assert len(set(scores)) == len(TEXTS)
 
 
+def test_the_models_own_template_gets_tools_and_calls_as_it_wants_them(tmp_path):
+    template = (
+        "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}{% for m in messages %}"
+        "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ '(' + c.function.arguments + ')' }}{% endfor %}"
+        "{% endfor %}"
+    )
+    reward = orms["reward_model"](save(tmp_path / "tools", template=template))
+    call = {"type": "function", "function": {"name": "get", "arguments": {"n": 1}}}
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
+    ids = reward._encode(turns, '[{"name": "get"}]')
+    assert "".join(reward._tokenizer.convert_ids_to_tokens(ids)) == 'geta({"n": 1})bc'
+    system = [{"role": "system", "content": "s"}, *turns]
+    with pytest.raises(ValueError, match="the chat template refuses it: no system"):
+        asyncio.run(reward(["c"], messages=[system]))
+
+
 def test_groups_that_are_scored_together_share_batches(path, monkeypatch):
     reward = orms["reward_model"](path, batch_size=4)
     sizes = []
