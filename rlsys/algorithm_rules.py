@@ -277,6 +277,7 @@ RECIPES = {
     ("grpo", "clip_cov"): "GRPO with Clip-Cov",
     ("grpo", "kl_cov"): "GRPO with KL-Cov",
     ("maxrl", "reinforce"): "MaxRL",
+    ("maxrl", "dapo"): "MaxRL",
     ("rloo", "reinforce"): "RLOO",
     ("reinforce_plus_plus", "bnpo"): "REINFORCE++",
     ("reinforce_plus_plus_baseline", "bnpo"): "REINFORCE++ with the group's mean as baseline",

@@ -234,11 +234,27 @@ def _size_problems(values: dict[str, Any]) -> Iterator[str]:
         if value is not None and (type(value) is not int or value < 1):
             yield f"{key} = {value!r} should be a whole number of at least 1"
             return
+    yield from _head_problems(values)
+    for key in ("rms_norm_eps", "rope_theta"):
+        value = values.get(key, 1.0)
+        if value is not None and (type(value) not in (int, float) or value <= 0):
+            yield f"{key} = {value!r} should be a number above 0"
+    if not isinstance(values.get("tie_word_embeddings", False), bool):
+        yield f"tie_word_embeddings = {values['tie_word_embeddings']!r} should be true or false"
+
+
+def _head_problems(values: dict[str, Any]) -> Iterator[str]:
+    model_type, hidden = values["model_type"], values.get("hidden_size")
     heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if heads and groups and heads % groups:
         yield f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}"
-    if not isinstance(values.get("tie_word_embeddings", False), bool):
-        yield f"tie_word_embeddings = {values['tie_word_embeddings']!r} should be true or false"
+    head_dim = values.get("head_dim")
+    has_own_dim = head_dim is not None or model_type == "qwen3"
+    # transformers refuses such a Llama with a head_dim, too.
+    if hidden and heads and hidden % heads and (model_type == "llama" or not has_own_dim):
+        yield f"num_attention_heads = {heads} does not divide hidden_size = {hidden}"
+    elif head_dim is not None and head_dim % 2:
+        yield f"head_dim = {head_dim} should be even: rotary embeddings turn pairs of numbers"
 
 
 def _layer_problems(values: dict[str, Any]) -> Iterator[str]:
@@ -267,6 +283,10 @@ def _layer_problems(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _rope_problems(values: dict[str, Any]) -> Iterator[str]:
+    scaling, parameters = values.get("rope_scaling"), values.get("rope_parameters")
+    if scaling and parameters and scaling != parameters:
+        yield "rope_scaling and rope_parameters contradict each other: delete one of them"
+        return
     for name in ("rope_scaling", "rope_parameters"):
         rope = values.get(name)
         if not rope:
@@ -284,6 +304,9 @@ def _rope_problems(values: dict[str, Any]) -> Iterator[str]:
             continue
         if rope.get("type", kind) != kind:
             yield f"{name}: rope_type {kind!r} and type {rope['type']!r} contradict each other"
+        theta, inner = values.get("rope_theta"), rope.get("rope_theta")
+        if None not in (theta, inner) and theta != inner:
+            yield f"rope_theta = {theta!r} and that of {name}, {inner!r}, contradict each other"
         missing = sorted(_ROPE_KEYS[kind] - rope.keys())
         if missing:
             yield f"{name}: rope_type {kind!r} needs {', '.join(missing)}"

@@ -18,6 +18,7 @@ from rlsys.memory import (
     sampler_logit_bytes,
     sync_bucket_bytes,
 )
+from rlsys.model_keys import ARCHITECTURES
 from rlsys.model_shape import ModelShape
 from rlsys.types import Device
 
@@ -98,9 +99,11 @@ def engine_arguments(
         "seed": config.seed + engine_rank,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
+        # A config.json without architectures would be a model without an output head.
+        "hf_overrides": {"architectures": [ARCHITECTURES[shape.model_type]]},
     }
     if config.model.fp32_lm_head:
-        arguments["hf_overrides"] = {"head_dtype": "float32"}
+        arguments["hf_overrides"]["head_dtype"] = "float32"
     if device == "cuda" and rollout.max_num_seqs > GRAPH_SEQUENCES:
         arguments["max_cudagraph_capture_size"] = rollout.max_num_seqs
     if device == "cuda" and rollout.engines_per_gpu > 1:

@@ -202,6 +202,7 @@ def test_a_description_worked():
             "without 0.0002 of the tokens, of those of covariance 1",
         ),
         ({"loss_type": "kl_cov"}, "loss", "1 x abs(log ratio) for the 0.0002 of tokens"),
+        ({"advantage_estimator": "maxrl", "loss_type": "dapo"}, "algorithm", "MaxRL"),
         ({"advantage_estimator": "maxrl"}, "advantages", "less the mean of its group, / that mean"),
         (
             {"rollout_is": "sequence_mask", "rollout_is_threshold": 3.0},

@@ -150,6 +150,11 @@ def test_published_configs_are_accepted(tmp_path, name):
         (LLAMA, "hidden_size", 0),
         (LLAMA, "vocab_size", "384"),
         (LLAMA, "num_key_value_heads", 3),
+        (LLAMA, "num_attention_heads", 12),
+        (LLAMA, "head_dim", 33),
+        (LLAMA, "rms_norm_eps", "1e-6"),
+        (LLAMA, "rope_theta", "1000000"),
+        (LLAMA, "rope_theta", 0),
         (LLAMA, "tie_word_embeddings", "false"),
         (LLAMA, "layer_types", ["full_attention"]),
     ],
@@ -213,12 +218,33 @@ def test_rotary_embeddings_that_only_one_side_knows(tmp_path, rope, word, name):
     [
         {"rope_type": "linear", "factor": 2.0},
         {"type": "linear", "factor": 2.0},
-        LLAMA3_ROPE | {"rope_type": "llama3", "rope_theta": 500000.0},
-        {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0},
+        LLAMA3_ROPE | {"rope_type": "llama3", "rope_theta": 1000000.0},
+        {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 1.0},
     ],
 )
 def test_rotary_embeddings_of_both_sides(tmp_path, rope):
     shape_of(tmp_path, LLAMA | {"rope_scaling": rope})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    ],
+)
+def test_rotary_settings_of_which_one_would_be_ignored(tmp_path, values):
+    with pytest.raises(ValueError, match="contradict each other"):
+        shape_of(tmp_path, LLAMA | values)
+
+
+def test_heads_need_not_divide_the_hidden_size_where_they_have_a_size_of_their_own(tmp_path):
+    values = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 32}
+    assert shape_of(tmp_path, QWEN3 | values).head_dim == 32
+    assert shape_of(tmp_path, QWEN2 | values).head_dim == 32
 
 
 def test_all_keys_are_named_at_once(tmp_path):

@@ -12,6 +12,7 @@ from rlsys.engines.vllm_settings import (
     refusal,
     rollout_env,
 )
+from rlsys.model_keys import ARCHITECTURES
 from rlsys.model_shape import ModelShape
 
 SHAPE = ModelShape(
@@ -81,10 +82,15 @@ def test_an_fp32_head_is_the_engines_too():
         settings = config()
         model = settings.model.model_copy(update={"fp32_lm_head": fp32})
         settings = settings.model_copy(update={"model": model})
-        return engine_arguments(settings, SHAPE, device="cuda", engine_rank=0).get("hf_overrides")
+        return engine_arguments(settings, SHAPE, device="cuda", engine_rank=0)["hf_overrides"]
 
-    assert overrides(True) == {"head_dtype": "float32"}
-    assert overrides(False) is None
+    assert overrides(True)["head_dtype"] == "float32"
+    assert "head_dtype" not in overrides(False)
+
+
+def test_the_engine_builds_the_language_model_whatever_config_json_leaves_out():
+    arguments = engine_arguments(config(), SHAPE, device="cpu", engine_rank=0)
+    assert arguments["hf_overrides"] == {"architectures": [ARCHITECTURES[SHAPE.model_type]]}
 
 
 def test_gpus_size_their_own_cache():
