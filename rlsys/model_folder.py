@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlsys.model_keys import ignored_prose
 from rlsys.model_shape import ModelShape, read_model_config, read_model_shape
 from rlsys.tokenizer_files import (
+    TOKENIZER_FILES,
     chat_template,
     id_gap_notes,
     num_token_ids,
@@ -16,7 +18,14 @@ from rlsys.tokenizer_files import (
     tokenizer_problems,
 )
 from rlsys.types import Prompt
-from rlsys.weight_files import weight_file_problems, weight_files, weight_table_problems
+from rlsys.weight_files import (
+    INDEX,
+    is_lfs_pointer,
+    lfs_problem,
+    weight_file_problems,
+    weight_files,
+    weight_table_problems,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,6 +41,10 @@ def model_folder_problems(folder: Path, shape: ModelShape, *, has_prompts: bool)
         shape: of its config.json.
         has_prompts: its tokenizer and chat template write the prompts.
     """
+    names = (*TOKENIZER_FILES, "generation_config.json", INDEX) if has_prompts else (INDEX,)
+    unreadable = list(_json_problems([folder / name for name in names]))
+    if unreadable:
+        return unreadable
     if not weight_files(folder):
         problems = [f"{folder} holds no .safetensors file, so no weights"]
     else:
@@ -47,6 +60,22 @@ def model_folder_problems(folder: Path, shape: ModelShape, *, has_prompts: bool)
             "use an instruct model, or add a chat_template.jinja to the folder"
         )
     return [*problems, *tokenizer_problems(folder, shape)]
+
+
+def _json_problems(files: Sequence[Path]) -> Iterator[str]:
+    """JSON files that cannot be read, of those that are there."""
+    for file in filter(Path.is_file, files):
+        if is_lfs_pointer(file):
+            yield lfs_problem(file)
+            continue
+        try:
+            content = json.loads(file.read_text("utf-8"))
+        except ValueError as error:
+            yield f"{file} is not valid JSON: {error}. Download it again"
+            continue
+        if not isinstance(content, dict) or (file.name == INDEX and "weight_map" not in content):
+            missing = " with weight_map" if file.name == INDEX else ""
+            yield f"{file} is not a JSON object{missing}: download it again"
 
 
 def check_model_folder(folder: Path, *, has_prompts: bool) -> None:

@@ -9,6 +9,14 @@ from typing import Any
 
 from rlsys.model_shape import ModelShape
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "added_tokens.json",
+    "chat_template.json",
+)
+"""What this module reads of a model folder, besides templates that are no JSON."""
+
 
 def token_ids(folder: Path) -> dict[str, int]:
     """Token -> id, of the tokenizer and what was added beside it; empty where no file says."""
@@ -69,9 +77,9 @@ def tokenizer_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
     for name in ("config.json", "generation_config.json"):
         ids = _read(folder / name).get("eos_token_id")
         for eos in ids if isinstance(ids, list) else [ids]:
-            if isinstance(eos, int) and not 0 <= eos < size:
+            if eos is not None and (type(eos) is not int or not 0 <= eos < size):
                 yield (
-                    f"{folder / name}: eos_token_id {eos} is not one of the model's "
+                    f"{folder / name}: eos_token_id {eos!r} is not one of the model's "
                     f"{size:,} tokens (vocab_size in config.json): correct it"
                 )
 

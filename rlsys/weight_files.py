@@ -24,6 +24,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 """Old checkpoints hold the rotary frequencies, which follow from config.json."""
 _MAX_NAMED = 3
+_SAVE = "download it again, or save the model with `save_pretrained`"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,24 +66,35 @@ def weight_file_problems(folder: Path) -> Iterator[str]:
             )
 
 
-def _file_problems(file: Path) -> Iterator[str]:
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a clone has left the place of the file to Git LFS."""
     with file.open("rb") as content:
-        start = content.read(max(len(_POINTER), _LENGTH_BYTES))
-        if start.startswith(_POINTER):
-            yield (
-                f"{file} is no weights but a pointer of Git LFS to them: run `git lfs pull` in "
-                f"{file.parent}"
-            )
+        return content.read(len(_POINTER)) == _POINTER
+
+
+def lfs_problem(file: Path) -> str:
+    """What is wrong with a pointer, and what to do."""
+    return f"{file} is a pointer of Git LFS, not the file: run `git lfs pull` in {file.parent}"
+
+
+def _file_problems(file: Path) -> Iterator[str]:
+    if is_lfs_pointer(file):
+        yield lfs_problem(file)
+        return
+    with file.open("rb") as content:
+        start = content.read(_LENGTH_BYTES)
+        header_bytes = int.from_bytes(start, "little")
+        if len(start) < _LENGTH_BYTES or header_bytes > _MAX_HEADER_BYTES:
+            yield f"{file} is not a safetensors file: {_SAVE}"
             return
-        header_bytes = int.from_bytes(start[:_LENGTH_BYTES], "little")
-        if header_bytes > _MAX_HEADER_BYTES:
-            yield f"{file} is no safetensors file: save the model with `save_pretrained`"
-            return
-        content.seek(_LENGTH_BYTES)
         header = content.read(header_bytes)
     expected = _LENGTH_BYTES + header_bytes
     if len(header) == header_bytes:
-        tensors = json.loads(header)
+        try:
+            tensors = json.loads(header)
+        except ValueError:
+            yield f"{file} is not a safetensors file: {_SAVE}"
+            return
         tensors.pop("__metadata__", None)
         expected += max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
     size = file.stat().st_size
@@ -117,6 +129,7 @@ def weight_table_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
         for row in weight_table(shape)
         for name, hf_shape in zip(row.hf_names, row.hf_shapes, strict=True)
     }
+    found = {name: tensor for name, tensor in stored.items() if name in expected}
     missing = [name for name in expected if name not in stored]
     if missing:
         hint = "weights and config.json are of different models, or the download is not complete"
@@ -133,24 +146,29 @@ def weight_table_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
         if name not in expected and name != HF_OUTPUT and not name.endswith(_IGNORED_SUFFIX)
     ]
     if unknown:
+        files = {stored[name].file for name in unknown}
+        foreign = files.isdisjoint(tensor.file for tensor in found.values())
         yield (
-            f"{folder} holds {_some(unknown)}, which a {shape.model_type} of its config.json does "
-            "not have: rlsys would leave them out, and compute another model"
+            f"{folder}: {_some(sorted(file.name for file in files))} holds {_some(unknown)}, which "
+            f"a {shape.model_type} of its config.json does not have: rlsys would leave them out, "
+            "and compute another model"
+            + (". Move the file elsewhere if it is not of this model" if foreign else "")
         )
-    for name, tensor in stored.items():
-        if name not in expected:
-            continue
-        if tensor.shape != expected[name]:
-            yield (
-                f"{tensor.file}: {name} has shape {list(tensor.shape)}, by config.json it is "
-                f"{list(expected[name])}: weights and config.json are of different models"
-                + (", or only one has the resized vocabulary" if name == HF_EMBEDDING else "")
-            )
-        elif tensor.dtype not in _FLOATS:
-            yield (
-                f"{tensor.file}: {name} is stored as {tensor.dtype}, and rlsys trains weights in "
-                "bfloat16 or float32: use the model that was quantized"
-            )
+    misshapen = [name for name, tensor in found.items() if tensor.shape != expected[name]]
+    for name in misshapen[:_MAX_NAMED]:
+        more = len(misshapen) - _MAX_NAMED
+        yield (
+            f"{found[name].file}: {name} has shape {list(found[name].shape)}, by config.json it is "
+            f"{list(expected[name])}: weights and config.json are of different models"
+            + (", or only one has the resized vocabulary" if name == HF_EMBEDDING else "")
+            + (f"; {more} more are like it" if more > 0 and name == misshapen[0] else "")
+        )
+    for dtype in sorted({tensor.dtype for tensor in found.values()} - {*_FLOATS}):
+        names = [name for name, tensor in found.items() if tensor.dtype == dtype]
+        yield (
+            f"{found[names[0]].file}: stored as {dtype}: {_some(names)}. rlsys trains weights in "
+            "bfloat16 or float32: use the model that was quantized"
+        )
     if shape.tied and HF_OUTPUT in stored and HF_EMBEDDING in stored:
         yield from _tied_problems(stored[HF_EMBEDDING], stored[HF_OUTPUT])
 

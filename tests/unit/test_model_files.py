@@ -155,13 +155,53 @@ def test_tokens_that_the_model_has(tmp_path, added):
     assert problems(folder) == []
 
 
-@pytest.mark.parametrize("eos", [384, [2, 900], -1])
+@pytest.mark.parametrize("eos", [384, [2, 900], -1, "2"])
 def test_an_end_of_sequence_that_the_model_does_not_have(tmp_path, eos):
     folder = write_model(tmp_path)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     text = only(problems(folder))
     assert "generation_config.json: eos_token_id" in text
     assert "384 tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        ("tokenizer.json", '{"model": ', "not valid JSON"),
+        ("tokenizer.json", "[]", "not a JSON object"),
+        ("tokenizer_config.json", "not json", "not valid JSON"),
+        ("generation_config.json", "{,}", "not valid JSON"),
+        ("model.safetensors.index.json", "{}", "with weight_map"),
+        ("model.safetensors", "", "not a safetensors file"),
+        ("model.safetensors", "\0" * 4096, "not a safetensors file"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, words):
+    folder = write_model(tmp_path)
+    (folder / name).write_text(content)
+    text = only(problems(folder))
+    assert str(folder / name) in text
+    assert words in text
+
+
+def test_what_is_wrong_with_every_tensor_is_said_once(tmp_path):
+    folder = write_model(tmp_path)
+    write_weights(folder / "model.safetensors", hf_shapes(folder), dtype="F8_E4M3")
+    assert "stored as F8_E4M3" in only(problems(folder))
+    shapes = {name: (*shape[:-1], shape[-1] + 2) for name, shape in hf_shapes(folder).items()}
+    write_weights(folder / "model.safetensors", shapes)
+    found = problems(folder)
+    assert len(found) == 3
+    assert f"{len(shapes) - 3} more are like it" in found[0]
+
+
+def test_weights_of_something_else_beside_the_model(tmp_path):
+    folder = write_model(tmp_path)
+    write_weights(folder / "adapter_model.safetensors", {"layers.0.lora_A.weight": (8, 64)})
+    text = only(problems(folder))
+    assert "adapter_model.safetensors holds layers.0.lora_A.weight" in text
+    assert "Move the file elsewhere" in text
 
 
 def test_token_ids_are_those_of_transformers(tmp_path):

@@ -204,7 +204,7 @@ def safetensors(header, num_bytes):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 7\n", "git lfs pull"),
         (safetensors({"a": {"data_offsets": [0, 8]}}, 7), "is cut off"),
         (safetensors({"a": {"data_offsets": [0, 8]}}, 0)[:-20], "is cut off"),
-        (b"PK\x03\x04 something else", "is no safetensors file"),
+        (b"PK\x03\x04 something else", "is not a safetensors file"),
     ],
 )
 def test_weights_that_did_not_arrive_whole(problems, tmp_path, content, words):
