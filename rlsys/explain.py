@@ -16,6 +16,7 @@ from rlsys.config import Config
 from rlsys.config_fields import config_fields, first_sentence, show_value
 from rlsys.config_load import ResolvedConfig
 from rlsys.data.checks import FIRST_ROWS, count_rows
+from rlsys.data.spec import parse_spec
 from rlsys.devices import gpu_memory_gib, guess_device, visible_gpus
 from rlsys.memory import (
     REWARD_GIB,
@@ -56,7 +57,7 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
     print_pairs(console, "Batches", batch_arithmetic(config))
     _print_roles(config, console)
     _print_saved_and_memory(config, console)
-    _print_problems(problems, console)
+    _print_problems(problems, config, console)
     return all(problem.only_here for problem in problems)
 
 
@@ -328,7 +329,7 @@ def _print_total(estimates: list[MemoryEstimate], counts: dict[str, int], consol
         )
 
 
-def _print_problems(problems: list[Problem], console: Console) -> None:
+def _print_problems(problems: list[Problem], config: Config, console: Console) -> None:
     wrong = [problem for problem in problems if not problem.only_here]
     missing = [problem for problem in problems if problem.only_here]
     for title, some in (("Problems", wrong), ("Not ready on this machine", missing)):
@@ -343,3 +344,9 @@ def _print_problems(problems: list[Problem], console: Console) -> None:
             "read. A run reads all rows, as `rlsys data preview` does.",
             style="dim",
         )
+        specs = map(parse_spec, (*config.data.dataset, *config.data.val_dataset))
+        elsewhere = [spec.name for spec in specs if not spec.is_local]
+        if elsewhere:
+            names = ", ".join(dict.fromkeys(elsewhere))
+            text = f"Not on this machine, so not looked at: {names}. A run asks the hub."
+            print_wrapped(console, text, style="dim")

@@ -83,6 +83,14 @@ def test_a_reward_class_that_a_run_could_not_make_is_not_ready(tmp_path):
     orms.data.update(registered)
 
 
+def test_data_of_the_hub_is_ready_and_named_as_not_looked_at(tmp_path):
+    path = write_run(tmp_path)
+    assert "not looked at" not in printed(path)[1]
+    _, text = printed(path, "--data.dataset", f"{tmp_path / 'train.jsonl'}", "owner/rows#5")
+    assert "Ready to run." in text
+    assert "Not on this machine, so not looked at: owner/rows. A run asks the hub." in text
+
+
 def test_every_field_is_shown_with_its_origin(tmp_path):
     ok, text = printed(write_run(tmp_path), "--policy.lr", "1e-5")
     assert ok
