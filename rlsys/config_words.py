@@ -184,7 +184,11 @@ def _value(texts: list[str], info: FieldInfo) -> Any:
     [text] = texts
     if NoneType in kinds and text == "null":
         return None
-    return read_scalar(text) if kinds & {int, float, bool} else text
+    if not kinds & {int, float, bool}:
+        return text
+    if not text:  # as "$LR" is where LR is not set; YAML reads it as null
+        raise ValueError(f"needs a value. {first_sentence(info.description)}")
+    return read_scalar(text)
 
 
 def _list(texts: list[str]) -> Any:

@@ -294,6 +294,8 @@ def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path):
     ("overrides", "words"),
     [
         (["--policy.lr"], "needs a value"),
+        (["--policy.lr="], "--policy.lr: needs a value. Peak learning rate"),
+        (["--eval_steps", ""], "--eval_steps: needs a value"),
         (["--policy.lr", "1", "2"], "takes one value"),
         (["--policy.lr", "1", "--policy.lr", "2"], "given 2 times"),
         (["3"], "expected --section.field"),
