@@ -8,7 +8,7 @@ from typing import Any
 
 from rlsys.config import Config
 from rlsys.config_load import config_fields, is_saved_config
-from rlsys.run_dir import RunDir, bytes_in, size_text
+from rlsys.run_dir import ENDED, RunDir, bytes_in, size_text
 from rlsys.tracking.jsonl import read_jsonl
 from rlsys.yaml_text import load_yaml
 
@@ -44,6 +44,9 @@ def move_aside(run: RunDir) -> Iterator[str]:
     for path in run.files:
         if path.exists():
             path.rename(target / path.name)
+    moved = RunDir(target)
+    if moved.state() == "running":  # it was killed, and its lock, which shows that, is not moved
+        moved.write_status(ENDED)
     yield (
         f"overwrite: moved the earlier run to {target} ({size_text(bytes_in(target))}); delete it "
         "when you no longer need it"

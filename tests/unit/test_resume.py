@@ -6,7 +6,7 @@ from config_cases import write_config
 
 from rlsys.config_load import load_config, save_config
 from rlsys.resume import holds_run, move_aside, resume_notes
-from rlsys.run_dir import RunDir
+from rlsys.run_dir import RUNNING, RunDir
 
 
 def notes(folder, *overrides, rows=(), step=4):
@@ -63,6 +63,14 @@ def test_a_run_that_is_replaced_is_moved_aside_as_a_whole_each_time(tmp_path):
     for number in (1, 2):
         left = {p.name: p.read_text() for p in (tmp_path / f"replaced-{number}").iterdir()}
         assert left == {path.name: f"{path.name} {number}" for path in run.files}
+
+
+def test_a_killed_run_that_is_moved_aside_is_not_waited_for(tmp_path):
+    run = RunDir(tmp_path)
+    with run.held():
+        run.write_status(RUNNING)
+        assert list(move_aside(run))
+        assert RunDir(tmp_path / "replaced-1").state() == "ended"
 
 
 def test_every_file_of_a_run_is_among_its_files():
