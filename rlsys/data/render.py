@@ -232,7 +232,7 @@ class ChatTemplate:
             self._notice(f"the chat template does not read {key!r} of a message", where)
         for name in self._unread(row.template_kwargs):
             self._notice(_UNREAD_VARIABLE.format(name), where)
-        if row.tools is not None and self._is_same_without_tools(row, text):
+        if self._are_tools_left_out(row, text):
             self._notice(
                 "the chat template leaves out the tools: the prompt is the same without them", where
             )
@@ -244,7 +244,10 @@ class ChatTemplate:
                 f"{where}: {' '.join(around.split())!r}",
             )
 
-    def _is_same_without_tools(self, row: ParsedRow, text: str) -> bool:
+    def _are_tools_left_out(self, row: ParsedRow, text: str) -> bool:
+        """Whether the prompt is the same without tools, asked where their names are missing."""
+        if all(f'"{tool["function"]["name"]}"' in text for tool in row.tools or ()):
+            return False
         try:
             return self._text(replace(row, tools=None)) == text
         except BadRow:

@@ -171,9 +171,12 @@ def _joined_text(parts: list[Any]) -> str:
     """Content as a list of parts, which may only be text."""
     texts = []
     for part in parts:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise BadRow(f"a message has a part of type {kind!r:.40}: {ONLY_TEXT}")
+        if not isinstance(part, dict) or "type" not in part:
+            raise BadRow(
+                f"a part of a message is {{'type': 'text', 'text': ...}}, found {part!r:.80}"
+            )
+        if part["type"] != "text":
+            raise BadRow(f"a message has a part of type {part['type']!r:.40}: {ONLY_TEXT}")
         text = part.get("text")
         if text is not None and not isinstance(text, str):
             raise BadRow(f"a part of a message has no text but a value: {part!r:.80}")

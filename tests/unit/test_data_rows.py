@@ -143,6 +143,10 @@ def test_a_system_message_of_the_row_goes_before_the_one_of_the_config():
         ({"prompt": "a", "system": 3}, "the column 'system' is no text: 3"),
         ({"prompt": "a", "image": "a.png"}, "has image (the column 'image' is not empty)"),
         ({"messages": user([{"type": "image_url"}])}, "a part of type 'image_url'"),
+        (
+            {"messages": user(user("a"))},
+            "a part of a message is {'type': 'text', 'text': ...}, fou",
+        ),
         ({"prompt": '[{"role": "user", "content": "a"'}, "'prompt' is a text that is not JSON"),
         ({"prompt": '[{"role": "robot", "content": "a"}]'}, "found {'role': 'robot'"),
         (
