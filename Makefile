@@ -29,10 +29,10 @@ demo: setup
 	$(VENV)/bin/python examples/countdown/demo.py
 
 test: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup -m "not slow"
+	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
 
 test-all: lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest -n 2
 
 test-gpu:
 	$(or $(PYTHON),$(wildcard $(VENV_GPU)/bin/python),python3) -m pytest tests/gpu -m gpu -ra --durations=10

@@ -1,5 +1,4 @@
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -13,12 +12,17 @@ settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if "CI" in os.environ else "rlsys")
 
 
-def pytest_collection_modifyitems(items):
-    """Deal tests to two processes: tests/actors to one, as they share engines, the rest by file."""
-    for item in items:
-        folder = Path(item.path).parent.name
-        group = folder if folder == "actors" else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist all run in this process
+def pytest_xdist_make_scheduler(config, log):
+    """Deal tests to processes: tests/actors to one, as they share engines, the rest by file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByEngine(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "tests/actors" if file.startswith("tests/actors/") else file
+
+    return ByEngine(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)
