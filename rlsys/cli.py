@@ -229,11 +229,9 @@ def _run_elsewhere(path: str, overrides: Sequence[str], folder: Path) -> str:
 
     words = list(overrides)
     for index, word in enumerate(words):
-        if word == "--output_dir":
-            del words[index : index + 2]
-            break
-        if word.lstrip("-+").startswith("output_dir="):
-            del words[index]
+        name, has_value, _ = word.lstrip("-+").partition("=")
+        if name.replace("-", "_") == "output_dir" and (has_value or word.startswith("-")):
+            del words[index : index + (1 if has_value else 2)]
             break
     command = ["rlsys", "grpo", path, *words, "--output_dir", str(unused_folder(folder))]
     return f"In another folder:\n  {shlex.join(command)}"

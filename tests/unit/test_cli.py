@@ -1,8 +1,10 @@
 """The `rlsys` command as a process: exit codes, where messages go, and what is not imported."""
 
+import shlex
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from config_cases import write_run
@@ -103,3 +105,14 @@ def test_a_users_mistake_is_a_message_and_a_librarys_error_a_traceback(capsys, m
         cli.main(["rewards", "list"])
     monkeypatch.setattr(cli, "_rewards_list", interrupted)
     assert cli.main(["rewards", "list"]) == 130
+
+
+@pytest.mark.parametrize(
+    "given",
+    [["--output_dir", "a"], ["--output-dir", "a"], ["--output-dir=a"], ["+output_dir=a"], []],
+)
+def test_the_command_for_another_folder_names_it_once(given):
+    others = ["--tracking.run_name", "output_dir", "--seed", "1"]
+    said = cli._run_elsewhere("c.yaml", [*given, *others], Path("nowhere/a"))
+    command = shlex.split(said.splitlines()[1])
+    assert command == ["rlsys", "grpo", "c.yaml", *others, "--output_dir", "nowhere/a-2"]
