@@ -31,7 +31,9 @@ _BOXES = re.compile(
 )
 # As the last line; above it, only a number: Markdown has headings of that kind.
 _HASHES = re.compile(r"####[ \t]*([^\n]*?)\s*\Z|####[ \t]*([-+$]*\d[\d.,/]*%?)[ \t]*\n")
-_NO_WORDS = re.compile(r"\$[^$]*\$|\\\(.*?\\\)|\\[A-Za-z]+(?:\s*\{[^{}]*\})?", re.DOTALL)
+_NO_WORDS = re.compile(
+    r"\$[^$]*\$|\\\((?:(?!\\[()]).)*\\\)|\\[A-Za-z]+(?:\s*\{[^{}]*\})?", re.DOTALL
+)
 _SENTENCE_ENDS = re.compile(r"[^\W_][)\"']?[.!?](?:\s+[^\W\d_]|\s*\Z)")
 _CHINESE_ENDS = re.compile(r"[\u3002\uff01\uff1f]")
 _MOST_WORDS = 4

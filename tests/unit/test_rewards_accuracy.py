@@ -291,6 +291,10 @@ def test_prose_is_no_answer(accuracy, prose):
         assert reward.gold({"solution": prose}) is None
 
 
+def test_reading_a_right_answer_is_linear_in_its_length(accuracy):
+    assert accuracy.gold({"solution": PROSE + "\\(" * 200_000}) is None  # squared: minutes
+
+
 @pytest.mark.parametrize("text", ["See Figure 4", "The answer is 4", "we add 2 and 3 to get 5"])
 def test_a_number_among_words_is_no_mathematics(accuracy, text):
     assert accuracy(["4", "5"], answer=[text] * 2) == [None, None]
