@@ -66,11 +66,15 @@ def chat_template(folder: Path) -> str:
 def tokenizer_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
     """Tokens that prompts or completions need and the model has no embedding for."""
     template, size = chat_template(folder), shape.vocab_size
+    eos_token = _read(folder / "tokenizer_config.json").get("eos_token")
+    if isinstance(eos_token, dict):  # with how it is stripped
+        eos_token = eos_token.get("content")
     outside = {token: i for token, i in token_ids(folder).items() if i >= size}
     for token, token_id in sorted(outside.items(), key=lambda entry: entry[1]):
-        if token in template:
+        if token in template or token == eos_token:
+            what = "chat template writes the token" if token in template else "eos_token is"
             yield (
-                f"{folder}: its chat template writes the token {token!r} of id {token_id}, and "
+                f"{folder}: its {what} {token!r} of id {token_id}, and "
                 f"the model has embeddings for {size:,} tokens (vocab_size in config.json), ids 0 "
                 f"to {size - 1:,}. {resize_remedy(max(outside.values()) + 1)}"
             )

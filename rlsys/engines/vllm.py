@@ -22,7 +22,7 @@ from rlsys.engines.hf_checkpoint import resolve_model_path
 from rlsys.engines.spans import Span, begin_span
 from rlsys.engines.stop_tokens import read_stop_rules
 from rlsys.engines.vllm_logprobs import keep_sampled_logprobs, sampled_logprobs
-from rlsys.engines.vllm_settings import engine_arguments, refusal
+from rlsys.engines.vllm_settings import engine_arguments, refusal, sampling_arguments
 from rlsys.engines.vllm_weights import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.engines.vllm_worker_errors import worker_errors_told
 from rlsys.model_shape import read_model_shape
@@ -216,18 +216,8 @@ class VLLMEngine:
             )
 
     def _sampling_parameters(self, request: SampleRequest) -> SamplingParams:
-        rollout = self._config.rollout
         return SamplingParams(
-            n=request.num_generations,
-            temperature=request.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            max_tokens=rollout.max_completion_length,
-            stop_token_ids=self._stops.token_ids,
-            stop=self._stops.texts,
-            seed=request.seed,
-            logprobs=0,  # of the sampled token only
-            detokenize=bool(self._stops.texts),  # which vLLM finds in the text
+            **sampling_arguments(self._config.rollout, self._stops, request),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 

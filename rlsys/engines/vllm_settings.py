@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from rlsys.config import Config
+from rlsys.config import Config, RolloutConfig
 from rlsys.memory import (
     BATCHED_TOKENS,
     GIB,
@@ -20,7 +20,10 @@ from rlsys.memory import (
 )
 from rlsys.model_keys import ARCHITECTURES
 from rlsys.model_shape import ModelShape
-from rlsys.types import Device
+from rlsys.types import Device, SampleRequest
+
+if TYPE_CHECKING:
+    from rlsys.engines.stop_tokens import StopRules
 
 # Tokens of a KV block: vLLM's default on CPU, where kernels want multiples of 32.
 CPU_BLOCK_SIZE = 128
@@ -122,6 +125,26 @@ def engine_arguments(
             "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], longest_row(config)),
         }
     return arguments
+
+
+def sampling_arguments(
+    rollout: RolloutConfig, stops: StopRules, request: SampleRequest
+) -> dict[str, Any]:
+    """Arguments of `vllm.SamplingParams` for the completions of a request."""
+    return {
+        "n": request.num_generations,
+        "temperature": request.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "max_tokens": rollout.max_completion_length,
+        "stop_token_ids": stops.token_ids,
+        "stop": stops.texts,
+        "seed": request.seed,
+        "logprobs": 0,  # of the sampled token only
+        "detokenize": bool(stops.texts),  # which vLLM finds in the text
+        # A stop text may have special tokens in it, such as "</answer>" of some tokenizers.
+        "skip_special_tokens": rollout.skip_special_tokens is True,
+    }
 
 
 def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int) -> int:

@@ -148,6 +148,16 @@ def test_a_token_of_the_template_without_an_embedding(tmp_path):
         assert word in text
 
 
+@pytest.mark.parametrize("eos_token", ["<|turn|>", {"content": "<|turn|>", "lstrip": False}])
+def test_an_end_of_sequence_token_without_an_embedding(tmp_path, eos_token):
+    folder = write_model(tmp_path)
+    write_tokenizer(folder, {"<|turn|>": 384}, "{{ messages }}")
+    file = folder / "tokenizer_config.json"
+    content = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps(content | {"eos_token": eos_token}))
+    assert "its eos_token is '<|turn|>' of id 384" in only(problems(folder))
+
+
 @pytest.mark.parametrize("added", [{}, {"<|turn|>": 383}])
 def test_tokens_that_the_model_has(tmp_path, added):
     folder = write_model(tmp_path)

@@ -6,14 +6,17 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlsys.config import Config
+from rlsys.engines.stop_tokens import StopRules
 from rlsys.engines.vllm_settings import (
     cpu_kv_cache_bytes,
     engine_arguments,
     refusal,
     rollout_env,
+    sampling_arguments,
 )
 from rlsys.model_keys import ARCHITECTURES
 from rlsys.model_shape import ModelShape
+from rlsys.types import Prompt, SampleRequest
 
 SHAPE = ModelShape(
     model_type="qwen3",
@@ -91,6 +94,19 @@ def test_an_fp32_head_is_the_engines_too():
 def test_the_engine_builds_the_language_model_whatever_config_json_leaves_out():
     arguments = engine_arguments(config(), SHAPE, device="cpu", engine_rank=0)
     assert arguments["hf_overrides"] == {"architectures": [ARCHITECTURES[SHAPE.model_type]]}
+
+
+@pytest.mark.parametrize(("skip", "looks_for"), [("auto", True), (False, True), (True, False)])
+def test_stop_texts_may_hold_special_tokens_that_rewards_see(skip, looks_for):
+    rollout = config(skip_special_tokens=skip, top_p=0.9, top_k=7).rollout
+    stops = StopRules([2], [5], ["</answer>\n"], keeps_stop=False)
+    request = SampleRequest(3, Prompt("p", [], [1]), num_generations=4, temperature=0.5, seed=9)
+    arguments = sampling_arguments(rollout, stops, request)
+    assert arguments["skip_special_tokens"] is not looks_for
+    assert (arguments["stop"], arguments["detokenize"]) == (["</answer>\n"], True)
+    assert arguments["stop_token_ids"] == [2, 5]
+    sampling = {name: arguments[name] for name in ("n", "temperature", "top_p", "top_k", "seed")}
+    assert sampling == {"n": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 9}
 
 
 def test_gpus_size_their_own_cache():
