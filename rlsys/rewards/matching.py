@@ -30,7 +30,7 @@ _NO_PATTERN = (
 # A small letter only in parentheses: "the answer is a city" chooses nothing.
 _ANSWER_IS = re.compile(
     r"(?i:\b(?P<wrong>(?:wrong|incorrect|false|worst)\s+)?"
-    r"(?:answer|choice|option)\b(?:\s+(?:is|would\s+be))?)\s*:?\s*[*_]{0,3}"
+    r"(?:answer|choice|option)\b(?:\s+(?:is|would\s+be))?)[*_]{0,3}\s*:?\s*[*_]{0,3}\s*"
     r"(?:\((?P<small>[A-Za-z])\)|(?P<capital>[A-Z])\b(?!['\u2019]))"
 )
 _CHOICE = r"[*_$\[{]*(?:\(?[A-Za-z]\)|[A-Z]\b(?!['\u2019]))"
@@ -47,7 +47,7 @@ _AND_ANOTHER = re.compile(
 _AND_ANOTHER_ITEM = re.compile(r"[)\]}*_$]*[.:)]\s*\(?[A-Z]\b\s*(?:[.:)]|$)")
 _IS_WRONG = re.compile(r"[)*_.]*\s+(?:is|was)\s+(?:wrong|incorrect|false|not)\b", re.IGNORECASE)
 _BARE_CHOICE = re.compile(
-    r"[\s(\[{*_$]*(?:\\text\s*\{\s*)?\(?([A-Z])\)?\}?[\s)\]}*_$]*(?:[.:)].*)?",
+    r"[\s(\[{*_$]*(?:\\(?:text|math)[a-z]{0,2}\s*\{\s*)?\(?([A-Z])\)?\}?[\s)\]}*_$]*(?:[.:)].*)?",
     re.IGNORECASE | re.DOTALL,
 )
 

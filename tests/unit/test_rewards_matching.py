@@ -26,6 +26,10 @@ def score(name: str, completion: str, settings: dict | None = None, **columns: o
         "The answer is B.",
         "A is wrong, so the answer is (B).",
         "Answer: **B**",
+        "**Answer:** B",
+        "**Answer**: B",
+        r"\boxed{\textbf{(B)}}",
+        r"\boxed{\mathrm{B}}",
         "The correct choice is B, because the answer is B",
     ],
 )
