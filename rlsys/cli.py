@@ -64,8 +64,11 @@ class _CommandParser(argparse.ArgumentParser):
         found, unknown = super().parse_known_args(words, namespace)
         if "config" not in found:
             return found, unknown
-        if found.config and "=" in found.config and not Path(found.config).exists():
-            unknown = words  # a field=value in the place of CONFIG
+        if found.config and not Path(found.config).is_file():
+            from rlsys.pasted_command import split_command
+
+            if "=" in found.config or split_command(words).program:
+                unknown = words  # a field=value, or another project's program, in its place
         if unknown or found.config is None:
             from rlsys.config_load import problems_of_words
 

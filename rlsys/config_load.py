@@ -6,9 +6,10 @@ All problems are found first and told in one error, each with its remedy.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
+from shlex import join, quote
 from textwrap import indent
 from types import NoneType
 from typing import Any, Literal
@@ -19,11 +20,12 @@ from pydantic_core import ErrorDetails
 
 from rlsys.config import Config
 from rlsys.config_fields import config_fields, config_sections, first_sentence
-from rlsys.config_names import coming_from, hint, is_of_elsewhere
+from rlsys.config_names import coming_from, counterpart, hint, is_of_elsewhere, likely_project
 from rlsys.config_rules import BrokenRules
 from rlsys.config_texts import kinds_of
-from rlsys.config_words import apply_words
+from rlsys.config_words import apply_words, read_options, value_of
 from rlsys.data.json_text import not_utf8
+from rlsys.pasted_command import PastedCommand, split_command
 from rlsys.run_dir import replacing, unused_folder
 from rlsys.yaml_text import dump_yaml, load_yaml
 
@@ -75,26 +77,32 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConf
     values = _read_yaml(Path(path), problems)
     origins: dict[str, Origin] = dict.fromkeys(config_fields(), "default")
     origins |= {name: "file" for name in _leaves(values) if name in origins}
-    found, unknown = apply_words(overrides, values, problems)
+    command = split_command(overrides)
+    problems += command.problems()
+    project = _project(command, _leaves(values))
+    found, unknown = apply_words(command.options, values, problems, project)
     origins |= dict.fromkeys(found, "command line")
     if "num_train_epochs" in found and "max_steps" not in found and "max_steps" in values:
         del values["max_steps"]  # in the file, where it was said before
         origins["max_steps"] = "default"
     unknown += [name for name in _leaves(values) if name not in origins]
-    config = _validate(values, origins, problems)
+    config = _validate(values, origins, problems, project)
     if config is None:
         given = [name for name, origin in origins.items() if origin != "default"]
-        raise ConfigError(str(path), problems, coming_from(unknown, given))
+        raise ConfigError(str(path), problems, _advice(command, project, unknown, given, path))
     return ResolvedConfig(config, origins)
 
 
 def problems_of_words(words: Sequence[str]) -> str | None:
     """What is wrong with a command line that has no CONFIG; None where only that is missing."""
-    problems: list[str] = []
-    given, unknown = apply_words(words, {}, problems)
+    command = split_command(words)
+    problems = command.problems()
+    project = _project(command, [])
+    given, unknown = apply_words(command.options, {}, problems, project)
     if not problems:
         return None
-    return str(ConfigError("the command line", problems, coming_from(unknown, given)))
+    note = _advice(command, project, unknown, given, None)
+    return str(ConfigError("the command line", problems, note))
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -194,11 +202,94 @@ def _leaves(values: dict[str, Any]) -> list[str]:
     return names
 
 
+# --- commands and files of other projects --------------------------------------------------------
+
+
+def _project(command: PastedCommand, names: Sequence[str]) -> str | None:
+    """Whose command or file it is, if not ours."""
+    names = [*names, *(option.name for option in read_options(command.options, []))]
+    return command.project or likely_project(
+        [name for name in names if name not in config_fields()]
+    )
+
+
+def _advice(
+    command: PastedCommand,
+    project: str | None,
+    unknown: Sequence[str],
+    given: Sequence[str],
+    path: str | Path | None,
+) -> str | None:
+    """What differs for someone from another project, and the part of the command that does not.
+
+    Args:
+        command: what was pasted.
+        project: where it is from.
+        unknown: names that no field has.
+        given: fields that were set.
+        path: of the CONFIG; without one, the translation is a file.
+    """
+    if project is None:
+        return None
+    start, differing = _translated(command, project)
+    lines = [coming_from(project, unknown, given)]
+    lines += [f"{name} means something else there: {note}" for name, note in differing.items()]
+    if start and path is None:
+        text = indent(dump_yaml(_nested({name: value for name, (value, _) in start.items()})), "  ")
+        lines.append(f"What means the same here, as a CONFIG to start from and to check:\n\n{text}")
+    elif start:
+        words = [word for name, (_, texts) in start.items() for word in (f"--{name}", *texts)]
+        text = join(["rlsys", "explain", str(path), *words])
+        lines.append(f"What means the same here, to start from and to check:\n\n  {text}")
+    return "\n".join(lines)
+
+
+def _translated(
+    command: PastedCommand, project: str
+) -> tuple[dict[str, tuple[Any, list[str]]], dict[str, str]]:
+    """Fields with value and words, where both projects mean the same by them.
+
+    Returns:
+        those, and the names that are fields of ours and count something else there.
+    """
+    fields = config_fields()
+    found: dict[str, tuple[Any, list[str]]] = {}
+    differing: dict[str, str] = {}
+    for option in read_options(command.options, []):
+        row = counterpart(option.name, project)
+        if row is not None and not row.same_value:
+            if option.name in fields:
+                differing[option.name] = row.note
+            continue
+        name = option.name if row is None else row.fields[0]
+        if name in fields and name not in found:
+            with suppress(ValueError):
+                found[name] = (value_of(option.texts, fields[name]), option.texts)
+    try:
+        Config.model_validate(_nested(_PLACEHOLDERS | {n: v for n, (v, _) in found.items()}))
+    except ValidationError as error:
+        for name in {_field_of(detail)[0] for detail in error.errors()}:
+            found.pop(name, None)
+    return {name: found[name] for name in fields if name in found}, differing
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` of `{"a.b": 1}`."""
+    nested: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        (nested.setdefault(section, {}) if section else nested)[field] = value
+    return nested
+
+
 # --- validation ----------------------------------------------------------------------------------
 
 
 def _validate(
-    values: dict[str, Any], origins: dict[str, Origin], problems: list[str]
+    values: dict[str, Any],
+    origins: dict[str, Origin],
+    problems: list[str],
+    project: str | None,
 ) -> Config | None:
     """The config, or None when there are problems, which are all added to `problems`."""
     for section in config_sections():
@@ -213,7 +304,7 @@ def _validate(
                 problems += [problem.text for problem in rules.problems]
             else:
                 broken.add(_field_of(detail)[0])
-                problems.append(_describe(detail, origins))
+                problems.append(_describe(detail, origins, project))
     else:
         return None if problems else config
     if broken:
@@ -275,13 +366,13 @@ def _rule(detail: ErrorDetails) -> str:
     return rule.split(", unable to ")[0]
 
 
-def _describe(detail: ErrorDetails, origins: dict[str, Origin]) -> str:
+def _describe(detail: ErrorDetails, origins: dict[str, Origin], project: str | None) -> str:
     """One problem as a line: the field, its value, the rule, and what the field means."""
     fields = config_fields()
     name, below = _field_of(detail)
     label = name + "".join(f"[{part}]" for part in below)
     if detail["type"] == "extra_forbidden":
-        return f"{name}: there is no such field.{hint(name)}"
+        return f"{name}: there is no such field.{hint(name, project)}"
     if name in config_sections():
         return f"{name}: should be a section with fields below it, not {detail['input']!r}"
     meaning = first_sentence(fields[name].description)

@@ -36,6 +36,8 @@ class Counterpart:
     """Whether ours does the same."""
     note: str
     """What differs, or why there is no field."""
+    same_value: bool
+    """Whether one field of ours takes the same value."""
 
     def says(self) -> str:
         """What there is to say where there is no field."""
@@ -61,7 +63,8 @@ def counterparts() -> tuple[Counterpart, ...]:
                     meant != NOT_SUPPORTED,
                     default.removeprefix("= "),
                     same,
-                    note,
+                    note.removeprefix("= "),
+                    len(own) == 1 and (not note or note.startswith("= ")),
                 )
             )
     return tuple(found)
@@ -80,13 +83,22 @@ def projects() -> dict[str, str]:
     return dict(heads)
 
 
-def hint(name: str) -> str:
-    """What to write instead of a name that no field has; empty unless that is clear."""
+def hint(name: str, project: str | None = None) -> str:
+    """What to write instead of a name that no field has; empty unless that is clear.
+
+    Args:
+        name: as the user wrote it.
+        project: where the whole command is from; what others call by that name is left out then.
+    """
     fields = config_fields()
     known = [*fields, *([] if "." in name else config_sections())]
     rows = _rows_of_path(name)
     own = [] if rows else [field for field in known if _bare(field) == _bare(name)]
     rows = rows or [row for row in counterparts() if _bare(name) in map(_bare, row.names)]
+    there = [row for row in rows if row.project == project]
+    rows = there or rows
+    if there and not any(row.fields for row in there):
+        return f" {there[0].says()}"
     if own:  # the same word may be something else there
         rows = [row for row in rows if set(row.fields) <= set(own)]
     elif rows and not any(row.fields for row in rows):
@@ -116,35 +128,50 @@ def _notes(rows: Sequence[Counterpart]) -> list[str]:
     return [f" {', '.join(projects)}: {note}" for note, projects in notes.items()]
 
 
-def coming_from(names: Collection[str], fields_given: Collection[str]) -> str | None:
-    """Where a user comes from who gave these unknown names, and which defaults differ there."""
+def likely_project(names: Collection[str]) -> str | None:
+    """Where a user comes from who gave these unknown names."""
     given = {_normal(name) for name in names}
-    rows = {
-        project: [row for row in counterparts() if row.project == project] for project in projects()
-    }
     matches = {
-        project: len({name for row in some for name in row.names if _normal(name) in given})
-        for project, some in rows.items()
+        project: len({name for name in _names_of(project) if _normal(name) in given})
+        for project in projects()
     }
     project = max(matches, key=lambda name: matches[name])
-    if matches[project] < _SURE_OF_PROJECT:
-        return None
-    meant = {
-        field
-        for row in rows[project]
-        if given & set(map(_normal, row.names))
-        for field in row.fields
-    }
-    differ = [
-        f"{', '.join(row.fields)} {show_defaults(row.fields)} ({row.default} there)"
-        for row in rows[project]
-        if not row.same_default and not set(row.fields) & (meant | set(fields_given))
-    ]
-    defaults = ", ".join(dict.fromkeys(differ))
+    return project if matches[project] >= _SURE_OF_PROJECT else None
+
+
+def coming_from(project: str, names: Collection[str], fields_given: Collection[str]) -> str:
+    """Which defaults of a project differ, of what its user did not give.
+
+    Args:
+        project: where the user comes from.
+        names: that no field has.
+        fields_given: fields that were set by their own names.
+    """
+    given = {_normal(name) for name in names}
+    rows = [row for row in counterparts() if row.project == project]
+    meant = {field for row in rows if given & set(map(_normal, row.names)) for field in row.fields}
+    differ: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if not row.same_default and not set(row.fields) & (meant | set(fields_given)):
+            differ.setdefault(row.fields, []).append(row.default)
+    defaults = ", ".join(
+        f"{', '.join(fields)} {show_defaults(fields)} ({' or '.join(dict.fromkeys(theirs))} there)"
+        for fields, theirs in differ.items()
+    )
     return (
         f"These are names of {project}: docs/migration.md has all. Defaults that differ there, of "
         f"what was not given: {defaults}."
     )
+
+
+def counterpart(name: str, project: str) -> Counterpart | None:
+    """What a project calls by this name."""
+    rows = (row for row in counterparts() if row.project == project)
+    return next((row for row in rows if _normal(name) in map(_normal, row.names)), None)
+
+
+def _names_of(project: str) -> list[str]:
+    return [name for row in counterparts() if row.project == project for name in row.names]
 
 
 def _rows_of_path(name: str) -> list[Counterpart]:

@@ -29,7 +29,7 @@ _ONE_DASH = re.compile(r"-(?P<name>[A-Za-z_][\w.-]*)(?:=(?P<value>.*))?", re.DOT
 
 
 @dataclass(slots=True)
-class _Option:
+class Option:
     """A name and the words behind it."""
 
     written: str
@@ -51,16 +51,24 @@ class _Option:
 
 
 def apply_words(
-    words: Sequence[str], values: dict[str, Any], problems: list[str]
+    words: Sequence[str],
+    values: dict[str, Any],
+    problems: list[str],
+    project: str | None = None,
 ) -> tuple[list[str], list[str]]:
     """Put what `words` say into `values`, a config file's mapping.
 
+    Args:
+        words: of the command line.
+        values: changed in place.
+        problems: gets what is wrong.
+        project: whose names the words are, if not ours.
+
     Returns:
-        the fields that were set, and the names that no field has. What is wrong is added to
-        `problems`.
+        the fields that were set, and the names that no field has.
     """
     fields = config_fields()
-    options = _options(words, problems)
+    options = read_options(words, problems)
     for name, count in Counter(option.name for option in options).items():
         if count > 1:
             problems.append(f"--{name}: is given {count} times: keep one, with all its values")
@@ -68,7 +76,7 @@ def apply_words(
     unknown: list[str] = []
     for option in options:
         name, keys = _field_and_keys(option.name, fields)
-        problem = _problem_of_name(option, name, keys, fields)
+        problem = _problem_of_name(option, name, keys, fields, project)
         if problem is not None:
             problems.append(problem)
             unknown.append(name)
@@ -83,7 +91,7 @@ def apply_words(
             )
         else:
             try:
-                parent[field_name] = _value(option.texts, fields[name])
+                parent[field_name] = value_of(option.texts, fields[name])
             except ValueError as error:
                 problems.append(f"{option.written.rstrip('=')}: {error}")
                 continue
@@ -91,9 +99,9 @@ def apply_words(
     return found, unknown
 
 
-def _options(words: Sequence[str], problems: list[str]) -> list[_Option]:
+def read_options(words: Sequence[str], problems: list[str]) -> list[Option]:
     """The names that are given, each with its words."""
-    options: list[_Option] = []
+    options: list[Option] = []
     for word in words:
         last = options[-1] if options else None
         found = _OPTION.fullmatch(word) or _other_spelling(word, last)
@@ -109,17 +117,17 @@ def _options(words: Sequence[str], problems: list[str]) -> list[_Option]:
         elif _ONE_DASH.fullmatch(word):
             name = _normal(found["name"])
             problems.append(f"-{found['name']}: write it with two dashes: --{name}")
-            options.append(_Option(word, ""))
+            options.append(Option(word, ""))
         else:
             written = word.partition("=")[0]
             if found["value"] is None:
-                options.append(_Option(written, _normal(found["name"])))
+                options.append(Option(written, _normal(found["name"])))
             else:
-                options.append(_Option(f"{written}=", _normal(found["name"]), [found["value"]]))
+                options.append(Option(f"{written}=", _normal(found["name"]), [found["value"]]))
     return [option for option in options if option.name or option.written.startswith("--")]
 
 
-def _other_spelling(word: str, last: _Option | None) -> re.Match[str] | None:
+def _other_spelling(word: str, last: Option | None) -> re.Match[str] | None:
     """`name=value` or `-name`, where it is not a value of the option before it."""
     found = _HYDRA.fullmatch(word) or _ONE_DASH.fullmatch(word)
     if found is None or (last is not None and last.wants_value()):
@@ -146,7 +154,11 @@ def _field_and_keys(name: str, fields: dict[str, FieldInfo]) -> tuple[str, list[
 
 
 def _problem_of_name(
-    option: _Option, name: str, keys: list[str], fields: dict[str, FieldInfo]
+    option: Option,
+    name: str,
+    keys: list[str],
+    fields: dict[str, FieldInfo],
+    project: str | None,
 ) -> str | None:
     written = option.written.rstrip("=")
     if name in config_sections():
@@ -159,10 +171,10 @@ def _problem_of_name(
     positive = re.sub(r"(^|\.)no_", r"\1", name)
     if positive in fields and bool in kinds_of(fields[positive]):
         return f"{written}: there is no such field. Write --{positive} false"
-    return f"{written}: there is no such field.{hint(name)}"
+    return f"{written}: there is no such field.{hint(name, project)}"
 
 
-def _value(texts: list[str], info: FieldInfo) -> Any:
+def value_of(texts: list[str], info: FieldInfo) -> Any:
     """What the words mean for a field of these types; what remains a text, validation reports.
 
     Raises:

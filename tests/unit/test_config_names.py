@@ -2,7 +2,9 @@
 
 import dataclasses
 import runpy
+import shlex
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 from config_cases import write_config
@@ -11,6 +13,7 @@ from rlsys.cli import main
 from rlsys.config_fields import config_fields, first_sentence, show_value
 from rlsys.config_load import ConfigError, load_config
 from rlsys.config_names import counterparts, hint, projects
+from rlsys.pasted_command import split_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,11 +107,79 @@ def test_a_command_behind_a_config_is_answered_too(tmp_path):
     with pytest.raises(ConfigError) as caught:
         load_config(write_config(tmp_path), MS_SWIFT.split())
     assert len(caught.value.problems) == len(names_of(MS_SWIFT))
-    note = str(caught.value).splitlines()[-1]
+    lines = str(caught.value).splitlines()
+    note = next(line for line in lines if line.startswith("These are names of"))
     assert "policy.lr_scheduler_type constant (cosine there)" in note
     assert "policy.weight_decay 0 (0.1 there)" in note
     assert "policy.adam_beta2 0.999 (0.95 there)" in note
     assert "policy.lr " not in note  # given
+
+
+FRONTS = [
+    ("swift rlhf", "ms-swift"),
+    ("NPROC_PER_NODE=8 CUDA_VISIBLE_DEVICES=0,1 swift rlhf", "ms-swift"),
+    ("megatron rlhf", "ms-swift"),
+    ("torchrun --nproc_per_node 8 -m swift.cli.rlhf", "ms-swift"),
+    ("trl grpo", "TRL"),
+    ("python3 -u -m verl.trainer.main_ppo", "verl"),
+    ("ray job submit --address=http://a:1 -- python3 -m openrlhf.cli.train_ppo_ray", "OpenRLHF"),
+    ("accelerate launch --config_file zero3.yaml --num_processes=8 src/train.py", None),
+    ("python -m torch.distributed.run --nproc-per-node=8 train.py", None),
+    ("env A=1 uv run train.py", None),
+]
+
+
+@pytest.mark.parametrize(("front", "project"), FRONTS)
+def test_the_program_of_another_project_is_taken_away(front, project):
+    command = split_command([*front.split(), "--beta", "1", "x.lr=2"])
+    assert command.project == project
+    variables = [word for word in command.options if word.startswith("NPROC_PER_NODE")]
+    assert variables == (["NPROC_PER_NODE=8"] if "8" in front else [])
+    assert command.options == [*variables, "--beta", "1", "x.lr=2"]
+    said = " ".join(command.problems())
+    for word in front.split():
+        assert word in said or word in variables
+
+
+def test_options_of_rlsys_are_no_program():
+    words = ["--data.dataset", "train.py", "model.path=swift"]
+    command = split_command(words)
+    assert command.options == words
+    assert command.problems() == []
+
+
+@pytest.mark.parametrize("front", ["", "swift rlhf", "NPROC_PER_NODE=8 swift rlhf"])
+def test_a_pasted_command_is_translated_into_a_config(front, capsys, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        main(["grpo", *front.split(), *MS_SWIFT.split(), "--num_workers", "3", "--max_steps", "9"])
+    error = capsys.readouterr().err
+    assert "verl: " not in error
+    assert "max_steps means something else there: One step is one rollout here" in error
+    assert error.count("policy.recompute none") == 1
+    text = error.partition("to start from and to check:\n\n")[2]
+    path = tmp_path / "start.yaml"
+    path.write_text(dedent(text))
+    with path.open("a") as file:
+        file.write("output_dir: runs/a\nmax_steps: 1\n")
+    config = load_config(path, ["--rollout.generation_batch_size", "64"]).config
+    assert config.model.path == "Qwen/Qwen2.5-3B-Instruct"
+    assert config.data.dataset == ["zouxuhong/Countdown-Tasks-3to4#50000"]
+    assert config.reward.reward_funcs == ["external_countdown", "format"]
+    assert config.policy.lr == 5e-7
+    assert config.policy.world_size == (8 if "NPROC" in front else 1)
+    assert config.checkpoint.save_steps == "auto"  # steps of another unit
+
+
+def test_a_command_pasted_behind_a_config_is_translated_into_options(tmp_path):
+    path = write_config(tmp_path)
+    words = ["swift", "rlhf", "--model", "a b", "--beta", "0.04", "--rollout.top_p", "0.9"]
+    with pytest.raises(ConfigError, match="swift rlhf: leave it out") as caught:
+        load_config(path, words)
+    line = str(caught.value).splitlines()[-1]
+    command = shlex.split(line)
+    assert command[:3] == ["rlsys", "explain", str(path)]
+    config = load_config(path, command[3:]).config
+    assert (config.model.path, config.grpo.beta, config.rollout.top_p) == ("a b", 0.04, 0.9)
 
 
 def test_a_config_file_of_trl_is_answered(tmp_path):
