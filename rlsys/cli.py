@@ -197,6 +197,9 @@ def _add_rewards(commands: argparse._SubParsersAction[_CommandParser]) -> None:
         default=[],
         help="where the columns are, if neither in the run's data nor in the file of completions",
     )
+    trying.add_argument(
+        "--preprocessor", metavar="NAME", help="as data.preprocessor, for --dataset"
+    )
     trying.add_argument("--params", default="{}", help="settings: '{NAME: {SETTING: VALUE}}'")
     trying.add_argument("--timeout_s", type=float, help="as reward.timeout_s")
     trying.add_argument("--limit", type=int, help="score only so many completions")
@@ -333,6 +336,7 @@ def _rewards_try(args: argparse.Namespace) -> int:
         names=args.names,
         completions=args.completions,
         dataset=args.dataset,
+        preprocessor=args.preprocessor,
         plugins=args.external_plugins,
         params=parse_params(args.params),
         timeout_s=args.timeout_s,

@@ -90,7 +90,8 @@ class DataConfig(Section):
     val_preprocessor: list[str] = []
     """The same for `val_dataset`; empty: `preprocessor`, if that is one for all."""
     external_plugins: list[PathText] = []
-    """Python files that register preprocessors when imported."""
+    """Python files that register preprocessors, datasets or reward functions when imported; the
+    same as reward.external_plugins, either option serves all of them."""
     max_prompt_length: PositiveInt = 512
     """Tokens of the rendered prompt; what happens with longer ones, `overlong_prompts` says."""
     min_prompt_length: PositiveInt = 1
@@ -241,7 +242,8 @@ class RewardConfig(Section):
     a class is instantiated with, or a function is called with. Parameters that are called
     max_completion_length or model_path and not given here get the run's own."""
     external_plugins: list[PathText] = []
-    """Python files that register more reward functions when imported."""
+    """Python files that register reward functions, preprocessors or datasets when imported; the
+    same as data.external_plugins, either option serves all of them."""
     gate: dict[RewardName, RewardName] = {}
     """Functions that count only where another one is high enough: `{accuracy: format}` or
     `{accuracy: format >= 0.5}`; without a number it is 1. Where the gate is lower, the function is

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import urllib.error
 import urllib.request
 from functools import cache
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.data.spec import is_no_hub_id, parse_spec
+from rlsys.data.preprocess import NO_PREPROCESSOR, open_dataset
+from rlsys.data.spec import is_no_hub_id
+from rlsys.rewards import plugin_problems
 
 
 @cache
@@ -35,15 +38,18 @@ def hub_answers() -> bool:
 def use_cache_without_hub(config: Config) -> None:
     """Take what is downloaded already if the config has hub ids and the hub does not answer.
 
-    Here and in the processes that this one starts; before `datasets` is imported.
+    Here and in the processes that this one starts; `datasets` may be imported already.
     """
     from huggingface_hub import constants
 
     models = (config.model.path, config.reference_path, *config.reward.model_paths)
     names = [path for path in models if not is_no_hub_id(path) and not Path(path).is_dir()]
+    # Plugins may register what a dataset's name stands for. What is wrong with either of the two
+    # is reported where they are read.
+    list(plugin_problems("", [*config.data.external_plugins, *config.reward.external_plugins]))
     for text in (*config.data.dataset, *config.data.val_dataset):
-        with contextlib.suppress(ValueError):  # told by whoever reads it
-            spec = parse_spec(text)
+        with contextlib.suppress(ValueError):
+            spec, _ = open_dataset(text, NO_PREPROCESSOR)
             names += [] if spec.is_local else [spec.name]
     if names and not constants.HF_HUB_OFFLINE and not hub_answers():
         print(
@@ -53,3 +59,5 @@ def use_cache_without_hub(config: Config) -> None:
         )
         os.environ["HF_HUB_OFFLINE"] = "1"
         constants.HF_HUB_OFFLINE = True
+        if "datasets" in sys.modules:  # by a plugin; it has read the variable
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True

@@ -117,7 +117,7 @@ def run(resolved: ResolvedConfig) -> None:
             system.rollouts.load_state_dict(load_rollouts_state(checkpoint))
         checkpoints = make_checkpoints(config, system, run_dir.checkpoints)
         try:
-            train_system(config, system, tracker, checkpoints)
+            nothing_learned = train_system(config, system, tracker, checkpoints)
         except ImpatientInterrupt:
             raise
         except BaseException:
@@ -133,18 +133,24 @@ def run(resolved: ResolvedConfig) -> None:
             raise
         with held_back("the model is saved"):  # where there is no checkpoint, it is all there is
             system.policy.save_model(run_dir.final)
+            if nothing_learned is not None:
+                print(f"warning: {nothing_learned}", flush=True)
             print(f"the trained model is in {run_dir.final}", flush=True)
 
 
 def train_system(
     config: Config, system: System, tracker: Tracker, checkpoints: Checkpoints
-) -> None:
+) -> str | None:
     """Train to the last step, and end what is sampled in the background.
+
+    Returns:
+        why the steps taught nothing; None if they did.
 
     Raises:
         Exception: whatever ended the run; a failure in the background before what came of it.
     """
     on_cpu = choose_device(config) == "cpu"
+    watch = SamplingWatch(config, dtype=config.model_dtype(on_cpu=on_cpu))
     with ExitStack() as stack:
         stack.push(partial(_end_rollouts, system.rollouts))
         train(
@@ -155,8 +161,9 @@ def train_system(
             system.publisher,
             tracker,
             checkpoints,
-            SamplingWatch(config, dtype=config.model_dtype(on_cpu=on_cpu)),
+            watch,
         )
+    return watch.nothing_learned()
 
 
 def make_checkpoints(config: Config, system: System, folder: Path) -> Checkpoints:

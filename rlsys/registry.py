@@ -51,12 +51,16 @@ class Registry(UserDict[str, T]):
 
     def __getitem__(self, name: str) -> T:
         if name not in self.data:
-            known = sorted(set(self.data).difference(self._unlisted))
+            known = self.known()
             raise ValueError(
                 f"unknown {self.kind} {name!r}.{did_you_mean(name, known)} "
                 f"Known: {', '.join(known) or 'none'}.{self.remedy(name)}"
             )
         return self.data[name]
+
+    def known(self) -> list[str]:
+        """The names that errors offer."""
+        return sorted(set(self.data).difference(self._unlisted))
 
     def remedy(self, name: str) -> str:
         """What else to say about an unknown `name`, for registries that know more."""

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import DataConfig, RewardConfig
+from rlsys.data.preprocess import preprocessors
 from rlsys.data.spec import is_no_hub_id
 from rlsys.registry import did_you_mean
 from rlsys.rewards import check_names_and_weights, load_plugins, settings_of
@@ -46,6 +47,8 @@ class TryOptions:
     completions: Path
     dataset: list[str]
     """Where the columns come from; empty: the run's data, or the file of completions."""
+    preprocessor: str | None
+    """For the rows of `dataset`; None: the run's, if it has one for all of them."""
     plugins: list[str]
     params: dict[str, dict[str, Any]]
     timeout_s: float | None
@@ -89,6 +92,8 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
     groups = read_groups(options.completions, sources, options.limit)
     if run is not None:
         _print_run(run, console)
+    if options.dataset:
+        _print_prompt_hint(options.dataset, sources, console)
     if sources.tokenizer is None:
         _print_think_hint(groups, console)
     pool = RewardPool(config, LocalBackend(process_settings(config, known)), in_run=False)
@@ -125,6 +130,8 @@ def parse_params(text: str) -> dict[str, dict[str, Any]]:
 
 
 def _config(options: TryOptions, run: TriedRun | None) -> RewardConfig:
+    if options.preprocessor is not None and not options.dataset:
+        raise ValueError("--preprocessor is for the rows of --dataset, which is not given")
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit {options.limit} should be 1 or more")
     names = options.names or ([] if run is None else run.config.reward.reward_funcs)
@@ -170,7 +177,9 @@ def _sources(options: TryOptions, run: TriedRun | None, wanted: set[str]) -> Row
             own = run.config.data
             some = own.preprocessor if len(own.preprocessor) == 1 else []
             data = data.model_copy(update={"columns": own.columns, "preprocessor": some})
-        prompts = prompts_of(data)
+        if options.preprocessor is not None:
+            data = data.model_copy(update={"preprocessor": [options.preprocessor]})
+        prompts = prompts_of(data, need_prompt=False)
         return RowSources(prompts, list(prompts.values()), tokenizer)
     if run is None or not wanted:
         return RowSources(tokenizer=tokenizer)
@@ -196,6 +205,18 @@ def _print_run(run: TriedRun, console: Console) -> None:
     for line in run.missing:
         console.print(Text(f"  not used: {line}", style="yellow"))
     console.print()
+
+
+def _print_prompt_hint(dataset: list[str], sources: RowSources, console: Console) -> None:
+    count = sum(not prompt.messages for prompt in sources.by_place)
+    if count:
+        known = ", ".join(preprocessors.known())
+        line = (
+            f"{count:,} of {len(sources.by_place):,} rows of {', '.join(dataset)} have no prompt: "
+            "the functions get their columns alone. If a preprocessor makes prompts and columns of "
+            f"them, name it with --preprocessor{f' (known: {known})' if known else ''}"
+        )
+        console.print(Text(line, style="yellow"))
 
 
 def _print_think_hint(groups: list[RolloutGroup], console: Console) -> None:

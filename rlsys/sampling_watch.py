@@ -7,6 +7,7 @@ tell: a run that fails here ends with status 0 and a model that has learned noth
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 
 from rlsys.config import Config, GrpoConfig
@@ -18,6 +19,8 @@ MAX_KL_OF_DTYPE = {"float32": 1e-6, "bfloat16": 1e-2}
 """KL of a policy to its twin, k3: in bfloat16 2e-3 was measured between trainer and engine."""
 NEARLY_ALL = 0.95
 """Share of tokens without a policy gradient with which a step trains nothing."""
+NO_ADVANTAGE = 1e-8
+"""Advantages are 0 up to here."""
 MAX_EMPTY_STEPS = 3
 """Such steps in a row end the run."""
 
@@ -39,6 +42,8 @@ class SamplingWatch:
         self._told: set[str] = set()
         self._empty_steps = 0
         self._is_first = True
+        self._steps: list[int] = []
+        self._has_advantages = False
 
     def observe(self, step: int, metrics: Metrics) -> list[str]:
         """The warnings that are new.
@@ -47,6 +52,9 @@ class SamplingWatch:
             TrainingStopped: policy and engine differ by more than grpo.max_logp_difference, or
                 several steps in a row trained nothing.
         """
+        self._steps.append(step)
+        advantage = metrics.get("advantages/abs_max")
+        self._has_advantages |= not isinstance(advantage, float) or advantage > NO_ADVANTAGE
         found = dict(self._differences(step, metrics))
         self._is_first = False
         empty = self._empty(step, metrics)
@@ -60,6 +68,18 @@ class SamplingWatch:
         new = {topic: text for topic, text in found.items() if topic not in self._told}
         self._told |= new.keys()
         return list(new.values())
+
+    def nothing_learned(self) -> str | None:
+        """Why the steps so far taught nothing; None if one of them had an advantage."""
+        if self._has_advantages or not self._steps:
+            return None
+        return (
+            f"nothing was learned from rewards: in no step from {self._steps[0]} to "
+            f"{self._steps[-1]} did a group have completions with different rewards "
+            "(frac_reward_zero_std is 1). Read them with "
+            f"`rlsys completions {shlex.quote(self._config.output_dir)}`: all problems are too "
+            "hard or too easy, or a reward function does not see what it should pay for"
+        )
 
     def _differences(self, step: int, metrics: Metrics) -> Iterator[tuple[str, str]]:
         """Where one model computes differently in two places; later steps may be stale."""

@@ -11,7 +11,7 @@ from rlsys.config import DataConfig
 from rlsys.data.json_text import BadRow
 from rlsys.data.readers import read_file
 from rlsys.data.render import ChatTemplate
-from rlsys.data.rows import parse_row
+from rlsys.data.rows import PROMPT_COLUMNS, parse_row
 from rlsys.data.sources import Problems, Split, open_sources
 from rlsys.tracking.completions import ABOUT_COMPLETION
 from rlsys.types import Completion, Message, Prompt, RolloutGroup
@@ -114,7 +114,11 @@ def prompt_ids(path: Path) -> set[str]:
 
 
 def prompts_of(
-    config: DataConfig, split: Split = "train", wanted: set[str] | None = None
+    config: DataConfig,
+    split: Split = "train",
+    wanted: set[str] | None = None,
+    *,
+    need_prompt: bool = True,
 ) -> dict[str, Prompt]:
     """The dataset's prompts by id, without their tokens.
 
@@ -122,6 +126,7 @@ def prompts_of(
         config: the datasets and what to do with their rows.
         split: which of them.
         wanted: ids to look for; None takes all.
+        need_prompt: whether a row without a prompt is an error; else its `messages` are empty.
 
     Raises:
         ValueError: a dataset or a row that cannot be used.
@@ -136,12 +141,18 @@ def prompts_of(
                     break
                 continue
             try:
-                parsed = source.understand(raw)
+                row = source.prepared(raw)
+                if row is None:
+                    continue
+                if need_prompt or any(row.get(name) is not None for name in PROMPT_COLUMNS):
+                    parsed = parse_row(row, system=config.system)
+                    messages, row = parsed.messages, parsed.columns
+                else:
+                    messages = []
             except BadRow as error:
                 problems.add(f"{source.where(raw)}: {error}")
                 continue
-            if parsed is not None:
-                prompts[prompt_id] = Prompt(prompt_id, parsed.messages, [], parsed.columns)
+            prompts[prompt_id] = Prompt(prompt_id, messages, [], row)
     problems.raise_if_any()
     return prompts
 
@@ -231,7 +242,7 @@ def _completion(
     reason, num_tokens = row.get("finish_reason", "stop"), row.get("num_tokens")
     if tokenizer is None:
         return Completion(list(range(num_tokens or len(text.split()))), [], text, reason, ())
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     # The token that ended it is not in the text.
     if reason == "stop" and num_tokens == len(ids) + 1 and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)

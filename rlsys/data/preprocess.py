@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.data.readers import BadRow
-from rlsys.data.registered import find_registered, resolve
+from rlsys.data.registered import find_registered, registered_datasets, resolve
 from rlsys.data.row_preprocessors import Row, RowPreprocessor
 from rlsys.data.spec import DatasetSpec, parse_spec
 from rlsys.data.tables import without_fill
@@ -37,6 +37,10 @@ class PreprocessorRegistry(Registry[Preprocessor | type[RowPreprocessor]]):
         if name not in self.data and ":" in name:
             return load_reference(name)
         return super().__getitem__(name)
+
+    def known(self) -> list[str]:
+        """What is registered: preprocessors, and datasets by one name of each."""
+        return sorted({*super().known(), *(meta.id for meta in registered_datasets)})
 
     def remedy(self, name: str) -> str:
         """How to name a class or function of a loaded plugin that did not register `name`."""

@@ -21,7 +21,13 @@ from rlsys.data.rows import TEMPLATE_COLUMNS
 from rlsys.data.usage import column_problems, column_uses, unread_columns
 from rlsys.engines.detokenize import Detokenizer
 from rlsys.hub import use_cache_without_hub
-from rlsys.rewards.reachable import GOLD_REMEDY, Look, ReachableRewards, look_at_rows
+from rlsys.rewards.reachable import (
+    GOLD_REMEDY,
+    Look,
+    ReachableRewards,
+    is_users_class,
+    look_at_rows,
+)
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
 
@@ -311,7 +317,10 @@ def _right_answers_of_all(
     """Print what is wrong with right answers; returns what is wrong with those of every row."""
     if rewards.unknown:
         names = ", ".join(rewards.unknown)
-        console.print(Text(f"\nBest value not known, so not looked at: {names}", style="dim"))
+        own = [name for name in rewards.unknown if is_users_class(name)]
+        remedy = "plugins/README.md has a class with both"
+        says = f". Give {', '.join(own)} max_reward and gold(row): {remedy}" if own else ""
+        console.print(Text(f"\nBest value not known, so not looked at: {names}{says}", style="dim"))
     problems = []
     for finding in look_at_rows(rewards, prompts):
         if finding.in_all_rows and finding.name in config.reward.names_that_check_rows:

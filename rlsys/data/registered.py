@@ -75,6 +75,12 @@ class DatasetMeta:
         given = (self.dataset_name, self.dataset_path, self.hf_dataset_id, self.ms_dataset_id)
         return [name for name in given if name]
 
+    @property
+    def id(self) -> str:
+        """The name by which `data.preprocessor` best calls it."""
+        given = (self.dataset_name, self.hf_dataset_id, self.ms_dataset_id, self.dataset_path)
+        return next(name for name in given if name)
+
 
 registered_datasets: list[DatasetMeta] = []
 """In the order of registration."""
@@ -122,7 +128,8 @@ def resolve(spec: DatasetSpec, meta: DatasetMeta) -> tuple[DatasetSpec, Any]:
     """Where the rows of an entry that names a registered dataset are, and its preprocessor.
 
     Raises:
-        ValueError: it is on ModelScope only, or the subset or split is not clear.
+        ValueError: it is on ModelScope only, its dataset_path does not exist, or the subset or
+            split is not clear.
     """
     prepare = meta.preprocess_func
     if not isinstance(prepare, RowPreprocessor) and not (
@@ -168,6 +175,12 @@ def _place(spec: DatasetSpec, meta: DatasetMeta) -> str:
     if spec.is_local and spec.path.exists():
         return spec.name
     if meta.dataset_path and not spec.from_hub:
+        path = _path(meta.dataset_path)
+        if not path.exists():
+            raise ValueError(
+                f"dataset {spec.text!r}: its dataset_path {meta.dataset_path!r} does not exist "
+                f"(looked for {path}). Relative paths start at the working directory."
+            )
         return meta.dataset_path
     if meta.hf_dataset_id or spec.from_hub:
         return meta.hf_dataset_id or spec.name

@@ -10,7 +10,13 @@ from itertools import islice
 from typing import Any, Literal
 
 from rlsys.config import DataConfig
-from rlsys.data.preprocess import NO_PREPROCESSOR, Preparation, keep_row, open_dataset
+from rlsys.data.preprocess import (
+    NO_PREPROCESSOR,
+    Preparation,
+    keep_row,
+    open_dataset,
+    preprocessors,
+)
 from rlsys.data.raw import foreign_content
 from rlsys.data.readers import BadRow, RawRow, read_file
 from rlsys.data.rows import ParsedRow, columns_problem, parse_row
@@ -212,12 +218,18 @@ class Source:
         Raises:
             BadRow: the row cannot be used.
         """
+        prepared = self.prepared(raw)
+        return None if prepared is None else parse_row(prepared, system=self.config.system)
+
+    def prepared(self, raw: RawRow) -> dict[str, Any] | None:
+        """Columns renamed and preprocessed; None when the preprocessor leaves the row out.
+
+        Raises:
+            BadRow: the row cannot be used.
+        """
         is_prepared = self.preparation.whole is not None
         values = raw.values() if is_prepared else self._own_columns(raw)
-        prepared = self.preparation.each(values)
-        if prepared is None:
-            return None
-        return parse_row(prepared, system=self.config.system)
+        return self.preparation.each(values)
 
     def first_rows(self, limit: int) -> tuple[list[tuple[str, ParsedRow]], list[str]]:
         """Those of the first `limit` rows that can be used, and what is wrong with the others.
@@ -262,7 +274,19 @@ class Source:
             return None  # the columns of the preprocessor's rows are not known
         names = self.config.columns
         problem = columns_problem([names.get(name, name) for name in self.columns])
-        return None if problem is None else f"dataset {self.spec.text!r} {problem}"
+        if problem is None:
+            return None
+        return f"dataset {self.spec.text!r} {problem}{self._preprocessors()}"
+
+    def _preprocessors(self) -> str:
+        """What the loaded plugins offer to make prompts of these rows; empty if nothing."""
+        known = preprocessors.known()
+        if not known:
+            return ""
+        of_validation = self.split == "validation" and self.config.val_preprocessor
+        option = "--data.val_preprocessor" if of_validation else "--data.preprocessor"
+        these = f"one of {', '.join(known)}" if len(known) > 1 else known[0]
+        return f". The loaded plugins register {these}: name it with {option} {known[0]}"
 
 
 def open_sources(config: DataConfig, split: Split, problems: Problems) -> list[Source]:

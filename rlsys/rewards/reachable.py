@@ -185,6 +185,12 @@ def _findings(name: str, count: _Count, *, num_rows: int, num_looked: int) -> It
             yield Finding(name, text, in_all, kills)
 
 
+def is_users_class(name: str) -> bool:
+    """Whether a function is a class of a plugin, which may say what a right completion earns."""
+    found = orms[name]
+    return isinstance(found, type) and not found.__module__.startswith("rlsys.rewards.")
+
+
 def _ask(function: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any]) -> str | None:
     """What `gold` or `example` says; a row that it refuses, or that lacks its column, has none."""
     try:

@@ -46,7 +46,8 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
     # takes longest.
     parts += [console_tracker(config, resumed_from), *reporters, RewardCurveTracker(run_dir)]
     run_dir.write_status(RUNNING)
-    watch = RewardWatch(config.reward.names)
+    completions = run_dir.completions if config.tracking.log_completions else None
+    watch = RewardWatch(config.reward.names, completions)
     return CompositeTracker(parts, run_dir, Progress(config.num_steps), watch)
 
 

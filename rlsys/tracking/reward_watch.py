@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 
 from rlsys.tracking.base import Metrics, is_evaluation
 
@@ -40,7 +42,10 @@ class RewardWatch:
     It knows the steps of this process only; after a resume it starts anew.
     """
 
-    def __init__(self, reward_funcs: list[str]):
+    def __init__(self, reward_funcs: list[str], completions: Path | None = None):
+        """`completions` is the run's file of them; None: it writes none."""
+        file = "FILE" if completions is None else shlex.quote(str(completions))
+        self._completions = f"--completions {file}"
         named = [name for name in reward_funcs if "accuracy" in name]
         self._accuracy = (named or reward_funcs)[0]
         self._constant: dict[str, tuple[float, int]] = {}
@@ -58,7 +63,7 @@ class RewardWatch:
         if isinstance(reward, float) and math.isfinite(reward):
             self._rewards[step] = reward
         elif isinstance(reward, float):
-            warnings += self._once("no reward", _no_reward(step))
+            warnings += self._once("no reward", self._no_reward(step))
         for key in metrics:
             if match := _NAME.fullmatch(key):
                 warnings += self._once(f"dead {match[1]}", self._dead(match[1], metrics))
@@ -85,7 +90,14 @@ class RewardWatch:
             f"reward function {name!r} gave {mean:g} to every completion of the last {DEAD_STEPS} "
             "steps, so it teaches nothing. If that is its best value, it is learned and may be "
             "left out; if not, look with `rlsys completions` at what it should have paid for, and "
-            f"try it alone with `rlsys rewards try {name}`."
+            f"try it alone with `rlsys rewards try {shlex.quote(name)} {self._completions}`."
+        )
+
+    def _no_reward(self, step: int) -> str:
+        return (
+            f"no completion of step {step} has a reward, so the step trained nothing: the reward "
+            "functions returned None for all of them, or failed where reward.on_error is drop. Try "
+            f"them alone with `rlsys rewards try {self._completions}`. This is said once."
         )
 
     def _hacking(self, step: int, metrics: Metrics) -> str | None:
@@ -114,14 +126,6 @@ class RewardWatch:
         steps = sorted(self._rewards)
         until = [s for s in steps if s <= step][-WINDOW_STEPS:]
         return [self._rewards[s] for s in until or steps[:WINDOW_STEPS]]
-
-
-def _no_reward(step: int) -> str:
-    return (
-        f"no completion of step {step} has a reward, so the step trained nothing: the reward "
-        "functions returned None for all of them, or failed where reward.on_error is drop. Try "
-        "them alone with `rlsys rewards try`. Later steps of this kind are not told."
-    )
 
 
 def _evaluation(step: int, metrics: Metrics, name: str) -> _Evaluation | None:

@@ -16,6 +16,7 @@ from rlsys.config_load import load_config
 from rlsys.data import preprocessors
 from rlsys.data.preview import histogram, split_rows_option
 from rlsys.launch import load_data
+from rlsys.rewards import orms
 
 
 @given(st.lists(st.integers(1, 5000), min_size=1, max_size=50))
@@ -193,7 +194,27 @@ def test_right_answers_and_a_completion_that_earns_the_most_are_shown(run, tmp_p
     assert "<answer>35 + (44 + 19)</answer>" in output
     assert "countdown earns 0, below its maximum" in output
     assert "countdown: 1 of 2 rows let no completion tried earn its maximum" in output
-    assert "Best value not known, so not looked at: regex_match" in output
+    assert "Best value not known, so not looked at: regex_match\n" in output
+
+
+def test_a_class_of_a_plugin_without_a_best_value_is_said_what_it_lacks(run, tmp_path):
+    plugin = tmp_path / "own.py"
+    plugin.write_text(
+        "from rlsys.rewards import ORM, orms\n"
+        "class Mine(ORM):\n"
+        "    def __call__(self, completions, target, **columns):\n"
+        "        return [0.0 for _ in completions]\n"
+        "orms['external_countdown'] = Mine\n"
+    )
+    source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "target": 9}])
+    code, output = run(
+        "--data.dataset", source, "--reward.external_plugins", str(plugin),
+        "--reward.reward_funcs", "external_countdown",
+    )  # fmt: skip
+    orms.data.pop("external_countdown")
+    assert code == 0
+    said = " ".join(output.split())
+    assert "Give external_countdown max_reward and gold(row): plugins/README.md" in said
 
 
 @pytest.mark.parametrize(

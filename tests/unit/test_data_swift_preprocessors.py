@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from config_cases import values
 from data_cases import load, user, word_tokenizer, write_jsonl
 
+from rlsys.config import Config, DataConfig
 from rlsys.data import (
     AlpacaPreprocessor,
     AutoPreprocessor,
@@ -16,8 +18,10 @@ from rlsys.data import (
     preprocessors,
     register_dataset,
 )
+from rlsys.data.load import load_prompts
 from rlsys.data.preprocess import open_dataset
 from rlsys.data.registered import registered_datasets
+from rlsys.hub import use_cache_without_hub
 
 COUNTDOWN = """
 from typing import Any, Dict
@@ -261,3 +265,44 @@ def test_what_is_ignored_is_refused():
         register_dataset(DatasetMeta(dataset_name="a"))
     register_dataset(DatasetMeta(dataset_name="a", help="newer"), exist_ok=True)
     assert [meta.help for meta in registered_datasets if "a" in meta.names] == ["newer"]
+
+
+@pytest.mark.parametrize("field", ["dataset", "val_dataset"])
+def test_rows_without_a_prompt_name_what_the_plugin_registers(
+    tokenizer, countdown, field, tmp_path
+):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_jsonl(tmp_path / "good.jsonl", [{"prompt": "a"}])
+    datasets = {"dataset": ["good.jsonl"], "val_dataset": []} | {field: ["train.jsonl"]}
+    config = DataConfig(**datasets, **countdown)
+    with pytest.raises(ValueError, match="has none of the columns") as caught:
+        load_prompts(config, tokenizer, seed=0)
+    assert "--data.preprocessor zouxuhong/Countdown-Tasks-3to4" in str(caught.value)
+
+
+def test_registered_datasets_are_known_preprocessors(tokenizer, countdown, tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(ValueError, match="Known: zouxuhong/Countdown-Tasks-3to4"):
+        load(tokenizer, "train.jsonl", preprocessor=["CoundownTaskPreprocessor"], **countdown)
+
+
+def test_a_dataset_path_that_does_not_exist_is_no_hub_id(tokenizer, countdown, tmp_path):
+    plugin = COUNTDOWN.replace("subsets=['default']", "dataset_path='train.jsonl'")
+    (tmp_path / "countdown.py").write_text(plugin)
+    for entry in ("zouxuhong/Countdown-Tasks-3to4", "train.jsonl"):
+        with pytest.raises(ValueError, match=r"dataset_path 'train\.jsonl' does not") as caught:
+            load(tokenizer, entry, **countdown)
+        assert f"looked for {tmp_path / 'train.jsonl'}" in str(caught.value)
+
+
+def test_a_registered_name_of_a_file_asks_no_hub(countdown, tmp_path, monkeypatch, capsys):
+    """Its note would say that the rows come from the cache."""
+    plugin = COUNTDOWN.replace("subsets=['default']", "dataset_path='train.jsonl'")
+    (tmp_path / "countdown.py").write_text(plugin)
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    (tmp_path / "model").mkdir()
+    data = {"dataset": ["zouxuhong/Countdown-Tasks-3to4"], **countdown}
+    config = Config.model_validate(values(data=data, model={"path": str(tmp_path / "model")}))
+    monkeypatch.setattr("rlsys.hub.hub_answers", lambda: pytest.fail("the hub was asked"))
+    use_cache_without_hub(config)
+    assert capsys.readouterr().out == ""

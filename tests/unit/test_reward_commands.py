@@ -1,6 +1,7 @@
 """`rlsys rewards list` and `try`, as a user calls them."""
 
 import json
+import logging
 from dataclasses import replace
 
 import pytest
@@ -172,6 +173,47 @@ def test_columns_come_from_a_dataset(folder, capfd, by_id):
     assert code == 0
     values = [line.split()[-2:] for line in out.splitlines()[1:3]]
     assert values == ([["3", "5"], ["2", "6"]] if by_id else [["2", "5"], ["3", "6"]])
+
+
+def test_rows_without_a_prompt_give_their_columns(folder, capfd):
+    write_rows(folder / "train.jsonl", {"nums": [2]}, {"nums": [3]})
+    path = write_rows(folder / "c.jsonl", {"text": "a"}, {"text": "b"})
+    words = ("rewards", "try", "mine", "--plugin", "mine.py", "--completions", path)
+    code, out, err = rlsys(capfd, *words, "--dataset", "train.jsonl")
+    assert (code, err) == (0, "")
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("train:")] == [
+        "2",
+        "3",
+    ]
+    assert "2 of 2 rows of train.jsonl have no prompt" in " ".join(out.split())
+    assert "name it with --preprocessor" in " ".join(out.split())
+    (folder / "prepare.py").write_text(
+        "def double(row):\n    return {'prompt': 'a', 'nums': [2 * n for n in row['nums']]}\n"
+    )
+    prepare = ("--preprocessor", "prepare.py:double")
+    code, out, _ = rlsys(capfd, *words, "--dataset", "train.jsonl", *prepare)
+    assert code == 0
+    assert "have no prompt" not in out
+    assert [line[0] for line in try_table(out)] == ["a", "b"]
+    assert [line[-1] for line in try_table(out)] == ["4", "6"]
+    code, _, err = rlsys(capfd, *words, *prepare)
+    assert code == 2
+    assert "--preprocessor is for the rows of --dataset" in err
+
+
+def test_a_completion_over_the_models_length_is_no_warning(folder, capfd, caplog):
+    tokenizer = word_tokenizer()
+    tokenizer.model_max_length = 4
+    tokenizer.save_pretrained(folder / "model")
+    path = write_rows(folder / "c.jsonl", {"text": "a " * 9, "nums": [2]})
+    words = ("rewards", "try", "mine", "--plugin", "mine.py", "--completions", path)
+    logger = logging.getLogger("transformers")  # its records do not reach the root
+    logger.addHandler(caplog.handler)
+    try:
+        assert rlsys(capfd, *words, "--tokenizer", "model")[0] == 0
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "indexing errors" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -127,3 +127,20 @@ def test_steps_without_rewards_are_the_reward_watchs():
     looking = watch(reward={"reward_funcs": ["format"], "on_error": "drop"})
     for step in range(1, 9):
         assert looking.observe(step, step_of(reward=math.nan, num_loss_tokens=0.0)) == []
+
+
+@pytest.mark.parametrize(
+    ("advantages", "is_said"), [((0.0, 0.0), True), ((0.0, 0.7), False), ((0.7, 0.0), False)]
+)
+def test_a_run_without_different_rewards_says_at_its_end_that_nothing_was_learned(
+    advantages, is_said
+):
+    looking = watch()
+    assert looking.nothing_learned() is None  # it took no step
+    for step, size in enumerate(advantages, start=3):
+        looking.observe(step, step_of(**{"advantages/abs_max": size}))
+    text = looking.nothing_learned()
+    assert (text is not None) == is_said
+    if text is not None:
+        assert "nothing was learned from rewards: in no step from 3 to 4" in text
+        assert "rlsys completions" in text

@@ -1,6 +1,7 @@
 """Warnings of dead rewards and of reward hacking: when they must come, and when they must not."""
 
 import random
+from pathlib import Path
 
 import pytest
 from tracking_cases import make_config
@@ -35,6 +36,16 @@ def test_a_constant_reward_is_told_once_and_by_name():
         warnings += new
     [warning] = warnings
     assert "'format' gave 0 to every completion of the last 20 steps" in warning
+
+
+def test_a_warning_names_the_whole_command():
+    watch = RewardWatch(["a.py:f g"], Path("my runs/1/completions.jsonl"))
+    for step in range(1, DEAD_STEPS + 1):
+        warnings = watch.observe(step, step_metrics(**{"a.py:f g": (0.0, 0.0)}))
+    command = "`rlsys rewards try 'a.py:f g' --completions 'my runs/1/completions.jsonl'`"
+    assert command in warnings[0]
+    [warning] = watch.observe(99, {"reward": float("nan")})
+    assert "`rlsys rewards try --completions 'my runs/1/completions.jsonl'`" in warning
 
 
 def test_a_step_without_any_reward_is_told_once():
