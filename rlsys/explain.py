@@ -16,7 +16,7 @@ from rlsys.config import Config
 from rlsys.config_fields import config_fields, first_sentence, show_value
 from rlsys.config_load import ResolvedConfig
 from rlsys.data.checks import FIRST_ROWS, count_rows
-from rlsys.data.spec import parse_spec
+from rlsys.data.preprocess import read_spec
 from rlsys.devices import gpu_memory_gib, guess_device, visible_gpus
 from rlsys.memory import (
     REWARD_GIB,
@@ -344,7 +344,7 @@ def _print_problems(problems: list[Problem], config: Config, console: Console) -
             "read. A run reads all rows, as `rlsys data preview` does.",
             style="dim",
         )
-        specs = map(parse_spec, (*config.data.dataset, *config.data.val_dataset))
+        specs = map(read_spec, (*config.data.dataset, *config.data.val_dataset))
         elsewhere = [spec.name for spec in specs if not spec.is_local]
         if elsewhere:
             names = ", ".join(dict.fromkeys(elsewhere))

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.data.preprocess import NO_PREPROCESSOR, open_dataset
+from rlsys.data.preprocess import read_spec
 from rlsys.data.spec import is_no_hub_id
 from rlsys.rewards import plugin_problems
 
@@ -49,7 +49,7 @@ def use_cache_without_hub(config: Config) -> None:
     list(plugin_problems("", [*config.data.external_plugins, *config.reward.external_plugins]))
     for text in (*config.data.dataset, *config.data.val_dataset):
         with contextlib.suppress(ValueError):
-            spec, _ = open_dataset(text, NO_PREPROCESSOR)
+            spec = read_spec(text)
             names += [] if spec.is_local else [spec.name]
     if names and not constants.HF_HUB_OFFLINE and not hub_answers():
         print(

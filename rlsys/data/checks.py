@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rlsys.config import DataConfig
 from rlsys.data.json_files import is_json_lines
+from rlsys.data.preprocess import read_spec
 from rlsys.data.sources import Problems, Source, Split, open_sources
-from rlsys.data.spec import parse_spec
 from rlsys.data.streaming import CHECKED_ROWS
 from rlsys.rewards import plugin_problems
 
@@ -50,7 +50,7 @@ def count_rows(config: DataConfig) -> int | None:
     total = 0
     for text in config.dataset:
         try:
-            spec = parse_spec(text)
+            spec = read_spec(text)
         except ValueError:
             return None
         if spec.num_rows is not None and not config.streaming:

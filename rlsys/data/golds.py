@@ -31,7 +31,7 @@ def _writer(config: Config, tokenizer: PreTrainedTokenizerBase) -> Write:
     limit = config.rollout.max_completion_length
 
     def write(text: str) -> Completion:
-        token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        token_ids: list[int] = tokenizer.encode(text, add_special_tokens=False, verbose=False)
         reason: FinishReason = "length" if len(token_ids) > limit else "stop"
         token_ids = token_ids[:limit]
         return Completion(token_ids, [], detokenizer.text(token_ids), reason, (0,))

@@ -117,6 +117,15 @@ def open_dataset(text: str, preprocessor: str) -> tuple[DatasetSpec, Preparation
     return spec, Preparation(_checked(name, made), name)
 
 
+def read_spec(text: str) -> DatasetSpec:
+    """What an entry of `data.dataset` reads, which a plugin may have registered under its name.
+
+    Raises:
+        ValueError: as `open_dataset`.
+    """
+    return open_dataset(text, NO_PREPROCESSOR)[0]
+
+
 def _instance(name: str, found: Any) -> Preprocessor:
     """A function, or an instance, of what the user registered.
 

@@ -18,6 +18,7 @@ from rlsys.data import (
     preprocessors,
     register_dataset,
 )
+from rlsys.data.checks import count_rows
 from rlsys.data.load import load_prompts
 from rlsys.data.preprocess import open_dataset
 from rlsys.data.registered import registered_datasets
@@ -305,4 +306,5 @@ def test_a_registered_name_of_a_file_asks_no_hub(countdown, tmp_path, monkeypatc
     config = Config.model_validate(values(data=data, model={"path": str(tmp_path / "model")}))
     monkeypatch.setattr("rlsys.hub.hub_answers", lambda: pytest.fail("the hub was asked"))
     use_cache_without_hub(config)
+    assert count_rows(config.data) == 1
     assert capsys.readouterr().out == ""
