@@ -76,7 +76,7 @@ class SamplingWatch:
         return (
             f"nothing was learned from rewards: in no step from {self._steps[0]} to "
             f"{self._steps[-1]} did a group have completions with different rewards "
-            "(frac_reward_zero_std is 1). Read them with "
+            "(frac_reward_zero_std). Read them with "
             f"`rlsys completions {shlex.quote(self._config.output_dir)}`: all problems are too "
             "hard or too easy, or a reward function does not see what it should pay for"
         )
