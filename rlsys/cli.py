@@ -233,14 +233,20 @@ def _run_elsewhere(path: str, overrides: Sequence[str], folder: Path) -> str:
     """The user's own command, with an output_dir that is free."""
     from rlsys.run_dir import unused_folder
 
+    words, _ = _split_output_dir(overrides)
+    command = ["rlsys", "grpo", path, *words, "--output_dir", str(unused_folder(folder))]
+    return f"In another folder:\n  {shlex.join(command)}"
+
+
+def _split_output_dir(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words without the first `--output_dir FOLDER`, and that."""
     words = list(overrides)
     for index, word in enumerate(words):
         name, has_value, _ = word.lstrip("-+").partition("=")
         if name.replace("-", "_") == "output_dir" and (has_value or word.startswith("-")):
-            del words[index : index + (1 if has_value else 2)]
-            break
-    command = ["rlsys", "grpo", path, *words, "--output_dir", str(unused_folder(folder))]
-    return f"In another folder:\n  {shlex.join(command)}"
+            end = index + (1 if has_value else 2)
+            return words[:index] + words[end:], words[index:end]
+    return words, []
 
 
 def _run_told(command: str, run: Callable[[], bool | None]) -> int:
@@ -302,6 +308,9 @@ def _canary(arguments: list[str]) -> int:
     path, *overrides = arguments
     # Nothing is kept, so a run that is already in the config's own folder is no obstacle.
     nowhere = Path(tempfile.gettempdir()) / f"rlsys-canary-{os.getpid()}"
+    overrides, given = _split_output_dir(overrides)
+    if given:
+        print(f"note: {shlex.join(given)} has no effect: a canary run keeps nothing", flush=True)
     config = _load_runnable(path, [*overrides, "--output_dir", str(nowhere)]).config
     from rlsys.canary import run_canary
 

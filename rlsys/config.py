@@ -583,7 +583,7 @@ class TrackingConfig(Section):
     """Where metrics and completions go, besides metrics.jsonl and completions.jsonl."""
 
     report_to: list[str] = ["tensorboard"]
-    """More trackers by name: tensorboard, wandb (which needs `pip install rlsys[wandb]`); none or
+    """More trackers by name: tensorboard, wandb (which needs `pip install wandb`); none or
     [] for no more."""
     run_name: PathText | None = None
     """Name of the run in trackers; None is the name of output_dir."""

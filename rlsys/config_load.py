@@ -24,7 +24,9 @@ from rlsys.config_names import coming_from, counterpart, hint, is_of_elsewhere, 
 from rlsys.config_rules import BrokenRules
 from rlsys.config_texts import kinds_of
 from rlsys.config_words import apply_words, read_options, value_of
+from rlsys.counted import counted
 from rlsys.data.json_text import not_utf8
+from rlsys.local_paths import is_in_job_copy
 from rlsys.pasted_command import PastedCommand, split_command
 from rlsys.run_dir import replacing, unused_folder
 from rlsys.yaml_text import dump_yaml, load_yaml
@@ -49,9 +51,9 @@ class ConfigError(ValueError):
     def __init__(self, source: str, problems: list[str], note: str | None = None):
         """`note` is said below the problems."""
         self.problems = problems
-        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = [indent(text, "    ").replace("    ", "  - ", 1) for text in problems]
-        super().__init__("\n".join([f"{source} has {count}:", *lines, *([note] if note else [])]))
+        head = f"{source} has {counted(len(problems), 'problem')}:"
+        super().__init__("\n".join([head, *lines, *([note] if note else [])]))
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,19 @@ def problems_of_words(words: Sequence[str]) -> str | None:
 def save_config(config: Config, path: Path) -> None:
     """Write every field to YAML file `path`, which `load_config` reads back to an equal config.
 
-    It begins with the command that runs it again, in another folder.
+    It begins with the command that runs it again, in another folder. Its relative paths start at
+    the working directory, which that command enters.
     """
+    path = path.absolute()
     again = f"rlsys grpo {quote(str(path))} --output_dir {quote(str(unused_folder(path.parent)))}"
     if config.checkpoint.resume:
         again += " --checkpoint.resume false"
-    head = f"{_SAVED_HEAD} To run it again:\n#   {again}\n"
+    where = ""
+    if is_in_job_copy(Path.cwd()):  # Ray deletes it
+        where = ", in the folder that the Ray job was submitted from"
+    else:
+        again = f"cd {quote(str(Path.cwd()))} && {again}"
+    head = f"{_SAVED_HEAD} To run it again{where}:\n#   {again}\n"
     with replacing(path) as scratch:
         scratch.write_text(head + dump_yaml(config.model_dump()), encoding="utf-8")
 

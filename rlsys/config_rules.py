@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlsys.algo.names import CLIPPED_LOSSES
 from rlsys.algorithm_rules import algorithm_problems
+from rlsys.counted import counted
 from rlsys.parallel_rules import parallelism_problems
 from rlsys.reward_gates import parse_gate
 from rlsys.rule_problem import RuleProblem, count, near_divisors, near_multiples
@@ -133,7 +134,8 @@ def _reward_problems(config: Config) -> Iterator[RuleProblem]:
     if weights is not None and len(weights) != len(names):
         yield RuleProblem(
             ("reward.reward_weights", "reward.reward_funcs"),
-            f"reward.reward_weights has {len(weights)} values for {len(names)} reward functions "
+            f"reward.reward_weights has {counted(len(weights), 'value')} for "
+            f"{counted(len(names), 'reward function')} "
             f"({', '.join(names)}): give one weight for each, or leave it out for 1 each",
         )
     # Settings under reward_model are for all models.

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlsys.columns import GAP, columns, print_lines
+from rlsys.counted import counted
 from rlsys.devices import visible_gpus
 from rlsys.hub import hub_answers
 
@@ -147,7 +148,7 @@ def _packages() -> Iterator[Finding]:
             yield Finding("ok", requirement.name, version)
     wandb = installed_version("wandb")
     if wandb is None:
-        yield Finding("ok", "wandb", "not installed (optional: pip install 'rlsys[wandb]')")
+        yield Finding("ok", "wandb", "not installed (optional: pip install wandb)")
     else:
         yield Finding("ok", "wandb", wandb)
 
@@ -256,5 +257,6 @@ def _ray() -> Iterator[Finding]:
     if (Path.home() / ".ray" / "auth_token").exists() and "RAY_AUTH_MODE" not in os.environ:
         detail = "~/.ray/auth_token: `ray start` will ask for it, and `ray job` does not send it"
         yield Finding("note", "Ray token", detail, "export RAY_AUTH_MODE=token")
-    gpus = f", {resources['GPU']:g} GPUs" if "GPU" in resources else ""
-    yield Finding("ok", "Ray", f"{where} and ran a task ({resources['CPU']:g} CPUs{gpus})")
+    gpus = f", {counted(round(resources['GPU']), 'GPU')}" if "GPU" in resources else ""
+    cpus = counted(round(resources["CPU"]), "CPU")
+    yield Finding("ok", "Ray", f"{where} and ran a task ({cpus}{gpus})")

@@ -15,6 +15,7 @@ from rlsys.columns import GAP, columns, print_lines, print_pairs, print_wrapped
 from rlsys.config import Config
 from rlsys.config_fields import config_fields, first_sentence, show_value
 from rlsys.config_load import ResolvedConfig
+from rlsys.counted import counted
 from rlsys.data.checks import FIRST_ROWS, count_rows
 from rlsys.data.preprocess import read_spec
 from rlsys.devices import gpu_memory_gib, guess_device, visible_gpus
@@ -70,7 +71,7 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
     if policy.max_tokens_per_micro_batch is None:
         size = min(policy.micro_batch_size, per_rank)
         count = math.ceil(per_rank / size)
-        micro = f"{count} of {'up to ' if per_rank % size else ''}{size} completions, "
+        micro = f"{count} of {'up to ' if per_rank % size else ''}{counted(size, 'completion')}, "
     else:
         micro = "as many completions as fit, "
     return [
@@ -92,7 +93,7 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
             f"{config.grpo.num_iterations}",
         ),
         (
-            "completions a step of it",
+            "completions an optimizer step",
             f"{per_step} = policy.global_batch_size"
             + (" (generation_batch_size)" if policy.global_batch_size is None else ""),
         ),
@@ -123,14 +124,14 @@ def _length(config: Config) -> Iterator[tuple[str, str]]:
     prompts = config.num_prompts
     by_epochs = None if rows is None else config.steps_of_epochs(rows)
     if config.num_train_epochs is not None:
-        counted = "rows, not counted yet" if rows is None else f"{rows:,} rows"
-        result = "" if by_epochs is None else f" = {by_epochs:,} steps"
+        num_rows = "rows, not counted yet" if rows is None else counted(rows, "row")
+        result = "" if by_epochs is None else f" = {counted(by_epochs, 'step')}"
         goes_first = (
             "" if config.max_steps is None else f"; max_steps {config.max_steps} goes first"
         )
         yield (
             "num_train_epochs",
-            f"{config.num_train_epochs:g} x {counted} (less those over max_prompt_length) / P "
+            f"{config.num_train_epochs:g} x {num_rows} (less those over max_prompt_length) / P "
             f"{prompts}{result}{goes_first}",
         )
     num_steps = config.max_steps or by_epochs
@@ -142,11 +143,24 @@ def _length(config: Config) -> Iterator[tuple[str, str]]:
     drawn = num_steps * prompts
     yield (
         "the whole run",
-        f"{num_steps:,} steps: {drawn:,} prompts, "
-        f"{num_steps * config.rollout.generation_batch_size:,} completions, {optimizer_steps:,} "
-        f"optimizer steps ({warmup:,} of them warm-up)",
+        f"{counted(num_steps, 'step')}: {counted(drawn, 'prompt')}, "
+        f"{counted(num_steps * config.rollout.generation_batch_size, 'completion')}, "
+        f"{counted(optimizer_steps, 'optimizer step')} ({warmup:,} of them warm-up)",
     )
+    yield from _evaluations(config, num_steps)
     yield "epochs", "unknown: rows not counted" if rows is None else _epochs(drawn, rows)
+
+
+def _evaluations(config: Config, num_steps: int) -> Iterator[tuple[str, str]]:
+    every = config.eval_steps
+    if every is not None:
+        number = num_steps // every
+        after = (
+            f"after every {every:,} of {num_steps:,} steps"
+            if number
+            else (f"not again: eval_steps {every:,} is more than the {counted(num_steps, 'step')}")
+        )
+        yield "evaluations", f"{1 + number:,}: before the first step, and {after}"
 
 
 def _running_ahead(config: Config) -> Iterator[tuple[str, str]]:
@@ -169,7 +183,11 @@ def _running_ahead(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _epochs(drawn: int, rows: int) -> str:
-    return f"{drawn / rows:.2f} = {drawn:,} prompts / {rows:,} rows" if rows else "no rows"
+    return (
+        f"{drawn / rows:.2f} = {counted(drawn, 'prompt')} / {counted(rows, 'row')}"
+        if rows
+        else "no rows"
+    )
 
 
 def _print_config(resolved: ResolvedConfig, console: Console) -> None:
@@ -206,9 +224,9 @@ def _print_roles(config: Config, console: Console) -> None:
         pairs.append(("reference x 0", "grpo.beta is 0"))
     gpus, threads = sum(role.gpus for role in roles), sum(role.cpu_threads for role in roles)
     if device == "cuda":
-        pairs.append(("in all", f"{gpus} GPUs; this machine shows {visible_gpus()}"))
+        pairs.append(("in all", f"{counted(gpus, 'GPU')}; this machine shows {visible_gpus()}"))
     else:
-        pairs.append(("in all", f"{threads} threads, not all busy at once"))
+        pairs.append(("in all", f"{counted(threads, 'thread')}, not all busy at once"))
     print_pairs(console, f"Actors on {device}", pairs)
 
 
@@ -232,7 +250,7 @@ def _role_text(name: str, roles: list[Role]) -> str:
         sharers = sum(other.shares_gpu_of == (name, role.rank) for other in of_its_kind)
         each = f"{1 + sharers} share a GPU" if sharers else f"{role.gpus} GPU each"
         return f"{each}: number {first}" + (f" to {last}" if last > first else "")
-    return f"CPU, {role.cpu_threads} thread{'s' if role.cpu_threads > 1 else ''} each"
+    return f"CPU, {counted(role.cpu_threads, 'thread')} each"
 
 
 def _print_saved_and_memory(config: Config, console: Console) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 
 # Before Ray is imported, which reads some of the environment then.
+from rlsys.counted import counted
+
 from rlsys.ray_env import check_cluster_answers  # isort: skip
 import ray  # isort: skip
 import torch
@@ -275,9 +277,9 @@ def check_prompts(config: Config, data: PromptData) -> None:
             needed = f" and {ahead} ahead of it (rollout.oversample_prompts, max_staleness)"
             remedy += ", oversample_prompts or max_staleness"
         raise ValueError(
-            f"a step needs {config.num_prompts} prompts (rollout.generation_batch_size / "
-            f"rollout.num_generations){needed}, but the training data has {len(data.train)}. Give "
-            f"more data or {remedy}."
+            f"a step needs {counted(config.num_prompts, 'prompt')} "
+            f"(rollout.generation_batch_size / rollout.num_generations){needed}, but the training "
+            f"data has {len(data.train)}. Give more data or {remedy}."
         )
     if ahead and isinstance(config.checkpoint.save_steps, int) and data.unsaveable:
         raise ValueError("\n".join(data.unsaveable))
@@ -341,8 +343,8 @@ def step_notes(config: Config, num_rows: int) -> Iterator[str]:
     if steps is None or steps == config.max_steps:
         return
     epochs = (
-        f"num_train_epochs {config.num_train_epochs:g} x {num_rows:,} prompts / "
-        f"{config.num_prompts} a step = {steps:,} steps"
+        f"num_train_epochs {config.num_train_epochs:g} x {counted(num_rows, 'prompt')} / "
+        f"{config.num_prompts} a step = {counted(steps, 'step')}"
     )
     if config.max_steps is None:
         yield epochs

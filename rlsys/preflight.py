@@ -17,6 +17,7 @@ from pathlib import Path
 from rlsys.attention_backends import missing_attention, unsupported_attention
 from rlsys.checkpoints import checkpoint_steps
 from rlsys.config import Config, PolicyConfig
+from rlsys.counted import counted
 from rlsys.data.checks import check_data, count_rows, known_columns
 from rlsys.data.spec import is_no_hub_id
 from rlsys.data.usage import column_problems_of_run, column_use, column_uses
@@ -125,7 +126,7 @@ def _packages(config: Config) -> Iterator[Problem]:
     if "wandb" in config.tracking.report_to and (wandb is None or wandb.origin is None):
         yield Problem(
             "tracking.report_to asks for wandb, which is not installed: `pip install "
-            "'rlsys[wandb]'`, or leave it out",
+            "wandb`, or leave it out",
             True,
         )
 
@@ -348,9 +349,9 @@ def _datasets(config: Config) -> Iterator[Problem]:
     rows = count_rows(config.data)
     if rows is not None and 0 < rows < config.num_prompts:
         yield Problem(
-            f"data.dataset has {rows} rows to train on, and a step needs {config.num_prompts} "
-            "prompts (rollout.generation_batch_size / rollout.num_generations): give more data, "
-            "or lower generation_batch_size"
+            f"data.dataset has {counted(rows, 'row')} to train on, and a step needs "
+            f"{config.num_prompts} prompts (rollout.generation_batch_size / "
+            "rollout.num_generations): give more data, or lower generation_batch_size"
         )
 
 

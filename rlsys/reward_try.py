@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import DataConfig, RewardConfig
+from rlsys.counted import counted
 from rlsys.data.preprocess import preprocessors
 from rlsys.data.spec import is_no_hub_id
 from rlsys.registry import did_you_mean
@@ -225,8 +226,9 @@ def _print_think_hint(groups: list[RolloutGroup], console: Console) -> None:
     count = sum("</think>" in text and OPEN_THINK not in text for text in texts)
     if count:
         line = (
-            f"{count:,} of {len(texts):,} completions close <think> and do not open it. If their "
-            "prompts do, name the model's folder or hub id with --tokenizer: format then counts it"
+            f"</think> without <think> in {count:,} of {counted(len(texts), 'completion')}. If "
+            "their prompts open it, name the model's folder or hub id with --tokenizer: format "
+            "then counts it"
         )
         console.print(Text(line, style="yellow"))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlsys.config import Config
+from rlsys.counted import counted
 from rlsys.types import Device
 
 RoleName = Literal["policy", "rollout", "reference", "reward_model", "reward"]
@@ -78,7 +79,7 @@ def asked_for(roles: Sequence[Role]) -> str:
         for name in dict.fromkeys(role.name for role in roles)
     }
     parts = ", ".join(f"{name} {number}" for name, number in gpus.items() if number)
-    return f"the run needs {sum(gpus.values())} GPUs ({parts})"
+    return f"the run needs {counted(sum(gpus.values()), 'GPU')} ({parts})"
 
 
 def fewer_gpus(roles: Sequence[Role], there_are: int) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.counted import counted
 from rlsys.memory import bytes_per_weight
 from rlsys.model_shape import ModelShape
 from rlsys.run_dir import RunDir, bytes_in, size_text
@@ -72,8 +73,9 @@ def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]
         )
     else:
         saved = (
-            f"{_how_often(config)}, and on Ctrl-C or a failure, in {run.checkpoints}; the newest "
-            f"{checkpoint.save_total_limit} are kept"
+            f"{_how_often(config)}, and on Ctrl-C or a failure, in {run.checkpoints}; only the "
+            f"newest {counted(checkpoint.save_total_limit, 'checkpoint')} kept "
+            "(checkpoint.save_total_limit)"
         )
     pairs = [("checkpoints", saved), ("final model", f"in {run.final}")]
     if use is not None:
@@ -81,8 +83,7 @@ def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]
         if use.num_checkpoints:
             of_each = f"weights {size_text(use.weights)} + optimizer {size_text(use.optimizer)}"
             of_each += f" + reference {size_text(use.reference)}" if use.reference else ""
-            some = "checkpoint" if use.num_checkpoints == 1 else "checkpoints"
-            parts.insert(0, f"{use.num_checkpoints} {some} x ({of_each})")
+            parts.insert(0, f"{counted(use.num_checkpoints, 'checkpoint')} x ({of_each})")
         free = size_text(_free_bytes(run.path))
         pairs.append(("disk", f"{size_text(use.total)} at most = {' + '.join(parts)}; {free} free"))
     return pairs
@@ -117,8 +118,13 @@ def _how_often(config: Config) -> str:
         every = "5% of the steps" if save_steps == "auto" else f"{save_steps:,} steps"
     else:
         interval = config.checkpoint.interval(max_steps)
+        assert interval is not None
+        if interval >= max_steps:
+            set_to = f" (checkpoint.save_steps is {interval:,})" if interval > max_steps else ""
+            return f"after the last step only, of {max_steps:,}{set_to}"
         every = "step" if interval == 1 else f"{interval:,} of {max_steps:,} steps"
-    return f"every {every}" + (", less often where it takes long" if save_steps == "auto" else "")
+    rarer = ", or less often where saving takes more than a tenth of the time"
+    return f"every {every}{rarer if save_steps == 'auto' else ''}, after the last step"
 
 
 def _free_bytes(place: Path) -> int:

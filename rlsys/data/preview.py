@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import Config
+from rlsys.counted import counted
 from rlsys.data.golds import reachable_rewards
 from rlsys.data.load import PromptData, load_checked_prompts
 from rlsys.data.rows import TEMPLATE_COLUMNS
@@ -162,17 +163,19 @@ def _print_counts(config: Config, data: PromptData, console: Console) -> None:
         )
         return
     console.print(
-        f"{len(data.train):,} prompts to train on, {len(data.validation):,} to evaluate on."
+        f"{counted(len(data.train), 'prompt')} to train on, "
+        f"{len(data.validation):,} to evaluate on."
     )
     repeated = len(data.train) - len({tuple(prompt.token_ids) for prompt in data.train})
     if repeated:
         console.print(
-            f"{repeated:,} of them repeat a prompt that is there already; data.deduplicate drops "
-            "such rows."
+            f"{repeated:,} of them {'repeats' if repeated == 1 else 'repeat'} a prompt that is "
+            "there already; data.deduplicate drops such rows."
         )
     if data.num_validation_in_train:
         console.print(
-            f"{data.num_validation_in_train:,} of those to evaluate on are trained on as well.",
+            "Prompts to evaluate on that the training data has as well: "
+            f"{data.num_validation_in_train:,}.",
             style="red",
         )
 
@@ -275,7 +278,8 @@ def _spread(prompts: list[Prompt], sizes: list[int], num_rows: int) -> list[Prom
 
 def _print_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
     console.print()
-    console.print(Text.assemble((prompt.prompt_id, "bold"), f"  {len(prompt.token_ids):,} tokens"))
+    length = counted(len(prompt.token_ids), "token")
+    console.print(Text.assemble((prompt.prompt_id, "bold"), f"  {length}"))
     decoded: Any = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
     text = Text(printable(decoded))
     special = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from itertools import islice
 
+from rlsys.counted import counted
 from rlsys.types import Prompt
 
 
@@ -33,8 +34,9 @@ def split_prompts(
         num_held_out += texts[text]
     if not order:
         raise ValueError(
-            f"data.split_dataset_ratio = {ratio} leaves nothing to train on: {len(prompts)} rows "
-            f"hold {len(texts)} different prompts. Give more rows or a val_dataset."
+            f"data.split_dataset_ratio = {ratio} leaves nothing to train on: "
+            f"{counted(len(prompts), 'row')} with {counted(len(texts), 'different prompt')}. Give "
+            "more rows or a val_dataset."
         )
     return (
         [prompt for prompt in prompts if tuple(prompt.token_ids) not in held_out],

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
+from rlsys.counted import counted
+
 
 @dataclass(frozen=True, slots=True)
 class Logged:
@@ -46,8 +48,8 @@ class CallLog:
         for column, values in self._extra.items():
             if len(values) != self._num_completions:
                 raise ValueError(
-                    f"log_extra({column!r}, ...) got {len(values)} values for "
-                    f"{self._num_completions} completions: give one for each, in order"
+                    f"log_extra({column!r}, ...) got {counted(len(values), 'value')} for "
+                    f"{counted(self._num_completions, 'completion')}: give one for each, in order"
                 )
         metrics = {name: sum(values) / len(values) for name, values in self._metrics.items()}
         return [

@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
+from rlsys.counted import counted
 from rlsys.rewards.base import ORM, RewardFunction, TrainerState, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
 from rlsys.rewards.logged import CallLog
@@ -232,7 +233,8 @@ def check_names_and_weights(names: Sequence[str], weights: Sequence[float] | Non
         return
     if len(weights) != len(names):
         raise ValueError(
-            f"reward_weights has {len(weights)} values for {len(names)} reward functions "
+            f"reward_weights has {counted(len(weights), 'value')} for "
+            f"{counted(len(names), 'reward function')} "
             f"({', '.join(names)}). Give one weight for each, or none at all."
         )
     if not all(math.isfinite(weight) for weight in weights):
@@ -303,7 +305,7 @@ def checked(returned: Any, num_completions: int, who: str) -> list[float]:
         raise RewardError(f"{who} returned {reprlib.repr(returned)}. {remedy}")
     if len(returned) != num_completions:
         raise RewardError(
-            f"{who} returned {len(returned)} values, {reprlib.repr(returned)}. {remedy}"
+            f"{who} returned {counted(len(returned), 'value')}, {reprlib.repr(returned)}. {remedy}"
         )
     rewards = []
     for index, value in enumerate(returned):

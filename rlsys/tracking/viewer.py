@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from rlsys.counted import counted
 from rlsys.run_dir import RunDir, State
 from rlsys.tracking.base import Split
 from rlsys.tracking.jsonl import decode_row
@@ -279,7 +280,7 @@ def _print_heading(console: Console, row: Row, style: str) -> None:
     versions = f"{first}" + "".join(
         f", {version} from token {start}" for version, start in zip(later, starts, strict=True)
     )
-    line.append(f"  {row['num_tokens']} tokens, {end}, policy {versions}", style="dim")
+    line.append(f"  {counted(row['num_tokens'], 'token')}, {end}, policy {versions}", style="dim")
     console.print(line)
 
 

@@ -28,7 +28,7 @@ class WandbTracker(Tracker):
         if spec is None or spec.origin is None:  # a folder wandb/ with old logs is no package
             raise ValueError(
                 "tracking.report_to names 'wandb', but the package wandb is not installed. "
-                "Install it with `pip install rlsys[wandb]`, or take 'wandb' out of "
+                "Install it with `pip install wandb`, or take 'wandb' out of "
                 "tracking.report_to."
             )
         self._wandb = importlib.import_module("wandb")

@@ -116,3 +116,11 @@ def test_the_command_for_another_folder_names_it_once(given):
     said = cli._run_elsewhere("c.yaml", [*given, *others], Path("nowhere/a"))
     command = shlex.split(said.splitlines()[1])
     assert command == ["rlsys", "grpo", "c.yaml", *others, "--output_dir", "nowhere/a-2"]
+
+
+def test_a_canary_takes_an_output_dir_and_says_that_it_has_no_effect(tmp_path, capsys):
+    words = ["--output_dir", "runs/c", "--model.path", "./nowhere"]
+    assert cli.main(["doctor", "--canary", str(write_run(tmp_path)), *words]) == 2
+    out, error = capsys.readouterr()
+    assert "--output_dir runs/c has no effect: a canary run keeps nothing" in out
+    assert "output_dir" not in error

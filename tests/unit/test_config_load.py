@@ -1,7 +1,9 @@
 """From a YAML file and command-line words to a config, or to one error that tells everything."""
 
+import os
 import shlex
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import yaml
@@ -19,6 +21,7 @@ from rlsys.config_load import (
     load_config,
     save_config,
 )
+from rlsys.local_paths import JOB_COPY
 
 
 @pytest.fixture
@@ -172,7 +175,7 @@ def test_a_wrong_field_hides_no_rule_but_those_it_is_part_of(problems):
         reward={"reward_weights": [1.0]},
     )
     assert any("rollout.generation_batch_size = 'many'" in text for text in found)
-    assert any("reward_weights has 1 values" in text for text in found)
+    assert any("reward_weights has 1 value for" in text for text in found)
     assert len(found) == 2
 
 
@@ -435,8 +438,8 @@ def test_the_command_in_a_saved_config_runs_it_in_a_folder_that_is_free(tmp_path
     assert is_saved_config(run / "config.yaml")
     first, second, *_ = (run / "config.yaml").read_text().splitlines()
     assert first.endswith("To run it again:")
-    program, command, path, *words = shlex.split(second.removeprefix("#"))
-    assert (program, command) == ("rlsys", "grpo")
+    cd, place, also, program, command, path, *words = shlex.split(second.removeprefix("#"))
+    assert (cd, place, also, program, command) == ("cd", os.getcwd(), "&&", "rlsys", "grpo")
     again = load_config(path, words).config
     assert again.output_dir == str(tmp_path / "my run-3")
     assert not again.checkpoint.resume  # there is nothing to continue from
@@ -445,6 +448,27 @@ def test_the_command_in_a_saved_config_runs_it_in_a_folder_that_is_free(tmp_path
     # Of an earlier version.
     (run / "config.yaml").write_text(f"{first}\n#   rlsys grpo THIS_FILE\n")
     assert is_saved_config(run / "config.yaml")
+
+
+def test_a_saved_config_runs_from_any_folder_with_its_relative_paths(tmp_path, monkeypatch):
+    """As a shell does it; a Ray job's copy is gone by then, so the command does not name it."""
+    work, copy = tmp_path / "my work", tmp_path / JOB_COPY / "a"
+    for folder in (work, copy):
+        folder.mkdir(parents=True)
+        path = write_config(folder, output_dir="runs/a", data={"dataset": ["train.jsonl"]})
+        monkeypatch.chdir(folder)
+        config = load_config(path).config
+        save_config(config, Path("config.yaml"))
+        monkeypatch.chdir(tmp_path)
+        first, second, *_ = (folder / "config.yaml").read_text().splitlines()
+        assert load_config(folder / "config.yaml").config == config
+        command = shlex.split(second.removeprefix("#"))
+        if folder is copy:
+            assert first.endswith("in the folder that the Ray job was submitted from:")
+            assert command[0] == "rlsys"
+        else:
+            assert command[:3] == ["cd", str(work), "&&"]
+            assert command[5] == str(work / "config.yaml")
 
 
 def test_settings_of_rewards_come_from_the_file_and_the_command_line(tmp_path):

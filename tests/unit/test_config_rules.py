@@ -103,7 +103,7 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
             {"reference": {"world_size": 2}, "grpo": {"beta": 0.1}},
             ["reference.world_size = 2", "the 1 ranks", "reference.placement to own"],
         ),
-        ({"reward": {"reward_weights": [1.0]}}, ["1 values", "2 reward functions"]),
+        ({"reward": {"reward_weights": [1.0]}}, ["1 value for 2", "2 reward functions"]),
         ({"reward": {"reward_weights": [0.0, 0.0]}}, ["all 0"]),
         ({"reward": {"reward_funcs": []}}, ["nothing scores", "reward.reward_model"]),
         (

@@ -191,7 +191,7 @@ def test_a_split_loses_nothing_shares_no_text_and_depends_on_the_seed_alone(text
 
 
 def test_a_split_with_nothing_left_to_train_on(tokenizer):
-    with pytest.raises(ValueError, match="3 rows hold 1 different prompts"):
+    with pytest.raises(ValueError, match=r"3 rows with 1 different prompt\."):
         split_prompts(prompts_of([5, 5, 5]), 0.5, seed=0)
 
 

@@ -127,6 +127,18 @@ def test_the_batch_arithmetic(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("every", "says"),
+    [
+        (2, "3: before the first step, and after every 2 of 5 steps"),
+        (500, "1: before the first step, and not again: eval_steps 500 is more than the 5 steps"),
+    ],
+)
+def test_evaluations_are_counted(tmp_path, every, says):
+    path = write_config(tmp_path, max_steps=5, eval_steps=every, data={"split_dataset_ratio": 0.1})
+    assert dict(batch_arithmetic(load_config(path).config))["evaluations"] == says
+
+
 def test_epochs_are_counted(tmp_path):
     _, text = printed(write_run(tmp_path))
     assert "2.00 = 40 prompts / 20 rows" in text

@@ -768,7 +768,7 @@ def test_a_tracker_that_nobody_registered(problems):
 def test_a_tracker_that_is_not_installed(problems, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what an absent module looks like
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
-    assert "rlsys[wandb]" in only(problems("--tracking.report_to", "wandb"))
+    assert "pip install wandb" in only(problems("--tracking.report_to", "wandb"))
 
 
 def test_all_problems_are_told_at_once(problems, tmp_path):

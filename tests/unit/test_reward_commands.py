@@ -289,7 +289,7 @@ def test_a_think_tag_that_the_template_opens_counts(folder, capfd, opened):
     _, out, _ = rlsys(capfd, *words, "--tokenizer", "model", "--dataset", data)
     assert try_table(out) == [[str(int(opened))] * 2]
     _, out, _ = rlsys(capfd, *words)
-    assert "1 of 1 completions close <think> and do not open it" in " ".join(out.split())
+    assert "</think> without <think> in 1 of 1 completion." in " ".join(out.split())
 
 
 @pytest.fixture

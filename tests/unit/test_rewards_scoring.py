@@ -154,7 +154,7 @@ def test_numbers_of_all_kinds_are_rewards(returned):
         ("10", "returned '10'"),
         ({0: 1.0, 1: 0.0}, "returned {0: 1.0, 1: 0.0}"),
         ((x for x in (1.0, 0.0)), "returned <generator"),
-        ([1.0], r"returned 1 values, \[1\.0\]"),
+        ([1.0], r"returned 1 value, \[1\.0\]"),
         ([], r"returned 0 values, \[\]"),
         ([1.0, 2.0, 3.0], "returned 3 values"),
         ([0.0, float("nan")], "returned nan for completion 1"),
@@ -218,7 +218,7 @@ def test_unknown_names_list_the_known():
 @pytest.mark.parametrize(
     ("names", "weights", "message"),
     [
-        (["format", "countdown"], [1.0], r"1 values for 2 reward functions \(format, countdown\)"),
+        (["format", "countdown"], [1.0], r"1 value for 2 reward functions \(format, countdown\)"),
         (["format"], [float("nan")], "must be finite"),
         (["format", "format"], None, "lists a function twice: format, format"),
     ],

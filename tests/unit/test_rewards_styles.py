@@ -165,7 +165,7 @@ def test_what_trls_functions_log_is_in_metrics_and_completions():
     expected = {"mean_length": 2.0, "kl": 1.0}
     assert outcome.logged == [Logged({"text_length": n}, expected) for n in (1, 3)]
     failed = run("trl/of_trl.py:short", ["a", "abc"])
-    assert "log_extra('once', ...) got 1 values for 2 completions" in failed.report
+    assert "log_extra('once', ...) got 1 value for 2 completions" in failed.report
 
 
 @pytest.mark.parametrize("function", ["indexes", "zips", "gets", "texts"])

@@ -73,6 +73,19 @@ def test_the_lines_say_how_often_where_and_how_much(config, tmp_path):
     assert "44.0 GiB at most = 3 checkpoints x (weights 2.0 GiB + optimizer 12.0 GiB)" in found
 
 
+def test_an_interval_beyond_the_end_is_not_shown_as_one(config):
+    found = text(config("--checkpoint.save_steps", "1000"))
+    assert "after the last step only, of 100 (checkpoint.save_steps is 1,000)" in found
+    assert "every" not in found
+
+
+@pytest.mark.parametrize(("limit", "says"), [("1", "1 checkpoint kept"), ("2", "2 checkpoints")])
+def test_what_is_kept_is_said_where_every_step_is_saved(config, limit, says):
+    found = text(config("--max_steps", "5", "--checkpoint.save_total_limit", limit))
+    assert "every step, or less often where saving takes more than a tenth of the time" in found
+    assert f"only the newest {says}" in found
+
+
 def test_null_is_said(config):
     found = text(config("--checkpoint.save_steps", "null"))
     assert "none, so nothing can be resumed (checkpoint.save_steps is null)" in found
