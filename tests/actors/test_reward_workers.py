@@ -166,7 +166,7 @@ def test_workers_are_processes_that_end_with_close(start):
 def test_what_cannot_work_is_an_error_before_any_process_starts(start):
     with pytest.raises(ValueError, match=r"unknown reward function 'act'. Did you mean 'acts'"):
         start("act")
-    with pytest.raises(ValueError, match=r"1 values for 2 reward functions"):
+    with pytest.raises(ValueError, match=r"1 value for 2 reward functions"):
         start("acts", "format", reward_weights=[1.0])
     with pytest.raises(ValueError, match=r"no_such\.py' is not a file"):
         start("format", external_plugins=["no_such.py"])

@@ -224,7 +224,9 @@ def test_another_run_into_the_same_folder_is_refused_with_the_remedy(whole, caps
 
 def test_a_run_on_a_pipe_prints_lines_of_its_own_and_nothing_else(whole):
     train, validation, length, saving, first, *lines, last = whole.log.splitlines()
-    assert saving.startswith("saving: checkpoints every 2 of 4 steps, and on Ctrl-C or a failure")
+    assert saving.startswith(
+        "saving: checkpoints every 2 of 4 steps, after the last step, and on Ctrl-C"
+    )
     assert train == "data: train.jsonl: 10 of 10 rows used"
     assert validation == "data: validation.jsonl: 3 of 3 rows used"
     assert length == "num_train_epochs 1.6 x 10 prompts / 4 a step = 4 steps"
