@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -23,6 +24,13 @@ def pytest_xdist_make_scheduler(config, log):
             return "tests/actors" if file.startswith("tests/actors/") else file
 
     return ByEngine(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hear_ctrl_c():
+    """Some tests press Ctrl-C, which a shell has its background jobs ignore."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,9 @@
 """What is printed is whole and readable on a terminal of 80 columns."""
 
 import io
+import shutil
 
+import psutil
 import pytest
 from config_cases import write_run
 from hypothesis import given
@@ -15,6 +17,14 @@ from rlsys.reward_list import list_rewards
 from rlsys.tracking.console import TerminalTracker
 
 WIDE = 10_000
+
+
+@pytest.fixture(autouse=True)
+def machine_at_rest(monkeypatch):
+    """What is free on this machine changes between two looks at it."""
+    disk, memory = shutil.disk_usage("/"), psutil.virtual_memory()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
 
 
 def printed(show, width):
