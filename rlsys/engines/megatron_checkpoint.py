@@ -9,12 +9,16 @@ is stored, because no update draws random numbers: dropout is 0 and mini-batches
 from __future__ import annotations
 
 import queue
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
@@ -104,4 +108,60 @@ def _sharded_state(
         "distrib_optim_fully_reshardable_mem_efficient": False,
     }
     weights = model.sharded_state_dict(metadata=metadata)
-    return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    with _states_in_padded_places(optimizer):
+        return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+
+
+@contextmanager
+def _states_in_padded_places(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Have megatron-core (0.16 to 0.19) cut each parameter's state out of the right place.
+
+    It lays the states of a buffer's buckets end to end, without the padding at the end of each, and
+    cuts at places that count the padding. After a bucket with padding, every parameter would be
+    saved with values of others: silently wrong weights after a resume.
+    """
+    sharded = [
+        one
+        for one in getattr(optimizer, "chained_optimizers", [optimizer])
+        if isinstance(one, DistributedOptimizer)
+    ]
+    for one in sharded:
+        one.get_parameter_state_dp_zero = _with_padding(one)
+    try:
+        yield
+    finally:
+        for one in sharded:
+            del one.get_parameter_state_dp_zero
+
+
+def _with_padding(optimizer: DistributedOptimizer) -> Any:
+    gather = optimizer.get_parameter_state_dp_zero
+
+    def gather_with_padding(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
+        states = gather(*args, **kwargs)
+        if states is None:  # another rank has them
+            return None
+        for number, buffer in enumerate(optimizer.buffers):
+            sizes = [(bucket.numel_unpadded, bucket.grad_data.numel()) for bucket in buffer.buckets]
+            for tensors in states[number].values():
+                for name in [key for key, value in tensors.items() if torch.is_tensor(value)]:
+                    tensors[name] = pad_buckets(tensors[name], sizes)
+        return states
+
+    return gather_with_padding
+
+
+def pad_buckets(values: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    """The values of buckets that lie end to end, each with zeros up to its padded size.
+
+    Args:
+        values: 1-dimensional, sum of the unpadded sizes.
+        sizes: of each bucket in order, without and with padding.
+    """
+    parts = values.split([unpadded for unpadded, _ in sizes])
+    return torch.cat(
+        [
+            torch.nn.functional.pad(part, (0, padded - unpadded))
+            for part, (unpadded, padded) in zip(parts, sizes, strict=True)
+        ]
+    )
