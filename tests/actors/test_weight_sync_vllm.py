@@ -156,7 +156,7 @@ def test_a_missing_tensor_is_named(healthy_after, engines, connect, tiny_models)
 def test_a_policy_that_never_sends_is_a_named_timeout(healthy_after, engines, connect, tiny_models):
     silent = TensorPolicy(tiny_models[True, 1])
     silent.sends = False
-    publisher = connect(silent, engines, timeout_s=2.0)
+    publisher = connect(silent, engines, timeout_s=8.0)
     # Either engine may be the first to give up.
     message = (
         r"rank [12] of 3, waiting for the sender[^\n]*\n.*rollout engine [01] failed in weight"
