@@ -4,6 +4,7 @@ import signal
 import pytest
 from hypothesis import settings
 
+from rlsys.data import preprocessors
 from rlsys.rewards import orms
 
 # Nothing here is judged by how long it took: a busy machine would fail tests at random.
@@ -36,7 +37,9 @@ def hear_ctrl_c():
 @pytest.fixture(scope="module", autouse=True)
 def forget_plugins():
     """What plugins register in this process is gone after the module that loaded them."""
-    registered = dict(orms.data)
+    kinds = (orms, preprocessors)
+    registered = [dict(kind.data) for kind in kinds]
     yield
-    orms.data.clear()
-    orms.data.update(registered)
+    for kind, before in zip(kinds, registered, strict=True):
+        kind.data.clear()
+        kind.data.update(before)
