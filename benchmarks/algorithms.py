@@ -22,7 +22,7 @@ from pathlib import Path
 from machine import describe_machine
 from rich.console import Console
 
-from rlsys.run_dir import RunDir
+from rlsys.run.folder import RunDir
 from rlsys.tracking.jsonl import read_jsonl
 
 COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"

@@ -20,9 +20,9 @@ from pathlib import Path
 from grpo_step_cpu import COUNTDOWN, prepare
 from machine import describe_machine
 
-from rlsys.config_load import load_config
+from rlsys.config.load import load_config
 from rlsys.launch import run
-from rlsys.run_dir import RunDir
+from rlsys.run.folder import RunDir
 from rlsys.tracking.jsonl import read_jsonl
 
 WARM_UP_STEPS = 3

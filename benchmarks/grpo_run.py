@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 from alone import SO_FAR
 
-from rlsys.config_load import load_config
+from rlsys.config.load import load_config
 from rlsys.launch import run
 from rlsys.tracking import Tracker, register_tracker
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from machine import actor_processes, cpu_seconds, describe_machine
 
-from rlsys.config_load import load_config
+from rlsys.config.load import load_config
 from rlsys.launch import run
-from rlsys.run_dir import RunDir
+from rlsys.run.folder import RunDir
 from rlsys.tracking import Tracker, register_tracker
 from rlsys.tracking.jsonl import read_jsonl
 

@@ -36,7 +36,7 @@ from random_model import SHAPES, save_random_model
 from torch.autograd import DeviceType
 
 from rlsys.config import Config
-from rlsys.model_shape import read_model_shape
+from rlsys.model.shape import read_model_shape
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.transport import serve_store
 
@@ -180,14 +180,16 @@ def measure(arguments):
 
 
 def make_policy(config, arguments, *, chunk, fuse):
-    from rlsys.engines.megatron_cpu import enable_megatron_on_cpu
+    from rlsys.engines.megatron.on_cpu import enable_megatron_on_cpu
 
     if arguments.device == "cpu":
         enable_megatron_on_cpu()
     if arguments.memory_limit_gb is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(arguments.memory_limit_gb * 1e9 / total)
-    from rlsys.engines import megatron, megatron_model, parallel_layout
+    from rlsys.engines.megatron.policy import build as megatron_model
+    from rlsys.engines.megatron.policy import parallel as parallel_layout
+    from rlsys.engines.megatron.policy import policy as megatron
 
     policy, timeout_s = config.policy, float(arguments.timeout)
     torch.set_num_threads(policy.cpu_threads)  # as a run's ranks do
@@ -255,7 +257,7 @@ def reference_seconds(config, batch, policy):
 
     What the batch gets is as good for the time of an update, and known to every rank.
     """
-    from rlsys.engines.megatron_reference import MegatronReference
+    from rlsys.engines.megatron.reference import MegatronReference
 
     reference = MegatronReference(config, device=config.device)
     batch.ref_logprobs = batch.rollout_logprobs

@@ -24,9 +24,9 @@ from machine import describe_machine
 
 from rlsys.config import RewardConfig
 from rlsys.rewards import load_plugins
-from rlsys.rewards.local import LocalBackend
-from rlsys.rewards.pool import RewardPool
-from rlsys.rewards.runner import process_settings
+from rlsys.rewards.pool.local import LocalBackend
+from rlsys.rewards.pool.pool import RewardPool
+from rlsys.rewards.pool.runner import process_settings
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 PLUGIN = """
@@ -83,7 +83,7 @@ def main():
 
 def starter(backend, plugin):
     if backend == "ray":
-        from rlsys.ray_session import start_cluster
+        from rlsys.actors.ray_session import start_cluster
 
         start_cluster(log_to_driver=False)
 

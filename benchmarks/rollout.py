@@ -34,10 +34,10 @@ from machine import describe_machine
 from random_model import SHAPES, save_random_model
 from rollout_steps import PARTS, VARIANTS, VARIED, length_of, make_engine_class, profile
 
+from rlsys.actors.ray_session import start_cluster
 from rlsys.config import Config
-from rlsys.engines.vllm_settings import engine_arguments, rollout_env
-from rlsys.model_shape import read_model_shape
-from rlsys.ray_session import start_cluster
+from rlsys.engines.vllm.settings import engine_arguments, rollout_env
+from rlsys.model.shape import read_model_shape
 from rlsys.types import Prompt, SampleRequest
 
 WAVE = 10_000
@@ -113,13 +113,13 @@ def save(arguments):
 
 def actor(arguments):
     """Tokens a second of a RolloutActor, or two, with what reads their streams."""
-    import rlsys.ray_env  # noqa: F401  # before Ray is imported
+    import rlsys.actors.ray_env  # noqa: F401  # before Ray is imported
     import ray  # isort: skip
     from rlsys.actors import rollout
 
     class Actor(rollout.RolloutActor):
         def __init__(self, config, device, engine_rank):
-            from rlsys.engines import vllm
+            from rlsys.engines.vllm.engine import engine as vllm
 
             vllm.VLLMEngine = make_engine_class(config.rollout.max_completion_length)
             super().__init__(config, device, engine_rank)

@@ -69,7 +69,7 @@ TOP = 25
 
 def make_engine_class(longest):
     """A VLLMEngine whose completions have the lengths of `length_of`, to be made where it runs."""
-    from rlsys.engines.vllm import VLLMEngine
+    from rlsys.engines.vllm.engine import VLLMEngine
 
     class Engine(VLLMEngine):
         logprobs = True
@@ -95,7 +95,7 @@ def profile(config, variant, *, device, waves, requests, steps, parts):
     """`parts` of the above for one variant; `waves` and `requests` are those of rollout.py."""
     chosen = VARIANTS[variant]
     os.environ.update(chosen.env)
-    from rlsys.engines import vllm as engines
+    from rlsys.engines.vllm.engine import engine as engines
 
     usual = engines.engine_arguments
     engines.engine_arguments = lambda *args, **kwargs: usual(*args, **kwargs) | chosen.arguments

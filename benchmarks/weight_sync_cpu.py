@@ -20,11 +20,11 @@ from random_model import SHAPES, save_random_model
 from transformers import AutoModelForCausalLM
 
 from rlsys.actors.group import get_all
+from rlsys.actors.ray_session import start_cluster
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
-from rlsys.ray_session import start_cluster
 from rlsys.weight_sync.plan import TensorMeta
-from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.sender import WeightSender
 from rlsys.weight_sync.transport import LOOPBACK, make_transport, serve_store
 

@@ -46,12 +46,12 @@ from weight_sync_sides import (
 from rlsys.actors import rollout
 from rlsys.actors.group import get_all
 from rlsys.actors.policy import PolicyActors
+from rlsys.actors.ray_session import start_cluster
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.algo.batching import build_train_batch
 from rlsys.config import Config
-from rlsys.ray_session import start_cluster
 from rlsys.types import Prompt, SampleRequest
-from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.transport import LOOPBACK, serve_store
 
 START_TIMEOUT_S = 300.0

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rlsys.config_load import ResolvedConfig
+    from rlsys.config.load import ResolvedConfig
 
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
@@ -65,12 +65,12 @@ class _CommandParser(argparse.ArgumentParser):
         if "config" not in found:
             return found, unknown
         if found.config and not Path(found.config).is_file():
-            from rlsys.pasted_command import split_command
+            from rlsys.config.pasted_command import split_command
 
             if "=" in found.config or split_command(words).program:
                 unknown = words  # a field=value, or another project's program, in its place
         if unknown or found.config is None:
-            from rlsys.config_load import problems_of_words
+            from rlsys.config.load import problems_of_words
 
             wrong = f"should stand before {unknown[0]}" if unknown else "is missing"
             others = problems_of_words(words) if unknown else None
@@ -216,8 +216,8 @@ def _grpo(args: argparse.Namespace) -> int:
 
 
 def _load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
-    from rlsys.config_load import ConfigError, load_config
-    from rlsys.preflight import check_run
+    from rlsys.config.load import ConfigError, load_config
+    from rlsys.preflight.checks import check_run
 
     resolved = load_config(path, overrides)
     problems = check_run(resolved.config)
@@ -231,7 +231,7 @@ def _load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
 
 def _run_elsewhere(path: str, overrides: Sequence[str], folder: Path) -> str:
     """The user's own command, with an output_dir that is free."""
-    from rlsys.run_dir import unused_folder
+    from rlsys.run.folder import unused_folder
 
     words, _ = _split_output_dir(overrides)
     command = ["rlsys", "grpo", path, *words, "--output_dir", str(unused_folder(folder))]
@@ -252,9 +252,9 @@ def _split_output_dir(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 def _run_told(command: str, run: Callable[[], bool | None]) -> int:
     """Run something on Ray; False or a failure of an actor is EXIT_FAILED."""
     from rlsys.actors.group import ActorFailure, PhaseTimeout
-    from rlsys.ray_session import RayStartError
-    from rlsys.rewards.failures import RewardCodeError
-    from rlsys.sampling_watch import TrainingStopped
+    from rlsys.actors.ray_session import RayStartError
+    from rlsys.rewards.pool.failures import RewardCodeError
+    from rlsys.tracking.sampling_watch import TrainingStopped
     from rlsys.weight_sync.transport import WeightSyncError
 
     try:
@@ -275,8 +275,8 @@ def _run_told(command: str, run: Callable[[], bool | None]) -> int:
 def _explain(args: argparse.Namespace) -> int:
     if _asks_for_help(args):
         return 0
-    from rlsys.config_load import load_config
-    from rlsys.explain import explain
+    from rlsys.commands.explain import explain
+    from rlsys.config.load import load_config
 
     resolved = load_config(args.config, args.overrides)
     return 0 if explain(resolved, _console()) else EXIT_FAILED
@@ -285,8 +285,8 @@ def _explain(args: argparse.Namespace) -> int:
 def _preview(args: argparse.Namespace) -> int:
     if _asks_for_help(args):
         return 0
-    from rlsys.config_load import load_config
-    from rlsys.data.preview import preview, split_rows_option
+    from rlsys.commands.data_preview import preview, split_rows_option
+    from rlsys.config.load import load_config
 
     rows, overrides = split_rows_option(args.overrides)
     resolved = load_config(args.config, overrides)
@@ -297,7 +297,7 @@ def _preview(args: argparse.Namespace) -> int:
 def _doctor(args: argparse.Namespace) -> int:
     if args.canary is not None:
         return _canary(args.canary)
-    from rlsys.doctor import examine
+    from rlsys.commands.doctor import examine
 
     return 0 if examine(_console()) else EXIT_FAILED
 
@@ -312,13 +312,13 @@ def _canary(arguments: list[str]) -> int:
     if given:
         print(f"note: {shlex.join(given)} has no effect: a canary run keeps nothing", flush=True)
     config = _load_runnable(path, [*overrides, "--output_dir", str(nowhere)]).config
-    from rlsys.canary import run_canary
+    from rlsys.commands.canary import run_canary
 
     return _run_told("rlsys doctor --canary", lambda: run_canary(config, _console()))
 
 
 def _completions(args: argparse.Namespace) -> int:
-    from rlsys.tracking.viewer import show_completions
+    from rlsys.commands.completions import show_completions
 
     show_completions(
         args.run_dir,
@@ -331,15 +331,15 @@ def _completions(args: argparse.Namespace) -> int:
 
 
 def _rewards_list(args: argparse.Namespace) -> int:
-    from rlsys.reward_list import list_rewards
+    from rlsys.commands.rewards_list import list_rewards
 
     list_rewards(args.external_plugins, _console())
     return 0
 
 
 def _rewards_try(args: argparse.Namespace) -> int:
-    from rlsys.reward_try import TryOptions, parse_params, try_rewards
-    from rlsys.rewards.failures import RewardCodeError
+    from rlsys.commands.rewards_try import TryOptions, parse_params, try_rewards
+    from rlsys.rewards.pool.failures import RewardCodeError
 
     options = TryOptions(
         names=args.names,

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from rlsys.run_dir import ENDED, RunDir
+from rlsys.run.folder import ENDED, RunDir
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; `ray job stop`, `kill` and job schedulers; a closed terminal."""

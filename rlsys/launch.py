@@ -14,51 +14,56 @@ from types import TracebackType
 # Before Ray is imported, which reads some of the environment then.
 from rlsys.counted import counted
 
-from rlsys.ray_env import check_cluster_answers  # isort: skip
+from rlsys.actors.ray_env import check_cluster_answers  # isort: skip
 import ray  # isort: skip
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlsys.actors.group import START_TIMEOUT_S, get_all
 from rlsys.actors.model_group import ModelActors
+from rlsys.actors.placement import Placement
 from rlsys.actors.policy import PolicyActors
+from rlsys.actors.ray_session import ray_session
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
+from rlsys.actors.roles import plan_roles
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.start_report import StartReport
-from rlsys.checkpoints import REFERENCE_FOLDER, Checkpoints, checkpoint_steps, load_rollouts_state
+from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
-from rlsys.config_load import ResolvedConfig, save_config
+from rlsys.config.load import ResolvedConfig, save_config
+from rlsys.config.local_paths import is_in_job_copy, with_absolute_paths
 from rlsys.data import PromptData, load_checked_prompts
-from rlsys.data.golds import reachable_rewards
-from rlsys.data.stream import make_prompt_stream
-from rlsys.data.usage import column_problems_of_run, unread_columns
-from rlsys.devices import gpu_memory_gib, guess_device
+from rlsys.data.reward_columns import column_problems_of_run, unread_columns
+from rlsys.data.streams.make import make_prompt_stream
 from rlsys.driver import train
-from rlsys.engines.detokenize import Detokenizer
-from rlsys.engines.hf_checkpoint import resolve_model_path
-from rlsys.engines.stop_tokens import read_stop_rules
-from rlsys.hub import use_cache_without_hub
 from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
-from rlsys.last_step import save_last_step
-from rlsys.local_paths import is_in_job_copy, with_absolute_paths
-from rlsys.memory import card_warnings, estimate_memory
-from rlsys.model_folder import check_model_folder, check_prompt_tokens, model_notes
-from rlsys.model_shape import read_model_shape
-from rlsys.placement import Placement
-from rlsys.preflight import find_model_folder, output_dir_problems
-from rlsys.ray_session import ray_session
-from rlsys.resume import move_aside, resume_notes
+from rlsys.model.detokenize import Detokenizer
+from rlsys.model.hf_folder import resolve_model_path
+from rlsys.model.memory import card_warnings, estimate_memory
+from rlsys.model.shape import read_model_shape
+from rlsys.model.stop_tokens import read_stop_rules
+from rlsys.preflight.checks import find_model_folder, output_dir_problems
+from rlsys.preflight.devices import gpu_memory_gib, guess_device
+from rlsys.preflight.golds import reachable_rewards
+from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.preflight.model_folder import check_model_folder, check_prompt_tokens, model_notes
 from rlsys.rewards import load_plugins
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
-from rlsys.roles import plan_roles
-from rlsys.rollouts import Rollouts
-from rlsys.run_dir import RunDir
-from rlsys.sampling_watch import SamplingWatch
-from rlsys.saving import describe_saving, disk_use, disk_warning
+from rlsys.rollout.rollouts import Rollouts
+from rlsys.run.checkpoints import (
+    REFERENCE_FOLDER,
+    Checkpoints,
+    checkpoint_steps,
+    load_rollouts_state,
+)
+from rlsys.run.folder import RunDir
+from rlsys.run.last_step import save_last_step
+from rlsys.run.resume import move_aside, resume_notes
+from rlsys.run.saving import describe_saving, disk_use, disk_warning
 from rlsys.tracking import Tracker, build_tracker
+from rlsys.tracking.sampling_watch import SamplingWatch
 from rlsys.types import Device
-from rlsys.weight_sync.publisher import WeightPublisher
 
 
 @dataclass(frozen=True, slots=True)

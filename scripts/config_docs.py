@@ -13,7 +13,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsys.config_fields import config_fields, config_sections, show_value
+from rlsys.config.fields import config_fields, config_sections, show_value
 
 TARGET = Path(__file__).parents[1] / "docs" / "config.md"
 _HEAD = """# The config
@@ -35,7 +35,7 @@ others call these fields is in [migration.md](migration.md).
   `path`, `file`, `folder` or `dir`, or end in `_path` and so on.
 - `null`, and `none` where a field takes null, mean the same.
 
-This page is written by `python scripts/config_docs.py` from the docstrings in `rlsys/config.py`.
+`python scripts/config_docs.py` writes this page from the docstrings in `rlsys/config/schema.py`.
 """
 
 

@@ -1,4 +1,4 @@
-"""Write docs/migration.md, other projects' names of settings, from rlsys/names_elsewhere.txt.
+"""Write docs/migration.md, other projects' names, from rlsys/config/names_elsewhere.txt.
 
 python scripts/migration_docs.py
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from rlsys.config_names import Counterpart, counterparts, projects, show_defaults
+from rlsys.config.hints import Counterpart, counterparts, projects, show_defaults
 
 TARGET = Path(__file__).parents[1] / "docs" / "migration.md"
 _HEAD = """# Coming from TRL, ms-swift, verl, OpenRLHF or slime
@@ -26,7 +26,7 @@ Three things differ everywhere:
   `rollout.num_engines` are their numbers; one of each is the least, so two GPUs.
 - **Sampling settings** come from the config only, never from a model's generation_config.json.
 
-This page is written by `python scripts/migration_docs.py` from `rlsys/names_elsewhere.txt`.
+This page is written by `python scripts/migration_docs.py` from `rlsys/config/names_elsewhere.txt`.
 """
 
 

@@ -26,7 +26,7 @@ from rich.text import Text
 from starter_model import write_starter_model
 from warm_start import warm_start
 
-from rlsys.run_dir import RunDir
+from rlsys.run.folder import RunDir
 from rlsys.tracking.jsonl import read_jsonl
 
 HERE = Path(__file__).parent

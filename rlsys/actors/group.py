@@ -22,7 +22,7 @@ DEATH_NOTICE_S = 5.0
 _INHERITED = ("CUDA_", "HF_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH_", "VLLM_")
 
 Place = Callable[[int], dict[str, Any]]
-"""The Ray options of an actor, by its rank in its group; see rlsys.placement."""
+"""The Ray options of an actor, by its rank in its group; see rlsys.actors.placement."""
 
 
 def on_cpu(rank: int) -> dict[str, Any]:

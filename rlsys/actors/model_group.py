@@ -49,7 +49,7 @@ class ModelRank:
             address, port: of the store of `rendezvous`.
             sizes: those of `ParallelLayout`.
         """
-        from rlsys.engines.megatron_cpu import enable_megatron_on_cpu
+        from rlsys.engines.megatron.on_cpu import enable_megatron_on_cpu
 
         # What megatron-core says at import about packages that a CPU does not have, and torch about
         # megatron-core's use of it: in a user's terminal it hides what matters.
@@ -58,7 +58,7 @@ class ModelRank:
         torch.set_num_threads(self.config.policy.cpu_threads)
         if self.device == "cpu":
             enable_megatron_on_cpu()
-        from rlsys.engines.parallel_layout import ParallelLayout, initialize_parallel
+        from rlsys.engines.megatron.parallel import ParallelLayout, initialize_parallel
 
         timeout_s = self.config.policy.timeout_s
         if self.rank != 0:

@@ -14,7 +14,7 @@ import torch
 from rlsys.actors.group import Place, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import Config
-from rlsys.gpu_memory import out_of_memory_explained
+from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.rewards import load_plugins
 from rlsys.types import Device, TrainBatch, UpdateOutput
 from rlsys.weight_sync.connection import Connection, senders_of_shards
@@ -22,7 +22,7 @@ from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender, sending_memory
 
 if TYPE_CHECKING:
-    from rlsys.engines.megatron import MegatronPolicy
+    from rlsys.engines.megatron.policy import MegatronPolicy
 
 
 class WeightLink:
@@ -41,7 +41,7 @@ class WeightLink:
         rank: int,
         memory: torch.Tensor | None,
     ):
-        from rlsys.engines.megatron_export import BucketExport
+        from rlsys.engines.megatron.export import BucketExport
 
         self.export = BucketExport(engine.weights, connection)
         self.sender: WeightSender | None = None
@@ -73,7 +73,7 @@ class PolicyRank(ModelRank):
             expert_model_parallel_size=policy.expert_model_parallel_size,
             context_parallel_size=policy.context_parallel_size,
         )
-        from rlsys.engines.megatron import MegatronPolicy
+        from rlsys.engines.megatron.policy import MegatronPolicy
 
         load_plugins(self.config.grpo.external_plugins)
         self.engine = MegatronPolicy(self.config, device=self.device)

@@ -12,10 +12,10 @@ import torch
 from rlsys.actors.group import Place, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
+from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
 from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.connection import Connection
-from rlsys.weight_sync.publisher import WeightPublisher
 from rlsys.weight_sync.receiver import WeightReceiver
 
 
@@ -33,7 +33,7 @@ class ReferenceRank(ModelRank):
             expert_model_parallel_size=self.config.reference.tensor_parallel_size,
             context_parallel_size=self.config.reference.context_parallel_size,
         )
-        from rlsys.engines.megatron_reference import MegatronReference
+        from rlsys.engines.megatron.reference import MegatronReference
 
         self.engine = MegatronReference(self.config, device=self.device)
 

@@ -14,10 +14,10 @@ from ray.exceptions import RayError
 from rlsys.actors.group import Place, device_env, inherited_env
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins
-from rlsys.rewards.pool import RewardPool
-from rlsys.rewards.process import Died, RewardProcess
-from rlsys.rewards.runner import Failed, ProcessSettings, Task, Values, process_settings
-from rlsys.rewards.work import ProcessDied
+from rlsys.rewards.pool.pool import RewardPool
+from rlsys.rewards.pool.process import Died, RewardProcess
+from rlsys.rewards.pool.runner import Failed, ProcessSettings, Task, Values, process_settings
+from rlsys.rewards.pool.work import ProcessDied
 
 WORKER_CPUS = 0.01
 """Ray's bookkeeping only: rewards share the cores with whatever is idle at the time."""
@@ -50,7 +50,7 @@ class RewardWorker:
 
 
 class RayBackend:
-    """Reward processes as Ray actors; see `rlsys.rewards.work.Backend`."""
+    """Reward processes as Ray actors; see `rlsys.rewards.pool.work.Backend`."""
 
     def __init__(
         self,

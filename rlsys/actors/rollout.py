@@ -22,8 +22,8 @@ from rlsys.actors.group import (
     on_cpu,
 )
 from rlsys.config import Config
-from rlsys.engines.engine_loop import EngineLoop, Outcome
-from rlsys.engines.vllm_settings import rollout_env
+from rlsys.engines.vllm.loop import EngineLoop, Outcome
+from rlsys.engines.vllm.settings import rollout_env
 from rlsys.types import Device, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorSlice
@@ -38,7 +38,9 @@ class RolloutActor:
 
     def __init__(self, config: Config, device: Device, engine_rank: int):
         start = time.monotonic()
-        from rlsys.engines.vllm import VLLMEngine  # takes seconds, and only this process needs it
+        from rlsys.engines.vllm.engine import (
+            VLLMEngine,  # takes seconds, and only this process needs it
+        )
 
         self._loop = EngineLoop(
             lambda: VLLMEngine(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rlsys.config import Config, DataConfig
 from rlsys.data.readers import BadRow
 from rlsys.data.render import ChatTemplate
+from rlsys.data.reward_columns import RowCheck, row_check
 from rlsys.data.rows import ParsedRow
 from rlsys.data.sources import (
     Problems,
@@ -18,8 +19,7 @@ from rlsys.data.sources import (
     sampled,
 )
 from rlsys.data.split import sizes_after_split, split_prompts, texts_of
-from rlsys.data.streaming import StreamedPrompts
-from rlsys.data.usage import RowCheck, row_check
+from rlsys.data.streams.streamed import StreamedPrompts
 from rlsys.rewards import load_plugins, plugin_problems
 from rlsys.types import Prompt
 

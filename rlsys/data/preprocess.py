@@ -16,8 +16,8 @@ from rlsys.data.registered import find_registered, registered_datasets, resolve
 from rlsys.data.row_preprocessors import Row, RowPreprocessor
 from rlsys.data.spec import DatasetSpec, parse_spec
 from rlsys.data.tables import without_fill
+from rlsys.plugins.load import find_unregistered, load_reference
 from rlsys.registry import Registry
-from rlsys.rewards.plugins import find_unregistered, load_reference
 
 Preprocessor = Callable[[Row], Row | None]
 

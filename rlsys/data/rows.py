@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlsys.config_rules import OWN_TEMPLATE_ARGUMENTS
+from rlsys.config.rules import OWN_TEMPLATE_ARGUMENTS
 from rlsys.data.json_text import BadRow, parse_cell
 from rlsys.data.turns import (
     ONLY_TEXT,

@@ -1,1 +1,1 @@
-"""..."""
+"""One model in one process, on megatron-core or vLLM. No Ray."""

@@ -3,7 +3,16 @@
 A reward is a class derived from `ORM`, registered in `orms`; `plugins/README.md` shows how.
 """
 
-from rlsys.rewards import (  # noqa: F401  registers the built-in rewards
+from rlsys.plugins.load import load_plugins, plugin_problems
+from rlsys.rewards.base import (
+    ORM,
+    AsyncORM,
+    TrainerState,
+    orms,
+    register_reward,
+    trl_style,
+)
+from rlsys.rewards.builtin import (  # noqa: F401  registers the built-in rewards
     accuracy,
     code,
     countdown,
@@ -16,16 +25,7 @@ from rlsys.rewards import (  # noqa: F401  registers the built-in rewards
     reward_model,
     trl,
 )
-from rlsys.rewards.base import (
-    ORM,
-    AsyncORM,
-    TrainerState,
-    orms,
-    register_reward,
-    trl_style,
-)
 from rlsys.rewards.instances import RewardError, settings_of
-from rlsys.rewards.plugins import load_plugins, plugin_problems
 from rlsys.rewards.scoring import (
     OWN_COLUMNS,
     Reward,

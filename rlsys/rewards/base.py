@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.config import REWARD_MODEL_PREFIX
+from rlsys.plugins import load as plugins
 from rlsys.registry import Registry
-from rlsys.rewards import plugins
 from rlsys.rewards.styles import TRL_PREFIX, bare_name, in_style
 
 Rewards = Sequence[float | None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlsys.run_dir import RunDir
+from rlsys.run.folder import RunDir
 from rlsys.tracking.base import Split, Tracker
 from rlsys.tracking.jsonl import JsonlWriter
 from rlsys.types import Message, RolloutGroup

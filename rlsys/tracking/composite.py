@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 from rlsys.config import Config
-from rlsys.run_dir import ENDED, RUNNING, RunDir
+from rlsys.run.folder import ENDED, RUNNING, RunDir
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation, trackers
 from rlsys.tracking.completions import CompletionsTracker
 from rlsys.tracking.console import console_tracker

@@ -13,9 +13,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlsys.columns import join_wrapped
 from rlsys.config import Config
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation
+from rlsys.tracking.columns import join_wrapped
 from rlsys.types import RolloutGroup
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsys.run_dir import RunDir, replacing
+from rlsys.run.folder import RunDir, replacing
 from rlsys.tracking.base import Metrics, Tracker, is_evaluation
 from rlsys.tracking.jsonl import read_jsonl
 

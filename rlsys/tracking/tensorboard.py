@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.run_dir import RunDir
+from rlsys.run.folder import RunDir
 from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker
 from rlsys.tracking.completions import completion_rows
 from rlsys.types import RolloutGroup

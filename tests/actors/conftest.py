@@ -7,9 +7,9 @@ from patience import PATIENCE_S
 from policy_cases import MODELS, PolicyLab, save_policy_model
 from tiny_models import save_tiny_qwen3, save_tiny_qwen3_moe
 
+from rlsys.actors.ray_session import ray_session
 from rlsys.actors.rollout import RolloutActors
 from rlsys.config import Config
-from rlsys.ray_session import ray_session
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from rlsys.actors.group import get_all, on_cpu
 from rlsys.actors.policy import PolicyActors, PolicyRank
 from rlsys.config import Config
-from rlsys.engines.hf_checkpoint import SafetensorsReader
+from rlsys.model.hf_folder import SafetensorsReader
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.connection import Connection, whole_tensors
 
@@ -179,7 +179,7 @@ class LabRank(PolicyRank):
 
         from megatron.core.distributed import DistributedDataParallelConfig
 
-        from rlsys.engines import megatron
+        from rlsys.engines.megatron.policy import policy as megatron
 
         megatron.DistributedDataParallelConfig = partial(
             DistributedDataParallelConfig, bucket_size=num_parameters
@@ -202,7 +202,7 @@ class LabRank(PolicyRank):
                 parameter.data.copy_(changed)
 
     def plan_buckets(self, bucket_bytes, slices=None, sender=0):
-        from rlsys.engines.megatron_export import BucketExport
+        from rlsys.engines.megatron.export import BucketExport
 
         slices = slices or whole_tensors(self.engine.weights.metadata())
         connection = unconnected(slices, bucket_bytes=bucket_bytes, sender=sender)
@@ -252,7 +252,10 @@ class LabRank(PolicyRank):
 
     def run_out_of_memory(self, batch, at):
         """As on a GPU that is too small for one part of the work."""
-        from rlsys.engines import megatron, megatron_export, megatron_logprobs, megatron_reference
+        from rlsys.engines.megatron.policy import export as megatron_export
+        from rlsys.engines.megatron.policy import model as megatron_logprobs
+        from rlsys.engines.megatron.policy import policy as megatron
+        from rlsys.engines.megatron.policy import reference as megatron_reference
 
         engine = self.engine
         reference = megatron_reference.MegatronReference(self.config, device=self.device)
@@ -276,7 +279,7 @@ class LabRank(PolicyRank):
             work()
 
     def build_anew(self):
-        from rlsys.engines.megatron import MegatronPolicy
+        from rlsys.engines.megatron.policy import MegatronPolicy
 
         MegatronPolicy(self.config, device=self.device)
 

@@ -18,7 +18,7 @@ import psutil
 import yaml
 from patience import PATIENCE_S
 
-from rlsys.run_dir import RunDir
+from rlsys.run.folder import RunDir
 
 NUM_PROMPTS, G = 4, 4
 POLL_S = 0.1

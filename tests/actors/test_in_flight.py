@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from rlsys.actors import rollout
 from rlsys.actors.group import ActorFailure
 from rlsys.actors.rollout import RolloutActor, RolloutActors
+from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.types import Prompt, SampleRequest
-from rlsys.weight_sync.publisher import WeightPublisher
 
 pytestmark = pytest.mark.system
 

@@ -32,7 +32,7 @@ from run_cases import (
 )
 from safetensors.torch import load_file
 
-from rlsys.run_dir import RunDir
+from rlsys.run.folder import RunDir
 from rlsys.tracking.jsonl import read_jsonl
 
 pytestmark = pytest.mark.system
@@ -188,7 +188,7 @@ def test_only_those_with_the_token_are_let_in(cluster):
 
 def test_a_run_joins_the_cluster_of_ray_address_by_itself(cluster, folder):
     """In a shell that does not even export RAY_AUTH_MODE."""
-    program = "import ray; from rlsys.ray_session import ray_session\n"
+    program = "import ray; from rlsys.actors.ray_session import ray_session\n"
     program += "with ray_session(): print(ray.cluster_resources()['CPU'])"
     done = subprocess.run(
         ["python", "-c", program],

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 from rlsys.rewards import orms
-from rlsys.rewards.judge import JudgeError
+from rlsys.rewards.builtin.judge import JudgeError
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 

@@ -3,9 +3,9 @@
 import pytest
 import ray
 
-from rlsys import placement
+from rlsys.actors import placement
+from rlsys.actors.placement import Placement
 from rlsys.actors.start_report import where
-from rlsys.placement import Placement
 
 pytestmark = pytest.mark.system
 

@@ -6,7 +6,7 @@ import pytest
 from greedy_rollouts import greedy, reload, start_reloading_engine
 from policy_cases import LAYOUTS, policy_config, random_batch
 
-from rlsys.weight_sync.publisher import WeightPublisher
+from rlsys.actors.weight_publisher import WeightPublisher
 
 pytestmark = pytest.mark.system
 

@@ -1,4 +1,4 @@
-"""Reward workers as Ray actors; tests/unit/test_rewards_pool.py has how failures are dealt with."""
+"""Reward workers as Ray actors; tests/unit/rewards/test_rewards_pool.py is about failures."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from reward_programs import PROGRAM_COMPLETIONS, PROGRAM_VALUES, PROGRAMS, SIBLI
 from rlsys.actors.reward import RewardWorkers
 from rlsys.config import RewardConfig
 from rlsys.rewards import orms
-from rlsys.rewards.failures import RewardCodeError
+from rlsys.rewards.pool.failures import RewardCodeError
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 pytestmark = [pytest.mark.system, pytest.mark.usefixtures("ray_cluster")]

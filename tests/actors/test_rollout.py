@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsys.actors.group import ActorFailure
 from rlsys.actors.rollout import RolloutActors
-from rlsys.rollout_pool import sampling_seed
+from rlsys.actors.weight_publisher import WeightPublisher
+from rlsys.rollout.draws import sampling_seed
 from rlsys.types import Prompt, SampleRequest
-from rlsys.weight_sync.publisher import WeightPublisher
 
 pytestmark = pytest.mark.system
 

@@ -9,7 +9,7 @@ from tensor_policy import TensorPolicy
 
 from rlsys.actors import rollout
 from rlsys.actors.rollout import RolloutActors
-from rlsys.weight_sync.publisher import WeightPublisher
+from rlsys.actors.weight_publisher import WeightPublisher
 
 pytestmark = pytest.mark.system
 
@@ -20,7 +20,7 @@ class UnpackedActor(ReloadingActor):
     def __init__(self, *args):
         import unpacked_workers
 
-        from rlsys.engines import vllm
+        from rlsys.engines.vllm.engine import engine as vllm
 
         vllm.WORKER_EXTENSION = unpacked_workers.WORKER_EXTENSION
         super().__init__(*args)

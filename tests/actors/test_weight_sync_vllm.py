@@ -8,8 +8,8 @@ from tensor_policy import TensorPolicy
 
 from rlsys.actors.group import ActorFailure, get_all
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.types import SampleRequest
-from rlsys.weight_sync.publisher import WeightPublisher
 
 pytestmark = pytest.mark.system
 

@@ -5,7 +5,7 @@ vLLM imports this in every process that holds a part of the model, before it loa
 
 from vllm import _custom_ops
 
-from rlsys.engines.vllm_weights import WeightSyncWorkerExtension
+from rlsys.engines.vllm.weight_backend import WeightSyncWorkerExtension
 
 WORKER_EXTENSION = "unpacked_workers.UnpackedWorker"
 

@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.actors.rollout import RolloutActor
-from rlsys.engines.hf_checkpoint import SafetensorsReader
+from rlsys.model.hf_folder import SafetensorsReader
 from rlsys.weight_sync.checksum import as_numbers, checksum
 
 SHARE = 0.1
@@ -161,7 +161,7 @@ class OpenActor(RolloutActor):
         if device == "cpu":
             import unpacked_workers
 
-            from rlsys.engines import vllm
+            from rlsys.engines.vllm.engine import engine as vllm
 
             vllm.WORKER_EXTENSION = unpacked_workers.WORKER_EXTENSION
         super().__init__(config, device, engine_rank)

@@ -9,7 +9,7 @@ from gpu_cases import DEVICE, gpu_config, long_batch, transformers_logprobs
 from gpu_lab import GpuRank
 from policy_cases import PolicyLab
 
-from rlsys.attention_backends import missing_attention
+from rlsys.model.attention import missing_attention
 
 pytestmark = [
     pytest.mark.gpu(1),

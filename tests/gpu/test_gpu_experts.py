@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from rlsys.actors import rollout
 from rlsys.actors.group import get_all
 from rlsys.actors.rollout import RolloutActors
-from rlsys.weight_sync.publisher import WeightPublisher
+from rlsys.actors.weight_publisher import WeightPublisher
 
 BATCH = long_batch(12, 400)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

@@ -18,9 +18,9 @@ from greedy_rollouts import PROMPTS, greedy
 from policy_cases import LAYOUTS
 
 from rlsys.actors.group import ActorFailure, PhaseTimeout
+from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.algo.batching import build_train_batch
 from rlsys.types import SampleRequest
-from rlsys.weight_sync.publisher import WeightPublisher
 
 pytestmark = pytest.mark.gpu(2)
 

@@ -1,4 +1,4 @@
-"""What the ranks of tests/unit/test_algo_ranks.py run; light, because each rank imports it."""
+"""What the ranks of tests/unit/algo/test_algo_ranks.py run; light, because each rank imports it."""
 
 from __future__ import annotations
 

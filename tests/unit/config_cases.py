@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from rlsys.engines.megatron_weight_table import weight_table
-from rlsys.model_shape import read_model_shape
-from rlsys.yaml_text import dump_yaml
+from rlsys.config.yaml_text import dump_yaml
+from rlsys.engines.megatron.weight_table import weight_table
+from rlsys.model.shape import read_model_shape
 
 MODEL_SIZES = {
     "model_type": "qwen3",

@@ -1,6 +1,6 @@
 import pytest
 
-from rlsys.hub import hub_answers
+from rlsys.preflight.hub import hub_answers
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 import pytest
 from tracking_cases import make_config
 
-from rlsys import rollout_pipeline
-from rlsys import rollouts as rollouts_module
-from rlsys.prompt_source import PromptSource
-from rlsys.rollout_pipeline import POLL_S
-from rlsys.rollouts import Rollouts
+from rlsys.data.streams.in_memory import PromptSource
+from rlsys.rollout import pipeline as rollout_pipeline
+from rlsys.rollout import rollouts as rollouts_module
+from rlsys.rollout.pipeline import POLL_S
+from rlsys.rollout.rollouts import Rollouts
 from rlsys.tracking.base import Tracker
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
 

@@ -11,8 +11,8 @@ from tracking_cases import make_config
 
 from rlsys.driver import train
 from rlsys.interrupts import interruptible
-from rlsys.sampling_watch import SamplingWatch
 from rlsys.tracking.base import Tracker
+from rlsys.tracking.sampling_watch import SamplingWatch
 from rlsys.types import UpdateOutput
 
 ROLLOUT_KEYS = {

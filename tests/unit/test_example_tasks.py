@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.config_load import load_config
+from rlsys.config.load import load_config
 from rlsys.rewards import orms
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,7 +10,7 @@ from data_cases import chat_tokenizer, write_jsonl
 
 from rlsys.actors.group import ActorFailure
 from rlsys.config import Config
-from rlsys.config_load import load_config
+from rlsys.config.load import load_config
 from rlsys.data import load_checked_prompts
 from rlsys.launch import _end_rollouts, check_right_answers, memory_warnings, step_notes
 

@@ -1,0 +1,267 @@
+"""Connecting a run to Ray: to the cluster of RAY_ADDRESS, or to one of its own on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Before Ray is imported, which reads some of the environment then.
+from rlsys.actors.ray_env import (  # isort: skip
+    check_cluster_answers,
+    cluster_address,
+    unused_choice_of_gpus,
+)
+import grpc
+import psutil
+
+from rlsys.interrupts import STOP_SIGNALS
+
+import ray  # isort: skip
+from ray._private import services
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
+
+START_ATTEMPTS = 3
+START_TIMEOUT_S = 180.0
+"""For one attempt, while its processes live: a busy laptop takes longer than Ray's own 30 s."""
+PROBE_TIMEOUT_S = 60.0
+
+
+class RayStartError(RuntimeError):
+    """Ray does not come up on this machine; the message says what was seen."""
+
+
+class _RayletDied(Exception):
+    """The process that is Ray's node ended while it started."""
+
+
+@contextmanager
+def ray_session(**own_cluster: Any) -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS (a Ray job sets it), or start one on this machine.
+
+    Leaving it ends every actor of this run.
+
+    Args:
+        own_cluster: options of `ray.init` for a cluster that is started here.
+
+    Raises:
+        ValueError: the cluster does not answer, or does not take this user's token.
+        RayStartError: a cluster could not be started here.
+    """
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    address = cluster_address()
+    # Ray's processes inherit that: a closed terminal must not end the policy before it is saved.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        if address is None:
+            start_cluster(**own_cluster)
+        else:
+            _join_cluster(address)
+        _restore(handlers)  # Ray's own for SIGTERM prints a C++ stack and aborts after 3 s
+        yield
+    finally:
+        _restore(handlers)
+        ray.shutdown()
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+# --- a cluster of RAY_ADDRESS --------------------------------------------------------------------
+
+
+def _join_cluster(address: str) -> None:
+    check_cluster_answers()
+    try:
+        place = services.canonicalize_bootstrap_address_or_die(address)
+    except ConnectionError as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: Ray found no cluster to join on this machine ({error}). Start "
+            "one with `ray start --head`, name its address, or unset RAY_ADDRESS to have a run "
+            "start its own."
+        ) from None
+    agree_on_token(address, place)
+    unused = unused_choice_of_gpus()
+    if unused is not None:
+        print(f"note: {unused}", flush=True)
+    try:
+        ray.init(logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: this machine could not join the Ray cluster ({error}). A run "
+            f"starts on a machine of the cluster: join it with `ray start --address={place}`, or "
+            "use `ray job submit`."
+        ) from error
+
+
+def agree_on_token(address: str, place: str) -> None:
+    """Use a token where the cluster asks for one, and none where it does not.
+
+    Ray's own rule is another: an explicit address means none, and "auto" means one wherever a token
+    is found; the workers of a cluster without tokens then cannot talk to this process.
+
+    Args:
+        address: RAY_ADDRESS, for messages.
+        place: IP:PORT of the cluster's head.
+
+    Raises:
+        ValueError: no token, one that the cluster refuses, or RAY_AUTH_MODE is against it.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    wants_token = not _is_let_in(address, place, None)
+    if wants_token and mode == "disabled":
+        raise ValueError(
+            f"RAY_ADDRESS={address}: this Ray cluster asks for a token, which "
+            "RAY_AUTH_MODE=disabled keeps from it: unset RAY_AUTH_MODE"
+        )
+    if not wants_token and mode == "token":
+        raise ValueError(
+            f"RAY_ADDRESS={address}: this Ray cluster was started without authentication, and "
+            "RAY_AUTH_MODE=token asks for it: restart the cluster with RAY_AUTH_MODE=token, or "
+            "unset it here"
+        )
+    if wants_token:
+        _check_token(address, place)
+    else:
+        print(
+            f"note: the Ray cluster of RAY_ADDRESS={address} asks for no token: whoever reaches "
+            "its ports can run programs there. RAY_AUTH_MODE=token for `ray start` changes that.",
+            flush=True,
+        )
+    os.environ["RAY_AUTH_MODE"] = "token" if wants_token else "disabled"
+    RayConfig.initialize("")  # which has read the environment before
+
+
+def _check_token(address: str, place: str) -> None:
+    loader = AuthenticationTokenLoader.instance()
+    if not loader.has_token(ignore_auth_mode=True):
+        raise ValueError(
+            f"RAY_ADDRESS={address}: this Ray cluster asks for a token, and you have none: copy "
+            "~/.ray/auth_token from the host and user that started it (`ray get-auth-token` prints "
+            "it there), or set RAY_AUTH_TOKEN"
+        )
+    if not _is_let_in(address, place, loader.get_raw_token(ignore_auth_mode=True)):
+        source = "RAY_AUTH_TOKEN"
+        if source not in os.environ:
+            source = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
+        raise ValueError(
+            f"RAY_ADDRESS={address}: this Ray cluster refuses the token of {source}: use that of "
+            "the host and user that started it (`ray get-auth-token` prints it there)"
+        )
+
+
+def _is_let_in(address: str, place: str, token: str | None) -> bool:
+    """Whether the head answers a request with this token, or with none.
+
+    Raises:
+        ValueError: what listens there does not answer as the head of a Ray cluster.
+    """
+    metadata = None if token is None else [("authorization", f"Bearer {token}")]
+    with grpc.insecure_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
+        try:
+            ask(b"", timeout=PROBE_TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                return False
+            raise ValueError(
+                f"RAY_ADDRESS={address}: what listens there does not answer as the head of a Ray "
+                f"cluster ({error.code().name}, {error.details()}). `ray start --head` prints the "
+                "head's address, with port 6379 unless --port chose another"
+            ) from None
+    return True
+
+
+# --- a cluster of this run's own -----------------------------------------------------------------
+
+
+def start_cluster(**options: Any) -> None:
+    """`ray.init` for a cluster on this machine.
+
+    Ray's node ends itself when its helpers take longer than 15 s to start, as on a busy machine;
+    then another one is started.
+
+    Raises:
+        RayStartError: no attempt succeeded.
+    """
+    _use_own_token()
+    me = psutil.Process()
+    before = set(me.children())
+    for attempt in range(1, START_ATTEMPTS + 1):
+        start = time.monotonic()
+        try:
+            with _raylet_watched(before):
+                # "local": Ray would otherwise join a cluster that anybody started on this machine.
+                ray.init(
+                    "local", logging_level=logging.ERROR, **{"include_dashboard": False, **options}
+                )
+            return
+        except _RayletDied:
+            what = f"Ray's node died {time.monotonic() - start:.0f} s after its start"
+        except Exception as error:  # Ray raises this very class when something took too long
+            if type(error) is not Exception:
+                raise
+            what = f"Ray did not start: {error}"
+        for process in set(me.children()) - before:
+            process.kill()
+            process.wait()
+        ray.shutdown()
+        if attempt < START_ATTEMPTS:
+            print(f"note: {what}; is the machine busy? Trying again.", flush=True)
+    logs = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/session_latest/logs"
+    raise RayStartError(f"{what}, {START_ATTEMPTS} times in a row. Its logs are in {logs}")
+
+
+def _use_own_token() -> None:
+    """Have the cluster's processes, which inherit it, know a token that is nowhere else.
+
+    Ray would write one to ~/.ray/auth_token. From then on `ray start` would want it from clients,
+    which send it only with RAY_AUTH_MODE=token.
+    """
+    loader = AuthenticationTokenLoader.instance()
+    if not loader.has_token(ignore_auth_mode=True):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        loader.reset_cache()
+
+
+@contextmanager
+def _raylet_watched(before: set[psutil.Process]) -> Iterator[None]:
+    """Have `ray.init` notice at once that the node it waits for is dead.
+
+    Args:
+        before: children of this process that are not of this start.
+    """
+    get_node = services.get_node
+    deadline = time.monotonic() + START_TIMEOUT_S
+
+    def watched(gcs_address: str, node_id: str) -> dict[str, Any]:
+        while True:
+            try:
+                return get_node(gcs_address, node_id)
+            except RuntimeError:
+                if not any(map(_is_living_raylet, set(psutil.Process().children()) - before)):
+                    raise _RayletDied from None
+                if time.monotonic() > deadline:
+                    raise
+
+    services.get_node = watched
+    try:
+        yield
+    finally:
+        services.get_node = get_node
+
+
+def _is_living_raylet(process: psutil.Process) -> bool:
+    try:
+        return process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

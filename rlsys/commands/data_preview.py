@@ -1,0 +1,339 @@
+"""`rlsys data preview`: what a run would be trained on, before it is."""
+
+from __future__ import annotations
+
+import math
+import re
+import reprlib
+import statistics
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlsys.config import Config
+from rlsys.counted import counted
+from rlsys.data.load import PromptData, load_checked_prompts
+from rlsys.data.reward_columns import column_problems, column_uses, unread_columns
+from rlsys.data.rows import TEMPLATE_COLUMNS
+from rlsys.model.detokenize import Detokenizer
+from rlsys.preflight.golds import reachable_rewards
+from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.rewards.reachable import (
+    GOLD_REMEDY,
+    Look,
+    ReachableRewards,
+    is_users_class,
+    look_at_rows,
+)
+from rlsys.tracking.printable import printable
+from rlsys.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BINS = 12
+"""Lines of the histogram, about."""
+STREAMED_ROWS = 1000
+"""Prompts of a streamed dataset that are looked at."""
+_DROPPED = "bright_black"
+
+
+def preview(config: Config, console: Console, *, num_rows: int) -> bool:
+    """Print what became of the rows, the columns, the lengths, and `num_rows` rendered prompts.
+
+    Returns:
+        whether the reward functions find their columns, and what they need in them.
+
+    Raises:
+        ValueError: the data cannot be used, or the model has no tokenizer here.
+    """
+    use_cache_without_hub(config)
+    tokenizer = load_tokenizer(config)
+    data = load_checked_prompts(config, tokenizer)
+    prompts = _first_of_each_stream(data) if config.data.streaming else data.train
+    _print_counts(config, data, console)
+    problems = _print_columns(config, prompts, console)
+    lengths = [length for count in data.counts for length in count.lengths]
+    if config.data.streaming:
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+    _print_histogram(config, lengths, console)
+    rewards = None if problems else reachable_rewards(config, tokenizer)
+    for prompt in _spread(prompts, data.train_sizes, num_rows):
+        _print_prompt(prompt, tokenizer, console)
+        if rewards is not None:
+            _print_right_answers(rewards.look(prompt), console)
+    if rewards is not None:
+        problems += _right_answers_of_all(rewards, prompts, config, console)
+    problems += data.refused.texts
+    if data.refused.num_more:
+        problems.append(f"... and {data.refused.num_more:,} more such rows")
+    detokenizer = Detokenizer(tokenizer, config.rollout.skip_special_tokens)
+    for notice in [*data.notices, *filter(None, [detokenizer.note()])]:
+        console.print(Text(f"\nNote: {notice}", style="yellow"))
+    for problem in problems:
+        console.print(Text(f"\nProblem: {problem}", style="bold red"))
+    return not problems
+
+
+def split_rows_option(words: list[str]) -> tuple[int | None, list[str]]:
+    """`--rows N` among the overrides of a config, and the others.
+
+    Raises:
+        ValueError: N is no number.
+    """
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--rows":
+            value, end = (value, 1) if equals else ("".join(words[index + 1 : index + 2]), 2)
+            if not value.isdecimal():
+                raise ValueError(f"--rows takes a number, not {value!r}")
+            return int(value), words[:index] + words[index + end :]
+    return None, words
+
+
+def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer of the model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    from rlsys.preflight.checks import find_model_folder
+
+    find_model_folder(config.model.path)
+    try:
+        return AutoTokenizer.from_pretrained(config.model.path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.path: {config.model.path} has no tokenizer: {error}") from error
+
+
+def _first_of_each_stream(data: PromptData) -> list[Prompt]:
+    prompts: dict[str, Prompt] = {}
+    for stream in data.streams:
+        for prompt in stream.take(STREAMED_ROWS):
+            prompts.setdefault(prompt.prompt_id, prompt)
+    return list(prompts.values())
+
+
+def _table(title: str, *headers: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
+    for header in headers:
+        table.add_column(header, overflow="fold")
+    return table
+
+
+# --- counts --------------------------------------------------------------------------------------
+
+
+def _print_counts(config: Config, data: PromptData, console: Console) -> None:
+    weights = config.data.dataset_weights
+    table = _table("Datasets", "dataset", "format", "rows", "used", "dropped", "for")
+    for name in ("rows", "used"):
+        column = next(column for column in table.columns if column.header == name)
+        column.justify, column.no_wrap = "right", True
+    for index, count in enumerate(data.counts):
+        purpose = "training" if index < len(config.data.dataset) else "evaluation"
+        if weights and purpose == "training":
+            purpose += f" {weights[index] / sum(weights):.0%}"
+        reasons = {
+            "too long": count.too_long,
+            "too short": count.too_short,
+            "duplicates": count.duplicates,
+            "by preprocessor": count.filtered,
+        }
+        dropped = [f"{number:,} {reason}" for reason, number in reasons.items() if number]
+        table.add_row(
+            Text(count.source),
+            ", ".join(count.formats),
+            f"{count.rows:,}",
+            f"{count.used:,}",
+            ", ".join(dropped),
+            purpose,
+        )
+    console.print(table)
+    if config.data.streaming:
+        console.print(
+            f"Streamed: counted are the rows read for this preview, at most {STREAMED_ROWS:,} "
+            "prompts a dataset."
+        )
+        return
+    console.print(
+        f"{counted(len(data.train), 'prompt')} to train on, "
+        f"{len(data.validation):,} to evaluate on."
+    )
+    repeated = len(data.train) - len({tuple(prompt.token_ids) for prompt in data.train})
+    if repeated:
+        console.print(
+            f"{repeated:,} of them {'repeats' if repeated == 1 else 'repeat'} a prompt that is "
+            "there already; data.deduplicate drops such rows."
+        )
+    if data.num_validation_in_train:
+        console.print(
+            "Prompts to evaluate on that the training data has as well: "
+            f"{data.num_validation_in_train:,}.",
+            style="red",
+        )
+
+
+# --- columns -------------------------------------------------------------------------------------
+
+
+def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> list[str]:
+    """The columns, and what is wrong with them."""
+    names = list(prompts[0].columns) if prompts else []
+    uses = column_uses(config)
+    table = _table("Columns for the rewards", "column", "type", "missing", "example", "used by")
+    table.columns[2].justify = "right"
+    table.columns[3].overflow = "ellipsis"
+    table.columns[3].no_wrap = True
+    for column in names:
+        values = [prompt.columns.get(column) for prompt in prompts]
+        there = [value for value in values if value is not None]
+        users = ["chat template"] if column in TEMPLATE_COLUMNS else []
+        users += [n for n, use in uses.items() if column in (*use.needed, *use.optional)]
+        table.add_row(
+            Text(column),
+            "/".join(sorted({type(value).__name__ for value in there})) or "-",
+            f"{len(values) - len(there):,}" if len(there) < len(values) else "",
+            Text(_short(there[0]) if there else ""),
+            Text(", ".join(users)),
+        )
+    console.print()
+    if names:
+        console.print(table)
+    else:
+        console.print("The rows have no columns besides the prompt.")
+    for name, use in uses.items():
+        if use.takes_all and not use.needed and not use.optional:
+            console.print(Text(f"{name} names no column, but is given all of them.", style="dim"))
+    unread = unread_columns(config, names)
+    if unread is not None:
+        console.print(Text(f"{unread[0].upper()}{unread[1:]}.", style="dim"))
+    return column_problems(config, names)
+
+
+def _short(value: Any) -> str:
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = 40
+    return printable(shortener.repr(value)).replace("\n", " ")
+
+
+# --- lengths -------------------------------------------------------------------------------------
+
+
+def _print_histogram(config: Config, lengths: list[int], console: Console) -> None:
+    low, high = config.data.min_prompt_length, config.data.max_prompt_length
+    bar = "█" if console.encoding.startswith("utf") else "#"
+    console.print()
+    console.print("Prompt lengths in tokens", style="bold")
+    console.print(
+        f"{min(lengths):,} to {max(lengths):,}, mean {statistics.fmean(lengths):,.1f}, "
+        f"median {statistics.median(lengths):,.0f}; data.max_prompt_length is {high:,}"
+    )
+    bins = list(histogram(lengths))
+    label_width = max(len(f"{last:,}") for _, last, _ in bins)
+    number_width = max(len(f"{number:,}") for *_, number in bins)
+    most = max(number for *_, number in bins)
+    space = max(10, min(console.width, 100) - 2 * label_width - number_width - 24)
+    for first, last, number in bins:
+        length = math.ceil(number / most * space)
+        dropped = sum(first <= n <= last and not low <= n <= high for n in lengths)
+        line = f"{first:>{label_width},} - {last:>{label_width},}  {number:>{number_width},} "
+        outside = dropped == number > 0
+        note = "  dropped" if outside else "  partly dropped" if dropped else ""
+        console.print(Text(line + bar * length + note, style=_DROPPED if outside else ""))
+
+
+def histogram(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(first, last, number) of about BINS classes of equal and round width that hold `lengths`."""
+    span = max(lengths) - min(lengths) + 1
+    exact = max(1.0, span / BINS)
+    power = 10 ** math.floor(math.log10(exact))
+    width = next(step * power for step in (1, 2, 5, 10) if step * power >= exact)
+    start = min(lengths) // width * width
+    numbers = [0] * ((max(lengths) - start) // width + 1)
+    for length in lengths:
+        numbers[(length - start) // width] += 1
+    for index, number in enumerate(numbers):
+        yield start + index * width, start + (index + 1) * width - 1, number
+
+
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def _spread(prompts: list[Prompt], sizes: list[int], num_rows: int) -> list[Prompt]:
+    """The first rows of every dataset in turn."""
+    parts = []
+    remaining = iter(prompts)
+    for size in sizes or [len(prompts)]:
+        parts.append(list(islice(remaining, size)))
+    ranked = [(rank, part[rank]) for part in parts for rank in range(min(num_rows, len(part)))]
+    return [prompt for _, prompt in sorted(ranked, key=lambda entry: entry[0])[:num_rows]]
+
+
+def _print_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:
+    console.print()
+    length = counted(len(prompt.token_ids), "token")
+    console.print(Text.assemble((prompt.prompt_id, "bold"), f"  {length}"))
+    decoded: Any = tokenizer.decode(prompt.token_ids, skip_special_tokens=False)
+    text = Text(printable(decoded))
+    special = sorted(map(str, tokenizer.get_added_vocab()), key=len, reverse=True)
+    if special:
+        text.highlight_regex("|".join(map(re.escape, special)), style="bold cyan")
+    console.print(text)
+    console.print()
+    for name, value in prompt.columns.items():
+        console.print(Text.assemble((f"  {name}: ", "dim"), _short(value)), no_wrap=True)
+
+
+# --- right answers -------------------------------------------------------------------------------
+
+
+def _print_right_answers(look: Look, console: Console) -> None:
+    """The right answer that each function reads, and a completion that earns the most."""
+    for name, gold in look.golds.items():
+        if gold is None:
+            words = f"  {name} reads no right answer in this row"
+            console.print(Text(words, style="yellow"))
+        else:
+            console.print(Text.assemble((f"  {name} reads: ", "dim"), printable(gold)))
+    if look.completion is not None:
+        values = ", ".join(f"{name} {_value(value)}" for name, value in look.values.items())
+        console.print(Text.assemble(("  a completion that earns ", "dim"), values))
+        for line in printable(look.completion).splitlines():
+            console.print(Text(f"    {line}", style="green"))
+    for name in look.missed:
+        best = look.best[name]
+        says = f"earns {best:.4g}, below its maximum, on the best completion tried"
+        if math.isnan(best):
+            says = "says None to every completion tried"
+        console.print(Text(f"  {name} {says}", style="bold red"))
+
+
+def _right_answers_of_all(
+    rewards: ReachableRewards, prompts: list[Prompt], config: Config, console: Console
+) -> list[str]:
+    """Print what is wrong with right answers; returns what is wrong with those of every row."""
+    if rewards.unknown:
+        names = ", ".join(rewards.unknown)
+        own = [name for name in rewards.unknown if is_users_class(name)]
+        remedy = "plugins/README.md has a class with both"
+        says = f". Give {', '.join(own)} max_reward and gold(row): {remedy}" if own else ""
+        console.print(Text(f"\nBest value not known, so not looked at: {names}{says}", style="dim"))
+    problems = []
+    for finding in look_at_rows(rewards, prompts):
+        if finding.in_all_rows and finding.name in config.reward.names_that_check_rows:
+            remedy = f". {GOLD_REMEDY}" if finding.kills_reward else ""
+            problems.append(f"{finding.text}{remedy}")
+        else:
+            console.print(Text(f"\nNote: {finding.text}", style="yellow"))
+    return problems
+
+
+def _value(value: float) -> str:
+    return "None" if math.isnan(value) else f"{value:.4g}"

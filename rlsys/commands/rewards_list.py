@@ -1,0 +1,79 @@
+"""`rlsys rewards list`: which reward functions there are, what they take and where they stand."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.text import Text
+
+from rlsys.config.fields import first_sentence
+from rlsys.data.reward_columns import column_use
+from rlsys.plugins.load import describe, entry_points
+from rlsys.registry import where_defined
+from rlsys.rewards import load_plugins, orms
+from rlsys.rewards.instances import parameters_of
+from rlsys.rewards.scoring import is_async
+from rlsys.rewards.styles import TrlStyle, VerlStyle
+from rlsys.tracking.columns import print_wrapped
+
+MAX_SETTING = 60
+"""Characters of a setting and its default."""
+
+
+def list_rewards(plugins: Sequence[str], console: Console) -> None:
+    """Print the reward functions, a few lines each: built-in ones, those of `plugins`, of packages.
+
+    Raises:
+        ValueError: a plugin cannot be loaded.
+    """
+    load_plugins(plugins)
+    for name in sorted({*orms, *entry_points()}):
+        _print_function(name, console)
+    print_wrapped(
+        console,
+        "settings: reward.reward_params, {NAME: {SETTING: VALUE}}. columns: what the dataset must "
+        "have; in brackets, what is used if it is there.",
+        style="dim",
+    )
+
+
+def _print_function(name: str, console: Console) -> None:
+    """Name and place; below them what it pays for, settings and columns."""
+    try:
+        function = orms[name]
+        use = column_use(name)
+    except ValueError as error:  # the others can be used
+        offered = ", ".join(map(describe, entry_points().get(name, [])))
+        _print_heading(name, offered, console)
+        reason = str(error).strip().splitlines()[-1]
+        print_wrapped(console, reason, indent="  ", style="bold red")
+        console.print()
+        return
+    kinds = ["TRL style"] * isinstance(function, TrlStyle) + ["async"] * is_async(function)
+    kinds += ["verl style"] * isinstance(function, VerlStyle)
+    about = first_sentence(inspect.getdoc(function)) + (f" ({', '.join(kinds)})" if kinds else "")
+    settings = parameters_of(function).values() if isinstance(function, type) else []
+    named = {
+        "settings": list(map(_as_written, settings)),
+        "columns": [*use.needed, *(f"[{column}]" for column in use.optional)],
+    }
+    _print_heading(name, where_defined(function).removeprefix(f"{os.getcwd()}/"), console)
+    print_wrapped(console, about, indent="  ")
+    for title, items in named.items():
+        if items:
+            print_wrapped(console, f"{title}: {', '.join(items)}", indent="  ")
+    console.print()
+
+
+def _print_heading(name: str, place: str, console: Console) -> None:
+    heading = Text(name, style="bold").append(f"  {place}", style="not bold dim")
+    console.print(heading, soft_wrap=True)
+
+
+def _as_written(parameter: inspect.Parameter) -> str:
+    """`limit`, `limit=5`, `**kwargs`; long texts, such as prompts, by their beginning."""
+    written = str(parameter.replace(annotation=inspect.Parameter.empty))
+    return written if len(written) <= MAX_SETTING else f"{written[:MAX_SETTING]}..."

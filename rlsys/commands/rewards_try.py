@@ -1,0 +1,307 @@
+"""`rlsys rewards try`: scores completions of a file, without a model and without Ray."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlsys.commands.rewards_try_rows import RowSources, prompt_ids, prompts_of, read_groups
+from rlsys.commands.rewards_try_run import TriedRun, find_run
+from rlsys.config import DataConfig, RewardConfig
+from rlsys.config.yaml_text import load_yaml
+from rlsys.counted import counted
+from rlsys.data.preprocess import preprocessors
+from rlsys.data.spec import is_no_hub_id
+from rlsys.registry import did_you_mean
+from rlsys.rewards import check_names_and_weights, load_plugins, settings_of
+from rlsys.rewards.pool.local import LocalBackend
+from rlsys.rewards.pool.pool import RewardPool
+from rlsys.rewards.pool.runner import process_settings
+from rlsys.tracking.completions import last_user_message
+from rlsys.tracking.printable import printable
+from rlsys.types import OPEN_THINK, RolloutGroup
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+EXCERPT = 60
+"""Characters of prompt and completion that the table shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class TryOptions:
+    """What the command line asks for."""
+
+    names: list[str]
+    """Empty: those of the run that wrote the completions."""
+    completions: Path
+    dataset: list[str]
+    """Where the columns come from; empty: the run's data, or the file of completions."""
+    preprocessor: str | None
+    """For the rows of `dataset`; None: the run's, if it has one for all of them."""
+    plugins: list[str]
+    params: dict[str, dict[str, Any]]
+    timeout_s: float | None
+    """None: the run's, or the default."""
+    limit: int | None
+    """Score so many completions; None is all."""
+    tokenizer: str | None
+    """Of completion_ids; None: the run's, or a completion has as many as its row says."""
+
+
+def try_rewards(options: TryOptions, console: Console) -> bool:
+    """Score the completions in the processes of a run and print a table.
+
+    Where the file is that of a run, its saved config says what the command line does not.
+
+    Returns:
+        whether no function failed on any completion.
+
+    Raises:
+        ValueError: a function, its settings or a row that cannot be used.
+        RewardCodeError: a class that cannot be instantiated.
+    """
+    wanted = prompt_ids(options.completions)
+    run = find_run(options.completions)
+    config = _config(options, run)
+    load_plugins(config.external_plugins)
+    names = config.reward_funcs
+    check_names_and_weights(names, None)
+    for name in options.params:
+        if name not in names:
+            raise ValueError(
+                f"--params has settings for {name!r}, which is not tried."
+                f"{did_you_mean(name, names)} Tried: {', '.join(names)}"
+            )
+    known = {} if run is None else run.known
+    for name in names:
+        settings_of(name, config.params.get(name, {}), known)
+    sources = _sources(options, run, wanted)
+    if run is not None:
+        sources = replace(sources, template_kwargs=run.config.data.chat_template_kwargs)
+    groups = read_groups(options.completions, sources, options.limit)
+    if run is not None:
+        _print_run(run, console)
+    if options.dataset:
+        _print_prompt_hint(options.dataset, sources, console)
+    if sources.tokenizer is None:
+        _print_think_hint(groups, console)
+    pool = RewardPool(config, LocalBackend(process_settings(config, known)), in_run=False)
+    try:
+        scored = _score(pool, groups)
+    finally:
+        pool.close()
+    _print_table(scored, names, console)
+    _print_summary(scored, names, pool.seconds, console)
+    return not any(reward.failures for group in scored for reward in group.rewards)
+
+
+def parse_params(text: str) -> dict[str, dict[str, Any]]:
+    """What `--params` says: settings by reward function.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        params = load_yaml(text)
+    except yaml.YAMLError as error:
+        reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else None
+        raise ValueError(
+            f"--params {text!r} is not YAML: {reason or ' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(params, dict) or not all(
+        isinstance(name, str) and isinstance(settings, dict) for name, settings in params.items()
+    ):
+        raise ValueError(
+            f"--params {text!r} should be settings by reward function, such as "
+            "'{format: {SETTING: VALUE}}'"
+        )
+    return params
+
+
+def _config(options: TryOptions, run: TriedRun | None) -> RewardConfig:
+    if options.preprocessor is not None and not options.dataset:
+        raise ValueError("--preprocessor is for the rows of --dataset, which is not given")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit {options.limit} should be 1 or more")
+    names = options.names or ([] if run is None else run.config.reward.reward_funcs)
+    if not names:
+        raise ValueError(
+            "name the reward functions to try, as in `rlsys rewards try format --completions "
+            f"{options.completions}`"
+        )
+    values: dict[str, Any] = {"params": {}, "plugins": []}
+    limits: dict[str, Any] = {}
+    if run is not None:
+        values = {"params": run.params(names), "plugins": run.plugins()}
+        limits = {name: getattr(run.config.reward, name) for name in ("timeout_s", "max_memory_mb")}
+    if options.timeout_s is not None:
+        limits["timeout_s"] = options.timeout_s
+    settings = {
+        name: values["params"].get(name, {}) | options.params.get(name, {})
+        for name in {**values["params"], **options.params}
+    }
+    try:
+        return RewardConfig(
+            reward_funcs=names,
+            reward_params=settings,
+            external_plugins=list(dict.fromkeys([*values["plugins"], *options.plugins])),
+            on_error="zero",  # so that all are scored
+            **limits,
+        )
+    except ValidationError as error:
+        detail = error.errors()[0]
+        option = ".".join(map(str, detail["loc"]))
+        rule = detail["msg"].replace("Input should", "should")
+        raise ValueError(f"--{option} {detail['input']!r} {rule}") from None
+
+
+def _sources(options: TryOptions, run: TriedRun | None, wanted: set[str]) -> RowSources:
+    """The prompts and the tokenizer that the command line names, or else the run's."""
+    tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
+    if run is not None and tokenizer is None:
+        tokenizer = run.tokenizer()
+    if options.dataset:
+        data = DataConfig(dataset=options.dataset)
+        if run is not None:  # the rows may need what the run did with them
+            own = run.config.data
+            some = own.preprocessor if len(own.preprocessor) == 1 else []
+            data = data.model_copy(update={"columns": own.columns, "preprocessor": some})
+        if options.preprocessor is not None:
+            data = data.model_copy(update={"preprocessor": [options.preprocessor]})
+        prompts = prompts_of(data, need_prompt=False)
+        return RowSources(prompts, list(prompts.values()), tokenizer)
+    if run is None or not wanted:
+        return RowSources(tokenizer=tokenizer)
+    return run.sources(options.completions, wanted, tokenizer)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    if is_no_hub_id(name) and not Path(name).is_dir():
+        raise ValueError(f"--tokenizer {name} should be a model folder or hub id, and is no folder")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None
+
+
+def _print_run(run: TriedRun, console: Console) -> None:
+    console.print(Text(f"from {run.path}:"))
+    for line in run.used:
+        console.print(Text(f"  {line}", style="dim"))
+    for line in run.missing:
+        console.print(Text(f"  not used: {line}", style="yellow"))
+    console.print()
+
+
+def _print_prompt_hint(dataset: list[str], sources: RowSources, console: Console) -> None:
+    count = sum(not prompt.messages for prompt in sources.by_place)
+    if count:
+        known = ", ".join(preprocessors.known())
+        line = (
+            f"{count:,} of {len(sources.by_place):,} rows of {', '.join(dataset)} have no prompt: "
+            "the functions get their columns alone. If a preprocessor makes prompts and columns of "
+            f"them, name it with --preprocessor{f' (known: {known})' if known else ''}"
+        )
+        console.print(Text(line, style="yellow"))
+
+
+def _print_think_hint(groups: list[RolloutGroup], console: Console) -> None:
+    """Whether prompts open `<think>` is known by the chat template alone."""
+    texts = [completion.text for group in groups for completion in group.completions]
+    count = sum("</think>" in text and OPEN_THINK not in text for text in texts)
+    if count:
+        line = (
+            f"</think> without <think> in {count:,} of {counted(len(texts), 'completion')}. If "
+            "their prompts open it, name the model's folder or hub id with --tokenizer: format "
+            "then counts it"
+        )
+        console.print(Text(line, style="yellow"))
+
+
+def _score(pool: RewardPool, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    for group in groups:
+        pool.submit(group)
+    scored: list[RolloutGroup] = []
+    while pool.num_pending:
+        pool.wait(0.2)
+        scored += pool.collect()
+    return sorted(scored, key=lambda group: group.group_id)
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def _print_table(groups: list[RolloutGroup], names: Sequence[str], console: Console) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=EXCERPT)
+    table.add_column("completion", no_wrap=True, overflow="ellipsis", max_width=EXCERPT)
+    for name in names:
+        table.add_column(name, justify="right", overflow="fold")
+    for group in groups:
+        asked = last_user_message(group.prompt.messages) if group.prompt.messages else ""
+        for index, cells in enumerate(_cells(group, names)):
+            first = _excerpt(asked or group.prompt.prompt_id) if index == 0 else ""
+            table.add_row(Text(first), Text(_excerpt(group.completions[index].text)), *cells)
+    console.print(table)
+
+
+def _cells(group: RolloutGroup, names: Sequence[str]) -> Iterator[list[Text]]:
+    for reward in group.rewards:
+        yield [
+            Text(reward.failures[name], style="bold red")
+            if name in reward.failures
+            else Text(_value(reward.by_name[name]))
+            for name in names
+        ]
+
+
+def _excerpt(text: str) -> str:
+    """On one line, the end of it, where answers stand, when it is long."""
+    line = printable(" ".join(text.split()))
+    return line if len(line) <= EXCERPT else f"...{line[3 - EXCERPT :]}"
+
+
+def _value(value: float) -> str:
+    return "None" if math.isnan(value) else f"{value:.4g}"
+
+
+def _print_summary(
+    groups: list[RolloutGroup], names: Sequence[str], seconds: dict[str, float], console: Console
+) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("function")
+    for header in ("mean", "std", "None", "failed", "ms a completion"):
+        table.add_column(header, justify="right")
+    rewards = [reward for group in groups for reward in group.rewards]
+    for name in names:
+        failures = Counter(r.failures[name] for r in rewards if name in r.failures)
+        own = [r.by_name[name] for r in rewards if name not in r.failures]
+        values = [value for value in own if not math.isnan(value)]
+        failed = ", ".join(f"{count} {kind}" for kind, count in failures.items()) or "0"
+        time = f"{1000 * seconds[name] / len(own):.3g}" if own else "-"
+        mean = f"{statistics.fmean(values):.4g}" if values else "-"
+        std = f"{statistics.stdev(values):.4g}" if len(values) > 1 else "-"
+        table.add_row(name, mean, std, str(len(own) - len(values)), failed, time)
+    console.print()
+    console.print(table)
+    for name in dict.fromkeys(name for reward in rewards for name in reward.metrics):
+        logged = [reward.metrics[name] for reward in rewards if name in reward.metrics]
+        console.print(Text(f"metric {name}: {statistics.fmean(logged):.4g}"))
+    for name in dict.fromkeys(name for reward in rewards for name in reward.extra):
+        shown = next(reward.extra[name] for reward in rewards if name in reward.extra)
+        console.print(Text(f"column {name} of completions.jsonl: {shown!r:.80}, ..."))

@@ -1,0 +1,54 @@
+"""The fields of a config by name, and what each means."""
+
+from __future__ import annotations
+
+import json
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from rlsys.config.schema import Config, Section
+from rlsys.config.yaml_text import read_scalar
+
+
+def config_sections() -> dict[str, type[Section]]:
+    """The sections of the config by name, in order."""
+    return {
+        name: info.annotation
+        for name, info in Config.model_fields.items()
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+    }
+
+
+def config_fields() -> dict[str, FieldInfo]:
+    """Every field: top-level ones by name, then the others as `section.field`, in order."""
+    sections = config_sections()
+    fields = {name: info for name, info in Config.model_fields.items() if name not in sections}
+    for section, cls in sections.items():
+        fields |= {f"{section}.{name}": info for name, info in cls.model_fields.items()}
+    return fields
+
+
+def first_sentence(docstring: str | None) -> str:
+    """The first sentence of the first paragraph, on one line."""
+    text = " ".join((docstring or "").partition("\n\n")[0].split())
+    end = text.find(". ")
+    return text if end < 0 else text[: end + 1]
+
+
+def show_value(value: object) -> str:
+    """The value as the YAML file would have it."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(show_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {show_value(item)}" for key, item in value.items()) + "}"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, str) and not isinstance(read_scalar(value), str):
+        return json.dumps(value)  # such as the text "1e-3"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def show_default(info: FieldInfo) -> str:
+    """The default as the YAML file would have it."""
+    return "required" if info.default is PydanticUndefined else show_value(info.default)

@@ -1,0 +1,104 @@
+"""Paths of a config on this machine: decided once, in the driver, as actors run elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+
+from rlsys.config.schema import Config
+from rlsys.data.spec import is_no_hub_id, parse_spec
+
+JOB_COPY = "working_dir_files"
+"""A folder above what `ray job submit --working-dir` unpacks."""
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """`config` with models and plugins named so that actors find them from any working directory.
+
+    A name such as `org/model` is a folder if there is one here. What is not here stays as it is:
+    an id of the hub.
+    """
+    reward = config.reward
+    params = {
+        name: reward.params[name] | {"path": _absolute(reward.params[name]["path"])}
+        for name in reward.models
+        if isinstance(reward.params.get(name, {}).get("path"), str)
+    }
+    updates = {
+        "model": {"path": _absolute(config.model.path)},
+        "reference": {"path": config.reference.path and _absolute(config.reference.path)},
+        "data": {"external_plugins": _all_absolute(config.data.external_plugins)},
+        "grpo": {"external_plugins": _all_absolute(config.grpo.external_plugins)},
+        "reward": {
+            "external_plugins": _all_absolute(reward.external_plugins),
+            "reward_params": reward.reward_params | params,
+        },
+    }
+    return config.model_copy(
+        update={
+            section: getattr(config, section).model_copy(update=values)
+            for section, values in updates.items()
+        }
+    )
+
+
+def check_is_here(path: str) -> None:
+    """Refuse a folder that the driver has and this machine has not.
+
+    Raises:
+        ValueError: it names this host and the folder.
+    """
+    if is_no_hub_id(path) and not Path(path).is_dir():
+        raise ValueError(
+            f"host {socket.gethostname()} has no folder {path}: models have to be where every "
+            "host of the cluster finds them under the same path, on a shared disk say"
+        )
+
+
+def is_in_job_copy(path: Path) -> bool:
+    """Whether `path` is in what `ray job submit --working-dir` sent to the cluster."""
+    return JOB_COPY in path.parts
+
+
+def left_out_of_job_copy(config: Config) -> list[str]:
+    """Paths of `config` that Ray did not send with the working directory of this job."""
+    here = Path.cwd()
+    if not is_in_job_copy(here):
+        return []
+    return [path for path in named_paths(config) if _is_left_out(here, path)]
+
+
+def named_paths(config: Config) -> list[str]:
+    """What a run reads, each once: models, plugins and data, by path or id of the hub."""
+    sections = (config.data, config.reward, config.grpo)
+    paths = [config.model.path, config.reference_path, *config.reward.model_paths]
+    paths += [path for section in sections for path in section.external_plugins]
+    paths += [parse_spec(spec).name for spec in (*config.data.dataset, *config.data.val_dataset)]
+    return list(dict.fromkeys(paths))
+
+
+def _is_left_out(here: Path, path: str) -> bool:
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    place = Path(os.path.normpath(here / path))
+    if place.exists() or not place.is_relative_to(here):
+        return False
+    # Ray asks the patterns of a folder about everything below it, folders first.
+    steps = [step for step in (place, *place.parents) if step.is_relative_to(here)]
+    return any(
+        exclude(step)
+        for number, folder in enumerate(steps)
+        for exclude in get_excludes_from_ignore_files(folder, True, logging.getLogger(__name__))
+        for step in steps[:number]
+    )
+
+
+def _absolute(path: str) -> str:
+    place = Path(path).expanduser()
+    return str(place.absolute()) if place.exists() else path
+
+
+def _all_absolute(paths: list[str]) -> list[str]:
+    return [_absolute(path) for path in paths]

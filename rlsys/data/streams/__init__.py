@@ -1,0 +1,1 @@
+"""Streams of prompts: in memory, read while training, weighted by difficulty."""

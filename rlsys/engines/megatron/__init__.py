@@ -1,0 +1,1 @@
+"""The trained and the frozen model on megatron-core. No Ray."""

@@ -1,0 +1,280 @@
+"""A Hugging Face config as a megatron-core GPTModel: this rank's part of it."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.enums import AttnBackend
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.algo.sampling import SamplingSupport
+from rlsys.config import PolicyConfig
+from rlsys.model.attention import missing_attention, unsupported_attention
+from rlsys.model.memory import LOGPROB_CHUNK_TOKENS
+from rlsys.model.shape import ModelShape
+from rlsys.types import Device
+
+
+def transformer_config(
+    hf: PretrainedConfig,
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    policy: PolicyConfig,
+    on_cpu: bool,
+) -> TransformerConfig:
+    """megatron-core's config of the model, for the parallel layout that is initialised.
+
+    Raises:
+        ValueError: this machine has no attention of kind policy.attention_backend.
+    """
+    device: Device = "cpu" if on_cpu else "cuda"
+    problem = unsupported_attention(
+        policy,
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        device=device,
+        dtype=str(dtype).rpartition(".")[2],
+    )
+    if problem is None and not on_cpu:
+        problem = missing_attention(policy.attention_backend)
+    if problem is not None:
+        raise ValueError(problem)
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    # Fused kernels: on an H200 they take an update of a 1.5B model from 0.24 to 0.31 of the
+    # peak FLOPs. Each is a CUDA kernel that the CPU does not have, as are the last three.
+    on_gpu = not on_cpu
+    options: dict[str, Any] = {
+        "apply_rope_fusion": on_gpu,
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "masked_softmax_fusion": on_gpu,
+        "persist_layer_norm": on_gpu,
+        "batch_p2p_comm": on_gpu,
+        "batch_p2p_sync": on_gpu,
+        # Asks for an extension of Apex that nothing here uses: see `fuse_weight_gradients`.
+        "gradient_accumulation_fusion": False,
+    }
+    if shape.is_moe:
+        options |= _expert_options(shape, on_cpu=on_cpu)
+    if policy.recompute == "full":
+        options |= {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
+    elif policy.recompute == "selective":
+        options |= {
+            "recompute_granularity": "selective",
+            "recompute_modules": [
+                "moe" if module == "mlp" and shape.is_moe else module
+                for module in policy.recompute_modules
+            ],
+        }
+    return TransformerConfig(
+        num_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        ffn_hidden_size=shape.intermediate_size,
+        num_attention_heads=shape.num_heads,
+        num_query_groups=shape.num_kv_heads,
+        kv_channels=shape.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=hf.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.has_qkv_bias,
+        qk_layernorm=shape.has_qk_norm,
+        attention_dropout=0.0,
+        hidden_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        sequence_parallel=tp > 1,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=on_cpu,
+        perform_initialization=False,  # every weight is read from the checkpoint
+        attention_backend=AttnBackend[policy.attention_backend],
+        **options,
+    )
+
+
+def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
+    """Options of a mixture of experts; no token is dropped, and no loss balances the experts."""
+    ep = parallel_state.get_expert_model_parallel_world_size()
+    # megatron-core 0.16 would not sum their gradients over the tensor-parallel ranks.
+    assert ep > 1 or parallel_state.get_tensor_model_parallel_world_size() == 1, "see preflight"
+    return {
+        "num_moe_experts": shape.num_experts,
+        "moe_router_topk": shape.num_experts_per_tok,
+        "moe_ffn_hidden_size": shape.moe_intermediate_size,
+        # transformers takes softmax over all experts, then the largest, then normalises if the
+        # model says so. Normalised, that is the softmax over the largest logits alone.
+        "moe_router_pre_softmax": not shape.norm_topk_prob,
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+        # All experts of a rank in one kernel, and tokens sorted by another: Transformer Engine's.
+        "moe_grouped_gemm": not on_cpu,
+        "moe_permute_fusion": not on_cpu,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": 1,
+    }
+
+
+def build_model(hf: PretrainedConfig, config: TransformerConfig, *, on_cpu: bool) -> GPTModel:
+    """This rank's GPTModel, without weights; its output is hidden states, see `LogprobHead`."""
+    # Transformer Engine has no CPU kernels, so a GPU host that runs on its CPU does without it.
+    if not on_cpu and importlib.util.find_spec("transformer_engine") is not None:
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts,
+            moe_grouped_gemm=config.moe_grouped_gemm,
+            qk_layernorm=config.qk_layernorm,
+        )
+    else:
+        from rlsys.engines.megatron.layers import torch_layer_spec
+
+        spec = torch_layer_spec(config)
+    tp = config.tensor_model_parallel_size
+    model = GPTModel(
+        config,
+        spec,
+        # Filled up so that every rank has as many rows; see `MegatronWeights`.
+        vocab_size=-(-hf.vocab_size // tp) * tp,
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=hf.rope_parameters["rope_theta"],
+    )
+    _scale_rope(model, hf)
+    if model.post_process:
+        # The logits of a whole micro-batch would be the largest tensor of the step, so the model
+        # ends at its hidden states and log-probs are taken from them chunk by chunk.
+        model.output_layer.forward = lambda hidden, **_: (hidden, None)
+    return model
+
+
+def fuse_weight_gradients(model: GPTModel) -> None:
+    """Let Transformer Engine's layers add weight gradients to the fp32 `main_grad` as they compute.
+
+    megatron-core's own switch for it, gradient_accumulation_fusion, wants an extension of Apex for
+    the output layer, which log-probs do not go through; its DistributedDataParallel knows
+    by `grad_added_to_main_grad` what is added already.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = True
+
+
+class LogprobHead:
+    """Log-probs from the last stage's hidden states; correct under vocabulary parallelism.
+
+    Args:
+        model: of the last pipeline stage.
+        temperature: of sampling.
+        support: what can be sampled; not the rows that fill the vocabulary up.
+        recompute_logits: as in PolicyConfig.
+        in_fp32: compute logits from float32 copies of hidden states and output layer.
+    """
+
+    def __init__(
+        self,
+        model: GPTModel,
+        *,
+        temperature: float,
+        support: SamplingSupport,
+        recompute_logits: bool,
+        in_fp32: bool,
+    ):
+        self._model = model
+        self._temperature, self._support = temperature, support
+        self._recompute_logits = recompute_logits
+        self._in_fp32 = in_fp32
+        self._group = parallel_state.get_tensor_model_parallel_group()
+        shard = model.vocab_size // self._group.size()
+        self._vocab_start = self._group.rank() * shard
+
+    def __call__(
+        self, hidden: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[1, T / sp, H] hidden states, [T] targets -> [T] log-probs in nats, [T] entropies.
+
+        T is this micro-batch's tokens; sp is the sequence-parallel size.
+        """
+        model, group = self._model, self._group
+        hidden = hidden.squeeze(0)
+        if model.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden)
+        if model.share_embeddings_and_output_weights:
+            weight = model.shared_embedding_or_output_weight()
+        else:
+            weight = model.output_layer.weight
+        if self._in_fp32:
+            hidden, weight = hidden.float(), weight.float()
+        return chunked_logprobs(
+            hidden,
+            weight,
+            targets,
+            temperature=self._temperature,
+            support=self._support,
+            chunk_size=LOGPROB_CHUNK_TOKENS,
+            recompute=self._recompute_logits,
+            vocab_start=self._vocab_start,
+            group=group if group.size() > 1 else None,
+        )
+
+    def warm_up(self, *, trains: bool, entropy_bonus: bool) -> None:
+        """Compile the kernels of log-probs, on a GPU; every tensor-parallel rank calls.
+
+        It takes some seconds, which are free while the other actors of a run start.
+
+        Args:
+            trains: compile those of gradients too.
+            entropy_bonus: gradients are also of the entropy.
+        """
+        config = self._model.config
+        sequence_parallel = config.tensor_model_parallel_size if config.sequence_parallel else 1
+        # A whole chunk, and one of another length: then the kernels are made for any length.
+        tokens = LOGPROB_CHUNK_TOKENS * 3 // 2
+        hidden = torch.zeros(
+            1,
+            tokens // sequence_parallel,
+            config.hidden_size,
+            dtype=config.params_dtype,
+            device="cuda",
+            requires_grad=trains,
+        )
+        targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+        with torch.set_grad_enabled(trains):
+            logprobs, entropy = self(hidden, targets)
+        if trains:
+            loss = (logprobs + entropy if entropy_bonus else logprobs).sum()
+            # Of the hidden states alone: nothing may be left in the gradients of the weights.
+            torch.autograd.grad(loss, hidden)
+
+
+def _scale_rope(model: GPTModel, hf: PretrainedConfig) -> None:
+    """Use transformers' own rotary frequencies where the config scales them (Llama 3 does)."""
+    kind = hf.rope_parameters["rope_type"]
+    if kind == "default":
+        return
+    assert kind in ("linear", "llama3"), kind  # see rlsys.model.keys
+    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf, model.rotary_pos_emb.inv_freq.device)
+    model.rotary_pos_emb.inv_freq = frequencies

@@ -1,0 +1,264 @@
+"""The policy's weights in the buckets of a weight sync: planned once, then a few large operations.
+
+`MegatronWeights.export` gathers one parameter after the other, with collectives among all ranks.
+Here the buckets hold any slices of Hugging Face tensors, and one rank, the sender, has to fill
+them. Whatever part of a slice it has itself is copied straight into the bucket. Any other part has
+one owner, the lowest rank that holds it: that packs what it has for a bucket into one parcel and
+sends it to the sender, which copies it to where it belongs. So it is for tensor, pipeline and
+expert parallelism alike, and a sender that has everything needs nobody.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from rlsys.engines.megatron.weight_table import WeightRow
+from rlsys.engines.megatron.weights import MegatronWeights
+from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.copies import CopyPlan
+from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets, shard_bounds
+from rlsys.weight_sync.transport import WeightSyncError
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one policy rank has of one slice that is sent."""
+
+    item: TensorSlice
+    """What is sent: a tensor of a bucket."""
+    box: TensorSlice
+    """The part of it."""
+    owner: int
+    held: TensorSlice
+    """What the owner has of the Hugging Face tensor."""
+
+    def target(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Where the part belongs in the tensor that is sent."""
+        return self.box.within(tensor, self.item)
+
+    @property
+    def in_parcel(self) -> TensorMeta:
+        """The part as its owner sends it, with the name of the item."""
+        return TensorMeta(self.item.meta.name, self.box.of.dtype, self.box.shape)
+
+
+@dataclass(slots=True)
+class _Copies:
+    """Planned for memory that has these addresses."""
+
+    addresses: list[int]
+    own: CopyPlan
+    """From this rank's parameters."""
+    parcels: CopyPlan
+    """From the parcels that arrived."""
+
+
+class BucketExport:
+    """This rank's part in filling the buckets of one weight sync connection.
+
+    Every rank of the policy makes one at the same time. For each update the sender then calls
+    `fill` for every bucket in order, all others `contribute`.
+
+    Order, on a GPU: copies run in the current stream, in which the optimizer writes parameters. A
+    parcel is sent after what that stream held when it was asked for, and the stream waits for it
+    before it is read, on the sender, or packed anew, on its owner.
+
+    Args:
+        weights: of this rank.
+        connection: says what is sent, in which buckets and by whom.
+    """
+
+    def __init__(self, weights: MegatronWeights, connection: Connection):
+        self._weights = weights
+        self._rank = dist.get_rank()
+        self._sender = connection.sender
+        self._rows = {
+            hf_name: (row, index)
+            for row in weights.table
+            for index, hf_name in enumerate(row.hf_names)
+        }
+        self._buckets = connection.buckets()
+        items = {piece.meta.name: piece for piece in connection.slices}
+        owners = self._find_owners()
+        self._parts = [
+            [part for meta in bucket.tensors for part in self._cut(items[meta.name], owners)]
+            for bucket in self._buckets
+        ]
+        self._parameters = [
+            [self._parameter(part) for part in self._own(parts)] for parts in self._parts
+        ]
+        self._parcels = [self._plan_parcels(parts) for parts in self._parts]
+        self._staging = self._make_staging()
+        self._copies: dict[int, _Copies] = {}
+
+    def fill(self, bucket: Bucket, buffer: torch.Tensor) -> None:
+        """Write the weights as they are now into `buffer` [nbytes] uint8: the sender's part.
+
+        Raises:
+            WeightSyncError: another rank did not send its parcel.
+        """
+        assert self._rank == self._sender, (self._rank, self._sender)
+        parcels = self._parcels[bucket.index]
+        ops = [
+            dist.P2POp(dist.irecv, self._parcel_memory(bucket, owner), owner) for owner in parcels
+        ]
+        copies = self._plan(bucket, buffer)
+        copies.own.run()
+        self._exchange(ops, bucket)
+        copies.parcels.run()
+
+    def contribute(self) -> None:
+        """Send the sender what it needs of this rank: every other rank's part.
+
+        Raises:
+            WeightSyncError: the sender did not receive it.
+        """
+        assert self._rank != self._sender
+        for bucket, parcels in zip(self._buckets, self._parcels, strict=True):
+            if self._rank in parcels:
+                memory = self._parcel_memory(bucket, self._rank)
+                self._plan(bucket, memory).own.run()
+                self._exchange([dist.P2POp(dist.isend, memory, self._sender)], bucket)
+
+    def _find_owners(self) -> dict[tuple[str, int], int]:
+        """(first Hugging Face name of a row, index of its slice) -> who contributes that slice.
+
+        The sender where it has it, else the lowest rank that does.
+        """
+        held = []
+        for row in self._weights.table:
+            if self._weights.own_parameter(row) is not None:
+                index, _ = self._weights.slice_of(row)
+                held.append((row.hf_names[0], index))
+        by_rank: list[list[tuple[str, int]]] = [held] * dist.get_world_size()
+        dist.all_gather_object(by_rank, held)
+        owners = dict.fromkeys(by_rank[self._sender], self._sender)
+        for rank, names in enumerate(by_rank):
+            for name in names:
+                owners.setdefault(name, rank)
+        return owners
+
+    def _cut(self, item: TensorSlice, owners: Mapping[tuple[str, int], int]) -> Iterator[_Part]:
+        """By the slices of the tensor that policy ranks have."""
+        row, _ = self._rows[item.of.name]
+        _, number = self._weights.slice_of(row)
+        starts, shape = [0] * len(item.of.shape), list(item.of.shape)
+        for index in range(number):
+            if (axis := row.tp_axis) is not None:
+                starts[axis], stop = shard_bounds(item.of.shape[axis], index, number)
+                shape[axis] = stop - starts[axis]
+            held = TensorSlice(item.of, tuple(starts), tuple(shape))
+            box = item.intersection(held)
+            if box is not None:
+                yield _Part(item, box, owners[row.hf_names[0], index], held)
+
+    def _row(self, part: _Part) -> tuple[WeightRow, int]:
+        """The row of the table that a part is of, and which of the row's tensors."""
+        return self._rows[part.item.of.name]
+
+    def _parameter(self, part: _Part) -> torch.nn.Parameter:
+        row, _ = self._row(part)
+        parameter = self._weights.own_parameter(row)
+        assert parameter is not None, part
+        return parameter
+
+    def _plan_parcels(self, parts: Sequence[_Part]) -> dict[int, Bucket]:
+        """How each other owner lays its parts of a bucket out, to send them at once."""
+        by_owner: dict[int, list[TensorMeta]] = {}
+        for part in parts:
+            if part.owner != self._sender:
+                by_owner.setdefault(part.owner, []).append(part.in_parcel)
+        return {owner: plan_buckets(metas, sys.maxsize)[0] for owner, metas in by_owner.items()}
+
+    def _make_staging(self) -> dict[int, torch.Tensor]:
+        """Memory for a parcel of each owner: on the sender that of all, elsewhere one's own."""
+        sizes: dict[int, int] = {}
+        for parcels in self._parcels:
+            for owner, parcel in parcels.items():
+                if self._rank in (self._sender, owner):
+                    sizes[owner] = max(sizes.get(owner, 0), parcel.nbytes)
+        return {
+            owner: torch.zeros(size, dtype=torch.uint8, device=self._weights.device)
+            for owner, size in sizes.items()
+        }
+
+    def _parcel_memory(self, bucket: Bucket, owner: int) -> torch.Tensor:
+        return self._staging[owner][: self._parcels[bucket.index][owner].nbytes]
+
+    def _plan(self, bucket: Bucket, buffer: torch.Tensor) -> _Copies:
+        """This rank's copies into `buffer`, a bucket or a parcel; new ones if memory has moved."""
+        parameters = self._parameters[bucket.index]
+        addresses = [buffer.data_ptr(), *[parameter.data_ptr() for parameter in parameters]]
+        planned = self._copies.get(bucket.index)
+        if planned is None or planned.addresses != addresses:
+            planned = self._plan_anew(bucket, buffer, addresses)
+            self._copies[bucket.index] = planned
+        return planned
+
+    def _own(self, parts: Sequence[_Part]) -> list[_Part]:
+        return [part for part in parts if part.owner == self._rank]
+
+    def _plan_anew(self, bucket: Bucket, buffer: torch.Tensor, addresses: list[int]) -> _Copies:
+        own = self._own(self._parts[bucket.index])
+        parcels = self._parcels[bucket.index]
+        if self._rank != self._sender:
+            targets = [view for _, view in parcels[self._rank].views(buffer)]
+            return _Copies(addresses, self._from_parameters(own, targets), CopyPlan([]))
+        tensors = dict(bucket.views(buffer))
+        parts = {(part.owner, part.item.meta.name): part for part in self._parts[bucket.index]}
+        arriving = [
+            (parts[owner, name].target(tensors[name]), view)
+            for owner, parcel in parcels.items()
+            for name, view in parcel.views(self._parcel_memory(bucket, owner))
+        ]
+        targets = [part.target(tensors[part.item.meta.name]) for part in own]
+        return _Copies(addresses, self._from_parameters(own, targets), CopyPlan(arriving))
+
+    def _from_parameters(self, own: Sequence[_Part], targets: Sequence[torch.Tensor]) -> CopyPlan:
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for part, target in zip(own, targets, strict=True):
+            row, index = self._row(part)
+            source = self._weights.own_slices(row)[index]
+            if row.query_groups:
+                pairs += _from_query_groups(target, source, part)
+            else:
+                pairs.append((target, part.box.within(source, part.held)))
+        return CopyPlan(pairs)
+
+    def _exchange(self, ops: list[dist.P2POp], bucket: Bucket) -> None:
+        if not ops:
+            return
+        try:
+            for work in dist.batch_isend_irecv(ops):
+                work.wait()
+        except RuntimeError as error:  # torch raises nothing more specific
+            others = ", ".join(str(op.peer) for op in ops)
+            raise WeightSyncError(
+                f"policy rank {self._rank}, gathering {bucket} with rank {others}: {error}"
+            ) from error
+
+
+def _from_query_groups(
+    target: torch.Tensor, source: torch.Tensor, part: _Part
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of rows that lie by query group in their parameter: `source` [groups, rows, ...]."""
+    for axis, size in enumerate(part.box.shape[1:], start=1):
+        start = part.box.starts[axis] - part.held.starts[axis]
+        source = source.narrow(axis + 1, start, size)
+    rows = source.shape[1]
+    start = part.box.starts[0] - part.held.starts[0]
+    stop = start + part.box.shape[0]
+    if start % rows == stop % rows == 0:
+        yield target.unflatten(0, (-1, rows)), source[start // rows : stop // rows]
+        return
+    for group in range(start // rows, -(-stop // rows)):
+        first, last = max(start, group * rows), min(stop, (group + 1) * rows)
+        yield (
+            target[first - start : last - start],
+            source[group, first - group * rows : last - group * rows],
+        )

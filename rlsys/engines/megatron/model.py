@@ -1,0 +1,286 @@
+"""A language model on megatron-core that computes log-probs: one rank of the policy or reference.
+
+No Ray here: the same classes run under torchrun. Parallel layout, recompute and pipeline schedule
+are megatron-core's; this module feeds them packed micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from transformers import AutoConfig
+
+from rlsys.algo.batching import (
+    PackedMicroBatch,
+    micro_batches,
+    pack,
+    shard_rows,
+    unpack_logprobs,
+)
+from rlsys.algo.context_parallel import chunk_positions, gather_tokens
+from rlsys.algo.sampling import SamplingSupport
+from rlsys.config import Config
+from rlsys.engines.megatron.build import LogprobHead, build_model, transformer_config
+from rlsys.engines.megatron.weights import MegatronWeights
+from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.model.hf_folder import SafetensorsReader, resolve_model_path, save_model_folder
+from rlsys.model.shape import read_model_shape
+from rlsys.model.tokenizer_files import num_token_ids
+from rlsys.preflight.model_folder import check_model_folder
+from rlsys.types import Device, TrainBatch
+
+ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
+"""Writes a model folder: see `save_model_folder`."""
+
+
+class MegatronModel:
+    """A model that computes log-probs: all that the reference needs, the policy's base.
+
+    `initialize_parallel` comes first.
+    """
+
+    role = "policy"
+    """The section of the config with its parallel sizes."""
+
+    def __init__(self, config: Config, path: str, *, device: Device, trains: bool = False):
+        self.config = config
+        self.on_cpu = device == "cpu"
+        self.device = torch.device(device)
+        self.folder = resolve_model_path(path)
+        self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
+        shape = read_model_shape(self.folder)  # refuses what is not supported
+        # Of a model from the hub, and on another host, preflight has not seen the files.
+        check_model_folder(self.folder, has_prompts=False)
+        self.hf_config = AutoConfig.from_pretrained(self.folder)
+        self.transformer_config = transformer_config(
+            self.hf_config,
+            shape,
+            dtype=self.dtype,
+            policy=config.policy,
+            on_cpu=self.on_cpu,
+        )
+        with out_of_memory_explained(f"the {self.role}'s weights: {self.more_gpus}"):
+            self.model = build_model(
+                self.hf_config, self.transformer_config, on_cpu=self.on_cpu
+            ).to(self.device)
+            self.weights = MegatronWeights(
+                self.model,
+                shape,
+                tp_group=parallel_state.get_tensor_model_parallel_group(),
+                pp_group=parallel_state.get_pipeline_model_parallel_group(),
+                ep_group=parallel_state.get_expert_model_parallel_group(),
+            )
+            with SafetensorsReader(self.folder) as reader:
+                self.weights.load(reader)
+        self._head = None
+        if self.model.post_process:
+            self._head = LogprobHead(
+                self.model,
+                temperature=config.rollout.temperature,
+                support=self._sampling_support(shape.vocab_size),
+                recompute_logits=config.policy.recompute_logits,
+                in_fp32=config.model.fp32_lm_head and self.dtype != torch.float32,
+            )
+            if not self.on_cpu:
+                self._head.warm_up(trains=trains, entropy_bonus=config.grpo.entropy_coef > 0)
+        self._dp_rank = parallel_state.get_data_parallel_rank()
+        self._dp_size = parallel_state.get_data_parallel_world_size()
+        self._cp_group = parallel_state.get_context_parallel_group()
+
+    def _sampling_support(self, vocab_size: int) -> SamplingSupport:
+        """What the rollout engines sample from, by the policy's tokenizer."""
+        rollout = self.config.rollout
+        known = num_token_ids(resolve_model_path(self.config.model.path)) or vocab_size
+        # Beyond the vocabulary are the rows that fill it up for tensor parallelism.
+        return SamplingSupport(
+            top_k=rollout.top_k, top_p=rollout.top_p, num_token_ids=min(known, vocab_size)
+        )
+
+    @property
+    def more_gpus(self) -> str:
+        """What to change where the model itself is too large for a GPU."""
+        return f"raise {self.role}.tensor_parallel_size"
+
+    @property
+    def _experts_span_data_parallel_ranks(self) -> bool:
+        # Ranks of an expert group are neighbours, counted from 0; those with the same rows too.
+        parallel = self.transformer_config
+        same_rows = parallel.tensor_model_parallel_size * self._cp_group.size()
+        return same_rows % parallel.expert_model_parallel_size != 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank is the one of its model replica that returns results."""
+        return (
+            self.model.post_process
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+            and self._cp_group.rank() == 0
+        )
+
+    @torch.no_grad()
+    def compute_logprobs(
+        self, batch: TrainBatch, *, with_entropies: bool = False
+    ) -> tuple[list[int], torch.Tensor] | None:
+        """Log-probs of this data-parallel rank's share of the rows, of what is sampled from.
+
+        Returns:
+            (row indices, [K, len(rows), S] float32), or None on ranks that do not report. K is 1,
+            or 2 with the entropies of the predictions.
+        """
+        shards = shard_rows(
+            list(range(len(batch.lengths))), batch.lengths.tolist(), num_shards=self._dp_size
+        )
+        rows = shards[self._dp_rank]
+        packed, row_lists = self._pack(batch, shards, torch.zeros(batch.input_ids.shape))
+
+        def collect(logprobs: torch.Tensor, entropies: torch.Tensor, _: PackedMicroBatch):
+            values = [logprobs, entropies] if with_entropies else [logprobs]
+            return logprobs.new_zeros(()), {"values": torch.stack(values)}
+
+        self.model.eval()
+        outputs = self._forward_backward(packed, collect, forward_only=True)
+        self.model.train()
+        if not self.reports:
+            return None
+        result = torch.zeros(1 + with_entropies, *batch.input_ids.shape, dtype=torch.float32)
+        for output, micro_batch, micro_rows in zip(outputs, packed, row_lists, strict=True):
+            for values, out in zip(output["values"].cpu(), result, strict=True):
+                unpack_logprobs(values, micro_batch, out, micro_rows)
+        return rows, result[:, rows]
+
+    def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
+        """Write a Hugging Face model folder; every rank calls, the first one writes."""
+        tensors = self.weights.export()
+        if dist.get_rank() == 0:
+            write(self.folder, folder, tensors, self.dtype)
+        else:
+            for _ in tensors:  # takes part in the collectives
+                pass
+        dist.barrier()
+
+    def _pack(
+        self, batch: TrainBatch, shards: list[list[int]], weights: torch.Tensor
+    ) -> tuple[list[PackedMicroBatch], list[list[int]]]:
+        """Micro-batches of this rank's one of `shards`; the rows of those that only fill are [].
+
+        Micro-batches are of equal size where pipeline stages exchange them, and equally many where
+        data-parallel ranks exchange tokens for their experts.
+        """
+        policy = self.config.policy
+        tp, cp = self.transformer_config.tensor_model_parallel_size, self._cp_group.size()
+        # Context parallelism cuts each sequence into chunks, sequence parallelism what a rank has.
+        of_sequence = 2 * cp if cp > 1 else 1
+        of_all = math.lcm(of_sequence, tp * cp)
+        lengths = batch.lengths.tolist()
+        row_lists_of_ranks = [
+            micro_batches(
+                rows,
+                lengths,
+                micro_batch_size=policy.micro_batch_size,
+                max_tokens=policy.max_tokens_per_micro_batch,
+            )
+            for rows in shards
+        ]
+        row_lists = row_lists_of_ranks[self._dp_rank]
+        total_tokens = None
+        if self.transformer_config.pipeline_model_parallel_size > 1:
+            filled = [math.ceil(length / of_sequence) * of_sequence for length in lengths]
+            longest = max(sum(filled[row] for row in rows) for rows in row_lists)
+            total_tokens = math.ceil(longest / of_all) * of_all
+        pack_rows = partial(
+            pack, multiple_of=of_all, sequence_multiple_of=of_sequence, total_tokens=total_tokens
+        )
+        packed = [pack_rows(batch, rows, weights) for rows in row_lists]
+        if self._experts_span_data_parallel_ranks:
+            missing = max(map(len, row_lists_of_ranks)) - len(packed)
+        else:
+            missing = 0
+        if missing:
+            untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
+            shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
+            packed += missing * [pack_rows(untrained, shortest, torch.zeros_like(weights))]
+            row_lists = row_lists + missing * [[]]
+        return packed, row_lists
+
+    def _forward_backward(
+        self,
+        packed: list[PackedMicroBatch],
+        loss_of: Callable[
+            [torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, dict]
+        ],
+        *,
+        forward_only: bool,
+        model: torch.nn.Module | None = None,
+    ) -> list[dict]:
+        """Run megatron-core's schedule; `loss_of(logprobs_T, entropy_T, micro_batch)` ends it.
+
+        Returns:
+            the second result of `loss_of` of every micro-batch, on the last pipeline stage.
+        """
+
+        def forward_step(micro_batches: Iterator[PackedMicroBatch], model: torch.nn.Module):
+            micro_batch = next(micro_batches)
+            positions = chunk_positions(micro_batch.cu_seqlens, self._cp_group.size())
+            micro_batch, positions = micro_batch.to(self.device), positions.to(self.device)
+            own = positions[self._cp_group.rank()]
+            hidden = model(
+                micro_batch.input_ids[own][None],
+                micro_batch.position_ids[own][None],
+                attention_mask=None,
+                packed_seq_params=_packed_seq_params(micro_batch, self._cp_group.size()),
+            )
+
+            def loss(hidden: torch.Tensor):
+                assert self._head is not None, "only the last pipeline stage has a loss"
+                logprobs, entropy = (
+                    gather_tokens(values, positions, self._cp_group, sum_gradients=False)
+                    for values in self._head(hidden, micro_batch.targets[own])
+                )
+                return loss_of(logprobs, entropy, micro_batch)
+
+            return hidden, loss
+
+        tokens = max(len(micro_batch.input_ids) for micro_batch in packed)
+        recompute = ""  # keeps less for the backward pass, if there is one
+        if not forward_only and self.config.policy.recompute != "full":
+            recompute = "set policy.recompute to selective or full, "
+        with out_of_memory_explained(
+            f"the {self.role}'s {'log-probs' if forward_only else 'update'} in micro-batches of "
+            f"{tokens:,} tokens: lower policy.max_tokens_per_micro_batch (or "
+            f"policy.micro_batch_size), {recompute}or {self.more_gpus}"
+        ):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iter(packed),
+                model=[model or self.model],
+                num_microbatches=len(packed),
+                seq_length=len(packed[0].input_ids),
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+
+def _packed_seq_params(
+    micro_batch: PackedMicroBatch, context_parallel_size: int
+) -> PackedSeqParams:
+    # Transformer Engine wants to be told under context parallelism, and by the same object, that
+    # sequences are not padded: what fills them is a part of them that nothing attends to.
+    padded = micro_batch.cu_seqlens if context_parallel_size > 1 else None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=micro_batch.cu_seqlens,
+        cu_seqlens_kv=micro_batch.cu_seqlens,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=micro_batch.max_seqlen,
+        max_seqlen_kv=micro_batch.max_seqlen,
+    )

@@ -1,0 +1,181 @@
+"""What megatron-core assumes about CUDA, answered where there is none: "cuda" means the CPU.
+
+megatron-core runs on the CPU over gloo once four assumptions of it are answered, in torch:
+
+1. tensors are created with `device="cuda"` and moved with `.cuda()`: both give CPU tensors;
+2. streams, events and synchronisation exist: here all work is done when its call returns;
+3. each device has a random generator to fork and restore: the CPU's generator stands for it;
+4. optimizers check `parameter.type() == "torch.cuda.FloatTensor"`: `type()` answers in those words.
+
+Three more things are replaced:
+
+5. `torch.compile` gives functions back as they are: compiling their C++ takes a minute;
+6. two methods of DistributedOptimizer, `sharded_state_dict` and
+   `_set_main_param_and_optimizer_states`, whose checkpoints miss the step counter of torch's AdamW;
+7. two names of the mixture of experts: `maybe_move_tensor_to_cpu`, which makes no array of what is
+   on a CPU already, and `te_general_gemm`, which is missing without Transformer Engine.
+
+Besides, two warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log level. Nothing else is
+changed: parallelism, optimizer, clipping and schedules are megatron-core's own; norm and attention
+are layers of `rlsys.engines.megatron.layers`. The patches hold for the whole process, so a policy
+or reference actor has a process to itself.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._device
+
+CPU = torch.device("cpu")
+_FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
+
+
+class _DoneStream:
+    """A CUDA stream or event on which everything asked for is done already."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., _DoneStream]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *_, **__: self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _DoneStream)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.cache
+def enable_megatron_on_cpu() -> None:
+    """Patch torch for megatron-core; call in runs on CPU, before anything imports megatron."""
+    # The collective ordering that this asks for has no meaning on gloo, but its absence warns.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    _patch_devices()
+    _patch_streams()
+    _patch_random_state()
+    # megatron-core decorates small functions with it, and compiling their C++ takes a minute.
+    torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
+    _patch_optimizer()
+    _patch_experts()
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+def _patch_devices() -> None:
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if _is_cuda(kwargs.get("device")):
+                kwargs["device"] = CPU
+            return factory(*args, **kwargs)
+
+        return create
+
+    # `with torch.device(...)` looks factories up in a list made at its first use: make it now,
+    # with torch's own functions in it, which the patched ones call.
+    torch.utils._device._device_constructors()
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = CPU
+        return tensor_to(self, *(CPU if _is_cuda(arg) else arg for arg in args), **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to = to  # type: ignore[assignment]
+    torch.Tensor.type = type_  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment]
+    torch.cuda.current_device = lambda: CPU  # type: ignore[assignment,return-value]
+    torch.cuda.set_device = lambda device: None
+
+
+def _patch_streams() -> None:
+    cuda = torch.cuda
+    cuda.synchronize = lambda *_: None
+    cuda.stream = lambda stream: contextlib.nullcontext()  # type: ignore[assignment]
+    for name in ("Stream", "Event", "current_stream", "default_stream"):
+        setattr(cuda, name, type(name, (_DoneStream,), {}))
+
+
+def _patch_random_state() -> None:
+    cuda, generator = torch.cuda, torch.default_generator
+    cuda.default_generators = collections.defaultdict(lambda: generator)  # type: ignore[assignment]
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: generator.get_state()  # type: ignore[assignment,misc]
+    cuda.set_rng_state = cuda.random.set_rng_state = (  # type: ignore[assignment,misc]
+        lambda state, device=None: generator.set_state(state)
+    )
+    cuda.manual_seed = lambda seed: generator.manual_seed(seed)  # type: ignore[assignment,return-value]
+    cuda._lazy_call = lambda function, **_: function()  # type: ignore[attr-defined]
+    # Warns that forking the random state moves the CPU's: here that is the intention.
+    logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
+
+
+def _patch_experts() -> None:
+    """Two places of megatron-core 0.16: tokens to ranks as GPUs leave them, a name that is missing.
+
+    How many tokens go to which rank becomes an array when it is copied from a GPU, which a
+    collective needs and which is not done on a CPU. The router asks whether a kernel of
+    Transformer Engine is None, and without Transformer Engine the name does not exist.
+    """
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = to_host
+    moe_utils.te_general_gemm = None
+
+
+def _patch_optimizer() -> None:
+    """Two places of megatron-core 0.16 that fail for torch's own AdamW, which stands for Apex's.
+
+    Its step counter is a tensor per parameter, which DistributedOptimizer's checkpoints miss.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    original = DistributedOptimizer.sharded_state_dict
+
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for group in self.optimizer.param_groups:
+            for param in group["params"]:
+                if not self.optimizer.state[param]:  # before the first step, so before every load
+                    self.optimizer.state[param] = {
+                        "step": torch.zeros(()),
+                        "exp_avg": torch.zeros_like(param),
+                        "exp_avg_sq": torch.zeros_like(param),
+                    }
+        return original(self, *args, **kwargs)
+
+    @torch.no_grad()
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main_param = self.optimizer.param_groups[group]["params"][order]
+        state = self.optimizer.state[main_param]
+        state["step"] = state["step"].clone()  # loading gave all parameters one counter
+        for key, target in {"param": main_param, **state}.items():
+            if key != "step":
+                target.copy_(tensors[key])
+
+    DistributedOptimizer.sharded_state_dict = sharded_state_dict
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states

@@ -1,0 +1,281 @@
+"""The trained language model on megatron-core: one rank of the policy.
+
+Optimizer, clipping and learning rate are megatron-core's; this module gives them the loss of
+`rlsys.algo` on the micro-batches of `MegatronModel`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
+from rlsys.algo.losses import LossInput, losses
+from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
+from rlsys.algo.names import COVARIANCE_LOSSES, aggregation_of
+from rlsys.algo.weighting import keep_high_entropy, loss_weights, tokens_of_high_covariance
+from rlsys.config import Config, GrpoConfig
+from rlsys.engines.megatron.build import fuse_weight_gradients
+from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer, save_optimizer
+from rlsys.engines.megatron.model import MegatronModel
+from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.model.hf_folder import SafetensorsReader, write_model_files
+from rlsys.types import Device, TrainBatch, UpdateOutput
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+
+
+class MegatronPolicy(MegatronModel):
+    """The model with its optimizer: updated from batches, exported to rollout engines."""
+
+    def __init__(self, config: Config, *, device: Device):
+        super().__init__(config, config.model.path, device=device, trains=True)
+        overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
+        self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
+        fuse_weight_gradients(self.model)
+        with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
+            self.ddp = self._build_ddp(overlap_grads)
+        with out_of_memory_explained(
+            f"the optimizer's copy of the weights: {self._more_gpus_for_optimizer}"
+        ):
+            self.optimizer = self._build_optimizer()
+        if overlap_grads:
+            # Gradients are summed over ranks during the last micro-batch only.
+            self.transformer_config.no_sync_func = self.ddp.no_sync
+        self.transformer_config.finalize_model_grads_func = finalize_model_grads
+        self.transformer_config.grad_scale_func = self.optimizer.scale_loss
+        self.scheduler = self._build_scheduler()
+        self.policy_version = 0
+        self._is_mid_update = False
+        """Whether an update has moved the weights and is not at its end."""
+
+    @property
+    def more_gpus(self) -> str:
+        """What to change where the model is too large for a GPU."""
+        return "raise policy.tensor_parallel_size or policy.pipeline_parallel_size"
+
+    @property
+    def _more_gpus_for_optimizer(self) -> str:
+        return (
+            f"{self.more_gpus}, or policy.world_size with policy.use_distributed_optimizer, which "
+            "cuts the optimizer's state over replicas"
+        )
+
+    def _build_ddp(self, overlap_grads: bool) -> DistributedDataParallel:
+        return DistributedDataParallel(
+            self.transformer_config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=self.config.policy.use_distributed_optimizer,
+                overlap_grad_reduce=overlap_grads,
+                overlap_param_gather=self._overlaps_param_gather,
+            ),
+            self.model,
+        )
+
+    def _build_optimizer(self) -> MegatronOptimizer:
+        policy = self.config.policy
+        return get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=policy.lr,
+                min_lr=policy.min_lr,
+                weight_decay=policy.weight_decay,
+                adam_beta1=policy.adam_beta1,
+                adam_beta2=policy.adam_beta2,
+                adam_eps=policy.adam_eps,
+                clip_grad=policy.max_grad_norm,
+                bf16=self.dtype == torch.bfloat16,
+                params_dtype=self.dtype,
+                use_distributed_optimizer=policy.use_distributed_optimizer,
+                overlap_param_gather=self._overlaps_param_gather,
+            ),
+            [self.ddp],
+        )
+
+    def _build_scheduler(self) -> OptimizerParamScheduler:
+        policy = self.config.policy
+        total = self.config.num_steps * self.config.optimizer_steps_per_rollout
+        return OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=policy.lr,
+            min_lr=policy.min_lr,
+            lr_warmup_steps=math.ceil(policy.warmup_ratio * total),
+            # The scheduler is stepped before each update, so that the first one already moves;
+            # one more than `total` keeps the last one from being at min_lr, which may be 0.
+            lr_decay_steps=total + 1,
+            lr_decay_style=policy.lr_scheduler_type,
+            start_wd=policy.weight_decay,
+            end_wd=policy.weight_decay,
+            wd_incr_steps=total,
+            wd_incr_style="constant",
+        )
+
+    def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput | None:
+        """All optimizer steps of one rollout; raises policy_version by one.
+
+        An optimizer step that has no tokens to train on, because all its completions are dropped
+        or cut, is left out.
+
+        Args:
+            batch: the whole generation batch; each data-parallel rank takes its own rows of it.
+            loss: name of a registered loss, None for grpo.loss_type; "sft" for a supervised warm
+                start.
+
+        Returns:
+            metrics reduced over ranks, on one rank; None on the others.
+        """
+        steps = optimizer_step_rows(
+            len(batch.lengths),
+            global_batch_size=self.config.global_batch_size,
+            num_iterations=self.config.grpo.num_iterations,
+            # A hash of integers is the same in every process.
+            seed=hash((self.config.seed, self.policy_version)),
+        )
+        metrics = [
+            self._optimizer_step(batch, rows, loss or self.config.grpo.loss_type)
+            for rows in steps
+            if batch.completion_mask[rows].any()
+        ]
+        if self._overlaps_param_gather:
+            # The last optimizer step left this to a forward pass, but log-probs, weight sync and
+            # checkpoints come first: until here, ranks have new weights in their own part only.
+            self.ddp.start_param_sync(force_sync=True)
+        if not self.on_cpu and self.config.policy_shares_gpus:
+            # What the allocator keeps, they could not have. Otherwise it stays: to ask the driver
+            # for it anew takes time in every update.
+            torch.cuda.empty_cache()
+        self.policy_version += 1
+        self._is_mid_update = False
+        if not self.reports or self._dp_rank != 0:
+            return None
+        return UpdateOutput(self.policy_version, combine_optimizer_steps(metrics))
+
+    def _optimizer_step(self, batch: TrainBatch, rows: list[int], loss: str) -> dict[str, float]:
+        """One step on completions `rows` of `batch`: forward, backward, clip, AdamW."""
+        algorithm: GrpoConfig = self.config.algorithm
+        weights = loss_weights(
+            batch.completion_mask,
+            rows=rows,
+            kept_N=batch.kept,
+            aggregation=aggregation_of(loss, algorithm.loss_aggregation),
+            max_completion_length=self.config.rollout.max_completion_length,
+        )
+        if batch.entropies is not None:
+            advantages = keep_high_entropy(
+                batch.advantages,
+                batch.entropies,
+                batch.completion_mask,
+                rows=rows,
+                quantile=algorithm.top_entropy_quantile,
+            )
+            batch = replace(batch, advantages=advantages)
+        if loss in COVARIANCE_LOSSES:
+            assert batch.old_logprobs is not None, "Config.recompute_old_logprobs is for this, too"
+            high_covariance = tokens_of_high_covariance(
+                batch.advantages,
+                batch.old_logprobs,
+                batch.completion_mask,
+                algorithm,
+                loss=loss,
+                rows=rows,
+                seed=hash((self.config.seed, self.policy_version, *rows)),
+            )
+            batch = replace(batch, high_covariance=high_covariance)
+        # What has no token to train on is not computed, unless a rank would be left with nothing.
+        trained = [row for row in rows if batch.completion_mask[row].any()]
+        rows = trained if len(trained) >= self._dp_size else rows
+        shards = shard_rows(rows, batch.lengths.tolist(), num_shards=self._dp_size)
+        packed, _ = self._pack(batch, shards, weights)
+        # The weights already hold the global denominator. megatron-core's schedule divides by the
+        # number of micro-batches and its DDP by the number of replicas: both are undone here. (Over
+        # context-parallel ranks it averages too, which the schedule has multiplied by already.)
+        undo_averaging = len(packed) * self._dp_size
+
+        def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch):
+            inputs = LossInput.from_packed(micro_batch, logprobs, entropy)
+            value, statistics = losses[loss](inputs, algorithm)
+            return value * undo_averaging, statistics
+
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = self._forward_backward(packed, loss_of, forward_only=False, model=self.ddp)
+        metrics = self._reduced_metrics(outputs)
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if not math.isfinite(grad_norm):
+            self._refuse_step(grad_norm, metrics)
+        self.scheduler.step(increment=1)
+        self._is_mid_update = True
+        with out_of_memory_explained(
+            "the optimizer's step, the first of which makes its state: "
+            f"{self._more_gpus_for_optimizer}"
+        ):
+            self.optimizer.step()
+        return metrics | {
+            "grad_norm": grad_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _reduced_metrics(self, outputs: list[dict]) -> dict[str, float]:
+        """Of one optimizer step, over data-parallel ranks; only the last pipeline stage has any."""
+        if not self.model.post_process:
+            return {}
+        sums = MetricSums()
+        for statistics in outputs:
+            sums.add(statistics)
+        sums.all_reduce(parallel_state.get_data_parallel_group())
+        return sums.means()
+
+    def _refuse_step(self, grad_norm: float, metrics: dict[str, float]) -> NoReturn:
+        """Raise, on every rank alike, before NaN reaches the weights."""
+        told = [metrics]
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            dist.broadcast_object_list(
+                told,
+                parallel_state.get_pipeline_model_parallel_last_rank(),
+                group=parallel_state.get_pipeline_model_parallel_group(),
+            )
+        values = ", ".join(f"{name} {value:g}" for name, value in told[0].items())
+        raise FloatingPointError(
+            f"the update of policy version {self.policy_version} has a gradient of norm "
+            f"{grad_norm:g}, which was not applied: the weights are as before this optimizer step. "
+            f"Its metrics: {values}"
+        )
+
+    def finished_version(self) -> int | None:
+        """The updates that the weights are after; None where one of them stopped in the middle."""
+        return None if self._is_mid_update else self.policy_version
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Write what continuing exactly needs into an empty folder; every rank calls.
+
+        The folder is a Hugging Face model folder with the optimizer's state besides.
+        """
+        self.save_model(folder, write_model_files)
+        save_optimizer(
+            folder, self.model, self.optimizer, self.scheduler, policy_version=self.policy_version
+        )
+
+    def load_checkpoint(self, folder: Path) -> int:
+        """Continue from a checkpoint; returns its policy_version."""
+        check_checkpoint(folder, self.optimizer)
+        with SafetensorsReader(folder) as reader:
+            self.weights.load(reader)
+        self.policy_version = load_optimizer(folder, self.model, self.optimizer, self.scheduler)
+        return self.policy_version

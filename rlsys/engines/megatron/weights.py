@@ -1,0 +1,268 @@
+"""Hugging Face weights in and out of megatron-core: one table, used in both directions.
+
+megatron-core cuts its parameters over tensor-parallel, pipeline-parallel and expert-parallel ranks.
+Loading reads just this rank's slices; exporting streams whole Hugging Face tensors, one parameter
+at a time, or that of all experts of a layer. Both are copies, so a round trip is bit-equal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+
+from rlsys.engines.megatron.weight_table import (
+    EMBEDDING,
+    HF_EMBEDDING,
+    OUTPUT,
+    WeightRow,
+    weight_table,
+)
+from rlsys.model.hf_folder import SafetensorsReader
+from rlsys.model.shape import ModelShape
+from rlsys.weight_sync.plan import TensorMeta, shard_bounds
+
+
+class MegatronWeights:
+    """The weights of one rank's part of a model, by the table.
+
+    Args:
+        model: the bare GPTModel of this rank.
+        shape: of the whole model.
+        tp_group, pp_group, ep_group: this rank's parallel groups, the last one of the ranks that
+            share the experts of a layer.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        shape: ModelShape,
+        *,
+        tp_group: dist.ProcessGroup,
+        pp_group: dist.ProcessGroup,
+        ep_group: dist.ProcessGroup,
+    ):
+        self.table = weight_table(shape)
+        self.tied = shape.tied
+        self._vocab_size = shape.vocab_size
+        self._tp, self._pp, self._ep = tp_group, pp_group, ep_group
+        own_experts = shape.num_experts // ep_group.size() if shape.is_moe else 0
+        self._parameters = _named_globally(model, first_expert=ep_group.rank() * own_experts)
+        self._dtype = next(model.parameters()).dtype
+        self._owners = self._pipeline_owners()
+        self._mark_tensor_parallel()
+
+    def metadata(self) -> list[TensorMeta]:
+        """Name, dtype and shape of every Hugging Face tensor, in the order of `export`."""
+        dtype = str(self._dtype).removeprefix("torch.")
+        return [
+            TensorMeta(name, dtype, shape)
+            for row in self.table
+            for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)
+        ]
+
+    @torch.no_grad()
+    def load(self, reader: SafetensorsReader) -> None:
+        """Read this rank's slices; raises ValueError where names or shapes do not fit."""
+        rank, size = self._tp.rank(), self._tp.size()
+        loaded = set()
+        for row in self.table:
+            name = self._own_name(row)
+            if name is not None:
+                parts = [reader.shard(hf, row.tp_axis, rank, size) for hf in row.hf_names]
+                self._copy(row.fuse(parts, size), name)
+                loaded.add(name)
+        if self.tied and OUTPUT in self._parameters:  # the last stage's copy of tied embeddings
+            self._copy(reader.shard(HF_EMBEDDING, 0, rank, size), OUTPUT)
+            loaded.add(OUTPUT)
+        missing = self._parameters.keys() - loaded
+        assert not missing, f"no Hugging Face tensor for {sorted(missing)}"
+
+    @torch.no_grad()
+    def mix(self, tensors: Iterator[tuple[str, torch.Tensor]], *, alpha: float) -> None:
+        """Move every parameter to `alpha` times another model's + (1 - alpha) times its own.
+
+        Args:
+            tensors: what that model's `export` gives, whole and in its order.
+            alpha: 1 is a copy.
+        """
+        rank, size = self._tp.rank(), self._tp.size()
+        for row in self.table:
+            parts = []
+            for hf_name in row.hf_names:
+                name, tensor = next(tensors)
+                assert name == hf_name, (name, hf_name)
+                if row.tp_axis is not None:
+                    tensor = tensor.chunk(size, dim=row.tp_axis)[rank]
+                parts.append(tensor)
+            own_name = self._own_name(row)
+            if own_name is None:
+                assert row.experts, "only for models of one pipeline stage"
+                continue
+            parameter = self._without_padding(own_name)
+            other = row.fuse(parts, size).to(parameter)
+            if alpha == 1.0:
+                parameter.copy_(other)
+            else:
+                parameter.lerp_(other, alpha)
+
+    @torch.no_grad()
+    def export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Whole Hugging Face tensors, in order: on pipeline rank 0, and every rank must iterate.
+
+        Other pipeline ranks take part in the collectives and yield the same tensors.
+        """
+        for _, group in groupby(zip(self.table, self._owners, strict=True), _is_gathered_with):
+            rows, owners = zip(*group, strict=True)
+            gather = self._gather_experts if rows[0].experts else self._gather
+            tensors = gather(rows, owners[0])
+            yield from zip([name for row in rows for name in row.hf_names], tensors, strict=True)
+
+    def own_parameter(self, row: WeightRow) -> torch.nn.Parameter | None:
+        """This rank's parameter of a row of the table, if it has one."""
+        name = self._own_name(row)
+        return None if name is None else self._parameters[name]
+
+    def slice_of(self, row: WeightRow) -> tuple[int, int]:
+        """Which slice of a row's tensors this rank would have, and of how many."""
+        return (0, 1) if row.tp_axis is None else (self._tp.rank(), self._tp.size())
+
+    def own_slices(self, row: WeightRow) -> list[torch.Tensor]:
+        """This rank's slices of a row's tensors, as views of its parameter: see WeightRow.views."""
+        parameter = self.own_parameter(row)
+        assert parameter is not None, row.names
+        _, number = self.slice_of(row)
+        return row.views(parameter.detach(), number)
+
+    def _mark_tensor_parallel(self) -> None:
+        """Say which parameters are cut over ranks, which megatron-core does as it initialises them.
+
+        We skip that initialisation, as every weight is loaded; an unmarked parameter is taken for
+        a replica and counted on one rank only, so that gradients would be clipped to a wrong norm.
+        An expert has just one owner among tensor-parallel ranks, so it is not a replica either.
+        """
+        for row in self.table:
+            name = self._own_name(row)
+            if name is not None and (row.tp_axis is not None or row.experts):
+                _mark(self._parameters[name], row.tp_axis or 0)
+        if OUTPUT in self._parameters:
+            _mark(self._parameters[OUTPUT], 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self._parameters.values())).device
+
+    def _own_name(self, row: WeightRow) -> str | None:
+        return next((name for name in row.names if name in self._parameters), None)
+
+    def _copy(self, value: torch.Tensor, name: str) -> None:
+        self._parameters[name].zero_()  # what only fills the vocabulary up stays 0
+        parameter = self._without_padding(name)
+        if parameter.shape != value.shape:
+            raise ValueError(
+                f"the checkpoint gives {name} shape {tuple(value.shape)}, its config.json "
+                f"{tuple(parameter.shape)}: weights and config are of different models"
+            )
+        parameter.copy_(value)
+
+    def _without_padding(self, name: str) -> torch.Tensor:
+        """A parameter without the rows that fill the vocabulary up to a multiple of ranks.
+
+        No token is embedded by those rows and none of them can be sampled, so their gradient is 0.
+        """
+        parameter = self._parameters[name]
+        if name not in (EMBEDDING, OUTPUT):
+            return parameter
+        start, stop = shard_bounds(self._vocab_size, self._tp.rank(), self._tp.size())
+        return parameter[: stop - start]
+
+    def _gather(self, rows: Sequence[WeightRow], owner: int) -> list[torch.Tensor]:
+        """The whole tensors of one row, which pipeline rank `owner` has."""
+        (row,) = rows
+        if self._pp.rank() == owner:
+            tensors = self._gather_slices(row)
+        else:
+            tensors = [
+                torch.empty(shape, dtype=self._dtype, device=self.device) for shape in row.hf_shapes
+            ]
+        for tensor in tensors:
+            self._broadcast(tensor, owner)
+        return tensors
+
+    def _gather_slices(self, row: WeightRow) -> list[torch.Tensor]:
+        parameter = self.own_parameter(row)
+        assert parameter is not None, row.names
+        fused = parameter.detach()
+        if row.tp_axis is None or self._tp.size() == 1:
+            return [part.contiguous() for part in row.split(fused, 1)]
+        shards = [torch.empty_like(fused) for _ in range(self._tp.size())]
+        dist.all_gather(shards, fused.contiguous(), group=self._tp)
+        by_rank = [row.split(shard, self._tp.size()) for shard in shards]
+        return [
+            torch.cat(parts, dim=row.tp_axis).narrow(row.tp_axis, 0, shape[row.tp_axis])
+            for parts, shape in zip(zip(*by_rank, strict=True), row.hf_shapes, strict=True)
+        ]
+
+    def _gather_experts(self, rows: Sequence[WeightRow], owner: int) -> list[torch.Tensor]:
+        """The tensors of all experts of a layer, in one collective of each kind."""
+        own = [p.detach() for row in rows if (p := self.own_parameter(row)) is not None]
+        if self._ep.size() == self._pp.size() == 1:
+            experts: Sequence[torch.Tensor] = own
+        else:
+            shape = (len(rows), sum(part[0] for part in rows[0].hf_shapes), rows[0].hf_shapes[0][1])
+            stacked = torch.empty(shape, dtype=self._dtype, device=self.device)
+            if self._pp.rank() == owner:
+                dist.all_gather_into_tensor(stacked, torch.stack(own), group=self._ep)
+            self._broadcast(stacked, owner)
+            experts = stacked.unbind()
+        return [
+            part for row, fused in zip(rows, experts, strict=True) for part in row.split(fused, 1)
+        ]
+
+    def _broadcast(self, tensor: torch.Tensor, owner: int) -> None:
+        if self._pp.size() > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self._pp, owner), group=self._pp)
+
+    def _pipeline_owners(self) -> list[int]:
+        """For each row of the table, the first pipeline rank that has it, or experts like it."""
+        layers = {row.experts for row in self.table if self._own_name(row) is not None}
+        owned = [
+            row.experts in layers if row.experts else self._own_name(row) is not None
+            for row in self.table
+        ]
+        by_rank: list[list[bool]] = [owned] * self._pp.size()
+        if self._pp.size() > 1:
+            dist.all_gather_object(by_rank, owned, group=self._pp)
+        return [column.index(True) for column in zip(*by_rank, strict=True)]
+
+
+def _is_gathered_with(row_and_owner: tuple[WeightRow, int]) -> tuple[str, ...]:
+    row, _ = row_and_owner
+    return (row.experts,) if row.experts else row.names
+
+
+def _mark(parameter: torch.nn.Parameter, axis: int) -> None:
+    if not hasattr(parameter, "tensor_model_parallel"):
+        set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
+
+
+_LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+")
+"""The number of an expert, as SequentialMLP and as Transformer Engine's TEGroupedMLP have it."""
+
+
+def _named_globally(model: torch.nn.Module, *, first_expert: int) -> dict[str, torch.nn.Parameter]:
+    """Parameters by name, with layers and experts numbered over the whole model."""
+    first_layer = model.decoder.layers[0].layer_number - 1
+    parameters = {}
+    for name, parameter in model.named_parameters():
+        if name.startswith("decoder.layers."):
+            _, _, local, rest = name.split(".", 3)
+            name = f"decoder.layers.{int(local) + first_layer}.{rest}"
+            name = _LOCAL_EXPERT.sub(lambda number: str(int(number[0]) + first_expert), name)
+        parameters[name] = parameter
+    return parameters

@@ -1,0 +1,277 @@
+"""The rollout engine: vLLM in this process, token ids in and out, groups as they finish."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast, get_args
+
+import torch
+from pydantic import ValidationError
+from transformers import AutoTokenizer
+from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.inputs import tokens_input
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.sampling_params import RequestOutputKind
+
+from rlsys.config import Config
+from rlsys.engines.vllm.logprobs import keep_sampled_logprobs, sampled_logprobs
+from rlsys.engines.vllm.settings import engine_arguments, refusal, sampling_arguments
+from rlsys.engines.vllm.spans import Span, begin_span
+from rlsys.engines.vllm.weight_backend import BACKEND, WORKER_EXTENSION, InitInfo
+from rlsys.engines.vllm.worker_errors import worker_errors_told
+from rlsys.model.detokenize import Detokenizer
+from rlsys.model.hf_folder import resolve_model_path
+from rlsys.model.shape import read_model_shape
+from rlsys.model.stop_tokens import read_stop_rules
+from rlsys.model.tokenizer_files import num_token_ids, resize_remedy
+from rlsys.types import Completion, Device, FinishReason, Prompt, RolloutGroup, SampleRequest
+from rlsys.weight_sync.connection import Connection, place_of_engine
+from rlsys.weight_sync.plan import TensorSlice
+
+
+@dataclass(slots=True)
+class _Running:
+    """A group that is being sampled."""
+
+    prompt: Prompt
+    version: int
+    """Of the weights when it was added."""
+    _spans: dict[int, list[Span]] = field(default_factory=dict)
+    """Of the completions, by index, during which weights changed."""
+
+    def spans(self, index: int) -> list[Span]:
+        """The weight versions of completion `index`, in order."""
+        return self._spans.setdefault(index, [Span(self.version, 0)])
+
+
+class VLLMEngine:
+    """One vLLM engine, driven step by step in the calling thread.
+
+    Args:
+        model_path: Hugging Face model folder or hub id.
+        engine_rank: position among config.rollout.num_engines engines.
+
+    Raises:
+        ValueError: the model has no EOS token, or vLLM does not take it or its settings.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        *,
+        config: Config,
+        device: Device,
+        engine_rank: int,
+    ):
+        folder = resolve_model_path(model_path)
+        self._config = config
+        self._engine_rank = engine_rank
+        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._stops = read_stop_rules(folder, self._tokenizer, config.rollout)
+        self._detokenizer = Detokenizer(
+            self._tokenizer, config.rollout.skip_special_tokens, self._stops.eos_token_ids
+        )
+        shape = read_model_shape(folder)
+        self._vocab_size = shape.vocab_size
+        shares_gpu = device == "cuda" and config.rollout.engines_per_gpu > 1
+        self._llm = _start_llm(
+            folder,
+            engine_arguments(
+                config,
+                shape,
+                device=device,
+                engine_rank=engine_rank,
+                gpu_bytes=torch.cuda.mem_get_info()[1] if shares_gpu else None,
+            ),
+        )
+        known = num_token_ids(folder)
+        if known is not None and known < shape.vocab_size:
+            self._llm.collective_rpc("sample_known_tokens_only", args=(known,))
+        self.policy_version = 0
+        """Version of the weights that it samples with; 0 are those of `model_path`."""
+        self._running: dict[int, _Running] = {}
+        self._paused = False
+        self._drained: list[RequestOutput] = []
+        """Finished by what was being computed when sampling paused."""
+        engine_core = self._llm.llm_engine.engine_core.engine_core  # in this process
+        self._steps_in_flight: int = engine_core.batch_queue_size
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do: sequences that are not finished, and no pause."""
+        return bool(self._running) and not self._paused
+
+    def add(self, requests: Sequence[SampleRequest]) -> None:
+        """Begin to sample completions; `step` carries on.
+
+        Raises:
+            ValueError: a prompt is longer than data.max_prompt_length, or has a token that the
+                model does not have; none is begun then.
+        """
+        for request in requests:
+            self._check_prompt(request.prompt)
+        for request in requests:
+            assert request.group_id not in self._running, request.group_id
+            self._llm.llm_engine.add_request(
+                str(request.group_id),
+                tokens_input(request.prompt.token_ids, cache_salt=self._cache_salt()),
+                self._sampling_parameters(request),
+            )
+            self._running[request.group_id] = _Running(request.prompt, self.policy_version)
+
+    def step(self) -> list[RolloutGroup]:
+        """One token of every sequence that there is room for; the groups that this finished."""
+        outputs, self._drained = self._drained, []
+        return [self._group(output) for output in outputs or self._llm.llm_engine.step()]
+
+    def abort(self, group_ids: Iterable[int]) -> None:
+        """Give up groups; those that are unknown do not matter."""
+        for group_id in group_ids:
+            self._llm.llm_engine.abort_request([str(group_id)])
+            self._running.pop(group_id, None)
+        self._drained = [out for out in self._drained if int(out.request_id) in self._running]
+
+    def connect_weight_sync(self, connection: Connection) -> None:
+        """Let this engine's workers join a weight sync group, behind rank 0 and other engines."""
+        rollout = self._config.rollout
+        first_rank, group = place_of_engine(
+            self._engine_rank,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            engines_per_gpu=rollout.engines_per_gpu,
+        )
+        init = InitInfo(connection, first_rank, group)
+        self._llm.init_weight_transfer_engine(init.as_request())
+
+    def needed_slices(self) -> list[tuple[TensorSlice, ...] | None]:
+        """What has to be sent to each worker; None for one that needs whole tensors."""
+        return self.ask_workers("needed_slices")
+
+    def connect_shards(self, connections: Sequence[Connection]) -> None:
+        """Let each worker join the group of its shard, behind the sender and other engines."""
+        self._llm.collective_rpc("connect_shard", args=(connections, 1 + self._engine_rank))
+
+    def start_weight_update(self) -> None:
+        """Sampling pauses, between two tokens, until `update_weights` has ended."""
+        self._pause()
+        self._llm.start_weight_update()
+
+    def update_weights(self, policy_version: int) -> int:
+        """Receive the weights of that version and sample with them; returns the version now held.
+
+        What is in flight goes on with its next token. `rollout.in_flight_kv` says whether the
+        keys and values of its tokens so far are computed anew or kept as the old weights left
+        them.
+
+        Raises:
+            WeightSyncError: weights did not come, or others than were sent; sampling stays paused.
+        """
+        self._llm.update_weights({"update_info": {"policy_version": policy_version}})
+        self._llm.finish_weight_update()
+        self._drop_stale_cache()
+        self._begin_version(policy_version)
+        self._llm.wake_up(tags=["scheduling"])
+        self._paused = False
+        return self.policy_version
+
+    def ask_workers(self, method: str) -> list[Any]:
+        """What a method of WeightSyncWorkerExtension returns on every worker."""
+        return self._llm.collective_rpc(method)
+
+    def _pause(self) -> None:
+        """Schedule nothing more, and take what is already being computed."""
+        self._paused = True
+        self._llm.sleep(level=0, mode="keep")
+        engine = self._llm.llm_engine
+        # vLLM computes a step while it handles the tokens of the one before. So many calls empty
+        # its queue of anything but empty steps, all of them sampled with the weights of now.
+        for _ in range(self._steps_in_flight if self._running else 0):
+            self._drained += engine.step()
+
+    def _drop_stale_cache(self) -> None:
+        """vLLM keeps keys and values of earlier prompts, computed with the old weights."""
+        keep = bool(self._running) and self._config.rollout.in_flight_kv == "keep"
+        # Blocks in use cannot be dropped; there, `_cache_salt` keeps new prompts from them.
+        if not keep and not self._llm.reset_prefix_cache(reset_running_requests=True):
+            raise RuntimeError("vLLM could not reset its prefix cache after a weight update")
+
+    def _cache_salt(self) -> str | None:
+        """Prompts share cached keys and values only within one weight version."""
+        keep = self._config.rollout.in_flight_kv == "keep"
+        return f"weights {self.policy_version}" if keep else None
+
+    def _begin_version(self, policy_version: int) -> None:
+        """Note where in every unfinished completion the new version begins."""
+        self.policy_version = policy_version
+        for state in self._llm.llm_engine.output_processor.request_states.values():
+            running = self._running[int(state.external_req_id)]
+            assert state.detokenizer is not None  # counts tokens, even where none are decoded
+            begin_span(
+                running.spans(state.request_index),
+                policy_version,
+                num_tokens=state.detokenizer.num_output_tokens(),
+                keeps_kv=self._config.rollout.in_flight_kv == "keep",
+            )
+
+    def _sampling_parameters(self, request: SampleRequest) -> SamplingParams:
+        return SamplingParams(
+            **sampling_arguments(self._config.rollout, self._stops, request),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _check_prompt(self, prompt: Prompt) -> None:
+        limit = self._config.data.max_prompt_length
+        if len(prompt.token_ids) > limit:
+            raise ValueError(
+                f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens, more than "
+                f"data.max_prompt_length = {limit}: drop it or raise the limit"
+            )
+        if max(prompt.token_ids) >= self._vocab_size:
+            raise ValueError(
+                f"prompt {prompt.prompt_id!r} has the token id {max(prompt.token_ids)}, and the "
+                f"model embeddings for {self._vocab_size:,} tokens (vocab_size in config.json). "
+                f"{resize_remedy(len(self._tokenizer))}"
+            )
+
+    def _group(self, output: RequestOutput) -> RolloutGroup:
+        group_id = int(output.request_id)
+        running = self._running.pop(group_id)
+        completions = [
+            self._completion(sampled, running.spans(index))
+            for index, sampled in enumerate(output.outputs)
+        ]
+        return RolloutGroup(group_id=group_id, prompt=running.prompt, completions=completions)
+
+    def _completion(self, sampled: CompletionOutput, spans: list[Span]) -> Completion:
+        reason = sampled.finish_reason
+        if reason not in get_args(FinishReason):
+            raise RuntimeError(f"vLLM ended a completion with {reason!r}")
+        token_ids, logprobs = list(sampled.token_ids), sampled_logprobs(sampled.logprobs)
+        assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
+        ended = reason == "stop"
+        text_ids = self._stops.tokens_of_text(token_ids) if ended else token_ids
+        text = self._detokenizer.text(text_ids)
+        return Completion(
+            token_ids=token_ids,
+            rollout_logprobs=logprobs,
+            text=self._stops.cut(text) if ended else text,
+            finish_reason=cast(FinishReason, reason),
+            policy_versions=tuple(span.version for span in spans),
+            version_starts=tuple(span.first_token for span in spans),
+        )
+
+
+def _start_llm(folder: Path, arguments: dict[str, Any]) -> LLM:
+    keep_sampled_logprobs()
+    try:
+        with worker_errors_told():
+            return LLM(
+                model=str(folder),
+                weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+                worker_extension_cls=WORKER_EXTENSION,
+                **arguments,
+            )
+    except ValidationError as error:  # cannot be sent to another process as it is
+        raise ValueError(refusal(folder, error)) from None

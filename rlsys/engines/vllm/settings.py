@@ -1,0 +1,211 @@
+"""What vLLM is started with: the one place that knows about devices and vLLM's own knobs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from rlsys.config import Config, RolloutConfig
+from rlsys.model.keys import ARCHITECTURES
+from rlsys.model.memory import (
+    BATCHED_TOKENS,
+    GIB,
+    MAX_CPU_KV_GIB,
+    bytes_per_weight,
+    longest_row,
+    sampler_logit_bytes,
+    sync_bucket_bytes,
+)
+from rlsys.model.shape import ModelShape
+from rlsys.types import Device, SampleRequest
+
+if TYPE_CHECKING:
+    from rlsys.model.stop_tokens import StopRules
+
+# Tokens of a KV block: vLLM's default on CPU, where kernels want multiples of 32.
+CPU_BLOCK_SIZE = 128
+
+# vLLM captures CUDA graphs for up to so many sequences by itself; a decode step of more runs kernel
+# by kernel, at half the tokens a second.
+GRAPH_SEQUENCES = 512
+# vLLM's default on GPUs.
+GPU_BLOCK_SIZE = 16
+# Of an engine that shares its GPU: CUDA context and graphs, and activations of a prompt's step.
+SHARED_GPU_RESERVE_BYTES = 3 * 2**30
+# A bucket that is being loaded, the next one, and in the first update what a layer waits for.
+SYNC_BUCKETS = 3
+
+
+def rollout_env(device: Device) -> dict[str, str]:
+    """Environment of a rollout engine's process, to be set before anything is imported there."""
+    env = {
+        # The engine runs in the actor's own process: one import of vLLM instead of two, and an
+        # error at start-up is the engine's own instead of "see root cause above".
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "TOKENIZERS_PARALLELISM": "false",
+        # vLLM's own use of torch: in a user's terminal it hides what matters.
+        "PYTHONWARNINGS": "ignore::FutureWarning",
+        # Progress bars of many lines in a log, and a warning for each host name without an entry.
+        "TQDM_DISABLE": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
+    if device == "cpu":
+        return env | {
+            # The policy and other engines share the cores, so no process is bound to any.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
+            # Small functions that vLLM compiles even in eager mode: half a minute of C++ compiling.
+            "TORCHDYNAMO_DISABLE": "1",
+            # Warnings that nobody can act on: no Triton, memory bound to the only NUMA node.
+            "TORCH_LOGS": "-torch._library",
+        }
+    return env | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+
+
+def engine_arguments(
+    config: Config,
+    shape: ModelShape,
+    *,
+    device: Device,
+    engine_rank: int,
+    gpu_bytes: int | None = None,
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, except model and weight transfer.
+
+    Args:
+        gpu_bytes: memory of the engine's GPU, to be known where it shares it.
+
+    Raises:
+        ValueError: engines that share a GPU do not fit.
+    """
+    rollout = config.rollout
+    tensor_parallel_size = rollout.tensor_parallel_size
+    arguments: dict[str, Any] = {
+        "dtype": config.model_dtype(on_cpu=device == "cpu"),
+        "max_model_len": longest_row(config),
+        "max_num_seqs": rollout.max_num_seqs,
+        "tensor_parallel_size": tensor_parallel_size,
+        # Named, because vLLM otherwise prefers Ray when it finds itself in an actor.
+        "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
+        "gpu_memory_utilization": rollout.gpu_memory_utilization / rollout.engines_per_gpu,
+        # Log-probs of the distribution that is sampled from, after temperature, top_k and top_p.
+        "logprobs_mode": "processed_logprobs",
+        # Sampling parameters come from the config, what ends a completion from `read_stop_rules`.
+        "generation_config": "vllm",
+        # Stop texts are looked for in what vLLM decodes, which costs time for every token.
+        "skip_tokenizer_init": not config.rollout.stop,
+        "seed": config.seed + engine_rank,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        # A config.json without architectures would be a model without an output head.
+        "hf_overrides": {"architectures": [ARCHITECTURES[shape.model_type]]},
+    }
+    if config.model.fp32_lm_head:
+        arguments["hf_overrides"]["head_dtype"] = "float32"
+    if device == "cuda" and rollout.max_num_seqs > GRAPH_SEQUENCES:
+        arguments["max_cudagraph_capture_size"] = rollout.max_num_seqs
+    if device == "cuda" and rollout.engines_per_gpu > 1:
+        assert gpu_bytes is not None
+        arguments["kv_cache_memory_bytes"] = shared_gpu_kv_cache_bytes(config, shape, gpu_bytes)
+    elif rollout.kv_cache_memory_mb is not None:
+        arguments["kv_cache_memory_bytes"] = rollout.kv_cache_memory_mb * 2**20
+    if device == "cpu":
+        arguments.setdefault("kv_cache_memory_bytes", cpu_kv_cache_bytes(config, shape))
+        arguments |= {
+            "enforce_eager": True,
+            "block_size": CPU_BLOCK_SIZE,
+            # A request whose prompt is processed in chunks draws a number per chunk from its own
+            # generator, which vLLM takes back in a way that CPU generators do not know.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], longest_row(config)),
+        }
+    return arguments
+
+
+def sampling_arguments(
+    rollout: RolloutConfig, stops: StopRules, request: SampleRequest
+) -> dict[str, Any]:
+    """Arguments of `vllm.SamplingParams` for the completions of a request."""
+    return {
+        "n": request.num_generations,
+        "temperature": request.temperature,
+        "top_p": rollout.top_p,
+        "top_k": rollout.top_k,
+        "max_tokens": rollout.max_completion_length,
+        "stop_token_ids": stops.token_ids,
+        "stop": stops.texts,
+        "seed": request.seed,
+        "logprobs": 0,  # of the sampled token only
+        "detokenize": bool(stops.texts),  # which vLLM finds in the text
+        # A stop text may have special tokens in it, such as "</answer>" of some tokenizers.
+        "skip_special_tokens": rollout.skip_special_tokens is True,
+    }
+
+
+def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int) -> int:
+    """KV cache of each of the engines that share a GPU: what the config says, or as on CPU.
+
+    That is room for max_num_seqs full sequences, if the engine's share of the GPU has it. vLLM by
+    itself would measure what is free, while the other engines take memory and return it.
+
+    Raises:
+        ValueError: not even one sequence fits, or not what the config says.
+    """
+    rollout, width = config.rollout, bytes_per_weight(config, "cuda")
+    share = int(rollout.gpu_memory_utilization * gpu_bytes / rollout.engines_per_gpu)
+    bucket = sync_bucket_bytes(config, shape, width)
+    logits = sampler_logit_bytes(config, shape)
+    taken = width * shape.num_params + SYNC_BUCKETS * bucket + logits + SHARED_GPU_RESERVE_BYTES
+    wanted = kv_cache_bytes(config, shape, sequences=rollout.max_num_seqs, device="cuda")
+    least, what = kv_cache_bytes(config, shape, sequences=1, device="cuda"), "one full sequence"
+    if rollout.kv_cache_memory_mb is not None:
+        least = wanted = rollout.kv_cache_memory_mb * 2**20
+        what = f"rollout.kv_cache_memory_mb = {rollout.kv_cache_memory_mb}"
+    if share - taken < least:
+        raise ValueError(
+            f"rollout.engines_per_gpu = {rollout.engines_per_gpu} leaves each engine "
+            f"{share / 2**30:.1f} GiB of its GPU (rollout.gpu_memory_utilization = "
+            f"{rollout.gpu_memory_utilization:g} of {gpu_bytes / 2**30:.1f}), of which weights, "
+            f"weight sync, logits, graphs and activations take {taken / 2**30:.1f}: {what} needs "
+            f"{least / 2**30:.1f} and does not fit into the rest. Lower engines_per_gpu"
+        )
+    return min(share - taken, wanted)
+
+
+def cpu_kv_cache_bytes(config: Config, shape: ModelShape) -> int:
+    """KV cache of one CPU engine: max_num_seqs full sequences, MAX_CPU_KV_GIB at most."""
+    full = kv_cache_bytes(config, shape, sequences=config.rollout.max_num_seqs, device="cpu")
+    return min(full, MAX_CPU_KV_GIB * GIB)
+
+
+def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device: Device) -> int:
+    """Of each rank, for so many sequences of the greatest length, in vLLM's blocks.
+
+    On GPUs of the smallest blocks: some attention kernels want larger ones, and then more memory.
+    """
+    block_size = CPU_BLOCK_SIZE if device == "cpu" else GPU_BLOCK_SIZE
+    blocks_per_sequence = -(-longest_row(config) // block_size)
+    blocks = sequences * blocks_per_sequence + 1  # vLLM keeps one for itself
+    elements = shape.kv_elements_per_token(config.rollout.tensor_parallel_size)
+    token_bytes = elements * bytes_per_weight(config, device)
+    return blocks * block_size * token_bytes
+
+
+def refusal(folder: Path, error: ValidationError) -> str:
+    """What vLLM has against a model, or against what it is to run it with, in one line.
+
+    vLLM checks both while it validates the same objects: an architecture that it does not know, or
+    a max_model_len beyond the model's positions.
+    """
+    reasons = []
+    for problem in error.errors():
+        reason = problem["msg"].removeprefix("Value error, ")
+        setting = ".".join(map(str, problem["loc"]))
+        reasons.append(f"{setting} = {problem['input']!r}: {reason}" if setting else reason)
+    text = " ".join("; ".join(reasons).split())
+    return f"vLLM does not take the model {folder}, or not with these settings: {text}"

@@ -1,0 +1,141 @@
+"""Hugging Face model folders: lazy reading, atomic writing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from rlsys.config.local_paths import check_is_here
+from rlsys.model.weight_files import INDEX, weight_files
+from rlsys.run.folder import flush_to_disk
+from rlsys.weight_sync.plan import shard_bounds
+
+MAX_SHARD_BYTES = 4 * 2**30
+
+
+def resolve_model_path(path: str) -> Path:
+    """The local folder of a model: `path` itself, or the hub's snapshot of that id.
+
+    Raises:
+        ValueError: this host has no folder of that path.
+    """
+    check_is_here(path)
+    if Path(path).is_dir():
+        return Path(path)
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    return Path(snapshot_download(path, allow_patterns=patterns))
+
+
+class SafetensorsReader:
+    """The tensors of a folder of safetensors files by name, each read only when asked for.
+
+    Raises:
+        ValueError: the folder holds no safetensors, or a tensor is missing.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._stack = ExitStack()
+        files = weight_files(folder)
+        if not files:
+            raise ValueError(
+                f"{folder} holds no .safetensors file. Save the model with "
+                "`model.save_pretrained(folder)` of transformers."
+            )
+        handles = [self._stack.enter_context(safe_open(file, "pt")) for file in files]
+        self._handle_of = {name: handle for handle in handles for name in handle.keys()}  # noqa: SIM118
+
+    def __enter__(self) -> SafetensorsReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def shard(self, name: str, axis: int | None, rank: int, num_shards: int) -> torch.Tensor:
+        """Slice `rank` of `num_shards` of tensor `name` along `axis`; all if None."""
+        if name not in self._handle_of:
+            raise ValueError(f"tensor {name!r} is missing in {self.folder}")
+        tensor = self._handle_of[name].get_slice(name)
+        if axis is None or num_shards == 1:
+            return tensor[:]
+        own = slice(*shard_bounds(tensor.get_shape()[axis], rank, num_shards))
+        return tensor[own] if axis == 0 else tensor[:, own]
+
+
+def save_model_folder(
+    source: Path, folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
+    """Write `folder` as a model folder, see `write_model_files`.
+
+    Everything is written to a folder beside it first, which then takes its name: `folder` is
+    either whole or not there (or still what it was).
+    """
+    partial, replaced = (folder.with_name(folder.name + end) for end in (".partial", ".replaced"))
+    for leftover in (partial, replaced):  # of a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    write_model_files(source, partial, tensors, dtype)
+    flush_to_disk(partial)
+    if folder.exists():
+        folder.rename(replaced)
+    partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_model_files(
+    source: Path, folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> None:
+    """Write the weights `tensors`, and config and tokenizer of `source`, into an empty folder."""
+    for file in source.iterdir():
+        if file.is_file() and not _holds_weights(file):
+            shutil.copyfile(file, folder / file.name)
+    _write_shards(folder, tensors)
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    config.pop("torch_dtype", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _holds_weights(file: Path) -> bool:
+    return ".safetensors" in file.name or file.suffix in (".bin", ".gguf")
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Shards of at most MAX_SHARD_BYTES, one in memory at a time; an index if there are more."""
+    shards: list[tuple[Path, list[str]]] = []
+    total_bytes = 0
+
+    def flush(shard: dict[str, torch.Tensor]) -> None:
+        file = folder / f"shard-{len(shards)}.safetensors"
+        save_file(shard, file, metadata={"format": "pt"})
+        shards.append((file, list(shard)))
+
+    shard: dict[str, torch.Tensor] = {}
+    shard_bytes = 0
+    for name, tensor in tensors:
+        if shard and shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+            flush(shard)
+            shard, shard_bytes = {}, 0
+        # The exporter may reuse its buffers, and one file must not hold two views of one storage.
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        shard_bytes += tensor.nbytes
+        total_bytes += tensor.nbytes
+    flush(shard)
+    if len(shards) == 1:
+        shards[0][0].rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, (file, names) in enumerate(shards, 1):
+        final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file.rename(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,1 @@
+"""Users' Python files, modules and packages, imported by name."""

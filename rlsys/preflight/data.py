@@ -1,0 +1,168 @@
+"""What is wrong with the data of a config, as far as a second's look at the first rows tells.
+
+`rlsys.data.load` checks every row when the run starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from itertools import islice
+from pathlib import Path
+
+from rlsys.config import DataConfig
+from rlsys.data.json_files import is_json_lines
+from rlsys.data.preprocess import read_spec
+from rlsys.data.sources import Problems, Source, Split, open_sources
+from rlsys.data.streams.streamed import CHECKED_ROWS
+from rlsys.rewards import plugin_problems
+
+FIRST_ROWS = 20
+"""Rows of each text file that are looked at."""
+MOST_ROWS = 50_000
+"""Rows of a text file that are read to find a column which the first ones lack."""
+_SHOWN = 3
+_COUNTABLE_BYTES = 200 * 2**20
+"""Count the rows of JSONL files up to this size; larger ones would take a while to read."""
+
+Finding = tuple[str, bool]
+"""What is wrong, and whether only on this machine (a file is missing, say)."""
+
+
+def check_data(config: DataConfig) -> Iterator[Finding]:
+    """Problems of plugins, dataset entries, files and their first rows."""
+    not_loaded = list(plugin_problems("data.external_plugins", config.external_plugins))
+    yield from not_loaded
+    splits: tuple[Split, ...] = ("train", "validation")
+    for split in splits:
+        field = "data.dataset" if split == "train" else "data.val_dataset"
+        described = Problems()
+        sources = open_sources(config, split, described)
+        for text in described.texts:
+            hint = " (a plugin above could not be loaded)" if not_loaded else ""
+            yield f"{field}: {text}{hint}", bool(not_loaded)
+        for source in sources:
+            for text, only_here in _check_source(source):
+                yield f"{field}: {text}", only_here
+
+
+def count_rows(config: DataConfig) -> int | None:
+    """Training rows, before the length limit; None where counting would not be cheap."""
+    total = 0
+    for text in config.dataset:
+        try:
+            spec = read_spec(text)
+        except ValueError:
+            return None
+        if spec.num_rows is not None and not config.streaming:
+            total += spec.num_rows
+            continue
+        rows = _rows_in_file(spec.path)
+        if rows is None:
+            return None
+        total += min(rows, spec.num_rows or rows)
+    return round(total * (1 - config.split_dataset_ratio))
+
+
+def _rows_in_file(path: Path) -> int | None:
+    """Rows of a Parquet file, which says so, or of JSON lines; None of others."""
+    if not path.is_file():
+        return None
+    if path.suffix == ".parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_metadata(path).num_rows
+        except (pyarrow.ArrowException, OSError):
+            return None
+    if path.suffix != ".jsonl" or path.stat().st_size > _COUNTABLE_BYTES:
+        return None
+    if not is_json_lines(path):
+        return None
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> list[str] | None:
+    """The columns that prompts of `split` carry to the rewards, as far as needed to find `wanted`.
+
+    Rows of one dataset may differ, and a prompt has the columns of all: rows are read until every
+    column of `wanted` is found, and only one that no row has is missing. No row is read for the
+    length of its prompt, so columns of prompts that are too long count.
+
+    Returns:
+        None where that does not tell: there is no dataset, one is no text file or has more than
+        `MOST_ROWS` rows, or something is wrong with a row, which is told elsewhere.
+    """
+    problems, columns = Problems(), dict[str, None]()
+    sources = open_sources(config, split, problems)
+    if problems or not sources:
+        return None
+    for source in sources:
+        if not _add_columns(source, columns, set(wanted)):
+            return None
+    return list(columns)
+
+
+def _add_columns(source: Source, columns: dict[str, None], wanted: set[str]) -> bool:
+    """Read rows until `columns` holds all of `wanted`; returns whether it now holds all it can.
+
+    That is not known of a dataset without a usable row.
+    """
+    if not source.is_text_file:
+        return False
+    # A streaming run goes by its first rows too.
+    streamed = source.config.streaming and source.split == "train"
+    found = False
+    try:
+        for number, raw in enumerate(islice(source.raw_rows(), CHECKED_ROWS if streamed else None)):
+            if number == MOST_ROWS:
+                return False
+            row = source.understand(raw)
+            if row is None:
+                continue
+            found = True
+            columns.update(dict.fromkeys(row.columns))
+            if columns.keys() >= wanted:
+                break
+    except ValueError:  # a file or a row that cannot be used
+        return False
+    return found
+
+
+def _check_source(source: Source) -> Iterator[Finding]:
+    problem = source.file_problem()
+    path = source.spec.path
+    if problem is not None:
+        yield problem, not path.exists()
+    elif source.is_text_file:
+        yield from _check_first_rows(source)
+    elif source.spec.is_local and path.suffix == ".parquet" and path.is_file():
+        yield from _check_parquet(source)
+
+
+def _check_first_rows(source: Source) -> Iterator[Finding]:
+    _, bad = source.first_rows(FIRST_ROWS)
+    for text in bad[:_SHOWN]:
+        yield text, False
+    if len(bad) > _SHOWN:
+        yield (
+            f"{source.spec.name}: {len(bad) - _SHOWN} more of the first rows cannot be used",
+            False,
+        )
+
+
+def _check_parquet(source: Source) -> Iterator[Finding]:
+    """Only the names of the columns: rows would need `datasets`, which takes a second to import."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        names = pyarrow.parquet.read_schema(source.spec.path).names
+    except (pyarrow.ArrowException, OSError) as error:
+        yield f"{source.spec.path} is not a Parquet file: {error}", False
+        return
+    source.columns.update(dict.fromkeys(names))
+    problem = source.problem_of_all_rows()
+    if problem is not None:
+        yield problem, False

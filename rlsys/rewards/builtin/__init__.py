@@ -1,0 +1,1 @@
+"""The reward functions that rlsys brings, one file for each family."""

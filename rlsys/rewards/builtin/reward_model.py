@@ -1,0 +1,137 @@
+"""A sequence-classification model as reward: one copy, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from rlsys.rewards.base import AsyncORM, register_reward
+from rlsys.types import Message
+
+
+@register_reward("reward_model")
+class RewardModel(AsyncORM):
+    """The logit that a sequence-classification model gives to the whole conversation.
+
+    Any model of transformers' AutoModelForSequenceClassification with one output, as
+    reward models have; its own tokenizer and chat template write the conversation. Completions
+    that wait, of all groups that are being scored, go through it in batches. Each model has one
+    process, which runs no other reward, however many reward workers there are.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        dtype: str = "auto",
+        device: str | None = None,
+    ):
+        """Load the model.
+
+        Args:
+            path: folder or hub id of the model.
+            batch_size: conversations a forward pass.
+            max_length: tokens of a conversation, of which the last are kept; None is what the
+                model knows positions for.
+            dtype: torch's name of the weights' type, such as "bfloat16"; "auto" is the model's.
+            device: torch's name; None is the GPU if the process has one, else the CPU.
+
+        Raises:
+            ValueError: settings out of range, a folder that this host lacks, a model with several
+                outputs, or a tokenizer without chat template.
+        """
+        import torch  # not before a reward model is wanted
+        import transformers
+
+        from rlsys.config.local_paths import check_is_here
+        from rlsys.data.render import ChatTemplate
+
+        super().__init__()
+        if batch_size < 1 or (max_length is not None and max_length < 1):
+            raise ValueError(
+                f"reward_model: batch_size and max_length must be at least 1, not {batch_size} "
+                f"and {max_length}"
+            )
+        check_is_here(path)
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        self._template = ChatTemplate(self._tokenizer)
+        config = transformers.AutoConfig.from_pretrained(path)
+        if config.num_labels != 1:
+            raise ValueError(
+                f"reward_model: {path!r} has {config.num_labels} outputs; a reward model has one "
+                "(num_labels: 1 in its config.json)"
+            )
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._model: Any = model.to(device).eval()
+        pad = self._tokenizer.pad_token_id
+        self._pad: int = self._tokenizer.eos_token_id if pad is None else pad
+        # By it the model finds each row's last token.
+        self._model.config.pad_token_id = self._pad
+        self._max_length = max_length or getattr(config, "max_position_embeddings", None)
+        self.batch_size = batch_size
+        self._waiting: list[tuple[list[int], asyncio.Future[float]]] = []
+        self._worker: asyncio.Task[None] | None = None
+
+    async def __call__(
+        self,
+        completions: list[str],
+        messages: list[list[Message]],
+        tools: list[Any] | None = None,
+        **columns: Any,
+    ) -> list[float]:
+        """[G] the model's logit for each conversation: tools, prompt and completion.
+
+        Raises:
+            ValueError: the model's chat template refuses one.
+        """
+        loop = asyncio.get_running_loop()
+        futures: list[asyncio.Future[float]] = []
+        for conversation, given in zip(messages, tools or [None] * len(messages), strict=True):
+            futures.append(loop.create_future())
+            self._waiting.append((self._encode(conversation, given), futures[-1]))
+        if self._worker is None or self._worker.done():
+            self._worker = asyncio.create_task(self._work())
+        return list(await asyncio.gather(*futures))
+
+    def _encode(self, conversation: list[Message], tools: Any) -> list[int]:
+        token_ids = self._template.render_answered(conversation, tools)
+        return token_ids[-self._max_length :] if self._max_length else token_ids
+
+    async def _work(self) -> None:
+        """Batches until none is waiting."""
+        while self._waiting:
+            # Without those whose time was over before their turn.
+            self._waiting = [entry for entry in self._waiting if not entry[1].done()]
+            batch = self._waiting[: self.batch_size]
+            del self._waiting[: self.batch_size]
+            if not batch:
+                return
+            try:
+                # In a thread, so that groups that come meanwhile join the next batch.
+                scores = await asyncio.to_thread(self._logits, [ids for ids, _ in batch])
+            # Told to those who wait for it: the batch's calls raise it.
+            except Exception as error:
+                for _, future in batch:
+                    if not future.done():
+                        future.set_exception(error)
+                continue
+            for (_, future), score in zip(batch, scores, strict=True):
+                if not future.done():
+                    future.set_result(score)
+
+    def _logits(self, rows: list[list[int]]) -> list[float]:
+        """[N] one forward pass over right-padded rows."""
+        import torch
+
+        longest = max(map(len, rows))
+        input_ids = torch.full((len(rows), longest), self._pad)
+        mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        device = self._model.device
+        with torch.inference_mode():
+            output = self._model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+        return output.logits[:, 0].float().cpu().tolist()

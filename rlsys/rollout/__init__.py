@@ -1,0 +1,1 @@
+"""Prompts in, scored groups out: what the loop sees of rollout engines and rewards."""

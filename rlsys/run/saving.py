@@ -1,0 +1,134 @@
+"""What a run saves: how often, where, and how much disk that takes; before it starts."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlsys.config import Config
+from rlsys.counted import counted
+from rlsys.model.memory import bytes_per_weight
+from rlsys.model.shape import ModelShape
+from rlsys.run.folder import RunDir, bytes_in, size_text
+from rlsys.types import Device
+
+
+@dataclass(frozen=True, slots=True)
+class DiskUse:
+    """Most that a run has on the disk at a time, in bytes, besides logs."""
+
+    weights: int
+    """A Hugging Face folder, as final/ and the model of each checkpoint."""
+    optimizer: int
+    """The optimizer's state of a checkpoint."""
+    reference: int
+    """The reference of a checkpoint, where it changes during the run."""
+    num_checkpoints: int
+
+    @property
+    def checkpoint(self) -> int:
+        """One checkpoint."""
+        return self.weights + self.optimizer + self.reference
+
+    @property
+    def total(self) -> int:
+        """All checkpoints and the final model."""
+        return self.num_checkpoints * self.checkpoint + self.weights
+
+
+def disk_use(config: Config, shape: ModelShape, *, device: Device) -> DiskUse:
+    """The estimate, exact but for small files: weights, and for each in fp32 a copy and AdamW's
+    two moments."""
+    width = bytes_per_weight(config, device)
+    has_copy = width < 4 or config.policy.use_distributed_optimizer
+    number = 0
+    if config.checkpoint.save_steps is not None:
+        number = config.checkpoint.save_total_limit + 1  # the oldest goes when the newest is whole
+        if config.max_steps is not None:
+            interval = config.checkpoint.interval(config.max_steps)
+            assert interval is not None
+            number = min(-(-config.max_steps // interval), number)
+    changes = config.grpo.beta > 0 and config.reference.sync_steps is not None
+    return DiskUse(
+        weights=shape.num_params * width,
+        optimizer=shape.num_params * (12 if has_copy else 8),
+        reference=shape.num_params * width if changes else 0,
+        num_checkpoints=number,
+    )
+
+
+def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]]:
+    """(what, how often, where or how much) for `rlsys explain` and the start of a run.
+
+    Args:
+        config: of the run.
+        use: None where the model's config.json cannot be read.
+    """
+    checkpoint, run = config.checkpoint, RunDir(Path(config.output_dir))
+    if checkpoint.save_steps is None:
+        saved = (
+            "none, so nothing can be resumed (checkpoint.save_steps is null); on Ctrl-C or a "
+            f"failure, the weights in {run.interrupted}"
+        )
+    else:
+        saved = (
+            f"{_how_often(config)}, and on Ctrl-C or a failure, in {run.checkpoints}; only the "
+            f"newest {counted(checkpoint.save_total_limit, 'checkpoint')} kept "
+            "(checkpoint.save_total_limit)"
+        )
+    pairs = [("checkpoints", saved), ("final model", f"in {run.final}")]
+    if use is not None:
+        parts = [f"final model {size_text(use.weights)}"]
+        if use.num_checkpoints:
+            of_each = f"weights {size_text(use.weights)} + optimizer {size_text(use.optimizer)}"
+            of_each += f" + reference {size_text(use.reference)}" if use.reference else ""
+            parts.insert(0, f"{counted(use.num_checkpoints, 'checkpoint')} x ({of_each})")
+        free = size_text(_free_bytes(run.path))
+        pairs.append(("disk", f"{size_text(use.total)} at most = {' + '.join(parts)}; {free} free"))
+    return pairs
+
+
+def disk_warning(config: Config, use: DiskUse) -> str | None:
+    """What to do where the disk is too small for what the run saves.
+
+    What the run that is resumed has left counts as room: this one replaces it.
+    """
+    run = RunDir(Path(config.output_dir))
+    own = 0
+    if config.checkpoint.resume:
+        own = sum(bytes_in(folder) for folder in (run.checkpoints, run.final))
+    free = _free_bytes(run.path)
+    if free + own >= use.total:
+        return None
+    remedies = ["free some"]
+    if use.num_checkpoints > 1:
+        remedies.append("lower checkpoint.save_total_limit")
+    if use.num_checkpoints:
+        remedies.append("set checkpoint.save_steps to null")
+    return (
+        f"the disk of output_dir has {size_text(free)} free, and the run may save "
+        f"{size_text(use.total)}: {', '.join(remedies)}, or choose another output_dir"
+    )
+
+
+def _how_often(config: Config) -> str:
+    save_steps, max_steps = config.checkpoint.save_steps, config.max_steps
+    if max_steps is None:
+        every = "5% of the steps" if save_steps == "auto" else f"{save_steps:,} steps"
+    else:
+        interval = config.checkpoint.interval(max_steps)
+        assert interval is not None
+        if interval >= max_steps:
+            set_to = f" (checkpoint.save_steps is {interval:,})" if interval > max_steps else ""
+            return f"after the last step only, of {max_steps:,}{set_to}"
+        every = "step" if interval == 1 else f"{interval:,} of {max_steps:,} steps"
+    rarer = ", or less often where saving takes more than a tenth of the time"
+    return f"every {every}{rarer if save_steps == 'auto' else ''}, after the last step"
+
+
+def _free_bytes(place: Path) -> int:
+    place = place.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return shutil.disk_usage(place).free

@@ -1,0 +1,1 @@
+"""Running code that nobody trusts: model output, and calls that may never end."""

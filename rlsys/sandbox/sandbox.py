@@ -1,0 +1,329 @@
+"""Programs that nobody trusts, run by a helper process; see process/ for what they may do.
+
+What a program must not know (the results that are expected of it) never leaves this process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+_log = logging.getLogger(__name__)
+
+Mode = Literal["stdio", "calls", "asserts"]
+
+_SERVER = Path(__file__).with_name("process") / "sandbox_server.py"
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class SandboxUnavailable(ValueError):
+    """This host cannot restrict programs."""
+
+
+class SandboxEnded(Exception):
+    """The program ended, or was stopped, before it answered."""
+
+
+class OutOfTime(SandboxEnded):
+    """It was stopped for its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one run of a program may use."""
+
+    cpu_time_s: float
+    """Seconds of CPU time, of all of its threads together."""
+    memory_mib: int
+    """Address space, which includes some 30 MiB of the interpreter's own."""
+    output_kib: int
+    """What it may write to standard output, or answer to one call."""
+
+    @property
+    def wall_time_s(self) -> float:
+        """Seconds that it may take altogether: long, as the machine may be busy."""
+        return 5.0 + 4 * self.cpu_time_s
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """How a program ended."""
+
+    output: bytes
+    """Standard output, cut at the limit."""
+    exit_code: int
+    """Negative: the signal that ended it, such as -9 or -27 (its CPU time was over)."""
+    within_limits: bool
+    """False when it was stopped for its time or its output."""
+    out_of_time: bool
+
+
+class Sandbox:
+    """Runs one program at a time, each from a fresh state.
+
+    A helper process that is found dead is replaced. One that dies while a program runs is a
+    RuntimeError, and no verdict on the program.
+
+    Example:
+        sandbox = Sandbox(Limits(cpu_time_s=2, memory_mib=512, output_kib=64))
+        sandbox.run("print(int(input()) + 1)", "41").output   # b"42\\n"
+    """
+
+    def __init__(self, limits: Limits, *, restricted: bool = True):
+        """Start the helper process.
+
+        Raises:
+            SandboxUnavailable: it cannot restrict programs on this host.
+        """
+        self.limits = limits
+        self._restricted = restricted
+        self._lock = threading.Lock()
+        self._start()
+
+    def run(self, program: str, stdin: str) -> Finished:
+        """Run `program` with `stdin` as standard input until it ends or is stopped."""
+        with self._lock, self._started("stdio", program, stdin.encode()) as running:
+            output, verdict = running.read_until_end()
+            return Finished(
+                output, verdict["exit_code"], verdict["in_time"], running.is_out_of_time()
+            )
+
+    @contextlib.contextmanager
+    def talk(self, program: str, mode: Mode) -> Iterator[Running]:
+        """Run `program` and exchange JSON lines with it; it is stopped at the end of the block.
+
+        Raises:
+            OutOfTime: the block raised SandboxEnded and this is why.
+        """
+        with self._lock, self._started(mode, program, None) as running:
+            try:
+                yield running
+            except SandboxEnded:
+                running.stop()
+                if running.is_out_of_time():
+                    raise OutOfTime from None
+                raise
+
+    def close(self) -> None:
+        """End the helper process and what it runs."""
+        self._control.close()
+        self._process.wait()
+
+    def __del__(self) -> None:
+        if "_process" in self.__dict__:
+            self.close()
+
+    def _start(self) -> None:
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = subprocess.Popen(
+                # -I and -S: no user's site-packages, no environment variables, no .pth files.
+                [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_SERVER),
+                 str(theirs.fileno()), "restricted" if self._restricted else "unrestricted"],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={},  # programs see no keys and tokens of this process
+                cwd="/",
+                start_new_session=True,
+            )  # fmt: skip
+        answer = self._control.recv(4096)
+        problem = json.loads(answer).get("problem") if answer else _ending(self._process)
+        if problem:
+            raise SandboxUnavailable(f"programs cannot be restricted on this host: {problem}")
+
+    @contextlib.contextmanager
+    def _started(self, mode: Mode, program: str, stdin: bytes | None) -> Iterator[Running]:
+        job = {
+            "mode": mode,
+            "cpu_time_s": self.limits.cpu_time_s,
+            "wall_time_s": self.limits.wall_time_s,
+            "memory_mib": self.limits.memory_mib,
+        }
+        with contextlib.ExitStack() as stack:
+            mine: list[int] = []
+            theirs = [_sealed(program.encode(errors="replace"))]
+            stack.callback(_close, mine)
+            stack.callback(_close, theirs)
+            if stdin is None:
+                theirs_in, mine_in = os.pipe()
+                mine.append(mine_in)
+            else:
+                theirs_in = _sealed(stdin)
+            mine_out, theirs_out = os.pipe()
+            mine.insert(0, mine_out)
+            theirs += [theirs_in, theirs_out]
+            self._send(json.dumps(job).encode(), theirs)
+            _close(theirs)
+            running = Running(self._control, self._process, mine, self.limits)
+            try:
+                yield running
+            finally:
+                # Also when this side raised: the next program must not get this one's verdict.
+                running.stop()
+
+    def _send(self, job: bytes, descriptors: list[int]) -> None:
+        """Send a job to the helper process, to another if it has ended since the last job."""
+        try:
+            socket.send_fds(self._control, [job], descriptors)
+        except ConnectionError:
+            _log.warning("%s; another is started", _ending(self._process))
+            self.close()
+            self._start()
+            socket.send_fds(self._control, [job], descriptors)
+
+
+class Running:
+    """A program that runs, seen from outside."""
+
+    def __init__(
+        self,
+        control: socket.socket,
+        helper: subprocess.Popen[bytes],
+        descriptors: list[int],
+        limits: Limits,
+    ):
+        self._control = control
+        self._helper = helper
+        self._output, *self._input = descriptors
+        self._max_bytes = limits.output_kib * 1024
+        self._buffer = b""
+        self._killed = False
+        self._verdict: dict[str, Any] | None = None
+
+    def read_until_end(self) -> tuple[bytes, dict[str, Any]]:
+        """All output, and the helper's verdict."""
+        open_output = True
+        while self._verdict is None:
+            watched: list[Any] = [self._control, *[self._output] * open_output]
+            ready, _, _ = select.select(watched, [], [])
+            if self._output in ready:
+                open_output = self._read()
+            if len(self._buffer) > self._max_bytes:
+                verdict = self.stop()
+                return self._buffer[: self._max_bytes], {**verdict, "in_time": False}
+            if self._control in ready:
+                self._receive()
+        while len(self._buffer) <= self._max_bytes and self._read():
+            pass
+        assert self._verdict is not None
+        in_time = self._verdict["in_time"] and len(self._buffer) <= self._max_bytes
+        return self._buffer[: self._max_bytes], {**self._verdict, "in_time": in_time}
+
+    def ask(self, request: str) -> str:
+        """Send a line and wait for the program's next line.
+
+        Raises:
+            SandboxEnded: it ended, or answered too much.
+        """
+        self.send(request)
+        return self.next_line()
+
+    def send(self, line: str) -> None:
+        """Send a line.
+
+        Raises:
+            SandboxEnded: it ended.
+        """
+        data = memoryview(line.encode() + b"\n")
+        os.set_blocking(self._input[0], False)
+        while data:
+            ready_in, ready_out, _ = select.select([self._control], self._input, [])
+            if ready_in:
+                raise SandboxEnded
+            if ready_out:
+                try:
+                    data = data[os.write(self._input[0], data) :]
+                except BrokenPipeError:
+                    raise SandboxEnded from None
+
+    def next_line(self) -> str:
+        """Wait for the program's next line.
+
+        Raises:
+            SandboxEnded: there is none, or it is too long.
+        """
+        while b"\n" not in self._buffer:
+            watched: list[Any] = [self._output, self._control]
+            ready, _, _ = select.select(watched, [], [])
+            if self._output in ready:
+                if not self._read() or len(self._buffer) > self._max_bytes:
+                    raise SandboxEnded
+            elif ready:
+                raise SandboxEnded
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return line.decode(errors="replace")
+
+    def stop(self) -> dict[str, Any]:
+        """Kill it if it still runs; the helper's verdict."""
+        if self._verdict is None:
+            # Nothing is sent to a helper that has answered already: it would end the next program.
+            ready, _, _ = select.select([self._control], [], [], 0)
+            if not ready:
+                with contextlib.suppress(ConnectionError):  # `_receive` says that it has ended
+                    self._control.send(b"kill")
+                self._killed = True
+            self._receive()
+        assert self._verdict is not None
+        return self._verdict
+
+    def is_out_of_time(self) -> bool:
+        """Whether a program that has ended was stopped for its time."""
+        assert self._verdict is not None
+        code = self._verdict["exit_code"]
+        by_kernel = code == -signal.SIGPROF or (code == -signal.SIGKILL and not self._killed)
+        return by_kernel or not self._verdict["in_time"]
+
+    def _receive(self) -> None:
+        try:
+            message = self._control.recv(4096)
+        except ConnectionResetError:  # it ended before it read all that was sent
+            message = b""
+        if not message:
+            raise RuntimeError(_ending(self._helper)) from None
+        self._verdict = json.loads(message)
+
+    def _read(self) -> bool:
+        """Read what there is; False at the end."""
+        data = os.read(self._output, 65536)
+        self._buffer += data
+        return bool(data)
+
+
+def _ending(helper: subprocess.Popen[bytes]) -> str:
+    """How a helper process ended that has closed its socket."""
+    code = helper.wait()
+    if code < 0:
+        return (
+            f"the sandbox's helper process was killed by signal {-code}, perhaps because memory "
+            "ran out, or by a program that allow_unsandboxed lets do so"
+        )
+    return f"the sandbox's helper process ended with code {code}; its own words are in the log"
+
+
+def _sealed(content: bytes) -> int:
+    """A file in memory that its reader cannot change or enlarge."""
+    descriptor = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    return descriptor
+
+
+def _close(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())

@@ -1,0 +1,71 @@
+"""A cluster that is not there is told at once: Ray would try for minutes, without a word."""
+
+import socket
+
+import pytest
+
+from rlsys.actors.ray_env import check_cluster_answers, unused_choice_of_gpus
+
+
+@pytest.fixture
+def port():
+    """Nothing listens there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "localhost:{}"])
+def test_an_address_where_nothing_listens_is_an_error_that_names_it(monkeypatch, port, form):
+    monkeypatch.setenv("RAY_ADDRESS", form.format(port))
+    with pytest.raises(ValueError, match=rf"RAY_ADDRESS={form.format(port)}: no Ray cluster"):
+        check_cluster_answers()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1", "head", ":6379", "head:port"])
+def test_what_is_no_address_is_an_error_too(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match="no Ray cluster answers there"):
+        check_cluster_answers()
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "ray://127.0.0.1:10001"])
+def test_addresses_of_other_servers_of_a_cluster_name_the_one_to_use(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=r"RAY_ADDRESS=10\.0\.0\.1:6379.*`ray job submit`"):
+        check_cluster_answers()
+
+
+@pytest.mark.parametrize("address", [None, "", "auto", "local"])
+def test_what_ray_looks_up_by_itself_is_left_to_it(monkeypatch, address):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    check_cluster_answers()
+
+
+def test_a_place_where_something_listens_is_let_through(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        check_cluster_answers()
+
+
+@pytest.mark.parametrize(
+    ("address", "chosen", "told"),
+    [
+        ("10.0.0.1:6379", "2,3", True),
+        (None, "2,3", False),
+        ("local", "2,3", False),
+        ("10.0.0.1:6379", "", False),
+    ],
+)
+def test_gpus_chosen_here_for_a_cluster_that_runs_already_are_told(
+    monkeypatch, address, chosen, told
+):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address is not None:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+    note = unused_choice_of_gpus()
+    assert (note is not None) == told
+    assert note is None or (chosen in note and address in note)

@@ -1,0 +1,417 @@
+"""What `rlsys explain` prints is what a run would do."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model, write_run
+from reward_models import save_reward_model
+from rich.console import Console
+
+from rlsys.actors.roles import plan_roles
+from rlsys.commands.explain import batch_arithmetic, explain
+from rlsys.config.fields import config_fields, show_value
+from rlsys.config.load import load_config
+from rlsys.model.memory import (
+    GIB,
+    card_warnings,
+    estimate_memory,
+    estimate_reward_model,
+    rank_params,
+)
+from rlsys.model.shape import read_model_shape
+from rlsys.preflight.devices import gpu_memory_gib
+from rlsys.rewards import orms
+
+EXAMPLES = Path(__file__).parents[3] / "examples"
+
+
+def printed(path, *overrides) -> tuple[bool, str]:
+    text = io.StringIO()
+    ok = explain(load_config(path, overrides), Console(file=text, width=160))
+    return ok, text.getvalue()
+
+
+@pytest.mark.parametrize(("placement", "gpus"), [("policy", 0), ("own", 1)])
+def test_reward_models_share_the_policys_gpus_or_have_their_own(tmp_path, placement, gpus):
+    reward = {"reward_funcs": [], "reward_model": ["A", "B"], "reward_model_placement": placement}
+    config = load_config(write_config(tmp_path, reward=reward)).config
+    for device, expected in (("cuda", gpus), ("cpu", 0)):
+        roles = [r for r in plan_roles(config, device=device) if r.name == "reward_model"]
+        assert [(role.rank, role.gpus) for role in roles] == [(0, expected), (1, expected)]
+        shares = device == "cuda" and placement == "policy"
+        assert {role.shares_gpu_of for role in roles} == {("policy", 0) if shares else None}
+
+
+def test_reward_models_are_shown_with_the_memory_of_their_weights(tmp_path):
+    _, model = save_reward_model(tmp_path / "judge")
+    folder, numbers = str(tmp_path / "judge"), sum(p.numel() for p in model.parameters())
+    reward = {"reward_funcs": [], "reward_model": [folder, str(tmp_path / "model")]}
+    path = write_run(tmp_path, reward=reward)
+    ok, text = printed(path)
+    assert ok, text
+    assert "reward_model x 2" in text
+    assert "reward_model weights = what its files hold" in text
+    (tmp_path / "model" / "model.safetensors").unlink()
+    ok, text = printed(path)
+    assert f"not in the estimate: reward_model:{tmp_path / 'model'}" in text
+    for dtype, width in (("bfloat16", 2), ("float32", 4)):
+        estimate = estimate_reward_model(tmp_path / "judge", dtype=dtype, device="cpu")
+        assert estimate.gib["weights"] == numbers * width / GIB
+    by_files = estimate_reward_model(tmp_path / "judge", dtype="auto", device="cpu")
+    assert by_files.gib["weights"] == pytest.approx(numbers * 4 / GIB, rel=0.1)
+
+
+def test_a_reward_class_that_a_run_could_not_make_is_not_ready(tmp_path):
+    registered = dict(orms.data)
+    code = "from rlsys.rewards import ORM, orms\nclass Unready(ORM):\n"
+    code += "    def __init__(self):\n        open('no such model')\n"
+    code += "    def __call__(self, completions, **columns):\n        return []\n"
+    (tmp_path / "unready.py").write_text(f"{code}orms['unready'] = Unready\n")
+    files = {"external_plugins": [str(tmp_path / "unready.py")]}
+    # A file of rewards and preprocessors may be listed in either place.
+    for sections in ({"reward": files}, {"data": files}):
+        ok, text = printed(write_run(tmp_path, **sections), "--reward.reward_funcs", "unready")
+        assert not ok
+        assert "open('no such model')" in text
+        assert "Ready to run." not in text
+    orms.data.clear()
+    orms.data.update(registered)
+
+
+def test_data_of_the_hub_is_ready_and_named_as_not_looked_at(tmp_path):
+    path = write_run(tmp_path)
+    assert "not looked at" not in printed(path)[1]
+    _, text = printed(path, "--data.dataset", f"{tmp_path / 'train.jsonl'}", "owner/rows#5")
+    assert "Ready to run." in text
+    assert "Not on this machine, so not looked at: owner/rows. A run asks the hub." in text
+
+
+def test_every_field_is_shown_with_its_origin(tmp_path):
+    ok, text = printed(write_run(tmp_path), "--policy.lr", "1e-5")
+    assert ok
+    assert "Ready to run." in text
+    for name in config_fields():
+        assert f" {name.rpartition('.')[2]} " in text.replace("\n", " ")
+    (line,) = [line for line in text.splitlines() if line.split()[:1] == ["lr"]]
+    assert line.split()[1:4] == ["1e-05", "command", "line"]
+
+
+def test_the_batch_arithmetic(tmp_path):
+    path = write_config(
+        tmp_path,
+        max_steps=5,
+        rollout={"num_generations": 8, "generation_batch_size": 64, "num_engines": 2},
+        grpo={"num_iterations": 2},
+        policy={
+            "world_size": 4,
+            "tensor_parallel_size": 2,
+            "global_batch_size": 32,
+            "micro_batch_size": 3,
+            "warmup_ratio": 0.1,
+        },
+    )
+    first_words = {name.strip(): text for name, text in batch_arithmetic(load_config(path).config)}
+    assert first_words["prompts a step (P)"].startswith("8 = ")
+    assert first_words["completions an engine"].startswith("32 = ")
+    assert first_words["optimizer steps a rollout"].startswith("4 = ")
+    assert first_words["of these, a rank has"].startswith("16 = ")
+    assert first_words["in micro-batches"].startswith("6 of up to 3 completions, at most 384")
+    assert (
+        "5 steps: 40 prompts, 320 completions, 20 optimizer steps (2 of"
+        in (first_words["the whole run"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("every", "says"),
+    [
+        (2, "3: before the first step, and after every 2 of 5 steps"),
+        (500, "1: before the first step, and not again: eval_steps 500 is more than the 5 steps"),
+    ],
+)
+def test_evaluations_are_counted(tmp_path, every, says):
+    path = write_config(tmp_path, max_steps=5, eval_steps=every, data={"split_dataset_ratio": 0.1})
+    assert dict(batch_arithmetic(load_config(path).config))["evaluations"] == says
+
+
+def test_epochs_are_counted(tmp_path):
+    _, text = printed(write_run(tmp_path))
+    assert "2.00 = 40 prompts / 20 rows" in text
+
+
+def test_steps_of_epochs_are_counted(tmp_path):
+    path = write_run(tmp_path, max_steps=None, num_train_epochs=3)
+    ok, text = printed(path)
+    assert ok
+    assert "3 x 20 rows (less those over max_prompt_length) / P 4 = 15 steps" in text
+    assert "15 steps: 60 prompts, 240 completions, 15 optimizer steps" in text
+    assert "3.00 = 60 prompts / 20 rows" in text
+    _, text = printed(path, "--max_steps", "2")
+    assert "= 15 steps; max_steps 2 goes first" in text
+    assert "2 steps: 8 prompts" in text
+    table = pyarrow.table({"prompt": ["1 + 1?"] * 8, "nums": [[1, 1]] * 8, "target": [2] * 8})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    _, text = printed(path, "--data.dataset", str(tmp_path / "t.parquet"))
+    assert "3 x 8 rows (less those over max_prompt_length) / P 4 = 6 steps" in text
+    _, text = printed(path, "--data.dataset", "org/name")
+    assert "known when the rows are counted, at the start of the run" in text
+
+
+def test_problems_anywhere_fail_it_and_those_of_this_machine_do_not(tmp_path):
+    path = write_run(tmp_path)
+    ok, text = printed(path, "--reward.reward_funcs", "nothing")
+    assert not ok
+    assert "unknown reward function 'nothing'" in text
+    ok, text = printed(path, "--model.path", "./nowhere")
+    assert ok
+    assert "memory not estimated" in text
+    assert "Not ready on this machine" in text
+
+
+def test_the_run_that_users_start_from_is_accepted(offline):
+    ok, text = printed(EXAMPLES / "countdown" / "qwen2.5_3b.yaml")
+    assert ok
+    assert "Actors on cuda" in text
+
+
+# --- roles ---------------------------------------------------------------------------------------
+
+
+def test_each_actor_has_its_devices(tmp_path):
+    path = write_config(
+        tmp_path,
+        rollout={"num_engines": 2, "tensor_parallel_size": 2},
+        policy={"world_size": 2, "cpu_threads": 3},
+        reward={"num_workers": 2},
+        grpo={"beta": 0.1},
+    )
+    config = load_config(path).config
+    roles = plan_roles(config, device="cuda")
+    assert [(r.name, r.rank, r.gpus) for r in roles] == [
+        ("policy", 0, 1),
+        ("policy", 1, 1),
+        ("rollout", 0, 2),
+        ("rollout", 1, 2),
+        ("reference", 0, 0),  # on the policy's
+        ("reward", 0, 0),
+        ("reward", 1, 0),
+    ]
+    assert [r.cpu_threads for r in roles if r.name == "policy"] == [3, 3]
+    assert all(r.gpus == 0 for r in plan_roles(config, device="cpu"))
+
+
+def test_engines_share_gpus(tmp_path):
+    path = write_config(tmp_path, rollout={"num_engines": 4, "engines_per_gpu": 2})
+    config = load_config(path).config
+    engines = [r for r in plan_roles(config, device="cuda") if r.name == "rollout"]
+    assert [r.gpus for r in engines] == [1, 0, 1, 0]
+    assert [r.shares_gpu_of for r in engines] == [None, ("rollout", 0), None, ("rollout", 2)]
+    on_cpu = [r for r in plan_roles(config, device="cpu") if r.name == "rollout"]
+    assert {(r.gpus, r.shares_gpu_of) for r in on_cpu} == {(0, None)}
+    rollout = config.rollout.model_dump()
+    path = write_run(tmp_path, device="cuda", rollout=rollout, grpo={"beta": 0.1})
+    ok, text = printed(path)
+    assert ok, text
+    assert re.search(r"policy x 1 +1 GPU each: number 0", text)  # what the reference shares, too
+    assert re.search(r"rollout x 4 +2 share a GPU: number 1 to 2", text)
+    assert "3 GPUs" in text
+
+
+def test_beta_0_builds_no_reference(tmp_path):
+    config = load_config(write_config(tmp_path)).config
+    assert "reference" not in {role.name for role in plan_roles(config, device="cuda")}
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_as_transformers_has_them(tmp_path, model_type, tied):
+    import torch
+    import transformers
+
+    sizes = {"model_type": model_type, "tie_word_embeddings": tied, "num_key_value_heads": 2}
+    if model_type == "qwen3_moe":
+        sizes |= EXPERTS
+    folder = write_model(tmp_path / "model", **sizes)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert read_model_shape(folder).num_params == model.num_parameters()
+
+
+def test_ranks_share_experts_and_their_optimizer_state(tmp_path):
+    write_model(tmp_path / "model", **EXPERTS)
+    policy = {"world_size": 4, "expert_model_parallel_size": 4}
+    shared, shape = estimates(tmp_path, "cuda", policy=policy)
+    replicas, _ = estimates(tmp_path, "cuda", policy={"world_size": 4})
+    experts = 4 * shape.expert_params
+    weights = [found["policy"].gib["weights"] * GIB for found in (replicas, shared)]
+    assert weights[0] - weights[1] == pytest.approx(experts * 3 / 4 * 2)
+    # Each expert's state is in one place either way.
+    states = [found["policy"].gib["optimizer"] for found in (replicas, shared)]
+    assert states[0] == pytest.approx(states[1])
+
+
+def estimates(tmp_path, device, **sections):
+    folder = tmp_path / "model"
+    shape = read_model_shape(folder if folder.exists() else write_model(folder))
+    config = load_config(write_config(tmp_path, **sections)).config
+    return {e.role: e for e in estimate_memory(config, shape, shape, device=device)}, shape
+
+
+def test_the_policy_needs_16_bytes_a_parameter_in_fp32_and_18_in_bf16(tmp_path):
+    for device, bytes_each in (("cpu", 16), ("cuda", 18)):
+        found, shape = estimates(tmp_path, device)
+        model = sum(found["policy"].gib[k] for k in ("weights", "gradients", "optimizer"))
+        # All but the final norm, which is too small to count.
+        assert model * GIB == pytest.approx(bytes_each * shape.num_params, rel=0.01)
+
+
+def test_replicas_share_the_optimizer_state_only_when_it_is_distributed(tmp_path):
+    alone, _ = estimates(tmp_path, "cuda")
+    for distributed, share in ((True, 4), (False, 1)):
+        policy = {"world_size": 4, "use_distributed_optimizer": distributed}
+        found, _ = estimates(tmp_path, "cuda", policy=policy)
+        whole = alone["policy"].gib["optimizer"]
+        assert found["policy"].gib["optimizer"] == pytest.approx(whole / share)
+        assert found["policy"].gib["weights"] == alone["policy"].gib["weights"]
+
+
+def test_tensor_and_pipeline_ranks_hold_the_model_together(tmp_path):
+    shape = read_model_shape(write_model(tmp_path / "untied", tie_word_embeddings=False))
+    whole = rank_params(shape, tp=1, pp=1)
+    assert rank_params(shape, tp=2, pp=1) == whole // 2
+    # The two stages have an embedding each: the first one's, and the head.
+    assert rank_params(shape, tp=1, pp=2) == whole // 2
+
+
+def test_recompute_and_smaller_micro_batches_need_less(tmp_path):
+    def activations(**policy):
+        found, _ = estimates(tmp_path, "cuda", policy=policy)
+        return found["policy"].gib["activations"]
+
+    assert activations(recompute="full") < activations(recompute="selective") < activations()
+    attention_too = {"recompute": "selective", "recompute_modules": ["mlp", "core_attn"]}
+    assert activations(**attention_too) < activations(recompute="selective")
+    two_ranks = {"world_size": 2, "context_parallel_size": 2}
+    assert activations(**two_ranks) == pytest.approx(activations() / 2)
+    assert activations(micro_batch_size=4) == pytest.approx(activations() / 2)
+    assert activations(max_tokens_per_micro_batch=128) == pytest.approx(activations() / 8)
+
+
+def test_kept_logits_are_a_number_for_every_token_and_vocabulary_entry(tmp_path):
+    def logits(**policy):
+        found, shape = estimates(tmp_path, "cuda", policy=policy)
+        return found["policy"].gib["logits"], shape
+
+    again, shape = logits()
+    kept, _ = logits(recompute_logits=False)
+    tokens = 8 * 128  # micro_batch_size rows of the greatest length
+    assert (kept - again) * GIB == pytest.approx(tokens * shape.vocab_size * 2)
+
+
+def test_an_fp32_head_is_a_copy_of_the_output_layer(tmp_path):
+    def logits(fp32, device="cuda"):
+        found, shape = estimates(tmp_path, device, model={"fp32_lm_head": fp32})
+        return found["policy"].gib["logits"], shape
+
+    (narrow, shape), (wide, _) = logits(False), logits(True)
+    assert (wide - narrow) * GIB == pytest.approx(shape.embedding_params * 4)
+    assert logits(True, "cpu") == logits(False, "cpu")  # float32 as it is
+
+
+def test_the_kv_cache_holds_the_sequences_of_an_engine(tmp_path):
+    found, _ = estimates(tmp_path, "cuda")
+    token = 2 * MODEL_SIZES["num_hidden_layers"] * MODEL_SIZES["num_key_value_heads"] * 32 * 2
+    assert found["rollout"].gib["KV cache"] * GIB == pytest.approx(16 * 128 * token)
+    found, _ = estimates(tmp_path, "cpu", rollout={"kv_cache_memory_mb": 512})
+    assert found["rollout"].gib["KV cache"] == 0.5
+
+
+def test_the_reference_is_in_the_estimate_only_with_a_kl_term(tmp_path):
+    assert set(estimates(tmp_path, "cpu")[0]) == {"policy", "rollout"}
+    with_kl, _ = estimates(tmp_path, "cpu", grpo={"beta": 0.1})
+    assert set(with_kl) == {"policy", "rollout", "reference"}
+
+
+def test_a_text_that_looks_like_a_number_is_shown_as_a_text():
+    assert (
+        show_value({"a": ["1e-3", "null", "no", "", 1e-3]})
+        == '{a: ["1e-3", "null", no, "", 0.001]}'
+    )
+
+
+QWEN_1_5B = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+}
+QWEN_7B = QWEN_1_5B | {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def of_sizes(tmp_path, sizes, **sections):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_SIZES | sizes))
+    shape = read_model_shape(tmp_path)
+    config = load_config(write_config(tmp_path, **sections)).config
+    return config, estimate_memory(config, shape, shape, device="cuda")
+
+
+def test_engines_that_share_a_gpu_are_estimated_as_measured(tmp_path):
+    """35.0 GiB for two engines of 1.5B parameters on an H200."""
+    sections = {
+        "data": {"max_prompt_length": 512},
+        "rollout": {"max_completion_length": 1024, "num_engines": 2, "engines_per_gpu": 2},
+    }
+    _, found = of_sizes(tmp_path, QWEN_1_5B, **sections)
+    (rollout,) = (estimate for estimate in found if estimate.role == "rollout")
+    assert 2 * rollout.total_gib == pytest.approx(35.0, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sections", "card_gib", "words"),
+    [
+        (QWEN_1_5B, {}, 139.8, []),
+        (QWEN_7B, {}, 139.8, ["GPU of the policy needs", "139.8", "policy.tensor_parallel_size"]),
+        (QWEN_7B, {"policy": {"world_size": 8}}, 139.8, []),
+        (QWEN_1_5B, {"grpo": {"beta": 0.1}}, 30, ["shared with the reference"]),
+        (QWEN_7B, {"policy": {"world_size": 16, "tensor_parallel_size": 4}}, 22, ["engine"]),
+    ],
+)
+def test_an_estimate_above_the_gpus_memory_is_a_warning(tmp_path, sizes, sections, card_gib, words):
+    found = card_warnings(*of_sizes(tmp_path, sizes, **sections), card_gib)
+    assert len(found) == bool(words), found
+    for word in words:
+        assert word in found[0]
+
+
+def test_the_memory_of_gpus_is_the_drivers(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 143771; echo 81559\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert gpu_memory_gib() == pytest.approx(79.6, abs=0.1)
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu_memory_gib() is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_memory_gib() is None

@@ -1,0 +1,132 @@
+"""Every config field does something, and is documented."""
+
+import ast
+import runpy
+from pathlib import Path
+
+import pytest
+
+from rlsys.config.load import config_fields, config_sections, first_sentence
+
+ROOT = Path(__file__).parents[3]
+CONFIG_FILE = ROOT / "rlsys" / "config" / "schema.py"
+# These show or check fields. What only they read would have no effect on a run.
+DISPLAY = {"config", "preflight", "commands", "memory.py", "cli.py"}
+
+
+def section_of_class() -> dict[str, str]:
+    """Class name -> name of its section, "" for the top level."""
+    return {cls.__name__: name for name, cls in config_sections().items()} | {"Config": ""}
+
+
+class FieldReads(ast.NodeVisitor):
+    """The `section.field` that a module reads.
+
+    An expression is a section when it is a name annotated with the section's class, `x.<section>`
+    of a config (anything called `config`, or annotated as one), or was assigned from one of these.
+    """
+
+    def __init__(self, tree: ast.Module, own_class: bool = False):
+        self.sections: dict[str, str] = {}  # unparsed expression -> section
+        self.reads: set[str] = set()
+        self.own_class = own_class
+        for _ in range(3):  # aliases of aliases
+            self.visit(tree)
+
+    def resolve(self, node: ast.expr) -> str | None:
+        text = ast.unparse(node)
+        if text in self.sections:
+            return self.sections[text]
+        if text == "config" or text.endswith(".config"):
+            return ""
+        if isinstance(node, ast.Attribute) and self.resolve(node.value) == "":
+            return node.attr if node.attr in config_sections() else None
+        return None
+
+    def bind(self, target: ast.expr, value: ast.expr) -> None:
+        if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+            for one, other in zip(target.elts, value.elts, strict=True):
+                self.bind(one, other)
+        elif (section := self.resolve(value)) is not None:
+            self.sections[ast.unparse(target)] = section
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        if self.own_class and node.name in section_of_class():
+            self.sections["self"] = section_of_class()[node.name]
+        self.generic_visit(node)
+
+    def annotate(self, name: str, annotation: ast.expr | None) -> None:
+        kind = ast.unparse(annotation).strip("'\"") if annotation else ""
+        if kind in section_of_class():
+            self.sections[name] = section_of_class()[kind]
+
+    def visit_arg(self, node: ast.arg) -> None:
+        self.annotate(node.arg, node.annotation)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        self.annotate(ast.unparse(node.target), node.annotation)
+        self.annotate("self." + ast.unparse(node.target), node.annotation)
+        self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        for target in node.targets:
+            self.bind(target, node.value)
+        self.generic_visit(node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        section = self.resolve(node.value)
+        if section is not None and isinstance(node.ctx, ast.Load):
+            self.reads.add(f"{section}.{node.attr}".lstrip("."))
+        self.generic_visit(node)
+
+
+def fields_read_in_a_run() -> set[str]:
+    reads: set[str] = set()
+    for path in (ROOT / "rlsys").rglob("*.py"):
+        if not DISPLAY.intersection(path.relative_to(ROOT / "rlsys").parts):
+            reads |= FieldReads(ast.parse(path.read_text("utf-8"))).reads
+    # A property that is read stands for the fields that it is derived from.
+    tree = ast.parse(CONFIG_FILE.read_text("utf-8"))
+    methods = {
+        f"{section_of_class()[cls.name]}.{n.name}".lstrip("."): (cls.name, n)
+        for cls in tree.body
+        if isinstance(cls, ast.ClassDef) and cls.name in section_of_class()
+        for n in cls.body
+        if isinstance(n, ast.FunctionDef)
+    }
+    pending = [name for name in methods if name in reads]
+    while pending:
+        class_name, method = methods[pending.pop()]
+        module = ast.Module([ast.ClassDef(class_name, [], [], [method], [])], [])
+        found = FieldReads(module, own_class=True).reads - reads
+        reads |= found
+        pending += [name for name in found if name in methods]
+    return reads
+
+
+def test_the_reader_sees_reads_and_nothing_else():
+    tree = ast.parse(
+        "def f(config: Config, c: PolicyConfig):\n"
+        "    grpo, g = config.grpo, 3\n"
+        "    self.section = c\n"
+        "    grpo.beta, self.section.lr, config.rollout.top_k, other.top_p, g.epsilon\n"
+        "    config.seed\n"
+    )
+    fields = FieldReads(tree).reads & set(config_fields())
+    assert fields == {"grpo.beta", "policy.lr", "rollout.top_k", "seed"}
+
+
+def test_every_field_is_read_outside_config():
+    unread = set(config_fields()) - fields_read_in_a_run()
+    assert not unread, f"fields that nothing reads: {sorted(unread)}"
+
+
+@pytest.mark.parametrize("name", config_fields())
+def test_every_field_has_a_docstring(name):
+    assert first_sentence(config_fields()[name].description)
+
+
+def test_the_page_of_the_config_is_current():
+    script = runpy.run_path(str(ROOT / "scripts" / "config_docs.py"))
+    page = (ROOT / "docs" / "config.md").read_text("utf-8")
+    assert page == script["markdown"](), "run: python scripts/config_docs.py"

@@ -1,0 +1,169 @@
+"""Commands between steps, and errors that reach whoever waits."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from queue import SimpleQueue
+
+import pytest
+
+from rlsys.engines.vllm.loop import EngineLoop
+from rlsys.types import Prompt, RolloutGroup, SampleRequest
+
+PATIENCE_S = 60.0
+PROMPT = Prompt("p", [], [1])
+
+
+class Engine:
+    """Finishes a group after as many steps as its number says; a step waits for its token."""
+
+    def __init__(self):
+        self.tokens = SimpleQueue()
+        self.left = {}
+        self.paused = False
+        self.log = []
+
+    @property
+    def has_work(self):
+        return bool(self.left) and not self.paused
+
+    def add(self, requests):
+        if any(request.group_id == 0 for request in requests):
+            raise ValueError("no such prompt")
+        self.left |= {request.group_id: request.group_id for request in requests}
+
+    def step(self):
+        token = self.tokens.get(timeout=PATIENCE_S)
+        if token == "broken":
+            raise RuntimeError("out of memory")
+        self.log.append(token)
+        self.left = {group_id: left - 1 for group_id, left in self.left.items()}
+        finished = [group_id for group_id, left in self.left.items() if left == 0]
+        self.abort(finished)
+        return [RolloutGroup(group_id, PROMPT, []) for group_id in finished]
+
+    def abort(self, group_ids):
+        for group_id in group_ids:
+            del self.left[group_id]
+
+    def pause(self, paused):
+        self.paused = paused
+        self.log.append("pause" if paused else "go on")
+        return sorted(self.left)
+
+
+@pytest.fixture
+def engine():
+    return Engine()
+
+
+@pytest.fixture
+def loop(engine):
+    loop = EngineLoop(lambda: engine)
+    yield loop
+    loop.close()
+
+
+def sample(loop, *group_ids):
+    """The queue of what becomes of the groups."""
+    ends = SimpleQueue()
+    loop.sample([SampleRequest(i, PROMPT, 1, 1.0, None) for i in group_ids], ends.put)
+    return ends
+
+
+def next_end(ends):
+    return ends.get(timeout=PATIENCE_S)
+
+
+def test_groups_come_when_they_are_finished(loop, engine):
+    ends = sample(loop, 2, 1)
+    engine.tokens.put("a")
+    assert next_end(ends).group_id == 1
+    engine.tokens.put("b")
+    assert next_end(ends).group_id == 2
+
+
+def test_a_command_waits_for_one_step_and_not_for_a_completion(loop, engine):
+    ends = sample(loop, 3)
+    engine.tokens.put("a")
+    engine.tokens.put("b")
+    paused = loop.call("pause", True)
+    more = sample(loop, 1)
+    assert paused.result(PATIENCE_S) == [3]
+    assert "c" not in engine.log
+    engine.tokens.put("c")
+    assert loop.call("pause", True).result(PATIENCE_S) == [1, 3]
+    assert "c" not in engine.log  # a paused engine takes no step
+    loop.call("pause", False)
+    assert next_end(more).group_id == 1
+    engine.tokens.put("d")
+    engine.tokens.put("e")
+    assert next_end(ends).group_id == 3
+
+
+def test_what_is_given_up_ends_with_nothing(loop, engine):
+    ends = sample(loop, 5, 1)
+    given_up = loop.abort([5, 77])
+    engine.tokens.put("a")
+    outcomes = [next_end(ends), next_end(ends)]
+    given_up.result(PATIENCE_S)
+    assert None in outcomes
+    assert [group.group_id for group in outcomes if group is not None] == [1]
+
+
+def test_a_broken_step_reaches_every_group_and_the_loop_goes_on(loop, engine):
+    ends = sample(loop, 1, 2)
+    engine.tokens.put("broken")
+    for _ in range(2):
+        error = next_end(ends)
+        assert isinstance(error, RuntimeError)
+        assert str(error) == "out of memory"
+    ends = sample(loop, 1)
+    engine.tokens.put("a")
+    assert next_end(ends).group_id == 1
+
+
+def test_an_engine_that_is_broken_for_good_says_why_to_everybody(loop, engine, monkeypatch):
+    def abort(group_ids):
+        raise RuntimeError("out of memory again")
+
+    monkeypatch.setattr(engine, "abort", abort)
+    ends = sample(loop, 1)
+    engine.tokens.put("broken")
+    assert str(next_end(ends)) == "out of memory"
+    assert str(next_end(sample(loop, 3))) == "out of memory"
+    for asked in (loop.call("pause", True), loop.abort([1])):
+        with pytest.raises(RuntimeError, match=r"^out of memory$"):
+            asked.result(PATIENCE_S)
+
+
+def test_a_command_that_nobody_waits_for_any_more_is_passed_over(loop, engine):
+    ends = sample(loop, 1)  # whose step waits for its token
+    cancelled = loop.call("pause", True)
+    assert cancelled.cancel()
+    engine.tokens.put("a")
+    assert next_end(ends).group_id == 1
+    assert loop.call("pause", False).result(PATIENCE_S) == []
+    assert "pause" not in engine.log
+
+
+def test_requests_that_the_engine_refuses_reach_their_groups_alone(loop, engine):
+    good, bad = sample(loop, 1), sample(loop, 0, 4)
+    assert [str(next_end(bad)) for _ in range(2)] == ["no such prompt"] * 2
+    engine.tokens.put("a")
+    assert next_end(good).group_id == 1
+
+
+def test_a_command_that_fails_raises_where_its_result_is_asked_for(loop):
+    failing: Future = loop.call("abort", [9])
+    with pytest.raises(KeyError):
+        failing.result(PATIENCE_S)
+    assert loop.call("pause", True).result(PATIENCE_S) == []
+
+
+def test_an_engine_that_cannot_be_built_raises_at_once():
+    def build():
+        raise ValueError("no EOS token")
+
+    with pytest.raises(ValueError, match="no EOS token"):
+        EngineLoop(build)

@@ -1,0 +1,186 @@
+"""What vLLM is started with, without starting it."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from rlsys.config import Config
+from rlsys.engines.vllm.settings import (
+    cpu_kv_cache_bytes,
+    engine_arguments,
+    refusal,
+    rollout_env,
+    sampling_arguments,
+)
+from rlsys.model.keys import ARCHITECTURES
+from rlsys.model.shape import ModelShape
+from rlsys.model.stop_tokens import StopRules
+from rlsys.types import Prompt, SampleRequest
+
+SHAPE = ModelShape(
+    model_type="qwen3",
+    vocab_size=399,
+    hidden_size=128,
+    intermediate_size=384,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    tied=True,
+    max_position_embeddings=512,
+)
+
+
+def config(*, max_prompt_length=64, **rollout):
+    return Config.model_validate(
+        {
+            "output_dir": "unused",
+            "max_steps": 1,
+            "data": {"dataset": ["unused"], "max_prompt_length": max_prompt_length},
+            "model": {"path": "unused"},
+            "reward": {"reward_funcs": ["format"]},
+            "rollout": {"generation_batch_size": 8, "max_completion_length": 64, **rollout},
+        }
+    )
+
+
+def test_the_cpu_cache_holds_every_sequence_at_full_length():
+    # 256 sequences of one 128-token block and vLLM's own; 2 * 3 layers * 2 heads * 32 * 4 bytes.
+    assert cpu_kv_cache_bytes(config(), SHAPE) == 257 * 128 * 1536
+    # 129 tokens need a second block.
+    assert cpu_kv_cache_bytes(config(max_prompt_length=65), SHAPE) == 513 * 128 * 1536
+
+
+def test_ranks_share_the_kv_heads_down_to_one_each():
+    # 2 KV heads: 1 of each of 2 ranks, and of each of 4.
+    for tp in (2, 4):
+        halved = cpu_kv_cache_bytes(config(tensor_parallel_size=tp), SHAPE)
+        assert halved == 257 * 128 * 1536 // 2
+
+
+def test_the_cpu_cache_stops_at_4_gib():
+    large = config(max_prompt_length=20000, max_num_seqs=1024)
+    assert cpu_kv_cache_bytes(large, SHAPE) == 4 * 2**30
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_the_config_says_reaches_vllm(device):
+    arguments = engine_arguments(
+        config(kv_cache_memory_mb=7, max_num_seqs=5, gpu_memory_utilization=0.5),
+        SHAPE,
+        device=device,
+        engine_rank=3,
+    )
+    assert arguments["kv_cache_memory_bytes"] == 7 * 2**20
+    assert arguments["max_num_seqs"] == 5
+    assert arguments["gpu_memory_utilization"] == 0.5
+    assert arguments["max_model_len"] == 128
+    assert arguments["dtype"] == {"cpu": "float32", "cuda": "bfloat16"}[device]
+    assert arguments["seed"] == config().seed + 3
+
+
+def test_an_fp32_head_is_the_engines_too():
+    def overrides(fp32):
+        settings = config()
+        model = settings.model.model_copy(update={"fp32_lm_head": fp32})
+        settings = settings.model_copy(update={"model": model})
+        return engine_arguments(settings, SHAPE, device="cuda", engine_rank=0)["hf_overrides"]
+
+    assert overrides(True)["head_dtype"] == "float32"
+    assert "head_dtype" not in overrides(False)
+
+
+def test_the_engine_builds_the_language_model_whatever_config_json_leaves_out():
+    arguments = engine_arguments(config(), SHAPE, device="cpu", engine_rank=0)
+    assert arguments["hf_overrides"] == {"architectures": [ARCHITECTURES[SHAPE.model_type]]}
+
+
+@pytest.mark.parametrize(("skip", "looks_for"), [("auto", True), (False, True), (True, False)])
+def test_stop_texts_may_hold_special_tokens_that_rewards_see(skip, looks_for):
+    rollout = config(skip_special_tokens=skip, top_p=0.9, top_k=7).rollout
+    stops = StopRules([2], [5], ["</answer>\n"], keeps_stop=False)
+    request = SampleRequest(3, Prompt("p", [], [1]), num_generations=4, temperature=0.5, seed=9)
+    arguments = sampling_arguments(rollout, stops, request)
+    assert arguments["skip_special_tokens"] is not looks_for
+    assert (arguments["stop"], arguments["detokenize"]) == (["</answer>\n"], True)
+    assert arguments["stop_token_ids"] == [2, 5]
+    sampling = {name: arguments[name] for name in ("n", "temperature", "top_p", "top_k", "seed")}
+    assert sampling == {"n": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 9}
+
+
+def test_gpus_size_their_own_cache():
+    arguments = engine_arguments(config(), SHAPE, device="cuda", engine_rank=0)
+    assert "kv_cache_memory_bytes" not in arguments
+
+
+def test_engines_that_share_a_gpu_have_room_for_all_their_sequences_or_what_there_is():
+    def arguments(gpu_gib, **rollout):
+        sharing = {"num_generations": 4, "num_engines": 2, "engines_per_gpu": 2, "max_num_seqs": 64}
+        shared = config(**sharing | rollout)
+        return engine_arguments(
+            shared, SHAPE, device="cuda", engine_rank=1, gpu_bytes=int(gpu_gib * 2**30)
+        )
+
+    # 64 sequences of 8 blocks, and vLLM's own; 16 tokens of 2 * 3 layers * 2 heads * 32 * 2 bytes.
+    full = arguments(80)
+    assert full["kv_cache_memory_bytes"] == (64 * 8 + 1) * 16 * 768
+    assert full["gpu_memory_utilization"] == 0.85 / 2
+    # 129 tokens need a ninth block.
+    longer = arguments(80, max_prompt_length=65)
+    assert longer["kv_cache_memory_bytes"] == (64 * 9 + 1) * 16 * 768
+    with pytest.raises(ValueError, match=r"engines_per_gpu = 2 .* one full sequence needs"):
+        arguments(7)
+    assert arguments(80, kv_cache_memory_mb=7)["kv_cache_memory_bytes"] == 7 * 2**20
+    # What is missing is taken from the cache, down to what the config says.
+    taken = 2 * SHAPE.num_params + 3 * 256 * 2**20 + 4 * 4 * 64 * SHAPE.vocab_size + 3 * 2**30
+    gpu_gib = (taken + 2**20) / (0.85 / 2) / 2**30
+    scarce = arguments(gpu_gib)["kv_cache_memory_bytes"]
+    assert 9 * 16 * 768 <= scarce < full["kv_cache_memory_bytes"]
+    assert scarce == pytest.approx(2**20, abs=2)
+    with pytest.raises(ValueError, match=r"kv_cache_memory_mb = 700 needs 0\.7"):
+        arguments(gpu_gib, kv_cache_memory_mb=700)
+    # More logits, or a smaller share: less for the cache.
+    for settings in ({"max_num_seqs": 1024}, {"gpu_memory_utilization": 0.8}):
+        with pytest.raises(ValueError, match="one full sequence"):
+            arguments(gpu_gib, **settings)
+
+
+def test_the_users_log_level_wins(monkeypatch):
+    monkeypatch.delenv("VLLM_LOGGING_LEVEL", raising=False)
+    assert rollout_env("cpu")["VLLM_LOGGING_LEVEL"] == "ERROR"
+    monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
+    assert rollout_env("cpu")["VLLM_LOGGING_LEVEL"] == "DEBUG"
+
+
+class SettingsOfVLLM(BaseModel):
+    """Refused by a field's bounds, or as a whole: the two ways that vLLM's own settings are."""
+
+    max_num_seqs: int = Field(default=1, ge=1)
+    block_size: int = Field(default=1, ge=1)
+    architecture: str = "known"
+
+    @model_validator(mode="after")
+    def _architecture_is_known(self):
+        if self.architecture != "known":
+            raise ValueError(f"Model architectures ['{self.architecture}'] are not\n\nsupported.")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("settings", "reasons"),
+    [
+        ({"architecture": "Foo"}, "Model architectures ['Foo'] are not supported."),
+        (
+            {"max_num_seqs": 0, "block_size": -1},
+            "max_num_seqs = 0: Input should be greater than or equal to 1; "
+            "block_size = -1: Input should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_what_vllm_refuses_is_told_with_the_model_and_the_setting(settings, reasons):
+    with pytest.raises(ValidationError) as caught:
+        SettingsOfVLLM(**settings)
+    assert refusal(Path("models/a"), caught.value) == (
+        f"vLLM does not take the model models/a, or not with these settings: {reasons}"
+    )

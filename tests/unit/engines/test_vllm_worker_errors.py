@@ -1,0 +1,107 @@
+"""A worker process's error takes the place of vLLM's "see stack trace for root cause"."""
+
+import errno
+import logging
+import multiprocessing
+import os
+import re
+
+import pytest
+
+from rlsys.engines.vllm.worker_errors import leave_errors, worker_errors_told
+
+WRAPPER = "WorkerProc initialization failed. See stack trace for root cause."
+
+
+def log_exception(message):
+    try:
+        raise ValueError(message)
+    except ValueError:
+        logging.getLogger("vllm.v1.executor").exception("WorkerProc failed to start.")
+
+
+def fail(*messages):
+    """What a worker of vLLM does: log exceptions, the last of which ends it."""
+    leave_errors()
+    logging.getLogger("vllm.v1.executor").error("no exception")
+    for message in messages:
+        log_exception(message)
+
+
+@pytest.fixture
+def vllm_logger():
+    """Has the handlers from before again, afterwards."""
+    logger = logging.getLogger("vllm")
+    before = list(logger.handlers)
+    yield logger
+    logger.handlers[:] = before
+
+
+def start(*workers, error=WRAPPER):
+    """Processes that log what is given, one after the other; then what vLLM raises."""
+    context = multiprocessing.get_context("spawn")
+    with worker_errors_told():
+        for rank, messages in enumerate(workers):
+            process = context.Process(target=fail, args=messages, name=f"VllmWorker-{rank}")
+            process.start()
+            process.join()
+            assert process.exitcode == 0
+        raise TypeError(error)
+
+
+def test_the_last_error_of_the_worker_that_failed_first_is_raised():
+    with pytest.raises(RuntimeError, match=r"^in VllmWorker-1:\nTraceback") as caught:
+        start([], ["something optional is missing", "the file\nis damaged"], ["connection lost"])
+    assert str(caught.value).endswith("ValueError: the file\nis damaged")
+    assert isinstance(caught.value.__cause__, TypeError)
+
+
+def test_without_a_worker_error_it_is_vllms_own():
+    with pytest.raises(TypeError, match=re.escape(WRAPPER)):
+        start([])
+
+
+def test_an_error_of_the_engine_itself_is_not_taken_for_a_workers():
+    with pytest.raises(TypeError, match="no room for a KV cache"):
+        start(["something optional is missing"], error="no room for a KV cache")
+
+
+@worker_errors_told()
+def start_here(message):
+    """As an engine without worker processes."""
+    log_exception(message)
+    raise TypeError(WRAPPER)
+
+
+def test_what_the_engines_own_process_logs_is_not_a_workers(vllm_logger):
+    leave_errors()
+    with pytest.raises(TypeError, match=re.escape(WRAPPER)):
+        start_here("something optional is missing")
+
+
+@pytest.mark.parametrize("exc_info", [True, False])
+def test_a_record_without_an_exception_is_none(vllm_logger, exc_info):
+    leave_errors()
+    with worker_errors_told():
+        vllm_logger.error("no exception", exc_info=exc_info)
+        assert os.listdir(os.environ["RLSYS_VLLM_WORKER_ERRORS"]) == []
+
+
+def test_a_worker_that_cannot_write_its_error_goes_on(vllm_logger, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    leave_errors()
+    with worker_errors_told():
+        with monkeypatch.context() as patch:
+            patch.setattr("pathlib.Path.write_text", full)
+            log_exception("something is missing")
+        assert "No space left on device" in capsys.readouterr().err
+
+
+def test_errors_after_the_start_go_their_own_way(vllm_logger):
+    leave_errors()
+    with worker_errors_told():
+        pass
+    log_exception("later")  # finds no folder, and raises nothing
+    assert "RLSYS_VLLM_WORKER_ERRORS" not in os.environ

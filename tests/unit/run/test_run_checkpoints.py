@@ -1,0 +1,213 @@
+"""A checkpoint that is there is whole, whenever the process was killed."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlsys.config import CheckpointConfig
+from rlsys.run import checkpoints
+from rlsys.run.checkpoints import Checkpoints, checkpoint_steps, load_rollouts_state
+
+FILES = ("weights", "optimizer", "schedule")
+
+
+class FilePolicy:
+    """Writes a few files, or is killed after the first."""
+
+    version = 0
+    killed = False
+    clock = seconds = 0.0
+
+    def save_checkpoint(self, folder):
+        assert list(folder.iterdir()) == []
+        self.clock += self.seconds
+        for name in FILES:
+            (folder / name).write_text(str(self.version))
+            if self.killed:
+                raise KeyboardInterrupt
+
+
+class Data:
+    """Has seen three prompts a step."""
+
+    def __init__(self, policy):
+        self._policy = policy
+
+    def state_dict(self):
+        return {"prompts": {"num_taken": 3 * self._policy.version}}
+
+
+@pytest.fixture
+def policy():
+    return FilePolicy()
+
+
+@pytest.fixture
+def save(tmp_path, policy):
+    def save(
+        *steps,
+        save_steps=1,
+        save_total_limit=2,
+        reference=None,
+        last_step=200,
+        seconds=(0.0, 0.0),
+    ):
+        config = CheckpointConfig(save_steps=save_steps, save_total_limit=save_total_limit)
+        folder = tmp_path / "run" / "checkpoints"
+        checkpoints = Checkpoints(
+            folder,
+            policy=policy,
+            reference=reference,
+            rollouts=Data(policy),
+            config=config,
+            last_step=last_step,
+            clock=lambda: policy.clock,
+        )
+        of_step, policy.seconds = seconds
+        for step in steps:
+            policy.version = step
+            policy.clock += of_step
+            checkpoints.after_step(step)
+        return tmp_path / "run" / "checkpoints"
+
+    return save
+
+
+def read(folder, step):
+    """The policy's files of a checkpoint, which must have the state of the data too."""
+    files = {path.name: path.read_text() for path in (folder / f"step-{step}").iterdir()}
+    assert "num_taken" in files.pop("rollouts.json")
+    return files
+
+
+def test_null_saves_nothing(save):
+    assert not save(1, 2, 3, save_steps=None).exists()
+
+
+@given(max_steps=st.integers(1, 10_000))
+def test_auto_loses_a_twentieth_of_the_steps_at_most(max_steps):
+    interval = CheckpointConfig().interval(max_steps)
+    assert 1 <= interval <= max(1, max_steps / 20)
+    assert max_steps / interval < 40  # nor does it save twice as often as that takes
+
+
+def test_auto_takes_a_tenth_of_the_time_at_most(save, policy):
+    """A step takes 1 s and a checkpoint 5 s: the next is due 50 s later."""
+    folder = save(*range(1, 200), save_steps="auto", save_total_limit=100, seconds=(1.0, 5.0))
+    steps = checkpoint_steps(folder)
+    assert steps[:2] == [10, 60]
+    assert 5 * len(steps) <= 0.1 * (200 + 5 * len(steps))
+
+
+def test_auto_saves_on_time_where_that_costs_nothing(save):
+    folder = save(*range(1, 61), save_steps="auto", save_total_limit=100, last_step=60)
+    assert checkpoint_steps(folder) == list(range(3, 61, 3))
+
+
+def test_the_last_step_is_saved_whatever_its_number(save):
+    assert checkpoint_steps(save(*range(1, 6), save_steps=2, last_step=5)) == [4, 5]
+
+
+def test_every_so_many_steps_and_the_newest_few_are_kept(save):
+    folder = save(*range(1, 13), save_steps=3, save_total_limit=2)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-12", "step-9"]
+    assert read(folder, 12) == dict.fromkeys(FILES, "12")
+
+
+def test_what_gets_the_name_of_a_checkpoint_is_on_the_disk_by_then(save, monkeypatch):
+    """Or a file of it may be empty when the machine crashes."""
+    on_disk = set()
+    fsync = os.fsync
+
+    def noted(descriptor):
+        fsync(descriptor)
+        on_disk.add(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    rename = Path.rename
+
+    def checked(path, target):
+        if target.name == "step-1":
+            assert {p.stat().st_ino for p in (path, *path.iterdir())} <= on_disk
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", checked)
+    assert read(save(1), 1)
+
+
+def test_the_state_of_the_data_comes_back(save):
+    folder = save(1, 2)
+    assert load_rollouts_state(folder / "step-2") == {"prompts": {"num_taken": 6}}
+
+
+def test_a_checkpoint_without_that_state_is_refused_with_the_remedy(save):
+    folder = save(1)
+    (folder / "step-1" / "rollouts.json").unlink()
+    with pytest.raises(ValueError, match=r"no rollouts\.json.*new run from its weights"):
+        load_rollouts_state(folder / "step-1")
+
+
+def test_newest_is_by_number_not_by_name(save):
+    assert checkpoint_steps(save(8, 9, 10, 11)) == [10, 11]
+
+
+def test_a_checkpoint_that_is_being_written_does_not_count(save, policy):
+    folder = save(1, 2)
+    policy.killed = True
+    with pytest.raises(KeyboardInterrupt):
+        save(3)
+    assert checkpoint_steps(folder) == [1, 2]
+    policy.killed = False
+    save(3)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-3"]
+
+
+def test_a_step_that_was_saved_before_the_resume_is_saved_anew(save, policy):
+    folder = save(1, 2, 3, save_total_limit=5)
+    (folder / "step-3" / "weights").write_text("of the life before")
+    save(3, save_total_limit=5)
+    assert read(folder, 3) == dict.fromkeys(FILES, "3")
+    assert checkpoint_steps(folder) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("steps", [[3], [2]], ids=["oldest dropped", "same step again"])
+def test_a_checkpoint_is_never_there_in_part(save, monkeypatch, steps):
+    folder = save(1, 2)
+
+    def killed_while_deleting(path):
+        next(path.iterdir()).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed_while_deleting)
+    with pytest.raises(KeyboardInterrupt):
+        save(*steps)
+    monkeypatch.undo()
+    left = checkpoint_steps(folder)
+    assert left
+    assert all(set(read(folder, step)) == set(FILES) for step in left)
+    save(4)
+    assert [path.name for path in folder.iterdir() if path.name.endswith(".partial")] == []
+
+
+def test_other_folders_are_no_checkpoints(tmp_path):
+    for name in ("step-3", "step-4.partial", "step-x", "best"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-5").write_text("a file")
+    assert checkpoint_steps(tmp_path) == [3]
+    shutil.rmtree(tmp_path)
+    assert checkpoint_steps(tmp_path) == []
+
+
+class ReferenceFiles:
+    def save_model(self, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+
+def test_a_reference_that_changes_is_a_part_of_the_checkpoint(save):
+    folder = save(1, reference=ReferenceFiles())
+    assert (folder / "step-1" / "reference" / "config.json").is_file()

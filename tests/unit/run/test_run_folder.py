@@ -1,0 +1,111 @@
+"""One run at a time in a folder, whatever becomes of its process."""
+
+import errno
+import fcntl
+import subprocess
+import sys
+
+import pytest
+
+from rlsys.run.folder import ENDED, RUNNING, RunDir
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from rlsys.run.folder import RunDir
+with RunDir(Path(sys.argv[1])).held():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "run"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_folder_that_another_process_holds_is_refused_until_that_is_dead(holder, tmp_path):
+    run = RunDir(tmp_path / "run")
+    message = rf"another process is running in {run.path}\..*--output_dir"
+    with pytest.raises(ValueError, match=message), run.held():
+        pass
+    holder.kill()
+    holder.wait()
+    with run.held():
+        pass
+
+
+def test_a_folder_can_be_held_again_after_a_failure(tmp_path):
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), run.held():
+        raise ZeroDivisionError
+    with run.held():
+        assert run.path.is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    """What the permissions do not show: here a name that no file system takes."""
+    path = tmp_path / ("a" * 300)
+    with pytest.raises(ValueError, match=r"File name too long.*--output_dir"), RunDir(path).held():
+        pass
+
+
+def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+    def lock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with RunDir(tmp_path / "run").held():
+        pass
+    assert "has no locks" in capsys.readouterr().out
+
+
+def test_other_failures_of_a_lock_are_not_hidden(tmp_path, monkeypatch):
+    def lock(file, how):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with pytest.raises(OSError, match="Input/output"), RunDir(tmp_path / "run").held():
+        pass
+
+
+def test_the_state_of_a_folder_is_that_of_its_last_run(holder, tmp_path):
+    run = RunDir(tmp_path / "run")
+    assert RunDir(tmp_path / "elsewhere").state() is None
+    assert run.state() == "starting"
+    run.write_status(ENDED)  # by an earlier attempt
+    assert run.state() == "starting"
+    run.write_status(RUNNING)
+    assert run.state() == "running"
+    holder.kill()
+    holder.wait()
+    assert run.state() == "killed"
+    run.write_status(ENDED)
+    assert run.state() == "ended"
+
+
+def test_a_lock_of_another_host_proves_nothing(tmp_path):
+    """Some network file systems show locks only on the host that took them."""
+    run = RunDir(tmp_path)
+    run.write_status(RUNNING)
+    (tmp_path / ".lock").write_text("another-host")
+    assert run.state() == "running"
+
+
+def test_looking_at_the_state_keeps_no_run_out(tmp_path, monkeypatch):
+    run = RunDir(tmp_path)
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(
+            "rlsys.run.folder.time.sleep", lambda _: fcntl.flock(looking, fcntl.LOCK_UN)
+        )
+        with run.held():
+            assert run.is_held()

@@ -1,0 +1,79 @@
+"""What is told of a run that continues, before it replaces anything."""
+
+from pathlib import Path
+
+from config_cases import write_config
+
+from rlsys.config.load import load_config, save_config
+from rlsys.run.folder import RUNNING, RunDir
+from rlsys.run.resume import holds_run, move_aside, resume_notes
+
+
+def notes(folder, *overrides, rows=(), step=4):
+    """Of a run in `folder` whose rows of metrics.jsonl have these steps."""
+    path = write_config(folder)
+    run = RunDir(folder / "run")
+    run.path.mkdir()
+    save_config(load_config(path).config, run.config)
+    run.metrics.write_text("".join(f'{{"step": {row}}}\n' for row in rows))
+    options = ["--checkpoint.resume", "--output_dir", "elsewhere", *overrides]
+    return list(resume_notes(load_config(path, options).config, run, step))
+
+
+def test_an_unchanged_run_that_lost_nothing_has_one_line(tmp_path):
+    (line,) = notes(tmp_path, rows=[1, 2, 3, 4])
+    assert line == f"continuing from {tmp_path}/run/checkpoints/step-4"
+
+
+def test_steps_that_are_taken_again_are_named(tmp_path):
+    _, line = notes(tmp_path, rows=range(8))
+    assert line.startswith("steps 5 to 7 came after that checkpoint")
+
+
+def test_settings_that_differ_are_named_with_both_values(tmp_path):
+    _, line = notes(tmp_path, "--policy.lr", "1e-9", "--seed", "7")
+    assert line == "changed since then: seed 42 -> 7; policy.lr 1e-06 -> 1e-09"
+
+
+def test_a_config_of_an_older_version_or_of_a_user_is_no_error(tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    config = load_config(write_config(tmp_path)).config
+    assert len(list(resume_notes(config, run, 1))) == 1
+    run.config.write_text("max_steps: [\n")
+    assert len(list(resume_notes(config, run, 1))) == 1
+    save_config(config, run.config)
+    text = run.config.read_text()
+    run.config.write_text(text.replace("  lr: ", "  rate: ").replace("policy:", "policies:"))
+    assert len(list(resume_notes(config, run, 1))) == 1
+
+
+def test_a_run_that_is_replaced_is_moved_aside_as_a_whole_each_time(tmp_path):
+    run = RunDir(tmp_path)
+    assert list(move_aside(run)) == []
+    (tmp_path / "notes.txt").write_text("of the user")
+    for number in (1, 2):
+        for path in run.files:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"{path.name} {number}")
+        (note,) = move_aside(run)
+        assert str(tmp_path / f"replaced-{number}") in note
+        assert not holds_run(run)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["notes.txt", "replaced-1", "replaced-2"]
+    for number in (1, 2):
+        left = {p.name: p.read_text() for p in (tmp_path / f"replaced-{number}").iterdir()}
+        assert left == {path.name: f"{path.name} {number}" for path in run.files}
+
+
+def test_a_killed_run_that_is_moved_aside_is_not_waited_for(tmp_path):
+    run = RunDir(tmp_path)
+    with run.held():
+        run.write_status(RUNNING)
+        assert list(move_aside(run))
+        assert RunDir(tmp_path / "replaced-1").state() == "ended"
+
+
+def test_every_file_of_a_run_is_among_its_files():
+    run = RunDir(Path("run"))
+    paths = {p for name in dir(RunDir) if isinstance(p := getattr(run, name), Path)} - {run.path}
+    assert {path for path in paths if not path.name.startswith(".")} <= set(run.files)

@@ -1,0 +1,114 @@
+"""What a run says that it saves: how often, and how much disk that takes."""
+
+import shutil
+from collections import namedtuple
+
+import pytest
+from config_cases import write_config
+
+from rlsys.config.load import load_config
+from rlsys.model.memory import GIB
+from rlsys.model.shape import ModelShape
+from rlsys.run import saving
+from rlsys.run.saving import describe_saving, disk_use, disk_warning
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+class Shape(ModelShape):
+    """Of so many parameters that one byte for each is a GiB."""
+
+    num_params = GIB
+
+
+@pytest.fixture
+def config(tmp_path):
+    def build(*overrides):
+        options = ["--output_dir", str(tmp_path / "run"), *overrides]
+        if "--max_steps" not in options:
+            options += ["--max_steps", "100"]
+        return load_config(write_config(tmp_path), options).config
+
+    return build
+
+
+def use(config, device="cuda"):
+    return disk_use(config, Shape.__new__(Shape), device=device)
+
+
+def test_bytes_of_a_checkpoint(config):
+    """bfloat16: 2 for a weight; a copy in fp32 and two moments, 4 each."""
+    of_gpu = use(config())
+    assert (of_gpu.weights, of_gpu.optimizer, of_gpu.checkpoint) == (2 * GIB, 12 * GIB, 14 * GIB)
+    assert use(config(), "cpu").checkpoint == (4 + 12) * GIB
+    # megatron-core's plain optimizer of fp32 weights has no copy of them.
+    plain = config("--policy.use_distributed_optimizer", "false")
+    assert use(plain, "cpu").checkpoint == (4 + 8) * GIB
+
+
+@pytest.mark.parametrize(
+    ("overrides", "number"),
+    [
+        ([], 3),  # the newest two, and one that is being written
+        (["--checkpoint.save_total_limit", "5"], 6),
+        (["--max_steps", "2"], 2),
+        (["--checkpoint.save_steps", "100"], 1),
+        (["--checkpoint.save_steps", "null"], 0),
+    ],
+)
+def test_all_checkpoints_and_the_final_model_are_counted(config, overrides, number):
+    found = use(config(*overrides))
+    assert found.total == number * 14 * GIB + 2 * GIB
+
+
+def text(config):
+    return "; ".join(f"{what} {how}" for what, how in describe_saving(config, use(config)))
+
+
+def test_the_lines_say_how_often_where_and_how_much(config, tmp_path):
+    found = text(config())
+    assert "every 5 of 100 steps" in found
+    assert f"in {tmp_path / 'run' / 'checkpoints'}" in found
+    assert "on Ctrl-C or a failure" in found
+    assert "44.0 GiB at most = 3 checkpoints x (weights 2.0 GiB + optimizer 12.0 GiB)" in found
+
+
+def test_an_interval_beyond_the_end_is_not_shown_as_one(config):
+    found = text(config("--checkpoint.save_steps", "1000"))
+    assert "after the last step only, of 100 (checkpoint.save_steps is 1,000)" in found
+    assert "every" not in found
+
+
+@pytest.mark.parametrize(("limit", "says"), [("1", "1 checkpoint kept"), ("2", "2 checkpoints")])
+def test_what_is_kept_is_said_where_every_step_is_saved(config, limit, says):
+    found = text(config("--max_steps", "5", "--checkpoint.save_total_limit", limit))
+    assert "every step, or less often where saving takes more than a tenth of the time" in found
+    assert f"only the newest {says}" in found
+
+
+def test_null_is_said(config):
+    found = text(config("--checkpoint.save_steps", "null"))
+    assert "none, so nothing can be resumed (checkpoint.save_steps is null)" in found
+
+
+@pytest.mark.parametrize(("free_gib", "warns"), [(43, True), (45, False)])
+def test_a_disk_that_is_too_small_is_said_with_remedies(config, monkeypatch, free_gib, warns):
+    usage = Usage(100 * GIB, 0, free_gib * GIB)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda place: usage)
+    warning = disk_warning(config(), use(config()))
+    assert (warning is not None) == warns
+    if warns:
+        assert "43.0 GiB free, and the run may save 44.0 GiB" in warning
+        assert "checkpoint.save_total_limit" in warning
+    assert shutil.disk_usage is saving.shutil.disk_usage
+
+
+@pytest.mark.parametrize("how", ["--checkpoint.resume", "--overwrite"])
+def test_what_is_replaced_counts_as_room_and_what_is_moved_aside_does_not(
+    config, monkeypatch, tmp_path, how
+):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(saving, "bytes_in", lambda folder: 30 * GIB)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda place: Usage(100 * GIB, 0, GIB))
+    resumes = how == "--checkpoint.resume"
+    assert (disk_warning(config(how), use(config(how))) is None) == resumes
