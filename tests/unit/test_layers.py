@@ -1,13 +1,178 @@
 """The layers: what may import what."""
 
+import ast
 import re
 import subprocess
 import sys
+from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import rlsys
+
+PACKAGE = Path(rlsys.__file__).parent
+
+LAYERS = {
+    "cli": "base, config, launch, commands",
+    "commands": "everything below",
+    "launch": "everything below",
+    "driver": "base, config, algo, run, tracking, actors, rollout",
+    "rollout": "base, config, algo, rewards, tracking, data, actors",
+    "preflight": "base, config, plugins, algo, model, run, rewards, tracking, data",
+    "actors": "base, config, plugins, algo, model, weight_sync, rewards, engines",
+    "data": "base, config, plugins, model, rewards",
+    "tracking": "base, config, algo, run",
+    "engines": "base, config, algo, model, weight_sync",
+    "rewards": "base, config, plugins, sandbox, model",
+    "run": "base, config, model",
+    "weight_sync": "base, config",
+    "model": "base, config",
+    "algo": "base, config",
+    "sandbox": "base",
+    "plugins": "base",
+    "config": "base",
+    "base": "nothing",
+}
+"""What each folder of rlsys may import, from top to bottom: only folders below its own row.
+
+"base" is every file at the top of rlsys/ that has no row here. Imports in functions and under
+TYPE_CHECKING count. docs/architecture.md draws this table.
+"""
+
+HEAVY = {
+    "ray": {"actors", "launch", "commands"},
+    "vllm": {"engines"},
+    "megatron": {"engines"},
+}
+"""Packages that only these folders may import."""
+
+BREAKS: set[str] = {
+    "base -> run",
+    "cli -> actors",
+    "cli -> preflight",
+    "cli -> rewards",
+    "cli -> run",
+    "cli -> tracking",
+    "cli -> weight_sync",
+    "config -> algo",
+    "config -> data",
+    "config -> ray",
+    "config -> run",
+    "data -> run",
+    "engines -> preflight",
+    "model -> engines",
+    "model -> run",
+    "model -> weight_sync",
+    "preflight -> actors",
+    "preflight -> engines",
+    "rewards -> data",
+    "rollout -> ray",
+    "run -> actors",
+    "run -> rollout",
+    "run -> tracking",
+}
+"""Imports that are still to be removed. One that is gone fails the test: this only gets shorter."""
+
+
+def allowed(folder: str) -> frozenset[str]:
+    """The layers that a folder may import."""
+    row = LAYERS[folder]
+    if row == "everything below":
+        return frozenset(list(LAYERS)[list(LAYERS).index(folder) + 1 :])
+    return frozenset(() if row == "nothing" else row.split(", "))
+
+
+def layer(name: str) -> str:
+    """The layer of a folder or file at the top of rlsys/."""
+    is_base = (PACKAGE / f"{name}.py").exists() or name == "rlsys"
+    return "base" if is_base and name not in LAYERS else name
+
+
+def imports(source: str) -> set[str]:
+    """What a file imports anywhere in it: a layer of rlsys, or one of the HEAVY packages."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "rlsys has no relative imports"
+            modules = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for module in modules:
+            top, _, rest = module.partition(".")
+            if top == "rlsys":
+                found.add(layer(rest.partition(".")[0] or "rlsys"))
+            elif top in HEAVY:
+                found.add(top)
+    return found
+
+
+def forbidden(folder: str, imported: set[str]) -> set[str]:
+    """The imports that a folder may not have."""
+    heavy = {package for package, folders in HEAVY.items() if folder in folders}
+    return imported - allowed(folder) - heavy - {folder}
+
+
+def test_each_layer_imports_layers_below_it_only():
+    order = list(LAYERS)
+    for index, folder in enumerate(order):
+        assert allowed(folder) <= set(order[index + 1 :]), folder
+
+
+def test_each_folder_imports_only_what_its_row_allows():
+    found = defaultdict(list)
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        folder = layer("rlsys" if name == "__init__" else name)
+        assert folder in LAYERS, f"rlsys/{name}/ needs a row in LAYERS"
+        for module in forbidden(folder, imports(file.read_text())):
+            found[f"{folder} -> {module}"].append(str(file.relative_to(PACKAGE)))
+    new = [f"{edge} in {', '.join(found[edge])}" for edge in sorted(set(found) - BREAKS)]
+    gone = sorted(BREAKS - set(found))
+    assert not new, "\n".join(["LAYERS does not allow these imports:", *new])
+    assert not gone, "\n".join(["these are mended, so take them out of BREAKS:", *gone])
+
+
+@pytest.mark.parametrize(
+    ("folder", "source", "found"),
+    [
+        ("config", "import rlsys.algo.kl", {"algo"}),
+        ("config", "def load():\n    from rlsys.data import rows", {"data"}),
+        ("base", "if TYPE_CHECKING:\n    from rlsys.config import Config", {"config"}),
+        ("driver", "import ray", {"ray"}),
+        ("rollout", "from rlsys import launch, types", {"launch"}),
+        ("launch", "from rlsys.cli import main", {"cli"}),
+        ("data", "from rlsys.data.rows import Row\nfrom rlsys.config import Config", set()),
+    ],
+)
+def test_the_check_finds_forbidden_imports(folder, source, found):
+    assert forbidden(folder, imports(source)) == found
+
+
+@cache
+def height(folder: str) -> int:
+    """The line of a layer in the drawing, from 0 at the bottom."""
+    return 1 + max(map(height, allowed(folder)), default=-1)
+
+
+def section_of_the_docs() -> str:
+    page = (PACKAGE.parent / "docs/architecture.md").read_text()
+    return page.partition("\n## Layers\n")[2].partition("\n## ")[0]
+
+
+def test_the_drawing_in_the_docs_is_the_table():
+    drawing = re.findall(r"^ {4}(.+)$", section_of_the_docs(), re.MULTILINE)
+    drawn = {folder: line for line, text in enumerate(reversed(drawing)) for folder in text.split()}
+    assert drawn == {folder: height(folder) for folder in LAYERS}
+
+
+def test_the_folders_in_the_docs_have_the_imports_of_the_table():
+    rows = re.findall(r"^\| `(\w+).*` \|.*\| (.*) \|$", section_of_the_docs(), re.MULTILINE)
+    assert rows == list(LAYERS.items())
+
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys
