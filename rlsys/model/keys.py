@@ -10,13 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "qwen3_moe": "Qwen3MoeForCausalLM",
-}
-"""model_type -> the class that vLLM builds, which goes by `architectures` and not by model_type."""
+from rlsys.model.families import FAMILIES
 
 _IMPLEMENTED = {
     "model_type",
@@ -31,16 +25,11 @@ _IMPLEMENTED = {
     "rms_norm_eps",
     "rope_theta",
     "tie_word_embeddings",
-}
-_IMPLEMENTED_EXPERTS = {
-    "moe_intermediate_size",
-    "norm_topk_prob",
-    "num_experts",
-    "num_experts_per_tok",
-    "num_local_experts",
-    # Losses that balance experts, which rlsys does not add: docs/architecture.md.
-    "output_router_logits",
-    "router_aux_loss_coef",
+    "architectures",
+    "layer_types",
+    "rope_scaling",
+    "rope_parameters",
+    "sliding_window",
 }
 _SIZES = (
     "vocab_size",
@@ -154,14 +143,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
-"""Values with which a key changes nothing; so do null and empty ones, of any key."""
-_INERT_OF_TYPE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "qwen2": {"attention_bias": (True,), "qkv_bias": (True,), "bias": (True,)},
-    "qwen3": {"qk_norm": (True,), "use_qk_norm": (True,), "qk_layernorm": (True,)},
-    "qwen3_moe": {"qk_norm": (True,), "use_qk_norm": (True,), "qk_layernorm": (True,)},
-}
-"""What an architecture has without a word: biases of q, k and v in Qwen2, their norms in Qwen3."""
-
+"""Key -> the values with which it changes nothing. So do null and empty values of any key."""
 _ROPE_KEYS = {
     "default": set[str](),
     "linear": {"factor"},
@@ -177,11 +159,15 @@ _REMEDY = (
 def key_problems(values: dict[str, Any]) -> Iterator[str]:
     """What a config.json of a supported model_type says that rlsys does not know to be right."""
     model_type = values["model_type"]
-    yield from _architecture_problems(values)
-    inert = _INERT | _INERT_OF_TYPE.get(model_type, {})
-    experts = _IMPLEMENTED_EXPERTS | {"mlp_only_layers"} if model_type == "qwen3_moe" else set()
-    known = _IMPLEMENTED | _BOOKKEEPING | _GENERATION | _PROSE | experts | {"architectures"}
-    known |= {"layer_types", "rope_scaling", "rope_parameters", "sliding_window"}
+    family = FAMILIES[model_type]
+    named = values.get("architectures")
+    if named not in (None, [], [family.architecture]):
+        yield (
+            f"architectures = {named!r}, and vLLM goes by it: a language model of type "
+            f"{model_type} has [{family.architecture!r}]"
+        )
+    inert = {**_INERT, **family.inert}
+    known = _IMPLEMENTED | family.keys | _BOOKKEEPING | _GENERATION | _PROSE
     for key, value in values.items():
         if key.startswith("_") or value is None or value in ([], {}, ""):
             continue
@@ -211,21 +197,12 @@ def ignored_prose(values: dict[str, Any]) -> list[str]:
 
 
 def _allowed(allowed: tuple[Any, ...]) -> str:
-    return f": it may be {' or '.join(map(repr, allowed))}" if allowed else ""
+    return f": it may be {' or '.join(map(repr, allowed)) or 'null'}"
 
 
 def _method(value: Any) -> str:
     method = value.get("quant_method") if isinstance(value, dict) else None
     return str(method or "quantized numbers")
-
-
-def _architecture_problems(values: dict[str, Any]) -> Iterator[str]:
-    model_type, named = values["model_type"], values.get("architectures")
-    if named not in (None, [], [ARCHITECTURES[model_type]]):
-        yield (
-            f"architectures = {named!r}, and vLLM goes by it: a language model of type "
-            f"{model_type} has [{ARCHITECTURES[model_type]!r}]"
-        )
 
 
 def _size_problems(values: dict[str, Any]) -> Iterator[str]:
@@ -248,10 +225,9 @@ def _head_problems(values: dict[str, Any]) -> Iterator[str]:
     heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if heads and groups and heads % groups:
         yield f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}"
-    head_dim = values.get("head_dim")
-    has_own_dim = head_dim is not None or model_type == "qwen3"
+    head_dim = values.get("head_dim", FAMILIES[model_type].defaults.get("head_dim"))
     # transformers refuses such a Llama with a head_dim, too.
-    if hidden and heads and hidden % heads and (model_type == "llama" or not has_own_dim):
+    if hidden and heads and hidden % heads and (model_type == "llama" or head_dim is None):
         yield f"num_attention_heads = {heads} does not divide hidden_size = {hidden}"
     elif head_dim is not None and head_dim % 2:
         yield f"head_dim = {head_dim} should be even: rotary embeddings turn pairs of numbers"
@@ -271,15 +247,6 @@ def _layer_problems(values: dict[str, Any]) -> Iterator[str]:
     num_layers = values.get("num_hidden_layers")
     if kinds and not others and len(kinds) != num_layers:
         yield f"layer_types has {len(kinds)} entries for num_hidden_layers = {num_layers}"
-    window = values.get("sliding_window")
-    # Qwen's configs name a window and leave it off (use_sliding_window); Llama's have no switch.
-    if window is not None and model_type == "llama":
-        yield f"llama with sliding_window = {window!r} is not supported: it has to be null"
-    if values.get("mlp_only_layers"):
-        yield (
-            f"{model_type} with mlp_only_layers = {values['mlp_only_layers']!r} is not supported: "
-            "each layer has to have experts"
-        )
 
 
 def _rope_problems(values: dict[str, Any]) -> Iterator[str]:

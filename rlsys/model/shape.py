@@ -10,15 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsys.model.keys import ARCHITECTURES, key_problems
-
-SUPPORTED_MODEL_TYPES = tuple(ARCHITECTURES)
-_DEFAULTS: dict[str, dict[str, int]] = {
-    "qwen2": {"num_key_value_heads": 32},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
-    "qwen3_moe": {"num_key_value_heads": 4},
-}
-"""What transformers and vLLM take for a size that config.json leaves out."""
+from rlsys.model.families import FAMILIES
+from rlsys.model.families.base import ModelFamily
+from rlsys.model.keys import key_problems
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +45,9 @@ class ModelShape:
         return self.num_experts > 0
 
     @property
-    def has_qkv_bias(self) -> bool:
-        """Whether q, k and v have a bias: always in Qwen2, which does not say so in its config."""
-        return self.model_type == "qwen2"
-
-    @property
-    def has_qk_norm(self) -> bool:
-        """Whether q and k are normalised by head."""
-        return self.model_type in ("qwen3", "qwen3_moe")
+    def family(self) -> ModelFamily:
+        """What all models of its model_type have in common."""
+        return FAMILIES[self.model_type]
 
     @property
     def embedding_params(self) -> int:
@@ -68,22 +57,12 @@ class ModelShape:
     @property
     def expert_params(self) -> int:
         """Parameters of all experts of one layer."""
-        return self.num_experts * 3 * self.hidden_size * self.moe_intermediate_size
+        return sum(row.num_params for row in self.family.layer(self) if row.experts)
 
     @property
     def layer_params(self) -> int:
         """Parameters of one layer, all its experts included."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        attention = 2 * self.hidden_size * q + 2 * self.hidden_size * kv
-        if self.has_qkv_bias:
-            attention += q + 2 * kv
-        if self.has_qk_norm:
-            attention += 2 * self.head_dim
-        if self.is_moe:
-            mlp = self.expert_params + self.num_experts * self.hidden_size  # the router
-        else:
-            mlp = 3 * self.hidden_size * self.intermediate_size
-        return attention + mlp + 2 * self.hidden_size
+        return sum(row.num_params for row in self.family.layer(self))
 
     @property
     def num_params(self) -> int:
@@ -124,19 +103,20 @@ def read_model_shape(folder: Path) -> ModelShape:
     file = folder / "config.json"
     values = read_model_config(folder)
     model_type = values.get("model_type")
-    if model_type not in SUPPORTED_MODEL_TYPES:
+    family = FAMILIES.get(str(model_type))
+    if family is None:
         raise ValueError(
             f"{file}: model_type {model_type!r} is not supported; use a model of type "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}"
+            f"{', '.join(FAMILIES)}"
         )
     problems = list(key_problems(values))
     if problems:
         raise ValueError("\n".join(f"{file}: {problem}" for problem in problems))
-    values = _DEFAULTS.get(model_type, {}) | values
+    values = {**family.defaults, **values}
     try:
         num_heads = values["num_attention_heads"]
         return ModelShape(
-            model_type=model_type,
+            model_type=family.model_type,
             vocab_size=values["vocab_size"],
             hidden_size=values["hidden_size"],
             intermediate_size=values["intermediate_size"],
@@ -146,28 +126,9 @@ def read_model_shape(folder: Path) -> ModelShape:
             head_dim=values.get("head_dim") or values["hidden_size"] // num_heads,
             tied=values.get("tie_word_embeddings", False),
             max_position_embeddings=values["max_position_embeddings"],
-            **(_expert_fields(file, values) if model_type == "qwen3_moe" else {}),
+            **family.own_sizes(values),
         )
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}") from None
-
-
-def _expert_fields(file: Path, values: dict[str, Any]) -> dict[str, Any]:
-    # transformers 5 writes num_local_experts, transformers 4 and the models on the hub num_experts.
-    num_experts = values.get("num_local_experts") or values["num_experts"]
-    per_token, normalised = values["num_experts_per_tok"], values.get("norm_topk_prob", False)
-    if not 0 < per_token <= num_experts:
-        raise ValueError(
-            f"{file}: num_experts_per_tok = {per_token} of {num_experts} experts is not possible"
-        )
-    if per_token == 1 and normalised:
-        raise ValueError(
-            f"{file}: norm_topk_prob with num_experts_per_tok = 1 makes every weight 1, so that "
-            "the router would not be trained: it is not supported"
-        )
-    return {
-        "num_experts": num_experts,
-        "num_experts_per_tok": per_token,
-        "moe_intermediate_size": values["moe_intermediate_size"],
-        "norm_topk_prob": normalised,
-    }
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.engines.megatron.weight_table import HF_EMBEDDING, HF_OUTPUT, weight_table
+from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT, weight_table
 from rlsys.model.shape import ModelShape
 
 INDEX = "model.safetensors.index.json"

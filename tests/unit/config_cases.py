@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config.yaml_text import dump_yaml
-from rlsys.engines.megatron.weight_table import weight_table
+from rlsys.model.families.base import weight_table
 from rlsys.model.shape import read_model_shape
 
 MODEL_SIZES = {

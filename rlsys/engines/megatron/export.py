@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from rlsys.engines.megatron.weight_table import WeightRow
 from rlsys.engines.megatron.weights import MegatronWeights
+from rlsys.model.families.base import WeightRow
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.copies import CopyPlan
 from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets, shard_bounds

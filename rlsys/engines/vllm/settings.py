@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from rlsys.config import Config, RolloutConfig
-from rlsys.model.keys import ARCHITECTURES
 from rlsys.model.memory import (
     BATCHED_TOKENS,
     GIB,
@@ -103,7 +102,7 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
         # A config.json without architectures would be a model without an output head.
-        "hf_overrides": {"architectures": [ARCHITECTURES[shape.model_type]]},
+        "hf_overrides": {"architectures": [shape.family.architecture]},
     }
     if config.model.fp32_lm_head:
         arguments["hf_overrides"]["head_dtype"] = "float32"
