@@ -62,7 +62,6 @@ BREAKS: set[str] = {
     "config -> run",
     "data -> run",
     "engines -> preflight",
-    "model -> engines",
     "model -> run",
     "model -> weight_sync",
     "preflight -> actors",
