@@ -119,7 +119,7 @@ def actor(arguments):
 
     class Actor(rollout.RolloutActor):
         def __init__(self, config, device, engine_rank):
-            from rlsys.engines.vllm.engine import engine as vllm
+            from rlsys.engines.vllm import engine as vllm
 
             vllm.VLLMEngine = make_engine_class(config.rollout.max_completion_length)
             super().__init__(config, device, engine_rank)

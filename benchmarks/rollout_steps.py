@@ -95,7 +95,7 @@ def profile(config, variant, *, device, waves, requests, steps, parts):
     """`parts` of the above for one variant; `waves` and `requests` are those of rollout.py."""
     chosen = VARIANTS[variant]
     os.environ.update(chosen.env)
-    from rlsys.engines.vllm.engine import engine as engines
+    from rlsys.engines.vllm import engine as engines
 
     usual = engines.engine_arguments
     engines.engine_arguments = lambda *args, **kwargs: usual(*args, **kwargs) | chosen.arguments

@@ -37,6 +37,8 @@ LOGIT_COPIES = 4
 """Of an engine's logits in fp32: themselves, and what the sampler makes of them."""
 BATCHED_TOKENS: dict[Device, int] = {"cpu": 8192, "cuda": 16384}
 """Prompt tokens of one step of an engine: on CPU larger gains nothing, on GPUs vLLM's default."""
+KV_BLOCK_TOKENS: dict[Device, int] = {"cpu": 128, "cuda": 16}
+"""Tokens of a block of the KV cache: vLLM's defaults. CPU kernels need multiples of 32."""
 MAX_CPU_KV_GIB = 4
 """The largest KV cache of a rollout engine on CPU, unless rollout.kv_cache_memory_mb says."""
 
@@ -349,6 +351,18 @@ def _reference(config: Config, shape: ModelShape, *, device: Device) -> MemoryEs
             "activations": "one layer: nothing is kept for a backward pass",
         },
     )
+
+
+def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device: Device) -> int:
+    """Bytes of an engine rank's KV cache for `sequences` sequences of the greatest length.
+
+    Some attention kernels of GPUs take larger blocks than KV_BLOCK_TOKENS, and then more memory.
+    """
+    block_tokens = KV_BLOCK_TOKENS[device]
+    blocks_per_sequence = -(-longest_row(config) // block_tokens)
+    blocks = sequences * blocks_per_sequence + 1  # vLLM keeps one for itself
+    elements = shape.kv_elements_per_token(config.rollout.tensor_parallel_size)
+    return blocks * block_tokens * elements * bytes_per_weight(config, device)
 
 
 def sampler_logit_bytes(config: Config, shape: ModelShape) -> int:

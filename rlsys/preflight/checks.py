@@ -20,9 +20,8 @@ from rlsys.config.local_paths import left_out_of_job_copy, named_paths
 from rlsys.counted import counted
 from rlsys.data.reward_columns import column_problems_of_run, column_use, column_uses
 from rlsys.data.spec import is_no_hub_id
-from rlsys.engines.vllm.settings import kv_cache_bytes
 from rlsys.model.attention import missing_attention, unsupported_attention
-from rlsys.model.memory import longest_row
+from rlsys.model.memory import kv_cache_bytes, longest_row
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.data import check_data, count_rows, known_columns
 from rlsys.preflight.devices import device_of_packages, guess_device, visible_gpus

@@ -20,7 +20,7 @@ class UnpackedActor(ReloadingActor):
     def __init__(self, *args):
         import unpacked_workers
 
-        from rlsys.engines.vllm.engine import engine as vllm
+        from rlsys.engines.vllm import engine as vllm
 
         vllm.WORKER_EXTENSION = unpacked_workers.WORKER_EXTENSION
         super().__init__(*args)

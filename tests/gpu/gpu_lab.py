@@ -161,7 +161,7 @@ class OpenActor(RolloutActor):
         if device == "cpu":
             import unpacked_workers
 
-            from rlsys.engines.vllm.engine import engine as vllm
+            from rlsys.engines.vllm import engine as vllm
 
             vllm.WORKER_EXTENSION = unpacked_workers.WORKER_EXTENSION
         super().__init__(config, device, engine_rank)

@@ -12,8 +12,10 @@ from rlsys.config import Config, RolloutConfig
 from rlsys.model.memory import (
     BATCHED_TOKENS,
     GIB,
+    KV_BLOCK_TOKENS,
     MAX_CPU_KV_GIB,
     bytes_per_weight,
+    kv_cache_bytes,
     longest_row,
     sampler_logit_bytes,
     sync_bucket_bytes,
@@ -24,14 +26,9 @@ from rlsys.types import Device, SampleRequest
 if TYPE_CHECKING:
     from rlsys.model.stop_tokens import StopRules
 
-# Tokens of a KV block: vLLM's default on CPU, where kernels want multiples of 32.
-CPU_BLOCK_SIZE = 128
-
 # vLLM captures CUDA graphs for up to so many sequences by itself; a decode step of more runs kernel
 # by kernel, at half the tokens a second.
 GRAPH_SEQUENCES = 512
-# vLLM's default on GPUs.
-GPU_BLOCK_SIZE = 16
 # Of an engine that shares its GPU: CUDA context and graphs, and activations of a prompt's step.
 SHARED_GPU_RESERVE_BYTES = 3 * 2**30
 # A bucket that is being loaded, the next one, and in the first update what a layer waits for.
@@ -117,7 +114,7 @@ def engine_arguments(
         arguments.setdefault("kv_cache_memory_bytes", cpu_kv_cache_bytes(config, shape))
         arguments |= {
             "enforce_eager": True,
-            "block_size": CPU_BLOCK_SIZE,
+            "block_size": KV_BLOCK_TOKENS["cpu"],
             # A request whose prompt is processed in chunks draws a number per chunk from its own
             # generator, which vLLM takes back in a way that CPU generators do not know.
             "enable_chunked_prefill": False,
@@ -180,19 +177,6 @@ def cpu_kv_cache_bytes(config: Config, shape: ModelShape) -> int:
     """KV cache of one CPU engine: max_num_seqs full sequences, MAX_CPU_KV_GIB at most."""
     full = kv_cache_bytes(config, shape, sequences=config.rollout.max_num_seqs, device="cpu")
     return min(full, MAX_CPU_KV_GIB * GIB)
-
-
-def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device: Device) -> int:
-    """Of each rank, for so many sequences of the greatest length, in vLLM's blocks.
-
-    On GPUs of the smallest blocks: some attention kernels want larger ones, and then more memory.
-    """
-    block_size = CPU_BLOCK_SIZE if device == "cpu" else GPU_BLOCK_SIZE
-    blocks_per_sequence = -(-longest_row(config) // block_size)
-    blocks = sequences * blocks_per_sequence + 1  # vLLM keeps one for itself
-    elements = shape.kv_elements_per_token(config.rollout.tensor_parallel_size)
-    token_bytes = elements * bytes_per_weight(config, device)
-    return blocks * block_size * token_bytes
 
 
 def refusal(folder: Path, error: ValidationError) -> str:
