@@ -65,7 +65,6 @@ BREAKS: set[str] = {
     "model -> run",
     "model -> weight_sync",
     "preflight -> actors",
-    "preflight -> engines",
     "rewards -> data",
     "rollout -> ray",
     "run -> actors",
