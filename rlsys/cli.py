@@ -216,16 +216,17 @@ def _grpo(args: argparse.Namespace) -> int:
 
 
 def _load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
-    from rlsys.config.load import ConfigError, load_config
+    from rlsys.config.load import load_config
     from rlsys.preflight.checks import check_run
+    from rlsys.problems import ProblemsError
 
     resolved = load_config(path, overrides)
     problems = check_run(resolved.config)
     if problems:
-        texts = [str(problem) for problem in problems]
         folder = Path(resolved.config.output_dir)
-        another = any("holds another run" in text for text in texts)
-        raise ConfigError(path, texts, _run_elsewhere(path, overrides, folder) if another else None)
+        another = any("holds another run" in problem.text for problem in problems)
+        note = _run_elsewhere(path, overrides, folder) if another else None
+        raise ProblemsError(path, problems, note=note)
     return resolved
 
 

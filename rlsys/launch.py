@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 # Before Ray is imported, which reads some of the environment then.
-from rlsys.counted import counted
+from rlsys.text import counted
 
 from rlsys.actors.ray_env import check_cluster_answers  # isort: skip
 import ray  # isort: skip

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlsys.config import Config
-from rlsys.counted import counted
+from rlsys.text import counted
 from rlsys.types import Device
 
 RoleName = Literal["policy", "rollout", "reference", "reward_model", "reward"]

@@ -17,8 +17,8 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
-from rlsys.counted import counted
 from rlsys.run.folder import RunDir, State
+from rlsys.text import counted
 from rlsys.tracking.base import Split
 from rlsys.tracking.jsonl import decode_row
 from rlsys.tracking.printable import printable

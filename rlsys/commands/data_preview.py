@@ -15,7 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import Config
-from rlsys.counted import counted
 from rlsys.data.load import PromptData, load_checked_prompts
 from rlsys.data.reward_columns import column_problems, column_uses, unread_columns
 from rlsys.data.rows import TEMPLATE_COLUMNS
@@ -29,6 +28,7 @@ from rlsys.rewards.reachable import (
     is_users_class,
     look_at_rows,
 )
+from rlsys.text import counted
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
 

@@ -15,7 +15,6 @@ from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.load import ResolvedConfig
 from rlsys.config.rules_algorithm import describe_algorithm
-from rlsys.counted import counted
 from rlsys.data.preprocess import read_spec
 from rlsys.model.memory import (
     REWARD_GIB,
@@ -27,11 +26,13 @@ from rlsys.model.memory import (
     micro_batch_tokens,
 )
 from rlsys.model.shape import read_model_shape
-from rlsys.preflight.checks import Problem, check_run, find_model_folder
+from rlsys.preflight.checks import check_run, find_model_folder
 from rlsys.preflight.data import FIRST_ROWS, count_rows
 from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
 from rlsys.preflight.reward_start import reward_start_problem
+from rlsys.problems import Problem
 from rlsys.run.saving import describe_saving, disk_use, disk_warning
+from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines, print_pairs, print_wrapped
 from rlsys.types import Device
 

@@ -20,7 +20,6 @@ from rlsys.commands.rewards_try_rows import RowSources, prompt_ids, prompts_of, 
 from rlsys.commands.rewards_try_run import TriedRun, find_run
 from rlsys.config import DataConfig, RewardConfig
 from rlsys.config.yaml_text import load_yaml
-from rlsys.counted import counted
 from rlsys.data.preprocess import preprocessors
 from rlsys.data.spec import is_no_hub_id
 from rlsys.registry import did_you_mean
@@ -28,6 +27,7 @@ from rlsys.rewards import check_names_and_weights, load_plugins, settings_of
 from rlsys.rewards.pool.local import LocalBackend
 from rlsys.rewards.pool.pool import RewardPool
 from rlsys.rewards.pool.runner import process_settings
+from rlsys.text import counted
 from rlsys.tracking.completions import last_user_message
 from rlsys.tracking.printable import printable
 from rlsys.types import OPEN_THINK, RolloutGroup

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from rlsys.commands.rewards_try_rows import RowSources, prompts_of
 from rlsys.config import Config
-from rlsys.config.load import ConfigError, is_saved_config, load_config
+from rlsys.config.load import is_saved_config, load_config
 from rlsys.data.sources import Split
+from rlsys.problems import ProblemsError
 from rlsys.run.folder import RunDir
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def find_run(completions: Path) -> TriedRun | None:
         return None
     try:
         return TriedRun(path, load_config(path).config)
-    except ConfigError as error:
+    except ProblemsError as error:
         raise ValueError(
             f"{path}, beside the completions, is of another version of rlsys: {error}\nMend or "
             "move it, and name --dataset, --plugin and --params yourself"

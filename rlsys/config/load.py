@@ -22,13 +22,12 @@ from rlsys.config.fields import config_fields, config_sections, first_sentence
 from rlsys.config.hints import coming_from, counterpart, hint, is_of_elsewhere, likely_project
 from rlsys.config.local_paths import is_in_job_copy
 from rlsys.config.pasted_command import PastedCommand, split_command
-from rlsys.config.rules import BrokenRules
 from rlsys.config.schema import Config
 from rlsys.config.texts import kinds_of
 from rlsys.config.words import apply_words, read_options, value_of
 from rlsys.config.yaml_text import dump_yaml, load_yaml
-from rlsys.counted import counted
 from rlsys.data.json_text import not_utf8
+from rlsys.problems import Problem, ProblemsError
 from rlsys.run.folder import replacing, unused_folder
 
 Origin = Literal["default", "file", "command line"]
@@ -43,17 +42,6 @@ _PLACEHOLDERS: dict[str, Any] = {
 
 
 _SAVED_HEAD = "# The resolved config of the run in this folder."
-
-
-class ConfigError(ValueError):
-    """Everything that is wrong with a config, one line each."""
-
-    def __init__(self, source: str, problems: list[str], note: str | None = None):
-        """`note` is said below the problems."""
-        self.problems = problems
-        lines = [indent(text, "    ").replace("    ", "  - ", 1) for text in problems]
-        head = f"{source} has {counted(len(problems), 'problem')}:"
-        super().__init__("\n".join([head, *lines, *([note] if note else [])]))
 
 
 @dataclass(frozen=True)
@@ -73,7 +61,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConf
         overrides: Command-line words: `["--policy.lr", "1e-5", "--checkpoint.resume"]`.
 
     Raises:
-        ConfigError: with every problem found in the file, the overrides and their combination.
+        ProblemsError: with every problem found in the file, the overrides and their combination.
     """
     problems: list[str] = []
     values = _read_yaml(Path(path), problems)
@@ -91,7 +79,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConf
     config = _validate(values, origins, problems, project)
     if config is None:
         given = [name for name, origin in origins.items() if origin != "default"]
-        raise ConfigError(str(path), problems, _advice(command, project, unknown, given, path))
+        advice = _advice(command, project, unknown, given, path)
+        raise ProblemsError(str(path), list(map(Problem, problems)), note=advice)
     return ResolvedConfig(config, origins)
 
 
@@ -104,7 +93,7 @@ def problems_of_words(words: Sequence[str]) -> str | None:
     if not problems:
         return None
     note = _advice(command, project, unknown, given, None)
-    return str(ConfigError("the command line", problems, note))
+    return str(ProblemsError("the command line", list(map(Problem, problems)), note=note))
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -136,20 +125,22 @@ def is_saved_config(path: Path) -> bool:
 
 
 def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The file's mapping; raises ConfigError when there is nothing to go on with."""
+    """The file's mapping; raises ProblemsError when there is nothing to go on with."""
     if path.is_dir():
         inside = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
         example = f", such as {inside[0]}" if inside else ""
-        raise ConfigError(str(path), [f"it is a folder; name a YAML file{example}"])
+        raise ProblemsError(str(path), [Problem(f"it is a folder; name a YAML file{example}")])
     if not path.is_file():
-        raise ConfigError(str(path), ["there is no such file"])
+        raise ProblemsError(str(path), [Problem("there is no such file")])
     text = _decode(path)
     try:
         values = load_yaml(text, repeated=problems)
     except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"it is not valid YAML: {error}"]) from None
+        raise ProblemsError(str(path), [Problem(f"it is not valid YAML: {error}")]) from None
     if not isinstance(values, dict):
-        raise ConfigError(str(path), ["it should hold `section:` blocks of `field: value` lines"])
+        raise ProblemsError(
+            str(path), [Problem("it should hold `section:` blocks of `field: value` lines")]
+        )
     checked = _with_text_keys(values)
     for name in [key for key in checked if "." in key and key in config_fields()]:
         section, _, field = name.rpartition(".")
@@ -193,7 +184,7 @@ def _names_below(name: str, value: Any) -> dict[str, Any]:
 
 
 def _decode(path: Path) -> str:
-    """The text of a file in UTF-8; raises ConfigError with line and byte when it is none."""
+    """The text of a file in UTF-8; raises ProblemsError with line and byte when it is none."""
     content = path.read_bytes()
     try:
         return content.decode("utf-8")
@@ -201,7 +192,7 @@ def _decode(path: Path) -> str:
         before = content[: error.start].split(b"\n")
         line = content.split(b"\n")[len(before) - 1]
         problem = f"line {len(before)} {not_utf8(line, len(before[-1]))}"
-        raise ConfigError(str(path), [problem]) from None
+        raise ProblemsError(str(path), [Problem(problem)]) from None
 
 
 def _leaves(values: dict[str, Any]) -> list[str]:
@@ -309,7 +300,7 @@ def _validate(
     except ValidationError as error:
         for detail in _types_together(error.errors()):
             rules = detail.get("ctx", {}).get("error")
-            if isinstance(rules, BrokenRules):
+            if isinstance(rules, ProblemsError):
                 problems += [problem.text for problem in rules.problems]
             else:
                 broken.add(_field_of(detail)[0])
@@ -339,7 +330,7 @@ def _rules_broken_by_the_rest(values: dict[str, Any], wrong: set[str]) -> list[s
     except ValidationError as error:
         (detail,) = error.errors()
         rules = detail["ctx"]["error"]
-        assert isinstance(rules, BrokenRules)
+        assert isinstance(rules, ProblemsError)
         return [p.text for p in rules.problems if not _concerns(p.fields, wrong)]
     return []
 

@@ -19,14 +19,14 @@ from rlsys.algo.names import (
     WARM_START_LOSSES,
     aggregation_of,
 )
-from rlsys.config.problems import RuleProblem
+from rlsys.problems import Problem
 from rlsys.registry import did_you_mean
 
 if TYPE_CHECKING:
     from rlsys.config.schema import Config, GrpoConfig
 
 
-def algorithm_problems(config: Config) -> Iterator[RuleProblem]:
+def algorithm_problems(config: Config) -> Iterator[Problem]:
     """Every rule about the `grpo` section that `config` breaks."""
     grpo = config.grpo
     yield from _name_problems(grpo)
@@ -36,12 +36,12 @@ def algorithm_problems(config: Config) -> Iterator[RuleProblem]:
     yield from _off_policy_problems(config)
 
 
-def _name_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
+def _name_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     if grpo.loss_type in WARM_START_LOSSES:
-        yield RuleProblem(
-            ("grpo.loss_type",),
+        yield Problem(
             f"grpo.loss_type = {grpo.loss_type} imitates completions whatever they earn, it is for "
             "warm starts: use grpo, or see docs/algorithm.md",
+            ("grpo.loss_type",),
         )
     if grpo.external_plugins:
         return  # which may register any name; preflight looks
@@ -52,37 +52,37 @@ def _name_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
     ):
         if name not in known:
             offered = [other for other in known if other not in WARM_START_LOSSES]
-            yield RuleProblem(
-                (f"grpo.{field}",),
+            yield Problem(
                 f"grpo.{field} = {name} is not known.{did_you_mean(meant, offered)} Known: "
                 f"{', '.join(offered)}. For one of your own, name its file in "
                 "grpo.external_plugins",
+                (f"grpo.{field}",),
             )
 
 
-def _advantage_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
+def _advantage_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     estimator = grpo.advantage_estimator
     if grpo.multi_objective_aggregation == "normalize_then_sum":
         if estimator != "grpo":
-            yield RuleProblem(
-                ("grpo.multi_objective_aggregation", "grpo.advantage_estimator"),
+            yield Problem(
                 "grpo.multi_objective_aggregation = normalize_then_sum (GDPO) normalizes each "
                 f"reward within its group, which grpo.advantage_estimator = {estimator} does not: "
                 "use advantage_estimator grpo",
+                ("grpo.multi_objective_aggregation", "grpo.advantage_estimator"),
             )
         if grpo.scale_rewards != "auto":
-            yield RuleProblem(
-                ("grpo.multi_objective_aggregation", "grpo.scale_rewards"),
+            yield Problem(
                 "grpo.multi_objective_aggregation = normalize_then_sum (GDPO) scales each reward "
                 f"by its group and their sum by the batch, so grpo.scale_rewards = "
                 f"{grpo.scale_rewards} has no place: use auto",
+                ("grpo.multi_objective_aggregation", "grpo.scale_rewards"),
             )
         if grpo.kl_in_reward:
-            yield RuleProblem(
-                ("grpo.multi_objective_aggregation", "grpo.kl_in_reward"),
+            yield Problem(
                 "grpo.kl_in_reward subtracts the KL from the sum of rewards, which "
                 "grpo.multi_objective_aggregation = normalize_then_sum never compares: put the KL "
                 "into the loss (kl_in_reward false)",
+                ("grpo.multi_objective_aggregation", "grpo.kl_in_reward"),
             )
     if estimator == "maxrl":
         for field, value, usual in (
@@ -90,62 +90,62 @@ def _advantage_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
             ("kl_in_reward", grpo.kl_in_reward, False),
         ):
             if value != usual:
-                yield RuleProblem(
-                    ("grpo.advantage_estimator", f"grpo.{field}"),
+                yield Problem(
                     "grpo.advantage_estimator = maxrl divides by the mean reward of the group, so "
                     f"grpo.{field} = {str(value).lower()} has no place: leave it out",
+                    ("grpo.advantage_estimator", f"grpo.{field}"),
                 )
     if estimator.startswith("reinforce_plus_plus") and grpo.scale_rewards != "auto":
-        yield RuleProblem(
-            ("grpo.advantage_estimator", "grpo.scale_rewards"),
+        yield Problem(
             f"grpo.advantage_estimator = {estimator} scales by all tokens of the batch, so "
             f"grpo.scale_rewards = {grpo.scale_rewards} has no place: use auto",
+            ("grpo.advantage_estimator", "grpo.scale_rewards"),
         )
 
 
-def _ratio_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
+def _ratio_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     loss, level = grpo.loss_type, grpo.importance_sampling_level
     built_in = loss in DEFAULT_AGGREGATION
     for field, readers in LOSSES_OF_FIELD.items():
         value = getattr(grpo, field)
         if built_in and loss not in readers and value != type(grpo).model_fields[field].default:
-            yield RuleProblem(
-                (f"grpo.{field}", "grpo.loss_type"),
+            yield Problem(
                 f"grpo.{field} = {value} is for grpo.loss_type {', '.join(readers)}, not for "
                 f"{loss}: leave it out",
+                (f"grpo.{field}", "grpo.loss_type"),
             )
     if loss in SEQUENCE_LOSSES and level == "token":
-        yield RuleProblem(
-            ("grpo.importance_sampling_level", "grpo.loss_type"),
+        yield Problem(
             f"grpo.loss_type = {loss} is the loss of sequence ratios, so "
             "grpo.importance_sampling_level = token contradicts it: use loss_type grpo",
+            ("grpo.importance_sampling_level", "grpo.loss_type"),
         )
     yield from _aggregation_problems(grpo)
     delta = grpo.delta_in_effect
     _, high = grpo.clip_range
     if loss in CLIPPED_LOSSES and delta is not None and delta <= high:
-        yield RuleProblem(
-            ("grpo.delta", "grpo.epsilon_high", "grpo.epsilon"),
+        yield Problem(
             f"grpo.delta = {delta:g} is not above the upper clip bound of {high:g} "
             "(1 + grpo.epsilon_high), so it would undo the clip of good tokens: use a larger one, "
             f"such as {max(DEFAULT_DELTA['dual_clip'], high + 1):g}, or a smaller epsilon_high",
+            ("grpo.delta", "grpo.epsilon_high", "grpo.epsilon"),
         )
     if grpo.clip_cov_lb >= grpo.clip_cov_ub:
-        yield RuleProblem(
-            ("grpo.clip_cov_lb", "grpo.clip_cov_ub"),
+        yield Problem(
             f"grpo.clip_cov_lb = {grpo.clip_cov_lb:g} is not below grpo.clip_cov_ub = "
             f"{grpo.clip_cov_ub:g}, so no token is between them: use a lower clip_cov_lb",
+            ("grpo.clip_cov_lb", "grpo.clip_cov_ub"),
         )
     if loss == "vespo" and grpo.corrects_rollouts and not grpo.rollout_is.startswith("token"):
-        yield RuleProblem(
-            ("grpo.loss_type", "grpo.rollout_is"),
+        yield Problem(
             f"grpo.loss_type = vespo multiplies the weights of all tokens of a sequence, so "
             f"grpo.rollout_is = {grpo.rollout_is} would count each of them many times: use "
             "rollout_is token",
+            ("grpo.loss_type", "grpo.rollout_is"),
         )
 
 
-def _aggregation_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
+def _aggregation_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     loss = grpo.loss_type
     aggregation = aggregation_of(loss, grpo.loss_aggregation)
     level = level_of(grpo)
@@ -153,104 +153,104 @@ def _aggregation_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
     of_sequences = loss == "gmpo" or (level != "token" and loss in CLIPPED_LOSSES)
     if of_sequences and aggregation != expected:
         paper = {"luspo": "2602.05261", "gmpo": "2507.20673"}.get(loss, "2507.18071")
-        yield RuleProblem(
-            ("grpo.loss_type", "grpo.importance_sampling_level", "grpo.loss_aggregation"),
+        yield Problem(
             f"grpo.loss_type = {loss} with the ratio of a sequence averages by {aggregation}, "
             "which counts a sequence by its length where its paper counts sequences "
             f"(arXiv:{paper}): use loss_aggregation {expected}"
             + ("" if loss in (*SEQUENCE_LOSSES, "gmpo") else " with loss_type gspo"),
+            ("grpo.loss_type", "grpo.importance_sampling_level", "grpo.loss_aggregation"),
         )
 
 
-def _kl_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
+def _kl_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     if grpo.beta == 0:
         return
     if grpo.kl_in_reward and grpo.use_bias_correction_kl:
-        yield RuleProblem(
-            ("grpo.kl_in_reward", "grpo.use_bias_correction_kl"),
+        yield Problem(
             "grpo.use_bias_correction_kl is about the gradient of a KL in the loss, but with "
             "grpo.kl_in_reward it is in the reward, which has none: leave one of them out",
+            ("grpo.kl_in_reward", "grpo.use_bias_correction_kl"),
         )
     if grpo.kl_estimator == "k1" and not grpo.kl_in_reward and not grpo.use_bias_correction_kl:
-        yield RuleProblem(
-            ("grpo.kl_estimator", "grpo.kl_in_reward", "grpo.use_bias_correction_kl"),
+        yield Problem(
             "grpo.kl_estimator = k1 in the loss has a gradient of mean 0, it would hold the policy "
             "nowhere (arXiv:2510.01555): use k2 or k3, or set use_bias_correction_kl or "
             "kl_in_reward",
+            ("grpo.kl_estimator", "grpo.kl_in_reward", "grpo.use_bias_correction_kl"),
         )
 
 
-def _off_policy_problems(config: Config) -> Iterator[RuleProblem]:
+def _off_policy_problems(config: Config) -> Iterator[Problem]:
     grpo = config.grpo
     if grpo.old_logprobs == "rollout":
         if grpo.corrects_rollouts or grpo.rejects_rollouts:
-            yield RuleProblem(
+            yield Problem(
+                "grpo.old_logprobs = rollout puts the rollout engine's log-probs in place of the "
+                "policy's, so their ratio, which grpo.rollout_is and grpo.rollout_rs correct for, "
+                "is 1: leave those out, or use old_logprobs auto",
                 (
                     *("grpo.old_logprobs", "grpo.rollout_is", "grpo.rollout_rs"),
                     "grpo.rollout_token_veto_threshold",
                 ),
-                "grpo.old_logprobs = rollout puts the rollout engine's log-probs in place of the "
-                "policy's, so their ratio, which grpo.rollout_is and grpo.rollout_rs correct for, "
-                "is 1: leave those out, or use old_logprobs auto",
             )
         if grpo.top_entropy_quantile < 1:
-            yield RuleProblem(
-                ("grpo.old_logprobs", "grpo.top_entropy_quantile"),
+            yield Problem(
                 f"grpo.top_entropy_quantile = {grpo.top_entropy_quantile:g} needs the policy's "
                 "entropies before the update, which grpo.old_logprobs = rollout does not compute: "
                 "use old_logprobs auto",
+                ("grpo.old_logprobs", "grpo.top_entropy_quantile"),
             )
     yield from _bound_problems(grpo)
     staleness = config.rollout.max_staleness
     if staleness and grpo.loss_type == "reinforce" and grpo.rollout_is == "none":
-        yield RuleProblem(
-            ("grpo.loss_type", "grpo.rollout_is", "rollout.max_staleness"),
+        yield Problem(
             f"grpo.loss_type = reinforce has no ratio, and rollout.max_staleness = {staleness} "
             "gives it completions of older weights, for which grpo.rollout_is = none does not "
             "correct: leave rollout_is at auto, or set max_staleness 0",
+            ("grpo.loss_type", "grpo.rollout_is", "rollout.max_staleness"),
         )
     if grpo.loss_type == "reinforce" and config.optimizer_steps_per_rollout > 1:
-        yield RuleProblem(
-            (
-                *("grpo.loss_type", "grpo.num_iterations"),
-                *("policy.global_batch_size", "rollout.generation_batch_size"),
-            ),
+        yield Problem(
             "grpo.loss_type = reinforce has no ratio, so all but the first of the "
             f"{config.optimizer_steps_per_rollout} optimizer steps a rollout would be off-policy "
             "without correction: make policy.global_batch_size the generation_batch_size and "
             "num_iterations 1, or use loss_type grpo",
+            (
+                *("grpo.loss_type", "grpo.num_iterations"),
+                *("policy.global_batch_size", "rollout.generation_batch_size"),
+            ),
         )
 
 
-def _bound_problems(grpo: GrpoConfig) -> Iterator[RuleProblem]:
+def _bound_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     """Bounds of the correction that contradict each other, or that nothing would read."""
     least, most = grpo.rollout_is_threshold_lower, grpo.rollout_is_threshold
     if least is not None and least >= most:
-        yield RuleProblem(
-            ("grpo.rollout_is_threshold_lower", "grpo.rollout_is_threshold"),
+        yield Problem(
             f"grpo.rollout_is_threshold_lower = {least:g} is not below rollout_is_threshold = "
             f"{most:g}: use a lower one",
+            ("grpo.rollout_is_threshold_lower", "grpo.rollout_is_threshold"),
         )
     rejection, threshold = grpo.rollout_rs, grpo.rollout_rs_threshold
     fields = ("grpo.rollout_rs", "grpo.rollout_rs_threshold")
     if rejection[-2:] in ("k2", "k3"):
         if threshold is None:
-            yield RuleProblem(
-                fields,
+            yield Problem(
                 f"grpo.rollout_rs = {rejection} needs grpo.rollout_rs_threshold: set the greatest "
                 "divergence that is kept, such as 0.01",
+                fields,
             )
         if grpo.rollout_rs_threshold_lower is not None:
-            yield RuleProblem(
-                ("grpo.rollout_rs", "grpo.rollout_rs_threshold_lower"),
+            yield Problem(
                 f"grpo.rollout_rs = {rejection} is a divergence, which has an upper bound only: "
                 "leave grpo.rollout_rs_threshold_lower out",
+                ("grpo.rollout_rs", "grpo.rollout_rs_threshold_lower"),
             )
     elif threshold is not None and threshold < 1:
-        yield RuleProblem(
-            fields,
+        yield Problem(
             f"grpo.rollout_rs_threshold = {threshold:g} would leave out tokens on which policy and "
             "rollout engine agree, their weight is 1: use 1 or more",
+            fields,
         )
 
 

@@ -30,7 +30,7 @@ from rlsys.algo.names import (
     RolloutCorrection,
     RolloutRejection,
 )
-from rlsys.config.rules import BrokenRules, cross_field_problems
+from rlsys.config.rules import cross_field_problems
 from rlsys.config.texts import (
     REWARD_MODEL_PREFIX,
     PathText,
@@ -39,6 +39,7 @@ from rlsys.config.texts import (
     kinds_of,
     split_list,
 )
+from rlsys.problems import ProblemsError
 
 
 class Section(BaseModel):
@@ -668,7 +669,7 @@ class Config(Section):
     def _fields_fit_each_other(self) -> Self:
         problems = cross_field_problems(self)
         if problems:
-            raise BrokenRules(problems)
+            raise ProblemsError("the config", problems)
         return self
 
     @property

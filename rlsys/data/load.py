@@ -120,8 +120,8 @@ def load_prompts(
     """
     template = ChatTemplate(tokenizer, config.chat_template_kwargs)
     problems = Problems()
-    for text, _ in plugin_problems("data.external_plugins", config.external_plugins):
-        problems.add(text)
+    for problem in plugin_problems("data.external_plugins", config.external_plugins):
+        problems.add(problem)
     sources = open_sources(config, "train", problems)
     val_sources = open_sources(config, "validation", problems)
     refused = Problems()

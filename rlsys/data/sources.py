@@ -28,6 +28,7 @@ from rlsys.data.spec import (
     file_kind,
 )
 from rlsys.data.tables import read_hub, read_table
+from rlsys.problems import Problem, ProblemsError
 from rlsys.registry import did_you_mean
 
 Split = Literal["train", "validation"]
@@ -62,16 +63,10 @@ class Problems:
         """Tell all of them at once.
 
         Raises:
-            ValueError: there are any.
+            ProblemsError: there are any.
         """
-        if not self:
-            return
-        count = len(self.texts) + self.num_more
-        head = f"the data cannot be used, there {_are(count, 'problem')}:"
-        lines = ["  - " + text.replace("\n", "\n    ") for text in self.texts]
-        if self.num_more:
-            lines.append(f"  ... and {self.num_more:,} more")
-        raise ValueError("\n".join([head, *lines]))
+        if self:
+            raise ProblemsError("the data", list(map(Problem, self.texts)), self.num_more)
 
 
 @dataclass(slots=True)
@@ -383,7 +378,3 @@ def _renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
             else "data.columns gives two columns one name"
         )
     return renamed
-
-
-def _are(count: int, what: str) -> str:
-    return f"is 1 {what}" if count == 1 else f"are {count:,} {what}s"

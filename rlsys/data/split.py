@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from itertools import islice
 
-from rlsys.counted import counted
+from rlsys.text import counted
 from rlsys.types import Prompt
 
 

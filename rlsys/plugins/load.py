@@ -21,6 +21,7 @@ from typing import Any
 
 from rlsys.plugins.swift_imports import is_swift, swift_imports
 from rlsys.plugins.user_files import PREFIX, module_name
+from rlsys.problems import Problem
 from rlsys.registry import did_you_mean
 
 ENTRY_POINT_GROUP = "rlsys.rewards"
@@ -42,18 +43,14 @@ def load_plugins(paths: Iterable[str | Path]) -> None:
         _load(Path(path).expanduser().resolve())
 
 
-def plugin_problems(field: str, paths: Iterable[str | Path]) -> Iterator[tuple[str, bool]]:
-    """As `load_plugins`, but everything that is wrong, and all else is loaded.
-
-    Yields:
-        what is wrong with a path of config field `field`, and whether that file is missing, which
-        it may be on this machine only.
-    """
+def plugin_problems(field: str, paths: Iterable[str | Path]) -> Iterator[Problem]:
+    """Load the plugins of config field `field`; yields a problem for each that cannot be loaded."""
     for path in paths:
         try:
             load_plugins([path])
         except ValueError as error:
-            yield f"{field}: {error}", not Path(path).expanduser().exists()
+            missing = not Path(path).expanduser().exists()
+            yield Problem(f"{field}: {error}", (field,), only_here=missing)
 
 
 def load_reference(reference: str) -> Any:

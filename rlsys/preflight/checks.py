@@ -11,13 +11,11 @@ import importlib.util
 import math
 import os
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.actors.roles import asked_for, fewer_gpus, plan_roles
 from rlsys.config import Config, PolicyConfig
 from rlsys.config.local_paths import left_out_of_job_copy, named_paths
-from rlsys.counted import counted
 from rlsys.data.reward_columns import column_problems_of_run, column_use, column_uses
 from rlsys.data.spec import is_no_hub_id
 from rlsys.model.attention import missing_attention, unsupported_attention
@@ -27,26 +25,16 @@ from rlsys.preflight.data import check_data, count_rows, known_columns
 from rlsys.preflight.devices import device_of_packages, guess_device, visible_gpus
 from rlsys.preflight.hub import hub_answers
 from rlsys.preflight.model_folder import model_folder_problems
+from rlsys.problems import Problem
 from rlsys.rewards import check_call, plugin_problems
 from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
 from rlsys.run.resume import holds_run
+from rlsys.text import counted
 from rlsys.tracking import trackers
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention on CPU has kernels for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One thing that would make the run fail."""
-
-    text: str
-    only_here: bool = False
-    """True of this machine, now: a file is missing, say. False: the config is wrong anywhere."""
-
-    def __str__(self) -> str:
-        return self.text
 
 
 def check_run(config: Config) -> list[Problem]:
@@ -70,7 +58,7 @@ def check_run(config: Config) -> list[Problem]:
                 'itself, `ray job submit -- env -C "$PWD" rlsys grpo ...`, where the cluster has '
                 "it under the same path, or give absolute paths; RAY_RUNTIME_ENV_IGNORE_GITIGNORE="
                 "1 for `ray job submit` sends them, up to 512 MiB",
-                True,
+                only_here=True,
             )
         )
     return problems
@@ -113,7 +101,9 @@ def find_model_folder(path: str) -> Path:
 def _packages(config: Config) -> Iterator[Problem]:
     for module in ("torch", "ray", "vllm", "megatron", "transformers"):
         if importlib.util.find_spec(module) is None:
-            yield Problem(f"{module} is not installed; `rlsys doctor` says how to get it", True)
+            yield Problem(
+                f"{module} is not installed; `rlsys doctor` says how to get it", only_here=True
+            )
     yield from _packages_fit_device(config)
     for name in config.tracking.report_to:
         try:
@@ -126,7 +116,7 @@ def _packages(config: Config) -> Iterator[Problem]:
         yield Problem(
             "tracking.report_to asks for wandb, which is not installed: `pip install "
             "wandb`, or leave it out",
-            True,
+            only_here=True,
         )
 
 
@@ -139,13 +129,13 @@ def _packages_fit_device(config: Config) -> Iterator[Problem]:
         yield Problem(
             "the run is on GPUs and the installed vLLM is built for the CPU: install the GPU "
             "packages (docs/gpu.md), or run on the CPU with --device cpu",
-            True,
+            only_here=True,
         )
     else:
         yield Problem(
             "the run is on the CPU and the installed vLLM is built for GPUs: use --device cuda, or "
             "install the CPU packages with `make setup` in an environment of their own",
-            True,
+            only_here=True,
         )
 
 
@@ -162,7 +152,7 @@ def _models(config: Config) -> Iterator[Problem]:
         try:
             find_model_folder(path)
         except ValueError as error:
-            yield Problem(f"reward.reward_model: {error}", True)
+            yield Problem(f"reward.reward_model: {error}", only_here=True)
     if config.grpo.beta == 0:
         return
     reference = shape
@@ -190,7 +180,7 @@ def _one_model(
     try:
         folder = find_model_folder(path)
     except ValueError as error:
-        yield Problem(f"{field}: {error}", True)
+        yield Problem(f"{field}: {error}", only_here=True)
         return None
     try:
         shape = read_model_shape(folder)
@@ -200,7 +190,7 @@ def _one_model(
         return None
     if folder == Path(path):  # of a hub model only config.json is here yet
         for text in model_folder_problems(folder, shape, has_prompts=field == "model.path"):
-            yield Problem(f"{field}: {text}", True)
+            yield Problem(f"{field}: {text}", only_here=True)
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     if longest > shape.max_position_embeddings:
         yield Problem(
@@ -262,7 +252,7 @@ def _attention(config: Config) -> Iterator[Problem]:
     elif device == "cuda":
         missing = missing_attention(policy.attention_backend)
         if missing is not None:
-            yield Problem(missing, True)
+            yield Problem(missing, only_here=True)
 
 
 def _gpus(config: Config) -> Iterator[Problem]:
@@ -272,7 +262,9 @@ def _gpus(config: Config) -> Iterator[Problem]:
     roles, there_are = plan_roles(config, device="cuda"), visible_gpus()
     if sum(role.gpus for role in roles) > there_are:
         remedy = fewer_gpus(roles, there_are)
-        yield Problem(f"{asked_for(roles)}, and this machine shows {there_are}: {remedy}", True)
+        yield Problem(
+            f"{asked_for(roles)}, and this machine shows {there_are}: {remedy}", only_here=True
+        )
 
 
 def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:
@@ -343,8 +335,7 @@ def _divisors(number: int) -> str:
 def _datasets(config: Config) -> Iterator[Problem]:
     # One file may have rewards and preprocessors; `_rewards` reports what is wrong with these.
     list(plugin_problems("", config.reward.external_plugins))
-    for text, only_here in check_data(config.data):
-        yield Problem(text, only_here)
+    yield from check_data(config.data)
     rows = count_rows(config.data)
     if rows is not None and 0 < rows < config.num_prompts:
         yield Problem(
@@ -361,11 +352,9 @@ def _rewards(config: Config) -> Iterator[Problem]:
 
 def _reward_functions(config: Config) -> Iterator[Problem]:
     complete = True
-    for text, only_here in plugin_problems(
-        "reward.external_plugins", config.reward.external_plugins
-    ):
+    for problem in plugin_problems("reward.external_plugins", config.reward.external_plugins):
         complete = False
-        yield Problem(text, only_here)
+        yield problem
     for name in config.reward.names:
         params, of_run = config.reward.params.get(name, {}), config.known_to_rewards
         try:
@@ -393,9 +382,9 @@ def _algorithm(config: Config) -> Iterator[Problem]:
     from rlsys.algo.advantages import advantage_estimators
     from rlsys.algo.losses import losses
 
-    for text, only_here in plugin_problems("grpo.external_plugins", grpo.external_plugins):
+    for problem in plugin_problems("grpo.external_plugins", grpo.external_plugins):
         complete = False
-        yield Problem(text, only_here)
+        yield problem
     try:
         losses[grpo.loss_type]
         advantage_estimators[grpo.advantage_estimator]
@@ -409,7 +398,8 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
     obstacle = run.obstacle()
     if obstacle is not None:
         yield Problem(
-            f"output_dir: {run.path} {obstacle}: choose another one with --output_dir", True
+            f"output_dir: {run.path} {obstacle}: choose another one with --output_dir",
+            only_here=True,
         )
         return
     steps = checkpoint_steps(run.checkpoints)
@@ -422,7 +412,7 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
                 f"checkpoint.resume: {run.checkpoints} has step {steps[-1]}, after which max_steps "
                 f"= {config.max_steps} leaves nothing to do: raise --max_steps, start over with "
                 "--overwrite alone, or choose another folder with --output_dir",
-                True,
+                only_here=True,
             )
     elif config.overwrite:
         needed = [path for path in named_paths(config) if run.holds(Path(path))]
@@ -430,7 +420,7 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
             yield Problem(
                 f"overwrite: moves aside {', '.join(needed)}, which this run reads: choose another "
                 "folder with --output_dir",
-                True,
+                only_here=True,
             )
     elif config.checkpoint.resume:
         remedy = "add --overwrite to start from step 0"
@@ -438,7 +428,7 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
             remedy = f"leave checkpoint.resume out, or {remedy}"
         yield Problem(
             f"checkpoint.resume: {run.checkpoints} holds no checkpoint to continue from; {remedy}",
-            True,
+            only_here=True,
         )
     elif holds_run(run):
         found, remedy = "without a checkpoint", ""
@@ -447,5 +437,5 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"output_dir: {run.path} holds another run, {found}: {remedy}start from step 0 with "
             "--overwrite, which moves its files aside, or choose another folder with --output_dir",
-            True,
+            only_here=True,
         )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rlsys.data.json_files import is_json_lines
 from rlsys.data.preprocess import read_spec
 from rlsys.data.sources import Problems, Source, Split, open_sources
 from rlsys.data.streams.streamed import CHECKED_ROWS
+from rlsys.problems import Problem
 from rlsys.rewards import plugin_problems
 
 FIRST_ROWS = 20
@@ -24,11 +26,8 @@ _SHOWN = 3
 _COUNTABLE_BYTES = 200 * 2**20
 """Count the rows of JSONL files up to this size; larger ones would take a while to read."""
 
-Finding = tuple[str, bool]
-"""What is wrong, and whether only on this machine (a file is missing, say)."""
 
-
-def check_data(config: DataConfig) -> Iterator[Finding]:
+def check_data(config: DataConfig) -> Iterator[Problem]:
     """Problems of plugins, dataset entries, files and their first rows."""
     not_loaded = list(plugin_problems("data.external_plugins", config.external_plugins))
     yield from not_loaded
@@ -39,10 +38,10 @@ def check_data(config: DataConfig) -> Iterator[Finding]:
         sources = open_sources(config, split, described)
         for text in described.texts:
             hint = " (a plugin above could not be loaded)" if not_loaded else ""
-            yield f"{field}: {text}{hint}", bool(not_loaded)
+            yield Problem(f"{field}: {text}{hint}", only_here=bool(not_loaded))
         for source in sources:
-            for text, only_here in _check_source(source):
-                yield f"{field}: {text}", only_here
+            for problem in _check_source(source):
+                yield replace(problem, text=f"{field}: {problem.text}")
 
 
 def count_rows(config: DataConfig) -> int | None:
@@ -130,29 +129,28 @@ def _add_columns(source: Source, columns: dict[str, None], wanted: set[str]) -> 
     return found
 
 
-def _check_source(source: Source) -> Iterator[Finding]:
+def _check_source(source: Source) -> Iterator[Problem]:
     problem = source.file_problem()
     path = source.spec.path
     if problem is not None:
-        yield problem, not path.exists()
+        yield Problem(problem, only_here=not path.exists())
     elif source.is_text_file:
         yield from _check_first_rows(source)
     elif source.spec.is_local and path.suffix == ".parquet" and path.is_file():
         yield from _check_parquet(source)
 
 
-def _check_first_rows(source: Source) -> Iterator[Finding]:
+def _check_first_rows(source: Source) -> Iterator[Problem]:
     _, bad = source.first_rows(FIRST_ROWS)
     for text in bad[:_SHOWN]:
-        yield text, False
+        yield Problem(text)
     if len(bad) > _SHOWN:
-        yield (
-            f"{source.spec.name}: {len(bad) - _SHOWN} more of the first rows cannot be used",
-            False,
+        yield Problem(
+            f"{source.spec.name}: {len(bad) - _SHOWN} more of the first rows cannot be used"
         )
 
 
-def _check_parquet(source: Source) -> Iterator[Finding]:
+def _check_parquet(source: Source) -> Iterator[Problem]:
     """Only the names of the columns: rows would need `datasets`, which takes a second to import."""
     import pyarrow
     import pyarrow.parquet
@@ -160,9 +158,9 @@ def _check_parquet(source: Source) -> Iterator[Finding]:
     try:
         names = pyarrow.parquet.read_schema(source.spec.path).names
     except (pyarrow.ArrowException, OSError) as error:
-        yield f"{source.spec.path} is not a Parquet file: {error}", False
+        yield Problem(f"{source.spec.path} is not a Parquet file: {error}")
         return
     source.columns.update(dict.fromkeys(names))
     problem = source.problem_of_all_rows()
     if problem is not None:
-        yield problem, False
+        yield Problem(problem)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from rlsys.counted import counted
+from rlsys.text import counted
 
 
 @dataclass(frozen=True, slots=True)

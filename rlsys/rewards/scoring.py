@@ -8,7 +8,6 @@ import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat
 
-from rlsys.counted import counted
 from rlsys.rewards.base import ORM, RewardFunction, TrainerState, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
 from rlsys.rewards.logged import CallLog
@@ -19,6 +18,7 @@ from rlsys.rewards.styles import (
     expects_messages,
     foreign_remedy,
 )
+from rlsys.text import counted
 from rlsys.types import OPEN_THINK, RolloutGroup
 
 OWN_COLUMNS = (

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.counted import counted
 from rlsys.model.memory import bytes_per_weight
 from rlsys.model.shape import ModelShape
 from rlsys.run.folder import RunDir, bytes_in, size_text
+from rlsys.text import counted
 from rlsys.types import Device
 
 

@@ -12,8 +12,9 @@ from config_cases import write_config
 from rlsys.cli import main
 from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.hints import counterparts, hint, projects
-from rlsys.config.load import ConfigError, load_config
+from rlsys.config.load import load_config
 from rlsys.config.pasted_command import split_command
+from rlsys.problems import ProblemsError
 
 ROOT = Path(__file__).parents[3]
 
@@ -104,7 +105,7 @@ def test_a_command_behind_rlsys_grpo_is_answered_with_one_list(command, project,
 
 
 def test_a_command_behind_a_config_is_answered_too(tmp_path):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ProblemsError) as caught:
         load_config(write_config(tmp_path), MS_SWIFT.split())
     assert len(caught.value.problems) == len(names_of(MS_SWIFT))
     lines = str(caught.value).splitlines()
@@ -173,7 +174,7 @@ def test_a_pasted_command_is_translated_into_a_config(front, capsys, tmp_path):
 def test_a_command_pasted_behind_a_config_is_translated_into_options(tmp_path):
     path = write_config(tmp_path)
     words = ["swift", "rlhf", "--model", "a b", "--beta", "0.04", "--rollout.top_p", "0.9"]
-    with pytest.raises(ConfigError, match="swift rlhf: leave it out") as caught:
+    with pytest.raises(ProblemsError, match="swift rlhf: leave it out") as caught:
         load_config(path, words)
     line = str(caught.value).splitlines()[-1]
     command = shlex.split(line)
@@ -184,7 +185,7 @@ def test_a_command_pasted_behind_a_config_is_translated_into_options(tmp_path):
 
 def test_a_config_file_of_trl_is_answered(tmp_path):
     path = write_config(tmp_path, learning_rate=1e-6, bf16=True, gradient_checkpointing=True)
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ProblemsError) as caught:
         load_config(path, ["--use_vllm", "--vllm_mode", "colocate"])
     assert "These are names of TRL" in str(caught.value)
     assert "grpo.loss_type grpo (dapo there)" in str(caught.value)
@@ -201,7 +202,7 @@ def test_a_config_file_of_verl_is_answered_name_by_name(tmp_path):
         "  actor: {optim: {lr: 1e-6}, ppo_mini_batch_size: 16}\n"
         "  rollout: {n: 5, nothing_known: 1}\n"
     )
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ProblemsError) as caught:
         load_config(path)
     text = str(caught.value)
     for name, field in {
@@ -218,7 +219,7 @@ def test_a_config_file_of_verl_is_answered_name_by_name(tmp_path):
 
 
 def test_a_slip_does_not_look_like_another_project(tmp_path):
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ProblemsError) as caught:
         load_config(write_config(tmp_path), ["--learning_rate", "1"])
     assert "These are names of" not in str(caught.value)
 

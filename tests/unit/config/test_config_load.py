@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from rlsys.config import Config
 from rlsys.config.load import (
-    ConfigError,
     config_fields,
     config_sections,
     first_sentence,
@@ -22,6 +21,7 @@ from rlsys.config.load import (
     save_config,
 )
 from rlsys.config.local_paths import JOB_COPY
+from rlsys.problems import ProblemsError
 
 
 @pytest.fixture
@@ -29,10 +29,10 @@ def problems(tmp_path):
     """The problems of a config with these sections and overrides."""
 
     def run(*overrides, **sections) -> list[str]:
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ProblemsError) as caught:
             load_config(write_config(tmp_path, **sections), overrides)
-        assert all(text in str(caught.value) for text in caught.value.problems)
-        return caught.value.problems
+        assert all(str(p) in str(caught.value) for p in caught.value.problems)
+        return [problem.text for problem in caught.value.problems]
 
     return run
 
@@ -192,9 +192,9 @@ def test_a_wrong_field_hides_the_algorithms_rules_too_where_they_read_it(problem
 def test_everything_required_is_named_when_the_file_is_all_but_empty(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("seed: 1\n")
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ProblemsError) as caught:
         load_config(path)
-    missing = {text.partition(":")[0] for text in caught.value.problems}
+    missing = {text.partition(":")[0] for text in map(str, caught.value.problems)}
     required = {name for name, info in config_fields().items() if info.is_required()}
     assert missing == required | {"max_steps", "reward.reward_funcs"}  # or other fields
 
@@ -245,20 +245,20 @@ def test_a_section_that_is_no_section(problems):
 def test_a_file_that_is_no_config(tmp_path, content, words):
     path = tmp_path / "run.yaml"
     path.write_text(content)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ProblemsError, match=words):
         load_config(path)
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.yaml.*\n.*no such file"):
+    with pytest.raises(ProblemsError, match=r"nowhere\.yaml.*\n.*no such file"):
         load_config(tmp_path / "nowhere.yaml")
 
 
 def test_a_folder_is_told_from_a_file_that_is_missing(tmp_path):
-    with pytest.raises(ConfigError, match=r"it is a folder; name a YAML file$"):
+    with pytest.raises(ProblemsError, match=r"it is a folder; name a YAML file$"):
         load_config(tmp_path)
     path = write_config(tmp_path)
-    with pytest.raises(ConfigError, match=f"it is a folder; name a YAML file, such as {path}"):
+    with pytest.raises(ProblemsError, match=f"it is a folder; name a YAML file, such as {path}"):
         load_config(tmp_path)
 
 
@@ -273,23 +273,23 @@ def test_a_folder_is_told_from_a_file_that_is_missing(tmp_path):
 def test_a_file_that_is_not_utf8_is_told_with_line_and_byte(tmp_path, encoding, words):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"# first line\noutput_dir: gr\xf6\xdfe\n".decode("latin-1").encode(encoding))
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(ProblemsError) as caught:
         load_config(path)
-    (text,) = caught.value.problems
+    (text,) = map(str, caught.value.problems)
     assert words in text
 
 
 def test_a_character_that_yaml_forbids_is_no_traceback(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: a\x00b\n")
-    with pytest.raises(ConfigError, match="it is not valid YAML: "):
+    with pytest.raises(ProblemsError, match="it is not valid YAML: "):
         load_config(path)
 
 
 def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("policy:\n  lr: 1e-5\n  lr: 1e-6\n" + yaml.safe_dump(values()))
-    with pytest.raises(ConfigError, match="lr: is given twice, in lines 2 and 3"):
+    with pytest.raises(ProblemsError, match="lr: is given twice, in lines 2 and 3"):
         load_config(path)
 
 
@@ -332,7 +332,7 @@ def test_a_field_of_several_types_is_wrong_once(problems, name, value):
 )
 def test_no_command_line_fails_in_another_way(tmp_path_factory, words):
     path = write_config(tmp_path_factory.mktemp("config"))
-    with suppress(ConfigError):
+    with suppress(ProblemsError):
         assert load_config(path, words).config.data.dataset
 
 
@@ -349,7 +349,7 @@ def test_no_value_in_the_file_fails_in_another_way(tmp_path_factory, name, value
     changed = {section: {field: value}} if section else {field: value}
     path = tmp_path_factory.mktemp("config") / "run.yaml"
     path.write_text(yaml.safe_dump({**values(), **changed}))
-    with suppress(ConfigError):
+    with suppress(ProblemsError):
         assert load_config(path).config.max_steps > 0
 
 
@@ -477,11 +477,13 @@ def test_settings_of_rewards_come_from_the_file_and_the_command_line(tmp_path):
     assert load_config(path).config.reward.reward_params == {"countdown": {"a": 1}}
     resolved = load_config(path, ["--reward.reward_params", "{countdown: {b: [2, x]}}"])
     assert resolved.config.reward.reward_params == {"countdown": {"b": [2, "x"]}}
-    with pytest.raises(ConfigError, match=r"reward\.reward_params\[countdown\] = 3"):
+    with pytest.raises(ProblemsError, match=r"reward\.reward_params\[countdown\] = 3"):
         load_config(path, ["--reward.reward_params", "{countdown: 3}"])
-    with pytest.raises(ConfigError, match=r"reward\.reward_params = '{'"):
+    with pytest.raises(ProblemsError, match=r"reward\.reward_params = '{'"):
         load_config(path, ["--reward.reward_params", "{"])
-    with pytest.raises(ConfigError, match=r"settings for format, which reward\.reward_funcs does"):
+    with pytest.raises(
+        ProblemsError, match=r"settings for format, which reward\.reward_funcs does"
+    ):
         load_config(path, ["--reward.reward_params", "{format: {}}"])
 
 

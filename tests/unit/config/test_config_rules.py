@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rlsys.config import Config
-from rlsys.config.problems import near_divisors
-from rlsys.config.rules import BrokenRules
+from rlsys.problems import ProblemsError
+from rlsys.text import near_divisors
 
 
 def problems(**sections) -> list[str]:
@@ -19,7 +19,7 @@ def problems(**sections) -> list[str]:
     except ValidationError as error:
         (detail,) = error.errors()
         rules = detail["ctx"]["error"]
-        assert isinstance(rules, BrokenRules)
+        assert isinstance(rules, ProblemsError)
         return [problem.text for problem in rules.problems]
     return []
 

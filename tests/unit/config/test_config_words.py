@@ -4,7 +4,8 @@ import pytest
 from config_cases import write_config
 
 from rlsys.config.fields import config_fields
-from rlsys.config.load import ConfigError, load_config, save_config
+from rlsys.config.load import load_config, save_config
+from rlsys.problems import ProblemsError
 
 COUNTDOWN = {"reward_funcs": ["countdown"], "reward_params": {"countdown": {"a": 1}}}
 
@@ -20,9 +21,9 @@ def load(tmp_path):
 @pytest.fixture
 def problems(tmp_path):
     def run(*words, **sections) -> list[str]:
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ProblemsError) as caught:
             load_config(write_config(tmp_path, **sections), words)
-        return caught.value.problems
+        return [problem.text for problem in caught.value.problems]
 
     return run
 

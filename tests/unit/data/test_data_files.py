@@ -146,7 +146,7 @@ PRETTY = json.dumps({"prompt": "a", "n": 1}, indent=2)
 )
 def test_a_file_that_is_no_rows_is_one_error(tokenizer, tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match="there is 1 problem") as caught:
+    with pytest.raises(ValueError, match="the data has 1 problem") as caught:
         load(tokenizer, str(tmp_path / name))
     _, problem = str(caught.value).splitlines()
     assert words in problem
@@ -157,7 +157,7 @@ def test_a_file_that_is_no_rows_is_one_error(tokenizer, tmp_path, name, text, wo
 def test_a_broken_line_does_not_make_a_file_of_lines_something_else(tokenizer, tmp_path):
     rows = ['{"prompt": "a"', '{"prompt": "b"}', '{"prompt": ']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    with pytest.raises(ValueError, match="there are 2 problems") as caught:
+    with pytest.raises(ValueError, match="the data has 2 problems") as caught:
         load(tokenizer, str(tmp_path / "a.jsonl"))
     for number, line in zip((1, 3), str(caught.value).splitlines()[1:], strict=True):
         assert f"line {number}: not JSON" in line
@@ -194,7 +194,7 @@ def test_other_compressed_files_are_refused(tokenizer, tmp_path):
 )
 def test_a_file_of_something_else_is_one_error(tokenizer, tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match="there is 1 problem") as caught:
+    with pytest.raises(ValueError, match="the data has 1 problem") as caught:
         load(tokenizer, str(tmp_path / name))
     assert f"{tmp_path / name}' is a" in str(caught.value)
     assert words in str(caught.value)

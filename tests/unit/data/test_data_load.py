@@ -242,7 +242,7 @@ def test_bad_rows_are_listed_together_with_their_lines(tokenizer, tmp_path):
     with Path(source).open("ab") as file:
         file.write(b'\n{"prompt": "\xff"}\n{"prompt": NaN}\n')
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": [*user("a"), *assistant("b")]}])
-    with pytest.raises(ValueError, match="there are 12 problems") as caught:
+    with pytest.raises(ValueError, match="the data has 12 problems") as caught:
         load(tokenizer, source, other, "no_such.jsonl")
     _, *found = str(caught.value).splitlines()
     expected = [
@@ -272,7 +272,7 @@ def test_prompts_of_a_wrong_type(tokenizer, tmp_path, bad):
 
 def test_a_long_list_of_bad_rows_is_cut(tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": ""}] * 100)
-    with pytest.raises(ValueError, match=r"there are 100 problems(.|\n)*and 90 more") as caught:
+    with pytest.raises(ValueError, match=r"the data has 100 problems(.|\n)*and 90 more") as caught:
         load(tokenizer, source)
     assert len(str(caught.value).splitlines()) == 12
 

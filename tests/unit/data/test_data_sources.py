@@ -263,7 +263,7 @@ def test_a_row_that_is_too_large_is_one_problem_and_no_memory(tokenizer, tmp_pat
     path = tmp_path / "a.jsonl"
     large = json.dumps({"prompt": "a", "x": "y" * 10 * 2**20})
     path.write_text('{"prompt": "a"}\n' + large + '\n{"prompt": 3}\n' + large)
-    with pytest.raises(ValueError, match="there are 3 problems") as caught:
+    with pytest.raises(ValueError, match="the data has 3 problems") as caught:
         load(tokenizer, str(path))
     _, first, second, third = str(caught.value).splitlines()
     assert "line 2: is larger than 8 MiB" in first

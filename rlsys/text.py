@@ -1,27 +1,16 @@
-"""A broken rule between config fields, and words for numbers that would keep it."""
+"""Numbers in messages."""
 
 from __future__ import annotations
 
 from math import isqrt
-from typing import Any, NamedTuple
-
-
-class RuleProblem(NamedTuple):
-    """One broken rule."""
-
-    fields: tuple[str, ...]
-    """The fields it is about, as `section.field`."""
-    text: str
-    """What is wrong, with the numbers, and what to do."""
-
-
-def count(things: list[Any], what: str) -> str:
-    """Such as "2 values"."""
-    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"
-
 
 _MOST_TRIED = 1_000_000
-"""A number with a typing error may have fifteen digits: advice can do without some divisors."""
+"""Bounds the search for divisors: a number with a typing error may have fifteen digits."""
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 prompt" or "1,200 prompts"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def near_multiples(number: int, unit: int) -> str:

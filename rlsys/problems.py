@@ -1,0 +1,45 @@
+"""What is wrong with a config, a machine or data: one type, and one error that lists all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import indent
+
+from rlsys.text import counted
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that a run cannot start with."""
+
+    text: str
+    """What was found, what is allowed, and what to do."""
+    fields: tuple[str, ...] = ()
+    """The config fields that it is about, as `section.field`."""
+    only_here: bool = False
+    """True if this machine lacks something, a file say; false if the config is wrong everywhere."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class ProblemsError(ValueError):
+    """All problems of one thing, each with a bullet.
+
+    Args:
+        head: the thing, such as the path of a config.
+        problems: those to list.
+        num_more: problems that are counted only.
+        note: text below the list.
+    """
+
+    def __init__(
+        self, head: str, problems: Sequence[Problem], num_more: int = 0, note: str | None = None
+    ):
+        self.problems = list(problems)
+        lines = [f"{head} has {counted(len(problems) + num_more, 'problem')}:"]
+        lines += [indent(p.text, "    ").replace("    ", "  - ", 1) for p in problems]
+        lines += [f"  ... and {num_more:,} more"] if num_more else []
+        lines += [note] if note else []
+        super().__init__("\n".join(lines))
