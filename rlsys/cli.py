@@ -232,7 +232,7 @@ def _load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
 
 def _run_elsewhere(path: str, overrides: Sequence[str], folder: Path) -> str:
     """The user's own command, with an output_dir that is free."""
-    from rlsys.run.folder import unused_folder
+    from rlsys.files import unused_folder
 
     words, _ = _split_output_dir(overrides)
     command = ["rlsys", "grpo", path, *words, "--output_dir", str(unused_folder(folder))]

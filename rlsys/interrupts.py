@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-
-from rlsys.run.folder import ENDED, RunDir
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; `ray job stop`, `kill` and job schedulers; a closed terminal."""
@@ -35,12 +33,12 @@ _hearing = _Hearing()
 
 
 @contextmanager
-def interruptible(run_dir: RunDir | None = None) -> Iterator[None]:
+def interruptible(on_first: Callable[[], None] | None = None) -> Iterator[None]:
     """Have the stop signals raise KeyboardInterrupt in the main thread; ImpatientInterrupt the
     second time.
 
-    The status is written at once: `ray job stop` kills after three seconds, in which a run that
-    saves, closes its trackers and ends its actors may not be done.
+    `on_first` is called at once, in the handler of the first signal. `ray job stop` kills after
+    three seconds, and the run may still be saving by then.
     """
     global _hearing
 
@@ -51,9 +49,9 @@ def interruptible(run_dir: RunDir | None = None) -> Iterator[None]:
                 return
             raise ImpatientInterrupt
         _hearing.first_at = now
-        if run_dir is not None:
+        if on_first is not None:
             with suppress(OSError):  # a full disk is no reason to go on
-                run_dir.write_status(ENDED)
+                on_first()
         if _hearing.first_finishes is None:
             raise KeyboardInterrupt
         _hearing.is_pending = True

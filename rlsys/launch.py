@@ -26,13 +26,13 @@ from rlsys.actors.policy import PolicyActors
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
-from rlsys.actors.roles import plan_roles
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.start_report import StartReport
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
 from rlsys.config.load import ResolvedConfig, save_config
 from rlsys.config.local_paths import is_in_job_copy, with_absolute_paths
+from rlsys.config.roles import plan_roles
 from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.reward_columns import column_problems_of_run, unread_columns
 from rlsys.data.streams.make import make_prompt_stream
@@ -48,6 +48,7 @@ from rlsys.preflight.devices import gpu_memory_gib, guess_device
 from rlsys.preflight.golds import reachable_rewards
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.model_folder import check_model_folder, check_prompt_tokens, model_notes
+from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.rewards import load_plugins
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
 from rlsys.rollout.rollouts import Rollouts
@@ -60,7 +61,6 @@ from rlsys.run.checkpoints import (
 from rlsys.run.folder import RunDir
 from rlsys.run.last_step import save_last_step
 from rlsys.run.resume import move_aside, resume_notes
-from rlsys.run.saving import describe_saving, disk_use, disk_warning
 from rlsys.tracking import Tracker, build_tracker
 from rlsys.tracking.sampling_watch import SamplingWatch
 from rlsys.types import Device
@@ -86,7 +86,7 @@ def run(resolved: ResolvedConfig) -> None:
     check_cluster_answers()
     with ExitStack() as stack:
         stack.enter_context(run_dir.held())
-        stack.enter_context(interruptible(run_dir))
+        stack.enter_context(interruptible(on_first=run_dir.mark_ended))
         data = load_data(config)  # before anything starts: rows are where most mistakes are
         for note in step_notes(config, len(data.train)):
             print(note, flush=True)

@@ -28,8 +28,8 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.actors.group import CPU_SHARE
-from rlsys.actors.roles import Role, RoleName, asked_for, fewer_gpus, plan_roles
 from rlsys.config import Config
+from rlsys.config.roles import Role, RoleName, describe_gpu_demand, fewer_gpus, plan_roles
 from rlsys.types import Device
 
 FIRST_LOOK_S, REPORT_EVERY_S = 5.0, 30.0
@@ -93,7 +93,7 @@ def _wait_until_placed(
     on_gpus = any(role.gpus for role in owners)
     kind = "GPUs" if on_gpus else "CPUs"
     cpus = sum(bundle["CPU"] for bundle in group.bundle_specs)
-    wanted = asked_for(owners) if on_gpus else f"the run needs {cpus:g} CPUs"
+    wanted = describe_gpu_demand(owners) if on_gpus else f"the run needs {cpus:g} CPUs"
     start, pause = time.monotonic(), FIRST_LOOK_S
     limit = "for as long as it takes" if timeout_s is None else f"up to {timeout_s:g} s"
     while True:
@@ -125,8 +125,8 @@ def _wait_until_placed(
 def _check_enough(roles: list[Role]) -> None:
     wanted, total = sum(role.gpus for role in roles), ray.cluster_resources().get("GPU", 0)
     if wanted > total:
-        remedy = fewer_gpus(roles, int(total))
-        raise ValueError(f"{asked_for(roles)}, and the Ray cluster has {total:g}: {remedy}")
+        demand, remedy = describe_gpu_demand(roles), fewer_gpus(roles, int(total))
+        raise ValueError(f"{demand}, and the Ray cluster has {total:g}: {remedy}")
     widest = max(role.gpus for role in roles)
     largest_host = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
     if widest > largest_host:

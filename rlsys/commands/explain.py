@@ -10,10 +10,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlsys.actors.roles import Role, plan_roles
 from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.load import ResolvedConfig
+from rlsys.config.roles import Role, plan_roles
 from rlsys.config.rules_algorithm import describe_algorithm
 from rlsys.data.preprocess import read_spec
 from rlsys.model.memory import (
@@ -30,8 +30,8 @@ from rlsys.preflight.checks import check_run, find_model_folder
 from rlsys.preflight.data import FIRST_ROWS, count_rows
 from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
 from rlsys.preflight.reward_start import reward_start_problem
+from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.problems import Problem
-from rlsys.run.saving import describe_saving, disk_use, disk_warning
 from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines, print_pairs, print_wrapped
 from rlsys.types import Device

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlsys.run.folder import replacing
+from rlsys.files import replacing
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlsys.config.local_paths import check_is_here
+from rlsys.files import flush_to_disk
 from rlsys.model.weight_files import INDEX, weight_files
-from rlsys.run.folder import flush_to_disk
 from rlsys.weight_sync.plan import shard_bounds
 
 MAX_SHARD_BYTES = 4 * 2**30

@@ -13,9 +13,9 @@ import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
-from rlsys.actors.roles import asked_for, fewer_gpus, plan_roles
 from rlsys.config import Config, PolicyConfig
 from rlsys.config.local_paths import left_out_of_job_copy, named_paths
+from rlsys.config.roles import describe_gpu_demand, fewer_gpus, plan_roles
 from rlsys.data.reward_columns import column_problems_of_run, column_use, column_uses
 from rlsys.data.spec import is_no_hub_id
 from rlsys.model.attention import missing_attention, unsupported_attention
@@ -261,10 +261,8 @@ def _gpus(config: Config) -> Iterator[Problem]:
         return
     roles, there_are = plan_roles(config, device="cuda"), visible_gpus()
     if sum(role.gpus for role in roles) > there_are:
-        remedy = fewer_gpus(roles, there_are)
-        yield Problem(
-            f"{asked_for(roles)}, and this machine shows {there_are}: {remedy}", only_here=True
-        )
+        demand, remedy = describe_gpu_demand(roles), fewer_gpus(roles, there_are)
+        yield Problem(f"{demand}, and this machine shows {there_are}: {remedy}", only_here=True)
 
 
 def _rollout_fits(config: Config, shape: ModelShape) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlsys.config import CheckpointConfig
-from rlsys.run.folder import flush_to_disk
+from rlsys.files import flush_to_disk
 
 ROLLOUTS_FILE = "rollouts.json"
 REFERENCE_FOLDER = "reference"

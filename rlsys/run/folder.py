@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+from rlsys.files import path_exists, replacing
+
 RUNNING = "running"
 ENDED = "ended"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
@@ -118,7 +120,7 @@ class RunDir:
         """
         place = self.path.absolute()
         try:
-            while not _is_there(place):
+            while not path_exists(place):
                 place = place.parent
         except OSError as error:
             return f"cannot be made ({error.strerror})"
@@ -211,6 +213,10 @@ class RunDir:
         with replacing(self.status) as scratch:
             scratch.write_text(word + "\n")
 
+    def mark_ended(self) -> None:
+        """Set the status to "ended"."""
+        self.write_status(ENDED)
+
     def has_ended(self) -> bool:
         """Whether the run closed its trackers; False when it was killed or never started."""
         return self._status_word() == ENDED
@@ -230,58 +236,3 @@ def _lock_exclusively(lock: IO[str]) -> None:
             if attempt == LOCK_ATTEMPTS - 1:
                 raise
             time.sleep(LOCK_PAUSE_S)
-
-
-def unused_folder(folder: Path) -> Path:
-    """A folder that is not there yet, named after `folder`: runs/a-2 for runs/a."""
-    number = 2
-    while _is_there(place := folder.with_name(f"{folder.name}-{number}")):
-        number += 1
-    return place
-
-
-def bytes_in(folder: Path) -> int:
-    """Size of all files in a folder; 0 where it is not there."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
-def size_text(num_bytes: int) -> str:
-    """As in "1.5 GiB" or "12.0 MiB"."""
-    gib = num_bytes / 2**30
-    return f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"
-
-
-def flush_to_disk(folder: Path) -> None:
-    """Return when a folder with all that is in it survives a crash of the machine."""
-    for path in (folder, *folder.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def replacing(target: Path) -> Iterator[Path]:
-    """Write a file as a whole or not at all.
-
-    Yields a scratch path in the same directory. When the body ends, it becomes `target` in one
-    rename; when the body raises, it is removed and `target` stays as it was.
-    """
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        yield scratch
-        with scratch.open("rb") as file:
-            os.fsync(file.fileno())
-        scratch.replace(target)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _is_there(place: Path) -> bool:
-    """As `os.path.lexists`, which says of a name that is too long that nothing is there."""
-    try:
-        os.lstat(place)
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return False
-    return True

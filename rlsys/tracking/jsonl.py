@@ -11,7 +11,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from rlsys.run.folder import replacing
+from rlsys.files import replacing
 from rlsys.tracking.base import Metrics, Tracker
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsys.run.folder import RunDir, replacing
+from rlsys.files import replacing
+from rlsys.run.folder import RunDir
 from rlsys.tracking.base import Metrics, Tracker, is_evaluation
 from rlsys.tracking.jsonl import read_jsonl
 

@@ -202,7 +202,7 @@ def test_every_way_to_stop_a_run_writes_its_status_first(tmp_path, number):
     """`ray job stop` sends SIGTERM, and kills three seconds later."""
     run = RunDir(tmp_path)
     before = signal.getsignal(number)
-    with run.held(), interruptible(run):
+    with run.held(), interruptible(on_first=run.mark_ended):
         run.write_status(RUNNING)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
@@ -213,7 +213,7 @@ def test_every_way_to_stop_a_run_writes_its_status_first(tmp_path, number):
 def test_a_signal_that_is_ignored_stays_so(tmp_path):
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
     try:
-        with interruptible(RunDir(tmp_path)):
+        with interruptible(on_first=RunDir(tmp_path).mark_ended):
             signal.raise_signal(signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)

@@ -12,10 +12,10 @@ from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model, write_
 from reward_models import save_reward_model
 from rich.console import Console
 
-from rlsys.actors.roles import plan_roles
 from rlsys.commands.explain import batch_arithmetic, explain
 from rlsys.config.fields import config_fields, show_value
 from rlsys.config.load import load_config
+from rlsys.config.roles import plan_roles
 from rlsys.model.memory import (
     GIB,
     card_warnings,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.run.folder import replacing
+from rlsys.files import replacing
 from rlsys.tracking.jsonl import (
     JsonlTracker,
     JsonlWriter,

@@ -9,8 +9,8 @@ from config_cases import write_config
 from rlsys.config.load import load_config
 from rlsys.model.memory import GIB
 from rlsys.model.shape import ModelShape
-from rlsys.run import saving
-from rlsys.run.saving import describe_saving, disk_use, disk_warning
+from rlsys.preflight import saving
+from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.files import bytes_in, size_text
 from rlsys.model.memory import bytes_per_weight
 from rlsys.model.shape import ModelShape
-from rlsys.run.folder import RunDir, bytes_in, size_text
+from rlsys.run.folder import RunDir
 from rlsys.text import counted
 from rlsys.types import Device
 

@@ -1,0 +1,105 @@
+"""Which processes a run consists of, and what each gets: pure arithmetic on the config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rlsys.config import Config
+from rlsys.text import counted
+from rlsys.types import Device
+
+RoleName = Literal["policy", "rollout", "reference", "reward_model", "reward"]
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One Ray actor: one process, and on GPUs vLLM's workers below it."""
+
+    name: RoleName
+    rank: int
+    """Number of the policy or reference rank, the engine, the reward model or the worker."""
+    gpus: int
+    """Whole GPUs of its own; 0 on CPU, and 0 for a role that shares another's GPU."""
+    cpu_threads: int
+    """Threads that it computes with on CPU; on GPUs they only feed the GPU."""
+    shares_gpu_of: tuple[RoleName, int] | None = None
+    """Name and rank of the actor on whose GPU it runs."""
+
+
+def plan_roles(config: Config, *, device: Device) -> list[Role]:
+    """Every actor of the run: policy, rollout, reference, reward models, reward workers."""
+    gpu = 1 if device == "cuda" else 0
+    policy, rollout, reference, reward = (
+        config.policy,
+        config.rollout,
+        config.reference,
+        config.reward,
+    )
+    roles = [Role("policy", rank, gpu, policy.cpu_threads) for rank in range(policy.world_size)]
+    for rank in range(rollout.num_engines):
+        threads = rollout.tensor_parallel_size
+        first = rank - rank % rollout.engines_per_gpu if gpu else rank
+        if rank == first:
+            roles.append(Role("rollout", rank, gpu * threads, threads))
+        else:
+            roles.append(Role("rollout", rank, 0, threads, shares_gpu_of=("rollout", first)))
+
+    def beside_policy(name: RoleName, rank: int, threads: int, *, shares: bool) -> Role:
+        """An actor with a GPU of its own, or one that shares the GPU of a policy rank."""
+        if gpu and shares:
+            return Role(name, rank, 0, threads, ("policy", rank % policy.world_size))
+        return Role(name, rank, gpu, threads)
+
+    if config.grpo.beta > 0:
+        roles += [
+            beside_policy(
+                "reference", rank, policy.cpu_threads, shares=reference.placement == "policy"
+            )
+            for rank in range(reference.world_size)
+        ]
+    roles += [
+        beside_policy("reward_model", i, 1, shares=reward.reward_model_placement == "policy")
+        for i in range(len(reward.models))
+    ]
+    return roles + [Role("reward", rank, 0, 1) for rank in range(reward.num_workers)]
+
+
+def describe_gpu_demand(roles: Sequence[Role]) -> str:
+    """How many GPUs the roles need in all, and how many each role needs."""
+    gpus = {
+        name: sum(role.gpus for role in roles if role.name == name)
+        for name in dict.fromkeys(role.name for role in roles)
+    }
+    parts = ", ".join(f"{name} {number}" for name, number in gpus.items() if number)
+    return f"the run needs {counted(sum(gpus.values()), 'GPU')} ({parts})"
+
+
+def fewer_gpus(roles: Sequence[Role], available: int) -> str:
+    """What to do about too few GPUs; names only the settings that would help these roles."""
+    on_cpu = "run on the CPU with --device cpu"
+    if not available:
+        return f"{on_cpu}, or where there are GPUs"
+    if available < MIN_GPUS:
+        return (
+            f"a run on GPUs needs at least {MIN_GPUS}, one for the policy and one for a rollout "
+            f"engine: {on_cpu}, or use a machine or a Ray cluster (RAY_ADDRESS) with more GPUs"
+        )
+    gpus = {name: sum(r.gpus for r in roles if r.name == name) for name in GPU_REMEDIES}
+    remedies = [remedy for name, (least, remedy) in GPU_REMEDIES.items() if gpus[name] > least]
+    return f"{', '.join(remedies)}, or add GPUs"
+
+
+MIN_GPUS = 2
+"""One for the policy, one for a rollout engine."""
+GPU_REMEDIES: dict[RoleName, tuple[int, str]] = {
+    "policy": (1, "lower policy.world_size"),
+    "rollout": (
+        1,
+        "lower rollout.num_engines or rollout.tensor_parallel_size, raise rollout.engines_per_gpu",
+    ),
+    "reference": (0, "set reference.placement to policy"),
+    "reward_model": (0, "set reward.reward_model_placement to policy"),
+}
+"""Role -> the fewest GPUs it can do with, and how to make it use fewer."""
