@@ -5,13 +5,13 @@ Enough to count parameters and to tell before a run whether its parallel sizes d
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlsys.model.families import FAMILIES
 from rlsys.model.families.base import ModelFamily
+from rlsys.model.folder import read_json
 from rlsys.model.keys import key_problems
 
 
@@ -80,18 +80,12 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """What `folder/config.json` says.
 
     Raises:
-        ValueError: no config.json, or not a JSON object.
+        ValueError: there is no config.json, or it is not a JSON object.
     """
     file = folder / "config.json"
     if not file.is_file():
         raise ValueError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is not a JSON object")
-    return values
+    return read_json(file)
 
 
 def read_model_shape(folder: Path) -> ModelShape:

@@ -1,29 +1,29 @@
-"""What ends a completion: tokens that the model's files name, and what the config adds."""
+"""What ends a completion: EOS tokens of the model's files, and what the config adds."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlsys.config import RolloutConfig
+from rlsys.model.folder import read_json
+from rlsys.model.tokenizer_files import eos_token_ids
 
 
 @dataclass(frozen=True, slots=True)
 class StopRules:
-    """Everything that ends a completion, which is trained on up to there."""
+    """Everything that ends a completion, besides the length limit."""
 
     eos_token_ids: list[int]
     """EOS tokens of the model folder."""
     more_token_ids: list[int]
-    """Tokens of rollout.stop_token_ids, and texts of rollout.stop that are special tokens."""
+    """Tokens of rollout.stop_token_ids, and texts of rollout.stop that are added tokens."""
     texts: list[str]
     """Texts of rollout.stop that may span several tokens."""
     keeps_stop: bool
-    """Whether what rollout.stop and rollout.stop_token_ids name stays in the text."""
+    """Whether the token or text of the config that ended a completion stays in its text."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -31,13 +31,13 @@ class StopRules:
         return sorted({*self.eos_token_ids, *self.more_token_ids})
 
     def tokens_of_text(self, token_ids: list[int]) -> list[int]:
-        """The tokens of a completion that ended by itself, without the one that ended it."""
+        """The tokens of a completion's text: without the last one, unless that is to stay."""
         last = token_ids[-1]
         ends = last in self.eos_token_ids or (last in self.more_token_ids and not self.keeps_stop)
         return token_ids[:-1] if ends else token_ids
 
     def cut(self, text: str) -> str:
-        """`text` up to the first of `texts`, or with it: a token may go on behind it."""
+        """`text` up to the first of `texts`, which the last token may go beyond."""
         found = [(start, stop) for stop in self.texts if (start := text.find(stop)) >= 0]
         if not found:
             return text
@@ -54,12 +54,11 @@ def read_stop_rules(
     adds the one that ends a document. Any of them ends a completion, and is its last token.
 
     Raises:
-        ValueError: nothing ends a completion but the length limit; a stop token that the model does
-            not have.
+        ValueError: only the length limit ends a completion, or the model lacks a stop token.
     """
-    eos = _eos_of(folder / "generation_config.json") | _eos_of(folder / "config.json")
+    eos: set[int] = {token_id for _, token_id in eos_token_ids(folder)}
     if tokenizer.eos_token_id is not None:
-        eos |= _as_set(tokenizer.eos_token_id)
+        eos.add(tokenizer.eos_token_id)
     added = tokenizer.get_added_vocab()
     more = {*rollout.stop_token_ids, *(added[text] for text in rollout.stop if text in added)}
     if not (eos or more or rollout.stop):
@@ -68,7 +67,7 @@ def read_stop_rules(
             "generation_config.json nor config.json has eos_token_id, and the tokenizer has no "
             "eos_token. Set rollout.stop_token_ids or rollout.stop."
         )
-    size = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("vocab_size")
+    size = read_json(folder / "config.json").get("vocab_size")
     outside = sorted(token_id for token_id in more if size is not None and token_id >= size)
     if outside:
         raise ValueError(
@@ -81,15 +80,3 @@ def read_stop_rules(
         texts=[text for text in rollout.stop if text not in added],
         keeps_stop=rollout.include_stop_str_in_output,
     )
-
-
-def _eos_of(file: Path) -> set[int]:
-    if not file.is_file():
-        return set()
-    return _as_set(json.loads(file.read_text(encoding="utf-8")).get("eos_token_id"))
-
-
-def _as_set(value: Any) -> set[int]:
-    if value is None:
-        return set()
-    return set(value) if isinstance(value, list) else {value}

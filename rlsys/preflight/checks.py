@@ -19,12 +19,12 @@ from rlsys.config.roles import describe_gpu_demand, fewer_gpus, plan_roles
 from rlsys.data.reward_columns import column_problems_of_run, column_use, column_uses
 from rlsys.data.spec import is_no_hub_id
 from rlsys.model.attention import missing_attention, unsupported_attention
+from rlsys.model.folder_check import folder_problems
 from rlsys.model.memory import kv_cache_bytes, longest_row
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.data import check_data, count_rows, known_columns
 from rlsys.preflight.devices import device_of_packages, guess_device, visible_gpus
 from rlsys.preflight.hub import hub_answers
-from rlsys.preflight.model_folder import model_folder_problems
 from rlsys.problems import Problem
 from rlsys.rewards import check_call, plugin_problems
 from rlsys.run.checkpoints import checkpoint_steps
@@ -189,7 +189,7 @@ def _one_model(
             yield Problem(f"{field}: {line}")
         return None
     if folder == Path(path):  # of a hub model only config.json is here yet
-        for text in model_folder_problems(folder, shape, has_prompts=field == "model.path"):
+        for text in folder_problems(folder, shape, has_prompts=field == "model.path"):
             yield Problem(f"{field}: {text}", only_here=True)
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     if longest > shape.max_position_embeddings:

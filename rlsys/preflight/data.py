@@ -5,24 +5,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlsys.config import DataConfig
 from rlsys.data.json_files import is_json_lines
 from rlsys.data.preprocess import read_spec
 from rlsys.data.sources import Problems, Source, Split, open_sources
 from rlsys.data.streams.streamed import CHECKED_ROWS
+from rlsys.model.shape import read_model_shape
+from rlsys.model.tokenizer_files import num_token_ids, resize_remedy
 from rlsys.problems import Problem
 from rlsys.rewards import plugin_problems
+from rlsys.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FIRST_ROWS = 20
 """Rows of each text file that are looked at."""
 MOST_ROWS = 50_000
 """Rows of a text file that are read to find a column which the first ones lack."""
 _SHOWN = 3
+_MAX_ROWS = 5
+"""Prompts with the same mistake that an error names."""
 _COUNTABLE_BYTES = 200 * 2**20
 """Count the rows of JSONL files up to this size; larger ones would take a while to read."""
 
@@ -164,3 +173,27 @@ def _check_parquet(source: Source) -> Iterator[Problem]:
     problem = source.problem_of_all_rows()
     if problem is not None:
         yield Problem(problem)
+
+
+def check_prompt_tokens(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, prompts: Iterable[Prompt]
+) -> None:
+    """Refuse prompts with a token that the model in `folder` has no embedding for.
+
+    Raises:
+        ValueError: names prompts, a token, both sizes and the remedy.
+    """
+    size, known = read_model_shape(folder).vocab_size, num_token_ids(folder)
+    if known is not None and known <= size:
+        return
+    wrong = [prompt for prompt in prompts if max(prompt.token_ids) >= size]
+    if not wrong:
+        return
+    rows = ", ".join(prompt.prompt_id for prompt in wrong[:_MAX_ROWS])
+    rows += f" and {len(wrong) - _MAX_ROWS} more" if len(wrong) > _MAX_ROWS else ""
+    token_id = max(wrong[0].token_ids)
+    raise ValueError(
+        f"the prompt of {rows} holds the token {tokenizer.convert_ids_to_tokens(token_id)!r} of id "
+        f"{token_id}, the tokenizer of {folder} has {len(tokenizer):,} tokens and its model "
+        f"embeddings for {size:,} (vocab_size in config.json). {resize_remedy(len(tokenizer))}"
+    )

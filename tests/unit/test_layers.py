@@ -57,7 +57,6 @@ BREAKS: set[str] = {
     "config -> algo",
     "config -> data",
     "config -> ray",
-    "engines -> preflight",
     "model -> weight_sync",
     "rewards -> data",
     "rollout -> ray",

@@ -7,22 +7,18 @@ import torch
 from config_cases import EXPERTS, hf_shapes, write_model, write_weights
 from safetensors.torch import save_file
 
+from rlsys.model.folder_check import check_model_folder, folder_problems, model_notes
 from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids, token_ids
 from rlsys.model.weight_files import weight_files
-from rlsys.preflight.model_folder import (
-    check_model_folder,
-    check_prompt_tokens,
-    model_folder_problems,
-    model_notes,
-)
+from rlsys.preflight.data import check_prompt_tokens
 from rlsys.types import Prompt
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def problems(folder):
-    return model_folder_problems(folder, read_model_shape(folder), has_prompts=True)
+    return folder_problems(folder, read_model_shape(folder), has_prompts=True)
 
 
 def only(found):

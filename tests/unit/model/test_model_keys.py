@@ -5,9 +5,9 @@ import json
 import pytest
 from config_cases import EXPERTS, MODEL_SIZES
 
+from rlsys.model.folder_check import model_notes
 from rlsys.model.keys import ignored_prose
 from rlsys.model.shape import read_model_shape
-from rlsys.preflight.model_folder import model_notes
 
 COMMON = {
     "attention_dropout": 0.0,

@@ -193,6 +193,9 @@ def test_a_model_folder_that_is_not_whole(problems, tmp_path, file, words):
     assert words in only(problems(model={"path": str(tmp_path / "other")}))
 
 
+HEADER = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
 def safetensors(header, num_bytes):
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(num_bytes)
@@ -202,7 +205,10 @@ def safetensors(header, num_bytes):
     ("content", "words"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 7\n", "git lfs pull"),
-        (safetensors({"a": {"data_offsets": [0, 8]}}, 7), "is cut off"),
+        (
+            safetensors({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 7),
+            "is cut off",
+        ),
         (safetensors({"a": {"data_offsets": [0, 8]}}, 0)[:-20], "is cut off"),
         (b"PK\x03\x04 something else", "is not a safetensors file"),
     ],

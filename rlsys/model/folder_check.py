@@ -1,0 +1,233 @@
+"""Whether the files of a model folder are complete and fit each other, read without torch.
+
+Preflight asks this of folders on the driver's machine; the engines ask it again, since a model of
+the hub, or a folder of another host, is only seen there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT, weight_table
+from rlsys.model.folder import read_json
+from rlsys.model.keys import ignored_prose
+from rlsys.model.shape import ModelShape, read_model_config, read_model_shape
+from rlsys.model.tokenizer_files import (
+    TOKENIZER_FILES,
+    chat_template,
+    eos_token,
+    eos_token_ids,
+    resize_remedy,
+    token_ids,
+)
+from rlsys.model.weight_files import (
+    INDEX,
+    StoredTensor,
+    indexed_names,
+    read_header,
+    weight_files,
+)
+
+_COMPARED_BYTES = 2**24
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_IGNORED_SUFFIX = ".rotary_emb.inv_freq"
+"""Old checkpoints hold the rotary frequencies, which follow from config.json."""
+_MAX_NAMED = 3
+
+
+def check_model_folder(folder: Path, *, has_prompts: bool) -> None:
+    """Refuse a model folder with problems.
+
+    Raises:
+        ValueError: all of them, see `folder_problems`.
+    """
+    problems = folder_problems(folder, read_model_shape(folder), has_prompts=has_prompts)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def folder_problems(folder: Path, shape: ModelShape, *, has_prompts: bool) -> list[str]:
+    """What is missing, broken, or does not fit config.json, and what to do.
+
+    Args:
+        shape: the one in config.json.
+        has_prompts: also check the tokenizer and the chat template, which write the prompts.
+    """
+    problems = list(_weight_problems(folder, shape))
+    return [*problems, *_tokenizer_problems(folder, shape)] if has_prompts else problems
+
+
+def model_notes(folder: Path) -> list[str]:
+    """What a run ignores in config.json, and token ids that no text shows."""
+    notes = []
+    prose = ignored_prose(read_model_config(folder))
+    if prose:
+        notes.append(f"{folder / 'config.json'}: {', '.join(prose)} ignored")
+    ids = set(token_ids(folder).values())
+    gaps = max(ids) + 1 - len(ids) if ids else 0
+    if gaps:
+        notes.append(
+            f"{gaps:,} ids below {max(ids):,} have no token in the tokenizer of {folder}: "
+            "completions may hold them, and their text does not show them"
+        )
+    return notes
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def _weight_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
+    try:
+        files, indexed = weight_files(folder), indexed_names(folder)
+    except ValueError as error:
+        yield str(error)
+        return
+    if not files:
+        yield f"{folder} holds no .safetensors file, so no weights"
+        return
+    stored: dict[str, StoredTensor] = {}
+    broken = []
+    for file in files:
+        try:
+            stored |= read_header(file)
+        except ValueError as error:
+            broken.append(str(error))
+    if indexed is not None:
+        missing = sorted(indexed - {file.name for file in files})
+        if missing:
+            names = ", ".join(missing)
+            broken.append(f"{folder} lacks {names}, which its index names: download it again")
+        if "model.safetensors" not in indexed and (folder / "model.safetensors").is_file():
+            broken.append(
+                f"{folder} holds model.safetensors and {INDEX}, which does not name it: two sets "
+                "of weights, of which transformers reads one and vLLM the other. Delete one of them"
+            )
+    yield from broken or _table_problems(folder, shape, stored)
+
+
+def _table_problems(
+    folder: Path, shape: ModelShape, stored: Mapping[str, StoredTensor]
+) -> Iterator[str]:
+    """How the stored tensors differ from those of the model in config.json."""
+    expected = {
+        name: hf_shape
+        for row in weight_table(shape)
+        for name, hf_shape in zip(row.hf_names, row.hf_shapes, strict=True)
+    }
+    found = {name: tensor for name, tensor in stored.items() if name in expected}
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        hint = "weights and config.json are of different models, or the download is not complete"
+        if missing == [HF_OUTPUT]:
+            hint = (
+                "set tie_word_embeddings to true in config.json if the output head is the embedding"
+            )
+        elif any(f"model.{name}" in expected for name in stored):
+            hint = "its names lack `model.`: save the model by its class ...ForCausalLM"
+        yield f"{folder} lacks {_some(missing)}: {hint}"
+    unknown = [
+        name
+        for name in stored
+        if name not in expected and name != HF_OUTPUT and not name.endswith(_IGNORED_SUFFIX)
+    ]
+    if unknown:
+        files = {stored[name].file for name in unknown}
+        foreign = files.isdisjoint(tensor.file for tensor in found.values())
+        yield (
+            f"{folder}: {_some(sorted(file.name for file in files))} holds {_some(unknown)}, which "
+            f"a {shape.model_type} of its config.json does not have: rlsys would leave them out, "
+            "and compute another model"
+            + (". Move the file elsewhere if it is not of this model" if foreign else "")
+        )
+    yield from _shape_problems(found, expected)
+    for dtype in sorted({tensor.dtype for tensor in found.values()} - {*_FLOATS}):
+        names = [name for name, tensor in found.items() if tensor.dtype == dtype]
+        yield (
+            f"{found[names[0]].file}: stored as {dtype}: {_some(names)}. rlsys trains weights in "
+            "bfloat16 or float32: use the model that was quantized"
+        )
+    if shape.tied and HF_OUTPUT in stored and HF_EMBEDDING in stored:
+        embedding, output = stored[HF_EMBEDDING], stored[HF_OUTPUT]
+        if embedding.dtype != output.dtype or not _same_bytes(embedding, output):
+            yield (
+                f"{output.file}: {HF_OUTPUT} differs from {HF_EMBEDDING}, and config.json has "
+                "tie_word_embeddings = true, by which the output head is the embedding: set it to "
+                f"false if the model was trained with a head of its own, else remove {HF_OUTPUT}"
+            )
+
+
+def _shape_problems(
+    found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
+) -> Iterator[str]:
+    wrong = [name for name, tensor in found.items() if tensor.shape != expected[name]]
+    for name in wrong[:_MAX_NAMED]:
+        more = len(wrong) - _MAX_NAMED
+        yield (
+            f"{found[name].file}: {name} has shape {list(found[name].shape)}, by config.json it is "
+            f"{list(expected[name])}: weights and config.json are of different models"
+            + (", or only one has the resized vocabulary" if name == HF_EMBEDDING else "")
+            + (f"; {more} more are like it" if more > 0 and name == wrong[0] else "")
+        )
+
+
+def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
+    num_bytes = one.end - one.start
+    if num_bytes != other.end - other.start:
+        return False
+    with one.file.open("rb") as left, other.file.open("rb") as right:
+        left.seek(one.start)
+        right.seek(other.start)
+        for start in range(0, num_bytes, _COMPARED_BYTES):
+            size = min(_COMPARED_BYTES, num_bytes - start)
+            if left.read(size) != right.read(size):
+                return False
+    return True
+
+
+def _some(names: Sequence[str]) -> str:
+    """`a, b, c and 7 more`."""
+    more = len(names) - _MAX_NAMED
+    return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+# --- tokenizer -----------------------------------------------------------------------------------
+
+
+def _tokenizer_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
+    unreadable = list(_unreadable(folder))
+    if unreadable:
+        yield from unreadable
+        return
+    if not (folder / "tokenizer.json").is_file() and not any(folder.glob("*.model")):
+        yield f"{folder} holds no tokenizer.json, so no tokenizer"
+        return
+    template, eos, size = chat_template(folder), eos_token(folder), shape.vocab_size
+    if not template:
+        yield (
+            f"the tokenizer of {folder} has no chat template, which turns messages into a prompt: "
+            "use an instruct model, or add a chat_template.jinja to the folder"
+        )
+    outside = {token: i for token, i in token_ids(folder).items() if i >= size}
+    for token, token_id in sorted(outside.items(), key=lambda entry: entry[1]):
+        if token in template or token == eos:
+            role = "chat template writes the token" if token in template else "eos_token is"
+            yield (
+                f"{folder}: its {role} {token!r} of id {token_id}, and "
+                f"the model has embeddings for {size:,} tokens (vocab_size in config.json), ids 0 "
+                f"to {size - 1:,}. {resize_remedy(max(outside.values()) + 1)}"
+            )
+    for file, token_id in eos_token_ids(folder):
+        if type(token_id) is not int or not 0 <= token_id < size:
+            yield (
+                f"{file}: eos_token_id {token_id!r} is not one of the model's "
+                f"{size:,} tokens (vocab_size in config.json): correct it"
+            )
+
+
+def _unreadable(folder: Path) -> Iterator[str]:
+    for name in TOKENIZER_FILES:
+        try:
+            read_json(folder / name)
+        except ValueError as error:
+            yield str(error)
