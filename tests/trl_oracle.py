@@ -8,7 +8,6 @@ import torch
 
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums
-from rlsys.algo.names import SEQUENCE_LOSSES, aggregation_of
 from rlsys.algo.segments import Segments
 from rlsys.algo.weighting import keep_high_entropy, loss_weights
 
@@ -39,7 +38,6 @@ def run_trl(trl, case, config, importance_sampling_ratio=None, loss_of=None):
     """TRL's loss, gradient and metrics; the namespace is what `_compute_loss` reads of self."""
     logprobs = case["logprobs"].clone().requires_grad_()
     entropy = case["entropy"].clone().requires_grad_()
-    level = "sequence" if config.loss_type in SEQUENCE_LOSSES else "token"
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, entropy, None),
         _metrics={"train": defaultdict(list)},
@@ -70,7 +68,7 @@ def run_trl(trl, case, config, importance_sampling_ratio=None, loss_of=None):
         # TRL's cispo reads epsilon_high as the bound itself.
         epsilon_high=config.epsilons[1] + (config.loss_type == "cispo"),
         epsilon_low=config.epsilon,
-        importance_sampling_level=config.importance_sampling_level or level,
+        importance_sampling_level=config.loss_settings.importance_sampling_level,
         loss_type="grpo" if config.loss_type == "gspo" else config.loss_type,
         max_completion_length=MAX_COMPLETION_LENGTH,
         model=SimpleNamespace(training=True),
@@ -110,7 +108,7 @@ def run_ours(case, config):
     mask = case["mask"]
     weights = loss_weights(
         mask,
-        aggregation=aggregation_of(config.loss_type, None),
+        aggregation=config.loss_settings.loss_aggregation,
         max_completion_length=MAX_COMPLETION_LENGTH,
     )
     advantages = keep_high_entropy(

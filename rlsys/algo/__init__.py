@@ -7,7 +7,6 @@
     losses       the losses by name and what they report: base, clipped, others, correction
     kl           estimates of the KL to the reference
     segments     sums and means over the sequences of a packed micro-batch
-    names        what a config may name, without torch
     metrics      what a rollout and an update log
 
 Legend: **P** prompts, **G** generations per prompt, **N = P*G** completions, **S** tokens of a

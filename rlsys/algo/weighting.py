@@ -14,8 +14,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlsys.algo.names import Aggregation
     from rlsys.config import GrpoConfig
+    from rlsys.config.algorithm import Aggregation
     from rlsys.types import RolloutGroup, TrainBatch
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rlsys.commands.explain_algorithm import describe_algorithm
 from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.load import ResolvedConfig
 from rlsys.config.roles import Role, plan_roles
-from rlsys.config.rules_algorithm import describe_algorithm
 from rlsys.data.preprocess import read_spec
 from rlsys.model.memory import (
     REWARD_GIB,

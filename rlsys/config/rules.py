@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rlsys.algo.names import CLIPPED_LOSSES
+from rlsys.config.algorithm import CLIPPED_LOSSES
 from rlsys.config.gates import parse_gate
 from rlsys.config.rules_algorithm import algorithm_problems
 from rlsys.config.rules_parallel import parallelism_problems

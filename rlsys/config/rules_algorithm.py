@@ -5,19 +5,16 @@ Torch-free: `rlsys explain` reads it in its first second.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rlsys.algo.names import (
+from rlsys.config.algorithm import (
     ADVANTAGE_ESTIMATORS,
     CLIPPED_LOSSES,
-    DEFAULT_AGGREGATION,
-    DEFAULT_DELTA,
     LOSSES_ELSEWHERE,
     LOSSES_OF_FIELD,
-    SEQUENCE_LOSSES,
+    PRESETS,
     WARM_START_LOSSES,
-    aggregation_of,
 )
 from rlsys.problems import Problem
 from rlsys.registry import did_you_mean
@@ -47,7 +44,7 @@ def _name_problems(grpo: GrpoConfig) -> Iterator[Problem]:
         return  # which may register any name; preflight looks
     loss, estimator = grpo.loss_type, grpo.advantage_estimator
     for field, name, meant, known in (
-        ("loss_type", loss, LOSSES_ELSEWHERE.get(loss.lower(), loss), list(DEFAULT_AGGREGATION)),
+        ("loss_type", loss, LOSSES_ELSEWHERE.get(loss.lower(), loss), list(PRESETS)),
         ("advantage_estimator", estimator, estimator, list(ADVANTAGE_ESTIMATORS)),
     ):
         if name not in known:
@@ -104,8 +101,8 @@ def _advantage_problems(grpo: GrpoConfig) -> Iterator[Problem]:
 
 
 def _ratio_problems(grpo: GrpoConfig) -> Iterator[Problem]:
-    loss, level = grpo.loss_type, grpo.importance_sampling_level
-    built_in = loss in DEFAULT_AGGREGATION
+    loss = grpo.loss_type
+    built_in = loss in PRESETS
     for field, readers in LOSSES_OF_FIELD.items():
         value = getattr(grpo, field)
         if built_in and loss not in readers and value != type(grpo).model_fields[field].default:
@@ -114,20 +111,13 @@ def _ratio_problems(grpo: GrpoConfig) -> Iterator[Problem]:
                 f"{loss}: leave it out",
                 (f"grpo.{field}", "grpo.loss_type"),
             )
-    if loss in SEQUENCE_LOSSES and level == "token":
-        yield Problem(
-            f"grpo.loss_type = {loss} is the loss of sequence ratios, so "
-            "grpo.importance_sampling_level = token contradicts it: use loss_type grpo",
-            ("grpo.importance_sampling_level", "grpo.loss_type"),
-        )
-    yield from _aggregation_problems(grpo)
-    delta = grpo.delta_in_effect
+    delta = grpo.loss_settings.delta
     _, high = grpo.clip_range
     if loss in CLIPPED_LOSSES and delta is not None and delta <= high:
         yield Problem(
             f"grpo.delta = {delta:g} is not above the upper clip bound of {high:g} "
             "(1 + grpo.epsilon_high), so it would undo the clip of good tokens: use a larger one, "
-            f"such as {max(DEFAULT_DELTA['dual_clip'], high + 1):g}, or a smaller epsilon_high",
+            f"such as {max(3, high + 1):g}, or a smaller epsilon_high",
             ("grpo.delta", "grpo.epsilon_high", "grpo.epsilon"),
         )
     if grpo.clip_cov_lb >= grpo.clip_cov_ub:
@@ -142,23 +132,6 @@ def _ratio_problems(grpo: GrpoConfig) -> Iterator[Problem]:
             f"grpo.rollout_is = {grpo.rollout_is} would count each of them many times: use "
             "rollout_is token",
             ("grpo.loss_type", "grpo.rollout_is"),
-        )
-
-
-def _aggregation_problems(grpo: GrpoConfig) -> Iterator[Problem]:
-    loss = grpo.loss_type
-    aggregation = aggregation_of(loss, grpo.loss_aggregation)
-    level = level_of(grpo)
-    expected = "seq_mean_token_sum" if loss == "luspo" else "seq_mean_token_mean"
-    of_sequences = loss == "gmpo" or (level != "token" and loss in CLIPPED_LOSSES)
-    if of_sequences and aggregation != expected:
-        paper = {"luspo": "2602.05261", "gmpo": "2507.20673"}.get(loss, "2507.18071")
-        yield Problem(
-            f"grpo.loss_type = {loss} with the ratio of a sequence averages by {aggregation}, "
-            "which counts a sequence by its length where its paper counts sequences "
-            f"(arXiv:{paper}): use loss_aggregation {expected}"
-            + ("" if loss in (*SEQUENCE_LOSSES, "gmpo") else " with loss_type gspo"),
-            ("grpo.loss_type", "grpo.importance_sampling_level", "grpo.loss_aggregation"),
         )
 
 
@@ -252,203 +225,3 @@ def _bound_problems(grpo: GrpoConfig) -> Iterator[Problem]:
             "rollout engine agree, their weight is 1: use 1 or more",
             fields,
         )
-
-
-def level_of(grpo: GrpoConfig) -> str:
-    """The importance_sampling_level in effect."""
-    default = "sequence" if grpo.loss_type in SEQUENCE_LOSSES else "token"
-    return grpo.importance_sampling_level or default
-
-
-RECIPES = {
-    ("grpo", "grpo"): "GRPO",
-    ("grpo", "bnpo"): "GRPO averaged over tokens (TRL's bnpo)",
-    ("grpo", "dapo"): "DAPO",
-    ("grpo", "dr_grpo"): "Dr. GRPO",
-    ("grpo", "dual_clip"): "GRPO with dual clip",
-    ("grpo", "gspo"): "GSPO",
-    ("grpo", "luspo"): "LUSPO",
-    ("grpo", "cispo"): "CISPO",
-    ("grpo", "sapo"): "SAPO",
-    ("grpo", "vespo"): "VESPO",
-    ("grpo", "gmpo"): "GMPO",
-    ("grpo", "dppo_tv"): "DPPO (binary TV)",
-    ("grpo", "dppo_kl"): "DPPO (binary KL)",
-    ("grpo", "clip_cov"): "GRPO with Clip-Cov",
-    ("grpo", "kl_cov"): "GRPO with KL-Cov",
-    ("maxrl", "reinforce"): "MaxRL",
-    ("maxrl", "dapo"): "MaxRL",
-    ("rloo", "reinforce"): "RLOO",
-    ("reinforce_plus_plus", "bnpo"): "REINFORCE++",
-    ("reinforce_plus_plus_baseline", "bnpo"): "REINFORCE++ with the group's mean as baseline",
-}
-"""(advantage_estimator, loss_type) of what has a name."""
-
-
-def describe_algorithm(config: Config) -> list[tuple[str, str]]:
-    """(part, what it is) of the algorithm that a config amounts to."""
-    grpo = config.algorithm
-    return [
-        ("algorithm", _name(grpo)),
-        ("advantages", _advantages_text(grpo)),
-        ("loss", _loss_text(config)),
-        ("KL to the reference", _kl_text(grpo)),
-        ("old_logprobs", _old_text(config)),
-        ("off-policy correction", _correction_text(grpo)),
-    ]
-
-
-def _name(grpo: GrpoConfig) -> str:
-    if grpo.multi_objective_aggregation == "normalize_then_sum":
-        return f"GDPO's advantages with loss_type {grpo.loss_type}"
-    name = RECIPES.get((grpo.advantage_estimator, grpo.loss_type))
-    if name is None:
-        return f"{grpo.advantage_estimator} advantages with the loss {grpo.loss_type}"
-    if grpo.loss_type == "dr_grpo" and grpo.scale_rewards != "none":
-        return "Dr. GRPO's loss with GRPO's advantages (the paper has scale_rewards none)"
-    return name
-
-
-def _advantages_text(grpo: GrpoConfig) -> str:
-    if grpo.multi_objective_aggregation == "normalize_then_sum":
-        text = "each reward less its group's mean / std, weighted sum, normalized over the batch"
-    else:
-        known = {
-            "grpo": "reward less the mean of its group",
-            "rloo": "reward less the mean of the others of its group",
-            "maxrl": "reward less the mean of its group, / that mean",
-            "reinforce_plus_plus": "reward, normalized over all tokens of the batch",
-            "reinforce_plus_plus_baseline": "reward less the mean of its group, normalized over "
-            "all tokens of the batch",
-        }
-        text = known.get(grpo.advantage_estimator, grpo.advantage_estimator)
-        scale = grpo.scale_rewards
-        if scale == "auto":
-            scale = "group" if grpo.advantage_estimator == "grpo" else "none"
-        if scale != "none":
-            text += f", / (std of the {scale} + {grpo.advantage_eps:g})"
-    if grpo.mask_truncated_completions:
-        text += "; completions cut at the length limit are not trained on"
-    return text
-
-
-def _cispo_text(grpo: GrpoConfig) -> str:
-    low, high = grpo.clip_range
-    least = "" if grpo.epsilon_low is None else f"at least {low:g}, "
-    return f": weight of each {level_of(grpo)} {least}at most {high:g}"
-
-
-def _divergence_text(grpo: GrpoConfig) -> str:
-    low, high = grpo.epsilons
-    what = "probability" if grpo.loss_type == "dppo_tv" else "binary KL"
-    return (
-        f": left out where its {what} went up by {high:g} or down by {low:g}; ratio at most "
-        f"{grpo.delta_in_effect:g}"
-    )
-
-
-def _gmpo_text(grpo: GrpoConfig) -> str:
-    low, high = grpo.epsilons
-    return f": geometric mean of ratios clipped to [exp(-{low:g}), exp({high:g})]"
-
-
-_OTHER_LOSS_TEXT: dict[str, Callable[[GrpoConfig], str]] = {
-    "cispo": _cispo_text,
-    "dppo_tv": _divergence_text,
-    "dppo_kl": _divergence_text,
-    "gmpo": _gmpo_text,
-    "sapo": lambda grpo: (
-        f": ratio of the {level_of(grpo)}, gate of temperature {grpo.sapo_temperature_pos:g} for "
-        f"good ones, {grpo.sapo_temperature_neg:g} for bad ones"
-    ),
-    "vespo": lambda grpo: (
-        f": weight w^k exp(lambda (1 - w)) of the sequence, k {grpo.vespo_k_pos:g} and lambda "
-        f"{grpo.vespo_lambda_pos:g} for good ones, {grpo.vespo_k_neg:g} and "
-        f"{grpo.vespo_lambda_neg:g} for bad ones"
-    ),
-    "kl_cov": lambda grpo: (
-        f": unclipped, {grpo.ppo_kl_coef:g} x abs(log ratio) for the {grpo.kl_cov_ratio:g} of "
-        "tokens with the highest covariance"
-    ),
-}
-
-
-def _loss_text(config: Config) -> str:
-    grpo = config.algorithm
-    low, high = grpo.clip_range
-    text = grpo.loss_type
-    if text in CLIPPED_LOSSES:
-        text += f": ratio of the {level_of(grpo)}, clipped to [{low:g}, {high:g}]"
-        delta = grpo.delta_in_effect
-        text += f" and at {delta:g} for bad ones" if delta else ""
-        if text.startswith("clip_cov"):
-            text += (
-                f"; without {grpo.clip_cov_ratio:g} of the tokens, of those of covariance "
-                f"{grpo.clip_cov_lb:g} to {grpo.clip_cov_ub:g}"
-            )
-    else:
-        text += _OTHER_LOSS_TEXT.get(text, lambda grpo: "")(grpo)
-    text += f"; {aggregation_of(grpo.loss_type, grpo.loss_aggregation)}"
-    if grpo.top_entropy_quantile < 1:
-        text += f"; only the {grpo.top_entropy_quantile:.0%} of tokens with the highest entropy"
-    if grpo.entropy_coef:
-        text += f"; entropy bonus {grpo.entropy_coef:g}"
-    return text
-
-
-def _kl_text(grpo: GrpoConfig) -> str:
-    if grpo.beta == 0:
-        return "none (beta 0)"
-    if grpo.kl_in_reward:
-        return f"{grpo.beta:g} x {grpo.kl_estimator or 'k1'}, subtracted from the reward"
-    corrected = ", times the ratio" if grpo.use_bias_correction_kl else ""
-    return f"{grpo.beta:g} x {grpo.kl_estimator or 'k3'}{corrected}, added to the loss"
-
-
-def _old_text(config: Config) -> str:
-    if config.grpo.old_logprobs == "rollout":
-        return "the rollout engine's"
-    if config.recompute_old_logprobs:
-        return "computed by the policy before the update, a forward pass"
-    return "not computed: with one optimizer step a rollout they are those of the update"
-
-
-_LEVEL_TEXT = {
-    "token": "token",
-    "sequence": "sequence",
-    "geometric": "sequence (geometric mean)",
-}
-
-
-def _correction_text(grpo: GrpoConfig) -> str:
-    parts = []
-    if grpo.corrects_rollouts:
-        level, _, bound = grpo.rollout_is.partition("_")
-        least = grpo.rollout_is_threshold_lower
-        bounds = f"at least {least:g}, " if least is not None else ""
-        bounds += f"at most {grpo.rollout_is_threshold:g}"
-        parts.append(
-            f"weight old policy / rollout engine of the {_LEVEL_TEXT[level]}, {bounds}"
-            + (", 0 beyond" if bound == "mask" else "")
-        )
-    if grpo.rollout_rs != "none":
-        lower, upper = grpo.rollout_rs_bounds
-        what = "token" if grpo.rollout_rs.startswith("token") else "completion"
-        if grpo.rollout_rs in _LEVEL_TEXT:
-            mean = " (geometric mean)" if grpo.rollout_rs == "geometric" else ""
-            out = f"weight{mean} is outside [{lower:g}, {upper:g}]"
-        else:
-            out = f"{grpo.rollout_rs} is above {upper:g}"
-        parts.append(f"a {what} whose {out} is left out")
-    for veto, side in (
-        (grpo.rollout_token_veto_threshold, "below"),
-        (grpo.rollout_token_veto_threshold_high, "above"),
-    ):
-        if veto is not None:
-            parts.append(f"a completion with a token of weight {side} {veto:g} is left out")
-    if grpo.off_policy_mask_threshold is not None:
-        parts.append(
-            f"bad completions that fell by {grpo.off_policy_mask_threshold:g} nats a token are "
-            "left out"
-        )
-    return "; ".join(parts) or "none"

@@ -23,10 +23,12 @@ from pydantic import (
     model_validator,
 )
 
-from rlsys.algo.names import (
+from rlsys.config.algorithm import (
     COVARIANCE_LOSSES,
-    DEFAULT_DELTA,
+    PRESETS,
     Aggregation,
+    Level,
+    LossSettings,
     RolloutCorrection,
     RolloutRejection,
 )
@@ -399,7 +401,7 @@ class GrpoConfig(Section):
     tokens. seq_mean_token_mean: token means of each completion, over M. seq_mean_token_sum: sum /
     M. seq_mean_token_sum_norm: sum / (M * max_completion_length). None is that of the loss's
     paper."""
-    importance_sampling_level: Literal["token", "sequence", "sequence_token"] | None = None
+    importance_sampling_level: Level | None = None
     """What the clipped losses, cispo and sapo take the ratio of: each token, the sequence (GSPO),
     or the sequence with each token's gradient (GSPO-token). None is sequence for gspo and luspo,
     else token."""
@@ -463,9 +465,14 @@ class GrpoConfig(Section):
         return 1 - low, 1 + high
 
     @property
-    def delta_in_effect(self) -> float | None:
-        """`delta`, or that of the loss's paper."""
-        return DEFAULT_DELTA.get(self.loss_type) if self.delta is None else self.delta
+    def loss_settings(self) -> LossSettings:
+        """The preset of `loss_type`, with the fields that are set in place of its own."""
+        preset = PRESETS.get(self.loss_type, PRESETS["grpo"])
+        return LossSettings(
+            self.loss_aggregation or preset.loss_aggregation,
+            self.importance_sampling_level or preset.importance_sampling_level,
+            self.delta or preset.delta,
+        )
 
 
 class PolicyConfig(Section):

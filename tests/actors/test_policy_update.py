@@ -19,7 +19,6 @@ from policy_cases import (
 from transformers import AutoModelForCausalLM
 
 from rlsys.algo.batching import micro_batches, shard_rows
-from rlsys.algo.names import aggregation_of
 from rlsys.types import TrainBatch
 
 pytestmark = pytest.mark.system
@@ -61,7 +60,7 @@ def oracle_gradient(folder, batch, grpo):
         entropies,
         range(len(batch.lengths)),
         grpo,
-        aggregation=aggregation_of(grpo.loss_type, grpo.loss_aggregation),
+        aggregation=grpo.loss_settings.loss_aggregation,
         max_completion_length=24,
     )
     loss.backward()

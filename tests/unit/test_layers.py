@@ -54,7 +54,6 @@ BREAKS: set[str] = {
     "cli -> rewards",
     "cli -> tracking",
     "cli -> weight_sync",
-    "config -> algo",
     "config -> data",
     "config -> ray",
     "model -> weight_sync",

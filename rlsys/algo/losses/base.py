@@ -27,8 +27,8 @@ from torch import Tensor
 
 from rlsys.algo.kl import KL_ESTIMATORS, k3, log_ratio
 from rlsys.algo.losses.correction import correction_weights
-from rlsys.algo.names import WARM_START_LOSSES
 from rlsys.algo.segments import Segments, masked_sum
+from rlsys.config.algorithm import WARM_START_LOSSES
 from rlsys.registry import Registry
 
 if TYPE_CHECKING:
@@ -95,13 +95,14 @@ losses: Registry[LossFunction] = Registry("loss", unlisted=WARM_START_LOSSES)
 register_loss = losses.register
 
 
-def importance_ratio(inputs: LossInput, level: str) -> Tensor:
-    """[T] policy now / policy before the update.
+def importance_ratio(inputs: LossInput, config: GrpoConfig) -> Tensor:
+    """[T] policy now / policy before the update, by `importance_sampling_level`.
 
     - "token": of the token;
     - "sequence": `s = exp(mean of the sequence's log ratios)`, GSPO (arXiv:2507.18071), equation 7;
     - "sequence_token": s in value, with the gradient of the token alone, equation 14.
     """
+    level = config.loss_settings.importance_sampling_level
     if level == "token":
         return inputs.ratio()
     log_ratio_T = log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.mask)

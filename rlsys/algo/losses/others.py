@@ -20,7 +20,6 @@ from rlsys.algo.losses.base import (
     weighted_sum,
 )
 from rlsys.algo.losses.correction import correction_weights
-from rlsys.algo.names import DEFAULT_DELTA
 from rlsys.algo.segments import masked_sum
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def cispo_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str,
     `epsilon_low` sets one.
     """
     low, high = config.clip_range
-    ratio_T = importance_ratio(inputs, config.importance_sampling_level or "token").detach()
+    ratio_T = importance_ratio(inputs, config).detach()
     weights_T = ratio_T.clamp(None if config.epsilon_low is None else low, high)
     clipped_T = (ratio_T > high) & (inputs.advantages > 0)
     statistics = {"cispo_clip_ratio": masked_sum(clipped_T, inputs.mask)}
@@ -58,7 +57,7 @@ def sapo_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, 
 
     SAPO (arXiv:2511.20347), section 3; tau depends on the sign of the advantage.
     """
-    ratio_T = importance_ratio(inputs, config.importance_sampling_level or "token")
+    ratio_T = importance_ratio(inputs, config)
     tau_T = torch.where(
         inputs.advantages > 0, config.sapo_temperature_pos, config.sapo_temperature_neg
     )
@@ -121,8 +120,8 @@ def _divergence_bounded(
     inputs: LossInput, config: GrpoConfig, moved_T: Tensor, divergence_T: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`L_t = -sg(min(r_t, delta)) A_t log pi_t`, 0 where the token went too far already."""
-    low, high = config.epsilons
-    delta = DEFAULT_DELTA["dppo_tv"] if config.delta is None else config.delta
+    (low, high), delta = config.epsilons, config.loss_settings.delta
+    assert delta is not None  # the presets have one
     ratio_T, good_T = inputs.ratio().detach(), inputs.advantages > 0
     high_clipped_T = good_T & (moved_T > 0) & (divergence_T > high)
     low_clipped_T = ~good_T & (moved_T < 0) & (divergence_T > low)

@@ -25,9 +25,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
-from rlsys.algo.names import COVARIANCE_LOSSES, aggregation_of
 from rlsys.algo.weighting import keep_high_entropy, loss_weights, tokens_of_high_covariance
 from rlsys.config import Config, GrpoConfig
+from rlsys.config.algorithm import COVARIANCE_LOSSES
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer, save_optimizer
 from rlsys.engines.megatron.model import MegatronModel
@@ -140,6 +140,9 @@ class MegatronPolicy(MegatronModel):
         Returns:
             metrics reduced over ranks, on one rank; None on the others.
         """
+        algorithm: GrpoConfig = self.config.algorithm
+        if loss is not None:
+            algorithm = algorithm.model_copy(update={"loss_type": loss})
         steps = optimizer_step_rows(
             len(batch.lengths),
             global_batch_size=self.config.global_batch_size,
@@ -148,7 +151,7 @@ class MegatronPolicy(MegatronModel):
             seed=hash((self.config.seed, self.policy_version)),
         )
         metrics = [
-            self._optimizer_step(batch, rows, loss or self.config.grpo.loss_type)
+            self._optimizer_step(batch, rows, algorithm)
             for rows in steps
             if batch.completion_mask[rows].any()
         ]
@@ -166,14 +169,15 @@ class MegatronPolicy(MegatronModel):
             return None
         return UpdateOutput(self.policy_version, combine_optimizer_steps(metrics))
 
-    def _optimizer_step(self, batch: TrainBatch, rows: list[int], loss: str) -> dict[str, float]:
+    def _optimizer_step(
+        self, batch: TrainBatch, rows: list[int], algorithm: GrpoConfig
+    ) -> dict[str, float]:
         """One step on completions `rows` of `batch`: forward, backward, clip, AdamW."""
-        algorithm: GrpoConfig = self.config.algorithm
         weights = loss_weights(
             batch.completion_mask,
             rows=rows,
             kept_N=batch.kept,
-            aggregation=aggregation_of(loss, algorithm.loss_aggregation),
+            aggregation=algorithm.loss_settings.loss_aggregation,
             max_completion_length=self.config.rollout.max_completion_length,
         )
         if batch.entropies is not None:
@@ -185,14 +189,14 @@ class MegatronPolicy(MegatronModel):
                 quantile=algorithm.top_entropy_quantile,
             )
             batch = replace(batch, advantages=advantages)
-        if loss in COVARIANCE_LOSSES:
+        if algorithm.loss_type in COVARIANCE_LOSSES:
             assert batch.old_logprobs is not None, "Config.recompute_old_logprobs is for this, too"
             high_covariance = tokens_of_high_covariance(
                 batch.advantages,
                 batch.old_logprobs,
                 batch.completion_mask,
                 algorithm,
-                loss=loss,
+                loss=algorithm.loss_type,
                 rows=rows,
                 seed=hash((self.config.seed, self.policy_version, *rows)),
             )
@@ -209,7 +213,7 @@ class MegatronPolicy(MegatronModel):
 
         def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch):
             inputs = LossInput.from_packed(micro_batch, logprobs, entropy)
-            value, statistics = losses[loss](inputs, algorithm)
+            value, statistics = losses[algorithm.loss_type](inputs, algorithm)
             return value * undo_averaging, statistics
 
         self.ddp.zero_grad_buffer()

@@ -14,8 +14,8 @@ from rlsys.algo.batching import (
     shard_rows,
     unpack_logprobs,
 )
-from rlsys.algo.names import Aggregation
 from rlsys.algo.weighting import keep_high_entropy, loss_weights
+from rlsys.config.algorithm import Aggregation
 
 AGGREGATIONS = get_args(Aggregation)
 lengths_lists = st.lists(st.integers(1, 60), min_size=1, max_size=40)

@@ -20,9 +20,9 @@ from rlsys.algo.metrics import (
     evaluation_metrics,
     rollout_metrics,
 )
-from rlsys.algo.names import RolloutCorrection, RolloutRejection
 from rlsys.algo.weighting import loss_weights
 from rlsys.config import Config, GrpoConfig
+from rlsys.config.algorithm import RolloutCorrection, RolloutRejection
 
 REPOSITORY = Path(__file__).parents[3]
 

@@ -16,9 +16,9 @@ from loss_oracle import TOKEN_LOSSES, oracle_loss
 from rlsys.algo.batching import micro_batches, pack, shard_rows, unpack_logprobs
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums
-from rlsys.algo.names import CLIPPED_LOSSES, DEFAULT_AGGREGATION, Aggregation, aggregation_of
 from rlsys.algo.weighting import loss_weights
 from rlsys.config import GrpoConfig
+from rlsys.config.algorithm import CLIPPED_LOSSES, PRESETS, Aggregation
 
 LENGTHS_PG = [[5, 2, 1, 7], [3, 8, 4, 0]]  # the last completion is empty: it counts, it adds 0
 MAX_COMPLETION_LENGTH = 9
@@ -143,7 +143,7 @@ def assert_equal(ours, expected):
 
 def test_every_loss_has_an_oracle_and_a_default():
     assert set(TOKEN_LOSSES) == set(POLICY_LOSSES)
-    assert set(DEFAULT_AGGREGATION) == set(losses)
+    assert set(PRESETS) == set(losses)
     assert set(CLIPPED_LOSSES) <= set(losses)
 
 
@@ -151,7 +151,7 @@ def test_every_loss_has_an_oracle_and_a_default():
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_every_loss_is_its_papers(case, name, options):
     config = GrpoConfig(**{"epsilon": 0.15, "loss_type": name, **options})
-    aggregation = aggregation_of(name, None)
+    aggregation = config.loss_settings.loss_aggregation
     ours = in_pieces(name, case, range(8), config, aggregation, micro_batch_size=3, max_tokens=None)
     assert_equal(ours, whole(name, case, range(8), config, aggregation))
 

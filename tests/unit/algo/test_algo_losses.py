@@ -201,6 +201,7 @@ def test_masked_positions_are_never_read(name, garbage):
     fields = ("ref_logprobs", "old_logprobs", "rollout_logprobs", "entropy")
     spoilt = replace(inputs, **{field: spoil(getattr(inputs, field)) for field in fields})
     config = GrpoConfig(
+        loss_type=name,
         beta=0.1,
         use_bias_correction_kl=True,
         entropy_coef=0.1,
@@ -277,7 +278,7 @@ def one_token(ratio, advantage, **fields):
     ],
 )
 def test_losses_of_one_token_worked(name, ratio, advantage, loss, grad):
-    ours, gradient, _ = run(losses[name], one_token(ratio, advantage), GrpoConfig())
+    ours, gradient, _ = run(losses[name], one_token(ratio, advantage), GrpoConfig(loss_type=name))
     assert ours == pytest.approx(loss)
     assert gradient.item() == pytest.approx(grad)
 
@@ -296,7 +297,7 @@ def test_the_ratio_of_a_sequence_worked():
         mask=torch.ones(3, dtype=torch.bool),
         segments=segments,
     )
-    config = GrpoConfig(epsilon=0.9)
+    config = GrpoConfig(loss_type="gspo", epsilon=0.9)
     loss, grad, metrics = run(losses["gspo"], inputs, config)
     first, second = math.exp(0.2), math.exp(-0.2)
     assert loss == pytest.approx(-(0.5 * first - 0.5 * 2 * second))
@@ -305,9 +306,10 @@ def test_the_ratio_of_a_sequence_worked():
     # Each token's own advantage meets the sequence's ratio: only there do the two levels differ.
     shaped = replace(inputs, advantages=torch.tensor([3.0, 1.0, -2.0], dtype=torch.float64))
     whole = run(losses["gspo"], shaped, config)[1]
-    tokens = run(
-        losses["gspo"], shaped, GrpoConfig(epsilon=0.9, importance_sampling_level="sequence_token")
-    )[1]
+    of_tokens = GrpoConfig(
+        loss_type="gspo", epsilon=0.9, importance_sampling_level="sequence_token"
+    )
+    tokens = run(losses["gspo"], shaped, of_tokens)[1]
     assert whole.tolist() == pytest.approx([-0.5 * first, -0.5 * first, second])
     assert tokens.tolist() == pytest.approx([-0.75 * first, -0.25 * first, second])
 
@@ -380,7 +382,7 @@ def test_two_completions_of_which_one_is_better_worked():
         advantages=torch.tensor([0.5, -0.5], dtype=torch.float64) / (math.sqrt(0.5) + 1e-4)
     )
     for name in sorted(set(losses) - {"sft"}):
-        _, grad, _ = run(losses[name], inputs, GrpoConfig())
+        _, grad, _ = run(losses[name], inputs, GrpoConfig(loss_type=name))
         size = 0.25 / (math.sqrt(0.5) + 1e-4)
         if name in (
             "gspo",

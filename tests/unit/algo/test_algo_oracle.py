@@ -23,7 +23,6 @@ from rlsys.algo.batching import (
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums
-from rlsys.algo.names import aggregation_of
 from rlsys.algo.weighting import loss_weights
 from rlsys.config import GrpoConfig
 
@@ -135,9 +134,10 @@ def packed_logprobs(model, packed, *, chunk_size=None):
 
 def pipeline(model, batch, rows, loss_type, *, num_shards=1, chunk_size=None, **micro_batching):
     """What the policy's ranks do, one after the other, gradients added up."""
+    config = CONFIG.model_copy(update={"loss_type": loss_type})
     weights = loss_weights(
         batch.completion_mask,
-        aggregation=aggregation_of(loss_type, None),
+        aggregation=config.loss_settings.loss_aggregation,
         max_completion_length=MAX_COMPLETION_LENGTH,
         rows=rows,
     )
@@ -148,7 +148,7 @@ def pipeline(model, batch, rows, loss_type, *, num_shards=1, chunk_size=None, **
             packed = pack(batch, piece, weights, multiple_of=4)
             logprobs, entropy = packed_logprobs(model, packed, chunk_size=chunk_size)
             inputs = LossInput.from_packed(packed, logprobs, entropy)
-            loss, statistics = losses[loss_type](inputs, CONFIG)
+            loss, statistics = losses[loss_type](inputs, config)
             loss.backward()
             sums.add(statistics)
             total += loss.item()
