@@ -24,9 +24,7 @@ from machine import describe_machine
 
 from rlsys.config import RewardConfig
 from rlsys.rewards import load_plugins
-from rlsys.rewards.pool.local import LocalBackend
-from rlsys.rewards.pool.pool import RewardPool
-from rlsys.rewards.pool.runner import process_settings
+from rlsys.rewards.pool.scorer import local_scorer
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 PLUGIN = """
@@ -95,7 +93,7 @@ def starter(backend, plugin):
             from rlsys.actors.reward import RewardWorkers
 
             return RewardWorkers(config)
-        return RewardPool(config, LocalBackend(process_settings(config, {})))
+        return local_scorer(config)
 
     return start
 

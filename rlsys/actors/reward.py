@@ -14,52 +14,35 @@ from ray.exceptions import RayError
 from rlsys.actors.group import Place, device_env, inherited_env
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins
-from rlsys.rewards.pool.pool import RewardPool
-from rlsys.rewards.pool.process import Died, RewardProcess
-from rlsys.rewards.pool.runner import Failed, ProcessSettings, Task, Values, process_settings
-from rlsys.rewards.pool.work import ProcessDied
+from rlsys.rewards.pool.process import RewardProcess
+from rlsys.rewards.pool.scorer import GroupScorer
+from rlsys.rewards.pool.serve import Failed, ProcessSettings, ScoreRequest, process_settings
+from rlsys.rewards.scoring import Scored
 
 WORKER_CPUS = 0.01
 """Ray's bookkeeping only: rewards share the cores with whatever is idle at the time."""
 
 
 class RewardWorker:
-    """Starts one reward process on its node and hands it tasks. User code runs in the process."""
+    """Starts a reward process, which runs the user code, on its node and sends it requests."""
 
-    def __init__(self) -> None:
-        self._process: RewardProcess | None = None
-        self._calls: dict[int, asyncio.Future[Any]] = {}
-
-    async def start(self, settings: ProcessSettings, concurrent: bool) -> Failed | Died | None:
+    async def start(self, settings: ProcessSettings, concurrent: bool) -> Failed | None:
         """Start it, and wait until it has its reward functions."""
-        loop = asyncio.get_running_loop()
-        self._calls[0] = loop.create_future()
+        self._process = RewardProcess(settings, concurrent=concurrent)
+        return await asyncio.wrap_future(self._process.started)
 
-        def take(number: int, result: Any) -> None:
-            loop.call_soon_threadsafe(lambda: self._calls.pop(number).set_result(result))
-
-        self._process = RewardProcess(settings, take, concurrent=concurrent)
-        return await self._calls[0]
-
-    async def score(self, task: Task) -> Values | Failed | Died:
+    async def score(self, request: ScoreRequest) -> Scored | Failed:
         """Call one function for the completions of one prompt."""
-        assert self._process is not None
-        # The result comes through the loop, so it finds the future.
-        call = self._calls[self._process.call(task)] = asyncio.get_running_loop().create_future()
-        return await call
+        return await asyncio.wrap_future(self._process.score(request))
 
 
 class RayBackend:
-    """Reward processes as Ray actors; see `rlsys.rewards.pool.work.Backend`."""
+    """A `Backend` whose reward processes are started by Ray actors."""
 
     def __init__(
-        self,
-        settings: ProcessSettings,
-        models: Sequence[str] = (),
-        place: Place | None = None,
+        self, settings: ProcessSettings, models: Sequence[str] = (), place: Place | None = None
     ):
-        """Args as of `RewardWorkers`; `models` are the names of reward models, which `place` is
-        for."""
+        """Args as of `RewardWorkers`; `models` are the names of the reward models."""
         self._settings = settings
         self._models = list(models)
         self._place = place
@@ -68,44 +51,43 @@ class RayBackend:
             "runtime_env": {"env_vars": inherited_env()},
         }
 
-    def spawn(self, names: Sequence[str], *, concurrent: bool) -> tuple[ActorHandle, ray.ObjectRef]:
+    def spawn(
+        self, functions: Sequence[str], *, concurrent: bool
+    ) -> tuple[ActorHandle, ray.ObjectRef]:
         """Start an actor."""
         options = self._options
-        if names[0] in self._models and self._place is not None:
-            options = options | self._place(self._models.index(names[0]))
-        elif names[0] in self._models:
+        if functions[0] in self._models and self._place is not None:
+            options = options | self._place(self._models.index(functions[0]))
+        elif functions[0] in self._models:
             options = options | {"runtime_env": {"env_vars": inherited_env() | device_env("cpu")}}
         actor_class: Any = RewardWorker
         actor = ray.remote(**options)(actor_class).remote()
-        return actor, actor.start.remote(replace(self._settings, names=names), concurrent)
+        return actor, actor.start.remote(replace(self._settings, functions=functions), concurrent)
 
-    def score(self, process: ActorHandle, task: Task) -> ray.ObjectRef:
-        """Send a task."""
-        return process.score.remote(task)
+    def score(self, process: ActorHandle, request: ScoreRequest) -> ray.ObjectRef:
+        """Send a request."""
+        return process.score.remote(request)
 
     def wait(self, references: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
-        """All that are done, at least one unless time is over."""
+        """All that are done, at least one unless `timeout_s` passes first."""
         one, _ = ray.wait(list(references), timeout=timeout_s)
         more, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
         return more or one
 
     def result(self, reference: ray.ObjectRef) -> Any:
-        """Of a reference that is done."""
+        """The result of a reference that is done; `Failed` if its actor ended."""
         try:
-            result = ray.get(reference)
+            return ray.get(reference)
         except RayError as error:
-            raise ProcessDied(str(error).strip().partition("\n")[0]) from None
-        if isinstance(result, Died):
-            raise ProcessDied(result.why)
-        return result
+            return Failed("crashed", str(error).strip().partition("\n")[0])
 
     def kill(self, process: ActorHandle) -> None:
         """End the actor; the guard of its reward process ends that and what it started."""
         ray.kill(process)
 
 
-class RewardWorkers(RewardPool):
-    """Scores groups in Ray actors; `RewardPool` says how."""
+class RewardWorkers(GroupScorer):
+    """Scores groups in Ray actors; `GroupScorer` says how."""
 
     def __init__(
         self,

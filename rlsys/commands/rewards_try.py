@@ -24,9 +24,7 @@ from rlsys.data.preprocess import preprocessors
 from rlsys.data.spec import is_no_hub_id
 from rlsys.registry import did_you_mean
 from rlsys.rewards import check_names_and_weights, load_plugins, settings_of
-from rlsys.rewards.pool.local import LocalBackend
-from rlsys.rewards.pool.pool import RewardPool
-from rlsys.rewards.pool.runner import process_settings
+from rlsys.rewards.pool.scorer import GroupScorer, local_scorer
 from rlsys.text import counted
 from rlsys.tracking.completions import last_user_message
 from rlsys.tracking.printable import printable
@@ -97,13 +95,13 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
         _print_prompt_hint(options.dataset, sources, console)
     if sources.tokenizer is None:
         _print_think_hint(groups, console)
-    pool = RewardPool(config, LocalBackend(process_settings(config, known)), in_run=False)
+    scorer = local_scorer(config, known, in_run=False)
     try:
-        scored = _score(pool, groups)
+        scored = _score(scorer, groups)
     finally:
-        pool.close()
+        scorer.close()
     _print_table(scored, names, console)
-    _print_summary(scored, names, pool.seconds, console)
+    _print_summary(scored, names, scorer.seconds, console)
     return not any(reward.failures for group in scored for reward in group.rewards)
 
 
@@ -233,13 +231,13 @@ def _print_think_hint(groups: list[RolloutGroup], console: Console) -> None:
         console.print(Text(line, style="yellow"))
 
 
-def _score(pool: RewardPool, groups: list[RolloutGroup]) -> list[RolloutGroup]:
+def _score(scorer: GroupScorer, groups: list[RolloutGroup]) -> list[RolloutGroup]:
     for group in groups:
-        pool.submit(group)
+        scorer.submit(group)
     scored: list[RolloutGroup] = []
-    while pool.num_pending:
-        pool.wait(0.2)
-        scored += pool.collect()
+    while scorer.num_pending:
+        scorer.wait(0.2)
+        scored += scorer.collect()
     return sorted(scored, key=lambda group: group.group_id)
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from rlsys.config import Config
 from rlsys.rewards.pool.failures import RewardCodeError
-from rlsys.rewards.pool.local import LocalBackend
-from rlsys.rewards.pool.pool import RewardPool
-from rlsys.rewards.pool.runner import process_settings
+from rlsys.rewards.pool.scorer import local_scorer
 
 
 def reward_start_problem(config: Config) -> str | None:
@@ -19,9 +17,9 @@ def reward_start_problem(config: Config) -> str | None:
     reward = config.reward.model_copy(update={"reward_model": [], "num_workers": 1})
     if not reward.names:
         return None
-    settings = process_settings(reward, config.known_to_rewards, config.data.external_plugins)
     try:
-        RewardPool(reward, LocalBackend(settings)).close()
+        plugins = config.data.external_plugins
+        local_scorer(reward, config.known_to_rewards, plugins=plugins).close()
     except RewardCodeError as error:
         return str(error)
     return None

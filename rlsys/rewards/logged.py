@@ -40,7 +40,7 @@ class CallLog:
             self._metrics.setdefault(str(name), []).append(number)
 
     def per_completion(self) -> list[Logged]:
-        """[G] what was logged.
+        """What was logged about each completion; [] if nothing.
 
         Raises:
             ValueError: a column that has not one value for each completion.
@@ -51,6 +51,8 @@ class CallLog:
                     f"log_extra({column!r}, ...) got {counted(len(values), 'value')} for "
                     f"{counted(self._num_completions, 'completion')}: give one for each, in order"
                 )
+        if not self._extra and not self._metrics:
+            return []
         metrics = {name: sum(values) / len(values) for name, values in self._metrics.items()}
         return [
             Logged({column: values[index] for column, values in self._extra.items()}, metrics)

@@ -16,7 +16,7 @@ from typing import Any
 from rlsys.rewards.answers import without_warnings
 from rlsys.rewards.base import TRL_PREFIX, orms
 from rlsys.rewards.instances import Params, RewardError
-from rlsys.rewards.scoring import Reward, is_async, reward_columns
+from rlsys.rewards.scoring import Reward, is_async
 from rlsys.types import OPEN_THINK, Completion, Prompt, RolloutGroup
 
 MAX_ROWS = 100
@@ -208,12 +208,12 @@ def _answer(reward: Reward, row: Mapping[str, Any], golds: Mapping[str, str | No
 
 
 def _scores(rewards: Sequence[Reward], prompt: Prompt, completion: Completion) -> dict[str, float]:
-    columns = reward_columns(RolloutGroup(0, prompt, [completion]))
+    group = RolloutGroup(0, prompt, [completion])
     values = {}
     with without_warnings():
         for reward in rewards:
             try:
-                [values[reward.name]] = reward.score(columns)
+                [values[reward.name]] = reward.score(group).values
             except RewardError:  # of a row that it refuses, which is said elsewhere
                 values[reward.name] = math.nan
     return values

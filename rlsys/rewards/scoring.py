@@ -5,12 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
 from rlsys.rewards.base import ORM, RewardFunction, TrainerState, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
-from rlsys.rewards.logged import CallLog
+from rlsys.rewards.logged import CallLog, Logged
 from rlsys.rewards.styles import (
     TrlStyle,
     VerlStyle,
@@ -37,11 +40,22 @@ OWN_COLUMNS = (
 _CALLBACKS = {"log_extra", "log_metric"}
 
 
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """What one reward function gave to some completions of a group."""
+
+    values: list[float]
+    """One per completion; NaN for None."""
+    seconds: float
+    logged: list[Logged] = field(default_factory=list)
+    """What the function logged, one per completion; empty if nothing."""
+
+
 class Reward:
     """One reward function of a run, ready to be called."""
 
     def __init__(self, name: str, params: Params | None = None, of_run: Params | None = None):
-        """Make it, with the settings of `settings_of`.
+        """Instantiate it, with the settings of `settings_of`.
 
         Raises:
             ValueError: an unknown name, or settings that do not fit.
@@ -54,7 +68,7 @@ class Reward:
         self.is_async = is_async(orms[name])
 
     def check_row(self, row: Mapping[str, Any]) -> None:
-        """What the function itself says of a row of the dataset, see `ORM.check_row`.
+        """Ask the function to check a row of the dataset, see `ORM.check_row`.
 
         Raises:
             ValueError: it refuses the row.
@@ -63,56 +77,75 @@ class Reward:
         if check is not None:
             check(row)
 
-    def score(self, columns: Mapping[str, Any], prompt_id: str | None = None) -> list[float]:
-        """[G] its values, NaN for None, of a function that is not async.
+    def score(self, group: RolloutGroup, state: TrainerState | None = None) -> Scored:
+        """Score a group by a function that is not async.
 
         Args:
-            columns: as of `reward_columns`.
-            prompt_id: of the group, for error messages; None when their reader knows it.
+            group: the completions and their prompt.
+            state: `trainer_state`; None is that of the first step.
 
         Raises:
             RewardError: the function raised (the cause is its exception), its signature does not
-                fit the columns, or it did not return one finite number or None per completion.
+                fit the columns, it did not return one finite number or None per completion, or it
+                logged what does not fit them.
         """
-        args, kwargs = self._arguments(columns)
-        try:
-            returned = self.function(*args, **kwargs)
-        # User code: whatever it raises is told with the name of the function. sys.exit() included.
-        except (Exception, SystemExit) as error:
-            raise self._raised(error, prompt_id) from error
-        return self._checked(returned, len(columns["completions"]), prompt_id)
+        start, log = time.perf_counter(), CallLog(len(group.completions))
+        columns = reward_columns(group, state, log)
+        values = self.score_columns(columns, group.prompt.prompt_id)
+        return self._scored(values, start, log)
 
-    async def score_async(
+    async def score_async(self, group: RolloutGroup, state: TrainerState | None = None) -> Scored:
+        """Score a group by an async function, in the running event loop; see `score`."""
+        start, log = time.perf_counter(), CallLog(len(group.completions))
+        columns = reward_columns(group, state, log)
+        args, kwargs = self._arguments(columns)
+        with self._named_errors(group.prompt.prompt_id) as who:
+            returned = await self.function(*args, **kwargs)  # type: ignore[misc]
+        return self._scored(checked(returned, len(group.completions), who), start, log)
+
+    def score_columns(
         self, columns: Mapping[str, Any], prompt_id: str | None = None
     ) -> list[float]:
-        """`score` of an async function, in the running event loop."""
+        """[G] the values of a function that is not async, NaN for None; see `score`.
+
+        Args:
+            columns: as of `reward_columns`.
+            prompt_id: for error messages; None when their reader knows it.
+        """
         args, kwargs = self._arguments(columns)
+        with self._named_errors(prompt_id) as who:
+            returned = self.function(*args, **kwargs)
+        return checked(returned, len(columns["completions"]), who)
+
+    def _scored(self, values: list[float], start: float, log: CallLog) -> Scored:
+        seconds = time.perf_counter() - start
         try:
-            returned = await self.function(*args, **kwargs)  # type: ignore[misc]
-        except (Exception, SystemExit) as error:
-            raise self._raised(error, prompt_id) from error
-        return self._checked(returned, len(columns["completions"]), prompt_id)
+            return Scored(values, seconds, log.per_completion())
+        except ValueError as error:
+            raise RewardError(f"reward function {self.name!r}: {error}") from None
 
     def _arguments(self, columns: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if getattr(self.function, "reads_think_tags", False):
             columns = {**columns, "completions": _with_opened_think(columns)}
         return call_arguments(self.name, self.function, {**columns, **self._call_settings})
 
-    def _raised(self, error: BaseException, prompt_id: str | None) -> RewardError:
-        hint = ""
-        if "string ind" in str(error) or "'str' object has no attribute 'get'" in str(error):
-            hint = (
-                ". A completion is a text here. If the function takes message lists, as TRL passes "
-                f"them, name it trl/{self.name}, or put @trl_style below @register_reward"
-            )
-        return RewardError(
-            f"reward function {self.name!r} raised {type(error).__name__}{_on(prompt_id)}: "
-            f"{error}{hint}"
-        )
-
-    def _checked(self, returned: Any, num_completions: int, prompt_id: str | None) -> list[float]:
-        who = f"reward function {self.name!r}{_on(prompt_id)}"
-        return checked(returned, num_completions, who)
+    @contextmanager
+    def _named_errors(self, prompt_id: str | None) -> Iterator[str]:
+        """Name the function and the prompt in whatever it raises; yields its name for errors."""
+        on = "" if prompt_id is None else f" on prompt {prompt_id!r}"
+        try:
+            yield f"reward function {self.name!r}{on}"
+        except (Exception, SystemExit) as error:  # user code may raise anything
+            hint = ""
+            if "string ind" in str(error) or "'str' object has no attribute 'get'" in str(error):
+                hint = (
+                    ". A completion is a text here. If the function takes message lists, as TRL "
+                    f"passes them, name it trl/{self.name}, or put @trl_style below "
+                    "@register_reward"
+                )
+            raise RewardError(
+                f"reward function {self.name!r} raised {type(error).__name__}{on}: {error}{hint}"
+            ) from error
 
 
 def check_call(name: str, params: Params, of_run: Params, columns: Iterable[str]) -> None:
@@ -204,10 +237,6 @@ def call_signature(function: type[ORM] | RewardFunction) -> inspect.Signature:
     call = own[0]["__call__"]
     # As an instance has it, which need not be made for this.
     return inspect.signature(call.__get__(object(), function) if hasattr(call, "__get__") else call)
-
-
-def _on(prompt_id: str | None) -> str:
-    return "" if prompt_id is None else f" on prompt {prompt_id!r}"
 
 
 def weighted_total(values: Sequence[float] | Any, weights: Sequence[float]) -> float:

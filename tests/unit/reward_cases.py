@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rlsys.rewards import Reward, TrainerState, check_names_and_weights
 from rlsys.rewards.instances import Params
-from rlsys.rewards.scoring import reward_columns, weighted_total
+from rlsys.rewards.scoring import weighted_total
 from rlsys.types import RewardOutput, RolloutGroup
 
 
@@ -44,13 +44,12 @@ class RewardFunctions:
         Raises:
             RewardError: as of `Reward.score`.
         """
-        columns = reward_columns(group, state)
         by_name = {
             reward.name: (
-                asyncio.run(reward.score_async(columns, group.prompt.prompt_id))
+                asyncio.run(reward.score_async(group, state))
                 if reward.is_async
-                else reward.score(columns, group.prompt.prompt_id)
-            )
+                else reward.score(group, state)
+            ).values
             for reward in self.rewards
         }
         rows = [dict(zip(by_name, row, strict=True)) for row in zip(*by_name.values(), strict=True)]

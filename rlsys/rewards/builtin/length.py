@@ -68,7 +68,7 @@ class Cosine(ORM):
     ) -> list[float | None]:
         """[G] between the smallest and the largest of the four values."""
         columns |= {"completions": completions, "completion_ids": completion_ids}
-        verdicts = self._correctness.score(columns)
+        verdicts = self._correctness.score_columns(columns)
         return [
             None if math.isnan(verdict) else self._value(verdict >= 1.0, len(token_ids))
             for verdict, token_ids in zip(verdicts, completion_ids, strict=True)

@@ -1,1 +1,1 @@
-"""Scoring in processes of their own, which are killed when reward code hangs."""
+"""The processes that score: jobs, worker pools, what a failure costs."""

@@ -1,64 +1,53 @@
-"""A reward process: a plain Python program with the reward functions in its main thread.
+"""A reward process, seen from the process that starts it.
 
-User code finds there what it finds in a script: signals, and processes of its own (fork or spawn).
-`rlsys rewards try` starts such processes itself, a run from a Ray actor on the node.
+The process is a plain Python program with the reward functions in its main thread, so user code
+finds what it finds in a script: signals, and processes of its own (fork or spawn). `rlsys rewards
+try` starts such processes itself, a run from a Ray actor on the node.
 """
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import itertools
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from multiprocessing.connection import Connection, Pipe
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import replace
+from multiprocessing.connection import Pipe
 from typing import Any
 
-from rlsys.rewards.pool.runner import ProcessSettings, RewardRunner, Task, kill_group
+from rlsys.rewards.pool.serve import Failed, ProcessSettings, ScoreRequest
 
 _START = """
 import json, sys
 sys.path[:], fd = json.loads(sys.argv[1]), int(sys.argv.pop())
 sys.argv[:] = [""]
-from rlsys.rewards.pool.process import serve
+from rlsys.rewards.pool.serve import serve
 serve(fd)
 """
 _EXIT_S = 5.0
 """Wait for the exit code of a process that closed its pipe."""
 
 
-class Died:
-    """What a call comes to whose process ended."""
-
-    def __init__(self, why: str):
-        self.why = why
-
-
 class RewardProcess:
-    """The side of a reward process that sends tasks. Two threads do it: neither side ever blocks.
+    """Starts a reward process and sends it requests. Two threads do it: neither side ever blocks.
 
-    Calls are numbered from 0, which is the start: its result is that of `RewardRunner.start`.
+    When the process ends, all that it still had to answer is `Failed` "crashed".
     """
 
-    def __init__(
-        self,
-        settings: ProcessSettings,
-        on_result: Callable[[int, Any], None],
-        *,
-        concurrent: bool,
-    ):
+    def __init__(self, settings: ProcessSettings, *, concurrent: bool):
         """Start the process.
 
         Args:
             settings: what it runs, and how.
-            on_result: called in a thread with the number of each call and its result, `Died` when
-                the process ended.
-            concurrent: whether it takes many tasks at once, of async functions.
+            concurrent: whether it runs many requests together, of async functions.
         """
-        self._on_result = on_result
         self._pipe, theirs = Pipe()
         # The working directory last: a math.py in it is not Python's.
         path = [entry for entry in sys.path if entry] + [os.getcwd()] * ("" in sys.path)
@@ -70,42 +59,41 @@ class RewardProcess:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # the leader of a group, which can be killed as one
             )
-        self.pid = self._process.pid
         self._lock = threading.Lock()
-        self._open: set[int] = {0}
-        self._num_calls = 1
-        self._died: Died | None = None
+        self._open: dict[int, Future[Any]] = {}
+        self._numbers = itertools.count()
+        self._ended: Failed | None = None
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._outbox.put((settings, concurrent))
+        self.started = self._ask((settings, concurrent))
+        """The result of `RewardRunner.start`."""
         for work in (self._send, self._receive):
             threading.Thread(target=work, daemon=True).start()
 
-    def call(self, task: Task) -> int:
-        """Send a task; returns the number under which `on_result` hears of it."""
-        with self._lock:
-            number = self._num_calls
-            self._num_calls += 1
-            self._open.add(number)
-            died = self._died
-        self._outbox.put((number, task))
-        if died is not None:
-            self._finish(number, died)
-        return number
+    def score(self, request: ScoreRequest) -> Future[Any]:
+        """Send a request; its result is `Scored` or `Failed`."""
+        return self._ask(request)
 
     def kill(self) -> None:
-        """End it and what it started, whatever they are doing; `on_result` hears no more."""
+        """End it and what it started, whatever they are doing; open futures never end."""
         with self._lock:
             self._open.clear()
-        kill_group(self.pid)
+        with contextlib.suppress(ProcessLookupError):  # it ended before; its guard does the rest
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._outbox.put(None)
 
-    def _finish(self, number: int, result: Any) -> None:
+    def _ask(self, message: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_running_or_notify_cancel()  # nobody can cancel it
         with self._lock:
-            is_open = number in self._open
-            self._open.discard(number)
-        if is_open:
-            self._on_result(number, result)
+            ended = self._ended
+            if ended is None:
+                number = next(self._numbers)
+                self._open[number] = future
+                self._outbox.put((number, message))
+        if ended is not None:
+            future.set_result(ended)
+        return future
 
     def _send(self) -> None:
         while (message := self._outbox.get()) is not None:
@@ -117,7 +105,11 @@ class RewardProcess:
     def _receive(self) -> None:
         try:
             while True:
-                self._finish(*self._pipe.recv())
+                number, result = self._pipe.recv()
+                with self._lock:
+                    future = self._open.pop(number, None)
+                if future is not None:
+                    future.set_result(result)
         except (EOFError, OSError):
             pass
         try:
@@ -125,10 +117,11 @@ class RewardProcess:
         except subprocess.TimeoutExpired:
             code = None  # it closed the pipe and goes on
         with self._lock:
-            self._died = Died(f"reward process {self.pid} {_ending(code)}")
-            waiting = sorted(self._open)
-        for number in waiting:
-            self._finish(number, self._died)
+            self._ended = Failed("crashed", f"reward process {self._process.pid} {_ending(code)}")
+            unanswered = list(self._open.values())
+            self._open.clear()
+        for future in unanswered:
+            future.set_result(self._ended)
         self._outbox.put(None)
 
 
@@ -140,46 +133,32 @@ def _ending(exit_code: int | None) -> str:
     return f"ended with exit code {exit_code}"
 
 
-# --- the process itself --------------------------------------------------------------------------
+class LocalBackend:
+    """A `Backend` whose reward processes are children of this process, without Ray."""
 
+    def __init__(self, settings: ProcessSettings):
+        self._settings = settings
 
-def serve(fd: int) -> None:
-    """Score tasks until the other end of the pipe is gone."""
-    pipe = Connection(fd)
-    # In a child of user code, or it would hold the pipe open after the death of this process.
-    os.register_at_fork(after_in_child=pipe.close)
-    settings, concurrent = pipe.recv()
-    runner = RewardRunner()
-    pipe.send((0, runner.start(settings)))
-    if concurrent:
-        asyncio.run(_serve_async(pipe, runner))
-        return
-    while (message := _next(pipe)) is not None:
-        number, task = message
-        pipe.send((number, runner.score(task)))
+    def spawn(
+        self, functions: Sequence[str], *, concurrent: bool
+    ) -> tuple[RewardProcess, Future[Any]]:
+        """Start a process."""
+        settings = replace(self._settings, functions=functions)
+        process = RewardProcess(settings, concurrent=concurrent)
+        return process, process.started
 
+    def score(self, process: RewardProcess, request: ScoreRequest) -> Future[Any]:
+        """Send a request."""
+        return process.score(request)
 
-async def _serve_async(pipe: Connection, runner: RewardRunner) -> None:
-    """Tasks run together."""
-    loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Task] | None]()
+    def wait(self, references: Sequence[Future[Any]], timeout_s: float) -> list[Future[Any]]:
+        """All that are done, at least one unless `timeout_s` passes first."""
+        return list(wait(references, timeout_s, FIRST_COMPLETED).done)
 
-    def read() -> None:
-        while (message := _next(pipe)) is not None:
-            loop.call_soon_threadsafe(arrived.put_nowait, message)
-        loop.call_soon_threadsafe(arrived.put_nowait, None)
+    def result(self, reference: Future[Any]) -> Any:
+        """The result of a reference that is done."""
+        return reference.result()
 
-    async def answer(number: int, task: Task) -> None:
-        pipe.send((number, await runner.score_async(task)))
-
-    threading.Thread(target=read, daemon=True).start()
-    tasks = set()
-    while (message := await arrived.get()) is not None:
-        tasks.add(task := asyncio.create_task(answer(*message)))
-        task.add_done_callback(tasks.discard)
-
-
-def _next(pipe: Connection) -> Any:
-    try:
-        return pipe.recv()
-    except (EOFError, OSError):
-        return None
+    def kill(self, process: RewardProcess) -> None:
+        """End a process."""
+        process.kill()

@@ -38,7 +38,7 @@ def test_a_reserved_name_that_no_reward_function_takes_is_ignored_and_named(tmp_
         RolloutGroup(0, prompt, [Completion([1], [0.0], text, "stop", policy_versions=(1,))])
     )
     for name in ("format", "exact_match"):
-        assert Reward(name).score(given) == [1.0]
+        assert Reward(name).score_columns(given) == [1.0]
     if column in OWN_COLUMNS:  # the run's own goes before the dataset's
         assert given[column] != ["x"]
 

@@ -87,9 +87,9 @@ def test_a_prompt_that_opens_the_think_tag_is_noticed():
     for opens, expected in ((True, [1.0, 0.0]), (False, [0.0, 1.0])):
         columns = {"completions": texts, "prompt_opens_think": [opens] * 2}
         for name in ("format", "format_soft"):
-            assert Reward(name).score(columns) == expected
+            assert Reward(name).score_columns(columns) == expected
         explicit = Reward("format", {"prompt_opens_think": True})
-        assert explicit.score(columns) == [1.0, 0.0]
+        assert explicit.score_columns(columns) == [1.0, 0.0]
     with pytest.raises(ValueError, match="must be true, false or auto"):
         orms["format"](prompt_opens_think="yes")
 
@@ -107,4 +107,4 @@ def test_a_thought_that_the_prompt_opened_must_end(name, row, answer):
     texts = [f"so</think>{answer}", answer]
     columns = {column: [value] * 2 for column, value in row.items()}
     columns |= {"completions": texts, "prompt_opens_think": [True] * 2}
-    assert Reward(name).score(columns) == [1.0, 0.0]
+    assert Reward(name).score_columns(columns) == [1.0, 0.0]

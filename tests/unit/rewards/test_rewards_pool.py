@@ -19,9 +19,9 @@ from rlsys.config import RewardConfig
 from rlsys.rewards import check_names_and_weights, load_plugins, orms
 from rlsys.rewards.pool.failures import RewardCodeError
 from rlsys.rewards.pool.guard import family, memory_of
-from rlsys.rewards.pool.local import LocalBackend
-from rlsys.rewards.pool.pool import RewardPool
-from rlsys.rewards.pool.runner import process_settings
+from rlsys.rewards.pool.process import LocalBackend
+from rlsys.rewards.pool.scorer import GroupScorer, local_scorer
+from rlsys.rewards.pool.serve import process_settings
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 PLUGIN = """
@@ -127,24 +127,23 @@ class Unmade(ORM):
 
 @pytest.fixture
 def start(tmp_path):
-    """Start a pool with the plugin above; it and what it registers are gone afterwards."""
+    """Start a scorer with the plugin above; it and what it registers are gone afterwards."""
     plugin = tmp_path / "acts.py"
     plugin.write_text(PLUGIN)
     registered = dict(orms.data)
     load_plugins([plugin])
-    pools = []
+    scorers = []
 
-    def start(*names: str, **options) -> RewardPool:
+    def start(*names: str, **options) -> GroupScorer:
         options = {"external_plugins": [str(plugin)]} | options
         config = RewardConfig(reward_funcs=list(names), **options)
         check_names_and_weights(config.reward_funcs, config.reward_weights)
-        backend = LocalBackend(process_settings(config, {}))
-        pools.append(RewardPool(config, backend, max_steps=10))
-        return pools[-1]
+        scorers.append(local_scorer(config, max_steps=10))
+        return scorers[-1]
 
     yield start
-    for pool in pools:
-        pool.close()
+    for scorer in scorers:
+        scorer.close()
     orms.data.clear()
     orms.data.update(registered)
 
@@ -155,13 +154,13 @@ def group_of(*texts: str, group_id: int = 0) -> RolloutGroup:
     return RolloutGroup(group_id, prompt, completions)
 
 
-def score(pool: RewardPool, *groups: RolloutGroup) -> list[RolloutGroup]:
+def score(scorer: GroupScorer, *groups: RolloutGroup) -> list[RolloutGroup]:
     for group in groups:
-        pool.submit(group)
+        scorer.submit(group)
     scored = []
-    while pool.num_pending:
-        pool.wait(0.2)
-        scored += pool.collect()
+    while scorer.num_pending:
+        scorer.wait(0.2)
+        scored += scorer.collect()
     return sorted(scored, key=lambda group: group.group_id)
 
 
@@ -178,9 +177,9 @@ def totals(group: RolloutGroup) -> list[float]:
 
 
 def test_groups_come_back_scored_and_otherwise_as_they_were(start):
-    pool = start("length", "format", "steps", num_workers=2, reward_weights=[1.0, 10.0, 100.0])
+    scorer = start("length", "format", "steps", num_workers=2, reward_weights=[1.0, 10.0, 100.0])
     groups = [group_of("x" * i, "<think></think><answer></answer>", group_id=i) for i in range(6)]
-    scored = score(pool, *groups)
+    scored = score(scorer, *groups)
     for before, after in zip(groups, scored, strict=True):
         assert after.completions == before.completions
         assert after.prompt == before.prompt
@@ -189,15 +188,15 @@ def test_groups_come_back_scored_and_otherwise_as_they_were(start):
         assert first.by_name == {"length": after.group_id, "format": 0.0, "steps": 0.5}
         assert second.total == 32 + 10 + 50
         assert first.failures == {}
-    assert pool.num_pending == 0
-    assert pool.pending_refs() == []
+    assert scorer.num_pending == 0
+    assert scorer.pending_refs() == []
 
 
 def test_bad_completions_cost_their_siblings_nothing(start, caplog, monkeypatch):
-    monkeypatch.setattr("rlsys.rewards.pool.pool.MIN_ALONE_S", 2.0)
-    pool = start("acts", "length", timeout_s=4.0, num_workers=2)
+    monkeypatch.setattr("rlsys.rewards.pool.scorer.MIN_ALONE_S", 2.0)
+    scorer = start("acts", "length", timeout_s=4.0, num_workers=2)
     texts = ["a", "die", "segfault", "hang", "hang in C", "ccc"]
-    [bad, good] = score(pool, group_of(*texts), group_of("dddd", "ee", group_id=1))
+    [bad, good] = score(scorer, group_of(*texts), group_of("dddd", "ee", group_id=1))
     assert totals(good) == [8.0, 4.0]
     assert totals(bad) == [2.0, *map(len, texts[1:-1]), 6.0]
     crashed, timeout = {"acts": "crashed"}, {"acts": "timeout"}
@@ -220,24 +219,24 @@ def programs(tmp_path, monkeypatch):
 
 
 def test_a_function_may_do_what_a_script_may(start, programs):
-    pool = start(*PROGRAM_VALUES, **programs, timeout_s=60.0)
-    [group] = score(pool, group_of(*PROGRAM_COMPLETIONS))
+    scorer = start(*PROGRAM_VALUES, **programs, timeout_s=60.0)
+    [group] = score(scorer, group_of(*PROGRAM_COMPLETIONS))
     values = [reward.by_name for reward in group.rewards]
     assert {name: [row[name] for row in values] for name in PROGRAM_VALUES} == PROGRAM_VALUES
 
 
 def test_the_pool_of_a_function_ends_with_its_process(start, programs, tmp_path):
-    pool = start("hangs", **programs, timeout_s=2.0)
+    scorer = start("hangs", **programs, timeout_s=2.0)
     paths = [str(tmp_path / name) for name in "ab"]
-    [group] = score(pool, group_of(*paths))
+    [group] = score(scorer, group_of(*paths))
     assert [reward.failures for reward in group.rewards] == [{"hangs": "timeout"}] * 2
     assert all(gone(int(Path(path).read_text())) for path in paths)
 
 
 @pytest.mark.parametrize("leak", ["leak", "child leaks"])
 def test_a_process_that_holds_too_much_memory_is_killed_long_before_its_time(start, leak):
-    pool = start("acts", timeout_s=300.0, max_memory_mb=300)
-    [group] = score(pool, group_of("a", leak))
+    scorer = start("acts", timeout_s=300.0, max_memory_mb=300)
+    [group] = score(scorer, group_of("a", leak))
     assert [reward.failures for reward in group.rewards] == [{}, {"acts": "crashed"}]
     assert totals(group) == [1.0, 0.0]
 
@@ -270,7 +269,7 @@ def test_a_plugin_that_the_workers_host_lacks_is_named_with_the_host(start, tmp_
     config = RewardConfig(reward_funcs=["format"], external_plugins=["only_here.py"])
     settings = replace(process_settings(config, {}), directory=str(tmp_path / "not there"))
     with pytest.raises(RewardCodeError) as raised:
-        RewardPool(config, LocalBackend(settings))
+        GroupScorer(config, LocalBackend(settings))
     message = str(raised.value)
     assert f"on host {socket.gethostname()} has no only_here.py" in message
     assert f"it has no {tmp_path / 'not there'}, that of the run" in message
@@ -278,22 +277,22 @@ def test_a_plugin_that_the_workers_host_lacks_is_named_with_the_host(start, tmp_
 
 
 def test_a_process_that_is_killed_is_gone_and_another_one_goes_on(start):
-    pool = start("ids", "acts", timeout_s=1.0)
-    [first] = score(pool, group_of("a"))
-    [hung] = score(pool, group_of("hang"))
-    [last] = score(pool, group_of("a"))
+    scorer = start("ids", "acts", timeout_s=1.0)
+    [first] = score(scorer, group_of("a"))
+    [hung] = score(scorer, group_of("hang"))
+    [last] = score(scorer, group_of("a"))
     before, after = (int(g.rewards[0].by_name["ids"]) for g in (first, last))
     assert before != after
     assert not psutil.pid_exists(before)
     assert hung.rewards[0].failures == {"acts": "timeout"}
-    pool.close()
+    scorer.close()
     assert not psutil.pid_exists(after)
-    assert pool.num_pending == 0
+    assert scorer.num_pending == 0
 
 
 def test_dropped_completions_have_no_total(start):
-    pool = start("acts", "length", on_error="drop")
-    [group] = score(pool, group_of("a", "raise", "die", "none"))
+    scorer = start("acts", "length", on_error="drop")
+    [group] = score(scorer, group_of("a", "raise", "die", "none"))
     assert totals(group)[0] == 2.0
     assert totals(group)[3] == 4.0  # None is no failure
     for index, failure in ((1, "error"), (2, "crashed")):
@@ -303,20 +302,20 @@ def test_dropped_completions_have_no_total(start):
 
 
 def test_timeouts_may_have_a_policy_of_their_own(start):
-    pool = start("acts", on_error="zero", on_timeout="drop")
-    [group] = score(pool, group_of("raise", "die"))
+    scorer = start("acts", on_error="zero", on_timeout="drop")
+    [group] = score(scorer, group_of("raise", "die"))
     assert totals(group)[0] == 0.0
     assert math.isnan(totals(group)[1])
-    pool = start("acts", on_timeout="raise")
+    scorer = start("acts", on_timeout="raise")
     with pytest.raises(RewardCodeError, match=r"(?s)'acts' ended its process.*completion 1: 'die'"):
-        score(pool, group_of("a", "die"))
+        score(scorer, group_of("a", "die"))
 
 
 @pytest.mark.parametrize(("act", "error"), [("raise", "ValueError"), ("exit", "SystemExit")])
 def test_an_exception_ends_with_the_users_own_traceback_and_the_completion(start, act, error):
-    pool = start("length", "acts")
+    scorer = start("length", "acts")
     with pytest.raises(RewardCodeError) as caught:
-        score(pool, group_of("a", "b", act))
+        score(scorer, group_of("a", "b", act))
     first, *frames, raised, empty, summary, where = str(caught.value).splitlines()
     assert first == "Traceback (most recent call last):"
     assert raised.startswith(error)
@@ -328,33 +327,33 @@ def test_an_exception_ends_with_the_users_own_traceback_and_the_completion(start
 
 
 def test_an_exception_of_siblings_together_is_not_hidden_by_trying_them_alone(start):
-    pool = start("spread")
+    scorer = start("spread")
     with pytest.raises(RewardCodeError, match="KeyError: 'raise'"):
-        score(pool, group_of("a", "raise", "c"))
-    pool = start("spread", on_error="zero")
-    [group] = score(pool, group_of("a", "raise", "c"))
+        score(scorer, group_of("a", "raise", "c"))
+    scorer = start("spread", on_error="zero")
+    [group] = score(scorer, group_of("a", "raise", "c"))
     assert [reward.failures for reward in group.rewards] == [{"spread": "error"}] * 3
 
 
 def test_a_gate_keeps_a_function_from_being_called(start):
     gate = {"calls": "length >= 3"}
-    pool = start("length", "calls", gate=gate, reward_weights=[0.0, 1.0])
-    [group] = score(pool, group_of("a", "abc", "ab", "abcd"))
+    scorer = start("length", "calls", gate=gate, reward_weights=[0.0, 1.0])
+    [group] = score(scorer, group_of("a", "abc", "ab", "abcd"))
     assert totals(group) == [0.0, 2.0, 0.0, 2.0]
-    [group] = score(pool, group_of("a", "b"))
+    [group] = score(scorer, group_of("a", "b"))
     assert [r.by_name for r in group.rewards] == [{"length": 1.0, "calls": 0.0}] * 2
 
 
 def test_a_gate_that_says_none_does_not_apply(start):
-    pool = start("acts", "length", gate={"length": "acts >= 5"})
-    [group] = score(pool, group_of("none", "a"))
+    scorer = start("acts", "length", gate={"length": "acts >= 5"})
+    [group] = score(scorer, group_of("none", "a"))
     assert totals(group) == [4.0, 1.0]
 
 
 def test_async_functions_of_many_groups_run_together(start):
-    pool = start("waits", "length")
+    scorer = start("waits", "length")
     groups = [group_of(*"ab", group_id=i) for i in range(20)]
-    scored = score(pool, *groups)
+    scored = score(scorer, *groups)
     together = [reward.by_name["waits"] for group in scored for reward in group.rewards]
     assert max(together) == 40  # all had begun before the first one ended
     assert min(together) > 2
@@ -362,10 +361,10 @@ def test_async_functions_of_many_groups_run_together(start):
 
 
 def test_bad_async_calls_cost_the_others_nothing(start, monkeypatch):
-    monkeypatch.setattr("rlsys.rewards.pool.pool.ASYNC_GRACE_S", 0.5)
-    pool = start("waits", timeout_s=1.0)
+    monkeypatch.setattr("rlsys.rewards.pool.workers.ASYNC_GRACE_S", 0.5)
+    scorer = start("waits", timeout_s=1.0)
     bad = group_of("a", "hang", "die", "block")
-    scored = score(pool, bad, *(group_of("b", group_id=i) for i in (1, 2)))
+    scored = score(scorer, bad, *(group_of("b", group_id=i) for i in (1, 2)))
     failures = [reward.failures.get("waits") for reward in scored[0].rewards]
     assert failures == [None, "timeout", "crashed", "timeout"]
     assert all(reward.failures == {} for group in scored[1:] for reward in group.rewards)
@@ -380,19 +379,19 @@ def test_a_class_that_cannot_be_made_shows_its_traceback(start):
 
 
 def test_the_guard_of_memory_ends_with_its_process(start):
-    pool = start("ids")
-    [group] = score(pool, group_of("a"))
+    scorer = start("ids")
+    [group] = score(scorer, group_of("a"))
     worker = psutil.Process(int(totals(group)[0]))
     assert worker.ppid() == os.getpid()
     [guard] = worker.children()
-    pool.close()
+    scorer.close()
     guard.wait(timeout=30)
     assert not guard.is_running()
 
 
 def test_the_first_call_in_a_new_process_has_all_the_time(start):
-    pool = start("lazy", timeout_s=4.0)
-    [group] = score(pool, group_of("a", "hang", *"bcdef"))
+    scorer = start("lazy", timeout_s=4.0)
+    [group] = score(scorer, group_of("a", "hang", *"bcdef"))
     failures = [reward.failures for reward in group.rewards]
     assert failures == [{}, {"lazy": "timeout"}, *[{}] * 5]
     assert totals(group) == [1.0, 0.0, *[1.0] * 5]
@@ -400,9 +399,9 @@ def test_the_first_call_in_a_new_process_has_all_the_time(start):
 
 @pytest.mark.parametrize("end", ["die", "hang"])
 def test_what_a_function_started_ends_with_its_process(start, tmp_path, end):
-    pool = start("starts", timeout_s=3.0)
+    scorer = start("starts", timeout_s=3.0)
     path = tmp_path / "pid"
-    [group] = score(pool, group_of(f"{end} {path}"))
+    [group] = score(scorer, group_of(f"{end} {path}"))
     assert list(group.rewards[0].failures) == ["starts"]
     pid = int(path.read_text())
     assert gone(pid)

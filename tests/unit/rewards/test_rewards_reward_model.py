@@ -11,9 +11,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from rlsys.config import Config, RewardConfig
 from rlsys.rewards import orms, settings_of
-from rlsys.rewards.pool.pool import make_lanes
-from rlsys.rewards.pool.runner import RewardRunner, process_settings
-from rlsys.rewards.pool.work import Lane
+from rlsys.rewards.pool.serve import RewardRunner, process_settings
+from rlsys.rewards.pool.workers import make_pools
 
 
 def save(folder, **settings):
@@ -130,14 +129,15 @@ def test_each_model_has_one_process_of_its_own_however_many_workers():
         reward_params={"reward_model": {"path": "D"}},
         num_workers=3,
     )
-    assert make_lanes(config) == [
-        Lane(("format",), concurrent=False, num_processes=3),
-        Lane(("judge",), concurrent=True, max_tasks=256),
+    found = [
+        (p.functions, p.concurrent, p.num_workers, p.max_jobs) for p in make_pools(config, None)
+    ]
+    assert found == [
+        (("format",), False, 3, 1),
+        (("judge",), True, 1, 256),
         # So few that groups wait here, where their time does not run.
-        *(
-            Lane((name,), concurrent=True, max_tasks=4)
-            for name in ("reward_model", *(f"reward_model:{path}" for path in ("C", "org/A", "B")))
-        ),
+        (("reward_model",), True, 1, 4),
+        *(((f"reward_model:{path}",), True, 1, 4) for path in ("C", "org/A", "B")),
     ]
 
 
@@ -167,10 +167,11 @@ def test_several_models_are_told_apart_by_their_paths():
     assert orms["reward_model:B"] is orms["reward_model"]
 
 
-def test_a_process_makes_the_functions_of_its_lane_only(path, monkeypatch):
-    monkeypatch.setattr("rlsys.rewards.pool.runner.start_guard", lambda limit: None)
+def test_a_process_makes_the_functions_of_its_pool_only(path, monkeypatch):
+    monkeypatch.setattr("rlsys.rewards.pool.serve.start_guard", lambda limit: None)
     config = RewardConfig(reward_funcs=["format"], reward_model=[path])
-    for lane in make_lanes(config):
+    for pool in make_pools(config, None):
         runner = RewardRunner()
-        assert runner.start(replace(process_settings(config, {}), names=lane.names)) is None
-        assert tuple(runner._rewards) == lane.names
+        settings = replace(process_settings(config, {}), functions=pool.functions)
+        assert runner.start(settings) is None
+        assert tuple(runner._rewards) == pool.functions

@@ -10,7 +10,7 @@ from rlsys.config import RewardConfig
 from rlsys.rewards import RewardError, check_call, load_plugins, orms
 from rlsys.rewards.base import TrainerState
 from rlsys.rewards.logged import CallLog, Logged
-from rlsys.rewards.pool.runner import RewardRunner, Task, process_settings
+from rlsys.rewards.pool.serve import RewardRunner, ScoreRequest, process_settings
 from rlsys.tracking.completions import completion_rows
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
 
@@ -38,12 +38,14 @@ def run(name: str, texts: list[str], columns: dict | None = None, params: dict |
     config = RewardConfig(reward_funcs=[name], reward_params={name: params or {}})
     runner = RewardRunner()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rlsys.rewards.pool.runner.start_guard", lambda limit: None)
+        patch.setattr("rlsys.rewards.pool.serve.start_guard", lambda limit: None)
         assert runner.start(process_settings(config, {})) is None
     completions = [Completion([1, 2], [], text, "stop", (0,)) for text in texts]
     prompt = Prompt("p", [{"role": "user", "content": "a"}], [], columns or {})
-    task = Task(name, RolloutGroup(0, prompt, completions), TrainerState(3, 10), 5.0)
-    return asyncio.run(runner.score_async(task)) if is_async(orms[name]) else runner.score(task)
+    request = ScoreRequest(name, RolloutGroup(0, prompt, completions), TrainerState(3, 10), 5.0)
+    return (
+        asyncio.run(runner.score_async(request)) if is_async(orms[name]) else runner.score(request)
+    )
 
 
 VERL = """

@@ -1,29 +1,27 @@
-"""What runs inside a reward process: the reward functions, and its guard."""
+"""The reward process itself: its settings, requests, answers, and the loop that serves them."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-import signal
 import socket
-import time
+import threading
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import Literal
+from typing import Any
 
 from rlsys.config import RewardConfig
 from rlsys.plugins.load import load_plugins
 from rlsys.rewards.base import TrainerState
 from rlsys.rewards.instances import Params, RewardError
-from rlsys.rewards.logged import CallLog, Logged
 from rlsys.rewards.pool.guard import start_guard
-from rlsys.rewards.scoring import Reward, reward_columns
+from rlsys.rewards.scoring import Reward, Scored
 from rlsys.sandbox.bounded import start_helpers
-from rlsys.types import RolloutGroup
+from rlsys.types import RewardFailure, RolloutGroup
 
 _OWN_FILES = tuple(str(Path(__file__).parents[1] / name) for name in ("scoring.py", "base.py"))
 """Frames of these are rlsys calling the user's code."""
@@ -33,8 +31,8 @@ _OWN_FILES = tuple(str(Path(__file__).parents[1] / name) for name in ("scoring.p
 class ProcessSettings:
     """What a reward process is started with."""
 
-    names: Sequence[str]
-    """The functions that it runs."""
+    functions: Sequence[str]
+    """Names of the reward functions that it runs."""
     params: Mapping[str, Params]
     known: Params
     """Values of the run for parameters of these names."""
@@ -50,11 +48,11 @@ class ProcessSettings:
 def process_settings(
     config: RewardConfig, known: Params, plugins: Sequence[str] = ()
 ) -> ProcessSettings:
-    """Those of a run whose working directory is that of this process.
+    """The settings of a run whose working directory is that of this process.
 
     Args:
         config: of the rewards.
-        known: as of `ProcessSettings`.
+        known: values of the run for parameters of these names.
         plugins: files to load besides those of `config`.
     """
     return ProcessSettings(
@@ -68,10 +66,10 @@ def process_settings(
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
-    """One reward function on some completions of one prompt."""
+class ScoreRequest:
+    """What a process is asked: to score some completions of one prompt by one function."""
 
-    name: str
+    function: str
     group: RolloutGroup
     state: TrainerState
     timeout_s: float
@@ -79,24 +77,14 @@ class Task:
 
 
 @dataclass(frozen=True, slots=True)
-class Values:
-    """What a task came to."""
-
-    values: list[float]
-    """One per completion; NaN for None."""
-    seconds: float
-    logged: list[Logged] = field(default_factory=list)
-    """[G] what the function logged; empty if nothing."""
-
-
-@dataclass(frozen=True, slots=True)
 class Failed:
-    """A task without values. Told as text: user's exceptions may not survive pickling."""
+    """A request or a start without a result. As text: users' exceptions may not be picklable."""
 
-    kind: Literal["timeout", "error"]
+    kind: RewardFailure
+    """"crashed": the process ended, with all that it was doing."""
     report: str
     """The traceback of the user's own code, then one line that sums it up."""
-    splittable: bool = False
+    splittable: bool = True
     """Whether one of the completions alone may be the reason."""
 
 
@@ -104,7 +92,7 @@ class RewardRunner:
     """The reward functions of this process."""
 
     def start(self, settings: ProcessSettings) -> Failed | None:
-        """Load the plugins and instantiate the functions; what goes wrong comes back as text."""
+        """Load the plugins and instantiate the functions."""
         self._guard = start_guard(settings.max_memory_mb)
         if Path(settings.directory).is_dir():
             os.chdir(settings.directory)
@@ -115,59 +103,32 @@ class RewardRunner:
             load_plugins(settings.plugins)
             self._rewards = {
                 name: Reward(name, settings.params.get(name), settings.known)
-                for name in settings.names
+                for name in settings.functions
             }
             start_helpers()
         except (ValueError, RuntimeError) as error:
-            return Failed("error", report_of(error))
+            return Failed("error", _report(error))
         return None
 
-    def score(self, task: Task) -> Values | Failed:
-        """Run a task of a function that is not async."""
-        call = _Call(task)
+    def score(self, request: ScoreRequest) -> Scored | Failed:
+        """Call a function that is not async."""
         try:
-            return call.values(self._rewards[task.name].score(*call.inputs))
+            return self._rewards[request.function].score(request.group, request.state)
         except RewardError as error:
-            return _failed(error)
+            return Failed("error", _report(error), splittable=error.__cause__ is not None)
 
-    async def score_async(self, task: Task) -> Values | Failed:
-        """Run a task of an async function, for at most its time limit."""
-        call = _Call(task)
-        scoring = self._rewards[task.name].score_async(*call.inputs)
+    async def score_async(self, request: ScoreRequest) -> Scored | Failed:
+        """Call an async function, for at most its time limit."""
+        scoring = self._rewards[request.function].score_async(request.group, request.state)
         try:
-            return call.values(await asyncio.wait_for(scoring, task.timeout_s))
+            return await asyncio.wait_for(scoring, request.timeout_s)
         except RewardError as error:
-            return _failed(error)
+            return Failed("error", _report(error), splittable=error.__cause__ is not None)
         except TimeoutError:
-            return Failed("timeout", "cancelled", splittable=True)
-
-
-class _Call:
-    """One call of a reward function: what it gets, and what it comes to."""
-
-    def __init__(self, task: Task):
-        self._name = task.name
-        self._log = CallLog(len(task.group.completions))
-        columns = reward_columns(task.group, task.state, self._log)
-        self.inputs = columns, task.group.prompt.prompt_id
-        self._start = time.perf_counter()
-
-    def values(self, values: list[float]) -> Values:
-        """The result of a function that returned.
-
-        Raises:
-            RewardError: it logged what fits no completion.
-        """
-        seconds = time.perf_counter() - self._start
-        try:
-            logged = self._log.per_completion()
-        except ValueError as error:
-            raise RewardError(f"reward function {self._name!r}: {error}") from None
-        return Values(values, seconds, logged if logged and logged[0] != Logged() else [])
+            return Failed("timeout", "cancelled")
 
 
 def _missing_plugins(paths: Sequence[str], directory: str) -> str:
-    """Of files that the driver has and this process has not."""
     where = f"its working directory is {os.getcwd()}"
     if os.getcwd() != directory:
         where += f", as it has no {directory}, that of the run"
@@ -178,11 +139,7 @@ def _missing_plugins(paths: Sequence[str], directory: str) -> str:
     )
 
 
-def _failed(error: RewardError) -> Failed:
-    return Failed("error", report_of(error), splittable=error.__cause__ is not None)
-
-
-def report_of(error: ValueError | RuntimeError) -> str:
+def _report(error: ValueError | RuntimeError) -> str:
     """The user's own traceback, if there is one, and the message of `error` below it."""
     cause = error.__cause__
     if cause is None or cause.__traceback__ is None:
@@ -193,7 +150,43 @@ def report_of(error: ValueError | RuntimeError) -> str:
     return "".join(traceback.format_exception(type(cause), cause, frames)) + f"\n{error}"
 
 
-def kill_group(pid: int) -> None:
-    """Kill a reward process, which leads a group, and what it started."""
-    with contextlib.suppress(ProcessLookupError):  # it ended before; its guard sees to the rest
-        os.killpg(pid, signal.SIGKILL)
+def serve(fd: int) -> None:
+    """Answer requests until the other end of the pipe is gone: the main function of the process."""
+    pipe = Connection(fd)
+    # In a child of user code, or it would hold the pipe open after the death of this process.
+    os.register_at_fork(after_in_child=pipe.close)
+    number, (settings, concurrent) = pipe.recv()
+    runner = RewardRunner()
+    pipe.send((number, runner.start(settings)))
+    if concurrent:
+        asyncio.run(_serve_async(pipe, runner))
+        return
+    while (message := _next(pipe)) is not None:
+        number, request = message
+        pipe.send((number, runner.score(request)))
+
+
+async def _serve_async(pipe: Connection, runner: RewardRunner) -> None:
+    """Run requests together."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[int, ScoreRequest] | None]()
+
+    def read() -> None:
+        while (message := _next(pipe)) is not None:
+            loop.call_soon_threadsafe(arrived.put_nowait, message)
+        loop.call_soon_threadsafe(arrived.put_nowait, None)
+
+    async def answer(number: int, request: ScoreRequest) -> None:
+        pipe.send((number, await runner.score_async(request)))
+
+    threading.Thread(target=read, daemon=True).start()
+    tasks = set()
+    while (message := await arrived.get()) is not None:
+        tasks.add(task := asyncio.create_task(answer(*message)))
+        task.add_done_callback(tasks.discard)
+
+
+def _next(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, OSError):
+        return None

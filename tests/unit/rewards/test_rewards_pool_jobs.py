@@ -1,4 +1,4 @@
-"""When a pool starts processes and hands out tasks: on a clock of its own, without processes."""
+"""When a scorer starts processes and hands out jobs: on a clock of its own, without processes."""
 
 from itertools import count
 
@@ -8,16 +8,17 @@ from hypothesis import strategies as st
 
 from rlsys.config import RewardConfig
 from rlsys.rewards.logged import Logged
-from rlsys.rewards.pool import pool as pool_module
+from rlsys.rewards.pool import workers
 from rlsys.rewards.pool.failures import RewardCodeError
-from rlsys.rewards.pool.pool import START_TIMEOUT_S, RewardPool
-from rlsys.rewards.pool.runner import Failed, Values
-from rlsys.rewards.pool.work import ProcessDied
+from rlsys.rewards.pool.scorer import GroupScorer
+from rlsys.rewards.pool.serve import Failed
+from rlsys.rewards.pool.workers import START_TIMEOUT_S
+from rlsys.rewards.scoring import Scored
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 
 class Processes:
-    """A backend that does what the test says, and a clock that runs only while a pool waits.
+    """A backend that does what the test says, and a clock that runs only while a scorer waits.
 
     Args:
         hanging: the processes whose start does not end, counted from 0 as they are started.
@@ -36,7 +37,7 @@ class Processes:
     def monotonic(self):
         return self.now
 
-    def spawn(self, names, *, concurrent):
+    def spawn(self, functions, *, concurrent):
         process = self.num_started
         self.num_started += 1
         reference = process, next(self.numbers)
@@ -44,22 +45,22 @@ class Processes:
             self.outcomes[reference] = None
         return process, reference
 
-    def score(self, process, task):
+    def score(self, process, request):
         assert process not in self.killed
-        assert task.group.prompt.prompt_id not in self.forgotten
+        assert request.group.prompt.prompt_id not in self.forgotten
         reference = process, next(self.numbers)
-        self.running[reference] = task
+        self.running[reference] = request
         return reference
 
     def end(self, reference, outcome):
-        """Have a task come to this."""
+        """Have a request come to this."""
         del self.running[reference]
         self.outcomes[reference] = outcome
 
     def die(self, process):
         """End a process with all that it runs."""
         for reference in [r for r in self.running if r[0] == process]:
-            self.end(reference, ProcessDied(f"reward process {process} ended"))
+            self.end(reference, Failed("crashed", f"reward process {process} ended"))
 
     def wait(self, references, timeout_s):
         done = [reference for reference in references if reference in self.outcomes]
@@ -68,24 +69,21 @@ class Processes:
         return done
 
     def result(self, reference):
-        outcome = self.outcomes.pop(reference)
-        if isinstance(outcome, ProcessDied):
-            raise outcome
-        return outcome
+        return self.outcomes.pop(reference)
 
     def kill(self, process):
         self.killed.append(process)
-        self.running = {r: task for r, task in self.running.items() if r[0] != process}
+        self.running = {r: request for r, request in self.running.items() if r[0] != process}
 
 
 @pytest.fixture(scope="module")
 def build():
-    """`build(backend, reward functions)` -> a pool that lives by the backend's clock."""
+    """`build(backend, reward functions)` -> a scorer that lives by the backend's clock."""
     with pytest.MonkeyPatch.context() as patch:
 
         def build(backend, *names, **options):
-            patch.setattr(pool_module, "time", backend)
-            return RewardPool(RewardConfig(reward_funcs=list(names), **options), backend)
+            patch.setattr(workers, "time", backend)
+            return GroupScorer(RewardConfig(reward_funcs=list(names), **options), backend)
 
         yield build
 
@@ -96,51 +94,51 @@ def group_of(*texts, group_id=0, prompt_id="train:0"):
     return RolloutGroup(group_id, prompt, completions)
 
 
-def collect_for(seconds, pool, backend):
+def collect_for(seconds, scorer, backend):
     """What is scored in so many seconds in which something is pending."""
     end, scored = backend.now + seconds, []
-    while pool.pending_refs() and backend.now < end:
-        pool.wait(1.0)
-        scored += pool.collect()
+    while scorer.pending_refs() and backend.now < end:
+        scorer.wait(1.0)
+        scored += scorer.collect()
     return scored
 
 
 # --- starts --------------------------------------------------------------------------------------
 
-LANES = [("format", "accuracy"), ("judge",)]
+POOLS = [("format", "accuracy"), ("judge",)]
 """Functions that share a process: some are called one at a time, and one is async."""
 
 
 @pytest.mark.parametrize("hanging", [0, 1, 2])
 def test_a_process_that_does_not_start_is_an_error_that_names_its_functions(build, hanging):
     backend = Processes(hanging={hanging})
-    names = ", ".join(map(repr, LANES[hanging == 2]))
+    names = ", ".join(map(repr, POOLS[hanging == 2]))
     with pytest.raises(RewardCodeError, match=rf"did not start within 300 s.*: {names}$"):
-        build(backend, *LANES[0], *LANES[1], num_workers=2)
+        build(backend, *POOLS[0], *POOLS[1], num_workers=2)
     assert START_TIMEOUT_S <= backend.now - 100.0 <= START_TIMEOUT_S + 2.0
     assert backend.killed == [0, 1, 2]
 
 
-@pytest.mark.parametrize("names", LANES)
+@pytest.mark.parametrize("names", POOLS)
 def test_so_is_one_that_takes_the_place_of_another(build, names):
     backend = Processes(hanging={1})
-    pool = build(backend, *names)
-    pool.submit(group_of("a", "b"))
+    scorer = build(backend, *names)
+    scorer.submit(group_of("a", "b"))
     backend.die(0)
     listed = ", ".join(map(repr, names))
     with pytest.raises(RewardCodeError, match=rf"did not start within 300 s.*: {listed}$"):
-        collect_for(2 * START_TIMEOUT_S, pool, backend)
+        collect_for(2 * START_TIMEOUT_S, scorer, backend)
     assert START_TIMEOUT_S <= backend.now - 100.0 <= START_TIMEOUT_S + 2.0
 
 
 def test_a_process_that_started_while_nobody_looked_is_as_good_as_others(build):
     backend = Processes()
-    pool = build(backend, "format")
-    pool.submit(group_of("a", "b"))
+    scorer = build(backend, "format")
+    scorer.submit(group_of("a", "b"))
     backend.die(0)
-    assert pool.collect() == []
+    assert scorer.collect() == []
     backend.now += 2 * START_TIMEOUT_S
-    assert pool.collect() == []
+    assert scorer.collect() == []
     assert [process for process, _ in backend.running] == [1]
 
 
@@ -156,28 +154,28 @@ ACTIONS = st.lists(
 )
 
 
-def values_of(task):
-    values = {"format": len, "judge": lambda text: len(text) + 0.5}[task.name]
-    return Values([values(completion.text) for completion in task.group.completions], 0.1)
+def values_of(request):
+    values = {"format": len, "judge": lambda text: len(text) + 0.5}[request.function]
+    return Scored([values(completion.text) for completion in request.group.completions], 0.1)
 
 
 @given(ACTIONS, st.integers(1, 2), st.sampled_from(["raise", "zero"]), st.booleans())
 def test_groups_that_are_forgotten_matter_to_no_other(build, actions, num_workers, policy, gated):
     """Whenever they are forgotten, and whether what they run returns, fails, dies or hangs.
 
-    A task of a wanted group fails too, where its completions are then tried alone.
+    A request of a wanted group fails too, where its completions are then tried alone.
     """
     backend = Processes()
     options = {"on_error": policy, "on_timeout": policy, "num_workers": num_workers}
     gate = {"judge": "format >= 2"} if gated else {}
-    pool = build(backend, "format", "judge", gate=gate, **options)
+    scorer = build(backend, "format", "judge", gate=gate, **options)
     wanted, prompts = {}, count()
 
-    def is_wanted(task):
-        return task.group.prompt.prompt_id not in backend.forgotten
+    def is_wanted(request):
+        return request.group.prompt.prompt_id not in backend.forgotten
 
     def collect():
-        for group in pool.collect():
+        for group in scorer.collect():
             assert group.prompt == wanted.pop(group.group_id).prompt
             lengths = [len(completion.text) for completion in group.completions]
             judged = [0.0 if gated and length < 2 else length + 0.5 for length in lengths]
@@ -189,84 +187,84 @@ def test_groups_that_are_forgotten_matter_to_no_other(build, actions, num_worker
         if action == "submit" and number not in wanted:
             texts = ["a" * (length + 1) for length in range(number % 4)]
             wanted[number] = group_of(*texts, group_id=number, prompt_id=f"train:{next(prompts)}")
-            pool.submit(wanted[number])
+            scorer.submit(wanted[number])
         elif action == "forget":
             if number in wanted:
                 backend.forgotten.add(wanted.pop(number).prompt.prompt_id)
-            pool.forget([number])
+            scorer.forget([number])
         elif action == "collect":
             collect()
         elif backend.running:
-            reference, task = list(backend.running.items())[number % len(backend.running)]
-            is_split = policy == "zero" and len(task.group.completions) > 1
-            if action == "return" or (is_wanted(task) and not is_split):
-                backend.end(reference, values_of(task))
+            reference, request = list(backend.running.items())[number % len(backend.running)]
+            is_split = policy == "zero" and len(request.group.completions) > 1
+            if action == "return" or (is_wanted(request) and not is_split):
+                backend.end(reference, values_of(request))
             elif action == "fail":
-                backend.end(reference, Failed("error", "told nobody", splittable=True))
+                backend.end(reference, Failed("error", "told nobody"))
             else:
                 backend.die(reference[0])
-        assert pool.num_pending == len(wanted)
+        assert scorer.num_pending == len(wanted)
     while wanted:
-        for reference, task in list(backend.running.items()):
-            if is_wanted(task):  # the others hang
-                backend.end(reference, values_of(task))
-        pool.wait(1.0)
+        for reference, request in list(backend.running.items()):
+            if is_wanted(request):  # the others hang
+                backend.end(reference, values_of(request))
+        scorer.wait(1.0)
         collect()
-    assert collect_for(1000.0, pool, backend) == []
-    assert pool.num_pending == len(pool.pending_refs()) == len(backend.running) == 0
+    assert collect_for(1000.0, scorer, backend) == []
+    assert scorer.num_pending == len(scorer.pending_refs()) == len(backend.running) == 0
 
 
 def test_what_waited_for_a_forgotten_group_is_next(build):
     backend = Processes()
-    pool = build(backend, "format", on_error="raise")
+    scorer = build(backend, "format", on_error="raise")
     for i in range(4):
-        pool.submit(group_of("a", group_id=i))
-    pool.forget([0, 2, 3, 77])
-    assert pool.num_pending == 1
+        scorer.submit(group_of("a", group_id=i))
+    scorer.forget([0, 2, 3, 77])
+    assert scorer.num_pending == 1
     [reference] = backend.running
-    backend.end(reference, Failed("error", "of a group that nobody wants"))
-    assert pool.collect() == []
-    [task] = backend.running.values()
-    assert task.group.group_id == 1
+    backend.end(reference, Failed("error", "of a group that nobody wants", splittable=False))
+    assert scorer.collect() == []
+    [request] = backend.running.values()
+    assert request.group.group_id == 1
     assert backend.killed == []
 
 
 @pytest.mark.parametrize("end", ["die", "hang"])
-@pytest.mark.parametrize("names", LANES)
+@pytest.mark.parametrize("names", POOLS)
 def test_a_process_that_ends_in_a_forgotten_group_is_replaced_for_the_others(build, names, end):
     backend = Processes()
-    pool = build(backend, names[0], on_error="raise", on_timeout="raise")
-    pool.submit(group_of("a", "b", group_id=0))
-    pool.submit(group_of("c", "d", group_id=1))
-    pool.forget([0])
+    scorer = build(backend, names[0], on_error="raise", on_timeout="raise")
+    scorer.submit(group_of("a", "b", group_id=0))
+    scorer.submit(group_of("c", "d", group_id=1))
+    scorer.forget([0])
     if end == "die":
         backend.die(0)
     else:
         backend.now += 100.0
-    assert pool.collect() == []
+    assert scorer.collect() == []
     assert backend.killed == [0]
-    assert pool.collect() == []
-    [(reference, task)] = backend.running.items()
+    assert scorer.collect() == []
+    [(reference, request)] = backend.running.items()
     assert reference[0] == 1
-    backend.end(reference, Values([1.0, 2.0], 0.1))
-    [group] = pool.collect()
-    assert task.group.group_id == group.group_id == 1
+    backend.end(reference, Scored([1.0, 2.0], 0.1))
+    [group] = scorer.collect()
+    assert request.group.group_id == group.group_id == 1
     assert [reward.total for reward in group.rewards] == [1.0, 2.0]
-    assert pool.pending_refs() == []
+    assert scorer.pending_refs() == []
 
 
 def test_what_functions_log_stands_with_the_rewards_of_its_completion(build):
     backend = Processes()
-    pool = build(backend, "format", "judge")
-    pool.submit(group_of("a", "b"))
+    scorer = build(backend, "format", "judge")
+    scorer.submit(group_of("a", "b"))
     logged = {
         "format": [Logged({"length": n, "seen": True}, {"acc": 0.5}) for n in (1, 2)],
         "judge": [Logged({"length": "long"}, {"acc": 1.0})] * 2,
     }
     # Whichever comes first, the order of the config decides who keeps a name.
-    for reference, task in reversed(list(backend.running.items())):
-        backend.end(reference, Values([1.0, 2.0], 0.1, logged[task.name]))
-    [group] = pool.collect()
+    for reference, request in reversed(list(backend.running.items())):
+        backend.end(reference, Scored([1.0, 2.0], 0.1, logged[request.function]))
+    [group] = scorer.collect()
     assert [reward.extra for reward in group.rewards] == [
         {"length": n, "seen": True, "judge/length": "long"} for n in (1, 2)
     ]
