@@ -39,16 +39,16 @@ from rlsys.data.streams.make import make_prompt_stream
 from rlsys.driver import train
 from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
 from rlsys.model.detokenize import Detokenizer
+from rlsys.model.folder import find_model_folder, resolve_model_path
 from rlsys.model.folder_check import check_model_folder, model_notes
-from rlsys.model.hf_folder import resolve_model_path
 from rlsys.model.memory import card_warnings, estimate_memory
 from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
-from rlsys.preflight.checks import find_model_folder, output_dir_problems
 from rlsys.preflight.data import check_prompt_tokens
 from rlsys.preflight.devices import gpu_memory_gib, guess_device
-from rlsys.preflight.golds import reachable_rewards
 from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.preflight.rewards import reachable_rewards
+from rlsys.preflight.run_folder import output_dir_problems
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.rewards import load_plugins
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows

@@ -19,8 +19,8 @@ from rlsys.data.load import PromptData, load_checked_prompts
 from rlsys.data.reward_columns import column_problems, column_uses, unread_columns
 from rlsys.data.rows import TEMPLATE_COLUMNS
 from rlsys.model.detokenize import Detokenizer
-from rlsys.preflight.golds import reachable_rewards
 from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.preflight.rewards import reachable_rewards
 from rlsys.rewards.reachable import (
     GOLD_REMEDY,
     Look,
@@ -103,7 +103,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from rlsys.preflight.checks import find_model_folder
+    from rlsys.model.folder import find_model_folder
 
     find_model_folder(config.model.path)
     try:

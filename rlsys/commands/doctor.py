@@ -20,8 +20,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
+from rlsys.model.folder import hub_answers
 from rlsys.preflight.devices import visible_gpus
-from rlsys.preflight.hub import hub_answers
 from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines
 

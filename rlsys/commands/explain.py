@@ -16,6 +16,7 @@ from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.load import ResolvedConfig
 from rlsys.config.roles import Role, plan_roles
 from rlsys.data.preprocess import read_spec
+from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import (
     REWARD_GIB,
     MemoryEstimate,
@@ -26,10 +27,10 @@ from rlsys.model.memory import (
     micro_batch_tokens,
 )
 from rlsys.model.shape import read_model_shape
-from rlsys.preflight.checks import check_run, find_model_folder
+from rlsys.preflight.checks import check_run
 from rlsys.preflight.data import FIRST_ROWS, count_rows
 from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
-from rlsys.preflight.reward_start import reward_start_problem
+from rlsys.preflight.rewards import reward_start_problem
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.problems import Problem
 from rlsys.text import counted

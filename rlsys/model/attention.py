@@ -1,4 +1,4 @@
-"""Whether the policy's attention can be had, told before a GPU is taken and again by the engine.
+"""Whether the attention kernels that a run asks for exist: for its device, and on this machine.
 
 Imports neither torch nor Transformer Engine.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from rlsys.config import PolicyConfig
-    from rlsys.types import Device
+from rlsys.problems import Problem
+from rlsys.types import Device
 
 _FLASH_PACKAGES = ("flash-attn", "flash-attn-3", "flash-attn-4")
 """The distributions that Transformer Engine looks for, by these names and not by their modules."""
@@ -20,44 +18,40 @@ _VARIABLES = {
     "flash": "NVTE_FLASH_ATTN",
     "unfused": "NVTE_UNFUSED_ATTN",
 }
-"""What Transformer Engine is told by: 0 forbids a kind. megatron-core sets them by its config, and
-stops at an assertion where one is set otherwise."""
+"""Environment variables of Transformer Engine; 0 forbids a kind. megatron-core sets them by its
+config, and stops at an assertion where one is set otherwise."""
 
 
-def unsupported_attention(
-    policy: PolicyConfig,
-    *,
-    context_parallel_size: int,
-    device: Device,
-    dtype: str,
-) -> str | None:
-    """Why no machine has the attention that `policy` asks for, and what to do; None if some do.
+def attention_problem(
+    backend: str, *, context_parallel_size: int, device: Device, dtype: str
+) -> Problem | None:
+    """Why policy.attention_backend cannot be used, and what to do; None if it can.
 
     Args:
-        policy: its attention_backend, which is the reference's too.
-        context_parallel_size: of the policy, or of the reference.
-        device: that it runs on.
-        dtype: of the weights, "float32" or "bfloat16".
+        backend: policy.attention_backend, which the reference has too.
+        context_parallel_size: the larger of the policy's and the reference's, or one model's own.
+        device: where the model runs.
+        dtype: the type of its weights, "float32" or "bfloat16".
     """
-    backend = policy.attention_backend
-    if device == "cpu" and backend != "auto":
-        return (
+    if device == "cpu":
+        if backend == "auto":
+            return None
+        return Problem(
             f"policy.attention_backend = {backend} chooses among kernels of GPUs, and this run is "
             "on the CPU, which has one kind only: set it to auto"
         )
-    if device == "cpu" or dtype != "float32":
-        return None
-    if backend in ("fused", "flash"):
-        return (
+    if dtype == "float32" and backend in ("fused", "flash"):
+        return Problem(
             f"policy.attention_backend = {backend} has no kernels for float32: set it to auto, or "
             "model.dtype to bfloat16"
         )
-    if context_parallel_size > 1:
-        return (
+    if dtype == "float32" and context_parallel_size > 1:
+        return Problem(
             f"context_parallel_size = {context_parallel_size} needs attention that has no kernels "
             "for float32: set model.dtype to bfloat16"
         )
-    return None
+    missing = missing_attention(backend)
+    return None if missing is None else Problem(missing, only_here=True)
 
 
 def missing_attention(backend: str) -> str | None:

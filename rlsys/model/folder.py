@@ -3,10 +3,83 @@
 from __future__ import annotations
 
 import json
+import urllib.error
+import urllib.request
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rlsys.config.local_paths import check_is_here, is_no_hub_id
+
 _LFS_POINTER = b"version https://git-lfs"
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached; asked once, for at most 5 seconds.
+
+    The hub's own client would retry for half a minute for every file.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        with urllib.request.urlopen(constants.ENDPOINT, timeout=5):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def find_model_folder(path: str) -> Path:
+    """The folder that holds config.json of a model folder or hub id, downloading only that file.
+
+    Raises:
+        ValueError: neither a folder here nor a readable hub model.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if is_no_hub_id(path):
+        raise ValueError(f"there is no model folder {path!r} on this machine")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        config = hf_hub_download(path, "config.json", local_files_only=not hub_answers())
+    except (HFValidationError, HfHubHTTPError, EntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if hub_answers() else "the hub does not answer"
+        if isinstance(error, GatedRepoError):
+            reason = "it is gated: ask for access on its page, and set HF_TOKEN to your token"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "the hub has none of this name, or your token (HF_TOKEN) may not read it"
+        raise ValueError(
+            f"{path!r} is neither a folder on this machine nor a hub model that can be read from "
+            f"here ({reason})"
+        ) from None
+    return Path(config).parent
+
+
+def resolve_model_path(path: str) -> Path:
+    """The local folder of a model: `path` itself, or the downloaded snapshot of a hub id.
+
+    Raises:
+        ValueError: `path` is a folder that this host does not have.
+    """
+    check_is_here(path)
+    if Path(path).is_dir():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    return Path(snapshot_download(path, allow_patterns=patterns))
 
 
 def read_json(file: Path) -> dict[str, Any]:

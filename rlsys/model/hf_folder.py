@@ -9,29 +9,14 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rlsys.config.local_paths import check_is_here
 from rlsys.files import flush_to_disk
 from rlsys.model.weight_files import INDEX, weight_files
 from rlsys.weight_sync.plan import shard_bounds
 
 MAX_SHARD_BYTES = 4 * 2**30
-
-
-def resolve_model_path(path: str) -> Path:
-    """The local folder of a model: `path` itself, or the hub's snapshot of that id.
-
-    Raises:
-        ValueError: this host has no folder of that path.
-    """
-    check_is_here(path)
-    if Path(path).is_dir():
-        return Path(path)
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-    return Path(snapshot_download(path, allow_patterns=patterns))
 
 
 class SafetensorsReader:

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlsys.config import DataConfig
+from rlsys.config import Config, DataConfig
 from rlsys.data.json_files import is_json_lines
 from rlsys.data.preprocess import read_spec
 from rlsys.data.sources import Problems, Source, Split, open_sources
@@ -20,6 +20,7 @@ from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids, resize_remedy
 from rlsys.problems import Problem
 from rlsys.rewards import plugin_problems
+from rlsys.text import counted
 from rlsys.types import Prompt
 
 if TYPE_CHECKING:
@@ -36,8 +37,21 @@ _COUNTABLE_BYTES = 200 * 2**20
 """Count the rows of JSONL files up to this size; larger ones would take a while to read."""
 
 
-def check_data(config: DataConfig) -> Iterator[Problem]:
-    """Problems of plugins, dataset entries, files and their first rows."""
+def dataset_problems(config: Config) -> Iterator[Problem]:
+    """Problems of data plugins, dataset entries, files and their first rows; too few rows."""
+    # One file may have rewards and preprocessors; `reward_problems` reports what is wrong with it.
+    list(plugin_problems("", config.reward.external_plugins))
+    yield from _source_problems(config.data)
+    rows = count_rows(config.data)
+    if rows is not None and 0 < rows < config.num_prompts:
+        yield Problem(
+            f"data.dataset has {counted(rows, 'row')} to train on, and a step needs "
+            f"{config.num_prompts} prompts (rollout.generation_batch_size / "
+            "rollout.num_generations): give more data, or lower generation_batch_size"
+        )
+
+
+def _source_problems(config: DataConfig) -> Iterator[Problem]:
     not_loaded = list(plugin_problems("data.external_plugins", config.external_plugins))
     yield from not_loaded
     splits: tuple[Split, ...] = ("train", "validation")

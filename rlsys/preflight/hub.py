@@ -5,34 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import urllib.error
-import urllib.request
-from functools import cache
 from pathlib import Path
 
 from rlsys.config import Config
 from rlsys.data.preprocess import read_spec
 from rlsys.data.spec import is_no_hub_id
+from rlsys.model.folder import hub_answers
 from rlsys.rewards import plugin_problems
-
-
-@cache
-def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached: asked once, for at most 5 seconds.
-
-    Its own client would retry for half a minute for every file.
-    """
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        with urllib.request.urlopen(constants.ENDPOINT, timeout=5):
-            return True
-    except urllib.error.HTTPError:
-        return True
-    except OSError:
-        return False
 
 
 def use_cache_without_hub(config: Config) -> None:

@@ -16,6 +16,17 @@ from rlsys.types import RolloutGroup
 TABLE_COLUMNS = ["step", "group_id", "index", "prompt", "text", "reward", "advantage", "num_tokens"]
 
 
+def find_wandb() -> None:
+    """Raise ValueError if the package is not installed."""
+    spec = importlib.util.find_spec("wandb")
+    # A folder wandb/ with old logs is found too, but has no origin.
+    if spec is None or spec.origin is None:
+        raise ValueError(
+            "tracking.report_to names 'wandb', but the package wandb is not installed. Install it "
+            "with `pip install wandb`, or take 'wandb' out of tracking.report_to."
+        )
+
+
 @register_tracker("wandb")
 class WandbTracker(Tracker):
     """Numbers as they are, the completions of each training step as a table.
@@ -24,13 +35,7 @@ class WandbTracker(Tracker):
     """
 
     def __init__(self, config: Config, resumed_from: int | None):
-        spec = importlib.util.find_spec("wandb")
-        if spec is None or spec.origin is None:  # a folder wandb/ with old logs is no package
-            raise ValueError(
-                "tracking.report_to names 'wandb', but the package wandb is not installed. "
-                "Install it with `pip install wandb`, or take 'wandb' out of "
-                "tracking.report_to."
-            )
+        find_wandb()
         self._wandb = importlib.import_module("wandb")
         output_dir = Path(config.output_dir)
         self._run = self._wandb.init(

@@ -1,6 +1,6 @@
 import pytest
 
-from rlsys.preflight.hub import hub_answers
+from rlsys.model.folder import hub_answers
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from rlsys.engines.vllm.spans import Span, begin_span
 from rlsys.engines.vllm.weight_backend import BACKEND, WORKER_EXTENSION, InitInfo
 from rlsys.engines.vllm.worker_errors import worker_errors_told
 from rlsys.model.detokenize import Detokenizer
-from rlsys.model.hf_folder import resolve_model_path
+from rlsys.model.folder import resolve_model_path
 from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.model.tokenizer_files import num_token_ids, resize_remedy

@@ -9,7 +9,7 @@ from ray._private.runtime_env.packaging import _dir_travel
 from rlsys.config import Config
 from rlsys.config.load import load_config
 from rlsys.config.local_paths import JOB_COPY, left_out_of_job_copy, with_absolute_paths
-from rlsys.model.hf_folder import resolve_model_path
+from rlsys.model.folder import resolve_model_path
 from rlsys.preflight.checks import check_run
 
 REPOSITORY = Path(__file__).parents[3]

@@ -21,9 +21,9 @@ def gpus(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def show(number):
-        monkeypatch.setattr("rlsys.preflight.checks.visible_gpus", lambda: number)
+        monkeypatch.setattr("rlsys.preflight.machine.visible_gpus", lambda: number)
 
-    monkeypatch.setattr("rlsys.preflight.checks.device_of_packages", lambda: None)
+    monkeypatch.setattr("rlsys.preflight.machine.device_of_packages", lambda: None)
     show(64)
     return show
 
@@ -98,7 +98,7 @@ def test_a_model_that_cannot_be_used(problems, tmp_path, sizes, words):
     ],
 )
 def test_packages_of_the_other_device(problems, monkeypatch, device, built_for, words):
-    monkeypatch.setattr("rlsys.preflight.checks.device_of_packages", lambda: built_for)
+    monkeypatch.setattr("rlsys.preflight.machine.device_of_packages", lambda: built_for)
     found = problems(device=device)
     for word in words:
         assert word in only(found)

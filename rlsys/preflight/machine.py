@@ -1,0 +1,79 @@
+"""Whether this machine has the packages, kernels and GPUs of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+from rlsys.config import Config
+from rlsys.config.roles import describe_gpu_demand, fewer_gpus, plan_roles
+from rlsys.model.attention import attention_problem
+from rlsys.preflight.devices import device_of_packages, guess_device, visible_gpus
+from rlsys.problems import Problem
+from rlsys.tracking import trackers
+from rlsys.tracking.wandb import find_wandb
+
+
+def package_problems(config: Config) -> Iterator[Problem]:
+    """Packages that are missing, or built for another device than the run's."""
+    for module in ("torch", "ray", "vllm", "megatron", "transformers"):
+        if importlib.util.find_spec(module) is None:
+            yield Problem(
+                f"{module} is not installed; `rlsys doctor` says how to get it", only_here=True
+            )
+    device, built_for = guess_device(config), device_of_packages()
+    # The hosts of a running Ray cluster may have other packages.
+    if os.environ.get("RAY_ADDRESS") or built_for in (None, device):
+        return
+    if built_for == "cpu":
+        yield Problem(
+            "the run is on GPUs and the installed vLLM is built for the CPU: install the GPU "
+            "packages (docs/gpu.md), or run on the CPU with --device cpu",
+            only_here=True,
+        )
+    else:
+        yield Problem(
+            "the run is on the CPU and the installed vLLM is built for GPUs: use --device cuda, or "
+            "install the CPU packages with `make setup` in an environment of their own",
+            only_here=True,
+        )
+
+
+def tracker_problems(config: Config) -> Iterator[Problem]:
+    """Trackers that nobody registered, or whose package is not installed."""
+    for name in config.tracking.report_to:
+        try:
+            trackers[name]
+        except ValueError as error:
+            yield Problem(f"tracking.report_to: {error}")
+    if "wandb" in config.tracking.report_to:
+        try:
+            find_wandb()
+        except ValueError as error:
+            yield Problem(str(error), only_here=True)
+
+
+def attention_problems(config: Config) -> Iterator[Problem]:
+    """Attention kernels that the run's device does not have."""
+    device = guess_device(config)
+    if device == "cpu" and config.device == "auto":
+        return  # the Ray cluster may have GPUs; the engines check again
+    problem = attention_problem(
+        config.policy.attention_backend,
+        context_parallel_size=config.largest_context_parallel_size,
+        device=device,
+        dtype=config.model_dtype(on_cpu=device == "cpu"),
+    )
+    if problem is not None:
+        yield problem
+
+
+def gpu_problems(config: Config) -> Iterator[Problem]:
+    """Too few GPUs, if the run starts a Ray cluster of its own on this machine."""
+    if guess_device(config) == "cpu" or os.environ.get("RAY_ADDRESS"):
+        return
+    roles, available = plan_roles(config, device="cuda"), visible_gpus()
+    if sum(role.gpus for role in roles) > available:
+        demand, remedy = describe_gpu_demand(roles), fewer_gpus(roles, available)
+        yield Problem(f"{demand}, and this machine shows {available}: {remedy}", only_here=True)

@@ -1,0 +1,176 @@
+"""Whether the models of a run are there, complete, and fit the parallel sizes of the config."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlsys.config import Config
+from rlsys.model.folder import find_model_folder
+from rlsys.model.folder_check import folder_problems
+from rlsys.model.memory import kv_cache_bytes, longest_row
+from rlsys.model.shape import ModelShape, read_model_shape
+from rlsys.preflight.devices import guess_device
+from rlsys.problems import Problem
+
+CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Head sizes that vLLM's attention on CPU has kernels for."""
+
+
+def model_problems(config: Config) -> Iterator[Problem]:
+    """Problems of the policy's model, the reward models and the reference model."""
+    shape, problems = _read_model(config, "model.path", config.model.path)
+    yield from problems
+    if shape is not None:
+        yield from _policy_layout(config, shape)
+        yield from _rollout_layout(config, shape)
+        yield from _kv_cache(config, shape)
+    for path in config.reward.model_paths:
+        try:
+            find_model_folder(path)
+        except ValueError as error:
+            yield Problem(f"reward.reward_model: {error}", only_here=True)
+    if config.grpo.beta == 0:
+        return
+    reference = shape
+    if config.reference.path is not None:
+        reference, problems = _read_model(config, "reference.path", config.reference.path)
+        yield from problems
+    if reference is not None:
+        yield from _reference_layout(config, reference)
+    if shape is not None and reference is not None and reference.vocab_size != shape.vocab_size:
+        yield Problem(
+            f"reference.path has a vocabulary of {reference.vocab_size} tokens and model.path one "
+            f"of {shape.vocab_size}: the reference model must have the same tokenizer"
+        )
+
+
+def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | None, list[Problem]]:
+    """The shape of the model that `field` names, if its config.json can be used; its problems."""
+    try:
+        folder = find_model_folder(path)
+    except ValueError as error:
+        return None, [Problem(f"{field}: {error}", only_here=True)]
+    try:
+        shape = read_model_shape(folder)
+    except ValueError as error:
+        return None, [Problem(f"{field}: {line}") for line in str(error).splitlines()]
+    problems = []
+    if folder == Path(path):  # only config.json of a hub model is here yet
+        problems = [
+            Problem(f"{field}: {text}", only_here=True)
+            for text in folder_problems(folder, shape, has_prompts=field == "model.path")
+        ]
+    longest, positions = longest_row(config), shape.max_position_embeddings
+    if longest > positions:
+        problems.append(
+            Problem(
+                f"data.max_prompt_length {config.data.max_prompt_length} + "
+                f"rollout.max_completion_length {config.rollout.max_completion_length} = {longest} "
+                f"tokens, but {field} {path} has positions for {positions}: lower one by "
+                f"{longest - positions}"
+            )
+        )
+    return shape, problems
+
+
+def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    policy = config.policy
+    tp, pp, ep = (
+        policy.tensor_parallel_size,
+        policy.pipeline_parallel_size,
+        policy.expert_model_parallel_size,
+    )
+    yield from _tensor_parallel("policy.tensor_parallel_size", tp, shape)
+    if shape.num_layers % pp:
+        yield Problem(
+            f"policy.pipeline_parallel_size = {pp} does not divide the model's {shape.num_layers} "
+            f"layers: use {_divisors(shape.num_layers)}"
+        )
+    setting = f"policy.expert_model_parallel_size = {ep}"
+    if not shape.is_moe:
+        if ep > 1:
+            yield Problem(
+                f"{setting}, but the model has no experts to share ({shape.model_type} is dense): "
+                "leave it out"
+            )
+    elif shape.num_experts % ep:
+        yield Problem(
+            f"{setting} does not divide the model's {shape.num_experts} experts: use "
+            f"{_divisors(shape.num_experts)}"
+        )
+    elif ep == 1 and tp > 1:
+        yield Problem(
+            f"policy.tensor_parallel_size = {tp} does not cut the experts of {shape.model_type}, "
+            f"and with {setting} no rank has all tokens of an expert: set "
+            f"policy.expert_model_parallel_size to {tp}"
+        )
+
+
+def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    tp = config.reference.tensor_parallel_size
+    yield from _tensor_parallel("reference.tensor_parallel_size", tp, shape)
+    if shape.is_moe and shape.num_experts % tp:
+        yield Problem(
+            f"reference.tensor_parallel_size = {tp}, over which experts are shared too, does "
+            f"not divide the model's {shape.num_experts} experts"
+        )
+
+
+def _rollout_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    tp = config.rollout.tensor_parallel_size
+    # vLLM replicates KV heads and pads the vocabulary, so fewer sizes have to divide.
+    intermediate = shape.moe_intermediate_size if shape.is_moe else shape.intermediate_size
+    if shape.num_heads % tp or intermediate % tp:
+        yield Problem(
+            f"rollout.tensor_parallel_size = {tp} does not divide the model's {shape.num_heads} "
+            f"attention heads and intermediate size {intermediate}: use "
+            f"{_divisors(math.gcd(shape.num_heads, intermediate))}"
+        )
+    kv_heads = shape.num_kv_heads
+    if kv_heads % tp and tp % kv_heads:
+        yield Problem(
+            f"rollout.tensor_parallel_size = {tp} neither divides the model's {kv_heads} KV heads "
+            f"nor is a multiple of them: use {_divisors(kv_heads)}"
+        )
+    if guess_device(config) == "cpu" and shape.head_dim not in CPU_HEAD_DIMS:
+        yield Problem(
+            f"the model's heads have {shape.head_dim} dimensions, and vLLM on CPU has attention "
+            f"for {', '.join(map(str, CPU_HEAD_DIMS))}: use another model"
+        )
+
+
+def _kv_cache(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    """Whether one sequence fits: vLLM checks it too, after it has loaded the model."""
+    size, device = config.rollout.kv_cache_memory_mb, guess_device(config)
+    if size is None:
+        return
+    if config.device == "auto" and os.environ.get("RAY_ADDRESS"):
+        device = "cuda"  # which the cluster may have; on a CPU a token takes more
+    needed = kv_cache_bytes(config, shape, sequences=1, device=device)
+    if size * 2**20 < needed:
+        yield Problem(
+            f"rollout.kv_cache_memory_mb = {size} does not hold one sequence of "
+            f"data.max_prompt_length {config.data.max_prompt_length} + "
+            f"rollout.max_completion_length {config.rollout.max_completion_length} = "
+            f"{longest_row(config)} tokens, which takes {needed / 2**20:,.1f} MiB: set it to at "
+            f"least {-(-needed // 2**20)}, or leave it out"
+        )
+
+
+def _tensor_parallel(field: str, tp: int, shape: ModelShape) -> Iterator[Problem]:
+    sizes = {"attention heads": shape.num_heads, "KV heads": shape.num_kv_heads}
+    if not shape.is_moe:  # experts are shared, not cut
+        sizes["intermediate size"] = shape.intermediate_size
+    wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]
+    if wrong:
+        yield Problem(
+            f"{field} = {tp} does not divide the model's {', '.join(wrong)}: use "
+            f"{_divisors(math.gcd(*sizes.values()))}"
+        )
+
+
+def _divisors(number: int) -> str:
+    return " or ".join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)
