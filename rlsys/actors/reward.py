@@ -13,7 +13,7 @@ from ray.exceptions import RayError
 
 from rlsys.actors.group import Place, device_env, inherited_env
 from rlsys.config import RewardConfig
-from rlsys.rewards import check_names_and_weights, load_plugins
+from rlsys.rewards import check_functions, load_plugins
 from rlsys.rewards.pool.process import RewardProcess
 from rlsys.rewards.pool.scorer import GroupScorer
 from rlsys.rewards.pool.serve import Failed, ProcessSettings, ScoreRequest, process_settings
@@ -115,6 +115,6 @@ class RewardWorkers(GroupScorer):
         """
         settings = process_settings(config, known or {}, plugins)
         load_plugins(settings.plugins)
-        check_names_and_weights(config.names, config.reward_weights)
+        check_functions(config)
         backend = RayBackend(settings, config.models, place)
         super().__init__(config, backend, max_steps=max_steps)

@@ -23,7 +23,7 @@ from rlsys.config.yaml_text import load_yaml
 from rlsys.data.preprocess import preprocessors
 from rlsys.data.spec import is_no_hub_id
 from rlsys.registry import did_you_mean
-from rlsys.rewards import check_names_and_weights, load_plugins, settings_of
+from rlsys.rewards import check_functions, load_plugins, settings_of
 from rlsys.rewards.pool.scorer import GroupScorer, local_scorer
 from rlsys.text import counted
 from rlsys.tracking.completions import last_user_message
@@ -75,13 +75,13 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
     config = _config(options, run)
     load_plugins(config.external_plugins)
     names = config.reward_funcs
-    check_names_and_weights(names, None)
     for name in options.params:
         if name not in names:
             raise ValueError(
                 f"--params has settings for {name!r}, which is not tried."
                 f"{did_you_mean(name, names)} Tried: {', '.join(names)}"
             )
+    check_functions(config)
     known = {} if run is None else run.known
     for name in names:
         settings_of(name, config.params.get(name, {}), known)

@@ -16,7 +16,7 @@ from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
 
 if TYPE_CHECKING:
-    from rlsys.config.schema import Config
+    from rlsys.config.schema import Config, RewardConfig
 
 
 OWN_TEMPLATE_ARGUMENTS = (
@@ -41,7 +41,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_length_problems(config),
         *_batch_problems(config),
         *parallelism_problems(config),
-        *_reward_problems(config),
+        *reward_problems(config.reward),
         *_optimizer_problems(config),
         *_data_problems(config),
         *_dataset_problems(config),
@@ -108,8 +108,9 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _reward_problems(config: Config) -> Iterator[Problem]:
-    names, weights = config.reward.names, config.reward.reward_weights
+def reward_problems(reward: RewardConfig) -> Iterator[Problem]:
+    """What does not go together in the reward section of a config."""
+    names, weights = reward.names, reward.reward_weights
     if not names:
         yield Problem(
             "reward.reward_funcs: nothing scores the completions: name a function (`rlsys rewards "
@@ -131,15 +132,15 @@ def _reward_problems(config: Config) -> Iterator[Problem]:
             ("reward.reward_weights", "reward.reward_funcs"),
         )
     # Settings under reward_model are for all models.
-    known = {*names, *(["reward_model"] if config.reward.models else [])}
-    stray = sorted(set(config.reward.reward_params) - known)
+    known = {*names, *(["reward_model"] if reward.models else [])}
+    stray = sorted(set(reward.reward_params) - known)
     if stray:
         yield Problem(
             f"reward.reward_params has settings for {', '.join(stray)}, which reward.reward_funcs "
             f"does not name ({', '.join(names)}): add it there, or take its settings out",
             ("reward.reward_params", "reward.reward_funcs"),
         )
-    yield from _gate_problems(config)
+    yield from _gate_problems(reward)
     if weights and not any(weights):
         yield Problem(
             "reward.reward_weights are all 0, so there is nothing to learn from: give at least one "
@@ -148,8 +149,8 @@ def _reward_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _gate_problems(config: Config) -> Iterator[Problem]:
-    names, gates = config.reward.names, config.reward.gate
+def _gate_problems(reward: RewardConfig) -> Iterator[Problem]:
+    names, gates = reward.names, reward.gate
     for gated, text in gates.items():
         try:
             by = parse_gate(text).by

@@ -30,7 +30,7 @@ from rlsys.rewards.scoring import (
     OWN_COLUMNS,
     Reward,
     check_call,
-    check_names_and_weights,
+    check_functions,
 )
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "RewardError",
     "TrainerState",
     "check_call",
-    "check_names_and_weights",
+    "check_functions",
     "load_plugins",
     "orms",
     "plugin_problems",

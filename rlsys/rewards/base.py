@@ -22,9 +22,9 @@ class ORM:
     Derive from it, implement `__call__` and register the class. It is instantiated once in every
     reward process, with the keyword arguments that `reward.reward_params` has for its name.
 
-    A class that compares with a right answer may say which, with two methods that take the columns
-    of a row: `gold(row)` is the answer that it reads, None where the row has none that it can use;
-    `example(row)` is what a completion would give as answer, where that is not `gold(row)`.
+    A class that compares with a right answer may have two more methods, which get the columns of a
+    row: `gold(row)` returns the answer that it reads, None where the row has none that it can use;
+    `example(row)` returns what a completion would answer, where that differs from `gold(row)`.
 
     Example:
         @register_reward("short")
@@ -39,11 +39,11 @@ class ORM:
     """
 
     max_reward: float | None = None
-    """What a completion that is right in every way earns; None is not known. A run and `rlsys data
-    preview` then look whether the rows let a completion earn it."""
+    """What a completion that is right in every way earns; None: not known. If it is known, a run
+    and `rlsys data preview` check that the rows let a completion earn it."""
     reads_think_tags: bool = False
-    """Whether completions come with the `<think>` that the prompt ends with, if it does: for
-    functions that look for the tag, or for what stands behind `</think>`."""
+    """Whether completions start with the `<think>` that their prompt ends with: for functions that
+    look for the tag, or for what follows `</think>`."""
 
     def __init__(self, args: Any = None, **kwargs: Any):
         # The signature that ms-swift's rewards call through super().__init__(args, **kwargs).
@@ -64,9 +64,8 @@ class ORM:
     def check_row(self, row: Mapping[str, Any]) -> None:
         """Refuse a row of the dataset that this function could not score.
 
-        Called for every row before a run starts, in the driver, if a class has its own. As a
-        `staticmethod` it spares the driver an instance. A function may have the attribute
-        `check_row`.
+        Called for every row before a run starts, in the driver. As a `staticmethod` it needs no
+        instance there. A function may have an attribute `check_row`.
 
         Args:
             row: its columns besides the prompt, None for those that only other rows have.
@@ -79,8 +78,8 @@ class ORM:
 class AsyncORM(ORM):
     """An outcome reward function that waits, for a server say: `async def __call__`.
 
-    The calls for many groups run at the same time in one event loop. Deriving from `ORM` does as
-    well; this class is here because ms-swift has it.
+    The calls for many groups run at the same time in one event loop. A class derived from `ORM`
+    may be async too; this name exists because ms-swift has it.
     """
 
 
@@ -93,15 +92,14 @@ class TrainerState:
     max_steps: int
 
     def __getattr__(self, name: str) -> Any:
-        """Say what there is, where TRL's state has more."""
+        """Name the attributes that exist, as TRL's state has more."""
         raise AttributeError(f"trainer_state has global_step and max_steps, not {name}")
 
 
 def trl_style(function: RewardFunction) -> RewardFunction:
-    """Mark a function as one of TRL's style, see `TrlStyle`; a decorator.
+    """Mark a function as written for TRL, see `TrlStyle`; a decorator.
 
-    In `reward.reward_funcs`, `trl/` before a reference does the same without touching the file:
-    `trl/path/to/file.py:function`.
+    `trl/` before a reference does the same without touching the file: `trl/path/to/file.py:name`.
 
     Example:
         @register_reward("brief")
@@ -116,24 +114,23 @@ def trl_style(function: RewardFunction) -> RewardFunction:
 
 
 class RewardRegistry(Registry[type[ORM] | RewardFunction]):
-    """Reward functions by name; also looks names up that nobody registered.
+    """Reward functions by name; also imports functions that nobody registered.
 
-    A name is, in this order: offered by an installed package, as an entry point of the group
-    `rlsys.rewards`; `reward_model:PATH`, one of several reward models; registered; a reference,
-    `path/to/file.py:name`, `package.module:name` or `package.module.name`. Before a registered
-    function and before a reference may stand `trl/` or `verl/`. An entry point of a name that
-    something else has registered is an error: none hides the other.
+    A name is looked up as: an entry point `rlsys.rewards` of an installed package;
+    `reward_model:PATH`, one of several reward models; a registered name; a reference,
+    `path/to/file.py:name`, `package.module:name` or `package.module.name`. `trl/` or `verl/` may
+    stand before the last two. An entry point and a registration of one name are an error.
     """
 
     def __getitem__(self, name: str) -> type[ORM] | RewardFunction:
         """The class or function.
 
         Raises:
-            ValueError: there is none, more than one, or it cannot be imported.
+            ValueError: an unknown or ambiguous name, or the function cannot be imported.
         """
         offered = plugins.load_entry_point(name)
         if name.startswith(REWARD_MODEL_PREFIX):
-            name = REWARD_MODEL_PREFIX[:-1]  # which of them is a setting, see RewardConfig.params
+            name = REWARD_MODEL_PREFIX[:-1]  # its path is a setting, see RewardConfig.params
         if offered is not None:
             self[name] = offered  # an error when somebody else has the name
         elif name not in self.data and (bare := bare_name(name)) in self.data:
@@ -143,7 +140,7 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
         return super().__getitem__(name)
 
     def remedy(self, name: str) -> str:
-        """For a name that is that of a plugin or of a function in it: how to name the function."""
+        """How to name the function, where `name` is a plugin or an unregistered function."""
         if f"{TRL_PREFIX}{name}" in self.data:
             return f" TRL's function of this name is {TRL_PREFIX}{name}."
         if name.endswith(".py"):
@@ -162,7 +159,7 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
 
 
 def _reference(name: str) -> str | None:
-    """`place:name` of a name that is not registered; None if it is no reference."""
+    """`place:name` of a name that is not registered; None if it is not a reference."""
     name = bare_name(name)
     if ":" in name:
         return name

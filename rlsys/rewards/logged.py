@@ -14,10 +14,10 @@ from rlsys.text import counted
 
 @dataclass(frozen=True, slots=True)
 class Logged:
-    """What one call logged about one completion."""
+    """What one call of a function logged about one completion."""
 
     extra: dict[str, Any] = field(default_factory=dict)
-    """Value by column, as JSON has it."""
+    """JSON value by column."""
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -30,11 +30,11 @@ class CallLog:
         self._metrics: dict[str, list[float]] = {}
 
     def log_extra(self, column: str, values: Sequence[Any]) -> None:
-        """Add a column to completions.jsonl; several calls for one column follow each other."""
+        """Add values to a column of completions.jsonl."""
         self._extra.setdefault(str(column), []).extend(_plain(value) for value in values)
 
     def log_metric(self, name: str, value: Any) -> None:
-        """Add to a metric, the mean of all that is logged under its name in a step."""
+        """Add a value to a metric, the mean of a step's values."""
         number = float(value)
         if math.isfinite(number):  # a NaN would be the mean of the whole step
             self._metrics.setdefault(str(name), []).append(number)
@@ -68,7 +68,7 @@ def _plain(value: Any) -> Any:
                 value = getattr(value, method)()
                 break
             except (TypeError, ValueError, RuntimeError):
-                continue  # several values are no item
+                continue  # item() of several values
     if isinstance(value, Real) and not isinstance(value, bool | int):
         value = float(value)
         return value if math.isfinite(value) else None

@@ -1,8 +1,8 @@
-"""Can a completion earn what the rows promise? Looked at before the first step, without a model.
+"""Can a completion earn what the rows promise? Checked before the first step, without a model.
 
 Each reward function says which right answer it reads in a row (`gold`) and what a completion would
-give as answer (`example`, see ORM). Completions are made of these answers in the usual layouts and
-scored by the functions themselves, so what scores here scores in the run.
+answer (`example`, see ORM). Completions are made of these answers in the usual layouts and scored
+by the functions themselves, so what scores here scores in the run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ GOLD_REMEDY = (
     "data.preprocessor"
 )
 Write = Callable[[str], Completion]
-"""A text as the completion that a run would make of it: its tokens, and what they decode to."""
+"""Turns a text into the completion that a run would make of it: its tokens, decoded again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,24 +57,14 @@ class Look:
     best: dict[str, float]
     """The most that any completion earned from each function; NaN where all were None."""
     missed: list[str]
-    """Functions of which no completion earned `max_reward`, though their answer is known."""
-
-
-@dataclass(slots=True)
-class _Count:
-    without: list[str] = field(default_factory=list)
-    """Prompts without a right answer that the function can use."""
-    unreadable: list[str] = field(default_factory=list)
-    """Prompts with one to which the function says None."""
-    missed: list[str] = field(default_factory=list)
-    """Prompts of which no completion earned the most."""
+    """Functions from which no completion earned `max_reward`, though their answer is known."""
 
 
 class ReachableRewards:
     """The reward functions of a run whose best value is known, and what rows let them give."""
 
     def __init__(
-        self, names: Iterable[str], params: Mapping[str, Params], of_run: Params, write: Write
+        self, functions: Iterable[str], params: Mapping[str, Params], of_run: Params, write: Write
     ):
         """Instantiate them; async ones are left out.
 
@@ -82,17 +72,17 @@ class ReachableRewards:
             ValueError: settings that do not fit.
             RewardError: a class raised when it was instantiated.
         """
-        names = list(names)
+        functions = list(functions)
         made = [
             Reward(name, params.get(name), of_run)
-            for name in names
+            for name in functions
             if _max_reward(orms[name]) is not None and not is_async(orms[name])
         ]
         # An instance may know better than its class.
         self.rewards = [reward for reward in made if _max_reward(reward.function) is not None]
         known = [reward.name for reward in self.rewards]
-        self.unknown = [name for name in names if name not in known]
-        """Functions of which the best value is not known."""
+        self.unknown = [name for name in functions if name not in known]
+        """Functions whose best value is not known."""
         self._write = write
         self._layouts = list(_LAYOUTS)
 
@@ -137,7 +127,7 @@ class Finding:
     """Something about the right answers of many rows."""
 
     name: str
-    """Of the reward function."""
+    """The reward function."""
     text: str
     in_all_rows: bool
     """Whether it is so in every row that was looked at."""
@@ -145,37 +135,48 @@ class Finding:
     """Whether the function then says None to every completion."""
 
 
+@dataclass(slots=True)
+class _Found:
+    """Prompts with something wrong for one function."""
+
+    without: list[str] = field(default_factory=list)
+    """Their rows have no right answer that the function can use."""
+    unreadable: list[str] = field(default_factory=list)
+    """Their rows have one, and the function says None to it."""
+    missed: list[str] = field(default_factory=list)
+    """No completion earned the most."""
+
+
 def look_at_rows(rewards: ReachableRewards, prompts: Sequence[Prompt]) -> list[Finding]:
-    """What is wrong with right answers, by function and kind; [] if nothing is.
+    """What is wrong with right answers, by function and kind.
 
     All rows are asked for their right answers, `MAX_ROWS` of them for completions.
     """
-    counts = {reward.name: _Count() for reward in rewards.rewards}
+    found = {reward.name: _Found() for reward in rewards.rewards}
     for prompt in prompts:
         for name, gold in rewards.golds(prompt.columns).items():
             if gold is None:
-                counts[name].without.append(prompt.prompt_id)
+                found[name].without.append(prompt.prompt_id)
     step = max(1, math.ceil(len(prompts) / MAX_ROWS))
     looked = prompts[::step]
     for prompt in looked:
         look = rewards.look(prompt)
         for name in look.missed:
             unreadable = name in look.golds and math.isnan(look.best[name])
-            count = counts[name]
-            (count.unreadable if unreadable else count.missed).append(prompt.prompt_id)
+            (found[name].unreadable if unreadable else found[name].missed).append(prompt.prompt_id)
     return [
         finding
-        for name, count in counts.items()
-        for finding in _findings(name, count, num_rows=len(prompts), num_looked=len(looked))
+        for name, one in found.items()
+        for finding in _findings(name, one, num_rows=len(prompts), num_looked=len(looked))
     ]
 
 
-def _findings(name: str, count: _Count, *, num_rows: int, num_looked: int) -> Iterator[Finding]:
+def _findings(name: str, found: _Found, *, num_rows: int, num_looked: int) -> Iterator[Finding]:
     some = "rows" if num_rows == num_looked else "rows looked at"
     for ids, total, rows, says_none, what in (
-        (count.without, num_rows, "rows", True, "have no right answer that it can use"),
-        (count.unreadable, num_looked, some, True, "have a right answer to which it says None"),
-        (count.missed, num_looked, some, False, "let no completion tried earn its maximum"),
+        (found.without, num_rows, "rows", True, "have no right answer that it can use"),
+        (found.unreadable, num_looked, some, True, "have a right answer to which it says None"),
+        (found.missed, num_looked, some, False, "let no completion tried earn its maximum"),
     ):
         if ids:
             text = f"{name}: {len(ids):,} of {total:,} {rows} {what}, the first is {ids[0]}"
@@ -186,23 +187,23 @@ def _findings(name: str, count: _Count, *, num_rows: int, num_looked: int) -> It
 
 
 def is_users_class(name: str) -> bool:
-    """Whether a function is a class of a plugin, which may say what a right completion earns."""
+    """Whether a function is a class of a plugin, which may get `max_reward` and `gold`."""
     found = orms[name]
     return isinstance(found, type) and not found.__module__.startswith("rlsys.rewards.")
 
 
 def _ask(function: Callable[[Mapping[str, Any]], Any], row: Mapping[str, Any]) -> str | None:
-    """What `gold` or `example` says; a row that it refuses, or that lacks its column, has none."""
+    """What `gold` or `example` returns; None for a row that it refuses or that lacks a column."""
     try:
-        said = function(row)
+        answer = function(row)
     except (ValueError, KeyError):
         return None
-    return None if said is None else str(said)
+    return None if answer is None else str(answer)
 
 
 def _answer(reward: Reward, row: Mapping[str, Any], golds: Mapping[str, str | None]) -> str | None:
-    """What a completion would answer: "" for a function that wants nothing particular, None where
-    it is not known."""
+    """What a completion would answer: "" if the function wants nothing particular, None if the
+    answer is not known."""
     example = getattr(reward.function, "example", None)
     return golds.get(reward.name, "") if example is None else _ask(example, row)
 
@@ -214,7 +215,7 @@ def _scores(rewards: Sequence[Reward], prompt: Prompt, completion: Completion) -
         for reward in rewards:
             try:
                 [values[reward.name]] = reward.score(group).values
-            except RewardError:  # of a row that it refuses, which is said elsewhere
+            except RewardError:  # a row that it refuses, which `check_row` says
                 values[reward.name] = math.nan
     return values
 

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
+from rlsys.config import RewardConfig
+from rlsys.config.rules import reward_problems
+from rlsys.problems import ProblemsError
 from rlsys.rewards.base import ORM, RewardFunction, TrainerState, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of
 from rlsys.rewards.logged import CallLog, Logged
@@ -149,16 +152,14 @@ class Reward:
 
 
 def check_call(name: str, params: Params, of_run: Params, columns: Iterable[str]) -> None:
-    """Whether a reward function takes its settings, and what it is called with.
+    """Check that a reward function takes its settings and the columns.
 
     Args:
-        name: of a registered reward function.
-        params: what the user set for it.
-        of_run: as of `settings_of`.
-        columns: of the dataset, besides `OWN_COLUMNS`.
+        name, params, of_run: see `settings_of`.
+        columns: names of the dataset's columns, besides `OWN_COLUMNS`.
 
     Raises:
-        ValueError: an unknown name, settings that do not fit, or parameters that do not.
+        ValueError: an unknown name, or settings or columns that do not fit.
     """
     settings = settings_of(name, params, of_run)
     given: dict[str, Any] = {column: [] for column in (*columns, *OWN_COLUMNS)}
@@ -166,20 +167,20 @@ def check_call(name: str, params: Params, of_run: Params, columns: Iterable[str]
 
 
 def call_settings(name: str, settings: Params) -> dict[str, Any]:
-    """Those settings that each call gets: a class had them when it was instantiated."""
+    """The settings that each call gets; none for a class, which got them when instantiated."""
     return {} if isinstance(orms[name], type) else dict(settings)
 
 
 def call_arguments(
     name: str, function: type[ORM] | RewardFunction, columns: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a reward function, or of instances of a class.
+    """Positional and keyword arguments of a call of a function, or of instances of a class.
 
     Raises:
-        RewardError: its signature does not take them.
+        RewardError: the signature does not fit the columns.
     """
-    # A method has a parameter of that name already.
-    kwargs = {name: values for name, values in columns.items() if name != "self"}
+    # A method has a parameter `self` already.
+    kwargs = {column: values for column, values in columns.items() if column != "self"}
     args: tuple[Any, ...] = ()
     if isinstance(function, TrlStyle) or _is_unmarked_trl(function):
         kwargs["completions"] = as_messages(columns["completions"])
@@ -208,15 +209,15 @@ def _is_unmarked_trl(function: Any) -> bool:
 
 
 def takes_completions_first(function: type[ORM] | RewardFunction) -> bool:
-    """Whether it is called as ms-swift does, completions first whatever that parameter is called.
+    """Whether completions are the first argument, whatever its name: ms-swift's way, for objects.
 
-    So are objects; functions are called as TRL does, all by keyword.
+    Functions are called as TRL does, all by keyword.
     """
     return not (inspect.isfunction(function) or isinstance(function, TrlStyle | VerlStyle))
 
 
 def call_signature(function: type[ORM] | RewardFunction) -> inspect.Signature:
-    """Of a reward function, or of calling an instance of a class.
+    """The signature of a reward function, or of calling an instance of a class.
 
     Raises:
         RewardError: the class has no `__call__` of its own.
@@ -224,10 +225,10 @@ def call_signature(function: type[ORM] | RewardFunction) -> inspect.Signature:
     if not isinstance(function, type):
         call = inspect.getattr_static(type(function), "__call__")
         if isinstance(call, staticmethod | classmethod):
-            # Of the object itself, Python 3.11 would leave out the first parameter as self.
+            # For the object itself, Python 3.11 would leave out the first parameter as self.
             return inspect.signature(call.__get__(function, type(function)))
         return inspect.signature(function)
-    # Not function.__call__: a class without one would answer with how it is instantiated.
+    # Not function.__call__, which for a class without one is how it is instantiated.
     own = [vars(base) for base in function.__mro__ if base is not ORM and "__call__" in vars(base)]
     if not own:
         raise RewardError(
@@ -235,7 +236,7 @@ def call_signature(function: type[ORM] | RewardFunction) -> inspect.Signature:
             "**columns), which scores completions: add it"
         )
     call = own[0]["__call__"]
-    # As an instance has it, which need not be made for this.
+    # Bound as by an instance, without making one.
     return inspect.signature(call.__get__(object(), function) if hasattr(call, "__get__") else call)
 
 
@@ -245,33 +246,20 @@ def weighted_total(values: Sequence[float] | Any, weights: Sequence[float]) -> f
     return sum(terms) if terms else math.nan
 
 
-def check_names_and_weights(names: Sequence[str], weights: Sequence[float] | None) -> None:
-    """Whether these reward functions exist and the weights fit, without instantiating any.
+def check_functions(config: RewardConfig) -> None:
+    """Check that the reward functions are registered and that weights and gates fit them.
 
     Raises:
-        ValueError: a name that is not registered or comes twice, or weights that do not fit.
+        ValueError: they are not, or do not.
     """
-    for name in names:
+    for name in config.names:
         orms[name]
-    if len(set(names)) != len(names):
-        raise ValueError(
-            f"reward_funcs lists a function twice: {', '.join(names)}. List each once; "
-            "reward_weights says how much it counts."
-        )
-    if weights is None:
-        return
-    if len(weights) != len(names):
-        raise ValueError(
-            f"reward_weights has {counted(len(weights), 'value')} for "
-            f"{counted(len(names), 'reward function')} "
-            f"({', '.join(names)}). Give one weight for each, or none at all."
-        )
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ValueError(f"reward_weights must be finite numbers, not {list(weights)}")
+    if problems := list(reward_problems(config)):
+        raise ProblemsError("the reward section", problems)
 
 
 def is_async(registered: Any) -> bool:
-    """Whether a registered class or function is to be awaited."""
+    """Whether a registered class or function is async."""
     if isinstance(registered, TrlStyle | VerlStyle):
         registered = registered.function
     if isinstance(registered, type):
@@ -287,7 +275,7 @@ def reward_columns(
     Args:
         group: the completions and the columns of their prompt.
         state: `trainer_state`; None is that of the first step.
-        log: what `log_extra` and `log_metric` write to; None forgets it.
+        log: takes what `log_extra` and `log_metric` log; None drops it.
     """
     log = log or CallLog(len(group.completions))
     prompt, completions = group.prompt, group.completions
@@ -311,7 +299,7 @@ def reward_columns(
 
 
 def _with_opened_think(columns: Mapping[str, Any]) -> list[str]:
-    """The completions, and before those whose prompt ends with `<think>` that tag."""
+    """The completions, each with the `<think>` that its prompt ends with, if it does."""
     opened = columns.get("prompt_opens_think") or [False] * len(columns["completions"])
     return [
         OPEN_THINK + text if opens else text
@@ -348,7 +336,7 @@ def checked(returned: Any, num_completions: int, who: str) -> list[float]:
 
 
 def _finite_float(value: Any) -> float | None:
-    """A Python, numpy or torch number as a float; None for what is no finite number."""
+    """A Python, numpy or torch number as a float; None if it is not a finite number."""
     if not isinstance(value, SupportsFloat):
         return None
     try:

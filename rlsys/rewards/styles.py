@@ -18,7 +18,7 @@ Scores = Sequence[float | None]
 Function = Callable[..., Scores | Awaitable[Scores]]
 
 TRL_PREFIX, VERL_PREFIX = "trl/", "verl/"
-"""Before a reference: whose style the function has."""
+"""Prefixes of a name that say whose style the function has."""
 
 
 class TrlStyle:
@@ -52,30 +52,31 @@ class VerlStyle:
     def __init__(self, function: Callable[..., Any]):
         functools.update_wrapper(self, function)
         self.function = function
-        own = inspect.signature(function).parameters
-        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in own.values())
-        self._names = {p.name for p in own.values() if p.kind in _NAMED}
-        self._is_batched = "solution_strs" in self._names
+        own = inspect.signature(function).parameters.values()
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in own)
+        self._parameters = {p.name for p in own if p.kind in _KEYWORD_KINDS}
+        self._is_batched = "solution_strs" in self._parameters
         plural = "s" * self._is_batched
-        self._keys = [f"{key}{plural}" for key in ("data_source", "solution_str", "ground_truth")]
-        self._keys.append(f"extra_info{plural}")
-        empty, named = inspect.Parameter.empty, inspect.Parameter.KEYWORD_ONLY
-        columns = [inspect.Parameter("completions", named)]
-        optional = ("ground_truth", "reward_model", "data_source", "extra_info")
-        columns += [inspect.Parameter(name, named, default=None) for name in optional]
+        arguments = ("data_source", "solution_str", "ground_truth", "extra_info")
+        self._keys = [f"{argument}{plural}" for argument in arguments]
+        keyword = inspect.Parameter.KEYWORD_ONLY
         settings = [
-            inspect.Parameter(p.name, named, default=p.default)
-            for p in own.values()
-            if p.kind in _NAMED and p.name not in (*self._keys, *optional)
+            inspect.Parameter(p.name, keyword, default=p.default)
+            for p in own
+            if p.name in self._parameters and p.name not in (*self._keys, *_VERL_COLUMNS)
         ]
         self.settings = tuple(p.name for p in settings)
+        columns = [inspect.Parameter("completions", keyword)]
+        columns += [inspect.Parameter(name, keyword, default=None) for name in _VERL_COLUMNS]
         rest = inspect.Parameter("columns", inspect.Parameter.VAR_KEYWORD)
-        settings.sort(key=lambda p: p.default is not empty)
         self.__signature__ = inspect.Signature([*columns, *settings, rest])
 
     def __call__(self, completions: list[str], **columns: Any) -> Scores | Awaitable[Scores]:
-        """[G] the scores; logs what else there is."""
-        values = self._inputs(completions, columns)
+        """[G] the scores; logs the rest."""
+        values = [
+            (row.get("data_source"), text, _ground_truth(row), row.get("extra_info") or {})
+            for text, row in zip(completions, _rows(columns, len(completions)), strict=True)
+        ]
         settings = {name: columns[name] for name in self.settings if name in columns}
         if self._is_batched:
             batch = dict(zip(self._keys, map(list, zip(*values, strict=True)), strict=True))
@@ -91,25 +92,18 @@ class VerlStyle:
         """Refuse a row without a right answer.
 
         Raises:
-            ValueError: as it says.
+            ValueError: the row has none.
         """
-        if "ground_truth" + "s" * self._is_batched in self._names and _ground_truth(row) is None:
+        if "ground_truth" + "s" * self._is_batched in self._parameters and (
+            _ground_truth(row) is None
+        ):
             raise ValueError(
                 "there is no column ground_truth, and no reward_model with a ground_truth in it: "
                 "rename the column of the right answer, data.columns: {answer: ground_truth}"
             )
 
-    def _inputs(self, completions: list[str], columns: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-        of_row = ("ground_truth", "reward_model", "data_source", "extra_info")
-        found = []
-        for index, text in enumerate(completions):
-            row = {name: columns[name][index] for name in of_row if columns.get(name) is not None}
-            extra = row.get("extra_info")
-            found.append((row.get("data_source"), text, _ground_truth(row), extra or {}))
-        return found
-
     def _call(self, arguments: dict[str, Any]) -> Any:
-        known = arguments if self._takes_all else self._names
+        known = arguments if self._takes_all else self._parameters
         return self.function(**{k: v for k, v in arguments.items() if k in known})
 
     async def _awaited(self, results: Any, columns: Mapping[str, Any]) -> Scores:
@@ -118,22 +112,27 @@ class VerlStyle:
 
     def _scores(self, results: Any, columns: Mapping[str, Any]) -> Scores:
         rows = [r if isinstance(r, Mapping) else {"score": r} for r in results]
-        names = dict.fromkeys(name for row in rows for name in row if name != "score")
-        for name in names:
-            values = [row.get(name) for row in rows]
-            columns["log_extra"](name, values)
+        for key in dict.fromkeys(key for row in rows for key in row if key != "score"):
+            values = [row.get(key) for row in rows]
+            columns["log_extra"](key, values)
             for value in values:
                 if isinstance(value, Real) and math.isfinite(value):
-                    columns["log_metric"](name, value)
+                    columns["log_metric"](key, value)
         missing = next((row for row in rows if "score" not in row), None)
         if missing is not None:
             raise KeyError(f"the dictionary has no 'score', only {', '.join(map(str, missing))}")
-        # Some of verl's own return (score, ...).
+        # Some functions of verl return (score, ...).
         scores = [row["score"] for row in rows]
         return [s[0] if isinstance(s, tuple | list) and s else s for s in scores]
 
 
-_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+_VERL_COLUMNS = ("ground_truth", "reward_model", "data_source", "extra_info")
+_KEYWORD_KINDS = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+def _rows(columns: Mapping[str, Any], num_rows: int) -> list[dict[str, Any]]:
+    given = {name: columns[name] for name in _VERL_COLUMNS if columns.get(name) is not None}
+    return [{name: values[index] for name, values in given.items()} for index in range(num_rows)]
 
 
 def _ground_truth(row: Mapping[str, Any]) -> Any:
@@ -149,7 +148,7 @@ def bare_name(name: str) -> str:
 
 
 def in_style(name: str, function: Any) -> Any:
-    """A function as its reference's prefix asks for.
+    """Wrap a function in the style that its name's prefix says.
 
     Raises:
         ValueError: it is a class, whose instances neither project would make.
@@ -166,15 +165,9 @@ def in_style(name: str, function: Any) -> Any:
     return function
 
 
-# --- functions without a prefix ------------------------------------------------------------------
-
-
 @functools.cache
 def expects_messages(function: Any) -> bool:
-    """Whether a function's own code takes message lists as completions.
-
-    It does if it reads `completion[0]["content"]` of a variable that goes over `completions`.
-    """
+    """Whether a function's code reads `completion[0]["content"]` in a loop over `completions`."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(function))))
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -184,12 +177,12 @@ def expects_messages(function: Any) -> bool:
         for node in ast.walk(tree)
         if isinstance(node, ast.For | ast.AsyncFor | ast.comprehension)
     ]
-    names = {name for target, over in loops for name in _over_completions(target, over)}
-    return any(_is_content_of(node, names) for node in ast.walk(tree))
+    variables = {name for target, over in loops for name in _over_completions(target, over)}
+    return any(_is_content_of(node, variables) for node in ast.walk(tree))
 
 
 def _over_completions(target: ast.expr, over: ast.expr) -> list[str]:
-    """The variables of a loop that take the values of `completions`."""
+    """The variables of a loop that iterate over `completions`."""
     if isinstance(over, ast.Name) and over.id == "completions" and isinstance(target, ast.Name):
         return [target.id]
     if not isinstance(over, ast.Call) or not isinstance(target, ast.Tuple):
@@ -203,8 +196,8 @@ def _over_completions(target: ast.expr, over: ast.expr) -> list[str]:
     return [name for one, values in pairs for name in _over_completions(one, values)]
 
 
-def _is_content_of(node: ast.AST, names: Collection[str]) -> bool:
-    """Whether it is `NAME[0]["content"]`, or the same of `completions[...]` or by `.get`."""
+def _is_content_of(node: ast.AST, variables: Collection[str]) -> bool:
+    """Whether it is the content of a variable's or of `completions[...]`'s first or last turn."""
     match node:
         case ast.Subscript(value=turn, slice=ast.Constant("content")):
             pass
@@ -217,7 +210,7 @@ def _is_content_of(node: ast.AST, names: Collection[str]) -> bool:
     given = turn.value
     if isinstance(given, ast.Subscript):
         return isinstance(given.value, ast.Name) and given.value.id == "completions"
-    return isinstance(given, ast.Name) and given.id in names
+    return isinstance(given, ast.Name) and given.id in variables
 
 
 def _constant(node: ast.expr) -> Any:
@@ -228,7 +221,7 @@ def _constant(node: ast.expr) -> Any:
 
 
 def foreign_remedy(name: str, missing: Collection[str]) -> str:
-    """What to write when a function asks for another project's arguments; empty for others."""
+    """What to change in a function that has another project's parameters; empty for others."""
     if {"solution_str", "solution_strs"} & set(missing):
         return f"It has verl's signature: name it {VERL_PREFIX}{name}"
     if {"queries", "labels"} <= set(missing):

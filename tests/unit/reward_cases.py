@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from rlsys.rewards import Reward, TrainerState, check_names_and_weights
+from rlsys.config import RewardConfig
+from rlsys.rewards import Reward, TrainerState, check_functions
 from rlsys.rewards.instances import Params
 from rlsys.rewards.scoring import weighted_total
 from rlsys.types import RewardOutput, RolloutGroup
@@ -34,7 +35,7 @@ class RewardFunctions:
                 do not fit.
             RewardError: a class raised when it was instantiated.
         """
-        check_names_and_weights(names, weights)
+        check_functions(RewardConfig(reward_funcs=list(names), reward_weights=weights))
         self.rewards = [Reward(name, (params or {}).get(name), of_run) for name in names]
         self.weights = [1.0] * len(names) if weights is None else list(weights)
 

@@ -16,7 +16,7 @@ import pytest
 from reward_programs import PROGRAM_COMPLETIONS, PROGRAM_VALUES, PROGRAMS, SIBLING
 
 from rlsys.config import RewardConfig
-from rlsys.rewards import check_names_and_weights, load_plugins, orms
+from rlsys.rewards import check_functions, load_plugins, orms
 from rlsys.rewards.pool.failures import RewardCodeError
 from rlsys.rewards.pool.guard import family, memory_of
 from rlsys.rewards.pool.process import LocalBackend
@@ -137,7 +137,7 @@ def start(tmp_path):
     def start(*names: str, **options) -> GroupScorer:
         options = {"external_plugins": [str(plugin)]} | options
         config = RewardConfig(reward_funcs=list(names), **options)
-        check_names_and_weights(config.reward_funcs, config.reward_weights)
+        check_functions(config)
         scorers.append(local_scorer(config, max_steps=10))
         return scorers[-1]
 

@@ -219,8 +219,8 @@ def test_unknown_names_list_the_known():
     ("names", "weights", "message"),
     [
         (["format", "countdown"], [1.0], r"1 value for 2 reward functions \(format, countdown\)"),
-        (["format"], [float("nan")], "must be finite"),
-        (["format", "format"], None, "lists a function twice: format, format"),
+        (["format"], [float("nan")], "should be a finite number"),
+        (["format", "format"], None, "names format more than once"),
     ],
 )
 def test_names_and_weights_that_do_not_fit(names, weights, message):
