@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from rlsys.actors.group import get_all, on_cpu
 from rlsys.actors.policy import PolicyActors, PolicyRank
 from rlsys.config import Config
-from rlsys.model.hf_folder import SafetensorsReader
+from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.connection import Connection, whole_tensors
 

@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.actors.rollout import RolloutActor
-from rlsys.model.hf_folder import SafetensorsReader
+from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.weight_sync.checksum import as_numbers, checksum
 
 SHARE = 0.1

@@ -56,7 +56,6 @@ BREAKS: set[str] = {
     "cli -> weight_sync",
     "config -> data",
     "config -> ray",
-    "model -> weight_sync",
     "rewards -> data",
     "rollout -> ray",
     "run -> actors",

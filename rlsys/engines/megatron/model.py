@@ -30,11 +30,11 @@ from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.sampling import SamplingSupport
 from rlsys.config import Config
 from rlsys.engines.megatron.build import LogprobHead, build_model, transformer_config
+from rlsys.engines.megatron.hf_folder import SafetensorsReader, save_model_folder
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder
-from rlsys.model.hf_folder import SafetensorsReader, save_model_folder
 from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids
 from rlsys.types import Device, TrainBatch

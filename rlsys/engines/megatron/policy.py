@@ -30,9 +30,9 @@ from rlsys.config import Config, GrpoConfig
 from rlsys.config.algorithm import COVARIANCE_LOSSES
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer, save_optimizer
+from rlsys.engines.megatron.hf_folder import SafetensorsReader, write_model_files
 from rlsys.engines.megatron.model import MegatronModel
 from rlsys.engines.out_of_memory import out_of_memory_explained
-from rlsys.model.hf_folder import SafetensorsReader, write_model_files
 from rlsys.types import Device, TrainBatch, UpdateOutput
 
 if TYPE_CHECKING:

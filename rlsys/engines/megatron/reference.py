@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from rlsys.config import Config
+from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.engines.megatron.model import MegatronModel
 from rlsys.engines.out_of_memory import out_of_memory_explained
-from rlsys.model.hf_folder import SafetensorsReader
 from rlsys.types import Device, TrainBatch
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
+from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.model.families.base import EMBEDDING, HF_EMBEDDING, OUTPUT, WeightRow, weight_table
-from rlsys.model.hf_folder import SafetensorsReader
 from rlsys.model.shape import ModelShape
 from rlsys.weight_sync.plan import TensorMeta, shard_bounds
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlsys.model import hf_folder as hf_checkpoint
-from rlsys.model.hf_folder import INDEX, SafetensorsReader, save_model_folder
+from rlsys.engines.megatron import hf_folder as hf_checkpoint
+from rlsys.engines.megatron.hf_folder import INDEX, SafetensorsReader, save_model_folder
 
 TENSORS = {
     "model.embed_tokens.weight": torch.randn(8, 4),
