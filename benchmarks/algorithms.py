@@ -22,8 +22,8 @@ from pathlib import Path
 from machine import describe_machine
 from rich.console import Console
 
+from rlsys.files import read_jsonl
 from rlsys.run.folder import RunDir
-from rlsys.tracking.jsonl import read_jsonl
 
 COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
 sys.path.insert(0, str(COUNTDOWN))

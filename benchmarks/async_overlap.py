@@ -21,9 +21,9 @@ from grpo_step_cpu import COUNTDOWN, prepare
 from machine import describe_machine
 
 from rlsys.config.load import load_config
+from rlsys.files import read_jsonl
 from rlsys.launch import run
 from rlsys.run.folder import RunDir
-from rlsys.tracking.jsonl import read_jsonl
 
 WARM_UP_STEPS = 3
 KEYS = (

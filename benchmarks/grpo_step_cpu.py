@@ -21,10 +21,10 @@ from pathlib import Path
 from machine import actor_processes, cpu_seconds, describe_machine
 
 from rlsys.config.load import load_config
+from rlsys.files import read_jsonl
 from rlsys.launch import run
 from rlsys.run.folder import RunDir
 from rlsys.tracking import Tracker, register_tracker
-from rlsys.tracking.jsonl import read_jsonl
 
 COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
 sys.path.insert(0, str(COUNTDOWN))

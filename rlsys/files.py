@@ -1,11 +1,18 @@
-"""Files and folders that are written as a whole, and how large they are."""
+"""Files that survive kills: written as a whole, or row by row as JSON lines."""
 
 from __future__ import annotations
 
+import json
+import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -64,3 +71,131 @@ def size_text(num_bytes: int) -> str:
     """A size for people: "1.5 GiB" or "12.0 MiB"."""
     gib = num_bytes / 2**30
     return f"{gib:,.1f} GiB" if gib >= 0.1 else f"{num_bytes / 2**20:,.1f} MiB"
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write one row a line, in UTF-8; the file is whole or not there.
+
+    Returns:
+        The number of rows.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with replacing(path) as scratch, scratch.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+class JsonlWriter:
+    """Appends rows to a JSONL file.
+
+    The operating system has each row before `append` returns, so a killed process loses none. The
+    constructor cuts off a half-written last line of an earlier process.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drop_torn_line(path)
+        self._file = path.open("ab")
+
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows together, one line each."""
+        self._file.write(b"".join(encode_row(row) for row in rows))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def encode_row(row: Mapping[str, Any]) -> bytes:
+    """A row as one line of valid JSON: NaN and infinities become null, text stays UTF-8."""
+    text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
+    # Lone surrogates have no UTF-8 form; "backslashreplace" writes them as JSON's own \udXXX.
+    return text.encode("utf-8", "backslashreplace") + b"\n"
+
+
+def decode_row(line: bytes) -> dict[str, Any] | None:
+    """The object on a line; None if the line is not a JSON object."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file; a line that is not a JSON object is skipped and logged."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            row = decode_row(line)
+            if row is None:
+                logger.warning("%s: line %d is not a JSON object, skipped", path, number)
+            else:
+                yield row
+
+
+def drop_torn_line(path: Path) -> None:
+    """Add a missing newline after the last row of a file, or cut off half a row."""
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        start = _start_of_last_line(file.seek(0, os.SEEK_END), file.fileno())
+        file.seek(start)
+        tail = file.read()
+        if not tail or tail.endswith(b"\n"):
+            return
+        if decode_row(tail) is not None:
+            file.write(b"\n")
+            return
+        logger.warning("%s: dropped a half-written last line of %d bytes", path, len(tail))
+        file.truncate(start)
+
+
+def truncate_after(path: Path, step: int) -> int:
+    """Drop the rows of later steps, atomically, before a run continues after `step`.
+
+    Args:
+        path: A file of rows with an integer "step". Nothing happens if it does not exist.
+        step: The last step to keep.
+
+    Returns:
+        The number of lines dropped. A line without an integer "step" is dropped too.
+    """
+    if not path.exists():
+        return 0
+    dropped = 0
+    with replacing(path) as scratch, path.open("rb") as source, scratch.open("wb") as target:
+        for line in source:
+            row = decode_row(line)
+            if row is None or not isinstance(row.get("step"), int) or row["step"] > step:
+                dropped += 1
+            else:
+                target.write(line if line.endswith(b"\n") else line + b"\n")
+    return dropped
+
+
+def _finite(value: Any) -> Any:
+    """`value` in JSON's own types; a number that JSON lacks is None."""
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, Real) and not isinstance(value, int):  # float and numpy's scalars
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def _start_of_last_line(size: int, descriptor: int) -> int:
+    """Offset after the last newline that is not the file's last byte."""
+    block_size = 1 << 16
+    end = size - 1
+    while end > 0:
+        begin = max(0, end - block_size)
+        newline = os.pread(descriptor, end - begin, begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0

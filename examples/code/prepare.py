@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlsys.data.jsonl import write_jsonl
+from rlsys.files import write_jsonl
 
 DATASET = "google-research-datasets/mbpp"
 INSTRUCTION = "Put the program into one ```python block."

@@ -26,8 +26,8 @@ from rich.text import Text
 from starter_model import write_starter_model
 from warm_start import warm_start
 
+from rlsys.files import read_jsonl
 from rlsys.run.folder import RunDir
-from rlsys.tracking.jsonl import read_jsonl
 
 HERE = Path(__file__).parent
 NUM_TRAIN, NUM_HELD_OUT = 4000, 256

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlsys.data.jsonl import write_jsonl
+from rlsys.files import write_jsonl
 
 PROMPT = (
     "Using the numbers {nums}, create an equation that equals {target}. You can use + - * / and "

@@ -18,7 +18,7 @@ from typing import Any
 
 from problems import PROMPT, generate_problems, is_held_out
 
-from rlsys.data.jsonl import write_jsonl
+from rlsys.files import write_jsonl
 
 DATASET = "Jiayi-Pan/Countdown-Tasks-3to4"
 MIN_TARGET = 10

@@ -16,7 +16,7 @@ import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rlsys.data.jsonl import write_jsonl
+from rlsys.files import write_jsonl
 
 DATASET = "openai/gsm8k"
 INSTRUCTION = "Think step by step, then give the final answer as a number in \\boxed{}."

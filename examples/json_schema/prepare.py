@@ -16,7 +16,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from rlsys.data.jsonl import write_jsonl
+from rlsys.files import write_jsonl
 
 DATASET = "NousResearch/json-mode-eval"
 INSTRUCTION = "Answer with one JSON object that fits the schema, and with nothing else."

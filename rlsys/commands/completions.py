@@ -17,10 +17,10 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from rlsys.files import decode_row
 from rlsys.run.folder import RunDir, State
 from rlsys.text import counted
 from rlsys.tracking.base import Split
-from rlsys.tracking.jsonl import decode_row
 from rlsys.tracking.printable import printable
 
 FOLLOW_FROM = 3

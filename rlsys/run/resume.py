@@ -9,9 +9,8 @@ from typing import Any
 from rlsys.config import Config
 from rlsys.config.load import config_fields, is_saved_config
 from rlsys.config.yaml_text import load_yaml
-from rlsys.files import bytes_in, size_text
+from rlsys.files import bytes_in, read_jsonl, size_text
 from rlsys.run.folder import ENDED, RunDir
-from rlsys.tracking.jsonl import read_jsonl
 
 _OF_EVERY_RESUME = ("checkpoint.resume", "output_dir", "overwrite")
 

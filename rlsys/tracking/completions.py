@@ -1,12 +1,9 @@
-"""completions.jsonl: every completion of a batch, with its rewards, written before the update."""
+"""The rows of completions.jsonl, and their columns."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rlsys.run.folder import RunDir
-from rlsys.tracking.base import Split, Tracker
-from rlsys.tracking.jsonl import JsonlWriter
 from rlsys.types import Message, RolloutGroup
 
 ABOUT_COMPLETION = {
@@ -14,38 +11,13 @@ ABOUT_COMPLETION = {
     *("advantage", "num_tokens", "finish_reason", "policy_versions", "version_starts"),
     "extra_columns",
 }
-"""Of a row: all but `prompt` and `text`, and no columns of a dataset."""
-
-
-class CompletionsTracker(Tracker):
-    """completions.jsonl, and files of their own for held-out and for filtered groups."""
-
-    def __init__(self, run_dir: RunDir):
-        self._run_dir = run_dir
-        self._writers: dict[Split, JsonlWriter] = {"train": JsonlWriter(run_dir.completions)}
-
-    def log_completions(
-        self,
-        step: int,
-        group: RolloutGroup,
-        advantages: list[float] | None,
-        split: Split = "train",
-    ) -> None:
-        """Append the G completions of a group together."""
-        if split not in self._writers:
-            self._writers[split] = JsonlWriter(self._run_dir.completions_of(split))
-        self._writers[split].append(*completion_rows(step, group, advantages))
-
-    def close(self) -> None:
-        """Close the files."""
-        for writer in self._writers.values():
-            writer.close()
+"""What a row says about its completion: not `prompt` and `text`, and no column of a data set."""
 
 
 def completion_rows(
     step: int, group: RolloutGroup, advantages: list[float] | None
 ) -> list[dict[str, Any]]:
-    """One row a completion; docs/debugging.md explains the columns."""
+    """One row for each completion of a group; docs/debugging.md explains the columns."""
     size = len(group.completions)
     assert len(group.rewards) in (0, size), "a group is scored as a whole"
     assert advantages is None or len(advantages) == size
@@ -72,14 +44,14 @@ def completion_rows(
     ]
     for row, reward in zip(rows, group.rewards, strict=False):
         if reward.extra:
-            # A name that the row has already gets another one.
+            # A column of rewards must not replace one of the row.
             extra = {f"logged/{n}" if n in row else n: v for n, v in reward.extra.items()}
             row |= extra | {"extra_columns": list(extra)}
     return rows
 
 
 def last_user_message(messages: list[Message]) -> str:
-    """What was asked: the text of the last user turn, or of the last turn when there is none."""
+    """The text of the last user turn, or of the last turn if no turn is a user's."""
     asked = [message for message in messages if message["role"] == "user"] or messages
     content = asked[-1]["content"]
     if isinstance(content, str):

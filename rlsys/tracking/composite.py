@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import get_args
 
 from rlsys.config import Config
+from rlsys.files import truncate_after
 from rlsys.run.folder import ENDED, RUNNING, RunDir
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation, trackers
-from rlsys.tracking.completions import CompletionsTracker
 from rlsys.tracking.console import console_tracker
-from rlsys.tracking.jsonl import JsonlTracker, truncate_after
+from rlsys.tracking.jsonl import CompletionsTracker, JsonlTracker
 from rlsys.tracking.plot import RewardCurveTracker
 from rlsys.tracking.reward_watch import RewardWatch
 from rlsys.types import RolloutGroup

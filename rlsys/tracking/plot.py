@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsys.files import replacing
+from rlsys.files import read_jsonl, replacing
 from rlsys.run.folder import RunDir
 from rlsys.tracking.base import Metrics, Tracker, is_evaluation
-from rlsys.tracking.jsonl import read_jsonl
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

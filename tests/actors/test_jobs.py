@@ -32,8 +32,8 @@ from run_cases import (
 )
 from safetensors.torch import load_file
 
+from rlsys.files import read_jsonl
 from rlsys.run.folder import RunDir
-from rlsys.tracking.jsonl import read_jsonl
 
 pytestmark = pytest.mark.system
 

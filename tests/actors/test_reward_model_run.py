@@ -5,7 +5,7 @@ import torch
 from reward_models import save_reward_model
 from run_cases import NUM_PROMPTS, G, RunProcess, write_run_files
 
-from rlsys.tracking.jsonl import read_jsonl
+from rlsys.files import read_jsonl
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 

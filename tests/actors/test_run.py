@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsys import cli
-from rlsys.tracking.jsonl import read_jsonl
+from rlsys.files import read_jsonl
 
 pytestmark = pytest.mark.system
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from run_cases import NUM_PROMPTS, G, RunProcess, write_run_files
 
-from rlsys.tracking.jsonl import read_jsonl
+from rlsys.files import read_jsonl
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 

@@ -15,9 +15,10 @@ from tracking_cases import make_config, make_group
 
 from rlsys.commands.completions import Tail, print_group, show_completions
 from rlsys.config.load import save_config
+from rlsys.files import read_jsonl, truncate_after
 from rlsys.run.folder import ENDED, RUNNING, RunDir
-from rlsys.tracking.completions import CompletionsTracker, completion_rows, last_user_message
-from rlsys.tracking.jsonl import read_jsonl, truncate_after
+from rlsys.tracking.completions import completion_rows, last_user_message
+from rlsys.tracking.jsonl import CompletionsTracker
 from rlsys.tracking.printable import printable
 from rlsys.types import RewardOutput
 

@@ -5,10 +5,10 @@ import pytest
 from tracking_cases import DRIVER_METRICS, LOG_LINE_KEYS, make_config, make_group
 
 from rlsys.config import Config
+from rlsys.files import read_jsonl
 from rlsys.run.folder import RunDir
 from rlsys.tracking import Tracker, build_tracker, register_tracker, trackers
 from rlsys.tracking.composite import CompositeTracker, Progress, format_seconds
-from rlsys.tracking.jsonl import read_jsonl
 from rlsys.tracking.reward_watch import RewardWatch
 
 

@@ -3,8 +3,8 @@ import math
 import pytest
 from tracking_cases import DRIVER_METRICS
 
+from rlsys.files import JsonlWriter
 from rlsys.run.folder import RunDir
-from rlsys.tracking.jsonl import JsonlWriter
 from rlsys.tracking.plot import Series, load_series, plot_run
 
 

@@ -8,15 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.files import replacing
-from rlsys.tracking.jsonl import (
-    JsonlTracker,
+from rlsys.files import (
     JsonlWriter,
     decode_row,
     encode_row,
     read_jsonl,
+    replacing,
     truncate_after,
+    write_jsonl,
 )
+from rlsys.tracking.jsonl import JsonlTracker
 
 
 def write(path: Path, *rows: dict) -> None:
@@ -53,7 +54,7 @@ def test_a_long_last_line_is_found_across_blocks(tmp_path):
 def test_a_killed_writer_leaves_every_row_it_appended(tmp_path):
     path = tmp_path / "metrics.jsonl"
     program = (
-        "import sys; from pathlib import Path; from rlsys.tracking.jsonl import JsonlWriter\n"
+        "import sys; from pathlib import Path; from rlsys.files import JsonlWriter\n"
         "writer = JsonlWriter(Path(sys.argv[1]))\n"
         "for step in range(10**9):\n"
         "    writer.append({'step': step}); print(step, flush=True)\n"
@@ -146,3 +147,21 @@ def test_a_failure_while_replacing_leaves_the_old_file_and_no_scratch(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "data" / "train.jsonl"
+
+    def rows():
+        yield {"prompt": "é"}
+        raise RuntimeError("no network")
+
+    with pytest.raises(RuntimeError, match="no network"):
+        write_jsonl(path, rows())
+    assert list(path.parent.iterdir()) == []
+    assert write_jsonl(path, [{"prompt": "é"}, {"prompt": "b"}]) == 2
+    assert [json.loads(line)["prompt"] for line in path.read_text("utf-8").splitlines()] == [
+        "é",
+        "b",
+    ]
+    assert list(path.parent.iterdir()) == [path]
