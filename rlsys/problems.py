@@ -43,3 +43,7 @@ class ProblemsError(ValueError):
         lines += [f"  ... and {num_more:,} more"] if num_more else []
         lines += [note] if note else []
         super().__init__("\n".join(lines))
+
+
+class RunFailed(RuntimeError):
+    """A run failed; the message says who failed at what, with that process's traceback."""

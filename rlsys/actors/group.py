@@ -10,6 +10,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
+from rlsys.problems import RunFailed
 from rlsys.types import Device
 
 CPU_SHARE = 0.01
@@ -30,7 +31,7 @@ def on_cpu(rank: int) -> dict[str, Any]:
     return {"num_cpus": CPU_SHARE, "num_gpus": 0}
 
 
-class ActorFailure(RuntimeError):
+class ActorFailure(RunFailed):
     """An actor died or raised; the message ends with who it was and what it was doing."""
 
 
@@ -38,7 +39,7 @@ class ActorDeath(ActorFailure):
     """An actor's process ended."""
 
 
-class PhaseTimeout(TimeoutError):
+class PhaseTimeout(RunFailed, TimeoutError):
     """A phase did not finish in time; the message names the actors still at it."""
 
 

@@ -22,6 +22,7 @@ import grpc
 import psutil
 
 from rlsys.interrupts import STOP_SIGNALS
+from rlsys.problems import RunFailed
 
 import ray  # isort: skip
 from ray._private import services
@@ -34,7 +35,7 @@ START_TIMEOUT_S = 180.0
 PROBE_TIMEOUT_S = 60.0
 
 
-class RayStartError(RuntimeError):
+class RayStartError(RunFailed):
     """Ray does not come up on this machine; the message says what was seen."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import logging
 import os
@@ -34,6 +35,13 @@ ENDS: dict[State | None, str] = {
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+
+
+def main(args: argparse.Namespace) -> None:
+    """Show the completions of `args.run_dir`."""
+    show_completions(
+        args.run_dir, follow=args.follow, step=args.step, limit=args.limit, split=args.split
+    )
 
 
 def show_completions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 import reprlib
@@ -14,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlsys.commands.console import make_console
 from rlsys.config import Config
+from rlsys.config.load import load_config
 from rlsys.data.load import PromptData, load_checked_prompts
 from rlsys.data.reward_columns import column_problems, column_uses, unread_columns
 from rlsys.data.rows import TEMPLATE_COLUMNS
@@ -40,6 +43,13 @@ BINS = 12
 STREAMED_ROWS = 1000
 """Prompts of a streamed dataset that are looked at."""
 _DROPPED = "bright_black"
+
+
+def main(args: argparse.Namespace) -> bool:
+    """Show the data of a config; returns whether it can be trained on."""
+    rows, overrides = split_rows_option(args.overrides)
+    config = load_config(args.config, overrides).config
+    return preview(config, make_console(), num_rows=args.rows if rows is None else rows)
 
 
 def preview(config: Config, console: Console, *, num_rows: int) -> bool:

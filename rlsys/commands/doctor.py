@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,6 +23,8 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.text import Text
 
+from rlsys.commands.console import make_console
+from rlsys.commands.grpo import load_runnable, split_output_dir
 from rlsys.model.folder import hub_answers
 from rlsys.preflight.devices import visible_gpus
 from rlsys.text import counted
@@ -55,6 +60,27 @@ class Finding:
     subject: str
     detail: str
     remedy: str = ""
+
+
+def main(args: argparse.Namespace) -> bool:
+    """Check the machine, or make the canary run; returns whether a run could work."""
+    console = make_console()
+    return examine(console) if args.canary is None else _canary(args.canary, console)
+
+
+def _canary(words: list[str], console: Console) -> bool:
+    if not words:
+        raise ValueError("--canary needs a config: rlsys doctor --canary CONFIG")
+    path, *overrides = words
+    # The run keeps nothing, so another run in the config's own folder is not in its way.
+    nowhere = Path(tempfile.gettempdir()) / f"rlsys-canary-{os.getpid()}"
+    overrides, given = split_output_dir(overrides)
+    if given:
+        print(f"note: {shlex.join(given)} has no effect: a canary run keeps nothing", flush=True)
+    config = load_runnable(path, [*overrides, "--output_dir", str(nowhere)]).config
+    from rlsys.commands.canary import run_canary  # torch and Ray
+
+    return run_canary(config, console)
 
 
 def examine(console: Console) -> bool:

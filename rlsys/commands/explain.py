@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -10,10 +11,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from rlsys.commands.console import make_console
 from rlsys.commands.explain_algorithm import describe_algorithm
 from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
-from rlsys.config.load import ResolvedConfig
+from rlsys.config.load import ResolvedConfig, load_config
 from rlsys.config.roles import Role, plan_roles
 from rlsys.data.preprocess import read_spec
 from rlsys.model.folder import find_model_folder
@@ -42,6 +44,11 @@ _VALUE = 32
 _LEAST_MEANING = 40
 """Columns for the meaning of a field, if it is shown."""
 _ORIGIN_STYLES = {"default": "dim", "file": "", "command line": "bold green"}
+
+
+def main(args: argparse.Namespace) -> bool:
+    """Explain a config; returns whether it could run."""
+    return explain(load_config(args.config, args.overrides), make_console())
 
 
 def explain(resolved: ResolvedConfig, console: Console) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import os
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from rlsys.commands.console import make_console
 from rlsys.config.fields import first_sentence
 from rlsys.data.reward_columns import column_use
 from rlsys.plugins.load import describe, entry_points
@@ -21,6 +23,11 @@ from rlsys.tracking.columns import print_wrapped
 
 MAX_SETTING = 60
 """Characters of a setting and its default."""
+
+
+def main(args: argparse.Namespace) -> None:
+    """List all reward functions."""
+    list_rewards(args.external_plugins, make_console())
 
 
 def list_rewards(plugins: Sequence[str], console: Console) -> None:

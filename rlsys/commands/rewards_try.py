@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import statistics
 from collections import Counter
@@ -16,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlsys.commands.console import make_console
 from rlsys.commands.rewards_try_rows import RowSources, prompt_ids, prompts_of, read_groups
 from rlsys.commands.rewards_try_run import TriedRun, find_run
 from rlsys.config import DataConfig, RewardConfig
@@ -56,6 +58,22 @@ class TryOptions:
     """Score so many completions; None is all."""
     tokenizer: str | None
     """Of completion_ids; None: the run's, or a completion has as many as its row says."""
+
+
+def main(args: argparse.Namespace) -> bool:
+    """Try reward functions; returns whether none failed."""
+    options = TryOptions(
+        names=args.names,
+        completions=args.completions,
+        dataset=args.dataset,
+        preprocessor=args.preprocessor,
+        plugins=args.external_plugins,
+        params=parse_params(args.params),
+        timeout_s=args.timeout_s,
+        limit=args.limit,
+        tokenizer=args.tokenizer,
+    )
+    return try_rewards(options, make_console())
 
 
 def try_rewards(options: TryOptions, console: Console) -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import socket
 from pathlib import Path
 
 from rlsys.config.schema import Config
-from rlsys.data.spec import is_no_hub_id, parse_spec
+from rlsys.data.spec import is_no_hub_id
 
 JOB_COPY = "working_dir_files"
 """A folder above what `ray job submit --working-dir` unpacks."""
@@ -60,39 +58,6 @@ def check_is_here(path: str) -> None:
 def is_in_job_copy(path: Path) -> bool:
     """Whether `path` is in what `ray job submit --working-dir` sent to the cluster."""
     return JOB_COPY in path.parts
-
-
-def left_out_of_job_copy(config: Config) -> list[str]:
-    """Paths of `config` that Ray did not send with the working directory of this job."""
-    here = Path.cwd()
-    if not is_in_job_copy(here):
-        return []
-    return [path for path in named_paths(config) if _is_left_out(here, path)]
-
-
-def named_paths(config: Config) -> list[str]:
-    """What a run reads, each once: models, plugins and data, by path or id of the hub."""
-    sections = (config.data, config.reward, config.grpo)
-    paths = [config.model.path, config.reference_path, *config.reward.model_paths]
-    paths += [path for section in sections for path in section.external_plugins]
-    paths += [parse_spec(spec).name for spec in (*config.data.dataset, *config.data.val_dataset)]
-    return list(dict.fromkeys(paths))
-
-
-def _is_left_out(here: Path, path: str) -> bool:
-    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
-
-    place = Path(os.path.normpath(here / path))
-    if place.exists() or not place.is_relative_to(here):
-        return False
-    # Ray asks the patterns of a folder about everything below it, folders first.
-    steps = [step for step in (place, *place.parents) if step.is_relative_to(here)]
-    return any(
-        exclude(step)
-        for number, folder in enumerate(steps)
-        for exclude in get_excludes_from_ignore_files(folder, True, logging.getLogger(__name__))
-        for step in steps[:number]
-    )
 
 
 def _absolute(path: str) -> str:

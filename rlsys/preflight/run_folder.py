@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.config.local_paths import left_out_of_job_copy, named_paths
+from rlsys.preflight.job_copy import left_out_of_job_copy, paths_read
 from rlsys.problems import Problem
 from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
@@ -50,7 +50,7 @@ def output_dir_problems(config: Config) -> Iterator[Problem]:
                 only_here=True,
             )
     elif config.overwrite:
-        needed = [path for path in named_paths(config) if run.holds(Path(path))]
+        needed = [path for path in paths_read(config) if run.holds(Path(path))]
         if needed:
             yield Problem(
                 f"overwrite: moves aside {', '.join(needed)}, which this run reads: choose another "

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 
 from rlsys.config import Config, GrpoConfig
+from rlsys.problems import RunFailed
 from rlsys.tracking.base import Metrics
 
 MAX_DIFFERENCE_OF_DTYPE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -25,7 +26,7 @@ MAX_EMPTY_STEPS = 3
 """Such steps in a row end the run."""
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RunFailed):
     """Going on would train nothing, or another policy than the one that samples."""
 
 

@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from rlsys.problems import RunFailed
 from rlsys.registry import Registry
 from rlsys.weight_sync.connection import Connection
 
@@ -21,7 +22,7 @@ PATIENCE_S = 2.0
 is then told by the sender, which knows who it is, and not by one that came."""
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(RunFailed):
     """A weight sync failed; the message names the rank, the phase and, if known, the bucket."""
 
 

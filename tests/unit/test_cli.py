@@ -10,6 +10,8 @@ import pytest
 from config_cases import write_run
 
 from rlsys import cli
+from rlsys.commands import rewards_list
+from rlsys.commands.grpo import in_another_folder
 
 
 def rlsys(*words, python=("-m", "rlsys.cli")):
@@ -97,13 +99,13 @@ def test_a_users_mistake_is_a_message_and_a_librarys_error_a_traceback(capsys, m
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_rewards_list", users_mistake)
+    monkeypatch.setattr(rewards_list, "main", users_mistake)
     assert cli.main(["rewards", "list"]) == 2
     assert "unknown reward function 'nothing'" in capsys.readouterr().err
-    monkeypatch.setattr(cli, "_rewards_list", lambda args: int("x"))  # raised outside of rlsys
+    monkeypatch.setattr(rewards_list, "main", lambda args: int("x"))  # raised outside of rlsys
     with pytest.raises(ValueError, match="invalid literal"):
         cli.main(["rewards", "list"])
-    monkeypatch.setattr(cli, "_rewards_list", interrupted)
+    monkeypatch.setattr(rewards_list, "main", interrupted)
     assert cli.main(["rewards", "list"]) == 130
 
 
@@ -113,7 +115,7 @@ def test_a_users_mistake_is_a_message_and_a_librarys_error_a_traceback(capsys, m
 )
 def test_the_command_for_another_folder_names_it_once(given):
     others = ["--tracking.run_name", "output_dir", "--seed", "1"]
-    said = cli._run_elsewhere("c.yaml", [*given, *others], Path("nowhere/a"))
+    said = in_another_folder("c.yaml", [*given, *others], Path("nowhere/a"))
     command = shlex.split(said.splitlines()[1])
     assert command == ["rlsys", "grpo", "c.yaml", *others, "--output_dir", "nowhere/a-2"]
 

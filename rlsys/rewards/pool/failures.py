@@ -6,13 +6,14 @@ import logging
 import reprlib
 
 from rlsys.config import RewardConfig
+from rlsys.problems import RunFailed
 from rlsys.rewards.pool.job import Job
 from rlsys.types import RewardFailure
 
 logger = logging.getLogger(__name__)
 
 
-class RewardCodeError(RuntimeError):
+class RewardCodeError(RunFailed):
     """Reward code ends the run: it failed under `on_error: raise`, or its process did not start."""
 
 

@@ -55,7 +55,7 @@ def run(tmp_path, monkeypatch):
 
     def preview(*overrides, width=120):
         monkeypatch.setenv("COLUMNS", str(width))
-        monkeypatch.setattr("rlsys.cli.PIPE_WIDTH", width)
+        monkeypatch.setattr("rlsys.commands.console.PIPE_WIDTH", width)
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             code = main(["data", "preview", str(config), *overrides])

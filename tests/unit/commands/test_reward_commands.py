@@ -225,7 +225,7 @@ def test_a_completion_over_the_models_length_is_no_warning(folder, capfd, caplog
         ({"completion": "a"}, ("--params", "{mien: {bonus: 1}}"), "Did you mean 'mine'"),
         ({"text": "a", "prompt_id": "x"}, ("--dataset", "d.jsonl"), "its first is 'd:1'"),
         ({"completions": []}, (), "holds no completions"),
-        ({"completion": "a"}, ("--limit", "0"), "rlsys rewards: --limit 0 should be 1 or more"),
+        ({"completion": "a"}, ("--limit", "0"), "rlsys rewards try: --limit 0 should be 1 or more"),
         ({"completion": "a"}, ("--limit", "-1"), "--limit -1 should be 1 or more"),
         ({"completion": "a"}, ("--timeout_s", "-1"), "--timeout_s -1.0 should be greater than 0"),
         ({"completion": "a"}, ("--timeout_s", "nan"), "--timeout_s nan should be "),

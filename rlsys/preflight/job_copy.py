@@ -1,0 +1,44 @@
+"""Which files of a run a Ray job does not send to the cluster."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from rlsys.config import Config
+from rlsys.config.local_paths import is_in_job_copy
+from rlsys.data.spec import parse_spec
+
+
+def left_out_of_job_copy(config: Config) -> list[str]:
+    """Paths of `config` that Ray did not send with the working directory of this job."""
+    here = Path.cwd()
+    if not is_in_job_copy(here):
+        return []
+    return [path for path in paths_read(config) if _is_left_out(here, path)]
+
+
+def paths_read(config: Config) -> list[str]:
+    """Each path or hub id that a run reads, once: models, plugins and data."""
+    sections = (config.data, config.reward, config.grpo)
+    paths = [config.model.path, config.reference_path, *config.reward.model_paths]
+    paths += [path for section in sections for path in section.external_plugins]
+    paths += [parse_spec(spec).name for spec in (*config.data.dataset, *config.data.val_dataset)]
+    return list(dict.fromkeys(paths))
+
+
+def _is_left_out(here: Path, path: str) -> bool:
+    from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
+
+    place = Path(os.path.normpath(here / path))
+    if place.exists() or not place.is_relative_to(here):
+        return False
+    # Ray asks the patterns of a folder about everything below it, folders first.
+    steps = [step for step in (place, *place.parents) if step.is_relative_to(here)]
+    return any(
+        exclude(step)
+        for number, folder in enumerate(steps)
+        for exclude in get_excludes_from_ignore_files(folder, True, logging.getLogger(__name__))
+        for step in steps[:number]
+    )
