@@ -1,6 +1,6 @@
 """Where the answer stands: in a completion, and in a row of the dataset.
 
-Shared by the rewards that compare an answer. All of it is linear in the length of the text.
+Every search is linear in the length of the text.
 """
 
 from __future__ import annotations
@@ -8,20 +8,22 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from rlsys.rewards.base import ORM, check_choice
+
 _log = logging.getLogger(__name__)
 
 AnswerFormat = Literal["any", "tags", "boxed"]
-"""Where an answer may stand: in `<answer>` tags, in LaTeX's `\\boxed{}`, or in any of the places
-that a reward documents."""
+"""Where an answer may stand: in `<answer>` tags, in LaTeX's `\\boxed{}`, or in all places that a
+reward documents."""
 
 ANSWER_COLUMNS = ("answer", "solution")
-"""Where a row's right answer stands. A final answer goes before a derivation, which may quote
-other numbers than its result."""
+"""Columns of the right answer. A final answer goes before a derivation, which may quote other
+numbers than its result."""
 
 # Without braces, a whole number: TeX takes one digit, and models mean the number.
 _BOXES = re.compile(
@@ -41,17 +43,16 @@ _MOST_WORDS = 4
 
 
 def after_thinking(completion: str) -> str | None:
-    """What follows the last `</think>`; all of it when nothing is thought.
+    """What follows the last `</think>`; all of it without thinking.
 
-    None when a `<think>` was opened and never closed: such a completion has not answered yet,
-    whatever numbers it went through.
+    None when a `<think>` was never closed: such a completion has not answered yet.
     """
     _, closed, rest = completion.rpartition("</think>")
     return None if "<think>" in rest else rest if closed else completion
 
 
 def tagged_answers(text: str) -> list[str] | None:
-    """The contents of all `<answer>...</answer>`, in order; [] when there is no such tag.
+    """The contents of all `<answer>...</answer>`, in order; [] without such tags.
 
     None when the tags do not pair up: nested, unclosed, or closed twice.
     """
@@ -85,8 +86,8 @@ def last_boxed(text: str) -> str | None:
 def marked_answer(completion: str, where: AnswerFormat) -> str | None:
     """The marked answer: in the `<answer>` tags, else in the last `\\boxed{}`; None without one.
 
-    Inside of the tags the last `\\boxed{}` counts where there is one. Several `<answer>`s have to
-    be the same, so that two that disagree earn nothing.
+    Inside the tags the last `\\boxed{}` counts, if there is one. Several `<answer>`s must be the
+    same, so that two that disagree earn nothing.
     """
     text = after_thinking(completion)
     tagged = [] if text is None else tagged_answers(text)
@@ -98,22 +99,13 @@ def marked_answer(completion: str, where: AnswerFormat) -> str | None:
     return last_boxed(text) if where != "tags" else None
 
 
-@dataclass(frozen=True, slots=True)
-class RightAnswer:
-    """What a row says is right."""
-
-    value: Any
-    """As the column has it; of a text what is marked, or else what follows `</think>`."""
-    column: str
-
-
 def words_of(text: str) -> list[str]:
-    """Its words of two letters and more, outside of LaTeX."""
+    """The words of two letters and more, outside LaTeX."""
     return re.findall(r"[^\W\d_]{2,}", _NO_WORDS.sub(" ", text))
 
 
 def is_prose(text: str) -> bool:
-    """Whether a text is sentences, which may hold many numbers, and no answer alone."""
+    """Whether a text is sentences, which may hold many numbers, and not an answer alone."""
     num_lower = sum(word.islower() for word in words_of(text))
     ends = num_lower > 1 and _SENTENCE_ENDS.search(text) is not None
     return ends or num_lower > _MOST_WORDS or _CHINESE_ENDS.search(text) is not None
@@ -122,8 +114,8 @@ def is_prose(text: str) -> bool:
 def marked_gold(text: str) -> str | None:
     """What a text of the dataset marks as its answer; None without a mark.
 
-    That is the last `<answer>`, or the last line behind `####` (GSM8K); in these, or else in all of
-    it, the last `\\boxed{}`. What is thought before `</think>` does not count.
+    The mark is the last `<answer>`, or the last line behind `####` (GSM8K); in these, or else in
+    the whole text, the last `\\boxed{}`. Thoughts before `</think>` do not count.
     """
     text = after_thinking(text) or text
     marked = tagged_answers(text) or [last or number for last, number in _HASHES.findall(text)]
@@ -131,24 +123,30 @@ def marked_gold(text: str) -> str | None:
     return boxed if boxed is not None else marked[-1].strip() if marked else None
 
 
+@dataclass(frozen=True, slots=True)
+class RightAnswer:
+    """The right answer of a row."""
+
+    value: Any
+    """As the column has it; of a text what is marked, or else what follows `</think>`."""
+
+
 def right_answer(
-    name: str,
+    reward: str,
     row: Mapping[str, Any],
-    *,
-    columns: tuple[str, ...] = ANSWER_COLUMNS,
-    is_final: Callable[[str, str], bool] | None = None,
+    columns: Sequence[str] = ANSWER_COLUMNS,
+    is_final: Callable[[str, str], bool] = lambda column, text: not is_prose(text),
 ) -> RightAnswer | None:
     """The right answer of one row: the one place that decides which of its columns has it.
 
-    A text counts by its mark, see `marked_gold`, or as a whole where it is an answer alone. One
-    that is a derivation without a mark has no answer: the next column is asked.
+    A text counts by its mark, see `marked_gold`, or as a whole where it is an answer alone. A
+    derivation without a mark has no answer: the next column is asked.
 
     Args:
-        name: of the reward, for the error.
+        reward: name of the reward, for the error.
         row: columns of the dataset.
         columns: those that may hold it, the first goes first.
-        is_final: of a column and its text without a mark, whether it is an answer alone; None asks
-            `is_prose`.
+        is_final: whether a text without a mark is an answer alone, by its column and the text.
 
     Returns:
         None where all that the row has is prose.
@@ -159,40 +157,95 @@ def right_answer(
     there = {column: row[column] for column in columns if column in row}
     if not there:
         raise ValueError(
-            f"{name} needs a dataset column {' or '.join(map(repr, columns))} with the right "
+            f"{reward} needs a dataset column {' or '.join(map(repr, columns))} with the right "
             "answer. Rename yours, or write a preprocessor that does."
         )
     filled = {column: value for column, value in there.items() if not _is_blank(value)}
     for column, value in (filled or there).items():
         if not isinstance(value, str):
-            return RightAnswer(value, column)
+            return RightAnswer(value)
         marked = marked_gold(value)
-        if marked is not None:
-            return RightAnswer(marked, column)
         text = (after_thinking(value) or value).strip()
-        if is_final(column, text) if is_final is not None else not is_prose(text):
-            return RightAnswer(text, column)
+        if marked is not None or is_final(column, text):
+            return RightAnswer(text if marked is None else marked)
     return None
 
 
-def right_answers(
-    name: str, num_rows: int, *, is_final: Callable[[str, str], bool] | None = None, **columns: Any
-) -> list[RightAnswer | None]:
-    """`right_answer` of each row of a call, whose columns are lists, or None for those missing."""
-    there = {column: values for column, values in columns.items() if values is not None}
-    rows = [{column: values[i] for column, values in there.items()} for i in range(num_rows)]
-    answers = [right_answer(name, row, columns=tuple(columns), is_final=is_final) for row in rows]
-    if None in answers:
-        row = rows[answers.index(None)]
-        warn_once(name, f"all that a row says of its right answer is prose, {row!r:.200}")
-    return answers
+class AnswerReward(ORM):
+    """Base of the rewards that compare the answer of a completion with the right one of its row.
+
+    A subclass has `right`, which makes what is compared of a row's value, and `score_answer`. A
+    row whose answer is prose is None: not applicable.
+    """
+
+    max_reward = 1.0
+    reads_think_tags = True
+    name: str
+    columns: tuple[str, ...] = ANSWER_COLUMNS
+    """Dataset columns that may hold the right answer, the first goes first."""
+
+    def __init__(self, answer_format: AnswerFormat):
+        """Raises ValueError if `answer_format` is unknown."""
+        super().__init__()
+        check_choice(self.name, "answer_format", answer_format, get_args(AnswerFormat))
+        self.answer_format = answer_format
+
+    def right(self, value: Any) -> Any:
+        """What completions are compared with.
+
+        Raises:
+            ValueError: `value` cannot be a right answer.
+        """
+        raise NotImplementedError
+
+    def score_answer(self, completion: str, right: Any) -> float | None:
+        """The reward of one completion."""
+        raise NotImplementedError
+
+    def is_final(self, column: str, text: str) -> bool:
+        """Whether a text of the dataset without a mark is an answer alone."""
+        return not is_prose(text)
+
+    def __call__(
+        self,
+        completions: list[str],
+        solution: list[Any] | None = None,
+        answer: list[Any] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        """[G] 0 to 1, or None where the row has no answer.
+
+        Raises:
+            ValueError: a row whose right answer cannot be one.
+        """
+        columns |= {"answer": answer, "solution": solution}
+        given = {name: columns[name] for name in self.columns if columns.get(name) is not None}
+        scores: list[float | None] = []
+        for index, completion in enumerate(completions):
+            row = {column: values[index] for column, values in given.items()}
+            found = self._find_right(row)
+            if found is None:
+                about = f"all that a row says of its right answer is prose, {row!r:.200}"
+                warn_once(self.name, about)
+            right = None if found is None else self.right(found.value)
+            scores.append(None if right is None else self.score_answer(completion, right))
+        return scores
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """See ORM: there must be a right answer that can be one."""
+        self.gold(row)
+
+    def gold(self, row: Mapping[str, Any]) -> str | None:
+        """See ORM."""
+        found = self._find_right(row)
+        return None if found is None else self.right(found.value)
+
+    def _find_right(self, row: Mapping[str, Any]) -> RightAnswer | None:
+        return right_answer(self.name, row, self.columns, self.is_final)
 
 
 def warn_once(name: str, problem: str) -> None:
-    """Warn of the first row that a reward cannot score, and of no further one.
-
-    The start of a run and `rlsys data preview` count them.
-    """
+    """Warn of the first row that a reward cannot score, and of no further one."""
     if name not in _warned:
         _warned.add(name)
         _log.warning(
@@ -203,7 +256,7 @@ def warn_once(name: str, problem: str) -> None:
 
 @contextmanager
 def without_warnings() -> Iterator[None]:
-    """For a caller that says itself which rows cannot be scored."""
+    """Turn `warn_once` off, for a caller that reports such rows itself."""
     _log.disabled = True
     try:
         yield
@@ -212,7 +265,7 @@ def without_warnings() -> Iterator[None]:
 
 
 _warned: set[str] = set()
-"""Rewards of this process that named a row."""
+"""Rewards that have warned in this process."""
 
 
 def is_missing(value: Any) -> bool:
@@ -225,19 +278,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def row_by_row(column: list[Any] | None, other: list[Any] | None) -> list[Any]:
-    """What stands in `column`, or where that has nothing in `other`; one of them may be missing.
-
-    Row by row, because the rows of one dataset may have this column and those of another that.
-    """
+    """The values of `column`, and of `other` in rows where it has none; either may be missing."""
     if column is None or other is None:
         return column or other or []
     return [second if first is None else first for first, second in zip(column, other, strict=True)]
-
-
-def check_answer_format(reward: str, value: str) -> None:
-    """Raises ValueError unless `value` is an AnswerFormat."""
-    if value not in get_args(AnswerFormat):
-        raise ValueError(
-            f"{reward}: answer_format must be one of {', '.join(get_args(AnswerFormat))}, "
-            f"not {value!r}"
-        )

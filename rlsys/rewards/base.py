@@ -83,6 +83,14 @@ class AsyncORM(ORM):
     """
 
 
+def check_choice(reward: str, setting: str, value: Any, choices: Sequence[Any]) -> None:
+    """Raise ValueError unless a setting has one of the values that it may have."""
+    if value not in choices:
+        raise ValueError(
+            f"{reward}: {setting} must be one of {', '.join(map(str, choices))}, not {value!r}"
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class TrainerState:
     """Where the run is, for rewards that change as training goes on."""

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
 from rlsys.rewards.answers import (
-    ANSWER_COLUMNS,
     AnswerFormat,
+    AnswerReward,
     after_thinking,
-    check_answer_format,
     is_missing,
     is_prose,
     last_boxed,
     marked_answer,
-    right_answer,
-    right_answers,
     tagged_answers,
 )
-from rlsys.rewards.base import ORM, register_reward
+from rlsys.rewards.base import ORM, check_choice, register_reward
 from rlsys.sandbox.bounded import BoundedCalls
 
-_NO_PATTERN = (
-    "regex_match needs a pattern: reward.reward_params: {regex_match: {pattern: ...}}, or a "
-    "dataset column 'pattern'"
-)
 # A small letter only in parentheses: "the answer is a city" chooses nothing.
 _ANSWER_IS = re.compile(
     r"(?i:\b(?P<wrong>(?:wrong|incorrect|false|worst)\s+)?"
@@ -43,7 +36,7 @@ _AND_ANOTHER = re.compile(
     r"|\.[A-Z]\b"
     rf"|\s+{_CHOICE}{_ENDS})"
 )
-"""What follows a letter where several are named: "A or B", "(A) or (B)", "A, B and C"."""
+"""Follows a letter where several are named: "A or B", "(A) or (B)", "A, B and C"."""
 _AND_ANOTHER_ITEM = re.compile(r"[)\]}*_$]*[.:)]\s*\(?[A-Z]\b\s*(?:[.:)]|$)")
 _IS_WRONG = re.compile(r"[)*_.]*\s+(?:is|was)\s+(?:wrong|incorrect|false|not)\b", re.IGNORECASE)
 _BARE_CHOICE = re.compile(
@@ -53,7 +46,7 @@ _BARE_CHOICE = re.compile(
 
 
 @register_reward("multiple_choice")
-class MultipleChoice(ORM):
+class MultipleChoice(AnswerReward):
     r"""1 for the right letter, else 0.
 
     The choice stands after the last `</think>`: in `<answer>` tags, else in the last `\boxed{}`,
@@ -62,8 +55,7 @@ class MultipleChoice(ORM):
     `solution`: `B`, `(b)` or `B. Paris`. A row whose answer is prose is None: not applicable.
     """
 
-    max_reward = 1.0
-    reads_think_tags = True
+    name = "multiple_choice"
 
     def __init__(self, choices: str = "ABCDEFGHIJ", answer_format: AnswerFormat = "any"):
         """Settings.
@@ -72,54 +64,32 @@ class MultipleChoice(ORM):
             choices: the letters that are choices.
             answer_format: "any", "tags" for `<answer>` only, "boxed" for `\\boxed{}` only.
         """
-        super().__init__()
-        check_answer_format("multiple_choice", answer_format)
+        super().__init__(answer_format)
         if not re.fullmatch("[A-Z]{2,}", choices.upper()):
             raise ValueError(f"multiple_choice: choices must be two or more letters: {choices!r}")
         self.choices = choices.upper()
-        self.answer_format = answer_format
 
-    def __call__(
-        self,
-        completions: list[str],
-        solution: list[Any] | None = None,
-        answer: list[Any] | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        """[G] 1.0, 0.0, or None where the row has no answer.
+    def right(self, value: Any) -> str:
+        """The letter.
 
         Raises:
-            ValueError: a row whose right answer is none of the choices.
+            ValueError: it is none of the choices.
         """
-        golds = right_answers(
-            "multiple_choice",
-            len(completions),
-            is_final=_is_choice_or_short,
-            answer=answer,
-            solution=solution,
-        )
-        return [
-            None if gold is None else float(self._choice(completion) == self._letter(gold.value))
-            for completion, gold in zip(completions, golds, strict=True)
-        ]
-
-    def check_row(self, row: Mapping[str, Any]) -> None:
-        """See ORM: the right answer must be one of the choices."""
-        self.gold(row)
-
-    def gold(self, row: Mapping[str, Any]) -> str | None:
-        """See ORM."""
-        found = right_answer("multiple_choice", row, is_final=_is_choice_or_short)
-        return None if found is None else self._letter(found.value)
-
-    def _letter(self, gold: Any) -> str:
-        letter = _letter(gold) if isinstance(gold, str) else None
+        letter = _letter(value) if isinstance(value, str) else None
         if letter is None or letter not in self.choices:
             raise ValueError(
                 f"multiple_choice: the right answer of a row must be one of {self.choices}, "
-                f"found {gold!r}. Correct the dataset, or set choices."
+                f"found {value!r}. Correct the dataset, or set choices."
             )
         return letter
+
+    def score_answer(self, completion: str, right: str) -> float:
+        """1.0 or 0.0."""
+        return float(self._choice(completion) == right)
+
+    def is_final(self, column: str, text: str) -> bool:
+        """A choice, with or without its sentence, or a short text."""
+        return _letter(text) is not None or not is_prose(text)
 
     def _choice(self, completion: str) -> str | None:
         marked = marked_answer(completion, self.answer_format)
@@ -128,20 +98,16 @@ class MultipleChoice(ORM):
         text = after_thinking(completion)
         if self.answer_format != "any" or text is None or tagged_answers(text) != []:
             return None
-        named = set()
+        chosen = set()
         for found in _ANSWER_IS.finditer(text):
             if found["wrong"] or _IS_WRONG.match(text, found.end()):
                 continue
             if _AND_ANOTHER.match(text, found.end()):
                 return None
-            named.add((found["small"] or found["capital"]).upper())
-        if not named:
+            chosen.add((found["small"] or found["capital"]).upper())
+        if not chosen:
             return _only_letter(text)
-        return named.pop() if len(named) == 1 else None
-
-
-def _is_choice_or_short(column: str, text: str) -> bool:
-    return _letter(text) is not None or not is_prose(text)
+        return chosen.pop() if len(chosen) == 1 else None
 
 
 def _only_letter(text: str) -> str | None:
@@ -155,24 +121,23 @@ def _only_letter(text: str) -> str | None:
 
 
 def _letter(text: str) -> str | None:
-    """The choice that `text` is: `B`, `(b)`, `B. Paris`, `**B**`, `\\text{B}`; not `A or B`."""
+    """The choice in `B`, `(b)`, `B. Paris`, `**B**` or `\\text{B}`; None for `A or B`."""
     match = _BARE_CHOICE.fullmatch(text)
     return match[1].upper() if match else None
 
 
 @register_reward("exact_match")
-class ExactMatch(ORM):
+class ExactMatch(AnswerReward):
     r"""1 for an answer that is the dataset's text, or one of its texts, else 0.
 
     The answer is what `<answer>` tags hold, else the last `\boxed{}`, else (`answer_format: any`)
     all after the last `</think>`. Unicode's equivalent spellings are equal (NFKC), and so are runs
     of white space. Reads the columns `answer`, else `solution`, or the one that `column` names: a
-    text, a number, or a list of accepted ones. Of a text that marks its answer, as by `#### 72`,
-    that counts. A row that has nothing but a `solution` in prose is None: not applicable.
+    text, a number, or a list of accepted ones. If a text marks its answer, as by `#### 72`, that
+    counts. A row that has nothing but a `solution` in prose is None: not applicable.
     """
 
-    max_reward = 1.0
-    reads_think_tags = True
+    name = "exact_match"
 
     def __init__(
         self,
@@ -189,60 +154,43 @@ class ExactMatch(ORM):
             ignore_punctuation: whether "Paris." is "Paris".
             answer_format: "any", "tags" for `<answer>` only, "boxed" for `\\boxed{}` only.
         """
-        super().__init__()
-        check_answer_format("exact_match", answer_format)
+        super().__init__(answer_format)
         self.column = column
+        self.columns = self.columns if column is None else (column,)
         self.ignore_case = ignore_case
         self.ignore_punctuation = ignore_punctuation
-        self.answer_format = answer_format
 
-    def __call__(
-        self,
-        completions: list[str],
-        solution: list[Any] | None = None,
-        answer: list[Any] | None = None,
-        **columns: Any,
-    ) -> list[float | None]:
-        """[G] 1.0, 0.0, or None where the row has no answer.
+    def right(self, value: Any) -> set[str]:
+        """The accepted texts in their normal form.
 
         Raises:
-            ValueError: a row without an answer, or with an empty one.
+            ValueError: there is none, or one is empty.
         """
-        columns |= {"answer": answer, "solution": solution}
-        own = {name: columns.get(name) for name in self._columns}
-        self._check_column(name for name, values in own.items() if values is not None)
-        golds = right_answers("exact_match", len(completions), is_final=self._is_final, **own)
-        return [
-            None
-            if gold is None
-            else float(self._normal(self._answer(completion)) in self._accepted(gold.value))
-            for completion, gold in zip(completions, golds, strict=True)
-        ]
+        texts = value if isinstance(value, list | tuple) else [value]
+        known = [t for t in texts if isinstance(t, str | int | float) and not is_missing(t)]
+        accepted = {self._normal(str(text)) for text in known}
+        if not accepted or "" in accepted:
+            raise ValueError(
+                f"exact_match: the right answer of a row must be a text or a list of texts, none "
+                f"of them empty, found {value!r}. Correct the dataset."
+            )
+        return accepted
 
-    def check_row(self, row: Mapping[str, Any]) -> None:
-        """See ORM: there must be a right answer, and it must not be empty."""
-        self.gold(row)
+    def score_answer(self, completion: str, right: set[str]) -> float:
+        """1.0 or 0.0."""
+        return float(self._normal(self._answer(completion)) in right)
 
     def gold(self, row: Mapping[str, Any]) -> str | None:
         """See ORM: the first text of a list."""
-        self._check_column(row)
-        found = right_answer("exact_match", row, columns=self._columns, is_final=self._is_final)
+        found = self._find_right(row)
         if found is None:
             return None
-        self._accepted(found.value)
+        self.right(found.value)
         return str(found.value[0] if isinstance(found.value, list | tuple) else found.value)
 
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        return ANSWER_COLUMNS if self.column is None else (self.column,)
-
-    def _check_column(self, there: Iterable[str]) -> None:
-        if self.column is not None and self.column not in there:
-            raise ValueError(f"exact_match: the dataset has no column {self.column!r}")
-
-    def _is_final(self, column: str, text: str) -> bool:
+    def is_final(self, column: str, text: str) -> bool:
         """Sentences may be the right answer, but not in a column that is for derivations."""
-        return self.column is not None or column == "answer" or not is_prose(text)
+        return column != "solution" or self.column is not None or not is_prose(text)
 
     def _answer(self, completion: str) -> str:
         marked = marked_answer(completion, self.answer_format)
@@ -251,17 +199,6 @@ class ExactMatch(ORM):
             return marked or ""
         # Tags that do not pair up, or disagree, hold no answer, and neither does their text.
         return text if tagged_answers(text) == [] and last_boxed(text) is None else ""
-
-    def _accepted(self, gold: Any) -> set[str]:
-        golds = gold if isinstance(gold, list | tuple) else [gold]
-        known = [one for one in golds if isinstance(one, str | int | float) and not is_missing(one)]
-        accepted = {self._normal(str(one)) for one in known}
-        if not accepted or "" in accepted:
-            raise ValueError(
-                f"exact_match: the right answer of a row must be a text or a list of texts, none "
-                f"of them empty, found {gold!r}. Correct the dataset."
-            )
-        return accepted
 
     def _normal(self, text: str) -> str:
         text = unicodedata.normalize("NFKC", text)
@@ -272,21 +209,20 @@ class ExactMatch(ORM):
         return " ".join(text.split())
 
 
+Mode = Literal["search", "match", "fullmatch"]
+
+
 @register_reward("regex_match")
 class RegexMatch(ORM):
     """1 for a completion in which a regular expression is found, else 0.
 
-    Python's `re`, with flags as `(?i)` in the pattern. The pattern is a parameter, or a dataset
-    column `pattern`. Matching runs in a helper process: a search that takes more than
-    `time_limit_s` of CPU time (catastrophic backtracking, as of `(a+)+b`) is ended by the kernel
-    and scores 0.
+    Python's `re`, with flags as `(?i)` in the pattern. The pattern is a setting, or a dataset
+    column `pattern`. A search that takes more than `time_limit_s` of CPU time (catastrophic
+    backtracking, as of `(a+)+b`) is stopped and scores 0.
     """
 
     def __init__(
-        self,
-        pattern: str | None = None,
-        mode: Literal["search", "match", "fullmatch"] = "search",
-        time_limit_s: float = 1.0,
+        self, pattern: str | None = None, mode: Mode = "search", time_limit_s: float = 1.0
     ):
         """Settings.
 
@@ -296,13 +232,12 @@ class RegexMatch(ORM):
             time_limit_s: seconds of CPU time for one completion.
 
         Raises:
-            ValueError: a pattern that is none, or an unknown mode.
+            ValueError: not a regular expression, or an unknown mode.
         """
         super().__init__()
-        if mode not in ("search", "match", "fullmatch"):
-            raise ValueError(f"regex_match: mode must be search, match or fullmatch, not {mode!r}")
+        check_choice("regex_match", "mode", mode, get_args(Mode))
         if pattern is not None:
-            check_pattern(pattern)
+            _check_pattern(pattern)
         self.pattern = pattern
         self.mode = mode
         self._matches = BoundedCalls(
@@ -315,7 +250,7 @@ class RegexMatch(ORM):
         """[G] 1.0 or 0.0.
 
         Raises:
-            ValueError: no pattern, or one that is none.
+            ValueError: no pattern, or not a regular expression.
         """
         patterns: Sequence[str] | None = (
             pattern if self.pattern is None else [self.pattern] * len(completions)
@@ -323,7 +258,7 @@ class RegexMatch(ORM):
         if patterns is None:
             raise ValueError(_NO_PATTERN)
         for one in set(patterns):
-            check_pattern(one)
+            _check_pattern(one)
         return [
             float(self._matches(one, completion, self.mode) is True)
             for one, completion in zip(patterns, completions, strict=True)
@@ -334,20 +269,24 @@ class RegexMatch(ORM):
         if self.pattern is None and "pattern" not in row:
             raise ValueError(_NO_PATTERN)
         if self.pattern is None:
-            check_pattern(row["pattern"])
+            _check_pattern(row["pattern"])
 
 
-def matches(pattern: str, text: str, mode: str) -> bool:
+_NO_PATTERN = (
+    "regex_match needs a pattern: reward.reward_params: {regex_match: {pattern: ...}}, or a "
+    "dataset column 'pattern'"
+)
+
+
+def matches(pattern: str, text: str, mode: Mode) -> bool:
     """Whether `re.<mode>` finds `pattern` in `text`; runs in the helper process."""
-    function = {"search": re.search, "match": re.match, "fullmatch": re.fullmatch}[mode]
-    return function(pattern, text) is not None
+    return getattr(re, mode)(pattern, text) is not None
 
 
-def check_pattern(pattern: Any) -> None:
-    """Raises ValueError unless it is a regular expression."""
+def _check_pattern(pattern: Any) -> None:
     if not isinstance(pattern, str):
         raise ValueError(f"regex_match: a pattern must be a text, found {pattern!r:.200}")
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"regex_match: {pattern!r} is no regular expression: {error}") from None
+        raise ValueError(f"regex_match: {pattern!r} is not a regular expression: {error}") from None

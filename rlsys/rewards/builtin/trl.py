@@ -42,7 +42,7 @@ class _FromTRLWithGold(_FromTRL):
     @staticmethod
     def gold(row: Mapping[str, Any]) -> str | None:
         """See ORM."""
-        found = right_answer("trl", row, columns=("solution",))
+        found = right_answer("trl", row, ("solution",))
         return None if found is None else str(found.value)
 
 
