@@ -12,7 +12,6 @@ import urllib.request
 import pytest
 
 from rlsys.rewards import orms
-from rlsys.rewards.builtin.judge import JudgeError
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
@@ -68,5 +67,5 @@ def test_a_real_server_judges(judge_url, tmp_path):
 
 def test_a_model_that_it_does_not_have_is_an_error(judge_url):
     judge = orms["judge"]("nobody", base_url=judge_url)
-    with pytest.raises(JudgeError, match=r"refused, status 404.*nobody"):
+    with pytest.raises(RuntimeError, match=r"refused, status 404.*nobody"):
         asyncio.run(judge(["1"], prompts=["What?"]))

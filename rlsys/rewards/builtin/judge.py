@@ -50,18 +50,14 @@ MAX_CACHED = 100_000
 _TRY_AGAIN = {408, 409, 425, 429}
 
 
-class JudgeError(RuntimeError):
-    """The judge's server refused, or did not answer however often it was asked."""
-
-
 @register_reward("judge")
 class Judge(AsyncORM):
     """A number from 0 to 1 that a language model gives, over an OpenAI-compatible server.
 
     A reply without a score, or with one out of range, is None (not applicable) and counted in a
     warning. A server that refuses, or fails `max_retries` times more, raises. Replies are cached,
-    so that equal completions cost one request. What was sent when its caller is cancelled is
-    finished and cached; what was not is not sent.
+    so equal completions cost one request. A request that was sent when its caller is cancelled is
+    finished and cached; a request that waits is not sent.
     """
 
     def __init__(
@@ -89,44 +85,25 @@ class Judge(AsyncORM):
             base_url: of the server, up to and with `/v1`.
             api_key_env: environment variable with the API key; None is OPENAI_API_KEY where that
                 is set, else no key. The key is never logged nor written anywhere.
-            prompt: what the judge is asked, with the fields {prompt}, {completion}, {min_score},
-                {max_score} and every column of the dataset, such as {solution}.
+            prompt: the question, with the fields {prompt}, {completion}, {min_score}, {max_score}
+                and every column of the dataset, such as {solution}.
             score_pattern: regular expression whose group 1 is the score; its last match counts.
-            min_score: the score that becomes 0.
-            max_score: the score that becomes 1.
+            min_score: the score that becomes 0; `max_score` becomes 1.
             max_concurrency: requests at the same time, of one reward process.
             timeout_s: seconds that a request may take.
             max_retries: further attempts after status 429 or 5xx, a timeout or a lost connection.
-            retry_wait_s: seconds before the first of them; doubled each time, up to 30.
-            max_tokens: longest reply of the judge.
-            temperature: of the judge.
-            max_characters: completions are cut after so many, as a judge's context is finite.
+            retry_wait_s: seconds before the first retry; doubled each time, up to 30.
+            max_tokens: longest reply; `temperature` samples it.
+            max_characters: completions are cut after these, as a judge's context is finite.
             cache_dir: folder that keeps replies for other runs; None keeps them in memory only.
 
         Raises:
-            ValueError: values out of range, a prompt with no {completion}, or no API key where
-                one was named.
+            ValueError: a setting out of range, a prompt without {completion}, or no API key.
         """
         super().__init__()
-        if not (math.isfinite(min_score) and math.isfinite(max_score) and min_score < max_score):
-            raise ValueError(f"judge: min_score {min_score} must be below max_score {max_score}")
-        if min(max_concurrency, max_tokens, max_characters) < 1 or max_retries < 0:
-            raise ValueError(
-                "judge: max_concurrency, max_tokens and max_characters must be at least 1 and "
-                f"max_retries at least 0, not {max_concurrency}, {max_tokens}, {max_characters} "
-                f"and {max_retries}"
-            )
-        if "{completion" not in prompt:
-            raise ValueError(
-                "judge: the prompt has no field {completion}, so it would judge nothing"
-            )
-        if re.compile(score_pattern).groups < 1:
-            raise ValueError(f"judge: score_pattern {score_pattern!r} has no group for the score")
-        if api_key_env is not None and not os.environ.get(api_key_env):
-            raise ValueError(
-                f"judge: environment variable {api_key_env} (api_key_env) is not set in the reward "
-                "worker. Set it before Ray is started."
-            )
+        _check_range(min_score, max_score)
+        _check_counts(max_concurrency, max_tokens, max_characters, max_retries)
+        _check_texts(prompt, score_pattern, api_key_env)
         self.url = f"{base_url.rstrip('/')}/chat/completions"
         self.prompt = prompt
         self.min_score, self.max_score = min_score, max_score
@@ -149,8 +126,8 @@ class Judge(AsyncORM):
         """[G] between 0 and 1, or None where the judge gave no score.
 
         Raises:
-            JudgeError: the server refused, or did not answer.
-            ValueError: the prompt has a field that is no column.
+            RuntimeError: the server refused, or did not answer.
+            ValueError: the prompt has a field that is not a column.
         """
         rows = [
             {name: values[index] for name, values in columns.items() if isinstance(values, list)}
@@ -165,7 +142,7 @@ class Judge(AsyncORM):
 
     def _question(self, completion: str, prompt: Any, row: dict[str, Any]) -> str:
         text = completion[: self.max_characters]
-        # An answer may not close the tag that it stands in.
+        # An answer must not close its tag.
         text = text.replace("</answer_to_grade>", "<\\/answer_to_grade>")
         known = {"min_score": self.min_score, "max_score": self.max_score}
         try:
@@ -221,7 +198,7 @@ class Judge(AsyncORM):
             self._cache.put(key, reply)
             return reply
         finally:
-            # Not in a callback, which comes later: nobody may join a request that has ended.
+            # Not in a callback, which runs later: nobody may join a request that has ended.
             self._in_flight.pop(key, None)
 
     async def _ask(self, request: _Request) -> str:
@@ -240,18 +217,18 @@ class Judge(AsyncORM):
                     return _content(response)
                 problem = f"status {response.status_code}: {response.text[:300]}"
                 if response.status_code not in _TRY_AGAIN and response.status_code < 500:
-                    raise JudgeError(f"judge: {self.url} refused, {problem}")
+                    raise RuntimeError(f"judge: {self.url} refused, {problem}")
                 wait = max(wait, _retry_after(response))
             except (httpx.TransportError, _NoCompletion) as error:
                 problem = f"{type(error).__name__}: {error}"
             if attempt < self.max_retries:
                 await asyncio.sleep(min(wait, MAX_WAIT_S))
-        raise JudgeError(
+        raise RuntimeError(
             f"judge: {self.url} failed {self.max_retries + 1} times, the last time with {problem}"
         )
 
     def _client(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
-        """The connections of this event loop: they cannot be used from another."""
+        """The connections of this event loop; another loop cannot use them."""
         import httpx
 
         loop = asyncio.get_running_loop()
@@ -266,24 +243,52 @@ class Judge(AsyncORM):
         return self._connected[1:]
 
 
+def _check_range(min_score: float, max_score: float) -> None:
+    if not (math.isfinite(min_score) and math.isfinite(max_score) and min_score < max_score):
+        raise ValueError(f"judge: min_score {min_score} must be below max_score {max_score}")
+
+
+def _check_counts(
+    max_concurrency: int, max_tokens: int, max_characters: int, max_retries: int
+) -> None:
+    if min(max_concurrency, max_tokens, max_characters) < 1 or max_retries < 0:
+        raise ValueError(
+            "judge: max_concurrency, max_tokens and max_characters must be at least 1 and "
+            f"max_retries at least 0, not {max_concurrency}, {max_tokens}, {max_characters} "
+            f"and {max_retries}"
+        )
+
+
+def _check_texts(prompt: str, score_pattern: str, api_key_env: str | None) -> None:
+    if "{completion" not in prompt:
+        raise ValueError("judge: the prompt has no field {completion}, so it would judge nothing")
+    if re.compile(score_pattern).groups < 1:
+        raise ValueError(f"judge: score_pattern {score_pattern!r} has no group for the score")
+    if api_key_env is not None and not os.environ.get(api_key_env):
+        raise ValueError(
+            f"judge: environment variable {api_key_env} (api_key_env) is not set in the reward "
+            "worker. Set it before Ray is started."
+        )
+
+
 @dataclass(eq=False, slots=True)
 class _Request:
-    """A request under way, for all who ask the same."""
+    """A request under way, shared by all callers that ask the same."""
 
     body: dict[str, Any]
     num_waiting: int = 0
-    """Callers that were not cancelled. With none it is not sent, or sent again."""
+    """Callers that were not cancelled. Without any it is not sent, or sent again."""
     task: asyncio.Task[str] = field(init=False)
 
 
 def _forget_failure(task: asyncio.Task[str]) -> None:
-    """Keep asyncio from reporting it where all callers were cancelled; others get it anyway."""
+    """Keep asyncio from reporting a failure whose callers were all cancelled."""
     if not task.cancelled():
         task.exception()
 
 
 class _NoCompletion(ValueError):
-    """Status 200, and no chat completion in it: a proxy's page, half a body."""
+    """Status 200 without a chat completion: a proxy's page, half a body."""
 
 
 def _content(response: httpx.Response) -> str:
@@ -295,22 +300,22 @@ def _content(response: httpx.Response) -> str:
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait; dates, which are rare, count as 0."""
+    """Seconds that the server asks to wait; dates count as 0."""
     text = response.headers.get("retry-after", "")
     return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else 0.0
 
 
 def _as_text(prompt: Any) -> str:
-    """Chat messages as text, calls of tools as JSON."""
+    """Chat messages as text, tool calls as JSON."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message['role']}: {_said(message)}" for message in prompt)
-
-
-def _said(message: dict[str, Any]) -> str:
-    called = [call["function"] for call in message.get("tool_calls", [])]
-    calls = [json.dumps(called, ensure_ascii=False)] if called else []
-    return "\n".join(filter(None, [message["content"], *calls]))
+    said = []
+    for message in prompt:
+        called = [call["function"] for call in message.get("tool_calls", [])]
+        calls = [json.dumps(called, ensure_ascii=False)] if called else []
+        lines = "\n".join(filter(None, [message["content"], *calls]))
+        said.append(f"{message['role']}: {lines}")
+    return "\n\n".join(said)
 
 
 class _Cache:
@@ -324,7 +329,7 @@ class _Cache:
 
     def get(self, key: str) -> str | None:
         if key not in self._memory and self._folder is not None:
-            # A file of another version or another program is as none.
+            # A file of another version or another program counts as missing.
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
                 reply = json.loads(self._path(key).read_text())["reply"]
                 if isinstance(reply, str):
