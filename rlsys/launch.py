@@ -41,12 +41,13 @@ from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import find_model_folder, resolve_model_path
 from rlsys.model.folder_check import check_model_folder, model_notes
-from rlsys.model.memory import card_warnings, estimate_memory
+from rlsys.model.memory import estimate_memory
 from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.preflight.data import check_prompt_tokens
 from rlsys.preflight.devices import gpu_memory_gib, guess_device
 from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.preflight.memory import card_warnings
 from rlsys.preflight.rewards import reachable_rewards
 from rlsys.preflight.run_folder import output_dir_problems
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning

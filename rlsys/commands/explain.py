@@ -22,7 +22,6 @@ from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import (
     REWARD_GIB,
     MemoryEstimate,
-    card_warnings,
     estimate_memory,
     estimate_reward_model,
     longest_row,
@@ -32,6 +31,7 @@ from rlsys.model.shape import read_model_shape
 from rlsys.preflight.checks import check_run
 from rlsys.preflight.data import FIRST_ROWS, count_rows
 from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
+from rlsys.preflight.memory import card_warnings
 from rlsys.preflight.rewards import reward_start_problem
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.problems import Problem

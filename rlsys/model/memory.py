@@ -2,19 +2,24 @@
 
 Weights, gradients and optimizer state are exact to a percent; activations are a rough guess for
 rows of the greatest length. Measured on CPU with SmolLM2-135M in fp32: policy 5.2 GiB (estimate
-5.2), rollout engine 2.3 (2.2), reference 1.5 (1.6). On an H200, two
-engines of 1.5B parameters that share a GPU: 35.0 GiB (35.0).
+5.2), rollout engine 2.3 (2.2), reference 1.5 (1.6). On an H200, two engines of 1.5B parameters
+that share a GPU: 35.0 GiB (35.0).
+
+In the code: tp, pp, ep and cp are the tensor, pipeline, expert and context parallel sizes; `width`
+is the bytes of a weight; `params` are the weights of a rank, and `tokens` those of a forward pass
+on a rank. "numbers" are elements of tensors, not bytes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
 from rlsys.model.shape import ModelShape
+from rlsys.model.weight_files import read_header, weight_files
 from rlsys.types import Device
 
 GIB = 2**30
@@ -29,28 +34,31 @@ _PROCESS_GIB = {
     ("reward_model", "cpu"): 0.5,
     ("reward_model", "cuda"): 0.5,  # no collectives
 }
-"""A process with its libraries loaded and no model; on cuda what it takes of the GPU."""
+"""Main memory (GPU memory on cuda) of a process that has loaded its libraries and no model."""
 REWARD_GIB = 0.1
 LOGPROB_CHUNK_TOKENS = 1024
 """Logits are computed for this many tokens at a time: 1024 x 151,936 in bf16 are 0.3 GB."""
 LOGIT_COPIES = 4
-"""Of an engine's logits in fp32: themselves, and what the sampler makes of them."""
+"""fp32 tensors of an engine's logits: the logits, and what the sampler computes from them."""
 BATCHED_TOKENS: dict[Device, int] = {"cpu": 8192, "cuda": 16384}
-"""Prompt tokens of one step of an engine: on CPU larger gains nothing, on GPUs vLLM's default."""
+"""Prompt tokens of an engine's step: vLLM's default on GPUs; on CPU more gain nothing."""
 KV_BLOCK_TOKENS: dict[Device, int] = {"cpu": 128, "cuda": 16}
 """Tokens of a block of the KV cache: vLLM's defaults. CPU kernels need multiples of 32."""
 MAX_CPU_KV_GIB = 4
-"""The largest KV cache of a rollout engine on CPU, unless rollout.kv_cache_memory_mb says."""
+"""The largest KV cache of a rollout engine on CPU, unless rollout.kv_cache_memory_mb is set."""
+
+Tensor = tuple[str, float, str]
+"""Purpose, bytes, and how the bytes are computed, with the numbers; empty: the name says it."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of one process of a role, of its largest rank."""
+    """Memory of one process of a role: of its largest rank."""
 
     role: str
     gib: dict[str, float]
     """GiB by purpose."""
-    formula: dict[str, str] = field(default_factory=dict)
+    formula: dict[str, str]
     """How each was computed, with the numbers."""
 
     @property
@@ -59,116 +67,54 @@ class MemoryEstimate:
         return sum(self.gib.values())
 
 
+def _estimate(role: str, device: Device, tensors: Sequence[Tensor]) -> MemoryEstimate:
+    gib = {"process": _PROCESS_GIB[role, device]}
+    gib |= {purpose: num_bytes / GIB for purpose, num_bytes, _ in tensors}
+    return MemoryEstimate(role, gib, {purpose: text for purpose, _, text in tensors if text})
+
+
 def estimate_memory(
     config: Config, shape: ModelShape, reference_shape: ModelShape, *, device: Device
 ) -> list[MemoryEstimate]:
-    """One estimate for each kind of process that holds a model."""
+    """One estimate for each kind of process that holds a model, besides reward models."""
     estimates = [
-        _policy(config, shape, device=device),
-        _rollout(config, shape, device=device),
+        _estimate("policy", device, _policy(config, shape, device)),
+        _estimate("rollout", device, _rollout(config, shape, device)),
     ]
     if config.grpo.beta > 0:
-        estimates.append(_reference(config, reference_shape, device=device))
+        estimates.append(
+            _estimate("reference", device, _reference(config, reference_shape, device))
+        )
     return estimates
 
 
-def card_warnings(
-    config: Config, estimates: Sequence[MemoryEstimate], card_gib: float
-) -> list[str]:
-    """Where what shares a GPU is estimated to need more memory than the GPU has.
-
-    Args:
-        config: of the run, on GPUs.
-        estimates: of all roles that hold a model.
-        card_gib: memory of a GPU.
-    """
-    by_role = {estimate.role: estimate for estimate in estimates}
-    warnings = []
-    needed, sharers = _policy_card_gib(config, by_role)
-    if needed > card_gib:
-        warnings.append(
-            f"a GPU of the policy{sharers} needs about {needed:.1f} GiB and has {card_gib:.1f}: "
-            "raise policy.tensor_parallel_size or policy.pipeline_parallel_size"
-            + (", or policy.world_size" if config.policy.use_distributed_optimizer else "")
-            + ", lower policy.max_tokens_per_micro_batch or policy.micro_batch_size, or set "
-            "policy.recompute to full"
-        )
-    rollout = by_role["rollout"]
-    # Beside the cache, whose size vLLM fits to the GPU.
-    fixed = rollout.total_gib - rollout.gib["KV cache"]
-    share = config.rollout.gpu_memory_utilization * card_gib / config.rollout.engines_per_gpu
-    if config.rollout.kv_cache_memory_mb is not None:
-        fixed, share = rollout.total_gib, card_gib / config.rollout.engines_per_gpu
-    if fixed > share:
-        warnings.append(
-            f"a rollout engine needs about {fixed:.1f} GiB of a GPU beside its KV cache and may "
-            f"take {share:.1f}: raise rollout.tensor_parallel_size, lower rollout.engines_per_gpu "
-            "or rollout.max_num_seqs"
-            if config.rollout.kv_cache_memory_mb is None
-            else f"a rollout engine needs about {fixed:.1f} GiB and its share of a GPU is "
-            f"{share:.1f}: lower rollout.kv_cache_memory_mb or rollout.engines_per_gpu, or raise "
-            "rollout.tensor_parallel_size"
-        )
-    reference = by_role.get("reference")
-    if (
-        reference is not None
-        and config.reference.placement == "own"
-        and reference.total_gib > card_gib
-    ):
-        warnings.append(
-            f"a GPU of the reference needs about {reference.total_gib:.1f} GiB and has "
-            f"{card_gib:.1f}: raise reference.tensor_parallel_size"
-        )
-    return warnings
-
-
-def _policy_card_gib(config: Config, by_role: Mapping[str, MemoryEstimate]) -> tuple[float, str]:
-    """GiB on a GPU of the policy, and in words who shares it."""
-    policy = by_role["policy"]
-    at_work = policy.gib["activations"] + policy.gib["logits"]
-    kept, sharers = policy.total_gib - at_work, []
-    reference = by_role.get("reference")
-    if reference is not None and config.reference.placement == "policy":
-        # The two take turns; what a process itself takes stays.
-        kept += reference.gib["process"]
-        at_work = max(at_work, reference.total_gib - reference.gib["process"])
-        sharers.append("the reference")
-    reward_model = by_role.get("reward_model")
-    if reward_model is not None and config.reward.reward_model_placement == "policy":
-        kept += reward_model.total_gib * -(-len(config.reward.models) // config.policy.world_size)
-        sharers.append("reward models")
-    return kept + at_work, f", shared with {' and '.join(sharers)}," if sharers else ""
-
-
 def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> MemoryEstimate | None:
-    """Of a reward model, from the headers of its weight files; None where they tell nothing.
+    """The memory of a reward model, by the headers of its weight files; None if they do not say.
 
     Args:
         dtype: torch's name of the type that it is loaded in, or "auto" for that of the files.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
 
-    files = sorted(folder.glob("*.safetensors"))
-    numbers = 0
+    files = weight_files(folder)
     try:
-        for file in files:
-            with safe_open(file, framework="pt") as weights:
-                shapes = [weights.get_slice(name).get_shape() for name in weights.offset_keys()]
-                numbers += sum(map(math.prod, shapes))
-    except SafetensorError:  # which is told when the model is loaded
+        shapes = [tensor.shape for file in files for tensor in read_header(file).values()]
+    except ValueError:  # reported when the model is loaded
         return None
+    numbers = sum(map(math.prod, shapes))
     if not numbers:
         return None
     if dtype == "auto":
-        size, text = sum(file.stat().st_size for file in files), "what its files hold"
+        size, text = sum(file.stat().st_size for file in files), "the size of its files"
     elif isinstance(torch_type := getattr(torch, dtype, None), torch.dtype):
         width = torch_type.itemsize
         size, text = numbers * width, f"{numbers / 1e6:,.1f} M parameters x {width} bytes"
     else:
         return None
-    gib = {"process": _PROCESS_GIB["reward_model", device], "weights": size / GIB}
-    return MemoryEstimate("reward_model", gib, {"weights": text})
+    return _estimate("reward_model", device, [("weights", size, text)])
+
+
+# --- sizes that the engines use, too -------------------------------------------------------------
 
 
 def longest_row(config: Config) -> int:
@@ -184,173 +130,9 @@ def micro_batch_tokens(config: Config) -> int:
     return min(config.policy.micro_batch_size, per_rank) * longest_row(config)
 
 
-def rank_params(shape: ModelShape, *, tp: int, pp: int) -> int:
-    """Parameters of the largest pipeline stage's rank; the last stage has a head of its own.
-
-    Experts are not among them, see `rank_expert_params`.
-    """
-    layers = (shape.layer_params - shape.expert_params) * (shape.num_layers // pp)
-    ends = 1 if shape.tied or pp > 1 else 2
-    return (layers + ends * shape.embedding_params) // tp
-
-
-def rank_expert_params(shape: ModelShape, *, ep: int, pp: int) -> int:
-    """Parameters of the experts of a rank: whole ones."""
-    return shape.expert_params // ep * (shape.num_layers // pp)
-
-
-def _policy(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
-    policy = config.policy
-    tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
-    ep = policy.expert_model_parallel_size
-    dense, experts = rank_params(shape, tp=tp, pp=pp), rank_expert_params(shape, ep=ep, pp=pp)
-    params = dense + experts
-    width = bytes_per_weight(config, device)
-    cp = policy.context_parallel_size
-    shards = expert_shards = 1
-    if policy.use_distributed_optimizer:
-        shards, expert_shards = config.data_parallel_size * cp, policy.world_size // (pp * ep)
-    # AdamW's two moments; bf16 weights also have a master copy in fp32.
-    state = 8 if width == 4 else 12
-    tokens = -(-micro_batch_tokens(config) // cp)
-    layers = shape.num_layers // pp
-    per_layer = _activation_elements(shape)
-    again = _recomputed_elements(config, shape)
-    if policy.recompute == "full":
-        elements, kept = layers * shape.hidden_size + per_layer, "each layer's input + one layer"
-    else:
-        # What one layer computes again is there once, in its backward pass.
-        elements, kept = layers * (per_layer - again) + again, f"{layers} layers x {per_layer:,}"
-        if again:
-            kept = f"{layers} layers x {per_layer - again:,} + {again:,} of one layer"
-    # The first stage holds the micro-batches of all stages behind it.
-    activations = tokens * elements * width * pp / tp
-    logits = _logit_bytes(shape, tokens, tp)
-    logits_text = (
-        f"{min(tokens, LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
-        f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies"
-    )
-    # The output weight's gradient, summed over chunks in fp32, and in the weight's own type.
-    of_head, logit_width = (4 if width == 4 else 6), width
-    copied = ""
-    if config.model.fp32_lm_head and width < 4:
-        of_head, logit_width, copied = of_head + 4, 4, " and its fp32 copy"
-    logits += shape.embedding_params / tp * of_head
-    logits_text += f", and the head's gradient{copied}, vocabulary / TP x hidden x {of_head} bytes"
-    if not policy.recompute_logits:
-        logits += tokens * shape.vocab_size / tp * logit_width
-        logits_text += f", and {tokens:,} tokens kept x vocabulary / TP x {logit_width} bytes"
-    return MemoryEstimate(
-        "policy",
-        {
-            "process": _PROCESS_GIB["policy", device],
-            "weights": params * width / GIB,
-            "gradients": params * 4 / GIB,
-            "optimizer": (dense / shards + experts / expert_shards) * state / GIB,
-            "activations": activations / GIB,
-            "logits": logits / GIB,
-            "weight sync": _weight_sync_gib(config, shape, width),
-        },
-        {
-            "parameters a rank": f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M "
-            f"(TP {tp}, PP {pp}" + (f", EP {ep})" if shape.is_moe else ")"),
-            "weights": f"parameters x {width} bytes",
-            "gradients": "parameters x 4 bytes (fp32)",
-            "optimizer": f"parameters x {state} bytes (AdamW's moments"
-            + (", fp32 copy" if state == 12 else "")
-            + f") / {shards}"
-            + (" ranks" if shards > 1 else "")
-            + (f", of experts / {expert_shards}" if shape.is_moe else ""),
-            "activations": f"{tokens:,} tokens x ({kept} numbers) x {width} bytes x PP / TP",
-            "logits": logits_text,
-        },
-    )
-
-
-def _recomputed_elements(config: Config, shape: ModelShape) -> int:
-    """Of `_activation_elements`, what policy.recompute = selective computes again."""
-    if config.policy.recompute != "selective":
-        return 0
-    of_module = {
-        # The norm's output, which is the MLP's first input, and what is inside.
-        "mlp": shape.hidden_size + _mlp_elements(shape),
-        "core_attn": shape.num_heads * shape.head_dim,  # its output
-    }
-    return sum(of_module[module] for module in set(config.policy.recompute_modules))
-
-
-def _rollout(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
-    rollout = config.rollout
-    tp, width = rollout.tensor_parallel_size, bytes_per_weight(config, device)
-    per_engine = -(-config.num_prompts // rollout.num_engines) * rollout.num_generations
-    sequences = min(rollout.max_num_seqs, per_engine)
-    token_bytes = shape.kv_elements_per_token(tp) * width
-    if rollout.kv_cache_memory_mb is not None:
-        kv_gib, kv_text = rollout.kv_cache_memory_mb / 1024, "rollout.kv_cache_memory_mb"
-    elif device == "cpu" or rollout.engines_per_gpu > 1:
-        kv_gib = rollout.max_num_seqs * longest_row(config) * token_bytes / GIB
-        kv_text = (
-            f"max_num_seqs {rollout.max_num_seqs} x {longest_row(config):,} tokens x "
-            f"{token_bytes:,.0f} bytes"
-        )
-        if device == "cpu":
-            kv_gib = min(kv_gib, MAX_CPU_KV_GIB)
-            kv_text += f", {MAX_CPU_KV_GIB:g} GiB at most"
-        else:
-            kv_text += (
-                f"; less where {rollout.gpu_memory_utilization:.0%} of a GPU / "
-                f"{rollout.engines_per_gpu} engines has no room for it"
-            )
-    else:
-        kv_gib = sequences * longest_row(config) * token_bytes / GIB
-        kv_text = (
-            f"{sequences} sequences x {longest_row(config):,} tokens x {token_bytes:,.0f} bytes "
-            f"for none to wait; vLLM takes {rollout.gpu_memory_utilization:.0%} of its GPU in all"
-        )
-    params = shape.num_params / tp
-    prompts = min(BATCHED_TOKENS[device], rollout.max_num_seqs * config.data.max_prompt_length)
-    # The residual stream and its norm, q, k, v and what attention makes of them, and the MLP.
-    activations = prompts * _activation_elements(shape) * width / tp
-    return MemoryEstimate(
-        "rollout",
-        {
-            "process": _PROCESS_GIB["rollout", device],
-            "weights": params * width / GIB,
-            "KV cache": kv_gib,
-            "activations": activations / GIB,
-            "logits": sampler_logit_bytes(config, shape) / GIB,
-            # A bucket that is being loaded, and the next one; the policy has two as well.
-            "weight sync": _weight_sync_gib(config, shape, width),
-        },
-        {
-            "weights": f"parameters x {width} bytes / TP {tp}",
-            "KV cache": kv_text,
-            "activations": f"{prompts:,} prompt tokens a step x {_activation_elements(shape):,} "
-            f"numbers of one layer x {width} bytes / TP",
-            "logits": f"max_num_seqs {rollout.max_num_seqs} x vocabulary {shape.vocab_size:,} x 4 "
-            f"bytes x {LOGIT_COPIES} copies",
-            "weight sync": "2 x weight_sync.bucket_mb, or the embedding if it is larger, at most "
-            "the weights; so in the policy",
-        },
-    )
-
-
-def _reference(config: Config, shape: ModelShape, *, device: Device) -> MemoryEstimate:
-    tp, width = config.reference.tensor_parallel_size, bytes_per_weight(config, device)
-    tokens = -(-micro_batch_tokens(config) // config.reference.context_parallel_size)
-    return MemoryEstimate(
-        "reference",
-        {
-            "process": _PROCESS_GIB["reference", device],
-            "weights": shape.num_params / tp * width / GIB,
-            "activations": tokens * _activation_elements(shape) * width / tp / GIB,
-            "logits": _logit_bytes(shape, tokens, tp) / GIB,
-        },
-        {
-            "weights": f"parameters x {width} bytes / TP {tp}",
-            "activations": "one layer: nothing is kept for a backward pass",
-        },
-    )
+def bytes_per_weight(config: Config, device: Device) -> int:
+    """Bytes of a weight in policy, reference and engines, and of a number in the KV cache."""
+    return 4 if config.model_dtype(on_cpu=device == "cpu") == "float32" else 2
 
 
 def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device: Device) -> int:
@@ -366,40 +148,202 @@ def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device:
 
 
 def sampler_logit_bytes(config: Config, shape: ModelShape) -> int:
-    """Logits of a step of an engine, and what the sampler makes of them."""
+    """Bytes of the logits in an engine's step, with what the sampler computes from them."""
     return LOGIT_COPIES * 4 * config.rollout.max_num_seqs * shape.vocab_size
 
 
 def sync_bucket_bytes(config: Config, shape: ModelShape, width: int) -> int:
-    """Of a bucket's buffer on either side: a tensor that is larger than a bucket is sent alone."""
+    """Bytes of one send or receive buffer: bucket_mb, or the largest tensor if larger."""
     return max(config.weight_sync.bucket_mb * 2**20, shape.embedding_params * width)
 
 
-def _weight_sync_gib(config: Config, shape: ModelShape, width: int) -> float:
-    buffers = 2 * sync_bucket_bytes(config, shape, width)
-    return min(buffers, shape.num_params * width) / GIB
+# --- policy --------------------------------------------------------------------------------------
 
 
-def bytes_per_weight(config: Config, device: Device) -> int:
-    """Of the type that policy, reference and engines hold weights in, and engines their cache."""
-    return 4 if config.model_dtype(on_cpu=device == "cpu") == "float32" else 2
+def rank_params(shape: ModelShape, *, tp: int, pp: int) -> int:
+    """Parameters without experts of a rank, in the largest pipeline stage.
+
+    The last stage has an output head of its own, even if the head is tied to the embedding.
+    """
+    layers = (shape.layer_params - shape.expert_params) * (shape.num_layers // pp)
+    ends = 1 if shape.tied or pp > 1 else 2
+    return (layers + ends * shape.embedding_params) // tp
 
 
-def _activation_elements(shape: ModelShape) -> int:
-    """Numbers that a layer keeps of each token for its backward pass, with a fused attention."""
+def _policy(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
+    policy = config.policy
+    tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
+    ep, cp = policy.expert_model_parallel_size, policy.context_parallel_size
+    width = bytes_per_weight(config, device)
+    dense = rank_params(shape, tp=tp, pp=pp)
+    experts = shape.expert_params // ep * (shape.num_layers // pp)
+    params = dense + experts
+    tokens = -(-micro_batch_tokens(config) // cp)
+    layout = f"TP {tp}, PP {pp}" + (f", EP {ep}" if shape.is_moe else "")
+    rank = f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M parameters ({layout})"
+    return [
+        ("weights", params * width, f"{rank} x {width} bytes"),
+        ("gradients", params * 4, "parameters x 4 bytes (fp32)"),
+        ("optimizer", *_optimizer_state(config, dense, experts, width)),
+        ("activations", *_kept_activations(config, shape, tokens, width)),
+        ("logits", *_policy_logits(config, shape, tokens, width)),
+        ("weight sync", _weight_sync_bytes(config, shape, width), ""),
+    ]
+
+
+def _optimizer_state(config: Config, dense: int, experts: int, width: int) -> tuple[float, str]:
+    """AdamW's two moments in fp32, and an fp32 copy of bf16 weights."""
+    policy = config.policy
+    state, copy = (8, "") if width == 4 else (12, ", fp32 copy")
+    shards = expert_shards = 1
+    if policy.use_distributed_optimizer:
+        shards = config.data_parallel_size * policy.context_parallel_size
+        stages = policy.pipeline_parallel_size * policy.expert_model_parallel_size
+        expert_shards = policy.world_size // stages
+    text = f"parameters x {state} bytes (AdamW's moments{copy}) / {shards}"
+    text += " ranks" if shards > 1 else ""
+    text += f", of experts / {expert_shards}" if experts else ""
+    return (dense / shards + experts / expert_shards) * state, text
+
+
+def _kept_activations(
+    config: Config, shape: ModelShape, tokens: int, width: int
+) -> tuple[float, str]:
+    """What forward passes keep for their backward passes."""
+    policy = config.policy
+    tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
+    layers, per_layer = shape.num_layers // pp, _layer_numbers(shape)
+    if policy.recompute == "full":
+        numbers, text = layers * shape.hidden_size + per_layer, "each layer's input + one layer"
+    elif policy.recompute == "selective":
+        modules = {
+            # The norm's output, which is the MLP's first input, and what is inside the MLP.
+            "mlp": shape.hidden_size + _mlp_numbers(shape),
+            "core_attn": shape.num_heads * shape.head_dim,  # its output
+        }
+        # What a layer computes again exists for one layer at a time, in its backward pass.
+        again = sum(modules[module] for module in set(policy.recompute_modules))
+        numbers = layers * (per_layer - again) + again
+        text = f"{layers} layers x {per_layer - again:,} + {again:,} of one layer"
+    else:
+        numbers, text = layers * per_layer, f"{layers} layers x {per_layer:,}"
+    # The first stage holds the micro-batches of all stages behind it.
+    num_bytes = tokens * numbers * width * pp / tp
+    return num_bytes, f"{tokens:,} tokens x ({text} numbers) x {width} bytes x PP / TP"
+
+
+def _policy_logits(config: Config, shape: ModelShape, tokens: int, width: int) -> tuple[float, str]:
+    tp = config.policy.tensor_parallel_size
+    num_bytes = _chunk_logit_bytes(shape, tokens, tp)
+    text = (
+        f"{min(tokens, LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
+        f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies"
+    )
+    # The output weight's gradient: summed over chunks in fp32, and in the weight's own type.
+    head, logit_width, copied = (4 if width == 4 else 6), width, ""
+    if config.model.fp32_lm_head and width < 4:
+        head, logit_width, copied = head + 4, 4, " and its fp32 copy"
+    num_bytes += shape.embedding_params / tp * head
+    text += f", and the head's gradient{copied}, vocabulary / TP x hidden x {head} bytes"
+    if not config.policy.recompute_logits:
+        num_bytes += tokens * shape.vocab_size / tp * logit_width
+        text += f", and {tokens:,} tokens kept x vocabulary / TP x {logit_width} bytes"
+    return num_bytes, text
+
+
+# --- rollout engines and the reference -----------------------------------------------------------
+
+
+def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
+    rollout = config.rollout
+    tp, width = rollout.tensor_parallel_size, bytes_per_weight(config, device)
+    prompts = min(BATCHED_TOKENS[device], rollout.max_num_seqs * config.data.max_prompt_length)
+    numbers = _layer_numbers(shape)
+    return [
+        ("weights", shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"),
+        ("KV cache", *_kv_cache(config, shape, device)),
+        (
+            "activations",
+            prompts * numbers * width / tp,
+            f"{prompts:,} prompt tokens a step x {numbers:,} numbers of one layer x {width} bytes "
+            "/ TP",
+        ),
+        (
+            "logits",
+            sampler_logit_bytes(config, shape),
+            f"max_num_seqs {rollout.max_num_seqs} x vocabulary {shape.vocab_size:,} x 4 bytes x "
+            f"{LOGIT_COPIES} copies",
+        ),
+        (
+            "weight sync",
+            _weight_sync_bytes(config, shape, width),
+            "2 x weight_sync.bucket_mb, or the embedding if it is larger, at most the weights; so "
+            "in the policy",
+        ),
+    ]
+
+
+def _kv_cache(config: Config, shape: ModelShape, device: Device) -> tuple[float, str]:
+    rollout, row = config.rollout, longest_row(config)
+    if rollout.kv_cache_memory_mb is not None:
+        return rollout.kv_cache_memory_mb * 2**20, "rollout.kv_cache_memory_mb"
+    width = bytes_per_weight(config, device)
+    token_bytes = shape.kv_elements_per_token(rollout.tensor_parallel_size) * width
+    all_sequences = rollout.max_num_seqs * row * token_bytes
+    text = f"max_num_seqs {rollout.max_num_seqs} x {row:,} tokens x {token_bytes:,.0f} bytes"
+    if device == "cpu":
+        limit = MAX_CPU_KV_GIB * GIB
+        return min(all_sequences, limit), f"{text}, {MAX_CPU_KV_GIB:g} GiB at most"
+    share = f"{rollout.gpu_memory_utilization:.0%} of"
+    if rollout.engines_per_gpu > 1:
+        text += f"; less where {share} a GPU / {rollout.engines_per_gpu} engines has no room for it"
+        return all_sequences, text
+    per_engine = -(-config.num_prompts // rollout.num_engines) * rollout.num_generations
+    sequences = min(rollout.max_num_seqs, per_engine)
+    return (
+        sequences * row * token_bytes,
+        f"{sequences} sequences x {row:,} tokens x {token_bytes:,.0f} bytes for none to wait; vLLM "
+        f"takes {share} its GPU in all",
+    )
+
+
+def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
+    tp, width = config.reference.tensor_parallel_size, bytes_per_weight(config, device)
+    tokens = -(-micro_batch_tokens(config) // config.reference.context_parallel_size)
+    return [
+        ("weights", shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"),
+        (
+            "activations",
+            tokens * _layer_numbers(shape) * width / tp,
+            "one layer: nothing is kept for a backward pass",
+        ),
+        ("logits", _chunk_logit_bytes(shape, tokens, tp), ""),
+    ]
+
+
+# --- one layer, one chunk, one bucket ------------------------------------------------------------
+
+
+def _layer_numbers(shape: ModelShape) -> int:
+    """Numbers that a layer keeps for each token, with a fused attention."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     # Both norms' inputs and outputs; q, k, v before and after the rotation; the attention's output.
-    return 4 * shape.hidden_size + 2 * (q + 2 * kv) + q + _mlp_elements(shape)
+    return 4 * shape.hidden_size + 2 * (q + 2 * kv) + q + _mlp_numbers(shape)
 
 
-def _mlp_elements(shape: ModelShape) -> int:
+def _mlp_numbers(shape: ModelShape) -> int:
     if not shape.is_moe:
         return 3 * shape.intermediate_size  # gate, up and their product
-    # The same of each expert of the token, with its copy of the input and its output; the router's.
+    # The same for each expert of the token, its copy of the input, its output; router logits.
     expert = 2 * shape.hidden_size + 3 * shape.moe_intermediate_size
     return shape.num_experts_per_tok * expert + 2 * shape.num_experts
 
 
-def _logit_bytes(shape: ModelShape, tokens: int, tp: int) -> float:
-    # fp32 logits, their exponentials and the gradient, chunk by chunk.
+def _chunk_logit_bytes(shape: ModelShape, tokens: int, tp: int) -> float:
+    """A chunk's logits in fp32, their exponentials and their gradient."""
     return 3 * 4 * min(tokens, LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp
+
+
+def _weight_sync_bytes(config: Config, shape: ModelShape, width: int) -> float:
+    """Two buckets: one that is packed or loaded, and one on its way."""
+    return min(2 * sync_bucket_bytes(config, shape, width), shape.num_params * width)

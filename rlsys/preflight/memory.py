@@ -1,0 +1,86 @@
+"""Whether the models of a run fit into the memory of its GPUs, by the estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from rlsys.config import Config
+from rlsys.model.memory import MemoryEstimate
+
+
+def card_warnings(
+    config: Config, estimates: Sequence[MemoryEstimate], card_gib: float
+) -> list[str]:
+    """A warning for each kind of GPU whose models are estimated to need more memory than it has.
+
+    Args:
+        config: of a run on GPUs.
+        estimates: of all roles that hold a model.
+        card_gib: memory of a GPU.
+    """
+    by_role = {estimate.role: estimate for estimate in estimates}
+    return [
+        *_policy_warning(config, by_role, card_gib),
+        *_rollout_warning(config, by_role["rollout"], card_gib),
+        *_reference_warning(config, by_role.get("reference"), card_gib),
+    ]
+
+
+def _policy_warning(
+    config: Config, by_role: Mapping[str, MemoryEstimate], card_gib: float
+) -> Iterator[str]:
+    policy = by_role["policy"]
+    at_work = policy.gib["activations"] + policy.gib["logits"]
+    kept, sharers = policy.total_gib - at_work, []
+    reference = by_role.get("reference")
+    if reference is not None and config.reference.placement == "policy":
+        # The two take turns; the memory of the process itself stays.
+        kept += reference.gib["process"]
+        at_work = max(at_work, reference.total_gib - reference.gib["process"])
+        sharers.append("the reference")
+    reward_model = by_role.get("reward_model")
+    if reward_model is not None and config.reward.reward_model_placement == "policy":
+        kept += reward_model.total_gib * -(-len(config.reward.models) // config.policy.world_size)
+        sharers.append("reward models")
+    if kept + at_work > card_gib:
+        shared = f", shared with {' and '.join(sharers)}," if sharers else ""
+        yield (
+            f"a GPU of the policy{shared} needs about {kept + at_work:.1f} GiB and has "
+            f"{card_gib:.1f}: raise policy.tensor_parallel_size or policy.pipeline_parallel_size"
+            + (", or policy.world_size" if config.policy.use_distributed_optimizer else "")
+            + ", lower policy.max_tokens_per_micro_batch or policy.micro_batch_size, or set "
+            "policy.recompute to full"
+        )
+
+
+def _rollout_warning(config: Config, estimate: MemoryEstimate, card_gib: float) -> Iterator[str]:
+    rollout, needed = config.rollout, estimate.total_gib
+    share = card_gib / rollout.engines_per_gpu
+    if rollout.kv_cache_memory_mb is not None:
+        if needed > share:
+            yield (
+                f"a rollout engine needs about {needed:.1f} GiB and its share of a GPU is "
+                f"{share:.1f}: lower rollout.kv_cache_memory_mb or rollout.engines_per_gpu, or "
+                "raise rollout.tensor_parallel_size"
+            )
+        return
+    # vLLM fits the size of the KV cache to the GPU.
+    needed, share = needed - estimate.gib["KV cache"], share * rollout.gpu_memory_utilization
+    if needed > share:
+        yield (
+            f"a rollout engine needs about {needed:.1f} GiB of a GPU beside its KV cache and may "
+            f"take {share:.1f}: raise rollout.tensor_parallel_size, lower rollout.engines_per_gpu "
+            "or rollout.max_num_seqs"
+        )
+
+
+def _reference_warning(
+    config: Config, estimate: MemoryEstimate | None, card_gib: float
+) -> Iterator[str]:
+    if estimate is None or config.reference.placement != "own":
+        return
+    if estimate.total_gib > card_gib:
+        yield (
+            f"a GPU of the reference needs about {estimate.total_gib:.1f} GiB and has "
+            f"{card_gib:.1f}: raise reference.tensor_parallel_size"
+        )

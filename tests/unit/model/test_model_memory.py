@@ -1,0 +1,178 @@
+"""The memory estimate: parameters as counted by transformers, sizes as measured."""
+
+import json
+
+import pytest
+from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model
+
+from rlsys.config.load import load_config
+from rlsys.model.memory import GIB, estimate_memory, rank_params
+from rlsys.model.shape import read_model_shape
+from rlsys.preflight.memory import card_warnings
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_as_transformers_has_them(tmp_path, model_type, tied):
+    import torch
+    import transformers
+
+    sizes = {"model_type": model_type, "tie_word_embeddings": tied, "num_key_value_heads": 2}
+    if model_type == "qwen3_moe":
+        sizes |= EXPERTS
+    folder = write_model(tmp_path / "model", **sizes)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert read_model_shape(folder).num_params == model.num_parameters()
+
+
+def test_ranks_share_experts_and_their_optimizer_state(tmp_path):
+    write_model(tmp_path / "model", **EXPERTS)
+    policy = {"world_size": 4, "expert_model_parallel_size": 4}
+    shared, shape = estimates(tmp_path, "cuda", policy=policy)
+    replicas, _ = estimates(tmp_path, "cuda", policy={"world_size": 4})
+    experts = 4 * shape.expert_params
+    weights = [found["policy"].gib["weights"] * GIB for found in (replicas, shared)]
+    assert weights[0] - weights[1] == pytest.approx(experts * 3 / 4 * 2)
+    # Each expert's state is in one place either way.
+    states = [found["policy"].gib["optimizer"] for found in (replicas, shared)]
+    assert states[0] == pytest.approx(states[1])
+
+
+def estimates(tmp_path, device, **sections):
+    folder = tmp_path / "model"
+    shape = read_model_shape(folder if folder.exists() else write_model(folder))
+    config = load_config(write_config(tmp_path, **sections)).config
+    return {e.role: e for e in estimate_memory(config, shape, shape, device=device)}, shape
+
+
+def test_the_policy_needs_16_bytes_a_parameter_in_fp32_and_18_in_bf16(tmp_path):
+    for device, bytes_each in (("cpu", 16), ("cuda", 18)):
+        found, shape = estimates(tmp_path, device)
+        model = sum(found["policy"].gib[k] for k in ("weights", "gradients", "optimizer"))
+        # All but the final norm, which is too small to count.
+        assert model * GIB == pytest.approx(bytes_each * shape.num_params, rel=0.01)
+
+
+def test_replicas_share_the_optimizer_state_only_when_it_is_distributed(tmp_path):
+    alone, _ = estimates(tmp_path, "cuda")
+    for distributed, share in ((True, 4), (False, 1)):
+        policy = {"world_size": 4, "use_distributed_optimizer": distributed}
+        found, _ = estimates(tmp_path, "cuda", policy=policy)
+        whole = alone["policy"].gib["optimizer"]
+        assert found["policy"].gib["optimizer"] == pytest.approx(whole / share)
+        assert found["policy"].gib["weights"] == alone["policy"].gib["weights"]
+
+
+def test_tensor_and_pipeline_ranks_hold_the_model_together(tmp_path):
+    shape = read_model_shape(write_model(tmp_path / "untied", tie_word_embeddings=False))
+    whole = rank_params(shape, tp=1, pp=1)
+    assert rank_params(shape, tp=2, pp=1) == whole // 2
+    # The two stages have an embedding each: the first one's, and the head.
+    assert rank_params(shape, tp=1, pp=2) == whole // 2
+
+
+def test_recompute_and_smaller_micro_batches_need_less(tmp_path):
+    def activations(**policy):
+        found, _ = estimates(tmp_path, "cuda", policy=policy)
+        return found["policy"].gib["activations"]
+
+    assert activations(recompute="full") < activations(recompute="selective") < activations()
+    attention_too = {"recompute": "selective", "recompute_modules": ["mlp", "core_attn"]}
+    assert activations(**attention_too) < activations(recompute="selective")
+    two_ranks = {"world_size": 2, "context_parallel_size": 2}
+    assert activations(**two_ranks) == pytest.approx(activations() / 2)
+    assert activations(micro_batch_size=4) == pytest.approx(activations() / 2)
+    assert activations(max_tokens_per_micro_batch=128) == pytest.approx(activations() / 8)
+
+
+def test_kept_logits_are_a_number_for_every_token_and_vocabulary_entry(tmp_path):
+    def logits(**policy):
+        found, shape = estimates(tmp_path, "cuda", policy=policy)
+        return found["policy"].gib["logits"], shape
+
+    again, shape = logits()
+    kept, _ = logits(recompute_logits=False)
+    tokens = 8 * 128  # micro_batch_size rows of the greatest length
+    assert (kept - again) * GIB == pytest.approx(tokens * shape.vocab_size * 2)
+
+
+def test_an_fp32_head_is_a_copy_of_the_output_layer(tmp_path):
+    def logits(fp32, device="cuda"):
+        found, shape = estimates(tmp_path, device, model={"fp32_lm_head": fp32})
+        return found["policy"].gib["logits"], shape
+
+    (narrow, shape), (wide, _) = logits(False), logits(True)
+    assert (wide - narrow) * GIB == pytest.approx(shape.embedding_params * 4)
+    assert logits(True, "cpu") == logits(False, "cpu")  # float32 as it is
+
+
+def test_the_kv_cache_holds_the_sequences_of_an_engine(tmp_path):
+    found, _ = estimates(tmp_path, "cuda")
+    token = 2 * MODEL_SIZES["num_hidden_layers"] * MODEL_SIZES["num_key_value_heads"] * 32 * 2
+    assert found["rollout"].gib["KV cache"] * GIB == pytest.approx(16 * 128 * token)
+    found, _ = estimates(tmp_path, "cpu", rollout={"kv_cache_memory_mb": 512})
+    assert found["rollout"].gib["KV cache"] == 0.5
+
+
+def test_the_reference_is_in_the_estimate_only_with_a_kl_term(tmp_path):
+    assert set(estimates(tmp_path, "cpu")[0]) == {"policy", "rollout"}
+    with_kl, _ = estimates(tmp_path, "cpu", grpo={"beta": 0.1})
+    assert set(with_kl) == {"policy", "rollout", "reference"}
+
+
+QWEN_1_5B = {
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+}
+QWEN_7B = QWEN_1_5B | {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}
+
+
+def of_sizes(tmp_path, sizes, **sections):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL_SIZES | sizes))
+    shape = read_model_shape(tmp_path)
+    config = load_config(write_config(tmp_path, **sections)).config
+    return config, estimate_memory(config, shape, shape, device="cuda")
+
+
+def test_engines_that_share_a_gpu_are_estimated_as_measured(tmp_path):
+    """35.0 GiB for two engines of 1.5B parameters on an H200."""
+    sections = {
+        "data": {"max_prompt_length": 512},
+        "rollout": {"max_completion_length": 1024, "num_engines": 2, "engines_per_gpu": 2},
+    }
+    _, found = of_sizes(tmp_path, QWEN_1_5B, **sections)
+    (rollout,) = (estimate for estimate in found if estimate.role == "rollout")
+    assert 2 * rollout.total_gib == pytest.approx(35.0, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sections", "card_gib", "words"),
+    [
+        (QWEN_1_5B, {}, 139.8, []),
+        (QWEN_7B, {}, 139.8, ["GPU of the policy needs", "139.8", "policy.tensor_parallel_size"]),
+        (QWEN_7B, {"policy": {"world_size": 8}}, 139.8, []),
+        (QWEN_1_5B, {"grpo": {"beta": 0.1}}, 30, ["shared with the reference"]),
+        (QWEN_7B, {"policy": {"world_size": 16, "tensor_parallel_size": 4}}, 22, ["engine"]),
+    ],
+)
+def test_an_estimate_above_the_gpus_memory_is_a_warning(tmp_path, sizes, sections, card_gib, words):
+    found = card_warnings(*of_sizes(tmp_path, sizes, **sections), card_gib)
+    assert len(found) == bool(words), found
+    for word in words:
+        assert word in found[0]

@@ -1,0 +1,18 @@
+"""Devices of this machine, asked without torch."""
+
+import pytest
+
+from rlsys.preflight.devices import gpu_memory_gib
+
+
+def test_the_memory_of_gpus_is_the_drivers(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 143771; echo 81559\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert gpu_memory_gib() == pytest.approx(79.6, abs=0.1)
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu_memory_gib() is None
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert gpu_memory_gib() is None
