@@ -1,8 +1,7 @@
 """JSON files to rows: one object a line, a list, objects over several lines, or a wrapped list.
 
-JSON is read by Python's own parser, not through `datasets`, whose JSON reader turns a text such as
-"2024-01-31" into a datetime and an integer among floats into a float, and cannot name the line that
-is wrong.
+Python's own parser reads them. The JSON reader of `datasets` turns a text such as "2024-01-31" into
+a datetime and an integer among floats into a float, and cannot name the line that is wrong.
 """
 
 from __future__ import annotations
@@ -12,19 +11,20 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from rlsys.config.dataset_spec import file_kind
+from rlsys.data.file_bytes import MIB, open_bytes, too_large
+from rlsys.data.formats import PROMPT_COLUMNS
 from rlsys.data.json_text import BadRow, parse_json, parse_json_values
-from rlsys.data.raw import MIB, RawRow, json_object, no_object, open_bytes, too_large
-from rlsys.data.rows import PROMPT_COLUMNS
-from rlsys.data.spec import file_kind
+from rlsys.data.row import Row, json_object, not_an_object
 from rlsys.data.turns import is_turn
 
 _BOM = b"\xef\xbb\xbf"
 _WANTED = "Rows are objects, one a line or in one list [...]"
 _WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "samples", "train")
-"""Keys under which a file has its rows beside other values; alone, a key may have any name."""
+"""Keys under which a file has its rows beside other values; a key alone may have any name."""
 
 
-def read_json(path: Path, limit: int) -> Iterator[RawRow]:
+def read_json(path: Path, limit: int) -> Iterator[Row]:
     """The rows of a JSON or JSON Lines file; rows over `limit` bytes have a problem.
 
     Raises:
@@ -34,7 +34,7 @@ def read_json(path: Path, limit: int) -> Iterator[RawRow]:
 
 
 def is_json_lines(path: Path, limit: int = 8 * MIB) -> bool:
-    """Whether a file has one row a line, as far as its first two lines tell.
+    """Whether a file has one row a line, judged by its first two lines.
 
     Raises:
         ValueError: it cannot be decompressed.
@@ -64,21 +64,20 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _read_lines(path: Path, limit: int) -> Iterator[RawRow]:
+def _read_lines(path: Path, limit: int) -> Iterator[Row]:
     number = 0
     with open_bytes(path) as file:
         for line_number, line in enumerate(_lines(file, limit), start=1):
-            if not line.strip():
-                continue
-            number += 1
-            if len(line) > limit:
-                yield RawRow(number, f"line {line_number}", b"", too_large(limit))
-                continue
-            yield RawRow(number, f"line {line_number}", line)
+            if line.strip():
+                number += 1
+                row = Row(number, f"line {line_number}", line=line)
+                if len(line) > limit:
+                    row.line, row.problem = b"", too_large(limit)
+                yield row
 
 
 def _lines(file: IO[bytes], limit: int) -> Iterator[bytes]:
-    """Lines without a BOM; of one over `limit` bytes only the start is kept, a little longer."""
+    """Lines without a BOM; a line over `limit` bytes is cut to a little more than that."""
     first = True
     while line := file.readline(limit + 2):
         while not line.endswith(b"\n") and len(line) > limit:
@@ -89,23 +88,27 @@ def _lines(file: IO[bytes], limit: int) -> Iterator[bytes]:
         first = False
 
 
-def _read_whole(path: Path, limit: int) -> Iterator[RawRow]:
+def _read_whole(path: Path, limit: int) -> Iterator[Row]:
     try:
         with open_bytes(path) as file:
             values = parse_json_values(file.read().removeprefix(_BOM))
         rows = _rows_of(values[0]) if len(values) == 1 else None
     except BadRow as error:
         raise ValueError(f"{path}: {error}. {_WANTED}") from error
-    for number, row in enumerate(values if rows is None else rows, start=1):
-        problem = "" if isinstance(row, dict) else no_object(row)
+    for number, value in enumerate(values if rows is None else rows, start=1):
+        row = Row(number, f"row {number}")
+        if not isinstance(value, dict):
+            row.problem = not_an_object(value)
         # Only a text can be that large, and measuring each row would double the time.
-        if not problem and any(isinstance(v, str) and len(v) > limit for v in row.values()):
-            problem = too_large(limit)
-        yield RawRow(number, f"row {number}", row, problem)
+        elif any(isinstance(v, str) and len(v) > limit for v in value.values()):
+            row.problem = too_large(limit)
+        else:
+            row.columns = value
+        yield row
 
 
 def _rows_of(value: Any) -> list[Any] | None:
-    """The rows in the only value of a file; None where the value is itself a row.
+    """The rows in the only value of a file; None if the value is itself a row.
 
     Raises:
         BadRow: it is a table of columns, or holds several lists.
@@ -154,9 +157,9 @@ def _is_table_of_columns(value: dict[str, Any]) -> bool:
         return True
     if all(isinstance(column, dict) and "0" in column for column in columns):
         return True
-    if not value.keys() & set(PROMPT_COLUMNS) or not all(isinstance(c, list) for c in columns):
-        return False
     prompts = [value[name] for name in PROMPT_COLUMNS if name in value]
+    if not prompts or not all(isinstance(column, list) for column in columns):
+        return False
     return len(set(map(len, columns))) == 1 and all(
         isinstance(entry, str) for column in prompts for entry in column
     )

@@ -1,4 +1,4 @@
-"""JSON as Python's own parser reads it, with errors that say what is wrong and where."""
+"""JSON with errors that say what is wrong and where."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import ast
 import json
 from collections.abc import Callable
 from typing import Any, NoReturn
+
+from rlsys.text import not_utf8
 
 
 class BadRow(ValueError):
@@ -30,37 +32,6 @@ def parse_json_values(content: bytes | str) -> list[Any]:
     return _parsed(content, _decode_all)
 
 
-def _parsed(content: bytes | str, decode: Callable[[str], Any]) -> Any:
-    text = content if isinstance(content, str) else _decoded(content)
-    try:
-        value = decode(text)
-    except json.JSONDecodeError as error:
-        raise BadRow(f"not JSON: {_described(error)}") from None
-    except RecursionError:
-        raise BadRow("not JSON that can be read: nested too deeply") from None
-    except BadRow:
-        raise
-    except ValueError as error:  # an integer of more digits than Python reads
-        raise BadRow(f"not JSON that can be read: {error}") from None
-    if "\\ud" in text or "\\uD" in text:  # half of a pair of escapes is no character
-        check_unicode(value)
-    return value
-
-
-def _decode_all(text: str) -> list[Any]:
-    values: list[Any] = []
-    place = 0
-    text = text.strip()
-    while place < len(text):
-        if values and text[place] not in "[{":
-            raise json.JSONDecodeError("Extra data", text, place)
-        value, place = _DECODER.raw_decode(text, place)
-        values.append(value)
-        while place < len(text) and text[place].isspace():
-            place += 1
-    return values
-
-
 def parse_cell(value: Any, column: str) -> Any:
     """The value of a table's cell, which may hold it as text; a blank text is None.
 
@@ -82,11 +53,52 @@ def parse_cell(value: Any, column: str) -> Any:
             raise BadRow(f"the column {column!r} is a text that is {error}") from None
 
 
-def _decoded(content: bytes) -> str:
+def check_unicode(value: Any) -> None:
+    r"""Refuse half a surrogate pair, such as "\ud83d" alone, which no tokenizer takes.
+
+    Raises:
+        BadRow: a text in `value` has one.
+    """
     try:
-        return content.decode("utf-8")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(
+            f"the text {error.object[max(0, error.start - 20) : error.start]!r} is followed by "
+            f"{error.object[error.start]!a}, half of a surrogate pair, which is not a character"
+        ) from None
+
+
+def _parsed(content: bytes | str, decode: Callable[[str], Any]) -> Any:
+    try:
+        text = content if isinstance(content, str) else content.decode("utf-8")
+        value = decode(text)
     except UnicodeDecodeError as error:
-        raise BadRow(not_utf8(content, error.start)) from None
+        raise BadRow(not_utf8(error.object, error.start)) from None
+    except json.JSONDecodeError as error:
+        raise BadRow(f"not JSON: {_described(error)}") from None
+    except RecursionError:
+        raise BadRow("not JSON that can be read: nested too deeply") from None
+    except BadRow:
+        raise
+    except ValueError as error:  # an integer of more digits than Python reads
+        raise BadRow(f"not JSON that can be read: {error}") from None
+    if "\\ud" in text or "\\uD" in text:  # half of a pair of escapes is not a character
+        check_unicode(value)
+    return value
+
+
+def _decode_all(text: str) -> list[Any]:
+    values: list[Any] = []
+    place = 0
+    text = text.strip()
+    while place < len(text):
+        if values and text[place] not in "[{":
+            raise json.JSONDecodeError("Extra data", text, place)
+        value, place = _DECODER.raw_decode(text, place)
+        values.append(value)
+        while place < len(text) and text[place].isspace():
+            place += 1
+    return values
 
 
 def _described(error: json.JSONDecodeError) -> str:
@@ -103,7 +115,7 @@ def _described(error: json.JSONDecodeError) -> str:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise BadRow(f"not JSON: {name} is no JSON value; write null or a number")
+    raise BadRow(f"not JSON: {name} is not a JSON value; write null or a number")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -116,27 +128,3 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_without_duplicates)
-
-
-def check_unicode(value: Any) -> None:
-    r"""Refuse half a surrogate pair, such as "\ud83d" alone, which no tokenizer takes.
-
-    Raises:
-        BadRow: there is one in `value`.
-    """
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            f"the text {error.object[max(0, error.start - 20) : error.start]!r} is followed by "
-            f"{error.object[error.start]!a}, half of a surrogate pair, which is no character"
-        ) from None
-
-
-def not_utf8(content: bytes, byte: int) -> str:
-    """What is wrong with a line that has a byte, counted from 0, that is no UTF-8."""
-    hint = " (it looks like UTF-16)" if content.count(0) > len(content) // 3 else ""
-    return (
-        f"is not a text in UTF-8: byte {byte + 1} is {content[byte]:#04x}{hint}; convert the file "
-        "to UTF-8"
-    )

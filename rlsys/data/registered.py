@@ -2,7 +2,7 @@
 
     register_dataset(DatasetMeta(hf_dataset_id="owner/name", preprocess_func=MyPreprocessor()))
 
-An entry of `data.dataset` that is one of the names is read from there and preprocessed so.
+An entry of `data.dataset` may be one of the names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.data.row_preprocessors import AutoPreprocessor, RowPreprocessor
-from rlsys.data.spec import DatasetSpec
+from rlsys.config.dataset_spec import DatasetSpec
 
 
 @dataclass
@@ -21,13 +21,13 @@ class SubsetDataset:
     """A subset (config name) of a dataset of the hub."""
 
     name: str | None = None
-    """What an entry of `data.dataset` calls it; None: `subset`."""
+    """The name in an entry of `data.dataset`; None is the same as `subset`."""
     subset: str = "default"
-    """What the hub calls it."""
+    """The name on the hub."""
     split: list[str] | None = None
-    """None: that of the dataset."""
+    """None takes the dataset's."""
     preprocess_func: Any = None
-    """None: that of the dataset."""
+    """None takes the dataset's."""
     is_weak_subset: bool = False
     """Whether `NAME:all` leaves it out."""
 
@@ -37,10 +37,10 @@ class SubsetDataset:
 
 @dataclass
 class DatasetMeta:
-    """A dataset by name; `tags`, `help`, `huge_dataset` and `ms_revision` are only kept."""
+    """A dataset by name; `tags`, `help`, `huge_dataset` and `ms_revision` have no effect."""
 
     ms_dataset_id: str | None = None
-    """ModelScope's id. rlsys does not read ModelScope: a name for a folder or file here."""
+    """ModelScope's id, here only a name: rlsys does not read ModelScope."""
     hf_dataset_id: str | None = None
     dataset_path: str | None = None
     """A file or a folder; relative paths start at the working directory."""
@@ -71,28 +71,27 @@ class DatasetMeta:
 
     @property
     def names(self) -> list[str]:
-        """All that an entry of `data.dataset` may call it, the best one first."""
+        """The names that an entry of `data.dataset` may use, the best one first."""
         given = (self.dataset_name, self.dataset_path, self.hf_dataset_id, self.ms_dataset_id)
         return [name for name in given if name]
 
     @property
     def id(self) -> str:
-        """The name by which `data.preprocessor` best calls it."""
+        """The name to recommend for `data.preprocessor`."""
         given = (self.dataset_name, self.hf_dataset_id, self.ms_dataset_id, self.dataset_path)
         return next(name for name in given if name)
 
 
 registered_datasets: list[DatasetMeta] = []
-"""In the order of registration."""
 
 
 def register_dataset(
     dataset_meta: DatasetMeta, *, exist_ok: bool = False, **unsupported: Any
 ) -> None:
-    """Make a dataset known by its names.
+    """Register a dataset under all its names.
 
     Raises:
-        ValueError: something else has one of the names, and not `exist_ok`.
+        ValueError: another dataset has one of the names, and `exist_ok` is not set.
     """
     if unsupported or not isinstance(dataset_meta, DatasetMeta):
         raise ValueError(
@@ -110,26 +109,26 @@ def register_dataset(
 
 
 def find_registered(name: str) -> DatasetMeta | None:
-    """The registered dataset called `name`, or whose clone is the folder `name`."""
+    """The registered dataset with this name, or with a clone in the folder `name`."""
     for meta in registered_datasets:
         if name in meta.names:
             return meta
-    path = Path(name).expanduser()
+    path = _path(name)
     for meta in registered_datasets:
-        if meta.dataset_path and path.exists() and path.resolve() == _path(meta.dataset_path):
+        if meta.dataset_path and path.exists() and path == _path(meta.dataset_path):
             return meta
         ids = {str(known).rpartition("/")[2] for known in (meta.hf_dataset_id, meta.ms_dataset_id)}
-        if path.is_dir() and path.resolve().name in ids:
+        if path.is_dir() and path.name in ids:
             return meta
     return None
 
 
 def resolve(spec: DatasetSpec, meta: DatasetMeta) -> tuple[DatasetSpec, Any]:
-    """Where the rows of an entry that names a registered dataset are, and its preprocessor.
+    """Where the rows of a registered dataset are, and its preprocessor.
 
     Raises:
         ValueError: it is on ModelScope only, its dataset_path does not exist, or the subset or
-            split is not clear.
+            split is ambiguous.
     """
     prepare = meta.preprocess_func
     if not isinstance(prepare, RowPreprocessor) and not (
@@ -175,11 +174,11 @@ def _place(spec: DatasetSpec, meta: DatasetMeta) -> str:
     if spec.is_local and spec.path.exists():
         return spec.name
     if meta.dataset_path and not spec.from_hub:
-        path = _path(meta.dataset_path)
-        if not path.exists():
+        if not _path(meta.dataset_path).exists():
             raise ValueError(
                 f"dataset {spec.text!r}: its dataset_path {meta.dataset_path!r} does not exist "
-                f"(looked for {path}). Relative paths start at the working directory."
+                f"(looked for {_path(meta.dataset_path)}). Relative paths start at the working "
+                "directory."
             )
         return meta.dataset_path
     if meta.hf_dataset_id or spec.from_hub:

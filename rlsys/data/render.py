@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from rlsys.data.json_text import BadRow
-from rlsys.data.rows import ParsedRow
+from rlsys.data.row import Row
 from rlsys.data.turns import called_functions, read_tools, read_turns
 from rlsys.types import OPEN_THINK, Message
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MISSING = re.compile(r"\b(?:None(?! of\b)|nan|NaT)\b|<NA>")
-"""What Python prints for a value that is not there; "None of" is English."""
+"""What Python prints for a missing value; "None of" is English."""
 _TAIL = 10
-"""Tokens that hold a last `<think>` and white space, whatever the tokenizer."""
+"""Last tokens of a prompt that are enough to show `<think>` and white space behind it."""
 _UNREAD_VARIABLE = "the chat template does not read the variable {!r}"
 _OPENS_THINK = (
-    "the chat template ends the prompt with <think>: completions begin inside of it. format, "
-    "accuracy and other rewards of rlsys count that tag as the completion's"
+    "the chat template ends the prompt with <think>: completions begin inside that tag. format, "
+    "accuracy and other rewards of rlsys count it as the completion's"
 )
 _PROBE: list[Message] = [
     {"role": "user", "content": "Hi"},
@@ -47,15 +47,15 @@ _PROBE: list[Message] = [
 
 
 class ChatTemplate:
-    """The chat template of a run, and what it makes of rows.
+    """The chat template of a run.
 
-    What a template leaves out of a row goes into `notices`, once, and never silently.
+    `notices` names what the template leaves out of rows, each thing once.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
     ):
-        """`variables` are what the template reads in every row, as of data.chat_template_kwargs.
+        """Take the variables that the template gets with every row (data.chat_template_kwargs).
 
         Raises:
             ValueError: the tokenizer has no chat template, or one that is not valid Jinja.
@@ -75,60 +75,56 @@ class ChatTemplate:
 
     @property
     def notices(self) -> list[str]:
-        """What rows rendered so far have and their prompts lack, or the other way round."""
+        """What the rendered rows have and their prompts lack, or the other way round."""
         return [str(notice) for notice in self._noticed.values()]
 
-    def render(self, rows: Sequence[tuple[str, ParsedRow]]) -> list[list[int] | str]:
-        """Token ids of each row, generation prompt included, tokenised together.
-
-        Args:
-            rows: each with its place, for people. A text in the result is what is wrong with it.
-        """
+    def render(self, rows: Sequence[Row]) -> None:
+        """Set the token ids of each row, generation prompt included; or its problem."""
         texts: list[str] = []
-        problems: dict[int, str] = {}
-        for index, (where, row) in enumerate(rows):
+        rendered: list[Row] = []
+        for row in rows:
             try:
                 texts.append(self._text(row))
-                self._look(where, row, texts[-1])
+                self._look(row, texts[-1])
+                rendered.append(row)
             except BadRow as error:
-                problems[index] = str(error)
-        # Tokenised here and only here: templates write BOS themselves, and the tokenizer would add
-        # another. Not verbose, or it warns of prompts over the model's length, which the limits of
-        # the config drop.
-        ids: Iterator[list[int]] = iter(
-            self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-            if texts
-            else []
-        )
-        return [problems[i] if i in problems else next(ids) for i in range(len(rows))]
+                row.problem = str(error)
+        for row, token_ids in zip(rendered, self._tokens(texts), strict=True):
+            row.token_ids = token_ids
+            row.opens_think = self._opens_think(token_ids)
 
     def render_answered(self, messages: list[Message], tools: Any) -> list[int]:
-        """Token ids of a conversation with its last answer, as a reward model gets it.
+        """Token ids of a conversation that ends with an answer, for a reward model.
 
         Args:
             messages: as `read_turns` returns them.
             tools: the column of that name, None without one.
 
         Raises:
-            BadRow: the template does not take the messages.
+            BadRow: the template refuses the messages.
         """
-        row = ParsedRow(messages, {}, "messages", read_tools(tools))
-        text = self._text(row, is_answered=True)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        row = Row(1, "", messages=messages, tools=read_tools(tools))
+        return self._tokens([self._text(row, is_answered=True)])[0]
 
-    def opens_think(self, token_ids: Sequence[int]) -> bool:
-        """Whether a prompt ends with `<think>`: the templates of several models write it."""
+    def _tokens(self, texts: list[str]) -> list[list[int]]:
+        # The only place that tokenises prompts: templates write BOS themselves, and the tokenizer
+        # would add another. Not verbose, or it warns of prompts over the model's length, which the
+        # limits of the config drop.
+        encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {}
+        return encoded.get("input_ids", [])
+
+    def _opens_think(self, token_ids: Sequence[int]) -> bool:
+        """Whether a prompt ends with `<think>`, which the templates of several models write."""
         tail = tuple(token_ids[-_TAIL:])
         if tail not in self._tails:
             text: Any = self._tokenizer.decode(list(tail), skip_special_tokens=False)
             self._tails[tail] = text.rstrip().endswith(OPEN_THINK)
         return self._tails[tail]
 
-    def _text(self, row: ParsedRow, *, is_answered: bool = False) -> str:
+    def _text(self, row: Row, *, is_answered: bool = False) -> str:
         messages = row.messages
         if any("tool_calls" in message for message in messages):
-            messages = [self._calling[0].of(message) for message in messages]
+            messages = [self._calling[0].apply(message) for message in messages]
         return self._apply(messages, row.tools, row.template_kwargs, is_answered=is_answered)
 
     def _apply(
@@ -139,10 +135,10 @@ class ChatTemplate:
         *,
         is_answered: bool = False,
     ) -> str:
-        """The text of the prompt, or of a conversation that ends with its answer.
+        """The text of the prompt, or of a conversation that ends with an answer.
 
         Raises:
-            BadRow: the template does not take the messages.
+            BadRow: the template refuses the messages.
         """
         given = self._variables | dict(variables)
         if tools is not None:
@@ -175,11 +171,11 @@ class ChatTemplate:
         return "\n".join(template.values()) if isinstance(template, dict) else template
 
     def _unread(self, names: Iterable[str]) -> list[str]:
-        """Those of `names` that do not stand in the template."""
+        """The `names` that do not occur in the template."""
         return [n for n in names if not re.search(rf"\b{re.escape(n)}\b", self._source)]
 
     def _with_known_roles(self, messages: list[Message]) -> list[Message]:
-        """Developer messages as the system message, in templates that do not know them."""
+        """Make developer messages system messages in templates that do not know them."""
         if not any(message["role"] == "developer" for message in messages):
             return messages
         if re.search(r"""["']developer["']""", self._source):
@@ -197,15 +193,15 @@ class ChatTemplate:
 
     @cached_property
     def _calling(self) -> tuple[_Form, bool]:
-        """How the template wants a turn that calls tools, and whether it shows the calls at all.
+        """The form in which the template wants calls of tools, and whether it shows calls at all.
 
-        Templates differ in whether arguments are an object or its JSON text, and whether a turn
-        without text has the content "" or None. The first form that shows the arguments is taken.
+        Templates want arguments as an object or as its JSON text, and "" or None as the content of
+        a turn without text. The first form that shows the arguments is taken.
         """
         forms = [_Form(as_text, empty) for empty in ("", None) for as_text in (False, True)]
         schema = {"name": "other", "description": "", "parameters": {"type": "object"}}
         for form in forms:
-            turns = [_PROBE[0], form.of(_PROBE[1]), _PROBE[2]]
+            turns = [_PROBE[0], form.apply(_PROBE[1]), _PROBE[2]]
             try:
                 text = self._apply(turns, [{"type": "function", "function": schema}], {})
             except BadRow:
@@ -217,8 +213,9 @@ class ChatTemplate:
 
     # --- what is left out ---
 
-    def _look(self, where: str, row: ParsedRow, text: str) -> None:
-        """Note what the prompt lacks of the row or has beside it, and where a value is missing."""
+    def _look(self, row: Row, text: str) -> None:
+        """Note what the prompt lacks or adds, and missing values that it prints."""
+        where = row.place
         if text.rstrip().endswith(OPEN_THINK):
             self._notice(_OPENS_THINK, where)
         for role in dict.fromkeys(_left_out(row.messages, text)):
@@ -244,8 +241,8 @@ class ChatTemplate:
                 f"{where}: {' '.join(around.split())!r}",
             )
 
-    def _are_tools_left_out(self, row: ParsedRow, text: str) -> bool:
-        """Whether the prompt is the same without tools, asked where their names are missing."""
+    def _are_tools_left_out(self, row: Row, text: str) -> bool:
+        """Whether the prompt is the same without tools, which can only be if their names lack."""
         if all(f'"{tool["function"]["name"]}"' in text for tool in row.tools or ()):
             return False
         try:
@@ -261,7 +258,7 @@ class ChatTemplate:
 class _Notice:
     text: str
     first: str
-    """The place of the first row that it is about."""
+    """The place of the first row with it."""
     count: int = 0
 
     def __str__(self) -> str:
@@ -271,13 +268,13 @@ class _Notice:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """How a template wants a turn that calls tools."""
+    """A form of turns that call tools."""
 
     arguments_as_text: bool
     empty: str | None
     """The content of a turn without text."""
 
-    def of(self, message: Message) -> Message:
+    def apply(self, message: Message) -> Message:
         """The message in this form."""
         if "tool_calls" not in message:
             return message
@@ -295,7 +292,7 @@ def _with_text(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def _telling_keys(message: Message) -> list[str]:
-    """Keys that change what a turn says; a tool's answer follows the call that it belongs to."""
+    """Keys that change what a turn says; a tool's answer follows its call, so its id does not."""
     others = {"role", "content", "tool_calls"}
     if message["role"] == "tool":
         others |= {"tool_call_id", "name"}
@@ -303,7 +300,7 @@ def _telling_keys(message: Message) -> list[str]:
 
 
 def _left_out(messages: list[Message], text: str) -> Iterator[str]:
-    """Roles of turns whose text the prompt lacks; thoughts of earlier answers often go."""
+    """Roles of turns whose text the prompt lacks, but for the assistant's, whose thoughts often go."""
     for message in messages:
         words = message["content"].strip()
         if message["role"] == "assistant" or words in text:
@@ -319,13 +316,13 @@ def render_prompt(
 ) -> list[int]:
     """Token ids of the rendered chat template, generation prompt included.
 
-    `template_kwargs` are variables that the template reads, as of data.chat_template_kwargs.
+    `template_kwargs` are variables of the template, as in data.chat_template_kwargs.
 
     Raises:
         ValueError: the messages are malformed, or the template refuses them.
     """
-    template = ChatTemplate(tokenizer, template_kwargs)
-    [token_ids] = template.render([("", ParsedRow(read_turns(messages), {}, "messages"))])
-    if isinstance(token_ids, str):
-        raise ValueError(token_ids)
-    return token_ids
+    row = Row(1, "", messages=read_turns(messages))
+    ChatTemplate(tokenizer, template_kwargs).render([row])
+    if row.problem:
+        raise ValueError(row.problem)
+    return row.token_ids

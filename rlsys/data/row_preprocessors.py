@@ -1,22 +1,21 @@
 """ms-swift's preprocessor classes, for one row at a time.
 
-Before `preprocess(row)` the base class renames columns, as ms-swift does: first those of `columns`,
-then the names that the class knows (question -> query, answer -> response, ...), whatever their
-case. Where two columns of a row would get one name, both keep theirs.
+Before `preprocess(row)` the base class renames columns in any case, as ms-swift does: first by its
+`columns`, then by the names that the class knows (question -> query, answer -> response, ...).
+Where two columns of a row would get one name, both keep theirs.
 """
 
 from __future__ import annotations
 
-import ast
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Literal
 
-from rlsys.data.readers import BadRow
+from rlsys.data.json_text import BadRow, parse_cell
 
-Row = dict[str, Any]
+Columns = dict[str, Any]
+"""A row: column -> value."""
 
 _MEDIA = {"image": "images", "video": "videos", "audio": "audios"}
 _SYSTEM = ("system", "system_prompt")
@@ -46,16 +45,16 @@ class RowPreprocessor:
         random_state: Any = 42,
         traceback_limit: int = 10,
     ):
-        """Settings, as ms-swift names them.
+        """Take ms-swift's settings.
 
         Args:
-            columns: new names of columns, before all others.
+            columns: new names of columns, applied before all others.
             dataset_sample: refused; `#ROWS` behind the dataset does the same.
             random_state: seed of `self.random_state`, or a numpy RandomState.
-            traceback_limit: without effect: a row that raises ends the run, in one error for all.
+            traceback_limit: without effect; rlsys reports all rows that raise in one error.
 
         Raises:
-            ValueError: dataset_sample.
+            ValueError: dataset_sample is given.
         """
         if dataset_sample is not None:
             raise ValueError(
@@ -68,31 +67,31 @@ class RowPreprocessor:
 
     @cached_property
     def random_state(self) -> Any:
-        """numpy's RandomState, as ms-swift's classes have it."""
+        """A numpy RandomState, which ms-swift's classes have too."""
         import numpy as np
 
         if isinstance(self._random_seed, np.random.RandomState):
             return self._random_seed
         return np.random.RandomState(self._random_seed)
 
-    def __call__(self, row: Row) -> Row | None:
-        """Rename columns, then `preprocess`; a column `solution` outlives both."""
+    def __call__(self, row: Columns) -> Columns | None:
+        """Rename columns, then `preprocess`; a column `solution` survives both."""
         return self.preprocess_renamed(self.rename(row))
 
-    def rename(self, row: Row) -> Row:
-        """The row as `preprocess` expects it."""
+    def rename(self, row: Columns) -> Columns:
+        """The row with the column names that `preprocess` expects."""
         kept = {_KEPT_SOLUTION: row["solution"]} if "solution" in row else {}
         return _renamed(_renamed(row, self.origin_columns), self.columns) | kept
 
-    def preprocess_renamed(self, row: Row) -> Row | None:
-        """`preprocess` on a row that `rename` returned."""
+    def preprocess_renamed(self, row: Columns) -> Columns | None:
+        """Call `preprocess` on a row that `rename` returned."""
         solution = {key: row.pop(key) for key in (_KEPT_SOLUTION,) if key in row}
         made = self.preprocess(row)
         if solution and isinstance(made, dict):
             made.setdefault("solution", solution[_KEPT_SOLUTION])
         return made
 
-    def preprocess(self, row: Row) -> Row | None:
+    def preprocess(self, row: Columns) -> Columns | None:
         """The row to train on; None leaves it out, which is counted."""
         return row
 
@@ -107,21 +106,19 @@ class RowPreprocessor:
 
 
 class ResponsePreprocessor(RowPreprocessor):
-    """Question and answer -> `messages`; `history` and `system` go before them."""
+    """Question and answer -> `messages`, after `system` and `history`."""
 
     def __init__(self, *, columns: Mapping[str, str] | None = None, **settings: Any):
         super().__init__(columns=columns, **settings)
         self.columns |= dict.fromkeys(_SYSTEM, "system") | dict.fromkeys(_QUERY, "query")
         self.columns |= dict.fromkeys(_RESPONSE, "response")
 
-    def preprocess(self, row: Row) -> Row | None:
+    def preprocess(self, row: Columns) -> Columns | None:
         """The row with `messages` in place of query, response, history and system."""
         response = row.pop("response", None)
         if isinstance(response, list | tuple):
             response = response[0] if response else None
-        history = row.pop("history", None) or []
-        if isinstance(history, str):
-            history = _literal(history, "history")
+        history = parse_cell(row.pop("history", None), "history") or []
         query, system = row.pop("query", None), row.pop("system", None)
         messages = [] if system is None else [{"role": "system", "content": system}]
         for asked, answered in [*history, (query, response if isinstance(response, str) else None)]:
@@ -138,10 +135,10 @@ class AlpacaPreprocessor(ResponsePreprocessor):
 
     @classmethod
     def concat_inst_input(cls, instruction: str | None, input_: str | None) -> str:
-        """The question: `input` below `instruction`."""
+        """The question: `instruction`, and `input` below it."""
         return "\n".join(part for part in (instruction, input_) if part)
 
-    def preprocess(self, row: Row) -> Row | None:
+    def preprocess(self, row: Columns) -> Columns | None:
         """The row with `messages`."""
         instruction, text = row.pop("instruction", None), row.pop("input", None)
         output = row.pop("output", None)
@@ -153,8 +150,8 @@ class AlpacaPreprocessor(ResponsePreprocessor):
 
 
 def default_repair_messages(messages: Any) -> Any:
-    """Messages that stand in a text, as Python or JSON writes them."""
-    return _literal(messages, "messages") if isinstance(messages, str) else messages
+    """Messages out of a text that Python or JSON wrote; other messages as they are."""
+    return parse_cell(messages, "messages")
 
 
 class MessagesPreprocessor(RowPreprocessor):
@@ -174,10 +171,10 @@ class MessagesPreprocessor(RowPreprocessor):
         message_format: Literal["auto", "swift", "openai"] = "auto",
         **settings: Any,
     ):
-        """Settings, as ms-swift names them; None of a key or role stands for the usual ones.
+        """Take ms-swift's settings; None for a key or role means the usual ones.
 
         Raises:
-            ValueError: message_format anthropic.
+            ValueError: another message_format.
         """
         super().__init__(columns=columns, **settings)
         if message_format not in ("auto", "swift", "openai"):
@@ -196,8 +193,8 @@ class MessagesPreprocessor(RowPreprocessor):
         self.columns |= dict.fromkeys(("messages", "conversation", "conversations"), "messages")
         self.columns |= dict.fromkeys((*_SYSTEM, system_role), "system")
 
-    def preprocess(self, row: Row) -> Row | None:
-        """The row with `messages` in the usual words; None where there are none."""
+    def preprocess(self, row: Columns) -> Columns | None:
+        """The row with `messages` of role and content; None for a row without messages."""
         messages = row["messages"]
         if self.inner_key is not None:
             messages = messages[self.inner_key]
@@ -211,7 +208,7 @@ class MessagesPreprocessor(RowPreprocessor):
         row["messages"] = turns
         return row
 
-    def _turns(self, message: Row) -> list[Row]:
+    def _turns(self, message: Columns) -> list[Columns]:
         """One turn, or the two of a message that pairs question and answer."""
         role = _taken(message, self.role_keys)
         if role is None:
@@ -233,8 +230,8 @@ class AutoPreprocessor(RowPreprocessor):
         self._alpaca = AlpacaPreprocessor(**settings)
         self._response = ResponsePreprocessor(**settings)
 
-    def __call__(self, row: Row) -> Row | None:
-        """What the chosen class makes of the row."""
+    def __call__(self, row: Columns) -> Columns | None:
+        """The row that the chosen class makes."""
         row = _renamed(row, self.origin_columns)
         if {"messages", "conversation", "conversations"} & row.keys():
             return self._messages(row)
@@ -242,10 +239,10 @@ class AutoPreprocessor(RowPreprocessor):
 
 
 _KEPT_SOLUTION = "__#solution"
-"""Under which `solution` outlives renaming; no column of a dataset has this name."""
+"""The name under which `solution` survives renaming; no dataset has such a column."""
 
 
-def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+def _renamed(row: Columns, names: Mapping[str, str]) -> Columns:
     by_lower = {name.lower(): name for name in row}
     found = {by_lower[k.lower()]: new for k, new in names.items() if k.lower() in by_lower}
     count = Counter(found.values())
@@ -256,18 +253,7 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
     return {renames.get(name, name): value for name, value in row.items()}
 
 
-def _taken(message: Row, keys: list[str]) -> Any:
-    """The value of the first of `keys` that a message has, taken out of it."""
+def _taken(message: Columns, keys: list[str]) -> Any:
+    """Take the value of the first of `keys` that a message has out of the message."""
     key = next((key for key in keys if key in message), None)
     return None if key is None else message.pop(key)
-
-
-def _literal(text: str, column: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        pass
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise BadRow(f"the column {column!r} is a text that is no list: {text!r:.80}") from None

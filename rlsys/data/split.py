@@ -1,10 +1,9 @@
-"""Which prompts are held out."""
+"""Hold out prompts for evaluation."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import islice
 
 from rlsys.text import counted
 from rlsys.types import Prompt
@@ -13,9 +12,9 @@ from rlsys.types import Prompt
 def split_prompts(
     prompts: list[Prompt], ratio: float, *, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """`prompts` as (train, validation), each in the order given; validation holds `ratio` of them.
+    """Split into training and validation, each in the given order; `ratio` goes to validation.
 
-    Rows with the same rendered prompt stay together, so nothing that is evaluated was trained on.
+    Rows with the same rendered prompt stay together, so no prompt is both trained and evaluated on.
 
     Raises:
         ValueError: one of the two would be empty.
@@ -42,13 +41,6 @@ def split_prompts(
         [prompt for prompt in prompts if tuple(prompt.token_ids) not in held_out],
         [prompt for prompt in prompts if tuple(prompt.token_ids) in held_out],
     )
-
-
-def sizes_after_split(everything: list[Prompt], train: list[Prompt], sizes: list[int]) -> list[int]:
-    """`sizes` of the parts of `everything` after only `train` is left of it."""
-    kept = {prompt.prompt_id for prompt in train}
-    remaining = iter(everything)
-    return [sum(prompt.prompt_id in kept for prompt in islice(remaining, size)) for size in sizes]
 
 
 def texts_of(prompts: list[Prompt]) -> set[tuple[int, ...]]:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlsys.data.readers import RawRow, read_file
-from rlsys.data.spec import TEXT_SUFFIXES, DatasetSpec, file_kind
+from rlsys.config.dataset_spec import TEXT_SUFFIXES, DatasetSpec, file_kind
+from rlsys.data.row import Row
+from rlsys.data.text_files import read_file
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -19,11 +20,11 @@ _EVALUATION_SPLITS = ("validation", "test", "train")
 _BATCH = 1000
 
 
-def read_table(path: Path, *, streaming: bool) -> Iterator[RawRow]:
+def read_table(path: Path, *, streaming: bool) -> Iterator[Row]:
     """The rows of a Parquet or Arrow file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not one.
     """
     import datasets
     import pyarrow
@@ -44,56 +45,52 @@ def read_table(path: Path, *, streaming: bool) -> Iterator[RawRow]:
 
 def read_hub(
     spec: DatasetSpec, *, evaluation: bool, streaming: bool, max_row_mb: int
-) -> Iterator[RawRow]:
+) -> Iterator[Row]:
     """The rows of a dataset of the Hugging Face hub, or of a folder laid out like one.
 
     Raises:
-        ValueError: it cannot be loaded, or has no such subset or split.
+        ValueError: it cannot be loaded, or does not have such a subset or split.
     """
-    source = str(spec.path) if spec.is_local else spec.name
-    if _is_saved(Path(source)):
-        yield from _rows(spec.text, _chosen(spec, _load_saved(spec, source), evaluation))
+    if _is_saved(spec.path):
+        yield from _rows(spec.text, _chosen(spec, _load_saved(spec), evaluation))
         return
     number = 0
     for subset in spec.subsets or (None,):
-        for row in _subset(spec, source, subset, evaluation, streaming, max_row_mb):
+        for row in _subset(spec, subset, evaluation, streaming, max_row_mb):
             number += 1
-            place = row.place if subset is None else f"{row.place} of {subset}"
-            yield RawRow(number, place, row.content, row.problem)
+            row.number = number
+            row.place += "" if subset is None else f" of {subset}"
+            yield row
 
 
 def _subset(
-    spec: DatasetSpec,
-    source: str,
-    subset: str | None,
-    evaluation: bool,
-    streaming: bool,
-    max_row_mb: int,
-) -> Iterator[RawRow]:
+    spec: DatasetSpec, subset: str | None, evaluation: bool, streaming: bool, max_row_mb: int
+) -> Iterator[Row]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
+    name = str(spec.path) if spec.is_local else spec.name
     try:
         with _quiet():
-            builder = datasets.load_dataset_builder(source, name=subset)
+            builder = datasets.load_dataset_builder(name, name=subset)
             files = _own_files(builder) if spec.is_local else None
-            splits = None if files else datasets.load_dataset(source, subset, streaming=streaming)
+            splits = None if files else datasets.load_dataset(name, subset, streaming=streaming)
     except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
         what = "the folder" if spec.is_local else "no file here, and the Hugging Face hub's dataset"
         raise ValueError(
             f"dataset {spec.text!r}: {what} could not be loaded: {_first_lines(error)}"
         ) from error
-    if files:
-        for path in _chosen(spec, files, evaluation):
-            name = os.path.relpath(path, spec.path.resolve())
-            for row in read_file(path, max_row_mb=max_row_mb):
-                yield RawRow(row.number, f"{name}, {row.place}", row.content, row.problem)
-    else:
+    if not files:
         yield from _rows(spec.text, _chosen(spec, splits, evaluation))
+        return
+    for path in _chosen(spec, files, evaluation):
+        for row in read_file(path, max_row_mb=max_row_mb):
+            row.place = f"{os.path.relpath(path, spec.path.resolve())}, {row.place}"
+            yield row
 
 
 def _own_files(builder: Any) -> dict[str, list[Path]] | None:
-    """The files of each split, where all of them are of kinds that rlsys reads itself."""
+    """The files of each split if rlsys reads all of them itself, else None."""
     found = builder.config.data_files or {}
     files = {str(split): [Path(str(file)) for file in listed] for split, listed in found.items()}
     every = [file for listed in files.values() for file in listed]
@@ -105,11 +102,11 @@ def _is_saved(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
-def _load_saved(spec: DatasetSpec, source: str) -> Any:
+def _load_saved(spec: DatasetSpec) -> Any:
     import datasets
 
     try:
-        saved = datasets.load_from_disk(source)
+        saved = datasets.load_from_disk(str(spec.path))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"dataset {spec.text!r}: the saved dataset could not be loaded: {_first_lines(error)}"
@@ -128,7 +125,7 @@ def _chosen(spec: DatasetSpec, splits: Any, evaluation: bool) -> Any:
     )
 
 
-def _rows(source: str, table: Dataset | IterableDataset) -> Iterator[RawRow]:
+def _rows(source: str, table: Dataset | IterableDataset) -> Iterator[Row]:
     import datasets
 
     for name, feature in (table.features or {}).items():
@@ -140,19 +137,18 @@ def _rows(source: str, table: Dataset | IterableDataset) -> Iterator[RawRow]:
             )
     number = 0
     for batch in table.iter(batch_size=_BATCH):
-        columns = list(batch)
         for values in zip(*batch.values(), strict=True):
             number += 1
-            row = without_fill(dict(zip(columns, values, strict=True)), table.features)
-            yield RawRow(number, f"row {number}", row)
+            columns = dict(zip(batch, values, strict=True))
+            yield Row(number, f"row {number}", without_fill(columns, table.features))
 
 
-def without_fill(row: dict[str, Any], features: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The row as it was before it became part of a table, with the columns of all rows.
+def without_fill(columns: dict[str, Any], features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A row of a table without the nulls that the table put into its structs.
 
-    Structs of a table have the fields of all rows, at every depth, and null where a row has none.
-    A null that was in the row looks the same, and goes too. What a table holds as JSON stays.
-    NaN, with which pandas and numpy mark a missing value, is one.
+    Structs of a table have the fields of all rows, at every depth, and null where a row does not
+    have one. A null that was in the row looks the same, and goes too. A feature of type Json stays
+    unchanged. NaN, with which pandas and numpy mark a missing value, is a null.
     """
     import datasets
 
@@ -166,7 +162,7 @@ def without_fill(row: dict[str, Any], features: Mapping[str, Any] | None) -> dic
             return [clean(entry, getattr(feature, "feature", None)) for entry in value]
         return None if _is_missing(value) else value
 
-    return {name: clean(value, (features or {}).get(name)) for name, value in row.items()}
+    return {name: clean(value, (features or {}).get(name)) for name, value in columns.items()}
 
 
 def _is_missing(value: Any) -> bool:
@@ -179,7 +175,7 @@ def _first_lines(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the progress bars of `datasets`, which fill logs."""
+    """Run without the progress bars of `datasets`, which fill logs."""
     import datasets
 
     enabled = datasets.is_progress_bar_enabled()

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlsys.data.json_text import BadRow, parse_cell, parse_json
+from rlsys.data.json_text import BadRow, check_unicode, parse_cell, parse_json
 from rlsys.types import Message
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -39,12 +39,13 @@ _TURN_KEY = re.compile(r"""["'](role|from|content|value)["']\s*:""")
 def as_turns(words: str, column: str) -> list[Any]:
     """The turn of a user who says `words`, or the turns that a table's cell holds as text.
 
-    Words that merely begin with a bracket, JSON of something else included, stay words.
+    Words that merely begin with a bracket stay words, and so does JSON of something else.
 
     Raises:
         BadRow: it looks like turns and cannot be read.
     """
-    if _look_like_turns(words):
+    keys = set(_TURN_KEY.findall(words)) if _OBJECT.match(words) else set()
+    if keys & {"role", "from"} and keys & {"content", "value"}:
         turns = parse_cell(words, column)
         turns = [turns] if isinstance(turns, dict) else turns
         if isinstance(turns, list) and all(map(is_turn, turns)):
@@ -52,19 +53,14 @@ def as_turns(words: str, column: str) -> list[Any]:
     return [{"role": "user", "content": words}]
 
 
-def _look_like_turns(words: str) -> bool:
-    keys = set(_TURN_KEY.findall(words)) if _OBJECT.match(words) else set()
-    return bool(keys & {"role", "from"} and keys & {"content", "value"})
-
-
 def read_turns(turns: Any) -> list[Message]:
     """Messages without empty system messages, each with a text as `content`.
 
-    Turns that only call tools are one message of the assistant with `tool_calls`, whose arguments
-    are objects where they can be.
+    A turn that only calls tools becomes a message of the assistant with `tool_calls`; several in a
+    row become one. Their arguments are objects where they can be.
 
     Raises:
-        BadRow: no turns, an unknown role, no text, or images.
+        BadRow: not a list of turns, an unknown role, no text, or images.
     """
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"expected a list of messages or a prompt, found {turns!r:.80}")
@@ -84,18 +80,12 @@ def called_functions(message: Message) -> list[dict[str, Any]]:
     return [call["function"] for call in message.get("tool_calls", [])]
 
 
-def _messages_of(turn: Any) -> list[tuple[str, Message]]:
-    """Role name and message of a turn, or of the two of ms-swift's pair of human and assistant."""
-    if isinstance(turn, str):
-        turn = _from_text(turn)
-    if not isinstance(turn, dict):
-        raise BadRow(_no_message(turn))
-    if {"role", "from"} & turn.keys():
-        return [_message(turn)]
-    pair = [(name, text) for name, text in turn.items() if name in _ROLE_NAMES and text is not None]
-    if not pair:
-        raise BadRow(_no_message(turn))
-    return [_message({"role": name, "content": text}) for name, text in pair]
+def as_answer(message: Message) -> str | None:
+    """The text of a turn of the assistant; without text, JSON of its calls."""
+    if message["content"].strip():
+        return message["content"]
+    calls = called_functions(message)
+    return json.dumps(calls, ensure_ascii=False) if calls else None
 
 
 def is_turn(given: Any) -> bool:
@@ -103,11 +93,24 @@ def is_turn(given: Any) -> bool:
     return isinstance(given, dict) and bool({"role", "from"} & given.keys())
 
 
-def _from_text(turn: str) -> Any:
+def _messages_of(turn: Any) -> list[tuple[str, Message]]:
+    """Role name and message of a turn; ms-swift's pair of human and assistant gives two."""
+    turn = _parsed(turn)
+    if is_turn(turn):
+        return [_message(turn)]
+    given = turn if isinstance(turn, dict) else {}
+    pair = [(key, text) for key, text in given.items() if key in _ROLE_NAMES and text is not None]
+    if not pair:
+        raise BadRow(_not_a_message(turn))
+    return [_message({"role": name, "content": text}) for name, text in pair]
+
+
+def _parsed(given: Any) -> Any:
+    """The value of a JSON text; anything else as it is."""
     try:
-        return parse_json(turn)
+        return parse_json(given) if isinstance(given, str) else given
     except BadRow:
-        return turn
+        return given
 
 
 def _message(turn: Mapping[str, Any]) -> tuple[str, Message]:
@@ -125,11 +128,11 @@ def _message(turn: Mapping[str, Any]) -> tuple[str, Message]:
         content = json.dumps(content, ensure_ascii=False)
     may_be_empty = role != "user" if isinstance(content, str) else role in ("tool", *SYSTEM_ROLES)
     content = _as_text(content, may_be_empty=may_be_empty or bool(calls))
-    if content is None or not isinstance(content, str):
+    if not isinstance(content, str):
         kind = "no text" if content is None else "no text but a value"
         raise BadRow(f"the {role} message has {kind}: {dict(turn)!r:.80}")
     if not content.isascii():
-        _refuse_surrogates(content)
+        check_unicode(content)
     message = kept | {"role": role, "content": content}
     return name, message | {"tool_calls": calls} if calls else message
 
@@ -157,18 +160,18 @@ def _role_name(turn: Mapping[str, Any]) -> str:
     if name is None and key == "from":
         raise BadRow(f"a turn is from {given!r:.40}; known are {', '.join(_ROLE_NAMES)}")
     if name is None:
-        raise BadRow(_no_message(dict(turn)))
+        raise BadRow(_not_a_message(dict(turn)))
     return name
 
 
-def _no_message(turn: Any) -> str:
+def _not_a_message(turn: Any) -> str:
     return (
         f"a message is {{'role': one of {', '.join(ROLES)}, 'content': text}}, found {turn!r:.80}"
     )
 
 
 def _joined_text(parts: list[Any]) -> str:
-    """Content as a list of parts, which may only be text."""
+    """The text of content in parts."""
     texts = []
     for part in parts:
         if not isinstance(part, dict) or "type" not in part:
@@ -184,49 +187,34 @@ def _joined_text(parts: list[Any]) -> str:
     return "".join(texts)
 
 
-def _refuse_surrogates(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(
-            f"a message has {text[error.start]!a}, half of a surrogate pair, which is no character"
-        ) from None
-
-
 # --- calls of tools ------------------------------------------------------------------------------
 
 
 def _calls_as_content(content: Any) -> tuple[str, list[dict[str, Any]]]:
-    """What comes before the calls, and the calls, of a turn that is nothing else."""
+    """The thought before the calls, and the calls, of a turn that holds nothing else."""
     thought = _THOUGHT.match(content) if isinstance(content, str) else None
-    text = content[thought.end() :] if thought else content
-    calls = _calls(text)
+    calls = _calls(content[thought.end() :] if thought else content)
     if not calls:
-        raise BadRow(_no_call(content))
+        raise BadRow(_not_a_call(content))
     return thought.group(1) if thought else "", calls
 
 
 def _calls(given: Any) -> list[dict[str, Any]]:
-    """Calls as OpenAI has them, out of a list, one call, or JSON text of either."""
-    if isinstance(given, str):
-        try:
-            given = parse_json(given)
-        except BadRow:
-            raise BadRow(_no_call(given)) from None
-    calls = [given] if isinstance(given, dict) else given or []
+    """Calls in OpenAI's form, out of a list, one call, or JSON text of either."""
+    parsed = _parsed(given)
+    calls = [parsed] if isinstance(parsed, dict) else parsed or []
     if not isinstance(calls, list):
-        raise BadRow(_no_call(given))
+        raise BadRow(_not_a_call(given))
     return [_call(call) for call in calls]
 
 
 def _call(given: Any) -> dict[str, Any]:
-    if isinstance(given, str):
-        given = _from_text(given)
-    call = given if isinstance(given, dict) and "function" in given else {"function": given}
-    function = call["function"]
-    function = _from_text(function) if isinstance(function, str) else function
+    call = _parsed(given)
+    if not isinstance(call, dict) or "function" not in call:
+        call = {"function": call}
+    function = _parsed(call["function"])
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(_no_call(given))
+        raise BadRow(_not_a_call(given))
     about = {key: v for key, v in call.items() if v is not None}
     called = {"name": function["name"], "arguments": _arguments(function.get("arguments"))}
     return {"type": "function"} | about | {"function": called}
@@ -236,13 +224,11 @@ def _arguments(given: Any) -> Any:
     """An object where it can be: transformers' templates expect one, OpenAI's API has its text."""
     if given is None or (isinstance(given, str) and not given.strip()):
         return {}
-    if not isinstance(given, str):
-        return given
-    parsed = _from_text(given)
+    parsed = _parsed(given)
     return parsed if isinstance(parsed, dict) else given
 
 
-def _no_call(given: Any) -> str:
+def _not_a_call(given: Any) -> str:
     return (
         "a call of a tool is {'name': text, 'arguments': object}, alone or as 'function', or JSON "
         f"text; found {given!r:.80}"
@@ -253,49 +239,37 @@ def _no_call(given: Any) -> str:
 
 
 def read_tools(given: Any) -> list[dict[str, Any]] | None:
-    """The column `tools`: schemas of functions as OpenAI has them; None for an empty column.
+    """The schemas of functions in a column `tools`, in OpenAI's form; None for an empty column.
 
-    Also taken are JSON text of them, and functions without OpenAI's wrapper, as LLaMA-Factory has
-    them.
+    The column may be a list, one schema, or JSON text of them. Functions without OpenAI's wrapper,
+    as LLaMA-Factory has them, get it.
 
     Raises:
-        BadRow: it is something else.
+        BadRow: the column is something else.
     """
     given = parse_cell(given, "tools")
     if not given:
         return None
     tools = [given] if isinstance(given, dict) else given
     if not isinstance(tools, list):
-        raise BadRow(_no_tools(given))
+        raise BadRow(_not_tools(given))
     return [_tool(tool) for tool in tools]
 
 
 def _tool(given: Any) -> dict[str, Any]:
-    tool = _from_text(given) if isinstance(given, str) else given
-    if isinstance(tool, dict) and isinstance(tool.get("function"), dict):
-        name = tool["function"].get("name")
-    elif isinstance(tool, dict):
-        name = tool.get("name")
-        bare = {key: value for key, value in tool.items() if key != "type"}
-        tool = {"type": "function", "function": bare}
-    else:
-        name = None
-    if not isinstance(name, str):
-        raise BadRow(_no_tools(given))
+    tool = _parsed(given)
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if isinstance(tool, dict) and not isinstance(function, dict):
+        function = {key: value for key, value in tool.items() if key != "type"}
+        tool = {"type": "function", "function": function}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise BadRow(_not_tools(given))
     return tool
 
 
-def _no_tools(given: Any) -> str:
+def _not_tools(given: Any) -> str:
     return (
         "the column 'tools' should hold schemas of functions, [{'type': 'function', 'function': "
         f"{{'name': ...}}}}] or JSON text, and has {given!r:.80}. If it is for rewards only, "
         "rename it with data.columns: {tools: dataset_tools}"
     )
-
-
-def as_answer(message: Message) -> str | None:
-    """The text of a turn of the assistant; JSON of its calls where it has no text."""
-    if message["content"].strip():
-        return message["content"]
-    calls = called_functions(message)
-    return json.dumps(calls, ensure_ascii=False) if calls else None

@@ -6,17 +6,17 @@ import math
 import random
 from typing import Any
 
-from rlsys.data.streams.in_memory import PromptStream
+from rlsys.data.streams.base import PromptStream
 from rlsys.types import Prompt, RolloutGroup
 
 
-class DifficultySampling:
-    """Skips prompts of another stream from which nothing is learned at the moment.
+class DifficultySampling(PromptStream):
+    """A stream that skips prompts of another stream while they teach nothing.
 
     A group whose completions all have the same reward has no advantage and gives no gradient (the
     groups that DAPO, arXiv:2503.14476 section 3.2, samples in vain). After `patience` such groups
     in a row a prompt is skipped when its turn comes, except with probability `exploration`; one
-    group with different rewards brings it back. So nothing is lost for ever: a skipped prompt is
+    group with different rewards brings it back. So no prompt is lost for ever: a skipped one is
     still tried once in 1 / exploration epochs on average.
 
     Skipped places of the stream count as taken for the epoch.
@@ -27,9 +27,8 @@ class DifficultySampling:
         self._patience = patience
         self._exploration = exploration
         self._seed = seed
-        self.num_taken = 0
         self._num_skipped = 0
-        # Of prompts whose last groups taught nothing: [how many in a row, their reward].
+        # By prompt: [groups without a signal in a row, their reward].
         self._useless: dict[str, list[float]] = {}
         self._reward_sum = 0.0
         self._num_groups = 0
@@ -45,7 +44,8 @@ class DifficultySampling:
         while len(prompts) < n:
             place = self._stream.num_taken
             [prompt] = self._stream.take(1)
-            if self._is_skipped(prompt.prompt_id) and not self._explores(place):
+            in_a_row, _ = self._useless.get(prompt.prompt_id, (0, 0.0))
+            if in_a_row >= self._patience and not self._explores(place):
                 self._num_skipped += 1
             else:
                 prompts.append(prompt)
@@ -53,9 +53,9 @@ class DifficultySampling:
         return prompts
 
     def observe(self, group: RolloutGroup) -> None:
-        """Take note of whether the completions of a prompt differ in reward.
+        """Note whether the completions of a prompt differ in reward.
 
-        Completions without a reward (NaN) are left out; fewer than two say nothing.
+        Completions without a reward (NaN) do not count; fewer than two rewards say nothing.
         """
         self._stream.observe(group)
         totals = [output.total for output in group.rewards if not math.isnan(output.total)]
@@ -67,14 +67,12 @@ class DifficultySampling:
         if min(totals) < max(totals):
             self._useless.pop(prompt_id, None)
         else:
-            in_a_row = self._useless.get(prompt_id, [0])[0]
+            in_a_row, _ = self._useless.get(prompt_id, (0, 0.0))
             self._useless[prompt_id] = [in_a_row + 1, totals[0]]
 
     def metrics(self) -> dict[str, float]:
-        """How many prompts are being skipped, and the share of the stream that was so far."""
-        skipped = [
-            reward for in_a_row, reward in self._useless.values() if self._is_enough(in_a_row)
-        ]
+        """The number of prompts that are skipped now, and the share of the stream that was."""
+        skipped = [reward for n, reward in self._useless.values() if n >= self._patience]
         mean = self._reward_sum / self._num_groups if self._num_groups else 0.0
         places = self.num_taken + self._num_skipped
         return self._stream.metrics() | {
@@ -84,10 +82,9 @@ class DifficultySampling:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs, as JSON has it."""
-        return {
+        """The state of both streams, in JSON's types."""
+        return super().state_dict() | {
             "stream": self._stream.state_dict(),
-            "num_taken": self.num_taken,
             "num_skipped": self._num_skipped,
             "useless": dict(self._useless),
             "reward_sum": self._reward_sum,
@@ -96,18 +93,12 @@ class DifficultySampling:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the stream with this state was."""
+        super().load_state_dict(state)
         self._stream.load_state_dict(state["stream"])
-        self.num_taken = state["num_taken"]
         self._num_skipped = state["num_skipped"]
         self._useless = {name: list(record) for name, record in state["useless"].items()}
         self._reward_sum = state["reward_sum"]
         self._num_groups = state["num_groups"]
-
-    def _is_skipped(self, prompt_id: str) -> bool:
-        return self._is_enough(self._useless.get(prompt_id, [0])[0])
-
-    def _is_enough(self, in_a_row: float) -> bool:
-        return in_a_row >= self._patience
 
     def _explores(self, place: int) -> bool:
         return random.Random(f"{self._seed}:explore:{place}").random() < self._exploration

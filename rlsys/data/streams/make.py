@@ -1,4 +1,4 @@
-"""From the data of a run to the stream that its rollouts take prompts from."""
+"""The stream of prompts that a run's rollouts take from."""
 
 from __future__ import annotations
 
@@ -6,35 +6,32 @@ from itertools import islice
 
 from rlsys.config import Config
 from rlsys.data.load import PromptData
+from rlsys.data.streams.base import PromptStream
 from rlsys.data.streams.difficulty import DifficultySampling
-from rlsys.data.streams.in_memory import MixedPrompts, PromptSource, PromptStream
+from rlsys.data.streams.in_memory import PromptSource
+from rlsys.data.streams.mixed import MixedPrompts
 
 
 def make_prompt_stream(config: Config, data: PromptData) -> PromptStream:
     """Prompts in memory or streamed, mixed by data.dataset_weights, chosen by difficulty."""
+    options, seed = config.data, config.seed
     stream: PromptStream
-    if config.data.dataset_weights is not None:
-        parts: list[PromptStream] = [*data.streams] or _one_for_each_dataset(config, data)
-        stream = MixedPrompts(parts, config.data.dataset_weights, seed=config.seed)
-    elif config.data.streaming:
+    if options.dataset_weights is not None:
+        parts: list[PromptStream] = [*data.streams]
+        prompts = iter(data.train)
+        for index, size in enumerate(data.train_sizes):
+            own = list(islice(prompts, size))
+            parts.append(PromptSource(own, shuffle=options.shuffle, seed=seed + index))
+        stream = MixedPrompts(parts, options.dataset_weights, seed=seed)
+    elif options.streaming:
         [stream] = data.streams
     else:
-        stream = PromptSource(data.train, shuffle=config.data.shuffle, seed=config.seed)
-    if config.data.difficulty_sampling:
+        stream = PromptSource(data.train, shuffle=options.shuffle, seed=seed)
+    if options.difficulty_sampling:
         stream = DifficultySampling(
             stream,
-            patience=config.data.difficulty_patience,
-            exploration=config.data.difficulty_exploration,
-            seed=config.seed,
+            patience=options.difficulty_patience,
+            exploration=options.difficulty_exploration,
+            seed=seed,
         )
     return stream
-
-
-def _one_for_each_dataset(config: Config, data: PromptData) -> list[PromptStream]:
-    prompts = iter(data.train)
-    return [
-        PromptSource(
-            list(islice(prompts, size)), shuffle=config.data.shuffle, seed=config.seed + index
-        )
-        for index, size in enumerate(data.train_sizes)
-    ]

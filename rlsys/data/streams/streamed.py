@@ -5,53 +5,45 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from rlsys.config import DataConfig
-from rlsys.data.readers import BadRow, RawRow
 from rlsys.data.render import ChatTemplate
-from rlsys.data.sources import Problems, Source, SourceCounts
-from rlsys.types import Prompt, RolloutGroup
+from rlsys.data.row import Row
+from rlsys.data.sources import Source, render_rows
+from rlsys.data.streams.base import PromptStream
+from rlsys.problems import Problem
+from rlsys.types import Prompt
 
 CHECKED_ROWS = 1000
 """Rows of each dataset that are checked before the run."""
 
-_Place = tuple[Source, RawRow]
 
-
-class StreamedPrompts:
-    """An endless stream of prompts with the methods of `rlsys.data.streams.in_memory.PromptSource`.
+class StreamedPrompts(PromptStream):
+    """A stream of rows from files.
 
     An epoch is one pass over all rows of its datasets, in their order, through a buffer of
     `shuffle_buffer_size` rows out of which one is drawn whenever the next is read. The order of
-    rows depends on the seed alone. To continue from a state, the rows of the current epoch that
-    were given already are read again, but neither parsed nor rendered.
+    rows depends on the seed alone. A stream that loads a state reads the rows of the epoch that
+    were given already again, but neither parses nor renders them.
     """
 
     def __init__(
-        self,
-        sources: list[Source],
-        template: ChatTemplate,
-        config: DataConfig,
-        *,
-        seed: int,
+        self, sources: list[Source], template: ChatTemplate, config: DataConfig, *, seed: int
     ):
         self._sources = sources
         self._template = template
         self._config = config
         self._seed = seed
-        self.counts = [
-            SourceCounts(source.spec.text, source.preparation.name) for source in sources
-        ]
+        self.counts = [source.counts for source in sources]
         self.columns: dict[str, None] = {}
-        """What every prompt has, None where its row has no such column."""
+        """Columns of every prompt, None where its row does not have one."""
         self.first_prompts: list[Prompt] = []
-        """Of the first rows of each dataset, under their place; they come again in the stream."""
+        """Prompts of the first rows, with the place as id; the stream gives these rows as well."""
         self.unsaveable: dict[str, str] = {}
-        """Columns that JSON cannot hold, and what to do: a checkpoint holds streamed prompts that
-        were begun and not trained on."""
-        self.num_taken = 0
+        """Columns that JSON cannot hold, and what to do: a checkpoint holds the streamed prompts
+        that were begun and not trained on."""
         self._epoch = 0
         self._num_given = 0  # rows of this epoch that left the buffer
         self._rows_an_epoch: int | None = None
@@ -86,22 +78,18 @@ class StreamedPrompts:
         self.num_taken += n
         return prompts
 
-    def observe(self, group: RolloutGroup) -> None:
-        """Hear how a prompt was answered; this stream does not listen."""
-
     def metrics(self) -> dict[str, float]:
-        """How many rows were read and not used, since the start of the run."""
+        """Rows that were read, and those that were not used, since the start of the run."""
         read = sum(count.rows for count in self.counts)
-        used = sum(count.used for count in self.counts)
+        dropped = sum(count.dropped.total() for count in self.counts)
         return {
             "data/num_rows_read": float(self._num_read_before + read),
-            "data/num_rows_dropped": float(self._num_dropped_before + read - used),
+            "data/num_rows_dropped": float(self._num_dropped_before + dropped),
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs, as JSON has it."""
-        return {
-            "num_taken": self.num_taken,
+        """The place in the rows and the metrics, in JSON's types."""
+        return super().state_dict() | {
             "epoch": self._epoch,
             "num_given": self._num_given,
             "rows_an_epoch": self._rows_an_epoch,
@@ -109,8 +97,12 @@ class StreamedPrompts:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the stream with this state was."""
-        self.num_taken = state["num_taken"]
+        """Continue where the stream with this state was.
+
+        Raises:
+            ValueError: the data has fewer rows than the stream with this state gave.
+        """
+        super().load_state_dict(state)
         self._epoch = state["epoch"]
         self._num_given = state["num_given"]
         self._rows_an_epoch = state["rows_an_epoch"]
@@ -124,25 +116,29 @@ class StreamedPrompts:
                 f"{skipped:,}: it is not what the run started with"
             )
 
-    def check_first_rows(self, problems: Problems) -> None:
-        """Look at the first rows of each dataset, for mistakes and for the names of columns.
+    def check_first_rows(self) -> list[Problem]:
+        """Read the first rows of each dataset, for their problems and the names of columns.
 
-        Rendering them lets the template notice what it leaves out of them.
+        Rendering them lets the template notice what it leaves out.
         """
+        problems: list[Problem] = []
         for source in self._sources:
-            parsed, bad = source.first_rows(CHECKED_ROWS)
-            for _, row in parsed:
+            try:
+                rows = list(islice(source.rows(), CHECKED_ROWS))
+            except ValueError as error:
+                problems.append(Problem(str(error)))
+                continue
+            for row in rows:
+                source.parse(row)
+            parsed = [row for row in rows if row.is_usable]
+            for row in parsed:
                 self._note_columns(source, row.columns)
-            for text in bad:
-                problems.add(text)
-            for (where, row), token_ids in zip(parsed, self._template.render(parsed), strict=True):
-                if isinstance(token_ids, str):
-                    problems.add(f"{where}: {token_ids}")
-                    continue
-                opens_think = self._template.opens_think(token_ids)
-                self.first_prompts.append(
-                    Prompt(where, row.messages, token_ids, row.columns, opens_think)
-                )
+            self._template.render(parsed)
+            problems += source.problems(rows)
+            self.first_prompts += [
+                row.to_prompt(row.place, list(row.columns)) for row in parsed if row.is_usable
+            ]
+        return problems
 
     def _note_columns(self, source: Source, columns: dict[str, Any]) -> None:
         self.columns.update(dict.fromkeys(columns))
@@ -156,69 +152,69 @@ class StreamedPrompts:
                     "text or leave it out with a data.preprocessor, or do not set data.streaming"
                 )
 
-    def _endless(self) -> Iterator[_Place]:
+    def _endless(self) -> Iterator[tuple[Source, Row]]:
         while True:
-            for place in self._rows:
+            for pair in self._rows:
                 self._num_given += 1
-                yield place
+                yield pair
             self._rows_an_epoch = self._num_given
             self._epoch += 1
             self._num_given = 0
             self._rows = self._pass(self._epoch)
 
-    def _pass(self, epoch: int) -> Iterator[_Place]:
-        in_order = chain.from_iterable(
-            ((source, raw) for raw in islice(source.raw_rows(), source.spec.num_rows))
+    def _pass(self, epoch: int) -> Iterator[tuple[Source, Row]]:
+        in_order = (
+            (source, row)
             for source in self._sources
+            for row in islice(source.rows(), source.spec.num_rows)
         )
         if not self._config.shuffle:
             return in_order
         drawing = random.Random(f"{self._seed}:{self._sources[0].prefix}:{epoch}")
         return _shuffled(in_order, self._config.shuffle_buffer_size, drawing)
 
-    def _prompts(self, places: list[_Place]) -> list[Prompt]:
-        """Those of the rows that are prompts within the limits."""
-        counts = dict(zip(map(id, self._sources), self.counts, strict=True))
-        understood = []
-        for source, raw in places:
-            counts[id(source)].rows += 1
-            try:
-                parsed = source.understand(raw)
-            except BadRow as error:
-                raise ValueError(_bad_row(f"{source.where(raw)}: {error}")) from error
-            if parsed is None:
-                counts[id(source)].filtered += 1
-            else:
-                understood.append((source, raw, parsed))
-        rendered = self._template.render(
-            [(source.where(raw), parsed) for source, raw, parsed in understood]
-        )
-        prompts = []
-        for (source, raw, parsed), token_ids in zip(understood, rendered, strict=True):
-            if isinstance(token_ids, str):
-                raise ValueError(_bad_row(f"{source.where(raw)}: {token_ids}"))
-            count = counts[id(source)]
-            try:
-                used = count.within_limits(len(token_ids), self._config)
-            except BadRow as error:
-                raise ValueError(_bad_row(f"{source.where(raw)}: {error}")) from error
-            if used:
-                count.used += 1
-                columns = dict.fromkeys(self.columns) | parsed.columns
-                opens_think = self._template.opens_think(token_ids)
-                prompt_id = source.prompt_id(raw)
-                prompts.append(Prompt(prompt_id, parsed.messages, token_ids, columns, opens_think))
-        return prompts
+    def _prompts(self, rows: list[tuple[Source, Row]]) -> list[Prompt]:
+        """The prompts of the rows that are not dropped."""
+        render_rows(rows, self._template)
+        for source, row in rows:
+            if row.problem:
+                raise ValueError(
+                    f"{row.place}: {row.problem}\nWith data.streaming rows are checked when they "
+                    "are needed. To check all before a run: rlsys data preview CONFIG "
+                    "--data.streaming false"
+                )
+            source.counts.add(row)
+        return [
+            # Also columns that no row had so far.
+            row.to_prompt(f"{source.prefix}:{row.number}", [*{**self.columns, **row.columns}])
+            for source, row in rows
+            if not row.dropped
+        ]
 
 
-def _bad_row(text: str) -> str:
-    return (
-        f"{text}\nWith data.streaming rows are checked when they are needed. To check all before a "
-        "run: rlsys data preview CONFIG --data.streaming false"
-    )
+def open_streams(
+    sources: list[Source],
+    config: DataConfig,
+    template: ChatTemplate,
+    problems: list[Problem],
+    *,
+    seed: int,
+) -> list[StreamedPrompts]:
+    """One stream for all datasets, or one for each if they have weights; first rows checked."""
+    parts = [[source] for source in sources] if config.dataset_weights else [sources]
+    streams = [StreamedPrompts(part, template, config, seed=seed) for part in parts if part]
+    for stream in streams:
+        problems += stream.check_first_rows()
+    # One set of columns for all, so that a reward misses no argument.
+    columns = {name: None for stream in streams for name in stream.columns}
+    for stream in streams:
+        stream.columns = columns
+    return streams
 
 
-def _shuffled(rows: Iterator[_Place], size: int, drawing: random.Random) -> Iterator[_Place]:
+def _shuffled(
+    rows: Iterator[tuple[Source, Row]], size: int, drawing: random.Random
+) -> Iterator[tuple[Source, Row]]:
     buffer = list(islice(rows, size))
     for row in rows:
         index = drawing.randrange(size)

@@ -1,4 +1,4 @@
-"""Row formats: what people have -> chat turns, and the columns that rewards read.
+"""Row formats: what people write -> chat turns, and the columns that rewards read.
 
 The first column of `PROMPT_COLUMNS` that a row has decides its format. To add a format, write one
 function `_read_<name>` and name it in `_READERS`.
@@ -7,11 +7,11 @@ function `_read_<name>` and name it in `_READERS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlsys.config.rules import OWN_TEMPLATE_ARGUMENTS
 from rlsys.data.json_text import BadRow, parse_cell
+from rlsys.data.row import Row
 from rlsys.data.turns import (
     ONLY_TEXT,
     SYSTEM_ROLES,
@@ -27,61 +27,42 @@ MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 """The row's system message, as in ms-swift."""
 SOLUTION = "solution"
-"""The column under which rewards find the answer of a row that has one."""
+"""The column in which rewards find the answer of a row that has one."""
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""What the chat template gets of a row besides its messages, as in TRL and ms-swift; rewards get
-these columns too."""
+"""Columns for the chat template, as in TRL and ms-swift; rewards get them too."""
 
 
-@dataclass(frozen=True, slots=True)
-class ParsedRow:
-    """A row, understood."""
-
-    messages: list[Message]
-    """Ends with a turn of the user or of a tool."""
-    columns: dict[str, Any]
-    """Everything that is not a message, unchanged, and `solution`."""
-    format: str
-    """Which of the formats it was in."""
-    tools: list[dict[str, Any]] | None = None
-    """Schemas of functions for the chat template."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables of the chat template, before those of the config."""
-
-
-@dataclass(slots=True)
-class _Reading:
-    """What one format makes of a row."""
+class _Reading(NamedTuple):
+    """What one format reads in a row."""
 
     turns: Any
     """Not checked yet."""
     used: tuple[str, ...]
     """Columns that are now part of the prompt."""
     answer: Any = None
-    """What the row has as the right answer, None if nothing."""
-    answer_may_be_last: bool = False
-    """Whether a last turn of the assistant is that answer."""
+    """The row's right answer, None without one."""
 
 
-def parse_row(values: dict[str, Any], *, system: str | None) -> ParsedRow:
-    """Chat turns and other columns of one row.
+def parse_row(row: Row, *, system: str | None) -> None:
+    """Turn the columns of a row into messages and the columns that rewards get.
 
     Args:
-        values: the row.
-        system: put before rows that have no system message; None adds nothing.
+        row: with all its columns; gets format, messages, tools and template_kwargs.
+        system: put before rows without a system message; None adds nothing.
 
     Raises:
         BadRow: no known format, wrong types, no text, or images.
     """
+    values = row.columns
     _refuse_media(values)
     column = next((name for name in PROMPT_COLUMNS if values.get(name) is not None), None)
     if column is None:
         raise BadRow(f"has no prompt: none of {', '.join(PROMPT_COLUMNS)} is there")
-    name, read = _READERS[column]
-    reading = read(values)
-    messages = read_turns(reading.turns)
-    answer, calls = reading.answer, []
-    if reading.answer_may_be_last and len(messages) > 1 and messages[-1]["role"] == "assistant":
+    row.format, read = _READERS[column]
+    turns, read_columns, answer = read(values)
+    messages, calls = read_turns(turns), []
+    may_have_answer = row.format in ("messages", "sharegpt") and len(messages) > 1
+    if may_have_answer and messages[-1]["role"] == "assistant":
         last = messages.pop()
         answer, calls = as_answer(last), called_functions(last)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
@@ -90,25 +71,23 @@ def parse_row(values: dict[str, Any], *, system: str | None) -> ParsedRow:
     system = next(iter(own_system.values()), system)
     if system is not None and messages[0]["role"] not in SYSTEM_ROLES:
         messages.insert(0, {"role": "system", "content": system})
+    row.messages = messages
+    row.tools, row.template_kwargs = read_tools(values.get("tools")), _template_kwargs(values)
     # A system message beside another one stays a column, which the run names as unread.
     unused = {name for name, text in own_system.items() if text != messages[0]["content"]}
-    used = {*reading.used, *SYSTEM_COLUMNS, "messages"} - unused
-    columns = {name: value for name, value in values.items() if name not in used}
-    if answer is not None and columns.get(SOLUTION) is None:
-        columns[SOLUTION] = answer
+    used = {*read_columns, *SYSTEM_COLUMNS, "messages"} - unused
+    row.columns = {name: value for name, value in values.items() if name not in used}
+    if answer is not None and row.columns.get(SOLUTION) is None:
+        row.columns[SOLUTION] = answer
     if calls:
-        columns.setdefault("tool_calls", calls)
-    return ParsedRow(
-        messages, columns, name, read_tools(values.get("tools")), _template_kwargs(values)
-    )
+        row.columns.setdefault("tool_calls", calls)
 
 
 def _own_system(values: dict[str, Any]) -> dict[str, str]:
-    """The system messages that a row has as columns; an empty one is none."""
+    """The system messages in the columns of a row, without empty ones."""
     texts = {name: values[name] for name in SYSTEM_COLUMNS if values.get(name) is not None}
     for name, text in texts.items():
-        if not isinstance(text, str):
-            raise BadRow(f"the column {name!r} is no text: {text!r:.80}")
+        _check_is_text(name, text)
     return {name: text for name, text in texts.items() if text.strip()}
 
 
@@ -130,33 +109,30 @@ def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def columns_problem(columns: list[str]) -> str | None:
-    """What is wrong with all rows of a dataset that has these columns; None if nothing is."""
-    found = f"It has the columns: {', '.join(columns) or 'none'}"
-    if not set(PROMPT_COLUMNS) & set(columns):
-        return f"has none of the columns {', '.join(PROMPT_COLUMNS)}. {found}. {_remedy(columns)}"
-    return None
-
-
-def _remedy(columns: list[str]) -> str:
+    """What is wrong with every row of a dataset with these columns; None if nothing is."""
+    if set(PROMPT_COLUMNS) & set(columns):
+        return None
     likely = ("question", "problem", "input", "text", "task", "Question", "Problem")
     name = next((name for name in likely if name in columns), None)
+    remedy = "Rename one with data.columns, or make prompts with a data.preprocessor"
     if name is not None:
-        return f"Set data.columns to {{{name}: prompt}}"
-    return "Rename one with data.columns, or make prompts with a data.preprocessor"
+        remedy = f"Set data.columns to {{{name}: prompt}}"
+    return (
+        f"has none of the columns {', '.join(PROMPT_COLUMNS)}. It has the columns: "
+        f"{', '.join(columns) or 'none'}. {remedy}"
+    )
 
 
 # --- the formats ---------------------------------------------------------------------------------
 
 
 def _read_messages(values: dict[str, Any]) -> _Reading:
-    return _Reading(
-        parse_cell(values["messages"], "messages"), ("messages",), answer_may_be_last=True
-    )
+    return _Reading(parse_cell(values["messages"], "messages"), ("messages",))
 
 
 def _read_sharegpt(values: dict[str, Any]) -> _Reading:
     column = "conversations" if values.get("conversations") is not None else "conversation"
-    return _Reading(parse_cell(values[column], column), (column,), answer_may_be_last=True)
+    return _Reading(parse_cell(values[column], column), (column,))
 
 
 def _read_prompt(values: dict[str, Any]) -> _Reading:
@@ -167,20 +143,22 @@ def _read_prompt(values: dict[str, Any]) -> _Reading:
 
 def _read_query(values: dict[str, Any]) -> _Reading:
     query = values["query"]
-    asked = as_turns(query, "query") if isinstance(query, str) else _user(query)
-    turns = [*_history(values), *asked]
-    return _Reading(turns, ("query", "history"), answer=values.get("response"))
+    user_turns: list[Any] = [{"role": "user", "content": query}]
+    if isinstance(query, str):
+        user_turns = as_turns(query, "query")
+    turns = [*_history(values), *user_turns]
+    return _Reading(turns, ("query", "history"), values.get("response"))
 
 
 def _read_alpaca(values: dict[str, Any]) -> _Reading:
     instruction, text = values["instruction"], values.get("input")
     for name, part in (("instruction", instruction), ("input", text)):
-        if part is not None and not isinstance(part, str):
-            raise BadRow(f"the column {name!r} is no text: {part!r:.80}")
+        if part is not None:
+            _check_is_text(name, part)
     query = "\n".join(part for part in (instruction, text) if part and part.strip())
     turns = [*_history(values), *as_turns(query, "instruction")]
     answer = values["output"] if values.get("output") is not None else values.get("response")
-    return _Reading(turns, ("instruction", "input", "history"), answer=answer)
+    return _Reading(turns, ("instruction", "input", "history"), answer)
 
 
 _READERS: dict[str, tuple[str, Callable[[dict[str, Any]], _Reading]]] = {
@@ -195,16 +173,12 @@ PROMPT_COLUMNS = tuple(_READERS)
 """Columns that hold a prompt, the most specific first."""
 
 
-def _user(text: Any) -> list[Any]:
-    return [{"role": "user", "content": text}]
-
-
 def _history(values: dict[str, Any]) -> list[Message]:
-    """Earlier turns as ms-swift and LLaMA-Factory have them: a list of [query, response]."""
+    """Earlier turns in the form of ms-swift and LLaMA-Factory: a list of [query, response]."""
     turns: list[Message] = []
     for pair in parse_cell(values.get("history"), "history") or []:
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadRow(f"the column 'history' has no list of [query, response]: {pair!r:.80}")
+            raise BadRow(f"the column 'history' is not a list of [query, response]: {pair!r:.80}")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return turns
 
@@ -212,18 +186,23 @@ def _history(values: dict[str, Any]) -> list[Message]:
 # --- checks --------------------------------------------------------------------------------------
 
 
+def _check_is_text(column: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise BadRow(f"the column {column!r} is not a text: {value!r:.80}")
+
+
 def _refuse_media(values: dict[str, Any]) -> None:
     for name in MEDIA_COLUMNS:
         given = values.get(name)
         if isinstance(given, list):
             given = [entry for entry in given if entry is not None]
-        if given and given not in ("[]", "{}"):  # as a CSV file has an empty list
+        if given and given not in ("[]", "{}"):  # as an empty list looks in a CSV file
             raise BadRow(f"has {name} (the column {name!r} is not empty): {ONLY_TEXT}")
 
 
 def _wrong_end(column: str, messages: list[Message]) -> str:
     if not messages:
-        return "the messages ask nothing: there is only an empty system message"
+        return "the messages ask nothing: they are only an empty system message"
     role = messages[-1]["role"]
     if column == "prompt" and role == "assistant":
         return (
@@ -232,5 +211,5 @@ def _wrong_end(column: str, messages: list[Message]) -> str:
         )
     return (
         f"the messages end with a turn of {role!r}; they must end with one of the user or of a "
-        "tool, which the model is to answer"
+        "tool, which the model answers"
     )

@@ -1,4 +1,4 @@
-"""One row of a file, not yet parsed, and how bytes of a file are read, compressed or not."""
+"""The bytes of data files: decompressed, and recognised where they are not rows."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, cast
-
-from rlsys.data.json_text import BadRow, parse_json
 
 MIB = 2**20
 _MAGIC = {
@@ -27,52 +24,8 @@ _MAGIC = {
 """First bytes of binary files."""
 
 
-@dataclass(slots=True)
-class RawRow:
-    """One row of a file, parsed only when it is needed."""
-
-    number: int
-    """From 1; blank lines do not count."""
-    place: str
-    """ "line 7" of a text file, "row 7" of another."""
-    content: bytes | dict[str, Any]
-    """A line of JSON, or the columns."""
-    problem: str = ""
-    """Why it cannot be read; empty when it can."""
-
-    def values(self) -> dict[str, Any]:
-        """The columns of the row, a new dictionary.
-
-        Raises:
-            BadRow: it cannot be read.
-        """
-        if self.problem:
-            raise BadRow(self.problem)
-        if isinstance(self.content, dict):
-            return dict(self.content)
-        return json_object(self.content)
-
-
-def json_object(line: bytes) -> dict[str, Any]:
-    """A row that is a line of JSON.
-
-    Raises:
-        BadRow: it is another value.
-    """
-    # Without the line's end, or an error at the end of the line is one of the next line.
-    row = parse_json(line.rstrip(b"\r\n"))
-    if not isinstance(row, dict):
-        raise BadRow(no_object(row))
-    return row
-
-
-def no_object(row: Any) -> str:
-    """What is wrong with a row that is something else."""
-    return f"expected a JSON object, found {row!r:.80}"
-
-
 def too_large(limit: int) -> str:
-    """What is wrong with a row of more than `limit` bytes."""
+    """The problem of a row of more than `limit` bytes."""
     return (
         f"is larger than {limit / MIB:g} MiB: often a line break is missing. If the row is right, "
         "raise data.max_row_mb"
@@ -80,7 +33,7 @@ def too_large(limit: int) -> str:
 
 
 def foreign_content(path: Path) -> str | None:
-    """What a file holds instead of rows, where its first bytes tell; None where they do not."""
+    """What a file holds instead of rows, by its first bytes; None if they do not show it."""
     with path.open("rb") as file:
         head = file.read(200).lstrip()
     if head.startswith(b"version https://git-lfs"):
@@ -95,10 +48,10 @@ def foreign_content(path: Path) -> str | None:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """The bytes of a file, decompressed by its last suffix.
+    """Open a file for reading, decompressed by its last suffix.
 
     Raises:
-        ValueError: also while reading, it cannot be decompressed.
+        ValueError: it cannot be decompressed; also raised while the caller reads.
     """
     if path.suffix not in _OPENERS:
         with path.open("rb") as file:

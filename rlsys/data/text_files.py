@@ -1,7 +1,7 @@
-"""Text files to rows, one at a time, each with the place where it stands.
+"""Text files to rows, one at a time.
 
-What is wrong with one row travels with it as `problem`, so that all of them can be reported at
-once; what is wrong with a whole file is raised.
+A reader writes what is wrong with one row into `Row.problem`, so that all bad rows can be reported
+together, and raises for what is wrong with a whole file.
 """
 
 from __future__ import annotations
@@ -9,21 +9,19 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rlsys.config.dataset_spec import file_kind
+from rlsys.data.file_bytes import MIB, open_bytes
 from rlsys.data.json_files import read_json
-from rlsys.data.json_text import BadRow
-from rlsys.data.raw import MIB, RawRow, open_bytes
-from rlsys.data.spec import file_kind
-
-__all__ = ["BadRow", "RawRow", "read_file"]
+from rlsys.data.row import Row
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
-def read_file(path: Path, *, max_row_mb: int) -> Iterator[RawRow]:
+def read_file(path: Path, *, max_row_mb: int) -> Iterator[Row]:
     """The rows of a JSON Lines, JSON, CSV or TSV file.
 
     Raises:
@@ -33,36 +31,32 @@ def read_file(path: Path, *, max_row_mb: int) -> Iterator[RawRow]:
     return _read_csv(path, limit) if file_kind(path) in _DELIMITERS else read_json(path, limit)
 
 
-# --- CSV -----------------------------------------------------------------------------------------
-
-
-def _read_csv(path: Path, limit: int) -> Iterator[RawRow]:
-    """Every cell is a text, and an empty one None."""
+def _read_csv(path: Path, limit: int) -> Iterator[Row]:
+    """The rows of a CSV file: every cell is a text, and an empty one None."""
     csv.field_size_limit(limit)  # of this process; Python's own limit is 128 KiB
     with open_bytes(path) as raw:
-        # Bytes that are no UTF-8 travel as lone surrogates to the row that they belong to.
+        # Bytes that are not UTF-8 travel as lone surrogates to the row that they belong to.
         file = io.TextIOWrapper(raw, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(file, delimiter=_DELIMITERS[file_kind(path)], strict=True)
         header = _header(path, reader)
         for number, (line, cells, problem) in enumerate(_csv_rows(reader), start=1):
-            if not problem and len(cells) != len(header):
-                problem = f"has {len(cells)} cells, and the header {len(header)}"
-            if not problem and not "".join(cells).isascii():
-                problem = _escaped_bytes(cells)
-            if not problem:
-                problem = _unnamed(header, cells)
-            values: dict[str, Any] = {}
-            if not problem:
-                values = {
-                    name: cell or None for name, cell in zip(header, cells, strict=True) if name
-                }
-            yield RawRow(number, f"line {line}", values, problem)
+            row = Row(number, f"line {line}", problem=problem or _problem(header, cells))
+            if not row.problem:
+                pairs = zip(header, cells, strict=True)
+                row.columns = {name: cell or None for name, cell in pairs if name}
+            yield row
 
 
-def _unnamed(header: list[str], cells: list[str]) -> str:
-    """A cell that no reward could be given; the first one may be the row's index from pandas."""
+def _problem(header: list[str], cells: list[str]) -> str:
+    if len(cells) != len(header):
+        return f"has {len(cells)} cells, and the header {len(header)}"
+    text = "".join(cells)
+    escaped = [] if text.isascii() else [c for c in text if "\udc80" <= c <= "\udcff"]
+    if escaped:
+        byte = ord(escaped[0]) - 0xDC00
+        return f"is not a text in UTF-8: it has the byte {byte:#04x}; convert the file to UTF-8"
     for number, (name, cell) in enumerate(zip(header, cells, strict=True), start=1):
-        if cell and not name and number > 1:
+        if cell and not name and number > 1:  # pandas writes the index as a first column
             return f"has {cell!r:.40} in column {number}, which has no name in the header"
     return ""
 
@@ -89,7 +83,7 @@ def _header(path: Path, reader: Any) -> list[str]:
 
 
 def _csv_rows(reader: Any) -> Iterator[tuple[int, list[str], str]]:
-    """(first line, cells, problem) of each row that is not blank."""
+    """The first line, cells and problem of each row that is not blank."""
     while True:
         line = reader.line_num + 1
         try:
@@ -101,14 +95,3 @@ def _csv_rows(reader: Any) -> Iterator[tuple[int, list[str], str]]:
             continue
         if cells:
             yield line, cells, ""
-
-
-def _escaped_bytes(cells: Iterable[str]) -> str:
-    for cell in cells:
-        for character in cell:
-            if 0xDC80 <= ord(character) <= 0xDCFF:
-                return (
-                    f"is not a text in UTF-8: it has the byte {ord(character) - 0xDC00:#04x}; "
-                    "convert the file to UTF-8"
-                )
-    return ""

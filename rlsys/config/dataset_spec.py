@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".ndjson")
-"""Files that rlsys reads itself, without `datasets`."""
+"""Suffixes of files that rlsys reads itself, without `datasets`."""
 FILE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
-"""What may follow one of `TEXT_SUFFIXES`."""
+"""Suffixes that may follow one of `TEXT_SUFFIXES`."""
 
 
 def file_kind(path: Path) -> str:
@@ -34,26 +34,26 @@ class DatasetSpec:
     """
 
     text: str
-    """As it stands in the config."""
+    """The entry of the config."""
     name: str
-    """Path or hub id."""
+    """A path, or an id of the hub."""
     subsets: tuple[str, ...] = ()
-    """Config names of a hub dataset or a folder laid out like one; empty: its only one."""
+    """Config names of a hub dataset or a folder laid out like one; empty takes the only one."""
     split: str | None = None
-    """None: train for training; validation, test or train for evaluation, whichever exists."""
+    """None is train for training, and the first of validation, test, train for evaluation."""
     num_rows: int | None = None
-    """Take so many rows, see `sample_rows`; None takes all."""
+    """The number of rows to take; None takes all."""
     from_hub: bool = False
-    """Whether `hf::` says that it is no path."""
+    """Whether `hf::` says that `name` is not a path."""
 
     @property
     def path(self) -> Path:
-        """Where it would be on this machine."""
+        """The place of `name` on this machine, whether it exists or not."""
         return Path(self.name)
 
     @property
     def is_local(self) -> bool:
-        """Whether it is a path, existing or not, and cannot be an id of the hub."""
+        """Whether it is a path, or cannot be an id of the hub."""
         if self.from_hub:
             return False
         return self.path.exists() or _looks_local(self.name)
@@ -65,7 +65,7 @@ class DatasetSpec:
 
     @property
     def long_name(self) -> str:
-        """All but the number of rows."""
+        """The name with subsets and split."""
         return ":".join(filter(None, (self.name, "/".join(self.subsets), self.split)))
 
     @property
@@ -78,7 +78,7 @@ class DatasetSpec:
 
 
 def parse_spec(text: str) -> DatasetSpec:
-    """Read an entry of `data.dataset`; what exists as a path is one, whatever it contains.
+    """Read an entry of `data.dataset`. The name of an existing file or folder is always a path.
 
     Raises:
         ValueError: an unknown prefix, or something else than a row count behind `#`.
@@ -116,7 +116,7 @@ def _row_count(rest: str, text: str) -> tuple[str, int | None]:
         return rest, None
     if not count.isdecimal() or not int(count):
         raise ValueError(
-            f"dataset {text!r}: behind # belongs a number of rows, as in {name}#1000, not {count!r}"
+            f"dataset {text!r}: a number of rows belongs behind #, as in {name}#1000, not {count!r}"
         )
     return name, int(count)
 
@@ -128,12 +128,12 @@ def _exists(name: str) -> bool:
         return False
 
 
-def is_no_hub_id(name: str) -> bool:
-    """Whether `name` cannot be an id of the hub, which is `name` or `owner/name`."""
+def is_local_path(name: str) -> bool:
+    """Whether `name` can only be a path, as ids of the hub look like `name` or `owner/name`."""
     return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _looks_local(name: str) -> bool:
-    """Whether `name`, which is not here, cannot be a dataset of the hub."""
+    """Whether `name`, which does not exist as a path, cannot be a dataset of the hub either."""
     bare = name.partition(":")[0]  # behind it a subset or a split, with slashes of their own
-    return is_no_hub_id(bare) or bool(file_kind(Path(bare)))
+    return is_local_path(bare) or bool(file_kind(Path(bare)))

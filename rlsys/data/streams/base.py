@@ -1,0 +1,48 @@
+"""The interface of a seeded, endless stream of prompts that can be saved and continued."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from rlsys.types import Prompt, RolloutGroup
+
+
+class PromptStream(ABC):
+    """A stream of training prompts, epoch after epoch.
+
+    A prompt's place in the stream, counted from 0, never comes again. What comes depends on the
+    seed and on what happened to the stream before, never on time, so a stream that loads the state
+    of another goes on exactly as that one would have.
+    """
+
+    num_taken = 0
+    """Prompts taken so far, which is the place of the next one."""
+
+    @property
+    @abstractmethod
+    def epoch(self) -> float:
+        """Passes over the training data so far."""
+
+    @abstractmethod
+    def take(self, n: int) -> list[Prompt]:
+        """The next `n` prompts."""
+
+    def observe(self, group: RolloutGroup) -> None:
+        """Hear how a prompt of the stream was answered; most streams ignore it.
+
+        The caller passes every group of a batch, and every group that dynamic sampling left out of
+        a batch, once. It does not pass groups that were given up, scored or not.
+        """
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the stream, logged at every step."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state for `load_state_dict`, in JSON's types."""
+        return {"num_taken": self.num_taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the stream with this state was."""
+        self.num_taken = state["num_taken"]
