@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from rlsys.config import DataConfig
 from rlsys.data import load_prompts
-from rlsys.data.readers import read_file
 from rlsys.data.render import ChatTemplate, render_prompt
-from rlsys.data.rows import ParsedRow
+from rlsys.data.row import Row
+from rlsys.data.text_files import read_file
 
 WORDS = ["Tom", "has", "red", "and", "blue", "apples", "how", "many", "are", "left", "in", "all"]
 
@@ -40,7 +40,7 @@ def main():
         tokens = sum(len(prompt.token_ids) for prompt in data.train)
         result["tokens_a_prompt"] = round(tokens / len(data.train), 1)
         result["time"] = {
-            "read jsonl": timed(lambda: [row.values() for row in read(files["jsonl"])])[0],
+            "read jsonl": timed(lambda: [row.read() for row in read(files["jsonl"])])[0],
             "jsonl to prompts": seconds,
             "csv to prompts": timed(lambda: load(files["csv"], tokenizer))[0],
             "parquet to prompts": timed(lambda: load(files["parquet"], tokenizer))[0],
@@ -89,7 +89,7 @@ def slowdown(prompts, tokenizer):
     """CPU seconds of rendering one prompt after the other, divided by those of batches of 1,000."""
     messages = [prompt.messages for prompt in prompts]
     template = ChatTemplate(tokenizer)
-    rows = [("", ParsedRow(m, {}, "messages")) for m in messages]
+    rows = [Row(1, "", messages=m) for m in messages]
     batches = [rows[start : start + 1000] for start in range(0, len(rows), 1000)]
     one_by_one, _ = timed(lambda: [render_prompt(m, tokenizer) for m in messages])
     together, _ = timed(lambda: [template.render(batch) for batch in batches])

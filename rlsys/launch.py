@@ -35,6 +35,7 @@ from rlsys.config.local_paths import is_in_job_copy, with_absolute_paths
 from rlsys.config.roles import plan_roles
 from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.reward_columns import column_problems_of_run, unread_columns
+from rlsys.data.sources import raise_if_any
 from rlsys.data.streams.make import make_prompt_stream
 from rlsys.driver import train
 from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
@@ -339,7 +340,7 @@ def load_data(config: Config) -> PromptData:
     unread = unread_columns(config, dict.fromkeys([*data.columns, *held_out]))
     if unread is not None:
         print(f"data: {unread}", flush=True)
-    data.refused.raise_if_any()
+    raise_if_any(data.refused)
     check_right_answers(config, data, tokenizer)
     return data
 

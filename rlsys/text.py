@@ -1,4 +1,4 @@
-"""Numbers in messages."""
+"""Numbers and texts in messages."""
 
 from __future__ import annotations
 
@@ -26,3 +26,12 @@ def near_divisors(number: int, of: int) -> str:
     below = max(n for n in divisors if n < number)
     above = [n for n in divisors if n >= number]
     return " or ".join(str(n) for n in (below, *above[:1]))
+
+
+def not_utf8(content: bytes, byte: int) -> str:
+    """The problem of a line whose byte number `byte`, counted from 0, is not UTF-8."""
+    hint = " (it looks like UTF-16)" if content.count(0) > len(content) // 3 else ""
+    return (
+        f"is not a text in UTF-8: byte {byte + 1} is {content[byte]:#04x}{hint}; convert the file "
+        "to UTF-8"
+    )

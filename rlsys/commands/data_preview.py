@@ -1,4 +1,4 @@
-"""`rlsys data preview`: what a run would be trained on, before it is."""
+"""`rlsys data preview`: print what a run would train on."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import math
 import re
 import reprlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from rlsys.commands.console import make_console
 from rlsys.config import Config
 from rlsys.config.load import load_config
+from rlsys.data.formats import TEMPLATE_COLUMNS
 from rlsys.data.load import PromptData, load_checked_prompts
 from rlsys.data.reward_columns import column_problems, column_uses, unread_columns
-from rlsys.data.rows import TEMPLATE_COLUMNS
+from rlsys.data.sources import MAX_PROBLEMS_SHOWN
 from rlsys.model.detokenize import Detokenizer
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.rewards import reachable_rewards
@@ -32,6 +32,7 @@ from rlsys.rewards.reachable import (
     look_at_rows,
 )
 from rlsys.text import counted
+from rlsys.tracking.columns import GAP, columns, print_lines
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
 
@@ -39,9 +40,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BINS = 12
-"""Lines of the histogram, about."""
+"""Lines of the histogram, roughly."""
 STREAMED_ROWS = 1000
-"""Prompts of a streamed dataset that are looked at."""
+"""Prompts of a streamed dataset that the preview reads."""
 _DROPPED = "bright_black"
 
 
@@ -56,7 +57,7 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     """Print what became of the rows, the columns, the lengths, and `num_rows` rendered prompts.
 
     Returns:
-        whether the reward functions find their columns, and what they need in them.
+        whether the reward functions find the columns and values that they need.
 
     Raises:
         ValueError: the data cannot be used, or the model has no tokenizer here.
@@ -67,7 +68,7 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     prompts = _first_of_each_stream(data) if config.data.streaming else data.train
     _print_counts(config, data, console)
     problems = _print_columns(config, prompts, console)
-    lengths = [length for count in data.counts for length in count.lengths]
+    lengths = [length for count in data.counts for length in count.lengths.elements()]
     if config.data.streaming:
         lengths = [len(prompt.token_ids) for prompt in prompts]
     _print_histogram(config, lengths, console)
@@ -78,9 +79,9 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
             _print_right_answers(rewards.look(prompt), console)
     if rewards is not None:
         problems += _right_answers_of_all(rewards, prompts, config, console)
-    problems += data.refused.texts
-    if data.refused.num_more:
-        problems.append(f"... and {data.refused.num_more:,} more such rows")
+    problems += [problem.text for problem in data.refused[:MAX_PROBLEMS_SHOWN]]
+    if len(data.refused) > MAX_PROBLEMS_SHOWN:
+        problems.append(f"... and {len(data.refused) - MAX_PROBLEMS_SHOWN:,} more such rows")
     detokenizer = Detokenizer(tokenizer, config.rollout.skip_special_tokens)
     for notice in [*data.notices, *filter(None, [detokenizer.note()])]:
         console.print(Text(f"\nNote: {notice}", style="yellow"))
@@ -90,10 +91,10 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
 
 
 def split_rows_option(words: list[str]) -> tuple[int | None, list[str]]:
-    """`--rows N` among the overrides of a config, and the others.
+    """Split `--rows N` off the overrides of a config.
 
     Raises:
-        ValueError: N is no number.
+        ValueError: N is not a number.
     """
     for index, word in enumerate(words):
         name, equals, value = word.partition("=")
@@ -109,7 +110,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """The tokenizer of the model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model is not here, or does not have a tokenizer.
     """
     from transformers import AutoTokenizer
 
@@ -130,11 +131,24 @@ def _first_of_each_stream(data: PromptData) -> list[Prompt]:
     return list(prompts.values())
 
 
-def _table(title: str, *headers: str) -> Table:
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False, title_style="bold")
-    for header in headers:
-        table.add_column(header, overflow="fold")
-    return table
+def _print_table(
+    console: Console, title: str, headers: Sequence[str], rows: Sequence[list[str]]
+) -> None:
+    """Print a table whose lines break between words only; numbers have headers in capitals."""
+    console.print(Text(title, style="bold"))
+    table = [[header.lower() for header in headers], *rows]
+    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
+    longest = [max(map(len, " ".join(cells).split())) for cells in zip(*table, strict=True)]
+    longest[0] = len(headers[0])  # what does not fit into the first column has a line of its own
+    while sum(widths) + GAP * (len(widths) - 1) > console.width and widths != longest:
+        spare = [width - least for width, least in zip(widths, longest, strict=True)]
+        widths[spare.index(max(spare))] -= 1
+    for row in table:
+        cells = [
+            f"{cell:>{width}}" if header.isupper() else cell
+            for header, cell, width in zip(headers, row, widths, strict=True)
+        ]
+        print_lines(console, columns(cells, widths))
 
 
 # --- counts --------------------------------------------------------------------------------------
@@ -142,34 +156,18 @@ def _table(title: str, *headers: str) -> Table:
 
 def _print_counts(config: Config, data: PromptData, console: Console) -> None:
     weights = config.data.dataset_weights
-    table = _table("Datasets", "dataset", "format", "rows", "used", "dropped", "for")
-    for name in ("rows", "used"):
-        column = next(column for column in table.columns if column.header == name)
-        column.justify, column.no_wrap = "right", True
+    rows = []
     for index, count in enumerate(data.counts):
         purpose = "training" if index < len(config.data.dataset) else "evaluation"
         if weights and purpose == "training":
             purpose += f" {weights[index] / sum(weights):.0%}"
-        reasons = {
-            "too long": count.too_long,
-            "too short": count.too_short,
-            "duplicates": count.duplicates,
-            "by preprocessor": count.filtered,
-        }
-        dropped = [f"{number:,} {reason}" for reason, number in reasons.items() if number]
-        table.add_row(
-            Text(count.source),
-            ", ".join(count.formats),
-            f"{count.rows:,}",
-            f"{count.used:,}",
-            ", ".join(dropped),
-            purpose,
-        )
-    console.print(table)
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in count.dropped.items())
+        formats = ", ".join(count.formats)
+        rows.append([count.source, formats, f"{count.rows:,}", f"{count.used:,}", dropped, purpose])
+    _print_table(console, "Datasets", ("dataset", "format", "ROWS", "USED", "dropped", "for"), rows)
     if config.data.streaming:
         console.print(
-            f"Streamed: counted are the rows read for this preview, at most {STREAMED_ROWS:,} "
-            "prompts a dataset."
+            f"Streamed: this preview read and counted at most {STREAMED_ROWS:,} prompts a dataset."
         )
         return
     console.print(
@@ -179,12 +177,12 @@ def _print_counts(config: Config, data: PromptData, console: Console) -> None:
     repeated = len(data.train) - len({tuple(prompt.token_ids) for prompt in data.train})
     if repeated:
         console.print(
-            f"{repeated:,} of them {'repeats' if repeated == 1 else 'repeat'} a prompt that is "
-            "there already; data.deduplicate drops such rows."
+            f"{repeated:,} of them {'repeats' if repeated == 1 else 'repeat'} an earlier prompt; "
+            "data.deduplicate drops such rows."
         )
     if data.num_validation_in_train:
         console.print(
-            "Prompts to evaluate on that the training data has as well: "
+            "Prompts to evaluate on that are also in the training data: "
             f"{data.num_validation_in_train:,}.",
             style="red",
         )
@@ -194,33 +192,37 @@ def _print_counts(config: Config, data: PromptData, console: Console) -> None:
 
 
 def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> list[str]:
-    """The columns, and what is wrong with them."""
+    """Print the columns; returns what is wrong with them."""
     names = list(prompts[0].columns) if prompts else []
     uses = column_uses(config)
-    table = _table("Columns for the rewards", "column", "type", "missing", "example", "used by")
-    table.columns[2].justify = "right"
-    table.columns[3].overflow = "ellipsis"
-    table.columns[3].no_wrap = True
+    rows = []
     for column in names:
         values = [prompt.columns.get(column) for prompt in prompts]
         there = [value for value in values if value is not None]
         users = ["chat template"] if column in TEMPLATE_COLUMNS else []
         users += [n for n, use in uses.items() if column in (*use.needed, *use.optional)]
-        table.add_row(
-            Text(column),
-            "/".join(sorted({type(value).__name__ for value in there})) or "-",
-            f"{len(values) - len(there):,}" if len(there) < len(values) else "",
-            Text(_short(there[0]) if there else ""),
-            Text(", ".join(users)),
+        rows.append(
+            [
+                column,
+                "/".join(sorted({type(value).__name__ for value in there})) or "-",
+                f"{len(values) - len(there):,}" if len(there) < len(values) else "",
+                _short(there[0]) if there else "",
+                ", ".join(users),
+            ]
         )
     console.print()
     if names:
-        console.print(table)
+        _print_table(
+            console,
+            "Columns for the rewards",
+            ("column", "type", "MISSING", "example", "used by"),
+            rows,
+        )
     else:
         console.print("The rows have no columns besides the prompt.")
     for name, use in uses.items():
         if use.takes_all and not use.needed and not use.optional:
-            console.print(Text(f"{name} names no column, but is given all of them.", style="dim"))
+            console.print(Text(f"{name} names no column, but gets all.", style="dim"))
     unread = unread_columns(config, names)
     if unread is not None:
         console.print(Text(f"{unread[0].upper()}{unread[1:]}.", style="dim"))
@@ -260,7 +262,7 @@ def _print_histogram(config: Config, lengths: list[int], console: Console) -> No
 
 
 def histogram(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(first, last, number) of about BINS classes of equal and round width that hold `lengths`."""
+    """The first and last length and the number of each of about BINS bins of equal, round width."""
     span = max(lengths) - min(lengths) + 1
     exact = max(1.0, span / BINS)
     power = 10 ** math.floor(math.log10(exact))
@@ -277,7 +279,7 @@ def histogram(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def _spread(prompts: list[Prompt], sizes: list[int], num_rows: int) -> list[Prompt]:
-    """The first rows of every dataset in turn."""
+    """The first rows of each dataset, alternating between datasets."""
     parts = []
     remaining = iter(prompts)
     for size in sizes or [len(prompts)]:
@@ -305,7 +307,7 @@ def _print_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, console: C
 
 
 def _print_right_answers(look: Look, console: Console) -> None:
-    """The right answer that each function reads, and a completion that earns the most."""
+    """Print the right answer that each function reads, and a completion that earns the most."""
     for name, gold in look.golds.items():
         if gold is None:
             words = f"  {name} reads no right answer in this row"
@@ -321,20 +323,20 @@ def _print_right_answers(look: Look, console: Console) -> None:
         best = look.best[name]
         says = f"earns {best:.4g}, below its maximum, on the best completion tried"
         if math.isnan(best):
-            says = "says None to every completion tried"
+            says = "gives None for every completion tried"
         console.print(Text(f"  {name} {says}", style="bold red"))
 
 
 def _right_answers_of_all(
     rewards: ReachableRewards, prompts: list[Prompt], config: Config, console: Console
 ) -> list[str]:
-    """Print what is wrong with right answers; returns what is wrong with those of every row."""
+    """Print what is wrong with some right answers; returns what is wrong with all of them."""
     if rewards.unknown:
         names = ", ".join(rewards.unknown)
         own = [name for name in rewards.unknown if is_users_class(name)]
         remedy = "plugins/README.md has a class with both"
         says = f". Give {', '.join(own)} max_reward and gold(row): {remedy}" if own else ""
-        console.print(Text(f"\nBest value not known, so not looked at: {names}{says}", style="dim"))
+        console.print(Text(f"\nBest value not known, so not checked: {names}{says}", style="dim"))
     problems = []
     for finding in look_at_rows(rewards, prompts):
         if finding.in_all_rows and finding.name in config.reward.names_that_check_rows:

@@ -21,9 +21,9 @@ from rlsys.commands.console import make_console
 from rlsys.commands.rewards_try_rows import RowSources, prompt_ids, prompts_of, read_groups
 from rlsys.commands.rewards_try_run import TriedRun, find_run
 from rlsys.config import DataConfig, RewardConfig
+from rlsys.config.dataset_spec import is_local_path
 from rlsys.config.yaml_text import load_yaml
 from rlsys.data.preprocess import preprocessors
-from rlsys.data.spec import is_no_hub_id
 from rlsys.registry import did_you_mean
 from rlsys.rewards import check_functions, load_plugins, settings_of
 from rlsys.rewards.pool.scorer import GroupScorer, local_scorer
@@ -204,7 +204,7 @@ def _sources(options: TryOptions, run: TriedRun | None, wanted: set[str]) -> Row
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
-    if is_no_hub_id(name) and not Path(name).is_dir():
+    if is_local_path(name) and not Path(name).is_dir():
         raise ValueError(f"--tokenizer {name} should be a model folder or hub id, and is no folder")
     from transformers import AutoTokenizer
 

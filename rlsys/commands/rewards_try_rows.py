@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsys.config import DataConfig
+from rlsys.data.formats import parse_row
 from rlsys.data.json_text import BadRow
-from rlsys.data.readers import read_file
 from rlsys.data.render import ChatTemplate
-from rlsys.data.rows import PROMPT_COLUMNS, parse_row
-from rlsys.data.sources import Problems, Split, open_sources
+from rlsys.data.row import Row
+from rlsys.data.sources import Split, open_sources, raise_if_any
+from rlsys.data.text_files import read_file
+from rlsys.problems import Problem
 from rlsys.tracking.completions import ABOUT_COMPLETION
 from rlsys.types import Completion, Message, Prompt, RolloutGroup
 
@@ -55,7 +57,8 @@ def read_groups(path: Path, sources: RowSources, limit: int | None) -> list[Roll
     count = 0
     for raw in read_file(path, max_row_mb=_MAX_ROW_MB):
         try:
-            row = raw.values()
+            raw.read()
+            row = raw.columns
             texts = _texts(row)
             prompt = _prompt_of(row, raw.number, sources, before)
             first, completions = found.setdefault(prompt.prompt_id, (prompt, []))
@@ -86,12 +89,11 @@ def _rendered(
     template = ChatTemplate(sources.tokenizer, sources.template_kwargs)
     for prompt, completions in groups:
         if completions and prompt.messages and not prompt.token_ids:
-            row = parse_row(prompt.columns | {"messages": prompt.messages}, system=None)
-            [token_ids] = template.render([(prompt.prompt_id, row)])
-            if not isinstance(token_ids, str):  # a text is why the template refuses the prompt
-                prompt = replace(
-                    prompt, token_ids=token_ids, opens_think=template.opens_think(token_ids)
-                )
+            row = Row(1, prompt.prompt_id, prompt.columns | {"messages": prompt.messages})
+            parse_row(row, system=None)
+            template.render([row])
+            if not row.problem:
+                prompt = replace(prompt, token_ids=row.token_ids, opens_think=row.opens_think)
         yield prompt, completions
 
 
@@ -107,7 +109,8 @@ def prompt_ids(path: Path) -> set[str]:
     found = set()
     for raw in read_file(path, max_row_mb=_MAX_ROW_MB):
         try:
-            found.add(raw.values().get("prompt_id"))
+            raw.read()
+            found.add(raw.columns.get("prompt_id"))
         except BadRow:
             continue  # `read_groups` says so
     return {str(name) for name in found if name is not None}
@@ -131,29 +134,21 @@ def prompts_of(
     Raises:
         ValueError: a dataset or a row that cannot be used.
     """
-    problems = Problems()
+    problems: list[Problem] = []
     prompts: dict[str, Prompt] = {}
     for source in open_sources(config, split, problems):
-        for raw in source.raw_rows():
-            prompt_id = source.prompt_id(raw)
+        for row in source.rows():
+            prompt_id = source.prompt_id(row)
             if wanted is not None and prompt_id not in wanted:
                 if wanted <= prompts.keys():
                     break
                 continue
-            try:
-                row = source.prepared(raw)
-                if row is None:
-                    continue
-                if need_prompt or any(row.get(name) is not None for name in PROMPT_COLUMNS):
-                    parsed = parse_row(row, system=config.system)
-                    messages, row = parsed.messages, parsed.columns
-                else:
-                    messages = []
-            except BadRow as error:
-                problems.add(f"{source.where(raw)}: {error}")
-                continue
-            prompts[prompt_id] = Prompt(prompt_id, messages, [], row)
-    problems.raise_if_any()
+            source.parse(row, need_prompt=need_prompt)
+            if row.problem:
+                problems.append(Problem(f"{row.place}: {row.problem}"))
+            elif not row.dropped:
+                prompts[prompt_id] = row.to_prompt(prompt_id, list(row.columns))
+    raise_if_any(problems)
     return prompts
 
 
@@ -232,8 +227,9 @@ def _differences(first: Prompt, second: Prompt) -> list[str]:
 def _own_prompt(values: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
     if not {"prompt", "messages"} & set(values):
         return [], values
-    parsed = parse_row(values, system=None)
-    return parsed.messages, parsed.columns
+    row = Row(1, "", values)
+    parse_row(row, system=None)
+    return row.messages, row.columns
 
 
 def _completion(

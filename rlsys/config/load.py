@@ -26,9 +26,9 @@ from rlsys.config.schema import Config
 from rlsys.config.texts import kinds_of
 from rlsys.config.words import apply_words, read_options, value_of
 from rlsys.config.yaml_text import dump_yaml, load_yaml
-from rlsys.data.json_text import not_utf8
 from rlsys.files import replacing, unused_folder
 from rlsys.problems import Problem, ProblemsError
+from rlsys.text import not_utf8
 
 Origin = Literal["default", "file", "command line"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+from rlsys.config.dataset_spec import is_local_path
 from rlsys.config.schema import Config
-from rlsys.data.spec import is_no_hub_id
 
 JOB_COPY = "working_dir_files"
 """A folder above what `ray job submit --working-dir` unpacks."""
@@ -48,7 +48,7 @@ def check_is_here(path: str) -> None:
     Raises:
         ValueError: it names this host and the folder.
     """
-    if is_no_hub_id(path) and not Path(path).is_dir():
+    if is_local_path(path) and not Path(path).is_dir():
         raise ValueError(
             f"host {socket.gethostname()} has no folder {path}: models have to be where every "
             "host of the cluster finds them under the same path, on a shared disk say"

@@ -229,10 +229,7 @@ def _make_prompts(
 ) -> list[Prompt]:
     """Prompts with the same columns in all, so that a reward never misses an argument."""
     names = list(dict.fromkeys(name for _, row, _ in taken for name in row.columns))
-    prompts = [
-        row.to_prompt(f"{source.prefix}:{row.number}{f'+{copy}' if copy else ''}", names)
-        for source, row, copy in taken
-    ]
+    prompts = [row.to_prompt(source.prompt_id(row, copy), names) for source, row, copy in taken]
     if check is not None:
         pairs = zip(taken, prompts, strict=True)
         asked = [(row.place, prompt.columns) for (_, row, copy), prompt in pairs if not copy]

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlsys.data.row_preprocessors import AutoPreprocessor, RowPreprocessor
 from rlsys.config.dataset_spec import DatasetSpec
+from rlsys.data.row_preprocessors import AutoPreprocessor, RowPreprocessor
 
 
 @dataclass

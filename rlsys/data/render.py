@@ -300,7 +300,7 @@ def _telling_keys(message: Message) -> list[str]:
 
 
 def _left_out(messages: list[Message], text: str) -> Iterator[str]:
-    """Roles of turns whose text the prompt lacks, but for the assistant's, whose thoughts often go."""
+    """Roles of turns whose text the prompt lacks; templates drop the assistant's thoughts."""
     for message in messages:
         words = message["content"].strip()
         if message["role"] == "assistant" or words in text:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.config import Config
-from rlsys.data.rows import TEMPLATE_COLUMNS
+from rlsys.data.formats import TEMPLATE_COLUMNS
 from rlsys.rewards import ORM, OWN_COLUMNS, Reward, RewardError, check_call, orms
 from rlsys.rewards.instances import KEYWORD_KINDS, Params
 from rlsys.rewards.scoring import call_settings, call_signature, takes_completions_first

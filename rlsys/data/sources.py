@@ -1,16 +1,16 @@
 """The datasets of a config, opened, and the stages from their rows to prompts.
 
-    Source.rows        a file or table -> rows with their places
-    Source.preprocess  columns renamed, then the preprocessor
-    Source.parse       the same, then messages and the columns that rewards get
-    render_rows        parse, chat template, limits of length
+Source.rows    a file or table -> rows with their places
+Source.parse   columns renamed, the preprocessor, then messages and the columns for rewards
+render_rows    the same for many rows, then the chat template and the limits of length
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from rlsys.config import DataConfig
@@ -22,7 +22,7 @@ from rlsys.config.dataset_spec import (
     file_kind,
 )
 from rlsys.data.file_bytes import foreign_content
-from rlsys.data.formats import columns_problem, parse_row
+from rlsys.data.formats import PROMPT_COLUMNS, columns_problem, parse_row
 from rlsys.data.json_text import BadRow
 from rlsys.data.preprocess import NO_PREPROCESSOR, Preprocessor, open_dataset, preprocessors
 from rlsys.data.render import ChatTemplate
@@ -143,7 +143,7 @@ class Source:
         for number, columns in enumerate(preprocessor.prepare(renamed), start=1):
             yield Row(number, f"row {number} of prepare_dataset", columns)
 
-    def preprocess(self, row: Row) -> None:
+    def _preprocess(self, row: Row) -> None:
         """Rename the columns of a row and call the preprocessor.
 
         Raises:
@@ -159,14 +159,22 @@ class Source:
         else:
             row.columns = made
 
-    def parse(self, row: Row) -> None:
-        """Preprocess a row and read its messages; a row that cannot be used gets a problem."""
+    def parse(self, row: Row, *, need_prompt: bool = True) -> None:
+        """Preprocess a row and read its messages; a row that cannot be used gets a problem.
+
+        Without `need_prompt` a row may have no prompt, and its messages stay empty.
+        """
         try:
-            self.preprocess(row)
-            if not row.dropped:
+            self._preprocess(row)
+            has_prompt = any(row.columns.get(name) is not None for name in PROMPT_COLUMNS)
+            if not row.dropped and (need_prompt or has_prompt):
                 parse_row(row, system=self.config.system)
         except BadRow as error:
             row.problem = str(error)
+
+    def prompt_id(self, row: Row, copy: int = 0) -> str:
+        """An id that is unique within the split, and the same in every run."""
+        return f"{self.prefix}:{row.number}{f'+{copy}' if copy else ''}"
 
     def limit(self, row: Row) -> None:
         """Drop a rendered row that is too long or too short."""
@@ -192,6 +200,16 @@ class Source:
             more = f": the row has {kept[0]!r} already" if kept else ""
             raise BadRow(f"data.columns gives two columns one name{more}")
         return renamed
+
+    def first_rows(self, limit: int) -> tuple[list[Row], list[Problem]]:
+        """The usable ones of the first `limit` rows, parsed, and the problems of the others."""
+        try:
+            rows = list(islice(self.rows(), limit))
+        except ValueError as error:
+            return [], [Problem(str(error))]
+        for row in rows:
+            self.parse(row)
+        return [row for row in rows if row.is_usable], self.problems(rows)
 
     # --- problems ---
 
@@ -219,9 +237,8 @@ class Source:
         foreign = foreign_content(path)
         return None if foreign is None else f"dataset {self.spec.text!r} {foreign}"
 
-    def problems(self, rows: Iterable[Row]) -> list[Problem]:
+    def problems(self, rows: Sequence[Row]) -> list[Problem]:
         """The problems of `rows`, or one if no row is there or the columns lack a prompt."""
-        rows = list(rows)
         if not rows:
             return [Problem(f"dataset {self.spec.text!r} has no rows")]
         whole = self.columns_problem()

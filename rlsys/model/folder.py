@@ -9,7 +9,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.local_paths import check_is_here, is_no_hub_id
+from rlsys.config.dataset_spec import is_local_path
+from rlsys.config.local_paths import check_is_here
 
 _LFS_POINTER = b"version https://git-lfs"
 
@@ -41,7 +42,7 @@ def find_model_folder(path: str) -> Path:
     """
     if Path(path).is_dir():
         return Path(path)
-    if is_no_hub_id(path):
+    if is_local_path(path):
         raise ValueError(f"there is no model folder {path!r} on this machine")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (

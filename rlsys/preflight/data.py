@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rlsys.config import Config, DataConfig
 from rlsys.data.json_files import is_json_lines
 from rlsys.data.preprocess import read_spec
-from rlsys.data.sources import Problems, Source, Split, open_sources
+from rlsys.data.sources import Source, Split, open_sources
 from rlsys.data.streams.streamed import CHECKED_ROWS
 from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids, resize_remedy
@@ -57,11 +57,11 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
     splits: tuple[Split, ...] = ("train", "validation")
     for split in splits:
         field = "data.dataset" if split == "train" else "data.val_dataset"
-        described = Problems()
+        described: list[Problem] = []
         sources = open_sources(config, split, described)
-        for text in described.texts:
+        for problem in described:
             hint = " (a plugin above could not be loaded)" if not_loaded else ""
-            yield Problem(f"{field}: {text}{hint}", only_here=bool(not_loaded))
+            yield Problem(f"{field}: {problem}{hint}", only_here=bool(not_loaded))
         for source in sources:
             for problem in _check_source(source):
                 yield replace(problem, text=f"{field}: {problem.text}")
@@ -116,7 +116,8 @@ def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> 
         None where that does not tell: there is no dataset, one is no text file or has more than
         `MOST_ROWS` rows, or something is wrong with a row, which is told elsewhere.
     """
-    problems, columns = Problems(), dict[str, None]()
+    problems: list[Problem] = []
+    columns: dict[str, None] = {}
     sources = open_sources(config, split, problems)
     if problems or not sources:
         return None
@@ -137,17 +138,17 @@ def _add_columns(source: Source, columns: dict[str, None], wanted: set[str]) -> 
     streamed = source.config.streaming and source.split == "train"
     found = False
     try:
-        for number, raw in enumerate(islice(source.raw_rows(), CHECKED_ROWS if streamed else None)):
-            if number == MOST_ROWS:
+        for number, row in enumerate(islice(source.rows(), CHECKED_ROWS if streamed else None)):
+            source.parse(row)
+            if number == MOST_ROWS or row.problem:
                 return False
-            row = source.understand(raw)
-            if row is None:
+            if row.dropped:
                 continue
             found = True
             columns.update(dict.fromkeys(row.columns))
             if columns.keys() >= wanted:
                 break
-    except ValueError:  # a file or a row that cannot be used
+    except ValueError:  # a file that cannot be used
         return False
     return found
 
@@ -165,8 +166,7 @@ def _check_source(source: Source) -> Iterator[Problem]:
 
 def _check_first_rows(source: Source) -> Iterator[Problem]:
     _, bad = source.first_rows(FIRST_ROWS)
-    for text in bad[:_SHOWN]:
-        yield Problem(text)
+    yield from bad[:_SHOWN]
     if len(bad) > _SHOWN:
         yield Problem(
             f"{source.spec.name}: {len(bad) - _SHOWN} more of the first rows cannot be used"
@@ -184,9 +184,9 @@ def _check_parquet(source: Source) -> Iterator[Problem]:
         yield Problem(f"{source.spec.path} is not a Parquet file: {error}")
         return
     source.columns.update(dict.fromkeys(names))
-    problem = source.problem_of_all_rows()
+    problem = source.columns_problem()
     if problem is not None:
-        yield Problem(problem)
+        yield problem
 
 
 def check_prompt_tokens(

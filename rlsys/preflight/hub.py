@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.config.dataset_spec import is_local_path
 from rlsys.data.preprocess import read_spec
-from rlsys.data.spec import is_no_hub_id
 from rlsys.model.folder import hub_answers
 from rlsys.rewards import plugin_problems
 
@@ -22,7 +22,7 @@ def use_cache_without_hub(config: Config) -> None:
     from huggingface_hub import constants
 
     models = (config.model.path, config.reference_path, *config.reward.model_paths)
-    names = [path for path in models if not is_no_hub_id(path) and not Path(path).is_dir()]
+    names = [path for path in models if not is_local_path(path) and not Path(path).is_dir()]
     # Plugins may register what a dataset's name stands for. What is wrong with either of the two
     # is reported where they are read.
     list(plugin_problems("", [*config.data.external_plugins, *config.reward.external_plugins]))

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from rlsys.data.streams.in_memory import PromptStream
+from rlsys.data.streams.base import PromptStream
 from rlsys.types import Prompt
 
 

@@ -15,7 +15,7 @@ from rlsys.algo.advantages import advantages_of_group, nanstd, rewards_matrix
 from rlsys.algo.metrics import evaluation_metrics
 from rlsys.algo.reward_metrics import logged_metrics
 from rlsys.config import Config
-from rlsys.data.streams.in_memory import PromptStream
+from rlsys.data.streams.base import PromptStream
 from rlsys.rollout.draws import Draw, DrawPool, lowest_free, sampling_seed
 from rlsys.rollout.pipeline import RolloutPipeline
 from rlsys.tracking.base import Tracker

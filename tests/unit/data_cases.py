@@ -6,6 +6,8 @@ from pathlib import Path
 
 from rlsys.config import DataConfig
 from rlsys.data import load_prompts
+from rlsys.data.formats import parse_row
+from rlsys.data.row import Row
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
@@ -70,3 +72,10 @@ def load(tokenizer, *sources: str, seed: int = 0, **options):
 
 def assistant(text: str) -> list[dict]:
     return [{"role": "assistant", "content": text}]
+
+
+def parsed(columns: dict, system: str | None = None) -> Row:
+    """A row with these columns after `parse_row`."""
+    row = Row(1, "a.jsonl, line 1", columns)
+    parse_row(row, system=system)
+    return row

@@ -28,8 +28,8 @@ class PromptStream(ABC):
     def take(self, n: int) -> list[Prompt]:
         """The next `n` prompts."""
 
-    def observe(self, group: RolloutGroup) -> None:
-        """Hear how a prompt of the stream was answered; most streams ignore it.
+    def observe(self, group: RolloutGroup) -> None:  # noqa: B027 - most streams ignore it
+        """Hear how a prompt of the stream was answered.
 
         The caller passes every group of a batch, and every group that dynamic sampling left out of
         a batch, once. It does not pass groups that were given up, scored or not.

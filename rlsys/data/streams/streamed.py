@@ -123,21 +123,15 @@ class StreamedPrompts(PromptStream):
         """
         problems: list[Problem] = []
         for source in self._sources:
-            try:
-                rows = list(islice(source.rows(), CHECKED_ROWS))
-            except ValueError as error:
-                problems.append(Problem(str(error)))
-                continue
+            rows, found = source.first_rows(CHECKED_ROWS)
+            problems += found
+            self._template.render(rows)
             for row in rows:
-                source.parse(row)
-            parsed = [row for row in rows if row.is_usable]
-            for row in parsed:
                 self._note_columns(source, row.columns)
-            self._template.render(parsed)
-            problems += source.problems(rows)
-            self.first_prompts += [
-                row.to_prompt(row.place, list(row.columns)) for row in parsed if row.is_usable
-            ]
+                if row.problem:
+                    problems.append(Problem(f"{row.place}: {row.problem}"))
+                else:
+                    self.first_prompts.append(row.to_prompt(row.place, list(row.columns)))
         return problems
 
     def _note_columns(self, source: Source, columns: dict[str, Any]) -> None:
@@ -186,7 +180,7 @@ class StreamedPrompts(PromptStream):
             source.counts.add(row)
         return [
             # Also columns that no row had so far.
-            row.to_prompt(f"{source.prefix}:{row.number}", [*{**self.columns, **row.columns}])
+            row.to_prompt(source.prompt_id(row), [*(self.columns | row.columns)])
             for source, row in rows
             if not row.dropped
         ]

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlsys.data import split_prompts
+from rlsys.data.row import TOO_LONG
 from rlsys.types import Prompt
 
 
@@ -143,7 +144,7 @@ def test_long_prompts_are_dropped_and_counted(tokenizer, tmp_path):
     data = load(tokenizer, source, max_prompt_length=10)
     assert [len(prompt.token_ids) for prompt in data.train] == [8, 9, 10]
     assert [prompt.prompt_id for prompt in data.train] == ["train:1", "train:2", "train:4"]
-    assert data.counts[0].too_long == 2
+    assert data.counts[0].dropped == {TOO_LONG: 2}
     with pytest.raises(ValueError, match=r"every prompt of .*train\.jsonl.* 7 tokens.* 8 to 57"):
         load(tokenizer, source, max_prompt_length=7)
 
@@ -154,7 +155,7 @@ def test_a_validation_set_of_its_own(tokenizer, tmp_path):
     data = load(tokenizer, train, val_dataset=[held_out], max_prompt_length=20, max_eval_prompts=2)
     assert [prompt.prompt_id for prompt in data.train] == ["train:1"]
     assert [prompt.prompt_id for prompt in data.validation] == ["val:2", "val:3"]
-    assert [count.too_long for count in data.counts] == [1, 1]
+    assert [count.dropped for count in data.counts] == [{TOO_LONG: 1}, {TOO_LONG: 1}]
     with pytest.raises(ValueError, match=r"every prompt of data.val_dataset .*train\.jsonl"):
         load(tokenizer, train, val_dataset=[train])
 
@@ -250,12 +251,12 @@ def test_bad_rows_are_listed_together_with_their_lines(tokenizer, tmp_path):
         "train.jsonl, line 3: the messages end with a turn of 'system'",
         "train.jsonl, line 4: a message is {'role': one of system, user",
         "train.jsonl, line 5: the user message has no text",
+        "train.jsonl, line 6: the chat template refuses it: no tools here",
         "train.jsonl, line 7: has no prompt: none of messages",
         "train.jsonl, line 8: has images (the column 'images' is not empty)",
         "train.jsonl, line 9: a message has a part of type 'image'",
         "train.jsonl, line 11: is not a text in UTF-8: byte 13 is 0xff",
-        "train.jsonl, line 12: not JSON: NaN is no JSON value",
-        "train.jsonl, line 6: the chat template refuses it: no tools here",
+        "train.jsonl, line 12: not JSON: NaN is not a JSON value",
         "... and 2 more",
     ]
     assert len(found) == len(expected)

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from data_cases import chat_tokenizer, load, user, write_jsonl
+from data_cases import chat_tokenizer, load, parsed, user, write_jsonl
 
 from rlsys.data.render import ChatTemplate, render_prompt
-from rlsys.data.rows import parse_row
 
 SCHEMA = {
     "name": "get_weather",
@@ -34,9 +33,10 @@ def rendered(template: str, row: dict, **variables) -> tuple[str, list[str]]:
     """The prompt as text, and what the template left out."""
     tokenizer = chat_tokenizer(template)
     chat = ChatTemplate(tokenizer, variables)
-    [token_ids] = chat.render([("a.jsonl, line 1", parse_row(row, system=None))])
-    assert isinstance(token_ids, list), token_ids
-    return tokenizer.decode(token_ids), chat.notices
+    found = parsed(row)
+    chat.render([found])
+    assert not found.problem
+    return tokenizer.decode(found.token_ids), chat.notices
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_a_tokenizer_may_have_another_template_for_tools():
         "tool_use": "{{ messages[-1].content }}{{ tools | tojson }}",
     }
     chat = ChatTemplate(tokenizer)
-    rows = [{"prompt": "a"}, {"prompt": "a", "tools": TOOLS}]
-    parsed = [("a.jsonl", parse_row(row, system=None)) for row in rows]
-    plain, with_tools = map(tokenizer.decode, chat.render(parsed))
+    rows = [parsed({"prompt": "a"}), parsed({"prompt": "a", "tools": TOOLS})]
+    chat.render(rows)
+    plain, with_tools = (tokenizer.decode(row.token_ids) for row in rows)
     assert (plain, with_tools) == ("a", "a" + json.dumps(TOOLS))
     assert chat.notices == []
 

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-from data_cases import assistant, user
+from data_cases import assistant, parsed, user
 
-from rlsys.data.readers import BadRow
-from rlsys.data.rows import parse_row
+from rlsys.data.json_text import BadRow
 
 ASKED = [{"role": "user", "content": "2 + 2?"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}]
@@ -111,21 +110,21 @@ def calling(content: str = "", *calls: dict) -> dict:
     ],
 )
 def test_a_format_is_recognised(row, messages, columns):
-    parsed = parse_row(row, system=None)
-    assert parsed.messages == messages
-    assert parsed.columns == columns
+    found = parsed(row)
+    assert found.messages == messages
+    assert found.columns == columns
 
 
 def test_a_system_message_of_the_row_goes_before_the_one_of_the_config():
     for row in ({"prompt": "2 + 2?"}, {"query": "2 + 2?"}, {"instruction": "2 + 2?"}):
-        assert parse_row(row, system="a").messages[0] == {"role": "system", "content": "a"}
+        assert parsed(row, system="a").messages[0] == {"role": "system", "content": "a"}
         row["system"] = "b"
-        assert parse_row(row, system="a").messages[0] == {"role": "system", "content": "b"}
-    own = parse_row({"messages": [*SYSTEM, *ASKED], "system": "b"}, system="a")
+        assert parsed(row, system="a").messages[0] == {"role": "system", "content": "b"}
+    own = parsed({"messages": [*SYSTEM, *ASKED], "system": "b"}, system="a")
     assert own.messages == [*SYSTEM, *ASKED]
     assert own.columns == {"system": "b"}  # so that the run names it as unread
     same = {"messages": [*SYSTEM, *ASKED], "system": "Be brief.", "system_prompt": ""}
-    assert parse_row(same, system="a").columns == {}
+    assert parsed(same, system="a").columns == {}
 
 
 @pytest.mark.parametrize(
@@ -137,10 +136,10 @@ def test_a_system_message_of_the_row_goes_before_the_one_of_the_config():
         ({"prompt": [*ASKED, *assistant("4")]}, "which TRL would let the model continue"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "a turn is from 'robot'"),
         ({"query": 3}, "the user message has no text but a value"),
-        ({"query": "a", "history": ["b"]}, "no list of [query, response]: 'b'"),
-        ({"instruction": ["a"]}, "the column 'instruction' is no text"),
+        ({"query": "a", "history": ["b"]}, "not a list of [query, response]: 'b'"),
+        ({"instruction": ["a"]}, "the column 'instruction' is not a text"),
         ({"instruction": " ", "input": ""}, "the user message has no text"),
-        ({"prompt": "a", "system": 3}, "the column 'system' is no text: 3"),
+        ({"prompt": "a", "system": 3}, "the column 'system' is not a text: 3"),
         ({"prompt": "a", "image": "a.png"}, "has image (the column 'image' is not empty)"),
         ({"messages": user([{"type": "image_url"}])}, "a part of type 'image_url'"),
         (
@@ -168,7 +167,7 @@ def test_a_system_message_of_the_row_goes_before_the_one_of_the_config():
 )
 def test_a_row_that_cannot_be_used_says_why(row, words):
     with pytest.raises(BadRow) as caught:
-        parse_row(row, system=None)
+        parsed(row)
     assert words in str(caught.value)
 
 
@@ -306,15 +305,15 @@ def openai(**call) -> dict:
     ],
 )
 def test_agents_write_turns_in_many_ways(row, messages):
-    assert parse_row(row, system=None).messages == messages
+    assert parsed(row).messages == messages
 
 
 def test_a_last_turn_that_calls_tools_is_the_answer():
-    parsed = parse_row({"messages": [*ASKED, CALLING]}, system=None)
-    assert parsed.messages == ASKED
-    assert json.loads(parsed.columns["solution"]) == parsed.columns["tool_calls"]
-    assert parsed.columns["tool_calls"] == [CALL["function"]]
-    with_words = parse_row({"messages": [*ASKED, CALLING | {"content": "a"}]}, system=None)
+    found = parsed({"messages": [*ASKED, CALLING]})
+    assert found.messages == ASKED
+    assert json.loads(found.columns["solution"]) == found.columns["tool_calls"]
+    assert found.columns["tool_calls"] == [CALL["function"]]
+    with_words = parsed({"messages": [*ASKED, CALLING | {"content": "a"}]})
     assert with_words.columns == {"solution": "a", "tool_calls": [CALL["function"]]}
 
 
@@ -322,7 +321,7 @@ def test_a_last_turn_that_calls_tools_is_the_answer():
 @pytest.mark.parametrize("write", [json.dumps, repr], ids=["JSON", "Python"])
 def test_turns_in_the_cell_of_a_table_are_turns(column, write):
     given = [*SYSTEM, *ASKED]
-    assert parse_row({column: write(given)}, system=None).messages == given
+    assert parsed({column: write(given)}).messages == given
 
 
 @pytest.mark.parametrize(
@@ -338,7 +337,7 @@ def test_turns_in_the_cell_of_a_table_are_turns(column, write):
     ],
 )
 def test_words_that_begin_with_a_bracket_stay_words(words):
-    assert parse_row({"prompt": words}, system=None).messages == user(words)
+    assert parsed({"prompt": words}).messages == user(words)
 
 
 @pytest.mark.parametrize(
@@ -346,34 +345,34 @@ def test_words_that_begin_with_a_bracket_stay_words(words):
 )
 def test_tools_are_schemas_in_every_spelling(given):
     for tools in (given, json.dumps(given)):
-        parsed = parse_row({"prompt": "a", "tools": tools}, system=None)
-        assert parsed.tools == [TOOL]
-        assert parsed.columns == {"tools": tools}
+        found = parsed({"prompt": "a", "tools": tools})
+        assert found.tools == [TOOL]
+        assert found.columns == {"tools": tools}
 
 
 @pytest.mark.parametrize("empty", [None, "", " ", [], "[]", {}])
 def test_rows_without_tools_or_variables_have_none(empty):
-    parsed = parse_row({"prompt": "a", "tools": empty, "chat_template_kwargs": empty}, system=None)
-    assert parsed.tools is None
-    assert parsed.template_kwargs == {}
+    found = parsed({"prompt": "a", "tools": empty, "chat_template_kwargs": empty})
+    assert found.tools is None
+    assert found.template_kwargs == {}
 
 
 @pytest.mark.parametrize("write", [dict, json.dumps])
 def test_a_row_may_have_its_own_variables_of_the_template(write):
     given = write({"enable_thinking": False})
-    parsed = parse_row({"prompt": "a", "chat_template_kwargs": given}, system=None)
-    assert parsed.template_kwargs == {"enable_thinking": False}
+    found = parsed({"prompt": "a", "chat_template_kwargs": given})
+    assert found.template_kwargs == {"enable_thinking": False}
 
 
 @pytest.mark.parametrize("empty", ["[]", [], [None], None, {}, ""])
 def test_a_column_of_images_may_be_empty(empty):
-    assert parse_row({"prompt": "2 + 2?", "images": empty}, system=None).messages == ASKED
+    assert parsed({"prompt": "2 + 2?", "images": empty}).messages == ASKED
 
 
 def test_the_assistant_may_have_said_nothing():
     placeholder = {"messages": [*ASKED, *assistant("")]}
-    assert parse_row(placeholder, system=None).columns == {}
+    assert parsed(placeholder).columns == {}
     earlier = [*ASKED, *assistant(""), *ASKED]
-    assert parse_row({"messages": earlier}, system=None).messages == earlier
+    assert parsed({"messages": earlier}).messages == earlier
     with pytest.raises(BadRow, match="the assistant message has no text"):
-        parse_row({"messages": [*ASKED, *assistant(None), *ASKED]}, system=None)
+        parsed({"messages": [*ASKED, *assistant(None), *ASKED]})

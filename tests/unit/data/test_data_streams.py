@@ -14,8 +14,9 @@ from tracking_cases import make_config
 
 from rlsys.data import load_prompts
 from rlsys.data.streams.difficulty import DifficultySampling
-from rlsys.data.streams.in_memory import MixedPrompts, PromptSource
+from rlsys.data.streams.in_memory import PromptSource
 from rlsys.data.streams.make import make_prompt_stream
+from rlsys.data.streams.mixed import MixedPrompts
 from rlsys.launch import check_prompts
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
 

@@ -21,6 +21,7 @@ from rlsys.data import (
 from rlsys.data.load import load_prompts
 from rlsys.data.preprocess import open_dataset
 from rlsys.data.registered import registered_datasets
+from rlsys.data.row import LEFT_OUT
 from rlsys.preflight.data import count_rows
 from rlsys.preflight.hub import use_cache_without_hub
 
@@ -194,9 +195,9 @@ def test_none_leaves_a_row_out_and_a_class_does_as_well_as_an_instance(tokenizer
     data = load(tokenizer, "short#2")
     assert data.summary()[0].startswith("data: short#2 through Short: 1 of 2 rows used")
     assert [p.messages for p in data.train] == [user("a")]
-    assert data.counts[0].filtered == 1
+    assert data.counts[0].dropped == {LEFT_OUT: 1}
     preprocessors["instance"] = Short()
-    assert load(tokenizer, source, preprocessor=["instance"]).counts[0].filtered == 1
+    assert load(tokenizer, source, preprocessor=["instance"]).counts[0].dropped[LEFT_OUT] == 1
 
 
 def test_prepare_dataset_gets_all_renamed_rows(tokenizer, tmp_path):
@@ -287,7 +288,7 @@ def test_registered_datasets_are_known_preprocessors(tokenizer, countdown, tmp_p
         load(tokenizer, "train.jsonl", preprocessor=["CoundownTaskPreprocessor"], **countdown)
 
 
-def test_a_dataset_path_that_does_not_exist_is_no_hub_id(tokenizer, countdown, tmp_path):
+def test_a_dataset_path_that_does_not_exist_is_not_a_hub_id(tokenizer, countdown, tmp_path):
     plugin = COUNTDOWN.replace("subsets=['default']", "dataset_path='train.jsonl'")
     (tmp_path / "countdown.py").write_text(plugin)
     for entry in ("zouxuhong/Countdown-Tasks-3to4", "train.jsonl"):

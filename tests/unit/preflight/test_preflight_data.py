@@ -6,6 +6,7 @@ from data_cases import word_tokenizer, write_jsonl
 from rlsys.config import DataConfig, RewardConfig
 from rlsys.data import load_prompts
 from rlsys.data.reward_columns import row_check
+from rlsys.data.sources import raise_if_any
 from rlsys.rewards import ORM, RewardError, orms, register_reward
 
 SCHEMA = {"type": "object"}
@@ -63,17 +64,17 @@ def test_built_in_rewards_refuse_what_they_could_not_score(
 ):
     rows = [{"prompt": "a"} | row for row in (good, bad, good)]
     source = write_jsonl(tmp_path / "train.jsonl", rows)
-    [problem] = load(tokenizer, source, name, params={name: params}).refused.texts
-    assert problem.startswith(f"{source}, line 2: reward function {name!r}: ")
-    assert says in problem
+    [problem] = load(tokenizer, source, name, params={name: params}).refused
+    assert problem.text.startswith(f"{source}, line 2: reward function {name!r}: ")
+    assert says in problem.text
 
 
 @pytest.mark.parametrize("name", ["accuracy", "countdown", "code", "regex_match", "json_schema"])
 def test_what_no_row_has_is_told_once(tokenizer, tmp_path, name):
     rows = [{"prompt": c, "nums": [1], "other": 1} for c in "abc"]
-    [problem] = load(tokenizer, write_jsonl(tmp_path / "a.jsonl", rows), name).refused.texts
-    assert problem.startswith(f"every row: reward function {name!r}: ")
-    assert "column" in problem
+    [problem] = load(tokenizer, write_jsonl(tmp_path / "a.jsonl", rows), name).refused
+    assert problem.text.startswith(f"every row: reward function {name!r}: ")
+    assert "column" in problem.text
 
 
 def test_datasets_may_have_the_answer_in_different_columns(tokenizer, tmp_path):
@@ -84,7 +85,7 @@ def test_datasets_may_have_the_answer_in_different_columns(tokenizer, tmp_path):
     ]
     source = write_jsonl(tmp_path / "a.jsonl", rows)
     data = load(tokenizer, source, "countdown", "exact_match")
-    assert [text.split(":")[0].split()[-1] for text in data.refused.texts] == ["3", "3"]
+    assert [problem.text.split(":")[0].split()[-1] for problem in data.refused] == ["3", "3"]
     texts = ["<answer>1</answer>", "<answer>2</answer>"]
     for name in ("countdown", "exact_match"):
         columns = [prompt.columns for prompt in data.train[:2]]
@@ -106,11 +107,11 @@ def test_all_bad_rows_are_told_at_once_and_those_that_are_not_used_are_not(token
     data = load(tokenizer, f"{source}#40", "countdown", "accuracy", max_prompt_length=50)
     assert len(data.train) == 38
     refused = data.refused
-    assert len(refused.texts) + refused.num_more == 2 * 18
-    lines = [text.split(":")[0].split()[-1] for text in refused.texts[:8]]
+    assert len(refused) == 2 * 18
+    lines = [problem.text.split(":")[0].split()[-1] for problem in refused[:8]]
     assert lines == ["1", "1", "2", "2", "3", "3", "6", "6"]
     with pytest.raises(ValueError, match=r"36 problems:(?s:.*)\.\.\. and 26 more"):
-        refused.raise_if_any()
+        raise_if_any(refused)
     write_jsonl(tmp_path / "train.jsonl", [*rows, {"prompt": ""}])
     with pytest.raises(ValueError, match=r"has no text(?s:.*)line 1: reward function 'countdown'"):
         load(tokenizer, source, "countdown")
@@ -121,7 +122,7 @@ def test_many_different_schemas_are_looked_at_as_json_only(tokenizer, tmp_path, 
     schemas = [{"title": "a"}, {"title": "b"}, {"type": "objekt"}, "[]", None]
     rows = [{"prompt": "a", "schema": schema} for schema in schemas]
     data = load(tokenizer, write_jsonl(tmp_path / "a.jsonl", rows), "json_schema")
-    assert [text.split(":")[0].split()[-1] for text in data.refused.texts] == ["4", "5"]
+    assert [problem.text.split(":")[0].split()[-1] for problem in data.refused] == ["4", "5"]
 
 
 def test_functions_and_classes_of_users_may_check_rows(tokenizer, tmp_path):
@@ -163,7 +164,7 @@ def test_functions_and_classes_of_users_may_check_rows(tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "a", "n": n} for n in (2, 3, 4)])
     names = ("function", "static", "instance")
     data = load(tokenizer, source, *names, params={"instance": {"limit": 3}})
-    assert [text.partition("a.jsonl, ")[2] for text in data.refused.texts] == [
+    assert [problem.text.partition("a.jsonl, ")[2] for problem in data.refused] == [
         "line 2: reward function 'function': n must be even",
         "line 2: reward function 'static': n must be even",
         "line 3: reward function 'instance': n must be at most 3",
@@ -184,7 +185,7 @@ def test_cosine_says_which_column_its_correctness_needs(tokenizer, tmp_path):
     params = {"cosine": {"correctness": "countdown"}}
     data = load(tokenizer, source, "cosine", params=params)
     with pytest.raises(ValueError, match="'countdown', which needs the column 'nums'"):
-        data.refused.raise_if_any()
+        raise_if_any(data.refused)
 
 
 def test_a_check_that_is_broken_itself_says_so(tokenizer, tmp_path):

@@ -5,8 +5,8 @@ import subprocess
 import threading
 
 import pytest
+from data_cases import parsed
 
-from rlsys.data.rows import parse_row
 from rlsys.rewards import orms
 from rlsys.rewards.answers import last_boxed
 
@@ -247,7 +247,7 @@ def test_numbers_below_each_other_are_not_one(accuracy):
 )
 def test_the_last_turn_of_the_assistant_is_an_answer_only_where_it_marks_one(accuracy, said, gold):
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": said}]
-    columns = parse_row({"messages": turns}, system=None).columns
+    columns = parsed({"messages": turns}).columns
     assert accuracy.gold(columns) == gold
     assert accuracy.gold(columns | {"answer": "9"}) == "9"
 
