@@ -126,9 +126,9 @@ def load_prompts(
     if config.streaming:
         streams = open_streams(sources, config, template, problems, seed=seed)
     else:
-        rows = _load_rows(sources, template, problems, seed=seed)
+        rows = _load_rows(sources, config, template, problems, seed=seed)
         train = _make_prompts(rows, check, refused)
-    rows = _load_rows(val_sources, template, problems, seed=seed)
+    rows = _load_rows(val_sources, config, template, problems, seed=seed)
     validation = _make_prompts(rows, check, refused)
     check_renamed(config, [*sources, *val_sources], problems)
     raise_if_any(problems and problems + refused)
@@ -163,7 +163,12 @@ _Taken = tuple[Source, Row, int]
 
 
 def _load_rows(
-    sources: list[Source], template: ChatTemplate, problems: list[Problem], *, seed: int
+    sources: list[Source],
+    config: DataConfig,
+    template: ChatTemplate,
+    problems: list[Problem],
+    *,
+    seed: int,
 ) -> list[_Taken]:
     """The rows to use of each dataset, rendered."""
     taken: list[_Taken] = []
@@ -177,7 +182,7 @@ def _load_rows(
         rows = list({row.number: row for row, _ in sample}.values())
         for start in range(0, len(rows), RENDER_BATCH):
             render_rows([(source, row) for row in rows[start : start + RENDER_BATCH]], template)
-        if source.config.deduplicate and source.split == "train":
+        if config.deduplicate and source.split == "train":
             _drop_duplicates(rows, seen)
         problems += source.problems(rows)
         for row, copy in sample:
