@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.config.dataset_spec import parse_spec
 from rlsys.config.local_paths import is_in_job_copy
-from rlsys.data.spec import parse_spec
 
 
 def left_out_of_job_copy(config: Config) -> list[str]:
