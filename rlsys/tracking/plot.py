@@ -1,9 +1,11 @@
-"""The picture of a run: rewards, lengths, and how far the policy is from its neighbours."""
+"""The picture of a run: rewards, lengths, and the distance of the policy from other models."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rlsys.files import read_jsonl, replacing
@@ -13,22 +15,24 @@ from rlsys.tracking.base import Metrics, Tracker, is_evaluation
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Series = dict[int, float]
+"""One metric: step -> value, in order of steps."""
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Okabe and Ito's palette: distinct for colour-blind readers; lines differ in style as well."""
+"""Okabe and Ito's palette, distinct for colour-blind readers; line styles differ too."""
 LINE_STYLES = ("-", "--", ":", "-.")
 SMOOTHING_STEPS = 5
-"""Rewards are noisy from step to step: the bold line is the mean of this many steps."""
+"""The bold line is the mean reward of this many steps, since single steps are noisy."""
 
 
 class RewardCurveTracker(Tracker):
-    """Draws reward_curve.png when the run ends, also when it fails."""
+    """Draws reward_curve.png when the run ends or fails."""
 
     def __init__(self, run_dir: RunDir):
         self._run_dir = run_dir
         self._has_steps = False
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """Remember that there is something to draw; the numbers are read from metrics.jsonl."""
+        """Note that there is something to draw; the numbers come from metrics.jsonl."""
         self._has_steps = self._has_steps or not is_evaluation(metrics)
 
     def close(self) -> None:
@@ -46,7 +50,7 @@ def plot_run(run_dir: Path) -> Path:
     Raises:
         ValueError: Nothing has been logged yet.
     """
-    # Imported here, not above: it takes a second that `rlsys completions` need not wait for.
+    # This import takes a second, which other commands need not wait for.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -79,44 +83,25 @@ def plot_run(run_dir: Path) -> Path:
     return files.reward_curve
 
 
-class Series:
-    """One metric over the steps at which it was logged, gaps as NaN."""
-
-    def __init__(self) -> None:
-        self._by_step: dict[int, float] = {}
-
-    def set(self, step: int, value: float | None) -> None:
-        """Take a value; a later one of the same step replaces it."""
-        self._by_step[step] = float("nan") if value is None else float(value)
-
-    @property
-    def steps(self) -> list[int]:
-        """In order."""
-        return sorted(self._by_step)
-
-    @property
-    def values(self) -> list[float]:
-        """In the order of `steps`."""
-        return [self._by_step[step] for step in self.steps]
-
-    def smoothed(self, window: int) -> list[float]:
-        """The mean of the last `window` values at each step, fewer at the start, NaN left out."""
-        values = self.values
-        means = []
-        for end in range(1, len(values) + 1):
-            known = [value for value in values[max(0, end - window) : end] if value == value]
-            means.append(sum(known) / len(known) if known else float("nan"))
-        return means
-
-
 def load_series(rows: Iterable[dict[str, Any]]) -> dict[str, Series]:
-    """Metrics by name; texts are left out."""
+    """Metrics by name, without texts; the last value of a step counts, and null is NaN."""
     series: dict[str, Series] = {}
     for row in rows:
         for name, value in row.items():
             if name != "step" and not isinstance(value, str):
-                series.setdefault(name, Series()).set(row["step"], value)
-    return series
+                number = float("nan") if value is None else float(value)
+                series.setdefault(name, {})[row["step"]] = number
+    return {name: dict(sorted(by_step.items())) for name, by_step in series.items()}
+
+
+def smoothed(series: Series, window: int) -> Series:
+    """The mean of the last `window` values at each step; fewer at the start, without NaN."""
+    steps, means = list(series), {}
+    for end, step in enumerate(steps, start=1):
+        values = [series[s] for s in steps[max(0, end - window) : end]]
+        known = [value for value in values if not math.isnan(value)]
+        means[step] = fmean(known) if known else float("nan")
+    return means
 
 
 def _draw_rewards(axes: Axes, series: dict[str, Series]) -> None:
@@ -124,27 +109,26 @@ def _draw_rewards(axes: Axes, series: dict[str, Series]) -> None:
     axes.set_ylabel("mean over the completions of a step")
     if "reward" in series:
         reward = series["reward"]
-        smooth = len(reward.steps) >= 4 * SMOOTHING_STEPS
-        bold = reward.smoothed(SMOOTHING_STEPS) if smooth else reward.values
-        label = f"reward, mean of {SMOOTHING_STEPS} steps" if smooth else "reward"
-        _draw_line(axes, reward.steps, bold, color=COLORS[0], linewidth=2.2, label=label)
-        if smooth:
-            axes.plot(reward.steps, reward.values, color=COLORS[0], alpha=0.35, linewidth=1)
-    if "reward" in series and "reward_std" in series:
-        std = dict(zip(series["reward_std"].steps, series["reward_std"].values, strict=True))
-        low = [value - std.get(step, 0.0) for step, value in zip(reward.steps, bold, strict=True)]
-        high = [value + std.get(step, 0.0) for step, value in zip(reward.steps, bold, strict=True)]
-        axes.fill_between(
-            reward.steps, low, high, color=COLORS[0], alpha=0.12, linewidth=0, label="± reward_std"
-        )
+        is_long = len(reward) >= 4 * SMOOTHING_STEPS
+        bold = smoothed(reward, SMOOTHING_STEPS) if is_long else reward
+        label = f"reward, mean of {SMOOTHING_STEPS} steps" if is_long else "reward"
+        _draw_line(axes, bold, color=COLORS[0], linewidth=2.2, label=label)
+        if is_long:
+            _draw_line(axes, reward, color=COLORS[0], alpha=0.35, linewidth=1)
+        if "reward_std" in series:
+            std = series["reward_std"]
+            low, high = (
+                {step: value + sign * std.get(step, 0.0) for step, value in bold.items()}
+                for sign in (-1, 1)
+            )
+            _draw_band(axes, low, high, label="± reward_std")
     _draw_held_out(axes, series, "eval/reward", COLORS[0])
     names = [name for name in series if name.startswith("rewards/") and name.endswith("/mean")]
     for index, name in enumerate(names, start=1):
         color = COLORS[1 + (index - 1) % (len(COLORS) - 2)]
         _draw_line(
             axes,
-            series[name].steps,
-            series[name].values,
+            series[name],
             linestyle=LINE_STYLES[index % len(LINE_STYLES)],
             color=color,
             label=name.removeprefix("rewards/").removesuffix("/mean"),
@@ -152,18 +136,24 @@ def _draw_rewards(axes: Axes, series: dict[str, Series]) -> None:
         _draw_held_out(axes, series, f"eval/{name}", color)
 
 
-def _draw_line(axes: Axes, steps: list[int], values: list[float], **style: Any) -> None:
-    """A line, or a dot when there is one step only, which a line would not show."""
-    axes.plot(steps, values, marker="o" if len(steps) == 1 else "", **style)
+def _draw_line(axes: Axes, series: Series, **style: Any) -> None:
+    """A line, or a dot if there is only one step, which a line would not show."""
+    marker = "o" if len(series) == 1 else ""
+    axes.plot(list(series), list(series.values()), **{"marker": marker} | style)
+
+
+def _draw_band(axes: Axes, low: Series, high: Series, *, label: str) -> None:
+    style: dict[str, Any] = {"color": COLORS[0], "alpha": 0.12, "linewidth": 0}
+    axes.fill_between(list(low), list(low.values()), list(high.values()), label=label, **style)
 
 
 def _draw_held_out(axes: Axes, series: dict[str, Series], name: str, color: str) -> None:
-    """Markers, in the colour of the training curve of the same quantity."""
+    """Markers in the colour of the training curve of the same metric."""
     if name in series:
         label = f"held-out {name.removeprefix('eval/rewards/').removeprefix('eval/')}"
-        axes.plot(
-            series[name].steps,
-            series[name].values,
+        _draw_line(
+            axes,
+            series[name],
             linestyle="none",
             marker="D",
             markersize=6.5,
@@ -180,10 +170,8 @@ def _draw_lengths(axes: Axes, series: dict[str, Series]) -> None:
     names = [f"completions/{kind}_length" for kind in ("mean", "min", "max")]
     if all(name in series for name in names):
         mean, low, high = (series[name] for name in names)
-        _draw_line(axes, mean.steps, mean.values, color=COLORS[0], linewidth=2, label="mean")
-        axes.fill_between(
-            low.steps, low.values, high.values, color=COLORS[0], alpha=0.12, label="min to max"
-        )
+        _draw_line(axes, mean, color=COLORS[0], linewidth=2, label="mean")
+        _draw_band(axes, low, high, label="min to max")
         axes.set_ylim(bottom=0)
 
 
@@ -199,8 +187,7 @@ def _draw_differences(axes: Axes, series: dict[str, Series]) -> None:
     positive = False
     for color, (name, style, label) in zip(COLORS, curves, strict=False):
         if name in series:
-            steps, values = series[name].steps, series[name].values
-            _draw_line(axes, steps, values, linestyle=style, color=color, label=label)
-            positive = positive or any(value > 0 for value in values)
+            _draw_line(axes, series[name], linestyle=style, color=color, label=label)
+            positive = positive or any(value > 0 for value in series[name].values())
     if positive:
         axes.set_yscale("log", nonpositive="mask")

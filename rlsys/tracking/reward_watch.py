@@ -1,4 +1,4 @@
-"""Three ways in which rewards go wrong that nobody sees in a table of numbers, told once each."""
+"""Warnings of rewards that go wrong in ways that a table of numbers does not show."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import math
 import re
 import shlex
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.tracking.base import Metrics, is_evaluation
+from rlsys.tracking.watch import Watch
 
 DEAD_STEPS = 20
-"""So many steps in a row with one and the same value make a reward dead."""
+"""A reward is dead after this many steps in a row with one value."""
 WINDOW_STEPS = 10
-"""Training steps whose mean is compared at two evaluations."""
+"""Training steps before an evaluation whose mean reward is compared."""
 NUM_ERRORS = 2.0
-"""Standard errors by which something has to change, so that noise is no warning."""
+"""Standard errors that count as a change and not as noise."""
 SAME = 1e-8
 
 _NAME = re.compile(r"rewards/(?!correlation/)(.+)/mean")
@@ -30,50 +32,46 @@ class _Evaluation:
     """Standard error of the mean."""
 
 
-class RewardWatch:
-    """Looks at the metrics of a run and says what a person should look into.
+class RewardWatch(Watch):
+    """Warns of three problems with rewards.
 
-    - No reward: not one completion of a step has any, so nothing was trained.
-    - A dead reward: one value for every completion of `DEAD_STEPS` steps in a row.
-    - A sign of reward hacking: the reward of training has risen since the evaluation at which
-      held-out accuracy was best, and at two evaluations in a row that accuracy was lower.
-      Accuracy is the reward function with accuracy in its name, else the first one.
+    - No reward: no completion of a step has a reward, so nothing was trained.
+    - A dead reward: a function gave one value to every completion of `DEAD_STEPS` steps in a row.
+    - A sign of reward hacking: the training reward has risen since the evaluation with the best
+      held-out accuracy, and accuracy was lower at the last two evaluations. Accuracy is the reward
+      function with "accuracy" in its name, else the first one.
 
-    It knows the steps of this process only; after a resume it starts anew.
+    Args:
+        reward_funcs: names of the reward functions.
+        completions: the run's completions.jsonl, for commands in warnings; None if it has none.
     """
 
     def __init__(self, reward_funcs: list[str], completions: Path | None = None):
-        """`completions` is the run's file of them; None: it writes none."""
+        super().__init__()
         file = "FILE" if completions is None else shlex.quote(str(completions))
         self._completions = f"--completions {file}"
         named = [name for name in reward_funcs if "accuracy" in name]
         self._accuracy = (named or reward_funcs)[0]
         self._constant: dict[str, tuple[float, int]] = {}
-        """Function -> its value and for how many steps it has been the same."""
+        """Reward function -> its value, and for how many steps it has been the same."""
         self._rewards: dict[int, float] = {}
         self._evaluations: list[_Evaluation] = []
-        self._told: set[str] = set()
 
-    def observe(self, step: int, metrics: Metrics) -> list[str]:
-        """Take the metrics of a step or an evaluation; returns the warnings that are new."""
+    def _find(self, step: int, metrics: Metrics) -> Iterator[tuple[str, str]]:
         if is_evaluation(metrics):
-            return self._once("hacking", self._hacking(step, metrics))
-        warnings: list[str] = []
+            if (warning := self._hacking(step, metrics)) is not None:
+                yield "hacking", warning
+            return
         reward = metrics.get("reward")
         if isinstance(reward, float) and math.isfinite(reward):
             self._rewards[step] = reward
         elif isinstance(reward, float):
-            warnings += self._once("no reward", self._no_reward(step))
+            yield "no reward", self._no_reward(step)
         for key in metrics:
             if match := _NAME.fullmatch(key):
-                warnings += self._once(f"dead {match[1]}", self._dead(match[1], metrics))
-        return warnings
-
-    def _once(self, topic: str, warning: str | None) -> list[str]:
-        if warning is None or topic in self._told:
-            return []
-        self._told.add(topic)
-        return [warning]
+                name = match[1]
+                if (warning := self._dead(name, metrics)) is not None:
+                    yield f"dead {name}", warning
 
     def _dead(self, name: str, metrics: Metrics) -> str | None:
         mean, std = metrics[f"rewards/{name}/mean"], metrics.get(f"rewards/{name}/std")
@@ -88,16 +86,17 @@ class RewardWatch:
             return None
         return (
             f"reward function {name!r} gave {mean:g} to every completion of the last {DEAD_STEPS} "
-            "steps, so it teaches nothing. If that is its best value, it is learned and may be "
-            "left out; if not, look with `rlsys completions` at what it should have paid for, and "
-            f"try it alone with `rlsys rewards try {shlex.quote(name)} {self._completions}`."
+            "steps, so it teaches nothing. If that is its best value, the policy has learned it "
+            "and it may be left out. If not, look with `rlsys completions` for completions that it "
+            "should have rewarded, and try it alone with "
+            f"`rlsys rewards try {shlex.quote(name)} {self._completions}`."
         )
 
     def _no_reward(self, step: int) -> str:
         return (
             f"no completion of step {step} has a reward, so the step trained nothing: the reward "
-            "functions returned None for all of them, or failed where reward.on_error is drop. Try "
-            f"them alone with `rlsys rewards try {self._completions}`. This is said once."
+            "functions returned None for all of them, or failed and reward.on_error is drop. Try "
+            f"them alone with `rlsys rewards try {self._completions}`. This warning comes once."
         )
 
     def _hacking(self, step: int, metrics: Metrics) -> str | None:
@@ -116,20 +115,20 @@ class RewardWatch:
         return (
             f"the reward has risen since step {best.step}, from {statistics.fmean(before):.3g} to "
             f"{statistics.fmean(after):.3g}, while held-out {self._accuracy!r} has fallen from "
-            f"{best.mean:.3g} to {now.mean:.3g}: a sign that the policy has found a way to be paid "
-            "without solving the task. Read the best completions with `rlsys completions`, and "
-            "see which of the rewards/<name>/mean rises."
+            f"{best.mean:.3g} to {now.mean:.3g}: a sign that the policy gets rewards without "
+            "solving the task. Read the best completions with `rlsys completions`, and see which "
+            "rewards/<name>/mean rises."
         )
 
     def _window(self, step: int) -> list[float]:
-        """The rewards of the training steps up to `step`, or of the first ones."""
+        """Rewards of the last training steps up to `step`; of the first steps if there are none."""
         steps = sorted(self._rewards)
         until = [s for s in steps if s <= step][-WINDOW_STEPS:]
         return [self._rewards[s] for s in until or steps[:WINDOW_STEPS]]
 
 
 def _evaluation(step: int, metrics: Metrics, name: str) -> _Evaluation | None:
-    """Of reward function `name`; None where the metrics do not have it."""
+    """The evaluation of reward function `name`; None if the metrics lack it."""
     keys = ["completions/mean_length", "num_completion_tokens"]
     keys += [f"rewards/{name}/mean", f"rewards/{name}/std"]
     values = [metrics.get(f"eval/{key}", math.nan) for key in keys]

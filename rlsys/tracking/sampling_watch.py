@@ -1,7 +1,7 @@
-"""Whether completions come from the policy that is trained, and whether steps train at all.
+"""Warnings if completions do not come from the policy that is trained, or if steps train nothing.
 
-What `rlsys doctor --canary` proves with a run of its own, a run shows as far as its metrics can
-tell: a run that fails here ends with status 0 and a model that has learned nothing.
+Without them such a run would end with status 0 and a model that has learned nothing. `rlsys doctor
+--canary` proves the same with a run of its own.
 """
 
 from __future__ import annotations
@@ -13,62 +13,58 @@ from collections.abc import Iterator
 from rlsys.config import Config, GrpoConfig
 from rlsys.problems import RunFailed
 from rlsys.tracking.base import Metrics
+from rlsys.tracking.watch import Watch
 
 MAX_DIFFERENCE_OF_DTYPE = {"float32": 1e-4, "bfloat16": 0.1}
 """Mean of |log-prob of policy - log-prob of engine|, in nats, that rounding explains."""
 MAX_KL_OF_DTYPE = {"float32": 1e-6, "bfloat16": 1e-2}
-"""KL of a policy to its twin, k3: in bfloat16 2e-3 was measured between trainer and engine."""
+"""KL (k3) between two models of the same weights; 2e-3 was measured in bfloat16."""
 NEARLY_ALL = 0.95
-"""Share of tokens without a policy gradient with which a step trains nothing."""
+"""A step trains nothing if this share of its tokens has no policy gradient."""
 NO_ADVANTAGE = 1e-8
-"""Advantages are 0 up to here."""
+"""Advantages up to this size count as 0."""
 MAX_EMPTY_STEPS = 3
-"""Such steps in a row end the run."""
+"""The run ends after this many steps in a row that train nothing."""
 
 
 class TrainingStopped(RunFailed):
-    """Going on would train nothing, or another policy than the one that samples."""
+    """The run must stop: it trains nothing, or another policy than the one that samples."""
 
 
-class SamplingWatch:
-    """Reads the metrics of each training step of this process.
+class SamplingWatch(Watch):
+    """Warns if policy and engine compute differently, and if steps train nothing.
 
     Args:
         config: of the run.
-        dtype: of the weights.
+        dtype: type of the weights.
     """
 
     def __init__(self, config: Config, *, dtype: str):
+        super().__init__()
         self._config, self._dtype = config, dtype
-        self._told: set[str] = set()
         self._empty_steps = 0
-        self._is_first = True
         self._steps: list[int] = []
         self._has_advantages = False
 
-    def observe(self, step: int, metrics: Metrics) -> list[str]:
-        """The warnings that are new.
+    def _find(self, step: int, metrics: Metrics) -> Iterator[tuple[str, str]]:
+        """Problems of a training step.
 
         Raises:
             TrainingStopped: policy and engine differ by more than grpo.max_logp_difference, or
                 several steps in a row trained nothing.
         """
-        self._steps.append(step)
         advantage = metrics.get("advantages/abs_max")
         self._has_advantages |= not isinstance(advantage, float) or advantage > NO_ADVANTAGE
-        found = dict(self._differences(step, metrics))
-        self._is_first = False
+        # Later steps may have stale completions, which are from another policy.
+        if not (self._steps and self._config.rollout.max_staleness):
+            yield from self._differences(step, metrics)
+        self._steps.append(step)
         empty = self._empty(step, metrics)
-        if empty is None:
-            self._empty_steps = 0
-        else:
-            found["empty"] = empty
-            self._empty_steps += 1
-            if self._empty_steps == MAX_EMPTY_STEPS:
-                raise TrainingStopped(f"{MAX_EMPTY_STEPS} steps in a row trained nothing: {empty}")
-        new = {topic: text for topic, text in found.items() if topic not in self._told}
-        self._told |= new.keys()
-        return list(new.values())
+        self._empty_steps = 0 if empty is None else self._empty_steps + 1
+        if self._empty_steps == MAX_EMPTY_STEPS:
+            raise TrainingStopped(f"{MAX_EMPTY_STEPS} steps in a row trained nothing: {empty}")
+        if empty is not None:
+            yield "empty", empty
 
     def nothing_learned(self) -> str | None:
         """Why the steps so far taught nothing; None if one of them had an advantage."""
@@ -79,24 +75,22 @@ class SamplingWatch:
             f"{self._steps[-1]} did a group have completions with different rewards "
             "(frac_reward_zero_std). Read them with "
             f"`rlsys completions {shlex.quote(self._config.output_dir)}`: all problems are too "
-            "hard or too easy, or a reward function does not see what it should pay for"
+            "hard or too easy, or a reward function does not see what it should reward"
         )
 
     def _differences(self, step: int, metrics: Metrics) -> Iterator[tuple[str, str]]:
-        """Where one model computes differently in two places; later steps may be stale."""
-        if not self._is_first and self._config.rollout.max_staleness:
-            return
+        """Warnings that one model computes differently in two processes."""
         difference = metrics.get("sampling/logp_difference/mean")
         if isinstance(difference, float):
-            # A temperature below 1 stretches logits, and what they differ by.
+            # A temperature below 1 stretches logits, and with them their differences.
             stretch = max(1.0, 1 / self._config.rollout.temperature)
             rounding = MAX_DIFFERENCE_OF_DTYPE[self._dtype] * stretch
             text = self._difference_text(step, difference, rounding)
             bound = self._config.grpo.max_logp_difference
             if bound is not None and not difference <= bound:
                 raise TrainingStopped(
-                    f"{text} This is above grpo.max_logp_difference = {bound:g}, which ends the "
-                    "run; null never does."
+                    f"{text} This is above grpo.max_logp_difference = {bound:g}, so the run ends; "
+                    "with null it would continue."
                 )
             if not difference <= rounding:
                 yield "difference", text
@@ -108,7 +102,7 @@ class SamplingWatch:
                     "kl",
                     f"kl is {kl:.3g} at step 1, where policy and reference have the same weights "
                     f"and rounding in {self._dtype} explains {limit:g}: one of them does not "
-                    "compute what its files say. `rlsys doctor --canary CONFIG` looks closer.",
+                    "compute what its files say. Run `rlsys doctor --canary CONFIG` to find out.",
                 )
 
     def _starts_at_reference(self, step: int) -> bool:
@@ -121,15 +115,15 @@ class SamplingWatch:
             f"log-probs of policy and rollout engine differ by {difference:.3g} nats a token at "
             f"step {step} (sampling/logp_difference/mean), and rounding in {self._dtype} explains "
             f"{rounding:g}: completions are not sampled from the policy that is trained. Likely "
-            "causes: a model whose config.json one of both reads differently, weights that did not "
-            "arrive, quantized or low-precision kernels. `rlsys doctor --canary CONFIG` and "
-            "docs/debugging.md look closer."
+            "causes: both read the model's config.json differently, weights did not arrive, or "
+            "kernels are quantized or of low precision. `rlsys doctor --canary CONFIG` and "
+            "docs/debugging.md help to find the cause."
         )
 
     def _empty(self, step: int, metrics: Metrics) -> str | None:
-        """Why a step trained nothing; None if it did, or if no completion had a reward.
+        """Why a step trained nothing; None if it trained, or if no completion had a reward.
 
-        Without rewards the reward watch warns, and reward.on_error decides.
+        RewardWatch warns of missing rewards.
         """
         reward, grpo = metrics.get("reward"), self._config.grpo
         if isinstance(reward, float) and math.isnan(reward):
@@ -148,16 +142,15 @@ class SamplingWatch:
             return None
         difference = metrics.get("sampling/logp_difference/mean", math.nan)
         return (
-            f"step {step} trained next to nothing, {_what_leaves_out(grpo)} left out {masked:.1%} "
-            f"of its tokens; policy and rollout engine differ by {difference:.3g} nats a token. "
-            "Where that is large, see docs/debugging.md; where it is small, widen the threshold, "
-            "or use token or geometric weights, as the ratio of a whole completion multiplies "
-            "those of its tokens"
+            f"step {step} trained next to nothing, {_masks(grpo)} left out {masked:.1%} of its "
+            f"tokens; policy and rollout engine differ by {difference:.3g} nats a token. If that "
+            "is large, see docs/debugging.md. If it is small, widen the threshold, or use token or "
+            "geometric weights: the ratio of a completion is the product of its tokens' ratios"
         )
 
 
-def _what_leaves_out(grpo: GrpoConfig) -> str:
-    """The settings that may leave tokens out of a step."""
+def _masks(grpo: GrpoConfig) -> str:
+    """The settings that may leave tokens out of the loss."""
     values = {
         "rollout_is": grpo.rollout_is if grpo.rollout_is.endswith("_mask") else None,
         "rollout_rs": None if grpo.rollout_rs == "none" else grpo.rollout_rs,

@@ -5,7 +5,7 @@ from tracking_cases import DRIVER_METRICS
 
 from rlsys.files import JsonlWriter
 from rlsys.run.folder import RunDir
-from rlsys.tracking.plot import Series, load_series, plot_run
+from rlsys.tracking.plot import load_series, plot_run, smoothed
 
 
 def write_metrics(run: RunDir, *rows: dict) -> None:
@@ -52,13 +52,11 @@ def test_series_are_in_order_of_steps_and_the_last_value_of_a_step_counts():
     rows = [{"step": 2, "a": 1.0}, {"step": 1, "a": None, "text": "x"}, {"step": 2, "a": 5.0}]
     series = load_series(rows)
     assert list(series) == ["a"]
-    assert series["a"].steps == [1, 2]
-    assert math.isnan(series["a"].values[0])
-    assert series["a"].values[1] == 5.0
+    assert list(series["a"]) == [1, 2]
+    assert math.isnan(series["a"][1])
+    assert series["a"][2] == 5.0
 
 
 def test_smoothing_is_the_mean_of_the_steps_so_far_within_the_window():
-    series = Series()
-    for step, value in enumerate([1.0, 3.0, None, 5.0]):
-        series.set(step, value)
-    assert series.smoothed(2) == [1.0, 2.0, 3.0, 5.0]
+    series = {0: 1.0, 1: 3.0, 2: math.nan, 3: 5.0}
+    assert smoothed(series, 2) == {0: 1.0, 1: 2.0, 2: 3.0, 3: 5.0}
