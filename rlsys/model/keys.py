@@ -1,8 +1,8 @@
-"""Which keys of a model's config.json rlsys knows to be right, and what it does with the others.
+"""The keys of a model's config.json that rlsys knows to be right; a run with others is refused.
 
 transformers, vLLM and the policy each obey some keys and skip the rest without a word. A key that
-only one of them obeys makes policy and rollout engine compute different models. So this is a list
-of what is known to be right, for each architecture; a run with any other key is refused.
+only one of them obeys makes policy and rollout engine compute different models. The keys here are
+those that families share; `ModelFamily` has further ones.
 """
 
 from __future__ import annotations
@@ -12,25 +12,11 @@ from typing import Any
 
 from rlsys.model.families import FAMILIES
 
-_IMPLEMENTED = {
-    "model_type",
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "rope_theta",
-    "tie_word_embeddings",
-    "architectures",
-    "layer_types",
-    "rope_scaling",
-    "rope_parameters",
-    "sliding_window",
-}
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -40,77 +26,32 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
-    "moe_intermediate_size",
-    "num_experts_per_tok",
 )
-_BOOKKEEPING = {
-    "attn_implementation",
-    "bos_token_id",
-    "dtype",
-    "eos_token_id",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "id2label",
-    "initializer_range",
-    "is_llama_config",
-    "label2id",
-    "max_window_layers",  # means something with use_sliding_window only
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "prefix",
-    "pretraining_tp",  # how pretraining split matrices
-    "problem_type",
-    "return_dict",
-    "return_dict_in_generate",
-    "sep_token_id",
-    "task_specific_params",
-    "tf_legacy_loss",
-    "tokenizer_class",
-    "torch_dtype",
-    "torchscript",
-    "transformers.js_config",
-    "transformers_version",
-    "unk_token_id",
-    "unsloth_fixed",
-    "unsloth_version",
-    "use_bfloat16",
-    "use_cache",
-}
+_IMPLEMENTED = _names("""
+    model_type rms_norm_eps rope_theta tie_word_embeddings architectures layer_types
+    rope_scaling rope_parameters sliding_window
+""").union(_SIZES)
+# max_window_layers means something with use_sliding_window only, pretraining_tp says how
+# pretraining split matrices.
+_BOOKKEEPING = _names("""
+    attn_implementation bos_token_id dtype eos_token_id finetuning_task gradient_checkpointing
+    id2label initializer_range is_llama_config label2id max_window_layers name_or_path
+    num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp
+    problem_type return_dict return_dict_in_generate sep_token_id task_specific_params
+    tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config
+    transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
+""")
 """Keys that describe files, training or defaults of a library, and leave the forward pass alone."""
-_GENERATION = {
-    "bad_words_ids",
-    "begin_suppress_tokens",
-    "decoder_start_token_id",
-    "diversity_penalty",
-    "do_sample",
-    "early_stopping",
-    "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "length_penalty",
-    "max_length",
-    "min_length",
-    "no_repeat_ngram_size",
-    "num_beam_groups",
-    "num_beams",
-    "num_return_sequences",
-    "output_scores",
-    "remove_invalid_values",
-    "repetition_penalty",
-    "suppress_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "typical_p",
-}
+_GENERATION = _names("""
+    bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty do_sample
+    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores
+    remove_invalid_values repetition_penalty suppress_tokens temperature top_k top_p typical_p
+""")
 """Defaults of `generate()` in older transformers; the run's own sampling settings replace them."""
-_PROSE = {"author", "authors", "comment", "comments", "description", "license", "note", "notes"}
+_PROSE = _names("author authors comment comments description license note notes")
 """Words of people for people: ignored, and named once."""
-
 _INERT: dict[str, tuple[Any, ...]] = {
     "activation": ("silu", "swiglu"),
     "add_cross_attention": (False,),
@@ -157,7 +98,7 @@ _REMEDY = (
 
 
 def key_problems(values: dict[str, Any]) -> Iterator[str]:
-    """What a config.json of a supported model_type says that rlsys does not know to be right."""
+    """Keys and values in the config.json of a supported model_type that could be wrong."""
     model_type = values["model_type"]
     family = FAMILIES[model_type]
     named = values.get("architectures")
@@ -167,7 +108,7 @@ def key_problems(values: dict[str, Any]) -> Iterator[str]:
             f"{model_type} has [{family.architecture!r}]"
         )
     inert = {**_INERT, **family.inert}
-    known = _IMPLEMENTED | family.keys | _BOOKKEEPING | _GENERATION | _PROSE
+    known = _IMPLEMENTED.union(family.keys, family.sizes, _BOOKKEEPING, _GENERATION, _PROSE)
     for key, value in values.items():
         if key.startswith("_") or value is None or value in ([], {}, ""):
             continue
@@ -206,7 +147,8 @@ def _method(value: Any) -> str:
 
 
 def _size_problems(values: dict[str, Any]) -> Iterator[str]:
-    for key in _SIZES:
+    family = FAMILIES[values["model_type"]]
+    for key in (*_SIZES, *family.sizes):
         value = values.get(key)
         if value is not None and (type(value) is not int or value < 1):
             yield f"{key} = {value!r} should be a whole number of at least 1"
@@ -221,13 +163,13 @@ def _size_problems(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _head_problems(values: dict[str, Any]) -> Iterator[str]:
-    model_type, hidden = values["model_type"], values.get("hidden_size")
+    family, hidden = FAMILIES[values["model_type"]], values.get("hidden_size")
     heads, groups = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if heads and groups and heads % groups:
         yield f"num_key_value_heads = {groups} does not divide num_attention_heads = {heads}"
-    head_dim = values.get("head_dim", FAMILIES[model_type].defaults.get("head_dim"))
-    # transformers refuses such a Llama with a head_dim, too.
-    if hidden and heads and hidden % heads and (model_type == "llama" or head_dim is None):
+    head_dim = values.get("head_dim", family.defaults.get("head_dim"))
+    must_divide = family.heads_divide_hidden or head_dim is None
+    if must_divide and hidden and heads and hidden % heads:
         yield f"num_attention_heads = {heads} does not divide hidden_size = {hidden}"
     elif head_dim is not None and head_dim % 2:
         yield f"head_dim = {head_dim} should be even: rotary embeddings turn pairs of numbers"

@@ -105,12 +105,16 @@ class ModelFamily:
     model_type: str
     architecture: str
     """The class that vLLM builds, which goes by `architectures` and not by model_type."""
-    keys: frozenset[str] = frozenset()
+    sizes: tuple[str, ...] = ()
+    """Further keys of config.json that are whole numbers of at least 1."""
+    keys: tuple[str, ...] = ()
     """Further keys of config.json that rlsys implements."""
     inert: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Key of config.json -> the values with which it changes nothing in this family."""
     defaults: Mapping[str, int] = field(default_factory=dict)
     """What transformers and vLLM take for sizes that config.json leaves out."""
+    heads_divide_hidden: bool = False
+    """Whether transformers refuses another number of heads even if config.json has head_dim."""
     has_qkv_bias: bool = False
     """Whether q, k and v have a bias, which config.json may not say."""
     has_qk_norm: bool = False

@@ -5,5 +5,6 @@ from rlsys.model.families.base import ModelFamily
 LLAMA = ModelFamily(
     model_type="llama",
     architecture="LlamaForCausalLM",
+    heads_divide_hidden=True,
     inert={"sliding_window": ()},  # Qwen's configs name one and switch it off; Llama's cannot
 )

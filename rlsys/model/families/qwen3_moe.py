@@ -62,17 +62,14 @@ def _expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
 QWEN3_MOE = ModelFamily(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
-    keys=frozenset(
-        {
-            "moe_intermediate_size",
-            "norm_topk_prob",
-            "num_experts",
-            "num_experts_per_tok",
-            "num_local_experts",
-            # Losses that balance experts, which rlsys does not add: docs/architecture.md.
-            "output_router_logits",
-            "router_aux_loss_coef",
-        }
+    sizes=("moe_intermediate_size", "num_experts_per_tok"),
+    # The last two are of losses that balance experts, which rlsys does not add.
+    keys=(
+        "norm_topk_prob",
+        "num_experts",
+        "num_local_experts",
+        "output_router_logits",
+        "router_aux_loss_coef",
     ),
     inert=QK_NORM_KEYS | {"mlp_only_layers": ([],)},  # each layer has experts
     defaults={"num_key_value_heads": 4},
