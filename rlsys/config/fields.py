@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from functools import cache
+from typing import Any
 
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -11,6 +13,7 @@ from rlsys.config.schema import Config, Section
 from rlsys.config.yaml_text import read_scalar
 
 
+@cache
 def config_sections() -> dict[str, type[Section]]:
     """The sections of the config by name, in order."""
     return {
@@ -20,6 +23,7 @@ def config_sections() -> dict[str, type[Section]]:
     }
 
 
+@cache
 def config_fields() -> dict[str, FieldInfo]:
     """Every field: top-level ones by name, then the others as `section.field`, in order."""
     sections = config_sections()
@@ -27,6 +31,15 @@ def config_fields() -> dict[str, FieldInfo]:
     for section, cls in sections.items():
         fields |= {f"{section}.{name}": info for name, info in cls.model_fields.items()}
     return fields
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """`{"a": {"b": 1}}` for `{"a.b": 1}`."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        section, _, field = name.rpartition(".")
+        (found.setdefault(section, {}) if section else found)[field] = value
+    return found
 
 
 def first_sentence(docstring: str | None) -> str:

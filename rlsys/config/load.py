@@ -1,45 +1,31 @@
-"""A YAML file and command-line overrides -> a checked Config that knows where each value is from.
+"""A YAML file and command-line words -> a checked `Config` with the origin of each value.
 
-All problems are found first and told in one error, each with its remedy.
+All problems are collected first and reported in one error, each with its remedy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import join, quote
-from textwrap import indent
-from types import NoneType
+from shlex import quote
 from typing import Any, Literal
 
 import yaml
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
-from rlsys.config.fields import config_fields, config_sections, first_sentence
-from rlsys.config.hints import coming_from, counterpart, hint, is_of_elsewhere, likely_project
+from rlsys.config.fields import config_fields, config_sections
+from rlsys.config.hints import is_of_elsewhere
 from rlsys.config.local_paths import is_in_job_copy
-from rlsys.config.pasted_command import PastedCommand, split_command
+from rlsys.config.pasted_command import advice, read_command_line
 from rlsys.config.schema import Config
-from rlsys.config.texts import kinds_of
-from rlsys.config.words import apply_words, read_options, value_of
+from rlsys.config.validation import validate
+from rlsys.config.words import apply_options
 from rlsys.config.yaml_text import dump_yaml, load_yaml
 from rlsys.files import replacing, unused_folder
 from rlsys.problems import Problem, ProblemsError
 from rlsys.text import not_utf8
 
 Origin = Literal["default", "file", "command line"]
-
-_PLACEHOLDERS: dict[str, Any] = {
-    "output_dir": "-",
-    "data.dataset": ["-"],
-    "model.path": "-",
-    "rollout.generation_batch_size": 8,
-}
-"""Stand in for required fields that are missing or wrong, so that the rest can be checked."""
-
 
 _SAVED_HEAD = "# The resolved config of the run in this folder."
 
@@ -50,57 +36,55 @@ class ResolvedConfig:
 
     config: Config
     origins: dict[str, Origin]
-    """`section.field` (or a top-level field) -> who set it; one entry for every field."""
+    """Every field, `section.field` or a top-level one -> who set it."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
     """The config of YAML file `path` with command-line `overrides` applied.
 
     Args:
-        path: The YAML file.
-        overrides: Command-line words: `["--policy.lr", "1e-5", "--checkpoint.resume"]`.
+        path: the YAML file.
+        overrides: command-line words: `["--policy.lr", "1e-5", "--checkpoint.resume"]`.
 
     Raises:
-        ProblemsError: with every problem found in the file, the overrides and their combination.
+        ProblemsError: lists every problem of the file, the overrides and their combination.
     """
-    problems: list[str] = []
-    values = _read_yaml(Path(path), problems)
+    problems: list[Problem] = []
+    values = _read_file(Path(path), problems)
+    in_file = _leaves(values)
+    options, project = read_command_line(overrides, in_file, problems)
+    in_words, unknown = apply_options(options, values, problems, project)
     origins: dict[str, Origin] = dict.fromkeys(config_fields(), "default")
-    origins |= {name: "file" for name in _leaves(values) if name in origins}
-    command = split_command(overrides)
-    problems += command.problems()
-    project = _project(command, _leaves(values))
-    found, unknown = apply_words(command.options, values, problems, project)
-    origins |= dict.fromkeys(found, "command line")
-    if "num_train_epochs" in found and "max_steps" not in found and "max_steps" in values:
-        del values["max_steps"]  # in the file, where it was said before
+    origins |= dict.fromkeys((name for name in in_file if name in origins), "file")
+    origins |= dict.fromkeys(in_words, "command line")
+    if "num_train_epochs" in in_words and "max_steps" not in in_words and "max_steps" in values:
+        del values["max_steps"]  # the command line says how long the run is
         origins["max_steps"] = "default"
     unknown += [name for name in _leaves(values) if name not in origins]
-    config = _validate(values, origins, problems, project)
+    config = validate(values, set(in_words), problems, project)
     if config is None:
         given = [name for name, origin in origins.items() if origin != "default"]
-        advice = _advice(command, project, unknown, given, path)
-        raise ProblemsError(str(path), list(map(Problem, problems)), note=advice)
+        note = advice(options, project, unknown, given, path) if project else None
+        raise ProblemsError(str(path), problems, note=note)
     return ResolvedConfig(config, origins)
 
 
 def problems_of_words(words: Sequence[str]) -> str | None:
-    """What is wrong with a command line that has no CONFIG; None where only that is missing."""
-    command = split_command(words)
-    problems = command.problems()
-    project = _project(command, [])
-    given, unknown = apply_words(command.options, {}, problems, project)
+    """What is wrong with a command line without CONFIG; None where nothing else is wrong."""
+    problems: list[Problem] = []
+    options, project = read_command_line(words, [], problems)
+    given, unknown = apply_options(options, {}, problems, project)
     if not problems:
         return None
-    note = _advice(command, project, unknown, given, None)
-    return str(ProblemsError("the command line", list(map(Problem, problems)), note=note))
+    note = advice(options, project, unknown, given, None) if project else None
+    return str(ProblemsError("the command line", problems, note=note))
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write every field to YAML file `path`, which `load_config` reads back to an equal config.
 
-    It begins with the command that runs it again, in another folder. Its relative paths start at
-    the working directory, which that command enters.
+    The file begins with the command that runs it again, in another folder. Its relative paths start
+    at the working directory, which that command enters.
     """
     path = path.absolute()
     again = f"rlsys grpo {quote(str(path))} --output_dir {quote(str(unused_folder(path.parent)))}"
@@ -124,33 +108,47 @@ def is_saved_config(path: Path) -> bool:
 # --- the file ------------------------------------------------------------------------------------
 
 
-def _read_yaml(path: Path, problems: list[str]) -> dict[str, Any]:
-    """The file's mapping; raises ProblemsError when there is nothing to go on with."""
+def _read_file(path: Path, problems: list[Problem]) -> dict[str, Any]:
+    """The file's mapping: sections -> fields, both with text keys.
+
+    Raises:
+        ProblemsError: the file holds no mapping.
+    """
     if path.is_dir():
         inside = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
         example = f", such as {inside[0]}" if inside else ""
-        raise ProblemsError(str(path), [Problem(f"it is a folder; name a YAML file{example}")])
+        raise _refused(path, f"it is a folder; name a YAML file{example}")
     if not path.is_file():
-        raise ProblemsError(str(path), [Problem("there is no such file")])
-    text = _decode(path)
+        raise _refused(path, "there is no such file")
+    content = path.read_bytes()
+    repeated: list[str] = []
     try:
-        values = load_yaml(text, repeated=problems)
+        values = load_yaml(content.decode("utf-8"), repeated=repeated)
+    except UnicodeDecodeError as error:
+        before = content[: error.start].split(b"\n")
+        line = content.split(b"\n")[len(before) - 1]
+        text = f"line {len(before)} {not_utf8(line, len(before[-1]))}"
+        raise _refused(path, text) from None
     except yaml.YAMLError as error:
-        raise ProblemsError(str(path), [Problem(f"it is not valid YAML: {error}")]) from None
+        raise _refused(path, f"it is not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise ProblemsError(
-            str(path), [Problem("it should hold `section:` blocks of `field: value` lines")]
-        )
+        raise _refused(path, "it should hold `section:` blocks of `field: value` lines")
+    problems += map(Problem, repeated)
     checked = _with_text_keys(values)
     for name in [key for key in checked if "." in key and key in config_fields()]:
         section, _, field = name.rpartition(".")
         inside = checked.setdefault(section, {})
+        value = checked.pop(name)
         if isinstance(inside, dict) and field not in inside:
-            inside[field] = checked.pop(name)
+            inside[field] = value
         else:
-            problems.append(f"{name}: is given under {section}: too: keep one of them")
-            del checked[name]
+            text = f"{name}: is given under {section}: too: keep one of them"
+            problems.append(Problem(text))
     return checked
+
+
+def _refused(path: Path, text: str) -> ProblemsError:
+    return ProblemsError(str(path), [Problem(text)])
 
 
 def _with_text_keys(values: dict[Any, Any]) -> dict[str, Any]:
@@ -174,7 +172,7 @@ def _with_text_keys(values: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _names_below(name: str, value: Any) -> dict[str, Any]:
-    """`{"a.b.c": 1}` of `a` and `{"b": {"c": 1}}`."""
+    """`{"a.b.c": 1}` for `a` and `{"b": {"c": 1}}`."""
     if not isinstance(value, dict) or not value:
         return {name: value}
     found: dict[str, Any] = {}
@@ -183,203 +181,8 @@ def _names_below(name: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def _decode(path: Path) -> str:
-    """The text of a file in UTF-8; raises ProblemsError with line and byte when it is none."""
-    content = path.read_bytes()
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        before = content[: error.start].split(b"\n")
-        line = content.split(b"\n")[len(before) - 1]
-        problem = f"line {len(before)} {not_utf8(line, len(before[-1]))}"
-        raise ProblemsError(str(path), [Problem(problem)]) from None
-
-
 def _leaves(values: dict[str, Any]) -> list[str]:
     names = []
     for key, value in values.items():
         names += [f"{key}.{field}" for field in value] if isinstance(value, dict) else [str(key)]
     return names
-
-
-# --- commands and files of other projects --------------------------------------------------------
-
-
-def _project(command: PastedCommand, names: Sequence[str]) -> str | None:
-    """Whose command or file it is, if not ours."""
-    names = [*names, *(option.name for option in read_options(command.options, []))]
-    return command.project or likely_project(
-        [name for name in names if name not in config_fields()]
-    )
-
-
-def _advice(
-    command: PastedCommand,
-    project: str | None,
-    unknown: Sequence[str],
-    given: Sequence[str],
-    path: str | Path | None,
-) -> str | None:
-    """What differs for someone from another project, and the part of the command that does not.
-
-    Args:
-        command: what was pasted.
-        project: where it is from.
-        unknown: names that no field has.
-        given: fields that were set.
-        path: of the CONFIG; without one, the translation is a file.
-    """
-    if project is None:
-        return None
-    start, differing = _translated(command, project)
-    lines = [coming_from(project, unknown, given)]
-    lines += [f"{name} means something else there: {note}" for name, note in differing.items()]
-    if start and path is None:
-        text = indent(dump_yaml(_nested({name: value for name, (value, _) in start.items()})), "  ")
-        lines.append(f"What means the same here, as a CONFIG to start from and to check:\n\n{text}")
-    elif start:
-        words = [word for name, (_, texts) in start.items() for word in (f"--{name}", *texts)]
-        text = join(["rlsys", "explain", str(path), *words])
-        lines.append(f"What means the same here, to start from and to check:\n\n  {text}")
-    return "\n".join(lines)
-
-
-def _translated(
-    command: PastedCommand, project: str
-) -> tuple[dict[str, tuple[Any, list[str]]], dict[str, str]]:
-    """Fields with value and words, where both projects mean the same by them.
-
-    Returns:
-        those, and the names that are fields of ours and count something else there.
-    """
-    fields = config_fields()
-    found: dict[str, tuple[Any, list[str]]] = {}
-    differing: dict[str, str] = {}
-    for option in read_options(command.options, []):
-        row = counterpart(option.name, project)
-        if row is not None and not row.same_value:
-            if option.name in fields:
-                differing[option.name] = row.note
-            continue
-        name = option.name if row is None else row.fields[0]
-        if name in fields and name not in found:
-            with suppress(ValueError):
-                found[name] = (value_of(option.texts, fields[name]), option.texts)
-    try:
-        Config.model_validate(_nested(_PLACEHOLDERS | {n: v for n, (v, _) in found.items()}))
-    except ValidationError as error:
-        for name in {_field_of(detail)[0] for detail in error.errors()}:
-            found.pop(name, None)
-    return {name: found[name] for name in fields if name in found}, differing
-
-
-def _nested(values: dict[str, Any]) -> dict[str, Any]:
-    """`{"a": {"b": 1}}` of `{"a.b": 1}`."""
-    nested: dict[str, Any] = {}
-    for name, value in values.items():
-        section, _, field = name.rpartition(".")
-        (nested.setdefault(section, {}) if section else nested)[field] = value
-    return nested
-
-
-# --- validation ----------------------------------------------------------------------------------
-
-
-def _validate(
-    values: dict[str, Any],
-    origins: dict[str, Origin],
-    problems: list[str],
-    project: str | None,
-) -> Config | None:
-    """The config, or None when there are problems, which are all added to `problems`."""
-    for section in config_sections():
-        values.setdefault(section, {})  # so that what it lacks is told field by field
-    broken: set[str] = set()
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        for detail in _types_together(error.errors()):
-            rules = detail.get("ctx", {}).get("error")
-            if isinstance(rules, ProblemsError):
-                problems += [problem.text for problem in rules.problems]
-            else:
-                broken.add(_field_of(detail)[0])
-                problems.append(_describe(detail, origins, project))
-    else:
-        return None if problems else config
-    if broken:
-        problems += _rules_broken_by_the_rest(values, broken)
-    return None
-
-
-def _rules_broken_by_the_rest(values: dict[str, Any], wrong: set[str]) -> list[str]:
-    """The cross-field rules that the fields without a mistake of their own break."""
-    rest: dict[str, Any] = {}
-    for name in config_fields():
-        section, _, field = name.rpartition(".")
-        source = values[section] if section else values
-        target = rest.setdefault(section, {}) if section else rest
-        usable = name not in wrong and section not in wrong
-        if usable and field in source:
-            target[field] = source[field]
-        elif name in _PLACEHOLDERS:
-            wrong.add(name)
-            target[field] = _PLACEHOLDERS[name]
-    try:
-        Config.model_validate(rest)
-    except ValidationError as error:
-        (detail,) = error.errors()
-        rules = detail["ctx"]["error"]
-        assert isinstance(rules, ProblemsError)
-        return [p.text for p in rules.problems if not _concerns(p.fields, wrong)]
-    return []
-
-
-def _concerns(fields: tuple[str, ...], wrong: set[str]) -> bool:
-    return any(field in wrong or field.rpartition(".")[0] in wrong for field in fields)
-
-
-def _types_together(details: list[ErrorDetails]) -> list[ErrorDetails]:
-    """One error for a field that may be of several types; pydantic has one for each type."""
-    together: dict[tuple[Any, ...], ErrorDetails] = {}
-    for detail in details:
-        name, below = _field_of(detail)
-        first = together.setdefault((name, *below), detail)
-        if first is not detail:
-            first["msg"] = f"{_rule(first)}, or {_rule(detail).removeprefix('should be ')}"
-    return list(together.values())
-
-
-def _field_of(detail: ErrorDetails) -> tuple[str, list[Any]]:
-    """The name of the field, and list indices and keys of the user's own below it."""
-    place = list(detail["loc"])
-    depth = 2 if place and place[0] in config_sections() else 1
-    name, below = ".".join(str(part) for part in place[:depth]), place[depth:]
-    info = config_fields().get(name)
-    if info is not None and len(kinds_of(info) - {NoneType}) > 1:
-        del below[:1]  # the type for which it is wrong
-    return name, below
-
-
-def _rule(detail: ErrorDetails) -> str:
-    rule = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
-    return rule.split(", unable to ")[0]
-
-
-def _describe(detail: ErrorDetails, origins: dict[str, Origin], project: str | None) -> str:
-    """One problem as a line: the field, its value, the rule, and what the field means."""
-    fields = config_fields()
-    name, below = _field_of(detail)
-    label = name + "".join(f"[{part}]" for part in below)
-    if detail["type"] == "extra_forbidden":
-        return f"{name}: there is no such field.{hint(name, project)}"
-    if name in config_sections():
-        return f"{name}: should be a section with fields below it, not {detail['input']!r}"
-    meaning = first_sentence(fields[name].description)
-    if detail["type"] == "missing":
-        return f"{name}: is missing. {meaning}"
-    rule = _rule(detail)
-    if detail["type"] == "list_type":
-        rule = f"should be a list: [{detail['input']}]"
-    where = " (command line)" if origins[name] == "command line" else ""
-    return f"{label} = {detail['input']!r}{where}: {rule}. {meaning}"

@@ -1,15 +1,23 @@
-"""A whole command of another project behind `rlsys grpo`: its program, and what it is here."""
+"""A command of another project behind `rlsys grpo`: its program, and what it is in rlsys."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from pathlib import Path
+from textwrap import indent
+from typing import Any
 
-from rlsys.config.hints import hint
+from rlsys.config.fields import config_fields, nested
+from rlsys.config.hints import coming_from, counterpart, hint, likely_project
+from rlsys.config.validation import wrong_fields
+from rlsys.config.words import Option, read_options, value_of
+from rlsys.config.yaml_text import dump_yaml
+from rlsys.problems import Problem
 
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]*=.*", re.DOTALL)
 _PROJECTS = {
@@ -32,20 +40,42 @@ class PastedCommand:
     program: list[str]
     """`swift rlhf`, or `torchrun --nproc_per_node 8 train.py`; empty for an rlsys command."""
     variables: list[str]
-    """`NAME=value` words before or between the words of the program that rlsys has no field for."""
+    """`NAME=value` words before or between the words of the program, without a field in rlsys."""
     options: list[str]
+    """All other words. A variable with a field in rlsys is one of them."""
     project: str | None
-    """Whose program it is, where its name says so."""
+    """The project of the program, where its name shows it."""
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         """What to do with the words that are not options."""
         found = [
-            f"{word}: is a variable of the environment: write it before `rlsys`"
+            Problem(f"{word}: is a variable of the environment: write it before `rlsys`")
             for word in self.variables
         ]
         if self.program:
-            found.append(f"{shlex.join(self.program)}: leave it out, `rlsys` is the program")
+            text = f"{shlex.join(self.program)}: leave it out, `rlsys` is the program"
+            found.append(Problem(text))
         return found
+
+
+def read_command_line(
+    words: Sequence[str], names_of_file: Collection[str], problems: list[Problem]
+) -> tuple[list[Option], str | None]:
+    """The options among the words behind CONFIG; other words are added to `problems`.
+
+    Returns:
+        the options, and the other project that the command or the config file is from; None for
+        rlsys itself.
+    """
+    command = split_command(words)
+    problems += command.problems()
+    options = read_options(command.options, problems)
+    names = [*names_of_file, *(option.name for option in options)]
+    unknown = [name for name in names if name not in config_fields()]
+    return options, command.project or likely_project(unknown)
+
+
+# --- the program ---------------------------------------------------------------------------------
 
 
 def split_command(words: Sequence[str]) -> PastedCommand:
@@ -62,7 +92,10 @@ def split_command(words: Sequence[str]) -> PastedCommand:
             break
         program += rest[:length]
         del rest[:length]
-    variables += [f"NPROC_PER_NODE={number}" for number in _processes(program)]
+    for word, after in pairwise([*program, ""]):
+        match = _PROCESSES.fullmatch(word)
+        if match and (number := match["value"] or after):
+            variables.append(f"NPROC_PER_NODE={number}")
     known = [word for word in variables if hint(word.partition("=")[0])]
     packages = [Path(word).name.partition(".")[0] for word in program]
     return PastedCommand(
@@ -74,7 +107,7 @@ def split_command(words: Sequence[str]) -> PastedCommand:
 
 
 def _program_length(words: list[str]) -> int:
-    """How many words the program in front has; 0 where an option is in front."""
+    """The number of words of the program in front; 0 where an option is in front."""
     name = Path(words[0]).name
     if name.endswith(".py") and "=" not in name:
         return 1
@@ -93,11 +126,58 @@ def _is_command_word(word: str) -> bool:
     return not word.startswith("-") and "=" not in word and Path(word).name not in _PROJECTS
 
 
-def _processes(program: list[str]) -> list[str]:
-    """The number of processes that a launcher was to start."""
-    found = [
-        match["value"] or after
-        for word, after in pairwise([*program, ""])
-        if (match := _PROCESSES.fullmatch(word))
-    ]
-    return [text for text in found if text]
+# --- the translation -----------------------------------------------------------------------------
+
+
+def advice(
+    options: Sequence[Option],
+    project: str,
+    unknown: Collection[str],
+    given: Collection[str],
+    path: str | Path | None,
+) -> str:
+    """What differs for a user of another project, and the part of the command that does not.
+
+    Args:
+        options: of the command line.
+        project: the other project.
+        unknown: names that no field has.
+        given: fields that were set.
+        path: CONFIG; without it, the translation is a file instead of a command.
+    """
+    start, differing = _translated(options, project)
+    lines = [coming_from(project, unknown, given)]
+    lines += [f"{name} means something else there: {note}" for name, note in differing.items()]
+    if start and path is None:
+        text = indent(dump_yaml(nested({name: value for name, (value, _) in start.items()})), "  ")
+        lines.append(f"What means the same here, as a CONFIG to start from and to check:\n\n{text}")
+    elif start:
+        words = [word for name, (_, texts) in start.items() for word in (f"--{name}", *texts)]
+        text = shlex.join(["rlsys", "explain", str(path), *words])
+        lines.append(f"What means the same here, to start from and to check:\n\n  {text}")
+    return "\n".join(lines)
+
+
+def _translated(
+    options: Sequence[Option], project: str
+) -> tuple[dict[str, tuple[Any, list[str]]], dict[str, str]]:
+    """Field -> value and words, where both projects mean the same.
+
+    Returns:
+        these, and a note for each of our own names that means something else in `project`.
+    """
+    fields = config_fields()
+    found: dict[str, tuple[Any, list[str]]] = {}
+    differing: dict[str, str] = {}
+    for option in options:
+        row = counterpart(option.name, project)
+        if row is not None and not row.same_value:
+            if option.name in fields:
+                differing[option.name] = row.note
+            continue
+        name = option.name if row is None else row.fields[0]
+        if name in fields and name not in found:
+            with suppress(ValueError):
+                found[name] = (value_of(option.texts, fields[name]), option.texts)
+    wrong = wrong_fields({name: value for name, (value, _) in found.items()})
+    return {name: found[name] for name in fields if name in found and name not in wrong}, differing

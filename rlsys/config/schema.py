@@ -32,8 +32,7 @@ from rlsys.config.algorithm import (
     RolloutCorrection,
     RolloutRejection,
 )
-from rlsys.config.rules import cross_field_problems
-from rlsys.config.texts import (
+from rlsys.config.field_types import (
     REWARD_MODEL_PREFIX,
     PathText,
     RewardName,
@@ -41,6 +40,7 @@ from rlsys.config.texts import (
     kinds_of,
     split_list,
 )
+from rlsys.config.rules import cross_field_problems
 from rlsys.problems import ProblemsError
 
 

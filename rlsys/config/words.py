@@ -18,10 +18,11 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
+from rlsys.config.field_types import kinds_of, split_list
 from rlsys.config.fields import config_fields, config_sections, first_sentence
 from rlsys.config.hints import hint
-from rlsys.config.texts import kinds_of, split_list
 from rlsys.config.yaml_text import load_yaml, read_scalar
+from rlsys.problems import Problem
 
 _OPTION = re.compile(r"--(?P<name>[^=]*)(?:=(?P<value>.*))?", re.DOTALL)
 _HYDRA = re.compile(r"\+{0,2}(?P<name>[A-Za-z_][\w.-]*)=(?P<value>.*)", re.DOTALL)
@@ -33,8 +34,10 @@ class Option:
     """A name and the words behind it."""
 
     written: str
-    """As the user wrote it, with the dashes."""
+    """The name as the user wrote it, with dashes."""
     name: str
+    has_equals: bool
+    """Whether the first value stands behind `=`."""
     texts: list[str] = field(default_factory=list)
 
     def wants_value(self) -> bool:
@@ -45,86 +48,27 @@ class Option:
     def wants_values(self) -> bool:
         """Whether more words may be its values."""
         info = config_fields().get(self.name)
-        if info is None:
-            return not self.written.endswith("=")
-        return bool({list, dict} & kinds_of(info))
+        return bool({list, dict} & kinds_of(info)) if info is not None else not self.has_equals
 
 
-def apply_words(
-    words: Sequence[str],
-    values: dict[str, Any],
-    problems: list[str],
-    project: str | None = None,
-) -> tuple[list[str], list[str]]:
-    """Put what `words` say into `values`, a config file's mapping.
-
-    Args:
-        words: of the command line.
-        values: changed in place.
-        problems: gets what is wrong.
-        project: whose names the words are, if not ours.
-
-    Returns:
-        the fields that were set, and the names that no field has.
-    """
-    fields = config_fields()
-    options = read_options(words, problems)
-    for name, count in Counter(option.name for option in options).items():
-        if count > 1:
-            problems.append(f"--{name}: is given {count} times: keep one, with all its values")
-    found: list[str] = []
-    unknown: list[str] = []
-    for option in options:
-        name, keys = _field_and_keys(option.name, fields)
-        problem = _problem_of_name(option, name, keys, fields, project)
-        if problem is not None:
-            problems.append(problem)
-            unknown.append(name)
-            continue
-        section, _, field_name = name.rpartition(".")
-        parent = values.setdefault(section, {}) if section else values
-        if not isinstance(parent, dict):  # the section itself is reported as wrong
-            continue
-        if keys:
-            parent[field_name] = _with_key(
-                parent.get(field_name), keys, _mapping(" ".join(option.texts))
-            )
-        else:
-            try:
-                parent[field_name] = value_of(option.texts, fields[name])
-            except ValueError as error:
-                problems.append(f"{option.written.rstrip('=')}: {error}")
-                continue
-        found.append(name)
-    return found, unknown
-
-
-def read_options(words: Sequence[str], problems: list[str]) -> list[Option]:
-    """The names that are given, each with its words."""
+def read_options(words: Sequence[str], problems: list[Problem]) -> list[Option]:
+    """The names that are given, each with its words; words before the first are problems."""
     options: list[Option] = []
     for word in words:
         last = options[-1] if options else None
         found = _OPTION.fullmatch(word) or _other_spelling(word, last)
-        if found is None and last is None:
-            known = _normal(word) in config_fields()
-            way = (
-                f"write --{_normal(word)} VALUE" if known else "expected --section.field before it"
-            )
-            problems.append(f"{word}: {way}")
-        elif found is None:
-            assert last is not None
+        if found is not None:
+            value = found["value"]
+            option = Option(word.partition("=")[0], _normal(found["name"]), value is not None)
+            options.append(option)
+            option.texts += [] if value is None else [value]
+        elif last is not None:
             last.texts.append(word)
-        elif _ONE_DASH.fullmatch(word):
-            name = _normal(found["name"])
-            problems.append(f"-{found['name']}: write it with two dashes: --{name}")
-            options.append(Option(word, ""))
+        elif _normal(word) in config_fields():
+            problems.append(Problem(f"{word}: write --{_normal(word)} VALUE"))
         else:
-            written = word.partition("=")[0]
-            if found["value"] is None:
-                options.append(Option(written, _normal(found["name"])))
-            else:
-                options.append(Option(f"{written}=", _normal(found["name"]), [found["value"]]))
-    return [option for option in options if option.name or option.written.startswith("--")]
+            problems.append(Problem(f"{word}: expected --section.field before it"))
+    return options
 
 
 def _other_spelling(word: str, last: Option | None) -> re.Match[str] | None:
@@ -143,54 +87,105 @@ def _normal(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _field_and_keys(name: str, fields: dict[str, FieldInfo]) -> tuple[str, list[str]]:
+def apply_options(
+    options: Sequence[Option],
+    values: dict[str, Any],
+    problems: list[Problem],
+    project: str | None = None,
+) -> tuple[list[str], list[str]]:
+    """Put the values of `options` into `values`, the mapping of a config file.
+
+    Args:
+        options: from the command line.
+        values: changed in place.
+        problems: gets what is wrong.
+        project: the other project that the names are from, if any.
+
+    Returns:
+        the fields that were set, and the names that no field has.
+    """
+    for name, count in Counter(option.name for option in options).items():
+        if count > 1:
+            text = f"--{name}: is given {count} times: keep one, with all its values"
+            problems.append(Problem(text))
+    found: list[str] = []
+    unknown: list[str] = []
+    for option in options:
+        name, keys = _field_and_keys(option.name)
+        problem = _problem_of_name(option, name, keys, project)
+        if problem is not None:
+            problems.append(Problem(f"{option.written}: {problem}"))
+            unknown.append(name)
+            continue
+        section, _, field_name = name.rpartition(".")
+        parent = values.setdefault(section, {}) if section else values
+        if not isinstance(parent, dict):  # validation reports that the section is not a mapping
+            continue
+        if keys:
+            value = _yaml_or_text(" ".join(option.texts))
+            parent[field_name] = _with_key(parent.get(field_name), keys, value)
+        else:
+            try:
+                parent[field_name] = value_of(option.texts, config_fields()[name])
+            except ValueError as error:
+                problems.append(Problem(f"{option.written}: {error}"))
+                continue
+        found.append(name)
+    return found, unknown
+
+
+def _field_and_keys(name: str) -> tuple[str, list[str]]:
     """`reward.reward_params.length.max_length` as that field and the keys below it."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 1, -1):
-        start = ".".join(parts[:end])
-        if start in fields and dict in kinds_of(fields[start]):
-            return start, parts[end:]
+        info = config_fields().get(".".join(parts[:end]))
+        if info is not None and dict in kinds_of(info):
+            return ".".join(parts[:end]), parts[end:]
     return name, []
 
 
-def _problem_of_name(
-    option: Option,
-    name: str,
-    keys: list[str],
-    fields: dict[str, FieldInfo],
-    project: str | None,
-) -> str | None:
-    written = option.written.rstrip("=")
+def _problem_of_name(option: Option, name: str, keys: list[str], project: str | None) -> str | None:
+    fields = config_fields()
+    if option.written.startswith("-") and not option.written.startswith("--"):
+        return f"write it with two dashes: --{option.name}"
     if name in config_sections():
         example = next(field for field in fields if field.startswith(f"{name}."))
-        return f"{written}: is a section; set one of its fields, such as --{example}"
+        return f"is a section; set one of its fields, such as --{example}"
     if name in fields:
-        if keys and not option.texts:
-            return f"{written}: needs a value. {first_sentence(fields[name].description)}"
-        return None
+        return _needs_value(fields[name]) if keys and not option.texts else None
     positive = re.sub(r"(^|\.)no_", r"\1", name)
     if positive in fields and bool in kinds_of(fields[positive]):
-        return f"{written}: there is no such field. Write --{positive} false"
-    return f"{written}: there is no such field.{hint(name, project)}"
+        return f"there is no such field. Write --{positive} false"
+    return f"there is no such field.{hint(name, project)}"
+
+
+def _needs_value(info: FieldInfo) -> str:
+    return f"needs a value. {first_sentence(info.description)}"
+
+
+# --- values --------------------------------------------------------------------------------------
 
 
 def value_of(texts: list[str], info: FieldInfo) -> Any:
-    """What the words mean for a field of these types; what remains a text, validation reports.
+    """What the words mean for a field of these types; validation reports a text that stays one.
 
     Raises:
-        ValueError: too few words, or too many.
+        ValueError: the words are too few or too many.
     """
     kinds = kinds_of(info)
     if list in kinds:
         if NoneType in kinds and texts in (["null"], ["none"], ["None"]):
             return None
-        return _list(texts)
+        together = " ".join(texts)
+        if together.startswith("[") and together.endswith("]"):
+            return _yaml_or_text(together)
+        return [part for text in texts for part in split_list(text)]
     if dict in kinds and texts:
-        return _mapping(" ".join(texts))
+        return _yaml_or_text(" ".join(texts))
     if not texts:
         if bool in kinds:
             return True
-        raise ValueError(f"needs a value. {first_sentence(info.description)}")
+        raise ValueError(_needs_value(info))
     if len(texts) > 1:
         raise ValueError(f"takes one value, but has {len(texts)}: {' '.join(texts)}")
     [text] = texts
@@ -198,20 +193,12 @@ def value_of(texts: list[str], info: FieldInfo) -> Any:
         return None
     if not kinds & {int, float, bool}:
         return text
-    if not text:  # as "$LR" is where LR is not set; YAML reads it as null
-        raise ValueError(f"needs a value. {first_sentence(info.description)}")
+    if not text:  # from "$LR" where LR is not set; YAML reads it as null
+        raise ValueError(_needs_value(info))
     return read_scalar(text)
 
 
-def _list(texts: list[str]) -> Any:
-    together = " ".join(texts)
-    if together.startswith("[") and together.endswith("]"):
-        return _mapping(together)
-    return [part for text in texts for part in split_list(text)]
-
-
-def _mapping(text: str) -> Any:
-    """What it means in YAML; another text stays one, to be reported."""
+def _yaml_or_text(text: str) -> Any:
     try:
         return load_yaml(text)
     except yaml.YAMLError:
@@ -219,7 +206,7 @@ def _mapping(text: str) -> Any:
 
 
 def _with_key(mapping: Any, keys: list[str], value: Any) -> dict[str, Any]:
-    """`mapping` with the value at `keys`, one below the other."""
+    """A copy of `mapping` with the value at `keys`, one below the other."""
     changed = deepcopy(mapping) if isinstance(mapping, dict) else {}
     if keys[1:]:
         value = _with_key(changed.get(keys[0]), keys[1:], value)

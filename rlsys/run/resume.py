@@ -7,7 +7,8 @@ from itertools import count
 from typing import Any
 
 from rlsys.config import Config
-from rlsys.config.load import config_fields, is_saved_config
+from rlsys.config.fields import config_fields
+from rlsys.config.load import is_saved_config
 from rlsys.config.yaml_text import load_yaml
 from rlsys.files import bytes_in, read_jsonl, size_text
 from rlsys.run.folder import ENDED, RunDir

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.config.load import config_fields, config_sections, first_sentence
+from rlsys.config.fields import config_fields, config_sections, first_sentence
 
 ROOT = Path(__file__).parents[3]
 CONFIG_FILE = ROOT / "rlsys" / "config" / "schema.py"

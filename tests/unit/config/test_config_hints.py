@@ -137,7 +137,7 @@ def test_the_program_of_another_project_is_taken_away(front, project):
     variables = [word for word in command.options if word.startswith("NPROC_PER_NODE")]
     assert variables == (["NPROC_PER_NODE=8"] if "8" in front else [])
     assert command.options == [*variables, "--beta", "1", "x.lr=2"]
-    said = " ".join(command.problems())
+    said = " ".join(map(str, command.problems()))
     for word in front.split():
         assert word in said or word in variables
 

@@ -12,14 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.config import Config
-from rlsys.config.load import (
-    config_fields,
-    config_sections,
-    first_sentence,
-    is_saved_config,
-    load_config,
-    save_config,
-)
+from rlsys.config.fields import config_fields, config_sections, first_sentence
+from rlsys.config.load import is_saved_config, load_config, save_config
 from rlsys.config.local_paths import JOB_COPY
 from rlsys.problems import ProblemsError
 

@@ -101,7 +101,7 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
         ({"reference": {"sync_steps": 5}}, ["sync_steps = 5", "grpo.beta = 0"]),
         (
             {"reference": {"world_size": 2}, "grpo": {"beta": 0.1}},
-            ["reference.world_size = 2", "the 1 ranks", "reference.placement to own"],
+            ["reference.world_size = 2", "policy.world_size = 1", "reference.placement to own"],
         ),
         ({"reward": {"reward_weights": [1.0]}}, ["1 value for 2", "2 reward functions"]),
         ({"reward": {"reward_weights": [0.0, 0.0]}}, ["all 0"]),
@@ -177,7 +177,7 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
                     "use_distributed_optimizer": False,
                 }
             },
-            ["use_distributed_optimizer cuts", "that is false"],
+            ["use_distributed_optimizer shards", "that is false"],
         ),
         (
             {
@@ -201,10 +201,13 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
             {"data": {"dataset_weights": [1, 2]}},
             ["2 values for 1 dataset (", "one weight"],
         ),
-        ({"data": {"preprocessor": ["a", "b"]}}, ["2 names for 1 dataset:", "one for all"]),
+        (
+            {"data": {"preprocessor": ["a", "b"]}},
+            ["2 names for 1 dataset in data.dataset:", "one for all"],
+        ),
         (
             {"data": {"val_dataset": ["v"], "val_preprocessor": ["a", "b"]}},
-            ["2 names for 1 dataset:", "val_preprocessor"],
+            ["2 names for 1 dataset in data.val_dataset:", "val_preprocessor"],
         ),
         (
             {"data": {"dataset": ["a", "b"], "preprocessor": ["a", "b"], "val_dataset": ["v"]}},

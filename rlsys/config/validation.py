@@ -1,0 +1,153 @@
+"""Values of a config -> a `Config`, or every problem with them.
+
+pydantic finds fields that are wrong by themselves, and runs the rules between fields only where
+there are none. So that one message has both, the rules run a second time on the other fields.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from types import NoneType
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from rlsys.config.field_types import kinds_of
+from rlsys.config.fields import config_fields, config_sections, first_sentence, nested
+from rlsys.config.hints import hint
+from rlsys.config.schema import Config
+from rlsys.problems import Problem, ProblemsError
+
+_PLACEHOLDERS: dict[str, Any] = {
+    "output_dir": "-",
+    "data.dataset": ["-"],
+    "model.path": "-",
+    "rollout.generation_batch_size": 8,
+}
+"""Replace required fields that are missing or wrong, so that the others can be checked."""
+
+
+def validate(
+    values: dict[str, Any],
+    command_line: set[str],
+    problems: list[Problem],
+    project: str | None,
+) -> Config | None:
+    """The config, or None when there are problems.
+
+    Args:
+        values: the mapping of a config file.
+        command_line: fields whose values are from the command line.
+        problems: gets what is wrong.
+        project: the other project that the names are from, if any.
+    """
+    for section in config_sections():
+        values.setdefault(section, {})  # so that its missing fields are reported one by one
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        details = error.errors()
+    else:
+        return None if problems else config
+    if rules := _broken_rules(details):
+        problems += rules
+        return None
+    wrong: set[str] = set()
+    for detail in _one_for_each_field(details):
+        wrong.add(_field_of(detail)[0])
+        problems.append(Problem(_describe(detail, command_line, project)))
+    rest = _without(values, wrong)
+    problems += [rule for rule in _broken_rules(_errors(rest)) if not _reads(rule, wrong)]
+    return None
+
+
+def wrong_fields(values: Mapping[str, Any]) -> set[str]:
+    """The fields of `values`, name -> value, whose values are wrong by themselves."""
+    return {_field_of(detail)[0] for detail in _errors(nested(_PLACEHOLDERS | dict(values)))}
+
+
+def _errors(values: dict[str, Any]) -> list[ErrorDetails]:
+    try:
+        Config.model_validate(values)
+    except ValidationError as error:
+        return error.errors()
+    return []
+
+
+# --- rules between fields ------------------------------------------------------------------------
+
+
+def _broken_rules(details: list[ErrorDetails]) -> list[Problem]:
+    errors = [detail.get("ctx", {}).get("error") for detail in details]
+    return [p for error in errors if isinstance(error, ProblemsError) for p in error.problems]
+
+
+def _without(values: dict[str, Any], wrong: set[str]) -> dict[str, Any]:
+    """`values` without wrong and unknown fields; adds placeholders to both arguments."""
+    rest: dict[str, Any] = {}
+    for name in config_fields():
+        section, _, field = name.rpartition(".")
+        fields = values[section] if section else values
+        if name not in wrong and isinstance(fields, dict) and field in fields:
+            rest[name] = fields[field]
+        elif name in _PLACEHOLDERS:
+            wrong.add(name)
+            rest[name] = _PLACEHOLDERS[name]
+    return {section: {} for section in config_sections()} | nested(rest)
+
+
+def _reads(rule: Problem, wrong: set[str]) -> bool:
+    """Whether the rule's text names one of these fields, or a field of one of these sections."""
+    patterns = [rf"\b{name}\." for name in wrong & config_sections().keys()]
+    patterns += [rf"\b{name.rpartition('.')[2]}\b" for name in wrong & config_fields().keys()]
+    return any(re.search(pattern, rule.text) for pattern in patterns)
+
+
+# --- one field -----------------------------------------------------------------------------------
+
+
+def _one_for_each_field(details: list[ErrorDetails]) -> list[ErrorDetails]:
+    """One error for a field with several types; pydantic has one for each type."""
+    found: dict[tuple[Any, ...], ErrorDetails] = {}
+    for detail in details:
+        name, below = _field_of(detail)
+        first = found.setdefault((name, *below), detail)
+        if first is not detail:
+            first["msg"] = f"{_rule(first)}, or {_rule(detail).removeprefix('should be ')}"
+    return list(found.values())
+
+
+def _field_of(detail: ErrorDetails) -> tuple[str, list[Any]]:
+    """The name of the field; list indices and keys of the user below it."""
+    place = list(detail["loc"])
+    depth = 2 if place and place[0] in config_sections() else 1
+    name, below = ".".join(str(part) for part in place[:depth]), place[depth:]
+    info = config_fields().get(name)
+    if info is not None and len(kinds_of(info) - {NoneType}) > 1:
+        del below[:1]  # the type for which it is wrong
+    return name, below
+
+
+def _rule(detail: ErrorDetails) -> str:
+    rule = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    return rule.split(", unable to ")[0]
+
+
+def _describe(detail: ErrorDetails, command_line: set[str], project: str | None) -> str:
+    """The field, its value, the rule, and what the field means."""
+    name, below = _field_of(detail)
+    if detail["type"] == "extra_forbidden":
+        return f"{name}: there is no such field.{hint(name, project)}"
+    if name in config_sections():
+        return f"{name}: should be a section with fields below it, not {detail['input']!r}"
+    meaning = first_sentence(config_fields()[name].description)
+    if detail["type"] == "missing":
+        return f"{name}: is missing. {meaning}"
+    rule = _rule(detail)
+    if detail["type"] == "list_type":
+        rule = f"should be a list: [{detail['input']}]"
+    label = name + "".join(f"[{part}]" for part in below)
+    where = " (command line)" if name in command_line else ""
+    return f"{label} = {detail['input']!r}{where}: {rule}. {meaning}"
