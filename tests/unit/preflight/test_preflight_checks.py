@@ -434,7 +434,8 @@ def test_data_plugins_and_preprocessors_are_checked(problems, tmp_path):
     assert "a plugin above could not be loaded" in unknown.text
     assert plugin.only_here
     assert unknown.only_here
-    assert "behind # belongs a number" in only(problems("--data.val_dataset", "a.jsonl#many"))
+    val_dataset = problems("--data.val_dataset", "a.jsonl#many")
+    assert "a number of rows belongs behind #" in only(val_dataset)
 
 
 def test_fewer_rows_than_a_step_needs(problems):

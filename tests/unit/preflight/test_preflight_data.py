@@ -43,7 +43,7 @@ def load(tokenizer, source, *names, params=None, **options):
         ("multiple_choice", {"choices": "AB"}, {"answer": "b"}, {"answer": "C"}, "one of AB,"),
         ("exact_match", {}, {"answer": ["a", "b"]}, {"answer": ["a", ""]}, "none of them empty"),
         ("exact_match", {"column": "x"}, {"x": 3}, {"x": None}, "a text or a list"),
-        ("regex_match", {}, {"pattern": "a+"}, {"pattern": "(a"}, "no regular expression"),
+        ("regex_match", {}, {"pattern": "a+"}, {"pattern": "(a"}, "not a regular expression"),
         ("regex_match", {}, {"pattern": "a+"}, {"pattern": 3}, "must be a text"),
         ("json_schema", {}, {"schema": SCHEMA}, {"schema": {"type": "objekt"}}, "objekt"),
         ("json_schema", {}, {"schema": "{}"}, {"schema": "{"}, "not a usable JSON schema"),
