@@ -11,6 +11,8 @@ from rlsys.rewards import orms
 settings.register_profile("rlsys", deadline=None)
 # There the same examples in every run: what fails is what the change broke.
 settings.register_profile("ci", deadline=None, derandomize=True)
+# `make test-fast`: a tenth of the examples.
+settings.register_profile("fast", deadline=None, max_examples=10)
 settings.load_profile("ci" if "CI" in os.environ else "rlsys")
 
 
