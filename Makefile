@@ -1,6 +1,7 @@
 # make          set up the environment (does nothing when nothing changed)
 # make setup-gpu  the same for GPUs, in .venv-gpu
 # make demo     watch a small language model learn the Countdown game, on CPU
+# make test-fast  the pure parts, within a minute
 # make test     lint, types and tests
 # make test-all the same with the slowest tests: servers and whole runs of their own
 # make test-gpu the tests that need GPUs, with .venv-gpu or else the python3 of this shell
@@ -28,6 +29,9 @@ $(STAMP_GPU): requirements/gpu.txt pyproject.toml scripts/setup_gpu.sh scripts/s
 demo: setup
 	$(VENV)/bin/python examples/countdown/demo.py
 
+test-fast: setup
+	$(VENV)/bin/python -m pytest tests/unit -n 2 -m "not slow and not processes" --hypothesis-profile=fast
+
 test: lint
 	$(VENV)/bin/python -m pytest -n 2 -m "not slow"
 
@@ -49,4 +53,4 @@ clean:
 distclean: clean
 	rm -rf $(VENV) $(VENV_GPU) *.egg-info
 
-.PHONY: setup setup-gpu demo test test-all test-gpu lint clean distclean
+.PHONY: setup setup-gpu demo test-fast test test-all test-gpu lint clean distclean

@@ -13,6 +13,8 @@ from rlsys import cli
 from rlsys.commands import rewards_list
 from rlsys.commands.grpo import in_another_folder
 
+pytestmark = pytest.mark.processes
+
 
 def rlsys(*words, python=("-m", "rlsys.cli")):
     return subprocess.run(

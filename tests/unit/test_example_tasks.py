@@ -10,6 +10,8 @@ import pytest
 from rlsys.config.load import load_config
 from rlsys.rewards import orms
 
+pytestmark = pytest.mark.processes
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

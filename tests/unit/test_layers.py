@@ -175,6 +175,7 @@ def imported(package: str, *candidates: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("package", "forbidden"),
     [
@@ -189,6 +190,7 @@ def test_a_layer_stays_light(package, forbidden):
     assert imported(package, *forbidden) == []
 
 
+@pytest.mark.processes
 def test_the_check_above_can_fail():
     assert imported("rlsys.rewards", "fractions", "ray") == ["fractions"]
 

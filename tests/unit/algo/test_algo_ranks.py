@@ -9,6 +9,8 @@ from rlsys.algo.context_parallel import chunk_positions
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.metrics import MetricSums
 
+pytestmark = pytest.mark.processes
+
 WORLD_SIZE = 2
 
 

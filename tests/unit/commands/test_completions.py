@@ -22,6 +22,8 @@ from rlsys.tracking.jsonl import CompletionsTracker
 from rlsys.tracking.printable import printable
 from rlsys.types import RewardOutput
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def run(tmp_path) -> RunDir:

@@ -15,6 +15,8 @@ from rlsys.config.load import save_config
 from rlsys.rewards import orms
 from rlsys.tracking.completions import ABOUT_COMPLETION, completion_rows
 
+pytestmark = pytest.mark.processes
+
 PLUGIN = '''
 import os
 from rlsys.rewards import ORM, register_reward, trl_style

@@ -10,6 +10,8 @@ from data_cases import parsed
 from rlsys.rewards import orms
 from rlsys.rewards.answers import last_boxed
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def accuracy():

@@ -16,6 +16,8 @@ from rlsys.rewards import orms
 from rlsys.rewards.builtin.code_tests import AssertTest, CallTest, StdioTest, read_tests
 from rlsys.sandbox.sandbox import _SERVER, Limits, Sandbox
 
+pytestmark = pytest.mark.processes
+
 ADD = [{"input": "1 2\n", "output": "3\n"}, {"input": "10 -4\n", "output": "6\n"}]
 ADD_FUNCTION = {"fn_name": "add", "inputs": [[1, 2], [10, -4]], "outputs": [3, 6]}
 ADD_ASSERTS = ["assert add(1, 2) == 3", "assert add(10, -4) == 6"]

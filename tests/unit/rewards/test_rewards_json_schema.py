@@ -9,6 +9,8 @@ import pytest
 
 from rlsys.rewards import orms
 
+pytestmark = pytest.mark.processes
+
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},

@@ -4,6 +4,8 @@ import pytest
 
 from rlsys.rewards import orms
 
+pytestmark = pytest.mark.processes
+
 
 def score(name: str, completion: str, settings: dict | None = None, **columns: object) -> float:
     [value] = orms[name](**settings or {})([completion], **{k: [v] for k, v in columns.items()})

@@ -24,6 +24,8 @@ from rlsys.rewards.pool.scorer import GroupScorer, local_scorer
 from rlsys.rewards.pool.serve import process_settings
 from rlsys.types import Completion, Prompt, RolloutGroup
 
+pytestmark = pytest.mark.processes
+
 PLUGIN = """
 import asyncio, ctypes, os, statistics, subprocess, sys, time
 from rlsys.rewards import ORM, AsyncORM, register_reward

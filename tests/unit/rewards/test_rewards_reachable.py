@@ -12,6 +12,8 @@ from rlsys.rewards.builtin.json_schema import instance_of
 from rlsys.rewards.reachable import MAX_ROWS, ReachableRewards, look_at_rows
 from rlsys.types import Completion, Prompt
 
+pytestmark = pytest.mark.processes
+
 PROSE = "See Figure 4. The slope is minus two."
 
 

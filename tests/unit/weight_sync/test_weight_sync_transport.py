@@ -16,6 +16,8 @@ from rlsys.weight_sync.receiver import WeightReceiver
 from rlsys.weight_sync.sender import WeightSender
 from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, make_transport, serve_store
 
+pytestmark = pytest.mark.processes
+
 CPU = torch.device("cpu")
 TENSORS = {
     "embed": torch.randn(50, 8),
