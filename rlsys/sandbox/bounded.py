@@ -1,10 +1,8 @@
-"""Calls with a limit on CPU time and memory that nothing in the called code can outrun.
+"""Calls with a limit on CPU time and memory that the called code cannot escape.
 
-Python's own means do not stop every computation: an exception raised by a signal handler waits
-for a C function such as `99**99**99` or a regular expression to return, `signal` works in the
-main thread only, and threads cannot be killed. So the function runs in a process of its own, and
-the kernel ends that process when its CPU timer expires. CPU time, so a busy machine changes no
-verdict.
+A signal handler waits for a C function such as `99**99**99` or a regular expression to return, and
+threads cannot be killed. So the function runs in a helper process, which the kernel ends when its
+CPU timer expires.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ _MEMORY_GIB = 4
 
 
 class Limit(Enum):
-    """What a call returns that did not finish within its limits."""
+    """The result of a call that did not finish within its limits."""
 
     EXCEEDED = "exceeded"
 
@@ -41,9 +39,11 @@ class Limit(Enum):
 class BoundedCalls:
     """A function `module:name` that takes and returns JSON, called in a helper process.
 
-    The process starts, and imports what it needs, with `start_helpers` or else at the first call,
-    and again at the next call after one that exceeded its limits. It ends with this object or with
-    the process that holds it.
+    This is not the kill of a reward process, which goes by wall time and costs all completions of
+    a job a retry: here one answer's CPU time decides, so a busy machine changes no score.
+
+    The process starts with `start_helpers` or else at the first call, and again after a call that
+    exceeded its limits. It ends with this object or with the process that holds it.
 
     Example:
         match = BoundedCalls("rlsys.rewards.builtin.matching:matches", cpu_limit_s=1.0)
@@ -64,7 +64,7 @@ class BoundedCalls:
         """The function's result, or `Limit.EXCEEDED`.
 
         Raises:
-            RuntimeError: the function raised; the message has its traceback's last line.
+            RuntimeError: the function raised; the message has the exception.
         """
         with self._lock:
             reply = self._ask(json.dumps(args))
@@ -89,7 +89,7 @@ class BoundedCalls:
         self.close()
 
     def _ask(self, request: str) -> dict[str, Any] | None:
-        """One exchange; None when the helper died of it."""
+        """Exchange one request and reply; None if the helper died of it."""
         if self._process is None:
             self._launch()
         process = self._ready_process()
@@ -99,7 +99,7 @@ class BoundedCalls:
             process.stdin.write(request.encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # it died; the empty answer below says so
+            pass  # it died; the empty reply below says so
         line = process.stdout.readline()
         if line.endswith(b"\n"):
             return json.loads(line)
@@ -110,7 +110,7 @@ class BoundedCalls:
         return None
 
     def _launch(self) -> None:
-        # What this process can import, the helper can: sys.path may be Ray's, not the shell's.
+        # The helper can import what this process can: sys.path may be Ray's, not the shell's.
         path = os.pathsep.join(entry for entry in sys.path if entry)
         settings = json.dumps([self.function, self.cpu_limit_s])
         self._is_ready = False
@@ -134,20 +134,20 @@ class BoundedCalls:
 
     def _ended(self, process: subprocess.Popen[bytes]) -> RuntimeError:
         return RuntimeError(
-            f"the helper process of {self.function} ended with code {process.returncode}; its own "
-            "words are in the log above"
+            f"the helper process of {self.function} ended with code {process.returncode}; see its "
+            "messages in the log above"
         )
 
 
 _made: weakref.WeakSet[BoundedCalls] = weakref.WeakSet()
-"""Those of this process."""
+"""All of this process."""
 
 
 def start_helpers() -> None:
-    """Start the helper processes of all `BoundedCalls` of this process, all at the same time.
+    """Start the helper processes of all `BoundedCalls` of this process together.
 
-    Before calls whose time is limited, as the imports may take seconds. Only where no other thread
-    makes any or calls them.
+    Call it before calls whose time is limited, as imports may take seconds, and while no other
+    thread makes or calls any.
 
     Raises:
         RuntimeError: one ended instead of starting.
@@ -160,11 +160,11 @@ def start_helpers() -> None:
 
 
 def serve() -> None:
-    """Main function of the helper process: one JSON array of arguments a line, one answer each."""
+    """Main function of the helper process: a line of JSON arguments in, a line of JSON out."""
     function_name, cpu_limit_s = json.loads(sys.argv[1])
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
-    # As a Ctrl-C in a terminal reaches every process of the run, which ends this one itself.
+    os.dup2(2, 1)  # libraries may print
+    # A Ctrl-C in a terminal reaches every process; the run ends this one itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     limit = _MEMORY_GIB * 2**30
@@ -177,7 +177,7 @@ def serve() -> None:
         for line in sys.stdin.buffer:
             _answer(function, line, cpu_limit_s, replies)
     except BrokenPipeError:
-        # The process that asked was killed. No ordinary exit, which would try to write once more.
+        # The asking process was killed. An ordinary exit would write once more.
         os._exit(0)
 
 
@@ -190,7 +190,7 @@ def _answer(
         reply = {"value": function(*json.loads(line))}
     except _OUT_OF_RESOURCES:
         os.kill(os.getpid(), signal.SIGKILL)
-    except Exception as error:  # told to the caller, who raises it
+    except Exception as error:  # the caller raises it
         reply = {"error": f"{type(error).__name__}: {error}"}
     signal.setitimer(signal.ITIMER_PROF, 0)
     replies.write(json.dumps(reply).encode() + b"\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from rlsys.rewards.answers import after_thinking
@@ -33,13 +33,12 @@ class Code(ORM):
     """Share of the tests that the completion's Python program passes, 0 to 1.
 
     The program is the last ``` block after the last `</think>` that names Python or no language.
-    Tests are in the first of the
-    columns `tests`, `verification_info`, `input_output`, `test_list` and `test` that the dataset
-    has; `code_tests.read_tests` says how they may be written.
+    The first column that the dataset has of `tests`, `verification_info`, `input_output`,
+    `test_list` and `test` holds the tests; `code_tests.read_tests` reads their forms.
 
     Every test runs the program from a fresh state in a sandbox: no network, no files but Python's
     standard library to read, no new processes, limits on CPU time, memory and output. Expected
-    results never enter it. On a host where that cannot be had the reward refuses to start.
+    results never enter it. On a host without such a sandbox the reward refuses to start.
     """
 
     reads_think_tags = True
@@ -56,18 +55,18 @@ class Code(ORM):
         """Settings.
 
         Args:
-            time_limit_s: seconds of CPU time for one test. A program that only waits is stopped
-                after 5 s and four times as much. Once a test has run out of time, the program's
-                other tests fail without being run.
+            time_limit_s: seconds of CPU time for one test; a program that only waits gets 5 s and
+                four times as much. Once a test has run out of time, the program's other tests fail
+                without being run.
             memory_mib: address space of the program.
-            output_kib: what it may print, or return, in one test.
-            max_tests: only so many of a row's tests are run, the first; None is all.
+            output_kib: what it may print or return in one test.
+            max_tests: number of a row's tests that are run, the first ones; None is all.
             all_or_nothing: 1 where all tests pass, else 0; stops at the first that fails.
-            allow_unsandboxed: run programs without any protection where the host has none: they
-                can then read and delete what this process can, and use the network.
+            allow_unsandboxed: run programs without protection on a host that has none: they can
+                then read and delete what this process can, and use the network.
 
         Raises:
-            ValueError: limits out of range, or a host that cannot restrict programs.
+            ValueError: a limit out of range, or a host that cannot restrict programs.
         """
         super().__init__()
         if not (0 < time_limit_s <= 600 and memory_mib >= 64 and output_kib >= 1):
@@ -81,7 +80,7 @@ class Code(ORM):
         self.all_or_nothing = all_or_nothing
         limits = Limits(time_limit_s, memory_mib, output_kib)
         try:
-            # Tests with asserts run beside the program and not in it: two sandboxes.
+            # Asserts run beside the program, not in its process: two sandboxes.
             self._sandbox, self._judge = Sandbox(limits), Sandbox(limits)
         except SandboxUnavailable as error:
             if not allow_unsandboxed:
@@ -109,10 +108,8 @@ class Code(ORM):
         Raises:
             ValueError: no column with tests, or a row whose tests cannot be read or cannot run.
         """
-        rows = next(
-            (c for c in (tests, verification_info, input_output, test_list, test) if c is not None),
-            None,
-        )
+        given = (tests, verification_info, input_output, test_list, test)
+        rows = next((column for column in given if column is not None), None)
         if rows is None:
             raise ValueError(_NO_TESTS)
         names: list[Any] = entry_point or [None] * len(completions)
@@ -123,7 +120,7 @@ class Code(ORM):
 
     @staticmethod
     def check_row(row: Mapping[str, Any]) -> None:
-        """See ORM: the tests must be readable, and test something. None is run."""
+        """See ORM: the tests must be readable, and test something; they are not run."""
         column = next((name for name in _COLUMNS if name in row), None)
         if column is None:
             raise ValueError(_NO_TESTS)
@@ -141,8 +138,7 @@ class Code(ORM):
                 elif self.all_or_nothing:
                     return 0.0
         except OutOfTime:
-            # The tests that are left fail too: a program that hangs costs its time once.
-            pass
+            pass  # the other tests fail too: a program that hangs costs its time once
         return 0.0 if self.all_or_nothing and passed < len(tests) else passed / len(tests)
 
     def _passes(self, program: str, test: Test) -> bool:
@@ -171,8 +167,7 @@ class Code(ORM):
         request = {"name": test.name, "attributes": [], "args": args, "kwargs": {}}
         with self._sandbox.talk(program, "calls") as running:
             answer = running.ask(json.dumps(request))
-        # The answer is the program's own text: no JSON, numbers of 5,000 digits, deep brackets,
-        # integers that no float can be compared with.
+        # The program may answer anything: no JSON, 5,000 digits, deep brackets, huge integers.
         try:
             reply = json.loads(answer)
             if not isinstance(reply, dict) or "value" not in reply:
@@ -183,10 +178,10 @@ class Code(ORM):
             return False
 
     def _holds(self, program: str, test: AssertTest) -> bool:
-        """Run the test's code in one sandbox and the program in another, and carry the calls.
+        """Run the test's code in one sandbox and the program in another, and pass calls on.
 
         Raises:
-            ValueError: the test cannot run, whatever the program.
+            ValueError: the test cannot run with any program.
         """
         with (
             self._sandbox.talk(program, "calls") as running,
@@ -194,22 +189,22 @@ class Code(ORM):
         ):
             while True:
                 line = judge.next_line()
-                said = json.loads(line)
-                if "broken" in said:
+                message = json.loads(line)
+                if "broken" in message:
                     raise ValueError(
-                        f"code: a test cannot run: {said['broken']}, in {test.code[:200]!r}. The "
-                        "sandbox has Python's standard library only; correct the dataset."
+                        f"code: a test cannot run: {message['broken']}, in {test.code[:200]!r}. "
+                        "The sandbox has Python's standard library only; correct the dataset."
                     )
-                if "passed" in said:
-                    return bool(said["passed"])
+                if "passed" in message:
+                    return bool(message["passed"])
                 judge.send(running.ask(line))
 
 
 def find_program(completion: str) -> str | None:
-    """The last whole ``` block after the thinking whose language is Python or not said.
+    """The last whole ``` block after the thinking that names Python or no language.
 
     Fences are lines of their own, as in Markdown, and pair up: one that ends a block of another
-    language begins none.
+    language does not begin a block.
     """
     program: str | None = None
     opened: re.Match[str] | None = None
@@ -229,17 +224,13 @@ def find_program(completion: str) -> str | None:
 
 
 def _same_text(output: str, expected: str) -> bool:
-    """Equal line by line but for white space at the ends, decimals within 1e-6."""
-    mine, theirs = (list(_lines(text)) for text in (output, expected))
+    """Whether all lines are equal, white space at line ends aside and decimals within 1e-6."""
+    mine, theirs = (text.strip().splitlines() for text in (output, expected))
     return len(mine) == len(theirs) and all(map(_same_line, mine, theirs))
 
 
-def _lines(text: str) -> Iterator[str]:
-    yield from (line.rstrip() for line in text.strip().splitlines())
-
-
 def _same_line(line: str, expected: str) -> bool:
-    if line == expected:
+    if line.rstrip() == expected.rstrip():
         return True
     mine, theirs = line.split(), expected.split()
     return len(mine) == len(theirs) and all(map(_same_word, mine, theirs))
@@ -256,13 +247,13 @@ def _same_word(word: str, expected: str) -> bool:
 
 
 def _same_value(value: Any, expected: Any) -> bool:
-    """Equality of values as JSON has them; True is not 1, floats within 1e-6."""
+    """Equality of JSON values: True is not 1, floats are equal within 1e-6."""
     if isinstance(value, bool) or isinstance(expected, bool):
         return value is expected
     if isinstance(value, list) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(_same_value, value, expected))
     if isinstance(value, dict) and isinstance(expected, dict):
-        # Keys of JSON are texts.
+        # JSON has texts as keys.
         mine, theirs = ({str(k): v for k, v in one.items()} for one in (value, expected))
         return mine.keys() == theirs.keys() and all(_same_value(mine[k], theirs[k]) for k in mine)
     if isinstance(value, float) or isinstance(expected, float):
@@ -272,7 +263,7 @@ def _same_value(value: Any, expected: Any) -> bool:
 
 
 def _tagged(value: Any) -> Any:
-    """A JSON value as the sandbox's protocol writes it."""
+    """A JSON value in the sandbox's protocol."""
     if isinstance(value, list | tuple):
         return {"list": [_tagged(item) for item in value]}
     if isinstance(value, dict):
@@ -281,7 +272,7 @@ def _tagged(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """The reverse; tuples are lists, as in the expected values, and sets are no values."""
+    """The reverse of `_tagged`; tuples become lists, as in expected values; sets are refused."""
     if not isinstance(value, dict):
         if isinstance(value, list):
             raise ValueError("not of the protocol")
@@ -291,4 +282,4 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in content]
     if kind == "dict":
         return {_plain(key): _plain(item) for key, item in content}
-    raise ValueError(f"a {kind} is no plain value")
+    raise ValueError(f"a {kind} is not a plain value")

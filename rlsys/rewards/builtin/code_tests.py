@@ -1,6 +1,6 @@
-"""The forms in which data sets write down tests of programs, read into three kinds.
+"""Tests of programs in the forms that data sets have, read into three kinds.
 
-What a program must not see, the expected results, stays in these objects.
+The expected results, which a program must not see, stay in these objects.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CallTest:
 
 @dataclass(frozen=True, slots=True)
 class AssertTest:
-    """Python that raises when the program is wrong; names it does not define are the program's."""
+    """Python that raises if the program is wrong; its undefined names are the program's."""
 
     code: str
 
@@ -49,14 +49,14 @@ def read_tests(row: Any, entry_point: str | None = None) -> list[Test]:
 
     Args:
         row: a list of tests, an object, or the JSON text of either, or Python code. Tests are
-            `{"input": ..., "output": ...}` with texts (standard input and output) or, with
-            `fn_name`, arguments and result; or Python code with asserts. An object is
-            `{"inputs": [...], "outputs": [...], "fn_name": ...}` of APPS and TACO, or holds the
-            list under `test_cases` or `tests`, as `verification_info` does.
+            `{"input": ..., "output": ...}` with standard input and output or, with `fn_name`,
+            arguments and result; or Python code with asserts. An object is `{"inputs": [...],
+            "outputs": [...], "fn_name": ...}` of APPS and TACO, or holds the list under
+            `test_cases` or `tests`, as `verification_info` does.
         entry_point: the function that HumanEval's `check(candidate)` is called with.
 
     Raises:
-        ValueError: none of these, or no test at all.
+        ValueError: another form, or no tests.
     """
     if isinstance(row, str):
         row = _from_json(row)
@@ -98,9 +98,7 @@ def _of_row(row: Any, entry_point: str | None, name: str | None) -> list[Test]:
 def _one(test: Any, entry_point: str | None, name: str | None) -> Test:
     if isinstance(test, str):
         return _asserts(test, entry_point)
-    if not isinstance(test, dict):
-        raise _unknown(test)
-    if not any(key in test for key in _OUTPUTS):
+    if not isinstance(test, dict) or not any(key in test for key in _OUTPUTS):
         raise _unknown(test)
     # Arrow gives every object of a column the keys of all others, with None.
     given = next((test[key] for key in _INPUTS if test.get(key) is not None), None)
@@ -132,10 +130,10 @@ def _call(name: str, given: Any, wanted: Any, test: dict[str, Any]) -> CallTest:
         json.dumps(args)
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"code: arguments that are no JSON ({error}) in a row: {str(test)[:200]!r}. "
+            f"code: arguments that are not JSON ({error}) in a row: {str(test)[:200]!r}. "
             "Correct the dataset."
         ) from None
-    # APPS and TACO put a result into a list of one.
+    # APPS and TACO wrap a result in a list.
     unwrapped = [wanted[0]] if isinstance(wanted, list) and len(wanted) == 1 else []
     return CallTest(name, args, [wanted, *unwrapped])
 
@@ -152,7 +150,7 @@ def _asserts(code: str, entry_point: str | None) -> AssertTest:
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"code: a test is no Python code: {error}: {code[:200]!r}") from None
+        raise ValueError(f"code: a test is not Python code: {error}: {code[:200]!r}") from None
     defines_check = any(
         isinstance(node, ast.FunctionDef) and node.name == "check" for node in tree.body
     )
@@ -163,17 +161,17 @@ def _asserts(code: str, entry_point: str | None) -> AssertTest:
             )
         code = f"{code}\ncheck({entry_point})\n"
     elif not any(isinstance(node, ast.Assert) for node in ast.walk(tree)):
-        raise ValueError(f"code: a test without any assert passes always: {code[:200]!r}")
+        raise ValueError(f"code: a test without an assert always passes: {code[:200]!r}")
     elif not _free_names(tree):
         raise ValueError(
-            f"code: a test that uses no name of the program says nothing of it: {code[:200]!r}. "
+            f"code: a test that uses no name of the program does not test it: {code[:200]!r}. "
             "Builtins and names that the test defines or imports are not the program's."
         )
     return AssertTest(code)
 
 
 def _free_names(tree: ast.Module) -> set[str]:
-    """Names that are read and that neither Python nor the test itself has."""
+    """Names that the test reads and that neither Python nor the test itself defines."""
     used, own = set(), set(dir(builtins))
     for node in ast.walk(tree):
         match node:

@@ -1,8 +1,8 @@
 """The Countdown reward: make the target out of the numbers, each used exactly once.
 
-A model that is paid for an answer looks for what the check forgets, so the answer is read by a
-parser that knows integers, + - * / and parentheses, and is computed in exact fractions. Nothing
-is evaluated as code, and what is too long or too deep is refused before it is parsed.
+A model finds whatever a check forgets. So a parser that knows integers, + - * / and parentheses
+reads the answer and computes it in exact fractions. Nothing is evaluated as code, and an answer
+that is too long or too deep is refused before it is parsed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlsys.rewards.answers import row_by_row, tagged_answers
 from rlsys.rewards.base import ORM, register_reward
 
 MAX_LENGTH = 500
-"""Characters of an answer, runs of white space counted once; six numbers need far fewer."""
+"""Characters of an answer, a run of white space counts as one; six numbers need far fewer."""
 MAX_DEPTH = 50
 """Nested parentheses; CPython's parser itself gives up at 200."""
 
@@ -41,8 +41,8 @@ _SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator
 def is_solution(completion: str, nums: list[int], target: int) -> bool:
     """Whether the completion's answer makes `target` with each of `nums` used exactly once.
 
-    The answer stands in `<answer>...</answer>`. There may be several; then each has to be right,
-    so that two that disagree earn nothing. A tag without its partner earns nothing.
+    The answer stands in `<answer>...</answer>`. If there are several, each must be right. A tag
+    without its partner earns nothing.
     """
     answers = tagged_answers(completion) or []
     return bool(answers) and all(is_correct_answer(answer, nums, target) for answer in answers)
@@ -51,10 +51,9 @@ def is_solution(completion: str, nums: list[int], target: int) -> bool:
 def is_correct_answer(answer: str, nums: list[int], target: int) -> bool:
     """Whether `answer`, the text between the tags, is right.
 
-    It is one expression of whole numbers, the binary operators + - * / and parentheses, with any
-    white space, and optionally `= target` after it. A minus at its beginning, or at that of a
-    parenthesis, is a sign. All else is wrong, however well meant: other signs, decimals, `x`, `×`,
-    `÷`, LaTeX, words.
+    A right answer is one expression of whole numbers, the binary operators + - * / and
+    parentheses, optionally followed by `= target`. A minus at the beginning of the expression or
+    of a parenthesis is a sign. Anything else is wrong: other signs, decimals, `x`, `×`, LaTeX.
     """
     answer = " ".join(answer.split())
     if len(answer) > MAX_LENGTH:
@@ -68,7 +67,7 @@ def is_correct_answer(answer: str, nums: list[int], target: int) -> bool:
 
 
 def _uses_exactly(expression: str, nums: list[int]) -> bool:
-    """Each number once, joined by as many operators as that takes: no `**` or `//`."""
+    """Each number once, with one operator less than numbers: no `**` or `//`."""
     unused = Counter(nums)
     for sign, digits in _NUMBER.findall(expression):
         number = int(digits)
@@ -88,7 +87,7 @@ def _depth(expression: str) -> int:
 
 
 def _value(expression: str) -> Fraction | None:
-    """The exact value, or None when it has none."""
+    """The exact value; None if the expression has none."""
     try:
         return _evaluate(ast.parse(expression.strip(), mode="eval").body)
     except (SyntaxError, ZeroDivisionError):
@@ -107,11 +106,11 @@ def _evaluate(node: ast.expr) -> Fraction:
 
 
 MAX_SEARCHED = 20_000
-"""Sets of numbers that `solve` looks at: all that five numbers have, in 0.2 s."""
+"""Sets of numbers that `solve` tries: enough for all of five numbers, in 0.2 s."""
 
 
 def solve(nums: list[int], target: int) -> tuple[str | None, bool]:
-    """An expression that is right, and whether all were looked at where none is found."""
+    """An expression that is right or None, and whether the search was complete."""
     seen: set[tuple[Fraction, ...]] = set()
 
     def search(terms: list[tuple[Fraction, str]]) -> str | None:
@@ -185,7 +184,7 @@ class Countdown(ORM):
         """[G] 1.0 or 0.0; see `is_solution`.
 
         Raises:
-            ValueError: the dataset has no target, or numbers that are none.
+            ValueError: the dataset has no target, or values that are not whole numbers.
         """
         if target is None and response is None:
             raise ValueError(_NO_TARGET)
@@ -208,7 +207,7 @@ class Countdown(ORM):
 
     @staticmethod
     def example(row: Mapping[str, Any]) -> str | None:
-        """See ORM: an expression that is right, or a wrong one where none is."""
+        """See ORM: a right expression, or a wrong one if none is right; None if that is unknown."""
         nums, target = _problem_of(row)
         expression, searched_all = solve(nums, target)
         return " + ".join(map(str, nums)) if expression is None and searched_all else expression

@@ -1,4 +1,4 @@
-"""The format rewards: did the model answer in the tags it was asked for?"""
+"""The format rewards: did the model answer in the tags that the prompt asks for?"""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ _LAYOUT = re.compile(r"<think>.*</think>\s*<answer>.*</answer>", re.DOTALL)
 def has_format(completion: str) -> bool:
     """Whether it is `<think>...</think>`, then `<answer>...</answer>`, and nothing else.
 
-    Each tag occurs exactly once; white space around and between the two parts is allowed, and
-    both may have several lines.
+    Each tag occurs exactly once; white space around the two parts is allowed.
     """
     return _has_each_tag_once(completion) and _LAYOUT.fullmatch(completion.strip()) is not None
 
 
 def has_format_somewhere(completion: str) -> bool:
-    """Whether it has one `<think>...</think>` and after it one `<answer>...</answer>`.
+    """Whether it has one `<think>...</think>` and, after it, one `<answer>...</answer>`.
 
-    Each tag occurs exactly once. Other text may stand before, between and after them.
+    Each tag occurs exactly once; any text may stand around the two parts.
     """
     places = [completion.find(tag) for tag in _TAGS]
     return _has_each_tag_once(completion) and places == sorted(places)
@@ -42,10 +41,10 @@ class _TagFormat(ORM):
 
         Args:
             prompt_opens_think: whether the prompt ends with `<think>`, so that completions begin
-                inside of it and must not repeat the tag. "auto" looks at each prompt.
+                inside it and must not repeat the tag. "auto" looks at each prompt.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: another value.
         """
         super().__init__()
         if prompt_opens_think not in (True, False, "auto"):

@@ -23,7 +23,7 @@ def problem(schema: str) -> str | None:
     try:
         parsed = json.loads(schema)
         if not isinstance(parsed, dict):
-            return "it is no object"
+            return "it is not an object"
         _validator(schema).check_schema(parsed)
     except jsonschema.SchemaError as error:
         return error.message
@@ -40,7 +40,7 @@ def fits(schema: str, completion: str) -> str:
     """ "fits", "json" (it is JSON, and does not fit) or "none".
 
     Raises:
-        ValueError: a `$ref` that leads nowhere.
+        ValueError: a `$ref` that cannot be resolved.
     """
     try:
         value = read_json(completion)
@@ -57,7 +57,7 @@ def fits(schema: str, completion: str) -> str:
 
 def _unresolvable(reference: str) -> str:
     return (
-        f"$ref {reference!r} leads out of the schema, and nothing is ever fetched; put the "
+        f"$ref {reference!r} leads out of the schema, and nothing is ever fetched: put the "
         "definition under $defs"
     )
 
@@ -76,6 +76,6 @@ def _pairs(schema: Any) -> Iterator[tuple[str, Any]]:
 @lru_cache(maxsize=256)
 def _validator(schema: str) -> Validator:
     parsed = json.loads(schema)
-    # With a registry of its own nothing is retrieved: by default jsonschema opens addresses.
+    # jsonschema opens addresses unless it has a registry.
     cls = jsonschema.validators.validator_for(parsed, default=jsonschema.Draft202012Validator)
     return cls(parsed, registry=SPECIFICATIONS)

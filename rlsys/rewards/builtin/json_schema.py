@@ -15,7 +15,7 @@ from rlsys.sandbox.bounded import BoundedCalls
 MAX_LENGTH = 100_000
 """Characters of JSON; what is longer scores 0."""
 MAX_CHECKED = 1000
-"""Different schemas of a dataset that are checked whole before a run, at some milliseconds each."""
+"""Different schemas of a dataset that are checked before a run, at some milliseconds each."""
 
 _NO_SCHEMA = (
     "json_schema needs a schema: reward.reward_params: {json_schema: {schema: ...}}, or a dataset "
@@ -33,9 +33,9 @@ class JSONSchema(ORM):
     """1 for one JSON value that fits a JSON schema, `valid_json` for other JSON, else 0.
 
     The JSON is all that follows the last `</think>`, or stands in its only ``` block. Duplicate
-    keys, NaN, Infinity and text around it are not JSON. Every draft of JSON schema that
-    `jsonschema` knows; a `$ref` to an address is refused, nothing is ever fetched. Validation
-    runs in a helper process with a limit on CPU time, as a schema may hold regular expressions.
+    keys, NaN, Infinity and text around it are not JSON. Schemas are of any draft that `jsonschema`
+    knows; a `$ref` to an address is refused, nothing is ever fetched. Validation has a limit on
+    CPU time, as a schema may hold regular expressions.
     """
 
     max_reward = 1.0
@@ -52,10 +52,10 @@ class JSONSchema(ORM):
         Args:
             schema: the JSON schema; None reads the column `schema`, an object or its JSON text.
             valid_json: value of JSON that does not fit, 0 to below 1.
-            time_limit_s: seconds of CPU time for one completion; what takes longer scores 0.
+            time_limit_s: seconds of CPU time for one completion; one that takes longer scores 0.
 
         Raises:
-            ValueError: a schema that is none, or `valid_json` out of range.
+            ValueError: not a JSON schema, or `valid_json` out of range.
         """
         super().__init__()
         if not 0 <= valid_json < 1:
@@ -72,7 +72,7 @@ class JSONSchema(ORM):
         """[G] 1.0, `valid_json` or 0.0.
 
         Raises:
-            ValueError: no schema, or one that is none.
+            ValueError: no schema, or not a JSON schema.
         """
         if self._schema is None and schema is None:
             raise ValueError(_NO_SCHEMA)
@@ -88,7 +88,7 @@ class JSONSchema(ORM):
         ]
 
     def check_row(self, row: Mapping[str, Any]) -> None:
-        """See ORM: the schema must be one; after `MAX_CHECKED` different ones, a JSON object."""
+        """See ORM: a JSON schema; after `MAX_CHECKED` different ones any JSON object passes."""
         if self._schema is None and "schema" not in row:
             raise ValueError(_NO_SCHEMA)
         if self._schema is not None:
@@ -120,20 +120,16 @@ class JSONSchema(ORM):
 class JSONMatch(ORM):
     """Share of the fields of the dataset's object that the completion's JSON object has right.
 
-    Fields that the dataset's object does not have make it 0, so that a model cannot try several
-    names. Reads the column `expected`, an object or its JSON text; the JSON of the completion is
-    found as by `json_schema`.
+    A field that the dataset's object does not have makes it 0, so that a model cannot try several
+    names. Reads the column `expected`, an object or its JSON text, and finds the completion's JSON
+    as `json_schema` does.
     """
 
     max_reward = 1.0
     reads_think_tags = True
 
     def __init__(self, all_or_nothing: bool = False):
-        """Settings.
-
-        Args:
-            all_or_nothing: 1 where all fields are right, else 0.
-        """
+        """Settings: `all_or_nothing` scores 1 where all fields are right, else 0."""
         super().__init__()
         self.all_or_nothing = all_or_nothing
 
@@ -141,7 +137,7 @@ class JSONMatch(ORM):
         """[G] between 0 and 1.
 
         Raises:
-            ValueError: a row whose `expected` is no object with fields.
+            ValueError: a row whose `expected` is not an object with fields.
         """
         return [
             self._score(completion, _expected(row))
@@ -173,7 +169,7 @@ def read_json(completion: str) -> Any:
     """The one JSON value of a completion.
 
     Raises:
-        NotJSON: there is none, or more than that.
+        NotJSON: none, or several.
     """
     text = after_thinking(completion)
     if text is None or len(text) > MAX_LENGTH:
@@ -194,7 +190,7 @@ def read_json(completion: str) -> Any:
 
 
 def instance_of(schema: Any, root: Any, depth: int = 20) -> Any:
-    """A small value that fits most JSON schemas; the caller looks whether it does."""
+    """A small value that fits most JSON schemas; the caller checks it."""
     if not isinstance(schema, dict) or not depth:
         return None
     reference = schema.get("$ref")
@@ -242,7 +238,7 @@ def same(left: Any, right: Any) -> bool:
 
 
 def _object_of(cell: Any) -> Any:
-    """An object of the dataset, or what its JSON text says; None where that is no JSON."""
+    """A cell of the dataset, its JSON text read; None if the text is not JSON."""
     if not isinstance(cell, str):
         return cell
     try:

@@ -11,39 +11,26 @@ from typing import Any
 from rlsys.registry import did_you_mean
 from rlsys.rewards.base import ORM, register_reward
 
+_LATIN = ("de", "en", "es", "fr", "id", "it", "nl", "pl", "pt", "tr", "vi")
 SCRIPTS = {
-    "ar": ("ARABIC",),
-    "bg": ("CYRILLIC",),
+    **dict.fromkeys(_LATIN, ("LATIN",)),
+    **dict.fromkeys(("bg", "ru", "uk"), ("CYRILLIC",)),
+    **dict.fromkeys(("ar", "fa"), ("ARABIC",)),
     "bn": ("BENGALI",),
-    "de": ("LATIN",),
     "el": ("GREEK",),
-    "en": ("LATIN",),
-    "es": ("LATIN",),
-    "fa": ("ARABIC",),
-    "fr": ("LATIN",),
     "he": ("HEBREW",),
     "hi": ("DEVANAGARI",),
-    "id": ("LATIN",),
-    "it": ("LATIN",),
     "ja": ("HIRAGANA", "KATAKANA", "CJK"),
     "ko": ("HANGUL",),
-    "nl": ("LATIN",),
-    "pl": ("LATIN",),
-    "pt": ("LATIN",),
-    "ru": ("CYRILLIC",),
     "ta": ("TAMIL",),
     "th": ("THAI",),
-    "tr": ("LATIN",),
-    "uk": ("CYRILLIC",),
-    "vi": ("LATIN",),
     "zh": ("CJK",),
 }
 """ISO 639-1 code -> the scripts it is written in, as Unicode names its letters."""
 
 _NOT_LANGUAGE = re.compile(
     r"```.*?(?:```|\Z)"  # code
-    # Mathematics. What is opened ends before the next opening, so that unclosed marks cost no
-    # more than one look at each letter.
+    # Mathematics ends before the next opening mark, so that unclosed marks cost one look a letter.
     r"|\$\$[^$]*\$\$|\$[^$\n]*\$|\\[(\[](?:(?!\\[(\[]).)*?\\[)\]]|\\[A-Za-z]+"
     r"|</?[A-Za-z_]+>"  # tags
     r"|https?://\S+",
@@ -55,18 +42,13 @@ _NOT_LANGUAGE = re.compile(
 class LanguageConsistency(ORM):
     """Share of letters in the script of the wanted language, 0 to 1; 0 without any letters.
 
-    Code blocks, mathematics, tags and addresses are left out, digits and punctuation do not
-    count. It knows scripts, not languages: it sees Chinese in an English answer, not French.
-    A dataset column `language` says the language row by row.
+    Code blocks, mathematics, tags, addresses, digits and punctuation do not count. It knows
+    scripts, not languages: it sees Chinese in an English answer, not French. A dataset column
+    `language` sets the language row by row.
     """
 
     def __init__(self, language: str = "en"):
-        """Settings.
-
-        Args:
-            language: ISO 639-1 code of the wanted language, where the dataset has no column
-                `language`.
-        """
+        """Settings: `language`, an ISO 639-1 code, if the dataset has no column `language`."""
         super().__init__()
         scripts(language)
         self.language = language
@@ -97,7 +79,7 @@ def scripts(language: str) -> tuple[str, ...]:
     if language not in SCRIPTS:
         raise ValueError(
             f"language_consistency does not know language {language!r}."
-            f"{did_you_mean(str(language), list(SCRIPTS))} Known: {', '.join(SCRIPTS)}."
+            f"{did_you_mean(str(language), list(SCRIPTS))} Known: {', '.join(sorted(SCRIPTS))}."
         )
     return SCRIPTS[language]
 

@@ -1,7 +1,7 @@
-r"""One spelling for each of the many that LaTeX and Unicode have for the same mathematics.
+r"""One spelling for the many that LaTeX and Unicode have for the same mathematics.
 
-What is only typography goes: `\$1{,}250` is 1250, `30^\circ` in a sine is an angle in degrees.
-math-verify reads what is left.
+Typography goes: `\$1{,}250` becomes 1250. In a sine, degrees become radians. math-verify reads the
+result.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _CURRENCY: tuple[str, Replacement] = (
 
 
 def _thousands(mark: str) -> tuple[str, Replacement]:
-    """Groups of exactly three digits, all with the same mark. Math-verify knows the plain comma."""
+    """Groups of three digits with the same mark between them; math-verify knows the comma."""
     return (
         rf"(?<![\d.,^_])\d{{1,3}}({mark})\d{{3}}(?:\1\d{{3}})*(?!\d)",
         lambda match: re.sub(r"\D", "", match[0]),
@@ -83,11 +83,11 @@ _IN_ANSWERS: tuple[tuple[str, Replacement], ...] = (
 
 
 def in_one_spelling(text: str, *, is_answer: bool) -> str:
-    """`text` without currency signs and thousands separators, and an answer in plain LaTeX.
+    """`text` without currency signs and thousands separators.
 
     Args:
-        text: an answer, or a text in which one is looked for.
-        is_answer: which of the two; a text is otherwise left as it is.
+        text: an answer, or a text in which math-verify looks for one.
+        is_answer: whether it is an answer, whose LaTeX is made plain too.
     """
     text = text.translate(_UNICODE)
     for pattern, replacement in (*_ALWAYS, *_IN_ANSWERS) if is_answer else _ALWAYS:
@@ -96,7 +96,7 @@ def in_one_spelling(text: str, *, is_answer: bool) -> str:
 
 
 def without_style(text: str) -> str:
-    """`\\text{Evelyn}` as `Evelyn`; an answer that is not in one style stays."""
+    """`\\text{Evelyn}` as `Evelyn`; an answer with several styles stays."""
     return re.sub(_STYLED, r"\1", in_one_spelling(text, is_answer=True)).strip()
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from rlsys.rewards.base import ORM, register_reward
+from rlsys.rewards.base import ORM, check_choice, register_reward
 from rlsys.rewards.scoring import Reward
 
 
@@ -35,15 +35,15 @@ class Cosine(ORM):
 
         Args:
             max_completion_length: T, tokens; filled in from the rollout's.
-            min_len_value_correct: of a right completion without any tokens.
-            max_len_value_correct: of a right completion of T tokens.
-            min_len_value_wrong: of a wrong completion without any tokens.
-            max_len_value_wrong: of a wrong completion of T tokens.
-            correctness: the reward function that decides what is right: 1 or more. It gets its
-                default settings.
+            min_len_value_correct: value of a right completion without any tokens.
+            max_len_value_correct: value of a right completion of T tokens.
+            min_len_value_wrong: value of a wrong completion without any tokens.
+            max_len_value_wrong: value of a wrong completion of T tokens.
+            correctness: the reward function, with its default settings, whose value is 1 or more
+                for a right completion.
 
         Raises:
-            ValueError: no tokens, or a correctness reward that is unknown, async or this one.
+            ValueError: T below 1, or a correctness reward that is unknown, async or this one.
         """
         super().__init__()
         _positive("cosine", "max_completion_length", max_completion_length)
@@ -75,7 +75,7 @@ class Cosine(ORM):
         ]
 
     def check_row(self, row: Mapping[str, Any]) -> None:
-        """See ORM: what the correctness reward refuses."""
+        """See ORM: refuses what the correctness reward refuses."""
         try:
             self._correctness.check_row(row)
         except KeyError as error:
@@ -93,8 +93,8 @@ class Cosine(ORM):
 class RepetitionPenalty(ORM):
     """`max_penalty` times the share of n-grams that occurred before; 0 without repetition.
 
-    arXiv:2502.03373, appendix C.2. Counted over tokens, as TRL does and as suits every
-    language, or over words in lower case, as ms-swift does.
+    arXiv:2502.03373, appendix C.2. The n-grams are of tokens, as in TRL, which suits every
+    language, or of words in lower case, as in ms-swift.
     """
 
     def __init__(
@@ -116,8 +116,7 @@ class RepetitionPenalty(ORM):
             raise ValueError(
                 f"repetition_penalty: max_penalty must be 0 or less, not {max_penalty}"
             )
-        if unit not in ("tokens", "words"):
-            raise ValueError(f"repetition_penalty: unit must be tokens or words, not {unit!r}")
+        check_choice("repetition_penalty", "unit", unit, ("tokens", "words"))
         self.ngram_size = ngram_size
         self.max_penalty = max_penalty
         self.unit = unit

@@ -1,7 +1,7 @@
 """Are two answers the same number, set or expression? Runs in the helper process of `accuracy`.
 
-math-verify reads and compares. It is imported here only, and never with its own time limits:
-they are signals, which need the main thread and do not interrupt C code.
+math-verify reads and compares. Its own time limits are off: they are signals, which do not
+interrupt C code.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sympy.functions.elementary.trigonometric import InverseTrigonometricFunctio
 
 from rlsys.rewards.builtin.latex import in_one_spelling, without_style
 
-# They say, once each, that no time limit is set. It is: the helper's.
+# They warn that no time limit is set; the helper process has one.
 logging.getLogger("math_verify.parser").setLevel(logging.ERROR)
 logging.getLogger("math_verify.grader").setLevel(logging.ERROR)
 
@@ -33,10 +33,10 @@ _LATEX = LatexExtractionConfig(boxed_match_priority=0)
 
 
 def check(gold: str, answer: str | None, marked: bool) -> bool:
-    """`is_same`, or whether `gold` can be read at all when there is no answer."""
+    """`is_same`, or without an answer whether `gold` can be read."""
     if answer is not None:
         return is_same(gold, answer, marked)
-    # math-verify gives back the text alone when it is no mathematics.
+    # math-verify returns the text alone when it is not mathematics.
     return any(not isinstance(value, str) for value in _read(gold, True))
 
 
@@ -45,9 +45,9 @@ def is_same(gold: str, answer: str, marked: bool) -> bool:
 
     Args:
         gold: the dataset's answer, with nothing around it.
-        answer: the model's. Marked, it is the answer alone; else a text in which math-verify
-            looks for one: LaTeX, "the answer is 4", or the last number.
-        marked: which of the two.
+        answer: the model's answer, or a text in which math-verify looks for one: LaTeX, "the
+            answer is 4", or the last number.
+        marked: whether it is the answer alone.
     """
     # Words in LaTeX are read as symbols, and words without it not at all.
     if marked and without_style(gold) == without_style(answer):
@@ -59,7 +59,7 @@ def is_same(gold: str, answer: str, marked: bool) -> bool:
             return False
         return bool(verify(right, found, timeout_seconds=None))
     except (RecursionError, MemoryError):
-        raise  # the helper ends, and starts anew for the next answer
+        raise  # the helper process ends; another one takes the next answer
     except Exception:
         # sympy raises errors of many kinds at what a model may write, and none may end a run.
         _log.debug("an answer that cannot be compared: %.200r", answer, exc_info=True)
@@ -80,10 +80,7 @@ def _read(text: str, marked: bool) -> list[Any]:
 
 
 def _right_side(text: str) -> str | None:
-    r"""The value of one equation whose left side cannot be read: `P(X>2) = 0.3` says 0.3.
-
-    None where the left side lists several things, `P(A) = 1, P(B) = 2`.
-    """
+    r"""The right side of one equation: `P(X>2) = 0.3` is 0.3. None for several equations."""
     left, equals, right = text.partition("=")
     for _ in range(_MOST_BRACKETS):
         left = re.sub(r"[(\[{][^()\[\]{}]*[)\]}]", "", left)

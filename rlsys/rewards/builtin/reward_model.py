@@ -13,10 +13,9 @@ from rlsys.types import Message
 class RewardModel(AsyncORM):
     """The logit that a sequence-classification model gives to the whole conversation.
 
-    Any model of transformers' AutoModelForSequenceClassification with one output, as
-    reward models have; its own tokenizer and chat template write the conversation. Completions
-    that wait, of all groups that are being scored, go through it in batches. Each model has one
-    process, which runs no other reward, however many reward workers there are.
+    Any model of transformers' AutoModelForSequenceClassification with one output; its own chat
+    template renders the conversation. The waiting completions of all groups go through it in
+    batches. Each model has a process of its own, however many reward workers there are.
     """
 
     def __init__(
@@ -32,14 +31,14 @@ class RewardModel(AsyncORM):
         Args:
             path: folder or hub id of the model.
             batch_size: conversations a forward pass.
-            max_length: tokens of a conversation, of which the last are kept; None is what the
-                model knows positions for.
+            max_length: the last tokens of a conversation that count; None is all that the model
+                has positions for.
             dtype: torch's name of the weights' type, such as "bfloat16"; "auto" is the model's.
             device: torch's name; None is the GPU if the process has one, else the CPU.
 
         Raises:
-            ValueError: settings out of range, a folder that this host lacks, a model with several
-                outputs, or a tokenizer without chat template.
+            ValueError: a setting out of range, a missing folder, a model with several outputs, or
+                a tokenizer without chat template.
         """
         import torch  # not before a reward model is wanted
         import transformers
@@ -67,7 +66,7 @@ class RewardModel(AsyncORM):
         self._model: Any = model.to(device).eval()
         pad = self._tokenizer.pad_token_id
         self._pad: int = self._tokenizer.eos_token_id if pad is None else pad
-        # By it the model finds each row's last token.
+        # The model finds each row's last token by it.
         self._model.config.pad_token_id = self._pad
         self._max_length = max_length or getattr(config, "max_position_embeddings", None)
         self.batch_size = batch_size
@@ -100,9 +99,9 @@ class RewardModel(AsyncORM):
         return token_ids[-self._max_length :] if self._max_length else token_ids
 
     async def _work(self) -> None:
-        """Batches until none is waiting."""
+        """Score batches until none is waiting."""
         while self._waiting:
-            # Without those whose time was over before their turn.
+            # Drop those whose time was over before their turn.
             self._waiting = [entry for entry in self._waiting if not entry[1].done()]
             batch = self._waiting[: self.batch_size]
             del self._waiting[: self.batch_size]
@@ -111,8 +110,7 @@ class RewardModel(AsyncORM):
             try:
                 # In a thread, so that groups that come meanwhile join the next batch.
                 scores = await asyncio.to_thread(self._logits, [ids for ids, _ in batch])
-            # Told to those who wait for it: the batch's calls raise it.
-            except Exception as error:
+            except Exception as error:  # raised by the calls that wait for this batch
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)

@@ -16,7 +16,7 @@ class _FromTRL(ORM):
 
     function_name: str
 
-    def __init__(self, **settings: Any):
+    def __init__(self) -> None:
         super().__init__()
         try:
             rewards = importlib.import_module("trl.rewards")
@@ -26,8 +26,7 @@ class _FromTRL(ORM):
             ) from error
         if not hasattr(rewards, self.function_name):
             raise ValueError(f"this version of TRL has no trl.rewards.{self.function_name}")
-        function = getattr(rewards, self.function_name)
-        self._function = function(**settings) if settings else function
+        self._function = getattr(rewards, self.function_name)
 
     def __call__(self, completions: list[str], **columns: Any) -> list[float | None]:
         """[G] what TRL's function returns."""
@@ -48,13 +47,10 @@ class _FromTRLWithGold(_FromTRL):
 
 @register_reward("trl/accuracy_reward")
 class TRLAccuracy(_FromTRLWithGold):
-    """trl.rewards.accuracy_reward: 1 for LaTeX equal to column `solution`; None if it is not
+    """trl.rewards.accuracy_reward: 1 for LaTeX equal to column `solution`; None if that is not
     readable."""
 
     function_name = "accuracy_reward"
-
-    def __init__(self) -> None:
-        super().__init__()
 
 
 @register_reward("trl/reasoning_accuracy_reward")
@@ -64,11 +60,7 @@ class TRLReasoningAccuracy(_FromTRLWithGold):
     function_name = "reasoning_accuracy_reward"
 
     def __init__(self, reasoning_delimiters: list[str] | None = None):
-        """Settings.
-
-        Args:
-            reasoning_delimiters: texts that end the reasoning; None is `</think>`.
-        """
+        """Settings: `reasoning_delimiters`, texts that end the reasoning; None is `</think>`."""
         super().__init__()
         self._delimiters = reasoning_delimiters
 
@@ -84,9 +76,6 @@ class TRLThinkFormat(_FromTRL):
     max_reward = 1.0
     reads_think_tags = True
     function_name = "think_format_reward"
-
-    def __init__(self) -> None:
-        super().__init__()
 
 
 @register_reward("trl/get_cosine_scaled_reward")
@@ -104,7 +93,8 @@ class TRLCosine(_FromTRL):
         max_value_correct: float = 1.0,
     ):
         """Settings, as TRL names them; max_completion_length is its max_len, in tokens."""
-        super().__init__(
+        super().__init__()
+        self._function = self._function(
             max_len=max_completion_length,
             min_value_wrong=min_value_wrong,
             max_value_wrong=max_value_wrong,
@@ -121,7 +111,8 @@ class TRLRepetitionPenalty(_FromTRL):
 
     def __init__(self, ngram_size: int = 3, max_penalty: float = -1.0):
         """Settings, as TRL names them."""
-        super().__init__(ngram_size=ngram_size, max_penalty=max_penalty)
+        super().__init__()
+        self._function = self._function(ngram_size=ngram_size, max_penalty=max_penalty)
 
 
 @register_reward("trl/get_soft_overlong_punishment")
@@ -132,6 +123,7 @@ class TRLSoftOverlong(_FromTRL):
 
     def __init__(self, max_completion_length: int, soft_punish_cache: int):
         """Settings, as TRL names them; max_completion_length, in tokens, is max_completion_len."""
-        super().__init__(
+        super().__init__()
+        self._function = self._function(
             max_completion_len=max_completion_length, soft_punish_cache=soft_punish_cache
         )

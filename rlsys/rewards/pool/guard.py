@@ -1,6 +1,7 @@
-"""What watches a reward process: a process of its own, run as a script without site-packages.
+"""The guard of a reward process: a process that watches its memory and its parent.
 
-Code that never lets go of the interpreter stops every thread of its process, so no thread could.
+It is not a thread, because code that never releases the interpreter stops all threads. It runs as
+a script without site-packages.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 MEMORY_SHARE = 0.25
-"""Of the machine's memory: the limit of a process for which none is set."""
+"""Share of the machine's memory that a process may hold if no limit is set."""
 _POLL_S = 0.05
 _CHILDREN_EVERY = 5
 """Polls between two looks at the children: finding them costs about 0.1 ms."""
@@ -22,17 +23,16 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def start_guard(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
-    """Have the group of this process, its leader, killed when it holds more memory, on Linux.
+    """Have this process and all that it started killed when they hold too much memory.
 
-    Also when this process ends, for whatever reason, and when its parent does, which can no longer
-    kill it then.
+    The guard also kills them when this process ends, and when its parent ends, which would have
+    killed it. This process leads a process group, which dies as one. Linux only.
 
-    A limit of the address space would be simpler, but torch and others reserve far more than they
-    use; and the kernel's own killer would take the process that is largest, the driver perhaps.
+    A limit of the address space would not do: torch and others reserve far more than they use. The
+    kernel's own killer might take the driver.
 
     Args:
-        max_memory_mb: MiB that this process and what it started may hold; None is `MEMORY_SHARE`
-            of the machine's.
+        max_memory_mb: MiB that they may hold together; None is `MEMORY_SHARE` of the machine's.
     """
     if not Path("/proc/self/statm").exists():
         return None
@@ -42,19 +42,19 @@ def start_guard(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
         limit = int(machine * MEMORY_SHARE)
     assert os.getpgrp() == os.getpid(), "the guard kills the whole group"
     numbers = [str(number) for number in (os.getpid(), os.getppid(), limit)]
-    # -I: the modules beside this file must not shadow Python's own.
+    # -I: modules beside this file must not shadow Python's own.
     command = [sys.executable, "-I", "-S", __file__, *numbers]
     # In a session of its own, as it must outlive the group.
     return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
 
 
 def family(pid: int) -> list[int]:
-    """A process and its descendants that still have a living parent among them, this one left out.
+    """A process and its descendants whose parents live, without the calling process.
 
-    On a kernel that does not tell children (CONFIG_PROC_CHILDREN) the process alone.
+    The process alone on a kernel without CONFIG_PROC_CHILDREN.
     """
     members = [pid]
-    for member in members:  # which grows meanwhile
+    for member in members:  # the list grows in the loop
         try:
             for thread in os.listdir(f"/proc/{member}/task"):
                 children = Path(f"/proc/{member}/task/{thread}/children").read_text().split()
@@ -65,9 +65,9 @@ def family(pid: int) -> list[int]:
 
 
 def memory_of(pids: list[int], limit: int) -> int:
-    """Bytes that processes hold together, exact only where it may be more than `limit`.
+    """Bytes that processes hold together.
 
-    Pages that several of them share count once. The quick sum counts them for each.
+    Shared pages count once where the quick sum, which counts them for each, is over `limit`.
     """
     quick = sum(_resident(pid) for pid in pids)
     return quick if quick <= limit or len(pids) == 1 else sum(_proportional(pid) for pid in pids)

@@ -125,7 +125,7 @@ def test_cosine_of_mathematics_is_trls():
         ("repetition_penalty", {"ngram_size": 0}, "ngram_size must be at least 1"),
         ("repetition_penalty", {"max_penalty": 1.0}, "must be 0 or less"),
         ("repetition_penalty", {"max_penalty": math.nan}, "must be 0 or less"),
-        ("repetition_penalty", {"unit": "letters"}, "tokens or words"),
+        ("repetition_penalty", {"unit": "letters"}, "must be one of tokens, words, not 'letters'"),
     ],
 )
 def test_settings_out_of_range_are_refused(name, settings, message):
