@@ -1,15 +1,16 @@
-"""`rlsys completions RUN`: what the model wrote, siblings side by side with their rewards."""
+"""`rlsys completions RUN`: the completions of each group, with their rewards."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import logging
+import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -25,13 +26,13 @@ from rlsys.tracking.base import Split
 from rlsys.tracking.printable import printable
 
 FOLLOW_FROM = 3
-"""Groups that are already there and shown first when following, as `tail -f` does."""
+"""Recorded groups that `--follow` shows first, as `tail -f` does."""
 SECONDS_BETWEEN_LOOKS = 0.25
 ENDS: dict[State | None, str] = {
     "ended": "the run has ended",
     "killed": "the run was killed: its status is running, and no process is in its folder",
 }
-"""Of following."""
+"""States of a run that end `--follow`, in words."""
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
@@ -52,24 +53,24 @@ def show_completions(
     limit: int | None,
     split: Split = "train",
 ) -> None:
-    """Print the groups of a run to standard output, the siblings of a group best first.
+    """Print the groups of a run to standard output, the best completion of a group first.
 
     Args:
-        run_dir: The output directory of the run; with `follow` it need not exist yet.
-        follow: Go on printing groups as they finish, until the run ends, is killed, or Ctrl-C.
-        step: Only groups of this step; None is every step.
-        limit: The newest so many groups; None is all of them, or the newest 3 when following.
+        run_dir: output directory of the run; with `follow` it need not exist yet.
+        follow: print further groups as they finish, until the run ends, is killed, or Ctrl-C.
+        step: only groups of this step; None is every step.
+        limit: only the newest `limit` groups; None is all, or the newest 3 with `follow`.
         split: "eval" shows held-out completions, "filtered" those that dynamic sampling left out.
 
     Raises:
-        ValueError: There is nothing to show, or to wait for; or `limit` shows nothing.
+        ValueError: there is nothing to show or to wait for, or `limit` is too small.
     """
     least = 0 if follow else 1
     if limit is not None and limit < least:
         raise ValueError(f"--limit {limit} should be {least} or more")
     run = RunDir(run_dir)
     path = run.completions_of(split)
-    # What a model writes may hold characters that the terminal's encoding lacks.
+    # Completions may contain characters that the terminal's encoding lacks.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(markup=False, highlight=False, emoji=False)
@@ -87,11 +88,10 @@ def show_completions(
 def _show_recorded(console: Console, path: Path, step: int | None, limit: int | None) -> None:
     steps: set[int] = set()
     groups: deque[list[Row]] = deque(maxlen=limit)
-    collector = GroupCollector()
-    for row in Tail(path).rows():
-        steps.add(row["step"])
-        groups.extend(_of_step(collector.add(row), step))
-    groups.extend(_of_step(collector.rest(), step))
+    for group in GroupReader(path).groups(to_end=True):
+        steps.add(group[0]["step"])
+        if step in (None, group[0]["step"]):
+            groups.append(group)
     if not groups:
         recorded = f"it has steps {min(steps)} to {max(steps)}" if steps else "it is empty so far"
         wanted = "no group" if step is None else f"no group of step {step}"
@@ -102,32 +102,29 @@ def _show_recorded(console: Console, path: Path, step: int | None, limit: int | 
 
 def _follow(console: Console, run: RunDir, split: Split, step: int | None, limit: int) -> None:
     path = run.completions_of(split)
-    tail = Tail(path)
-    collector = GroupCollector()
-    backlog: deque[list[Row]] = deque(maxlen=limit)
-    for row in tail.rows():
-        backlog.extend(_of_step(collector.add(row), step))
-    for group in backlog:
+    reader = GroupReader(path)
+
+    def new_groups() -> Iterator[list[Row]]:
+        return (group for group in reader.groups() if step in (None, group[0]["step"]))
+
+    for group in deque(new_groups(), maxlen=limit):
         print_group(console, group)
-    waiting_for_start = not _has_recorded(run)  # an attempt that failed at its start is no run
-    if waiting_for_start or not path.exists():
+    has_started = _has_recorded(run)  # an attempt that failed before its first step does not count
+    if not has_started or not path.exists():
         before = {"ended": "failed", "killed": "was killed"}.get(run.state() or "")
         earlier = f" (an earlier attempt {before} before its first step)" if before else ""
-        print(f"waiting for {path}{earlier if waiting_for_start else ''}", file=sys.stderr)
-    looked_for_reasons = False
+        print(f"waiting for {path}{'' if has_started else earlier}", file=sys.stderr)
+    is_checked = False
     while True:
-        # Asked before the file is read, so that the last groups are not missed.
-        state = run.state()
-        waiting_for_start = waiting_for_start and state != "running" and not _has_recorded(run)
-        if not waiting_for_start and not looked_for_reasons:
-            looked_for_reasons = True
-            never = _why_never(run, split)
-            if never is not None:
+        state = run.state()  # read before the file, so that the last groups are not missed
+        has_started = has_started or state == "running" or _has_recorded(run)
+        if has_started and not is_checked:
+            is_checked = True
+            if (never := _why_never(run, split)) is not None:
                 raise ValueError(f"nothing to wait for: {never}")
-        for row in tail.rows():
-            for group in _of_step(collector.add(row), step):
-                print_group(console, group)
-        if state in ENDS and not waiting_for_start:
+        for group in new_groups():
+            print_group(console, group)
+        if has_started and state in ENDS:
             print(ENDS[state], file=sys.stderr)
             return
         time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -139,7 +136,7 @@ def _has_recorded(run: RunDir) -> bool:
 
 
 def _why_missing(run: RunDir, split: Split) -> str:
-    """Why a file of completions is not there."""
+    """Why a file of completions does not exist."""
     if not run.path.is_dir():
         return f"there is no folder {run.path}"
     if not run.config.exists():
@@ -155,7 +152,7 @@ def _why_missing(run: RunDir, split: Split) -> str:
 
 
 def _why_never(run: RunDir, split: Split) -> str | None:
-    """Which setting of the run keeps it from recording a kind of completions."""
+    """The setting that keeps the run from recording these completions; None if it records them."""
     config = yaml.safe_load(run.config.read_text("utf-8")) if run.config.exists() else {}
 
     def setting(section: str, field: str) -> Any:
@@ -170,10 +167,6 @@ def _why_never(run: RunDir, split: Split) -> str | None:
     return None
 
 
-def _of_step(groups: Iterable[list[Row]], step: int | None) -> Iterator[list[Row]]:
-    return (group for group in groups if step is None or group[0]["step"] == step)
-
-
 class Tail:
     """The rows of a file that another process appends to, each once."""
 
@@ -185,8 +178,8 @@ class Tail:
     def rows(self) -> Iterator[Row]:
         """Rows since the last call; none while the file does not exist.
 
-        A resumed run cuts its file back to its checkpoint. What is left was there before, so
-        reading goes on at the end of it.
+        A resumed run cuts its file back to its checkpoint. The rows that are left are not new, so
+        reading continues at the end of the file.
         """
         if not self._path.exists():
             self._position, self._inode = 0, None
@@ -209,34 +202,31 @@ class Tail:
                     yield row
 
 
-class GroupCollector:
-    """Puts the rows of a group together; they follow each other in the file."""
+class GroupReader:
+    """The groups of a file that another process appends to; rows of a group stand together."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path):
+        self._tail = Tail(path)
         self._rows: list[Row] = []
 
-    def add(self, row: Row) -> list[list[Row]]:
-        """The groups that `row` completes: itself last of its group, or first of the next one."""
-        groups = []
-        if self._rows and _group_of(self._rows[0]) != _group_of(row):
-            groups += self.rest()
-        self._rows.append(row)
-        if len(self._rows) == row["group_size"]:
-            groups += self.rest()
-        return groups
+    def groups(self, *, to_end: bool = False) -> Iterator[list[Row]]:
+        """The groups since the last call; with `to_end` also a last one that misses rows."""
+        for row in self._tail.rows():
+            if self._rows and any(self._rows[0][key] != row[key] for key in ("step", "group_id")):
+                yield self._take()
+            self._rows.append(row)
+            if len(self._rows) == row["group_size"]:
+                yield self._take()
+        if to_end and self._rows:
+            yield self._take()
 
-    def rest(self) -> list[list[Row]]:
-        """The group at hand, of which rows are missing, if there is one."""
+    def _take(self) -> list[Row]:
         rows, self._rows = self._rows, []
-        return [rows] if rows else []
-
-
-def _group_of(row: Row) -> tuple[int, int]:
-    return row["step"], row["group_id"]
+        return rows
 
 
 def print_group(console: Console, rows: list[Row]) -> None:
-    """Print one group: a heading, the prompt once, the completions from best to worst."""
+    """Print one group: a heading, the prompt, and the completions from best to worst."""
     first = rows[0]
     title = (
         f"step {first['step']}, group {first['group_id']}, prompt {printable(first['prompt_id'])}"
@@ -246,9 +236,9 @@ def print_group(console: Console, rows: list[Row]) -> None:
     console.print()
     _print_indented(console, first["prompt"], "cyan")
     totals = [row["reward"] for row in rows if row["reward"] is not None]
-    for row in sorted(rows, key=lambda row: -_worst_if_none(row["reward"])):
+    for row in sorted(rows, key=_badness):
         style = ""
-        if totals and min(totals) < max(totals):  # otherwise none is better than another
+        if totals and min(totals) < max(totals):  # else no completion is better than another
             style = {max(totals): "bold green", min(totals): "bold red"}.get(row["reward"], "")
         console.print()
         _print_heading(console, row, style)
@@ -257,7 +247,7 @@ def print_group(console: Console, rows: list[Row]) -> None:
 
 
 def _group_summary(rows: list[Row]) -> str:
-    """Mean and standard deviation of the total, means of the reward functions."""
+    """Mean and standard deviation of the rewards, and what is missing."""
     parts = []
     if len(rows) < rows[0]["group_size"]:
         parts.append(f"only {len(rows)} of {rows[0]['group_size']} completions on record")
@@ -300,9 +290,9 @@ def _print_indented(console: Console, text: str, style: str) -> None:
         console.print(Text(indent) + line, soft_wrap=True)
 
 
+def _badness(row: Row) -> float:
+    return math.inf if row["reward"] is None else -row["reward"]
+
+
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
-
-
-def _worst_if_none(reward: float | None) -> float:
-    return float("-inf") if reward is None else reward

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +11,7 @@ from rich.table import Table
 
 from rlsys.commands.console import make_console
 from rlsys.commands.explain_algorithm import describe_algorithm
+from rlsys.commands.explain_batches import batch_arithmetic
 from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.load import ResolvedConfig, load_config
@@ -24,10 +23,8 @@ from rlsys.model.memory import (
     MemoryEstimate,
     estimate_memory,
     estimate_reward_model,
-    longest_row,
-    micro_batch_tokens,
 )
-from rlsys.model.shape import read_model_shape
+from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.checks import check_run
 from rlsys.preflight.data import FIRST_ROWS, count_rows
 from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
@@ -40,9 +37,9 @@ from rlsys.tracking.columns import GAP, columns, print_lines, print_pairs, print
 from rlsys.types import Device
 
 _VALUE = 32
-"""Columns for a value; a longer one goes on below."""
-_LEAST_MEANING = 40
-"""Columns for the meaning of a field, if it is shown."""
+"""Columns for a value; a longer value continues on the next line."""
+_MIN_MEANING = 40
+"""Fewest columns for the meanings of fields; a narrower terminal does not show them."""
 _ORIGIN_STYLES = {"default": "dim", "file": "", "command line": "bold green"}
 
 
@@ -52,160 +49,45 @@ def main(args: argparse.Namespace) -> bool:
 
 
 def explain(resolved: ResolvedConfig, console: Console) -> bool:
-    """Print the config, its batch arithmetic, devices, memory and problems.
+    """Print all sections: config, algorithm, batches, actors, saving, memory and problems.
 
     Returns:
-        whether the config could run: problems of this machine alone (a file that is not here)
-        are shown and do not count.
+        Whether the config could run. A problem of this machine alone, such as a missing file, is
+        shown and does not count.
     """
-    config = resolved.config
-    problems = check_run(config)
-    if not problems and (stopped := reward_start_problem(config)) is not None:
-        problems = [Problem(f"reward.reward_funcs: {stopped}")]
+    config, device = resolved.config, guess_device(resolved.config)
+    problems = _find_problems(config)
     _print_config(resolved, console)
     print_pairs(console, "Algorithm", describe_algorithm(config))
     print_pairs(console, "Batches", batch_arithmetic(config))
-    _print_roles(config, console)
-    _print_saved_and_memory(config, console)
+    print_pairs(console, f"Actors on {device}", _describe_actors(config, device))
+    shapes = _read_shapes(config)
+    if shapes is None:
+        print_pairs(console, "Saved", describe_saving(config, None))
+        console.print("\nModel config not available here: memory not estimated, nor disk")
+    else:
+        rows = count_rows(config.data)
+        counted_config = config if rows is None else config.with_steps(rows)
+        _print_saved(counted_config, shapes[0], device, console)
+        _print_memory(counted_config, shapes, device, console)
     _print_problems(problems, config, console)
     return all(problem.only_here for problem in problems)
 
 
-def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
-    """(quantity, how it comes about) for every number that follows from the batch sizes."""
-    rollout, policy = config.rollout, config.policy
-    completions, steps = rollout.generation_batch_size, config.optimizer_steps_per_rollout
-    prompts, per_step = config.num_prompts, config.global_batch_size
-    per_rank = per_step // config.data_parallel_size
-    if policy.max_tokens_per_micro_batch is None:
-        size = min(policy.micro_batch_size, per_rank)
-        count = math.ceil(per_rank / size)
-        micro = f"{count} of {'up to ' if per_rank % size else ''}{counted(size, 'completion')}, "
-    else:
-        micro = "as many completions as fit, "
-    return [
-        (
-            "prompts a step (P)",
-            f"{prompts} = generation_batch_size {completions} / num_generations "
-            f"{rollout.num_generations}",
-        ),
-        ("completions a step (N)", f"{completions} = P {prompts} x G {rollout.num_generations}"),
-        *_running_ahead(config),
-        (
-            "completions an engine",
-            f"{completions / rollout.num_engines:g} = {completions} / num_engines "
-            f"{rollout.num_engines}, {rollout.max_num_seqs} at once",
-        ),
-        (
-            "optimizer steps a rollout",
-            f"{steps} = {completions} / global_batch_size {per_step} x num_iterations "
-            f"{config.grpo.num_iterations}",
-        ),
-        (
-            "completions an optimizer step",
-            f"{per_step} = policy.global_batch_size"
-            + (" (generation_batch_size)" if policy.global_batch_size is None else ""),
-        ),
-        (
-            "  of these, a rank has",
-            f"{per_rank} = {per_step} / {config.data_parallel_size} data-parallel ranks "
-            f"(world_size {policy.world_size} / (TP {policy.tensor_parallel_size} x PP "
-            f"{policy.pipeline_parallel_size} x CP {policy.context_parallel_size}))",
-        ),
-        ("  in micro-batches", f"{micro}at most {micro_batch_tokens(config):,} tokens each"),
-        (
-            "tokens a row, at most",
-            f"{longest_row(config):,} = max_prompt_length {config.data.max_prompt_length:,} + "
-            f"max_completion_length {rollout.max_completion_length:,}",
-        ),
-        (
-            "tokens a step, at most",
-            f"{completions * rollout.max_completion_length:,} sampled, "
-            f"{completions * longest_row(config):,} trained on",
-        ),
-        *_length(config),
-    ]
-
-
-def _length(config: Config) -> Iterator[tuple[str, str]]:
-    """Steps and epochs of the run, which may depend on the number of rows."""
-    rows = count_rows(config.data)
-    prompts = config.num_prompts
-    by_epochs = None if rows is None else config.steps_of_epochs(rows)
-    if config.num_train_epochs is not None:
-        num_rows = "rows, not counted yet" if rows is None else counted(rows, "row")
-        result = "" if by_epochs is None else f" = {counted(by_epochs, 'step')}"
-        goes_first = (
-            "" if config.max_steps is None else f"; max_steps {config.max_steps} goes first"
-        )
-        yield (
-            "num_train_epochs",
-            f"{config.num_train_epochs:g} x {num_rows} (less those over max_prompt_length) / P "
-            f"{prompts}{result}{goes_first}",
-        )
-    num_steps = config.max_steps or by_epochs
-    if num_steps is None:
-        yield "the whole run", "known when the rows are counted, at the start of the run"
-        return
-    optimizer_steps = num_steps * config.optimizer_steps_per_rollout
-    warmup = math.ceil(config.policy.warmup_ratio * optimizer_steps)
-    drawn = num_steps * prompts
-    yield (
-        "the whole run",
-        f"{counted(num_steps, 'step')}: {counted(drawn, 'prompt')}, "
-        f"{counted(num_steps * config.rollout.generation_batch_size, 'completion')}, "
-        f"{counted(optimizer_steps, 'optimizer step')} ({warmup:,} of them warm-up)",
-    )
-    yield from _evaluations(config, num_steps)
-    yield "epochs", "unknown: rows not counted" if rows is None else _epochs(drawn, rows)
-
-
-def _evaluations(config: Config, num_steps: int) -> Iterator[tuple[str, str]]:
-    every = config.eval_steps
-    if every is not None:
-        number = num_steps // every
-        after = (
-            f"after every {every:,} of {num_steps:,} steps"
-            if number
-            else (f"not again: eval_steps {every:,} is more than the {counted(num_steps, 'step')}")
-        )
-        yield "evaluations", f"{1 + number:,}: before the first step, and {after}"
-
-
-def _running_ahead(config: Config) -> Iterator[tuple[str, str]]:
-    rollout, prompts, ahead = config.rollout, config.num_prompts, config.num_prompts_ahead
-    if ahead:
-        rest = "go on" if rollout.max_staleness else "are given up and begun again"
-        yield (
-            "prompts in flight, at most",
-            f"{prompts + ahead} = P {prompts} + {ahead} that {rest} when the first {prompts} are "
-            f"done; no token is more than max_staleness {rollout.max_staleness} weight versions "
-            "old",
-        )
-    if rollout.dynamic_sample:
-        times = rollout.max_resample_times
-        yield (
-            "prompts resampled a step",
-            f"up to {times * prompts} = max_resample_times {times} x P {prompts}, in place of "
-            "groups whose rewards are all equal",
-        )
-
-
-def _epochs(drawn: int, rows: int) -> str:
-    return (
-        f"{drawn / rows:.2f} = {counted(drawn, 'prompt')} / {counted(rows, 'row')}"
-        if rows
-        else "no rows"
-    )
+def _find_problems(config: Config) -> list[Problem]:
+    problems = check_run(config)
+    if not problems and (stopped := reward_start_problem(config)) is not None:
+        problems = [Problem(f"reward.reward_funcs: {stopped}")]
+    return problems
 
 
 def _print_config(resolved: ResolvedConfig, console: Console) -> None:
-    """Each field with its value and origin, and its meaning where the terminal is wide."""
+    """Each field with its value and origin, and on a wide terminal its meaning."""
     fields = config_fields()
     widths = [2 + max(len(name.rpartition(".")[2]) for name in fields), _VALUE, len("command line")]
     head = ["field", "value", "from"]
     room = console.width - sum(widths) - len(widths) * GAP
-    if room >= _LEAST_MEANING:
+    if room >= _MIN_MEANING:
         widths, head = [*widths, room], [*head, "meaning"]
     else:
         widths[1] += max(0, room + GAP)
@@ -225,94 +107,101 @@ def _print_config(resolved: ResolvedConfig, console: Console) -> None:
         print_lines(console, columns(cells[: len(widths)], widths), _ORIGIN_STYLES[origin])
 
 
-def _print_roles(config: Config, console: Console) -> None:
-    device = guess_device(config)
+def _describe_actors(config: Config, device: Device) -> list[tuple[str, str]]:
+    """(role x number of actors, what each of them gets)."""
     roles = plan_roles(config, device=device)
-    pairs = [(f"{name} x {count}", _role_text(name, roles)) for name, count in _counts(roles)]
+    counts = Counter(role.name for role in roles)
+    pairs = [(f"{name} x {count}", _describe_role(name, roles)) for name, count in counts.items()]
     if config.grpo.beta == 0:
         pairs.append(("reference x 0", "grpo.beta is 0"))
     gpus, threads = sum(role.gpus for role in roles), sum(role.cpu_threads for role in roles)
     if device == "cuda":
-        pairs.append(("in all", f"{counted(gpus, 'GPU')}; this machine shows {visible_gpus()}"))
+        total = f"{counted(gpus, 'GPU')}; this machine shows {visible_gpus()}"
     else:
-        pairs.append(("in all", f"{counted(threads, 'thread')}, not all busy at once"))
-    print_pairs(console, f"Actors on {device}", pairs)
+        total = f"{counted(threads, 'thread')}, not all busy at once"
+    return [*pairs, ("in all", total)]
 
 
-def _counts(roles: list[Role]) -> list[tuple[str, int]]:
-    return list(Counter(role.name for role in roles).items())
-
-
-def _role_text(name: str, roles: list[Role]) -> str:
-    role = next(role for role in roles if role.name == name)
-    if role.name == "reward_model" and role.shares_gpu_of:
+def _describe_role(name: str, roles: list[Role]) -> str:
+    actors = [role for role in roles if role.name == name]
+    first = actors[0]
+    if first.shares_gpu_of and name == "reward_model":
         return "a GPU of the policy's, and memory there (reward.reward_model_placement)"
-    if role.shares_gpu_of:
+    if first.shares_gpu_of:
         return (
-            f"the GPU of the {role.shares_gpu_of[0]} rank of the same number, its weights in host "
+            f"the GPU of the {first.shares_gpu_of[0]} rank of the same number, its weights in host "
             f"memory meanwhile ({name}.placement)"
         )
-    if role.gpus:
-        first = sum(r.gpus for r in roles[: roles.index(role)])
-        last = first + sum(r.gpus for r in roles if r.name == name) - 1
-        of_its_kind = [other for other in roles if other.name == name]
-        sharers = sum(other.shares_gpu_of == (name, role.rank) for other in of_its_kind)
-        each = f"{1 + sharers} share a GPU" if sharers else f"{role.gpus} GPU each"
-        return f"{each}: number {first}" + (f" to {last}" if last > first else "")
-    return f"CPU, {counted(role.cpu_threads, 'thread')} each"
+    if not first.gpus:
+        return f"CPU, {counted(first.cpu_threads, 'thread')} each"
+    start = sum(role.gpus for role in roles[: roles.index(first)])
+    last = start + sum(role.gpus for role in actors) - 1
+    sharers = sum(role.shares_gpu_of == (name, first.rank) for role in actors)
+    each = f"{1 + sharers} share a GPU" if sharers else f"{first.gpus} GPU each"
+    return f"{each}: number {start}" + (f" to {last}" if last > start else "")
 
 
-def _print_saved_and_memory(config: Config, console: Console) -> None:
-    device = guess_device(config)
+def _read_shapes(config: Config) -> tuple[ModelShape, ModelShape] | None:
+    """The models of policy and reference; None if a config.json is not on this machine."""
     try:
         shape = read_model_shape(find_model_folder(config.model.path))
-        reference = shape
-        if config.grpo.beta > 0:
-            reference = read_model_shape(find_model_folder(config.reference_path))
+        if config.grpo.beta == 0:
+            return shape, shape
+        return shape, read_model_shape(find_model_folder(config.reference_path))
     except ValueError:  # one of the problems, which are printed last
-        print_pairs(console, "Saved", describe_saving(config, None))
-        console.print("\nModel config not available here: memory not estimated, nor disk")
-        return
-    rows = count_rows(config.data)
-    config = config if rows is None else config.with_steps(rows)
+        return None
+
+
+def _print_saved(config: Config, shape: ModelShape, device: Device, console: Console) -> None:
+    """What the run saves, and the disk that it needs."""
     use = disk_use(config, shape, device=device)
     print_pairs(console, "Saved", describe_saving(config, use))
-    warning = disk_warning(config, use)
-    if warning is not None:
+    if (warning := disk_warning(config, use)) is not None:
         print_wrapped(console, warning, style="bold red")
-    estimates = estimate_memory(config, shape, reference, device=device)
+
+
+def _print_memory(
+    config: Config, shapes: tuple[ModelShape, ModelShape], device: Device, console: Console
+) -> None:
+    """Memory of each role by purpose, the formulas, and whether it fits on this machine."""
     of_rewards, unknown = _reward_model_memory(config, device)
-    estimates += of_rewards
-    counts = dict(_counts(plan_roles(config, device=device)))
-    purposes = list(dict.fromkeys(purpose for e in estimates for purpose in e.gib))
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    for estimate in estimates:
-        table.add_column(f"{estimate.role} x {counts[estimate.role]}", justify="right")
-    for purpose in purposes:
-        table.add_row(
-            purpose, *(_gib(e.gib[purpose]) if purpose in e.gib else "" for e in estimates)
-        )
-    table.add_row("sum", *(f"{estimate.total_gib:.2f}" for estimate in estimates))
+    estimates = [*estimate_memory(config, *shapes, device=device), *of_rewards]
+    counts = Counter[str](role.name for role in plan_roles(config, device=device))
     console.print()
     kind = "GPU" if device == "cuda" else "main"
     print_lines(console, [f"Estimate of {kind} memory, in GiB a process"], "italic")
-    console.print(table)
-    for estimate in estimates:
-        for purpose, formula in estimate.formula.items():
-            text = f"{estimate.role} {purpose} = {formula}"
-            print_wrapped(console, text, indent="  ", style="dim")
-    if unknown:
-        text = f"not in the estimate: {', '.join(unknown)}"
-        print_wrapped(console, text, indent="  ", style="dim")
+    console.print(_memory_table(estimates, counts))
+    notes = [
+        f"{estimate.role} {purpose} = {formula}"
+        for estimate in estimates
+        for purpose, formula in estimate.formula.items()
+    ]
+    notes += [f"not in the estimate: {', '.join(unknown)}"] if unknown else []
+    for note in notes:
+        print_wrapped(console, note, indent="  ", style="dim")
     if device == "cpu":
         _print_total(estimates, counts, console)
     else:
         _print_cards(config, estimates, console)
 
 
+def _memory_table(estimates: list[MemoryEstimate], counts: Counter[str]) -> Table:
+    table = Table("", box=None, pad_edge=False)
+    for estimate in estimates:
+        table.add_column(f"{estimate.role} x {counts[estimate.role]}", justify="right")
+    for purpose in dict.fromkeys(purpose for e in estimates for purpose in e.gib):
+        sizes = [e.gib.get(purpose) for e in estimates]
+        table.add_row(purpose, *("" if size is None else _gib(size) for size in sizes))
+    table.add_row("sum", *(f"{estimate.total_gib:.2f}" for estimate in estimates))
+    return table
+
+
+def _gib(size: float) -> str:
+    return f"{size:.2f}" if size >= 0.005 else "<0.01"
+
+
 def _reward_model_memory(config: Config, device: Device) -> tuple[list[MemoryEstimate], list[str]]:
-    """Of the largest reward model, if any, and those whose weights are not on this machine."""
+    """The estimate of the largest reward model, and the models whose weights are not here."""
     known, unknown = [], []
     for name in config.reward.models:
         settings = config.reward.params.get(name, {})
@@ -327,21 +216,17 @@ def _reward_model_memory(config: Config, device: Device) -> tuple[list[MemoryEst
     return sorted(known, key=lambda estimate: -estimate.total_gib)[:1], unknown
 
 
-def _gib(size: float) -> str:
-    return f"{size:.2f}" if size >= 0.005 else "<0.01"
-
-
 def _print_cards(config: Config, estimates: list[MemoryEstimate], console: Console) -> None:
     card_gib = gpu_memory_gib()
     if card_gib is None:
-        console.print("No GPU is visible here, so the estimate is compared with none")
+        console.print("No GPU is visible here to compare the estimate with")
         return
     console.print(f"The smallest GPU here has {card_gib:.1f} GiB")
     for warning in card_warnings(config, estimates, card_gib):
         print_wrapped(console, f"That may not fit: {warning}", style="bold red")
 
 
-def _print_total(estimates: list[MemoryEstimate], counts: dict[str, int], console: Console) -> None:
+def _print_total(estimates: list[MemoryEstimate], counts: Counter[str], console: Console) -> None:
     import psutil
 
     total = sum(e.total_gib * counts[e.role] for e in estimates) + REWARD_GIB * counts["reward"]
@@ -364,16 +249,17 @@ def _print_problems(problems: list[Problem], config: Config, console: Console) -
             console.print(f"\n{title}", style="bold red")
             for problem in some:
                 print_wrapped(console, f"  - {problem}")
-    if not problems:
-        console.print("\nReady to run.", style="bold green")
-        console.print(
-            f"The reward functions were started, and the first {FIRST_ROWS} rows of each text file "
-            "read. A run reads all rows, as `rlsys data preview` does.",
-            style="dim",
-        )
-        specs = map(read_spec, (*config.data.dataset, *config.data.val_dataset))
-        elsewhere = [spec.name for spec in specs if not spec.is_local]
-        if elsewhere:
-            names = ", ".join(dict.fromkeys(elsewhere))
-            text = f"Not on this machine, so not looked at: {names}. A run asks the hub."
-            print_wrapped(console, text, style="dim")
+    if problems:
+        return
+    console.print("\nReady to run.", style="bold green")
+    console.print(
+        f"The reward functions were started, and the first {FIRST_ROWS} rows of each text file "
+        "read. A run reads all rows, as `rlsys data preview` does.",
+        style="dim",
+    )
+    specs = map(read_spec, (*config.data.dataset, *config.data.val_dataset))
+    elsewhere = dict.fromkeys(spec.name for spec in specs if not spec.is_local)
+    if elsewhere:
+        names = ", ".join(elsewhere)
+        text = f"Not on this machine, so not looked at: {names}. A run asks the hub."
+        print_wrapped(console, text, style="dim")

@@ -11,7 +11,8 @@ from config_cases import write_config, write_run
 from reward_models import save_reward_model
 from rich.console import Console
 
-from rlsys.commands.explain import batch_arithmetic, explain
+from rlsys.commands.explain import explain
+from rlsys.commands.explain_batches import batch_arithmetic
 from rlsys.config.fields import config_fields, show_value
 from rlsys.config.load import load_config
 from rlsys.config.roles import plan_roles

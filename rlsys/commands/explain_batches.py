@@ -1,0 +1,134 @@
+"""The numbers of a run that follow from its batch sizes, and how they come about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from rlsys.config import Config
+from rlsys.model.memory import longest_row, micro_batch_tokens
+from rlsys.preflight.data import count_rows
+from rlsys.text import counted
+
+
+def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
+    """(quantity, value and formula) for every number that follows from the batch sizes."""
+    rollout, policy = config.rollout, config.policy
+    completions, steps = rollout.generation_batch_size, config.optimizer_steps_per_rollout
+    prompts, per_step = config.num_prompts, config.global_batch_size
+    per_rank = per_step // config.data_parallel_size
+    if policy.max_tokens_per_micro_batch is None:
+        size = min(policy.micro_batch_size, per_rank)
+        count = math.ceil(per_rank / size)
+        micro = f"{count} of {'up to ' if per_rank % size else ''}{counted(size, 'completion')}, "
+    else:
+        micro = "as many completions as fit, "
+    return [
+        (
+            "prompts a step (P)",
+            f"{prompts} = generation_batch_size {completions} / num_generations "
+            f"{rollout.num_generations}",
+        ),
+        ("completions a step (N)", f"{completions} = P {prompts} x G {rollout.num_generations}"),
+        *_running_ahead(config),
+        (
+            "completions an engine",
+            f"{completions / rollout.num_engines:g} = {completions} / num_engines "
+            f"{rollout.num_engines}, {rollout.max_num_seqs} at once",
+        ),
+        (
+            "optimizer steps a rollout",
+            f"{steps} = {completions} / global_batch_size {per_step} x num_iterations "
+            f"{config.grpo.num_iterations}",
+        ),
+        (
+            "completions an optimizer step",
+            f"{per_step} = policy.global_batch_size"
+            + (" (generation_batch_size)" if policy.global_batch_size is None else ""),
+        ),
+        (
+            "  of these, a rank has",
+            f"{per_rank} = {per_step} / {config.data_parallel_size} data-parallel ranks "
+            f"(world_size {policy.world_size} / (TP {policy.tensor_parallel_size} x PP "
+            f"{policy.pipeline_parallel_size} x CP {policy.context_parallel_size}))",
+        ),
+        ("  in micro-batches", f"{micro}at most {micro_batch_tokens(config):,} tokens each"),
+        (
+            "tokens a row, at most",
+            f"{longest_row(config):,} = max_prompt_length {config.data.max_prompt_length:,} + "
+            f"max_completion_length {rollout.max_completion_length:,}",
+        ),
+        (
+            "tokens a step, at most",
+            f"{completions * rollout.max_completion_length:,} sampled, "
+            f"{completions * longest_row(config):,} trained on",
+        ),
+        *_length(config),
+    ]
+
+
+def _length(config: Config) -> Iterator[tuple[str, str]]:
+    """Steps and epochs of the run, which may depend on the number of rows."""
+    rows = count_rows(config.data)
+    prompts = config.num_prompts
+    by_epochs = None if rows is None else config.steps_of_epochs(rows)
+    if config.num_train_epochs is not None:
+        num_rows = "rows, not counted yet" if rows is None else counted(rows, "row")
+        result = "" if by_epochs is None else f" = {counted(by_epochs, 'step')}"
+        goes_first = (
+            "" if config.max_steps is None else f"; max_steps {config.max_steps} goes first"
+        )
+        yield (
+            "num_train_epochs",
+            f"{config.num_train_epochs:g} x {num_rows} (less those over max_prompt_length) / P "
+            f"{prompts}{result}{goes_first}",
+        )
+    num_steps = config.max_steps or by_epochs
+    if num_steps is None:
+        yield "the whole run", "known when the rows are counted, at the start of the run"
+        return
+    optimizer_steps = num_steps * config.optimizer_steps_per_rollout
+    warmup = math.ceil(config.policy.warmup_ratio * optimizer_steps)
+    drawn = num_steps * prompts
+    yield (
+        "the whole run",
+        f"{counted(num_steps, 'step')}: {counted(drawn, 'prompt')}, "
+        f"{counted(num_steps * config.rollout.generation_batch_size, 'completion')}, "
+        f"{counted(optimizer_steps, 'optimizer step')} ({warmup:,} of them warm-up)",
+    )
+    if config.eval_steps is not None:
+        yield "evaluations", _evaluations(config.eval_steps, num_steps)
+    if rows:
+        epochs = f"{drawn / rows:.2f} = {counted(drawn, 'prompt')} / {counted(rows, 'row')}"
+    else:
+        epochs = "unknown: rows not counted" if rows is None else "no rows"
+    yield "epochs", epochs
+
+
+def _evaluations(every: int, num_steps: int) -> str:
+    number = num_steps // every
+    if number:
+        after = f"after every {every:,} of {num_steps:,} steps"
+    else:
+        after = f"not again: eval_steps {every:,} is more than the {counted(num_steps, 'step')}"
+    return f"{1 + number:,}: before the first step, and {after}"
+
+
+def _running_ahead(config: Config) -> Iterator[tuple[str, str]]:
+    """Prompts that are sampled beside those of the step."""
+    rollout, prompts, ahead = config.rollout, config.num_prompts, config.num_prompts_ahead
+    if ahead:
+        rest = "go on" if rollout.max_staleness else "are given up and begun again"
+        yield (
+            "prompts in flight, at most",
+            f"{prompts + ahead} = P {prompts} + {ahead} that {rest} when the first {prompts} are "
+            f"done; no token is more than max_staleness {rollout.max_staleness} weight versions "
+            "old",
+        )
+    if rollout.dynamic_sample:
+        times = rollout.max_resample_times
+        yield (
+            "prompts resampled a step",
+            f"up to {times * prompts} = max_resample_times {times} x P {prompts}, in place of "
+            "groups whose rewards are all equal",
+        )
