@@ -1,4 +1,4 @@
-"""Where metrics and completions go.
+"""Trackers: they record metrics and completions.
 
 A new tracker is one file with a class under `@register_tracker("name")`, imported below.
 """

@@ -1,4 +1,4 @@
-"""What a tracker is: four methods and a name."""
+"""The interface of trackers: three methods that record, and close."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from rlsys.registry import Registry
 from rlsys.types import RolloutGroup
 
 Metrics = Mapping[str, float | str]
-"""Names to numbers; the few texts are for people, such as `remaining_time`."""
+"""Metric name -> number; a few values are texts for people, such as `remaining_time`."""
 Split = Literal["train", "eval", "filtered"]
-"""Of a group: trained on, held out, or left out by dynamic sampling."""
+"""The kind of a group: trained on, held out, or left out by dynamic sampling."""
 
 
 class Tracker(ABC):
-    """Takes what a run measures and samples. A tracker implements what it cares about."""
+    """Records the metrics and completions of a run. A tracker implements the methods it needs."""
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:  # noqa: B027  optional
-        """Take the metrics of a step, 1 to max_steps, or of an evaluation after `step` steps.
+        """Record the metrics of a step, 1 to max_steps, or of an evaluation after `step` steps.
 
-        Evaluations have only names that start with "eval/". Numbers may be NaN or infinite.
+        All names of an evaluation start with "eval/". Numbers may be NaN or infinite.
         """
 
     def log_completions(  # noqa: B027  optional
@@ -32,31 +32,35 @@ class Tracker(ABC):
         advantages: list[float] | None,
         split: Split = "train",
     ) -> None:
-        """Take one group, once, before the update.
+        """Record one group, once, before the update.
 
-        A group of a batch comes when it gets its place there, one that dynamic sampling left out
-        when the batch is full, a held-out one when it is scored. Groups that were given up do not
-        come at all.
+        The call comes when a group gets its place in the batch. For a group that dynamic sampling
+        left out it comes when the batch is full, for a held-out group when it is scored. Groups
+        that were given up are not recorded.
 
-        `advantages` has G entries, or is None when they are not known (yet).
+        Args:
+            step: the training step, or the steps taken before the evaluation.
+            group: prompt, completions and rewards.
+            advantages: [G], or None if they are not known.
+            split: the kind of the group.
         """
 
     def log_warning(self, step: int, text: str) -> None:  # noqa: B027  optional
-        """Take something that a person should look into; each is told once a run."""
+        """Record a problem that a person should look into; each comes once a run."""
 
     @abstractmethod
     def close(self) -> None:
-        """Write what is pending and let go of files and connections. Called once."""
+        """Write what is pending and release files and connections. Called once."""
 
 
 TrackerFactory = Callable[[Config, int | None], Tracker]
-"""Builds a tracker from the config and the step that the run resumes after, None for a new run."""
+"""Builds a tracker from the config and the step after which the run resumes (None: a new run)."""
 
 trackers: Registry[TrackerFactory] = Registry("tracker")
-"""What `tracking.report_to` may name."""
+"""The trackers that `tracking.report_to` may name."""
 register_tracker = trackers.register
 
 
 def is_evaluation(metrics: Metrics) -> bool:
-    """Whether metrics come from an evaluation and not from a training step."""
+    """Whether these are the metrics of an evaluation, not of a training step."""
     return all(name.startswith("eval/") for name in metrics)

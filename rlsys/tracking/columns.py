@@ -1,4 +1,4 @@
-"""Text in columns that never cuts or breaks a word, however narrow the terminal is."""
+"""Text in columns; a word is never cut or broken, on a terminal of any width."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ GAP = 2
 
 
 def print_lines(console: Console, lines: Sequence[str], style: str = "") -> None:
-    """Print lines as they are: a word that is too long for the terminal is left to the terminal."""
+    """Print lines unchanged; the terminal wraps a word that is too long for it."""
     for line in lines:
         console.print(Text(line.rstrip(), style=style), soft_wrap=True)
 
 
 def print_wrapped(console: Console, text: str, *, indent: str = "", style: str = "") -> None:
-    """Print a paragraph for each line of `text`; what does not fit goes on below, indented more."""
+    """Print a paragraph for each line of `text`; its further lines are indented more."""
     further = indent + "    "
     for line in text.splitlines():
         print_lines(console, _wrap(line, console.width, indent, further) or [""], style)
 
 
 def print_pairs(console: Console, title: str, pairs: Sequence[tuple[str, str]]) -> None:
-    """Print two columns below a title: names, and what is to be said of each."""
+    """Print (name, description) pairs in two columns below a title."""
     console.print()
     console.print(Text(title, style="italic"))
     left = max((len(name) for name, _ in pairs), default=0)
@@ -35,7 +35,7 @@ def print_pairs(console: Console, title: str, pairs: Sequence[tuple[str, str]]) 
 
 
 def columns(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """The lines of one table row. Cells behind a word wider than its column go below that word."""
+    """The lines of one table row; after a word wider than its column, cells start a line below."""
     lines: list[str] = []
     top, start = 0, 0
     for cell, width in zip(cells, widths, strict=True):
@@ -51,7 +51,7 @@ def columns(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
 
 
 def join_wrapped(items: Sequence[str], separator: str, width: int, indent: str = "    ") -> str:
-    """`items` with separators between them, and line breaks where they do not fit."""
+    """`items` joined by separators, or by line breaks where a line would be too wide."""
     lines: list[str] = []
     for item in items:
         together = f"{lines[-1]}{separator}{item}" if lines else item

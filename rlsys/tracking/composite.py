@@ -1,4 +1,4 @@
-"""All trackers of a run as one, and what they all show: progress and speed."""
+"""All trackers of a run as one, with progress and speed."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from rlsys.types import RolloutGroup
 def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker:
     """The trackers of a run: console, metrics.jsonl, completions.jsonl, those of `report_to`.
 
-    Needs no Ray, so that a wrong name or a missing package is known before anything starts.
+    It does not need Ray, so a wrong name or a missing package is found before anything starts.
 
     Args:
-        config: The run.
-        resumed_from: The step of the checkpoint that the run continues from. What an earlier
-            process recorded of later steps is dropped, because those steps are taken again.
+        config: of the run.
+        resumed_from: the step of the checkpoint that the run continues from. Records of later steps
+            are dropped, because these steps are taken again.
 
     Raises:
-        ValueError: An unknown tracker, or one whose package is missing.
+        ValueError: a tracker is unknown, or its package is missing.
     """
     factories = [trackers[name] for name in config.tracking.report_to]
     run_dir = RunDir(Path(config.output_dir))
@@ -42,8 +42,7 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
     parts: list[Tracker] = [JsonlTracker(run_dir.metrics)]
     if config.tracking.log_completions:
         parts.append(CompletionsTracker(run_dir))
-    # They are closed in this order, and `ray job stop` kills after three seconds: the picture
-    # takes longest.
+    # They are closed in this order, the slow picture last: `ray job stop` kills after 3 seconds.
     parts += [console_tracker(config, resumed_from), *reporters, RewardCurveTracker(run_dir)]
     run_dir.write_status(RUNNING)
     completions = run_dir.completions if config.tracking.log_completions else None
@@ -52,11 +51,11 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
 
 
 class Progress:
-    """Where a run is and how fast, in the words of ms-swift's log line.
+    """Progress and speed of a run, with the names of ms-swift's log line.
 
-    Times and speed are those of this process: after a resume, `elapsed_time` starts at 0 again and
-    only steps taken since then count. Speed is measured from the begin of the first such step, so
-    the start of the engines is in `elapsed_time` and not in `train_speed(iter/s)`.
+    Times and speed are those of this process: after a resume, `elapsed_time` starts at 0 and only
+    new steps count. Speed is measured from the start of the first of them, so the start of the
+    engines counts in `elapsed_time` but not in `train_speed(iter/s)`.
     """
 
     def __init__(self, max_steps: int, clock: Callable[[], float] = time.monotonic):
@@ -67,7 +66,7 @@ class Progress:
         self._steps = 0
 
     def metrics(self, step: int, time_of_step: float | None) -> dict[str, float | str]:
-        """Metrics of a step that just ended and took `time_of_step` seconds, if that is known."""
+        """Metrics of a step that has just ended; it took `time_of_step` seconds, if known."""
         now = self._clock()
         if self._first_step_start is None:
             self._first_step_start = self._start if time_of_step is None else now - time_of_step
@@ -83,7 +82,7 @@ class Progress:
 
 
 class CompositeTracker(Tracker):
-    """Hands everything to every tracker; threads may call it at the same time."""
+    """Passes every call on to all trackers; threads may call it at the same time."""
 
     def __init__(
         self, parts: list[Tracker], run_dir: RunDir, progress: Progress, watch: RewardWatch
@@ -96,7 +95,7 @@ class CompositeTracker(Tracker):
         self._closed = False
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """Add progress and speed to a training step."""
+        """Pass metrics on, a training step's with progress and speed, and warnings after them."""
         with self._lock:
             if not is_evaluation(metrics):
                 time_of_step = metrics.get("time/step")
@@ -115,19 +114,19 @@ class CompositeTracker(Tracker):
         advantages: list[float] | None,
         split: Split = "train",
     ) -> None:
-        """Hand the group on."""
+        """Pass the group on."""
         with self._lock:
             for part in self._parts:
                 part.log_completions(step, group, advantages, split)
 
     def log_warning(self, step: int, text: str) -> None:
-        """Hand the warning on."""
+        """Pass the warning on."""
         with self._lock:
             for part in self._parts:
                 part.log_warning(step, text)
 
     def close(self) -> None:
-        """Close every tracker, also when one of them raises; a second call does nothing."""
+        """Close every tracker, even if one of them raises; a second call does nothing."""
         with self._lock, ExitStack() as stack:
             if self._closed:
                 return

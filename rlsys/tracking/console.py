@@ -1,4 +1,4 @@
-"""What a run shows while it goes: a table and a progress bar on a terminal, else plain lines."""
+"""The output of a run: a table and a progress bar on a terminal, else plain lines."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Column:
     """One number of the step line."""
 
     header: str
-    """Over the column on a terminal; before the number elsewhere."""
+    """Above the column on a terminal, before the number elsewhere."""
     name: str
-    """The metric."""
+    """Name of the metric."""
     format: str
     width: int
 
@@ -45,12 +45,12 @@ COLUMNS = [
     Column("zero-std", "frac_reward_zero_std", ".2f", 8),
     Column("lr", "learning_rate", ".2g", 7),
 ]
-"""The most important first: a terminal shows as many as fit."""
+"""In order of importance: a terminal shows the first columns that fit."""
 ROWS_BETWEEN_HEADERS = 20
 
 
 def console_tracker(config: Config, resumed_from: int | None) -> Tracker:
-    """The tracker that fits standard output."""
+    """The tracker for standard output: a terminal or a file."""
     console = Console(highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
         return TerminalTracker(config.num_steps, config.num_prompts, resumed_from or 0, console)
@@ -85,7 +85,7 @@ class LinesTracker(Tracker):
 
 
 class TerminalTracker(Tracker):
-    """A row a step, and below the rows a bar with the time left and what is going on now."""
+    """One row a step; below them a bar with the time left, and the current activity."""
 
     def __init__(
         self,
@@ -158,12 +158,12 @@ class TerminalTracker(Tracker):
         self._console.print(Text(f"warning, step {step}: {text}", style="bold yellow"))
 
     def close(self) -> None:
-        """Leave the last state of the bar on the screen and give the terminal back."""
+        """Leave the bar on the screen as it is, and release the terminal."""
         self._activity = "finished" if self._step == self._max_steps else "stopped"
         self._live.stop()
 
     def _columns(self, metrics: Metrics) -> list[Column]:
-        """As many columns as fit beside the step, of those that the run has."""
+        """The columns that fit beside the step, of those that the run has."""
         room = self._console.width - self._step_width
         columns = []
         for column in (column for column in COLUMNS if column.name in metrics):
@@ -190,7 +190,7 @@ class TerminalTracker(Tracker):
         return Group(line, status)
 
     def _time_left(self, now: float) -> str:
-        """Time to the last step, counting down while a step goes on."""
+        """Time until the end of the last step; it also counts down during a step."""
         if self._seconds_per_step is None:
             return "time left unknown"
         at_step_end = (self._max_steps - self._step) * self._seconds_per_step
@@ -198,12 +198,12 @@ class TerminalTracker(Tracker):
 
 
 def cell(column: Column, metrics: Metrics) -> str:
-    """The number of a column."""
+    """The number of a column, formatted."""
     return format(metrics[column.name], column.format)
 
 
 def phases_line(metrics: Metrics) -> str:
-    """Seconds by phase, the longest first: "rollout 3.1s, policy_update 1.4s"."""
+    """Seconds of each phase, the longest first: "rollout 3.1s, policy_update 1.4s"."""
     phases = {
         name.removeprefix("time/"): seconds
         for name, seconds in metrics.items()

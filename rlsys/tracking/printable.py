@@ -1,4 +1,4 @@
-"""Text that a model or a data set wrote, made safe to show."""
+"""Text from a model or a data set, made safe to show on a terminal."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ INVISIBLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def printable(text: str) -> str:
-    r"""`text` with newlines kept, tabs as spaces, and characters that control a terminal escaped.
+    r"""`text` with tabs as spaces and control characters escaped; newlines stay.
 
     Example:
-        printable("a\x1b[31m") == r"a\x1b[31m"  # shown as it is, not obeyed
+        printable("a\x1b[31m") == r"a\x1b[31m"  # shown, not obeyed
     """
     if text.isascii() and text.isprintable():
         return text

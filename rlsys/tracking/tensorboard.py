@@ -1,4 +1,4 @@
-"""TensorBoard: every number as a scalar, now and then a group as text."""
+"""TensorBoard: every number as a scalar, and a group as text every ten steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlsys.tracking.completions import completion_rows
 from rlsys.types import RolloutGroup
 
 STEPS_BETWEEN_TEXTS = 10
-"""TensorBoard keeps few texts a tag; completions.jsonl has them all."""
+"""TensorBoard keeps only a few texts; completions.jsonl has all of them."""
 
 
 @register_tracker("tensorboard")
@@ -19,12 +19,12 @@ class TensorBoardTracker(Tracker):
     """Event files in OUTPUT_DIR/tensorboard."""
 
     def __init__(self, config: Config, resumed_from: int | None):
-        # Imports torch, which `rlsys explain` and the viewers do not need.
+        # It imports torch, which `rlsys explain` and the viewers do not need.
         from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(
             RunDir(Path(config.output_dir)).tensorboard,
-            # Hides what an earlier process wrote of the steps that are taken again.
+            # Hides records of an earlier process, of steps that are taken again.
             purge_step=None if resumed_from is None else resumed_from + 1,
             flush_secs=10,
         )
@@ -58,5 +58,5 @@ class TensorBoardTracker(Tracker):
 
 
 def verbatim(text: str) -> str:
-    """A Markdown code block: indented, so that nothing in `text` can end it."""
+    """`text` as an indented Markdown code block, which nothing in it can end."""
     return "\n".join(f"    {line}" for line in text.split("\n"))

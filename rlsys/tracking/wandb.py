@@ -1,4 +1,4 @@
-"""Weights & Biases, when it is installed and asked for."""
+"""Weights & Biases: numbers, and the completions of a step as a table."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def find_wandb() -> None:
 
 @register_tracker("wandb")
 class WandbTracker(Tracker):
-    """Numbers as they are, the completions of each training step as a table.
+    """Logs numbers, and the completions of each training step as a table.
 
-    A resumed run is a new run in wandb, with the same name.
+    A resumed run is a new run in wandb with the same name.
     """
 
     def __init__(self, config: Config, resumed_from: int | None):
