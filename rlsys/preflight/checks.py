@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 from rlsys.config import Config
 from rlsys.preflight.data import dataset_problems
+from rlsys.preflight.job_copy import job_copy_problems
 from rlsys.preflight.machine import (
     attention_problems,
     gpu_problems,
@@ -19,7 +20,7 @@ from rlsys.preflight.machine import (
 )
 from rlsys.preflight.model import model_problems
 from rlsys.preflight.rewards import algorithm_problems, reward_problems
-from rlsys.preflight.run_folder import job_copy_problems, output_dir_problems
+from rlsys.preflight.run_folder import output_dir_problems
 from rlsys.problems import Problem
 
 CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (

@@ -1,14 +1,30 @@
-"""Which files of a run a Ray job does not send to the cluster."""
+"""The files of a run that a Ray job did not send to the cluster."""
 
 from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from rlsys.config import Config
 from rlsys.config.dataset_spec import parse_spec
 from rlsys.config.local_paths import is_in_job_copy
+from rlsys.problems import Problem
+
+
+def job_copy_problems(config: Config) -> Iterator[Problem]:
+    """Paths that Ray left out of this job's copy of the working directory."""
+    left_out = left_out_of_job_copy(config)
+    if left_out:
+        yield Problem(
+            f"{', '.join(left_out)}: not in this job's copy of the working directory, from "
+            "which Ray leaves out what .gitignore and .rayignore name. Run in the folder "
+            'itself, `ray job submit -- env -C "$PWD" rlsys grpo ...`, where the cluster has '
+            "it under the same path, or give absolute paths; RAY_RUNTIME_ENV_IGNORE_GITIGNORE="
+            "1 for `ray job submit` sends them, up to 512 MiB",
+            only_here=True,
+        )
 
 
 def left_out_of_job_copy(config: Config) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether a run may write into its folder, and whether Ray sent what it reads."""
+"""Whether a run may write into its folder."""
 
 from __future__ import annotations
 
@@ -6,25 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.preflight.job_copy import left_out_of_job_copy, paths_read
+from rlsys.preflight.job_copy import paths_read
 from rlsys.problems import Problem
 from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
 from rlsys.run.resume import holds_run
-
-
-def job_copy_problems(config: Config) -> Iterator[Problem]:
-    """Paths that Ray left out of its copy of the working directory."""
-    left_out = left_out_of_job_copy(config)
-    if left_out:
-        yield Problem(
-            f"{', '.join(left_out)}: not in this job's copy of the working directory, from "
-            "which Ray leaves out what .gitignore and .rayignore name. Run in the folder "
-            'itself, `ray job submit -- env -C "$PWD" rlsys grpo ...`, where the cluster has '
-            "it under the same path, or give absolute paths; RAY_RUNTIME_ENV_IGNORE_GITIGNORE="
-            "1 for `ray job submit` sends them, up to 512 MiB",
-            only_here=True,
-        )
 
 
 def output_dir_problems(config: Config) -> Iterator[Problem]:

@@ -1,0 +1,111 @@
+"""Packages, kernels and GPUs that a run lacks on this machine."""
+
+import sys
+
+import pytest
+from config_cases import write_model
+from preflight_cases import only
+
+
+@pytest.mark.parametrize(
+    ("device", "built_for", "words"),
+    [
+        ("cuda", "cpu", ["on GPUs", "built for the CPU", "--device cpu"]),
+        ("cpu", "cuda", ["on the CPU", "built for GPUs", "--device cuda"]),
+    ],
+)
+def test_packages_of_the_other_device(problems, monkeypatch, device, built_for, words):
+    monkeypatch.setattr("rlsys.preflight.machine.device_of_packages", lambda: built_for)
+    found = problems(device=device)
+    for word in words:
+        assert word in only(found)
+    assert problems(device=built_for) == []
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # whose hosts have their own packages
+    assert problems(device=device) == []
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "variable", "words"),
+    [
+        ("fused", "cpu", None, ["attention_backend = fused", "one kind only", "set it to auto"]),
+        ("flash", "cuda", None, ["attention_backend = flash", "pip install flash-attn"]),
+        ("unfused", "cuda", "NVTE_FLASH_ATTN", ["NVTE_FLASH_ATTN=1", "unfused", "unset it"]),
+    ],
+)
+def test_attention_that_does_not_exist(problems, monkeypatch, backend, device, variable, words):
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        monkeypatch.delenv(name, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(variable, "1")
+    found = problems(device=device, policy={"attention_backend": backend})
+    for word in words:
+        assert word in only(found)
+    assert found[0].only_here == (device == "cuda")
+
+
+@pytest.mark.parametrize(
+    "policy", [{"attention_backend": "fused"}, {"world_size": 2, "context_parallel_size": 2}]
+)
+def test_attention_without_float32(problems, policy, tmp_path):
+    model = {"path": str(write_model(tmp_path / "other")), "dtype": "float32"}
+    found = problems(device="cuda", policy=policy, model=model)
+    assert "no kernels for float32" in only(found)
+    assert not found[0].only_here
+
+
+def test_the_cluster_may_have_the_attention_of_gpus(problems, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert problems(device="auto", policy={"attention_backend": "fused"}) == []
+
+
+@pytest.mark.parametrize(
+    ("there_are", "overrides", "words"),
+    [
+        (
+            1,
+            [],
+            [
+                "needs 2 GPUs (policy 1, rollout 1), and this machine shows 1",
+                "at least 2, one for the policy and one for a rollout engine",
+                "--device cpu",
+                "RAY_ADDRESS",
+                "not: lower",
+                "not: world_size",
+            ],
+        ),
+        (
+            3,
+            ["--rollout.num_engines", "3"],
+            [
+                *("needs 4 GPUs (policy 1, rollout 3)", "shows 3", "lower rollout.num_engines"),
+                *("raise rollout.engines_per_gpu", "not: policy.world_size", "not: placement"),
+            ],
+        ),
+        (2, ["--policy.world_size", "2"], ["lower policy.world_size, or", "not: num_engines"]),
+        (
+            2,
+            ["--grpo.beta", "0.1", "--reference.placement", "own"],
+            ["shows 2: set reference.placement to policy, or add GPUs"],
+        ),
+        (0, [], ["shows 0", "--device cpu"]),
+    ],
+)
+def test_more_gpus_than_this_machine_has(problems, gpus, monkeypatch, there_are, overrides, words):
+    gpus(there_are)
+    found = problems("--device", "cuda", *overrides)
+    for word in words:
+        assert (word.removeprefix("not: ") in only(found)) != word.startswith("not: ")
+    assert found[0].only_here
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # whose GPUs nobody sees from here
+    assert problems("--device", "cuda", *overrides) == []
+
+
+def test_a_tracker_that_nobody_registered(problems):
+    text = only(problems("--tracking.report_to", "tensorbord"))
+    assert "Did you mean 'tensorboard'?" in text
+
+
+def test_a_tracker_that_is_not_installed(problems, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what an absent module looks like
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
+    assert "pip install wandb" in only(problems("--tracking.report_to", "wandb"))

@@ -1,0 +1,266 @@
+"""Models that are missing, incomplete, or do not fit the parallel sizes of the config."""
+
+import json
+
+import pytest
+from config_cases import EXPERTS, write_model
+from preflight_cases import only
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/model", "a/b/c"])
+def test_a_missing_model_folder(problems, path):
+    found = problems(model={"path": path})
+    assert f"there is no model folder {path!r}" in only(found)
+    assert found[0].only_here
+
+
+def test_a_missing_reward_model(problems):
+    text = only(problems(reward={"reward_model": ["./nowhere"]}))
+    assert text == "reward.reward_model: there is no model folder './nowhere' on this machine"
+
+
+def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
+    text = only(problems(model={"path": "somebody/some-model"}))
+    assert "neither a folder on this machine nor a hub model" in text
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"model_type": "gpt2"}, ["gpt2", "llama, qwen2, qwen3"]),
+        ({"model_type": None}, ["not supported"]),
+        ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
+        (
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            ["layer_types", "sliding_attention"],
+        ),
+        ({"layer_types": ["full_attention", None, "x"]}, ["'x', None in layer_types"]),
+        ({"layer_types": 5}, ["5 in layer_types"]),
+        ({"max_position_embeddings": 100}, ["64 + ", "= 128 tokens", "100", "lower one by 28"]),
+        ({"head_dim": 16}, ["16 dimensions", "vLLM on CPU"]),
+        (EXPERTS | {"decoder_sparse_step": 2}, ["decoder_sparse_step = 2"]),
+        (EXPERTS | {"mlp_only_layers": [0]}, ["mlp_only_layers = [0]"]),
+        (EXPERTS | {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "8 experts"]),
+        (EXPERTS | {"num_experts_per_tok": 1}, ["norm_topk_prob", "num_experts_per_tok = 1"]),
+        ({"model_type": "qwen3_moe"}, ["lacks 'num_experts'"]),
+    ],
+)
+def test_a_model_that_cannot_be_used(problems, tmp_path, sizes, words):
+    write_model(tmp_path / "other", **sizes)
+    text = only(problems(model={"path": str(tmp_path / "other")}, device="cpu"))
+    for word in words:
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["--policy.expert_model_parallel_size", "16", "--policy.world_size", "16"],
+            ["expert_model_parallel_size = 16", "8 experts", "use 1 or 2 or 4 or 8"],
+        ),
+        (
+            ["--policy.tensor_parallel_size", "2", "--policy.world_size", "2"],
+            ["tensor_parallel_size = 2", "set policy.expert_model_parallel_size to 2"],
+        ),
+        (["--rollout.tensor_parallel_size", "64"], ["8 attention heads", "size 32", "4 or 8"]),
+    ],
+)
+def test_layouts_that_do_not_fit_a_mixture_of_experts(problems, tmp_path, overrides, words):
+    # What transformers 5 writes instead of num_experts; no rank has a dense layer's intermediate.
+    sizes = EXPERTS | {"num_local_experts": 8, "intermediate_size": 127, "num_key_value_heads": 8}
+    del sizes["num_experts"]
+    write_model(tmp_path / "experts", **sizes)
+    model = {"path": str(tmp_path / "experts")}
+    assert problems(model=model) == []
+    text = only(problems(*overrides, model=model))
+    for word in words:
+        assert word in text
+
+
+def test_a_config_json_that_is_not_json(problems, tmp_path):
+    (write_model(tmp_path / "other") / "config.json").write_text("{")
+    assert "not valid JSON" in only(problems(model={"path": str(tmp_path / "other")}))
+
+
+def test_a_config_json_that_lacks_a_size(problems, tmp_path):
+    file = write_model(tmp_path / "other") / "config.json"
+    sizes = json.loads(file.read_text())
+    del sizes["hidden_size"]
+    file.write_text(json.dumps(sizes))
+    assert "lacks 'hidden_size'" in only(problems(model={"path": str(tmp_path / "other")}))
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [
+        ("model.safetensors", "no weights"),
+        ("tokenizer.json", "no tokenizer"),
+        ("chat_template.jinja", "no chat template"),
+    ],
+)
+def test_a_model_folder_that_is_not_whole(problems, tmp_path, file, words):
+    (write_model(tmp_path / "other") / file).unlink()
+    assert words in only(problems(model={"path": str(tmp_path / "other")}))
+
+
+HEADER = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+
+
+def safetensors(header, num_bytes):
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 7\n", "git lfs pull"),
+        (
+            safetensors({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, 7),
+            "is cut off",
+        ),
+        (safetensors({"a": {"data_offsets": [0, 8]}}, 0)[:-20], "is cut off"),
+        (b"PK\x03\x04 something else", "is not a safetensors file"),
+    ],
+)
+def test_weights_that_did_not_arrive_whole(problems, tmp_path, content, words):
+    folder = write_model(tmp_path / "other")
+    (folder / "model.safetensors").write_bytes(content)
+    found = problems(model={"path": str(folder)})
+    assert words in only(found)
+    assert "model.safetensors" in only(found)
+    assert found[0].only_here
+
+
+def test_missing_shards_are_a_problem_and_whole_weights_are_not(problems, tmp_path):
+    folder = write_model(tmp_path / "other")
+    assert problems(model={"path": str(folder)}) == []
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-2.safetensors" in only(problems(model={"path": str(folder)}))
+
+
+@pytest.mark.parametrize(("tp", "fits"), [(2, True), (4, True), (6, False)])
+def test_engines_whose_tensor_parallel_size_does_not_fit_the_kv_heads(problems, tmp_path, tp, fits):
+    """12 heads on 4 KV heads: vLLM shares out either KV heads or copies of them."""
+    sizes = {"num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 384}
+    folder = write_model(tmp_path / "other", **sizes)
+    options = ("--model.path", str(folder), "--rollout.tensor_parallel_size", str(tp))
+    found = problems("--device", "cuda", *options)
+    assert fits or "neither divides the model's 4 KV heads nor" in only(found)
+    assert bool(found) != fits
+
+
+@pytest.mark.parametrize(
+    ("device", "prompt", "tp", "least"),
+    [
+        # A token takes 4 KiB in fp32: 2 x 4 layers x 4 KV heads x 32. One block is vLLM's own.
+        ("cpu", 64, 1, 1),  # 2 blocks of 128 tokens are 1 MiB
+        ("cpu", 65, 1, 2),
+        # 2 KiB in bf16: 33 blocks of 16 tokens are 1 MiB and a block.
+        ("cuda", 448, 1, 2),
+        ("cuda", 432, 1, 1),
+        # The KV heads are shared among ranks, down to one each: 65 blocks, and 129.
+        ("cuda", 960, 2, 2),
+        ("cuda", 944, 2, 1),
+        ("cuda", 1984, 4, 2),
+        ("cuda", 1968, 4, 1),
+        ("cuda", 1984, 8, 2),
+        ("cuda", 1968, 8, 1),
+    ],
+)
+def test_a_kv_cache_that_holds_not_even_one_sequence(problems, tmp_path, device, prompt, tp, least):
+    folder = write_model(tmp_path / "other", max_position_embeddings=4096)
+    sections = {
+        "device": device,
+        "model": {"path": str(folder)},
+        "data": {"max_prompt_length": prompt},
+    }
+
+    def found(size):
+        rollout = {"kv_cache_memory_mb": size, "tensor_parallel_size": tp}
+        return problems(**sections, rollout=rollout)
+
+    assert found(least) == []
+    if least > 1:
+        text = only(found(least - 1))
+        assert f"rollout.kv_cache_memory_mb = {least - 1} does not hold one sequence" in text
+        assert f"{prompt} + rollout.max_completion_length 64 = {prompt + 64} tokens" in text
+        assert f"set it to at least {least}, or leave it out" in text
+
+
+def test_a_kv_cache_of_a_cluster_that_may_have_gpus(problems, tmp_path, gpus, monkeypatch):
+    """There a token takes half as much."""
+    gpus(0)
+    monkeypatch.setattr("rlsys.preflight.devices.visible_gpus", lambda: 0)
+    options = ["--rollout.kv_cache_memory_mb", "1", "--data.max_prompt_length", "65"]
+    assert "at least 2" in only(problems(*options))
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert problems(*options) == []
+
+
+def test_a_chat_template_may_be_in_the_tokenizer_config(problems, tmp_path):
+    folder = write_model(tmp_path / "other")
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
+    assert problems(model={"path": str(folder)}) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        # 8 heads, 4 KV heads, 4 layers, FFN 128, vocabulary 384.
+        (
+            ["--policy.tensor_parallel_size", "8", "--policy.world_size", "8"],
+            ["policy.tensor_parallel_size = 8", "KV heads 4", "use 1 or 2 or 4"],
+        ),
+        (
+            ["--policy.tensor_parallel_size", "3", "--policy.world_size", "3"],
+            ["attention heads 8", "KV heads 4", "intermediate size 128"],
+        ),
+        (
+            ["--policy.pipeline_parallel_size", "3", "--policy.world_size", "3"],
+            ["pipeline_parallel_size = 3", "4 layers", "use 1 or 2 or 4"],
+        ),
+        (
+            ["--policy.expert_model_parallel_size", "2", "--policy.world_size", "2"],
+            ["expert_model_parallel_size = 2", "no experts", "leave it out"],
+        ),
+        (
+            ["--rollout.tensor_parallel_size", "16"],
+            ["rollout.tensor_parallel_size = 16", "8 attention heads"],
+        ),
+        (
+            [
+                "--grpo.beta",
+                "0.1",
+                "--reference.tensor_parallel_size",
+                "8",
+                "--reference.world_size",
+                "8",
+                "--reference.placement",
+                "own",
+            ],
+            ["reference.tensor_parallel_size = 8", "KV heads 4"],
+        ),
+    ],
+)
+def test_parallel_sizes_that_do_not_divide_the_model(problems, overrides, words):
+    text = only(problems(*overrides))
+    for word in words:
+        assert word in text
+
+
+def test_a_vocabulary_that_tensor_parallel_ranks_do_not_divide(problems, tmp_path):
+    folder = str(write_model(tmp_path / "odd", vocab_size=385))
+    sizes = ["--policy.tensor_parallel_size", "2", "--policy.world_size", "2"]
+    assert problems("--model.path", folder, *sizes) == []
+
+
+def test_a_reference_with_another_vocabulary(problems, tmp_path):
+    folder = str(write_model(tmp_path / "other", vocab_size=512))
+    text = only(problems("--grpo.beta", "0.1", "--reference.path", folder))
+    assert "512" in text
+    assert "384" in text
+    assert problems("--reference.path", folder) == []  # beta is 0: no reference model
