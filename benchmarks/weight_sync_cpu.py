@@ -24,6 +24,7 @@ from rlsys.actors.ray_session import start_cluster
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
+from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender
 from rlsys.weight_sync.transport import LOOPBACK, make_transport, serve_store
@@ -58,7 +59,8 @@ class Process:
 
     def connect_plain(self, port, rank):
         self.plain = make_transport("gloo", CPU)
-        self.plain.connect(LOOPBACK, port, rank=rank, world_size=2, timeout_s=TIMEOUT_S)
+        connection = Connection((), 0, "gloo", LOOPBACK, port, 2, 0, False, False, TIMEOUT_S)
+        self.plain.connect(connection, rank)
 
     def broadcast(self, nbytes, repeats):
         buffer = torch.zeros(nbytes, dtype=torch.uint8)

@@ -181,7 +181,7 @@ class Bench:
         total = sum(meta.nbytes for meta in self.metadata)
         whole, rest = divmod(total, bucket_mb << 20)
         sizes = [bucket_mb << 20] * whole + [rest] * (rest > 0)
-        world_size = 1 + self.engines.num_workers
+        world_size = 1 + self.engines.num_engines * self.engines.workers_per_engine
         store = serve_store(LOOPBACK, TIMEOUT_S)
         arguments = (store.port, world_size, sizes, repeats)
         references = self.policy.async_call("bare", 0, *arguments)
@@ -192,7 +192,7 @@ class Bench:
 
     def native(self, repeats=5):
         """vLLM's own: its packed NCCL transfer and its loader; without pause and cache reset."""
-        world_size = 1 + self.engines.num_workers
+        world_size = 1 + self.engines.num_engines * self.engines.workers_per_engine
         port = free_port()
         references = self.policy.async_call("join_native", port, world_size)
         references["engine"] = self.actor.on_workers.remote(join_native, port, world_size)

@@ -10,17 +10,23 @@ import torch
 from rlsys.actors.policy import PolicyRank
 from rlsys.actors.rollout import RolloutActor
 from rlsys.weight_sync.checksum import as_numbers, checksum
-from rlsys.weight_sync.stopwatch import Stopwatch
+from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.sender import Stopwatch
 from rlsys.weight_sync.transport import LOOPBACK, make_transport
 
 TIMEOUT_S = 60.0
 NATIVE = {"packed": True, "packed_buffer_size_bytes": 512 << 20, "packed_num_buffers": 3}
 
 
+def bare_connection(port, world_size):
+    """A connection without slices, for bare broadcasts."""
+    return Connection((), 0, "auto", LOOPBACK, port, world_size, 0, False, False, TIMEOUT_S)
+
+
 def bare_broadcasts(_, rank, port, world_size, sizes, repeats):
     """Seconds of broadcasts of buffers of `sizes` bytes, all at once, by a group of its own."""
     transport = make_transport("auto", torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    transport.connect(LOOPBACK, port, rank=rank, world_size=world_size, timeout_s=TIMEOUT_S)
+    transport.connect(bare_connection(port, world_size), rank)
     device = transport.buffer_device
     buffers = [torch.zeros(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
     meeting = torch.zeros(8, dtype=torch.uint8, device=device)
@@ -183,7 +189,7 @@ class OpenActor(RolloutActor):
         return await self.on_workers(partial(with_rank, function), *arguments)
 
     async def _ask(self, command):
-        return await asyncio.wrap_future(self._loop._ask(command))
+        return await asyncio.wrap_future(self._loop.submit(command))
 
 
 class CrossedActor(OpenActor):

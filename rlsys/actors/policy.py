@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
@@ -22,39 +23,22 @@ from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender, sending_memory
 
 if TYPE_CHECKING:
-    from rlsys.engines.megatron.policy import MegatronPolicy
+    from rlsys.engines.megatron.export import BucketExport
 
 
+@dataclass(frozen=True, slots=True)
 class WeightLink:
-    """A policy rank's part in one weight sync connection.
+    """A policy rank's part in one weight sync connection."""
 
-    Args:
-        engine: whose weights are sent.
-        rank: of this process in the policy.
-        memory: to send from, shared with other connections; of ranks that send.
-    """
-
-    def __init__(
-        self,
-        engine: MegatronPolicy,
-        connection: Connection,
-        rank: int,
-        memory: torch.Tensor | None,
-    ):
-        from rlsys.engines.megatron.export import BucketExport
-
-        self.export = BucketExport(engine.weights, connection)
-        self.sender: WeightSender | None = None
-        self._num_groups = len(connection.ports)
-        if rank == connection.sender:
-            self.sender = WeightSender(connection, engine.device, memory)
+    export: BucketExport
+    sender: WeightSender | None
+    """None on ranks that only contribute to what another rank sends."""
 
     def send(self, version: int) -> float:
-        """See WeightSender.send; 0 on those that contribute to what another rank sends."""
+        """See WeightSender.send; 0 on ranks that contribute."""
         if self.sender is not None:
             return self.sender.send(self.export.fill, version)
-        for _ in range(self._num_groups):
-            self.export.contribute()
+        self.export.contribute()
         return 0.0
 
 
@@ -105,8 +89,11 @@ class PolicyRank(ModelRank):
         return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB here
 
     def connect_weight_sync(self, connections: Sequence[Connection], *, to: str) -> None:
-        """Plan this rank's part, and join as sender where it is one; ends what `to` had before."""
-        self.links[to] = []
+        """Plan this rank's part, and connect where it sends; the earlier links to `to` end."""
+        from rlsys.engines.megatron.export import BucketExport
+
+        links = self.links[to] = []
+        exports: dict[Any, BucketExport] = {}
         mib = max(bucket.nbytes for c in connections for bucket in c.buckets()) / 2**20
         with out_of_memory_explained(
             f"two buckets of {mib:,.0f} MiB to send weights in: lower weight_sync.bucket_mb"
@@ -114,7 +101,13 @@ class PolicyRank(ModelRank):
             own = [connection for connection in connections if connection.sender == self.rank]
             memory = sending_memory(own, self.engine.device) if own else None
             for connection in connections:
-                self.links[to].append(WeightLink(self.engine, connection, self.rank, memory))
+                is_sender = connection.sender == self.rank
+                export = exports.get((connection.sender, connection.slices))
+                if export is None:  # engines that share a GPU get the same slices, in turn
+                    export = BucketExport(self.engine.weights, connection)
+                    exports[connection.sender, connection.slices] = export
+                sender = WeightSender(connection, self.engine.device, memory) if is_sender else None
+                links.append(WeightLink(export, sender))
 
     def send_weights(self, version: int, *, to: str) -> float:
         """Take part in exporting and sending; seconds that this rank's transports took."""
@@ -173,11 +166,14 @@ class PolicyActors(ModelActors):
     def async_connect_weight_sync(
         self, connections: Sequence[Connection], *, to: str
     ) -> dict[str, ray.ObjectRef]:
-        """Connect the senders to the rollout engines; see WeightPublisher."""
+        """The sender of each connection becomes its rank 0, in this order.
+
+        `to` names the receivers; these connections replace the earlier ones to the same receivers.
+        """
         return self.async_call("connect_weight_sync", connections, to=to)
 
     def async_send_weights(self, version: int, *, to: str) -> dict[str, ray.ObjectRef]:
-        """Send the weights; how long the transports took on each rank, in seconds."""
+        """Send the weights; the results are the seconds that each rank's transports took."""
         return self.async_call("send_weights", version, to=to)
 
     def compute_logprobs_and_entropies(

@@ -15,7 +15,7 @@ from rlsys.actors.policy import PolicyActors
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
 from rlsys.types import Device, TrainBatch
-from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.receiver import WeightReceiver
 
 
@@ -41,9 +41,10 @@ class ReferenceRank(ModelRank):
         """See MegatronModel.compute_logprobs."""
         return self.engine.compute_logprobs(batch)
 
-    def connect_weight_sync(self, connection: Connection) -> None:
-        """Join the weight sync group behind its sender, the policy."""
-        self.receiver = WeightReceiver(connection, self.engine.device, rank=1 + self.rank)
+    def connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> None:
+        """Connect to the policy; each rank counts as an engine with one worker."""
+        connection, rank = endpoints[self.rank][0]
+        self.receiver = WeightReceiver(connection, self.engine.device, rank=rank)
 
     def update_weights(self, policy_version: int) -> int:
         """Receive the policy's weights and mix them in; returns the version that came."""
@@ -74,8 +75,8 @@ class ReferenceActors(ModelActors):
     """
 
     def __init__(self, config: Config, *, device: Device, place: Place = on_cpu):
-        self.num_workers = config.reference.world_size
-        self.num_sync_groups = 1
+        self.num_engines = config.reference.world_size
+        self.workers_per_engine = self.engines_per_gpu = 1
         self._config = config
         self.refreshed_after: int | None = None
         """The step after which the policy's weights were mixed in last."""
@@ -84,7 +85,7 @@ class ReferenceActors(ModelActors):
             config,
             device=device,
             role="reference",
-            world_size=self.num_workers,
+            world_size=self.num_engines,
             place=place,
         )
 
@@ -108,22 +109,20 @@ class ReferenceActors(ModelActors):
         """Take the weights of a model folder."""
         self.call("load_model", folder)
 
-    def async_connect_weight_sync(self, connection: Connection) -> dict[str, ray.ObjectRef]:
-        """See WeightPublisher."""
-        return self.async_call("connect_weight_sync", connection)
+    def async_connect_weight_sync(
+        self, endpoints: Sequence[Sequence[Endpoint]]
+    ) -> dict[str, ray.ObjectRef]:
+        """See Receivers."""
+        return self.async_call("connect_weight_sync", endpoints)
 
     def async_needed_slices(self) -> dict[str, ray.ObjectRef]:
-        """None of its ranks would do with less than whole tensors, see MegatronWeights.mix."""
+        """Every rank needs whole tensors, see MegatronWeights.mix."""
         return {}
-
-    def async_connect_shards(self, connections: Sequence[Connection]) -> dict[str, ray.ObjectRef]:
-        """Never asked for."""
-        raise AssertionError(connections)
 
     def async_start_weight_update(self) -> dict[str, ray.ObjectRef]:
         """Nothing runs between two phases."""
         return {}
 
     def async_update_weights(self, policy_version: int) -> dict[str, ray.ObjectRef]:
-        """See WeightPublisher."""
+        """See Receivers."""
         return self.async_call("update_weights", policy_version)

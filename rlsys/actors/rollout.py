@@ -25,7 +25,7 @@ from rlsys.config import Config
 from rlsys.engines.vllm.loop import EngineLoop, Outcome
 from rlsys.engines.vllm.settings import rollout_env
 from rlsys.types import Device, RolloutGroup, SampleRequest
-from rlsys.weight_sync.connection import Connection
+from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.plan import TensorSlice
 
 
@@ -72,17 +72,13 @@ class RolloutActor:
         """Give up groups. One whose `generate` comes later is sampled all the same, for nobody."""
         await asyncio.wrap_future(self._loop.abort(group_ids))
 
-    async def connect_weight_sync(self, connection: Connection) -> None:
+    async def connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> None:
         """See VLLMEngine.connect_weight_sync."""
-        await self._call("connect_weight_sync", connection)
+        await self._call("connect_weight_sync", endpoints)
 
     async def needed_slices(self) -> list[tuple[TensorSlice, ...] | None]:
         """See VLLMEngine.needed_slices."""
         return await self._call("needed_slices")
-
-    async def connect_shards(self, connections: Sequence[Connection]) -> None:
-        """See VLLMEngine.connect_shards."""
-        await self._call("connect_shards", connections)
 
     async def start_weight_update(self) -> None:
         """See VLLMEngine.start_weight_update."""
@@ -91,7 +87,7 @@ class RolloutActor:
         await pausing
 
     async def update_weights(self, policy_version: int) -> int:
-        """See VLLMEngine.update_weights. Comes behind its pause, whichever was here first."""
+        """See VLLMEngine.update_weights. Waits for its pause, even if the pause arrives later."""
         await self._pauses.acquire()
         return await self._call("update_weights", policy_version)
 
@@ -121,8 +117,9 @@ class RolloutActors:
         place: Place = on_cpu,
     ):
         rollout = config.rollout
-        self.num_workers = rollout.num_engines * rollout.tensor_parallel_size
-        self.num_sync_groups = rollout.engines_per_gpu  # engines of one GPU are in different ones
+        self.num_engines = rollout.num_engines
+        self.workers_per_engine = rollout.tensor_parallel_size
+        self.engines_per_gpu = rollout.engines_per_gpu
         runtime_env = {"env_vars": inherited_env() | device_env(device) | rollout_env(device)}
         actor_class = ray.remote(RolloutActor)
         self.actors: dict[str, Any] = {
@@ -220,24 +217,22 @@ class RolloutActors:
         if work.pending:
             self._streams[stream] = work
 
-    def async_connect_weight_sync(self, connection: Connection) -> dict[str, ray.ObjectRef]:
-        """See WeightPublisher."""
-        return self._async_call("connect_weight_sync", connection)
+    def async_connect_weight_sync(
+        self, endpoints: Sequence[Sequence[Endpoint]]
+    ) -> dict[str, ray.ObjectRef]:
+        """See Receivers."""
+        return self._async_call("connect_weight_sync", endpoints)
 
     def async_needed_slices(self) -> dict[str, ray.ObjectRef]:
-        """See WeightPublisher."""
+        """See Receivers."""
         return self._async_call("needed_slices")
 
-    def async_connect_shards(self, connections: Sequence[Connection]) -> dict[str, ray.ObjectRef]:
-        """See WeightPublisher."""
-        return self._async_call("connect_shards", connections)
-
     def async_start_weight_update(self) -> dict[str, ray.ObjectRef]:
-        """See WeightPublisher."""
+        """See Receivers."""
         return self._async_call("start_weight_update")
 
     def async_update_weights(self, policy_version: int) -> dict[str, ray.ObjectRef]:
-        """See WeightPublisher."""
+        """See Receivers."""
         return self._async_call("update_weights", policy_version)
 
     def close(self) -> None:

@@ -11,83 +11,64 @@ from torch.distributed import TCPStore
 
 from rlsys.actors.group import get_all
 from rlsys.config import WeightSyncConfig
-from rlsys.weight_sync.connection import Connection, whole_tensors
-from rlsys.weight_sync.plan import TensorMeta, TensorSlice
+from rlsys.weight_sync.connection import (
+    Connection,
+    Endpoint,
+    endpoints_of_shards,
+    endpoints_of_tensors,
+    whole_tensors,
+)
+from rlsys.weight_sync.plan import TensorSlice
 from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, serve_store
 
 if TYPE_CHECKING:
+    from rlsys.actors.policy import PolicyActors
+
     Refs = dict[str, ray.ObjectRef]  # actor name -> reference, in rank order
 
-# A rank that waits for another gives up after timeout_s and says who and where it was, and the
-# driver waits this much longer, so that its own, less specific, deadline comes second. Once buckets
-# travel over NCCL nobody waits on the host: torch ends a process whose transfer took too long.
+# A rank that waits for another gives up after timeout_s and names itself and the phase. The driver
+# waits a little longer, so that its less specific error comes second. Once buckets travel over NCCL
+# nobody waits on the host: torch ends a process whose transfer took too long.
 GRACE_S = 5.0
 
 
-class Sender(Protocol):
-    """What weight sync needs of the policy."""
-
-    policy_version: int
-
-    def weight_metadata(self) -> Sequence[TensorMeta]:
-        """Every exported tensor, in the order in which it is sent."""
-
-    def senders_of_shards(self, number: int) -> list[int]:
-        """The rank that sends to each worker of engines which have `number` of them."""
-
-    def async_connect_weight_sync(self, connections: Sequence[Connection], *, to: str) -> Refs:
-        """The sender of each connection joins all its groups as their rank 0, in this order.
-
-        `to` tells receivers apart; connections to the same ones take the place of those before.
-        """
-
-    def async_send_weights(self, version: int, *, to: str) -> Refs:
-        """The results are how long the transports took on each rank, in seconds."""
-
-
 class Receivers(Protocol):
-    """What weight sync needs of the rollout engines."""
+    """The models that receive weights: the rollout engines, or the ranks of the reference."""
 
-    num_workers: int
-    """Processes that hold a model, over all engines."""
-    num_sync_groups: int
-    """Weight sync groups that they join, equally many each; see Connection."""
+    num_engines: int
+    workers_per_engine: int
+    """Processes that hold the model of one engine."""
+    engines_per_gpu: int
 
-    def async_connect_weight_sync(self, connection: Connection) -> Refs:
-        """Every worker joins its weight sync group."""
+    def async_connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> Refs:
+        """Every worker connects to its endpoint [engine][worker], and leaves its earlier one."""
 
     def async_needed_slices(self) -> Refs:
-        """For every engine a list of what its workers have to be sent, in the order of the tensors.
+        """For every engine a list of the slices that each worker needs, in the order of tensors.
 
-        None for a worker that needs whole tensors; no engine where none would do with less.
+        None stands for a worker that needs whole tensors. The dict is empty if all of them do.
         """
 
-    def async_connect_shards(self, connections: Sequence[Connection]) -> Refs:
-        """Every worker leaves its group for that of its connection, with others of its place."""
-
     def async_start_weight_update(self) -> Refs:
-        """Stop sampling."""
+        """Pause sampling."""
 
     def async_update_weights(self, policy_version: int) -> Refs:
         """Receive, compare checksums, and sample with the new weights.
 
-        The results are the versions that the engines hold. Asked for right after
-        `async_start_weight_update`, whose end it does not wait for: an engine has to see to it that
-        it has paused before.
+        The results are the versions that the engines hold. This is called right after
+        `async_start_weight_update`; an engine must not begin before it has paused.
         """
 
 
 class WeightPublisher:
-    """Pushes the policy's weights to every rollout engine.
-
-    Connects all sides when created, and once more after the first `publish` if workers hold shards.
+    """Sends the policy's weights to every rollout engine, or to the reference.
 
     Args:
         policy: sends.
-        rollout_engines: receive; the reference may, when it is refreshed.
-        config: how.
-        to: tells several receivers of one policy apart.
-        transport: name of the registered transport; None is that of the config.
+        receivers: receive.
+        config: buckets, checksums, transport and deadlines.
+        to: name that distinguishes several receivers of one policy.
+        transport: name of the registered transport; None takes the config's.
 
     Raises:
         ActorFailure, PhaseTimeout: a rank failed or did not answer in time.
@@ -95,122 +76,78 @@ class WeightPublisher:
 
     def __init__(
         self,
-        policy: Sender,
-        rollout_engines: Receivers,
+        policy: PolicyActors,
+        receivers: Receivers,
         config: WeightSyncConfig,
         *,
         to: str = "rollout",
         transport: str | None = None,
     ):
         self._policy = policy
-        self._to = to
-        self._engines = rollout_engines
+        self._receivers = receivers
         self._config = config
-        metadata = policy.weight_metadata()
-        self._bytes = sum(meta.nbytes for meta in metadata)
+        self._to = to
         self._transport = transport or config.transport
+        self._tensors = whole_tensors(policy.weight_metadata())
+        self._bytes = sum(piece.meta.nbytes for piece in self._tensors)
         self._stores: list[TCPStore] = []
-        self._has_asked_for_shards = False
-        groups = rollout_engines.num_sync_groups
-        whole = self._connection(
-            whole_tensors(metadata),
-            sender=0,
-            num_groups=groups,
-            world_size=1 + rollout_engines.num_workers // groups,
-        )
-        receivers = rollout_engines.async_connect_weight_sync(whole)
-        self._connect([whole], receivers)
+        self.connect()
 
-    def _connection(
-        self,
-        slices: Sequence[TensorSlice],
-        *,
-        sender: int,
-        num_groups: int,
-        world_size: int,
-        shard: str = "",
-    ) -> Connection:
-        config, address = self._config, _meeting_address()
-        stores = [serve_store(address, config.timeout_s) for _ in range(num_groups)]
-        self._stores += stores  # which live as long as it: ranks meet there at every update
-        return Connection(
-            slices=tuple(slices),
-            sender=sender,
-            transport=self._transport,
-            address=address,
-            ports=tuple(store.port for store in stores),
-            world_size=world_size,
-            bucket_bytes=config.bucket_mb * 2**20,
-            verify=config.verify,
-            in_place=config.in_place,
-            timeout_s=config.timeout_s,
-            shard=shard,
-        )
+    def connect(self) -> None:
+        """Connect the policy to all receivers; at first they are sent whole tensors.
 
-    def _connect(self, connections: Sequence[Connection], receivers: Refs) -> None:
-        senders = self._policy.async_connect_weight_sync(connections, to=self._to)
-        self._wait(senders | receivers, "connecting")
-        self._sent_bytes = [
-            sum(c.nbytes * len(c.ports) for c in connections if c.sender == rank)
-            for rank in range(len(senders))
-        ]
-
-    def _connect_shards(self) -> None:
-        """Send each worker of an engine what it holds, and no more, from the next update on.
-
-        Where engines have one worker, or vLLM's loader needs whole tensors, nothing changes.
+        Call it again after a receiver has been replaced.
         """
-        self._has_asked_for_shards = True
-        needed = self._wait(self._engines.async_needed_slices(), "planning")
-        if not needed or None in needed[0] or any(engine != needed[0] for engine in needed):
-            return
-        number = len(needed[0])
-        if number == 1:
-            return
-        senders = self._policy.senders_of_shards(number)
-        stores_before, self._stores = self._stores, []
+        receivers, number = self._receivers, self._receivers.engines_per_gpu
+        num_workers = receivers.num_engines * receivers.workers_per_engine // number
         connections = [
-            self._connection(
-                shard,
-                sender=sender,
-                num_groups=1,
-                world_size=1 + len(needed),
-                shard=f" for worker {worker} of {number}",
+            self._make_connection(
+                self._tensors,
+                sender=0,
+                num_receivers=num_workers,
+                label=f" in connection {index} of {number}" if number > 1 else "",
             )
-            for worker, (shard, sender) in enumerate(zip(needed[0], senders, strict=True))
+            for index in range(number)
         ]
-        self._connect(connections, self._engines.async_connect_shards(connections))
-        stores_before.clear()  # which everybody has left by now
+        endpoints = endpoints_of_tensors(
+            connections,
+            num_engines=receivers.num_engines,
+            workers_per_engine=receivers.workers_per_engine,
+        )
+        self._join(connections, endpoints)
+        self._knows_shards = False
 
     def publish(self) -> dict[str, float]:
         """Send the weights of `policy.policy_version`; returns when every engine samples with them.
 
-        Everything is asked for at once: an engine pauses sampling, receives, compares checksums,
-        resets its prefix cache and resumes, while the sender already packs the first bucket.
+        The numbers in comments are rows of the table in docs/architecture.md.
+
+        Returns:
+            The `weight_sync/...` metrics.
 
         Raises:
             WeightSyncError: an engine reports another version.
-            ActorFailure, PhaseTimeout: a rank failed, which an engine does that received other
-                bytes than were sent, or did not answer in time.
+            ActorFailure, PhaseTimeout: a rank failed or did not answer in time. An engine that
+                received other bytes than were sent fails.
         """
         start = time.monotonic()
         version = self._policy.policy_version
-        pausing = self._engines.async_start_weight_update()
-        senders = self._policy.async_send_weights(version, to=self._to)
-        receivers = self._engines.async_update_weights(version)
-        # No grace: where an engine cannot pause, ranks that wait for it give up at the same time.
+        # All calls are made at once: the policy packs the first bucket while engines still pause.
+        pausing = self._receivers.async_start_weight_update()  # 1
+        sending = self._policy.async_send_weights(version, to=self._to)  # 2 and 3
+        receiving = self._receivers.async_update_weights(version)  # 2, 3 and 4
+        # No grace: if an engine cannot pause, the ranks that wait for it give up at the same time.
         self._wait(pausing, "pausing rollouts", grace_s=0.0)
-        results = self._wait(senders | receivers, "transfer")
-        for engine, held in zip(receivers, results[len(senders) :], strict=True):
+        results = self._wait(sending | receiving, "transfer")
+        sent_seconds, held_versions = results[: len(sending)], results[len(sending) :]
+        for engine, held in zip(receiving, held_versions, strict=True):  # 5
             if held != version:
                 raise WeightSyncError(
                     f"{engine} holds weight version {held} after version {version} was published"
                 )
         seconds = time.monotonic() - start
-        transport_seconds, sent_bytes = max(
-            zip(results[: len(senders)], self._sent_bytes, strict=True)
-        )
-        if not self._has_asked_for_shards:  # what engines need is known once they have loaded
+        transport_seconds, sent_bytes = max(zip(sent_seconds, self._sent_bytes, strict=True))
+        if not self._knows_shards:  # engines know what they need once they have loaded weights
             self._connect_shards()
         return {
             "weight_sync/bytes": float(self._bytes),
@@ -219,6 +156,63 @@ class WeightPublisher:
             "weight_sync/transport_seconds": transport_seconds,
             "weight_sync/transport_gb_per_s": sent_bytes / 1e9 / transport_seconds,
         }
+
+    def _connect_shards(self) -> None:
+        """From the next update on, send each worker of an engine only what it holds.
+
+        Nothing changes if engines have one worker, or if vLLM's loader needs whole tensors.
+        """
+        self._knows_shards = True
+        needed = self._wait(self._receivers.async_needed_slices(), "planning")
+        if not needed or None in needed[0] or any(engine != needed[0] for engine in needed):
+            return
+        number = len(needed[0])
+        if number == 1:
+            return
+        senders = self._policy.senders_of_shards(number)
+        connections = [
+            self._make_connection(
+                slices,
+                sender=sender,
+                num_receivers=len(needed),
+                label=f" for worker {worker} of {number}",
+            )
+            for worker, (slices, sender) in enumerate(zip(needed[0], senders, strict=True))
+        ]
+        self._join(connections, endpoints_of_shards(connections, num_engines=len(needed)))
+
+    def _make_connection(
+        self, slices: Sequence[TensorSlice], *, sender: int, num_receivers: int, label: str
+    ) -> Connection:
+        config, address = self._config, _meeting_address()
+        store = serve_store(address, config.timeout_s)
+        self._stores.append(store)  # lives as long as the connection: every update uses it
+        return Connection(
+            slices=tuple(slices),
+            sender=sender,
+            transport=self._transport,
+            address=address,
+            port=store.port,
+            world_size=1 + num_receivers,
+            bucket_bytes=config.bucket_mb * 2**20,
+            verify=config.verify,
+            in_place=config.in_place,
+            timeout_s=config.timeout_s,
+            label=label,
+        )
+
+    def _join(
+        self, connections: Sequence[Connection], endpoints: Sequence[Sequence[Endpoint]]
+    ) -> None:
+        """Have both sides connect, and leave the connections that they had before."""
+        receiving = self._receivers.async_connect_weight_sync(endpoints)
+        sending = self._policy.async_connect_weight_sync(connections, to=self._to)
+        self._wait(sending | receiving, "connecting")
+        self._stores = self._stores[-len(connections) :]
+        self._sent_bytes = [
+            sum(connection.nbytes for connection in connections if connection.sender == rank)
+            for rank in range(len(sending))
+        ]
 
     def _wait(self, refs: Refs, phase: str, *, grace_s: float = GRACE_S) -> list[Any]:
         timeout_s = self._config.timeout_s + grace_s

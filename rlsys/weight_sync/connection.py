@@ -1,89 +1,116 @@
-"""What the sender and the receivers of a weight sync have to agree on."""
+"""What the sender and the receivers of a weight sync agree on before they connect."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What is sent and to how many, the same on every rank; plain values, since it travels to them.
+    """One policy rank, which sends, and the processes that all receive the same slices from it.
 
-    There is one group or several of the same size, and everything is sent to one after the other:
-    NCCL does not take two ranks on one GPU into one group. The sender is rank 0 of all groups, each
-    process that holds a receiving model one of the ranks from 1 on, of one group.
-
-    At first one connection sends whole tensors to all processes. Where these then say that they
-    hold less, each worker of an engine gets a connection, with its counterparts in other engines.
+    The sender is rank 0 of the connection, the receivers are ranks 1 and up. The driver makes the
+    connection and hands the same values to all of them.
     """
 
     slices: tuple[TensorSlice, ...]
-    """What is sent, in the order in which it is sent."""
+    """The slices, in the order in which they are sent."""
     sender: int
-    """The policy rank that sends it."""
+    """The policy rank that sends."""
     transport: str
-    """Name of a registered transport, or auto: NCCL between GPUs, gloo on CPU."""
+    """Name of a registered transport, or "auto": NCCL between GPUs, gloo on CPU."""
     address: str
-    ports: tuple[int, ...]
-    """With `address`: the TCPStore of each group, at which its ranks meet."""
+    port: int
+    """With `address`: the TCPStore through which the ranks find each other."""
     world_size: int
-    """Ranks of each group, the sender included."""
+    """Number of ranks, the sender included."""
     bucket_bytes: int
-    """Most that is sent at once; a larger tensor is sent alone."""
+    """Largest bucket; a larger tensor gets a bucket of its own."""
     verify: bool
-    """Both sides compute checksums."""
+    """Whether both sides compute checksums."""
     in_place: bool
-    """Rollout engines may copy straight into their parameters, where these can be mapped."""
+    """Whether rollout engines may copy straight into their parameters, where they can."""
     timeout_s: float
     """Deadline, in seconds, of each wait for another rank."""
-    shard: str = ""
-    """What tells it in errors from the connections of other workers, where there are any."""
+    label: str = ""
+    """Tells this connection from others in errors: " for worker 1 of 2"."""
 
-    def name_of(self, group: int) -> str:
-        """What tells a group from the others in an error; nothing where there are no others."""
-        return f" in group {group} of {len(self.ports)}" if len(self.ports) > 1 else self.shard
+    @property
+    def sends_shards(self) -> bool:
+        """Whether the receivers get parts of tensors."""
+        return not all(piece.is_whole for piece in self.slices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one update."""
+        return sum(piece.meta.nbytes for piece in self.slices)
 
     def buckets(self) -> list[Bucket]:
         """Which slices travel in which bucket; raises ValueError, see `plan_buckets`."""
         return plan_buckets([piece.meta for piece in self.slices], self.bucket_bytes)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are sent to each group."""
-        return sum(piece.meta.nbytes for piece in self.slices)
+
+class Endpoint(NamedTuple):
+    """Where one process receives."""
+
+    connection: Connection
+    rank: int
+
+
+def endpoints_of_tensors(
+    connections: Sequence[Connection], *, num_engines: int, workers_per_engine: int
+) -> list[list[Endpoint]]:
+    """Endpoints [engine][worker] while every worker gets whole tensors.
+
+    There is one connection for each of the engines that share a GPU, since NCCL does not allow two
+    ranks on one GPU. Engine i receives from connection i modulo their number.
+    """
+    number = len(connections)
+    return [
+        [
+            Endpoint(
+                connections[engine % number], 1 + engine // number * workers_per_engine + worker
+            )
+            for worker in range(workers_per_engine)
+        ]
+        for engine in range(num_engines)
+    ]
+
+
+def endpoints_of_shards(
+    connections: Sequence[Connection], *, num_engines: int
+) -> list[list[Endpoint]]:
+    """Endpoints [engine][worker] when each worker gets its shard: worker i from connection i."""
+    return [
+        [Endpoint(connection, 1 + engine) for connection in connections]
+        for engine in range(num_engines)
+    ]
 
 
 def whole_tensors(metadata: Iterable[TensorMeta]) -> tuple[TensorSlice, ...]:
-    """All of each."""
+    """Each tensor as a slice that is all of it."""
     return tuple(TensorSlice.whole(meta) for meta in metadata)
 
 
-def place_of_engine(
-    engine_rank: int, *, tensor_parallel_size: int, engines_per_gpu: int
-) -> tuple[int, int]:
-    """(rank of an engine's first worker, its group): engines of one GPU are in different groups."""
-    before, group = divmod(engine_rank, engines_per_gpu)
-    return 1 + before * tensor_parallel_size, group
-
-
 def senders_of_shards(
-    number: int, *, tensor_parallel_size: int, pipeline_parallel_size: int, world_size: int
+    num_workers: int, *, tensor_parallel_size: int, pipeline_parallel_size: int, world_size: int
 ) -> list[int]:
-    """The policy rank that sends to each worker of an engine, which has `number` of them.
+    """The policy rank that sends to each worker of an engine with `num_workers` workers.
 
-    One whose own slice of the model is, or holds, or lies in that of the worker: a layer is cut the
-    same way on both sides. Those that have the same slice, as they are replicas, take turns. With
-    pipeline stages it is a rank of the first one, which gets the rest from the others. All sizes
-    are the policy's; megatron-core numbers tensor-parallel ranks first and stages last.
+    It is a rank whose shard equals, contains or is contained in the worker's shard: both sides cut
+    a layer the same way. Replicas take turns. With pipeline stages it is a rank of the first stage,
+    which gets the other layers from the other stages. All sizes are the policy's; megatron-core
+    numbers tensor-parallel ranks first and stages last.
     """
     num_replicas = world_size // (tensor_parallel_size * pipeline_parallel_size)
     used = [0] * tensor_parallel_size
     senders = []
-    for shard in range(number):
-        tensor_rank = shard * tensor_parallel_size // number
+    for worker in range(num_workers):
+        tensor_rank = worker * tensor_parallel_size // num_workers
         replica = used[tensor_rank] % num_replicas
         used[tensor_rank] += 1
         senders.append(tensor_rank + replica * tensor_parallel_size)

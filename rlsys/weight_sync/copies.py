@@ -1,4 +1,4 @@
-"""Many copies between tensors that stay where they are, planned once and done by few kernels."""
+"""Many copies between tensors that stay in place: planned once, repeated with a few kernels."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Iterable, Iterator
 import torch
 
 MAX_PIECES = 64
-"""A copy is cut into at most so many that are contiguous on both sides; beyond that one kernel that
-follows the strides is cheaper."""
+"""Most contiguous pieces to cut a copy into; one kernel with strides is cheaper than more."""
 
 
 class CopyPlan:
-    """Copies of many tensors, for `run` to repeat whenever the sources have changed.
+    """Copies of many tensors, which `run` repeats whenever the sources have changed.
 
-    On a GPU one kernel copies many tensors, if all are contiguous: so what can be cut into few
-    contiguous pieces is.
+    On a GPU one kernel copies many contiguous tensors, so a tensor that consists of a few
+    contiguous pieces is cut into them.
 
     Args:
-        pairs: (target, source) of equal shapes and types. Both are kept, and with them the memory
-            that they are views of.
+        pairs: (target, source) of equal shapes and types. The plan keeps both, and with them the
+            memory that they are views of.
     """
 
     def __init__(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]):

@@ -1,4 +1,4 @@
-"""Weight transport over gloo: TCP between processes of one or several hosts, through CPU memory."""
+"""Weight transport over gloo: TCP between processes on one or several hosts, via CPU memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlsys.weight_sync.transport import Transport, transports
 
 @transports.register("gloo")
 class GlooTransport(Transport):
-    """A gloo group of its own, beside whatever default group the process has."""
+    """A gloo process group of its own, beside the default one that the process may have."""
 
     _group: dist.ProcessGroupGloo | None = None
 
@@ -28,8 +28,8 @@ class GlooTransport(Transport):
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout
         options._threads = 1
-        options._devices = [_network_device(self._address)]
-        self._group = dist.ProcessGroupGloo(store, self._rank, self._world_size, options)
+        options._devices = [_network_device(self._connection.address)]
+        self._group = dist.ProcessGroupGloo(store, self._rank, self._connection.world_size, options)
 
     def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
         assert self._group is not None, "connect first"
@@ -40,7 +40,7 @@ class GlooTransport(Transport):
 
 
 def _network_device(address: str) -> dist.ProcessGroupGloo.Device:
-    """Loopback where all ranks share a host: the host's own name may resolve to nothing useful."""
+    """Loopback if all ranks are on one host, whose own name may resolve to nothing useful."""
     if ip_address(address).is_loopback:
         return dist.ProcessGroupGloo.create_device(hostname=address)
     return dist.ProcessGroupGloo.create_default_device()

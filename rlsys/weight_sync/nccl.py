@@ -14,12 +14,12 @@ from rlsys.weight_sync.transport import Transport, transports
 
 @transports.register("nccl")
 class NcclTransport(Transport):
-    """An NCCL communicator of its own, beside whatever default group the process has.
+    """An NCCL process group of its own, beside the default one that the process may have.
 
-    Streams: a broadcast runs on a stream of its own. It starts after all work that the current
-    stream holds, and work that the current stream is given after the wait starts after the
-    broadcast. So a bucket is never sent before it is packed, never read before it has arrived, and
-    never overwritten while it is in use; between the two calls other buckets are packed or loaded.
+    A broadcast runs on its own stream. It starts after all work that the current stream holds, and
+    work that the current stream gets after the wait starts after the broadcast. So a bucket is
+    never sent before it is packed, never read before it has arrived, and never overwritten while
+    it is in use. Between the two calls other buckets are packed or loaded.
     """
 
     _group: Any = None  # ProcessGroupNCCL, which a torch built for CPU does not have
@@ -32,9 +32,8 @@ class NcclTransport(Transport):
     def _join(self, store: dist.Store, timeout: timedelta) -> None:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
-        self._group = dist.ProcessGroupNCCL(store, self._rank, self._world_size, options)
-        # The communicator is made by the first collective: now, so that a rank that cannot join is
-        # found here.
+        self._group = dist.ProcessGroupNCCL(store, self._rank, self._connection.world_size, options)
+        # The first collective makes the communicator: a rank that cannot join is found here.
         self._begin_broadcast(torch.zeros(1, dtype=torch.uint8, device=self.device))()
         torch.cuda.synchronize()
 

@@ -1,10 +1,11 @@
-"""Which tensors travel in which bucket: made from the metadata alone, so both sides agree."""
+"""Which tensors travel in which bucket: computed from the metadata, so that both sides agree."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -17,7 +18,7 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class TensorMeta:
-    """Name, type and shape of one exported tensor, in the names of the Hugging Face model."""
+    """Hugging Face name, type and shape of one exported tensor."""
 
     name: str
     dtype: str
@@ -32,35 +33,35 @@ class TensorMeta:
 
 @dataclass(frozen=True, slots=True)
 class TensorSlice:
-    """A box of an exported tensor, or all of it, which travels as a tensor of its own."""
+    """A box of an exported tensor, or the whole tensor; it travels as a tensor of its own."""
 
     of: TensorMeta
     """The whole tensor."""
     starts: tuple[int, ...]
-    """Where the box begins, on each axis."""
+    """Start of the box on each axis."""
     shape: tuple[int, ...]
-    """Its size on each axis."""
+    """Size of the box on each axis."""
 
     @classmethod
     def whole(cls, meta: TensorMeta) -> TensorSlice:
-        """All of a tensor."""
+        """The slice that is all of a tensor."""
         return cls(meta, (0,) * len(meta.shape), meta.shape)
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is all of the tensor."""
+        """Whether the slice is all of its tensor."""
         return self.shape == self.of.shape
 
     @property
     def meta(self) -> TensorMeta:
-        """Of the slice by itself; the name of a part says which: `name[2:4, 0:8]`."""
+        """The slice as a tensor of its own; a part is named `name[2:4, 0:8]`."""
         if self.is_whole:
             return self.of
         ranges = (f"{start}:{start + n}" for start, n in zip(self.starts, self.shape, strict=True))
         return TensorMeta(f"{self.of.name}[{', '.join(ranges)}]", self.of.dtype, self.shape)
 
     def intersection(self, other: TensorSlice) -> TensorSlice | None:
-        """What two slices of a tensor have in common, if anything."""
+        """The common part of two slices of a tensor; None if they do not overlap."""
         assert self.of == other.of, (self, other)
         starts, shape = [], []
         for a, size_a, b, size_b in zip(
@@ -74,7 +75,7 @@ class TensorSlice:
         return TensorSlice(self.of, tuple(starts), tuple(shape))
 
     def within(self, tensor: torch.Tensor, outer: TensorSlice) -> torch.Tensor:
-        """This slice as a view of `tensor`, which is the slice `outer`."""
+        """This slice as a view of `tensor`, which holds the slice `outer`."""
         for axis, (start, size) in enumerate(zip(self.starts, self.shape, strict=True)):
             tensor = tensor.narrow(axis, start - outer.starts[axis], size)
         return tensor
@@ -83,8 +84,8 @@ class TensorSlice:
 def shard_bounds(length: int, index: int, number: int) -> tuple[int, int]:
     """(start, stop) of slice `index` of `number` along an axis of `length`.
 
-    All slices are as long as the first, but for the last ones where `number` does not divide
-    `length`: those of a vocabulary.
+    All slices have the same length, except the last ones if `number` does not divide `length`, as
+    with a vocabulary.
     """
     size = -(-length // number)
     return min(index * size, length), min((index + 1) * size, length)
@@ -92,7 +93,7 @@ def shard_bounds(length: int, index: int, number: int) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """Consecutive tensors that are sent at once."""
+    """Consecutive tensors that travel in one broadcast."""
 
     index: int
     tensors: tuple[TensorMeta, ...]
@@ -118,26 +119,30 @@ class Bucket:
 def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Bucket]:
     """Cut `metadata` into buckets of at most `bucket_bytes`, in order.
 
-    A tensor larger than that gets a bucket of its own.
+    A larger tensor gets a bucket of its own.
 
     Raises:
-        ValueError: no tensors, a name twice, or a type that weight sync does not know.
+        ValueError: there are no tensors, two have one name, or a type is not in DTYPES.
     """
     _check(metadata)
-    buckets: list[Bucket] = []
-    tensors: list[TensorMeta] = []
-    offsets: list[int] = []
+    contents: list[list[TensorMeta]] = [[]]
     used = 0
     for meta in metadata:
-        size = -(-meta.nbytes // ALIGNMENT) * ALIGNMENT
-        if tensors and used + size > bucket_bytes:
-            buckets.append(Bucket(len(buckets), tuple(tensors), tuple(offsets), used))
-            tensors, offsets, used = [], [], 0
-        tensors.append(meta)
-        offsets.append(used)
-        used += size
-    buckets.append(Bucket(len(buckets), tuple(tensors), tuple(offsets), used))
-    return buckets
+        if contents[-1] and used + _aligned_size(meta) > bucket_bytes:
+            contents.append([])
+            used = 0
+        contents[-1].append(meta)
+        used += _aligned_size(meta)
+    return [_bucket(index, tensors) for index, tensors in enumerate(contents)]
+
+
+def _bucket(index: int, tensors: Sequence[TensorMeta]) -> Bucket:
+    *offsets, nbytes = accumulate(map(_aligned_size, tensors), initial=0)
+    return Bucket(index, tuple(tensors), tuple(offsets), nbytes)
+
+
+def _aligned_size(meta: TensorMeta) -> int:
+    return -(-meta.nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def _check(metadata: Sequence[TensorMeta]) -> None:

@@ -1,4 +1,4 @@
-"""The receiving side of a weight sync: lives in every process that holds an engine's model."""
+"""The receiving side of a weight sync: runs in every process that holds a receiving model."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ import torch
 from rlsys.weight_sync.checksum import as_numbers, checksum, compare_checksums
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import Bucket
-from rlsys.weight_sync.transport import WeightSyncError, join
+from rlsys.weight_sync.transport import WeightSyncError, make_transport
 
 
 class WeightReceiver:
-    """Receives what a WeightSender sends. Joins a group when created.
+    """One receiving rank of a connection; connects when it is made.
 
-    An update is `receive`, to its end, and then `check`. Until the sender is there, the GPU has
-    nothing to do: engines that share it are sent to one after the other.
+    An update is `receive`, to its end, and then `check`. The GPU has nothing to do until the sender
+    is there: engines that share a GPU receive one after the other.
 
-    Order, on a GPU: whoever uses a bucket does so in the current stream. A broadcast starts after
-    what that stream held when it was asked for; so into a buffer that two buckets share, the second
-    comes after the first was used. Its checksum and its users come after the wait for it.
+    Order on a GPU: whoever uses a bucket does so in the current stream. A broadcast starts after
+    the work that this stream held when it was requested. So where two buckets share a buffer, the
+    second arrives after the first was used. The checksum and the use of a bucket come after the
+    wait for it.
 
     Args:
-        rank: 1 or higher, in the group.
         device: where the receiving model is.
-        group: which of the connection's groups it joins.
+        rank: 1 or higher, in the connection.
 
     Raises:
         WeightSyncError: not all ranks came in time.
     """
 
-    def __init__(self, connection: Connection, device: torch.device, *, rank: int, group: int = 0):
+    def __init__(self, connection: Connection, device: torch.device, *, rank: int):
         assert rank > 0, "rank 0 is the sender"
         self._buckets = connection.buckets()
         self._verify = connection.verify
         self._checksums: list[torch.Tensor] = []
         self._memory: list[torch.Tensor] = []
-        self._transport = join(connection, rank, device, group=group)
+        self._transport = make_transport(connection.transport, device)
+        self._transport.connect(connection, rank)
 
     def receive(self, version: int, *, keep: bool) -> Iterator[tuple[Bucket, torch.Tensor]]:
         """Each bucket with its buffer [nbytes] uint8, in the transport's memory; see Bucket.views.
@@ -45,19 +46,19 @@ class WeightReceiver:
         The next bucket is on its way while one is used.
 
         Args:
-            version: of the policy, whose weights these have to be.
-            keep: every bucket has memory of its own, for those who use tensors later. Otherwise
-                two buffers take turns, in every update the same one for the same bucket: a bucket
-                is gone when the next one is asked for.
+            version: the policy version that has to arrive.
+            keep: True gives each bucket its own memory, for callers that use tensors later. With
+                False two buffers take turns: a bucket is gone when the next one is requested. A
+                bucket then comes in the same buffer in every update.
 
         Raises:
             WeightSyncError: the sender did not send in time, is gone, or sends another version.
         """
         self._checksums = []
-        sent = self._transport.meet(version, what="waiting for the sender")
+        sent = self._transport.barrier(version, what="waiting for the sender")
         if sent != version:
             raise WeightSyncError(
-                f"{self._transport.name} is sent the weights of version {sent} instead of {version}"
+                f"{self._transport.name} got the weights of version {sent} instead of {version}"
             )
         ahead: tuple[Bucket, torch.Tensor, Callable[[], None]] | None = None
         for bucket in self._buckets:
@@ -70,10 +71,10 @@ class WeightReceiver:
         yield self._arrived(*ahead)
 
     def check(self) -> None:
-        """Whether what has been received is what was sent, where that is to be verified.
+        """Compare checksums with the sender, if the connection verifies.
 
         Raises:
-            WeightSyncError: it is not; the message names the first bucket that is damaged.
+            WeightSyncError: a bucket is damaged; the message names the first one.
         """
         if not self._verify:
             return

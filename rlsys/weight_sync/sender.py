@@ -1,25 +1,29 @@
-"""The sending side of a weight sync: lives in a process of the policy, mostly that of rank 0."""
+"""The sending side of a weight sync: runs on the policy ranks that send."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
 from rlsys.weight_sync.checksum import checksum
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import Bucket
-from rlsys.weight_sync.stopwatch import Stopwatch
-from rlsys.weight_sync.transport import Transport, join, make_transport
+from rlsys.weight_sync.transport import make_transport
 
 Fill = Callable[[Bucket, torch.Tensor], None]
-"""Writes the tensors of a bucket to where `Bucket.views` has them in a buffer [nbytes] uint8; on a
-GPU in the current stream. It is asked for the buckets in their order, and always gets the same
-buffer for the same bucket."""
+"""Writes the tensors of a bucket into a buffer [nbytes] uint8, where `Bucket.views` has them; on a
+GPU in the current stream. It is called for the buckets in their order, and a bucket always comes
+with the same buffer."""
 
 
 def sending_memory(connections: Sequence[Connection], device: torch.device) -> torch.Tensor:
-    """Two buckets [2, nbytes] uint8 for a rank that sends to all of these, or one for all."""
+    """Two buckets [2, nbytes] uint8, shared by all connections of a sending rank.
+
+    It is [1, nbytes] if every connection has a single bucket.
+    """
     plans = [connection.buckets() for connection in connections]
     # Zeros: bytes between tensors are sent too, and should be the same in every run.
     return torch.zeros(
@@ -31,24 +35,23 @@ def sending_memory(connections: Sequence[Connection], device: torch.device) -> t
 
 
 class WeightSender:
-    """Sends what a connection says to all its receivers; keeps the memory of two buckets.
+    """Rank 0 of a connection; connects when it is made.
 
-    Joins all groups when created, as their rank 0. An update is, for one group after the other, a
-    meeting that tells the policy version, a broadcast of each bucket and, with `verify`, one of the
-    buckets' checksums: see WeightReceiver. To all groups at once would not be faster, as one
-    broadcast takes all of the link to the GPU that their engines share.
+    An update is a barrier that announces the policy version, a broadcast of each bucket and, with
+    `verify`, a broadcast of the buckets' checksums. A rank with several connections serves one
+    after the other. Sending to all at once would not be faster: one broadcast already fills the
+    link to the GPU that their engines share.
 
-    Order, on a GPU: everything but the broadcasts runs in the current stream, in which the
-    optimizer wrote the weights and will write them again. A broadcast starts after what that stream
-    held when it was asked for, so never before its bucket is filled. A buffer is filled again after
-    the wait for its last broadcast, which makes the stream wait. In between, while a bucket is on
-    its way, its checksum is computed, which only reads, and the next bucket is filled, which lies
-    in the other buffer. The host runs ahead of all of it, and waits once for each group, at the
-    end.
+    Order on a GPU: everything but the broadcasts runs in the current stream, in which the optimizer
+    wrote the weights and will write them again. A broadcast starts after the work that this stream
+    held when it was requested, so never before its bucket is filled. A buffer is filled again after
+    the wait for its last broadcast, which makes the stream wait. While a bucket is being sent, its
+    checksum is computed, which only reads, and the next bucket is filled in the other buffer. The
+    host runs ahead of all this and waits once, at the end.
 
     Args:
         device: where the policy's weights are.
-        memory: of `sending_memory`, where senders share it that send one after the other.
+        memory: from `sending_memory`, to share among senders that take turns; None makes its own.
 
     Raises:
         WeightSyncError: not all ranks came in time.
@@ -59,40 +62,33 @@ class WeightSender:
     ):
         self._buckets = connection.buckets()
         self._verify = connection.verify
-        self._transports = [
-            join(connection, 0, device, group=group) for group in range(len(connection.ports))
-        ]
-        self._device = self._transports[0].buffer_device
-        self._memory = memory if memory is not None else sending_memory([connection], device)
+        self._transport = make_transport(connection.transport, device)
+        self._transport.connect(connection, rank=0)
+        self._memory = sending_memory([connection], device) if memory is None else memory
 
     @torch.no_grad()
     def send(self, fill: Fill, version: int) -> float:
-        """Send what `fill` gives as the weights of policy version `version`.
-
-        `fill` is asked for all buckets once for each group.
+        """Send what `fill` writes as the weights of policy version `version`.
 
         Returns:
-            seconds from the start of the first bucket's broadcast, for which all receivers are
-            ready, to the end of the last; the sum over all groups.
+            Seconds from the start of the first bucket's broadcast, when all receivers are ready,
+            to the end of the last one.
 
         Raises:
             WeightSyncError: a receiver did not take part in time, or is gone.
         """
-        return sum(self._send_to(transport, fill, version) for transport in self._transports)
-
-    def _send_to(self, transport: Transport, fill: Fill, version: int) -> float:
         fill(self._buckets[0], self._buffer(self._buckets[0]))
-        transport.meet(version, what="meeting the receivers")
-        watch = Stopwatch(self._device)
+        self._transport.barrier(version, what="meeting the receivers")
+        watch = Stopwatch(self._transport.buffer_device)
         waits: list[Callable[[], None]] = []
         checksums = []
         for bucket in self._buckets:
             buffer = self._buffer(bucket)
-            if len(waits) > 1:  # for the bucket before the last, whose buffer this is
+            if len(waits) > 1:  # for the bucket that was last in this buffer
                 waits.pop(0)()
             if bucket.index > 0:
                 fill(bucket, buffer)
-            waits.append(transport.broadcast(buffer, what=f"sending {bucket}"))
+            waits.append(self._transport.broadcast(buffer, what=f"sending {bucket}"))
             if self._verify:
                 checksums.append(checksum(buffer))
         for wait in waits:
@@ -100,8 +96,34 @@ class WeightSender:
         watch.stop()
         if self._verify:
             numbers = torch.stack(checksums).view(torch.uint8)
-            transport.broadcast(numbers, what="sending the checksums")()
+            self._transport.broadcast(numbers, what="sending the checksums")()
         return watch.seconds()
 
     def _buffer(self, bucket: Bucket) -> torch.Tensor:
         return self._memory[bucket.index % 2, : bucket.nbytes]
+
+
+class Stopwatch:
+    """Seconds from its construction to `stop`; on a GPU, of the current stream."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._start = self._read()
+
+    def stop(self) -> None:
+        """End the measurement; the host does not wait for a GPU."""
+        self._end = self._read()
+
+    def seconds(self) -> float:
+        """The measured seconds; the host waits until the GPU has stopped."""
+        if not self._on_gpu:
+            return float(self._end - self._start)
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end)) / 1e3
+
+    def _read(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

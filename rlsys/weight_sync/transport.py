@@ -1,4 +1,4 @@
-"""The one interface of weight transports: a group of ranks, and a broadcast from rank 0."""
+"""The interface of weight transports: ranks that wait for each other, and broadcasts."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from rlsys.registry import Registry
 from rlsys.weight_sync.connection import Connection
 
 LOOPBACK = "127.0.0.1"
-PATIENCE_S = 2.0
-"""A receiver waits so much longer for the sender than the sender for it: a receiver that is missing
-is then told by the sender, which knows who it is, and not by one that came."""
+EXTRA_RECEIVER_S = 2.0
+"""Extra seconds receivers wait, so that the sender times out first: only it can name the missing
+rank."""
 
 
 class WeightSyncError(RunFailed):
@@ -27,74 +27,71 @@ class WeightSyncError(RunFailed):
 
 
 class Transport(ABC):
-    """Rank 0 is the policy's sender; each process that it sends to is one more rank.
+    """One rank's end of a connection.
 
-    Ranks meet on the host, through a TCPStore, and send over a network of its kind. A new transport
-    is one file with one class, registered by name and imported in `make_transport`. It knows no
-    Ray, no vLLM and no megatron.
+    Ranks wait for each other through a TCPStore on the host, and send over their own kind of
+    network. A new transport is one file with one class, registered by name and imported in
+    `make_transport`. It knows no Ray, no vLLM and no megatron.
+
+    Args:
+        device: where this rank's model is.
     """
-
-    group_name = ""
-    """Of the group, in errors; see Connection.name_of."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        """Where this rank's model lives."""
 
     @property
     @abstractmethod
     def buffer_device(self) -> torch.device:
-        """Where the buckets that `broadcast` takes have to be."""
+        """Where the buffers of `broadcast` have to be."""
 
-    def connect(
-        self, address: str, port: int, *, rank: int, world_size: int, timeout_s: float
-    ) -> None:
-        """Join the others at the TCPStore on `address`:`port`; see Connection.
+    def connect(self, connection: Connection, rank: int) -> None:
+        """Become rank `rank` of a connection, and wait until the other ranks are there.
 
         Raises:
-            WeightSyncError: not all ranks came within `timeout_s` seconds, which is the deadline
-                of every later meeting and broadcast too.
+            WeightSyncError: not all ranks came within `connection.timeout_s`.
         """
-        self._address, self._timeout_s = address, timeout_s
-        self._rank, self._world_size = rank, world_size
-        timeout = timedelta(seconds=timeout_s)
-        with self._failures_explained(f"connecting to {address}:{port}", since=time.monotonic()):
-            # Two clients: one is busy while it waits, and torch asks its own from other threads.
-            ours, torchs = (
+        assert 0 <= rank < connection.world_size, (rank, connection.world_size)
+        self._connection, self._rank = connection, rank
+        address, port = connection.address, connection.port
+        timeout = timedelta(seconds=connection.timeout_s)
+        with self._explain_failure(f"connecting to {address}:{port}", since=time.monotonic()):
+            # Two clients: a client is busy while it waits, and torch uses its own in other threads.
+            own, torchs = (
                 dist.TCPStore(address, port, is_master=False, timeout=timeout) for _ in range(2)
             )
-            self._store = dist.PrefixStore("rlsys", ours)
-            self._num_meetings = 0
+            self._store = dist.PrefixStore("rlsys", own)
+            self._num_barriers = 0
             self._join(dist.PrefixStore("torch", torchs), timeout)
 
     @abstractmethod
     def _join(self, store: dist.Store, timeout: timedelta) -> None:
-        """`connect` for one kind of network; the group uses `store` as it likes."""
+        """Join a process group over this kind of network; it may use `store` as it likes."""
 
-    def meet(self, number: int, *, what: str) -> int:
-        """Wait for every other rank to be here, with nothing running on a GPU meanwhile.
+    def barrier(self, number: int, *, what: str) -> int:
+        """Wait on the host until every rank is here; nothing runs on a GPU meanwhile.
 
         Returns:
-            `number` of rank 0, on all of them.
+            The `number` of rank 0, on all ranks.
 
         Raises:
-            WeightSyncError: not all came within the deadline, with `what` in its message; the
-                group cannot be used any more.
+            WeightSyncError: not all ranks came within the deadline. The message contains `what`,
+                and the connection cannot be used any more.
         """
-        meeting = self._num_meetings
-        self._num_meetings += 1
-        others = range(1, self._world_size)
-        with self._failures_explained(what, since=time.monotonic()):
+        index = self._num_barriers
+        self._num_barriers += 1
+        with self._explain_failure(what, since=time.monotonic()):
             if self._rank > 0:
-                self._store.set(f"{meeting}/{self._rank}", "")
-                key, patience_s = f"{meeting}/number", self._timeout_s + PATIENCE_S
+                self._store.set(f"{index}/{self._rank}", "")
+                key, patience_s = f"{index}/number", self._connection.timeout_s + EXTRA_RECEIVER_S
                 self._store.wait([key], timedelta(seconds=patience_s))
                 return int(self._store.get(key))
-            self._wait_for({f"{meeting}/{rank}": rank for rank in others})
-            self._store.set(f"{meeting}/number", str(number))
-            if meeting > 0:  # nobody is at the one before, as all are here
-                for key in ["number", *others]:
-                    self._store.delete_key(f"{meeting - 1}/{key}")
+            receivers = range(1, self._connection.world_size)
+            self._wait_for({f"{index}/{rank}": rank for rank in receivers})
+            self._store.set(f"{index}/number", str(number))
+            if index > 0:  # all ranks have left the barrier before
+                for key in ["number", *receivers]:
+                    self._store.delete_key(f"{index - 1}/{key}")
         return number
 
     def _wait_for(self, ranks: Mapping[str, int]) -> None:
@@ -105,46 +102,47 @@ class Transport(ABC):
             raise RuntimeError(f"without rank {', '.join(missing)}") from error
 
     def broadcast(self, buffer: torch.Tensor, *, what: str) -> Callable[[], None]:
-        """Begin to send `buffer` [nbytes] uint8 on rank 0, to fill it on the others.
+        """Begin to send `buffer` [nbytes] uint8 from rank 0 into that of all other ranks.
 
-        On a GPU it begins when the work is done that the current stream holds now.
+        On a GPU it begins after the work that the current stream holds now.
 
         Returns:
-            what to call before `buffer` is read (on the other ranks) or overwritten: work that
-            follows the call, on a GPU in the current stream, comes after the broadcast.
+            A function to call before `buffer` is read (on receivers) or overwritten. Work after
+            that call, on a GPU in the current stream, comes after the broadcast.
 
         Raises:
-            WeightSyncError: here or in the returned function, with `what` in its message; the
-                group cannot be used any more. On a GPU the stream waits and not the host: there
-                a rank that does not come ends this process, when the deadline is over.
+            WeightSyncError: here or in the returned function. The message contains `what`, and the
+                connection cannot be used any more. On a GPU the stream waits, not the host: torch
+                ends this process if a rank does not come before the deadline.
         """
         start = time.monotonic()
-        with self._failures_explained(what, since=start):
+        with self._explain_failure(what, since=start):
             wait = self._begin_broadcast(buffer)
 
-        def wait_explained() -> None:
-            with self._failures_explained(what, since=start):
+        def explained_wait() -> None:
+            with self._explain_failure(what, since=start):
                 wait()
 
-        return wait_explained
+        return explained_wait
 
     @abstractmethod
     def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
-        """`broadcast` for one kind of network; torch's own errors are explained around it."""
+        """`broadcast` over this kind of network; the caller explains torch's errors."""
 
     @property
     def name(self) -> str:
-        """This rank as errors tell of it, once it is connected."""
-        return f"weight sync rank {self._rank} of {self._world_size}{self.group_name}"
+        """This rank's name in errors, once it is connected."""
+        connection = self._connection
+        return f"weight sync rank {self._rank} of {connection.world_size}{connection.label}"
 
     @contextmanager
-    def _failures_explained(self, phase: str, *, since: float) -> Iterator[None]:
+    def _explain_failure(self, phase: str, *, since: float) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # torch raises nothing more specific
-            seconds = time.monotonic() - since
-            if seconds >= self._timeout_s:
-                reason = f"another rank did not take part within {self._timeout_s:g} s"
+            seconds, timeout_s = time.monotonic() - since, self._connection.timeout_s
+            if seconds >= timeout_s:
+                reason = f"another rank did not take part within {timeout_s:g} s"
             else:
                 reason = f"failed after {seconds:.1f} s"
             raise WeightSyncError(f"{self.name}, {phase}: {reason} ({error})") from error
@@ -153,28 +151,12 @@ class Transport(ABC):
 transports: Registry[type[Transport]] = Registry("weight transport")
 
 
-def join(connection: Connection, rank: int, device: torch.device, *, group: int = 0) -> Transport:
-    """Become rank `rank` of weight sync group `group`, with a model on `device`.
+def make_transport(name: str, device: torch.device) -> Transport:
+    """The transport of that name, not yet connected; "auto" is gloo on CPU and nccl on GPUs.
 
     Raises:
-        ValueError: there is no such transport.
-        WeightSyncError: not all ranks came in time.
+        ValueError: no transport has that name.
     """
-    assert 0 <= rank < connection.world_size, (rank, connection.world_size)
-    transport = make_transport(connection.transport, device)
-    transport.group_name = connection.name_of(group)
-    transport.connect(
-        connection.address,
-        connection.ports[group],
-        rank=rank,
-        world_size=connection.world_size,
-        timeout_s=connection.timeout_s,
-    )
-    return transport
-
-
-def make_transport(name: str, device: torch.device) -> Transport:
-    """The transport of that name; "auto" is gloo on CPU and nccl on GPUs."""
     from rlsys.weight_sync import gloo, nccl  # noqa: F401  they register themselves
 
     if name == "auto":
@@ -183,7 +165,7 @@ def make_transport(name: str, device: torch.device) -> Transport:
 
 
 def serve_store(address: str, timeout_s: float) -> dist.TCPStore:
-    """A store on a free port of `address`, at which the ranks meet."""
+    """A store on a free port of `address`, through which ranks find each other."""
     listener = socket.create_server((address, 0))
     port = listener.getsockname()[1]
     return dist.TCPStore(

@@ -146,7 +146,7 @@ def padded_entropies(model, batch, *, temperature=TEMPERATURE):
 
 def unconnected(slices, *, bucket_bytes, sender=0):
     """What is sent, and no receiver."""
-    return Connection(slices, sender, "gloo", "", (), 1, bucket_bytes, True, True, 1.0)
+    return Connection(slices, sender, "gloo", "", 0, 1, bucket_bytes, True, True, 1.0)
 
 
 class LabRank(PolicyRank):

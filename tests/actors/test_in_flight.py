@@ -34,7 +34,7 @@ class PeekingActor(RolloutActor):
             rollout = engine._config.rollout.model_copy(update={"in_flight_kv": value})
             engine._config = engine._config.model_copy(update={"rollout": rollout})
 
-        await asyncio.wrap_future(self._loop._ask(change))
+        await asyncio.wrap_future(self._loop.submit(change))
 
     async def break_abort(self):
         def change(engine):
@@ -43,7 +43,7 @@ class PeekingActor(RolloutActor):
 
             engine.abort = abort
 
-        await asyncio.wrap_future(self._loop._ask(change))
+        await asyncio.wrap_future(self._loop.submit(change))
 
     async def least_tokens(self):
         """Of the completions in flight."""
@@ -52,7 +52,7 @@ class PeekingActor(RolloutActor):
             states = engine._llm.llm_engine.output_processor.request_states.values()
             return min((state.detokenizer.num_output_tokens() for state in states), default=0)
 
-        return await asyncio.wrap_future(self._loop._ask(count))
+        return await asyncio.wrap_future(self._loop.submit(count))
 
 
 @pytest.fixture(scope="module")

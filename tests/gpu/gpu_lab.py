@@ -183,7 +183,7 @@ class OpenActor(RolloutActor):
     async def _between_steps(self, function, *args):
         import asyncio
 
-        return await asyncio.wrap_future(self._loop._ask(lambda engine: function(engine, *args)))
+        return await asyncio.wrap_future(self._loop.submit(lambda engine: function(engine, *args)))
 
 
 class CrossedActor(OpenActor):

@@ -1,12 +1,12 @@
-"""The rollout engine: vLLM in this process, token ids in and out, groups as they finish."""
+"""The rollout engine: vLLM in this process; prompts in, groups out as they finish."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from transformers import AutoTokenizer
@@ -15,36 +15,36 @@ from vllm.config import WeightTransferConfig
 from vllm.inputs import tokens_input
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import output_processor
+from vllm.v1.engine.logprobs import LogprobsProcessor
+from vllm.v1.outputs import LogprobsLists
 
 from rlsys.config import Config
-from rlsys.engines.vllm.logprobs import keep_sampled_logprobs, sampled_logprobs
+from rlsys.engines.vllm.running import RunningGroup, Span
 from rlsys.engines.vllm.settings import engine_arguments, refusal, sampling_arguments
-from rlsys.engines.vllm.spans import Span, begin_span
-from rlsys.engines.vllm.weight_backend import BACKEND, WORKER_EXTENSION, InitInfo
-from rlsys.engines.vllm.worker_errors import worker_errors_told
+from rlsys.engines.vllm.weight_backend import BACKEND, WORKER_EXTENSION
+from rlsys.engines.vllm.worker_errors import raise_worker_errors
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.model.tokenizer_files import num_token_ids, resize_remedy
 from rlsys.types import Completion, Device, FinishReason, Prompt, RolloutGroup, SampleRequest
-from rlsys.weight_sync.connection import Connection, place_of_engine
+from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.plan import TensorSlice
 
 
-@dataclass(slots=True)
-class _Running:
-    """A group that is being sampled."""
+class SampledLogprobs(LogprobsProcessor):
+    """Log-probs of sampled tokens, kept as the arrays that vLLM's engine core returns.
 
-    prompt: Prompt
-    version: int
-    """Of the weights when it was added."""
-    _spans: dict[int, list[Span]] = field(default_factory=dict)
-    """Of the completions, by index, during which weights changed."""
+    vLLM itself makes Python objects of every token of every sequence, which took a third of a
+    decode step at 512 sequences of a 1.5B model: see docs/gpu.md. This one is for requests with
+    `logprobs=0`. `CompletionOutput.cumulative_logprob` stays 0; nothing here reads it.
+    """
 
-    def spans(self, index: int) -> list[Span]:
-        """The weight versions of completion `index`, in order."""
-        return self._spans.setdefault(index, [Span(self.version, 0)])
+    def _update_sample_logprobs(self, logprobs_lists: LogprobsLists) -> None:
+        arrays: Any = self.logprobs  # an empty list at first
+        arrays.append(logprobs_lists.logprobs)
 
 
 class VLLMEngine:
@@ -91,25 +91,25 @@ class VLLMEngine:
         if known is not None and known < shape.vocab_size:
             self._llm.collective_rpc("sample_known_tokens_only", args=(known,))
         self.policy_version = 0
-        """Version of the weights that it samples with; 0 are those of `model_path`."""
-        self._running: dict[int, _Running] = {}
+        """Version of the weights that it samples with; 0 stands for the weights in `model_path`."""
+        self._running: dict[int, RunningGroup] = {}
         self._paused = False
         self._drained: list[RequestOutput] = []
-        """Finished by what was being computed when sampling paused."""
+        """Outputs that finished while sampling was being paused."""
         engine_core = self._llm.llm_engine.engine_core.engine_core  # in this process
         self._steps_in_flight: int = engine_core.batch_queue_size
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to do: sequences that are not finished, and no pause."""
+        """Whether `step` has something to do: unfinished sequences, and no pause."""
         return bool(self._running) and not self._paused
 
     def add(self, requests: Sequence[SampleRequest]) -> None:
-        """Begin to sample completions; `step` carries on.
+        """Begin to sample completions; `step` continues.
 
         Raises:
-            ValueError: a prompt is longer than data.max_prompt_length, or has a token that the
-                model does not have; none is begun then.
+            ValueError: a prompt is longer than data.max_prompt_length, or has a token id beyond
+                the model's embeddings. Then no request begins.
         """
         for request in requests:
             self._check_prompt(request.prompt)
@@ -120,53 +120,42 @@ class VLLMEngine:
                 tokens_input(request.prompt.token_ids, cache_salt=self._cache_salt()),
                 self._sampling_parameters(request),
             )
-            self._running[request.group_id] = _Running(request.prompt, self.policy_version)
+            self._running[request.group_id] = RunningGroup(request.prompt, self.policy_version)
 
     def step(self) -> list[RolloutGroup]:
-        """One token of every sequence that there is room for; the groups that this finished."""
+        """Sample one token of every sequence that fits; returns the groups that this finished."""
         outputs, self._drained = self._drained, []
         return [self._group(output) for output in outputs or self._llm.llm_engine.step()]
 
     def abort(self, group_ids: Iterable[int]) -> None:
-        """Give up groups; those that are unknown do not matter."""
+        """Give up groups; unknown ones are ignored."""
         for group_id in group_ids:
             self._llm.llm_engine.abort_request([str(group_id)])
             self._running.pop(group_id, None)
         self._drained = [out for out in self._drained if int(out.request_id) in self._running]
 
-    def connect_weight_sync(self, connection: Connection) -> None:
-        """Let this engine's workers join a weight sync group, behind rank 0 and other engines."""
-        rollout = self._config.rollout
-        first_rank, group = place_of_engine(
-            self._engine_rank,
-            tensor_parallel_size=rollout.tensor_parallel_size,
-            engines_per_gpu=rollout.engines_per_gpu,
-        )
-        init = InitInfo(connection, first_rank, group)
-        self._llm.init_weight_transfer_engine(init.as_request())
+    def connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> None:
+        """Connect each worker to its endpoint [engine][worker]; earlier connections end."""
+        own = endpoints[self._engine_rank]
+        self._llm.init_weight_transfer_engine({"init_info": {"endpoints": own}})
 
     def needed_slices(self) -> list[tuple[TensorSlice, ...] | None]:
-        """What has to be sent to each worker; None for one that needs whole tensors."""
+        """The slices that each worker needs; None for a worker that needs whole tensors."""
         return self.ask_workers("needed_slices")
 
-    def connect_shards(self, connections: Sequence[Connection]) -> None:
-        """Let each worker join the group of its shard, behind the sender and other engines."""
-        self._llm.collective_rpc("connect_shard", args=(connections, 1 + self._engine_rank))
-
     def start_weight_update(self) -> None:
-        """Sampling pauses, between two tokens, until `update_weights` has ended."""
+        """Pause sampling, between two tokens, until `update_weights` has ended."""
         self._pause()
         self._llm.start_weight_update()
 
     def update_weights(self, policy_version: int) -> int:
         """Receive the weights of that version and sample with them; returns the version now held.
 
-        What is in flight goes on with its next token. `rollout.in_flight_kv` says whether the
-        keys and values of its tokens so far are computed anew or kept as the old weights left
-        them.
+        Completions in flight continue with their next token. `rollout.in_flight_kv` says whether
+        the keys and values of their tokens are recomputed or kept from the old weights.
 
         Raises:
-            WeightSyncError: weights did not come, or others than were sent; sampling stays paused.
+            WeightSyncError: no weights came, or damaged ones; sampling stays paused.
         """
         self._llm.update_weights({"update_info": {"policy_version": policy_version}})
         self._llm.finish_weight_update()
@@ -177,23 +166,23 @@ class VLLMEngine:
         return self.policy_version
 
     def ask_workers(self, method: str) -> list[Any]:
-        """What a method of WeightSyncWorkerExtension returns on every worker."""
-        return self._llm.collective_rpc(method)
+        """Call a method of BucketWeightTransferEngine on every worker; returns the results."""
+        return self._llm.collective_rpc("ask_weight_transfer", args=(method,))
 
     def _pause(self) -> None:
-        """Schedule nothing more, and take what is already being computed."""
+        """Schedule nothing more, and collect what is already being computed."""
         self._paused = True
         self._llm.sleep(level=0, mode="keep")
         engine = self._llm.llm_engine
-        # vLLM computes a step while it handles the tokens of the one before. So many calls empty
-        # its queue of anything but empty steps, all of them sampled with the weights of now.
+        # vLLM computes a step while it handles the tokens of the step before. These calls empty its
+        # queue of all but empty steps; everything in it was sampled with the current weights.
         for _ in range(self._steps_in_flight if self._running else 0):
             self._drained += engine.step()
 
     def _drop_stale_cache(self) -> None:
-        """vLLM keeps keys and values of earlier prompts, computed with the old weights."""
+        """Drop the keys and values of earlier prompts, which the old weights computed."""
         keep = bool(self._running) and self._config.rollout.in_flight_kv == "keep"
-        # Blocks in use cannot be dropped; there, `_cache_salt` keeps new prompts from them.
+        # Blocks in use cannot be dropped; `_cache_salt` keeps new prompts from using them.
         if not keep and not self._llm.reset_prefix_cache(reset_running_requests=True):
             raise RuntimeError("vLLM could not reset its prefix cache after a weight update")
 
@@ -203,13 +192,13 @@ class VLLMEngine:
         return f"weights {self.policy_version}" if keep else None
 
     def _begin_version(self, policy_version: int) -> None:
-        """Note where in every unfinished completion the new version begins."""
+        """Note where the new version begins in every unfinished completion."""
         self.policy_version = policy_version
         for state in self._llm.llm_engine.output_processor.request_states.values():
             running = self._running[int(state.external_req_id)]
-            assert state.detokenizer is not None  # counts tokens, even where none are decoded
-            begin_span(
-                running.spans(state.request_index),
+            assert state.detokenizer is not None  # counts tokens, even if it decodes none
+            running.begin_version(
+                state.request_index,
                 policy_version,
                 num_tokens=state.detokenizer.num_output_tokens(),
                 keeps_kv=self._config.rollout.in_flight_kv == "keep",
@@ -230,8 +219,9 @@ class VLLMEngine:
             )
         if max(prompt.token_ids) >= self._vocab_size:
             raise ValueError(
-                f"prompt {prompt.prompt_id!r} has the token id {max(prompt.token_ids)}, and the "
-                f"model embeddings for {self._vocab_size:,} tokens (vocab_size in config.json). "
+                f"prompt {prompt.prompt_id!r} has the token id {max(prompt.token_ids)}, but the "
+                f"model has embeddings for {self._vocab_size:,} tokens (vocab_size in "
+                "config.json). "
                 f"{resize_remedy(len(self._tokenizer))}"
             )
 
@@ -248,7 +238,9 @@ class VLLMEngine:
         reason = sampled.finish_reason
         if reason not in get_args(FinishReason):
             raise RuntimeError(f"vLLM ended a completion with {reason!r}")
-        token_ids, logprobs = list(sampled.token_ids), sampled_logprobs(sampled.logprobs)
+        token_ids = list(sampled.token_ids)
+        arrays: Any = sampled.logprobs  # [tokens, 1 + n], see SampledLogprobs
+        logprobs: list[float] = np.concatenate(arrays)[:, 0].tolist()
         assert len(logprobs) == len(token_ids), (len(logprobs), len(token_ids))
         ended = reason == "stop"
         text_ids = self._stops.tokens_of_text(token_ids) if ended else token_ids
@@ -264,14 +256,14 @@ class VLLMEngine:
 
 
 def _start_llm(folder: Path, arguments: dict[str, Any]) -> LLM:
-    keep_sampled_logprobs()
+    output_processor.LogprobsProcessor = SampledLogprobs  # type: ignore[misc]
     try:
-        with worker_errors_told():
+        with raise_worker_errors():
             return LLM(
                 model=str(folder),
                 weight_transfer_config=WeightTransferConfig(backend=BACKEND),
                 worker_extension_cls=WORKER_EXTENSION,
                 **arguments,
             )
-    except ValidationError as error:  # cannot be sent to another process as it is
+    except ValidationError as error:  # cannot be pickled
         raise ValueError(refusal(folder, error)) from None

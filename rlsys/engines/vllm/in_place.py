@@ -1,10 +1,10 @@
 """New weights straight into vLLM's own parameters: a plan made once, then a few large copies.
 
-vLLM's loader decides where a Hugging Face tensor goes: which rows of a fused parameter, which
-shard of a tensor-parallel rank. Running its Python for every tensor takes ten times as long as
-moving the bytes. So it is run once, on tensors without memory, and watched: every copy that it asks
-for becomes an entry of the plan. No table of models has to be kept, whatever vLLM can load is
-covered; and what it does other than copy, the plan refuses by name.
+vLLM's loader knows where a Hugging Face tensor goes: which rows of a fused parameter, which shard
+of a tensor-parallel rank. Running its Python code for every tensor takes ten times as long as
+moving the bytes. So it runs once, on tensors without memory, and a recorder turns each copy that it
+makes into an entry of the plan. This needs no table of models and covers all that vLLM can load. A
+tensor that the loader changes before the copy is an error, CannotMap.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ COPY, FILL = torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar
 
 
 class CannotMap(ValueError):
-    """These weights cannot be copied in place; the message says which and why."""
+    """Weights cannot be copied in place; the message names the tensor and the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """One slice of a Hugging Face tensor and the slice of vLLM's parameter it lands in."""
+    """A slice of a Hugging Face tensor, and the slice of vLLM's parameter where it goes."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    """Of the slice within the contiguous Hugging Face tensor, in elements."""
+    """Start of the slice in the contiguous Hugging Face tensor, in elements."""
     target: torch.Tensor
     """Shares the memory of the parameter."""
 
@@ -44,7 +44,7 @@ class Copy:
         return tensor.as_strided(self.size, self.stride, tensor.storage_offset() + self.offset)
 
     def box_of(self, meta: TensorMeta) -> TensorSlice | None:
-        """The slice as a box of the Hugging Face tensor, if it is one."""
+        """The slice as a box of the Hugging Face tensor; None if it is not a box."""
         strides = _contiguous_strides(meta.shape)
         if self.stride != strides:
             return None
@@ -54,12 +54,12 @@ class Copy:
             starts.append(start)
         ends = (start + size for start, size in zip(starts, self.size, strict=True))
         if any(end > size for end, size in zip(ends, meta.shape, strict=True)):
-            return None  # from the end of a row on into the next
+            return None  # it continues from the end of a row in the next
         return TensorSlice(meta, tuple(starts), self.size)
 
 
 class HeldSlice(NamedTuple):
-    """A slice of a Hugging Face tensor that a worker's parameters hold: for comparisons."""
+    """A slice of a Hugging Face tensor that a worker's parameters hold, with its checksum."""
 
     tensor: str
     size: tuple[int, ...]
@@ -69,15 +69,14 @@ class HeldSlice(NamedTuple):
 
 
 class InPlacePlan:
-    """Where every tensor of a weight sync lands in one worker's model.
+    """Where every tensor of a weight sync goes in one worker's model.
 
     Args:
         model: vLLM's model, loaded.
-        metadata: every tensor that the policy exports, whole; `expect` has less of it sent.
+        metadata: every tensor that the policy exports, whole.
 
     Raises:
-        CannotMap: vLLM transforms a tensor while loading it, or keeps a parameter that no tensor
-            fills.
+        CannotMap: vLLM transforms a tensor while loading it, or no tensor fills a parameter.
     """
 
     def __init__(self, model: torch.nn.Module, metadata: Sequence[TensorMeta]):
@@ -97,21 +96,21 @@ class InPlacePlan:
         self.copies: Mapping[str, list[Copy]] = recorder.copies
         self._metadata = list(metadata)
         self._arriving = self.copies
-        """By the name of what is sent: the copies that are made of it."""
+        """The copies of each tensor or slice that arrives, by its name."""
         self._parameters = list(parameters.values())
         self._addresses = self._addresses_now()
         self._loads: dict[int, tuple[int, CopyPlan]] = {}
-        """By bucket: the address of the buffer it came in, and its copies from there."""
+        """By bucket index: the address of its buffer, and the copies from there."""
 
     @property
     def is_stale(self) -> bool:
-        """Whether parameters lie elsewhere now: then the plan would write where nobody reads."""
+        """Whether parameters have moved: then the plan would write where nobody reads."""
         return self._addresses_now() != self._addresses
 
     def load(self, bucket: Bucket, buffer: torch.Tensor) -> None:
-        """Copy what has arrived in `buffer` [nbytes] uint8 to where it belongs.
+        """Copy the tensors in `buffer` [nbytes] uint8 to their parameters.
 
-        On a GPU in the current stream. Fast where a bucket comes in the same buffer again.
+        On a GPU in the current stream. It is fast if a bucket comes in the same buffer again.
         """
         address, copies = self._loads.get(bucket.index, (0, None))
         if copies is None or address != buffer.data_ptr():
@@ -124,18 +123,18 @@ class InPlacePlan:
         copies.run()
 
     def needed(self) -> tuple[TensorSlice, ...]:
-        """What of the tensors has to be sent to this worker, in their order."""
+        """The slices that this worker needs, in the order of the tensors."""
         return tuple(self._by_slice())
 
     def expect(self, slices: Sequence[TensorSlice]) -> None:
-        """From now on `load` gets what is `needed`, and not whole tensors."""
+        """Expect only the `needed` slices in `load` from now on, and not whole tensors."""
         by_slice = self._by_slice()
         assert list(by_slice) == list(slices), "other slices than this worker asked for"
         self._arriving = {piece.meta.name: copies for piece, copies in by_slice.items()}
         self._loads.clear()
 
     def _by_slice(self) -> dict[TensorSlice, list[Copy]]:
-        """Each slice that some copies read, with these copies as they read it by itself."""
+        """The copies from each slice, with offsets in the slice instead of the whole tensor."""
         by_slice: dict[TensorSlice, list[Copy]] = {}
         for meta in self._metadata:
             for copy in self.copies[meta.name]:
@@ -149,7 +148,7 @@ class InPlacePlan:
         return by_slice
 
     def held(self) -> list[HeldSlice]:
-        """What the parameters hold now, of every copy."""
+        """The slices that the parameters hold now, one for every copy."""
         all_copies = [(name, copy) for name, copies in self.copies.items() for copy in copies]
         numbers = as_numbers([_content(copy.target) for _, copy in all_copies])
         return [
@@ -162,9 +161,9 @@ class InPlacePlan:
 
 
 class PlanProof:
-    """Shows on one update that vLLM itself loads where the plan says: see `first_difference`.
+    """Checks on one update that vLLM's loader puts tensors where the plan says.
 
-    By checksums, so that nothing of the update has to be kept.
+    It compares checksums, so that the tensors need not be kept.
     """
 
     def __init__(self, plan: InPlacePlan):
@@ -172,13 +171,13 @@ class PlanProof:
         self._arrived: list[tuple[str, Copy, torch.Tensor]] = []
 
     def note(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Remember what tensors hold that vLLM is about to load."""
+        """Remember the content of tensors that vLLM is about to load."""
         for name, tensor in tensors:
             for copy in self.plan.copies[name]:
                 self._arrived.append((name, copy, _content(copy.source(tensor))))
 
     def first_difference(self) -> str | None:
-        """After vLLM has loaded: the first tensor that is not where the plan says, if any."""
+        """The first tensor that vLLM has not loaded where the plan says; None if all are there."""
         arrived = as_numbers([content for _, _, content in self._arrived])
         loaded = as_numbers([_content(copy.target) for _, copy, _ in self._arrived])
         for (name, _, _), sent, held in zip(self._arrived, arrived, loaded, strict=True):
@@ -188,13 +187,13 @@ class PlanProof:
 
 
 class _LoadRecorder(TorchDispatchMode):
-    """Notes copies from watched tensors into parameters, and does not do them."""
+    """Records copies from watched tensors into parameters, without executing them."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
         super().__init__()
         self.copies: dict[str, list[Copy]] = {}
         self._parameters = {_memory(parameter): name for name, parameter in parameters.items()}
-        # Elements that something was loaded into; a tied head is one memory under two names.
+        # Elements filled so far, by parameter; a tied head is one memory with two names.
         self._numel = {self._parameters[_memory(p)]: p.numel() for p in parameters.values()}
         self._filled = dict.fromkeys(self._numel, 0)
         self._watched: dict[int, str] = {}
@@ -212,7 +211,7 @@ class _LoadRecorder(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         target = args[0]
         self._filled[parameter] += target.numel()
-        if func is FILL:  # of a padded vocabulary: stays as it is
+        if func is FILL:  # the padding of a vocabulary stays as it is
             return target
         source = args[1]
         name = self._watched.get(_memory(source))
@@ -227,7 +226,7 @@ class _LoadRecorder(TorchDispatchMode):
         return target
 
     def check_complete(self) -> None:
-        """Every tensor is used, and every element of every parameter is filled once."""
+        """Raise CannotMap unless all tensors are used and all elements filled once."""
         unused = [name for name, copies in self.copies.items() if not copies]
         if unused:
             raise CannotMap(f"{unused[0]} goes nowhere")
@@ -237,15 +236,27 @@ class _LoadRecorder(TorchDispatchMode):
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """Which storage a tensor is a view of; also of tensors without memory."""
+    """Identity of the storage that a tensor is a view of; works for tensors without memory."""
     return tensor.untyped_storage()._cdata
 
 
 def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
-    """In elements."""
+    """Strides of a contiguous tensor, in elements."""
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 def _content(tensor: torch.Tensor) -> torch.Tensor:
-    """Checksum of the elements, wherever they lie."""
+    """Checksum of the elements, whatever their strides."""
     return checksum(tensor.contiguous().view(-1).view(torch.uint8))
+
+
+def missing_parameters(parameter_names: set[str], loaded: set[str]) -> list[str]:
+    """The parameters that vLLM's loader does not report as loaded, sorted.
+
+    vLLM 0.26 loads `experts.routed_experts.w2_weight` and reports `experts.w2_weight`.
+    """
+    return sorted(
+        name
+        for name in parameter_names - loaded
+        if name.replace(".routed_experts.", ".") not in loaded
+    )

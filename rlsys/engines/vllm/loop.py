@@ -1,53 +1,39 @@
-"""A thread that steps a rollout engine and does whatever else is asked of it between steps."""
+"""A thread that steps a rollout engine and executes commands between its steps."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rlsys.types import RolloutGroup, SampleRequest
 
+if TYPE_CHECKING:  # imports vLLM, which takes seconds
+    from rlsys.engines.vllm.engine import VLLMEngine
+
 Outcome = RolloutGroup | Exception | None
-"""Of a request: its group, why it failed, or None when it was given up."""
-
-
-class SteppedEngine(Protocol):
-    """What can be sampled from step by step, one token of each sequence at a time."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `step` has something to do: sequences that are not finished, and no pause."""
-
-    def add(self, requests: Sequence[SampleRequest]) -> None:
-        """Begin to sample; all of them, or none and an error."""
-
-    def step(self) -> list[RolloutGroup]:
-        """The groups that the next token finished."""
-
-    def abort(self, group_ids: Iterable[int]) -> None:
-        """Give up what is not finished."""
+"""How a request ended: with its group, with an error, or with None because it was given up."""
 
 
 class EngineLoop:
-    """Builds an engine in a thread of its own, the only one that ever touches it.
+    """Builds an engine in a new thread, the only one that ever touches it.
 
-    Any thread may call. What is asked is done in the order in which it was asked, between two
-    steps, so a weight sync waits for one token and not for the end of a completion.
+    Any thread may call the methods. Commands are executed in their order, between two steps, so a
+    weight sync waits for one token and not for the end of a completion.
 
     Args:
-        build: makes the engine; what it raises is raised here.
+        build: makes the engine; its errors are raised here.
     """
 
-    def __init__(self, build: Callable[[], SteppedEngine]):
-        self._commands: SimpleQueue[tuple[Future[Any], Callable[[SteppedEngine], Any]] | None]
+    def __init__(self, build: Callable[[], VLLMEngine]):
+        self._commands: SimpleQueue[tuple[Future[Any], Callable[[VLLMEngine], Any]] | None]
         self._commands = SimpleQueue()
         self._on_end: dict[int, Callable[[Outcome], None]] = {}
-        """Of what is being sampled, by group_id. Touched by the engine's thread alone."""
+        """By group_id, for the groups that are being sampled. Only the engine's thread uses it."""
         self._broken: Exception | None = None
-        """Why the engine cannot be used any more: a step failed, and could not be cleaned up."""
+        """Why the engine cannot be used any more: a step failed, and so did the clean-up."""
         built: Future[None] = Future()
         self._thread = threading.Thread(
             target=self._run, args=(build, built), name="rollout engine", daemon=True
@@ -56,14 +42,14 @@ class EngineLoop:
         built.result()
 
     def sample(self, requests: Sequence[SampleRequest], on_end: Callable[[Outcome], None]) -> None:
-        """Begin to sample. `on_end` is called once a request, in the engine's thread.
+        """Begin to sample. `on_end` is called once for each request, in the engine's thread.
 
-        Whatever the engine raises, when it takes the requests or in a later step, is the outcome
-        of every group that it was working on. An engine that is broken for good raises that, here
-        and in every other call.
+        An error of the engine, when it takes the requests or in a later step, is the outcome of
+        every group that it was working on. If the engine is broken, all later calls raise that
+        error too.
         """
 
-        def add(engine: SteppedEngine) -> None:
+        def add(engine: VLLMEngine) -> None:
             try:
                 self._check_usable()
                 engine.add(requests)
@@ -73,35 +59,36 @@ class EngineLoop:
             else:
                 self._on_end.update((request.group_id, on_end) for request in requests)
 
-        self._ask(add)
+        self.submit(add)
 
     def abort(self, group_ids: Sequence[int]) -> Future[None]:
-        """Give up groups; those that are finished already do not matter."""
+        """Give up groups; finished ones are ignored."""
 
-        def abort(engine: SteppedEngine) -> None:
+        def abort(engine: VLLMEngine) -> None:
             self._check_usable()
             running = [group_id for group_id in group_ids if group_id in self._on_end]
             engine.abort(running)
             for group_id in running:
                 self._on_end.pop(group_id)(None)
 
-        return self._ask(abort)
+        return self.submit(abort)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
         """Call a method of the engine between two steps."""
 
-        def call(engine: SteppedEngine) -> Any:
+        def call(engine: VLLMEngine) -> Any:
             self._check_usable()
             return getattr(engine, method)(*args, **kwargs)
 
-        return self._ask(call)
+        return self.submit(call)
 
     def close(self) -> None:
-        """Let go of the engine and end its thread."""
+        """Release the engine and end its thread."""
         self._commands.put(None)
         self._thread.join()
 
-    def _ask(self, command: Callable[[SteppedEngine], Any]) -> Future[Any]:
+    def submit(self, command: Callable[[VLLMEngine], Any]) -> Future[Any]:
+        """Call `command(engine)` between two steps."""
         future: Future[Any] = Future()
         self._commands.put((future, command))
         return future
@@ -110,22 +97,22 @@ class EngineLoop:
         if self._broken is not None:
             raise self._broken
 
-    def _run(self, build: Callable[[], SteppedEngine], built: Future[None]) -> None:
+    def _run(self, build: Callable[[], VLLMEngine], built: Future[None]) -> None:
         try:
             engine = build()
-        except BaseException as error:  # told to whoever waits for the engine
+        except BaseException as error:  # raised where the engine is waited for
             built.set_exception(error)
             return
         built.set_result(None)
         while True:
             while self._broken or not (engine.has_work and self._commands.empty()):
-                asked = self._commands.get()
-                if asked is None:
+                command = self._commands.get()
+                if command is None:
                     return
-                _answer(*asked, engine)
+                _execute(*command, engine)
             self._step(engine)
 
-    def _step(self, engine: SteppedEngine) -> None:
+    def _step(self, engine: VLLMEngine) -> None:
         try:
             finished = engine.step()
         except Exception as error:  # raised where the groups are waited for
@@ -134,21 +121,19 @@ class EngineLoop:
                 on_end(error)
             try:
                 engine.abort(running)
-            except Exception:  # less telling than why the step failed
+            except Exception:  # says less than the error of the step
                 self._broken = error
         else:
             for group in finished:
                 self._on_end.pop(group.group_id)(group)
 
 
-def _answer(
-    future: Future[Any], command: Callable[[SteppedEngine], Any], engine: SteppedEngine
-) -> None:
+def _execute(future: Future[Any], command: Callable[[VLLMEngine], Any], engine: VLLMEngine) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
         result = command(engine)
-    except Exception as error:  # raised where the result is asked for
+    except Exception as error:  # raised where the result is read
         future.set_exception(error)
     else:
         future.set_result(result)

@@ -1,4 +1,4 @@
-"""What vLLM is started with: the one place that knows about devices and vLLM's own knobs."""
+"""The settings that vLLM is started with, on CPU and on GPUs."""
 
 from __future__ import annotations
 
@@ -26,17 +26,18 @@ from rlsys.types import Device, SampleRequest
 if TYPE_CHECKING:
     from rlsys.model.stop_tokens import StopRules
 
-# vLLM captures CUDA graphs for up to so many sequences by itself; a decode step of more runs kernel
-# by kernel, at half the tokens a second.
+# vLLM captures CUDA graphs for at most this many sequences by default. A larger decode step would
+# run kernel by kernel, at half the tokens a second.
 GRAPH_SEQUENCES = 512
-# Of an engine that shares its GPU: CUDA context and graphs, and activations of a prompt's step.
+# Memory of an engine on a shared GPU for CUDA context and graphs, and activations of prompts.
 SHARED_GPU_RESERVE_BYTES = 3 * 2**30
-# A bucket that is being loaded, the next one, and in the first update what a layer waits for.
+# A bucket that is being loaded, the next one, and in the first update the tensors that wait for the
+# rest of their layer.
 SYNC_BUCKETS = 3
 
 
 def rollout_env(device: Device) -> dict[str, str]:
-    """Environment of a rollout engine's process, to be set before anything is imported there."""
+    """Environment of a rollout engine's process, to be set before its first import."""
     env = {
         # The engine runs in the actor's own process: one import of vLLM instead of two, and an
         # error at start-up is the engine's own instead of "see root cause above".
@@ -44,18 +45,18 @@ def rollout_env(device: Device) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "TOKENIZERS_PARALLELISM": "false",
-        # vLLM's own use of torch: in a user's terminal it hides what matters.
+        # Warnings about vLLM's own use of torch hide what matters to a user.
         "PYTHONWARNINGS": "ignore::FutureWarning",
-        # Progress bars of many lines in a log, and a warning for each host name without an entry.
+        # Progress bars with many lines in a log; a warning for each host name without an entry.
         "TQDM_DISABLE": "1",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     if device == "cpu":
         return env | {
-            # The policy and other engines share the cores, so no process is bound to any.
+            # The policy and other engines share the cores, so no process is bound to one.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "OMP_NUM_THREADS": "1",
-            # Small functions that vLLM compiles even in eager mode: half a minute of C++ compiling.
+            # vLLM compiles small functions even in eager mode: half a minute of C++ compiling.
             "TORCHDYNAMO_DISABLE": "1",
             # Warnings that nobody can act on: no Triton, memory bound to the only NUMA node.
             "TORCH_LOGS": "-torch._library",
@@ -74,7 +75,7 @@ def engine_arguments(
     """Arguments of `vllm.LLM`, except model and weight transfer.
 
     Args:
-        gpu_bytes: memory of the engine's GPU, to be known where it shares it.
+        gpu_bytes: memory of the engine's GPU; needed only if engines share it.
 
     Raises:
         ValueError: engines that share a GPU do not fit.
@@ -86,37 +87,34 @@ def engine_arguments(
         "max_model_len": longest_row(config),
         "max_num_seqs": rollout.max_num_seqs,
         "tensor_parallel_size": tensor_parallel_size,
-        # Named, because vLLM otherwise prefers Ray when it finds itself in an actor.
+        # Without this vLLM uses Ray if it runs in an actor.
         "distributed_executor_backend": "mp" if tensor_parallel_size > 1 else "uni",
         "gpu_memory_utilization": rollout.gpu_memory_utilization / rollout.engines_per_gpu,
-        # Log-probs of the distribution that is sampled from, after temperature, top_k and top_p.
+        # Log-probs of the sampling distribution, after temperature, top_k and top_p.
         "logprobs_mode": "processed_logprobs",
-        # Sampling parameters come from the config, what ends a completion from `read_stop_rules`.
+        # Sampling parameters come from the config, stop tokens from `read_stop_rules`.
         "generation_config": "vllm",
-        # Stop texts are looked for in what vLLM decodes, which costs time for every token.
+        # vLLM decodes tokens only to find stop texts, which costs time for every token.
         "skip_tokenizer_init": not config.rollout.stop,
         "seed": config.seed + engine_rank,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
-        # A config.json without architectures would be a model without an output head.
+        # Without this a config.json that lacks architectures gives a model without output head.
         "hf_overrides": {"architectures": [shape.family.architecture]},
     }
     if config.model.fp32_lm_head:
         arguments["hf_overrides"]["head_dtype"] = "float32"
     if device == "cuda" and rollout.max_num_seqs > GRAPH_SEQUENCES:
         arguments["max_cudagraph_capture_size"] = rollout.max_num_seqs
-    if device == "cuda" and rollout.engines_per_gpu > 1:
-        assert gpu_bytes is not None
-        arguments["kv_cache_memory_bytes"] = shared_gpu_kv_cache_bytes(config, shape, gpu_bytes)
-    elif rollout.kv_cache_memory_mb is not None:
-        arguments["kv_cache_memory_bytes"] = rollout.kv_cache_memory_mb * 2**20
+    cache_bytes = _kv_cache_bytes(config, shape, device, gpu_bytes)
+    if cache_bytes is not None:
+        arguments["kv_cache_memory_bytes"] = cache_bytes
     if device == "cpu":
-        arguments.setdefault("kv_cache_memory_bytes", cpu_kv_cache_bytes(config, shape))
         arguments |= {
             "enforce_eager": True,
             "block_size": KV_BLOCK_TOKENS["cpu"],
-            # A request whose prompt is processed in chunks draws a number per chunk from its own
-            # generator, which vLLM takes back in a way that CPU generators do not know.
+            # With chunked prompts a request draws one number per chunk from its own generator, and
+            # vLLM takes the draws back in a way that CPU generators do not support.
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], longest_row(config)),
         }
@@ -136,32 +134,51 @@ def sampling_arguments(
         "stop_token_ids": stops.token_ids,
         "stop": stops.texts,
         "seed": request.seed,
-        "logprobs": 0,  # of the sampled token only
-        "detokenize": bool(stops.texts),  # which vLLM finds in the text
-        # A stop text may have special tokens in it, such as "</answer>" of some tokenizers.
+        "logprobs": 0,  # only that of the sampled token
+        "detokenize": bool(stops.texts),  # vLLM finds stop texts in the decoded text
+        # A stop text may contain special tokens, such as "</answer>" of some tokenizers.
         "skip_special_tokens": rollout.skip_special_tokens is True,
     }
 
 
-def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int) -> int:
-    """KV cache of each of the engines that share a GPU: what the config says, or as on CPU.
+def _kv_cache_bytes(
+    config: Config, shape: ModelShape, device: Device, gpu_bytes: int | None
+) -> int | None:
+    """KV cache of each of an engine's ranks; None if vLLM measures what is free on its GPU.
 
-    That is room for max_num_seqs full sequences, if the engine's share of the GPU has it. vLLM by
-    itself would measure what is free, while the other engines take memory and return it.
+    It is rollout.kv_cache_memory_mb if set. Else an engine on CPU or on a shared GPU gets room for
+    max_num_seqs full sequences, on CPU at most MAX_CPU_KV_GIB.
+    """
+    rollout = config.rollout
+    if rollout.kv_cache_memory_mb is not None:
+        wanted = rollout.kv_cache_memory_mb * 2**20
+    elif device == "cuda" and rollout.engines_per_gpu == 1:
+        return None
+    else:
+        wanted = kv_cache_bytes(config, shape, sequences=rollout.max_num_seqs, device=device)
+        wanted = min(wanted, MAX_CPU_KV_GIB * GIB) if device == "cpu" else wanted
+    if device == "cuda" and rollout.engines_per_gpu > 1:
+        assert gpu_bytes is not None
+        return _fit_to_shared_gpu(wanted, config, shape, gpu_bytes)
+    return wanted
+
+
+def _fit_to_shared_gpu(wanted: int, config: Config, shape: ModelShape, gpu_bytes: int) -> int:
+    """`wanted` bytes of KV cache, or less if the engine's share of its GPU has no room for them.
+
+    vLLM itself would measure what is free while other engines take memory and return it.
 
     Raises:
-        ValueError: not even one sequence fits, or not what the config says.
+        ValueError: one sequence does not fit, or the size in the config does not.
     """
     rollout, width = config.rollout, bytes_per_weight(config, "cuda")
     share = int(rollout.gpu_memory_utilization * gpu_bytes / rollout.engines_per_gpu)
     bucket = sync_bucket_bytes(config, shape, width)
     logits = sampler_logit_bytes(config, shape)
     taken = width * shape.num_params + SYNC_BUCKETS * bucket + logits + SHARED_GPU_RESERVE_BYTES
-    wanted = kv_cache_bytes(config, shape, sequences=rollout.max_num_seqs, device="cuda")
     least, what = kv_cache_bytes(config, shape, sequences=1, device="cuda"), "one full sequence"
     if rollout.kv_cache_memory_mb is not None:
-        least = wanted = rollout.kv_cache_memory_mb * 2**20
-        what = f"rollout.kv_cache_memory_mb = {rollout.kv_cache_memory_mb}"
+        least, what = wanted, f"rollout.kv_cache_memory_mb = {rollout.kv_cache_memory_mb}"
     if share - taken < least:
         raise ValueError(
             f"rollout.engines_per_gpu = {rollout.engines_per_gpu} leaves each engine "
@@ -173,17 +190,11 @@ def shared_gpu_kv_cache_bytes(config: Config, shape: ModelShape, gpu_bytes: int)
     return min(share - taken, wanted)
 
 
-def cpu_kv_cache_bytes(config: Config, shape: ModelShape) -> int:
-    """KV cache of one CPU engine: max_num_seqs full sequences, MAX_CPU_KV_GIB at most."""
-    full = kv_cache_bytes(config, shape, sequences=config.rollout.max_num_seqs, device="cpu")
-    return min(full, MAX_CPU_KV_GIB * GIB)
-
-
 def refusal(folder: Path, error: ValidationError) -> str:
-    """What vLLM has against a model, or against what it is to run it with, in one line.
+    """One line that says why vLLM does not accept a model or its settings.
 
-    vLLM checks both while it validates the same objects: an architecture that it does not know, or
-    a max_model_len beyond the model's positions.
+    vLLM checks both in the same objects: an architecture that it does not support, or a
+    max_model_len beyond the model's positions.
     """
     reasons = []
     for problem in error.errors():
@@ -191,4 +202,4 @@ def refusal(folder: Path, error: ValidationError) -> str:
         setting = ".".join(map(str, problem["loc"]))
         reasons.append(f"{setting} = {problem['input']!r}: {reason}" if setting else reason)
     text = " ".join("; ".join(reasons).split())
-    return f"vLLM does not take the model {folder}, or not with these settings: {text}"
+    return f"vLLM does not accept the model {folder} with these settings: {text}"

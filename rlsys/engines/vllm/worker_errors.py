@@ -1,9 +1,9 @@
 """The error of a vLLM worker process, raised in the process that started it.
 
-An engine of several GPUs has a process for each. What one of them raises while it starts, vLLM
-(0.26 and 0.32 alike) only logs there; the error in the engine's own process is "WorkerProc
-initialization failed due to an exception in a background process. See stack trace for root cause."
-So a handler of vLLM's logger, in the workers, hands over what is logged with an exception.
+An engine on several GPUs has a worker process for each. If one fails while it starts, vLLM (0.26
+and 0.32) logs the error there, and raises in the engine's process "WorkerProc initialization failed
+due to an exception in a background process. See stack trace for root cause." So a handler of vLLM's
+logger in the workers writes logged exceptions to a folder that the engine's process reads.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 _WRAPPER = "WorkerProc initialization failed"
-"""In vLLM's own error, see above."""
+"""Part of vLLM's own error, see above."""
 _FOLDER = "RLSYS_VLLM_WORKER_ERRORS"
-"""Environment variable, which workers inherit: where they leave their errors."""
+"""Environment variable that workers inherit: the folder for their errors."""
 
 
 @contextmanager
-def worker_errors_told() -> Iterator[None]:
-    """Around the start of an engine: what a worker raised is told instead of vLLM's own error.
+def raise_worker_errors() -> Iterator[None]:
+    """Start an engine within this context, to raise a worker's error instead of vLLM's own.
 
     Raises:
-        RuntimeError: a worker's traceback, which ends with its error. Where no worker left one, it
-            is what vLLM raised.
+        RuntimeError: a worker's traceback, which ends with its error; vLLM's error if no worker
+            left one.
     """
     # A worker that is being killed may still write.
     with TemporaryDirectory(prefix="rlsys-vllm-", ignore_cleanup_errors=True) as folder:
@@ -36,22 +36,22 @@ def worker_errors_told() -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            # Any other error is the engine's own: workers also log what they went on after.
-            told = _first_error(Path(folder)) if _WRAPPER in str(error) else None
-            if told is None:
+            # Any other error is the engine's own: workers also log errors that did not end them.
+            cause = _first_error(Path(folder)) if _WRAPPER in str(error) else None
+            if cause is None:
                 raise
-            raise RuntimeError(told) from error
+            raise RuntimeError(cause) from error
         finally:
             del os.environ[_FOLDER]
 
 
 def leave_errors() -> None:
-    """In a worker, before its model is loaded: leave what vLLM logs of exceptions from here on."""
+    """Write the exceptions that vLLM logs to the folder; called in a worker before it loads."""
     logging.getLogger("vllm").addHandler(_ErrorFile(logging.ERROR))
 
 
 class _ErrorFile(logging.Handler):
-    """Keeps the last exception of this process: vLLM gave up there, and went on after others."""
+    """Writes the last exception of this process: vLLM survived the others."""
 
     def emit(self, record: logging.LogRecord) -> None:
         folder = Path(os.environ.get(_FOLDER, ""))
@@ -70,6 +70,6 @@ class _ErrorFile(logging.Handler):
 
 
 def _first_error(folder: Path) -> str | None:
-    """Of the worker that failed first; the others may only have lost touch with it."""
+    """The error of the worker that failed first; the others may only have lost it."""
     texts = [path for path in folder.glob("*.txt") if path.stem != str(os.getpid())]
     return min(texts, key=lambda path: path.stat().st_mtime_ns).read_text() if texts else None

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof
+from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missing_parameters
 from rlsys.weight_sync.plan import TensorMeta, TensorSlice, plan_buckets
 
 HIDDEN, ROWS, VOCAB, PADDED = 8, 4, 10, 12
@@ -250,3 +250,21 @@ def test_weights_kept_elsewhere_are_refused(elsewhere):
     model.out = nn.Parameter(elsewhere)
     with pytest.raises(CannotMap, match="out has no memory"):
         InPlacePlan(model, metadata(weights()))
+
+
+EXPERTS = {f"layers.{n}.experts.routed_experts.w{k}_weight" for n in range(2) for k in (13, 2)}
+DENSE = {"norm.weight", "layers.0.qkv_proj.weight"}
+
+
+def test_what_the_loader_never_saw_is_named_in_order():
+    assert missing_parameters(DENSE | EXPERTS, set()) == sorted(DENSE | EXPERTS)
+    assert missing_parameters(DENSE | EXPERTS, DENSE | EXPERTS) == []
+    assert missing_parameters(DENSE, {"norm.weight"}) == ["layers.0.qkv_proj.weight"]
+
+
+def test_experts_count_under_the_names_that_vllm_0_26_gives_them():
+    without_prefix = {name.replace("routed_experts.", "") for name in EXPERTS}
+    assert missing_parameters(DENSE | EXPERTS, DENSE | without_prefix) == []
+    (missing,) = without_prefix - set(sorted(without_prefix)[1:])
+    expected = missing.replace("experts.", "experts.routed_experts.")
+    assert missing_parameters(DENSE | EXPERTS, DENSE | without_prefix - {missing}) == [expected]

@@ -7,7 +7,6 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlsys.config import Config
 from rlsys.engines.vllm.settings import (
-    cpu_kv_cache_bytes,
     engine_arguments,
     refusal,
     rollout_env,
@@ -44,23 +43,28 @@ def config(*, max_prompt_length=64, **rollout):
     )
 
 
+def cpu_kv_cache_bytes(settings):
+    arguments = engine_arguments(settings, SHAPE, device="cpu", engine_rank=0)
+    return arguments["kv_cache_memory_bytes"]
+
+
 def test_the_cpu_cache_holds_every_sequence_at_full_length():
     # 256 sequences of one 128-token block and vLLM's own; 2 * 3 layers * 2 heads * 32 * 4 bytes.
-    assert cpu_kv_cache_bytes(config(), SHAPE) == 257 * 128 * 1536
+    assert cpu_kv_cache_bytes(config()) == 257 * 128 * 1536
     # 129 tokens need a second block.
-    assert cpu_kv_cache_bytes(config(max_prompt_length=65), SHAPE) == 513 * 128 * 1536
+    assert cpu_kv_cache_bytes(config(max_prompt_length=65)) == 513 * 128 * 1536
 
 
 def test_ranks_share_the_kv_heads_down_to_one_each():
     # 2 KV heads: 1 of each of 2 ranks, and of each of 4.
     for tp in (2, 4):
-        halved = cpu_kv_cache_bytes(config(tensor_parallel_size=tp), SHAPE)
+        halved = cpu_kv_cache_bytes(config(tensor_parallel_size=tp))
         assert halved == 257 * 128 * 1536 // 2
 
 
 def test_the_cpu_cache_stops_at_4_gib():
     large = config(max_prompt_length=20000, max_num_seqs=1024)
-    assert cpu_kv_cache_bytes(large, SHAPE) == 4 * 2**30
+    assert cpu_kv_cache_bytes(large) == 4 * 2**30
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -181,5 +185,5 @@ def test_what_vllm_refuses_is_told_with_the_model_and_the_setting(settings, reas
     with pytest.raises(ValidationError) as caught:
         SettingsOfVLLM(**settings)
     assert refusal(Path("models/a"), caught.value) == (
-        f"vLLM does not take the model models/a, or not with these settings: {reasons}"
+        f"vLLM does not accept the model models/a with these settings: {reasons}"
     )

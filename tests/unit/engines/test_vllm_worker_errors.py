@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from rlsys.engines.vllm.worker_errors import leave_errors, worker_errors_told
+from rlsys.engines.vllm.worker_errors import leave_errors, raise_worker_errors
 
 WRAPPER = "WorkerProc initialization failed. See stack trace for root cause."
 
@@ -40,7 +40,7 @@ def vllm_logger():
 def start(*workers, error=WRAPPER):
     """Processes that log what is given, one after the other; then what vLLM raises."""
     context = multiprocessing.get_context("spawn")
-    with worker_errors_told():
+    with raise_worker_errors():
         for rank, messages in enumerate(workers):
             process = context.Process(target=fail, args=messages, name=f"VllmWorker-{rank}")
             process.start()
@@ -66,7 +66,7 @@ def test_an_error_of_the_engine_itself_is_not_taken_for_a_workers():
         start(["something optional is missing"], error="no room for a KV cache")
 
 
-@worker_errors_told()
+@raise_worker_errors()
 def start_here(message):
     """As an engine without worker processes."""
     log_exception(message)
@@ -82,7 +82,7 @@ def test_what_the_engines_own_process_logs_is_not_a_workers(vllm_logger):
 @pytest.mark.parametrize("exc_info", [True, False])
 def test_a_record_without_an_exception_is_none(vllm_logger, exc_info):
     leave_errors()
-    with worker_errors_told():
+    with raise_worker_errors():
         vllm_logger.error("no exception", exc_info=exc_info)
         assert os.listdir(os.environ["RLSYS_VLLM_WORKER_ERRORS"]) == []
 
@@ -92,7 +92,7 @@ def test_a_worker_that_cannot_write_its_error_goes_on(vllm_logger, monkeypatch, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     leave_errors()
-    with worker_errors_told():
+    with raise_worker_errors():
         with monkeypatch.context() as patch:
             patch.setattr("pathlib.Path.write_text", full)
             log_exception("something is missing")
@@ -101,7 +101,7 @@ def test_a_worker_that_cannot_write_its_error_goes_on(vllm_logger, monkeypatch, 
 
 def test_errors_after_the_start_go_their_own_way(vllm_logger):
     leave_errors()
-    with worker_errors_told():
+    with raise_worker_errors():
         pass
     log_exception("later")  # finds no folder, and raises nothing
     assert "RLSYS_VLLM_WORKER_ERRORS" not in os.environ

@@ -6,7 +6,7 @@ import torch
 from rlsys.weight_sync.connection import Connection, whole_tensors
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
-from rlsys.weight_sync.sender import WeightSender
+from rlsys.weight_sync.sender import WeightSender, sending_memory
 from rlsys.weight_sync.transport import Transport, transports
 
 CPU = torch.device("cpu")
@@ -19,11 +19,11 @@ class TellingTransport(Transport):
 
     buffer_device = CPU
 
-    def connect(self, address, port, *, rank, world_size, timeout_s):
+    def connect(self, connection, rank):
         EVENTS.clear()
 
-    def meet(self, number, *, what):
-        EVENTS.append(f"meet {number}")
+    def barrier(self, number, *, what):
+        EVENTS.append(f"barrier {number}")
         return number
 
     def broadcast(self, buffer, *, what):
@@ -38,13 +38,13 @@ class TellingTransport(Transport):
         raise AssertionError
 
 
-def connection_of(num_buckets, num_groups=1):
+def connection_of(num_buckets):
     return Connection(
         slices=whole_tensors(TensorMeta(f"t{i}", "float32", (4,)) for i in range(num_buckets)),
         sender=0,
         transport="telling",
         address="",
-        ports=(0,) * num_groups,
+        port=0,
         world_size=2,
         bucket_bytes=16,
         verify=True,
@@ -83,18 +83,21 @@ def test_a_buffer_is_filled_only_when_it_is_free_and_sent_only_when_it_is_full(c
             if i > 1:
                 assert addresses[i] == addresses[i - 2]
                 assert before(f"wait {i - 2}", f"fill {i}")
-        assert EVENTS[:3] == ["fill 0", "meet 7", "broadcast 0"]
+        assert EVENTS[:3] == ["fill 0", "barrier 7", "broadcast 0"]
         assert before(f"wait {number - 1}", "broadcast sending the checksums")
         assert EVENTS[-1] == "wait sending the checksums"
 
 
 @pytest.mark.parametrize("num_buckets", [1, 2, 3])
-def test_a_group_is_met_when_the_one_before_has_everything(num_buckets):
-    sender = WeightSender(connection_of(num_buckets, num_groups=2), CPU)
-    sender.send(lambda bucket, buffer: EVENTS.append(f"fill {bucket.index}"), 7)
+def test_senders_that_share_memory_take_turns(num_buckets):
+    connections = [connection_of(num_buckets)] * 2
+    memory = sending_memory(connections, CPU)
+    senders = [WeightSender(connection, CPU, memory) for connection in connections]
+    for sender in senders:
+        sender.send(lambda bucket, buffer: EVENTS.append(f"fill {bucket.index}"), 7)
     first, second = EVENTS[: len(EVENTS) // 2], EVENTS[len(EVENTS) // 2 :]
     assert first == second
-    assert first[:2] == ["fill 0", "meet 7"]
+    assert first[:2] == ["fill 0", "barrier 7"]
     assert first[-1] == "wait sending the checksums"
 
 
@@ -106,7 +109,7 @@ def test_a_bucket_is_used_when_it_is_there_and_before_its_memory_is_taken(connec
     for bucket, buffer in receiver.receive(7, keep=keep):
         EVENTS.append(f"use {bucket.index}")
         held.append(buffer)
-    assert EVENTS[:2] == ["meet 7", "broadcast 0"]
+    assert EVENTS[:2] == ["barrier 7", "broadcast 0"]
     assert [f"use {i}" for i in range(number)] == [e for e in EVENTS if e.startswith("use")]
     for i in range(number):
         assert before(f"wait {i}", f"use {i}")

@@ -1,4 +1,4 @@
-"""Sender and receivers over a real gloo group of this process's threads."""
+"""Sender and receivers over a real gloo ranks of this process's threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,7 +7,8 @@ import torch
 
 from rlsys.weight_sync.connection import (
     Connection,
-    place_of_engine,
+    endpoints_of_shards,
+    endpoints_of_tensors,
     senders_of_shards,
     whole_tensors,
 )
@@ -32,36 +33,48 @@ METADATA = tuple(
 )
 
 
-def connection(*stores, world_size, timeout_s=20.0):
+def connection(store, *, world_size, timeout_s=20.0, label=""):
     return Connection(
         slices=whole_tensors(METADATA),
         sender=0,
         transport="auto",
         address=LOOPBACK,
-        ports=tuple(store.port for store in stores),
+        port=store.port,
         world_size=world_size,
         bucket_bytes=400,
         verify=True,
         in_place=False,
         timeout_s=timeout_s,
+        label=label,
     )
 
 
-class Group:
-    """One sender and two receivers that have met, in one group or in a group each."""
+class Ranks:
+    """A policy rank and two receivers that are connected: in one connection, or in one each."""
 
     def __init__(self, *, timeout_s=20.0, apart=False):
         self.stores = [serve_store(LOOPBACK, timeout_s) for _ in range(1 + apart)]
-        agreed = connection(*self.stores, world_size=2 if apart else 3, timeout_s=timeout_s)
-        self.threads = ThreadPoolExecutor(3)
-        sender = self.threads.submit(WeightSender, agreed, CPU)
-        places = [(1, 0), (1, 1)] if apart else [(1, 0), (2, 0)]
-        receivers = [
-            self.threads.submit(WeightReceiver, agreed, CPU, rank=rank, group=group)
-            for rank, group in places
+        connections = [
+            connection(
+                store,
+                world_size=2 if apart else 3,
+                timeout_s=timeout_s,
+                label=f" in connection {index} of 2" if apart else "",
+            )
+            for index, store in enumerate(self.stores)
         ]
-        self.sender = sender.result()
+        self.threads = ThreadPoolExecutor(4)
+        senders = [self.threads.submit(WeightSender, sent, CPU) for sent in connections]
+        endpoints = endpoints_of_tensors(connections, num_engines=2, workers_per_engine=1)
+        receivers = [
+            self.threads.submit(WeightReceiver, received, CPU, rank=rank)
+            for ((received, rank),) in endpoints
+        ]
+        self.senders = [sender.result() for sender in senders]
         self.receivers = [receiver.result() for receiver in receivers]
+
+    def send(self, fill, version):
+        return sum(sender.send(fill, version) for sender in self.senders)
 
     def start_receiving(self, version=0, *, keep=True):
         return [
@@ -89,11 +102,11 @@ def fill_from(tensors):
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("keep", [True, False])
 def test_every_receiver_gets_equal_bits_again_and_again(keep, apart):
-    group = Group(apart=apart)
+    ranks = Ranks(apart=apart)
     for version, scale in enumerate((1, 3, -2)):  # updates through the same connection
         tensors = {name: tensor * scale for name, tensor in TENSORS.items()}
-        receiving = group.start_receiving(version, keep=keep)
-        seconds = group.sender.send(fill_from(tensors), version)
+        receiving = ranks.start_receiving(version, keep=keep)
+        seconds = ranks.send(fill_from(tensors), version)
         assert seconds > 0
         for future in receiving:
             received = future.result()
@@ -103,10 +116,10 @@ def test_every_receiver_gets_equal_bits_again_and_again(keep, apart):
 
 
 def test_another_version_than_asked_for_is_refused_before_anything_of_it_is_used():
-    group = Group(timeout_s=1.0)
-    receiving = group.start_receiving(version=7)
+    ranks = Ranks(timeout_s=1.0)
+    receiving = ranks.start_receiving(version=7)
     with pytest.raises(WeightSyncError, match=r"rank 0 of 3, sending .*did not take part"):
-        group.sender.send(fill_from(TENSORS), 6)
+        ranks.send(fill_from(TENSORS), 6)
     for rank, future in enumerate(receiving, start=1):
         with pytest.raises(WeightSyncError, match=f"rank {rank} of 3 .* version 6 instead of 7"):
             future.result()
@@ -127,30 +140,29 @@ DAMAGED = r"rank {} of {}{} received other bytes.* in bucket 2 of 3, which holds
 
 
 def test_what_is_damaged_on_its_way_is_named_by_every_receiver(monkeypatch):
-    group = Group()
-    (transport,) = group.sender._transports
-    damage_bucket_2(transport, monkeypatch)
-    receiving = group.start_receiving()
-    group.sender.send(fill_from(TENSORS), 0)
+    ranks = Ranks()
+    damage_bucket_2(ranks.senders[0]._transport, monkeypatch)
+    receiving = ranks.start_receiving()
+    ranks.send(fill_from(TENSORS), 0)
     for rank, future in enumerate(receiving, start=1):
         with pytest.raises(WeightSyncError, match=DAMAGED.format(rank, 3, "")):
             future.result()
 
 
-def test_what_is_damaged_on_its_way_to_one_group_is_named_there_alone(monkeypatch):
-    group = Group(apart=True)
-    damage_bucket_2(group.sender._transports[1], monkeypatch)
-    whole, damaged = group.start_receiving()
-    group.sender.send(fill_from(TENSORS), 0)
+def test_what_is_damaged_in_one_connection_is_named_there_alone(monkeypatch):
+    ranks = Ranks(apart=True)
+    damage_bucket_2(ranks.senders[1]._transport, monkeypatch)
+    whole, damaged = ranks.start_receiving()
+    ranks.send(fill_from(TENSORS), 0)
     for name, tensor in whole.result().items():
         assert torch.equal(tensor, TENSORS[name]), name
-    with pytest.raises(WeightSyncError, match=DAMAGED.format(1, 2, " in group 1 of 2")):
+    with pytest.raises(WeightSyncError, match=DAMAGED.format(1, 2, " in connection 1 of 2")):
         damaged.result()
 
 
 def test_a_sender_that_never_sends_is_named_with_phase_and_bucket():
-    group = Group(timeout_s=1.0)
-    errors = [future.exception() for future in group.start_receiving()]
+    ranks = Ranks(timeout_s=1.0)
+    errors = [future.exception() for future in ranks.start_receiving()]
     assert all(isinstance(error, WeightSyncError) for error in errors)
     for rank, error in enumerate(errors, start=1):
         assert f"weight sync rank {rank} of 3, waiting for the sender: " in str(error)
@@ -159,32 +171,32 @@ def test_a_sender_that_never_sends_is_named_with_phase_and_bucket():
 
 @pytest.mark.parametrize("missing", [1, 2])
 def test_a_receiver_that_does_not_come_to_an_update_is_named(missing):
-    group = Group(timeout_s=1.0)
+    ranks = Ranks(timeout_s=1.0)
     for version in range(2):  # what was left of a meeting is not taken for the next
-        receiving = group.start_receiving(version)
-        group.sender.send(fill_from(TENSORS), version)
+        receiving = ranks.start_receiving(version)
+        ranks.send(fill_from(TENSORS), version)
         for future in receiving:
             future.result()
-    here = group.receivers[2 - missing]
-    receiving = group.threads.submit(receive, here, 2, True)
+    here = ranks.receivers[2 - missing]
+    receiving = ranks.threads.submit(receive, here, 2, True)
     message = rf"rank 0 of 3, meeting .*did not take part within 1 s \(without rank {missing}\)"
     with pytest.raises(WeightSyncError, match=message):
-        group.sender.send(fill_from(TENSORS), 2)
+        ranks.send(fill_from(TENSORS), 2)
     assert not receiving.done(), "who came is not to be taken for who is missing"
     with pytest.raises(WeightSyncError, match=rf"rank {3 - missing} of 3, waiting for the sender"):
         receiving.result()
 
 
 def test_a_sender_that_stops_is_named_with_phase_and_bucket():
-    group = Group(timeout_s=1.0)
-    receiving = group.start_receiving()
+    ranks = Ranks(timeout_s=1.0)
+    receiving = ranks.start_receiving()
 
     def fill(bucket, buffer):
         if bucket.index == 1:
             raise KeyError("the policy is out of order")
 
     with pytest.raises(KeyError):
-        group.sender.send(fill, 0)
+        ranks.send(fill, 0)
     for rank, future in enumerate(receiving, start=1):
         message = rf"rank {rank} of 3, waiting for bucket 1 \(.*did not take part within 1 s"
         with pytest.raises(WeightSyncError, match=message):
@@ -202,25 +214,29 @@ def test_a_receiver_that_never_connects_is_a_named_timeout():
     ("num_engines", "tensor_parallel_size", "engines_per_gpu"),
     [(1, 1, 1), (3, 2, 1), (2, 1, 2), (4, 1, 2), (6, 1, 3)],
 )
-def test_every_worker_has_a_place_and_no_two_of_one_gpu_are_in_a_group(
+def test_every_worker_has_an_endpoint_and_engines_on_one_gpu_have_different_connections(
     num_engines, tensor_parallel_size, engines_per_gpu
 ):
-    places = [
-        place_of_engine(
-            rank,
-            tensor_parallel_size=tensor_parallel_size,
-            engines_per_gpu=engines_per_gpu,
-        )
-        for rank in range(num_engines)
-    ]
+    connections = list(range(engines_per_gpu))
+    endpoints = endpoints_of_tensors(
+        connections, num_engines=num_engines, workers_per_engine=tensor_parallel_size
+    )
     world_size = 1 + num_engines * tensor_parallel_size // engines_per_gpu
-    for group in range(engines_per_gpu):
-        firsts = [first for first, of_group in places if of_group == group]
-        ranks = [first + worker for first in firsts for worker in range(tensor_parallel_size)]
+    for connection in connections:
+        ranks = [e.rank for engine in endpoints for e in engine if e.connection == connection]
         assert ranks == list(range(1, world_size))
     for start in range(0, num_engines, engines_per_gpu):
-        of_gpu = [group for _, group in places[start : start + engines_per_gpu]]
+        of_gpu = [engine[0].connection for engine in endpoints[start : start + engines_per_gpu]]
         assert len(set(of_gpu)) == engines_per_gpu
+    assert all(len({e.connection for e in engine}) == 1 for engine in endpoints)
+
+
+def test_each_shard_has_a_connection_with_one_worker_of_every_engine():
+    assert endpoints_of_shards(["a", "b"], num_engines=3) == [
+        [("a", 1), ("b", 1)],
+        [("a", 2), ("b", 2)],
+        [("a", 3), ("b", 3)],
+    ]
 
 
 @pytest.mark.parametrize(
