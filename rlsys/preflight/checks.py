@@ -25,13 +25,13 @@ from rlsys.problems import Problem
 
 CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     package_problems,
-    tracker_problems,
     model_problems,
     attention_problems,
     gpu_problems,
     dataset_problems,
     reward_problems,
     algorithm_problems,
+    tracker_problems,  # after the plugins, which may register trackers
     output_dir_problems,
 )
 
