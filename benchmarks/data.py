@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from rlsys.config import DataConfig
 from rlsys.data import load_prompts
-from rlsys.data.render import ChatTemplate, render_prompt
+from rlsys.data.render import Renderer, render_prompt
 from rlsys.data.row import Row
 from rlsys.data.text_files import read_file
 
@@ -88,11 +88,11 @@ def load(file, tokenizer, **options):
 def slowdown(prompts, tokenizer):
     """CPU seconds of rendering one prompt after the other, divided by those of batches of 1,000."""
     messages = [prompt.messages for prompt in prompts]
-    template = ChatTemplate(tokenizer)
+    renderer = Renderer(tokenizer)
     rows = [Row(1, "", messages=m) for m in messages]
     batches = [rows[start : start + 1000] for start in range(0, len(rows), 1000)]
     one_by_one, _ = timed(lambda: [render_prompt(m, tokenizer) for m in messages])
-    together, _ = timed(lambda: [template.render(batch) for batch in batches])
+    together, _ = timed(lambda: [renderer.render(batch) for batch in batches])
     return round(one_by_one["cpu_seconds"] / together["cpu_seconds"], 2)
 
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlsys.config import DataConfig
 from rlsys.data.formats import parse_row
-from rlsys.data.json_text import BadRow
-from rlsys.data.render import ChatTemplate
+from rlsys.data.render import Renderer
 from rlsys.data.row import Row
 from rlsys.data.sources import Split, open_sources, raise_if_any
 from rlsys.data.text_files import read_file
+from rlsys.json_text import BadRow
 from rlsys.problems import Problem
 from rlsys.tracking.completions import ABOUT_COMPLETION
 from rlsys.types import Completion, Message, Prompt, RolloutGroup
@@ -86,12 +86,12 @@ def _rendered(
     if sources.tokenizer is None or sources.tokenizer.chat_template is None:
         yield from groups
         return
-    template = ChatTemplate(sources.tokenizer, sources.template_kwargs)
+    renderer = Renderer(sources.tokenizer, sources.template_kwargs)
     for prompt, completions in groups:
         if completions and prompt.messages and not prompt.token_ids:
             row = Row(1, prompt.prompt_id, prompt.columns | {"messages": prompt.messages})
             parse_row(row, system=None)
-            template.render([row])
+            renderer.render([row])
             if not row.problem:
                 prompt = replace(prompt, token_ids=row.token_ids, opens_think=row.opens_think)
         yield prompt, completions

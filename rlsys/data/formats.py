@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from rlsys.config.rules import OWN_TEMPLATE_ARGUMENTS
-from rlsys.data.json_text import BadRow, parse_cell
 from rlsys.data.row import Row
 from rlsys.data.turns import (
     ONLY_TEXT,
@@ -18,9 +17,10 @@ from rlsys.data.turns import (
     as_answer,
     as_turns,
     called_functions,
-    read_tools,
     read_turns,
 )
+from rlsys.json_text import BadRow, parse_cell
+from rlsys.model.chat_template import read_tools
 from rlsys.types import Message
 
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")

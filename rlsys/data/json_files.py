@@ -14,9 +14,9 @@ from typing import IO, Any
 from rlsys.config.dataset_spec import file_kind
 from rlsys.data.file_bytes import MIB, open_bytes, too_large
 from rlsys.data.formats import PROMPT_COLUMNS
-from rlsys.data.json_text import BadRow, parse_json, parse_json_values
 from rlsys.data.row import Row, json_object, not_an_object
 from rlsys.data.turns import is_turn
+from rlsys.json_text import BadRow, parse_json, parse_json_values
 
 _BOM = b"\xef\xbb\xbf"
 _WANTED = "Rows are objects, one a line or in one list [...]"

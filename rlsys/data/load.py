@@ -8,7 +8,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from rlsys.config import Config, DataConfig
-from rlsys.data.render import ChatTemplate
+from rlsys.data.render import Renderer
 from rlsys.data.reward_columns import RowCheck, row_check
 from rlsys.data.row import DUPLICATE, Row
 from rlsys.data.sources import (
@@ -116,7 +116,7 @@ def load_prompts(
         ValueError: everything that is wrong, up to a number: datasets that do not exist or cannot
             be read, bad rows; a tokenizer without chat template; no prompt left.
     """
-    template = ChatTemplate(tokenizer, config.chat_template_kwargs)
+    renderer = Renderer(tokenizer, config.chat_template_kwargs)
     problems = list(plugin_problems("data.external_plugins", config.external_plugins))
     sources = open_sources(config, "train", problems)
     val_sources = open_sources(config, "validation", problems)
@@ -124,11 +124,11 @@ def load_prompts(
     streams: list[StreamedPrompts] = []
     train: list[Prompt] = []
     if config.streaming:
-        streams = open_streams(sources, config, template, problems, seed=seed)
+        streams = open_streams(sources, config, renderer, problems, seed=seed)
     else:
-        rows = _load_rows(sources, config, template, problems, seed=seed)
+        rows = _load_rows(sources, config, renderer, problems, seed=seed)
         train = _make_prompts(rows, check, refused)
-    rows = _load_rows(val_sources, config, template, problems, seed=seed)
+    rows = _load_rows(val_sources, config, renderer, problems, seed=seed)
     validation = _make_prompts(rows, check, refused)
     check_renamed(config, [*sources, *val_sources], problems)
     raise_if_any(problems and problems + refused)
@@ -152,7 +152,7 @@ def load_prompts(
         sum(tuple(prompt.token_ids) in known for prompt in validation),
         streams,
         refused,
-        template.notices,
+        renderer.notices,
     )
 
 
@@ -165,7 +165,7 @@ _Taken = tuple[Source, Row, int]
 def _load_rows(
     sources: list[Source],
     config: DataConfig,
-    template: ChatTemplate,
+    renderer: Renderer,
     problems: list[Problem],
     *,
     seed: int,
@@ -181,7 +181,7 @@ def _load_rows(
             continue
         rows = list({row.number: row for row, _ in sample}.values())
         for start in range(0, len(rows), RENDER_BATCH):
-            render_rows([(source, row) for row in rows[start : start + RENDER_BATCH]], template)
+            render_rows([(source, row) for row in rows[start : start + RENDER_BATCH]], renderer)
         if config.deduplicate and source.split == "train":
             _drop_duplicates(rows, seen)
         problems += source.problems(rows)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.config.dataset_spec import DatasetSpec, parse_spec
-from rlsys.data.json_text import BadRow
 from rlsys.data.registered import find_registered, registered_datasets, resolve
 from rlsys.data.row_preprocessors import Columns, RowPreprocessor
 from rlsys.data.tables import without_fill
+from rlsys.json_text import BadRow
 from rlsys.plugins.load import find_unregistered, load_reference
 from rlsys.registry import Registry
 

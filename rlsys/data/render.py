@@ -1,19 +1,17 @@
-"""Rows to token ids: the one place where the chat template is applied."""
+"""Rows to token ids: the one place where prompts are rendered."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
-from rlsys.data.json_text import BadRow
 from rlsys.data.row import Row
-from rlsys.data.turns import called_functions, read_tools, read_turns
+from rlsys.data.turns import called_functions, read_turns
+from rlsys.json_text import BadRow
+from rlsys.model.chat_template import ChatTemplate
 from rlsys.types import OPEN_THINK, Message
 
 if TYPE_CHECKING:
@@ -21,36 +19,15 @@ if TYPE_CHECKING:
 
 _MISSING = re.compile(r"\b(?:None(?! of\b)|nan|NaT)\b|<NA>")
 """What Python prints for a missing value; "None of" is English."""
-_TAIL = 10
-"""Last tokens of a prompt that are enough to show `<think>` and white space behind it."""
 _UNREAD_VARIABLE = "the chat template does not read the variable {!r}"
 _OPENS_THINK = (
     "the chat template ends the prompt with <think>: completions begin inside that tag. format, "
     "accuracy and other rewards of rlsys count it as the completion's"
 )
-_PROBE: list[Message] = [
-    {"role": "user", "content": "Hi"},
-    {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {
-                "id": "call00001",  # Mistral's templates ask for nine signs
-                "type": "function",
-                "function": {"name": "get", "arguments": {"key": "rlsys_value"}},
-            }
-        ],
-    },
-    {"role": "tool", "name": "get", "tool_call_id": "call00001", "content": "1"},
-]
-"""A conversation that calls a tool."""
 
 
-class ChatTemplate:
-    """The chat template of a run.
-
-    `notices` names what the template leaves out of rows, each thing once.
-    """
+class Renderer:
+    """Renders the rows of a run, and notes each thing that the chat template leaves out once."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
@@ -58,19 +35,11 @@ class ChatTemplate:
         """Take the variables that the template gets with every row (data.chat_template_kwargs).
 
         Raises:
-            ValueError: the tokenizer has no chat template, or one that is not valid Jinja.
+            ValueError: the tokenizer has no chat template.
         """
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"the tokenizer of {tokenizer.name_or_path!r} has no chat template, so messages "
-                "cannot be rendered. Take an instruct model, or save a chat_template with the "
-                "tokenizer."
-            )
-        self._tokenizer = tokenizer
-        self._variables = dict(variables or {})
+        self._template = ChatTemplate(tokenizer, variables)
         self._noticed: dict[str, _Notice] = {}
-        self._tails: dict[tuple[int, ...], bool] = {}
-        for name in self._unread(self._variables):
+        for name in self._template.unread(self._template.variables):
             self._notice(_UNREAD_VARIABLE.format(name), "data.chat_template_kwargs")
 
     @property
@@ -79,137 +48,26 @@ class ChatTemplate:
         return [str(notice) for notice in self._noticed.values()]
 
     def render(self, rows: Sequence[Row]) -> None:
-        """Set the token ids of each row, generation prompt included; or its problem."""
+        """Set the token ids of each row, generation prompt included; or its problem.
+
+        Raises:
+            ValueError: the template is not valid Jinja.
+        """
         texts: list[str] = []
         rendered: list[Row] = []
         for row in rows:
             try:
-                texts.append(self._text(row))
+                texts.append(self._text(row, row.tools))
                 self._look(row, texts[-1])
                 rendered.append(row)
             except BadRow as error:
                 row.problem = str(error)
-        for row, token_ids in zip(rendered, self._tokens(texts), strict=True):
+        for row, token_ids in zip(rendered, self._template.tokens(texts), strict=True):
             row.token_ids = token_ids
-            row.opens_think = self._opens_think(token_ids)
+            row.opens_think = self._template.opens_think(token_ids)
 
-    def render_answered(self, messages: list[Message], tools: Any) -> list[int]:
-        """Token ids of a conversation that ends with an answer, for a reward model.
-
-        Args:
-            messages: as `read_turns` returns them.
-            tools: the column of that name, None without one.
-
-        Raises:
-            BadRow: the template refuses the messages.
-        """
-        row = Row(1, "", messages=messages, tools=read_tools(tools))
-        return self._tokens([self._text(row, is_answered=True)])[0]
-
-    def _tokens(self, texts: list[str]) -> list[list[int]]:
-        # The only place that tokenises prompts: templates write BOS themselves, and the tokenizer
-        # would add another. Not verbose, or it warns of prompts over the model's length, which the
-        # limits of the config drop.
-        encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False) if texts else {}
-        return encoded.get("input_ids", [])
-
-    def _opens_think(self, token_ids: Sequence[int]) -> bool:
-        """Whether a prompt ends with `<think>`, which the templates of several models write."""
-        tail = tuple(token_ids[-_TAIL:])
-        if tail not in self._tails:
-            text: Any = self._tokenizer.decode(list(tail), skip_special_tokens=False)
-            self._tails[tail] = text.rstrip().endswith(OPEN_THINK)
-        return self._tails[tail]
-
-    def _text(self, row: Row, *, is_answered: bool = False) -> str:
-        messages = row.messages
-        if any("tool_calls" in message for message in messages):
-            messages = [self._calling[0].apply(message) for message in messages]
-        return self._apply(messages, row.tools, row.template_kwargs, is_answered=is_answered)
-
-    def _apply(
-        self,
-        messages: list[Message],
-        tools: list[dict[str, Any]] | None,
-        variables: Mapping[str, Any],
-        *,
-        is_answered: bool = False,
-    ) -> str:
-        """The text of the prompt, or of a conversation that ends with an answer.
-
-        Raises:
-            BadRow: the template refuses the messages.
-        """
-        given = self._variables | dict(variables)
-        if tools is not None:
-            given["tools"] = tools
-        try:
-            return str(
-                self._tokenizer.apply_chat_template(
-                    self._with_known_roles(messages),
-                    **given,
-                    add_generation_prompt=not is_answered,
-                    tokenize=False,
-                )
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(
-                f"the chat template of {self._tokenizer.name_or_path!r} is not valid Jinja: "
-                f"{error.message} in its line {error.lineno}"
-            ) from error
-        # A template is a program of the model's authors, and raises whatever Python does.
-        except Exception as error:
-            kind = "" if type(error) is jinja2.TemplateError else f"{type(error).__name__}: "
-            words = " ".join(str(error).split())
-            raise BadRow(f"the chat template refuses it: {kind}{words}") from error
-
-    # --- what templates differ in ---
-
-    @cached_property
-    def _source(self) -> str:
-        template: Any = self._tokenizer.chat_template
-        return "\n".join(template.values()) if isinstance(template, dict) else template
-
-    def _unread(self, names: Iterable[str]) -> list[str]:
-        """The `names` that do not occur in the template."""
-        return [n for n in names if not re.search(rf"\b{re.escape(n)}\b", self._source)]
-
-    def _with_known_roles(self, messages: list[Message]) -> list[Message]:
-        """Make developer messages system messages in templates that do not know them."""
-        if not any(message["role"] == "developer" for message in messages):
-            return messages
-        if re.search(r"""["']developer["']""", self._source):
-            return messages
-        known: list[Message] = []
-        for message in messages:
-            if message["role"] != "developer":
-                known.append(message)
-            elif known and known[-1]["role"] == "system":
-                both = f"{known[-1]['content']}\n\n{message['content']}"
-                known[-1] = known[-1] | {"content": both}
-            else:
-                known.append(message | {"role": "system"})
-        return known
-
-    @cached_property
-    def _calling(self) -> tuple[_Form, bool]:
-        """The form in which the template wants calls of tools, and whether it shows calls at all.
-
-        Templates want arguments as an object or as its JSON text, and "" or None as the content of
-        a turn without text. The first form that shows the arguments is taken.
-        """
-        forms = [_Form(as_text, empty) for empty in ("", None) for as_text in (False, True)]
-        schema = {"name": "other", "description": "", "parameters": {"type": "object"}}
-        for form in forms:
-            turns = [_PROBE[0], form.apply(_PROBE[1]), _PROBE[2]]
-            try:
-                text = self._apply(turns, [{"type": "function", "function": schema}], {})
-            except BadRow:
-                continue
-            # Not as Python prints an object, where JSON is meant.
-            if "rlsys_value" in text and "'key': 'rlsys_value'" not in text:
-                return form, True
-        return forms[0], False
+    def _text(self, row: Row, tools: list[dict[str, Any]] | None) -> str:
+        return self._template.text(row.messages, tools, row.template_kwargs)
 
     # --- what is left out ---
 
@@ -222,12 +80,12 @@ class ChatTemplate:
             self._notice(
                 f"the chat template leaves out or changes the text of a {role} turn", where
             )
-        if any(map(called_functions, row.messages)) and not self._calling[1]:
+        if any(map(called_functions, row.messages)) and not self._template.shows_calls:
             self._notice("the chat template leaves out the calls of tools", where)
         keys = {key: None for message in row.messages for key in _telling_keys(message)}
-        for key in self._unread(keys):
+        for key in self._template.unread(keys):
             self._notice(f"the chat template does not read {key!r} of a message", where)
-        for name in self._unread(row.template_kwargs):
+        for name in self._template.unread(row.template_kwargs):
             self._notice(_UNREAD_VARIABLE.format(name), where)
         if self._are_tools_left_out(row, text):
             self._notice(
@@ -242,11 +100,11 @@ class ChatTemplate:
             )
 
     def _are_tools_left_out(self, row: Row, text: str) -> bool:
-        """Whether the prompt is the same without tools, which can only be if their names lack."""
+        """Whether the prompt is the same without tools; only rendered if it lacks a name."""
         if all(f'"{tool["function"]["name"]}"' in text for tool in row.tools or ()):
             return False
         try:
-            return self._text(replace(row, tools=None)) == text
+            return self._text(row, None) == text
         except BadRow:
             return False
 
@@ -264,31 +122,6 @@ class _Notice:
     def __str__(self) -> str:
         more = f" and {self.count - 1:,} more" if self.count > 1 else ""
         return f"{self.text} ({self.first}{more})"
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """A form of turns that call tools."""
-
-    arguments_as_text: bool
-    empty: str | None
-    """The content of a turn without text."""
-
-    def apply(self, message: Message) -> Message:
-        """The message in this form."""
-        if "tool_calls" not in message:
-            return message
-        calls = message["tool_calls"]
-        if self.arguments_as_text:
-            calls = [call | {"function": _with_text(call["function"])} for call in calls]
-        return message | {"content": message["content"] or self.empty, "tool_calls": calls}
-
-
-def _with_text(function: dict[str, Any]) -> dict[str, Any]:
-    arguments = function["arguments"]
-    if isinstance(arguments, str):
-        return function
-    return function | {"arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def _telling_keys(message: Message) -> list[str]:
@@ -321,8 +154,5 @@ def render_prompt(
     Raises:
         ValueError: the messages are malformed, or the template refuses them.
     """
-    row = Row(1, "", messages=read_turns(messages))
-    ChatTemplate(tokenizer, template_kwargs).render([row])
-    if row.problem:
-        raise ValueError(row.problem)
-    return row.token_ids
+    template = ChatTemplate(tokenizer, template_kwargs)
+    return template.tokens([template.text(read_turns(messages))])[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlsys.data.json_text import BadRow, parse_json
+from rlsys.json_text import BadRow, parse_json
 from rlsys.types import Message, Prompt
 
 LEFT_OUT = "left out by the preprocessor"

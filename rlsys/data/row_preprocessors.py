@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Literal
 
-from rlsys.data.json_text import BadRow, parse_cell
+from rlsys.json_text import BadRow, parse_cell
 
 Columns = dict[str, Any]
 """A row: column -> value."""

@@ -23,12 +23,12 @@ from rlsys.config.dataset_spec import (
 )
 from rlsys.data.file_bytes import foreign_content
 from rlsys.data.formats import PROMPT_COLUMNS, columns_problem, parse_row
-from rlsys.data.json_text import BadRow
 from rlsys.data.preprocess import NO_PREPROCESSOR, Preprocessor, open_dataset, preprocessors
-from rlsys.data.render import ChatTemplate
+from rlsys.data.render import Renderer
 from rlsys.data.row import LEFT_OUT, TOO_LONG, TOO_SHORT, Row
 from rlsys.data.tables import read_hub, read_table
 from rlsys.data.text_files import read_file
+from rlsys.json_text import BadRow
 from rlsys.problems import Problem, ProblemsError
 from rlsys.registry import did_you_mean
 
@@ -263,11 +263,11 @@ class Source:
         return Problem(f"dataset {self.spec.text!r} {problem}{remedy}")
 
 
-def render_rows(rows: Sequence[tuple[Source, Row]], template: ChatTemplate) -> None:
+def render_rows(rows: Sequence[tuple[Source, Row]], renderer: Renderer) -> None:
     """Take rows through all stages; then each has token ids, a problem or a reason in `dropped`."""
     for source, row in rows:
         source.parse(row)
-    template.render([row for _, row in rows if row.is_usable])
+    renderer.render([row for _, row in rows if row.is_usable])
     for source, row in rows:
         if row.is_usable:
             source.limit(row)

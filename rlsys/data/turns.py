@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlsys.data.json_text import BadRow, check_unicode, parse_cell, parse_json
+from rlsys.json_text import BadRow, check_unicode, parse_cell, parsed_or_same
 from rlsys.types import Message
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
@@ -95,7 +95,7 @@ def is_turn(given: Any) -> bool:
 
 def _messages_of(turn: Any) -> list[tuple[str, Message]]:
     """Role name and message of a turn; ms-swift's pair of human and assistant gives two."""
-    turn = _parsed(turn)
+    turn = parsed_or_same(turn)
     if is_turn(turn):
         return [_message(turn)]
     given = turn if isinstance(turn, dict) else {}
@@ -103,14 +103,6 @@ def _messages_of(turn: Any) -> list[tuple[str, Message]]:
     if not pair:
         raise BadRow(_not_a_message(turn))
     return [_message({"role": name, "content": text}) for name, text in pair]
-
-
-def _parsed(given: Any) -> Any:
-    """The value of a JSON text; anything else as it is."""
-    try:
-        return parse_json(given) if isinstance(given, str) else given
-    except BadRow:
-        return given
 
 
 def _message(turn: Mapping[str, Any]) -> tuple[str, Message]:
@@ -201,7 +193,7 @@ def _calls_as_content(content: Any) -> tuple[str, list[dict[str, Any]]]:
 
 def _calls(given: Any) -> list[dict[str, Any]]:
     """Calls in OpenAI's form, out of a list, one call, or JSON text of either."""
-    parsed = _parsed(given)
+    parsed = parsed_or_same(given)
     calls = [parsed] if isinstance(parsed, dict) else parsed or []
     if not isinstance(calls, list):
         raise BadRow(_not_a_call(given))
@@ -209,10 +201,10 @@ def _calls(given: Any) -> list[dict[str, Any]]:
 
 
 def _call(given: Any) -> dict[str, Any]:
-    call = _parsed(given)
+    call = parsed_or_same(given)
     if not isinstance(call, dict) or "function" not in call:
         call = {"function": call}
-    function = _parsed(call["function"])
+    function = parsed_or_same(call["function"])
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRow(_not_a_call(given))
     about = {key: v for key, v in call.items() if v is not None}
@@ -224,7 +216,7 @@ def _arguments(given: Any) -> Any:
     """An object where it can be: transformers' templates expect one, OpenAI's API has its text."""
     if given is None or (isinstance(given, str) and not given.strip()):
         return {}
-    parsed = _parsed(given)
+    parsed = parsed_or_same(given)
     return parsed if isinstance(parsed, dict) else given
 
 
@@ -232,44 +224,4 @@ def _not_a_call(given: Any) -> str:
     return (
         "a call of a tool is {'name': text, 'arguments': object}, alone or as 'function', or JSON "
         f"text; found {given!r:.80}"
-    )
-
-
-# --- tools ---------------------------------------------------------------------------------------
-
-
-def read_tools(given: Any) -> list[dict[str, Any]] | None:
-    """The schemas of functions in a column `tools`, in OpenAI's form; None for an empty column.
-
-    The column may be a list, one schema, or JSON text of them. Functions without OpenAI's wrapper,
-    as LLaMA-Factory has them, get it.
-
-    Raises:
-        BadRow: the column is something else.
-    """
-    given = parse_cell(given, "tools")
-    if not given:
-        return None
-    tools = [given] if isinstance(given, dict) else given
-    if not isinstance(tools, list):
-        raise BadRow(_not_tools(given))
-    return [_tool(tool) for tool in tools]
-
-
-def _tool(given: Any) -> dict[str, Any]:
-    tool = _parsed(given)
-    function = tool.get("function") if isinstance(tool, dict) else None
-    if isinstance(tool, dict) and not isinstance(function, dict):
-        function = {key: value for key, value in tool.items() if key != "type"}
-        tool = {"type": "function", "function": function}
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRow(_not_tools(given))
-    return tool
-
-
-def _not_tools(given: Any) -> str:
-    return (
-        "the column 'tools' should hold schemas of functions, [{'type': 'function', 'function': "
-        f"{{'name': ...}}}}] or JSON text, and has {given!r:.80}. If it is for rewards only, "
-        "rename it with data.columns: {tools: dataset_tools}"
     )

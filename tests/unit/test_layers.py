@@ -49,7 +49,6 @@ HEAVY = {
 """Packages that only these folders may import."""
 
 BREAKS: set[str] = {
-    "rewards -> data",
     "rollout -> ray",
     "run -> actors",
     "run -> rollout",

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from rlsys.config import DataConfig
-from rlsys.data.render import ChatTemplate
+from rlsys.data.render import Renderer
 from rlsys.data.row import Row
 from rlsys.data.sources import Source, render_rows
 from rlsys.data.streams.base import PromptStream
@@ -29,11 +29,9 @@ class StreamedPrompts(PromptStream):
     were given already again, but neither parses nor renders them.
     """
 
-    def __init__(
-        self, sources: list[Source], template: ChatTemplate, config: DataConfig, *, seed: int
-    ):
+    def __init__(self, sources: list[Source], renderer: Renderer, config: DataConfig, *, seed: int):
         self._sources = sources
-        self._template = template
+        self._renderer = renderer
         self._config = config
         self._seed = seed
         self.counts = [source.counts for source in sources]
@@ -125,7 +123,7 @@ class StreamedPrompts(PromptStream):
         for source in self._sources:
             rows, found = source.first_rows(CHECKED_ROWS)
             problems += found
-            self._template.render(rows)
+            self._renderer.render(rows)
             for row in rows:
                 self._note_columns(source, row.columns)
                 if row.problem:
@@ -169,7 +167,7 @@ class StreamedPrompts(PromptStream):
 
     def _prompts(self, rows: list[tuple[Source, Row]]) -> list[Prompt]:
         """The prompts of the rows that are not dropped."""
-        render_rows(rows, self._template)
+        render_rows(rows, self._renderer)
         for source, row in rows:
             if row.problem:
                 raise ValueError(
@@ -189,14 +187,14 @@ class StreamedPrompts(PromptStream):
 def open_streams(
     sources: list[Source],
     config: DataConfig,
-    template: ChatTemplate,
+    renderer: Renderer,
     problems: list[Problem],
     *,
     seed: int,
 ) -> list[StreamedPrompts]:
     """One stream for all datasets, or one for each if they have weights; first rows checked."""
     parts = [[source] for source in sources] if config.dataset_weights else [sources]
-    streams = [StreamedPrompts(part, template, config, seed=seed) for part in parts if part]
+    streams = [StreamedPrompts(part, renderer, config, seed=seed) for part in parts if part]
     for stream in streams:
         problems += stream.check_first_rows()
     # One set of columns for all, so that a reward misses no argument.

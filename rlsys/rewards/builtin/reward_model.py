@@ -44,7 +44,7 @@ class RewardModel(AsyncORM):
         import transformers
 
         from rlsys.config.local_paths import check_is_here
-        from rlsys.data.render import ChatTemplate
+        from rlsys.model.chat_template import ChatTemplate
 
         super().__init__()
         if batch_size < 1 or (max_length is not None and max_length < 1):
@@ -95,7 +95,7 @@ class RewardModel(AsyncORM):
         return list(await asyncio.gather(*futures))
 
     def _encode(self, conversation: list[Message], tools: Any) -> list[int]:
-        token_ids = self._template.render_answered(conversation, tools)
+        token_ids = self._template.answered_tokens(conversation, tools)
         return token_ids[-self._max_length :] if self._max_length else token_ids
 
     async def _work(self) -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 from data_cases import chat_tokenizer, load, parsed, user, write_jsonl
 
-from rlsys.data.render import ChatTemplate, render_prompt
+from rlsys.data.render import Renderer, render_prompt
 
 SCHEMA = {
     "name": "get_weather",
@@ -32,7 +32,7 @@ def asked_and_called(arguments) -> list[dict]:
 def rendered(template: str, row: dict, **variables) -> tuple[str, list[str]]:
     """The prompt as text, and what the template left out."""
     tokenizer = chat_tokenizer(template)
-    chat = ChatTemplate(tokenizer, variables)
+    chat = Renderer(tokenizer, variables)
     found = parsed(row)
     chat.render([found])
     assert not found.problem
@@ -77,7 +77,7 @@ def test_a_tokenizer_may_have_another_template_for_tools():
         "default": "{{ messages[-1].content }}",
         "tool_use": "{{ messages[-1].content }}{{ tools | tojson }}",
     }
-    chat = ChatTemplate(tokenizer)
+    chat = Renderer(tokenizer)
     rows = [parsed({"prompt": "a"}), parsed({"prompt": "a", "tools": TOOLS})]
     chat.render(rows)
     plain, with_tools = (tokenizer.decode(row.token_ids) for row in rows)

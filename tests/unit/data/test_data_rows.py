@@ -5,7 +5,7 @@ import json
 import pytest
 from data_cases import assistant, parsed, user
 
-from rlsys.data.json_text import BadRow
+from rlsys.json_text import BadRow
 
 ASKED = [{"role": "user", "content": "2 + 2?"}]
 SYSTEM = [{"role": "system", "content": "Be brief."}]

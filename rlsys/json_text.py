@@ -11,7 +11,7 @@ from rlsys.text import not_utf8
 
 
 class BadRow(ValueError):
-    """A row that cannot be used; the message does not say where it stands."""
+    """A row, or a text in a row, that cannot be used; the message does not say where it stands."""
 
 
 def parse_json(content: bytes | str) -> Any:
@@ -51,6 +51,14 @@ def parse_cell(value: Any, column: str) -> Any:
             return ast.literal_eval(value.strip())
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise BadRow(f"the column {column!r} is a text that is {error}") from None
+
+
+def parsed_or_same(value: Any) -> Any:
+    """The value of a JSON text; anything else, also a text that is not JSON, as it is."""
+    try:
+        return parse_json(value) if isinstance(value, str) else value
+    except BadRow:
+        return value
 
 
 def check_unicode(value: Any) -> None:
