@@ -26,6 +26,7 @@ from rich.text import Text
 from rlsys.commands.console import make_console
 from rlsys.commands.grpo import load_runnable, split_output_dir
 from rlsys.model.folder import hub_answers
+from rlsys.packages import installed_version
 from rlsys.preflight.devices import visible_gpus
 from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines
@@ -36,7 +37,7 @@ _LEVEL, _SUBJECT = 6, 18
 """Columns of a finding's level and subject."""
 _IMPORT_SECONDS = 300
 _MARK = "rlsys-import-result "
-"""Tells the child's own lines from what the packages print."""
+"""Starts the lines of `report_imports`; the packages print others."""
 _RAY_SECONDS = 60
 GIB = 2**30
 MIN_MEMORY_GIB = 4
@@ -48,7 +49,8 @@ IMPORTS = {
     "vLLM": ("vllm", "LLM"),
     "datasets": ("datasets", "Dataset"),
 }
-"""What is imported for real, in one process of its own; a version alone proves little."""
+"""Subject -> a module and a name in it, imported in a process of their own: a version alone proves
+little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def _canary(words: list[str], console: Console) -> bool:
 
 
 def examine(console: Console) -> bool:
-    """Print findings as they are made; returns whether a run could work."""
+    """Print each finding as soon as it is made; returns whether a run could work."""
     broken = 0
     for title, findings in (
         ("Machine", _machine()),
@@ -179,19 +181,11 @@ def _packages() -> Iterator[Finding]:
         yield Finding("ok", "wandb", wandb)
 
 
-def installed_version(name: str) -> str | None:
-    """The installed version of a distribution, None when there is none."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 # --- imports -------------------------------------------------------------------------------------
 
 
 def check_imports(imports: dict[str, tuple[str, str]] = IMPORTS) -> Iterator[Finding]:
-    """Import `subject -> (module, name)` in a child process, which may even crash."""
+    """Import each module of `imports` in a child process, since an import may end the process."""
     code = (
         "import sys; from rlsys.commands.doctor import report_imports; report_imports(sys.argv[1])"
     )
@@ -225,12 +219,12 @@ def _import_remedy() -> str:
 
 
 def report_imports(imports: str) -> None:
-    """Import each of a JSON `imports` and print a line for it: what the child process does."""
+    """The child process of `check_imports`: import each of a JSON `imports` and print a line."""
     for module, name in json.loads(imports).values():
         error = ""
         try:
             getattr(importlib.import_module(module), name)  # these packages import lazily
-        # Any failure of a foreign package's import is what is being looked for.
+        # An import may fail in any way, and each of them is a finding.
         except Exception as failure:
             error = _root_cause(failure)
         detail = _torch_detail() if module == "torch" and not error else "imports"
@@ -238,7 +232,7 @@ def report_imports(imports: str) -> None:
 
 
 def _root_cause(error: BaseException) -> str:
-    """In one line; the packages wrap what went wrong in advice about themselves."""
+    """The first cause, in one line: packages wrap it in advice about themselves."""
     while error.__cause__ is not None:
         error = error.__cause__
     return f"{type(error).__name__}: {error}".splitlines()[0]
@@ -260,7 +254,7 @@ def _process_id() -> int:
 
 def _ray() -> Iterator[Finding]:
     if installed_version("ray") is None:
-        return  # told under packages
+        return  # `_packages` reports it
     from rlsys.actors.ray_env import cluster_address
     from rlsys.actors.ray_session import RayStartError, ray_session
 

