@@ -1,11 +1,10 @@
-"""`rlsys rewards list`: which reward functions there are, what they take and where they stand."""
+"""`rlsys rewards list`: the reward functions, their settings, columns and files."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
 import os
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
@@ -26,17 +25,9 @@ MAX_SETTING = 60
 
 
 def main(args: argparse.Namespace) -> None:
-    """List all reward functions."""
-    list_rewards(args.external_plugins, make_console())
-
-
-def list_rewards(plugins: Sequence[str], console: Console) -> None:
-    """Print the reward functions, a few lines each: built-in ones, those of `plugins`, of packages.
-
-    Raises:
-        ValueError: a plugin cannot be loaded.
-    """
-    load_plugins(plugins)
+    """Print the reward functions: built-in ones, those of plugins and of installed packages."""
+    console = make_console()
+    load_plugins(args.external_plugins)
     for name in sorted({*orms, *entry_points()}):
         _print_function(name, console)
     print_wrapped(
@@ -48,7 +39,7 @@ def list_rewards(plugins: Sequence[str], console: Console) -> None:
 
 
 def _print_function(name: str, console: Console) -> None:
-    """Name and place; below them what it pays for, settings and columns."""
+    """Print name and file; below them the first sentence of its docstring, settings, columns."""
     try:
         function = orms[name]
         use = column_use(name)
@@ -63,13 +54,13 @@ def _print_function(name: str, console: Console) -> None:
     kinds += ["verl style"] * isinstance(function, VerlStyle)
     about = first_sentence(inspect.getdoc(function)) + (f" ({', '.join(kinds)})" if kinds else "")
     settings = parameters_of(function).values() if isinstance(function, type) else []
-    named = {
+    details = {
         "settings": list(map(_as_written, settings)),
         "columns": [*use.needed, *(f"[{column}]" for column in use.optional)],
     }
     _print_heading(name, where_defined(function).removeprefix(f"{os.getcwd()}/"), console)
     print_wrapped(console, about, indent="  ")
-    for title, items in named.items():
+    for title, items in details.items():
         if items:
             print_wrapped(console, f"{title}: {', '.join(items)}", indent="  ")
     console.print()
@@ -81,6 +72,6 @@ def _print_heading(name: str, place: str, console: Console) -> None:
 
 
 def _as_written(parameter: inspect.Parameter) -> str:
-    """`limit`, `limit=5`, `**kwargs`; long texts, such as prompts, by their beginning."""
+    """`limit`, `limit=5` or `**kwargs`; a long default, such as a prompt, is cut."""
     written = str(parameter.replace(annotation=inspect.Parameter.empty))
     return written if len(written) <= MAX_SETTING else f"{written[:MAX_SETTING]}..."

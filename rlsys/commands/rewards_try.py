@@ -7,7 +7,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.commands.console import make_console
-from rlsys.commands.rewards_try_rows import RowSources, prompt_ids, prompts_of, read_groups
+from rlsys.commands.rewards_try_rows import RowSources, group_rows, prompts_of, read_rows
 from rlsys.commands.rewards_try_run import TriedRun, find_run
 from rlsys.config import DataConfig, RewardConfig
 from rlsys.config.dataset_spec import is_local_path
@@ -44,42 +44,37 @@ class TryOptions:
     """What the command line asks for."""
 
     names: list[str]
-    """Empty: those of the run that wrote the completions."""
+    """Reward functions; empty: those of the run that wrote the completions."""
     completions: Path
     dataset: list[str]
-    """Where the columns come from; empty: the run's data, or the file of completions."""
+    """Source of the columns; empty: the run's data, or the file of completions."""
     preprocessor: str | None
-    """For the rows of `dataset`; None: the run's, if it has one for all of them."""
+    """For the rows of `dataset`; None: the run's, if it has one for all rows."""
     plugins: list[str]
     params: dict[str, dict[str, Any]]
     timeout_s: float | None
     """None: the run's, or the default."""
     limit: int | None
-    """Score so many completions; None is all."""
+    """Number of completions that are scored; None is all."""
     tokenizer: str | None
-    """Of completion_ids; None: the run's, or a completion has as many as its row says."""
+    """For completion_ids; None: the run's, or the number of tokens in the row."""
 
 
 def main(args: argparse.Namespace) -> bool:
     """Try reward functions; returns whether none failed."""
+    given = ("names", "completions", "dataset", "preprocessor", "timeout_s", "limit", "tokenizer")
     options = TryOptions(
-        names=args.names,
-        completions=args.completions,
-        dataset=args.dataset,
-        preprocessor=args.preprocessor,
+        **{name: getattr(args, name) for name in given},
         plugins=args.external_plugins,
-        params=parse_params(args.params),
-        timeout_s=args.timeout_s,
-        limit=args.limit,
-        tokenizer=args.tokenizer,
+        params=_parse_params(args.params),
     )
-    return try_rewards(options, make_console())
+    return _try_rewards(options, make_console())
 
 
-def try_rewards(options: TryOptions, console: Console) -> bool:
+def _try_rewards(options: TryOptions, console: Console) -> bool:
     """Score the completions in the processes of a run and print a table.
 
-    Where the file is that of a run, its saved config says what the command line does not.
+    If a run wrote the file, its saved config says what the command line does not.
 
     Returns:
         whether no function failed on any completion.
@@ -88,7 +83,7 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
         ValueError: a function, its settings or a row that cannot be used.
         RewardCodeError: a class that cannot be instantiated.
     """
-    wanted = prompt_ids(options.completions)
+    rows = read_rows(options.completions)
     run = find_run(options.completions)
     config = _config(options, run)
     load_plugins(config.external_plugins)
@@ -100,13 +95,15 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
                 f"{did_you_mean(name, names)} Tried: {', '.join(names)}"
             )
     check_functions(config)
-    known = {} if run is None else run.known
+    known = {} if run is None else run.config.known_to_rewards
+    template_kwargs = {} if run is None else run.config.data.chat_template_kwargs
     for name in names:
         settings_of(name, config.params.get(name, {}), known)
-    sources = _sources(options, run, wanted)
-    if run is not None:
-        sources = replace(sources, template_kwargs=run.config.data.chat_template_kwargs)
-    groups = read_groups(options.completions, sources, options.limit)
+    ids = {str(i) for row in rows if (i := row.columns.get("prompt_id")) is not None}
+    sources = _sources(options, run, ids)
+    groups = group_rows(rows, sources, options.limit, template_kwargs)
+    if not groups:
+        raise ValueError(f"{options.completions} holds no completions")
     if run is not None:
         _print_run(run, console)
     if options.dataset:
@@ -123,11 +120,11 @@ def try_rewards(options: TryOptions, console: Console) -> bool:
     return not any(reward.failures for group in scored for reward in group.rewards)
 
 
-def parse_params(text: str) -> dict[str, dict[str, Any]]:
-    """What `--params` says: settings by reward function.
+def _parse_params(text: str) -> dict[str, dict[str, Any]]:
+    """Settings by reward function, from `--params`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: another form.
     """
     try:
         params = load_yaml(text)
@@ -157,23 +154,22 @@ def _config(options: TryOptions, run: TriedRun | None) -> RewardConfig:
             "name the reward functions to try, as in `rlsys rewards try format --completions "
             f"{options.completions}`"
         )
-    values: dict[str, Any] = {"params": {}, "plugins": []}
+    params = {} if run is None else run.params(names)
+    plugins = [*([] if run is None else run.plugins()), *options.plugins]
     limits: dict[str, Any] = {}
     if run is not None:
-        values = {"params": run.params(names), "plugins": run.plugins()}
         limits = {name: getattr(run.config.reward, name) for name in ("timeout_s", "max_memory_mb")}
     if options.timeout_s is not None:
         limits["timeout_s"] = options.timeout_s
-    settings = {
-        name: values["params"].get(name, {}) | options.params.get(name, {})
-        for name in {**values["params"], **options.params}
-    }
     try:
         return RewardConfig(
             reward_funcs=names,
-            reward_params=settings,
-            external_plugins=list(dict.fromkeys([*values["plugins"], *options.plugins])),
-            on_error="zero",  # so that all are scored
+            reward_params={
+                name: params.get(name, {}) | options.params.get(name, {})
+                for name in params | options.params
+            },
+            external_plugins=list(dict.fromkeys(plugins)),
+            on_error="zero",  # so that all completions are scored
             **limits,
         )
     except ValidationError as error:
@@ -183,8 +179,11 @@ def _config(options: TryOptions, run: TriedRun | None) -> RewardConfig:
         raise ValueError(f"--{option} {detail['input']!r} {rule}") from None
 
 
-def _sources(options: TryOptions, run: TriedRun | None, wanted: set[str]) -> RowSources:
-    """The prompts and the tokenizer that the command line names, or else the run's."""
+def _sources(options: TryOptions, run: TriedRun | None, ids: set[str]) -> RowSources:
+    """The prompts and the tokenizer that the command line names, or else the run's.
+
+    `ids` are the prompt ids in the file of completions.
+    """
     tokenizer = None if options.tokenizer is None else _tokenizer(options.tokenizer)
     if run is not None and tokenizer is None:
         tokenizer = run.tokenizer()
@@ -198,14 +197,14 @@ def _sources(options: TryOptions, run: TriedRun | None, wanted: set[str]) -> Row
             data = data.model_copy(update={"preprocessor": [options.preprocessor]})
         prompts = prompts_of(data, need_prompt=False)
         return RowSources(prompts, list(prompts.values()), tokenizer)
-    if run is None or not wanted:
+    if run is None or not ids:
         return RowSources(tokenizer=tokenizer)
-    return run.sources(options.completions, wanted, tokenizer)
+    return run.sources(options.completions, ids, tokenizer)
 
 
 def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     if is_local_path(name) and not Path(name).is_dir():
-        raise ValueError(f"--tokenizer {name} should be a model folder or hub id, and is no folder")
+        raise ValueError(f"--tokenizer {name} should be a hub id or a model folder that exists")
     from transformers import AutoTokenizer
 
     try:
@@ -237,7 +236,7 @@ def _print_prompt_hint(dataset: list[str], sources: RowSources, console: Console
 
 
 def _print_think_hint(groups: list[RolloutGroup], console: Console) -> None:
-    """Whether prompts open `<think>` is known by the chat template alone."""
+    """Only a chat template shows whether prompts open `<think>`."""
     texts = [completion.text for group in groups for completion in group.completions]
     count = sum("</think>" in text and OPEN_THINK not in text for text in texts)
     if count:
@@ -287,7 +286,7 @@ def _cells(group: RolloutGroup, names: Sequence[str]) -> Iterator[list[Text]]:
 
 
 def _excerpt(text: str) -> str:
-    """On one line, the end of it, where answers stand, when it is long."""
+    """One line; of a long text the end, where answers stand."""
     line = printable(" ".join(text.split()))
     return line if len(line) <= EXCERPT else f"...{line[3 - EXCERPT :]}"
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,9 @@ from rlsys.data.render import Renderer
 from rlsys.data.row import Row
 from rlsys.data.sources import Split, open_sources, raise_if_any
 from rlsys.data.text_files import read_file
-from rlsys.json_text import BadRow
 from rlsys.problems import Problem
 from rlsys.tracking.completions import ABOUT_COMPLETION
-from rlsys.types import Completion, Message, Prompt, RolloutGroup
+from rlsys.types import Completion, Prompt, RolloutGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,85 +35,69 @@ class RowSources:
     """The prompts of rows without prompt_id, by the row's place; empty: they have their own."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """None: a completion has as many tokens as its row says, or as it has words."""
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """As of data.chat_template_kwargs."""
 
 
-def read_groups(path: Path, sources: RowSources, limit: int | None) -> list[RolloutGroup]:
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file of completions.
+
+    Raises:
+        ValueError: it is not a file, or a row is not a JSON object.
+    """
+    if not path.exists() or path.is_dir():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise ValueError(f"--completions {path} {kind}; name a JSONL file")
+    rows = list(read_file(path, max_row_mb=_MAX_ROW_MB))
+    for row in rows:
+        row.place = f"{path}, {row.place}"
+        try:
+            row.read()
+        except ValueError as error:
+            raise ValueError(f"{row.place}: {error}") from None
+    return rows
+
+
+def group_rows(
+    rows: Sequence[Row],
+    sources: RowSources,
+    limit: int | None,
+    template_kwargs: Mapping[str, Any],
+) -> list[RolloutGroup]:
     """The first `limit` completions, grouped by their prompts.
 
-    A row of the file is an object with `completion` or `text` (a text, or messages as TRL has
-    them) or `completions` (a list of these). Its prompt and columns are those of the dataset's row
-    that `prompt_id` names, or of the row at the same place, or its own.
+    A row has a `completion` or `text` (a text, or messages as TRL has them) or `completions` (a
+    list of these). Its prompt and columns are those of the dataset's row that `prompt_id` names,
+    or of the row at the same place, or its own.
 
-    One group are the rows of one `prompt_id`; without it, rows that follow each other and have
-    the same prompt and columns. A row without a prompt is a group of its own.
+    Rows of one `prompt_id` are a group; without it, rows that follow each other and have the same
+    prompt and columns. A row without a prompt is a group of its own.
 
     Raises:
         ValueError: a row that is something else.
     """
     found: dict[str, tuple[Prompt, list[Completion]]] = {}
     before: Prompt | None = None
-    count = 0
-    for raw in read_file(path, max_row_mb=_MAX_ROW_MB):
+    left = sys.maxsize if limit is None else limit
+    for row in rows:
         try:
-            raw.read()
-            row = raw.columns
-            texts = _texts(row)
-            prompt = _prompt_of(row, raw.number, sources, before)
+            texts = _texts(row.columns)
+            prompt = _prompt_of(row.columns, row.number, sources, before)
             first, completions = found.setdefault(prompt.prompt_id, (prompt, []))
-            _check_same(first, prompt)
+            if differing := _differences(first, prompt):
+                raise ValueError(
+                    f"prompt_id {prompt.prompt_id!r} stood in an earlier row with another "
+                    f"{', '.join(differing)}. Give each prompt an id of its own, or leave "
+                    "prompt_id out"
+                )
         except ValueError as error:
-            raise ValueError(f"{path}, {raw.place}: {error}") from None
-        before = prompt if row.get("prompt_id") is None else None
-        for text in texts:
-            if limit is None or count < limit:
-                completions.append(_completion(text, row, sources.tokenizer))
-                count += 1
-    if not count:
-        raise ValueError(f"{path} holds no completions")
-    return [
-        RolloutGroup(group_id, prompt, completions)
-        for group_id, (prompt, completions) in enumerate(_rendered(found.values(), sources))
-        if completions
-    ]
-
-
-def _rendered(
-    groups: Iterable[tuple[Prompt, list[Completion]]], sources: RowSources
-) -> Iterator[tuple[Prompt, list[Completion]]]:
-    """The groups; a prompt that the chat template can render says whether it opens <think>."""
-    if sources.tokenizer is None or sources.tokenizer.chat_template is None:
-        yield from groups
-        return
-    renderer = Renderer(sources.tokenizer, sources.template_kwargs)
-    for prompt, completions in groups:
-        if completions and prompt.messages and not prompt.token_ids:
-            row = Row(1, prompt.prompt_id, prompt.columns | {"messages": prompt.messages})
-            parse_row(row, system=None)
-            renderer.render([row])
-            if not row.problem:
-                prompt = replace(prompt, token_ids=row.token_ids, opens_think=row.opens_think)
-        yield prompt, completions
-
-
-def prompt_ids(path: Path) -> set[str]:
-    """Those that the rows of a file name.
-
-    Raises:
-        ValueError: it is no file.
-    """
-    if not path.exists() or path.is_dir():
-        kind = "is a folder" if path.is_dir() else "does not exist"
-        raise ValueError(f"--completions {path} {kind}; name a JSONL file")
-    found = set()
-    for raw in read_file(path, max_row_mb=_MAX_ROW_MB):
-        try:
-            raw.read()
-            found.add(raw.columns.get("prompt_id"))
-        except BadRow:
-            continue  # `read_groups` says so
-    return {str(name) for name in found if name is not None}
+            raise ValueError(f"{row.place}: {error}") from None
+        before = prompt if row.columns.get("prompt_id") is None else None
+        completions += [_completion(t, row.columns, sources.tokenizer) for t in texts[:left]]
+        left -= len(texts[:left])
+    groups = [(prompt, completions) for prompt, completions in found.values() if completions]
+    if sources.tokenizer is not None and sources.tokenizer.chat_template is not None:
+        renderer = Renderer(sources.tokenizer, template_kwargs)
+        groups = [(_rendered(prompt, renderer), completions) for prompt, completions in groups]
+    return [RolloutGroup(i, prompt, completions) for i, (prompt, completions) in enumerate(groups)]
 
 
 def prompts_of(
@@ -127,7 +111,7 @@ def prompts_of(
 
     Args:
         config: the datasets and what to do with their rows.
-        split: which of them.
+        split: which datasets.
         wanted: ids to look for; None takes all.
         need_prompt: whether a row without a prompt is an error; else its `messages` are empty.
 
@@ -159,18 +143,17 @@ def _texts(row: dict[str, Any]) -> list[str]:
             f"expected one of {', '.join(COMPLETION_KEYS)}, found {', '.join(row) or 'nothing'}"
         )
     given = row[key] if key == "completions" else [row[key]]
-    if isinstance(given, str) or not isinstance(given, list):
+    if not isinstance(given, list):
         raise ValueError(f"completions should be a list of texts, not {given!r:.80}")
-    return [_text(value) for value in given]
+    texts = [v[-1].get("content") if _are_messages(v) else v for v in given]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"a completion should be a text, not {text!r:.80}")
+    return texts
 
 
-def _text(value: Any) -> str:
-    """A text, also out of messages."""
-    if isinstance(value, list) and value and isinstance(value[-1], dict):
-        value = value[-1].get("content")
-    if not isinstance(value, str):
-        raise ValueError(f"a completion should be a text, not {value!r:.80}")
-    return value
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[-1], dict)
 
 
 def _prompt_of(
@@ -193,43 +176,33 @@ def _prompt_of(
             )
         return sources.by_place[number - 1]
     about = {*COMPLETION_KEYS, *ABOUT_COMPLETION, *row.get("extra_columns", ())}
-    messages, columns = _own_prompt({name: v for name, v in row.items() if name not in about})
-    prompt = Prompt(f"row {number}" if prompt_id is None else str(prompt_id), messages, [], columns)
-    if prompt_id is None and before and messages and not _differences(before, prompt):
+    own = Row(number, "", {name: value for name, value in row.items() if name not in about})
+    if {"prompt", "messages"} & set(own.columns):
+        parse_row(own, system=None)
+    name = f"row {number}" if prompt_id is None else str(prompt_id)
+    prompt = Prompt(name, own.messages, [], own.columns)
+    if prompt_id is None and before and prompt.messages and not _differences(before, prompt):
         return before
     return prompt
-
-
-def _check_same(first: Prompt, second: Prompt) -> None:
-    """Whether rows of one prompt_id agree: all are scored with the columns of the first.
-
-    Raises:
-        ValueError: they do not.
-    """
-    if differing := _differences(first, second):
-        raise ValueError(
-            f"prompt_id {second.prompt_id!r} stood in an earlier row with another "
-            f"{', '.join(differing)}. Give each prompt an id of its own, or leave prompt_id out"
-        )
 
 
 def _differences(first: Prompt, second: Prompt) -> list[str]:
     """The columns in which two prompts differ, `prompt` for their messages."""
     earlier, later = ({"prompt": p.messages} | p.columns for p in (first, second))
-    return [
-        name
-        for name in earlier | later
-        # As text, because NaN is not equal to itself.
-        if repr(earlier.get(name)) != repr(later.get(name))
-    ]
+    # Compared as text, because NaN is not equal to itself.
+    return [n for n in earlier | later if repr(earlier.get(n)) != repr(later.get(n))]
 
 
-def _own_prompt(values: dict[str, Any]) -> tuple[list[Message], dict[str, Any]]:
-    if not {"prompt", "messages"} & set(values):
-        return [], values
-    row = Row(1, "", values)
+def _rendered(prompt: Prompt, renderer: Renderer) -> Prompt:
+    """The prompt with its tokens, which show whether it opens <think>, if it can be rendered."""
+    if not prompt.messages or prompt.token_ids:
+        return prompt
+    row = Row(1, prompt.prompt_id, prompt.columns | {"messages": prompt.messages})
     parse_row(row, system=None)
-    return row.messages, row.columns
+    renderer.render([row])
+    if row.problem:
+        return prompt
+    return replace(prompt, token_ids=row.token_ids, opens_think=row.opens_think)
 
 
 def _completion(
@@ -239,7 +212,7 @@ def _completion(
     if tokenizer is None:
         return Completion(list(range(num_tokens or len(text.split()))), [], text, reason, ())
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    # The token that ended it is not in the text.
+    # The text lacks the token that ended it.
     if reason == "stop" and num_tokens == len(ids) + 1 and tokenizer.eos_token_id is not None:
         ids.append(tokenizer.eos_token_id)
     return Completion(ids, [], text, reason, ())

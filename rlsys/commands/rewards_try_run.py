@@ -16,28 +16,21 @@ from rlsys.run.folder import RunDir
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlsys.types import Prompt
-
 
 @dataclass(slots=True)
 class TriedRun:
-    """The config beside a file of completions, and what is said about its use."""
+    """The run that wrote a file of completions, and what was taken from it."""
 
     path: Path
-    """Of the config."""
+    """Its saved config."""
     config: Config
     used: list[str] = field(default_factory=list)
-    """Lines of what was taken from it."""
+    """Lines that say what was taken."""
     missing: list[str] = field(default_factory=list)
-    """Lines of what could not be taken, and why."""
-
-    @property
-    def known(self) -> dict[str, Any]:
-        """Values of the run for parameters of these names."""
-        return self.config.known_to_rewards
+    """Lines that say what could not be taken, and why."""
 
     def plugins(self) -> list[str]:
-        """Its files that are here."""
+        """Its plugin files that exist here."""
         config = self.config
         listed = dict.fromkeys([*config.data.external_plugins, *config.reward.external_plugins])
         here = [path for path in listed if Path(path).expanduser().is_file()]
@@ -47,16 +40,14 @@ class TriedRun:
         return here
 
     def params(self, names: list[str]) -> dict[str, dict[str, Any]]:
-        """Its settings of the functions that are tried."""
-        found = {n: dict(self.config.reward.params[n]) for n in names if self._has_params(n)}
+        """Its settings for the functions `names`."""
+        params = self.config.reward.params
+        found = {name: dict(params[name]) for name in names if params.get(name)}
         self.used += [f"settings of {name}: {settings}" for name, settings in found.items()]
         return found
 
-    def _has_params(self, name: str) -> bool:
-        return bool(self.config.reward.params.get(name))
-
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """That of its model; None where it is not here."""
+        """Its model's tokenizer; None if that is not here."""
         from rlsys.commands.data_preview import load_tokenizer
 
         try:
@@ -70,7 +61,7 @@ class TriedRun:
     def sources(
         self, completions: Path, wanted: set[str], tokenizer: PreTrainedTokenizerBase | None
     ) -> RowSources:
-        """Its prompts, as it had them: all with a tokenizer, else those of `wanted`."""
+        """Its prompts: all that it had, with a tokenizer; else those with the ids `wanted`."""
         data = self.config.data
         evaluated = completions.name == RunDir(completions.parent).eval_completions.name
         held_out = evaluated and bool(data.val_dataset)
@@ -81,7 +72,11 @@ class TriedRun:
                 found = prompts_of(data, split, originals)
                 found |= {n: found[o] for n in wanted if (o := n.partition("+")[0]) in found}
             else:
-                found = self._loaded(tokenizer, evaluated=evaluated)
+                from rlsys.data.load import load_prompts
+
+                loaded = load_prompts(data, tokenizer, seed=self.config.seed)
+                own = loaded.validation if evaluated else [*loaded.train, *loaded.validation]
+                found = {prompt.prompt_id: prompt for prompt in own}
         except ValueError as error:
             self.missing.append(f"data: {error}")
             return RowSources(tokenizer=tokenizer)
@@ -94,19 +89,12 @@ class TriedRun:
             found = {}
         return RowSources(found, tokenizer=tokenizer)
 
-    def _loaded(self, tokenizer: PreTrainedTokenizerBase, *, evaluated: bool) -> dict[str, Prompt]:
-        from rlsys.data.load import load_prompts
-
-        data = load_prompts(self.config.data, tokenizer, seed=self.config.seed)
-        prompts = data.validation if evaluated else [*data.train, *data.validation]
-        return {prompt.prompt_id: prompt for prompt in prompts}
-
 
 def find_run(completions: Path) -> TriedRun | None:
-    """The run that wrote a file of completions; None if there is no config of one beside it.
+    """The run that wrote a file of completions; None without a saved config beside the file.
 
     Raises:
-        ValueError: the config cannot be read any more.
+        ValueError: this version of rlsys cannot read the config.
     """
     path = RunDir(completions.parent).config
     if not path.is_file() or not is_saved_config(path):
