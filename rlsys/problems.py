@@ -15,8 +15,6 @@ class Problem:
 
     text: str
     """What was found, what is allowed, and what to do."""
-    fields: tuple[str, ...] = ()
-    """The config fields that it is about, as `section.field`."""
     only_here: bool = False
     """True if this machine lacks something, a file say; false if the config is wrong everywhere."""
 

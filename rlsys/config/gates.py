@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 DEFAULT_THRESHOLD = 1.0
-_GATE = re.compile(r"(?P<by>.*?)\s*(?:>=\s*(?P<threshold>\S+))?")
+_GATE = re.compile(r"(?P<by>.+?)\s*(?:>=\s*(?P<threshold>\S+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Gate:
     threshold: float = DEFAULT_THRESHOLD
 
     def lets_pass(self, value: float) -> bool:
-        """Whether the gated function counts; also where the gate says None: it does not apply."""
+        """Whether the gated function counts; also where the gate does not apply (NaN)."""
         return math.isnan(value) or value >= self.threshold
 
 
@@ -31,24 +31,24 @@ def parse_gates(texts: Mapping[str, str]) -> dict[str, Gate]:
         {"accuracy": "format", "length": "accuracy >= 0.5"}
 
     Raises:
-        ValueError: a text that is no gate.
+        ValueError: a text is not a gate.
     """
     return {name: parse_gate(text) for name, text in texts.items()}
 
 
 def parse_gate(text: str) -> Gate:
-    """`format` or `format >= 0.5`.
+    """Read `format` or `format >= 0.5`.
 
     Raises:
-        ValueError: something else.
+        ValueError: the text is something else.
     """
     match = _GATE.fullmatch(text.strip())
     try:
         threshold = float(match["threshold"] or DEFAULT_THRESHOLD) if match else math.nan
     except ValueError:
         threshold = math.nan
-    if match is None or not match["by"] or not math.isfinite(threshold):
+    if match is None or not math.isfinite(threshold):
         raise ValueError(
-            f"{text!r} is no gate: write the name of a reward function, or NAME >= NUMBER"
+            f"{text!r} is not a gate: write the name of a reward function, or NAME >= NUMBER"
         )
     return Gate(match["by"], threshold)

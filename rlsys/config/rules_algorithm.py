@@ -37,8 +37,7 @@ def _name_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     if grpo.loss_type in WARM_START_LOSSES:
         yield Problem(
             f"grpo.loss_type = {grpo.loss_type} imitates completions whatever they earn, it is for "
-            "warm starts: use grpo, or see docs/algorithm.md",
-            ("grpo.loss_type",),
+            "warm starts: use grpo, or see docs/algorithm.md"
         )
     if grpo.external_plugins:
         return  # which may register any name; preflight looks
@@ -52,8 +51,7 @@ def _name_problems(grpo: GrpoConfig) -> Iterator[Problem]:
             yield Problem(
                 f"grpo.{field} = {name} is not known.{did_you_mean(meant, offered)} Known: "
                 f"{', '.join(offered)}. For one of your own, name its file in "
-                "grpo.external_plugins",
-                (f"grpo.{field}",),
+                "grpo.external_plugins"
             )
 
 
@@ -64,22 +62,19 @@ def _advantage_problems(grpo: GrpoConfig) -> Iterator[Problem]:
             yield Problem(
                 "grpo.multi_objective_aggregation = normalize_then_sum (GDPO) normalizes each "
                 f"reward within its group, which grpo.advantage_estimator = {estimator} does not: "
-                "use advantage_estimator grpo",
-                ("grpo.multi_objective_aggregation", "grpo.advantage_estimator"),
+                "use advantage_estimator grpo"
             )
         if grpo.scale_rewards != "auto":
             yield Problem(
                 "grpo.multi_objective_aggregation = normalize_then_sum (GDPO) scales each reward "
                 f"by its group and their sum by the batch, so grpo.scale_rewards = "
-                f"{grpo.scale_rewards} has no place: use auto",
-                ("grpo.multi_objective_aggregation", "grpo.scale_rewards"),
+                f"{grpo.scale_rewards} has no place: use auto"
             )
         if grpo.kl_in_reward:
             yield Problem(
                 "grpo.kl_in_reward subtracts the KL from the sum of rewards, which "
                 "grpo.multi_objective_aggregation = normalize_then_sum never compares: put the KL "
-                "into the loss (kl_in_reward false)",
-                ("grpo.multi_objective_aggregation", "grpo.kl_in_reward"),
+                "into the loss (kl_in_reward false)"
             )
     if estimator == "maxrl":
         for field, value, usual in (
@@ -89,14 +84,12 @@ def _advantage_problems(grpo: GrpoConfig) -> Iterator[Problem]:
             if value != usual:
                 yield Problem(
                     "grpo.advantage_estimator = maxrl divides by the mean reward of the group, so "
-                    f"grpo.{field} = {str(value).lower()} has no place: leave it out",
-                    ("grpo.advantage_estimator", f"grpo.{field}"),
+                    f"grpo.{field} = {str(value).lower()} has no place: leave it out"
                 )
     if estimator.startswith("reinforce_plus_plus") and grpo.scale_rewards != "auto":
         yield Problem(
             f"grpo.advantage_estimator = {estimator} scales by all tokens of the batch, so "
-            f"grpo.scale_rewards = {grpo.scale_rewards} has no place: use auto",
-            ("grpo.advantage_estimator", "grpo.scale_rewards"),
+            f"grpo.scale_rewards = {grpo.scale_rewards} has no place: use auto"
         )
 
 
@@ -108,30 +101,26 @@ def _ratio_problems(grpo: GrpoConfig) -> Iterator[Problem]:
         if built_in and loss not in readers and value != type(grpo).model_fields[field].default:
             yield Problem(
                 f"grpo.{field} = {value} is for grpo.loss_type {', '.join(readers)}, not for "
-                f"{loss}: leave it out",
-                (f"grpo.{field}", "grpo.loss_type"),
+                f"{loss}: leave it out"
             )
     delta = grpo.loss_settings.delta
     _, high = grpo.clip_range
     if loss in CLIPPED_LOSSES and delta is not None and delta <= high:
         yield Problem(
             f"grpo.delta = {delta:g} is not above the upper clip bound of {high:g} "
-            "(1 + grpo.epsilon_high), so it would undo the clip of good tokens: use a larger one, "
-            f"such as {max(3, high + 1):g}, or a smaller epsilon_high",
-            ("grpo.delta", "grpo.epsilon_high", "grpo.epsilon"),
+            "(1 + grpo.epsilon_high or grpo.epsilon), so it would undo the clip of good tokens: "
+            f"use a larger one, such as {max(3, high + 1):g}, or a smaller epsilon_high"
         )
     if grpo.clip_cov_lb >= grpo.clip_cov_ub:
         yield Problem(
             f"grpo.clip_cov_lb = {grpo.clip_cov_lb:g} is not below grpo.clip_cov_ub = "
-            f"{grpo.clip_cov_ub:g}, so no token is between them: use a lower clip_cov_lb",
-            ("grpo.clip_cov_lb", "grpo.clip_cov_ub"),
+            f"{grpo.clip_cov_ub:g}, so no token is between them: use a lower clip_cov_lb"
         )
     if loss == "vespo" and grpo.corrects_rollouts and not grpo.rollout_is.startswith("token"):
         yield Problem(
             f"grpo.loss_type = vespo multiplies the weights of all tokens of a sequence, so "
             f"grpo.rollout_is = {grpo.rollout_is} would count each of them many times: use "
-            "rollout_is token",
-            ("grpo.loss_type", "grpo.rollout_is"),
+            "rollout_is token"
         )
 
 
@@ -141,15 +130,13 @@ def _kl_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     if grpo.kl_in_reward and grpo.use_bias_correction_kl:
         yield Problem(
             "grpo.use_bias_correction_kl is about the gradient of a KL in the loss, but with "
-            "grpo.kl_in_reward it is in the reward, which has none: leave one of them out",
-            ("grpo.kl_in_reward", "grpo.use_bias_correction_kl"),
+            "grpo.kl_in_reward it is in the reward, which has none: leave one of them out"
         )
     if grpo.kl_estimator == "k1" and not grpo.kl_in_reward and not grpo.use_bias_correction_kl:
         yield Problem(
             "grpo.kl_estimator = k1 in the loss has a gradient of mean 0, it would hold the policy "
             "nowhere (arXiv:2510.01555): use k2 or k3, or set use_bias_correction_kl or "
-            "kl_in_reward",
-            ("grpo.kl_estimator", "grpo.kl_in_reward", "grpo.use_bias_correction_kl"),
+            "kl_in_reward"
         )
 
 
@@ -159,19 +146,15 @@ def _off_policy_problems(config: Config) -> Iterator[Problem]:
         if grpo.corrects_rollouts or grpo.rejects_rollouts:
             yield Problem(
                 "grpo.old_logprobs = rollout puts the rollout engine's log-probs in place of the "
-                "policy's, so their ratio, which grpo.rollout_is and grpo.rollout_rs correct for, "
-                "is 1: leave those out, or use old_logprobs auto",
-                (
-                    *("grpo.old_logprobs", "grpo.rollout_is", "grpo.rollout_rs"),
-                    "grpo.rollout_token_veto_threshold",
-                ),
+                "policy's, so their ratio is 1, and grpo.rollout_is, grpo.rollout_rs and "
+                "rollout_token_veto_threshold correct nothing: leave them out, or use old_logprobs "
+                "auto"
             )
         if grpo.top_entropy_quantile < 1:
             yield Problem(
                 f"grpo.top_entropy_quantile = {grpo.top_entropy_quantile:g} needs the policy's "
                 "entropies before the update, which grpo.old_logprobs = rollout does not compute: "
-                "use old_logprobs auto",
-                ("grpo.old_logprobs", "grpo.top_entropy_quantile"),
+                "use old_logprobs auto"
             )
     yield from _bound_problems(grpo)
     staleness = config.rollout.max_staleness
@@ -179,19 +162,14 @@ def _off_policy_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"grpo.loss_type = reinforce has no ratio, and rollout.max_staleness = {staleness} "
             "gives it completions of older weights, for which grpo.rollout_is = none does not "
-            "correct: leave rollout_is at auto, or set max_staleness 0",
-            ("grpo.loss_type", "grpo.rollout_is", "rollout.max_staleness"),
+            "correct: leave rollout_is at auto, or set max_staleness 0"
         )
     if grpo.loss_type == "reinforce" and config.optimizer_steps_per_rollout > 1:
         yield Problem(
             "grpo.loss_type = reinforce has no ratio, so all but the first of the "
             f"{config.optimizer_steps_per_rollout} optimizer steps a rollout would be off-policy "
             "without correction: make policy.global_batch_size the generation_batch_size and "
-            "num_iterations 1, or use loss_type grpo",
-            (
-                *("grpo.loss_type", "grpo.num_iterations"),
-                *("policy.global_batch_size", "rollout.generation_batch_size"),
-            ),
+            "num_iterations 1, or use loss_type grpo"
         )
 
 
@@ -201,27 +179,22 @@ def _bound_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     if least is not None and least >= most:
         yield Problem(
             f"grpo.rollout_is_threshold_lower = {least:g} is not below rollout_is_threshold = "
-            f"{most:g}: use a lower one",
-            ("grpo.rollout_is_threshold_lower", "grpo.rollout_is_threshold"),
+            f"{most:g}: use a lower one"
         )
     rejection, threshold = grpo.rollout_rs, grpo.rollout_rs_threshold
-    fields = ("grpo.rollout_rs", "grpo.rollout_rs_threshold")
     if rejection[-2:] in ("k2", "k3"):
         if threshold is None:
             yield Problem(
                 f"grpo.rollout_rs = {rejection} needs grpo.rollout_rs_threshold: set the greatest "
-                "divergence that is kept, such as 0.01",
-                fields,
+                "divergence that is kept, such as 0.01"
             )
         if grpo.rollout_rs_threshold_lower is not None:
             yield Problem(
                 f"grpo.rollout_rs = {rejection} is a divergence, which has an upper bound only: "
-                "leave grpo.rollout_rs_threshold_lower out",
-                ("grpo.rollout_rs", "grpo.rollout_rs_threshold_lower"),
+                "leave grpo.rollout_rs_threshold_lower out"
             )
     elif threshold is not None and threshold < 1:
         yield Problem(
             f"grpo.rollout_rs_threshold = {threshold:g} would leave out tokens on which policy and "
-            "rollout engine agree, their weight is 1: use 1 or more",
-            fields,
+            "rollout engine agree, their weight is 1: use 1 or more"
         )

@@ -7,29 +7,39 @@ is a date. In the core schema of YAML 1.2 the first is a number and the others a
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 _PREFIX = "tag:yaml.org,2002:"
 _NUMBER_STARTS = list("-+.0123456789")
-_CORE_SCHEMA = (
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    # Thousands with underscores are not in the schema, but no one means a text by them.
-    ("int", r"[-+]?[0-9]+|[-+]?[0-9]{1,3}(_[0-9]{3})+|0o[0-7]+|0x[0-9a-fA-F]+", _NUMBER_STARTS),
-    (
-        "float",
+_CORE_SCHEMA: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""], lambda text: None),
+    "bool": (
+        r"true|True|TRUE|false|False|FALSE",
+        list("tTfF"),
+        lambda text: {"true": True, "false": False}[text.lower()],
+    ),
+    "int": (
+        # Thousands with underscores are not in the schema, but no one means a text by them.
+        r"[-+]?[0-9]+|[-+]?[0-9]{1,3}(_[0-9]{3})+|0o[0-7]+|0x[0-9a-fA-F]+",
+        _NUMBER_STARTS,
+        lambda text: int(text.replace("_", ""), {"0o": 8, "0x": 16}.get(text[:2], 10)),
+    ),
+    "float": (
         r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"
         r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         _NUMBER_STARTS,
+        lambda text: float(re.sub(r"\.(inf|nan)\Z", r"\1", text.lower())),
     ),
-)
-"""Tag, pattern and first characters of the texts that are not strings; the first match counts."""
+}
+"""Tag -> pattern, first characters and value of the texts that are not strings; the first match
+counts."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Constructs the core schema only. Notes keys that are given twice: YAML keeps the last."""
+    """Constructs the core schema only. Collects keys that are given twice: YAML keeps the last."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012  (PyYAML reads it from the class)
         "<": yaml.SafeLoader.yaml_implicit_resolvers["<"]  # merge keys, as in `<<: *defaults`
@@ -37,7 +47,7 @@ class _Loader(yaml.SafeLoader):
     yaml_constructors = {  # noqa: RUF012
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.removeprefix(_PREFIX) in ("null", "str", "seq", "map")
+        if tag is None or tag.removeprefix(_PREFIX) in ("str", "seq", "map")
     }
 
     def __init__(self, stream: str):
@@ -55,42 +65,24 @@ class _Loader(yaml.SafeLoader):
             lines[key] = line
         return super().construct_mapping(node, deep)
 
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML 1.1 or 1.2 would not read as a string."""
-
-
-for _tag, _pattern, _starts in _CORE_SCHEMA:
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(_PREFIX + _tag, re.compile(rf"(?:{_pattern})\Z"), _starts)
-
-
-def _scalar(kind: str, read: Any) -> None:
-    """Let the loader construct `!!kind` with `read`; a text that is not of its kind is an error."""
-
-    def construct(loader: _Loader, node: yaml.ScalarNode) -> Any:
-        text = loader.construct_scalar(node)
+    def construct_core(self, node: yaml.ScalarNode) -> Any:
+        """The value of a scalar with a tag of `_CORE_SCHEMA`."""
+        text, tag = self.construct_scalar(node), node.tag.removeprefix(_PREFIX)
         try:
-            return read(text)
+            return _CORE_SCHEMA[tag][2](text)
         except (KeyError, ValueError):
-            problem = f"{text!r} is not of the type {kind}"
+            problem = f"{text!r} is not of the type {tag}"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
-    _Loader.add_constructor(_PREFIX + kind, construct)
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
 
-def _integer(text: str) -> int:
-    bases = {"0o": 8, "0x": 16}
-    return int(text.replace("_", ""), bases.get(text[:2], 10))
-
-
-def _float(text: str) -> float:
-    return float(re.sub(r"\.(inf|nan)\Z", r"\1", text.lower()))
-
-
-_scalar("bool", lambda text: {"true": True, "false": False}[text.lower()])
-_scalar("int", _integer)
-_scalar("float", _float)
+for _tag, (_pattern, _starts, _) in _CORE_SCHEMA.items():
+    _Loader.add_constructor(_PREFIX + _tag, _Loader.construct_core)
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_PREFIX + _tag, re.compile(rf"(?:{_pattern})\Z"), _starts)
 
 
 def load_yaml(text: str, repeated: list[str] | None = None) -> Any:
@@ -125,7 +117,7 @@ def dump_yaml(value: Any) -> str:
 
 def read_scalar(text: str) -> Any:
     """A word of the command line as YAML reads a plain scalar, such as a number or null."""
-    for tag, pattern, _ in _CORE_SCHEMA:
+    for pattern, _, value in _CORE_SCHEMA.values():
         if re.fullmatch(pattern, text):
-            return load_yaml(f"!!{tag} '{text}'")
+            return value(text)
     return text

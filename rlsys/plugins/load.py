@@ -50,7 +50,7 @@ def plugin_problems(field: str, paths: Iterable[str | Path]) -> Iterator[Problem
             load_plugins([path])
         except ValueError as error:
             missing = not Path(path).expanduser().exists()
-            yield Problem(f"{field}: {error}", (field,), only_here=missing)
+            yield Problem(f"{field}: {error}", only_here=missing)
 
 
 def load_reference(reference: str) -> Any:

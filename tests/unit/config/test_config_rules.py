@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from rlsys.config import Config
+from rlsys.config.fields import config_fields
 from rlsys.problems import ProblemsError
 from rlsys.text import near_divisors
 
@@ -224,6 +225,7 @@ def test_every_other_rule_names_its_numbers_and_a_remedy(sections, words):
     (text,) = problems(**sections)
     for word in words:
         assert word in text
+    assert any(re.search(rf"\b{name}\b", text) for name in config_fields())  # else nothing hides it
 
 
 @pytest.mark.parametrize(
