@@ -314,7 +314,7 @@ def test_a_closed_terminal_ends_a_run_quietly(whole, start):
 def test_a_killed_engine_ends_a_parallel_run_and_is_named_last(start):
     """Two policy ranks, two rollout engines and no reference, which beta = 0 does without.
 
-    The engines get their weights as two that share a GPU do, each in a group of its own.
+    The engines get their weights as two on one GPU do, each over its own connection.
     """
     run = start(
         "parallel",
