@@ -39,6 +39,7 @@ from weight_sync_sides import (
     OpenActor,
     OpenRank,
     bare_broadcasts,
+    held_slices,
     join_native,
     receive_native,
 )
@@ -171,7 +172,10 @@ class Bench:
         in_place = self.ask_workers("loads_in_place")
         if not all(in_place):
             return {"in_place": in_place}
-        held = [part for worker in self.ask_workers("held_slices") for part in worker]
+        of_engines = [
+            self.ask(actor.on_workers.remote(held_slices)) for actor in self.engines.actors.values()
+        ]
+        held = [part for workers in of_engines for worker in workers for part in worker]
         ours = self.policy.call("slices_checksums", [part[:4] for part in held])[0]
         differing = [part[0] for part, own in zip(held, ours, strict=True) if part[4] != own]
         return {"in_place": in_place, "slices_compared": len(held), "slices_differing": differing}

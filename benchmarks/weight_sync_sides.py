@@ -66,6 +66,19 @@ def receive_native(worker, names, dtype_names, shapes):
     worker.native.finish_weight_update()
 
 
+def held_slices(worker):
+    """(tensor, size, stride, offset, checksum) of what a worker's parameters hold."""
+    from rlsys.engines.vllm.in_place import content_checksum
+
+    plan = worker.weight_transfer_engine._plan
+    copies = [(name, copy) for name, copies in plan.copies.items() for copy in copies]
+    numbers = as_numbers([content_checksum(copy.target) for _, copy in copies])
+    return [
+        (name, copy.size, copy.stride, copy.offset, number)
+        for (name, copy), number in zip(copies, numbers, strict=True)
+    ]
+
+
 class OpenRank(PolicyRank):
     """A policy whose weights change without training, and that tells how long it took."""
 
@@ -195,7 +208,7 @@ class OpenActor(RolloutActor):
 class CrossedActor(OpenActor):
     """An engine of two workers on the two GPUs of a policy, each on that of the other's sender.
 
-    NCCL takes no two ranks on a GPU into a group: worker i and policy rank i are in one, and apart.
+    NCCL does not allow two ranks on one GPU: worker i and policy rank i share a connection, no GPU.
     """
 
     def __init__(self, config, device, engine_rank):

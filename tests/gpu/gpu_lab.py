@@ -169,6 +169,10 @@ class OpenActor(RolloutActor):
     async def ask_workers(self, method):
         return await self._call("ask_workers", method)
 
+    async def held_checksums(self):
+        """Tensor name -> checksum of what the parameters hold, of an engine with one worker."""
+        return await self._between_steps(lambda e: e._llm.collective_rpc(_held_checksums)[0])
+
     async def set_in_flight_kv(self, value):
         await self._between_steps(_set_in_flight_kv, value)
 
@@ -189,12 +193,23 @@ class OpenActor(RolloutActor):
 class CrossedActor(OpenActor):
     """An engine of two workers on the two GPUs of a policy, each on that of the other's sender.
 
-    NCCL takes no two ranks on a GPU into a group: worker i and policy rank i are in one, and apart.
+    NCCL does not allow two ranks on one GPU: worker i and policy rank i share a connection, no GPU.
     """
 
     def __init__(self, config, device, engine_rank):
         os.environ["CUDA_VISIBLE_DEVICES"] = "1,0"  # Ray gave it none, and CUDA has not begun
         super().__init__(config, device, engine_rank)
+
+
+def _held_checksums(worker):
+    from rlsys.engines.vllm.in_place import content_checksum
+
+    plan = worker.weight_transfer_engine._plan
+    checksums = [
+        content_checksum(copy.target) for copies in plan.copies.values() for copy in copies
+    ]
+    names = [name for name, copies in plan.copies.items() for _ in copies]
+    return dict(zip(names, as_numbers(checksums), strict=True))
 
 
 def _set_in_flight_kv(engine, value):

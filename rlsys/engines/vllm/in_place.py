@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,16 +56,6 @@ class Copy:
         if any(end > size for end, size in zip(ends, meta.shape, strict=True)):
             return None  # it continues from the end of a row in the next
         return TensorSlice(meta, tuple(starts), self.size)
-
-
-class HeldSlice(NamedTuple):
-    """A slice of a Hugging Face tensor that a worker's parameters hold, with its checksum."""
-
-    tensor: str
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    checksum: int
 
 
 class InPlacePlan:
@@ -147,15 +137,6 @@ class InPlacePlan:
                 by_slice.setdefault(box, []).append(copy)
         return by_slice
 
-    def held(self) -> list[HeldSlice]:
-        """The slices that the parameters hold now, one for every copy."""
-        all_copies = [(name, copy) for name, copies in self.copies.items() for copy in copies]
-        numbers = as_numbers([_content(copy.target) for _, copy in all_copies])
-        return [
-            HeldSlice(name, copy.size, copy.stride, copy.offset, number)
-            for (name, copy), number in zip(all_copies, numbers, strict=True)
-        ]
-
     def _addresses_now(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self._parameters]
 
@@ -174,12 +155,12 @@ class PlanProof:
         """Remember the content of tensors that vLLM is about to load."""
         for name, tensor in tensors:
             for copy in self.plan.copies[name]:
-                self._arrived.append((name, copy, _content(copy.source(tensor))))
+                self._arrived.append((name, copy, content_checksum(copy.source(tensor))))
 
     def first_difference(self) -> str | None:
         """The first tensor that vLLM has not loaded where the plan says; None if all are there."""
         arrived = as_numbers([content for _, _, content in self._arrived])
-        loaded = as_numbers([_content(copy.target) for _, copy, _ in self._arrived])
+        loaded = as_numbers([content_checksum(copy.target) for _, copy, _ in self._arrived])
         for (name, _, _), sent, held in zip(self._arrived, arrived, loaded, strict=True):
             if sent != held:
                 return name
@@ -245,7 +226,7 @@ def _contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
-def _content(tensor: torch.Tensor) -> torch.Tensor:
+def content_checksum(tensor: torch.Tensor) -> torch.Tensor:
     """Checksum of the elements, whatever their strides."""
     return checksum(tensor.contiguous().view(-1).view(torch.uint8))
 

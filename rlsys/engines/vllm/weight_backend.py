@@ -27,13 +27,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from rlsys.engines.out_of_memory import out_of_memory_explained
-from rlsys.engines.vllm.in_place import (
-    CannotMap,
-    HeldSlice,
-    InPlacePlan,
-    PlanProof,
-    missing_parameters,
-)
+from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missing_parameters
 from rlsys.engines.vllm.worker_errors import leave_errors
 from rlsys.weight_sync.connection import Connection, Endpoint
 from rlsys.weight_sync.plan import TensorSlice
@@ -99,11 +93,6 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def loads_in_place(self) -> bool:
         """Whether the next update is copied straight into the parameters."""
         return self._plan is not None
-
-    def held_slices(self) -> list[HeldSlice]:
-        """What this worker's parameters hold of each tensor, to compare with the policy's."""
-        assert self._plan is not None
-        return self._plan.held()
 
     def start_weight_update(self) -> None:
         """Prepare the model's layers for new weights."""
