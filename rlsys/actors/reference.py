@@ -42,7 +42,7 @@ class ReferenceRank(ModelRank):
         return self.engine.compute_logprobs(batch)
 
     def connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> None:
-        """Connect to the policy; each rank counts as an engine with one worker."""
+        """Connect to the policy."""
         connection, rank = endpoints[self.rank][0]
         self.receiver = WeightReceiver(connection, self.engine.device, rank=rank)
 
@@ -112,7 +112,7 @@ class ReferenceActors(ModelActors):
     def async_connect_weight_sync(
         self, endpoints: Sequence[Sequence[Endpoint]]
     ) -> dict[str, ray.ObjectRef]:
-        """See Receivers."""
+        """Connect each rank to its endpoint; each counts as an engine with one worker."""
         return self.async_call("connect_weight_sync", endpoints)
 
     def async_needed_slices(self) -> dict[str, ray.ObjectRef]:
@@ -124,5 +124,5 @@ class ReferenceActors(ModelActors):
         return {}
 
     def async_update_weights(self, policy_version: int) -> dict[str, ray.ObjectRef]:
-        """See Receivers."""
+        """Receive the policy's weights and mix them in; the results are their versions."""
         return self.async_call("update_weights", policy_version)

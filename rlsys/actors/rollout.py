@@ -118,7 +118,7 @@ class RolloutActors:
     ):
         rollout = config.rollout
         self.num_engines = rollout.num_engines
-        self.workers_per_engine = rollout.tensor_parallel_size
+        self.workers_per_engine = rollout.tensor_parallel_size  # processes that hold a model
         self.engines_per_gpu = rollout.engines_per_gpu
         runtime_env = {"env_vars": inherited_env() | device_env(device) | rollout_env(device)}
         actor_class = ray.remote(RolloutActor)
@@ -220,19 +220,26 @@ class RolloutActors:
     def async_connect_weight_sync(
         self, endpoints: Sequence[Sequence[Endpoint]]
     ) -> dict[str, ray.ObjectRef]:
-        """See Receivers."""
+        """Connect each worker to its endpoint [engine][worker]; earlier connections end."""
         return self._async_call("connect_weight_sync", endpoints)
 
     def async_needed_slices(self) -> dict[str, ray.ObjectRef]:
-        """See Receivers."""
+        """The slices that each worker of each engine needs, in the order of the tensors.
+
+        None stands for a worker that needs whole tensors.
+        """
         return self._async_call("needed_slices")
 
     def async_start_weight_update(self) -> dict[str, ray.ObjectRef]:
-        """See Receivers."""
+        """Pause sampling until the end of `async_update_weights`."""
         return self._async_call("start_weight_update")
 
     def async_update_weights(self, policy_version: int) -> dict[str, ray.ObjectRef]:
-        """See Receivers."""
+        """Receive weights, compare checksums, and sample with the new weights.
+
+        The results are the versions that the engines now hold. The call may come right after
+        `async_start_weight_update`: an engine pauses first.
+        """
         return self._async_call("update_weights", policy_version)
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import ray
 from torch.distributed import TCPStore
@@ -23,6 +23,8 @@ from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, serve_store
 
 if TYPE_CHECKING:
     from rlsys.actors.policy import PolicyActors
+    from rlsys.actors.reference import ReferenceActors
+    from rlsys.actors.rollout import RolloutActors
 
     Refs = dict[str, ray.ObjectRef]  # actor name -> reference, in rank order
 
@@ -30,34 +32,6 @@ if TYPE_CHECKING:
 # waits a little longer, so that its less specific error comes second. Once buckets travel over NCCL
 # nobody waits on the host: torch ends a process whose transfer took too long.
 GRACE_S = 5.0
-
-
-class Receivers(Protocol):
-    """The models that receive weights: the rollout engines, or the ranks of the reference."""
-
-    num_engines: int
-    workers_per_engine: int
-    """Processes that hold the model of one engine."""
-    engines_per_gpu: int
-
-    def async_connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> Refs:
-        """Every worker connects to its endpoint [engine][worker], and leaves its earlier one."""
-
-    def async_needed_slices(self) -> Refs:
-        """For every engine a list of the slices that each worker needs, in the order of tensors.
-
-        None stands for a worker that needs whole tensors. The dict is empty if all of them do.
-        """
-
-    def async_start_weight_update(self) -> Refs:
-        """Pause sampling."""
-
-    def async_update_weights(self, policy_version: int) -> Refs:
-        """Receive, compare checksums, and sample with the new weights.
-
-        The results are the versions that the engines hold. This is called right after
-        `async_start_weight_update`; an engine must not begin before it has paused.
-        """
 
 
 class WeightPublisher:
@@ -77,7 +51,7 @@ class WeightPublisher:
     def __init__(
         self,
         policy: PolicyActors,
-        receivers: Receivers,
+        receivers: RolloutActors | ReferenceActors,
         config: WeightSyncConfig,
         *,
         to: str = "rollout",
