@@ -1,7 +1,4 @@
-"""Code from elsewhere: the user's Python files, modules and installed packages.
-
-Reward functions most of all; losses, advantage estimators and preprocessors come by files too.
-"""
+"""Imports of user code: Python files, modules and installed packages."""
 
 from __future__ import annotations
 
@@ -26,18 +23,18 @@ from rlsys.registry import did_you_mean
 
 ENTRY_POINT_GROUP = "rlsys.rewards"
 _folders: list[Path] = []
-"""Of the plugins so far: files in them can be imported."""
+"""Folders of the plugins so far, whose files can be imported."""
 
 
 def load_plugins(paths: Iterable[str | Path]) -> None:
     """Import each file once in this process, as a module of `rlsys.plugins.user_files`.
 
-    A plugin can import the files beside it: its folder is appended to sys.path, so that they
-    shadow neither the standard library nor installed packages.
+    A plugin can import the files beside it: its folder comes last in sys.path, so that they shadow
+    neither the standard library nor installed packages.
 
     Raises:
         ValueError: a file is missing, raises on import (the message ends with its traceback), or
-            imports a file beside it under a name that another plugin's folder has too.
+            imports a file beside it whose name another plugin's folder has too.
     """
     for path in paths:
         _load(Path(path).expanduser().resolve())
@@ -54,13 +51,12 @@ def plugin_problems(field: str, paths: Iterable[str | Path]) -> Iterator[Problem
 
 
 def load_reference(reference: str) -> Any:
-    """What `path/to/file.py:name` or `package.module:name` is.
+    """The function or class `path/to/file.py:name` or `package.module:name`.
 
-    Modules are looked for where Python looks, and after that in the working directory.
+    Modules may also stand in the working directory.
 
     Raises:
-        ValueError: no such file, module or name, or it raises on import; the message ends with its
-            traceback.
+        ValueError: no such file, module or name, or it raises on import.
     """
     place, _, name = reference.rpartition(":")
     if place.endswith(".py"):
@@ -80,17 +76,15 @@ def find_unregistered(name: str) -> tuple[str, str] | None:
     """A loaded plugin that is called `name` or has a function `name`.
 
     Returns:
-        its path, and a reference to that function, in a plugin called `name` to its first.
+        its path, and a reference to that function, or to the first one of a plugin called `name`.
     """
-    for module_of, module in list(sys.modules.items()):
-        if not module_of.startswith(PREFIX):
-            continue
-        assert module.__file__ is not None
-        path = module.__file__.removeprefix(f"{os.getcwd()}/")
+    for path, module in _loaded():
+        path = path.removeprefix(f"{os.getcwd()}/")
         own = [
             key
             for key, value in vars(module).items()
-            if getattr(value, "__module__", None) == module_of  # imported ones have another
+            # Imported functions have another module.
+            if getattr(value, "__module__", None) == module.__name__
             and callable(value)
             and not key.startswith("_")
         ]
@@ -102,14 +96,19 @@ def find_unregistered(name: str) -> tuple[str, str] | None:
 
 
 def imports_of_swift() -> list[str]:
-    """Of the loaded plugins: they may have registered with ms-swift, where it is installed."""
-    files = [m.__file__ for n, m in list(sys.modules.items()) if n.startswith(PREFIX)]
-    return [one.describe(f) for f in files if f is not None for one in swift_imports(Path(f))]
+    """Imports of ms-swift in loaded plugins, which then may have registered there."""
+    return [one.describe(path) for path, _ in _loaded() for one in swift_imports(Path(path))]
+
+
+def _loaded() -> list[tuple[str, ModuleType]]:
+    """Paths and modules of the loaded plugins."""
+    plugins = [module for name, module in list(sys.modules.items()) if name.startswith(PREFIX)]
+    return [(str(module.__file__), module) for module in plugins]
 
 
 @cache
 def entry_points() -> dict[str, list[EntryPoint]]:
-    """What installed packages offer as reward functions, by name; nothing is imported yet."""
+    """The reward functions of installed packages, by name, not imported yet."""
     found: dict[str, list[EntryPoint]] = {}
     for point in metadata.entry_points(group=ENTRY_POINT_GROUP):
         if point.value not in {other.value for other in found.get(point.name, [])}:
@@ -118,10 +117,10 @@ def entry_points() -> dict[str, list[EntryPoint]]:
 
 
 def load_entry_point(name: str) -> Any | None:
-    """What an installed package offers under `name`; None when none does.
+    """The reward function `name` of an installed package; None if no package has it.
 
     Raises:
-        ValueError: several packages do, or it cannot be imported.
+        ValueError: several packages have it, or it cannot be imported.
     """
     points = entry_points().get(name, [])
     if not points:
@@ -129,8 +128,7 @@ def load_entry_point(name: str) -> Any | None:
     if len(points) > 1:
         raise ValueError(
             f"reward function {name!r} is offered by {' and by '.join(map(describe, points))}. "
-            "Uninstall one of them, or name the function itself, as in "
-            f"{points[0].value!r}."
+            f"Uninstall one of them, or name the function itself, as in {points[0].value!r}."
         )
     return load_reference(points[0].value)
 
@@ -145,8 +143,7 @@ def _import_module(name: str, reference: str) -> ModuleType:
         sys.path.append(os.getcwd())  # last, so that nothing in it shadows an installed package
     try:
         return importlib.import_module(name)
-    # Whatever a user's module may raise, sys.exit() included.
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # user code may raise anything
         if isinstance(error, ModuleNotFoundError) and name.startswith(f"{error.name}"):
             raise ValueError(
                 f"reward function {reference!r}: there is no module {error.name!r}, neither "
@@ -176,8 +173,7 @@ def _load(path: Path) -> ModuleType:
     _check_siblings(path, {path})
     try:
         return importlib.import_module(name)
-    # Whatever a user's file may raise, sys.exit() included.
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # user code may raise anything
         raise ValueError(
             f"plugin {str(path)!r} raised when it was imported:\n{_own_traceback(error, path)}"
             f"{_import_remedy(error, path)}"
@@ -185,11 +181,7 @@ def _load(path: Path) -> ModuleType:
 
 
 def _check_siblings(path: Path, seen: set[Path]) -> None:
-    """Refuse a plugin that would get another plugin's file under the name of one beside it.
-
-    Raises:
-        ValueError: as it says.
-    """
+    """Raise ValueError if a plugin imports a file beside it and would get another plugin's."""
     for name in _imported_names(path):
         sibling = next((p for p in _places(path.parent, name) if p.is_file()), None)
         if sibling is None or sibling in seen:
@@ -208,7 +200,7 @@ def _check_siblings(path: Path, seen: set[Path]) -> None:
 
 
 def _places(folder: Path, name: str) -> tuple[Path, Path]:
-    """Where a module of the folder is."""
+    """The files that module `name` of a folder may have."""
     return folder / f"{name}.py", folder / name / "__init__.py"
 
 
@@ -217,14 +209,14 @@ def _imported_names(path: Path) -> set[str]:
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):
-        return set()  # its import tells
+        return set()  # the import of the file raises
     names = {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
     names |= {alias.name for n in nodes if isinstance(n, ast.Import) for alias in n.names}
     return {name.partition(".")[0] for name in names}
 
 
 def _import_remedy(error: BaseException, path: Path) -> str:
-    """What to write in place of an import that cannot work here; empty for all other errors."""
+    """What to write instead of an import that cannot work here; empty for other errors."""
     if not isinstance(error, ImportError) or error.name is None:
         return ""
     if error.name.startswith(PREFIX.rstrip(".")):
@@ -240,18 +232,13 @@ def _import_remedy(error: BaseException, path: Path) -> str:
 
 
 def _own_traceback(error: BaseException, path: Path | None) -> str:
-    """The traceback from the plugin's first line on, without the frames of the import system.
-
-    `path` None: from the first line that is not the import system's.
-    """
+    """The traceback without the frames of the import system: from the plugin's first line on, or
+    for a module, whose `path` is None, from the first line outside the import system."""
+    import_system = ("<frozen importlib", __file__, importlib.__file__)
     frames = error.__traceback__
-    while frames is not None and not _is_of(frames.tb_frame.f_code.co_filename, path):
+    while frames is not None:
+        file = frames.tb_frame.f_code.co_filename
+        if file == str(path) or (path is None and not file.startswith(import_system)):
+            break
         frames = frames.tb_next
     return "".join(traceback.format_exception(type(error), error, frames)).rstrip()
-
-
-def _is_of(filename: str, path: Path | None) -> bool:
-    if path is not None:
-        return filename == str(path)
-    import_system = ("<frozen importlib", __file__, importlib.__file__)
-    return not filename.startswith(import_system)

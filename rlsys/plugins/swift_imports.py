@@ -1,4 +1,4 @@
-"""What to write in place of an `import` of ms-swift in a plugin."""
+"""What to write instead of an `import` of ms-swift in a plugin."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HOMES = {
         "rlsys.data",
     ),
 }
-"""Names that exist here, by the module they are in."""
+"""Names that exist in rlsys, with their modules."""
 _MODEL = "reward.reward_model: [MODEL] loads a reward model"
 _TURNS = "rlsys samples one turn for each prompt"
 _INSTEAD = {
@@ -37,7 +37,7 @@ class SwiftImport:
     line: int
     statement: str
     remedy: str
-    """The lines to write instead, and which names do not exist here."""
+    """The lines to write instead, and the names that do not exist in rlsys."""
 
     def describe(self, path: str) -> str:
         """An error for users."""

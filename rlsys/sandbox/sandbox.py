@@ -1,6 +1,6 @@
-"""Programs that nobody trusts, run by a helper process; see process/ for what they may do.
+"""Runs untrusted programs in a helper process; process/ says what they may do.
 
-What a program must not know (the results that are expected of it) never leaves this process.
+The expected results, which a program must not know, never leave this process.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ class SandboxEnded(Exception):
 
 
 class OutOfTime(SandboxEnded):
-    """It was stopped for its time."""
+    """The program ran out of time and was stopped."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one run of a program may use."""
+    """The limits of one run of a program."""
 
     cpu_time_s: float
-    """Seconds of CPU time, of all of its threads together."""
+    """Seconds of CPU time, all threads together."""
     memory_mib: int
-    """Address space, which includes some 30 MiB of the interpreter's own."""
+    """MiB of address space; the interpreter itself takes about 30."""
     output_kib: int
-    """What it may write to standard output, or answer to one call."""
+    """KiB of standard output, or of the answer to one call."""
 
     @property
     def wall_time_s(self) -> float:
-        """Seconds that it may take altogether: long, as the machine may be busy."""
+        """Seconds of wall time: many, as the machine may be busy."""
         return 5.0 + 4 * self.cpu_time_s
 
 
@@ -65,17 +65,17 @@ class Finished:
     output: bytes
     """Standard output, cut at the limit."""
     exit_code: int
-    """Negative: the signal that ended it, such as -9 or -27 (its CPU time was over)."""
+    """Negative: the signal that ended it, such as -9, or -27 at the end of its CPU time."""
     within_limits: bool
-    """False when it was stopped for its time or its output."""
+    """False if it was stopped for its time or its output."""
     out_of_time: bool
 
 
 class Sandbox:
     """Runs one program at a time, each from a fresh state.
 
-    A helper process that is found dead is replaced. One that dies while a program runs is a
-    RuntimeError, and no verdict on the program.
+    A helper process that is found dead is replaced; if it dies while a program runs, that is a
+    RuntimeError and not a verdict on the program.
 
     Example:
         sandbox = Sandbox(Limits(cpu_time_s=2, memory_mib=512, output_kib=64))
@@ -86,7 +86,7 @@ class Sandbox:
         """Start the helper process.
 
         Raises:
-            SandboxUnavailable: it cannot restrict programs on this host.
+            SandboxUnavailable: this host cannot restrict programs.
         """
         self.limits = limits
         self._restricted = restricted
@@ -103,10 +103,10 @@ class Sandbox:
 
     @contextlib.contextmanager
     def talk(self, program: str, mode: Mode) -> Iterator[Running]:
-        """Run `program` and exchange JSON lines with it; it is stopped at the end of the block.
+        """Run `program` and exchange JSON lines with it; the end of the block stops it.
 
         Raises:
-            OutOfTime: the block raised SandboxEnded and this is why.
+            OutOfTime: the block raised SandboxEnded because the program ran out of time.
         """
         with self._lock, self._started(mode, program, None) as running:
             try:
@@ -130,7 +130,7 @@ class Sandbox:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             self._process = subprocess.Popen(
-                # -I and -S: no user's site-packages, no environment variables, no .pth files.
+                # -I and -S: no site-packages, no environment variables, no .pth files.
                 [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(_SERVER),
                  str(theirs.fileno()), "restricted" if self._restricted else "unrestricted"],
                 pass_fds=[theirs.fileno()],
@@ -172,22 +172,22 @@ class Sandbox:
             try:
                 yield running
             finally:
-                # Also when this side raised: the next program must not get this one's verdict.
+                # Also after an error here: the next program must not get this one's verdict.
                 running.stop()
 
     def _send(self, job: bytes, descriptors: list[int]) -> None:
-        """Send a job to the helper process, to another if it has ended since the last job."""
+        """Send a job to the helper process; replace one that has ended since the last job."""
         try:
             socket.send_fds(self._control, [job], descriptors)
         except ConnectionError:
-            _log.warning("%s; another is started", _ending(self._process))
+            _log.warning("%s; another one starts", _ending(self._process))
             self.close()
             self._start()
             socket.send_fds(self._control, [job], descriptors)
 
 
 class Running:
-    """A program that runs, seen from outside."""
+    """A running program, seen from outside."""
 
     def __init__(
         self,
@@ -224,7 +224,7 @@ class Running:
         return self._buffer[: self._max_bytes], {**self._verdict, "in_time": in_time}
 
     def ask(self, request: str) -> str:
-        """Send a line and wait for the program's next line.
+        """Send a line and return the program's next line.
 
         Raises:
             SandboxEnded: it ended, or answered too much.
@@ -254,7 +254,7 @@ class Running:
         """Wait for the program's next line.
 
         Raises:
-            SandboxEnded: there is none, or it is too long.
+            SandboxEnded: it ended, or the line is too long.
         """
         while b"\n" not in self._buffer:
             watched: list[Any] = [self._output, self._control]
@@ -268,12 +268,12 @@ class Running:
         return line.decode(errors="replace")
 
     def stop(self) -> dict[str, Any]:
-        """Kill it if it still runs; the helper's verdict."""
+        """Kill it if it still runs; returns the helper's verdict."""
         if self._verdict is None:
-            # Nothing is sent to a helper that has answered already: it would end the next program.
+            # A helper that has answered already would kill the next program.
             ready, _, _ = select.select([self._control], [], [], 0)
             if not ready:
-                with contextlib.suppress(ConnectionError):  # `_receive` says that it has ended
+                with contextlib.suppress(ConnectionError):  # `_receive` raises
                     self._control.send(b"kill")
                 self._killed = True
             self._receive()
@@ -297,25 +297,25 @@ class Running:
         self._verdict = json.loads(message)
 
     def _read(self) -> bool:
-        """Read what there is; False at the end."""
+        """Read some output; False at its end."""
         data = os.read(self._output, 65536)
         self._buffer += data
         return bool(data)
 
 
 def _ending(helper: subprocess.Popen[bytes]) -> str:
-    """How a helper process ended that has closed its socket."""
+    """How a helper process ended, which has closed its socket."""
     code = helper.wait()
     if code < 0:
         return (
             f"the sandbox's helper process was killed by signal {-code}, perhaps because memory "
-            "ran out, or by a program that allow_unsandboxed lets do so"
+            "ran out, or by a program that runs with allow_unsandboxed"
         )
-    return f"the sandbox's helper process ended with code {code}; its own words are in the log"
+    return f"the sandbox's helper process ended with code {code}; see its messages in the log"
 
 
 def _sealed(content: bytes) -> int:
-    """A file in memory that its reader cannot change or enlarge."""
+    """The descriptor of a file in memory that its reader cannot change."""
     descriptor = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     with open(descriptor, "wb", closefd=False) as file:
         file.write(content)

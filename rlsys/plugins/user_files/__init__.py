@@ -1,8 +1,8 @@
 """Users' files as modules: `rlsys.plugins.user_files.NAME_HASH`.
 
-A module of a real package can be imported by name in every process that is started from here, as
-pickle does in those of `multiprocessing` and `concurrent.futures`. The hash is that of the whole
-path: a file called math.py shadows nothing, and two files of one name in two folders get along.
+Modules of a real package can be imported by name in every child process, as pickle does in
+`multiprocessing` and `concurrent.futures`. The hash is of the whole path: a file called math.py
+shadows nothing, and two folders may have files of the same name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import ModuleType
 
 PREFIX = f"{__name__}."
 _PATHS = "RLSYS_USER_FILES"
-"""Environment variable: the paths of all files so far, which child processes inherit."""
+"""Environment variable with the paths of all files so far; child processes inherit it."""
 
 
 def module_name(path: Path) -> str:

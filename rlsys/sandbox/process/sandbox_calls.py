@@ -1,7 +1,7 @@
 """Calls between a program and its tests, which run in two sandboxes: JSON lines.
 
-A program answers with `serve_calls`; the tests, or the reward itself, ask. Only plain values cross,
-so that no method of the program's objects runs where the verdict is made.
+The program answers with `serve_calls`; the tests, or the reward itself, ask. Only plain values
+cross, so that no method of the program's objects runs where the verdict is made.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def _encode(value: Any, objects: list[Any] | None = None) -> Any:
-    """A plain value as JSON; other objects as a number that stands for them."""
+    """A plain value as JSON; another object as its number in `objects`."""
     if value is None or type(value) in (bool, int, float, str):
         return value
     for kind in (list, tuple, set, frozenset):
@@ -59,7 +59,7 @@ def _decode(value: Any, remote: Callable[[int], Any]) -> Any:
 
 
 def serve_calls(names: dict[str, Any], requests: int, replies: int) -> None:
-    """In the program's child: answer calls of its functions until there are no more."""
+    """Answer calls of a program's functions, in its own process, until the pipe closes."""
     objects: list[Any] = []
     with os.fdopen(requests) as lines, os.fdopen(replies, "w") as answers:
         for line in lines:
@@ -93,7 +93,7 @@ def _answer(names: dict[str, Any], objects: list[Any], request: dict[str, Any]) 
 
 
 class _Remote:
-    """In the tests' child: something of the program, which lives in another process."""
+    """A function or object of the program, as the tests see it from their process."""
 
     def __init__(self, ask: Ask, target: dict[str, Any], attributes: tuple[str, ...] = ()):
         self._ask, self._target, self._attributes = ask, target, attributes
@@ -108,7 +108,7 @@ class _Remote:
         return _decode(value, lambda number: _Remote(self._ask, {"object": number}))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it over there."""
+        """Call it in the program's process."""
         reply = self._ask(
             {
                 **self._target,
@@ -121,7 +121,7 @@ class _Remote:
         def remote(number: int) -> _Remote:
             return _Remote(self._ask, {"object": number})
 
-        # What the function did to its arguments, as after a call in one process.
+        # Repeat here what the function did to its arguments.
         for arg, changed in zip(args, reply["args"], strict=False):
             _update(arg, _decode(changed, remote))
         return _decode(reply["value"], remote)
@@ -138,12 +138,12 @@ def _update(arg: Any, changed: Any) -> None:
 
 
 def run_asserts(text: str, replies: int, requests: int) -> None:
-    """In the tests' child: run the tests; the names they do not define are the program's.
+    """Run the tests in their process; names that they do not define are the program's.
 
-    The last line says `{"passed": true}`, `{"passed": false}`, or `{"broken": reason}`: the tests
-    cannot run, whatever the program. That is what they raise, other than by an assert, before they
-    asked the program for anything, and any failing import of theirs. What they raise later may be
-    what they make of a wrong value: None that is indexed, a division by a result of 0.
+    The last line is `{"passed": true}`, `{"passed": false}` or `{"broken": reason}`. Broken tests
+    cannot run with any program: an import of theirs fails, or they raise, other than by an assert,
+    before they ask the program for anything. What they raise later may come from a wrong value,
+    such as None that is indexed.
     """
     lines, out = os.fdopen(replies), os.fdopen(requests, "w")
     has_asked = False

@@ -1,4 +1,4 @@
-"""What a program in the sandbox may do: Landlock, seccomp, resource limits; a probe of them."""
+"""Restricts programs in the sandbox: Landlock, seccomp, resource limits, and a probe of them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# Syscall numbers of x86_64. What an interpreter needs to compute, to read files that Landlock
-# lets it read, and to use threads.
+# Syscall numbers of x86_64: an interpreter needs them to compute, to read files that Landlock
+# allows, and to use threads.
 ALLOWED = (
     0, 1, 2, 3, 4, 5, 6, 7, 8,  # read write open close stat fstat lstat poll lseek
     9, 10, 11, 12, 13, 14, 15,  # mmap mprotect munmap brk rt_sigaction rt_sigprocmask rt_sigreturn
@@ -50,13 +50,13 @@ class Unavailable(Exception):
 
 def end_with(parent: int) -> None:
     """Have the kernel kill this process when `parent`, which forked it, ends."""
-    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # where it is refused, programs are no less restricted
+    _libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # programs are restricted without it too
     if os.getppid() != parent:  # it has ended already
         os._exit(1)
 
 
 def limit(job: dict[str, Any]) -> None:
-    """Resource limits of this process, from now on."""
+    """Set the resource limits of this process."""
     cpu = job["cpu_time_s"]
     signal.setitimer(signal.ITIMER_PROF, cpu)
     limits = {
@@ -78,13 +78,13 @@ def _call(name: str, result: int) -> int:
 
 
 def restrict_process() -> bool:
-    """Restrict this process and its children; whether they may still open some files.
+    """Restrict this process and its children; returns whether they may open some files.
 
-    With Landlock (Linux 5.13) they may: those of `_readable`. Without, none at all, which
-    `restrict_syscalls` then sees to.
+    With Landlock (Linux 5.13) they may open those of `_readable`. Without it they must open none,
+    which `restrict_syscalls` enforces.
 
     Raises:
-        Unavailable: another processor or system, or not even the first steps are possible.
+        Unavailable: another processor or system, or the kernel refuses.
     """
     if platform.machine() != "x86_64" or sys.platform != "linux":
         raise Unavailable(f"the sandbox knows x86_64 Linux, not {platform.machine()}")
@@ -99,7 +99,7 @@ def restrict_process() -> bool:
 
 
 def _restrict_files(abi: int) -> None:
-    """Landlock: see linux/landlock.h; ABI 1 is enough, later ones restrict more."""
+    """Apply Landlock, see linux/landlock.h; ABI 1 is enough, later ones restrict more."""
     files = (1 << (13 if abi < 2 else 14 if abi < 3 else 15 if abi < 5 else 16)) - 1
     attributes = struct.pack("QQQ", files, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 8 if abi < 4 else 16 if abi < 6 else 24
@@ -120,10 +120,9 @@ def _restrict_files(abi: int) -> None:
 
 
 def _readable() -> set[str]:
-    """Files and folders, with all that is in these, that programs may read.
+    """Files, and folders with their contents, that programs may read.
 
-    Of the standard library's folder its children and not itself: other people's packages are in
-    there too.
+    The standard library is listed by its children, because its folder also holds site-packages.
     """
     paths = sysconfig.get_paths()
     packages = ("site-packages", "dist-packages")
@@ -134,22 +133,16 @@ def _readable() -> set[str]:
         if path.name not in packages
     ]
     libdir = sysconfig.get_config_var("LIBDIR") or "/usr/lib"
-    # libpython, and what extension modules are linked with where Python brings it along.
+    # libpython, and libraries that extension modules are linked with.
     interpreter = map(str, Path(libdir).glob("*.so*"))
     libraries = ("/lib", "/lib64", "/usr/lib", "/usr/lib64")
     devices = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
-    return {
-        *standard,
-        *interpreter,
-        "/etc/ld.so.cache",
-        "/usr/share/zoneinfo",
-        *libraries,
-        *devices,
-    }
+    other = ("/etc/ld.so.cache", "/usr/share/zoneinfo")
+    return {*standard, *interpreter, *libraries, *devices, *other}
 
 
 def restrict_syscalls(*, may_open: bool) -> None:
-    """seccomp: see linux/seccomp.h and linux/filter.h."""
+    """Install the seccomp filter, see linux/seccomp.h and linux/filter.h."""
     load, equal, any_bit, at_least, end = 0x20, 0x15, 0x45, 0x35, 0x06
     allow, kill = 0x7FFF0000, 0x80000000
     refuse, unknown = 0x00050000 | errno.EPERM, 0x00050000 | errno.ENOSYS
@@ -159,7 +152,7 @@ def restrict_syscalls(*, may_open: bool) -> None:
         return struct.pack("HBBI", code, if_true, if_false, k)
 
     def decide(syscall: int, *statements: bytes) -> list[bytes]:
-        """`statements` for one syscall, which end in a verdict for it."""
+        """Apply `statements`, which end in a verdict, to one syscall."""
         return [statement(equal, syscall, 0, len(statements)), *statements]
 
     def one_of(values: tuple[int, ...], offset: int) -> list[bytes]:
@@ -189,7 +182,7 @@ def restrict_syscalls(*, may_open: bool) -> None:
     )
     program += decide(FCNTL, *one_of(FCNTL_COMMANDS, arguments + 8))
     program += decide(IOCTL, *one_of(IOCTL_REQUESTS, arguments + 8))
-    # Reading one's own limits, not setting any: pid 0, and new_limit null in both halves.
+    # Reading own limits, not setting any: pid 0, and new_limit null in both halves.
     checks = []
     for offset in (arguments, arguments + 16, arguments + 20):
         checks += [statement(load, offset), statement(equal, 0, 1, 0), statement(end, refuse)]
@@ -201,14 +194,14 @@ def restrict_syscalls(*, may_open: bool) -> None:
 
 
 def probe(*, may_open: bool) -> None:
-    """Raises Unavailable unless a restricted child can do none of what it must not."""
+    """Raise Unavailable if a restricted child can do anything that is forbidden."""
     pid = os.fork()
     if pid == 0:
         os._exit(_count_escapes(may_open))
     _, status = os.waitpid(pid, 0)
     if status != 0:
         raise Unavailable(
-            f"a restricted program could do what it must not (probe ended with {status:#x})"
+            f"a restricted program could do what is forbidden (probe ended with {status:#x})"
         )
 
 
@@ -233,9 +226,7 @@ def _count_escapes(may_open: bool) -> int:
     for attempt in attempts:
         try:
             attempt()
-        except OSError:
-            continue
-        except ValueError:  # what resource makes of EPERM
+        except (OSError, ValueError):  # resource makes a ValueError of EPERM
             continue
         escapes += 1
     return escapes

@@ -1,17 +1,17 @@
-"""Runs programs that nobody trusts. A process of its own, started with `python -I -S` as a script.
+"""The helper process of the sandbox, a script that is started with `python -I -S`.
 
-It forks a child for each program and never touches what the program gets or gives: those are file
-descriptors that it hands on. What may be done:
+It forks a child for each program and never touches the program's input or output: it hands their
+file descriptors on. What programs may do:
 
 - Landlock, for this process and all children: read Python's standard library and the system's
-  shared libraries, and no other file; write none. Where the kernel knows, no TCP, and no signals
-  to the outside. Without Landlock children open no file at all, and have what is imported here.
-- seccomp, for each child, a list of what is allowed: no sockets, no new processes, no exec, no
-  signals, no ptrace; threads are allowed. Everything that is not on the list fails with EPERM.
+  shared libraries, no other file; write none. On newer kernels also no TCP and no signals to other
+  processes. Without Landlock children open no file and have only the modules imported here.
+- seccomp, for each child, a list of allowed calls: no sockets, no new processes, no exec, no
+  signals, no ptrace; threads are allowed. Everything else fails with EPERM.
 - resource limits: CPU time, address space, file size 0, open files, no core dumps.
 
-Before the first program a probe child tries what must fail; see `probe`. Only the standard
-library is used, and nothing of rlsys, which cannot be imported here.
+Before the first program a probe child tries what must fail, see `probe`. rlsys cannot be imported
+here, only the standard library.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from sandbox_restrict import (
 
 sys.path.pop(0)
 
-# Imported once here and not again in every child.
+# Imported here once instead of in every child.
 PRELOADED = (
     "array", "bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions",
     "functools", "heapq", "itertools", "math", "operator", "queue", "random", "re", "statistics",
     "string", "threading", "time", "typing",
 )  # fmt: skip
-# Where programs cannot open files: what they have besides.
+# Imported too where programs cannot open files.
 PRELOADED_FOR_ALL = (
     "abc", "base64", "binascii", "calendar", "cmath", "contextlib", "enum", "fnmatch", "graphlib",
     "hashlib", "hmac", "html", "inspect", "io", "json", "numbers", "pickle", "pprint", "secrets",
@@ -82,7 +82,7 @@ def main() -> None:
         message, descriptors, _, _ = socket.recv_fds(control, 4096, 3)
         if not message:
             return
-        if message == b"kill":  # it came too late for the last program
+        if message == b"kill":  # too late for the last program
             continue
         job = json.loads(message)
         server = os.getpid()
@@ -100,13 +100,13 @@ def main() -> None:
 
 
 def _wait(pid: int, control: socket.socket, wall_time_s: float) -> dict[str, Any]:
-    """Wait for a child, kill it when its time is over or the other side says so or is gone."""
+    """Wait for a child; kill it when its time is over or the other side asks or is gone."""
     descriptor = os.pidfd_open(pid)
     watched: list[Any] = [descriptor, control]
     ready, _, _ = select.select(watched, [], [], wall_time_s)
     in_time = descriptor in ready
     if control in ready:
-        control.recv(16)  # "kill", or nothing when the reward's process is gone
+        control.recv(16)  # "kill", or nothing if the reward's process is gone
     for kill in (os.kill, os.killpg):
         with contextlib.suppress(ProcessLookupError):
             kill(pid, signal.SIGKILL)
@@ -134,7 +134,7 @@ def _child(
     for target, source in ((0, input_), (1, output), (2, null)):
         os.dup2(null if talks else source, target)
     if talks:
-        # Through copies above, as 3 and 4 may be one of the two themselves.
+        # Through copies, as 3 and 4 may be one of the two.
         high = [os.dup(descriptor) for descriptor in (input_, output)]
         for target, source in zip((3, 4), high, strict=True):
             os.dup2(source, target)
@@ -151,7 +151,7 @@ def _child(
     code = 0
     try:
         if talks:
-            # Not __main__: such programs are there to be called, and read no input.
+            # Not __main__: such programs are called and read no input.
             module.__name__ = "solution"
         exec(compile(text, "solution.py", "exec", dont_inherit=True), module.__dict__)
         if talks:
@@ -162,12 +162,12 @@ def _child(
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         code = 1
-    # An interpreter that takes itself apart costs five times what starting this child did.
+    # The interpreter's own exit would take five times as long as starting this child.
     os._exit(code & 0xFF)
 
 
 def _finish() -> None:
-    """What an interpreter does at its end: wait for threads, run exit functions, flush."""
+    """Do what an interpreter does at exit: wait for threads, run exit functions, flush."""
     for thread in threading.enumerate():
         if thread is not threading.main_thread() and not thread.daemon:
             thread.join()

@@ -525,7 +525,7 @@ def test_without_a_sandbox_a_program_that_kills_the_helper_takes_no_other_with_i
     kill = "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)"
     right = program("print(sum(map(int, input().split())))")
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="or by a program that allow_unsandboxed lets do"):
+        with pytest.raises(RuntimeError, match="or by a program that runs with allow_unsandboxed"):
             reward([program(kill)], tests=[ADD])
         assert reward([right], tests=[ADD]) == [1.0]
 
@@ -533,7 +533,7 @@ def test_without_a_sandbox_a_program_that_kills_the_helper_takes_no_other_with_i
 def test_a_host_without_a_sandbox_is_refused_unless_the_user_says_so(monkeypatch, tmp_path):
     """A server that finds no seccomp."""
     changed_server(monkeypatch, tmp_path, "_libc.prctl(22, 2,", "_libc.prctl(9999, 2,")
-    with pytest.raises(ValueError, match=r"could do what it must not.*allow_unsandboxed"):
+    with pytest.raises(ValueError, match=r"could do what is forbidden.*allow_unsandboxed"):
         orms["code"]()
     reward = orms["code"](allow_unsandboxed=True)
     assert reward([program("print(3)")], tests=[[{"input": "", "output": "3"}]]) == [1.0]
@@ -549,7 +549,7 @@ def test_without_landlock_programs_run_with_what_is_imported(code_without_landlo
 
 def test_a_probe_that_escapes_is_a_refusal(monkeypatch, tmp_path):
     changed_server(monkeypatch, tmp_path, "    0, 1, 2,", "    41, 0, 1, 2,")  # socket()
-    with pytest.raises(ValueError, match="could do what it must not"):
+    with pytest.raises(ValueError, match="could do what is forbidden"):
         orms["code"]()
 
 
