@@ -1,7 +1,17 @@
-"""Log-probs of given tokens, from logits that may be split over the vocabulary.
+"""Log-probs and entropies of given tokens, from logits that may be split over the vocabulary.
 
 `log pi(a) = z_a - log sum_v exp(z_v)` with `z = logits / temperature`, over the tokens that can be
-sampled (`SamplingSupport`): the policy's distribution is the one that completions are sampled from.
+sampled (`Sampling`): the policy's distribution is the one that completions are sampled from.
+
+With a `VocabSlice`, each rank holds a slice of the vocabulary. Maxima and sums are reduced over its
+group, so every rank returns the same numbers and, by computing the same loss from them, gets the
+same gradient for each log-prob. The gradient of a rank's own logits then needs no communication:
+`d log pi(a) / d z_v = 1[v = a] - pi(v)` and, with the entropy H, `d H / d z_v = -pi(v) (log pi(v) +
+H)`. The gradient of a reduced sum goes to every rank's term as it is, unlike with
+torch.distributed.nn, which would add up the equal gradients of all ranks. The gradient of the hidden
+states is this rank's share. The op that gave every rank the same hidden states sums the shares on
+its way back, as megatron-core's do (copy_to_tensor_model_parallel_region,
+gather_from_sequence_parallel_region).
 """
 
 from __future__ import annotations
@@ -13,7 +23,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
 
-from rlsys.algo.sampling import EVERY_TOKEN, SamplingSupport, fused, leave_out_
+from rlsys.algo.sampling import WHOLE_VOCABULARY, Sampling, VocabSlice, fused, leave_out_
+
+NO_PROBABILITY = -1e4
+"""Nats of which exp() is 0 in every type, small enough to be multiplied."""
 
 
 def chunked_logprobs(
@@ -21,12 +34,10 @@ def chunked_logprobs(
     weight_VH: Tensor,
     targets_T: Tensor,
     *,
-    temperature: float = 1.0,
-    support: SamplingSupport = EVERY_TOKEN,
+    sampling: Sampling,
+    vocab: VocabSlice = WHOLE_VOCABULARY,
     chunk_size: int = 1024,
     recompute: bool = True,
-    vocab_start: int = 0,
-    group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution: two [T] tensors in nats.
 
@@ -35,53 +46,30 @@ def chunked_logprobs(
     vocabulary of 152k, logits of 16k tokens take 4.6 GiB in bfloat16, those of a chunk of 1,024
     take 0.3 GiB. The gradient of `weight_VH` is summed over chunks in float32, and rounded once.
 
-    With `group`, each rank holds a slice of the vocabulary. Maxima and sums are reduced over the
-    group, so every rank returns the same numbers and, by computing the same loss from them, gets
-    the same gradient for each log-prob. What flows back into a rank's own logits then needs no
-    communication: `d log pi(a) / d z_v = 1[v = a] - pi(v)` and, of the entropy H,
-    `d H / d z_v = -pi(v) (log pi(v) + H)`. The gradient of a reduced sum goes to every rank's term
-    as it is, unlike with torch.distributed.nn, which would add up the equal gradients of all ranks.
-    The gradient of `hidden_TH` is this rank's share, from its slice of the vocabulary. The op that
-    gave every rank the same hidden states sums the shares on its way back, as those of
-    megatron-core do (copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region).
-
     Computed in float32 (float64 for float64 logits), which is also the type of the results;
-    gradients have the type of what they are of.
+    gradients have the type of what they are of. Which tokens top_k and top_p keep is a constant to
+    the gradient.
 
     Args:
-        hidden_TH: [T, H], the same on every rank of `group`.
+        hidden_TH: [T, H], the same on every rank that shares the vocabulary.
         weight_VH: [V, H], this rank's slice of the output layer.
         targets_T: [T] int64, token ids of the whole vocabulary.
-        temperature: divides the logits.
-        support: the tokens that the distribution is over; all by default. Which tokens top_k and
-            top_p keep is a constant to the gradient.
+        sampling: temperature, and the tokens that the distribution is over.
+        vocab: this rank's slice of the vocabulary.
         chunk_size: tokens whose logits are computed at once.
         recompute: False keeps the logits of all chunks for the way back, in the type of
             `hidden_TH`, which saves one of four products with `weight_VH`.
-        vocab_start: token id of `weight_VH[0]`.
-        group: the tensor-parallel group; None when the vocabulary is whole.
-
-    Returns:
-        `logprobs_T` and `entropy_T`, both with gradient.
     """
     keep_logits = not recompute and torch.is_grad_enabled()
     return _ChunkedLogprobs.apply(
-        hidden_TH,
-        weight_VH,
-        targets_T,
-        temperature,
-        support,
-        chunk_size,
-        keep_logits,
-        vocab_start,
-        group,
+        hidden_TH, weight_VH, targets_T, sampling, vocab, chunk_size, keep_logits
     )
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
     """One node for all chunks, so that their gradients of the weight can be summed in one place.
 
-    Keeps a few numbers a row, from which backward computes the softmax anew: autograd's own graph
+    Keeps a few numbers a row, from which backward computes the softmax again: autograd's own graph
     of the formula would keep several [T, V] tensors in float32.
     """
 
@@ -91,37 +79,25 @@ class _ChunkedLogprobs(torch.autograd.Function):
         hidden_TH: Tensor,
         weight_VH: Tensor,
         targets_T: Tensor,
-        temperature: float,
-        support: SamplingSupport,
+        sampling: Sampling,
+        vocab: VocabSlice,
         chunk_size: int,
         keep_logits: bool,
-        vocab_start: int,
-        group: dist.ProcessGroup | None,
     ) -> tuple[Tensor, Tensor]:
         by_chunk, kept, floors = [], [], []
         for hidden, targets in zip(
             hidden_TH.split(chunk_size), targets_T.split(chunk_size), strict=True
         ):
             logits = linear(hidden, weight_VH)
-            floors.append(
-                leave_out_(
-                    logits,
-                    targets,
-                    support,
-                    temperature=temperature,
-                    vocab_start=vocab_start,
-                    group=group,
-                )
-            )
-            by_chunk.append(_compute_rows(logits, targets, temperature, vocab_start, group))
+            floors.append(leave_out_(logits, targets, sampling, vocab))
+            by_chunk.append(_compute_rows(logits, targets, sampling.temperature, vocab))
             if keep_logits:
                 kept.append(logits)
         rows = _Rows(*(torch.cat(values) for values in zip(*by_chunk, strict=True)))
         ctx.save_for_backward(hidden_TH, weight_VH, *rows, *kept)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
         # What backward needs to leave the same tokens out of logits that it computes again.
-        ctx.support, ctx.floors, ctx.targets_T = support, floors, targets_T
-        ctx.vocab_start = vocab_start
+        ctx.sampling, ctx.vocab, ctx.floors, ctx.targets_T = sampling, vocab, floors, targets_T
+        ctx.chunk_size = chunk_size
         ctx.set_materialize_grads(False)  # entropy that no loss uses costs nothing
         return rows.logprobs_T, rows.entropy_T
 
@@ -142,24 +118,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 logits = kept[i]
             else:
                 logits = linear(hidden, weight_VH)
-                leave_out_(
-                    logits,
-                    ctx.targets_T[chunk],
-                    ctx.support,
-                    temperature=ctx.temperature,
-                    vocab_start=ctx.vocab_start,
-                    floor_T=ctx.floors[i],
-                )
+                leave_out_(logits, ctx.targets_T[chunk], ctx.sampling, ctx.vocab, ctx.floors[i])
             grad_TV = _logits_gradient(
                 logits,
                 _Rows(*(values[chunk] for values in rows)),
                 None if grad_T is None else grad_T[chunk],
                 None if entropy_grad_T is None else entropy_grad_T[chunk],
-                ctx.temperature,
+                ctx.sampling.temperature,
             )
             torch.mm(grad_TV, weight_VH, out=grad_TH[chunk])
             _add_product(grad_VH, grad_TV.t(), hidden)
-        return grad_TH, grad_VH.to(weight_VH.dtype), *[None] * 7
+        return grad_TH, grad_VH.to(weight_VH.dtype), *[None] * 5
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -168,7 +137,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
     elif total.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # which the CPU has no kernel for: there the product of a chunk is rounded
+    else:  # the CPU has no such kernel: there the product of a chunk is rounded
         total += left @ right
 
 
@@ -180,44 +149,33 @@ class _Rows(NamedTuple):
     logprobs_T: Tensor
     entropy_T: Tensor
     columns_T: Tensor
-    """The target's column in this rank's slice; 0 where another rank has it."""
     is_local_T: Tensor
-    """Whether this rank has the target."""
+    """With columns_T: see VocabSlice.columns."""
 
 
 def _compute_rows(
-    logits_TV: Tensor,
-    targets_T: Tensor,
-    temperature: float,
-    vocab_start: int,
-    group: dist.ProcessGroup | None,
+    logits_TV: Tensor, targets_T: Tensor, temperature: float, vocab: VocabSlice
 ) -> _Rows:
-    columns_T, is_local_T = _local_targets(targets_T, vocab_start, logits_TV.shape[1], group)
+    columns_T, is_local_T = vocab.columns(targets_T, logits_TV.shape[1])
     max_T, sum_exp_T, sum_exp_z_T = fused(_row_sums, logits_TV, temperature)
     target_z_T = logits_TV.gather(-1, columns_T[:, None]).squeeze(-1).to(max_T.dtype) / temperature
-    if group is None:
+    if vocab.group is None:
         target_z_T = target_z_T - max_T
     else:
         shift_T = max_T.clone()
-        dist.all_reduce(max_T, op=dist.ReduceOp.MAX, group=group)
+        vocab.all_reduce_(max_T, dist.ReduceOp.MAX)
         # The sums of this rank's slice, taken against the maximum of all slices.
         shift_T = (shift_T - max_T).clamp(min=NO_PROBABILITY)
         sum_exp_z_T = shift_T.exp() * (sum_exp_z_T + shift_T * sum_exp_T)
         sum_exp_T = shift_T.exp() * sum_exp_T
         target_z_T = (target_z_T - max_T).masked_fill(~is_local_T, 0.0)
         sums = torch.stack([sum_exp_T, sum_exp_z_T, target_z_T])
-        dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
-        sum_exp_T, sum_exp_z_T, target_z_T = sums
+        sum_exp_T, sum_exp_z_T, target_z_T = vocab.all_reduce_(sums, dist.ReduceOp.SUM)
     log_sum_T = sum_exp_T.log()
     logprobs_T = target_z_T - log_sum_T
-    return _Rows(
-        log_norm_T=max_T + log_sum_T,
-        logprobs_T=logprobs_T,
-        # H = -sum_v pi(v) log pi(v) = log sum_v exp(z_v) - sum_v pi(v) z_v
-        entropy_T=log_sum_T - sum_exp_z_T / sum_exp_T,
-        columns_T=columns_T,
-        is_local_T=is_local_T,
-    )
+    # H = -sum_v pi(v) log pi(v) = log sum_v exp(z_v) - sum_v pi(v) z_v
+    entropy_T = log_sum_T - sum_exp_z_T / sum_exp_T
+    return _Rows(max_T + log_sum_T, logprobs_T, entropy_T, columns_T, is_local_T)
 
 
 def _logits_gradient(
@@ -255,7 +213,7 @@ def _logits_gradient(
 
 
 def _row_sums(logits_TV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """max_v z_v, and of z less that: sum_v exp(z_v) and sum_v exp(z_v) z_v. Three [T]."""
+    """Three [T]: max_v z_v and, with z less that, sum_v exp(z_v) and sum_v exp(z_v) z_v."""
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     lowest = torch.finfo(torch.float32).min
     z_TV = logits_TV.to(wide) / temperature
@@ -289,18 +247,3 @@ def _softmax_grad_with_entropy(
     log_probs_TV = log_probs_TV.clamp(min=NO_PROBABILITY)
     factor_TV = grad_T[:, None] + of_entropy_T[:, None] * (log_probs_TV + entropy_T[:, None])
     return (log_probs_TV.exp() * -factor_TV).to(logits_TV.dtype)
-
-
-NO_PROBABILITY = -1e4
-"""Nats of which exp() is 0 in every type, small enough to be multiplied."""
-
-
-def _local_targets(
-    targets_T: Tensor, vocab_start: int, vocab_size: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """Targets as columns of this rank's slice, and which of them it holds (column 0 otherwise)."""
-    local_T = targets_T - vocab_start
-    if group is None:
-        return local_T, torch.ones_like(local_T, dtype=torch.bool)
-    is_local_T = (local_T >= 0) & (local_T < vocab_size)
-    return local_T.masked_fill(~is_local_T, 0), is_local_T

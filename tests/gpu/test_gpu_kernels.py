@@ -6,7 +6,7 @@ from gpu_cases import gpu_config
 from policy_cases import LAYOUTS
 
 from rlsys.algo.logprobs import chunked_logprobs
-from rlsys.algo.sampling import SamplingSupport
+from rlsys.algo.sampling import Sampling, VocabSlice
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -56,9 +56,8 @@ def errors(rank, dtype, shape):
         leaf,
         torch.eye(width, dtype=leaf.dtype, device=device),  # the product with it is exact
         targets,
-        temperature=0.7,
-        vocab_start=own.start,
-        group=group if group.size() > 1 else None,
+        sampling=Sampling(temperature=0.7),
+        vocab=VocabSlice(own.start, group if group.size() > 1 else None),
     )
     (alone,) = torch.autograd.grad((upstream * logprobs).sum(), leaf, retain_graph=True)
     loss = (upstream * logprobs - 0.3 * entropy).sum()
@@ -94,7 +93,7 @@ def truncated(rank, dtype):
     from megatron.core import parallel_state
 
     device, (tokens, vocabulary) = rank.engine.device, (300, 4096)
-    support = SamplingSupport(top_k=50, top_p=0.9, num_token_ids=vocabulary - PADDING)
+    sampling = Sampling(0.6, top_k=50, top_p=0.9, num_token_ids=vocabulary - PADDING)
     rows = [
         torch.randperm(vocabulary, generator=torch.Generator().manual_seed(i)) for i in range(4)
     ]
@@ -112,10 +111,8 @@ def truncated(rank, dtype):
             leaf,
             torch.eye(leaf.shape[1], dtype=leaf.dtype, device=place),
             targets.to(place),
-            temperature=0.6,
-            support=support,
-            vocab_start=part.start,
-            group=ranks if ranks is not None and ranks.size() > 1 else None,
+            sampling=sampling,
+            vocab=VocabSlice(part.start, ranks if ranks and ranks.size() > 1 else None),
         )
         (grad,) = torch.autograd.grad((logprobs + entropy).sum(), leaf)
         found[place.type] = (logprobs.detach(), entropy.detach(), grad)

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.metrics import MetricSums
-from rlsys.algo.sampling import SamplingSupport
+from rlsys.algo.sampling import Sampling, VocabSlice
 
 TOKENS, HIDDEN, VOCAB, TEMPERATURE = 7, 5, 12, 0.7
 
@@ -28,11 +28,11 @@ def problem() -> dict[str, Tensor]:
     }
 
 
-SUPPORTS = {
-    "top_k": SamplingSupport(top_k=4),
-    "top_p": SamplingSupport(top_p=0.7),
-    "both": SamplingSupport(top_k=5, top_p=0.6, num_token_ids=11),
-    "half": SamplingSupport(num_token_ids=5),  # none of the second rank's
+SAMPLINGS = {
+    "top_k": Sampling(TEMPERATURE, top_k=4),
+    "top_p": Sampling(TEMPERATURE, top_p=0.7),
+    "both": Sampling(TEMPERATURE, top_k=5, top_p=0.6, num_token_ids=11),
+    "half": Sampling(TEMPERATURE, num_token_ids=5),  # none of the second rank's
 }
 
 
@@ -73,9 +73,8 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         logits,
         torch.eye(end - start),  # the product with it is exact
         case["targets"],
-        temperature=TEMPERATURE,
-        vocab_start=start,
-        group=group,
+        sampling=Sampling(TEMPERATURE),
+        vocab=VocabSlice(start, group),
     )
     (logprobs * case["grad"] + entropy).sum().backward()
     results |= {
@@ -90,10 +89,9 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         hidden,
         weight,
         case["targets"],
-        temperature=TEMPERATURE,
+        sampling=Sampling(TEMPERATURE),
+        vocab=VocabSlice(start, group),
         chunk_size=3,
-        vocab_start=start,
-        group=group,
     )
     (logprobs * case["grad"] + entropy).sum().backward()
     results |= {
@@ -103,17 +101,15 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         "weight_grad": weight.grad,
     }
 
-    for name, support in SUPPORTS.items():
+    for name, sampling in SAMPLINGS.items():
         hidden = case["hidden"].clone().requires_grad_()
         logprobs, entropy = chunked_logprobs(
             hidden,
             case["weight"][start:end],
             case["targets"],
-            temperature=TEMPERATURE,
-            support=support,
+            sampling=sampling,
+            vocab=VocabSlice(start, group),
             chunk_size=3,
-            vocab_start=start,
-            group=group,
         )
         (logprobs * case["grad"] + entropy).sum().backward()
         values = {"logprobs": logprobs, "entropy": entropy, "hidden_grad": hidden.grad}

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.algo.sampling import Sampling
 
 TEMPERATURES = [1.0, 0.7]
 
@@ -20,11 +21,10 @@ def random_logits(tokens=9, vocab=21, *, scale=5.0, dtype=torch.float32, seed=0)
     return logits, torch.randint(0, vocab, (tokens,), generator=rng)
 
 
-def logprobs_of(logits, targets, **kwargs):
+def logprobs_of(logits, targets, *, temperature=1.0):
     """`chunked_logprobs` of these logits: their product with an identity is exact."""
-    return chunked_logprobs(
-        logits, torch.eye(logits.shape[1], dtype=logits.dtype), targets, **kwargs
-    )
+    identity = torch.eye(logits.shape[1], dtype=logits.dtype)
+    return chunked_logprobs(logits, identity, targets, sampling=Sampling(temperature))
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -115,7 +115,7 @@ def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_siz
 
     whole, entropy = logprobs_of(hidden @ weight.T, targets, temperature=temperature)
     expected = torch.autograd.grad((whole * upstream + entropy).sum(), (hidden, weight))
-    kwargs = {"temperature": temperature, "chunk_size": chunk_size, "recompute": recompute}
+    kwargs = {"sampling": Sampling(temperature), "chunk_size": chunk_size, "recompute": recompute}
     chunked, chunked_entropy = chunked_logprobs(hidden, weight, targets, **kwargs)
     total = (chunked * upstream + chunked_entropy).sum()
     grads = torch.autograd.grad(total, (hidden, weight))
@@ -135,7 +135,7 @@ def test_the_gradient_of_a_narrow_weight_is_rounded_once_not_once_a_chunk():
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(tokens, dtype=torch.int64)
     upstream = torch.full((tokens,), 1 + 2**-7)
-    logprobs, _ = chunked_logprobs(hidden, weight, targets, chunk_size=1)
+    logprobs, _ = chunked_logprobs(hidden, weight, targets, sampling=Sampling(), chunk_size=1)
     (grad,) = torch.autograd.grad((logprobs * upstream).sum(), weight)
     # A half of each upstream gradient goes to the target, the other to the other token.
     assert grad.flatten().tolist() == [tokens * (1 + 2**-7) / 2, -tokens * (1 + 2**-7) / 2]
@@ -152,7 +152,6 @@ def test_chunks_never_hold_all_logits():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        chunked_logprobs(
-            hidden, weight, torch.zeros(tokens, dtype=torch.int64), chunk_size=chunk_size
-        )
+        targets = torch.zeros(tokens, dtype=torch.int64)
+        chunked_logprobs(hidden, weight, targets, sampling=Sampling(), chunk_size=chunk_size)
     assert max(kept, default=0) < chunk_size * vocab

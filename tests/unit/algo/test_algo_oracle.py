@@ -23,6 +23,7 @@ from rlsys.algo.batching import (
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums
+from rlsys.algo.sampling import Sampling
 from rlsys.algo.weighting import loss_weights
 from rlsys.config import GrpoConfig
 
@@ -127,7 +128,7 @@ def packed_logprobs(model, packed, *, chunk_size=None):
         hidden,
         model.lm_head.weight,
         packed.targets,
-        temperature=TEMPERATURE,
+        sampling=Sampling(TEMPERATURE),
         chunk_size=chunk_size or len(hidden),
     )
 

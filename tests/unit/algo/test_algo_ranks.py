@@ -81,7 +81,7 @@ def test_reduced_metrics_are_those_of_one_rank_with_all_micro_batches(ranks):
         assert rank["metrics"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", algo_ranks.SUPPORTS)
+@pytest.mark.parametrize("name", algo_ranks.SAMPLINGS)
 def test_ranks_leave_out_the_same_tokens_as_one(ranks, name):
     case = algo_ranks.problem()
     hidden = case["hidden"].requires_grad_()
@@ -89,8 +89,7 @@ def test_ranks_leave_out_the_same_tokens_as_one(ranks, name):
         hidden,
         case["weight"],
         case["targets"],
-        temperature=algo_ranks.TEMPERATURE,
-        support=algo_ranks.SUPPORTS[name],
+        sampling=algo_ranks.SAMPLINGS[name],
     )
     (logprobs * case["grad"] + entropy).sum().backward()
     for rank in ranks:
