@@ -35,7 +35,7 @@ from machine import describe_machine
 from random_model import SHAPES, save_random_model
 from torch.autograd import DeviceType
 
-from rlsys.config import Config
+from rlsys.config import Config, PolicyConfig
 from rlsys.model.shape import read_model_shape
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.transport import serve_store
@@ -187,9 +187,8 @@ def make_policy(config, arguments, *, chunk, fuse):
     if arguments.memory_limit_gb is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(arguments.memory_limit_gb * 1e9 / total)
-    from rlsys.engines.megatron.policy import build as megatron_model
-    from rlsys.engines.megatron.policy import parallel as parallel_layout
-    from rlsys.engines.megatron.policy import policy as megatron
+    from rlsys.engines.megatron import parallel as parallel_layout
+    from rlsys.engines.megatron import policy as megatron
 
     policy, timeout_s = config.policy, float(arguments.timeout)
     torch.set_num_threads(policy.cpu_threads)  # as a run's ranks do
@@ -205,7 +204,7 @@ def make_policy(config, arguments, *, chunk, fuse):
     )
     parallel_layout.initialize_parallel(layout, store, device=arguments.device, seed=0)
     if chunk is not None:
-        megatron_model.LOGPROB_CHUNK_TOKENS = chunk
+        PolicyConfig.LOGPROB_CHUNK_TOKENS = chunk
     if not fuse:
         megatron.fuse_weight_gradients = lambda model: None
     return megatron.MegatronPolicy(config, device=arguments.device)

@@ -6,12 +6,14 @@ sampled (`Sampling`): the policy's distribution is the one that completions are 
 With a `VocabSlice`, each rank holds a slice of the vocabulary. Maxima and sums are reduced over its
 group, so every rank returns the same numbers and, by computing the same loss from them, gets the
 same gradient for each log-prob. The gradient of a rank's own logits then needs no communication:
-`d log pi(a) / d z_v = 1[v = a] - pi(v)` and, with the entropy H, `d H / d z_v = -pi(v) (log pi(v) +
-H)`. The gradient of a reduced sum goes to every rank's term as it is, unlike with
-torch.distributed.nn, which would add up the equal gradients of all ranks. The gradient of the hidden
-states is this rank's share. The op that gave every rank the same hidden states sums the shares on
-its way back, as megatron-core's do (copy_to_tensor_model_parallel_region,
-gather_from_sequence_parallel_region).
+
+    d log pi(a) / d z_v = 1[v = a] - pi(v)
+    d H / d z_v = -pi(v) (log pi(v) + H), with the entropy H
+
+The gradient of a reduced sum goes to every rank's term as it is, unlike with torch.distributed.nn,
+which would add up the equal gradients of all ranks. The gradient of the hidden states is this
+rank's share. The op that gave every rank the same hidden states sums the shares on its way back, as
+megatron-core's do (copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region).
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def chunked_logprobs(
     *,
     sampling: Sampling,
     vocab: VocabSlice = WHOLE_VOCABULARY,
-    chunk_size: int = 1024,
+    chunk_size: int,
     recompute: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution: two [T] tensors in nats.
@@ -56,7 +58,7 @@ def chunked_logprobs(
         targets_T: [T] int64, token ids of the whole vocabulary.
         sampling: temperature, and the tokens that the distribution is over.
         vocab: this rank's slice of the vocabulary.
-        chunk_size: tokens whose logits are computed at once.
+        chunk_size: tokens whose logits exist at once.
         recompute: False keeps the logits of all chunks for the way back, in the type of
             `hidden_TH`, which saves one of four products with `weight_VH`.
     """

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import Config, PolicyConfig
 from rlsys.model.shape import ModelShape
 from rlsys.model.weight_files import read_header, weight_files
 from rlsys.types import Device
@@ -36,8 +36,6 @@ _PROCESS_GIB = {
 }
 """Main memory (GPU memory on cuda) of a process that has loaded its libraries and no model."""
 REWARD_GIB = 0.1
-LOGPROB_CHUNK_TOKENS = 1024
-"""Logits are computed for this many tokens at a time: 1024 x 151,936 in bf16 are 0.3 GB."""
 LOGIT_COPIES = 4
 """fp32 tensors of an engine's logits: the logits, and what the sampler computes from them."""
 BATCHED_TOKENS: dict[Device, int] = {"cpu": 8192, "cuda": 16384}
@@ -236,7 +234,7 @@ def _policy_logits(config: Config, shape: ModelShape, tokens: int, width: int) -
     tp = config.policy.tensor_parallel_size
     num_bytes = _chunk_logit_bytes(shape, tokens, tp)
     text = (
-        f"{min(tokens, LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
+        f"{min(tokens, PolicyConfig.LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
         f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies"
     )
     # The output weight's gradient: summed over chunks in fp32, and in the weight's own type.
@@ -341,7 +339,7 @@ def _mlp_numbers(shape: ModelShape) -> int:
 
 def _chunk_logit_bytes(shape: ModelShape, tokens: int, tp: int) -> float:
     """A chunk's logits in fp32, their exponentials and their gradient."""
-    return 3 * 4 * min(tokens, LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp
+    return 3 * 4 * min(tokens, PolicyConfig.LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp
 
 
 def _weight_sync_bytes(config: Config, shape: ModelShape, width: int) -> float:

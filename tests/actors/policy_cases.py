@@ -179,7 +179,7 @@ class LabRank(PolicyRank):
 
         from megatron.core.distributed import DistributedDataParallelConfig
 
-        from rlsys.engines.megatron.policy import policy as megatron
+        from rlsys.engines.megatron import policy as megatron
 
         megatron.DistributedDataParallelConfig = partial(
             DistributedDataParallelConfig, bucket_size=num_parameters
@@ -252,10 +252,10 @@ class LabRank(PolicyRank):
 
     def run_out_of_memory(self, batch, at):
         """As on a GPU that is too small for one part of the work."""
-        from rlsys.engines.megatron.policy import export as megatron_export
-        from rlsys.engines.megatron.policy import model as megatron_logprobs
-        from rlsys.engines.megatron.policy import policy as megatron
-        from rlsys.engines.megatron.policy import reference as megatron_reference
+        from rlsys.engines.megatron import export as megatron_export
+        from rlsys.engines.megatron import model as megatron_logprobs
+        from rlsys.engines.megatron import policy as megatron
+        from rlsys.engines.megatron import reference as megatron_reference
 
         engine = self.engine
         reference = megatron_reference.MegatronReference(self.config, device=self.device)

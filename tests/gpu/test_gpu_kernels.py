@@ -58,6 +58,7 @@ def errors(rank, dtype, shape):
         targets,
         sampling=Sampling(temperature=0.7),
         vocab=VocabSlice(own.start, group if group.size() > 1 else None),
+        chunk_size=1024,
     )
     (alone,) = torch.autograd.grad((upstream * logprobs).sum(), leaf, retain_graph=True)
     loss = (upstream * logprobs - 0.3 * entropy).sum()
@@ -113,6 +114,7 @@ def truncated(rank, dtype):
             targets.to(place),
             sampling=sampling,
             vocab=VocabSlice(part.start, ranks if ranks and ranks.size() > 1 else None),
+            chunk_size=1024,
         )
         (grad,) = torch.autograd.grad((logprobs + entropy).sum(), leaf)
         found[place.type] = (logprobs.detach(), entropy.detach(), grad)

@@ -75,6 +75,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         case["targets"],
         sampling=Sampling(TEMPERATURE),
         vocab=VocabSlice(start, group),
+        chunk_size=1024,
     )
     (logprobs * case["grad"] + entropy).sum().backward()
     results |= {

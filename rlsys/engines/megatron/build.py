@@ -20,12 +20,10 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlsys.algo.logprobs import chunked_logprobs
-from rlsys.algo.sampling import SamplingSupport
-from rlsys.config import PolicyConfig
+from rlsys.algo.sampling import Sampling, VocabSlice
+from rlsys.config import Config, PolicyConfig
 from rlsys.model.attention import attention_problem
-from rlsys.model.memory import LOGPROB_CHUNK_TOKENS
 from rlsys.model.shape import ModelShape
-from rlsys.types import Device
 
 
 def transformer_config(
@@ -39,48 +37,18 @@ def transformer_config(
     """megatron-core's config of the model, for the parallel layout that is initialised.
 
     Raises:
-        ValueError: this machine has no attention of kind policy.attention_backend.
+        ValueError: this machine lacks the attention of policy.attention_backend.
     """
-    device: Device = "cpu" if on_cpu else "cuda"
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    cp = parallel_state.get_context_parallel_world_size()
     problem = attention_problem(
         policy.attention_backend,
-        context_parallel_size=parallel_state.get_context_parallel_world_size(),
-        device=device,
+        context_parallel_size=cp,
+        device="cpu" if on_cpu else "cuda",
         dtype=str(dtype).rpartition(".")[2],
     )
     if problem is not None:
         raise ValueError(problem.text)
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    # Fused kernels: on an H200 they take an update of a 1.5B model from 0.24 to 0.31 of the
-    # peak FLOPs. Each is a CUDA kernel that the CPU does not have, as are the last three.
-    on_gpu = not on_cpu
-    options: dict[str, Any] = {
-        "apply_rope_fusion": on_gpu,
-        "bias_activation_fusion": on_gpu,
-        "bias_dropout_fusion": on_gpu,
-        "masked_softmax_fusion": on_gpu,
-        "persist_layer_norm": on_gpu,
-        "batch_p2p_comm": on_gpu,
-        "batch_p2p_sync": on_gpu,
-        # Asks for an extension of Apex that nothing here uses: see `fuse_weight_gradients`.
-        "gradient_accumulation_fusion": False,
-    }
-    if shape.is_moe:
-        options |= _expert_options(shape, on_cpu=on_cpu)
-    if policy.recompute == "full":
-        options |= {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    elif policy.recompute == "selective":
-        options |= {
-            "recompute_granularity": "selective",
-            "recompute_modules": [
-                "moe" if module == "mlp" and shape.is_moe else module
-                for module in policy.recompute_modules
-            ],
-        }
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -93,13 +61,13 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=shape.family.has_qkv_bias,
-        qk_layernorm=shape.family.has_qk_norm,
+        add_qkv_bias=shape.has_qkv_bias,
+        qk_layernorm=shape.has_qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        context_parallel_size=cp,
         sequence_parallel=tp > 1,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -107,8 +75,37 @@ def transformer_config(
         use_cpu_initialization=on_cpu,
         perform_initialization=False,  # every weight is read from the checkpoint
         attention_backend=AttnBackend[policy.attention_backend],
-        **options,
+        # Asks for an extension of Apex that nothing here uses: see `fuse_weight_gradients`.
+        gradient_accumulation_fusion=False,
+        **dict.fromkeys(_CUDA_OPTIONS, not on_cpu),
+        **(_expert_options(shape, on_cpu=on_cpu) if shape.is_moe else {}),
+        **_recompute_options(policy, is_moe=shape.is_moe),
     )
+
+
+_CUDA_OPTIONS = (
+    # Fused kernels: on an H200 they take an update of a 1.5B model from 0.24 to 0.31 of the peak
+    # FLOPs.
+    "apply_rope_fusion",
+    "bias_activation_fusion",
+    "bias_dropout_fusion",
+    "masked_softmax_fusion",
+    "persist_layer_norm",
+    "batch_p2p_comm",
+    "batch_p2p_sync",
+)
+"""Options that need CUDA."""
+
+
+def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:
+    if policy.recompute == "full":
+        options = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    elif policy.recompute == "selective":
+        names = ["moe" if name == "mlp" and is_moe else name for name in policy.recompute_modules]
+        options = {"recompute_modules": names}
+    else:
+        return {}
+    return {"recompute_granularity": policy.recompute, **options}
 
 
 def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
@@ -159,7 +156,11 @@ def build_model(hf: PretrainedConfig, config: TransformerConfig, *, on_cpu: bool
         position_embedding_type="rope",
         rotary_base=hf.rope_parameters["rope_theta"],
     )
-    _scale_rope(model, hf)
+    kind = hf.rope_parameters["rope_type"]
+    if kind != "default":  # Llama 3 scales its rotary frequencies: take transformers' own
+        assert kind in ("linear", "llama3"), kind  # see rlsys.model.keys
+        inv_freq, _ = ROPE_INIT_FUNCTIONS[kind](hf, model.rotary_pos_emb.inv_freq.device)
+        model.rotary_pos_emb.inv_freq = inv_freq
     if model.post_process:
         # The logits of a whole micro-batch would be the largest tensor of the step, so the model
         # ends at its hidden states and log-probs are taken from them chunk by chunk.
@@ -170,9 +171,9 @@ def build_model(hf: PretrainedConfig, config: TransformerConfig, *, on_cpu: bool
 def fuse_weight_gradients(model: GPTModel) -> None:
     """Let Transformer Engine's layers add weight gradients to the fp32 `main_grad` as they compute.
 
-    megatron-core's own switch for it, gradient_accumulation_fusion, wants an extension of Apex for
-    the output layer, which log-probs do not go through; its DistributedDataParallel knows
-    by `grad_added_to_main_grad` what is added already.
+    megatron-core's own switch, gradient_accumulation_fusion, wants an extension of Apex for the
+    output layer, which log-probs do not go through; its DistributedDataParallel sees in
+    `grad_added_to_main_grad` what is added already.
     """
     for module in model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
@@ -183,29 +184,18 @@ class LogprobHead:
     """Log-probs from the last stage's hidden states; correct under vocabulary parallelism.
 
     Args:
-        model: of the last pipeline stage.
-        temperature: of sampling.
-        support: what can be sampled; not the rows that fill the vocabulary up.
-        recompute_logits: as in PolicyConfig.
-        in_fp32: compute logits from float32 copies of hidden states and output layer.
+        model: the last pipeline stage.
+        config: of the run; says in which type logits are computed, and whether twice.
+        sampling: what completions are sampled from.
     """
 
-    def __init__(
-        self,
-        model: GPTModel,
-        *,
-        temperature: float,
-        support: SamplingSupport,
-        recompute_logits: bool,
-        in_fp32: bool,
-    ):
-        self._model = model
-        self._temperature, self._support = temperature, support
-        self._recompute_logits = recompute_logits
-        self._in_fp32 = in_fp32
-        self._group = parallel_state.get_tensor_model_parallel_group()
-        shard = model.vocab_size // self._group.size()
-        self._vocab_start = self._group.rank() * shard
+    def __init__(self, model: GPTModel, config: Config, sampling: Sampling):
+        self._model, self._sampling = model, sampling
+        self._recompute_logits = config.policy.recompute_logits
+        self._in_fp32 = config.model.fp32_lm_head
+        group = parallel_state.get_tensor_model_parallel_group()
+        start = group.rank() * (model.vocab_size // group.size())
+        self._vocab = VocabSlice(start, group if group.size() > 1 else None)
 
     def __call__(
         self, hidden: torch.Tensor, targets: torch.Tensor
@@ -214,7 +204,7 @@ class LogprobHead:
 
         T is this micro-batch's tokens; sp is the sequence-parallel size.
         """
-        model, group = self._model, self._group
+        model = self._model
         hidden = hidden.squeeze(0)
         if model.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True)
@@ -230,12 +220,10 @@ class LogprobHead:
             hidden,
             weight,
             targets,
-            temperature=self._temperature,
-            support=self._support,
-            chunk_size=LOGPROB_CHUNK_TOKENS,
+            sampling=self._sampling,
+            vocab=self._vocab,
+            chunk_size=PolicyConfig.LOGPROB_CHUNK_TOKENS,
             recompute=self._recompute_logits,
-            vocab_start=self._vocab_start,
-            group=group if group.size() > 1 else None,
         )
 
     def warm_up(self, *, trains: bool, entropy_bonus: bool) -> None:
@@ -244,13 +232,13 @@ class LogprobHead:
         It takes some seconds, which are free while the other actors of a run start.
 
         Args:
-            trains: compile those of gradients too.
-            entropy_bonus: gradients are also of the entropy.
+            trains: compile the kernels of gradients, too.
+            entropy_bonus: entropies have a gradient.
         """
         config = self._model.config
         sequence_parallel = config.tensor_model_parallel_size if config.sequence_parallel else 1
         # A whole chunk, and one of another length: then the kernels are made for any length.
-        tokens = LOGPROB_CHUNK_TOKENS * 3 // 2
+        tokens = PolicyConfig.LOGPROB_CHUNK_TOKENS * 3 // 2
         hidden = torch.zeros(
             1,
             tokens // sequence_parallel,
@@ -266,13 +254,3 @@ class LogprobHead:
             loss = (logprobs + entropy if entropy_bonus else logprobs).sum()
             # Of the hidden states alone: nothing may be left in the gradients of the weights.
             torch.autograd.grad(loss, hidden)
-
-
-def _scale_rope(model: GPTModel, hf: PretrainedConfig) -> None:
-    """Use transformers' own rotary frequencies where the config scales them (Llama 3 does)."""
-    kind = hf.rope_parameters["rope_type"]
-    if kind == "default":
-        return
-    assert kind in ("linear", "llama3"), kind  # see rlsys.model.keys
-    frequencies, _ = ROPE_INIT_FUNCTIONS[kind](hf, model.rotary_pos_emb.inv_freq.device)
-    model.rotary_pos_emb.inv_freq = frequencies

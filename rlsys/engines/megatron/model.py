@@ -27,7 +27,7 @@ from rlsys.algo.batching import (
     unpack_logprobs,
 )
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
-from rlsys.algo.sampling import SamplingSupport
+from rlsys.algo.sampling import Sampling
 from rlsys.config import Config
 from rlsys.engines.megatron.build import LogprobHead, build_model, transformer_config
 from rlsys.engines.megatron.hf_folder import SafetensorsReader, save_model_folder
@@ -84,27 +84,19 @@ class MegatronModel:
                 self.weights.load(reader)
         self._head = None
         if self.model.post_process:
-            self._head = LogprobHead(
-                self.model,
-                temperature=config.rollout.temperature,
-                support=self._sampling_support(shape.vocab_size),
-                recompute_logits=config.policy.recompute_logits,
-                in_fp32=config.model.fp32_lm_head and self.dtype != torch.float32,
-            )
+            self._head = LogprobHead(self.model, config, self._sampling(shape.vocab_size))
             if not self.on_cpu:
                 self._head.warm_up(trains=trains, entropy_bonus=config.grpo.entropy_coef > 0)
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._cp_group = parallel_state.get_context_parallel_group()
 
-    def _sampling_support(self, vocab_size: int) -> SamplingSupport:
-        """What the rollout engines sample from, by the policy's tokenizer."""
+    def _sampling(self, vocab_size: int) -> Sampling:
+        """How the rollout engines sample, by the policy's tokenizer."""
         rollout = self.config.rollout
         known = num_token_ids(resolve_model_path(self.config.model.path)) or vocab_size
         # Beyond the vocabulary are the rows that fill it up for tensor parallelism.
-        return SamplingSupport(
-            top_k=rollout.top_k, top_p=rollout.top_p, num_token_ids=min(known, vocab_size)
-        )
+        return Sampling(rollout.temperature, rollout.top_k, rollout.top_p, min(known, vocab_size))
 
     @property
     def more_gpus(self) -> str:

@@ -24,7 +24,9 @@ def random_logits(tokens=9, vocab=21, *, scale=5.0, dtype=torch.float32, seed=0)
 def logprobs_of(logits, targets, *, temperature=1.0):
     """`chunked_logprobs` of these logits: their product with an identity is exact."""
     identity = torch.eye(logits.shape[1], dtype=logits.dtype)
-    return chunked_logprobs(logits, identity, targets, sampling=Sampling(temperature))
+    return chunked_logprobs(
+        logits, identity, targets, sampling=Sampling(temperature), chunk_size=1024
+    )
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

@@ -28,9 +28,11 @@ def as_sampled(logits, sampling):
     return z.scatter(-1, order, ascending).log_softmax(dim=-1)
 
 
-def logprobs_of(logits, targets, sampling, **kwargs):
+def logprobs_of(logits, targets, sampling, *, chunk_size=1024, **kwargs):
     identity = torch.eye(logits.shape[1], dtype=logits.dtype)
-    return chunked_logprobs(logits, identity, targets, sampling=sampling, **kwargs)
+    return chunked_logprobs(
+        logits, identity, targets, sampling=sampling, chunk_size=chunk_size, **kwargs
+    )
 
 
 samplings = st.builds(
