@@ -230,7 +230,7 @@ class Bench:
             ray.wait(self.engines.pending_refs(), timeout=5)
             groups += self.engines.collect()
         batch = build_train_batch(groups)
-        difference = self.policy.compute_logprobs(batch) - batch.rollout_logprobs
+        difference = self.policy.compute_logprobs(batch)[0] - batch.rollout_logprobs
         return difference[batch.completion_mask].abs().mean().item()
 
 

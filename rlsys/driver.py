@@ -37,13 +37,8 @@ class Policy(Protocol):
     policy_version: int
     """Updates so far: one a step, so also the last step that was taken."""
 
-    def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
-        """[N, S] float32 log-probs, in nats."""
-
-    def compute_logprobs_and_entropies(
-        self, batch: TrainBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two [N, S] float32, in nats."""
+    def compute_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies: two [N, S] float32, in nats."""
 
     def update(self, batch: TrainBatch) -> UpdateOutput:
         """All optimizer steps of one rollout."""
@@ -55,8 +50,8 @@ class Policy(Protocol):
 class Reference(Protocol):
     """The frozen model."""
 
-    def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
-        """[N, S] float32 log-probs, in nats."""
+    def compute_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs and entropies: two [N, S] float32, in nats."""
 
     def refresh(self) -> None:
         """Take the policy's weights, or a share of them."""
@@ -116,17 +111,12 @@ def train(
             batch = build_train_batch(groups_P)
         if reference is not None:
             with timer("ref_logprobs"):
-                batch.ref_logprobs = reference.compute_logprobs(batch)
+                batch.ref_logprobs, _ = reference.compute_logprobs(batch)
         if config.grpo.old_logprobs == "rollout":
             batch.old_logprobs = batch.rollout_logprobs
         elif config.recompute_old_logprobs:  # the policy is about to move within this rollout
             with timer("old_logprobs"):
-                if config.grpo.top_entropy_quantile < 1:
-                    batch.old_logprobs, batch.entropies = policy.compute_logprobs_and_entropies(
-                        batch
-                    )
-                else:
-                    batch.old_logprobs = policy.compute_logprobs(batch)
+                batch.old_logprobs, batch.entropies = policy.compute_logprobs(batch)
         with timer("advantages"):  # central: the only place where completions meet
             batch.advantages = compute_advantages(
                 groups_P, batch, config.grpo, config.reward.reward_weights

@@ -139,7 +139,7 @@ class TrainBatch:
     whole batch, because the policy's own detached log-probs are the same numbers then."""
     entropies: torch.Tensor | None = None
     """[N, S] float32 nats, of the distributions that the policy before the update predicted these
-    tokens from; None unless `top_entropy_quantile` needs them."""
+    tokens from; None where `old_logprobs` are not the policy's."""
     high_covariance: torch.Tensor | None = None
     """[N, S] bool, tokens that the losses clip_cov and kl_cov treat apart; None for others."""
     kept: torch.Tensor | None = None

@@ -111,13 +111,12 @@ def run_ours(case, config):
         aggregation=config.loss_settings.loss_aggregation,
         max_completion_length=MAX_COMPLETION_LENGTH,
     )
-    advantages = keep_high_entropy(
-        case["advantages"][:, None] * mask,
-        case["entropy"],
-        mask,
-        rows=range(len(mask)),
-        quantile=config.top_entropy_quantile,
+    batch = SimpleNamespace(
+        advantages=case["advantages"][:, None] * mask,
+        entropies=case["entropy"],
+        completion_mask=mask,
     )
+    advantages = keep_high_entropy(batch, range(len(mask)), quantile=config.top_entropy_quantile)
     rows, length = mask.shape
     inputs = LossInput(
         logprobs=logprobs.flatten(),

@@ -129,17 +129,17 @@ class ModelActors:
             for name, actor in self.actors.items()
         }
 
-    def compute_logprobs(self, batch: TrainBatch) -> torch.Tensor:
-        """[N, S] float32 log-probs in nats, 0 where masked, at the sampling temperature."""
-        return self.gather("compute_logprobs", batch)[0]
+    def compute_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs, and entropies of the predictions: two [N, S] float32 in nats, 0 where masked.
 
-    def gather(self, method: str, batch: TrainBatch) -> list[torch.Tensor]:
-        """[N, S] tensors of whose rows each data-parallel rank computes some."""
-        results = [r for r in self.call(method, ray.put(batch)) if r is not None]
-        gathered = torch.zeros(len(results[0][1]), *batch.input_ids.shape, dtype=torch.float32)
-        for rows, values in results:
-            gathered[:, rows] = values
-        return list(gathered)
+        Both are of the distribution that completions are sampled from.
+        """
+        logprobs, entropies = (torch.zeros(batch.input_ids.shape) for _ in range(2))
+        for result in self.call("compute_logprobs", ray.put(batch)):
+            if result is not None:  # of a rank that reports its rows
+                rows, values = result
+                logprobs[rows], entropies[rows] = values
+        return logprobs, entropies
 
     def close(self) -> None:
         """Kill the ranks; whatever they do is given up."""

@@ -71,12 +71,6 @@ class PolicyRank(ModelRank):
         """See MegatronModel.compute_logprobs."""
         return self.engine.compute_logprobs(batch)
 
-    def compute_logprobs_and_entropies(
-        self, batch: TrainBatch
-    ) -> tuple[list[int], torch.Tensor] | None:
-        """See MegatronModel.compute_logprobs."""
-        return self.engine.compute_logprobs(batch, with_entropies=True)
-
     def update(self, batch: TrainBatch, loss: str | None) -> UpdateOutput | None:
         """See MegatronPolicy.update."""
         return self.engine.update(batch, loss=loss)
@@ -175,13 +169,6 @@ class PolicyActors(ModelActors):
     def async_send_weights(self, version: int, *, to: str) -> dict[str, ray.ObjectRef]:
         """Send the weights; the results are the seconds that each rank's transports took."""
         return self.async_call("send_weights", version, to=to)
-
-    def compute_logprobs_and_entropies(
-        self, batch: TrainBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two [N, S] float32 in nats, 0 where masked; entropies are those of the predictions."""
-        logprobs, entropies = self.gather("compute_logprobs_and_entropies", batch)
-        return logprobs, entropies
 
     def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput:
         """All optimizer steps of one rollout on `batch`; raises policy_version by one.

@@ -1,15 +1,15 @@
-"""How much each token counts: what is left out, and the denominators of an optimizer step.
-
-All of it is decided from the whole optimizer step, before it is split over ranks and micro-batches.
-"""
+"""How much each token counts in an optimizer step: decided before the step is split."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+
+from rlsys.config.algorithm import COVARIANCE_LOSSES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,17 +22,12 @@ if TYPE_CHECKING:
 def leave_out(
     batch: TrainBatch, groups: list[RolloutGroup], *, mask_truncated_completions: bool
 ) -> None:
-    """Takes completions out of the loss, in place.
+    """Take completions out of the loss, in place, once their advantages are known.
 
     A completion without a reward (NaN) is dropped: it is no longer `kept`. With
-    `mask_truncated_completions` one that was cut at the length limit loses its tokens but still
-    counts as a completion, as in TRL; DAPO (arXiv:2503.14476), section 3.4, overlong filtering.
-
-    Args:
-        batch: N rows, built from `groups`, whose advantages are known: they are comparisons with
-            all completions, those left out here among them.
-        groups: P scored groups of G completions.
-        mask_truncated_completions: as in `GrpoConfig`.
+    `mask_truncated_completions` a completion that was cut at the length limit loses its tokens but
+    still counts as a completion, as in TRL; DAPO (arXiv:2503.14476), section 3.4, overlong
+    filtering.
     """
     rewards = [reward for group in groups for reward in group.rewards]
     completions = [completion for group in groups for completion in group.completions]
@@ -41,12 +36,8 @@ def leave_out(
     if mask_truncated_completions:
         trained_N = trained_N & torch.tensor([c.finish_reason != "length" for c in completions])
     batch.completion_mask &= trained_N[:, None]
-    for values_NS in (
-        batch.advantages,
-        batch.rollout_logprobs,
-        batch.ref_logprobs,
-        batch.old_logprobs,
-    ):
+    per_token = (batch.advantages, batch.rollout_logprobs, batch.ref_logprobs, batch.old_logprobs)
+    for values_NS in per_token:
         if values_NS is not None:
             values_NS.masked_fill_(~batch.completion_mask, 0.0)
 
@@ -74,7 +65,7 @@ def loss_weights(
     Args:
         completion_mask_NS: [N, S] bool.
         aggregation: one of these.
-        max_completion_length: of the rollout; only seq_mean_token_sum_norm reads it.
+        max_completion_length: rollout.max_completion_length, for seq_mean_token_sum_norm.
         rows: the completions of this optimizer step, None for all N. Other rows get weight 0.
         kept_N: [N] bool, `TrainBatch.kept`.
     """
@@ -95,71 +86,60 @@ def loss_weights(
     return weights_NS.float()
 
 
-def keep_high_entropy(
-    advantages_NS: Tensor,
-    entropies_NS: Tensor,
-    completion_mask_NS: Tensor,
-    *,
-    rows: Sequence[int],
-    quantile: float,
-) -> Tensor:
-    """Advantages of the tokens of highest entropy, 0 for the others, [N, S].
+def choose_tokens(
+    batch: TrainBatch, rows: Sequence[int], config: GrpoConfig, *, seed: int
+) -> TrainBatch:
+    """The batch with what `config` does to some tokens of the optimizer step on `rows`.
+
+    `top_entropy_quantile` sets advantages to 0, clip_cov and kl_cov set `high_covariance`. Both
+    choose by log-probs and entropies before the update, over the whole optimizer step: so the
+    choice does not depend on how the step is split.
+    """
+    if batch.entropies is not None and config.top_entropy_quantile < 1:
+        advantages = keep_high_entropy(batch, rows, quantile=config.top_entropy_quantile)
+        batch = replace(batch, advantages=advantages)
+    if config.loss_type in COVARIANCE_LOSSES:
+        high_covariance = tokens_of_high_covariance(batch, rows, config, seed=seed)
+        batch = replace(batch, high_covariance=high_covariance)
+    return batch
+
+
+def keep_high_entropy(batch: TrainBatch, rows: Sequence[int], *, quantile: float) -> Tensor:
+    """[N, S] advantages of the tokens of highest entropy, 0 for the others.
 
     arXiv:2506.01939, equation 5: the share `quantile` of the tokens of `rows` that the policy was
     least sure of. A token of advantage 0 has no policy gradient, but still counts in denominators,
-    in the KL and in the entropy bonus. Entropies are those before the update, and the threshold
-    that of the whole optimizer step: so it does not depend on how the step is split.
-
-    Args:
-        advantages_NS: [N, S].
-        entropies_NS: [N, S], in nats.
-        completion_mask_NS: [N, S] bool.
-        rows: the completions of the optimizer step.
-        quantile: share of their tokens, in (0, 1].
+    in the KL and in the entropy bonus.
     """
-    in_step = entropies_NS[list(rows)][completion_mask_NS[list(rows)]]
+    assert batch.entropies is not None
+    rows = list(rows)
+    in_step = batch.entropies[rows][batch.completion_mask[rows]]
     if len(in_step) == 0:
-        return advantages_NS
-    # Not torch.quantile, which refuses more than 16 million values: linear interpolation, too.
+        return batch.advantages
+    # torch.quantile, with its linear interpolation, refuses more than 16 million values.
     position = (1 - quantile) * (len(in_step) - 1)
     ordered = in_step.double().sort().values
     below, above = ordered[math.floor(position)], ordered[math.ceil(position)]
     threshold = below + (above - below) * (position - math.floor(position))
-    return advantages_NS.masked_fill(entropies_NS.double() < threshold, 0.0)
+    return batch.advantages.masked_fill(batch.entropies.double() < threshold, 0.0)
 
 
 def tokens_of_high_covariance(
-    advantages_NS: Tensor,
-    logprobs_NS: Tensor,
-    completion_mask_NS: Tensor,
-    config: GrpoConfig,
-    *,
-    loss: str,
-    rows: Sequence[int],
-    seed: int,
+    batch: TrainBatch, rows: Sequence[int], config: GrpoConfig, *, seed: int
 ) -> Tensor:
-    """The tokens that clip_cov or kl_cov treats apart, [N, S] bool.
+    """[N, S] bool, the tokens of `rows` that clip_cov or kl_cov treats apart.
 
-    `cov_t = (A_t - mean A) (log pi_t - mean log pi)` (arXiv:2505.22617): what
-    drives the entropy down. Means are over the tokens of the optimizer step, and log-probs those
-    before the update: so the choice does not depend on how the step is split.
-
-    Args:
-        advantages_NS: [N, S].
-        logprobs_NS: [N, S].
-        completion_mask_NS: [N, S] bool.
-        config: has the shares and bounds.
-        loss: clip_cov draws `clip_cov_ratio` of the tokens from those between `clip_cov_lb` and
-            `clip_cov_ub`; kl_cov takes the highest `kl_cov_ratio`.
-        rows: the completions of the optimizer step.
-        seed: of the draw.
+    `cov_t = (A_t - mean A) (log pi_old - mean log pi_old)` (arXiv:2505.22617) drives the entropy
+    down. clip_cov draws `clip_cov_ratio` of the tokens from those between `clip_cov_lb` and
+    `clip_cov_ub`, by `seed`; kl_cov takes the highest `kl_cov_ratio`.
     """
-    in_step_NS = torch.zeros_like(completion_mask_NS)
-    in_step_NS[list(rows)] = completion_mask_NS[list(rows)]
-    chosen_NS = torch.zeros_like(in_step_NS)
-    advantages, logprobs = advantages_NS[in_step_NS].double(), logprobs_NS[in_step_NS].double()
+    assert batch.old_logprobs is not None, "Config.recompute_old_logprobs is for this, too"
+    in_step_NS = torch.zeros_like(batch.completion_mask)
+    in_step_NS[list(rows)] = batch.completion_mask[list(rows)]
+    advantages = batch.advantages[in_step_NS].double()
+    logprobs = batch.old_logprobs[in_step_NS].double()
     covariances = (advantages - advantages.mean()) * (logprobs - logprobs.mean())
-    if loss == "kl_cov":
+    if config.loss_type == "kl_cov":
         count = max(1, int(config.kl_cov_ratio * len(covariances)))
         chosen = covariances.topk(min(count, len(covariances))).indices
     else:
@@ -168,7 +148,5 @@ def tokens_of_high_covariance(
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(candidates), generator=generator)
         chosen = candidates[order[: max(1, int(config.clip_cov_ratio * len(covariances)))]]
-    chosen_NS[in_step_NS] = torch.zeros(len(covariances), dtype=torch.bool).index_fill(
-        0, chosen, True
-    )
-    return chosen_NS
+    is_chosen = torch.zeros(len(covariances), dtype=torch.bool).index_fill(0, chosen, True)
+    return torch.zeros_like(in_step_NS).masked_scatter(in_step_NS, is_chosen)

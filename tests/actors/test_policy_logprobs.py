@@ -31,7 +31,7 @@ def expected(policy_models):
 @pytest.mark.parametrize("name", MODELS)
 def test_logprobs_equal_those_of_transformers(lab, policy_models, expected, name, layout):
     policy = lab.policy(policy_config(policy_models[name], **LAYOUTS[layout]))
-    logprobs = policy.compute_logprobs(random_batch())
+    logprobs = policy.compute_logprobs(random_batch())[0]
     torch.testing.assert_close(logprobs, expected[name], rtol=0, atol=1e-5)
 
 
@@ -42,7 +42,7 @@ def test_an_fp32_head_differs_by_what_bfloat16_rounds_off_logits(lab, policy_mod
     def logprobs(dtype, fp32_lm_head):
         config = policy_config(policy_models["qwen3-untied"], dtype=dtype, **LAYOUTS[layout])
         model = config.model.model_copy(update={"fp32_lm_head": fp32_lm_head})
-        return lab.policy(config.model_copy(update={"model": model})).compute_logprobs(batch)
+        return lab.policy(config.model_copy(update={"model": model})).compute_logprobs(batch)[0]
 
     rounded, unrounded = (logprobs("bfloat16", fp32) for fp32 in (False, True))
     assert 1e-4 < (rounded - unrounded).abs().mean() < 1e-2
@@ -53,7 +53,7 @@ def test_an_fp32_head_differs_by_what_bfloat16_rounds_off_logits(lab, policy_mod
 def test_logprobs_do_not_depend_on_packing(lab, policy_models, expected, layout):
     options = LAYOUTS[layout] | {"max_tokens_per_micro_batch": 40}
     config = policy_config(policy_models["qwen3-tied"], **options)
-    logprobs = lab.policy(config).compute_logprobs(random_batch())
+    logprobs = lab.policy(config).compute_logprobs(random_batch())[0]
     torch.testing.assert_close(logprobs, expected["qwen3-tied"], rtol=0, atol=1e-5)
 
 

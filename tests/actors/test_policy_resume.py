@@ -23,7 +23,7 @@ def update(policy, versions):
     metrics = []
     for version in versions:
         batch = random_batch(seed=version)
-        batch.old_logprobs = policy.compute_logprobs(batch)
+        batch.old_logprobs = policy.compute_logprobs(batch)[0]
         output = policy.update(batch)
         assert output.policy_version == policy.policy_version == version
         metrics.append(output.metrics)
@@ -111,7 +111,7 @@ def test_what_is_resumed_is_more_than_the_weights(lab, policy_models, tmp_path):
     rates = []
     for version in (3, 4):
         batch = random_batch(seed=version)
-        batch.old_logprobs = anew.compute_logprobs(batch)
+        batch.old_logprobs = anew.compute_logprobs(batch)[0]
         rates.append(anew.update(batch).metrics["learning_rate"])
     assert rates != [update["learning_rate"] for update in metrics]
     weights_anew = exported(anew)

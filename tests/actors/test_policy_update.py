@@ -189,7 +189,7 @@ def test_overlapping_communication_changes_no_bit(lab, policy_models, batches, l
         seen = []
         for _ in range(3):
             policy.update(batch)
-            seen += [*exported(policy).items(), ("logprobs", policy.compute_logprobs(batch))]
+            seen += [*exported(policy).items(), ("logprobs", policy.compute_logprobs(batch)[0])]
         results.append(seen)
     assert max(policy.call("num_buckets")) > 2
     policy.call("cut_buckets", None)
@@ -222,7 +222,7 @@ def test_one_optimizer_step_a_rollout_is_on_policy(lab, policy_models):
     config = policy_config(policy_models["qwen2-tied"], grpo=GRPO, **LAYOUTS["DP 2"])
     policy = lab.policy(config)
     batch = random_batch()
-    batch.ref_logprobs = batch.rollout_logprobs = policy.compute_logprobs(batch)
+    batch.ref_logprobs = batch.rollout_logprobs = policy.compute_logprobs(batch)[0]
     output = policy.update(batch)
     assert (output.policy_version, policy.policy_version) == (1, 1)
     metrics = output.metrics
@@ -239,7 +239,7 @@ def test_only_tokens_of_high_entropy_are_trained_on(lab, policy_models, batches)
     options = LAYOUTS["TP 2 x DP 2"] | {"use_distributed_optimizer": False}
     grpo = GRPO | {"beta": 0.0, "top_entropy_quantile": 0.25}
     policy = lab.policy(policy_config(folder, grpo=grpo, **options))
-    _, batch.entropies = policy.compute_logprobs_and_entropies(batch)
+    _, batch.entropies = policy.compute_logprobs(batch)
     *_, entropies = logprobs_and_entropies_of_transformers(folder, batch)
     torch.testing.assert_close(batch.entropies.double(), entropies, rtol=1e-4, atol=1e-4)
     mask = batch.completion_mask

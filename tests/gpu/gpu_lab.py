@@ -78,7 +78,7 @@ def train(policy, batch, num_updates, *, start=None):
     Old log-probs lie around `start`, those of another layout perhaps: the loss depends on the
     policy's own only then. At a ratio of 1 it is the mean advantage.
     """
-    logprobs = policy.compute_logprobs(batch)
+    logprobs = policy.compute_logprobs(batch)[0]
     start = logprobs if start is None else start
     noise = 0.05 * torch.randn(start.shape, generator=torch.Generator().manual_seed(1))
     batch = replace(batch, old_logprobs=(start + noise) * batch.completion_mask)

@@ -48,7 +48,7 @@ def compute(lab, folder, **options):
             folder, num_completions=len(BATCH.lengths), max_tokens_per_micro_batch=4096, **options
         )
     )
-    logprobs = policy.compute_logprobs(BATCH)
+    logprobs = policy.compute_logprobs(BATCH)[0]
     gradient = policy.call("gradient", BATCH)[0]
     return Computed(logprobs, gradient, policy.call("run", kernels_in_use)[0])
 

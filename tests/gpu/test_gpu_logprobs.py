@@ -38,11 +38,11 @@ def results(lab, gpu_models):
         together = gpu_config(folder, max_tokens_per_micro_batch=4096, **options)
         alone = gpu_config(folder, micro_batch_size=1, **options)
         policy = lab.policy(together)
-        packed, gradient = policy.compute_logprobs(BATCH), policy.call("gradient", BATCH)[0]
+        packed, gradient = policy.compute_logprobs(BATCH)[0], policy.call("gradient", BATCH)[0]
         policy.call("run", use_config, alone)
         return Results(
             packed=packed,
-            one_at_a_time=policy.compute_logprobs(BATCH),
+            one_at_a_time=policy.compute_logprobs(BATCH)[0],
             exported=exported(policy),
             gradient_packed=gradient,
             gradient_one_at_a_time=policy.call("gradient", BATCH)[0],

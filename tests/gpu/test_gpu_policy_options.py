@@ -88,7 +88,7 @@ def test_weights_are_whole_right_after_an_update_whose_gathering_overlaps(lab, g
     lab.policy(config).call("cut_buckets", 200_000)
     policy = lab.policy(config)
     assert min(policy.call("num_buckets")) > 4
-    batch = replace(BATCH, old_logprobs=policy.compute_logprobs(BATCH))
+    batch = replace(BATCH, old_logprobs=policy.compute_logprobs(BATCH)[0])
     weights = exported(policy)
     for _ in range(NUM_UPDATES):
         policy.call("run", keep_gpu_busy)

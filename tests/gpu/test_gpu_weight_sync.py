@@ -165,7 +165,7 @@ def test_what_is_sent_right_after_an_update_is_what_the_update_settles_on(
     )
     policy, publisher, _ = connect(engine, layout, options)
     publisher.publish()
-    batch = replace(BATCH, old_logprobs=policy.compute_logprobs(BATCH))
+    batch = replace(BATCH, old_logprobs=policy.compute_logprobs(BATCH)[0])
     before = held_by(engine)
     for update in range(NUM_UPDATES):
         policy.call("run", keep_gpu_busy)

@@ -64,7 +64,7 @@ class System:
     # policy
     def compute_logprobs(self, batch):
         self.calls.append(("old_logprobs",))
-        return torch.full(batch.input_ids.shape, -1.0)
+        return torch.full((2, *batch.input_ids.shape), -1.0).unbind()
 
     def update(self, batch):
         self.calls.append(("update",))
@@ -93,7 +93,7 @@ class Reference:
 
     def compute_logprobs(self, batch):
         self._calls.append(("ref_logprobs",))
-        return torch.full(batch.input_ids.shape, -2.0)
+        return torch.full((2, *batch.input_ids.shape), -2.0).unbind()
 
     def refresh(self):
         self._calls.append(("refresh",))

@@ -120,14 +120,11 @@ class MegatronModel:
         )
 
     @torch.no_grad()
-    def compute_logprobs(
-        self, batch: TrainBatch, *, with_entropies: bool = False
-    ) -> tuple[list[int], torch.Tensor] | None:
-        """Log-probs of this data-parallel rank's share of the rows, of what is sampled from.
+    def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
+        """Log-probs and entropies of this data-parallel rank's share of the rows.
 
         Returns:
-            (row indices, [K, len(rows), S] float32), or None on ranks that do not report. K is 1,
-            or 2 with the entropies of the predictions.
+            (row indices, [2, len(rows), S] float32 in nats), or None on ranks that do not report.
         """
         shards = shard_rows(
             list(range(len(batch.lengths))), batch.lengths.tolist(), num_shards=self._dp_size
@@ -136,15 +133,14 @@ class MegatronModel:
         packed, row_lists = self._pack(batch, shards, torch.zeros(batch.input_ids.shape))
 
         def collect(logprobs: torch.Tensor, entropies: torch.Tensor, _: PackedMicroBatch):
-            values = [logprobs, entropies] if with_entropies else [logprobs]
-            return logprobs.new_zeros(()), {"values": torch.stack(values)}
+            return logprobs.new_zeros(()), {"values": torch.stack([logprobs, entropies])}
 
         self.model.eval()
         outputs = self._forward_backward(packed, collect, forward_only=True)
         self.model.train()
         if not self.reports:
             return None
-        result = torch.zeros(1 + with_entropies, *batch.input_ids.shape, dtype=torch.float32)
+        result = torch.zeros(2, *batch.input_ids.shape, dtype=torch.float32)
         for output, micro_batch, micro_rows in zip(outputs, packed, row_lists, strict=True):
             for values, out in zip(output["values"].cpu(), result, strict=True):
                 unpack_logprobs(values, micro_batch, out, micro_rows)

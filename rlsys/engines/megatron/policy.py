@@ -7,7 +7,6 @@ Optimizer, clipping and learning rate are megatron-core's; this module gives the
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -25,9 +24,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
-from rlsys.algo.weighting import keep_high_entropy, loss_weights, tokens_of_high_covariance
+from rlsys.algo.weighting import choose_tokens, loss_weights
 from rlsys.config import Config, GrpoConfig
-from rlsys.config.algorithm import COVARIANCE_LOSSES
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer, save_optimizer
 from rlsys.engines.megatron.hf_folder import SafetensorsReader, write_model_files
@@ -180,27 +178,8 @@ class MegatronPolicy(MegatronModel):
             aggregation=algorithm.loss_settings.loss_aggregation,
             max_completion_length=self.config.rollout.max_completion_length,
         )
-        if batch.entropies is not None:
-            advantages = keep_high_entropy(
-                batch.advantages,
-                batch.entropies,
-                batch.completion_mask,
-                rows=rows,
-                quantile=algorithm.top_entropy_quantile,
-            )
-            batch = replace(batch, advantages=advantages)
-        if algorithm.loss_type in COVARIANCE_LOSSES:
-            assert batch.old_logprobs is not None, "Config.recompute_old_logprobs is for this, too"
-            high_covariance = tokens_of_high_covariance(
-                batch.advantages,
-                batch.old_logprobs,
-                batch.completion_mask,
-                algorithm,
-                loss=algorithm.loss_type,
-                rows=rows,
-                seed=hash((self.config.seed, self.policy_version, *rows)),
-            )
-            batch = replace(batch, high_covariance=high_covariance)
+        seed = hash((self.config.seed, self.policy_version, *rows))
+        batch = choose_tokens(batch, rows, algorithm, seed=seed)
         # What has no token to train on is not computed, unless a rank would be left with nothing.
         trained = [row for row in rows if batch.completion_mask[row].any()]
         rows = trained if len(trained) >= self._dp_size else rows

@@ -1,3 +1,4 @@
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -277,11 +278,16 @@ def test_tokens_of_high_entropy_worked():
     entropies = torch.tensor([[9.0, 0.1, 0.5, 0.3], [9.0, 0.2, 0.9, 9.0], [9.0, 7.0, 7.0, 7.0]])
     mask = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
     advantages = mask * 2.0
-    kept = keep_high_entropy(advantages, entropies, mask, rows=[0, 1], quantile=0.4)
+    kept = of_high_entropy(advantages, entropies, mask, rows=[0, 1], quantile=0.4)
     # Ordered 0.1 0.2 0.3 0.5 0.9: position 0.6 * 4 = 2.4, threshold 0.3 + 0.4 * 0.2 = 0.38.
     assert kept[:2].tolist() == [[0, 0, 2, 0], [0, 0, 2, 0]]
-    everything = keep_high_entropy(advantages, entropies, mask, rows=[0, 1], quantile=1.0)
+    everything = of_high_entropy(advantages, entropies, mask, rows=[0, 1], quantile=1.0)
     assert torch.equal(everything, advantages)
+
+
+def of_high_entropy(advantages, entropies, mask, *, rows, quantile):
+    batch = SimpleNamespace(advantages=advantages, entropies=entropies, completion_mask=mask)
+    return keep_high_entropy(batch, rows, quantile=quantile)
 
 
 @given(
@@ -295,7 +301,7 @@ def test_the_share_of_tokens_of_high_entropy(lengths_PG, quantile, seed):
     entropies = torch.rand(mask.shape, generator=torch.Generator().manual_seed(seed))
     rows = range(len(mask))
     ones = mask.float()
-    kept = keep_high_entropy(ones, entropies, mask, rows=rows, quantile=quantile)
+    kept = of_high_entropy(ones, entropies, mask, rows=rows, quantile=quantile)
     is_kept = kept.bool()
     assert torch.equal(kept, ones * is_kept)
     assert abs(is_kept.sum().item() - quantile * mask.sum().item()) <= 1 + 1e-6
@@ -306,5 +312,5 @@ def test_the_share_of_tokens_of_high_entropy(lengths_PG, quantile, seed):
 
 def test_a_step_without_tokens_has_no_threshold():
     nothing = torch.zeros(2, 3)
-    kept = keep_high_entropy(nothing, nothing, nothing.bool(), rows=[0, 1], quantile=0.2)
+    kept = of_high_entropy(nothing, nothing, nothing.bool(), rows=[0, 1], quantile=0.2)
     assert torch.equal(kept, nothing)

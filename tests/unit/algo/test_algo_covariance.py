@@ -27,15 +27,8 @@ def case():
 
 
 def choose(batch, logprobs, config, rows=ROWS, seed=0):
-    return tokens_of_high_covariance(
-        batch.advantages,
-        logprobs,
-        batch.completion_mask,
-        config,
-        loss=config.loss_type,
-        rows=rows,
-        seed=seed,
-    )
+    before = replace(batch, old_logprobs=logprobs)
+    return tokens_of_high_covariance(before, rows, config, seed=seed)
 
 
 def run(batch, logprobs, config, chosen, size=8):
