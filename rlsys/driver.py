@@ -8,8 +8,7 @@ import torch
 
 from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_train_batch
-from rlsys.algo.metrics import rollout_metrics
-from rlsys.algo.reward_metrics import logged_metrics
+from rlsys.algo.rollout_metrics import logged_metrics, rollout_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.config import Config
 from rlsys.interrupts import held_back

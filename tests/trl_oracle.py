@@ -7,8 +7,8 @@ from unittest.mock import MagicMock
 import torch
 
 from rlsys.algo.losses import LossInput, losses
-from rlsys.algo.metrics import MetricSums
 from rlsys.algo.segments import Segments
+from rlsys.algo.update_metrics import MetricSums
 from rlsys.algo.weighting import keep_high_entropy, loss_weights
 
 MAX_COMPLETION_LENGTH = 9

@@ -1,8 +1,7 @@
 """Advantages: how much better a completion is than what it is compared with.
 
-An estimator reads an `AdvantageInput` and the `grpo` section of the config, and returns one
-advantage for each token, [N, S]. It sees a whole rollout: this is the only place where completions
-meet.
+An estimator reads an `AdvantageInput` and the `grpo` section of the config, and returns [N, S], one
+advantage for each token. It sees a whole rollout: only here are completions compared.
 
 Example: an estimator of your own, in one function
 
@@ -10,18 +9,19 @@ Example: an estimator of your own, in one function
     def plain(inputs, config):
         return inputs.over_tokens(inputs.rewards_PG)
 
-Everything is computed in float64. NaN rewards are dropped completions: they are in no mean and no
-std, and `compute_advantages` gives them 0.
+Everything is computed in float64. A completion whose reward is NaN is dropped: no mean and no std
+includes it, and `compute_advantages` gives it 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from rlsys.algo.batching import build_train_batch
 from rlsys.algo.kl import KL_ESTIMATORS, log_ratio
 from rlsys.registry import Registry
 
@@ -37,20 +37,19 @@ class AdvantageInput:
     """One rollout: P groups of G completions, N = P * G rows of S tokens."""
 
     rewards_PG: Tensor
-    """[P, G] float64, total rewards; NaN is a dropped completion."""
+    """[P, G] float64, total rewards."""
     by_name_PGF: Tensor
-    """[P, G, F] float64, of each reward function; NaN where it says nothing."""
+    """[P, G, F] float64, rewards of each function; NaN where it does not apply."""
     weights_F: Tensor
-    """[F] float64, weight of each reward function."""
+    """[F] float64"""
     kl_NS: Tensor
-    """[N, S] float64, what each token costs: `beta * KL` where the KL is part of the reward
-    (`kl_in_reward`), else 0."""
+    """[N, S] float64, cost of each token: `beta * KL` with `kl_in_reward`, else 0."""
     mask_NS: Tensor
     """[N, S] bool, sampled tokens."""
 
     @property
     def penalized_PG(self) -> Tensor:
-        """[P, G] rewards less the KL of all tokens of the completion."""
+        """[P, G] rewards minus the KL of the completion's tokens."""
         return self.rewards_PG - self.kl_NS.sum(dim=1).view_as(self.rewards_PG)
 
     def over_tokens(self, advantages_PG: Tensor) -> Tensor:
@@ -90,7 +89,7 @@ def decoupled_normalization(inputs: AdvantageInput, eps: float) -> Tensor:
     Returns:
         [P, G] float64.
     """
-    # A dropped completion is in no mean and no std, whatever some functions gave it.
+    # A dropped completion counts nowhere, whatever some functions gave it.
     dropped_PG1 = inputs.rewards_PG.isnan()[..., None]
     rewards_PGF = inputs.by_name_PGF.masked_fill(dropped_PG1, torch.nan)
     each_PGF = rewards_PGF - rewards_PGF.nanmean(dim=1, keepdim=True)
@@ -104,8 +103,8 @@ def decoupled_normalization(inputs: AdvantageInput, eps: float) -> Tensor:
 def leave_one_out(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
     """`A_i = r_i - mean of the other r_j of the group`, RLOO (arXiv:2402.14740), section 3.2.
 
-    Equal to `G / (G - 1) * (r_i - mean of the group)`; not divided by a std unless `scale_rewards`
-    asks for it.
+    Equal to `G / (G - 1) * (r_i - mean of the group)`; divided by a std only if `scale_rewards` is
+    set.
     """
     rewards_PG = inputs.penalized_PG
     kept_P1 = (~rewards_PG.isnan()).sum(dim=1, keepdim=True)
@@ -119,7 +118,7 @@ def leave_one_out(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
 def reinforce_plus_plus(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
     """`A_t = r - sum of beta KL_i over i >= t`, whitened: REINFORCE++ (arXiv:2501.03262).
 
-    Whitened over all tokens of the batch. There is no baseline of the group.
+    Whitened over all tokens of the batch, without a baseline of the group.
     """
     return _whitened(inputs.over_tokens(inputs.rewards_PG) - _to_go(inputs.kl_NS), inputs, config)
 
@@ -138,8 +137,8 @@ def reinforce_plus_plus_baseline(inputs: AdvantageInput, config: GrpoConfig) -> 
 def maximum_likelihood(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
     """`A = (r - mean of the group) / (mean of the group + 1e-6)`: MaxRL (arXiv:2602.02710).
 
-    With rewards of 0 and 1 its expectation is the gradient of log p(solved), to the order that G
-    completions allow, in place of p(solved): prompts that are seldom solved count more.
+    With rewards of 0 and 1 its expectation is the gradient of log p(solved) instead of p(solved),
+    to the order that G completions allow: prompts that are seldom solved count more.
     """
     rewards_PG = inputs.rewards_PG
     means_P1 = rewards_PG.nanmean(dim=1, keepdim=True)
@@ -153,7 +152,7 @@ def maximum_likelihood(inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
 
 
 def nanstd(values: Tensor, dim: int | None = None) -> Tensor:
-    """Unbiased std of what is not NaN, 0 for fewer than two values; `dim` is kept with size 1."""
+    """Unbiased std of the values that are not NaN, 0 for fewer than two; `dim` keeps size 1."""
     dims = tuple(range(values.ndim)) if dim is None else (dim,)
     count = (~values.isnan()).sum(dim=dims, keepdim=True)
     difference = values - values.nanmean(dim=dims, keepdim=True)
@@ -169,12 +168,12 @@ def _scaled(advantages_PG: Tensor, rewards_PG: Tensor, config: GrpoConfig, defau
 
 
 def _to_go(values_NS: Tensor) -> Tensor:
-    """[n, s] -> the sum over s and everything after it."""
+    """[N, S] sums over each token and all tokens after it."""
     return values_NS.flip(1).cumsum(1).flip(1)
 
 
 def _whitened(advantages_NS: Tensor, inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
-    """Mean 0 and std 1 over the tokens of the batch."""
+    """Advantages of mean 0 and std 1 over the tokens of the batch."""
     kept_NS = inputs.mask_NS & ~advantages_NS.isnan()
     values = advantages_NS[kept_NS]
     scaled_NS = (advantages_NS - values.mean()) / (nanstd(values) + config.advantage_eps)
@@ -182,11 +181,7 @@ def _whitened(advantages_NS: Tensor, inputs: AdvantageInput, config: GrpoConfig)
 
 
 def rewards_matrix(groups: list[RolloutGroup]) -> Tensor:
-    """Total rewards of scored groups, [P, G] float64; NaN is a dropped completion.
-
-    Example:
-        two prompts with rewards 1, 0 and 0.5, 0.5 -> [[1, 0], [0.5, 0.5]]
-    """
+    """[P, G] float64 total rewards of scored groups; NaN is a dropped completion."""
     return torch.tensor(
         [[reward.total for reward in group.rewards] for group in groups], dtype=torch.float64
     )
@@ -198,16 +193,16 @@ def compute_advantages(
     config: GrpoConfig,
     reward_weights: Sequence[float] | None,
 ) -> Tensor:
-    """The advantage of every token, by the estimator of the config: [N, S] float32, 0 where masked.
+    """[N, S] float32 advantages of all tokens, by the estimator of the config; 0 where masked.
 
     Args:
         groups: P scored groups of G completions.
         batch: built from them; with a KL in the reward, with ref_logprobs and old_logprobs.
-        config: of the algorithm.
+        config: names the estimator.
         reward_weights: one for each reward function, in the order of `by_name`; None is 1 each.
 
     Raises:
-        ValueError: G = 1, because a completion alone has nothing to be compared with.
+        ValueError: G = 1, because a single completion cannot be compared.
     """
     mask_NS = batch.completion_mask
     kl_NS = torch.zeros(mask_NS.shape, dtype=torch.float64)
@@ -215,33 +210,6 @@ def compute_advantages(
         assert batch.old_logprobs is not None, "Config.recompute_old_logprobs is for this, too"
         x_NS = log_ratio(batch.ref_logprobs.double(), batch.old_logprobs.double(), mask_NS)
         kl_NS = config.beta * KL_ESTIMATORS[config.kl_estimator or "k1"](x_NS)
-    return _advantages(groups, mask_NS, kl_NS, config, reward_weights).float()
-
-
-def advantages_of_group(
-    group: RolloutGroup, config: GrpoConfig, reward_weights: Sequence[float] | None
-) -> list[float] | None:
-    """[G] advantages of one group; None if they depend on the rest of the batch or on the KL."""
-    alone = (
-        config.advantage_estimator in ("grpo", "rloo", "maxrl")
-        and config.scale_rewards != "batch"
-        and config.multi_objective_aggregation == "sum_then_normalize"
-    )
-    if not alone or (config.kl_in_reward and config.beta > 0):
-        return None
-    one_token_G1 = torch.ones(len(group.completions), 1, dtype=torch.bool)
-    no_kl_G1 = torch.zeros(one_token_G1.shape, dtype=torch.float64)
-    advantages_G1 = _advantages([group], one_token_G1, no_kl_G1, config, reward_weights)
-    return advantages_G1[:, 0].float().tolist()
-
-
-def _advantages(
-    groups: list[RolloutGroup],
-    mask_NS: Tensor,
-    kl_NS: Tensor,
-    config: GrpoConfig,
-    reward_weights: Sequence[float] | None,
-) -> Tensor:
     rewards_PG = rewards_matrix(groups)
     if rewards_PG.shape[1] < 2:
         raise ValueError(
@@ -257,4 +225,24 @@ def _advantages(
         kl_NS=kl_NS,
         mask_NS=mask_NS,
     )
-    return advantage_estimators[config.advantage_estimator](inputs, config).nan_to_num(nan=0.0)
+    estimate = advantage_estimators[config.advantage_estimator]
+    return estimate(inputs, config).nan_to_num(nan=0.0).float()
+
+
+def advantages_of_group(
+    group: RolloutGroup, config: GrpoConfig, reward_weights: Sequence[float] | None
+) -> list[float] | None:
+    """[G] advantages of one group; None if they depend on the rest of the batch or on the KL."""
+    looks_at_group_only = (
+        config.advantage_estimator in ("grpo", "rloo", "maxrl")
+        and config.scale_rewards != "batch"
+        and config.multi_objective_aggregation == "sum_then_normalize"
+        and not (config.kl_in_reward and config.beta > 0)
+    )
+    if not looks_at_group_only:
+        return None
+    # Every token of a completion has the same advantage: one token each is enough.
+    one_token = [replace(c, token_ids=[0], rollout_logprobs=[0.0]) for c in group.completions]
+    group = replace(group, completions=one_token)
+    batch = build_train_batch([group])
+    return compute_advantages([group], batch, config, reward_weights)[:, -1].tolist()

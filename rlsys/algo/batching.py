@@ -33,16 +33,13 @@ if TYPE_CHECKING:
 
 
 def build_train_batch(groups: list[RolloutGroup]) -> TrainBatch:
-    """Right-padded rows `prompt + completion`, in group order, for `TrainBatch`.
+    """Right-padded rows `prompt + completion` of P groups of G completions, in group order.
 
-    Advantages are 0, and every sampled token is marked: the EOS token, and the tokens of a
-    completion that was cut at the length limit. What is then not trained on, `leave_out` says.
-
-    Args:
-        groups: P groups of G completions each.
+    Advantages are 0, and every sampled token is marked, also the EOS token and the tokens of a
+    completion that was cut at the length limit; see `weighting.leave_out`.
 
     Raises:
-        ValueError: a prompt without tokens, whose first completion token nothing could predict.
+        ValueError: a prompt has no tokens, so nothing predicts the first token of its completions.
     """
     rows = [(group.prompt, completion) for group in groups for completion in group.completions]
     lengths = [len(prompt.token_ids) + len(completion.token_ids) for prompt, completion in rows]
@@ -75,8 +72,8 @@ def optimizer_step_rows(
 ) -> list[list[int]]:
     """The rows of each optimizer step of a rollout, `num_iterations` passes over all rows.
 
-    Each pass is a fresh permutation, seeded by `seed`, cut into steps of `global_batch_size`; it is
-    left out when one step holds all rows, since order within a step does not matter.
+    Each pass is a new permutation by `seed`, cut into steps of `global_batch_size`. If one step
+    holds all rows, they keep their order, which does not matter within a step.
 
     Raises:
         ValueError: `num_rows` is not a multiple of `global_batch_size`.
@@ -100,14 +97,14 @@ def optimizer_step_rows(
 def shard_rows(
     rows: Sequence[int], lengths: Sequence[int] | Tensor, *, num_shards: int
 ) -> list[list[int]]:
-    """Data-parallel shards: equal numbers of rows (one apart at most), balanced numbers of tokens.
+    """Data-parallel shards of the rows of an optimizer step, as equal in tokens as in rows.
 
     Rows are dealt in rounds, longest first; in each round the shard with the fewest tokens takes
-    the longest row. Token totals then differ by no more than the longest row. Deterministic, so
-    that every rank computes the same shards.
+    the longest row. Numbers of rows then differ by 1 at most, numbers of tokens by no more than the
+    longest row. Deterministic, so that every rank computes the same shards.
 
     Args:
-        rows: row numbers of one optimizer step.
+        rows: row numbers.
         lengths: [N] tokens, indexed by row number.
         num_shards: data-parallel size.
     """
@@ -116,10 +113,9 @@ def shard_rows(
     tokens = [0] * num_shards
     for start in range(0, len(longest_first), num_shards):
         emptiest_first = sorted(range(num_shards), key=tokens.__getitem__)
-        # The last round may have fewer rows than there are shards: those with most tokens sit out.
-        for row, shard in zip(
-            longest_first[start : start + num_shards], emptiest_first, strict=False
-        ):
+        dealt = longest_first[start : start + num_shards]
+        # If the last round has too few rows, the shards with most tokens sit out.
+        for row, shard in zip(dealt, emptiest_first, strict=False):
             shards[shard].append(row)
             tokens[shard] += int(lengths[row])
     return shards
@@ -132,16 +128,16 @@ def micro_batches(
     micro_batch_size: int,
     max_tokens: int | None,
 ) -> list[list[int]]:
-    """Cuts the rows of one shard into forward passes, each row in exactly one.
+    """The rows of one shard, cut into forward passes.
 
     Args:
-        rows: row numbers of one shard.
+        rows: row numbers.
         lengths: [N] tokens, indexed by row number.
         micro_batch_size: rows a forward pass; rows of similar length go together.
-        max_tokens: tokens a forward pass, first-fit decreasing; when set, it decides instead.
+        max_tokens: tokens a forward pass, first-fit decreasing; if set, it decides instead.
 
     Raises:
-        ValueError: a row alone is longer than `max_tokens`.
+        ValueError: a row is longer than `max_tokens`.
     """
     longest_first = _longest_first(rows, lengths)
     if max_tokens is None:
@@ -149,8 +145,8 @@ def micro_batches(
             longest_first[i : i + micro_batch_size]
             for i in range(0, len(longest_first), micro_batch_size)
         ]
-    if longest_first and int(lengths[longest_first[0]]) > max_tokens:
-        longest = int(lengths[longest_first[0]])
+    longest = int(lengths[longest_first[0]]) if longest_first else 0
+    if longest > max_tokens:
         raise ValueError(
             f"a prompt and its completion have {longest} tokens, more than a micro-batch may hold "
             f"(policy.max_tokens_per_micro_batch = {max_tokens}): raise that to at least "
@@ -160,19 +156,17 @@ def micro_batches(
     free: list[int] = []
     for row in longest_first:
         length = int(lengths[row])
-        for i, room in enumerate(free):
-            if length <= room:
-                bins[i].append(row)
-                free[i] -= length
-                break
-        else:
-            bins.append([row])
-            free.append(max_tokens - length)
+        fits = next((i for i, room in enumerate(free) if length <= room), len(bins))
+        if fits == len(bins):
+            bins.append([])
+            free.append(max_tokens)
+        bins[fits].append(row)
+        free[fits] -= length
     return bins
 
 
 def _longest_first(rows: Sequence[int], lengths: Sequence[int] | Tensor) -> list[int]:
-    """`rows` by falling length, ties by row number, so that the order of `rows` is irrelevant."""
+    """`rows` by falling length, ties by row number: the order of `rows` does not matter."""
     return sorted(rows, key=lambda row: (-int(lengths[row]), row))
 
 
@@ -185,9 +179,9 @@ class PackedMicroBatch:
     position_ids: Tensor
     """[T] int64, from 0 within each sequence."""
     cu_seqlens: Tensor
-    """[B + 1] int32, where sequences start and the last one ends: cu_seqlens[-1] = T."""
+    """[B + 1] int32, the start of each sequence and the end of the last: cu_seqlens[-1] = T."""
     max_seqlen: int
-    """Tokens of the longest sequence, the filling at the end included."""
+    """Tokens of the longest sequence; the filling at the end is a sequence, too."""
     targets: Tensor
     """[T] int64, the token that each position predicts; 0 at the end of a sequence."""
     loss_mask: Tensor
@@ -197,21 +191,18 @@ class PackedMicroBatch:
     advantages: Tensor
     """[T] float32, 0 where masked."""
     rollout_logprobs: Tensor
-    """[T] float32, 0 where masked."""
     ref_logprobs: Tensor | None
-    """[T] float32, 0 where masked."""
     old_logprobs: Tensor | None
-    """[T] float32, 0 where masked."""
+    """Each [T] float32, 0 where masked."""
     high_covariance: Tensor | None = None
     """[T] bool, from `tokens_of_high_covariance`."""
 
     def to(self, device: torch.device | str) -> PackedMicroBatch:
         """The same micro-batch with its tensors on `device`."""
-        moved: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, torch.Tensor):
-                moved[field.name] = value.to(device)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in values.items() if torch.is_tensor(value)
+        }
         return replace(self, **moved)
 
 
@@ -226,22 +217,22 @@ def pack(
 ) -> PackedMicroBatch:
     """Concatenates `rows` of `batch` without their padding.
 
-    The tail is filled with tokens 0 up to a multiple of `multiple_of` (sequence parallelism splits
-    T evenly over ranks) or up to `total_tokens` (pipeline stages that exchange tensors of one
-    shape). The filling is a sequence of its own: no real token attends to it, it trains nothing.
+    Tokens 0 fill up the end to a multiple of `multiple_of` (sequence parallelism splits T evenly
+    over ranks) or to `total_tokens` (pipeline stages exchange tensors of one shape). This filling
+    is a sequence of its own: no real token attends to it, and it trains nothing.
 
     Args:
         batch: N rows, on CPU.
         rows: row numbers of one micro-batch, at least one.
         weights_NS: [N, S] float32, aligned with `batch`, from `loss_weights`.
         multiple_of: T is a multiple of this.
-        sequence_multiple_of: so is every sequence's length of this one (context parallelism cuts
-            sequences into chunks), filled at its end with tokens 0, which train nothing; it
-            divides `multiple_of` and `total_tokens`.
-        total_tokens: T itself; None takes the smallest possible.
+        sequence_multiple_of: the length of every sequence is a multiple of this, filled up with
+            tokens 0, which train nothing (context parallelism cuts sequences into chunks). It must
+            divide `multiple_of` and `total_tokens`.
+        total_tokens: T; None takes the smallest possible.
 
     Raises:
-        ValueError: the rows do not fit into `total_tokens`, or that is not a multiple.
+        ValueError: the rows do not fit into `total_tokens`, or it is not a multiple.
     """
     index_B = torch.as_tensor(rows, dtype=torch.int64)
     lengths_B = batch.lengths[index_B]
@@ -249,30 +240,32 @@ def pack(
     beyond = max(0, int(filled_B.max()) - batch.input_ids.shape[1])
     positions_S = torch.arange(batch.input_ids.shape[1] + beyond)
     valid_BS = positions_S < filled_B[:, None]
-    predicting_BS = positions_S < lengths_B[:, None] - 1
     fill = _num_filling_tokens(int(filled_B.sum()), multiple_of, total_tokens)
     lengths = [*filled_B.tolist(), *([fill] if fill else [])]
-    input_ids_BS = pad(batch.input_ids[index_B], (0, beyond))
-    input_ids_BS = input_ids_BS.masked_fill(positions_S >= lengths_B[:, None], 0)
 
-    def shift(values_NS: Tensor) -> Tensor:
+    def concatenate(values_NS: Tensor, first: int) -> Tensor:
+        """[N, S] -> [T]: the values from column `first` on, 0 at the end of each sequence."""
+        values_BS = pad(values_NS[index_B, first:], (0, first + beyond))
+        values_BS = values_BS.masked_fill(positions_S >= lengths_B[:, None] - first, 0)
+        return pad(values_BS[valid_BS], (0, fill))
+
+    def shift(values_NS: Tensor | None) -> Tensor | None:
         """[N, S] at own positions -> [T] at predicting positions."""
-        shifted_BS = pad(values_NS[index_B, 1:], (0, 1 + beyond))
-        return pad(shifted_BS.masked_fill(~predicting_BS, 0)[valid_BS], (0, fill))
+        return None if values_NS is None else concatenate(values_NS, first=1)
 
     return PackedMicroBatch(
-        input_ids=pad(input_ids_BS[valid_BS], (0, fill)),
+        input_ids=concatenate(batch.input_ids, first=0),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
         cu_seqlens=pad(torch.tensor(lengths).cumsum(0), (1, 0)).int(),
         max_seqlen=max(lengths),
-        targets=shift(batch.input_ids),
-        loss_mask=shift(batch.completion_mask),
-        weights=shift(weights_NS),
-        advantages=shift(batch.advantages),
-        rollout_logprobs=shift(batch.rollout_logprobs),
-        ref_logprobs=None if batch.ref_logprobs is None else shift(batch.ref_logprobs),
-        old_logprobs=None if batch.old_logprobs is None else shift(batch.old_logprobs),
-        high_covariance=None if batch.high_covariance is None else shift(batch.high_covariance),
+        targets=concatenate(batch.input_ids, first=1),
+        loss_mask=concatenate(batch.completion_mask, first=1),
+        weights=concatenate(weights_NS, first=1),
+        advantages=concatenate(batch.advantages, first=1),
+        rollout_logprobs=concatenate(batch.rollout_logprobs, first=1),
+        ref_logprobs=shift(batch.ref_logprobs),
+        old_logprobs=shift(batch.old_logprobs),
+        high_covariance=shift(batch.high_covariance),
     )
 
 
@@ -290,20 +283,20 @@ def _num_filling_tokens(num_tokens: int, multiple_of: int, total_tokens: int | N
 def unpack_logprobs(
     values_T: Tensor, packed: PackedMicroBatch, out_NS: Tensor, rows: Sequence[int]
 ) -> None:
-    """Writes packed values back into rows of `out_NS`, each at the token it belongs to.
+    """Writes packed values back into `rows` of `out_NS`, each at the token it belongs to.
 
     The inverse of `pack` for one [N, S] tensor, in place; 0 where `loss_mask` is False.
 
     Args:
         values_T: [T], at predicting positions.
-        packed: the micro-batch they were computed from.
-        out_NS: [N, S], aligned with the `TrainBatch`; other rows are left as they are.
-        rows: what `packed` was packed from.
+        packed: the micro-batch of these values.
+        out_NS: [N, S], aligned with the `TrainBatch`; its other rows do not change.
+        rows: the rows that `packed` was packed from.
     """
     masked_T = torch.where(packed.loss_mask, values_T.detach(), 0).to(out_NS)
     starts = packed.cu_seqlens.tolist()
-    # Without strict: the filling has a sequence, but no row.
+    # Not strict: the filling is a sequence without a row.
     for row, start, end in zip(rows, starts, starts[1:], strict=False):
         out_NS[row] = 0
-        end = min(end, start + out_NS.shape[1])  # beyond is what `sequence_multiple_of` filled
+        end = min(end, start + out_NS.shape[1])  # `sequence_multiple_of` filled the rest
         out_NS[row, 1 : end - start] = masked_T[start : end - 1]

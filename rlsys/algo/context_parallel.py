@@ -1,10 +1,10 @@
-"""Context parallelism: the tokens of a micro-batch cut over ranks, and put together again.
+"""Context parallelism: the tokens of a micro-batch cut over ranks, and gathered again.
 
-Every sequence is cut into 2 * size chunks of one length, of which rank r has the chunks r and
-2 * size - 1 - r: a token attends to all before it, so a late chunk is as much more work as an early
-one is less. megatron-core and Transformer Engine expect this cut. Attention aside, tokens do not
-meet; log-probs are gathered before the loss, so that each rank computes the whole loss, also one
-that is about sequences, and its gradient flows back to the rank's own tokens.
+Every sequence is cut into 2 * size equal chunks. Rank r has the chunks r and 2 * size - 1 - r: a
+token attends to all before it, so a late chunk makes up for an early one. megatron-core and
+Transformer Engine expect this cut. Only attention combines tokens. Log-probs are gathered before
+the loss, so that each rank computes the whole loss, also one over sequences, and its gradient flows
+back to the rank's own tokens.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 def chunk_positions(cu_seqlens: Tensor, size: int) -> Tensor:
-    """The positions that each rank has, in its order: [size, T / size] int64.
+    """[size, T / size] int64, the positions of each rank, in its order.
 
     Args:
-        cu_seqlens: [B + 1] where sequences start and the last one ends; every length is a
-            multiple of 2 * size, unless size is 1.
-        size: ranks that share the tokens.
+        cu_seqlens: [B + 1], see `PackedMicroBatch`; every length is a multiple of 2 * size, unless
+            size is 1.
+        size: number of ranks that share the tokens.
     """
     lengths_B = cu_seqlens.diff().long()
     positions_T = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
@@ -39,14 +39,14 @@ def chunk_positions(cu_seqlens: Tensor, size: int) -> Tensor:
 def gather_tokens(
     values: Tensor, positions_CT: Tensor, group: dist.ProcessGroup, *, sum_gradients: bool
 ) -> Tensor:
-    """All tokens in their order, [T, ...], from this rank's [T / size, ...]; with gradient.
+    """[T, ...], all tokens in their order, from this rank's [T / size, ...]; with gradient.
 
     Args:
-        values: of the tokens `positions_CT[group.rank()]`.
+        values: at `positions_CT[group.rank()]`.
         positions_CT: from `chunk_positions`.
         group: the ranks that share the tokens.
-        sum_gradients: True where ranks go on with different parts of the result, so that the
-            gradients of all of them count; False where each goes on to the whole loss.
+        sum_gradients: True if each rank uses a different part of the result, so that the gradients
+            of all ranks count; False if each rank computes the whole loss.
     """
     if group.size() == 1:
         return values

@@ -1,7 +1,7 @@
-"""Estimates of KL(p || q) from samples of p, of which only log-probs are known.
+"""Estimates of KL(p || q) from the log-probs of samples of p.
 
 Schulman, http://joschu.net/blog/kl-approx.html, with `x = log q - log p` for each token. Over
-samples of p, k1 and k3 have the KL as their mean, k2 nearly; k2 and k3 are never negative.
+samples of p, the mean of k1 and k3 is the KL, that of k2 nearly; k2 and k3 are never negative.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_LOG_RATIO = 20.0
-"""Log ratios, in nats, are bounded by this, both ways: exp(20) is 5e8, far beyond any clip range,
-but a finite number. exp(89) is inf in float32, and the gradient of a branch that clipping discards
-would be 0 * inf = nan."""
+"""Bound of log ratios in nats, both ways. exp(20) is 5e8, far beyond any clip range but finite;
+exp(89) is inf in float32, and the gradient of a branch that clipping discards would be 0 * inf =
+nan."""
 
 
 def k1(log_ratio: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def k1(log_ratio: Tensor) -> Tensor:
 
 
 def k2(log_ratio: Tensor) -> Tensor:
-    """`x ** 2 / 2`: a little biased, but its gradient over samples of p is that of the KL."""
+    """`x ** 2 / 2`: a little biased, but the mean of its gradient is the KL's gradient."""
     return log_ratio.square() / 2
 
 

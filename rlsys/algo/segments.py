@@ -1,4 +1,4 @@
-"""Sums and means over a packed micro-batch: of each sequence, with gradient, and of all tokens."""
+"""Sums, means and maxima over the sequences of a packed micro-batch, with gradient."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def masked_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
-    """A statistic: the sum over trained tokens."""
-    # float64, so that how tokens are split over micro-batches and ranks does not show.
+    """A statistic: the sum over trained tokens, without gradient."""
+    # float64, so that the result does not depend on how tokens are split.
     return values_T.detach().masked_fill(~mask_T, 0).sum(dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Which of T packed tokens are of one sequence, B sequences in all.
+    """Which of T packed tokens are of which of B sequences.
 
-    A sequence is never split over micro-batches, so what is reduced here is whole. The sequence of
-    filling tokens at the end is one of them: its tokens are masked, so that it sums to 0.
+    A sequence is never split over micro-batches. The filling tokens at the end are a sequence, too:
+    masked, so that it sums to 0.
     """
 
     ids_T: Tensor
@@ -32,10 +32,10 @@ class Segments:
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, num_tokens: int) -> Segments:
-        """From [B + 1] starts and end, as attention takes them."""
+        """From [B + 1] starts and the last end, see `PackedMicroBatch.cu_seqlens`."""
         lengths_B = cu_seqlens.diff().long()
         sequences_B = torch.arange(len(lengths_B), device=cu_seqlens.device)
-        # With its size known, no device has to tell the host.
+        # With output_size a GPU need not report to the host.
         ids_T = torch.repeat_interleave(sequences_B, lengths_B, output_size=num_tokens)
         return cls(ids_T=ids_T, num_sequences=len(lengths_B))
 
@@ -47,11 +47,11 @@ class Segments:
         return sums_B[self.ids_T].to(torch.promote_types(values_T.dtype, torch.float32))
 
     def maxima(self, values_T: Tensor, mask_T: Tensor) -> Tensor:
-        """[T] at tokens -> [T]: its sequence's greatest unmasked value; -inf where it has none."""
+        """[T] at tokens -> [T]: the greatest unmasked value of its sequence, -inf without any."""
         kept_T = values_T.masked_fill(~mask_T, -torch.inf)
         lowest_B = kept_T.new_full((self.num_sequences,), -torch.inf)
         return lowest_B.scatter_reduce(0, self.ids_T, kept_T, "amax")[self.ids_T]
 
     def means(self, values_T: Tensor, mask_T: Tensor) -> Tensor:
-        """As `sums`, divided by the unmasked tokens of the sequence; 0 where it has none."""
+        """As `sums`, divided by the unmasked tokens of the sequence; 0 without any."""
         return self.sums(values_T, mask_T) / self.sums(mask_T, mask_T).clamp(min=1)

@@ -12,8 +12,7 @@ import torch
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.algo.advantages import advantages_of_group, nanstd, rewards_matrix
-from rlsys.algo.metrics import evaluation_metrics
-from rlsys.algo.reward_metrics import logged_metrics
+from rlsys.algo.rollout_metrics import evaluation_metrics, logged_metrics
 from rlsys.config import Config
 from rlsys.data.streams.base import PromptStream
 from rlsys.rollout.draws import Draw, DrawPool, lowest_free, sampling_seed

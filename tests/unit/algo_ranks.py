@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.logprobs import chunked_logprobs
-from rlsys.algo.metrics import MetricSums
 from rlsys.algo.sampling import Sampling, VocabSlice
+from rlsys.algo.update_metrics import MetricSums
 
 TOKENS, HIDDEN, VOCAB, TEMPERATURE = 7, 5, 12, 0.7
 

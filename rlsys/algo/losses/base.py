@@ -5,10 +5,11 @@ A loss reads a `LossInput` and the `grpo` section of the config, and returns
 - the loss: the sum of `weights * token_losses` over the micro-batch. The weights hold the
   denominators of the whole optimizer step (`weighting.loss_weights`), so the losses and gradients
   of micro-batches add up to those of the step;
-- statistics that combine over micro-batches and ranks as `metrics.MetricSums` says: sums over the
-  tokens that are trained on, reported as their mean, or extremes if the key ends in /min or /max.
+- statistics, which combine over micro-batches and ranks as `update_metrics.MetricSums` says: sums
+  over the tokens that are trained on, reported as means, or extremes if the key ends in /min or
+  /max.
 
-Example: a loss of your own, in one function. `policy_loss` does what all have in common.
+Example: a loss of your own, in one function. `policy_loss` adds what all losses share.
 
     @register_loss("reinforce_squared")
     def reinforce_squared(inputs, config):
@@ -41,13 +42,13 @@ class LossInput:
     """One micro-batch, [T] each, at predicting positions (see `batching.PackedMicroBatch`)."""
 
     logprobs: Tensor
-    """Of the policy now, with gradient."""
+    """The policy's now, with gradient."""
     old_logprobs: Tensor
-    """Of the policy before the update."""
+    """The policy's before the update."""
     ref_logprobs: Tensor | None
-    """Of the reference model; None when there is none (beta = 0)."""
+    """The reference model's; None if beta = 0."""
     rollout_logprobs: Tensor
-    """Of the rollout engine while it sampled."""
+    """The rollout engine's while it sampled."""
     advantages: Tensor
     """Constants, 0 where masked."""
     weights: Tensor
@@ -55,20 +56,20 @@ class LossInput:
     mask: Tensor
     """bool, True where the predicted token is trained on. Log-probs elsewhere are never read."""
     segments: Segments
-    """Which tokens are of one sequence."""
+    """The sequences that the tokens are of."""
     entropy: Tensor | None = None
-    """Of the policy now, with gradient. None logs none."""
+    """The policy's now, with gradient; None reports none."""
     high_covariance: Tensor | None = None
-    """bool, the tokens from `weighting.tokens_of_high_covariance`; None for other losses."""
+    """bool, from `weighting.tokens_of_high_covariance`; None for other losses."""
 
     @classmethod
     def from_packed(
         cls, packed: PackedMicroBatch, logprobs_T: Tensor, entropy_T: Tensor | None = None
     ) -> LossInput:
-        """Joins a micro-batch with the policy's log-probs of its targets.
+        """Join a micro-batch with the policy's log-probs of its targets.
 
-        Without `packed.old_logprobs` one optimizer step uses the whole rollout, so that the policy
-        before the update is the policy now: the ratio is 1, its gradient that of the log-prob.
+        Without `packed.old_logprobs` one optimizer step uses the whole rollout, so the policy
+        before the update is the policy now: the ratio is 1, its gradient is that of the log-prob.
         """
         old_T = logprobs_T.detach() if packed.old_logprobs is None else packed.old_logprobs
         return cls(
@@ -126,15 +127,14 @@ def policy_loss(
     `correction * policy + beta * KL - entropy_coef * entropy` for each token, weighted.
 
     Args:
-        inputs: of the loss.
-        config: what is added to the policy's token losses.
-        token_losses_T: of the policy alone.
-        statistics: more of them, of this loss.
-        corrected: the token losses have the correction in them.
+        inputs: the micro-batch.
+        config: says what is added.
+        token_losses_T: the policy's, without KL and entropy.
+        statistics: further statistics of this loss.
+        corrected: True if the token losses include the off-policy correction.
     """
-    extra = dict(statistics or {})
     weights_T, of_correction = correction_weights(inputs, config)
-    extra |= of_correction
+    extra = (statistics or {}) | of_correction
     if weights_T is not None and not corrected:
         token_losses_T = weights_T * token_losses_T
     if inputs.ref_logprobs is not None:
@@ -152,11 +152,10 @@ def policy_loss(
 def reference_kl(inputs: LossInput, config: GrpoConfig) -> Tensor:
     """[T] estimates of KL(policy || reference), with gradient.
 
-    Differentiated as it stands, an estimate leaves out that the samples depend on the policy, and
-    that they may be of an older one. `use_bias_correction_kl` multiplies by the ratio of the policy
-    to the sampler, whose gradient is what was left out: DeepSeek-V3.2 (arXiv:2512.02556), section
-    3.1. The sampler is the policy before the update, or with `rollout_is`, which is for samples
-    that are not of it, the rollout engine.
+    The gradient of an estimate misses that the samples depend on the policy, or on an older one.
+    `use_bias_correction_kl` multiplies by the ratio of the policy to the sampler, whose gradient is
+    the missing part: DeepSeek-V3.2 (arXiv:2512.02556), section 3.1. The sampler is the policy
+    before the update, or with `rollout_is` the rollout engine.
     """
     assert inputs.ref_logprobs is not None
     estimate = KL_ESTIMATORS[config.kl_estimator or "k3"]
@@ -174,7 +173,7 @@ def weighted_sum(inputs: LossInput, token_losses_T: Tensor) -> Tensor:
 
 
 def token_statistics(inputs: LossInput, loss: Tensor) -> dict[str, Tensor]:
-    """What even a supervised loss reports: itself, the tokens it is over, and their entropy."""
+    """What even a supervised loss reports: its value, its number of tokens, their entropy."""
     statistics = {
         "loss": loss.detach().double(),
         "num_loss_tokens": inputs.mask.sum(dtype=torch.float64),
@@ -196,14 +195,14 @@ def clip_statistics(
 
 
 def covariance_statistics(inputs: LossInput) -> dict[str, Tensor]:
-    """Share of tokens that a loss treats apart for their covariance."""
+    """Share of tokens of high covariance."""
     if inputs.high_covariance is None:
         return {}
     return {"clip_ratio/cov_mean": masked_sum(inputs.high_covariance, inputs.mask)}
 
 
 def ratio_statistics(inputs: LossInput, ratio_T: Tensor) -> dict[str, Tensor]:
-    """Mean and extremes of what multiplies the advantages."""
+    """Mean and extremes of the factor of the advantages."""
     ratio_T = ratio_T.detach()
     return {
         "ratio/mean": masked_sum(ratio_T, inputs.mask),
@@ -213,8 +212,8 @@ def ratio_statistics(inputs: LossInput, ratio_T: Tensor) -> dict[str, Tensor]:
 
 
 def _sampling_statistics(inputs: LossInput, config: GrpoConfig) -> dict[str, Tensor]:
-    """How far the rollout engine's log-probs are from the trainer's, for the same weights."""
-    # Where the rollout's take the place of old_logprobs, the trainer's own are the policy's now.
+    """Difference of the rollout engine's log-probs to the trainer's, for the same weights."""
+    # If old_logprobs are the rollout engine's, the trainer's own are those of the policy now.
     own_T = inputs.logprobs.detach() if config.old_logprobs == "rollout" else inputs.old_logprobs
     rollout_T, mask_T = inputs.rollout_logprobs, inputs.mask
     difference_T = (own_T - rollout_T).abs().masked_fill(~mask_T, 0.0)

@@ -1,9 +1,9 @@
 """Off-policy correction: completions were sampled from the rollout engine, not from old_logprobs.
 
-Engine and trainer round differently, and with stale weights they differ outright. The surrogate's
-expectation is then corrected by the weight `w = old policy / rollout engine` of what was sampled:
-PPO decoupled into a behaviour and a proximal policy (arXiv:2110.00641, arXiv:2505.24298). `w` is
-bounded (`rollout_is`), or its completion or token is left out (`rollout_rs`).
+Engine and trainer round differently, and with stale weights they differ outright. The weight `w =
+old policy / rollout engine` of what was sampled corrects the surrogate's expectation: PPO decoupled
+into a behaviour and a proximal policy (arXiv:2110.00641, arXiv:2505.24298). `rollout_is` bounds
+`w`, `rollout_rs` leaves tokens or completions out by it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 def correction_weights(
     inputs: LossInput, config: GrpoConfig
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """[T] constants that the policy's token losses are multiplied by; None for 1 everywhere.
+    """[T] constant factors of the policy's token losses, None if all are 1; and statistics.
 
-    Denominators do not change: a token that is left out still counts, so that micro-batches and
-    ranks need not know each other's.
+    A token that is left out still counts in the denominators, which micro-batches and ranks could
+    not know of each other otherwise.
     """
     masks_off_policy = config.off_policy_mask_threshold is not None
     if not (config.corrects_rollouts or config.rejects_rollouts or masks_off_policy):
@@ -60,7 +60,7 @@ def correction_weights(
 
 
 def _at_level(log_w_T: Tensor, level: str, inputs: LossInput) -> Tensor:
-    """w of the token, of the sequence (their product), or its geometric mean over tokens."""
+    """[T] w of each token, the product over its sequence, or the geometric mean."""
     if level == "sequence":
         log_w_T = inputs.segments.sums(log_w_T, inputs.mask)
     elif level == "geometric":
@@ -69,7 +69,7 @@ def _at_level(log_w_T: Tensor, level: str, inputs: LossInput) -> Tensor:
 
 
 def _accepted(log_w_T: Tensor, inputs: LossInput, config: GrpoConfig) -> Tensor:
-    """Where rollout_rs and the veto leave a token in: IcePop (arXiv:2510.18855), verl."""
+    """[T] bool, the tokens that rollout_rs and the vetoes keep: IcePop (arXiv:2510.18855), verl."""
     kept_T = torch.ones_like(inputs.mask)
     if config.rollout_rs != "none":
         lower, upper = config.rollout_rs_bounds
@@ -85,7 +85,7 @@ def _accepted(log_w_T: Tensor, inputs: LossInput, config: GrpoConfig) -> Tensor:
 
 
 def _rejection_statistic(log_w_T: Tensor, name: str, inputs: LossInput) -> Tensor:
-    """[T] the weight, or a divergence of rollout engine and policy, that rollout_rs bounds."""
+    """[T] what rollout_rs bounds: the weight, or a divergence of rollout engine and policy."""
     *over, estimator = name.split("_")
     if not over:
         return _at_level(log_w_T, name, inputs)
@@ -98,7 +98,7 @@ def _rejection_statistic(log_w_T: Tensor, name: str, inputs: LossInput) -> Tenso
 
 
 def _not_off_policy(inputs: LossInput, config: GrpoConfig) -> Tensor:
-    """DeepSeek-V3.2 (arXiv:2512.02556), equation 9: the off-policy mask.
+    """[T] bool, the off-policy mask: DeepSeek-V3.2 (arXiv:2512.02556), equation 9.
 
     Drops completions of negative advantage whose mean log-prob fell by more than the threshold
     since sampling.

@@ -29,15 +29,14 @@ if TYPE_CHECKING:
 
 
 VESPO_LEAST_WEIGHT = 1e-8
-"""What vespo takes for a weight of 0, whose log it needs."""
+"""Lower bound of vespo's weights, because it takes their logs."""
 
 
 @register_loss("cispo")
 def cispo_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """`L_t = -sg(clip(r_t)) A_t log pi_t`: the weight is clipped, not the token.
 
-    CISPO, MiniMax-M1 (arXiv:2506.13585), equations 4 and 5; there too without a lower bound unless
-    `epsilon_low` sets one.
+    CISPO, MiniMax-M1 (arXiv:2506.13585), equations 4 and 5; only `epsilon_low` sets a lower bound.
     """
     low, high = config.clip_range
     ratio_T = importance_ratio(inputs, config).detach()
@@ -71,8 +70,8 @@ def vespo_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str,
     """`L_t = -sg(phi(w)) A_t log pi_t`, `phi(w) = w^k exp(lambda (1 - w))`, w of the sequence.
 
     VESPO (arXiv:2602.10693): a smooth weight, 1 at w = 1, that goes to 0 both ways; k and lambda
-    depend on the sign of the advantage. w is the product of all ratios of the sequence, with
-    `rollout_is` those to the rollout engine.
+    depend on the sign of the advantage. w is the product of the sequence's ratios; with
+    `rollout_is` they are ratios to the rollout engine.
     """
     mask_T, good_T = inputs.mask, inputs.advantages >= 0
     weights_T, _ = correction_weights(inputs, config)
@@ -94,20 +93,14 @@ def vespo_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str,
 
 @register_loss("dppo_tv")
 def dppo_tv_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """DPPO, binary total variation: a token is left out once its probability moved by epsilon.
-
-    arXiv:2602.04879: `|pi - pi_old|`, in the direction of the advantage.
-    """
+    """DPPO with binary total variation `|pi - pi_old|` (arXiv:2602.04879)."""
     moved_T = inputs.logprobs.detach().exp() - inputs.old_logprobs.exp()
     return _divergence_bounded(inputs, config, moved_T, moved_T.abs())
 
 
 @register_loss("dppo_kl")
 def dppo_kl_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
-    """DPPO, binary KL: as dppo_tv with `KL(pi_old || pi)` of "this token or another".
-
-    arXiv:2602.04879.
-    """
+    """DPPO with `KL(pi_old || pi)` of "this token or another" (arXiv:2602.04879)."""
     logprobs_T, old_T = inputs.logprobs.detach(), inputs.old_logprobs
     p_T, old_p_T = logprobs_T.exp(), old_T.exp()
     tiny = 1e-8  # keeps the log of a certain token's rest finite
@@ -119,7 +112,10 @@ def dppo_kl_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[st
 def _divergence_bounded(
     inputs: LossInput, config: GrpoConfig, moved_T: Tensor, divergence_T: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """`L_t = -sg(min(r_t, delta)) A_t log pi_t`, 0 where the token went too far already."""
+    """`L_t = -sg(min(r_t, delta)) A_t log pi_t`, 0 for a token that moved too far already.
+
+    Too far is a divergence above epsilon in the direction of the advantage.
+    """
     (low, high), delta = config.epsilons, config.loss_settings.delta
     assert delta is not None  # the presets have one
     ratio_T, good_T = inputs.ratio().detach(), inputs.advantages > 0
@@ -162,7 +158,7 @@ def reinforce_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[
 def sft_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood of the completions, for a supervised warm start.
 
-    Of `inputs` it reads logprobs, weights and mask, of `config` nothing.
+    Reads only logprobs, weights and mask.
     """
     loss = weighted_sum(inputs, -inputs.logprobs)
     return loss, token_statistics(inputs, loss)

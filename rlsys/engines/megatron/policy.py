@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
 from rlsys.algo.losses import LossInput, losses
-from rlsys.algo.metrics import MetricSums, combine_optimizer_steps
+from rlsys.algo.update_metrics import MetricSums, combine_optimizer_steps
 from rlsys.algo.weighting import choose_tokens, loss_weights
 from rlsys.config import Config, GrpoConfig
 from rlsys.engines.megatron.build import fuse_weight_gradients

@@ -8,7 +8,7 @@ from algo_cases import make_batch
 
 from rlsys.algo.batching import micro_batches, pack
 from rlsys.algo.losses import LossInput, losses
-from rlsys.algo.metrics import MetricSums
+from rlsys.algo.update_metrics import MetricSums
 from rlsys.algo.weighting import loss_weights, tokens_of_high_covariance
 from rlsys.config import Config, GrpoConfig
 

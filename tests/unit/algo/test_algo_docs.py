@@ -14,12 +14,8 @@ from config_cases import values
 from rlsys.algo.advantages import advantage_estimators
 from rlsys.algo.batching import pack
 from rlsys.algo.losses import LossInput, losses
-from rlsys.algo.metrics import (
-    MetricSums,
-    combine_optimizer_steps,
-    evaluation_metrics,
-    rollout_metrics,
-)
+from rlsys.algo.rollout_metrics import evaluation_metrics, rollout_metrics
+from rlsys.algo.update_metrics import MetricSums, combine_optimizer_steps
 from rlsys.algo.weighting import loss_weights
 from rlsys.config import Config, GrpoConfig
 from rlsys.config.algorithm import RolloutCorrection, RolloutRejection

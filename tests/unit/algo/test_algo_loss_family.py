@@ -15,7 +15,7 @@ from loss_oracle import TOKEN_LOSSES, oracle_loss
 
 from rlsys.algo.batching import micro_batches, pack, shard_rows, unpack_logprobs
 from rlsys.algo.losses import LossInput, losses
-from rlsys.algo.metrics import MetricSums
+from rlsys.algo.update_metrics import MetricSums
 from rlsys.algo.weighting import loss_weights
 from rlsys.config import GrpoConfig
 from rlsys.config.algorithm import CLIPPED_LOSSES, PRESETS, Aggregation

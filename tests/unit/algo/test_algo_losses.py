@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from rlsys.algo.kl import MAX_LOG_RATIO, k3
 from rlsys.algo.losses import LossInput, losses, policy_loss, register_loss
-from rlsys.algo.metrics import MetricSums
 from rlsys.algo.segments import Segments
+from rlsys.algo.update_metrics import MetricSums
 from rlsys.config import GrpoConfig
 
 grpo = losses["grpo"]

@@ -22,8 +22,8 @@ from rlsys.algo.batching import (
 )
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.losses import LossInput, losses
-from rlsys.algo.metrics import MetricSums
 from rlsys.algo.sampling import Sampling
+from rlsys.algo.update_metrics import MetricSums
 from rlsys.algo.weighting import loss_weights
 from rlsys.config import GrpoConfig
 

@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 
 from rlsys.algo.context_parallel import chunk_positions
 from rlsys.algo.logprobs import chunked_logprobs
-from rlsys.algo.metrics import MetricSums
+from rlsys.algo.update_metrics import MetricSums
 
 pytestmark = pytest.mark.processes
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.algo.reward_metrics import reward_metrics
+from rlsys.algo.rollout_metrics import reward_metrics
 from rlsys.types import Prompt, RewardOutput, RolloutGroup
 
 NAN = math.nan

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from rlsys.algo.reward_metrics import logged_metrics
+from rlsys.algo.rollout_metrics import logged_metrics
 from rlsys.config import RewardConfig
 from rlsys.rewards import RewardError, check_call, load_plugins, orms
 from rlsys.rewards.base import TrainerState
