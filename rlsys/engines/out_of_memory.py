@@ -1,4 +1,4 @@
-"""What to do when a GPU is full, told where it happens."""
+"""Errors of full memory that say what does not fit and what to change."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 @contextmanager
 def out_of_memory_explained(reason: str, *, memory: str = "The GPU") -> Iterator[None]:
-    """Add to an error of full memory what it is too small for, and what to change.
+    """Add to an error of full memory what does not fit, and what to change.
 
     Args:
-        reason: "<what>: <remedy>", to follow "The GPU is too small for".
-        memory: of what there is too little; CUDA, which pins host memory, says the same of both.
+        reason: "<what>: <remedy>", which follows "The GPU is too small for".
+        memory: the memory that is full; CUDA, which pins host memory, has one message for both.
 
     Raises:
         torch.OutOfMemoryError: the block ran out of memory.
@@ -22,7 +22,7 @@ def out_of_memory_explained(reason: str, *, memory: str = "The GPU") -> Iterator
     try:
         yield
     except RuntimeError as error:
-        # What extensions run out of, Transformer Engine's among them, may come as its base class.
+        # Extensions such as Transformer Engine's may raise the base class.
         if "out of memory" not in str(error):
             raise
         raise torch.OutOfMemoryError(

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 from rlsys.actors.group import get_all, on_cpu
 from rlsys.actors.policy import PolicyActors, PolicyRank
 from rlsys.config import Config
-from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.connection import Connection, whole_tensors
 
@@ -224,8 +223,7 @@ class LabRank(PolicyRank):
         return tensors
 
     def load_folder(self, folder):
-        with SafetensorsReader(folder) as reader:
-            self.engine.weights.load(reader)
+        self.engine.weights.load(folder)
 
     def sent_to_engines(self):
         """For each connection: whether this rank sends, what is sent, and whose help that takes."""

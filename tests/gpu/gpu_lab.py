@@ -13,7 +13,6 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.actors.rollout import RolloutActor
-from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.weight_sync.checksum import as_numbers, checksum
 
 SHARE = 0.1
@@ -94,8 +93,7 @@ def use_config(rank, config):
 def load_weights(rank, folder):
     """Take the weights of a model folder, while the GPU is busy with other things."""
     keep_gpu_busy(rank)
-    with SafetensorsReader(folder) as reader:
-        rank.engine.weights.load(reader)
+    rank.engine.weights.load(folder)
 
 
 @torch.no_grad()

@@ -1,9 +1,8 @@
 """The optimizer's state through megatron-core's dist_checkpointing: exact, and reshardable.
 
-It is stored by its place in the whole model, so that a run may continue with other tensor,
-pipeline or data parallelism. The weights are in Hugging Face's files beside it. No random state
-is stored, because no update draws random numbers: dropout is 0 and mini-batches are a function of
-(seed, version).
+Stored by place in the whole model, so a run may continue with other tensor, pipeline or data
+parallelism. The weights are in Hugging Face's files beside it. Random state is not needed: dropout
+is 0, and mini-batches are a function of (seed, version).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 OPTIMIZER_FOLDER = "optimizer"
-"""Beside the weights, which are in Hugging Face's files."""
+"""Name of the folder in a checkpoint."""
 
 
 def save_optimizer(
@@ -35,8 +34,8 @@ def save_optimizer(
     policy_version: int,
 ) -> None:
     """Write the state of the optimizer into the checkpoint `folder`; every rank calls."""
-    # Saving is synchronous here, so a plain queue does: the default one starts a server process,
-    # which takes seconds and needs a __main__ that can be imported again.
+    # Saving is synchronous, so a plain queue suffices. The default one starts a server process,
+    # which takes seconds and imports __main__ again.
     filesystem_async._results_queue = queue.Queue()
     state = {
         "optimizer": _sharded_state(model, optimizer, is_loading=False),
@@ -50,7 +49,7 @@ def save_optimizer(
 
 
 def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:
-    """Refuse the checkpoint in `folder` before anything of the policy is changed.
+    """Refuse a checkpoint that does not fit, before the policy changes.
 
     Raises:
         ValueError: an older rlsys wrote it, or the optimizer's state is of the other kind.
@@ -71,8 +70,8 @@ def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:
         was, must = ("above 1", "also above 1") if common["shares_experts"] else ("1", "also 1")
         raise ValueError(
             f"the checkpoint {folder} was written with policy.expert_model_parallel_size {was}, "
-            f"when megatron-core has one optimizer for experts and one for the rest or one for "
-            f"all: continue with a value that is {must}"
+            "and above 1 megatron-core has a separate optimizer for experts: continue with a "
+            f"value that is {must}"
         )
 
 
@@ -82,18 +81,18 @@ def load_optimizer(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> int:
-    """Continue from the checkpoint in `folder`, whose weights `model` has; its policy_version."""
+    """Continue from the checkpoint in `folder`, whose weights `model` has; return its version."""
     template = {"optimizer": _sharded_state(model, optimizer, is_loading=True)}
     state = dist_checkpointing.load(template, str(folder / OPTIMIZER_FOLDER))
     optimizer.load_state_dict(state["optimizer"])
-    # Only where it stands: the schedule itself is the config's, which may have been changed.
+    # Only its position: the schedule itself is the config's, which may have changed.
     scheduler.num_steps = 0
     scheduler.step(increment=state["scheduler"]["num_steps"])
     return state["policy_version"]
 
 
 def _shares_experts() -> bool:
-    """Whether experts have an optimizer of their own: their replicas are on other ranks."""
+    """Whether experts have a separate optimizer, because their replicas are on other ranks."""
     return parallel_state.get_expert_model_parallel_world_size() > 1
 
 
@@ -114,9 +113,9 @@ def _sharded_state(
 
 @contextmanager
 def _states_in_padded_places(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Have megatron-core (0.16 to 0.19) cut each parameter's state out of the right place.
+    """Let megatron-core (0.16 to 0.19) cut each parameter's state out of the right place.
 
-    It lays the states of a buffer's buckets end to end, without the padding at the end of each, and
+    It concatenates the states of a buffer's buckets without the padding at the end of each, but
     cuts at places that count the padding. After a bucket with padding, every parameter would be
     saved with values of others: silently wrong weights after a resume.
     """
@@ -152,11 +151,11 @@ def _with_padding(optimizer: DistributedOptimizer) -> Any:
 
 
 def pad_buckets(values: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
-    """The values of buckets that lie end to end, each with zeros up to its padded size.
+    """Concatenated buckets, each filled up with zeros to its padded size.
 
     Args:
-        values: 1-dimensional, sum of the unpadded sizes.
-        sizes: of each bucket in order, without and with padding.
+        values: 1-dimensional, the buckets without padding.
+        sizes: (unpadded, padded) size of each bucket.
     """
     parts = values.split([unpadded for unpadded, _ in sizes])
     return torch.cat(

@@ -1,11 +1,10 @@
 """The policy's weights in the buckets of a weight sync: planned once, then a few large operations.
 
 `MegatronWeights.export` gathers one parameter after the other, with collectives among all ranks.
-Here the buckets hold any slices of Hugging Face tensors, and one rank, the sender, has to fill
-them. Whatever part of a slice it has itself is copied straight into the bucket. Any other part has
-one owner, the lowest rank that holds it: that packs what it has for a bucket into one parcel and
-sends it to the sender, which copies it to where it belongs. So it is for tensor, pipeline and
-expert parallelism alike, and a sender that has everything needs nobody.
+Here the buckets hold any slices of Hugging Face tensors, and one rank, the sender, fills them. It
+copies the parts of a slice that it has straight into the bucket. Each other part has one owner, the
+lowest rank with it. An owner packs its parts of a bucket into one parcel and sends it to the
+sender, which copies them into place. Tensor, pipeline and expert parallelism need no difference.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from rlsys.engines.megatron.weights import MegatronWeights
-from rlsys.model.families.base import WeightRow
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.copies import CopyPlan
 from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets, shard_bounds
@@ -27,18 +25,19 @@ from rlsys.weight_sync.transport import WeightSyncError
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """What one policy rank has of one slice that is sent."""
+    """The part of one slice that one policy rank contributes."""
 
     item: TensorSlice
-    """What is sent: a tensor of a bucket."""
+    """The slice that is sent: a tensor of a bucket."""
     box: TensorSlice
-    """The part of it."""
+    """The part itself."""
     owner: int
+    """The rank."""
     held: TensorSlice
-    """What the owner has of the Hugging Face tensor."""
+    """All that the owner has of the Hugging Face tensor."""
 
     def target(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Where the part belongs in the tensor that is sent."""
+        """View of the part in the tensor that is sent."""
         return self.box.within(tensor, self.item)
 
     @property
@@ -49,9 +48,10 @@ class _Part:
 
 @dataclass(slots=True)
 class _Copies:
-    """Planned for memory that has these addresses."""
+    """Copies into one bucket or parcel."""
 
     addresses: list[int]
+    """Of the memory that they are planned for."""
     own: CopyPlan
     """From this rank's parameters."""
     parcels: CopyPlan
@@ -61,16 +61,16 @@ class _Copies:
 class BucketExport:
     """This rank's part in filling the buckets of one weight sync connection.
 
-    Every rank of the policy makes one at the same time. For each update the sender then calls
-    `fill` for every bucket in order, all others `contribute`.
+    Every rank of the policy creates one at the same time. For each update the sender then calls
+    `fill` for every bucket in order, the other ranks `contribute`.
 
     Order, on a GPU: copies run in the current stream, in which the optimizer writes parameters. A
-    parcel is sent after what that stream held when it was asked for, and the stream waits for it
-    before it is read, on the sender, or packed anew, on its owner.
+    parcel is sent after the work that this stream held at the call. The stream waits for it before
+    the sender reads it and before its owner packs the next one.
 
     Args:
-        weights: of this rank.
-        connection: says what is sent, in which buckets and by whom.
+        weights: this rank's.
+        connection: says what is sent, in which buckets and by which rank.
     """
 
     def __init__(self, weights: MegatronWeights, connection: Connection):
@@ -97,7 +97,7 @@ class BucketExport:
         self._copies: dict[int, _Copies] = {}
 
     def fill(self, bucket: Bucket, buffer: torch.Tensor) -> None:
-        """Write the weights as they are now into `buffer` [nbytes] uint8: the sender's part.
+        """Write the current weights into `buffer` [nbytes] uint8: the sender's part.
 
         Raises:
             WeightSyncError: another rank did not send its parcel.
@@ -113,10 +113,10 @@ class BucketExport:
         copies.parcels.run()
 
     def contribute(self) -> None:
-        """Send the sender what it needs of this rank: every other rank's part.
+        """Send this rank's parcels to the sender: the other ranks' part.
 
         Raises:
-            WeightSyncError: the sender did not receive it.
+            WeightSyncError: the sender did not receive one.
         """
         assert self._rank != self._sender
         for bucket, parcels in zip(self._buckets, self._parcels, strict=True):
@@ -126,9 +126,9 @@ class BucketExport:
                 self._exchange([dist.P2POp(dist.isend, memory, self._sender)], bucket)
 
     def _find_owners(self) -> dict[tuple[str, int], int]:
-        """(first Hugging Face name of a row, index of its slice) -> who contributes that slice.
+        """(first Hugging Face name of a row, index of its slice) -> rank that contributes it.
 
-        The sender where it has it, else the lowest rank that does.
+        The sender if it has the slice, else the lowest rank with it.
         """
         held = []
         for row in self._weights.table:
@@ -144,7 +144,7 @@ class BucketExport:
         return owners
 
     def _cut(self, item: TensorSlice, owners: Mapping[tuple[str, int], int]) -> Iterator[_Part]:
-        """By the slices of the tensor that policy ranks have."""
+        """Cut a slice that is sent into the parts that policy ranks have."""
         row, _ = self._rows[item.of.name]
         _, number = self._weights.slice_of(row)
         starts, shape = [0] * len(item.of.shape), list(item.of.shape)
@@ -157,18 +157,14 @@ class BucketExport:
             if box is not None:
                 yield _Part(item, box, owners[row.hf_names[0], index], held)
 
-    def _row(self, part: _Part) -> tuple[WeightRow, int]:
-        """The row of the table that a part is of, and which of the row's tensors."""
-        return self._rows[part.item.of.name]
-
     def _parameter(self, part: _Part) -> torch.nn.Parameter:
-        row, _ = self._row(part)
+        row, _ = self._rows[part.item.of.name]
         parameter = self._weights.own_parameter(row)
         assert parameter is not None, part
         return parameter
 
     def _plan_parcels(self, parts: Sequence[_Part]) -> dict[int, Bucket]:
-        """How each other owner lays its parts of a bucket out, to send them at once."""
+        """The layout of each other owner's parcel of a bucket."""
         by_owner: dict[int, list[TensorMeta]] = {}
         for part in parts:
             if part.owner != self._sender:
@@ -176,7 +172,7 @@ class BucketExport:
         return {owner: plan_buckets(metas, sys.maxsize)[0] for owner, metas in by_owner.items()}
 
     def _make_staging(self) -> dict[int, torch.Tensor]:
-        """Memory for a parcel of each owner: on the sender that of all, elsewhere one's own."""
+        """Memory for a parcel of each owner; on ranks that do not send only for their own."""
         sizes: dict[int, int] = {}
         for parcels in self._parcels:
             for owner, parcel in parcels.items():
@@ -191,19 +187,19 @@ class BucketExport:
         return self._staging[owner][: self._parcels[bucket.index][owner].nbytes]
 
     def _plan(self, bucket: Bucket, buffer: torch.Tensor) -> _Copies:
-        """This rank's copies into `buffer`, a bucket or a parcel; new ones if memory has moved."""
+        """This rank's copies into `buffer`, a bucket or a parcel; planned again if memory moved."""
         parameters = self._parameters[bucket.index]
         addresses = [buffer.data_ptr(), *[parameter.data_ptr() for parameter in parameters]]
         planned = self._copies.get(bucket.index)
         if planned is None or planned.addresses != addresses:
-            planned = self._plan_anew(bucket, buffer, addresses)
+            planned = self._make_plan(bucket, buffer, addresses)
             self._copies[bucket.index] = planned
         return planned
 
     def _own(self, parts: Sequence[_Part]) -> list[_Part]:
         return [part for part in parts if part.owner == self._rank]
 
-    def _plan_anew(self, bucket: Bucket, buffer: torch.Tensor, addresses: list[int]) -> _Copies:
+    def _make_plan(self, bucket: Bucket, buffer: torch.Tensor, addresses: list[int]) -> _Copies:
         own = self._own(self._parts[bucket.index])
         parcels = self._parcels[bucket.index]
         if self._rank != self._sender:
@@ -222,7 +218,7 @@ class BucketExport:
     def _from_parameters(self, own: Sequence[_Part], targets: Sequence[torch.Tensor]) -> CopyPlan:
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for part, target in zip(own, targets, strict=True):
-            row, index = self._row(part)
+            row, index = self._rows[part.item.of.name]
             source = self._weights.own_slices(row)[index]
             if row.query_groups:
                 pairs += _from_query_groups(target, source, part)
@@ -246,7 +242,7 @@ class BucketExport:
 def _from_query_groups(
     target: torch.Tensor, source: torch.Tensor, part: _Part
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Copies of rows that lie by query group in their parameter: `source` [groups, rows, ...]."""
+    """Copies of rows that a parameter has by query group: `source` [groups, rows, ...]."""
     for axis, size in enumerate(part.box.shape[1:], start=1):
         start = part.box.starts[axis] - part.held.starts[axis]
         source = source.narrow(axis + 1, start, size)

@@ -1,7 +1,7 @@
 """A megatron-core layer spec without Transformer Engine: torch's RMSNorm and SDPA, packed (thd).
 
-Used where Transformer Engine is not there, which is to say on CPU. megatron-core's own local spec
-has a norm that refuses sequence parallelism and an attention that refuses packed sequences.
+Used on CPU. The norm of megatron-core's own local spec refuses sequence parallelism, its attention
+packed sequences.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         """[T, heads, d] queries, [T, kv_heads, d] keys and values -> [T, heads * d].
 
-        Under context parallelism T are this rank's tokens: those of all ranks are gathered, and
-        each rank computes everything, which is exact and good for no more than trying it on CPU.
+        Under context parallelism T is this rank's number of tokens. Each rank gathers all tokens
+        and computes everything, which is exact and saves nothing: it is for trying it on CPU.
         """
         assert attention_mask is None, "packed sequences are causal by construction"
         group = parallel_state.get_context_parallel_group()

@@ -1,7 +1,7 @@
 """A language model on megatron-core that computes log-probs: one rank of the policy or reference.
 
-No Ray here: the same classes run under torchrun. Parallel layout, recompute and pipeline schedule
-are megatron-core's; this module feeds them packed micro-batches.
+Parallel layout, recompute and pipeline schedule are megatron-core's; this module feeds them packed
+micro-batches. It would also run under torchrun.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.sampling import Sampling
 from rlsys.config import Config
 from rlsys.engines.megatron.build import LogprobHead, build_model, transformer_config
-from rlsys.engines.megatron.hf_folder import SafetensorsReader, save_model_folder
+from rlsys.engines.megatron.hf_folder import save_model_folder
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.model.folder import resolve_model_path
@@ -40,17 +40,14 @@ from rlsys.model.tokenizer_files import num_token_ids
 from rlsys.types import Device, TrainBatch
 
 ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
-"""Writes a model folder: see `save_model_folder`."""
+"""Function that writes a model folder: see `save_model_folder`."""
 
 
 class MegatronModel:
-    """A model that computes log-probs: all that the reference needs, the policy's base.
-
-    `initialize_parallel` comes first.
-    """
+    """A model that computes log-probs. Call `initialize_parallel` first."""
 
     role = "policy"
-    """The section of the config with its parallel sizes."""
+    """Section of the config with the model's parallel sizes."""
 
     def __init__(self, config: Config, path: str, *, device: Device, trains: bool = False):
         self.config = config
@@ -63,25 +60,14 @@ class MegatronModel:
         check_model_folder(self.folder, has_prompts=False)
         self.hf_config = AutoConfig.from_pretrained(self.folder)
         self.transformer_config = transformer_config(
-            self.hf_config,
-            shape,
-            dtype=self.dtype,
-            policy=config.policy,
-            on_cpu=self.on_cpu,
+            self.hf_config, shape, dtype=self.dtype, policy=config.policy, on_cpu=self.on_cpu
         )
         with out_of_memory_explained(f"the {self.role}'s weights: {self.more_gpus}"):
             self.model = build_model(
                 self.hf_config, self.transformer_config, on_cpu=self.on_cpu
             ).to(self.device)
-            self.weights = MegatronWeights(
-                self.model,
-                shape,
-                tp_group=parallel_state.get_tensor_model_parallel_group(),
-                pp_group=parallel_state.get_pipeline_model_parallel_group(),
-                ep_group=parallel_state.get_expert_model_parallel_group(),
-            )
-            with SafetensorsReader(self.folder) as reader:
-                self.weights.load(reader)
+            self.weights = MegatronWeights(self.model, shape)
+            self.weights.load(self.folder)
         self._head = None
         if self.model.post_process:
             self._head = LogprobHead(self.model, config, self._sampling(shape.vocab_size))
@@ -100,7 +86,7 @@ class MegatronModel:
 
     @property
     def more_gpus(self) -> str:
-        """What to change where the model itself is too large for a GPU."""
+        """Remedy for a model that is too large for a GPU."""
         return f"raise {self.role}.tensor_parallel_size"
 
     @property
@@ -112,7 +98,7 @@ class MegatronModel:
 
     @property
     def reports(self) -> bool:
-        """Whether this rank is the one of its model replica that returns results."""
+        """Whether this rank returns the results of its model replica."""
         return (
             self.model.post_process
             and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -159,14 +145,15 @@ class MegatronModel:
     def _pack(
         self, batch: TrainBatch, shards: list[list[int]], weights: torch.Tensor
     ) -> tuple[list[PackedMicroBatch], list[list[int]]]:
-        """Micro-batches of this rank's one of `shards`; the rows of those that only fill are [].
+        """Micro-batches of this data-parallel rank's shard, and the rows of each.
 
-        Micro-batches are of equal size where pipeline stages exchange them, and equally many where
-        data-parallel ranks exchange tokens for their experts.
+        Micro-batches have equal sizes if pipeline stages exchange them. Data-parallel ranks have
+        equal numbers of micro-batches if they exchange tokens for their experts: the last ones may
+        repeat a row, train nothing, and have rows [].
         """
         policy = self.config.policy
         tp, cp = self.transformer_config.tensor_model_parallel_size, self._cp_group.size()
-        # Context parallelism cuts each sequence into chunks, sequence parallelism what a rank has.
+        # Context parallelism cuts each sequence into chunks, sequence parallelism a rank's tokens.
         of_sequence = 2 * cp if cp > 1 else 1
         of_all = math.lcm(of_sequence, tp * cp)
         lengths = batch.lengths.tolist()
@@ -210,10 +197,16 @@ class MegatronModel:
         forward_only: bool,
         model: torch.nn.Module | None = None,
     ) -> list[dict]:
-        """Run megatron-core's schedule; `loss_of(logprobs_T, entropy_T, micro_batch)` ends it.
+        """Run megatron-core's schedule on the micro-batches.
+
+        Args:
+            packed: the micro-batches.
+            loss_of: (log-probs [T], entropies [T], micro-batch) -> loss and further results.
+            forward_only: compute no gradients.
+            model: the model in its DDP wrapper; None is the bare model.
 
         Returns:
-            the second result of `loss_of` of every micro-batch, on the last pipeline stage.
+            the further results for each micro-batch, on the last pipeline stage.
         """
 
         def forward_step(micro_batches: Iterator[PackedMicroBatch], model: torch.nn.Module):
@@ -239,7 +232,7 @@ class MegatronModel:
             return hidden, loss
 
         tokens = max(len(micro_batch.input_ids) for micro_batch in packed)
-        recompute = ""  # keeps less for the backward pass, if there is one
+        recompute = ""
         if not forward_only and self.config.policy.recompute != "full":
             recompute = "set policy.recompute to selective or full, "
         with out_of_memory_explained(
@@ -261,8 +254,8 @@ class MegatronModel:
 def _packed_seq_params(
     micro_batch: PackedMicroBatch, context_parallel_size: int
 ) -> PackedSeqParams:
-    # Transformer Engine wants to be told under context parallelism, and by the same object, that
-    # sequences are not padded: what fills them is a part of them that nothing attends to.
+    # Under context parallelism, passing the same object tells Transformer Engine that sequences are
+    # not padded: their filling is a part of them that nothing attends to.
     padded = micro_batch.cu_seqlens if context_parallel_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",

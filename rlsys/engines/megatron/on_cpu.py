@@ -1,24 +1,21 @@
-"""What megatron-core assumes about CUDA, answered where there is none: "cuda" means the CPU.
+"""megatron-core on the CPU over gloo: "cuda" means the CPU.
 
-megatron-core runs on the CPU over gloo once four assumptions of it are answered, in torch:
+torch is patched where megatron-core assumes CUDA:
 
-1. tensors are created with `device="cuda"` and moved with `.cuda()`: both give CPU tensors;
-2. streams, events and synchronisation exist: here all work is done when its call returns;
-3. each device has a random generator to fork and restore: the CPU's generator stands for it;
-4. optimizers check `parameter.type() == "torch.cuda.FloatTensor"`: `type()` answers in those words.
+1. `device="cuda"` and `.cuda()` give CPU tensors;
+2. streams, events and synchronisation exist: all work is done when its call returns;
+3. the random generator of each device is the CPU's;
+4. `tensor.type()` says "torch.cuda.FloatTensor", which optimizers check;
+5. `torch.compile` returns functions unchanged: compiling their C++ takes a minute.
 
-Three more things are replaced:
+megatron-core itself is patched in DistributedOptimizer, whose checkpoints miss the step counter of
+torch's AdamW, and in two names of the mixture of experts: `maybe_move_tensor_to_cpu`, which makes
+an array only of tensors from a GPU, and `te_general_gemm`, which needs Transformer Engine. Two
+warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log level.
 
-5. `torch.compile` gives functions back as they are: compiling their C++ takes a minute;
-6. two methods of DistributedOptimizer, `sharded_state_dict` and
-   `_set_main_param_and_optimizer_states`, whose checkpoints miss the step counter of torch's AdamW;
-7. two names of the mixture of experts: `maybe_move_tensor_to_cpu`, which makes no array of what is
-   on a CPU already, and `te_general_gemm`, which is missing without Transformer Engine.
-
-Besides, two warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log level. Nothing else is
-changed: parallelism, optimizer, clipping and schedules are megatron-core's own; norm and attention
-are layers of `rlsys.engines.megatron.layers`. The patches hold for the whole process, so a policy
-or reference actor has a process to itself.
+Parallelism, optimizer, clipping and schedules are megatron-core's own; norm and attention are in
+`rlsys.engines.megatron.layers`. The patches hold for the whole process, so a policy or reference
+actor has a process to itself.
 """
 
 from __future__ import annotations
@@ -39,7 +36,7 @@ _FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 
 
 class _DoneStream:
-    """A CUDA stream or event on which everything asked for is done already."""
+    """A CUDA stream or event whose work is always done."""
 
     def __init__(self, *_: Any, **__: Any):
         pass
@@ -59,12 +56,11 @@ class _DoneStream:
 @functools.cache
 def enable_megatron_on_cpu() -> None:
     """Patch torch for megatron-core; call in runs on CPU, before anything imports megatron."""
-    # The collective ordering that this asks for has no meaning on gloo, but its absence warns.
+    # It orders collectives on GPUs; megatron-core warns if it is missing.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     _patch_devices()
     _patch_streams()
     _patch_random_state()
-    # megatron-core decorates small functions with it, and compiling their C++ takes a minute.
     torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
     _patch_optimizer()
     _patch_experts()
@@ -86,8 +82,8 @@ def _patch_devices() -> None:
 
         return create
 
-    # `with torch.device(...)` looks factories up in a list made at its first use: make it now,
-    # with torch's own functions in it, which the patched ones call.
+    # `with torch.device(...)` looks factories up in a list that its first use makes: make it now,
+    # with torch's own functions, which the patched ones call.
     torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
@@ -127,16 +123,16 @@ def _patch_random_state() -> None:
     )
     cuda.manual_seed = lambda seed: generator.manual_seed(seed)  # type: ignore[assignment,return-value]
     cuda._lazy_call = lambda function, **_: function()  # type: ignore[attr-defined]
-    # Warns that forking the random state moves the CPU's: here that is the intention.
+    # Warns that forking the random state moves the CPU's, which is intended here.
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
 
 def _patch_experts() -> None:
-    """Two places of megatron-core 0.16: tokens to ranks as GPUs leave them, a name that is missing.
+    """Two places of megatron-core 0.16.
 
-    How many tokens go to which rank becomes an array when it is copied from a GPU, which a
-    collective needs and which is not done on a CPU. The router asks whether a kernel of
-    Transformer Engine is None, and without Transformer Engine the name does not exist.
+    A collective needs the tokens of each rank as an array, which megatron-core makes only when it
+    copies them from a GPU. The router asks whether `te_general_gemm` is None, and without
+    Transformer Engine the name does not exist.
     """
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -148,7 +144,7 @@ def _patch_experts() -> None:
 
 
 def _patch_optimizer() -> None:
-    """Two places of megatron-core 0.16 that fail for torch's own AdamW, which stands for Apex's.
+    """Two places of megatron-core 0.16 that fail for torch's AdamW, which replaces Apex's.
 
     Its step counter is a tensor per parameter, which DistributedOptimizer's checkpoints miss.
     """

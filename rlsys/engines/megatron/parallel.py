@@ -1,4 +1,4 @@
-"""Which ranks share one model, and how: the process groups that megatron-core works with."""
+"""The process groups of megatron-core: which ranks share a model, and how."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from rlsys.types import Device
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelLayout:
-    """Where this rank stands among those that share one model."""
+    """This rank's place among the ranks of its role."""
 
     rank: int
     world_size: int
     timeout_s: float
-    """Of every collective, in seconds."""
+    """Seconds that a collective may take."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     context_parallel_size: int = 1
@@ -30,7 +30,7 @@ class ParallelLayout:
 def initialize_parallel(
     layout: ParallelLayout, store: dist.Store, *, device: Device, seed: int
 ) -> None:
-    """Join the process group, at a store that all ranks share, and build megatron-core's on it."""
+    """Join the process group at the ranks' common store, and build megatron-core's groups."""
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         store=store,

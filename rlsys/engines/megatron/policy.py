@@ -1,8 +1,4 @@
-"""The trained language model on megatron-core: one rank of the policy.
-
-Optimizer, clipping and learning rate are megatron-core's; this module gives them the loss of
-`rlsys.algo` on the micro-batches of `MegatronModel`.
-"""
+"""One rank of the policy: the loss of `rlsys.algo` with megatron-core's optimizer and schedule."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ from rlsys.algo.weighting import choose_tokens, loss_weights
 from rlsys.config import Config, GrpoConfig
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer, save_optimizer
-from rlsys.engines.megatron.hf_folder import SafetensorsReader, write_model_files
+from rlsys.engines.megatron.hf_folder import write_model_files
 from rlsys.engines.megatron.model import MegatronModel
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.types import Device, TrainBatch, UpdateOutput
@@ -42,11 +38,21 @@ class MegatronPolicy(MegatronModel):
 
     def __init__(self, config: Config, *, device: Device):
         super().__init__(config, config.model.path, device=device, trains=True)
+        policy = config.policy
         overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
         fuse_weight_gradients(self.model)
         with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
-            self.ddp = self._build_ddp(overlap_grads)
+            self.ddp = DistributedDataParallel(
+                self.transformer_config,
+                DistributedDataParallelConfig(
+                    grad_reduce_in_fp32=True,
+                    use_distributed_optimizer=policy.use_distributed_optimizer,
+                    overlap_grad_reduce=overlap_grads,
+                    overlap_param_gather=self._overlaps_param_gather,
+                ),
+                self.model,
+            )
         with out_of_memory_explained(
             f"the optimizer's copy of the weights: {self._more_gpus_for_optimizer}"
         ):
@@ -59,11 +65,11 @@ class MegatronPolicy(MegatronModel):
         self.scheduler = self._build_scheduler()
         self.policy_version = 0
         self._is_mid_update = False
-        """Whether an update has moved the weights and is not at its end."""
+        """Whether an update has changed the weights and has not ended."""
 
     @property
     def more_gpus(self) -> str:
-        """What to change where the model is too large for a GPU."""
+        """Remedy for a model that is too large for a GPU."""
         return "raise policy.tensor_parallel_size or policy.pipeline_parallel_size"
 
     @property
@@ -71,18 +77,6 @@ class MegatronPolicy(MegatronModel):
         return (
             f"{self.more_gpus}, or policy.world_size with policy.use_distributed_optimizer, which "
             "cuts the optimizer's state over replicas"
-        )
-
-    def _build_ddp(self, overlap_grads: bool) -> DistributedDataParallel:
-        return DistributedDataParallel(
-            self.transformer_config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=self.config.policy.use_distributed_optimizer,
-                overlap_grad_reduce=overlap_grads,
-                overlap_param_gather=self._overlaps_param_gather,
-            ),
-            self.model,
         )
 
     def _build_optimizer(self) -> MegatronOptimizer:
@@ -114,8 +108,8 @@ class MegatronPolicy(MegatronModel):
             max_lr=policy.lr,
             min_lr=policy.min_lr,
             lr_warmup_steps=math.ceil(policy.warmup_ratio * total),
-            # The scheduler is stepped before each update, so that the first one already moves;
-            # one more than `total` keeps the last one from being at min_lr, which may be 0.
+            # The scheduler steps before each update, so that already the first one moves; with one
+            # more than `total` the last one is above min_lr, which may be 0.
             lr_decay_steps=total + 1,
             lr_decay_style=policy.lr_scheduler_type,
             start_wd=policy.weight_decay,
@@ -125,18 +119,19 @@ class MegatronPolicy(MegatronModel):
         )
 
     def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput | None:
-        """All optimizer steps of one rollout; raises policy_version by one.
+        """Take all optimizer steps of one rollout; raises policy_version by one.
 
-        An optimizer step that has no tokens to train on, because all its completions are dropped
-        or cut, is left out.
+        Steps without tokens to train on, because all completions are dropped or cut, are skipped.
 
         Args:
-            batch: the whole generation batch; each data-parallel rank takes its own rows of it.
-            loss: name of a registered loss, None for grpo.loss_type; "sft" for a supervised warm
-                start.
+            batch: the whole generation batch; each data-parallel rank takes its rows.
+            loss: name of a registered loss, such as "sft"; None is grpo.loss_type.
 
         Returns:
             metrics reduced over ranks, on one rank; None on the others.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; the weights are as before that step.
         """
         algorithm: GrpoConfig = self.config.algorithm
         if loss is not None:
@@ -155,11 +150,11 @@ class MegatronPolicy(MegatronModel):
         ]
         if self._overlaps_param_gather:
             # The last optimizer step left this to a forward pass, but log-probs, weight sync and
-            # checkpoints come first: until here, ranks have new weights in their own part only.
+            # checkpoints come first: until now each rank has new weights in its own part only.
             self.ddp.start_param_sync(force_sync=True)
         if not self.on_cpu and self.config.policy_shares_gpus:
-            # What the allocator keeps, they could not have. Otherwise it stays: to ask the driver
-            # for it anew takes time in every update.
+            # Free cached blocks for the models that share this GPU. Otherwise keep them:
+            # reallocating slows every update.
             torch.cuda.empty_cache()
         self.policy_version += 1
         self._is_mid_update = False
@@ -180,14 +175,14 @@ class MegatronPolicy(MegatronModel):
         )
         seed = hash((self.config.seed, self.policy_version, *rows))
         batch = choose_tokens(batch, rows, algorithm, seed=seed)
-        # What has no token to train on is not computed, unless a rank would be left with nothing.
+        # Rows without tokens to train on are skipped, unless a rank would be left with nothing.
         trained = [row for row in rows if batch.completion_mask[row].any()]
         rows = trained if len(trained) >= self._dp_size else rows
         shards = shard_rows(rows, batch.lengths.tolist(), num_shards=self._dp_size)
         packed, _ = self._pack(batch, shards, weights)
         # The weights already hold the global denominator. megatron-core's schedule divides by the
-        # number of micro-batches and its DDP by the number of replicas: both are undone here. (Over
-        # context-parallel ranks it averages too, which the schedule has multiplied by already.)
+        # number of micro-batches and its DDP by the number of replicas: undo both. (DDP averages
+        # over context-parallel ranks, too, but the schedule has multiplied by their number.)
         undo_averaging = len(packed) * self._dp_size
 
         def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch):
@@ -216,7 +211,7 @@ class MegatronPolicy(MegatronModel):
         }
 
     def _reduced_metrics(self, outputs: list[dict]) -> dict[str, float]:
-        """Of one optimizer step, over data-parallel ranks; only the last pipeline stage has any."""
+        """Metrics of an optimizer step over data-parallel ranks; {} before the last stage."""
         if not self.model.post_process:
             return {}
         sums = MetricSums()
@@ -226,15 +221,15 @@ class MegatronPolicy(MegatronModel):
         return sums.means()
 
     def _refuse_step(self, grad_norm: float, metrics: dict[str, float]) -> NoReturn:
-        """Raise, on every rank alike, before NaN reaches the weights."""
-        told = [metrics]
+        """Raise the same error on every rank, before NaN reaches the weights."""
+        shared = [metrics]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             dist.broadcast_object_list(
-                told,
+                shared,
                 parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        values = ", ".join(f"{name} {value:g}" for name, value in told[0].items())
+        values = ", ".join(f"{name} {value:g}" for name, value in shared[0].items())
         raise FloatingPointError(
             f"the update of policy version {self.policy_version} has a gradient of norm "
             f"{grad_norm:g}, which was not applied: the weights are as before this optimizer step. "
@@ -242,23 +237,19 @@ class MegatronPolicy(MegatronModel):
         )
 
     def finished_version(self) -> int | None:
-        """The updates that the weights are after; None where one of them stopped in the middle."""
+        """Number of updates that the weights have had; None if the last one did not end."""
         return None if self._is_mid_update else self.policy_version
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write what continuing exactly needs into an empty folder; every rank calls.
-
-        The folder is a Hugging Face model folder with the optimizer's state besides.
-        """
+        """Write a model folder and the optimizer's state into an empty folder; every rank calls."""
         self.save_model(folder, write_model_files)
         save_optimizer(
             folder, self.model, self.optimizer, self.scheduler, policy_version=self.policy_version
         )
 
     def load_checkpoint(self, folder: Path) -> int:
-        """Continue from a checkpoint; returns its policy_version."""
+        """Continue from a checkpoint, see `check_checkpoint`; returns its policy_version."""
         check_checkpoint(folder, self.optimizer)
-        with SafetensorsReader(folder) as reader:
-            self.weights.load(reader)
+        self.weights.load(folder)
         self.policy_version = load_optimizer(folder, self.model, self.optimizer, self.scheduler)
         return self.policy_version

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from rlsys.config import Config
-from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.engines.megatron.model import MegatronModel
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.types import Device, TrainBatch
@@ -18,8 +17,8 @@ from rlsys.types import Device, TrainBatch
 class MegatronReference(MegatronModel):
     """One rank of the reference.
 
-    Where it shares its GPU with a policy rank (reference.placement), its weights are on the GPU
-    only while it computes: 1.5B parameters in bfloat16 take a tenth of a second to come.
+    If it shares its GPU with a policy rank (reference.placement), its weights are on the GPU only
+    while it computes: copying 1.5B parameters in bfloat16 takes a tenth of a second.
     """
 
     role = "reference"
@@ -41,7 +40,7 @@ class MegatronReference(MegatronModel):
 
     @property
     def more_gpus(self) -> str:
-        """What to change where the model is too large for a GPU."""
+        """Remedy for a model that is too large for a GPU."""
         if self.config.reference.placement == "own":
             return super().more_gpus
         return f"set reference.placement to own, or {super().more_gpus}"
@@ -62,8 +61,7 @@ class MegatronReference(MegatronModel):
 
     def load_model(self, folder: Path) -> None:
         """Take the weights of a model folder of the same shape."""
-        with SafetensorsReader(folder) as reader:
-            self.weights.load(reader)
+        self.weights.load(folder)
 
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:
@@ -81,4 +79,4 @@ class MegatronReference(MegatronModel):
     def _leave_gpu(self) -> None:
         for parameter, waiting in self._in_host_memory.items():
             parameter.data = waiting
-        torch.cuda.empty_cache()  # what the allocator keeps, the policy could not have
+        torch.cuda.empty_cache()  # the policy cannot use what the allocator keeps

@@ -1,8 +1,8 @@
-"""Hugging Face weights in and out of megatron-core: one table, used in both directions.
+"""Hugging Face weights in and out of megatron-core, by one table for both directions.
 
 megatron-core cuts its parameters over tensor-parallel, pipeline-parallel and expert-parallel ranks.
-Loading reads just this rank's slices; exporting streams whole Hugging Face tensors, one parameter
-at a time, or that of all experts of a layer. Both are copies, so a round trip is bit-equal.
+Loading reads only this rank's slices. Exporting streams whole Hugging Face tensors, one parameter
+at a time, or one parameter of all experts of a layer. A round trip is bit-equal.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from rlsys.engines.megatron.hf_folder import SafetensorsReader
@@ -22,30 +24,22 @@ from rlsys.weight_sync.plan import TensorMeta, shard_bounds
 
 
 class MegatronWeights:
-    """The weights of one rank's part of a model, by the table.
+    """The weights of one rank's part of a model.
 
     Args:
         model: the bare GPTModel of this rank.
-        shape: of the whole model.
-        tp_group, pp_group, ep_group: this rank's parallel groups, the last one of the ranks that
-            share the experts of a layer.
+        shape: sizes of the whole model.
     """
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        shape: ModelShape,
-        *,
-        tp_group: dist.ProcessGroup,
-        pp_group: dist.ProcessGroup,
-        ep_group: dist.ProcessGroup,
-    ):
+    def __init__(self, model: torch.nn.Module, shape: ModelShape):
         self.table = weight_table(shape)
         self.tied = shape.tied
         self._vocab_size = shape.vocab_size
-        self._tp, self._pp, self._ep = tp_group, pp_group, ep_group
-        own_experts = shape.num_experts // ep_group.size() if shape.is_moe else 0
-        self._parameters = _named_globally(model, first_expert=ep_group.rank() * own_experts)
+        self._tp = parallel_state.get_tensor_model_parallel_group()
+        self._pp = parallel_state.get_pipeline_model_parallel_group()
+        self._ep = parallel_state.get_expert_model_parallel_group()
+        own_experts = shape.num_experts // self._ep.size() if shape.is_moe else 0
+        self._parameters = _named_globally(model, first_expert=self._ep.rank() * own_experts)
         self._dtype = next(model.parameters()).dtype
         self._owners = self._pipeline_owners()
         self._mark_tensor_parallel()
@@ -60,28 +54,33 @@ class MegatronWeights:
         ]
 
     @torch.no_grad()
-    def load(self, reader: SafetensorsReader) -> None:
-        """Read this rank's slices; raises ValueError where names or shapes do not fit."""
+    def load(self, folder: Path) -> None:
+        """Read this rank's slices of a model folder.
+
+        Raises:
+            ValueError: a tensor is missing, or has another shape than the model's.
+        """
         rank, size = self._tp.rank(), self._tp.size()
         loaded = set()
-        for row in self.table:
-            name = self._own_name(row)
-            if name is not None:
-                parts = [reader.shard(hf, row.tp_axis, rank, size) for hf in row.hf_names]
-                self._copy(row.fuse(parts, size), name)
-                loaded.add(name)
-        if self.tied and OUTPUT in self._parameters:  # the last stage's copy of tied embeddings
-            self._copy(reader.shard(HF_EMBEDDING, 0, rank, size), OUTPUT)
-            loaded.add(OUTPUT)
+        with SafetensorsReader(folder) as reader:
+            for row in self.table:
+                name = self._own_name(row)
+                if name is not None:
+                    parts = [reader.shard(hf, row.tp_axis, rank, size) for hf in row.hf_names]
+                    self._copy(row.fuse(parts, size), name)
+                    loaded.add(name)
+            if self.tied and OUTPUT in self._parameters:  # the last stage's copy of tied embeddings
+                self._copy(reader.shard(HF_EMBEDDING, 0, rank, size), OUTPUT)
+                loaded.add(OUTPUT)
         missing = self._parameters.keys() - loaded
         assert not missing, f"no Hugging Face tensor for {sorted(missing)}"
 
     @torch.no_grad()
     def mix(self, tensors: Iterator[tuple[str, torch.Tensor]], *, alpha: float) -> None:
-        """Move every parameter to `alpha` times another model's + (1 - alpha) times its own.
+        """Set every parameter p to `alpha` times that of another model + (1 - alpha) p.
 
         Args:
-            tensors: what that model's `export` gives, whole and in its order.
+            tensors: from that model's `export`, in its order.
             alpha: 1 is a copy.
         """
         rank, size = self._tp.rank(), self._tp.size()
@@ -106,10 +105,7 @@ class MegatronWeights:
 
     @torch.no_grad()
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Whole Hugging Face tensors, in order: on pipeline rank 0, and every rank must iterate.
-
-        Other pipeline ranks take part in the collectives and yield the same tensors.
-        """
+        """Whole Hugging Face tensors, in order, on every rank; all ranks must iterate."""
         for _, group in groupby(zip(self.table, self._owners, strict=True), _is_gathered_with):
             rows, owners = zip(*group, strict=True)
             gather = self._gather_experts if rows[0].experts else self._gather
@@ -117,12 +113,12 @@ class MegatronWeights:
             yield from zip([name for row in rows for name in row.hf_names], tensors, strict=True)
 
     def own_parameter(self, row: WeightRow) -> torch.nn.Parameter | None:
-        """This rank's parameter of a row of the table, if it has one."""
+        """This rank's parameter of a row of the table; None if it has none."""
         name = self._own_name(row)
         return None if name is None else self._parameters[name]
 
     def slice_of(self, row: WeightRow) -> tuple[int, int]:
-        """Which slice of a row's tensors this rank would have, and of how many."""
+        """(index, number) of the slice of a row's tensors that this rank has if it has the row."""
         return (0, 1) if row.tp_axis is None else (self._tp.rank(), self._tp.size())
 
     def own_slices(self, row: WeightRow) -> list[torch.Tensor]:
@@ -133,11 +129,11 @@ class MegatronWeights:
         return row.views(parameter.detach(), number)
 
     def _mark_tensor_parallel(self) -> None:
-        """Say which parameters are cut over ranks, which megatron-core does as it initialises them.
+        """Mark the parameters that are cut over ranks, which megatron-core's initialisation does.
 
-        We skip that initialisation, as every weight is loaded; an unmarked parameter is taken for
-        a replica and counted on one rank only, so that gradients would be clipped to a wrong norm.
-        An expert has just one owner among tensor-parallel ranks, so it is not a replica either.
+        It is skipped, because every weight is loaded. An unmarked parameter counts as a replica, on
+        one rank only, so gradients would be clipped to a wrong norm. An expert has one owner among
+        tensor-parallel ranks, so it is not a replica either.
         """
         for row in self.table:
             name = self._own_name(row)
@@ -155,7 +151,7 @@ class MegatronWeights:
         return next((name for name in row.names if name in self._parameters), None)
 
     def _copy(self, value: torch.Tensor, name: str) -> None:
-        self._parameters[name].zero_()  # what only fills the vocabulary up stays 0
+        self._parameters[name].zero_()  # rows that fill the vocabulary up stay 0
         parameter = self._without_padding(name)
         if parameter.shape != value.shape:
             raise ValueError(
@@ -167,7 +163,7 @@ class MegatronWeights:
     def _without_padding(self, name: str) -> torch.Tensor:
         """A parameter without the rows that fill the vocabulary up to a multiple of ranks.
 
-        No token is embedded by those rows and none of them can be sampled, so their gradient is 0.
+        These rows embed no token and cannot be sampled, so their gradient is 0.
         """
         parameter = self._parameters[name]
         if name not in (EMBEDDING, OUTPUT):
@@ -223,7 +219,7 @@ class MegatronWeights:
             dist.broadcast(tensor, dist.get_global_rank(self._pp, owner), group=self._pp)
 
     def _pipeline_owners(self) -> list[int]:
-        """For each row of the table, the first pipeline rank that has it, or experts like it."""
+        """For each row of the table, the first pipeline rank with it, or with experts like it."""
         layers = {row.experts for row in self.table if self._own_name(row) is not None}
         owned = [
             row.experts in layers if row.experts else self._own_name(row) is not None
@@ -246,7 +242,7 @@ def _mark(parameter: torch.nn.Parameter, axis: int) -> None:
 
 
 _LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[12]\.weight)\d+")
-"""The number of an expert, as SequentialMLP and as Transformer Engine's TEGroupedMLP have it."""
+"""The number of an expert in names of SequentialMLP and of Transformer Engine's TEGroupedMLP."""
 
 
 def _named_globally(model: torch.nn.Module, *, first_expert: int) -> dict[str, torch.nn.Parameter]:
