@@ -226,7 +226,7 @@ class WeightSyncWorkerExtension:
         return getattr(self.weight_transfer_engine, method)()
 
     def sample_known_tokens_only(self, num_token_ids: int) -> None:
-        """Give ids that decode to nothing no probability, as `SamplingSupport` does."""
+        """Give ids that decode to nothing no probability, as `Sampling.num_token_ids` does."""
         model = self.model_runner.get_model()
         compute_logits = model.compute_logits
 
