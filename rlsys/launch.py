@@ -34,7 +34,6 @@ from rlsys.config.load import ResolvedConfig, save_config
 from rlsys.config.local_paths import is_in_job_copy, with_absolute_paths
 from rlsys.config.roles import plan_roles
 from rlsys.data import PromptData, load_checked_prompts
-from rlsys.data.reward_columns import column_problems_of_run, unread_columns
 from rlsys.data.sources import raise_if_any
 from rlsys.data.streams.make import make_prompt_stream
 from rlsys.driver import train
@@ -53,6 +52,7 @@ from rlsys.preflight.rewards import reachable_rewards
 from rlsys.preflight.run_folder import output_dir_problems
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.rewards import load_plugins
+from rlsys.rewards.columns import column_problems_of_run, unread_columns
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.run.checkpoints import (

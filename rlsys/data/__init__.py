@@ -7,8 +7,6 @@ One `Row` goes through these stages, for training in memory, streams, the previe
     parse        formats (which columns hold the prompt), turns (turns, calls and tools)
     render       render: the chat template
     load         load, split: everything in memory; streams/: the order in which prompts come
-
-reward_columns says which columns the reward functions take, and what they say of a row.
 """
 
 from rlsys.config.dataset_spec import FILE_SUFFIXES

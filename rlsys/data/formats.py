@@ -28,8 +28,6 @@ SYSTEM_COLUMNS = ("system", "system_prompt")
 """The row's system message, as in ms-swift."""
 SOLUTION = "solution"
 """The column in which rewards find the answer of a row that has one."""
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
-"""Columns for the chat template, as in TRL and ms-swift; rewards get them too."""
 
 
 class _Reading(NamedTuple):

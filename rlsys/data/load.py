@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from rlsys.config import Config, DataConfig
 from rlsys.data.render import Renderer
-from rlsys.data.reward_columns import RowCheck, row_check
 from rlsys.data.row import DUPLICATE, Row
 from rlsys.data.sources import (
     Source,
@@ -23,6 +22,7 @@ from rlsys.data.split import split_prompts, texts_of
 from rlsys.data.streams.streamed import StreamedPrompts, open_streams
 from rlsys.plugins.load import load_plugins, plugin_problems
 from rlsys.problems import Problem
+from rlsys.rewards.columns import RowCheck, row_check
 from rlsys.types import Prompt
 
 if TYPE_CHECKING:

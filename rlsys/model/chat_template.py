@@ -17,6 +17,8 @@ from rlsys.types import OPEN_THINK, Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
+"""Columns of a row for the chat template, as in TRL and ms-swift; rewards get them too."""
 _TAIL = 10
 """Last tokens of a prompt that are enough to show `<think>` and white space behind it."""
 _PROBE: list[Message] = [

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlsys.config import Config
-from rlsys.data.reward_columns import column_problems_of_run, column_use, column_uses
 from rlsys.model.detokenize import Detokenizer
 from rlsys.preflight.data import known_columns
 from rlsys.problems import Problem
 from rlsys.rewards import check_call, plugin_problems
+from rlsys.rewards.columns import column_problems_of_run, column_use, column_uses
 from rlsys.rewards.pool.failures import RewardCodeError
 from rlsys.rewards.pool.scorer import local_scorer
 from rlsys.rewards.reachable import ReachableRewards

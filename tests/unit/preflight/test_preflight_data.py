@@ -5,9 +5,9 @@ from data_cases import word_tokenizer, write_jsonl
 
 from rlsys.config import DataConfig, RewardConfig
 from rlsys.data import load_prompts
-from rlsys.data.reward_columns import row_check
 from rlsys.data.sources import raise_if_any
 from rlsys.rewards import ORM, RewardError, orms, register_reward
+from rlsys.rewards.columns import row_check
 
 SCHEMA = {"type": "object"}
 

@@ -3,8 +3,8 @@
 import pytest
 from preflight_cases import only, rows
 
-from rlsys.data.reward_columns import column_use
 from rlsys.rewards import OWN_COLUMNS, orms
+from rlsys.rewards.columns import column_use
 from rlsys.rewards.scoring import call_arguments
 
 

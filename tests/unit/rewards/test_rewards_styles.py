@@ -91,7 +91,7 @@ def test_what_verls_dictionary_has_besides_the_score_is_logged():
 
 
 def test_rows_and_settings_of_verls_functions_are_checked_before_a_run():
-    from rlsys.data.reward_columns import row_check
+    from rlsys.rewards.columns import row_check
 
     write("score.py", VERL)
     name = "verl/score.py:compute_score"

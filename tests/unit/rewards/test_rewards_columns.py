@@ -4,8 +4,8 @@ import pytest
 from config_cases import write_config
 
 from rlsys.config.load import load_config
-from rlsys.data.reward_columns import column_problems, unread_columns
 from rlsys.rewards import ORM, OWN_COLUMNS, Reward, orms, register_reward
+from rlsys.rewards.columns import column_problems, unread_columns
 from rlsys.rewards.scoring import reward_columns
 from rlsys.types import Completion, Prompt, RolloutGroup
 

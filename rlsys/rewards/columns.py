@@ -1,4 +1,4 @@
-"""Which dataset columns the reward functions of a run ask for, and what they say of a row."""
+"""The dataset columns that reward functions take, and their checks of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlsys.config import Config
-from rlsys.data.formats import TEMPLATE_COLUMNS
+from rlsys.model.chat_template import TEMPLATE_COLUMNS
 from rlsys.rewards import ORM, OWN_COLUMNS, Reward, RewardError, check_call, orms
 from rlsys.rewards.instances import KEYWORD_KINDS, Params
 from rlsys.rewards.scoring import call_settings, call_signature, takes_completions_first
@@ -20,25 +20,25 @@ _SHOWN = 12
 
 @dataclass(frozen=True, slots=True)
 class ColumnUse:
-    """What one reward function takes from the dataset."""
+    """The columns that one reward function takes from the dataset."""
 
     needed: tuple[str, ...]
     """Parameters without a default: it cannot be called without these columns."""
     optional: tuple[str, ...]
     """Parameters with a default."""
     takes_all: bool
-    """Whether it gets every other column too, by **kwargs, and may use it."""
+    """Whether **kwargs give it every other column too."""
 
 
 def column_use(name: str, params: Params | None = None, of_run: Params | None = None) -> ColumnUse:
-    """The columns that the registered reward `name` asks for.
+    """The columns that a registered reward function takes.
 
     Args:
-        name: of a reward function.
-        params, of_run: as of `settings_of`; a parameter that these set is no column.
+        name: of the reward function.
+        params, of_run: as for `settings_of`; a parameter that these set is not a column.
 
     Raises:
-        ValueError: no such reward function, or a class that cannot be called.
+        ValueError: an unknown reward function, or a class that cannot be called.
     """
     registered = orms[name]
     parameters = list(call_signature(registered).parameters.values())
@@ -54,7 +54,7 @@ def column_use(name: str, params: Params | None = None, of_run: Params | None = 
 
 
 RowCheck = Callable[[Mapping[str, Any]], list[str]]
-"""What is wrong with the columns of one row; nothing is the empty list."""
+"""Maps the columns of one row to what is wrong with them."""
 
 
 def row_check(
@@ -62,15 +62,15 @@ def row_check(
     reward_params: Mapping[str, Mapping[str, Any]],
     of_run: Mapping[str, Any],
 ) -> RowCheck:
-    """What the reward functions that check rows (`ORM.check_row`) say of one.
+    """One check out of `check_row` of all reward functions that have it.
 
-    Classes are instantiated for it, unless theirs is a static method. Functions that miss a column
-    are left out: that is told once, by `column_problems`.
+    A class is instantiated for it, unless its `check_row` is a static method. The check skips a
+    function whose columns the row lacks, which `column_problems` reports once.
 
     Raises:
-        ValueError: a function that there is not, or settings that do not fit.
-        RewardError: a class raised when it was instantiated; later, a check raised something else
-            than ValueError.
+        ValueError: an unknown function, or settings that do not fit.
+        RewardError: a class raised when it was instantiated. The check raises it where a
+            `check_row` raises something else than ValueError.
     """
     checks = {}
     for name in reward_funcs:
@@ -113,7 +113,7 @@ def _own_check(
 
 
 def column_uses(config: Config) -> dict[str, ColumnUse]:
-    """What each reward function of a run takes from the dataset, by its name.
+    """The columns that each reward function of a run takes, by its name.
 
     Raises:
         ValueError: as `column_use`.
@@ -128,12 +128,12 @@ def column_uses(config: Config) -> dict[str, ColumnUse]:
 def column_problems_of_run(
     config: Config, train: Collection[str] | None, held_out: Collection[str] | None
 ) -> list[str]:
-    """`column_problems` of the training data and of those that a run evaluates on.
+    """`column_problems` of the training data and of the data that a run evaluates on.
 
     Args:
         config: of the run.
-        train: columns of the training prompts; None where they are not known.
-        held_out: the same of held-out prompts; None also where there are none.
+        train: columns of the training prompts; None if they are not known.
+        held_out: columns of the held-out prompts; None if they are not known, or without any.
     """
     problems = []
     if train is not None:
@@ -144,8 +144,11 @@ def column_problems_of_run(
 
 
 def column_problems(config: Config, columns: Collection[str], data: str = "the data") -> list[str]:
-    """Of reward functions that need a column which no dataset of `data` has, do not take one that
-    there is, or take from the run what has the name of one."""
+    """Problems of reward functions with the columns of `data`.
+
+    A function may need a column that no row has, not take one that rows have, or get a value from
+    the run that has the name of a column.
+    """
     problems = []
     for name, use in column_uses(config).items():
         missing = [column for column in use.needed if column not in columns]
@@ -173,9 +176,9 @@ def column_problems(config: Config, columns: Collection[str], data: str = "the d
 
 
 def unread_columns(config: Config, columns: Collection[str]) -> str | None:
-    """A line that names the columns which neither the prompt nor a reward function asks for.
+    """A line that names the columns which neither the prompt nor a reward function takes.
 
-    None if every column is asked for.
+    None if every column is taken.
     """
     uses = column_uses(config).values()
     named = {column for use in uses for column in (*use.needed, *use.optional)}
@@ -188,7 +191,7 @@ def unread_columns(config: Config, columns: Collection[str]) -> str | None:
 
 
 def _is_hidden(name: str, column: str) -> bool:
-    """Whether a reward function takes from the run what has the name of this column."""
+    """Whether the run gives a reward function a value with the name of this column."""
     parameters = list(call_signature(orms[name]).parameters)
     if takes_completions_first(orms[name]) and parameters[:1] == [column]:
         return True
