@@ -2,15 +2,15 @@
 
 One `Row` goes through these stages, for training in memory, streams, the preview and `rewards try`:
 
-    open         sources, with text_files, json_files, json_text, file_bytes; tables for the rest
+    open         sources, with text_files, json_files, file_bytes; tables for all else
     preprocess   preprocess, row_preprocessors (ms-swift's classes), registered (datasets by name)
     parse        formats (which columns hold the prompt), turns (turns, calls and tools)
     render       render: the chat template
-    load         load, split: everything in memory; streams/: the order in which prompts come
+    load         load: everything in memory, split; streams/: the order in which prompts come
 """
 
 from rlsys.config.dataset_spec import FILE_SUFFIXES
-from rlsys.data.load import PromptData, load_checked_prompts, load_prompts
+from rlsys.data.load import PromptData, load_checked_prompts, load_prompts, split_prompts
 from rlsys.data.preprocess import preprocessors, register_preprocessor
 from rlsys.data.registered import DatasetMeta, SubsetDataset, register_dataset
 from rlsys.data.render import render_prompt
@@ -21,7 +21,6 @@ from rlsys.data.row_preprocessors import (
     ResponsePreprocessor,
     RowPreprocessor,
 )
-from rlsys.data.split import split_prompts
 
 __all__ = [
     "FILE_SUFFIXES",

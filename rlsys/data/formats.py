@@ -57,7 +57,7 @@ def parse_row(row: Row, *, system: str | None) -> None:
     if column is None:
         raise BadRow(f"has no prompt: none of {', '.join(PROMPT_COLUMNS)} is there")
     row.format, read = _READERS[column]
-    turns, read_columns, answer = read(values)
+    turns, read_columns, answer = read(values, column)
     messages, calls = read_turns(turns), []
     may_have_answer = row.format in ("messages", "sharegpt") and len(messages) > 1
     if may_have_answer and messages[-1]["role"] == "assistant":
@@ -124,45 +124,35 @@ def columns_problem(columns: list[str]) -> str | None:
 # --- the formats ---------------------------------------------------------------------------------
 
 
-def _read_messages(values: dict[str, Any]) -> _Reading:
-    return _Reading(parse_cell(values["messages"], "messages"), ("messages",))
-
-
-def _read_sharegpt(values: dict[str, Any]) -> _Reading:
-    column = "conversations" if values.get("conversations") is not None else "conversation"
+def _read_turns(values: dict[str, Any], column: str) -> _Reading:
     return _Reading(parse_cell(values[column], column), (column,))
 
 
-def _read_prompt(values: dict[str, Any]) -> _Reading:
-    prompt = values["prompt"]
-    turns = as_turns(prompt, "prompt") if isinstance(prompt, str) else prompt
-    return _Reading(turns, ("prompt",))
+def _read_prompt(values: dict[str, Any], column: str) -> _Reading:
+    prompt = values[column]
+    return _Reading(as_turns(prompt, column) if isinstance(prompt, str) else prompt, (column,))
 
 
-def _read_query(values: dict[str, Any]) -> _Reading:
-    query = values["query"]
-    user_turns: list[Any] = [{"role": "user", "content": query}]
-    if isinstance(query, str):
-        user_turns = as_turns(query, "query")
-    turns = [*_history(values), *user_turns]
-    return _Reading(turns, ("query", "history"), values.get("response"))
+def _read_query(values: dict[str, Any], column: str) -> _Reading:
+    turns = [*_history(values), *as_turns(values[column], column)]
+    return _Reading(turns, (column, "history"), values.get("response"))
 
 
-def _read_alpaca(values: dict[str, Any]) -> _Reading:
-    instruction, text = values["instruction"], values.get("input")
-    for name, part in (("instruction", instruction), ("input", text)):
+def _read_alpaca(values: dict[str, Any], column: str) -> _Reading:
+    instruction, text = values[column], values.get("input")
+    for name, part in ((column, instruction), ("input", text)):
         if part is not None:
             _check_is_text(name, part)
     query = "\n".join(part for part in (instruction, text) if part and part.strip())
-    turns = [*_history(values), *as_turns(query, "instruction")]
+    turns = [*_history(values), *as_turns(query, column)]
     answer = values["output"] if values.get("output") is not None else values.get("response")
-    return _Reading(turns, ("instruction", "input", "history"), answer)
+    return _Reading(turns, (column, "input", "history"), answer)
 
 
-_READERS: dict[str, tuple[str, Callable[[dict[str, Any]], _Reading]]] = {
-    "messages": ("messages", _read_messages),
-    "conversations": ("sharegpt", _read_sharegpt),
-    "conversation": ("sharegpt", _read_sharegpt),
+_READERS: dict[str, tuple[str, Callable[[dict[str, Any], str], _Reading]]] = {
+    "messages": ("messages", _read_turns),
+    "conversations": ("sharegpt", _read_turns),
+    "conversation": ("sharegpt", _read_turns),
     "prompt": ("prompt", _read_prompt),
     "query": ("query-response", _read_query),
     "instruction": ("alpaca", _read_alpaca),

@@ -40,7 +40,7 @@ class PreprocessorRegistry(Registry[RowFunction | type[RowPreprocessor]]):
 
     def known(self) -> list[str]:
         """The registered preprocessors, and one name of each registered dataset."""
-        return sorted({*super().known(), *(meta.id for meta in registered_datasets)})
+        return sorted({*super().known(), *(meta.names[0] for meta in registered_datasets)})
 
     def remedy(self, name: str) -> str:
         """How to name a class or function of a loaded plugin that did not register `name`."""

@@ -72,14 +72,8 @@ class DatasetMeta:
     @property
     def names(self) -> list[str]:
         """The names that an entry of `data.dataset` may use, the best one first."""
-        given = (self.dataset_name, self.dataset_path, self.hf_dataset_id, self.ms_dataset_id)
-        return [name for name in given if name]
-
-    @property
-    def id(self) -> str:
-        """The name to recommend for `data.preprocessor`."""
         given = (self.dataset_name, self.hf_dataset_id, self.ms_dataset_id, self.dataset_path)
-        return next(name for name in given if name)
+        return [name for name in given if name]
 
 
 registered_datasets: list[DatasetMeta] = []
@@ -115,10 +109,9 @@ def find_registered(name: str) -> DatasetMeta | None:
             return meta
     path = _path(name)
     for meta in registered_datasets:
-        if meta.dataset_path and path.exists() and path == _path(meta.dataset_path):
-            return meta
         ids = {str(known).rpartition("/")[2] for known in (meta.hf_dataset_id, meta.ms_dataset_id)}
-        if path.is_dir() and path.name in ids:
+        is_its_path = bool(meta.dataset_path) and path == _path(str(meta.dataset_path))
+        if path.exists() and (is_its_path or (path.is_dir() and path.name in ids)):
             return meta
     return None
 
@@ -143,25 +136,24 @@ def resolve(spec: DatasetSpec, meta: DatasetMeta) -> tuple[DatasetSpec, Any]:
     if Path(name).expanduser().is_file():
         return replace(spec, name=str(Path(name).expanduser())), prepare
     subsets = _subsets(spec, meta)
-    functions = [subset.preprocess_func for subset in subsets if subset.preprocess_func is not None]
-    splits = {tuple(subset.split or meta.split) for subset in subsets} or {tuple(meta.split)}
-    if spec.split is None and (len(splits) > 1 or len(next(iter(splits))) != 1):
-        every = "/".join(dict.fromkeys(split for some in splits for split in some))
+    listed = [name for subset in subsets for name in subset.split or meta.split]
+    splits = list(dict.fromkeys(listed or meta.split))
+    if spec.split is None and len(splits) != 1:
         raise ValueError(
             f"dataset {spec.text!r} is registered with several splits: list one entry for each, as "
-            f"{meta.names[0]}:{'/'.join(spec.subsets)}:SPLIT with SPLIT one of {every}"
+            f"{meta.names[0]}:{'/'.join(spec.subsets)}:SPLIT with SPLIT one of {'/'.join(splits)}"
         )
+    functions = [subset.preprocess_func for subset in subsets if subset.preprocess_func is not None]
     if functions and len(subsets) > 1:
         raise ValueError(
             f"dataset {spec.text!r} has subsets with a preprocess_func of their own: list one "
             f"entry for each, as {meta.names[0]}:{subsets[0].name}"
         )
-    [(split, *_)] = splits if spec.split is None else {(spec.split,)}
-    chosen = tuple(subset.subset for subset in subsets if subset.subset != "default")
+    split = spec.split or splits[0]
     found = replace(
         spec,
         name=name,
-        subsets=chosen,
+        subsets=tuple(subset.subset for subset in subsets if subset.subset != "default"),
         # "train" is the default, and lets evaluation look for validation and test.
         split=spec.split or (None if split == "train" else split),
         from_hub=spec.from_hub or not Path(name).expanduser().exists(),
@@ -200,14 +192,12 @@ def _subsets(spec: DatasetSpec, meta: DatasetMeta) -> list[SubsetDataset]:
         return [subset for subset in listed if not subset.is_weak_subset]
     if spec.subsets:
         return [known.get(name, SubsetDataset(subset=name)) for name in spec.subsets]
-    if len(listed) > 1:
-        if "default" not in known:
-            raise ValueError(
-                f"dataset {spec.text!r} is registered with the subsets {', '.join(map(str, known))}"
-                f": name some, as {meta.names[0]}:{next(iter(known))}, or {meta.names[0]}:all"
-            )
-        return [known["default"]]
-    return listed
+    if len(listed) <= 1 or "default" in known:
+        return listed if len(listed) <= 1 else [known["default"]]
+    raise ValueError(
+        f"dataset {spec.text!r} is registered with the subsets {', '.join(map(str, known))}: name "
+        f"some, as {meta.names[0]}:{next(iter(known))}, or {meta.names[0]}:all"
+    )
 
 
 def _path(text: str) -> Path:

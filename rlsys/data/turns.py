@@ -36,7 +36,7 @@ _OBJECT = re.compile(r"\s*\[?\s*\{")
 _TURN_KEY = re.compile(r"""["'](role|from|content|value)["']\s*:""")
 
 
-def as_turns(words: str, column: str) -> list[Any]:
+def as_turns(words: Any, column: str) -> list[Any]:
     """The turn of a user who says `words`, or the turns that a table's cell holds as text.
 
     Words that merely begin with a bracket stay words, and so does JSON of something else.
@@ -44,7 +44,8 @@ def as_turns(words: str, column: str) -> list[Any]:
     Raises:
         BadRow: it looks like turns and cannot be read.
     """
-    keys = set(_TURN_KEY.findall(words)) if _OBJECT.match(words) else set()
+    is_object = isinstance(words, str) and _OBJECT.match(words)
+    keys = set(_TURN_KEY.findall(words)) if is_object else set()
     if keys & {"role", "from"} and keys & {"content", "value"}:
         turns = parse_cell(words, column)
         turns = [turns] if isinstance(turns, dict) else turns
