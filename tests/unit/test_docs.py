@@ -1,4 +1,4 @@
-"""What the documentation points at exists: links, files, and the names of docs/architecture.md."""
+"""What the documentation points at exists: links, files, names in code, and pages."""
 
 import re
 from pathlib import Path
@@ -21,6 +21,23 @@ def test_links_lead_somewhere(page):
     assert [link for link in local if not (page.parent / link).exists()] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_links_name_headings_that_exist(page):
+    links = re.findall(r"\]\(([^)\s]*\.md)?#([^)\s]+)\)", page.read_text())
+    assert [
+        (file, anchor)
+        for file, anchor in links
+        if not file.startswith("http")
+        and anchor not in anchors(page.parent / file if file else page)
+    ] == []
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_named_files_exist(page):
     in_repository = re.compile(r"(?:rlsys|tests|scripts|examples|benchmarks|docs)/[\w./-]+\.\w+")
@@ -28,15 +45,24 @@ def test_named_files_exist(page):
     assert [name for name in sorted(named) if not (REPOSITORY / name).exists()] == []
 
 
-def test_names_in_the_architecture_are_in_the_code():
+@pytest.mark.parametrize(("page", "at_least"), [("architecture", 30), ("internals", 40)])
+def test_names_of_code_in_the_docs_are_in_the_code(page, at_least):
     sources = "\n".join(path.read_text() for path in REPOSITORY.glob("rlsys/**/*.py"))
     words = set(re.findall(r"\w+", sources))
-    spans = CODE_SPAN.findall((REPOSITORY / "docs/architecture.md").read_text())
+    spans = CODE_SPAN.findall((REPOSITORY / f"docs/{page}.md").read_text())
     names = {
         word
         for span in spans
-        if re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", span) and not span.endswith(".py")
+        if re.fullmatch(r"[A-Za-z_][\w.]*(\(.*\))?", span) and not span.endswith((".py", ".json"))
         for word in span.partition("(")[0].split(".")
     }
-    assert len(names) > 40
+    assert len(names) > at_least
     assert sorted(names - words) == []
+
+
+def test_the_index_has_every_page_once():
+    index = (REPOSITORY / "docs/index.md").read_text()
+    pages = re.findall(r"^\| \[.+?\]\(([\w.]+)\) \|", index, re.MULTILINE)
+    assert sorted([*pages, "index.md"]) == sorted(
+        page.name for page in REPOSITORY.glob("docs/*.md")
+    )

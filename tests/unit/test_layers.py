@@ -154,6 +154,19 @@ def test_the_folders_in_the_docs_have_the_imports_of_the_table():
     assert rows == list(LAYERS.items())
 
 
+def sentence(folder: str) -> str:
+    """The first paragraph of the docstring of a folder or file."""
+    file = PACKAGE / f"{folder}.py"
+    source = (file if file.exists() else PACKAGE / folder / "__init__.py").read_text()
+    return ast.get_docstring(ast.parse(source)).partition("\n\n")[0].replace("\n", " ")
+
+
+def test_the_sentences_in_the_docs_are_the_docstrings():
+    rows = re.findall(r"^\| `(\w+).*?` \| (.*) \| .* \|$", section_of_the_docs(), re.MULTILINE)
+    expected = {name: sentence(name) for name in LAYERS if name != "base"}
+    assert {name: text for name, text in rows if name != "base"} == expected
+
+
 IMPORT_ALL = """
 import importlib, pkgutil, sys
 package = importlib.import_module(sys.argv[1])
