@@ -44,7 +44,7 @@ def test_everything_that_can_be_added_has_a_row():
     expected = """
         reward, loss, loss that differs from another by settings, advantage estimator,
         metric of a loss, tracker, preprocessor of rows, row format, kind of data file,
-        weight transport, model family, config field, command
+        weight transport, model family, check before a run, config field, command
     """
     assert list(ROWS) == re.split(r",\s+", expected.strip())
 
