@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 # A rank that waits for another gives up after timeout_s and names itself and the phase. The driver
 # waits a little longer, so that its less specific error comes second. Once buckets travel over NCCL
-# nobody waits on the host: torch ends a process whose transfer took too long.
+# the host does not wait: torch ends a process whose transfer took too long.
 GRACE_S = 5.0
 
 

@@ -115,7 +115,7 @@ def _evaluations(every: int, num_steps: int) -> str:
 
 
 def _running_ahead(config: Config) -> Iterator[tuple[str, str]]:
-    """Prompts that are sampled beside those of the step."""
+    """Prompts that are sampled in addition to the P of the step."""
     rollout, prompts, ahead = config.rollout, config.num_prompts, config.num_prompts_ahead
     if ahead:
         rest = "go on" if rollout.max_staleness else "are given up and begun again"

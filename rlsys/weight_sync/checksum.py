@@ -1,4 +1,4 @@
-"""An order-sensitive 64-bit checksum in plain torch ops, the same number on CPU and GPU."""
+"""An order-sensitive 64-bit checksum in plain torch ops, equal on CPU and GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from rlsys.weight_sync.plan import Bucket
 from rlsys.weight_sync.transport import WeightSyncError
 
-# Words summed at once: on a CPU the int64 temporaries of a chunk (2 MiB each) stay in its cache.
+# Words of a chunk: its int64 temporaries (2 MiB each) fit in the cache of a CPU.
 CHUNK_WORDS = 1 << 18
 # Odd constants of splitmix64 (Steele, Lea, Flood 2014) and FNV-1a, as signed 64-bit numbers.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -22,10 +22,10 @@ PRIME = 0x100000001B3
 def checksum(data: Tensor) -> Tensor:
     """Checksum of `data` [nbytes] uint8: a 0-dim int64 on its device, see `as_numbers`.
 
-    With the bytes read as 32-bit words x_i (signed, zeros after the last byte), it is
-    sum_i w_i x_i modulo 2**64 within a chunk, with w_i odd and pseudo-random, and a polynomial in
-    the chunks. A change of one word always changes it, since w_i is odd; words that moved or any
-    other damage go unseen with a chance of about 2**-32 or less. It is not cryptographic.
+    The bytes are read as 32-bit words x_i (signed, padded with zeros). The checksum of a chunk is
+    sum_i w_i x_i modulo 2**64 with odd pseudo-random w_i; a polynomial combines the chunks. A
+    change of one word always changes the checksum, since w_i is odd. Moved words or any other
+    damage stay unseen with a chance of about 2**-32 or less. It is not cryptographic.
     """
     assert data.dtype == torch.uint8, data.dtype
     assert data.dim() == 1, data.shape
@@ -43,7 +43,7 @@ def checksum(data: Tensor) -> Tensor:
 
 
 def as_numbers(checksums: Sequence[Tensor]) -> list[int]:
-    """Checksums as unsigned 64-bit numbers, fetched from their device at once."""
+    """Checksums as unsigned 64-bit numbers, fetched from their device in one copy."""
     if not checksums:
         return []
     return [number % (1 << 64) for number in torch.stack(list(checksums)).tolist()]
@@ -52,7 +52,7 @@ def as_numbers(checksums: Sequence[Tensor]) -> list[int]:
 def compare_checksums(
     buckets: Sequence[Bucket], sent: Sequence[int], received: Sequence[int], *, receiver: str
 ) -> None:
-    """Raises WeightSyncError naming the first bucket that did not arrive as it was sent."""
+    """Raise a WeightSyncError that names the first damaged bucket, if there is one."""
     for bucket, ours, theirs in zip(buckets, sent, received, strict=True):
         if ours != theirs:
             names = ", ".join(meta.name for meta in bucket.tensors)
@@ -64,7 +64,7 @@ def compare_checksums(
 
 
 def _words(data: Tensor) -> Tensor:
-    """`data` as int32, copied only if it ends or starts in the middle of a word."""
+    """`data` as int32; it is copied only if it starts or ends in the middle of a word."""
     tail = -data.numel() % 4
     if tail:
         data = torch.cat([data, data.new_zeros(tail)])
@@ -84,13 +84,13 @@ def _sums_of_chunks(chunks: Tensor, weights: Tensor) -> Tensor:
     """[chunks, words] int32 -> [chunks] int64."""
     if chunks.device.type == "cpu":
         return torch.stack([_weighted_sum(chunk, weights) for chunk in chunks])
-    # As one kernel that reads each word once: op by op, the int64 temporaries are five times that.
+    # One kernel reads each word once; single ops would move five times as many bytes.
     return _fused_weighted_sum()(chunks, weights)
 
 
 @functools.lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
-    """[CHUNK_WORDS] odd int64 multipliers, splitmix64's mixing of the position."""
+    """[CHUNK_WORDS] odd int64 weights: the position, mixed as in splitmix64."""
     position = torch.arange(1, CHUNK_WORDS + 1, dtype=torch.int64)
     mixed = position * GOLDEN
     mixed = (mixed ^ (mixed >> 30)) * MIX

@@ -1,4 +1,4 @@
-"""Weight transport over NCCL: from the policy's GPU to those of the rollout engines."""
+"""Weight transport over NCCL: from a GPU of the policy to GPUs of the rollout engines."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class TensorMeta:
 
     name: str
     dtype: str
-    """As torch spells it: "float32", "bfloat16" or "float16"."""
+    """Torch's name: "float32", "bfloat16" or "float16"."""
     shape: tuple[int, ...]
 
     @property

@@ -18,7 +18,7 @@ class WeightReceiver:
     An update is `receive`, to its end, and then `check`. The GPU has nothing to do until the sender
     is there: engines that share a GPU receive one after the other.
 
-    Order on a GPU: whoever uses a bucket does so in the current stream. A broadcast starts after
+    Order on a GPU: callers use a bucket in the current stream. A broadcast starts after
     the work that this stream held when it was requested. So where two buckets share a buffer, the
     second arrives after the first was used. The checksum and the use of a bucket come after the
     wait for it.

@@ -1,4 +1,4 @@
-"""What a rollout engine finds likeliest: the same for the same weights, wherever they came from."""
+"""Greedy completions of a rollout engine: equal weights give equal completions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def greedy(engines):
 
 
 class ReloadingActor(RolloutActor):
-    """Its process starts one engine after the other: importing vLLM takes longer than that."""
+    """Starts one engine after the other in a process: importing vLLM takes longer than that."""
 
     def reload(self, config):
         self._loop.close()

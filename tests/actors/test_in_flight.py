@@ -1,4 +1,4 @@
-"""Weights that change under unfinished completions: which token is whose, in which context."""
+"""Weights change during a completion: the version of each token, and the cache it reads."""
 
 import asyncio
 
@@ -46,7 +46,7 @@ class PeekingActor(RolloutActor):
         await asyncio.wrap_future(self._loop.submit(change))
 
     async def least_tokens(self):
-        """Of the completions in flight."""
+        """The fewest tokens of a completion in flight."""
 
         def count(engine):
             states = engine._llm.llm_engine.output_processor.request_states.values()
@@ -118,7 +118,7 @@ def differences(model, group):
 
 
 @pytest.mark.parametrize("in_flight_kv", ["recompute", "keep"])
-def test_every_token_is_of_the_version_that_its_span_says(
+def test_every_token_has_the_version_of_its_span(
     engines, policy, publisher, models, rollout_config, in_flight_kv
 ):
     (actor,) = engines.actors.values()
@@ -154,7 +154,7 @@ def test_every_token_is_of_the_version_that_its_span_says(
             assert (completion.policy_versions, completion.version_starts) == ((old + 1,), (0,))
 
 
-def test_groups_that_are_given_up_leave_the_others_alone(engines, publisher):
+def test_giving_up_groups_does_not_change_the_others(engines, publisher):
     submit(engines, first_id=30)
     wait_for_tokens(engines, 1)
     engines.abort([30])
@@ -163,7 +163,7 @@ def test_groups_that_are_given_up_leave_the_others_alone(engines, publisher):
     assert collect_all(engines).keys() == {31, 40, 41}
 
 
-def test_a_failure_to_give_up_groups_is_raised_where_others_are_waited_for(engines):
+def test_a_failure_to_give_up_groups_is_raised_by_collect(engines):
     """The last test of these engines, which it breaks."""
     (actor,) = engines.actors.values()
     ray.get(actor.break_abort.remote())

@@ -105,7 +105,7 @@ def test_logprobs_are_those_of_the_sampling_distribution(groups, model_folder):
 @pytest.mark.slow
 @torch.no_grad()
 def test_an_fp32_head_does_not_round_logits(ray_cluster, rollout_config, tiny_models, tmp_path):
-    """Of bfloat16 weights, after a weight sync: log-probs are nearer to those of float32 logits."""
+    """After a weight sync in bfloat16, log-probs are nearer to those of float32 logits."""
     model = AutoModelForCausalLM.from_pretrained(tiny_models[True, 1], dtype=torch.bfloat16)
     save_model(model, tmp_path)
     config = rollout_config(model_path=tmp_path)
@@ -132,7 +132,7 @@ def test_an_fp32_head_does_not_round_logits(ray_cluster, rollout_config, tiny_mo
     assert torch.cat(to_unrounded).mean() < torch.cat(to_rounded).mean()
 
 
-def test_seeds_reproduce_a_step_whoever_samples_it(groups, engines):
+def test_seeds_reproduce_a_step_on_any_engine(groups, engines):
     assert token_ids(sample(engines)) == token_ids(groups)
     assert token_ids(sample(engines, step=2)) != token_ids(groups)
     # All prompts on one engine instead of two.

@@ -1,5 +1,4 @@
-"""Weights copied straight into vLLM's parameters: the way of GPUs, on a CPU engine that does not
-pack its linear layers."""
+"""Weights copied straight into vLLM's parameters, as on GPUs, by a CPU engine without packing."""
 
 import pytest
 import ray
@@ -54,7 +53,7 @@ def pair(ray_cluster, rollout_config, tiny_models):
     ("layout", "senders", "helpers"),
     [("one rank", [0, 0], set()), ("TP 2", [0, 1], set()), ("PP 2", [0, 0], {1})],
 )
-def test_each_worker_of_an_engine_is_sent_what_it_holds_and_no_more(
+def test_each_worker_of_an_engine_is_sent_only_what_it_holds(
     lab, pair, rollout_config, tiny_models, layout, senders, helpers
 ):
     pair, fresh = pair
@@ -98,7 +97,7 @@ def test_an_engine_updated_in_place_equals_a_fresh_one(engines, rollout_config, 
     publisher = WeightPublisher(policy, engines, rollout_config().weight_sync)
     assert ray.get(actor.loads_in_place.remote()) == [False]
     publisher.publish()  # through vLLM's own loader, and proves the plan
-    # A CPU kernel of experts reads packed weights, unlike those of GPUs: through the loader then.
+    # CPU kernels of experts read packed weights, so these go through the loader.
     assert ray.get(actor.loads_in_place.remote()) == [kind != "experts"]
     greedy(engines)  # and now the prefix cache is warm
     policy.set_weights(second)

@@ -1,4 +1,4 @@
-"""What users fear most: rollouts from other weights than the policy's, and nobody notices."""
+"""Engines sample with the weights of the policy, and a failed weight sync is an error."""
 
 import pytest
 import ray
@@ -23,7 +23,7 @@ def policy(ray_cluster, tiny_models):
 
 @pytest.fixture(scope="module")
 def connect(rollout_config):
-    """Connect a policy to engines, which forget whom they were connected to before."""
+    """Connect a policy to engines, whose earlier connections end."""
 
     def connect(policy, engines, **settings):
         config = rollout_config().weight_sync.model_copy(update=settings)
@@ -41,7 +41,7 @@ def untied_engines(ray_cluster, rollout_config, tiny_models):
 
 
 def fresh_greedy(rollout_config, folder):
-    """What an engine gives that loads `folder` when it starts."""
+    """The greedy completions of an engine that starts from `folder`."""
     fresh = RolloutActors(rollout_config(folder), device="cpu")
     result = greedy(fresh)
     fresh.close()
@@ -95,7 +95,7 @@ def test_an_engine_of_two_workers_gets_its_shards(
     assert sharded_logprobs == pytest.approx(logprobs, abs=2e-5)  # sums in another order
 
 
-def test_pushing_the_same_weights_changes_nothing(policy, engines, connect):
+def test_sending_the_same_weights_changes_nothing(policy, engines, connect):
     publisher = connect(policy, engines)
     publisher.publish()
     tokens, logprobs, _ = greedy(engines)
@@ -124,7 +124,7 @@ def test_an_update_that_overtakes_its_pause_waits_for_it(policy, engines, connec
 
 @pytest.fixture
 def healthy_after(policy, engines, connect):
-    """Around a failed update: another one makes the engines what they were."""
+    """Around a failed update: a further update restores the engines."""
     connect(policy, engines).publish()
     before = greedy(engines)
     yield

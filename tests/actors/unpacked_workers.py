@@ -13,4 +13,4 @@ _custom_ops._supports_onednn = False
 
 
 class UnpackedWorker(WeightSyncWorkerExtension):
-    """As any other; the module is what makes the difference."""
+    """A usual worker; importing this module makes the difference."""

@@ -104,7 +104,7 @@ def test_numpy_scalars_are_numbers(tmp_path):
     assert decode_row(encode_row({"reward": numpy.float32(0.5)})) == {"reward": 0.5}
 
 
-def test_readers_skip_what_is_not_a_row_and_say_so(tmp_path, caplog):
+def test_readers_skip_and_report_lines_that_are_not_rows(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n[3]\n\xff\xfe\n{"step": 2}\n{"ste')
     assert [row["step"] for row in read_jsonl(path)] == [1, 2]

@@ -65,7 +65,7 @@ class _ErrorFile(logging.Handler):
         try:
             unfinished.write_text(f"in {record.processName}:\n{text}")
             unfinished.replace(unfinished.with_suffix(".txt"))
-        except OSError:  # the disk is full, or the engine is up by now: the worker goes on
+        except OSError:  # the disk is full, or the engine is up: the worker continues
             self.handleError(record)
 
 

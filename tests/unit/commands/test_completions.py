@@ -46,7 +46,7 @@ def headings(text: str) -> list[str]:
     return re.findall(r"^step \d+, group \d+", text, flags=re.MULTILINE)
 
 
-def test_a_row_holds_what_a_person_asks_about_a_completion(run):
+def test_a_row_describes_one_completion(run):
     tracker = CompletionsTracker(run)
     tracker.log_completions(7, make_group(["four", "no"], [1.0, 0.0], group_id=3), [0.7, -0.7])
     tracker.close()
@@ -98,7 +98,7 @@ def test_held_out_groups_have_a_file_of_their_own(run, capsys):
     assert "held out" in shown(capsys, run, split="eval")
 
 
-def test_the_prompt_is_what_the_user_said_last():
+def test_the_prompt_is_the_last_user_message():
     parts = [{"type": "text", "text": "Look:"}, {"type": "image"}, {"type": "text", "text": "how?"}]
     assert last_user_message([{"role": "user", "content": parts}]) == "Look:\nhow?"
     assert last_user_message([{"role": "system", "content": "Begin."}]) == "Begin."
@@ -107,7 +107,7 @@ def test_the_prompt_is_what_the_user_said_last():
     assert last_user_message(messages) == "And 2 + 2?"
 
 
-def test_siblings_stand_together_best_first_under_their_prompt(run, capsys):
+def test_completions_of_a_group_stand_under_their_prompt_best_first(run, capsys):
     log(run, 1, 0, texts=("worst", "best", "middle"), rewards=(0.0, 2.0, 1.0))
     text = shown(capsys, run)
     assert text.count("Make 25") == 1
@@ -204,7 +204,7 @@ def test_a_missing_file_is_explained_by_what_the_run_does(run, capsys):
     assert "tracking.log_completions is off" in reason()
 
 
-def test_nothing_to_show_says_what_there_is(run, capsys):
+def test_an_error_about_nothing_to_show_says_which_steps_exist(run, capsys):
     CompletionsTracker(run).close()
     with pytest.raises(ValueError, match="holds no group: it is empty so far"):
         shown(capsys, run)
@@ -227,7 +227,7 @@ def test_a_group_cut_short_by_a_kill_is_shown_with_what_is_left(run, capsys):
 
 
 class Following:
-    """`--follow` in a process of its own, its output readable up to what is waited for."""
+    """A process with `--follow`, whose output can be read up to a text."""
 
     def __init__(self, process: subprocess.Popen):
         self.process = process
@@ -253,7 +253,7 @@ def following(run_dir: Path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # A shell that started the tests in the background has them ignore SIGINT.
+        # Tests that a shell started in the background ignore SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     guard = threading.Timer(60, process.kill)  # a follower that misses its group fails, not hangs
@@ -268,7 +268,7 @@ def following(run_dir: Path):
 
 @contextmanager
 def killed_later(run: RunDir):
-    """A process that runs in the folder until the function is called that this yields."""
+    """A process that runs in the folder; yields the function that kills it."""
     program = (
         "import sys, time; from pathlib import Path; from rlsys.run.folder import RUNNING, RunDir\n"
         "run = RunDir(Path(sys.argv[1]))\n"
@@ -331,14 +331,14 @@ def test_following_waits_for_a_run_after_an_attempt_that_failed(run, earlier):
         viewer.read_until("the run has ended")
 
 
-def test_following_what_a_run_never_writes_is_refused(run, capsys):
+def test_following_completions_that_a_run_never_writes_is_an_error(run, capsys):
     save_run_config(run)
     run.write_status(RUNNING)
     with pytest.raises(ValueError, match=r"nothing to wait for: only rollout\.dynamic_sample"):
         shown(capsys, run, follow=True, split="filtered")
 
 
-def test_following_goes_on_where_a_resumed_run_goes_on(run):
+def test_following_continues_where_a_resumed_run_continues(run):
     tail = Tail(run.completions)
     assert list(tail.rows()) == []  # nothing is there yet
     for step in (1, 2, 3):
@@ -397,7 +397,7 @@ def test_following_begins_with_the_newest_groups(run):
     assert headings(viewer.text) == [f"step {step}, group 0" for step in (6, 7, 8)]
 
 
-def test_a_pipe_that_closes_early_ends_the_viewer_without_a_word(run):
+def test_a_pipe_that_closes_early_ends_the_viewer_silently(run):
     for step in range(1, 60):
         log(run, step, 0, texts=("x" * 4000, "y" * 4000))
     program = (
@@ -419,7 +419,7 @@ def test_a_pipe_that_closes_early_ends_the_viewer_without_a_word(run):
     viewer.wait()
 
 
-def test_a_completion_of_several_versions_says_where_each_begins(run, capsys):
+def test_a_completion_of_several_versions_shows_where_each_begins(run, capsys):
     group = make_group(["four"], [1.0])
     (completion,) = group.completions
     completion = replace(completion, policy_versions=(3, 4), version_starts=(0, 2))

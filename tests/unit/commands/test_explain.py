@@ -1,4 +1,4 @@
-"""What `rlsys explain` prints is what a run would do."""
+"""`rlsys explain` prints what a run would do."""
 
 import io
 import re
@@ -78,7 +78,7 @@ def test_a_reward_class_that_a_run_could_not_make_is_not_ready(tmp_path):
     orms.data.update(registered)
 
 
-def test_data_of_the_hub_is_ready_and_named_as_not_looked_at(tmp_path):
+def test_data_on_the_hub_is_ready_and_named_as_not_read(tmp_path):
     path = write_run(tmp_path)
     assert "not looked at" not in printed(path)[1]
     _, text = printed(path, "--data.dataset", f"{tmp_path / 'train.jsonl'}", "owner/rows#5")

@@ -1,4 +1,4 @@
-"""The plan of copies into a rollout engine's parameters: what is mapped, and what is refused."""
+"""The plan of copies into an engine's parameters: what it maps, and what it refuses."""
 
 import pytest
 import torch
@@ -66,7 +66,7 @@ def filled(bucket, tensors):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_plan_puts_everything_where_the_loader_does(rank):
+def test_the_plan_puts_tensors_where_the_loader_puts_them(rank):
     tensors = weights()
     model, expected = Loader(rank), Loader(rank)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -82,7 +82,7 @@ def test_the_plan_puts_everything_where_the_loader_does(rank):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_a_rank_needs_is_its_shard_and_enough(rank):
+def test_a_rank_needs_its_shard_and_nothing_else(rank):
     model, expected = Loader(rank), Loader(rank)
     plan = InPlacePlan(model, metadata(weights()))
     needed = plan.needed()
@@ -108,7 +108,7 @@ def test_what_a_rank_needs_is_its_shard_and_enough(rank):
 
 
 class Flattening(Loader):
-    """Copies elements in a row that are no box of the tensor."""
+    """Copies consecutive elements that are not a box of the tensor."""
 
     def load_weights(self, tensors):
         tensors = dict(tensors)
@@ -127,7 +127,7 @@ class Wrapping(Flattening):
 
 
 @pytest.mark.parametrize("kind", [Flattening, Wrapping])
-def test_of_what_is_no_box_the_whole_tensor_is_needed(kind):
+def test_a_slice_that_is_not_a_box_needs_the_whole_tensor(kind):
     model, expected = kind(), kind()
     plan = InPlacePlan(model, metadata(weights()))
     needed = plan.needed()
@@ -185,7 +185,7 @@ def test_the_proof_holds_where_the_loader_only_copies():
     assert proof_of(Loader(), weights()).first_difference() is None
 
 
-def test_the_proof_names_what_is_changed_after_loading():
+def test_the_proof_names_a_tensor_that_changes_after_loading():
     model = Loader()
     proof = proof_of(model, weights())
     model.out.data.mul_(2)  # as a conversion for the kernels would
@@ -228,7 +228,7 @@ class Broadcasting(Loader):
         (Broadcasting, "norm is spread over out"),
     ],
 )
-def test_what_is_no_copy_is_refused_by_name(kind, words):
+def test_a_load_that_is_not_a_copy_is_refused_by_name(kind, words):
     with pytest.raises(CannotMap, match=words):
         InPlacePlan(kind(), metadata(weights()))
 
@@ -256,7 +256,7 @@ EXPERTS = {f"layers.{n}.experts.routed_experts.w{k}_weight" for n in range(2) fo
 DENSE = {"norm.weight", "layers.0.qkv_proj.weight"}
 
 
-def test_what_the_loader_never_saw_is_named_in_order():
+def test_parameters_that_were_not_loaded_are_named_in_order():
     assert missing_parameters(DENSE | EXPERTS, set()) == sorted(DENSE | EXPERTS)
     assert missing_parameters(DENSE | EXPERTS, DENSE | EXPERTS) == []
     assert missing_parameters(DENSE, {"norm.weight"}) == ["layers.0.qkv_proj.weight"]

@@ -1,4 +1,4 @@
-"""Commands between steps, and errors that reach whoever waits."""
+"""Commands run between steps, and errors reach their callers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def next_end(ends):
     return ends.get(timeout=PATIENCE_S)
 
 
-def test_groups_come_when_they_are_finished(loop, engine):
+def test_groups_arrive_when_they_are_finished(loop, engine):
     ends = sample(loop, 2, 1)
     engine.tokens.put("a")
     assert next_end(ends).group_id == 1
@@ -101,7 +101,7 @@ def test_a_command_waits_for_one_step_and_not_for_a_completion(loop, engine):
     assert next_end(ends).group_id == 3
 
 
-def test_what_is_given_up_ends_with_nothing(loop, engine):
+def test_groups_that_are_given_up_end_with_none(loop, engine):
     ends = sample(loop, 5, 1)
     given_up = loop.abort([5, 77])
     engine.tokens.put("a")
@@ -111,7 +111,7 @@ def test_what_is_given_up_ends_with_nothing(loop, engine):
     assert [group.group_id for group in outcomes if group is not None] == [1]
 
 
-def test_a_broken_step_reaches_every_group_and_the_loop_goes_on(loop, engine):
+def test_the_error_of_a_step_reaches_every_group_and_the_loop_continues(loop, engine):
     ends = sample(loop, 1, 2)
     engine.tokens.put("broken")
     for _ in range(2):
@@ -123,7 +123,7 @@ def test_a_broken_step_reaches_every_group_and_the_loop_goes_on(loop, engine):
     assert next_end(ends).group_id == 1
 
 
-def test_an_engine_that_is_broken_for_good_says_why_to_everybody(loop, engine, monkeypatch):
+def test_a_broken_engine_raises_its_error_in_every_call(loop, engine, monkeypatch):
     def abort(group_ids):
         raise RuntimeError("out of memory again")
 
@@ -137,7 +137,7 @@ def test_an_engine_that_is_broken_for_good_says_why_to_everybody(loop, engine, m
             asked.result(PATIENCE_S)
 
 
-def test_a_command_that_nobody_waits_for_any_more_is_passed_over(loop, engine):
+def test_a_cancelled_command_is_skipped(loop, engine):
     ends = sample(loop, 1)  # whose step waits for its token
     cancelled = loop.call("pause", True)
     assert cancelled.cancel()
@@ -147,14 +147,14 @@ def test_a_command_that_nobody_waits_for_any_more_is_passed_over(loop, engine):
     assert "pause" not in engine.log
 
 
-def test_requests_that_the_engine_refuses_reach_their_groups_alone(loop, engine):
+def test_only_refused_requests_end_with_the_error(loop, engine):
     good, bad = sample(loop, 1), sample(loop, 0, 4)
     assert [str(next_end(bad)) for _ in range(2)] == ["no such prompt"] * 2
     engine.tokens.put("a")
     assert next_end(good).group_id == 1
 
 
-def test_a_command_that_fails_raises_where_its_result_is_asked_for(loop):
+def test_the_error_of_a_command_is_raised_with_its_result(loop):
     failing: Future = loop.call("abort", [9])
     with pytest.raises(KeyError):
         failing.result(PATIENCE_S)

@@ -1,4 +1,4 @@
-"""What vLLM is started with, without starting it."""
+"""The settings of vLLM; no engine is started."""
 
 from pathlib import Path
 
@@ -68,7 +68,7 @@ def test_the_cpu_cache_stops_at_4_gib():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_what_the_config_says_reaches_vllm(device):
+def test_settings_of_the_config_reach_vllm(device):
     arguments = engine_arguments(
         config(kv_cache_memory_mb=7, max_num_seqs=5, gpu_memory_utilization=0.5),
         SHAPE,
@@ -83,7 +83,7 @@ def test_what_the_config_says_reaches_vllm(device):
     assert arguments["seed"] == config().seed + 3
 
 
-def test_an_fp32_head_is_the_engines_too():
+def test_the_engine_has_an_fp32_head_if_the_policy_has():
     def overrides(fp32):
         settings = config()
         model = settings.model.model_copy(update={"fp32_lm_head": fp32})
@@ -117,7 +117,7 @@ def test_gpus_size_their_own_cache():
     assert "kv_cache_memory_bytes" not in arguments
 
 
-def test_engines_that_share_a_gpu_have_room_for_all_their_sequences_or_what_there_is():
+def test_the_cache_on_a_shared_gpu_fits_all_sequences_or_the_space_left():
     def arguments(gpu_gib, **rollout):
         sharing = {"num_generations": 4, "num_engines": 2, "engines_per_gpu": 2, "max_num_seqs": 64}
         shared = config(**sharing | rollout)
@@ -157,7 +157,7 @@ def test_the_users_log_level_wins(monkeypatch):
 
 
 class SettingsOfVLLM(BaseModel):
-    """Refused by a field's bounds, or as a whole: the two ways that vLLM's own settings are."""
+    """vLLM refuses a field by its bounds, or the settings as a whole; this class does both."""
 
     max_num_seqs: int = Field(default=1, ge=1)
     block_size: int = Field(default=1, ge=1)
@@ -181,7 +181,7 @@ class SettingsOfVLLM(BaseModel):
         ),
     ],
 )
-def test_what_vllm_refuses_is_told_with_the_model_and_the_setting(settings, reasons):
+def test_a_refusal_of_vllm_names_the_model_and_the_setting(settings, reasons):
     with pytest.raises(ValidationError) as caught:
         SettingsOfVLLM(**settings)
     assert refusal(Path("models/a"), caught.value) == (

@@ -38,7 +38,7 @@ def vllm_logger():
 
 
 def start(*workers, error=WRAPPER):
-    """Processes that log what is given, one after the other; then what vLLM raises."""
+    """Start processes that log these messages, one after the other; then raise as vLLM does."""
     context = multiprocessing.get_context("spawn")
     with raise_worker_errors():
         for rank, messages in enumerate(workers):
@@ -56,38 +56,38 @@ def test_the_last_error_of_the_worker_that_failed_first_is_raised():
     assert isinstance(caught.value.__cause__, TypeError)
 
 
-def test_without_a_worker_error_it_is_vllms_own():
+def test_vllms_own_error_is_raised_if_no_worker_left_one():
     with pytest.raises(TypeError, match=re.escape(WRAPPER)):
         start([])
 
 
-def test_an_error_of_the_engine_itself_is_not_taken_for_a_workers():
+def test_an_error_of_the_engine_is_not_replaced_by_a_workers():
     with pytest.raises(TypeError, match="no room for a KV cache"):
         start(["something optional is missing"], error="no room for a KV cache")
 
 
 @raise_worker_errors()
 def start_here(message):
-    """As an engine without worker processes."""
+    """Log and raise, like an engine without worker processes."""
     log_exception(message)
     raise TypeError(WRAPPER)
 
 
-def test_what_the_engines_own_process_logs_is_not_a_workers(vllm_logger):
+def test_errors_logged_in_the_engines_process_are_not_a_workers(vllm_logger):
     leave_errors()
     with pytest.raises(TypeError, match=re.escape(WRAPPER)):
         start_here("something optional is missing")
 
 
 @pytest.mark.parametrize("exc_info", [True, False])
-def test_a_record_without_an_exception_is_none(vllm_logger, exc_info):
+def test_a_record_without_an_exception_is_ignored(vllm_logger, exc_info):
     leave_errors()
     with raise_worker_errors():
         vllm_logger.error("no exception", exc_info=exc_info)
         assert os.listdir(os.environ["RLSYS_VLLM_WORKER_ERRORS"]) == []
 
 
-def test_a_worker_that_cannot_write_its_error_goes_on(vllm_logger, monkeypatch, capsys):
+def test_a_worker_that_cannot_write_its_error_continues(vllm_logger, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -99,7 +99,7 @@ def test_a_worker_that_cannot_write_its_error_goes_on(vllm_logger, monkeypatch, 
         assert "No space left on device" in capsys.readouterr().err
 
 
-def test_errors_after_the_start_go_their_own_way(vllm_logger):
+def test_errors_after_the_start_are_not_written(vllm_logger):
     leave_errors()
     with raise_worker_errors():
         pass

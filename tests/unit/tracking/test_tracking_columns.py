@@ -1,4 +1,4 @@
-"""What is printed is whole and readable on a terminal of 80 columns."""
+"""Output is whole and readable on a terminal of 80 columns."""
 
 import io
 import shutil
@@ -21,7 +21,7 @@ WIDE = 10_000
 
 @pytest.fixture(autouse=True)
 def machine_at_rest(monkeypatch):
-    """What is free on this machine changes between two looks at it."""
+    """Freeze the free disk and memory, which change between two calls."""
     disk, memory = shutil.disk_usage("/"), psutil.virtual_memory()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: disk)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -34,7 +34,7 @@ def printed(show, width):
 
 
 def check(show, width=80):
-    """No word is broken or cut, and only a word that is too long for it goes over the edge."""
+    """Check that no word is broken or cut, and that only a long word crosses the edge."""
     narrow, wide = printed(show, width), printed(show, WIDE)
     assert set(wide.split()) - set(narrow.split()) == set()
     assert "\u2026" not in narrow
@@ -97,7 +97,7 @@ def test_no_word_of_a_row_is_lost_or_runs_into_another(cells, widths):
     assert sorted(" ".join(lines).split()) == sorted(" ".join(cells).split())
 
 
-def test_cells_behind_a_word_that_is_too_wide_go_below_it():
+def test_cells_after_a_word_that_is_too_wide_go_below_it():
     assert columns(("field", "a-long-word and more", "file"), (6, 8, 4)) == [
         "field   a-long-word",
         "        and more  file",

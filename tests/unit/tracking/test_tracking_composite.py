@@ -13,7 +13,7 @@ from rlsys.tracking.reward_watch import RewardWatch
 
 
 class Clock:
-    """Time that passes only when told."""
+    """A clock that moves only on command."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -23,7 +23,7 @@ class Clock:
 
 
 class Recorder(Tracker):
-    """Remembers its calls; raises when closed if told to."""
+    """Records its calls; raises on close if asked to."""
 
     def __init__(self, error: str | None = None) -> None:
         self.calls: list[tuple] = []
@@ -85,7 +85,7 @@ def test_speed_and_time_left_leave_the_start_of_the_engines_out():
     assert (first["elapsed_time"], first["remaining_time"]) == ("1m 50s", "30s")
     assert first["train_speed(iter/s)"] == 0.1
     clock.now += 30
-    second = progress.metrics(2, 28.0)  # 40 seconds of two steps, what lies between included
+    second = progress.metrics(2, 28.0)  # 40 seconds for two steps, with the time between them
     assert (second["elapsed_time"], second["remaining_time"]) == ("2m 20s", "40s")
     assert second["train_speed(iter/s)"] == 0.05
 
@@ -189,7 +189,7 @@ def reporting_to(run: RunDir, name: str) -> Config:
     return config.model_copy(update={"tracking": tracking})
 
 
-def test_a_tracker_of_ones_own_is_a_class_and_a_name(run, monkeypatch):
+def test_a_new_tracker_is_a_class_and_a_name(run, monkeypatch):
     monkeypatch.setattr(trackers, "data", dict(trackers.data))  # forget the name afterwards
     built = []
 

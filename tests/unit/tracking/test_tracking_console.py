@@ -29,7 +29,7 @@ def lines_of(out: io.StringIO) -> list[str]:
     return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).splitlines()
 
 
-def test_elsewhere_a_step_is_one_plain_line(capsys):
+def test_without_a_terminal_a_step_is_one_plain_line(capsys):
     tracker = LinesTracker(400)
     tracker.log_metrics(
         0,
@@ -57,7 +57,7 @@ def test_numbers_that_a_step_lacks_are_left_out_of_its_line(capsys):
     assert capsys.readouterr().out == "step 1/4 | reward 1.000\n"
 
 
-def test_what_matters_is_visible_in_80_columns():
+def test_80_columns_show_the_most_important_numbers():
     tracker, out = terminal(80)
     tracker.log_metrics(30, step_metrics(30))
     tracker.close()
@@ -85,7 +85,7 @@ def test_a_wide_terminal_shows_more_and_repeats_its_header():
     assert "logp diff" in headers[0]
 
 
-def test_the_bar_says_what_is_going_on_and_where_a_resumed_run_is():
+def test_the_bar_shows_the_activity_and_the_step_of_a_resumed_run():
     tracker, out = terminal(80, first_step=100)
     tracker.log_completions(101, make_group(["a", "b"]), None)
     tracker._live.refresh()

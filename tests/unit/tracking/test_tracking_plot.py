@@ -40,7 +40,7 @@ def test_few_numbers_are_enough(tmp_path, row):
     assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_to_draw_is_said(tmp_path):
+def test_a_run_without_steps_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no run that took a step"):
         plot_run(tmp_path)
     write_metrics(RunDir(tmp_path))

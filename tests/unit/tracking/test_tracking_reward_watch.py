@@ -1,4 +1,4 @@
-"""Warnings of dead rewards and of reward hacking: when they must come, and when they must not."""
+"""Warnings of dead rewards and reward hacking: when they come, and when they do not."""
 
 import random
 from pathlib import Path
@@ -27,7 +27,7 @@ def evaluation(accuracy: float, count: int = 400) -> dict[str, float]:
     }
 
 
-def test_a_constant_reward_is_told_once_and_by_name():
+def test_a_constant_reward_is_a_warning_once_and_by_name():
     watch = RewardWatch(["accuracy", "format"])
     warnings = []
     for step in range(1, 3 * DEAD_STEPS):
@@ -48,7 +48,7 @@ def test_a_warning_names_the_whole_command():
     assert "`rlsys rewards try --completions 'my runs/1/completions.jsonl'`" in warning
 
 
-def test_a_step_without_any_reward_is_told_once():
+def test_a_step_without_any_reward_is_a_warning_once():
     watch = RewardWatch(["format"])
     nothing = {"reward": float("nan"), "rewards/format/mean": float("nan")}
     [warning] = watch.observe(3, nothing)
@@ -79,7 +79,7 @@ def run(rewards, accuracies, count: int = 400) -> list[str]:
 RISING = [1 + 0.02 * step + 0.05 * (-1) ** step for step in range(50)]
 
 
-def test_a_rising_reward_with_a_falling_accuracy_is_told_once():
+def test_a_rising_reward_with_a_falling_accuracy_is_a_warning_once():
     [warning] = run(RISING, [0.5, 0.7, 0.65, 0.4, 0.3, 0.2])
     assert "held-out 'accuracy' has fallen from 0.7 to 0.3" in warning
 
@@ -100,12 +100,12 @@ def test_no_warning_without_a_reason(rewards, accuracies, count):
 
 def test_noise_alone_is_hardly_ever_a_warning():
     random.seed(0)
-    told = 0
+    warned = 0
     for _ in range(200):
         rewards = [random.gauss(1, 0.1) for _ in range(50)]
         hits = [sum(random.random() < 0.5 for _ in range(400)) / 400 for _ in range(6)]
-        told += bool(run(rewards, hits))
-    assert told <= 4
+        warned += bool(run(rewards, hits))
+    assert warned <= 4
 
 
 def test_the_console_prints_a_warning_of_the_run(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A run whose completions are not its policy's, or that trains nothing, says so and ends."""
+"""Warnings and ends of runs whose completions come from another policy, or that train nothing."""
 
 import math
 
@@ -29,7 +29,7 @@ def step_of(**metrics):
         ("float32", math.nan, True),
     ],
 )
-def test_a_difference_that_rounding_does_not_explain_is_told_once(dtype, difference, warns):
+def test_a_difference_that_rounding_does_not_explain_is_a_warning_once(dtype, difference, warns):
     metrics = step_of(**{DIFFERENCE: difference})
     looking = watch(dtype, grpo={"max_logp_difference": None})
     found = looking.observe(1, metrics)
@@ -123,7 +123,7 @@ def test_a_step_that_trains_starts_the_count_again():
         looking.observe(step, step_of(**{MASKED: 0.1 if step % 3 == 0 else 1.0}))
 
 
-def test_steps_without_rewards_are_the_reward_watchs():
+def test_steps_without_rewards_are_left_to_the_reward_watch():
     looking = watch(reward={"reward_funcs": ["format"], "on_error": "drop"})
     for step in range(1, 9):
         assert looking.observe(step, step_of(reward=math.nan, num_loss_tokens=0.0)) == []

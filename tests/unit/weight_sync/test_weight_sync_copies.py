@@ -1,4 +1,4 @@
-"""Planned copies: the same as copying one by one, however tensors lie in memory."""
+"""Planned copies equal copies one by one, for tensors of any strides."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def copies(draw):
 
 
 @given(st.lists(copies(), min_size=1, max_size=6))
-def test_every_run_copies_what_the_sources_hold_then(pairs):
+def test_every_run_copies_the_current_sources(pairs):
     plan = CopyPlan(pairs)
     for _ in range(2):
         for _, source in pairs:
@@ -41,7 +41,7 @@ def test_every_run_copies_what_the_sources_hold_then(pairs):
 
 
 @pytest.mark.parametrize("pieces", [2, MAX_PIECES + 1])
-def test_what_lies_beside_a_slice_is_left_alone(pieces):
+def test_elements_beside_a_slice_do_not_change(pieces):
     whole, source = torch.zeros(pieces, 3, 4), torch.randn(pieces, 2, 4)
     CopyPlan([(whole[:, 1:], source)]).run()
     assert torch.equal(whole[:, 1:], source)

@@ -1,4 +1,4 @@
-"""The order of what a sync does to its buffers: on GPUs, streams keep exactly this order."""
+"""The order of operations on buffers; on GPUs, streams keep exactly this order."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ EVENTS = []
 
 @transports.register("telling")
 class TellingTransport(Transport):
-    """Moves nothing, and notes what it is asked for."""
+    """Sends nothing and records its calls."""
 
     buffer_device = CPU
 
@@ -62,7 +62,7 @@ def before(first, second):
     return EVENTS.index(first) < EVENTS.index(second)
 
 
-def test_a_buffer_is_filled_only_when_it_is_free_and_sent_only_when_it_is_full(connection):
+def test_a_buffer_is_filled_when_it_is_free_and_sent_when_it_is_full(connection):
     sender = WeightSender(connection, CPU)
     addresses = {}
 
@@ -102,7 +102,7 @@ def test_senders_that_share_memory_take_turns(num_buckets):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_bucket_is_used_when_it_is_there_and_before_its_memory_is_taken(connection, keep):
+def test_a_bucket_is_used_after_it_arrived_and_before_its_memory_is_reused(connection, keep):
     receiver = WeightReceiver(connection, CPU, rank=1)
     number = len(connection.slices)
     held = []

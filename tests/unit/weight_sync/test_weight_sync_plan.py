@@ -1,4 +1,4 @@
-"""Buckets and checksums: whatever the tensors, nothing is lost, moved or damaged unseen."""
+"""Buckets and checksums: no tensor is lost, moved or damaged without an error."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Sender and receivers over a real gloo ranks of this process's threads."""
+"""Senders and receivers over real gloo, in threads of this process."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -115,7 +115,7 @@ def test_every_receiver_gets_equal_bits_again_and_again(keep, apart):
                 assert torch.equal(received[name], tensor), name
 
 
-def test_another_version_than_asked_for_is_refused_before_anything_of_it_is_used():
+def test_another_version_is_refused_before_its_weights_are_used():
     ranks = Ranks(timeout_s=1.0)
     receiving = ranks.start_receiving(version=7)
     with pytest.raises(WeightSyncError, match=r"rank 0 of 3, sending .*did not take part"):
@@ -139,7 +139,7 @@ def damage_bucket_2(transport, monkeypatch):
 DAMAGED = r"rank {} of {}{} received other bytes.* in bucket 2 of 3, which holds head"
 
 
-def test_what_is_damaged_on_its_way_is_named_by_every_receiver(monkeypatch):
+def test_every_receiver_names_a_damaged_bucket(monkeypatch):
     ranks = Ranks()
     damage_bucket_2(ranks.senders[0]._transport, monkeypatch)
     receiving = ranks.start_receiving()
@@ -149,7 +149,7 @@ def test_what_is_damaged_on_its_way_is_named_by_every_receiver(monkeypatch):
             future.result()
 
 
-def test_what_is_damaged_in_one_connection_is_named_there_alone(monkeypatch):
+def test_damage_in_one_connection_is_named_in_that_one_only(monkeypatch):
     ranks = Ranks(apart=True)
     damage_bucket_2(ranks.senders[1]._transport, monkeypatch)
     whole, damaged = ranks.start_receiving()
@@ -170,7 +170,7 @@ def test_a_sender_that_never_sends_is_named_with_phase_and_bucket():
 
 
 @pytest.mark.parametrize("missing", [1, 2])
-def test_a_receiver_that_does_not_come_to_an_update_is_named(missing):
+def test_a_receiver_that_misses_an_update_is_named(missing):
     ranks = Ranks(timeout_s=1.0)
     for version in range(2):  # what was left of a meeting is not taken for the next
         receiving = ranks.start_receiving(version)
@@ -254,7 +254,7 @@ def test_each_shard_has_a_connection_with_one_worker_of_every_engine():
         ({"world_size": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 2, [0, 1]),
     ],
 )
-def test_a_shard_is_sent_by_a_rank_that_has_it(policy, number, expected):
+def test_a_rank_that_has_a_shard_sends_it(policy, number, expected):
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **policy}
     sizes.setdefault("world_size", sizes["tensor_parallel_size"])
     assert senders_of_shards(number, **sizes) == expected
