@@ -6,6 +6,7 @@ A wrong hint changes what is trained, so a name that is not clearly one of them 
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,30 +19,33 @@ NOT_NEEDED, NOT_SUPPORTED = "-", "!"
 LEAST_LIKE = 0.8
 """Similarity of each word of a misspelt name to the right one: lrr is lr, and max is not min."""
 _SURE_OF_PROJECT = 3
-"""So many names of one project in a config mean that its user comes from there."""
+"""Names of one project in a config that show that its user comes from there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counterpart:
-    """A line of the table: what another project calls something."""
+    """A line of the table: another project's name for something."""
 
     project: str
     names: tuple[str, ...]
     fields: tuple[str, ...]
-    """Ours; empty where nothing is needed, or rlsys cannot do it."""
+    """Our fields; empty where nothing is needed, or rlsys cannot do it."""
     supported: bool
     default: str
-    """Theirs, as our config would write it; empty where it counts something else."""
+    """The project's default, as our config would write it; empty where it counts something else."""
     same_default: bool
-    """Whether ours does the same."""
+    """Whether our default does the same."""
     note: str
     """What differs, or why there is no field."""
     same_value: bool
     """Whether one field of ours takes the same value."""
 
     def says(self) -> str:
-        """What there is to say where there is no field."""
+        """The answer where there is no field."""
         return f"Not {'needed' if self.supported else 'supported'}: {self.note}"
+
+
+# --- the table -----------------------------------------------------------------------------------
 
 
 @cache
@@ -54,33 +58,56 @@ def counterparts() -> tuple[Counterpart, ...]:
         elif line and not line.startswith("#"):
             names, meant, default, note = (part.strip() for part in line.split("|"))
             own = () if meant in (NOT_NEEDED, NOT_SUPPORTED) else tuple(meant.split(", "))
-            same = not default or default.startswith("= ") or default == show_defaults(own)
-            found.append(
-                Counterpart(
-                    project,
-                    tuple(names.split(", ")),
-                    own,
-                    meant != NOT_SUPPORTED,
-                    default.removeprefix("= "),
-                    same,
-                    note.removeprefix("= "),
-                    len(own) == 1 and (not note or note.startswith("= ")),
-                )
+            row = Counterpart(
+                project,
+                tuple(names.split(", ")),
+                own,
+                supported=meant != NOT_SUPPORTED,
+                default=default.removeprefix("= "),
+                same_default=default[:2] in ("", "= ") or default == show_defaults(own),
+                note=note.removeprefix("= "),
+                same_value=len(own) == 1 and note[:2] in ("", "= "),
             )
+            found.append(row)
     return tuple(found)
 
 
 def show_defaults(names: Sequence[str]) -> str:
     """The defaults of these fields of ours."""
-    fields = config_fields()
-    return ", ".join(show_default(fields[name]) for name in names)
+    return ", ".join(show_default(config_fields()[name]) for name in names)
 
 
 def projects() -> dict[str, str]:
-    """Name -> command or class, of every project in the table."""
+    """Name -> command or class, for every project in the table."""
     lines = TABLE.read_text("utf-8").splitlines()
-    heads = [line[1:].split("] ") for line in lines if line.startswith("[")]
-    return dict(heads)
+    return dict(line[1:].split("] ") for line in lines if line.startswith("["))
+
+
+def counterpart(name: str, project: str) -> Counterpart | None:
+    """The line of a project's name."""
+    rows = (row for row in counterparts() if row.project == project)
+    return next((row for row in rows if _normal(name) in map(_normal, row.names)), None)
+
+
+def is_of_elsewhere(name: str) -> bool:
+    """Whether a name with its sections is another project's."""
+    return bool(_rows_of_path(name))
+
+
+def _rows_of_path(name: str) -> list[Counterpart]:
+    """The lines of a name with sections, such as `rollout.n` for `actor_rollout_ref.rollout.n`."""
+    path = _normal(name)
+    if "." not in path:
+        return []
+    return [
+        row
+        for row in counterparts()
+        for theirs in map(_normal, row.names)
+        if theirs == path or theirs.endswith(f".{path}") or path.startswith(f"{theirs}.")
+    ]
+
+
+# --- one name ------------------------------------------------------------------------------------
 
 
 def hint(name: str, project: str | None = None) -> str:
@@ -88,7 +115,7 @@ def hint(name: str, project: str | None = None) -> str:
 
     Args:
         name: as the user wrote it.
-        project: where the whole command is from; what others call by that name is left out then.
+        project: the project of the whole command, whose meaning of the name then counts.
     """
     fields = config_fields()
     known = [*fields, *([] if "." in name else config_sections())]
@@ -97,14 +124,12 @@ def hint(name: str, project: str | None = None) -> str:
     rows = rows or [row for row in counterparts() if _bare(name) in map(_bare, row.names)]
     there = [row for row in rows if row.project == project]
     rows = there or rows
-    if there and not any(row.fields for row in there):
-        return f" {there[0].says()}"
-    if own:  # the same word may be something else there
-        rows = [row for row in rows if set(row.fields) <= set(own)]
-    elif rows and not any(row.fields for row in rows):
+    if rows and not any(row.fields for row in rows) and (there or not own):
         return f" {rows[0].says()}"
+    if own:  # the same word may be something else in another project
+        rows = [row for row in rows if set(row.fields) <= set(own)]
     found = dict.fromkeys(field for row in rows for field in row.fields)
-    meant = _of_section(name, own or list(found) or _nearest(name, known))
+    meant = _in_section(name, own or list(found) or _nearest(name, known))
     if not meant:
         return ""
     text = f" Did you mean {' or '.join(map(repr, meant))}?"
@@ -112,42 +137,68 @@ def hint(name: str, project: str | None = None) -> str:
         for field in meant:
             label = f"{field}: " if len(meant) > 1 else ""
             text += f" {label}{first_sentence(fields[field].description)}"
-    return text + "".join(_notes([row for row in rows if set(row.fields) <= set(meant)]))
-
-
-def is_of_elsewhere(name: str) -> bool:
-    """Whether a name with its sections is another project's."""
-    return bool(_rows_of_path(name))
-
-
-def _notes(rows: Sequence[Counterpart]) -> list[str]:
     notes: dict[str, list[str]] = {}
     for row in rows:
-        if row.note:
+        if row.note and set(row.fields) <= set(meant):
             notes.setdefault(row.note if row.fields else row.says(), []).append(row.project)
-    return [f" {', '.join(projects)}: {note}" for note, projects in notes.items()]
+    return text + "".join(f" {', '.join(names)}: {note}" for note, names in notes.items())
+
+
+def _nearest(name: str, known: Sequence[str]) -> list[str]:
+    """The fields that `name` misspells; often none."""
+    near = {field: _likeness(_bare(name), _bare(field)) for field in known}
+    best = max(near.values())
+    return _in_section(name, [field for field in known if near[field] == best]) if best else []
+
+
+def _likeness(name: str, known: str) -> float:
+    """From 0, another name, to 1: word by word, since long words in common hide a short one."""
+    if name.replace("_", "") == known.replace("_", ""):
+        return 1.0
+    words, others = name.split("_"), known.split("_")
+    if len(words) != len(others):
+        return 0.0
+    pairs = zip(words, others, strict=True)
+    likeness = [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
+    return sum(likeness) / len(words) if min(likeness) >= LEAST_LIKE else 0.0
+
+
+def _in_section(name: str, fields: list[str]) -> list[str]:
+    """The fields in the section that `name` has; all fields if none is."""
+    section = name.rpartition(".")[0]
+    own = [field for field in fields if section and field.rpartition(".")[0] == section]
+    return own or fields
+
+
+def _bare(name: str) -> str:
+    return _normal(name).rpartition(".")[2]
+
+
+def _normal(name: str) -> str:
+    return name.replace("-", "_").lower()
+
+
+# --- all names of a config -----------------------------------------------------------------------
 
 
 def likely_project(names: Collection[str]) -> str | None:
-    """Where a user comes from who gave these unknown names."""
-    given = {_normal(name) for name in names}
-    matches = {
-        project: len({name for name in _names_of(project) if _normal(name) in given})
-        for project in projects()
-    }
-    project = max(matches, key=lambda name: matches[name])
-    return project if matches[project] >= _SURE_OF_PROJECT else None
+    """The project of a user who gave these unknown names."""
+    given = set(map(_normal, names))
+    rows = [(row.project, theirs) for row in counterparts() for theirs in row.names]
+    matches = Counter(project for project, theirs in rows if _normal(theirs) in given)
+    project, count = max(matches.items(), key=lambda item: item[1], default=("", 0))
+    return project if count >= _SURE_OF_PROJECT else None
 
 
 def coming_from(project: str, names: Collection[str], fields_given: Collection[str]) -> str:
-    """Which defaults of a project differ, of what its user did not give.
+    """The defaults of a project that differ, for what its user did not give.
 
     Args:
         project: where the user comes from.
         names: that no field has.
         fields_given: fields that were set by their own names.
     """
-    given = {_normal(name) for name in names}
+    given = set(map(_normal, names))
     rows = [row for row in counterparts() if row.project == project]
     meant = {field for row in rows if given & set(map(_normal, row.names)) for field in row.fields}
     differ: dict[tuple[str, ...], list[str]] = {}
@@ -162,60 +213,3 @@ def coming_from(project: str, names: Collection[str], fields_given: Collection[s
         f"These are names of {project}: docs/migration.md has all. Defaults that differ there, of "
         f"what was not given: {defaults}."
     )
-
-
-def counterpart(name: str, project: str) -> Counterpart | None:
-    """What a project calls by this name."""
-    rows = (row for row in counterparts() if row.project == project)
-    return next((row for row in rows if _normal(name) in map(_normal, row.names)), None)
-
-
-def _names_of(project: str) -> list[str]:
-    return [name for row in counterparts() if row.project == project for name in row.names]
-
-
-def _rows_of_path(name: str) -> list[Counterpart]:
-    """The lines of a name with sections, `rollout.n` of `actor_rollout_ref.rollout.n`."""
-    path = _normal(name)
-    if "." not in path:
-        return []
-    return [
-        row
-        for row in counterparts()
-        for theirs in map(_normal, row.names)
-        if theirs == path or theirs.endswith(f".{path}") or path.startswith(f"{theirs}.")
-    ]
-
-
-def _nearest(name: str, known: Sequence[str]) -> list[str]:
-    """Those of `known` fields that `name` misspells; often none."""
-    own = _bare(name)
-    near = {field: _likeness(own, _bare(field)) for field in known}
-    best = max(near.values())
-    return _of_section(name, [field for field in known if near[field] == best]) if best else []
-
-
-def _bare(name: str) -> str:
-    return _normal(name).rpartition(".")[2]
-
-
-def _normal(name: str) -> str:
-    return name.replace("-", "_").lower()
-
-
-def _of_section(name: str, fields: list[str]) -> list[str]:
-    section = name.rpartition(".")[0]
-    own = [field for field in fields if section and field.rpartition(".")[0] == section]
-    return own or fields
-
-
-def _likeness(name: str, known: str) -> float:
-    """From 0, another name, to 1: word by word, since long words in common hide a short one."""
-    if name.replace("_", "") == known.replace("_", ""):
-        return 1.0
-    words, others = name.split("_"), known.split("_")
-    if len(words) != len(others):
-        return 0.0
-    pairs = zip(words, others, strict=True)
-    likeness = [difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs]
-    return sum(likeness) / len(words) if min(likeness) >= LEAST_LIKE else 0.0
