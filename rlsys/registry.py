@@ -37,11 +37,11 @@ class Registry(UserDict[str, T]):
         super().__init__()
         self.kind = kind
         self._unlisted = unlisted
-        """Names that work and that errors do not offer."""
+        """Names that work and that errors do not list."""
 
     def __setitem__(self, name: str, value: T) -> None:
         before = self.data.get(name, value)
-        # The same lines again: a file that is loaded anew after an error in it.
+        # The same lines may come twice: from a file that is loaded again after an error in it.
         if before is not value and where_defined(before) != where_defined(value):
             raise ValueError(
                 f"{self.kind} {name!r} is registered twice: by {where_defined(before)} "
@@ -59,11 +59,11 @@ class Registry(UserDict[str, T]):
         return self.data[name]
 
     def known(self) -> list[str]:
-        """The names that errors offer."""
+        """The names that errors list."""
         return sorted(set(self.data).difference(self._unlisted))
 
     def remedy(self, name: str) -> str:
-        """What else to say about an unknown `name`, for registries that know more."""
+        """Further advice on an unknown `name`; subclasses may have some."""
         return ""
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -77,7 +77,7 @@ class Registry(UserDict[str, T]):
 
 
 def where_defined(value: object) -> str:
-    """`file:line` of the definition, as far as it is written in Python."""
+    """`file:line` of the definition, if it is written in Python."""
     try:
         defined = inspect.unwrap(value) if callable(value) else value
         lines = inspect.getsourcelines(cast(Any, defined))[1]

@@ -18,10 +18,10 @@ from rlsys.config.fields import config_fields, config_sections, show_value
 TARGET = Path(__file__).parents[1] / "docs" / "config.md"
 _HEAD = """# The config
 
-A run is a YAML file of these sections. Every field can be set on the command line too, as
-`--section.field value`. An unknown field is an error; so are numbers that do not fit each other.
-`rlsys explain CONFIG` prints the result, with what follows from it. What TRL, ms-swift, verl and
-others call these fields is in [migration.md](migration.md).
+A run is a YAML file of these sections. The command line can set every field too, as
+`--section.field value`. Unknown fields and values that do not fit each other are errors; rlsys
+reports all of them in one message. `rlsys explain CONFIG` prints every value and what follows from
+it. [migration.md](migration.md) has the names of these fields in TRL, ms-swift, verl and others.
 
 ## How values are written
 
@@ -31,9 +31,9 @@ others call these fields is in [migration.md](migration.md).
   is `a b`, `a,b` or `[a, b]`. A mapping is `'{length: {max_length: 100}}'`, or one of its keys as
   `--reward.reward_params.length.max_length 100`.
 - **Paths**: `~` is the home folder; `$NAME` and `${NAME}` are environment variables, which must be
-  set. Relative paths start at the working directory. Also in settings of rewards that are called
-  `path`, `file`, `folder` or `dir`, or end in `_path` and so on.
-- `null`, and `none` where a field takes null, mean the same.
+  set. Relative paths start at the working directory. The same holds for settings of rewards called
+  `path`, `file`, `folder`, `dir`, `..._path` and so on.
+- Where a field takes null, `null` and `none` mean the same.
 
 `python scripts/config_docs.py` writes this page from the docstrings in `rlsys/config/schema.py`.
 """

@@ -13,9 +13,9 @@ from rlsys.config.hints import Counterpart, counterparts, projects, show_default
 TARGET = Path(__file__).parents[1] / "docs" / "migration.md"
 _HEAD = """# Coming from TRL, ms-swift, verl, OpenRLHF or slime
 
-What their settings are called here. `rlsys grpo` says the same of every name that it does not know,
-so a whole command line of another project can be pasted behind it. [config.md](config.md) has every
-field with its meaning, [algorithm.md](algorithm.md#recipes) the algorithms by name.
+Their settings and the fields of rlsys. `rlsys grpo` gives the same answers for names that it does
+not know, so you can paste a whole command line of another project behind it. [config.md](config.md)
+explains every field, [algorithm.md](algorithm.md#recipes) has the algorithms by name.
 
 Three things differ everywhere:
 
@@ -23,10 +23,10 @@ Three things differ everywhere:
   its completions, `policy.global_batch_size` the completions of one optimizer step. Neither counts
   prompts.
 - **GPUs**: policy and rollout engines have GPUs of their own. `policy.world_size` and
-  `rollout.num_engines` are their numbers; one of each is the least, so two GPUs.
+  `rollout.num_engines` count them; a run needs one of each, so two GPUs.
 - **Sampling settings** come from the config only, never from a model's generation_config.json.
 
-This page is written by `python scripts/migration_docs.py` from `rlsys/config/names_elsewhere.txt`.
+`python scripts/migration_docs.py` writes this page from `rlsys/config/names_elsewhere.txt`.
 """
 
 

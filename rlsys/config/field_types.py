@@ -1,4 +1,4 @@
-"""What a text in a config means where the field is a path, or a list."""
+"""Types of config fields that pydantic does not have: paths, names of rewards, lists as texts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _OMEGACONF_VARIABLE = re.compile(r"oc\.env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?:,.
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _COMMAND = re.compile(r"\$\([^)]*\)?|`[^`]*`")
 _HOLDS_PATH = re.compile(r"(.*_)?(path|file|folder|dir|directory)")
-"""Names of reward settings that are paths. Others may be patterns, where $ is the end of a text."""
+"""Reward settings with these names are paths. Others may be patterns, where $ is the end."""
 REWARD_MODEL_PREFIX = "reward_model:"
-"""Before the path of a model: the reward function that it is."""
+"""Prefix that makes the path of a model the name of a reward function."""
 
 
 def expand_path(text: str) -> str:
     """The path with `~` at its beginning, `$NAME` and `${NAME}` replaced, as a shell would.
 
     Raises:
-        ValueError: a variable is not set, `${...}` holds something else than a name, or the text
-            is a URL, a command or the home folder of nobody, none of which is a path here.
+        ValueError: a variable is not set, `${...}` does not hold a name, or the text is a URL, a
+            command, or the home folder of an unknown user.
     """
     url, command = _URL.match(text), _COMMAND.search(text)
     if url:
@@ -63,14 +63,14 @@ def _value_of(found: re.Match[str]) -> str:
 
 
 def _expand_reward_name(text: str) -> str:
-    """A reward function's name; of a reward model, that is its path."""
+    """Expand the path in the name of a reward model; other names may hold variables too."""
     if not text.startswith(REWARD_MODEL_PREFIX):
         return expand_path(text)
     return REWARD_MODEL_PREFIX + expand_path(text.removeprefix(REWARD_MODEL_PREFIX))
 
 
 def _expand_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a reward function, with those expanded that are paths by their name."""
+    """Expand the settings of a reward function that are paths by their name."""
     return {
         key: expand_path(value) if isinstance(value, str) and _HOLDS_PATH.fullmatch(key) else value
         for key, value in settings.items()
@@ -78,7 +78,7 @@ def _expand_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 PathText = Annotated[str, AfterValidator(expand_path)]
-"""A path, the id of a hub, or a name that is made of them: variables and `~` are replaced."""
+"""A path, a hub id, or a name made from one: variables and `~` are replaced."""
 RewardName = Annotated[str, AfterValidator(_expand_reward_name)]
 """The name of a reward function, or `reward_model:PATH`."""
 RewardSettings = Annotated[dict[str, Any], AfterValidator(_expand_settings)]
@@ -86,7 +86,7 @@ RewardSettings = Annotated[dict[str, Any], AfterValidator(_expand_settings)]
 
 
 def split_list(text: str) -> list[str]:
-    """What `a,b` means as a list: its parts, or the one path that has a comma in its name."""
+    """`a,b` as a list: its parts, or the one path that has a comma in its name."""
     if "," not in text or os.path.exists(os.path.expandvars(os.path.expanduser(text))):
         return [text]
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,4 +1,4 @@
-"""Paths of a config on this machine: decided once, in the driver, as actors run elsewhere."""
+"""Paths of a config, made absolute in the driver: actors have other working directories."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from rlsys.config.dataset_spec import is_local_path
 from rlsys.config.schema import Config
 
 JOB_COPY = "working_dir_files"
-"""A folder above what `ray job submit --working-dir` unpacks."""
+"""Name of the folder into which `ray job submit --working-dir` unpacks its copy."""
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """`config` with models and plugins named so that actors find them from any working directory.
+    """`config` with absolute paths of models and plugins, for actors in any working directory.
 
-    A name such as `org/model` is a folder if there is one here. What is not here stays as it is:
-    an id of the hub.
+    A name such as `org/model` is a folder if one exists here; otherwise it stays, as a hub id.
     """
     reward = config.reward
     params = {

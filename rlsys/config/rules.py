@@ -16,7 +16,7 @@ from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
 
 if TYPE_CHECKING:
-    from rlsys.config.schema import Config, RewardConfig
+    from rlsys.config.schema import Config, DataConfig, RewardConfig
 
 
 OWN_TEMPLATE_ARGUMENTS = (
@@ -45,7 +45,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_training_problems(config),
         *reward_problems(config.reward),
         *_split_problems(config),
-        *_dataset_problems(config),
+        *_dataset_problems(config.data),
         *algorithm_problems(config),
         *_engine_problems(config),
         *_staleness_problems(config),
@@ -283,8 +283,7 @@ def _split_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _dataset_problems(config: Config) -> Iterator[Problem]:
-    data = config.data
+def _dataset_problems(data: DataConfig) -> Iterator[Problem]:
     if data.dataset_weights is not None and len(data.dataset_weights) != len(data.dataset):
         yield Problem(
             f"data.dataset_weights has {counted(len(data.dataset_weights), 'value')} for "

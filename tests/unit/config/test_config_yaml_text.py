@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlsys.commands.rewards_try import parse_params
+from rlsys.commands.rewards_try import _parse_params
 from rlsys.config.yaml_text import dump_yaml, load_yaml, read_scalar
 
 VALUES = {
@@ -122,5 +122,5 @@ def test_what_is_written_is_read_back_by_yaml_1_1_and_1_2(value):
 
 
 def test_settings_of_rewards_try_are_read_the_same_way():
-    found = parse_params("{thr: {threshold: 1e-3, on: no, at: [12:30, 1e2]}}")
+    found = _parse_params("{thr: {threshold: 1e-3, on: no, at: [12:30, 1e2]}}")
     assert found == {"thr": {"threshold": 0.001, "on": "no", "at": ["12:30", 100.0]}}
