@@ -23,7 +23,7 @@ class ThinkSteps(ORM):
         """Settings, which a run gives as reward.reward_params: {think_steps: {...}}.
 
         Args:
-            without_thought: the score where there is no <think> part.
+            without_thought: the score without a <think> part.
         """
         self.without_thought = without_thought
 
@@ -56,7 +56,7 @@ async def ask_about_first_number(text: str, nums: list[int]) -> float | None:
 
 
 def share_of_true_steps(thought: str) -> float:
-    """`6+4=10 12+10=23` is 0.5; 0 where there are no steps."""
+    """`6+4=10 12+10=23` is 0.5; 0 without steps."""
     steps = STEP.findall(thought)
     return sum(is_true(*step) for step in steps) / len(steps) if steps else 0.0
 

@@ -106,7 +106,7 @@ class RewardWorkers(GroupScorer):
             max_steps: of the run, for `trainer_state`.
             place: Ray options of the processes of reward models, by the model's number; None
                 keeps them on the CPU.
-            plugins: files to load besides those of `config`.
+            plugins: files to load before the plugins of `config`.
 
         Raises:
             ValueError: a plugin that cannot be imported, an unknown reward function, or weights

@@ -25,7 +25,7 @@ MAX_SETTING = 60
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the reward functions: built-in ones, those of plugins and of installed packages."""
+    """Print the reward functions: built in, of plugins and of installed packages."""
     console = make_console()
     load_plugins(args.external_plugins)
     for name in sorted({*orms, *entry_points()}):

@@ -44,7 +44,7 @@ class TryOptions:
     """What the command line asks for."""
 
     names: list[str]
-    """Reward functions; empty: those of the run that wrote the completions."""
+    """Reward functions; empty: the functions of the run that wrote the completions."""
     completions: Path
     dataset: list[str]
     """Source of the columns; empty: the run's data, or the file of completions."""

@@ -146,7 +146,7 @@ def _import_module(name: str, reference: str) -> ModuleType:
     except (Exception, SystemExit) as error:  # user code may raise anything
         if isinstance(error, ModuleNotFoundError) and name.startswith(f"{error.name}"):
             raise ValueError(
-                f"reward function {reference!r}: there is no module {error.name!r}, neither "
+                f"reward function {reference!r}: module {error.name!r} is neither "
                 f"installed nor in the working directory, {os.getcwd()}"
             ) from None
         raise ValueError(

@@ -31,7 +31,7 @@ _BOXES = re.compile(
     r"|\\.|[{}]",
     re.DOTALL,
 )
-# As the last line; above it, only a number: Markdown has headings of that kind.
+# The last line, or above it a number: other such lines are Markdown's headings.
 _HASHES = re.compile(r"####[ \t]*([^\n]*?)\s*\Z|####[ \t]*([-+$]*\d[\d.,/]*%?)[ \t]*\n")
 _NO_WORDS = re.compile(
     r"\$[^$]*\$|\\\((?:(?!\\[()]).)*\\\)|\\[A-Za-z]+(?:\s*\{[^{}]*\})?", re.DOTALL
@@ -43,7 +43,7 @@ _MOST_WORDS = 4
 
 
 def after_thinking(completion: str) -> str | None:
-    """What follows the last `</think>`; all of it without thinking.
+    """What follows the last `</think>`; the whole text without thinking.
 
     None when a `<think>` was never closed: such a completion has not answered yet.
     """
@@ -128,7 +128,7 @@ class RightAnswer:
     """The right answer of a row."""
 
     value: Any
-    """As the column has it; of a text what is marked, or else what follows `</think>`."""
+    """The column's value; of a text only what is marked, or else what follows `</think>`."""
 
 
 def right_answer(

@@ -109,7 +109,7 @@ def _wanted_instead_of_text(parameter: inspect.Parameter) -> str | None:
 
 def parameters_of(function: type[ORM] | RewardFunction) -> Mapping[str, inspect.Parameter]:
     """The parameters of a function, or of the constructor of a class."""
-    # ORM's own constructor takes what ms-swift's classes hand on to it, and uses none of it.
+    # ORM's own constructor takes what ms-swift's classes pass to it, and ignores it.
     if isinstance(function, type):
         constructor = inspect.getattr_static(function, "__init__")
         if constructor in (ORM.__init__, object.__init__):

@@ -41,7 +41,7 @@ GOLD_REMEDY = (
     "data.preprocessor"
 )
 Write = Callable[[str], Completion]
-"""Turns a text into the completion that a run would make of it: its tokens, decoded again."""
+"""Turns a text into a completion as in a run: its tokens, decoded again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Look:
     golds: dict[str, str | None]
     """The right answer, by function that compares with one; None where it reads none."""
     completion: str | None
-    """As a run would decode it; None where no answer is known."""
+    """Decoded like in a run; None where no answer is known."""
     values: dict[str, float]
     """What `completion` earns; NaN for None."""
     best: dict[str, float]

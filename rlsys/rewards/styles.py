@@ -98,7 +98,7 @@ class VerlStyle:
             _ground_truth(row) is None
         ):
             raise ValueError(
-                "there is no column ground_truth, and no reward_model with a ground_truth in it: "
+                "the row has no column ground_truth, nor a reward_model with a ground_truth: "
                 "rename the column of the right answer, data.columns: {answer: ground_truth}"
             )
 

@@ -89,7 +89,7 @@ class BoundedCalls:
         self.close()
 
     def _ask(self, request: str) -> dict[str, Any] | None:
-        """Exchange one request and reply; None if the helper died of it."""
+        """Exchange one request and reply; None if the helper died."""
         if self._process is None:
             self._launch()
         process = self._ready_process()

@@ -163,7 +163,7 @@ def test_workers_are_processes_that_end_with_close(start):
     workers.close()
 
 
-def test_what_cannot_work_is_an_error_before_any_process_starts(start):
+def test_mistakes_are_errors_before_any_process_starts(start):
     with pytest.raises(ValueError, match=r"unknown reward function 'act'. Did you mean 'acts'"):
         start("act")
     with pytest.raises(ValueError, match=r"1 value for 2 reward functions"):

@@ -1,4 +1,4 @@
-"""Does the completion's Python pass the tests? Run in a sandbox, judged outside of it."""
+"""Does the completion's Python pass the tests? Run in a sandbox, judged outside."""
 
 from __future__ import annotations
 

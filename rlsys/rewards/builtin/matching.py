@@ -73,7 +73,7 @@ class MultipleChoice(AnswerReward):
         """The letter.
 
         Raises:
-            ValueError: it is none of the choices.
+            ValueError: it is not one of the choices.
         """
         letter = _letter(value) if isinstance(value, str) else None
         if letter is None or letter not in self.choices:
@@ -164,7 +164,7 @@ class ExactMatch(AnswerReward):
         """The accepted texts in their normal form.
 
         Raises:
-            ValueError: there is none, or one is empty.
+            ValueError: no text is accepted, or one is empty.
         """
         texts = value if isinstance(value, list | tuple) else [value]
         known = [t for t in texts if isinstance(t, str | int | float) and not is_missing(t)]
@@ -228,7 +228,7 @@ class RegexMatch(ORM):
 
         Args:
             pattern: the regular expression; None reads the column `pattern`.
-            mode: "search" anywhere, "match" from the beginning, "fullmatch" all of it.
+            mode: "search" anywhere, "match" from the beginning, "fullmatch" the whole text.
             time_limit_s: seconds of CPU time for one completion.
 
         Raises:

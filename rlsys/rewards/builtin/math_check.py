@@ -110,5 +110,5 @@ def _is_true(equation: Eq) -> bool:
 
 def _is_zero(difference: Expr) -> bool:
     size = abs(N(difference))
-    # Of `\infty = \infty` or `\frac00 = 3` it is NaN, which compares with nothing.
+    # NaN for `\infty = \infty` or `\frac00 = 3`, which compares with nothing.
     return size.is_finite is True and bool(size <= _EQUAL_WITHIN)

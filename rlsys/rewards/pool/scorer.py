@@ -33,10 +33,10 @@ class GroupScorer:
     """Scores groups; used from one thread.
 
     `submit` groups as they finish, wait for `pending_refs` together with whatever else may happen,
-    and `collect` at least every second or so: it hands out jobs and kills what hangs. The group_id
-    of a group differs from those of all other pending groups.
+    and `collect` at least every second or so: it hands out jobs and kills what hangs. Every pending
+    group has another group_id.
 
-    A group takes `timeout_s` for each function and, if that fails, an equal share of it for each
+    A group takes `timeout_s` for each function and, if that fails, an equal share for each
     completion, at least a second. A completion that is a function's first in a new process gets
     `timeout_s`, so the bound is 1 + G times `timeout_s`, reached where each alone is killed,
     besides the time in which processes start.

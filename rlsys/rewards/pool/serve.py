@@ -39,8 +39,8 @@ class ProcessSettings:
     plugins: Sequence[str]
     """Paths of files."""
     directory: str
-    """Working directory of the run, from which paths start. A process on another machine may lack
-    it; then it stays in its own, which in a Ray job is a copy of it."""
+    """Working directory of the run, from which paths start. A process on a machine without it stays
+    in its own, which in a Ray job is a copy."""
     max_memory_mb: int | None
     """MiB, see `start_guard`."""
 
@@ -53,7 +53,7 @@ def process_settings(
     Args:
         config: of the rewards.
         known: values of the run for parameters of these names.
-        plugins: files to load besides those of `config`.
+        plugins: files to load before the plugins of `config`.
     """
     return ProcessSettings(
         config.names,

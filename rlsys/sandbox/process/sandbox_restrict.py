@@ -80,7 +80,7 @@ def _call(name: str, result: int) -> int:
 def restrict_process() -> bool:
     """Restrict this process and its children; returns whether they may open some files.
 
-    With Landlock (Linux 5.13) they may open those of `_readable`. Without it they must open none,
+    With Landlock (Linux 5.13) they may open what `_readable` lists. Without it they may open none,
     which `restrict_syscalls` enforces.
 
     Raises:

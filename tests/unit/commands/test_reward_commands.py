@@ -203,7 +203,7 @@ def test_rows_without_a_prompt_give_their_columns(folder, capfd):
     assert "--preprocessor is for the rows of --dataset" in err
 
 
-def test_a_completion_over_the_models_length_is_no_warning(folder, capfd, caplog):
+def test_a_completion_over_the_models_length_logs_no_warning(folder, capfd, caplog):
     tokenizer = word_tokenizer()
     tokenizer.model_max_length = 4
     tokenizer.save_pretrained(folder / "model")
@@ -241,7 +241,7 @@ def test_a_completion_over_the_models_length_is_no_warning(folder, capfd, caplog
         ({"completion": "a"}, ("--tokenizer", "empty"), "--tokenizer empty cannot be loaded: "),
     ],
 )
-def test_what_cannot_be_used_is_told_with_its_place(folder, capfd, row, words, message):
+def test_unusable_input_is_an_error_with_its_place(folder, capfd, row, words, message):
     write_rows(folder / "d.jsonl", {"prompt": "a", "nums": [1]})
     (folder / "empty").mkdir()
     path = write_rows(folder / "c.jsonl", row)
@@ -352,7 +352,7 @@ def test_the_runs_own_config_has_data_plugins_settings_and_tokenizer(run, capfd,
     assert try_table(out) == [["10", "2"], ["10", "1"]]
 
 
-def test_what_is_gone_since_the_run_is_told_and_the_rest_is_used(run, capfd, caplog):
+def test_files_that_are_gone_since_the_run_are_reported_and_the_rest_is_used(run, capfd, caplog):
     for path in (run / "train.jsonl", *(run / "model").iterdir()):
         path.unlink()
     (run / "mine.py").rename(run / "moved.py")
@@ -386,7 +386,7 @@ def test_without_a_run_the_functions_have_to_be_named(folder, capfd):
     assert "name the reward functions to try" in err
 
 
-def test_a_missing_column_is_told(folder, capfd, caplog):
+def test_a_missing_column_is_reported(folder, capfd, caplog):
     path = write_rows(folder / "c.jsonl", {"completion": "a", "numbers": [1]})
     words = ("try", "mine", "--plugin", "mine.py", "--completions", path)
     code, out, _ = rlsys(capfd, "rewards", *words)

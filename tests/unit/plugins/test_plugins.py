@@ -126,7 +126,7 @@ def test_an_import_of_ms_swift_in_a_file_beside_the_plugin_is_found(tmp_path, mo
     assert f"{helper}, line 1: `from swift.plugin import orms`" in str(caught.value)
 
 
-def test_what_was_registered_with_an_installed_ms_swift_is_told(tmp_path, modules):
+def test_registrations_with_an_installed_ms_swift_are_reported(tmp_path, modules):
     write(tmp_path / "swift" / "plugin.py", "orms = {}\n")
     sys.path.append(str(tmp_path))
     code = "from swift.plugin import orms\ndef f(c): pass\norms['registered_there'] = f\n"
@@ -299,7 +299,7 @@ def test_a_reference_names_a_function_of_a_module(tmp_path, monkeypatch):
     write(tmp_path / "json.py", "raise RuntimeError('shadows the standard library')\n")
     write(tmp_path / "broken_module.py", "import json\n1 / 0\n")
     assert orms["package_of_mine.rewards:f"](["a"]) == [2]
-    with pytest.raises(ValueError, match=r"there is no module 'nowhere', neither installed nor"):
+    with pytest.raises(ValueError, match=r"module 'nowhere' is neither installed nor"):
         orms["nowhere.at.all:f"]
     with pytest.raises(ValueError, match=r"(?s)raised when it was imported.*ZeroDivis") as caught:
         orms["broken_module:f"]

@@ -119,7 +119,7 @@ def test_huge_or_broken_answers_score_0(accuracy, completion):
         ("1", r"\infty - \infty = 1 = 1"),
     ],
 )
-def test_an_equation_of_what_is_no_number_scores_0(accuracy, gold, answer):
+def test_an_equation_of_infinities_scores_0(accuracy, gold, answer):
     assert accuracy([rf"\boxed{{{answer}}}"], solution=[gold]) == [0.0]
 
 
@@ -133,7 +133,7 @@ def test_an_answer_at_which_the_comparison_fails_is_wrong(monkeypatch):
     assert math_check.check("3", "3.0", True) is False
 
 
-def test_what_never_ends_is_stopped_and_the_next_answer_is_right():
+def test_an_endless_comparison_is_stopped_and_the_next_answer_is_right():
     accuracy = orms["accuracy"](time_limit_s=1.5)
     endless = r"\boxed{\int_0^1 \frac{x^{17} \sin(x^5)}{\ln(x+3)^7 + \cos(x^x)} dx = 99999999!}"
     assert accuracy([endless, r"\boxed{3}"], solution=["3"] * 2) == [0.0, 1.0]
@@ -191,7 +191,7 @@ def test_typography_changes_no_verdict(accuracy, gold, answer):
     ("gold", "answer"),
     [("12", r"1\,2"), ("18", r"-\$18"), ("1234", "1,2,3,4"), ("12345", "123 45")],
 )
-def test_what_only_looks_like_typography_scores_0(accuracy, gold, answer):
+def test_answers_that_only_look_like_typography_score_0(accuracy, gold, answer):
     assert accuracy([rf"\boxed{{{answer}}}"], answer=[gold]) == [0.0]
 
 
@@ -287,7 +287,7 @@ def test_a_final_answer_goes_before_a_derivation(accuracy, row, right, wrong):
 @pytest.mark.parametrize(
     "prose", [PROSE, "We add 2 and 3, which makes 5 in all.", "因此答案是4。", "So it is 5."]
 )
-def test_prose_is_no_answer(accuracy, prose):
+def test_prose_is_not_an_answer(accuracy, prose):
     for reward in (accuracy, orms["exact_match"](), orms["multiple_choice"]()):
         assert reward([r"\boxed{4}", r"\boxed{5}"], solution=[prose] * 2) == [None, None]
         assert reward.gold({"solution": prose}) is None
@@ -298,12 +298,12 @@ def test_reading_a_right_answer_is_linear_in_its_length(accuracy):
 
 
 @pytest.mark.parametrize("text", ["See Figure 4", "The answer is 4", "we add 2 and 3 to get 5"])
-def test_a_number_among_words_is_no_mathematics(accuracy, text):
+def test_a_number_among_words_is_not_mathematics(accuracy, text):
     assert accuracy(["4", "5"], answer=[text] * 2) == [None, None]
 
 
 @pytest.mark.parametrize("gold", ["no idea", "???"])
-def test_a_row_that_cannot_be_read_does_not_apply_and_is_told_once(
+def test_a_row_that_cannot_be_read_does_not_apply_and_is_logged_once(
     accuracy, gold, caplog, monkeypatch
 ):
     monkeypatch.setattr("rlsys.rewards.answers._warned", set())
@@ -320,7 +320,7 @@ def test_an_empty_right_answer_is_an_error(accuracy, gold):
         accuracy([r"\boxed{1}"], solution=[gold])
 
 
-def test_nan_is_no_right_answer(accuracy):
+def test_nan_is_not_a_right_answer(accuracy):
     for reward in (accuracy, orms["exact_match"]()):
         with pytest.raises(ValueError, match="found nan"):
             reward(["nan"], answer=[math.nan])

@@ -103,7 +103,7 @@ ESCAPES = {
 
 
 @pytest.mark.parametrize("name", ESCAPES)
-def test_what_does_not_pass_scores_0_and_the_next_program_1(code, name):
+def test_a_failing_program_scores_0_and_the_next_one_1(code, name):
     tests = [{"input": "10 -4\n", "output": "6\n"}]
     right = program("print(sum(map(int, input().split())))")
     assert code([program(ESCAPES[name]), right], tests=[tests] * 2) == [0.0, 1.0]
@@ -156,7 +156,7 @@ def code_without_landlock(tmp_path_factory):
 
 @pytest.mark.parametrize("fixture", ["code", "code_without_landlock"])
 @pytest.mark.parametrize("name", ATTEMPTS)
-def test_what_a_program_must_not_do_raises(request, fixture, name):
+def test_forbidden_acts_of_a_program_raise(request, fixture, name):
     code = request.getfixturevalue(fixture)
     # It passes exactly when it was refused.
     text = "\n".join(f"    {line}" for line in ATTEMPTS[name].splitlines())
@@ -212,7 +212,7 @@ def test_an_integer_that_no_float_can_hold_is_wrong_where_a_float_is_expected(co
     assert code(texts, tests=[tests] * 2) == [0.0, 1.0]
 
 
-def test_asserts_may_do_what_tests_do(code):
+def test_asserts_may_do_all_that_tests_do(code):
     text = """
 import math
 class Stack:

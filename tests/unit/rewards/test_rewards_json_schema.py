@@ -35,7 +35,7 @@ def fits_person():
         '{"name": "", "age": 1.0}',
     ],
 )
-def test_what_fits_scores_1(fits_person, completion):
+def test_json_that_fits_scores_1(fits_person, completion):
     assert fits_person([completion]) == [1.0]
 
 
@@ -51,7 +51,7 @@ def test_what_fits_scores_1(fits_person, completion):
         "36",
     ],
 )
-def test_other_json_scores_what_the_setting_says(fits_person, completion):
+def test_other_json_scores_valid_json(fits_person, completion):
     assert fits_person([completion]) == [0.25]
 
 
@@ -77,7 +77,7 @@ def test_other_json_scores_what_the_setting_says(fits_person, completion):
     ],
     ids=lambda text: text[:12],
 )
-def test_what_is_not_json_scores_0(fits_person, completion):
+def test_text_that_is_not_json_scores_0(fits_person, completion):
     assert fits_person([completion]) == [0.0]
 
 
@@ -90,7 +90,7 @@ def test_the_schema_may_come_with_the_row_as_object_or_text():
 
 
 @pytest.mark.parametrize("schema", [{"type": "objekt"}, "{", "[]", "true", {"minimum": "1"}])
-def test_a_schema_that_is_none_is_refused(schema):
+def test_an_invalid_schema_is_refused(schema):
     with pytest.raises(ValueError, match="not a usable JSON schema"):
         orms["json_schema"](schema=schema)
 
@@ -128,7 +128,7 @@ def test_a_number_beyond_all_floats_ends_no_run(number):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, 2])
-def test_other_json_may_not_pay_as_much_as_what_fits(value):
+def test_other_json_must_pay_less_than_json_that_fits(value):
     with pytest.raises(ValueError, match="valid_json must be"):
         orms["json_schema"](schema={}, valid_json=value)
 

@@ -204,7 +204,7 @@ def test_equal_completions_cost_one_request(server):
     assert len(server.requests) == 2
 
 
-def test_replies_are_kept_on_disk_and_broken_files_are_as_none(server, tmp_path):
+def test_replies_are_kept_on_disk_and_broken_files_are_ignored(server, tmp_path):
     assert score(make(server, cache_dir=str(tmp_path)), "a", "b") == [0.5] * 2
     server.script.append(reply("Score: 9"))
     assert score(make(server, cache_dir=str(tmp_path)), "a", "b") == [0.5] * 2
@@ -309,7 +309,7 @@ def test_a_failed_request_that_nobody_waits_for_is_not_tried_again(server):
     assert asyncio.run(main()) == [0.5]
 
 
-def test_a_failure_that_nobody_waits_for_any_more_is_no_warning(server):
+def test_a_failure_that_nobody_waits_for_logs_no_warning(server):
     judge = make(server)
     server.script.append(reply("no such model", status=404))
     told = []
@@ -329,7 +329,7 @@ def test_a_failure_that_nobody_waits_for_any_more_is_no_warning(server):
     assert score(judge, "2") == [0.5]
 
 
-def test_the_key_is_sent_and_told_nowhere(server, tmp_path, monkeypatch, caplog):
+def test_the_key_is_sent_and_appears_nowhere_else(server, tmp_path, monkeypatch, caplog):
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("MY_KEY", "sk-secret")
     judge = make(server, api_key_env="MY_KEY", cache_dir=str(tmp_path), max_retries=0)
@@ -343,7 +343,7 @@ def test_the_key_is_sent_and_told_nowhere(server, tmp_path, monkeypatch, caplog)
     assert not any("sk-secret" in text for text in told)
 
 
-def test_without_a_key_none_is_sent(server, monkeypatch):
+def test_without_a_key_no_key_is_sent(server, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert score(make(server), "2") == [0.5]
     assert "Authorization" not in server.requests[0][1]

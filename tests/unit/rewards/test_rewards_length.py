@@ -84,7 +84,7 @@ def test_cosine_calls_the_other_reward_as_a_run_does(monkeypatch):
         assert scores == pytest.approx([0.5, 0.0])
 
 
-def test_cosine_refuses_what_it_cannot_call(monkeypatch):
+def test_cosine_refuses_rewards_that_it_cannot_call(monkeypatch):
     async def later(completions, **columns):
         return [1.0] * len(completions)
 

@@ -119,7 +119,7 @@ def test_the_words_a_and_i_are_no_choices(text):
     assert score("multiple_choice", text, solution="I") == 0.0
 
 
-def test_a_right_answer_that_is_no_choice_is_an_error():
+def test_a_right_answer_that_is_not_a_choice_is_an_error():
     for gold in ("E", "", "1", 2, None):
         with pytest.raises(ValueError, match="must be one of ABCD"):
             score("multiple_choice", "A", {"choices": "ABCD"}, answer=gold)
@@ -202,7 +202,7 @@ def test_catastrophic_backtracking_is_stopped_and_scores_0():
     assert reward(["a" * 60, "aab", "a" * 60, "b"]) == [0.0, 1.0, 0.0, 0.0]
 
 
-def test_patterns_and_modes_that_are_none_are_refused():
+def test_invalid_patterns_and_modes_are_refused():
     with pytest.raises(ValueError, match="is not a regular expression"):
         orms["regex_match"](pattern="(")
     with pytest.raises(ValueError, match="is not a regular expression"):

@@ -400,7 +400,7 @@ def test_the_first_call_in_a_new_process_has_all_the_time(start):
 
 
 @pytest.mark.parametrize("end", ["die", "hang"])
-def test_what_a_function_started_ends_with_its_process(start, tmp_path, end):
+def test_processes_that_a_function_started_end_with_its_process(start, tmp_path, end):
     scorer = start("starts", timeout_s=3.0)
     path = tmp_path / "pid"
     [group] = score(scorer, group_of(f"{end} {path}"))

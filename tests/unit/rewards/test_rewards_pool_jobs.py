@@ -120,7 +120,7 @@ def test_a_process_that_does_not_start_is_an_error_that_names_its_functions(buil
 
 
 @pytest.mark.parametrize("names", POOLS)
-def test_so_is_one_that_takes_the_place_of_another(build, names):
+def test_a_replacement_that_does_not_start_is_an_error_too(build, names):
     backend = Processes(hanging={1})
     scorer = build(backend, *names)
     scorer.submit(group_of("a", "b"))
@@ -214,7 +214,7 @@ def test_groups_that_are_forgotten_matter_to_no_other(build, actions, num_worker
     assert scorer.num_pending == len(scorer.pending_refs()) == len(backend.running) == 0
 
 
-def test_what_waited_for_a_forgotten_group_is_next(build):
+def test_jobs_that_waited_for_a_forgotten_group_are_next(build):
     backend = Processes()
     scorer = build(backend, "format", on_error="raise")
     for i in range(4):
@@ -253,7 +253,7 @@ def test_a_process_that_ends_in_a_forgotten_group_is_replaced_for_the_others(bui
     assert scorer.pending_refs() == []
 
 
-def test_what_functions_log_stands_with_the_rewards_of_its_completion(build):
+def test_logged_values_stand_with_the_rewards_of_their_completion(build):
     backend = Processes()
     scorer = build(backend, "format", "judge")
     scorer.submit(group_of("a", "b"))

@@ -168,7 +168,7 @@ def test_functions_whose_best_value_is_not_known_are_left_out(monkeypatch):
     st.lists(st.tuples(st.integers(1, 25), st.sampled_from("+-*")), min_size=1, max_size=4),
     st.integers(-9, 9),
 )
-def test_what_can_be_solved_is_solved(terms, beside):
+def test_solvable_problems_are_solved(terms, beside):
     nums = [number for number, _ in terms]
     target = nums[0]
     for number, sign in terms[1:]:

@@ -88,7 +88,7 @@ def test_groups_that_are_scored_together_share_batches(path, monkeypatch):
     assert max(sizes) == 4
 
 
-def test_what_is_too_long_keeps_its_end(path):
+def test_a_conversation_that_is_too_long_keeps_its_end(path):
     text = "x" * 500
     scores = asyncio.run(orms["reward_model"](path)([text], messages=[conversation(text)]))
     assert scores == pytest.approx([directly(path, text)], abs=1e-5)
@@ -155,7 +155,7 @@ def test_a_model_is_known_however_it_is_named(named_by):
     assert not Config.model_validate(own).policy_shares_gpus
 
 
-def test_several_models_are_told_apart_by_their_paths():
+def test_several_models_are_named_by_their_paths():
     config = RewardConfig(
         reward_funcs=["format"],
         reward_model=["org/A", "B"],

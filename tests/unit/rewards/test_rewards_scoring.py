@@ -175,7 +175,7 @@ def test_anything_else_is_an_error_that_names_the_function(returned, shown):
     assert "one finite number for each of the 2 completions" in message
 
 
-def test_an_exception_is_told_with_function_and_prompt_and_never_a_0():
+def test_an_exception_names_function_and_prompt_and_is_never_a_0():
     @register_reward("raises")
     class Raises(ORM):
         def __call__(self, completions, answer, **columns):
@@ -198,7 +198,7 @@ def test_a_missing_column_lists_those_that_exist():
     )
 
 
-def test_a_signature_without_columns_is_told_how_to_end():
+def test_the_error_of_a_signature_without_columns_says_how_to_end_it():
     orms["narrow"] = lambda completions: [0.0] * len(completions)
     with pytest.raises(RewardError, match=r"end the function's parameters with \*\*columns"):
         RewardFunctions(["narrow"]).score(group_of("a", "b"))
@@ -264,7 +264,7 @@ def test_async_functions_are_awaited(form):
     assert [reward.total for reward in rewards] == [2.0, 4.0]
 
 
-def test_an_async_exception_is_told_as_any_other():
+def test_an_async_exception_is_reported_like_any_other():
     async def score(completions, **columns):
         raise ConnectionError("no server")
 
@@ -401,7 +401,7 @@ def test_a_class_of_ms_swift_finds_its_settings_in_args():
         RewardFunctions(["cosine_of_swift"])
 
 
-def test_a_class_that_cannot_be_made_is_told_with_its_settings():
+def test_a_class_that_cannot_be_made_is_reported_with_its_settings():
     class Broken(ORM):
         def __init__(self, path: str):
             Path(path).read_text()
@@ -411,7 +411,7 @@ def test_a_class_that_cannot_be_made_is_told_with_its_settings():
         RewardFunctions(["broken"], params={"broken": {"path": "no such"}})
 
 
-def test_a_dataset_cannot_replace_what_the_system_passes():
+def test_a_dataset_cannot_replace_the_systems_arguments():
     group = group_of("a", "b")
     columns = {"finish_reasons": "dataset"}
     group = replace(group, prompt=replace(group.prompt, columns=columns))

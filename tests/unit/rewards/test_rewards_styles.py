@@ -194,7 +194,7 @@ def test_a_registered_function_may_have_a_prefix_too():
 def test_a_dotted_name_is_a_function_of_a_module():
     write("module_with_dot.py", "def f(completions, **kw):\n    return [2.0]\n")
     assert orms["module_with_dot.f"](["a"]) == [2.0]
-    with pytest.raises(ValueError, match=r"there is no module 'nowhere'"):
+    with pytest.raises(ValueError, match=r"module 'nowhere' is neither installed"):
         orms["nowhere.f"]
     with pytest.raises(ValueError, match=r"name a function in it, as module_with_dot.py:FUNCTION"):
         orms["module_with_dot.py"]

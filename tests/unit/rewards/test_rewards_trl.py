@@ -16,7 +16,7 @@ def test_every_reward_function_of_trl_has_a_name():
     assert {name.removeprefix("trl/") for name in NAMES} == theirs
 
 
-def test_they_say_what_trl_says():
+def test_they_score_like_trl():
     texts = [r"<think>a</think> \boxed{\frac{1}{3}}", r"\boxed{\frac{1}{2}}"]
     columns = {"solution": [r"\frac{1}{3}"] * 2, "completion_ids": [[1] * 50, [1] * 90]}
     expected = {

@@ -40,12 +40,12 @@ def test_the_imports_are_done_before_the_first_call(slow_to_import):
     assert slow_to_import() == 2
 
 
-def test_a_call_starts_what_was_not_started(slow_to_import):
+def test_a_call_starts_its_helper_if_necessary(slow_to_import):
     assert BoundedCalls("slow_to_import:double", cpu_limit_s=5.0)(4) == 8
     assert slow_to_import() == 1
 
 
-def test_what_cannot_be_imported_is_an_error_of_the_start_and_of_every_call():
+def test_a_failed_import_is_an_error_of_the_start_and_of_every_call():
     calls = BoundedCalls("no.such:function", cpu_limit_s=5.0)
     message = r"helper process of no\.such:function ended with code 1"
     others = [BoundedCalls("math:sqrt", cpu_limit_s=5.0) for _ in range(2)]
