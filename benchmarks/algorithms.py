@@ -1,12 +1,12 @@
-"""What each algorithm learns in the same number of steps, on CPU: prints JSON.
+"""Measures what each algorithm learns in the same number of steps, on CPU. Prints JSON.
 
     python benchmarks/algorithms.py --jobs 2             # everything: most of an hour on two cores
     python benchmarks/algorithms.py --only grpo gspo --steps 30
 
 Every run is `rlsys grpo examples/countdown/demo.yaml` from the demo's warm-started model, with the
-options of the variant; variants differ in nothing else, and a seed draws the same prompts for all.
-Accuracy is that of one completion for each of the held-out problems, sampled at temperature 1: its
-standard error is printed too, and differences within it say nothing.
+options of the variant. Variants differ in nothing else, and a seed draws the same prompts for all.
+Accuracy is that of one completion for each held-out problem, sampled at temperature 1. Its standard
+error is printed too: differences within it say nothing.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def main():
     write_problems(train, generate_problems(NUM_TRAIN, seed=0))
     write_problems(held_out, generate_problems(NUM_HELD_OUT, seed=0, held_out=True))
     console = Console(stderr=True)
-    if not (data / "validation.jsonl").exists():  # by which the warm start knows when to end
+    if not (data / "validation.jsonl").exists():  # the warm start ends by its accuracy
         write_problems(data / "validation.jsonl", generate_problems(256, seed=0, held_out=True))
     model = warm_started_model(arguments.runs, data, WARM_START_SEED, console)
     common = {
@@ -108,7 +108,7 @@ def main():
 
 
 def run(variant, seed, common, runs, console):
-    """One GRPO run; its accuracy before and after, and how it went."""
+    """Run GRPO once; returns its accuracy before and after, and the metrics of its steps."""
     name = variant.replace(", ", "-").replace(" ", "-")
     folder = RunDir(runs / "algorithms" / f"{name}-seed{seed}-{int(time.time())}")
     options = common | VARIANTS[variant] | {"seed": seed, "output_dir": folder.path}

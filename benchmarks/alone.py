@@ -1,4 +1,4 @@
-"""Measurements in processes of their own: one that fails or hangs leaves the others alone."""
+"""Measurements in processes of their own: one that fails or hangs does not disturb the others."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ SO_FAR = "so_far"
 
 
 def run_alone(command, *, timeout_s, env=None, gpus=None):
-    """What a command printed last to stdout, a line of JSON; or {"error": why there is none}.
+    """The last line of JSON that a command printed to stdout, or {"error": why it printed none}.
 
     The command gets a session of its own, and all of it is killed when it is over, takes longer
     than `timeout_s`, or does not end after its result ("hung_after"), as TRL's client of a vLLM
@@ -33,7 +33,7 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(ids[number] for number in gpus)
     start = time.monotonic()
     result, end = None, start + timeout_s
-    # A file: a pipe is open for as long as any grandchild lives.
+    # A file, because a pipe stays open as long as any grandchild lives.
     with tempfile.NamedTemporaryFile("w") as stdout, open(stdout.name) as printed:
         process = subprocess.Popen(command, env=environment, stdout=stdout, start_new_session=True)
         try:
@@ -57,7 +57,7 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
 
 
 def unfinished(result):
-    """Whether there is none yet, or only what was measured so far."""
+    """Whether the result is missing, or has only the measurements so far."""
     return result is None or SO_FAR in result
 
 
@@ -79,7 +79,7 @@ def last_result(printed):
             printed.seek(start)
             return result
         if line.startswith("{"):
-            with contextlib.suppress(json.JSONDecodeError):  # somebody else's
+            with contextlib.suppress(json.JSONDecodeError):  # a line of another program
                 result = json.loads(line)
 
 

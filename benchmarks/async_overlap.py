@@ -1,4 +1,4 @@
-"""What running ahead of the policy is worth, on CPU: prints JSON.
+"""Measures what running ahead of the policy gains, on CPU. Prints JSON.
 
     python benchmarks/async_overlap.py                          # the demo's config, 6 steps each
     python benchmarks/async_overlap.py --steps 10 --rollout.max_completion_length 128

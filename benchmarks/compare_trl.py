@@ -1,4 +1,4 @@
-"""Whole GRPO steps of TRL's GRPOTrainer and of rlsys on the same two GPUs: prints JSON.
+"""Times whole GRPO steps of TRL's GRPOTrainer and of rlsys on the same two GPUs. Prints JSON.
 
     python benchmarks/compare_trl.py                    # 32 prompts x 8, 512 tokens, 1.5B shape
     python benchmarks/compare_trl.py --rollout.num_engines 2 --rollout.engines_per_gpu 2
@@ -8,13 +8,13 @@ One after the other, each with its own processes and a deadline. Both get the sa
 (random weights that never sample EOS), prompts, batch, completion length, learning rate, loss
 (dapo, beta 0, one optimizer step a rollout) and bfloat16 weights, and no recompute of activations.
 TRL runs as its documentation says for two GPUs: `trl vllm-serve` on one, the trainer on the other.
-What it could be slowed by and does not need is off: logging, gradient checkpointing (its default),
+Options that would only slow it are off: logging, gradient checkpointing (its default),
 the importance-sampling correction, which costs a forward pass and rlsys does not do at staleness 0
 either. Its weights and optimizer state are bfloat16; rlsys keeps both in float32 besides. Its
 reward function costs nothing. Attention is torch's scaled_dot_product_attention: flash-attn, if
 installed, is `--trl_attention flash_attention_2`. Any further option is one of `rlsys grpo`.
 
-A step is from the end of the one before to its own end. With --device cpu, TRL samples with
+A step lasts from the end of the step before to its own end. With --device cpu, TRL samples with
 transformers: that only shows that the script works.
 """
 
@@ -84,7 +84,7 @@ def command(arguments, what):
 
 
 def save(arguments):
-    """The model, and what `rlsys grpo` would read; TRL reads the same prompts."""
+    """Write the model and the data of `rlsys grpo`; TRL reads the same prompts."""
     from grpo_run import write_config
 
     model = arguments.folder / "model"
@@ -111,7 +111,7 @@ def rlsys(arguments):
 
 
 def trl(arguments):
-    """The server on the second GPU, the trainer, another process, on the first."""
+    """Run TRL: its server on the second GPU, its trainer, another process, on the first."""
     line = command(arguments, "trainer")
     if arguments.device == "cpu":
         return run_alone(line, timeout_s=arguments.timeout_s)
@@ -129,7 +129,7 @@ def trl(arguments):
             gpus=[0],
         )
     finally:
-        # Its engine is another process, of this one's session, which is killed as a whole.
+        # The engine is another process of this session, which is killed as a whole.
         server.kill()
         server.wait()
 
@@ -172,7 +172,7 @@ def free_ports(n):
 
 
 def wait_for_server(arguments):
-    """Until it answers; an error at once if it has ended."""
+    """Wait until the server answers; raise at once if it has ended."""
     server = psutil.Process(arguments.server_pid)
     deadline = time.monotonic() + arguments.timeout_s
     while time.monotonic() < deadline and server.status() != psutil.STATUS_ZOMBIE:

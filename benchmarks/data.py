@@ -1,4 +1,4 @@
-"""How fast rows become prompts, for each kind of file: prints JSON. Needs a tokenizer, no model.
+"""Times how fast rows become prompts, for each kind of file. Prints JSON; needs only a tokenizer.
 
 python benchmarks/data.py --model runs/smollm2-135m-instruct
 python benchmarks/data.py --model runs/smollm2-135m-instruct --rows 10000
@@ -86,7 +86,7 @@ def load(file, tokenizer, **options):
 
 
 def slowdown(prompts, tokenizer):
-    """CPU seconds of rendering one prompt after the other, divided by those of batches of 1,000."""
+    """CPU seconds of rendering prompts one by one, divided by CPU seconds in batches of 1,000."""
     messages = [prompt.messages for prompt in prompts]
     renderer = Renderer(tokenizer)
     rows = [Row(1, "", messages=m) for m in messages]
@@ -97,7 +97,7 @@ def slowdown(prompts, tokenizer):
 
 
 def streamed(file, tokenizer, rows):
-    """The first 1,000 prompts; and going on in the middle of the file, which reads half of it."""
+    """Time the first 1,000 prompts, and a resume in the middle of the file."""
     first, stream = timed(lambda: load(file, tokenizer, streaming=True).streams[0])
     thousand = timed(lambda: stream.take(1000))[0]
     state = stream.state_dict() | {"num_given": rows // 2}
@@ -106,7 +106,7 @@ def streamed(file, tokenizer, rows):
 
 
 def timed(action):
-    """Seconds on the clock and of the CPU, which other programs hardly change; and the result."""
+    """Seconds, CPU seconds (which other programs hardly change), and the result."""
     start, cpu_start = time.perf_counter(), time.process_time()
     result = action()
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start

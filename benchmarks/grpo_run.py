@@ -1,4 +1,4 @@
-"""A GRPO run on Countdown with random weights, as `rlsys grpo` runs it, and what its steps took."""
+"""A GRPO run on Countdown with random weights, as `rlsys grpo` runs it, and its times."""
 
 import contextlib
 import os
@@ -45,10 +45,9 @@ class Steps(Tracker):
         pass
 
     def summary(self):
-        """Of the measured steps.
+        """Medians of the measured steps.
 
-        A step's seconds are those from the end of the step before to its own, so they have
-        everything in them.
+        A step lasts from the end of the step before to its own end, so nothing is left out.
         """
         ends = self._ends[self._warm_up - 1 :]
         seconds = [end - start for start, end in pairwise(ends)]
@@ -61,7 +60,7 @@ class GpuBusy:
 
     def __enter__(self):
         query = ["--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits"]
-        if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):  # which nvidia-smi itself does not read
+        if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):  # nvidia-smi itself does not read it
             query.append(f"--id={seen}")
         self._samples = []
         self._process = subprocess.Popen(

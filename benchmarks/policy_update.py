@@ -1,4 +1,4 @@
-"""One policy update on GPUs: seconds, MFU and memory, by setting; no Ray, no vLLM.
+"""Measures one policy update on GPUs: seconds, MFU and memory, by setting, without Ray and vLLM.
 
     python benchmarks/policy_update.py                      # Qwen2.5-1.5B's shape, random weights
     python benchmarks/policy_update.py --variants default keep_logits --profile
@@ -132,7 +132,7 @@ def run(environments, arguments, options, *, timeout_s):
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             codes = [process.poll() for process in processes]
-            if any(codes) or None not in codes:  # a rank that failed leaves the others waiting
+            if any(codes) or None not in codes:  # other ranks wait for a rank that failed
                 break
             time.sleep(0.2)
         for process in processes:
@@ -149,7 +149,7 @@ def said(output):
 
 
 def measure(arguments):
-    """In a process of its own: one rank of one variant."""
+    """Run one rank of one variant, in a process of its own."""
     settings = dict(VARIANTS[arguments.variants[0]])
     chunk = settings.pop("chunk", None)
     fuse = settings.pop("fuse_weight_gradients", True)
@@ -252,9 +252,9 @@ def random_batch(rows, tokens, vocabulary):
 
 
 def reference_seconds(config, batch, policy):
-    """Of ref_logprobs, the copy of the weights to the GPU and back included.
+    """Seconds of ref_logprobs, with the copy of the weights to the GPU and back.
 
-    What the batch gets is as good for the time of an update, and known to every rank.
+    The batch gets other numbers: they take the same time in an update, and every rank knows them.
     """
     from rlsys.engines.megatron.reference import MegatronReference
 
@@ -264,7 +264,7 @@ def reference_seconds(config, batch, policy):
 
 
 def timed(function, policy):
-    """Seconds, until the GPU is done."""
+    """Seconds of a call, until the GPU is done."""
     started = time.perf_counter()
     function()
     if not policy.on_cpu:
@@ -338,7 +338,7 @@ def profile(function, *, on_cpu):
 
 
 def runs_on_gpu(event):
-    """Whether it is a kernel, copy or fill.
+    """Whether an event of the profiler is a kernel, copy or fill.
 
     The profiler also shows ranges of the host, such as Optimizer.step, over their kernels. Names do
     not tell the two apart: the host's call of a Triton kernel has the name of the kernel.
@@ -347,10 +347,10 @@ def runs_on_gpu(event):
 
 
 def gpu_waits(events):
-    """From the first kernel to the end of the last: how long any ran, and the longest waits.
+    """Seconds from the first kernel to the end of the last in which any ran, and the longest waits.
 
-    A wait is told by what ran before and after it, and by what the host did in its middle, from
-    the outermost function that the profiler knows to the innermost. That is its cause only if the
+    A wait names what ran before and after it, and what the host did in its middle, from the
+    outermost function that the profiler knows to the innermost. That is its cause only if the
     host had no kernels in the queue: where it is ahead, it may be in a much later function.
     """
 

@@ -1,4 +1,4 @@
-"""Models of well-known shapes with random weights, which take as long as the real ones."""
+"""Models of well-known shapes with random weights, which take as long as the real models."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Throughput of reward workers: prints JSON.
+"""Measures the throughput of reward workers. Prints JSON.
 
     python benchmarks/rewards.py
     python benchmarks/rewards.py --backend local     # without Ray, as `rlsys rewards try`
@@ -143,7 +143,7 @@ def cpu_bound(pool):
 
 
 def bare_seconds(count):
-    """Of two processes that each do `count` times 10 ms of work at the same time."""
+    """Seconds of two processes that each do `count` times 10 ms of work at the same time."""
     with multiprocessing.get_context("spawn").Pool(2) as processes:
         processes.map(spin, [1, 1], chunksize=1)  # both have started
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Completion tokens a second of the rollout actor next to a bare vLLM script, and where they go.
+"""Compares the completion tokens a second of the rollout actor and of a bare vLLM script.
 
     python benchmarks/rollout.py                              # the actor against two bare scripts
     python benchmarks/rollout.py --gpus 2 --what profile --variants default v1_runner
@@ -7,13 +7,13 @@
 actor: the RolloutActor of a run, in Ray, groups streamed back as they finish. bare: vllm.LLM with
 the same arguments and sampling parameters and nothing around it; in a process of its own it keeps
 its engine in another one, as vLLM does by itself, bare_in_process does not, as the actor does not.
-profile: the actor's engine in one process, step by step; see rollout_steps.py for what it tells.
+profile: the actor's engine in one process, step by step; rollout_steps.py says what it measures.
 
 two_engines: two RolloutActors that share the GPU (rollout.engines_per_gpu), with half of the
 sequences each.
 
-Each is a process of its own, on a GPU of its own, `--gpus` of them at a time; one that fails or
-hangs is an entry "error". A wave is `num_seqs` completions that begin and end together: random
+Each has a process and a GPU of its own, `--gpus` at a time. If one fails or hangs, its entry is
+"error". A wave is `num_seqs` completions that begin and end together: random
 weights that never sample EOS (random_model.py) make all as long as they may be. The last wave is
 twice as many completions as fit at once, of different lengths, as a run has them. max_num_seqs is
 that of the largest wave throughout. Prints JSON.
@@ -68,7 +68,7 @@ def main():
 
 
 def jobs(arguments, model):
-    """{name: function of a GPU} of everything that was asked for."""
+    """{name: function of a GPU} of the jobs that the arguments name."""
 
     def job(what, variant):
         line = [*command(arguments), "--model", str(model), "--one", what, "--variants", variant]

@@ -1,6 +1,6 @@
-"""Where the time of a decode step goes in the actor's engine, and what vLLM's settings change.
+"""Shows where a decode step's time goes in the actor's engine, and what vLLM's settings change.
 
-`python benchmarks/rollout.py --what profile --variants ...` runs this. It tells, for one variant:
+`python benchmarks/rollout.py --what profile --variants ...` runs this. For one variant it measures:
 
 - waves: tokens a second of the engine alone, without Ray. `graphs` counts steps by how the model
   ran: FULL or PIECEWISE CUDA graphs, or NONE, kernel by kernel.
@@ -32,7 +32,7 @@ class Variant:
     """One way to start the engine."""
 
     arguments: dict[str, Any] = field(default_factory=dict)
-    """Of vllm.LLM, on top of those of a run."""
+    """Arguments of vllm.LLM, on top of those of a run."""
     env: dict[str, str] = field(default_factory=dict)
     collect_garbage: bool = True
 
@@ -55,7 +55,7 @@ PARTS = ("waves", "step_ms", "cpu_ms", "gpu_ms", "functions")
 VARIED = 5_000_000
 """From this group_id on, completions differ in length."""
 VARIED_LENGTHS = (0.25, 0.5, 0.75, 1.0)
-"""Of the longest."""
+"""How many of the longest are listed."""
 KINDS = {
     "sampling": r"gumbel|ArgMax|exponential|multinomial|top_?k_?top_?p|distribution",
     "log-probs": r"log_softmax|softmax|_ranks|count_greater|gatherTopK|topk",
@@ -63,7 +63,7 @@ KINDS = {
     "matrix products": r"gemm|cutlass|nvjet|cublas|splitK|wgmma",
     "copies": r"Memcpy|Memset",
 }
-"""Of kernels, by the first expression that finds something in the name."""
+"""Kinds of kernels, by the first expression that matches the name."""
 TOP = 25
 
 
@@ -85,14 +85,14 @@ def make_engine_class(longest):
 
 
 def length_of(group_id, longest):
-    """Tokens of the completions of a group, the same on every side of a comparison."""
+    """Numbers of tokens of the completions of a group, equal on both sides of a comparison."""
     if group_id < VARIED:
         return longest
     return int(longest * VARIED_LENGTHS[group_id % 4]) - group_id // 4 % 8
 
 
 def profile(config, variant, *, device, waves, requests, steps, parts):
-    """`parts` of the above for one variant; `waves` and `requests` are those of rollout.py."""
+    """Measure `parts` of the list above for one variant; rollout.py has `waves` and `requests`."""
     chosen = VARIANTS[variant]
     os.environ.update(chosen.env)
     from rlsys.engines.vllm import engine as engines
@@ -119,7 +119,7 @@ def profile(config, variant, *, device, waves, requests, steps, parts):
             continue
         try:
             result[name] = measures[name]()
-        except Exception as error:  # what was measured so far is worth having
+        except Exception as error:  # keep the measurements so far
             result[name] = {"error": repr(error)}
             engine.abort(list(engine._running))
         print(f"{variant}: {name}: {result[name]}", file=sys.stderr, flush=True)
@@ -176,7 +176,7 @@ def worker_of(engine):
 
 @contextmanager
 def decoding(engine, requests):
-    """All of `requests` are past their prompts, and none is at its end."""
+    """Whether all of `requests` are past their prompts, and none is at its end."""
     engine.add(requests)
     try:
         for _ in range(WARM_UP_STEPS if torch.cuda.is_available() else 2):

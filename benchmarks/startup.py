@@ -1,4 +1,4 @@
-"""How long the parts of a run take to start on CPU, and what memory they then hold: prints JSON.
+"""Times how long each role of a run takes to start on CPU, and its memory then. Prints JSON.
 
     python benchmarks/startup.py                                       # the demo's starter model
     python benchmarks/startup.py --model runs/smollm2-135m-instruct

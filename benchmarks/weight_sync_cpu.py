@@ -1,4 +1,4 @@
-"""How long a weight sync takes on CPU, next to the least it could: prints JSON.
+"""Times a weight sync on CPU, next to the least it could take. Prints JSON.
 
     python benchmarks/weight_sync_cpu.py                           # a model of the demo's shape
     python benchmarks/weight_sync_cpu.py --shape smollm2-135m
@@ -75,7 +75,7 @@ class Process:
 
 
 class Policy:
-    """What WeightPublisher asks of a policy."""
+    """The methods of a policy that WeightPublisher calls."""
 
     policy_version = 0
 
@@ -86,7 +86,7 @@ class Policy:
         return ray.get(self.actor.weight_metadata.remote())
 
     def async_connect_weight_sync(self, connections, *, to):
-        (connection,) = connections  # to an engine of one worker there is no other
+        (connection,) = connections  # an engine of one worker has one connection
         return {"policy rank 0": self.actor.connect_weight_sync.remote(connection)}
 
     def async_send_weights(self, version, *, to):

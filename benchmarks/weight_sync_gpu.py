@@ -1,4 +1,4 @@
-"""Weight sync between GPUs, policy to rollout engine, and what it could take at best: prints JSON.
+"""Times weight sync between GPUs, policy to rollout engine, and the floor. Prints JSON.
 
     python benchmarks/weight_sync_gpu.py                     # Qwen2.5-1.5B's shape, 3.09 GB in bf16
     python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-tp 2      # on four GPUs
@@ -7,13 +7,13 @@
     python benchmarks/weight_sync_gpu.py --engines 2      # which share a GPU, on two as well
     python benchmarks/weight_sync_gpu.py --device cpu --shape tiny --repeats 4    # does it work?
 
-A real policy and real engines, with random weights of the shape. Every sync is the whole of it:
+A real policy and real engines, with random weights of the shape. Every sync is a whole one:
 pause, export from megatron-core's layout, transport, loading, prefix cache, resume. The syncs in
 place are also a stress test: the weights change before each of them, every bucket's checksums are
 compared, and after each part those of every parameter. In the same run, between the same two
 processes: broadcasts of as many bytes and nothing else, and vLLM's own NCCL weight transfer.
 
-What one part measures is kept, whatever becomes of the others.
+If a part fails, the results of the others are kept.
 """
 
 import argparse
@@ -59,7 +59,7 @@ START_TIMEOUT_S = 300.0
 
 
 class Placement:
-    """GPUs of their own for all, or on two GPUs engines that share the second.
+    """Where policy and engines run: a GPU for each, or on two GPUs engines that share the second.
 
     Not that of policy rank 0: it is the sender, and NCCL takes no two ranks on a GPU.
     """
@@ -268,7 +268,7 @@ def main():
             signal.signal(signal.SIGALRM, partial(out_of_time, results, folder))
             signal.alarm(arguments.limit_s)
             measure(Path(folder), arguments, results)
-    except (Exception, KeyboardInterrupt) as error:  # what has been measured is worth printing
+    except (Exception, KeyboardInterrupt) as error:  # print the measurements so far
         results["errors"]["benchmark"] = tell(error)
     signal.alarm(0)
     show(results)
@@ -296,7 +296,7 @@ def measure(folder, arguments, results):
 
 
 def out_of_time(results, folder, *_):
-    """Ends the process there and then: Ray would take an exception for one of its own."""
+    """End the process at once: Ray would take an exception for its own."""
     results["errors"]["benchmark"] = "out of time: missing parts were not begun or not finished"
     show(results)
     shutil.rmtree(folder, ignore_errors=True)  # an engine may be reading it

@@ -1,4 +1,4 @@
-"""The two sides of benchmarks/weight_sync_gpu.py, which tell where their time goes."""
+"""The two sides of benchmarks/weight_sync_gpu.py, which measure where their time goes."""
 
 import asyncio
 import os
@@ -80,7 +80,7 @@ def held_slices(worker):
 
 
 class OpenRank(PolicyRank):
-    """A policy whose weights change without training, and that tells how long it took."""
+    """A policy whose weights change without training, and that reports its times."""
 
     @torch.no_grad()
     def change_weights(self):
@@ -118,7 +118,7 @@ class OpenRank(PolicyRank):
         return len(self.links[to])
 
     def slices_checksums(self, slices):
-        """Of (tensor, size, stride, offset), by one-by-one export."""
+        """Checksums of (tensor, size, stride, offset), by one-by-one export."""
         tensors = {name: tensor.contiguous() for name, tensor in self.engine.weights.export()}
         if self.rank != 0:
             return None
@@ -159,7 +159,7 @@ class OpenRank(PolicyRank):
 
 
 class OpenActor(RolloutActor):
-    """A rollout actor that tells what its engine's parameters hold, and where its time goes."""
+    """A rollout actor that reports what its engine's parameters hold, and where its time goes."""
 
     def __init__(self, config, device, engine_rank):
         if device == "cpu":  # multiply with the parameters themselves, as on GPUs
@@ -198,7 +198,7 @@ class OpenActor(RolloutActor):
         return await self._ask(lambda e: e._llm.collective_rpc(function, args=arguments))
 
     async def on_workers_by_rank(self, function, *arguments):
-        """As `on_workers`, with the worker's rank in the group as the first argument."""
+        """Like `on_workers`, with the worker's rank in the group as the first argument."""
         return await self.on_workers(partial(with_rank, function), *arguments)
 
     async def _ask(self, command):

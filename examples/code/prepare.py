@@ -24,7 +24,7 @@ from rlsys.files import write_jsonl
 DATASET = "google-research-datasets/mbpp"
 INSTRUCTION = "Put the program into one ```python block."
 HELD_OUT_SHARE = 10
-"""One made-up task in so many is held out."""
+"""One made-up task in this number is held out."""
 NUM_TESTS = 6
 
 WORDS = ("level", "a", "banana", "Grass", "xyzzy", "", "Mississippi", "no lemon no melon", "Aa bB")

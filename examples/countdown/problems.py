@@ -33,7 +33,7 @@ COLUMNS = ("messages", "nums", "target")
 """What a GRPO data file holds: not the response."""
 
 HELD_OUT_SHARE = 10
-"""One problem in so many is held out."""
+"""One problem in this number is held out."""
 MAX_MISSES = 20_000
 """Draws in a row without a new problem after which there are taken to be no more."""
 

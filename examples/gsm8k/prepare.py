@@ -21,7 +21,7 @@ from rlsys.files import write_jsonl
 DATASET = "openai/gsm8k"
 INSTRUCTION = "Think step by step, then give the final answer as a number in \\boxed{}."
 HELD_OUT_SHARE = 10
-"""One made-up problem in so many is held out."""
+"""One made-up problem in this number is held out."""
 
 NAMES = ("Ada", "Ben", "Chen", "Dalia", "Emeka", "Fatima", "Goran", "Hana", "Ivan", "Jun")
 THINGS = ("apples", "books", "candles", "marbles", "pencils", "shells", "stamps", "tickets")

@@ -21,7 +21,7 @@ from rlsys.files import write_jsonl
 DATASET = "NousResearch/json-mode-eval"
 INSTRUCTION = "Answer with one JSON object that fits the schema, and with nothing else."
 HELD_OUT_SHARE = 10
-"""One text in so many is held out."""
+"""One text in this number is held out."""
 
 NAMES = ("Ada Okafor", "Ben Müller", "Chen Wei", "Dalia Haddad", "Emeka Obi", "Hana Sato")
 CITIES = ("Lagos", "Köln", "Chengdu", "Beirut", "Osaka", "Lima", "Oslo")

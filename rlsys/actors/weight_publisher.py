@@ -94,7 +94,7 @@ class WeightPublisher:
     def publish(self) -> dict[str, float]:
         """Send the weights of `policy.policy_version`; returns when every engine samples with them.
 
-        The numbers in comments are rows of the table in docs/architecture.md.
+        The numbers in comments are rows of the table in docs/internals.md.
 
         Returns:
             The `weight_sync/...` metrics.

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.gpu(1)
 BATCH = long_batch(16, 200)
 MIB = 2**20
 MEAN_DIFFERENCE = 2e-3
-"""Nats: what bfloat16 leaves, see docs/gpu.md. Two processes may be given different kernels."""
+"""Nats: the error of bfloat16, as two processes may be given different kernels."""
 
 
 def memory(rank):
