@@ -1,1 +1,1 @@
-"""What is known of a model from the files of its folder, without loading it."""
+"""What is known about a model from the files of its folder, without loading it."""

@@ -21,12 +21,12 @@ class Detokenizer:
         skip: SkipSpecialTokens,
         stop_token_ids: Collection[int] = (),
     ):
-        """Look at the tokenizer's special tokens.
+        """Sort the tokenizer's special tokens.
 
         Args:
-            tokenizer: of the model.
-            skip: which of them are left out: all, none, or those with a role ("auto").
-            stop_token_ids: further ones with a role: they end a completion.
+            tokenizer: the model's.
+            skip: the special tokens to leave out: all, none, or those with a role ("auto").
+            stop_token_ids: tokens that end a completion, which is a role too.
         """
         self._tokenizer = tokenizer
         self._skips_all = skip is True
@@ -38,7 +38,7 @@ class Detokenizer:
             if token.special and token_id not in {*roles, *stop_token_ids}
         }
         self.tags = [text for text in special.values() if _is_tag(text)]
-        """Special tokens that look like the tags which rewards read: `<think>`, `</answer>`."""
+        """Special tokens that look like tags, which rewards read: `<think>`, `</answer>`."""
 
     def text(self, token_ids: Sequence[int]) -> str:
         """The text of a completion, without the token that ended it."""
@@ -47,7 +47,7 @@ class Detokenizer:
         return str(decoded)
 
     def note(self) -> str | None:
-        """What became of the tags, for people; None where there are none."""
+        """Whether rewards see the tags, for the terminal; None without tags."""
         if not self.tags:
             return None
         shown = ", ".join(self.tags[:6]) + (", ..." if len(self.tags) > 6 else "")

@@ -1,7 +1,4 @@
-"""What config.json says about a model, read without torch or transformers.
-
-Enough to count parameters and to tell before a run whether its parallel sizes divide.
-"""
+"""The sizes of a model in its config.json, read without torch or transformers."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ class ModelShape:
     """Whether the output head is the embedding."""
     max_position_embeddings: int
     num_experts: int = 0
-    """Of each layer; 0 in dense models."""
+    """In each layer; 0 in dense models."""
     num_experts_per_tok: int = 0
     """Experts that a token goes through in each layer."""
     moe_intermediate_size: int = 0
@@ -92,7 +89,8 @@ def read_model_shape(folder: Path) -> ModelShape:
     """The shape in `folder/config.json`.
 
     Raises:
-        ValueError: no config.json, not JSON, or not a model that rlsys trains.
+        ValueError: config.json is missing, cannot be read, or is of a model that rlsys does not
+            train.
     """
     file = folder / "config.json"
     values = read_model_config(folder)

@@ -1,4 +1,4 @@
-"""What is wrong with the data of a config, as far as a second's look at the first rows tells.
+"""Whether the data of a config can be used, judged by files and first rows within a second.
 
 `rlsys.data.load` checks every row when the run starts.
 """
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIRST_ROWS = 20
-"""Rows of each text file that are looked at."""
+"""Rows of each text file that are checked."""
 MOST_ROWS = 50_000
-"""Rows of a text file that are read to find a column which the first ones lack."""
+"""Most rows of a text file that are read to find a column."""
 _SHOWN = 3
 _MAX_ROWS = 5
 """Prompts with the same mistake that an error names."""
 _COUNTABLE_BYTES = 200 * 2**20
-"""Count the rows of JSONL files up to this size; larger ones would take a while to read."""
+"""JSONL files up to this size are read to count their rows."""
 
 
 def dataset_problems(config: Config) -> Iterator[Problem]:
@@ -68,7 +68,7 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
 
 
 def count_rows(config: DataConfig) -> int | None:
-    """Training rows, before the length limit; None where counting would not be cheap."""
+    """Training rows, before the length limit; None if counting takes long."""
     total = 0
     for text in config.dataset:
         try:
@@ -86,7 +86,7 @@ def count_rows(config: DataConfig) -> int | None:
 
 
 def _rows_in_file(path: Path) -> int | None:
-    """Rows of a Parquet file, which says so, or of JSON lines; None of others."""
+    """Rows of a Parquet or JSONL file; None for other files."""
     if not path.is_file():
         return None
     if path.suffix == ".parquet":
@@ -106,15 +106,14 @@ def _rows_in_file(path: Path) -> int | None:
 
 
 def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> list[str] | None:
-    """The columns that prompts of `split` carry to the rewards, as far as needed to find `wanted`.
+    """The columns that prompts of `split` carry to the rewards, read until `wanted` are found.
 
-    Rows of one dataset may differ, and a prompt has the columns of all: rows are read until every
-    column of `wanted` is found, and only one that no row has is missing. No row is read for the
-    length of its prompt, so columns of prompts that are too long count.
+    Rows of a dataset may have different columns, and a column of any row counts. Prompts are not
+    measured, so the columns of prompts that are too long count too.
 
     Returns:
-        None where that does not tell: there is no dataset, one is no text file or has more than
-        `MOST_ROWS` rows, or something is wrong with a row, which is told elsewhere.
+        None if the answer takes too long or is not known: without datasets, for a dataset that is
+        not a text file or has more than `MOST_ROWS` rows, and for rows with a problem.
     """
     problems: list[Problem] = []
     columns: dict[str, None] = {}
@@ -128,13 +127,10 @@ def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> 
 
 
 def _add_columns(source: Source, columns: dict[str, None], wanted: set[str]) -> bool:
-    """Read rows until `columns` holds all of `wanted`; returns whether it now holds all it can.
-
-    That is not known of a dataset without a usable row.
-    """
+    """Add the columns of a dataset until `columns` has all `wanted`; False if it is not known."""
     if not source.is_text_file:
         return False
-    # A streaming run goes by its first rows too.
+    # A streaming run decides by its first rows too.
     streamed = source.config.streaming and source.split == "train"
     found = False
     try:
@@ -174,7 +170,7 @@ def _check_first_rows(source: Source) -> Iterator[Problem]:
 
 
 def _check_parquet(source: Source) -> Iterator[Problem]:
-    """Only the names of the columns: rows would need `datasets`, which takes a second to import."""
+    """Check the columns' names: to read rows takes `datasets`, and a second to import it."""
     import pyarrow
     import pyarrow.parquet
 

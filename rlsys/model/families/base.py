@@ -1,4 +1,4 @@
-"""What a model family says of its models, and the weight table that all families share.
+"""What a model family says about its models, and the weight table that all families share.
 
 megatron-core fuses tensors that Hugging Face keeps apart: q, k and v into `linear_qkv`, interleaved
 by query group; gate and up into `linear_fc1`. The table has one row for each megatron-core
@@ -33,11 +33,11 @@ class WeightRow:
     tp_axis: int | None = None
     """The axis of the Hugging Face tensors that tensor parallelism cuts; None: replicated."""
     query_groups: int = 0
-    """Of linear_qkv: the query groups of the whole model, by which q, k and v are interleaved."""
+    """In linear_qkv: the query groups of the whole model, by which q, k and v are interleaved."""
     experts: str | None = None
-    """Of an expert's parameter: a name that it shares with the same parameter of the layer's other
-    experts. They follow each other in the table, and each expert-parallel rank has an equal part
-    of them, in the order of the ranks."""
+    """In an expert's parameter: a name that it shares with the same parameter of the layer's other
+    experts. They follow each other in the table, and expert-parallel ranks hold equal parts, in the
+    order of the ranks."""
 
     @property
     def num_params(self) -> int:

@@ -61,7 +61,7 @@ def test_a_whole_folder_has_no_problems(tmp_path, sizes):
         ),
     ],
 )
-def test_weights_that_are_not_those_of_the_config(tmp_path, change, words):
+def test_weights_that_do_not_fit_config_json(tmp_path, change, words):
     folder = write_model(tmp_path)
     shapes = hf_shapes(folder)
     change(shapes)
@@ -191,7 +191,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, words):
     assert words in text
 
 
-def test_what_is_wrong_with_every_tensor_is_said_once(tmp_path):
+def test_a_problem_of_every_tensor_is_reported_once(tmp_path):
     folder = write_model(tmp_path)
     write_weights(folder / "model.safetensors", hf_shapes(folder), dtype="F8_E4M3")
     assert "stored as F8_E4M3" in only(problems(folder))
@@ -238,7 +238,7 @@ def test_token_ids_of_a_tokenizer_model_alone(tmp_path):
     assert token_ids(tmp_path) == LlamaTokenizer.from_pretrained(tmp_path).get_vocab()
 
 
-def test_a_tokenizer_model_of_another_kind_says_nothing_of_ids(tmp_path):
+def test_a_tokenizer_model_of_another_kind_says_nothing_about_ids(tmp_path):
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     assert num_token_ids(tmp_path) is None
 
@@ -254,11 +254,11 @@ def test_ids_without_a_token_between_others_are_named(tmp_path):
     assert "10 ids below 310 have no token" in note
 
 
-def test_a_folder_without_a_tokenizer_file_says_nothing_of_ids(tmp_path):
+def test_a_folder_without_a_tokenizer_file_says_nothing_about_ids(tmp_path):
     assert num_token_ids(tmp_path) is None
 
 
-def test_a_folder_of_the_hub_is_compared_when_it_has_come(tmp_path):
+def test_a_folder_of_the_hub_is_checked_after_its_download(tmp_path):
     folder = write_model(tmp_path)
     check_model_folder(folder, has_prompts=True)
     write_weights(folder / "model.safetensors", {EMBEDDING: (384, 64)})
@@ -267,7 +267,7 @@ def test_a_folder_of_the_hub_is_compared_when_it_has_come(tmp_path):
 
 
 class Tokenizer:
-    """Of the three things that are asked of one."""
+    """The two methods that check_prompt_tokens calls."""
 
     def __len__(self):
         return 386

@@ -159,7 +159,7 @@ def test_published_configs_are_accepted(tmp_path, name):
         (LLAMA, "layer_types", ["full_attention"]),
     ],
 )
-def test_what_may_change_the_model_is_refused_by_name(tmp_path, base, key, value):
+def test_keys_that_may_change_the_model_are_refused_by_name(tmp_path, base, key, value):
     with pytest.raises(ValueError, match=key) as error:
         shape_of(tmp_path, base | {key: value})
     (line,) = str(error.value).splitlines()
@@ -222,7 +222,7 @@ def test_rotary_embeddings_that_only_one_side_knows(tmp_path, rope, word, name):
         {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 1.0},
     ],
 )
-def test_rotary_embeddings_of_both_sides(tmp_path, rope):
+def test_rotary_embeddings_that_both_sides_know(tmp_path, rope):
     shape_of(tmp_path, LLAMA | {"rope_scaling": rope})
 
 
@@ -236,12 +236,12 @@ def test_rotary_embeddings_of_both_sides(tmp_path, rope):
         },
     ],
 )
-def test_rotary_settings_of_which_one_would_be_ignored(tmp_path, values):
+def test_rotary_settings_that_contradict_each_other(tmp_path, values):
     with pytest.raises(ValueError, match="contradict each other"):
         shape_of(tmp_path, LLAMA | values)
 
 
-def test_heads_need_not_divide_the_hidden_size_where_they_have_a_size_of_their_own(tmp_path):
+def test_heads_with_a_head_dim_need_not_divide_the_hidden_size(tmp_path):
     values = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 32}
     assert shape_of(tmp_path, QWEN3 | values).head_dim == 32
     assert shape_of(tmp_path, QWEN2 | values).head_dim == 32
@@ -255,7 +255,7 @@ def test_all_keys_are_named_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
-def test_what_transformers_itself_writes_is_accepted(tmp_path, model_type):
+def test_a_config_that_transformers_writes_is_accepted(tmp_path, model_type):
     from transformers import AutoConfig
 
     sizes = MODEL_SIZES | (EXPERTS if model_type == "qwen3_moe" else {})

@@ -68,7 +68,7 @@ def test_stops_of_the_config_come_besides_eos(tmp_path):
 
 
 @pytest.mark.parametrize("keeps", [False, True])
-def test_what_ended_a_completion_leaves_its_text_unless_it_shall_stay(tmp_path, keeps):
+def test_the_stop_leaves_the_text_unless_it_is_to_stay(tmp_path, keeps):
     folder, tokenizer = model_folder(tmp_path, model=1)
     stops = {"stop_token_ids": [2], "stop": ["</answer>", "END"]}
     found = rules(folder, tokenizer, **stops, include_stop_str_in_output=keeps)

@@ -82,7 +82,7 @@ def previews(folder, endpoint, *commands, **environment):
 
 
 @pytest.mark.slow
-def test_hub_ids_are_downloaded_and_what_cannot_be_is_one_clear_error(folder):
+def test_hub_ids_are_downloaded_or_reported_in_one_clear_error(folder):
     with hub(folder / "hub", gated=("tiny/asked", "tiny/secret")) as endpoint:
         easy, part, streamed, *failed = previews(
             folder,
@@ -119,7 +119,7 @@ def test_hub_ids_are_downloaded_and_what_cannot_be_is_one_clear_error(folder):
             assert dataset in output
             assert says in output
             assert "Traceback" not in output
-    # What was downloaded is used without the hub; what was not is told as that.
+    # Without the hub, downloads are used, and everything else is reported as missing.
     for environment in ({}, {"HF_HUB_OFFLINE": "1"}):
         known, new = previews(
             folder,

@@ -191,7 +191,7 @@ def test_columns_are_left_to_the_run_if_the_first_rows_do_not_say(problems, tmp_
     assert problems(data={"dataset": [longer]}) == []
     (tmp_path / "folder").mkdir()
     assert problems(data={"dataset": [short, str(tmp_path / "folder")]}) == []
-    # What is wrong with rows is told alone.
+    # A problem of rows is reported alone.
     one_bad = '{"prompt": 3}\n' + '{"prompt": "a"}\n' * 3
     for content, words in ((one_bad, "found 3"), ("", "no rows")):
         (tmp_path / "bad.jsonl").write_text(content)
