@@ -2,6 +2,7 @@
 
 import io
 import shutil
+from argparse import Namespace
 
 import psutil
 import pytest
@@ -10,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from rlsys.commands import rewards_list
 from rlsys.commands.explain import explain
-from rlsys.commands.rewards_list import list_rewards
 from rlsys.config.load import load_config
 from rlsys.tracking.columns import columns, join_wrapped
 from rlsys.tracking.console import TerminalTracker
@@ -71,8 +72,12 @@ def test_explain_shows_meanings_whole_where_there_is_room(tmp_path):
     assert "Nucleus sampling" in printed(lambda console: explain(resolved, console), 140)
 
 
-def test_the_list_of_rewards_is_readable_in_80_columns():
-    check(lambda console: list_rewards([], console))
+def test_the_list_of_rewards_is_readable_in_80_columns(monkeypatch):
+    def show(console):
+        monkeypatch.setattr(rewards_list, "make_console", lambda: console)
+        rewards_list.main(Namespace(external_plugins=[]))
+
+    check(show)
 
 
 def test_a_held_out_line_breaks_between_its_numbers():
