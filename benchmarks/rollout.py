@@ -130,7 +130,7 @@ def actor(arguments):
     start_cluster(log_to_driver=False)
     gpus = {"num_gpus": 0 if arguments.device == "cpu" else 1 / num_engines, "num_cpus": 0.01}
     engines = rollout.RolloutActors(config, device=arguments.device, place=lambda rank: gpus)
-    start_s = max(engines.wait_ready().values())
+    start_s = max(engines.start())
 
     def wave(requests):
         engines.submit(requests)

@@ -17,11 +17,12 @@ from pathlib import Path
 
 from machine import actor_processes, cpu_seconds, describe_machine
 
-from rlsys.actors.group import START_TIMEOUT_S, get_all
+from rlsys.actors.group import START_TIMEOUT_S
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.waiting import get_all
 from rlsys.config import Config
 from rlsys.launch import load_data, ray_session, start_system
 from rlsys.tracking import Tracker

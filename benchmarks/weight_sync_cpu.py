@@ -19,9 +19,9 @@ import torch
 from random_model import SHAPES, save_random_model
 from transformers import AutoModelForCausalLM
 
-from rlsys.actors.group import get_all
 from rlsys.actors.ray_session import start_cluster
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
 from rlsys.weight_sync.connection import Connection
@@ -47,7 +47,8 @@ class Process:
             for name, tensor in self.tensors.items()
         ]
 
-    def connect_weight_sync(self, connection):
+    def connect_weight_sync(self, connections):
+        (connection,) = connections  # an engine of one worker has one
         self.sender = WeightSender(connection, CPU)
 
     def send_weights(self, version):
@@ -85,12 +86,8 @@ class Policy:
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
 
-    def async_connect_weight_sync(self, connections, *, to):
-        (connection,) = connections  # an engine of one worker has one connection
-        return {"policy rank 0": self.actor.connect_weight_sync.remote(connection)}
-
-    def async_send_weights(self, version, *, to):
-        return {"policy rank 0": self.actor.send_weights.remote(version)}
+    def async_call(self, method, *args, to):
+        return {"policy rank 0": getattr(self.actor, method).remote(*args)}
 
 
 def seconds(action):

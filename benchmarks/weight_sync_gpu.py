@@ -45,10 +45,10 @@ from weight_sync_sides import (
 )
 
 from rlsys.actors import rollout
-from rlsys.actors.group import get_all
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.ray_session import start_cluster
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.algo.batching import build_train_batch
 from rlsys.config import Config

@@ -19,7 +19,7 @@ import ray  # isort: skip
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlsys.actors.group import START_TIMEOUT_S, get_all
+from rlsys.actors.group import START_TIMEOUT_S
 from rlsys.actors.model_group import ModelActors
 from rlsys.actors.placement import Placement
 from rlsys.actors.policy import PolicyActors
@@ -28,6 +28,7 @@ from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.start_report import StartReport
+from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
 from rlsys.config.load import ResolvedConfig, save_config

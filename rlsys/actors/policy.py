@@ -16,7 +16,7 @@ from rlsys.actors.group import Place, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import Config
 from rlsys.engines.out_of_memory import out_of_memory_explained
-from rlsys.rewards import load_plugins
+from rlsys.plugins.load import load_plugins
 from rlsys.types import Device, TrainBatch, UpdateOutput
 from rlsys.weight_sync.connection import Connection, senders_of_shards
 from rlsys.weight_sync.plan import TensorMeta
@@ -24,6 +24,7 @@ from rlsys.weight_sync.sender import WeightSender, sending_memory
 
 if TYPE_CHECKING:
     from rlsys.engines.megatron.export import BucketExport
+    from rlsys.engines.megatron.policy import MegatronPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class WeightLink:
 
 class PolicyRank(ModelRank):
     """One rank of the policy."""
+
+    engine: MegatronPolicy
 
     def start(self, address: str, port: int) -> None:
         """Build model and optimizer."""
@@ -67,23 +70,22 @@ class PolicyRank(ModelRank):
         """See MegatronWeights.metadata."""
         return self.engine.weights.metadata()
 
-    def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
-        """See MegatronModel.compute_logprobs."""
-        return self.engine.compute_logprobs(batch)
-
     def update(self, batch: TrainBatch, loss: str | None) -> UpdateOutput | None:
         """See MegatronPolicy.update."""
         return self.engine.update(batch, loss=loss)
 
     def peak_memory_gib(self) -> float:
-        """Most that was reserved on this rank's GPU by now; on CPU, that its process has held."""
+        """Most memory reserved on this rank's GPU so far; on CPU, most that its process held."""
         if not self.engine.on_cpu:
             return torch.cuda.max_memory_reserved() / 2**30
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB here
 
     def connect_weight_sync(self, connections: Sequence[Connection], *, to: str) -> None:
-        """Plan this rank's part, and connect where it sends; the earlier links to `to` end."""
+        """Plan this rank's part, and become rank 0 of the connections that it sends.
+
+        `to` names the receivers; these connections replace the earlier ones to the same receivers.
+        """
         from rlsys.engines.megatron.export import BucketExport
 
         links = self.links[to] = []
@@ -104,16 +106,12 @@ class PolicyRank(ModelRank):
                 links.append(WeightLink(export, sender))
 
     def send_weights(self, version: int, *, to: str) -> float:
-        """Take part in exporting and sending; seconds that this rank's transports took."""
+        """Take part in exporting and sending; returns the seconds of this rank's transports."""
         return sum(link.send(version) for link in self.links[to])
 
     def finished_version(self) -> int | None:
         """See MegatronPolicy.finished_version."""
         return self.engine.finished_version()
-
-    def save_model(self, folder: Path) -> None:
-        """See MegatronPolicy.save_model."""
-        self.engine.save_model(folder)
 
     def save_checkpoint(self, folder: Path) -> None:
         """See MegatronPolicy.save_checkpoint."""
@@ -135,13 +133,24 @@ class PolicyActors(ModelActors):
         place: Place = on_cpu,
         rank_class: type[PolicyRank] = PolicyRank,
     ):
-        world_size = config.policy.world_size
-        self._config = config
-        super().__init__(
-            rank_class, config, device=device, role="policy", world_size=world_size, place=place
-        )
+        size = config.policy.world_size
+        super().__init__("policy", rank_class, config, device=device, world_size=size, place=place)
         self.policy_version = 0
         """Completed updates: the version of the weights that the next publish sends."""
+
+    def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput:
+        """Take all optimizer steps of one rollout on `batch`; raises policy_version by one.
+
+        `loss` is the name of a registered loss; None is the config's.
+        """
+        outputs = self.call("update", ray.put(batch), loss)
+        output = next(output for output in outputs if output is not None)
+        self.policy_version = output.policy_version
+        return output
+
+    def peak_memory_gib(self) -> float:
+        """The largest PolicyRank.peak_memory_gib."""
+        return max(self.call("peak_memory_gib"))
 
     def weight_metadata(self) -> list[TensorMeta]:
         """Every tensor that a weight sync sends, in its order."""
@@ -157,47 +166,18 @@ class PolicyActors(ModelActors):
             world_size=policy.world_size,
         )
 
-    def async_connect_weight_sync(
-        self, connections: Sequence[Connection], *, to: str
-    ) -> dict[str, ray.ObjectRef]:
-        """The sender of each connection becomes its rank 0, in this order.
-
-        `to` names the receivers; these connections replace the earlier ones to the same receivers.
-        """
-        return self.async_call("connect_weight_sync", connections, to=to)
-
-    def async_send_weights(self, version: int, *, to: str) -> dict[str, ray.ObjectRef]:
-        """Send the weights; the results are the seconds that each rank's transports took."""
-        return self.async_call("send_weights", version, to=to)
-
-    def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput:
-        """All optimizer steps of one rollout on `batch`; raises policy_version by one.
-
-        `loss` is the name of a registered loss, None that of the config.
-        """
-        outputs = self.call("update", ray.put(batch), loss)
-        output = next(output for output in outputs if output is not None)
-        self.policy_version = output.policy_version
-        return output
-
-    def peak_memory_gib(self) -> float:
-        """Of the rank that has held most; see PolicyRank.peak_memory_gib."""
-        return max(self.call("peak_memory_gib"))
-
     def finished_version(self) -> int | None:
-        """The updates that the weights of all ranks are after, once they have done what they were
-        asked for; None in the middle of one, or where a collective may have been left half-way."""
+        """Number of updates in the weights, once all ranks have done what they were asked for.
+
+        None in the middle of an update, or where ranks may be stuck in a collective.
+        """
         if self.may_be_stuck:
             return None
         versions = set(self.call("finished_version"))
         return versions.pop() if len(versions) == 1 else None
 
-    def save_model(self, folder: Path) -> None:
-        """Write a Hugging Face model folder; whole or not at all."""
-        self.call("save_model", folder)
-
     def save_checkpoint(self, folder: Path) -> None:
-        """Write everything that continuing exactly needs."""
+        """Write everything that is needed to continue exactly."""
         self.call("save_checkpoint", folder)
 
     def load_checkpoint(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from torch.distributed import TCPStore
 
-from rlsys.actors.group import get_all
+from rlsys.actors.waiting import get_all
 from rlsys.config import WeightSyncConfig
 from rlsys.weight_sync.connection import (
     Connection,
@@ -22,15 +22,14 @@ from rlsys.weight_sync.plan import TensorSlice
 from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, serve_store
 
 if TYPE_CHECKING:
+    from rlsys.actors.group import Refs
     from rlsys.actors.policy import PolicyActors
     from rlsys.actors.reference import ReferenceActors
     from rlsys.actors.rollout import RolloutActors
 
-    Refs = dict[str, ray.ObjectRef]  # actor name -> reference, in rank order
-
 # A rank that waits for another gives up after timeout_s and names itself and the phase. The driver
 # waits a little longer, so that its less specific error comes second. Once buckets travel over NCCL
-# the host does not wait: torch ends a process whose transfer took too long.
+# nobody waits on the host: torch ends a process whose transfer took too long.
 GRACE_S = 5.0
 
 
@@ -39,7 +38,9 @@ class WeightPublisher:
 
     Args:
         policy: sends.
-        receivers: receive.
+        receivers: their actors have `connect_weight_sync(endpoints)`, `needed_slices()`,
+            `start_weight_update()`, and `update_weights(version)`, which must not begin before the
+            pause that it follows and returns the version that is now held.
         config: buckets, checksums, transport and deadlines.
         to: name that distinguishes several receivers of one policy.
         transport: name of the registered transport; None takes the config's.
@@ -107,9 +108,9 @@ class WeightPublisher:
         start = time.monotonic()
         version = self._policy.policy_version
         # All calls are made at once: the policy packs the first bucket while engines still pause.
-        pausing = self._receivers.async_start_weight_update()  # 1
-        sending = self._policy.async_send_weights(version, to=self._to)  # 2 and 3
-        receiving = self._receivers.async_update_weights(version)  # 2, 3 and 4
+        pausing = self._receivers.async_call("start_weight_update")  # 1
+        sending = self._policy.async_call("send_weights", version, to=self._to)  # 2 and 3
+        receiving = self._receivers.async_call("update_weights", version)  # 2, 3 and 4
         # No grace: if an engine cannot pause, the ranks that wait for it give up at the same time.
         self._wait(pausing, "pausing rollouts", grace_s=0.0)
         results = self._wait(sending | receiving, "transfer")
@@ -137,8 +138,8 @@ class WeightPublisher:
         Nothing changes if engines have one worker, or if vLLM's loader needs whole tensors.
         """
         self._knows_shards = True
-        needed = self._wait(self._receivers.async_needed_slices(), "planning")
-        if not needed or None in needed[0] or any(engine != needed[0] for engine in needed):
+        needed = self._wait(self._receivers.async_call("needed_slices"), "planning")
+        if None in needed[0] or any(engine != needed[0] for engine in needed):
             return
         number = len(needed[0])
         if number == 1:
@@ -179,8 +180,8 @@ class WeightPublisher:
         self, connections: Sequence[Connection], endpoints: Sequence[Sequence[Endpoint]]
     ) -> None:
         """Have both sides connect, and leave the connections that they had before."""
-        receiving = self._receivers.async_connect_weight_sync(endpoints)
-        sending = self._policy.async_connect_weight_sync(connections, to=self._to)
+        receiving = self._receivers.async_call("connect_weight_sync", endpoints)
+        sending = self._policy.async_call("connect_weight_sync", connections, to=self._to)
         self._wait(sending | receiving, "connecting")
         self._stores = self._stores[-len(connections) :]
         self._sent_bytes = [

@@ -6,11 +6,9 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 
-import ray
-
-from rlsys.actors.group import PhaseTimeout
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.waiting import PhaseTimeout, any_ready
 from rlsys.types import RolloutGroup, SampleRequest
 
 POLL_S = 0.5
@@ -116,7 +114,7 @@ class RolloutPipeline:
     def _poll(self, timeout_s: float) -> bool:
         """Move every group that is ready one place on; whether any had been sampled."""
         refs = [*self._engines.pending_refs(), *self._rewards.pending_refs()]
-        ray.wait(refs, timeout=timeout_s)
+        any_ready(refs, timeout_s=timeout_s)
         sampled, scored = self._engines.collect(), self._rewards.collect()
         self._note_idle()
         for group in sampled:

@@ -92,7 +92,7 @@ def rollout_config(tiny_models):
 def engines(ray_cluster, rollout_config):
     """Two engines that started from the tied model 1; tests leave them able to sample."""
     actors = RolloutActors(rollout_config(num_engines=2), device="cpu")
-    actors.wait_ready()
+    actors.start()
     yield actors
     actors.close()
 

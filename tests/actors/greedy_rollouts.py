@@ -9,8 +9,8 @@ import ray
 from patience import PATIENCE_S
 
 from rlsys.actors import rollout
-from rlsys.actors.group import get_all
 from rlsys.actors.rollout import RolloutActor, RolloutActors
+from rlsys.actors.waiting import get_all
 from rlsys.types import Prompt, SampleRequest
 
 # Longer than a KV block (128 tokens), so that the prefix cache holds them.
@@ -48,7 +48,7 @@ def start_reloading_engine(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "RolloutActor", ReloadingActor)
         engines = RolloutActors(config, device="cpu")
-    engines.wait_ready()
+    engines.start()
     return engines
 
 

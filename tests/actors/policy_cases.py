@@ -12,8 +12,9 @@ from patience import PATIENCE_S
 from tiny_models import save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-from rlsys.actors.group import get_all, on_cpu
+from rlsys.actors.group import on_cpu
 from rlsys.actors.policy import PolicyActors, PolicyRank
+from rlsys.actors.waiting import get_all
 from rlsys.config import Config
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.connection import Connection, whole_tensors

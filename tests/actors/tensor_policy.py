@@ -27,7 +27,8 @@ class BitFlippingTransport(GlooTransport):
 class SenderActor:
     """Rank 0 of the weight sync group."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, transport):
+        self.transport = transport
         self.tensors = load_tensors(folder)
 
     def weight_metadata(self):
@@ -36,10 +37,10 @@ class SenderActor:
             for name, tensor in self.tensors.items()
         ]
 
-    def connect(self, connections, transport):
+    def connect_weight_sync(self, connections, to):
         self.slices = {piece.meta.name: piece for c in connections for piece in c.slices}
         self.senders = [
-            WeightSender(replace(connection, transport=transport), torch.device("cpu"))
+            WeightSender(replace(connection, transport=self.transport), torch.device("cpu"))
             for connection in connections
         ]
 
@@ -49,7 +50,7 @@ class SenderActor:
     def drop(self, name):
         del self.tensors[name]
 
-    def send(self, version):
+    def send_weights(self, version, to):
         return sum(sender.send(self.fill, version) for sender in self.senders)
 
     def fill(self, bucket, buffer):
@@ -57,7 +58,7 @@ class SenderActor:
             piece = self.slices[name]
             target.copy_(piece.within(self.tensors[piece.of.name], TensorSlice.whole(piece.of)))
 
-    def send_nothing(self, version):
+    def send_nothing(self, version, to):
         return 0.0
 
 
@@ -65,8 +66,7 @@ class TensorPolicy:
     """The driver's side: what WeightPublisher asks of a policy."""
 
     def __init__(self, folder, *, transport="gloo"):
-        self.actor = ray.remote(SenderActor).options(num_cpus=0.01).remote(folder)
-        self.transport = transport
+        self.actor = ray.remote(SenderActor).options(num_cpus=0.01).remote(folder, transport)
         self.policy_version = 0
         self.sends = True
 
@@ -83,12 +83,10 @@ class TensorPolicy:
     def senders_of_shards(self, number):
         return [0] * number
 
-    def async_connect_weight_sync(self, connections, *, to):
-        return {"policy rank 0": self.actor.connect.remote(connections, self.transport)}
-
-    def async_send_weights(self, version, *, to):
-        method = self.actor.send if self.sends else self.actor.send_nothing
-        return {"policy rank 0": method.remote(version)}
+    def async_call(self, method, *args, to):
+        if method == "send_weights" and not self.sends:
+            method = "send_nothing"
+        return {"policy rank 0": getattr(self.actor, method).remote(*args, to)}
 
     def close(self):
         ray.kill(self.actor)

@@ -6,8 +6,8 @@ import shutil
 
 import pytest
 
-from rlsys.actors.group import ActorFailure
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.waiting import ActorFailure
 
 pytestmark = pytest.mark.system
 
@@ -30,7 +30,7 @@ def start_error(ray_cluster, rollout_config):
         engines = RolloutActors(rollout_config(model_path, **rollout), device="cpu")
         try:
             with pytest.raises(ActorFailure) as caught:
-                engines.wait_ready()
+                engines.start()
         finally:
             engines.close()
         return str(caught.value)

@@ -5,9 +5,10 @@ import pytest
 from patience import PATIENCE_S
 from policy_cases import policy_config
 
-from rlsys.actors.group import get_all, inherited_env
+from rlsys.actors.group import inherited_env
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
+from rlsys.actors.waiting import get_all
 from rlsys.config import RewardConfig
 
 pytestmark = pytest.mark.system

@@ -6,7 +6,7 @@ import time
 import pytest
 import ray
 
-from rlsys.actors.group import ActorDeath, ActorFailure, PhaseTimeout, get_all
+from rlsys.actors.waiting import ActorDeath, ActorFailure, PhaseTimeout, get_all
 
 pytestmark = pytest.mark.system
 

@@ -11,8 +11,8 @@ from tiny_models import save_endless_qwen3
 from transformers import AutoModelForCausalLM
 
 from rlsys.actors import rollout
-from rlsys.actors.group import ActorFailure
 from rlsys.actors.rollout import RolloutActor, RolloutActors
+from rlsys.actors.waiting import ActorFailure
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.types import Prompt, SampleRequest
 
@@ -68,7 +68,7 @@ def engines(ray_cluster, rollout_config, models):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "RolloutActor", PeekingActor)
         actors = RolloutActors(rollout_config(models[0]), device="cpu")
-    actors.wait_ready()
+    actors.start()
     yield actors
     actors.close()
 

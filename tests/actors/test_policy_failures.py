@@ -8,8 +8,8 @@ import torch
 from patience import PATIENCE_S
 from policy_cases import LAYOUTS, exported, policy_config, random_batch
 
-from rlsys.actors.group import ActorDeath, ActorFailure, get_all
 from rlsys.actors.policy import PolicyActors, PolicyRank
+from rlsys.actors.waiting import ActorDeath, ActorFailure, get_all
 
 pytestmark = pytest.mark.system
 

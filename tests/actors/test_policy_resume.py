@@ -4,7 +4,7 @@ import pytest
 import torch
 from policy_cases import LAYOUTS, exported, policy_config, random_batch
 
-from rlsys.actors.group import ActorFailure
+from rlsys.actors.waiting import ActorFailure
 
 pytestmark = pytest.mark.system
 

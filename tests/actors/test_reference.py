@@ -6,8 +6,8 @@ from patience import PATIENCE_S
 from policy_cases import LAYOUTS, exported, policy_config, random_batch
 from safetensors.torch import load_file
 
-from rlsys.actors.group import get_all
 from rlsys.actors.reference import ReferenceActors
+from rlsys.actors.waiting import get_all
 
 pytestmark = pytest.mark.system
 

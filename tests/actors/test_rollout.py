@@ -8,8 +8,8 @@ from tensor_policy import TensorPolicy
 from tiny_models import STOP_TOKEN_IDS, save_markov_qwen3, save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlsys.actors.group import ActorFailure
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.waiting import ActorFailure
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.rollout.draws import sampling_seed
 from rlsys.types import Prompt, SampleRequest
@@ -111,7 +111,7 @@ def test_an_fp32_head_does_not_round_logits(ray_cluster, rollout_config, tiny_mo
     config = rollout_config(model_path=tmp_path)
     fp32 = config.model.model_copy(update={"dtype": "bfloat16", "fp32_lm_head": True})
     engines = RolloutActors(config.model_copy(update={"model": fp32}), device="cpu")
-    engines.wait_ready()
+    engines.start()
     policy = TensorPolicy(tmp_path)
     WeightPublisher(policy, engines, config.weight_sync).publish()
     groups = sample(engines, temperature=1.0)
@@ -182,5 +182,5 @@ def test_an_engine_that_cannot_start_shows_vllms_own_error(ray_cluster, rollout_
     actors = RolloutActors(rollout_config(max_completion_length=400), device="cpu")
     message = r"\nrollout engine 0 failed in start[^\n]*max_model_len \(560\) is greater than"
     with pytest.raises(ActorFailure, match=message):
-        actors.wait_ready()
+        actors.start()
     actors.close()

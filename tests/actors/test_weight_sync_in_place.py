@@ -33,7 +33,7 @@ def engines(ray_cluster, rollout_config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "RolloutActor", UnpackedActor)
         engines = RolloutActors(rollout_config(), device="cpu")
-    engines.wait_ready()
+    engines.start()
     yield engines
     engines.close()
 

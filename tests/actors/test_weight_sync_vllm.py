@@ -6,8 +6,8 @@ from greedy_rollouts import PROMPTS, greedy
 from patience import PATIENCE_S
 from tensor_policy import TensorPolicy
 
-from rlsys.actors.group import ActorFailure, get_all
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.waiting import ActorFailure, get_all
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.types import SampleRequest
 
@@ -35,7 +35,7 @@ def connect(rollout_config):
 @pytest.fixture(scope="module")
 def untied_engines(ray_cluster, rollout_config, tiny_models):
     actors = RolloutActors(rollout_config(tiny_models[False, 1]), device="cpu")
-    actors.wait_ready()
+    actors.start()
     yield actors
     actors.close()
 
@@ -113,11 +113,15 @@ def test_an_update_that_overtakes_its_pause_waits_for_it(policy, engines, connec
     publisher = connect(policy, engines)
     policy.policy_version += 1
     version = policy.policy_version
-    overtaking = engines.async_update_weights(version)
+    overtaking = engines.async_call("update_weights", version)
     ready, _ = ray.wait(list(overtaking.values()), timeout=1.0)
     assert not ready
-    calls = engines.async_start_weight_update() | policy.async_send_weights(version, to="rollout")
-    get_all(calls, phase="the others", timeout_s=PATIENCE_S)
+    sending = policy.async_call("send_weights", version, to="rollout")
+    get_all(
+        engines.async_call("start_weight_update") | sending,
+        phase="the others",
+        timeout_s=PATIENCE_S,
+    )
     assert get_all(overtaking, phase="update", timeout_s=PATIENCE_S) == [version, version]
     publisher.publish()  # and so does one of the usual kind
 

@@ -31,9 +31,9 @@ from policy_cases import PolicyLab  # noqa: E402
 from run_cases import run_config, write_run_files  # noqa: E402
 
 from rlsys.actors import rollout  # noqa: E402
-from rlsys.actors.group import PhaseTimeout, get_all  # noqa: E402
 from rlsys.actors.ray_session import ray_session  # noqa: E402
 from rlsys.actors.rollout import RolloutActors  # noqa: E402
+from rlsys.actors.waiting import PhaseTimeout, get_all  # noqa: E402
 
 # Of the processes that tests start, where rlsys need not be installed.
 PYTHONPATH = os.pathsep.join(

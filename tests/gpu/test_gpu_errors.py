@@ -6,7 +6,7 @@ import pytest
 from gpu_cases import DEVICE, gpu_config, long_batch
 from gpu_lab import update_with_little_memory
 
-from rlsys.actors.group import ActorFailure, get_all
+from rlsys.actors.waiting import ActorFailure, get_all
 
 pytestmark = pytest.mark.gpu(1)
 

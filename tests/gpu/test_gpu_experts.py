@@ -12,8 +12,8 @@ from tiny_models import save_tiny_qwen3_moe
 from transformers import AutoModelForCausalLM
 
 from rlsys.actors import rollout
-from rlsys.actors.group import get_all
 from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
 
 BATCH = long_batch(12, 400)

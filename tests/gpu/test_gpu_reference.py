@@ -4,8 +4,8 @@ import pytest
 import torch
 from gpu_cases import DEVICE, gpu_config, long_batch, save_gpu_model
 
-from rlsys.actors.group import get_all
 from rlsys.actors.reference import ReferenceActors
+from rlsys.actors.waiting import get_all
 
 pytestmark = pytest.mark.gpu(1)
 

@@ -17,7 +17,7 @@ from gpu_lab import (
 from greedy_rollouts import PROMPTS, greedy
 from policy_cases import LAYOUTS
 
-from rlsys.actors.group import ActorFailure, PhaseTimeout
+from rlsys.actors.waiting import ActorFailure, PhaseTimeout
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.algo.batching import build_train_batch
 from rlsys.types import SampleRequest

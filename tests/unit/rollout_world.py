@@ -58,9 +58,9 @@ class World:
         self.background: Callable[[], None] | None = None
         self.until = NEVER
 
-    def wait(self, refs, timeout):
-        assert 0 < timeout <= POLL_S
-        self.now = max(self.now, min([self.now + timeout, *refs, self.until]))
+    def wait(self, refs, *, timeout_s):
+        assert 0 < timeout_s <= POLL_S
+        self.now = max(self.now, min([self.now + timeout_s, *refs, self.until]))
 
     def publish(self, version):
         """Weights change while sequences are in flight."""
@@ -220,7 +220,7 @@ def enter(world: World, patch: pytest.MonkeyPatch) -> World:
     )
     threading = SimpleNamespace(Thread=Thread, Event=lambda: stopped)
     patch.setattr(rollout_pipeline, "threading", threading)
-    patch.setattr(rollout_pipeline, "ray", SimpleNamespace(wait=world.wait))
+    patch.setattr(rollout_pipeline, "any_ready", world.wait)
     clock = SimpleNamespace(monotonic=lambda: world.now)
     patch.setattr(rollout_pipeline, "time", clock)
     patch.setattr(rollouts_module, "time", clock)

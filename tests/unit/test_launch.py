@@ -8,7 +8,7 @@ import pytest
 from config_cases import values, write_run
 from data_cases import chat_tokenizer, write_jsonl
 
-from rlsys.actors.group import ActorFailure
+from rlsys.actors.waiting import ActorFailure
 from rlsys.config import Config
 from rlsys.config.load import load_config
 from rlsys.data import load_checked_prompts

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rollout_world import NEVER, TIMEOUT_S, World, enter, make_prompts
 
-from rlsys.actors.group import PhaseTimeout
+from rlsys.actors.waiting import PhaseTimeout
 from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_train_batch
 from rlsys.config import GrpoConfig

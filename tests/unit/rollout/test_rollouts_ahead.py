@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rollout_world import NEVER, World, enter, make_prompts, number_of
 
-from rlsys.actors.group import PhaseTimeout
+from rlsys.actors.waiting import PhaseTimeout
 from rlsys.driver import train
 from rlsys.rollout.rollouts import is_flat
 from rlsys.tracking.sampling_watch import SamplingWatch

@@ -5,7 +5,7 @@ import json
 import pytest
 from config_cases import write_config
 
-from rlsys.actors.group import ActorDeath, PhaseTimeout
+from rlsys.actors.waiting import ActorDeath, PhaseTimeout
 from rlsys.config.load import load_config
 from rlsys.run.checkpoints import Checkpoints, checkpoint_steps
 from rlsys.run.folder import RunDir

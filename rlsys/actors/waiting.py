@@ -1,0 +1,116 @@
+"""Waiting for Ray actors: every wait has a deadline, and every failure names the actor."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from rlsys.problems import RunFailed
+
+DEATH_NOTICE_S = 5.0
+"""When an actor dies, the actors that talk to it may raise before Ray knows of the death."""
+
+
+class ActorFailure(RunFailed):
+    """An actor died or raised. The message ends with its name and what it was doing."""
+
+
+class ActorDeath(ActorFailure):
+    """An actor's process ended."""
+
+
+class PhaseTimeout(RunFailed, TimeoutError):
+    """A phase did not finish in time. The message names the actors that are still busy."""
+
+
+def get_all(
+    refs: Mapping[str, ray.ObjectRef],
+    *,
+    phase: str,
+    timeout_s: float,
+    on_done: Callable[[str], None] | None = None,
+) -> list[Any]:
+    """Wait for all references and return their results in order.
+
+    Fails as soon as one actor fails: the other ranks of a collective would wait for it until their
+    own deadline.
+
+    Args:
+        refs: actor name -> reference.
+        phase: what the actors do, for messages.
+        timeout_s: seconds for all of them together.
+        on_done: called with the name of each actor that has finished.
+
+    Raises:
+        ActorFailure: an actor raised or died (ActorDeath), with its own traceback.
+        PhaseTimeout: some were not done after `timeout_s` seconds.
+    """
+    names = {ref: name for name, ref in refs.items()}
+    results: dict[ray.ObjectRef, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(results) < len(names):
+        pending = [ref for ref in names if ref not in results]
+        done, _ = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            waiting = ", ".join(names[ref] for ref in pending)
+            raise PhaseTimeout(
+                f"{phase} did not finish within {timeout_s:g} s; still waiting for {waiting}"
+            )
+        for ref in done:
+            try:
+                results[ref] = get_one(ref, name=names[ref], phase=phase)
+            except ActorFailure:
+                _raise_death({r: names[r] for r in pending if r != ref}, phase=phase)
+                raise
+            if on_done is not None:
+                on_done(names[ref])
+    return [results[ref] for ref in refs.values()]
+
+
+def _raise_death(names: Mapping[ray.ObjectRef, str], *, phase: str) -> None:
+    """Raise ActorDeath if the death of one of these actors made another actor fail."""
+    for ref in all_ready(list(names), timeout_s=DEATH_NOTICE_S):
+        try:
+            get_one(ref, name=names[ref], phase=phase)
+        except ActorDeath:
+            raise
+        except ActorFailure:
+            pass  # a consequence too; Ray would print it later if nobody took it
+
+
+def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
+    """The result of a finished reference.
+
+    Raises:
+        ActorFailure: actor `name` failed in `phase`.
+    """
+    try:
+        return ray.get(ref)
+    except RayTaskError as error:
+        # The remote traceback is the message; Ray's own frames around it help nobody.
+        raise ActorFailure(f"{error}\n{name} failed in {phase}: {error.cause!r}") from None
+    except RayActorError as error:
+        text = str(error).rstrip()
+        if error.actor_init_failed:  # `text` is a traceback, which ends with the error
+            reason = text.rpartition("\n")[2]
+            raise ActorDeath(f"{text}\n{name} failed in {phase}: {reason}") from None
+        raise ActorDeath(f"{text}\n{name} died in {phase}") from None
+    except RayError as error:
+        raise ActorFailure(f"{error}\n{name} was lost in {phase}") from error
+
+
+def any_ready(refs: Sequence[ray.ObjectRef], *, timeout_s: float) -> None:
+    """Return when one of the references (or streams) is ready, or after `timeout_s` seconds."""
+    ray.wait(list(refs), timeout=timeout_s)
+
+
+def all_ready(refs: Sequence[ray.ObjectRef], *, timeout_s: float = 0.0) -> list[ray.ObjectRef]:
+    """The references (or streams) that are ready after at most `timeout_s` seconds."""
+    if not refs:
+        return []
+    ready, _ = ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)
+    return ready
