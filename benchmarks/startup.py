@@ -24,7 +24,8 @@ from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.waiting import get_all
 from rlsys.config import Config
-from rlsys.launch import load_data, ray_session, start_system
+from rlsys.launch import ray_session, start_system
+from rlsys.preflight.before_start import load_data
 from rlsys.tracking import Tracker
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "countdown"))

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlsys.config import Config
 from rlsys.data import render_prompt
-from rlsys.launch import load_data, ray_session, start_system
+from rlsys.launch import ray_session, start_system
+from rlsys.preflight.before_start import load_data
 from rlsys.tracking import Tracker
 from rlsys.types import TrainBatch
 

@@ -21,7 +21,8 @@ from rich.text import Text
 from rlsys.actors.ray_session import ray_session
 from rlsys.config import CheckpointConfig, Config
 from rlsys.interrupts import interruptible
-from rlsys.launch import choose_device, load_data, make_checkpoints, start_system, train_system
+from rlsys.launch import make_checkpoints, start_system, train_system
+from rlsys.preflight.before_start import load_data
 from rlsys.tracking.base import Metrics, Split, Tracker
 from rlsys.tracking.sampling_watch import MAX_KL_OF_DTYPE
 from rlsys.types import RolloutGroup
@@ -59,10 +60,9 @@ def run_canary(config: Config, console: Console) -> bool:
         data = replace(data, validation=held_out)
         stack.enter_context(interruptible())
         stack.enter_context(ray_session())
-        on_cpu = choose_device(config) == "cpu"
         system = start_system(config, data, recorder)
-        train_system(config, system, recorder, make_checkpoints(config, system, folder))
-    checks = list(judge(config, recorder, on_cpu=on_cpu))
+        train_system(system, recorder, make_checkpoints(system, folder))
+    checks = list(judge(config, recorder, on_cpu=system.device == "cpu"))
     table = Table(box=None, pad_edge=False)
     for column in ("", "with learning rate 0", "found"):
         table.add_column(column, overflow="fold")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.config.local_paths import is_in_job_copy
 from rlsys.files import bytes_in, size_text
+from rlsys.model.folder import resolve_model_path
 from rlsys.model.memory import bytes_per_weight
-from rlsys.model.shape import ModelShape
+from rlsys.model.shape import ModelShape, read_model_shape
+from rlsys.preflight.devices import guess_device
 from rlsys.run.folder import RunDir
 from rlsys.text import counted
 from rlsys.types import Device
@@ -133,3 +137,19 @@ def _free_bytes(place: Path) -> int:
     while not place.is_dir():
         place = place.parent
     return shutil.disk_usage(place).free
+
+
+def saving_lines(config: Config) -> Iterator[str]:
+    """What the run saves, how often, where, and how much disk that takes."""
+    shape = read_model_shape(resolve_model_path(config.model.path))
+    use = disk_use(config, shape, device=guess_device(config))
+    yield "saving: " + "; ".join(f"{what} {text}" for what, text in describe_saving(config, use))
+    warning = disk_warning(config, use)
+    if warning is not None:
+        yield f"warning: {warning}"
+    folder = Path(config.output_dir).resolve()
+    if is_in_job_copy(folder):
+        yield (
+            f"note: {folder} is in this Ray job's copy of the working directory, which Ray may "
+            "delete after the job. Give an absolute --output_dir to keep what the run writes."
+        )

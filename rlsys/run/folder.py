@@ -9,7 +9,6 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
@@ -18,13 +17,12 @@ from rlsys.files import path_exists, replacing
 RUNNING = "running"
 ENDED = "ended"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
-"""What a file system without locks answers, some network ones."""
+"""Errors of file systems without locks, such as some network file systems."""
 LOCK_ATTEMPTS, LOCK_PAUSE_S = 10, 0.02
-"""`state` holds the lock for an instant, and must not be taken for a run."""
+"""`RunDir.state` holds the lock for an instant; a run must not take that for another run."""
 State = Literal["running", "starting", "ended", "killed"]
 
 
-@dataclass(frozen=True, slots=True)
 class RunDir:
     """The files of one run.
 
@@ -33,80 +31,46 @@ class RunDir:
     process leaves "running", but not its lock: `state` compares the two.
     """
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
         """The resolved config, which runs again in another output_dir."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
+        self.metrics = path / "metrics.jsonl"
         """One JSON object a step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def completions(self) -> Path:
+        self.completions = path / "completions.jsonl"
         """One JSON object a training completion."""
-        return self.path / "completions.jsonl"
-
-    @property
-    def filtered_completions(self) -> Path:
+        self.filtered_completions = path / "filtered_completions.jsonl"
         """One JSON object a completion that dynamic sampling left out."""
-        return self.path / "filtered_completions.jsonl"
-
-    @property
-    def eval_completions(self) -> Path:
+        self.eval_completions = path / "eval_completions.jsonl"
         """One JSON object a held-out completion."""
-        return self.path / "eval_completions.jsonl"
+        self.checkpoints = path / "checkpoints"
+        """What training continues from."""
+        self.final = path / "final"
+        """The trained model, a Hugging Face folder."""
+        self.interrupted = path / "interrupted"
+        """The model after the last finished step of a run that was interrupted or failed, a Hugging
+        Face folder; removed as soon as a checkpoint holds the same."""
+        self.reward_curve = path / "reward_curve.png"
+        """The picture of the run."""
+        self.tensorboard = path / "tensorboard"
+        """TensorBoard event files."""
+        self.status = path / "status"
+        """One word, see the class."""
+        records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
+        models = (self.checkpoints, self.final, self.interrupted)
+        shown = (self.reward_curve, self.tensorboard, path / "wandb")
+        self.files = (self.config, *records, *models, *shown, self.status)
+        """Everything that a run writes, folders too."""
+        self._lock = path / ".lock"
+        """Locked while a run is in the folder; holds the name of its host."""
 
     def completions_of(self, split: Literal["train", "eval", "filtered"]) -> Path:
         """The file of training, held-out or filtered completions."""
-        paths = {
+        return {
             "train": self.completions,
             "eval": self.eval_completions,
             "filtered": self.filtered_completions,
-        }
-        return paths[split]
-
-    @property
-    def checkpoints(self) -> Path:
-        """What training continues from."""
-        return self.path / "checkpoints"
-
-    @property
-    def final(self) -> Path:
-        """The trained model, a Hugging Face folder."""
-        return self.path / "final"
-
-    @property
-    def interrupted(self) -> Path:
-        """The model after the last finished step of a run that was interrupted or failed, a Hugging
-        Face folder; gone as soon as a checkpoint holds the same."""
-        return self.path / "interrupted"
-
-    @property
-    def reward_curve(self) -> Path:
-        """The picture of the run."""
-        return self.path / "reward_curve.png"
-
-    @property
-    def tensorboard(self) -> Path:
-        """TensorBoard event files."""
-        return self.path / "tensorboard"
-
-    @property
-    def status(self) -> Path:
-        """One word, see the class."""
-        return self.path / "status"
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All that a run writes, folders too."""
-        records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
-        models = (self.checkpoints, self.final, self.interrupted)
-        shown = (self.reward_curve, self.tensorboard, self.path / "wandb")
-        return (self.config, *records, *models, *shown, self.status)
+        }[split]
 
     def holds(self, path: Path) -> bool:
         """Whether a path is one of `files`, or below one."""
@@ -114,9 +78,9 @@ class RunDir:
         return any(path.resolve().is_relative_to(own / file.name) for file in self.files)
 
     def obstacle(self) -> str | None:
-        """Why the folder cannot be written to, or made where it is not; None where it can.
+        """Why the folder cannot be made or written to; None if its permissions allow it.
 
-        A file system may have reasons that its permissions do not show: `held` tells those.
+        Other reasons of a file system show only when `held` writes to it.
         """
         place = self.path.absolute()
         try:
@@ -125,17 +89,18 @@ class RunDir:
         except OSError as error:
             return f"cannot be made ({error.strerror})"
         if not os.path.isdir(place):
-            reason, where = f"{place} is no folder", "is no folder"
+            reason, own = f"{place} is not a folder", "is not a folder"
         elif not os.access(place, os.W_OK | os.X_OK):
-            reason, where = f"you may not write in {place}", "is a folder that you may not write in"
+            reason, own = f"you may not write in {place}", "is a folder that you may not write in"
         else:
             return None
-        return where if place == self.path.absolute() else f"cannot be made, {reason}"
+        return own if place == self.path.absolute() else f"cannot be made, {reason}"
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other runs out of this folder; the operating system ends that with the process,
-        whatever killed it. Creates the folder when needed.
+        """Keep other runs out of this folder, which is created when needed.
+
+        The operating system ends the lock with the process, however that ends.
 
         Raises:
             ValueError: another process is running in it, or nothing can be written to it.
@@ -162,15 +127,10 @@ class RunDir:
                 lock.flush()
             yield
 
-    @property
-    def _lock(self) -> Path:
-        """Locked while a run is in the folder, and holds the name of its host."""
-        return self.path / ".lock"
-
     def _open_lock(self) -> IO[str]:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            return self._lock.open("a")  # the run that holds it keeps its host's name
+            return self._lock.open("a")  # keeps the host's name of a run that holds it
         except OSError as error:
             raise ValueError(
                 f"output_dir: {self.path} cannot be written to ({error.strerror}). Choose another "
@@ -178,7 +138,7 @@ class RunDir:
             ) from None
 
     def is_held(self) -> bool | None:
-        """Whether a process runs in this folder; None where the lock does not show it.
+        """Whether a process runs in this folder; None if the lock does not show it.
 
         Some file systems show locks only on the host that took them.
         """
@@ -194,9 +154,10 @@ class RunDir:
         return False
 
     def state(self) -> State | None:
-        """What the last run in this folder is doing; None before the first one.
+        """What the last run in this folder is doing; None before the first run.
 
-        "starting" is also a run that is closing its files. "killed" ran when its process ended.
+        "starting" is also a run that is closing its files. "killed": its process ended while the
+        status was "running".
         """
         word, held = self._status_word(), self.is_held()
         if word != self._status_word():  # it began or ended in between
@@ -208,7 +169,7 @@ class RunDir:
         return "ended" if word == ENDED else None
 
     def write_status(self, word: str) -> None:
-        """Replace the status, creating the directory when needed."""
+        """Replace the status, creating the folder when needed."""
         self.path.mkdir(parents=True, exist_ok=True)
         with replacing(self.status) as scratch:
             scratch.write_text(word + "\n")
@@ -218,7 +179,7 @@ class RunDir:
         self.write_status(ENDED)
 
     def has_ended(self) -> bool:
-        """Whether the run closed its trackers; False when it was killed or never started."""
+        """Whether the run closed its trackers; False if it was killed or never started."""
         return self._status_word() == ENDED
 
     def _status_word(self) -> str | None:

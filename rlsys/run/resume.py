@@ -1,10 +1,9 @@
-"""What a run does with another one in its folder: continue it, or move it aside."""
+"""An earlier run in a run's folder: whether there is one, moving it aside, and continuing it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
-from typing import Any
 
 from rlsys.config import Config
 from rlsys.config.fields import config_fields
@@ -34,7 +33,7 @@ def move_aside(run: RunDir) -> Iterator[str]:
     """Make room for a run that starts from step 0, and lose nothing.
 
     Yields:
-        what was moved where, for the terminal; nothing where the folder holds no run.
+        for the terminal, what was moved where; nothing if the folder holds no run.
     """
     if not holds_run(run):
         return
@@ -46,7 +45,7 @@ def move_aside(run: RunDir) -> Iterator[str]:
         if path.exists():
             path.rename(target / path.name)
     moved = RunDir(target)
-    if moved.state() == "running":  # it was killed, and its lock, which shows that, is not moved
+    if moved.state() == "running":  # it was killed; its lock, which shows that, is not moved
         moved.write_status(ENDED)
     yield (
         f"overwrite: moved the earlier run to {target} ({size_text(bytes_in(target))}); delete it "
@@ -54,35 +53,32 @@ def move_aside(run: RunDir) -> Iterator[str]:
     )
 
 
-def resume_notes(config: Config, run_dir: RunDir, step: int) -> Iterator[str]:
+def resume_notes(config: Config, run: RunDir, step: int) -> Iterator[str]:
     """Lines for the terminal: the checkpoint, steps that are taken again, settings that changed.
 
     Args:
-        config: of the run that continues; the one before it has left its own in `run_dir`.
-        run_dir: the folder of both.
-        step: of the checkpoint.
+        config: the config of the run that continues; the earlier run has left its own in `run`.
+        run: the folder of both.
+        step: the step of the checkpoint.
     """
-    yield f"continuing from {run_dir.checkpoints / f'step-{step}'}"
-    recorded = [row["step"] for row in _rows(run_dir) if isinstance(row.get("step"), int)]
-    if recorded and max(recorded) > step:
+    yield f"continuing from {run.checkpoints / f'step-{step}'}"
+    rows = read_jsonl(run.metrics) if run.metrics.exists() else ()
+    last = max((row["step"] for row in rows if isinstance(row.get("step"), int)), default=step)
+    if last > step:
         yield (
-            f"steps {step + 1} to {max(recorded)} came after that checkpoint: they are taken "
-            "again, and what was recorded of them is dropped"
+            f"steps {step + 1} to {last} came after that checkpoint: they are taken again, and "
+            "what was recorded of them is dropped"
         )
-    changed = list(_changes(config, run_dir))
+    changed = list(_changes(config, run))
     if changed:
         yield f"changed since then: {'; '.join(changed)}"
 
 
-def _rows(run_dir: RunDir) -> Iterator[dict[str, Any]]:
-    return read_jsonl(run_dir.metrics) if run_dir.metrics.exists() else iter(())
-
-
-def _changes(config: Config, run_dir: RunDir) -> Iterator[str]:
-    """`field before -> now`, of the fields that the older config has, too."""
-    if not run_dir.config.exists() or not is_saved_config(run_dir.config):
+def _changes(config: Config, run: RunDir) -> Iterator[str]:
+    """`field before -> now`, for the fields that the older config has too."""
+    if not run.config.exists() or not is_saved_config(run.config):
         return
-    before = load_yaml(run_dir.config.read_text(encoding="utf-8"))
+    before = load_yaml(run.config.read_text(encoding="utf-8"))
     now = config.model_dump()
     for name in config_fields():
         section, _, field = name.rpartition(".")

@@ -1,18 +1,15 @@
-"""What a run says of its length, and how it ends whose rollouts failed meanwhile."""
+"""How a run ends if its rollouts failed in the background, and what it still saves."""
 
 from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from config_cases import values, write_run
-from data_cases import chat_tokenizer, write_jsonl
+from config_cases import write_config
 
 from rlsys.actors.waiting import ActorFailure
-from rlsys.config import Config
 from rlsys.config.load import load_config
-from rlsys.data import load_checked_prompts
-from rlsys.launch import _end_rollouts, check_right_answers, memory_warnings, step_notes
+from rlsys.launch import System, _end_rollouts
 
 
 def end_run(error, unheard):
@@ -44,61 +41,62 @@ def test_other_ends_are_left_alone():
         end_run(ValueError("no such file"), None)
 
 
-@pytest.mark.parametrize(
-    ("fields", "notes"),
-    [
-        ({"max_steps": 10}, []),
-        ({"max_steps": 10, "num_train_epochs": 2}, []),  # as a finished run saves it
-        (
-            {"max_steps": None, "num_train_epochs": 2},
-            ["num_train_epochs 2 x 20 prompts / 4 a step = 10 steps"],
-        ),
-        (
-            {"max_steps": 3, "num_train_epochs": 2},
-            [
-                "note: max_steps = 3 goes before num_train_epochs 2 x 20 prompts / 4 a step = "
-                "10 steps"
-            ],
-        ),
-    ],
-)
-def test_a_run_says_what_its_epochs_come_to(fields, notes):
-    assert list(step_notes(Config.model_validate(values(**fields)), 20)) == notes
+class Model:
+    """Writes one file, and notes what it loads."""
+
+    def __init__(self):
+        self.loaded = []
+
+    def save_checkpoint(self, folder):
+        (folder / "weights").write_text("7")
+
+    def save_model(self, folder):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+
+    def load_checkpoint(self, folder):
+        self.loaded.append(folder)
+
+    load_model = load_checkpoint
 
 
-PROSE = "See Figure 4. The slope is minus two."
+class Data:
+    """Has seen three prompts a step."""
+
+    state = None
+
+    def state_after(self, step):
+        return {"prompts": {"num_taken": 3 * step}}
+
+    def load_state_dict(self, state):
+        self.state = state
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_rows_without_a_right_answer_are_counted_before_the_run(tmp_path, capsys, streaming):
-    rows = [{"prompt": "a", "solution": "4"}, {"prompt": "b", "solution": PROSE}]
-    source = write_jsonl(tmp_path / "a.jsonl", rows * 4)
-    tokenizer = chat_tokenizer("{{ messages[0]['content'] }}")
-    data = {"dataset": [source], "streaming": streaming}
-
-    def check(**reward):
-        reward = {"reward_funcs": ["exact_match"]} | reward
-        config = Config.model_validate(values(data=data, reward=reward))
-        check_right_answers(config, load_checked_prompts(config, tokenizer), tokenizer)
-        return capsys.readouterr().out
-
-    assert "warning: exact_match: 4 of 8 rows have no right answer that it can use" in check()
-    write_jsonl(tmp_path / "a.jsonl", rows[1:] * 4)
-    with pytest.raises(ValueError, match=r"4 of 4 rows have no right answer.*\\boxed"):
-        check()
-    assert "warning: exact_match: 4 of 4 rows" in check(on_error="zero")
-    write_jsonl(tmp_path / "a.jsonl", rows[:1])
-    assert check() == ""
+def system_of(tmp_path, *overrides, reference=None):
+    config = load_config(write_config(tmp_path), list(overrides)).config
+    return System(config, "cpu", Model(), reference, Data(), publisher=None)
 
 
-def test_a_gpu_that_is_too_small_is_told_at_the_start(tmp_path, monkeypatch):
-    config = load_config(write_run(tmp_path)).config
-    monkeypatch.setattr("rlsys.launch.gpu_memory_gib", lambda: 1.0)
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    assert any("GPU of the policy" in text for text in memory_warnings(config, "cuda"))
-    assert memory_warnings(config, "cpu") == []
-    monkeypatch.setattr("rlsys.launch.gpu_memory_gib", lambda: 80.0)
-    assert memory_warnings(config, "cuda") == []
-    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # whose GPUs nobody sees from here
-    monkeypatch.setattr("rlsys.launch.gpu_memory_gib", lambda: 1.0)
-    assert memory_warnings(config, "cuda") == []
+def test_a_checkpoint_has_the_policy_and_the_state_of_the_data(tmp_path):
+    system = system_of(tmp_path)
+    system.write_checkpoint(tmp_path, 2)
+    assert (tmp_path / "weights").read_text() == "7"
+    system.load_checkpoint(tmp_path)
+    assert system.policy.loaded == [tmp_path]
+    assert system.rollouts.state == {"prompts": {"num_taken": 6}}
+
+
+def test_a_checkpoint_without_that_state_is_refused_with_the_remedy(tmp_path):
+    system = system_of(tmp_path)
+    with pytest.raises(ValueError, match=r"no rollouts\.json.*new run from its weights"):
+        system.load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_reference_is_a_part_of_the_checkpoint_if_it_changes(tmp_path, follows):
+    overrides = ["--grpo.beta", "0.1", *(["--reference.sync_steps", "2"] if follows else [])]
+    system = system_of(tmp_path, *overrides, reference=Model())
+    system.write_checkpoint(tmp_path, 1)
+    assert (tmp_path / "reference" / "config.json").is_file() == follows
+    system.load_checkpoint(tmp_path)
+    assert system.reference.loaded == ([tmp_path / "reference"] if follows else [])

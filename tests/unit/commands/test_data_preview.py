@@ -15,7 +15,7 @@ from rlsys.cli import main
 from rlsys.commands.data_preview import histogram, split_rows_option
 from rlsys.config.load import load_config
 from rlsys.data import preprocessors
-from rlsys.launch import load_data
+from rlsys.preflight.before_start import load_data
 from rlsys.rewards import orms
 
 

@@ -17,7 +17,7 @@ from rlsys.data.streams.difficulty import DifficultySampling
 from rlsys.data.streams.in_memory import PromptSource
 from rlsys.data.streams.make import make_prompt_stream
 from rlsys.data.streams.mixed import MixedPrompts
-from rlsys.launch import check_prompts
+from rlsys.preflight.before_start import check_prompts
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
 
 WORDS = "abcdefgh"

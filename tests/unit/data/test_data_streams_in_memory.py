@@ -10,7 +10,7 @@ from tracking_cases import make_config
 
 from rlsys.data import PromptData
 from rlsys.data.streams.in_memory import PromptSource
-from rlsys.launch import check_prompts
+from rlsys.preflight.before_start import check_prompts
 from rlsys.types import Prompt
 
 seeds = st.integers(0, 2**31 - 1)

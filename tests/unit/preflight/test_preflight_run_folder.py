@@ -89,7 +89,7 @@ def test_an_output_directory_that_is_a_file(problems, tmp_path):
     (tmp_path / "run").touch()
     found = problems()
     assert only(found) == (
-        f"output_dir: {tmp_path / 'run'} is no folder: choose another one with --output_dir"
+        f"output_dir: {tmp_path / 'run'} is not a folder: choose another one with --output_dir"
     )
     assert found[0].only_here
 
@@ -101,7 +101,7 @@ def test_an_output_directory_below_something_else_than_a_folder(problems, tmp_pa
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     found = problems("--output_dir", str(tmp_path / place / "a" / "b"), *option)
     assert only(found) == (
-        f"output_dir: {tmp_path / place / 'a' / 'b'} cannot be made, {tmp_path / place} is no "
+        f"output_dir: {tmp_path / place / 'a' / 'b'} cannot be made, {tmp_path / place} is not a "
         "folder: choose another one with --output_dir"
     )
     assert found[0].only_here

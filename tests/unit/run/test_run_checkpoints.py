@@ -10,20 +10,21 @@ from hypothesis import strategies as st
 
 from rlsys.config import CheckpointConfig
 from rlsys.run import checkpoints
-from rlsys.run.checkpoints import Checkpoints, checkpoint_steps, load_rollouts_state
+from rlsys.run.checkpoints import Checkpoints, checkpoint_steps
 
 FILES = ("weights", "optimizer", "schedule")
 
 
-class FilePolicy:
+class Writer:
     """Writes a few files, or is killed after the first."""
 
     version = 0
     killed = False
     clock = seconds = 0.0
 
-    def save_checkpoint(self, folder):
+    def __call__(self, folder, step):
         assert list(folder.iterdir()) == []
+        assert step == self.version
         self.clock += self.seconds
         for name in FILES:
             (folder / name).write_text(str(self.version))
@@ -31,28 +32,17 @@ class FilePolicy:
                 raise KeyboardInterrupt
 
 
-class Data:
-    """Has seen three prompts a step."""
-
-    def __init__(self, policy):
-        self._policy = policy
-
-    def state_dict(self):
-        return {"prompts": {"num_taken": 3 * self._policy.version}}
+@pytest.fixture
+def writer():
+    return Writer()
 
 
 @pytest.fixture
-def policy():
-    return FilePolicy()
-
-
-@pytest.fixture
-def save(tmp_path, policy):
+def save(tmp_path, writer):
     def save(
         *steps,
         save_steps=1,
         save_total_limit=2,
-        reference=None,
         last_step=200,
         seconds=(0.0, 0.0),
     ):
@@ -60,17 +50,15 @@ def save(tmp_path, policy):
         folder = tmp_path / "run" / "checkpoints"
         checkpoints = Checkpoints(
             folder,
-            policy=policy,
-            reference=reference,
-            rollouts=Data(policy),
+            write=writer,
             config=config,
             last_step=last_step,
-            clock=lambda: policy.clock,
+            clock=lambda: writer.clock,
         )
-        of_step, policy.seconds = seconds
+        of_step, writer.seconds = seconds
         for step in steps:
-            policy.version = step
-            policy.clock += of_step
+            writer.version = step
+            writer.clock += of_step
             checkpoints.after_step(step)
         return tmp_path / "run" / "checkpoints"
 
@@ -78,10 +66,7 @@ def save(tmp_path, policy):
 
 
 def read(folder, step):
-    """The policy's files of a checkpoint, which must have the state of the data too."""
-    files = {path.name: path.read_text() for path in (folder / f"step-{step}").iterdir()}
-    assert "num_taken" in files.pop("rollouts.json")
-    return files
+    return {path.name: path.read_text() for path in (folder / f"step-{step}").iterdir()}
 
 
 def test_null_saves_nothing(save):
@@ -95,7 +80,7 @@ def test_auto_loses_a_twentieth_of_the_steps_at_most(max_steps):
     assert max_steps / interval < 40  # nor does it save twice as often as that takes
 
 
-def test_auto_takes_a_tenth_of_the_time_at_most(save, policy):
+def test_auto_takes_a_tenth_of_the_time_at_most(save, writer):
     """A step takes 1 s and a checkpoint 5 s: the next is due 50 s later."""
     folder = save(*range(1, 200), save_steps="auto", save_total_limit=100, seconds=(1.0, 5.0))
     steps = checkpoint_steps(folder)
@@ -139,34 +124,22 @@ def test_what_gets_the_name_of_a_checkpoint_is_on_the_disk_by_then(save, monkeyp
     assert read(save(1), 1)
 
 
-def test_the_state_of_the_data_comes_back(save):
-    folder = save(1, 2)
-    assert load_rollouts_state(folder / "step-2") == {"prompts": {"num_taken": 6}}
-
-
-def test_a_checkpoint_without_that_state_is_refused_with_the_remedy(save):
-    folder = save(1)
-    (folder / "step-1" / "rollouts.json").unlink()
-    with pytest.raises(ValueError, match=r"no rollouts\.json.*new run from its weights"):
-        load_rollouts_state(folder / "step-1")
-
-
 def test_newest_is_by_number_not_by_name(save):
     assert checkpoint_steps(save(8, 9, 10, 11)) == [10, 11]
 
 
-def test_a_checkpoint_that_is_being_written_does_not_count(save, policy):
+def test_a_checkpoint_that_is_being_written_does_not_count(save, writer):
     folder = save(1, 2)
-    policy.killed = True
+    writer.killed = True
     with pytest.raises(KeyboardInterrupt):
         save(3)
     assert checkpoint_steps(folder) == [1, 2]
-    policy.killed = False
+    writer.killed = False
     save(3)
     assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-3"]
 
 
-def test_a_step_that_was_saved_before_the_resume_is_saved_anew(save, policy):
+def test_a_step_that_was_saved_before_the_resume_is_saved_anew(save, writer):
     folder = save(1, 2, 3, save_total_limit=5)
     (folder / "step-3" / "weights").write_text("of the life before")
     save(3, save_total_limit=5)
@@ -200,14 +173,3 @@ def test_other_folders_are_no_checkpoints(tmp_path):
     assert checkpoint_steps(tmp_path) == [3]
     shutil.rmtree(tmp_path)
     assert checkpoint_steps(tmp_path) == []
-
-
-class ReferenceFiles:
-    def save_model(self, folder):
-        folder.mkdir()
-        (folder / "config.json").write_text("{}")
-
-
-def test_a_reference_that_changes_is_a_part_of_the_checkpoint(save):
-    folder = save(1, reference=ReferenceFiles())
-    assert (folder / "step-1" / "reference" / "config.json").is_file()

@@ -75,5 +75,5 @@ def test_a_killed_run_that_is_moved_aside_is_not_waited_for(tmp_path):
 
 def test_every_file_of_a_run_is_among_its_files():
     run = RunDir(Path("run"))
-    paths = {p for name in dir(RunDir) if isinstance(p := getattr(run, name), Path)} - {run.path}
+    paths = {p for p in vars(run).values() if isinstance(p, Path)} - {run.path}
     assert {path for path in paths if not path.name.startswith(".")} <= set(run.files)

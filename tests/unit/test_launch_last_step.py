@@ -7,9 +7,9 @@ from config_cases import write_config
 
 from rlsys.actors.waiting import ActorDeath, PhaseTimeout
 from rlsys.config.load import load_config
-from rlsys.run.checkpoints import Checkpoints, checkpoint_steps
+from rlsys.launch import System, make_checkpoints, save_last_step
+from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
-from rlsys.run.last_step import save_last_step
 
 
 class Policy:
@@ -40,9 +40,6 @@ class Policy:
 
 
 class Rollouts:
-    def state_dict(self):
-        return {"of": "the step that has begun"}
-
     def state_after(self, step):
         return {"after": step}
 
@@ -62,17 +59,9 @@ def save(tmp_path, capsys):
         run = RunDir(tmp_path / "run")
         for step in saved:
             (run.checkpoints / f"step-{step}").mkdir(parents=True)
-        checkpoints = Checkpoints(
-            run.checkpoints,
-            policy=policy,
-            reference=reference,
-            rollouts=Rollouts(),
-            config=config.checkpoint,
-            last_step=config.num_steps,
-        )
-        save_last_step(
-            config, run, checkpoints, policy, reference, Rollouts(), started_from=started_from
-        )
+        system = System(config, "cpu", policy, reference, Rollouts(), publisher=None)
+        checkpoints = make_checkpoints(system, run.checkpoints)
+        save_last_step(system, run, checkpoints, started_from=started_from)
         return run, capsys.readouterr().out
 
     return save

@@ -1,0 +1,147 @@
+"""What a run loads, checks and says before Ray and its actors start."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from rlsys.config import Config
+from rlsys.data import PromptData, load_checked_prompts
+from rlsys.rewards.columns import column_problems_of_run, unread_columns
+from rlsys.data.sources import raise_if_any
+from rlsys.model.detokenize import Detokenizer
+from rlsys.model.folder import find_model_folder, resolve_model_path
+from rlsys.model.folder_check import check_model_folder, model_notes
+from rlsys.model.memory import estimate_memory
+from rlsys.model.shape import read_model_shape
+from rlsys.model.stop_tokens import read_stop_rules
+from rlsys.plugins.load import load_plugins
+from rlsys.preflight.data import check_prompt_tokens
+from rlsys.preflight.devices import gpu_memory_gib
+from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.preflight.memory import card_warnings
+from rlsys.preflight.rewards import reachable_rewards
+from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
+from rlsys.text import counted
+from rlsys.types import Device
+
+
+def load_data(config: Config) -> PromptData:
+    """Load the prompts of a run, with the chat template of its model, and check all of them.
+
+    Raises:
+        ValueError: rows, columns, right answers or the model's files do not fit the run.
+    """
+    use_cache_without_hub(config)
+    folder = resolve_model_path(config.model.path)
+    if folder != Path(config.model.path):  # preflight saw only the config of a hub model
+        check_model_folder(folder, has_prompts=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = load_checked_prompts(config, tokenizer)
+    check_prompt_tokens(folder, tokenizer, [*data.train, *data.validation])
+    stops = read_stop_rules(folder, tokenizer, config.rollout)
+    for text in model_notes(folder):
+        print(f"note: {text}", flush=True)
+    for line in data.summary():
+        print(line, flush=True)
+    check_prompts(config, data)
+    note = Detokenizer(tokenizer, config.rollout.skip_special_tokens, stops.eos_token_ids).note()
+    if note is not None:
+        print(f"note: {note}", flush=True)
+    held_out = [column for prompt in data.validation[:1] for column in prompt.columns]
+    unread = unread_columns(config, dict.fromkeys([*data.columns, *held_out]))
+    if unread is not None:
+        print(f"data: {unread}", flush=True)
+    raise_if_any(data.refused)
+    check_right_answers(config, data, tokenizer)
+    return data
+
+
+def check_prompts(config: Config, data: PromptData) -> None:
+    """Refuse data with too few prompts for a step, or without the columns of a reward function.
+
+    Raises:
+        ValueError: fewer prompts than a step needs; a column that a reward function needs and no
+            row has; streamed rows that no checkpoint can hold.
+    """
+    ahead = config.num_prompts_ahead
+    if not config.data.streaming and len(data.train) < config.num_prompts + ahead:
+        needed, remedy = "", "lower generation_batch_size"
+        if ahead:
+            needed = f" and {ahead} ahead of it (rollout.oversample_prompts, max_staleness)"
+            remedy += ", oversample_prompts or max_staleness"
+        raise ValueError(
+            f"a step needs {counted(config.num_prompts, 'prompt')} "
+            f"(rollout.generation_batch_size / rollout.num_generations){needed}, but the training "
+            f"data has {len(data.train)}. Give more data or {remedy}."
+        )
+    if ahead and isinstance(config.checkpoint.save_steps, int) and data.unsaveable:
+        raise ValueError("\n".join(data.unsaveable))
+    load_plugins(config.reward.external_plugins)
+    held_out = {column: None for prompt in data.validation for column in prompt.columns}
+    problems = column_problems_of_run(config, data.columns, held_out if data.validation else None)
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def check_right_answers(
+    config: Config, data: PromptData, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Warn of rows whose right answer a reward function cannot use, or no completion could give.
+
+    Raises:
+        ValueError: a function that scores every completion cannot use the right answer of any row.
+    """
+    streamed = [prompt for stream in data.streams for prompt in stream.first_prompts]
+    prompts = [*data.train, *streamed, *data.validation]
+    useless = []
+    for finding in look_at_rows(reachable_rewards(config, tokenizer), prompts):
+        if finding.kills_reward and finding.name in config.reward.names_that_check_rows:
+            useless.append(finding.text)
+        else:
+            print(f"warning: {finding.text}; `rlsys data preview` shows them", flush=True)
+    if useless:
+        raise ValueError("\n".join(f"{text}. {GOLD_REMEDY}" for text in useless))
+
+
+def fit_to_data(config: Config, data: PromptData) -> Config:
+    """The config with the number of steps, and without checkpoints if the data allows none."""
+    for note in step_notes(config, len(data.train)):
+        print(note, flush=True)
+    config = config.with_steps(len(data.train))
+    if not config.num_prompts_ahead or config.checkpoint.save_steps is None or not data.unsaveable:
+        return config
+    print("note: no checkpoints are written:\n" + "\n".join(data.unsaveable), flush=True)
+    checkpoint = config.checkpoint.model_copy(update={"save_steps": None})
+    return config.model_copy(update={"checkpoint": checkpoint})
+
+
+def step_notes(config: Config, num_rows: int) -> Iterator[str]:
+    """How many steps num_train_epochs makes, or that max_steps overrides it."""
+    steps = config.steps_of_epochs(num_rows)
+    if steps is None or steps == config.max_steps:
+        return
+    epochs = (
+        f"num_train_epochs {config.num_train_epochs:g} x {counted(num_rows, 'prompt')} / "
+        f"{config.num_prompts} a step = {counted(steps, 'step')}"
+    )
+    if config.max_steps is None:
+        yield epochs
+    else:
+        yield f"note: max_steps = {config.max_steps} goes before {epochs}"
+
+
+def memory_warnings(config: Config, device: Device) -> list[str]:
+    """Where a GPU of this machine is too small; the GPUs of a running cluster are unknown here."""
+    card_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
+    if card_gib is None:
+        return []
+    reference_path = config.reference_path if config.grpo.beta else config.model.path
+    policy, reference = (
+        read_model_shape(find_model_folder(path)) for path in (config.model.path, reference_path)
+    )
+    estimate = estimate_memory(config, policy, reference, device=device)
+    return card_warnings(config, estimate, card_gib)
