@@ -12,6 +12,8 @@ ROOT = Path(__file__).parents[3]
 CONFIG_FILE = ROOT / "rlsys" / "config" / "schema.py"
 # These show or check fields. What only they read would have no effect on a run.
 DISPLAY = {"config", "preflight", "commands", "memory.py", "cli.py"}
+# These stand in preflight/ and decide what a run does.
+DECIDE = {"before_start.py", "run_folder.py"}
 
 
 def section_of_class() -> dict[str, str]:
@@ -83,7 +85,7 @@ class FieldReads(ast.NodeVisitor):
 def fields_read_in_a_run() -> set[str]:
     reads: set[str] = set()
     for path in (ROOT / "rlsys").rglob("*.py"):
-        if not DISPLAY.intersection(path.relative_to(ROOT / "rlsys").parts):
+        if path.name in DECIDE or not DISPLAY.intersection(path.relative_to(ROOT / "rlsys").parts):
             reads |= FieldReads(ast.parse(path.read_text("utf-8"))).reads
     # A property that is read stands for the fields that it is derived from.
     tree = ast.parse(CONFIG_FILE.read_text("utf-8"))
