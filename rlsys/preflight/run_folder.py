@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.preflight.job_copy import left_out_of_job_copy, paths_read
+from rlsys.preflight.job_copy import paths_read
 from rlsys.problems import Problem
 from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
