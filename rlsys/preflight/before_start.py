@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlsys.config import Config
 from rlsys.data import PromptData, load_checked_prompts
-from rlsys.rewards.columns import column_problems_of_run, unread_columns
 from rlsys.data.sources import raise_if_any
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import find_model_folder, resolve_model_path
@@ -24,6 +23,7 @@ from rlsys.preflight.devices import gpu_memory_gib
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.memory import card_warnings
 from rlsys.preflight.rewards import reachable_rewards
+from rlsys.rewards.columns import column_problems_of_run, unread_columns
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
 from rlsys.text import counted
 from rlsys.types import Device
