@@ -217,19 +217,17 @@ def pack(
 ) -> PackedMicroBatch:
     """Concatenates `rows` of `batch` without their padding.
 
-    Tokens 0 fill up the end to a multiple of `multiple_of` (sequence parallelism splits T evenly
-    over ranks) or to `total_tokens` (pipeline stages exchange tensors of one shape). This filling
-    is a sequence of its own: no real token attends to it, and it trains nothing.
+    Tokens 0 fill up the end to a multiple of `multiple_of` or to `total_tokens`. This filling is a
+    sequence of its own: no real token attends to it, and it trains nothing.
 
     Args:
         batch: N rows, on CPU.
         rows: row numbers of one micro-batch, at least one.
         weights_NS: [N, S] float32, aligned with `batch`, from `loss_weights`.
-        multiple_of: T is a multiple of this.
-        sequence_multiple_of: the length of every sequence is a multiple of this, filled up with
-            tokens 0, which train nothing (context parallelism cuts sequences into chunks). It must
-            divide `multiple_of` and `total_tokens`.
-        total_tokens: T; None takes the smallest possible.
+        multiple_of: T is a multiple of this, because sequence parallelism splits T over ranks.
+        sequence_multiple_of: every sequence is filled up with tokens 0 to a multiple of this,
+            because context parallelism cuts it into chunks; divides `multiple_of`.
+        total_tokens: T, equal where pipeline stages exchange tensors; None is the smallest.
 
     Raises:
         ValueError: the rows do not fit into `total_tokens`, or it is not a multiple.

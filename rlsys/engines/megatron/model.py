@@ -41,6 +41,10 @@ from rlsys.types import Device, TrainBatch
 
 ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
 """Function that writes a model folder: see `save_model_folder`."""
+LossOf = Callable[
+    [torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]
+]
+"""(log-probs [T], entropies [T], micro-batch) -> loss, further results."""
 
 
 class MegatronModel:
@@ -112,17 +116,18 @@ class MegatronModel:
         Returns:
             (row indices, [2, len(rows), S] float32 in nats), or None on ranks that do not report.
         """
-        shards = shard_rows(
-            list(range(len(batch.lengths))), batch.lengths.tolist(), num_shards=self._dp_size
-        )
+        lengths = batch.lengths.tolist()
+        shards = shard_rows(range(len(lengths)), lengths, num_shards=self._dp_size)
         rows = shards[self._dp_rank]
         packed, row_lists = self._pack(batch, shards, torch.zeros(batch.input_ids.shape))
 
-        def collect(logprobs: torch.Tensor, entropies: torch.Tensor, _: PackedMicroBatch):
+        def collect(
+            logprobs: torch.Tensor, entropies: torch.Tensor, _: PackedMicroBatch
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return logprobs.new_zeros(()), {"values": torch.stack([logprobs, entropies])}
 
         self.model.eval()
-        outputs = self._forward_backward(packed, collect, forward_only=True)
+        outputs = self._forward_backward(packed, collect, model=self.model, forward_only=True)
         self.model.train()
         if not self.reports:
             return None
@@ -157,15 +162,13 @@ class MegatronModel:
         of_sequence = 2 * cp if cp > 1 else 1
         of_all = math.lcm(of_sequence, tp * cp)
         lengths = batch.lengths.tolist()
-        row_lists_of_ranks = [
-            micro_batches(
-                rows,
-                lengths,
-                micro_batch_size=policy.micro_batch_size,
-                max_tokens=policy.max_tokens_per_micro_batch,
-            )
-            for rows in shards
-        ]
+        cut = partial(
+            micro_batches,
+            lengths=lengths,
+            micro_batch_size=policy.micro_batch_size,
+            max_tokens=policy.max_tokens_per_micro_batch,
+        )
+        row_lists_of_ranks = [cut(shard) for shard in shards]
         row_lists = row_lists_of_ranks[self._dp_rank]
         total_tokens = None
         if self.transformer_config.pipeline_model_parallel_size > 1:
@@ -176,61 +179,27 @@ class MegatronModel:
             pack, multiple_of=of_all, sequence_multiple_of=of_sequence, total_tokens=total_tokens
         )
         packed = [pack_rows(batch, rows, weights) for rows in row_lists]
-        if self._experts_span_data_parallel_ranks:
-            missing = max(map(len, row_lists_of_ranks)) - len(packed)
-        else:
-            missing = 0
-        if missing:
+        missing = max(map(len, row_lists_of_ranks)) - len(packed)
+        if missing and self._experts_span_data_parallel_ranks:
             untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
             shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
             packed += missing * [pack_rows(untrained, shortest, torch.zeros_like(weights))]
-            row_lists = row_lists + missing * [[]]
+            row_lists += missing * [[]]
         return packed, row_lists
 
     def _forward_backward(
         self,
         packed: list[PackedMicroBatch],
-        loss_of: Callable[
-            [torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, dict]
-        ],
+        loss_of: LossOf,
         *,
+        model: torch.nn.Module,
         forward_only: bool,
-        model: torch.nn.Module | None = None,
-    ) -> list[dict]:
-        """Run megatron-core's schedule on the micro-batches.
-
-        Args:
-            packed: the micro-batches.
-            loss_of: (log-probs [T], entropies [T], micro-batch) -> loss and further results.
-            forward_only: compute no gradients.
-            model: the model in its DDP wrapper; None is the bare model.
+    ) -> list[dict[str, torch.Tensor]]:
+        """Run megatron-core's schedule on `model`, the bare one or its DDP wrapper.
 
         Returns:
-            the further results for each micro-batch, on the last pipeline stage.
+            the further results of `loss_of` for each micro-batch, on the last pipeline stage.
         """
-
-        def forward_step(micro_batches: Iterator[PackedMicroBatch], model: torch.nn.Module):
-            micro_batch = next(micro_batches)
-            positions = chunk_positions(micro_batch.cu_seqlens, self._cp_group.size())
-            micro_batch, positions = micro_batch.to(self.device), positions.to(self.device)
-            own = positions[self._cp_group.rank()]
-            hidden = model(
-                micro_batch.input_ids[own][None],
-                micro_batch.position_ids[own][None],
-                attention_mask=None,
-                packed_seq_params=_packed_seq_params(micro_batch, self._cp_group.size()),
-            )
-
-            def loss(hidden: torch.Tensor):
-                assert self._head is not None, "only the last pipeline stage has a loss"
-                logprobs, entropy = (
-                    gather_tokens(values, positions, self._cp_group, sum_gradients=False)
-                    for values in self._head(hidden, micro_batch.targets[own])
-                )
-                return loss_of(logprobs, entropy, micro_batch)
-
-            return hidden, loss
-
         tokens = max(len(micro_batch.input_ids) for micro_batch in packed)
         recompute = ""
         if not forward_only and self.config.policy.recompute != "full":
@@ -241,14 +210,39 @@ class MegatronModel:
             f"policy.micro_batch_size), {recompute}or {self.more_gpus}"
         ):
             return get_forward_backward_func()(
-                forward_step_func=forward_step,
+                forward_step_func=partial(self._forward_step, loss_of),
                 data_iterator=iter(packed),
-                model=[model or self.model],
+                model=[model],
                 num_microbatches=len(packed),
                 seq_length=len(packed[0].input_ids),
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+
+    def _forward_step(
+        self, loss_of: LossOf, packed: Iterator[PackedMicroBatch], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, dict]]]:
+        """Hidden states of the next micro-batch, and the function that makes the loss of them."""
+        micro_batch = next(packed)
+        positions = chunk_positions(micro_batch.cu_seqlens, self._cp_group.size())
+        micro_batch, positions = micro_batch.to(self.device), positions.to(self.device)
+        own = positions[self._cp_group.rank()]
+        hidden = model(
+            micro_batch.input_ids[own][None],
+            micro_batch.position_ids[own][None],
+            attention_mask=None,
+            packed_seq_params=_packed_seq_params(micro_batch, self._cp_group.size()),
+        )
+
+        def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            assert self._head is not None, "only the last pipeline stage has a loss"
+            logprobs, entropies = (
+                gather_tokens(values, positions, self._cp_group, sum_gradients=False)
+                for values in self._head(hidden, micro_batch.targets[own])
+            )
+            return loss_of(logprobs, entropies, micro_batch)
+
+        return hidden, loss
 
 
 def _packed_seq_params(

@@ -185,14 +185,16 @@ class MegatronPolicy(MegatronModel):
         # over context-parallel ranks, too, but the schedule has multiplied by their number.)
         undo_averaging = len(packed) * self._dp_size
 
-        def loss_of(logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch):
+        def loss_of(
+            logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch
+        ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             inputs = LossInput.from_packed(micro_batch, logprobs, entropy)
             value, statistics = losses[algorithm.loss_type](inputs, algorithm)
             return value * undo_averaging, statistics
 
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._forward_backward(packed, loss_of, forward_only=False, model=self.ddp)
+        outputs = self._forward_backward(packed, loss_of, model=self.ddp, forward_only=False)
         metrics = self._reduced_metrics(outputs)
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
