@@ -1,4 +1,4 @@
-"""Advantages: how much better a completion is than what it is compared with.
+"""Advantages: how much better each completion is than the others.
 
 An estimator reads an `AdvantageInput` and the `grpo` section of the config, and returns [N, S], one
 advantage for each token. It sees a whole rollout: only here are completions compared.

@@ -48,9 +48,8 @@ def chunked_logprobs(
     vocabulary of 152k, logits of 16k tokens take 4.6 GiB in bfloat16, those of a chunk of 1,024
     take 0.3 GiB. The gradient of `weight_VH` is summed over chunks in float32, and rounded once.
 
-    Computed in float32 (float64 for float64 logits), which is also the type of the results;
-    gradients have the type of what they are of. Which tokens top_k and top_p keep is a constant to
-    the gradient.
+    Computed in float32 (float64 for float64 logits), the type of the results; a gradient has the
+    type of its tensor. The choice of tokens by top_k and top_p counts as constant.
 
     Args:
         hidden_TH: [T, H], the same on every rank that shares the vocabulary.

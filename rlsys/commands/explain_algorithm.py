@@ -37,7 +37,7 @@ RECIPES = {
 
 
 def describe_algorithm(config: Config) -> list[tuple[str, str]]:
-    """(part, what it is) of the algorithm that a config amounts to."""
+    """(part, description) for each part of the algorithm."""
     grpo = config.algorithm
     return [
         ("algorithm", _name(grpo)),

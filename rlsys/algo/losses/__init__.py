@@ -1,24 +1,6 @@
-"""Policy losses, by name, and what they report; `base` says how to write one of your own."""
+"""Policy losses by name; `base` says how to write one of your own."""
 
 from rlsys.algo.losses import clipped, others
-from rlsys.algo.losses.base import (
-    LossFunction,
-    LossInput,
-    losses,
-    policy_loss,
-    register_loss,
-    token_statistics,
-    weighted_sum,
-)
+from rlsys.algo.losses.base import LossInput, losses, policy_loss, register_loss
 
-__all__ = [
-    "LossFunction",
-    "LossInput",
-    "clipped",
-    "losses",
-    "others",
-    "policy_loss",
-    "register_loss",
-    "token_statistics",
-    "weighted_sum",
-]
+__all__ = ["LossInput", "clipped", "losses", "others", "policy_loss", "register_loss"]

@@ -51,7 +51,7 @@ class _Copies:
     """Copies into one bucket or parcel."""
 
     addresses: list[int]
-    """Of the memory that they are planned for."""
+    """Addresses of the memory that they are planned for."""
     own: CopyPlan
     """From this rank's parameters."""
     parcels: CopyPlan

@@ -59,7 +59,7 @@ class MegatronModel:
         self.device = torch.device(device)
         self.folder = resolve_model_path(path)
         self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
-        shape = read_model_shape(self.folder)  # refuses what is not supported
+        shape = read_model_shape(self.folder)  # refuses unsupported models
         # Of a model from the hub, and on another host, preflight has not seen the files.
         check_model_folder(self.folder, has_prompts=False)
         self.hf_config = AutoConfig.from_pretrained(self.folder)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from algo_cases import make_groups
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.algo.advantages import (
@@ -176,6 +176,7 @@ def test_maxrl_says_that_rewards_must_not_be_negative():
 
 @pytest.mark.parametrize("estimator", ["grpo", "rloo"])
 @pytest.mark.parametrize("scale_rewards", SCALES)
+@settings(max_examples=25)
 @given(rewards=rewards_lists)
 def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(estimator, scale_rewards, rewards):
     values_PG = advantages(rewards, advantage_estimator=estimator, scale_rewards=scale_rewards)
@@ -186,6 +187,7 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_its_order(estimator, scale_r
 
 
 @pytest.mark.parametrize("estimator", ["reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+@settings(max_examples=25)
 @given(rewards=rewards_lists)
 def test_whitened_advantages_sum_to_zero_over_the_batch(estimator, rewards):
     values_PG = advantages(rewards, advantage_estimator=estimator)
@@ -194,6 +196,7 @@ def test_whitened_advantages_sum_to_zero_over_the_batch(estimator, rewards):
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
+@settings(max_examples=25)
 @given(rewards=rewards_lists, data=st.data())
 def test_order_of_groups_and_of_completions_does_not_matter(estimator, rewards, data):
     if estimator == "maxrl":
@@ -208,6 +211,7 @@ def test_order_of_groups_and_of_completions_does_not_matter(estimator, rewards, 
 
 
 @pytest.mark.parametrize("estimator", sorted(set(ESTIMATORS) - {"maxrl"}))
+@settings(max_examples=25)
 @given(rewards=rewards_lists, shift=st.floats(-5, 5))
 def test_a_reward_that_everyone_gets_changes_nothing(estimator, rewards, shift):
     values = advantages(rewards, advantage_estimator=estimator)
@@ -217,6 +221,7 @@ def test_a_reward_that_everyone_gets_changes_nothing(estimator, rewards, shift):
     torch.testing.assert_close(shifted, values, rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=25)
 @given(rewards=rewards_lists, scale=st.floats(10, 1000))
 def test_scaling_of_rewards(rewards, scale):
     scaled = [[scale * r for r in group] for group in rewards]
@@ -229,6 +234,7 @@ def test_scaling_of_rewards(rewards, scale):
         torch.testing.assert_close(advantages(scaled), advantages(rewards), rtol=2e-3, atol=1e-6)
 
 
+@settings(max_examples=25)
 @given(rewards=rewards_lists)
 def test_advantages_scaled_by_group_are_bounded(rewards):
     G = len(rewards[0])
@@ -264,6 +270,7 @@ def test_groups_that_lose_all_or_all_but_one_have_finite_advantages(estimator, r
     assert (values[torch.tensor(rewards).isnan()] == 0).all()
 
 
+@settings(max_examples=25)
 @given(given_to_the_dropped=st.floats(-100, 100))
 def test_what_a_dropped_completion_got_from_other_functions_leaves_no_trace(given_to_the_dropped):
     """One function failed on it, so its total is NaN; the other one had given it a reward."""

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.algo.logprobs import chunked_logprobs
@@ -30,6 +30,7 @@ def logprobs_of(logits, targets, *, temperature=1.0):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
+@settings(max_examples=25)
 @given(scale=st.floats(0, 100), seed=st.integers(0, 99))
 def test_equals_log_softmax_in_value_and_gradient(temperature, scale, seed):
     logits, targets = random_logits(scale=scale, seed=seed)
@@ -45,6 +46,7 @@ def test_equals_log_softmax_in_value_and_gradient(temperature, scale, seed):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
+@settings(max_examples=25)
 @given(scale=st.floats(0, 30), seed=st.integers(0, 99), of_logprob=st.sampled_from([0.0, 1.5]))
 def test_the_gradient_of_the_entropy_is_autograds(temperature, scale, seed, of_logprob):
     logits, targets = random_logits(scale=scale, seed=seed, dtype=torch.float64)
@@ -107,6 +109,7 @@ def test_a_token_outside_the_vocabulary_is_an_error_not_a_number():
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
+@settings(max_examples=25)
 @given(tokens=st.integers(1, 12), chunk_size=st.integers(1, 14), recompute=st.booleans())
 def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_size, recompute):
     rng = torch.Generator().manual_seed(tokens)

@@ -157,7 +157,7 @@ def pipeline(model, batch, rows, loss_type, *, num_shards=1, chunk_size=None, **
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "gspo", "cispo"])
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(
     per_step=st.sampled_from([2, 4, 8]),
     num_shards=st.integers(1, 3),

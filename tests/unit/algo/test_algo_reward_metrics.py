@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlsys.algo.rollout_metrics import reward_metrics
@@ -23,6 +23,7 @@ def groups_of(*groups: list[dict[str, float]], failures=None) -> list[RolloutGro
     ]
 
 
+@settings(max_examples=25)
 @given(st.lists(st.lists(VALUES, min_size=4, max_size=4), min_size=1, max_size=4))
 def test_mean_and_std_are_trls(rows):
     utils = pytest.importorskip("trl.trainer.utils")
