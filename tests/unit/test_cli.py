@@ -42,7 +42,7 @@ def test_the_version_is_shown():
         (["data", "preview", "--rows", "3"], "CONFIG, a YAML file, is missing, as in"),
     ],
 )
-def test_a_missing_config_is_told_with_an_example(words, message, capsys):
+def test_a_missing_config_gets_an_example(words, message, capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
     error = capsys.readouterr().err
@@ -66,7 +66,7 @@ def test_a_wrong_config_is_one_message_on_stderr_without_traceback(tmp_path):
     assert "Did you mean 'policy.lr'?" in done.stderr
 
 
-def test_what_preflight_finds_is_told_the_same_way(tmp_path):
+def test_what_preflight_finds_is_reported_the_same_way(tmp_path):
     done = rlsys(
         "grpo", write_run(tmp_path), "--model.path", "./nowhere", "--data.dataset", "n.jsonl"
     )
@@ -75,7 +75,7 @@ def test_what_preflight_finds_is_told_the_same_way(tmp_path):
     assert "has 2 problems" in done.stderr
 
 
-def test_explain_tells_by_its_exit_code(tmp_path):
+def test_the_exit_code_of_explain_says_whether_the_config_can_run(tmp_path):
     path = write_run(tmp_path)
     assert rlsys("explain", path).returncode == 0
     assert rlsys("explain", path, "--reward.reward_funcs", "nothing").returncode == 1

@@ -1,4 +1,4 @@
-"""What users get wrong, told in one message before anything starts.
+"""Mistakes of users: one message before anything starts.
 
 Every case runs through `rlsys grpo`, all of them in one process of their own, in which nothing else
 has imported Ray.

@@ -1,4 +1,4 @@
-"""From a YAML file and command-line words to a config, or to one error that tells everything."""
+"""From a YAML file and command-line words to a config, or to one error with all problems."""
 
 import os
 import shlex
@@ -143,7 +143,7 @@ def test_a_name_that_several_sections_have_names_them_all(problems):
         assert f"'{section}.tensor_parallel_size'" in text
 
 
-def test_one_error_tells_of_file_command_line_and_rules(problems):
+def test_one_error_has_problems_of_file_command_line_and_rules(problems):
     found = problems(
         "--policy.learn_rate",
         "1",
@@ -221,7 +221,7 @@ def test_a_wrong_type_names_field_and_value(problems, section, field, value):
     assert text.startswith(f"{section}.{field} = {value!r}: ")
 
 
-def test_a_section_that_is_no_section(problems):
+def test_a_section_that_is_not_a_mapping(problems):
     (text,) = problems(policy="fast")
     assert "policy" in text
     assert "'fast'" in text
@@ -236,7 +236,7 @@ def test_a_section_that_is_no_section(problems):
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
-def test_a_file_that_is_no_config(tmp_path, content, words):
+def test_a_file_that_is_not_a_config(tmp_path, content, words):
     path = tmp_path / "run.yaml"
     path.write_text(content)
     with pytest.raises(ProblemsError, match=words):
@@ -248,7 +248,7 @@ def test_a_missing_file_is_named(tmp_path):
         load_config(tmp_path / "nowhere.yaml")
 
 
-def test_a_folder_is_told_from_a_file_that_is_missing(tmp_path):
+def test_a_folder_is_not_called_a_missing_file(tmp_path):
     with pytest.raises(ProblemsError, match=r"it is a folder; name a YAML file$"):
         load_config(tmp_path)
     path = write_config(tmp_path)
@@ -264,7 +264,7 @@ def test_a_folder_is_told_from_a_file_that_is_missing(tmp_path):
         ("utf-16-le", "line 2 is not a text in UTF-8: byte 30 is 0xf6"),
     ],
 )
-def test_a_file_that_is_not_utf8_is_told_with_line_and_byte(tmp_path, encoding, words):
+def test_a_file_that_is_not_utf8_is_named_with_line_and_byte(tmp_path, encoding, words):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"# first line\noutput_dir: gr\xf6\xdfe\n".decode("latin-1").encode(encoding))
     with pytest.raises(ProblemsError) as caught:
@@ -273,7 +273,7 @@ def test_a_file_that_is_not_utf8_is_told_with_line_and_byte(tmp_path, encoding, 
     assert words in text
 
 
-def test_a_character_that_yaml_forbids_is_no_traceback(tmp_path):
+def test_a_character_that_yaml_forbids_gives_no_traceback(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("output_dir: a\x00b\n")
     with pytest.raises(ProblemsError, match="it is not valid YAML: "):

@@ -72,7 +72,7 @@ def test_the_suggested_generation_batch_sizes_are_whole_numbers_of_groups(comple
             assert number % generations == 0
 
 
-def test_a_number_of_fifteen_digits_is_told_at_once():
+def test_a_number_of_fifteen_digits_gets_an_answer_at_once():
     assert near_divisors(7, 10**15) == "5 or 8"
     assert near_divisors(10**14 + 1, 10**15) == f"{10**14} or {125 * 10**12}"
 
@@ -280,7 +280,7 @@ def test_communication_overlaps_where_there_is_some(policy, on_cpu, grad_reduce,
     assert config.overlaps_param_gather(on_cpu=on_cpu) == param_gather
 
 
-def test_all_broken_rules_are_told_at_once():
+def test_all_broken_rules_are_reported_at_once():
     found = problems(
         rollout={"generation_batch_size": 15},
         reward={"reward_weights": [1.0]},

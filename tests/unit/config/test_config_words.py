@@ -169,7 +169,7 @@ def test_a_field_with_a_point_and_in_its_section_is_given_twice(problems):
         (["--rollout.top_k", "yes"], "rollout.top_k = 'yes' (command line): should be a valid int"),
     ],
 )
-def test_what_is_told_to_be_written_in_another_way(problems, words, says):
+def test_what_should_be_written_in_another_way(problems, words, says):
     (text,) = problems(*words)
     assert says in text
 
