@@ -1,33 +1,15 @@
 """What a run is: the schema of a config, how it is loaded, and the rules between its fields."""
 
-from rlsys.config.schema import (
-    REWARD_MODEL_PREFIX,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    GrpoConfig,
-    ModelConfig,
-    PolicyConfig,
-    ReferenceConfig,
-    RewardConfig,
-    RolloutConfig,
-    Section,
-    TrackingConfig,
-    WeightSyncConfig,
-)
-
-__all__ = [
-    "REWARD_MODEL_PREFIX",
-    "CheckpointConfig",
-    "Config",
-    "DataConfig",
-    "GrpoConfig",
-    "ModelConfig",
-    "PolicyConfig",
-    "ReferenceConfig",
-    "RewardConfig",
-    "RolloutConfig",
-    "Section",
-    "TrackingConfig",
-    "WeightSyncConfig",
-]
+from rlsys.config.schema import REWARD_MODEL_PREFIX as REWARD_MODEL_PREFIX
+from rlsys.config.schema import CheckpointConfig as CheckpointConfig
+from rlsys.config.schema import Config as Config
+from rlsys.config.schema import DataConfig as DataConfig
+from rlsys.config.schema import GrpoConfig as GrpoConfig
+from rlsys.config.schema import ModelConfig as ModelConfig
+from rlsys.config.schema import PolicyConfig as PolicyConfig
+from rlsys.config.schema import ReferenceConfig as ReferenceConfig
+from rlsys.config.schema import RewardConfig as RewardConfig
+from rlsys.config.schema import RolloutConfig as RolloutConfig
+from rlsys.config.schema import Section as Section
+from rlsys.config.schema import TrackingConfig as TrackingConfig
+from rlsys.config.schema import WeightSyncConfig as WeightSyncConfig

@@ -93,8 +93,8 @@ class DataConfig(Section):
     val_preprocessor: list[str] = []
     """The same for `val_dataset`. Empty: `preprocessor`, if it names one for all."""
     external_plugins: list[PathText] = []
-    """Python files that register preprocessors, datasets or reward functions. They serve data and
-    rewards alike, under reward.external_plugins too."""
+    """Python files that register preprocessors, datasets or reward functions. Each may stand here
+    or in reward.external_plugins."""
     max_prompt_length: PositiveInt = 512
     """Longest rendered prompt, in tokens; see `overlong_prompts`."""
     min_prompt_length: PositiveInt = 1
@@ -225,7 +225,7 @@ class RolloutConfig(Section):
 
 
 class RewardConfig(Section):
-    """What completions are scored by."""
+    """How completions are scored."""
 
     reward_funcs: list[RewardName] = []
     """Registered names, see `rlsys rewards list`."""
@@ -243,8 +243,8 @@ class RewardConfig(Section):
     class, or of the function's call. Parameters called max_completion_length or model_path get the
     run's own value unless given here."""
     external_plugins: list[PathText] = []
-    """Python files that register reward functions, preprocessors or datasets. They serve data and
-    rewards alike, under data.external_plugins too."""
+    """Python files that register reward functions, preprocessors or datasets. Each may stand here
+    or in data.external_plugins."""
     gate: dict[RewardName, RewardName] = {}
     """Functions that count only where another one is high enough: `{accuracy: format}` or
     `{accuracy: format >= 0.5}`; without a number it is 1. Where the gate is lower, the function is
@@ -262,8 +262,8 @@ class RewardConfig(Section):
     """When a reward function raises or returns something that is not a reward: end the run with the
     traceback, score the completion 0, or drop it from the update."""
     on_timeout: Literal["raise", "zero", "drop"] | None = None
-    """When a completion makes a reward function hang, crash or exceed its memory. null: on_error if
-    that is zero or drop, otherwise zero, and the run goes on."""
+    """What happens to a completion that makes a reward function hang, crash or exceed its memory,
+    as in on_error. null: on_error if that is zero or drop, otherwise zero, and the run goes on."""
 
     @property
     def names(self) -> list[str]:
@@ -609,7 +609,7 @@ AUTO_SAVES = 20
 
 
 class CheckpointConfig(Section):
-    """What is kept to continue from. Every checkpoint, OUTPUT_DIR/checkpoints/step-N, is a model
+    """What a run continues from. Every checkpoint, OUTPUT_DIR/checkpoints/step-N, is a model
     folder that transformers and vLLM load, and holds the optimizer's state besides. The final model
     is always written to OUTPUT_DIR/final."""
 
@@ -643,8 +643,8 @@ class Config(Section):
     OUTPUT_DIR/replaced-1 (then replaced-2, ...). With checkpoint.resume: only where there is no
     checkpoint, so a job that is restarted again and again needs both."""
     max_steps: PositiveInt | None = None
-    """Rollouts, each followed by one policy update and one weight sync. null: num_train_epochs
-    decides; one of the two must be set, and max_steps wins."""
+    """Steps of the run: one rollout, one policy update and one weight sync each. null:
+    num_train_epochs decides; one of the two must be set, and max_steps wins."""
     num_train_epochs: PositiveFloat | None = None
     """Passes over the training prompts: max_steps = num_train_epochs x prompts / prompts a step,
     rounded up, once the data is loaded. Not with data.streaming. Prompts that

@@ -77,9 +77,9 @@ def test_what_preflight_finds_is_reported_the_same_way(tmp_path):
 
 def test_the_exit_code_of_explain_says_whether_the_config_can_run(tmp_path):
     path = write_run(tmp_path)
-    assert rlsys("explain", path).returncode == 0
-    assert rlsys("explain", path, "--reward.reward_funcs", "nothing").returncode == 1
-    assert rlsys("explain", path, "--nothing", "1").returncode == 2
+    assert cli.main(["explain", str(path)]) == 0
+    assert cli.main(["explain", str(path), "--reward.reward_funcs", "nothing"]) == 1
+    assert cli.main(["explain", str(path), "--nothing", "1"]) == 2
 
 
 def test_help_errors_and_explain_import_none_of_the_heavy_packages(tmp_path):
