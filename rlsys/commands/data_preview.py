@@ -8,7 +8,7 @@ import re
 import reprlib
 import statistics
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -280,12 +280,10 @@ def histogram(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
 
 def _spread(prompts: list[Prompt], sizes: list[int], num_rows: int) -> list[Prompt]:
     """The first rows of each dataset, alternating between datasets."""
-    parts = []
     remaining = iter(prompts)
-    for size in sizes or [len(prompts)]:
-        parts.append(list(islice(remaining, size)))
-    ranked = [(rank, part[rank]) for part in parts for rank in range(min(num_rows, len(part)))]
-    return [prompt for _, prompt in sorted(ranked, key=lambda entry: entry[0])[:num_rows]]
+    parts = [list(islice(remaining, size))[:num_rows] for size in sizes or [len(prompts)]]
+    ranks = zip_longest(*parts)
+    return [prompt for rank in ranks for prompt in rank if prompt is not None][:num_rows]
 
 
 def _print_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""What an entry of `data.dataset` says: a file, a folder or a hub dataset, and which part."""
+"""An entry of `data.dataset`: a file, a folder or a hub dataset, and which part."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ SOLUTION = "solution"
 
 
 class _Reading(NamedTuple):
-    """What one format reads in a row."""
+    """The prompt that one format reads in a row."""
 
     turns: Any
     """Not checked yet."""

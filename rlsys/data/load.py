@@ -44,7 +44,7 @@ class PromptData:
     train_sizes: list[int]
     """The number of prompts in `train` from each entry of data.dataset, in order."""
     counts: list[SourceCounts] = field(default_factory=list)
-    """What became of the rows of each dataset, training data first."""
+    """How many rows of each dataset are used or dropped, training data first."""
     num_validation_in_train: int = 0
     """Held-out prompts that are trained on as well."""
     streams: list[StreamedPrompts] = field(default_factory=list)
@@ -53,7 +53,7 @@ class PromptData:
     refused: list[Problem] = field(default_factory=list)
     """Rows in which `check` found something wrong."""
     notices: list[str] = field(default_factory=list)
-    """What the chat template leaves out of rows, and missing values in prompts."""
+    """Parts of rows that the chat template leaves out, and missing values in prompts."""
 
     @property
     def columns(self) -> list[str]:

@@ -44,7 +44,7 @@ class Renderer:
 
     @property
     def notices(self) -> list[str]:
-        """What the rendered rows have and their prompts lack, or the other way round."""
+        """Differences between the rendered rows and their prompts, each with the first row."""
         return [str(notice) for notice in self._noticed.values()]
 
     def render(self, rows: Sequence[Row]) -> None:
@@ -100,7 +100,7 @@ class Renderer:
             )
 
     def _are_tools_left_out(self, row: Row, text: str) -> bool:
-        """Whether the prompt is the same without tools; only rendered if it lacks a name."""
+        """Whether the prompt is the same without tools. It is not if it has the name of each."""
         if all(f'"{tool["function"]["name"]}"' in text for tool in row.tools or ()):
             return False
         try:

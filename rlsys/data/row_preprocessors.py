@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, Literal
 
+from rlsys.data.formats import SYSTEM_COLUMNS
 from rlsys.json_text import BadRow, parse_cell
 
 Columns = dict[str, Any]
 """A row: column -> value."""
 
 _MEDIA = {"image": "images", "video": "videos", "audio": "audios"}
-_SYSTEM = ("system", "system_prompt")
 _QUERY = ("query", "prompt", "input", "instruction", "question", "problem")
 _RESPONSE = (
     *("response", "answer", "output", "targets", "target", "answer_key", "answers", "solution"),
@@ -110,7 +110,7 @@ class ResponsePreprocessor(RowPreprocessor):
 
     def __init__(self, *, columns: Mapping[str, str] | None = None, **settings: Any):
         super().__init__(columns=columns, **settings)
-        self.columns |= dict.fromkeys(_SYSTEM, "system") | dict.fromkeys(_QUERY, "query")
+        self.columns |= dict.fromkeys(SYSTEM_COLUMNS, "system") | dict.fromkeys(_QUERY, "query")
         self.columns |= dict.fromkeys(_RESPONSE, "response")
 
     def preprocess(self, row: Columns) -> Columns | None:
@@ -126,7 +126,7 @@ class ResponsePreprocessor(RowPreprocessor):
             messages += [] if answered is None else [{"role": "assistant", "content": answered}]
         row["messages"] = messages
         if response is not None and not isinstance(response, str):
-            row.setdefault("solution", response)  # a number, say, which is no turn
+            row.setdefault("solution", response)  # a number, say, which is not a turn
         return row
 
 
@@ -191,7 +191,7 @@ class MessagesPreprocessor(RowPreprocessor):
         self.repair_messages = repair_messages
         self.inner_key = inner_key
         self.columns |= dict.fromkeys(("messages", "conversation", "conversations"), "messages")
-        self.columns |= dict.fromkeys((*_SYSTEM, system_role), "system")
+        self.columns |= dict.fromkeys((*SYSTEM_COLUMNS, system_role), "system")
 
     def preprocess(self, row: Columns) -> Columns | None:
         """The row with `messages` of role and content; None for a row without messages."""

@@ -50,7 +50,7 @@ def raise_if_any(problems: Sequence[Problem]) -> None:
 
 @dataclass(slots=True)
 class SourceCounts:
-    """What became of the rows of one dataset."""
+    """How many rows of one dataset are used or dropped."""
 
     source: str
     """The entry of the config."""
@@ -93,7 +93,7 @@ class Source:
 
     spec: DatasetSpec
     prefix: str
-    """What its prompt ids start with."""
+    """The start of its prompt ids."""
     split: Split
     config: DataConfig
     preprocessor: Preprocessor | None
@@ -104,7 +104,7 @@ class Source:
     # --- stages ---
 
     def rows(self) -> Iterator[Row]:
-        """All rows, JSON lines not parsed yet; a bad row has its problem.
+        """All rows. JSON lines are not parsed yet, and a row that cannot be read has a problem.
 
         Raises:
             ValueError: the dataset as a whole cannot be read or prepared.
@@ -202,7 +202,7 @@ class Source:
         return renamed
 
     def first_rows(self, limit: int) -> tuple[list[Row], list[Problem]]:
-        """The usable ones of the first `limit` rows, parsed, and the problems of the others."""
+        """Parse the first `limit` rows: those that can be used, and the problems of the others."""
         try:
             rows = list(islice(self.rows(), limit))
         except ValueError as error:

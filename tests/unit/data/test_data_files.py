@@ -144,7 +144,7 @@ PRETTY = json.dumps({"prompt": "a", "n": 1}, indent=2)
         ),
     ],
 )
-def test_a_file_that_is_no_rows_is_one_error(tokenizer, tmp_path, name, text, words):
+def test_a_file_without_rows_is_one_error(tokenizer, tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match="the data has 1 problem") as caught:
         load(tokenizer, str(tmp_path / name))

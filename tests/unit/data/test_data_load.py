@@ -318,7 +318,7 @@ def test_files_that_cannot_be_read(tokenizer, tmp_path, name, content, message):
         load(tokenizer, str(tmp_path / name))
 
 
-def test_the_index_that_pandas_writes_is_no_column(tokenizer, tmp_path):
+def test_the_index_that_pandas_writes_is_not_a_column(tokenizer, tmp_path):
     (tmp_path / "a.csv").write_text(",prompt,n\n0,a,1\n1,b,2\n")
     data = load(tokenizer, str(tmp_path / "a.csv"))
     assert [prompt.columns for prompt in data.train] == [{"n": "1"}, {"n": "2"}]

@@ -294,7 +294,7 @@ def test_a_dataset_with_a_weight_keeps_something_to_train_on(tokenizer, tmp_path
     assert {sum(size) for size in sizes} == {4}
 
 
-def test_held_out_prompts_that_are_trained_on_are_told(tokenizer, tmp_path):
+def test_held_out_prompts_that_are_trained_on_are_counted(tokenizer, tmp_path):
     train = write_jsonl(tmp_path / "a.jsonl", [{"prompt": c} for c in "abc"])
     held_out = write_jsonl(tmp_path / "b.jsonl", [{"prompt": c} for c in "cd"])
     data = load(tokenizer, train, val_dataset=[held_out])
