@@ -1,6 +1,5 @@
 """The two sides of benchmarks/weight_sync_gpu.py, which measure where their time goes."""
 
-import asyncio
 import os
 import time
 from functools import partial
@@ -170,7 +169,7 @@ class OpenActor(RolloutActor):
 
     async def instrument(self):
         self.seconds = {}
-        await self._ask(lambda engine: self._time_parts(engine))
+        await self._call(lambda engine: self._time_parts(engine))
 
     def _time_parts(self, engine):
         for owner, names in (
@@ -191,18 +190,15 @@ class OpenActor(RolloutActor):
         return self.seconds
 
     async def ask_workers(self, method):
-        return await self._call("ask_workers", method)
+        return await self._call(lambda engine: engine.ask_workers(method))
 
     async def on_workers(self, function, *arguments):
         """`function(worker, *arguments)` on every worker."""
-        return await self._ask(lambda e: e._llm.collective_rpc(function, args=arguments))
+        return await self._call(lambda e: e._llm.collective_rpc(function, args=arguments))
 
     async def on_workers_by_rank(self, function, *arguments):
         """Like `on_workers`, with the worker's rank in the group as the first argument."""
         return await self.on_workers(partial(with_rank, function), *arguments)
-
-    async def _ask(self, command):
-        return await asyncio.wrap_future(self._loop.submit(command))
 
 
 class CrossedActor(OpenActor):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import ray
 from ray import ObjectRefGenerator
@@ -19,6 +19,11 @@ from rlsys.engines.vllm.settings import rollout_env
 from rlsys.types import Device, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.plan import TensorSlice
+
+if TYPE_CHECKING:
+    from rlsys.engines.vllm.engine import VLLMEngine
+
+T = TypeVar("T")
 
 
 class RolloutActor:
@@ -64,25 +69,25 @@ class RolloutActor:
 
     async def connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> None:
         """See VLLMEngine.connect_weight_sync."""
-        await self._call("connect_weight_sync", endpoints)
+        await self._call(lambda engine: engine.connect_weight_sync(endpoints))
 
     async def needed_slices(self) -> list[tuple[TensorSlice, ...] | None]:
         """See VLLMEngine.needed_slices."""
-        return await self._call("needed_slices")
+        return await self._call(lambda engine: engine.needed_slices())
 
     async def start_weight_update(self) -> None:
         """See VLLMEngine.start_weight_update."""
-        pausing = self._call("start_weight_update")
+        pausing = self._call(lambda engine: engine.start_weight_update())
         self._pauses.release()
         await pausing
 
     async def update_weights(self, policy_version: int) -> int:
         """See VLLMEngine.update_weights. Waits for its pause, whichever call arrives first."""
         await self._pauses.acquire()
-        return await self._call("update_weights", policy_version)
+        return await self._call(lambda engine: engine.update_weights(policy_version))
 
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> asyncio.Future[Any]:
-        return asyncio.wrap_future(self._loop.call(method, *args, **kwargs))
+    def _call(self, command: Callable[[VLLMEngine], T]) -> asyncio.Future[T]:
+        return asyncio.wrap_future(self._loop.call(command))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """Weights change during a completion: the version of each token, and the cache it reads."""
 
-import asyncio
-
 import pytest
 import ray
 import torch
@@ -34,7 +32,7 @@ class PeekingActor(RolloutActor):
             rollout = engine._config.rollout.model_copy(update={"in_flight_kv": value})
             engine._config = engine._config.model_copy(update={"rollout": rollout})
 
-        await asyncio.wrap_future(self._loop.submit(change))
+        await self._call(change)
 
     async def break_abort(self):
         def change(engine):
@@ -43,7 +41,7 @@ class PeekingActor(RolloutActor):
 
             engine.abort = abort
 
-        await asyncio.wrap_future(self._loop.submit(change))
+        await self._call(change)
 
     async def least_tokens(self):
         """The fewest tokens of a completion in flight."""
@@ -52,7 +50,7 @@ class PeekingActor(RolloutActor):
             states = engine._llm.llm_engine.output_processor.request_states.values()
             return min((state.detokenizer.num_output_tokens() for state in states), default=0)
 
-        return await asyncio.wrap_future(self._loop.submit(count))
+        return await self._call(count)
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,7 @@ class UnpackedActor(ReloadingActor):
         super().__init__(*args)
 
     async def loads_in_place(self):
-        return await self._call("ask_workers", "loads_in_place")
+        return await self._call(lambda engine: engine.ask_workers("loads_in_place"))
 
 
 @pytest.fixture(scope="module")

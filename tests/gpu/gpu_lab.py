@@ -165,7 +165,7 @@ class OpenActor(RolloutActor):
         super().__init__(config, device, engine_rank)
 
     async def ask_workers(self, method):
-        return await self._call("ask_workers", method)
+        return await self._call(lambda engine: engine.ask_workers(method))
 
     async def held_checksums(self):
         """Tensor name -> checksum of what the parameters hold, of an engine with one worker."""
@@ -183,9 +183,7 @@ class OpenActor(RolloutActor):
         await self._between_steps(lambda engine: time.sleep(seconds))
 
     async def _between_steps(self, function, *args):
-        import asyncio
-
-        return await asyncio.wrap_future(self._loop.submit(lambda engine: function(engine, *args)))
+        return await self._call(lambda engine: function(engine, *args))
 
 
 class CrossedActor(OpenActor):

@@ -6,13 +6,14 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rlsys.types import RolloutGroup, SampleRequest
 
 if TYPE_CHECKING:  # imports vLLM, which takes seconds
     from rlsys.engines.vllm.engine import VLLMEngine
 
+T = TypeVar("T")
 Outcome = RolloutGroup | Exception | None
 """How a request ended: with its group, with an error, or with None because it was given up."""
 
@@ -59,37 +60,35 @@ class EngineLoop:
             else:
                 self._on_end.update((request.group_id, on_end) for request in requests)
 
-        self.submit(add)
+        self._enqueue(add)
 
     def abort(self, group_ids: Sequence[int]) -> Future[None]:
         """Give up groups; finished ones are ignored."""
 
         def abort(engine: VLLMEngine) -> None:
-            self._check_usable()
             running = [group_id for group_id in group_ids if group_id in self._on_end]
             engine.abort(running)
             for group_id in running:
                 self._on_end.pop(group_id)(None)
 
-        return self.submit(abort)
+        return self.call(abort)
 
-    def call(self, method: str, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Call a method of the engine between two steps."""
+    def call(self, command: Callable[[VLLMEngine], T]) -> Future[T]:
+        """Call `command(engine)` between two steps."""
 
-        def call(engine: VLLMEngine) -> Any:
+        def check_and_call(engine: VLLMEngine) -> T:
             self._check_usable()
-            return getattr(engine, method)(*args, **kwargs)
+            return command(engine)
 
-        return self.submit(call)
+        return self._enqueue(check_and_call)
 
     def close(self) -> None:
         """Release the engine and end its thread."""
         self._commands.put(None)
         self._thread.join()
 
-    def submit(self, command: Callable[[VLLMEngine], Any]) -> Future[Any]:
-        """Call `command(engine)` between two steps."""
-        future: Future[Any] = Future()
+    def _enqueue(self, command: Callable[[VLLMEngine], T]) -> Future[T]:
+        future: Future[T] = Future()
         self._commands.put((future, command))
         return future
 

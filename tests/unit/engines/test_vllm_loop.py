@@ -87,14 +87,14 @@ def test_a_command_waits_for_one_step_and_not_for_a_completion(loop, engine):
     ends = sample(loop, 3)
     engine.tokens.put("a")
     engine.tokens.put("b")
-    paused = loop.call("pause", True)
+    paused = loop.call(lambda engine: engine.pause(True))
     more = sample(loop, 1)
     assert paused.result(PATIENCE_S) == [3]
     assert "c" not in engine.log
     engine.tokens.put("c")
-    assert loop.call("pause", True).result(PATIENCE_S) == [1, 3]
+    assert loop.call(lambda engine: engine.pause(True)).result(PATIENCE_S) == [1, 3]
     assert "c" not in engine.log  # a paused engine takes no step
-    loop.call("pause", False)
+    loop.call(lambda engine: engine.pause(False))
     assert next_end(more).group_id == 1
     engine.tokens.put("d")
     engine.tokens.put("e")
@@ -132,18 +132,18 @@ def test_a_broken_engine_raises_its_error_in_every_call(loop, engine, monkeypatc
     engine.tokens.put("broken")
     assert str(next_end(ends)) == "out of memory"
     assert str(next_end(sample(loop, 3))) == "out of memory"
-    for asked in (loop.call("pause", True), loop.abort([1])):
+    for asked in (loop.call(lambda engine: engine.pause(True)), loop.abort([1])):
         with pytest.raises(RuntimeError, match=r"^out of memory$"):
             asked.result(PATIENCE_S)
 
 
 def test_a_cancelled_command_is_skipped(loop, engine):
     ends = sample(loop, 1)  # whose step waits for its token
-    cancelled = loop.call("pause", True)
+    cancelled = loop.call(lambda engine: engine.pause(True))
     assert cancelled.cancel()
     engine.tokens.put("a")
     assert next_end(ends).group_id == 1
-    assert loop.call("pause", False).result(PATIENCE_S) == []
+    assert loop.call(lambda engine: engine.pause(False)).result(PATIENCE_S) == []
     assert "pause" not in engine.log
 
 
@@ -155,10 +155,10 @@ def test_only_refused_requests_end_with_the_error(loop, engine):
 
 
 def test_the_error_of_a_command_is_raised_with_its_result(loop):
-    failing: Future = loop.call("abort", [9])
+    failing: Future = loop.call(lambda engine: engine.abort([9]))
     with pytest.raises(KeyError):
         failing.result(PATIENCE_S)
-    assert loop.call("pause", True).result(PATIENCE_S) == []
+    assert loop.call(lambda engine: engine.pause(True)).result(PATIENCE_S) == []
 
 
 def test_an_engine_that_cannot_be_built_raises_at_once():
