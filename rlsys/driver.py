@@ -41,10 +41,10 @@ def train(
         policy: the trained model.
         reference: the frozen model that the KL term measures from; None when beta = 0.
         publisher: gives every rollout engine the policy's weights.
-        tracker: logs metrics.
-        checkpoints: saves what a later process continues from.
+        tracker, checkpoints: log metrics, and save what a later process continues from.
         watch: warns of completions that are not from this policy, and of steps that teach nothing.
     """
+    grpo, weights = config.grpo, config.reward.reward_weights
     publisher.publish()  # the engines hold policy.policy_version from here on
     if config.eval_steps is not None and policy.policy_version == 0:
         tracker.log_metrics(0, rollouts.evaluate(0))
@@ -56,20 +56,14 @@ def train(
         if reference is not None:
             with timer("ref_logprobs"):  # the frozen model's log-probs, for the KL
                 batch.ref_logprobs, _ = reference.compute_logprobs(batch)
-        if config.grpo.old_logprobs == "rollout":
+        if grpo.old_logprobs == "rollout":
             batch.old_logprobs = batch.rollout_logprobs
         elif config.recompute_old_logprobs:
             with timer("old_logprobs"):  # the policy's own, before it moves within this rollout
                 batch.old_logprobs, batch.entropies = policy.compute_logprobs(batch)
         with timer("advantages"):  # the only place where completions are compared
-            batch.advantages = compute_advantages(
-                groups_P, batch, config.grpo, config.reward.reward_weights
-            )
-            leave_out(
-                batch,
-                groups_P,
-                mask_truncated_completions=config.grpo.mask_truncated_completions,
-            )
+            batch.advantages = compute_advantages(groups_P, batch, grpo, weights)
+            leave_out(batch, groups_P, mask_truncated_completions=grpo.mask_truncated_completions)
         with held_back():  # an interruption waits until the step is whole
             with timer("policy_update"):  # all optimizer steps of this rollout
                 update = policy.update(batch)

@@ -1,13 +1,10 @@
-"""Which prompts are begun, given up or begun again: the bookkeeping of a rollout that runs ahead.
-
-Plain data without clocks, actors or tensors, so that every rule can be tested by itself.
-"""
+"""Which prompts are begun, given up and begun again: plain data, without clocks or actors."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,23 +17,29 @@ class Draw:
     """A prompt of the stream on its way into a batch."""
 
     place: int
-    """In the stream, from 0; no other draw of the run has it."""
+    """Position in the stream, from 0; unique in the run."""
     attempt: int
     """How often it was begun and given up before."""
     prompt: Prompt
     version: int = 0
-    """Weights when it was begun: none of its tokens is older."""
+    """Version of the weights when it was begun: none of its tokens is older."""
+
+    def seed_key(self, batch_size: int) -> tuple[int, ...]:
+        """What its seed depends on: step and position in the batch of a run that neither runs
+        ahead nor filters, and the attempt if it is not the first."""
+        place = 1 + self.place // batch_size, self.place % batch_size
+        return (*place, self.attempt) if self.attempt else place
 
 
-class DrawPool:
-    """The draws that are in no batch yet: being sampled, being scored, or finished.
+class Draws:
+    """The draws that are not in a batch yet: waiting, being sampled, being scored, or finished.
 
-    Every prompt that is taken from the stream stays here until `settle` says that it was trained
-    on or filtered out. So the state of the pool is what a resumed run has to sample again.
+    A prompt that is taken from the stream stays here until `consume` removes it, because it was
+    trained on or filtered out. So this state is what a resumed run has to sample again.
 
     Args:
         source: where new prompts come from.
-        known: prompts that a state names; all others it holds whole.
+        known: prompts that a state names by id; it holds all others whole.
     """
 
     def __init__(self, source: PromptStream, known: Sequence[Prompt] = ()):
@@ -47,11 +50,11 @@ class DrawPool:
         self._next_ticket = 0
 
     def __len__(self) -> int:
-        """Draws that were begun."""
+        """Number of draws that were begun."""
         return len(self._begun)
 
     def begin(self, n: int, *, version: int) -> dict[int, Draw]:
-        """The next `n` draws, by new numbers; those that were given up come before new prompts."""
+        """The next `n` draws by new tickets; draws that were given up come before new prompts."""
         missing = n - len(self._waiting)
         if missing > 0:
             place = self._source.num_taken
@@ -64,20 +67,20 @@ class DrawPool:
         return begun
 
     def new_ticket(self) -> int:
-        """A number that no group of this process had before."""
+        """A number for a group, unique in this process."""
         self._next_ticket += 1
         return self._next_ticket
 
     def __getitem__(self, ticket: int) -> Draw:
-        """The draw that was begun under this number."""
+        """The draw that was begun under this ticket."""
         return self._begun[ticket]
 
-    def settle(self, ticket: int) -> Draw:
-        """The draw has had its use: it was trained on, or filtered out."""
+    def consume(self, ticket: int) -> Draw:
+        """Remove a draw that is trained on or filtered out."""
         return self._begun.pop(ticket)
 
     def give_up_all(self) -> list[int]:
-        """Have every draw that was begun begun again later; returns their numbers."""
+        """Put back every draw that was begun, to begin it again later; returns their tickets."""
         given_up = sorted(self._begun.items(), key=lambda item: item[1].place)
         self._begun.clear()
         again = [replace(draw, attempt=draw.attempt + 1) for _, draw in given_up]
@@ -93,12 +96,11 @@ class DrawPool:
         max_staleness: int,
         without: int | None = None,
     ) -> bool:
-        """Whether no draw, other than the one `without`, has to become too stale.
+        """Whether every draw, except the one `without`, can be in a batch before it is too stale.
 
-        A draw that was begun with version v is to be in the batch of step v + 1 + max_staleness
-        at the latest. The batch of `step` has `room` for so many draws, every later one has room
-        for `batch_size`. All can be in time if for every step t, no more of them are due by t
-        than there is room up to t.
+        A draw that was begun with version v is due in the batch of step v + 1 + max_staleness. The
+        batch of `step` has room for `room` more draws, every later one for `batch_size`. All are in
+        time if for every step t, at most as many are due by t as there is room up to t.
         """
         due = sorted(
             draw.version + 1 + max_staleness
@@ -111,7 +113,7 @@ class DrawPool:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The stream and what was taken from it without having had its use, as JSON has it."""
+        """The stream, and what was taken from it and not consumed, in JSON's types."""
         unused = [*self._begun.values(), *self._waiting]
         return {
             "prompts": self._source.state_dict(),
@@ -122,8 +124,8 @@ class DrawPool:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the pool with this state was; what it had begun is begun again."""
-        assert not self._begun, "a pool that has begun"
+        """Continue from a state; its draws that were begun are begun again."""
+        assert not self._begun, "draws have begun"
         self._source.load_state_dict(state["prompts"])
         self._waiting = deque(
             Draw(unused["place"], unused["attempt"], self._prompt(unused["prompt"]))
@@ -149,15 +151,9 @@ class DrawPool:
 def sampling_seed(seed: int, *key: int) -> int:
     """The seed of one prompt's completions; completion i is sampled with seed + i.
 
-    The upper 62 bits of an 8-byte BLAKE2b over "seed:key:...", so it depends on nothing but these
-    numbers: not on the engine, the process or the order of sampling.
+    The upper 62 bits of an 8-byte BLAKE2b over "seed:key:...": it depends on these numbers only,
+    not on the engine, the process or the order of sampling.
     """
     text = ":".join(map(str, (seed, *key)))
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2  # room for + i within a signed 64-bit number
-
-
-def lowest_free(taken: Iterable[int]) -> int:
-    """The least number from 0 on that is not among `taken`."""
-    used = set(taken)
-    return next(number for number in range(len(used) + 1) if number not in used)

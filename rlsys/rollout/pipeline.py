@@ -12,16 +12,16 @@ from rlsys.actors.waiting import PhaseTimeout, any_ready
 from rlsys.types import RolloutGroup, SampleRequest
 
 POLL_S = 0.5
-"""Longest sleep between two looks at the reward workers, which enforce their own deadlines."""
+"""Longest wait between two looks at the reward workers, which enforce their own deadlines."""
 BACKGROUND_POLL_S = 0.02
-"""The same while the driver does something else, and the longest that it waits to take over."""
+"""The same in the background; also the longest that `stop_background` waits."""
 
 
 class RolloutPipeline:
     """Samples and scores: rewards of finished groups are computed while others are sampled.
 
-    Nothing here happens by itself: groups move on while somebody is in `wait`, or between
-    `go_on_alone` and `take_over`. All other methods are for a driver that has taken over.
+    Groups move on only during `wait`, and between `start_background` and `stop_background`. Call
+    the other methods only while the background is stopped.
     """
 
     def __init__(self, engines: RolloutActors, rewards: RewardWorkers, *, timeout_s: float):
@@ -37,7 +37,7 @@ class RolloutPipeline:
         self._idle_since: float | None = time.monotonic()
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
-        """Have groups sampled and scored; their group_ids tell them apart from all others."""
+        """Sample and score groups; their group_ids are unique."""
         if not requests:
             return
         if self._idle_since is not None:
@@ -47,7 +47,7 @@ class RolloutPipeline:
         self._engines.submit(requests)
 
     def give_up(self, group_ids: Collection[int]) -> None:
-        """Never return these groups; they are neither sampled nor scored any further."""
+        """Stop sampling and scoring these groups; they are never returned."""
         self._wanted.difference_update(group_ids)
         self._engines.abort(group_ids)
         self._rewards.forget(group_ids)
@@ -56,9 +56,11 @@ class RolloutPipeline:
     def wait(self, what: str, *, done: int, of: int) -> list[RolloutGroup]:
         """The groups that were scored since the last call, at least one.
 
+        Args:
+            what, done, of: the phase, its finished groups and all its groups, for errors.
+
         Raises:
-            PhaseTimeout: no group was sampled for `timeout_s`; `what`, `done` and `of` are for
-                its text.
+            PhaseTimeout: no group was sampled for `timeout_s`.
             ActorFailure: an engine or a reward worker died or raised.
         """
         last_progress = time.monotonic()
@@ -74,25 +76,25 @@ class RolloutPipeline:
         return scored
 
     def idle_seconds(self) -> float:
-        """Seconds so far in which no engine had anything to sample."""
+        """Seconds so far in which the engines had nothing to sample."""
         since = self._idle_since
         return self._idle_s + (0.0 if since is None else time.monotonic() - since)
 
-    def go_on_alone(self) -> None:
-        """Let groups move on, in a thread, while the driver does something else."""
+    def start_background(self) -> None:
+        """Let groups move on in a thread while the driver does something else."""
         if self._wanted:
             self._stop.clear()
             self._thread = threading.Thread(target=self._poll_until_stopped, daemon=True)
             self._thread.start()
 
-    def take_over(self) -> None:
-        """End `go_on_alone`, and raise what was raised meanwhile."""
+    def stop_background(self) -> None:
+        """End the thread, and raise what was raised in it."""
         error = self.close()
         if error is not None:
             raise error
 
     def close(self) -> Exception | None:
-        """End `go_on_alone`; returns what was raised meanwhile, once."""
+        """End the thread; returns what was raised in it, once."""
         if self._thread is not None:
             self._stop.set()
             self._thread.join()
@@ -104,7 +106,7 @@ class RolloutPipeline:
         try:
             while self._wanted and not self._stop.is_set():
                 self._poll(BACKGROUND_POLL_S)
-        except Exception as error:  # `take_over` or `close` tell the driver's own thread
+        except Exception as error:  # for the driver's thread
             self._error = error
 
     def _note_idle(self) -> None:
@@ -112,7 +114,7 @@ class RolloutPipeline:
             self._idle_since = time.monotonic()
 
     def _poll(self, timeout_s: float) -> bool:
-        """Move every group that is ready one place on; whether any had been sampled."""
+        """Move every group that is ready one place on; returns whether any was sampled."""
         refs = [*self._engines.pending_refs(), *self._rewards.pending_refs()]
         any_ready(refs, timeout_s=timeout_s)
         sampled, scored = self._engines.collect(), self._rewards.collect()

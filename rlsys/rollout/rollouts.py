@@ -1,4 +1,4 @@
-"""The rollout side as the driver sees it: prompts in, scored groups out, ahead of it if allowed."""
+"""Rollouts as the driver sees them: prompts in, scored groups out, sampled ahead if allowed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rlsys.algo.advantages import advantages_of_group, nanstd, rewards_matrix
 from rlsys.algo.rollout_metrics import evaluation_metrics, logged_metrics
 from rlsys.config import Config
 from rlsys.data.streams.base import PromptStream
-from rlsys.rollout.draws import Draw, DrawPool, lowest_free, sampling_seed
+from rlsys.rollout.draws import Draw, Draws, sampling_seed
 from rlsys.rollout.pipeline import RolloutPipeline
 from rlsys.tracking.base import Tracker
 from rlsys.types import Prompt, RolloutGroup, SampleRequest
@@ -23,36 +23,36 @@ from rlsys.types import Prompt, RolloutGroup, SampleRequest
 
 @dataclass(slots=True)
 class _Batch:
-    """The batch of a step while it is put together."""
+    """The batch of a step while it is collected."""
 
     step: int
     size: int
     """P, groups."""
     resamples_left: int
-    """Groups without variance that may still be replaced."""
+    """Groups with zero std that may still be replaced."""
     taken: list[tuple[Draw, RolloutGroup]] = field(default_factory=list)
-    flat: list[tuple[Draw, RolloutGroup]] = field(default_factory=list)
-    """Groups without variance, which dynamic sampling left out."""
+    filtered: list[tuple[Draw, RolloutGroup]] = field(default_factory=list)
+    """Groups whose rewards have zero std, which dynamic sampling left out."""
     staleness: list[int] = field(default_factory=list)
-    """Of every completion that was taken, in weight versions."""
+    """Staleness of every completion that was taken, in weight versions."""
     num_cut_off: int = 0
     num_filled: int = 0
-    """Groups without variance that were taken after all."""
+    """Groups with zero std that were taken after all."""
 
     @property
     def room(self) -> int:
-        """Groups that are missing."""
+        """Number of missing groups."""
         return self.size - len(self.taken)
 
 
 class Rollouts:
     """Samples, scores and collects batches, running ahead of the policy by a bounded distance.
 
-    With weights of version v published, P + x prompts are begun or finished, and the P of them
-    that are done first become the batch of step v + 1, where P is what a batch holds and x is
-    `config.num_prompts_ahead`. A draw that would become staler than `rollout.max_staleness`
-    allows is waited for instead. With `max_staleness: 0` nothing may be left over: what is not
-    in the batch by then is given up, and its prompts come first in the next step.
+    With weights of version v published, P + x prompts are begun or finished. The first P of them
+    that are done become the batch of step v + 1. P is the size of a batch and x is
+    `config.num_prompts_ahead`. The batch waits for a draw that would otherwise exceed
+    `rollout.max_staleness`. With `max_staleness: 0` nothing may be left over: draws that are not in
+    the batch are given up, and their prompts come first in the next step.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class Rollouts:
         tracker: Tracker,
         training: Sequence[Prompt] = (),
     ):
-        """`training`: the prompts of the stream that are in memory; checkpoints name them."""
+        """`training`: prompts of the stream that are in memory; checkpoints name them by id."""
         self._config = config
         self._pipeline = RolloutPipeline(engines, rewards, timeout_s=config.rollout.timeout_s)
         self._prompts = prompts
-        self._pool = DrawPool(prompts, known=training)
+        self._draws = Draws(prompts, known=training)
         self._before_batch: tuple[int, dict[str, Any]] = (0, {})
-        """The last step whose batch was begun, and the state before that."""
+        """The last step whose batch was begun, and the state before it."""
         self._finished: dict[int, RolloutGroup] = {}
-        """Scored groups of the pool that are in no batch yet."""
+        """Scored groups that are not in a batch yet, by ticket."""
         self._scored_in_evaluation: list[RolloutGroup] = []
-        """Of the pool too; the next batch sorts them in."""
+        """Training groups that the next batch sorts in."""
         self._validation = list(validation)
         self._tracker = tracker
         self._metrics: dict[str, float] = {}
@@ -84,42 +84,39 @@ class Rollouts:
         self._idle_before_s = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Where in the data the run is, as JSON has it; see DrawPool."""
-        return self._pool.state_dict()
+        """Where in the data the run is, in JSON's types; see Draws."""
+        return self._draws.state_dict()
 
     def state_after(self, step: int) -> dict[str, Any]:
-        """`state_dict` as it was after a step, where the next one has begun."""
+        """`state_dict` right after a step, even if the next one has begun."""
         begun, before = self._before_batch
         return before if step < begun else self.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the run with this state was; what was in flight is sampled again."""
-        self._pool.load_state_dict(state)
+        """Continue from a state; what was in flight is sampled again."""
+        self._draws.load_state_dict(state)
 
     def close(self) -> Exception | None:
-        """Stop looking after what is in flight; before Ray is shut down.
-
-        Returns what failed there since the last batch or evaluation, which nobody heard of.
-        """
+        """Stop the background, before Ray is shut down; returns what failed there, once."""
         return self._pipeline.close()
 
     def next_batch(self, step: int) -> list[RolloutGroup]:
         """The P scored groups of a step, in the order in which the stream gave their prompts.
 
-        Every group is logged as soon as it is known to be in the batch, which without running
-        ahead and without oversampling is as soon as it is scored.
+        A group is logged as soon as it is in the batch. Without running ahead and oversampling
+        that is as soon as it is scored.
 
         Raises:
             RuntimeError: a completion is staler than max_staleness.
             PhaseTimeout, ActorFailure: see RolloutPipeline.wait.
         """
-        self._pipeline.take_over()
+        self._pipeline.stop_background()
         self._before_batch = step, self.state_dict()
         start = time.monotonic()
         rollout, size = self._config.rollout, self._config.num_prompts
         resamples = rollout.max_resample_times * size if rollout.dynamic_sample else 0
         batch = _Batch(step, size, resamples)
-        self._begin(batch, self._num_wanted(step) - len(self._pool))
+        self._begin(batch, self._num_wanted(step) - len(self._draws))
         for group in self._scored_in_evaluation:
             self._sort_in(batch, group)
         self._scored_in_evaluation = []
@@ -132,22 +129,22 @@ class Rollouts:
         self._fill_up(batch)
         if rollout.max_staleness == 0:
             self._cut_off(batch)
-        for _, group in self._in_order(batch.taken + batch.flat):
+        for _, group in self._in_order(batch.taken + batch.filtered):
             self._prompts.observe(group)
         self._metrics = self._batch_metrics(batch) | {
             "idle/policy_seconds": time.monotonic() - start
         }
-        self._pipeline.go_on_alone()
+        self._pipeline.start_background()
         return [group for _, group in self._in_order(batch.taken)]
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Rewards of one completion for each held-out prompt, at the sampling temperature.
 
-        The seeds do not depend on `step`, so that two evaluations differ by their weights alone.
-        Training completions that are in flight share the engines with them.
+        The seeds do not depend on `step`, so that two evaluations differ by their weights only.
+        They share the engines with training completions in flight.
         """
-        self._pipeline.take_over()
-        asked = {self._pool.new_ticket(): index for index in range(len(self._validation))}
+        self._pipeline.stop_background()
+        asked = {self._draws.new_ticket(): index for index in range(len(self._validation))}
         self._submit(
             {ticket: self._validation[index] for ticket, index in asked.items()},
             {ticket: (0, index) for ticket, index in asked.items()},
@@ -163,15 +160,17 @@ class Rollouts:
                 index = asked[group.group_id]
                 groups[index] = replace(group, group_id=index)
                 self._tracker.log_completions(step, groups[index], None, "eval")
-        self._pipeline.go_on_alone()
+        self._pipeline.start_background()
         in_order = [groups[index] for index in range(len(asked))]
-        _check_one_version(in_order)
+        versions = {completion.policy_versions for g in in_order for completion in g.completions}
+        if len(versions) > 1:
+            raise RuntimeError(f"an evaluation has several weight versions: {versions}")
         metrics = evaluation_metrics(in_order)
         metrics |= logged_metrics(in_order, beside=metrics)
         return {f"eval/{name}": value for name, value in metrics.items()}
 
     def metrics(self) -> dict[str, float]:
-        """Of the batch that was collected last, and of the time since the last call."""
+        """Metrics of the last batch, and timings since the previous call."""
         now, idle_s = time.monotonic(), self._pipeline.idle_seconds()
         seconds = now - self._measured_at
         idle = {
@@ -186,7 +185,7 @@ class Rollouts:
         return self._metrics | idle | shares | self._prompts.metrics()
 
     def _num_wanted(self, step: int) -> int:
-        """Draws to be begun or finished in `step`; what runs ahead ends with the last step."""
+        """Draws to be begun or finished in `step`; none are begun beyond the last step."""
         config = self._config
         wanted = config.num_prompts + config.num_prompts_ahead
         if config.rollout.max_staleness == 0:  # none of them outlives the step
@@ -194,16 +193,16 @@ class Rollouts:
         return min(wanted, config.num_prompts * max(1, config.num_steps - step + 1))
 
     def _is_worth_waiting(self, batch: _Batch) -> bool:
-        """Whether the batch is not full, and is to be filled with what is in flight.
+        """Whether the batch has room, and is to be filled with what is in flight.
 
-        With the resamples used up, enough groups without variance fill it, unless a draw would
+        Once the resamples are used up, groups with zero std fill it, unless a draw in flight would
         be too stale for the next step.
         """
-        if not batch.room or len(self._pool) == len(self._finished):
+        if not batch.room or len(self._draws) == len(self._finished):
             return False
-        if batch.resamples_left or len(batch.flat) < batch.room:
+        if batch.resamples_left or len(batch.filtered) < batch.room:
             return True
-        return not self._pool.is_in_time(
+        return not self._draws.is_in_time(
             step=batch.step,
             room=0,
             batch_size=batch.size,
@@ -211,11 +210,11 @@ class Rollouts:
         )
 
     def _begin(self, batch: _Batch, n: int) -> None:
-        """Have so many more prompts sampled, by the weights that the policy has now."""
-        draws = self._pool.begin(n, version=batch.step - 1)
+        """Sample `n` more prompts with the weights that the policy has now."""
+        draws = self._draws.begin(n, version=batch.step - 1)
         self._submit(
             {ticket: draw.prompt for ticket, draw in draws.items()},
-            {ticket: seed_key(draw, batch.size) for ticket, draw in draws.items()},
+            {ticket: draw.seed_key(batch.size) for ticket, draw in draws.items()},
             num_generations=self._config.rollout.num_generations,
         )
 
@@ -238,26 +237,26 @@ class Rollouts:
         self._pipeline.submit(requests)
 
     def _sort_in(self, batch: _Batch, group: RolloutGroup) -> None:
-        """A scored group may be in the batch, unless dynamic sampling leaves it out."""
-        if not (self._config.rollout.dynamic_sample and is_flat(group)):
+        """Let a scored group into the batch, unless dynamic sampling leaves it out."""
+        if not (self._config.rollout.dynamic_sample and has_zero_std(group)):
             self._finished[group.group_id] = group
             return
-        batch.flat.append((self._pool.settle(group.group_id), group))
+        batch.filtered.append((self._draws.consume(group.group_id), group))
         if batch.resamples_left:
             batch.resamples_left -= 1
             self._begin(batch, 1)
 
     def _take_finished(self, batch: _Batch) -> None:
-        """Put groups into the batch, those first that may wait least."""
+        """Put finished groups into the batch, the most urgent first."""
 
         def due(ticket: int) -> tuple[int, int]:
-            return self._pool[ticket].version, self._pool[ticket].place
+            return self._draws[ticket].version, self._draws[ticket].place
 
         max_staleness = self._config.rollout.max_staleness
         for ticket in sorted(self._finished, key=due):
             if not batch.room:
                 return
-            if max_staleness and not self._pool.is_in_time(
+            if max_staleness and not self._draws.is_in_time(
                 without=ticket,
                 step=batch.step,
                 room=batch.room - 1,
@@ -266,12 +265,12 @@ class Rollouts:
             ):
                 continue
             group = self._finished.pop(ticket)
-            self._take(batch, self._pool.settle(ticket), group)
+            self._take(batch, self._draws.consume(ticket), group)
 
     def _take(self, batch: _Batch, draw: Draw, group: RolloutGroup) -> None:
         taken = {group.group_id for _, group in batch.taken}
-        own = draw.place % batch.size
-        group = replace(group, group_id=lowest_free(taken) if own in taken else own)
+        numbers = (draw.place % batch.size, *range(batch.size))
+        group = replace(group, group_id=next(n for n in numbers if n not in taken))
         for completion in group.completions:
             staleness = batch.step - 1 - completion.policy_versions[0]
             if staleness > self._config.rollout.max_staleness:
@@ -286,20 +285,20 @@ class Rollouts:
         self._tracker.log_completions(batch.step, group, self._advantages_of(group))
 
     def _fill_up(self, batch: _Batch) -> None:
-        """With the resamples used up, groups without variance are better than none."""
-        batch.flat = self._in_order(batch.flat)
+        """Fill the batch with groups of zero std, and log the others of them."""
+        batch.filtered = self._in_order(batch.filtered)
         batch.num_filled = batch.room
-        filling, batch.flat = batch.flat[: batch.room], batch.flat[batch.room :]
+        filling, batch.filtered = batch.filtered[: batch.room], batch.filtered[batch.room :]
         for draw, group in filling:
             self._take(batch, draw, group)
-        for number, (_, group) in enumerate(batch.flat):
+        for number, (_, group) in enumerate(batch.filtered):
             logged = replace(group, group_id=number)
             advantages = self._advantages_of(logged)
             self._tracker.log_completions(batch.step, logged, advantages, "filtered")
 
     def _cut_off(self, batch: _Batch) -> None:
-        """Give up stragglers: with the next weights they would be stale."""
-        given_up = self._pool.give_up_all()
+        """Give up what is unfinished: with the next weights it would be stale."""
+        given_up = self._draws.give_up_all()
         self._pipeline.give_up(given_up)
         self._finished.clear()
         batch.num_cut_off = len(given_up)
@@ -312,20 +311,20 @@ class Rollouts:
             "staleness/max": float(max(batch.staleness)),
         }
         if self._config.num_prompts_ahead:
-            metrics["rollout/groups_ahead"] = float(len(self._pool))
+            metrics["rollout/groups_ahead"] = float(len(self._draws))
             metrics["rollout/groups_cut_off"] = float(batch.num_cut_off)
         if rollout.dynamic_sample:
             used = rollout.max_resample_times * batch.size - batch.resamples_left
             metrics |= {
                 "dynamic_sample/groups_resampled": float(used),
                 "dynamic_sample/resample_times": used / batch.size,
-                "dynamic_sample/groups_filtered": float(len(batch.flat)),
+                "dynamic_sample/groups_filtered": float(len(batch.filtered)),
                 "dynamic_sample/groups_without_variance": float(batch.num_filled),
             }
         return metrics
 
     def _advantages_of(self, group: RolloutGroup) -> list[float] | None:
-        """Known already unless they depend on the rest of the batch."""
+        """Advantages; None if they depend on the rest of the batch."""
         config = self._config
         return advantages_of_group(group, config.grpo, config.reward.reward_weights)
 
@@ -334,23 +333,7 @@ class Rollouts:
         return sorted(groups, key=lambda pair: pair[0].place)
 
 
-def is_flat(group: RolloutGroup) -> bool:
-    """Whether all rewards of a group are equal, so that it says nothing about what is better."""
+def has_zero_std(group: RolloutGroup) -> bool:
+    """Whether all rewards of a group are equal, so that it teaches nothing."""
     std = nanstd(rewards_matrix([group]))
     return bool(torch.isclose(std, torch.zeros_like(std)).all())
-
-
-def seed_key(draw: Draw, batch_size: int) -> tuple[int, ...]:
-    """What a draw's seed depends on: its place, and how often it was begun and given up.
-
-    A place is counted as a run that neither runs ahead nor filters counts it: the step, and the
-    position in the batch.
-    """
-    place = 1 + draw.place // batch_size, draw.place % batch_size
-    return (*place, draw.attempt) if draw.attempt else place
-
-
-def _check_one_version(groups: Sequence[RolloutGroup]) -> None:
-    versions = {completion.policy_versions for group in groups for completion in group.completions}
-    if len(versions) > 1:
-        raise RuntimeError(f"an evaluation was sampled with several weight versions: {versions}")

@@ -13,7 +13,7 @@ from rollout_world import NEVER, World, enter, make_prompts, number_of
 
 from rlsys.actors.waiting import PhaseTimeout
 from rlsys.driver import train
-from rlsys.rollout.rollouts import is_flat
+from rlsys.rollout.rollouts import has_zero_std
 from rlsys.tracking.sampling_watch import SamplingWatch
 from rlsys.types import UpdateOutput
 
@@ -96,7 +96,7 @@ def test_batches_are_full_and_fresh_and_no_prompt_is_lost_or_used_twice(build, d
     for step, groups in enumerate(
         steps(world, rollouts, 1, 6, update_seconds=update_seconds, evaluated=evaluated), start=1
     ):
-        flat = sum(is_flat(group) for group in groups)
+        flat = sum(has_zero_std(group) for group in groups)
         if rollout["dynamic_sample"]:
             assert flat == rollouts.metrics()["dynamic_sample/groups_without_variance"]
         if rollout["max_staleness"] == 0:  # nothing outlives its step
@@ -300,7 +300,7 @@ def test_groups_without_variance_that_end_during_an_evaluation_are_replaced(buil
         rollout={"max_staleness": 1, "dynamic_sample": True, "max_resample_times": 5},
     )
     for groups in steps(world, rollouts, 1, 4, evaluated=(2, 3)):
-        assert not any(is_flat(group) for group in groups)
+        assert not any(has_zero_std(group) for group in groups)
 
 
 def test_nothing_is_begun_that_the_last_step_does_not_need(build):
