@@ -182,10 +182,12 @@ class RunProcess:
 
     def wait(self) -> int:
         """The exit code."""
-        while self.popen.poll() is None:
-            self.processes()  # those of now, to be looked for later
+        for _ in range(int(PATIENCE_S / (5 * POLL_S))):
+            if self.popen.poll() is not None:
+                return self.popen.returncode
+            self.processes()  # `wait_for_no_process` looks for them later
             time.sleep(5 * POLL_S)
-        return self.popen.returncode
+        raise AssertionError(f"the run did not end in {PATIENCE_S:g} s\n{self.log}")
 
     def wait_for_no_process(self) -> None:
         """Wait until nothing that the run started is alive."""

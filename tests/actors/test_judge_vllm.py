@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from patience import PATIENCE_S
 
 from rlsys.rewards import orms
 
@@ -32,9 +33,13 @@ def judge_url(starter_model, tmp_path_factory):
     with log.open("w") as file:
         server = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
     try:
-        while not answers(f"http://127.0.0.1:{port}/health"):
+        for _ in range(int(PATIENCE_S / 0.5)):
+            if answers(f"http://127.0.0.1:{port}/health"):
+                break
             assert server.poll() is None, log.read_text()[-3000:]
             time.sleep(0.5)
+        else:
+            raise AssertionError(f"the server does not answer\n{log.read_text()[-3000:]}")
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()

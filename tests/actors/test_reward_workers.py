@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import psutil
 import pytest
 import ray
 from reward_programs import PROGRAM_COMPLETIONS, PROGRAM_VALUES, PROGRAMS, SIBLING
+from waiting import eventually
 
 from rlsys.actors.reward import RewardWorkers
 from rlsys.config import RewardConfig
@@ -89,11 +89,10 @@ def score(workers: RewardWorkers, *groups: RolloutGroup) -> list[RolloutGroup]:
 
 
 def gone(pid: int) -> bool:
-    for _ in range(600):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie":
-            return True
-        time.sleep(0.1)
-    return False
+    return eventually(
+        lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie",
+        f"process {pid} ends",
+    )
 
 
 def test_groups_are_scored_by_functions_of_both_kinds(start):
@@ -129,8 +128,7 @@ def test_a_function_may_do_what_a_script_may(start, tmp_path):
     workers = start("hangs", external_plugins=["programs.py"])
     path = tmp_path / "pid"
     workers.submit(group_of(str(path)))
-    while not (path.exists() and path.read_text()):
-        time.sleep(0.1)
+    eventually(lambda: path.exists() and path.read_text(), "the function starts")
     workers.close()
     assert gone(int(path.read_text()))
 

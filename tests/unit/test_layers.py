@@ -195,12 +195,8 @@ def imported(package: str, *candidates: str) -> list[str]:
     ],
 )
 def test_a_layer_stays_light(package, forbidden):
-    assert imported(package, *forbidden) == []
-
-
-@pytest.mark.processes
-def test_the_check_above_can_fail():
-    assert imported("rlsys.rewards", "fractions", "ray") == ["fractions"]
+    # Both load fractions: the check can fail.
+    assert imported(package, "fractions", *forbidden) == ["fractions"]
 
 
 @pytest.mark.parametrize("package", ["actors", "engines", "weight_sync"])

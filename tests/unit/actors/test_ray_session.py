@@ -8,13 +8,13 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import grpc
 import psutil
 import pytest
 import ray
+from waiting import eventually
 
 from rlsys.actors import ray_session as session
 from rlsys.actors.ray_session import RayStartError, agree_on_token
@@ -157,8 +157,7 @@ class Starts:
         self.attempts += 1
         self.servers.append(psutil.Popen(["sleep", "600"]))
         self.node = psutil.Popen([self.raylet, "600"])
-        while self.node.name() != "raylet":  # before its exec
-            time.sleep(0.01)
+        eventually(lambda: self.node.name() == "raylet", "the node's exec")
         self.asked = 0
         session.services.get_node("address", "id")
 
@@ -168,8 +167,7 @@ class Starts:
             if self.attempts > self.fatal:
                 return {}
             self.node.kill()  # dead, and a zombie, as nobody has waited for it
-            while self.node.status() != psutil.STATUS_ZOMBIE:
-                time.sleep(0.01)
+            eventually(lambda: self.node.status() == psutil.STATUS_ZOMBIE, "the node ends")
         raise RuntimeError("node is not there")
 
 

@@ -1,18 +1,20 @@
 """What a slow start says."""
 
-import time
-
 import pytest
+from waiting import eventually
 
 from rlsys.actors.start_report import MOST_NAMES, StartReport
 
 
 def wait_for_line(capsys, *words):
-    text = ""
-    while not all(word in text for word in words):
-        text = capsys.readouterr().out
-        time.sleep(0.01)
-    return text
+    texts = []
+
+    def has_come():
+        texts.append(capsys.readouterr().out)
+        return all(word in texts[-1] for word in words)
+
+    eventually(has_come, f"a line with {words}")
+    return texts[-1]
 
 
 def test_a_slow_start_names_who_is_not_ready(capsys):

@@ -416,7 +416,7 @@ def test_a_pipe_that_closes_early_ends_the_viewer_silently(run):
     assert viewer.stdout.readline().startswith("step 1, group 0")
     viewer.stdout.close()
     assert viewer.stderr.read() == ""
-    viewer.wait()
+    viewer.wait(timeout=300)  # after its last output
 
 
 def test_a_completion_of_several_versions_shows_where_each_begins(run, capsys):

@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import time
 from pathlib import Path
 
 import pytest
+from waiting import eventually
 
 from rlsys.rewards import orms
 from rlsys.rewards.builtin.code_tests import AssertTest, CallTest, StdioTest, read_tests
@@ -433,14 +433,15 @@ def test_nothing_is_left_when_the_reward_is_killed_in_the_middle(tmp_path):
     )
     server = int(process.stdout.readline())
     children = Path(f"/proc/{server}/task/{server}/children")
-    while not children.read_text():
-        time.sleep(0.01)
+    eventually(children.read_text, "the helper starts the program")
     child = int(children.read_text().split()[0])
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     for pid in (server, child):
-        while Path(f"/proc/{pid}").exists() and "Z" not in _state(pid):
-            time.sleep(0.01)
+        eventually(
+            lambda pid=pid: not Path(f"/proc/{pid}").exists() or "Z" in _state(pid),
+            f"process {pid} ends",
+        )
 
 
 def _state(pid: int) -> str:
@@ -499,8 +500,7 @@ def test_a_helper_that_dies_in_the_middle_is_an_error_of_that_program_only(ask):
     programs = []
     with pytest.raises(RuntimeError, match="helper process was killed by signal 9, perhaps"):
         killed_in_the_middle(sandbox, programs, ask=ask)
-    while "Z" not in _state(programs[0]):  # the program ends with the helper
-        time.sleep(0.01)
+    eventually(lambda: "Z" in _state(programs[0]), "the program ends with the helper")
     assert sandbox.run("print(input())", "3").output == b"3\n"
     assert len(os.listdir("/proc/self/fd")) <= num_open
 

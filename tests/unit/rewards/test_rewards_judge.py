@@ -5,11 +5,11 @@ import gc
 import json
 import logging
 import threading
-import time
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from waiting import eventually
 
 from rlsys.rewards import orms
 
@@ -186,9 +186,10 @@ def test_no_more_requests_at_once_than_allowed(server):
     server.gate.clear()
 
     def open_when_four_wait():
-        while server.now < 4:
-            time.sleep(0.01)
-        server.gate.set()
+        try:
+            eventually(lambda: server.now >= 4, "four requests wait")
+        finally:
+            server.gate.set()
 
     threading.Thread(target=open_when_four_wait, daemon=True).start()
     texts = [str(n) for n in range(40)]

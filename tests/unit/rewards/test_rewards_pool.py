@@ -7,13 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 from reward_programs import PROGRAM_COMPLETIONS, PROGRAM_VALUES, PROGRAMS, SIBLING
+from waiting import eventually
 
 from rlsys.config import RewardConfig
 from rlsys.rewards import check_functions, load_plugins, orms
@@ -167,11 +167,10 @@ def score(scorer: GroupScorer, *groups: RolloutGroup) -> list[RolloutGroup]:
 
 
 def gone(pid: int) -> bool:
-    for _ in range(300):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie":
-            return True
-        time.sleep(0.1)
-    return False
+    return eventually(
+        lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie",
+        f"process {pid} ends",
+    )
 
 
 def totals(group: RolloutGroup) -> list[float]:
@@ -387,8 +386,7 @@ def test_the_guard_of_memory_ends_with_its_process(start):
     assert worker.ppid() == os.getpid()
     [guard] = worker.children()
     scorer.close()
-    guard.wait(timeout=30)
-    assert not guard.is_running()
+    eventually(lambda: not guard.is_running(), "the guard ends")
 
 
 def test_the_first_call_in_a_new_process_has_all_the_time(start):
