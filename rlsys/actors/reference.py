@@ -61,12 +61,12 @@ class ReferenceRank(ModelRank):
         ]
         self.receiver.check()
         tensors = chain.from_iterable(received)
-        self.engine.mix_weights(tensors, alpha=self.config.reference.mixup_alpha)
+        self.engine.weights.mix(tensors, alpha=self.config.reference.mixup_alpha)
         return policy_version
 
     def load_model(self, folder: Path) -> None:
-        """See MegatronReference.load_model."""
-        self.engine.load_model(folder)
+        """See MegatronWeights.load."""
+        self.engine.weights.load(folder)
 
 
 class ReferenceActors(ModelActors):

@@ -137,6 +137,8 @@ def policy_loss(
     extra = (statistics or {}) | of_correction
     if weights_T is not None and not corrected:
         token_losses_T = weights_T * token_losses_T
+    if inputs.high_covariance is not None:
+        extra["clip_ratio/cov_mean"] = masked_sum(inputs.high_covariance, inputs.mask)
     if inputs.ref_logprobs is not None:
         kl_T = reference_kl(inputs, config)
         extra["kl"] = masked_sum(kl_T, inputs.mask)
@@ -192,13 +194,6 @@ def clip_statistics(
         "clip_ratio/high_mean": masked_sum(high_clipped_T, inputs.mask),
         "clip_ratio/region_mean": masked_sum(low_clipped_T | high_clipped_T, inputs.mask),
     }
-
-
-def covariance_statistics(inputs: LossInput) -> dict[str, Tensor]:
-    """Share of tokens of high covariance."""
-    if inputs.high_covariance is None:
-        return {}
-    return {"clip_ratio/cov_mean": masked_sum(inputs.high_covariance, inputs.mask)}
 
 
 def ratio_statistics(inputs: LossInput, ratio_T: Tensor) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from rlsys.algo.kl import log_ratio
 from rlsys.algo.losses.base import (
     LossInput,
     clip_statistics,
-    covariance_statistics,
     importance_ratio,
     policy_loss,
     ratio_statistics,
@@ -53,7 +52,7 @@ def clipped_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[st
     if delta is not None:
         dual_T = (ratio_T > delta) & (advantages_T < 0)
         statistics["clip_ratio/dual_mean"] = masked_sum(dual_T, inputs.mask)
-    statistics |= ratio_statistics(inputs, ratio_T) | covariance_statistics(inputs)
+    statistics |= ratio_statistics(inputs, ratio_T)
     return policy_loss(inputs, config, -surrogate_T, statistics)
 
 

@@ -11,7 +11,6 @@ from rlsys.algo.kl import MAX_LOG_RATIO, log_ratio
 from rlsys.algo.losses.base import (
     LossInput,
     clip_statistics,
-    covariance_statistics,
     importance_ratio,
     policy_loss,
     ratio_statistics,
@@ -141,8 +140,7 @@ def kl_cov_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str
     if inputs.high_covariance is not None:
         penalty_T = log_ratio(inputs.logprobs, inputs.old_logprobs, inputs.high_covariance).abs()
         token_losses_T = token_losses_T + config.ppo_kl_coef * penalty_T
-    statistics = ratio_statistics(inputs, ratio_T) | covariance_statistics(inputs)
-    return policy_loss(inputs, config, token_losses_T, statistics)
+    return policy_loss(inputs, config, token_losses_T, ratio_statistics(inputs, ratio_T))
 
 
 @register_loss("reinforce")

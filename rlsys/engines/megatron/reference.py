@@ -55,14 +55,6 @@ class MegatronReference(MegatronModel):
         with self._on_gpu():  # where its ranks can exchange weights
             super().save_model(folder)
 
-    def mix_weights(self, tensors: Iterator[tuple[str, torch.Tensor]], *, alpha: float) -> None:
-        """See MegatronWeights.mix."""
-        self.weights.mix(tensors, alpha=alpha)
-
-    def load_model(self, folder: Path) -> None:
-        """Take the weights of a model folder of the same shape."""
-        self.weights.load(folder)
-
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:
         try:
