@@ -28,6 +28,7 @@ from rlsys.model.weight_files import (
     read_header,
     weight_files,
 )
+from rlsys.problems import Problem, ProblemsError
 
 _COMPARED_BYTES = 2**24
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -40,11 +41,11 @@ def check_model_folder(folder: Path, *, has_prompts: bool) -> None:
     """Refuse a model folder with problems.
 
     Raises:
-        ValueError: all of them, see `folder_problems`.
+        ProblemsError: lists what `folder_problems` finds.
     """
     problems = folder_problems(folder, read_model_shape(folder), has_prompts=has_prompts)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ProblemsError(str(folder), list(map(Problem, problems)))
 
 
 def folder_problems(folder: Path, shape: ModelShape, *, has_prompts: bool) -> list[str]:

@@ -23,6 +23,7 @@ from rlsys.preflight.devices import gpu_memory_gib
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.memory import card_warnings
 from rlsys.preflight.rewards import reachable_rewards
+from rlsys.problems import Problem, ProblemsError
 from rlsys.rewards.columns import column_problems_of_run, unread_columns
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
 from rlsys.text import counted
@@ -79,12 +80,12 @@ def check_prompts(config: Config, data: PromptData) -> None:
             f"data has {len(data.train)}. Give more data or {remedy}."
         )
     if ahead and isinstance(config.checkpoint.save_steps, int) and data.unsaveable:
-        raise ValueError("\n".join(data.unsaveable))
+        raise ProblemsError("the data", list(map(Problem, data.unsaveable)))
     load_plugins(config.reward.external_plugins)
     held_out = {column: None for prompt in data.validation for column in prompt.columns}
     problems = column_problems_of_run(config, data.columns, held_out if data.validation else None)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise ProblemsError("the data", list(map(Problem, problems)))
 
 
 def check_right_answers(
