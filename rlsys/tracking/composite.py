@@ -91,7 +91,7 @@ class CompositeTracker(Tracker):
         self._watch = watch
         self._run_dir = run_dir
         self._progress = progress
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._closed = False
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
@@ -104,8 +104,7 @@ class CompositeTracker(Tracker):
             for part in self._parts:
                 part.log_metrics(step, metrics)
             for text in self._watch.observe(step, metrics):
-                for part in self._parts:
-                    part.log_warning(step, text)
+                self.log_warning(step, text)
 
     def log_completions(
         self,
