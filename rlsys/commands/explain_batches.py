@@ -63,11 +63,11 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
             f"{completions * rollout.max_completion_length:,} sampled, "
             f"{completions * longest_row(config):,} trained on",
         ),
-        *_length(config),
+        *_run_length(config),
     ]
 
 
-def _length(config: Config) -> Iterator[tuple[str, str]]:
+def _run_length(config: Config) -> Iterator[tuple[str, str]]:
     """Steps and epochs of the run, which may depend on the number of rows."""
     rows = count_rows(config.data)
     prompts = config.num_prompts
@@ -118,7 +118,7 @@ def _running_ahead(config: Config) -> Iterator[tuple[str, str]]:
     """Prompts that are sampled in addition to the P of the step."""
     rollout, prompts, ahead = config.rollout, config.num_prompts, config.num_prompts_ahead
     if ahead:
-        rest = "go on" if rollout.max_staleness else "are given up and begun again"
+        rest = "continue" if rollout.max_staleness else "are given up and started again"
         yield (
             "prompts in flight, at most",
             f"{prompts + ahead} = P {prompts} + {ahead} that {rest} when the first {prompts} are "

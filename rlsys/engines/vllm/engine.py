@@ -118,7 +118,10 @@ class VLLMEngine:
             self._llm.llm_engine.add_request(
                 str(request.group_id),
                 tokens_input(request.prompt.token_ids, cache_salt=self._cache_salt()),
-                self._sampling_parameters(request),
+                SamplingParams(
+                    **sampling_arguments(self._config.rollout, self._stops, request),
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                ),
             )
             self._running[request.group_id] = RunningGroup(request.prompt, self.policy_version)
 
@@ -203,12 +206,6 @@ class VLLMEngine:
                 num_tokens=state.detokenizer.num_output_tokens(),
                 keeps_kv=self._config.rollout.in_flight_kv == "keep",
             )
-
-    def _sampling_parameters(self, request: SampleRequest) -> SamplingParams:
-        return SamplingParams(
-            **sampling_arguments(self._config.rollout, self._stops, request),
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
 
     def _check_prompt(self, prompt: Prompt) -> None:
         limit = self._config.data.max_prompt_length
