@@ -20,6 +20,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
+from torch.nn.functional import pad
 
 OPTIMIZER_FOLDER = "optimizer"
 """Name of the folder in a checkpoint."""
@@ -141,26 +142,13 @@ def _with_padding(optimizer: DistributedOptimizer) -> Any:
         if states is None:  # another rank has them
             return None
         for number, buffer in enumerate(optimizer.buffers):
-            sizes = [(bucket.numel_unpadded, bucket.grad_data.numel()) for bucket in buffer.buckets]
+            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
+            gaps = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
             for tensors in states[number].values():
-                for name in [key for key, value in tensors.items() if torch.is_tensor(value)]:
-                    tensors[name] = pad_buckets(tensors[name], sizes)
+                for name, value in tensors.items():
+                    if torch.is_tensor(value):
+                        parts = zip(value.split(sizes), gaps, strict=True)
+                        tensors[name] = torch.cat([pad(part, (0, gap)) for part, gap in parts])
         return states
 
     return gather_with_padding
-
-
-def pad_buckets(values: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
-    """Concatenated buckets, each filled up with zeros to its padded size.
-
-    Args:
-        values: 1-dimensional, the buckets without padding.
-        sizes: (unpadded, padded) size of each bucket.
-    """
-    parts = values.split([unpadded for unpadded, _ in sizes])
-    return torch.cat(
-        [
-            torch.nn.functional.pad(part, (0, padded - unpadded))
-            for part, (unpadded, padded) in zip(parts, sizes, strict=True)
-        ]
-    )
