@@ -171,7 +171,7 @@ class LabRank(PolicyRank):
         self.config = config
 
     def cut_buckets(self, num_parameters):
-        """Communicate gradients and weights in parts of so many parameters, as a large model does.
+        """Communicate gradients and weights in parts of `num_parameters`, as a large model does.
 
         For policies that are made after this; None is megatron-core's own size, of 40 million.
         """
@@ -212,7 +212,7 @@ class LabRank(PolicyRank):
         self.memory = torch.zeros(2, largest, dtype=torch.uint8)
 
     def in_buckets(self):
-        """As `exported`, on the sender, through the buckets of `plan_buckets`."""
+        """The same as `exported`, on the sender, through the buckets of `plan_buckets`."""
         if self.rank != self.sender:
             self.export.contribute()
             return None
@@ -238,7 +238,7 @@ class LabRank(PolicyRank):
         ]
 
     def gradient(self, batch):
-        """As `exported`: the gradient of one optimizer step, which is not taken."""
+        """The gradient of one optimizer step, which is not taken, in the form of `exported`."""
         optimizer = self.engine.optimizer
         optimizer.step = lambda: (True, 0.0, None)
         self.engine.update(batch)
@@ -250,7 +250,7 @@ class LabRank(PolicyRank):
         return self._export(gradients)
 
     def run_out_of_memory(self, batch, at):
-        """As on a GPU that is too small for one part of the work."""
+        """Fail like a GPU that is too small for one part of the work."""
         from rlsys.engines.megatron import export as megatron_export
         from rlsys.engines.megatron import model as megatron_logprobs
         from rlsys.engines.megatron import policy as megatron
@@ -264,9 +264,9 @@ class LabRank(PolicyRank):
             self.connect_weight_sync([unconnected(slices, bucket_bytes=1 << 20)], to="nobody")
 
         place, name, work = {
-            "weights": (megatron_logprobs, "build_model", self.build_anew),
-            "gradients": (megatron, "DistributedDataParallel", self.build_anew),
-            "optimizer": (megatron, "get_megatron_optimizer", self.build_anew),
+            "weights": (megatron_logprobs, "build_model", self.build_again),
+            "gradients": (megatron, "DistributedDataParallel", self.build_again),
+            "optimizer": (megatron, "get_megatron_optimizer", self.build_again),
             "update": (engine.model, "forward", lambda: engine.update(batch)),
             "optimizer's step": (engine.optimizer, "step", lambda: engine.update(batch)),
             "log-probs": (engine.model, "forward", lambda: engine.compute_logprobs(batch)),
@@ -277,7 +277,7 @@ class LabRank(PolicyRank):
         with mock.patch.object(place, name, side_effect=full):
             work()
 
-    def build_anew(self):
+    def build_again(self):
         from rlsys.engines.megatron.policy import MegatronPolicy
 
         MegatronPolicy(self.config, device=self.device)

@@ -42,7 +42,7 @@ LAYOUTS = {
     },
 }
 ONE_AND_TWO_MICRO_BATCHES = {"max_tokens_per_micro_batch": 64}
-"""Of the two data-parallel ranks of `random_batch`, which exchange tokens in each of them."""
+"""Micro-batches of the two data-parallel ranks, which exchange tokens in each."""
 
 
 @pytest.fixture(scope="module")

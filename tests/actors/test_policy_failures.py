@@ -1,4 +1,4 @@
-"""What goes wrong in an update is told at once, by name, and spoils nothing."""
+"""A failing update raises at once, names the cause, and spoils nothing."""
 
 import os
 import time
@@ -17,7 +17,7 @@ SHARDS = r"raise policy\.tensor_parallel_size or policy\.pipeline_parallel_size"
 
 
 @pytest.mark.parametrize("layout", ["one rank", "TP 2", "PP 2", "DP 2"])
-def test_a_gradient_that_is_not_finite_is_told_and_not_applied(lab, policy_models, layout):
+def test_a_gradient_that_is_not_finite_raises_and_is_not_applied(lab, policy_models, layout):
     policy = lab.policy(policy_config(policy_models["qwen3-tied"], **LAYOUTS[layout]))
     policy.update(random_batch())
     before = exported(policy)
@@ -57,7 +57,7 @@ def test_a_gradient_that_is_not_finite_is_told_and_not_applied(lab, policy_model
         ("buckets", "two buckets of 0 MiB to send weights in", r"lower weight_sync\.bucket_mb"),
     ],
 )
-def test_a_gpu_that_is_too_small_is_told_with_what_to_change(lab, policy_models, at, what, remedy):
+def test_the_error_of_a_full_gpu_says_what_to_change(lab, policy_models, at, what, remedy):
     policy = lab.policy(policy_config(policy_models["qwen3-tied"]))
     message = rf"CUDA out of memory\.\nThe GPU is too small for {what}[^\n]*: [^\n]*{remedy}"
     with pytest.raises(ActorFailure, match=message):

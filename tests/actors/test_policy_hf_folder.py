@@ -65,7 +65,7 @@ def test_buckets_hold_what_one_by_one_export_gives(lab, policy_models, name, lay
 
 
 def random_boxes(metadata, seed):
-    """Of each tensor one or two, of which some are all of it and none overlap."""
+    """One or two slices of each tensor: some are the whole tensor, none overlap."""
     rng = random.Random(seed)
     boxes = []
     for meta in metadata:

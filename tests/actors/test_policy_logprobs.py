@@ -1,4 +1,4 @@
-"""Log-probs of the policy are those of transformers, for every architecture and layout.
+"""Log-probs of the policy equal those of transformers, for every architecture and layout.
 
 This process imports no megatron: what it compares with is transformers on an unpatched torch.
 """

@@ -100,19 +100,19 @@ def test_an_optimizer_state_of_the_other_kind_is_refused(lab, policy_models, tmp
 
 
 def test_what_is_resumed_is_more_than_the_weights(lab, policy_models, tmp_path):
-    """The bounds above would notice an optimizer or a schedule that began anew."""
+    """The bounds above would notice an optimizer or a schedule that started again."""
     config = config_of(policy_models)
     metrics, weights = run_and_save(lab, config, tmp_path / "step-2")
     policy = lab.policy(config)
     update(policy, [1, 2])
     policy.save_model(tmp_path / "weights")
     model = config.model.model_copy(update={"path": str(tmp_path / "weights")})
-    anew = lab.policy(config.model_copy(update={"model": model}))
+    restarted = lab.policy(config.model_copy(update={"model": model}))
     rates = []
     for version in (3, 4):
         batch = random_batch(seed=version)
-        batch.old_logprobs = anew.compute_logprobs(batch)[0]
-        rates.append(anew.update(batch).metrics["learning_rate"])
+        batch.old_logprobs = restarted.compute_logprobs(batch)[0]
+        rates.append(restarted.update(batch).metrics["learning_rate"])
     assert rates != [update["learning_rate"] for update in metrics]
-    weights_anew = exported(anew)
-    assert all((weights_anew[name] - weights[name]).abs().max() > 1e-4 for name in weights)
+    restarted_weights = exported(restarted)
+    assert all((restarted_weights[name] - weights[name]).abs().max() > 1e-4 for name in weights)

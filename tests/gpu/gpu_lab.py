@@ -16,7 +16,7 @@ from rlsys.actors.rollout import RolloutActor
 from rlsys.weight_sync.checksum import as_numbers, checksum
 
 SHARE = 0.1
-"""Of a GPU, in Ray's bookkeeping: all the tests' actors fit on two."""
+"""Share of a GPU in Ray's bookkeeping: all actors of the tests fit on two."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class OpenActor(RolloutActor):
         await self._between_steps(_set_in_flight_kv, value)
 
     async def least_tokens(self):
-        """Of the completions in flight."""
+        """Fewest tokens of a completion in flight."""
         return await self._between_steps(_least_tokens)
 
     async def do_nothing(self, seconds):

@@ -1,4 +1,4 @@
-"""What people meet on GPUs is told in words that help."""
+"""Errors on GPUs say what to do."""
 
 import re
 

@@ -21,7 +21,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 EP_2 = {"world_size": 2, "expert_model_parallel_size": 2}
 LAYOUTS = {"one rank": {}, "EP 2": EP_2, "TP 2 x EP 2": EP_2 | {"tensor_parallel_size": 2}}
 RELATIVE = {"float32": 1e-4, "bfloat16": 2**-4}
-"""Of loss and gradient norm; rounding to bfloat16 sends some tokens to other experts."""
+"""Relative bound for loss and gradient norm: rounding to bfloat16 sends tokens to other experts."""
 NUM_UPDATES = 3
 
 

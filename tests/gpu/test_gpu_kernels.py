@@ -15,7 +15,7 @@ SHAPES = [(1, 512), (7, 8192), (300, 16640)]
 PADDING = 6
 """Last logits of every row that have no probability: not -inf, which times 0 is nan."""
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-8}
-"""Of a gradient, relative to the largest of its row: that of its type."""
+"""Error of a gradient relative to the largest of its row: its type's precision."""
 
 
 def formula(logits, targets, upstream, temperature):

@@ -10,10 +10,10 @@ pytestmark = pytest.mark.gpu(2)
 
 BATCH = long_batch(16, 400)
 RELATIVE = {"float32": 1e-4, "bfloat16": 2**-6}
-"""Of loss and gradient norm. A rounding to bfloat16 changes a number by up to 2^-9; with others
-in other places, gradient norms of these models are up to 6e-3 apart."""
+"""Relative bound for loss and gradient norm. Rounding to bfloat16 changes a number by up to 2^-9;
+rounding in other places makes gradient norms of these models differ by up to 6e-3."""
 NATS = {"float32": 1e-4, "bfloat16": 1e-2}
-"""Of log-probs, in the mean."""
+"""Bound for the mean difference of log-probs."""
 NUM_UPDATES = 3
 
 

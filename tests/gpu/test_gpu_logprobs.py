@@ -18,7 +18,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass
 class Results:
-    """Of one model and type: [N, S] log-probs, Hugging Face tensors, and their gradients."""
+    """[N, S] log-probs, Hugging Face tensors, and their gradients, of one model and type."""
 
     packed: torch.Tensor
     one_at_a_time: torch.Tensor
@@ -73,7 +73,7 @@ def mean_difference(a, b):
 
 
 def relative_difference(a, b):
-    """Of two gradients: norm of the difference over the norm."""
+    """Norm of the difference of two gradients over the norm."""
     assert a.keys() == b.keys()
     squares = [((a[name] - b[name]).double() ** 2).sum() for name in a]
     norms = [(b[name].double() ** 2).sum() for name in b]

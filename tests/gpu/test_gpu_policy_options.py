@@ -15,7 +15,7 @@ NUM_UPDATES = 3
 
 
 def use_separate_weight_gradients(rank):
-    """As where Transformer Engine does not add them to main_grad itself."""
+    """Do as if Transformer Engine did not add gradients to main_grad itself."""
     for module in rank.engine.model.modules():
         if hasattr(module, "fuse_wgrad_accumulation"):
             module.fuse_wgrad_accumulation = False

@@ -313,11 +313,11 @@ def test_what_one_group_tells_is_what_the_batch_says(estimator, scale_rewards):
     groups = scored([[1.0, 0.0, 0.25], [0.5, NAN, 1.0]])
     options = {"advantage_estimator": estimator, "scale_rewards": scale_rewards}
     values, mask = token_advantages(groups, **options)
-    told = [advantages_of_group(group, GrpoConfig(**options), None) for group in groups]
+    found = [advantages_of_group(group, GrpoConfig(**options), None) for group in groups]
     if estimator in ("grpo", "rloo", "maxrl") and scale_rewards != "batch":
-        assert told == values[mask].view(2, 3).tolist()
+        assert found == values[mask].view(2, 3).tolist()
     else:
-        assert told == [None, None]
+        assert found == [None, None]
 
 
 def test_what_is_left_out_of_the_loss():

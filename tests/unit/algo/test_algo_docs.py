@@ -89,7 +89,7 @@ def test_there_are_recipes():
 
 
 def update_metrics() -> dict[str, float]:
-    """Of every loss, with everything on that has metrics."""
+    """Metrics of every loss, with all options that add metrics."""
     batch = make_batch([[3, 2]])
     weights = loss_weights(batch.completion_mask, aggregation="token_mean", max_completion_length=3)
     packed = pack(batch, [0, 1], weights)

@@ -1,4 +1,4 @@
-"""A full GPU is told with what to change, and where it was."""
+"""The error of a full GPU says where it happened and what to change."""
 
 import traceback
 
