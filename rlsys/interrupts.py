@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a closed terminal, heard where a step is whole."""
+"""Ctrl-C, SIGTERM and a closed terminal: they interrupt a run between two steps."""
 
 from __future__ import annotations
 
@@ -12,54 +12,54 @@ from types import FrameType
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Ctrl-C; `ray job stop`, `kill` and job schedulers; a closed terminal."""
 SAME_S = 1.0
-"""Signals so close to the first one are the same wish: `timeout` sends two, a terminal may too."""
+"""Signals this soon after the first one count as the same: `timeout` sends two."""
 
 
 class ImpatientInterrupt(KeyboardInterrupt):
     """The second Ctrl-C: end at once, save nothing."""
 
 
-class _Hearing:
-    """The signals of this process, which has one main thread."""
+class _Signals:
+    """The stop signals that this process got so far."""
 
     def __init__(self) -> None:
         self.first_at: float | None = None
         self.first_finishes: str | None = None
-        """What a signal waits for, while it is held back."""
+        """What has to be finished before a signal that is held back interrupts."""
         self.is_pending = False
 
 
-_hearing = _Hearing()
+_signals = _Signals()
 
 
 @contextmanager
 def interruptible(on_first: Callable[[], None] | None = None) -> Iterator[None]:
-    """Have the stop signals raise KeyboardInterrupt in the main thread; ImpatientInterrupt the
+    """Let stop signals raise KeyboardInterrupt in the main thread, and ImpatientInterrupt the
     second time.
 
     `on_first` is called at once, in the handler of the first signal. `ray job stop` kills after
     three seconds, and the run may still be saving by then.
     """
-    global _hearing
+    global _signals
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if _hearing.first_at is not None:
-            if now - _hearing.first_at < SAME_S:
+        if _signals.first_at is not None:
+            if now - _signals.first_at < SAME_S:
                 return
             raise ImpatientInterrupt
-        _hearing.first_at = now
+        _signals.first_at = now
         if on_first is not None:
             with suppress(OSError):  # a full disk is no reason to go on
                 on_first()
-        if _hearing.first_finishes is None:
+        if _signals.first_finishes is None:
             raise KeyboardInterrupt
-        _hearing.is_pending = True
-        text = f"\ninterrupted: {_hearing.first_finishes} first. Ctrl-C again ends at once.\n"
+        _signals.is_pending = True
+        text = f"\ninterrupted: {_signals.first_finishes} first. Ctrl-C again ends at once.\n"
         with suppress(OSError):  # the terminal may have been closed
             os.write(2, text.encode())  # not print: the main thread may be in the middle of one
 
-    outer, _hearing = _hearing, _Hearing()
+    outer, _signals = _signals, _Signals()
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # as under nohup
@@ -69,17 +69,17 @@ def interruptible(on_first: Callable[[], None] | None = None) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _hearing = outer
+        _signals = outer
 
 
 @contextmanager
 def held_back(what: str = "this step is finished") -> Iterator[None]:
-    """Hear the first signal at the end: what began to change or to save the policy is finished."""
-    _hearing.first_finishes = what
+    """Delay the first signal to the end of the body, which changes or saves the policy."""
+    _signals.first_finishes = what
     try:
         yield
     finally:
-        _hearing.first_finishes = None
-    if _hearing.is_pending:
-        _hearing.is_pending = False
+        _signals.first_finishes = None
+    if _signals.is_pending:
+        _signals.is_pending = False
         raise KeyboardInterrupt

@@ -1,13 +1,13 @@
-"""Which GPU each Ray actor gets: one placement group, a bundle for each that does not share one.
+"""Which GPU each Ray actor gets: one placement group, with a bundle for each GPU.
 
-On CPU every actor has a bundle: a share of a core, for which a full cluster may have no room.
+Actors that share a GPU are in the same bundle. On CPU every actor has a bundle with a share of a
+core, for which a full cluster may have no room.
 
-The reference is given GPUs of its own, or shares those of the policy (reference.placement): the two
-never compute at the same time, so sharing costs nothing but the copy of its weights, which wait in
-host memory meanwhile. Reward models score while completions are sampled, when the policy waits too:
-they share its GPUs, where their weights stay, or have their own (reward.reward_model_placement).
-Rollout engines share a GPU where rollout.engines_per_gpu says so.
-Actors in one bundle of one GPU see the same GPU.
+The reference has its own GPUs or shares the policy's (reference.placement). The two never compute
+at the same time, so sharing costs only the copies of its weights, which wait in host memory. Reward
+models score while completions are sampled and the policy waits: they share its GPUs, where their
+weights stay, or have their own (reward.reward_model_placement). Several rollout engines share a GPU
+with rollout.engines_per_gpu.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from rlsys.config.roles import Role, RoleName, describe_gpu_demand, fewer_gpus, 
 from rlsys.types import Device
 
 FIRST_LOOK_S, REPORT_EVERY_S = 5.0, 30.0
-"""How long Ray may take to find room before a line says what it waits for."""
+"""Seconds until a line says what the run waits for, and between such lines."""
 
 
 class Placement:
     """Ray options of every actor that holds a model.
 
     Raises:
-        ValueError: more GPUs are asked for than the cluster has, has free, or has on one host for
-            one engine, or more CPUs than it has free; it says who asks for what.
+        ValueError: the cluster has too few GPUs, too few free GPUs or CPUs, or too few on one host
+            for an engine; the message says which role needs how many.
     """
 
     def __init__(self, config: Config, *, device: Device):
@@ -68,16 +68,16 @@ class Placement:
         }
 
     def _owner(self, role: Role) -> tuple[RoleName, int]:
-        """The actor whose bundle it is in: itself, or the one whose GPU it shares."""
+        """The actor that owns the bundle: the role itself, or the one whose GPU it shares."""
         return role.shares_gpu_of or (role.name, role.rank)
 
     def _gpus(self, role: Role) -> float:
-        """Of its bundle; equal parts where several share: Ray's bookkeeping, and no limit."""
+        """GPUs to request: 1/n if n actors share the bundle. Ray books it and limits nothing."""
         sharers = self._sharers[self._owner(role)]
         return 1 / sharers if sharers > 1 else role.gpus
 
     def _bundle(self, owner: Role) -> dict[str, float]:
-        """What it reserves, for those that share its GPU too."""
+        """Resources of an owner and of the actors that share its GPU."""
         cpus = CPU_SHARE * self._sharers[owner.name, owner.rank]
         return {"CPU": cpus, "GPU": float(owner.gpus)} if owner.gpus else {"CPU": cpus}
 
@@ -88,7 +88,7 @@ def _wait_until_placed(
     """Wait for GPUs or CPUs that others use, and say what is missing.
 
     Raises:
-        ValueError: they are not free after `timeout_s` seconds; None waits for ever.
+        ValueError: they are not free after `timeout_s` seconds; None waits without limit.
     """
     on_gpus = any(role.gpus for role in owners)
     kind = "GPUs" if on_gpus else "CPUs"
@@ -109,7 +109,7 @@ def _wait_until_placed(
             flush=True,
         )
         pause = REPORT_EVERY_S
-    remove_placement_group(group)  # or it takes what is free later
+    remove_placement_group(group)  # otherwise it would take what becomes free later
     remedies = "Free some, or set placement_timeout to wait"
     if on_gpus:
         wanted += ", and an engine's GPUs must be on one host"

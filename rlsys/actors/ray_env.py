@@ -1,4 +1,4 @@
-"""What Ray reads from the environment, some of it when it is imported: import this before Ray."""
+"""Environment variables of Ray. Import this before Ray, which reads some when it is imported."""
 
 from __future__ import annotations
 
@@ -6,43 +6,43 @@ import os
 import socket
 import sys
 
-# Workers' output comes to this terminal; identical lines of several workers as they are.
+# Print every line of every worker on this terminal, identical ones too.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 if not sys.stdout.isatty():
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # or escape codes end up in log files
 # Ray otherwise hides all GPUs from actors that ask for none, as reward workers do.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray asks for so long whether its node is up, without a look at whether it still runs:
-# rlsys.actors.ray_session looks, and asks again.
+# How long Ray asks whether its node is up, without checking that the node still runs.
+# rlsys.actors.ray_session checks that, and asks again.
 os.environ.setdefault("RAY_raylet_start_wait_time_s", "2")
 # A busy laptop takes longer than Ray's own 30 s to start the server of a cluster.
 os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "180")
-# One failure is raised, with its actor's name; Ray would print those of the other ranks after.
+# rlsys raises one failure with its actor's name; Ray would print the other ranks' after it.
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 _ANSWER_TIMEOUT_S = 10.0
 
 
 def cluster_address() -> str | None:
-    """RAY_ADDRESS where it names a running cluster; None where a run starts one of its own."""
+    """RAY_ADDRESS if it names a running cluster; None if the run starts its own."""
     address = os.environ.get("RAY_ADDRESS", "")
     return None if address in ("", "local") else address
 
 
 def unused_choice_of_gpus() -> str | None:
-    """A note for those who choose GPUs here for a cluster that runs already; None for others."""
+    """A note if CUDA_VISIBLE_DEVICES is set here but the cluster runs already; None otherwise."""
     address, chosen = cluster_address(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if address is None or not chosen:
         return None
     return (
         f"CUDA_VISIBLE_DEVICES={chosen} does not choose the GPUs of this run: the Ray cluster of "
-        f"RAY_ADDRESS={address} has those that it was started with. Set it where `ray start` runs, "
-        "or unset RAY_ADDRESS."
+        f"RAY_ADDRESS={address} has the GPUs that it was started with. Set it where `ray start` "
+        "runs, or unset RAY_ADDRESS."
     )
 
 
 def check_cluster_answers() -> None:
-    """Knock at RAY_ADDRESS, where it names a place: Ray itself would try for many minutes.
+    """Try to connect to RAY_ADDRESS: Ray itself would try for many minutes.
 
     Raises:
         ValueError: a run cannot use this address, or nothing listens there.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Before Ray is imported, which reads some of the environment then.
+# Imported before Ray, which reads the environment when it is imported.
 from rlsys.actors.ray_env import (  # isort: skip
     check_cluster_answers,
     cluster_address,
@@ -31,7 +31,7 @@ from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 START_ATTEMPTS = 3
 START_TIMEOUT_S = 180.0
-"""For one attempt, while its processes live: a busy laptop takes longer than Ray's own 30 s."""
+"""Seconds for one attempt, while its processes live; Ray's own 30 s are too short when busy."""
 PROBE_TIMEOUT_S = 60.0
 
 
@@ -47,7 +47,7 @@ class _RayletDied(Exception):
 def ray_session(**own_cluster: Any) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS (a Ray job sets it), or start one on this machine.
 
-    Leaving it ends every actor of this run.
+    The end of the `with` block ends every actor of this run.
 
     Args:
         own_cluster: options of `ray.init` for a cluster that is started here.
@@ -58,7 +58,7 @@ def ray_session(**own_cluster: Any) -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     address = cluster_address()
-    # Ray's processes inherit that: a closed terminal must not end the policy before it is saved.
+    # Ray's processes inherit this: a closed terminal must not end the policy before it is saved.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         if address is None:
@@ -105,17 +105,17 @@ def _join_cluster(address: str) -> None:
 
 
 def agree_on_token(address: str, place: str) -> None:
-    """Use a token where the cluster asks for one, and none where it does not.
+    """Use a token if and only if the cluster asks for one.
 
-    Ray's own rule is another: an explicit address means none, and "auto" means one wherever a token
-    is found; the workers of a cluster without tokens then cannot talk to this process.
+    Ray's own rule differs: it sends none to an explicit address, and to "auto" the token that it
+    finds. The workers of a cluster without tokens then cannot talk to this process.
 
     Args:
         address: RAY_ADDRESS, for messages.
         place: IP:PORT of the cluster's head.
 
     Raises:
-        ValueError: no token, one that the cluster refuses, or RAY_AUTH_MODE is against it.
+        ValueError: the token is missing or refused, or RAY_AUTH_MODE contradicts the cluster.
     """
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
     wants_token = not _is_let_in(address, place, None)
@@ -161,7 +161,7 @@ def _check_token(address: str, place: str) -> None:
 
 
 def _is_let_in(address: str, place: str, token: str | None) -> bool:
-    """Whether the head answers a request with this token, or with none.
+    """Whether the head answers a request with this token (None sends no token).
 
     Raises:
         ValueError: what listens there does not answer as the head of a Ray cluster.
@@ -188,8 +188,8 @@ def _is_let_in(address: str, place: str, token: str | None) -> bool:
 def start_cluster(**options: Any) -> None:
     """`ray.init` for a cluster on this machine.
 
-    Ray's node ends itself when its helpers take longer than 15 s to start, as on a busy machine;
-    then another one is started.
+    On a busy machine Ray's node ends itself if its helpers take longer than 15 s to start. Then
+    this starts another one.
 
     Raises:
         RayStartError: no attempt succeeded.
@@ -223,9 +223,9 @@ def start_cluster(**options: Any) -> None:
 
 
 def _use_own_token() -> None:
-    """Have the cluster's processes, which inherit it, know a token that is nowhere else.
+    """Give the cluster's processes a token in the environment, which they inherit.
 
-    Ray would write one to ~/.ray/auth_token. From then on `ray start` would want it from clients,
+    Ray would write one to ~/.ray/auth_token. From then on `ray start` would demand it from clients,
     which send it only with RAY_AUTH_MODE=token.
     """
     loader = AuthenticationTokenLoader.instance()
@@ -236,10 +236,10 @@ def _use_own_token() -> None:
 
 @contextmanager
 def _raylet_watched(before: set[psutil.Process]) -> Iterator[None]:
-    """Have `ray.init` notice at once that the node it waits for is dead.
+    """Let `ray.init` notice at once that the node it waits for is dead.
 
     Args:
-        before: children of this process that are not of this start.
+        before: children of this process from before this start.
     """
     get_node = services.get_node
     deadline = time.monotonic() + START_TIMEOUT_S

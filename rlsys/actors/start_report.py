@@ -1,4 +1,4 @@
-"""What a person sees of a start that takes minutes: who is not ready, since when, on which host."""
+"""What a slow start prints: who is not ready, since when, on which host."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ray._private.state import state as cluster_state
 from ray.actor import ActorHandle
 
 FIRST_AFTER_S, EVERY_S = 10.0, 20.0
-"""A quick start needs no report."""
+"""Seconds until the first line, and between lines."""
 MOST_NAMES = 6
-"""On one line."""
+"""Most names on one line."""
 
 
 class StartReport:
-    """Prints who is waited for, while its `with` block runs and is slow."""
+    """Prints who is not ready, while its `with` block runs and is slow."""
 
     def __init__(self, *, first_after_s: float = FIRST_AFTER_S, every_s: float = EVERY_S):
         self._first_after_s, self._every_s = first_after_s, every_s
@@ -30,14 +30,14 @@ class StartReport:
         self._thread = threading.Thread(target=self._report, daemon=True)
 
     def waiting_for(self, who: Mapping[str, ActorHandle] | Iterable[str]) -> None:
-        """Add names, with the actors behind them where there are any."""
+        """Add names, with their actors if they have any."""
         now = time.monotonic()
         handles = who if isinstance(who, Mapping) else {}
         with self._lock:
             self._waiting |= {name: (now, handles.get(name)) for name in who}
 
     def ready(self, name: str) -> None:
-        """Take a name off the list."""
+        """Remove a name."""
         with self._lock:
             self._waiting.pop(name, None)
 
@@ -66,7 +66,7 @@ class StartReport:
             pause = self._every_s
 
     def line(self) -> str:
-        """Who is waited for now; empty for nobody."""
+        """Who is not ready now; empty if everybody is."""
         with self._lock:
             waiting = dict(self._waiting)
         now = time.monotonic()
@@ -80,12 +80,12 @@ class StartReport:
 
 
 def where(actor: ActorHandle | None) -> list[str]:
-    """The host of an actor where there are several, or that Ray has found none yet."""
+    """The host of an actor, if the cluster has several; or that Ray has not placed it yet."""
     if actor is None:
         return []
     address = cluster_state.actor_table(actor._actor_id.hex()).get("Address", {})
     hosts = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes()}
-    # A node is named there when it is asked for a process, a port when it has one.
+    # Ray enters a node when it asks it for a process, and a port once the process runs.
     if not address.get("Port") or address["NodeID"] not in hosts:
         free = ray.available_resources().get("CPU", 0)
         return [f"Ray has not placed it: {free:g} CPUs are free"]
