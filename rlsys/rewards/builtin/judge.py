@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import hashlib
 import json
 import logging
 import math
 import os
-import random
 import re
-import tempfile
-from collections import OrderedDict
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlsys.rewards.base import AsyncORM, register_reward
-
-if TYPE_CHECKING:
-    import httpx
+from rlsys.rewards.builtin.chat_server import ChatServer
 
 _log = logging.getLogger(__name__)
 
@@ -43,11 +35,6 @@ where N is a number from {min_score:g} (wrong or useless) to {max_score:g} (perf
 
 DEFAULT_SCORE = r"(?im)^\W*score\W*?\s*(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*\d+)?\W*$"
 """A line such as `Score: 7` or `**Score:** 7.5 / 10`."""
-MAX_WAIT_S = 30.0
-"""Longest pause before a request is tried again, whatever the server asks for."""
-MAX_CACHED = 100_000
-"""Replies kept in memory."""
-_TRY_AGAIN = {408, 409, 425, 429}
 
 
 @register_reward("judge")
@@ -101,24 +88,23 @@ class Judge(AsyncORM):
             ValueError: a setting out of range, a prompt without {completion}, or no API key.
         """
         super().__init__()
-        _check_range(min_score, max_score)
-        _check_counts(max_concurrency, max_tokens, max_characters, max_retries)
-        _check_texts(prompt, score_pattern, api_key_env)
-        self.url = f"{base_url.rstrip('/')}/chat/completions"
+        _check_numbers(min_score, max_score, max_tokens, max_characters)
+        _check_texts(prompt, score_pattern)
+        self.server = ChatServer(
+            base_url,
+            key_variable=_key_variable(api_key_env),
+            max_concurrency=max_concurrency,
+            timeout_s=timeout_s,
+            max_retries=max_retries,
+            retry_wait_s=retry_wait_s,
+            cache_dir=None if cache_dir is None else Path(cache_dir).expanduser(),
+        )
         self.prompt = prompt
         self.min_score, self.max_score = min_score, max_score
-        self.max_concurrency = max_concurrency
-        self.timeout_s = timeout_s
-        self.max_retries = max_retries
-        self.retry_wait_s = retry_wait_s
         self.max_characters = max_characters
         self.num_unreadable = 0
         self._request = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
         self._pattern = re.compile(score_pattern)
-        self._key_name = api_key_env or "OPENAI_API_KEY"
-        self._cache = _Cache(None if cache_dir is None else Path(cache_dir).expanduser())
-        self._connected: tuple[Any, httpx.AsyncClient, asyncio.Semaphore] | None = None
-        self._in_flight: dict[str, _Request] = {}
 
     async def __call__(
         self, completions: list[str], prompts: list[Any], **columns: Any
@@ -137,7 +123,7 @@ class Judge(AsyncORM):
             self._question(completion, prompt, row)
             for completion, prompt, row in zip(completions, prompts, rows, strict=True)
         ]
-        replies = await asyncio.gather(*map(self._reply, questions))
+        replies = await asyncio.gather(*map(self._ask, questions))
         return [self._score(reply) for reply in replies]
 
     def _question(self, completion: str, prompt: Any, row: dict[str, Any]) -> str:
@@ -172,137 +158,38 @@ class Judge(AsyncORM):
             )  # fmt: skip
         return None
 
-    async def _reply(self, question: str) -> str:
-        body = self._request | {"messages": [{"role": "user", "content": question}]}
-        key = hashlib.sha256(json.dumps([self.url, body], sort_keys=True).encode()).hexdigest()
-        cached = self._cache.get(key)
-        if cached is not None:
-            return cached
-        # Equal completions of a group ask once.
-        request = self._in_flight.get(key)
-        if request is None or request.task.get_loop() is not asyncio.get_running_loop():
-            request = self._in_flight[key] = _Request(body)
-            request.task = asyncio.create_task(self._ask_and_keep(key, request))
-            request.task.add_done_callback(_forget_failure)
-        request.num_waiting += 1
-        try:
-            # Unlike `shield`, which newer Pythons have report failures that nobody waits for.
-            await asyncio.wait([request.task])
-        finally:
-            request.num_waiting -= 1
-        return request.task.result()
-
-    async def _ask_and_keep(self, key: str, request: _Request) -> str:
-        try:
-            reply = await self._ask(request)
-            self._cache.put(key, reply)
-            return reply
-        finally:
-            # Not in a callback, which runs later: nobody may join a request that has ended.
-            self._in_flight.pop(key, None)
-
-    async def _ask(self, request: _Request) -> str:
-        import httpx  # here, as most runs have no judge
-
-        client, semaphore = self._client()
-        problem = ""
-        for attempt in range(self.max_retries + 1):
-            wait = self.retry_wait_s * 2**attempt * random.uniform(0.5, 1.5)
-            try:
-                async with semaphore:
-                    if not request.num_waiting:
-                        raise asyncio.CancelledError
-                    response = await client.post(self.url, json=request.body)
-                if response.is_success:
-                    return _content(response)
-                problem = f"status {response.status_code}: {response.text[:300]}"
-                if response.status_code not in _TRY_AGAIN and response.status_code < 500:
-                    raise RuntimeError(f"judge: {self.url} refused, {problem}")
-                wait = max(wait, _retry_after(response))
-            except (httpx.TransportError, _NoCompletion) as error:
-                problem = f"{type(error).__name__}: {error}"
-            if attempt < self.max_retries:
-                await asyncio.sleep(min(wait, MAX_WAIT_S))
-        raise RuntimeError(
-            f"judge: {self.url} failed {self.max_retries + 1} times, the last time with {problem}"
-        )
-
-    def _client(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:
-        """The connections of this event loop; another loop cannot use them."""
-        import httpx
-
-        loop = asyncio.get_running_loop()
-        if self._connected is None or self._connected[0] is not loop:
-            key = os.environ.get(self._key_name)
-            client = httpx.AsyncClient(
-                headers={"Authorization": f"Bearer {key}"} if key else {},
-                timeout=self.timeout_s,
-                limits=httpx.Limits(max_connections=self.max_concurrency),
-            )
-            self._connected = loop, client, asyncio.Semaphore(self.max_concurrency)
-        return self._connected[1:]
+    async def _ask(self, question: str) -> str:
+        messages = [{"role": "user", "content": question}]
+        return await self.server.reply(self._request | {"messages": messages})
 
 
-def _check_range(min_score: float, max_score: float) -> None:
+def _check_numbers(
+    min_score: float, max_score: float, max_tokens: int, max_characters: int
+) -> None:
     if not (math.isfinite(min_score) and math.isfinite(max_score) and min_score < max_score):
         raise ValueError(f"judge: min_score {min_score} must be below max_score {max_score}")
-
-
-def _check_counts(
-    max_concurrency: int, max_tokens: int, max_characters: int, max_retries: int
-) -> None:
-    if min(max_concurrency, max_tokens, max_characters) < 1 or max_retries < 0:
+    if max_tokens < 1 or max_characters < 1:
         raise ValueError(
-            "judge: max_concurrency, max_tokens and max_characters must be at least 1 and "
-            f"max_retries at least 0, not {max_concurrency}, {max_tokens}, {max_characters} "
-            f"and {max_retries}"
+            "judge: max_tokens and max_characters must be at least 1, not "
+            f"{max_tokens} and {max_characters}"
         )
 
 
-def _check_texts(prompt: str, score_pattern: str, api_key_env: str | None) -> None:
+def _check_texts(prompt: str, score_pattern: str) -> None:
     if "{completion" not in prompt:
         raise ValueError("judge: the prompt has no field {completion}, so it would judge nothing")
     if re.compile(score_pattern).groups < 1:
         raise ValueError(f"judge: score_pattern {score_pattern!r} has no group for the score")
+
+
+def _key_variable(api_key_env: str | None) -> str:
+    """The environment variable with the API key, which must be set if the user names one."""
     if api_key_env is not None and not os.environ.get(api_key_env):
         raise ValueError(
             f"judge: environment variable {api_key_env} (api_key_env) is not set in the reward "
             "worker. Set it before Ray is started."
         )
-
-
-@dataclass(eq=False, slots=True)
-class _Request:
-    """A request under way, shared by all callers that ask the same."""
-
-    body: dict[str, Any]
-    num_waiting: int = 0
-    """Callers that were not cancelled. Without any it is not sent, or sent again."""
-    task: asyncio.Task[str] = field(init=False)
-
-
-def _forget_failure(task: asyncio.Task[str]) -> None:
-    """Keep asyncio from reporting a failure whose callers were all cancelled."""
-    if not task.cancelled():
-        task.exception()
-
-
-class _NoCompletion(ValueError):
-    """Status 200 without a chat completion: a proxy's page, half a body."""
-
-
-def _content(response: httpx.Response) -> str:
-    try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        raise _NoCompletion(response.text[:200]) from None
-    return content if isinstance(content, str) else ""
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds that the server asks to wait; dates count as 0."""
-    text = response.headers.get("retry-after", "")
-    return float(text) if re.fullmatch(r"\d{1,6}(\.\d+)?", text) else 0.0
+    return api_key_env or "OPENAI_API_KEY"
 
 
 def _as_text(prompt: Any) -> str:
@@ -316,38 +203,3 @@ def _as_text(prompt: Any) -> str:
         lines = "\n".join(filter(None, [message["content"], *calls]))
         said.append(f"{message['role']}: {lines}")
     return "\n\n".join(said)
-
-
-class _Cache:
-    """Replies by key, in memory and in a folder; several processes may share the folder."""
-
-    def __init__(self, folder: Path | None):
-        self._memory: OrderedDict[str, str] = OrderedDict()
-        self._folder = folder
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-
-    def get(self, key: str) -> str | None:
-        if key not in self._memory and self._folder is not None:
-            # A file of another version or another program counts as missing.
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                reply = json.loads(self._path(key).read_text())["reply"]
-                if isinstance(reply, str):
-                    self._memory[key] = reply
-        return self._memory.get(key)
-
-    def put(self, key: str, reply: str) -> None:
-        self._memory[key] = reply
-        if len(self._memory) > MAX_CACHED:
-            self._memory.popitem(last=False)
-        if self._folder is None:
-            return
-        self._path(key).parent.mkdir(exist_ok=True)
-        # The file appears whole or not at all.
-        with tempfile.NamedTemporaryFile("w", dir=self._path(key).parent, delete=False) as file:
-            json.dump({"reply": reply}, file)
-        os.replace(file.name, self._path(key))
-
-    def _path(self, key: str) -> Path:
-        assert self._folder is not None
-        return self._folder / key[:2] / f"{key}.json"

@@ -177,7 +177,7 @@ def test_a_refusal_is_an_error_at_once(server, status):
 
 def test_no_server_is_an_error(server):
     judge = make(server, max_retries=0)
-    judge.url = "http://127.0.0.1:9/v1/chat/completions"
+    judge.server.url = "http://127.0.0.1:9/v1/chat/completions"
     with pytest.raises(RuntimeError, match="failed 1 times"):
         score(judge, "2")
 
@@ -339,7 +339,7 @@ def test_the_key_is_sent_and_appears_nowhere_else(server, tmp_path, monkeypatch,
         score(judge, "1")
     assert score(judge, "2") == [0.5]
     assert server.requests[-1][1]["Authorization"] == "Bearer sk-secret"
-    told = [str(error.value), caplog.text, repr(vars(judge))]
+    told = [str(error.value), caplog.text, repr(vars(judge) | vars(judge.server))]
     told += [path.read_text() for path in tmp_path.glob("*/*")]
     assert not any("sk-secret" in text for text in told)
 
