@@ -35,12 +35,16 @@ class ProblemsError(ValueError):
     def __init__(
         self, head: str, problems: Sequence[Problem], num_more: int = 0, note: str | None = None
     ):
+        super().__init__(head, problems, num_more, note)  # arguments, so that it can be pickled
         self.problems = list(problems)
+
+    def __str__(self) -> str:
+        head, problems, num_more, note = self.args
         lines = [f"{head} has {counted(len(problems) + num_more, 'problem')}:"]
-        lines += [indent(p.text, "    ").replace("    ", "  - ", 1) for p in problems]
+        lines += [indent(str(p), "    ").replace("    ", "  - ", 1) for p in problems]
         lines += [f"  ... and {num_more:,} more"] if num_more else []
         lines += [note] if note else []
-        super().__init__("\n".join(lines))
+        return "\n".join(lines)
 
 
 class RunFailed(RuntimeError):

@@ -54,7 +54,11 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_meant(cls, value: Any, info: ValidationInfo) -> Any:
-        """Read `none` as null, and `a,b` as a list, where a field takes them; no stray booleans."""
+        """Read `none` as null and `a,b` as a list, where the field takes null or a list.
+
+        Raises:
+            ValueError: the value is a boolean, and the field does not take one.
+        """
         assert info.field_name is not None
         kinds = kinds_of(cls.model_fields[info.field_name])
         if NoneType in kinds and value in ("none", "None"):
