@@ -92,7 +92,7 @@ def endpoints_of_shards(
 
 
 def whole_tensors(metadata: Iterable[TensorMeta]) -> tuple[TensorSlice, ...]:
-    """Each tensor as a slice that is all of it."""
+    """One slice for each tensor: the whole tensor."""
     return tuple(TensorSlice.whole(meta) for meta in metadata)
 
 
