@@ -36,7 +36,8 @@ from rlsys.data import PromptData
 from rlsys.data.streams.make import make_prompt_stream
 from rlsys.driver import train
 from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
-from rlsys.preflight.before_start import fit_to_data, load_data, memory_warnings
+from rlsys.preflight.before_start import fit_to_data, load_data
+from rlsys.preflight.memory import memory_warnings
 from rlsys.preflight.run_folder import plan_start
 from rlsys.preflight.saving import saving_lines
 from rlsys.rollout.rollouts import Rollouts

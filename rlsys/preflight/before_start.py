@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,22 +11,17 @@ from rlsys.config import Config
 from rlsys.data import PromptData, load_checked_prompts
 from rlsys.data.sources import raise_if_any
 from rlsys.model.detokenize import Detokenizer
-from rlsys.model.folder import find_model_folder, resolve_model_path
+from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder, model_notes
-from rlsys.model.memory import estimate_memory
-from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.plugins.load import load_plugins
 from rlsys.preflight.data import check_prompt_tokens
-from rlsys.preflight.devices import gpu_memory_gib
 from rlsys.preflight.hub import use_cache_without_hub
-from rlsys.preflight.memory import card_warnings
 from rlsys.preflight.rewards import reachable_rewards
 from rlsys.problems import Problem, ProblemsError
 from rlsys.rewards.columns import column_problems_of_run, unread_columns
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
 from rlsys.text import counted
-from rlsys.types import Device
 
 
 def load_data(config: Config) -> PromptData:
@@ -133,16 +127,3 @@ def step_notes(config: Config, num_rows: int) -> Iterator[str]:
         yield epochs
     else:
         yield f"note: max_steps = {config.max_steps} goes before {epochs}"
-
-
-def memory_warnings(config: Config, device: Device) -> list[str]:
-    """Where a GPU of this machine is too small; the GPUs of a running cluster are unknown here."""
-    card_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
-    if card_gib is None:
-        return []
-    reference_path = config.reference_path if config.grpo.beta else config.model.path
-    policy, reference = (
-        read_model_shape(find_model_folder(path)) for path in (config.model.path, reference_path)
-    )
-    estimate = estimate_memory(config, policy, reference, device=device)
-    return card_warnings(config, estimate, card_gib)

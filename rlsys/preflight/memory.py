@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from rlsys.config import Config
-from rlsys.model.memory import MemoryEstimate
+from rlsys.model.folder import find_model_folder
+from rlsys.model.memory import MemoryEstimate, estimate_memory
+from rlsys.model.shape import read_model_shape
+from rlsys.preflight.devices import gpu_memory_gib
+from rlsys.types import Device
+
+
+def memory_warnings(config: Config, device: Device) -> list[str]:
+    """`card_warnings` for the GPUs of this machine; those of a running cluster are unknown here."""
+    card_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
+    if card_gib is None:
+        return []
+    reference_path = config.reference_path if config.grpo.beta else config.model.path
+    policy, reference = (
+        read_model_shape(find_model_folder(path)) for path in (config.model.path, reference_path)
+    )
+    estimate = estimate_memory(config, policy, reference, device=device)
+    return card_warnings(config, estimate, card_gib)
 
 
 def card_warnings(

@@ -7,7 +7,8 @@ from data_cases import chat_tokenizer, write_jsonl
 from rlsys.config import Config
 from rlsys.config.load import load_config
 from rlsys.data import load_checked_prompts
-from rlsys.preflight.before_start import check_right_answers, memory_warnings, step_notes
+from rlsys.preflight.before_start import check_right_answers, step_notes
+from rlsys.preflight.memory import memory_warnings
 
 
 @pytest.mark.parametrize(
@@ -57,14 +58,14 @@ def test_rows_without_a_right_answer_are_counted_before_the_run(tmp_path, capsys
     assert check() == ""
 
 
-def test_a_gpu_that_is_too_small_is_told_at_the_start(tmp_path, monkeypatch):
+def test_a_gpu_that_is_too_small_is_a_warning_at_the_start(tmp_path, monkeypatch):
     config = load_config(write_run(tmp_path)).config
-    monkeypatch.setattr("rlsys.preflight.before_start.gpu_memory_gib", lambda: 1.0)
+    monkeypatch.setattr("rlsys.preflight.memory.gpu_memory_gib", lambda: 1.0)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert any("GPU of the policy" in text for text in memory_warnings(config, "cuda"))
     assert memory_warnings(config, "cpu") == []
-    monkeypatch.setattr("rlsys.preflight.before_start.gpu_memory_gib", lambda: 80.0)
+    monkeypatch.setattr("rlsys.preflight.memory.gpu_memory_gib", lambda: 80.0)
     assert memory_warnings(config, "cuda") == []
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # whose GPUs nobody sees from here
-    monkeypatch.setattr("rlsys.preflight.before_start.gpu_memory_gib", lambda: 1.0)
+    monkeypatch.setattr("rlsys.preflight.memory.gpu_memory_gib", lambda: 1.0)
     assert memory_warnings(config, "cuda") == []
