@@ -125,7 +125,7 @@ class Cluster:
 
 def readme_lines() -> list[str]:
     """What the README has users type for a job."""
-    section = (REPOSITORY / "README.md").read_text().partition("## As a Ray job")[2]
+    section = (REPOSITORY / "README.md").read_text().partition("## In a Ray job")[2]
     lines = re.findall(r"^    (.+)", section, re.MULTILINE)
     return [line.partition("  #")[0].strip() for line in lines]
 
