@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # A rank that waits for another gives up after timeout_s and names itself and the phase. The driver
 # waits a little longer, so that its less specific error comes second. Once buckets travel over NCCL
-# nobody waits on the host: torch ends a process whose transfer took too long.
+# the host does not wait: torch ends a process whose transfer took too long.
 GRACE_S = 5.0
 
 
@@ -39,8 +39,8 @@ class WeightPublisher:
     Args:
         policy: sends.
         receivers: their actors have `connect_weight_sync(endpoints)`, `needed_slices()`,
-            `start_weight_update()`, and `update_weights(version)`, which must not begin before the
-            pause that it follows and returns the version that is now held.
+            `start_weight_update()` and `update_weights(version)`. The last one begins after the
+            pause that was requested before it, and returns the version that the actor now holds.
         config: buckets, checksums, transport and deadlines.
         to: name that distinguishes several receivers of one policy.
         transport: name of the registered transport; None takes the config's.
@@ -74,12 +74,12 @@ class WeightPublisher:
         Call it again after a receiver has been replaced.
         """
         receivers, number = self._receivers, self._receivers.engines_per_gpu
-        num_workers = receivers.num_engines * receivers.workers_per_engine // number
+        num_receivers = receivers.num_engines * receivers.workers_per_engine // number
         connections = [
             self._make_connection(
                 self._tensors,
                 sender=0,
-                num_receivers=num_workers,
+                num_receivers=num_receivers,
                 label=f" in connection {index} of {number}" if number > 1 else "",
             )
             for index in range(number)
