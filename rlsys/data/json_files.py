@@ -108,11 +108,7 @@ def _read_whole(path: Path, limit: int) -> Iterator[Row]:
 
 
 def _rows_of(value: Any) -> list[Any] | None:
-    """The rows in the only value of a file; None if the value is itself a row.
-
-    Raises:
-        BadRow: it is a table of columns, or holds several lists.
-    """
+    """The rows in the only value of a file; None if the value is itself a row."""
     if isinstance(value, list):
         return value
     if not isinstance(value, dict) or not value:

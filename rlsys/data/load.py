@@ -82,11 +82,10 @@ class PromptData:
 
 
 def load_checked_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptData:
-    """Load the prompts of a run, and ask its reward functions about every row.
+    """Load the prompts of a run; `refused` has the rows that its reward functions refuse.
 
     Raises:
-        ValueError: as `load_prompts`; a plugin that cannot be loaded. Rows that reward functions
-            refuse are in the result.
+        ValueError: as `load_prompts`; a plugin that cannot be loaded.
     """
     reward = config.reward
     list(plugin_problems("", config.data.external_plugins))  # `load_prompts` reports them
@@ -198,10 +197,7 @@ def _sample(rows: list[Row], source: Source, *, seed: int) -> list[tuple[Row, in
 
     As ms-swift does: fewer rows than the dataset has are drawn without replacement; more are the
     whole dataset as often as it fits, and the rest drawn. Without shuffling, and for evaluation,
-    the first rows are taken instead.
-
-    Raises:
-        ValueError: more rows are wanted of evaluation data than it has.
+    the first rows are taken instead; evaluation data cannot be repeated.
     """
     wanted = source.spec.num_rows
     if wanted is None or not rows:
@@ -247,11 +243,7 @@ def _make_prompts(
 
 
 def _check_something_left(config: DataConfig, counts: list[SourceCounts]) -> None:
-    """Check that a prompt is left: of all datasets together, and of each that has a weight.
-
-    Raises:
-        ValueError: with the lengths of the prompts.
-    """
+    """Refuse data without a prompt, and a dataset with a weight but without a prompt."""
     empty = [count for count in counts if not count.used]
     if not empty or (len(empty) < len(counts) and not config.dataset_weights):
         return
@@ -277,11 +269,7 @@ def _check_something_left(config: DataConfig, counts: list[SourceCounts]) -> Non
 def _split(
     config: DataConfig, prompts: list[Prompt], sizes: list[int], *, seed: int
 ) -> tuple[list[Prompt], list[Prompt], list[int]]:
-    """Training and held-out prompts by data.split_dataset_ratio, and the sizes that are left.
-
-    Raises:
-        ValueError: nothing is left to train on, of all prompts or of a dataset with a weight.
-    """
+    """Training and held-out prompts by data.split_dataset_ratio, and the sizes that are left."""
     train, validation = split_prompts(prompts, config.split_dataset_ratio, seed=seed)
     kept = {prompt.prompt_id for prompt in train}
     remaining = iter(prompts)

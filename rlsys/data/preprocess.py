@@ -29,11 +29,7 @@ class PreprocessorRegistry(Registry[RowFunction | type[RowPreprocessor]]):
     """Preprocessors by name; `path/to/file.py:name` names one that is not registered."""
 
     def __getitem__(self, name: str) -> RowFunction | type[RowPreprocessor]:
-        """The function, class or instance.
-
-        Raises:
-            ValueError: an unknown name, or a file that cannot be imported.
-        """
+        """The function, class or instance; ValueError if it is unknown or cannot be imported."""
         if name not in self.data and ":" in name:
             return load_reference(name)
         return super().__getitem__(name)

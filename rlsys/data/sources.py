@@ -38,11 +38,7 @@ MAX_PROBLEMS_SHOWN = 10
 
 
 def raise_if_any(problems: Sequence[Problem]) -> None:
-    """Raise one error for all problems of the data.
-
-    Raises:
-        ProblemsError: with the first `MAX_PROBLEMS_SHOWN` of `problems`, unless it is empty.
-    """
+    """Raise a ProblemsError with the first MAX_PROBLEMS_SHOWN of `problems`, if there are any."""
     if problems:
         shown = problems[:MAX_PROBLEMS_SHOWN]
         raise ProblemsError("the data", shown, len(problems) - len(shown))
@@ -143,31 +139,22 @@ class Source:
         for number, columns in enumerate(preprocessor.prepare(renamed), start=1):
             yield Row(number, f"row {number} of prepare_dataset", columns)
 
-    def _preprocess(self, row: Row) -> None:
-        """Rename the columns of a row and call the preprocessor.
-
-        Raises:
-            BadRow: the row cannot be used.
-        """
-        if self.preprocessor is None:
-            row.columns = self._own_columns(row)
-            return
-        columns = row.columns if self.preprocessor.takes_dataset else self._own_columns(row)
-        made = self.preprocessor.apply(columns)
-        if made is None:
-            row.dropped = LEFT_OUT
-        else:
-            row.columns = made
-
     def parse(self, row: Row, *, need_prompt: bool = True) -> None:
         """Preprocess a row and read its messages; a row that cannot be used gets a problem.
 
         Without `need_prompt` a row may have no prompt, and its messages stay empty.
         """
         try:
-            self._preprocess(row)
-            has_prompt = any(row.columns.get(name) is not None for name in PROMPT_COLUMNS)
-            if not row.dropped and (need_prompt or has_prompt):
+            if self.preprocessor is None or not self.preprocessor.takes_dataset:
+                row.columns = self._own_columns(row)
+            made = (
+                row.columns if self.preprocessor is None else self.preprocessor.apply(row.columns)
+            )
+            if made is None:
+                row.dropped = LEFT_OUT
+                return
+            row.columns = made
+            if need_prompt or any(made.get(name) is not None for name in PROMPT_COLUMNS):
                 parse_row(row, system=self.config.system)
         except BadRow as error:
             row.problem = str(error)

@@ -84,6 +84,8 @@ def test_everything_is_there_and_fits(run, rows, width):
     assert max(map(len, output.splitlines())) <= width
     assert "<s>[user] a" in output
     assert "rows:6 " in output
+    assert rows in output  # no word of a table is cut, however long it is
+    assert "over data.max_prompt_length" in " ".join(output.split())
     assert "dropped" in output
     assert "data.max_prompt_length is 50" in output
     table = output[output.index("Columns") :]
