@@ -50,7 +50,7 @@ def interruptible(on_first: Callable[[], None] | None = None) -> Iterator[None]:
             raise ImpatientInterrupt
         _signals.first_at = now
         if on_first is not None:
-            with suppress(OSError):  # a full disk is no reason to go on
+            with suppress(OSError):  # a full disk must not keep the run going
                 on_first()
         if _signals.first_finishes is None:
             raise KeyboardInterrupt

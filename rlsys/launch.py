@@ -219,7 +219,7 @@ def train_system(system: System, tracker: Tracker, checkpoints: Checkpoints) -> 
         why the steps taught nothing; None if they did.
 
     Raises:
-        Exception: whatever ended the run; a failure in the background before its consequences.
+        Exception: what ended the run; a failure in the background before its consequences.
     """
     config = system.config
     watch = SamplingWatch(config, dtype=config.model_dtype(on_cpu=system.device == "cpu"))

@@ -19,14 +19,14 @@ Device = Literal["cpu", "cuda"]
 """What a run computes on."""
 FinishReason = Literal["stop", "length", "abort"]
 RewardFailure = Literal["timeout", "crashed", "error"]
-"""Why a reward function has no value of its own for a completion: it was killed after
-reward.timeout_s, its process ended, or it raised or returned what is no reward."""
+"""Why a reward function gave no value for a completion: it was killed after reward.timeout_s, its
+process ended, or it raised or returned something that is not a reward."""
 Message = dict[str, Any]
 """One chat turn, `{"role": "user", "content": "..."}`."""
 
 
 OPEN_THINK = "<think>"
-"""What begins the thinking of a completion, or ends a prompt so that the completion goes on."""
+"""Begins the thinking of a completion, or ends a prompt whose completion continues it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Prompt:
     columns: dict[str, Any] = field(default_factory=dict)
     """Every other column of the row; reward functions receive them by keyword."""
     opens_think: bool = False
-    """Whether the prompt ends with `<think>`, so that completions begin inside of the tag."""
+    """Whether the prompt ends with `<think>`, so that completions begin inside the tag."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ class SampleRequest:
     num_generations: int
     """G, completions."""
     temperature: float
-    """Of sampling and of the log-probs; 0 is greedy."""
+    """Temperature of sampling and of the log-probs; 0 is greedy."""
     seed: int | None
     """Completion i is sampled with seed + i; None leaves it to the engine's own generator."""
 
@@ -84,12 +84,11 @@ class RewardOutput:
     """The score of one completion."""
 
     total: float
-    """Weighted sum over the reward functions that have a value: what advantages are computed
-    from. NaN: the completion is dropped, it takes no part in advantages, loss or group statistics.
-    """
+    """Weighted sum over the reward functions that have a value; advantages are computed from it.
+    NaN: the completion is dropped from advantages, loss and group statistics."""
     by_name: dict[str, float]
     """The unweighted value of each reward function, in the configured order. NaN: the function
-    said None, it does not apply to this completion, or it failed under `on_error: drop`."""
+    returned None, does not apply to this completion, or failed under `on_error: drop`."""
     failures: dict[str, RewardFailure] = field(default_factory=dict)
     """The functions that failed on this completion; normally none."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -104,8 +103,8 @@ class RolloutGroup:
 
     group_id: int
     """Number of the group within its step, under which it is logged, 0 <= group_id < P. With
-    `max_staleness: 0` it is the position of the prompt in the step's batch; until a group belongs
-    to a step, it is any number that tells it from the others."""
+    `max_staleness: 0` it is the position of the prompt in the step's batch. Before a group belongs
+    to a step, it is a number that no other group in flight has."""
     prompt: Prompt
     completions: list[Completion]
     """[G]"""

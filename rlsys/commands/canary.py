@@ -1,8 +1,8 @@
 """`rlsys doctor --canary CONFIG`: a short run with learning rate 0, in which nothing may change.
 
-Whatever changes all the same is not learning: weights that arrive damaged, log-probs that trainer
-and engine compute differently, a reference that is not the policy's twin. A curve that rises for
-such a reason looks like success.
+A change would not be learning, but damaged weights, log-probs that trainer and engine compute
+differently, or a reference that differs from the policy. A reward curve that rises for such a
+reason looks like success.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from rlsys.types import RolloutGroup
 
 STEPS = 2
 MAX_HELD_OUT = 32
-"""Held-out prompts that are sampled before and after."""
+"""Most held-out prompts that are sampled before and after."""
 EXACT = 1e-6
-"""What rounding may leave of 0 in float32 statistics."""
+"""Largest rounding error of float32 statistics that should be 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Check:
 
 
 def run_canary(config: Config, console: Console) -> bool:
-    """Make the run, print what was checked; returns whether all of it held."""
+    """Make the run and print the checks; returns whether all passed."""
     config = canary_config(config)
     console.print(f"{STEPS} steps of this config with learning rate 0: nothing may change.")
     recorder = Recorder()
@@ -80,7 +80,7 @@ def canary_config(config: Config) -> Config:
             "max_steps": STEPS,
             "eval_steps": STEPS,
             "policy": config.policy.model_copy(update={"lr": 0.0, "min_lr": 0.0}),
-            # Its own checks tell more than the error would.
+            # The checks below say more than that error would.
             "grpo": config.grpo.model_copy(update={"max_logp_difference": None}),
             "checkpoint": CheckpointConfig(save_steps=None),
         }
@@ -117,10 +117,10 @@ class Recorder(Tracker):
 
 
 def judge(config: Config, recorder: Recorder, *, on_cpu: bool) -> Iterator[Check]:
-    """What must hold of a run with learning rate 0.
+    """The checks of a run with learning rate 0.
 
-    On CPU it holds exactly. GPU kernels compute a row differently in batches of other sizes, so
-    there a few sampled tokens may differ, and with them all that follow in their completion.
+    On CPU they hold exactly. GPU kernels compute a row differently in batches of other sizes, so a
+    few sampled tokens may differ, and with them the rest of their completions.
     """
     dtype = config.model_dtype(on_cpu=on_cpu)
     rounding = EXACT if on_cpu else MAX_KL_OF_DTYPE[dtype]
@@ -137,7 +137,7 @@ def judge(config: Config, recorder: Recorder, *, on_cpu: bool) -> Iterator[Check
     ):
         values = [float(metrics[name]) for metrics in recorder.steps if name in metrics]
         if values:
-            # Of nan no comparison is true, so it comes first and never passes.
+            # nan compares as false: it comes first here, and never passes.
             worst = max(values, key=lambda v: (math.isnan(v), abs(v - expected)))
             passed = abs(worst - expected) <= tolerance
             yield Check(what, passed, f"{worst:.3g} at worst, within {tolerance:g} allowed")

@@ -1,4 +1,4 @@
-"""What a run saves: how often, where, and how much disk that takes; before it starts."""
+"""What a run will save: how often, where, and how much disk that takes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from rlsys.types import Device
 
 @dataclass(frozen=True, slots=True)
 class DiskUse:
-    """Most that a run has on the disk at a time, in bytes, besides logs."""
+    """Most bytes that a run has on the disk at a time, without logs."""
 
     weights: int
     """A Hugging Face folder, as final/ and the model of each checkpoint."""
     optimizer: int
     """The optimizer's state of a checkpoint."""
     reference: int
-    """The reference of a checkpoint, where it changes during the run."""
+    """The reference of a checkpoint, if it changes during the run."""
     num_checkpoints: int
 
     @property
@@ -43,8 +43,8 @@ class DiskUse:
 
 
 def disk_use(config: Config, shape: ModelShape, *, device: Device) -> DiskUse:
-    """The estimate, exact but for small files: weights, and for each in fp32 a copy and AdamW's
-    two moments."""
+    """Estimate, exact except for small files: weights, and for each weight an fp32 copy and the two
+    moments of AdamW."""
     width = bytes_per_weight(config, device)
     has_copy = width < 4 or config.policy.use_distributed_optimizer
     number = 0
@@ -95,7 +95,7 @@ def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]
 
 
 def disk_warning(config: Config, use: DiskUse) -> str | None:
-    """What to do where the disk is too small for what the run saves.
+    """What to do if the disk is too small for the run; None if it is large enough.
 
     What the run that is resumed has left counts as room: this one replaces it.
     """

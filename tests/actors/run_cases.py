@@ -36,7 +36,7 @@ from pathlib import Path
 
 from rlsys.rewards import ORM, register_reward
 
-HOLD_AFTER = Path("hold_after")  # so many groups
+HOLD_AFTER = Path("hold_after")  # number of groups
 
 
 @register_reward("digits")
@@ -104,7 +104,7 @@ def run_config(model: Path) -> dict[str, Any]:
 
 
 def hold(folder: Path, after: int | None) -> None:
-    """Have the reward function of the next run stop time after so many groups; None: never."""
+    """Have the reward function of the next run stop time after this many groups; None: never."""
     for name in ("held", "released", "hold_after"):
         (folder / name).unlink(missing_ok=True)
     if after is not None:

@@ -146,7 +146,7 @@ def test_a_run_may_wait_until_another_has_ended(place, capsys, monkeypatch, time
     assert "for as long as it takes" in capsys.readouterr().out
 
 
-def test_who_waits_for_a_place_is_told_from_who_is_slow(ray_cluster):
+def test_an_actor_without_a_place_is_distinguished_from_a_slow_one(ray_cluster):
     slow, homeless = (ray.remote(Seeing).options(num_cpus=n).remote() for n in (0, 99))
     ray.get(slow.gpus.remote())
     assert where(slow) == []  # the cluster has one host

@@ -1,4 +1,4 @@
-"""The loop: who is called when, with what, and what is logged of it."""
+"""The loop: who is called when, with what, and what is logged."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_weights_are_published_before_the_first_rollout_and_after_every_update(r
     assert system.calls == [("publish", 0), *step_calls(1), *step_calls(2), *step_calls(3)]
 
 
-def test_evaluations_come_before_the_first_step_and_after_every_so_many(run):
+def test_evaluations_come_before_the_first_step_and_every_eval_steps(run):
     system = run(System(), max_steps=5, eval_steps=2, data=held_out())
     evaluations = [call for call in system.calls if call[0] == "evaluate"]
     assert evaluations == [("evaluate", s, f"with version {s}") for s in (0, 2, 4)]
@@ -194,7 +194,7 @@ def test_the_reference_sees_the_batch_before_the_policy_does(run):
     assert "time/ref_logprobs" in system.logged[0][1]
 
 
-def test_the_reference_follows_the_policy_every_so_many_steps(run):
+def test_the_reference_follows_the_policy_every_sync_steps(run):
     fields = {"grpo": {"beta": 0.1}, "reference": {"sync_steps": 2}}
     system = run(System(), max_steps=5, with_reference=True, **fields)
     around = [call for call in system.calls if call[0] in ("publish", "refresh", "checkpoint")]

@@ -1,4 +1,4 @@
-"""The first Ctrl-C is heard where a step is whole, the second one at once."""
+"""The first Ctrl-C interrupts between two steps, the second one at once."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def test_an_update_is_finished_first(capfd):
     assert "this step is finished first" in capfd.readouterr().err
 
 
-def test_a_closed_terminal_is_no_failure_of_the_update(capfd):
+def test_a_closed_terminal_does_not_fail_the_update(capfd):
     reader, writer = os.pipe()
     os.close(reader)
     done = []

@@ -19,7 +19,7 @@ def end_run(error, unheard):
             raise error
 
 
-def test_what_failed_in_the_background_is_told_before_what_the_driver_stumbled_over():
+def test_a_failure_in_the_background_is_raised_before_its_consequences():
     stumbled = TimeoutError("rollout engine 0 did not answer")
     with pytest.raises(ActorFailure, match="device-side assert") as raised:
         end_run(stumbled, ActorFailure("rollout engine 0: device-side assert"))

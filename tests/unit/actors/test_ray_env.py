@@ -1,4 +1,4 @@
-"""A cluster that is not there is told at once: Ray would try for minutes, without a word."""
+"""A missing cluster is an error at once: Ray would try for minutes and print nothing."""
 
 import socket
 
@@ -23,7 +23,7 @@ def test_an_address_where_nothing_listens_is_an_error_that_names_it(monkeypatch,
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:99999", "127.0.0.1", "head", ":6379", "head:port"])
-def test_what_is_no_address_is_an_error_too(monkeypatch, address):
+def test_a_malformed_address_is_an_error_too(monkeypatch, address):
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ValueError, match="no Ray cluster answers there"):
         check_cluster_answers()
@@ -51,7 +51,7 @@ def test_a_place_where_something_listens_is_let_through(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("address", "chosen", "told"),
+    ("address", "chosen", "noted"),
     [
         ("10.0.0.1:6379", "2,3", True),
         (None, "2,3", False),
@@ -59,13 +59,11 @@ def test_a_place_where_something_listens_is_let_through(monkeypatch):
         ("10.0.0.1:6379", "", False),
     ],
 )
-def test_gpus_chosen_here_for_a_cluster_that_runs_already_are_told(
-    monkeypatch, address, chosen, told
-):
+def test_gpus_chosen_here_for_a_running_cluster_are_noted(monkeypatch, address, chosen, noted):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address is not None:
         monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
     note = unused_choice_of_gpus()
-    assert (note is not None) == told
+    assert (note is not None) == noted
     assert note is None or (chosen in note and address in note)

@@ -21,7 +21,7 @@ from rlsys.rollout.pipeline import POLL_S
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
-    """`build(sampling seconds, scoring seconds)` -> world, rollouts of so many prompts a step."""
+    """`build(sampling seconds, scoring seconds)` -> world, and rollouts of as many prompts."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("rollouts")
 

@@ -97,7 +97,7 @@ def test_the_last_step_is_saved_whatever_its_number(save):
     assert checkpoint_steps(save(*range(1, 6), save_steps=2, last_step=5)) == [4, 5]
 
 
-def test_every_so_many_steps_and_the_newest_few_are_kept(save):
+def test_checkpoints_at_the_interval_and_the_newest_few_are_kept(save):
     folder = save(*range(1, 13), save_steps=3, save_total_limit=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-12", "step-9"]
     assert read(folder, 12) == dict.fromkeys(FILES, "12")
@@ -139,7 +139,7 @@ def test_a_checkpoint_that_is_being_written_does_not_count(save, writer):
     assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-3"]
 
 
-def test_a_step_that_was_saved_before_the_resume_is_saved_anew(save, writer):
+def test_a_step_that_was_saved_before_the_resume_is_saved_again(save, writer):
     folder = save(1, 2, 3, save_total_limit=5)
     (folder / "step-3" / "weights").write_text("of the life before")
     save(3, save_total_limit=5)

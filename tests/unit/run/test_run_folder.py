@@ -50,14 +50,14 @@ def test_a_folder_can_be_held_again_after_a_failure(tmp_path):
         assert run.path.is_dir()
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+def test_a_folder_that_cannot_be_made_is_an_error(tmp_path):
     """What the permissions do not show: here a name that no file system takes."""
     path = tmp_path / ("a" * 300)
     with pytest.raises(ValueError, match=r"File name too long.*--output_dir"), RunDir(path).held():
         pass
 
 
-def test_a_file_system_without_locks_is_told_and_used(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_noted_and_used(tmp_path, monkeypatch, capsys):
     def lock(file, how):
         raise OSError(errno.ENOLCK, "No locks available")
 

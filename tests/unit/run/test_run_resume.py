@@ -1,4 +1,4 @@
-"""What is told of a run that continues, before it replaces anything."""
+"""What a run that continues says before it replaces anything."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from rlsys.run.resume import holds_run, move_aside, resume_notes
 
 
 def notes(folder, *overrides, rows=(), step=4):
-    """Of a run in `folder` whose rows of metrics.jsonl have these steps."""
+    """The notes of a run in `folder` whose rows of metrics.jsonl have these steps."""
     path = write_config(folder)
     run = RunDir(folder / "run")
     run.path.mkdir()
@@ -35,7 +35,7 @@ def test_settings_that_differ_are_named_with_both_values(tmp_path):
     assert line == "changed since then: seed 42 -> 7; policy.lr 1e-06 -> 1e-09"
 
 
-def test_a_config_of_an_older_version_or_of_a_user_is_no_error(tmp_path):
+def test_a_config_of_an_older_version_or_of_a_user_is_not_an_error(tmp_path):
     run = RunDir(tmp_path / "run")
     run.path.mkdir()
     config = load_config(write_config(tmp_path)).config
