@@ -16,12 +16,11 @@ includes it, and `compute_advantages` gives it 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from rlsys.algo.batching import build_train_batch
 from rlsys.algo.kl import KL_ESTIMATORS, log_ratio
 from rlsys.registry import Registry
 
@@ -210,6 +209,34 @@ def compute_advantages(
         assert batch.old_logprobs is not None, "Config.recompute_old_logprobs is for this, too"
         x_NS = log_ratio(batch.ref_logprobs.double(), batch.old_logprobs.double(), mask_NS)
         kl_NS = config.beta * KL_ESTIMATORS[config.kl_estimator or "k1"](x_NS)
+    return _estimate(groups, mask_NS, kl_NS, config, reward_weights)
+
+
+def advantages_of_group(
+    group: RolloutGroup, config: GrpoConfig, reward_weights: Sequence[float] | None
+) -> list[float] | None:
+    """[G] advantages of one group; None if they depend on the rest of the batch or on the KL."""
+    looks_at_group_only = (
+        config.advantage_estimator in ("grpo", "rloo", "maxrl")
+        and config.scale_rewards != "batch"
+        and config.multi_objective_aggregation == "sum_then_normalize"
+        and not (config.kl_in_reward and config.beta > 0)
+    )
+    if not looks_at_group_only:
+        return None
+    # Every token of a completion has the same advantage, so one token each is enough.
+    mask_G1 = torch.ones(len(group.completions), 1, dtype=torch.bool)
+    kl_G1 = torch.zeros(mask_G1.shape, dtype=torch.float64)
+    return _estimate([group], mask_G1, kl_G1, config, reward_weights)[:, 0].tolist()
+
+
+def _estimate(
+    groups: list[RolloutGroup],
+    mask_NS: Tensor,
+    kl_NS: Tensor,
+    config: GrpoConfig,
+    reward_weights: Sequence[float] | None,
+) -> Tensor:
     rewards_PG = rewards_matrix(groups)
     if rewards_PG.shape[1] < 2:
         raise ValueError(
@@ -227,22 +254,3 @@ def compute_advantages(
     )
     estimate = advantage_estimators[config.advantage_estimator]
     return estimate(inputs, config).nan_to_num(nan=0.0).float()
-
-
-def advantages_of_group(
-    group: RolloutGroup, config: GrpoConfig, reward_weights: Sequence[float] | None
-) -> list[float] | None:
-    """[G] advantages of one group; None if they depend on the rest of the batch or on the KL."""
-    looks_at_group_only = (
-        config.advantage_estimator in ("grpo", "rloo", "maxrl")
-        and config.scale_rewards != "batch"
-        and config.multi_objective_aggregation == "sum_then_normalize"
-        and not (config.kl_in_reward and config.beta > 0)
-    )
-    if not looks_at_group_only:
-        return None
-    # Every token of a completion has the same advantage: one token each is enough.
-    one_token = [replace(c, token_ids=[0], rollout_logprobs=[0.0]) for c in group.completions]
-    group = replace(group, completions=one_token)
-    batch = build_train_batch([group])
-    return compute_advantages([group], batch, config, reward_weights)[:, -1].tolist()
