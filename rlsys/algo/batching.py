@@ -156,12 +156,14 @@ def micro_batches(
     free: list[int] = []
     for row in longest_first:
         length = int(lengths[row])
-        fits = next((i for i, room in enumerate(free) if length <= room), len(bins))
-        if fits == len(bins):
-            bins.append([])
-            free.append(max_tokens)
-        bins[fits].append(row)
-        free[fits] -= length
+        for i, room in enumerate(free):
+            if length <= room:
+                bins[i].append(row)
+                free[i] -= length
+                break
+        else:
+            bins.append([row])
+            free.append(max_tokens - length)
     return bins
 
 
