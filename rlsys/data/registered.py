@@ -107,8 +107,8 @@ def find_registered(name: str) -> DatasetMeta | None:
     for meta in registered_datasets:
         if name in meta.names:
             return meta
-    path = _path(name)
     for meta in registered_datasets:
+        path = _path(name)
         ids = {str(known).rpartition("/")[2] for known in (meta.hf_dataset_id, meta.ms_dataset_id)}
         is_its_path = bool(meta.dataset_path) and path == _path(str(meta.dataset_path))
         if path.exists() and (is_its_path or (path.is_dir() and path.name in ids)):
