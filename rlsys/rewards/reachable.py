@@ -8,8 +8,9 @@ by the functions themselves, so what scores here scores in the run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -135,16 +136,12 @@ class Finding:
     """Whether the function then says None to every completion."""
 
 
-@dataclass(slots=True)
-class _Found:
-    """Prompts with something wrong for one function."""
-
-    without: list[str] = field(default_factory=list)
-    """Their rows have no right answer that the function can use."""
-    unreadable: list[str] = field(default_factory=list)
-    """Their rows have one, and the function says None to it."""
-    missed: list[str] = field(default_factory=list)
-    """No completion earned the most."""
+_KINDS = {
+    "absent": ("have no right answer that it can use", True),
+    "unreadable": ("have a right answer to which it says None", True),
+    "missed": ("let no completion tried earn its maximum", False),
+}
+"""What is wrong with rows, and whether the function then says None."""
 
 
 def look_at_rows(rewards: ReachableRewards, prompts: Sequence[Prompt]) -> list[Finding]:
@@ -152,38 +149,29 @@ def look_at_rows(rewards: ReachableRewards, prompts: Sequence[Prompt]) -> list[F
 
     All rows are asked for their right answers, `MAX_ROWS` of them for completions.
     """
-    found = {reward.name: _Found() for reward in rewards.rewards}
+    ids: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
     for prompt in prompts:
         for name, gold in rewards.golds(prompt.columns).items():
             if gold is None:
-                found[name].without.append(prompt.prompt_id)
-    step = max(1, math.ceil(len(prompts) / MAX_ROWS))
-    looked = prompts[::step]
+                ids[name, "absent"].append(prompt.prompt_id)
+    looked = prompts[:: max(1, math.ceil(len(prompts) / MAX_ROWS))]
     for prompt in looked:
         look = rewards.look(prompt)
         for name in look.missed:
             unreadable = name in look.golds and math.isnan(look.best[name])
-            (found[name].unreadable if unreadable else found[name].missed).append(prompt.prompt_id)
-    return [
-        finding
-        for name, one in found.items()
-        for finding in _findings(name, one, num_rows=len(prompts), num_looked=len(looked))
-    ]
-
-
-def _findings(name: str, found: _Found, *, num_rows: int, num_looked: int) -> Iterator[Finding]:
-    some = "rows" if num_rows == num_looked else "rows looked at"
-    for ids, total, rows, says_none, what in (
-        (found.without, num_rows, "rows", True, "have no right answer that it can use"),
-        (found.unreadable, num_looked, some, True, "have a right answer to which it says None"),
-        (found.missed, num_looked, some, False, "let no completion tried earn its maximum"),
-    ):
-        if ids:
-            text = f"{name}: {len(ids):,} of {total:,} {rows} {what}, the first is {ids[0]}"
-            in_all = len(ids) == total
+            ids[name, "unreadable" if unreadable else "missed"].append(prompt.prompt_id)
+    findings = []
+    for reward, (kind, (what, says_none)) in product(rewards.rewards, _KINDS.items()):
+        name, found = reward.name, ids[reward.name, kind]
+        rows = prompts if kind == "absent" else looked
+        if found:
+            looked_at = "rows" if len(rows) == len(prompts) else "rows looked at"
+            text = f"{name}: {len(found):,} of {len(rows):,} {looked_at} {what}, the first is "
+            in_all = len(found) == len(rows)
             # TRL's functions take any number out of prose.
             kills = in_all and says_none and not name.startswith(TRL_PREFIX)
-            yield Finding(name, text, in_all, kills)
+            findings.append(Finding(name, text + found[0], in_all, kills))
+    return findings
 
 
 def is_users_class(name: str) -> bool:
