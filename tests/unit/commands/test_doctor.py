@@ -9,6 +9,8 @@ from rlsys.commands import doctor
 from rlsys.commands.doctor import Finding, check_imports, examine
 from rlsys.packages import installed_version
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ from rlsys.model.memory import (
 )
 from rlsys.rewards import orms
 
+pytestmark = pytest.mark.processes
+
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
 

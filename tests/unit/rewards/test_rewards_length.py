@@ -105,6 +105,7 @@ def test_a_longer_right_answer_never_earns_more(shorter, longer):
     assert first >= second
 
 
+@pytest.mark.processes
 def test_cosine_of_mathematics_is_trls():
     settings = {"min_len_value_wrong": -1.0, "max_len_value_wrong": -0.5}
     mine = orms["cosine"](100, min_len_value_correct=1.0, max_len_value_correct=0.5, **settings)
