@@ -1,10 +1,10 @@
-# make          set up the environment (does nothing when nothing changed)
+# make            set up the environment (does nothing if nothing changed)
 # make setup-gpu  the same for GPUs, in .venv-gpu
-# make demo     watch a small language model learn the Countdown game, on CPU
-# make test-fast  the pure parts, within a minute
-# make test     lint, types and tests
-# make test-all the same with the slowest tests: servers and whole runs of their own
-# make test-gpu the tests that need GPUs, with .venv-gpu or else the python3 of this shell
+# make demo       watch a small language model learn the Countdown game, on CPU
+# make test-fast  the pure parts, within a minute on two idle cores
+# make test       lint, types and tests
+# make test-all   also the slowest tests: servers and whole runs of their own
+# make test-gpu   the tests that need GPUs, with .venv-gpu or else the python3 of this shell
 #
 # VENV=dir (for GPUs VENV_GPU=dir) uses another environment, PYTHON=python3.12 another interpreter
 # to create it with (or to run test-gpu with).

@@ -7,18 +7,18 @@ from hypothesis import settings
 from rlsys.data import preprocessors
 from rlsys.rewards import orms
 
-# Nothing here is judged by how long it took: a busy machine would fail tests at random.
+# No test depends on time: on a busy machine it would fail at random.
 settings.register_profile("rlsys", deadline=None)
-# There the same examples in every run: what fails is what the change broke.
+# CI draws the same examples in every run, so only a change can break a test.
 settings.register_profile("ci", deadline=None, derandomize=True)
 # `make test-fast`: a tenth of the examples.
 settings.register_profile("fast", deadline=None, max_examples=10)
 settings.load_profile("ci" if "CI" in os.environ else "rlsys")
 
 
-@pytest.hookimpl(optionalhook=True)  # without pytest-xdist all run in this process
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist all tests run in this process
 def pytest_xdist_make_scheduler(config, log):
-    """Deal tests to processes: tests/actors to one, as they share engines, the rest by file."""
+    """Deal tests to processes by file, and all of tests/actors to one: they share engines."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByEngine(LoadScopeScheduling):
@@ -31,14 +31,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 @pytest.fixture(scope="session", autouse=True)
 def hear_ctrl_c():
-    """Some tests press Ctrl-C, which a shell has its background jobs ignore."""
+    """Let tests press Ctrl-C: background jobs of a shell ignore it."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_plugins():
-    """What plugins register in this process is gone after the module that loaded them."""
+    """Undo what plugins registered, after each module of tests."""
     kinds = (orms, preprocessors)
     registered = [dict(kind.data) for kind in kinds]
     yield

@@ -1,4 +1,4 @@
-"""Set-up: clear words where it cannot work, and a lock that cannot bring in the known trap."""
+"""Set-up: one clear line if it cannot work, and locks without packages for another torch."""
 
 import os
 import re
