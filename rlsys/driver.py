@@ -36,7 +36,6 @@ def train(
     """Run GRPO from the policy's version to config.num_steps.
 
     Args:
-        config: the run's config.
         rollouts: prompts in, scored groups out; may sample ahead of the policy.
         policy: the trained model.
         reference: the frozen model that the KL term measures from; None when beta = 0.
