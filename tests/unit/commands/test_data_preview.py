@@ -67,14 +67,15 @@ def run(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def rows(tmp_path):
+def rows(tmp_path_factory):
     drawing = random.Random(0)
     rows = [
         {"prompt": "a " * drawing.randint(1, 30), "nums": [n], "target": n, "extra": None}
         for n in range(100)
     ]
     last = {"prompt": "b\x1b[31m c", "nums": [1], "target": 1, "extra": "x"}
-    return write_jsonl(tmp_path / "rows.jsonl", [*rows, last])
+    # Its path is long, and shorter than 80 characters also in a process of pytest-xdist.
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", [*rows, last])
 
 
 @pytest.mark.parametrize("width", [80, 120])
