@@ -35,7 +35,8 @@ from machine import describe_machine
 from random_model import SHAPES, save_random_model
 from torch.autograd import DeviceType
 
-from rlsys.config import Config, PolicyConfig
+from rlsys.config import Config
+from rlsys.model import memory
 from rlsys.model.shape import read_model_shape
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.transport import serve_store
@@ -204,7 +205,7 @@ def make_policy(config, arguments, *, chunk, fuse):
     )
     parallel_layout.initialize_parallel(layout, store, device=arguments.device, seed=0)
     if chunk is not None:
-        PolicyConfig.LOGPROB_CHUNK_TOKENS = chunk
+        memory.LOGPROB_CHUNK_TOKENS = chunk
     if not fuse:
         megatron.fuse_weight_gradients = lambda model: None
     return megatron.MegatronPolicy(config, device=arguments.device)

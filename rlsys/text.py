@@ -19,10 +19,10 @@ def near_multiples(number: int, unit: int) -> str:
     return " or ".join(str(n) for n in (below, below + unit) if n > 0)
 
 
-def near_divisors(number: int, of: int) -> str:
-    """The divisors of `of` around `number`: "8 or 16" for 12 and 32."""
-    small = [n for n in range(1, min(isqrt(of), _MOST_TRIED) + 1) if of % n == 0]
-    divisors = [*small, *[of // n for n in reversed(small)]]
+def near_divisors(number: int, total: int) -> str:
+    """The divisors of `total` around `number`: "8 or 16" for 12 and 32."""
+    small = [n for n in range(1, min(isqrt(total), _MOST_TRIED) + 1) if total % n == 0]
+    divisors = [*small, *[total // n for n in reversed(small)]]
     below = max(n for n in divisors if n < number)
     above = [n for n in divisors if n >= number]
     return " or ".join(str(n) for n in (below, *above[:1]))

@@ -100,7 +100,7 @@ class ModelActors(ActorGroup):
         world_size: int,
         place: Place,
     ):
-        self._config = config
+        self.config = config
         self.may_be_stuck = False
         """Whether a rank did not answer, or failed while others may wait for it in a collective."""
         env = {

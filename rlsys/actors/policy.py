@@ -18,7 +18,7 @@ from rlsys.config import Config
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.plugins.load import load_plugins
 from rlsys.types import Device, TrainBatch, UpdateOutput
-from rlsys.weight_sync.connection import Connection, senders_of_shards
+from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender, sending_memory
 
@@ -155,16 +155,6 @@ class PolicyActors(ModelActors):
     def weight_metadata(self) -> list[TensorMeta]:
         """Every tensor that a weight sync sends, in its order."""
         return self.call("weight_metadata")[0]
-
-    def senders_of_shards(self, number: int) -> list[int]:
-        """See rlsys.weight_sync.connection.senders_of_shards."""
-        policy = self._config.policy
-        return senders_of_shards(
-            number,
-            tensor_parallel_size=policy.tensor_parallel_size,
-            pipeline_parallel_size=policy.pipeline_parallel_size,
-            world_size=policy.world_size,
-        )
 
     def finished_version(self) -> int | None:
         """Number of updates in the weights, once all ranks have done what they were asked for.

@@ -95,7 +95,7 @@ class ReferenceActors(ModelActors):
         """Connect to the policy, for `refresh`."""
         self._policy = policy
         self._publisher = WeightPublisher(
-            policy, self, self._config.weight_sync, to="reference", transport="gloo"
+            policy, self, self.config.weight_sync, to="reference", transport="gloo"
         )
 
     def refresh(self) -> None:

@@ -16,6 +16,7 @@ from rlsys.weight_sync.connection import (
     Endpoint,
     endpoints_of_shards,
     endpoints_of_tensors,
+    senders_of_shards,
     whole_tensors,
 )
 from rlsys.weight_sync.plan import TensorSlice
@@ -73,16 +74,16 @@ class WeightPublisher:
 
         Call it again after a receiver has been replaced.
         """
-        receivers, number = self._receivers, self._receivers.engines_per_gpu
-        num_receivers = receivers.num_engines * receivers.workers_per_engine // number
+        receivers, num_connections = self._receivers, self._receivers.engines_per_gpu
+        num_receivers = receivers.num_engines * receivers.workers_per_engine // num_connections
         connections = [
             self._make_connection(
                 self._tensors,
                 sender=0,
                 num_receivers=num_receivers,
-                label=f" in connection {index} of {number}" if number > 1 else "",
+                label=f" in connection {index} of {num_connections}" if num_connections > 1 else "",
             )
-            for index in range(number)
+            for index in range(num_connections)
         ]
         endpoints = endpoints_of_tensors(
             connections,
@@ -141,16 +142,22 @@ class WeightPublisher:
         needed = self._wait(self._receivers.async_call("needed_slices"), "planning")
         if None in needed[0] or any(engine != needed[0] for engine in needed):
             return
-        number = len(needed[0])
-        if number == 1:
+        num_workers = len(needed[0])
+        if num_workers == 1:
             return
-        senders = self._policy.senders_of_shards(number)
+        sizes = self._policy.config.policy
+        senders = senders_of_shards(
+            num_workers,
+            tensor_parallel_size=sizes.tensor_parallel_size,
+            pipeline_parallel_size=sizes.pipeline_parallel_size,
+            world_size=sizes.world_size,
+        )
         connections = [
             self._make_connection(
                 slices,
                 sender=sender,
                 num_receivers=len(needed),
-                label=f" for worker {worker} of {number}",
+                label=f" for worker {worker} of {num_workers}",
             )
             for worker, (slices, sender) in enumerate(zip(needed[0], senders, strict=True))
         ]

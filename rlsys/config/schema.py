@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -538,8 +538,6 @@ class PolicyConfig(Section):
     recompute_modules: list[Literal["core_attn", "mlp"]] = Field(default=["mlp"], min_length=1)
     """Modules for recompute: selective. mlp: about two thirds of a layer's activations, for a
     quarter more time. core_attn: saves little where attention is fused."""
-    LOGPROB_CHUNK_TOKENS: ClassVar[int] = 1024
-    """Logits are computed for this many tokens at a time: 1024 x 151,936 in bf16 are 0.3 GB."""
     recompute_logits: bool = True
     """Compute logits again in the backward pass. false keeps those of a micro-batch, tokens x
     vocabulary / tensor_parallel_size numbers, and saves a few percent of the time."""

@@ -131,7 +131,8 @@ def load_prompts(
     rows = _load_rows(val_sources, config, renderer, problems, seed=seed)
     validation = _make_prompts(rows, check, refused)
     check_renamed(config, [*sources, *val_sources], problems)
-    raise_if_any(problems and problems + refused)
+    if problems:
+        raise_if_any([*problems, *refused])
     for some in ([] if config.streaming else sources, val_sources):
         _check_something_left(config, [source.counts for source in some])
     if config.val_dataset and texts_of(validation) <= texts_of(train):

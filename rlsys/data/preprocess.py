@@ -70,9 +70,9 @@ class Preprocessor:
         Raises:
             BadRow: the function raised, or returned something else than a row.
         """
-        of = self.function.preprocess_renamed if self.takes_dataset else self.function
+        call = self.function.preprocess_renamed if self.takes_dataset else self.function
         try:
-            made: Any = of(columns)
+            made: Any = call(columns)
         except BadRow:
             raise
         # User code: whatever it raises is reported with the row and the line of the code.

@@ -156,8 +156,10 @@ def without_fill(columns: dict[str, Any], features: Mapping[str, Any] | None) ->
         if isinstance(feature, datasets.Json):
             return value
         if isinstance(value, dict):
-            of = feature if isinstance(feature, dict) else {}
-            return {k: clean(v, of.get(k)) for k, v in value.items() if not _is_missing(v)}
+            features_of_keys = feature if isinstance(feature, dict) else {}
+            return {
+                k: clean(v, features_of_keys.get(k)) for k, v in value.items() if not _is_missing(v)
+            }
         if isinstance(value, list) and any(isinstance(entry, dict | list) for entry in value):
             return [clean(entry, getattr(feature, "feature", None)) for entry in value]
         return None if _is_missing(value) else value

@@ -53,11 +53,11 @@ class RolloutPipeline:
         self._rewards.forget(group_ids)
         self._note_idle()
 
-    def wait(self, what: str, *, done: int, of: int) -> list[RolloutGroup]:
+    def wait(self, what: str, *, done: int, total: int) -> list[RolloutGroup]:
         """The groups that were scored since the last call, at least one.
 
         Args:
-            what, done, of: the phase, its finished groups and all its groups, for errors.
+            what, done, total: the phase, its finished groups and all its groups, for errors.
 
         Raises:
             PhaseTimeout: no group was sampled for `timeout_s`.
@@ -70,7 +70,7 @@ class RolloutPipeline:
             elif time.monotonic() - last_progress > self._timeout_s:
                 raise PhaseTimeout(
                     f"{what}: no group finished within rollout.timeout_s = {self._timeout_s:g} s; "
-                    f"{done} of {of} groups are done"
+                    f"{done} of {total} groups are done"
                 )
         scored, self._scored = self._scored, []
         return scored

@@ -123,7 +123,7 @@ class Rollouts:
         self._take_finished(batch)
         while self._is_worth_waiting(batch):
             what = f"rollout of step {step}"
-            for group in self._pipeline.wait(what, done=len(batch.taken), of=size):
+            for group in self._pipeline.wait(what, done=len(batch.taken), total=size):
                 self._sort_in(batch, group)
             self._take_finished(batch)
         self._fill_up(batch)
@@ -153,7 +153,7 @@ class Rollouts:
         groups: dict[int, RolloutGroup] = {}
         while len(groups) < len(asked):
             what = f"evaluation after step {step}"
-            for group in self._pipeline.wait(what, done=len(groups), of=len(asked)):
+            for group in self._pipeline.wait(what, done=len(groups), total=len(asked)):
                 if group.group_id not in asked:
                     self._scored_in_evaluation.append(group)
                     continue

@@ -98,8 +98,8 @@ def _weights(device: torch.device) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def _powers(device: torch.device, number: int) -> Tensor:
-    """[number] int64, PRIME ** (number - 1) ... PRIME ** 0 modulo 2**64."""
-    powers = [pow(PRIME, exponent, 1 << 64) for exponent in range(number)]
+def _powers(device: torch.device, num_powers: int) -> Tensor:
+    """[num_powers] int64, PRIME ** (num_powers - 1) ... PRIME ** 0 modulo 2**64."""
+    powers = [pow(PRIME, exponent, 1 << 64) for exponent in range(num_powers)]
     signed = [power - (1 << 64) if power >= 1 << 63 else power for power in powers]
     return torch.tensor(signed[::-1], dtype=torch.int64).to(device)

@@ -69,11 +69,12 @@ def endpoints_of_tensors(
     There is one connection for each of the engines that share a GPU, since NCCL does not allow two
     ranks on one GPU. Engine i receives from connection i modulo their number.
     """
-    number = len(connections)
+    num_connections = len(connections)
     return [
         [
             Endpoint(
-                connections[engine % number], 1 + engine // number * workers_per_engine + worker
+                connections[engine % num_connections],
+                1 + engine // num_connections * workers_per_engine + worker,
             )
             for worker in range(workers_per_engine)
         ]

@@ -35,7 +35,7 @@ class TensorMeta:
 class TensorSlice:
     """A box of an exported tensor, or the whole tensor; it travels as a tensor of its own."""
 
-    of: TensorMeta
+    tensor: TensorMeta
     """The whole tensor."""
     starts: tuple[int, ...]
     """Start of the box on each axis."""
@@ -50,19 +50,19 @@ class TensorSlice:
     @property
     def is_whole(self) -> bool:
         """Whether the slice is all of its tensor."""
-        return self.shape == self.of.shape
+        return self.shape == self.tensor.shape
 
     @property
     def meta(self) -> TensorMeta:
         """The slice as a tensor of its own; a part is named `name[2:4, 0:8]`."""
         if self.is_whole:
-            return self.of
+            return self.tensor
         ranges = (f"{start}:{start + n}" for start, n in zip(self.starts, self.shape, strict=True))
-        return TensorMeta(f"{self.of.name}[{', '.join(ranges)}]", self.of.dtype, self.shape)
+        return TensorMeta(f"{self.tensor.name}[{', '.join(ranges)}]", self.tensor.dtype, self.shape)
 
     def intersection(self, other: TensorSlice) -> TensorSlice | None:
         """The common part of two slices of a tensor; None if they do not overlap."""
-        assert self.of == other.of, (self, other)
+        assert self.tensor == other.tensor, (self, other)
         starts, shape = [], []
         for a, size_a, b, size_b in zip(
             self.starts, self.shape, other.starts, other.shape, strict=True
@@ -72,7 +72,7 @@ class TensorSlice:
                 return None
             starts.append(start)
             shape.append(stop - start)
-        return TensorSlice(self.of, tuple(starts), tuple(shape))
+        return TensorSlice(self.tensor, tuple(starts), tuple(shape))
 
     def within(self, tensor: torch.Tensor, outer: TensorSlice) -> torch.Tensor:
         """This slice as a view of `tensor`, which holds the slice `outer`."""
@@ -81,13 +81,13 @@ class TensorSlice:
         return tensor
 
 
-def shard_bounds(length: int, index: int, number: int) -> tuple[int, int]:
-    """(start, stop) of slice `index` of `number` along an axis of `length`.
+def shard_bounds(length: int, index: int, num_shards: int) -> tuple[int, int]:
+    """(start, stop) of slice `index` of `num_shards` along an axis of `length`.
 
-    All slices have the same length, except the last ones if `number` does not divide `length`, as
-    with a vocabulary.
+    All slices have the same length, except the last ones if `num_shards` does not divide `length`,
+    as with a vocabulary.
     """
-    size = -(-length // number)
+    size = -(-length // num_shards)
     return min(index * size, length), min((index + 1) * size, length)
 
 

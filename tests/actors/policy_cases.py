@@ -304,7 +304,7 @@ class PolicyLab:
         if self._policy is None:
             self._start_processes(config)
         self._policy.policy_version = 0
-        self._policy._config = config
+        self._policy.config = config
         # Every rank, since NCCL ends a group only when all its ranks do.
         self._policy.actors = self._actors
         self._policy.call("become", config)

@@ -6,6 +6,7 @@ import ray
 import torch
 from safetensors.torch import load_file
 
+from rlsys.config import Config, PolicyConfig
 from rlsys.weight_sync.gloo import GlooTransport
 from rlsys.weight_sync.plan import TensorMeta, TensorSlice
 from rlsys.weight_sync.sender import WeightSender
@@ -56,7 +57,9 @@ class SenderActor:
     def fill(self, bucket, buffer):
         for name, target in bucket.views(buffer):
             piece = self.slices[name]
-            target.copy_(piece.within(self.tensors[piece.of.name], TensorSlice.whole(piece.of)))
+            target.copy_(
+                piece.within(self.tensors[piece.tensor.name], TensorSlice.whole(piece.tensor))
+            )
 
     def send_nothing(self, version, to):
         return 0.0
@@ -67,6 +70,7 @@ class TensorPolicy:
 
     def __init__(self, folder, *, transport="gloo"):
         self.actor = ray.remote(SenderActor).options(num_cpus=0.01).remote(folder, transport)
+        self.config = Config.model_construct(policy=PolicyConfig())
         self.policy_version = 0
         self.sends = True
 
@@ -79,9 +83,6 @@ class TensorPolicy:
 
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
-
-    def senders_of_shards(self, number):
-        return [0] * number
 
     def async_call(self, method, *args, to):
         if method == "send_weights" and not self.sends:

@@ -98,7 +98,7 @@ def test_any_rank_sends_any_part_of_the_tensors(lab, policy_models, name, layout
         policy.call("plan_buckets", 20_000, slices, sender)
         tensors = policy.call("in_buckets")[sender]
         expected = {
-            piece.meta.name: piece.within(whole[piece.of.name], TensorSlice.whole(piece.of))
+            piece.meta.name: piece.within(whole[piece.tensor.name], TensorSlice.whole(piece.tensor))
             for piece in slices
         }
         assert_equal(tensors, expected)

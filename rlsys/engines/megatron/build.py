@@ -22,6 +22,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.config import Config, PolicyConfig
+from rlsys.model import memory
 from rlsys.model.attention import attention_problem
 from rlsys.model.shape import ModelShape
 
@@ -222,7 +223,7 @@ class LogprobHead:
             targets,
             sampling=self._sampling,
             vocab=self._vocab,
-            chunk_size=PolicyConfig.LOGPROB_CHUNK_TOKENS,
+            chunk_size=memory.LOGPROB_CHUNK_TOKENS,
             recompute=self._recompute_logits,
         )
 
@@ -238,7 +239,7 @@ class LogprobHead:
         config = self._model.config
         sequence_parallel = config.tensor_model_parallel_size if config.sequence_parallel else 1
         # A whole chunk, and one of another length: then the kernels are made for any length.
-        tokens = PolicyConfig.LOGPROB_CHUNK_TOKENS * 3 // 2
+        tokens = memory.LOGPROB_CHUNK_TOKENS * 3 // 2
         hidden = torch.zeros(
             1,
             tokens // sequence_parallel,

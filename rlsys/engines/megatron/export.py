@@ -43,7 +43,7 @@ class _Part:
     @property
     def in_parcel(self) -> TensorMeta:
         """The part as its owner sends it, with the name of the item."""
-        return TensorMeta(self.item.meta.name, self.box.of.dtype, self.box.shape)
+        return TensorMeta(self.item.meta.name, self.box.tensor.dtype, self.box.shape)
 
 
 @dataclass(slots=True)
@@ -145,20 +145,20 @@ class BucketExport:
 
     def _cut(self, item: TensorSlice, owners: Mapping[tuple[str, int], int]) -> Iterator[_Part]:
         """Cut a slice that is sent into the parts that policy ranks have."""
-        row, _ = self._rows[item.of.name]
-        _, number = self._weights.slice_of(row)
-        starts, shape = [0] * len(item.of.shape), list(item.of.shape)
-        for index in range(number):
+        row, _ = self._rows[item.tensor.name]
+        _, num_shards = self._weights.slice_of(row)
+        starts, shape = [0] * len(item.tensor.shape), list(item.tensor.shape)
+        for index in range(num_shards):
             if (axis := row.tp_axis) is not None:
-                starts[axis], stop = shard_bounds(item.of.shape[axis], index, number)
+                starts[axis], stop = shard_bounds(item.tensor.shape[axis], index, num_shards)
                 shape[axis] = stop - starts[axis]
-            held = TensorSlice(item.of, tuple(starts), tuple(shape))
+            held = TensorSlice(item.tensor, tuple(starts), tuple(shape))
             box = item.intersection(held)
             if box is not None:
                 yield _Part(item, box, owners[row.hf_names[0], index], held)
 
     def _parameter(self, part: _Part) -> torch.nn.Parameter:
-        row, _ = self._rows[part.item.of.name]
+        row, _ = self._rows[part.item.tensor.name]
         parameter = self._weights.own_parameter(row)
         assert parameter is not None, part
         return parameter
@@ -218,7 +218,7 @@ class BucketExport:
     def _from_parameters(self, own: Sequence[_Part], targets: Sequence[torch.Tensor]) -> CopyPlan:
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for part, target in zip(own, targets, strict=True):
-            row, index = self._rows[part.item.of.name]
+            row, index = self._rows[part.item.tensor.name]
             source = self._weights.own_slices(row)[index]
             if row.query_groups:
                 pairs += _from_query_groups(target, source, part)

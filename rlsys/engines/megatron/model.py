@@ -159,8 +159,8 @@ class MegatronModel:
         policy = self.config.policy
         tp, cp = self.transformer_config.tensor_model_parallel_size, self._cp_group.size()
         # Context parallelism cuts each sequence into chunks, sequence parallelism a rank's tokens.
-        of_sequence = 2 * cp if cp > 1 else 1
-        of_all = math.lcm(of_sequence, tp * cp)
+        sequence_multiple = 2 * cp if cp > 1 else 1
+        token_multiple = math.lcm(sequence_multiple, tp * cp)
         lengths = batch.lengths.tolist()
         cut = partial(
             micro_batches,
@@ -172,11 +172,14 @@ class MegatronModel:
         row_lists = row_lists_of_ranks[self._dp_rank]
         total_tokens = None
         if self.transformer_config.pipeline_model_parallel_size > 1:
-            filled = [math.ceil(length / of_sequence) * of_sequence for length in lengths]
+            filled = [-(-length // sequence_multiple) * sequence_multiple for length in lengths]
             longest = max(sum(filled[row] for row in rows) for rows in row_lists)
-            total_tokens = math.ceil(longest / of_all) * of_all
+            total_tokens = -(-longest // token_multiple) * token_multiple
         pack_rows = partial(
-            pack, multiple_of=of_all, sequence_multiple_of=of_sequence, total_tokens=total_tokens
+            pack,
+            multiple_of=token_multiple,
+            sequence_multiple_of=sequence_multiple,
+            total_tokens=total_tokens,
         )
         packed = [pack_rows(batch, rows, weights) for rows in row_lists]
         missing = max(map(len, row_lists_of_ranks)) - len(packed)

@@ -118,15 +118,15 @@ class MegatronWeights:
         return None if name is None else self._parameters[name]
 
     def slice_of(self, row: WeightRow) -> tuple[int, int]:
-        """(index, number) of the slice of a row's tensors that this rank has if it has the row."""
+        """(index, num_shards) of this rank's slice of a row's tensors, if it has the row."""
         return (0, 1) if row.tp_axis is None else (self._tp.rank(), self._tp.size())
 
     def own_slices(self, row: WeightRow) -> list[torch.Tensor]:
         """This rank's slices of a row's tensors, as views of its parameter: see WeightRow.views."""
         parameter = self.own_parameter(row)
         assert parameter is not None, row.names
-        _, number = self.slice_of(row)
-        return row.views(parameter.detach(), number)
+        _, num_shards = self.slice_of(row)
+        return row.views(parameter.detach(), num_shards)
 
     def _mark_tensor_parallel(self) -> None:
         """Mark the parameters that are cut over ranks, which megatron-core's initialisation does.

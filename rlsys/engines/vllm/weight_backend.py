@@ -177,7 +177,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 raise CannotMap("the rollout engine quantises weights")
             if self.device.type == "cpu" and self._has_experts():
                 raise CannotMap("kernels of experts read packed weights")
-            metadata = [piece.of for piece in self._connection.slices]
+            metadata = [piece.tensor for piece in self._connection.slices]
             self._proof = PlanProof(InPlacePlan(self.model, metadata))
         except CannotMap as reason:
             self._warn_slow(str(reason))

@@ -45,18 +45,18 @@ def test_a_sequence_that_does_not_divide_is_a_bug():
 def test_filled_sequences_hold_the_same_tokens_and_train_on_the_same(size, seed, rows, tail):
     batch = make_batch([[3, 1], [2, 5]], seed=seed)
     weights = torch.rand(batch.input_ids.shape) * batch.completion_mask
-    of_sequence = 2 * size if size > 1 else 1
+    sequence_multiple = 2 * size if size > 1 else 1
     plain = pack(batch, rows, weights)
     total = 12 * size * len(rows) if tail else None
     filled = pack(
         batch,
         rows,
         weights,
-        multiple_of=of_sequence,
-        sequence_multiple_of=of_sequence,
+        multiple_of=sequence_multiple,
+        sequence_multiple_of=sequence_multiple,
         total_tokens=total,
     )
-    assert (filled.cu_seqlens.diff() % of_sequence == 0).all()
+    assert (filled.cu_seqlens.diff() % sequence_multiple == 0).all()
     assert len(filled.input_ids) == filled.cu_seqlens[-1]
     for name in ("targets", "weights", "advantages", "rollout_logprobs"):
         of_filled, of_plain = getattr(filled, name), getattr(plain, name)

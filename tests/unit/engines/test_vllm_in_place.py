@@ -96,7 +96,9 @@ def test_a_rank_needs_its_shard_and_nothing_else(rank):
     for _ in range(2):
         tensors = weights()
         parts = {
-            piece.meta.name: piece.within(tensors[piece.of.name], TensorSlice.whole(piece.of))
+            piece.meta.name: piece.within(
+                tensors[piece.tensor.name], TensorSlice.whole(piece.tensor)
+            )
             for piece in needed
         }
         with torch.no_grad():
@@ -135,7 +137,7 @@ def test_a_slice_that_is_not_a_box_needs_the_whole_tensor(kind):
     plan.expect(needed)
     tensors = weights()
     parts = {
-        piece.meta.name: piece.within(tensors[piece.of.name], TensorSlice.whole(piece.of))
+        piece.meta.name: piece.within(tensors[piece.tensor.name], TensorSlice.whole(piece.tensor))
         for piece in needed
     }
     with torch.no_grad():

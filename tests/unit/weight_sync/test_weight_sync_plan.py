@@ -18,17 +18,17 @@ byte_tensors = st.binary(min_size=1, max_size=200).map(
 )
 
 
-@given(length=st.integers(1, 10**6), number=st.integers(1, 64))
-def test_shards_of_any_length_follow_each_other_and_only_the_last_are_shorter(length, number):
-    bounds = [shard_bounds(length, index, number) for index in range(number)]
+@given(length=st.integers(1, 10**6), num_shards=st.integers(1, 64))
+def test_shards_of_any_length_follow_each_other_and_only_the_last_are_shorter(length, num_shards):
+    bounds = [shard_bounds(length, index, num_shards) for index in range(num_shards)]
     assert bounds[0][0] == 0
     assert bounds[-1][1] == length
     assert all(left[1] == right[0] for left, right in itertools.pairwise(bounds))
     sizes = [stop - start for start, stop in bounds]
     assert sizes == sorted(sizes, reverse=True)
-    if length % number == 0:
-        assert set(sizes) == {length // number}
-    if length >= number**2:  # as every vocabulary: no rank is without a token
+    if length % num_shards == 0:
+        assert set(sizes) == {length // num_shards}
+    if length >= num_shards**2:  # as every vocabulary: no rank is without a token
         assert min(sizes) > 0
 
 

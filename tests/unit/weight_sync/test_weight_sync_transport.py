@@ -242,7 +242,7 @@ def test_each_shard_has_a_connection_with_one_worker_of_every_engine():
 
 
 @pytest.mark.parametrize(
-    ("policy", "number", "expected"),
+    ("policy", "num_workers", "expected"),
     [
         ({}, 2, [0, 0]),
         ({"tensor_parallel_size": 2}, 2, [0, 1]),
@@ -256,10 +256,10 @@ def test_each_shard_has_a_connection_with_one_worker_of_every_engine():
         ({"world_size": 4, "tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 2, [0, 1]),
     ],
 )
-def test_a_rank_that_has_a_shard_sends_it(policy, number, expected):
+def test_a_rank_that_has_a_shard_sends_it(policy, num_workers, expected):
     sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, **policy}
     sizes.setdefault("world_size", sizes["tensor_parallel_size"])
-    assert senders_of_shards(number, **sizes) == expected
+    assert senders_of_shards(num_workers, **sizes) == expected
 
 
 def test_an_unknown_transport_lists_the_known():
