@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _raised_by_rlsys(error: ValueError) -> bool:
-    """Whether a `raise` in this package made `error`."""
+    """Whether this package raised `error`."""
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
 
@@ -62,7 +62,7 @@ def _raised_by_rlsys(error: ValueError) -> bool:
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """Parses a subcommand; says how to write CONFIG where it is missing or in another place."""
+    """Parses a subcommand; says how to write a missing or misplaced CONFIG."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, and check that CONFIG is the first word."""
@@ -85,7 +85,7 @@ class _CommandParser(argparse.ArgumentParser):
         return found, unknown
 
     def _explain_config(self, before: list[str], words: list[str]) -> None:
-        """Exit with what CONFIG is, and with all problems of the words."""
+        """Exit and say what CONFIG is, with all problems of the words."""
         from rlsys.config.load import problems_of_words
 
         wrong = f"should stand before {before[0]}" if before else "is missing"
@@ -176,7 +176,7 @@ def _plugins(parser: argparse.ArgumentParser) -> None:
 def _rewards_try(parser: argparse.ArgumentParser) -> None:
     _plugins(parser)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="reward functions; without any, those of the run"
+        "names", nargs="*", metavar="NAME", help="reward functions; default: the run's"
     )
     parser.add_argument(
         "--completions",
@@ -191,7 +191,7 @@ def _rewards_try(parser: argparse.ArgumentParser) -> None:
         "--dataset",
         nargs="+",
         default=[],
-        help="where the columns are, if neither in the run's data nor in the file of completions",
+        help="dataset with the columns, if the run's data and the file of completions lack them",
     )
     parser.add_argument(
         "--preprocessor", metavar="NAME", help="as data.preprocessor, for --dataset"
@@ -210,7 +210,7 @@ GROUPS = {
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "grpo": ("train with GRPO", _config),
-    "explain": ("show what a config means, without starting anything", _config),
+    "explain": ("show what a config means, and check it; starts only reward functions", _config),
     "doctor": ("check this machine, and say what is missing", _doctor),
     "completions": ("read the completions of a run", _completions),
     "data preview": (

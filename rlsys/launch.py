@@ -132,7 +132,7 @@ class System:
         """Continue from a checkpoint.
 
         Raises:
-            ValueError: an rlsys wrote it that did not save the state of the data.
+            ValueError: an older rlsys wrote it, without the state of the data.
         """
         if not (folder / ROLLOUTS_FILE).exists():
             raise ValueError(
@@ -216,7 +216,7 @@ def train_system(system: System, tracker: Tracker, checkpoints: Checkpoints) -> 
     """Train to the last step, and end what is sampled in the background.
 
     Returns:
-        why the steps taught nothing; None if they did.
+        None, or why the steps taught nothing.
 
     Raises:
         Exception: what ended the run; a failure in the background before its consequences.
@@ -285,7 +285,7 @@ def save_last_step(
 def _saving_last_step(
     system: System, run_dir: RunDir, checkpoints: Checkpoints, started_from: int
 ) -> Iterator[str]:
-    """Save it, as far as that is possible; yields what is done."""
+    """Save what can be saved; yields what is done."""
     config, policy, reference = system.config, system.policy, system.reference
     deadline = time.monotonic() + config.checkpoint.exit_timeout_s
 
@@ -315,7 +315,7 @@ def _saving_last_step(
         and config.refreshes_reference(step)
         and reference.refreshed_after != step
     ):
-        yield f"{weights}; no checkpoint, for the reference has not followed yet"
+        yield f"{weights}; no checkpoint, because the reference was not synced after this step"
     else:
         give_up_at_deadline()
         checkpoints.save(step)

@@ -11,7 +11,7 @@ from rlsys.text import counted
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that a run cannot start with."""
+    """One reason why a run cannot start."""
 
     text: str
     """What was found, what is allowed, and what to do."""

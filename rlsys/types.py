@@ -1,8 +1,8 @@
 """What crosses an actor boundary: small dataclasses of CPU data.
 
-Never a CUDA tensor, an engine or the config. Shapes use one legend everywhere: **P** prompts,
-**G** generations per prompt, **N = P*G** completions, **S** tokens of a padded row, **T** tokens
-of one completion.
+Payloads hold no CUDA tensors and no engines. Actors get the config once, in their constructor.
+Shapes use one legend everywhere: **P** prompts, **G** generations per prompt, **N = P*G**
+completions, **S** tokens of a padded row, **T** tokens of one completion.
 
 Importing this module needs neither torch nor numpy, so reward workers stay small.
 """

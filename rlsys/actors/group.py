@@ -62,7 +62,7 @@ class ActorGroup:
         self.actors = {f"{member} {rank}": self.create(rank) for rank in range(size)}
 
     def create(self, rank: int) -> Any:
-        """Start an actor for a rank. Who puts it into `actors` replaces the one before."""
+        """Start an actor for a rank. Assign it to `actors[name]` to replace the old one."""
         options = {"runtime_env": {"env_vars": self._env}, **self._place(rank)}
         return self._actor_class.options(**options).remote(*self._args, rank)
 

@@ -36,7 +36,7 @@ class ModelRank:
     def rendezvous(self) -> tuple[str, int]:
         """Serve the store at which the ranks meet; returns its address and port.
 
-        The store takes its port now: a port that is only found free may be in use seconds later,
+        The store binds its port now: a port that is merely free may be in use seconds later,
         when megatron-core has been imported.
         """
         address = ray.util.get_node_ip_address()

@@ -1,7 +1,7 @@
 """Which GPU each Ray actor gets: one placement group, with a bundle for each GPU.
 
 Actors that share a GPU are in the same bundle. On CPU every actor has a bundle with a share of a
-core, for which a full cluster may have no room.
+core; a full cluster may have no room for it.
 
 The reference has its own GPUs or shares the policy's (reference.placement). The two never compute
 at the same time, so sharing costs only the copies of its weights, which wait in host memory. Reward

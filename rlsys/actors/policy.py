@@ -75,7 +75,7 @@ class PolicyRank(ModelRank):
         return self.engine.update(batch, loss=loss)
 
     def peak_memory_gib(self) -> float:
-        """Most memory reserved on this rank's GPU so far; on CPU, most that its process held."""
+        """Peak memory reserved on this rank's GPU; on CPU, the peak of its process."""
         if not self.engine.on_cpu:
             return torch.cuda.max_memory_reserved() / 2**30
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -157,7 +157,7 @@ class PolicyActors(ModelActors):
         return self.call("weight_metadata")[0]
 
     def finished_version(self) -> int | None:
-        """Number of updates in the weights, once all ranks have done what they were asked for.
+        """Number of updates in the weights, once all ranks have finished their calls.
 
         None in the middle of an update, or where ranks may be stuck in a collective.
         """

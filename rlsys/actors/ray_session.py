@@ -36,7 +36,7 @@ PROBE_TIMEOUT_S = 60.0
 
 
 class RayStartError(RunFailed):
-    """Ray does not come up on this machine; the message says what was seen."""
+    """Ray does not start on this machine; the message says what happened."""
 
 
 class _RayletDied(Exception):
@@ -65,7 +65,7 @@ def ray_session(**own_cluster: Any) -> Iterator[None]:
             start_cluster(**own_cluster)
         else:
             _join_cluster(address)
-        _restore(handlers)  # Ray's own for SIGTERM prints a C++ stack and aborts after 3 s
+        _restore(handlers)  # Ray's handler of SIGTERM prints a C++ stack, aborts after 3 s
         yield
     finally:
         _restore(handlers)
@@ -161,10 +161,10 @@ def _check_token(address: str, place: str) -> None:
 
 
 def _is_let_in(address: str, place: str, token: str | None) -> bool:
-    """Whether the head answers a request with this token (None sends no token).
+    """Whether the cluster's head accepts this token; None sends no token.
 
     Raises:
-        ValueError: what listens there does not answer as the head of a Ray cluster.
+        ValueError: the server there is not the head of a Ray cluster.
     """
     metadata = None if token is None else [("authorization", f"Bearer {token}")]
     with grpc.insecure_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:

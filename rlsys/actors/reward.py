@@ -24,7 +24,7 @@ WORKER_CPUS = 0.01
 
 
 class RewardWorker:
-    """Starts a reward process, which runs the user code, on its node and sends it requests."""
+    """Starts a reward process on its node, which runs the user code, and sends it requests."""
 
     async def start(self, settings: ProcessSettings, concurrent: bool) -> Failed | None:
         """Start it, and wait until it has its reward functions."""
@@ -42,7 +42,7 @@ class RayBackend:
     def __init__(
         self, settings: ProcessSettings, models: Sequence[str] = (), place: Place | None = None
     ):
-        """Args as of `RewardWorkers`; `models` are the names of the reward models."""
+        """`models` names the reward models; for the others see `RewardWorkers`."""
         self._settings = settings
         self._models = list(models)
         self._place = place
@@ -69,7 +69,7 @@ class RayBackend:
         return process.score.remote(request)
 
     def wait(self, references: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
-        """All that are done, at least one unless `timeout_s` passes first."""
+        """The references that are done; waits at most `timeout_s` for the first."""
         one, _ = ray.wait(list(references), timeout=timeout_s)
         more, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
         return more or one

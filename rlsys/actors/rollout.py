@@ -43,7 +43,7 @@ class RolloutActor:
             )
         )
         self._pauses = asyncio.Semaphore(0)
-        """Pauses for a weight update that no `update_weights` has followed yet."""
+        """Pauses that no `update_weights` has used yet."""
         self._start_seconds = time.monotonic() - start
 
     async def start(self) -> float:

@@ -70,7 +70,7 @@ class WeightPublisher:
         self.connect()
 
     def connect(self) -> None:
-        """Connect the policy to all receivers; at first they are sent whole tensors.
+        """Connect the policy to all receivers, which first get whole tensors.
 
         Call it again after a receiver has been replaced.
         """
@@ -186,7 +186,7 @@ class WeightPublisher:
     def _join(
         self, connections: Sequence[Connection], endpoints: Sequence[Sequence[Endpoint]]
     ) -> None:
-        """Have both sides connect, and leave the connections that they had before."""
+        """Connect both sides, which leave their earlier connections."""
         receiving = self._receivers.async_call("connect_weight_sync", endpoints)
         sending = self._policy.async_call("connect_weight_sync", connections, to=self._to)
         self._wait(sending | receiving, "connecting")

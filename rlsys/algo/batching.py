@@ -97,7 +97,7 @@ def optimizer_step_rows(
 def shard_rows(
     rows: Sequence[int], lengths: Sequence[int] | Tensor, *, num_shards: int
 ) -> list[list[int]]:
-    """Data-parallel shards of the rows of an optimizer step, as equal in tokens as in rows.
+    """Data-parallel shards of an optimizer step's rows, balanced in rows and in tokens.
 
     Rows are dealt in rounds, longest first; in each round the shard with the fewest tokens takes
     the longest row. Numbers of rows then differ by 1 at most, numbers of tokens by no more than the
@@ -133,8 +133,8 @@ def micro_batches(
     Args:
         rows: row numbers.
         lengths: [N] tokens, indexed by row number.
-        micro_batch_size: rows a forward pass; rows of similar length go together.
-        max_tokens: tokens a forward pass, first-fit decreasing; if set, it decides instead.
+        micro_batch_size: rows of a forward pass, which are of similar length.
+        max_tokens: most tokens of a forward pass, first-fit decreasing; wins if set.
 
     Raises:
         ValueError: a row is longer than `max_tokens`.
@@ -229,7 +229,7 @@ def pack(
         multiple_of: T is a multiple of this, because sequence parallelism splits T over ranks.
         sequence_multiple_of: every sequence is filled up with tokens 0 to a multiple of this,
             because context parallelism cuts it into chunks; divides `multiple_of`.
-        total_tokens: T, equal where pipeline stages exchange tensors; None is the smallest.
+        total_tokens: T, if pipeline stages need it equal; None is the smallest T.
 
     Raises:
         ValueError: the rows do not fit into `total_tokens`, or it is not a multiple.

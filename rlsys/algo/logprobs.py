@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 from rlsys.algo.sampling import WHOLE_VOCABULARY, Sampling, VocabSlice, fused, leave_out_
 
 NO_PROBABILITY = -1e4
-"""Nats of which exp() is 0 in every type, small enough to be multiplied."""
+"""Nats whose exp() is 0 in every type, and that may be multiplied."""
 
 
 def chunked_logprobs(
@@ -45,7 +45,7 @@ def chunked_logprobs(
 
     The logits are `hidden_TH @ weight_VH.T`. They exist for `chunk_size` tokens at a time; with
     gradients they are computed again on the way back, so that only `hidden_TH` is kept. At a
-    vocabulary of 152k, logits of 16k tokens take 4.6 GiB in bfloat16, those of a chunk of 1,024
+    vocabulary of 152k, logits of 16k tokens take 4.6 GiB in bfloat16; a chunk's 1,024 tokens
     take 0.3 GiB. The gradient of `weight_VH` is summed over chunks in float32, and rounded once.
 
     Computed in float32 (float64 for float64 logits), the type of the results; a gradient has the
@@ -133,7 +133,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, of factors that may be of a narrower type than their sum."""
+    """`total += left @ right`, whose factors may be of a narrower type than `total`."""
     if total.dtype == left.dtype:
         total.addmm_(left, right)
     elif total.is_cuda:
@@ -186,7 +186,7 @@ def _logits_gradient(
     entropy_grad_T: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """[T, V], of the logits and in their type, from the gradients of log-probs and entropies."""
+    """[T, V] gradients of the logits, in their type, from the log-probs' and the entropies'."""
     grad_T = torch.zeros_like(rows.logprobs_T) if grad_T is None else grad_T / temperature
     # 1 - pi(a) for the target: in the narrow type of the logits, the 1 added to -pi(a) would
     # lose all digits of a likely token.
@@ -214,7 +214,7 @@ def _logits_gradient(
 
 
 def _row_sums(logits_TV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Three [T]: max_v z_v and, with z less that, sum_v exp(z_v) and sum_v exp(z_v) z_v."""
+    """Three [T]: m = max_v z_v, sum_v exp(z_v - m), sum_v exp(z_v - m) (z_v - m)."""
     wide = torch.promote_types(logits_TV.dtype, torch.float32)
     lowest = torch.finfo(torch.float32).min
     z_TV = logits_TV.to(wide) / temperature

@@ -19,7 +19,7 @@ def masked_sum(values_T: Tensor, mask_T: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Which of T packed tokens are of which of B sequences.
+    """Which of B sequences each of T packed tokens is in.
 
     A sequence is never split over micro-batches. The filling tokens at the end are a sequence, too:
     masked, so that it sums to 0.
@@ -53,5 +53,5 @@ class Segments:
         return lowest_B.scatter_reduce(0, self.ids_T, kept_T, "amax")[self.ids_T]
 
     def means(self, values_T: Tensor, mask_T: Tensor) -> Tensor:
-        """As `sums`, divided by the unmasked tokens of the sequence; 0 without any."""
+        """Divide `sums` by the sequence's unmasked tokens; 0 without any."""
         return self.sums(values_T, mask_T) / self.sums(mask_T, mask_T).clamp(min=1)

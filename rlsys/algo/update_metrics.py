@@ -35,7 +35,7 @@ class MetricSums:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._maxima: dict[str, Tensor] = {}
-        """Maxima, and minima with their sign turned."""
+        """Maxima, and negated minima."""
 
     def add(self, of_micro_batch: Mapping[str, Tensor]) -> None:
         """Adds the statistics of one micro-batch: scalars, all on one device."""
@@ -78,7 +78,7 @@ class MetricSums:
 
 
 def combine_optimizer_steps(steps: list[dict[str, float]]) -> dict[str, float]:
-    """The metrics of a rollout's update from those of its optimizer steps, which have equal keys.
+    """The metrics of an update from its optimizer steps' metrics, which have equal keys.
 
     Means over the steps, except: extremes (/min, /max), the sum of `num_loss_tokens`, the last
     `learning_rate`. Adds `clip_ratio/low_min` and `clip_ratio/high_max`, the extremes of the clip

@@ -89,7 +89,7 @@ def loss_weights(
 def choose_tokens(
     batch: TrainBatch, rows: Sequence[int], config: GrpoConfig, *, seed: int
 ) -> TrainBatch:
-    """The batch with what `config` does to some tokens of the optimizer step on `rows`.
+    """The batch for the optimizer step on `rows`, with some of its tokens changed.
 
     `top_entropy_quantile` sets advantages to 0, clip_cov and kl_cov set `high_covariance`. Both
     choose by log-probs and entropies before the update, over the whole optimizer step: so the

@@ -1,1 +1,1 @@
-"""One file for each subcommand of `rlsys`; only `cli` imports them."""
+"""One file for each subcommand, and helpers named after it; only `cli` imports them."""

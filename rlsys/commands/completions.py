@@ -210,7 +210,7 @@ class GroupReader:
         self._rows: list[Row] = []
 
     def groups(self, *, to_end: bool = False) -> Iterator[list[Row]]:
-        """The groups since the last call; with `to_end` also a last one that misses rows."""
+        """The groups since the last call; with `to_end` also an incomplete last one."""
         for row in self._tail.rows():
             if self._rows and any(self._rows[0][key] != row[key] for key in ("step", "group_id")):
                 yield self._take()

@@ -262,7 +262,7 @@ def _print_histogram(config: Config, lengths: list[int], console: Console) -> No
 
 
 def histogram(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """The first and last length and the number of each of about BINS bins of equal, round width."""
+    """First length, last length and count of each of about BINS bins of equal, round width."""
     span = max(lengths) - min(lengths) + 1
     exact = max(1.0, span / BINS)
     power = 10 ** math.floor(math.log10(exact))
@@ -328,7 +328,7 @@ def _print_right_answers(look: Look, console: Console) -> None:
 def _right_answers_of_all(
     rewards: ReachableRewards, prompts: list[Prompt], config: Config, console: Console
 ) -> list[str]:
-    """Print what is wrong with some right answers; returns what is wrong with all of them."""
+    """Print problems of right answers in some rows; returns the problems in every row."""
     if rewards.unknown:
         names = ", ".join(rewards.unknown)
         own = [name for name in rewards.unknown if is_users_class(name)]

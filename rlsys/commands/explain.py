@@ -1,4 +1,4 @@
-"""`rlsys explain`: what a config means, in numbers, before anything is started."""
+"""`rlsys explain`: what a config means, in numbers; starts only reward functions."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ RECIPES = {
     ("reinforce_plus_plus", "bnpo"): "REINFORCE++",
     ("reinforce_plus_plus_baseline", "bnpo"): "REINFORCE++ with the group's mean as baseline",
 }
-"""(advantage_estimator, loss_type) of what has a name."""
+"""(advantage_estimator, loss_type) -> the pair's name."""
 
 
 def describe_algorithm(config: Config) -> list[tuple[str, str]]:
@@ -160,7 +160,7 @@ def _old_text(config: Config) -> str:
         return "the rollout engine's"
     if config.recompute_old_logprobs:
         return "computed by the policy before the update, a forward pass"
-    return "not computed: with one optimizer step a rollout they are those of the update"
+    return "not computed: with one optimizer step a rollout the update computes them"
 
 
 _LEVEL_TEXT = {

@@ -75,9 +75,7 @@ def _run_length(config: Config) -> Iterator[tuple[str, str]]:
     if config.num_train_epochs is not None:
         num_rows = "rows, not counted yet" if rows is None else counted(rows, "row")
         result = "" if by_epochs is None else f" = {counted(by_epochs, 'step')}"
-        goes_first = (
-            "" if config.max_steps is None else f"; max_steps {config.max_steps} goes first"
-        )
+        goes_first = "" if config.max_steps is None else f"; max_steps {config.max_steps} wins"
         yield (
             "num_train_epochs",
             f"{config.num_train_epochs:g} x {num_rows} (less those over max_prompt_length) / P "

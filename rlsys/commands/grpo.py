@@ -38,7 +38,7 @@ def load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
 
 
 def in_another_folder(path: str, overrides: Sequence[str], folder: Path) -> str:
-    """The user's own command, with an output_dir that is free."""
+    """The user's command with an unused output_dir."""
     words, _ = split_output_dir(overrides)
     command = ["rlsys", "grpo", path, *words, "--output_dir", str(unused_folder(folder))]
     return f"In another folder:\n  {shlex.join(command)}"

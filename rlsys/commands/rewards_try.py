@@ -286,7 +286,7 @@ def _cells(group: RolloutGroup, names: Sequence[str]) -> Iterator[list[Text]]:
 
 
 def _excerpt(text: str) -> str:
-    """One line; of a long text the end, where answers stand."""
+    """One line: the end of a long text, where answers stand."""
     line = printable(" ".join(text.split()))
     return line if len(line) <= EXCERPT else f"...{line[3 - EXCERPT :]}"
 

@@ -65,8 +65,8 @@ def group_rows(
     """The first `limit` completions, grouped by their prompts.
 
     A row has a `completion` or `text` (a text, or messages as TRL has them) or `completions` (a
-    list of these). Its prompt and columns are those of the dataset's row that `prompt_id` names,
-    or of the row at the same place, or its own.
+    list of these). Its prompt and columns come from the dataset's row that `prompt_id` names,
+    or the row in the same position, or itself.
 
     Rows of one `prompt_id` are a group; without it, rows that follow each other and have the same
     prompt and columns. A row without a prompt is a group of its own.

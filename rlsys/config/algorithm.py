@@ -17,7 +17,7 @@ class LossSettings(NamedTuple):
     loss_aggregation: Aggregation
     """How the paper averages token losses over an optimizer step."""
     importance_sampling_level: Level = "token"
-    """What the ratio is of."""
+    """Level of the ratio."""
     delta: float | None = None
     """Upper bound of the ratio, for the clipped losses where the advantage is negative."""
 

@@ -48,7 +48,7 @@ class DatasetSpec:
 
     @property
     def path(self) -> Path:
-        """The place of `name` on this machine, whether it exists or not."""
+        """The path of `name` on this machine, whether it exists or not."""
         return Path(self.name)
 
     @property

@@ -152,7 +152,7 @@ def _nearest(name: str, known: Sequence[str]) -> list[str]:
 
 
 def _likeness(name: str, known: str) -> float:
-    """From 0, another name, to 1: word by word, since long words in common hide a short one."""
+    """Similarity from 0 to 1, word by word: long words in common would hide a short one."""
     if name.replace("_", "") == known.replace("_", ""):
         return 1.0
     words, others = name.split("_"), known.split("_")
@@ -164,7 +164,7 @@ def _likeness(name: str, known: str) -> float:
 
 
 def _in_section(name: str, fields: list[str]) -> list[str]:
-    """The fields in the section that `name` has; all fields if none is."""
+    """The fields of `name`'s section; all fields without one."""
     section = name.rpartition(".")[0]
     own = [field for field in fields if section and field.rpartition(".")[0] == section]
     return own or fields

@@ -42,7 +42,7 @@ def with_absolute_paths(config: Config) -> Config:
 
 
 def check_is_here(path: str) -> None:
-    """Refuse a folder that the driver has and this machine has not.
+    """Refuse a folder that the driver has and this machine lacks.
 
     Raises:
         ValueError: it names this host and the folder.

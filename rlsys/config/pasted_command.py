@@ -79,7 +79,7 @@ def read_command_line(
 
 
 def split_command(words: Sequence[str]) -> PastedCommand:
-    """Take variables of the environment and the program away from the front."""
+    """Remove environment variables and the program from the front."""
     rest = list(words)
     program: list[str] = []
     variables: list[str] = []
@@ -107,7 +107,7 @@ def split_command(words: Sequence[str]) -> PastedCommand:
 
 
 def _program_length(words: list[str]) -> int:
-    """The number of words of the program in front; 0 where an option is in front."""
+    """How many words in front are the program; 0 where an option comes first."""
     name = Path(words[0]).name
     if name.endswith(".py") and "=" not in name:
         return 1

@@ -60,10 +60,7 @@ def _length_problems(config: Config) -> Iterator[Problem]:
     if config.max_steps is not None:
         return
     if config.num_train_epochs is None:
-        yield Problem(
-            "max_steps: is missing, and num_train_epochs is too: set one of them to say how long "
-            "the run is"
-        )
+        yield Problem("max_steps: is missing, and so is num_train_epochs: set one of them")
     elif config.data.streaming:
         yield Problem(
             f"num_train_epochs = {config.num_train_epochs:g} needs the number of rows, which "
@@ -77,7 +74,7 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
     if completions % group_size:
         yield Problem(
             f"rollout.generation_batch_size = {completions} is not a multiple of "
-            f"rollout.num_generations = {group_size}, which the completions of a prompt are: use "
+            f"rollout.num_generations = {group_size}, the completions per prompt: use "
             f"{near_multiples(completions, group_size)}"
         )
     elif (prompts := config.num_prompts + config.num_prompts_ahead) < rollout.num_engines:
@@ -326,7 +323,7 @@ def _engine_problems(config: Config) -> Iterator[Problem]:
     if rollout.num_engines % sharing:
         yield Problem(
             f"rollout.num_engines = {rollout.num_engines} is not a multiple of "
-            f"rollout.engines_per_gpu = {sharing}, and every GPU has as many: use "
+            f"rollout.engines_per_gpu = {sharing}, and all GPUs must hold equally many: use "
             f"{near_multiples(rollout.num_engines, sharing)} engines"
         )
     if sharing > 1 and rollout.tensor_parallel_size > 1:

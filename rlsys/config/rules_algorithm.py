@@ -36,7 +36,7 @@ def algorithm_problems(config: Config) -> Iterator[Problem]:
 def _name_problems(grpo: GrpoConfig) -> Iterator[Problem]:
     if grpo.loss_type in WARM_START_LOSSES:
         yield Problem(
-            f"grpo.loss_type = {grpo.loss_type} imitates completions whatever they earn, it is for "
+            f"grpo.loss_type = {grpo.loss_type} imitates completions whatever they earn: it is for "
             "warm starts: use grpo, or see docs/algorithm.md"
         )
     if grpo.external_plugins:

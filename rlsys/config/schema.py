@@ -238,7 +238,7 @@ class RewardConfig(Section):
     more reward function, reward_model:PATH, in a process of its own. Its settings stand in
     reward_params under that name, or under reward_model for all models."""
     reward_model_placement: Literal["policy", "own"] = "policy"
-    """GPUs of reward models. policy: those of the policy's ranks, which wait meanwhile; the model's
+    """GPUs of reward models. policy: the policy ranks' GPUs, which idle meanwhile; the model's
     weights stay there, so leave room. own: one GPU for each model."""
     reward_weights: list[float] | None = None
     """One weight per reward function, then one per reward model; null is 1 for each."""
@@ -360,11 +360,11 @@ class GrpoConfig(Section):
     entropy_coef: NonNegativeFloat = 0.0
     """Weight of the entropy bonus, averaged over tokens as the loss is; 0 is off."""
     top_entropy_quantile: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Share of an optimizer step's tokens, those with the highest entropy, that get a policy
-    gradient; 1 is all. Below 1 costs a forward pass."""
+    """Share of an optimizer step's tokens that get a policy gradient, highest entropy first;
+    1 is all. Below 1 costs a forward pass."""
     old_logprobs: Literal["auto", "recompute", "rollout"] = "auto"
     """Log-probs that the ratio starts from. auto: the trainer's before the update, computed only
-    where they differ from those of the update itself. recompute: the same, always computed.
+    where the update's own would differ. recompute: the same, always computed.
     rollout: the rollout engine's, which saves a forward pass and clips against the
     policy that sampled."""
     rollout_is: RolloutCorrection = "auto"
@@ -405,7 +405,7 @@ class GrpoConfig(Section):
     seq_mean_token_sum_norm: sum / (M * max_completion_length). null is the choice of the loss's
     paper."""
     importance_sampling_level: Level | None = None
-    """What the ratio of the clipped losses, cispo and sapo is of: each token, the sequence (GSPO),
+    """Level of the ratio of the clipped losses, cispo and sapo: each token, the sequence (GSPO),
     or the sequence with each token's gradient (GSPO-token). null is sequence for gspo and luspo,
     else token."""
     sapo_temperature_pos: PositiveFloat = 1.0
@@ -533,13 +533,13 @@ class PolicyConfig(Section):
     flash-attn, flash-attn-3 or flash-attn-4, unfused is plain matrix products, slow and large. auto
     lets Transformer Engine choose. The CPU has one kind only."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again instead of keeping them. selective: those
-    of recompute_modules in every layer. full: all but each layer's input, for a third more time."""
+    """Activations that the backward pass computes again instead of keeping them. selective:
+    recompute_modules of every layer. full: all but each layer's input, for a third more time."""
     recompute_modules: list[Literal["core_attn", "mlp"]] = Field(default=["mlp"], min_length=1)
     """Modules for recompute: selective. mlp: about two thirds of a layer's activations, for a
     quarter more time. core_attn: saves little where attention is fused."""
     recompute_logits: bool = True
-    """Compute logits again in the backward pass. false keeps those of a micro-batch, tokens x
+    """Compute logits again in the backward pass. false keeps a micro-batch's, tokens x
     vocabulary / tensor_parallel_size numbers, and saves a few percent of the time."""
     cpu_threads: PositiveInt = 1
     """Threads of each rank on CPU."""
@@ -553,7 +553,7 @@ class ReferenceConfig(Section):
     path: PathText | None = Field(default=None, min_length=1)
     """Hugging Face model folder or hub id; null is model.path."""
     world_size: PositiveInt = 1
-    """Ranks. Those that do not share layers or tokens are replicas."""
+    """Ranks. Ranks that share neither layers nor tokens are replicas."""
     tensor_parallel_size: PositiveInt = 1
     """Ranks that share each layer."""
     context_parallel_size: PositiveInt = 1
@@ -706,7 +706,7 @@ class Config(Section):
 
     @property
     def num_prompts_ahead(self) -> int:
-        """x, prompts sampled beyond those of the next batch."""
+        """x, prompts sampled beyond the next batch."""
         if self.rollout.oversample_prompts is not None:
             return self.rollout.oversample_prompts
         return self.rollout.max_staleness * self.num_prompts

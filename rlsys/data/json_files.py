@@ -132,7 +132,7 @@ def _rows_of(value: Any) -> list[Any] | None:
         )
     for key, rows in lists.items():
         if len(value) == 1 or key in _WRAPPERS:
-            # As the hub's viewer gives them: {"rows": [{"row_idx": 0, "row": {...}}]}.
+            # The hub's viewer gives {"rows": [{"row_idx": 0, "row": {...}}]}.
             inner = [row.get("row") for row in rows]
             return inner if all(isinstance(row, dict) for row in inner) else rows
     return None

@@ -196,17 +196,17 @@ def _load_rows(
 def _sample(rows: list[Row], source: Source, *, seed: int) -> list[tuple[Row, int]]:
     """The rows that `#ROWS` takes, each with the number of its copy; without it all.
 
-    As ms-swift does: fewer rows than the dataset has are drawn without replacement; more are the
-    whole dataset as often as it fits, and the rest drawn. Without shuffling, and for evaluation,
-    the first rows are taken instead; evaluation data cannot be repeated.
+    This is ms-swift's rule: fewer rows than the dataset has are drawn without replacement; more
+    are the whole dataset as often as it fits, and the rest drawn. Without shuffling, and for
+    evaluation, the first rows are taken instead; evaluation data cannot be repeated.
     """
     wanted = source.spec.num_rows
     if wanted is None or not rows:
         return [(row, 0) for row in rows]
     if source.split == "validation" and wanted > len(rows):
         raise ValueError(
-            f"dataset {source.spec.text!r} has {len(rows):,} rows, and evaluating one twice "
-            f"tells nothing new: ask for at most {len(rows):,}"
+            f"dataset {source.spec.text!r} has {len(rows):,} rows, and evaluation does "
+            f"not repeat rows: ask for at most {len(rows):,}"
         )
     copies, rest = divmod(wanted, len(rows))
     some = list(range(rest))
@@ -230,7 +230,7 @@ def _drop_duplicates(rows: list[Row], seen: set[tuple[int, ...]]) -> None:
 def _make_prompts(
     taken: list[_Taken], check: RowCheck | None, refused: list[Problem]
 ) -> list[Prompt]:
-    """Prompts with the same columns in all, so that a reward never misses an argument."""
+    """Give all prompts the same columns, so that a reward never misses an argument."""
     names = list(dict.fromkeys(name for _, row, _ in taken for name in row.columns))
     prompts = [row.to_prompt(source.prompt_id(row, copy), names) for source, row, copy in taken]
     if check is not None:

@@ -27,7 +27,7 @@ _OPENS_THINK = (
 
 
 class Renderer:
-    """Renders the rows of a run, and notes each thing that the chat template leaves out once."""
+    """Renders the rows of a run, and notes once each thing that the chat template leaves out."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
@@ -116,7 +116,7 @@ class Renderer:
 class _Notice:
     text: str
     first: str
-    """The place of the first row with it."""
+    """The place of the first such row."""
     count: int = 0
 
     def __str__(self) -> str:

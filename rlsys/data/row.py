@@ -76,7 +76,7 @@ def json_object(line: bytes) -> dict[str, Any]:
     Raises:
         BadRow: the line holds another value.
     """
-    # Without the line's end, or an error at the end of the line is one of the next line.
+    # Without the line's end: an error there would count as one of the next line.
     value = parse_json(line.rstrip(b"\r\n"))
     if not isinstance(value, dict):
         raise BadRow(not_an_object(value))

@@ -155,7 +155,7 @@ def default_repair_messages(messages: Any) -> Any:
 
 
 class MessagesPreprocessor(RowPreprocessor):
-    """Conversations in other words -> `messages` of role and content."""
+    """Turns with other keys and roles -> `messages` of role, content."""
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class MessagesPreprocessor(RowPreprocessor):
         return row
 
     def _turns(self, message: Columns) -> list[Columns]:
-        """One turn, or the two of a message that pairs question and answer."""
+        """A message's turn, or two if it pairs question and answer."""
         role = _taken(message, self.role_keys)
         if role is None:
             pairs = (("user", self.user_roles), ("assistant", self.assistant_roles))
@@ -254,6 +254,6 @@ def _renamed(row: Columns, names: Mapping[str, str]) -> Columns:
 
 
 def _taken(message: Columns, keys: list[str]) -> Any:
-    """Take the value of the first of `keys` that a message has out of the message."""
+    """Remove the first of `keys` that a message has; returns its value."""
     key = next((key for key in keys if key in message), None)
     return None if key is None else message.pop(key)

@@ -1,4 +1,4 @@
-"""Errors of full memory that say what does not fit and what to change."""
+"""Out-of-memory errors that say what does not fit and what to change."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def out_of_memory_explained(reason: str, *, memory: str = "The GPU") -> Iterator[None]:
-    """Add to an error of full memory what does not fit, and what to change.
+    """Add to an out-of-memory error what does not fit, and what to change.
 
     Args:
         reason: "<what>: <remedy>", which follows "The GPU is too small for".

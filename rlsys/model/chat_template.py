@@ -73,7 +73,7 @@ class ChatTemplate:
         Args:
             messages: with arguments of calls as objects where possible.
             tools: schemas of functions in OpenAI's form.
-            variables: of the template; they override those of the constructor.
+            variables: of the template; they override the constructor's.
             is_answered: whether to leave out the generation prompt.
 
         Raises:

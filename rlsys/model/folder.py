@@ -84,7 +84,7 @@ def resolve_model_path(path: str) -> Path:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """What a JSON file of a model folder says; empty if there is no such file.
+    """What a JSON file of a model folder says; empty without the file.
 
     Raises:
         ValueError: the file is not a JSON object; the text says what to do.

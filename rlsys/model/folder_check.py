@@ -110,7 +110,7 @@ def _weight_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
 def _table_problems(
     folder: Path, shape: ModelShape, stored: Mapping[str, StoredTensor]
 ) -> Iterator[str]:
-    """How the stored tensors differ from those of the model in config.json."""
+    """How the stored tensors differ from the model in config.json."""
     expected = {
         name: hf_shape
         for row in weight_table(shape)

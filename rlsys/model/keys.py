@@ -51,7 +51,7 @@ _GENERATION = _names("""
 """)
 """Defaults of `generate()` in older transformers; the run's own sampling settings replace them."""
 _PROSE = _names("author authors comment comments description license note notes")
-"""Words of people for people: ignored, and named once."""
+"""Keys with notes for people: ignored, and named once."""
 _INERT: dict[str, tuple[Any, ...]] = {
     "activation": ("silu", "swiglu"),
     "add_cross_attention": (False,),
@@ -84,7 +84,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "use_qk_norm": (False,),
     "use_sliding_window": (False,),
 }
-"""Key -> the values with which it changes nothing. So do null and empty values of any key."""
+"""Key -> the values with which it changes nothing. Null and empty change nothing anywhere."""
 _ROPE_KEYS = {
     "default": set[str](),
     "linear": {"factor"},

@@ -6,7 +6,7 @@ rows of the greatest length. Measured on CPU with SmolLM2-135M in fp32: policy 5
 that share a GPU: 35.0 GiB (35.0).
 
 In the code: tp, pp, ep and cp are the tensor, pipeline, expert and context parallel sizes; `width`
-is the bytes of a weight; `params` are the weights of a rank, and `tokens` those of a forward pass
+is the bytes of a weight, `params` the weights of a rank, `tokens` the tokens of a forward pass
 on a rank. "numbers" are elements of tensors, not bytes.
 """
 
@@ -53,7 +53,7 @@ Tensor = tuple[str, float, str]
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Memory of one process of a role: of its largest rank."""
+    """Memory of one process of a role, its largest rank."""
 
     role: str
     gib: dict[str, float]
@@ -161,7 +161,7 @@ def sync_bucket_bytes(config: Config, shape: ModelShape, width: int) -> int:
 
 
 def rank_params(shape: ModelShape, *, tp: int, pp: int) -> int:
-    """Parameters without experts of a rank, in the largest pipeline stage.
+    """A rank's parameters without experts, in the largest pipeline stage.
 
     The last stage has an output head of its own, even if the head is tied to the embedding.
     """

@@ -77,7 +77,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """What `folder/config.json` says.
 
     Raises:
-        ValueError: there is no config.json, or it is not a JSON object.
+        ValueError: config.json is missing, or is not a JSON object.
     """
     file = folder / "config.json"
     if not file.is_file():

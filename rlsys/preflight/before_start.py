@@ -126,4 +126,4 @@ def step_notes(config: Config, num_rows: int) -> Iterator[str]:
     if config.max_steps is None:
         yield epochs
     else:
-        yield f"note: max_steps = {config.max_steps} goes before {epochs}"
+        yield f"note: max_steps = {config.max_steps} overrides {epochs}"

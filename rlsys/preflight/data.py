@@ -127,7 +127,7 @@ def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> 
 
 
 def _add_columns(source: Source, columns: dict[str, None], wanted: set[str]) -> bool:
-    """Add the columns of a dataset until `columns` has all `wanted`; False if it is not known."""
+    """Add a dataset's columns until `columns` has all `wanted`; False if they are unknown."""
     if not source.is_text_file:
         return False
     # A streaming run decides by its first rows too.

@@ -14,7 +14,7 @@ from rlsys.types import Device
 
 
 def memory_warnings(config: Config, device: Device) -> list[str]:
-    """`card_warnings` for the GPUs of this machine; those of a running cluster are unknown here."""
+    """`card_warnings` for the GPUs of this machine; a running cluster's are unknown here."""
     card_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
     if card_gib is None:
         return []

@@ -21,7 +21,7 @@ from rlsys.types import Device
 
 @dataclass(frozen=True, slots=True)
 class DiskUse:
-    """Most bytes that a run has on the disk at a time, without logs."""
+    """Bytes that a run needs on the disk at most, without logs."""
 
     weights: int
     """A Hugging Face folder, as final/ and the model of each checkpoint."""
@@ -97,7 +97,7 @@ def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]
 def disk_warning(config: Config, use: DiskUse) -> str | None:
     """What to do if the disk is too small for the run; None if it is large enough.
 
-    What the run that is resumed has left counts as room: this one replaces it.
+    What the resumed run left counts as free: this run replaces it.
     """
     run = RunDir(Path(config.output_dir))
     own = 0

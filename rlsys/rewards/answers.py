@@ -22,7 +22,7 @@ AnswerFormat = Literal["any", "tags", "boxed"]
 reward documents."""
 
 ANSWER_COLUMNS = ("answer", "solution")
-"""Columns of the right answer. A final answer goes before a derivation, which may quote other
+"""Columns of the right answer. A final answer wins over a derivation, which may quote other
 numbers than its result."""
 
 # Without braces, a whole number: TeX takes one digit, and models mean the number.
@@ -39,7 +39,7 @@ _NO_WORDS = re.compile(
 _SENTENCE_ENDS = re.compile(r"[^\W_][)\"']?[.!?](?:\s+[^\W\d_]|\s*\Z)")
 _CHINESE_ENDS = re.compile(r"[\u3002\uff01\uff1f]")
 _MOST_WORDS = 4
-"""In lower case, of an answer without a mark; a name has fewer, "Lord of the Rings"."""
+"""Most lower-case words of an unmarked answer; a name has few: "Lord of the Rings"."""
 
 
 def after_thinking(completion: str) -> str | None:
@@ -145,7 +145,7 @@ def right_answer(
     Args:
         reward: name of the reward, for the error.
         row: columns of the dataset.
-        columns: those that may hold it, the first goes first.
+        columns: that may hold it, in order of preference.
         is_final: whether a text without a mark is an answer alone, by its column and the text.
 
     Returns:
@@ -182,7 +182,7 @@ class AnswerReward(ORM):
     reads_think_tags = True
     name: str
     columns: tuple[str, ...] = ANSWER_COLUMNS
-    """Dataset columns that may hold the right answer, the first goes first."""
+    """Dataset columns that may hold the right answer, most preferred first."""
 
     def __init__(self, answer_format: AnswerFormat):
         """Raises ValueError if `answer_format` is unknown."""
@@ -216,7 +216,7 @@ class AnswerReward(ORM):
         """[G] 0 to 1, or None where the row has no answer.
 
         Raises:
-            ValueError: a row whose right answer cannot be one.
+            ValueError: a row with an invalid right answer.
         """
         columns |= {"answer": answer, "solution": solution}
         given = {name: columns[name] for name in self.columns if columns.get(name) is not None}
@@ -232,7 +232,7 @@ class AnswerReward(ORM):
         return scores
 
     def check_row(self, row: Mapping[str, Any]) -> None:
-        """See ORM: there must be a right answer that can be one."""
+        """See ORM: the right answer must exist and be valid."""
         self.gold(row)
 
     def gold(self, row: Mapping[str, Any]) -> str | None:
@@ -245,7 +245,7 @@ class AnswerReward(ORM):
 
 
 def warn_once(name: str, problem: str) -> None:
-    """Warn of the first row that a reward cannot score, and of no further one."""
+    """Warn once, of the first row that a reward cannot score."""
     if name not in _warned:
         _warned.add(name)
         _log.warning(
@@ -278,7 +278,7 @@ def _is_blank(value: Any) -> bool:
 
 
 def row_by_row(column: list[Any] | None, other: list[Any] | None) -> list[Any]:
-    """The values of `column`, and of `other` in rows where it has none; either may be missing."""
+    """The values of `column`, or of `other` where that is empty; either may be missing."""
     if column is None or other is None:
         return column or other or []
     return [second if first is None else first for first, second in zip(column, other, strict=True)]

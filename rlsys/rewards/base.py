@@ -23,7 +23,7 @@ class ORM:
     reward process, with the keyword arguments that `reward.reward_params` has for its name.
 
     A class that compares with a right answer may have two more methods, which get the columns of a
-    row: `gold(row)` returns the answer that it reads, None where the row has none that it can use;
+    row: `gold(row)` returns the answer that it reads, or None if the row has no usable one;
     `example(row)` returns what a completion would answer, where that differs from `gold(row)`.
 
     Example:
@@ -64,7 +64,7 @@ class ORM:
     def check_row(self, row: Mapping[str, Any]) -> None:
         """Refuse a row of the dataset that this function could not score.
 
-        Called for every row before a run starts, in the driver. As a `staticmethod` it needs no
+        Called in the driver for every row, before a run starts. A `staticmethod` needs no
         instance there. A function may have an attribute `check_row`.
 
         Args:
@@ -76,7 +76,7 @@ class ORM:
 
 
 class AsyncORM(ORM):
-    """An outcome reward function that waits, for a server say: `async def __call__`.
+    """An outcome reward function that waits, say for a server: `async def __call__`.
 
     The calls for many groups run at the same time in one event loop. A class derived from `ORM`
     may be async too; this name exists because ms-swift has it.

@@ -90,7 +90,7 @@ def settings_of(name: str, params: Params, of_run: Params) -> dict[str, Any]:
 
 
 def _wanted_instead_of_text(parameter: inspect.Parameter) -> str | None:
-    """What a parameter takes that takes no text, by its annotation or default; else None.
+    """What a parameter wants instead of a text, by annotation or default; else None.
 
     YAML 1.2 reads `no` as a text, which is true where a function expects a bool.
     """

@@ -43,7 +43,7 @@ class CallLog:
         """What was logged about each completion; [] if nothing.
 
         Raises:
-            ValueError: a column that has not one value for each completion.
+            ValueError: a column without one value for each completion.
         """
         for column, values in self._extra.items():
             if len(values) != self._num_completions:

@@ -88,7 +88,7 @@ class ReachableRewards:
         self._layouts = list(_LAYOUTS)
 
     def golds(self, row: Mapping[str, Any]) -> dict[str, str | None]:
-        """The right answer that each function reads; None where it has none that it can use."""
+        """The right answer that each function reads; None without a usable one."""
         return {
             reward.name: _ask(gold, row)
             for reward in self.rewards
@@ -203,7 +203,7 @@ def _scores(rewards: Sequence[Reward], prompt: Prompt, completion: Completion) -
         for reward in rewards:
             try:
                 [values[reward.name]] = reward.score(group).values
-            except RewardError:  # a row that it refuses, which `check_row` says
+            except RewardError:  # it refuses the row: `check_row` reports that
                 values[reward.name] = math.nan
     return values
 

@@ -85,7 +85,7 @@ class Reward:
 
         Args:
             group: the completions and their prompt.
-            state: `trainer_state`; None is that of the first step.
+            state: `trainer_state`; None: the state of the first step.
 
         Raises:
             RewardError: the function raised (the cause is its exception), its signature does not
@@ -112,7 +112,7 @@ class Reward:
         """[G] the values of a function that is not async, NaN for None; see `score`.
 
         Args:
-            columns: as of `reward_columns`.
+            columns: see `reward_columns`.
             prompt_id: for error messages; None when their reader knows it.
         """
         args, kwargs = self._arguments(columns)
@@ -274,7 +274,7 @@ def reward_columns(
 
     Args:
         group: the completions and the columns of their prompt.
-        state: `trainer_state`; None is that of the first step.
+        state: `trainer_state`; None: the state of the first step.
         log: takes what `log_extra` and `log_metric` log; None drops it.
     """
     log = log or CallLog(len(group.completions))

@@ -158,7 +158,7 @@ def in_style(name: str, function: Any) -> Any:
             if isinstance(function, type):
                 decorator = "@trl_style, or " * (prefix == TRL_PREFIX)
                 raise ValueError(
-                    f"{function.__name__} is a class, and what {prefix[:-1]} calls is a function: "
+                    f"{function.__name__} is a class, and {prefix[:-1]} calls functions: "
                     f"leave out {decorator}{prefix} before the name"
                 )
             return style(function)

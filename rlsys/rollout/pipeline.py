@@ -114,7 +114,7 @@ class RolloutPipeline:
             self._idle_since = time.monotonic()
 
     def _poll(self, timeout_s: float) -> bool:
-        """Move every group that is ready one place on; returns whether any was sampled."""
+        """Move every ready group one stage on; returns whether any was sampled."""
         refs = [*self._engines.pending_refs(), *self._rewards.pending_refs()]
         any_ready(refs, timeout_s=timeout_s)
         sampled, scored = self._engines.collect(), self._rewards.collect()

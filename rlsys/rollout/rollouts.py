@@ -285,7 +285,7 @@ class Rollouts:
         self._tracker.log_completions(batch.step, group, self._advantages_of(group))
 
     def _fill_up(self, batch: _Batch) -> None:
-        """Fill the batch with groups of zero std, and log the others of them."""
+        """Fill the batch with zero-std groups, and log the rest as filtered."""
         batch.filtered = self._in_order(batch.filtered)
         batch.num_filled = batch.room
         filling, batch.filtered = batch.filtered[: batch.room], batch.filtered[batch.room :]

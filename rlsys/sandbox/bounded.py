@@ -39,7 +39,7 @@ class Limit(Enum):
 class BoundedCalls:
     """A function `module:name` that takes and returns JSON, called in a helper process.
 
-    This is not the kill of a reward process, which goes by wall time and costs all completions of
+    A reward process is killed by wall time instead, and that costs all completions of
     a job a retry: here one answer's CPU time decides, so a busy machine changes no score.
 
     The process starts with `start_helpers` or else at the first call, and again after a call that

@@ -304,7 +304,7 @@ class Running:
 
 
 def _ending(helper: subprocess.Popen[bytes]) -> str:
-    """How a helper process ended, which has closed its socket."""
+    """How a helper process that closed its socket ended."""
     code = helper.wait()
     if code < 0:
         return (

@@ -21,7 +21,7 @@ from rlsys.types import RolloutGroup
 
 
 def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker:
-    """The trackers of a run: console, metrics.jsonl, completions.jsonl, those of `report_to`.
+    """The trackers of a run: console, metrics.jsonl, completions.jsonl and `report_to`.
 
     It does not need Ray, so a wrong name or a missing package is found before anything starts.
 
@@ -53,7 +53,7 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
 class Progress:
     """Progress and speed of a run, with the names of ms-swift's log line.
 
-    Times and speed are those of this process: after a resume, `elapsed_time` starts at 0 and only
+    Times and speed are this process's: after a resume, `elapsed_time` starts at 0 and only
     new steps count. Speed is measured from the start of the first of them, so the start of the
     engines counts in `elapsed_time` but not in `train_speed(iter/s)`.
     """

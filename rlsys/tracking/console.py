@@ -163,7 +163,7 @@ class TerminalTracker(Tracker):
         self._live.stop()
 
     def _columns(self, metrics: Metrics) -> list[Column]:
-        """The columns that fit beside the step, of those that the run has."""
+        """The run's columns that fit beside the step."""
         room = self._console.width - self._step_width
         columns = []
         for column in (column for column in COLUMNS if column.name in metrics):

@@ -43,7 +43,7 @@ class RewardWatch(Watch):
 
     Args:
         reward_funcs: names of the reward functions.
-        completions: the run's completions.jsonl, for commands in warnings; None if it has none.
+        completions: the run's completions.jsonl or None, for commands in warnings.
     """
 
     def __init__(self, reward_funcs: list[str], completions: Path | None = None):

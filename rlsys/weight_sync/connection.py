@@ -11,7 +11,7 @@ from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One policy rank, which sends, and the processes that all receive the same slices from it.
+    """One policy rank that sends, and the processes that all receive the same slices from it.
 
     The sender is rank 0 of the connection, the receivers are ranks 1 and up. The driver makes the
     connection and hands the same values to all of them.
@@ -37,7 +37,7 @@ class Connection:
     timeout_s: float
     """Deadline, in seconds, of each wait for another rank."""
     label: str = ""
-    """Tells this connection from others in errors: " for worker 1 of 2"."""
+    """Distinguishes this connection in errors: " for worker 1 of 2"."""
 
     @property
     def sends_shards(self) -> bool:

@@ -122,7 +122,7 @@ def plan_buckets(metadata: Sequence[TensorMeta], bucket_bytes: int) -> list[Buck
     A larger tensor gets a bucket of its own.
 
     Raises:
-        ValueError: there are no tensors, two have one name, or a type is not in DTYPES.
+        ValueError: no tensors, two with one name, or a type that is not in DTYPES.
     """
     _check(metadata)
     contents: list[list[TensorMeta]] = [[]]

@@ -4,7 +4,7 @@ A loss reads a `LossInput` and the `grpo` section of the config, and returns
 
 - the loss: the sum of `weights * token_losses` over the micro-batch. The weights hold the
   denominators of the whole optimizer step (`weighting.loss_weights`), so the losses and gradients
-  of micro-batches add up to those of the step;
+  of micro-batches add up to the step's;
 - statistics, which combine over micro-batches and ranks as `update_metrics.MetricSums` says: sums
   over the tokens that are trained on, reported as means, or extremes if the key ends in /min or
   /max.
@@ -56,7 +56,7 @@ class LossInput:
     mask: Tensor
     """bool, True where the predicted token is trained on. Log-probs elsewhere are never read."""
     segments: Segments
-    """The sequences that the tokens are of."""
+    """Which sequence each token is in."""
     entropy: Tensor | None = None
     """The policy's now, with gradient; None reports none."""
     high_covariance: Tensor | None = None
@@ -208,7 +208,7 @@ def ratio_statistics(inputs: LossInput, ratio_T: Tensor) -> dict[str, Tensor]:
 
 def _sampling_statistics(inputs: LossInput, config: GrpoConfig) -> dict[str, Tensor]:
     """Difference of the rollout engine's log-probs to the trainer's, for the same weights."""
-    # If old_logprobs are the rollout engine's, the trainer's own are those of the policy now.
+    # If old_logprobs are the rollout engine's, the trainer's own are the current policy's.
     own_T = inputs.logprobs.detach() if config.old_logprobs == "rollout" else inputs.old_logprobs
     rollout_T, mask_T = inputs.rollout_logprobs, inputs.mask
     difference_T = (own_T - rollout_T).abs().masked_fill(~mask_T, 0.0)

@@ -42,7 +42,7 @@ def clipped_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[st
         inputs = replace(inputs, advantages=kept_T)
     (low, high), delta = config.clip_range, config.loss_settings.delta
     advantages_T, ratio_T = inputs.advantages, importance_ratio(inputs, config)
-    # With delta > high only tokens of negative advantage notice: TRL's bound is dual clip's.
+    # With delta > high it bounds only tokens of negative advantage: TRL's is dual clip's.
     bounded_T = ratio_T if delta is None else ratio_T.clamp(max=delta)
     surrogate_T = (bounded_T * advantages_T).min(ratio_T.clamp(low, high) * advantages_T)
     # Where min() takes the clipped term: there the token has no policy gradient.

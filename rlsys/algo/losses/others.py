@@ -102,7 +102,7 @@ def dppo_kl_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[st
     """DPPO with `KL(pi_old || pi)` of "this token or another" (arXiv:2602.04879)."""
     logprobs_T, old_T = inputs.logprobs.detach(), inputs.old_logprobs
     p_T, old_p_T = logprobs_T.exp(), old_T.exp()
-    tiny = 1e-8  # keeps the log of a certain token's rest finite
+    tiny = 1e-8  # keeps log(1 - p) finite for a certain token
     of_rest_T = (1 - old_p_T) * ((1 - old_p_T + tiny) / (1 - p_T + tiny)).log()
     kl_T = old_p_T * (old_T - logprobs_T) + of_rest_T
     return _divergence_bounded(inputs, config, p_T - old_p_T, kl_T)

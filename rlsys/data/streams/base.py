@@ -29,7 +29,7 @@ class PromptStream(ABC):
         """The next `n` prompts."""
 
     def observe(self, group: RolloutGroup) -> None:  # noqa: B027 - most streams ignore it
-        """Hear how a prompt of the stream was answered.
+        """Note how a prompt of the stream was answered.
 
         The caller passes every group of a batch, and every group that dynamic sampling left out of
         a batch, once. It does not pass groups that were given up, scored or not.

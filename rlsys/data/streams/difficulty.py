@@ -71,7 +71,7 @@ class DifficultySampling(PromptStream):
             self._useless[prompt_id] = [in_a_row + 1, totals[0]]
 
     def metrics(self) -> dict[str, float]:
-        """The number of prompts that are skipped now, and the share of the stream that was."""
+        """The number of prompts skipped now, and the share of the stream skipped so far."""
         skipped = [reward for n, reward in self._useless.values() if n >= self._patience]
         mean = self._reward_sum / self._num_groups if self._num_groups else 0.0
         places = self.num_taken + self._num_skipped

@@ -27,7 +27,7 @@ class MixedPrompts(PromptStream):
 
     @property
     def epoch(self) -> float:
-        """Passes over its data by the stream with the fewest."""
+        """Fewest passes that a stream made over its data."""
         return min(stream.epoch for stream in self._streams)
 
     def take(self, n: int) -> list[Prompt]:

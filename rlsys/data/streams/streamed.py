@@ -26,7 +26,7 @@ class StreamedPrompts(PromptStream):
     An epoch is one pass over all rows of its datasets, in their order, through a buffer of
     `shuffle_buffer_size` rows out of which one is drawn whenever the next is read. The order of
     rows depends on the seed alone. A stream that loads a state reads the rows of the epoch that
-    were given already again, but neither parses nor renders them.
+    were given before, but neither parses nor renders them.
     """
 
     def __init__(self, sources: list[Source], renderer: Renderer, config: DataConfig, *, seed: int):
@@ -77,7 +77,7 @@ class StreamedPrompts(PromptStream):
         return prompts
 
     def metrics(self) -> dict[str, float]:
-        """Rows that were read, and those that were not used, since the start of the run."""
+        """Rows read, and rows not used, since the start of the run."""
         read = sum(count.rows for count in self.counts)
         dropped = sum(count.dropped.total() for count in self.counts)
         return {

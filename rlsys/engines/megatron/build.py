@@ -1,4 +1,4 @@
-"""A Hugging Face config as a megatron-core GPTModel: this rank's part of it."""
+"""This rank's part of a megatron-core GPTModel, from a Hugging Face config."""
 
 from __future__ import annotations
 
@@ -253,5 +253,5 @@ class LogprobHead:
             logprobs, entropy = self(hidden, targets)
         if trains:
             loss = (logprobs + entropy if entropy_bonus else logprobs).sum()
-            # Of the hidden states alone: nothing may be left in the gradients of the weights.
+            # Differentiate only by the hidden states, so that no weight gets a gradient.
             torch.autograd.grad(loss, hidden)

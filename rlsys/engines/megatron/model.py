@@ -60,7 +60,7 @@ class MegatronModel:
         self.folder = resolve_model_path(path)
         self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
         shape = read_model_shape(self.folder)  # refuses unsupported models
-        # Of a model from the hub, and on another host, preflight has not seen the files.
+        # Preflight has not seen the files of a hub model, nor those on another host.
         check_model_folder(self.folder, has_prompts=False)
         self.hf_config = AutoConfig.from_pretrained(self.folder)
         self.transformer_config = transformer_config(
@@ -225,7 +225,7 @@ class MegatronModel:
     def _forward_step(
         self, loss_of: LossOf, packed: Iterator[PackedMicroBatch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, dict]]]:
-        """Hidden states of the next micro-batch, and the function that makes the loss of them."""
+        """Hidden states of the next micro-batch, and the function that computes their loss."""
         micro_batch = next(packed)
         positions = chunk_positions(micro_batch.cu_seqlens, self._cp_group.size())
         micro_batch, positions = micro_batch.to(self.device), positions.to(self.device)
@@ -251,8 +251,8 @@ class MegatronModel:
 def _packed_seq_params(
     micro_batch: PackedMicroBatch, context_parallel_size: int
 ) -> PackedSeqParams:
-    # Under context parallelism, passing the same object tells Transformer Engine that sequences are
-    # not padded: their filling is a part of them that nothing attends to.
+    # Under context parallelism, the same object twice says to Transformer Engine that sequences
+    # are not padded: their filling is a part of them that nothing attends to.
     padded = micro_batch.cu_seqlens if context_parallel_size > 1 else None
     return PackedSeqParams(
         qkv_format="thd",

@@ -108,8 +108,8 @@ class MegatronPolicy(MegatronModel):
             max_lr=policy.lr,
             min_lr=policy.min_lr,
             lr_warmup_steps=math.ceil(policy.warmup_ratio * total),
-            # The scheduler steps before each update, so that already the first one moves; with one
-            # more than `total` the last one is above min_lr, which may be 0.
+            # The scheduler steps before each update, so the first update has lr > 0. total + 1
+            # keeps the last one above min_lr.
             lr_decay_steps=total + 1,
             lr_decay_style=policy.lr_scheduler_type,
             start_wd=policy.weight_decay,

@@ -113,7 +113,7 @@ class MegatronWeights:
             yield from zip([name for row in rows for name in row.hf_names], tensors, strict=True)
 
     def own_parameter(self, row: WeightRow) -> torch.nn.Parameter | None:
-        """This rank's parameter of a row of the table; None if it has none."""
+        """This rank's parameter of a row of the table, or None."""
         name = self._own_name(row)
         return None if name is None else self._parameters[name]
 

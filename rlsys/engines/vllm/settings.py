@@ -134,7 +134,7 @@ def sampling_arguments(
         "stop_token_ids": stops.token_ids,
         "stop": stops.texts,
         "seed": request.seed,
-        "logprobs": 0,  # only that of the sampled token
+        "logprobs": 0,  # only the sampled token's
         "detokenize": bool(stops.texts),  # vLLM finds stop texts in the decoded text
         # A stop text may contain special tokens, such as "</answer>" of some tokenizers.
         "skip_special_tokens": rollout.skip_special_tokens is True,

@@ -104,7 +104,7 @@ class ModelFamily:
 
     model_type: str
     architecture: str
-    """The class that vLLM builds, which goes by `architectures` and not by model_type."""
+    """The class that vLLM builds: it reads `architectures`, not model_type."""
     sizes: tuple[str, ...] = ()
     """Further keys of config.json that are whole numbers of at least 1."""
     keys: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ _PATHS = "RLSYS_USER_FILES"
 
 
 def module_name(path: Path) -> str:
-    """The name under which the file can be imported from now on.
+    """Make the file importable; returns its module name.
 
     Args:
         path: absolute, and exists.
@@ -47,7 +47,7 @@ class _Finder:
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The file behind a name of this package."""
+        """The spec of a file's module, or None."""
         if not name.startswith(PREFIX):
             return None
         found = next((Path(text) for text in _paths() if _name(Path(text)) == name), None)

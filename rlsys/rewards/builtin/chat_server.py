@@ -39,7 +39,7 @@ class ChatServer:
         retry_wait_s: float,
         cache_dir: Path | None,
     ):
-        """Args as of `Judge`; `key_variable` is the environment variable with the API key.
+        """`key_variable` is the variable with the API key; for the others see `Judge`.
 
         Raises:
             ValueError: a setting out of range.
@@ -80,7 +80,7 @@ class ChatServer:
             request.task.add_done_callback(_forget_failure)
         request.num_waiting += 1
         try:
-            # Unlike `shield`, which newer Pythons have report failures that nobody waits for.
+            # Not `shield`: newer Pythons then report failures that nobody waits for.
             await asyncio.wait([request.task])
         finally:
             request.num_waiting -= 1

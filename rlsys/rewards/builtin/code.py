@@ -62,7 +62,7 @@ class Code(ORM):
             output_kib: what it may print or return in one test.
             max_tests: number of a row's tests that are run, the first ones; None is all.
             all_or_nothing: 1 where all tests pass, else 0; stops at the first that fails.
-            allow_unsandboxed: run programs without protection on a host that has none: they can
+            allow_unsandboxed: run programs even on a host that cannot restrict them: they can
                 then read and delete what this process can, and use the network.
 
         Raises:

@@ -110,7 +110,7 @@ MAX_SEARCHED = 20_000
 
 
 def solve(nums: list[int], target: int) -> tuple[str | None, bool]:
-    """An expression that is right or None, and whether the search was complete."""
+    """A right expression or None, and whether the search was complete."""
     seen: set[tuple[Fraction, ...]] = set()
 
     def search(terms: list[tuple[Fraction, str]]) -> str | None:

@@ -23,7 +23,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def start_guard(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
-    """Have this process and all that it started killed when they hold too much memory.
+    """Kill this process and all that it started when they hold too much memory.
 
     The guard also kills them when this process ends, and when its parent ends, which would have
     killed it. This process leads a process group, which dies as one. Linux only.

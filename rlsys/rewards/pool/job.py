@@ -66,7 +66,7 @@ class Job:
     retry: Retry | None = None
     """The failed job, if this one tries one of its completions alone."""
     exclusive: bool = False
-    """Whether no other job may run in the same process: one of several ended theirs."""
+    """True if its process ended while it ran several jobs: this one then runs alone."""
 
     def request(self) -> ScoreRequest:
         """What a process needs to know, and no more."""

@@ -152,7 +152,7 @@ class LocalBackend:
         return process.score(request)
 
     def wait(self, references: Sequence[Future[Any]], timeout_s: float) -> list[Future[Any]]:
-        """All that are done, at least one unless `timeout_s` passes first."""
+        """The references that are done; waits at most `timeout_s` for the first."""
         return list(wait(references, timeout_s, FIRST_COMPLETED).done)
 
     def result(self, reference: Future[Any]) -> Any:

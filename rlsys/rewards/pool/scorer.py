@@ -34,12 +34,12 @@ class GroupScorer:
 
     `submit` groups as they finish, wait for `pending_refs` together with whatever else may happen,
     and `collect` at least every second or so: it hands out jobs and kills what hangs. Every pending
-    group has another group_id.
+    group has its own group_id.
 
     A group takes `timeout_s` for each function and, if that fails, an equal share for each
     completion, at least a second. A completion that is a function's first in a new process gets
-    `timeout_s`, so the bound is 1 + G times `timeout_s`, reached where each alone is killed,
-    besides the time in which processes start.
+    `timeout_s`. Worst case: (1 + G) * timeout_s per function, when each completion alone is killed;
+    process starts come on top.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class GroupScorer:
             config: the functions and their limits.
             backend: starts the processes.
             max_steps: steps of the run, for functions that ask.
-            in_run: whether failures are those of a run; else the log says what a run would do.
+            in_run: True in a run; False lets the log say what a run would do.
 
         Raises:
             RewardCodeError: a class could not be instantiated, or not within START_TIMEOUT_S.

@@ -48,7 +48,7 @@ class ProcessSettings:
 def process_settings(
     config: RewardConfig, known: Params, plugins: Sequence[str] = ()
 ) -> ProcessSettings:
-    """The settings of a run whose working directory is that of this process.
+    """The settings of a run in the working directory of this process.
 
     Args:
         config: of the rewards.
@@ -78,7 +78,10 @@ class ScoreRequest:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A request or a start without a result. As text: users' exceptions may not be picklable."""
+    """A request or a start without a result.
+
+    The report is text, because users' exceptions may not be picklable.
+    """
 
     kind: RewardFailure
     """"crashed": the process ended, with all that it was doing."""

@@ -16,7 +16,7 @@ from rlsys.rewards.pool.serve import Failed, ScoreRequest
 from rlsys.rewards.scoring import Scored, is_async
 
 START_TIMEOUT_S = 300.0
-"""For a process to start and its reward classes to load what they need, a model perhaps."""
+"""Seconds for a process to start and its reward classes to load, a model perhaps."""
 MAX_ASYNC_JOBS = 256
 """Jobs of async functions that run at the same time."""
 MAX_MODEL_JOBS = 4

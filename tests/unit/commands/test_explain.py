@@ -149,7 +149,7 @@ def test_steps_of_epochs_are_counted(tmp_path):
     assert "15 steps: 60 prompts, 240 completions, 15 optimizer steps" in text
     assert "3.00 = 60 prompts / 20 rows" in text
     _, text = printed(path, "--max_steps", "2")
-    assert "= 15 steps; max_steps 2 goes first" in text
+    assert "= 15 steps; max_steps 2 wins" in text
     assert "2 steps: 8 prompts" in text
     table = pyarrow.table({"prompt": ["1 + 1?"] * 8, "nums": [[1, 1]] * 8, "target": [2] * 8})
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")

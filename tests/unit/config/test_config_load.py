@@ -529,7 +529,7 @@ def test_a_saved_run_of_epochs_runs_again_with_the_same_steps(load, tmp_path):
 @pytest.mark.parametrize(
     ("sections", "says"),
     [
-        ({"max_steps": None}, "max_steps: is missing, and num_train_epochs is too"),
+        ({"max_steps": None}, "max_steps: is missing, and so is num_train_epochs"),
         (
             {"max_steps": None, "num_train_epochs": 2, "data": {"streaming": True}},
             "num_train_epochs = 2 needs the number of rows, which data.streaming does not know",

@@ -22,10 +22,7 @@ from rlsys.preflight.memory import memory_warnings
         ),
         (
             {"max_steps": 3, "num_train_epochs": 2},
-            [
-                "note: max_steps = 3 goes before num_train_epochs 2 x 20 prompts / 4 a step = "
-                "10 steps"
-            ],
+            ["note: max_steps = 3 overrides num_train_epochs 2 x 20 prompts / 4 a step = 10 steps"],
         ),
     ],
 )
