@@ -92,7 +92,9 @@ def starter(backend, plugin):
         if backend == "ray":
             from rlsys.actors.reward import RewardWorkers
 
-            return RewardWorkers(config)
+            workers = RewardWorkers(config)
+            workers.start()
+            return workers
         return local_scorer(config)
 
     return start

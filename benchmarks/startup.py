@@ -105,7 +105,9 @@ def import_driver():
 
 
 def start_rewards(config):
-    return RewardWorkers(config.reward, known=config.known_to_rewards)
+    workers = RewardWorkers(config.reward, known=config.known_to_rewards)
+    workers.start()
+    return workers
 
 
 def start_policy(config):

@@ -158,7 +158,6 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     for warning in memory_warnings(config, device):
         print(f"note: this may not fit: {warning}", flush=True)
     with StartReport() as report:
-        report.waiting_for(["reward functions"])
         rewards = RewardWorkers(
             config.reward,
             known=config.known_to_rewards,
@@ -166,7 +165,6 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
             max_steps=config.num_steps,
             place=partial(placement.options, "reward_model") if device == "cuda" else None,
         )
-        report.ready("reward functions")
         engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
         groups: list[ActorGroup] = [engines, policy]
@@ -178,6 +176,9 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         for group in groups:
             report.waiting_for(group.actors)
         starting = {name: ref for group in groups for name, ref in group.async_start().items()}
+        report.waiting_for(["reward functions"])
+        rewards.start()
+        report.ready("reward functions")
         get_all(starting, phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready)
         report.waiting_for(["weight sync to connect"])
         publisher = WeightPublisher(policy, engines, config.weight_sync)

@@ -11,16 +11,15 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from rlsys.actors.group import Place, device_env, inherited_env
+from rlsys.actors.group import CPU_SHARE, Place, device_env, inherited_env
+from rlsys.actors.waiting import all_ready, any_ready
 from rlsys.config import RewardConfig
-from rlsys.rewards import check_functions, load_plugins
+from rlsys.plugins.load import load_plugins
+from rlsys.rewards import check_functions
 from rlsys.rewards.pool.process import RewardProcess
 from rlsys.rewards.pool.scorer import GroupScorer
 from rlsys.rewards.pool.serve import Failed, ProcessSettings, ScoreRequest, process_settings
 from rlsys.rewards.scoring import Scored
-
-WORKER_CPUS = 0.01
-"""Ray's bookkeeping only: rewards share the cores with whatever is idle at the time."""
 
 
 class RewardWorker:
@@ -47,7 +46,7 @@ class RayBackend:
         self._models = list(models)
         self._place = place
         self._options: dict[str, Any] = {
-            "num_cpus": WORKER_CPUS,
+            "num_cpus": CPU_SHARE,
             "runtime_env": {"env_vars": inherited_env()},
         }
 
@@ -70,9 +69,8 @@ class RayBackend:
 
     def wait(self, references: Sequence[ray.ObjectRef], timeout_s: float) -> list[ray.ObjectRef]:
         """The references that are done; waits at most `timeout_s` for the first."""
-        one, _ = ray.wait(list(references), timeout=timeout_s)
-        more, _ = ray.wait(list(references), num_returns=len(references), timeout=0)
-        return more or one
+        any_ready(references, timeout_s=timeout_s)
+        return all_ready(references)
 
     def result(self, reference: ray.ObjectRef) -> Any:
         """The result of a reference that is done; `Failed` if its actor ended."""
@@ -98,7 +96,7 @@ class RewardWorkers(GroupScorer):
         place: Place | None = None,
         plugins: Sequence[str] = (),
     ):
-        """Start the workers and wait until each has its reward functions.
+        """Load the plugins and check the functions; `start` starts the workers.
 
         Args:
             config: names, settings, plugins, number of workers, limits and policies.
@@ -110,8 +108,7 @@ class RewardWorkers(GroupScorer):
 
         Raises:
             ValueError: a plugin that cannot be imported, an unknown reward function, or weights
-                that do not fit; found before any process starts.
-            RewardCodeError: a reward class that cannot be instantiated.
+                that do not fit.
         """
         settings = process_settings(config, known or {}, plugins)
         load_plugins(settings.plugins)

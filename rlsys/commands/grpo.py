@@ -10,6 +10,7 @@ from pathlib import Path
 from rlsys.config.load import ResolvedConfig, load_config
 from rlsys.files import unused_folder
 from rlsys.preflight.checks import check_run
+from rlsys.preflight.run_folder import plan_start
 from rlsys.problems import ProblemsError
 
 
@@ -30,9 +31,9 @@ def load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
     resolved = load_config(path, overrides)
     problems = check_run(resolved.config)
     if problems:
-        another = any("holds another run" in problem.text for problem in problems)
+        found_run = plan_start(resolved.config).found_run
         folder = Path(resolved.config.output_dir)
-        note = in_another_folder(path, overrides, folder) if another else None
+        note = in_another_folder(path, overrides, folder) if found_run else None
         raise ProblemsError(path, problems, note=note)
     return resolved
 

@@ -24,6 +24,8 @@ class StartPlan:
     """Whether files of an earlier run are moved aside."""
     problem: str | None = None
     """Why it cannot start."""
+    found_run: bool = False
+    """Whether that is because the folder holds another run."""
 
 
 def plan_start(config: Config) -> StartPlan:
@@ -69,7 +71,8 @@ def plan_start(config: Config) -> StartPlan:
         return StartPlan(
             problem=f"output_dir: {run.path} holds another run, {found}: {remedy}start from step 0 "
             "with --overwrite, which moves its files aside, or choose another folder with "
-            "--output_dir"
+            "--output_dir",
+            found_run=True,
         )
     return StartPlan()
 

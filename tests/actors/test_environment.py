@@ -27,6 +27,7 @@ def test_a_variable_for_nccl_reaches_every_actor(engines, lab, policy_models, va
     rewards = RewardWorkers(RewardConfig(reward_funcs=["format"]), known={})
     name, value = variable
     try:
+        rewards.start()
         get_all(reference.async_start(), phase="start", timeout_s=PATIENCE_S)
         for role in ("RolloutActor", "LabRank", "ReferenceRank", "RewardWorker"):
             found = environments(role)

@@ -63,6 +63,7 @@ def start(tmp_path, monkeypatch):
         config = RewardConfig(reward_funcs=list(names), **options)
         known = {"max_completion_length": 7}
         started.append(RewardWorkers(config, known=known))
+        started[-1].start()
         return started[-1]
 
     yield start

@@ -29,6 +29,7 @@ def test_a_reward_model_scores_on_its_gpu_as_on_the_cpu(gpus, tmp_path):
     )
     workers = RewardWorkers(config, place=gpus.on(0))
     try:
+        workers.start()
         completions = [Completion([1], [0.0], text, "stop", (0,)) for text in TEXTS]
         workers.submit(RolloutGroup(0, Prompt("p", asked, [1], {}), completions))
         while not (scored := workers.collect()):

@@ -45,16 +45,13 @@ class GroupScorer:
     def __init__(
         self, config: RewardConfig, backend: Backend, *, max_steps: int = 0, in_run: bool = True
     ):
-        """Start the processes and wait until each has its reward functions.
+        """Describe the pools; `start` starts their processes.
 
         Args:
             config: the functions and their limits.
             backend: starts the processes.
             max_steps: steps of the run, for functions that ask.
             in_run: True in a run; False lets the log say what a run would do.
-
-        Raises:
-            RewardCodeError: a class could not be instantiated, or not within START_TIMEOUT_S.
         """
         self._config = config
         self._backend = backend
@@ -69,6 +66,13 @@ class GroupScorer:
         self._scored: list[RolloutGroup] = []
         self._pools = make_pools(config, backend)
         self._pool_of = {name: pool for pool in self._pools for name in pool.functions}
+
+    def start(self) -> None:
+        """Start the processes and wait until each has its reward functions.
+
+        Raises:
+            RewardCodeError: a class could not be instantiated, or not within START_TIMEOUT_S.
+        """
         try:
             for pool in self._pools:
                 pool.start()
@@ -248,11 +252,16 @@ def local_scorer(
     max_steps: int = 0,
     in_run: bool = True,
 ) -> GroupScorer:
-    """A scorer whose processes are children of this one: the same scoring as a run's, without Ray.
+    """A started scorer whose processes are children of this one: scores as a run does, without Ray.
 
     Args:
         config, max_steps, in_run: see `GroupScorer`.
         known, plugins: see `process_settings`.
+
+    Raises:
+        RewardCodeError: see `GroupScorer.start`.
     """
     backend = LocalBackend(process_settings(config, known or {}, plugins))
-    return GroupScorer(config, backend, max_steps=max_steps, in_run=in_run)
+    scorer = GroupScorer(config, backend, max_steps=max_steps, in_run=in_run)
+    scorer.start()
+    return scorer

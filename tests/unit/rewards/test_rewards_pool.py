@@ -270,7 +270,7 @@ def test_a_plugin_that_the_workers_host_lacks_is_named_with_the_host(start, tmp_
     config = RewardConfig(reward_funcs=["format"], external_plugins=["only_here.py"])
     settings = replace(process_settings(config, {}), directory=str(tmp_path / "not there"))
     with pytest.raises(RewardCodeError) as raised:
-        GroupScorer(config, LocalBackend(settings))
+        GroupScorer(config, LocalBackend(settings)).start()
     message = str(raised.value)
     assert f"on host {socket.gethostname()} has no only_here.py" in message
     assert f"it has no {tmp_path / 'not there'}, that of the run" in message

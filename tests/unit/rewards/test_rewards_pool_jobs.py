@@ -83,7 +83,9 @@ def build():
 
         def build(backend, *names, **options):
             patch.setattr(workers, "time", backend)
-            return GroupScorer(RewardConfig(reward_funcs=list(names), **options), backend)
+            scorer = GroupScorer(RewardConfig(reward_funcs=list(names), **options), backend)
+            scorer.start()
+            return scorer
 
         yield build
 
