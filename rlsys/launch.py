@@ -36,6 +36,7 @@ from rlsys.data import PromptData
 from rlsys.data.streams.make import make_prompt_stream
 from rlsys.driver import train
 from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
+from rlsys.plugins.load import load_plugins
 from rlsys.preflight.before_start import fit_to_data, load_data
 from rlsys.preflight.memory import memory_warnings
 from rlsys.preflight.run_folder import plan_start
@@ -149,6 +150,7 @@ class System:
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     """Start the actors of every role on the connected cluster and wait until all are ready."""
     config = with_absolute_paths(config)
+    load_plugins(config.grpo.external_plugins)  # the driver calls the advantage estimator
     prompts = make_prompt_stream(config, data)
     device = choose_device(config)
     placement = Placement(config, device=device)

@@ -11,9 +11,9 @@ from rich.text import Text
 
 from rlsys.commands.console import make_console
 from rlsys.config.fields import first_sentence
-from rlsys.plugins.load import describe, entry_points
+from rlsys.plugins.load import describe, entry_points, load_plugins
 from rlsys.registry import where_defined
-from rlsys.rewards import load_plugins, orms
+from rlsys.rewards import orms
 from rlsys.rewards.columns import column_use
 from rlsys.rewards.instances import parameters_of
 from rlsys.rewards.scoring import is_async

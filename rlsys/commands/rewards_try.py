@@ -24,8 +24,9 @@ from rlsys.config import DataConfig, RewardConfig
 from rlsys.config.dataset_spec import is_local_path
 from rlsys.config.yaml_text import load_yaml
 from rlsys.data.preprocess import preprocessors
+from rlsys.plugins.load import load_plugins
 from rlsys.registry import did_you_mean
-from rlsys.rewards import check_functions, load_plugins, settings_of
+from rlsys.rewards import check_functions, settings_of
 from rlsys.rewards.pool.scorer import GroupScorer, local_scorer
 from rlsys.text import counted
 from rlsys.tracking.completions import last_user_message

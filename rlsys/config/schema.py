@@ -497,9 +497,9 @@ class PolicyConfig(Section):
     global_batch_size: PositiveInt | None = None
     """Completions an optimizer step; null is generation_batch_size, one step a rollout."""
     micro_batch_size: PositiveInt = 8
-    """Completions a forward pass of a data-parallel rank."""
+    """Completions a forward pass of a data-parallel rank, of the reference too."""
     max_tokens_per_micro_batch: PositiveInt | None = None
-    """Tokens a forward pass of a data-parallel rank, in place of micro_batch_size; null counts
+    """Tokens a forward pass of such a rank, in place of micro_batch_size; null counts
     completions."""
     lr: NonNegativeFloat = 1e-6
     """Peak learning rate of AdamW; 0 trains nothing, see `rlsys doctor --canary`."""
@@ -529,9 +529,9 @@ class PolicyConfig(Section):
     needs it. After the last optimizer step of a rollout all are gathered at once, for the weight
     sync. null: where overlap_grad_reduce is on and a rollout has several optimizer steps."""
     attention_backend: Literal["auto", "fused", "flash", "unfused"] = "auto"
-    """Attention kernels on GPUs, by Transformer Engine's names: fused is cuDNN's, flash needs
-    flash-attn, flash-attn-3 or flash-attn-4, unfused is plain matrix products, slow and large. auto
-    lets Transformer Engine choose. The CPU has one kind only."""
+    """Attention kernels on GPUs of policy and reference, by Transformer Engine's names: fused is
+    cuDNN's, flash needs flash-attn, flash-attn-3 or flash-attn-4, unfused is plain matrix products,
+    slow and large. auto lets Transformer Engine choose. The CPU has one kind only."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping them. selective:
     recompute_modules of every layer. full: all but each layer's input, for a third more time."""
@@ -542,9 +542,9 @@ class PolicyConfig(Section):
     """Compute logits again in the backward pass. false keeps a micro-batch's, tokens x
     vocabulary / tensor_parallel_size numbers, and saves a few percent of the time."""
     cpu_threads: PositiveInt = 1
-    """Threads of each rank on CPU."""
+    """Threads of each policy and reference rank on CPU."""
     timeout_s: PositiveFloat = 1800.0
-    """Seconds that one phase of the policy may take."""
+    """Seconds that one phase of the policy or of the reference may take."""
 
 
 class ReferenceConfig(Section):

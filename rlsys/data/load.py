@@ -20,7 +20,7 @@ from rlsys.data.sources import (
     render_rows,
 )
 from rlsys.data.streams.streamed import StreamedPrompts, open_streams
-from rlsys.plugins.load import load_plugins, plugin_problems
+from rlsys.plugins.load import load_plugins, load_what_loads, plugin_problems
 from rlsys.problems import Problem
 from rlsys.rewards.columns import RowCheck, row_check
 from rlsys.text import counted
@@ -88,7 +88,7 @@ def load_checked_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> 
         ValueError: as `load_prompts`; a plugin that cannot be loaded.
     """
     reward = config.reward
-    list(plugin_problems("", config.data.external_plugins))  # `load_prompts` reports them
+    load_what_loads(config.data.external_plugins)  # `load_prompts` reports the others
     load_plugins(reward.external_plugins)
     check = row_check(reward.names_that_check_rows, reward.params, config.known_to_rewards)
     return load_prompts(config.data, tokenizer, seed=config.seed, check=check)

@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cache
 from importlib import metadata
 from importlib.metadata import EntryPoint
@@ -48,6 +49,13 @@ def plugin_problems(field: str, paths: Iterable[str | Path]) -> Iterator[Problem
         except ValueError as error:
             missing = not Path(path).expanduser().exists()
             yield Problem(f"{field}: {error}", only_here=missing)
+
+
+def load_what_loads(paths: Iterable[str | Path]) -> None:
+    """Load plugins for what they register, and skip those that `plugin_problems` would report."""
+    for path in paths:
+        with suppress(ValueError):
+            load_plugins([path])
 
 
 def load_reference(reference: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from rlsys.config import Config
-from rlsys.preflight.data import dataset_problems
+from rlsys.preflight.data import data_file_problems
 from rlsys.preflight.job_copy import job_copy_problems
 from rlsys.preflight.machine import (
     attention_problems,
@@ -19,7 +19,7 @@ from rlsys.preflight.machine import (
     tracker_problems,
 )
 from rlsys.preflight.model import model_problems
-from rlsys.preflight.rewards import algorithm_problems, reward_problems
+from rlsys.preflight.rewards import algorithm_plugin_problems, reward_function_problems
 from rlsys.preflight.run_folder import output_dir_problems
 from rlsys.problems import Problem
 
@@ -28,9 +28,9 @@ CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     model_problems,
     attention_problems,
     gpu_problems,
-    dataset_problems,
-    reward_problems,
-    algorithm_problems,
+    data_file_problems,
+    reward_function_problems,
+    algorithm_plugin_problems,
     tracker_problems,  # after the plugins, which may register trackers
     output_dir_problems,
 )

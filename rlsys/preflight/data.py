@@ -18,8 +18,8 @@ from rlsys.data.sources import Source, Split, open_sources
 from rlsys.data.streams.streamed import CHECKED_ROWS
 from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids, resize_remedy
+from rlsys.plugins.load import load_what_loads, plugin_problems
 from rlsys.problems import Problem
-from rlsys.rewards import plugin_problems
 from rlsys.text import counted
 from rlsys.types import Prompt
 
@@ -37,10 +37,10 @@ _COUNTABLE_BYTES = 200 * 2**20
 """JSONL files up to this size are read to count their rows."""
 
 
-def dataset_problems(config: Config) -> Iterator[Problem]:
+def data_file_problems(config: Config) -> Iterator[Problem]:
     """Problems of data plugins, dataset entries, files and their first rows; too few rows."""
-    # One file may have rewards and preprocessors; `reward_problems` reports what is wrong with it.
-    list(plugin_problems("", config.reward.external_plugins))
+    # One file may have rewards and preprocessors; preflight/rewards.py reports its problems.
+    load_what_loads(config.reward.external_plugins)
     yield from _source_problems(config.data)
     rows = count_rows(config.data)
     if rows is not None and 0 < rows < config.num_prompts:

@@ -11,7 +11,7 @@ from rlsys.config import Config
 from rlsys.config.dataset_spec import is_local_path
 from rlsys.data.preprocess import read_spec
 from rlsys.model.folder import hub_answers
-from rlsys.rewards import plugin_problems
+from rlsys.plugins.load import load_what_loads
 
 
 def use_cache_without_hub(config: Config) -> None:
@@ -25,7 +25,7 @@ def use_cache_without_hub(config: Config) -> None:
     names = [path for path in models if not is_local_path(path) and not Path(path).is_dir()]
     # Plugins may register names of datasets. Problems of plugins and datasets are reported where
     # they are read.
-    list(plugin_problems("", [*config.data.external_plugins, *config.reward.external_plugins]))
+    load_what_loads([*config.data.external_plugins, *config.reward.external_plugins])
     for text in (*config.data.dataset, *config.data.val_dataset):
         with contextlib.suppress(ValueError):
             spec = read_spec(text)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 from rlsys.config import Config
 from rlsys.model.detokenize import Detokenizer
+from rlsys.plugins.load import plugin_problems
 from rlsys.preflight.data import known_columns
 from rlsys.problems import Problem
-from rlsys.rewards import check_call, plugin_problems
+from rlsys.rewards import check_call
 from rlsys.rewards.columns import column_problems_of_run, column_use, column_uses
 from rlsys.rewards.pool.failures import RewardCodeError
 from rlsys.rewards.pool.scorer import local_scorer
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def reward_problems(config: Config) -> Iterator[Problem]:
+def reward_function_problems(config: Config) -> Iterator[Problem]:
     """Reward functions that are unknown, cannot be called, or lack a column of the data."""
     problems = list(_call_problems(config))
     yield from problems or _column_problems(config)
@@ -48,7 +49,7 @@ def _column_problems(config: Config) -> Iterator[Problem]:
         yield Problem(f"reward.reward_funcs: {text}")
 
 
-def algorithm_problems(config: Config) -> Iterator[Problem]:
+def algorithm_plugin_problems(config: Config) -> Iterator[Problem]:
     """Names that a plugin registers; the built-in ones are checked with the config."""
     grpo = config.grpo
     if not grpo.external_plugins:
