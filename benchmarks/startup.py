@@ -105,7 +105,7 @@ def import_driver():
 
 
 def start_rewards(config):
-    workers = RewardWorkers(config.reward, known=config.known_to_rewards)
+    workers = RewardWorkers(config.reward, run_values=config.run_values)
     workers.start()
     return workers
 

@@ -162,7 +162,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     with StartReport() as report:
         rewards = RewardWorkers(
             config.reward,
-            known=config.known_to_rewards,
+            run_values=config.run_values,
             plugins=config.data.external_plugins,
             max_steps=config.num_steps,
             place=partial(placement.options, "reward_model") if device == "cuda" else None,

@@ -91,7 +91,7 @@ class RewardWorkers(GroupScorer):
         self,
         config: RewardConfig,
         *,
-        known: dict[str, Any] | None = None,
+        run_values: dict[str, Any] | None = None,
         max_steps: int = 0,
         place: Place | None = None,
         plugins: Sequence[str] = (),
@@ -100,7 +100,7 @@ class RewardWorkers(GroupScorer):
 
         Args:
             config: names, settings, plugins, number of workers, limits and policies.
-            known: values of the run for parameters of these names, see `settings_of`.
+            run_values: values of the run for parameters of these names, see `settings_of`.
             max_steps: of the run, for `trainer_state`.
             place: Ray options of the processes of reward models, by the model's number; None
                 keeps them on the CPU.
@@ -110,7 +110,7 @@ class RewardWorkers(GroupScorer):
             ValueError: a plugin that cannot be imported, an unknown reward function, or weights
                 that do not fit.
         """
-        settings = process_settings(config, known or {}, plugins)
+        settings = process_settings(config, run_values or {}, plugins)
         load_plugins(settings.plugins)
         check_functions(config)
         backend = RayBackend(settings, config.models, place)

@@ -28,7 +28,7 @@ from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.checks import check_run
 from rlsys.preflight.data import FIRST_ROWS, count_rows
 from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
-from rlsys.preflight.memory import card_warnings
+from rlsys.preflight.memory import gpu_warnings
 from rlsys.preflight.rewards import reward_start_problem
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.problems import Problem
@@ -217,12 +217,12 @@ def _reward_model_memory(config: Config, device: Device) -> tuple[list[MemoryEst
 
 
 def _print_cards(config: Config, estimates: list[MemoryEstimate], console: Console) -> None:
-    card_gib = gpu_memory_gib()
-    if card_gib is None:
+    gpu_gib = gpu_memory_gib()
+    if gpu_gib is None:
         console.print("No GPU is visible here to compare the estimate with")
         return
-    console.print(f"The smallest GPU here has {card_gib:.1f} GiB")
-    for warning in card_warnings(config, estimates, card_gib):
+    console.print(f"The smallest GPU here has {gpu_gib:.1f} GiB")
+    for warning in gpu_warnings(config, estimates, gpu_gib):
         print_wrapped(console, f"That may not fit: {warning}", style="bold red")
 
 

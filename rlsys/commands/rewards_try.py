@@ -96,7 +96,7 @@ def _try_rewards(options: TryOptions, console: Console) -> bool:
                 f"{did_you_mean(name, names)} Tried: {', '.join(names)}"
             )
     check_functions(config)
-    known = {} if run is None else run.config.known_to_rewards
+    known = {} if run is None else run.config.run_values
     template_kwargs = {} if run is None else run.config.data.chat_template_kwargs
     for name in names:
         settings_of(name, config.params.get(name, {}), known)

@@ -767,7 +767,7 @@ class Config(Section):
         return self.model.dtype
 
     @property
-    def known_to_rewards(self) -> dict[str, Any]:
+    def run_values(self) -> dict[str, Any]:
         """Values for reward parameters with these names that reward.reward_params leaves out."""
         return {
             "max_completion_length": self.rollout.max_completion_length,

@@ -90,7 +90,7 @@ def load_checked_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> 
     reward = config.reward
     load_what_loads(config.data.external_plugins)  # `load_prompts` reports the others
     load_plugins(reward.external_plugins)
-    check = row_check(reward.names_that_check_rows, reward.params, config.known_to_rewards)
+    check = row_check(reward.names_that_check_rows, reward.params, config.run_values)
     return load_prompts(config.data, tokenizer, seed=config.seed, check=check)
 
 

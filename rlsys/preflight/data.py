@@ -31,7 +31,7 @@ FIRST_ROWS = 20
 MOST_ROWS = 50_000
 """Most rows of a text file that are read to find a column."""
 _SHOWN = 3
-_MAX_ROWS = 5
+_PROMPTS_SHOWN = 5
 """Prompts with the same mistake that an error names."""
 _COUNTABLE_BYTES = 200 * 2**20
 """JSONL files up to this size are read to count their rows."""
@@ -199,8 +199,8 @@ def check_prompt_tokens(
     wrong = [prompt for prompt in prompts if max(prompt.token_ids) >= size]
     if not wrong:
         return
-    rows = ", ".join(prompt.prompt_id for prompt in wrong[:_MAX_ROWS])
-    rows += f" and {len(wrong) - _MAX_ROWS} more" if len(wrong) > _MAX_ROWS else ""
+    rows = ", ".join(prompt.prompt_id for prompt in wrong[:_PROMPTS_SHOWN])
+    rows += f" and {len(wrong) - _PROMPTS_SHOWN} more" if len(wrong) > _PROMPTS_SHOWN else ""
     token_id = max(wrong[0].token_ids)
     raise ValueError(
         f"the prompt of {rows} holds the token {tokenizer.convert_ids_to_tokens(token_id)!r} of id "

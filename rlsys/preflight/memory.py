@@ -14,38 +14,36 @@ from rlsys.types import Device
 
 
 def memory_warnings(config: Config, device: Device) -> list[str]:
-    """`card_warnings` for the GPUs of this machine; a running cluster's are unknown here."""
-    card_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
-    if card_gib is None:
+    """`gpu_warnings` for the GPUs of this machine; a running cluster's are unknown here."""
+    gpu_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
+    if gpu_gib is None:
         return []
     reference_path = config.reference_path if config.grpo.beta else config.model.path
     policy, reference = (
         read_model_shape(find_model_folder(path)) for path in (config.model.path, reference_path)
     )
     estimate = estimate_memory(config, policy, reference, device=device)
-    return card_warnings(config, estimate, card_gib)
+    return gpu_warnings(config, estimate, gpu_gib)
 
 
-def card_warnings(
-    config: Config, estimates: Sequence[MemoryEstimate], card_gib: float
-) -> list[str]:
+def gpu_warnings(config: Config, estimates: Sequence[MemoryEstimate], gpu_gib: float) -> list[str]:
     """A warning for each kind of GPU whose models are estimated to need more memory than it has.
 
     Args:
         config: of a run on GPUs.
         estimates: of all roles that hold a model.
-        card_gib: memory of a GPU.
+        gpu_gib: memory of a GPU.
     """
     by_role = {estimate.role: estimate for estimate in estimates}
     return [
-        *_policy_warning(config, by_role, card_gib),
-        *_rollout_warning(config, by_role["rollout"], card_gib),
-        *_reference_warning(config, by_role.get("reference"), card_gib),
+        *_policy_warning(config, by_role, gpu_gib),
+        *_rollout_warning(config, by_role["rollout"], gpu_gib),
+        *_reference_warning(config, by_role.get("reference"), gpu_gib),
     ]
 
 
 def _policy_warning(
-    config: Config, by_role: Mapping[str, MemoryEstimate], card_gib: float
+    config: Config, by_role: Mapping[str, MemoryEstimate], gpu_gib: float
 ) -> Iterator[str]:
     policy = by_role["policy"]
     at_work = policy.gib["activations"] + policy.gib["logits"]
@@ -60,20 +58,20 @@ def _policy_warning(
     if reward_model is not None and config.reward.reward_model_placement == "policy":
         kept += reward_model.total_gib * -(-len(config.reward.models) // config.policy.world_size)
         sharers.append("reward models")
-    if kept + at_work > card_gib:
+    if kept + at_work > gpu_gib:
         shared = f", shared with {' and '.join(sharers)}," if sharers else ""
         yield (
             f"a GPU of the policy{shared} needs about {kept + at_work:.1f} GiB and has "
-            f"{card_gib:.1f}: raise policy.tensor_parallel_size or policy.pipeline_parallel_size"
+            f"{gpu_gib:.1f}: raise policy.tensor_parallel_size or policy.pipeline_parallel_size"
             + (", or policy.world_size" if config.policy.use_distributed_optimizer else "")
             + ", lower policy.max_tokens_per_micro_batch or policy.micro_batch_size, or set "
             "policy.recompute to full"
         )
 
 
-def _rollout_warning(config: Config, estimate: MemoryEstimate, card_gib: float) -> Iterator[str]:
+def _rollout_warning(config: Config, estimate: MemoryEstimate, gpu_gib: float) -> Iterator[str]:
     rollout, needed = config.rollout, estimate.total_gib
-    share = card_gib / rollout.engines_per_gpu
+    share = gpu_gib / rollout.engines_per_gpu
     if rollout.kv_cache_memory_mb is not None:
         if needed > share:
             yield (
@@ -93,12 +91,12 @@ def _rollout_warning(config: Config, estimate: MemoryEstimate, card_gib: float) 
 
 
 def _reference_warning(
-    config: Config, estimate: MemoryEstimate | None, card_gib: float
+    config: Config, estimate: MemoryEstimate | None, gpu_gib: float
 ) -> Iterator[str]:
     if estimate is None or config.reference.placement != "own":
         return
-    if estimate.total_gib > card_gib:
+    if estimate.total_gib > gpu_gib:
         yield (
             f"a GPU of the reference needs about {estimate.total_gib:.1f} GiB and has "
-            f"{card_gib:.1f}: raise reference.tensor_parallel_size"
+            f"{gpu_gib:.1f}: raise reference.tensor_parallel_size"
         )

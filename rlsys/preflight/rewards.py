@@ -33,7 +33,7 @@ def _call_problems(config: Config) -> Iterator[Problem]:
     yield from not_loaded
     hint = " (a plugin above could not be loaded)" if not_loaded else ""
     for name in reward.names:
-        params, known = reward.params.get(name, {}), config.known_to_rewards
+        params, known = reward.params.get(name, {}), config.run_values
         try:
             # `_column_problems` reports missing columns, with those that the data has.
             check_call(name, params, known, column_use(name, params, known).needed)
@@ -77,7 +77,7 @@ def reward_start_problem(config: Config) -> str | None:
         return None
     plugins = config.data.external_plugins
     try:
-        local_scorer(reward, config.known_to_rewards, plugins=plugins).close()
+        local_scorer(reward, config.run_values, plugins=plugins).close()
     except RewardCodeError as error:
         return str(error)
     return None
@@ -101,4 +101,4 @@ def reachable_rewards(config: Config, tokenizer: PreTrainedTokenizerBase) -> Rea
         return Completion(token_ids, [], detokenizer.text(token_ids), reason, (0,))
 
     reward = config.reward
-    return ReachableRewards(reward.names, reward.params, config.known_to_rewards, write)
+    return ReachableRewards(reward.names, reward.params, config.run_values, write)

@@ -30,12 +30,14 @@ class ColumnUse:
     """Whether **kwargs give it every other column too."""
 
 
-def column_use(name: str, params: Params | None = None, of_run: Params | None = None) -> ColumnUse:
+def column_use(
+    name: str, params: Params | None = None, run_values: Params | None = None
+) -> ColumnUse:
     """The columns that a registered reward function takes.
 
     Args:
         name: of the reward function.
-        params, of_run: as for `settings_of`; a parameter that these set is not a column.
+        params, run_values: as for `settings_of`; a parameter that these set is not a column.
 
     Raises:
         ValueError: an unknown reward function, or a class that cannot be called.
@@ -44,7 +46,7 @@ def column_use(name: str, params: Params | None = None, of_run: Params | None = 
     parameters = list(call_signature(registered).parameters.values())
     if takes_completions_first(registered):
         parameters = parameters[1:]
-    known = {*OWN_COLUMNS, *call_settings(name, {**(of_run or {}), **(params or {})})}
+    known = {*OWN_COLUMNS, *call_settings(name, {**(run_values or {}), **(params or {})})}
     named = [p for p in parameters if p.kind in KEYWORD_KINDS and p.name not in known]
     return ColumnUse(
         tuple(p.name for p in named if p.default is p.empty),
@@ -60,7 +62,7 @@ RowCheck = Callable[[Mapping[str, Any]], list[str]]
 def row_check(
     reward_funcs: Sequence[str],
     reward_params: Mapping[str, Mapping[str, Any]],
-    of_run: Mapping[str, Any],
+    run_values: Mapping[str, Any],
 ) -> RowCheck:
     """One check out of `check_row` of all reward functions that have it.
 
@@ -75,9 +77,9 @@ def row_check(
     checks = {}
     for name in reward_funcs:
         params = reward_params.get(name, {})
-        check = _own_check(name, params, of_run)
+        check = _own_check(name, params, run_values)
         if check is not None:
-            checks[name] = (check, column_use(name, params, of_run).needed)
+            checks[name] = (check, column_use(name, params, run_values).needed)
 
     def problems(row: Mapping[str, Any]) -> list[str]:
         found = []
@@ -100,7 +102,7 @@ def row_check(
 
 
 def _own_check(
-    name: str, params: Mapping[str, Any], of_run: Mapping[str, Any]
+    name: str, params: Mapping[str, Any], run_values: Mapping[str, Any]
 ) -> Callable[[Mapping[str, Any]], None] | None:
     registered = orms[name]
     check = getattr(registered, "check_row", None)
@@ -108,7 +110,7 @@ def _own_check(
         return None
     static = inspect.getattr_static(registered, "check_row")
     if isinstance(registered, type) and not isinstance(static, staticmethod | classmethod):
-        return Reward(name, params, of_run).check_row
+        return Reward(name, params, run_values).check_row
     return check
 
 
@@ -120,8 +122,7 @@ def column_uses(config: Config) -> dict[str, ColumnUse]:
     """
     params = config.reward.params
     return {
-        name: column_use(name, params.get(name), config.known_to_rewards)
-        for name in config.reward.names
+        name: column_use(name, params.get(name), config.run_values) for name in config.reward.names
     }
 
 
@@ -169,7 +170,7 @@ def column_problems(config: Config, columns: Collection[str], data: str = "the d
             )
             continue
         try:
-            check_call(name, config.reward.params.get(name, {}), config.known_to_rewards, columns)
+            check_call(name, config.reward.params.get(name, {}), config.run_values, columns)
         except ValueError as error:
             problems.append(str(error))
     return problems

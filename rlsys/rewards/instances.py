@@ -43,13 +43,13 @@ class RewardArgs:
         )
 
 
-def settings_of(name: str, params: Params, of_run: Params) -> dict[str, Any]:
+def settings_of(name: str, params: Params, run_values: Params) -> dict[str, Any]:
     """The keyword arguments for a reward class or function.
 
     Args:
         name: a registered reward.
         params: the user's settings for it.
-        of_run: values of the run by parameter name, for parameters that `params` leaves out.
+        run_values: values of the run by parameter name, for parameters that `params` leaves out.
 
     Raises:
         ValueError: an unknown setting, a required one without a value, or a text for a number.
@@ -58,11 +58,11 @@ def settings_of(name: str, params: Params, of_run: Params) -> dict[str, Any]:
     is_class = isinstance(function, type)
     parameters = parameters_of(function)
     known = [p.name for p in parameters.values() if p.kind in KEYWORD_KINDS]
-    settings = {key: of_run[key] for key in known if key in of_run} | dict(params)
+    settings = {key: run_values[key] for key in known if key in run_values} | dict(params)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if is_class and "args" in known:  # as in ms-swift: it may read anything from there
         kept = {k: v for k, v in settings.items() if takes_any or k in known}
-        return {"args": RewardArgs(name, dict(of_run) | dict(params))} | kept
+        return {"args": RewardArgs(name, dict(run_values) | dict(params))} | kept
     unknown = [key for key in params if key not in known and not (is_class and takes_any)]
     if unknown:
         raise ValueError(

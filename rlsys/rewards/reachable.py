@@ -65,7 +65,11 @@ class ReachableRewards:
     """The reward functions of a run whose best value is known, and what rows let them give."""
 
     def __init__(
-        self, functions: Iterable[str], params: Mapping[str, Params], of_run: Params, write: Write
+        self,
+        functions: Iterable[str],
+        params: Mapping[str, Params],
+        run_values: Params,
+        write: Write,
     ):
         """Instantiate them; async ones are left out.
 
@@ -75,7 +79,7 @@ class ReachableRewards:
         """
         functions = list(functions)
         made = [
-            Reward(name, params.get(name), of_run)
+            Reward(name, params.get(name), run_values)
             for name in functions
             if _max_reward(orms[name]) is not None and not is_async(orms[name])
         ]

@@ -57,7 +57,7 @@ class Scored:
 class Reward:
     """One reward function of a run, ready to be called."""
 
-    def __init__(self, name: str, params: Params | None = None, of_run: Params | None = None):
+    def __init__(self, name: str, params: Params | None = None, run_values: Params | None = None):
         """Instantiate it, with the settings of `settings_of`.
 
         Raises:
@@ -65,7 +65,7 @@ class Reward:
             RewardError: its class raised when it was instantiated.
         """
         self.name = name
-        settings = settings_of(name, params or {}, of_run or {})
+        settings = settings_of(name, params or {}, run_values or {})
         self.function = instantiate(name, settings)
         self._call_settings = call_settings(name, settings)
         self.is_async = is_async(orms[name])
@@ -151,17 +151,17 @@ class Reward:
             ) from error
 
 
-def check_call(name: str, params: Params, of_run: Params, columns: Iterable[str]) -> None:
+def check_call(name: str, params: Params, run_values: Params, columns: Iterable[str]) -> None:
     """Check that a reward function takes its settings and the columns.
 
     Args:
-        name, params, of_run: see `settings_of`.
+        name, params, run_values: see `settings_of`.
         columns: names of the dataset's columns, besides `OWN_COLUMNS`.
 
     Raises:
         ValueError: an unknown name, or settings or columns that do not fit.
     """
-    settings = settings_of(name, params, of_run)
+    settings = settings_of(name, params, run_values)
     given: dict[str, Any] = {column: [] for column in (*columns, *OWN_COLUMNS)}
     call_arguments(name, orms[name], given | call_settings(name, settings))
 

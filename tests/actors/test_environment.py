@@ -24,7 +24,7 @@ def test_a_variable_for_nccl_reaches_every_actor(engines, lab, policy_models, va
     config = policy_config(policy_models["qwen2-tied"], grpo={"beta": 0.1})
     lab.policy(config)
     reference = ReferenceActors(config, device="cpu")
-    rewards = RewardWorkers(RewardConfig(reward_funcs=["format"]), known={})
+    rewards = RewardWorkers(RewardConfig(reward_funcs=["format"]), run_values={})
     name, value = variable
     try:
         rewards.start()

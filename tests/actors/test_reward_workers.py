@@ -61,8 +61,8 @@ def start(tmp_path, monkeypatch):
     def start(*names: str, **options) -> RewardWorkers:
         options = {"external_plugins": ["acts.py"], "timeout_s": 60.0} | options
         config = RewardConfig(reward_funcs=list(names), **options)
-        known = {"max_completion_length": 7}
-        started.append(RewardWorkers(config, known=known))
+        run_values = {"max_completion_length": 7}
+        started.append(RewardWorkers(config, run_values=run_values))
         started[-1].start()
         return started[-1]
 

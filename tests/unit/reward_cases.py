@@ -20,7 +20,7 @@ class RewardFunctions:
         names: Sequence[str],
         weights: Sequence[float] | None = None,
         params: Mapping[str, Params] | None = None,
-        of_run: Params | None = None,
+        run_values: Params | None = None,
     ):
         """Look up and instantiate `names`.
 
@@ -28,7 +28,7 @@ class RewardFunctions:
             names: registered names.
             weights: one per name; None is 1 for each.
             params: settings by name.
-            of_run: values of the run by parameter name, see `settings_of`.
+            run_values: values of the run by parameter name, see `settings_of`.
 
         Raises:
             ValueError: a name that is not registered or comes twice, or weights or settings that
@@ -36,7 +36,7 @@ class RewardFunctions:
             RewardError: a class raised when it was instantiated.
         """
         check_functions(RewardConfig(reward_funcs=list(names), reward_weights=weights))
-        self.rewards = [Reward(name, (params or {}).get(name), of_run) for name in names]
+        self.rewards = [Reward(name, (params or {}).get(name), run_values) for name in names]
         self.weights = [1.0] * len(names) if weights is None else list(weights)
 
     def score(self, group: RolloutGroup, state: TrainerState | None = None) -> list[RewardOutput]:

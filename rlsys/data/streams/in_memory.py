@@ -8,11 +8,11 @@ from rlsys.data.streams.base import PromptStream
 from rlsys.types import Prompt
 
 
-class PromptSource(PromptStream):
+class InMemoryPrompts(PromptStream):
     """A stream of prompts: one epoch after the other, each a permutation of all.
 
     Example:
-        source = PromptSource(prompts, shuffle=True, seed=1)
+        source = InMemoryPrompts(prompts, shuffle=True, seed=1)
         batch = source.take(8)              # may span two epochs
         state = source.state_dict()         # JSON
     """

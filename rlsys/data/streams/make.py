@@ -8,7 +8,7 @@ from rlsys.config import Config
 from rlsys.data.load import PromptData
 from rlsys.data.streams.base import PromptStream
 from rlsys.data.streams.difficulty import DifficultySampling
-from rlsys.data.streams.in_memory import PromptSource
+from rlsys.data.streams.in_memory import InMemoryPrompts
 from rlsys.data.streams.mixed import MixedPrompts
 
 
@@ -21,12 +21,12 @@ def make_prompt_stream(config: Config, data: PromptData) -> PromptStream:
         prompts = iter(data.train)
         for index, size in enumerate(data.train_sizes):
             own = list(islice(prompts, size))
-            parts.append(PromptSource(own, shuffle=options.shuffle, seed=seed + index))
+            parts.append(InMemoryPrompts(own, shuffle=options.shuffle, seed=seed + index))
         stream = MixedPrompts(parts, options.dataset_weights, seed=seed)
     elif options.streaming:
         [stream] = data.streams
     else:
-        stream = PromptSource(data.train, shuffle=options.shuffle, seed=seed)
+        stream = InMemoryPrompts(data.train, shuffle=options.shuffle, seed=seed)
     if options.difficulty_sampling:
         stream = DifficultySampling(
             stream,

@@ -49,8 +49,8 @@ class Cosine(ORM):
         _positive("cosine", "max_completion_length", max_completion_length)
         if correctness == "cosine":
             raise ValueError("cosine: correctness must be another reward than cosine itself")
-        of_run = {"max_completion_length": max_completion_length}
-        self._correctness = Reward(correctness, of_run=of_run)
+        run_values = {"max_completion_length": max_completion_length}
+        self._correctness = Reward(correctness, run_values=run_values)
         if self._correctness.is_async:
             raise ValueError(
                 f"cosine: correctness must be a reward that is not async, and {correctness!r} is: "

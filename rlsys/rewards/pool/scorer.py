@@ -246,7 +246,7 @@ class GroupScorer:
 
 def local_scorer(
     config: RewardConfig,
-    known: Params | None = None,
+    run_values: Params | None = None,
     *,
     plugins: Sequence[str] = (),
     max_steps: int = 0,
@@ -256,12 +256,12 @@ def local_scorer(
 
     Args:
         config, max_steps, in_run: see `GroupScorer`.
-        known, plugins: see `process_settings`.
+        run_values, plugins: see `process_settings`.
 
     Raises:
         RewardCodeError: see `GroupScorer.start`.
     """
-    backend = LocalBackend(process_settings(config, known or {}, plugins))
+    backend = LocalBackend(process_settings(config, run_values or {}, plugins))
     scorer = GroupScorer(config, backend, max_steps=max_steps, in_run=in_run)
     scorer.start()
     return scorer

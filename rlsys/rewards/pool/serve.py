@@ -34,7 +34,7 @@ class ProcessSettings:
     functions: Sequence[str]
     """Names of the reward functions that it runs."""
     params: Mapping[str, Params]
-    known: Params
+    run_values: Params
     """Values of the run for parameters of these names."""
     plugins: Sequence[str]
     """Paths of files."""
@@ -46,19 +46,19 @@ class ProcessSettings:
 
 
 def process_settings(
-    config: RewardConfig, known: Params, plugins: Sequence[str] = ()
+    config: RewardConfig, run_values: Params, plugins: Sequence[str] = ()
 ) -> ProcessSettings:
     """The settings of a run in the working directory of this process.
 
     Args:
         config: of the rewards.
-        known: values of the run for parameters of these names.
+        run_values: values of the run for parameters of these names.
         plugins: files to load before the plugins of `config`.
     """
     return ProcessSettings(
         config.names,
         config.params,
-        known,
+        run_values,
         list(dict.fromkeys([*plugins, *config.external_plugins])),
         os.getcwd(),
         config.max_memory_mb,
@@ -105,7 +105,7 @@ class RewardRunner:
         try:
             load_plugins(settings.plugins)
             self._rewards = {
-                name: Reward(name, settings.params.get(name), settings.known)
+                name: Reward(name, settings.params.get(name), settings.run_values)
                 for name in settings.functions
             }
             start_helpers()

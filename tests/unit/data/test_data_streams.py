@@ -14,7 +14,7 @@ from tracking_cases import make_config
 
 from rlsys.data import load_prompts
 from rlsys.data.streams.difficulty import DifficultySampling
-from rlsys.data.streams.in_memory import PromptSource
+from rlsys.data.streams.in_memory import InMemoryPrompts
 from rlsys.data.streams.make import make_prompt_stream
 from rlsys.data.streams.mixed import MixedPrompts
 from rlsys.preflight.before_start import check_prompts
@@ -53,7 +53,8 @@ def continued(make, stream, after):
 
 def test_a_mix_holds_its_weights_and_each_dataset_its_epochs():
     parts = [
-        PromptSource(prompts_of(n, name), shuffle=True, seed=1) for n, name in ((5, "a"), (40, "b"))
+        InMemoryPrompts(prompts_of(n, name), shuffle=True, seed=1)
+        for n, name in ((5, "a"), (40, "b"))
     ]
     mix = MixedPrompts(parts, [3.0, 1.0], seed=1)
     taken = ids(mix.take(4000))
@@ -70,7 +71,7 @@ def test_a_mix_holds_its_weights_and_each_dataset_its_epochs():
 @settings(max_examples=30)
 def test_a_mix_goes_on_from_its_state(seed, after):
     def make():
-        parts = [PromptSource(prompts_of(n, f"{n}"), shuffle=True, seed=seed) for n in (3, 7)]
+        parts = [InMemoryPrompts(prompts_of(n, f"{n}"), shuffle=True, seed=seed) for n in (3, 7)]
         return MixedPrompts(parts, [0.2, 0.5], seed=seed)
 
     expected, found = continued(make, make(), after)
@@ -78,7 +79,7 @@ def test_a_mix_goes_on_from_its_state(seed, after):
 
 
 def difficulty_of(prompts, *, patience=2, exploration=0.1, seed=0):
-    source = PromptSource(prompts, shuffle=True, seed=seed)
+    source = InMemoryPrompts(prompts, shuffle=True, seed=seed)
     return DifficultySampling(source, patience=patience, exploration=exploration, seed=seed)
 
 

@@ -8,7 +8,7 @@ from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model
 from rlsys.config.load import load_config
 from rlsys.model.memory import GIB, estimate_memory, rank_params
 from rlsys.model.shape import read_model_shape
-from rlsys.preflight.memory import card_warnings
+from rlsys.preflight.memory import gpu_warnings
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
@@ -162,7 +162,7 @@ def test_engines_that_share_a_gpu_are_estimated_as_measured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "sections", "card_gib", "words"),
+    ("sizes", "sections", "gpu_gib", "words"),
     [
         (QWEN_1_5B, {}, 139.8, []),
         (QWEN_7B, {}, 139.8, ["GPU of the policy needs", "139.8", "policy.tensor_parallel_size"]),
@@ -171,8 +171,8 @@ def test_engines_that_share_a_gpu_are_estimated_as_measured(tmp_path):
         (QWEN_7B, {"policy": {"world_size": 16, "tensor_parallel_size": 4}}, 22, ["engine"]),
     ],
 )
-def test_an_estimate_above_the_gpus_memory_is_a_warning(tmp_path, sizes, sections, card_gib, words):
-    found = card_warnings(*of_sizes(tmp_path, sizes, **sections), card_gib)
+def test_an_estimate_above_the_gpus_memory_is_a_warning(tmp_path, sizes, sections, gpu_gib, words):
+    found = gpu_warnings(*of_sizes(tmp_path, sizes, **sections), gpu_gib)
     assert len(found) == bool(words), found
     for word in words:
         assert word in found[0]

@@ -322,13 +322,13 @@ def test_settings_reach_the_class_and_the_run_fills_the_rest():
     orms["settled"] = Settled
     [reward] = RewardFunctions(["settled"], params={"settled": {"scale": 2}}).score(group_of("a"))
     assert reward.total == 14.5
-    of_run = {"max_completion_length": 100, "model_path": "m"}
-    assert settings_of("settled", {"scale": 2}, of_run) == {
+    run_values = {"max_completion_length": 100, "model_path": "m"}
+    assert settings_of("settled", {"scale": 2}, run_values) == {
         "scale": 2,
         "max_completion_length": 100,
     }
     given = {"scale": 2, "max_completion_length": 3}
-    assert settings_of("settled", given, of_run) == given
+    assert settings_of("settled", given, run_values) == given
 
 
 def test_settings_of_a_function_are_passed_in_every_call():
