@@ -113,8 +113,7 @@ def load_prompts(
         check: called with the columns of every row that is used, except streamed ones.
 
     Raises:
-        ValueError: everything that is wrong, up to a number: datasets that do not exist or cannot
-            be read, bad rows; a tokenizer without chat template; no prompt left.
+        ValueError: all problems, up to a number: of datasets, rows, chat template; no prompt left.
     """
     renderer = Renderer(tokenizer, config.chat_template_kwargs)
     problems = list(plugin_problems("data.external_plugins", config.external_plugins))

@@ -60,6 +60,21 @@ def test_names_of_code_in_the_docs_are_in_the_code(page, at_least):
     assert sorted(names - words) == []
 
 
+def test_the_files_of_one_step_hold_what_the_page_names():
+    page = (REPOSITORY / "docs/architecture.md").read_text()
+    section = page.partition("\n## One step, file by file\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(rlsys/.+?)` \| (.+) \|$", section, re.MULTILINE)
+    files = [file for file, _ in rows]
+    assert len(files) == len(set(files)) == 30
+    further = re.findall(r"`(rlsys/.+?)`", section.rpartition("|\n")[2])
+    assert len(further) == len(set(further) - set(files)) == 16
+    assert [file for file in further if not (REPOSITORY / file).exists()] == []
+    for file, text in rows:
+        words = set(re.findall(r"\w+", (REPOSITORY / file).read_text()))
+        named = {word for span in CODE_SPAN.findall(text) for word in span.split(".")}
+        assert named <= words, file
+
+
 def test_the_index_has_every_page_once():
     index = (REPOSITORY / "docs/index.md").read_text()
     pages = re.findall(r"^\| \[.+?\]\(([\w.]+)\) \|", index, re.MULTILINE)
