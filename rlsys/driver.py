@@ -68,9 +68,9 @@ def train(
                 update = policy.update(batch)
             with timer("weight_sync"):  # the engines sample the next step with the new weights
                 sync_metrics = publisher.publish()
-            if reference is not None and config.refreshes_reference(step):
+            if reference is not None and config.syncs_reference(step):
                 with timer("reference_sync"):
-                    reference.refresh()
+                    reference.sync()
             reported = update.metrics | sync_metrics | rollouts.metrics()
             reported |= {
                 "policy_version": update.policy_version,

@@ -185,7 +185,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         report.waiting_for(["weight sync to connect"])
         publisher = WeightPublisher(policy, engines, config.weight_sync)
         if reference is not None and config.reference.sync_steps is not None:
-            reference.follow(policy)
+            reference.connect_to(policy)
     rollouts = Rollouts(
         config,
         engines=engines,
@@ -313,11 +313,7 @@ def _saving_last_step(
     weights = f"saved the weights of step {step} in {run_dir.interrupted}"
     if config.checkpoint.save_steps is None:
         yield (f"{weights}; another run, in another folder, can start from them with --model.path")
-    elif (
-        reference is not None
-        and config.refreshes_reference(step)
-        and reference.refreshed_after != step
-    ):
+    elif reference is not None and config.syncs_reference(step) and reference.synced_after != step:
         yield f"{weights}; no checkpoint, because the reference was not synced after this step"
     else:
         give_up_at_deadline()

@@ -72,15 +72,15 @@ class ReferenceRank(ModelRank):
 class ReferenceActors(ModelActors):
     """The reference as the driver sees it.
 
-    After `follow` it can take the policy's weights. They travel over gloo through host memory: a
-    reference that shares the policy's GPU keeps its own weights there, and NCCL refuses two ranks
+    After `connect_to` it can take the policy's weights. They travel over gloo through host memory:
+    a reference that shares the policy's GPU keeps its own weights there, and NCCL refuses two ranks
     on one GPU. It happens only every reference.sync_steps.
     """
 
     def __init__(self, config: Config, *, device: Device, place: Place = on_cpu):
         self.num_engines = config.reference.world_size
         self.workers_per_engine = self.engines_per_gpu = 1
-        self.refreshed_after: int | None = None
+        self.synced_after: int | None = None
         """The step after which the policy's weights were mixed in last."""
         super().__init__(
             "reference",
@@ -91,17 +91,17 @@ class ReferenceActors(ModelActors):
             place=place,
         )
 
-    def follow(self, policy: PolicyActors) -> None:
-        """Connect to the policy, for `refresh`."""
+    def connect_to(self, policy: PolicyActors) -> None:
+        """Connect to the policy, for `sync`."""
         self._policy = policy
         self._publisher = WeightPublisher(
             policy, self, self.config.weight_sync, to="reference", transport="gloo"
         )
 
-    def refresh(self) -> None:
+    def sync(self) -> None:
         """Mix the policy's weights in, by reference.mixup_alpha."""
         self._publisher.publish()
-        self.refreshed_after = self._policy.policy_version
+        self.synced_after = self._policy.policy_version
 
     def load_model(self, folder: Path) -> None:
         """Take the weights of a model folder."""

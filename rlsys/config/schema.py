@@ -792,7 +792,7 @@ class Config(Section):
         """Model folder or hub id of the reference."""
         return self.reference.path or self.model.path
 
-    def refreshes_reference(self, step: int) -> bool:
+    def syncs_reference(self, step: int) -> bool:
         """Whether the reference takes the policy's weights after `step`."""
         return self.reference.sync_steps is not None and step % self.reference.sync_steps == 0
 

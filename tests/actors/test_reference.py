@@ -1,4 +1,4 @@
-"""The reference model: a copy of what it was given, and after a refresh a mix with the policy."""
+"""The reference model: a copy of what it was given, and after a sync a mix with the policy."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def saved(reference, folder):
 
 
 @pytest.mark.parametrize("name", ["qwen2-tied", pytest.param("experts", marks=pytest.mark.slow)])
-def test_a_refreshed_reference_is_the_mix_that_was_asked_for(
+def test_a_synced_reference_is_the_mix_that_was_asked_for(
     lab, policy_models, tiny_models, tmp_path, name
 ):
     layout = LAYOUTS["TP 2"]
@@ -42,9 +42,9 @@ def test_a_refreshed_reference_is_the_mix_that_was_asked_for(
     before = saved(reference, tmp_path / "before")
     assert torch.allclose(policy.compute_logprobs(batch)[0], reference.compute_logprobs(batch)[0])
 
-    reference.follow(policy)
+    reference.connect_to(policy)
     policy.update(batch)
-    reference.refresh()
+    reference.sync()
     after = saved(reference, tmp_path / "after")
     trained = exported(policy)
     assert after.keys() == trained.keys()

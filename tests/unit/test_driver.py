@@ -95,8 +95,8 @@ class Reference:
         self._calls.append(("ref_logprobs",))
         return torch.full((2, *batch.input_ids.shape), -2.0).unbind()
 
-    def refresh(self):
-        self._calls.append(("refresh",))
+    def sync(self):
+        self._calls.append(("sync",))
 
 
 class Log(Tracker):
@@ -197,10 +197,10 @@ def test_the_reference_sees_the_batch_before_the_policy_does(run):
 def test_the_reference_follows_the_policy_every_sync_steps(run):
     fields = {"grpo": {"beta": 0.1}, "reference": {"sync_steps": 2}}
     system = run(System(), max_steps=5, with_reference=True, **fields)
-    around = [call for call in system.calls if call[0] in ("publish", "refresh", "checkpoint")]
+    around = [call for call in system.calls if call[0] in ("publish", "sync", "checkpoint")]
     assert around[:2] == [("publish", 0), ("publish", 1)]
-    assert around[3:6] == [("publish", 2), ("refresh",), ("checkpoint", 2)]
-    assert around.count(("refresh",)) == 2
+    assert around[3:6] == [("publish", 2), ("sync",), ("checkpoint", 2)]
+    assert around.count(("sync",)) == 2
 
 
 def test_the_batch_holds_the_groups_of_its_step_with_their_advantages(run):

@@ -46,7 +46,7 @@ class Rollouts:
 
 class Reference:
     timeout_s = 1000.0
-    refreshed_after = None
+    synced_after = None
 
     def save_model(self, folder):
         folder.mkdir()
@@ -113,14 +113,14 @@ def test_where_nothing_can_be_saved_it_says_why_and_what_there_is(save, policy, 
     assert "step-5" in text
 
 
-@pytest.mark.parametrize("refreshed_after", [6, 7])
-def test_a_reference_that_did_not_follow_yet_is_not_continued_from(save, refreshed_after):
+@pytest.mark.parametrize("synced_after", [6, 7])
+def test_a_reference_that_was_not_synced_yet_is_not_continued_from(save, synced_after):
     reference = Reference()
-    reference.refreshed_after = refreshed_after
+    reference.synced_after = synced_after
     options = ["--grpo.beta", "0.1", "--reference.sync_steps", "7"]
     run, text = save(Policy(7), *options, reference=reference)
-    assert (run.checkpoints / "step-7").exists() == (refreshed_after == 7)
-    assert run.interrupted.exists() == ("was not synced" in text) == (refreshed_after == 6)
+    assert (run.checkpoints / "step-7").exists() == (synced_after == 7)
+    assert run.interrupted.exists() == ("was not synced" in text) == (synced_after == 6)
 
 
 def test_a_second_ctrl_c_goes_through(save):
