@@ -199,9 +199,6 @@ def compute_advantages(
         batch: built from them; with a KL in the reward, with ref_logprobs and old_logprobs.
         config: names the estimator.
         reward_weights: one for each reward function, in the order of `by_name`; None is 1 each.
-
-    Raises:
-        ValueError: G = 1, because a single completion cannot be compared.
     """
     mask_NS = batch.completion_mask
     kl_NS = torch.zeros(mask_NS.shape, dtype=torch.float64)
@@ -238,11 +235,7 @@ def _estimate(
     reward_weights: Sequence[float] | None,
 ) -> Tensor:
     rewards_PG = rewards_matrix(groups)
-    if rewards_PG.shape[1] < 2:
-        raise ValueError(
-            f"advantages compare the completions of one prompt, but a group has "
-            f"{rewards_PG.shape[1]}: set rollout.num_generations to at least 2"
-        )
+    assert rewards_PG.shape[1] >= 2, "the config has rollout.num_generations >= 2"
     names = list(groups[0].rewards[0].by_name)
     by_name = [[[r.by_name[name] for name in names] for r in g.rewards] for g in groups]
     inputs = AdvantageInput(

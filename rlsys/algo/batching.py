@@ -74,16 +74,8 @@ def optimizer_step_rows(
 
     Each pass is a new permutation by `seed`, cut into steps of `global_batch_size`. If one step
     holds all rows, they keep their order, which does not matter within a step.
-
-    Raises:
-        ValueError: `num_rows` is not a multiple of `global_batch_size`.
     """
-    if num_rows % global_batch_size:
-        raise ValueError(
-            f"{num_rows} completions a rollout cannot be cut into optimizer steps of "
-            f"{global_batch_size}: make rollout.generation_batch_size a multiple of "
-            f"policy.global_batch_size"
-        )
+    assert num_rows % global_batch_size == 0, "config/rules.py checks the batch sizes"
     generator = torch.Generator().manual_seed(seed)
     steps = []
     for _ in range(num_iterations):
@@ -135,9 +127,6 @@ def micro_batches(
         lengths: [N] tokens, indexed by row number.
         micro_batch_size: rows of a forward pass, which are of similar length.
         max_tokens: most tokens of a forward pass, first-fit decreasing; wins if set.
-
-    Raises:
-        ValueError: a row is longer than `max_tokens`.
     """
     longest_first = _longest_first(rows, lengths)
     if max_tokens is None:
@@ -145,17 +134,11 @@ def micro_batches(
             longest_first[i : i + micro_batch_size]
             for i in range(0, len(longest_first), micro_batch_size)
         ]
-    longest = int(lengths[longest_first[0]]) if longest_first else 0
-    if longest > max_tokens:
-        raise ValueError(
-            f"a prompt and its completion have {longest} tokens, more than a micro-batch may hold "
-            f"(policy.max_tokens_per_micro_batch = {max_tokens}): raise that to at least "
-            f"{longest}, or lower data.max_prompt_length or rollout.max_completion_length"
-        )
     bins: list[list[int]] = []
     free: list[int] = []
     for row in longest_first:
         length = int(lengths[row])
+        assert length <= max_tokens, "config/rules.py checks the longest row"
         for i, room in enumerate(free):
             if length <= room:
                 bins[i].append(row)

@@ -17,10 +17,11 @@ from rich.text import Text
 from rlsys.commands.console import make_console
 from rlsys.config import Config
 from rlsys.config.load import load_config
-from rlsys.data.load import PromptData, load_checked_prompts
+from rlsys.data.load import PromptData
 from rlsys.data.sources import MAX_PROBLEMS_SHOWN
 from rlsys.model.chat_template import TEMPLATE_COLUMNS
 from rlsys.model.detokenize import Detokenizer
+from rlsys.preflight.before_start import load_checked_prompts
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.rewards import reachable_rewards
 from rlsys.rewards.columns import column_problems, column_uses, unread_columns

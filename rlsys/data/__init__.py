@@ -10,7 +10,7 @@ One `Row` goes through these stages, for training in memory, streams, the previe
 """
 
 from rlsys.config.dataset_spec import FILE_SUFFIXES
-from rlsys.data.load import PromptData, load_checked_prompts, load_prompts, split_prompts
+from rlsys.data.load import PromptData, load_prompts, split_prompts
 from rlsys.data.preprocess import preprocessors, register_preprocessor
 from rlsys.data.registered import DatasetMeta, SubsetDataset, register_dataset
 from rlsys.data.render import render_prompt
@@ -32,7 +32,6 @@ __all__ = [
     "ResponsePreprocessor",
     "RowPreprocessor",
     "SubsetDataset",
-    "load_checked_prompts",
     "load_prompts",
     "preprocessors",
     "register_dataset",

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rlsys.config import Config, DataConfig
+from rlsys.config import DataConfig
 from rlsys.data.render import Renderer
 from rlsys.data.row import DUPLICATE, Row
 from rlsys.data.sources import (
@@ -20,9 +21,8 @@ from rlsys.data.sources import (
     render_rows,
 )
 from rlsys.data.streams.streamed import StreamedPrompts, open_streams
-from rlsys.plugins.load import load_plugins, load_what_loads, plugin_problems
+from rlsys.plugins.load import plugin_problems
 from rlsys.problems import Problem
-from rlsys.rewards.columns import RowCheck, row_check
 from rlsys.text import counted
 from rlsys.types import Prompt
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 RENDER_BATCH = 1000
 """Prompts tokenised together: enough to keep the tokenizer busy."""
+RowCheck = Callable[[Mapping[str, Any]], list[str]]
+"""Maps the columns of one row to what is wrong with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +81,6 @@ class PromptData:
                 "prompts are in the training data too, so eval/ looks better than it should"
             )
         return lines + [f"data: {notice}" for notice in self.notices]
-
-
-def load_checked_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptData:
-    """Load the prompts of a run; `refused` has the rows that its reward functions refuse.
-
-    Raises:
-        ValueError: as `load_prompts`; a plugin that cannot be loaded.
-    """
-    reward = config.reward
-    load_what_loads(config.data.external_plugins)  # `load_prompts` reports the others
-    load_plugins(reward.external_plugins)
-    check = row_check(reward.names_that_check_rows, reward.params, config.run_values)
-    return load_prompts(config.data, tokenizer, seed=config.seed, check=check)
 
 
 def load_prompts(

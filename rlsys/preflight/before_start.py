@@ -8,18 +8,18 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlsys.config import Config
-from rlsys.data import PromptData, load_checked_prompts
+from rlsys.data import PromptData, load_prompts
 from rlsys.data.sources import raise_if_any
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder, model_notes
 from rlsys.model.stop_tokens import read_stop_rules
-from rlsys.plugins.load import load_plugins
+from rlsys.plugins.load import load_plugins, load_what_loads
 from rlsys.preflight.data import check_prompt_tokens
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.rewards import reachable_rewards
 from rlsys.problems import Problem, ProblemsError
-from rlsys.rewards.columns import column_problems_of_run, unread_columns
+from rlsys.rewards.columns import column_problems_of_run, row_check, unread_columns
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
 from rlsys.text import counted
 
@@ -53,6 +53,19 @@ def load_data(config: Config) -> PromptData:
     raise_if_any(data.refused)
     check_right_answers(config, data, tokenizer)
     return data
+
+
+def load_checked_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptData:
+    """Load the prompts of a run; `refused` has the rows that its reward functions refuse.
+
+    Raises:
+        ValueError: as `load_prompts`; a plugin that cannot be loaded.
+    """
+    reward = config.reward
+    load_what_loads(config.data.external_plugins)  # `load_prompts` reports the others
+    load_plugins(reward.external_plugins)
+    check = row_check(reward.names_that_check_rows, reward.params, config.run_values)
+    return load_prompts(config.data, tokenizer, seed=config.seed, check=check)
 
 
 def check_prompts(config: Config, data: PromptData) -> None:

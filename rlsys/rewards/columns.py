@@ -55,15 +55,11 @@ def column_use(
     )
 
 
-RowCheck = Callable[[Mapping[str, Any]], list[str]]
-"""Maps the columns of one row to what is wrong with them."""
-
-
 def row_check(
     reward_funcs: Sequence[str],
     reward_params: Mapping[str, Mapping[str, Any]],
     run_values: Mapping[str, Any],
-) -> RowCheck:
+) -> Callable[[Mapping[str, Any]], list[str]]:
     """One check out of `check_row` of all reward functions that have it.
 
     A class is instantiated for it, unless its `check_row` is a static method. The check skips a

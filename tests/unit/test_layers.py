@@ -22,7 +22,7 @@ LAYERS = {
     "rollout": "base, config, algo, rewards, tracking, data, actors",
     "preflight": "base, config, plugins, algo, model, run, rewards, tracking, data",
     "actors": "base, config, plugins, algo, model, weight_sync, rewards, engines",
-    "data": "base, config, plugins, model, rewards",
+    "data": "base, config, plugins, model",
     "tracking": "base, config, algo, run",
     "engines": "base, config, algo, model, weight_sync",
     "rewards": "base, config, plugins, sandbox, model",

@@ -346,8 +346,3 @@ def test_an_estimator_of_ones_own_is_one_function():
         assert advantages([[1.0, 3.0]], advantage_estimator="plain-of-a-test").tolist() == [[1, 3]]
     finally:
         del advantage_estimators["plain-of-a-test"]
-
-
-def test_a_group_of_one_says_what_to_change():
-    with pytest.raises(ValueError, match="num_generations"):
-        advantages([[0.0]] * 4, scale_rewards="none")

@@ -6,8 +6,7 @@ from data_cases import chat_tokenizer, write_jsonl
 
 from rlsys.config import Config
 from rlsys.config.load import load_config
-from rlsys.data import load_checked_prompts
-from rlsys.preflight.before_start import check_right_answers, step_notes
+from rlsys.preflight.before_start import check_right_answers, load_checked_prompts, step_notes
 from rlsys.preflight.memory import memory_warnings
 
 
