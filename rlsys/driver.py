@@ -97,7 +97,8 @@ def _step_metrics(
     metrics = rollout_metrics(groups_P, batch) | reported | seconds
     # A rollout that runs ahead is sampled during the whole step; its phase only waits for it.
     sampling = seconds["time/step" if config.rollout.max_staleness else "time/rollout"]
+    update_tokens = batch.lengths.sum().item() * config.grpo.num_iterations
     return metrics | {
         "rollout/tokens_per_second": metrics["num_completion_tokens"] / sampling,
-        "update/tokens_per_second": batch.lengths.sum().item() / seconds["time/policy_update"],
+        "update/tokens_per_second": update_tokens / seconds["time/policy_update"],
     }

@@ -11,6 +11,13 @@ from torch import Tensor
 TOTALS = ("loss", "num_loss_tokens")
 """Statistics that are reported as sums, not divided by the number of tokens."""
 
+SAMPLING_DIFFERENCES = (
+    "sampling/logp_difference/mean",
+    "sampling/logp_difference/max",
+    "sampling/kl",
+)
+"""How trainer and rollout engine differ."""
+
 
 class MetricSums:
     """Statistics of one optimizer step, the same however it is split into micro-batches and ranks.
@@ -77,17 +84,26 @@ class MetricSums:
         return metrics
 
 
-def combine_optimizer_steps(steps: list[dict[str, float]]) -> dict[str, float]:
+def combine_optimizer_steps(
+    steps: list[dict[str, float]], *, sampling_of_first: bool = False
+) -> dict[str, float]:
     """The metrics of an update from its optimizer steps' metrics, which have equal keys.
 
     Means over the steps, except: extremes (/min, /max), the sum of `num_loss_tokens`, the last
     `learning_rate`. Adds `clip_ratio/low_min` and `clip_ratio/high_max`, the extremes of the clip
     ratios over the steps. TRL takes them over sequences and devices; over optimizer steps they do
     not depend on how a step is split. If no step had tokens to train on, `num_loss_tokens` is all.
+
+    Args:
+        steps: the metrics of each optimizer step.
+        sampling_of_first: whether the difference of trainer and engine is that of the first step
+            alone, because it was measured with the policy of each step, which has moved since.
     """
     if not steps:
         return {"num_loss_tokens": 0.0}
     combined = {key: _combine(key, [step[key] for step in steps]) for key in steps[0]}
+    if sampling_of_first:
+        combined |= {key: steps[0][key] for key in SAMPLING_DIFFERENCES if key in steps[0]}
     if "clip_ratio/low_mean" in combined:
         combined["clip_ratio/low_min"] = min(step["clip_ratio/low_mean"] for step in steps)
         combined["clip_ratio/high_max"] = max(step["clip_ratio/high_mean"] for step in steps)

@@ -255,6 +255,15 @@ def test_throughput_counts_what_was_sampled_not_what_is_trained_on(run):
     assert metrics["rollout/tokens_per_second"] == pytest.approx(14 / metrics["time/rollout"])
 
 
+@pytest.mark.parametrize("num_iterations", [1, 3])
+def test_throughput_of_the_update_counts_every_pass(run, num_iterations):
+    system = run(System(), max_steps=1, grpo={"num_iterations": num_iterations})
+    tokens = num_iterations * system.batches[0].lengths.sum().item()
+    metrics = system.logged[0][1]
+    seconds = metrics["time/policy_update"]
+    assert metrics["update/tokens_per_second"] == pytest.approx(tokens / seconds)
+
+
 def test_rollout_logprobs_may_take_the_place_of_old_ones(run):
     (batch,) = run(
         System(), max_steps=1, grpo={"old_logprobs": "rollout", "num_iterations": 2}

@@ -207,8 +207,9 @@ def ratio_statistics(inputs: LossInput, ratio_T: Tensor) -> dict[str, Tensor]:
 
 
 def _sampling_statistics(inputs: LossInput, config: GrpoConfig) -> dict[str, Tensor]:
-    """Difference of the rollout engine's log-probs to the trainer's, for the same weights."""
-    # If old_logprobs are the rollout engine's, the trainer's own are the current policy's.
+    """|trainer - engine|. With max_staleness it includes policy updates since the sampling."""
+    # If old_logprobs are the engine's, the trainer's own are those of the policy now. Of these
+    # `combine_optimizer_steps` reports the first step's, before the policy moved.
     own_T = inputs.logprobs.detach() if config.old_logprobs == "rollout" else inputs.old_logprobs
     rollout_T, mask_T = inputs.rollout_logprobs, inputs.mask
     difference_T = (own_T - rollout_T).abs().masked_fill(~mask_T, 0.0)

@@ -160,7 +160,10 @@ class MegatronPolicy(MegatronModel):
         self._is_mid_update = False
         if not self.reports or self._dp_rank != 0:
             return None
-        return UpdateOutput(self.policy_version, combine_optimizer_steps(metrics))
+        moves = algorithm.old_logprobs == "rollout"  # no log-probs from before the update
+        return UpdateOutput(
+            self.policy_version, combine_optimizer_steps(metrics, sampling_of_first=moves)
+        )
 
     def _optimizer_step(
         self, batch: TrainBatch, rows: list[int], algorithm: GrpoConfig

@@ -40,3 +40,16 @@ def test_optimizer_steps_combine_worked():
             "ratio/max": 1.06,
         }
     )
+
+
+def test_a_moving_policy_is_compared_with_the_engine_before_it_moves():
+    """With old_logprobs: rollout, later optimizer steps differ by what the earlier ones learned."""
+    keys = ("sampling/logp_difference/mean", "sampling/logp_difference/max", "sampling/kl")
+    steps = [
+        {"num_loss_tokens": 10.0, "entropy": 1.0} | dict.fromkeys(keys, 1e-5),
+        {"num_loss_tokens": 10.0, "entropy": 3.0} | dict.fromkeys(keys, 4.0),
+    ]
+    combined = combine_optimizer_steps(steps, sampling_of_first=True)
+    assert [combined[key] for key in keys] == [1e-5] * 3
+    assert combined["entropy"] == 2.0
+    assert combine_optimizer_steps(steps)["sampling/logp_difference/max"] == 4.0
