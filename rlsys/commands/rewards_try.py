@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import ValidationError
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EXCERPT = 60
-"""Characters of prompt and completion that the table shows."""
+"""Characters of prompt and completion that the table shows, where there is space."""
+LEAST_TEXT = len("completion")
+"""The fewest; with less space the columns are headed by numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,17 +266,42 @@ def _score(scorer: GroupScorer, groups: list[RolloutGroup]) -> list[RolloutGroup
 
 
 def _print_table(groups: list[RolloutGroup], names: Sequence[str], console: Console) -> None:
+    """Print every score whole; prompts and completions share the rest of the width."""
+    rows = [cells for group in groups for cells in _cells(group, names)]
+    heads, space = list(names), _text_width(names, rows, console)
+    if space < LEAST_TEXT:
+        heads = [str(number) for number in range(1, len(names) + 1)]
+        space = max(LEAST_TEXT, _text_width(heads, rows, console))
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=EXCERPT)
-    table.add_column("completion", no_wrap=True, overflow="ellipsis", max_width=EXCERPT)
-    for name in names:
-        table.add_column(name, justify="right", overflow="fold")
+    for title in ("prompt", "completion"):
+        table.add_column(title, no_wrap=True, overflow="ellipsis", max_width=space)
+    for head in heads:
+        table.add_column(head, justify="right", no_wrap=True)
+    scores = iter(rows)
     for group in groups:
         asked = last_user_message(group.prompt.messages) if group.prompt.messages else ""
-        for index, cells in enumerate(_cells(group, names)):
-            first = _excerpt(asked or group.prompt.prompt_id) if index == 0 else ""
-            table.add_row(Text(first), Text(_excerpt(group.completions[index].text)), *cells)
-    console.print(table)
+        first = _excerpt(asked or group.prompt.prompt_id, space)
+        for completion in group.completions:
+            table.add_row(Text(first), Text(_excerpt(completion.text, space)), *next(scores))
+            first = ""
+    _print_whole(table, console)
+    if heads != list(names):
+        console.print()
+        for head, name in zip(heads, names, strict=True):
+            console.print(Text(f"{head}: {name}"), soft_wrap=True)
+
+
+def _text_width(heads: Sequence[str], rows: list[list[Text]], console: Console) -> int:
+    """Characters left for a prompt and for a completion when all scores are whole."""
+    columns = zip(map(Text, heads), *rows, strict=True)
+    scores = sum(2 + max(cell.cell_len for cell in cells) for cells in columns)
+    return min(EXCERPT, (console.width - scores) // 2 - 1)
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    """Print a table that is never narrowed: the lines of a wider one go over the console's end."""
+    table.width = Measurement.get(console, console.options.update(width=10_000), table).maximum
+    console.print(table, crop=False)
 
 
 def _cells(group: RolloutGroup, names: Sequence[str]) -> Iterator[list[Text]]:
@@ -286,10 +314,10 @@ def _cells(group: RolloutGroup, names: Sequence[str]) -> Iterator[list[Text]]:
         ]
 
 
-def _excerpt(text: str) -> str:
+def _excerpt(text: str, space: int) -> str:
     """One line: the end of a long text, where answers stand."""
     line = printable(" ".join(text.split()))
-    return line if len(line) <= EXCERPT else f"...{line[3 - EXCERPT :]}"
+    return line if len(line) <= space else f"...{line[3 - space :]}"
 
 
 def _value(value: float) -> str:
@@ -300,9 +328,9 @@ def _print_summary(
     groups: list[RolloutGroup], names: Sequence[str], seconds: dict[str, float], console: Console
 ) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("function")
+    table.add_column("function", no_wrap=True)
     for header in ("mean", "std", "None", "failed", "ms a completion"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     rewards = [reward for group in groups for reward in group.rewards]
     for name in names:
         failures = Counter(r.failures[name] for r in rewards if name in r.failures)
@@ -314,7 +342,7 @@ def _print_summary(
         std = f"{statistics.stdev(values):.4g}" if len(values) > 1 else "-"
         table.add_row(name, mean, std, str(len(own) - len(values)), failed, time)
     console.print()
-    console.print(table)
+    _print_whole(table, console)
     for name in dict.fromkeys(name for reward in rewards for name in reward.metrics):
         logged = [reward.metrics[name] for reward in rewards if name in reward.metrics]
         console.print(Text(f"metric {name}: {statistics.fmean(logged):.4g}"))

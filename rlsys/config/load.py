@@ -130,7 +130,12 @@ def _read_file(path: Path, problems: list[Problem]) -> dict[str, Any]:
         text = f"line {len(before)} {not_utf8(line, len(before[-1]))}"
         raise _refused(path, text) from None
     except yaml.YAMLError as error:
-        raise _refused(path, f"it is not valid YAML: {error}") from None
+        text = f"it is not valid YAML: {' '.join(str(error).split())}"
+        if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+            mark = error.problem_mark
+            place = f"{path.name}, line {mark.line + 1}, column {mark.column + 1}"
+            text = f"{place}: it is not valid YAML: {error.problem}"
+        raise _refused(path, text) from None
     if not isinstance(values, dict):
         raise _refused(path, "it should hold `section:` blocks of `field: value` lines")
     problems += map(Problem, repeated)

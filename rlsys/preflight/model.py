@@ -69,8 +69,8 @@ def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | Non
             Problem(
                 f"data.max_prompt_length {config.data.max_prompt_length} + "
                 f"rollout.max_completion_length {config.rollout.max_completion_length} = {longest} "
-                f"tokens, but {field} {path} has positions for {positions}: lower one by "
-                f"{longest - positions}"
+                f"tokens, but {field} {path} has positions for {positions}: lower them by "
+                f"{longest - positions} together"
             )
         )
     return shape, problems

@@ -10,7 +10,8 @@ from rlsys.model.detokenize import Detokenizer
 from rlsys.plugins.load import plugin_problems
 from rlsys.preflight.data import known_columns
 from rlsys.problems import Problem
-from rlsys.rewards import check_call
+from rlsys.rewards import check_call, orms
+from rlsys.rewards.base import OWN_FUNCTION
 from rlsys.rewards.columns import column_problems_of_run, column_use, column_uses
 from rlsys.rewards.pool.failures import RewardCodeError
 from rlsys.rewards.pool.scorer import local_scorer
@@ -32,13 +33,19 @@ def _call_problems(config: Config) -> Iterator[Problem]:
     not_loaded = list(plugin_problems("reward.external_plugins", reward.external_plugins))
     yield from not_loaded
     hint = " (a plugin above could not be loaded)" if not_loaded else ""
+    listed = f" Known: {', '.join(orms.known())}."
+    is_listed = False
     for name in reward.names:
         params, known = reward.params.get(name, {}), config.run_values
         try:
             # `_column_problems` reports missing columns, with those that the data has.
             check_call(name, params, known, column_use(name, params, known).needed)
         except ValueError as error:
-            yield Problem(f"reward.reward_funcs: {error}{hint}", only_here=bool(not_loaded))
+            text = str(error)
+            if is_listed:
+                text = text.replace(listed, "").replace(OWN_FUNCTION, "")
+            is_listed = is_listed or listed in text
+            yield Problem(f"reward.reward_funcs: {text}{hint}", only_here=bool(not_loaded))
 
 
 def _column_problems(config: Config) -> Iterator[Problem]:

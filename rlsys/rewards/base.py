@@ -121,6 +121,12 @@ def trl_style(function: RewardFunction) -> RewardFunction:
     return in_style(TRL_PREFIX, function)
 
 
+OWN_FUNCTION = (
+    " For one of your own, name its file in reward.external_plugins (rewards try: --plugin FILE)."
+)
+"""Advice on a name that no plugin explains."""
+
+
 class RewardRegistry(Registry[type[ORM] | RewardFunction]):
     """Reward functions by name; also imports functions that nobody registered.
 
@@ -157,7 +163,7 @@ class RewardRegistry(Registry[type[ORM] | RewardFunction]):
             return f" {swift[0]}"
         found = plugins.find_unregistered(name)
         if found is None:
-            return ""
+            return OWN_FUNCTION
         path, reference = found
         return (
             f" {path} was loaded, but registered no reward {name!r}: put "

@@ -65,7 +65,11 @@ SAYS = {
     "an unknown reward": ["'countdwn'", "Did you mean 'countdown'?", "Known: accuracy, "],
     "a plugin that raises": ["plugin.py", "line 3", "import nothing_of_this_name"],
     "groups of one": ["rollout.num_generations = 1 (command line)", "greater than or equal to 2"],
-    "more tokens than positions": ["64 + ", "1000 = 1064 tokens", "256: lower one by 808"],
+    "more tokens than positions": [
+        "64 + ",
+        "1000 = 1064 tokens",
+        "256: lower them by 808 together",
+    ],
     "another run in the folder": [
         *("used", "holds another run", "--checkpoint.resume"),
         "  rlsys grpo run.yaml --policy.lr 1e-5 --output_dir used-2\n",

@@ -1,5 +1,6 @@
 """`rlsys rewards list` and `try`, as a user calls them."""
 
+import io
 import json
 import logging
 from dataclasses import replace
@@ -7,13 +8,16 @@ from dataclasses import replace
 import pytest
 from config_cases import values
 from data_cases import TEMPLATE, chat_tokenizer, word_tokenizer
+from rich.console import Console
 from tracking_cases import make_group
 
 from rlsys import cli
+from rlsys.commands.rewards_try import _print_summary, _print_table
 from rlsys.config import Config
 from rlsys.config.load import save_config
 from rlsys.rewards import orms
 from rlsys.tracking.completions import ABOUT_COMPLETION, completion_rows
+from rlsys.types import RewardOutput
 
 pytestmark = pytest.mark.processes
 
@@ -67,6 +71,31 @@ def rlsys(capfd, *words) -> tuple[int, str, str]:
 
 def lines_with(text: str, word: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if word in line]
+
+
+@pytest.mark.parametrize("number", [1, 3, 4, 8])
+@pytest.mark.parametrize("name", ["own{}", "accuracy_of_{}", "file_of_rewards.py:score_number_{}"])
+def test_every_name_and_score_is_whole_on_80_columns(number, name):
+    names = [name.format(i) for i in range(number)]
+    console = Console(width=80, file=io.StringIO())
+    group = make_group(["So I think. " * 20 + "42"] * 2, question="Add up these. " * 20)
+    values = [round(-0.1234 - i / 100, 4) for i in range(number)]
+    scored = [RewardOutput(0.0, dict(zip(names, values, strict=True))) for _ in range(2)]
+    group = replace(group, rewards=scored)
+    _print_table([group], names, console)
+    _print_summary([group], names, dict.fromkeys(names, 0.5), console)
+    table, _, rest = console.file.getvalue().partition("\n\n")
+    head, *rows = table.splitlines()
+    assert [row.split()[-number:] for row in rows] == [list(map(str, values))] * 2
+    assert all("42  " in row for row in rows)  # the completion's end
+    if head.split()[2:] != names:
+        assert head.split()[2:] == [str(i + 1) for i in range(number)]
+        assert all(f"{i + 1}: {name}" in rest.splitlines() for i, name in enumerate(names))
+    assert all(len(line.rstrip()) <= 80 for line in [head, *rows] if number < 8)
+    for name, value in zip(names, values, strict=True):
+        assert [cells[:2] for cells in lines_with(rest, name) if len(cells) > 2] == [
+            [name, str(value)]
+        ]
 
 
 def test_the_list_has_name_source_settings_and_columns(folder, capfd):

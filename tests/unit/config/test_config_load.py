@@ -243,6 +243,17 @@ def test_a_file_that_is_not_a_config(tmp_path, content, words):
         load_config(path)
 
 
+def test_a_yaml_error_is_one_line_with_its_place(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("policy:\n  lr: 1e-5\ndata:\n  dataset: [a\nmodel: b\n")
+    with pytest.raises(ProblemsError) as caught:
+        load_config(path)
+    (text,) = map(str, caught.value.problems)
+    assert text == (
+        "run.yaml, line 5, column 6: it is not valid YAML: expected ',' or ']', but got ':'"
+    )
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ProblemsError, match=r"nowhere\.yaml.*\n.*no such file"):
         load_config(tmp_path / "nowhere.yaml")

@@ -284,7 +284,7 @@ def test_a_plugin_that_registers_nothing_says_how_to_name_its_function(tmp_path,
             orms[name]
         assert f"noreg.py was loaded, but registered no reward {name!r}" in str(caught.value)
         assert "name that as noreg.py:pays (path:function)" in str(caught.value)
-    with pytest.raises(ValueError, match=r"Known: [^:]*\.$"):
+    with pytest.raises(ValueError, match=r"Known: [^:]*\. For one of your own, name"):
         orms["nothing"]
     assert orms["noreg.py:pays"](["a"]) == [1.0]
     del orms.data["noreg.py:pays"]

@@ -36,7 +36,10 @@ def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
         ),
         ({"layer_types": ["full_attention", None, "x"]}, ["'x', None in layer_types"]),
         ({"layer_types": 5}, ["5 in layer_types"]),
-        ({"max_position_embeddings": 100}, ["64 + ", "= 128 tokens", "100", "lower one by 28"]),
+        (
+            {"max_position_embeddings": 100},
+            ["64 + ", "= 128 tokens", "100", "lower them by 28 together"],
+        ),
         ({"head_dim": 16}, ["16 dimensions", "vLLM on CPU"]),
         (EXPERTS | {"decoder_sparse_step": 2}, ["decoder_sparse_step = 2"]),
         (EXPERTS | {"mlp_only_layers": [0]}, ["mlp_only_layers = [0]"]),

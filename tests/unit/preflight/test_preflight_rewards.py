@@ -14,6 +14,12 @@ def test_an_unknown_reward_lists_the_known(problems):
     assert "cosine, countdown, exact_match" in text
 
 
+def test_the_known_rewards_are_listed_once_with_the_option_for_others(problems):
+    first, second = problems("--reward.reward_funcs", "countdwn", "nothing")
+    assert "For one of your own, name its file in reward.external_plugins" in first.text
+    assert second.text == "reward.reward_funcs: unknown reward function 'nothing'."
+
+
 def test_a_plugin_that_raises_shows_its_traceback(problems, tmp_path):
     plugin = tmp_path / "my_reward.py"
     plugin.write_text("x = 1\nimport nothing_of_this_name\n")
