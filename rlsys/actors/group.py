@@ -22,12 +22,12 @@ START_TIMEOUT_S = 1800.0
 
 _INHERITED = ("CUDA_", "HF_", "NCCL_", "NVTE_", "PYTORCH_", "TORCH_", "VLLM_")
 
-Place = Callable[[int], dict[str, Any]]
+PlaceActor = Callable[[int], dict[str, Any]]
 """The Ray options of an actor, by its rank in its group; see rlsys.actors.placement."""
 
 
 def on_cpu(rank: int) -> dict[str, Any]:
-    """The `Place` of actors that use no GPU."""
+    """The `PlaceActor` of actors that use no GPU."""
     return {"num_cpus": CPU_SHARE, "num_gpus": 0}
 
 
@@ -52,7 +52,7 @@ class ActorGroup:
         *args: Any,
         size: int,
         env: dict[str, str],
-        place: Place,
+        place: PlaceActor,
         timeout_s: float,
     ):
         self.role = role

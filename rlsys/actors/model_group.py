@@ -12,7 +12,7 @@ import ray
 import torch
 import torch.distributed as dist
 
-from rlsys.actors.group import ActorGroup, Place, device_env, inherited_env
+from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
 from rlsys.config import Config
 from rlsys.types import Device, TrainBatch
@@ -98,7 +98,7 @@ class ModelActors(ActorGroup):
         *,
         device: Device,
         world_size: int,
-        place: Place,
+        place: PlaceActor,
     ):
         self.config = config
         self.may_be_stuck = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 import torch
 
-from rlsys.actors.group import Place, on_cpu
+from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import Config
 from rlsys.engines.out_of_memory import out_of_memory_explained
@@ -130,7 +130,7 @@ class PolicyActors(ModelActors):
         config: Config,
         *,
         device: Device,
-        place: Place = on_cpu,
+        place: PlaceActor = on_cpu,
         rank_class: type[PolicyRank] = PolicyRank,
     ):
         size = config.policy.world_size

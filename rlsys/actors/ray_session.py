@@ -83,14 +83,14 @@ def _restore(handlers: dict[signal.Signals, Any]) -> None:
 def _join_cluster(address: str) -> None:
     check_cluster_answers()
     try:
-        place = services.canonicalize_bootstrap_address_or_die(address)
+        head_address = services.canonicalize_bootstrap_address_or_die(address)
     except ConnectionError as error:
         raise ValueError(
             f"RAY_ADDRESS={address}: Ray found no cluster to join on this machine ({error}). Start "
             "one with `ray start --head`, name its address, or unset RAY_ADDRESS to have a run "
             "start its own."
         ) from None
-    agree_on_token(address, place)
+    agree_on_token(address, head_address)
     unused = unused_choice_of_gpus()
     if unused is not None:
         print(f"note: {unused}", flush=True)
@@ -99,12 +99,12 @@ def _join_cluster(address: str) -> None:
     except ConnectionError as error:
         raise ValueError(
             f"RAY_ADDRESS={address}: this machine could not join the Ray cluster ({error}). A run "
-            f"starts on a machine of the cluster: join it with `ray start --address={place}`, or "
-            "use `ray job submit`."
+            "starts on a machine of the cluster: join it with "
+            f"`ray start --address={head_address}`, or use `ray job submit`."
         ) from error
 
 
-def agree_on_token(address: str, place: str) -> None:
+def agree_on_token(address: str, head_address: str) -> None:
     """Use a token if and only if the cluster asks for one.
 
     Ray's own rule differs: it sends none to an explicit address, and to "auto" the token that it
@@ -112,13 +112,13 @@ def agree_on_token(address: str, place: str) -> None:
 
     Args:
         address: RAY_ADDRESS, for messages.
-        place: IP:PORT of the cluster's head.
+        head_address: IP:PORT of the cluster's head.
 
     Raises:
         ValueError: the token is missing or refused, or RAY_AUTH_MODE contradicts the cluster.
     """
     mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    wants_token = not _is_let_in(address, place, None)
+    wants_token = not _is_let_in(address, head_address, None)
     if wants_token and mode == "disabled":
         raise ValueError(
             f"RAY_ADDRESS={address}: this Ray cluster asks for a token, which "
@@ -131,7 +131,7 @@ def agree_on_token(address: str, place: str) -> None:
             "unset it here"
         )
     if wants_token:
-        _check_token(address, place)
+        _check_token(address, head_address)
     else:
         print(
             f"note: the Ray cluster of RAY_ADDRESS={address} asks for no token: whoever reaches "
@@ -142,7 +142,7 @@ def agree_on_token(address: str, place: str) -> None:
     RayConfig.initialize("")  # which has read the environment before
 
 
-def _check_token(address: str, place: str) -> None:
+def _check_token(address: str, head_address: str) -> None:
     loader = AuthenticationTokenLoader.instance()
     if not loader.has_token(ignore_auth_mode=True):
         raise ValueError(
@@ -150,7 +150,7 @@ def _check_token(address: str, place: str) -> None:
             "~/.ray/auth_token from the host and user that started it (`ray get-auth-token` prints "
             "it there), or set RAY_AUTH_TOKEN"
         )
-    if not _is_let_in(address, place, loader.get_raw_token(ignore_auth_mode=True)):
+    if not _is_let_in(address, head_address, loader.get_raw_token(ignore_auth_mode=True)):
         source = "RAY_AUTH_TOKEN"
         if source not in os.environ:
             source = os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")
@@ -160,14 +160,14 @@ def _check_token(address: str, place: str) -> None:
         )
 
 
-def _is_let_in(address: str, place: str, token: str | None) -> bool:
+def _is_let_in(address: str, head_address: str, token: str | None) -> bool:
     """Whether the cluster's head accepts this token; None sends no token.
 
     Raises:
         ValueError: the server there is not the head of a Ray cluster.
     """
     metadata = None if token is None else [("authorization", f"Bearer {token}")]
-    with grpc.insecure_channel(place, [("grpc.enable_http_proxy", 0)]) as channel:
+    with grpc.insecure_channel(head_address, [("grpc.enable_http_proxy", 0)]) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
             ask(b"", timeout=PROBE_TIMEOUT_S, metadata=metadata)

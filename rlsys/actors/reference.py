@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlsys.actors.group import Place, on_cpu
+from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.weight_publisher import WeightPublisher
@@ -77,7 +77,7 @@ class ReferenceActors(ModelActors):
     on one GPU. It happens only every reference.sync_steps.
     """
 
-    def __init__(self, config: Config, *, device: Device, place: Place = on_cpu):
+    def __init__(self, config: Config, *, device: Device, place: PlaceActor = on_cpu):
         self.num_engines = config.reference.world_size
         self.workers_per_engine = self.engines_per_gpu = 1
         self.synced_after: int | None = None

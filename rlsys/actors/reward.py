@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from rlsys.actors.group import CPU_SHARE, Place, device_env, inherited_env
+from rlsys.actors.group import CPU_SHARE, PlaceActor, device_env, inherited_env
 from rlsys.actors.waiting import all_ready, any_ready
 from rlsys.config import RewardConfig
 from rlsys.plugins.load import load_plugins
@@ -39,7 +39,7 @@ class RayBackend:
     """A `Backend` whose reward processes are started by Ray actors."""
 
     def __init__(
-        self, settings: ProcessSettings, models: Sequence[str] = (), place: Place | None = None
+        self, settings: ProcessSettings, models: Sequence[str] = (), place: PlaceActor | None = None
     ):
         """`models` names the reward models; for the others see `RewardWorkers`."""
         self._settings = settings
@@ -93,7 +93,7 @@ class RewardWorkers(GroupScorer):
         *,
         run_values: dict[str, Any] | None = None,
         max_steps: int = 0,
-        place: Place | None = None,
+        place: PlaceActor | None = None,
         plugins: Sequence[str] = (),
     ):
         """Load the plugins and check the functions; `start` starts the workers.

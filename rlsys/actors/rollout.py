@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 import ray
 from ray import ObjectRefGenerator
 
-from rlsys.actors.group import ActorGroup, Place, device_env, inherited_env, on_cpu
+from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env, on_cpu
 from rlsys.actors.waiting import ActorFailure, all_ready, get_one
 from rlsys.config import Config
 from rlsys.engines.vllm.loop import EngineLoop, Outcome
@@ -103,7 +103,7 @@ class RolloutActors(ActorGroup):
     Creating it starts the actors and returns; calls made before they are ready queue.
     """
 
-    def __init__(self, config: Config, *, device: Device, place: Place = on_cpu):
+    def __init__(self, config: Config, *, device: Device, place: PlaceActor = on_cpu):
         rollout = config.rollout
         self.num_engines = rollout.num_engines
         self.workers_per_engine = rollout.tensor_parallel_size

@@ -48,11 +48,11 @@ def read_rows(path: Path) -> list[Row]:
         raise ValueError(f"--completions {path} {kind}; name a JSONL file")
     rows = list(read_file(path, max_row_mb=_MAX_ROW_MB))
     for row in rows:
-        row.place = f"{path}, {row.place}"
+        row.location = f"{path}, {row.location}"
         try:
             row.read()
         except ValueError as error:
-            raise ValueError(f"{row.place}: {error}") from None
+            raise ValueError(f"{row.location}: {error}") from None
     return rows
 
 
@@ -89,7 +89,7 @@ def group_rows(
                     "prompt_id out"
                 )
         except ValueError as error:
-            raise ValueError(f"{row.place}: {error}") from None
+            raise ValueError(f"{row.location}: {error}") from None
         before = prompt if row.columns.get("prompt_id") is None else None
         completions += [_completion(t, row.columns, sources.tokenizer) for t in texts[:left]]
         left -= len(texts[:left])
@@ -129,7 +129,7 @@ def prompts_of(
                 continue
             source.parse(row, need_prompt=need_prompt)
             if row.problem:
-                problems.append(Problem(f"{row.place}: {row.problem}"))
+                problems.append(Problem(f"{row.location}: {row.problem}"))
             elif not row.dropped:
                 prompts[prompt_id] = row.to_prompt(prompt_id, list(row.columns))
     raise_if_any(problems)

@@ -223,11 +223,11 @@ def _make_prompts(
     prompts = [row.to_prompt(source.prompt_id(row, copy), names) for source, row, copy in taken]
     if check is not None:
         pairs = zip(taken, prompts, strict=True)
-        asked = [(row.place, prompt.columns) for (_, row, copy), prompt in pairs if not copy]
-        found = [(place, text) for place, columns in asked for text in check(columns)]
+        asked = [(row.location, prompt.columns) for (_, row, copy), prompt in pairs if not copy]
+        found = [(location, text) for location, columns in asked for text in check(columns)]
         if len(asked) == len(found) > 1 and len({text for _, text in found}) == 1:
             found = [("every row", found[0][1])]
-        refused += [Problem(f"{place}: {text}") for place, text in found]
+        refused += [Problem(f"{location}: {text}") for location, text in found]
     return prompts
 
 

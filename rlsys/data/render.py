@@ -73,7 +73,7 @@ class Renderer:
 
     def _look(self, row: Row, text: str) -> None:
         """Note what the prompt lacks or adds, and missing values that it prints."""
-        where = row.place
+        where = row.location
         if text.rstrip().endswith(OPEN_THINK):
             self._notice(_OPENS_THINK, where)
         for role in dict.fromkeys(_left_out(row.messages, text)):

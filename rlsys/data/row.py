@@ -23,7 +23,7 @@ class Row:
 
     number: int
     """From 1; blank lines do not count."""
-    place: str
+    location: str
     """ "line 7" of a text file, "row 7" of another; `Source.rows` writes the dataset before it."""
     columns: dict[str, Any] = field(default_factory=dict)
     """All columns; after `parse_row` everything but the prompt, and `solution`."""

@@ -1,6 +1,6 @@
 """The datasets of a config, opened, and the stages from their rows to prompts.
 
-Source.rows    a file or table -> rows with their places
+Source.rows    a file or table -> rows with their locations
 Source.parse   columns renamed, the preprocessor, then messages and the columns for rewards
 render_rows    the same for many rows, then the chat template and the limits of length
 """
@@ -109,7 +109,7 @@ class Source:
         if self.preprocessor is not None and self.preprocessor.takes_dataset:
             rows = self._prepared_rows(rows, self.preprocessor)
         for row in rows:
-            row.place = f"{self.spec.name}, {row.place}"
+            row.location = f"{self.spec.name}, {row.location}"
             yield row
 
     def _stored_rows(self) -> Iterator[Row]:
@@ -135,7 +135,7 @@ class Source:
             try:
                 renamed.append(preprocessor.function.rename(self._own_columns(row)))
             except BadRow as error:
-                raise ValueError(f"{self.spec.name}, {row.place}: {error}") from None
+                raise ValueError(f"{self.spec.name}, {row.location}: {error}") from None
         for number, columns in enumerate(preprocessor.prepare(renamed), start=1):
             yield Row(number, f"row {number} of prepare_dataset", columns)
 
@@ -231,7 +231,7 @@ class Source:
         whole = self.columns_problem()
         if whole is not None:
             return [whole]
-        return [Problem(f"{row.place}: {row.problem}") for row in rows if row.problem]
+        return [Problem(f"{row.location}: {row.problem}") for row in rows if row.problem]
 
     def columns_problem(self) -> Problem | None:
         """What the columns lack in every row; None if the preprocessor may add it."""

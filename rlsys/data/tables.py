@@ -59,7 +59,7 @@ def read_hub(
         for row in _subset(spec, subset, evaluation, streaming, max_row_mb):
             number += 1
             row.number = number
-            row.place += "" if subset is None else f" of {subset}"
+            row.location += "" if subset is None else f" of {subset}"
             yield row
 
 
@@ -85,7 +85,7 @@ def _subset(
         return
     for path in _chosen(spec, files, evaluation):
         for row in read_file(path, max_row_mb=max_row_mb):
-            row.place = f"{os.path.relpath(path, spec.path.resolve())}, {row.place}"
+            row.location = f"{os.path.relpath(path, spec.path.resolve())}, {row.location}"
             yield row
 
 

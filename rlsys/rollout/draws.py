@@ -16,7 +16,7 @@ from rlsys.types import Prompt
 class Draw:
     """A prompt of the stream on its way into a batch."""
 
-    place: int
+    position: int
     """Position in the stream, from 0; unique in the run."""
     attempt: int
     """How often it was begun and given up before."""
@@ -27,8 +27,8 @@ class Draw:
     def seed_key(self, batch_size: int) -> tuple[int, ...]:
         """What its seed depends on: step and position in the batch of a run that neither runs
         ahead nor filters, and the attempt if it is not the first."""
-        place = 1 + self.place // batch_size, self.place % batch_size
-        return (*place, self.attempt) if self.attempt else place
+        key = 1 + self.position // batch_size, self.position % batch_size
+        return (*key, self.attempt) if self.attempt else key
 
 
 class Draws:
@@ -57,9 +57,9 @@ class Draws:
         """The next `n` draws by new tickets; draws that were given up come before new prompts."""
         missing = n - len(self._waiting)
         if missing > 0:
-            place = self._source.num_taken
-            new = enumerate(self._source.take(missing), start=place)
-            self._waiting.extend(Draw(place, 0, prompt) for place, prompt in new)
+            first = self._source.num_taken
+            new = enumerate(self._source.take(missing), start=first)
+            self._waiting.extend(Draw(position, 0, prompt) for position, prompt in new)
         begun = {
             self.new_ticket(): replace(self._waiting.popleft(), version=version) for _ in range(n)
         }
@@ -81,7 +81,7 @@ class Draws:
 
     def give_up_all(self) -> list[int]:
         """Put back every draw that was begun, to begin it again later; returns their tickets."""
-        given_up = sorted(self._begun.items(), key=lambda item: item[1].place)
+        given_up = sorted(self._begun.items(), key=lambda item: item[1].position)
         self._begun.clear()
         again = [replace(draw, attempt=draw.attempt + 1) for _, draw in given_up]
         self._waiting.extendleft(reversed(again))
@@ -118,8 +118,12 @@ class Draws:
         return {
             "prompts": self._source.state_dict(),
             "unused": [
-                {"place": draw.place, "attempt": draw.attempt, "prompt": self._named(draw.prompt)}
-                for draw in sorted(unused, key=lambda draw: draw.place)
+                {
+                    "place": draw.position,
+                    "attempt": draw.attempt,
+                    "prompt": self._named(draw.prompt),
+                }
+                for draw in sorted(unused, key=lambda draw: draw.position)
             ],
         }
 

@@ -250,7 +250,7 @@ class Rollouts:
         """Put finished groups into the batch, the most urgent first."""
 
         def due(ticket: int) -> tuple[int, int]:
-            return self._draws[ticket].version, self._draws[ticket].place
+            return self._draws[ticket].version, self._draws[ticket].position
 
         max_staleness = self._config.rollout.max_staleness
         for ticket in sorted(self._finished, key=due):
@@ -269,7 +269,7 @@ class Rollouts:
 
     def _take(self, batch: _Batch, draw: Draw, group: RolloutGroup) -> None:
         taken = {group.group_id for _, group in batch.taken}
-        numbers = (draw.place % batch.size, *range(batch.size))
+        numbers = (draw.position % batch.size, *range(batch.size))
         group = replace(group, group_id=next(n for n in numbers if n not in taken))
         for completion in group.completions:
             staleness = batch.step - 1 - completion.policy_versions[0]
@@ -330,7 +330,7 @@ class Rollouts:
 
     @staticmethod
     def _in_order(groups: list[tuple[Draw, RolloutGroup]]) -> list[tuple[Draw, RolloutGroup]]:
-        return sorted(groups, key=lambda pair: pair[0].place)
+        return sorted(groups, key=lambda pair: pair[0].position)
 
 
 def has_zero_std(group: RolloutGroup) -> bool:

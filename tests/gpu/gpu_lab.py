@@ -35,19 +35,19 @@ class Gpus:
         return cls(group)
 
     def rank_by_rank(self, rank):
-        """A `Place`: rank r on GPU r."""
+        """A `PlaceActor`: rank r on GPU r."""
         return self._options(rank, SHARE)
 
     def on(self, bundle):
-        """A `Place`: everything on one GPU."""
+        """A `PlaceActor`: everything on one GPU."""
         return lambda rank: self._options(bundle, SHARE)
 
     def none(self, rank):
-        """A `Place` for an actor that takes GPUs by itself."""
+        """A `PlaceActor` for an actor that takes GPUs by itself."""
         return self._options(0, 0)
 
     def pair(self, rank):
-        """A `Place` for an engine of two GPUs."""
+        """A `PlaceActor` for an engine of two GPUs."""
         return self._options(2, 2)
 
     def _options(self, bundle, gpus):

@@ -11,13 +11,13 @@ from rlsys.types import Prompt, RolloutGroup
 class PromptStream(ABC):
     """A stream of training prompts, epoch after epoch.
 
-    A prompt's place in the stream, counted from 0, never comes again. What comes depends on the
+    A prompt's position in the stream, counted from 0, never comes again. What comes depends on the
     seed and on what happened to the stream before, never on time, so a stream that loads the state
     of another goes on exactly as that one would have.
     """
 
     num_taken = 0
-    """Prompts taken so far, which is the place of the next one."""
+    """Prompts taken so far, which is the position of the next one."""
 
     @property
     @abstractmethod

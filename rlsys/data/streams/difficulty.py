@@ -19,7 +19,7 @@ class DifficultySampling(PromptStream):
     group with different rewards brings it back. So no prompt is lost for ever: a skipped one is
     still tried once in 1 / exploration epochs on average.
 
-    Skipped places of the stream count as taken for the epoch.
+    Skipped positions of the stream count as taken for the epoch.
     """
 
     def __init__(self, stream: PromptStream, *, patience: int, exploration: float, seed: int):
@@ -42,10 +42,10 @@ class DifficultySampling(PromptStream):
         """The next `n` prompts that are not skipped."""
         prompts: list[Prompt] = []
         while len(prompts) < n:
-            place = self._stream.num_taken
+            position = self._stream.num_taken
             [prompt] = self._stream.take(1)
             in_a_row, _ = self._useless.get(prompt.prompt_id, (0, 0.0))
-            if in_a_row >= self._patience and not self._explores(place):
+            if in_a_row >= self._patience and not self._explores(position):
                 self._num_skipped += 1
             else:
                 prompts.append(prompt)
@@ -74,11 +74,11 @@ class DifficultySampling(PromptStream):
         """The number of prompts skipped now, and the share of the stream skipped so far."""
         skipped = [reward for n, reward in self._useless.values() if n >= self._patience]
         mean = self._reward_sum / self._num_groups if self._num_groups else 0.0
-        places = self.num_taken + self._num_skipped
+        positions = self.num_taken + self._num_skipped
         return self._stream.metrics() | {
             "difficulty/num_too_easy": float(sum(reward > mean for reward in skipped)),
             "difficulty/num_too_hard": float(sum(reward <= mean for reward in skipped)),
-            "difficulty/frac_skipped": self._num_skipped / places if places else 0.0,
+            "difficulty/frac_skipped": self._num_skipped / positions if positions else 0.0,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -100,5 +100,5 @@ class DifficultySampling(PromptStream):
         self._reward_sum = state["reward_sum"]
         self._num_groups = state["num_groups"]
 
-    def _explores(self, place: int) -> bool:
-        return random.Random(f"{self._seed}:explore:{place}").random() < self._exploration
+    def _explores(self, position: int) -> bool:
+        return random.Random(f"{self._seed}:explore:{position}").random() < self._exploration

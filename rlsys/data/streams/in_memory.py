@@ -31,13 +31,13 @@ class InMemoryPrompts(PromptStream):
         return self.num_taken / len(self.prompts)
 
     def take(self, n: int) -> list[Prompt]:
-        """The next `n` prompts, which stand at places num_taken to num_taken + n - 1."""
+        """The next `n` prompts, which stand at positions num_taken to num_taken + n - 1."""
         first = self.num_taken
         self.num_taken += n
-        return [self._at(place) for place in range(first, first + n)]
+        return [self._at(position) for position in range(first, first + n)]
 
-    def _at(self, place: int) -> Prompt:
-        epoch, index = divmod(place, len(self.prompts))
+    def _at(self, position: int) -> Prompt:
+        epoch, index = divmod(position, len(self.prompts))
         if self.shuffle:
             if epoch != self._order[0]:
                 order = list(range(len(self.prompts)))

@@ -13,7 +13,7 @@ from rlsys.types import Prompt
 class MixedPrompts(PromptStream):
     """A stream that draws for each prompt which of several streams it comes from.
 
-    The stream at place p is drawn with probability weight / sum of weights by a random number
+    The stream at position p is drawn with probability weight / sum of weights by a random number
     that depends on the seed and on p alone. Each stream goes through its own data in its own
     epochs, so a small one with a large weight repeats while a large one is in its first pass.
     """
@@ -33,8 +33,8 @@ class MixedPrompts(PromptStream):
     def take(self, n: int) -> list[Prompt]:
         """The next `n` prompts."""
         prompts = []
-        for place in range(self.num_taken, self.num_taken + n):
-            drawing = random.Random(f"{self._seed}:mix:{place}")
+        for position in range(self.num_taken, self.num_taken + n):
+            drawing = random.Random(f"{self._seed}:mix:{position}")
             [stream] = drawing.choices(self._streams, self._weights)
             prompts += stream.take(1)
         self.num_taken += n

@@ -38,7 +38,7 @@ class StreamedPrompts(PromptStream):
         self.columns: dict[str, None] = {}
         """Columns of every prompt, None where its row does not have one."""
         self.first_prompts: list[Prompt] = []
-        """Prompts of the first rows, with the place as id; the stream gives these rows as well."""
+        """Prompts of the first rows, with the location as id; the stream gives these rows too."""
         self.unsaveable: dict[str, str] = {}
         """Columns that JSON cannot hold, and what to do: a checkpoint holds the streamed prompts
         that were begun and not trained on."""
@@ -58,7 +58,7 @@ class StreamedPrompts(PromptStream):
         """The next `n` prompts.
 
         Raises:
-            ValueError: a row that cannot be used, with its place; or no row of an epoch can.
+            ValueError: a row that cannot be used, with its location; or no row of an epoch can.
         """
         prompts: list[Prompt] = []
         empty_since = self._epoch
@@ -86,7 +86,7 @@ class StreamedPrompts(PromptStream):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the rows and the metrics, in JSON's types."""
+        """The position in the rows and the metrics, in JSON's types."""
         return super().state_dict() | {
             "epoch": self._epoch,
             "num_given": self._num_given,
@@ -127,9 +127,9 @@ class StreamedPrompts(PromptStream):
             for row in rows:
                 self._note_columns(source, row.columns)
                 if row.problem:
-                    problems.append(Problem(f"{row.place}: {row.problem}"))
+                    problems.append(Problem(f"{row.location}: {row.problem}"))
                 else:
-                    self.first_prompts.append(row.to_prompt(row.place, list(row.columns)))
+                    self.first_prompts.append(row.to_prompt(row.location, list(row.columns)))
         return problems
 
     def _note_columns(self, source: Source, columns: dict[str, Any]) -> None:
@@ -171,8 +171,8 @@ class StreamedPrompts(PromptStream):
         for source, row in rows:
             if row.problem:
                 raise ValueError(
-                    f"{row.place}: {row.problem}\nWith data.streaming rows are checked when they "
-                    "are needed. To check all before a run: rlsys data preview CONFIG "
+                    f"{row.location}: {row.problem}\nWith data.streaming rows are checked when "
+                    "they are needed. To check all before a run: rlsys data preview CONFIG "
                     "--data.streaming false"
                 )
             source.counts.add(row)

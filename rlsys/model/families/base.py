@@ -46,12 +46,12 @@ class WeightRow:
 
     def in_layer(self, layer: int) -> WeightRow:
         """The same row with the names that it has in layer number `layer`."""
-        place = f"decoder.layers.{layer}."
+        prefix = f"decoder.layers.{layer}."
         return replace(
             self,
-            names=tuple(place + name for name in self.names),
+            names=tuple(prefix + name for name in self.names),
             hf_names=tuple(f"model.layers.{layer}.{name}" for name in self.hf_names),
-            experts=self.experts and place + self.experts,
+            experts=self.experts and prefix + self.experts,
         )
 
     def fuse(self, parts: list[torch.Tensor], tp_size: int) -> torch.Tensor:
