@@ -30,10 +30,14 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def hear_ctrl_c():
-    """Let tests press Ctrl-C: background jobs of a shell ignore it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def hear_stop_signals():
+    """Undo what `&` and nohup do, which ignore the signals that some tests send."""
+    for stop, default in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(stop) is signal.SIG_IGN:
+            signal.signal(stop, default)
 
 
 @pytest.fixture(scope="module", autouse=True)
