@@ -116,7 +116,7 @@ def score(pool, groups):
     while pool.num_pending:
         pool.wait(0.5)
         for group in pool.collect():
-            seconds[group.group_id] = time.perf_counter() - begin
+            seconds[group.ticket] = time.perf_counter() - begin
     return seconds, time.process_time() - driver
 
 
@@ -163,11 +163,11 @@ def spin(count):
 def bad_group(pool):
     bad, *good = groups_of(64 * GROUP_SIZE)
     hanging = Completion([1], [0.0], "hang", "stop", (0,))
-    bad = RolloutGroup(bad.group_id, bad.prompt, [hanging, *bad.completions[1:]])
+    bad = RolloutGroup(bad.ticket, bad.prompt, [hanging, *bad.completions[1:]])
     seconds, _ = score(pool, [bad, *good])
     pool.close()
-    others = [seconds[group.group_id] for group in good]
-    return {"bad": round(seconds[bad.group_id], 3), "others": round(max(others), 3)}
+    others = [seconds[group.ticket] for group in good]
+    return {"bad": round(seconds[bad.ticket], 3), "others": round(max(others), 3)}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from rlsys.model.shape import read_model_shape
 from rlsys.types import Prompt, SampleRequest
 
 WAVE = 10_000
-"""The group_ids of a wave begin at its number times this."""
+"""The tickets of a wave begin at its number times this."""
 
 
 def main():
@@ -166,7 +166,7 @@ def bare(arguments):
                     n=request.num_generations,
                     temperature=request.temperature,
                     seed=request.seed,
-                    max_tokens=length_of(request.group_id, arguments.completion_length),
+                    max_tokens=length_of(request.ticket, arguments.completion_length),
                     logprobs=0,
                     flat_logprobs=True,
                     detokenize=False,
@@ -219,7 +219,7 @@ def waves(wave, arguments, graphs=None):
         completions = wave(requests)
         seconds = time.perf_counter() - start
         tokens = sum(len(token_ids) for token_ids in completions)
-        lengths = [length_of(request.group_id, arguments.completion_length) for request in requests]
+        lengths = [length_of(request.ticket, arguments.completion_length) for request in requests]
         assert tokens == sum(lengths) * arguments.num_generations
         results[name] = {
             "seconds": seconds,
@@ -236,13 +236,11 @@ def make_requests(num_seqs, number, arguments):
     vocabulary = SHAPES[arguments.shape].vocabulary
     requests = []
     for index in range(num_seqs // arguments.num_generations):
-        group_id = WAVE * number + index
-        draw = random.Random(group_id)
+        ticket = WAVE * number + index
+        draw = random.Random(ticket)
         ids = [draw.randrange(3, vocabulary) for _ in range(arguments.prompt_length)]
-        prompt = Prompt(str(group_id), [], ids)
-        requests.append(
-            SampleRequest(group_id, prompt, arguments.num_generations, 1.0, seed=group_id)
-        )
+        prompt = Prompt(str(ticket), [], ids)
+        requests.append(SampleRequest(ticket, prompt, arguments.num_generations, 1.0, seed=ticket))
     return requests
 
 

@@ -53,7 +53,7 @@ VARIANTS = {
 WARM_UP_STEPS = 20
 PARTS = ("waves", "step_ms", "cpu_ms", "gpu_ms", "functions")
 VARIED = 5_000_000
-"""From this group_id on, completions differ in length."""
+"""From this ticket on, completions differ in length."""
 VARIED_LENGTHS = (0.25, 0.5, 0.75, 1.0)
 """How many of the longest are listed."""
 KINDS = {
@@ -76,7 +76,7 @@ def make_engine_class(longest):
 
         def _sampling_parameters(self, request):
             parameters = super()._sampling_parameters(request)
-            parameters.max_tokens = length_of(request.group_id, longest)
+            parameters.max_tokens = length_of(request.ticket, longest)
             if not self.logprobs:
                 parameters.logprobs = None
             return parameters
@@ -84,11 +84,11 @@ def make_engine_class(longest):
     return Engine
 
 
-def length_of(group_id, longest):
+def length_of(ticket, longest):
     """Numbers of tokens of the completions of a group, equal on both sides of a comparison."""
-    if group_id < VARIED:
+    if ticket < VARIED:
         return longest
-    return int(longest * VARIED_LENGTHS[group_id % 4]) - group_id // 4 % 8
+    return int(longest * VARIED_LENGTHS[ticket % 4]) - ticket // 4 % 8
 
 
 def profile(config, variant, *, device, waves, requests, steps, parts):
@@ -183,7 +183,7 @@ def decoding(engine, requests):
             engine.step()
         yield
     finally:
-        engine.abort([request.group_id for request in requests])
+        engine.abort([request.ticket for request in requests])
         for _ in range(engine._steps_in_flight):
             engine._llm.llm_engine.step()
 

@@ -68,8 +68,8 @@ class Completion:
 class SampleRequest:
     """One prompt to sample a group of completions for."""
 
-    group_id: int
-    """Comes back with the group; unique among what an engine is working on."""
+    ticket: int
+    """Comes back with the group; no other group in flight has it."""
     prompt: Prompt
     num_generations: int
     """G, completions."""
@@ -101,15 +101,17 @@ class RewardOutput:
 class RolloutGroup:
     """The G completions of one prompt: the unit in which GRPO compares."""
 
-    group_id: int
-    """Number of the group within its step, under which it is logged, 0 <= group_id < P. With
-    `max_staleness: 0` it is the position of the prompt in the step's batch. Before a group belongs
-    to a step, it is a number that no other group in flight has."""
+    ticket: int
+    """The ticket of its `SampleRequest`."""
     prompt: Prompt
     completions: list[Completion]
     """[G]"""
     rewards: list[RewardOutput] = field(default_factory=list)
     """[G], empty until scored."""
+    group_id: int | None = None
+    """Number of the group within its step, under which it is logged, 0 <= group_id < P; None before
+    it belongs to a step. With `max_staleness: 0` it is the position of the prompt in the step's
+    batch."""
 
 
 @dataclass(slots=True)

@@ -63,9 +63,9 @@ class RolloutActor:
             if outcome is not None:
                 yield outcome
 
-    async def abort(self, group_ids: Sequence[int]) -> None:
+    async def abort(self, tickets: Sequence[int]) -> None:
         """Give up groups. A group whose `generate` arrives later is sampled all the same."""
-        await asyncio.wrap_future(self._loop.abort(group_ids))
+        await asyncio.wrap_future(self._loop.abort(tickets))
 
     async def connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> None:
         """See VLLMEngine.connect_weight_sync."""
@@ -94,7 +94,7 @@ class RolloutActor:
 class _Work:
     engine: str
     pending: set[int]
-    """The group_ids that its stream has still to yield."""
+    """The tickets that its stream has still to yield."""
 
 
 class RolloutActors(ActorGroup):
@@ -137,12 +137,12 @@ class RolloutActors(ActorGroup):
         for name, share in shares.items():
             if share:
                 stream = self.actors[name].generate.remote(share)
-                self._streams[stream] = _Work(name, {request.group_id for request in share})
+                self._streams[stream] = _Work(name, {request.ticket for request in share})
 
-    def abort(self, group_ids: Collection[int]) -> None:
+    def abort(self, tickets: Collection[int]) -> None:
         """Give up groups: `collect` does not return them."""
         for stream, work in list(self._streams.items()):
-            given_up = work.pending.intersection(group_ids)
+            given_up = work.pending.intersection(tickets)
             if given_up:
                 ref = self.actors[work.engine].abort.remote(sorted(given_up))
                 self._aborts[ref] = work.engine
@@ -179,8 +179,8 @@ class RolloutActors(ActorGroup):
         if ref is None:
             raise ActorFailure(f"{work.engine} ended its rollout {len(work.pending)} groups early")
         group: RolloutGroup = get_one(ref, name=work.engine, phase="rollout")
-        self._keep(stream, replace(work, pending=work.pending - {group.group_id}))
-        return group if group.group_id in work.pending else None
+        self._keep(stream, replace(work, pending=work.pending - {group.ticket}))
+        return group if group.ticket in work.pending else None
 
     def _keep(self, stream: ObjectRefGenerator, work: _Work) -> None:
         """Keep listening to `stream` while more groups are to come."""

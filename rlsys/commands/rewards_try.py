@@ -259,7 +259,7 @@ def _score(scorer: GroupScorer, groups: list[RolloutGroup]) -> list[RolloutGroup
     while scorer.num_pending:
         scorer.wait(0.2)
         scored += scorer.collect()
-    return sorted(scored, key=lambda group: group.group_id)
+    return sorted(scored, key=lambda group: group.ticket)
 
 
 # --- tables --------------------------------------------------------------------------------------

@@ -37,20 +37,20 @@ class RolloutPipeline:
         self._idle_since: float | None = time.monotonic()
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
-        """Sample and score groups; their group_ids are unique."""
+        """Sample and score groups; their tickets are unique."""
         if not requests:
             return
         if self._idle_since is not None:
             self._idle_s += time.monotonic() - self._idle_since
             self._idle_since = None
-        self._wanted.update(request.group_id for request in requests)
+        self._wanted.update(request.ticket for request in requests)
         self._engines.submit(requests)
 
-    def give_up(self, group_ids: Collection[int]) -> None:
+    def give_up(self, tickets: Collection[int]) -> None:
         """Stop sampling and scoring these groups; they are never returned."""
-        self._wanted.difference_update(group_ids)
-        self._engines.abort(group_ids)
-        self._rewards.forget(group_ids)
+        self._wanted.difference_update(tickets)
+        self._engines.abort(tickets)
+        self._rewards.forget(tickets)
         self._note_idle()
 
     def wait(self, what: str, *, done: int, total: int) -> list[RolloutGroup]:
@@ -120,10 +120,10 @@ class RolloutPipeline:
         sampled, scored = self._engines.collect(), self._rewards.collect()
         self._note_idle()
         for group in sampled:
-            if group.group_id in self._wanted:
+            if group.ticket in self._wanted:
                 self._rewards.submit(group)
         for group in scored:
-            if group.group_id in self._wanted:
-                self._wanted.remove(group.group_id)
+            if group.ticket in self._wanted:
+                self._wanted.remove(group.ticket)
                 self._scored.append(group)
         return bool(sampled)

@@ -154,10 +154,10 @@ class Rollouts:
         while len(groups) < len(asked):
             what = f"evaluation after step {step}"
             for group in self._pipeline.wait(what, done=len(groups), total=len(asked)):
-                if group.group_id not in asked:
+                if group.ticket not in asked:
                     self._scored_in_evaluation.append(group)
                     continue
-                index = asked[group.group_id]
+                index = asked[group.ticket]
                 groups[index] = replace(group, group_id=index)
                 self._tracker.log_completions(step, groups[index], None, "eval")
         self._pipeline.start_background()
@@ -239,9 +239,9 @@ class Rollouts:
     def _sort_in(self, batch: _Batch, group: RolloutGroup) -> None:
         """Let a scored group into the batch, unless dynamic sampling leaves it out."""
         if not (self._config.rollout.dynamic_sample and has_zero_std(group)):
-            self._finished[group.group_id] = group
+            self._finished[group.ticket] = group
             return
-        batch.filtered.append((self._draws.consume(group.group_id), group))
+        batch.filtered.append((self._draws.consume(group.ticket), group))
         if batch.resamples_left:
             batch.resamples_left -= 1
             self._begin(batch, 1)

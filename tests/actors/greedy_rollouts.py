@@ -25,7 +25,7 @@ def greedy(engines):
     groups = {}
     while engines.num_pending:
         ray.wait(engines.pending_refs(), timeout=PATIENCE_S)
-        groups |= {group.group_id: group for group in engines.collect()}
+        groups |= {group.ticket: group for group in engines.collect()}
     completions = [groups[i].completions[0] for i in range(len(PROMPTS))]
     return (
         [completion.token_ids for completion in completions],

@@ -36,7 +36,7 @@ class PeekingActor(RolloutActor):
 
     async def break_abort(self):
         def change(engine):
-            def abort(group_ids):
+            def abort(tickets):
                 raise RuntimeError("nothing can be given up")
 
             engine.abort = abort
@@ -101,7 +101,7 @@ def collect_all(engines):
     groups = {}
     while engines.num_pending:
         assert ray.wait(engines.pending_refs(), timeout=PATIENCE_S)[0]
-        groups |= {group.group_id: group for group in engines.collect()}
+        groups |= {group.ticket: group for group in engines.collect()}
     return groups
 
 
@@ -132,10 +132,10 @@ def test_every_token_has_the_version_of_its_span(
     groups = collect_all(engines)
     before, after = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in models)
     limit = rollout_config().rollout.max_completion_length
-    for group_id in (10, 11):
-        of_before = differences(before, groups[group_id])
-        of_after = differences(after, groups[group_id])
-        for index, completion in enumerate(groups[group_id].completions):
+    for ticket in (10, 11):
+        of_before = differences(before, groups[ticket])
+        of_after = differences(after, groups[ticket])
+        for index, completion in enumerate(groups[ticket].completions):
             assert completion.policy_versions == (old, old + 1)
             zero, start = completion.version_starts
             assert zero == 0
@@ -146,9 +146,9 @@ def test_every_token_has_the_version_of_its_span(
                 assert of_after[index, start:].max() < 1e-4
             else:  # new weights that look back at what the old ones left
                 assert of_after[index, start:].max() > 1e-2
-    for group_id in (20, 21):
-        assert differences(after, groups[group_id]).max() < 1e-4
-        for completion in groups[group_id].completions:
+    for ticket in (20, 21):
+        assert differences(after, groups[ticket]).max() < 1e-4
+        for completion in groups[ticket].completions:
             assert (completion.policy_versions, completion.version_starts) == ((old + 1,), (0,))
 
 

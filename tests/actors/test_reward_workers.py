@@ -73,10 +73,10 @@ def start(tmp_path, monkeypatch):
     orms.data.update(registered)
 
 
-def group_of(*texts: str, group_id: int = 0) -> RolloutGroup:
-    prompt = Prompt(f"train:{group_id}", [{"role": "user", "content": "a"}], [1], {})
+def group_of(*texts: str, ticket: int = 0) -> RolloutGroup:
+    prompt = Prompt(f"train:{ticket}", [{"role": "user", "content": "a"}], [1], {})
     completions = [Completion([1], [0.0], text, "stop", (0,)) for text in texts]
-    return RolloutGroup(group_id, prompt, completions)
+    return RolloutGroup(ticket, prompt, completions)
 
 
 def score(workers: RewardWorkers, *groups: RolloutGroup) -> list[RolloutGroup]:
@@ -86,7 +86,7 @@ def score(workers: RewardWorkers, *groups: RolloutGroup) -> list[RolloutGroup]:
     while workers.num_pending:
         ray.wait(workers.pending_refs(), timeout=0.2)
         scored += workers.collect()
-    return sorted(scored, key=lambda group: group.group_id)
+    return sorted(scored, key=lambda group: group.ticket)
 
 
 def gone(pid: int) -> bool:
@@ -99,7 +99,7 @@ def gone(pid: int) -> bool:
 def test_groups_are_scored_by_functions_of_both_kinds(start):
     workers = start("format", "acts", "waits", num_workers=2, reward_weights=[2.0, 1.0, 1.0])
     assert workers.collect() == []
-    groups = [group_of("x", "<think></think><answer></answer>", group_id=i) for i in range(7)]
+    groups = [group_of("x", "<think></think><answer></answer>", ticket=i) for i in range(7)]
     for before, after in zip(groups, score(workers, *groups), strict=True):
         assert replace(after, rewards=[]) == before
         first, second = after.rewards
@@ -110,7 +110,7 @@ def test_groups_are_scored_by_functions_of_both_kinds(start):
 def test_bad_completions_are_found_and_their_siblings_keep_their_rewards(start):
     workers = start("acts", num_workers=2, timeout_s=6.0, max_memory_mb=700, on_error="drop")
     texts = ("a", "die", "segfault", "hang in C", "leak", "raise", "b")
-    [bad, good] = score(workers, group_of(*texts), group_of("a", "b", group_id=1))
+    [bad, good] = score(workers, group_of(*texts), group_of("a", "b", ticket=1))
     assert [reward.total for reward in good.rewards] == [7.0, 7.0]
     assert [bad.rewards[0].total, bad.rewards[-1].total] == [7.0, 7.0]
     failures = [reward.failures.get("acts") for reward in bad.rewards]
@@ -136,7 +136,7 @@ def test_a_function_may_do_what_a_script_may(start, tmp_path):
 
 def test_an_async_call_that_hangs_is_cancelled(start):
     workers = start("waits", timeout_s=2.0)
-    [bad, good] = score(workers, group_of("hang", "a"), group_of("b", group_id=1))
+    [bad, good] = score(workers, group_of("hang", "a"), group_of("b", ticket=1))
     assert [reward.failures for reward in bad.rewards] == [{"waits": "timeout"}, {}]
     assert [reward.total for reward in bad.rewards + good.rewards] == [0.0, 0.5, 0.5]
 

@@ -31,9 +31,9 @@ def requests(prompts, *, step=1, temperature=0.7):
 
 
 def sample(engines, *, step=1, prompts=PROMPTS, temperature=0.7):
-    """All groups, by group_id."""
+    """All groups, by ticket."""
     engines.submit(requests(prompts, step=step, temperature=temperature))
-    groups = {group.group_id: group for group in collect_all(engines)}
+    groups = {group.ticket: group for group in collect_all(engines)}
     assert sorted(groups) == list(range(len(prompts)))
     return groups
 
@@ -67,8 +67,8 @@ def groups(engines, model_folder):
 
 
 def test_every_prompt_gets_its_own_g_completions(groups):
-    for group_id, group in groups.items():
-        assert group.prompt == PROMPTS[group_id]
+    for ticket, group in groups.items():
+        assert group.prompt == PROMPTS[ticket]
         assert len(group.completions) == G
         assert group.rewards == []
 
@@ -137,7 +137,7 @@ def test_seeds_reproduce_a_step_on_any_engine(groups, engines):
     assert token_ids(sample(engines, step=2)) != token_ids(groups)
     # All prompts on one engine instead of two.
     stream = engines.actors["rollout engine 1"].generate.remote(requests(PROMPTS))
-    alone = {group.group_id: group for group in map(ray.get, stream)}
+    alone = {group.ticket: group for group in map(ray.get, stream)}
     assert token_ids(alone) == token_ids(groups)
 
 

@@ -198,7 +198,7 @@ def test_completions_in_flight_keep_the_versions_of_their_tokens(
     groups = {}
     while engine.actors.num_pending:
         assert ray.wait(engine.actors.pending_refs(), timeout=60)[0]
-        groups |= {group.group_id: group for group in engine.actors.collect()}
+        groups |= {group.ticket: group for group in engine.actors.collect()}
     ray.get(engine.actor.set_in_flight_kv.remote("recompute"), timeout=60)
 
     batch = build_train_batch([groups[i] for i in sorted(groups)])

@@ -42,9 +42,7 @@ def make_groups(
             rewards.append(
                 RewardOutput(total=correct + 0.5 * tidy, by_name={"correct": correct, "tidy": tidy})
             )
-        groups.append(
-            RolloutGroup(group_id=p, prompt=prompt, completions=completions, rewards=rewards)
-        )
+        groups.append(RolloutGroup(p, prompt, completions, rewards, group_id=p))
     return groups
 
 

@@ -114,15 +114,15 @@ class Engines:
     def submit(self, requests):
         self.requests += requests
         for request in requests:
-            assert request.group_id not in self.sampling
+            assert request.ticket not in self.sampling
             start = max(self.world.now, self.free_at)
             end = start + self.world.seconds["sampling"](number_of(request.prompt))
             if self.world.one_at_a_time:
                 self.free_at = end
-            self.sampling[request.group_id] = end, request, [self.world.version]
+            self.sampling[request.ticket] = end, request, [self.world.version]
 
-    def abort(self, group_ids):
-        self.aborted += [i for i in group_ids if self.sampling.pop(i, None)]
+    def abort(self, tickets):
+        self.aborted += [i for i in tickets if self.sampling.pop(i, None)]
 
     @property
     def num_pending(self):
@@ -149,7 +149,7 @@ class Engines:
             )
             for index in range(request.num_generations)
         ]
-        return RolloutGroup(request.group_id, request.prompt, completions)
+        return RolloutGroup(request.ticket, request.prompt, completions)
 
 
 class Rewards:
@@ -166,11 +166,11 @@ class Rewards:
         totals = [0.0 if self.world.flat(number) else index + number / 8 for index in (0, 1)]
         rewards = [RewardOutput(total, {"correct": total}) for total in totals]
         rewards = rewards[: len(group.completions)]
-        self.scoring[group.group_id] = end, replace(group, rewards=rewards)
+        self.scoring[group.ticket] = end, replace(group, rewards=rewards)
 
-    def forget(self, group_ids):
-        for group_id in group_ids:
-            self.scoring.pop(group_id, None)
+    def forget(self, tickets):
+        for ticket in tickets:
+            self.scoring.pop(ticket, None)
 
     @property
     def num_pending(self):

@@ -32,6 +32,7 @@ def make_group(
     question: str = "Make 25 from 5, 7 and 2.",
 ) -> RolloutGroup:
     return RolloutGroup(
+        ticket=group_id,
         group_id=group_id,
         prompt=Prompt(
             prompt_id=f"countdown-{group_id}",

@@ -114,27 +114,27 @@ class VLLMEngine:
         for request in requests:
             self._check_prompt(request.prompt)
         for request in requests:
-            assert request.group_id not in self._running, request.group_id
+            assert request.ticket not in self._running, request.ticket
             self._llm.llm_engine.add_request(
-                str(request.group_id),
+                str(request.ticket),
                 tokens_input(request.prompt.token_ids, cache_salt=self._cache_salt()),
                 SamplingParams(
                     **sampling_arguments(self._config.rollout, self._stops, request),
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
             )
-            self._running[request.group_id] = RunningGroup(request.prompt, self.policy_version)
+            self._running[request.ticket] = RunningGroup(request.prompt, self.policy_version)
 
     def step(self) -> list[RolloutGroup]:
         """Sample one token of every sequence that fits; returns the groups that this finished."""
         outputs, self._drained = self._drained, []
         return [self._group(output) for output in outputs or self._llm.llm_engine.step()]
 
-    def abort(self, group_ids: Iterable[int]) -> None:
+    def abort(self, tickets: Iterable[int]) -> None:
         """Give up groups; unknown ones are ignored."""
-        for group_id in group_ids:
-            self._llm.llm_engine.abort_request([str(group_id)])
-            self._running.pop(group_id, None)
+        for ticket in tickets:
+            self._llm.llm_engine.abort_request([str(ticket)])
+            self._running.pop(ticket, None)
         self._drained = [out for out in self._drained if int(out.request_id) in self._running]
 
     def connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> None:
@@ -223,13 +223,13 @@ class VLLMEngine:
             )
 
     def _group(self, output: RequestOutput) -> RolloutGroup:
-        group_id = int(output.request_id)
-        running = self._running.pop(group_id)
+        ticket = int(output.request_id)
+        running = self._running.pop(ticket)
         completions = [
             self._completion(sampled, running.spans(index))
             for index, sampled in enumerate(output.outputs)
         ]
-        return RolloutGroup(group_id=group_id, prompt=running.prompt, completions=completions)
+        return RolloutGroup(ticket=ticket, prompt=running.prompt, completions=completions)
 
     def _completion(self, sampled: CompletionOutput, spans: list[Span]) -> Completion:
         reason = sampled.finish_reason

@@ -32,7 +32,7 @@ class EngineLoop:
         self._commands: SimpleQueue[tuple[Future[Any], Callable[[VLLMEngine], Any]] | None]
         self._commands = SimpleQueue()
         self._on_end: dict[int, Callable[[Outcome], None]] = {}
-        """By group_id, for the groups that are being sampled. Only the engine's thread uses it."""
+        """By ticket, for the groups that are being sampled. Only the engine's thread uses it."""
         self._broken: Exception | None = None
         """Why the engine cannot be used any more: a step failed, and so did the clean-up."""
         built: Future[None] = Future()
@@ -58,18 +58,18 @@ class EngineLoop:
                 for _ in requests:
                     on_end(error)
             else:
-                self._on_end.update((request.group_id, on_end) for request in requests)
+                self._on_end.update((request.ticket, on_end) for request in requests)
 
         self._enqueue(add)
 
-    def abort(self, group_ids: Sequence[int]) -> Future[None]:
+    def abort(self, tickets: Sequence[int]) -> Future[None]:
         """Give up groups; finished ones are ignored."""
 
         def abort(engine: VLLMEngine) -> None:
-            running = [group_id for group_id in group_ids if group_id in self._on_end]
+            running = [ticket for ticket in tickets if ticket in self._on_end]
             engine.abort(running)
-            for group_id in running:
-                self._on_end.pop(group_id)(None)
+            for ticket in running:
+                self._on_end.pop(ticket)(None)
 
         return self.call(abort)
 
@@ -124,7 +124,7 @@ class EngineLoop:
                 self._broken = error
         else:
             for group in finished:
-                self._on_end.pop(group.group_id)(group)
+                self._on_end.pop(group.ticket)(group)
 
 
 def _execute(future: Future[Any], command: Callable[[VLLMEngine], Any], engine: VLLMEngine) -> None:

@@ -34,7 +34,7 @@ class GroupScorer:
 
     `submit` groups as they finish, wait for `pending_refs` together with whatever else may happen,
     and `collect` at least every second or so: it hands out jobs and kills what hangs. Every pending
-    group has its own group_id.
+    group has its own ticket.
 
     A group takes `timeout_s` for each function and, if that fails, an equal share for each
     completion, at least a second. A completion that is a function's first in a new process gets
@@ -62,7 +62,7 @@ class GroupScorer:
         self.seconds = dict.fromkeys(config.names, 0.0)
         """Spent in each function so far."""
         self._pending: dict[int, PendingGroup] = {}
-        """By group_id: submitted, and neither collected nor forgotten yet."""
+        """By ticket: submitted, and neither collected nor forgotten yet."""
         self._scored: list[RolloutGroup] = []
         self._pools = make_pools(config, backend)
         self._pool_of = {name: pool for pool in self._pools for name in pool.functions}
@@ -90,30 +90,30 @@ class GroupScorer:
 
     def submit(self, group: RolloutGroup) -> None:
         """Have `group` scored, as soon as a process is idle."""
-        assert group.group_id not in self._pending, f"group {group.group_id} is pending already"
+        assert group.ticket not in self._pending, f"group {group.ticket} is pending already"
         size = len(group.completions)
         updates = max((v for c in group.completions for v in c.policy_versions), default=0)
         state = TrainerState(updates, self._max_steps)
         values = {name: [math.nan] * size for name in self._config.names}
         pending = PendingGroup(group, state, values, failures=[{} for _ in range(size)])
-        self._pending[group.group_id] = pending
+        self._pending[group.ticket] = pending
         self._enqueue(pending, {n: range(size) for n in values if n not in self._gates})
         self._dispatch()
 
-    def forget(self, group_ids: Collection[int]) -> None:
+    def forget(self, tickets: Collection[int]) -> None:
         """Never return these groups; unknown ids do not matter.
 
         A function that works on one may go on to its end, since stopping it costs a process; what
         it returns and whether it fails is ignored.
         """
-        for group_id in group_ids:
-            if (pending := self._pending.pop(group_id, None)) is not None:
+        for ticket in tickets:
+            if (pending := self._pending.pop(ticket, None)) is not None:
                 pending.is_forgotten = True
         for pool in self._pools:
             kept = [job for job in pool.waiting if not job.pending.is_forgotten]
             pool.waiting.clear()
             pool.waiting.extend(kept)
-        self._scored = [group for group in self._scored if group.group_id in self._pending]
+        self._scored = [group for group in self._scored if group.ticket in self._pending]
 
     def pending_refs(self) -> list[Any]:
         """References for the backend's wait: when one is done there may be groups to collect."""
@@ -134,7 +134,7 @@ class GroupScorer:
         self._dispatch()
         scored, self._scored = self._scored, []
         for group in scored:
-            del self._pending[group.group_id]
+            del self._pending[group.ticket]
         return scored
 
     def wait(self, timeout_s: float) -> None:

@@ -28,23 +28,23 @@ class Engine:
         return bool(self.left) and not self.paused
 
     def add(self, requests):
-        if any(request.group_id == 0 for request in requests):
+        if any(request.ticket == 0 for request in requests):
             raise ValueError("no such prompt")
-        self.left |= {request.group_id: request.group_id for request in requests}
+        self.left |= {request.ticket: request.ticket for request in requests}
 
     def step(self):
         token = self.tokens.get(timeout=PATIENCE_S)
         if token == "broken":
             raise RuntimeError("out of memory")
         self.log.append(token)
-        self.left = {group_id: left - 1 for group_id, left in self.left.items()}
-        finished = [group_id for group_id, left in self.left.items() if left == 0]
+        self.left = {ticket: left - 1 for ticket, left in self.left.items()}
+        finished = [ticket for ticket, left in self.left.items() if left == 0]
         self.abort(finished)
-        return [RolloutGroup(group_id, PROMPT, []) for group_id in finished]
+        return [RolloutGroup(ticket, PROMPT, []) for ticket in finished]
 
-    def abort(self, group_ids):
-        for group_id in group_ids:
-            del self.left[group_id]
+    def abort(self, tickets):
+        for ticket in tickets:
+            del self.left[ticket]
 
     def pause(self, paused):
         self.paused = paused
@@ -64,10 +64,10 @@ def loop(engine):
     loop.close()
 
 
-def sample(loop, *group_ids):
+def sample(loop, *tickets):
     """The queue of what becomes of the groups."""
     ends = SimpleQueue()
-    loop.sample([SampleRequest(i, PROMPT, 1, 1.0, None) for i in group_ids], ends.put)
+    loop.sample([SampleRequest(i, PROMPT, 1, 1.0, None) for i in tickets], ends.put)
     return ends
 
 
@@ -78,9 +78,9 @@ def next_end(ends):
 def test_groups_arrive_when_they_are_finished(loop, engine):
     ends = sample(loop, 2, 1)
     engine.tokens.put("a")
-    assert next_end(ends).group_id == 1
+    assert next_end(ends).ticket == 1
     engine.tokens.put("b")
-    assert next_end(ends).group_id == 2
+    assert next_end(ends).ticket == 2
 
 
 def test_a_command_waits_for_one_step_and_not_for_a_completion(loop, engine):
@@ -95,10 +95,10 @@ def test_a_command_waits_for_one_step_and_not_for_a_completion(loop, engine):
     assert loop.call(lambda engine: engine.pause(True)).result(PATIENCE_S) == [1, 3]
     assert "c" not in engine.log  # a paused engine takes no step
     loop.call(lambda engine: engine.pause(False))
-    assert next_end(more).group_id == 1
+    assert next_end(more).ticket == 1
     engine.tokens.put("d")
     engine.tokens.put("e")
-    assert next_end(ends).group_id == 3
+    assert next_end(ends).ticket == 3
 
 
 def test_groups_that_are_given_up_end_with_none(loop, engine):
@@ -108,7 +108,7 @@ def test_groups_that_are_given_up_end_with_none(loop, engine):
     outcomes = [next_end(ends), next_end(ends)]
     given_up.result(PATIENCE_S)
     assert None in outcomes
-    assert [group.group_id for group in outcomes if group is not None] == [1]
+    assert [group.ticket for group in outcomes if group is not None] == [1]
 
 
 def test_the_error_of_a_step_reaches_every_group_and_the_loop_continues(loop, engine):
@@ -120,11 +120,11 @@ def test_the_error_of_a_step_reaches_every_group_and_the_loop_continues(loop, en
         assert str(error) == "out of memory"
     ends = sample(loop, 1)
     engine.tokens.put("a")
-    assert next_end(ends).group_id == 1
+    assert next_end(ends).ticket == 1
 
 
 def test_a_broken_engine_raises_its_error_in_every_call(loop, engine, monkeypatch):
-    def abort(group_ids):
+    def abort(tickets):
         raise RuntimeError("out of memory again")
 
     monkeypatch.setattr(engine, "abort", abort)
@@ -142,7 +142,7 @@ def test_a_cancelled_command_is_skipped(loop, engine):
     cancelled = loop.call(lambda engine: engine.pause(True))
     assert cancelled.cancel()
     engine.tokens.put("a")
-    assert next_end(ends).group_id == 1
+    assert next_end(ends).ticket == 1
     assert loop.call(lambda engine: engine.pause(False)).result(PATIENCE_S) == []
     assert "pause" not in engine.log
 
@@ -151,7 +151,7 @@ def test_only_refused_requests_end_with_the_error(loop, engine):
     good, bad = sample(loop, 1), sample(loop, 0, 4)
     assert [str(next_end(bad)) for _ in range(2)] == ["no such prompt"] * 2
     engine.tokens.put("a")
-    assert next_end(good).group_id == 1
+    assert next_end(good).ticket == 1
 
 
 def test_the_error_of_a_command_is_raised_with_its_result(loop):

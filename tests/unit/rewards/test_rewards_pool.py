@@ -150,10 +150,10 @@ def start(tmp_path):
     orms.data.update(registered)
 
 
-def group_of(*texts: str, group_id: int = 0) -> RolloutGroup:
-    prompt = Prompt(f"train:{group_id}", [{"role": "user", "content": "a"}], [1], {})
+def group_of(*texts: str, ticket: int = 0) -> RolloutGroup:
+    prompt = Prompt(f"train:{ticket}", [{"role": "user", "content": "a"}], [1], {})
     completions = [Completion([1], [0.0], text, "stop", (4, 5)) for text in texts]
-    return RolloutGroup(group_id, prompt, completions)
+    return RolloutGroup(ticket, prompt, completions)
 
 
 def score(scorer: GroupScorer, *groups: RolloutGroup) -> list[RolloutGroup]:
@@ -163,7 +163,7 @@ def score(scorer: GroupScorer, *groups: RolloutGroup) -> list[RolloutGroup]:
     while scorer.num_pending:
         scorer.wait(0.2)
         scored += scorer.collect()
-    return sorted(scored, key=lambda group: group.group_id)
+    return sorted(scored, key=lambda group: group.ticket)
 
 
 def gone(pid: int) -> bool:
@@ -179,14 +179,14 @@ def totals(group: RolloutGroup) -> list[float]:
 
 def test_groups_come_back_scored_and_otherwise_as_they_were(start):
     scorer = start("length", "format", "steps", num_workers=2, reward_weights=[1.0, 10.0, 100.0])
-    groups = [group_of("x" * i, "<think></think><answer></answer>", group_id=i) for i in range(6)]
+    groups = [group_of("x" * i, "<think></think><answer></answer>", ticket=i) for i in range(6)]
     scored = score(scorer, *groups)
     for before, after in zip(groups, scored, strict=True):
         assert after.completions == before.completions
         assert after.prompt == before.prompt
         first, second = after.rewards
         assert list(first.by_name) == ["length", "format", "steps"]
-        assert first.by_name == {"length": after.group_id, "format": 0.0, "steps": 0.5}
+        assert first.by_name == {"length": after.ticket, "format": 0.0, "steps": 0.5}
         assert second.total == 32 + 10 + 50
         assert first.failures == {}
     assert scorer.num_pending == 0
@@ -197,7 +197,7 @@ def test_bad_completions_cost_their_siblings_nothing(start, caplog, monkeypatch)
     monkeypatch.setattr("rlsys.rewards.pool.scorer.MIN_ALONE_S", 2.0)
     scorer = start("acts", "length", timeout_s=4.0, num_workers=2)
     texts = ["a", "die", "segfault", "hang", "hang in C", "ccc"]
-    [bad, good] = score(scorer, group_of(*texts), group_of("dddd", "ee", group_id=1))
+    [bad, good] = score(scorer, group_of(*texts), group_of("dddd", "ee", ticket=1))
     assert totals(good) == [8.0, 4.0]
     assert totals(bad) == [2.0, *map(len, texts[1:-1]), 6.0]
     crashed, timeout = {"acts": "crashed"}, {"acts": "timeout"}
@@ -353,7 +353,7 @@ def test_a_gate_that_says_none_does_not_apply(start):
 
 def test_async_functions_of_many_groups_run_together(start):
     scorer = start("waits", "length")
-    groups = [group_of(*"ab", group_id=i) for i in range(20)]
+    groups = [group_of(*"ab", ticket=i) for i in range(20)]
     scored = score(scorer, *groups)
     together = [reward.by_name["waits"] for group in scored for reward in group.rewards]
     assert max(together) == 40  # all had begun before the first one ended
@@ -365,7 +365,7 @@ def test_bad_async_calls_cost_the_others_nothing(start, monkeypatch):
     monkeypatch.setattr("rlsys.rewards.pool.workers.ASYNC_GRACE_S", 0.5)
     scorer = start("waits", timeout_s=1.0)
     bad = group_of("a", "hang", "die", "block")
-    scored = score(scorer, bad, *(group_of("b", group_id=i) for i in (1, 2)))
+    scored = score(scorer, bad, *(group_of("b", ticket=i) for i in (1, 2)))
     failures = [reward.failures.get("waits") for reward in scored[0].rewards]
     assert failures == [None, "timeout", "crashed", "timeout"]
     assert all(reward.failures == {} for group in scored[1:] for reward in group.rewards)

@@ -90,10 +90,10 @@ def build():
         yield build
 
 
-def group_of(*texts, group_id=0, prompt_id="train:0"):
+def group_of(*texts, ticket=0, prompt_id="train:0"):
     prompt = Prompt(prompt_id, [{"role": "user", "content": "a"}], [1], {})
     completions = [Completion([1], [0.0], text, "stop", (0,)) for text in texts]
-    return RolloutGroup(group_id, prompt, completions)
+    return RolloutGroup(ticket, prompt, completions)
 
 
 def collect_for(seconds, scorer, backend):
@@ -178,7 +178,7 @@ def test_groups_that_are_forgotten_matter_to_no_other(build, actions, num_worker
 
     def collect():
         for group in scorer.collect():
-            assert group.prompt == wanted.pop(group.group_id).prompt
+            assert group.prompt == wanted.pop(group.ticket).prompt
             lengths = [len(completion.text) for completion in group.completions]
             judged = [0.0 if gated and length < 2 else length + 0.5 for length in lengths]
             expected = [{"format": f, "judge": j} for f, j in zip(lengths, judged, strict=True)]
@@ -188,7 +188,7 @@ def test_groups_that_are_forgotten_matter_to_no_other(build, actions, num_worker
     for action, number in actions:
         if action == "submit" and number not in wanted:
             texts = ["a" * (length + 1) for length in range(number % 4)]
-            wanted[number] = group_of(*texts, group_id=number, prompt_id=f"train:{next(prompts)}")
+            wanted[number] = group_of(*texts, ticket=number, prompt_id=f"train:{next(prompts)}")
             scorer.submit(wanted[number])
         elif action == "forget":
             if number in wanted:
@@ -220,14 +220,14 @@ def test_jobs_that_waited_for_a_forgotten_group_are_next(build):
     backend = Processes()
     scorer = build(backend, "format", on_error="raise")
     for i in range(4):
-        scorer.submit(group_of("a", group_id=i))
+        scorer.submit(group_of("a", ticket=i))
     scorer.forget([0, 2, 3, 77])
     assert scorer.num_pending == 1
     [reference] = backend.running
     backend.end(reference, Failed("error", "of a group that nobody wants", splittable=False))
     assert scorer.collect() == []
     [request] = backend.running.values()
-    assert request.group.group_id == 1
+    assert request.group.ticket == 1
     assert backend.killed == []
 
 
@@ -236,8 +236,8 @@ def test_jobs_that_waited_for_a_forgotten_group_are_next(build):
 def test_a_process_that_ends_in_a_forgotten_group_is_replaced_for_the_others(build, names, end):
     backend = Processes()
     scorer = build(backend, names[0], on_error="raise", on_timeout="raise")
-    scorer.submit(group_of("a", "b", group_id=0))
-    scorer.submit(group_of("c", "d", group_id=1))
+    scorer.submit(group_of("a", "b", ticket=0))
+    scorer.submit(group_of("c", "d", ticket=1))
     scorer.forget([0])
     if end == "die":
         backend.die(0)
@@ -250,7 +250,7 @@ def test_a_process_that_ends_in_a_forgotten_group_is_replaced_for_the_others(bui
     assert reference[0] == 1
     backend.end(reference, Scored([1.0, 2.0], 0.1))
     [group] = scorer.collect()
-    assert request.group.group_id == group.group_id == 1
+    assert request.group.ticket == group.ticket == 1
     assert [reward.total for reward in group.rewards] == [1.0, 2.0]
     assert scorer.pending_refs() == []
 

@@ -52,7 +52,7 @@ def group_of(*texts: str, **columns: object) -> RolloutGroup:
         )
         for text in texts
     ]
-    return RolloutGroup(group_id=0, prompt=prompt, completions=completions)
+    return RolloutGroup(ticket=0, prompt=prompt, completions=completions)
 
 
 def test_a_class_gets_texts_and_columns_as_lists():

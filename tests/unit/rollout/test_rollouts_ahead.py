@@ -360,7 +360,7 @@ def test_stragglers_are_given_up_and_come_first_in_the_next_step(build):
     straggler = [r for r in world.engines.requests if number_of(r.prompt) == 1]
     assert len(straggler) == 2
     assert straggler[0].seed != straggler[1].seed
-    assert straggler[0].group_id in world.engines.aborted
+    assert straggler[0].ticket in world.engines.aborted
     assert rollouts.metrics()["rollout/groups_cut_off"] == 1.0
 
 
