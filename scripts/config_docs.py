@@ -28,8 +28,8 @@ it. [migration.md](migration.md) has the names of these fields in TRL, ms-swift,
 - **YAML 1.2**: `1e-3` is a number at every depth; `no`, `on` and `12:30` are texts. Where a field
   is true or false, `no` and `off` mean false. `1_000` is 1000.
 - **Command line**: `--policy.lr 1e-6`, `--policy.lr=1e-6` and `policy.lr=1e-6` are the same. A list
-  is `a b`, `a,b` or `[a, b]`. A mapping is `'{length: {max_length: 100}}'`, or one of its keys as
-  `--reward.reward_params.length.max_length 100`.
+  is `a b`, `a,b` or `[a, b]`. A mapping is `'{soft_overlong: {cache_length: 128}}'`, or one of its
+  keys as `--reward.reward_params.soft_overlong.cache_length 128`.
 - **Paths**: `~` is the home folder; `$NAME` and `${NAME}` are environment variables, which must be
   set. Relative paths start at the working directory. The same holds for settings of rewards called
   `path`, `file`, `folder`, `dir`, `..._path` and so on.

@@ -24,10 +24,10 @@ def leave_out(
 ) -> None:
     """Take completions out of the loss, in place, once their advantages are known.
 
-    A completion without a reward (NaN) is dropped: it is no longer `kept`. With
-    `mask_truncated_completions` a completion that was cut at the length limit loses its tokens but
-    still counts as a completion, as in TRL; DAPO (arXiv:2503.14476), section 3.4, overlong
-    filtering.
+    Clears their mask, advantages and log-probs. A completion without a reward (NaN) is dropped: it
+    is no longer `kept`. With `mask_truncated_completions` a completion that was cut at the length
+    limit loses its tokens but still counts as a completion, as in TRL; DAPO (arXiv:2503.14476),
+    section 3.4, overlong filtering.
     """
     rewards = [reward for group in groups for reward in group.rewards]
     completions = [completion for group in groups for completion in group.completions]

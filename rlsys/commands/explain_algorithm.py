@@ -133,7 +133,7 @@ def _loss_text(config: Config) -> str:
         text += f" and at {delta:g} for bad ones" if delta else ""
         if text.startswith("clip_cov"):
             text += (
-                f"; without {grpo.clip_cov_ratio:g} of the tokens, of those of covariance "
+                f"; without {grpo.clip_cov_ratio:g} of the tokens, drawn at covariance "
                 f"{grpo.clip_cov_lb:g} to {grpo.clip_cov_ub:g}"
             )
     else:

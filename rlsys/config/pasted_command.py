@@ -161,7 +161,9 @@ def advice(
 def _translated(
     options: Sequence[Option], project: str
 ) -> tuple[dict[str, tuple[Any, list[str]]], dict[str, str]]:
-    """Field -> value and words, where both projects mean the same.
+    """Field -> value and its words, for options that mean the same here.
+
+    Values that do not fit are left out.
 
     Returns:
         these, and a note for each of our own names that means something else in `project`.

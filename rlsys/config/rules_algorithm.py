@@ -34,6 +34,7 @@ def algorithm_problems(config: Config) -> Iterator[Problem]:
 
 
 def _name_problems(grpo: GrpoConfig) -> Iterator[Problem]:
+    """Warm-start losses, and names that are not built in, unless a plugin may register them."""
     if grpo.loss_type in WARM_START_LOSSES:
         yield Problem(
             f"grpo.loss_type = {grpo.loss_type} imitates completions whatever they earn: it is for "

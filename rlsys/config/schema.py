@@ -243,12 +243,12 @@ class RewardConfig(Section):
     reward_weights: list[float] | None = None
     """One weight per reward function, then one per reward model; null is 1 for each."""
     reward_params: dict[RewardName, RewardSettings] = {}
-    """Settings of reward functions by name, `{length: {max_length: 100}}`: keyword arguments of the
-    class, or of the function's call. Parameters called max_completion_length or model_path get the
-    run's own value unless given here."""
+    """Settings of reward functions by name, `{soft_overlong: {cache_length: 128}}`: keyword
+    arguments of the class, or of the function's call. Parameters called max_completion_length or
+    model_path get the run's own value unless given here."""
     external_plugins: list[PathText] = []
-    """Python files that register reward functions, preprocessors or datasets. Each may stand here
-    or in data.external_plugins."""
+    """Python files that register reward functions, trackers, preprocessors or datasets. Each may
+    stand here or in data.external_plugins."""
     gate: dict[RewardName, RewardName] = {}
     """Functions that count only where another one is high enough: `{accuracy: format}` or
     `{accuracy: format >= 0.5}`; without a number it is 1. Where the gate is lower, the function is
@@ -646,7 +646,8 @@ class Config(Section):
     checkpoint, so a job that is restarted again and again needs both."""
     max_steps: PositiveInt | None = None
     """Steps of the run: one rollout, one policy update and one weight sync each. null:
-    num_train_epochs decides; one of the two must be set, and max_steps wins."""
+    num_train_epochs decides. One of the two must be set. max_steps wins, unless only
+    num_train_epochs is on the command line."""
     num_train_epochs: PositiveFloat | None = None
     """Passes over the training prompts: max_steps = num_train_epochs x prompts / prompts a step,
     rounded up, once the data is loaded. Not with data.streaming. Prompts that

@@ -60,7 +60,7 @@ def find_model_folder(path: str) -> Path:
         if isinstance(error, GatedRepoError):
             reason = "it is gated: ask for access on its page, and set HF_TOKEN to your token"
         elif isinstance(error, RepositoryNotFoundError):
-            reason = "the hub has none of this name, or your token (HF_TOKEN) may not read it"
+            reason = "the hub does not have it, or your token (HF_TOKEN) may not read it"
         raise ValueError(
             f"{path!r} is neither a folder on this machine nor a hub model that can be read from "
             f"here ({reason})"

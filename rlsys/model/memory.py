@@ -192,7 +192,7 @@ def _policy(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
 
 
 def _optimizer_state(config: Config, dense: int, experts: int, width: int) -> tuple[float, str]:
-    """AdamW's two moments in fp32, and an fp32 copy of bf16 weights."""
+    """Bytes and formula of AdamW's two fp32 moments, and of an fp32 copy of bf16 weights."""
     policy = config.policy
     state, copy = (8, "") if width == 4 else (12, ", fp32 copy")
     shards = expert_shards = 1

@@ -213,7 +213,7 @@ def _places(folder: Path, name: str) -> tuple[Path, Path]:
 
 
 def _imported_names(path: Path) -> set[str]:
-    """The top-level modules that a file imports, anywhere in it."""
+    """The top-level modules that a file imports absolutely; empty if it does not parse."""
     try:
         nodes = list(ast.walk(ast.parse(path.read_bytes())))
     except (SyntaxError, ValueError):

@@ -104,7 +104,8 @@ class Rollouts:
         """The P scored groups of a step, in the order in which the stream gave their prompts.
 
         A group is logged as soon as it is in the batch. Without running ahead and oversampling
-        that is as soon as it is scored.
+        that is as soon as it is scored. The background stops meanwhile and starts again before the
+        return.
 
         Raises:
             RuntimeError: a completion is staler than max_staleness.

@@ -184,6 +184,10 @@ def serve() -> None:
 def _answer(
     function: Callable[..., Any], line: bytes, cpu_limit_s: float, replies: BinaryIO
 ) -> None:
+    """Call `function` on one line of JSON arguments and write one line of reply.
+
+    Out of CPU time or memory, the process ends.
+    """
     # SIGPROF has no handler, so the kernel ends the process, in whatever C code it is.
     signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)
     try:

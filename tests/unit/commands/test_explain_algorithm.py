@@ -97,7 +97,7 @@ def test_a_description_worked():
         (
             {"loss_type": "clip_cov"},
             "loss",
-            "without 0.0002 of the tokens, of those of covariance 1",
+            "without 0.0002 of the tokens, drawn at covariance 1",
         ),
         ({"loss_type": "kl_cov"}, "loss", "1 x abs(log ratio) for the 0.0002 of tokens"),
         ({"advantage_estimator": "maxrl", "loss_type": "dapo"}, "algorithm", "MaxRL"),

@@ -110,7 +110,7 @@ def test_hub_ids_are_downloaded_or_reported_in_one_clear_error(folder):
                 ("tiny/asked", "is a gated dataset"),
                 ("tiny/sums:no_such", "'no_such' not found. Available: ['easy', 'hard']"),
                 ("tiny/sums:easy:no_such", "has no split 'no_such', only train, test"),
-                ("tiny/none", "the hub has none of this name"),
+                ("tiny/none", "the hub does not have it"),
                 ("tiny/secret", "it is gated: ask for access"),
             ],
             strict=True,
