@@ -92,7 +92,7 @@ def _step_metrics(
     reported: dict[str, float],
     timer: PhaseTimer,
 ) -> dict[str, float]:
-    """What the roles reported, with rewards and lengths, seconds of phases, tokens a second."""
+    """What the roles reported, with rewards and lengths, seconds of phases, tokens per second."""
     seconds = timer.metrics()
     metrics = rollout_metrics(groups_P, batch) | reported | seconds
     # A rollout that runs ahead is sampled during the whole step; its phase only waits for it.

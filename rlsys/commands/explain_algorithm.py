@@ -160,7 +160,7 @@ def _old_text(config: Config) -> str:
         return "the rollout engine's"
     if config.recompute_old_logprobs:
         return "computed by the policy before the update, a forward pass"
-    return "not computed: with one optimizer step a rollout the update computes them"
+    return "not computed: with one optimizer step per rollout the update computes them"
 
 
 _LEVEL_TEXT = {
@@ -198,7 +198,7 @@ def _correction_text(grpo: GrpoConfig) -> str:
             parts.append(f"a completion with a token of weight {side} {veto:g} is left out")
     if grpo.off_policy_mask_threshold is not None:
         parts.append(
-            f"bad completions that fell by {grpo.off_policy_mask_threshold:g} nats a token are "
+            f"bad completions that fell by {grpo.off_policy_mask_threshold:g} nats per token are "
             "left out"
         )
     return "; ".join(parts) or "none"

@@ -25,11 +25,11 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
         micro = "as many completions as fit, "
     return [
         (
-            "prompts a step (P)",
+            "prompts per step (P)",
             f"{prompts} = generation_batch_size {completions} / num_generations "
             f"{rollout.num_generations}",
         ),
-        ("completions a step (N)", f"{completions} = P {prompts} x G {rollout.num_generations}"),
+        ("completions per step (N)", f"{completions} = P {prompts} x G {rollout.num_generations}"),
         *_running_ahead(config),
         (
             "completions an engine",
@@ -37,12 +37,12 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
             f"{rollout.num_engines}, {rollout.max_num_seqs} at once",
         ),
         (
-            "optimizer steps a rollout",
+            "optimizer steps per rollout",
             f"{steps} = {completions} / global_batch_size {per_step} x num_iterations "
             f"{config.grpo.num_iterations}",
         ),
         (
-            "completions an optimizer step",
+            "completions per optimizer step",
             f"{per_step} = policy.global_batch_size"
             + (" (generation_batch_size)" if policy.global_batch_size is None else ""),
         ),
@@ -59,7 +59,7 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
             f"max_completion_length {rollout.max_completion_length:,}",
         ),
         (
-            "tokens a step, at most",
+            "tokens per step, at most",
             f"{completions * rollout.max_completion_length:,} sampled, "
             f"{completions * longest_row(config):,} trained on",
         ),
@@ -126,7 +126,7 @@ def _running_ahead(config: Config) -> Iterator[tuple[str, str]]:
     if rollout.dynamic_sample:
         times = rollout.max_resample_times
         yield (
-            "prompts resampled a step",
+            "prompts resampled per step",
             f"up to {times * prompts} = max_resample_times {times} x P {prompts}, in place of "
             "groups whose rewards are all equal",
         )

@@ -329,7 +329,7 @@ def _print_summary(
 ) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("function", no_wrap=True)
-    for header in ("mean", "std", "None", "failed", "ms a completion"):
+    for header in ("mean", "std", "None", "failed", "ms per completion"):
         table.add_column(header, justify="right", no_wrap=True)
     rewards = [reward for group in groups for reward in group.rewards]
     for name in names:

@@ -169,7 +169,7 @@ class RolloutConfig(Section):
     num_generations: int = Field(default=8, ge=2)
     """G, completions per prompt: the group within which rewards are compared; at least 2."""
     generation_batch_size: PositiveInt
-    """N, completions sampled a step = prompts * num_generations."""
+    """N, completions sampled per step = prompts * num_generations."""
     max_completion_length: PositiveInt = 256
     """Longest completion, in tokens; a longer one is cut and marked `length`."""
     temperature: PositiveFloat = 1.0
@@ -330,8 +330,8 @@ class GrpoConfig(Section):
     num_iterations: PositiveInt = 1
     """Passes over one rollout (mu in the paper)."""
     max_logp_difference: PositiveFloat | None = 1.0
-    """End the run where log-probs of policy and rollout engine differ by more than this, in nats a
-    token on average, for the same weights. A warning comes once rounding does not explain the
+    """End the run where log-probs of policy and rollout engine differ by more than this, in nats
+    per token on average, for the same weights. A warning comes once rounding does not explain the
     difference. With rollout.max_staleness only the first step is checked. null never ends the
     run."""
     advantage_estimator: str = "grpo"
@@ -393,7 +393,7 @@ class GrpoConfig(Section):
     """The same for tokens with a weight above this, such as 100 (SkyRL's outlier token mask)."""
     off_policy_mask_threshold: PositiveFloat | None = None
     """Leave out completions with a negative advantage whose log-probs fell by more than this since
-    sampling, in nats a token (DeepSeek-V3.2). null leaves out none."""
+    sampling, in nats per token (DeepSeek-V3.2). null leaves out none."""
     external_plugins: list[PathText] = []
     """Python files that register losses or advantage estimators."""
     loss_type: str = "grpo"
@@ -495,11 +495,12 @@ class PolicyConfig(Section):
     """Ranks that share the tokens of each sequence, where its activations do not fit on one GPU.
     Sequences are padded to a multiple of twice this."""
     global_batch_size: PositiveInt | None = None
-    """Completions an optimizer step; null is generation_batch_size, one step a rollout."""
+    """Completions per optimizer step; null: generation_batch_size, so one optimizer step per
+    rollout."""
     micro_batch_size: PositiveInt = 8
-    """Completions a forward pass of a data-parallel rank, of the reference too."""
+    """Completions per forward pass of a data-parallel rank, of the reference too."""
     max_tokens_per_micro_batch: PositiveInt | None = None
-    """Tokens a forward pass of such a rank, in place of micro_batch_size; null counts
+    """Tokens per forward pass of such a rank, in place of micro_batch_size; null counts
     completions."""
     lr: NonNegativeFloat = 1e-6
     """Peak learning rate of AdamW; 0 trains nothing, see `rlsys doctor --canary`."""
@@ -649,7 +650,7 @@ class Config(Section):
     num_train_epochs decides. One of the two must be set. max_steps wins, unless only
     num_train_epochs is on the command line."""
     num_train_epochs: PositiveFloat | None = None
-    """Passes over the training prompts: max_steps = num_train_epochs x prompts / prompts a step,
+    """Passes over the training prompts: max_steps = num_train_epochs x prompts / prompts per step,
     rounded up, once the data is loaded. Not with data.streaming. Prompts that
     rollout.dynamic_sample draws again do not count."""
     eval_steps: PositiveInt | None = None
@@ -702,7 +703,7 @@ class Config(Section):
 
     @property
     def num_prompts(self) -> int:
-        """P, prompts a step."""
+        """P, prompts per step."""
         return self.rollout.generation_batch_size // self.rollout.num_generations
 
     @property
@@ -714,7 +715,7 @@ class Config(Section):
 
     @property
     def global_batch_size(self) -> int:
-        """Completions an optimizer step."""
+        """Completions per optimizer step."""
         return self.policy.global_batch_size or self.rollout.generation_batch_size
 
     @property

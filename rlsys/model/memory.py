@@ -265,8 +265,8 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
         (
             "activations",
             prompts * numbers * width / tp,
-            f"{prompts:,} prompt tokens a step x {numbers:,} numbers of one layer x {width} bytes "
-            "/ TP",
+            f"{prompts:,} prompt tokens per step x {numbers:,} numbers of one layer "
+            f"x {width} bytes / TP",
         ),
         (
             "logits",

@@ -134,7 +134,7 @@ def step_notes(config: Config, num_rows: int) -> Iterator[str]:
         return
     epochs = (
         f"num_train_epochs {config.num_train_epochs:g} x {counted(num_rows, 'prompt')} / "
-        f"{config.num_prompts} a step = {counted(steps, 'step')}"
+        f"{config.num_prompts} per step = {counted(steps, 'step')}"
     )
     if config.max_steps is None:
         yield epochs

@@ -23,7 +23,8 @@ from rlsys.types import RolloutGroup
 def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker:
     """The trackers of a run: console, metrics.jsonl, completions.jsonl and `report_to`.
 
-    Marks the run as running. It does not need Ray, so a wrong name or a missing package is found before anything starts.
+    Marks the run as running. It does not need Ray, so a wrong name or a missing package is found
+    before anything starts.
 
     Args:
         config: of the run.

@@ -58,7 +58,7 @@ def console_tracker(config: Config, resumed_from: int | None) -> Tracker:
 
 
 class LinesTracker(Tracker):
-    """One line a step: for files, CI and `ray job logs`."""
+    """One line per step: for files, CI and `ray job logs`."""
 
     def __init__(self, max_steps: int):
         self._max_steps = max_steps

@@ -177,7 +177,7 @@ def _draw_lengths(axes: Axes, series: dict[str, Series]) -> None:
 
 def _draw_differences(axes: Axes, series: dict[str, Series]) -> None:
     axes.set_title("Distance of the policy", loc="left")
-    axes.set_ylabel("nats a token")
+    axes.set_ylabel("nats per token")
     curves = [
         ("kl", "-", "to the reference (kl)"),
         ("sampling/logp_difference/mean", "--", "to the rollout engine, mean"),

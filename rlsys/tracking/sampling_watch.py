@@ -112,7 +112,7 @@ class SamplingWatch(Watch):
 
     def _difference_text(self, step: int, difference: float, rounding: float) -> str:
         return (
-            f"log-probs of policy and rollout engine differ by {difference:.3g} nats a token at "
+            f"log-probs of policy and rollout engine differ by {difference:.3g} nats per token at "
             f"step {step} (sampling/logp_difference/mean), and rounding in {self._dtype} explains "
             f"{rounding:g}: completions are not sampled from the policy that is trained. Likely "
             "causes: both read the model's config.json differently, weights did not arrive, or "
@@ -143,7 +143,7 @@ class SamplingWatch(Watch):
         difference = metrics.get("sampling/logp_difference/mean", math.nan)
         return (
             f"step {step} trained next to nothing, {_masks(grpo)} left out {masked:.1%} of its "
-            f"tokens; policy and rollout engine differ by {difference:.3g} nats a token. If that "
+            f"tokens; policy and rollout engine differ by {difference:.3g} nats per token. If that "
             "is large, see docs/debugging.md. If it is small, widen the threshold, or use token or "
             "geometric weights: the ratio of a completion is the product of its tokens' ratios"
         )

@@ -76,7 +76,7 @@ class World:
         self.now, self.until = self.until, NEVER
 
     def rollouts(self, folder, *, num_prompts, dataset_size, validation=(), **fields):
-        """Rollouts of `num_prompts` prompts a step, two completions each."""
+        """Rollouts of `num_prompts` prompts per step, two completions each."""
         given = fields.pop("rollout", {})
         rollout = {
             "generation_batch_size": 2 * num_prompts,

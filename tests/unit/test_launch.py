@@ -61,7 +61,7 @@ class Model:
 
 
 class Data:
-    """Has seen three prompts a step."""
+    """Has seen three prompts per step."""
 
     state = None
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rlsys.model.stop_tokens import StopRules
 
 # vLLM captures CUDA graphs for at most this many sequences by default. A larger decode step would
-# run kernel by kernel, at half the tokens a second.
+# run kernel by kernel, at half the tokens per second.
 GRAPH_SEQUENCES = 512
 # Memory of an engine on a shared GPU for CUDA context and graphs, and activations of prompts.
 SHARED_GPU_RESERVE_BYTES = 3 * 2**30

@@ -114,8 +114,8 @@ def test_a_name_of_another_project_names_the_field_here_and_what_it_counts(probl
 def test_a_name_with_two_meanings_names_both_with_what_they_count(problems):
     (text,) = problems("--train_batch_size", "64")
     assert "'rollout.generation_batch_size' or 'policy.global_batch_size'? " in text
-    assert "policy.global_batch_size: Completions an optimizer step" in text
-    assert "rollout.generation_batch_size: N, completions sampled a step" in text
+    assert "policy.global_batch_size: Completions per optimizer step" in text
+    assert "rollout.generation_batch_size: N, completions sampled per step" in text
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,14 @@ from rlsys.preflight.memory import memory_warnings
         ({"max_steps": 10, "num_train_epochs": 2}, []),  # as a finished run saves it
         (
             {"max_steps": None, "num_train_epochs": 2},
-            ["num_train_epochs 2 x 20 prompts / 4 a step = 10 steps"],
+            ["num_train_epochs 2 x 20 prompts / 4 per step = 10 steps"],
         ),
         (
             {"max_steps": 3, "num_train_epochs": 2},
-            ["note: max_steps = 3 overrides num_train_epochs 2 x 20 prompts / 4 a step = 10 steps"],
+            [
+                "note: max_steps = 3 overrides num_train_epochs 2 x 20 prompts / 4 per step = "
+                "10 steps"
+            ],
         ),
     ],
 )

@@ -61,7 +61,7 @@ def test_stale_completions_are_compared_at_the_first_step_only():
     looking = watch(rollout={"max_staleness": 1})
     assert looking.observe(1, step_of(**{DIFFERENCE: 1e-6})) == []
     assert looking.observe(2, step_of(**{DIFFERENCE: 2.0})) == []
-    with pytest.raises(TrainingStopped, match="nats a token"):
+    with pytest.raises(TrainingStopped, match="nats per token"):
         watch(rollout={"max_staleness": 1}).observe(1, step_of(**{DIFFERENCE: 2.0}))
 
 
