@@ -71,7 +71,7 @@ class ActorGroup:
         return self.async_call("start")
 
     def start(self, timeout_s: float = START_TIMEOUT_S) -> list[Any]:
-        """Wait until every actor can work."""
+        """Wait until every actor can work; for tests and benchmarks, a run waits for all roles."""
         return get_all(self.async_start(), phase=f"start of the {self.role}", timeout_s=timeout_s)
 
     def async_call(self, method: str, *args: Any, **kwargs: Any) -> Refs:
@@ -87,7 +87,7 @@ class ActorGroup:
         return get_all(refs, phase=f"{self.role} {method}", timeout_s=self.timeout_s)
 
     def close(self) -> None:
-        """Kill the actors, whatever they are doing."""
+        """Kill the actors, whatever they are doing; for tests, a run ends with its Ray session."""
         for actor in self.actors.values():
             ray.kill(actor)
 

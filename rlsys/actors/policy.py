@@ -123,7 +123,12 @@ class PolicyRank(ModelRank):
 
 
 class PolicyActors(ModelActors):
-    """The policy as the driver sees it."""
+    """The policy as the driver sees it.
+
+    Args:
+        config, device, place: see `ModelActors`.
+        rank_class: class of the actors; tests and benchmarks add methods to it.
+    """
 
     def __init__(
         self,

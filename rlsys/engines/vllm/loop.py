@@ -83,7 +83,7 @@ class EngineLoop:
         return self._enqueue(check_and_call)
 
     def close(self) -> None:
-        """Release the engine and end its thread."""
+        """Release the engine and end its thread; for tests, a run ends the process."""
         self._commands.put(None)
         self._thread.join()
 

@@ -91,7 +91,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         return None if self._plan is None or self._plan.is_stale else self._plan.needed()
 
     def loads_in_place(self) -> bool:
-        """Whether the next update is copied straight into the parameters."""
+        """Whether the next update is copied straight into the parameters; for tests."""
         return self._plan is not None
 
     def start_weight_update(self) -> None:
