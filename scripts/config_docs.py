@@ -6,6 +6,7 @@ python scripts/config_docs.py
 from __future__ import annotations
 
 import re
+import textwrap
 import typing
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ def markdown() -> str:
     fields = config_fields()
     parts = [_HEAD, "## Top level\n", _table({n: f for n, f in fields.items() if "." not in n})]
     for name, section in config_sections().items():
-        parts.append(f"## {name}\n\n{' '.join((section.__doc__ or '').split())}\n")
+        parts.append(f"## {name}\n\n{textwrap.fill(_one_line(section.__doc__ or ''), 140)}\n")
         parts.append(_table({n: f for n, f in fields.items() if n.startswith(f"{name}.")}))
     return "\n".join(parts)
 

@@ -208,7 +208,7 @@ def ratio_statistics(inputs: LossInput, ratio_T: Tensor) -> dict[str, Tensor]:
 
 def _sampling_statistics(inputs: LossInput, config: GrpoConfig) -> dict[str, Tensor]:
     """|trainer - engine|. With max_staleness it includes policy updates since the sampling."""
-    # If old_logprobs are the engine's, the trainer's own are those of the policy now. Of these
+    # If old_logprobs are the engine's, the trainer's own are the current policy's. Of these
     # `combine_optimizer_steps` reports the first step's, before the policy moved.
     own_T = inputs.logprobs.detach() if config.old_logprobs == "rollout" else inputs.old_logprobs
     rollout_T, mask_T = inputs.rollout_logprobs, inputs.mask
