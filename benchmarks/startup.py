@@ -19,13 +19,14 @@ from machine import actor_processes, cpu_seconds, describe_machine
 
 from rlsys.actors.group import START_TIMEOUT_S
 from rlsys.actors.policy import PolicyActors
+from rlsys.actors.ray_session import ray_session
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.waiting import get_all
 from rlsys.config import Config
-from rlsys.launch import ray_session, start_system
 from rlsys.preflight.before_start import load_data
+from rlsys.system import start_system
 from rlsys.tracking import Tracker
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "countdown"))

@@ -12,37 +12,24 @@ from rlsys.interrupts import held_back
 from rlsys.timing import PhaseTimer
 
 if TYPE_CHECKING:
-    from rlsys.actors.policy import PolicyActors
-    from rlsys.actors.reference import ReferenceActors
-    from rlsys.actors.weight_publisher import WeightPublisher
     from rlsys.config import Config
-    from rlsys.rollout.rollouts import Rollouts
     from rlsys.run.checkpoints import Checkpoints
+    from rlsys.system import System
     from rlsys.tracking.base import Tracker
     from rlsys.tracking.sampling_watch import SamplingWatch
     from rlsys.types import RolloutGroup, TrainBatch
 
 
-def train(
-    config: Config,
-    rollouts: Rollouts,
-    policy: PolicyActors,
-    reference: ReferenceActors | None,
-    publisher: WeightPublisher,
-    tracker: Tracker,
-    checkpoints: Checkpoints,
-    watch: SamplingWatch,
-) -> None:
+def train(system: System, tracker: Tracker, checkpoints: Checkpoints, watch: SamplingWatch) -> None:
     """Run GRPO from the policy's version to config.num_steps.
 
     Args:
-        rollouts: prompts in, scored groups out; may sample ahead of the policy.
-        policy: the trained model.
-        reference: the frozen model that the KL term measures from; None when beta = 0.
-        publisher: gives every rollout engine the policy's weights.
+        system: the running roles.
         tracker, checkpoints: log metrics, and save what a later process continues from.
         watch: warns of completions that are not from this policy, and of steps that teach nothing.
     """
+    config, rollouts, policy = system.config, system.rollouts, system.policy
+    reference, publisher = system.reference, system.publisher
     grpo, weights = config.grpo, config.reward.reward_weights
     publisher.publish()  # the engines hold policy.policy_version from here on
     if config.eval_steps is not None and policy.policy_version == 0:

@@ -15,10 +15,11 @@ import torch
 from problems import generate_problems
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from rlsys.actors.ray_session import ray_session
 from rlsys.config import Config
 from rlsys.data import render_prompt
-from rlsys.launch import ray_session, start_system
 from rlsys.preflight.before_start import load_data
+from rlsys.system import start_system
 from rlsys.tracking import Tracker
 from rlsys.types import TrainBatch
 

@@ -21,8 +21,10 @@ from rich.text import Text
 from rlsys.actors.ray_session import ray_session
 from rlsys.config import CheckpointConfig, Config
 from rlsys.interrupts import interruptible
-from rlsys.launch import make_checkpoints, start_system, train_system
+from rlsys.launch import train_system
 from rlsys.preflight.before_start import load_data
+from rlsys.saving import make_checkpoints
+from rlsys.system import start_system
 from rlsys.tracking.base import Metrics, Split, Tracker
 from rlsys.tracking.sampling_watch import MAX_KL_OF_DTYPE
 from rlsys.types import RolloutGroup

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,7 +120,10 @@ def run(tmp_path):
         config = make_config(tmp_path, **fields)
         reference = Reference(system.calls) if with_reference else None
         watch = SamplingWatch(config, dtype="float32")
-        train(config, system, system, reference, system, Log(system), system, watch)
+        roles = SimpleNamespace(
+            config=config, rollouts=system, policy=system, reference=reference, publisher=system
+        )
+        train(roles, Log(system), system, watch)
         return system
 
     return run

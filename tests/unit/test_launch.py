@@ -9,7 +9,8 @@ from config_cases import write_config
 
 from rlsys.actors.waiting import ActorFailure
 from rlsys.config.load import load_config
-from rlsys.launch import System, _end_rollouts
+from rlsys.launch import _end_rollouts
+from rlsys.system import System
 
 
 def end_run(error, unheard):

@@ -7,9 +7,10 @@ from config_cases import write_config
 
 from rlsys.actors.waiting import ActorDeath, PhaseTimeout
 from rlsys.config.load import load_config
-from rlsys.launch import System, make_checkpoints, save_last_step
 from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
+from rlsys.saving import make_checkpoints, save_last_step
+from rlsys.system import System
 
 
 class Policy:

@@ -18,7 +18,9 @@ LAYERS = {
     "cli": "base, config, launch, commands",
     "commands": "everything below",
     "launch": "everything below",
-    "driver": "base, config, algo, run, tracking, actors, rollout",
+    "saving": "base, config, run, system",
+    "driver": "base, config, algo, run, tracking, system",
+    "system": "everything below",
     "rollout": "base, config, algo, rewards, tracking, data, actors",
     "preflight": "base, config, plugins, algo, model, run, rewards, tracking, data",
     "actors": "base, config, plugins, algo, model, weight_sync, rewards, engines",
@@ -42,7 +44,7 @@ TYPE_CHECKING count. docs/architecture.md draws this table.
 """
 
 HEAVY = {
-    "ray": {"actors", "launch", "commands", "preflight"},
+    "ray": {"actors", "system", "commands", "preflight"},
     "vllm": {"engines"},
     "megatron": {"engines"},
 }

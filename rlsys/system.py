@@ -1,0 +1,134 @@
+"""The running roles of one config: how they start, and their checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+# Imported before Ray, which reads the environment when it is imported.
+import rlsys.actors.ray_env  # noqa: F401  # isort: skip
+import ray  # isort: skip
+
+from rlsys.actors.group import START_TIMEOUT_S, ActorGroup
+from rlsys.actors.placement import Placement
+from rlsys.actors.policy import PolicyActors
+from rlsys.actors.reference import ReferenceActors
+from rlsys.actors.reward import RewardWorkers
+from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.start_report import StartReport
+from rlsys.actors.waiting import get_all
+from rlsys.actors.weight_publisher import WeightPublisher
+from rlsys.config import Config
+from rlsys.config.local_paths import with_absolute_paths
+from rlsys.config.roles import plan_roles
+from rlsys.data import PromptData
+from rlsys.data.streams.make import make_prompt_stream
+from rlsys.plugins.load import load_plugins
+from rlsys.preflight.memory import memory_warnings
+from rlsys.rollout.rollouts import Rollouts
+from rlsys.tracking import Tracker
+from rlsys.types import Device
+
+ROLLOUTS_FILE = "rollouts.json"
+REFERENCE_FOLDER = "reference"
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """The running roles of one config, as the driver uses them."""
+
+    config: Config
+    device: Device
+    policy: PolicyActors
+    """The trained model."""
+    reference: ReferenceActors | None
+    """The frozen model that the KL term measures from; None when beta = 0."""
+    rollouts: Rollouts
+    """Prompts in, scored groups out; may sample ahead of the policy."""
+    publisher: WeightPublisher
+    """Gives every rollout engine the policy's weights."""
+
+    def write_checkpoint(self, folder: Path, step: int) -> None:
+        """Write everything that continuing after `step` needs into an empty folder."""
+        self.policy.save_checkpoint(folder)
+        if self.reference is not None and self.config.reference.sync_steps is not None:
+            self.reference.save_model(folder / REFERENCE_FOLDER)  # it has changed
+        (folder / ROLLOUTS_FILE).write_text(json.dumps(self.rollouts.state_after(step)))
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: an older rlsys wrote it, without the state of the data.
+        """
+        if not (folder / ROLLOUTS_FILE).exists():
+            raise ValueError(
+                f"{folder} has no {ROLLOUTS_FILE}, so it was written by an older rlsys and does "
+                "not say where in the data the run was. Start a new run from its weights: set "
+                "model.path to the model of that run, and another output_dir."
+            )
+        self.policy.load_checkpoint(folder)
+        if self.reference is not None and (folder / REFERENCE_FOLDER).exists():
+            self.reference.load_model(folder / REFERENCE_FOLDER)
+        self.rollouts.load_state_dict(json.loads((folder / ROLLOUTS_FILE).read_text()))
+
+
+def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
+    """Start the actors of every role on the connected cluster and wait until all are ready."""
+    config = with_absolute_paths(config)
+    load_plugins(config.grpo.external_plugins)  # the driver calls the advantage estimator
+    prompts = make_prompt_stream(config, data)
+    device = choose_device(config)
+    placement = Placement(config, device=device)
+    num_actors = Counter(role.name for role in plan_roles(config, device=device))
+    actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
+    print(f"starting on {device}: {actors}", flush=True)
+    for warning in memory_warnings(config, device):
+        print(f"note: this may not fit: {warning}", flush=True)
+    with StartReport() as report:
+        rewards = RewardWorkers(
+            config.reward,
+            run_values=config.run_values,
+            plugins=config.data.external_plugins,
+            max_steps=config.num_steps,
+            place=partial(placement.options, "reward_model") if device == "cuda" else None,
+        )
+        engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
+        policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
+        groups: list[ActorGroup] = [engines, policy]
+        reference = None
+        if config.grpo.beta > 0:
+            place = partial(placement.options, "reference")
+            reference = ReferenceActors(config, device=device, place=place)
+            groups.append(reference)
+        for group in groups:
+            report.waiting_for(group.actors)
+        starting = {name: ref for group in groups for name, ref in group.async_start().items()}
+        report.waiting_for(["reward functions"])
+        rewards.start()
+        report.ready("reward functions")
+        get_all(starting, phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready)
+        report.waiting_for(["weight sync to connect"])
+        publisher = WeightPublisher(policy, engines, config.weight_sync)
+        if reference is not None and config.reference.sync_steps is not None:
+            reference.connect_to(policy)
+    rollouts = Rollouts(
+        config,
+        engines=engines,
+        rewards=rewards,
+        prompts=prompts,
+        training=data.train,
+        validation=data.validation,
+        tracker=tracker,
+    )
+    return System(config, device, policy, reference, rollouts, publisher)
+
+
+def choose_device(config: Config) -> Device:
+    """The device of the run; "auto" is cuda when the cluster has GPUs."""
+    if config.device != "auto":
+        return config.device
+    return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
