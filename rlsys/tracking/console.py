@@ -109,7 +109,7 @@ class TerminalTracker(Tracker):
         self._phases = ""
         self._groups_of: dict[tuple[str, int], int] = {}
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=4)
-        self._live.start()
+        self._live.start(refresh=True)  # before its thread: two first renders would share a line
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Print a row above the bar and move the bar."""
