@@ -24,7 +24,7 @@ from rlsys.model.detokenize import Detokenizer
 from rlsys.preflight.before_start import load_checked_prompts
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.rewards import reachable_rewards
-from rlsys.rewards.columns import column_problems, column_uses, unread_columns
+from rlsys.rewards.columns import column_problems, column_uses, row_check, unread_columns
 from rlsys.rewards.reachable import (
     GOLD_REMEDY,
     Look,
@@ -79,6 +79,10 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
         if rewards is not None:
             _print_right_answers(rewards.look(prompt), console)
     if rewards is not None:
+        if data.refused and not config.data.streaming:  # such rows are problems already
+            reward = config.reward
+            check = row_check(reward.names_that_check_rows, reward.params, config.run_values)
+            prompts = [prompt for prompt in prompts if not check(prompt.columns)]
         problems += _right_answers_of_all(rewards, prompts, config, console)
     problems += [problem.text for problem in data.refused[:MAX_PROBLEMS_SHOWN]]
     if len(data.refused) > MAX_PROBLEMS_SHOWN:
@@ -206,7 +210,7 @@ def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> l
             [
                 column,
                 "/".join(sorted({type(value).__name__ for value in there})) or "-",
-                f"{len(values) - len(there):,}" if len(there) < len(values) else "",
+                f"{len(values) - len(there):,}",
                 _short(there[0]) if there else "",
                 ", ".join(users),
             ]
@@ -223,7 +227,8 @@ def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> l
         console.print("The rows have no columns besides the prompt.")
     for name, use in uses.items():
         if use.takes_all and not use.needed and not use.optional:
-            console.print(Text(f"{name} names no column, but gets all.", style="dim"))
+            line = f"The reward `{name}` names no column and gets all of them."
+            console.print(Text(line, style="dim"))
     unread = unread_columns(config, names)
     if unread is not None:
         console.print(Text(f"{unread[0].upper()}{unread[1:]}.", style="dim"))

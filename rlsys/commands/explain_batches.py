@@ -34,7 +34,7 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
         (
             "completions an engine",
             f"{completions / rollout.num_engines:g} = {completions} / num_engines "
-            f"{rollout.num_engines}, {rollout.max_num_seqs} at once",
+            f"{rollout.num_engines}, at most {rollout.max_num_seqs} at once (max_num_seqs)",
         ),
         (
             "optimizer steps per rollout",

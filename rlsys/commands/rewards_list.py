@@ -14,6 +14,8 @@ from rlsys.config.fields import first_sentence
 from rlsys.plugins.load import describe, entry_points, load_plugins
 from rlsys.registry import where_defined
 from rlsys.rewards import orms
+from rlsys.rewards.answers import AnswerReward
+from rlsys.rewards.builtin.code import Code
 from rlsys.rewards.columns import column_use
 from rlsys.rewards.instances import parameters_of
 from rlsys.rewards.scoring import is_async
@@ -53,10 +55,15 @@ def _print_function(name: str, console: Console) -> None:
     kinds = ["TRL style"] * isinstance(function, TrlStyle) + ["async"] * is_async(function)
     kinds += ["verl style"] * isinstance(function, VerlStyle)
     about = first_sentence(inspect.getdoc(function)) + (f" ({', '.join(kinds)})" if kinds else "")
+    either = _either(function)
     settings = parameters_of(function).values() if isinstance(function, type) else []
     details = {
         "settings": list(map(_as_written, settings)),
-        "columns": [*use.needed, *(f"[{column}]" for column in use.optional)],
+        "columns": [
+            *use.needed,
+            *([" or ".join(either)] if either else []),
+            *(f"[{column}]" for column in use.optional if column not in either),
+        ],
     }
     _print_heading(name, where_defined(function).removeprefix(f"{os.getcwd()}/"), console)
     print_wrapped(console, about, indent="  ")
@@ -71,7 +78,19 @@ def _print_heading(name: str, place: str, console: Console) -> None:
     console.print(heading, soft_wrap=True)
 
 
+def _either(function: object) -> tuple[str, ...]:
+    """The columns of which a class needs one, in the order in which it reads them."""
+    if isinstance(function, type) and issubclass(function, AnswerReward | Code):
+        return function.columns
+    return ()
+
+
 def _as_written(parameter: inspect.Parameter) -> str:
     """`limit`, `limit=5` or `**kwargs`; a long default, such as a prompt, is cut."""
     written = str(parameter.replace(annotation=inspect.Parameter.empty))
-    return written if len(written) <= MAX_SETTING else f"{written[:MAX_SETTING]}..."
+    if len(written) <= MAX_SETTING:
+        return written
+    if isinstance(parameter.default, str):
+        space = MAX_SETTING - len(parameter.name)
+        return f"{parameter.name}={parameter.default[:space] + '...'!r}"
+    return f"{written[:MAX_SETTING]}..."

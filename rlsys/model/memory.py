@@ -277,8 +277,8 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
         (
             "weight sync",
             _weight_sync_bytes(config, shape, width),
-            "2 x weight_sync.bucket_mb, or the embedding if it is larger, at most the weights; so "
-            "in the policy",
+            "2 x weight_sync.bucket_mb, or the embedding if it is larger, at most the weights. The "
+            "policy holds as much.",
         ),
     ]
 

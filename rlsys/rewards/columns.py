@@ -184,7 +184,8 @@ def unread_columns(config: Config, columns: Collection[str]) -> str | None:
         return None
     more = f" and {len(unread) - _SHOWN:,} more" if len(unread) > _SHOWN else ""
     may = "; functions with **columns may read them" if any(u.takes_all for u in uses) else ""
-    return f"no reward function names the columns {', '.join(unread[:_SHOWN])}{more}{may}"
+    noun = "column" if len(unread) == 1 else "columns"
+    return f"no reward function names the {noun} {', '.join(unread[:_SHOWN])}{more}{may}"
 
 
 def _is_hidden(name: str, column: str) -> bool:

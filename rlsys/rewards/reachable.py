@@ -141,11 +141,11 @@ class Finding:
 
 
 _KINDS = {
-    "absent": ("have no right answer that it can use", True),
-    "unreadable": ("have a right answer to which it says None", True),
-    "missed": ("let no completion tried earn its maximum", False),
+    "absent": ("finds no right answer", True),
+    "unreadable": ("says None to the right answer", True),
+    "missed": ("gets its maximum from no completion tried", False),
 }
-"""What is wrong with rows, and whether the function then says None."""
+"""What a function does in rows that are wrong, and whether it then says None."""
 
 
 def look_at_rows(rewards: ReachableRewards, prompts: Sequence[Prompt]) -> list[Finding]:
@@ -170,11 +170,12 @@ def look_at_rows(rewards: ReachableRewards, prompts: Sequence[Prompt]) -> list[F
         rows = prompts if kind == "absent" else looked
         if found:
             looked_at = "rows" if len(rows) == len(prompts) else "rows looked at"
-            text = f"{name}: {len(found):,} of {len(rows):,} {looked_at} {what}, the first is "
+            count = f"{len(found):,} of {len(rows):,} {looked_at}"
+            text = f"{name} {what} in {count} (first: {found[0]})"
             in_all = len(found) == len(rows)
             # TRL's functions take any number out of prose.
             kills = in_all and says_none and not name.startswith(TRL_PREFIX)
-            findings.append(Finding(name, text + found[0], in_all, kills))
+            findings.append(Finding(name, text, in_all, kills))
     return findings
 
 

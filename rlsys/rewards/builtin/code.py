@@ -42,6 +42,8 @@ class Code(ORM):
     """
 
     reads_think_tags = True
+    columns = _COLUMNS
+    """Dataset columns that may hold the tests; the first that is there counts."""
 
     def __init__(
         self,

@@ -91,7 +91,7 @@ def test_everything_is_there_and_fits(run, rows, width):
     assert "data.max_prompt_length is 50" in output
     table = output[output.index("Columns") :]
     nums = next(line for line in table.splitlines() if line.startswith("nums"))
-    assert nums.split() == ["nums", "list", "[1]", "countdown"]
+    assert nums.split() == ["nums", "list", "0", "[1]", "countdown"]
     extra = next(line for line in table.splitlines() if line.startswith("extra"))
     _, kind, missing, example = extra.split()
     assert (kind, example) == ("str", "'x'")
@@ -99,6 +99,22 @@ def test_everything_is_there_and_fits(run, rows, width):
     _, shorter = run("--data.dataset", rows, "--rows", "1", width=width)
     assert shorter.count(" tokens\n") == 1 + 1  # and the heading of the lengths
     assert output.count(" tokens\n") == 3 + 1
+
+
+def test_a_column_that_no_row_lacks_is_missing_0_times(run, rows):
+    _, output = run("--data.dataset", rows)
+    line = next(line for line in output.splitlines() if line.startswith("nums"))
+    assert line.split()[:3] == ["nums", "list", "0"]
+    assert "The reward `format` names no column and gets all of them." in output
+
+
+def test_a_row_without_a_right_answer_is_shown_once(run, tmp_path):
+    rows = [{"prompt": f"a {n}", "answer": n or None} for n in range(4)]
+    source = write_jsonl(tmp_path / "a.jsonl", rows)
+    code, output = run("--data.dataset", source, "--reward.reward_funcs", "exact_match")
+    assert code == 1
+    assert "a.jsonl, line 1: reward function 'exact_match'" in " ".join(output.split())
+    assert "finds no right answer" not in output
 
 
 def test_repeated_prompts_are_counted(run, rows):
@@ -171,7 +187,7 @@ def test_what_prompts_lack_and_nobody_reads_is_named_here_and_at_the_start(run, 
         assert "chat template leaves out the tools" in shown
         assert f"{source}, line 1 and 3 more" in shown
         assert "a prompt has the word None" in shown
-        assert "o reward function names the columns self" in shown
+        assert "o reward function names the column self" in shown
     tools = next(line for line in output.splitlines() if line.startswith("tools"))
     assert tools.endswith("chat template")
 
@@ -196,7 +212,7 @@ def test_right_answers_and_a_completion_that_earns_the_most_are_shown(run, tmp_p
     assert "a completion that earns" in output
     assert "<answer>35 + (44 + 19)</answer>" in output
     assert "countdown earns 0, below its maximum" in output
-    assert "countdown: 1 of 2 rows let no completion tried earn its maximum" in output
+    assert "countdown gets its maximum from no completion tried in 1 of 2 rows" in output
     assert "Best value not known, so not checked: regex_match\n" in output
 
 
@@ -223,8 +239,16 @@ def test_a_class_of_a_plugin_without_a_best_value_is_said_what_it_lacks(run, tmp
 @pytest.mark.parametrize(
     ("rewards", "row", "words"),
     [
-        (["exact_match", "format"], {"solution": PROSE}, "exact_match: 3 of 3 rows have no right"),
-        (["countdown"], {"nums": [1, 1], "target": 9}, "3 of 3 rows let no completion tried earn"),
+        (
+            ["exact_match", "format"],
+            {"solution": PROSE},
+            "finds no right answer in 3 of 3 rows",
+        ),
+        (
+            ["countdown"],
+            {"nums": [1, 1], "target": 9},
+            "from no completion tried in 3 of 3 rows",
+        ),
     ],
 )
 def test_a_reward_that_no_row_lets_anyone_earn_is_a_problem(run, tmp_path, rewards, row, words):
@@ -241,5 +265,5 @@ def test_a_limit_that_no_answer_fits_into_is_a_problem(run, rows):
     code, output = run("--data.dataset", rows, "--rollout.max_completion_length", "10")
     assert code == 1
     assert re.search(
-        r"countdown: (\d+) of \1 rows let no completion tried earn its maximum", output
+        r"countdown gets its maximum from no completion tried in (\d+) of \1 rows", output
     )

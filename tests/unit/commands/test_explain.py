@@ -115,6 +115,7 @@ def test_the_batch_arithmetic(tmp_path):
     first_words = {name.strip(): text for name, text in batch_arithmetic(load_config(path).config)}
     assert first_words["prompts per step (P)"].startswith("8 = ")
     assert first_words["completions an engine"].startswith("32 = ")
+    assert first_words["completions an engine"].endswith(", at most 256 at once (max_num_seqs)")
     assert first_words["optimizer steps per rollout"].startswith("4 = ")
     assert first_words["of these, a rank has"].startswith("16 = ")
     assert first_words["in micro-batches"].startswith("6 of up to 3 completions, at most 384")

@@ -109,6 +109,15 @@ def test_the_list_has_name_source_settings_and_columns(folder, capfd):
     assert "Counts tokens. (TRL style)" in out
 
 
+def test_the_list_shows_alternative_columns_and_cut_defaults_with_both_quotes(folder, capfd):
+    words = " ".join(rlsys(capfd, "rewards", "list")[1].split())
+    assert words.count("columns: answer or solution ") == 3
+    assert (
+        "columns: tests or verification_info or input_output or test_list or test, [entry_point] "
+    ) in words
+    assert "prompt='You grade the answer of an assistant. Judge only how c...', " in words
+
+
 def test_the_list_goes_on_after_a_class_that_scores_nothing(folder, capfd):
     silent = '\n@register_reward("silent")\nclass Silent(ORM):\n    """Says nothing."""\n'
     (folder / "mine.py").write_text(PLUGIN + silent)

@@ -48,11 +48,11 @@ def test_rows_without_a_right_answer_are_counted_before_the_run(tmp_path, capsys
         check_right_answers(config, load_checked_prompts(config, tokenizer), tokenizer)
         return capsys.readouterr().out
 
-    assert "warning: exact_match: 4 of 8 rows have no right answer that it can use" in check()
+    assert "warning: exact_match finds no right answer in 4 of 8 rows (first: " in check()
     write_jsonl(tmp_path / "a.jsonl", rows[1:] * 4)
-    with pytest.raises(ValueError, match=r"4 of 4 rows have no right answer.*\\boxed"):
+    with pytest.raises(ValueError, match=r"no right answer in 4 of 4 rows.*\\boxed"):
         check()
-    assert "warning: exact_match: 4 of 4 rows" in check(on_error="zero")
+    assert "warning: exact_match finds no right answer in 4 of 4 rows" in check(on_error="zero")
     write_jsonl(tmp_path / "a.jsonl", rows[:1])
     assert check() == ""
 

@@ -30,7 +30,7 @@ def test_a_reserved_name_that_no_reward_function_takes_is_ignored_and_named(tmp_
     columns = ["solution", column]
     assert column_problems(config, columns) == []
     assert unread_columns(config, columns) == (
-        f"no reward function names the columns {column}; functions with **columns may read them"
+        f"no reward function names the column {column}; functions with **columns may read them"
     )
     prompt = Prompt("a:1", [], [1], {"solution": 7, column: "x"})
     text = "<think>a</think><answer>7</answer>"

@@ -7,11 +7,19 @@ import logging
 import threading
 from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from waiting import eventually
 
 from rlsys.rewards import orms
+from rlsys.rewards.builtin.judge import DEFAULT_PROMPT, DEFAULT_SCORE
+
+
+def test_the_documentation_has_the_defaults_whole():
+    page = Path(__file__).parents[3] / "docs" / "rewards.md"
+    assert f"```text\n{DEFAULT_PROMPT}```" in page.read_text()
+    assert f"```text\n{DEFAULT_SCORE}\n```" in page.read_text()
 
 
 class Server(ThreadingHTTPServer):

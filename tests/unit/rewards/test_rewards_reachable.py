@@ -93,12 +93,17 @@ def test_a_function_without_a_right_answer_wants_only_a_form():
 @pytest.mark.parametrize(
     ("name", "params", "row", "words"),
     [
-        ("exact_match", {}, {"solution": PROSE}, "have no right answer"),
-        ("exact_match", {}, {"answer": "", "solution": None}, "have no right answer"),
-        ("multiple_choice", {"choices": "AB"}, {"answer": "C"}, "have no right answer"),
-        ("countdown", {}, {"nums": [1, 1, 1], "target": 98}, "no completion tried earn"),
-        ("countdown", {}, {"nums": [1, "x"], "target": 98}, "have no right answer"),
-        ("exact_match", {"column": "to"}, {"to": "a <answer> b"}, "no completion tried earn"),
+        ("exact_match", {}, {"solution": PROSE}, "finds no right answer"),
+        ("exact_match", {}, {"answer": "", "solution": None}, "finds no right answer"),
+        ("multiple_choice", {"choices": "AB"}, {"answer": "C"}, "finds no right answer"),
+        ("countdown", {}, {"nums": [1, 1, 1], "target": 98}, "from no completion tried"),
+        ("countdown", {}, {"nums": [1, "x"], "target": 98}, "finds no right answer"),
+        (
+            "exact_match",
+            {"column": "to"},
+            {"to": "a <answer> b"},
+            "from no completion tried",
+        ),
     ],
 )
 def test_an_answer_that_nobody_can_give_is_found(name, params, row, words):
@@ -113,9 +118,9 @@ def test_mathematics_that_cannot_be_read_is_found(math_rewards, caplog):
     rows = [{"answer": "proof"}, {"answer": "4"}, {"answer": None, "solution": PROSE}]
     findings = look_at_rows(math_rewards, prompts_of(*rows))
     assert [finding.text for finding in findings] == [
-        "accuracy: 1 of 3 rows have no right answer that it can use, the first is a:3",
-        "accuracy: 1 of 3 rows have a right answer to which it says None, the first is a:1",
-        "exact_match: 1 of 3 rows have no right answer that it can use, the first is a:3",
+        "accuracy finds no right answer in 1 of 3 rows (first: a:3)",
+        "accuracy says None to the right answer in 1 of 3 rows (first: a:1)",
+        "exact_match finds no right answer in 1 of 3 rows (first: a:3)",
     ]
     assert caplog.records == []
 
@@ -123,9 +128,7 @@ def test_mathematics_that_cannot_be_read_is_found(math_rewards, caplog):
 def test_all_rows_are_counted_and_the_first_is_named():
     rows = [{"solution": "4"}, {"solution": PROSE}] * (2 * MAX_ROWS)
     [finding] = look_at_rows(rewards_of("exact_match"), prompts_of(*rows))
-    assert finding.text == (
-        "exact_match: 200 of 400 rows have no right answer that it can use, the first is a:2"
-    )
+    assert finding.text == "exact_match finds no right answer in 200 of 400 rows (first: a:2)"
     assert not finding.in_all_rows
 
 
