@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlsys.algo.advantages import compute_advantages
@@ -15,25 +16,27 @@ if TYPE_CHECKING:
     from rlsys.config import Config
     from rlsys.run.checkpoints import Checkpoints
     from rlsys.system import System
-    from rlsys.tracking.base import Tracker
-    from rlsys.tracking.sampling_watch import SamplingWatch
+    from rlsys.tracking.base import Metrics, Tracker
+    from rlsys.tracking.watch import Watch
     from rlsys.types import RolloutGroup, TrainBatch
 
 
-def train(system: System, tracker: Tracker, checkpoints: Checkpoints, watch: SamplingWatch) -> None:
+def train(
+    system: System, tracker: Tracker, checkpoints: Checkpoints, watches: Sequence[Watch]
+) -> None:
     """Run GRPO from the policy's version to config.num_steps.
 
     Args:
         system: the running roles.
         tracker, checkpoints: log metrics, and save what a later process continues from.
-        watch: warns of completions that are not from this policy, and of steps that teach nothing.
+        watches: look at the metrics of each step and evaluation, and warn of problems.
     """
     config, rollouts, policy = system.config, system.rollouts, system.policy
     reference, publisher = system.reference, system.publisher
     grpo, weights = config.grpo, config.reward.reward_weights
     publisher.publish()  # the engines hold policy.policy_version from here on
     if config.eval_steps is not None and policy.policy_version == 0:
-        tracker.log_metrics(0, rollouts.evaluate(0))
+        log(tracker, watches, 0, rollouts.evaluate(0))
     for step in range(policy.policy_version + 1, config.num_steps + 1):
         timer = PhaseTimer()
         with timer("rollout"):  # sample G completions for each prompt, and score them
@@ -64,12 +67,24 @@ def train(system: System, tracker: Tracker, checkpoints: Checkpoints, watch: Sam
                 "memory(GiB)": policy.peak_memory_gib(),
             }
             metrics = _step_metrics(config, groups_P, batch, reported, timer)
-            tracker.log_metrics(step, metrics | logged_metrics(groups_P, beside=metrics))
-            for warning in watch.observe(step, metrics):
-                tracker.log_warning(step, warning)
+            log(tracker, watches, step, metrics, logged_metrics(groups_P, beside=metrics))
         if config.eval_steps is not None and step % config.eval_steps == 0:
-            tracker.log_metrics(step, rollouts.evaluate(step))
+            log(tracker, watches, step, rollouts.evaluate(step))
         checkpoints.after_step(step)
+
+
+def log(
+    tracker: Tracker,
+    watches: Sequence[Watch],
+    step: int,
+    metrics: Metrics,
+    logged: Metrics | None = None,
+) -> None:
+    """Log metrics, with those that reward functions `logged`, and then new warnings."""
+    tracker.log_metrics(step, {**metrics, **(logged or {})})
+    for watch in watches:
+        for warning in watch.observe(step, metrics):
+            tracker.log_warning(step, warning)
 
 
 def _step_metrics(

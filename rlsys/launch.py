@@ -27,6 +27,7 @@ from rlsys.run.resume import move_aside, resume_notes
 from rlsys.saving import make_checkpoints, save_last_step
 from rlsys.system import System, start_system
 from rlsys.tracking import Tracker, build_tracker
+from rlsys.tracking.reward_watch import RewardWatch
 from rlsys.tracking.sampling_watch import SamplingWatch
 
 
@@ -98,11 +99,15 @@ def train_system(system: System, tracker: Tracker, checkpoints: Checkpoints) -> 
         Exception: what ended the run; a failure in the background before its consequences.
     """
     config = system.config
-    watch = SamplingWatch(config, dtype=config.model_dtype(on_cpu=system.device == "cpu"))
+    completions = RunDir(Path(config.output_dir)).completions
+    reward_watch = RewardWatch(
+        config.reward.names, completions if config.tracking.log_completions else None
+    )
+    sampling_watch = SamplingWatch(config, dtype=config.model_dtype(on_cpu=system.device == "cpu"))
     with ExitStack() as stack:
         stack.push(partial(_end_rollouts, system.rollouts))
-        train(system, tracker, checkpoints, watch)
-    return watch.nothing_learned()
+        train(system, tracker, checkpoints, [reward_watch, sampling_watch])
+    return sampling_watch.nothing_learned()
 
 
 def _end_rollouts(

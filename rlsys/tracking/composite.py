@@ -16,7 +16,6 @@ from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation, trackers
 from rlsys.tracking.console import console_tracker
 from rlsys.tracking.jsonl import CompletionsTracker, JsonlTracker
 from rlsys.tracking.plot import RewardCurveTracker
-from rlsys.tracking.reward_watch import RewardWatch
 from rlsys.types import RolloutGroup
 
 
@@ -46,9 +45,7 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
     # They are closed in this order, the slow picture last: `ray job stop` kills after 3 seconds.
     parts += [console_tracker(config, resumed_from), *reporters, RewardCurveTracker(run_dir)]
     run_dir.write_status(RUNNING)
-    completions = run_dir.completions if config.tracking.log_completions else None
-    watch = RewardWatch(config.reward.names, completions)
-    return CompositeTracker(parts, run_dir, Progress(config.num_steps), watch)
+    return CompositeTracker(parts, run_dir, Progress(config.num_steps))
 
 
 class Progress:
@@ -85,18 +82,15 @@ class Progress:
 class CompositeTracker(Tracker):
     """Passes every call on to all trackers; threads may call it at the same time."""
 
-    def __init__(
-        self, parts: list[Tracker], run_dir: RunDir, progress: Progress, watch: RewardWatch
-    ):
+    def __init__(self, parts: list[Tracker], run_dir: RunDir, progress: Progress):
         self._parts = parts
-        self._watch = watch
         self._run_dir = run_dir
         self._progress = progress
         self._lock = threading.RLock()
         self._closed = False
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """Pass metrics on, a training step's with progress and speed, and warnings after them."""
+        """Pass metrics on, a training step's with progress and speed."""
         with self._lock:
             if not is_evaluation(metrics):
                 time_of_step = metrics.get("time/step")
@@ -104,8 +98,6 @@ class CompositeTracker(Tracker):
                 metrics = {**metrics, **self._progress.metrics(step, time_of_step)}
             for part in self._parts:
                 part.log_metrics(step, metrics)
-            for text in self._watch.observe(step, metrics):
-                self.log_warning(step, text)
 
     def log_completions(
         self,

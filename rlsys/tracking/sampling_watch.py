@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from rlsys.config import Config, GrpoConfig
 from rlsys.problems import RunFailed
-from rlsys.tracking.base import Metrics
+from rlsys.tracking.base import Metrics, is_evaluation
 from rlsys.tracking.watch import Watch
 
 MAX_DIFFERENCE_OF_DTYPE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -53,6 +53,8 @@ class SamplingWatch(Watch):
             TrainingStopped: policy and engine differ by more than grpo.max_logp_difference, or
                 several steps in a row trained nothing.
         """
+        if is_evaluation(metrics):
+            return
         advantage = metrics.get("advantages/abs_max")
         self._has_advantages |= not isinstance(advantage, float) or advantage > NO_ADVANTAGE
         # Later steps may have stale completions, which are from another policy.

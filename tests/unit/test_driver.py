@@ -14,6 +14,7 @@ from rlsys.driver import train
 from rlsys.interrupts import interruptible
 from rlsys.tracking.base import Tracker
 from rlsys.tracking.sampling_watch import SamplingWatch
+from rlsys.tracking.watch import Watch
 from rlsys.types import UpdateOutput
 
 ROLLOUT_KEYS = {
@@ -48,6 +49,7 @@ class System:
         self.published: int | None = None
         self.batches = []
         self.logged: list[tuple[int, dict]] = []
+        self.watched: list[tuple[int, bool]] = []
         self._fails_at = fails_at
 
     # rollouts
@@ -112,6 +114,18 @@ class Log(Tracker):
         raise AssertionError("trackers are closed by whoever built them")
 
 
+class Seen(Watch):
+    """Keeps the steps whose metrics it sees, by whether they are those of an evaluation."""
+
+    def __init__(self, system):
+        super().__init__()
+        self._system = system
+
+    def _find(self, step, metrics):
+        self._system.watched.append((step, "eval/reward" in metrics))
+        return ()
+
+
 @pytest.fixture
 def run(tmp_path):
     """Train to max_steps: `run(system, max_steps=2, **sections of the config)`."""
@@ -119,11 +133,11 @@ def run(tmp_path):
     def run(system, *, with_reference=False, **fields):
         config = make_config(tmp_path, **fields)
         reference = Reference(system.calls) if with_reference else None
-        watch = SamplingWatch(config, dtype="float32")
+        watches = [SamplingWatch(config, dtype="float32"), Seen(system)]
         roles = SimpleNamespace(
             config=config, rollouts=system, policy=system, reference=reference, publisher=system
         )
-        train(roles, Log(system), system, watch)
+        train(roles, Log(system), system, watches)
         return system
 
     return run
@@ -150,6 +164,8 @@ def test_evaluations_come_before_the_first_step_and_every_eval_steps(run):
     evaluations = [call for call in system.calls if call[0] == "evaluate"]
     assert evaluations == [("evaluate", s, f"with version {s}") for s in (0, 2, 4)]
     assert [step for step, metrics in system.logged if "eval/reward" in metrics] == [0, 2, 4]
+    assert [step for step, is_evaluation in system.watched if is_evaluation] == [0, 2, 4]
+    assert [step for step, is_evaluation in system.watched if not is_evaluation] == [1, 2, 3, 4, 5]
     assert system.calls[:2] == [("publish", 0), ("evaluate", 0, "with version 0")]
 
 

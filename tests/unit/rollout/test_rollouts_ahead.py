@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from itertools import chain, pairwise
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -214,8 +215,11 @@ def run(build, folder, *, rollout_seconds, update_seconds, max_steps=12, **rollo
     rollouts = build(world, num_prompts=2, **rollout)
     policy = Policy(world, update_seconds)
     config = rollouts._config.model_copy(update={"max_steps": max_steps})
-    watch = SamplingWatch(config, dtype="float32")
-    train(config, rollouts, policy, None, policy, world.tracker, policy, watch)
+    watches = [SamplingWatch(config, dtype="float32")]
+    system = SimpleNamespace(
+        config=config, rollouts=rollouts, policy=policy, reference=None, publisher=policy
+    )
+    train(system, world.tracker, policy, watches)
     began = policy.began_at
     seconds = [end - start for start, end in pairwise(began)]
     return seconds[3:], [metrics for _, metrics in world.tracker.metrics[4:]]

@@ -9,7 +9,6 @@ from rlsys.files import read_jsonl
 from rlsys.run.folder import RunDir
 from rlsys.tracking import Tracker, build_tracker, register_tracker, trackers
 from rlsys.tracking.composite import CompositeTracker, Progress, format_seconds
-from rlsys.tracking.reward_watch import RewardWatch
 
 
 class Clock:
@@ -144,7 +143,7 @@ def test_status_says_whether_the_run_is_still_going(run):
 
 def test_every_tracker_is_closed_once_even_when_one_fails(run):
     parts = [Recorder(), Recorder(error="disk full"), Recorder()]
-    tracker = CompositeTracker(list(parts), run, Progress(1), RewardWatch(["a"]))
+    tracker = CompositeTracker(list(parts), run, Progress(1))
     with pytest.raises(RuntimeError, match="disk full"):
         tracker.close()
     tracker.close()
@@ -173,7 +172,7 @@ def test_the_status_comes_first_and_the_picture_last(run):
 
 def test_groups_reach_every_tracker_with_their_split(run):
     recorder = Recorder()
-    tracker = CompositeTracker([recorder], run, Progress(1), RewardWatch(["a"]))
+    tracker = CompositeTracker([recorder], run, Progress(1))
     tracker.log_completions(1, make_group(["a", "b"]), [0.5, -0.5])
     tracker.log_completions(0, make_group(["a", "b"], group_id=7), None, split="eval")
     assert recorder.calls == [

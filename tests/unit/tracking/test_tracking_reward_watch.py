@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tracking_cases import make_config
 
+from rlsys.driver import log
 from rlsys.tracking import build_tracker
 from rlsys.tracking.reward_watch import DEAD_STEPS, RewardWatch
 
@@ -110,8 +111,9 @@ def test_noise_alone_is_hardly_ever_a_warning():
 
 def test_the_console_prints_a_warning_of_the_run(tmp_path, capsys):
     tracker = build_tracker(make_config(tmp_path / "run"))
+    watches = [RewardWatch(["format"])]
     for step in range(1, 30):
-        tracker.log_metrics(step, step_metrics(format=(1.0, 0.0)))
+        log(tracker, watches, step, step_metrics(format=(1.0, 0.0)))
     tracker.close()
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 1
