@@ -205,11 +205,12 @@ def coming_from(project: str, names: Collection[str], fields_given: Collection[s
     for row in rows:
         if not row.same_default and not set(row.fields) & (meant | set(fields_given)):
             differ.setdefault(row.fields, []).append(row.default)
-    defaults = ", ".join(
-        f"{', '.join(fields)} {show_defaults(fields)} ({' or '.join(dict.fromkeys(theirs))} there)"
+    defaults = "".join(
+        f"\n  {', '.join(fields)} {show_defaults(fields)} "
+        f"({' or '.join(dict.fromkeys(theirs))} there)"
         for fields, theirs in differ.items()
     )
     return (
         f"These are names of {project}: docs/migration.md has all. Defaults that differ there, of "
-        f"what was not given: {defaults}."
+        f"what was not given:{defaults}"
     )

@@ -145,12 +145,13 @@ def advice(
         given: fields that were set.
         path: CONFIG; without it, the translation is a file instead of a command.
     """
-    start, differing = _translated(options, project)
+    start, differing, left = _translated(options, project)
     lines = [coming_from(project, unknown, given)]
     lines += [f"{name} means something else there: {note}" for name, note in differing.items()]
     if start and path is None:
         text = indent(dump_yaml(nested({name: value for name, (value, _) in start.items()})), "  ")
         lines.append(f"What means the same here, as a CONFIG to start from and to check:\n\n{text}")
+        lines.append(_still_to_do(start, left))
     elif start:
         words = [word for name, (_, texts) in start.items() for word in (f"--{name}", *texts)]
         text = shlex.join(["rlsys", "explain", str(path), *words])
@@ -158,28 +159,47 @@ def advice(
     return "\n".join(lines)
 
 
+def _still_to_do(start: Collection[str], left: Sequence[str]) -> str:
+    """What the translation lacks: fields that a run needs, and options without a counterpart."""
+    needed = [n for n, info in config_fields().items() if info.is_required() and n not in start]
+    if not {"max_steps", "num_train_epochs"} & set(start):
+        needed.append("max_steps or num_train_epochs")
+    parts = [f"Still to set: {', '.join(needed)}"] if needed else []
+    parts += [f"not translated: {', '.join(left)}"] if left else []
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:]
+
+
 def _translated(
     options: Sequence[Option], project: str
-) -> tuple[dict[str, tuple[Any, list[str]]], dict[str, str]]:
+) -> tuple[dict[str, tuple[Any, list[str]]], dict[str, str], list[str]]:
     """Field -> value and its words, for options that mean the same here.
 
     Values that do not fit are left out.
 
     Returns:
-        these, and a note for each of our own names that means something else in `project`.
+        these, a note for each of our own names that means something else in `project`, and the
+        options that have a field here and are not among these.
     """
     fields = config_fields()
     found: dict[str, tuple[Any, list[str]]] = {}
     differing: dict[str, str] = {}
+    left: list[str] = []
+    meant: dict[str, str] = {}
     for option in options:
         row = counterpart(option.name, project)
         if row is not None and not row.same_value:
             if option.name in fields:
                 differing[option.name] = row.note
+            if row.fields:
+                left.append(f"--{option.name}")
             continue
         name = option.name if row is None else row.fields[0]
+        if name in fields:
+            meant[f"--{option.name}"] = name
         if name in fields and name not in found:
             with suppress(ValueError):
                 found[name] = (value_of(option.texts, fields[name]), option.texts)
     wrong = wrong_fields({name: value for name, (value, _) in found.items()})
-    return {name: found[name] for name in fields if name in found and name not in wrong}, differing
+    right = {name: found[name] for name in fields if name in found and name not in wrong}
+    return right, differing, left + [own for own, name in meant.items() if name not in right]

@@ -20,7 +20,7 @@ from pydantic.fields import FieldInfo
 
 from rlsys.config.field_types import kinds_of, split_list
 from rlsys.config.fields import config_fields, config_sections, first_sentence
-from rlsys.config.hints import hint
+from rlsys.config.hints import counterpart, hint
 from rlsys.config.yaml_text import load_yaml, read_scalar
 from rlsys.problems import Problem
 
@@ -144,6 +144,10 @@ def _field_and_keys(name: str) -> tuple[str, list[str]]:
     return name, []
 
 
+_FULL_ONLY = ("train_type", "tuner_type")
+"""Options of ms-swift whose value `full` is how rlsys trains; it has no other value."""
+
+
 def _problem_of_name(option: Option, name: str, keys: list[str], project: str | None) -> str | None:
     fields = config_fields()
     if option.written.startswith("-") and not option.written.startswith("--"):
@@ -156,7 +160,13 @@ def _problem_of_name(option: Option, name: str, keys: list[str], project: str | 
     positive = re.sub(r"(^|\.)no_", r"\1", name)
     if positive in fields and bool in kinds_of(fields[positive]):
         return f"there is no such field. Write --{positive} false"
-    return f"there is no such field.{hint(name, project)}"
+    row = counterpart(name, project) if project else None
+    if row is not None and row.same_value:
+        return f"-> {row.fields[0]}. {first_sentence(fields[row.fields[0]].description)}"
+    text = f"there is no such field.{hint(name, project)}"
+    if name in _FULL_ONLY and option.texts != ["full"]:
+        text = text.replace(" Not needed: ", " Not supported: ")
+    return text
 
 
 def _needs_value(info: FieldInfo) -> str:

@@ -108,11 +108,11 @@ def test_a_command_behind_a_config_is_answered_too(tmp_path):
     with pytest.raises(ProblemsError) as caught:
         load_config(write_config(tmp_path), MS_SWIFT.split())
     assert len(caught.value.problems) == len(names_of(MS_SWIFT))
-    lines = str(caught.value).splitlines()
-    note = next(line for line in lines if line.startswith("These are names of"))
-    assert "policy.lr_scheduler_type constant (cosine there)" in note
-    assert "policy.weight_decay 0 (0.1 there)" in note
-    assert "policy.adam_beta2 0.999 (0.95 there)" in note
+    note = str(caught.value).partition("These are names of")[2].partition("What means")[0]
+    lines = note.splitlines()
+    assert "  policy.lr_scheduler_type constant (cosine there)" in lines
+    assert "  policy.weight_decay 0 (0.1 there)" in lines
+    assert "  policy.adam_beta2 0.999 (0.95 there)" in lines
     assert "policy.lr " not in note  # given
 
 
@@ -157,7 +157,7 @@ def test_a_pasted_command_is_translated_into_a_config(front, capsys, tmp_path):
     assert "verl: " not in error
     assert "max_steps means something else there: One step is one rollout here" in error
     assert error.count("policy.recompute none") == 1
-    text = error.partition("to start from and to check:\n\n")[2]
+    text = error.partition("to start from and to check:\n\n")[2].partition("Still to set: ")[0]
     path = tmp_path / "start.yaml"
     path.write_text(dedent(text))
     with path.open("a") as file:
@@ -169,6 +169,23 @@ def test_a_pasted_command_is_translated_into_a_config(front, capsys, tmp_path):
     assert config.policy.lr == 5e-7
     assert config.policy.world_size == (8 if "NPROC" in front else 1)
     assert config.checkpoint.save_steps == "auto"  # steps of another unit
+
+
+def test_a_translation_says_what_it_lacks(capsys):
+    words = "swift rlhf --model m --train_type lora --num_generations 8 --dataset d --beta 0.1"
+    with pytest.raises(SystemExit, match="2"):
+        main(["grpo", *words.split(), "--gradient_accumulation_steps", "4", "--top_p", "x"])
+    error = capsys.readouterr().err
+    last = error.rstrip().splitlines()[-1]
+    assert last.startswith("Still to set: output_dir, ")
+    assert "rollout.generation_batch_size" in last
+    assert (
+        "max_steps or num_train_epochs; not translated: --gradient_accumulation_steps, --top_p"
+        in last
+    )
+    assert "  - --num_generations: -> rollout.num_generations. G, completions per" in error
+    assert "  - --train_type: there is no such field. Not supported: All weights" in error
+    assert "\n  policy.lr_scheduler_type constant (cosine there)\n" in error
 
 
 def test_a_command_pasted_behind_a_config_is_translated_into_options(tmp_path):
