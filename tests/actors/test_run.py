@@ -229,7 +229,7 @@ def test_a_run_on_a_pipe_prints_lines_of_its_own_and_nothing_else(whole):
     )
     assert train == "data: train.jsonl: 10 of 10 rows used"
     assert validation == "data: validation.jsonl: 3 of 3 rows used"
-    assert length == "num_train_epochs 1.6 x 10 prompts / 4 a step = 4 steps"
+    assert length == "num_train_epochs 1.6 x 10 prompts / 4 per step = 4 steps"
     assert first == "starting on cpu: policy 1, rollout 1, reference 1, reward 1"
     start = re.compile(r"waiting for |ready after \d+ s$|note: Ray's node died")
     while start.match(lines[0]):  # of a machine that takes longer than ten seconds
