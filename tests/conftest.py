@@ -40,12 +40,22 @@ def hear_stop_signals():
             signal.signal(stop, default)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forget_plugins():
-    """Undo what plugins registered, after each module of tests."""
+def _restored_registries():
     kinds = (orms, preprocessors)
     registered = [dict(kind.data) for kind in kinds]
     yield
     for kind, before in zip(kinds, registered, strict=True):
         kind.data.clear()
         kind.data.update(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_plugins():
+    """Undo what plugins registered, after each module of tests."""
+    yield from _restored_registries()
+
+
+@pytest.fixture
+def forget_registrations():
+    """Undo what a test registered, for modules whose tests register the same names."""
+    yield from _restored_registries()

@@ -13,7 +13,6 @@ from waiting import eventually
 
 from rlsys.actors.reward import RewardWorkers
 from rlsys.config import RewardConfig
-from rlsys.rewards import orms
 from rlsys.rewards.pool.failures import RewardCodeError
 from rlsys.types import Completion, Prompt, RolloutGroup
 
@@ -51,11 +50,10 @@ async def waits(completions, **columns):
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
+def start(tmp_path, monkeypatch, forget_registrations):
     """Start workers with the plugin above; they and what it registers are gone afterwards."""
     monkeypatch.chdir(tmp_path)
     Path("acts.py").write_text(PLUGIN)
-    registered = dict(orms.data)
     started = []
 
     def start(*names: str, **options) -> RewardWorkers:
@@ -69,8 +67,6 @@ def start(tmp_path, monkeypatch):
     yield start
     for workers in started:
         workers.close()
-    orms.data.clear()
-    orms.data.update(registered)
 
 
 def group_of(*texts: str, ticket: int = 0) -> RolloutGroup:

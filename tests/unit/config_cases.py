@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from rlsys.config import Config
 from rlsys.config.yaml_text import dump_yaml
 from rlsys.model.families.base import weight_table
 from rlsys.model.shape import read_model_shape
@@ -52,6 +53,21 @@ def values(**sections: dict[str, Any]) -> dict[str, Any]:
     for name, fields in sections.items():
         base[name] = {**base.get(name, {}), **fields} if isinstance(fields, dict) else fields
     return base
+
+
+def config_of_paths(**sections: Any) -> Config:
+    """A config whose paths are relative, with whole sections replaced or added."""
+    return Config.model_validate(
+        {
+            "output_dir": "runs/out",
+            "max_steps": 1,
+            "data": {"dataset": ["data/train.jsonl", "org/data"]},
+            "model": {"path": "runs/model"},
+            "rollout": {"generation_batch_size": 4, "num_generations": 2},
+            "reward": {"reward_funcs": ["format"]},
+            **sections,
+        }
+    )
 
 
 def write_config(folder: Path, **sections: Any) -> Path:

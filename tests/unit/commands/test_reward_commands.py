@@ -15,7 +15,6 @@ from rlsys import cli
 from rlsys.commands.rewards_try import _print_summary, _print_table
 from rlsys.config import Config
 from rlsys.config.load import save_config
-from rlsys.rewards import orms
 from rlsys.tracking.completions import ABOUT_COMPLETION, completion_rows
 from rlsys.types import RewardOutput
 
@@ -49,13 +48,10 @@ def mine_trl(prompts, completions, completion_ids, **kwargs):
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    registered = dict(orms.data)
+def folder(tmp_path, monkeypatch, forget_registrations):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(PLUGIN)
-    yield tmp_path
-    orms.data.clear()
-    orms.data.update(registered)
+    return tmp_path
 
 
 def write_rows(path, *rows):

@@ -3,24 +3,10 @@
 import socket
 
 import pytest
+from config_cases import config_of_paths
 
-from rlsys.config import Config
 from rlsys.config.local_paths import with_absolute_paths
 from rlsys.model.folder import resolve_model_path
-
-
-def make_config(**sections):
-    return Config.model_validate(
-        {
-            "output_dir": "runs/out",
-            "max_steps": 1,
-            "data": {"dataset": ["data/train.jsonl", "org/data"]},
-            "model": {"path": "runs/model"},
-            "rollout": {"generation_batch_size": 4, "num_generations": 2},
-            "reward": {"reward_funcs": ["format"]},
-            **sections,
-        }
-    )
 
 
 @pytest.fixture
@@ -35,7 +21,7 @@ def test_what_is_here_is_named_from_the_root(folder):
         (folder / name).mkdir(parents=True)
     (folder / "plugin.py").touch()
     plugins = {"external_plugins": ["plugin.py"]}
-    config = make_config(
+    config = config_of_paths(
         model={"path": "org/policy"},
         reference={"path": "./org/reference"},
         data={"dataset": ["x.jsonl"], **plugins},
@@ -61,7 +47,7 @@ def test_what_is_here_is_named_from_the_root(folder):
 
 
 def test_ids_of_the_hub_stay_as_they_are(folder):
-    config = make_config(model={"path": "org/model"}, reward={"reward_model": ["org/judge"]})
+    config = config_of_paths(model={"path": "org/model"}, reward={"reward_model": ["org/judge"]})
     absolute = with_absolute_paths(config)
     assert absolute.model.path == "org/model"
     assert absolute.reference_path == "org/model"

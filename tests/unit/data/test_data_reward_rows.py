@@ -11,18 +11,12 @@ from rlsys.rewards.columns import row_check
 
 SCHEMA = {"type": "object"}
 
+pytestmark = pytest.mark.usefixtures("forget_registrations")
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return word_tokenizer()
-
-
-@pytest.fixture(autouse=True)
-def registry():
-    registered = dict(orms.data)
-    yield
-    orms.data.clear()
-    orms.data.update(registered)
 
 
 def load(tokenizer, source, *names, params=None, **options):

@@ -14,13 +14,7 @@ from rlsys.types import Completion, Prompt, RolloutGroup
 
 PLUGINS = Path(__file__).parents[3] / "plugins"
 
-
-@pytest.fixture(autouse=True)
-def _forget_registrations():
-    before = dict(orms.data)
-    yield
-    orms.data.clear()
-    orms.data.update(before)
+pytestmark = pytest.mark.usefixtures("forget_registrations")
 
 
 def write(path: Path, text: str) -> Path:

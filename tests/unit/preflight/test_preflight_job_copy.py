@@ -3,29 +3,15 @@
 from pathlib import Path
 
 import pytest
+from config_cases import config_of_paths
 from ray._private.runtime_env.packaging import _dir_travel
 
-from rlsys.config import Config
 from rlsys.config.load import load_config
 from rlsys.config.local_paths import JOB_COPY
 from rlsys.preflight.checks import check_run
 from rlsys.preflight.job_copy import left_out_of_job_copy
 
 REPOSITORY = Path(__file__).parents[3]
-
-
-def make_config(**sections):
-    return Config.model_validate(
-        {
-            "output_dir": "runs/out",
-            "max_steps": 1,
-            "data": {"dataset": ["data/train.jsonl", "org/data"]},
-            "model": {"path": "runs/model"},
-            "rollout": {"generation_batch_size": 4, "num_generations": 2},
-            "reward": {"reward_funcs": ["format"]},
-            **sections,
-        }
-    )
 
 
 IGNORED = {".gitignore": "/runs/\n*.bin\n!kept.bin\n", "sub/.rayignore": "local/\n"}
@@ -45,14 +31,14 @@ def test_paths_that_ray_leaves_out_of_a_job_are_known(tmp_path, monkeypatch, pat
     (project / path).touch()
     _dir_travel(project, [], lambda p: sent.append(str(p.relative_to(project))), True)
     monkeypatch.chdir(tmp_path / JOB_COPY / "package")
-    left_out = left_out_of_job_copy(make_config(model={"path": path}))
+    left_out = left_out_of_job_copy(config_of_paths(model={"path": path}))
     assert (path in left_out) == (path not in sent)
 
 
 def test_only_a_job_has_a_copy(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".gitignore").write_text("/runs/\n")
-    assert left_out_of_job_copy(make_config()) == []
+    assert left_out_of_job_copy(config_of_paths()) == []
 
 
 def test_the_run_says_why_a_job_lacks_its_files(tmp_path, monkeypatch, offline):

@@ -4,20 +4,14 @@ import pytest
 from config_cases import write_config
 
 from rlsys.config.load import load_config
-from rlsys.rewards import ORM, OWN_COLUMNS, Reward, orms, register_reward
+from rlsys.rewards import ORM, OWN_COLUMNS, Reward, register_reward
 from rlsys.rewards.columns import column_problems, unread_columns
 from rlsys.rewards.scoring import reward_columns
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 RESERVED = [*(name for name in OWN_COLUMNS if name != "completions"), "self"]
 
-
-@pytest.fixture(autouse=True)
-def registry():
-    registered = dict(orms.data)
-    yield
-    orms.data.clear()
-    orms.data.update(registered)
+pytestmark = pytest.mark.usefixtures("forget_registrations")
 
 
 def config_of(tmp_path, *names):

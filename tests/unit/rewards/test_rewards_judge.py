@@ -262,16 +262,20 @@ async def all_is_done():
         await asyncio.sleep(0.01)
 
 
+async def ask_and_give_up(server, judge):
+    server.gate.clear()
+    call = ask(judge, "2")
+    await arrived(server, 1)
+    await cancelled(call)
+    server.gate.set()
+    await all_is_done()
+
+
 def test_an_answer_that_nobody_waits_for_any_more_is_kept(server):
     judge = make(server)
 
     async def main():
-        server.gate.clear()
-        call = ask(judge, "2")
-        await arrived(server, 1)
-        await cancelled(call)
-        server.gate.set()
-        await all_is_done()
+        await ask_and_give_up(server, judge)
         return await ask(judge, "2")
 
     assert asyncio.run(main()) == [0.5]
@@ -306,12 +310,7 @@ def test_a_failed_request_that_nobody_waits_for_is_not_tried_again(server):
     server.script.append(reply("", status=503))
 
     async def main():
-        server.gate.clear()
-        call = ask(judge, "2")
-        await arrived(server, 1)
-        await cancelled(call)
-        server.gate.set()
-        await all_is_done()
+        await ask_and_give_up(server, judge)
         assert len(server.requests) == 1
         return await ask(judge, "2")
 
@@ -325,12 +324,7 @@ def test_a_failure_that_nobody_waits_for_logs_no_warning(server):
 
     async def main():
         asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
-        server.gate.clear()
-        call = ask(judge, "2")
-        await arrived(server, 1)
-        await cancelled(call)
-        server.gate.set()
-        await all_is_done()
+        await ask_and_give_up(server, judge)
         gc.collect()
 
     asyncio.run(main())

@@ -16,7 +16,7 @@ from reward_programs import PROGRAM_COMPLETIONS, PROGRAM_VALUES, PROGRAMS, SIBLI
 from waiting import eventually
 
 from rlsys.config import RewardConfig
-from rlsys.rewards import check_functions, load_plugins, orms
+from rlsys.rewards import check_functions, load_plugins
 from rlsys.rewards.pool.failures import RewardCodeError
 from rlsys.rewards.pool.guard import family, memory_of
 from rlsys.rewards.pool.process import LocalBackend
@@ -128,11 +128,10 @@ class Unmade(ORM):
 
 
 @pytest.fixture
-def start(tmp_path):
+def start(tmp_path, forget_registrations):
     """Start a scorer with the plugin above; it and what it registers are gone afterwards."""
     plugin = tmp_path / "acts.py"
     plugin.write_text(PLUGIN)
-    registered = dict(orms.data)
     load_plugins([plugin])
     scorers = []
 
@@ -146,8 +145,6 @@ def start(tmp_path):
     yield start
     for scorer in scorers:
         scorer.close()
-    orms.data.clear()
-    orms.data.update(registered)
 
 
 def group_of(*texts: str, ticket: int = 0) -> RolloutGroup:

@@ -26,13 +26,7 @@ from rlsys.types import Completion, Prompt, RolloutGroup
 
 np = pytest.importorskip("numpy")
 
-
-@pytest.fixture(autouse=True)
-def _forget_registrations():
-    before = dict(orms.data)
-    yield
-    orms.data.clear()
-    orms.data.update(before)
+pytestmark = pytest.mark.usefixtures("forget_registrations")
 
 
 def group_of(*texts: str, **columns: object) -> RolloutGroup:

@@ -16,12 +16,8 @@ from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
 
 
 @pytest.fixture(autouse=True)
-def forget_what_is_registered(tmp_path, monkeypatch):
+def empty_folder(tmp_path, monkeypatch, forget_registrations):
     monkeypatch.chdir(tmp_path)
-    before = dict(orms.data)
-    yield
-    orms.data.clear()
-    orms.data.update(before)
 
 
 def write(name: str, text: str) -> None:
