@@ -68,8 +68,12 @@ def find_model_folder(path: str) -> Path:
     return Path(config).parent
 
 
-def resolve_model_path(path: str) -> Path:
+def resolve_model_path(path: str, *, local_files_only: bool = False) -> Path:
     """The local folder of a model: `path` itself, or the downloaded snapshot of a hub id.
+
+    Args:
+        path: model folder or hub id.
+        local_files_only: take a snapshot that was downloaded before.
 
     Raises:
         ValueError: `path` is a folder that this host does not have.
@@ -80,7 +84,7 @@ def resolve_model_path(path: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-    return Path(snapshot_download(path, allow_patterns=patterns))
+    return Path(snapshot_download(path, allow_patterns=patterns, local_files_only=local_files_only))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -19,6 +19,12 @@ TOKENIZER_FILES = (
 """The JSON files that this module reads, beside config.json."""
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder has a vocabulary, in one of the forms that transformers reads."""
+    names = ("tokenizer.json", "vocab.json", "vocab.txt", "tekken.json")
+    return any((folder / name).is_file() for name in names) or any(folder.glob("*.model"))
+
+
 def token_ids(folder: Path) -> dict[str, int]:
     """Token -> id, added tokens included; empty if no file says."""
     content = read_json(folder / "tokenizer.json")

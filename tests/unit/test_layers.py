@@ -28,7 +28,7 @@ LAYERS = {
     "tracking": "base, config, algo, run",
     "engines": "base, config, algo, model, weight_sync",
     "rewards": "base, config, plugins, sandbox, model",
-    "run": "base, config",
+    "run": "base, config, model",
     "weight_sync": "base, config",
     "model": "base, config",
     "algo": "base, config",
