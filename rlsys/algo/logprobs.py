@@ -18,6 +18,7 @@ megatron-core's do (copy_to_tensor_model_parallel_region, gather_from_sequence_p
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import linear
 
+from rlsys.algo.penalties import History, penalize_
 from rlsys.algo.sampling import WHOLE_VOCABULARY, Sampling, VocabSlice, fused, leave_out_
 
 NO_PROBABILITY = -1e4
@@ -40,6 +42,7 @@ def chunked_logprobs(
     vocab: VocabSlice = WHOLE_VOCABULARY,
     chunk_size: int,
     recompute: bool = True,
+    history: History | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of each distribution: two [T] tensors in nats.
 
@@ -49,7 +52,7 @@ def chunked_logprobs(
     take 0.3 GiB. The gradient of `weight_VH` is summed over chunks in float32, and rounded once.
 
     Computed in float32 (float64 for float64 logits), the type of the results; a gradient has the
-    type of its tensor. The choice of tokens by top_k and top_p counts as constant.
+    type of its tensor. The choice of tokens by min_p, top_k and top_p counts as constant.
 
     Args:
         hidden_TH: [T, H], the same on every rank that shares the vocabulary.
@@ -59,11 +62,14 @@ def chunked_logprobs(
         vocab: this rank's slice of the vocabulary.
         chunk_size: tokens whose logits exist at once.
         recompute: False keeps the logits of all chunks for the way back, in the type of
-            `hidden_TH`, which saves one of four products with `weight_VH`.
+            `hidden_TH`, which saves one of four products with `weight_VH`. Penalized logits are
+            always computed again.
+        history: the tokens before each target; needed where `sampling` penalizes them.
     """
-    keep_logits = not recompute and torch.is_grad_enabled()
+    assert (history is not None) == sampling.penalizes
+    keep_logits = not recompute and torch.is_grad_enabled() and not sampling.penalizes
     return _ChunkedLogprobs.apply(
-        hidden_TH, weight_VH, targets_T, sampling, vocab, chunk_size, keep_logits
+        hidden_TH, weight_VH, targets_T, sampling, vocab, chunk_size, keep_logits, history
     )
 
 
@@ -84,12 +90,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         vocab: VocabSlice,
         chunk_size: int,
         keep_logits: bool,
+        history: History | None,
     ) -> tuple[Tensor, Tensor]:
         by_chunk, kept, floors = [], [], []
-        for hidden, targets in zip(
-            hidden_TH.split(chunk_size), targets_T.split(chunk_size), strict=True
-        ):
-            logits = linear(hidden, weight_VH)
+        for chunk in _chunks(len(hidden_TH), chunk_size):
+            targets = targets_T[chunk]
+            logits = linear(hidden_TH[chunk], weight_VH)
+            if history is not None:
+                penalize_(logits, history.rows(chunk), sampling, vocab)
             floors.append(leave_out_(logits, targets, sampling, vocab))
             by_chunk.append(_compute_rows(logits, targets, sampling.temperature, vocab))
             if keep_logits:
@@ -98,7 +106,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx.save_for_backward(hidden_TH, weight_VH, *rows, *kept)
         # What backward needs to leave the same tokens out of logits that it computes again.
         ctx.sampling, ctx.vocab, ctx.floors, ctx.targets_T = sampling, vocab, floors, targets_T
-        ctx.chunk_size = chunk_size
+        ctx.chunk_size, ctx.history = chunk_size, history
         ctx.set_materialize_grads(False)  # entropy that no loss uses costs nothing
         return rows.logprobs_T, rows.entropy_T
 
@@ -112,13 +120,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_TH = torch.empty_like(hidden_TH)
         wide = torch.promote_types(weight_VH.dtype, torch.float32)
         grad_VH = torch.zeros_like(weight_VH, dtype=wide)
-        for i, start in enumerate(range(0, len(hidden_TH), ctx.chunk_size)):
-            chunk = slice(start, start + ctx.chunk_size)
-            hidden = hidden_TH[chunk]
+        for i, chunk in enumerate(_chunks(len(hidden_TH), ctx.chunk_size)):
+            hidden, factor_TV = hidden_TH[chunk], None
             if kept:
                 logits = kept[i]
             else:
                 logits = linear(hidden, weight_VH)
+                if ctx.history is not None:
+                    history = ctx.history.rows(chunk)
+                    factor_TV = penalize_(logits, history, ctx.sampling, ctx.vocab)
                 leave_out_(logits, ctx.targets_T[chunk], ctx.sampling, ctx.vocab, ctx.floors[i])
             grad_TV = _logits_gradient(
                 logits,
@@ -127,9 +137,15 @@ class _ChunkedLogprobs(torch.autograd.Function):
                 None if entropy_grad_T is None else entropy_grad_T[chunk],
                 ctx.sampling.temperature,
             )
+            if factor_TV is not None:
+                grad_TV *= factor_TV
             torch.mm(grad_TV, weight_VH, out=grad_TH[chunk])
             _add_product(grad_VH, grad_TV.t(), hidden)
-        return grad_TH, grad_VH.to(weight_VH.dtype), *[None] * 5
+        return grad_TH, grad_VH.to(weight_VH.dtype), *[None] * 6
+
+
+def _chunks(length: int, size: int) -> Iterator[slice]:
+    return (slice(start, start + size) for start in range(0, length, size))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,14 +1,16 @@
-"""The distribution that completions are sampled from: temperature, top_k, top_p, known tokens.
+"""The distribution that completions are sampled from: temperature, cuts, penalties, known tokens.
 
 The rollout engine samples from `softmax(logits / temperature)` over some tokens only, so the
 policy's log-probs are over the same tokens. Otherwise each would be off by the log of the mass that
-was cut. The order is vLLM's: ids beyond the tokenizer go, then all but the `top_k` likeliest, then
-the least likely ones as long as the others keep a mass of `top_p`.
+was cut. The order is vLLM's: ids beyond the tokenizer go, logits get their penalties
+(`rlsys/algo/penalties.py`), tokens below `min_p` times the likeliest go, then all but the `top_k`
+likeliest, then the least likely ones as long as the others keep a mass of `top_p`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +36,25 @@ class Sampling:
     """Mass of the likeliest tokens that are kept; 1 keeps all."""
     num_token_ids: int | None = None
     """Ids from here on only fill up the vocabulary and decode to nothing; None: all decode."""
+    min_p: float = 0.0
+    """Least probability of a token that is kept, as a share of the likeliest token's; 0 keeps all
+    (arXiv:2407.01082)."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """Neutral at 1, 0 and 0: see `rlsys.algo.penalties`."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the least likely tokens cannot be sampled."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits depend on the tokens before them."""
+        neutral = (1.0, 0.0, 0.0)
+        own = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return own != neutral
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +107,16 @@ def leave_out_(
         floor_T: the result of an earlier call for the same logits.
 
     Returns:
-        [T] the smallest logit that top_k and top_p keep; None without them.
+        [T] the smallest logit that min_p, top_k and top_p keep; None without them.
     """
-    truncates = sampling.top_k > 0 or sampling.top_p < 1.0
-    if not truncates and sampling.num_token_ids is None:
+    if not sampling.truncates and sampling.num_token_ids is None:
         return None
     columns_T, is_local_T = vocab.columns(targets_T, logits_TV.shape[1])
     columns_T1 = columns_T[:, None]
     sampled_T1 = logits_TV.gather(-1, columns_T1)
     if sampling.num_token_ids is not None:
         logits_TV[:, max(0, sampling.num_token_ids - vocab.start) :] = -torch.inf
-    if truncates:
+    if sampling.truncates:
         if floor_T is None:
             floor_T = _floor(logits_TV, sampling, vocab)
         logits_TV.masked_fill_(logits_TV < floor_T[:, None], -torch.inf)
@@ -110,6 +130,10 @@ def _floor(logits_TV: Tensor, sampling: Sampling, vocab: VocabSlice) -> Tensor:
     floor_T = torch.full(logits_TV.shape[:1], -torch.inf, dtype=wide, device=logits_TV.device)
     if sampling.top_k:
         floor_T = _kth_largest(logits_TV, sampling.top_k, vocab.group).to(wide)
+    if sampling.min_p:
+        max_T = vocab.all_reduce_(logits_TV.amax(dim=-1).to(wide), dist.ReduceOp.MAX)
+        # p >= min_p * p_max, as logits; the norm of the softmax cancels.
+        floor_T = torch.maximum(floor_T, max_T + sampling.temperature * math.log(sampling.min_p))
     if sampling.top_p < 1.0:
         floor_T = _nucleus_floor(logits_TV, sampling, floor_T, vocab)
     return floor_T

@@ -12,6 +12,7 @@ from rich.table import Table
 from rlsys.commands.console import make_console
 from rlsys.commands.explain_algorithm import describe_algorithm
 from rlsys.commands.explain_batches import batch_arithmetic
+from rlsys.commands.explain_options import describe_sampling
 from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.load import ResolvedConfig, load_config
@@ -59,6 +60,7 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
     problems = _find_problems(config)
     _print_config(resolved, console)
     print_pairs(console, "Algorithm", describe_algorithm(config))
+    print_pairs(console, "Sampling", describe_sampling(config.rollout))
     print_pairs(console, "Batches", batch_arithmetic(config))
     print_pairs(console, f"Actors on {device}", _describe_actors(config, device))
     shapes = _read_shapes(config)

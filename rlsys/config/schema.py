@@ -179,6 +179,21 @@ class RolloutConfig(Section):
     policy's log-probs and entropies are over the same tokens."""
     top_k: int = Field(default=0, ge=0)
     """Sample among the k likeliest tokens, as with top_p; 0 is off."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Sample among tokens with at least this share of the likeliest token's probability, as with
+    top_p; 0 is off. It comes before top_k and top_p."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Divide the logits of tokens that prompt or completion already have by this, and multiply
+    negative ones; 1 is off. The policy's log-probs have all penalties too, computed from each
+    token's own prefix, so ratios stay those of what was sampled. But training then moves penalized
+    logits: the model without the penalty repeats more, and final evaluations should sample with
+    it."""
+    presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Subtract this from the logits of tokens that the completion already has; 0 is off. See
+    repetition_penalty."""
+    frequency_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
+    """Subtract this from the logits of tokens once for each time that the completion has them; 0 is
+    off. See repetition_penalty."""
     stop: list[NonEmptyText] = []
     """Texts that end a completion, besides the model's EOS tokens: for base models,
     `["\\nQuestion:"]`. Tokens up to the end of the text are trained on. A text that is not a

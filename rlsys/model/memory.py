@@ -234,10 +234,11 @@ def _kept_activations(
 
 def _policy_logits(config: Config, shape: ModelShape, tokens: int, width: int) -> tuple[float, str]:
     tp = config.policy.tensor_parallel_size
-    num_bytes = _chunk_logit_bytes(shape, tokens, tp)
+    copies = _logit_copies(config)
+    num_bytes = _chunk_logit_bytes(config, shape, tokens, tp)
     text = (
         f"{min(tokens, LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
-        f"{shape.vocab_size:,} / TP x 4 bytes x 3 copies"
+        f"{shape.vocab_size:,} / TP x 4 bytes x {copies} copies"
     )
     # The output weight's gradient: summed over chunks in fp32, and in the weight's own type.
     head, logit_width, copied = (4 if width == 4 else 6), width, ""
@@ -317,7 +318,7 @@ def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor
             tokens * _layer_numbers(shape) * width / tp,
             "one layer: nothing is kept for a backward pass",
         ),
-        ("logits", _chunk_logit_bytes(shape, tokens, tp), ""),
+        ("logits", _chunk_logit_bytes(config, shape, tokens, tp), ""),
     ]
 
 
@@ -339,9 +340,15 @@ def _mlp_numbers(shape: ModelShape) -> int:
     return shape.num_experts_per_tok * expert + 2 * shape.num_experts
 
 
-def _chunk_logit_bytes(shape: ModelShape, tokens: int, tp: int) -> float:
-    """A chunk's logits in fp32, their exponentials and their gradient."""
-    return 3 * 4 * min(tokens, LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp
+def _logit_copies(config: Config) -> int:
+    """fp32 tensors as large as a chunk's logits: logits, exponentials, gradient, and penalties."""
+    rollout = config.rollout
+    counts = 2 if rollout.presence_penalty or rollout.frequency_penalty else 0
+    return 3 + (rollout.repetition_penalty != 1.0) + counts
+
+
+def _chunk_logit_bytes(config: Config, shape: ModelShape, tokens: int, tp: int) -> float:
+    return _logit_copies(config) * 4 * min(tokens, LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp
 
 
 def _weight_sync_bytes(config: Config, shape: ModelShape, width: int) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.algo.update_metrics import MetricSums
 
@@ -32,8 +33,24 @@ SAMPLINGS = {
     "top_k": Sampling(TEMPERATURE, top_k=4),
     "top_p": Sampling(TEMPERATURE, top_p=0.7),
     "both": Sampling(TEMPERATURE, top_k=5, top_p=0.6, num_token_ids=11),
+    "min_p": Sampling(TEMPERATURE, top_p=0.9, min_p=0.2),
     "half": Sampling(TEMPERATURE, num_token_ids=5),  # none of the second rank's
 }
+
+
+PENALIZED = Sampling(
+    TEMPERATURE, repetition_penalty=1.4, presence_penalty=0.5, frequency_penalty=0.3
+)
+
+
+def history() -> History:
+    """Two sequences, of 3 and 4 tokens; the first begins with a prompt token that comes again."""
+    return History(
+        token_ids_M=torch.tensor([4, 4, 9, 2, 11, 2, 2]),
+        is_sampled_M=torch.tensor([0, 1, 1, 0, 0, 1, 1]).bool(),
+        starts_T=torch.tensor([0, 0, 0, 3, 3, 3, 3]),
+        positions_T=torch.arange(TOKENS),
+    )
 
 
 def shared_tokens() -> Tensor:
@@ -102,7 +119,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
         "weight_grad": weight.grad,
     }
 
-    for name, sampling in SAMPLINGS.items():
+    for name, sampling in (SAMPLINGS | {"penalties": PENALIZED}).items():
         hidden = case["hidden"].clone().requires_grad_()
         logprobs, entropy = chunked_logprobs(
             hidden,
@@ -111,6 +128,7 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
             sampling=sampling,
             vocab=VocabSlice(start, group),
             chunk_size=3,
+            history=history() if sampling.penalizes else None,
         )
         (logprobs * case["grad"] + entropy).sum().backward()
         values = {"logprobs": logprobs, "entropy": entropy, "hidden_grad": hidden.grad}

@@ -19,7 +19,9 @@ from megatron.core.transformer.enums import AttnBackend
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from rlsys.algo.batching import PackedMicroBatch
 from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.config import Config, PolicyConfig
 from rlsys.model import memory
@@ -199,12 +201,18 @@ class LogprobHead:
         self._vocab = VocabSlice(start, group if group.size() > 1 else None)
 
     def __call__(
-        self, hidden: torch.Tensor, targets: torch.Tensor
+        self, hidden: torch.Tensor, micro_batch: PackedMicroBatch, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[1, T / sp, H] hidden states, [T] targets -> [T] log-probs in nats, [T] entropies.
+        """[1, T / sp, H] hidden states of T positions -> [T] log-probs in nats, [T] entropies.
 
-        T is this micro-batch's tokens; sp is the sequence-parallel size.
+        sp is the sequence-parallel size; under context parallelism the positions are this rank's.
         """
+        history = History.of(micro_batch, positions) if self._sampling.penalizes else None
+        return self._logprobs(hidden, micro_batch.targets[positions], history)
+
+    def _logprobs(
+        self, hidden: torch.Tensor, targets: torch.Tensor, history: History | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         model = self._model
         hidden = hidden.squeeze(0)
         if model.config.sequence_parallel:
@@ -225,6 +233,7 @@ class LogprobHead:
             vocab=self._vocab,
             chunk_size=memory.LOGPROB_CHUNK_TOKENS,
             recompute=self._recompute_logits,
+            history=history,
         )
 
     def warm_up(self, *, trains: bool, entropy_bonus: bool) -> None:
@@ -249,8 +258,11 @@ class LogprobHead:
             requires_grad=trains,
         )
         targets = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+        history = None
+        if self._sampling.penalizes:
+            history = History(targets, targets.bool(), targets, targets)
         with torch.set_grad_enabled(trains):
-            logprobs, entropy = self(hidden, targets)
+            logprobs, entropy = self._logprobs(hidden, targets, history)
         if trains:
             loss = (logprobs + entropy if entropy_bonus else logprobs).sum()
             # Differentiate only by the hidden states, so that no weight gets a gradient.

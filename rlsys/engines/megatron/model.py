@@ -86,7 +86,16 @@ class MegatronModel:
         rollout = self.config.rollout
         known = num_token_ids(resolve_model_path(self.config.model.path)) or vocab_size
         # Beyond the vocabulary are the rows that fill it up for tensor parallelism.
-        return Sampling(rollout.temperature, rollout.top_k, rollout.top_p, min(known, vocab_size))
+        return Sampling(
+            rollout.temperature,
+            rollout.top_k,
+            rollout.top_p,
+            min(known, vocab_size),
+            rollout.min_p,
+            rollout.repetition_penalty,
+            rollout.presence_penalty,
+            rollout.frequency_penalty,
+        )
 
     @property
     def more_gpus(self) -> str:
@@ -241,7 +250,7 @@ class MegatronModel:
             assert self._head is not None, "only the last pipeline stage has a loss"
             logprobs, entropies = (
                 gather_tokens(values, positions, self._cp_group, sum_gradients=False)
-                for values in self._head(hidden, micro_batch.targets[own])
+                for values in self._head(hidden, micro_batch, own)
             )
             return loss_of(logprobs, entropies, micro_batch)
 

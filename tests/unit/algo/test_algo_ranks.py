@@ -81,16 +81,18 @@ def test_reduced_metrics_are_those_of_one_rank_with_all_micro_batches(ranks):
         assert rank["metrics"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", algo_ranks.SAMPLINGS)
-def test_ranks_leave_out_the_same_tokens_as_one(ranks, name):
+@pytest.mark.parametrize("name", [*algo_ranks.SAMPLINGS, "penalties"])
+def test_ranks_leave_out_and_penalize_the_same_tokens_as_one(ranks, name):
     case = algo_ranks.problem()
+    sampling = (algo_ranks.SAMPLINGS | {"penalties": algo_ranks.PENALIZED})[name]
     hidden = case["hidden"].requires_grad_()
     logprobs, entropy = chunked_logprobs(
         hidden,
         case["weight"],
         case["targets"],
-        sampling=algo_ranks.SAMPLINGS[name],
+        sampling=sampling,
         chunk_size=1024,
+        history=algo_ranks.history() if sampling.penalizes else None,
     )
     (logprobs * case["grad"] + entropy).sum().backward()
     for rank in ranks:

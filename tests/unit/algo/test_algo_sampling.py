@@ -16,6 +16,9 @@ def as_sampled(logits, sampling):
     z = logits / sampling.temperature
     if sampling.num_token_ids is not None:
         z[:, sampling.num_token_ids :] = -torch.inf
+    if sampling.min_p:
+        probs = z.softmax(dim=-1)
+        z = z.masked_fill(probs < sampling.min_p * probs.amax(-1, keepdim=True), -torch.inf)
     ascending, order = z.sort(dim=-1)
     if sampling.top_k:
         ascending = ascending.masked_fill(
@@ -41,10 +44,11 @@ samplings = st.builds(
     top_k=st.sampled_from([0, 1, 3, 20]),
     top_p=st.sampled_from([0.05, 0.5, 0.9, 0.99, 1.0]),
     num_token_ids=st.sampled_from([None, 25, 30]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
 )
 
 
-@settings(max_examples=20)  # each has a hundred passes over its logits
+@settings(max_examples=30)  # each has a hundred passes over its logits
 @given(sampling=samplings, seed=st.integers(0, 99), scale=st.sampled_from([0.1, 2.0, 20.0]))
 def test_logprobs_are_those_of_sampling(sampling, seed, scale):
     rng = torch.Generator().manual_seed(seed)
@@ -63,7 +67,12 @@ def test_logprobs_are_those_of_sampling(sampling, seed, scale):
 
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize(
-    "sampling", [Sampling(TEMPERATURE, 3, 0.8), Sampling(TEMPERATURE, num_token_ids=5)]
+    "sampling",
+    [
+        Sampling(TEMPERATURE, 3, 0.8),
+        Sampling(TEMPERATURE, num_token_ids=5),
+        Sampling(TEMPERATURE, min_p=0.3),
+    ],
 )
 def test_gradients_of_both_results_are_finite_differences(sampling, recompute):
     """What is kept stays the same for small changes of the logits."""

@@ -246,7 +246,7 @@ def test_a_slip_does_not_look_like_another_project(tmp_path):
     [
         ("train_type", "Not needed: All weights are trained"),
         ("lora_rank", "Not supported: All weights are trained"),
-        ("rollout.min_p", "Not supported: "),
+        ("rollout.num_beams", "Not supported: "),
         ("deepspeed", "Not needed: megatron-core shards"),
         ("data.train_batch_size", "verl counts prompts, rlsys completions"),
         ("critic.optim.lr", "Not needed: GRPO has no critic"),

@@ -1,0 +1,57 @@
+"""Sampling and the options of other libraries in words, for `rlsys explain`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rlsys.config.fields import show_value
+
+if TYPE_CHECKING:
+    from rlsys.config import RolloutConfig
+
+_CUTS = {"min_p": 0.0, "top_k": 0, "top_p": 1.0}
+_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+def describe_sampling(rollout: RolloutConfig) -> list[tuple[str, str]]:
+    """(part, description): what completions are sampled from, and what that does to training."""
+    cuts, penalties = _set(rollout, _CUTS), _set(rollout, _PENALTIES)
+    settings = [f"temperature {rollout.temperature:g}", *cuts, *penalties]
+    pairs = [("sampled from", ", ".join(settings)), ("completions end", _end_text(rollout))]
+    if cuts:
+        pairs.append(
+            (
+                "left-out tokens",
+                "policy and reference leave them out too, each by its own logits: log-probs stay "
+                "comparable, except where rounding moves a token over the edge. What is left out "
+                "is never sampled and not trained: without the cut the model may still say it",
+            )
+        )
+    if penalties:
+        pairs.append(
+            (
+                "penalties: warning",
+                "log-probs of policy and reference have them, from each token's own prefix: ratios "
+                "and KL are those of the penalized model. That is the model which is trained: "
+                "sampled without the penalties it repeats more, so evaluate it with them",
+            )
+        )
+    return pairs
+
+
+def _set(rollout: RolloutConfig, neutral: dict[str, float]) -> list[str]:
+    """The settings that differ from their neutral values."""
+    values = {name: getattr(rollout, name) for name in neutral}
+    return [f"{name} {value:g}" for name, value in values.items() if value != neutral[name]]
+
+
+def _end_text(rollout: RolloutConfig) -> str:
+    text = f"at EOS tokens, or cut after {rollout.max_completion_length:,} tokens"
+    stops = [*map(repr, rollout.stop), *(f"token {i}" for i in rollout.stop_token_ids)]
+    if not stops:
+        return text
+    kept = "stays in" if rollout.include_stop_str_in_output else "is cut off"
+    return (
+        f"{text}, or with {show_value(stops)[1:-1]}: all tokens up to there are trained on, and "
+        f"the stop {kept} the text that rewards get; such a completion does not count as cut"
+    )

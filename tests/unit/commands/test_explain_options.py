@@ -1,0 +1,31 @@
+"""`rlsys explain` says what completions are sampled from, and what that does to training."""
+
+from config_cases import values
+
+from rlsys.commands.explain_options import describe_sampling
+from rlsys.config import Config
+
+
+def sampling(**rollout):
+    options = {"generation_batch_size": 16, **rollout}
+    return dict(describe_sampling(Config.model_validate(values(rollout=options)).rollout))
+
+
+def test_plain_sampling_needs_no_warning():
+    parts = sampling(temperature=0.7)
+    assert parts["sampled from"] == "temperature 0.7"
+    assert list(parts) == ["sampled from", "completions end"]
+
+
+def test_what_cuts_and_penalties_do_to_training_is_said():
+    parts = sampling(min_p=0.1, repetition_penalty=1.05)
+    assert parts["sampled from"] == "temperature 1, min_p 0.1, repetition_penalty 1.05"
+    assert "never sampled and not trained" in parts["left-out tokens"]
+    assert "sampled without the penalties it repeats more" in parts["penalties: warning"]
+
+
+def test_stops_are_named_with_what_is_trained_and_what_rewards_see():
+    text = sampling(stop=["\nQ:"], stop_token_ids=[7])["completions end"]
+    assert "'\\nQ:', token 7: all tokens up to there are trained on" in text
+    assert "the stop is cut off the text that rewards get" in text
+    assert "stays in" in sampling(stop=["x"], include_stop_str_in_output=True)["completions end"]
