@@ -176,15 +176,16 @@ def _head_problems(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _layer_problems(values: dict[str, Any]) -> Iterator[str]:
-    """Layers that differ from each other, or that see only a part of the context."""
+    """Layers of a kind that the family does not have."""
     model_type = values["model_type"]
+    allowed = FAMILIES[model_type].layer_types
     layer_types = values.get("layer_types") or []
     kinds = layer_types if isinstance(layer_types, list) else [layer_types]
-    others = sorted({repr(kind) for kind in kinds if kind != "full_attention"})
+    others = sorted({repr(kind) for kind in kinds if kind not in allowed})
     if others:
         yield (
             f"{model_type} with {', '.join(others)} in layer_types is not supported: each layer "
-            "has to be 'full_attention'"
+            f"has to be {' or '.join(map(repr, allowed))}"
         )
     num_layers = values.get("num_hidden_layers")
     if kinds and not others and len(kinds) != num_layers:

@@ -160,14 +160,19 @@ def sync_bucket_bytes(config: Config, shape: ModelShape, width: int) -> int:
 # --- policy --------------------------------------------------------------------------------------
 
 
-def rank_params(shape: ModelShape, *, tp: int, pp: int) -> int:
-    """A rank's parameters without experts, in the largest pipeline stage.
+def rank_params(shape: ModelShape, *, tp: int, pp: int, ep: int) -> tuple[int, int]:
+    """A rank's parameters without experts and of experts, in the largest pipeline stage.
 
     The last stage has an output head of its own, even if the head is tied to the embedding.
     """
-    layers = (shape.layer_params - shape.expert_params) * (shape.num_layers // pp)
     ends = 1 if shape.tied or pp > 1 else 2
-    return (layers + ends * shape.embedding_params) // tp
+    per_stage = shape.num_layers // pp
+    stages = [
+        shape.layer_params(shape.layers[first : first + per_stage])
+        for first in range(0, shape.num_layers, per_stage)
+    ]
+    dense, experts = max(stages, key=lambda stage: stage[0] / tp + stage[1] / ep)
+    return (dense + ends * shape.embedding_params) // tp, experts // ep
 
 
 def _policy(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
@@ -175,8 +180,7 @@ def _policy(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
     tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
     ep, cp = policy.expert_model_parallel_size, policy.context_parallel_size
     width = bytes_per_weight(config, device)
-    dense = rank_params(shape, tp=tp, pp=pp)
-    experts = shape.expert_params // ep * (shape.num_layers // pp)
+    dense, experts = rank_params(shape, tp=tp, pp=pp, ep=ep)
     params = dense + experts
     tokens = -(-micro_batch_tokens(config) // cp)
     layout = f"TP {tp}, PP {pp}" + (f", EP {ep}" if shape.is_moe else "")
@@ -333,11 +337,12 @@ def _layer_numbers(shape: ModelShape) -> int:
 
 
 def _mlp_numbers(shape: ModelShape) -> int:
-    if not shape.is_moe:
-        return 3 * shape.intermediate_size  # gate, up and their product
+    """In the layers whose MLP keeps most."""
+    # Gate, up and their product.
+    dense = 3 * shape.intermediate_size if shape.has_dense_mlp else 0
     # The same for each expert of the token, its copy of the input, its output; router logits.
     expert = 2 * shape.hidden_size + 3 * shape.moe_intermediate_size
-    return shape.num_experts_per_tok * expert + 2 * shape.num_experts
+    return max(dense, shape.num_experts_per_tok * expert + 2 * shape.num_experts)
 
 
 def _logit_copies(config: Config) -> int:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlsys.model.families import FAMILIES
-from rlsys.model.families.base import ModelFamily
+from rlsys.model.families.base import LayerShape, ModelFamily
 from rlsys.model.folder import read_json
 from rlsys.model.keys import key_problems
 
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Sizes of a decoder, dense or with experts in every layer."""
+    """Sizes of a decoder, and what its layers are."""
 
     model_type: str
     vocab_size: int
@@ -27,19 +29,25 @@ class ModelShape:
     tied: bool
     """Whether the output head is the embedding."""
     max_position_embeddings: int
+    layers: tuple[LayerShape, ...]
     num_experts: int = 0
-    """In each layer; 0 in dense models."""
+    """In each layer with experts; 0 in dense models."""
     num_experts_per_tok: int = 0
-    """Experts that a token goes through in each layer."""
+    """Experts that a token goes through in each layer with experts."""
     moe_intermediate_size: int = 0
-    """Intermediate size of one expert; a model with experts does not use `intermediate_size`."""
+    """Intermediate size of one expert; `intermediate_size` is that of layers without experts."""
     norm_topk_prob: bool = False
     """Whether the weights of a token's experts are normalised to a sum of 1."""
 
     @property
     def is_moe(self) -> bool:
-        """Whether the layers have experts."""
+        """Whether any layer has experts."""
         return self.num_experts > 0
+
+    @property
+    def has_dense_mlp(self) -> bool:
+        """Whether any layer has an MLP without experts."""
+        return not all(layer.has_experts for layer in self.layers)
 
     @property
     def family(self) -> ModelFamily:
@@ -52,20 +60,19 @@ class ModelShape:
         return self.vocab_size * self.hidden_size
 
     @property
-    def expert_params(self) -> int:
-        """Parameters of all experts of one layer."""
-        return sum(row.num_params for row in self.family.layer(self) if row.experts)
-
-    @property
-    def layer_params(self) -> int:
-        """Parameters of one layer, all its experts included."""
-        return sum(row.num_params for row in self.family.layer(self))
-
-    @property
     def num_params(self) -> int:
         """All parameters; the final norm and a tied embedding count once."""
         embeddings = self.embedding_params * (1 if self.tied else 2)
-        return embeddings + self.num_layers * self.layer_params + self.hidden_size
+        return embeddings + sum(self.layer_params(self.layers)) + self.hidden_size
+
+    def layer_params(self, layers: Sequence[LayerShape]) -> tuple[int, int]:
+        """Parameters of `layers`, without experts and of experts."""
+        dense = experts = 0
+        for layer, count in Counter(layers).items():
+            rows = self.family.layer(self, layer)
+            dense += count * sum(row.num_params for row in rows if not row.experts)
+            experts += count * sum(row.num_params for row in rows if row.experts)
+        return dense, experts
 
     def kv_elements_per_token(self, tensor_parallel_size: int) -> int:
         """Numbers that each rank's KV cache holds for one token; a rank has at least one head."""
@@ -118,6 +125,7 @@ def read_model_shape(folder: Path) -> ModelShape:
             head_dim=values.get("head_dim") or values["hidden_size"] // num_heads,
             tied=values.get("tie_word_embeddings", False),
             max_position_embeddings=values["max_position_embeddings"],
+            layers=family.layers(values),
             **family.own_sizes(values),
         )
     except KeyError as error:

@@ -122,12 +122,14 @@ def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
 def _rollout_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     tp = config.rollout.tensor_parallel_size
     # vLLM replicates KV heads and pads the vocabulary, so fewer sizes have to divide.
-    intermediate = shape.moe_intermediate_size if shape.is_moe else shape.intermediate_size
-    if shape.num_heads % tp or intermediate % tp:
+    sizes = [shape.num_heads]
+    sizes += [shape.intermediate_size] if shape.has_dense_mlp else []
+    sizes += [shape.moe_intermediate_size] if shape.is_moe else []
+    if any(size % tp for size in sizes):
         yield Problem(
             f"rollout.tensor_parallel_size = {tp} does not divide the model's {shape.num_heads} "
-            f"attention heads and intermediate size {intermediate}: use "
-            f"{_divisors(math.gcd(shape.num_heads, intermediate))}"
+            f"attention heads and intermediate size {' and '.join(map(str, sizes[1:]))}: use "
+            f"{_divisors(math.gcd(*sizes))}"
         )
     kv_heads = shape.num_kv_heads
     if kv_heads % tp and tp % kv_heads:
@@ -162,7 +164,7 @@ def _kv_cache(config: Config, shape: ModelShape) -> Iterator[Problem]:
 
 def _tensor_parallel(field: str, tp: int, shape: ModelShape) -> Iterator[Problem]:
     sizes = {"attention heads": shape.num_heads, "KV heads": shape.num_kv_heads}
-    if not shape.is_moe:  # experts are shared, not cut
+    if shape.has_dense_mlp:  # experts are shared, not cut
         sizes["intermediate size"] = shape.intermediate_size
     wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]
     if wrong:

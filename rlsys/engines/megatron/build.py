@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -24,6 +22,7 @@ from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.config import Config, PolicyConfig
+from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import memory
 from rlsys.model.attention import attention_problem
 from rlsys.model.shape import ModelShape
@@ -133,23 +132,14 @@ def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
     }
 
 
-def build_model(hf: PretrainedConfig, config: TransformerConfig, *, on_cpu: bool) -> GPTModel:
+def build_model(
+    hf: PretrainedConfig, shape: ModelShape, config: TransformerConfig, *, on_cpu: bool
+) -> GPTModel:
     """This rank's GPTModel, without weights; its output is hidden states, see `LogprobHead`."""
-    # Transformer Engine has no CPU kernels, so a GPU host that runs on its CPU does without it.
-    if not on_cpu and importlib.util.find_spec("transformer_engine") is not None:
-        spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts,
-            moe_grouped_gemm=config.moe_grouped_gemm,
-            qk_layernorm=config.qk_layernorm,
-        )
-    else:
-        from rlsys.engines.megatron.layers import torch_layer_spec
-
-        spec = torch_layer_spec(config)
     tp = config.tensor_model_parallel_size
     model = GPTModel(
         config,
-        spec,
+        block_spec(config, shape, on_cpu=on_cpu),
         # Filled up so that every rank has as many rows; see `MegatronWeights`.
         vocab_size=-(-hf.vocab_size // tp) * tp,
         max_sequence_length=hf.max_position_embeddings,

@@ -1,8 +1,4 @@
-"""A megatron-core layer spec without Transformer Engine: torch's RMSNorm and SDPA, packed (thd).
-
-Used on CPU. The norm of megatron-core's own local spec refuses sequence parallelism, its attention
-packed sequences.
-"""
+"""Layers without Transformer Engine, for the CPU: torch's RMSNorm, and SDPA on packed sequences."""
 
 from __future__ import annotations
 
@@ -11,14 +7,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import (
-    TransformerBlockSubmodules,
-    get_num_layers_to_build,
-)
 
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 
@@ -94,20 +85,3 @@ class PackedAttention(MegatronModule):
             enable_gqa=query.size(1) != key.size(1),
         )
         return attended.transpose(1, 2)[rows, columns].flatten(1)
-
-
-def torch_layer_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
-    """The decoder block, without Transformer Engine; a rank's experts run one after the other."""
-    layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
-        qk_layernorm=config.qk_layernorm,
-        normalization=config.normalization,
-    )
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-    attention = layer.submodules.self_attention.submodules
-    attention.core_attention = PackedAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
-    )

@@ -68,7 +68,7 @@ class MegatronModel:
         )
         with out_of_memory_explained(f"the {self.role}'s weights: {self.more_gpus}"):
             self.model = build_model(
-                self.hf_config, self.transformer_config, on_cpu=self.on_cpu
+                self.hf_config, shape, self.transformer_config, on_cpu=self.on_cpu
             ).to(self.device)
             self.weights = MegatronWeights(self.model, shape)
             self.weights.load(self.folder)

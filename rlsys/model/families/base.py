@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +19,29 @@ if TYPE_CHECKING:
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+Norms = Literal["pre", "post", "sandwich"]
+_HF_NORMS: dict[Norms, tuple[tuple[str, str], tuple[str, str]]] = {
+    "pre": (("input_layernorm", ""), ("post_attention_layernorm", "")),
+    "post": (("", "post_attention_layernorm"), ("", "post_feedforward_layernorm")),
+    "sandwich": (
+        ("input_layernorm", "post_attention_layernorm"),
+        ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ),
+}
+"""Names of the norms before and after attention, before and after the MLP."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What may differ between the decoder layers of one model."""
+
+    has_experts: bool = False
+    """Whether its MLP is a mixture of experts."""
+
+
+def uniform_layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
+    """config.json -> dense layers that are all alike."""
+    return (LayerShape(),) * values["num_hidden_layers"]
 
 
 @dataclass(frozen=True)
@@ -82,8 +105,51 @@ class WeightRow:
         return list(by_group.split([r // groups for r in rows], dim=1))
 
 
-def gated_mlp(shape: ModelShape) -> list[WeightRow]:
-    """Rows of a layer's MLP: down(silu(gate(x)) * up(x))."""
+def norm_row(hf_name: str, size: int, *names: str) -> WeightRow:
+    """The row of a norm's weight, `hf_name` in Hugging Face's layers and `names` in ours."""
+    weights = tuple(name if name.endswith("weight") else f"{name}.weight" for name in names)
+    return WeightRow(weights, (f"{hf_name}.weight",), ((size,),))
+
+
+def attention(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
+    """Rows of a layer's attention with grouped queries."""
+    hidden, head_dim, groups = shape.hidden_size, shape.head_dim, shape.num_kv_heads
+    q, kv = shape.num_heads * head_dim, groups * head_dim
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    rows = [
+        WeightRow(
+            ("self_attention.linear_qkv.weight",),
+            tuple(f"{name}.weight" for name in qkv),
+            ((q, hidden), (kv, hidden), (kv, hidden)),
+            tp_axis=0,
+            query_groups=groups,
+        ),
+        WeightRow(
+            ("self_attention.linear_proj.weight",),
+            ("self_attn.o_proj.weight",),
+            ((hidden, q),),
+            tp_axis=1,
+        ),
+    ]
+    if shape.family.has_qkv_bias:
+        rows.append(
+            WeightRow(
+                ("self_attention.linear_qkv.bias",),
+                tuple(f"{name}.bias" for name in qkv),
+                ((q,), (kv,), (kv,)),
+                tp_axis=0,
+                query_groups=groups,
+            )
+        )
+    if shape.family.has_qk_norm:
+        rows += [
+            norm_row(f"self_attn.{x}_norm", head_dim, f"self_attention.{x}_layernorm") for x in "qk"
+        ]
+    return rows
+
+
+def gated_mlp(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
+    """Rows of a layer's MLP: down(act(gate(x)) * up(x))."""
     hidden, ffn = shape.hidden_size, shape.intermediate_size
     return [
         WeightRow(
@@ -119,71 +185,49 @@ class ModelFamily:
     """Whether q, k and v have a bias, which config.json may not say."""
     has_qk_norm: bool = False
     """Whether q and k are normalised by head."""
-    mlp: Callable[[ModelShape], list[WeightRow]] = gated_mlp
-    """Rows of the second half of a layer, with names relative to the layer."""
+    layer_types: tuple[str, ...] = ("full_attention",)
+    """What layer_types of config.json may name."""
+    norms: Norms = "pre"
+    """Where a layer has norms: "pre" before attention and MLP, "post" after each, before its
+    output is added to the residual, "sandwich" both."""
+    layers: Callable[[Mapping[str, Any]], tuple[LayerShape, ...]] = uniform_layers
+    """config.json -> its layers; raises ValueError and KeyError."""
+    attention: Callable[[ModelShape, LayerShape], list[WeightRow]] = attention
+    """Rows of a layer's attention, with names relative to the layer."""
+    mlp: Callable[[ModelShape, LayerShape], list[WeightRow]] = gated_mlp
+    """Rows of a layer's MLP, with names relative to the layer."""
     own_sizes: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
     """config.json -> further fields of its ModelShape; raises ValueError and KeyError."""
 
-    def layer(self, shape: ModelShape) -> list[WeightRow]:
+    def layer(self, shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
         """Rows of one decoder layer, with names relative to the layer, in the model's order."""
-        hidden, head_dim, groups = shape.hidden_size, shape.head_dim, shape.num_kv_heads
-        q, kv = shape.num_heads * head_dim, groups * head_dim
-        qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        rows = [
-            WeightRow(
-                ("input_layernorm.weight", "self_attention.linear_qkv.layer_norm_weight"),
-                ("input_layernorm.weight",),
-                ((hidden,),),
-            ),
-            WeightRow(
-                ("self_attention.linear_qkv.weight",),
-                tuple(f"{name}.weight" for name in qkv),
-                ((q, hidden), (kv, hidden), (kv, hidden)),
-                tp_axis=0,
-                query_groups=groups,
-            ),
-            WeightRow(
-                ("self_attention.linear_proj.weight",),
-                ("self_attn.o_proj.weight",),
-                ((hidden, q),),
-                tp_axis=1,
-            ),
+        size, hf_names = shape.hidden_size, _HF_NORMS[self.norms]
+        before = [
+            ("input_layernorm", "self_attention.linear_qkv.layer_norm_weight"),
+            ("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_weight"),
         ]
-        if self.has_qkv_bias:
-            rows.append(
-                WeightRow(
-                    ("self_attention.linear_qkv.bias",),
-                    tuple(f"{name}.bias" for name in qkv),
-                    ((q,), (kv,), (kv,)),
-                    tp_axis=0,
-                    query_groups=groups,
-                )
-            )
-        if self.has_qk_norm:
-            rows += [
-                WeightRow(
-                    (f"self_attention.{x}_layernorm.weight",),
-                    (f"self_attn.{x}_norm.weight",),
-                    ((head_dim,),),
-                )
-                for x in "qk"
-            ]
-        norm = WeightRow(
-            ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
-            ("post_attention_layernorm.weight",),
-            ((hidden,),),
-        )
-        return [*rows, norm, *self.mlp(shape)]
+        after = [("self_attn_bda.norm",), ("mlp_bda.norm",)]
+        rows: list[WeightRow] = []
+        for block, part in enumerate((self.attention, self.mlp)):
+            hf_before, hf_after = hf_names[block]
+            rows += [norm_row(hf_before, size, *before[block])] if hf_before else []
+            rows += part(shape, layer)
+            rows += [norm_row(hf_after, size, *after[block])] if hf_after else []
+        return rows
 
 
 def weight_table(shape: ModelShape) -> list[WeightRow]:
     """Every parameter of a model, in the order of the model."""
     embedding_shape = (shape.vocab_size, shape.hidden_size)
-    layer = shape.family.layer(shape)
+    kinds = {layer: shape.family.layer(shape, layer) for layer in set(shape.layers)}
     norm = (("decoder.final_layernorm.weight",), ("model.norm.weight",), ((shape.hidden_size,),))
     rows = [
         WeightRow((EMBEDDING,), (HF_EMBEDDING,), (embedding_shape,), tp_axis=0),
-        *(row.in_layer(number) for number in range(shape.num_layers) for row in layer),
+        *(
+            row.in_layer(number)
+            for number, layer in enumerate(shape.layers)
+            for row in kinds[layer]
+        ),
         WeightRow(*norm),
     ]
     if not shape.tied:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlsys.model.families.base import ModelFamily, WeightRow
+from rlsys.model.families.base import LayerShape, ModelFamily, WeightRow
 from rlsys.model.families.qwen3 import QK_NORM_KEYS
 
 if TYPE_CHECKING:
     from rlsys.model.shape import ModelShape
 
 
-def _experts(shape: ModelShape) -> list[WeightRow]:
+def experts(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
     """The router, then linear_fc1 of every expert, then linear_fc2 of every expert."""
     hidden, ffn = shape.hidden_size, shape.moe_intermediate_size
     router = WeightRow(("mlp.router.weight",), ("mlp.gate.weight",), ((shape.num_experts, hidden),))
@@ -74,6 +74,7 @@ QWEN3_MOE = ModelFamily(
     inert=QK_NORM_KEYS | {"mlp_only_layers": ([],)},  # each layer has experts
     defaults={"num_key_value_heads": 4},
     has_qk_norm=True,
-    mlp=_experts,
+    layers=lambda values: (LayerShape(has_experts=True),) * values["num_hidden_layers"],
+    mlp=experts,
     own_sizes=_expert_sizes,
 )

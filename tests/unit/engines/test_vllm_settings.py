@@ -12,6 +12,7 @@ from rlsys.engines.vllm.settings import (
     rollout_env,
     sampling_arguments,
 )
+from rlsys.model.families.base import LayerShape
 from rlsys.model.shape import ModelShape
 from rlsys.model.stop_tokens import StopRules
 from rlsys.types import Prompt, SampleRequest
@@ -22,6 +23,7 @@ SHAPE = ModelShape(
     hidden_size=128,
     intermediate_size=384,
     num_layers=3,
+    layers=(LayerShape(),) * 3,
     num_heads=4,
     num_kv_heads=2,
     head_dim=32,

@@ -32,7 +32,7 @@ def test_ranks_share_experts_and_their_optimizer_state(tmp_path):
     policy = {"world_size": 4, "expert_model_parallel_size": 4}
     shared, shape = estimates(tmp_path, "cuda", policy=policy)
     replicas, _ = estimates(tmp_path, "cuda", policy={"world_size": 4})
-    experts = 4 * shape.expert_params
+    _, experts = shape.layer_params(shape.layers)
     weights = [found["policy"].gib["weights"] * GIB for found in (replicas, shared)]
     assert weights[0] - weights[1] == pytest.approx(experts * 3 / 4 * 2)
     # Each expert's state is in one place either way.
@@ -67,10 +67,10 @@ def test_replicas_share_the_optimizer_state_only_when_it_is_distributed(tmp_path
 
 def test_tensor_and_pipeline_ranks_hold_the_model_together(tmp_path):
     shape = read_model_shape(write_model(tmp_path / "untied", tie_word_embeddings=False))
-    whole = rank_params(shape, tp=1, pp=1)
-    assert rank_params(shape, tp=2, pp=1) == whole // 2
+    whole, _ = rank_params(shape, tp=1, pp=1, ep=1)
+    assert rank_params(shape, tp=2, pp=1, ep=1) == (whole // 2, 0)
     # The two stages have an embedding each: the first one's, and the head.
-    assert rank_params(shape, tp=1, pp=2) == whole // 2
+    assert rank_params(shape, tp=1, pp=2, ep=1) == (whole // 2, 0)
 
 
 def test_recompute_and_smaller_micro_batches_need_less(tmp_path):
