@@ -237,11 +237,11 @@ class LabRank(PolicyRank):
             for link in self.links["rollout"]
         ]
 
-    def gradient(self, batch):
+    def gradient(self, batch, loss=None):
         """The gradient of one optimizer step, which is not taken, in the form of `exported`."""
         optimizer = self.engine.optimizer
         optimizer.step = lambda: (True, 0.0, None)
-        self.engine.update(batch)
+        self.engine.update(batch, loss=loss)
         del optimizer.step
         gradients = copy(self.engine.weights)
         gradients._parameters = {

@@ -1,0 +1,62 @@
+"""One tiny model of every family, with all that sets the family apart.
+
+A new family adds an entry to MODELS; docs/models.md is written from this table.
+"""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from tiny_models import SIZES, save_model
+
+EXPERTS = {
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+MODELS = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", {"hidden_size": 128}),  # heads of 32, without head_dim
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
+}
+"""Name -> config class of transformers, options. The name begins with the model_type."""
+
+
+@torch.no_grad()
+def save_family_model(folder, name, *, seed=0):
+    """Write a random fp32 model in which norms and biases matter too."""
+    config_class, options = MODELS[name]
+    options = {"tie_word_embeddings": False} | options
+    config = getattr(transformers, config_class)(**SIZES | options)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    rng = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(0.0, 0.15, generator=rng)
+        if "norm" in name:
+            parameter += 1.0
+    save_model(model, folder)
+
+
+def transformers_model(folder):
+    """transformers' own model, in fp32 and without fused kernels."""
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+@torch.no_grad()
+def gradient_by_name(model, folder):
+    """The gradient of transformers' model, by the names that tensors have in checkpoints.
+
+    transformers holds some tensors in another form than checkpoints do (all experts in one), and
+    converts them when it saves: so the gradient is saved in place of the weights.
+    """
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")

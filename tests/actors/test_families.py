@@ -1,0 +1,114 @@
+"""Each model family: weights, log-probs, gradient, a synced engine are those of transformers."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from family_models import MODELS, gradient_by_name, save_family_model, transformers_model
+from greedy_rollouts import PROMPTS, greedy, reload, start_reloading_engine
+from policy_cases import LAYOUTS, exported, padded_logprobs, policy_config, random_batch
+from safetensors.torch import load_file
+
+from rlsys.actors.weight_publisher import WeightPublisher
+from rlsys.model.families import FAMILIES
+from rlsys.model.shape import read_model_shape
+
+pytestmark = pytest.mark.system
+
+CUT = [pytest.param(layout, marks=pytest.mark.slow) for layout in ("TP 2", "PP 2")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Model folders by name, each made when a test asks for it."""
+    root = tmp_path_factory.mktemp("families")
+
+    def folder(name):
+        if not (root / name).exists():
+            save_family_model(root / name, name)
+        return root / name
+
+    return folder
+
+
+def layout_of(name, layout):
+    """The settings of a layout; experts are shared by the ranks that cut the rest."""
+    experts = {"expert_model_parallel_size": 2} if layout == "TP 2" and "moe" in name else {}
+    return LAYOUTS[layout] | experts
+
+
+def norm(tensors):
+    return math.sqrt(sum(tensor.double().square().sum() for tensor in tensors.values()))
+
+
+def test_every_family_has_a_model_here():
+    types = {getattr(transformers, config_class).model_type for config_class, _ in MODELS.values()}
+    assert types == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("layout", ["one rank", *CUT])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_logprobs_and_gradient_are_those_of_transformers(
+    lab, folders, tmp_path, name, layout
+):
+    folder, batch = folders(name), random_batch()
+    # Sharded optimizers leave each rank with the sum of its own part of the gradient only.
+    options = layout_of(name, layout) | {"use_distributed_optimizer": False}
+    policy = lab.policy(policy_config(folder, **options))
+
+    saved, tensors = load_file(folder / "model.safetensors"), exported(policy)
+    assert tensors.keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in tensors.items())
+    announced = {meta.name: meta.shape for meta in policy.weight_metadata()}
+    assert announced == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shape = read_model_shape(folder)
+    assert shape.num_params == sum(tensor.numel() for tensor in saved.values())
+
+    model = transformers_model(folder)
+    expected = padded_logprobs(model, batch)
+    torch.testing.assert_close(
+        policy.compute_logprobs(batch)[0], expected.detach(), rtol=0, atol=1e-5
+    )
+    mask = batch.completion_mask
+    (-(expected * mask).sum(1) / mask.sum(1)).mean().backward()
+    expected = gradient_by_name(model, tmp_path / "gradient")
+    gradient = policy.call("gradient", batch, "sft")[0]
+    assert gradient.keys() == expected.keys()
+    assert norm(expected) > 0.1
+    differences = {key: gradient[key] - expected[key] for key in expected}
+    assert norm(differences) <= 1e-5 * norm(expected)
+    for key, difference in differences.items():
+        assert difference.norm() <= 1e-4 * expected[key].norm() + 1e-7, key
+
+
+@pytest.fixture(scope="module")
+def engine(ray_cluster, rollout_config, tiny_models):
+    engine = start_reloading_engine(rollout_config(tiny_models[True, 1]))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.slow  # starts an engine for each
+@pytest.mark.parametrize("name", MODELS)
+def test_a_synced_engine_samples_what_transformers_does(
+    lab, engine, rollout_config, folders, tmp_path, name
+):
+    config = rollout_config(folders(name))
+    reload(engine, config)
+    policy = lab.policy(policy_config(folders(name)))
+    policy.update(random_batch(), loss="sft")
+    WeightPublisher(policy, engine, config.weight_sync).publish()
+    tokens, logprobs, _ = greedy(engine)
+
+    policy.save_model(tmp_path / "updated")
+    model = transformers_model(tmp_path / "updated")
+    given = iter(logprobs)
+    for prompt, completion in zip(PROMPTS, tokens, strict=True):
+        row = torch.tensor([prompt.token_ids + completion])
+        with torch.no_grad():
+            predicted = torch.log_softmax(model(row).logits[0, len(prompt.token_ids) - 1 : -1], -1)
+        chosen = predicted.gather(-1, torch.tensor(completion)[:, None]).squeeze(-1)
+        assert [next(given) for _ in completion] == pytest.approx(chosen.tolist(), abs=1e-5)
+        # Greedy, but for tokens of which rounding decides.
+        assert (predicted.max(-1).values - chosen).max() < 1e-5
