@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
@@ -32,14 +34,59 @@ def replacing(target: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """Write a folder as a whole or not at all.
+
+    Yields an empty folder beside it. When the body ends, it becomes `target` in one rename; when
+    the body raises, it is removed and `target` stays as it was. A killed process leaves it behind,
+    with ".partial" at the end of its name, and the next one to write `target` removes it.
+    """
+    partial, replaced = (target.with_name(target.name + end) for end in (".partial", ".replaced"))
+    if replaced.exists() and not target.exists():  # killed between the two renames below
+        replaced.rename(target)
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        flush_to_disk(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if not target.exists():
+        partial.rename(target)
+    elif _exchange(partial, target):
+        replaced = partial
+    else:
+        target.rename(replaced)
+        partial.rename(target)
+    _flush(target.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; False where system or file system cannot, such as macOS."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_working_directory, exchange = -100, 2  # of Linux's <fcntl.h> and <stdio.h>
+    places = (at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other))
+    return renameat2(*places, exchange) == 0
+
+
 def flush_to_disk(folder: Path) -> None:
     """Return when a folder and its contents survive a crash of the machine."""
     for path in (folder, *folder.rglob("*")):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def path_exists(path: Path) -> bool:
@@ -65,6 +112,14 @@ def unused_folder(folder: Path) -> Path:
 def bytes_in(folder: Path) -> int:
     """Size of all files below a folder; 0 if it does not exist."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def free_bytes(place: Path) -> int:
+    """Free bytes of the disk that a file or folder is on, or would be on."""
+    place = place.absolute()
+    while not place.is_dir():
+        place = place.parent
+    return shutil.disk_usage(place).free
 
 
 def size_text(num_bytes: int) -> str:

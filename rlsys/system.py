@@ -26,13 +26,13 @@ from rlsys.config.local_paths import with_absolute_paths
 from rlsys.config.roles import plan_roles
 from rlsys.data import PromptData
 from rlsys.data.streams.make import make_prompt_stream
+from rlsys.model.weight_files import ROLLOUTS_FILE
 from rlsys.plugins.load import load_plugins
 from rlsys.preflight.memory import memory_warnings
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.tracking import Tracker
 from rlsys.types import Device
 
-ROLLOUTS_FILE = "rollouts.json"
 REFERENCE_FOLDER = "reference"
 
 

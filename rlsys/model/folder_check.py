@@ -12,12 +12,14 @@ from pathlib import Path
 from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT, weight_table
 from rlsys.model.folder import read_json
 from rlsys.model.keys import ignored_prose
+from rlsys.model.other_kinds import quantized_as, quantized_problem
 from rlsys.model.shape import ModelShape, read_model_config, read_model_shape
 from rlsys.model.tokenizer_files import (
     TOKENIZER_FILES,
     chat_template,
     eos_token,
     eos_token_ids,
+    num_token_ids,
     resize_remedy,
     token_ids,
 )
@@ -35,6 +37,8 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 """Old checkpoints hold the rotary frequencies, which follow from config.json."""
 _MAX_NAMED = 3
+_MAX_PADDING = 1024
+"""Embeddings without a token that a vocabulary of any size may be filled up with."""
 
 
 def check_model_folder(folder: Path, *, has_prompts: bool) -> None:
@@ -116,6 +120,10 @@ def _table_problems(
         for row in weight_table(shape)
         for name, hf_shape in zip(row.hf_names, row.hf_shapes, strict=True)
     }
+    quantized = quantized_as(stored.keys() - expected.keys())
+    if quantized is not None:
+        yield f"{folder}: {quantized_problem(quantized)}"
+        return
     found = {name: tensor for name, tensor in stored.items() if name in expected}
     missing = [name for name in expected if name not in stored]
     if missing:
@@ -144,9 +152,9 @@ def _table_problems(
     yield from _shape_problems(found, expected)
     for dtype in sorted({tensor.dtype for tensor in found.values()} - {*_FLOATS}):
         names = [name for name, tensor in found.items() if tensor.dtype == dtype]
+        method = "fp8" if dtype.startswith("F8") else dtype
         yield (
-            f"{found[names[0]].file}: stored as {dtype}: {_some(names)}. rlsys trains weights in "
-            "bfloat16 or float32: use the model that was quantized"
+            f"{found[names[0]].file}: {_some(names)} stored as {dtype}: {quantized_problem(method)}"
         )
     if shape.tied and HF_OUTPUT in stored and HF_EMBEDDING in stored:
         embedding, output = stored[HF_EMBEDDING], stored[HF_OUTPUT]
@@ -203,11 +211,23 @@ def _tokenizer_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
     if not (folder / "tokenizer.json").is_file() and not any(folder.glob("*.model")):
         yield f"{folder} holds no tokenizer.json, so no tokenizer"
         return
-    template, eos, size = chat_template(folder), eos_token(folder), shape.vocab_size
-    if not template:
+    if not chat_template(folder):
         yield (
             f"the tokenizer of {folder} has no chat template, which turns messages into a prompt: "
             "use an instruct model, or add a chat_template.jinja to the folder"
+        )
+    yield from vocabulary_problems(folder, shape)
+
+
+def vocabulary_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
+    """Tokens that the model needs and has no embedding for, and embeddings of another tokenizer."""
+    template, eos, size = chat_template(folder), eos_token(folder), shape.vocab_size
+    known = num_token_ids(folder)
+    if known is not None and size - known > max(_MAX_PADDING, known // 8):
+        yield (
+            f"{folder}: the model has embeddings for {size:,} tokens (vocab_size in config.json) "
+            f"and its tokenizer {known:,} tokens, {size - known:,} fewer, which is more than "
+            "padding: use the tokenizer that the model was trained with"
         )
     outside = {token: i for token, i in token_ids(folder).items() if i >= size}
     for token, token_id in sorted(outside.items(), key=lambda entry: entry[1]):
@@ -224,6 +244,22 @@ def _tokenizer_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
                 f"{file}: eos_token_id {token_id!r} is not one of the model's "
                 f"{size:,} tokens (vocab_size in config.json): correct it"
             )
+
+
+def vocabulary_notes(folder: Path, shape: ModelShape) -> list[str]:
+    """How tokenizer and embedding differ without harm."""
+    known, size = num_token_ids(folder), shape.vocab_size
+    if known is None or known == size:
+        return []
+    if known < size:
+        return [
+            f"{size - known:,} of the {size:,} embeddings have no token: the vocabulary is padded, "
+            "and stays so"
+        ]
+    return [
+        f"{known - size:,} of the tokenizer's {known:,} tokens have no embedding, and neither chat "
+        f"template nor eos_token uses them: a prompt must not hold them. {resize_remedy(known)}"
+    ]
 
 
 def _unreadable(folder: Path) -> Iterator[str]:

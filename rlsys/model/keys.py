@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rlsys.model.families import FAMILIES
+from rlsys.model.other_kinds import quantization_method, quantized_problem
 
 
 def _names(text: str) -> frozenset[str]:
@@ -116,10 +117,7 @@ def key_problems(values: dict[str, Any]) -> Iterator[str]:
             if value not in inert[key]:
                 yield f"{model_type} with {key} = {value!r} is not supported{_allowed(inert[key])}"
         elif key == "quantization_config":
-            yield (
-                f"quantization_config: its weights are stored as {_method(value)}, and rlsys "
-                "trains weights in bfloat16 or float32: use the model that was quantized"
-            )
+            yield f"quantization_config: {quantized_problem(quantization_method(value))}"
         elif key == "auto_map":
             yield (
                 f"auto_map = {value!r}: the model brings code of its own, which rlsys does not "
@@ -139,11 +137,6 @@ def ignored_prose(values: dict[str, Any]) -> list[str]:
 
 def _allowed(allowed: tuple[Any, ...]) -> str:
     return f": it may be {' or '.join(map(repr, allowed)) or 'null'}"
-
-
-def _method(value: Any) -> str:
-    method = value.get("quant_method") if isinstance(value, dict) else None
-    return str(method or "quantized numbers")
 
 
 def _size_problems(values: dict[str, Any]) -> Iterator[str]:

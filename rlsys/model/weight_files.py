@@ -9,6 +9,12 @@ from pathlib import Path
 from rlsys.model.folder import read_json, refuse_lfs_pointer
 
 INDEX = "model.safetensors.index.json"
+ROLLOUTS_FILE = "rollouts.json"
+"""In a checkpoint of rlsys: the place in the data."""
+TRACKER = "latest_checkpointed_iteration.txt"
+"""In a folder of Megatron-LM: names the folder below that holds the weights."""
+OF_THE_RUN = (ROLLOUTS_FILE, "trainer_state.json", TRACKER)
+"""Files that rlsys, transformers' Trainer and Megatron-LM write beside a model."""
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000
 """The format's own limit."""

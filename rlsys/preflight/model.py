@@ -11,6 +11,7 @@ from rlsys.config import Config
 from rlsys.model.folder import find_model_folder
 from rlsys.model.folder_check import folder_problems
 from rlsys.model.memory import kv_cache_bytes, longest_row
+from rlsys.model.other_kinds import refuse_other_kind
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.devices import guess_device
 from rlsys.problems import Problem
@@ -54,6 +55,7 @@ def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | Non
     except ValueError as error:
         return None, [Problem(f"{field}: {error}", only_here=True)]
     try:
+        refuse_other_kind(folder)
         shape = read_model_shape(folder)
     except ValueError as error:
         return None, [Problem(f"{field}: {line}") for line in str(error).splitlines()]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
 from rlsys.config.local_paths import is_in_job_copy
-from rlsys.files import bytes_in, size_text
+from rlsys.files import bytes_in, free_bytes, size_text
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.memory import bytes_per_weight
 from rlsys.model.shape import ModelShape, read_model_shape
@@ -89,7 +88,7 @@ def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]
             of_each = f"weights {size_text(use.weights)} + optimizer {size_text(use.optimizer)}"
             of_each += f" + reference {size_text(use.reference)}" if use.reference else ""
             parts.insert(0, f"{counted(use.num_checkpoints, 'checkpoint')} x ({of_each})")
-        free = size_text(_free_bytes(run.path))
+        free = size_text(free_bytes(run.path))
         pairs.append(("disk", f"{size_text(use.total)} at most = {' + '.join(parts)}; {free} free"))
     return pairs
 
@@ -103,7 +102,7 @@ def disk_warning(config: Config, use: DiskUse) -> str | None:
     own = 0
     if config.checkpoint.resume:
         own = sum(bytes_in(folder) for folder in (run.checkpoints, run.final))
-    free = _free_bytes(run.path)
+    free = free_bytes(run.path)
     if free + own >= use.total:
         return None
     remedies = ["free some"]
@@ -130,13 +129,6 @@ def _how_often(config: Config) -> str:
         every = "step" if interval == 1 else f"{interval:,} of {max_steps:,} steps"
     rarer = ", or less often where saving takes more than a tenth of the time"
     return f"every {every}{rarer if save_steps == 'auto' else ''}, after the last step"
-
-
-def _free_bytes(place: Path) -> int:
-    place = place.absolute()
-    while not place.is_dir():
-        place = place.parent
-    return shutil.disk_usage(place).free
 
 
 def saving_lines(config: Config) -> Iterator[str]:

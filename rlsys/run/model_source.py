@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rlsys.config.dataset_spec import is_local_path
 from rlsys.model.folder import find_model_folder, hub_answers, read_json, resolve_model_path
+from rlsys.model.other_kinds import refuse_other_kind
 from rlsys.model.tokenizer_files import has_tokenizer
 from rlsys.model.weight_files import INDEX, indexed_names, weight_files
 from rlsys.run.checkpoints import checkpoint_steps
@@ -71,12 +72,7 @@ def check_loadable(folder: Path) -> None:
     Raises:
         ValueError: config.json, weights or tokenizer are missing; the text says what to do.
     """
-    if (folder / "adapter_config.json").is_file():
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-        raise ValueError(
-            f"{folder} is a LoRA adapter{f' of {base}' if base else ''}, not a model: merge it "
-            "with peft (`merge_and_unload()`, then `save_pretrained`), and name that folder"
-        )
+    refuse_other_kind(folder)
     if not read_json(folder / "config.json"):
         raise ValueError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
     named, found = indexed_names(folder), weight_files(folder)

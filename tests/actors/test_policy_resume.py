@@ -91,6 +91,15 @@ def test_another_layout_goes_on_from_the_same_place(lab, policy_models, tmp_path
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-5, msg=name)
 
 
+def test_a_resumed_run_takes_its_learning_rate_from_the_config(lab, policy_models, tmp_path):
+    """The checkpoint has the rates of its own run, too."""
+    run_and_save(lab, config_of(policy_models, lr=1e-3), tmp_path / "step-2")
+    changed = config_of(policy_models, lr=2e-3)
+    metrics, _ = resume(lab, changed, tmp_path / "step-2")
+    expected, _ = run_and_save(lab, changed, tmp_path / "changed")
+    assert [m["learning_rate"] for m in metrics] == [m["learning_rate"] for m in expected]
+
+
 def test_an_optimizer_state_of_the_other_kind_is_refused(lab, policy_models, tmp_path):
     run_and_save(lab, config_of(policy_models), tmp_path / "step-2")
     policy = lab.policy(config_of(policy_models, use_distributed_optimizer=False))

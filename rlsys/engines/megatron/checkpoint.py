@@ -1,8 +1,8 @@
 """The optimizer's state through megatron-core's dist_checkpointing: exact, and reshardable.
 
-Stored by place in the whole model, so a run may continue with other tensor, pipeline or data
-parallelism. The weights are in Hugging Face's files beside it. Random state is not needed: dropout
-is 0, and mini-batches are a function of (seed, version).
+Stored by place in the whole model, so a run may continue with other tensor, pipeline, expert or
+data parallelism. The weights are in Hugging Face's files beside it. Random state is not needed:
+dropout is 0, and mini-batches are a function of (seed, version).
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -43,7 +45,6 @@ def save_optimizer(
         "scheduler": scheduler.state_dict(),
         "policy_version": policy_version,
         "use_distributed_optimizer": optimizer.config.use_distributed_optimizer,
-        "shares_experts": _shares_experts(),
     }
     (folder / OPTIMIZER_FOLDER).mkdir(exist_ok=True)
     dist_checkpointing.save(state, str(folder / OPTIMIZER_FOLDER))
@@ -67,13 +68,6 @@ def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:
             f"the checkpoint {folder} was written with policy.use_distributed_optimizer = "
             f"{str(distributed).lower()}: continue with the same value"
         )
-    if common["shares_experts"] != _shares_experts():
-        was, must = ("above 1", "also above 1") if common["shares_experts"] else ("1", "also 1")
-        raise ValueError(
-            f"the checkpoint {folder} was written with policy.expert_model_parallel_size {was}, "
-            "and above 1 megatron-core has a separate optimizer for experts: continue with a "
-            f"value that is {must}"
-        )
 
 
 def load_optimizer(
@@ -82,19 +76,65 @@ def load_optimizer(
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> int:
-    """Continue from the checkpoint in `folder`, whose weights `model` has; return its version."""
-    template = {"optimizer": _sharded_state(model, optimizer, is_loading=True)}
-    state = dist_checkpointing.load(template, str(folder / OPTIMIZER_FOLDER))
-    optimizer.load_state_dict(state["optimizer"])
-    # Only its position: the schedule itself is the config's, which may have changed.
+    """Continue from the checkpoint in `folder`, whose weights `model` has; return its version.
+
+    The checkpoint gives the state of each parameter, and how many steps that is. All else, such as
+    learning rates, is the config's, which may have changed.
+    """
+    place = str(folder / OPTIMIZER_FOLDER)
+    common = dist_checkpointing.load_common_state_dict(place)
+    own = _sharded_state(model, optimizer, is_loading=True)
+    _set_steps(own, common["optimizer"])
+    # Tensors are found by their own names. Under another name than "optimizer" nothing that is not
+    # a tensor is mixed in: with shared experts megatron-core has two optimizers, else one, and what
+    # they save besides has another form.
+    state = dist_checkpointing.load({"own": _with_own_values(own)}, place)
+    optimizer.load_state_dict(state["own"])
     scheduler.num_steps = 0
-    scheduler.step(increment=state["scheduler"]["num_steps"])
-    return state["policy_version"]
+    scheduler.step(increment=common["scheduler"]["num_steps"])
+    return common["policy_version"]
 
 
-def _shares_experts() -> bool:
-    """Whether experts have a separate optimizer, because their replicas are on other ranks."""
-    return parallel_state.get_expert_model_parallel_world_size() > 1
+def _set_steps(own: Any, saved: Any) -> None:
+    """Give the state of each own optimizer the number of steps that was saved.
+
+    Transformer Engine's Adam and DistributedOptimizer count in groups of parameters, torch's AdamW
+    elsewhere counts for each parameter, which megatron-core saves as `common_step`.
+    """
+    for container, key in (("param_groups", "step"), ("state", "common_step")):
+        steps = [part[key] for part in _parts(saved, container) if key in part]
+        for part in _parts(own, container) if steps else ():
+            part[key] = steps[0]
+
+
+def _parts(state: Any, name: str) -> Iterator[dict[Any, Any]]:
+    """The mappings under `name`, wherever that is in nested mappings."""
+    for key, value in state.items() if isinstance(state, dict) else ():
+        if key == name:
+            yield from value if isinstance(value, list) else [value]
+        else:
+            yield from _parts(value, name)
+
+
+def _with_own_values(state: Any) -> Any:
+    """A sharded state whose other values are not looked for in the checkpoint."""
+    if isinstance(state, ShardedBase):
+        return state
+    if isinstance(state, dict | list) and any(
+        isinstance(value, ShardedBase) for value in nested_values(state)
+    ):
+        if isinstance(state, list):
+            return [_with_own_values(value) for value in state]
+        return {key: _with_own_values(value) for key, value in state.items()}
+    return LocalNonpersistentObject(_unwrapped(state))
+
+
+def _unwrapped(state: Any) -> Any:
+    if isinstance(state, dict):
+        return {key: _unwrapped(value) for key, value in state.items()}
+    if isinstance(state, list):
+        return [_unwrapped(value) for value in state]
+    return state.unwrap() if isinstance(state, LocalNonpersistentObject) else state
 
 
 def _sharded_state(

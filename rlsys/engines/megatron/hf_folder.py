@@ -12,8 +12,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from rlsys.files import flush_to_disk
-from rlsys.model.weight_files import INDEX, weight_files
+from rlsys.files import replacing_folder
+from rlsys.model.families.base import weight_table
+from rlsys.model.shape import ModelShape
+from rlsys.model.weight_files import INDEX, OF_THE_RUN, weight_files
 from rlsys.weight_sync.plan import shard_bounds
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -55,46 +57,99 @@ class SafetensorsReader:
         return tensor[own] if axis == 0 else tensor[:, own]
 
 
-def save_model_folder(
-    source: Path, folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype
-) -> None:
-    """Write `folder` as a model folder, see `write_model_files`.
+def stored_tensors(
+    folder: Path, shape: ModelShape, dtype: torch.dtype | None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model folder in the model's order, each read when its turn comes.
 
-    Everything is written to a folder beside it first, which then takes its name: `folder` is
-    either whole or not there (or still what it was).
+    Args:
+        folder: holds safetensors.
+        shape: the one in config.json.
+        dtype: what all are converted to; None keeps the types that are stored.
+
+    Raises:
+        ValueError: a number is too large for `dtype`.
     """
-    partial, replaced = (folder.with_name(folder.name + end) for end in (".partial", ".replaced"))
-    for leftover in (partial, replaced):  # of a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    write_model_files(source, partial, tensors, dtype)
-    flush_to_disk(partial)
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with SafetensorsReader(folder) as reader:
+        for row in weight_table(shape):
+            for name in row.hf_names:
+                yield name, converted(name, reader.shard(name, None, 0, 1), dtype)
+
+
+def converted(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """`tensor` as `dtype`; None keeps its type.
+
+    Raises:
+        ValueError: a number is too large for `dtype`.
+    """
+    if dtype is None or dtype == tensor.dtype:
+        return tensor
+    result = tensor.to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(result).all() and tensor.isfinite().all():
+        raise ValueError(
+            f"{name} holds {tensor.abs().max():g}, and float16 ends at 65,504: use bfloat16"
+        )
+    return result
+
+
+def save_model_folder(
+    source: Path,
+    folder: Path,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write `folder` as a model folder, see `write_model_files`; it is whole or not there."""
+    with replacing_folder(folder) as partial:
+        write_model_files(source, partial, tensors, dtype, max_shard_bytes)
 
 
 def write_model_files(
-    source: Path, folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], dtype: torch.dtype
+    source: Path,
+    folder: Path,
+    tensors: Iterator[tuple[str, torch.Tensor]],
+    dtype: torch.dtype,
+    max_shard_bytes: int | None = None,
 ) -> None:
-    """Write the weights `tensors`, and config and tokenizer of `source`, into an empty folder."""
+    """Write the weights `tensors`, and config and tokenizer of `source`, into an empty folder.
+
+    Args:
+        dtype: the type that config.json names.
+        max_shard_bytes: bytes of a weight file at most; None is MAX_SHARD_BYTES.
+    """
+    copy_model_files(source, folder, dtype)
+    _write_shards(folder, tensors, max_shard_bytes or MAX_SHARD_BYTES)
+
+
+def copy_model_files(source: Path, folder: Path, dtype: torch.dtype) -> None:
+    """Copy config, tokenizer, chat template and all else that belongs to the model `source`.
+
+    Not copied: weights, and what a run saves beside them.
+
+    Args:
+        dtype: what the config.json of `folder` says.
+    """
     for file in source.iterdir():
-        if file.is_file() and not _holds_weights(file):
+        if file.is_file() and not _is_left_out(file):
             shutil.copyfile(file, folder / file.name)
-    _write_shards(folder, tensors)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     config["dtype"] = str(dtype).removeprefix("torch.")
     config.pop("torch_dtype", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-def _holds_weights(file: Path) -> bool:
-    return ".safetensors" in file.name or file.suffix in (".bin", ".gguf")
+def _is_left_out(file: Path) -> bool:
+    return (
+        ".safetensors" in file.name
+        or file.suffix in (".bin", ".gguf", ".pt", ".pth", ".distcp")
+        or file.name in OF_THE_RUN
+    )
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Shards of at most MAX_SHARD_BYTES, one in memory at a time; an index if there are more."""
+def _write_shards(
+    folder: Path, tensors: Iterator[tuple[str, torch.Tensor]], max_bytes: int
+) -> None:
+    """Shards of at most `max_bytes`, one in memory at a time; an index if there are more."""
     shards: list[tuple[Path, list[str]]] = []
     total_bytes = 0
 
@@ -106,7 +161,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> 
     shard: dict[str, torch.Tensor] = {}
     shard_bytes = 0
     for name, tensor in tensors:
-        if shard and shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+        if shard and shard_bytes + tensor.nbytes > max_bytes:
             flush(shard)
             shard, shard_bytes = {}, 0
         # The exporter may reuse its buffers, and one file must not hold two views of one storage.

@@ -1,0 +1,83 @@
+"""Folders that hold something else than weights that can be trained, and what to do with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlsys.model.folder import read_json
+from rlsys.model.weight_files import TRACKER
+
+_QUANTIZED_ENDS = (
+    # GPTQ and AWQ; compressed-tensors; FP8 of DeepSeek, of others; MXFP4; bitsandbytes.
+    (".qweight", "gptq or awq"),
+    (".weight_packed", "compressed-tensors"),
+    (".weight_scale_inv", "fp8"),
+    (".weight_scale", "fp8"),
+    ("_blocks", "mxfp4"),
+    (".absmax", "bitsandbytes"),
+)
+"""Ends of the names of tensors that only quantized weights have -> the method."""
+_CONVERTIBLE = {
+    "fp8": "FineGrainedFP8Config",
+    "mxfp4": "Mxfp4Config",
+}
+"""Methods that transformers converts back -> the class that says so."""
+
+
+def refuse_other_kind(folder: Path) -> None:
+    """Refuse a folder of an adapter, or of megatron-core's files only.
+
+    Raises:
+        ValueError: says what it is, and what to do.
+    """
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise ValueError(
+            f"{folder} is a LoRA adapter{f' of {base}' if base else ''}, not a model: merge it "
+            "with peft (`AutoPeftModelForCausalLM.from_pretrained(FOLDER, dtype='bfloat16')"
+            ".merge_and_unload().save_pretrained(NEW)`, and the tokenizer too), or with `swift "
+            "export --adapters FOLDER --merge_lora true`, and name the folder that this writes"
+        )
+    if (folder / TRACKER).is_file() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds megatron-core's torch_dist files and no safetensors: convert it with "
+            f"`rlsys export {folder} --to hf NEW`, and name NEW"
+        )
+
+
+def quantized_as(names: Iterable[str]) -> str | None:
+    """The method by which tensors of these names are quantized; None for ordinary weights."""
+    for name in names:
+        for end, method in _QUANTIZED_ENDS:
+            if name.endswith(end):
+                return method
+    return None
+
+
+def quantization_method(value: Any) -> str:
+    """The method in a quantization_config."""
+    method = value.get("quant_method") if isinstance(value, Mapping) else None
+    return str(method or "quantized numbers")
+
+
+def quantized_problem(method: str) -> str:
+    """What quantized weights are refused with, and how to get others."""
+    config = _CONVERTIBLE.get(method)
+    if config is not None:
+        remedy = (
+            "write the model in bfloat16 with transformers (`AutoModelForCausalLM.from_pretrained("
+            f"FOLDER, dtype='bfloat16', quantization_config={config}(dequantize=True))"
+            ".save_pretrained(NEW)`), or use the bfloat16 model that was quantized"
+        )
+    else:
+        remedy = (
+            "use the bfloat16 model that was quantized (its page names it; numbers of 4 or 8 bits "
+            "do not give it back)"
+        )
+    return (
+        f"its weights are stored as {method}, and rlsys trains weights in bfloat16 or float32: "
+        f"{remedy}"
+    )
