@@ -119,11 +119,11 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    from rlsys.model.folder import find_model_folder
+    from rlsys.model.folder import find_model_folder, tokenizer_source
 
     find_model_folder(config.model.path)
     try:
-        return AutoTokenizer.from_pretrained(config.model.path)
+        return AutoTokenizer.from_pretrained(tokenizer_source(config.model.path))
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: {config.model.path} has no tokenizer: {error}") from error
 

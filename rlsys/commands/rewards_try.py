@@ -211,8 +211,10 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"--tokenizer {name} should be a hub id or a model folder that exists")
     from transformers import AutoTokenizer
 
+    from rlsys.model.folder import tokenizer_source
+
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(tokenizer_source(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None

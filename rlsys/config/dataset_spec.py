@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".ndjson")
 """Suffixes of files that rlsys reads itself, without `datasets`."""
 FILE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
 COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 """Suffixes that may follow one of `TEXT_SUFFIXES`."""
+Hub = Literal["hf", "modelscope"]
+_HUBS: dict[str, Hub] = {"hf": "hf", "ms": "modelscope"}
+"""ms-swift's prefixes of ids, `hf::owner/name` -> the hub."""
+_MODELSCOPE_PREFIX = "ms::"
+
+
+def split_hub(name: str) -> tuple[Hub | None, str]:
+    """The hub that the prefix of a model or dataset names, None without one, and the bare name."""
+    prefix, colons, rest = name.partition("::")
+    hub = _HUBS.get(prefix.lower()) if colons else None
+    return (None, name) if hub is None else (hub, rest)
 
 
 def file_kind(path: Path) -> str:
@@ -24,13 +36,14 @@ def file_kind(path: Path) -> str:
 class DatasetSpec:
     """One dataset of a config, in ms-swift's syntax plus a split.
 
-    `[hf::]PATH_OR_ID[:SUBSET[/SUBSET...][:SPLIT]][#ROWS]`
+    `[hf::|ms::]PATH_OR_ID[:SUBSET[/SUBSET...][:SPLIT]][#ROWS]`
 
     Example:
         parse_spec("data/train.jsonl#1000")      # 1,000 rows of a file
         parse_spec("openai/gsm8k:main#500")      # a subset (config name) of a hub dataset
         parse_spec("openai/gsm8k:main:test")     # another split than the default
         parse_spec("hf::owner/name::test")       # no subset
+        parse_spec("ms::owner/name")             # of ModelScope
     """
 
     text: str
@@ -44,7 +57,9 @@ class DatasetSpec:
     num_rows: int | None = None
     """The number of rows to take; None takes all."""
     from_hub: bool = False
-    """Whether `hf::` says that `name` is not a path."""
+    """Whether `hf::` or `ms::` says that `name` is not a path."""
+    from_modelscope: bool = False
+    """Whether that hub is ModelScope."""
 
     @property
     def path(self) -> Path:
@@ -59,9 +74,9 @@ class DatasetSpec:
         return self.path.exists() or _looks_local(self.name)
 
     @property
-    def same_rows(self) -> tuple[str, tuple[str, ...], str | None]:
+    def same_rows(self) -> tuple[str, tuple[str, ...], str | None, bool]:
         """Equal for two specs that read the same rows."""
-        return self.name, self.subsets, self.split
+        return self.name, self.subsets, self.split, self.from_modelscope
 
     @property
     def long_name(self) -> str:
@@ -87,14 +102,9 @@ def parse_spec(text: str) -> DatasetSpec:
         raise ValueError("a dataset is empty: give a path or an id of the hub")
     if _exists(text):
         return DatasetSpec(text, text)
-    prefix, colons, rest = text.partition("::")
-    from_hub = bool(colons) and prefix.lower() == "hf"
-    if colons and prefix.lower() == "ms":
-        raise ValueError(
-            f"dataset {text!r}: ModelScope is not read. `git clone` the dataset and give the "
-            "folder's path"
-        )
-    name, num_rows = _row_count(rest if from_hub else text, text)
+    hub, rest = split_hub(text)
+    from_hub = hub is not None
+    name, num_rows = _row_count(rest, text)
     is_folder = ":" in name and _exists(name.partition(":")[0])
     if not from_hub and (_exists(name) or (_looks_local(name) and not is_folder)):
         return DatasetSpec(text, name, num_rows=num_rows)
@@ -107,6 +117,7 @@ def parse_spec(text: str) -> DatasetSpec:
         split or None,
         num_rows,
         from_hub,
+        hub == "modelscope",
     )
 
 
@@ -137,3 +148,18 @@ def _looks_local(name: str) -> bool:
     """Whether `name`, which does not exist as a path, cannot be a dataset of the hub either."""
     bare = name.partition(":")[0]  # behind it a subset or a split, with slashes of their own
     return is_local_path(bare) or bool(file_kind(Path(bare)))
+
+
+def model_of_modelscope(name: str) -> str:
+    """A model's id with the prefix of ModelScope; paths, and ids with a prefix, stay."""
+    here = is_local_path(name) or Path(name).expanduser().is_dir()
+    return name if here or split_hub(name)[0] else _MODELSCOPE_PREFIX + name
+
+
+def dataset_of_modelscope(text: str) -> str:
+    """The same for an entry of data.dataset; a malformed one stays, and is reported later."""
+    try:
+        spec = parse_spec(text)
+    except ValueError:
+        return text
+    return text if spec.is_local or spec.from_hub else _MODELSCOPE_PREFIX + text

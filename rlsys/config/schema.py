@@ -32,6 +32,7 @@ from rlsys.config.algorithm import (
     RolloutCorrection,
     RolloutRejection,
 )
+from rlsys.config.dataset_spec import Hub, dataset_of_modelscope, model_of_modelscope
 from rlsys.config.field_types import (
     REWARD_MODEL_PREFIX,
     PathText,
@@ -671,6 +672,9 @@ class Config(Section):
     eval_steps: PositiveInt | None = None
     """Steps between two evaluations on held-out prompts; the first is before step 1. null: no
     evaluation."""
+    hub: Hub = "hf"
+    """Where models and datasets with an id, and not a path, come from: the Hugging Face hub, or
+    ModelScope (`pip install 'rlsys[modelscope]'`). `hf::` or `ms::` before one id wins."""
     seed: int = Field(default=42, ge=0, lt=2**31)
     """Seeds data order, sampling and mini-batches."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -690,6 +694,30 @@ class Config(Section):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @model_validator(mode="after")
+    def _ids_name_their_hub(self) -> Self:
+        """With hub: modelscope, write `ms::` before ids: what reads a name needs no config."""
+        if self.hub == "modelscope":
+            model, reference, reward, data = self.model, self.reference, self.reward, self.data
+            params = {
+                name: own | {"path": model_of_modelscope(own["path"])}
+                for name, own in reward.params.items()
+                if name in reward.models and isinstance(own.get("path"), str)
+            }
+            updates: dict[str, dict[str, Any]] = {
+                "model": {"path": model_of_modelscope(model.path)},
+                "reference": {"path": reference.path and model_of_modelscope(reference.path)},
+                "reward": {"reward_params": reward.reward_params | params},
+                "data": {
+                    "dataset": list(map(dataset_of_modelscope, data.dataset)),
+                    "val_dataset": list(map(dataset_of_modelscope, data.val_dataset)),
+                },
+            }
+            for section, fields in updates.items():
+                changed = getattr(self, section).model_copy(update=fields)
+                object.__setattr__(self, section, changed)  # this object is not yet in use
+        return self
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> Self:

@@ -40,7 +40,7 @@ class DatasetMeta:
     """A dataset by name; `tags`, `help`, `huge_dataset` and `ms_revision` have no effect."""
 
     ms_dataset_id: str | None = None
-    """ModelScope's id, here only a name: rlsys does not read ModelScope."""
+    """ModelScope's id, which is read with hub: modelscope, or without the other two."""
     hf_dataset_id: str | None = None
     dataset_path: str | None = None
     """A file or a folder; relative paths start at the working directory."""
@@ -120,8 +120,7 @@ def resolve(spec: DatasetSpec, meta: DatasetMeta) -> tuple[DatasetSpec, Any]:
     """Where the rows of a registered dataset are, and its preprocessor.
 
     Raises:
-        ValueError: it is on ModelScope only, its dataset_path does not exist, or the subset or
-            split is ambiguous.
+        ValueError: its dataset_path does not exist, or the subset or split is ambiguous.
     """
     prepare = meta.preprocess_func
     if not isinstance(prepare, RowPreprocessor) and not (
@@ -132,7 +131,7 @@ def resolve(spec: DatasetSpec, meta: DatasetMeta) -> tuple[DatasetSpec, Any]:
             "function with the whole dataset, rlsys does not: derive a class from RowPreprocessor "
             "(from rlsys.data import RowPreprocessor) whose preprocess(row) returns a row"
         )
-    name = _place(spec, meta)
+    name, from_modelscope = _place(spec, meta)
     if Path(name).expanduser().is_file():
         return replace(spec, name=str(Path(name).expanduser())), prepare
     subsets = _subsets(spec, meta)
@@ -156,15 +155,16 @@ def resolve(spec: DatasetSpec, meta: DatasetMeta) -> tuple[DatasetSpec, Any]:
         subsets=tuple(subset.subset for subset in subsets if subset.subset != "default"),
         # "train" is the default, and lets evaluation look for validation and test.
         split=spec.split or (None if split == "train" else split),
-        from_hub=spec.from_hub or not Path(name).expanduser().exists(),
+        from_hub=spec.from_hub or from_modelscope or not Path(name).expanduser().exists(),
+        from_modelscope=from_modelscope,
     )
     return found, functions[0] if functions else prepare
 
 
-def _place(spec: DatasetSpec, meta: DatasetMeta) -> str:
-    """The path or hub id of the rows."""
+def _place(spec: DatasetSpec, meta: DatasetMeta) -> tuple[str, bool]:
+    """The path or hub id of the rows, and whether that hub is ModelScope."""
     if spec.is_local and spec.path.exists():
-        return spec.name
+        return spec.name, False
     if meta.dataset_path and not spec.from_hub:
         if not _path(meta.dataset_path).exists():
             raise ValueError(
@@ -172,17 +172,10 @@ def _place(spec: DatasetSpec, meta: DatasetMeta) -> str:
                 f"(looked for {_path(meta.dataset_path)}). Relative paths start at the working "
                 "directory."
             )
-        return meta.dataset_path
-    if meta.hf_dataset_id or spec.from_hub:
-        return meta.hf_dataset_id or spec.name
-    known = meta.ms_dataset_id or meta.names[0]
-    raise ValueError(
-        f"dataset {spec.text!r} is registered with ms_dataset_id only, and rlsys does not read "
-        f"ModelScope. Download it (`modelscope download --dataset {known} --local_dir FOLDER`) and "
-        f"set dataset_path=FOLDER in its DatasetMeta, or list the files here and name the "
-        f"preprocessor by it: --data.dataset FILE --data.preprocessor {known}. If the Hugging Face "
-        f"hub has it too, write hf::{known}"
-    )
+        return meta.dataset_path, False
+    ids = {True: meta.ms_dataset_id, False: meta.hf_dataset_id}
+    from_modelscope = spec.from_modelscope if spec.from_hub else not meta.hf_dataset_id
+    return ids[from_modelscope] or spec.name, from_modelscope
 
 
 def _subsets(spec: DatasetSpec, meta: DatasetMeta) -> list[SubsetDataset]:

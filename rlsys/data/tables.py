@@ -6,12 +6,14 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlsys.config.dataset_spec import TEXT_SUFFIXES, DatasetSpec, file_kind
 from rlsys.data.row import Row
 from rlsys.data.text_files import read_file
+from rlsys.model.modelscope import download
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -46,11 +48,17 @@ def read_table(path: Path, *, streaming: bool) -> Iterator[Row]:
 def read_hub(
     spec: DatasetSpec, *, evaluation: bool, streaming: bool, max_row_mb: int
 ) -> Iterator[Row]:
-    """The rows of a dataset of the Hugging Face hub, or of a folder laid out like one.
+    """The rows of a dataset of a hub, or of a folder laid out like one.
 
     Raises:
         ValueError: it cannot be loaded, or does not have such a subset or split.
     """
+    if spec.from_modelscope:
+        try:
+            folder = download(spec.name, "dataset")
+        except ValueError as error:
+            raise ValueError(f"dataset {spec.text!r}: {error}") from None
+        spec = replace(spec, name=str(folder), from_hub=False, from_modelscope=False)
     if _is_saved(spec.path):
         yield from _rows(spec.text, _chosen(spec, _load_saved(spec), evaluation))
         return

@@ -9,9 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlsys.config.dataset_spec import is_local_path
+from rlsys.config.dataset_spec import is_local_path, split_hub
 from rlsys.config.local_paths import check_is_here
+from rlsys.model import modelscope
 
+_TOKENIZER_PATTERNS = ["*.json", "*.txt", "*.jinja", "*.model"]
+_PATTERNS = [*_TOKENIZER_PATTERNS, "*.safetensors"]
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -44,6 +47,9 @@ def find_model_folder(path: str) -> Path:
         return Path(path)
     if is_local_path(path):
         raise ValueError(f"there is no model folder {path!r} on this machine")
+    hub, path = split_hub(path)
+    if hub == "modelscope":
+        return modelscope.download(path, "model", ["config.json"])
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -76,15 +82,31 @@ def resolve_model_path(path: str, *, local_files_only: bool = False) -> Path:
         local_files_only: take a snapshot that was downloaded before.
 
     Raises:
-        ValueError: `path` is a folder that this host does not have.
+        ValueError: `path` is a folder that this host does not have; ModelScope cannot be read.
     """
     check_is_here(path)
     if Path(path).is_dir():
         return Path(path)
+    hub, path = split_hub(path)
+    if hub == "modelscope":
+        return modelscope.download(path, "model", _PATTERNS, local_files_only=local_files_only)
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-    return Path(snapshot_download(path, allow_patterns=patterns, local_files_only=local_files_only))
+    return Path(
+        snapshot_download(path, allow_patterns=_PATTERNS, local_files_only=local_files_only)
+    )
+
+
+def tokenizer_source(path: str) -> str:
+    """What transformers loads the tokenizer of a model folder or hub id from, without its weights.
+
+    Raises:
+        ValueError: ModelScope cannot be read.
+    """
+    hub, name = split_hub(path)
+    if hub == "modelscope" and not Path(path).is_dir():
+        return str(modelscope.download(name, "model", _TOKENIZER_PATTERNS))
+    return path if Path(path).is_dir() else name
 
 
 def read_json(file: Path) -> dict[str, Any]:

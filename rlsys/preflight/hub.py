@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.config.dataset_spec import is_local_path
+from rlsys.config.dataset_spec import is_local_path, split_hub
 from rlsys.data.preprocess import read_spec
 from rlsys.model.folder import hub_answers
 from rlsys.plugins.load import load_what_loads
@@ -22,14 +22,18 @@ def use_cache_without_hub(config: Config) -> None:
     from huggingface_hub import constants
 
     models = (config.model.path, config.reference_path, *config.reward.model_paths)
-    names = [path for path in models if not is_local_path(path) and not Path(path).is_dir()]
+    names = [
+        path
+        for path in models
+        if not (is_local_path(path) or Path(path).is_dir() or split_hub(path)[0] == "modelscope")
+    ]
     # Plugins may register names of datasets. Problems of plugins and datasets are reported where
     # they are read.
     load_what_loads([*config.data.external_plugins, *config.reward.external_plugins])
     for text in (*config.data.dataset, *config.data.val_dataset):
         with contextlib.suppress(ValueError):
             spec = read_spec(text)
-            names += [] if spec.is_local else [spec.name]
+            names += [] if spec.is_local or spec.from_modelscope else [spec.name]
     if names and not constants.HF_HUB_OFFLINE and not hub_answers():
         print(
             "note: the Hugging Face hub does not answer; "

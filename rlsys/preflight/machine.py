@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from rlsys.config import Config
 from rlsys.config.roles import describe_gpu_demand, fewer_gpus, plan_roles
 from rlsys.model.attention import attention_problem
+from rlsys.model.modelscope import REMEDY
 from rlsys.preflight.devices import device_of_packages, guess_device, visible_gpus
 from rlsys.problems import Problem
 from rlsys.tracking import trackers
@@ -22,6 +23,8 @@ def package_problems(config: Config) -> Iterator[Problem]:
             yield Problem(
                 f"{module} is not installed; `rlsys doctor` says how to get it", only_here=True
             )
+    if config.hub == "modelscope" and importlib.util.find_spec("modelscope") is None:
+        yield Problem(f"hub: modelscope needs a package that is missing: {REMEDY}", only_here=True)
     device, built_for = guess_device(config), device_of_packages()
     # The hosts of a running Ray cluster may have other packages.
     if os.environ.get("RAY_ADDRESS") or built_for in (None, device):

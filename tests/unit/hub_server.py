@@ -1,4 +1,4 @@
-"""The few addresses of the Hugging Face hub that a download needs, served from folders."""
+"""The few addresses of the Hugging Face hub, and of ModelScope, that a download needs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from urllib.parse import parse_qs, unquote, urlparse
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _API = re.compile(r"/api/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(?P<rest>/.*)?")
 _FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/[^/]+/(?P<path>.+)")
+
+_MODELSCOPE = re.compile(r"/api/v1/(?P<kind>models|datasets)/(?P<repo>[^/]+/[^/]+)(?P<rest>/.*)?")
 
 
 @contextmanager
@@ -56,6 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(address.path)
         if path == "/":
             self._answer(200, b"", "text/html")
+        elif match := _MODELSCOPE.fullmatch(path):
+            query = {name: value[0] for name, value in parse_qs(address.query).items()}
+            self._modelscope(match["kind"], match["repo"], match["rest"] or "", query)
         elif match := _API.fullmatch(path):
             self._api(match["kind"], match["repo"], match["rest"] or "", body)
         elif match := _FILE.fullmatch(path):
@@ -101,6 +106,22 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, "EntryNotFound", rest)
 
+    def _modelscope(self, kind: str, repo: str, rest: str, query: dict[str, str]) -> None:
+        folder = self.root / kind / repo
+        if not folder.is_dir():
+            self._json({"Code": 10010205001, "Message": "record not found", "Success": False}, 404)
+        elif rest in ("/repo/files", "/repo/tree"):
+            files = sorted(path for path in folder.rglob("*") if path.is_file())
+            self._data({"Files": [_modelscope_entry(folder, path) for path in files]})
+        elif rest == "/repo" and (folder / query["FilePath"]).is_file():
+            content = (folder / query["FilePath"]).read_bytes()
+            self._answer(200, content, "application/octet-stream")
+        else:
+            self._json({"Code": 404, "Message": f"no {rest}", "Success": False}, 404)
+
+    def _data(self, data: object) -> None:
+        self._json({"Code": 200, "Data": data, "Message": "", "Success": True})
+
     def _file(self, kind: str, repo: str, name: str) -> None:
         folder = self._folder(kind.strip("/"), repo)
         if folder is None:
@@ -111,8 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._error(404, "EntryNotFound", f"{name} does not exist")
 
-    def _json(self, value: object) -> None:
-        self._answer(200, json.dumps(value).encode(), "application/json")
+    def _json(self, value: object, status: int = 200) -> None:
+        self._answer(status, json.dumps(value).encode(), "application/json")
 
     def _error(self, status: int, code: str, message: str) -> None:
         headers = {"X-Error-Code": code, "X-Error-Message": message}
@@ -142,6 +163,13 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _entry(name: str, path: Path) -> dict[str, object]:
     return {"type": "file", "path": name, "size": path.stat().st_size, "oid": _etag(path)}
+
+
+def _modelscope_entry(folder: Path, path: Path) -> dict[str, object]:
+    name = str(path.relative_to(folder))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    entry = {"Type": "blob", "Path": name, "Name": path.name, "Size": path.stat().st_size}
+    return entry | {"Sha256": digest, "Revision": COMMIT, "CommittedDate": 0}
 
 
 def _etag(path: Path) -> str:

@@ -43,8 +43,8 @@ class RewardModel(AsyncORM):
         import torch  # not before a reward model is wanted
         import transformers
 
-        from rlsys.config.local_paths import check_is_here
         from rlsys.model.chat_template import ChatTemplate
+        from rlsys.model.folder import resolve_model_path
 
         super().__init__()
         if batch_size < 1 or (max_length is not None and max_length < 1):
@@ -52,16 +52,16 @@ class RewardModel(AsyncORM):
                 f"reward_model: batch_size and max_length must be at least 1, not {batch_size} "
                 f"and {max_length}"
             )
-        check_is_here(path)
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        folder = resolve_model_path(path)
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self._template = ChatTemplate(self._tokenizer)
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(folder)
         if config.num_labels != 1:
             raise ValueError(
                 f"reward_model: {path!r} has {config.num_labels} outputs; a reward model has one "
                 "(num_labels: 1 in its config.json)"
             )
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=dtype)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = model.to(device).eval()
         pad = self._tokenizer.pad_token_id

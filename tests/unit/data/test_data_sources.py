@@ -40,6 +40,7 @@ def forget_preprocessors():
         ("a/b:x:test", {"name": "a/b", "subsets": ("x",), "split": "test"}),
         ("a/b::test", {"name": "a/b", "split": "test"}),
         ("HF::a/b:x", {"name": "a/b", "subsets": ("x",), "from_hub": True}),
+        ("ms::a/b#5", {"name": "a/b", "num_rows": 5, "from_hub": True, "from_modelscope": True}),
     ],
 )
 def test_what_an_entry_says(text, spec):
@@ -52,7 +53,6 @@ def test_what_an_entry_says(text, spec):
         ("a.jsonl#", "a number of rows"),
         ("a.jsonl#0", "not '0'"),
         ("a.jsonl#-3", "not '-3'"),
-        ("ms::a/b", "ModelScope is not read"),
         (" ", "a dataset is empty"),
     ],
 )

@@ -22,6 +22,7 @@ from rlsys.data.load import load_prompts
 from rlsys.data.preprocess import open_dataset
 from rlsys.data.registered import registered_datasets
 from rlsys.data.row import LEFT_OUT
+from rlsys.plugins.load import load_plugins
 from rlsys.preflight.data import count_rows
 from rlsys.preflight.hub import use_cache_without_hub
 
@@ -95,13 +96,14 @@ def test_the_countdown_preprocessor_finds_the_target(tokenizer, countdown, datas
     assert prompt.columns == {"nums": [44, 19, 35], "target": 98}
 
 
-def test_a_dataset_of_modelscope_alone_is_an_error_with_three_ways_out(tokenizer, countdown):
-    with pytest.raises(ValueError, match="does not read ModelScope") as caught:
-        load(tokenizer, "zouxuhong/Countdown-Tasks-3to4#50000", **countdown)
-    for remedy in ("dataset_path=FOLDER", "--data.preprocessor zouxuhong/", "hf::zouxuhong/"):
-        assert remedy in str(caught.value)
-    spec, _ = open_dataset("hf::zouxuhong/Countdown-Tasks-3to4#5", "none")
-    assert (spec.name, spec.from_hub, spec.num_rows) == ("zouxuhong/Countdown-Tasks-3to4", True, 5)
+def test_a_dataset_of_modelscope_alone_is_read_from_there(countdown):
+    name = "zouxuhong/Countdown-Tasks-3to4"
+    load_plugins(countdown["external_plugins"])
+    for text, from_modelscope in ((name, True), (f"ms::{name}", True), (f"hf::{name}", False)):
+        spec, preprocessor = open_dataset(f"{text}#5", "none")
+        assert (spec.name, spec.from_hub, spec.num_rows) == (name, True, 5)
+        assert spec.from_modelscope is from_modelscope
+        assert preprocessor is not None
 
 
 @pytest.mark.parametrize(
