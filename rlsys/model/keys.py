@@ -12,6 +12,7 @@ from typing import Any
 
 from rlsys.model.families import FAMILIES
 from rlsys.model.other_kinds import quantization_method, quantized_problem
+from rlsys.model.rope import partial_problems, rope_problems
 
 
 def _names(text: str) -> frozenset[str]:
@@ -72,7 +73,6 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "logits_scaling": (1,),
     "mlp_bias": (False,),
     "num_nextn_predict_layers": (0,),
-    "partial_rotary_factor": (1,),
     "position_embedding_type": ("rope", "absolute"),  # transformers' old default for all models
     "qk_layernorm": (False,),
     "qk_norm": (False,),
@@ -86,12 +86,6 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
 }
 """Key -> the values with which it changes nothing. Null and empty change nothing anywhere."""
-_ROPE_KEYS = {
-    "default": set[str](),
-    "linear": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-}
-"""Kind of rotary embedding -> the keys that it has."""
 _REMEDY = (
     "policy and rollout engine could compute different models. Delete the key from config.json if "
     "it changes nothing, or use another model"
@@ -116,6 +110,8 @@ def key_problems(values: dict[str, Any]) -> Iterator[str]:
         if key in inert:
             if value not in inert[key]:
                 yield f"{model_type} with {key} = {value!r} is not supported{_allowed(inert[key])}"
+        elif key == "partial_rotary_factor":
+            yield from partial_problems(key, value, family)
         elif key == "quantization_config":
             yield f"quantization_config: {quantized_problem(quantization_method(value))}"
         elif key == "auto_map":
@@ -127,7 +123,7 @@ def key_problems(values: dict[str, Any]) -> Iterator[str]:
             yield f"{key} = {value!r} is not known to rlsys; {_REMEDY}"
     yield from _size_problems(values)
     yield from _layer_problems(values)
-    yield from _rope_problems(values)
+    yield from rope_problems(values, family, _REMEDY)
 
 
 def ignored_prose(values: dict[str, Any]) -> list[str]:
@@ -183,39 +179,3 @@ def _layer_problems(values: dict[str, Any]) -> Iterator[str]:
     num_layers = values.get("num_hidden_layers")
     if kinds and not others and len(kinds) != num_layers:
         yield f"layer_types has {len(kinds)} entries for num_hidden_layers = {num_layers}"
-
-
-def _rope_problems(values: dict[str, Any]) -> Iterator[str]:
-    scaling, parameters = values.get("rope_scaling"), values.get("rope_parameters")
-    if scaling and parameters and scaling != parameters:
-        yield "rope_scaling and rope_parameters contradict each other: delete one of them"
-        return
-    for name in ("rope_scaling", "rope_parameters"):
-        rope = values.get(name)
-        if not rope:
-            continue
-        if not isinstance(rope, dict):
-            yield f"{name} = {rope!r} should be a mapping with rope_type"
-            continue
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in _ROPE_KEYS:
-            yield (
-                f"{name}: rope_type {kind!r} is not supported; supported are "
-                f"{', '.join(_ROPE_KEYS)}. Where the longer context is not needed, set {name} to "
-                "null in config.json"
-            )
-            continue
-        if rope.get("type", kind) != kind:
-            yield f"{name}: rope_type {kind!r} and type {rope['type']!r} contradict each other"
-        theta, inner = values.get("rope_theta"), rope.get("rope_theta")
-        if None not in (theta, inner) and theta != inner:
-            yield f"rope_theta = {theta!r} and that of {name}, {inner!r}, contradict each other"
-        missing = sorted(_ROPE_KEYS[kind] - rope.keys())
-        if missing:
-            yield f"{name}: rope_type {kind!r} needs {', '.join(missing)}"
-        known = _ROPE_KEYS[kind] | {"rope_type", "type", "rope_theta"}
-        for key, value in rope.items():
-            if key == "partial_rotary_factor" and value == 1:
-                continue
-            if key not in known and value is not None:
-                yield f"{name}: {key} = {value!r} is not known to rlsys; {_REMEDY}"

@@ -16,11 +16,27 @@ EXPERTS = {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    # So short that 30 tokens tell the frequencies from plain ones; 4 * 128 are all positions.
+    "original_max_position_embeddings": 128,
+    "beta_fast": 8.0,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4}
 MODELS = {
     "llama": ("LlamaConfig", {}),
+    "llama-linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
+    "llama-dynamic": ("LlamaConfig", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "qwen2": ("Qwen2Config", {"hidden_size": 128}),  # heads of 32, without head_dim
     "qwen3": ("Qwen3Config", {}),
+    "qwen3-yarn": ("Qwen3Config", {"rope_parameters": YARN}),
+    "qwen3-yarn-factor": (
+        "Qwen3Config",
+        {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}},
+    ),
     "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
 }
 """Name -> config class of transformers, options. The name begins with the model_type."""

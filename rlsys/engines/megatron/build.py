@@ -15,13 +15,13 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from transformers import PretrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from rlsys.algo.batching import PackedMicroBatch
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.config import Config, PolicyConfig
+from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import memory
 from rlsys.model.attention import attention_problem
@@ -133,9 +133,18 @@ def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
 
 
 def build_model(
-    hf: PretrainedConfig, shape: ModelShape, config: TransformerConfig, *, on_cpu: bool
+    hf: PretrainedConfig,
+    shape: ModelShape,
+    config: TransformerConfig,
+    *,
+    longest: int,
+    on_cpu: bool,
 ) -> GPTModel:
-    """This rank's GPTModel, without weights; its output is hidden states, see `LogprobHead`."""
+    """This rank's GPTModel, without weights; its output is hidden states, see `LogprobHead`.
+
+    Args:
+        longest: tokens of the longest row of the run.
+    """
     tp = config.tensor_model_parallel_size
     model = GPTModel(
         config,
@@ -147,13 +156,8 @@ def build_model(
         post_process=parallel_state.is_pipeline_last_stage(),
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
-        rotary_base=hf.rope_parameters["rope_theta"],
     )
-    kind = hf.rope_parameters["rope_type"]
-    if kind != "default":  # Llama 3 scales its rotary frequencies: take transformers' own
-        assert kind in ("linear", "llama3"), kind  # see rlsys.model.keys
-        inv_freq, _ = ROPE_INIT_FUNCTIONS[kind](hf, model.rotary_pos_emb.inv_freq.device)
-        model.rotary_pos_emb.inv_freq = inv_freq
+    place_rotary(model, hf, shape, longest=longest)
     if model.post_process:
         # The logits of a whole micro-batch would be the largest tensor of the step, so the model
         # ends at its hidden states and log-probs are taken from them chunk by chunk.

@@ -35,6 +35,7 @@ from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder
+from rlsys.model.memory import longest_row
 from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids
 from rlsys.types import Device, TrainBatch
@@ -68,7 +69,11 @@ class MegatronModel:
         )
         with out_of_memory_explained(f"the {self.role}'s weights: {self.more_gpus}"):
             self.model = build_model(
-                self.hf_config, shape, self.transformer_config, on_cpu=self.on_cpu
+                self.hf_config,
+                shape,
+                self.transformer_config,
+                longest=longest_row(config),
+                on_cpu=self.on_cpu,
             ).to(self.device)
             self.weights = MegatronWeights(self.model, shape)
             self.weights.load(self.folder)

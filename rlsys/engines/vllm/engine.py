@@ -9,7 +9,7 @@ from typing import Any, cast, get_args
 import numpy as np
 import torch
 from pydantic import ValidationError
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from vllm import LLM, SamplingParams
 from vllm.config import WeightTransferConfig
 from vllm.inputs import tokens_input
@@ -20,6 +20,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 
 from rlsys.config import Config
+from rlsys.engines.vllm.rope import rope_overrides
 from rlsys.engines.vllm.running import RunningGroup, Span
 from rlsys.engines.vllm.settings import engine_arguments, refusal, sampling_arguments
 from rlsys.engines.vllm.weight_backend import BACKEND, WORKER_EXTENSION
@@ -77,16 +78,15 @@ class VLLMEngine:
         shape = read_model_shape(folder)
         self._vocab_size = shape.vocab_size
         shares_gpu = device == "cuda" and config.rollout.engines_per_gpu > 1
-        self._llm = _start_llm(
-            folder,
-            engine_arguments(
-                config,
-                shape,
-                device=device,
-                engine_rank=engine_rank,
-                gpu_bytes=torch.cuda.mem_get_info()[1] if shares_gpu else None,
-            ),
+        arguments = engine_arguments(
+            config,
+            shape,
+            device=device,
+            engine_rank=engine_rank,
+            gpu_bytes=torch.cuda.mem_get_info()[1] if shares_gpu else None,
         )
+        arguments["hf_overrides"] |= rope_overrides(AutoConfig.from_pretrained(folder))
+        self._llm = _start_llm(folder, arguments)
         known = num_token_ids(folder)
         if known is not None and known < shape.vocab_size:
             self._llm.collective_rpc("sample_known_tokens_only", args=(known,))

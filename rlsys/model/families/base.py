@@ -37,6 +37,9 @@ class LayerShape:
 
     has_experts: bool = False
     """Whether its MLP is a mixture of experts."""
+    rope: str | None = ""
+    """The entry of rope_parameters that its rotary embedding has; "" if rope_parameters has no
+    entries for kinds of layers, None if the layer has no rotary embedding (NoPE)."""
 
 
 def uniform_layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
@@ -185,6 +188,14 @@ class ModelFamily:
     """Whether q, k and v have a bias, which config.json may not say."""
     has_qk_norm: bool = False
     """Whether q and k are normalised by head."""
+    rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+    """Kinds of rotary embeddings: `rlsys.model.rope`."""
+    rope_keys: tuple[str, ...] = ()
+    """Further keys of rope_parameters that rlsys implements."""
+    rope_by_layer_type: bool = False
+    """Whether layers of another type have another rotary embedding."""
+    partial_rotary: bool = False
+    """Whether the family may turn a part of each head only."""
     layer_types: tuple[str, ...] = ("full_attention",)
     """What layer_types of config.json may name."""
     norms: Norms = "pre"

@@ -49,6 +49,7 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 PUBLISHED = {
     "Qwen2.5": QWEN2,
     "Qwen2.5 base and Math": QWEN2 | {"use_mrope": False},
@@ -194,8 +195,11 @@ def test_words_for_people_are_harmless_and_known(tmp_path):
 @pytest.mark.parametrize(
     ("rope", "word"),
     [
-        ({"rope_type": "yarn", "factor": 4.0}, "'yarn'"),
-        ({"type": "dynamic", "factor": 2.0}, "'dynamic'"),
+        ({"rope_type": "yarn", "factor": 4.0}, "needs original_max_position_embeddings"),
+        (YARN | {"original_max_position_embeddings": 32}, "set it to 128"),
+        (YARN | {"beta_fast": 0}, "beta_fast = 0 should be a number above 0"),
+        (YARN | {"apply_yarn_scaling": False}, "apply_yarn_scaling = False"),
+        ({"type": "dynamic", "factor": 2.0, "alpha": 2.0}, "alpha = 2.0"),
         ({"type": "longrope", "short_factor": [1.0]}, "'longrope'"),
         ({"type": "linear", "factor": 2.0, "mscale": 0.7}, "mscale = 0.7"),
         ({"rope_type": "default", "mrope_section": [16, 24, 24]}, "mrope_section"),
@@ -218,6 +222,10 @@ def test_rotary_embeddings_that_only_one_side_knows(tmp_path, rope, word, name):
     [
         {"rope_type": "linear", "factor": 2.0},
         {"type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2},
+        YARN,
+        YARN | {"attention_factor": 1.2, "truncate": False, "beta_slow": None},
+        YARN | {"mscale": 1.0, "mscale_all_dim": 0.7},
         LLAMA3_ROPE | {"rope_type": "llama3", "rope_theta": 1000000.0},
         {"rope_type": "default", "rope_theta": 1000000.0, "partial_rotary_factor": 1.0},
     ],

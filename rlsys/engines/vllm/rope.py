@@ -1,0 +1,37 @@
+"""Rotary embeddings as transformers computes them, said to vLLM in the keys that it reads."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from rlsys.model.rope import NESTED
+
+
+def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
+    """What of a model's config vLLM has to read in other words; {} for most models."""
+    parameters = hf.rope_parameters or {}
+    if any(key in parameters for key in NESTED):
+        said = {kind: _for_vllm(hf, entry, kind) for kind, entry in parameters.items()}
+    else:
+        said = _for_vllm(hf, parameters, None)
+    return {} if said == parameters else {"rope_parameters": said}
+
+
+def _for_vllm(hf: PretrainedConfig, rope: dict[str, Any], kind: str | None) -> dict[str, Any]:
+    """One rotary embedding, with the keys that differ between transformers and vLLM's versions."""
+    rope = {key: value for key, value in rope.items() if value is not None}
+    rope_type = rope["rope_type"]
+    if rope_type == "linear":  # vLLM takes a whole number for a list of factors
+        return rope | {"factor": float(rope["factor"])}
+    if rope_type not in ("yarn", "longrope"):
+        return rope
+    _, factor = ROPE_INIT_FUNCTIONS[rope_type](hf, layer_type=kind)
+    if rope_type == "longrope":  # transformers' attention_factor, of which vLLM knows these names
+        return rope | {"short_mscale": factor, "long_mscale": factor}
+    # vLLM 0.26 multiplies its own factor by attn_factor, and skips the other names.
+    own = 0.1 * math.log(rope["factor"]) + 1.0 if rope["factor"] > 1 else 1.0
+    return rope | {"attention_factor": factor, "attn_factor": factor / own}
