@@ -1,0 +1,86 @@
+"""Options of `rlsys infer` that a mode does not read are refused, before anything is loaded."""
+
+import json
+
+import pytest
+
+from rlsys import cli
+from rlsys.engines.vllm.serving import (
+    CPU_CONTEXT_TOKENS,
+    EngineOptions,
+    serve_command,
+    serving_arguments,
+)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--serve --prompts a --out b", "--serve and --prompts are two different things"),
+        ("--prompts a", "--prompts FILE and --out FILE belong together"),
+        ("--out a", "--prompts FILE and --out FILE belong together"),
+        ("--port 80", "--port: only --serve reads this"),
+        ("--vllm_args --x", "--vllm_args: only --serve reads this"),
+        ("--serve --temperature 0 --system x", "--temperature, --system: clients of --serve"),
+        ("--temperature -1", "--temperature -1 should be at least 0"),
+        ("--top_p 0", "--top_p 0 should be above 0 and at most 1"),
+        ("--max_tokens 0", "--max_tokens 0 should be at least 1"),
+        ("", "there is no folder ./nowhere on this machine"),
+    ],
+)
+def test_what_is_refused(words, message, capsys):
+    assert cli.main(["infer", "./nowhere", *words.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def folder(**config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "length"),
+    [
+        ({"max_position_embeddings": 512}, None, 512),
+        ({"max_position_embeddings": 2**17}, None, CPU_CONTEXT_TOKENS),
+        ({"max_position_embeddings": 2**17}, 2**15, 2**15),
+        ({"text_config": {"max_position_embeddings": 1024}}, None, 1024),
+        ({}, None, CPU_CONTEXT_TOKENS),
+    ],
+)
+def test_the_context_on_cpu(folder, config, asked, length):
+    arguments = serving_arguments(folder(**config), EngineOptions("cpu", max_model_len=asked))
+    assert arguments["max_model_len"] == length
+    assert arguments["max_num_batched_tokens"] >= length
+
+
+def test_more_than_the_model_reads_is_refused(folder):
+    options = EngineOptions("cpu", max_model_len=600)
+    with pytest.raises(ValueError, match=r"--max_model_len 600: .* has 512 positions"):
+        serving_arguments(folder(max_position_embeddings=512), options)
+
+
+def test_on_gpus_the_context_is_what_fits(folder):
+    arguments = serving_arguments(folder(max_position_embeddings=512), EngineOptions("cuda"))
+    assert arguments["max_model_len"] == -1
+    assert "enforce_eager" not in arguments
+
+
+def test_the_command_of_the_server(folder):
+    command = serve_command(
+        folder(),
+        EngineOptions("cpu"),
+        names=["a", "b"],
+        host="127.0.0.1",
+        port=1,
+        more=["--api-key", "k"],
+    )
+    text = " ".join(command)
+    assert "--served-model-name a b --" in text
+    assert "--enforce-eager" in command
+    assert "--no-enable-chunked-prefill" in command
+    assert command[-2:] == ["--api-key", "k"]
