@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 
+from rlsys.model.shape import ModelShape
 from rlsys.packages import installed_version
 from rlsys.problems import Problem
 from rlsys.types import Device
@@ -52,6 +53,19 @@ def attention_problem(
         )
     missing = missing_attention(backend)
     return None if missing is None else Problem(missing, only_here=True)
+
+
+def window_problem(
+    shape: ModelShape, *, context_parallel_size: int, device: Device
+) -> Problem | None:
+    """Why the model's sliding windows cannot be used with context parallelism; None if they can."""
+    if device == "cpu" or context_parallel_size == 1 or not shape.has_windows:
+        return None
+    return Problem(
+        f"context_parallel_size = {context_parallel_size} with the sliding windows of "
+        f"{shape.model_type} is not supported on GPUs: Transformer Engine passes keys from rank to "
+        "rank, which has no windows. Set it to 1"
+    )
 
 
 def missing_attention(backend: str) -> str | None:

@@ -28,13 +28,14 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
     "max_position_embeddings",
+    "sliding_window",
 )
 _IMPLEMENTED = _names("""
     model_type rms_norm_eps rope_theta tie_word_embeddings architectures layer_types
-    rope_scaling rope_parameters sliding_window
+    rope_scaling rope_parameters
 """).union(_SIZES)
-# max_window_layers means something with use_sliding_window only, pretraining_tp says how
-# pretraining split matrices.
+# max_window_layers counts in families that read it, with use_sliding_window; pretraining_tp says
+# how pretraining split matrices.
 _BOOKKEEPING = _names("""
     attn_implementation bos_token_id dtype eos_token_id finetuning_task gradient_checkpointing
     id2label initializer_range is_llama_config label2id max_window_layers name_or_path

@@ -50,6 +50,11 @@ class ModelShape:
         return not all(layer.has_experts for layer in self.layers)
 
     @property
+    def has_windows(self) -> bool:
+        """Whether any layer has a sliding window."""
+        return any(layer.window for layer in self.layers)
+
+    @property
     def family(self) -> ModelFamily:
         """What all models of its model_type have in common."""
         return FAMILIES[self.model_type]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.model.attention import window_problem
 from rlsys.model.folder import find_model_folder
 from rlsys.model.folder_check import folder_problems
 from rlsys.model.memory import kv_cache_bytes, longest_row
@@ -80,6 +81,7 @@ def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | Non
 
 def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     policy = config.policy
+    yield from _windows(config, policy.context_parallel_size, shape)
     tp, pp, ep = (
         policy.tensor_parallel_size,
         policy.pipeline_parallel_size,
@@ -112,6 +114,7 @@ def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
 
 
 def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    yield from _windows(config, config.reference.context_parallel_size, shape)
     tp = config.reference.tensor_parallel_size
     yield from _tensor_parallel("reference.tensor_parallel_size", tp, shape)
     if shape.is_moe and shape.num_experts % tp:
@@ -119,6 +122,14 @@ def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"reference.tensor_parallel_size = {tp}, over which experts are shared too, does "
             f"not divide the model's {shape.num_experts} experts"
         )
+
+
+def _windows(config: Config, context_parallel_size: int, shape: ModelShape) -> Iterator[Problem]:
+    problem = window_problem(
+        shape, context_parallel_size=context_parallel_size, device=guess_device(config)
+    )
+    if problem is not None:
+        yield problem
 
 
 def _rollout_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:

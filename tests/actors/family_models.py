@@ -25,19 +25,24 @@ YARN = {
     "beta_fast": 8.0,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
 MODELS = {
     "llama": ("LlamaConfig", {}),
     "llama-linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
     "llama-dynamic": ("LlamaConfig", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral-window": ("MistralConfig", {"sliding_window": 5}),
     "qwen2": ("Qwen2Config", {"hidden_size": 128}),  # heads of 32, without head_dim
+    "qwen2-window": ("Qwen2Config", {"hidden_size": 128, **WINDOW}),
     "qwen3": ("Qwen3Config", {}),
     "qwen3-yarn": ("Qwen3Config", {"rope_parameters": YARN}),
     "qwen3-yarn-factor": (
         "Qwen3Config",
         {"rope_parameters": YARN | {"attention_factor": 1.3, "truncate": False}},
     ),
+    "qwen3-window": ("Qwen3Config", WINDOW),
     "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
+    "qwen3_moe-window": ("Qwen3MoeConfig", EXPERTS | WINDOW),
 }
 """Name -> config class of transformers, options. The name begins with the model_type."""
 

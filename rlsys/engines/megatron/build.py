@@ -24,8 +24,9 @@ from rlsys.config import Config, PolicyConfig
 from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import memory
-from rlsys.model.attention import attention_problem
+from rlsys.model.attention import attention_problem, window_problem
 from rlsys.model.shape import ModelShape
+from rlsys.types import Device
 
 
 def transformer_config(
@@ -43,12 +44,13 @@ def transformer_config(
     """
     tp = parallel_state.get_tensor_model_parallel_world_size()
     cp = parallel_state.get_context_parallel_world_size()
+    device: Device = "cpu" if on_cpu else "cuda"
     problem = attention_problem(
         policy.attention_backend,
         context_parallel_size=cp,
-        device="cpu" if on_cpu else "cuda",
+        device=device,
         dtype=str(dtype).rpartition(".")[2],
-    )
+    ) or window_problem(shape, context_parallel_size=cp, device=device)
     if problem is not None:
         raise ValueError(problem.text)
     return TransformerConfig(
@@ -79,6 +81,7 @@ def transformer_config(
         attention_backend=AttnBackend[policy.attention_backend],
         # Asks for an extension of Apex that nothing here uses: see `fuse_weight_gradients`.
         gradient_accumulation_fusion=False,
+        **_window_options(shape),
         **dict.fromkeys(_CUDA_OPTIONS, not on_cpu),
         **(_expert_options(shape, on_cpu=on_cpu) if shape.is_moe else {}),
         **_recompute_options(policy, is_moe=shape.is_moe),
@@ -97,6 +100,18 @@ _CUDA_OPTIONS = (
     "batch_p2p_sync",
 )
 """Options that need CUDA."""
+
+
+def _window_options(shape: ModelShape) -> dict[str, Any]:
+    """Sliding windows; megatron-core and Transformer Engine count the tokens left of a query."""
+    windows = [layer.window for layer in shape.layers]
+    if not any(windows):
+        return {}
+    (window,) = {window for window in windows if window is not None}
+    return {
+        "window_size": (window - 1, 0),
+        "window_attn_skip_freq": [int(window is not None) for window in windows],
+    }
 
 
 def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,8 +11,12 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
+
+QUERY_BLOCK = 512
+"""Fewest queries of a sliding window that attend in one call."""
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -23,17 +28,28 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over packed sequences, with grouped queries.
+    """Causal attention over packed sequences, with grouped queries and sliding windows.
 
     The sequences of a micro-batch are scattered into right-padded rows and attended in one call:
     under a causal mask no real token sees the padding on its right, so no mask is needed.
     """
 
     def __init__(
-        self, config: TransformerConfig, *_: Any, softmax_scale: float | None = None, **__: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *_: Any,
+        softmax_scale: float | None = None,
+        **__: Any,
     ):
         super().__init__(config)
         self.softmax_scale = softmax_scale
+        self.window: int | None = None
+        """Tokens that a query attends to, its own included."""
+        if is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        ):
+            self.window = config.window_size[0] + 1
 
     def forward(
         self,
@@ -76,12 +92,35 @@ class PackedAttention(MegatronModule):
             padded = packed.new_zeros(*shape, *packed.shape[1:])
             return padded.index_put((rows, columns), packed).transpose(1, 2)
 
-        attended = F.scaled_dot_product_attention(
-            pad(query),
-            pad(key),
-            pad(value),
-            is_causal=True,
+        attended = self._padded(pad(query), pad(key), pad(value))
+        return attended.transpose(1, 2)[rows, columns].flatten(1)
+
+    def _padded(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """[N, heads, S, d] queries, [N, kv_heads, S, d] keys and values -> [N, heads, S, d].
+
+        In a window that is shorter than S, a block of queries attends to the keys that any of them
+        sees, so that the mask is not [S, S].
+        """
+        attend = functools.partial(
+            F.scaled_dot_product_attention,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
         )
-        return attended.transpose(1, 2)[rows, columns].flatten(1)
+        length, window = query.size(2), self.window
+        if window is None or window >= length:
+            return attend(query, key, value, is_causal=True)
+        block = max(window, QUERY_BLOCK)
+        attended = []
+        for start in range(0, length, block):
+            end, first = min(start + block, length), max(start - window + 1, 0)
+            at = torch.arange(first, end, device=query.device)
+            distance = at[start - first :, None] - at
+            attended.append(
+                attend(
+                    query[:, :, start:end],
+                    key[:, :, first:end],
+                    value[:, :, first:end],
+                    attn_mask=(distance >= 0) & (distance < window),
+                )
+            )
+        return torch.cat(attended, dim=2)

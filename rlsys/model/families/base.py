@@ -8,7 +8,7 @@ parameter of the whole model, each expert included.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,6 +40,21 @@ class LayerShape:
     rope: str | None = ""
     """The entry of rope_parameters that its rotary embedding has; "" if rope_parameters has no
     entries for kinds of layers, None if the layer has no rotary embedding (NoPE)."""
+    window: int | None = None
+    """Tokens that a query attends to, its own included (sliding-window attention); None: all tokens
+    before it, too."""
+
+
+def layers_by_type(layer_types: Sequence[str], window: int | None) -> tuple[LayerShape, ...]:
+    """Dense layers, in which "sliding_attention" has the window and all else sees everything.
+
+    Raises:
+        ValueError: a layer slides, and there is no window.
+    """
+    kinds = {"sliding_attention": LayerShape(window=window)}
+    if window is None and "sliding_attention" in layer_types:
+        raise ValueError("layer_types has 'sliding_attention', and sliding_window gives no window")
+    return tuple(kinds.get(kind, LayerShape()) for kind in layer_types)
 
 
 def uniform_layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
@@ -202,7 +217,7 @@ class ModelFamily:
     """Where a layer has norms: "pre" before attention and MLP, "post" after each, before its
     output is added to the residual, "sandwich" both."""
     layers: Callable[[Mapping[str, Any]], tuple[LayerShape, ...]] = uniform_layers
-    """config.json -> its layers; raises ValueError and KeyError."""
+    """config.json with `defaults` -> its layers; raises ValueError and KeyError."""
     attention: Callable[[ModelShape, LayerShape], list[WeightRow]] = attention
     """Rows of a layer's attention, with names relative to the layer."""
     mlp: Callable[[ModelShape, LayerShape], list[WeightRow]] = gated_mlp

@@ -1,10 +1,20 @@
-"""Mistral, dense: its tensors are named as Llama's."""
+"""Mistral, dense: its tensors are named as Llama's. Version 0.1 has sliding windows."""
 
-from rlsys.model.families.base import ModelFamily
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rlsys.model.families.base import LayerShape, ModelFamily
+
+
+def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
+    return (LayerShape(window=values["sliding_window"]),) * values["num_hidden_layers"]
+
 
 MISTRAL = ModelFamily(
     model_type="mistral",
     architecture="MistralForCausalLM",
-    defaults={"num_key_value_heads": 8},
-    inert={"sliding_window": ()},
+    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    layers=_layers,
 )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rlsys.model.families.base import LayerShape, ModelFamily, WeightRow
+from rlsys.model.families.qwen2 import WINDOW_KEYS, window_of
 from rlsys.model.families.qwen3 import QK_NORM_KEYS
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ def _expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
+    layer = LayerShape(has_experts=True, window=window_of(values))
+    return (layer,) * values["num_hidden_layers"]
+
+
 QWEN3_MOE = ModelFamily(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
@@ -71,10 +77,10 @@ QWEN3_MOE = ModelFamily(
         "output_router_logits",
         "router_aux_loss_coef",
     ),
-    inert=QK_NORM_KEYS | {"mlp_only_layers": ([],)},  # each layer has experts
-    defaults={"num_key_value_heads": 4},
+    inert=WINDOW_KEYS | QK_NORM_KEYS | {"mlp_only_layers": ([],)},  # each layer has experts
+    defaults={"num_key_value_heads": 4, "sliding_window": 4096},
     has_qk_norm=True,
-    layers=lambda values: (LayerShape(has_experts=True),) * values["num_hidden_layers"],
+    layers=_layers,
     mlp=experts,
     own_sizes=_expert_sizes,
 )

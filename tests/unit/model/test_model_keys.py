@@ -135,10 +135,18 @@ def test_published_configs_are_accepted(tmp_path, name):
         (LLAMA, "per_layer_config", {"0": {"num_key_value_heads": 2}}),
         (LLAMA, "a_key_of_next_year", False),
         (LLAMA, "a_key_of_next_year", 0),
-        (QWEN2, "use_sliding_window", True),
+        (LLAMA, "use_sliding_window", True),
+        (LLAMA | {"model_type": "mistral", "architectures": None}, "sliding_window", 0),
+        (QWEN2 | {"use_sliding_window": True}, "max_window_layers", 2),
         (QWEN2, "attention_bias", False),
         (QWEN2, "qk_norm", True),
-        (QWEN2, "layer_types", ["full_attention", "sliding_attention"] * 2),
+        (QWEN2, "layer_types", ["sliding_attention"] * 4),  # and no window: it is switched off
+        (
+            QWEN3 | {"use_sliding_window": True, "sliding_window": 4},
+            "layer_types",
+            ["full_attention", "sliding_attention"] * 2,
+        ),
+        (LLAMA, "layer_types", ["full_attention", "sliding_attention"] * 2),
         (QWEN2, "dual_chunk_attention_config", {"chunk_size": 262144}),
         (QWEN2, "attention_dropout", 0.1),
         (QWEN3, "attention_bias", True),
@@ -285,3 +293,27 @@ def test_sizes_that_are_left_out_are_those_of_transformers(tmp_path, model_type)
     theirs, ours = AutoConfig.from_pretrained(tmp_path), read_model_shape(tmp_path)
     assert ours.num_kv_heads == theirs.num_key_value_heads
     assert ours.head_dim == getattr(theirs, "head_dim", None) or 2048 // 64
+
+
+MISTRAL = LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+SWITCHED_ON = {"use_sliding_window": True, "sliding_window": 8}
+
+
+@pytest.mark.parametrize(
+    ("values", "window"),
+    [
+        (MISTRAL, 4096),  # transformers' and vLLM's default
+        (MISTRAL | {"sliding_window": None}, None),
+        (MISTRAL | {"sliding_window": 1024}, 1024),
+        (QWEN2, None),
+        (QWEN2 | SWITCHED_ON, None),  # max_window_layers is 21, and the model has 4
+        (QWEN2 | SWITCHED_ON | {"max_window_layers": 4}, None),
+        (QWEN2 | SWITCHED_ON | {"max_window_layers": 0}, 8),
+        (QWEN3 | SWITCHED_ON | {"layer_types": ["sliding_attention"] * 4}, 8),
+        (QWEN3 | SWITCHED_ON | {"layer_types": ["full_attention"] * 4}, None),
+        (PUBLISHED["Qwen3-MoE"] | {"use_sliding_window": False, "sliding_window": 8}, None),
+        (PUBLISHED["Qwen3-MoE"] | SWITCHED_ON, 8),
+    ],
+)
+def test_windows_of_published_keys(tmp_path, values, window):
+    assert {layer.window for layer in shape_of(tmp_path, values).layers} == {window}

@@ -27,12 +27,12 @@ def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
 @pytest.mark.parametrize(
     ("sizes", "words"),
     [
-        ({"model_type": "gpt2"}, ["gpt2", "llama, qwen2, qwen3"]),
+        ({"model_type": "gpt2"}, ["gpt2", "llama", "qwen3"]),
         ({"model_type": None}, ["not supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
         (
             {"layer_types": ["full_attention", "sliding_attention"] * 2},
-            ["layer_types", "sliding_attention"],
+            ["layer_types", "sliding_attention", "gives no window"],
         ),
         ({"layer_types": ["full_attention", None, "x"]}, ["'x', None in layer_types"]),
         ({"layer_types": 5}, ["5 in layer_types"]),
@@ -253,6 +253,16 @@ def test_parallel_sizes_that_do_not_divide_the_model(problems, overrides, words)
     text = only(problems(*overrides))
     for word in words:
         assert word in text
+
+
+def test_sliding_windows_under_context_parallelism_on_gpus(problems, tmp_path, gpus):
+    gpus(4)
+    folder = str(write_model(tmp_path / "window", model_type="mistral", sliding_window=64))
+    sizes = ["--policy.context_parallel_size", "2", "--policy.world_size", "2"]
+    text = only(problems("--model.path", folder, "--device", "cuda", *sizes))
+    assert "context_parallel_size = 2 with the sliding windows of mistral" in text
+    assert problems("--model.path", folder, "--device", "cpu", *sizes) == []
+    assert problems("--device", "cuda", *sizes) == []
 
 
 def test_a_vocabulary_that_tensor_parallel_ranks_do_not_divide(problems, tmp_path):
