@@ -12,7 +12,7 @@ from rich.table import Table
 from rlsys.commands.console import make_console
 from rlsys.commands.explain_algorithm import describe_algorithm
 from rlsys.commands.explain_batches import batch_arithmetic
-from rlsys.commands.explain_options import describe_sampling
+from rlsys.commands.explain_options import describe_passed_through, describe_sampling
 from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.load import ResolvedConfig, load_config
@@ -61,6 +61,8 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
     _print_config(resolved, console)
     print_pairs(console, "Algorithm", describe_algorithm(config))
     print_pairs(console, "Sampling", describe_sampling(config.rollout))
+    if passed := describe_passed_through(config):
+        print_pairs(console, "Passed through, and not in the memory estimate", passed)
     print_pairs(console, "Batches", batch_arithmetic(config))
     print_pairs(console, f"Actors on {device}", _describe_actors(config, device))
     shapes = _read_shapes(config)

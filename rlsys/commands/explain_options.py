@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlsys.config.fields import show_value
+from rlsys.config.passed_through import MEGATRON
+from rlsys.library_options import options_of
 
 if TYPE_CHECKING:
-    from rlsys.config import RolloutConfig
+    from rlsys.config import Config, RolloutConfig
 
 _CUTS = {"min_p": 0.0, "top_k": 0, "top_p": 1.0}
 _PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -55,3 +57,29 @@ def _end_text(rollout: RolloutConfig) -> str:
         f"{text}, or with {show_value(stops)[1:-1]}: all tokens up to there are trained on, and "
         f"the stop {kept} the text that rewards get; such a completion does not count as cut"
     )
+
+
+_LESS_EXACT = ("quantization", "quantization_config", "kv_cache_dtype", "speculative_config")
+
+
+def describe_passed_through(config: Config) -> list[tuple[str, str]]:
+    """(name = value, where it goes) for each option that vLLM or megatron-core gets."""
+    pairs = []
+    for name, value in config.rollout.engine_kwargs.items():
+        text = "an engine argument of vLLM (rollout.engine_kwargs)"
+        if name in _LESS_EXACT:
+            text += "; warning: the engine then samples from other numbers than the policy's, see "
+            text += "sampling/logp_difference and grpo.rollout_is"
+        pairs.append((f"{name} = {show_value(value)}", text))
+    package, sources = MEGATRON
+    for name, value in config.policy.megatron_kwargs.items():
+        classes = [
+            cls for file, cls in sources if name in (options_of(package, ((file, cls),)) or {})
+        ]
+        owners = " and ".join(classes) or "megatron-core, which is not installed here"
+        both = {"TransformerConfig", "ModelParallelConfig"} & set(classes) and config.grpo.beta > 0
+        of_reference = ", of policy and reference" if both else ""
+        pairs.append(
+            (f"{name} = {show_value(value)}", f"{owners}{of_reference} (policy.megatron_kwargs)")
+        )
+    return pairs

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rlsys.config.algorithm import CLIPPED_LOSSES
 from rlsys.config.gates import parse_gate
+from rlsys.config.passed_through import own_option_problems
 from rlsys.config.rules_algorithm import algorithm_problems
 from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
@@ -50,6 +51,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_engine_problems(config),
         *_staleness_problems(config),
         *_dynamic_sample_problems(config),
+        *own_option_problems(config),
     ]
 
 

@@ -239,6 +239,11 @@ class RolloutConfig(Section):
     max_resample_times: PositiveInt = 3
     """With dynamic_sample: P times this many groups are replaced in a step, at most; then groups
     with equal rewards fill the batch."""
+    engine_kwargs: dict[str, Any] = {}
+    """More engine arguments of vLLM, by its names: `{enable_prefix_caching: false}`. Those of the
+    installed version are taken as they are, but not what rlsys sets from other fields. The memory
+    estimate does not know them, and what makes the engine compute less exactly (quantization,
+    kv_cache_dtype) shows in sampling/logp_difference."""
     timeout_s: PositiveFloat = 600.0
     """Seconds to wait for the next group of completions before the run fails; time for rewards does
     not count."""
@@ -558,6 +563,12 @@ class PolicyConfig(Section):
     recompute_logits: bool = True
     """Compute logits again in the backward pass. false keeps a micro-batch's, tokens x
     vocabulary / tensor_parallel_size numbers, and saves a few percent of the time."""
+    megatron_kwargs: dict[str, Any] = {}
+    """More options of megatron-core's TransformerConfig, OptimizerConfig and
+    DistributedDataParallelConfig, by their names: `{moe_router_fusion: true}`. An option that
+    several of them have goes to each. Those of TransformerConfig are the reference's too, so that
+    both models compute alike. Types are written as float32 or bfloat16. The memory estimate does
+    not know them."""
     cpu_threads: PositiveInt = 1
     """Threads of each policy and reference rank on CPU."""
     timeout_s: PositiveFloat = 1800.0

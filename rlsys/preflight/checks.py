@@ -15,6 +15,7 @@ from rlsys.preflight.job_copy import job_copy_problems
 from rlsys.preflight.machine import (
     attention_problems,
     gpu_problems,
+    option_problems,
     package_problems,
     tracker_problems,
 )
@@ -25,6 +26,7 @@ from rlsys.problems import Problem
 
 CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (
     package_problems,
+    option_problems,
     model_problems,
     attention_problems,
     gpu_problems,

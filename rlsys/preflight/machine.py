@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 
 from rlsys.config import Config
+from rlsys.config.passed_through import megatron_option_problems, vllm_option_problems
 from rlsys.config.roles import describe_gpu_demand, fewer_gpus, plan_roles
 from rlsys.model.attention import attention_problem
 from rlsys.model.modelscope import REMEDY
@@ -55,6 +56,17 @@ def tracker_problems(config: Config) -> Iterator[Problem]:
             find_wandb()
         except ValueError as error:
             yield Problem(str(error), only_here=True)
+
+
+def option_problems(config: Config) -> Iterator[Problem]:
+    """Options passed through that the installed vLLM and megatron-core do not take."""
+    yield from vllm_option_problems(config)
+    yield from megatron_option_problems(config)
+    if config.rollout.engine_kwargs.get("enable_chunked_prefill") and guess_device(config) == "cpu":
+        yield Problem(
+            "rollout.engine_kwargs: enable_chunked_prefill cannot be true on the CPU, because vLLM "
+            "cannot take back what a request draws from its generator there: leave it out"
+        )
 
 
 def attention_problems(config: Config) -> Iterator[Problem]:

@@ -170,20 +170,39 @@ class LabRank(PolicyRank):
             gc.collect()
         self.config = config
 
-    def cut_buckets(self, num_parameters):
-        """Communicate gradients and weights in parts of `num_parameters`, as a large model does.
+    def own_options(self):
+        """The names of megatron-core's options that rlsys sets, for a policy like this one."""
+        from rlsys.engines.megatron import build, options, policy
 
-        For policies that are made after this; None is megatron-core's own size, of 40 million.
-        """
-        from functools import partial
+        names = []
 
-        from megatron.core.distributed import DistributedDataParallelConfig
+        def recorded(cls, own, section):
+            names.extend(own)
+            return options.megatron_config(cls, own, section)
 
-        from rlsys.engines.megatron import policy as megatron
+        with (
+            mock.patch.object(build, "megatron_config", recorded),
+            mock.patch.object(policy, "megatron_config", recorded),
+        ):
+            self.build_again()
+        return names
 
-        megatron.DistributedDataParallelConfig = partial(
-            DistributedDataParallelConfig, bucket_size=num_parameters
-        )
+    def options(self, names):
+        """Their values in the configs that megatron-core has, of policy and reference."""
+        from rlsys.engines.megatron.reference import MegatronReference
+
+        engine = self.engine
+        reference = MegatronReference(self.config, device=self.device)
+        configs = {
+            "transformer": engine.transformer_config,
+            "reference": reference.transformer_config,
+            "optimizer": engine.optimizer.config,
+            "ddp": engine.ddp.ddp_config,
+        }
+        return {
+            role: {name: getattr(config, name) for name in names if hasattr(config, name)}
+            for role, config in configs.items()
+        }
 
     def num_buckets(self):
         return len(self.engine.ddp.bucket_groups)

@@ -83,9 +83,9 @@ def stale_parameters(rank):
 def test_weights_are_whole_right_after_an_update_whose_gathering_overlaps(lab, gpu_models):
     """Where they are not, a weight sync would send weights of the step before, without an error."""
     options = LAYOUTS["DP 2"] | {"global_batch_size": 8, "overlap_grad_reduce": True}
-    config = gpu_config(gpu_models["qwen3-tied", 0], overlap_param_gather=True, **options)
     # Parts of a size that a model of 4 layers has many of.
-    lab.policy(config).call("cut_buckets", 200_000)
+    options |= {"megatron_kwargs": {"bucket_size": 200_000}}
+    config = gpu_config(gpu_models["qwen3-tied", 0], overlap_param_gather=True, **options)
     policy = lab.policy(config)
     assert min(policy.call("num_buckets")) > 4
     batch = replace(BATCH, old_logprobs=policy.compute_logprobs(BATCH)[0])
@@ -96,7 +96,6 @@ def test_weights_are_whole_right_after_an_update_whose_gathering_overlaps(lab, g
         before, weights = weights, exported(policy)
         assert policy.call("run", stale_parameters) == [[], []]
         assert not all(torch.equal(tensor, before[name]) for name, tensor in weights.items())
-    policy.call("cut_buckets", None)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="is about kernels of GPUs")

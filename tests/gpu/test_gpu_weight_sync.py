@@ -158,11 +158,12 @@ def test_what_is_sent_right_after_an_update_is_what_the_update_settles_on(
     stream of its own, in buckets: a copy that does not wait for that sends weights of the step
     before. `weight_sync.verify` would not see it, as both sides hash what was copied."""
     engine = engines("untied")
-    overlapping = {"global_batch_size": 8, "overlap_grad_reduce": True}
+    overlapping = {
+        "global_batch_size": 8,
+        "overlap_grad_reduce": True,
+        "megatron_kwargs": {"bucket_size": 200_000},
+    }
     options = overlapping | {"overlap_param_gather": True} if layout == "DP 2" else {}
-    lab.policy(gpu_config(gpu_models[engine.kind, 0], **LAYOUTS[layout])).call(
-        "cut_buckets", 200_000
-    )
     policy, publisher, _ = connect(engine, layout, options)
     publisher.publish()
     batch = replace(BATCH, old_logprobs=policy.compute_logprobs(BATCH)[0])
@@ -176,7 +177,6 @@ def test_what_is_sent_right_after_an_update_is_what_the_update_settles_on(
             assert held == settled, f"update {update}"
         assert held != before
         before = held
-    policy.call("cut_buckets", None)
 
 
 @pytest.mark.parametrize("in_flight_kv", ["recompute", "keep"])

@@ -21,6 +21,7 @@ from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.config import Config, PolicyConfig
+from rlsys.engines.megatron.options import megatron_config
 from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import memory
@@ -53,7 +54,7 @@ def transformer_config(
     ) or window_problem(shape, context_parallel_size=cp, device=device)
     if problem is not None:
         raise ValueError(problem.text)
-    return TransformerConfig(
+    own = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.intermediate_size,
@@ -86,6 +87,7 @@ def transformer_config(
         **(_expert_options(shape, on_cpu=on_cpu) if shape.is_moe else {}),
         **_recompute_options(policy, is_moe=shape.is_moe),
     )
+    return megatron_config(TransformerConfig, own, policy)
 
 
 _CUDA_OPTIONS = (

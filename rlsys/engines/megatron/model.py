@@ -29,6 +29,7 @@ from rlsys.algo.batching import (
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.sampling import Sampling
 from rlsys.config import Config
+from rlsys.config.passed_through import megatron_option_problems
 from rlsys.engines.megatron.build import LogprobHead, build_model, transformer_config
 from rlsys.engines.megatron.hf_folder import save_model_folder
 from rlsys.engines.megatron.weights import MegatronWeights
@@ -38,6 +39,7 @@ from rlsys.model.folder_check import check_model_folder
 from rlsys.model.memory import longest_row
 from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids
+from rlsys.problems import ProblemsError
 from rlsys.types import Device, TrainBatch
 
 ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
@@ -55,6 +57,8 @@ class MegatronModel:
     """Section of the config with the model's parallel sizes."""
 
     def __init__(self, config: Config, path: str, *, device: Device, trains: bool = False):
+        if problems := megatron_option_problems(config):  # this host may have another megatron-core
+            raise ProblemsError("policy.megatron_kwargs", problems)
         self.config = config
         self.on_cpu = device == "cpu"
         self.device = torch.device(device)

@@ -26,6 +26,7 @@ from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer, save_optimizer
 from rlsys.engines.megatron.hf_folder import write_model_files
 from rlsys.engines.megatron.model import MegatronModel
+from rlsys.engines.megatron.options import megatron_config
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.types import Device, TrainBatch, UpdateOutput
 
@@ -38,19 +39,13 @@ class MegatronPolicy(MegatronModel):
 
     def __init__(self, config: Config, *, device: Device):
         super().__init__(config, config.model.path, device=device, trains=True)
-        policy = config.policy
         overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
         fuse_weight_gradients(self.model)
         with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
             self.ddp = DistributedDataParallel(
                 self.transformer_config,
-                DistributedDataParallelConfig(
-                    grad_reduce_in_fp32=True,
-                    use_distributed_optimizer=policy.use_distributed_optimizer,
-                    overlap_grad_reduce=overlap_grads,
-                    overlap_param_gather=self._overlaps_param_gather,
-                ),
+                self._ddp_config(overlap_grads),
                 self.model,
             )
         with out_of_memory_explained(
@@ -79,25 +74,32 @@ class MegatronPolicy(MegatronModel):
             "cuts the optimizer's state over replicas"
         )
 
+    def _ddp_config(self, overlap_grads: bool) -> DistributedDataParallelConfig:
+        own = {
+            "grad_reduce_in_fp32": True,
+            "use_distributed_optimizer": self.config.policy.use_distributed_optimizer,
+            "overlap_grad_reduce": overlap_grads,
+            "overlap_param_gather": self._overlaps_param_gather,
+        }
+        return megatron_config(DistributedDataParallelConfig, own, self.config.policy)
+
     def _build_optimizer(self) -> MegatronOptimizer:
         policy = self.config.policy
-        return get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=policy.lr,
-                min_lr=policy.min_lr,
-                weight_decay=policy.weight_decay,
-                adam_beta1=policy.adam_beta1,
-                adam_beta2=policy.adam_beta2,
-                adam_eps=policy.adam_eps,
-                clip_grad=policy.max_grad_norm,
-                bf16=self.dtype == torch.bfloat16,
-                params_dtype=self.dtype,
-                use_distributed_optimizer=policy.use_distributed_optimizer,
-                overlap_param_gather=self._overlaps_param_gather,
-            ),
-            [self.ddp],
-        )
+        own = {
+            "optimizer": "adam",
+            "lr": policy.lr,
+            "min_lr": policy.min_lr,
+            "weight_decay": policy.weight_decay,
+            "adam_beta1": policy.adam_beta1,
+            "adam_beta2": policy.adam_beta2,
+            "adam_eps": policy.adam_eps,
+            "clip_grad": policy.max_grad_norm,
+            "bf16": self.dtype == torch.bfloat16,
+            "params_dtype": self.dtype,
+            "use_distributed_optimizer": policy.use_distributed_optimizer,
+            "overlap_param_gather": self._overlaps_param_gather,
+        }
+        return get_megatron_optimizer(megatron_config(OptimizerConfig, own, policy), [self.ddp])
 
     def _build_scheduler(self) -> OptimizerParamScheduler:
         policy = self.config.policy

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from rlsys.config import Config, RolloutConfig
+from rlsys.config.passed_through import vllm_option_problems
 from rlsys.model.memory import (
     BATCHED_TOKENS,
     GIB,
@@ -21,6 +22,7 @@ from rlsys.model.memory import (
     sync_bucket_bytes,
 )
 from rlsys.model.shape import ModelShape
+from rlsys.problems import ProblemsError
 from rlsys.types import Device, SampleRequest
 
 if TYPE_CHECKING:
@@ -78,7 +80,8 @@ def engine_arguments(
         gpu_bytes: memory of the engine's GPU; needed only if engines share it.
 
     Raises:
-        ValueError: engines that share a GPU do not fit.
+        ValueError: engines that share a GPU do not fit, or this host's vLLM does not have an
+            option of rollout.engine_kwargs.
     """
     rollout = config.rollout
     tensor_parallel_size = rollout.tensor_parallel_size
@@ -118,7 +121,9 @@ def engine_arguments(
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], longest_row(config)),
         }
-    return arguments
+    if problems := vllm_option_problems(config):  # this host may have another vLLM
+        raise ProblemsError("rollout.engine_kwargs", problems)
+    return arguments | rollout.engine_kwargs
 
 
 def sampling_arguments(

@@ -2,7 +2,7 @@
 
 from config_cases import values
 
-from rlsys.commands.explain_options import describe_sampling
+from rlsys.commands.explain_options import describe_passed_through, describe_sampling
 from rlsys.config import Config
 
 
@@ -29,3 +29,18 @@ def test_stops_are_named_with_what_is_trained_and_what_rewards_see():
     assert "'\\nQ:', token 7: all tokens up to there are trained on" in text
     assert "the stop is cut off the text that rewards get" in text
     assert "stays in" in sampling(stop=["x"], include_stop_str_in_output=True)["completions end"]
+
+
+def test_what_is_passed_through_is_shown_with_where_it_goes():
+    sections = {
+        "rollout": {"generation_batch_size": 16, "engine_kwargs": {"kv_cache_dtype": "fp8"}},
+        "policy": {"megatron_kwargs": {"barrier_with_L1_time": False, "bucket_size": 9}},
+        "grpo": {"beta": 0.1},
+    }
+    pairs = dict(describe_passed_through(Config.model_validate(values(**sections))))
+    assert "warning: the engine then samples from other numbers" in pairs["kv_cache_dtype = fp8"]
+    assert pairs["barrier_with_L1_time = false"] == (
+        "ModelParallelConfig and OptimizerConfig, of policy and reference (policy.megatron_kwargs)"
+    )
+    assert pairs["bucket_size = 9"].startswith("DistributedDataParallelConfig (")
+    assert describe_passed_through(Config.model_validate(values())) == []

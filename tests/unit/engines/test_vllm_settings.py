@@ -6,6 +6,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from rlsys.config import Config
+from rlsys.config.passed_through import VLLM_DEFAULTS, VLLM_FIELDS, VLLM_FIXED, VLLM_REFUSED
 from rlsys.engines.vllm.settings import (
     engine_arguments,
     refusal,
@@ -112,6 +113,34 @@ def test_stop_texts_may_hold_special_tokens_that_rewards_see(skip, looks_for):
     assert arguments["stop_token_ids"] == [2, 5]
     sampling = {name: arguments[name] for name in ("n", "temperature", "top_p", "top_k", "seed")}
     assert sampling == {"n": 4, "temperature": 0.5, "top_p": 0.9, "top_k": 7, "seed": 9}
+
+
+def passed(device, **options):
+    """The names of vLLM's arguments that rlsys sets."""
+    settings = config(max_num_seqs=1024, stop=["x"], **options)
+    settings = settings.model_copy(
+        update={"model": settings.model.model_copy(update={"fp32_lm_head": True})}
+    )
+    return engine_arguments(settings, SHAPE, device=device, engine_rank=0)
+
+
+def test_the_tables_of_passed_through_are_what_rlsys_sets():
+    in_engine = {"model", "weight_transfer_config", "worker_extension_cls"}  # `_start_llm`
+    names = {*passed("cpu"), *passed("cuda", kv_cache_memory_mb=7), *in_engine}
+    assert names == {*VLLM_FIELDS, *VLLM_FIXED, *VLLM_DEFAULTS}
+    assert not names & set(VLLM_REFUSED)
+
+
+def test_engine_kwargs_reach_vllm_and_win_over_defaults():
+    own = {"enable_prefix_caching": False, "enforce_eager": False}
+    plain, changed = passed("cpu"), passed("cpu", engine_kwargs=own)
+    assert changed == plain | own
+    assert plain["enforce_eager"]
+
+
+def test_an_engine_refuses_what_its_own_vllm_does_not_have():
+    with pytest.raises(ValueError, match=r"no option 'enforce_eagr': did you mean enforce_eager\?"):
+        passed("cpu", engine_kwargs={"enforce_eagr": True})
 
 
 def test_gpus_size_their_own_cache():
