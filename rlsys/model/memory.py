@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.model.kv_cache import KVLayers, cache_blocks, kv_layers
 from rlsys.model.shape import ModelShape
 from rlsys.model.weight_files import read_header, weight_files
 from rlsys.types import Device
@@ -141,10 +142,18 @@ def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device:
     Some attention kernels of GPUs take larger blocks than KV_BLOCK_TOKENS, and then more memory.
     """
     block_tokens = KV_BLOCK_TOKENS[device]
-    blocks_per_sequence = -(-longest_row(config) // block_tokens)
-    blocks = sequences * blocks_per_sequence + 1  # vLLM keeps one for itself
-    elements = shape.kv_elements_per_token(config.rollout.tensor_parallel_size)
+    blocks = cache_blocks(
+        _kv_layers(config, shape),
+        row=longest_row(config),
+        sequences=sequences,
+        block_tokens=block_tokens,
+    )
+    elements = shape.kv_elements_per_token(config.rollout.tensor_parallel_size) // shape.num_layers
     return blocks * block_tokens * elements * bytes_per_weight(config, device)
+
+
+def _kv_layers(config: Config, shape: ModelShape) -> list[KVLayers]:
+    return kv_layers(shape, row=longest_row(config), prompt=config.data.max_prompt_length)
 
 
 def sampler_logit_bytes(config: Config, shape: ModelShape) -> int:
@@ -289,13 +298,22 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
 
 
 def _kv_cache(config: Config, shape: ModelShape, device: Device) -> tuple[float, str]:
-    rollout, row = config.rollout, longest_row(config)
+    rollout = config.rollout
     if rollout.kv_cache_memory_mb is not None:
         return rollout.kv_cache_memory_mb * 2**20, "rollout.kv_cache_memory_mb"
     width = bytes_per_weight(config, device)
-    token_bytes = shape.kv_elements_per_token(rollout.tensor_parallel_size) * width
-    all_sequences = rollout.max_num_seqs * row * token_bytes
-    text = f"max_num_seqs {rollout.max_num_seqs} x {row:,} tokens x {token_bytes:,.0f} bytes"
+    elements = shape.kv_elements_per_token(rollout.tensor_parallel_size) / shape.num_layers
+    kinds = [
+        (kind.tokens, kind.layers * elements * width, " of windowed layers" * kind.has_window)
+        for kind in _kv_layers(config, shape)
+    ]
+    sequence_bytes = sum(tokens * token_bytes for tokens, token_bytes, _ in kinds)
+    sequence = " + ".join(
+        f"{tokens:,} tokens x {token_bytes:,.0f} bytes{kind}" for tokens, token_bytes, kind in kinds
+    )
+    sequence = f"({sequence})" if len(kinds) > 1 else sequence
+    all_sequences = rollout.max_num_seqs * sequence_bytes
+    text = f"max_num_seqs {rollout.max_num_seqs} x {sequence}"
     if device == "cpu":
         limit = MAX_CPU_KV_GIB * GIB
         return min(all_sequences, limit), f"{text}, {MAX_CPU_KV_GIB:g} GiB at most"
@@ -306,9 +324,8 @@ def _kv_cache(config: Config, shape: ModelShape, device: Device) -> tuple[float,
     per_engine = -(-config.num_prompts // rollout.num_engines) * rollout.num_generations
     sequences = min(rollout.max_num_seqs, per_engine)
     return (
-        sequences * row * token_bytes,
-        f"{sequences} sequences x {row:,} tokens x {token_bytes:,.0f} bytes for none to wait; vLLM "
-        f"takes {share} its GPU in all",
+        sequences * sequence_bytes,
+        f"{sequences} sequences x {sequence} for none to wait; vLLM takes {share} its GPU in all",
     )
 
 

@@ -1,11 +1,14 @@
 """The memory estimate: parameters as counted by transformers, sizes as measured."""
 
 import json
+from unittest import mock
 
 import pytest
 from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model
 
 from rlsys.config.load import load_config
+from rlsys.model.families.base import LayerShape
+from rlsys.model.kv_cache import kv_layers
 from rlsys.model.memory import GIB, estimate_memory, rank_params
 from rlsys.model.shape import read_model_shape
 from rlsys.preflight.memory import gpu_warnings
@@ -114,6 +117,33 @@ def test_the_kv_cache_holds_the_sequences_of_an_engine(tmp_path):
     assert found["rollout"].gib["KV cache"] * GIB == pytest.approx(16 * 128 * token)
     found, _ = estimates(tmp_path, "cpu", rollout={"kv_cache_memory_mb": 512})
     assert found["rollout"].gib["KV cache"] == 0.5
+
+
+def test_windowed_layers_keep_the_window_or_the_prompt(tmp_path):
+    def numbers(**sizes):
+        folder = write_model(tmp_path / "window", **sizes)
+        config = load_config(write_config(tmp_path, data={"max_prompt_length": 32})).config
+        shape = read_model_shape(folder)
+        found = {e.role: e for e in estimate_memory(config, shape, shape, device="cuda")}
+        return found["rollout"].gib["KV cache"] * GIB, found["rollout"].formula["KV cache"]
+
+    window = {"model_type": "mistral", "architectures": None}
+    full, _ = numbers(**window, sliding_window=None)
+    for size, tokens in ((48, 48), (8, 32), (4096, 96)):
+        found, text = numbers(**window, sliding_window=size)
+        assert found == pytest.approx(full * tokens / 96)
+        assert f"{tokens} tokens x " in text
+        assert "windowed layers" in text
+
+
+def test_vllm_gives_blocks_to_groups_of_layers_of_one_kind():
+    def layers(full, windowed):
+        shape = mock.Mock(layers=(LayerShape(),) * full + (LayerShape(window=100),) * windowed)
+        return [(kind.layers, kind.tokens) for kind in kv_layers(shape, row=1000, prompt=50)]
+
+    assert layers(4, 22) == [(4, 1000), (24, 100)]  # Gemma 3 1B
+    assert layers(8, 9) == [(9, 1000), (9, 100)]
+    assert layers(3, 0) == [(3, 1000)]
 
 
 def test_the_reference_is_in_the_estimate_only_with_a_kl_term(tmp_path):
