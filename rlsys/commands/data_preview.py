@@ -21,6 +21,9 @@ from rlsys.data.load import PromptData
 from rlsys.data.sources import MAX_PROBLEMS_SHOWN
 from rlsys.model.chat_template import TEMPLATE_COLUMNS
 from rlsys.model.detokenize import Detokenizer
+from rlsys.model.folder import find_model_folder, tokenizer_source
+from rlsys.model.raw_text import RawText
+from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.preflight.before_start import load_checked_prompts
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.rewards import reachable_rewards
@@ -73,6 +76,7 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     if config.data.streaming:
         lengths = [len(prompt.token_ids) for prompt in prompts]
     _print_histogram(config, lengths, console)
+    _print_special_tokens(config, tokenizer, console)
     rewards = None if problems else reachable_rewards(config, tokenizer)
     for prompt in _spread(prompts, data.train_sizes, num_rows):
         _print_prompt(prompt, tokenizer, console)
@@ -118,8 +122,6 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         ValueError: the model is not here, or does not have a tokenizer.
     """
     from transformers import AutoTokenizer
-
-    from rlsys.model.folder import find_model_folder, tokenizer_source
 
     find_model_folder(config.model.path)
     try:
@@ -279,6 +281,35 @@ def histogram(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
         numbers[(length - start) // width] += 1
     for index, number in enumerate(numbers):
         yield start + index * width, start + (index + 1) * width - 1, number
+
+
+# --- special tokens ------------------------------------------------------------------------------
+
+
+def _print_special_tokens(
+    config: Config, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> None:
+    """Print what writes prompts, what stands before them, and what ends completions."""
+    raw = RawText.of(tokenizer)
+    by_template = config.data.prompt_template is None and tokenizer.chat_template is not None
+    begin = f"; {_names(raw.before, tokenizer)} stands before them" if raw.before else ""
+    lines = [f"Prompts are plain text, without a chat template{begin}."]
+    if by_template:
+        lines = ["The chat template writes prompts, with all their special tokens."]
+    elif raw.after:
+        after = _names(raw.after, tokenizer)
+        lines.append(f"The tokenizer would end texts with {after}: prompts do not get it.")
+    stops = read_stop_rules(find_model_folder(config.model.path), tokenizer, config.rollout)
+    ends = [_names(stops.token_ids, tokenizer)] if stops.token_ids else []
+    ends += map(repr, stops.texts)
+    lines.append(f"Completions end with {' or '.join(ends)}.")
+    console.print()
+    for line in lines:
+        console.print(Text(printable(line)))
+
+
+def _names(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return ", ".join(f"{tokenizer.convert_ids_to_tokens(i)} (id {i})" for i in token_ids)
 
 
 # --- prompts -------------------------------------------------------------------------------------

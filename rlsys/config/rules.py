@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rlsys.config.algorithm import CLIPPED_LOSSES
 from rlsys.config.gates import parse_gate
 from rlsys.config.passed_through import own_option_problems
+from rlsys.config.prompt_template import prompt_template_problems
 from rlsys.config.rules_algorithm import algorithm_problems
 from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
@@ -309,6 +310,7 @@ def _dataset_problems(data: DataConfig) -> Iterator[Problem]:
             f"data.min_prompt_length = {data.min_prompt_length} is above data.max_prompt_length = "
             f"{data.max_prompt_length}, so no prompt fits: lower one or raise the other"
         )
+    yield from prompt_template_problems(data)
     taken = sorted(set(data.chat_template_kwargs) & set(OWN_TEMPLATE_ARGUMENTS))
     if taken:
         yield Problem(

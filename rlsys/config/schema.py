@@ -41,6 +41,7 @@ from rlsys.config.field_types import (
     kinds_of,
     split_list,
 )
+from rlsys.config.prompt_template import template_columns
 from rlsys.config.rules import cross_field_problems
 from rlsys.problems import ProblemsError
 
@@ -111,6 +112,10 @@ class DataConfig(Section):
     """Keep the first training row of each rendered prompt; the others are counted."""
     max_row_mb: PositiveInt = 8
     """Largest row of a text file, in MiB; a larger row is an error, often a missing line break."""
+    prompt_template: str | None = None
+    """A text with names of columns in braces, `"Question: {question}\\nAnswer:"`, which makes each
+    prompt instead of the chat template: for base models. `"{prompt}"` is the bare column. null: the
+    model's chat template; without one, rows need a column `prompt` with a text, taken as it is."""
     system: str | None = None
     """System message for rows without one; null adds none."""
     chat_template_kwargs: dict[str, Any] = {}
@@ -130,6 +135,13 @@ class DataConfig(Section):
     difficulty_exploration: float = Field(default=0.1, gt=0.0, le=1.0)
     """Probability of sampling a prompt that is to be skipped; one group with different rewards
     brings it back."""
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _names_columns(cls, template: str | None) -> str | None:
+        if template is not None:
+            template_columns(template)
+        return template
 
     @field_validator("chat_template_kwargs")
     @classmethod

@@ -6,9 +6,11 @@ function `_read_<name>` and name it in `_READERS`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from rlsys.config.prompt_template import template_columns, template_parts
 from rlsys.config.rules import OWN_TEMPLATE_ARGUMENTS
 from rlsys.data.row import Row
 from rlsys.data.turns import (
@@ -18,11 +20,13 @@ from rlsys.data.turns import (
     as_turns,
     called_functions,
     read_turns,
+    user_turn,
 )
 from rlsys.json_text import BadRow, parse_cell
 from rlsys.model.chat_template import read_tools
 from rlsys.types import Message
 
+TEMPLATE_FORMAT = "prompt_template"
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 """The row's system message, as in ms-swift."""
@@ -41,18 +45,22 @@ class _Reading(NamedTuple):
     """The row's right answer, None without one."""
 
 
-def parse_row(row: Row, *, system: str | None) -> None:
+def parse_row(row: Row, *, system: str | None, template: str | None = None) -> None:
     """Turn the columns of a row into messages and the columns that rewards get.
 
     Args:
         row: with all its columns; gets format, messages, tools and template_kwargs.
         system: put before rows without a system message; None adds nothing.
+        template: data.prompt_template, which makes the prompt; None reads the row's format.
 
     Raises:
         BadRow: no known format, wrong types, no text, or images.
     """
     values = row.columns
     _refuse_media(values)
+    if template is not None:
+        _fill_template(row, template)
+        return
     column = next((name for name in PROMPT_COLUMNS if values.get(name) is not None), None)
     if column is None:
         raise BadRow(f"has no prompt: none of {', '.join(PROMPT_COLUMNS)} is there")
@@ -69,6 +77,8 @@ def parse_row(row: Row, *, system: str | None) -> None:
     system = next(iter(own_system.values()), system)
     if system is not None and messages[0]["role"] not in SYSTEM_ROLES:
         messages.insert(0, {"role": "system", "content": system})
+    if row.format == "prompt" and [*turns] == user_turn(values[column]):
+        row.text = values[column]
     row.messages = messages
     row.tools, row.template_kwargs = read_tools(values.get("tools")), _template_kwargs(values)
     # A system message beside another one stays a column, which the run names as unread.
@@ -79,6 +89,26 @@ def parse_row(row: Row, *, system: str | None) -> None:
         row.columns[SOLUTION] = answer
     if calls:
         row.columns.setdefault("tool_calls", calls)
+
+
+def _fill_template(row: Row, template: str) -> None:
+    """Make the prompt of a row by data.prompt_template."""
+    words = []
+    for text, column in template_parts(template):
+        words.append(text)
+        if column is None:
+            continue
+        value = row.columns.get(column)
+        if value is None:
+            raise BadRow(
+                f"has no column {column!r}, which data.prompt_template names; it has "
+                f"{', '.join(row.columns) or 'none'}"
+            )
+        words.append(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    row.format, row.text, row.is_raw = TEMPLATE_FORMAT, "".join(words), True
+    row.messages = read_turns(user_turn(row.text))
+    used = {*template_columns(template)} & {*PROMPT_COLUMNS} | {"messages"}
+    row.columns = {name: value for name, value in row.columns.items() if name not in used}
 
 
 def _own_system(values: dict[str, Any]) -> dict[str, str]:

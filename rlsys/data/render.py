@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlsys.data.formats import SYSTEM_COLUMNS
 from rlsys.data.row import Row
 from rlsys.data.turns import called_functions, read_turns
 from rlsys.json_text import BadRow
-from rlsys.model.chat_template import ChatTemplate
+from rlsys.model.chat_template import TEMPLATE_COLUMNS, ChatTemplate
+from rlsys.model.raw_text import RawText
 from rlsys.types import OPEN_THINK, Message
 
 if TYPE_CHECKING:
@@ -20,8 +22,13 @@ if TYPE_CHECKING:
 _MISSING = re.compile(r"\b(?:None(?! of\b)|nan|NaT)\b|<NA>")
 """What Python prints for a missing value; "None of" is English."""
 _UNREAD_VARIABLE = "the chat template does not read the variable {!r}"
+NO_TEMPLATE = (
+    "the model's tokenizer has no chat template, which a prompt of messages, or with a system "
+    "message, takes. Use an instruct model, add a chat_template.jinja to the model's folder, or "
+    "train on plain text: rows with a text in the column `prompt`, or data.prompt_template"
+)
 _OPENS_THINK = (
-    "the chat template ends the prompt with <think>: completions begin inside that tag. format, "
+    "{} ends the prompt with <think>: completions begin inside that tag. format, "
     "accuracy and other rewards of rlsys count it as the completion's"
 )
 
@@ -32,15 +39,14 @@ class Renderer:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None
     ):
-        """Take the variables that the template gets with every row (data.chat_template_kwargs).
-
-        Raises:
-            ValueError: the tokenizer has no chat template.
-        """
-        self._template = ChatTemplate(tokenizer, variables)
+        """Take the variables that the template gets with every row (data.chat_template_kwargs)."""
         self._noticed: dict[str, _Notice] = {}
-        for name in self._template.unread(self._template.variables):
-            self._notice(_UNREAD_VARIABLE.format(name), "data.chat_template_kwargs")
+        self._raw = RawText.of(tokenizer)
+        self._template = None
+        if tokenizer.chat_template is not None:
+            self._template = ChatTemplate(tokenizer, variables)
+            for name in self._template.unread(self._template.variables):
+                self._notice(_UNREAD_VARIABLE.format(name), "data.chat_template_kwargs")
 
     @property
     def notices(self) -> list[str]:
@@ -51,46 +57,69 @@ class Renderer:
         """Set the token ids of each row, generation prompt included; or its problem.
 
         Raises:
-            ValueError: the template is not valid Jinja.
+            ValueError: the template is not valid Jinja, or is missing where a row needs it.
         """
+        self._take_raw([row for row in rows if row.is_raw or self._template is None])
+        if self._template is not None:
+            self._render([row for row in rows if not row.is_raw], self._template)
+
+    def _take_raw(self, rows: Sequence[Row]) -> None:
+        """Set the token ids of rows whose prompt is their text."""
+        texts = []
+        for row in rows:
+            if row.needs_template:
+                raise ValueError(f"{row.location}: {NO_TEMPLATE}")
+            assert row.text is not None
+            texts.append(row.text)
+            for column in (*TEMPLATE_COLUMNS, *SYSTEM_COLUMNS):
+                if row.columns.get(column):
+                    what = f"a prompt without a chat template leaves out the column {column!r}"
+                    self._notice(what, row.location)
+            self._look_at_text(row, row.text, "the row or data.prompt_template")
+        for row, token_ids in zip(rows, self._raw.tokens(texts), strict=True):
+            row.token_ids = token_ids
+            row.opens_think = row.text is not None and row.text.rstrip().endswith(OPEN_THINK)
+
+    def _render(self, rows: Sequence[Row], template: ChatTemplate) -> None:
         texts: list[str] = []
         rendered: list[Row] = []
         for row in rows:
             try:
-                texts.append(self._text(row, row.tools))
-                self._look(row, texts[-1])
+                texts.append(template.text(row.messages, row.tools, row.template_kwargs))
+                self._look(row, texts[-1], template)
                 rendered.append(row)
             except BadRow as error:
                 row.problem = str(error)
-        for row, token_ids in zip(rendered, self._template.tokens(texts), strict=True):
+        for row, token_ids in zip(rendered, template.tokens(texts), strict=True):
             row.token_ids = token_ids
-            row.opens_think = self._template.opens_think(token_ids)
-
-    def _text(self, row: Row, tools: list[dict[str, Any]] | None) -> str:
-        return self._template.text(row.messages, tools, row.template_kwargs)
+            row.opens_think = template.opens_think(token_ids)
 
     # --- what is left out ---
 
-    def _look(self, row: Row, text: str) -> None:
+    def _look(self, row: Row, text: str, template: ChatTemplate) -> None:
         """Note what the prompt lacks or adds, and missing values that it prints."""
         where = row.location
-        if text.rstrip().endswith(OPEN_THINK):
-            self._notice(_OPENS_THINK, where)
         for role in dict.fromkeys(_left_out(row.messages, text)):
             self._notice(
                 f"the chat template leaves out or changes the text of a {role} turn", where
             )
-        if any(map(called_functions, row.messages)) and not self._template.shows_calls:
+        if any(map(called_functions, row.messages)) and not template.shows_calls:
             self._notice("the chat template leaves out the calls of tools", where)
         keys = {key: None for message in row.messages for key in _telling_keys(message)}
-        for key in self._template.unread(keys):
+        for key in template.unread(keys):
             self._notice(f"the chat template does not read {key!r} of a message", where)
-        for name in self._template.unread(row.template_kwargs):
+        for name in template.unread(row.template_kwargs):
             self._notice(_UNREAD_VARIABLE.format(name), where)
-        if self._are_tools_left_out(row, text):
+        if _are_tools_left_out(row, text, template):
             self._notice(
                 "the chat template leaves out the tools: the prompt is the same without them", where
             )
+        self._look_at_text(row, text, "the chat template")
+
+    def _look_at_text(self, row: Row, text: str, writer: str) -> None:
+        where = row.location
+        if text.rstrip().endswith(OPEN_THINK):
+            self._notice(_OPENS_THINK.format(writer), where)
         found = _MISSING.search(text)
         if found:
             around = text[max(0, found.start() - 40) : found.end() + 20]
@@ -98,15 +127,6 @@ class Renderer:
                 f"a prompt has the word {found.group()}, as Python prints a missing value",
                 f"{where}: {' '.join(around.split())!r}",
             )
-
-    def _are_tools_left_out(self, row: Row, text: str) -> bool:
-        """Whether the prompt is the same without tools. It is not if it has the name of each."""
-        if all(f'"{tool["function"]["name"]}"' in text for tool in row.tools or ()):
-            return False
-        try:
-            return self._text(row, None) == text
-        except BadRow:
-            return False
 
     def _notice(self, text: str, first: str) -> None:
         self._noticed.setdefault(text, _Notice(text, first)).count += 1
@@ -122,6 +142,16 @@ class _Notice:
     def __str__(self) -> str:
         more = f" and {self.count - 1:,} more" if self.count > 1 else ""
         return f"{self.text} ({self.first}{more})"
+
+
+def _are_tools_left_out(row: Row, text: str, template: ChatTemplate) -> bool:
+    """Whether the prompt is the same without tools. It is not if it has the name of each."""
+    if all(f'"{tool["function"]["name"]}"' in text for tool in row.tools or ()):
+        return False
+    try:
+        return template.text(row.messages, None, row.template_kwargs) == text
+    except BadRow:
+        return False
 
 
 def _telling_keys(message: Message) -> list[str]:

@@ -35,7 +35,11 @@ class Row:
     """LEFT_OUT, TOO_LONG, TOO_SHORT or DUPLICATE if the row is left out; empty if it is not."""
 
     format: str = ""
-    """The row format. It and the next three are set by `parse_row`."""
+    """The row format. It and the next five are set by `parse_row`."""
+    text: str | None = None
+    """The prompt if it is one text, which a model without chat template gets as it is."""
+    is_raw: bool = False
+    """Whether `text` is the prompt even if the model has a chat template."""
     messages: list[Message] = field(default_factory=list)
     """The prompt, which ends with a turn of the user or of a tool."""
     tools: list[dict[str, Any]] | None = None
@@ -52,6 +56,11 @@ class Row:
     def is_usable(self) -> bool:
         """Whether nothing is wrong with the row so far, and nothing leaves it out."""
         return not self.problem and not self.dropped
+
+    @property
+    def needs_template(self) -> bool:
+        """Whether a parsed row is more than one text, and its prompt takes a chat template."""
+        return not self.is_raw and (self.text is None or len(self.messages) > 1)
 
     def read(self) -> None:
         """Parse the line of JSON, if there is one.

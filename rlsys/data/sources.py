@@ -21,6 +21,7 @@ from rlsys.config.dataset_spec import (
     DatasetSpec,
     file_kind,
 )
+from rlsys.config.prompt_template import template_columns
 from rlsys.data.file_bytes import foreign_content
 from rlsys.data.formats import PROMPT_COLUMNS, columns_problem, parse_row
 from rlsys.data.preprocess import NO_PREPROCESSOR, Preprocessor, open_dataset, preprocessors
@@ -154,8 +155,10 @@ class Source:
                 row.dropped = LEFT_OUT
                 return
             row.columns = made
-            if need_prompt or any(made.get(name) is not None for name in PROMPT_COLUMNS):
-                parse_row(row, system=self.config.system)
+            template = self.config.prompt_template
+            names = PROMPT_COLUMNS if template is None else template_columns(template)
+            if need_prompt or any(made.get(name) is not None for name in names):
+                parse_row(row, system=self.config.system, template=template)
         except BadRow as error:
             row.problem = str(error)
 
@@ -237,8 +240,12 @@ class Source:
         """What the columns lack in every row; None if the preprocessor may add it."""
         if self.preprocessor is not None or not self.columns:
             return None
-        names = self.config.columns
-        problem = columns_problem([names.get(name, name) for name in self.columns])
+        names, template = self.config.columns, self.config.prompt_template
+        found = [names.get(name, name) for name in self.columns]
+        if template is not None:
+            lacking = [name for name in template_columns(template) if name not in found]
+            return self._unknown_columns(lacking, found) if lacking else None
+        problem = columns_problem(found)
         if problem is None:
             return None
         known, remedy = preprocessors.known(), ""
@@ -248,6 +255,13 @@ class Source:
             these = f"one of {', '.join(known)}" if len(known) > 1 else known[0]
             remedy = f". The loaded plugins register {these}: name it with {option} {known[0]}"
         return Problem(f"dataset {self.spec.text!r} {problem}{remedy}")
+
+    def _unknown_columns(self, lacking: list[str], found: list[str]) -> Problem:
+        return Problem(
+            f"data.prompt_template names {', '.join(map(repr, lacking))}, and dataset "
+            f"{self.spec.text!r} has the columns {', '.join(found)}."
+            f"{did_you_mean(lacking[0], found)}"
+        )
 
 
 def render_rows(rows: Sequence[tuple[Source, Row]], renderer: Renderer) -> None:

@@ -51,6 +51,11 @@ def as_turns(words: Any, column: str) -> list[Any]:
         turns = [turns] if isinstance(turns, dict) else turns
         if isinstance(turns, list) and all(map(is_turn, turns)):
             return turns
+    return user_turn(words)
+
+
+def user_turn(words: Any) -> list[Any]:
+    """The turn of a user who says `words`."""
     return [{"role": "user", "content": words}]
 
 

@@ -211,11 +211,6 @@ def _tokenizer_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
     if not (folder / "tokenizer.json").is_file() and not any(folder.glob("*.model")):
         yield f"{folder} holds no tokenizer.json, so no tokenizer"
         return
-    if not chat_template(folder):
-        yield (
-            f"the tokenizer of {folder} has no chat template, which turns messages into a prompt: "
-            "use an instruct model, or add a chat_template.jinja to the folder"
-        )
     yield from vocabulary_problems(folder, shape)
 
 

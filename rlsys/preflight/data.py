@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 from rlsys.config import Config, DataConfig
 from rlsys.data.json_files import is_json_lines
 from rlsys.data.preprocess import read_spec
+from rlsys.data.render import NO_TEMPLATE
 from rlsys.data.sources import Source, Split, open_sources
 from rlsys.data.streams.streamed import CHECKED_ROWS
 from rlsys.model.shape import read_model_shape
-from rlsys.model.tokenizer_files import num_token_ids, resize_remedy
+from rlsys.model.tokenizer_files import chat_template, num_token_ids, resize_remedy
 from rlsys.plugins.load import load_what_loads, plugin_problems
 from rlsys.problems import Problem
 from rlsys.text import counted
@@ -41,7 +42,9 @@ def data_file_problems(config: Config) -> Iterator[Problem]:
     """Problems of data plugins, dataset entries, files and their first rows; too few rows."""
     # One file may have rewards and preprocessors; preflight/rewards.py reports its problems.
     load_what_loads(config.reward.external_plugins)
-    yield from _source_problems(config.data)
+    folder = Path(config.model.path)
+    no_template = folder.is_dir() and not chat_template(folder)
+    yield from _source_problems(config.data, no_template)
     rows = count_rows(config.data)
     if rows is not None and 0 < rows < config.num_prompts:
         yield Problem(
@@ -51,7 +54,7 @@ def data_file_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _source_problems(config: DataConfig) -> Iterator[Problem]:
+def _source_problems(config: DataConfig, no_template: bool) -> Iterator[Problem]:
     not_loaded = list(plugin_problems("data.external_plugins", config.external_plugins))
     yield from not_loaded
     splits: tuple[Split, ...] = ("train", "validation")
@@ -63,7 +66,7 @@ def _source_problems(config: DataConfig) -> Iterator[Problem]:
             hint = " (a plugin above could not be loaded)" if not_loaded else ""
             yield Problem(f"{field}: {problem}{hint}", only_here=bool(not_loaded))
         for source in sources:
-            for problem in _check_source(source):
+            for problem in _check_source(source, no_template):
                 yield replace(problem, text=f"{field}: {problem.text}")
 
 
@@ -149,19 +152,22 @@ def _add_columns(source: Source, columns: dict[str, None], wanted: set[str]) -> 
     return found
 
 
-def _check_source(source: Source) -> Iterator[Problem]:
+def _check_source(source: Source, no_template: bool) -> Iterator[Problem]:
     problem = source.file_problem()
     path = source.spec.path
     if problem is not None:
         yield Problem(problem, only_here=not path.exists())
     elif source.is_text_file:
-        yield from _check_first_rows(source)
+        yield from _check_first_rows(source, no_template)
     elif source.spec.is_local and path.suffix == ".parquet" and path.is_file():
         yield from _check_parquet(source)
 
 
-def _check_first_rows(source: Source) -> Iterator[Problem]:
-    _, bad = source.first_rows(FIRST_ROWS)
+def _check_first_rows(source: Source, no_template: bool) -> Iterator[Problem]:
+    good, bad = source.first_rows(FIRST_ROWS)
+    needing = [row for row in good if no_template and row.needs_template]
+    if needing:
+        yield Problem(f"{needing[0].location}: {NO_TEMPLATE}")
     yield from bad[:_SHOWN]
     if len(bad) > _SHOWN:
         yield Problem(

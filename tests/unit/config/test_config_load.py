@@ -122,7 +122,7 @@ def test_a_name_with_two_meanings_names_both_with_what_they_count(problems):
     "name",
     [
         *("rollout.min_completion_length", "policy.max_lr"),
-        *("data.prompt_template", "rollout.swap_space", "policy.", "", "x"),
+        *("data.prompt_format", "rollout.swap_space", "policy.", "", "x"),
     ],
 )
 def test_a_name_that_is_not_clearly_a_field_gets_no_hint(problems, name):

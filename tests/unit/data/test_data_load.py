@@ -330,4 +330,4 @@ def test_a_tokenizer_without_a_chat_template(tokenizer, tmp_path):
     bare = copy(tokenizer)
     bare.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
-        load(bare, write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a"}]))
+        load(bare, write_jsonl(tmp_path / "train.jsonl", [{"messages": user("a")}]))
