@@ -218,6 +218,62 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="checkpoint of the run; default: newest")
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="output_dir of a run, a checkpoint, a Hugging Face folder, a hub id, or a folder that "
+        "--to mcore wrote",
+    )
+    parser.add_argument(
+        "--to",
+        choices=("hf", "mcore"),
+        required=True,
+        help="hf: safetensors, for transformers and vLLM. mcore: megatron-core's torch_dist",
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
+    parser.add_argument("--step", type=int, help="checkpoint of the run; default: newest weights")
+    parser.add_argument(
+        *("--dtype", "--torch_dtype"),
+        choices=("auto", "bfloat16", "float16", "float32"),
+        default="auto",
+        help="type of the new weights; auto keeps that of each tensor",
+    )
+    parser.add_argument(
+        "--max_shard_size",
+        default="5GB",
+        metavar="SIZE",
+        help="size of a safetensors file at most, such as 5GB or 500MiB; default 5GB",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    parser.add_argument(
+        "--test_convert_precision",
+        nargs="?",
+        type=_boolean,
+        const=True,
+        default=False,
+        metavar="true",
+        help="compare the logits of both sides; exit code 1 if they differ",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="with --test_convert_precision: a text to compare logits on, or a file, one prompt a "
+        "line or JSONL with `prompt` or `messages`; default: a few built-in texts",
+    )
+    parser.add_argument(
+        "--per_layer",
+        action="store_true",
+        help="with --test_convert_precision: differences after each layer, too",
+    )
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def _plugins(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         *("--external_plugins", "--plugin"),
@@ -272,6 +328,10 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "data preview": (
         "counts, columns, lengths, and a few rendered prompts; needs no Ray or GPU",
         _preview,
+    ),
+    "export": (
+        "write a model or checkpoint as Hugging Face or megatron-core folder; needs no Ray or GPU",
+        _export,
     ),
     "rewards list": ("name, settings, columns and source of each", _plugins),
     "rewards try": ("score completions of a file, without a model", _rewards_try),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,12 +48,9 @@ class ModelRank:
             address, port: the store of `rendezvous`.
             sizes: fields of `ParallelLayout`.
         """
-        from rlsys.engines.megatron.on_cpu import enable_megatron_on_cpu
+        from rlsys.engines.megatron.on_cpu import enable_megatron_on_cpu, quiet_megatron
 
-        # megatron-core warns at import of packages that a CPU does not have, and torch of how
-        # megatron-core uses it. In a user's terminal that hides what matters.
-        warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
-        logging.getLogger("megatron").setLevel(logging.ERROR)
+        quiet_megatron()
         torch.set_num_threads(self.config.policy.cpu_threads)
         if self.device == "cpu":
             enable_megatron_on_cpu()

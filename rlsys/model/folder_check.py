@@ -59,7 +59,7 @@ def folder_problems(folder: Path, shape: ModelShape, *, has_prompts: bool) -> li
         shape: the one in config.json.
         has_prompts: also check the tokenizer and the chat template, which write the prompts.
     """
-    problems = list(_weight_problems(folder, shape))
+    problems = list(weight_problems(folder, shape))
     return [*problems, *_tokenizer_problems(folder, shape)] if has_prompts else problems
 
 
@@ -82,7 +82,8 @@ def model_notes(folder: Path) -> list[str]:
 # --- weights -------------------------------------------------------------------------------------
 
 
-def _weight_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
+def weight_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
+    """Missing or broken weight files, and tensors that do not fit config.json."""
     try:
         files, indexed = weight_files(folder), indexed_names(folder)
     except ValueError as error:

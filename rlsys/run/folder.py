@@ -45,6 +45,8 @@ class RunDir:
         """One JSON object a held-out completion."""
         self.checkpoints = path / "checkpoints"
         """What training continues from."""
+        self.hf = path / "hf"
+        """Hugging Face folders that are kept, of `checkpoint.save_hf_steps`."""
         self.final = path / "final"
         """The trained model, a Hugging Face folder."""
         self.interrupted = path / "interrupted"
@@ -57,7 +59,7 @@ class RunDir:
         self.status = path / "status"
         """One word, see the class."""
         records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
-        models = (self.checkpoints, self.final, self.interrupted)
+        models = (self.checkpoints, self.hf, self.final, self.interrupted)
         shown = (self.reward_curve, self.tensorboard, path / "wandb")
         self.files = (self.config, *records, *models, *shown, self.status)
         """Everything that a run writes, folders too."""

@@ -118,24 +118,31 @@ def _in_folder(name: str, place: Path, step: int | None) -> ModelSource:
 def _is_run(run: RunDir) -> bool:
     """Whether a run left something here; a folder with config.json is a model, not a run."""
     return not (run.path / "config.json").is_file() and (
-        run.config.is_file() or run.checkpoints.is_dir() or run.final.is_dir()
+        run.config.is_file()
+        or any(folder.is_dir() for folder in (run.checkpoints, run.hf, run.final))
     )
 
 
 def _of_run(name: str, run: RunDir, step: int | None) -> ModelSource:
     """The checkpoint of a step, or the weights that the run saved last."""
-    steps = checkpoint_steps(run.checkpoints)
+    # A checkpoint holds the same as the folder of the same step in hf/.
+    of_steps = {
+        number: folder / f"step-{number}"
+        for folder in (run.hf, run.checkpoints)
+        for number in checkpoint_steps(folder)
+    }
+    steps = sorted(of_steps)
     saved = [folder for folder in (run.final, run.interrupted) if folder.is_dir()]
     if step is not None:
         if step not in steps:
             raise ValueError(f"{name} has no checkpoint of step {step}: {_there_is(steps, saved)}")
-        return ModelSource(name, run.checkpoints / f"step-{step}", run, step)
+        return ModelSource(name, of_steps[step], run, step)
     if not steps and not saved:
         raise ValueError(
             f"{name} is a run that has saved no weights: {_there_is(steps, saved)}. "
             "checkpoint.save_steps says when it writes checkpoints"
         )
-    newest = [(run.checkpoints / f"step-{number}", number) for number in steps[-1:]]
+    newest = [(of_steps[number], number) for number in steps[-1:]]
     folder, number = max(
         [*newest, *((folder, None) for folder in saved)],
         key=lambda entry: (entry[0] / "config.json").stat().st_mtime_ns,

@@ -245,6 +245,11 @@ class LabRank(PolicyRank):
     def load_folder(self, folder):
         self.engine.weights.load(folder)
 
+    def load_mcore(self, folder):
+        from rlsys.engines.megatron.mcore_folder import load_mcore_folder
+
+        load_mcore_folder(folder, self.engine.model, self.engine.weights)
+
     def sent_to_engines(self):
         """For each connection: whether this rank sends, what is sent, and whose help that takes."""
         return [

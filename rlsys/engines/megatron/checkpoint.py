@@ -21,8 +21,9 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import MegatronModule
 from torch.nn.functional import pad
+
+from rlsys.engines.megatron.weights import MegatronWeights
 
 OPTIMIZER_FOLDER = "optimizer"
 """Name of the folder in a checkpoint."""
@@ -30,24 +31,31 @@ OPTIMIZER_FOLDER = "optimizer"
 
 def save_optimizer(
     folder: Path,
-    model: MegatronModule,
+    weights: MegatronWeights,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     *,
     policy_version: int,
 ) -> None:
     """Write the state of the optimizer into the checkpoint `folder`; every rank calls."""
-    # Saving is synchronous, so a plain queue suffices. The default one starts a server process,
-    # which takes seconds and imports __main__ again.
-    filesystem_async._results_queue = queue.Queue()
     state = {
-        "optimizer": _sharded_state(model, optimizer, is_loading=False),
+        "optimizer": _sharded_state(weights, optimizer, is_loading=False),
         "scheduler": scheduler.state_dict(),
         "policy_version": policy_version,
         "use_distributed_optimizer": optimizer.config.use_distributed_optimizer,
     }
-    (folder / OPTIMIZER_FOLDER).mkdir(exist_ok=True)
-    dist_checkpointing.save(state, str(folder / OPTIMIZER_FOLDER))
+    save_torch_dist(state, folder / OPTIMIZER_FOLDER)
+
+
+def save_torch_dist(
+    state: dict[str, Any], folder: Path, content_metadata: dict[str, Any] | None = None
+) -> None:
+    """Write a state of sharded tensors and other values into `folder`; every rank calls."""
+    # Saving is synchronous, so a plain queue suffices. The default one starts a server process,
+    # which takes seconds and imports __main__ again.
+    filesystem_async._results_queue = queue.Queue()
+    folder.mkdir(exist_ok=True)
+    dist_checkpointing.save(state, str(folder), content_metadata=content_metadata)
 
 
 def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:
@@ -72,18 +80,18 @@ def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:
 
 def load_optimizer(
     folder: Path,
-    model: MegatronModule,
+    weights: MegatronWeights,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> int:
-    """Continue from the checkpoint in `folder`, whose weights `model` has; return its version.
+    """Continue from the checkpoint in `folder`, whose `weights` are loaded; return its version.
 
     The checkpoint gives the state of each parameter, and how many steps that is. All else, such as
     learning rates, is the config's, which may have changed.
     """
     place = str(folder / OPTIMIZER_FOLDER)
     common = dist_checkpointing.load_common_state_dict(place)
-    own = _sharded_state(model, optimizer, is_loading=True)
+    own = _sharded_state(weights, optimizer, is_loading=True)
     _set_steps(own, common["optimizer"])
     # Tensors are found by their own names. Under another name than "optimizer" nothing that is not
     # a tensor is mixed in: with shared experts megatron-core has two optimizers, else one, and what
@@ -138,18 +146,16 @@ def _unwrapped(state: Any) -> Any:
 
 
 def _sharded_state(
-    model: MegatronModule, optimizer: MegatronOptimizer, *, is_loading: bool
+    weights: MegatronWeights, optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
-    metadata = {
+    metadata = weights.sharding | {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
     }
-    weights = model.sharded_state_dict(metadata=metadata)
+    parameters = weights.sharded_state()
     with _states_in_padded_places(optimizer):
-        return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+        return optimizer.sharded_state_dict(parameters, is_loading=is_loading, metadata=metadata)
 
 
 @contextmanager

@@ -156,6 +156,7 @@ def _write_shards(
     def flush(shard: dict[str, torch.Tensor]) -> None:
         file = folder / f"shard-{len(shards)}.safetensors"
         save_file(shard, file, metadata={"format": "pt"})
+        shutil.copymode(folder / "config.json", file)  # safetensors lets only the owner read it
         shards.append((file, list(shard)))
 
     shard: dict[str, torch.Tensor] = {}

@@ -25,6 +25,7 @@ import contextlib
 import functools
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -51,6 +52,16 @@ class _DoneStream:
 
     def __hash__(self) -> int:
         return 0
+
+
+def quiet_megatron() -> None:
+    """Silence warnings that hide what matters in a user's terminal.
+
+    megatron-core warns at import of packages that a CPU does not have, and torch of how
+    megatron-core uses it.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
+    logging.getLogger("megatron").setLevel(logging.ERROR)
 
 
 @functools.cache

@@ -251,12 +251,12 @@ class MegatronPolicy(MegatronModel):
         """Write a model folder and the optimizer's state into an empty folder; every rank calls."""
         self.save_model(folder, write_model_files)
         save_optimizer(
-            folder, self.model, self.optimizer, self.scheduler, policy_version=self.policy_version
+            folder, self.weights, self.optimizer, self.scheduler, policy_version=self.policy_version
         )
 
     def load_checkpoint(self, folder: Path) -> int:
         """Continue from a checkpoint, see `check_checkpoint`; returns its policy_version."""
         check_checkpoint(folder, self.optimizer)
         self.weights.load(folder)
-        self.policy_version = load_optimizer(folder, self.model, self.optimizer, self.scheduler)
+        self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
         return self.policy_version

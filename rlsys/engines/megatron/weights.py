@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,13 @@ class MegatronWeights:
         own_experts = shape.num_experts // self._ep.size() if shape.is_moe else 0
         self._parameters = _named_globally(model, first_expert=self._ep.rank() * own_experts)
         self._dtype = next(model.parameters()).dtype
+        self._model = model
+        self.sharding = {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            "non_homogeneous_layers": len(set(shape.layers)) > 1,
+        }
+        """How dist_checkpointing names tensors: layers that are alike share one tensor."""
         self._owners = self._pipeline_owners()
         self._mark_tensor_parallel()
 
@@ -111,6 +119,11 @@ class MegatronWeights:
             gather = self._gather_experts if rows[0].experts else self._gather
             tensors = gather(rows, owners[0])
             yield from zip([name for row in rows for name in row.hf_names], tensors, strict=True)
+
+    def sharded_state(self) -> dict[str, Any]:
+        """This rank's parameters with their places in the whole model, for dist_checkpointing."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return self._model.sharded_state_dict(metadata=self.sharding | {"dp_cp_group": group})
 
     def own_parameter(self, row: WeightRow) -> torch.nn.Parameter | None:
         """This rank's parameter of a row of the table, or None."""
