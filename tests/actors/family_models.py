@@ -26,12 +26,38 @@ YARN = {
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
+LONGROPE = PARTIAL | {
+    "rope_type": "longrope",
+    "short_factor": [1.0 + i / 8 for i in range(12)],
+    "long_factor": [1.0 + i / 2 for i in range(12)],
+}
+MINISTRAL_ROPE = YARN | {
+    "factor": 32.0,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 MODELS = {
     "llama": ("LlamaConfig", {}),
     "llama-linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
     "llama-dynamic": ("LlamaConfig", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral-window": ("MistralConfig", {"sliding_window": 5}),
+    # Positions from 16 on have scaled queries.
+    "ministral3": ("Ministral3Config", {"rope_parameters": MINISTRAL_ROPE}),
+    "olmo2": ("Olmo2Config", {"hidden_size": 128}),
+    "phi3": ("Phi3Config", {"hidden_size": 128}),
+    "phi3-partial": ("Phi3Config", {"hidden_size": 128, "rope_parameters": PARTIAL}),
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            "hidden_size": 128,
+            "original_max_position_embeddings": 16,  # so that rows are long
+            "rope_parameters": LONGROPE,
+        },
+    ),
     "qwen2": ("Qwen2Config", {"hidden_size": 128}),  # heads of 32, without head_dim
     "qwen2-window": ("Qwen2Config", {"hidden_size": 128, **WINDOW}),
     "qwen3": ("Qwen3Config", {}),
@@ -43,6 +69,8 @@ MODELS = {
     "qwen3-window": ("Qwen3Config", WINDOW),
     "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
     "qwen3_moe-window": ("Qwen3MoeConfig", EXPERTS | WINDOW),
+    # Of two layers the second has no rotary embedding.
+    "smollm3": ("SmolLM3Config", {"hidden_size": 128, "no_rope_layer_interval": 2}),
 }
 """Name -> config class of transformers, options. The name begins with the model_type."""
 

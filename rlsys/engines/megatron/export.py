@@ -34,7 +34,9 @@ class _Part:
     owner: int
     """The rank."""
     held: TensorSlice
-    """All that the owner has of the Hugging Face tensor."""
+    """What the owner has of the Hugging Face tensor, around the part."""
+    index: int
+    """Which of `MegatronWeights.own_slices` that is."""
 
     def target(self, tensor: torch.Tensor) -> torch.Tensor:
         """View of the part in the tensor that is sent."""
@@ -77,11 +79,7 @@ class BucketExport:
         self._weights = weights
         self._rank = dist.get_rank()
         self._sender = connection.sender
-        self._rows = {
-            hf_name: (row, index)
-            for row in weights.table
-            for index, hf_name in enumerate(row.hf_names)
-        }
+        self._rows = {hf_name: row for row in weights.table for hf_name in row.hf_names}
         self._buckets = connection.buckets()
         items = {piece.meta.name: piece for piece in connection.slices}
         owners = self._find_owners()
@@ -145,21 +143,24 @@ class BucketExport:
 
     def _cut(self, item: TensorSlice, owners: Mapping[tuple[str, int], int]) -> Iterator[_Part]:
         """Cut a slice that is sent into the parts that policy ranks have."""
-        row, _ = self._rows[item.tensor.name]
+        row = self._rows[item.tensor.name]
         _, num_shards = self._weights.slice_of(row)
-        starts, shape = [0] * len(item.tensor.shape), list(item.tensor.shape)
-        for index in range(num_shards):
-            if (axis := row.tp_axis) is not None:
-                starts[axis], stop = shard_bounds(item.tensor.shape[axis], index, num_shards)
-                shape[axis] = stop - starts[axis]
-            held = TensorSlice(item.tensor, tuple(starts), tuple(shape))
-            box = item.intersection(held)
-            if box is not None:
-                yield _Part(item, box, owners[row.hf_names[0], index], held)
+        for index, part in enumerate(row.parts):
+            if part.hf_name != item.tensor.name:
+                continue
+            for shard in range(num_shards):
+                starts, shape = [part.start, *[0] * len(part.shape[1:])], list(part.shape)
+                if (axis := row.tp_axis) is not None:
+                    start, stop = shard_bounds(part.shape[axis], shard, num_shards)
+                    starts[axis] += start
+                    shape[axis] = stop - start
+                held = TensorSlice(item.tensor, tuple(starts), tuple(shape))
+                box = item.intersection(held)
+                if box is not None:
+                    yield _Part(item, box, owners[row.hf_names[0], shard], held, index)
 
     def _parameter(self, part: _Part) -> torch.nn.Parameter:
-        row, _ = self._rows[part.item.tensor.name]
-        parameter = self._weights.own_parameter(row)
+        parameter = self._weights.own_parameter(self._rows[part.item.tensor.name])
         assert parameter is not None, part
         return parameter
 
@@ -206,20 +207,20 @@ class BucketExport:
             targets = [view for _, view in parcels[self._rank].views(buffer)]
             return _Copies(addresses, self._from_parameters(own, targets), CopyPlan([]))
         tensors = dict(bucket.views(buffer))
-        parts = {(part.owner, part.item.meta.name): part for part in self._parts[bucket.index]}
-        arriving = [
-            (parts[owner, name].target(tensors[name]), view)
-            for owner, parcel in parcels.items()
-            for name, view in parcel.views(self._parcel_memory(bucket, owner))
-        ]
+        arriving = []
+        for owner, parcel in parcels.items():
+            parts = [part for part in self._parts[bucket.index] if part.owner == owner]
+            views = parcel.views(self._parcel_memory(bucket, owner))
+            for part, (name, view) in zip(parts, views, strict=True):
+                arriving.append((part.target(tensors[name]), view))
         targets = [part.target(tensors[part.item.meta.name]) for part in own]
         return _Copies(addresses, self._from_parameters(own, targets), CopyPlan(arriving))
 
     def _from_parameters(self, own: Sequence[_Part], targets: Sequence[torch.Tensor]) -> CopyPlan:
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for part, target in zip(own, targets, strict=True):
-            row, index = self._rows[part.item.tensor.name]
-            source = self._weights.own_slices(row)[index]
+            row = self._rows[part.item.tensor.name]
+            source = self._weights.own_slices(row)[part.index]
             if row.query_groups:
                 pairs += _from_query_groups(target, source, part)
             else:

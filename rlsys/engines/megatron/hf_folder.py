@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlsys.files import replacing_folder
-from rlsys.model.families.base import weight_table
+from rlsys.model.families.base import Part, weight_table
 from rlsys.model.shape import ModelShape
 from rlsys.model.weight_files import INDEX, OF_THE_RUN, weight_files
 from rlsys.weight_sync.plan import shard_bounds
@@ -48,13 +49,26 @@ class SafetensorsReader:
 
     def shard(self, name: str, axis: int | None, rank: int, num_shards: int) -> torch.Tensor:
         """Slice `rank` of `num_shards` of tensor `name` along `axis`; all if None."""
-        if name not in self._handle_of:
-            raise ValueError(f"tensor {name!r} is missing in {self.folder}")
-        tensor = self._handle_of[name].get_slice(name)
+        tensor = self._slice(name)
         if axis is None or num_shards == 1:
             return tensor[:]
         own = slice(*shard_bounds(tensor.get_shape()[axis], rank, num_shards))
         return tensor[own] if axis == 0 else tensor[:, own]
+
+    def part(self, part: Part, axis: int | None, rank: int, num_shards: int) -> torch.Tensor:
+        """Slice `rank` of `num_shards` of a part along `axis`; all if None."""
+        tensor = self._slice(part.hf_name)
+        if tuple(tensor.get_shape()) == part.shape:
+            return self.shard(part.hf_name, axis, rank, num_shards)
+        assert axis in (0, None), part
+        rows = part.shape[0]
+        first, last = (0, rows) if axis is None else shard_bounds(rows, rank, num_shards)
+        return tensor[part.start + first : part.start + last]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._handle_of:
+            raise ValueError(f"tensor {name!r} is missing in {self.folder}")
+        return self._handle_of[name].get_slice(name)
 
 
 def stored_tensors(

@@ -12,11 +12,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from rlsys.algo.context_parallel import chunk_positions
 from rlsys.model.shape import ModelShape
 
 
@@ -51,10 +53,17 @@ def place_rotary(model: GPTModel, hf: PretrainedConfig, shape: ModelShape, *, lo
         if index is None or len(kinds) > 1:
             choose = partial(_choose, index)
             layer.self_attention.register_forward_pre_hook(choose, with_kwargs=True)
+        core = layer.self_attention.core_attention
         inv_freq, factor = tables[kind] if kind is not None else (None, 1.0)
         if inv_freq is not None and factor != 1.0:
             scale = partial(_scale_turned, 2 * len(inv_freq), factor**2)
-            layer.self_attention.core_attention.register_forward_pre_hook(scale)
+            core.register_forward_pre_hook(scale)
+        beta = hf.rope_parameters.get("llama_4_scaling_beta")
+        if beta is not None:
+            original = hf.rope_parameters["original_max_position_embeddings"]
+            core.register_forward_pre_hook(
+                partial(_scale_by_position, beta, original), with_kwargs=True
+            )
 
 
 class Rotary(RotaryEmbedding):
@@ -104,3 +113,21 @@ def _scale_turned(
     if size == query.shape[-1]:
         return (query * factor, *rest)
     return (torch.cat((query[..., :size] * factor, query[..., size:]), dim=-1), *rest)
+
+
+def _scale_by_position(
+    beta: float,
+    original: int,
+    attention: torch.nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Multiply queries at position p by 1 + beta * ln(1 + floor(p / original)), as Llama 4 does."""
+    query, *rest = args
+    cu_seqlens = kwargs["packed_seq_params"].cu_seqlens_q
+    group = parallel_state.get_context_parallel_group()
+    packed = chunk_positions(cu_seqlens, group.size())[group.rank()].to(query.device)
+    sequence = torch.searchsorted(cu_seqlens, packed.to(cu_seqlens.dtype), right=True) - 1
+    positions = packed - cu_seqlens[sequence]
+    factors = 1 + beta * torch.log1p(torch.floor(positions / original))
+    return (query * factors[:, None, None].to(query.dtype), *rest), kwargs

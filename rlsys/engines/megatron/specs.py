@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from rlsys.engines.megatron.layers import PackedAttention, RMSNorm
+from rlsys.engines.megatron.norms import AllHeadsNorm
 from rlsys.model.families.base import LayerShape
 from rlsys.model.shape import ModelShape
 
@@ -41,6 +42,11 @@ def block_spec(
     for layer in layers:
         spec = make_layer(config, layer)
         _place_norms(spec, config, shape, norm)
+        if shape.family.qk_norm_of_all_heads:
+            attention = spec.submodules.self_attention.submodules
+            for name, heads in (("q", shape.num_heads), ("k", shape.num_kv_heads)):
+                heads_norm = ModuleSpec(module=AllHeadsNorm, params={"num_heads": heads})
+                setattr(attention, f"{name}_layernorm", heads_norm)
         specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class MegatronWeights:
             for row in self.table:
                 name = self._own_name(row)
                 if name is not None:
-                    parts = [reader.shard(hf, row.tp_axis, rank, size) for hf in row.hf_names]
+                    parts = [reader.part(part, row.tp_axis, rank, size) for part in row.parts]
                     self._copy(row.fuse(parts, size), name)
                     loaded.add(name)
             if self.tied and OUTPUT in self._parameters:  # the last stage's copy of tied embeddings
@@ -93,13 +93,11 @@ class MegatronWeights:
         """
         rank, size = self._tp.rank(), self._tp.size()
         for row in self.table:
-            parts = []
-            for hf_name in row.hf_names:
-                name, tensor = next(tensors)
-                assert name == hf_name, (name, hf_name)
-                if row.tp_axis is not None:
-                    tensor = tensor.chunk(size, dim=row.tp_axis)[rank]
-                parts.append(tensor)
+            names, whole = zip(*islice(tensors, len(row.hf_names)), strict=True)
+            assert names == row.hf_names, (names, row.hf_names)
+            parts = row.cut(whole)
+            if (axis := row.tp_axis) is not None:
+                parts = [part.chunk(size, dim=axis)[rank] for part in parts]
             own_name = self._own_name(row)
             if own_name is None:
                 assert row.experts, "only for models of one pipeline stage"
@@ -131,11 +129,11 @@ class MegatronWeights:
         return None if name is None else self._parameters[name]
 
     def slice_of(self, row: WeightRow) -> tuple[int, int]:
-        """(index, num_shards) of this rank's slice of a row's tensors, if it has the row."""
+        """(index, num_shards) of this rank's slice of a row's parts, if it has the row."""
         return (0, 1) if row.tp_axis is None else (self._tp.rank(), self._tp.size())
 
     def own_slices(self, row: WeightRow) -> list[torch.Tensor]:
-        """This rank's slices of a row's tensors, as views of its parameter: see WeightRow.views."""
+        """This rank's slices of a row's parts, as views of its parameter: see WeightRow.views."""
         parameter = self.own_parameter(row)
         assert parameter is not None, row.names
         _, num_shards = self.slice_of(row)
@@ -202,14 +200,16 @@ class MegatronWeights:
         assert parameter is not None, row.names
         fused = parameter.detach()
         if row.tp_axis is None or self._tp.size() == 1:
-            return [part.contiguous() for part in row.split(fused, 1)]
+            return [tensor.contiguous() for tensor in row.join(row.split(fused, 1))]
         shards = [torch.empty_like(fused) for _ in range(self._tp.size())]
         dist.all_gather(shards, fused.contiguous(), group=self._tp)
         by_rank = [row.split(shard, self._tp.size()) for shard in shards]
-        return [
-            torch.cat(parts, dim=row.tp_axis).narrow(row.tp_axis, 0, shape[row.tp_axis])
-            for parts, shape in zip(zip(*by_rank, strict=True), row.hf_shapes, strict=True)
-        ]
+        return row.join(
+            [
+                torch.cat(slices, dim=row.tp_axis).narrow(row.tp_axis, 0, part.shape[row.tp_axis])
+                for slices, part in zip(zip(*by_rank, strict=True), row.parts, strict=True)
+            ]
+        )
 
     def _gather_experts(self, rows: Sequence[WeightRow], owner: int) -> list[torch.Tensor]:
         """The tensors of all experts of a layer, in one collective of each kind."""

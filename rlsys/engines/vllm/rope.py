@@ -18,7 +18,12 @@ def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
         said = {kind: _for_vllm(hf, entry, kind) for kind, entry in parameters.items()}
     else:
         said = _for_vllm(hf, parameters, None)
-    return {} if said == parameters else {"rope_parameters": said}
+    overrides = {} if said == parameters else {"rope_parameters": said}
+    beta = parameters.get("llama_4_scaling_beta")
+    if beta is not None:
+        length = parameters["original_max_position_embeddings"]
+        overrides["llama_4_scaling"] = {"beta": beta, "original_max_position_embeddings": length}
+    return overrides
 
 
 def _for_vllm(hf: PretrainedConfig, rope: dict[str, Any], kind: str | None) -> dict[str, Any]:

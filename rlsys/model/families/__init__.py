@@ -1,19 +1,27 @@
 """The model families that rlsys trains, each in a file of its own."""
 
 from rlsys.model.families.llama import LLAMA
+from rlsys.model.families.ministral3 import MINISTRAL3
 from rlsys.model.families.mistral import MISTRAL
+from rlsys.model.families.olmo2 import OLMO2
+from rlsys.model.families.phi3 import PHI3
 from rlsys.model.families.qwen2 import QWEN2
 from rlsys.model.families.qwen3 import QWEN3
 from rlsys.model.families.qwen3_moe import QWEN3_MOE
+from rlsys.model.families.smollm3 import SMOLLM3
 
 FAMILIES = {
     family.model_type: family
     for family in (
         LLAMA,
         MISTRAL,
+        MINISTRAL3,
+        OLMO2,
+        PHI3,
         QWEN2,
         QWEN3,
         QWEN3_MOE,
+        SMOLLM3,
     )
 }
 """model_type of config.json -> its family."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,15 @@ def uniform_layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
     return (LayerShape(),) * values["num_hidden_layers"]
 
 
+class Part(NamedTuple):
+    """What one Hugging Face tensor, or some of its rows, gives to a megatron-core parameter."""
+
+    hf_name: str
+    start: int
+    """Its first row in the tensor."""
+    shape: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class WeightRow:
     """One megatron-core parameter and the Hugging Face tensors it consists of."""
@@ -79,6 +89,45 @@ class WeightRow:
     """In an expert's parameter: a name that it shares with the same parameter of the layer's other
     experts. They follow each other in the table, and expert-parallel ranks hold equal parts, in the
     order of the ranks."""
+    part_rows: tuple[int, ...] = ()
+    """Rows of the parts that its only Hugging Face tensor holds one after the other, such as q, k
+    and v; tensor parallelism cuts each of them. () if every tensor is one part."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts that are fused, in their order."""
+        if not self.part_rows:
+            return tuple(
+                Part(name, 0, shape)
+                for name, shape in zip(self.hf_names, self.hf_shapes, strict=True)
+            )
+        ((name,), ((rows, *rest),)) = self.hf_names, self.hf_shapes
+        assert sum(self.part_rows) == rows, self
+        starts = accumulate(self.part_rows, initial=0)
+        return tuple(
+            Part(name, start, (size, *rest))
+            for start, size in zip(starts, self.part_rows, strict=False)
+        )
+
+    def in_one_tensor(self, hf_name: str) -> WeightRow:
+        """The same row of a checkpoint that holds all its tensors in one."""
+        rows = tuple(shape[0] for shape in self.hf_shapes)
+        return replace(
+            self,
+            hf_names=(hf_name,),
+            hf_shapes=((sum(rows), *self.hf_shapes[0][1:]),),
+            part_rows=rows,
+        )
+
+    def cut(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Whole Hugging Face tensors -> whole parts."""
+        return list(tensors[0].split(self.part_rows)) if self.part_rows else list(tensors)
+
+    def join(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Whole parts -> whole Hugging Face tensors."""
+        import torch
+
+        return [torch.cat(list(parts))] if self.part_rows else list(parts)
 
     @property
     def num_params(self) -> int:
@@ -96,7 +145,7 @@ class WeightRow:
         )
 
     def fuse(self, parts: list[torch.Tensor], tp_size: int) -> torch.Tensor:
-        """One rank's slices of the Hugging Face tensors -> its megatron-core parameter."""
+        """One rank's slices of the parts -> its megatron-core parameter."""
         import torch  # preflight reads names and shapes without it
 
         if not self.query_groups:
@@ -107,15 +156,16 @@ class WeightRow:
         ).flatten(0, 1)
 
     def split(self, fused: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
-        """One rank's megatron-core parameter -> its slices of the Hugging Face tensors."""
+        """One rank's megatron-core parameter -> its slices of the parts."""
         views = self.views(fused, tp_size)
         return [view.flatten(0, 1) for view in views] if self.query_groups else views
 
     def views(self, fused: torch.Tensor, tp_size: int) -> list[torch.Tensor]:
         """`split` without a copy: q, k and v get a first axis of query groups."""
-        if len(self.hf_names) == 1:
+        parts = self.parts
+        if len(parts) == 1:
             return [fused]
-        rows = [shape[0] // tp_size for shape in self.hf_shapes]
+        rows = [part.shape[0] // tp_size for part in parts]
         if not self.query_groups:
             return list(fused.split(rows))
         groups = self.query_groups // tp_size
@@ -160,8 +210,17 @@ def attention(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
             )
         )
     if shape.family.has_qk_norm:
+        sizes = (
+            {"q": q, "k": kv}
+            if shape.family.qk_norm_of_all_heads
+            else dict.fromkeys("qk", head_dim)
+        )
         rows += [
-            norm_row(f"self_attn.{x}_norm", head_dim, f"self_attention.{x}_layernorm") for x in "qk"
+            replace(
+                norm_row(f"self_attn.{x}_norm", size, f"self_attention.{x}_layernorm"),
+                tp_axis=0 if shape.family.qk_norm_of_all_heads else None,
+            )
+            for x, size in sizes.items()
         ]
     return rows
 
@@ -195,14 +254,16 @@ class ModelFamily:
     """Further keys of config.json that rlsys implements."""
     inert: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Key of config.json -> the values with which it changes nothing in this family."""
-    defaults: Mapping[str, int] = field(default_factory=dict)
-    """What transformers and vLLM take for sizes that config.json leaves out."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What transformers and vLLM take for keys that config.json leaves out."""
     heads_divide_hidden: bool = False
     """Whether transformers refuses another number of heads even if config.json has head_dim."""
     has_qkv_bias: bool = False
     """Whether q, k and v have a bias, which config.json may not say."""
     has_qk_norm: bool = False
-    """Whether q and k are normalised by head."""
+    """Whether q and k are normalised, by head."""
+    qk_norm_of_all_heads: bool = False
+    """Whether they are normalised over all heads together instead."""
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
     """Kinds of rotary embeddings: `rlsys.model.rope`."""
     rope_keys: tuple[str, ...] = ()
