@@ -39,6 +39,15 @@ MINISTRAL_ROPE = YARN | {
     "mscale_all_dim": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+OLMO3 = {
+    "hidden_size": 128,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": YARN,
+    },
+}
 MODELS = {
     "llama": ("LlamaConfig", {}),
     "llama-linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
@@ -47,8 +56,15 @@ MODELS = {
     "mistral-window": ("MistralConfig", {"sliding_window": 5}),
     # Positions from 16 on have scaled queries.
     "ministral3": ("Ministral3Config", {"rope_parameters": MINISTRAL_ROPE}),
+    "ministral3-window": (
+        "Ministral3Config",
+        {"rope_parameters": MINISTRAL_ROPE, "sliding_window": 20},
+    ),
     "olmo2": ("Olmo2Config", {"hidden_size": 128}),
+    # The first layer has a window, the second sees all, with another rotary embedding.
+    "olmo3": ("Olmo3Config", OLMO3),
     "phi3": ("Phi3Config", {"hidden_size": 128}),
+    "phi3-window": ("Phi3Config", {"hidden_size": 128, "sliding_window": 5}),
     "phi3-partial": ("Phi3Config", {"hidden_size": 128, "rope_parameters": PARTIAL}),
     "phi3-longrope": (
         "Phi3Config",
@@ -73,6 +89,9 @@ MODELS = {
     "smollm3": ("SmolLM3Config", {"hidden_size": 128, "no_rope_layer_interval": 2}),
 }
 """Name -> config class of transformers, options. The name begins with the model_type."""
+
+THROUGH_THE_LOADER = frozenset({name for name in MODELS if "moe" in name})
+"""Models whose weights vLLM's loader changes or packs, on CPU, so that no sync is in place."""
 
 
 @torch.no_grad()

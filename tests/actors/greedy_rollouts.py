@@ -43,10 +43,25 @@ class ReloadingActor(RolloutActor):
         self.__init__(config, "cpu", 0)
 
 
-def start_reloading_engine(config):
+class UnpackedActor(ReloadingActor):
+    """vLLM then multiplies with the parameters themselves, as on GPUs."""
+
+    def __init__(self, *args):
+        import unpacked_workers
+
+        from rlsys.engines.vllm import engine as vllm
+
+        vllm.WORKER_EXTENSION = unpacked_workers.WORKER_EXTENSION
+        super().__init__(*args)
+
+    async def loads_in_place(self):
+        return await self._call(lambda engine: engine.ask_workers("loads_in_place"))
+
+
+def start_reloading_engine(config, actor_class=ReloadingActor):
     """A RolloutActors of one engine, for `reload`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "RolloutActor", ReloadingActor)
+        patch.setattr(rollout, "RolloutActor", actor_class)
         engines = RolloutActors(config, device="cpu")
     engines.start()
     return engines

@@ -3,10 +3,17 @@
 import math
 
 import pytest
+import ray
 import torch
 import transformers
-from family_models import MODELS, gradient_by_name, save_family_model, transformers_model
-from greedy_rollouts import PROMPTS, greedy, reload, start_reloading_engine
+from family_models import (
+    MODELS,
+    THROUGH_THE_LOADER,
+    gradient_by_name,
+    save_family_model,
+    transformers_model,
+)
+from greedy_rollouts import PROMPTS, UnpackedActor, greedy, reload, start_reloading_engine
 from policy_cases import LAYOUTS, exported, padded_logprobs, policy_config, random_batch
 from safetensors.torch import load_file
 
@@ -60,6 +67,10 @@ def test_weights_logprobs_and_gradient_are_those_of_transformers(
     saved, tensors = load_file(folder / "model.safetensors"), exported(policy)
     assert tensors.keys() == saved.keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in tensors.items())
+    policy.call("plan_buckets", 1 << 14)
+    in_buckets = policy.call("in_buckets")[0]
+    assert in_buckets.keys() == saved.keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in in_buckets.items())
     announced = {meta.name: meta.shape for meta in policy.weight_metadata()}
     assert announced == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     shape = read_model_shape(folder)
@@ -84,7 +95,7 @@ def test_weights_logprobs_and_gradient_are_those_of_transformers(
 
 @pytest.fixture(scope="module")
 def engine(ray_cluster, rollout_config, tiny_models):
-    engine = start_reloading_engine(rollout_config(tiny_models[True, 1]))
+    engine = start_reloading_engine(rollout_config(tiny_models[True, 1]), UnpackedActor)
     yield engine
     engine.close()
 
@@ -97,8 +108,12 @@ def test_a_synced_engine_samples_what_transformers_does(
     config = rollout_config(folders(name))
     reload(engine, config)
     policy = lab.policy(policy_config(folders(name)))
-    policy.update(random_batch(), loss="sft")
-    WeightPublisher(policy, engine, config.weight_sync).publish()
+    publisher = WeightPublisher(policy, engine, config.weight_sync)
+    for seed in range(2):  # through vLLM's loader, then in place where it only copies
+        policy.update(random_batch(seed), loss="sft")
+        publisher.publish()
+    (actor,) = engine.actors.values()
+    assert ray.get(actor.loads_in_place.remote()) == [name not in THROUGH_THE_LOADER]
     tokens, logprobs, _ = greedy(engine)
 
     policy.save_model(tmp_path / "updated")

@@ -2,7 +2,7 @@
 
 import pytest
 import ray
-from greedy_rollouts import ReloadingActor, greedy, reload
+from greedy_rollouts import UnpackedActor, greedy, reload, start_reloading_engine
 from policy_cases import LAYOUTS, policy_config
 from tensor_policy import TensorPolicy
 
@@ -13,27 +13,9 @@ from rlsys.actors.weight_publisher import WeightPublisher
 pytestmark = pytest.mark.system
 
 
-class UnpackedActor(ReloadingActor):
-    """vLLM then multiplies with the parameters themselves, as on GPUs."""
-
-    def __init__(self, *args):
-        import unpacked_workers
-
-        from rlsys.engines.vllm import engine as vllm
-
-        vllm.WORKER_EXTENSION = unpacked_workers.WORKER_EXTENSION
-        super().__init__(*args)
-
-    async def loads_in_place(self):
-        return await self._call(lambda engine: engine.ask_workers("loads_in_place"))
-
-
 @pytest.fixture(scope="module")
 def engines(ray_cluster, rollout_config):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "RolloutActor", UnpackedActor)
-        engines = RolloutActors(rollout_config(), device="cpu")
-    engines.start()
+    engines = start_reloading_engine(rollout_config(), UnpackedActor)
     yield engines
     engines.close()
 

@@ -4,6 +4,7 @@ from rlsys.model.families.llama import LLAMA
 from rlsys.model.families.ministral3 import MINISTRAL3
 from rlsys.model.families.mistral import MISTRAL
 from rlsys.model.families.olmo2 import OLMO2
+from rlsys.model.families.olmo3 import OLMO3
 from rlsys.model.families.phi3 import PHI3
 from rlsys.model.families.qwen2 import QWEN2
 from rlsys.model.families.qwen3 import QWEN3
@@ -17,6 +18,7 @@ FAMILIES = {
         MISTRAL,
         MINISTRAL3,
         OLMO2,
+        OLMO3,
         PHI3,
         QWEN2,
         QWEN3,

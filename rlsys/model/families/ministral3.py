@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsys.model.families.base import LayerShape, ModelFamily, uniform_layers
+from rlsys.model.families.base import LayerShape, ModelFamily
+from rlsys.model.families.mistral import layers_with_a_window
 
 
 def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
@@ -15,14 +16,13 @@ def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
             raise ValueError(
                 f"rope_parameters lacks {key}, a number: every ministral3 scales its queries by it"
             )
-    return uniform_layers(values)
+    return layers_with_a_window(values)
 
 
 MINISTRAL3 = ModelFamily(
     model_type="ministral3",
     architecture="Ministral3ForCausalLM",
     rope_keys=("llama_4_scaling_beta", "max_position_embeddings"),
-    inert={"sliding_window": ()},
-    defaults={"num_key_value_heads": 8, "head_dim": 128},
+    defaults={"num_key_value_heads": 8, "head_dim": 128, "sliding_window": None},
     layers=_layers,
 )

@@ -8,7 +8,8 @@ from typing import Any
 from rlsys.model.families.base import LayerShape, ModelFamily
 
 
-def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
+def layers_with_a_window(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
+    """config.json -> dense layers that are all alike, with the window that it names."""
     return (LayerShape(window=values["sliding_window"]),) * values["num_hidden_layers"]
 
 
@@ -16,5 +17,5 @@ MISTRAL = ModelFamily(
     model_type="mistral",
     architecture="MistralForCausalLM",
     defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-    layers=_layers,
+    layers=layers_with_a_window,
 )

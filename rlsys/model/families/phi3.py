@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rlsys.model.families.base import LayerShape, ModelFamily, WeightRow, attention, gated_mlp
+from rlsys.model.families.mistral import layers_with_a_window
 
 if TYPE_CHECKING:
     from rlsys.model.shape import ModelShape
@@ -32,7 +33,6 @@ PHI3 = ModelFamily(
     architecture="Phi3ForCausalLM",
     sizes=("original_max_position_embeddings",),
     inert={
-        "sliding_window": (),
         "resid_pdrop": (0,),
         "embd_pdrop": (0,),
         "lm_head_bias": (False,),
@@ -40,9 +40,11 @@ PHI3 = ModelFamily(
         "interpolate_factor": (1,),
         "auto_map": (_CODE, _CODE | {"AutoTokenizer": "Xenova/gpt-4o"}),
     },
+    defaults={"sliding_window": None},
     heads_divide_hidden=True,
     rope_types=("default", "longrope"),
     partial_rotary=True,
+    layers=layers_with_a_window,
     attention=fused_attention,
     mlp=fused_mlp,
 )
