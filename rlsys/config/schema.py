@@ -157,7 +157,7 @@ class ModelConfig(Section):
     """The language model that is trained."""
 
     path: PathText = Field(min_length=1)
-    """Hugging Face model folder or hub id (Llama, Qwen2, Qwen3, Qwen3-MoE)."""
+    """Hugging Face model folder or hub id. docs/models.md lists the families."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in policy, reference and rollout engine. auto: bfloat16 on GPUs, float32
     on CPU, where engines then agree to 1e-5."""

@@ -48,6 +48,23 @@ def refuse_other_kind(folder: Path) -> None:
         )
 
 
+def unknown_type_problem(values: Mapping[str, Any], known: Iterable[str]) -> str:
+    """What a config.json with another model_type than the `known` ones is refused with."""
+    model_type, text = values.get("model_type"), values.get("text_config")
+    if not isinstance(text, Mapping):
+        return f"model_type {model_type!r} is not supported; use a model of type {', '.join(known)}"
+    inner = text.get("model_type")
+    return (
+        f"model_type {model_type!r} is a model of text and of images or sounds, and rlsys trains "
+        f"text models. The model_type of its text_config is {inner!r}, which "
+        + (
+            "rlsys trains: save the text model alone, as docs/models.md shows, and name that folder"
+            if inner in known
+            else f"is not supported either; use a model of type {', '.join(known)}"
+        )
+    )
+
+
 def quantized_as(names: Iterable[str]) -> str | None:
     """The method by which tensors of these names are quantized; None for ordinary weights."""
     for name in names:

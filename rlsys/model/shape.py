@@ -12,6 +12,7 @@ from rlsys.model.families import FAMILIES
 from rlsys.model.families.base import LayerShape, ModelFamily
 from rlsys.model.folder import read_json
 from rlsys.model.keys import key_problems
+from rlsys.model.other_kinds import unknown_type_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +110,7 @@ def read_model_shape(folder: Path) -> ModelShape:
     model_type = values.get("model_type")
     family = FAMILIES.get(str(model_type))
     if family is None:
-        raise ValueError(
-            f"{file}: model_type {model_type!r} is not supported; use a model of type "
-            f"{', '.join(FAMILIES)}"
-        )
+        raise ValueError(f"{file}: {unknown_type_problem(values, FAMILIES)}")
     problems = list(key_problems(values))
     if problems:
         raise ValueError("\n".join(f"{file}: {problem}" for problem in problems))

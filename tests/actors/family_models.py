@@ -90,20 +90,45 @@ MODELS = {
 }
 """Name -> config class of transformers, options. The name begins with the model_type."""
 
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+WITHOUT = {
+    "llama-linear": {"rope_parameters": PLAIN_ROPE},
+    "ministral3": {"rope_parameters": MINISTRAL_ROPE | {"llama_4_scaling_beta": 0.0}},
+    "ministral3-window": {"sliding_window": None},
+    "mistral-window": {"sliding_window": None},
+    "olmo3": {"layer_types": ["full_attention"] * 2},
+    "phi3-window": {"sliding_window": None},
+    "phi3-partial": {"rope_parameters": PLAIN_ROPE},
+    "phi3-longrope": {"rope_parameters": PARTIAL},
+    "qwen2-window": {"use_sliding_window": False},
+    "qwen3-yarn": {"rope_parameters": PLAIN_ROPE},
+    "qwen3-yarn-factor": {"rope_parameters": YARN},
+    "qwen3-window": {"use_sliding_window": False},
+    "qwen3_moe-window": {"use_sliding_window": False},
+    "smollm3": {"no_rope_layers": [1, 1]},
+}
+"""Name -> options that switch a feature off which the model has."""
+NOT_TESTED: dict[tuple[str, str], str] = {}
+"""(model, "one rank", "TP 2", "PP 2" or "engine") that no test can run -> why."""
+GPU_RUN = ""
+"""When the tests of GPUs were last run, and on what."""
+NOT_ON_GPUS: dict[str, str] = {}
+"""Models that the tests of GPUs leave out -> why."""
 THROUGH_THE_LOADER = frozenset({name for name in MODELS if "moe" in name})
 """Models whose weights vLLM's loader changes or packs, on CPU, so that no sync is in place."""
 
 
 @torch.no_grad()
-def save_family_model(folder, name, *, seed=0):
+def save_family_model(folder, name, *, seed=0, **without):
     """Write a random fp32 model in which norms and biases matter too."""
     config_class, options = MODELS[name]
-    options = {"tie_word_embeddings": False} | options
+    options = {"tie_word_embeddings": False} | options | without
     config = getattr(transformers, config_class)(**SIZES | options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     rng = torch.Generator().manual_seed(seed)
+    spread = 1.2 / config.hidden_size**0.5  # or sums in wide models round by more than 1e-5
     for name, parameter in model.named_parameters():
-        parameter.normal_(0.0, 0.15, generator=rng)
+        parameter.normal_(0.0, spread, generator=rng)
         if "norm" in name:
             parameter += 1.0
     save_model(model, folder)

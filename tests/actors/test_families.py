@@ -8,7 +8,9 @@ import torch
 import transformers
 from family_models import (
     MODELS,
+    NOT_TESTED,
     THROUGH_THE_LOADER,
+    WITHOUT,
     gradient_by_name,
     save_family_model,
     transformers_model,
@@ -23,7 +25,17 @@ from rlsys.model.shape import read_model_shape
 
 pytestmark = pytest.mark.system
 
-CUT = [pytest.param(layout, marks=pytest.mark.slow) for layout in ("TP 2", "PP 2")]
+
+def cases(*tests):
+    """(model, test) of all models: slow, but on one rank, or skipped with what NOT_TESTED says."""
+    found = []
+    for name in MODELS:
+        for test in tests:
+            marks = [] if test == "one rank" else [pytest.mark.slow]
+            if (name, test) in NOT_TESTED:
+                marks.append(pytest.mark.skip(reason=NOT_TESTED[name, test]))
+            found.append(pytest.param(name, test, id=f"{name}-{test}", marks=marks))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +66,16 @@ def test_every_family_has_a_model_here():
     assert types == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("layout", ["one rank", *CUT])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", WITHOUT)
+def test_rows_of_the_tests_feel_each_feature(folders, tmp_path, name):
+    save_family_model(tmp_path, name, **WITHOUT[name])
+    batch, models = random_batch(), map(transformers_model, (folders(name), tmp_path))
+    with torch.no_grad():
+        having, lacking = (padded_logprobs(model, batch) for model in models)
+    assert (having - lacking).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(("name", "layout"), cases("one rank", "TP 2", "PP 2"))
 def test_weights_logprobs_and_gradient_are_those_of_transformers(
     lab, folders, tmp_path, name, layout
 ):
@@ -100,10 +120,9 @@ def engine(ray_cluster, rollout_config, tiny_models):
     engine.close()
 
 
-@pytest.mark.slow  # starts an engine for each
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "_"), cases("engine"))
 def test_a_synced_engine_samples_what_transformers_does(
-    lab, engine, rollout_config, folders, tmp_path, name
+    lab, engine, rollout_config, folders, tmp_path, name, _
 ):
     config = rollout_config(folders(name))
     reload(engine, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
 from dataclasses import dataclass, replace
@@ -184,6 +185,21 @@ class OpenActor(RolloutActor):
 
     async def _between_steps(self, function, *args):
         return await self._call(lambda engine: function(engine, *args))
+
+
+class ReloadingGpuActor(OpenActor):
+    """Starts one engine after the other in a process."""
+
+    def __init__(self, config, device, engine_rank):
+        super().__init__(config, device, engine_rank)
+        self._place = device, engine_rank
+
+    def reload(self, config):
+        self._loop.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.__init__(config, *self._place)
 
 
 class CrossedActor(OpenActor):

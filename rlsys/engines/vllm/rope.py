@@ -16,9 +16,11 @@ def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
     parameters = hf.rope_parameters or {}
     if any(key in parameters for key in NESTED):
         said = {kind: _for_vllm(hf, entry, kind) for kind, entry in parameters.items()}
+        changes = any(said[kind] is not entry for kind, entry in parameters.items())
     else:
         said = _for_vllm(hf, parameters, None)
-    overrides = {} if said == parameters else {"rope_parameters": said}
+        changes = said is not parameters
+    overrides = {"rope_parameters": said} if changes else {}
     beta = parameters.get("llama_4_scaling_beta")
     if beta is not None:
         length = parameters["original_max_position_embeddings"]
@@ -28,12 +30,12 @@ def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
 
 def _for_vllm(hf: PretrainedConfig, rope: dict[str, Any], kind: str | None) -> dict[str, Any]:
     """One rotary embedding, with the keys that differ between transformers and vLLM's versions."""
+    rope_type = rope.get("rope_type")
+    if rope_type not in ("linear", "yarn", "longrope"):
+        return rope
     rope = {key: value for key, value in rope.items() if value is not None}
-    rope_type = rope["rope_type"]
     if rope_type == "linear":  # vLLM takes a whole number for a list of factors
         return rope | {"factor": float(rope["factor"])}
-    if rope_type not in ("yarn", "longrope"):
-        return rope
     _, factor = ROPE_INIT_FUNCTIONS[rope_type](hf, layer_type=kind)
     if rope_type == "longrope":  # transformers' attention_factor, of which vLLM knows these names
         return rope | {"short_mscale": factor, "long_mscale": factor}

@@ -1,0 +1,117 @@
+"""Write the tables of docs/models.md from the lists of models that the tests go through.
+
+python scripts/models_table.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TARGET = ROOT / "docs" / "models.md"
+sys.path[:0] = [str(ROOT / "tests" / "actors")]
+
+from family_models import (  # noqa: E402
+    GPU_RUN,
+    MODELS,
+    NOT_ON_GPUS,
+    NOT_TESTED,
+    THROUGH_THE_LOADER,
+)
+
+from rlsys.model import families  # noqa: E402
+from rlsys.model.families import FAMILIES  # noqa: E402
+
+
+def markdown() -> str:
+    """The page in docs, with its tables written again."""
+    page = TARGET.read_text(encoding="utf-8")
+    for name, lines in {"families": _families(), "rope": _rope()}.items():
+        start = f"<!-- {name}: written by scripts/models_table.py -->\n"
+        before, _, rest = page.partition(start)
+        _, _, after = rest.partition("<!-- end -->\n")
+        page = before + start + "\n".join(lines) + "\n<!-- end -->\n" + after
+    return page
+
+
+def _families() -> list[str]:
+    head = [
+        "family",
+        "`model_type`",
+        "variants",
+        "exact",
+        "synced engine",
+        "in place",
+        "GPUs",
+    ]
+    lines = [_row(head), _row(["---"] * len(head))]
+    notes: list[str] = []
+    for model_type in FAMILIES:
+        names = [name for name in MODELS if name.partition("-")[0] == model_type]
+        variants = ", ".join(name.partition("-")[2] for name in names if "-" in name)
+        lines.append(
+            _row(
+                [
+                    _summary(model_type),
+                    f"`{model_type}`",
+                    variants,
+                    _tested(names, ("one rank", "TP 2", "PP 2"), notes),
+                    _tested(names, ("engine",), notes),
+                    "no" if THROUGH_THE_LOADER.issuperset(names) else "yes",
+                    _on_gpus(names, notes),
+                ]
+            )
+        )
+    return lines + [f"\n{number + 1}. {note}" for number, note in enumerate(notes)]
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _summary(model_type: str) -> str:
+    """What the docstring of the family's file begins with."""
+    for module in pkgutil.iter_modules(families.__path__, f"{families.__name__}."):
+        loaded = importlib.import_module(module.name)
+        own = [value for value in vars(loaded).values() if value is FAMILIES[model_type]]
+        if own and module.name.rpartition(".")[2] != "base":
+            return (loaded.__doc__ or "").splitlines()[0].partition(":")[0].rstrip(".")
+    raise AssertionError(f"no file has {model_type}")
+
+
+def _tested(names: list[str], tests: tuple[str, ...], notes: list[str]) -> str:
+    """ "yes", or which of the tests some models are not in, and why."""
+    missing = {(n, t): why for (n, t), why in NOT_TESTED.items() if n in names and t in tests}
+    return _answer({f"{name}, {test}": why for (name, test), why in missing.items()}, notes)
+
+
+def _on_gpus(names: list[str], notes: list[str]) -> str:
+    if not GPU_RUN:
+        return "not run yet"
+    return _answer({name: why for name, why in NOT_ON_GPUS.items() if name in names}, notes)
+
+
+def _answer(missing: dict[str, str], notes: list[str]) -> str:
+    if not missing:
+        return "yes"
+    notes += [f"Not {what}: {why}." for what, why in missing.items()]
+    numbers = range(len(notes) - len(missing) + 1, len(notes) + 1)
+    return f"but ({', '.join(map(str, numbers))})"
+
+
+def _rope() -> list[str]:
+    """Which families have which rotary embeddings."""
+    kinds = dict.fromkeys(kind for family in FAMILIES.values() for kind in family.rope_types)
+    exact = {"dynamic": "up to `max_position_embeddings`", "longrope": "see below"}
+    rows = [_row(["`rope_type`", "families", "exact"]), _row(["---"] * 3)]
+    for kind in kinds:
+        having = [name for name, family in FAMILIES.items() if kind in family.rope_types]
+        rows.append(_row([f"`{kind}`", ", ".join(having), exact.get(kind, "yes")]))
+    return rows
+
+
+if __name__ == "__main__":
+    TARGET.write_text(markdown(), encoding="utf-8")
