@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,12 @@ def refuse_other_kind(folder: Path) -> None:
         )
 
 
-def unknown_type_problem(values: Mapping[str, Any], known: Iterable[str]) -> str:
+def unknown_type_problem(values: Mapping[str, Any], known: Collection[str]) -> str:
     """What a config.json with another model_type than the `known` ones is refused with."""
     model_type, text = values.get("model_type"), values.get("text_config")
     if not isinstance(text, Mapping):
         return f"model_type {model_type!r} is not supported; use a model of type {', '.join(known)}"
-    inner = text.get("model_type")
+    inner = str(text.get("model_type"))
     return (
         f"model_type {model_type!r} is a model of text and of images or sounds, and rlsys trains "
         f"text models. The model_type of its text_config is {inner!r}, which "
