@@ -121,7 +121,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         rewards=rewards,
         prompts=prompts,
         training=data.train,
-        validation=data.validation,
+        held_out=data.held_out_sets,
         tracker=tracker,
     )
     return System(config, device, policy, reference, rollouts, publisher)

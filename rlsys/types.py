@@ -77,6 +77,10 @@ class SampleRequest:
     """Temperature of sampling and of the log-probs; 0 is greedy."""
     seed: int | None
     """Completion i is sampled with seed + i; None leaves it to the engine's own generator."""
+    top_p: float | None = None
+    """None: rollout.top_p."""
+    top_k: int | None = None
+    """None: rollout.top_k."""
 
 
 @dataclass(frozen=True, slots=True)

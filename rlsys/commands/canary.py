@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.actors.ray_session import ray_session
-from rlsys.config import CheckpointConfig, Config
+from rlsys.config import CheckpointConfig, Config, EvalConfig
 from rlsys.interrupts import interruptible
 from rlsys.launch import train_system
 from rlsys.preflight.before_start import load_data
@@ -53,13 +53,13 @@ def run_canary(config: Config, console: Console) -> bool:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         data = load_data(config)
-        held_out = list(data.validation or data.train)[:MAX_HELD_OUT]
+        held_out = list(data.held_out or data.train)[:MAX_HELD_OUT]
         if not held_out:
             raise ValueError(
                 "the canary samples held-out prompts before and after, and data.streaming holds "
                 "none out: give data.val_dataset"
             )
-        data = replace(data, validation=held_out)
+        data = replace(data, validation=held_out, val_sets={})
         stack.enter_context(interruptible())
         stack.enter_context(ray_session())
         system = start_system(config, data, recorder)
@@ -81,6 +81,7 @@ def canary_config(config: Config) -> Config:
         update={
             "max_steps": STEPS,
             "eval_steps": STEPS,
+            "eval": EvalConfig(),
             "policy": config.policy.model_copy(update={"lr": 0.0, "min_lr": 0.0}),
             # The checks below say more than that error would.
             "grpo": config.grpo.model_copy(update={"max_logp_difference": None}),

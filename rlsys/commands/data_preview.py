@@ -178,8 +178,7 @@ def _print_counts(config: Config, data: PromptData, console: Console) -> None:
         )
         return
     console.print(
-        f"{counted(len(data.train), 'prompt')} to train on, "
-        f"{len(data.validation):,} to evaluate on."
+        f"{counted(len(data.train), 'prompt')} to train on, {len(data.held_out):,} to evaluate on."
     )
     repeated = len(data.train) - len({tuple(prompt.token_ids) for prompt in data.train})
     if repeated:

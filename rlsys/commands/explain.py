@@ -261,7 +261,7 @@ def _print_problems(problems: list[Problem], config: Config, console: Console) -
         "read. A run reads all rows, as `rlsys data preview` does.",
         style="dim",
     )
-    specs = map(read_spec, (*config.data.dataset, *config.data.val_dataset))
+    specs = map(read_spec, config.data.all_datasets)
     elsewhere = dict.fromkeys(spec.name for spec in specs if not spec.is_local)
     if elsewhere:
         names = ", ".join(elsewhere)

@@ -75,12 +75,12 @@ class TriedRun:
                 from rlsys.data.load import load_prompts
 
                 loaded = load_prompts(data, tokenizer, seed=self.config.seed)
-                own = loaded.validation if evaluated else [*loaded.train, *loaded.validation]
+                own = loaded.held_out if evaluated else [*loaded.train, *loaded.held_out]
                 found = {prompt.prompt_id: prompt for prompt in own}
         except ValueError as error:
             self.missing.append(f"data: {error}")
             return RowSources(tokenizer=tokenizer)
-        names = ", ".join(data.val_dataset if held_out else data.dataset)
+        names = ", ".join(data.val_dataset if held_out else data.all_datasets)
         if wanted <= found.keys():
             self.used.append(f"data: {names}")
         else:

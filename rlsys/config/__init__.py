@@ -4,6 +4,7 @@ from rlsys.config.schema import REWARD_MODEL_PREFIX as REWARD_MODEL_PREFIX
 from rlsys.config.schema import CheckpointConfig as CheckpointConfig
 from rlsys.config.schema import Config as Config
 from rlsys.config.schema import DataConfig as DataConfig
+from rlsys.config.schema import EvalConfig as EvalConfig
 from rlsys.config.schema import GrpoConfig as GrpoConfig
 from rlsys.config.schema import ModelConfig as ModelConfig
 from rlsys.config.schema import PolicyConfig as PolicyConfig

@@ -164,10 +164,10 @@ def _likeness(name: str, known: str) -> float:
 
 
 def _in_section(name: str, fields: list[str]) -> list[str]:
-    """The fields of `name`'s section; all fields without one."""
+    """The fields of `name`'s section; without one, fields of `eval` only if no other is there."""
     section = name.rpartition(".")[0]
     own = [field for field in fields if section and field.rpartition(".")[0] == section]
-    return own or fields
+    return own or [field for field in fields if not field.startswith("eval.")] or fields
 
 
 def _bare(name: str) -> str:

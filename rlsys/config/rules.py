@@ -14,6 +14,7 @@ from rlsys.config.gates import parse_gate
 from rlsys.config.passed_through import own_option_problems
 from rlsys.config.prompt_template import prompt_template_problems
 from rlsys.config.rules_algorithm import algorithm_problems
+from rlsys.config.rules_eval import eval_problems
 from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
 
@@ -46,7 +47,8 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_reference_problems(config),
         *_training_problems(config),
         *reward_problems(config.reward),
-        *_split_problems(config),
+        *eval_problems(config),
+        *_split_problems(config.data),
         *_dataset_problems(config.data),
         *algorithm_problems(config),
         *_engine_problems(config),
@@ -258,14 +260,8 @@ def _gate_problems(reward: RewardConfig) -> Iterator[Problem]:
 # --- data ----------------------------------------------------------------------------------------
 
 
-def _split_problems(config: Config) -> Iterator[Problem]:
-    data, share = config.data, config.data.split_dataset_ratio
-    if config.eval_steps is not None and not data.val_dataset and not share:
-        yield Problem(
-            f"eval_steps = {config.eval_steps}, but there is nothing to evaluate on: set "
-            "data.val_dataset, or data.split_dataset_ratio (0.05 holds out 5 % of data.dataset), "
-            "or leave eval_steps out"
-        )
+def _split_problems(data: DataConfig) -> Iterator[Problem]:
+    share = data.split_dataset_ratio
     if data.val_dataset and share:
         yield Problem(
             f"data.val_dataset and data.split_dataset_ratio = {share:g} both say what is held "

@@ -41,6 +41,7 @@ from rlsys.config.field_types import (
     kinds_of,
     split_list,
 )
+from rlsys.config.gates import Gate, parse_gate
 from rlsys.config.prompt_template import template_columns
 from rlsys.config.rules import cross_field_problems
 from rlsys.problems import ProblemsError
@@ -87,17 +88,21 @@ class DataConfig(Section):
     of weights. null: every row of every dataset comes once an epoch."""
     val_dataset: list[PathText] = []
     """Held-out rows, evaluated every `eval_steps`. Empty: `split_dataset_ratio` of `dataset`."""
+    val_sets: dict[str, list[PathText]] = {}
+    """Further held-out sets by name, `{math500: math500.jsonl, aime: [a.jsonl, b.jsonl]}`: each is
+    evaluated on its own, as eval/NAME/..."""
     split_dataset_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of `dataset` held out for evaluation, instead of `val_dataset`; 0 holds out nothing."""
     max_eval_prompts: PositiveInt = 256
-    """Held-out prompts to evaluate on; the first ones are taken."""
+    """Held-out prompts to evaluate on, in each set; the first ones are taken."""
     columns: dict[str, str] = {}
     """New names of columns, `{question: prompt}`, given before anything else reads a row."""
     preprocessor: list[str] = []
     """Names of `@register_preprocessor` functions: one for all datasets, or one for each of
     `dataset` (`none` leaves rows as they are)."""
     val_preprocessor: list[str] = []
-    """The same for `val_dataset`. Empty: `preprocessor`, if it names one for all."""
+    """The same for `val_dataset`. Empty: `preprocessor`, if it names one for all. `val_sets` take
+    one name for all."""
     external_plugins: list[PathText] = []
     """Python files that register preprocessors, datasets or reward functions. Each may stand here
     or in reward.external_plugins."""
@@ -142,6 +147,27 @@ class DataConfig(Section):
         if template is not None:
             template_columns(template)
         return template
+
+    @field_validator("val_sets", mode="before")
+    @classmethod
+    def _one_path_is_a_list(cls, sets: Any) -> Any:
+        """Read `{math500: a.jsonl}` as `{math500: [a.jsonl]}`."""
+        if not isinstance(sets, dict):
+            return sets
+        return {
+            name: split_list(paths) if isinstance(paths, str) else paths
+            for name, paths in sets.items()
+        }
+
+    @property
+    def all_datasets(self) -> list[str]:
+        """Every entry of `dataset`, `val_dataset` and `val_sets`."""
+        return [*self.dataset, *self.val_dataset, *(p for s in self.val_sets.values() for p in s)]
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether any rows are held out for evaluation."""
+        return bool(self.val_dataset or self.val_sets or self.split_dataset_ratio)
 
     @field_validator("chat_template_kwargs")
     @classmethod
@@ -627,6 +653,25 @@ class WeightSyncConfig(Section):
     """Seconds that one phase of a weight sync may take."""
 
 
+class EvalConfig(Section):
+    """Evaluation on held-out prompts: every `eval_steps` of a run, and `rlsys eval`."""
+
+    num_generations: PositiveInt = 1
+    """n, completions per held-out prompt (TRL: num_generations_eval; verl: val_kwargs.n). Above 1,
+    evaluations log pass@k, mean@n, maj@n and standard errors."""
+    temperature: NonNegativeFloat | None = None
+    """Sampling temperature; 0 is greedy, with num_generations 1. null: rollout.temperature."""
+    top_p: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Nucleus sampling. null: rollout.top_p."""
+    top_k: NonNegativeInt | None = None
+    """Sample among the k likeliest tokens; 0 is off. null: rollout.top_k."""
+    correct: NonEmptyText | None = None
+    """When a completion counts as correct in pass@k and maj@n: a reward function whose value is at
+    least 1, or NAME >= NUMBER. null: the function with "accuracy" in its name, else the first."""
+    pass_at_k: list[PositiveInt] = []
+    """k of pass@k, at most num_generations. Empty: 1, 2, 4, ... and num_generations."""
+
+
 class TrackingConfig(Section):
     """Where metrics and completions go, besides metrics.jsonl and completions.jsonl."""
 
@@ -717,6 +762,7 @@ class Config(Section):
     weight_sync: WeightSyncConfig = WeightSyncConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _ids_name_their_hub(self) -> Self:
@@ -833,6 +879,21 @@ class Config(Section):
         if self.model.dtype == "auto":
             return "float32" if on_cpu else "bfloat16"
         return self.model.dtype
+
+    @property
+    def eval_correct(self) -> Gate:
+        """eval.correct, decided."""
+        if self.eval.correct is not None:
+            return parse_gate(self.eval.correct)
+        names = self.reward.names
+        return Gate(next((name for name in names if "accuracy" in name), names[0]))
+
+    @property
+    def eval_ks(self) -> list[int]:
+        """eval.pass_at_k, decided: ascending."""
+        n = self.eval.num_generations
+        powers = [2**i for i in range(n.bit_length()) if 2**i < n]
+        return sorted(set(self.eval.pass_at_k)) or [*powers, n]
 
     @property
     def run_values(self) -> dict[str, Any]:

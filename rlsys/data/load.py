@@ -16,6 +16,7 @@ from rlsys.data.sources import (
     Source,
     SourceCounts,
     check_renamed,
+    open_set,
     open_sources,
     raise_if_any,
     render_rows,
@@ -42,13 +43,11 @@ class PromptData:
     train: list[Prompt]
     """In the order of the datasets and their rows; empty with data.streaming."""
     validation: list[Prompt]
-    """Held out, at most max_eval_prompts; empty when nothing is evaluated."""
+    """Held out, at most max_eval_prompts; without those of data.val_sets."""
     train_sizes: list[int]
     """The number of prompts in `train` from each entry of data.dataset, in order."""
     counts: list[SourceCounts] = field(default_factory=list)
     """How many rows of each dataset are used or dropped, training data first."""
-    num_validation_in_train: int = 0
-    """Held-out prompts that are trained on as well."""
     streams: list[StreamedPrompts] = field(default_factory=list)
     """With data.streaming, one stream for all datasets, or one for each if they have weights."""
 
@@ -56,6 +55,24 @@ class PromptData:
     """Rows in which `check` found something wrong."""
     notices: list[str] = field(default_factory=list)
     """Parts of rows that the chat template leaves out, and missing values in prompts."""
+    val_sets: dict[str, list[Prompt]] = field(default_factory=dict)
+    """Further held-out prompts by the name in data.val_sets, at most max_eval_prompts each."""
+
+    @property
+    def held_out_sets(self) -> dict[str, list[Prompt]]:
+        """All held-out prompts by the name of their set; `validation`, if any, is ""."""
+        return ({"": self.validation} if self.validation else {}) | self.val_sets
+
+    @property
+    def held_out(self) -> list[Prompt]:
+        """All held-out prompts."""
+        return [prompt for prompts in self.held_out_sets.values() for prompt in prompts]
+
+    @property
+    def num_validation_in_train(self) -> int:
+        """Held-out prompts that are trained on as well."""
+        known = texts_of(self.train)
+        return sum(tuple(prompt.token_ids) in known for prompt in self.held_out)
 
     @property
     def columns(self) -> list[str]:
@@ -77,7 +94,7 @@ class PromptData:
             lines = [f"data: {count}" for count in self.counts]
         if self.num_validation_in_train:
             lines.append(
-                f"data: {self.num_validation_in_train:,} of {len(self.validation):,} held-out "
+                f"data: {self.num_validation_in_train:,} of {len(self.held_out):,} held-out "
                 "prompts are in the training data too, so eval/ looks better than it should"
             )
         return lines + [f"data: {notice}" for notice in self.notices]
@@ -108,40 +125,40 @@ def load_prompts(
     problems = list(plugin_problems("data.external_plugins", config.external_plugins))
     sources = open_sources(config, "train", problems)
     val_sources = open_sources(config, "validation", problems)
+    set_sources = {name: open_set(config, name, problems) for name in config.val_sets}
     refused: list[Problem] = []
+
+    def prompts_of(some: list[Source]) -> list[Prompt]:
+        rows = _load_rows(some, config, renderer, problems, seed=seed)
+        return _make_prompts(rows, check, refused)
+
     streams: list[StreamedPrompts] = []
     train: list[Prompt] = []
     if config.streaming:
         streams = open_streams(sources, config, renderer, problems, seed=seed)
     else:
-        rows = _load_rows(sources, config, renderer, problems, seed=seed)
-        train = _make_prompts(rows, check, refused)
-    rows = _load_rows(val_sources, config, renderer, problems, seed=seed)
-    validation = _make_prompts(rows, check, refused)
-    check_renamed(config, [*sources, *val_sources], problems)
+        train = prompts_of(sources)
+    validation = prompts_of(val_sources)
+    val_sets = {name: prompts_of(own) for name, own in set_sources.items()}
+    evaluated = [*val_sources, *(source for own in set_sources.values() for source in own)]
+    check_renamed(config, [*sources, *evaluated], problems)
     if problems:
         raise_if_any([*problems, *refused])
-    for some in ([] if config.streaming else sources, val_sources):
+    for some in ([] if config.streaming else sources, val_sources, *set_sources.values()):
         _check_something_left(config, [source.counts for source in some])
-    if config.val_dataset and texts_of(validation) <= texts_of(train):
-        raise ValueError(
-            f"every prompt of data.val_dataset ({', '.join(config.val_dataset)}) is in the "
-            "training data too. Leave val_dataset empty and set split_dataset_ratio."
-        )
+    _check_is_held_out(config, train, validation)
     sizes = [] if config.streaming else [source.counts.used for source in sources]
     if not config.val_dataset:
         train, validation, sizes = _split(config, train, sizes, seed=seed)
-    validation = validation[: config.max_eval_prompts]
-    known = texts_of(train)
     return PromptData(
         train,
-        validation,
+        validation[: config.max_eval_prompts],
         sizes,
-        [source.counts for source in (*sources, *val_sources)],
-        sum(tuple(prompt.token_ids) in known for prompt in validation),
+        [source.counts for source in (*sources, *evaluated)],
         streams,
         refused,
         renderer.notices,
+        {name: prompts[: config.max_eval_prompts] for name, prompts in val_sets.items()},
     )
 
 
@@ -253,6 +270,14 @@ def _check_something_left(config: DataConfig, counts: list[SourceCounts]) -> Non
         f"no prompt of {names} is left: they have {found} tokens, data.min_prompt_length is "
         f"{config.min_prompt_length} and data.max_prompt_length {most}."
     )
+
+
+def _check_is_held_out(config: DataConfig, train: list[Prompt], validation: list[Prompt]) -> None:
+    if config.val_dataset and texts_of(validation) <= texts_of(train):
+        raise ValueError(
+            f"every prompt of data.val_dataset ({', '.join(config.val_dataset)}) is in the "
+            "training data too. Leave val_dataset empty and set split_dataset_ratio."
+        )
 
 
 def _split(

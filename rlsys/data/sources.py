@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal
 
@@ -311,6 +311,16 @@ def open_sources(config: DataConfig, split: Split, problems: list[Problem]) -> l
         )
         for spec, preprocessor in opened
     ]
+
+
+def open_set(config: DataConfig, name: str, problems: list[Problem]) -> list[Source]:
+    """The datasets of one of data.val_sets, without reading them; as `open_sources`.
+
+    Its name stands in the prompt ids, since two sets may have files of one name.
+    """
+    own = config.model_copy(update={"val_dataset": config.val_sets[name]})
+    sources = open_sources(own, "validation", problems)
+    return [replace(source, prefix=f"{name}/{source.prefix}") for source in sources]
 
 
 def check_renamed(config: DataConfig, sources: list[Source], problems: list[Problem]) -> None:

@@ -36,7 +36,7 @@ def load_data(config: Config) -> PromptData:
         check_model_folder(folder, has_prompts=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = load_checked_prompts(config, tokenizer)
-    check_prompt_tokens(folder, tokenizer, [*data.train, *data.validation])
+    check_prompt_tokens(folder, tokenizer, [*data.train, *data.held_out])
     stops = read_stop_rules(folder, tokenizer, config.rollout)
     for text in model_notes(folder):
         print(f"note: {text}", flush=True)
@@ -46,7 +46,8 @@ def load_data(config: Config) -> PromptData:
     note = Detokenizer(tokenizer, config.rollout.skip_special_tokens, stops.eos_token_ids).note()
     if note is not None:
         print(f"note: {note}", flush=True)
-    held_out = [column for prompt in data.validation[:1] for column in prompt.columns]
+    sets = data.held_out_sets.values()
+    held_out = [column for prompts in sets for prompt in prompts[:1] for column in prompt.columns]
     unread = unread_columns(config, dict.fromkeys([*data.columns, *held_out]))
     if unread is not None:
         print(f"data: {unread}", flush=True)
@@ -89,8 +90,11 @@ def check_prompts(config: Config, data: PromptData) -> None:
     if ahead and isinstance(config.checkpoint.save_steps, int) and data.unsaveable:
         raise ProblemsError("the data", list(map(Problem, data.unsaveable)))
     load_plugins(config.reward.external_plugins)
-    held_out = {column: None for prompt in data.validation for column in prompt.columns}
-    problems = column_problems_of_run(config, data.columns, held_out if data.validation else None)
+    problems: dict[str, None] = {}
+    for prompts in data.held_out_sets.values() or [[]]:
+        held_out = {column: None for prompt in prompts for column in prompt.columns}
+        found = column_problems_of_run(config, data.columns, held_out if prompts else None)
+        problems |= dict.fromkeys(found)
     if problems:
         raise ProblemsError("the data", list(map(Problem, problems)))
 
@@ -104,7 +108,7 @@ def check_right_answers(
         ValueError: a function that scores every completion cannot use the right answer of any row.
     """
     streamed = [prompt for stream in data.streams for prompt in stream.first_prompts]
-    prompts = [*data.train, *streamed, *data.validation]
+    prompts = [*data.train, *streamed, *data.held_out]
     useless = []
     for finding in look_at_rows(reachable_rewards(config, tokenizer), prompts):
         if finding.kills_reward and finding.name in config.reward.names_that_check_rows:

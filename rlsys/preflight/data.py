@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from rlsys.config import Config, DataConfig
 from rlsys.data.json_files import is_json_lines
 from rlsys.data.preprocess import read_spec
 from rlsys.data.render import NO_TEMPLATE
-from rlsys.data.sources import Source, Split, open_sources
+from rlsys.data.sources import Source, Split, open_set, open_sources
 from rlsys.data.streams.streamed import CHECKED_ROWS
 from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import chat_template, num_token_ids, resize_remedy
@@ -57,11 +58,14 @@ def data_file_problems(config: Config) -> Iterator[Problem]:
 def _source_problems(config: DataConfig, no_template: bool) -> Iterator[Problem]:
     not_loaded = list(plugin_problems("data.external_plugins", config.external_plugins))
     yield from not_loaded
-    splits: tuple[Split, ...] = ("train", "validation")
-    for split in splits:
-        field = "data.dataset" if split == "train" else "data.val_dataset"
+    opened: dict[str, Callable[[list[Problem]], list[Source]]] = {
+        "data.dataset": partial(open_sources, config, "train"),
+        "data.val_dataset": partial(open_sources, config, "validation"),
+        **{f"data.val_sets.{name}": partial(open_set, config, name) for name in config.val_sets},
+    }
+    for field, open_datasets in opened.items():
         described: list[Problem] = []
-        sources = open_sources(config, split, described)
+        sources = open_datasets(described)
         for problem in described:
             hint = " (a plugin above could not be loaded)" if not_loaded else ""
             yield Problem(f"{field}: {problem}{hint}", only_here=bool(not_loaded))

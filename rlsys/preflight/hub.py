@@ -30,7 +30,7 @@ def use_cache_without_hub(config: Config) -> None:
     # Plugins may register names of datasets. Problems of plugins and datasets are reported where
     # they are read.
     load_what_loads([*config.data.external_plugins, *config.reward.external_plugins])
-    for text in (*config.data.dataset, *config.data.val_dataset):
+    for text in config.data.all_datasets:
         with contextlib.suppress(ValueError):
             spec = read_spec(text)
             names += [] if spec.is_local or spec.from_modelscope else [spec.name]

@@ -40,7 +40,7 @@ def paths_read(config: Config) -> list[str]:
     sections = (config.data, config.reward, config.grpo)
     paths = [config.model.path, config.reference_path, *config.reward.model_paths]
     paths += [path for section in sections for path in section.external_plugins]
-    paths += [parse_spec(spec).name for spec in (*config.data.dataset, *config.data.val_dataset)]
+    paths += [parse_spec(spec).name for spec in config.data.all_datasets]
     return list(dict.fromkeys(paths))
 
 

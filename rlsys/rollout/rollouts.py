@@ -12,10 +12,10 @@ import torch
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.algo.advantages import advantages_of_group, nanstd, rewards_matrix
-from rlsys.algo.rollout_metrics import evaluation_metrics, logged_metrics
 from rlsys.config import Config
 from rlsys.data.streams.base import PromptStream
 from rlsys.rollout.draws import Draw, Draws, sampling_seed
+from rlsys.rollout.evaluation import Evaluation, metrics_of_sets
 from rlsys.rollout.pipeline import RolloutPipeline
 from rlsys.tracking.base import Tracker
 from rlsys.types import Prompt, RolloutGroup, SampleRequest
@@ -62,11 +62,12 @@ class Rollouts:
         engines: RolloutActors,
         rewards: RewardWorkers,
         prompts: PromptStream,
-        validation: Sequence[Prompt],
+        held_out: Mapping[str, Sequence[Prompt]],
         tracker: Tracker,
         training: Sequence[Prompt] = (),
     ):
-        """`training`: prompts of the stream that are in memory; checkpoints name them by id."""
+        """`training`: prompts of the stream that are in memory; checkpoints name them by id.
+        `held_out`: prompts to evaluate on, by the name of their set."""
         self._config = config
         self._pipeline = RolloutPipeline(engines, rewards, timeout_s=config.rollout.timeout_s)
         self._prompts = prompts
@@ -77,7 +78,7 @@ class Rollouts:
         """Scored groups that are not in a batch yet, by ticket."""
         self._scored_in_evaluation: list[RolloutGroup] = []
         """Training groups that the next batch sorts in."""
-        self._validation = list(validation)
+        self._held_out = held_out
         self._tracker = tracker
         self._metrics: dict[str, float] = {}
         self._measured_at = time.monotonic()
@@ -139,36 +140,24 @@ class Rollouts:
         return [group for _, group in self._in_order(batch.taken)]
 
     def evaluate(self, step: int) -> dict[str, float]:
-        """Rewards of one completion for each held-out prompt, at the sampling temperature.
+        """Metrics of the held-out prompts, sampled as the section `eval` of the config says.
 
-        The seeds do not depend on `step`, so that two evaluations differ by their weights only.
         They share the engines with training completions in flight.
         """
         self._pipeline.stop_background()
-        asked = {self._draws.new_ticket(): index for index in range(len(self._validation))}
-        self._submit(
-            {ticket: self._validation[index] for ticket, index in asked.items()},
-            {ticket: (0, index) for ticket, index in asked.items()},
-            num_generations=1,
-        )
-        groups: dict[int, RolloutGroup] = {}
-        while len(groups) < len(asked):
+        tickets = iter(self._draws.new_ticket, None)
+        evaluation = Evaluation(self._config, self._held_out, tickets)
+        self._pipeline.submit(evaluation.requests())
+        while evaluation.done < evaluation.total:
             what = f"evaluation after step {step}"
-            for group in self._pipeline.wait(what, done=len(groups), total=len(asked)):
-                if group.ticket not in asked:
+            for group in self._pipeline.wait(what, done=evaluation.done, total=evaluation.total):
+                taken = evaluation.take(group)
+                if taken is None:
                     self._scored_in_evaluation.append(group)
-                    continue
-                index = asked[group.ticket]
-                groups[index] = replace(group, group_id=index)
-                self._tracker.log_completions(step, groups[index], None, "eval")
+                else:
+                    self._tracker.log_completions(step, taken, None, "eval")
         self._pipeline.start_background()
-        in_order = [groups[index] for index in range(len(asked))]
-        versions = {completion.policy_versions for g in in_order for completion in g.completions}
-        if len(versions) > 1:
-            raise RuntimeError(f"an evaluation has several weight versions: {versions}")
-        metrics = evaluation_metrics(in_order)
-        metrics |= logged_metrics(in_order, beside=metrics)
-        return {f"eval/{name}": value for name, value in metrics.items()}
+        return metrics_of_sets(self._config, evaluation.groups())
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the last batch, and timings since the previous call."""
@@ -213,27 +202,15 @@ class Rollouts:
     def _begin(self, batch: _Batch, n: int) -> None:
         """Sample `n` more prompts with the weights that the policy has now."""
         draws = self._draws.begin(n, version=batch.step - 1)
-        self._submit(
-            {ticket: draw.prompt for ticket, draw in draws.items()},
-            {ticket: draw.seed_key(batch.size) for ticket, draw in draws.items()},
-            num_generations=self._config.rollout.num_generations,
-        )
-
-    def _submit(
-        self,
-        prompts: Mapping[int, Prompt],
-        seed_keys: Mapping[int, tuple[int, ...]],
-        *,
-        num_generations: int,
-    ) -> None:
         rollout = self._config.rollout
         requests = []
-        for ticket, prompt in prompts.items():
-            seed = None
-            if rollout.seed_per_request:
-                seed = sampling_seed(self._config.seed, *seed_keys[ticket])
+        for ticket, draw in draws.items():
+            key = draw.seed_key(batch.size)
+            seed = sampling_seed(self._config.seed, *key) if rollout.seed_per_request else None
             requests.append(
-                SampleRequest(ticket, prompt, num_generations, rollout.temperature, seed)
+                SampleRequest(
+                    ticket, draw.prompt, rollout.num_generations, rollout.temperature, seed
+                )
             )
         self._pipeline.submit(requests)
 

@@ -221,6 +221,8 @@ def evaluation_items(step: int, metrics: Metrics) -> list[str]:
             shown.append(f"reward {value:.3f}")
         elif reward := re.fullmatch(r"eval/rewards/(.+)/mean", name):
             shown.append(f"{reward[1]} {value:.3f}")
+        elif score := re.fullmatch(r"eval/((?:[^/]+/)?(?:pass|mean|maj)@\d+|[^/]+/reward)", name):
+            shown.append(f"{score[1].replace('/', ' ')} {value:.3f}")
         elif name == "eval/completions/mean_length":
             shown.append(f"length {value:.0f}")
     return shown

@@ -136,6 +136,9 @@ def _evaluation(step: int, metrics: Metrics, name: str) -> _Evaluation | None:
     if not math.isfinite(mean + std + tokens / max(length, 1.0)):
         return None
     num_completions = max(tokens / max(length, 1.0), 1.0)
+    clustered = metrics.get(f"eval/rewards/{name}_stderr", math.nan)
+    if isinstance(clustered, float) and math.isfinite(clustered):
+        return _Evaluation(step, mean, clustered)
     return _Evaluation(step, mean, std / math.sqrt(num_completions))
 
 

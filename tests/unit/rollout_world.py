@@ -91,7 +91,7 @@ class World:
             rewards=self.rewards,
             prompts=InMemoryPrompts(prompts, shuffle=False, seed=0),
             training=prompts[::2],  # as if the others were streamed
-            validation=validation,
+            held_out={"": validation} if validation else {},
             tracker=self.tracker,
         )
 

@@ -133,8 +133,8 @@ def sampling_arguments(
     return {
         "n": request.num_generations,
         "temperature": request.temperature,
-        "top_p": rollout.top_p,
-        "top_k": rollout.top_k,
+        "top_p": rollout.top_p if request.top_p is None else request.top_p,
+        "top_k": rollout.top_k if request.top_k is None else request.top_k,
         "min_p": rollout.min_p,
         "repetition_penalty": rollout.repetition_penalty,
         "presence_penalty": rollout.presence_penalty,

@@ -114,6 +114,12 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
         ({"reward": {"reward_params": {"reward_model": {"batch_size": 1}}}}, ["does not name"]),
         ({"reward": {"reward_funcs": ["format", "format"]}}, ["format", "more than once"]),
         ({"eval_steps": 5}, ["eval_steps = 5", "val_dataset", "split_dataset_ratio"]),
+        ({"eval": {"num_generations": 2, "temperature": 0}}, ["eval.temperature = 0 is greedy"]),
+        ({"eval": {"num_generations": 2, "pass_at_k": [1, 4]}}, ["eval.pass_at_k has 4"]),
+        ({"eval": {"correct": "acuracy"}}, ["eval.correct", "which is not one of"]),
+        ({"eval": {"correct": "format >= x"}}, ["eval.correct = 'format >= x': write"]),
+        ({"data": {"val_sets": {"rewards": "a"}}}, ["'rewards' is not a name of a set"]),
+        ({"data": {"val_sets": {"a": []}}}, ["a has no files"]),
         ({"data": {"val_dataset": ["v.jsonl"], "split_dataset_ratio": 0.1}}, ["both", "leave one"]),
         ({"rollout": {"num_engines": 5}}, ["5", "4 prompts", "at most 4"]),
         (
