@@ -155,6 +155,7 @@ MEGATRON_REFUSED = dict.fromkeys(_MORE_OF_THE_MODEL.split(), _MODEL) | {
     "cross_entropy_fusion_impl": _LOGPROBS,
     "defer_embedding_wgrad_compute": _LOGPROBS,
     "overlap_param_gather_with_optimizer_step": "rlsys gathers weights at the end of an update",
+    "moe_router_bias_update_rate": "the biases by which experts are chosen stay as they are",
     "moe_input_jitter_eps": "log-probs of the update would be random",
 }
 """Those that rlsys leaves alone and could not work with."""

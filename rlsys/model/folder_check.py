@@ -66,6 +66,18 @@ def folder_problems(folder: Path, shape: ModelShape, *, has_prompts: bool) -> li
 def model_notes(folder: Path) -> list[str]:
     """What a run ignores in config.json, and token ids that no text shows."""
     notes = []
+    shape = read_model_shape(folder)
+    if shape.num_mtp_layers:
+        notes.append(
+            f"{folder}: the layers from {shape.num_layers} on, which predict further tokens "
+            "(num_nextn_predict_layers), are not trained and not sampled with; checkpoints hold "
+            "them as they are here"
+        )
+    if shape.has_sigmoid_router:
+        notes.append(
+            f"{folder}: the biases by which routers choose experts (e_score_correction_bias) stay "
+            "as they are"
+        )
     prose = ignored_prose(read_model_config(folder))
     if prose:
         notes.append(f"{folder / 'config.json'}: {', '.join(prose)} ignored")
@@ -139,7 +151,10 @@ def _table_problems(
     unknown = [
         name
         for name in stored
-        if name not in expected and name != HF_OUTPUT and not name.endswith(_IGNORED_SUFFIX)
+        if name not in expected
+        and name != HF_OUTPUT
+        and not name.endswith(_IGNORED_SUFFIX)
+        and not shape.is_in_mtp_layer(name)
     ]
     if unknown:
         files = {stored[name].file for name in unknown}

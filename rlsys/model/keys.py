@@ -103,8 +103,9 @@ def key_problems(values: dict[str, Any]) -> Iterator[str]:
             f"architectures = {named!r}, and vLLM goes by it: a language model of type "
             f"{model_type} has [{family.architecture!r}]"
         )
-    inert = {**_INERT, **family.inert}
-    known = _IMPLEMENTED.union(family.keys, family.sizes, _BOOKKEEPING, _GENERATION, _PROSE)
+    own = _names(" ".join((*family.keys, *family.sizes)))
+    inert = {key: kept for key, kept in (_INERT | dict(family.inert)).items() if key not in own}
+    known = _IMPLEMENTED.union(own, _BOOKKEEPING, _GENERATION, _PROSE)
     for key, value in values.items():
         if key.startswith("_") or value is None or value in ([], {}, ""):
             continue
@@ -115,7 +116,7 @@ def key_problems(values: dict[str, Any]) -> Iterator[str]:
             yield from partial_problems(key, value, family)
         elif key == "quantization_config":
             yield f"quantization_config: {quantized_problem(quantization_method(value))}"
-        elif key == "auto_map":
+        elif key == "auto_map" and key not in own:
             yield (
                 f"auto_map = {value!r}: the model brings code of its own, which rlsys does not "
                 f"run; {_REMEDY}"
@@ -140,6 +141,8 @@ def _size_problems(values: dict[str, Any]) -> Iterator[str]:
     family = FAMILIES[values["model_type"]]
     for key in (*_SIZES, *family.sizes):
         value = values.get(key)
+        if key == "sliding_window" and value == 0 and values.get("use_sliding_window") is False:
+            continue  # transformers writes it where windows are switched off
         if value is not None and (type(value) is not int or value < 1):
             yield f"{key} = {value!r} should be a whole number of at least 1"
             return

@@ -118,6 +118,11 @@ def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> Memory
 # --- sizes that the engines use, too -------------------------------------------------------------
 
 
+def kv_block_tokens(shape: ModelShape, device: Device) -> int:
+    """Tokens of a block of the KV cache; vLLM's latent attention on CPU has one size."""
+    return 16 if shape.latent is not None else KV_BLOCK_TOKENS[device]
+
+
 def longest_row(config: Config) -> int:
     """Tokens of the longest prompt and completion that the config allows."""
     return config.data.max_prompt_length + config.rollout.max_completion_length
@@ -141,7 +146,7 @@ def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device:
 
     Some attention kernels of GPUs take larger blocks than KV_BLOCK_TOKENS, and then more memory.
     """
-    block_tokens = KV_BLOCK_TOKENS[device]
+    block_tokens = kv_block_tokens(shape, device)
     blocks = cache_blocks(
         _kv_layers(config, shape),
         row=longest_row(config),
@@ -232,7 +237,7 @@ def _kept_activations(
         modules = {
             # The norm's output, which is the MLP's first input, and what is inside the MLP.
             "mlp": shape.hidden_size + _mlp_numbers(shape),
-            "core_attn": shape.num_heads * shape.head_dim,  # its output
+            "core_attn": _attention_output(shape),
         }
         # What a layer computes again exists for one layer at a time, in its backward pass.
         again = sum(modules[module] for module in set(policy.recompute_modules))
@@ -349,8 +354,20 @@ def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor
 def _layer_numbers(shape: ModelShape) -> int:
     """Numbers that a layer keeps for each token, with a fused attention."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    # Both norms' inputs and outputs; q, k, v before and after the rotation; the attention's output.
-    return 4 * shape.hidden_size + 2 * (q + 2 * kv) + q + _mlp_numbers(shape)
+    if shape.latent is None:
+        qkv = 2 * (q + 2 * kv)  # before and after the rotation
+    else:
+        # Compressed, before and after its norm; q, k and v of all heads, as linear layers give
+        # them and put together with what has a rotary embedding.
+        compressed = (shape.latent.q_lora_rank or 0) + shape.latent.cached
+        qkv = 2 * compressed + 2 * (2 * q + _attention_output(shape))
+    # Both norms' inputs and outputs.
+    return 4 * shape.hidden_size + qkv + _attention_output(shape) + _mlp_numbers(shape)
+
+
+def _attention_output(shape: ModelShape) -> int:
+    head_dim = shape.head_dim if shape.latent is None else shape.latent.v_head_dim
+    return shape.num_heads * head_dim
 
 
 def _mlp_numbers(shape: ModelShape) -> int:
@@ -359,7 +376,8 @@ def _mlp_numbers(shape: ModelShape) -> int:
     dense = 3 * shape.intermediate_size if shape.has_dense_mlp else 0
     # The same for each expert of the token, its copy of the input, its output; router logits.
     expert = 2 * shape.hidden_size + 3 * shape.moe_intermediate_size
-    return max(dense, shape.num_experts_per_tok * expert + 2 * shape.num_experts)
+    experts = shape.num_experts_per_tok * expert + 2 * shape.num_experts
+    return max(dense, experts + 3 * shape.shared_expert_size)
 
 
 def _logit_copies(config: Config) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlsys.model.families import FAMILIES
 from rlsys.model.families.base import LayerShape, ModelFamily
+from rlsys.model.families.latent import LatentAttention
 from rlsys.model.folder import read_json
 from rlsys.model.keys import key_problems
 from rlsys.model.other_kinds import unknown_type_problem
@@ -31,14 +32,34 @@ class ModelShape:
     """Whether the output head is the embedding."""
     max_position_embeddings: int
     layers: tuple[LayerShape, ...]
+    has_qkv_bias: bool = False
+    """Whether q, k and v have a bias."""
+    has_qk_norm: bool = False
+    """Whether q and k are normalised by head."""
+    latent: LatentAttention | None = None
+    """What keys and values come from in latent attention; None: each KV head has its own."""
+    num_mtp_layers: int = 0
+    """Layers behind the last one that predict further tokens: neither trained nor sampled with."""
     num_experts: int = 0
     """In each layer with experts; 0 in dense models."""
     num_experts_per_tok: int = 0
     """Experts that a token goes through in each layer with experts."""
     moe_intermediate_size: int = 0
     """Intermediate size of one expert; `intermediate_size` is that of layers without experts."""
+    shared_expert_size: int = 0
+    """Intermediate size of the expert that all tokens go through, beside the chosen ones."""
+    has_shared_expert_gate: bool = False
+    """Whether a sigmoid for each token weighs the shared expert's output."""
     norm_topk_prob: bool = False
     """Whether the weights of a token's experts are normalised to a sum of 1."""
+    has_sigmoid_router: bool = False
+    """Whether experts are scored by a sigmoid, and chosen by score + a fixed bias for each, as in
+    DeepSeek-V3 (arXiv:2408.15664); else by softmax."""
+    routed_scaling_factor: float = 1.0
+    """What the weights of a token's experts are multiplied by."""
+    num_expert_groups: int = 1
+    """Groups of experts; only those of the best `topk_group` groups are chosen from."""
+    topk_group: int = 1
 
     @property
     def is_moe(self) -> bool:
@@ -71,6 +92,11 @@ class ModelShape:
         embeddings = self.embedding_params * (1 if self.tied else 2)
         return embeddings + sum(self.layer_params(self.layers)) + self.hidden_size
 
+    def is_in_mtp_layer(self, name: str) -> bool:
+        """Whether a Hugging Face tensor is of a layer that predicts further tokens."""
+        layers = range(self.num_layers, self.num_layers + self.num_mtp_layers)
+        return any(name.startswith(f"model.layers.{layer}.") for layer in layers)
+
     def layer_params(self, layers: Sequence[LayerShape]) -> tuple[int, int]:
         """Parameters of `layers`, without experts and of experts."""
         dense = experts = 0
@@ -81,7 +107,12 @@ class ModelShape:
         return dense, experts
 
     def kv_elements_per_token(self, tensor_parallel_size: int) -> int:
-        """Numbers that each rank's KV cache holds for one token; a rank has at least one head."""
+        """Numbers that each rank's KV cache holds for one token; a rank has at least one head.
+
+        In latent attention all ranks hold the same.
+        """
+        if self.latent is not None:
+            return self.num_layers * self.latent.cached
         heads = max(1, self.num_kv_heads // tensor_parallel_size)
         return 2 * self.num_layers * heads * self.head_dim
 
@@ -125,11 +156,15 @@ def read_model_shape(folder: Path) -> ModelShape:
             num_layers=values["num_hidden_layers"],
             num_heads=num_heads,
             num_kv_heads=values.get("num_key_value_heads") or num_heads,
-            head_dim=values.get("head_dim") or values["hidden_size"] // num_heads,
             tied=values.get("tie_word_embeddings", False),
             max_position_embeddings=values["max_position_embeddings"],
             layers=family.layers(values),
-            **family.own_sizes(values),
+            **{
+                "head_dim": values.get("head_dim") or values["hidden_size"] // num_heads,
+                "has_qkv_bias": family.has_qkv_bias,
+                "has_qk_norm": family.has_qk_norm,
+                **family.own_sizes(values),
+            },
         )
     except KeyError as error:
         raise ValueError(f"{file} lacks {error}") from None

@@ -19,6 +19,8 @@ from rlsys.problems import Problem
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's attention on CPU has kernels for."""
+CPU_LATENT_DIM = 576
+"""Numbers per token in the cache of vLLM's latent attention on CPU: DeepSeek's and Moonlight's."""
 
 
 def model_problems(config: Config) -> Iterator[Problem]:
@@ -93,6 +95,8 @@ def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"policy.pipeline_parallel_size = {pp} does not divide the model's {shape.num_layers} "
             f"layers: use {_divisors(shape.num_layers)}"
         )
+    else:
+        yield from _stages_without_experts(pp, shape)
     setting = f"policy.expert_model_parallel_size = {ep}"
     if not shape.is_moe:
         if ep > 1:
@@ -111,6 +115,20 @@ def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"and with {setting} no rank has all tokens of an expert: set "
             f"policy.expert_model_parallel_size to {tp}"
         )
+
+
+def _stages_without_experts(pp: int, shape: ModelShape) -> Iterator[Problem]:
+    """Their ranks would not take part where others sum the norm of the experts' gradient."""
+    if not shape.is_moe:
+        return
+    per_stage = shape.num_layers // pp
+    for first in range(0, shape.num_layers, per_stage):
+        if not any(layer.has_experts for layer in shape.layers[first : first + per_stage]):
+            yield Problem(
+                f"policy.pipeline_parallel_size = {pp} makes a pipeline stage with layers {first} "
+                f"to {first + per_stage - 1}, none of which has experts, which megatron-core "
+                "cannot train beside stages with experts: use fewer stages"
+            )
 
 
 def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
@@ -138,6 +156,7 @@ def _rollout_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     sizes = [shape.num_heads]
     sizes += [shape.intermediate_size] if shape.has_dense_mlp else []
     sizes += [shape.moe_intermediate_size] if shape.is_moe else []
+    sizes += [shape.shared_expert_size] if shape.shared_expert_size else []
     if any(size % tp for size in sizes):
         yield Problem(
             f"rollout.tensor_parallel_size = {tp} does not divide the model's {shape.num_heads} "
@@ -150,7 +169,15 @@ def _rollout_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"rollout.tensor_parallel_size = {tp} neither divides the model's {kv_heads} KV heads "
             f"nor is a multiple of them: use {_divisors(kv_heads)}"
         )
-    if guess_device(config) == "cpu" and shape.head_dim not in CPU_HEAD_DIMS:
+    if guess_device(config) != "cpu":
+        return
+    if shape.latent is not None:
+        if shape.latent.cached != CPU_LATENT_DIM:
+            yield Problem(
+                f"the model's kv_lora_rank + qk_rope_head_dim is {shape.latent.cached}, and vLLM "
+                f"on CPU has latent attention for {CPU_LATENT_DIM}: use another model"
+            )
+    elif shape.head_dim not in CPU_HEAD_DIMS:
         yield Problem(
             f"the model's heads have {shape.head_dim} dimensions, and vLLM on CPU has attention "
             f"for {', '.join(map(str, CPU_HEAD_DIMS))}: use another model"
@@ -179,6 +206,8 @@ def _tensor_parallel(field: str, tp: int, shape: ModelShape) -> Iterator[Problem
     sizes = {"attention heads": shape.num_heads, "KV heads": shape.num_kv_heads}
     if shape.has_dense_mlp:  # experts are shared, not cut
         sizes["intermediate size"] = shape.intermediate_size
+    if shape.shared_expert_size:
+        sizes["shared expert's intermediate size"] = shape.shared_expert_size
     wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]
     if wrong:
         yield Problem(

@@ -48,7 +48,54 @@ OLMO3 = {
         "full_attention": YARN,
     },
 }
+SIGMOID_EXPERTS = {
+    "num_hidden_layers": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "num_nextn_predict_layers": 0,
+}
+GLM = SIGMOID_EXPERTS | {
+    "attention_bias": True,
+    "use_qk_norm": False,
+    "partial_rotary_factor": 0.5,
+}
+MOONLIGHT = SIGMOID_EXPERTS | {
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "q_lora_rank": None,
+    # The latent attention of vLLM on CPU has kernels for 512 + 64 numbers per token only.
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 16,
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
+}
 MODELS = {
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        MOONLIGHT
+        | {
+            "q_lora_rank": 48,
+            "num_experts_per_tok": 4,
+            "n_group": 4,
+            "topk_group": 2,
+            "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+        },
+    ),
+    "deepseek_v3-moonlight": ("DeepseekV3Config", MOONLIGHT),
+    "deepseek_v3-mscale": (
+        "DeepseekV3Config",
+        MOONLIGHT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
+    ),
     "llama": ("LlamaConfig", {}),
     "llama-linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
     "llama-dynamic": ("LlamaConfig", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
@@ -87,11 +134,41 @@ MODELS = {
     "qwen3_moe-window": ("Qwen3MoeConfig", EXPERTS | WINDOW),
     # Of two layers the second has no rotary embedding.
     "smollm3": ("SmolLM3Config", {"hidden_size": 128, "no_rope_layer_interval": 2}),
+    "qwen3_moe-sparse-step": (
+        "Qwen3MoeConfig",
+        EXPERTS
+        | {
+            "num_hidden_layers": 4,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [],
+            "norm_topk_prob": False,
+        },
+    ),
+    "glm4_moe": ("Glm4MoeConfig", GLM),
+    "glm4_moe-qk-norm": (
+        "Glm4MoeConfig",
+        GLM | {"use_qk_norm": True, "attention_bias": False, "partial_rotary_factor": 0.25},
+    ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        EXPERTS
+        | {
+            "hidden_size": 128,
+            "shared_expert_intermediate_size": 48,
+            "norm_topk_prob": False,
+        },
+    ),
 }
 """Name -> config class of transformers, options. The name begins with the model_type."""
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 WITHOUT = {
+    "deepseek_v3": {"n_group": 1, "topk_group": 1},
+    "deepseek_v3-moonlight": {"routed_scaling_factor": 1.0},
+    "deepseek_v3-mscale": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    "glm4_moe": {"partial_rotary_factor": 1.0},
+    "glm4_moe-qk-norm": {"partial_rotary_factor": 0.5},
+    "qwen2_moe": {"norm_topk_prob": True},
     "llama-linear": {"rope_parameters": PLAIN_ROPE},
     "ministral3": {"rope_parameters": MINISTRAL_ROPE | {"llama_4_scaling_beta": 0.0}},
     "ministral3-window": {"sliding_window": None},
@@ -114,7 +191,9 @@ GPU_RUN = ""
 """When the tests of GPUs were last run, and on what."""
 NOT_ON_GPUS: dict[str, str] = {}
 """Models that the tests of GPUs leave out -> why."""
-THROUGH_THE_LOADER = frozenset({name for name in MODELS if "moe" in name})
+THROUGH_THE_LOADER = frozenset(
+    {name for name, (_, options) in MODELS.items() if "num_experts_per_tok" in options}
+)
 """Models whose weights vLLM's loader changes or packs, on CPU, so that no sync is in place."""
 
 
@@ -131,6 +210,9 @@ def save_family_model(folder, name, *, seed=0, **without):
         parameter.normal_(0.0, spread, generator=rng)
         if "norm" in name:
             parameter += 1.0
+    for name, bias in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            bias.normal_(0.0, 0.2, generator=rng)
     save_model(model, folder)
 
 
@@ -151,5 +233,8 @@ def gradient_by_name(model, folder):
     for parameter in model.parameters():
         gradient = parameter.grad
         parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.zero_()
     model.save_pretrained(folder)
     return load_file(folder / "model.safetensors")

@@ -268,9 +268,7 @@ class LabRank(PolicyRank):
         self.engine.update(batch, loss=loss)
         del optimizer.step
         gradients = copy(self.engine.weights)
-        gradients._parameters = {
-            name: parameter.main_grad for name, parameter in gradients._parameters.items()
-        }
+        gradients._parameters = gradients_of(self.engine.weights)
         return self._export(gradients)
 
     def run_out_of_memory(self, batch, at):
@@ -348,6 +346,14 @@ class PolicyLab:
             largest, device=self._device, rank_class=self._rank_class, place=self._place
         )
         self._actors = self._policy.actors
+
+
+def gradients_of(weights):
+    """Parameter name -> its gradient; zeros for what no gradient trains."""
+    return {
+        name: getattr(tensor, "main_grad", torch.zeros_like(tensor))
+        for name, tensor in weights._parameters.items()
+    }
 
 
 def exported(policy):

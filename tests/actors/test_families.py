@@ -53,7 +53,8 @@ def folders(tmp_path_factory):
 
 def layout_of(name, layout):
     """The settings of a layout; experts are shared by the ranks that cut the rest."""
-    experts = {"expert_model_parallel_size": 2} if layout == "TP 2" and "moe" in name else {}
+    has_experts = "num_experts_per_tok" in MODELS[name][1]
+    experts = {"expert_model_parallel_size": 2} if layout == "TP 2" and has_experts else {}
     return LAYOUTS[layout] | experts
 
 

@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.enums import AttnBackend
 from transformers import PretrainedConfig
 
@@ -21,6 +21,7 @@ from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.config import Config, PolicyConfig
+from rlsys.engines.megatron.latent import latent_options, set_norm_eps
 from rlsys.engines.megatron.options import megatron_config
 from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.specs import block_spec
@@ -66,8 +67,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=shape.family.has_qkv_bias,
-        qk_layernorm=shape.family.has_qk_norm,
+        add_qkv_bias=shape.has_qkv_bias,
+        qk_layernorm=shape.has_qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -87,7 +88,9 @@ def transformer_config(
         **(_expert_options(shape, on_cpu=on_cpu) if shape.is_moe else {}),
         **_recompute_options(policy, is_moe=shape.is_moe),
     )
-    return megatron_config(TransformerConfig, own, policy)
+    if shape.latent is None:
+        return megatron_config(TransformerConfig, own, policy)
+    return megatron_config(MLATransformerConfig, own | latent_options(hf, shape), policy)
 
 
 _CUDA_OPTIONS = (
@@ -120,7 +123,9 @@ def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:
     if policy.recompute == "full":
         options = {"recompute_method": "uniform", "recompute_num_layers": 1}
     elif policy.recompute == "selective":
-        names = ["moe" if name == "mlp" and is_moe else name for name in policy.recompute_modules]
+        # An MLP with experts is "moe" to megatron-core; a model may have layers of both kinds.
+        names = [*policy.recompute_modules]
+        names += ["moe"] if is_moe and "mlp" in names else []
         options = {"recompute_modules": names}
     else:
         return {}
@@ -132,7 +137,25 @@ def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
     ep = parallel_state.get_expert_model_parallel_world_size()
     # megatron-core 0.16 would not sum their gradients over the tensor-parallel ranks.
     assert ep > 1 or parallel_state.get_tensor_model_parallel_world_size() == 1, "see preflight"
-    return {
+    options: dict[str, Any] = {}
+    if shape.has_dense_mlp:
+        options["moe_layer_freq"] = [int(layer.has_experts) for layer in shape.layers]
+    if shape.shared_expert_size:
+        options["moe_shared_expert_intermediate_size"] = shape.shared_expert_size
+        options["moe_shared_expert_gate"] = shape.has_shared_expert_gate
+    if shape.has_sigmoid_router:
+        options |= {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_topk_scaling_factor": shape.routed_scaling_factor,
+            # A bias for each expert, which balances them in pretraining: here it stays as it is.
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.0,
+            "moe_router_dtype": "fp32",  # as transformers computes these routers
+        }
+    if shape.num_expert_groups > 1:
+        options["moe_router_num_groups"] = shape.num_expert_groups
+        options["moe_router_group_topk"] = shape.topk_group
+    return options | {
         "num_moe_experts": shape.num_experts,
         "moe_router_topk": shape.num_experts_per_tok,
         "moe_ffn_hidden_size": shape.moe_intermediate_size,
@@ -175,6 +198,8 @@ def build_model(
         position_embedding_type="rope",
     )
     place_rotary(model, hf, shape, longest=longest)
+    if shape.latent is not None:
+        set_norm_eps(model)
     if model.post_process:
         # The logits of a whole micro-batch would be the largest tensor of the step, so the model
         # ends at its hidden states and log-probs are taken from them chunk by chunk.

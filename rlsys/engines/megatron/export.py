@@ -159,7 +159,7 @@ class BucketExport:
                 if box is not None:
                     yield _Part(item, box, owners[row.hf_names[0], shard], held, index)
 
-    def _parameter(self, part: _Part) -> torch.nn.Parameter:
+    def _parameter(self, part: _Part) -> torch.Tensor:
         parameter = self._weights.own_parameter(self._rows[part.item.tensor.name])
         assert parameter is not None, part
         return parameter

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from safetensors.torch import save_file
 
 from rlsys.files import replacing_folder
 from rlsys.model.families.base import Part, weight_table
-from rlsys.model.shape import ModelShape
+from rlsys.model.shape import ModelShape, read_model_config, read_model_shape
 from rlsys.model.weight_files import INDEX, OF_THE_RUN, weight_files
-from rlsys.weight_sync.plan import shard_bounds
+from rlsys.weight_sync.plan import DTYPES, shard_bounds
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -46,6 +47,11 @@ class SafetensorsReader:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all tensors in the folder."""
+        return list(self._handle_of)
 
     def shard(self, name: str, axis: int | None, rank: int, num_shards: int) -> torch.Tensor:
         """Slice `rank` of `num_shards` of tensor `name` along `axis`; all if None."""
@@ -87,7 +93,18 @@ def stored_tensors(
     with SafetensorsReader(folder) as reader:
         for row in weight_table(shape):
             for name in row.hf_names:
-                yield name, converted(name, reader.shard(name, None, 0, 1), dtype)
+                own_type = dtype if row.dtype is None else DTYPES[row.dtype]
+                yield name, converted(name, reader.shard(name, None, 0, 1), own_type)
+
+
+def untrained_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of layers that predict further tokens, which are copied and not trained."""
+    if not read_model_config(folder).get("num_nextn_predict_layers"):
+        return
+    shape = read_model_shape(folder)
+    with SafetensorsReader(folder) as reader:
+        for name in filter(shape.is_in_mtp_layer, reader.names):
+            yield name, reader.shard(name, None, 0, 1)
 
 
 def converted(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -132,6 +149,7 @@ def write_model_files(
         max_shard_bytes: bytes of a weight file at most; None is MAX_SHARD_BYTES.
     """
     copy_model_files(source, folder, dtype)
+    tensors = chain(tensors, untrained_tensors(source))
     _write_shards(folder, tensors, max_shard_bytes or MAX_SHARD_BYTES)
 
 

@@ -10,8 +10,9 @@ torch is patched where megatron-core assumes CUDA:
 
 megatron-core itself is patched in DistributedOptimizer, whose checkpoints miss the step counter of
 torch's AdamW, and in two names of the mixture of experts: `maybe_move_tensor_to_cpu`, which makes
-an array only of tensors from a GPU, and `te_general_gemm`, which needs Transformer Engine. Two
-warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log level.
+an array only of tensors from a GPU, and `te_general_gemm`, which needs Transformer Engine; and in
+two names of latent attention. Two warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log
+level.
 
 Parallelism, optimizer, clipping and schedules are megatron-core's own; norm and attention are in
 `rlsys.engines.megatron.layers`. The patches hold for the whole process, so a policy or reference
@@ -75,6 +76,7 @@ def enable_megatron_on_cpu() -> None:
     torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
     _patch_optimizer()
     _patch_experts()
+    _patch_latent_attention()
 
 
 def _is_cuda(device: Any) -> bool:
@@ -152,6 +154,20 @@ def _patch_experts() -> None:
 
     token_dispatcher.maybe_move_tensor_to_cpu = to_host
     moe_utils.te_general_gemm = None
+
+
+def _patch_latent_attention() -> None:
+    """Two names of megatron-core 0.16.
+
+    It believes that Transformer Engine is there without it. And layers that each tensor-parallel
+    rank has whole have to be of a class that it knows.
+    """
+    from megatron.core.transformer import multi_latent_attention
+
+    from rlsys.engines.megatron.latent import ReplicatedLinear
+
+    multi_latent_attention.HAVE_TE = False
+    multi_latent_attention.Linear = ReplicatedLinear
 
 
 def _patch_optimizer() -> None:

@@ -46,7 +46,12 @@ def place_rotary(model: GPTModel, hf: PretrainedConfig, shape: ModelShape, *, lo
     """Give every layer of `model` its frequencies, and its queries their factors."""
     kinds = sorted({layer.rope for layer in shape.layers if layer.rope is not None})
     tables = {kind: frequencies(hf, kind, longest=longest) for kind in kinds}
-    model.rotary_pos_emb = Rotary(model.rotary_pos_emb, [tables[kind][0] for kind in kinds])
+    latent = shape.latent
+    # In latent attention each layer looks its angles up, and turns the last numbers of a head.
+    holders = [model] if latent is None else [each.self_attention for each in model.decoder.layers]
+    for holder in holders:
+        holder.rotary_pos_emb = Rotary(holder.rotary_pos_emb, [tables[kind][0] for kind in kinds])
+    start = 0 if latent is None else latent.qk_nope_head_dim
     for layer in model.decoder.layers:
         kind = shape.layers[layer.layer_number - 1].rope
         index = None if kind is None else kinds.index(kind)
@@ -56,8 +61,8 @@ def place_rotary(model: GPTModel, hf: PretrainedConfig, shape: ModelShape, *, lo
         core = layer.self_attention.core_attention
         inv_freq, factor = tables[kind] if kind is not None else (None, 1.0)
         if inv_freq is not None and factor != 1.0:
-            scale = partial(_scale_turned, 2 * len(inv_freq), factor**2)
-            core.register_forward_pre_hook(scale)
+            turned = slice(start, start + 2 * len(inv_freq))
+            core.register_forward_pre_hook(partial(_scale_turned, turned, factor**2))
         beta = hf.rope_parameters.get("llama_4_scaling_beta")
         if beta is not None:
             original = hf.rope_parameters["original_max_position_embeddings"]
@@ -106,13 +111,13 @@ def _choose(
 
 
 def _scale_turned(
-    size: int, factor: float, attention: torch.nn.Module, args: tuple[Any, ...]
+    turned: slice, factor: float, attention: torch.nn.Module, args: tuple[Any, ...]
 ) -> tuple[Any, ...]:
-    """Multiply the first `size` numbers of each head of the queries by `factor`."""
+    """Multiply the `turned` numbers of each head of the queries by `factor`."""
     query, *rest = args
-    if size == query.shape[-1]:
-        return (query * factor, *rest)
-    return (torch.cat((query[..., :size] * factor, query[..., size:]), dim=-1), *rest)
+    factors = query.new_ones(query.shape[-1])
+    factors[turned] = factor
+    return (query * factors, *rest)
 
 
 def _scale_by_position(

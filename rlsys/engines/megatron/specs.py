@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from rlsys.engines.megatron.latent import ReplicatedLinear
 from rlsys.engines.megatron.layers import PackedAttention, RMSNorm
 from rlsys.engines.megatron.norms import AllHeadsNorm
 from rlsys.model.families.base import LayerShape
@@ -56,6 +57,7 @@ def _transformer_engine_layer(config: TransformerConfig, layer: LayerShape) -> M
         num_experts=config.num_moe_experts if layer.has_experts else None,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
     )
 
 
@@ -68,12 +70,16 @@ def _torch_layer(config: TransformerConfig, layer: LayerShape) -> ModuleSpec:
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts if layer.has_experts else None,
         qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
         normalization=config.normalization,
     )
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     attention = spec.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
-    if config.qk_layernorm:
+    if config.multi_latent_attention:
+        attention.q_layernorm = attention.kv_layernorm = RMSNorm
+        attention.linear_q_down_proj = attention.linear_kv_down_proj = ReplicatedLinear
+    elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
 

@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.model.families.base import EMBEDDING, HF_EMBEDDING, OUTPUT, WeightRow, weight_table
 from rlsys.model.shape import ModelShape
-from rlsys.weight_sync.plan import TensorMeta, shard_bounds
+from rlsys.weight_sync.plan import DTYPES, TensorMeta, shard_bounds
 
 
 class MegatronWeights:
@@ -56,7 +56,7 @@ class MegatronWeights:
         """Name, dtype and shape of every Hugging Face tensor, in the order of `export`."""
         dtype = str(self._dtype).removeprefix("torch.")
         return [
-            TensorMeta(name, dtype, shape)
+            TensorMeta(name, row.dtype or dtype, shape)
             for row in self.table
             for name, shape in zip(row.hf_names, row.hf_shapes, strict=True)
         ]
@@ -123,7 +123,7 @@ class MegatronWeights:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         return self._model.sharded_state_dict(metadata=self.sharding | {"dp_cp_group": group})
 
-    def own_parameter(self, row: WeightRow) -> torch.nn.Parameter | None:
+    def own_parameter(self, row: WeightRow) -> torch.Tensor | None:
         """This rank's parameter of a row of the table, or None."""
         name = self._own_name(row)
         return None if name is None else self._parameters[name]
@@ -188,8 +188,9 @@ class MegatronWeights:
         if self._pp.rank() == owner:
             tensors = self._gather_slices(row)
         else:
+            dtype = self._dtype if row.dtype is None else DTYPES[row.dtype]
             tensors = [
-                torch.empty(shape, dtype=self._dtype, device=self.device) for shape in row.hf_shapes
+                torch.empty(shape, dtype=dtype, device=self.device) for shape in row.hf_shapes
             ]
         for tensor in tensors:
             self._broadcast(tensor, owner)
@@ -249,7 +250,7 @@ def _is_gathered_with(row_and_owner: tuple[WeightRow, int]) -> tuple[str, ...]:
     return (row.experts,) if row.experts else row.names
 
 
-def _mark(parameter: torch.nn.Parameter, axis: int) -> None:
+def _mark(parameter: torch.Tensor, axis: int) -> None:
     if not hasattr(parameter, "tensor_model_parallel"):
         set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=axis, stride=1)
 
@@ -258,11 +259,16 @@ _LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[
 """The number of an expert in names of SequentialMLP and of Transformer Engine's TEGroupedMLP."""
 
 
-def _named_globally(model: torch.nn.Module, *, first_expert: int) -> dict[str, torch.nn.Parameter]:
-    """Parameters by name, with layers and experts numbered over the whole model."""
+def _named_globally(model: torch.nn.Module, *, first_expert: int) -> dict[str, torch.Tensor]:
+    """Parameters by name, with layers and experts numbered over the whole model.
+
+    The biases by which routers choose experts count, too: they are a part of checkpoints, and
+    buffers, since no gradient trains them.
+    """
     first_layer = model.decoder.layers[0].layer_number - 1
+    biases = [(name, b) for name, b in model.named_buffers() if name.endswith(".expert_bias")]
     parameters = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in [*model.named_parameters(), *biases]:
         if name.startswith("decoder.layers."):
             _, _, local, rest = name.split(".", 3)
             name = f"decoder.layers.{int(local) + first_layer}.{rest}"

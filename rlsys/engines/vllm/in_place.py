@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlsys.engines.vllm.latent import loaded_parameters
 from rlsys.weight_sync.checksum import as_numbers, checksum
 from rlsys.weight_sync.copies import CopyPlan
 from rlsys.weight_sync.plan import DTYPES, Bucket, TensorMeta, TensorSlice
@@ -70,7 +71,7 @@ class InPlacePlan:
     """
 
     def __init__(self, model: torch.nn.Module, metadata: Sequence[TensorMeta]):
-        parameters = dict(model.named_parameters())
+        parameters = dict(loaded_parameters(model))
         for name, parameter in parameters.items():
             if parameter.numel() == 0 or parameter.is_meta:
                 raise CannotMap(f"{name} has no memory of its own")

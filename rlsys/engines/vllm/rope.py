@@ -14,6 +14,8 @@ from rlsys.model.rope import NESTED
 def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
     """What of a model's config vLLM has to read in other words; {} for most models."""
     parameters = hf.rope_parameters or {}
+    if hasattr(hf, "kv_lora_rank"):  # vLLM's DeepSeek computes its factors as transformers does
+        return {}
     if any(key in parameters for key in NESTED):
         said = {kind: _for_vllm(hf, entry, kind) for kind, entry in parameters.items()}
         changes = any(said[kind] is not entry for kind, entry in parameters.items())

@@ -13,9 +13,9 @@ from rlsys.config.passed_through import vllm_option_problems
 from rlsys.model.memory import (
     BATCHED_TOKENS,
     GIB,
-    KV_BLOCK_TOKENS,
     MAX_CPU_KV_GIB,
     bytes_per_weight,
+    kv_block_tokens,
     kv_cache_bytes,
     longest_row,
     sampler_logit_bytes,
@@ -115,7 +115,7 @@ def engine_arguments(
     if device == "cpu":
         arguments |= {
             "enforce_eager": True,
-            "block_size": KV_BLOCK_TOKENS["cpu"],
+            "block_size": kv_block_tokens(shape, device),
             # With chunked prompts a request draws one number per chunk from its own generator, and
             # vLLM takes the draws back in a way that CPU generators do not support.
             "enable_chunked_prefill": False,

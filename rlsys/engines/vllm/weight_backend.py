@@ -28,6 +28,7 @@ from vllm.model_executor.model_loader.reload import (
 
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missing_parameters
+from rlsys.engines.vllm.latent import derive_again, loaded_parameters, unreachable_copy
 from rlsys.engines.vllm.worker_errors import leave_errors
 from rlsys.weight_sync.connection import Connection, Endpoint
 from rlsys.weight_sync.plan import TensorSlice
@@ -72,7 +73,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, *args: Any):
         super().__init__(*args)
         # Read before any update, which gives a tied head a parameter of its own for a while.
-        self._parameter_names = {name for name, _ in self.model.named_parameters()}
+        self._parameter_names = {name for name, _ in loaded_parameters(self.model)}
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Connect to this worker's endpoint, and leave the earlier one."""
@@ -130,6 +131,7 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._plan is not None:
             for bucket, buffer in self._receiver.receive(version, keep=False):
                 self._plan.load(bucket, buffer)
+            derive_again(self.model, self.model_config.dtype)
         else:
             self._receive_through_loader(self._receiver, version)
         self._receiver.check()
@@ -177,6 +179,9 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 raise CannotMap("the rollout engine quantises weights")
             if self.device.type == "cpu" and self._has_experts():
                 raise CannotMap("kernels of experts read packed weights")
+            copied = unreachable_copy(self.model)
+            if copied is not None:
+                raise CannotMap(f"latent attention reads {copied}, a copy of kv_b_proj")
             metadata = [piece.tensor for piece in self._connection.slices]
             self._proof = PlanProof(InPlacePlan(self.model, metadata))
         except CannotMap as reason:

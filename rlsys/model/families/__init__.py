@@ -1,5 +1,7 @@
 """The model families that rlsys trains, each in a file of its own."""
 
+from rlsys.model.families.deepseek_v3 import DEEPSEEK_V3
+from rlsys.model.families.glm4_moe import GLM4_MOE
 from rlsys.model.families.llama import LLAMA
 from rlsys.model.families.ministral3 import MINISTRAL3
 from rlsys.model.families.mistral import MISTRAL
@@ -7,6 +9,7 @@ from rlsys.model.families.olmo2 import OLMO2
 from rlsys.model.families.olmo3 import OLMO3
 from rlsys.model.families.phi3 import PHI3
 from rlsys.model.families.qwen2 import QWEN2
+from rlsys.model.families.qwen2_moe import QWEN2_MOE
 from rlsys.model.families.qwen3 import QWEN3
 from rlsys.model.families.qwen3_moe import QWEN3_MOE
 from rlsys.model.families.smollm3 import SMOLLM3
@@ -14,6 +17,8 @@ from rlsys.model.families.smollm3 import SMOLLM3
 FAMILIES = {
     family.model_type: family
     for family in (
+        DEEPSEEK_V3,
+        GLM4_MOE,
         LLAMA,
         MISTRAL,
         MINISTRAL3,
@@ -21,6 +26,7 @@ FAMILIES = {
         OLMO3,
         PHI3,
         QWEN2,
+        QWEN2_MOE,
         QWEN3,
         QWEN3_MOE,
         SMOLLM3,

@@ -92,6 +92,8 @@ class WeightRow:
     part_rows: tuple[int, ...] = ()
     """Rows of the parts that its only Hugging Face tensor holds one after the other, such as q, k
     and v; tensor parallelism cuts each of them. () if every tensor is one part."""
+    dtype: str | None = None
+    """Torch's name of a type that it always has; None: that of the whole model."""
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -199,7 +201,7 @@ def attention(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
             tp_axis=1,
         ),
     ]
-    if shape.family.has_qkv_bias:
+    if shape.has_qkv_bias:
         rows.append(
             WeightRow(
                 ("self_attention.linear_qkv.bias",),
@@ -209,7 +211,7 @@ def attention(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
                 query_groups=groups,
             )
         )
-    if shape.family.has_qk_norm:
+    if shape.has_qk_norm:
         sizes = (
             {"q": q, "k": kv}
             if shape.family.qk_norm_of_all_heads
@@ -283,6 +285,8 @@ class ModelFamily:
     """Rows of a layer's attention, with names relative to the layer."""
     mlp: Callable[[ModelShape, LayerShape], list[WeightRow]] = gated_mlp
     """Rows of a layer's MLP, with names relative to the layer."""
+    shared_expert: str = "shared_experts"
+    """Hugging Face's name of the expert that all tokens go through, where layers have one."""
     own_sizes: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
     """config.json -> further fields of its ModelShape; raises ValueError and KeyError."""
 

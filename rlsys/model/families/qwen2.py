@@ -7,6 +7,7 @@ from typing import Any
 
 from rlsys.model.families.base import LayerShape, ModelFamily, layers_by_type
 
+QKV_BIAS_KEYS = {"attention_bias": (True,), "qkv_bias": (True,), "bias": (True,)}
 WINDOW_TYPES = ("full_attention", "sliding_attention")
 WINDOW_KEYS = {"use_sliding_window": (True, False)}
 WINDOW_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
@@ -41,7 +42,7 @@ def windowed_layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
 QWEN2 = ModelFamily(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
-    inert=WINDOW_KEYS | {"attention_bias": (True,), "qkv_bias": (True,), "bias": (True,)},
+    inert=WINDOW_KEYS | QKV_BIAS_KEYS,
     defaults=WINDOW_DEFAULTS | {"num_key_value_heads": 32},
     has_qkv_bias=True,
     layer_types=WINDOW_TYPES,

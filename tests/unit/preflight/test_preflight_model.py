@@ -41,8 +41,8 @@ def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
             ["64 + ", "= 128 tokens", "100", "lower them by 28 together"],
         ),
         ({"head_dim": 16}, ["16 dimensions", "vLLM on CPU"]),
-        (EXPERTS | {"decoder_sparse_step": 2}, ["decoder_sparse_step = 2"]),
-        (EXPERTS | {"mlp_only_layers": [0]}, ["mlp_only_layers = [0]"]),
+        (EXPERTS | {"decoder_sparse_step": 9}, ["decoder_sparse_step = 9", "no layer has experts"]),
+        (EXPERTS | {"mlp_only_layers": [7]}, ["mlp_only_layers = [7]", "from 0 to 3"]),
         (EXPERTS | {"num_experts_per_tok": 9}, ["num_experts_per_tok = 9", "8 experts"]),
         (EXPERTS | {"num_experts_per_tok": 1}, ["norm_topk_prob", "num_experts_per_tok = 1"]),
         ({"model_type": "qwen3_moe"}, ["lacks 'num_experts'"]),
@@ -53,6 +53,22 @@ def test_a_model_that_cannot_be_used(problems, tmp_path, sizes, words):
     text = only(problems(model={"path": str(tmp_path / "other")}, device="cpu"))
     for word in words:
         assert word in text
+
+
+def test_layouts_that_do_not_fit_layers_with_and_without_experts(problems, tmp_path):
+    shared = {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 100}
+    write_model(tmp_path / "mixed", **EXPERTS | shared | {"mlp_only_layers": [0, 1]})
+    model = {"path": str(tmp_path / "mixed")}
+    found = problems("--rollout.tensor_parallel_size", "8", model=model)
+    assert "intermediate size 128 and 32 and 100: use 1 or 2 or 4" in only(found)
+    policy = ["--policy.world_size", "8", "--policy.expert_model_parallel_size", "8"]
+    found = problems("--policy.tensor_parallel_size", "8", *policy, model=model)
+    assert "KV heads 4, shared expert's intermediate size 100: use 1 or 2 or 4" in only(found)
+    assert problems("--policy.pipeline_parallel_size", "1", model=model) == []
+    found = problems(
+        "--policy.pipeline_parallel_size", "2", "--policy.world_size", "2", model=model
+    )
+    assert "a pipeline stage with layers 0 to 1, none of which has experts" in only(found)
 
 
 @pytest.mark.parametrize(
