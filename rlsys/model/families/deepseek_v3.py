@@ -53,6 +53,7 @@ DEEPSEEK_V3 = ModelFamily(
         "q_lora_rank": 1536,
         "topk_group": 4,
     },
+    rope_types=("default", "yarn"),
     layers=dense_first,
     attention=latent_attention,
     mlp=experts_or_dense,

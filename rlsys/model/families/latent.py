@@ -84,7 +84,8 @@ def latent_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     """config.json -> the fields of its ModelShape that say what its attention is.
 
     Raises:
-        ValueError: KV heads are fewer than heads, or sizes of heads contradict each other.
+        ValueError: KV heads are fewer than heads, sizes of heads contradict each other, or vLLM
+            has another YaRN.
         KeyError: a key is missing.
     """
     heads = values["num_attention_heads"]
@@ -108,4 +109,23 @@ def latent_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     for key, size in (("head_dim", turned), ("qk_head_dim", latent.qk_head_dim)):
         if values.get(key) not in (None, size):
             raise ValueError(f"{key} = {values[key]!r} should be {size} by the sizes of the heads")
+    _check_yarn(values.get("rope_scaling") or values.get("rope_parameters") or {})
     return {"latent": latent, "head_dim": latent.qk_head_dim}
+
+
+def _check_yarn(rope: Mapping[str, Any]) -> None:
+    """Refuse what vLLM's YaRN of latent attention skips, and transformers obeys.
+
+    Raises:
+        ValueError: names the key.
+    """
+    if rope.get("attention_factor") is not None or not rope.get("truncate", True):
+        raise ValueError(
+            "attention_factor and truncate of a rotary embedding are not supported in latent "
+            "attention: leave them out"
+        )
+    if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
+        raise ValueError(
+            "mscale and mscale_all_dim of a rotary embedding should both be numbers above 0 or "
+            "both be left out: transformers skips one without the other, and vLLM does not"
+        )

@@ -16,6 +16,15 @@ COMMON = {
     "torch_dtype": "bfloat16",
     "use_cache": True,
 }
+YARN = {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn",
+}
 DEEPSEEK = COMMON | {
     "architectures": ["DeepseekV3ForCausalLM"],
     "attention_bias": False,
@@ -145,15 +154,7 @@ PUBLISHED = {
         "num_nextn_predict_layers": 1,
         "q_lora_rank": 1536,
         "rms_norm_eps": 1e-06,
-        "rope_scaling": {
-            "beta_fast": 32,
-            "beta_slow": 1,
-            "factor": 40,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": 4096,
-            "type": "yarn",
-        },
+        "rope_scaling": YARN,
         "rope_theta": 10000,
         "routed_scaling_factor": 2.5,
         "topk_group": 4,
@@ -212,6 +213,10 @@ def test_a_config_that_transformers_writes_is_the_same_model(tmp_path, name):
         ("DeepSeek-V3", {"qk_rope_head_dim": 63}, "qk_rope_head_dim = 63"),
         ("DeepSeek-V3", {"head_dim": 192}, "head_dim = 192 should be 64"),
         ("DeepSeek-V3", {"rope_interleave": False}, "rope_interleave = False"),
+        ("DeepSeek-V3", {"rope_scaling": YARN | {"attention_factor": 1.3}}, "attention_factor"),
+        ("DeepSeek-V3", {"rope_scaling": YARN | {"truncate": False}}, "truncate"),
+        ("DeepSeek-V3", {"rope_scaling": YARN | {"mscale_all_dim": 0}}, "mscale_all_dim"),
+        ("DeepSeek-V3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
         ("DeepSeek-V3", {"moe_layer_freq": 2}, "moe_layer_freq = 2"),
         ("DeepSeek-V3", {"kv_lora_rank": None}, "lacks 'kv_lora_rank'"),
         ("DeepSeek-V3", {"quantization_config": {"quant_method": "fp8"}}, "FineGrainedFP8Config"),
