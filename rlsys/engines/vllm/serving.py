@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -9,7 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
+from rlsys.engines.vllm.rope import rope_overrides
 from rlsys.engines.vllm.settings import rollout_env
+from rlsys.model.families import FAMILIES
 from rlsys.model.folder import read_json
 from rlsys.model.memory import BATCHED_TOKENS, GIB, KV_BLOCK_TOKENS, MAX_CPU_KV_GIB
 from rlsys.types import Device
@@ -73,6 +78,9 @@ def serving_arguments(folder: Path, options: EngineOptions) -> dict[str, Any]:
             "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], length),
         }
         del arguments["gpu_memory_utilization"]
+    if read_json(folder / "config.json").get("model_type") in FAMILIES:  # as rollout engines do
+        overrides = rope_overrides(AutoConfig.from_pretrained(folder))
+        arguments |= {"hf_overrides": overrides} if overrides else {}
     return arguments
 
 
@@ -104,6 +112,8 @@ def serve_command(
         option = name.replace("_", "-")
         if isinstance(value, bool):
             command.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, dict):
+            command += [f"--{option}", json.dumps(value)]
         else:
             command += [f"--{option}", str(value)]
     return [*command, *more]

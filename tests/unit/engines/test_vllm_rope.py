@@ -1,11 +1,13 @@
 """What vLLM is given of a rotary embedding: the factors that transformers computes."""
 
+import json
 import math
 
 import pytest
 from transformers import LlamaConfig, Ministral3Config, Olmo3Config, Phi3Config
 
 from rlsys.engines.vllm.rope import rope_overrides
+from rlsys.engines.vllm.serving import EngineOptions, serve_command, serving_arguments
 
 YARN = {
     "rope_type": "yarn",
@@ -88,3 +90,16 @@ def test_longrope_has_one_factor_for_short_and_long_rows():
 def test_the_scaling_of_queries_by_position_is_named_as_vllm_reads_it():
     found = overrides(YARN | {"llama_4_scaling_beta": 0.1}, Ministral3Config)
     assert found["llama_4_scaling"] == {"beta": 0.1, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize("rope", [None, YARN], ids=["plain", "yarn"])
+def test_chat_and_server_get_the_same_factors(tmp_path, rope):
+    LlamaConfig(max_position_embeddings=256, rope_parameters=rope).save_pretrained(tmp_path)
+    options = EngineOptions("cpu")
+    arguments = serving_arguments(tmp_path, options)
+    command = serve_command(tmp_path, options, names=["m"], host="127.0.0.1", port=1)
+    assert ("hf_overrides" in arguments) is ("--hf-overrides" in command) is (rope is not None)
+    if rope is not None:
+        said = json.loads(command[command.index("--hf-overrides") + 1])
+        assert said == arguments["hf_overrides"]
+        assert said["rope_parameters"]["attn_factor"] == pytest.approx(1.0)

@@ -50,7 +50,88 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 8192,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+SMOLLM3 = {
+    "model_type": "smollm3",
+    "architectures": ["SmolLM3ForCausalLM"],
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "layer_types": ["full_attention"] * 4,
+    "max_window_layers": 28,
+    "mlp_bias": False,
+    "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0],
+    "head_dim": None,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 5000000.0,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+OLMO2 = {
+    "model_type": "olmo2",
+    "architectures": ["Olmo2ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "head_dim": None,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+}
+OLMO3 = OLMO2 | {
+    "model_type": "olmo3",
+    "architectures": ["Olmo3ForCausalLM"],
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+    "max_position_embeddings": 65536,
+    "rope_scaling": {
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "yarn",
+    },
+    "sliding_window": 4096,
+}
+PHI3 = {
+    "model_type": "phi3",
+    "architectures": ["Phi3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "embd_pdrop": 0.0,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "original_max_position_embeddings": 4096,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+}
+PHI4_MINI = PHI3 | {
+    "auto_map": PHI3["auto_map"] | {"AutoTokenizer": "Xenova/gpt-4o"},
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {"long_factor": [1.0] * 12, "short_factor": [1.0] * 12, "type": "longrope"},
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+}
 PUBLISHED = {
+    "SmolLM3": SMOLLM3,
+    "OLMo-2": OLMO2,
+    "OLMo-3": OLMO3,
+    "Phi-3-mini": PHI3,
+    "Phi-4-mini": PHI4_MINI,
     "Qwen2.5": QWEN2,
     "Qwen2.5 base and Math": QWEN2 | {"use_mrope": False},
     "Qwen3": QWEN3,
@@ -319,3 +400,43 @@ SWITCHED_ON = {"use_sliding_window": True, "sliding_window": 8}
 )
 def test_windows_of_published_keys(tmp_path, values, window):
     assert {layer.window for layer in shape_of(tmp_path, values).layers} == {window}
+
+
+MINISTRAL3 = {
+    "model_type": "ministral3",
+    "architectures": ["Ministral3ForCausalLM"],
+    "rope_parameters": YARN | {"llama_4_scaling_beta": 0.1, "rope_theta": 1e6},
+    "sliding_window": None,
+}
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        (SMOLLM3 | {"no_rope_layers": [1]}, "no_rope_layers = .1. should be a list"),
+        (SMOLLM3 | {"no_rope_layers": [1, 1, 1, 2]}, "no_rope_layers"),
+        (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval = 0 should be"),
+        (OLMO2 | {"sliding_window": 4096}, "sliding_window = 4096 is not supported"),
+        (OLMO2 | {"attention_bias": True}, "attention_bias = True is not supported"),
+        (OLMO3 | {"sliding_window": None}, "sliding_window gives no window"),
+        (OLMO3 | {"rope_scaling": None, "rope_parameters": YARN}, "an entry for each of"),
+        (PHI3 | {"resid_pdrop": 0.1}, "resid_pdrop = 0.1 is not supported"),
+        (PHI3 | {"partial_rotary_factor": 1.5}, "partial_rotary_factor = 1.5 should be"),
+        (PHI3 | {"rope_scaling": YARN}, "'yarn' is not supported; supported are default, longrope"),
+        (PHI3 | {"auto_map": {"AutoConfig": "mine.Config"}}, "auto_map"),
+        (PHI4_MINI | {"original_max_position_embeddings": None}, "longrope needs original_max"),
+        (MINISTRAL3 | {"rope_parameters": YARN}, "lacks llama_4_scaling_beta"),
+        (MINISTRAL3 | {"rope_parameters": None}, "lacks llama_4_scaling_beta"),
+    ],
+)
+def test_what_a_family_does_not_compute_is_refused(tmp_path, values, word):
+    with pytest.raises(ValueError, match=word):
+        shape_of(tmp_path, values)
+
+
+def test_layers_are_those_of_transformers(tmp_path):
+    shape = shape_of(tmp_path, SMOLLM3 | {"no_rope_layers": None})
+    assert [layer.rope for layer in shape.layers] == ["", "", "", None]
+    shape = shape_of(tmp_path, OLMO3 | {"layer_types": None})
+    assert [layer.window for layer in shape.layers] == [4096, 4096, 4096, None]
+    assert [layer.rope for layer in shape.layers][2:] == ["sliding_attention", "full_attention"]
