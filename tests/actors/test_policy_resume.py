@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from family_models import save_family_model
 from policy_cases import LAYOUTS, exported, policy_config, random_batch
 
 from rlsys.actors.waiting import ActorFailure
@@ -11,10 +12,10 @@ pytestmark = pytest.mark.system
 SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "weight_decay": 0.1}
 
 
-def config_of(policy_models, **policy):
+def config_of(policy_models, model="qwen3-tied", **policy):
     """Two optimizer steps an update, in an order that is drawn from the version."""
     return policy_config(
-        policy_models["qwen3-tied"], max_steps=5, global_batch_size=4, **SCHEDULE, **policy
+        policy_models[model], max_steps=5, global_batch_size=4, **SCHEDULE, **policy
     )
 
 
@@ -82,8 +83,21 @@ def test_resume_is_exact(lab, policy_models, tmp_path, options):
 )
 def test_another_layout_goes_on_from_the_same_place(lab, policy_models, tmp_path, first, layout):
     config = config_of(policy_models, **LAYOUTS[first])
-    metrics, weights = run_and_save(lab, config, tmp_path / "step-2")
     other = config_of(policy_models, **LAYOUTS[layout])
+    assert_goes_on(lab, config, other, tmp_path)
+
+
+@pytest.mark.slow
+def test_norms_over_all_heads_are_cut_in_checkpoints_too(lab, tmp_path):
+    save_family_model(tmp_path / "olmo2", "olmo2")
+    models = {"olmo2": tmp_path / "olmo2"}
+    first, other = (config_of(models, "olmo2", **LAYOUTS[name]) for name in ("TP 2", "one rank"))
+    assert_goes_on(lab, first, other, tmp_path)
+
+
+def assert_goes_on(lab, first, other, tmp_path):
+    """A policy in another layout takes the checkpoint of the first one, and the same steps."""
+    metrics, weights = run_and_save(lab, first, tmp_path / "step-2")
     metrics_again, weights_again = resume(lab, other, tmp_path / "step-2")
     for again, expected in zip(metrics_again, metrics, strict=True):
         assert again == pytest.approx(expected, rel=1e-4, abs=1e-6)
