@@ -42,6 +42,7 @@ def _families() -> list[str]:
         "family",
         "`model_type`",
         "variants",
+        "experts",
         "exact",
         "synced engine",
         "in place",
@@ -58,9 +59,10 @@ def _families() -> list[str]:
                     _summary(model_type),
                     f"`{model_type}`",
                     variants,
+                    "EP 2" if any("num_experts_per_tok" in MODELS[n][1] for n in names) else "",
                     _tested(names, ("one rank", "TP 2", "PP 2"), notes),
                     _tested(names, ("engine",), notes),
-                    "no" if THROUGH_THE_LOADER.issuperset(names) else "yes",
+                    "on GPUs" if THROUGH_THE_LOADER.issuperset(names) else "yes",
                     _on_gpus(names, notes),
                 ]
             )

@@ -1,6 +1,7 @@
 """What the documentation points at exists: links, files, names in code, and pages."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,9 @@ def test_the_index_has_every_page_once():
     assert sorted([*pages, "index.md"]) == sorted(
         page.name for page in REPOSITORY.glob("docs/*.md")
     )
+
+
+def test_the_tables_of_models_are_those_of_the_tests():
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "models_table.py"))
+    page = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8")
+    assert page == script["markdown"](), "run: python scripts/models_table.py"
