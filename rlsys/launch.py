@@ -52,7 +52,7 @@ def run(resolved: ResolvedConfig) -> None:
         system = start_system(config, data, tracker)
         if resume_step is not None:
             system.load_checkpoint(run_dir.checkpoints / f"step-{resume_step}")
-        checkpoints = make_checkpoints(system, run_dir.checkpoints)
+        checkpoints = make_checkpoints(system, run_dir)
         try:
             nothing_learned = train_system(system, tracker, checkpoints)
         except ImpatientInterrupt:

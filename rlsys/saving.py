@@ -6,20 +6,21 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 
-from rlsys.run.checkpoints import Checkpoints, checkpoint_steps
+from rlsys.run.checkpoints import Checkpoints, Models, checkpoint_steps
 from rlsys.run.folder import RunDir
 from rlsys.system import System
 
 
-def make_checkpoints(system: System, folder: Path) -> Checkpoints:
-    """The checkpoints of a run, in `folder`."""
+def make_checkpoints(system: System, run_dir: RunDir) -> Checkpoints:
+    """The checkpoints of a run, and the models that it keeps besides."""
+    config = system.config.checkpoint
     return Checkpoints(
-        folder,
+        run_dir.checkpoints,
         write=system.write_checkpoint,
-        config=system.config.checkpoint,
+        config=config,
         last_step=system.config.num_steps,
+        models=Models(run_dir.hf, write=system.policy.save_model, config=config),
     )
 
 

@@ -29,10 +29,40 @@ Three things differ everywhere:
 `python scripts/migration_docs.py` writes this page from `rlsys/config/names_elsewhere.txt`.
 """
 
+_COMMANDS = (
+    (
+        "`swift export --model DIR --to_mcore true --output_dir OUT`",
+        "`rlsys export DIR --to mcore OUT`",
+    ),
+    (
+        "`swift export --mcore_model DIR --to_hf true --output_dir OUT`, `megatron export`",
+        "`rlsys export DIR --to hf OUT`, of folders that `--to mcore` wrote",
+    ),
+    (
+        "`--test_convert_precision true`, `--torch_dtype`, `--max_shard_size` of `swift export`",
+        "the same, and `--per_layer`",
+    ),
+    (
+        "`swift export --adapters DIR --merge_lora true`",
+        "not here: merge with ms-swift or peft, then name the merged folder as `model.path`",
+    ),
+    (
+        "`python -m verl.model_merger merge --backend megatron --local_dir DIR --target_dir OUT`",
+        "not needed: each `checkpoints/step-N` is a Hugging Face folder. `rlsys export RUN --step "
+        "N --to hf OUT` leaves the optimizer out",
+    ),
+    (
+        "slime's `tools/convert_hf_to_torch_dist.py` and `convert_torch_dist_to_hf.py`",
+        "`rlsys export DIR --to mcore OUT` and `--to hf OUT`",
+    ),
+)
+"""Commands of other projects for models and checkpoints, and ours."""
+
 
 def markdown() -> str:
     """The whole page."""
-    parts = [_HEAD]
+    parts = [_HEAD, "## Models and checkpoints\n\n[export.md](export.md) says more.\n"]
+    parts.append(_table(("there", "here"), _COMMANDS))
     for project, about in projects().items():
         rows = [row for row in counterparts() if row.project == project]
         parts.append(f"## {project}\n\n{about[0].upper()}{about[1:]}.\n")

@@ -23,6 +23,7 @@ from rlsys.config import CheckpointConfig, Config, EvalConfig
 from rlsys.interrupts import interruptible
 from rlsys.launch import train_system
 from rlsys.preflight.before_start import load_data
+from rlsys.run.folder import RunDir
 from rlsys.saving import make_checkpoints
 from rlsys.system import start_system
 from rlsys.tracking.base import Metrics, Split, Tracker
@@ -63,7 +64,7 @@ def run_canary(config: Config, console: Console) -> bool:
         stack.enter_context(interruptible())
         stack.enter_context(ray_session())
         system = start_system(config, data, recorder)
-        train_system(system, recorder, make_checkpoints(system, folder))
+        train_system(system, recorder, make_checkpoints(system, RunDir(folder)))
     checks = list(judge(config, recorder, on_cpu=system.device == "cpu"))
     table = Table(box=None, pad_edge=False)
     for column in ("", "with learning rate 0", "found"):

@@ -709,6 +709,11 @@ class CheckpointConfig(Section):
     """Seconds that a run may take, after Ctrl-C, SIGTERM or a failure, to save the last finished
     step: its weights in OUTPUT_DIR/interrupted, then a checkpoint unless save_steps is null. A
     second Ctrl-C ends it at once."""
+    save_hf_steps: PositiveInt | None = None
+    """Steps between two Hugging Face folders without optimizer, OUTPUT_DIR/hf/step-N: models to
+    evaluate or serve later, a fraction of a checkpoint's size. null: none."""
+    save_hf_total_limit: PositiveInt | None = None
+    """Folders of save_hf_steps to keep, the newest ones; null: all."""
     resume: bool = False
     """Continue the run in output_dir from its newest checkpoint."""
 

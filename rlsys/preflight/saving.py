@@ -29,6 +29,8 @@ class DiskUse:
     reference: int
     """The reference of a checkpoint, if it changes during the run."""
     num_checkpoints: int
+    num_models: int = 0
+    """Hugging Face folders of checkpoint.save_hf_steps."""
 
     @property
     def checkpoint(self) -> int:
@@ -37,8 +39,8 @@ class DiskUse:
 
     @property
     def total(self) -> int:
-        """All checkpoints and the final model."""
-        return self.num_checkpoints * self.checkpoint + self.weights
+        """All checkpoints, the models that are kept, and the final one."""
+        return self.num_checkpoints * self.checkpoint + (self.num_models + 1) * self.weights
 
 
 def disk_use(config: Config, shape: ModelShape, *, device: Device) -> DiskUse:
@@ -59,7 +61,20 @@ def disk_use(config: Config, shape: ModelShape, *, device: Device) -> DiskUse:
         optimizer=shape.num_params * (12 if has_copy else 8),
         reference=shape.num_params * width if changes else 0,
         num_checkpoints=number,
+        num_models=_num_models(config),
     )
+
+
+def _num_models(config: Config) -> int:
+    """Folders of checkpoint.save_hf_steps at most; without a limit and max_steps, one."""
+    steps, limit = config.checkpoint.save_hf_steps, config.checkpoint.save_hf_total_limit
+    if steps is None:
+        return 0
+    most = 1 if limit is None else limit + 1  # the oldest goes when the newest is whole
+    if config.max_steps is None:
+        return most
+    number = config.max_steps // steps
+    return number if limit is None else min(number, most)
 
 
 def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]]:
@@ -81,13 +96,26 @@ def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]
             f"newest {counted(checkpoint.save_total_limit, 'checkpoint')} kept "
             "(checkpoint.save_total_limit)"
         )
-    pairs = [("checkpoints", saved), ("final model", f"in {run.final}")]
+    pairs = [("checkpoints", saved)]
+    if checkpoint.save_hf_steps is not None:
+        limit = checkpoint.save_hf_total_limit
+        kept = "all kept" if limit is None else f"only the newest {limit:,} kept"
+        pairs.append(
+            (
+                "Hugging Face folders",
+                f"every {counted(checkpoint.save_hf_steps, 'step')}, without optimizer, in "
+                f"{run.hf}; {kept} (checkpoint.save_hf_total_limit)",
+            )
+        )
+    pairs.append(("final model", f"in {run.final}"))
     if use is not None:
         parts = [f"final model {size_text(use.weights)}"]
         if use.num_checkpoints:
             of_each = f"weights {size_text(use.weights)} + optimizer {size_text(use.optimizer)}"
             of_each += f" + reference {size_text(use.reference)}" if use.reference else ""
             parts.insert(0, f"{counted(use.num_checkpoints, 'checkpoint')} x ({of_each})")
+        if use.num_models:
+            parts.insert(-1, f"{counted(use.num_models, 'folder')} x {size_text(use.weights)}")
         free = size_text(free_bytes(run.path))
         pairs.append(("disk", f"{size_text(use.total)} at most = {' + '.join(parts)}; {free} free"))
     return pairs
@@ -101,13 +129,15 @@ def disk_warning(config: Config, use: DiskUse) -> str | None:
     run = RunDir(Path(config.output_dir))
     own = 0
     if config.checkpoint.resume:
-        own = sum(bytes_in(folder) for folder in (run.checkpoints, run.final))
+        own = sum(bytes_in(folder) for folder in (run.checkpoints, run.hf, run.final))
     free = free_bytes(run.path)
     if free + own >= use.total:
         return None
     remedies = ["free some"]
     if use.num_checkpoints > 1:
         remedies.append("lower checkpoint.save_total_limit")
+    if use.num_models > 1:
+        remedies.append("lower checkpoint.save_hf_total_limit")
     if use.num_checkpoints:
         remedies.append("set checkpoint.save_steps to null")
     return (

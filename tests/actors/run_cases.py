@@ -99,7 +99,7 @@ def run_config(model: Path) -> dict[str, Any]:
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.25,
         },
-        "checkpoint": {"save_steps": 2},
+        "checkpoint": {"save_steps": 2, "save_hf_steps": 3},
     }
 
 

@@ -196,6 +196,23 @@ def test_the_final_model_is_a_folder_that_transformers_loads(whole, starter_mode
     assert len(changed) > len(before) // 2
 
 
+def test_models_are_kept_during_the_run_and_exported_after_it(whole, tmp_path):
+    assert [path.name for path in whole.out.hf.iterdir()] == ["step-3"]
+    kept, final = (
+        load_file(folder / "model.safetensors")
+        for folder in (whole.out.hf / "step-3", whole.out.final)
+    )
+    assert kept.keys() == final.keys()
+    assert any(not torch.equal(kept[name], final[name]) for name in kept)
+    for step, expected in (((), final), (("--step", "3"), kept)):
+        out = tmp_path / "-".join(["out", *step])
+        words = ["export", str(whole.out.path), "--to", "hf", str(out), *step]
+        assert cli.main([*words, "--test_convert_precision"]) == 0
+        written = load_file(out / "model.safetensors")
+        assert all(torch.equal(written[name], tensor) for name, tensor in expected.items())
+        assert not (out / "rollouts.json").exists()
+
+
 def test_the_curve_and_tensorboard_are_there(whole):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -61,7 +61,7 @@ def save(tmp_path, capsys):
         for step in saved:
             (run.checkpoints / f"step-{step}").mkdir(parents=True)
         system = System(config, "cpu", policy, reference, Rollouts(), publisher=None)
-        checkpoints = make_checkpoints(system, run.checkpoints)
+        checkpoints = make_checkpoints(system, run)
         save_last_step(system, run, checkpoints, started_from=started_from)
         return run, capsys.readouterr().out
 

@@ -73,6 +73,33 @@ def test_the_lines_say_how_often_where_and_how_much(config, tmp_path):
     assert "44.0 GiB at most = 3 checkpoints x (weights 2.0 GiB + optimizer 12.0 GiB)" in found
 
 
+@pytest.mark.parametrize(
+    ("overrides", "number", "words"),
+    [
+        (["--checkpoint.save_hf_steps", "30"], 3, "every 30 steps"),
+        (["--checkpoint.save_hf_steps", "1"], 100, "all kept"),
+        (
+            ["--checkpoint.save_hf_steps", "10", "--checkpoint.save_hf_total_limit", "4"],
+            5,
+            "only the newest 4 kept",
+        ),
+        (
+            ["--checkpoint.save_hf_steps", "40", "--checkpoint.save_hf_total_limit", "4"],
+            2,
+            "without optimizer",
+        ),
+        (["--checkpoint.save_hf_steps", "101"], 0, "every 101 steps"),
+    ],
+)
+def test_models_that_are_kept_are_said_and_counted(config, tmp_path, overrides, number, words):
+    found, built = use(config(*overrides)), config(*overrides)
+    assert found.num_models == number
+    assert found.total == (3 * 14 + (number + 1) * 2) * GIB
+    assert words in text(built)
+    assert f"in {tmp_path / 'run' / 'hf'}" in text(built)
+    assert (f"{number} folder" in text(built)) == (number > 0)
+
+
 def test_an_interval_beyond_the_end_is_not_shown_as_one(config):
     found = text(config("--checkpoint.save_steps", "1000"))
     assert "after the last step only, of 100 (checkpoint.save_steps is 1,000)" in found

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlsys.config import CheckpointConfig
 from rlsys.run import checkpoints
-from rlsys.run.checkpoints import Checkpoints, checkpoint_steps
+from rlsys.run.checkpoints import Checkpoints, Models, checkpoint_steps
 
 FILES = ("weights", "optimizer", "schedule")
 
@@ -31,6 +31,10 @@ class Writer:
             if self.killed:
                 raise KeyboardInterrupt
 
+    def model(self, folder):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(str(self.version))
+
 
 @pytest.fixture
 def writer():
@@ -45,14 +49,18 @@ def save(tmp_path, writer):
         save_total_limit=2,
         last_step=200,
         seconds=(0.0, 0.0),
+        **models,
     ):
-        config = CheckpointConfig(save_steps=save_steps, save_total_limit=save_total_limit)
+        config = CheckpointConfig(
+            save_steps=save_steps, save_total_limit=save_total_limit, **models
+        )
         folder = tmp_path / "run" / "checkpoints"
         checkpoints = Checkpoints(
             folder,
             write=writer,
             config=config,
             last_step=last_step,
+            models=Models(tmp_path / "run" / "hf", write=writer.model, config=config),
             clock=lambda: writer.clock,
         )
         of_step, writer.seconds = seconds
@@ -101,6 +109,23 @@ def test_checkpoints_at_the_interval_and_the_newest_few_are_kept(save):
     folder = save(*range(1, 13), save_steps=3, save_total_limit=2)
     assert sorted(path.name for path in folder.iterdir()) == ["step-12", "step-9"]
     assert read(folder, 12) == dict.fromkeys(FILES, "12")
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({}, []),
+        ({"save_hf_steps": 4}, [4, 8, 12]),
+        ({"save_hf_steps": 2, "save_hf_total_limit": 3}, [8, 10, 12]),
+        ({"save_hf_steps": 20}, []),
+    ],
+)
+def test_models_without_optimizer_are_kept_beside_checkpoints(save, options, steps):
+    checkpoints = save(*range(1, 13), save_steps=None, **options)
+    folder = checkpoints.parent / "hf"
+    assert sorted(path.name for path in folder.glob("*")) == sorted(f"step-{s}" for s in steps)
+    for step in steps:
+        assert read(folder, step) == {"weights": str(step)}
 
 
 def test_what_gets_the_name_of_a_checkpoint_is_on_the_disk_by_then(save, monkeypatch):
