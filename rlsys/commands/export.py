@@ -74,7 +74,7 @@ class Export:
         """Bytes of the new weights."""
         if self.keeps_types:
             return sum(dtype.itemsize * number for dtype, number in self.num_stored.items())
-        return self.shape.num_params * self.main_dtype.itemsize
+        return sum(self.num_stored.values()) * self.main_dtype.itemsize
 
 
 def main(args: argparse.Namespace) -> bool | None:

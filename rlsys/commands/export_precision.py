@@ -161,7 +161,8 @@ def _values(
         if is_mcore:
             from rlsys.engines.megatron.mcore_folder import logits
 
-            model, _ = stack.enter_context(whole_model(folder, torch.float32))
+            longest = max(map(len, prompts))
+            model, _ = stack.enter_context(whole_model(folder, torch.float32, longest=longest))
             places = {
                 "embedding": model.embedding,
                 **{f"layer {i}": layer for i, layer in enumerate(model.decoder.layers)},

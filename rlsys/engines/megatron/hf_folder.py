@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from rlsys.files import replacing_folder
 from rlsys.model.families.base import Part, weight_table
 from rlsys.model.shape import ModelShape, read_model_config, read_model_shape
-from rlsys.model.weight_files import INDEX, OF_THE_RUN, weight_files
+from rlsys.model.weight_files import INDEX, OF_THE_RUN, RELEASE, UNTRAINED_FILE, weight_files
 from rlsys.weight_sync.plan import DTYPES, shard_bounds
 
 MAX_SHARD_BYTES = 4 * 2**30
@@ -97,14 +96,24 @@ def stored_tensors(
                 yield name, converted(name, reader.shard(name, None, 0, 1), own_type)
 
 
-def untrained_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of layers that predict further tokens, which are copied and not trained."""
+def untrained_tensors(
+    folder: Path, dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of layers that predict further tokens, which are copied and not trained.
+
+    Args:
+        folder: of a model; beside megatron-core's files they are in `release/`.
+        dtype: what they are converted to; None keeps their types.
+    """
     if not read_model_config(folder).get("num_nextn_predict_layers"):
         return
     shape = read_model_shape(folder)
-    with SafetensorsReader(folder) as reader:
+    place = folder / RELEASE if (folder / RELEASE / UNTRAINED_FILE).is_file() else folder
+    if not weight_files(place):
+        return
+    with SafetensorsReader(place) as reader:
         for name in filter(shape.is_in_mtp_layer, reader.names):
-            yield name, reader.shard(name, None, 0, 1)
+            yield name, converted(name, reader.shard(name, None, 0, 1), dtype)
 
 
 def converted(name: str, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -149,7 +158,6 @@ def write_model_files(
         max_shard_bytes: bytes of a weight file at most; None is MAX_SHARD_BYTES.
     """
     copy_model_files(source, folder, dtype)
-    tensors = chain(tensors, untrained_tensors(source))
     _write_shards(folder, tensors, max_shard_bytes or MAX_SHARD_BYTES)
 
 

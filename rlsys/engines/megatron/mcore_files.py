@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from rlsys.model.weight_files import TRACKER
+from rlsys.model.weight_files import RELEASE, TRACKER
 
-RELEASE = "release"
-"""The folder of the weights; Megatron-LM names it so where they are not an iteration of its own."""
 _INDEX, _COMMON, _KIND = ".metadata", "common.pt", "metadata.json"
 
 
@@ -77,11 +75,16 @@ def check_mcore_files(folder: Path) -> None:
             ) from error
 
 
-def stored_numbers(folder: Path) -> Counter[torch.dtype]:
-    """How many numbers of a folder's model are stored in each type."""
+def stored_numbers(folder: Path, *, without: tuple[str, ...]) -> Counter[torch.dtype]:
+    """How many numbers of a folder's model are stored in each type.
+
+    Args:
+        without: last parts of the names of parameters that are not counted.
+    """
     numbers: Counter[torch.dtype] = Counter()
     for key, entry in _index(mcore_weights(folder) / _INDEX).state_dict_metadata.items():
-        if hasattr(entry, "size") and not key.startswith("optimizer."):
+        is_of_model = hasattr(entry, "size") and not key.startswith("optimizer.")
+        if is_of_model and key.rpartition(".")[2] not in without:
             numbers[entry.properties.dtype] += math.prod(entry.size)
     return numbers
 

@@ -22,18 +22,19 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from rlsys.config import PolicyConfig
 from rlsys.engines.megatron.build import build_model, transformer_config
 from rlsys.engines.megatron.checkpoint import save_torch_dist
-from rlsys.engines.megatron.hf_folder import copy_model_files
-from rlsys.engines.megatron.mcore_files import RELEASE, check_mcore_files, mcore_weights
+from rlsys.engines.megatron.hf_folder import copy_model_files, untrained_tensors
+from rlsys.engines.megatron.mcore_files import check_mcore_files, mcore_weights
 from rlsys.engines.megatron.parallel import ParallelLayout, initialize_parallel
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.files import replacing_folder
 from rlsys.model.shape import read_model_shape
-from rlsys.model.weight_files import TRACKER
+from rlsys.model.weight_files import RELEASE, TRACKER, UNTRAINED_FILE
 
 _COLLECTIVE_TIMEOUT_S = 600.0
 _COMMON = {"checkpoint_version": 3.0, "iteration": 0}
@@ -52,11 +53,19 @@ def one_rank() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def build_whole_model(folder: Path, dtype: torch.dtype) -> tuple[GPTModel, MegatronWeights]:
-    """The model of `folder/config.json`, without its weights; call within `one_rank`."""
+def build_whole_model(
+    folder: Path, dtype: torch.dtype, *, longest: int
+) -> tuple[GPTModel, MegatronWeights]:
+    """The model of `folder/config.json`, without its weights; call within `one_rank`.
+
+    Args:
+        folder: has the config.
+        dtype: of the weights.
+        longest: tokens of the longest sequence that it will compute.
+    """
     shape, hf = read_model_shape(folder), AutoConfig.from_pretrained(folder)
     config = transformer_config(hf, shape, dtype=dtype, policy=PolicyConfig(), on_cpu=True)
-    model = build_model(hf, shape, config, on_cpu=True).eval()
+    model = build_model(hf, shape, config, longest=longest, on_cpu=True).eval()
     return model, MegatronWeights(model, shape)
 
 
@@ -74,6 +83,9 @@ def save_mcore_folder(
         state |= {extra.unique_key: extra for extra in _extra_states(state)}
         content = weights.sharding
         save_torch_dist(_COMMON | {"model": state}, partial / RELEASE, content_metadata=content)
+        untrained = dict(untrained_tensors(source, dtype))
+        if untrained:
+            save_file(untrained, partial / RELEASE / UNTRAINED_FILE, metadata={"format": "pt"})
         (partial / TRACKER).write_text(RELEASE)
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from rlsys.algo.sampling import Sampling
 from rlsys.config import Config
 from rlsys.config.passed_through import megatron_option_problems
 from rlsys.engines.megatron.build import LogprobHead, build_model, transformer_config
-from rlsys.engines.megatron.hf_folder import save_model_folder
+from rlsys.engines.megatron.hf_folder import save_model_folder, untrained_tensors
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.model.folder import resolve_model_path
@@ -159,7 +160,7 @@ class MegatronModel:
         """Write a Hugging Face model folder; every rank calls, the first one writes."""
         tensors = self.weights.export()
         if dist.get_rank() == 0:
-            write(self.folder, folder, tensors, self.dtype)
+            write(self.folder, folder, chain(tensors, untrained_tensors(self.folder)), self.dtype)
         else:
             for _ in tensors:  # takes part in the collectives
                 pass
