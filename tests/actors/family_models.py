@@ -132,6 +132,7 @@ MODELS = {
     "qwen3-window": ("Qwen3Config", WINDOW),
     "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
     "qwen3_moe-window": ("Qwen3MoeConfig", EXPERTS | WINDOW),
+    "seed_oss": ("SeedOssConfig", {}),
     # Of two layers the second has no rotary embedding.
     "smollm3": ("SmolLM3Config", {"hidden_size": 128, "no_rope_layer_interval": 2}),
     "qwen3_moe-sparse-step": (

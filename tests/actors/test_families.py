@@ -76,7 +76,11 @@ def test_rows_of_the_tests_feel_each_feature(folders, tmp_path, name):
     assert (having - lacking).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize(("name", "layout"), cases("one rank", "TP 2", "PP 2"))
+# Positions under context parallelism, in what scales queries by them.
+CONTEXT = [pytest.param("ministral3", "CP 2", id="ministral3-CP 2", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("name", "layout"), cases("one rank", "TP 2", "PP 2") + CONTEXT)
 def test_weights_logprobs_and_gradient_are_those_of_transformers(
     lab, folders, tmp_path, name, layout
 ):

@@ -46,7 +46,7 @@ def test_weights_and_logprobs_are_those_of_transformers(lab, folders, name):
         for dtype in DTYPES
     }
     rounding = mean_difference(theirs["bfloat16"], theirs["float32"], BATCH)
-    assert 1e-4 < rounding < 0.2  # or there is nothing to compare with
+    assert 1e-4 < rounding < 0.5  # or there is nothing to compare with
     saved = load_file(folder / "model.safetensors")
     for dtype in DTYPES:
         config = gpu_config(folder, num_completions=len(BATCH.lengths), longest=60, dtype=dtype)

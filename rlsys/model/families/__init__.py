@@ -12,6 +12,7 @@ from rlsys.model.families.qwen2 import QWEN2
 from rlsys.model.families.qwen2_moe import QWEN2_MOE
 from rlsys.model.families.qwen3 import QWEN3
 from rlsys.model.families.qwen3_moe import QWEN3_MOE
+from rlsys.model.families.seed_oss import SEED_OSS
 from rlsys.model.families.smollm3 import SMOLLM3
 
 FAMILIES = {
@@ -29,6 +30,7 @@ FAMILIES = {
         QWEN2_MOE,
         QWEN3,
         QWEN3_MOE,
+        SEED_OSS,
         SMOLLM3,
     )
 }
