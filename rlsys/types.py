@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Device = Literal["cpu", "cuda"]
@@ -62,6 +63,10 @@ class Completion:
     version_starts: tuple[int, ...] = (0,)
     """The index in `token_ids` of the first token of each of `policy_versions`: versions (3, 4)
     with starts (0, 57) mean that tokens 0 to 56 are of version 3, and the others of version 4."""
+    routed_experts: np.ndarray | None = None
+    """[prompt + T - 1, layers with experts, top_k] uint8 or int16, the experts that the rollout
+    engine chose for each token that it read: all but the last. None without
+    rollout.router_replay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +155,9 @@ class TrainBatch:
     kept: torch.Tensor | None = None
     """[N] bool, False for a completion without a reward, which counts in no mean; None keeps all.
     A kept completion counts even if `completion_mask` leaves it no tokens."""
+    routed_experts: list[np.ndarray] | None = None
+    """[N] arrays, `Completion.routed_experts` of each row. Arrays that Ray shares among processes
+    are not copied, which matters: a token has top_k bytes for each layer with experts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 
@@ -29,7 +30,7 @@ from rlsys.types import TrainBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlsys.types import RolloutGroup
+    from rlsys.types import Completion, RolloutGroup
 
 
 def build_train_batch(groups: list[RolloutGroup]) -> TrainBatch:
@@ -64,7 +65,19 @@ def build_train_batch(groups: list[RolloutGroup]) -> TrainBatch:
         completion_mask=completion_mask,
         advantages=torch.zeros(shape),
         rollout_logprobs=rollout_logprobs,
+        routed_experts=_routed_experts([completion for _, completion in rows], lengths),
     )
+
+
+def _routed_experts(
+    completions: Sequence[Completion], lengths: Sequence[int]
+) -> list[np.ndarray] | None:
+    routed = [completion.routed_experts for completion in completions]
+    rows = [row for row in routed if row is not None]
+    assert len(rows) in (0, len(routed)), "some completions came without their routing"
+    for row, length in zip(rows, lengths, strict=False):
+        assert len(row) == length - 1, (len(row), length)
+    return rows or None
 
 
 def optimizer_step_rows(
@@ -155,6 +168,9 @@ def _longest_first(rows: Sequence[int], lengths: Sequence[int] | Tensor) -> list
     return sorted(rows, key=lambda row: (-int(lengths[row]), row))
 
 
+_MAY_BE_NONE = ("ref_logprobs", "old_logprobs", "high_covariance")
+
+
 @dataclass(frozen=True, slots=True)
 class PackedMicroBatch:
     """B sequences end to end, T tokens; every [T] field belongs to the predicting position."""
@@ -171,16 +187,23 @@ class PackedMicroBatch:
     """[T] int64, the token that each position predicts; 0 at the end of a sequence."""
     loss_mask: Tensor
     """[T] bool, True where the predicted token is trained on."""
+    is_token: Tensor
+    """[T] bool, False on filling."""
+    is_routed: Tensor
+    """[T] bool, where the rollout engine chose experts: False on filling and on the last token of
+    each row."""
     weights: Tensor
     """[T] float32, from `loss_weights`, 0 where masked."""
     advantages: Tensor
     """[T] float32, 0 where masked."""
     rollout_logprobs: Tensor
-    ref_logprobs: Tensor | None
-    old_logprobs: Tensor | None
+    ref_logprobs: Tensor | None = None
+    old_logprobs: Tensor | None = None
     """Each [T] float32, 0 where masked."""
     high_covariance: Tensor | None = None
     """[T] bool, from `tokens_of_high_covariance`."""
+    routed_experts: Tensor | None = None
+    """[T, layers, top_k] uint8 or int16, the experts to replay where `is_routed`."""
 
     def to(self, device: torch.device | str) -> PackedMicroBatch:
         """The same micro-batch with its tensors on `device`."""
@@ -232,9 +255,9 @@ def pack(
         values_BS = values_BS.masked_fill(positions_S >= lengths_B[:, None] - first, 0)
         return pad(values_BS[valid_BS], (0, fill))
 
-    def shift(values_NS: Tensor | None) -> Tensor | None:
-        """[N, S] at own positions -> [T] at predicting positions."""
-        return None if values_NS is None else concatenate(values_NS, first=1)
+    ones_NS = torch.ones_like(batch.completion_mask)
+    known = {name: getattr(batch, name) for name in _MAY_BE_NONE}
+    optional = {name: concatenate(v, first=1) for name, v in known.items() if v is not None}
 
     return PackedMicroBatch(
         input_ids=concatenate(batch.input_ids, first=0),
@@ -243,13 +266,29 @@ def pack(
         max_seqlen=max(lengths),
         targets=concatenate(batch.input_ids, first=1),
         loss_mask=concatenate(batch.completion_mask, first=1),
+        is_token=concatenate(ones_NS, first=0),
+        is_routed=concatenate(ones_NS, first=1),
         weights=concatenate(weights_NS, first=1),
         advantages=concatenate(batch.advantages, first=1),
         rollout_logprobs=concatenate(batch.rollout_logprobs, first=1),
-        ref_logprobs=shift(batch.ref_logprobs),
-        old_logprobs=shift(batch.old_logprobs),
-        high_covariance=shift(batch.high_covariance),
+        routed_experts=_pack_routing(batch, rows, lengths),
+        **optional,
     )
+
+
+def _pack_routing(batch: TrainBatch, rows: Sequence[int], lengths: Sequence[int]) -> Tensor | None:
+    """[T, layers, top_k], 0 where there is no choice; sequences have `lengths` tokens."""
+    if batch.routed_experts is None:
+        return None
+    first = batch.routed_experts[rows[0]]
+    routed = np.zeros((sum(lengths), *first.shape[1:]), dtype=first.dtype)
+    start = 0
+    # Not strict: the filling is a sequence without a row.
+    for row, length in zip(rows, lengths, strict=False):
+        own = batch.routed_experts[row]
+        routed[start : start + len(own)] = own
+        start += length
+    return torch.from_numpy(routed)
 
 
 def _num_filling_tokens(num_tokens: int, multiple_of: int, total_tokens: int | None) -> int:

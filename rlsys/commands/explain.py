@@ -12,6 +12,7 @@ from rich.table import Table
 from rlsys.commands.console import make_console
 from rlsys.commands.explain_algorithm import describe_algorithm
 from rlsys.commands.explain_batches import batch_arithmetic
+from rlsys.commands.explain_experts import describe_experts
 from rlsys.commands.explain_options import describe_passed_through, describe_sampling
 from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
@@ -25,7 +26,7 @@ from rlsys.model.memory import (
     estimate_memory,
     estimate_reward_model,
 )
-from rlsys.model.shape import ModelShape, read_model_shape
+from rlsys.model.shape import ModelShape, read_model_config, read_model_shape
 from rlsys.preflight.checks import check_run
 from rlsys.preflight.data import FIRST_ROWS, count_rows
 from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
@@ -70,6 +71,11 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
         print_pairs(console, "Saved", describe_saving(config, None))
         console.print("\nModel config not available here: memory not estimated, nor disk")
     else:
+        experts = describe_experts(
+            config, shapes[0], read_model_config(find_model_folder(config.model.path))
+        )
+        if experts:
+            print_pairs(console, "Experts", experts)
         rows = count_rows(config.data)
         counted_config = config if rows is None else config.with_steps(rows)
         _print_saved(counted_config, shapes[0], device, console)

@@ -30,6 +30,7 @@ VLLM_FIELDS = {
     "gpu_memory_utilization": "rollout.gpu_memory_utilization, rollout.engines_per_gpu",
     "kv_cache_memory_bytes": "rollout.kv_cache_memory_mb",
     "skip_tokenizer_init": "rollout.stop",
+    "enable_return_routed_experts": "rollout.router_replay",
     "seed": "seed",
 }
 """vLLM's engine arguments that rlsys sets -> the fields that they come from."""
@@ -82,6 +83,8 @@ MEGATRON_FIELDS = {
     "recompute_method": "policy.recompute",
     "recompute_num_layers": "policy.recompute",
     "recompute_modules": "policy.recompute_modules",
+    "moe_router_load_balancing_type": "policy.moe_router_load_balancing_type",
+    "moe_router_dtype": "policy.moe_router_dtype",
     "params_dtype": "model.dtype",
     "pipeline_dtype": "model.dtype",
     "bf16": "model.dtype",
@@ -121,7 +124,6 @@ MEGATRON_DEFAULTS = frozenset(
         "persist_layer_norm",
         "batch_p2p_comm",
         "batch_p2p_sync",
-        "moe_router_load_balancing_type",
         "moe_token_dispatcher_type",
         "moe_grouped_gemm",
         "moe_permute_fusion",
@@ -157,6 +159,9 @@ MEGATRON_REFUSED = dict.fromkeys(_MORE_OF_THE_MODEL.split(), _MODEL) | {
     "overlap_param_gather_with_optimizer_step": "rlsys gathers weights at the end of an update",
     "moe_router_bias_update_rate": "the biases by which experts are chosen stay as they are",
     "moe_input_jitter_eps": "log-probs of the update would be random",
+    "moe_aux_loss_coeff": "rlsys adds this loss itself, see policy.moe_aux_loss_coeff",
+    "moe_z_loss_coeff": "rlsys adds this loss itself, see policy.moe_z_loss_coeff",
+    "moe_enable_routing_replay": "rlsys replays routing itself, see rollout.router_replay",
 }
 """Those that rlsys leaves alone and could not work with."""
 

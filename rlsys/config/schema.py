@@ -267,6 +267,11 @@ class RolloutConfig(Section):
     """Keys and values of unfinished completions when weights change: recompute them with the new
     weights, or keep them, which saves time and gives later tokens a context that neither version
     would have computed."""
+    router_replay: bool = False
+    """For mixtures of experts: the policy sends each token to the experts that vLLM chose for it
+    (R3, rollout routing replay), in log-probs and update. Rounding then no longer sends tokens to
+    other experts than those that sampled them. Costs top_k bytes (from 257 experts, twice that) for
+    each token and layer with experts."""
     oversample_prompts: NonNegativeInt | None = None
     """x: sample P + x prompts and train on the P that finish first. With max_staleness 0 the others
     are given up and sampled again in the next step, so long completions are trained on less often;
@@ -607,6 +612,18 @@ class PolicyConfig(Section):
     several of them have goes to each. Those of TransformerConfig are the reference's too, so that
     both models compute alike. Types are written as float32 or bfloat16. The memory estimate does
     not know them."""
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
+    """Weight of the loss that balances the experts of a mixture of experts, summed over layers; 0
+    is off. Its value is 1 in a layer whose experts get equally many tokens."""
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss"] = "aux_loss"
+    """Tokens among which that loss balances experts: those of a micro-batch (aux_loss), or of each
+    row, prompt and completion (seq_aux_loss), which does not depend on how rows are packed."""
+    moe_z_loss_coeff: NonNegativeFloat = 0.0
+    """Weight of the router's z loss, which keeps its logits small, summed over layers; 0 is
+    off."""
+    moe_router_dtype: Literal["fp32", "fp64"] | None = None
+    """Type in which routers compute their logits, of the reference too; null is fp32 for sigmoid
+    routers (GLM-4.5, DeepSeek-V3), else the model's, as in transformers."""
     cpu_threads: PositiveInt = 1
     """Threads of each policy and reference rank on CPU."""
     timeout_s: PositiveFloat = 1800.0

@@ -67,6 +67,11 @@ class ModelShape:
         return self.num_experts > 0
 
     @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with experts, from 0."""
+        return tuple(number for number, layer in enumerate(self.layers) if layer.has_experts)
+
+    @property
     def has_dense_mlp(self) -> bool:
         """Whether any layer has an MLP without experts."""
         return not all(layer.has_experts for layer in self.layers)

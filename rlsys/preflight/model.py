@@ -15,6 +15,7 @@ from rlsys.model.memory import kv_cache_bytes, longest_row
 from rlsys.model.other_kinds import refuse_other_kind
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.devices import guess_device
+from rlsys.preflight.experts import expert_problems
 from rlsys.problems import Problem
 
 CPU_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -29,6 +30,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from problems
     if shape is not None:
         yield from _policy_layout(config, shape)
+        yield from expert_problems(config, shape)
         yield from _rollout_layout(config, shape)
         yield from _kv_cache(config, shape)
     for path in config.reward.model_paths:

@@ -271,6 +271,20 @@ class LabRank(PolicyRank):
         gradients._parameters = gradients_of(self.engine.weights)
         return self._export(gradients)
 
+    def router_logits(self, batch):
+        """Inputs, weight and logits of the first layer's router, in its last forward pass."""
+        from megatron.core.transformer.moe.router import TopKRouter
+
+        modules = self.engine.model.modules()
+        router = next(module for module in modules if isinstance(module, TopKRouter))
+        seen = []
+        with mock.patch.object(router, "gating", side_effect=router.gating) as gating:
+            route = router.routing
+            router.routing = lambda logits, **options: (seen.append(logits), route(logits))[1]
+            self.engine.compute_logprobs(batch)
+            router.routing = route
+        return gating.call_args.args[0], router.weight.data, seen[-1]
+
     def run_out_of_memory(self, batch, at):
         """Fail like a GPU that is too small for one part of the work."""
         from rlsys.engines.megatron import export as megatron_export

@@ -38,19 +38,7 @@ def save_tiny_qwen3(folder, *, tied, seed):
 @torch.no_grad()
 def save_tiny_qwen3_moe(folder, *, seed, norm_topk_prob=True, **sizes):
     """Write a random untied fp32 model of 2 layers, each token through 2 of their 8 experts."""
-    torch.manual_seed(seed)
-    experts = SIZES | {
-        "num_experts": 8,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "norm_topk_prob": norm_topk_prob,
-    }
-    config = Qwen3MoeConfig(**experts | sizes, tie_word_embeddings=False)
-    model = Qwen3MoeForCausalLM(config)
-    for name, parameter in model.float().named_parameters():
-        if "norm" in name:
-            parameter += 0.3 * torch.randn_like(parameter)
-    save_model(model, folder)
+    save_model(_experts(seed, norm_topk_prob=norm_topk_prob, **sizes), folder)
 
 
 @torch.no_grad()
@@ -81,14 +69,41 @@ def save_endless_qwen3(folder, *, seed):
     turns it into logits of stop tokens that are far below all others.
     """
     torch.manual_seed(seed)
-    model = _model(tied=False)
+    save_model(_endless(_model(tied=False)), folder)
+
+
+@torch.no_grad()
+def save_endless_qwen3_moe(folder, *, seed):
+    """The same with experts."""
+    save_model(_endless(_experts(seed)), folder)
+
+
+def _endless(model):
     model.model.embed_tokens.weight[:, 0] = 2.0
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight[0] = 0.0
-        layer.mlp.down_proj.weight[0] = 0.0
+        for name, parameter in layer.mlp.named_parameters():
+            if "down_proj" in name:
+                parameter[..., 0, :] = 0.0
     model.lm_head.weight[:, 0] = 0.0
     model.lm_head.weight[STOP_TOKEN_IDS, 0] = -100.0
-    save_model(model, folder)
+    return model
+
+
+def _experts(seed, *, norm_topk_prob=True, **sizes):
+    torch.manual_seed(seed)
+    experts = SIZES | {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": norm_topk_prob,
+    }
+    config = Qwen3MoeConfig(**experts | sizes, tie_word_embeddings=False)
+    model = Qwen3MoeForCausalLM(config).float()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter += 0.3 * torch.randn_like(parameter)
+    return model
 
 
 def _model(*, tied):

@@ -85,7 +85,7 @@ def transformer_config(
         gradient_accumulation_fusion=False,
         **_window_options(shape),
         **dict.fromkeys(_CUDA_OPTIONS, not on_cpu),
-        **(_expert_options(shape, on_cpu=on_cpu) if shape.is_moe else {}),
+        **(_expert_options(shape, policy, on_cpu=on_cpu) if shape.is_moe else {}),
         **_recompute_options(policy, is_moe=shape.is_moe),
     )
     if shape.latent is None:
@@ -132,8 +132,8 @@ def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:
     return {"recompute_granularity": policy.recompute, **options}
 
 
-def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
-    """Options of a mixture of experts; no token is dropped, and no loss balances the experts."""
+def _expert_options(shape: ModelShape, policy: PolicyConfig, *, on_cpu: bool) -> dict[str, Any]:
+    """Options of a mixture of experts; no token is dropped."""
     ep = parallel_state.get_expert_model_parallel_world_size()
     # megatron-core 0.16 would not sum their gradients over the tensor-parallel ranks.
     assert ep > 1 or parallel_state.get_tensor_model_parallel_world_size() == 1, "see preflight"
@@ -150,7 +150,6 @@ def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
             # A bias for each expert, which balances them in pretraining: here it stays as it is.
             "moe_router_enable_expert_bias": True,
             "moe_router_bias_update_rate": 0.0,
-            "moe_router_dtype": "fp32",  # as transformers computes these routers
         }
     if shape.num_expert_groups > 1:
         options["moe_router_num_groups"] = shape.num_expert_groups
@@ -162,7 +161,10 @@ def _expert_options(shape: ModelShape, *, on_cpu: bool) -> dict[str, Any]:
         # transformers takes softmax over all experts, then the largest, then normalises if the
         # model says so. Normalised, that is the softmax over the largest logits alone.
         "moe_router_pre_softmax": not shape.norm_topk_prob,
-        "moe_router_load_balancing_type": "none",
+        "moe_router_load_balancing_type": "none",  # see `ExpertRouting`
+        # transformers computes sigmoid routers in fp32, others in the model's type.
+        "moe_router_dtype": policy.moe_router_dtype
+        or ("fp32" if shape.has_sigmoid_router else None),
         "moe_token_dispatcher_type": "alltoall",
         # All experts of a rank in one kernel, and tokens sorted by another: Transformer Engine's.
         "moe_grouped_gemm": not on_cpu,

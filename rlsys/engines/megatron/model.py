@@ -33,6 +33,7 @@ from rlsys.config import Config
 from rlsys.config.passed_through import megatron_option_problems
 from rlsys.engines.megatron.build import LogprobHead, build_model, transformer_config
 from rlsys.engines.megatron.hf_folder import save_model_folder, untrained_tensors
+from rlsys.engines.megatron.routing import ExpertRouting
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.model.folder import resolve_model_path
@@ -82,6 +83,12 @@ class MegatronModel:
             ).to(self.device)
             self.weights = MegatronWeights(self.model, shape)
             self.weights.load(self.folder)
+        self.routing = None
+        if shape.is_moe:
+            replays = self.role == "policy" and config.rollout.router_replay
+            self.routing = ExpertRouting(
+                [self.model], shape.expert_layers, config.policy, replays=replays
+            )
         self._head = None
         if self.model.post_process:
             self._head = LogprobHead(self.model, config, self._sampling(shape.vocab_size))
@@ -179,6 +186,8 @@ class MegatronModel:
         tp, cp = self.transformer_config.tensor_model_parallel_size, self._cp_group.size()
         # Context parallelism cuts each sequence into chunks, sequence parallelism a rank's tokens.
         sequence_multiple = 2 * cp if cp > 1 else 1
+        if self.routing is not None:
+            batch = self.routing.own_layers(batch)
         token_multiple = math.lcm(sequence_multiple, tp * cp)
         lengths = batch.lengths.tolist()
         cut = partial(
@@ -205,7 +214,8 @@ class MegatronModel:
         if missing and self._experts_span_data_parallel_ranks:
             untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
             shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
-            packed += missing * [pack_rows(untrained, shortest, torch.zeros_like(weights))]
+            repeated = pack_rows(untrained, shortest, torch.zeros_like(weights))
+            packed += missing * [replace(repeated, is_token=torch.zeros_like(repeated.is_token))]
             row_lists += missing * [[]]
         return packed, row_lists
 
@@ -249,6 +259,8 @@ class MegatronModel:
         positions = chunk_positions(micro_batch.cu_seqlens, self._cp_group.size())
         micro_batch, positions = micro_batch.to(self.device), positions.to(self.device)
         own = positions[self._cp_group.rank()]
+        if self.routing is not None:
+            self.routing.begin_micro_batch(micro_batch, own)
         hidden = model(
             micro_batch.input_ids[own][None],
             micro_batch.position_ids[own][None],

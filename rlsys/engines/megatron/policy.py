@@ -189,6 +189,12 @@ class MegatronPolicy(MegatronModel):
         # number of micro-batches and its DDP by the number of replicas: undo both. (DDP averages
         # over context-parallel ranks, too, but the schedule has multiplied by their number.)
         undo_averaging = len(packed) * self._dp_size
+        if self.routing is not None:
+            self.routing.begin_step(
+                num_tokens=int(batch.lengths[rows].sum()),
+                num_rows=len(rows),
+                undo_averaging=undo_averaging,
+            )
 
         def loss_of(
             logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch
@@ -201,6 +207,8 @@ class MegatronPolicy(MegatronModel):
         self.optimizer.zero_grad()
         outputs = self._forward_backward(packed, loss_of, model=self.ddp, forward_only=False)
         metrics = self._reduced_metrics(outputs)
+        if self.routing is not None:
+            metrics |= self.routing.metrics()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):

@@ -21,7 +21,8 @@ from vllm.v1.outputs import LogprobsLists
 
 from rlsys.config import Config
 from rlsys.engines.vllm.rope import rope_overrides
-from rlsys.engines.vllm.running import RunningGroup, Span
+from rlsys.engines.vllm.routed_experts import check_captures_experts, experts_of_completion
+from rlsys.engines.vllm.running import RunningGroup
 from rlsys.engines.vllm.settings import engine_arguments, refusal, sampling_arguments
 from rlsys.engines.vllm.weight_backend import BACKEND, WORKER_EXTENSION
 from rlsys.engines.vllm.worker_errors import raise_worker_errors
@@ -76,7 +77,9 @@ class VLLMEngine:
             self._tokenizer, config.rollout.skip_special_tokens, self._stops.eos_token_ids
         )
         shape = read_model_shape(folder)
-        self._vocab_size = shape.vocab_size
+        self._shape = shape
+        if config.rollout.router_replay:
+            check_captures_experts()
         shares_gpu = device == "cuda" and config.rollout.engines_per_gpu > 1
         arguments = engine_arguments(
             config,
@@ -214,10 +217,10 @@ class VLLMEngine:
                 f"prompt {prompt.prompt_id!r} has {len(prompt.token_ids)} tokens, more than "
                 f"data.max_prompt_length = {limit}: drop it or raise the limit"
             )
-        if max(prompt.token_ids) >= self._vocab_size:
+        if max(prompt.token_ids) >= self._shape.vocab_size:
             raise ValueError(
                 f"prompt {prompt.prompt_id!r} has the token id {max(prompt.token_ids)}, but the "
-                f"model has embeddings for {self._vocab_size:,} tokens (vocab_size in "
+                f"model has embeddings for {self._shape.vocab_size:,} tokens (vocab_size in "
                 "config.json). "
                 f"{resize_remedy(len(self._tokenizer))}"
             )
@@ -226,12 +229,15 @@ class VLLMEngine:
         ticket = int(output.request_id)
         running = self._running.pop(ticket)
         completions = [
-            self._completion(sampled, running.spans(index))
+            self._completion(sampled, running, index)
             for index, sampled in enumerate(output.outputs)
         ]
         return RolloutGroup(ticket=ticket, prompt=running.prompt, completions=completions)
 
-    def _completion(self, sampled: CompletionOutput, spans: list[Span]) -> Completion:
+    def _completion(
+        self, sampled: CompletionOutput, running: RunningGroup, index: int
+    ) -> Completion:
+        spans = running.spans(index)
         reason = sampled.finish_reason
         if reason not in get_args(FinishReason):
             raise RuntimeError(f"vLLM ended a completion with {reason!r}")
@@ -242,6 +248,14 @@ class VLLMEngine:
         ended = reason == "stop"
         text_ids = self._stops.tokens_of_text(token_ids) if ended else token_ids
         text = self._detokenizer.text(text_ids)
+        routed_experts = None
+        if self._config.rollout.router_replay:
+            routed_experts = experts_of_completion(
+                sampled.routed_experts,
+                num_tokens=len(running.prompt.token_ids) + len(token_ids) - 1,
+                layers=self._shape.expert_layers,
+                num_experts=self._shape.num_experts,
+            )
         return Completion(
             token_ids=token_ids,
             rollout_logprobs=logprobs,
@@ -249,6 +263,7 @@ class VLLMEngine:
             finish_reason=cast(FinishReason, reason),
             policy_versions=tuple(span.version for span in spans),
             version_starts=tuple(span.first_token for span in spans),
+            routed_experts=routed_experts,
         )
 
 

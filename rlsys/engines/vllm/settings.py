@@ -105,6 +105,8 @@ def engine_arguments(
         # Without this a config.json that lacks architectures gives a model without output head.
         "hf_overrides": {"architectures": [shape.family.architecture]},
     }
+    if rollout.router_replay:
+        arguments["enable_return_routed_experts"] = True
     if config.model.fp32_lm_head:
         arguments["hf_overrides"]["head_dtype"] = "float32"
     if device == "cuda" and rollout.max_num_seqs > GRAPH_SEQUENCES:

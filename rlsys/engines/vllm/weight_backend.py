@@ -29,6 +29,7 @@ from vllm.model_executor.model_loader.reload import (
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missing_parameters
 from rlsys.engines.vllm.latent import derive_again, loaded_parameters, unreachable_copy
+from rlsys.engines.vllm.routed_experts import connect_cpu_runner
 from rlsys.engines.vllm.worker_errors import leave_errors
 from rlsys.weight_sync.connection import Connection, Endpoint
 from rlsys.weight_sync.plan import TensorSlice
@@ -246,3 +247,4 @@ class WeightSyncWorkerExtension:
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketWeightTransferEngine)
 leave_errors()
+connect_cpu_runner()

@@ -72,7 +72,8 @@ class Job:
         """What a process needs to know, and no more."""
         group = self.pending.rollout_group
         completions = [
-            replace(group.completions[index], rollout_logprobs=[]) for index in self.indexes
+            replace(group.completions[index], rollout_logprobs=[], routed_experts=None)
+            for index in self.indexes
         ]
         prompt = replace(group.prompt, token_ids=[])
         group = replace(group, prompt=prompt, completions=completions, rewards=[])

@@ -1,6 +1,8 @@
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from algo_cases import make_batch, make_groups, padded_batch
@@ -304,3 +306,44 @@ def test_a_step_without_tokens_has_no_threshold():
     nothing = torch.zeros(2, 3)
     kept = of_high_entropy(nothing, nothing, nothing.bool(), rows=[0, 1], quantile=0.2)
     assert torch.equal(kept, nothing)
+
+
+@pytest.mark.parametrize("sequence_multiple_of", [1, 4])
+def test_routing_travels_with_its_tokens(sequence_multiple_of):
+    batch = make_batch([[3, 1], [2, 5]])
+    rng = np.random.default_rng(0)
+    batch.routed_experts = [
+        rng.integers(1, 9, (length - 1, 3, 2)).astype(np.int16) for length in batch.lengths.tolist()
+    ]
+    rows = [2, 0, 3]
+    packed = pack(
+        batch,
+        rows,
+        torch.zeros(batch.input_ids.shape),
+        multiple_of=8,
+        sequence_multiple_of=sequence_multiple_of,
+    )
+    assert packed.routed_experts.dtype == torch.int16
+    lengths, starts = batch.lengths.tolist(), packed.cu_seqlens.tolist()
+    assert len(packed.is_token) == len(packed.is_routed) == len(packed.routed_experts)
+    assert packed.is_token.sum() == sum(lengths[row] for row in rows)
+    for row, start in zip(rows, starts, strict=False):
+        end = start + lengths[row]
+        assert packed.is_token[start:end].all()
+        assert packed.is_routed[start : end - 1].all()
+        assert not packed.is_routed[end - 1]  # the engine never read the last token
+        replayed = packed.routed_experts[start : end - 1].numpy()
+        assert np.array_equal(replayed, batch.routed_experts[row])
+    assert not packed.routed_experts[~packed.is_routed].any()
+
+
+def test_completions_bring_their_routing():
+    groups = make_groups([[3, 1]], prompt_lengths=[2])
+    assert build_train_batch(groups).routed_experts is None
+    routing = [np.ones((2 + length - 1, 4, 2), np.uint8) for length in (3, 1)]
+    completions = [
+        replace(completion, routed_experts=own)
+        for completion, own in zip(groups[0].completions, routing, strict=True)
+    ]
+    batch = build_train_batch([replace(groups[0], completions=completions)])
+    assert all(a is b for a, b in zip(batch.routed_experts, routing, strict=True))

@@ -46,6 +46,7 @@ def test_the_document_quotes_every_module_of_the_mathematics():
     mathematics = {
         "advantages",
         "batching",
+        "experts",
         "kl",
         "logprobs",
         "weighting",

@@ -126,7 +126,7 @@ def passed(device, **options):
 
 def test_the_tables_of_passed_through_are_what_rlsys_sets():
     in_engine = {"model", "weight_transfer_config", "worker_extension_cls"}  # `_start_llm`
-    names = {*passed("cpu"), *passed("cuda", kv_cache_memory_mb=7), *in_engine}
+    names = {*passed("cpu"), *passed("cuda", kv_cache_memory_mb=7, router_replay=True), *in_engine}
     assert names == {*VLLM_FIELDS, *VLLM_FIXED, *VLLM_DEFAULTS}
     assert not names & set(VLLM_REFUSED)
 

@@ -1,0 +1,71 @@
+"""Settings of experts that do not fit the model or vLLM."""
+
+import pytest
+from config_cases import EXPERTS, write_model
+from preflight_cases import only
+
+from rlsys.preflight import experts
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    write_model(tmp_path / "experts", **EXPERTS)
+    return {"path": str(tmp_path / "experts")}
+
+
+@pytest.mark.parametrize(
+    ("word", "setting"),
+    [
+        ("--rollout.router_replay=true", "rollout.router_replay = true"),
+        ("--policy.moe_aux_loss_coeff=0.01", "policy.moe_aux_loss_coeff = 0.01"),
+        ("--policy.moe_z_loss_coeff=0.001", "policy.moe_z_loss_coeff = 0.001"),
+        ("--policy.moe_router_dtype=fp32", "policy.moe_router_dtype = fp32"),
+        (
+            "--policy.moe_router_load_balancing_type=seq_aux_loss",
+            "policy.moe_router_load_balancing_type = seq_aux_loss",
+        ),
+    ],
+)
+def test_a_dense_model_has_nothing_to_route(problems, mixture, word, setting):
+    text = only(problems(word))
+    assert text.startswith(f"{setting}, but the model has no experts (qwen3 is dense)")
+    if "load_balancing" not in word:
+        assert problems(word, model=mixture) == []
+
+
+def test_a_way_to_balance_that_balances_nothing(problems, mixture):
+    word = "--policy.moe_router_load_balancing_type=seq_aux_loss"
+    assert "policy.moe_aux_loss_coeff = 0 balances none" in only(problems(word, model=mixture))
+    assert problems(word, "--policy.moe_aux_loss_coeff=0.01", model=mixture) == []
+
+
+@pytest.mark.parametrize(
+    ("version", "is_refused"),
+    [("0.9.2", True), ("0.25.1", True), ("0.26.0", False), ("0.32.0+cpu", False), (None, False)],
+)
+def test_a_vllm_without_routing_is_refused(problems, mixture, monkeypatch, version, is_refused):
+    monkeypatch.setattr(experts, "installed_version", lambda _: version)
+    found = problems("--rollout.router_replay=true", model=mixture)
+    if is_refused:
+        assert f"needs vLLM 0.26 or newer, and {version} is installed" in only(found)
+        assert found[0].only_here
+    else:
+        assert found == []
+
+
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        (
+            "--policy.megatron_kwargs={moe_router_fusion: true}",
+            "moe_router_fusion chooses experts in a kernel that cannot replay",
+        ),
+        (
+            "--rollout.engine_kwargs={enable_prefix_caching: false}",
+            "vLLM keeps the experts of rollout.router_replay with its prefix cache",
+        ),
+    ],
+)
+def test_options_with_which_nothing_can_be_replayed(problems, mixture, word, reason):
+    assert problems(word, model=mixture) == []
+    assert reason in only(problems(word, "--rollout.router_replay=true", model=mixture))
