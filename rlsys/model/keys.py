@@ -37,12 +37,13 @@ _IMPLEMENTED = _names("""
 # max_window_layers counts in families that read it, with use_sliding_window; pretraining_tp says
 # how pretraining split matrices.
 _BOOKKEEPING = _names("""
-    attn_implementation bos_token_id dtype eos_token_id finetuning_task gradient_checkpointing
-    id2label initializer_range is_llama_config label2id max_window_layers name_or_path
-    num_labels output_attentions output_hidden_states pad_token_id prefix pretraining_tp
-    problem_type return_dict return_dict_in_generate sep_token_id task_specific_params
-    tf_legacy_loss tokenizer_class torch_dtype torchscript transformers.js_config
-    transformers_version unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
+    attn_implementation bos_token_id cache_implementation dtype eos_token_id finetuning_task
+    gradient_checkpointing id2label initializer_range is_llama_config label2id max_window_layers
+    name_or_path num_labels output_attentions output_hidden_states pad_token_id prefix
+    pretraining_tp problem_type return_dict return_dict_in_generate sep_token_id
+    task_specific_params tf_legacy_loss tokenizer_class torch_dtype torchscript
+    transformers.js_config transformers_version unk_token_id unsloth_fixed unsloth_version
+    use_bfloat16 use_cache
 """)
 """Keys that describe files, training or defaults of a library, and leave the forward pass alone."""
 _GENERATION = _names("""

@@ -24,6 +24,10 @@ _CONVERTIBLE = {
     "mxfp4": "Mxfp4Config",
 }
 """Methods that transformers converts back -> the class that says so."""
+_WHY_NOT = {
+    "gemma2": "it caps attention scores (attn_logit_softcapping), which Transformer Engine cannot",
+}
+"""model_type of text models -> what keeps rlsys from them."""
 
 
 def refuse_other_kind(folder: Path) -> None:
@@ -52,7 +56,11 @@ def unknown_type_problem(values: Mapping[str, Any], known: Collection[str]) -> s
     """What a config.json with another model_type than the `known` ones is refused with."""
     model_type, text = values.get("model_type"), values.get("text_config")
     if not isinstance(text, Mapping):
-        return f"model_type {model_type!r} is not supported; use a model of type {', '.join(known)}"
+        reason = f": {_WHY_NOT[model_type]}" if model_type in _WHY_NOT else ""
+        return (
+            f"model_type {model_type!r} is not supported{reason}; use a model of type "
+            f"{', '.join(known)}"
+        )
     inner = str(text.get("model_type"))
     return (
         f"model_type {model_type!r} is a model of text and of images or sounds, and rlsys trains "

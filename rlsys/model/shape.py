@@ -40,6 +40,8 @@ class ModelShape:
     """What keys and values come from in latent attention; None: each KV head has its own."""
     num_mtp_layers: int = 0
     """Layers behind the last one that predict further tokens: neither trained nor sampled with."""
+    softmax_scale: float | None = None
+    """What attention multiplies its scores by; None: 1 / sqrt(head_dim)."""
     num_experts: int = 0
     """In each layer with experts; 0 in dense models."""
     num_experts_per_tok: int = 0

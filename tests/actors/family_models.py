@@ -79,6 +79,17 @@ MOONLIGHT = SIGMOID_EXPERTS | {
     "topk_method": "noaux_tc",
     "auto_map": {"AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"},
 }
+GEMMA3 = {
+    "sliding_window": 5,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "query_pre_attn_scalar": 20,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
+    },
+}
 MODELS = {
     "deepseek_v3": (
         "DeepseekV3Config",
@@ -96,6 +107,7 @@ MODELS = {
         "DeepseekV3Config",
         MOONLIGHT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.7}},
     ),
+    "gemma3_text": ("Gemma3TextConfig", GEMMA3),
     "llama": ("LlamaConfig", {}),
     "llama-linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
     "llama-dynamic": ("LlamaConfig", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
@@ -208,9 +220,8 @@ def save_family_model(folder, name, *, seed=0, **without):
     rng = torch.Generator().manual_seed(seed)
     spread = 1.2 / config.hidden_size**0.5  # or sums in wide models round by more than 1e-5
     for name, parameter in model.named_parameters():
-        parameter.normal_(0.0, spread, generator=rng)
-        if "norm" in name:
-            parameter += 1.0
+        mean = parameter.mean() if "norm" in name else 0.0  # 1, or 0 if 1 + weight is the factor
+        parameter.normal_(0.0, spread, generator=rng).add_(mean)
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             bias.normal_(0.0, 0.2, generator=rng)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,16 +60,12 @@ def transformer_config(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
         ffn_hidden_size=shape.intermediate_size,
-        num_attention_heads=shape.num_heads,
-        num_query_groups=shape.num_kv_heads,
-        kv_channels=shape.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=hf.rms_norm_eps,
+        layernorm_zero_centered_gamma=shape.family.zero_centered_norms,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=_ACTIVATIONS[shape.family.activation],
         add_bias_linear=False,
-        add_qkv_bias=shape.has_qkv_bias,
-        qk_layernorm=shape.has_qk_norm,
         attention_dropout=0.0,
         hidden_dropout=0.0,
         tensor_model_parallel_size=tp,
@@ -83,8 +80,10 @@ def transformer_config(
         attention_backend=AttnBackend[policy.attention_backend],
         # Asks for an extension of Apex that nothing here uses: see `fuse_weight_gradients`.
         gradient_accumulation_fusion=False,
-        **_window_options(shape),
+        **_attention_options(shape),
         **dict.fromkeys(_CUDA_OPTIONS, not on_cpu),
+        # megatron-core's fused kernels know silu, and another gelu.
+        bias_activation_fusion=not on_cpu and shape.family.activation == "silu",
         **(_expert_options(shape, policy, on_cpu=on_cpu) if shape.is_moe else {}),
         **_recompute_options(policy, is_moe=shape.is_moe),
     )
@@ -93,11 +92,11 @@ def transformer_config(
     return megatron_config(MLATransformerConfig, own | latent_options(hf, shape), policy)
 
 
+_ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 _CUDA_OPTIONS = (
     # Fused kernels: on an H200 they take an update of a 1.5B model from 0.24 to 0.31 of the peak
     # FLOPs.
     "apply_rope_fusion",
-    "bias_activation_fusion",
     "bias_dropout_fusion",
     "masked_softmax_fusion",
     "persist_layer_norm",
@@ -107,16 +106,22 @@ _CUDA_OPTIONS = (
 """Options that need CUDA."""
 
 
-def _window_options(shape: ModelShape) -> dict[str, Any]:
-    """Sliding windows; megatron-core and Transformer Engine count the tokens left of a query."""
-    windows = [layer.window for layer in shape.layers]
-    if not any(windows):
-        return {}
-    (window,) = {window for window in windows if window is not None}
-    return {
-        "window_size": (window - 1, 0),
-        "window_attn_skip_freq": [int(window is not None) for window in windows],
+def _attention_options(shape: ModelShape) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "num_attention_heads": shape.num_heads,
+        "num_query_groups": shape.num_kv_heads,
+        "kv_channels": shape.head_dim,
+        "add_qkv_bias": shape.has_qkv_bias,
+        "qk_layernorm": shape.has_qk_norm,
+        "softmax_scale": shape.softmax_scale,
     }
+    if shape.has_windows:
+        windows = [layer.window for layer in shape.layers]
+        (window,) = {window for window in windows if window is not None}
+        # megatron-core and Transformer Engine count the tokens left of a query.
+        options["window_size"] = (window - 1, 0)
+        options["window_attn_skip_freq"] = [int(window is not None) for window in windows]
+    return options
 
 
 def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:
@@ -199,6 +204,10 @@ def build_model(
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
     )
+    if shape.family.scaled_embeddings and model.pre_process:
+        # In bfloat16 the factor is rounded before the product is.
+        scale = torch.tensor(hf.hidden_size**0.5, dtype=config.params_dtype).item()
+        model.embedding.register_forward_hook(lambda module, args, embedded: embedded * scale)
     place_rotary(model, hf, shape, longest=longest)
     if shape.latent is not None:
         set_norm_eps(model)

@@ -20,11 +20,22 @@ QUERY_BLOCK = 512
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm whose gradient megatron-core sums over the sequence-parallel ranks."""
+    """torch's RMSNorm whose gradient megatron-core sums over the sequence-parallel ranks.
+
+    Zero-centred, its product with 1 + weight is in float32, as in Transformer Engine.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden] -> the same."""
+        if not self.zero_centered:
+            return super().forward(x)
+        normed = F.rms_norm(x.float(), self.normalized_shape, eps=self.eps)
+        return (normed * (1.0 + self.weight.float())).type_as(x)
 
 
 class PackedAttention(MegatronModule):

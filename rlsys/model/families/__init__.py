@@ -1,6 +1,7 @@
 """The model families that rlsys trains, each in a file of its own."""
 
 from rlsys.model.families.deepseek_v3 import DEEPSEEK_V3
+from rlsys.model.families.gemma3 import GEMMA3
 from rlsys.model.families.glm4_moe import GLM4_MOE
 from rlsys.model.families.llama import LLAMA
 from rlsys.model.families.ministral3 import MINISTRAL3
@@ -19,6 +20,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         DEEPSEEK_V3,
+        GEMMA3,
         GLM4_MOE,
         LLAMA,
         MISTRAL,

@@ -46,16 +46,26 @@ class LayerShape:
     before it, too."""
 
 
-def layers_by_type(layer_types: Sequence[str], window: int | None) -> tuple[LayerShape, ...]:
+def layers_by_type(
+    layer_types: Sequence[str], window: int | None, *, rope_by_type: bool = False
+) -> tuple[LayerShape, ...]:
     """Dense layers, in which "sliding_attention" has the window and all else sees everything.
+
+    Args:
+        rope_by_type: each type has its own entry in rope_parameters.
 
     Raises:
         ValueError: a layer slides, and there is no window.
     """
-    kinds = {"sliding_attention": LayerShape(window=window)}
     if window is None and "sliding_attention" in layer_types:
         raise ValueError("layer_types has 'sliding_attention', and sliding_window gives no window")
-    return tuple(kinds.get(kind, LayerShape()) for kind in layer_types)
+    return tuple(
+        LayerShape(
+            window=window if kind == "sliding_attention" else None,
+            rope=kind if rope_by_type else "",
+        )
+        for kind in layer_types
+    )
 
 
 def uniform_layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
@@ -279,6 +289,12 @@ class ModelFamily:
     norms: Norms = "pre"
     """Where a layer has norms: "pre" before attention and MLP, "post" after each, before its
     output is added to the residual, "sandwich" both."""
+    zero_centered_norms: bool = False
+    """Whether norms multiply by 1 + their weight, in float32."""
+    scaled_embeddings: bool = False
+    """Whether embeddings are multiplied by sqrt(hidden_size), rounded to the model's type."""
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    """What the MLP applies to its gate."""
     layers: Callable[[Mapping[str, Any]], tuple[LayerShape, ...]] = uniform_layers
     """config.json with `defaults` -> its layers; raises ValueError and KeyError."""
     attention: Callable[[ModelShape, LayerShape], list[WeightRow]] = attention

@@ -43,6 +43,22 @@ LLAMA = COMMON | {
     "pretraining_tp": 1,
     "rope_scaling": None,
 }
+GEMMA3 = {key: value for key, value in COMMON.items() if key != "hidden_act"} | {
+    "architectures": ["Gemma3ForCausalLM"],
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "cache_implementation": "hybrid",
+    "final_logit_softcapping": None,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "model_type": "gemma3_text",
+    "num_hidden_layers": 8,
+    "query_pre_attn_scalar": 256,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "use_bidirectional_attention": False,
+}
 LLAMA3_ROPE = {
     "factor": 32.0,
     "high_freq_factor": 4.0,
@@ -144,6 +160,7 @@ PUBLISHED = {
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
     },
+    "Gemma-3": GEMMA3,
     "Llama-2": LLAMA | {"_name_or_path": "meta-llama/Llama-2-7b-hf", "pad_token_id": 0},
     "Llama-3.2": LLAMA
     | {
@@ -239,6 +256,15 @@ def test_published_configs_are_accepted(tmp_path, name):
         (PUBLISHED["Qwen3-MoE"], "mlp_only_layers", [4]),
         (PUBLISHED["Qwen3-MoE"], "mlp_only_layers", [0, 1, 2, 3]),
         (QWEN3, "num_experts", 8),
+        (GEMMA3, "hidden_activation", "gelu"),
+        (GEMMA3, "hidden_act", "silu"),
+        (GEMMA3, "attn_logit_softcapping", 50.0),
+        (GEMMA3, "final_logit_softcapping", 30.0),
+        (GEMMA3, "use_bidirectional_attention", True),
+        (GEMMA3, "query_pre_attn_scalar", 0),
+        (GEMMA3, "sliding_window", None),
+        (GEMMA3, "sliding_window_pattern", 0),
+        (GEMMA3, "rope_parameters", {"rope_type": "default", "rope_theta": 1000000.0}),
         (LLAMA, "hidden_size", 0),
         (LLAMA, "vocab_size", "384"),
         (LLAMA, "num_key_value_heads", 3),
@@ -440,3 +466,13 @@ def test_layers_are_those_of_transformers(tmp_path):
     shape = shape_of(tmp_path, OLMO3 | {"layer_types": None})
     assert [layer.window for layer in shape.layers] == [4096, 4096, 4096, None]
     assert [layer.rope for layer in shape.layers][2:] == ["sliding_attention", "full_attention"]
+
+
+def test_gemma_3_sees_everything_in_each_sixth_layer(tmp_path):
+    shape = shape_of(tmp_path, GEMMA3)
+    assert [layer.window for layer in shape.layers] == [512] * 5 + [None] + [512] * 2
+    kinds = {512: "sliding_attention", None: "full_attention"}
+    assert [layer.rope for layer in shape.layers] == [kinds[n.window] for n in shape.layers]
+    assert shape.softmax_scale == 1 / 16
+    written = GEMMA3 | {"layer_types": ["full_attention", "sliding_attention"] * 4}
+    assert [layer.window for layer in shape_of(tmp_path, written).layers] == [None, 512] * 4

@@ -28,6 +28,7 @@ def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
     ("sizes", "words"),
     [
         ({"model_type": "gpt2"}, ["gpt2", "llama", "qwen3"]),
+        ({"model_type": "gemma2"}, ["gemma2", "attn_logit_softcapping", "qwen3"]),
         ({"model_type": None}, ["not supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act = 'gelu'"]),
         (
