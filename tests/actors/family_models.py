@@ -90,7 +90,17 @@ GEMMA3 = {
         "full_attention": {"rope_type": "linear", "rope_theta": 1e4, "factor": 8.0},
     },
 }
+DEEPSEEK_V2 = MOONLIGHT | {
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 0,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
+}
+del DEEPSEEK_V2["num_nextn_predict_layers"]
 MODELS = {
+    "deepseek_v2": ("DeepseekV2Config", DEEPSEEK_V2),
     "deepseek_v3": (
         "DeepseekV3Config",
         MOONLIGHT
@@ -176,6 +186,7 @@ MODELS = {
 
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 WITHOUT = {
+    "deepseek_v2": {"routed_scaling_factor": 1.0},
     "deepseek_v3": {"n_group": 1, "topk_group": 1},
     "deepseek_v3-moonlight": {"routed_scaling_factor": 1.0},
     "deepseek_v3-mscale": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
@@ -222,6 +233,8 @@ def save_family_model(folder, name, *, seed=0, **without):
     for name, parameter in model.named_parameters():
         mean = parameter.mean() if "norm" in name else 0.0  # 1, or 0 if 1 + weight is the factor
         parameter.normal_(0.0, spread, generator=rng).add_(mean)
+        if "kv_b_proj" in name:  # its sums have 512 terms
+            parameter /= 6.0
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             bias.normal_(0.0, 0.2, generator=rng)

@@ -88,11 +88,19 @@ def test_another_layout_goes_on_from_the_same_place(lab, policy_models, tmp_path
 
 
 @pytest.mark.slow
-def test_norms_over_all_heads_are_cut_in_checkpoints_too(lab, tmp_path):
-    save_family_model(tmp_path / "olmo2", "olmo2")
-    models = {"olmo2": tmp_path / "olmo2"}
-    first, other = (config_of(models, "olmo2", **LAYOUTS[name]) for name in ("TP 2", "one rank"))
-    assert_goes_on(lab, first, other, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [
+        ("olmo2", {}),  # norms over all heads, which are cut
+        ("glm4_moe", {"expert_model_parallel_size": 2}),  # layers without experts
+        ("deepseek_v3", {"expert_model_parallel_size": 2}),  # linear layers that are not cut
+    ],
+)
+def test_what_families_have_of_their_own_goes_on_in_another_layout(lab, tmp_path, name, experts):
+    save_family_model(tmp_path / name, name)
+    models = {name: tmp_path / name}
+    first = config_of(models, name, **LAYOUTS["TP 2"], **experts)
+    assert_goes_on(lab, first, config_of(models, name, **LAYOUTS["one rank"]), tmp_path)
 
 
 def assert_goes_on(lab, first, other, tmp_path):

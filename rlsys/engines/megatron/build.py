@@ -151,11 +151,14 @@ def _expert_options(shape: ModelShape, policy: PolicyConfig, *, on_cpu: bool) ->
     if shape.has_sigmoid_router:
         options |= {
             "moe_router_score_function": "sigmoid",
-            "moe_router_topk_scaling_factor": shape.routed_scaling_factor,
             # A bias for each expert, which balances them in pretraining: here it stays as it is.
             "moe_router_enable_expert_bias": True,
             "moe_router_bias_update_rate": 0.0,
         }
+    if shape.family.fp32_router:
+        options["moe_router_dtype"] = "fp32"
+    if shape.routed_scaling_factor != 1.0:
+        options["moe_router_topk_scaling_factor"] = shape.routed_scaling_factor
     if shape.num_expert_groups > 1:
         options["moe_router_num_groups"] = shape.num_expert_groups
         options["moe_router_group_topk"] = shape.topk_group

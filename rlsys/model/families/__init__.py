@@ -1,5 +1,6 @@
 """The model families that rlsys trains, each in a file of its own."""
 
+from rlsys.model.families.deepseek_v2 import DEEPSEEK_V2
 from rlsys.model.families.deepseek_v3 import DEEPSEEK_V3
 from rlsys.model.families.gemma3 import GEMMA3
 from rlsys.model.families.glm4_moe import GLM4_MOE
@@ -19,6 +20,7 @@ from rlsys.model.families.smollm3 import SMOLLM3
 FAMILIES = {
     family.model_type: family
     for family in (
+        DEEPSEEK_V2,
         DEEPSEEK_V3,
         GEMMA3,
         GLM4_MOE,

@@ -12,7 +12,7 @@ from rlsys.model.families.experts import (
     experts_or_dense,
     sigmoid_expert_sizes,
 )
-from rlsys.model.families.latent import LATENT_SIZES, latent_attention, latent_sizes
+from rlsys.model.families.latent import LATENT_KEYS, LATENT_SIZES, latent_attention, latent_sizes
 
 _ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
@@ -31,18 +31,7 @@ DEEPSEEK_V3 = ModelFamily(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
     sizes=(*EXPERT_SIZES, *GROUP_SIZES, *LATENT_SIZES),
-    keys=(
-        *SIGMOID_KEYS,
-        *_ROUTER,
-        # Names the code that the models were published with; transformers has its own by now.
-        "auto_map",
-        # A loss of pretraining.
-        "aux_loss_alpha",
-        "seq_aux",
-        # Follow from other sizes.
-        "head_dim",
-        "qk_head_dim",
-    ),
+    keys=(*SIGMOID_KEYS, *LATENT_KEYS, *_ROUTER),
     inert={"ep_size": (1,), "moe_layer_freq": (1,), "rope_interleave": (True,)},
     # What transformers and vLLM take for keys that are left out.
     defaults={
@@ -53,6 +42,7 @@ DEEPSEEK_V3 = ModelFamily(
         "q_lora_rank": 1536,
         "topk_group": 4,
     },
+    fp32_router=True,
     rope_types=("default", "yarn"),
     layers=dense_first,
     attention=latent_attention,

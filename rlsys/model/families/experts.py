@@ -132,14 +132,12 @@ def sigmoid_expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     num_experts, per_token = values["n_routed_experts"], values["num_experts_per_tok"]
     groups, chosen = values.get("n_group") or 1, values.get("topk_group") or 1
-    scale, mtp_layers = values["routed_scaling_factor"], values.get("num_nextn_predict_layers") or 0
+    mtp_layers = values.get("num_nextn_predict_layers") or 0
     if not values["norm_topk_prob"] and per_token > 1:
         raise ValueError(
             "norm_topk_prob = false is not supported in a router of sigmoids: megatron-core "
             "normalises the weights of a token's experts"
         )
-    if type(scale) not in (int, float) or scale <= 0:
-        raise ValueError(f"routed_scaling_factor = {scale!r} should be a number above 0")
     if type(mtp_layers) is not int or mtp_layers < 0:
         raise ValueError(f"num_nextn_predict_layers = {mtp_layers!r} should be a whole number")
     if num_experts % groups or chosen > groups or per_token > chosen * (num_experts // groups):
@@ -155,12 +153,24 @@ def sigmoid_expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     return expert_sizes(values, num_experts) | {
         "has_sigmoid_router": True,
-        "routed_scaling_factor": scale,
+        "routed_scaling_factor": scaling_factor(values),
         "num_expert_groups": groups,
         "topk_group": chosen,
         "shared_expert_size": values["n_shared_experts"] * values["moe_intermediate_size"],
         "num_mtp_layers": mtp_layers,
     }
+
+
+def scaling_factor(values: Mapping[str, Any]) -> float:
+    """routed_scaling_factor of config.json.
+
+    Raises:
+        ValueError: it is something else than a number above 0.
+    """
+    scale = values["routed_scaling_factor"]
+    if type(scale) not in (int, float) or scale <= 0:
+        raise ValueError(f"routed_scaling_factor = {scale!r} should be a number above 0")
+    return float(scale)
 
 
 def dense_first(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:

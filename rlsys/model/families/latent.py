@@ -18,6 +18,17 @@ LATENT_SIZES = (
     "qk_rope_head_dim",
     "v_head_dim",
 )
+LATENT_KEYS = (
+    # Names the code that the models were published with; transformers has its own by now.
+    "auto_map",
+    # A loss of pretraining.
+    "aux_loss_alpha",
+    "seq_aux",
+    # Follow from other sizes.
+    "head_dim",
+    "qk_head_dim",
+)
+"""Further keys of DeepSeek's models with latent attention."""
 
 
 @dataclass(frozen=True, slots=True)
