@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from vllm.platforms import current_platform
 
 from rlsys.model.rope import NESTED
 
@@ -14,8 +15,8 @@ from rlsys.model.rope import NESTED
 def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
     """What of a model's config vLLM has to read in other words; {} for most models."""
     parameters = hf.rope_parameters or {}
-    if hasattr(hf, "kv_lora_rank"):  # vLLM's DeepSeek computes its factors as transformers does
-        return {}
+    if hasattr(hf, "kv_lora_rank"):
+        return _for_latent_attention(hf, parameters)
     if any(key in parameters for key in NESTED):
         said = {kind: _for_vllm(hf, entry, kind) for kind, entry in parameters.items()}
         changes = any(said[kind] is not entry for kind, entry in parameters.items())
@@ -28,6 +29,19 @@ def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
         length = parameters["original_max_position_embeddings"]
         overrides["llama_4_scaling"] = {"beta": beta, "original_max_position_embeddings": length}
     return overrides
+
+
+def _for_latent_attention(hf: PretrainedConfig, rope: dict[str, Any]) -> dict[str, Any]:
+    """YaRN's factors are those of transformers, but on CPU the plain kernel turns wrong numbers.
+
+    It is right for queries that are flat, which those of latent attention are not; YaRN does
+    without it, and of factor 1 has the plain frequencies.
+    """
+    if not current_platform.is_cpu() or rope["rope_type"] != "default":
+        return {}
+    yarn = {"rope_type": "yarn", "factor": 1.0}
+    length = {"original_max_position_embeddings": hf.max_position_embeddings}
+    return {"rope_parameters": rope | yarn | length}
 
 
 def _for_vllm(hf: PretrainedConfig, rope: dict[str, Any], kind: str | None) -> dict[str, Any]:
