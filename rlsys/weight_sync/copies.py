@@ -17,19 +17,20 @@ class CopyPlan:
     contiguous pieces is cut into them.
 
     Args:
-        pairs: (target, source) of equal shapes and types. The plan keeps both, and with them the
-            memory that they are views of.
+        pairs: (target, source) of equal shapes; the target's type holds every value of the
+            source's. The plan keeps both, and with them the memory that they are views of.
     """
 
     def __init__(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]):
         self._together: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         self._alone: list[tuple[torch.Tensor, torch.Tensor]] = []
         for whole_target, whole_source in pairs:
-            assert whole_target.dtype == whole_source.dtype, (whole_target, whole_source)
+            assert holds_exactly(whole_target.dtype, whole_source.dtype), whole_source.dtype
             assert whole_target.shape == whole_source.shape, (whole_target, whole_source)
             for target, source in _pieces(whole_target, whole_source):
                 contiguous = target.is_contiguous() and source.is_contiguous()
-                if contiguous and target.device == source.device:
+                alike = target.device == source.device and target.dtype == source.dtype
+                if contiguous and alike:
                     targets, sources = self._together.setdefault(target.dtype, ([], []))
                     targets.append(target.view(-1))
                     sources.append(source.view(-1))
@@ -43,6 +44,11 @@ class CopyPlan:
             torch._foreach_copy_(targets, sources)
         for target, source in self._alone:
             target.copy_(source)
+
+
+def holds_exactly(target: torch.dtype, source: torch.dtype) -> bool:
+    """Whether numbers of type `source` stay what they are as type `target`."""
+    return torch.promote_types(target, source) == target
 
 
 def _pieces(

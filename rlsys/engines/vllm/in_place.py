@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlsys.engines.vllm.latent import loaded_parameters
 from rlsys.weight_sync.checksum import as_numbers, checksum
-from rlsys.weight_sync.copies import CopyPlan
+from rlsys.weight_sync.copies import CopyPlan, holds_exactly
 from rlsys.weight_sync.plan import DTYPES, Bucket, TensorMeta, TensorSlice
 
 COPY, FILL = torch.ops.aten.copy_.default, torch.ops.aten.fill_.Scalar
@@ -156,7 +156,8 @@ class PlanProof:
         """Remember the content of tensors that vLLM is about to load."""
         for name, tensor in tensors:
             for copy in self.plan.copies[name]:
-                self._arrived.append((name, copy, content_checksum(copy.source(tensor))))
+                arrived = copy.source(tensor).to(copy.target.dtype)
+                self._arrived.append((name, copy, content_checksum(arrived)))
 
     def first_difference(self) -> str | None:
         """The first tensor that vLLM has not loaded where the plan says; None if all are there."""
@@ -199,7 +200,7 @@ class _LoadRecorder(TorchDispatchMode):
         name = self._watched.get(_memory(source))
         if name is None:
             raise CannotMap(f"{parameter} is filled with transformed weights")
-        if source.dtype != target.dtype:
+        if not holds_exactly(target.dtype, source.dtype):
             raise CannotMap(f"{name} is {source.dtype}, {parameter} is {target.dtype}")
         if source.shape != target.shape:
             raise CannotMap(f"{name} is spread over {parameter}")

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missing_parameters
+from rlsys.engines.vllm.latent import derive_again, loaded_parameters, unreachable_copy
 from rlsys.weight_sync.plan import TensorMeta, TensorSlice, plan_buckets
 
 HIDDEN, ROWS, VOCAB, PADDED = 8, 4, 10, 12
@@ -235,11 +236,66 @@ def test_a_load_that_is_not_a_copy_is_refused_by_name(kind, words):
         InPlacePlan(kind(), metadata(weights()))
 
 
-def test_a_conversion_is_refused():
+def test_a_conversion_that_rounds_is_refused():
+    model = Loader()
+    model.norm.data = model.norm.data.bfloat16()
+    with pytest.raises(CannotMap, match=r"norm is torch\.float32, norm is torch\.bfloat16"):
+        InPlacePlan(model, metadata(weights()))
+
+
+def test_a_conversion_that_keeps_every_number_is_a_copy():
+    """vLLM has some routers of experts in fp32, whatever the model's type."""
     tensors = weights()
     tensors["norm"] = tensors["norm"].bfloat16()
-    with pytest.raises(CannotMap, match=r"norm is torch\.bfloat16, norm is torch\.float32"):
-        InPlacePlan(Loader(), metadata(tensors))
+    model = Loader()
+    assert proof_of(model, tensors).first_difference() is None
+    plan = InPlacePlan(model, metadata(tensors))
+    tensors["norm"] = torch.randn(HIDDEN).bfloat16()
+    for bucket in plan_buckets(metadata(tensors), 400):
+        plan.load(bucket, filled(bucket, tensors))
+    assert torch.equal(model.norm, tensors["norm"].float())
+
+
+class Latent(nn.Module):
+    """Latent attention as vLLM has it: decoding reads W_UK_T and W_UV, made from kv_b_proj."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.kv_b_proj = kind, nn.Linear(4, 6, bias=False)
+        self.process_weights_after_loading(torch.float32)
+
+    @torch.no_grad()
+    def process_weights_after_loading(self, dtype):
+        parts = {"W_UK_T": self.kv_b_proj.weight[:2], "W_UV": self.kv_b_proj.weight[2:].t()}
+        for name, part in parts.items():
+            if self.kind == "parameters" and name in self._parameters:
+                getattr(self, name).copy_(part)
+            elif self.kind == "parameters":
+                setattr(self, name, nn.Parameter(part.clone(), requires_grad=False))
+            else:
+                setattr(self, name, part if self.kind == "views" else part.clone())
+
+    def load_weights(self, tensors):
+        self.kv_b_proj.weight.data.copy_(dict(tensors)["kv_b"])
+
+
+@pytest.mark.parametrize("kind", ["parameters", "views"])
+def test_what_latent_attention_makes_of_its_weights_follows_them(kind):
+    model, tensors = Latent(kind), {"kv_b": torch.randn(6, 4)}
+    assert unreachable_copy(model) is None
+    assert [name for name, _ in loaded_parameters(model)] == ["kv_b_proj.weight"]
+    places = model.W_UK_T.data_ptr(), model.W_UV.data_ptr()
+    plan = InPlacePlan(model, metadata(tensors))
+    (bucket,) = plan_buckets(metadata(tensors), 400)
+    plan.load(bucket, filled(bucket, tensors))
+    derive_again(model, torch.float32)
+    assert torch.equal(model.W_UK_T, tensors["kv_b"][:2])
+    assert torch.equal(model.W_UV, tensors["kv_b"][2:].t())
+    assert places == (model.W_UK_T.data_ptr(), model.W_UV.data_ptr()), "CUDA graphs read there"
+
+
+def test_latent_attention_that_reads_copies_is_not_changed_in_place():
+    assert unreachable_copy(Latent("copies")) == "W_UK_T"
 
 
 @pytest.mark.parametrize(
