@@ -44,8 +44,9 @@ class _Part:
 
     @property
     def in_parcel(self) -> TensorMeta:
-        """The part as its owner sends it, with the name of the item."""
-        return TensorMeta(self.item.meta.name, self.box.tensor.dtype, self.box.shape)
+        """The part as its owner sends it, with the name of the item and its number in that."""
+        name = f"{self.item.meta.name}#{self.index}"
+        return TensorMeta(name, self.box.tensor.dtype, self.box.shape)
 
 
 @dataclass(slots=True)
@@ -211,8 +212,8 @@ class BucketExport:
         for owner, parcel in parcels.items():
             parts = [part for part in self._parts[bucket.index] if part.owner == owner]
             views = parcel.views(self._parcel_memory(bucket, owner))
-            for part, (name, view) in zip(parts, views, strict=True):
-                arriving.append((part.target(tensors[name]), view))
+            for part, (_, view) in zip(parts, views, strict=True):
+                arriving.append((part.target(tensors[part.item.meta.name]), view))
         targets = [part.target(tensors[part.item.meta.name]) for part in own]
         return _Copies(addresses, self._from_parameters(own, targets), CopyPlan(arriving))
 

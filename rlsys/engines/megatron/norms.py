@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import (
@@ -11,11 +9,13 @@ from megatron.core.tensor_parallel import (
     reduce_from_tensor_model_parallel_region,
 )
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 
 class AllHeadsNorm(torch.nn.Module):
     """RMSNorm of queries or keys over all heads together, those of other ranks too.
+
+    Every rank has the weights of all heads: megatron-core sums the gradients of whatever is called
+    q_layernorm or k_layernorm over tensor-parallel ranks.
 
     Args:
         hidden_size: numbers of one head.
@@ -24,9 +24,8 @@ class AllHeadsNorm(torch.nn.Module):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, *, num_heads: int):
         super().__init__()
-        ranks = config.tensor_model_parallel_size
         self.eps, self.size = eps, num_heads * hidden_size
-        self.weight = torch.nn.Parameter(torch.ones(self.size // ranks, dtype=config.params_dtype))
+        self.weight = torch.nn.Parameter(torch.ones(self.size, dtype=config.params_dtype))
 
     def forward(self, heads: torch.Tensor) -> torch.Tensor:
         """[..., heads of this rank, d] -> the same shape."""
@@ -35,17 +34,6 @@ class AllHeadsNorm(torch.nn.Module):
         squares = reduce_from_tensor_model_parallel_region(x.square().sum(-1, keepdim=True))
         squares = copy_to_tensor_model_parallel_region(squares)
         x = x * torch.rsqrt(squares / self.size + self.eps)
-        return (self.weight * x).to(heads.dtype).view_as(heads)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None
-    ) -> dict[str, Any]:
-        """What megatron-core's checkpoints hold: the ranks' weights follow each other."""
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0},
-            sharded_offsets,
-            tp_group=parallel_state.get_tensor_model_parallel_group(),
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
+        start = parallel_state.get_tensor_model_parallel_rank() * x.shape[-1]
+        weight = self.weight[start : start + x.shape[-1]]
+        return (weight * x).to(heads.dtype).view_as(heads)

@@ -222,17 +222,10 @@ def attention(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
             )
         )
     if shape.has_qk_norm:
-        sizes = (
-            {"q": q, "k": kv}
-            if shape.family.qk_norm_of_all_heads
-            else dict.fromkeys("qk", head_dim)
-        )
+        sizes = (q, kv) if shape.family.qk_norm_of_all_heads else (head_dim, head_dim)
         rows += [
-            replace(
-                norm_row(f"self_attn.{x}_norm", size, f"self_attention.{x}_layernorm"),
-                tp_axis=0 if shape.family.qk_norm_of_all_heads else None,
-            )
-            for x, size in sizes.items()
+            norm_row(f"self_attn.{x}_norm", size, f"self_attention.{x}_layernorm")
+            for x, size in zip("qk", sizes, strict=True)
         ]
     return rows
 
