@@ -13,7 +13,7 @@ from rlsys.model.families.base import LayerShape, ModelFamily
 from rlsys.model.families.latent import LatentAttention
 from rlsys.model.folder import read_json
 from rlsys.model.keys import key_problems
-from rlsys.model.other_kinds import unknown_type_problem
+from rlsys.model.other_kinds import refuse_other_kind, unknown_type_problem
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +132,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / "config.json"
     if not file.is_file():
+        refuse_other_kind(folder)
         raise ValueError(f"{folder} holds no config.json, so it is not a Hugging Face model folder")
     return read_json(file)
 

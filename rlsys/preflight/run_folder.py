@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.model.folder import find_model_folder
+from rlsys.model.shape import read_model_shape
 from rlsys.preflight.job_copy import paths_read
 from rlsys.problems import Problem
 from rlsys.run.checkpoints import checkpoint_steps
@@ -47,7 +49,8 @@ def plan_start(config: Config) -> StartPlan:
                 f"max_steps = {config.max_steps} leaves nothing to do: raise --max_steps, start "
                 "over with --overwrite alone, or choose another folder with --output_dir"
             )
-        return StartPlan(resume_step=steps[-1])
+        other = _other_model(config.model.path, run.checkpoints / f"step-{steps[-1]}")
+        return StartPlan(problem=other) if other else StartPlan(resume_step=steps[-1])
     if config.overwrite:
         needed = [path for path in paths_read(config) if run.holds(Path(path))]
         if needed:
@@ -75,6 +78,27 @@ def plan_start(config: Config) -> StartPlan:
             found_run=True,
         )
     return StartPlan()
+
+
+def _other_model(path: str, checkpoint: Path) -> str | None:
+    """What differs between a checkpoint and the config's model; None if they fit.
+
+    A model that cannot be read from here is left to the ranks, which compare each tensor.
+    """
+    try:
+        shapes = [read_model_shape(folder) for folder in (find_model_folder(path), checkpoint)]
+    except ValueError:
+        return None
+    own, saved = map(asdict, shapes)
+    differing = [key for key in own if own[key] != saved[key]]
+    if not differing:
+        return None
+    values = [f"{key} {saved[key]}, there {own[key]}" for key in differing if key != "layers"]
+    return (
+        f"checkpoint.resume: {checkpoint} is of another model than model.path {path} "
+        f"({'; '.join(values[:3]) or 'its layers differ'}): set model.path to the model that the "
+        "run began with, or start over with --overwrite alone"
+    )
 
 
 def output_dir_problems(config: Config) -> Iterator[Problem]:

@@ -245,10 +245,19 @@ class LabRank(PolicyRank):
     def load_folder(self, folder):
         self.engine.weights.load(folder)
 
-    def load_mcore(self, folder):
+    def load_mcore(self, folder, strictly=False):
+        """As rlsys reads such folders, or as Megatron-LM does, which looks for more in them."""
+        from megatron.core import dist_checkpointing
+
         from rlsys.engines.megatron.mcore_folder import load_mcore_folder
 
-        load_mcore_folder(folder, self.engine.model, self.engine.weights)
+        engine = self.engine
+        if strictly:
+            state = {"model": engine.weights.sharded_state()}
+            loaded = dist_checkpointing.load(state, str(folder / "release"))
+            engine.model.load_state_dict(loaded["model"])
+        else:
+            load_mcore_folder(folder, engine.model, engine.weights)
 
     def sent_to_engines(self):
         """For each connection: whether this rank sends, what is sent, and whose help that takes."""

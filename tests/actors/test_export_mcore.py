@@ -16,6 +16,9 @@ pytestmark = pytest.mark.system
 
 PADDED = "qwen3-tied"
 """One of `policy_cases`, whose vocabulary ranks fill up."""
+MTP = "glm4_moe with a layer that predicts further tokens"
+USUAL = ["deepseek_v3", "olmo3", "phi3", "qwen2", "qwen3", "qwen3_moe", PADDED, MTP]
+GROUPS = [USUAL, [name for name in MODELS if name not in USUAL]]
 RUN_ALL = """
 import json, sys
 from rlsys import cli
@@ -38,14 +41,38 @@ def export(*commands):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Name -> (source, megatron-core's folder, the way back), all written by one process."""
-    root = tmp_path_factory.mktemp("mcore")
-    places = {}
-    for name in [*MODELS, PADDED]:
-        places[name] = tuple(root / name / kind for kind in ("source", "mcore", "back"))
-        (save_family_model if name in MODELS else save_policy_model)(places[name][0], name)
+    """Name -> (source, megatron-core's folder, the way back).
+
+    One process writes all of GROUPS that a name is in, when a test first asks for it.
+    """
+    root, written = tmp_path_factory.mktemp("mcore"), {}
+
+    def of(name):
+        if name not in written:
+            group = next(group for group in GROUPS if name in group)
+            written.update(there_and_back(root, group))
+        return written[name]
+
+    return of
+
+
+def save_source(folder, name):
+    if name == MTP:
+        save_family_model(folder, "glm4_moe", num_nextn_predict_layers=1)
+        further = {"model.layers.4.shared_head.head.weight": torch.randn(4, 4)}
+        save_file(further, folder / "mtp.safetensors", metadata={"format": "pt"})
+    else:
+        (save_family_model if name in MODELS else save_policy_model)(folder, name)
+
+
+def there_and_back(root, names):
+    """Name -> the three folders, with logits compared after each of the two commands."""
+    places = {
+        name: tuple(root / name / kind for kind in ("source", "mcore", "back")) for name in names
+    }
     commands = []
-    for source, mcore, back in places.values():
+    for name, (source, mcore, back) in places.items():
+        save_source(source, name)
         commands += [
             (source, "--to", "mcore", mcore, "--test_convert_precision", "--per_layer"),
             (mcore, "--to", "hf", back, "--test_convert_precision"),
@@ -62,10 +89,16 @@ def same(tensors, others):
     return all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
 
 
-@pytest.mark.parametrize("name", [*MODELS, PADDED])
+def tensors_of(folder):
+    return {n: t for file in folder.glob("*.safetensors") for n, t in load_file(file).items()}
+
+
+@pytest.mark.parametrize(
+    "name", [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in GROUPS[1])]
+)
 def test_there_and_back_is_bit_equal(folders, name):
-    source, mcore, back = folders[name]
-    assert same(load_file(back / "model.safetensors"), load_file(source / "model.safetensors"))
+    source, mcore, back = folders(name)
+    assert same(tensors_of(back), tensors_of(source))
     for file in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         for folder in (mcore, back):
             assert (folder / file).read_bytes() == (source / file).read_bytes()
@@ -74,7 +107,8 @@ def test_there_and_back_is_bit_equal(folders, name):
 
 
 def with_experts(layout, name):
-    experts = {"expert_model_parallel_size": 2} if "moe" in name else {}
+    is_moe = "moe" in name or "deepseek" in name
+    experts = {"expert_model_parallel_size": 2} if is_moe else {}
     return LAYOUTS[layout] | (experts if layout != "PP 2" else {})
 
 
@@ -85,6 +119,11 @@ def with_experts(layout, name):
         ("qwen3_moe", "TP 2"),  # and EP 2
         ("qwen3_moe", "DP 2"),  # and EP 2
         ("qwen3_moe", "PP 2"),
+        pytest.param("glm4_moe", "TP 2", marks=pytest.mark.slow),  # and EP 2
+        pytest.param("deepseek_v3", "TP 2", marks=pytest.mark.slow),  # and EP 2
+        pytest.param("deepseek_v3", "PP 2", marks=pytest.mark.slow),
+        pytest.param("phi3", "TP 2", marks=pytest.mark.slow),
+        pytest.param("olmo3", "PP 2", marks=pytest.mark.slow),
         (PADDED, "TP 2"),
         (PADDED, "PP 2"),
         pytest.param("qwen2", "TP 2 x PP 2", marks=pytest.mark.slow),
@@ -92,16 +131,17 @@ def with_experts(layout, name):
     ],
 )
 def test_ranks_of_any_layout_load_their_parts(lab, folders, name, layout):
-    source, mcore, _ = folders[name]
+    source, mcore, _ = folders(name)
     policy = lab.policy(policy_config(source, **with_experts(layout, name)))
-    policy.call("change_weights", False)
-    assert not same(exported(policy), load_file(source / "model.safetensors"))
-    policy.call("load_mcore", mcore)
-    assert same(exported(policy), load_file(source / "model.safetensors"))
+    for strictly in (False, True):
+        policy.call("change_weights", False)
+        assert not same(exported(policy), load_file(source / "model.safetensors"))
+        policy.call("load_mcore", mcore, strictly)
+        assert same(exported(policy), load_file(source / "model.safetensors"))
 
 
 def test_damaged_foreign_and_dangerous_folders_are_refused(folders, tmp_path):
-    _, mcore, _ = folders["qwen3"]
+    _, mcore, _ = folders("qwen3")
 
     def copy(name, change):
         folder = tmp_path / name
@@ -157,7 +197,7 @@ def test_damaged_foreign_and_dangerous_folders_are_refused(folders, tmp_path):
 
 
 def test_mixed_types_and_a_narrow_one(folders, tmp_path):
-    source, _, _ = folders["qwen3"]
+    source, _, _ = folders("qwen3")
     tensors = load_file(source / "model.safetensors")
     mixed = {n: t if "norm" in n else t.bfloat16() for n, t in tensors.items()}
     subprocess.run(["cp", "-r", source, tmp_path / "mixed"], check=True)
@@ -178,7 +218,7 @@ def test_mixed_types_and_a_narrow_one(folders, tmp_path):
 
 def test_the_folder_is_a_release_of_megatron_lm(folders):
     """Its loader looks for these, and takes query, key and value apart where the version is old."""
-    _, mcore, _ = folders["qwen3_moe"]
+    _, mcore, _ = folders("qwen3_moe")
     assert (mcore / "latest_checkpointed_iteration.txt").read_text() == "release"
     assert mcore_weights(mcore) == mcore / "release"
     check_mcore_files(mcore)

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from config_cases import write_run
+from config_cases import write_model, write_run
 from preflight_cases import only
 
 from rlsys.config.load import load_config, save_config
@@ -52,6 +52,16 @@ def test_the_remedy_for_nothing_to_resume_works(problems, tmp_path, holds):
     assert ("leave checkpoint.resume out" in text) == (problems() == [])
     assert "add --overwrite" in text
     assert problems("--checkpoint.resume", "--overwrite") == []
+
+
+def test_a_checkpoint_of_another_model_is_not_continued(problems, tmp_path):
+    write_model(tmp_path / "run/checkpoints/step-3")
+    assert problems("--checkpoint.resume") == []
+    write_model(tmp_path / "run/checkpoints/step-4", hidden_size=128, num_hidden_layers=5)
+    text = only(problems("--checkpoint.resume"))
+    assert f"{tmp_path / 'run/checkpoints/step-4'} is of another model than model.path" in text
+    assert "hidden_size 128, there 64; num_layers 5, there 4" in text
+    assert problems("--overwrite") == []
 
 
 def test_a_run_that_failed_while_starting_can_be_started_again(problems, tmp_path):
