@@ -196,6 +196,38 @@ def test_damaged_foreign_and_dangerous_folders_are_refused(folders, tmp_path):
     assert not any(tmp_path.rglob("hacked"))
 
 
+WRONG = """
+import shutil, sys
+from rlsys import cli
+import rlsys.commands.export as command
+source, other, out = sys.argv[1:]
+command.write_mcore = lambda export: shutil.copytree(other, export.out)
+words = ["export", source, "--to", "mcore", out, "--test_convert_precision", "--per_layer"]
+print("RESULT", cli.main(words))
+"""
+
+
+@pytest.mark.slow
+def test_weights_that_are_wrong_by_little_fail_the_precision_test(folders, tmp_path):
+    source, _, _ = folders("qwen3")
+    tensors = load_file(source / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_norm.weight"] *= 1.1
+    subprocess.run(["cp", "-r", source, tmp_path / "other"], check=True)
+    save_file(tensors, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    codes, _, output = export((tmp_path / "other", "--to", "mcore", tmp_path / "wrong"))
+    assert codes == [0], output
+    words = [source, tmp_path / "wrong", tmp_path / "out"]
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG, *map(str, words)], capture_output=True, text=True
+    )
+    assert "RESULT 1" in done.stdout, done.stdout + done.stderr
+    assert "precision test FAILED" in done.stdout
+    rows = [line.split("\u2502") for line in done.stdout.splitlines() if "\u2502" in line]
+    means = {cells[1].strip(): float(cells[2]) for cells in rows}
+    assert means["layer 0"] < 1e-5 < 1e-3 < means["layer 1"]
+
+
+@pytest.mark.slow
 def test_mixed_types_and_a_narrow_one(folders, tmp_path):
     source, _, _ = folders("qwen3")
     tensors = load_file(source / "model.safetensors")
