@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import ray
 import torch
+from family_models import save_family_model
 from policy_cases import policy_config
 from tensor_policy import TensorPolicy
 from test_in_flight import BEFORE_THE_CHANGE, PeekingActor, collect_all, wait_for_tokens
@@ -148,3 +149,23 @@ def test_a_token_keeps_the_experts_of_the_pass_that_sampled_the_next(
         if in_flight_kv == "recompute":
             assert of_new[change:].all()
             assert not of_new[:change].all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("layout", [{}, {"world_size": 2, "pipeline_parallel_size": 2}], ids=str)
+def test_engine_and_policy_number_layers_and_experts_alike(
+    lab, ray_cluster, rollout_config, tmp_path, name, layout
+):
+    """Some of their layers have no experts; in fp32 the policy would choose the same."""
+    folder = tmp_path / name
+    save_family_model(folder, name)
+    config = rollout_config(folder, router_replay=True, max_completion_length=24)
+    actors = RolloutActors(config, device="cpu")
+    actors.start()
+    submit(actors)
+    batch = build_train_batch([*collect_all(actors).values()])
+    actors.close()
+    policy = lab.policy(replaying_config(folder, max_tokens_per_micro_batch=1024, **layout))
+    metrics = policy.update(batch).metrics
+    assert metrics["router_replay/changed_experts"] < 1e-3
