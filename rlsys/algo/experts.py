@@ -6,7 +6,7 @@ that this rank routes, and summed over layers and ranks by the caller.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,9 +25,10 @@ class Groups:
 
     ids_T: Tensor
     """[T] int64, the group of each token."""
+    is_token_T: Tensor
+    """[T] bool, tokens that count: no filling, and no row that trains nothing."""
     lengths_B: Tensor
-    """[B] int64, tokens of each group, on all ranks that share the micro-batch. Filling does not
-    count, nor does a row that trains nothing: such a group has 0."""
+    """[B] int64, tokens of each group that count, on all ranks that share the micro-batch."""
     shares_B: Tensor
     """[B] float32, the group's share of the optimizer step: all its groups' shares sum to 1."""
 
@@ -55,16 +56,20 @@ class Groups:
         """
         if level == "aux_loss":
             length = is_token_T.sum()[None]
-            return cls(torch.zeros_like(sequences_T), length, length / step_tokens)
+            return cls(torch.zeros_like(sequences_T), is_token_T, length, length / step_tokens)
         lengths = torch.zeros(num_sequences, dtype=torch.int64, device=sequences_T.device)
         lengths.index_add_(0, sequences_T, is_token_T.long())
-        return cls(sequences_T, lengths, (lengths > 0) / step_rows)
+        return cls(sequences_T, is_token_T, lengths, (lengths > 0) / step_rows)
+
+    def at(self, own: Tensor) -> Groups:
+        """The same groups, and the tokens of one rank at positions `own`."""
+        return replace(self, ids_T=self.ids_T[own], is_token_T=self.is_token_T[own])
 
     def counts(self, chosen_TE: Tensor) -> Tensor:
         """[B, E] float32, the tokens of each group that each expert gets."""
         shape = (len(self.lengths_B), chosen_TE.shape[1])
         counts = torch.zeros(shape, dtype=torch.float32, device=chosen_TE.device)
-        return counts.index_add_(0, self.ids_T, chosen_TE.float())
+        return counts.index_add_(0, self.ids_T, (chosen_TE & self.is_token_T[:, None]).float())
 
 
 def load_balancing_loss(
@@ -76,7 +81,7 @@ def load_balancing_loss(
     expert i (Switch Transformer, arXiv:2101.03961, eq. 4-6, for K experts of a token).
 
     Args:
-        scores_TE: [T, E] scores over all experts that sum to 1, of this rank's tokens that count.
+        scores_TE: [T, E] scores over all experts that sum to 1, of this rank's tokens.
         counts_BE: [B, E] from `Groups.counts`, summed over the ranks that share the micro-batch.
         groups: the groups of these tokens.
         top_k: K.
@@ -86,24 +91,25 @@ def load_balancing_loss(
     """
     lengths_B = groups.lengths_B.clamp(min=1)
     frequencies_BE = counts_BE / (lengths_B * top_k)[:, None]
-    weights_B = groups.shares_B / lengths_B
+    weights_T = (groups.shares_B / lengths_B)[groups.ids_T] * groups.is_token_T
     values_T = (scores_TE * frequencies_BE[groups.ids_T]).sum(-1)
-    return scores_TE.shape[1] * (values_T * weights_B[groups.ids_T]).sum()
+    return scores_TE.shape[1] * (values_T * weights_T).sum()
 
 
-def z_loss(logits_TE: Tensor, *, step_tokens: int) -> Tensor:
+def z_loss(logits_TE: Tensor, is_token_T: Tensor, *, step_tokens: int) -> Tensor:
     """The mean over an optimizer step's tokens of (log sum_i exp logit_i)^2.
 
     ST-MoE (arXiv:2202.08906, eq. 5).
 
     Args:
-        logits_TE: [T, E] of this rank's tokens that count.
+        logits_TE: [T, E] of this rank's tokens.
+        is_token_T: [T] bool, tokens that count.
         step_tokens: tokens of the optimizer step, on all ranks.
 
     Returns:
         this rank's part of the loss, a scalar.
     """
-    return logits_TE.float().logsumexp(-1).square().sum() / step_tokens
+    return (logits_TE.float().logsumexp(-1).square() * is_token_T).sum() / step_tokens
 
 
 def load_metrics(counts_LE: Tensor) -> dict[str, float]:

@@ -109,9 +109,13 @@ class ExpertRouting:
             return replace(batch, routed_experts=None)
         if batch.routed_experts is None:
             raise ValueError("rollout.router_replay is on, and the batch has no routed_experts")
-        return replace(
-            batch, routed_experts=[row[:, self._columns] for row in batch.routed_experts]
-        )
+        if not self._columns:  # a pipeline stage of dense layers
+            return replace(batch, routed_experts=None)
+        first, last = self._columns[0], self._columns[-1]
+        columns: Any = self._columns
+        if columns == list(range(first, last + 1)):
+            columns = slice(first, last + 1)  # of which numpy makes no copy
+        return replace(batch, routed_experts=[row[:, columns] for row in batch.routed_experts])
 
     def begin_step(self, *, num_tokens: int, num_rows: int, undo_averaging: float) -> None:
         """Forget the statistics of the optimizer step before."""
@@ -139,7 +143,7 @@ class ExpertRouting:
                 step_tokens=self.step.num_tokens,
                 step_rows=self.step.num_rows,
             )
-            groups = replace(groups, ids_T=groups.ids_T[own])
+            groups = groups.at(own)
         experts = micro_batch.routed_experts
         self.tokens = _Tokens(
             micro_batch.is_token[own],
@@ -208,8 +212,7 @@ class _RoutedLayer:
             return self._route(logits)
         logits = self._with_z_loss(logits)
         probs, chosen = self._route(logits)
-        counted = self._tokens.is_token
-        self.sums[: -len(STATISTICS)] += chosen[counted].sum(0)
+        self.sums[: -len(STATISTICS)] += (chosen & self._tokens.is_token[:, None]).sum(0)
         return self._with_aux_loss(probs, chosen, logits), chosen
 
     def get_replay_topk(
@@ -230,11 +233,11 @@ class _RoutedLayer:
         replayed = tokens.experts[:, self._index].long()
         chosen = torch.where(tokens.is_routed[:, None], replayed, own)
         if torch.is_grad_enabled():
-            changed = (chosen[:, :, None] != own[:, None, :]).all(-1)
             counted = tokens.is_routed & tokens.is_token
+            changed = (chosen[:, :, None] != own[:, None, :]).all(-1) & counted[:, None]
             self._add("routed", counted.sum())
-            self._add("changed_experts", changed[counted].double().mean(-1).sum())
-            self._add("changed_tokens", changed[counted].any(-1).sum())
+            self._add("changed_experts", changed.sum() / topk)
+            self._add("changed_tokens", changed.any(-1).sum())
         return scores.gather(1, chosen), chosen
 
     def _with_z_loss(self, logits: Tensor) -> Tensor:
@@ -242,8 +245,7 @@ class _RoutedLayer:
         if coefficient == 0:
             return logits
         assert step is not None
-        counted = logits.flatten(0, 1)[self._tokens.is_token]
-        loss = z_loss(counted, step_tokens=step.num_tokens)
+        loss = z_loss(logits.flatten(0, 1), self._tokens.is_token, step_tokens=step.num_tokens)
         self._add("z_loss", loss)
         return MoEAuxLossAutoScaler.apply(logits, loss * coefficient * step.undo_averaging)
 
@@ -252,12 +254,10 @@ class _RoutedLayer:
         if groups is None:
             return probs
         assert step is not None
-        counted = self._tokens.is_token
-        groups = replace(groups, ids_T=groups.ids_T[counted])
         _, scores = compute_routing_scores_for_aux_loss(
-            logits.flatten(0, 1)[counted], router.topk, router.score_function
+            logits.flatten(0, 1), router.topk, router.score_function
         )
-        counts = groups.counts(chosen[counted])
+        counts = groups.counts(chosen)
         sharing = parallel_state.get_tensor_and_context_parallel_group()
         if sharing.size() > 1:
             dist.all_reduce(counts, group=sharing)
