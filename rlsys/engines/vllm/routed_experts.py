@@ -19,18 +19,17 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
-from vllm.platforms import current_platform
 
 OPTION = "enable_return_routed_experts"
+"""vLLM's engine argument."""
 
 
 def check_captures_experts() -> None:
     """Raise ValueError if this vLLM cannot say which experts it chose."""
-    if not hasattr(EngineArgs, OPTION):
-        import vllm
+    import vllm
+    from vllm.engine.arg_utils import EngineArgs
 
+    if not hasattr(EngineArgs, OPTION):
         raise ValueError(
             f"rollout.router_replay: vLLM {vllm.__version__} does not return the experts that it "
             "chose; install vLLM 0.26 or newer, or set rollout.router_replay to false"
@@ -61,7 +60,8 @@ def experts_of_completion(
             f"rollout.router_replay needs the experts of {num_tokens} tokens that vLLM read, and "
             f"vLLM returned {found}: {advice}"
         )
-    chosen = routed[:, list(layers)].astype(np.uint8 if num_experts <= 256 else np.int16)
+    dtype = np.uint8 if num_experts <= 256 else np.int16
+    chosen = np.ascontiguousarray(routed[:, list(layers)], dtype=dtype)  # as Ray shares arrays
     # A kernel that vLLM does not capture leaves zeros, in every token. A token never goes to the
     # same expert twice, so a few tokens show it.
     some = np.sort(chosen[:: max(1, num_tokens // 4)], axis=-1)
@@ -80,6 +80,9 @@ def connect_cpu_runner() -> None:
     capture and output are vLLM's own; what its runner does at three moments of a step is added to
     the other runner. Call it in every process that runs a part of an engine.
     """
+    from vllm.config import VllmConfig
+    from vllm.platforms import current_platform
+
     if not current_platform.is_cpu() or not hasattr(VllmConfig, "_verify_aux_output_compatibility"):
         return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
@@ -90,7 +93,7 @@ def connect_cpu_runner() -> None:
     check, start = VllmConfig._verify_aux_output_compatibility, CPUModelRunner.initialize_kv_cache
     execute, sample = CPUModelRunner.execute_model, CPUModelRunner.sample_tokens
 
-    def check_without_runner(config: VllmConfig) -> None:
+    def check_without_runner(config: Any) -> None:
         with mock.patch.object(VllmConfig, "use_v2_model_runner", True):
             check(config)
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from rlsys.config import Config, RolloutConfig
 from rlsys.config.passed_through import vllm_option_problems
+from rlsys.engines.vllm.routed_experts import OPTION as RETURN_EXPERTS
 from rlsys.model.memory import (
     BATCHED_TOKENS,
     GIB,
@@ -106,7 +107,7 @@ def engine_arguments(
         "hf_overrides": {"architectures": [shape.family.architecture]},
     }
     if rollout.router_replay:
-        arguments["enable_return_routed_experts"] = True
+        arguments[RETURN_EXPERTS] = True
     if config.model.fp32_lm_head:
         arguments["hf_overrides"]["head_dtype"] = "float32"
     if device == "cuda" and rollout.max_num_seqs > GRAPH_SEQUENCES:
