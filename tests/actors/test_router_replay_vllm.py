@@ -116,11 +116,14 @@ def test_the_mismatch_of_logprobs_falls(lab, groups, models):
     batch = build_train_batch(groups)
     mask = batch.completion_mask
     differences = {}
-    for replays, config in ((True, replaying_config), (False, policy_config)):
+    for replays, config in ((False, policy_config), (True, replaying_config)):
         options = {"dtype": "bfloat16", "max_tokens_per_micro_batch": 1024}
         policy = lab.policy(config(models[2], **options))
         difference = (policy.compute_logprobs(batch)[0] - batch.rollout_logprobs)[mask].abs()
         differences[replays] = difference.mean().item(), difference.max().item()
+    metrics = policy.update(batch).metrics
+    assert 0 < metrics["router_replay/changed_experts"] < 0.1
+    assert metrics["router_replay/changed_experts"] < metrics["router_replay/changed_tokens"]
     assert differences[True][0] < 0.8 * differences[False][0]
     assert differences[True][1] < differences[False][1]
 

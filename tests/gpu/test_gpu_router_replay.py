@@ -57,12 +57,12 @@ def config_of(folder, batch, *, replays, dtype="auto", **policy):
 def test_replay_closes_the_gap_that_rounding_opens(lab, folder, batch):
     mask, differences = batch.completion_mask, {}
     for replays in (False, True):
-        policy = lab.policy(config_of(folder, batch, replays=replays))
+        policy = lab.policy(config_of(folder, batch, replays=replays, dtype="bfloat16"))
         found = (policy.compute_logprobs(batch)[0] - batch.rollout_logprobs)[mask].abs()
         differences[replays] = found.mean().item()
     metrics = policy.update(batch).metrics
-    assert 0 < metrics["router_replay/changed_experts"] < 0.1
-    assert metrics["router_replay/changed_tokens"] < 0.3
+    assert 0 < metrics["router_replay/changed_experts"] < 0.2
+    assert metrics["router_replay/changed_tokens"] < 0.5
     assert differences[True] < 0.8 * differences[False]
 
 
