@@ -123,6 +123,10 @@ MODELS = {
     "llama-dynamic": ("LlamaConfig", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "mistral-window": ("MistralConfig", {"sliding_window": 5}),
+    "ministral": (
+        "MinistralConfig",
+        {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     # Positions from 16 on have scaled queries.
     "ministral3": ("Ministral3Config", {"rope_parameters": MINISTRAL_ROPE}),
     "ministral3-window": (
@@ -194,6 +198,7 @@ WITHOUT = {
     "glm4_moe-qk-norm": {"partial_rotary_factor": 0.5},
     "qwen2_moe": {"norm_topk_prob": True},
     "llama-linear": {"rope_parameters": PLAIN_ROPE},
+    "ministral": {"layer_types": ["full_attention"] * 2},
     "ministral3": {"rope_parameters": MINISTRAL_ROPE | {"llama_4_scaling_beta": 0.0}},
     "ministral3-window": {"sliding_window": None},
     "mistral-window": {"sliding_window": None},

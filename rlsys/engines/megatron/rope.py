@@ -49,7 +49,7 @@ def place_rotary(model: GPTModel, hf: PretrainedConfig, shape: ModelShape, *, lo
     latent = shape.latent
     # In latent attention each layer looks its angles up, and turns the last numbers of a head.
     holders = [model] if latent is None else [each.self_attention for each in model.decoder.layers]
-    for holder in holders:
+    for holder in holders if kinds else []:
         holder.rotary_pos_emb = Rotary(holder.rotary_pos_emb, [tables[kind][0] for kind in kinds])
     start = 0 if latent is None else latent.qk_nope_head_dim
     for layer in model.decoder.layers:

@@ -5,6 +5,7 @@ from rlsys.model.families.deepseek_v3 import DEEPSEEK_V3
 from rlsys.model.families.gemma3 import GEMMA3
 from rlsys.model.families.glm4_moe import GLM4_MOE
 from rlsys.model.families.llama import LLAMA
+from rlsys.model.families.ministral import MINISTRAL
 from rlsys.model.families.ministral3 import MINISTRAL3
 from rlsys.model.families.mistral import MISTRAL
 from rlsys.model.families.olmo2 import OLMO2
@@ -26,6 +27,7 @@ FAMILIES = {
         GLM4_MOE,
         LLAMA,
         MISTRAL,
+        MINISTRAL,
         MINISTRAL3,
         OLMO2,
         OLMO3,
