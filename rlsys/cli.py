@@ -241,9 +241,8 @@ def _export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max_shard_size",
-        default="5GB",
         metavar="SIZE",
-        help="size of a safetensors file at most, such as 5GB or 500MiB; default 5GB",
+        help="with --to hf: size of a file at most, such as 5GB or 500MiB; default 5GB",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
     parser.add_argument(

@@ -25,6 +25,8 @@ from rlsys.run.folder import RunDir
 from rlsys.run.model_source import find_model
 from rlsys.text import counted
 
+MAX_SHARD_SIZE = "5GB"
+
 
 @dataclass(frozen=True, slots=True)
 class Export:
@@ -106,6 +108,10 @@ def main(args: argparse.Namespace) -> bool | None:
 
 
 def _plan(args: argparse.Namespace) -> Export:
+    if args.max_shard_size is not None and args.to == "mcore":
+        raise ValueError("--max_shard_size is for --to hf: leave it out")
+    if (args.prompts is not None or args.per_layer) and not args.test_convert_precision:
+        raise ValueError("--prompts and --per_layer are for --test_convert_precision: add it")
     place = Path(args.source).expanduser()
     is_mcore = is_mcore_folder(place)
     if is_mcore:
@@ -130,7 +136,7 @@ def _plan(args: argparse.Namespace) -> Export:
         to=args.to,
         out=args.out.expanduser(),
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
-        max_shard_bytes=parse_size(args.max_shard_size),
+        max_shard_bytes=parse_size(args.max_shard_size or MAX_SHARD_SIZE),
     )
 
 

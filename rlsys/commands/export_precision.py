@@ -126,7 +126,7 @@ def _texts(given: str) -> Iterator[Any]:
     place = Path(given).expanduser()
     if not place.is_file():
         if place.suffix in (".txt", ".jsonl"):
-            raise ValueError(f"--prompts {given}: there is no such file")
+            raise ValueError(f"--prompts {given}: the file does not exist")
         yield given
         return
     for number, line in enumerate(place.read_text("utf-8").splitlines(), start=1):

@@ -47,15 +47,13 @@ def save_optimizer(
     save_torch_dist(state, folder / OPTIMIZER_FOLDER)
 
 
-def save_torch_dist(
-    state: dict[str, Any], folder: Path, content_metadata: dict[str, Any] | None = None
-) -> None:
+def save_torch_dist(state: dict[str, Any], folder: Path) -> None:
     """Write a state of sharded tensors and other values into `folder`; every rank calls."""
     # Saving is synchronous, so a plain queue suffices. The default one starts a server process,
     # which takes seconds and imports __main__ again.
     filesystem_async._results_queue = queue.Queue()
     folder.mkdir(exist_ok=True)
-    dist_checkpointing.save(state, str(folder), content_metadata=content_metadata)
+    dist_checkpointing.save(state, str(folder))
 
 
 def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:

@@ -12,7 +12,9 @@ import torch
 
 from rlsys.model.weight_files import RELEASE, TRACKER
 
-_INDEX, _COMMON, _KIND = ".metadata", "common.pt", "metadata.json"
+COMMON = "common.pt"
+"""What is not a tensor; megatron-core 0.16 unpickles it."""
+_INDEX, _KIND = ".metadata", "metadata.json"
 
 
 def is_mcore_folder(folder: Path) -> bool:
@@ -48,8 +50,7 @@ def check_mcore_files(folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no config.json, so `rlsys export` did not write it: convert it with "
-            "the program that wrote it (`swift export --to_hf true`, or Megatron-Bridge), or copy "
-            "config.json and the tokenizer of its model into it"
+            "the program that wrote it (`swift export --to_hf true`, or Megatron-Bridge)"
         )
     needed: dict[str, int] = {}
     for part in _index(place / _INDEX).storage_data.values():
@@ -64,15 +65,14 @@ def check_mcore_files(folder: Path) -> None:
                 f"{file} is cut off, it has {file.stat().st_size:,} bytes and by {_INDEX} at least "
                 f"{size:,}: copy it again"
             )
-    if (place / _COMMON).is_file():
-        try:
-            torch.load(place / _COMMON, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(
-                f"{place / _COMMON} is damaged, or holds Python objects, which could run code. "
-                "rlsys reads the folders that `rlsys export` wrote: convert others with the "
-                "program that wrote them"
-            ) from error
+    try:
+        torch.load(place / COMMON, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{place / COMMON} is missing or damaged, or holds Python objects, which could run "
+            "code. rlsys reads the folders that `rlsys export` wrote: convert others with the "
+            "program that wrote them"
+        ) from error
 
 
 def stored_numbers(folder: Path, *, without: tuple[str, ...]) -> Counter[torch.dtype]:

@@ -29,7 +29,7 @@ from rlsys.config import PolicyConfig
 from rlsys.engines.megatron.build import build_model, transformer_config
 from rlsys.engines.megatron.checkpoint import save_torch_dist
 from rlsys.engines.megatron.hf_folder import copy_model_files, untrained_tensors
-from rlsys.engines.megatron.mcore_files import check_mcore_files, mcore_weights
+from rlsys.engines.megatron.mcore_files import COMMON, check_mcore_files, mcore_weights
 from rlsys.engines.megatron.parallel import ParallelLayout, initialize_parallel
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.files import replacing_folder
@@ -81,8 +81,9 @@ def save_mcore_folder(
         copy_model_files(source, partial, dtype)
         state = weights.sharded_state()
         state |= {extra.unique_key: extra for extra in _extra_states(state)}
-        content = weights.sharding
-        save_torch_dist(_COMMON | {"model": state}, partial / RELEASE, content_metadata=content)
+        save_torch_dist({"model": state}, partial / RELEASE)
+        # megatron-core 0.19 has another place for this, and reads the older one too.
+        torch.save(_COMMON | {"content_metadata": weights.sharding}, partial / RELEASE / COMMON)
         untrained = dict(untrained_tensors(source, dtype))
         if untrained:
             save_file(untrained, partial / RELEASE / UNTRAINED_FILE, metadata={"format": "pt"})

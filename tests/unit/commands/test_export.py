@@ -313,6 +313,19 @@ def test_other_sizes_are_refused(model, tmp_path, capsys, text):
     assert "is not a size such as 5GB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("to", "words", "message"),
+    [
+        ("mcore", ["--max_shard_size", "1GB"], "--max_shard_size is for --to hf"),
+        ("hf", ["--per_layer"], "are for --test_convert_precision: add it"),
+        ("hf", ["--prompts", "a"], "are for --test_convert_precision: add it"),
+    ],
+)
+def test_options_that_nothing_would_read_are_refused(model, tmp_path, capsys, to, words, message):
+    assert export(model, tmp_path / "out", *words, to=to) == 2
+    assert message in capsys.readouterr().err
+
+
 # --- processes -----------------------------------------------------------------------------------
 
 LARGE = {
@@ -468,7 +481,7 @@ def test_weights_that_are_wrong_by_little_fail_the_test(real, tmp_path, capsys, 
     [
         ("p.txt", "", "it holds no prompt"),
         ("p.jsonl", '{"text": "a"}', "line 1 is not a JSON object with prompt or messages"),
-        ("none.txt", None, "there is no such file"),
+        ("none.txt", None, "the file does not exist"),
     ],
 )
 def test_prompts_are_read_before_anything_is_written(real, tmp_path, capsys, name, text, words):
