@@ -1,4 +1,4 @@
-"""DeepSeek-V3, R1, Moonlight, Kimi-K2's text: latent attention, and experts of sigmoid routers."""
+"""DeepSeek-V3, R1 and Moonlight: latent attention, and experts of sigmoid routers."""
 
 from collections.abc import Mapping
 from typing import Any
