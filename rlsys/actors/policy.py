@@ -86,10 +86,8 @@ class PolicyRank(ModelRank):
 
         `to` names the receivers; these connections replace the earlier ones to the same receivers.
         """
-        from rlsys.engines.megatron.export import BucketExport
-
         links = self.links[to] = []
-        exports: dict[Any, BucketExport] = {}
+        exports: dict[Any, Any] = {}
         mib = max(bucket.nbytes for c in connections for bucket in c.buckets()) / 2**20
         with out_of_memory_explained(
             f"two buckets of {mib:,.0f} MiB to send weights in: lower weight_sync.bucket_mb"
@@ -100,7 +98,7 @@ class PolicyRank(ModelRank):
                 is_sender = connection.sender == self.rank
                 export = exports.get((connection.sender, connection.slices))
                 if export is None:  # engines that share a GPU get the same slices, in turn
-                    export = BucketExport(self.engine.weights, connection)
+                    export = self.engine.export_to(connection)
                     exports[connection.sender, connection.slices] = export
                 sender = WeightSender(connection, self.engine.device, memory) if is_sender else None
                 links.append(WeightLink(export, sender))

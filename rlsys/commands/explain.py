@@ -78,6 +78,7 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
             print_pairs(console, "Experts", experts)
         rows = count_rows(config.data)
         counted_config = config if rows is None else config.with_steps(rows)
+        print_pairs(console, "Model", _describe_model(config, shapes[0]))
         _print_saved(counted_config, shapes[0], device, console)
         _print_memory(counted_config, shapes, device, console)
     _print_problems(problems, config, console)
@@ -154,12 +155,26 @@ def _describe_role(name: str, roles: list[Role]) -> str:
 def _read_shapes(config: Config) -> tuple[ModelShape, ModelShape] | None:
     """The models of policy and reference; None if a config.json is not on this machine."""
     try:
-        shape = read_model_shape(find_model_folder(config.model.path))
+        shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
         if config.grpo.beta == 0:
             return shape, shape
-        return shape, read_model_shape(find_model_folder(config.reference_path))
+        return shape, read_model_shape(find_model_folder(config.reference_path), may_bridge=True)
     except ValueError:  # one of the problems, which are printed last
         return None
+
+
+def _describe_model(config: Config, shape: ModelShape) -> list[tuple[str, str]]:
+    """(part, description): what the model is, and what reads and writes its weights."""
+    pairs = [("architecture", f"{shape.family.architecture}, {shape.num_params / 1e6:,.1f} M")]
+    if config.model.bridge == "mcore_bridge" or shape.family.is_bridged:
+        text = (
+            "through mcore-bridge, which also reads config.json: rlsys does not check its keys. "
+            "Sizes are estimates, and the first step's logp_difference says whether policy "
+            "and rollout engine compute the same model"
+        )
+    else:
+        text = "by rlsys's own table, each key of config.json checked"
+    return [*pairs, ("weights", text)]
 
 
 def _print_saved(config: Config, shape: ModelShape, device: Device, console: Console) -> None:

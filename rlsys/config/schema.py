@@ -184,6 +184,11 @@ class ModelConfig(Section):
 
     path: PathText = Field(min_length=1)
     """Hugging Face model folder or hub id. docs/models.md lists the families."""
+    bridge: Literal["auto", "rlsys", "mcore_bridge"] = "auto"
+    """What reads and writes the weights. rlsys: its own table, which knows these families. On
+    GPUs, mcore_bridge: the package mcore-bridge (`pip install 'rlsys[bridge]'`), which knows more;
+    it gathers weights one tensor at a time, so weight sync takes longer. auto: rlsys where it knows
+    the model, else mcore_bridge."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of the weights in policy, reference and rollout engine. auto: bfloat16 on GPUs, float32
     on CPU, where engines then agree to 1e-5."""
@@ -895,6 +900,10 @@ class Config(Section):
                 and self.overlaps_grad_reduce(on_cpu=on_cpu)
             )
         return self.policy.overlap_param_gather
+
+    def may_bridge(self, *, on_cpu: bool) -> bool:
+        """Whether mcore-bridge may have the weights; it needs Transformer Engine, so GPUs."""
+        return not on_cpu and self.model.bridge != "rlsys"
 
     def model_dtype(self, *, on_cpu: bool) -> Literal["float32", "bfloat16"]:
         """The weights' type on the device of the run."""

@@ -41,13 +41,13 @@ _MAX_PADDING = 1024
 """Embeddings without a token that a vocabulary of any size may be filled up with."""
 
 
-def check_model_folder(folder: Path, *, has_prompts: bool) -> None:
+def check_model_folder(folder: Path, shape: ModelShape, *, has_prompts: bool) -> None:
     """Refuse a model folder with problems.
 
     Raises:
         ProblemsError: lists what `folder_problems` finds.
     """
-    problems = folder_problems(folder, read_model_shape(folder), has_prompts=has_prompts)
+    problems = folder_problems(folder, shape, has_prompts=has_prompts)
     if problems:
         raise ProblemsError(str(folder), list(map(Problem, problems)))
 
@@ -66,7 +66,7 @@ def folder_problems(folder: Path, shape: ModelShape, *, has_prompts: bool) -> li
 def model_notes(folder: Path) -> list[str]:
     """What a run ignores in config.json, and token ids that no text shows."""
     notes = []
-    shape = read_model_shape(folder)
+    shape = read_model_shape(folder, may_bridge=True)
     if shape.num_mtp_layers:
         notes.append(
             f"{folder}: the layers from {shape.num_layers} on, which predict further tokens "
@@ -121,7 +121,10 @@ def weight_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
                 f"{folder} holds model.safetensors and {INDEX}, which does not name it: two sets "
                 "of weights, of which transformers reads one and vLLM the other. Delete one of them"
             )
-    yield from broken or _table_problems(folder, shape, stored)
+    if broken or shape.family.is_bridged:  # mcore-bridge knows which tensors the model has
+        yield from broken
+        return
+    yield from _table_problems(folder, shape, stored)
 
 
 def _table_problems(
@@ -147,7 +150,7 @@ def _table_problems(
             )
         elif any(f"model.{name}" in expected for name in stored):
             hint = "its names lack `model.`: save the model by its class ...ForCausalLM"
-        yield f"{folder} lacks {_some(missing)}: {hint}"
+        yield f"{folder} lacks {some(missing)}: {hint}"
     unknown = [
         name
         for name in stored
@@ -160,7 +163,7 @@ def _table_problems(
         files = {stored[name].file for name in unknown}
         foreign = files.isdisjoint(tensor.file for tensor in found.values())
         yield (
-            f"{folder}: {_some(sorted(file.name for file in files))} holds {_some(unknown)}, which "
+            f"{folder}: {some(sorted(file.name for file in files))} holds {some(unknown)}, which "
             f"a {shape.model_type} of its config.json does not have: rlsys would leave them out, "
             "and compute another model"
             + (". Move the file elsewhere if it is not of this model" if foreign else "")
@@ -170,7 +173,7 @@ def _table_problems(
         names = [name for name, tensor in found.items() if tensor.dtype == dtype]
         method = "fp8" if dtype.startswith("F8") else dtype
         yield (
-            f"{found[names[0]].file}: {_some(names)} stored as {dtype}: {quantized_problem(method)}"
+            f"{found[names[0]].file}: {some(names)} stored as {dtype}: {quantized_problem(method)}"
         )
     if shape.tied and HF_OUTPUT in stored and HF_EMBEDDING in stored:
         embedding, output = stored[HF_EMBEDDING], stored[HF_OUTPUT]
@@ -210,7 +213,7 @@ def _same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     return True
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """`a, b, c and 7 more`."""
     more = len(names) - _MAX_NAMED
     return ", ".join(names[:_MAX_NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -59,7 +59,7 @@ def unknown_type_problem(values: Mapping[str, Any], known: Collection[str]) -> s
         reason = f": {_WHY_NOT[model_type]}" if model_type in _WHY_NOT else ""
         return (
             f"model_type {model_type!r} is not supported{reason}; use a model of type "
-            f"{', '.join(known)}"
+            f"{', '.join(known)}. On GPUs mcore-bridge has more, see model.bridge"
         )
     inner = str(text.get("model_type"))
     return (

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlsys.model.families import FAMILIES
 from rlsys.model.families.base import LayerShape, ModelFamily
+from rlsys.model.families.bridged import bridged_family
 from rlsys.model.families.latent import LatentAttention
 from rlsys.model.folder import read_json
 from rlsys.model.keys import key_problems
@@ -20,7 +21,7 @@ from rlsys.model.other_kinds import refuse_other_kind, unknown_type_problem
 class ModelShape:
     """Sizes of a decoder, and what its layers are."""
 
-    model_type: str
+    family: ModelFamily
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -64,6 +65,11 @@ class ModelShape:
     topk_group: int = 1
 
     @property
+    def model_type(self) -> str:
+        """The model_type of config.json."""
+        return self.family.model_type
+
+    @property
     def is_moe(self) -> bool:
         """Whether any layer has experts."""
         return self.num_experts > 0
@@ -82,11 +88,6 @@ class ModelShape:
     def has_windows(self) -> bool:
         """Whether any layer has a sliding window."""
         return any(layer.window for layer in self.layers)
-
-    @property
-    def family(self) -> ModelFamily:
-        """What all models of its model_type have in common."""
-        return FAMILIES[self.model_type]
 
     @property
     def embedding_params(self) -> int:
@@ -137,8 +138,12 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return read_json(file)
 
 
-def read_model_shape(folder: Path) -> ModelShape:
+def read_model_shape(folder: Path, *, may_bridge: bool = False) -> ModelShape:
     """The shape in `folder/config.json`.
+
+    Args:
+        folder: the model folder.
+        may_bridge: mcore-bridge may have the weights, see Config.may_bridge.
 
     Raises:
         ValueError: config.json is missing, cannot be read, or is of a model that rlsys does not
@@ -148,16 +153,17 @@ def read_model_shape(folder: Path) -> ModelShape:
     values = read_model_config(folder)
     model_type = values.get("model_type")
     family = FAMILIES.get(str(model_type))
-    if family is None:
+    if family is None and ("text_config" in values or not may_bridge):
         raise ValueError(f"{file}: {unknown_type_problem(values, FAMILIES)}")
-    problems = list(key_problems(values))
+    problems = [] if family is None else list(key_problems(values))
     if problems:
         raise ValueError("\n".join(f"{file}: {problem}" for problem in problems))
-    values = {**family.defaults, **values}
     try:
+        family = family or bridged_family(values)
+        values = {**family.defaults, **values}
         num_heads = values["num_attention_heads"]
         return ModelShape(
-            model_type=family.model_type,
+            family=family,
             vocab_size=values["vocab_size"],
             hidden_size=values["hidden_size"],
             intermediate_size=values["intermediate_size"],

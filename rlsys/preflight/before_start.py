@@ -13,6 +13,7 @@ from rlsys.data.sources import raise_if_any
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder, model_notes
+from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.plugins.load import load_plugins, load_what_loads
 from rlsys.preflight.data import check_prompt_tokens
@@ -33,7 +34,7 @@ def load_data(config: Config) -> PromptData:
     use_cache_without_hub(config)
     folder = resolve_model_path(config.model.path)
     if folder != Path(config.model.path):  # preflight saw only the config of a hub model
-        check_model_folder(folder, has_prompts=True)
+        check_model_folder(folder, read_model_shape(folder, may_bridge=True), has_prompts=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = load_checked_prompts(config, tokenizer)
     check_prompt_tokens(folder, tokenizer, [*data.train, *data.held_out])

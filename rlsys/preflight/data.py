@@ -203,7 +203,7 @@ def check_prompt_tokens(
     Raises:
         ValueError: names prompts, a token, both sizes and the remedy.
     """
-    size, known = read_model_shape(folder).vocab_size, num_token_ids(folder)
+    size, known = read_model_shape(folder, may_bridge=True).vocab_size, num_token_ids(folder)
     if known is not None and known <= size:
         return
     wrong = [prompt for prompt in prompts if max(prompt.token_ids) >= size]

@@ -47,6 +47,14 @@ def guess_device(config: Config) -> Device:
     return "cuda" if visible_gpus() else "cpu"
 
 
+def may_bridge(config: Config) -> bool:
+    """Config.may_bridge, on this machine or on the Ray cluster that RAY_ADDRESS names."""
+    on_cpu = guess_device(config) == "cpu"
+    if config.device == "auto" and os.environ.get("RAY_ADDRESS"):
+        on_cpu = False  # the cluster may have GPUs
+    return config.may_bridge(on_cpu=on_cpu)
+
+
 def device_of_packages() -> Device | None:
     """The device that the installed vLLM is built for; None without vLLM."""
     version = installed_version("vllm")

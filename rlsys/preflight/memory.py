@@ -20,7 +20,8 @@ def memory_warnings(config: Config, device: Device) -> list[str]:
         return []
     reference_path = config.reference_path if config.grpo.beta else config.model.path
     policy, reference = (
-        read_model_shape(find_model_folder(path)) for path in (config.model.path, reference_path)
+        read_model_shape(find_model_folder(path), may_bridge=True)
+        for path in (config.model.path, reference_path)
     )
     estimate = estimate_memory(config, policy, reference, device=device)
     return gpu_warnings(config, estimate, gpu_gib)

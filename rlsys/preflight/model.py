@@ -9,12 +9,14 @@ from pathlib import Path
 
 from rlsys.config import Config
 from rlsys.model.attention import window_problem
+from rlsys.model.families.bridged import DISTRIBUTION
 from rlsys.model.folder import find_model_folder
 from rlsys.model.folder_check import folder_problems
 from rlsys.model.memory import kv_cache_bytes, longest_row
 from rlsys.model.other_kinds import refuse_other_kind
 from rlsys.model.shape import ModelShape, read_model_shape
-from rlsys.preflight.devices import guess_device
+from rlsys.packages import installed_version
+from rlsys.preflight.devices import guess_device, may_bridge
 from rlsys.preflight.experts import expert_problems
 from rlsys.problems import Problem
 
@@ -61,12 +63,12 @@ def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | Non
         return None, [Problem(f"{field}: {error}", only_here=True)]
     try:
         refuse_other_kind(folder)
-        shape = read_model_shape(folder)
+        shape = read_model_shape(folder, may_bridge=may_bridge(config))
     except ValueError as error:
         return None, [Problem(f"{field}: {line}") for line in str(error).splitlines()]
-    problems = []
+    problems = list(_bridge(config, field, shape))
     if folder == Path(path):  # only config.json of a hub model is here yet
-        problems = [
+        problems += [
             Problem(f"{field}: {text}", only_here=True)
             for text in folder_problems(folder, shape, has_prompts=field == "model.path")
         ]
@@ -81,6 +83,41 @@ def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | Non
             )
         )
     return shape, problems
+
+
+def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
+    """Whether mcore-bridge can have the model, if model.bridge or its model_type leaves it that."""
+    if config.model.bridge != "mcore_bridge" and not shape.family.is_bridged:
+        return
+    if not may_bridge(config):
+        yield Problem(
+            "model.bridge = mcore_bridge needs GPUs, where Transformer Engine runs: set it to auto"
+        )
+    elif installed_version(DISTRIBUTION) is None and not os.environ.get("RAY_ADDRESS"):
+        yield Problem(
+            f"{field}: model_type {shape.model_type!r} is left to {DISTRIBUTION}, which is not "
+            "installed: `pip install 'rlsys[bridge]'`",
+            only_here=True,
+        )
+    routing = [
+        name
+        for name, value in (
+            ("rollout.router_replay", config.rollout.router_replay),
+            ("policy.moe_aux_loss_coeff", config.policy.moe_aux_loss_coeff),
+            ("policy.moe_z_loss_coeff", config.policy.moe_z_loss_coeff),
+        )
+        if value
+    ]
+    if routing:
+        yield Problem(
+            f"{field}: {', '.join(routing)} work on the experts of rlsys's own models, and "
+            f"{shape.model_type} is left to {DISTRIBUTION}: leave them out"
+        )
+    if config.reference.sync_steps is not None:
+        yield Problem(
+            f"{field}: reference.sync_steps mixes weights tensor by tensor, and {DISTRIBUTION}, "
+            f"which has those of {shape.model_type}, cannot: leave it out"
+        )
 
 
 def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:

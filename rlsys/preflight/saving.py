@@ -163,7 +163,7 @@ def _how_often(config: Config) -> str:
 
 def saving_lines(config: Config) -> Iterator[str]:
     """What the run saves, how often, where, and how much disk that takes."""
-    shape = read_model_shape(resolve_model_path(config.model.path))
+    shape = read_model_shape(resolve_model_path(config.model.path), may_bridge=True)
     use = disk_use(config, shape, device=guess_device(config))
     yield "saving: " + "; ".join(f"{what} {text}" for what, text in describe_saving(config, use))
     warning = disk_warning(config, use)

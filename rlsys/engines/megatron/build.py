@@ -39,23 +39,20 @@ def transformer_config(
     dtype: torch.dtype,
     policy: PolicyConfig,
     on_cpu: bool,
+    bridged: bool,
 ) -> TransformerConfig:
     """megatron-core's config of the model, for the parallel layout that is initialised.
+
+    `bridged`: mcore-bridge describes the model, and builds it.
 
     Raises:
         ValueError: this machine lacks the attention of policy.attention_backend.
     """
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    cp = parallel_state.get_context_parallel_world_size()
-    device: Device = "cpu" if on_cpu else "cuda"
-    problem = attention_problem(
-        policy.attention_backend,
-        context_parallel_size=cp,
-        device=device,
-        dtype=str(dtype).rpartition(".")[2],
-    ) or window_problem(shape, context_parallel_size=cp, device=device)
-    if problem is not None:
-        raise ValueError(problem.text)
+    options = _run_options(shape, dtype=dtype, policy=policy, on_cpu=on_cpu)
+    if bridged:
+        from rlsys.engines.megatron.bridge import bridged_config
+
+        return bridged_config(hf, options, policy)
     own = dict(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -68,6 +65,31 @@ def transformer_config(
         add_bias_linear=False,
         attention_dropout=0.0,
         hidden_dropout=0.0,
+        **_attention_options(shape),
+        **(_expert_options(shape, policy) if shape.is_moe else {}),
+        **options,
+    )
+    if shape.latent is None:
+        return megatron_config(TransformerConfig, own, policy)
+    return megatron_config(MLATransformerConfig, own | latent_options(hf, shape), policy)
+
+
+def _run_options(
+    shape: ModelShape, *, dtype: torch.dtype, policy: PolicyConfig, on_cpu: bool
+) -> dict[str, Any]:
+    """Options of the run and this machine, not of the model."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    cp = parallel_state.get_context_parallel_world_size()
+    device: Device = "cpu" if on_cpu else "cuda"
+    problem = attention_problem(
+        policy.attention_backend,
+        context_parallel_size=cp,
+        device=device,
+        dtype=str(dtype).rpartition(".")[2],
+    ) or window_problem(shape, context_parallel_size=cp, device=device)
+    if problem is not None:
+        raise ValueError(problem.text)
+    return dict(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
         context_parallel_size=cp,
@@ -80,16 +102,12 @@ def transformer_config(
         attention_backend=AttnBackend[policy.attention_backend],
         # Asks for an extension of Apex that nothing here uses: see `fuse_weight_gradients`.
         gradient_accumulation_fusion=False,
-        **_attention_options(shape),
         **dict.fromkeys(_CUDA_OPTIONS, not on_cpu),
         # megatron-core's fused kernels know silu, and another gelu.
         bias_activation_fusion=not on_cpu and shape.family.activation == "silu",
-        **(_expert_options(shape, policy, on_cpu=on_cpu) if shape.is_moe else {}),
+        **(_expert_parallel(on_cpu=on_cpu) if shape.is_moe else {}),
         **_recompute_options(policy, is_moe=shape.is_moe),
     )
-    if shape.latent is None:
-        return megatron_config(TransformerConfig, own, policy)
-    return megatron_config(MLATransformerConfig, own | latent_options(hf, shape), policy)
 
 
 _ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -137,11 +155,8 @@ def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:
     return {"recompute_granularity": policy.recompute, **options}
 
 
-def _expert_options(shape: ModelShape, policy: PolicyConfig, *, on_cpu: bool) -> dict[str, Any]:
-    """Options of a mixture of experts; no token is dropped."""
-    ep = parallel_state.get_expert_model_parallel_world_size()
-    # megatron-core 0.16 would not sum their gradients over the tensor-parallel ranks.
-    assert ep > 1 or parallel_state.get_tensor_model_parallel_world_size() == 1, "see preflight"
+def _expert_options(shape: ModelShape, policy: PolicyConfig) -> dict[str, Any]:
+    """What config.json says of a mixture of experts."""
     options: dict[str, Any] = {}
     if shape.has_dense_mlp:
         options["moe_layer_freq"] = [int(layer.has_experts) for layer in shape.layers]
@@ -169,10 +184,19 @@ def _expert_options(shape: ModelShape, policy: PolicyConfig, *, on_cpu: bool) ->
         # transformers takes softmax over all experts, then the largest, then normalises if the
         # model says so. Normalised, that is the softmax over the largest logits alone.
         "moe_router_pre_softmax": not shape.norm_topk_prob,
-        "moe_router_load_balancing_type": "none",  # see `ExpertRouting`
         # transformers computes sigmoid routers in fp32, others in the model's type.
         "moe_router_dtype": policy.moe_router_dtype
         or ("fp32" if shape.has_sigmoid_router else None),
+    }
+
+
+def _expert_parallel(*, on_cpu: bool) -> dict[str, Any]:
+    """How experts run; no token is dropped."""
+    ep = parallel_state.get_expert_model_parallel_world_size()
+    # megatron-core 0.16 would not sum their gradients over the tensor-parallel ranks.
+    assert ep > 1 or parallel_state.get_tensor_model_parallel_world_size() == 1, "see preflight"
+    return {
+        "moe_router_load_balancing_type": "none",  # see `ExpertRouting`
         "moe_token_dispatcher_type": "alltoall",
         # All experts of a rank in one kernel, and tokens sorted by another: Transformer Engine's.
         "moe_grouped_gemm": not on_cpu,
@@ -190,7 +214,7 @@ def build_model(
     longest: int,
     on_cpu: bool,
 ) -> GPTModel:
-    """This rank's GPTModel, without weights; its output is hidden states, see `LogprobHead`.
+    """This rank's GPTModel, without weights.
 
     Args:
         longest: tokens of the longest row of the run.
@@ -214,11 +238,15 @@ def build_model(
     place_rotary(model, hf, shape, longest=longest)
     if shape.latent is not None:
         set_norm_eps(model)
-    if model.post_process:
-        # The logits of a whole micro-batch would be the largest tensor of the step, so the model
-        # ends at its hidden states and log-probs are taken from them chunk by chunk.
-        model.output_layer.forward = lambda hidden, **_: (hidden, None)
     return model
+
+
+def end_at_hidden_states(model: GPTModel) -> None:
+    """Let the last stage return hidden states, from which log-probs are taken chunk by chunk.
+
+    The logits of a whole micro-batch would be the largest tensor of the step.
+    """
+    model.output_layer.forward = lambda hidden, **_: (hidden, None)
 
 
 def fuse_weight_gradients(model: GPTModel) -> None:

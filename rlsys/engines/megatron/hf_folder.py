@@ -107,7 +107,7 @@ def untrained_tensors(
     """
     if not read_model_config(folder).get("num_nextn_predict_layers"):
         return
-    shape = read_model_shape(folder)
+    shape = read_model_shape(folder, may_bridge=True)
     place = folder / RELEASE if (folder / RELEASE / UNTRAINED_FILE).is_file() else folder
     if not weight_files(place):
         return

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -31,18 +32,29 @@ from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.sampling import Sampling
 from rlsys.config import Config
 from rlsys.config.passed_through import megatron_option_problems
-from rlsys.engines.megatron.build import LogprobHead, build_model, transformer_config
+from rlsys.engines.megatron.build import (
+    LogprobHead,
+    build_model,
+    end_at_hidden_states,
+    transformer_config,
+)
+from rlsys.engines.megatron.export import BucketExport
 from rlsys.engines.megatron.hf_folder import save_model_folder, untrained_tensors
 from rlsys.engines.megatron.routing import ExpertRouting
+from rlsys.engines.megatron.stream_export import StreamExport
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder
 from rlsys.model.memory import longest_row
-from rlsys.model.shape import read_model_shape
+from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids
 from rlsys.problems import ProblemsError
 from rlsys.types import Device, TrainBatch
+from rlsys.weight_sync.connection import Connection
+
+if TYPE_CHECKING:
+    from rlsys.engines.megatron.bridge import BridgedWeights
 
 ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
 """Function that writes a model folder: see `save_model_folder`."""
@@ -66,37 +78,62 @@ class MegatronModel:
         self.device = torch.device(device)
         self.folder = resolve_model_path(path)
         self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
-        shape = read_model_shape(self.folder)  # refuses unsupported models
+        # Refuses unsupported models.
+        shape = read_model_shape(self.folder, may_bridge=config.may_bridge(on_cpu=self.on_cpu))
         # Preflight has not seen the files of a hub model, nor those on another host.
-        check_model_folder(self.folder, has_prompts=False)
+        check_model_folder(self.folder, shape, has_prompts=False)
+        self._is_bridged = config.model.bridge == "mcore_bridge" or shape.family.is_bridged
         self.hf_config = AutoConfig.from_pretrained(self.folder)
         self.transformer_config = transformer_config(
-            self.hf_config, shape, dtype=self.dtype, policy=config.policy, on_cpu=self.on_cpu
+            self.hf_config,
+            shape,
+            dtype=self.dtype,
+            policy=config.policy,
+            on_cpu=self.on_cpu,
+            bridged=self._is_bridged,
         )
         with out_of_memory_explained(f"the {self.role}'s weights: {self.more_gpus}"):
-            self.model = build_model(
-                self.hf_config,
-                shape,
-                self.transformer_config,
-                longest=longest_row(config),
-                on_cpu=self.on_cpu,
-            ).to(self.device)
-            self.weights = MegatronWeights(self.model, shape)
+            self._build(shape)
             self.weights.load(self.folder)
         self.routing = None
-        if shape.is_moe:
+        if shape.is_moe and not self._is_bridged:
             replays = self.role == "policy" and config.rollout.router_replay
             self.routing = ExpertRouting(
                 [self.model], shape.expert_layers, config.policy, replays=replays
             )
         self._head = None
         if self.model.post_process:
+            end_at_hidden_states(self.model)
             self._head = LogprobHead(self.model, config, self._sampling(shape.vocab_size))
             if not self.on_cpu:
                 self._head.warm_up(trains=trains, entropy_bonus=config.grpo.entropy_coef > 0)
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._cp_group = parallel_state.get_context_parallel_group()
+
+    def _build(self, shape: ModelShape) -> None:
+        """Make the model and its weight table, rlsys's or mcore-bridge's."""
+        self.weights: MegatronWeights | BridgedWeights
+        if self._is_bridged:
+            from rlsys.engines.megatron.bridge import BridgedWeights, build_bridged_model
+
+            self.model = build_bridged_model(self.transformer_config).to(self.device)
+            self.weights = BridgedWeights(self.model, self.transformer_config)
+        else:
+            self.model = build_model(
+                self.hf_config,
+                shape,
+                self.transformer_config,
+                longest=longest_row(self.config),
+                on_cpu=self.on_cpu,
+            ).to(self.device)
+            self.weights = MegatronWeights(self.model, shape)
+
+    def export_to(self, connection: Connection) -> BucketExport | StreamExport:
+        """This rank's part in filling the buckets of a weight sync connection."""
+        if isinstance(self.weights, MegatronWeights):
+            return BucketExport(self.weights, connection)
+        return StreamExport(self.weights.export, connection)
 
     def _sampling(self, vocab_size: int) -> Sampling:
         """How the rollout engines sample, by the policy's tokenizer."""

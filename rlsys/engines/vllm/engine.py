@@ -76,7 +76,7 @@ class VLLMEngine:
         self._detokenizer = Detokenizer(
             self._tokenizer, config.rollout.skip_special_tokens, self._stops.eos_token_ids
         )
-        shape = read_model_shape(folder)
+        shape = read_model_shape(folder, may_bridge=True)
         self._shape = shape
         if config.rollout.router_replay:
             check_captures_experts()

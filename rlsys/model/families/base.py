@@ -300,6 +300,8 @@ class ModelFamily:
     """Hugging Face's name of the expert that all tokens go through, where layers have one."""
     own_sizes: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
     """config.json -> further fields of its ModelShape; raises ValueError and KeyError."""
+    is_bridged: bool = False
+    """Whether mcore-bridge has the weights: the rows then only count parameters."""
 
     def layer(self, shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
         """Rows of one decoder layer, with names relative to the layer, in the model's order."""

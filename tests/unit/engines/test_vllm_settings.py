@@ -13,13 +13,14 @@ from rlsys.engines.vllm.settings import (
     rollout_env,
     sampling_arguments,
 )
+from rlsys.model.families import FAMILIES
 from rlsys.model.families.base import LayerShape
 from rlsys.model.shape import ModelShape
 from rlsys.model.stop_tokens import StopRules
 from rlsys.types import Prompt, SampleRequest
 
 SHAPE = ModelShape(
-    model_type="qwen3",
+    family=FAMILIES["qwen3"],
     vocab_size=399,
     hidden_size=128,
     intermediate_size=384,

@@ -260,10 +260,11 @@ def test_a_folder_without_a_tokenizer_file_says_nothing_about_ids(tmp_path):
 
 def test_a_folder_of_the_hub_is_checked_after_its_download(tmp_path):
     folder = write_model(tmp_path)
-    check_model_folder(folder, has_prompts=True)
+    shape = read_model_shape(folder)
+    check_model_folder(folder, shape, has_prompts=True)
     write_weights(folder / "model.safetensors", {EMBEDDING: (384, 64)})
     with pytest.raises(ValueError, match="lacks model"):
-        check_model_folder(folder, has_prompts=False)
+        check_model_folder(folder, shape, has_prompts=False)
 
 
 class Tokenizer:

@@ -6,6 +6,8 @@ import pytest
 from config_cases import EXPERTS, write_model
 from preflight_cases import only
 
+from rlsys.model.shape import read_model_shape
+
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/model", "a/b/c"])
 def test_a_missing_model_folder(problems, path):
@@ -70,6 +72,51 @@ def test_layouts_that_do_not_fit_layers_with_and_without_experts(problems, tmp_p
         "--policy.pipeline_parallel_size", "2", "--policy.world_size", "2", model=model
     )
     assert "a pipeline stage with layers 0 to 1, none of which has experts" in only(found)
+
+
+BRIDGED = {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"]}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sections", "words"),
+    [
+        (BRIDGED, {"device": "cpu"}, ["'glm4' is not supported", "On GPUs mcore-bridge"]),
+        (
+            BRIDGED,
+            {"device": "cuda", "model": {"bridge": "rlsys"}},
+            ["'glm4' is not supported"],
+        ),
+        (BRIDGED, {"device": "cuda"}, ["'glm4' is left to mcore-bridge", "pip install"]),
+        (
+            BRIDGED | {"architectures": ["Glm4vForConditionalGeneration"]},
+            {"device": "cuda"},
+            ["Glm4vForConditionalGeneration", "models of text"],
+        ),
+        (BRIDGED | {"architectures": None}, {"device": "cuda"}, ["architectures = None"]),
+        (
+            {},
+            {"device": "cpu", "model": {"bridge": "mcore_bridge"}},
+            ["model.bridge = mcore_bridge needs GPUs"],
+        ),
+    ],
+    ids=str,
+)
+def test_a_model_that_is_left_to_mcore_bridge(problems, tmp_path, sizes, sections, words):
+    folder = write_model(tmp_path / "other", **sizes)
+    model = {"path": str(folder)} | sections.get("model", {})
+    found = problems(**sections | {"model": model})
+    texts = [problem.text for problem in found if "model" in problem.text]
+    assert any(all(word in text for word in words) for text in texts), texts
+
+
+def test_the_estimate_of_a_bridged_model_counts_its_experts(tmp_path):
+    experts = {"num_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96}
+    config = BRIDGED | experts | {"first_k_dense_replace": 1}
+    shape = read_model_shape(write_model(tmp_path, **config), may_bridge=True)
+    assert [layer.has_experts for layer in shape.layers] == [False, True, True, True]
+    assert shape.num_experts_per_tok == 2
+    _, of_experts = shape.layer_params(shape.layers)
+    assert of_experts == 3 * 8 * 3 * shape.hidden_size * 96
 
 
 @pytest.mark.parametrize(
