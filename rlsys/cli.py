@@ -30,6 +30,15 @@ Any field of the config can be set after CONFIG, as --section.field value:
 """
 
 
+_EVAL_HELP = """
+MODEL_OR_RUN is the output_dir of a run, a checkpoint, a Hugging Face folder or hub id. CONFIG is a
+YAML file with the data and rewards; without it the run's own is taken. Its section eval says how
+often each prompt is sampled and how:
+
+  rlsys eval runs/a runs/b config.yaml --eval.num_generations 8 --eval.temperature 0.6
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit code."""
     args = _parser().parse_args(argv)
@@ -209,6 +218,42 @@ def _infer(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="default 0.9")
 
 
+def _eval(parser: argparse.ArgumentParser) -> None:
+    forms = (
+        "MODEL_OR_RUN [MODEL_OR_RUN ...] CONFIG [--out FOLDER] [--section.field value ...]",
+        "--server URL [NAME] CONFIG [--section.field value ...]",
+        "--compare FOLDER FOLDER",
+    )
+    parser.usage = "\n       ".join(f"{parser.prog} {form}" for form in forms)
+    parser.epilog = _EVAL_HELP
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("words", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    _eval_options(parser)
+    parser.set_defaults(parser=parser, add_options=_eval_options)
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--step", type=int, help="checkpoint of the run; default: newest")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for results and completions; default: a new folder in evals/",
+    )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="ask a running OpenAI-compatible server",
+    )
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar="FOLDER",
+        help="two evaluations: which differences are larger than noise?",
+    )
+
+
 def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
@@ -322,6 +367,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "grpo": ("train with GRPO", _config),
     "explain": ("show what a config means, and check it; starts only reward functions", _config),
     "infer": ("chat with a model or a run, complete a file of prompts, or serve it", _infer),
+    "eval": ("held-out data and rewards of a config on any model: pass@k, errors", _eval),
     "doctor": ("check this machine, and say what is missing", _doctor),
     "completions": ("read the completions of a run", _completions),
     "data preview": (

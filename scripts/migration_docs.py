@@ -26,6 +26,15 @@ Three things differ everywhere:
   `rollout.num_engines` count them; a run needs one of each, so two GPUs.
 - **Sampling settings** come from the config only, never from a model's generation_config.json.
 
+Commands beside training, see [eval.md](eval.md). MODEL may be a run:
+
+| elsewhere | here |
+| --- | --- |
+| `swift infer`, `transformers chat` | `rlsys infer MODEL` |
+| `swift infer --val_dataset`, `main_generation` | `rlsys infer MODEL --prompts FILE --out FILE` |
+| `swift deploy`, `vllm serve` | `rlsys infer MODEL --serve` |
+| `swift eval`, `main_eval`, `trainer.val_only` (verl) | `rlsys eval MODEL CONFIG` |
+
 `python scripts/migration_docs.py` writes this page from `rlsys/config/names_elsewhere.txt`.
 """
 

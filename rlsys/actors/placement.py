@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
@@ -44,8 +44,15 @@ class Placement:
             for an engine; the message says which role needs how many.
     """
 
-    def __init__(self, config: Config, *, device: Device):
-        roles = [role for role in plan_roles(config, device=device) if role.name != "reward"]
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: Device,
+        names: Collection[RoleName] = ("policy", "rollout", "reference", "reward_model"),
+    ):
+        """`names`: the roles that are started; an evaluation has neither policy nor reference."""
+        roles = [role for role in plan_roles(config, device=device) if role.name in names]
         self._roles = {(role.name, role.rank): role for role in roles}
         self._sharers = Counter(map(self._owner, roles))
         owners = [role for role in roles if role.shares_gpu_of is None]

@@ -21,6 +21,7 @@ from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.plan import TensorSlice
 
 if TYPE_CHECKING:
+    from rlsys.engines.chat_server import Server
     from rlsys.engines.vllm.engine import VLLMEngine
 
 T = TypeVar("T")
@@ -90,6 +91,17 @@ class RolloutActor:
         return asyncio.wrap_future(self._loop.call(command))
 
 
+class ServerActor(RolloutActor):
+    """Asks a server for completions, as if it were an engine in this process."""
+
+    def __init__(self, config: Config, server: Server, engine_rank: int):
+        start = time.monotonic()
+        from rlsys.engines.chat_server import ServerEngine  # imports transformers
+
+        self._loop = EngineLoop(lambda: ServerEngine(server, config))
+        self._start_seconds = time.monotonic() - start
+
+
 @dataclass(frozen=True, slots=True)
 class _Work:
     engine: str
@@ -101,21 +113,33 @@ class RolloutActors(ActorGroup):
     """All rollout engines as the driver sees them.
 
     Creating it starts the actors and returns; calls made before they are ready queue.
+
+    Args:
+        config: of the run.
+        device, place: what the engines run on, and where.
+        server: asked instead of engines; it takes no part in weight syncs.
     """
 
-    def __init__(self, config: Config, *, device: Device, place: PlaceActor = on_cpu):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: Device,
+        place: PlaceActor = on_cpu,
+        server: Server | None = None,
+    ):
         rollout = config.rollout
-        self.num_engines = rollout.num_engines
+        self.num_engines = rollout.num_engines if server is None else 1
         self.workers_per_engine = rollout.tensor_parallel_size
         """Processes that hold the model of one engine."""
         self.engines_per_gpu = rollout.engines_per_gpu
         super().__init__(
             "rollout engines",
             "rollout engine",
-            RolloutActor,
+            RolloutActor if server is None else ServerActor,
             config,
-            device,
-            size=rollout.num_engines,
+            device if server is None else server,
+            size=self.num_engines,
             env=inherited_env() | device_env(device) | rollout_env(device),
             place=place,
             timeout_s=rollout.timeout_s,

@@ -96,6 +96,10 @@ def _run_length(config: Config) -> Iterator[tuple[str, str]]:
     )
     if config.eval_steps is not None:
         yield "evaluations", _evaluations(config.eval_steps, num_steps)
+        n, limit = config.eval.num_generations, config.data.max_eval_prompts
+        if n > 1:
+            each = f"{counted(n, 'completion')} of each held-out prompt, {limit:,} prompts at most"
+            yield "an evaluation", f"{each} a set"
     if rows:
         epochs = f"{drawn / rows:.2f} = {counted(drawn, 'prompt')} / {counted(rows, 'row')}"
     else:

@@ -20,6 +20,7 @@ from patience import PATIENCE_S
 from tiny_models import save_tiny_qwen3
 
 from rlsys.commands.infer_chat import CONTINUED, PROMPT
+from rlsys.files import read_jsonl
 
 pytestmark = pytest.mark.system
 
@@ -176,6 +177,7 @@ def test_the_server_answers_and_ends_with_all_its_processes(chat_model, tmp_path
         assert 1 <= reply["usage"]["completion_tokens"] <= 5
         assert reply["usage"]["prompt_tokens"] == len("[user] hi\n[assistant] ")  # a byte each
         assert f"'mine' at {url}/v1" in log.read_text()
+        _evaluate(url, tmp_path, chat_model)
         family = [server.pid, *(p.pid for p in psutil.Process(server.pid).children(recursive=True))]
         os.killpg(server.pid, signal.SIGINT)  # as Ctrl-C does
         server.wait(PATIENCE_S)
@@ -186,6 +188,38 @@ def test_the_server_answers_and_ends_with_all_its_processes(chat_model, tmp_path
     while any(map(psutil.pid_exists, family)):
         assert time.monotonic() < deadline, family
         time.sleep(0.2)
+
+
+def _evaluate(url, folder, model):
+    """`rlsys eval --server` gets the completions, scores them and counts their tokens."""
+    rows = [{"prompt": f"{i} and {i}?"} for i in range(3)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "output_dir": "unused",
+        "max_steps": 1,
+        "device": "cpu",
+        "data": {"dataset": ["rows.jsonl"], "val_sets": {"sums": "rows.jsonl"}},
+        "model": {"path": str(model)},
+        "rollout": {"generation_batch_size": 8, "max_completion_length": 10},
+        "reward": {"reward_funcs": ["format"]},
+        "eval": {"num_generations": 4},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))
+    words = ["eval", "--server", f"{url}/v1", "mine", "config.yaml", "--out", "evaluated"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlsys.cli", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pass@4" in done.stdout
+    found = list(read_jsonl(folder / "evaluated/eval_completions.jsonl"))
+    assert len(found) == 12
+    assert {row["prompt_id"] for row in found} == {f"sums/rows:{i}" for i in (1, 2, 3)}
+    assert len({row["text"] for row in found}) > 6  # each has its own seed
+    assert all(row["rewards"].keys() == {"format"} for row in found)
 
 
 def _is_up(url):
