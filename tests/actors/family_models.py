@@ -29,6 +29,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 LONGROPE = PARTIAL | {
     "rope_type": "longrope",
+    "attention_factor": 1.2,
     "short_factor": [1.0 + i / 8 for i in range(12)],
     "long_factor": [1.0 + i / 2 for i in range(12)],
 }
