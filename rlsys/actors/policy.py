@@ -57,6 +57,7 @@ class PolicyRank(ModelRank):
             world_size=policy.world_size,
             tensor_parallel_size=policy.tensor_parallel_size,
             pipeline_parallel_size=policy.pipeline_parallel_size,
+            virtual_pipeline_size=policy.virtual_pipeline_size,
             expert_model_parallel_size=policy.expert_model_parallel_size,
             context_parallel_size=policy.context_parallel_size,
         )

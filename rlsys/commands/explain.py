@@ -13,7 +13,11 @@ from rlsys.commands.console import make_console
 from rlsys.commands.explain_algorithm import describe_algorithm
 from rlsys.commands.explain_batches import batch_arithmetic
 from rlsys.commands.explain_experts import describe_experts
-from rlsys.commands.explain_options import describe_passed_through, describe_sampling
+from rlsys.commands.explain_options import (
+    describe_passed_through,
+    describe_pipeline,
+    describe_sampling,
+)
 from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.load import ResolvedConfig, load_config
@@ -65,7 +69,8 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
     if passed := describe_passed_through(config):
         print_pairs(console, "Passed through, and not in the memory estimate", passed)
     print_pairs(console, "Batches", batch_arithmetic(config))
-    print_pairs(console, f"Actors on {device}", _describe_actors(config, device))
+    actors = [*_describe_actors(config, device), *describe_pipeline(config.policy)]
+    print_pairs(console, f"Actors on {device}", actors)
     shapes = _read_shapes(config)
     if shapes is None:
         print_pairs(console, "Saved", describe_saving(config, None))

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 from rlsys.config.fields import show_value
 from rlsys.config.passed_through import MEGATRON
+from rlsys.config.pipeline_layout import parse_layout, stage_layers
 from rlsys.library_options import options_of
 
 if TYPE_CHECKING:
-    from rlsys.config import Config, RolloutConfig
+    from rlsys.config import Config, PolicyConfig, RolloutConfig
 
 _CUTS = {"min_p": 0.0, "top_k": 0, "top_p": 1.0}
 _PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
@@ -83,3 +84,27 @@ def describe_passed_through(config: Config) -> list[tuple[str, str]]:
             (f"{name} = {show_value(value)}", f"{owners}{of_reference} (policy.megatron_kwargs)")
         )
     return pairs
+
+
+def describe_pipeline(policy: PolicyConfig) -> list[tuple[str, str]]:
+    """What each pipeline rank of the policy has; empty where all have equally many layers."""
+    if policy.pipeline_layout is None:
+        return []
+    stages, pp = parse_layout(policy.pipeline_layout), policy.pipeline_parallel_size
+    layers = [
+        _stage_text(stage, own) for stage, own in zip(stages, stage_layers(stages), strict=True)
+    ]
+    pairs = [(f"pipeline rank {rank}", "; then ".join(layers[rank::pp])) for rank in range(pp)]
+    if len(stages) > pp:
+        text = f"filled up to a multiple of {pp} on each rank, with rows that train nothing"
+        pairs.append(("micro-batches", f"{text} (policy.pipeline_layout: interleaved stages)"))
+    return pairs
+
+
+def _stage_text(stage: str, layers: range) -> str:
+    parts = ["the embedding"] if "E" in stage else []
+    if layers:
+        last = f" to {layers[-1]}" if len(layers) > 1 else ""
+        parts.append(f"layer{'s' if last else ''} {layers[0]}{last}")
+    parts += ["the output"] if "L" in stage else []
+    return " and ".join(parts) or "nothing"

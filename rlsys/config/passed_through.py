@@ -75,6 +75,7 @@ VLLM_REFUSED = {
 MEGATRON_FIELDS = {
     "tensor_model_parallel_size": "policy.tensor_parallel_size, reference.tensor_parallel_size",
     "pipeline_model_parallel_size": "policy.pipeline_parallel_size",
+    "pipeline_model_parallel_layout": "policy.pipeline_layout",
     "context_parallel_size": "policy.context_parallel_size, reference.context_parallel_size",
     "expert_model_parallel_size": "policy.expert_model_parallel_size",
     "sequence_parallel": "policy.tensor_parallel_size, reference.tensor_parallel_size",
@@ -102,16 +103,30 @@ MEGATRON_FIELDS = {
 }
 """megatron-core's options that rlsys sets -> the fields that they come from."""
 _OF_THE_MODEL = """
-num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
-normalization layernorm_epsilon gated_linear_unit add_bias_linear add_qkv_bias qk_layernorm
-activation_func num_moe_experts moe_router_topk moe_ffn_hidden_size moe_router_pre_softmax
+activation_func activation_func_clamp_value add_bias_linear add_qkv_bias
+apply_residual_connection_post_layernorm attention_output_gate beta_fast beta_slow
+experimental_attention_variant ffn_hidden_size gated_linear_unit glu_linear_offset
+heterogeneous_block_specs hidden_size is_hybrid_model kv_channels kv_lora_rank layernorm_epsilon
+layernorm_zero_centered_gamma linear_attention_freq linear_conv_kernel_dim linear_key_head_dim
+linear_num_key_heads linear_num_value_heads linear_value_head_dim moe_apply_probs_on_input
+moe_ffn_hidden_size moe_latent_size moe_layer_freq
+moe_router_enable_expert_bias moe_router_group_topk moe_router_num_groups moe_router_pre_softmax
+moe_router_score_function moe_router_topk moe_router_topk_scaling_factor moe_shared_expert_gate
+moe_shared_expert_intermediate_size mrope_section mscale mscale_all_dim multi_latent_attention
+no_rope_freq normalization num_attention_heads num_layers num_moe_experts num_query_groups
+original_max_position_embeddings q_lora_rank qk_head_dim qk_l2_norm qk_layernorm
+qk_pos_emb_head_dim rope_type rotary_base rotary_interleaved rotary_percent rotary_scaling_factor
+softmax_scale softmax_type v_head_dim window_attn_skip_freq window_size
 """
-MEGATRON_FIXED = dict.fromkeys(_OF_THE_MODEL.split(), _MODEL) | {
+MEGATRON_MODEL = frozenset(_OF_THE_MODEL.split())
+"""Those that describe the model: families set what theirs needs."""
+MEGATRON_FIXED = {
     "attention_dropout": "log-probs of the update would be random",
     "hidden_dropout": "log-probs of the update would be random",
     "perform_initialization": "every weight is read from the model folder",
     "gradient_accumulation_fusion": _LOGPROBS,
     "expert_tensor_parallel_size": "experts are shared over ranks, not cut",
+    "moe_router_bias_update_rate": "the biases by which experts are chosen stay as they are",
     "optimizer": "checkpoints and the memory estimate are for AdamW",
 }
 """Those that rlsys sets, with the reason why they stay."""
@@ -131,19 +146,16 @@ MEGATRON_DEFAULTS = frozenset(
     }
 )
 """Those that rlsys sets and policy.megatron_kwargs may set differently."""
-_MORE_OF_THE_MODEL = """
-multi_latent_attention softmax_scale softmax_type apply_residual_connection_post_layernorm
-layernorm_zero_centered_gamma glu_linear_offset activation_func_clamp_value rotary_interleaved
-window_size window_attn_skip_freq qk_l2_norm no_rope_freq attention_output_gate
-experimental_attention_variant linear_attention_freq linear_conv_kernel_dim linear_key_head_dim
-linear_value_head_dim linear_num_key_heads linear_num_value_heads
-moe_shared_expert_intermediate_size moe_shared_expert_gate moe_layer_freq moe_router_num_groups
-moe_router_group_topk moe_router_topk_scaling_factor moe_router_score_function
-moe_router_enable_expert_bias moe_latent_size moe_apply_probs_on_input mrope_section
-is_hybrid_model heterogeneous_block_specs
-"""
 _FSDP = "weights are read parameter by parameter, for checkpoints and weight sync"
-MEGATRON_REFUSED = dict.fromkeys(_MORE_OF_THE_MODEL.split(), _MODEL) | {
+_LAYOUT = "policy.pipeline_layout says which stage has which layers"
+MEGATRON_REFUSED = {
+    "virtual_pipeline_model_parallel_size": _LAYOUT,
+    "num_layers_in_first_pipeline_stage": _LAYOUT,
+    "num_layers_in_last_pipeline_stage": _LAYOUT,
+    "account_for_embedding_in_pipeline_split": _LAYOUT,
+    "account_for_loss_in_pipeline_split": _LAYOUT,
+    "microbatch_group_size_per_vp_stage": "micro-batches are filled up to groups of the "
+    "pipeline's size",
     "fp16": "model.dtype is float32 or bfloat16",
     "fp8_param": _FSDP,
     "fp8_param_gather": _FSDP,
@@ -157,7 +169,6 @@ MEGATRON_REFUSED = dict.fromkeys(_MORE_OF_THE_MODEL.split(), _MODEL) | {
     "cross_entropy_fusion_impl": _LOGPROBS,
     "defer_embedding_wgrad_compute": _LOGPROBS,
     "overlap_param_gather_with_optimizer_step": "rlsys gathers weights at the end of an update",
-    "moe_router_bias_update_rate": "the biases by which experts are chosen stay as they are",
     "moe_input_jitter_eps": "log-probs of the update would be random",
     "moe_aux_loss_coeff": "rlsys adds this loss itself, see policy.moe_aux_loss_coeff",
     "moe_z_loss_coeff": "rlsys adds this loss itself, see policy.moe_z_loss_coeff",
@@ -170,6 +181,7 @@ MEGATRON = (
     "megatron.core",
     (
         ("transformer/transformer_config.py", "TransformerConfig"),
+        ("transformer/transformer_config.py", "MLATransformerConfig"),
         ("model_parallel_config.py", "ModelParallelConfig"),
         ("optimizer/optimizer_config.py", "OptimizerConfig"),
         ("distributed/distributed_data_parallel_config.py", "DistributedDataParallelConfig"),
@@ -191,7 +203,7 @@ def own_option_problems(config: Config) -> Iterator[Problem]:
             "policy.megatron_kwargs",
             config.policy.megatron_kwargs,
             MEGATRON_FIELDS,
-            MEGATRON_FIXED | MEGATRON_REFUSED,
+            MEGATRON_FIXED | MEGATRON_REFUSED | dict.fromkeys(MEGATRON_MODEL, _MODEL),
         ),
     ):
         for name in values:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rlsys.config.algorithm import CLIPPED_LOSSES
 from rlsys.config.gates import parse_gate
 from rlsys.config.passed_through import own_option_problems
+from rlsys.config.pipeline_layout import layout_problems
 from rlsys.config.prompt_template import prompt_template_problems
 from rlsys.config.rules_algorithm import algorithm_problems
 from rlsys.config.rules_eval import eval_problems
@@ -55,6 +56,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_staleness_problems(config),
         *_dynamic_sample_problems(config),
         *own_option_problems(config),
+        *layout_problems(config.policy),
     ]
 
 

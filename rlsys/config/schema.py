@@ -42,6 +42,7 @@ from rlsys.config.field_types import (
     split_list,
 )
 from rlsys.config.gates import Gate, parse_gate
+from rlsys.config.pipeline_layout import parse_layout
 from rlsys.config.prompt_template import template_columns
 from rlsys.config.rules import cross_field_problems
 from rlsys.problems import ProblemsError
@@ -556,6 +557,12 @@ class PolicyConfig(Section):
     """Ranks that share each layer; above 1, sequence parallelism is on."""
     pipeline_parallel_size: PositiveInt = 1
     """Ranks that share the layers among them."""
+    pipeline_layout: str | None = None
+    """Layers of each pipeline stage, in megatron-core's notation: `Et*3|t*5|t*4L` has 3, 5 and 4
+    layers, the first with the embedding E, the last with the loss L. Twice as many stages as
+    pipeline_parallel_size, or more, are virtual pipeline: rank r has the stages r, r + PP, ..., and
+    each rank's micro-batches are filled up to a multiple of PP. null: equally many layers for each
+    rank. The reference has one stage."""
     expert_model_parallel_size: PositiveInt = 1
     """Ranks that share the experts of each layer in a mixture of experts: tensor-parallel ranks
     first, then context-parallel, then data-parallel ones. Must be above 1 where
@@ -633,6 +640,20 @@ class PolicyConfig(Section):
     """Threads of each policy and reference rank on CPU."""
     timeout_s: PositiveFloat = 1800.0
     """Seconds that one phase of the policy or of the reference may take."""
+
+    @field_validator("pipeline_layout")
+    @classmethod
+    def _layout_can_be_read(cls, layout: str | None) -> str | None:
+        if layout is not None:
+            parse_layout(layout)
+        return layout
+
+    @property
+    def virtual_pipeline_size(self) -> int:
+        """Chunks of layers on each pipeline rank."""
+        if self.pipeline_layout is None:
+            return 1
+        return len(parse_layout(self.pipeline_layout)) // self.pipeline_parallel_size
 
 
 class ReferenceConfig(Section):

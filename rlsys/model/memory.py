@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
+from rlsys.config.pipeline_layout import rank_layers
 from rlsys.model.kv_cache import KVLayers, cache_blocks, kv_layers
+from rlsys.model.pipeline import busiest_rank, rank_params
 from rlsys.model.shape import ModelShape
 from rlsys.model.weight_files import read_header, weight_files
 from rlsys.types import Device
@@ -174,27 +176,12 @@ def sync_bucket_bytes(config: Config, shape: ModelShape, width: int) -> int:
 # --- policy --------------------------------------------------------------------------------------
 
 
-def rank_params(shape: ModelShape, *, tp: int, pp: int, ep: int) -> tuple[int, int]:
-    """A rank's parameters without experts and of experts, in the largest pipeline stage.
-
-    The last stage has an output head of its own, even if the head is tied to the embedding.
-    """
-    ends = 1 if shape.tied or pp > 1 else 2
-    per_stage = shape.num_layers // pp
-    stages = [
-        shape.layer_params(shape.layers[first : first + per_stage])
-        for first in range(0, shape.num_layers, per_stage)
-    ]
-    dense, experts = max(stages, key=lambda stage: stage[0] / tp + stage[1] / ep)
-    return (dense + ends * shape.embedding_params) // tp, experts // ep
-
-
 def _policy(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
     policy = config.policy
     tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
     ep, cp = policy.expert_model_parallel_size, policy.context_parallel_size
     width = bytes_per_weight(config, device)
-    dense, experts = rank_params(shape, tp=tp, pp=pp, ep=ep)
+    dense, experts = rank_params(shape, rank_layers(policy, shape.num_layers), tp=tp, ep=ep)
     params = dense + experts
     tokens = -(-micro_batch_tokens(config) // cp)
     layout = f"TP {tp}, PP {pp}" + (f", EP {ep}" if shape.is_moe else "")
@@ -229,8 +216,7 @@ def _kept_activations(
 ) -> tuple[float, str]:
     """What forward passes keep for their backward passes."""
     policy = config.policy
-    tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
-    layers, per_layer = shape.num_layers // pp, _layer_numbers(shape)
+    per_layer, (layers, in_flight) = _layer_numbers(shape), busiest_rank(policy, shape)
     if policy.recompute == "full":
         numbers, text = layers * shape.hidden_size + per_layer, "each layer's input + one layer"
     elif policy.recompute == "selective":
@@ -245,9 +231,9 @@ def _kept_activations(
         text = f"{layers} layers x {per_layer - again:,} + {again:,} of one layer"
     else:
         numbers, text = layers * per_layer, f"{layers} layers x {per_layer:,}"
-    # The first stage holds the micro-batches of all stages behind it.
-    num_bytes = tokens * numbers * width * pp / tp
-    return num_bytes, f"{tokens:,} tokens x ({text} numbers) x {width} bytes x PP / TP"
+    num_bytes = tokens * numbers * width * in_flight / policy.tensor_parallel_size
+    kept = f"{in_flight:g} micro-batches in flight" if in_flight > 1 else "1 micro-batch"
+    return num_bytes, f"{tokens:,} tokens x ({text} numbers) x {width} bytes x {kept} / TP"
 
 
 def _policy_logits(config: Config, shape: ModelShape, tokens: int, width: int) -> tuple[float, str]:

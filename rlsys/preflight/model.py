@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import Config, PolicyConfig
+from rlsys.config.pipeline_layout import layer_problems, rank_layers
 from rlsys.model.attention import window_problem
 from rlsys.model.families.bridged import DISTRIBUTION
 from rlsys.model.folder import find_model_folder
@@ -118,24 +119,22 @@ def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
             f"{field}: reference.sync_steps mixes weights tensor by tensor, and {DISTRIBUTION}, "
             f"which has those of {shape.model_type}, cannot: leave it out"
         )
+    if config.policy.pipeline_layout is not None:
+        yield Problem(
+            f"{field}: policy.pipeline_layout places the layers of rlsys's own models, and "
+            f"{DISTRIBUTION} builds {shape.model_type}: leave it out"
+        )
 
 
 def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     policy = config.policy
     yield from _windows(config, policy.context_parallel_size, shape)
-    tp, pp, ep = (
-        policy.tensor_parallel_size,
-        policy.pipeline_parallel_size,
-        policy.expert_model_parallel_size,
-    )
+    tp, ep = policy.tensor_parallel_size, policy.expert_model_parallel_size
     yield from _tensor_parallel("policy.tensor_parallel_size", tp, shape)
-    if shape.num_layers % pp:
-        yield Problem(
-            f"policy.pipeline_parallel_size = {pp} does not divide the model's {shape.num_layers} "
-            f"layers: use {_divisors(shape.num_layers)}"
-        )
-    else:
-        yield from _stages_without_experts(pp, shape)
+    problems = list(layer_problems(policy, shape.num_layers))
+    yield from problems
+    if not problems:
+        yield from _stages_without_experts(policy, shape)
     setting = f"policy.expert_model_parallel_size = {ep}"
     if not shape.is_moe:
         if ep > 1:
@@ -156,17 +155,18 @@ def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
         )
 
 
-def _stages_without_experts(pp: int, shape: ModelShape) -> Iterator[Problem]:
+def _stages_without_experts(policy: PolicyConfig, shape: ModelShape) -> Iterator[Problem]:
     """Their ranks would not take part where others sum the norm of the experts' gradient."""
     if not shape.is_moe:
         return
-    per_stage = shape.num_layers // pp
-    for first in range(0, shape.num_layers, per_stage):
-        if not any(layer.has_experts for layer in shape.layers[first : first + per_stage]):
+    for layers in rank_layers(policy, shape.num_layers):
+        if not any(shape.layers[layer].has_experts for layer in layers):
+            which = f"layers {', '.join(map(str, layers))}" if layers else "no layers"
             yield Problem(
-                f"policy.pipeline_parallel_size = {pp} makes a pipeline stage with layers {first} "
-                f"to {first + per_stage - 1}, none of which has experts, which megatron-core "
-                "cannot train beside stages with experts: use fewer stages"
+                f"policy.pipeline_parallel_size = {policy.pipeline_parallel_size} makes a pipeline "
+                f"rank with {which}, none of which has experts, which megatron-core cannot train "
+                "beside ranks with experts: use fewer stages, or give it one with experts by "
+                "policy.pipeline_layout"
             )
 
 

@@ -58,14 +58,14 @@ VOCAB_SIZE = 509
 
 
 @torch.no_grad()
-def save_policy_model(folder, name):
+def save_policy_model(folder, name, num_layers=2):
     """Write a random fp32 model, in which norms and biases matter too."""
     config_class, options = MODELS[name]
     config = config_class(
         vocab_size=VOCAB_SIZE,
         hidden_size=48,
         intermediate_size=80,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -162,7 +162,8 @@ class LabRank(PolicyRank):
             vars(self).pop(planned, None)
         if engine is not None:
             # Its gradient hooks keep it alive, and it the process groups with 50 threads.
-            vars(engine.ddp).clear()
+            for chunk in engine.ddp:
+                vars(chunk).clear()
             del engine
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
@@ -197,7 +198,7 @@ class LabRank(PolicyRank):
             "transformer": engine.transformer_config,
             "reference": reference.transformer_config,
             "optimizer": engine.optimizer.config,
-            "ddp": engine.ddp.ddp_config,
+            "ddp": engine.ddp[0].ddp_config,
         }
         return {
             role: {name: getattr(config, name) for name in names if hasattr(config, name)}
@@ -205,7 +206,7 @@ class LabRank(PolicyRank):
         }
 
     def num_buckets(self):
-        return len(self.engine.ddp.bucket_groups)
+        return len(self.engine.ddp[0].bucket_groups)
 
     def exported(self):
         """Hugging Face name -> tensor, on rank 0; every rank takes part."""
@@ -255,9 +256,9 @@ class LabRank(PolicyRank):
         if strictly:
             state = {"model": engine.weights.sharded_state()}
             loaded = dist_checkpointing.load(state, str(folder / "release"))
-            engine.model.load_state_dict(loaded["model"])
+            engine.model[0].load_state_dict(loaded["model"])
         else:
-            load_mcore_folder(folder, engine.model, engine.weights)
+            load_mcore_folder(folder, engine.model[0], engine.weights)
 
     def sent_to_engines(self):
         """For each connection: whether this rank sends, what is sent, and whose help that takes."""
@@ -312,10 +313,10 @@ class LabRank(PolicyRank):
             "weights": (megatron_logprobs, "build_model", self.build_again),
             "gradients": (megatron, "DistributedDataParallel", self.build_again),
             "optimizer": (megatron, "get_megatron_optimizer", self.build_again),
-            "update": (engine.model, "forward", lambda: engine.update(batch)),
+            "update": (engine.model[0], "forward", lambda: engine.update(batch)),
             "optimizer's step": (engine.optimizer, "step", lambda: engine.update(batch)),
-            "log-probs": (engine.model, "forward", lambda: engine.compute_logprobs(batch)),
-            "reference": (reference.model, "forward", lambda: reference.compute_logprobs(batch)),
+            "log-probs": (engine.model[0], "forward", lambda: engine.compute_logprobs(batch)),
+            "reference": (reference.model[0], "forward", lambda: reference.compute_logprobs(batch)),
             "buckets": (megatron_export, "BucketExport", connect),
         }[at]
         full = torch.OutOfMemoryError("CUDA out of memory.")

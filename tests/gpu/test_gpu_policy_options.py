@@ -74,7 +74,7 @@ def stale_parameters(rank):
     """Those that another gathering of weights would change."""
     before = {name: p.detach().clone() for name, p in rank.engine.model.named_parameters()}
     with torch.no_grad():
-        rank.engine.ddp.start_param_sync(force_sync=True)
+        rank.engine.ddp[0].start_param_sync(force_sync=True)
     after = dict(rank.engine.model.named_parameters())
     return [name for name, tensor in before.items() if not torch.equal(tensor, after[name])]
 

@@ -23,10 +23,10 @@ print(json.dumps([f.name for c in classes for f in dataclasses.fields(c)]))
 
 def test_megatron_cores_options_are_those_of_its_dataclasses():
     imported = fields_of(
-        "from megatron.core.transformer import TransformerConfig\n"
+        "from megatron.core.transformer import MLATransformerConfig\n"
         "from megatron.core.optimizer import OptimizerConfig\n"
         "from megatron.core.distributed import DistributedDataParallelConfig\n"
-        "classes = TransformerConfig, OptimizerConfig, DistributedDataParallelConfig\n"
+        "classes = MLATransformerConfig, OptimizerConfig, DistributedDataParallelConfig\n"
     )
     assert set(options_of(*MEGATRON)) == imported
 

@@ -22,6 +22,7 @@ from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.config import Config, PolicyConfig
+from rlsys.config.pipeline_layout import parse_layout
 from rlsys.engines.megatron.latent import latent_options, set_norm_eps
 from rlsys.engines.megatron.options import megatron_config
 from rlsys.engines.megatron.rope import place_rotary
@@ -78,8 +79,8 @@ def _run_options(
     shape: ModelShape, *, dtype: torch.dtype, policy: PolicyConfig, on_cpu: bool
 ) -> dict[str, Any]:
     """Options of the run and this machine, not of the model."""
-    tp = parallel_state.get_tensor_model_parallel_world_size()
-    cp = parallel_state.get_context_parallel_world_size()
+    parallel = _parallel_options(policy)
+    cp = parallel["context_parallel_size"]
     device: Device = "cpu" if on_cpu else "cuda"
     problem = attention_problem(
         policy.attention_backend,
@@ -90,10 +91,7 @@ def _run_options(
     if problem is not None:
         raise ValueError(problem.text)
     return dict(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=parallel_state.get_pipeline_model_parallel_world_size(),
-        context_parallel_size=cp,
-        sequence_parallel=tp > 1,
+        **parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -140,6 +138,22 @@ def _attention_options(shape: ModelShape) -> dict[str, Any]:
         options["window_size"] = (window - 1, 0)
         options["window_attn_skip_freq"] = [int(window is not None) for window in windows]
     return options
+
+
+def _parallel_options(policy: PolicyConfig) -> dict[str, Any]:
+    """The layout that is initialised: the policy's, or the reference's, which has one stage."""
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    pp = parallel_state.get_pipeline_model_parallel_world_size()
+    layout = None
+    if pp > 1 and policy.pipeline_layout is not None:
+        layout = "|".join(parse_layout(policy.pipeline_layout))
+    return {
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1,
+        "pipeline_model_parallel_size": pp,
+        "pipeline_model_parallel_layout": layout,
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
+    }
 
 
 def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:
@@ -213,21 +227,38 @@ def build_model(
     *,
     longest: int,
     on_cpu: bool,
-) -> GPTModel:
-    """This rank's GPTModel, without weights.
+) -> list[GPTModel]:
+    """This rank's GPTModels, without weights: one, or a chunk for each of its virtual stages.
 
     Args:
         longest: tokens of the longest row of the run.
     """
+    chunks = config.virtual_pipeline_model_parallel_size
+    stages = [None] if chunks is None else range(chunks)
+    build = partial(_build_chunk, hf, shape, config, longest=longest, on_cpu=on_cpu)
+    return [build(stage) for stage in stages]
+
+
+def _build_chunk(
+    hf: PretrainedConfig,
+    shape: ModelShape,
+    config: TransformerConfig,
+    vp_stage: int | None,
+    *,
+    longest: int,
+    on_cpu: bool,
+) -> GPTModel:
     tp = config.tensor_model_parallel_size
+    place = {"ignore_virtual": False, "vp_stage": vp_stage}
     model = GPTModel(
         config,
-        block_spec(config, shape, on_cpu=on_cpu),
+        block_spec(config, shape, vp_stage=vp_stage, on_cpu=on_cpu),
         # Filled up so that every rank has as many rows; see `MegatronWeights`.
         vocab_size=-(-hf.vocab_size // tp) * tp,
         max_sequence_length=hf.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
+        vp_stage=vp_stage,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
     )
@@ -249,7 +280,7 @@ def end_at_hidden_states(model: GPTModel) -> None:
     model.output_layer.forward = lambda hidden, **_: (hidden, None)
 
 
-def fuse_weight_gradients(model: GPTModel) -> None:
+def fuse_weight_gradients(model: torch.nn.Module) -> None:
     """Let Transformer Engine's layers add weight gradients to the fp32 `main_grad` as they compute.
 
     megatron-core's own switch, gradient_accumulation_fusion, wants an extension of Apex for the

@@ -65,8 +65,8 @@ def build_whole_model(
     """
     shape, hf = read_model_shape(folder), AutoConfig.from_pretrained(folder)
     config = transformer_config(hf, shape, dtype=dtype, policy=PolicyConfig(), on_cpu=True)
-    model = build_model(hf, shape, config, longest=longest, on_cpu=True).eval()
-    return model, MegatronWeights(model, shape)
+    (model,) = build_model(hf, shape, config, longest=longest, on_cpu=True)
+    return model.eval(), MegatronWeights([model], shape)
 
 
 def save_mcore_folder(

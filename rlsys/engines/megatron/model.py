@@ -7,7 +7,7 @@ micro-batches. It would also run under torchrun.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -99,12 +99,12 @@ class MegatronModel:
         if shape.is_moe and not self._is_bridged:
             replays = self.role == "policy" and config.rollout.router_replay
             self.routing = ExpertRouting(
-                [self.model], shape.expert_layers, config.policy, replays=replays
+                self.model, shape.expert_layers, config.policy, replays=replays
             )
         self._head = None
-        if self.model.post_process:
-            end_at_hidden_states(self.model)
-            self._head = LogprobHead(self.model, config, self._sampling(shape.vocab_size))
+        if self.is_last_stage:
+            end_at_hidden_states(self.model[-1])
+            self._head = LogprobHead(self.model[-1], config, self._sampling(shape.vocab_size))
             if not self.on_cpu:
                 self._head.warm_up(trains=trains, entropy_bonus=config.grpo.entropy_coef > 0)
         self._dp_rank = parallel_state.get_data_parallel_rank()
@@ -112,21 +112,23 @@ class MegatronModel:
         self._cp_group = parallel_state.get_context_parallel_group()
 
     def _build(self, shape: ModelShape) -> None:
-        """Make the model and its weight table, rlsys's or mcore-bridge's."""
+        """Make the chunks of the model and its weight table, rlsys's or mcore-bridge's."""
         self.weights: MegatronWeights | BridgedWeights
         if self._is_bridged:
             from rlsys.engines.megatron.bridge import BridgedWeights, build_bridged_model
 
-            self.model = build_bridged_model(self.transformer_config).to(self.device)
-            self.weights = BridgedWeights(self.model, self.transformer_config)
+            model = build_bridged_model(self.transformer_config).to(self.device)
+            self.model = torch.nn.ModuleList([model])
+            self.weights = BridgedWeights(model, self.transformer_config)
         else:
-            self.model = build_model(
+            chunks = build_model(
                 self.hf_config,
                 shape,
                 self.transformer_config,
                 longest=longest_row(self.config),
                 on_cpu=self.on_cpu,
-            ).to(self.device)
+            )
+            self.model = torch.nn.ModuleList(chunks).to(self.device)
             self.weights = MegatronWeights(self.model, shape)
 
     def export_to(self, connection: Connection) -> BucketExport | StreamExport:
@@ -164,10 +166,15 @@ class MegatronModel:
         return same_rows % parallel.expert_model_parallel_size != 0
 
     @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the end of the model."""
+        return self.model[-1].post_process
+
+    @property
     def reports(self) -> bool:
         """Whether this rank returns the results of its model replica."""
         return (
-            self.model.post_process
+            self.is_last_stage
             and parallel_state.get_tensor_model_parallel_rank() == 0
             and self._cp_group.rank() == 0
         )
@@ -190,7 +197,7 @@ class MegatronModel:
             return logprobs.new_zeros(()), {"values": torch.stack([logprobs, entropies])}
 
         self.model.eval()
-        outputs = self._forward_backward(packed, collect, model=self.model, forward_only=True)
+        outputs = self._forward_backward(packed, collect, chunks=self.model, forward_only=True)
         self.model.train()
         if not self.reports:
             return None
@@ -216,8 +223,9 @@ class MegatronModel:
         """Micro-batches of this data-parallel rank's shard, and the rows of each.
 
         Micro-batches have equal sizes if pipeline stages exchange them. Data-parallel ranks have
-        equal numbers of micro-batches if they exchange tokens for their experts: the last ones may
-        repeat a row, train nothing, and have rows [].
+        equal numbers of micro-batches if they exchange tokens for their experts, and interleaved
+        pipeline stages take groups of pipeline_parallel_size: the last micro-batches may repeat a
+        row, train nothing, and have rows [].
         """
         policy = self.config.policy
         tp, cp = self.transformer_config.tensor_model_parallel_size, self._cp_group.size()
@@ -235,8 +243,8 @@ class MegatronModel:
         )
         row_lists_of_ranks = [cut(shard) for shard in shards]
         row_lists = row_lists_of_ranks[self._dp_rank]
-        total_tokens = None
-        if self.transformer_config.pipeline_model_parallel_size > 1:
+        total_tokens, stages = None, self.transformer_config.pipeline_model_parallel_size
+        if stages > 1:
             filled = [-(-length // sequence_multiple) * sequence_multiple for length in lengths]
             longest = max(sum(filled[row] for row in rows) for rows in row_lists)
             total_tokens = -(-longest // token_multiple) * token_multiple
@@ -247,8 +255,12 @@ class MegatronModel:
             total_tokens=total_tokens,
         )
         packed = [pack_rows(batch, rows, weights) for rows in row_lists]
-        missing = max(map(len, row_lists_of_ranks)) - len(packed)
-        if missing and self._experts_span_data_parallel_ranks:
+        wanted = len(packed)
+        if self._experts_span_data_parallel_ranks:
+            wanted = max(map(len, row_lists_of_ranks))
+        if len(self.model) > 1:
+            wanted = -(-wanted // stages) * stages
+        if missing := wanted - len(packed):
             untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
             shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
             repeated = pack_rows(untrained, shortest, torch.zeros_like(weights))
@@ -261,15 +273,15 @@ class MegatronModel:
         packed: list[PackedMicroBatch],
         loss_of: LossOf,
         *,
-        model: torch.nn.Module,
+        chunks: Iterable[torch.nn.Module],
         forward_only: bool,
     ) -> list[dict[str, torch.Tensor]]:
-        """Run megatron-core's schedule on `model`, the bare one or its DDP wrapper.
+        """Run megatron-core's schedule on the chunks of the model, bare or in DDP wrappers.
 
         Returns:
             the further results of `loss_of` for each micro-batch, on the last pipeline stage.
         """
-        tokens = max(len(micro_batch.input_ids) for micro_batch in packed)
+        tokens, chunks = max(len(micro_batch.input_ids) for micro_batch in packed), list(chunks)
         recompute = ""
         if not forward_only and self.config.policy.recompute != "full":
             recompute = "set policy.recompute to selective or full, "
@@ -280,8 +292,8 @@ class MegatronModel:
         ):
             return get_forward_backward_func()(
                 forward_step_func=partial(self._forward_step, loss_of),
-                data_iterator=iter(packed),
-                model=[model],
+                data_iterator=[iter(packed) for _ in chunks] if len(chunks) > 1 else iter(packed),
+                model=chunks,
                 num_microbatches=len(packed),
                 seq_length=len(packed[0].input_ids),
                 micro_batch_size=1,

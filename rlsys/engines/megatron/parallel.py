@@ -23,6 +23,7 @@ class ParallelLayout:
     """Seconds that a collective may take."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    virtual_pipeline_size: int = 1
     context_parallel_size: int = 1
     expert_model_parallel_size: int = 1
 
@@ -41,6 +42,8 @@ def initialize_parallel(
     parallel_state.initialize_model_parallel(
         layout.tensor_parallel_size,
         layout.pipeline_parallel_size,
+        # None, not 1: any number is the interleaved schedule.
+        layout.virtual_pipeline_size if layout.virtual_pipeline_size > 1 else None,
         expert_model_parallel_size=layout.expert_model_parallel_size,
         expert_tensor_parallel_size=1,  # an expert is small enough to be whole on a rank
         context_parallel_size=layout.context_parallel_size,

@@ -43,18 +43,25 @@ class MegatronPolicy(MegatronModel):
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
         fuse_weight_gradients(self.model)
         with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
-            self.ddp = DistributedDataParallel(
-                self.transformer_config,
-                self._ddp_config(overlap_grads),
-                self.model,
-            )
+            ddp_config = self._ddp_config(overlap_grads)
+            self.ddp = [
+                DistributedDataParallel(
+                    self.transformer_config,
+                    ddp_config,
+                    chunk,
+                    # Of later chunks, one part is enough: other chunks compute meanwhile.
+                    disable_bucketing=number > 0,
+                )
+                for number, chunk in enumerate(self.model)
+            ]
         with out_of_memory_explained(
             f"the optimizer's copy of the weights: {self._more_gpus_for_optimizer}"
         ):
             self.optimizer = self._build_optimizer()
         if overlap_grads:
             # Gradients are summed over ranks during the last micro-batch only.
-            self.transformer_config.no_sync_func = self.ddp.no_sync
+            no_sync = [chunk.no_sync for chunk in self.ddp]
+            self.transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.transformer_config.finalize_model_grads_func = finalize_model_grads
         self.transformer_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = self._build_scheduler()
@@ -99,7 +106,7 @@ class MegatronPolicy(MegatronModel):
             "use_distributed_optimizer": policy.use_distributed_optimizer,
             "overlap_param_gather": self._overlaps_param_gather,
         }
-        return get_megatron_optimizer(megatron_config(OptimizerConfig, own, policy), [self.ddp])
+        return get_megatron_optimizer(megatron_config(OptimizerConfig, own, policy), self.ddp)
 
     def _build_scheduler(self) -> OptimizerParamScheduler:
         policy = self.config.policy
@@ -153,7 +160,8 @@ class MegatronPolicy(MegatronModel):
         if self._overlaps_param_gather:
             # The last optimizer step left this to a forward pass, but log-probs, weight sync and
             # checkpoints come first: until now each rank has new weights in its own part only.
-            self.ddp.start_param_sync(force_sync=True)
+            for chunk in self.ddp:
+                chunk.start_param_sync(force_sync=True)
         if not self.on_cpu and self.config.policy_shares_gpus:
             # Free cached blocks for the models that share this GPU. Otherwise keep them:
             # reallocating slows every update.
@@ -203,9 +211,10 @@ class MegatronPolicy(MegatronModel):
             value, statistics = losses[algorithm.loss_type](inputs, algorithm)
             return value * undo_averaging, statistics
 
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        outputs = self._forward_backward(packed, loss_of, model=self.ddp, forward_only=False)
+        outputs = self._forward_backward(packed, loss_of, chunks=self.ddp, forward_only=False)
         metrics = self._reduced_metrics(outputs)
         if self.routing is not None:
             metrics |= self.routing.metrics()
@@ -227,7 +236,7 @@ class MegatronPolicy(MegatronModel):
 
     def _reduced_metrics(self, outputs: list[dict]) -> dict[str, float]:
         """Metrics of an optimizer step over data-parallel ranks; {} before the last stage."""
-        if not self.model.post_process:
+        if not self.is_last_stage:
             return {}
         sums = MetricSums()
         for statistics in outputs:

@@ -27,9 +27,13 @@ from rlsys.model.shape import ModelShape
 
 
 def block_spec(
-    config: TransformerConfig, shape: ModelShape, *, on_cpu: bool
+    config: TransformerConfig, shape: ModelShape, *, vp_stage: int | None, on_cpu: bool
 ) -> TransformerBlockSubmodules:
-    """The modules of this pipeline stage's layers, and the final norm."""
+    """The modules of the layers of a pipeline stage of this rank, and the final norm.
+
+    Args:
+        vp_stage: its number on this rank; None where the rank has one stage.
+    """
     # Transformer Engine has no CPU kernels, so a GPU host that runs on its CPU does without it.
     if not on_cpu and importlib.util.find_spec("transformer_engine") is not None:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -37,8 +41,8 @@ def block_spec(
         make_layer, norm = _transformer_engine_layer, TENorm
     else:
         make_layer, norm = _torch_layer, RMSNorm
-    first = get_transformer_layer_offset(config)
-    layers = shape.layers[first : first + get_num_layers_to_build(config)]
+    first = get_transformer_layer_offset(config, vp_stage)
+    layers = shape.layers[first : first + get_num_layers_to_build(config, vp_stage)]
     specs = []
     for layer in layers:
         spec = make_layer(config, layer)

@@ -28,11 +28,11 @@ class MegatronWeights:
     """The weights of one rank's part of a model.
 
     Args:
-        model: the bare GPTModel of this rank.
+        chunks: the bare GPTModels of this rank.
         shape: sizes of the whole model.
     """
 
-    def __init__(self, model: torch.nn.Module, shape: ModelShape):
+    def __init__(self, chunks: Sequence[torch.nn.Module], shape: ModelShape):
         self.table = weight_table(shape)
         self.tied = shape.tied
         self._vocab_size = shape.vocab_size
@@ -40,9 +40,9 @@ class MegatronWeights:
         self._pp = parallel_state.get_pipeline_model_parallel_group()
         self._ep = parallel_state.get_expert_model_parallel_group()
         own_experts = shape.num_experts // self._ep.size() if shape.is_moe else 0
-        self._parameters = _named_globally(model, first_expert=self._ep.rank() * own_experts)
-        self._dtype = next(model.parameters()).dtype
-        self._model = model
+        self._parameters = _named_globally(chunks, first_expert=self._ep.rank() * own_experts)
+        self._dtype = next(iter(self._parameters.values())).dtype
+        self._chunks = chunks
         self.sharding = {
             "singleton_local_shards": False,
             "chained_optim_avoid_prefix": True,
@@ -121,7 +121,10 @@ class MegatronWeights:
     def sharded_state(self) -> dict[str, Any]:
         """This rank's parameters with their places in the whole model, for dist_checkpointing."""
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        return self._model.sharded_state_dict(metadata=self.sharding | {"dp_cp_group": group})
+        metadata = self.sharding | {"dp_cp_group": group}
+        states = [chunk.sharded_state_dict(metadata=metadata) for chunk in self._chunks]
+        # megatron-core's own names of several chunks, each of which numbers its layers from 0.
+        return states[0] if len(states) == 1 else {f"model{i}": s for i, s in enumerate(states)}
 
     def own_parameter(self, row: WeightRow) -> torch.Tensor | None:
         """This rank's parameter of a row of the table, or None."""
@@ -259,19 +262,22 @@ _LOCAL_EXPERT = re.compile(r"(?<=\.local_experts\.)\d+|(?<=\.experts\.linear_fc[
 """The number of an expert in names of SequentialMLP and of Transformer Engine's TEGroupedMLP."""
 
 
-def _named_globally(model: torch.nn.Module, *, first_expert: int) -> dict[str, torch.Tensor]:
+def _named_globally(
+    chunks: Sequence[torch.nn.Module], *, first_expert: int
+) -> dict[str, torch.Tensor]:
     """Parameters by name, with layers and experts numbered over the whole model.
 
     The biases by which routers choose experts count, too: they are a part of checkpoints, and
     buffers, since no gradient trains them.
     """
-    first_layer = model.decoder.layers[0].layer_number - 1
-    biases = [(name, b) for name, b in model.named_buffers() if name.endswith(".expert_bias")]
     parameters = {}
-    for name, parameter in [*model.named_parameters(), *biases]:
-        if name.startswith("decoder.layers."):
-            _, _, local, rest = name.split(".", 3)
-            name = f"decoder.layers.{int(local) + first_layer}.{rest}"
-            name = _LOCAL_EXPERT.sub(lambda number: str(int(number[0]) + first_expert), name)
-        parameters[name] = parameter
+    for chunk in chunks:
+        biases = [(name, b) for name, b in chunk.named_buffers() if name.endswith(".expert_bias")]
+        for name, parameter in [*chunk.named_parameters(), *biases]:
+            if name.startswith("decoder.layers."):
+                _, _, local, rest = name.split(".", 3)
+                layer = chunk.decoder.layers[int(local)].layer_number - 1
+                name = f"decoder.layers.{layer}.{rest}"
+                name = _LOCAL_EXPERT.sub(lambda number: str(int(number[0]) + first_expert), name)
+            parameters[name] = parameter
     return parameters

@@ -2,7 +2,11 @@
 
 from config_cases import values
 
-from rlsys.commands.explain_options import describe_passed_through, describe_sampling
+from rlsys.commands.explain_options import (
+    describe_passed_through,
+    describe_pipeline,
+    describe_sampling,
+)
 from rlsys.config import Config
 
 
@@ -44,3 +48,19 @@ def test_what_is_passed_through_is_shown_with_where_it_goes():
     )
     assert pairs["bucket_size = 9"].startswith("DistributedDataParallelConfig (")
     assert describe_passed_through(Config.model_validate(values())) == []
+
+
+def test_what_pipeline_ranks_have_is_shown():
+    def pipeline(layout):
+        policy = {"world_size": 2, "pipeline_parallel_size": 2, "pipeline_layout": layout}
+        return dict(describe_pipeline(Config.model_validate(values(policy=policy)).policy))
+
+    assert pipeline("E|t*4L") == {
+        "pipeline rank 0": "the embedding",
+        "pipeline rank 1": "layers 0 to 3 and the output",
+    }
+    interleaved = pipeline("Et|tt|t|L")
+    assert interleaved["pipeline rank 0"] == "the embedding and layer 0; then layer 3"
+    assert interleaved["pipeline rank 1"] == "layers 1 to 2; then the output"
+    assert "filled up to a multiple of 2" in interleaved["micro-batches"]
+    assert pipeline(None) == {}

@@ -9,7 +9,8 @@ from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model
 from rlsys.config.load import load_config
 from rlsys.model.families.base import LayerShape
 from rlsys.model.kv_cache import kv_layers
-from rlsys.model.memory import GIB, estimate_memory, rank_params
+from rlsys.model.memory import GIB, estimate_memory
+from rlsys.model.pipeline import rank_params
 from rlsys.model.shape import read_model_shape
 from rlsys.preflight.memory import gpu_warnings
 
@@ -70,10 +71,33 @@ def test_replicas_share_the_optimizer_state_only_when_it_is_distributed(tmp_path
 
 def test_tensor_and_pipeline_ranks_hold_the_model_together(tmp_path):
     shape = read_model_shape(write_model(tmp_path / "untied", tie_word_embeddings=False))
-    whole, _ = rank_params(shape, tp=1, pp=1, ep=1)
-    assert rank_params(shape, tp=2, pp=1, ep=1) == (whole // 2, 0)
+    whole, _ = rank_params(shape, [[0, 1, 2, 3]], tp=1, ep=1)
+    assert rank_params(shape, [[0, 1, 2, 3]], tp=2, ep=1) == (whole // 2, 0)
     # The two stages have an embedding each: the first one's, and the head.
-    assert rank_params(shape, tp=1, pp=2, ep=1) == (whole // 2, 0)
+    assert rank_params(shape, [[0, 1], [2, 3]], tp=1, ep=1) == (whole // 2, 0)
+
+
+def test_the_largest_of_uneven_stages_counts(tmp_path):
+    def policy(layout, ranks=2):
+        policy = {
+            "world_size": ranks,
+            "pipeline_parallel_size": ranks,
+            "pipeline_layout": layout,
+        }
+        found, shape = estimates(tmp_path, "cuda", policy=policy)
+        return found["policy"].gib, shape
+
+    even, shape = policy("Ett|ttL")
+    assert even == policy(None)[0]
+    one_layer, _ = shape.layer_params(shape.layers[:1])
+    for uneven in ("Et|tttL", "Ettt|tL"):
+        larger, _ = policy(uneven)
+        assert (larger["weights"] - even["weights"]) * GIB == pytest.approx(one_layer * 2)
+    # The first rank waits for the second with the activations of two micro-batches.
+    activations = [policy(layout)[0]["activations"] for layout in ("Ettt|tL", "Ett|ttL", "Et|tttL")]
+    assert activations == pytest.approx([activations[0], activations[0] / 1.5, activations[0] / 2])
+    # Two chunks a rank: three chunks of each are in flight at once, and two micro-batches' worth.
+    assert policy("Et|t|t|tL")[0]["activations"] == pytest.approx(activations[1] * 1.25)
 
 
 def test_recompute_and_smaller_micro_batches_need_less(tmp_path):

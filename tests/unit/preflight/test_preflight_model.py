@@ -71,7 +71,7 @@ def test_layouts_that_do_not_fit_layers_with_and_without_experts(problems, tmp_p
     found = problems(
         "--policy.pipeline_parallel_size", "2", "--policy.world_size", "2", model=model
     )
-    assert "a pipeline stage with layers 0 to 1, none of which has experts" in only(found)
+    assert "a pipeline rank with layers 0, 1, none of which has experts" in only(found)
 
 
 BRIDGED = {"model_type": "glm4", "architectures": ["Glm4ForCausalLM"]}
