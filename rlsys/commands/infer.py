@@ -96,6 +96,10 @@ def _check_options(args: argparse.Namespace, sampling: dict[str, Any]) -> None:
         raise ValueError("--serve and --prompts are two different things: leave one out")
     if (args.prompts is None) != (args.out is None):
         raise ValueError("--prompts FILE and --out FILE belong together: give both")
+    for name in ("max_model_len", "tensor_parallel_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} {value} should be at least 1")
     for_server = {"host": args.host, "port": args.port, "served_model_name": args.served_model_name}
     unread = [f"--{name}" for name, value in for_server.items() if value is not None]
     unread += ["--vllm_args"] if args.vllm_args else []

@@ -24,6 +24,7 @@ from rlsys.engines.vllm.serving import (
         ("--serve --temperature 0 --system x", "--temperature, --system: clients of --serve"),
         ("--temperature -1", "--temperature -1 should be at least 0"),
         ("--top_p 0", "--top_p 0 should be above 0 and at most 1"),
+        ("--max_model_len 0", "--max_model_len 0 should be at least 1"),
         ("--max_tokens 0", "--max_tokens 0 should be at least 1"),
         ("", "there is no folder ./nowhere on this machine"),
     ],
