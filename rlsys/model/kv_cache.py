@@ -17,14 +17,18 @@ class KVLayers:
     tokens: int
     """Most tokens that each of them keeps of a sequence."""
     has_window: bool
+    is_linear: bool = False
+    """Whether each keeps a state of constant size, which takes one block."""
 
     def blocks(self, tokens: int, block_tokens: int) -> int:
         """Blocks of one layer each that hold `tokens`; a window may begin within a block."""
+        if self.is_linear:
+            return self.layers
         return self.layers * (-(-tokens // block_tokens) + self.has_window)
 
 
 def kv_layers(shape: ModelShape, *, row: int, prompt: int) -> list[KVLayers]:
-    """The kinds of layers: those without windows, and those of each window.
+    """The kinds of layers: those without windows, those of each window, and linear ones.
 
     vLLM frees what has left a window, but not while a prompt is read, and gives each block to a
     group of layers of one kind. Groups have the size of the smallest kind, or of the largest where
@@ -34,7 +38,7 @@ def kv_layers(shape: ModelShape, *, row: int, prompt: int) -> list[KVLayers]:
         row: tokens of the longest sequence.
         prompt: tokens of the longest prompt.
     """
-    counts = Counter(layer.window for layer in shape.layers)
+    counts = Counter((layer.window, layer.is_linear) for layer in shape.layers)
     small, large = min(counts.values()), max(counts.values())
     group = large if large < 1.5 * small else small
     return [
@@ -42,8 +46,9 @@ def kv_layers(shape: ModelShape, *, row: int, prompt: int) -> list[KVLayers]:
             -(-count // group) * group,
             row if window is None else min(row, max(window, prompt)),
             window is not None,
+            is_linear,
         )
-        for window, count in counts.items()
+        for (window, is_linear), count in counts.items()
     ]
 
 

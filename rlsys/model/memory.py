@@ -20,6 +20,7 @@ from pathlib import Path
 from rlsys.config import Config
 from rlsys.config.pipeline_layout import rank_layers
 from rlsys.model.kv_cache import KVLayers, cache_blocks, kv_layers
+from rlsys.model.layer_memory import attention_output, layer_numbers, mlp_numbers
 from rlsys.model.pipeline import busiest_rank, rank_params
 from rlsys.model.shape import ModelShape
 from rlsys.model.weight_files import read_header, weight_files
@@ -120,9 +121,18 @@ def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> Memory
 # --- sizes that the engines use, too -------------------------------------------------------------
 
 
-def kv_block_tokens(shape: ModelShape, device: Device) -> int:
-    """Tokens of a block of the KV cache; vLLM's latent attention on CPU has one size."""
-    return 16 if shape.latent is not None else KV_BLOCK_TOKENS[device]
+def kv_block_tokens(shape: ModelShape, device: Device, tensor_parallel_size: int = 1) -> int:
+    """Tokens of a block of the KV cache; vLLM's latent attention on CPU has one size.
+
+    Blocks of all layers have one size, so that a block holds the state of a linear layer.
+    """
+    if shape.latent is not None:
+        return 16
+    tokens = KV_BLOCK_TOKENS[device]
+    if shape.linear is None or not shape.num_kv_layers:
+        return tokens
+    per_token = shape.kv_elements_per_token(tensor_parallel_size) // shape.num_kv_layers
+    return tokens * -(-shape.state_elements(tensor_parallel_size) // (per_token * tokens))
 
 
 def longest_row(config: Config) -> int:
@@ -148,14 +158,15 @@ def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device:
 
     Some attention kernels of GPUs take larger blocks than KV_BLOCK_TOKENS, and then more memory.
     """
-    block_tokens = kv_block_tokens(shape, device)
+    tp = config.rollout.tensor_parallel_size
+    block_tokens = kv_block_tokens(shape, device, tp)
     blocks = cache_blocks(
         _kv_layers(config, shape),
         row=longest_row(config),
         sequences=sequences,
         block_tokens=block_tokens,
     )
-    elements = shape.kv_elements_per_token(config.rollout.tensor_parallel_size) // shape.num_layers
+    elements = shape.kv_elements_per_token(tp) // shape.num_kv_layers
     return blocks * block_tokens * elements * bytes_per_weight(config, device)
 
 
@@ -216,14 +227,14 @@ def _kept_activations(
 ) -> tuple[float, str]:
     """What forward passes keep for their backward passes."""
     policy = config.policy
-    per_layer, (layers, in_flight) = _layer_numbers(shape), busiest_rank(policy, shape)
+    per_layer, (layers, in_flight) = layer_numbers(shape), busiest_rank(policy, shape)
     if policy.recompute == "full":
         numbers, text = layers * shape.hidden_size + per_layer, "each layer's input + one layer"
     elif policy.recompute == "selective":
         modules = {
             # The norm's output, which is the MLP's first input, and what is inside the MLP.
-            "mlp": shape.hidden_size + _mlp_numbers(shape),
-            "core_attn": _attention_output(shape),
+            "mlp": shape.hidden_size + mlp_numbers(shape),
+            "core_attn": attention_output(shape),
         }
         # What a layer computes again exists for one layer at a time, in its backward pass.
         again = sum(modules[module] for module in set(policy.recompute_modules))
@@ -263,7 +274,7 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
     rollout = config.rollout
     tp, width = rollout.tensor_parallel_size, bytes_per_weight(config, device)
     prompts = min(BATCHED_TOKENS[device], rollout.max_num_seqs * config.data.max_prompt_length)
-    numbers = _layer_numbers(shape)
+    numbers = layer_numbers(shape)
     return [
         ("weights", shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"),
         ("KV cache", *_kv_cache(config, shape, device)),
@@ -292,17 +303,7 @@ def _kv_cache(config: Config, shape: ModelShape, device: Device) -> tuple[float,
     rollout = config.rollout
     if rollout.kv_cache_memory_mb is not None:
         return rollout.kv_cache_memory_mb * 2**20, "rollout.kv_cache_memory_mb"
-    width = bytes_per_weight(config, device)
-    elements = shape.kv_elements_per_token(rollout.tensor_parallel_size) / shape.num_layers
-    kinds = [
-        (kind.tokens, kind.layers * elements * width, " of windowed layers" * kind.has_window)
-        for kind in _kv_layers(config, shape)
-    ]
-    sequence_bytes = sum(tokens * token_bytes for tokens, token_bytes, _ in kinds)
-    sequence = " + ".join(
-        f"{tokens:,} tokens x {token_bytes:,.0f} bytes{kind}" for tokens, token_bytes, kind in kinds
-    )
-    sequence = f"({sequence})" if len(kinds) > 1 else sequence
+    sequence_bytes, sequence = _sequence_bytes(config, shape, device)
     all_sequences = rollout.max_num_seqs * sequence_bytes
     text = f"max_num_seqs {rollout.max_num_seqs} x {sequence}"
     if device == "cpu":
@@ -320,6 +321,27 @@ def _kv_cache(config: Config, shape: ModelShape, device: Device) -> tuple[float,
     )
 
 
+def _sequence_bytes(config: Config, shape: ModelShape, device: Device) -> tuple[float, str]:
+    """Bytes of the longest sequence in an engine rank's KV cache, and where they come from."""
+    tp, width = config.rollout.tensor_parallel_size, bytes_per_weight(config, device)
+    elements = shape.kv_elements_per_token(tp) / shape.num_kv_layers
+    total, texts = 0.0, []
+    for kind in _kv_layers(config, shape):
+        if kind.is_linear:
+            state = shape.state_elements(tp) * width
+            total += kind.layers * state
+            texts.append(
+                f"{kind.layers} linear layers x {state:,} bytes, a state of constant size instead "
+                "of a KV cache"
+            )
+            continue
+        token_bytes = kind.layers * elements * width
+        total += kind.tokens * token_bytes
+        of_windows = " of windowed layers" if kind.has_window else ""
+        texts.append(f"{kind.tokens:,} tokens x {token_bytes:,.0f} bytes{of_windows}")
+    return total, f"({' + '.join(texts)})" if len(texts) > 1 else texts[0]
+
+
 def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
     tp, width = config.reference.tensor_parallel_size, bytes_per_weight(config, device)
     tokens = -(-micro_batch_tokens(config) // config.reference.context_parallel_size)
@@ -327,43 +349,14 @@ def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor
         ("weights", shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"),
         (
             "activations",
-            tokens * _layer_numbers(shape) * width / tp,
+            tokens * layer_numbers(shape) * width / tp,
             "one layer: nothing is kept for a backward pass",
         ),
         ("logits", _chunk_logit_bytes(config, shape, tokens, tp), ""),
     ]
 
 
-# --- one layer, one chunk, one bucket ------------------------------------------------------------
-
-
-def _layer_numbers(shape: ModelShape) -> int:
-    """Numbers that a layer keeps for each token, with a fused attention."""
-    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    if shape.latent is None:
-        qkv = 2 * (q + 2 * kv)  # before and after the rotation
-    else:
-        # Compressed, before and after its norm; q, k and v of all heads, as linear layers give
-        # them and put together with what has a rotary embedding.
-        compressed = (shape.latent.q_lora_rank or 0) + shape.latent.cached
-        qkv = 2 * compressed + 2 * (2 * q + _attention_output(shape))
-    # Both norms' inputs and outputs.
-    return 4 * shape.hidden_size + qkv + _attention_output(shape) + _mlp_numbers(shape)
-
-
-def _attention_output(shape: ModelShape) -> int:
-    head_dim = shape.head_dim if shape.latent is None else shape.latent.v_head_dim
-    return shape.num_heads * head_dim
-
-
-def _mlp_numbers(shape: ModelShape) -> int:
-    """In the layers whose MLP keeps most."""
-    # Gate, up and their product.
-    dense = 3 * shape.intermediate_size if shape.has_dense_mlp else 0
-    # The same for each expert of the token, its copy of the input, its output; router logits.
-    expert = 2 * shape.hidden_size + 3 * shape.moe_intermediate_size
-    experts = shape.num_experts_per_tok * expert + 2 * shape.num_experts
-    return max(dense, experts + 3 * shape.shared_expert_size)
+# --- one chunk, one bucket -----------------------------------------------------------------------
 
 
 def _logit_copies(config: Config) -> int:

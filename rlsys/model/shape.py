@@ -12,6 +12,7 @@ from rlsys.model.families import FAMILIES
 from rlsys.model.families.base import LayerShape, ModelFamily
 from rlsys.model.families.bridged import bridged_family
 from rlsys.model.families.latent import LatentAttention
+from rlsys.model.families.linear import LinearAttention
 from rlsys.model.folder import read_json
 from rlsys.model.keys import key_problems
 from rlsys.model.other_kinds import refuse_other_kind, unknown_type_problem
@@ -39,6 +40,8 @@ class ModelShape:
     """Whether q and k are normalised by head."""
     latent: LatentAttention | None = None
     """What keys and values come from in latent attention; None: each KV head has its own."""
+    linear: LinearAttention | None = None
+    """Sizes of the layers of linear attention; None if there are only others."""
     num_mtp_layers: int = 0
     """Layers behind the last one that predict further tokens: neither trained nor sampled with."""
     softmax_scale: float | None = None
@@ -102,6 +105,8 @@ class ModelShape:
 
     def is_in_mtp_layer(self, name: str) -> bool:
         """Whether a Hugging Face tensor is of a layer that predicts further tokens."""
+        if self.family.mtp_prefix is not None and name.startswith(self.family.mtp_prefix):
+            return True
         layers = range(self.num_layers, self.num_layers + self.num_mtp_layers)
         return any(name.startswith(f"model.layers.{layer}.") for layer in layers)
 
@@ -122,7 +127,16 @@ class ModelShape:
         if self.latent is not None:
             return self.num_layers * self.latent.cached
         heads = max(1, self.num_kv_heads // tensor_parallel_size)
-        return 2 * self.num_layers * heads * self.head_dim
+        return 2 * self.num_kv_layers * heads * self.head_dim
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers that keep keys and values; linear layers have a state of constant size instead."""
+        return sum(not layer.is_linear for layer in self.layers)
+
+    def state_elements(self, tensor_parallel_size: int) -> int:
+        """Numbers that each rank keeps of a sequence for each linear layer, however long it is."""
+        return 0 if self.linear is None else self.linear.state_elements // tensor_parallel_size
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

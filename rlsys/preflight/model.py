@@ -196,6 +196,7 @@ def _rollout_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     sizes += [shape.intermediate_size] if shape.has_dense_mlp else []
     sizes += [shape.moe_intermediate_size] if shape.is_moe else []
     sizes += [shape.shared_expert_size] if shape.shared_expert_size else []
+    sizes += [shape.linear.key_heads] if shape.linear is not None else []
     if any(size % tp for size in sizes):
         yield Problem(
             f"rollout.tensor_parallel_size = {tp} does not divide the model's {shape.num_heads} "
@@ -210,6 +211,11 @@ def _rollout_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
         )
     if guess_device(config) != "cpu":
         return
+    if shape.linear is not None and config.model_dtype(on_cpu=True) != "bfloat16":
+        yield Problem(
+            f"{shape.model_type} has linear attention, which vLLM on CPU computes in bfloat16 "
+            "only, and the model would be float32: set model.dtype to bfloat16"
+        )
     if shape.latent is not None:
         if shape.latent.cached != CPU_LATENT_DIM:
             yield Problem(
@@ -247,6 +253,8 @@ def _tensor_parallel(field: str, tp: int, shape: ModelShape) -> Iterator[Problem
         sizes["intermediate size"] = shape.intermediate_size
     if shape.shared_expert_size:
         sizes["shared expert's intermediate size"] = shape.shared_expert_size
+    if shape.linear is not None:
+        sizes["key heads of linear attention"] = shape.linear.key_heads
     wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]
     if wrong:
         yield Problem(

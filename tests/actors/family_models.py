@@ -100,6 +100,15 @@ DEEPSEEK_V2 = MOONLIGHT | {
     "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 0.7},
 }
 del DEEPSEEK_V2["num_nextn_predict_layers"]
+LINEAR_ATTENTION = {
+    "num_hidden_layers": 4,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+}
 MODELS = {
     "deepseek_v2": ("DeepseekV2Config", DEEPSEEK_V2),
     "deepseek_v3": (
@@ -158,6 +167,18 @@ MODELS = {
     ),
     "qwen3-window": ("Qwen3Config", WINDOW),
     "qwen3_moe": ("Qwen3MoeConfig", EXPERTS),
+    "qwen3_5_text": (
+        "Qwen3_5TextConfig",
+        LINEAR_ATTENTION
+        | {
+            "rope_parameters": LINEAR_ATTENTION["rope_parameters"]
+            | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+        },
+    ),
+    "qwen3_next": (
+        "Qwen3NextConfig",
+        LINEAR_ATTENTION | EXPERTS | {"shared_expert_intermediate_size": 64},
+    ),
     "qwen3_moe-window": ("Qwen3MoeConfig", EXPERTS | WINDOW),
     "seed_oss": ("SeedOssConfig", {}),
     # Of two layers the second has no rotary embedding.
@@ -212,17 +233,27 @@ WITHOUT = {
     "qwen3-yarn-factor": {"rope_parameters": YARN},
     "qwen3-window": {"use_sliding_window": False},
     "qwen3_moe-window": {"use_sliding_window": False},
+    "qwen3_5_text": {"rope_parameters": PARTIAL},
+    "qwen3_next": {"rope_parameters": PARTIAL},
     "smollm3": {"no_rope_layers": [1, 1]},
 }
 """Name -> options that switch a feature off which the model has."""
-NOT_TESTED: dict[tuple[str, str], str] = {}
+NOT_TESTED: dict[tuple[str, str], str] = dict.fromkeys(
+    [("qwen3_5_text", "engine"), ("qwen3_next", "engine")],
+    "vLLM on CPU has linear attention in bfloat16 only, in which "
+    "`tests/actors/test_families_bfloat16.py` syncs an engine",
+)
 """(model, "one rank", "TP 2", "PP 2" or "engine") that no test can run -> why."""
 GPU_RUN = ""
 """When the tests of GPUs were last run, and on what."""
 NOT_ON_GPUS: dict[str, str] = {}
 """Models that the tests of GPUs leave out -> why."""
 THROUGH_THE_LOADER = frozenset(
-    {name for name, (_, options) in MODELS.items() if "num_experts_per_tok" in options}
+    {
+        name
+        for name, (_, options) in MODELS.items()
+        if "num_experts_per_tok" in options or (name, "engine") in NOT_TESTED
+    }
 )
 """Models whose weights vLLM's loader changes or packs, on CPU, so that no sync is in place."""
 

@@ -130,6 +130,7 @@ def _attention_options(shape: ModelShape) -> dict[str, Any]:
         "add_qkv_bias": shape.has_qkv_bias,
         "qk_layernorm": shape.has_qk_norm,
         "softmax_scale": shape.softmax_scale,
+        "attention_output_gate": shape.family.has_output_gate,
     }
     if shape.has_windows:
         windows = [layer.window for layer in shape.layers]

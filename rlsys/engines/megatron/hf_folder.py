@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from rlsys.files import replacing_folder
 from rlsys.model.families.base import Part, weight_table
-from rlsys.model.shape import ModelShape, read_model_config, read_model_shape
+from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.weight_files import INDEX, OF_THE_RUN, RELEASE, UNTRAINED_FILE, weight_files
 from rlsys.weight_sync.plan import DTYPES, shard_bounds
 
@@ -105,8 +105,6 @@ def untrained_tensors(
         folder: of a model; beside megatron-core's files they are in `release/`.
         dtype: what they are converted to; None keeps their types.
     """
-    if not read_model_config(folder).get("num_nextn_predict_layers"):
-        return
     shape = read_model_shape(folder, may_bridge=True)
     place = folder / RELEASE if (folder / RELEASE / UNTRAINED_FILE).is_file() else folder
     if not weight_files(place):

@@ -38,11 +38,36 @@ class RMSNorm(torch.nn.RMSNorm):
         return (normed * (1.0 + self.weight.float())).type_as(x)
 
 
+class PaddedRows:
+    """Packed sequences [T, ...] as right-padded rows [N, S, ...], and back.
+
+    What is causal needs no mask for them: no real token sees the padding on its right.
+    """
+
+    def __init__(self, cu_seqlens: torch.Tensor):
+        cu_seqlens = cu_seqlens.long()
+        lengths = cu_seqlens.diff()
+        self._rows = torch.repeat_interleave(
+            torch.arange(len(lengths), device=lengths.device), lengths
+        )
+        self._columns = torch.arange(len(self._rows), device=lengths.device)
+        self._columns = self._columns - cu_seqlens[self._rows]
+        self._shape = (len(lengths), int(lengths.max()))
+
+    def pad(self, packed: torch.Tensor) -> torch.Tensor:
+        """[T, ...] -> [N, S, ...]."""
+        padded = packed.new_zeros(*self._shape, *packed.shape[1:])
+        return padded.index_put((self._rows, self._columns), packed)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """[N, S, ...] -> [T, ...]."""
+        return padded[self._rows, self._columns]
+
+
 class PackedAttention(MegatronModule):
     """Causal attention over packed sequences, with grouped queries and sliding windows.
 
-    The sequences of a micro-batch are scattered into right-padded rows and attended in one call:
-    under a causal mask no real token sees the padding on its right, so no mask is needed.
+    All sequences of a micro-batch attend in one call, as `PaddedRows`.
     """
 
     def __init__(
@@ -83,28 +108,10 @@ class PackedAttention(MegatronModule):
             gather_tokens(packed, positions, group, sum_gradients=True)
             for packed in (query, key, value)
         )
-        attended = self._attend(query, key, value, packed_seq_params.cu_seqlens_q.long())
+        rows = PaddedRows(packed_seq_params.cu_seqlens_q)
+        padded = (rows.pad(packed).transpose(1, 2) for packed in (query, key, value))
+        attended = rows.unpad(self._padded(*padded).transpose(1, 2)).flatten(1)
         return attended if group.size() == 1 else attended[positions[group.rank()]]
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-    ) -> torch.Tensor:
-        lengths = cu_seqlens.diff()
-        # (row, column) of every token in the padded layout
-        rows = torch.repeat_interleave(torch.arange(len(lengths), device=query.device), lengths)
-        columns = torch.arange(len(rows), device=query.device) - cu_seqlens[rows]
-        shape = (len(lengths), int(lengths.max()))
-
-        def pad(packed: torch.Tensor) -> torch.Tensor:
-            padded = packed.new_zeros(*shape, *packed.shape[1:])
-            return padded.index_put((rows, columns), packed).transpose(1, 2)
-
-        attended = self._padded(pad(query), pad(key), pad(value))
-        return attended.transpose(1, 2)[rows, columns].flatten(1)
 
     def _padded(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[N, heads, S, d] queries, [N, kv_heads, S, d] keys and values -> [N, heads, S, d].

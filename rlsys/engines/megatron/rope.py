@@ -44,7 +44,7 @@ def frequencies(hf: PretrainedConfig, kind: str, *, longest: int) -> tuple[torch
 
 def place_rotary(model: GPTModel, hf: PretrainedConfig, shape: ModelShape, *, longest: int) -> None:
     """Give every layer of `model` its frequencies, and its queries their factors."""
-    kinds = sorted({layer.rope for layer in shape.layers if layer.rope is not None})
+    kinds = sorted({layer.rope for layer in shape.layers} - {None})
     tables = {kind: frequencies(hf, kind, longest=longest) for kind in kinds}
     latent = shape.latent
     # In latent attention each layer looks its angles up, and turns the last numbers of a head.
@@ -53,7 +53,10 @@ def place_rotary(model: GPTModel, hf: PretrainedConfig, shape: ModelShape, *, lo
         holder.rotary_pos_emb = Rotary(holder.rotary_pos_emb, [tables[kind][0] for kind in kinds])
     start = 0 if latent is None else latent.qk_nope_head_dim
     for layer in model.decoder.layers:
-        kind = shape.layers[layer.layer_number - 1].rope
+        layer_shape = shape.layers[layer.layer_number - 1]
+        if layer_shape.is_linear:
+            continue
+        kind = layer_shape.rope
         index = None if kind is None else kinds.index(kind)
         if index is None or len(kinds) > 1:
             choose = partial(_choose, index)

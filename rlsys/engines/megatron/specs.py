@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_block import (
 )
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
+from rlsys.engines.megatron.gated_attention import GatedAttention
+from rlsys.engines.megatron.gated_delta import GatedDeltaNet
 from rlsys.engines.megatron.latent import ReplicatedLinear
 from rlsys.engines.megatron.layers import PackedAttention, RMSNorm
 from rlsys.engines.megatron.norms import AllHeadsNorm
@@ -46,6 +48,10 @@ def block_spec(
     specs = []
     for layer in layers:
         spec = make_layer(config, layer)
+        if layer.is_linear:
+            _make_linear(spec, shape, norm)
+        elif shape.family.has_output_gate:
+            spec.submodules.self_attention.module = GatedAttention
         _place_norms(spec, config, shape, norm)
         if shape.family.qk_norm_of_all_heads:
             attention = spec.submodules.self_attention.submodules
@@ -86,6 +92,22 @@ def _torch_layer(config: TransformerConfig, layer: LayerShape) -> ModuleSpec:
     elif config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     return spec
+
+
+def _make_linear(spec: ModuleSpec, shape: ModelShape, norm: type) -> None:
+    """Put linear attention in the place of a layer's attention, behind a norm of its own."""
+    attention = spec.submodules.self_attention.submodules
+    if "LayerNorm" in attention.linear_qkv.__name__:
+        spec.submodules.input_layernorm = norm
+        _unfuse(attention, "linear_qkv")
+    spec.submodules.self_attention = ModuleSpec(
+        module=GatedDeltaNet,
+        params={
+            "sizes": shape.linear,
+            "column": attention.linear_qkv,
+            "row": attention.linear_proj,
+        },
+    )
 
 
 def _place_norms(

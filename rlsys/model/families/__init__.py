@@ -14,7 +14,9 @@ from rlsys.model.families.phi3 import PHI3
 from rlsys.model.families.qwen2 import QWEN2
 from rlsys.model.families.qwen2_moe import QWEN2_MOE
 from rlsys.model.families.qwen3 import QWEN3
+from rlsys.model.families.qwen3_5 import QWEN3_5
 from rlsys.model.families.qwen3_moe import QWEN3_MOE
+from rlsys.model.families.qwen3_next import QWEN3_NEXT
 from rlsys.model.families.seed_oss import SEED_OSS
 from rlsys.model.families.smollm3 import SMOLLM3
 
@@ -35,7 +37,9 @@ FAMILIES = {
         QWEN2,
         QWEN2_MOE,
         QWEN3,
+        QWEN3_5,
         QWEN3_MOE,
+        QWEN3_NEXT,
         SEED_OSS,
         SMOLLM3,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class LayerShape:
 
     has_experts: bool = False
     """Whether its MLP is a mixture of experts."""
+    is_linear: bool = False
+    """Whether its attention is linear: a state of constant size, and no keys and values to keep."""
     rope: str | None = ""
     """The entry of rope_parameters that its rotary embedding has; "" if rope_parameters has no
     entries for kinds of layers, None if the layer has no rotary embedding (NoPE)."""
@@ -100,8 +102,8 @@ class WeightRow:
     experts. They follow each other in the table, and expert-parallel ranks hold equal parts, in the
     order of the ranks."""
     part_rows: tuple[int, ...] = ()
-    """Rows of the parts that its only Hugging Face tensor holds one after the other, such as q, k
-    and v; tensor parallelism cuts each of them. () if every tensor is one part."""
+    """Rows of the parts that its Hugging Face tensors hold one after the other, such as q, k and v
+    in one; tensor parallelism cuts each of them. () if every tensor is one part."""
     dtype: str | None = None
     """Torch's name of a type that it always has; None: that of the whole model."""
 
@@ -113,13 +115,23 @@ class WeightRow:
                 Part(name, 0, shape)
                 for name, shape in zip(self.hf_names, self.hf_shapes, strict=True)
             )
-        ((name,), ((rows, *rest),)) = self.hf_names, self.hf_shapes
-        assert sum(self.part_rows) == rows, self
-        starts = accumulate(self.part_rows, initial=0)
         return tuple(
             Part(name, start, (size, *rest))
-            for start, size in zip(starts, self.part_rows, strict=False)
+            for name, (_, *rest), sizes in zip(
+                self.hf_names, self.hf_shapes, self._rows_by_tensor, strict=True
+            )
+            for start, size in zip(accumulate(sizes, initial=0), sizes, strict=False)
         )
+
+    @property
+    def _rows_by_tensor(self) -> list[tuple[int, ...]]:
+        """`part_rows` of each tensor."""
+        ends = list(accumulate(shape[0] for shape in self.hf_shapes))
+        edges = [0, *accumulate(self.part_rows)]
+        assert edges[-1] == ends[-1], self
+        stops = [edges.index(end) for end in ends]
+        starts = [0, *stops[:-1]]
+        return [self.part_rows[first:last] for first, last in zip(starts, stops, strict=True)]
 
     def in_one_tensor(self, hf_name: str) -> WeightRow:
         """The same row of a checkpoint that holds all its tensors in one."""
@@ -133,13 +145,20 @@ class WeightRow:
 
     def cut(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Whole Hugging Face tensors -> whole parts."""
-        return list(tensors[0].split(self.part_rows)) if self.part_rows else list(tensors)
+        if not self.part_rows:
+            return list(tensors)
+        pairs = zip(tensors, self._rows_by_tensor, strict=True)
+        return [part for tensor, sizes in pairs for part in tensor.split(sizes)]
 
     def join(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Whole parts -> whole Hugging Face tensors."""
         import torch
 
-        return [torch.cat(list(parts))] if self.part_rows else list(parts)
+        if not self.part_rows:
+            return list(parts)
+        remaining = iter(parts)
+        numbers = map(len, self._rows_by_tensor)
+        return [torch.cat(list(islice(remaining, number))) for number in numbers]
 
     @property
     def num_params(self) -> int:
@@ -195,12 +214,13 @@ def attention(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
     """Rows of a layer's attention with grouped queries."""
     hidden, head_dim, groups = shape.hidden_size, shape.head_dim, shape.num_kv_heads
     q, kv = shape.num_heads * head_dim, groups * head_dim
+    q_rows = 2 * q if shape.family.has_output_gate else q
     qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     rows = [
         WeightRow(
             ("self_attention.linear_qkv.weight",),
             tuple(f"{name}.weight" for name in qkv),
-            ((q, hidden), (kv, hidden), (kv, hidden)),
+            ((q_rows, hidden), (kv, hidden), (kv, hidden)),
             tp_axis=0,
             query_groups=groups,
         ),
@@ -216,7 +236,7 @@ def attention(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
             WeightRow(
                 ("self_attention.linear_qkv.bias",),
                 tuple(f"{name}.bias" for name in qkv),
-                ((q,), (kv,), (kv,)),
+                ((q_rows,), (kv,), (kv,)),
                 tp_axis=0,
                 query_groups=groups,
             )
@@ -279,6 +299,10 @@ class ModelFamily:
     """Whether the family may turn a part of each head only."""
     layer_types: tuple[str, ...] = ("full_attention",)
     """What layer_types of config.json may name."""
+    has_output_gate: bool = False
+    """Whether q_proj also gives a gate for each head, for the output of attention."""
+    mtp_prefix: str | None = None
+    """Start of the names of tensors that only predict further tokens."""
     norms: Norms = "pre"
     """Where a layer has norms: "pre" before attention and MLP, "post" after each, before its
     output is added to the residual, "sandwich" both."""

@@ -1,0 +1,43 @@
+"""What one layer keeps of each token for its backward pass."""
+
+from rlsys.model.shape import ModelShape
+
+LINEAR_CHUNK_TOKENS = 64
+"""Tokens of a sequence that linear attention computes together."""
+
+
+def layer_numbers(shape: ModelShape) -> int:
+    """Numbers that a layer keeps for each token, with a fused attention."""
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    if shape.linear is not None:
+        # Projected and convolved; in float32, by value head: q, k, v, what the state gets, outputs,
+        # and of each chunk four square matrices and two states.
+        sizes, chunk = shape.linear, LINEAR_CHUNK_TOKENS
+        by_head = 3 * sizes.value_size + 2 * sizes.value_heads * sizes.key_dim
+        by_chunk = 4 * sizes.value_heads * chunk + 2 * sizes.value_size * sizes.key_dim // chunk
+        qkv = 2 * sizes.qkvz + 2 * (by_head + by_chunk)
+    elif shape.latent is None:
+        qkv = 2 * (q + 2 * kv)  # before and after the rotation
+    else:
+        # Compressed, before and after its norm; q, k and v of all heads, as linear layers give
+        # them and put together with what has a rotary embedding.
+        compressed = (shape.latent.q_lora_rank or 0) + shape.latent.cached
+        qkv = 2 * compressed + 2 * (2 * q + attention_output(shape))
+    # Both norms' inputs and outputs.
+    return 4 * shape.hidden_size + qkv + attention_output(shape) + mlp_numbers(shape)
+
+
+def attention_output(shape: ModelShape) -> int:
+    """Numbers that attention gives for each token, before its output projection."""
+    head_dim = shape.head_dim if shape.latent is None else shape.latent.v_head_dim
+    return shape.num_heads * head_dim
+
+
+def mlp_numbers(shape: ModelShape) -> int:
+    """In the layers whose MLP keeps most."""
+    # Gate, up and their product.
+    dense = 3 * shape.intermediate_size if shape.has_dense_mlp else 0
+    # The same for each expert of the token, its copy of the input, its output; router logits.
+    expert = 2 * shape.hidden_size + 3 * shape.moe_intermediate_size
+    experts = shape.num_experts_per_tok * expert + 2 * shape.num_experts
+    return max(dense, experts + 3 * shape.shared_expert_size)
