@@ -137,6 +137,7 @@ def _about(config: Config, groups_of: Mapping[str, Sequence[RolloutGroup]]) -> d
             "temperature": rollout.temperature if own.temperature is None else own.temperature,
             "top_p": rollout.top_p if own.top_p is None else own.top_p,
             "top_k": rollout.top_k if own.top_k is None else own.top_k,
+            **rollout.min_p_and_penalties,
             "max_completion_length": rollout.max_completion_length,
             "stop": rollout.stop,
             "stop_token_ids": rollout.stop_token_ids,

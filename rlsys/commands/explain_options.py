@@ -74,10 +74,8 @@ def describe_passed_through(config: Config) -> list[tuple[str, str]]:
         pairs.append((f"{name} = {show_value(value)}", text))
     package, sources = MEGATRON
     for name, value in config.policy.megatron_kwargs.items():
-        classes = [
-            cls for file, cls in sources if name in (options_of(package, ((file, cls),)) or {})
-        ]
-        owners = " and ".join(classes) or "megatron-core, which is not installed here"
+        classes = [c for file, c in sources if name in (options_of(package, ((file, c),)) or {})]
+        owners = " and ".join(classes) or "not known here, see the problems below"
         both = {"TransformerConfig", "ModelParallelConfig"} & set(classes) and config.grpo.beta > 0
         of_reference = ", of policy and reference" if both else ""
         pairs.append(

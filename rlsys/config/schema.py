@@ -226,7 +226,7 @@ class RolloutConfig(Section):
     """Sample among the k likeliest tokens, as with top_p; 0 is off."""
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
     """Sample among tokens with at least this share of the likeliest token's probability, as with
-    top_p; 0 is off. It comes before top_k and top_p."""
+    top_p; 0 is off. It comes before top_k and top_p. Evaluations have it, too, and penalties."""
     repetition_penalty: PositiveFloat = 1.0
     """Divide the logits of tokens that prompt or completion already have by this, and multiply
     negative ones; 1 is off. The policy's log-probs have all penalties too, computed from each
@@ -296,6 +296,12 @@ class RolloutConfig(Section):
     timeout_s: PositiveFloat = 600.0
     """Seconds to wait for the next group of completions before the run fails; time for rewards does
     not count."""
+
+    @property
+    def min_p_and_penalties(self) -> dict[str, float]:
+        """By vLLM's names; evaluations have no values of their own for them."""
+        names = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        return {name: getattr(self, name) for name in names}
 
 
 class RewardConfig(Section):

@@ -172,11 +172,15 @@ def request_body(config: Config, model: str, request: SampleRequest, index: int)
         "top_p": rollout.top_p if request.top_p is None else request.top_p,
     }
     top_k = rollout.top_k if request.top_k is None else request.top_k
+    repetition = rollout.repetition_penalty
     variables = config.data.chat_template_kwargs | (
         prompt.columns.get("chat_template_kwargs") or {}
     )
     optional = {
-        "top_k": top_k,  # vLLM and SGLang know it, OpenAI does not
+        # vLLM and SGLang know top_k, min_p and repetition_penalty, OpenAI does not.
+        "top_k": top_k,
+        **rollout.min_p_and_penalties,
+        "repetition_penalty": 0 if repetition == 1 else repetition,
         "seed": None if request.seed is None else request.seed + index,
         "stop": rollout.stop,
         "tools": prompt.columns.get("tools"),

@@ -15,6 +15,10 @@ rounding in other places makes gradient norms of these models differ by up to 6e
 NATS = {"float32": 1e-4, "bfloat16": 1e-2}
 """Bound for the mean difference of log-probs."""
 NUM_UPDATES = 3
+PIPELINES = {
+    "uneven PP 2": LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t*3L"},
+    "VPP 2 x PP 2": LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t|t|tL"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,7 @@ def trained(lab, gpu_models):
                 gpu_models["qwen3-tied", 0],
                 dtype=dtype,
                 max_tokens_per_micro_batch=1024,
-                **LAYOUTS[layout],
+                **(LAYOUTS | PIPELINES)[layout],
             )
             start = None if layout == "one rank" else remember("one rank", dtype)[0]
             policy = lab.policy(config)
@@ -40,7 +44,7 @@ def trained(lab, gpu_models):
 
 
 @pytest.mark.parametrize("dtype", RELATIVE)
-@pytest.mark.parametrize("layout", ["TP 2", "DP 2", "PP 2"])
+@pytest.mark.parametrize("layout", ["TP 2", "DP 2", "PP 2", *PIPELINES])
 def test_a_layout_trains_as_one_gpu_does(trained, layout, dtype):
     logprobs, updates, weights = trained(layout, dtype)
     expected_logprobs, expected_updates, expected_weights = trained("one rank", dtype)

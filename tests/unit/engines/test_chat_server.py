@@ -92,6 +92,10 @@ def test_what_only_some_servers_know_is_sent_only_if_it_is_asked_for():
     tools = [{"type": "function", "function": {"name": "f"}}]
     body = request_body(config, "a", request(tools=tools), 0)
     assert (body["top_k"], body["tools"]) == (5, tools)
+    assert not {"min_p", "repetition_penalty", "presence_penalty"} & set(body)
+    own = {"min_p": 0.1, "repetition_penalty": 1.2, "frequency_penalty": -0.5}
+    body = request_body(Config.model_validate(values(rollout=own)), "a", request(), 0)
+    assert {name: body[name] for name in own} == own
 
 
 def test_thoughts_that_the_server_took_out_are_put_back(engine, server):
