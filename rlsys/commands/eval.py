@@ -18,6 +18,7 @@ from rlsys.commands.eval_results import (
 )
 from rlsys.config import Config
 from rlsys.config.load import load_config
+from rlsys.problems import ProblemsError
 from rlsys.run.model_source import ModelSource, find_model
 
 _SUFFIXES = (".yaml", ".yml")
@@ -54,7 +55,12 @@ def main(args: argparse.Namespace) -> None:
     print_results(results, console)
     first, *others = results
     for other in others:
-        print_comparison(compare_results(first, other), first, other, console)
+        try:
+            differences = compare_results(first, other)
+        except ProblemsError as error:  # another tokenizer may drop other prompts as too long
+            console.print(f"\nnot compared: {error}", highlight=False, markup=False)
+        else:
+            print_comparison(differences, first, other, console)
 
 
 def _parse_words(args: argparse.Namespace) -> list[str]:

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from rlsys.config.yaml_text import load_yaml
 from rlsys.engines.vllm.serving import (
     EngineOptions,
     serve_command,
@@ -38,6 +39,7 @@ def main(args: argparse.Namespace) -> None:
         check_sampling(name, value)
     _check_options(args, sampling)
     source = find_model(args.model, args.step)
+    system, variables = prompt_settings(source, args.system)
     options = EngineOptions(
         device=args.device or ("cuda" if visible_gpus() else "cpu"),
         max_model_len=args.max_model_len,
@@ -53,13 +55,33 @@ def main(args: argparse.Namespace) -> None:
     if args.prompts is not None:
         from rlsys.commands.infer_batch import complete_file, read_batch
 
-        batch = read_batch(args, source, sampling)
+        batch = read_batch(args, source, sampling, system, variables)
         if not batch.is_complete:
             complete_file(batch, start_engine(source, arguments, sampling), sampling)
         return
     from rlsys.commands.infer_chat import chat
 
-    chat(start_engine(source, arguments, sampling), source, args.system, sampling)
+    chat(start_engine(source, arguments, sampling), source, system, sampling, variables)
+
+
+def prompt_settings(source: ModelSource, system: str | None) -> tuple[str | None, dict[str, Any]]:
+    """The system message and the variables of the chat template.
+
+    A run's own (data.system, data.chat_template_kwargs), so that the model sees the prompts that it
+    was trained on; the user's `system` wins, and "" is none.
+    """
+    own: dict[str, Any] = {}
+    if source.run is not None and source.run.config.is_file():
+        values = load_yaml(source.run.config.read_text(encoding="utf-8"))
+        own = values.get("data") or {} if isinstance(values, dict) else {}
+    variables = own.get("chat_template_kwargs") or {}
+    used = {"chat_template_kwargs": variables} if variables else {}
+    if system is None and own.get("system"):
+        system = own["system"]
+        used["system"] = system
+    for name, value in used.items():
+        print(f"note: as in the run, data.{name}: {value}", file=sys.stderr)
+    return system or None, variables
 
 
 def check_sampling(name: str, value: float) -> None:

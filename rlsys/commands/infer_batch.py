@@ -44,8 +44,16 @@ class Batch:
         return len(self.done) == len(self.prompts)
 
 
-def read_batch(args: argparse.Namespace, source: ModelSource, sampling: dict[str, Any]) -> Batch:
+def read_batch(
+    args: argparse.Namespace,
+    source: ModelSource,
+    sampling: dict[str, Any],
+    system: str | None,
+    variables: dict[str, Any],
+) -> Batch:
     """Read the prompts of `args.prompts` and what `args.out` holds already.
+
+    `variables` are those of the chat template.
 
     Raises:
         ValueError: rows that cannot be read, or completions of something else in `args.out`.
@@ -53,7 +61,11 @@ def read_batch(args: argparse.Namespace, source: ModelSource, sampling: dict[str
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     try:
         config = DataConfig(
-            dataset=[args.prompts], system=args.system, max_prompt_length=_NO_LIMIT, shuffle=False
+            dataset=[args.prompts],
+            system=system,
+            chat_template_kwargs=variables,
+            max_prompt_length=_NO_LIMIT,
+            shuffle=False,
         )
     except ValidationError as error:
         raise ValueError(f"--prompts {args.prompts}: {error.errors()[0]['msg']}") from None

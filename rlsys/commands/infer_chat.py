@@ -41,6 +41,7 @@ class Chat:
         system: the system message; None has none.
         sampling: what the user asked for; the rest is the model's own (generation_config.json).
         write: gets each piece of an answer as it comes.
+        variables: of the chat template.
     """
 
     def __init__(
@@ -49,13 +50,14 @@ class Chat:
         system: str | None,
         sampling: dict[str, Any],
         write: Callable[[str], None],
+        variables: dict[str, Any] | None = None,
     ):
         self._engine = engine
         self._write = write
         self.system = system
         self.asked = dict(sampling)
         has_template = engine.tokenizer.chat_template is not None
-        self._template = ChatTemplate(engine.tokenizer) if has_template else None
+        self._template = ChatTemplate(engine.tokenizer, variables) if has_template else None
         self.messages: list[Message] = []
         self.clear()
 
@@ -125,7 +127,11 @@ class Chat:
 
 
 def chat(
-    engine: TextEngine, source: ModelSource, system: str | None, sampling: dict[str, Any]
+    engine: TextEngine,
+    source: ModelSource,
+    system: str | None,
+    sampling: dict[str, Any],
+    variables: dict[str, Any],
 ) -> None:
     """Talk on the terminal; with another standard input, answer it as one message.
 
@@ -134,7 +140,7 @@ def chat(
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # answers may have characters that it lacks
         sys.stdout.reconfigure(errors="backslashreplace")
-    conversation = Chat(engine, system, sampling, _write)
+    conversation = Chat(engine, system, sampling, _write, variables)
     if conversation.is_base:
         if system is not None:
             raise ValueError(

@@ -5,12 +5,15 @@ import json
 import pytest
 
 from rlsys import cli
+from rlsys.commands.infer import prompt_settings
 from rlsys.engines.vllm.serving import (
     CPU_CONTEXT_TOKENS,
     EngineOptions,
     serve_command,
     serving_arguments,
 )
+from rlsys.run.folder import RunDir
+from rlsys.run.model_source import ModelSource
 
 
 @pytest.mark.parametrize(
@@ -85,3 +88,14 @@ def test_the_command_of_the_server(folder):
     assert "--enforce-eager" in command
     assert "--no-enable-chunked-prefill" in command
     assert command[-2:] == ["--api-key", "k"]
+
+
+def test_a_run_is_asked_as_it_was_trained(tmp_path, capsys):
+    data = {"system": "Think.", "chat_template_kwargs": {"enable_thinking": False}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": data}))
+    source = ModelSource(str(tmp_path), tmp_path / "final", RunDir(tmp_path))
+    assert prompt_settings(source, None) == ("Think.", {"enable_thinking": False})
+    assert "note: as in the run, data.system: Think." in capsys.readouterr().err
+    assert prompt_settings(source, "Be brief.")[0] == "Be brief."
+    assert prompt_settings(source, "")[0] is None
+    assert prompt_settings(ModelSource("m", tmp_path), None) == (None, {})
