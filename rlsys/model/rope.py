@@ -122,6 +122,15 @@ def _entry_problems(
     yield from _length_problems(name, kind, rope, values)
 
 
+def num_positions(values: Mapping[str, Any]) -> int:
+    """Positions that a model has: YaRN makes them more where config.json keeps the old number."""
+    positions: int = values["max_position_embeddings"]
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) != "yarn":
+        return positions
+    return max(positions, int(rope["factor"] * rope["original_max_position_embeddings"]))
+
+
 def partial_problems(name: str, value: Any, family: ModelFamily) -> Iterator[str]:
     """A share of the head that is turned, where transformers' model turns another one."""
     if not _is_positive(value) or value > 1:

@@ -16,6 +16,7 @@ from rlsys.model.families.linear import LinearAttention
 from rlsys.model.folder import read_json
 from rlsys.model.keys import key_problems
 from rlsys.model.other_kinds import refuse_other_kind, unknown_type_problem
+from rlsys.model.rope import num_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,7 @@ def read_model_shape(folder: Path, *, may_bridge: bool = False) -> ModelShape:
             num_heads=num_heads,
             num_kv_heads=values.get("num_key_value_heads") or num_heads,
             tied=values.get("tie_word_embeddings", False),
-            max_position_embeddings=values["max_position_embeddings"],
+            max_position_embeddings=num_positions(values),
             layers=family.layers(values),
             **{
                 "head_dim": values.get("head_dim") or values["hidden_size"] // num_heads,

@@ -351,6 +351,14 @@ def test_rotary_embeddings_that_both_sides_know(tmp_path, rope):
     shape_of(tmp_path, LLAMA | {"rope_scaling": rope})
 
 
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_yarn_gives_a_model_more_positions(tmp_path, name):
+    assert shape_of(tmp_path, LLAMA).max_position_embeddings == 256
+    assert shape_of(tmp_path, LLAMA | {name: YARN}).max_position_embeddings == 131072
+    linear = {"rope_type": "linear", "factor": 2.0}
+    assert shape_of(tmp_path, LLAMA | {name: linear}).max_position_embeddings == 256
+
+
 @pytest.mark.parametrize(
     "values",
     [
