@@ -24,6 +24,13 @@ def expert_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
     ]
     if config.rollout.router_replay:
         changed.append("rollout.router_replay = true")
+    if config.model.bridge == "mcore_bridge" or shape.family.is_bridged:
+        for setting in changed:
+            yield Problem(
+                f"{setting}: rlsys does not change the routers of models that mcore-bridge builds "
+                "(model.bridge): leave it out, or use a family that rlsys builds itself"
+            )
+        return
     if not shape.is_moe:
         for setting in changed:
             yield Problem(

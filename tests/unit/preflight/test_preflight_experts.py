@@ -1,10 +1,15 @@
 """Settings of experts that do not fit the model or vLLM."""
 
+from pathlib import Path
+
 import pytest
-from config_cases import EXPERTS, write_model
+from config_cases import EXPERTS, values, write_model
 from preflight_cases import only
 
+from rlsys.config import Config
+from rlsys.model.shape import read_model_shape
 from rlsys.preflight import experts
+from rlsys.preflight.experts import expert_problems
 
 
 @pytest.fixture
@@ -69,3 +74,12 @@ def test_a_vllm_without_routing_is_refused(problems, mixture, monkeypatch, versi
 def test_options_with_which_nothing_can_be_replayed(problems, mixture, word, reason):
     assert problems(word, model=mixture) == []
     assert reason in only(problems(word, "--rollout.router_replay=true", model=mixture))
+
+
+def test_routers_behind_mcore_bridge_stay_as_they_are(mixture):
+    rollout = {"router_replay": True, "generation_batch_size": 16}
+    bridged = mixture | {"bridge": "mcore_bridge"}
+    config = Config.model_validate(values(model=bridged, rollout=rollout))
+    shape = read_model_shape(Path(mixture["path"]))
+    (problem,) = expert_problems(config, shape)
+    assert "does not change the routers of models that mcore-bridge builds" in problem.text
