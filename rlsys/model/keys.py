@@ -30,6 +30,11 @@ _SIZES = (
     "max_position_embeddings",
     "sliding_window",
 )
+_NULLABLE = _names("""
+    head_dim n_group n_shared_experts num_key_value_heads original_max_position_embeddings
+    q_lora_rank sliding_window topk_group
+""")
+"""Sizes that may be null: what they are the size of is then not there, or follows from others."""
 _IMPLEMENTED = _names("""
     model_type rms_norm_eps rope_theta tie_word_embeddings architectures layer_types
     rope_scaling rope_parameters
@@ -141,10 +146,12 @@ def _allowed(allowed: tuple[Any, ...]) -> str:
 def _size_problems(values: dict[str, Any]) -> Iterator[str]:
     family = FAMILIES[values["model_type"]]
     for key in (*_SIZES, *family.sizes):
-        value = values.get(key)
+        if key not in values or (values[key] is None and key in _NULLABLE):
+            continue
+        value = values[key]
         if key == "sliding_window" and value == 0 and values.get("use_sliding_window") is False:
             continue  # transformers writes it where windows are switched off
-        if value is not None and (type(value) is not int or value < 1):
+        if type(value) is not int or value < 1:
             yield f"{key} = {value!r} should be a whole number of at least 1"
             return
     yield from _head_problems(values)

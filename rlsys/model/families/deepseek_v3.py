@@ -24,6 +24,8 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
                 f"{key} = {values.get(key)!r} should be {value!r}: transformers computes that "
                 "whatever config.json says, and vLLM something else"
             )
+    if values.get("rope_interleave", True) is not True:
+        raise ValueError("rope_interleave = null is false to transformers: leave it out")
     return sigmoid_expert_sizes(values) | latent_sizes(values)
 
 

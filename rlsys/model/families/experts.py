@@ -147,9 +147,9 @@ def sigmoid_expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     if groups > 1 and per_token // chosen != 2:
         raise ValueError(
-            f"num_experts_per_tok = {per_token} with topk_group = {chosen} is not supported: a "
-            "group of experts is scored by its best two, which megatron-core does for two experts "
-            "per chosen group"
+            f"num_experts_per_tok = {per_token} with n_group = {groups} and topk_group = {chosen} "
+            "is not supported: a group of experts is scored by its best two, which megatron-core "
+            "does for two experts per chosen group"
         )
     return expert_sizes(values, num_experts) | {
         "has_sigmoid_router": True,
