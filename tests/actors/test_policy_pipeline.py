@@ -36,7 +36,10 @@ SLOW = ("VPP 3 x PP 2, loss alone", "VPP 2 x PP 2 x TP 2", "VPP 2 x PP 2 x DP 2"
 MARKED = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in PIPELINES]
 
 
-@pytest.fixture(scope="module", params=["qwen3-tied", "qwen2-untied"])
+@pytest.fixture(
+    scope="module",
+    params=["qwen3-tied", pytest.param("qwen2-untied", marks=pytest.mark.slow)],
+)
 def model(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline") / request.param
     save_policy_model(folder, request.param, num_layers=NUM_LAYERS)
