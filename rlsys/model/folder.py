@@ -79,7 +79,7 @@ def resolve_model_path(path: str, *, local_files_only: bool = False) -> Path:
 
     Args:
         path: model folder or hub id.
-        local_files_only: take a snapshot that was downloaded before.
+        local_files_only: take a snapshot of the Hugging Face hub that was downloaded before.
 
     Raises:
         ValueError: `path` is a folder that this host does not have; ModelScope cannot be read.
@@ -89,7 +89,7 @@ def resolve_model_path(path: str, *, local_files_only: bool = False) -> Path:
         return Path(path)
     hub, path = split_hub(path)
     if hub == "modelscope":
-        return modelscope.download(path, "model", _PATTERNS, local_files_only=local_files_only)
+        return modelscope.download(path, "model", _PATTERNS)
     from huggingface_hub import snapshot_download
 
     return Path(

@@ -19,20 +19,16 @@ REMEDY = (
 
 
 def download(
-    name: str,
-    kind: Literal["model", "dataset"],
-    patterns: Sequence[str] | None = None,
-    *,
-    local_files_only: bool = False,
+    name: str, kind: Literal["model", "dataset"], patterns: Sequence[str] | None = None
 ) -> Path:
     """The local folder of a repository, after its files were downloaded.
+
+    If ModelScope does not answer, it is what was downloaded before.
 
     Args:
         name: `owner/name`.
         kind: which of the two the repository is.
         patterns: of the files that are wanted; None wants all.
-        local_files_only: take what was downloaded before. So it is too if ModelScope does not
-            answer.
 
     Raises:
         ValueError: the package is missing, or the repository cannot be read; the text says why.
@@ -44,7 +40,7 @@ def download(
             f"{name!r} is a {kind} of ModelScope, and the package that downloads it is missing: "
             f"{REMEDY}"
         ) from None
-    offline = local_files_only or not _answers()
+    offline = not _answers()
     try:
         found = snapshot_download(
             name,
