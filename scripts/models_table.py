@@ -108,11 +108,20 @@ def _rope() -> list[str]:
     """Which families have which rotary embeddings."""
     kinds = dict.fromkeys(kind for family in FAMILIES.values() for kind in family.rope_types)
     exact = {"dynamic": "up to `max_position_embeddings`", "longrope": "see below"}
-    rows = [_row(["`rope_type`", "families", "exact"]), _row(["---"] * 3)]
+    rows = [_row(["`rope_type`", "families", "tested with", "exact"]), _row(["---"] * 4)]
     for kind in kinds:
         having = [name for name, family in FAMILIES.items() if kind in family.rope_types]
-        rows.append(_row([f"`{kind}`", ", ".join(having), exact.get(kind, "yes")]))
+        models = [name for name in MODELS if kind in _rope_types(name)]
+        tested = "all" if kind == "default" else ", ".join(models)
+        rows.append(_row([f"`{kind}`", ", ".join(having), tested, exact.get(kind, "yes")]))
     return rows
+
+
+def _rope_types(name: str) -> set[str]:
+    """The kinds of rotary embeddings that a model of the tests has, but for the plain one."""
+    rope = MODELS[name][1].get("rope_parameters", {})
+    entries = [rope, *(entry for entry in rope.values() if isinstance(entry, dict))]
+    return {entry.get("rope_type", "default") for entry in entries}
 
 
 if __name__ == "__main__":

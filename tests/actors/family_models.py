@@ -25,6 +25,12 @@ YARN = {
     "beta_fast": 8.0,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4}
+LLAMA_3 = LINEAR | {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
 LONGROPE = PARTIAL | {
@@ -129,6 +135,7 @@ MODELS = {
     ),
     "gemma3_text": ("Gemma3TextConfig", GEMMA3),
     "llama": ("LlamaConfig", {}),
+    "llama-llama3": ("LlamaConfig", {"rope_parameters": LLAMA_3}),
     "llama-linear": ("LlamaConfig", {"rope_parameters": LINEAR}),
     "llama-dynamic": ("LlamaConfig", {"rope_parameters": LINEAR | {"rope_type": "dynamic"}}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
@@ -219,6 +226,7 @@ WITHOUT = {
     "glm4_moe": {"partial_rotary_factor": 1.0},
     "glm4_moe-qk-norm": {"partial_rotary_factor": 0.5},
     "qwen2_moe": {"norm_topk_prob": True},
+    "llama-llama3": {"rope_parameters": PLAIN_ROPE},
     "llama-linear": {"rope_parameters": PLAIN_ROPE},
     "ministral": {"layer_types": ["full_attention"] * 2},
     "ministral3": {"rope_parameters": MINISTRAL_ROPE | {"llama_4_scaling_beta": 0.0}},
