@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from transformers import PretrainedConfig
 
@@ -116,6 +117,20 @@ class BridgedWeights:
     def mix(self, tensors: Iterator[tuple[str, torch.Tensor]], *, alpha: float) -> None:
         """Refused before the start: see `bridge_problem`."""
         raise AssertionError("mcore-bridge has no weights in and out one tensor at a time")
+
+    @property
+    def sharding(self) -> dict[str, Any]:
+        """See MegatronWeights; layers may differ."""
+        return {
+            "singleton_local_shards": False,
+            "chained_optim_avoid_prefix": True,
+            "non_homogeneous_layers": True,
+        }
+
+    def sharded_state(self) -> dict[str, Any]:
+        """This rank's parameters with their places in the whole model, for dist_checkpointing."""
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        return self._model.sharded_state_dict(metadata=self.sharding | {"dp_cp_group": group})
 
     @property
     def device(self) -> torch.device:
