@@ -64,7 +64,9 @@ def build_whole_model(
         longest: tokens of the longest sequence that it will compute.
     """
     shape, hf = read_model_shape(folder), AutoConfig.from_pretrained(folder)
-    config = transformer_config(hf, shape, dtype=dtype, policy=PolicyConfig(), on_cpu=True)
+    config = transformer_config(
+        hf, shape, dtype=dtype, policy=PolicyConfig(), on_cpu=True, bridged=False
+    )
     (model,) = build_model(hf, shape, config, longest=longest, on_cpu=True)
     return model.eval(), MegatronWeights([model], shape)
 
@@ -120,12 +122,8 @@ def logits(model: GPTModel, ids: torch.Tensor) -> torch.Tensor:
         max_seqlen_q=len(ids),
         max_seqlen_kv=len(ids),
     )
-    hidden = model(
-        ids[None], torch.arange(len(ids))[None], attention_mask=None, packed_seq_params=packed
-    )
-    tied = model.share_embeddings_and_output_weights
-    weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    return hidden.squeeze(0) @ weight.T
+    positions = torch.arange(len(ids))[None]
+    return model(ids[None], positions, attention_mask=None, packed_seq_params=packed).squeeze(0)
 
 
 def _check_shapes(
