@@ -68,7 +68,8 @@ def test_the_text_model_of_such_a_model_can_be_saved_alone(tmp_path):
     code = code.replace('"FOLDER"', repr(str(tmp_path / "FOLDER")))
     exec(code.replace('"NEW"', repr(str(tmp_path / "NEW"))), {})
 
-    check_model_folder(tmp_path / "NEW", has_prompts=False)
+    new = tmp_path / "NEW"
+    check_model_folder(new, read_model_shape(new), has_prompts=False)
     alone = AutoModelForCausalLM.from_pretrained(tmp_path / "NEW")
     ids = torch.arange(40)[None] + 5
     with torch.no_grad():
