@@ -30,7 +30,7 @@ SHAPE = SIZES | {"hidden_size": 256, "head_dim": 64, "num_hidden_layers": 4}
 SHAPE |= {"max_position_embeddings": 4096, "initializer_range": 0.05}
 MODELS = {
     "glm4": (Glm4Config, {"attention_bias": True}),
-    "olmoe": (OlmoeConfig, {"num_experts": 8, "num_experts_per_tok": 2, "head_dim": None}),
+    "olmoe": (OlmoeConfig, {"num_experts": 8, "num_experts_per_tok": 2}),
 }
 EP_2 = {"expert_model_parallel_size": 2}
 

@@ -40,7 +40,7 @@ def transformer_config(
     dtype: torch.dtype,
     policy: PolicyConfig,
     on_cpu: bool,
-    bridged: bool,
+    bridged: bool = False,
 ) -> TransformerConfig:
     """megatron-core's config of the model, for the parallel layout that is initialised.
 

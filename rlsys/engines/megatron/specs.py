@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -50,6 +52,8 @@ def block_spec(
         spec = make_layer(config, layer)
         if layer.is_linear:
             _make_linear(spec, shape, norm)
+        elif config.multi_latent_attention:
+            spec.submodules.self_attention.module = LatentSelfAttention
         elif shape.family.has_output_gate:
             spec.submodules.self_attention.module = GatedAttention
         _place_norms(spec, config, shape, norm)
@@ -121,7 +125,10 @@ def _place_norms(
     if place == "post":
         modules.input_layernorm = modules.pre_mlp_layernorm = IdentityOp
         _unfuse(modules.self_attention.submodules, "linear_qkv")
-        _unfuse(modules.mlp.submodules, "linear_fc1")
+        mlp = modules.mlp  # megatron-core 0.19 has a partial where 0.16 has a ModuleSpec
+        _unfuse(
+            mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules, "linear_fc1"
+        )
 
 
 def _unfuse(submodules: Any, name: str) -> None:
@@ -130,6 +137,20 @@ def _unfuse(submodules: Any, name: str) -> None:
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
 
         setattr(submodules, name, TEColumnParallelLinear)
+
+
+class LatentSelfAttention(MLASelfAttention):
+    """Latent attention whose queries have a norm only where they come from a smaller vector.
+
+    megatron-core 0.19 fuses a norm with the projection of queries whenever keys and values have
+    one; without q_lora_rank the model has none there.
+    """
+
+    def _resolve_qk_norm_config(self, submodules: Any) -> dict[str, Any]:
+        classes = super()._resolve_qk_norm_config(submodules)
+        if self.config.q_lora_rank is None:
+            classes = classes | {"linear_q_proj": submodules.linear_q_proj}
+        return classes
 
 
 class NormedAdd(torch.nn.Module):
