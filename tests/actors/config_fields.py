@@ -67,7 +67,9 @@ def older_form(values):
 
     Windows that are switched off are there, for all layers, and wait for the switch.
     """
-    values = {key: value for key, value in values.items() if key != "layer_types"}
+    values = dict(values)
+    if set(values.get("layer_types") or []) <= set(_LAYER_TYPES):  # which have equal weights
+        values.pop("layer_types", None)
     rope = values.pop("rope_parameters")
     if "sliding_attention" in rope:
         local, rope = rope["sliding_attention"]["rope_theta"], rope["full_attention"]
