@@ -76,8 +76,11 @@ def test_rows_of_the_tests_feel_each_feature(folders, tmp_path, name):
     assert (having - lacking).abs().max() > 1e-2
 
 
-# Positions under context parallelism, in what scales queries by them.
-CONTEXT = [pytest.param("ministral3", "CP 2", id="ministral3-CP 2", marks=pytest.mark.slow)]
+# Positions under context parallelism, in what scales queries by them, and in windows.
+CONTEXT = [
+    pytest.param(name, "CP 2", id=f"{name}-CP 2", marks=pytest.mark.slow)
+    for name in ("ministral3", "mistral-window", "gemma3_text")
+]
 
 
 @pytest.mark.parametrize(("name", "layout"), cases("one rank", "TP 2", "PP 2") + CONTEXT)
