@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections import defaultdict
+from operator import itemgetter
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsys import cli
 from rlsys.files import read_jsonl
+from rlsys.run.folder import RunDir
 
 pytestmark = pytest.mark.system
 
@@ -115,6 +120,11 @@ def steps(run):
     return [row for row in rows if "reward" in row]
 
 
+def evaluations(run):
+    """Metrics of the evaluations, in order."""
+    return [row for row in read_jsonl(run.out.metrics) if "eval/reward" in row]
+
+
 # --- what a run leaves behind ---------------------------------------------------------------------
 
 
@@ -153,11 +163,44 @@ def test_the_policy_leaves_the_reference_with_its_first_update(whole):
 
 
 def test_held_out_prompts_are_evaluated_before_and_every_two_steps(whole):
-    rows = [row for row in read_jsonl(whole.out.metrics) if "eval/reward" in row]
-    assert [row["step"] for row in rows] == [0, 2, 4]
+    assert [row["step"] for row in evaluations(whole)] == [0, 2, 4]
     completions = list(read_jsonl(whole.out.eval_completions))
     assert [row["step"] for row in completions] == [0] * 3 + [2] * 3 + [4] * 3
     assert [row["policy_versions"] for row in completions] == [[row["step"]] for row in completions]
+
+
+def test_checkpoints_are_evaluated_to_what_the_run_itself_found(whole, capsys, monkeypatch):
+    words = ["eval", "out/checkpoints/step-2", "out", "--out", "evaluated"]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlsys.cli", *words],
+        cwd=whole.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "out final - out/checkpoints/step-2" in done.stdout
+    monkeypatch.chdir(whole.folder)
+    folders = ["evaluated/out-checkpoints-step-2", "evaluated/out-final"]
+    in_run = list(read_jsonl(whole.out.eval_completions))
+    known = ("prompt_id", "index", "text", "reward", "rewards", "num_tokens", "finish_reason")
+    logged = {row["step"]: row["eval/reward"] for row in evaluations(whole)}
+    for step, folder in zip((2, 4), folders, strict=True):
+        rows = list(read_jsonl(RunDir(Path(folder)).eval_completions))
+        own = [row for row in in_run if row["step"] == step]
+        found, expected = (
+            [{k: row[k] for k in known} for row in sorted(some, key=itemgetter("group_id"))]
+            for some in (rows, own)
+        )
+        assert found == expected
+        result = json.loads((Path(folder) / "eval.json").read_text())
+        assert result["scores"][""]["reward"]["mean"] == pytest.approx(logged[step])
+        assert cli.main(["completions", folder, "--eval"]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", "--compare", *folders]) == 0
+    assert "Two-sided paired t-test over prompts" in capsys.readouterr().out
+    assert cli.main([*words]) == 2  # an evaluation is never overwritten
+    assert "--out evaluated exists already" in capsys.readouterr().err
 
 
 def test_every_completion_is_on_record_with_its_rewards(whole):
