@@ -248,8 +248,7 @@ WITHOUT = {
 """Name -> options that switch a feature off which the model has."""
 NOT_TESTED: dict[tuple[str, str], str] = dict.fromkeys(
     [("qwen3_5_text", "engine"), ("qwen3_next", "engine")],
-    "vLLM on CPU has linear attention in bfloat16 only, in which "
-    "`tests/actors/test_families_bfloat16.py` syncs an engine",
+    "vLLM on CPU has linear attention in bfloat16 only",
 )
 """(model, "one rank", "TP 2", "PP 2" or "engine") that no test can run -> why."""
 GPU_RUN = ""
