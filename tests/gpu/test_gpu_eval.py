@@ -46,7 +46,11 @@ def folder(tmp_path_factory):
         "output_dir": "unused",
         "max_steps": 1,
         "device": DEVICE,
-        "data": {"dataset": ["rows.jsonl"], "val_sets": {"sums": "rows.jsonl"}},
+        "data": {
+            "dataset": ["rows.jsonl"],
+            "val_sets": {"sums": "rows.jsonl"},
+            "max_prompt_length": 64,
+        },
         "model": {"path": "model-1"},
         "rollout": {
             "generation_batch_size": 8,
