@@ -67,6 +67,7 @@ def _families() -> list[str]:
                 ]
             )
         )
+    lines.append(f"\nGPUs: {GPU_RUN}.")
     return lines + [f"\n{number + 1}. {note}" for number, note in enumerate(notes)]
 
 
@@ -91,8 +92,6 @@ def _tested(names: list[str], tests: tuple[str, ...], notes: list[str]) -> str:
 
 
 def _on_gpus(names: list[str], notes: list[str]) -> str:
-    if not GPU_RUN:
-        return "not run yet"
     return _answer({name: why for name, why in NOT_ON_GPUS.items() if name in names}, notes)
 
 

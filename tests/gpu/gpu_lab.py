@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import time
 from dataclasses import dataclass, replace
 
@@ -63,6 +64,12 @@ class Gpus:
 
 class GpuRank(LabRank):
     """A rank that calls functions of the tests."""
+
+    def become(self, config):
+        """See LabRank.become; mcore-bridge, too, keeps a process group for its process."""
+        super().become(config)
+        if bridge := sys.modules.get("mcore_bridge.bridge.gpt_bridge"):
+            bridge.EP_PP_GROUP = None
 
     def run(self, function, *args):
         return function(self, *args)

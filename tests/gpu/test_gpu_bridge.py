@@ -56,13 +56,6 @@ def _save(folder, config, seed):
     save_model(model, folder)
 
 
-def forget_group(rank):
-    """mcore-bridge keeps a process group for its process, and this one becomes other policies."""
-    from mcore_bridge.bridge import gpt_bridge
-
-    gpt_bridge.EP_PP_GROUP = None
-
-
 @torch.no_grad()
 def of_transformers(folder, dtype):
     """[N, S] log-probs, one sequence at a time."""
@@ -77,11 +70,9 @@ def of_transformers(folder, dtype):
 
 def make_policy(lab, folder, layout="one rank", dtype="float32"):
     options = LAYOUTS[layout] | (EP_2 if layout == "TP 2" and "olmoe" in str(folder) else {})
-    policy = lab.policy(
+    return lab.policy(
         gpu_config(folder, num_completions=len(BATCH.lengths), dtype=dtype, **options)
     )
-    policy.call("run", forget_group)
-    return policy
 
 
 def test_the_table_lacks_these_families():

@@ -63,7 +63,7 @@ def test_replay_closes_the_gap_that_rounding_opens(lab, folder, batch):
     metrics = policy.update(batch).metrics
     assert 0 < metrics["router_replay/changed_experts"] < 0.2
     assert metrics["router_replay/changed_tokens"] < 0.5
-    assert differences[True] < 0.8 * differences[False]
+    assert differences[True] < 0.9 * differences[False]
 
 
 @pytest.mark.gpu(2)

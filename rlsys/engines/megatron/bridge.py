@@ -77,6 +77,8 @@ class BridgedWeights:
             if name.endswith(("word_embeddings.weight", "output_layer.weight")):
                 _mark_rows_as_cut(parameter)
         self._metadata: list[TensorMeta] = []
+        self._stored: set[str] = set()
+        """Names in the model folder."""
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -85,14 +87,14 @@ class BridgedWeights:
         Raises:
             ValueError: the folder lacks tensors of the model.
         """
+        self._stored = {name for file in weight_files(folder) for name in read_header(file)}
         self._bridge.load_weights([self._model], str(folder))
         self._metadata = [
             TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
             for name, tensor in self.export()
         ]
         names = {meta.name for meta in self._metadata}
-        stored = {name for file in weight_files(folder) for name in read_header(file)}
-        missing, unused = sorted(names - stored), sorted(stored - names - {HF_OUTPUT})
+        missing, unused = sorted(names - self._stored), sorted(self._stored - names - {HF_OUTPUT})
         if missing:
             raise ValueError(
                 f"{folder} lacks {some(missing)}, which the model has that mcore-bridge builds by "
@@ -112,7 +114,17 @@ class BridgedWeights:
     @torch.no_grad()
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Whole Hugging Face tensors, in order, on every rank; all ranks must iterate."""
-        yield from self._bridge.export_weights([self._model])
+        gate = torch.empty(0)
+        for name, tensor in self._bridge.export_weights([self._model]):
+            module, _, part = name.rpartition(".mlp.")
+            fused = f"{module}.mlp.gate_up_proj.weight"
+            # mcore-bridge gives a dense MLP's gate and up apart, however the model folder has them.
+            if fused not in self._stored or not part.startswith(("gate_proj.", "up_proj.")):
+                yield name, tensor
+            elif part.startswith("gate_proj."):
+                gate = tensor
+            else:
+                yield fused, torch.cat([gate, tensor])
 
     def mix(self, tensors: Iterator[tuple[str, torch.Tensor]], *, alpha: float) -> None:
         """Refused before the start: see `bridge_problem`."""
