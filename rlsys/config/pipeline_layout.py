@@ -90,6 +90,21 @@ def layout_problems(policy: PolicyConfig) -> Iterator[Problem]:
         )
 
 
+def virtual_pipeline_problem(policy: PolicyConfig, *, on_cpu: bool) -> Problem | None:
+    """Why several chunks of layers on each rank cannot be used: on GPUs they train wrongly.
+
+    With megatron-core 0.19 and Transformer Engine the gradient's norm was a thousand times too
+    large, in float32 too (tests/gpu/test_gpu_layouts.py).
+    """
+    if on_cpu or policy.virtual_pipeline_size == 1:
+        return None
+    return Problem(
+        f"policy.pipeline_layout = {policy.pipeline_layout} gives each of "
+        f"{policy.pipeline_parallel_size} ranks {policy.virtual_pipeline_size} stages (virtual "
+        "pipeline), which computes wrong gradients on GPUs: use as many stages as ranks"
+    )
+
+
 def layer_problems(policy: PolicyConfig, num_layers: int) -> Iterator[Problem]:
     """Layers of the model that the pipeline's ranks cannot share."""
     pp = policy.pipeline_parallel_size

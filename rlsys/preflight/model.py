@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlsys.config import Config, PolicyConfig
-from rlsys.config.pipeline_layout import layer_problems, rank_layers
+from rlsys.config.pipeline_layout import (
+    layer_problems,
+    rank_layers,
+    virtual_pipeline_problem,
+)
 from rlsys.model.attention import window_problem
 from rlsys.model.families.bridged import DISTRIBUTION
 from rlsys.model.folder import find_model_folder
@@ -100,20 +104,6 @@ def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
             "installed: `pip install 'rlsys[bridge]'`",
             only_here=True,
         )
-    routing = [
-        name
-        for name, value in (
-            ("rollout.router_replay", config.rollout.router_replay),
-            ("policy.moe_aux_loss_coeff", config.policy.moe_aux_loss_coeff),
-            ("policy.moe_z_loss_coeff", config.policy.moe_z_loss_coeff),
-        )
-        if value
-    ]
-    if routing:
-        yield Problem(
-            f"{field}: {', '.join(routing)} work on the experts of rlsys's own models, and "
-            f"{shape.model_type} is left to {DISTRIBUTION}: leave them out"
-        )
     if config.reference.sync_steps is not None:
         yield Problem(
             f"{field}: reference.sync_steps mixes weights tensor by tensor, and {DISTRIBUTION}, "
@@ -135,6 +125,9 @@ def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     yield from problems
     if not problems:
         yield from _stages_without_experts(policy, shape)
+    problem = virtual_pipeline_problem(policy, on_cpu=guess_device(config) == "cpu")
+    if problem is not None:
+        yield problem
     setting = f"policy.expert_model_parallel_size = {ep}"
     if not shape.is_moe:
         if ep > 1:

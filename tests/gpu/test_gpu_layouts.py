@@ -6,6 +6,8 @@ from gpu_cases import gpu_config, long_batch
 from gpu_lab import train
 from policy_cases import LAYOUTS, exported
 
+from rlsys.actors.waiting import ActorFailure
+
 pytestmark = pytest.mark.gpu(2)
 
 BATCH = long_batch(16, 400)
@@ -15,10 +17,7 @@ rounding in other places makes gradient norms of these models differ by up to 6e
 NATS = {"float32": 1e-4, "bfloat16": 1e-2}
 """Bound for the mean difference of log-probs."""
 NUM_UPDATES = 3
-PIPELINES = {
-    "uneven PP 2": LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t*3L"},
-    "VPP 2 x PP 2": LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t|t|tL"},
-}
+PIPELINES = {"uneven PP 2": LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t*3L"}}
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +65,9 @@ def test_updates_move_what_is_compared(trained):
     assert len({loss for loss, _ in updates}) == NUM_UPDATES
     assert all(norm > 1e-3 for _, norm in updates)
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_virtual_pipeline_is_refused(lab, gpu_models):
+    layout = LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t|t|tL"}
+    with pytest.raises(ActorFailure, match="wrong gradients on GPUs"):
+        lab.policy(gpu_config(gpu_models["qwen3-tied", 0], **layout))
