@@ -297,7 +297,6 @@ class LabRank(PolicyRank):
 
     def run_out_of_memory(self, batch, at):
         """Fail like a GPU that is too small for one part of the work."""
-        from rlsys.engines.megatron import export as megatron_export
         from rlsys.engines.megatron import model as megatron_logprobs
         from rlsys.engines.megatron import policy as megatron
         from rlsys.engines.megatron import reference as megatron_reference
@@ -317,7 +316,7 @@ class LabRank(PolicyRank):
             "optimizer's step": (engine.optimizer, "step", lambda: engine.update(batch)),
             "log-probs": (engine.model[0], "forward", lambda: engine.compute_logprobs(batch)),
             "reference": (reference.model[0], "forward", lambda: reference.compute_logprobs(batch)),
-            "buckets": (megatron_export, "BucketExport", connect),
+            "buckets": (megatron_logprobs, "BucketExport", connect),
         }[at]
         full = torch.OutOfMemoryError("CUDA out of memory.")
         with mock.patch.object(place, name, side_effect=full):
