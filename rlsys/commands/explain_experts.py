@@ -28,7 +28,7 @@ def describe_experts(
     if not shape.is_moe:
         return []
     layers = len(shape.expert_layers)
-    dtype = config.policy.moe_router_dtype or ("fp32" if shape.has_sigmoid_router else None)
+    dtype = config.policy.moe_router_dtype or shape.family.router_dtype
     logits = {"fp32": "float32", "fp64": "float64", None: "the model's type"}[dtype]
     pairs = [
         (

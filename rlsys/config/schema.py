@@ -641,8 +641,8 @@ class PolicyConfig(Section):
     """Weight of the router's z loss, which keeps its logits small, summed over layers; 0 is
     off."""
     moe_router_dtype: Literal["fp32", "fp64"] | None = None
-    """Type in which routers compute their logits, of the reference too; null is fp32 for sigmoid
-    routers (GLM-4.5, DeepSeek-V3), else the model's, as in transformers."""
+    """Type in which routers compute their logits, of the reference too; null is fp32 for
+    GLM-4.5 and DeepSeek's models, else the model's, as in transformers."""
     cpu_threads: PositiveInt = 1
     """Threads of each policy and reference rank on CPU."""
     timeout_s: PositiveFloat = 1800.0

@@ -162,7 +162,7 @@ def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:
         options = {"recompute_method": "uniform", "recompute_num_layers": 1}
     elif policy.recompute == "selective":
         # An MLP with experts is "moe" to megatron-core; a model may have layers of both kinds.
-        names = [*policy.recompute_modules]
+        names: list[str] = [*policy.recompute_modules]
         names += ["moe"] if is_moe and "mlp" in names else []
         options = {"recompute_modules": names}
     else:
@@ -185,8 +185,6 @@ def _expert_options(shape: ModelShape, policy: PolicyConfig) -> dict[str, Any]:
             "moe_router_enable_expert_bias": True,
             "moe_router_bias_update_rate": 0.0,
         }
-    if shape.family.fp32_router:
-        options["moe_router_dtype"] = "fp32"
     if shape.routed_scaling_factor != 1.0:
         options["moe_router_topk_scaling_factor"] = shape.routed_scaling_factor
     if shape.num_expert_groups > 1:
@@ -199,9 +197,7 @@ def _expert_options(shape: ModelShape, policy: PolicyConfig) -> dict[str, Any]:
         # transformers takes softmax over all experts, then the largest, then normalises if the
         # model says so. Normalised, that is the softmax over the largest logits alone.
         "moe_router_pre_softmax": not shape.norm_topk_prob,
-        # transformers computes sigmoid routers in fp32, others in the model's type.
-        "moe_router_dtype": policy.moe_router_dtype
-        or ("fp32" if shape.has_sigmoid_router else None),
+        "moe_router_dtype": policy.moe_router_dtype or shape.family.router_dtype,
     }
 
 

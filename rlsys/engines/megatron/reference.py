@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from rlsys.config import Config
-from rlsys.engines.megatron.model import MegatronModel
+from rlsys.engines.megatron.hf_folder import save_model_folder
+from rlsys.engines.megatron.model import MegatronModel, ModelWriter
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.types import Device, TrainBatch
 
@@ -50,10 +51,10 @@ class MegatronReference(MegatronModel):
         with self._on_gpu():
             return super().compute_logprobs(batch)
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """See MegatronModel.save_model."""
         with self._on_gpu():  # where its ranks can exchange weights
-            super().save_model(folder)
+            super().save_model(folder, write)
 
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:

@@ -44,7 +44,7 @@ def frequencies(hf: PretrainedConfig, kind: str, *, longest: int) -> tuple[torch
 
 def place_rotary(model: GPTModel, hf: PretrainedConfig, shape: ModelShape, *, longest: int) -> None:
     """Give every layer of `model` its frequencies, and its queries their factors."""
-    kinds = sorted({layer.rope for layer in shape.layers} - {None})
+    kinds = sorted({layer.rope for layer in shape.layers if layer.rope is not None})
     tables = {kind: frequencies(hf, kind, longest=longest) for kind in kinds}
     latent = shape.latent
     # In latent attention each layer looks its angles up, and turns the last numbers of a head.

@@ -318,8 +318,8 @@ class ModelFamily:
     """Rows of a layer's attention, with names relative to the layer."""
     mlp: Callable[[ModelShape, LayerShape], list[WeightRow]] = gated_mlp
     """Rows of a layer's MLP, with names relative to the layer."""
-    fp32_router: bool = False
-    """Whether transformers computes the logits of routers in float32, whatever the model's type."""
+    router_dtype: Literal["fp32"] | None = None
+    """Type in which transformers computes the logits of routers; None: the model's."""
     shared_expert: str = "shared_experts"
     """Hugging Face's name of the expert that all tokens go through, where layers have one."""
     own_sizes: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}

@@ -57,7 +57,7 @@ DEEPSEEK_V2 = ModelFamily(
         "routed_scaling_factor": 1.0,
         "v_head_dim": 128,
     },
-    fp32_router=True,
+    router_dtype="fp32",
     rope_types=("default", "yarn"),
     layers=dense_first,
     attention=latent_attention,

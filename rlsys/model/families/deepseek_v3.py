@@ -44,7 +44,7 @@ DEEPSEEK_V3 = ModelFamily(
         "q_lora_rank": 1536,
         "topk_group": 4,
     },
-    fp32_router=True,
+    router_dtype="fp32",
     rope_types=("default", "yarn"),
     layers=dense_first,
     attention=latent_attention,

@@ -39,7 +39,7 @@ GLM4_MOE = ModelFamily(
         "routed_scaling_factor": 1.0,
         "use_qk_norm": False,
     },
-    fp32_router=True,
+    router_dtype="fp32",
     partial_rotary=True,
     layers=dense_first,
     mlp=experts_or_dense,
