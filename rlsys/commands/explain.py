@@ -35,6 +35,7 @@ from rlsys.preflight.checks import check_run
 from rlsys.preflight.data import FIRST_ROWS, count_rows
 from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
 from rlsys.preflight.memory import gpu_warnings
+from rlsys.preflight.model import recompute_note
 from rlsys.preflight.rewards import reward_start_problem
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.problems import Problem
@@ -179,7 +180,9 @@ def _describe_model(config: Config, shape: ModelShape) -> list[tuple[str, str]]:
         )
     else:
         text = "by rlsys's own table, each key of config.json checked"
-    return [*pairs, ("weights", text)]
+    pairs.append(("weights", text))
+    note = recompute_note(config.policy, shape)
+    return pairs if note is None else [*pairs, ("recompute", note)]
 
 
 def _print_saved(config: Config, shape: ModelShape, device: Device, console: Console) -> None:

@@ -621,7 +621,8 @@ class PolicyConfig(Section):
     recompute_modules of every layer. full: all but each layer's input, for a third more time."""
     recompute_modules: list[Literal["core_attn", "mlp"]] = Field(default=["mlp"], min_length=1)
     """Modules for recompute: selective. mlp: about two thirds of a layer's activations, for a
-    quarter more time. core_attn: saves little where attention is fused."""
+    quarter more time. core_attn: saves little where attention is fused, nothing where it is
+    linear."""
     recompute_logits: bool = True
     """Compute logits again in the backward pass. false keeps a micro-batch's, tokens x
     vocabulary / tensor_parallel_size numbers, and saves a few percent of the time."""

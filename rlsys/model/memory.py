@@ -234,7 +234,8 @@ def _kept_activations(
         modules = {
             # The norm's output, which is the MLP's first input, and what is inside the MLP.
             "mlp": shape.hidden_size + mlp_numbers(shape),
-            "core_attn": attention_output(shape),
+            # Linear attention, which `layer_numbers` takes all layers for, has no such module.
+            "core_attn": 0 if shape.linear is not None else attention_output(shape),
         }
         # What a layer computes again exists for one layer at a time, in its backward pass.
         again = sum(modules[module] for module in set(policy.recompute_modules))

@@ -18,6 +18,7 @@ from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.plugins.load import load_plugins, load_what_loads
 from rlsys.preflight.data import check_prompt_tokens
 from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.preflight.model import recompute_note
 from rlsys.preflight.rewards import reachable_rewards
 from rlsys.problems import Problem, ProblemsError
 from rlsys.rewards.columns import column_problems_of_run, row_check, unread_columns
@@ -33,14 +34,16 @@ def load_data(config: Config) -> PromptData:
     """
     use_cache_without_hub(config)
     folder = resolve_model_path(config.model.path)
+    shape = read_model_shape(folder, may_bridge=True)
     if folder != Path(config.model.path):  # preflight saw only the config of a hub model
-        check_model_folder(folder, read_model_shape(folder, may_bridge=True), has_prompts=True)
+        check_model_folder(folder, shape, has_prompts=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = load_checked_prompts(config, tokenizer)
     check_prompt_tokens(folder, tokenizer, [*data.train, *data.held_out])
     stops = read_stop_rules(folder, tokenizer, config.rollout)
-    for text in model_notes(folder):
-        print(f"note: {text}", flush=True)
+    for text in (*model_notes(folder), recompute_note(config.policy, shape)):
+        if text is not None:
+            print(f"note: {text}", flush=True)
     for line in data.summary():
         print(line, flush=True)
     check_prompts(config, data)

@@ -90,6 +90,17 @@ def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | Non
     return shape, problems
 
 
+def recompute_note(policy: PolicyConfig, shape: ModelShape) -> str | None:
+    """What policy.recompute_modules does not do in this model; None if it does all that it says."""
+    linear = sum(layer.is_linear for layer in shape.layers)
+    if policy.recompute != "selective" or "core_attn" not in policy.recompute_modules or not linear:
+        return None
+    return (
+        f"policy.recompute_modules: core_attn does nothing in the {linear} of {shape.num_layers} "
+        "layers that have linear attention; mlp and policy.recompute = full work in all"
+    )
+
+
 def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
     """Whether mcore-bridge can have the model, if model.bridge or its model_type leaves it that."""
     if config.model.bridge != "mcore_bridge" and not shape.family.is_bridged:

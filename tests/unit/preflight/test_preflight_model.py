@@ -6,7 +6,9 @@ import pytest
 from config_cases import EXPERTS, write_model
 from preflight_cases import only
 
+from rlsys.config import PolicyConfig
 from rlsys.model.shape import read_model_shape
+from rlsys.preflight.model import recompute_note
 
 
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/model", "a/b/c"])
@@ -341,3 +343,14 @@ def test_a_reference_with_another_vocabulary(problems, tmp_path):
     assert "512" in text
     assert "384" in text
     assert problems("--reference.path", folder) == []  # beta is 0: no reference model
+
+
+@pytest.mark.parametrize(("modules", "does"), [(["mlp"], True), (["mlp", "core_attn"], False)])
+def test_core_attn_does_nothing_in_layers_of_linear_attention(tmp_path, modules, does):
+    policy = PolicyConfig(recompute="selective", recompute_modules=modules)
+    note = recompute_note(
+        policy, read_model_shape(write_model(tmp_path, model_type="qwen3_5_text"))
+    )
+    assert (note is None) == does
+    assert does or "nothing in the 3 of 4 layers" in note
+    assert recompute_note(policy, read_model_shape(write_model(tmp_path))) is None
