@@ -25,13 +25,14 @@ from rlsys.weight_sync.sender import WeightSender, sending_memory
 if TYPE_CHECKING:
     from rlsys.engines.megatron.export import BucketExport
     from rlsys.engines.megatron.policy import MegatronPolicy
+    from rlsys.engines.megatron.stream_export import StreamExport
 
 
 @dataclass(frozen=True, slots=True)
 class WeightLink:
     """A policy rank's part in one weight sync connection."""
 
-    export: BucketExport
+    export: BucketExport | StreamExport
     sender: WeightSender | None
     """None on ranks that only contribute to what another rank sends."""
 

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 from ray import ObjectRefGenerator
@@ -33,6 +33,8 @@ class RolloutActor:
     It answers calls while it samples: between two tokens, in the order in which they arrive. Ray
     may change the order of calls on their way to an async actor.
     """
+
+    _loop: EngineLoop[Any]  # of the VLLMEngine, or of ServerActor's engine, which has no weights
 
     def __init__(self, config: Config, device: Device, engine_rank: int):
         start = time.monotonic()

@@ -11,7 +11,7 @@ import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
@@ -25,13 +25,16 @@ from torch.nn.functional import pad
 
 from rlsys.engines.megatron.weights import MegatronWeights
 
+if TYPE_CHECKING:
+    from rlsys.engines.megatron.bridge import BridgedWeights
+
 OPTIMIZER_FOLDER = "optimizer"
 """Name of the folder in a checkpoint."""
 
 
 def save_optimizer(
     folder: Path,
-    weights: MegatronWeights,
+    weights: MegatronWeights | BridgedWeights,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
     *,
@@ -78,7 +81,7 @@ def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:
 
 def load_optimizer(
     folder: Path,
-    weights: MegatronWeights,
+    weights: MegatronWeights | BridgedWeights,
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
 ) -> int:
@@ -144,7 +147,7 @@ def _unwrapped(state: Any) -> Any:
 
 
 def _sharded_state(
-    weights: MegatronWeights, optimizer: MegatronOptimizer, *, is_loading: bool
+    weights: MegatronWeights | BridgedWeights, optimizer: MegatronOptimizer, *, is_loading: bool
 ) -> dict[str, Any]:
     metadata = weights.sharding | {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),

@@ -45,7 +45,7 @@ def set_norm_eps(model: GPTModel) -> None:
     for layer in model.decoder.layers:
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
             module = getattr(layer.self_attention, name, None)
-            if hasattr(module, "eps"):
+            if module is not None and hasattr(module, "eps"):
                 module.eps = _NORM_EPS
 
 

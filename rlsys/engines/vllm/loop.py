@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from rlsys.types import RolloutGroup, SampleRequest
 
-if TYPE_CHECKING:  # imports vLLM, which takes seconds
-    from rlsys.engines.vllm.engine import VLLMEngine
 
+class SamplingEngine(Protocol):
+    """What `EngineLoop` needs of an engine; see VLLMEngine, and ServerEngine without weights."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether requests are not finished."""
+
+    def add(self, requests: Sequence[SampleRequest]) -> None:
+        """Begin to sample."""
+
+    def step(self) -> list[RolloutGroup]:
+        """Sample a little more; returns the groups that this finished."""
+
+    def abort(self, tickets: Iterable[int]) -> None:
+        """Give up groups."""
+
+
+E = TypeVar("E", bound=SamplingEngine)
 T = TypeVar("T")
 Outcome = RolloutGroup | Exception | None
 """How a request ended: with its group, with an error, or with None because it was given up."""
 
 
-class EngineLoop:
+class EngineLoop(Generic[E]):
     """Builds an engine in a new thread, the only one that ever touches it.
 
     Any thread may call the methods. Commands are executed in their order, between two steps, so a
@@ -28,10 +44,10 @@ class EngineLoop:
         build: makes the engine; its errors are raised here.
     """
 
-    def __init__(self, build: Callable[[], VLLMEngine]):
-        self._commands: SimpleQueue[tuple[Future[Any], Callable[[VLLMEngine], Any]] | None]
+    def __init__(self, build: Callable[[], E]):
+        self._commands: SimpleQueue[tuple[Future[Any], Callable[[E], Any]] | None]
         self._commands = SimpleQueue()
-        self._on_end: dict[int, Callable[[Outcome], None]] = {}
+        self._on_end: dict[int, Callable[[Outcome], object]] = {}
         """By ticket, for the groups that are being sampled. Only the engine's thread uses it."""
         self._broken: Exception | None = None
         """Why the engine cannot be used any more: a step failed, and so did the clean-up."""
@@ -42,7 +58,9 @@ class EngineLoop:
         self._thread.start()
         built.result()
 
-    def sample(self, requests: Sequence[SampleRequest], on_end: Callable[[Outcome], None]) -> None:
+    def sample(
+        self, requests: Sequence[SampleRequest], on_end: Callable[[Outcome], object]
+    ) -> None:
         """Begin to sample. `on_end` is called once for each request, in the engine's thread.
 
         An error of the engine, when it takes the requests or in a later step, is the outcome of
@@ -50,7 +68,7 @@ class EngineLoop:
         error too.
         """
 
-        def add(engine: VLLMEngine) -> None:
+        def add(engine: E) -> None:
             try:
                 self._check_usable()
                 engine.add(requests)
@@ -65,7 +83,7 @@ class EngineLoop:
     def abort(self, tickets: Sequence[int]) -> Future[None]:
         """Give up groups; finished ones are ignored."""
 
-        def abort(engine: VLLMEngine) -> None:
+        def abort(engine: E) -> None:
             running = [ticket for ticket in tickets if ticket in self._on_end]
             engine.abort(running)
             for ticket in running:
@@ -73,10 +91,10 @@ class EngineLoop:
 
         return self.call(abort)
 
-    def call(self, command: Callable[[VLLMEngine], T]) -> Future[T]:
+    def call(self, command: Callable[[E], T]) -> Future[T]:
         """Call `command(engine)` between two steps."""
 
-        def check_and_call(engine: VLLMEngine) -> T:
+        def check_and_call(engine: E) -> T:
             self._check_usable()
             return command(engine)
 
@@ -87,7 +105,7 @@ class EngineLoop:
         self._commands.put(None)
         self._thread.join()
 
-    def _enqueue(self, command: Callable[[VLLMEngine], T]) -> Future[T]:
+    def _enqueue(self, command: Callable[[E], T]) -> Future[T]:
         future: Future[T] = Future()
         self._commands.put((future, command))
         return future
@@ -96,7 +114,7 @@ class EngineLoop:
         if self._broken is not None:
             raise self._broken
 
-    def _run(self, build: Callable[[], VLLMEngine], built: Future[None]) -> None:
+    def _run(self, build: Callable[[], E], built: Future[None]) -> None:
         try:
             engine = build()
         except BaseException as error:  # raised where the engine is waited for
@@ -111,7 +129,7 @@ class EngineLoop:
                 _execute(*command, engine)
             self._step(engine)
 
-    def _step(self, engine: VLLMEngine) -> None:
+    def _step(self, engine: E) -> None:
         try:
             finished = engine.step()
         except Exception as error:  # raised where the groups are waited for
@@ -127,7 +145,7 @@ class EngineLoop:
                 self._on_end.pop(group.ticket)(group)
 
 
-def _execute(future: Future[Any], command: Callable[[VLLMEngine], Any], engine: VLLMEngine) -> None:
+def _execute(future: Future[Any], command: Callable[[E], Any], engine: E) -> None:
     if not future.set_running_or_notify_cancel():
         return
     try:
