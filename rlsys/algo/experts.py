@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 BalancingLevel = Literal["aux_loss", "seq_aux_loss"]
 """megatron-core's moe_router_load_balancing_type: tokens that a loss compares. aux_loss: all of a
-micro-batch; seq_aux_loss: those of each row."""
+micro-batch; seq_aux_loss: all of each row."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class Result:
     scores: Scores
     """Set -> metric -> mean, stderr, num_prompts."""
     prompts: Scores
-    """Set -> metric -> one value for each prompt, null where there is none."""
+    """Set -> metric -> one value for each prompt; null: without one."""
     num_completions: int
     num_cut: int
     seconds: float
@@ -150,7 +150,7 @@ def _about(config: Config, groups_of: Mapping[str, Sequence[RolloutGroup]]) -> d
 
 
 def _fingerprint(groups: Sequence[RolloutGroup]) -> str:
-    """Of messages and columns, not of tokens: models may have different tokenizers."""
+    """A hash of messages and columns, not of tokens: models may have different tokenizers."""
     digest = hashlib.sha256()
     for group in groups:
         prompt = group.prompt

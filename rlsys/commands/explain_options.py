@@ -35,7 +35,7 @@ def describe_sampling(rollout: RolloutConfig) -> list[tuple[str, str]]:
             (
                 "penalties: warning",
                 "log-probs of policy and reference have them, from each token's own prefix: ratios "
-                "and KL are those of the penalized model. That is the model which is trained: "
+                "and KL belong to the penalized model. That is the model which is trained: "
                 "sampled without the penalties it repeats more, so evaluate it with them",
             )
         )

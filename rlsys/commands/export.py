@@ -33,9 +33,9 @@ class Export:
     """What is converted into what."""
 
     folder: Path
-    """Of the source."""
+    """The source."""
     label: str
-    """The source, for people."""
+    """The name of the source, for people."""
     is_mcore: bool
     """Whether the source is in megatron-core's format."""
     shape: ModelShape

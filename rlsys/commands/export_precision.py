@@ -33,7 +33,7 @@ PROMPTS = (
     "水在零度结冰，在一百度沸腾。",  # noqa: RUF001
 )
 MAX_TOKENS = 512
-"""Of each prompt; the rest is not compared."""
+"""Tokens of each prompt that are compared."""
 MEAN_BOUND, MAX_BOUND, MIN_EQUAL_ARGMAX = 1e-4, 1e-2, 0.99
 """What float32 explains: mean and largest difference, in standard deviations of the logits, and the
 share of tokens with the same argmax."""

@@ -53,7 +53,7 @@ def read_batch(
 ) -> Batch:
     """Read the prompts of `args.prompts` and what `args.out` holds already.
 
-    `variables` are those of the chat template.
+    `variables` are what the chat template reads.
 
     Raises:
         ValueError: rows that cannot be read, or completions of something else in `args.out`.

@@ -230,7 +230,7 @@ class RolloutConfig(Section):
     repetition_penalty: PositiveFloat = 1.0
     """Divide the logits of tokens that prompt or completion already have by this, and multiply
     negative ones; 1 is off. The policy's log-probs have all penalties too, computed from each
-    token's own prefix, so ratios stay those of what was sampled. But training then moves penalized
+    token's own prefix, so ratios stay right for what was sampled. But training then moves penalized
     logits: the model without the penalty repeats more, and final evaluations should sample with
     it."""
     presence_penalty: float = Field(default=0.0, ge=-2.0, le=2.0)
@@ -636,7 +636,7 @@ class PolicyConfig(Section):
     """Weight of the loss that balances the experts of a mixture of experts, summed over layers; 0
     is off. Its value is 1 in a layer whose experts get equally many tokens."""
     moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss"] = "aux_loss"
-    """Tokens among which that loss balances experts: those of a micro-batch (aux_loss), or of each
+    """Tokens among which that loss balances experts: all of a micro-batch (aux_loss), or of each
     row, prompt and completion (seq_aux_loss), which does not depend on how rows are packed."""
     moe_z_loss_coeff: NonNegativeFloat = 0.0
     """Weight of the router's z loss, which keeps its logits small, summed over layers; 0 is

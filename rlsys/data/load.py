@@ -43,7 +43,7 @@ class PromptData:
     train: list[Prompt]
     """In the order of the datasets and their rows; empty with data.streaming."""
     validation: list[Prompt]
-    """Held out, at most max_eval_prompts; without those of data.val_sets."""
+    """Held out, at most max_eval_prompts; without the sets of data.val_sets."""
     train_sizes: list[int]
     """The number of prompts in `train` from each entry of data.dataset, in order."""
     counts: list[SourceCounts] = field(default_factory=list)

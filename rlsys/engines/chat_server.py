@@ -74,8 +74,8 @@ class _Running:
 class ServerEngine:
     """Asks a server for completions; has the members of an engine that `EngineLoop` uses.
 
-    The server writes the prompt with its own chat template. Token ids are those of the text for the
-    tokenizer of model.path, so lengths may differ a little from the server's.
+    The server writes the prompt with its own chat template. The tokenizer of model.path makes
+    token ids of the text, so lengths may differ a little from the server's.
 
     Args:
         server: where to ask.

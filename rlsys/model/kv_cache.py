@@ -28,7 +28,7 @@ class KVLayers:
 
 
 def kv_layers(shape: ModelShape, *, row: int, prompt: int) -> list[KVLayers]:
-    """The kinds of layers: those without windows, those of each window, and linear ones.
+    """The kinds of layers: without windows, with each window, and linear ones.
 
     vLLM frees what has left a window, but not while a prompt is read, and gives each block to a
     group of layers of one kind. Groups have the size of the smallest kind, or of the largest where
@@ -53,7 +53,7 @@ def kv_layers(shape: ModelShape, *, row: int, prompt: int) -> list[KVLayers]:
 
 
 def cache_blocks(kinds: list[KVLayers], *, row: int, sequences: int, block_tokens: int) -> int:
-    """Blocks of one layer each for so many sequences, and for what vLLM asks for at its start."""
+    """Blocks of one layer each: for `sequences`, and for what vLLM asks for at its start."""
     # That is one sequence, of which windows may see all tokens at once.
     one = sum(kind.blocks(row, block_tokens) for kind in kinds)
     each = sum(kind.blocks(kind.tokens, block_tokens) for kind in kinds)

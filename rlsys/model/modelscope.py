@@ -48,7 +48,7 @@ def download(
             allow_patterns=None if patterns is None else list(patterns),
             local_files_only=offline,
         )
-    # The package raises its own errors, those of requests, and plain OSError and ValueError.
+    # The package raises its own errors, errors of requests, and plain OSError and ValueError.
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if offline:

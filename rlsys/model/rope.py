@@ -1,4 +1,4 @@
-"""The rotary embedding in a config.json: what of it policy and rollout engine compute alike.
+"""Rotary embeddings in a config.json that policy and rollout engine compute alike.
 
 transformers is the reference. The policy takes its frequencies
 (rlsys/engines/megatron/rope.py), vLLM reads its numbers (rlsys/engines/vllm/rope.py).

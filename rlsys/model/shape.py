@@ -65,7 +65,7 @@ class ModelShape:
     routed_scaling_factor: float = 1.0
     """What the weights of a token's experts are multiplied by."""
     num_expert_groups: int = 1
-    """Groups of experts; only those of the best `topk_group` groups are chosen from."""
+    """Groups of experts; a token chooses from the best `topk_group` groups only."""
     topk_group: int = 1
 
     @property

@@ -47,7 +47,7 @@ def expert_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
     if config.rollout.router_replay and policy.megatron_kwargs.get("moe_router_fusion"):
         yield Problem(
             "policy.megatron_kwargs: moe_router_fusion chooses experts in a kernel that cannot "
-            "replay those of rollout.router_replay: leave one of the two out"
+            "replay vLLM's choices (rollout.router_replay): leave one of the two out"
         )
     if config.rollout.router_replay and not config.rollout.engine_kwargs.get(
         "enable_prefix_caching", True

@@ -118,7 +118,7 @@ def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
     if config.reference.sync_steps is not None:
         yield Problem(
             f"{field}: reference.sync_steps mixes weights tensor by tensor, and {DISTRIBUTION}, "
-            f"which has those of {shape.model_type}, cannot: leave it out"
+            f"which has the weights of {shape.model_type}, cannot: leave it out"
         )
     if config.policy.pipeline_layout is not None:
         yield Problem(

@@ -56,7 +56,7 @@ class Evaluation:
         config, rollout, own = self._config, self._config.rollout, self._config.eval
         requests = []
         for ticket, (name, place) in self._keys.items():
-            # As (seed, 0, place) has always been for the set without a name.
+            # The set without a name keeps the seeds that it has always had.
             key = (0, place) if not name else (0, place, *name.encode())
             requests.append(
                 SampleRequest(

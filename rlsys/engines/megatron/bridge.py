@@ -33,7 +33,7 @@ def bridged_config(hf: PretrainedConfig, options: dict[str, Any], policy: Policy
         policy: its megatron_kwargs are passed on.
 
     Raises:
-        ValueError: mcore-bridge does not know the model, or trains more of it than its text.
+        ValueError: mcore-bridge does not know the model, or trains more than its text.
     """
     from mcore_bridge import ModelConfig, hf_to_mcore_config
     from mcore_bridge.model import get_mcore_model_type, get_model_meta

@@ -21,7 +21,7 @@ from rlsys.model.families.linear import LinearAttention
 from rlsys.model.layer_memory import LINEAR_CHUNK_TOKENS
 
 _NORM_EPS = 1e-6
-"""Of the L2 norm of queries and keys, in every model."""
+"""Epsilon of the L2 norm of queries and keys, in every model."""
 
 
 def gated_delta_rule(

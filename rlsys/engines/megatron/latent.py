@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from rlsys.model.shape import ModelShape
 
 _NORM_EPS = 1e-6
-"""Of the norms inside the attention: transformers takes it whatever rms_norm_eps is."""
+"""Epsilon of the norms inside the attention, which transformers takes whatever rms_norm_eps is."""
 
 
 def latent_options(hf: PretrainedConfig, shape: ModelShape) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from megatron.core.transformer import TransformerConfig
 
 
 class AllHeadsNorm(torch.nn.Module):
-    """RMSNorm of queries or keys over all heads together, those of other ranks too.
+    """RMSNorm of queries or keys over all heads together, also the heads of other ranks.
 
     Every rank has the weights of all heads: megatron-core sums the gradients of whatever is called
     q_layernorm or k_layernorm over tensor-parallel ranks.

@@ -49,7 +49,7 @@ class MegatronPolicy(MegatronModel):
                     self.transformer_config,
                     ddp_config,
                     chunk,
-                    # Of later chunks, one part is enough: other chunks compute meanwhile.
+                    # One part of each later chunk is enough: other chunks compute meanwhile.
                     disable_bucketing=number > 0,
                 )
                 for number, chunk in enumerate(self.model)

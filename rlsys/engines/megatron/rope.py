@@ -91,8 +91,8 @@ class Rotary(RotaryEmbedding):
     def forward(self, max_seq_len: int, **_: Any) -> torch.Tensor:
         """Angles [S, 1, 1, d] of positions 0 to S - 1; [kinds, S, 1, 1, d] of several kinds.
 
-        Sequences are packed, so megatron-core looks positions up by itself, those of its
-        context-parallel rank too.
+        Sequences are packed, so megatron-core looks positions up by itself, under context
+        parallelism too.
         """
         self.inv_freq = self.inv_freq.to(torch.cuda.current_device())
         positions = torch.arange(max_seq_len, device=self.inv_freq.device).float()
@@ -104,7 +104,7 @@ class Rotary(RotaryEmbedding):
 def _choose(
     index: int | None, attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Leave of all angles those of a layer."""
+    """Give a layer its own angles, out of all."""
     angles = kwargs["rotary_pos_emb"]
     if index is None:
         angles = None

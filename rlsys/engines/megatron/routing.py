@@ -92,7 +92,7 @@ class ExpertRouting:
         self._drops_tokens = config.moe_expert_capacity_factor is not None
         self.step: _Step | None = None
         self.tokens: _Tokens
-        """Of the micro-batch whose forward pass runs."""
+        """The tokens of the micro-batch whose forward pass runs."""
         self._layers = [_RoutedLayer(router, self, i) for i, router in enumerate(routers)]
         self._sp_size = self._sp_rank = 0
         if config.sequence_parallel:

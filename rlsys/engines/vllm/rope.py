@@ -32,10 +32,10 @@ def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
 
 
 def _for_latent_attention(hf: PretrainedConfig, rope: dict[str, Any]) -> dict[str, Any]:
-    """YaRN's factors are those of transformers, but on CPU the plain kernel turns wrong numbers.
+    """YaRN's factors are transformers', but on CPU the plain kernel turns wrong numbers.
 
-    It is right for queries that are flat, which those of latent attention are not; YaRN does
-    without it, and of factor 1 has the plain frequencies.
+    It is right for queries that are flat, and queries of latent attention are not. YaRN does
+    without that kernel, and with a factor of 1 has the plain frequencies.
     """
     if not current_platform.is_cpu() or rope["rope_type"] != "default":
         return {}

@@ -48,7 +48,7 @@ def serving_env(device: Device) -> dict[str, str]:
 
 
 def serving_arguments(folder: Path, options: EngineOptions) -> dict[str, Any]:
-    """Arguments of `vllm.LLM` by name, which are also those of its server.
+    """Arguments of `vllm.LLM` by name; its server has the same.
 
     Raises:
         ValueError: the model has fewer positions than `options.max_model_len`.
@@ -70,7 +70,7 @@ def serving_arguments(folder: Path, options: EngineOptions) -> dict[str, Any]:
         arguments |= {
             "dtype": "float32" if options.dtype == "auto" else options.dtype,
             "max_model_len": length,
-            # As for rollout engines, see engine_arguments.
+            # The same as for rollout engines, see engine_arguments.
             "enforce_eager": True,
             "block_size": KV_BLOCK_TOKENS["cpu"],
             "kv_cache_memory_bytes": MAX_CPU_KV_GIB * GIB,

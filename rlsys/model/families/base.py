@@ -57,7 +57,7 @@ def layers_by_type(
         rope_by_type: each type has its own entry in rope_parameters.
 
     Raises:
-        ValueError: a layer slides, and there is no window.
+        ValueError: a layer slides, and sliding_window gives no window.
     """
     if window is None and "sliding_attention" in layer_types:
         raise ValueError("layer_types has 'sliding_attention', and sliding_window gives no window")

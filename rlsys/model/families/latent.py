@@ -42,7 +42,7 @@ class LatentAttention:
     qk_nope_head_dim: int
     """Numbers of a head's query and key that have no rotary embedding."""
     qk_rope_head_dim: int
-    """Numbers that have one; all heads share those of the key."""
+    """Numbers that have one; in the key, all heads share them."""
     v_head_dim: int
 
     @property

@@ -41,7 +41,7 @@ QWEN3_5 = ModelFamily(
     zero_centered_norms=True,
     partial_rotary=True,
     rope_types=("default",),
-    # Positions of images; those of a text are equal in all sections.
+    # Positions of images; a text has equal positions in all sections.
     rope_keys=("mrope_section", "mrope_interleaved"),
     layer_types=HYBRID,
     layers=_layers,
