@@ -31,11 +31,11 @@ Any field of the config can be set after CONFIG, as --section.field value:
 
 
 _EVAL_HELP = """
-MODEL_OR_RUN is the output_dir of a run, a checkpoint, a Hugging Face folder or hub id. CONFIG is a
-YAML file with the data and rewards; without it the run's own is taken. Its section eval says how
-often each prompt is sampled and how:
+MODEL_OR_RUN is the output_dir of a run, a checkpoint, a Hugging Face folder or
+a hub id. CONFIG is a YAML file with the data and rewards; without it the run's
+own is taken. Its section eval says how often each prompt is sampled and how:
 
-  rlsys eval runs/a runs/b config.yaml --eval.num_generations 8 --eval.temperature 0.6
+  rlsys eval runs/a config.yaml --eval.num_generations 8 --eval.temperature 0.6
 """
 
 
@@ -78,8 +78,16 @@ class _CommandParser(argparse.ArgumentParser):
         words = list(args or [])
         if words[:1] == ["--config"]:
             words = words[1:]
+        from rlsys.commands.options_elsewhere import what_to_write_instead
+
+        if text := what_to_write_instead(
+            str(self.get_default("command")), words, self._option_string_actions
+        ):
+            self.exit(EXIT_WRONG_INPUT, f"{self.prog}: {text}\n")
         found, unknown = super().parse_known_args(words, namespace)
         if "config" not in found:
+            if unknown:  # the parser of all commands would show its own usage
+                self.error(f"not understood: {' '.join(unknown)}; {self.prog} --help")
             return found, unknown
         if {"-h", "--help"} & set(found.overrides):
             self.print_help()
@@ -220,7 +228,7 @@ def _infer(parser: argparse.ArgumentParser) -> None:
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     forms = (
-        "MODEL_OR_RUN [MODEL_OR_RUN ...] CONFIG [--out FOLDER] [--section.field value ...]",
+        "MODEL_OR_RUN... [CONFIG] [--section.field value ...]",
         "--server URL [NAME] CONFIG [--section.field value ...]",
         "--compare FOLDER FOLDER",
     )
@@ -282,7 +290,9 @@ def _export(parser: argparse.ArgumentParser) -> None:
         *("--dtype", "--torch_dtype"),
         choices=("auto", "bfloat16", "float16", "float32"),
         default="auto",
-        help="type of the new weights; auto keeps that of each tensor",
+        metavar="TYPE",
+        help="type of the new weights: bfloat16, float16, float32, or auto, the default, which "
+        "keeps that of each tensor",
     )
     parser.add_argument(
         "--max_shard_size",

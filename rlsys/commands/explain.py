@@ -21,6 +21,7 @@ from rlsys.commands.explain_options import (
 from rlsys.config import Config
 from rlsys.config.fields import config_fields, first_sentence, show_value
 from rlsys.config.load import ResolvedConfig, load_config
+from rlsys.config.pipeline_layout import fits_layout
 from rlsys.config.roles import Role, plan_roles
 from rlsys.data.preprocess import read_spec
 from rlsys.model.folder import find_model_folder
@@ -86,7 +87,10 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
         counted_config = config if rows is None else config.with_steps(rows)
         print_pairs(console, "Model", _describe_model(config, shapes[0]))
         _print_saved(counted_config, shapes[0], device, console)
-        _print_memory(counted_config, shapes, device, console)
+        if fits_layout(config.policy, shapes[0].num_layers):
+            _print_memory(counted_config, shapes, device, console)
+        else:
+            console.print("\nMemory not estimated: policy.pipeline_layout is for another model")
     _print_problems(problems, config, console)
     return all(problem.only_here for problem in problems)
 

@@ -105,6 +105,15 @@ def virtual_pipeline_problem(policy: PolicyConfig, *, on_cpu: bool) -> Problem |
     )
 
 
+def fits_layout(policy: PolicyConfig, num_layers: int) -> bool:
+    """Whether `rank_layers` can place the layers: policy.pipeline_layout, if set, has as many."""
+    return policy.pipeline_layout is None or num_layers == _count_layers(policy.pipeline_layout)
+
+
+def _count_layers(layout: str) -> int:
+    return sum(stage.count("t") for stage in parse_layout(layout))
+
+
 def layer_problems(policy: PolicyConfig, num_layers: int) -> Iterator[Problem]:
     """Layers of the model that the pipeline's ranks cannot share."""
     pp = policy.pipeline_parallel_size
@@ -117,8 +126,7 @@ def layer_problems(policy: PolicyConfig, num_layers: int) -> Iterator[Problem]:
                 f"policy.pipeline_layout = {even_layout(num_layers, pp)}"
             )
         return
-    stages = parse_layout(policy.pipeline_layout)
-    own = sum(stage.count("t") for stage in stages)
+    own, stages = _count_layers(policy.pipeline_layout), parse_layout(policy.pipeline_layout)
     if own != num_layers:
         yield Problem(
             f"policy.pipeline_layout = {policy.pipeline_layout} has {counted(own, 'layer')} t, and "

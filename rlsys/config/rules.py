@@ -188,6 +188,11 @@ def _training_problems(config: Config) -> Iterator[Problem]:
             "policy.overlap_param_gather needs policy.overlap_grad_reduce, whose buckets it "
             "gathers: set that to true as well, or leave overlap_param_gather out"
         )
+    if config.checkpoint.save_hf_total_limit is not None and not config.checkpoint.save_hf_steps:
+        yield Problem(
+            "checkpoint.save_hf_total_limit limits the folders of checkpoint.save_hf_steps, which "
+            "is null: set save_hf_steps too, or leave the limit out"
+        )
     # A run's saved config names the default too.
     default = type(policy).model_fields["recompute_modules"].default
     if policy.recompute_modules != default and policy.recompute != "selective":

@@ -100,11 +100,14 @@ def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]
     if checkpoint.save_hf_steps is not None:
         limit = checkpoint.save_hf_total_limit
         kept = "all kept" if limit is None else f"only the newest {limit:,} kept"
+        kept += " (checkpoint.save_hf_total_limit)"
+        if config.max_steps is not None and config.max_steps < checkpoint.save_hf_steps:
+            kept = f"none in this run, since max_steps is {config.max_steps:,}"
         pairs.append(
             (
                 "Hugging Face folders",
                 f"every {counted(checkpoint.save_hf_steps, 'step')}, without optimizer, in "
-                f"{run.hf}; {kept} (checkpoint.save_hf_total_limit)",
+                f"{run.hf}; {kept}",
             )
         )
     pairs.append(("final model", f"in {run.final}"))

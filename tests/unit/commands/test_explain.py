@@ -171,6 +171,14 @@ def test_problems_anywhere_fail_it_and_those_of_this_machine_do_not(tmp_path):
     assert "Not ready on this machine" in text
 
 
+def test_a_layout_for_another_model_is_a_problem_and_the_rest_is_shown(tmp_path):
+    words = "--policy.world_size 2 --policy.pipeline_parallel_size 2 --policy.pipeline_layout"
+    ok, text = printed(write_run(tmp_path), *words.split(), "Et*9|t*9L")
+    assert not ok
+    assert "Memory not estimated: policy.pipeline_layout is for another model" in text
+    assert "policy.pipeline_layout = Et*9|t*9L has 18 layers t, and the model has" in text
+
+
 def test_the_run_that_users_start_from_is_accepted(offline):
     ok, text = printed(EXAMPLES / "countdown" / "qwen2.5_3b.yaml")
     assert ok

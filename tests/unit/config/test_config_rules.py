@@ -172,6 +172,7 @@ def test_the_suggested_global_batch_sizes_divide_the_rollout(completions, step):
         ({"grpo": {"epsilon": 1.5}}, ["1.5", "-0.5", "below 1"]),
         ({"policy": {"lr": 1e-6, "min_lr": 1e-5}}, ["1e-05", "1e-06"]),
         ({"policy": {"max_tokens_per_micro_batch": 100}}, ["100", "128 or more"]),
+        ({"checkpoint": {"save_hf_total_limit": 2}}, ["save_hf_steps, which is null"]),
         (
             {"policy": {"overlap_param_gather": True}},
             ["overlap_grad_reduce", "set that to true as well"],
