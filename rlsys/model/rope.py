@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rlsys.model.families.base import ModelFamily
-
-NESTED = ("full_attention", "sliding_attention")
-"""Keys of rope_parameters that has an entry for each kind of layer."""
+from rlsys.model.families.base import WINDOW_TYPES, ModelFamily
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +51,10 @@ def rope_problems(values: Mapping[str, Any], family: ModelFamily, remedy: str) -
             continue
         if not isinstance(rope, dict):
             yield f"{name} = {rope!r} should be a mapping with rope_type"
-        elif any(key in rope for key in NESTED):
+        elif any(key in rope for key in WINDOW_TYPES):
             yield from _nested_problems(name, rope, values, family, remedy)
         elif family.rope_by_layer_type and name == "rope_parameters":
-            yield f"{name} should have an entry for each of {', '.join(NESTED)}"
+            yield f"{name} should have an entry for each of {', '.join(WINDOW_TYPES)}"
         else:
             yield from _entry_problems(name, rope, values, family, remedy)
 
@@ -78,7 +74,7 @@ def _nested_problems(
         return
     for layer_type, entry in rope.items():
         inner = f"{name}.{layer_type}"
-        if layer_type not in NESTED or not isinstance(entry, dict):
+        if layer_type not in WINDOW_TYPES or not isinstance(entry, dict):
             yield f"{inner} = {entry!r} is not known to rlsys; {remedy}"
             continue
         if "truncate" in entry:  # transformers reads it one level above

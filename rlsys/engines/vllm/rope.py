@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from vllm.platforms import current_platform
 
-from rlsys.model.rope import NESTED
+from rlsys.model.families.base import WINDOW_TYPES
 
 
 def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def rope_overrides(hf: PretrainedConfig) -> dict[str, Any]:
     parameters = hf.rope_parameters or {}
     if hasattr(hf, "kv_lora_rank"):
         return _for_latent_attention(hf, parameters)
-    if any(key in parameters for key in NESTED):
+    if any(key in parameters for key in WINDOW_TYPES):
         said = {kind: _for_vllm(hf, entry, kind) for kind, entry in parameters.items()}
         changes = any(said[kind] is not entry for kind, entry in parameters.items())
     else:

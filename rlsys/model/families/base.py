@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 HF_EMBEDDING, HF_OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
+WINDOW_TYPES = ("full_attention", "sliding_attention")
+"""Kinds of layers in layer_types, and entries of rope_parameters that has one for each kind."""
 Norms = Literal["pre", "post", "sandwich"]
 _HF_NORMS: dict[Norms, tuple[tuple[str, str], tuple[str, str]]] = {
     "pre": (("input_layernorm", ""), ("post_attention_layernorm", "")),

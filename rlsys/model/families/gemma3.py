@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsys.model.families.base import LayerShape, ModelFamily, layers_by_type
-from rlsys.model.rope import NESTED
+from rlsys.model.families.base import WINDOW_TYPES, LayerShape, ModelFamily, layers_by_type
 
 
 def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
@@ -50,7 +49,7 @@ GEMMA3 = ModelFamily(
     heads_divide_hidden=True,
     has_qk_norm=True,
     rope_by_layer_type=True,
-    layer_types=NESTED,
+    layer_types=WINDOW_TYPES,
     norms="sandwich",
     zero_centered_norms=True,
     scaled_embeddings=True,

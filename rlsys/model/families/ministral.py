@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsys.model.families.base import LayerShape, ModelFamily, layers_by_type
-from rlsys.model.families.qwen2 import WINDOW_TYPES
+from rlsys.model.families.base import WINDOW_TYPES, LayerShape, ModelFamily, layers_by_type
 
 
 def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rlsys.model.families.base import LayerShape, layers_by_type
+from rlsys.model.families.base import WINDOW_TYPES, LayerShape, layers_by_type
 from rlsys.model.families.olmo2 import OLMO2
-from rlsys.model.families.qwen2 import WINDOW_TYPES
 
 
 def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:

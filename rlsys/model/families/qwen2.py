@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rlsys.model.families.base import LayerShape, ModelFamily, layers_by_type
+from rlsys.model.families.base import WINDOW_TYPES, LayerShape, ModelFamily, layers_by_type
 
 QKV_BIAS_KEYS = {"attention_bias": (True,), "qkv_bias": (True,), "bias": (True,)}
-WINDOW_TYPES = ("full_attention", "sliding_attention")
 WINDOW_KEYS = {"use_sliding_window": (True, False)}
 WINDOW_DEFAULTS = {"sliding_window": 4096, "max_window_layers": 28}
 

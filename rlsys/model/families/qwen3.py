@@ -1,10 +1,9 @@
 """Qwen3, dense."""
 
-from rlsys.model.families.base import ModelFamily
+from rlsys.model.families.base import WINDOW_TYPES, ModelFamily
 from rlsys.model.families.qwen2 import (
     WINDOW_DEFAULTS,
     WINDOW_KEYS,
-    WINDOW_TYPES,
     windowed_layers,
 )
 
