@@ -24,6 +24,7 @@ from rlsys.config.load import ResolvedConfig, load_config
 from rlsys.config.pipeline_layout import fits_layout
 from rlsys.config.roles import Role, plan_roles
 from rlsys.data.preprocess import read_spec
+from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import (
     REWARD_GIB,
@@ -176,7 +177,7 @@ def _read_shapes(config: Config) -> tuple[ModelShape, ModelShape] | None:
 def _describe_model(config: Config, shape: ModelShape) -> list[tuple[str, str]]:
     """(part, description): what the model is, and what reads and writes its weights."""
     pairs = [("architecture", f"{shape.family.architecture}, {shape.num_params / 1e6:,.1f} M")]
-    if config.model.bridge == "mcore_bridge" or shape.family.is_bridged:
+    if is_bridged(config, shape):
         text = (
             "through mcore-bridge, which also reads config.json: rlsys does not check its keys. "
             "Sizes are estimates, and the first step's logp_difference says whether policy "

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from rlsys.config import Config, PolicyConfig
+from rlsys.model.families.bridged import is_bridged
 from rlsys.model.shape import ModelShape
 from rlsys.packages import installed_version
 from rlsys.problems import Problem
@@ -24,7 +25,7 @@ def expert_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
     ]
     if config.rollout.router_replay:
         changed.append("rollout.router_replay = true")
-    if config.model.bridge == "mcore_bridge" or shape.family.is_bridged:
+    if is_bridged(config, shape):
         for setting in changed:
             yield Problem(
                 f"{setting}: rlsys does not change the routers of models that mcore-bridge builds "

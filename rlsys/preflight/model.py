@@ -14,7 +14,7 @@ from rlsys.config.pipeline_layout import (
     virtual_pipeline_problem,
 )
 from rlsys.model.attention import window_problem
-from rlsys.model.families.bridged import DISTRIBUTION
+from rlsys.model.families.bridged import DISTRIBUTION, is_bridged
 from rlsys.model.folder import find_model_folder
 from rlsys.model.folder_check import folder_problems
 from rlsys.model.memory import kv_cache_bytes, longest_row
@@ -103,7 +103,7 @@ def recompute_note(policy: PolicyConfig, shape: ModelShape) -> str | None:
 
 def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
     """Whether mcore-bridge can have the model, if model.bridge or its model_type leaves it that."""
-    if config.model.bridge != "mcore_bridge" and not shape.family.is_bridged:
+    if not is_bridged(config, shape):
         return
     if not may_bridge(config):
         yield Problem(
@@ -131,7 +131,7 @@ def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     policy = config.policy
     yield from _windows(config, policy.context_parallel_size, shape)
     tp, ep = policy.tensor_parallel_size, policy.expert_model_parallel_size
-    yield from _tensor_parallel("policy.tensor_parallel_size", tp, shape)
+    yield from _megatron_tensor_parallel("policy.tensor_parallel_size", tp, shape)
     problems = list(layer_problems(policy, shape.num_layers))
     yield from problems
     if not problems:
@@ -177,7 +177,7 @@ def _stages_without_experts(policy: PolicyConfig, shape: ModelShape) -> Iterator
 def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     yield from _windows(config, config.reference.context_parallel_size, shape)
     tp = config.reference.tensor_parallel_size
-    yield from _tensor_parallel("reference.tensor_parallel_size", tp, shape)
+    yield from _megatron_tensor_parallel("reference.tensor_parallel_size", tp, shape)
     if shape.is_moe and shape.num_experts % tp:
         yield Problem(
             f"reference.tensor_parallel_size = {tp}, over which experts are shared too, does "
@@ -195,18 +195,9 @@ def _windows(config: Config, context_parallel_size: int, shape: ModelShape) -> I
 
 def _rollout_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     tp = config.rollout.tensor_parallel_size
-    # vLLM replicates KV heads and pads the vocabulary, so fewer sizes have to divide.
-    sizes = [shape.num_heads]
-    sizes += [shape.intermediate_size] if shape.has_dense_mlp else []
-    sizes += [shape.moe_intermediate_size] if shape.is_moe else []
-    sizes += [shape.shared_expert_size] if shape.shared_expert_size else []
-    sizes += [shape.linear.key_heads] if shape.linear is not None else []
-    if any(size % tp for size in sizes):
-        yield Problem(
-            f"rollout.tensor_parallel_size = {tp} does not divide the model's {shape.num_heads} "
-            f"attention heads and intermediate size {' and '.join(map(str, sizes[1:]))}: use "
-            f"{_divisors(math.gcd(*sizes))}"
-        )
+    # vLLM replicates KV heads, and cuts each expert.
+    experts = {"experts' intermediate size": shape.moe_intermediate_size} if shape.is_moe else {}
+    yield from _tensor_parallel("rollout.tensor_parallel_size", tp, shape, experts)
     kv_heads = shape.num_kv_heads
     if kv_heads % tp and tp % kv_heads:
         yield Problem(
@@ -251,9 +242,17 @@ def _kv_cache(config: Config, shape: ModelShape) -> Iterator[Problem]:
         )
 
 
-def _tensor_parallel(field: str, tp: int, shape: ModelShape) -> Iterator[Problem]:
-    sizes = {"attention heads": shape.num_heads, "KV heads": shape.num_kv_heads}
-    if shape.has_dense_mlp:  # experts are shared, not cut
+def _megatron_tensor_parallel(field: str, tp: int, shape: ModelShape) -> Iterator[Problem]:
+    """megatron-core cuts KV heads; ranks share experts whole."""
+    yield from _tensor_parallel(field, tp, shape, {"KV heads": shape.num_kv_heads})
+
+
+def _tensor_parallel(
+    field: str, tp: int, shape: ModelShape, more: dict[str, int]
+) -> Iterator[Problem]:
+    """Sizes of the model that `tp` ranks have to divide; `more` are the engine's own."""
+    sizes = {"attention heads": shape.num_heads, **more}
+    if shape.has_dense_mlp:
         sizes["intermediate size"] = shape.intermediate_size
     if shape.shared_expert_size:
         sizes["shared expert's intermediate size"] = shape.shared_expert_size

@@ -45,6 +45,7 @@ from rlsys.engines.megatron.routing import ExpertRouting
 from rlsys.engines.megatron.stream_export import StreamExport
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder
 from rlsys.model.memory import longest_row
@@ -86,7 +87,7 @@ class MegatronModel:
         shape = read_model_shape(self.folder, may_bridge=config.may_bridge(on_cpu=self.on_cpu))
         # Preflight has not seen the files of a hub model, nor those on another host.
         check_model_folder(self.folder, shape, has_prompts=False)
-        self._is_bridged = config.model.bridge == "mcore_bridge" or shape.family.is_bridged
+        self._is_bridged = is_bridged(config, shape)
         self.hf_config = AutoConfig.from_pretrained(self.folder)
         self.transformer_config = transformer_config(
             self.hf_config,
