@@ -1,4 +1,8 @@
-"""config.json of published models, in their published sizes."""
+"""config.json of published models, in their published sizes.
+
+Written without the hub: sizes are held against the models' numbers of parameters, which no wrong
+width or depth would give. Other values, such as token ids and positions, may differ from the files.
+"""
 
 COMMON = {
     "attention_dropout": 0.0,
