@@ -45,7 +45,6 @@ DEEPSEEK_V2 = ModelFamily(
         "scoring_func": ("softmax",),
         "topk_method": ("greedy",),
     },
-    # What transformers and vLLM take for keys that are left out.
     defaults={
         "first_k_dense_replace": 0,
         "kv_lora_rank": 512,

@@ -35,7 +35,6 @@ DEEPSEEK_V3 = ModelFamily(
     sizes=(*EXPERT_SIZES, *GROUP_SIZES, *LATENT_SIZES),
     keys=(*SIGMOID_KEYS, *LATENT_KEYS, *_ROUTER),
     inert={"ep_size": (1,), "moe_layer_freq": (1,), "rope_interleave": (True,)},
-    # What transformers and vLLM take for keys that are left out.
     defaults={
         "first_k_dense_replace": 3,
         "n_group": 8,

@@ -23,6 +23,15 @@ SIGMOID_KEYS = (
 BALANCING_KEYS = ("output_router_logits", "router_aux_loss_coef")
 """Keys of losses that balance experts in pretraining; rlsys has settings of its own for them."""
 
+SPARSE_KEYS = (
+    "norm_topk_prob",
+    "num_experts",
+    "num_local_experts",
+    "mlp_only_layers",
+    *BALANCING_KEYS,
+)
+"""Keys of Qwen's mixtures, beside the sizes in `EXPERT_SIZES` and decoder_sparse_step."""
+
 
 def experts_or_dense(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
     """Rows of a layer's MLP in a model that may have layers of both kinds."""
@@ -120,6 +129,22 @@ def expert_sizes(values: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
         "num_experts_per_tok": per_token,
         "moe_intermediate_size": values["moe_intermediate_size"],
         "norm_topk_prob": normalised,
+    }
+
+
+def sparse_expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`expert_sizes` of Qwen's mixtures; raises what that raises.
+
+    transformers 5 writes num_local_experts, transformers 4 and the models on the hub num_experts.
+    """
+    return expert_sizes(values, values.get("num_local_experts") or values["num_experts"])
+
+
+def gated_expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`sparse_expert_sizes` of a mixture with a shared expert behind a gate."""
+    return sparse_expert_sizes(values) | {
+        "shared_expert_size": values["shared_expert_intermediate_size"],
+        "has_shared_expert_gate": True,
     }
 
 

@@ -26,7 +26,6 @@ GLM4_MOE = ModelFamily(
     architecture="Glm4MoeForCausalLM",
     sizes=(*EXPERT_SIZES, *GROUP_SIZES),
     keys=(*SIGMOID_KEYS, "attention_bias", "use_qk_norm"),
-    # What transformers and vLLM take for keys that are left out.
     defaults={
         "attention_bias": False,
         "first_k_dense_replace": 1,

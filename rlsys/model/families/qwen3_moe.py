@@ -2,10 +2,10 @@
 
 from rlsys.model.families.base import ModelFamily
 from rlsys.model.families.experts import (
-    BALANCING_KEYS,
     EXPERT_SIZES,
-    expert_sizes,
+    SPARSE_KEYS,
     experts_or_dense,
+    sparse_expert_sizes,
     sparse_layers,
 )
 from rlsys.model.families.qwen2 import WINDOW_KEYS, window_of
@@ -15,20 +15,11 @@ QWEN3_MOE = ModelFamily(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     sizes=(*EXPERT_SIZES, "decoder_sparse_step"),
-    keys=(
-        "norm_topk_prob",
-        "num_experts",
-        "num_local_experts",
-        "mlp_only_layers",
-        *BALANCING_KEYS,
-    ),
+    keys=SPARSE_KEYS,
     inert=WINDOW_KEYS | QK_NORM_KEYS,
     defaults={"num_key_value_heads": 4, "sliding_window": 4096},
     has_qk_norm=True,
     layers=lambda values: sparse_layers(values, window_of(values)),
     mlp=experts_or_dense,
-    # transformers 5 writes num_local_experts, transformers 4 and the models on the hub num_experts.
-    own_sizes=lambda values: expert_sizes(
-        values, values.get("num_local_experts") or values["num_experts"]
-    ),
+    own_sizes=sparse_expert_sizes,
 )

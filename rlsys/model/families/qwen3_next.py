@@ -8,10 +8,10 @@ from typing import Any
 
 from rlsys.model.families.base import LayerShape, ModelFamily
 from rlsys.model.families.experts import (
-    BALANCING_KEYS,
     EXPERT_SIZES,
-    expert_sizes,
+    SPARSE_KEYS,
     experts_or_dense,
+    gated_expert_sizes,
     sparse_layers,
 )
 from rlsys.model.families.linear import (
@@ -33,11 +33,7 @@ def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
 
 
 def _own_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    return expert_sizes(values, values.get("num_local_experts") or values["num_experts"]) | {
-        "linear": read_linear_attention(values),
-        "shared_expert_size": values["shared_expert_intermediate_size"],
-        "has_shared_expert_gate": True,
-    }
+    return gated_expert_sizes(values) | {"linear": read_linear_attention(values)}
 
 
 QWEN3_NEXT = ModelFamily(
@@ -49,7 +45,7 @@ QWEN3_NEXT = ModelFamily(
         "decoder_sparse_step",
         "shared_expert_intermediate_size",
     ),
-    keys=("norm_topk_prob", "num_experts", "num_local_experts", "mlp_only_layers", *BALANCING_KEYS),
+    keys=SPARSE_KEYS,
     inert={"attn_output_gate": (True,), "output_gate_type": ("silu", "swish")},
     defaults={
         **LINEAR_DEFAULTS,
