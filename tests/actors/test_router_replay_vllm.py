@@ -155,7 +155,7 @@ def test_a_token_keeps_the_experts_of_the_pass_that_sampled_the_next(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3", "qwen2_moe"])
+@pytest.mark.parametrize("name", ["glm4_moe", "qwen2_moe"])
 @pytest.mark.parametrize("layout", [{}, {"world_size": 2, "pipeline_parallel_size": 2}], ids=str)
 def test_engine_and_policy_number_layers_and_experts_alike(
     lab, ray_cluster, rollout_config, tmp_path, name, layout

@@ -1,10 +1,12 @@
 """Settings of experts that do not fit the model or vLLM."""
 
+import json
 from pathlib import Path
 
 import pytest
 from config_cases import EXPERTS, values, write_model
 from preflight_cases import only
+from published_models import PUBLISHED
 
 from rlsys.config import Config
 from rlsys.model.shape import read_model_shape
@@ -83,3 +85,15 @@ def test_routers_behind_mcore_bridge_stay_as_they_are(mixture):
     shape = read_model_shape(Path(mixture["path"]))
     (problem,) = expert_problems(config, shape)
     assert "does not change the routers of models that mcore-bridge builds" in problem.text
+
+
+@pytest.mark.parametrize("name", ["Moonlight-16B-A3B", "Qwen3-Next-80B-A3B-Instruct"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_replay_needs_a_prefix_cache(tmp_path, name, device):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    shape = read_model_shape(tmp_path)
+    rollout = {"router_replay": True, "generation_batch_size": 16}
+    config = Config.model_validate(values(device=device, rollout=rollout))
+    found = [problem.text for problem in expert_problems(config, shape)]
+    refused = [text for text in found if f"none for the attention of {shape.model_type}" in text]
+    assert len(refused) == (device == "cpu")
