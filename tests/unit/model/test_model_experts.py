@@ -90,3 +90,20 @@ def test_the_layers_of_a_model_have_experts_where_it_says_so(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(MIXTURES["DeepSeek-V3"]))
     layers = read_model_shape(tmp_path).layers
     assert [layer.has_experts for layer in layers] == [False] * 3 + [True] * 58
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_routers_compute_in_the_type_that_the_engine_and_explain_take_from_the_family(
+    tmp_path, name
+):
+    from rlsys.config import PolicyConfig
+    from rlsys.engines.megatron.build import _expert_options
+
+    (tmp_path / "config.json").write_text(json.dumps(MIXTURES[name]))
+    shape = read_model_shape(tmp_path)
+    in_fp32 = shape.model_type.startswith(("deepseek", "glm"))
+    assert shape.family.router_dtype == ("fp32" if in_fp32 else None)
+    options = _expert_options(shape, PolicyConfig())
+    assert options["moe_router_dtype"] == shape.family.router_dtype
+    options = _expert_options(shape, PolicyConfig(moe_router_dtype="fp64"))
+    assert options["moe_router_dtype"] == "fp64"
