@@ -148,14 +148,14 @@ def _problems(export: Export, *, overwrite: bool) -> Iterator[str]:
         yield f"{export.out} is the source, or one lies in the other: choose another folder"
         return
     if path_exists(export.out):
-        if not overwrite:
-            yield f"{export.out} exists: choose another folder, or replace it with --overwrite"
-            return
         if not (export.out / "config.json").is_file():
             yield (
-                f"{export.out} holds no config.json, so it is not a model folder, and --overwrite "
-                "does not delete it: choose another folder"
+                f"{export.out} exists and holds no config.json, so it is not a model folder, and "
+                "--overwrite would not delete it: choose another folder"
             )
+            return
+        if not overwrite:
+            yield f"{export.out} exists: choose another folder, or replace it with --overwrite"
             return
     obstacle = RunDir(export.out.parent).obstacle()
     if obstacle is not None:

@@ -6,10 +6,8 @@ Users paste commands of ms-swift, verl and Megatron-LM, as they do behind `rlsys
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
-from rlsys.config.fields import config_fields
-from rlsys.config.pasted_command import split_command
 from rlsys.text import counted
 
 _MERGE = (
@@ -98,6 +96,10 @@ def what_to_write_instead(
 
 
 def _problems(command: str, words: Sequence[str], options: Collection[str]) -> Iterator[str]:
+    if not any(map(_is_other(options), words)):
+        return  # at once: the fields of the config take megabytes, which an export does not need
+    from rlsys.config.pasted_command import split_command
+
     pasted = split_command(words)
     # A model may be called as a program is; two words, such as `swift export`, are a program.
     is_pasted = len(pasted.program) > 1
@@ -107,17 +109,28 @@ def _problems(command: str, words: Sequence[str], options: Collection[str]) -> I
         if word == "--vllm_args":  # what follows is vLLM's
             return
         option = word.partition("=")[0]
-        if not option.startswith("--") or any(own.startswith(option) for own in options):
-            continue
-        if text := _what_to_write(command, option, options):
+        if _is_other(options)(word) and (text := _what_to_write(command, option, options)):
             yield f"{option}: {text}"
+
+
+def _is_other(options: Collection[str]) -> Callable[[str], bool]:
+    """Whether a word is an option, and neither one of `options` nor the beginning of one."""
+
+    def is_other(word: str) -> bool:
+        option = word.partition("=")[0]
+        return option.startswith("--") and not any(own.startswith(option) for own in options)
+
+    return is_other
 
 
 def _what_to_write(command: str, option: str, options: Collection[str]) -> str:
     name = option.removeprefix("--").replace("-", "_")
     if text := ELSEWHERE[command].get(name):
         return text
-    if command == "eval":  # other words are fields of the config, which its own check knows
+    if command == "eval":
+        from rlsys.config.fields import config_fields
+
+        # Other words are fields of the config, which its own check knows.
         return f"write --eval.{name}" if f"eval.{name}" in config_fields() else ""
     near = difflib.get_close_matches(f"--{name}", list(options), n=1, cutoff=0.8)
     return "there is no such option" + (f". Did you mean {near[0]}?" if near else "")

@@ -282,6 +282,8 @@ def test_overwrite_deletes_model_folders_only(model, tmp_path, capsys):
     (tmp_path / "home/thesis.tex").write_text("")
     assert export(model, tmp_path / "home", "--overwrite") == 2
     assert "not a model folder" in capsys.readouterr().err
+    assert export(model, tmp_path / "home") == 2
+    assert "replace it" not in capsys.readouterr().err  # --overwrite would be refused
     assert (tmp_path / "home/thesis.tex").exists()
     for out in (model, model / "below", tmp_path):
         assert export(model, out, "--overwrite") == 2
