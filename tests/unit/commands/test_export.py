@@ -411,7 +411,7 @@ def test_memory_is_that_of_one_shard_and_nothing_heavy_is_imported(tmp_path, dty
     code, taken, heavy = result.split(" ", 2)
     assert code == "0"
     assert heavy == "[]"
-    assert 0 < int(taken) < 5 * SHARD_BYTES, result
+    assert 0 < int(taken) < 8 * SHARD_BYTES, result
     assert sum(tensor.nbytes for tensor in contents(tmp_path / "out").values()) > 15 * SHARD_BYTES
 
 
