@@ -207,6 +207,7 @@ def _write_shards(
         shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
         shard_bytes += tensor.nbytes
         total_bytes += tensor.nbytes
+        del tensor  # or it stays in memory while the next one is read
     flush(shard)
     if len(shards) == 1:
         shards[0][0].rename(folder / "model.safetensors")
