@@ -13,10 +13,10 @@ from typing import Any
 from transformers import AutoConfig
 
 from rlsys.engines.vllm.rope import rope_overrides
-from rlsys.engines.vllm.settings import rollout_env
+from rlsys.engines.vllm.settings import cpu_arguments, rollout_env
 from rlsys.model.families import FAMILIES
 from rlsys.model.folder import read_json
-from rlsys.model.memory import BATCHED_TOKENS, GIB, KV_BLOCK_TOKENS, MAX_CPU_KV_GIB
+from rlsys.model.memory import GIB, KV_BLOCK_TOKENS, MAX_CPU_KV_GIB
 from rlsys.types import Device
 
 CPU_CONTEXT_TOKENS = 8192
@@ -70,12 +70,9 @@ def serving_arguments(folder: Path, options: EngineOptions) -> dict[str, Any]:
         arguments |= {
             "dtype": "float32" if options.dtype == "auto" else options.dtype,
             "max_model_len": length,
-            # The same as for rollout engines, see engine_arguments.
-            "enforce_eager": True,
             "block_size": KV_BLOCK_TOKENS["cpu"],
             "kv_cache_memory_bytes": MAX_CPU_KV_GIB * GIB,
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], length),
+            **cpu_arguments(length),
         }
         del arguments["gpu_memory_utilization"]
     if read_json(folder / "config.json").get("model_type") in FAMILIES:  # as rollout engines do

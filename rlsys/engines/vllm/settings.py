@@ -116,20 +116,26 @@ def engine_arguments(
     if cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = cache_bytes
     if device == "cpu":
-        arguments |= _cpu_arguments(config, shape)
+        arguments |= cpu_arguments(longest_row(config)) | _cpu_arguments_of_model(config, shape)
     if problems := vllm_option_problems(config):  # this host may have another vLLM
         raise ProblemsError("rollout.engine_kwargs", problems)
     return arguments | rollout.engine_kwargs
 
 
-def _cpu_arguments(config: Config, shape: ModelShape) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
+def cpu_arguments(longest: int) -> dict[str, Any]:
+    """Arguments of every vLLM engine on CPU, whose sequences have at most `longest` tokens."""
+    return {
         "enforce_eager": True,
-        "block_size": kv_block_tokens(shape, "cpu", config.rollout.tensor_parallel_size),
         # With chunked prompts a request draws one number per chunk from its own generator, and
         # vLLM takes the draws back in a way that CPU generators do not support.
         "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], longest_row(config)),
+        "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], longest),
+    }
+
+
+def _cpu_arguments_of_model(config: Config, shape: ModelShape) -> dict[str, Any]:
+    arguments: dict[str, Any] = {
+        "block_size": kv_block_tokens(shape, "cpu", config.rollout.tensor_parallel_size)
     }
     if shape.linear is not None:
         # To cache the states of prompts, vLLM has to read them in chunks.
