@@ -107,6 +107,15 @@ def policy_models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def mixtures(tmp_path_factory):
+    """Folders of mixtures of experts by norm_topk_prob."""
+    root = tmp_path_factory.mktemp("mixtures")
+    for normalised in (True, False):
+        save_tiny_qwen3_moe(root / str(normalised), seed=5, norm_topk_prob=normalised)
+    return {normalised: root / str(normalised) for normalised in (True, False)}
+
+
+@pytest.fixture(scope="session")
 def lab(ray_cluster):
     """Makes policies of up to 4 ranks; each ends the one before."""
     lab = PolicyLab(max_ranks=4)

@@ -14,7 +14,6 @@ from policy_cases import (
     random_batch,
 )
 from safetensors.torch import load_file
-from tiny_models import save_tiny_qwen3_moe
 from transformers import AutoModelForCausalLM
 
 from rlsys.algo.batching import micro_batches, shard_rows
@@ -43,15 +42,6 @@ LAYOUTS = {
 }
 ONE_AND_TWO_MICRO_BATCHES = {"max_tokens_per_micro_batch": 64}
 """Micro-batches of the two data-parallel ranks, which exchange tokens in each."""
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Model folders by norm_topk_prob."""
-    root = tmp_path_factory.mktemp("experts")
-    for normalised in (True, False):
-        save_tiny_qwen3_moe(root / str(normalised), seed=5, norm_topk_prob=normalised)
-    return {normalised: root / str(normalised) for normalised in (True, False)}
 
 
 def of_transformers(folder, batch, dtype=torch.float32):
@@ -98,9 +88,9 @@ def test_the_ranks_have_different_numbers_of_micro_batches():
     ],
 )
 def test_logprobs_are_those_of_transformers_and_a_round_trip_is_bit_equal(
-    lab, folders, normalised, layout, splitting
+    lab, mixtures, normalised, layout, splitting
 ):
-    folder, batch = folders[normalised], random_batch()
+    folder, batch = mixtures[normalised], random_batch()
     policy = lab.policy(policy_config(folder, **LAYOUTS[layout], **splitting))
     with torch.no_grad():
         _, expected = of_transformers(folder, batch)
@@ -112,10 +102,10 @@ def test_logprobs_are_those_of_transformers_and_a_round_trip_is_bit_equal(
     assert announced == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-def test_these_models_are_sensitive_to_how_experts_are_weighted(folders):
+def test_these_models_are_sensitive_to_how_experts_are_weighted(mixtures):
     batch = random_batch()
     with torch.no_grad():
-        model, normalised = of_transformers(folders[True], batch)
+        model, normalised = of_transformers(mixtures[True], batch)
         for layer in model.model.layers:
             layer.mlp.gate.norm_topk_prob = False
         assert (padded_logprobs(model, batch) - normalised).abs().max() > 0.1
@@ -129,12 +119,12 @@ def test_these_models_are_sensitive_to_how_experts_are_weighted(folders):
         FOUR_RANKS("CP 2 x DP 2 x EP 4", ONE_AND_TWO_MICRO_BATCHES),
     ],
 )
-def test_the_gradient_is_that_of_plain_transformers(lab, folders, layout, splitting):
+def test_the_gradient_is_that_of_plain_transformers(lab, mixtures, layout, splitting):
     batch = random_batch()
     # Sharded optimizers leave each rank with the sum of its own part of the gradient only.
     options = LAYOUTS[layout] | splitting | {"use_distributed_optimizer": False}
-    gradient = lab.policy(policy_config(folders[True], **options)).call("gradient", batch)[0]
-    model, logprobs = of_transformers(folders[True], batch, dtype=torch.float64)
+    gradient = lab.policy(policy_config(mixtures[True], **options)).call("gradient", batch)[0]
+    model, logprobs = of_transformers(mixtures[True], batch, dtype=torch.float64)
     means = ((logprobs - logprobs.detach()).exp() * batch.advantages).sum(1)
     (-(means / batch.completion_mask.sum(1)).mean()).backward()
     expected = dict(by_expert((n, p.grad) for n, p in model.named_parameters()))
@@ -161,10 +151,10 @@ def train(lab, folder, batch, **options):
 
 
 @pytest.fixture(scope="module")
-def one_rank(lab, folders):
+def one_rank(lab, mixtures):
     with torch.no_grad():
-        batch = off_policy_batch(of_transformers(folders[True], random_batch())[1])
-    return batch, *train(lab, folders[True], batch)
+        batch = off_policy_batch(of_transformers(mixtures[True], random_batch())[1])
+    return batch, *train(lab, mixtures[True], batch)
 
 
 @pytest.mark.parametrize(
@@ -178,10 +168,10 @@ def one_rank(lab, folders):
     ],
     ids=str,
 )
-def test_updates_do_not_depend_on_where_experts_are(lab, folders, one_rank, options):
+def test_updates_do_not_depend_on_where_experts_are(lab, mixtures, one_rank, options):
     batch, expected_metrics, expected_weights = one_rank
     assert all(update["grad_norm"] > 0.2 for update in expected_metrics)  # so it is clipped
-    metrics, weights = train(lab, folders[True], batch, **options)
+    metrics, weights = train(lab, mixtures[True], batch, **options)
     for update, expected in zip(metrics, expected_metrics, strict=True):
         assert update == pytest.approx(expected, rel=1e-4, abs=1e-6)
     for name, tensor in weights.items():
@@ -200,7 +190,7 @@ def test_updates_do_not_depend_on_where_experts_are(lab, folders, one_rank, opti
     ids=str,
 )
 def test_a_run_continues_with_its_experts_elsewhere(
-    lab, folders, one_rank, tmp_path, layouts, options
+    lab, mixtures, one_rank, tmp_path, layouts, options
 ):
     """Three processes take one step each, where an undisturbed one takes three.
 
@@ -212,7 +202,7 @@ def test_a_run_continues_with_its_experts_elsewhere(
     bound = {"bfloat16": 2e-2}.get(options.get("dtype"), 1e-5)
 
     def policy_of(layout):
-        return lab.policy(policy_config(folders[True], **options | LAYOUTS[layout]))
+        return lab.policy(policy_config(mixtures[True], **options | LAYOUTS[layout]))
 
     undisturbed = policy_of("one rank")
     expected = [undisturbed.update(batch).metrics for _ in layouts]
@@ -236,10 +226,10 @@ def same(tensors, others):
 
 
 @pytest.mark.parametrize("layout", ["PP 2 x EP 2", FOUR_RANKS("TP 2 x DP 2 x EP 4")])
-def test_buckets_hold_every_expert(lab, folders, layout):
-    policy = lab.policy(policy_config(folders[True], **LAYOUTS[layout]))
+def test_buckets_hold_every_expert(lab, mixtures, layout):
+    policy = lab.policy(policy_config(mixtures[True], **LAYOUTS[layout]))
     policy.call("plan_buckets", 50_000)
-    expected = load_file(folders[True] / "model.safetensors")
+    expected = load_file(mixtures[True] / "model.safetensors")
     for _ in range(2):
         tensors = policy.call("in_buckets")[0]
         assert tensors.keys() == expected.keys()

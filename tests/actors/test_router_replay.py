@@ -7,19 +7,9 @@ import torch
 from policy_cases import padded_logprobs, policy_config, random_batch
 from routing_oracle import random_routing, replay
 from test_policy_experts import FOUR_RANKS, LAYOUTS, ONE_AND_TWO_MICRO_BATCHES, by_expert, norm
-from tiny_models import save_tiny_qwen3_moe
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.system
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """Model folders by norm_topk_prob."""
-    root = tmp_path_factory.mktemp("replay")
-    for normalised in (True, False):
-        save_tiny_qwen3_moe(root / str(normalised), seed=5, norm_topk_prob=normalised)
-    return {normalised: root / str(normalised) for normalised in (True, False)}
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +45,10 @@ def of_transformers(folder, batch, dtype=torch.float64):
     ],
 )
 def test_logprobs_are_those_of_the_replayed_experts(
-    lab, folders, batch, normalised, layout, splitting
+    lab, mixtures, batch, normalised, layout, splitting
 ):
     layouts = LAYOUTS | {"PP 2": {"world_size": 2, "pipeline_parallel_size": 2}}
-    folder = folders[normalised]
+    folder = mixtures[normalised]
     policy = lab.policy(replaying_config(folder, **layouts[layout], **splitting))
     with torch.no_grad():
         _, expected = of_transformers(folder, batch)
@@ -78,12 +68,12 @@ def test_logprobs_are_those_of_the_replayed_experts(
         FOUR_RANKS("CP 2 x DP 2 x EP 4", ONE_AND_TWO_MICRO_BATCHES),
     ],
 )
-def test_the_gradient_is_that_of_the_replayed_experts(lab, folders, batch, layout, options):
+def test_the_gradient_is_that_of_the_replayed_experts(lab, mixtures, batch, layout, options):
     layouts = LAYOUTS | {"PP 2": {"world_size": 2, "pipeline_parallel_size": 2}}
     options = layouts[layout] | options | {"use_distributed_optimizer": False}
-    policy = lab.policy(replaying_config(folders[True], **options))
+    policy = lab.policy(replaying_config(mixtures[True], **options))
     gradient = policy.call("gradient", batch)[0]
-    model, logprobs = of_transformers(folders[True], batch)
+    model, logprobs = of_transformers(mixtures[True], batch)
     means = ((logprobs - logprobs.detach()).exp() * batch.advantages).sum(1)
     (-(means / batch.completion_mask.sum(1)).mean()).backward()
     expected = dict(by_expert((n, p.grad) for n, p in model.named_parameters()))

@@ -121,9 +121,11 @@ def long_batch(num_rows, longest, *, seed=0):
 
 
 @torch.no_grad()
-def transformers_logprobs(folder, batch, *, dtype, attention="sdpa"):
+def transformers_logprobs(folder, batch, *, dtype, attention="sdpa", **options):
     """[N, S] by plain transformers, one sequence at a time; 0 where masked."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, **options
+    )
     model.to(DEVICE)
     logprobs = torch.zeros(batch.input_ids.shape)
     for row, length in enumerate(batch.lengths.tolist()):

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from gpu_cases import DEVICE, engine_config, gpu_config, long_batch
+from gpu_cases import DEVICE, engine_config, gpu_config, long_batch, transformers_logprobs
 from gpu_lab import OpenActor
 from greedy_rollouts import greedy
 from policy_cases import LAYOUTS, exported
@@ -56,18 +56,6 @@ def _save(folder, config, seed):
     save_model(model, folder)
 
 
-@torch.no_grad()
-def of_transformers(folder, dtype):
-    """[N, S] log-probs, one sequence at a time."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE)
-    logprobs = torch.zeros(BATCH.input_ids.shape)
-    for row, length in enumerate(BATCH.lengths.tolist()):
-        ids = BATCH.input_ids[row : row + 1, :length].to(DEVICE)
-        log_softmax = model(ids).logits[0, :-1].float().log_softmax(-1)
-        logprobs[row, 1:length] = log_softmax.gather(-1, ids[0, 1:, None])[:, 0].cpu()
-    return logprobs * BATCH.completion_mask
-
-
 def make_policy(lab, folder, layout="one rank", dtype="float32"):
     options = LAYOUTS[layout] | (EP_2 if layout == "TP 2" and "olmoe" in str(folder) else {})
     return lab.policy(
@@ -89,7 +77,10 @@ def test_weights_and_logprobs_are_those_of_transformers(lab, folders, name, layo
     assert tensors.keys() == read.keys()
     assert all(torch.equal(tensor, read[name]) for name, tensor in tensors.items())
     torch.testing.assert_close(
-        policy.compute_logprobs(BATCH)[0], of_transformers(folder, torch.float32), rtol=0, atol=1e-4
+        policy.compute_logprobs(BATCH)[0],
+        transformers_logprobs(folder, BATCH, dtype=torch.float32),
+        rtol=0,
+        atol=1e-4,
     )
 
 

@@ -3,13 +3,12 @@
 import pytest
 import ray
 import torch
-from gpu_cases import DEVICE, engine_config, gpu_config, long_batch
+from gpu_cases import DEVICE, engine_config, gpu_config, long_batch, transformers_logprobs
 from gpu_lab import OpenActor, load_weights, train, use_config
 from greedy_rollouts import greedy
 from policy_cases import exported
 from safetensors.torch import load_file
 from tiny_models import save_tiny_qwen3_moe
-from transformers import AutoModelForCausalLM
 
 from rlsys.actors import rollout
 from rlsys.actors.rollout import RolloutActors
@@ -37,18 +36,8 @@ def folders(tmp_path_factory):
     return [root / str(seed) for seed in (0, 1)]
 
 
-@torch.no_grad()
 def of_transformers(folder, dtype):
-    """[N, S] log-probs, one sequence at a time."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, experts_implementation="eager"
-    ).to(DEVICE)
-    logprobs = torch.zeros(BATCH.input_ids.shape)
-    for row, length in enumerate(BATCH.lengths.tolist()):
-        ids = BATCH.input_ids[row : row + 1, :length].to(DEVICE)
-        log_softmax = model(ids).logits[0, :-1].float().log_softmax(-1)
-        logprobs[row, 1:length] = log_softmax.gather(-1, ids[0, 1:, None])[:, 0].cpu()
-    return logprobs * BATCH.completion_mask
+    return transformers_logprobs(folder, BATCH, dtype=dtype, experts_implementation="eager")
 
 
 def mean_difference(a, b):
