@@ -76,10 +76,11 @@ def test_rows_of_the_tests_feel_each_feature(folders, tmp_path, name):
     assert (having - lacking).abs().max() > 1e-2
 
 
-# Positions under context parallelism, in what scales queries by them, and in windows.
+# Positions under context parallelism: in what scales queries by them, windows, linear and latent
+# attention.
 CONTEXT = [
     pytest.param(name, "CP 2", id=f"{name}-CP 2", marks=pytest.mark.slow)
-    for name in ("ministral3", "mistral-window", "gemma3_text")
+    for name in ("ministral3", "mistral-window", "gemma3_text", "qwen3_next", "deepseek_v3")
 ]
 
 
