@@ -62,7 +62,7 @@ def _families() -> list[str]:
                     "EP 2" if any("num_experts_per_tok" in MODELS[n][1] for n in names) else "",
                     _tested(names, ("one rank", "TP 2", "PP 2"), notes),
                     _tested(names, ("engine",), notes),
-                    "on GPUs" if THROUGH_THE_LOADER.issuperset(names) else "yes",
+                    _in_place(names),
                     _on_gpus(names, notes),
                 ]
             )
@@ -93,6 +93,12 @@ def _tested(names: list[str], tests: tuple[str, ...], notes: list[str]) -> str:
 
 def _on_gpus(names: list[str], notes: list[str]) -> str:
     return _answer({name: why for name, why in NOT_ON_GPUS.items() if name in names}, notes)
+
+
+def _in_place(names: list[str]) -> str:
+    if not THROUGH_THE_LOADER.issuperset(names):
+        return "yes"
+    return "not tested" if NOT_ON_GPUS.keys() & names else "on GPUs"
 
 
 def _answer(missing: dict[str, str], notes: list[str]) -> str:
