@@ -9,7 +9,14 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 PAGES = sorted(
     page
-    for pattern in ("*.md", "docs/*.md", "plugins/*.md", "benchmarks/*.md", "examples/*/*.md")
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "docs/zh/*.md",
+        "plugins/*.md",
+        "benchmarks/*.md",
+        "examples/*/*.md",
+    )
     for page in REPOSITORY.glob(pattern)
 )
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
