@@ -45,6 +45,24 @@ class Prompt:
     """Whether the prompt ends with `<think>`, so that completions begin inside the tag."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """One sequence of supervised training: a conversation with its answers, or a piece of text."""
+
+    sample_id: str
+    """Unique within a data set split; stable across runs, as `Prompt.prompt_id` is."""
+    token_ids: np.ndarray
+    """[T] int32, T >= 2: the whole rendered conversation or text."""
+    target_mask: np.ndarray
+    """[T] bool, True on the tokens whose loss is trained on, which are those that the model would
+    write; at least one, and never the first token, which nothing predicts."""
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens that are trained on."""
+        return int(self.target_mask.sum())
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled continuation of a prompt."""
