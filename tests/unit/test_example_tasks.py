@@ -29,7 +29,7 @@ def load(name):
 GENERATORS = ["gsm8k/prepare.py", "json_schema/prepare.py", "code/prepare.py"]
 
 
-@pytest.mark.parametrize("name", [*GENERATORS, "countdown/tasks_3to4.py"])
+@pytest.mark.parametrize("name", [*GENERATORS, "countdown/tasks_3to4.py", "sft/prepare.py"])
 def test_made_up_data_repeats_with_its_seed_and_splits_do_not_meet(name):
     generate = load(name).generate
     train, held_out = generate(60, seed=3), generate(40, seed=3, held_out=True)
@@ -63,6 +63,21 @@ def test_word_problems():
     guesses = accuracy([r"\boxed{10}"] * 50, **columns(rows, "solution"))
     assert sum(guesses) < 10
     assert all(int(row["solution"]) > 0 for row in rows)
+
+
+def test_worked_answers_are_right_and_the_model_has_placeholders(tmp_path):
+    module = load("sft/prepare.py")
+    module.main(["--out", str(tmp_path), "--train", "30", "--validation", "7"])
+    rows = [json.loads(line) for line in (tmp_path / "validation.jsonl").open()]
+    accuracy = orms["accuracy"](answer_format="boxed")
+    answers = [row["messages"][-1]["content"] for row in rows]
+    assert accuracy(answers, **columns(rows, "solution")) == [1.0] * 7
+    about = [json.loads(line) for line in (tmp_path / "self_cognition.jsonl").open()]
+    assert {row["tag"] for row in about} == {"en", "zh"}
+    for row in about:
+        assert "{{NAME}}" in row["response"]
+        assert "{{AUTHOR}}" in row["response"]
+    assert len({(row["query"], row["response"]) for row in about}) == len(about)
 
 
 def test_structured_output():
