@@ -90,21 +90,6 @@ def layout_problems(policy: PolicyConfig) -> Iterator[Problem]:
         )
 
 
-def virtual_pipeline_problem(policy: PolicyConfig, *, on_cpu: bool) -> Problem | None:
-    """Why several chunks of layers on each rank cannot be used: on GPUs they train wrongly.
-
-    With megatron-core 0.19 and Transformer Engine the gradient's norm was a thousand times too
-    large, in float32 too (tests/gpu/test_gpu_layouts.py).
-    """
-    if on_cpu or policy.virtual_pipeline_size == 1:
-        return None
-    return Problem(
-        f"policy.pipeline_layout = {policy.pipeline_layout} gives each of "
-        f"{policy.pipeline_parallel_size} ranks {policy.virtual_pipeline_size} stages (virtual "
-        "pipeline), which computes wrong gradients on GPUs: use as many stages as ranks"
-    )
-
-
 def fits_layout(policy: PolicyConfig, num_layers: int) -> bool:
     """Whether `rank_layers` can place the layers: policy.pipeline_layout, if set, has as many."""
     return policy.pipeline_layout is None or num_layers == _count_layers(policy.pipeline_layout)

@@ -567,9 +567,8 @@ class PolicyConfig(Section):
     """Layers of each pipeline stage, in megatron-core's notation: `Et*3|t*5|t*4L` has 3, 5 and 4
     layers, the first with the embedding E, the last with the loss L. Twice as many stages as
     pipeline_parallel_size, or more, are virtual pipeline: rank r has the stages r, r + PP, ..., and
-    each rank's micro-batches are filled up to a multiple of PP: on CPU only, on GPUs it is refused,
-    because its gradients were wrong there. null: equally many layers for each rank. The reference
-    has one stage."""
+    each rank's micro-batches are filled up to a multiple of PP. null: equally many layers for each
+    rank. The reference has one stage."""
     expert_model_parallel_size: PositiveInt = 1
     """Ranks that share the experts of each layer in a mixture of experts: tensor-parallel ranks
     first, then context-parallel, then data-parallel ones. Must be above 1 where

@@ -8,11 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlsys.config import Config, PolicyConfig
-from rlsys.config.pipeline_layout import (
-    layer_problems,
-    rank_layers,
-    virtual_pipeline_problem,
-)
+from rlsys.config.pipeline_layout import layer_problems, rank_layers
 from rlsys.model.attention import window_problem
 from rlsys.model.families.bridged import DISTRIBUTION, is_bridged
 from rlsys.model.folder import find_model_folder
@@ -136,9 +132,6 @@ def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     yield from problems
     if not problems:
         yield from _stages_without_experts(policy, shape)
-    problem = virtual_pipeline_problem(policy, on_cpu=guess_device(config) == "cpu")
-    if problem is not None:
-        yield problem
     setting = f"policy.expert_model_parallel_size = {ep}"
     if not shape.is_moe:
         if ep > 1:

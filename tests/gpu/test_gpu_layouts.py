@@ -6,8 +6,6 @@ from gpu_cases import gpu_config, long_batch
 from gpu_lab import train
 from policy_cases import LAYOUTS, exported
 
-from rlsys.actors.waiting import ActorFailure
-
 pytestmark = pytest.mark.gpu(2)
 
 BATCH = long_batch(16, 400)
@@ -17,7 +15,10 @@ rounding in other places makes gradient norms of these models differ by up to 6e
 NATS = {"float32": 1e-4, "bfloat16": 1e-2}
 """Bound for the mean difference of log-probs."""
 NUM_UPDATES = 3
-PIPELINES = {"uneven PP 2": LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t*3L"}}
+PIPELINES = {
+    "uneven PP 2": LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t*3L"},
+    "VPP 2 x PP 2": LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t|t|tL"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,9 @@ def trained(lab, gpu_models):
                 gpu_models["qwen3-tied", 0],
                 dtype=dtype,
                 max_tokens_per_micro_batch=1024,
+                # With Adam's own, gradients that are nothing but rounding move weights by lr: the
+                # norm of the third update then differs by 1.6%, between two runs of one rank too.
+                adam_eps=1e-4,
                 **(LAYOUTS | PIPELINES)[layout],
             )
             start = None if layout == "one rank" else remember("one rank", dtype)[0]
@@ -65,9 +69,3 @@ def test_updates_move_what_is_compared(trained):
     assert len({loss for loss, _ in updates}) == NUM_UPDATES
     assert all(norm > 1e-3 for _, norm in updates)
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
-
-
-def test_virtual_pipeline_is_refused(lab, gpu_models):
-    layout = LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t|t|tL"}
-    with pytest.raises(ActorFailure, match="wrong gradients on GPUs"):
-        lab.policy(gpu_config(gpu_models["qwen3-tied", 0], **layout))

@@ -101,6 +101,9 @@ def _run_options(
         # Asks for an extension of Apex that nothing here uses: see `fuse_weight_gradients`.
         gradient_accumulation_fusion=False,
         **dict.fromkeys(_CUDA_OPTIONS, not on_cpu),
+        # With virtual pipeline, two ranks are each other's next and previous one at once: a batch
+        # of sends and receives would give the activations of one to the gradients of the other.
+        batch_p2p_comm=not on_cpu and policy.virtual_pipeline_size == 1,
         # megatron-core's fused kernels know silu, and another gelu.
         bias_activation_fusion=not on_cpu and shape.family.activation == "silu",
         **(_expert_parallel(on_cpu=on_cpu) if shape.is_moe else {}),
@@ -116,7 +119,6 @@ _CUDA_OPTIONS = (
     "bias_dropout_fusion",
     "masked_softmax_fusion",
     "persist_layer_norm",
-    "batch_p2p_comm",
     "batch_p2p_sync",
 )
 """Options that need CUDA."""

@@ -32,7 +32,6 @@ from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.sampling import Sampling
 from rlsys.config import Config
 from rlsys.config.passed_through import megatron_option_problems
-from rlsys.config.pipeline_layout import virtual_pipeline_problem
 from rlsys.engines.megatron.build import (
     LogprobHead,
     build_model,
@@ -80,9 +79,6 @@ class MegatronModel:
         self.device = torch.device(device)
         self.folder = resolve_model_path(path)
         self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
-        problem = virtual_pipeline_problem(config.policy, on_cpu=self.on_cpu)
-        if problem is not None:
-            raise ValueError(problem.text)
         # Refuses unsupported models.
         shape = read_model_shape(self.folder, may_bridge=config.may_bridge(on_cpu=self.on_cpu))
         # Preflight has not seen the files of a hub model, nor those on another host.

@@ -15,7 +15,6 @@ from rlsys.config.pipeline_layout import (
     parse_layout,
     rank_layers,
     stage_layers,
-    virtual_pipeline_problem,
 )
 
 TEXTS = [
@@ -105,17 +104,3 @@ def test_a_layout_that_is_proposed_has_all_layers(num_layers, stages):
     assert [layer for stage in layers for layer in stage] == list(range(num_layers))
     sizes = [len(stage) for stage in layers]
     assert max(sizes) - min(sizes) <= 1
-
-
-def test_virtual_pipeline_is_for_the_cpu():
-    ranks = {"world_size": 2, "pipeline_parallel_size": 2}
-    for layout, on_cpu, refused in (
-        ("Et|t|t|tL", False, True),
-        ("Et|t|t|tL", True, False),
-        ("Et|t*3L", False, False),
-        (None, False, False),
-    ):
-        policy = Config.model_validate(values(policy=ranks | {"pipeline_layout": layout})).policy
-        problem = virtual_pipeline_problem(policy, on_cpu=on_cpu)
-        assert (problem is not None) == refused
-        assert problem is None or "2 stages (virtual pipeline)" in problem.text
