@@ -179,6 +179,10 @@ class OpenActor(RolloutActor):
         """Tensor name -> checksum of what the parameters hold, of an engine with one worker."""
         return await self._between_steps(lambda e: e._llm.collective_rpc(_held_checksums)[0])
 
+    async def parameter_checksums(self):
+        """vLLM's name -> checksum of each parameter, however it was loaded."""
+        return await self._between_steps(lambda e: e._llm.collective_rpc(_parameter_checksums)[0])
+
     async def set_in_flight_kv(self, value):
         await self._between_steps(_set_in_flight_kv, value)
 
@@ -229,6 +233,14 @@ def _held_checksums(worker):
     ]
     names = [name for name, copies in plan.copies.items() for _ in copies]
     return dict(zip(names, as_numbers(checksums), strict=True))
+
+
+def _parameter_checksums(worker):
+    from rlsys.engines.vllm.in_place import content_checksum
+
+    parameters = dict(worker.model_runner.model.named_parameters())
+    checksums = [content_checksum(parameter.data) for parameter in parameters.values()]
+    return dict(zip(parameters, as_numbers(checksums), strict=True))
 
 
 def _set_in_flight_kv(engine, value):

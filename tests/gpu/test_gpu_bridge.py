@@ -6,6 +6,7 @@ The policy is transformers' model, and a synced engine samples from it.
 from importlib.util import find_spec
 
 import pytest
+import ray
 import torch
 from gpu_cases import DEVICE, engine_config, gpu_config, long_batch, transformers_logprobs
 from gpu_lab import OpenActor
@@ -85,19 +86,7 @@ def test_weights_and_logprobs_are_those_of_transformers(lab, folders, name, layo
 
 
 @pytest.mark.gpu(2)
-@pytest.mark.parametrize(
-    "name",
-    [
-        "glm4",
-        pytest.param(
-            "olmoe",
-            marks=pytest.mark.xfail(
-                reason="after updates one of 8 completions was another than a fresh engine's, "
-                "in bfloat16: rounding or not was not found out"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_an_updated_policy_is_what_its_engine_samples_from(lab, folders, name, gpus, monkeypatch):
     monkeypatch.setattr(rollout, "RolloutActor", OpenActor)
     config = engine_config(folders[name, 1])
@@ -113,6 +102,8 @@ def test_an_updated_policy_is_what_its_engine_samples_from(lab, folders, name, g
     publisher.publish()
     synced = greedy(engine)
     assert synced[0] != before[0]
+    (actor,) = engine.actors.values()
+    held = ray.get(actor.parameter_checksums.remote())
     engine.close()
 
     policy.save_model(folders[name, 1].with_name(f"{name}-updated"))
@@ -122,5 +113,7 @@ def test_an_updated_policy_is_what_its_engine_samples_from(lab, folders, name, g
         place=gpus.on(1),
     )
     fresh.start()
-    assert greedy(fresh)[0] == synced[0]
+    (actor,) = fresh.actors.values()
+    # Not its completions: vLLM's kernels for experts add in another order each time.
+    assert ray.get(actor.parameter_checksums.remote()) == held
     fresh.close()
