@@ -12,7 +12,7 @@ from rlsys.config import DataConfig
 from rlsys.data.formats import parse_row
 from rlsys.data.render import Renderer
 from rlsys.data.row import Row
-from rlsys.data.sources import Split, open_sources, raise_if_any
+from rlsys.data.sources import PromptSource, Split, open_sources, raise_if_any
 from rlsys.data.text_files import read_file
 from rlsys.problems import Problem
 from rlsys.tracking.completions import ABOUT_COMPLETION
@@ -120,9 +120,9 @@ def prompts_of(
     """
     problems: list[Problem] = []
     prompts: dict[str, Prompt] = {}
-    for source in open_sources(config, split, problems):
+    for source in open_sources(PromptSource, config, split, problems):
         for row in source.rows():
-            prompt_id = source.prompt_id(row)
+            prompt_id = source.row_id(row)
             if wanted is not None and prompt_id not in wanted:
                 if wanted <= prompts.keys():
                     break

@@ -11,6 +11,8 @@ from rlsys.config.schema import PolicyConfig as PolicyConfig
 from rlsys.config.schema import ReferenceConfig as ReferenceConfig
 from rlsys.config.schema import RewardConfig as RewardConfig
 from rlsys.config.schema import RolloutConfig as RolloutConfig
+from rlsys.config.schema import RowsConfig as RowsConfig
 from rlsys.config.schema import Section as Section
 from rlsys.config.schema import TrackingConfig as TrackingConfig
 from rlsys.config.schema import WeightSyncConfig as WeightSyncConfig
+from rlsys.config.sft_data import SftDataConfig as SftDataConfig

@@ -77,16 +77,16 @@ class Section(BaseModel):
 NonEmptyText = Annotated[str, Field(min_length=1)]
 
 
-class DataConfig(Section):
-    """Where prompts come from."""
+class RowsConfig(Section):
+    """Where rows come from, and how they are read: what `data` has for every method."""
 
     dataset: list[PathText] = Field(min_length=1)
     """Training rows: files (JSONL, JSON, CSV, TSV, each also compressed, Parquet, Arrow), folders
     or hub ids, written `PATH_OR_ID[:SUBSET[:SPLIT]][#ROWS]`, see docs/data.md. Relative paths start
     at the working directory."""
     dataset_weights: list[PositiveFloat] | None = None
-    """One weight per dataset: each prompt comes from a dataset drawn with probability weight / sum
-    of weights. null: every row of every dataset comes once an epoch."""
+    """One weight per dataset: each prompt or sample comes from a dataset drawn with probability
+    weight / sum of weights. null: every row of every dataset comes once an epoch."""
     val_dataset: list[PathText] = []
     """Held-out rows, evaluated every `eval_steps`. Empty: `split_dataset_ratio` of `dataset`."""
     val_sets: dict[str, list[PathText]] = {}
@@ -94,8 +94,6 @@ class DataConfig(Section):
     evaluated on its own, as eval/NAME/..."""
     split_dataset_ratio: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of `dataset` held out for evaluation, instead of `val_dataset`; 0 holds out nothing."""
-    max_eval_prompts: PositiveInt = 256
-    """Held-out prompts to evaluate on, in each set; the first ones are taken."""
     columns: dict[str, str] = {}
     """New names of columns, `{question: prompt}`, given before anything else reads a row."""
     preprocessor: list[str] = []
@@ -107,15 +105,8 @@ class DataConfig(Section):
     external_plugins: list[PathText] = []
     """Python files that register preprocessors, datasets or reward functions. Each may stand here
     or in reward.external_plugins."""
-    max_prompt_length: PositiveInt = 512
-    """Longest rendered prompt, in tokens; see `overlong_prompts`."""
-    min_prompt_length: PositiveInt = 1
-    """Shortest rendered prompt, in tokens; shorter ones are dropped and counted."""
-    overlong_prompts: Literal["drop", "error"] = "drop"
-    """Whether prompts over `max_prompt_length` are dropped and counted, or stop the run before
-    training."""
     deduplicate: bool = False
-    """Keep the first training row of each rendered prompt; the others are counted."""
+    """Keep the first training row of each rendered text; the others are counted."""
     max_row_mb: PositiveInt = 8
     """Largest row of a text file, in MiB; a larger row is an error, often a missing line break."""
     prompt_template: str | None = None
@@ -134,13 +125,6 @@ class DataConfig(Section):
     Rows are then checked as they come, not before the run."""
     shuffle_buffer_size: PositiveInt = 10_000
     """Rows among which a streamed dataset is shuffled."""
-    difficulty_sampling: bool = False
-    """Skip prompts that teach nothing, because all completions of a group got the same reward."""
-    difficulty_patience: PositiveInt = 2
-    """Groups with equal rewards in a row after which a prompt is skipped."""
-    difficulty_exploration: float = Field(default=0.1, gt=0.0, le=1.0)
-    """Probability of sampling a prompt that is to be skipped; one group with different rewards
-    brings it back."""
 
     @field_validator("prompt_template")
     @classmethod
@@ -178,6 +162,27 @@ class DataConfig(Section):
             if isinstance(value, str) and value.lower() in ("yes", "no", "on", "off"):
                 raise ValueError(f"{name}: {value} is a text, write true or false")
         return variables
+
+
+class DataConfig(RowsConfig):
+    """Where prompts come from."""
+
+    max_eval_prompts: PositiveInt = 256
+    """Held-out prompts to evaluate on, in each set; the first ones are taken."""
+    max_prompt_length: PositiveInt = 512
+    """Longest rendered prompt, in tokens; see `overlong_prompts`."""
+    min_prompt_length: PositiveInt = 1
+    """Shortest rendered prompt, in tokens; shorter ones are dropped and counted."""
+    overlong_prompts: Literal["drop", "error"] = "drop"
+    """Whether prompts over `max_prompt_length` are dropped and counted, or stop the run before
+    training."""
+    difficulty_sampling: bool = False
+    """Skip prompts that teach nothing, because all completions of a group got the same reward."""
+    difficulty_patience: PositiveInt = 2
+    """Groups with equal rewards in a row after which a prompt is skipped."""
+    difficulty_exploration: float = Field(default=0.1, gt=0.0, le=1.0)
+    """Probability of sampling a prompt that is to be skipped; one group with different rewards
+    brings it back."""
 
 
 class ModelConfig(Section):

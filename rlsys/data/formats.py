@@ -30,23 +30,37 @@ TEMPLATE_FORMAT = "prompt_template"
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 """The row's system message, as in ms-swift."""
+TEXT = "text"
+"""The column of texts to continue pre-training on, as in TRL."""
 SOLUTION = "solution"
 """The column in which rewards find the answer of a row that has one."""
 
 
-class _Reading(NamedTuple):
-    """The prompt that one format reads in a row."""
+class Reading(NamedTuple):
+    """What the format of a row reads in it."""
+
+    column: str
+    """The one that decided its format."""
+    messages: list[Message]
+    is_text: bool
+    """Whether the messages are one text of a column `prompt`."""
+    used: tuple[str, ...]
+    """Columns that are now part of the messages."""
+    answer: Any = None
+    """The row's right answer, None without one; its type is not checked."""
+
+
+class _Found(NamedTuple):
+    """What the function of one format returns."""
 
     turns: Any
     """Not checked yet."""
     used: tuple[str, ...]
-    """Columns that are now part of the prompt."""
     answer: Any = None
-    """The row's right answer, None without one."""
 
 
 def parse_row(row: Row, *, system: str | None, template: str | None = None) -> None:
-    """Turn the columns of a row into messages and the columns that rewards get.
+    """Turn the columns of a row into a prompt and the columns that rewards get.
 
     Args:
         row: with all its columns; gets format, messages, tools and template_kwargs.
@@ -56,42 +70,60 @@ def parse_row(row: Row, *, system: str | None, template: str | None = None) -> N
     Raises:
         BadRow: no known format, wrong types, no text, or images.
     """
-    values = row.columns
-    _refuse_media(values)
     if template is not None:
-        _fill_template(row, template)
+        refuse_media(row.columns)
+        fill_template(row, template)
         return
-    column = next((name for name in PROMPT_COLUMNS if values.get(name) is not None), None)
-    if column is None:
-        raise BadRow(f"has no prompt: none of {', '.join(PROMPT_COLUMNS)} is there")
-    row.format, read = _READERS[column]
-    turns, read_columns, answer = read(values, column)
-    messages, calls = read_turns(turns), []
+    reading = read_row(row)
+    messages, answer, calls = reading.messages, reading.answer, []
     may_have_answer = row.format in ("messages", "sharegpt") and len(messages) > 1
     if may_have_answer and messages[-1]["role"] == "assistant":
         last = messages.pop()
         answer, calls = as_answer(last), called_functions(last)
     if not messages or messages[-1]["role"] not in ("user", "tool"):
-        raise BadRow(_wrong_end(column, messages))
-    own_system = _own_system(values)
-    system = next(iter(own_system.values()), system)
-    if system is not None and messages[0]["role"] not in SYSTEM_ROLES:
-        messages.insert(0, {"role": "system", "content": system})
-    if row.format == "prompt" and [*turns] == user_turn(values[column]):
-        row.text = values[column]
-    row.messages = messages
-    row.tools, row.template_kwargs = read_tools(values.get("tools")), _template_kwargs(values)
-    # A system message beside another one stays a column, which the run names as unread.
-    unused = {name for name, text in own_system.items() if text != messages[0]["content"]}
-    used = {*read_columns, *SYSTEM_COLUMNS, "messages"} - unused
-    row.columns = {name: value for name, value in values.items() if name not in used}
+        raise BadRow(_wrong_end(reading.column, messages))
+    finish_row(row, reading, system=system)
     if answer is not None and row.columns.get(SOLUTION) is None:
         row.columns[SOLUTION] = answer
     if calls:
         row.columns.setdefault("tool_calls", calls)
 
 
-def _fill_template(row: Row, template: str) -> None:
+def read_row(row: Row) -> Reading:
+    """The turns of a row, by its format.
+
+    Raises:
+        BadRow: no known format, wrong types, no text, or images.
+    """
+    values = row.columns
+    refuse_media(values)
+    column = next((name for name in PROMPT_COLUMNS if values.get(name) is not None), None)
+    if column is None:
+        raise BadRow(f"has no prompt: none of {', '.join(PROMPT_COLUMNS)} is there")
+    row.format, read = _READERS[column]
+    turns, used, answer = read(values, column)
+    is_text = column == "prompt" and turns == user_turn(values[column])
+    return Reading(column, read_turns(turns), is_text, used, answer)
+
+
+def finish_row(row: Row, reading: Reading, *, system: str | None) -> None:
+    """Set what is read besides the turns: system message, tools, and the columns that are left."""
+    values, messages = row.columns, reading.messages
+    own_system = _own_system(values)
+    system = next(iter(own_system.values()), system)
+    if system is not None and messages[0]["role"] not in SYSTEM_ROLES:
+        messages.insert(0, {"role": "system", "content": system})
+    if reading.is_text:
+        row.text = values[reading.column]
+    row.messages = messages
+    row.tools, row.template_kwargs = read_tools(values.get("tools")), _template_kwargs(values)
+    # A system message beside another one stays a column, which the run names as unread.
+    unused = {name for name, text in own_system.items() if text != messages[0]["content"]}
+    used = {*reading.used, *SYSTEM_COLUMNS, "messages"} - unused
+    row.columns = {name: value for name, value in values.items() if name not in used}
+
+
+def fill_template(row: Row, template: str) -> None:
     """Make the prompt of a row by data.prompt_template."""
     words = []
     for text, column in template_parts(template):
@@ -136,17 +168,24 @@ def _template_kwargs(values: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def columns_problem(columns: list[str]) -> str | None:
-    """What is wrong with every row of a dataset with these columns; None if nothing is."""
-    if set(PROMPT_COLUMNS) & set(columns):
+def columns_problem(columns: list[str], known: tuple[str, ...]) -> str | None:
+    """What is wrong with every row of a dataset with these columns; None if nothing is.
+
+    `known` are those of which a row needs one: PROMPT_COLUMNS, or the column of texts.
+    """
+    if set(known) & set(columns):
         return None
-    likely = ("question", "problem", "input", "text", "task", "Question", "Problem")
+    wanted = TEXT
+    likely: tuple[str, ...] = ("content", "document", "raw_content", "body", "Text")
+    if "prompt" in known:
+        wanted = "prompt"
+        likely = ("question", "problem", "input", "text", "task", "Question", "Problem")
     name = next((name for name in likely if name in columns), None)
-    remedy = "Rename one with data.columns, or make prompts with a data.preprocessor"
+    remedy = "Rename one with data.columns, or make such rows with a data.preprocessor"
     if name is not None:
-        remedy = f"Set data.columns to {{{name}: prompt}}"
+        remedy = f"Set data.columns to {{{name}: {wanted}}}"
     return (
-        f"has none of the columns {', '.join(PROMPT_COLUMNS)}. It has the columns: "
+        f"has none of the columns {', '.join(known)}. It has the columns: "
         f"{', '.join(columns) or 'none'}. {remedy}"
     )
 
@@ -154,21 +193,21 @@ def columns_problem(columns: list[str]) -> str | None:
 # --- the formats ---------------------------------------------------------------------------------
 
 
-def _read_turns(values: dict[str, Any], column: str) -> _Reading:
-    return _Reading(parse_cell(values[column], column), (column,))
+def _read_turns(values: dict[str, Any], column: str) -> _Found:
+    return _Found(parse_cell(values[column], column), (column,))
 
 
-def _read_prompt(values: dict[str, Any], column: str) -> _Reading:
+def _read_prompt(values: dict[str, Any], column: str) -> _Found:
     prompt = values[column]
-    return _Reading(as_turns(prompt, column) if isinstance(prompt, str) else prompt, (column,))
+    return _Found(as_turns(prompt, column) if isinstance(prompt, str) else prompt, (column,))
 
 
-def _read_query(values: dict[str, Any], column: str) -> _Reading:
+def _read_query(values: dict[str, Any], column: str) -> _Found:
     turns = [*_history(values), *as_turns(values[column], column)]
-    return _Reading(turns, (column, "history"), values.get("response"))
+    return _Found(turns, (column, "history"), values.get("response"))
 
 
-def _read_alpaca(values: dict[str, Any], column: str) -> _Reading:
+def _read_alpaca(values: dict[str, Any], column: str) -> _Found:
     instruction, text = values[column], values.get("input")
     for name, part in ((column, instruction), ("input", text)):
         if part is not None:
@@ -176,10 +215,10 @@ def _read_alpaca(values: dict[str, Any], column: str) -> _Reading:
     query = "\n".join(part for part in (instruction, text) if part and part.strip())
     turns = [*_history(values), *as_turns(query, column)]
     answer = values["output"] if values.get("output") is not None else values.get("response")
-    return _Reading(turns, (column, "input", "history"), answer)
+    return _Found(turns, (column, "input", "history"), answer)
 
 
-_READERS: dict[str, tuple[str, Callable[[dict[str, Any], str], _Reading]]] = {
+_READERS: dict[str, tuple[str, Callable[[dict[str, Any], str], _Found]]] = {
     "messages": ("messages", _read_turns),
     "conversations": ("sharegpt", _read_turns),
     "conversation": ("sharegpt", _read_turns),
@@ -209,7 +248,12 @@ def _check_is_text(column: str, value: Any) -> None:
         raise BadRow(f"the column {column!r} is not a text: {value!r:.80}")
 
 
-def _refuse_media(values: dict[str, Any]) -> None:
+def refuse_media(values: dict[str, Any]) -> None:
+    """Refuse a row with images, video or audio.
+
+    Raises:
+        BadRow: it has some.
+    """
     for name in MEDIA_COLUMNS:
         given = values.get(name)
         if isinstance(given, list):

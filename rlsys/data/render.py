@@ -1,4 +1,4 @@
-"""Rows to token ids: the one place where prompts are rendered."""
+"""Rows to token ids: the one place where prompts are rendered; render_samples has samples."""
 
 from __future__ import annotations
 
@@ -65,20 +65,22 @@ class Renderer:
 
     def _take_raw(self, rows: Sequence[Row]) -> None:
         """Set the token ids of rows whose prompt is their text."""
-        texts = []
-        for row in rows:
-            if row.needs_template:
-                raise ValueError(f"{row.location}: {NO_TEMPLATE}")
-            assert row.text is not None
-            texts.append(row.text)
-            for column in (*TEMPLATE_COLUMNS, *SYSTEM_COLUMNS):
-                if row.columns.get(column):
-                    what = f"a prompt without a chat template leaves out the column {column!r}"
-                    self._notice(what, row.location)
-            self._look_at_text(row, row.text, "the row or data.prompt_template")
+        texts = [self._plain_text(row) for row in rows]
         for row, token_ids in zip(rows, self._raw.tokens(texts), strict=True):
             row.token_ids = token_ids
             row.opens_think = row.text is not None and row.text.rstrip().endswith(OPEN_THINK)
+
+    def _plain_text(self, row: Row) -> str:
+        """The text of a row that is taken without a template."""
+        if row.needs_template:
+            raise ValueError(f"{row.location}: {NO_TEMPLATE}")
+        assert row.text is not None
+        for column in (*TEMPLATE_COLUMNS, *SYSTEM_COLUMNS):
+            if row.columns.get(column):
+                what = f"a prompt without a chat template leaves out the column {column!r}"
+                self._notice(what, row.location)
+        self._look_at_text(row, row.text, "the row or data.prompt_template")
+        return row.text
 
     def _render(self, rows: Sequence[Row], template: ChatTemplate) -> None:
         texts: list[str] = []
@@ -149,7 +151,9 @@ def _are_tools_left_out(row: Row, text: str, template: ChatTemplate) -> bool:
     if all(f'"{tool["function"]["name"]}"' in text for tool in row.tools or ()):
         return False
     try:
-        return template.text(row.messages, None, row.template_kwargs) == text
+        is_answered = bool(row.targets)
+        bare = template.text(row.messages, None, row.template_kwargs, is_answered=is_answered)
+        return bare == text
     except BadRow:
         return False
 

@@ -1,17 +1,22 @@
-"""A row of a dataset, on its way from a file to a prompt."""
+"""A row of a dataset, on its way from a file to a prompt or a sample."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlsys.json_text import BadRow, parse_json
 from rlsys.types import Message, Prompt
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LEFT_OUT = "left out by the preprocessor"
 TOO_LONG = "over data.max_prompt_length"
 TOO_SHORT = "under data.min_prompt_length"
 DUPLICATE = "duplicates"
+OVER_LENGTH = "over data.max_length"
+NO_TARGETS = "without a token to train on"
 
 
 @dataclass(slots=True)
@@ -47,8 +52,16 @@ class Row:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables of the chat template, before those that the config sets."""
 
+    targets: list[int] = field(default_factory=list)
+    """For supervised training, the indices of the messages to train on. `messages` then is the
+    whole conversation. It and the next one are set by `parse_sample`."""
+    completion: str | None = None
+    """For supervised training, the text to train on after `text`."""
+
     token_ids: list[int] = field(default_factory=list)
-    """The rendered prompt. It and the next one are set by `ChatTemplate.render`."""
+    """The rendered prompt or conversation. It and the next two are set by rendering."""
+    target_mask: np.ndarray | None = None
+    """[T] bool, for supervised training: True on the tokens to train on."""
     opens_think: bool = False
     """Whether the prompt ends with `<think>`."""
 
@@ -59,8 +72,9 @@ class Row:
 
     @property
     def needs_template(self) -> bool:
-        """Whether a parsed row is more than one text, and its prompt takes a chat template."""
-        return not self.is_raw and (self.text is None or len(self.messages) > 1)
+        """Whether a parsed row is more than plain text, and takes a chat template."""
+        turns = 1 if self.completion is None else 2
+        return not self.is_raw and (self.text is None or len(self.messages) > turns)
 
     def read(self) -> None:
         """Parse the line of JSON, if there is one.

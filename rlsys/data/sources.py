@@ -1,19 +1,23 @@
-"""The datasets of a config, opened, and the stages from their rows to prompts.
+"""The datasets of a config, opened, and the stages from their rows to prompts or samples.
 
 Source.rows    a file or table -> rows with their locations
 Source.parse   columns renamed, the preprocessor, then messages and the columns for rewards
 render_rows    the same for many rows, then the chat template and the limits of length
+Source.make    what a rendered row becomes
+
+`PromptSource` is for GRPO, `SampleSource` in `rlsys.data.samples` for supervised training.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, ClassVar, Generic, Literal
 
-from rlsys.config import DataConfig
+from rlsys.config import DataConfig, RowsConfig
 from rlsys.config.dataset_spec import (
     COMPRESSED_SUFFIXES,
     FILE_SUFFIXES,
@@ -22,16 +26,19 @@ from rlsys.config.dataset_spec import (
     file_kind,
 )
 from rlsys.config.prompt_template import template_columns
+from rlsys.data.counts import SourceCounts
 from rlsys.data.file_bytes import foreign_content
 from rlsys.data.formats import PROMPT_COLUMNS, columns_problem, parse_row
 from rlsys.data.preprocess import NO_PREPROCESSOR, Preprocessor, open_dataset, preprocessors
 from rlsys.data.render import Renderer
 from rlsys.data.row import LEFT_OUT, TOO_LONG, TOO_SHORT, Row
+from rlsys.data.streams.base import T
 from rlsys.data.tables import read_hub, read_table
 from rlsys.data.text_files import read_file
 from rlsys.json_text import BadRow
 from rlsys.problems import Problem, ProblemsError
 from rlsys.registry import did_you_mean
+from rlsys.types import Prompt
 
 Split = Literal["train", "validation"]
 MAX_PROBLEMS_SHOWN = 10
@@ -46,53 +53,17 @@ def raise_if_any(problems: Sequence[Problem]) -> None:
 
 
 @dataclass(slots=True)
-class SourceCounts:
-    """How many rows of one dataset are used or dropped."""
-
-    source: str
-    """The entry of the config."""
-    preprocessor: str = ""
-    """Its name in the config, or in the plugin that registered the dataset."""
-    rows: int = 0
-    """Rows that were read, or taken by `#ROWS`, copies included."""
-    formats: Counter[str] = field(default_factory=Counter)
-    """Rows by format."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Rows that are not used, by the reason in `Row.dropped`."""
-    lengths: Counter[int] = field(default_factory=Counter)
-    """Rendered prompts by their number of tokens, before the limits."""
-
-    @property
-    def used(self) -> int:
-        """Rows that became prompts, before any are held out."""
-        return self.rows - self.dropped.total()
-
-    def add(self, row: Row) -> None:
-        """Count a row that went through all stages without a problem."""
-        self.rows += 1
-        if row.format:
-            self.formats[row.format] += 1
-        if row.token_ids:
-            self.lengths[len(row.token_ids)] += 1
-        if row.dropped:
-            self.dropped[row.dropped] += 1
-
-    def __str__(self) -> str:
-        through = f" through {self.preprocessor}" if self.preprocessor else ""
-        text = f"{self.source}{through}: {self.used:,} of {self.rows:,} rows used"
-        dropped = [f"{count:,} {reason}" for reason, count in self.dropped.items()]
-        return text + (f"; dropped: {', '.join(dropped)}" if dropped else "")
-
-
-@dataclass(slots=True)
-class Source:
+class Source(ABC, Generic[T]):
     """One dataset of the config."""
+
+    limits: ClassVar[str]
+    """The fields that leave rows out by their length."""
 
     spec: DatasetSpec
     prefix: str
     """The start of its prompt ids."""
     split: Split
-    config: DataConfig
+    config: RowsConfig
     preprocessor: Preprocessor | None
     counts: SourceCounts
     columns: dict[str, None] = field(default_factory=dict)
@@ -155,29 +126,45 @@ class Source:
                 row.dropped = LEFT_OUT
                 return
             row.columns = made
-            template = self.config.prompt_template
-            names = PROMPT_COLUMNS if template is None else template_columns(template)
-            if need_prompt or any(made.get(name) is not None for name in names):
-                parse_row(row, system=self.config.system, template=template)
+            if need_prompt or any(made.get(name) is not None for name in self.readable_columns):
+                self.read(row)
         except BadRow as error:
             row.problem = str(error)
 
-    def prompt_id(self, row: Row, copy: int = 0) -> str:
+    def row_id(self, row: Row, copy: int = 0) -> str:
         """An id that is unique within the split, and the same in every run."""
         return f"{self.prefix}:{row.number}{f'+{copy}' if copy else ''}"
 
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether `make` may return several for one row."""
+        return False
+
+    @property
+    def readable_columns(self) -> tuple[str, ...]:
+        """Columns of which a row needs one."""
+        template = self.config.prompt_template
+        return PROMPT_COLUMNS if template is None else tuple(template_columns(template))
+
+    @abstractmethod
+    def read(self, row: Row) -> None:
+        """Read the messages in the columns of a row.
+
+        Raises:
+            BadRow: they cannot be used.
+        """
+
+    @abstractmethod
     def limit(self, row: Row) -> None:
-        """Drop a rendered row that is too long or too short."""
-        length, most = len(row.token_ids), self.config.max_prompt_length
-        if length > most and self.config.overlong_prompts == "error":
-            row.problem = (
-                f"the prompt has {length:,} tokens, more than data.max_prompt_length = {most:,}. "
-                "Raise it, or set data.overlong_prompts to drop"
-            )
-        elif length > most:
-            row.dropped = TOO_LONG
-        elif length < self.config.min_prompt_length:
-            row.dropped = TOO_SHORT
+        """Drop or cut a rendered row that is too long or too short."""
+
+    @abstractmethod
+    def make(self, row: Row, copy: int, names: list[str]) -> list[T]:
+        """What a rendered row becomes, with the columns `names`, None where it lacks one."""
+
+    @abstractmethod
+    def nothing_left(self, names: str, lengths: list[int]) -> str:
+        """What is wrong with datasets of which no row is used, given the tokens of all rows."""
 
     def _own_columns(self, row: Row) -> dict[str, Any]:
         """The columns of a row under the names that data.columns gives them."""
@@ -245,7 +232,7 @@ class Source:
         if template is not None:
             lacking = [name for name in template_columns(template) if name not in found]
             return self._unknown_columns(lacking, found) if lacking else None
-        problem = columns_problem(found)
+        problem = columns_problem(found, self.readable_columns)
         if problem is None:
             return None
         known, remedy = preprocessors.known(), ""
@@ -264,7 +251,55 @@ class Source:
         )
 
 
-def render_rows(rows: Sequence[tuple[Source, Row]], renderer: Renderer) -> None:
+@dataclass(slots=True)
+class PromptSource(Source[Prompt]):
+    """One dataset, whose rows become prompts."""
+
+    limits: ClassVar[str] = "data.max_prompt_length and min_prompt_length"
+
+    config: DataConfig
+
+    def read(self, row: Row) -> None:
+        """Read the prompt, and the answer that rewards find in the column `solution`."""
+        parse_row(row, system=self.config.system, template=self.config.prompt_template)
+
+    def limit(self, row: Row) -> None:
+        """Drop a rendered row that is too long or too short."""
+        length, most = len(row.token_ids), self.config.max_prompt_length
+        if length > most and self.config.overlong_prompts == "error":
+            row.problem = (
+                f"the prompt has {length:,} tokens, more than data.max_prompt_length = {most:,}. "
+                "Raise it, or set data.overlong_prompts to drop"
+            )
+        elif length > most:
+            row.dropped = TOO_LONG
+        elif length < self.config.min_prompt_length:
+            row.dropped = TOO_SHORT
+
+    def make(self, row: Row, copy: int, names: list[str]) -> list[Prompt]:
+        """One prompt."""
+        return [row.to_prompt(self.row_id(row, copy), names)]
+
+    def nothing_left(self, names: str, lengths: list[int]) -> str:
+        """The limits of length."""
+        low, most = self.config.min_prompt_length, self.config.max_prompt_length
+        found = f"{min(lengths)} to {max(lengths)}"
+        if min(lengths) > most:
+            return (
+                f"every prompt of {names} is over data.max_prompt_length = {most} tokens: the "
+                f"{len(lengths)} rows have {found}. Raise it."
+            )
+        return (
+            f"no prompt of {names} is left: they have {found} tokens, data.min_prompt_length is "
+            f"{low} and data.max_prompt_length {most}."
+        )
+
+
+SourceKind = Callable[..., Source[T]]
+"""A class of sources, or what makes one of its arguments."""
+
+
+def render_rows(rows: Sequence[tuple[Source[T], Row]], renderer: Renderer) -> None:
     """Take rows through all stages; then each has token ids, a problem or a reason in `dropped`."""
     for source, row in rows:
         source.parse(row)
@@ -274,7 +309,9 @@ def render_rows(rows: Sequence[tuple[Source, Row]], renderer: Renderer) -> None:
             source.limit(row)
 
 
-def open_sources(config: DataConfig, split: Split, problems: list[Problem]) -> list[Source]:
+def open_sources(
+    kind: SourceKind[T], config: RowsConfig, split: Split, problems: list[Problem]
+) -> list[Source[T]]:
     """The datasets of `split` in the order of the config, without reading them.
 
     Datasets that the config describes wrongly are left out, with a problem.
@@ -300,7 +337,7 @@ def open_sources(config: DataConfig, split: Split, problems: list[Problem]) -> l
             problems.append(Problem(text))
     stems = [spec.stem for spec, _ in opened]
     return [
-        Source(
+        kind(
             spec,
             # Two files of one name get their whole path, so that prompt ids are unique.
             spec.stem if stems.count(spec.stem) == 1 else spec.long_name,
@@ -313,17 +350,21 @@ def open_sources(config: DataConfig, split: Split, problems: list[Problem]) -> l
     ]
 
 
-def open_set(config: DataConfig, name: str, problems: list[Problem]) -> list[Source]:
+def open_set(
+    kind: SourceKind[T], config: RowsConfig, name: str, problems: list[Problem]
+) -> list[Source[T]]:
     """The datasets of one of data.val_sets, without reading them; as `open_sources`.
 
     Its name stands in the prompt ids, since two sets may have files of one name.
     """
     own = config.model_copy(update={"val_dataset": config.val_sets[name]})
-    sources = open_sources(own, "validation", problems)
+    sources = open_sources(kind, own, "validation", problems)
     return [replace(source, prefix=f"{name}/{source.prefix}") for source in sources]
 
 
-def check_renamed(config: DataConfig, sources: list[Source], problems: list[Problem]) -> None:
+def check_renamed(
+    config: RowsConfig, sources: Sequence[Source[T]], problems: list[Problem]
+) -> None:
     """Note a name in data.columns that no dataset has: most likely a typing error."""
     found = list(dict.fromkeys(name for source in sources for name in source.columns))
     for name in config.columns:

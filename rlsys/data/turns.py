@@ -74,6 +74,8 @@ def read_turns(turns: Any) -> list[Message]:
     for name, message in (found for turn in turns for found in _messages_of(turn)):
         if name == _CALLS and messages and messages[-1]["role"] == "assistant":
             earlier = messages[-1]
+            if message.get("loss", earlier.get("loss")) != earlier.get("loss"):
+                raise BadRow("turns that are one turn of the assistant differ in 'loss'")
             earlier["tool_calls"] = [*earlier.get("tool_calls", []), *message["tool_calls"]]
             earlier["content"] += message["content"]
         elif name not in SYSTEM_ROLES or message["content"].strip():

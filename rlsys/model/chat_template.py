@@ -21,6 +21,7 @@ TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 """Columns of a row for the chat template, as in TRL and ms-swift; rewards get them too."""
 _TAIL = 10
 """Last tokens of a prompt that are enough to show `<think>` and white space behind it."""
+_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE: list[Message] = [
     {"role": "user", "content": "Hi"},
     {
@@ -80,10 +81,39 @@ class ChatTemplate:
             BadRow: the template refuses the messages.
             ValueError: the template is not valid Jinja.
         """
-        if any("tool_calls" in message for message in messages):
-            messages = [self._calling[0].apply(message) for message in messages]
         given = self.variables | dict(variables or {})
-        return self._write(messages, given, tools, is_answered=is_answered)
+        return self._write(self._in_form(messages), given, tools, is_answered=is_answered)
+
+    def marked_spans(
+        self,
+        messages: list[Message],
+        tools: list[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[tuple[int, int]]:
+        """First and last + 1 character of each `{% generation %}` block of a conversation.
+
+        The characters are those of `text`, which raises what this would raise.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        _, spans = render_jinja_template(
+            conversations=[self._with_known_roles(self._in_form(messages))],
+            tools=tools,
+            chat_template=self._tokenizer.get_chat_template(tools=tools),
+            return_assistant_tokens_mask=True,
+            **self._tokenizer.special_tokens_map,
+            **(self.variables | dict(variables or {})),
+        )
+        return list(spans[0])
+
+    def has_marks(self, tools: list[dict[str, Any]] | None = None) -> bool:
+        """Whether the template marks what the assistant writes with `{% generation %}` blocks."""
+        return _MARK.search(self._tokenizer.get_chat_template(tools=tools)) is not None
+
+    def _in_form(self, messages: list[Message]) -> list[Message]:
+        if any("tool_calls" in message for message in messages):
+            return [self._calling[0].apply(message) for message in messages]
+        return messages
 
     def _write(
         self,

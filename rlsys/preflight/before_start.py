@@ -111,7 +111,7 @@ def check_right_answers(
     Raises:
         ValueError: a function that scores every completion cannot use the right answer of any row.
     """
-    streamed = [prompt for stream in data.streams for prompt in stream.first_prompts]
+    streamed = [prompt for stream in data.streams for prompt in stream.first]
     prompts = [*data.train, *streamed, *data.held_out]
     useless = []
     for finding in look_at_rows(reachable_rewards(config, tokenizer), prompts):

@@ -16,7 +16,7 @@ from rlsys.config import Config, DataConfig
 from rlsys.data.json_files import is_json_lines
 from rlsys.data.preprocess import read_spec
 from rlsys.data.render import NO_TEMPLATE
-from rlsys.data.sources import Source, Split, open_set, open_sources
+from rlsys.data.sources import PromptSource, Source, Split, open_set, open_sources
 from rlsys.data.streams.streamed import CHECKED_ROWS
 from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import chat_template, num_token_ids, resize_remedy
@@ -58,10 +58,13 @@ def data_file_problems(config: Config) -> Iterator[Problem]:
 def _source_problems(config: DataConfig, no_template: bool) -> Iterator[Problem]:
     not_loaded = list(plugin_problems("data.external_plugins", config.external_plugins))
     yield from not_loaded
-    opened: dict[str, Callable[[list[Problem]], list[Source]]] = {
-        "data.dataset": partial(open_sources, config, "train"),
-        "data.val_dataset": partial(open_sources, config, "validation"),
-        **{f"data.val_sets.{name}": partial(open_set, config, name) for name in config.val_sets},
+    opened: dict[str, Callable[[list[Problem]], list[Source[Prompt]]]] = {
+        "data.dataset": partial(open_sources, PromptSource, config, "train"),
+        "data.val_dataset": partial(open_sources, PromptSource, config, "validation"),
+        **{
+            f"data.val_sets.{name}": partial(open_set, PromptSource, config, name)
+            for name in config.val_sets
+        },
     }
     for field, open_datasets in opened.items():
         described: list[Problem] = []
@@ -124,7 +127,7 @@ def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> 
     """
     problems: list[Problem] = []
     columns: dict[str, None] = {}
-    sources = open_sources(config, split, problems)
+    sources = open_sources(PromptSource, config, split, problems)
     if problems or not sources:
         return None
     for source in sources:
@@ -133,7 +136,7 @@ def known_columns(config: DataConfig, split: Split, wanted: Collection[str]) -> 
     return list(columns)
 
 
-def _add_columns(source: Source, columns: dict[str, None], wanted: set[str]) -> bool:
+def _add_columns(source: Source[Prompt], columns: dict[str, None], wanted: set[str]) -> bool:
     """Add a dataset's columns until `columns` has all `wanted`; False if they are unknown."""
     if not source.is_text_file:
         return False
@@ -156,7 +159,7 @@ def _add_columns(source: Source, columns: dict[str, None], wanted: set[str]) -> 
     return found
 
 
-def _check_source(source: Source, no_template: bool) -> Iterator[Problem]:
+def _check_source(source: Source[Prompt], no_template: bool) -> Iterator[Problem]:
     problem = source.file_problem()
     path = source.spec.path
     if problem is not None:
@@ -167,7 +170,7 @@ def _check_source(source: Source, no_template: bool) -> Iterator[Problem]:
         yield from _check_parquet(source)
 
 
-def _check_first_rows(source: Source, no_template: bool) -> Iterator[Problem]:
+def _check_first_rows(source: Source[Prompt], no_template: bool) -> Iterator[Problem]:
     good, bad = source.first_rows(FIRST_ROWS)
     needing = [row for row in good if no_template and row.needs_template]
     if needing:
@@ -179,7 +182,7 @@ def _check_first_rows(source: Source, no_template: bool) -> Iterator[Problem]:
         )
 
 
-def _check_parquet(source: Source) -> Iterator[Problem]:
+def _check_parquet(source: Source[Prompt]) -> Iterator[Problem]:
     """Check the columns' names: to read rows takes `datasets`, and a second to import it."""
     import pyarrow
     import pyarrow.parquet

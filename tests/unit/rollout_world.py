@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 from tracking_cases import make_config
 
-from rlsys.data.streams.in_memory import InMemoryPrompts
+from rlsys.data.streams.in_memory import InMemory
 from rlsys.rollout import pipeline as rollout_pipeline
 from rlsys.rollout import rollouts as rollouts_module
 from rlsys.rollout.pipeline import POLL_S
@@ -89,7 +89,7 @@ class World:
             make_config(folder, rollout=rollout | given, **fields),
             engines=self.engines,
             rewards=self.rewards,
-            prompts=InMemoryPrompts(prompts, shuffle=False, seed=0),
+            prompts=InMemory(prompts, shuffle=False, seed=0),
             training=prompts[::2],  # as if the others were streamed
             held_out={"": validation} if validation else {},
             tracker=self.tracker,

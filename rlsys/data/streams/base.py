@@ -1,23 +1,26 @@
-"""The interface of a seeded, endless stream of prompts that can be saved and continued."""
+"""The interface of a seeded, endless stream of training rows that can be saved and continued."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, Generic, TypeAlias, TypeVar
 
-from rlsys.types import Prompt, RolloutGroup
+from rlsys.types import Prompt, RolloutGroup, Sample
+
+T = TypeVar("T", bound=Prompt | Sample)
+"""What a run trains on."""
 
 
-class PromptStream(ABC):
-    """A stream of training prompts, epoch after epoch.
+class Stream(ABC, Generic[T]):
+    """A stream of prompts or samples, epoch after epoch.
 
-    A prompt's position in the stream, counted from 0, never comes again. What comes depends on the
+    The position of one in the stream, counted from 0, never comes again. What comes depends on the
     seed and on what happened to the stream before, never on time, so a stream that loads the state
     of another goes on exactly as that one would have.
     """
 
     num_taken = 0
-    """Prompts taken so far, which is the position of the next one."""
+    """Prompts or samples taken so far, which is the position of the next one."""
 
     @property
     @abstractmethod
@@ -25,10 +28,10 @@ class PromptStream(ABC):
         """Passes over the training data so far."""
 
     @abstractmethod
-    def take(self, n: int) -> list[Prompt]:
-        """The next `n` prompts."""
+    def take(self, n: int) -> list[T]:
+        """The next `n` prompts or samples."""
 
-    def observe(self, group: RolloutGroup) -> None:  # noqa: B027 - most streams ignore it
+    def observe(self, group: RolloutGroup) -> None:
         """Note how a prompt of the stream was answered.
 
         The caller passes every group of a batch, and every group that dynamic sampling left out of
@@ -46,3 +49,7 @@ class PromptStream(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the stream with this state was."""
         self.num_taken = state["num_taken"]
+
+
+PromptStream: TypeAlias = Stream[Prompt]
+SampleStream: TypeAlias = Stream[Sample]

@@ -1,32 +1,21 @@
-"""The stream of prompts that a run's rollouts take from."""
+"""The stream that the steps of a run take from."""
 
 from __future__ import annotations
 
 from itertools import islice
 
-from rlsys.config import Config
-from rlsys.data.load import PromptData
-from rlsys.data.streams.base import PromptStream
+from rlsys.config import Config, RowsConfig
+from rlsys.data.load import Loaded, PromptData
+from rlsys.data.streams.base import PromptStream, Stream, T
 from rlsys.data.streams.difficulty import DifficultySampling
-from rlsys.data.streams.in_memory import InMemoryPrompts
-from rlsys.data.streams.mixed import MixedPrompts
+from rlsys.data.streams.in_memory import InMemory
+from rlsys.data.streams.mixed import Mixed
 
 
 def make_prompt_stream(config: Config, data: PromptData) -> PromptStream:
     """Prompts in memory or streamed, mixed by data.dataset_weights, chosen by difficulty."""
     options, seed = config.data, config.seed
-    stream: PromptStream
-    if options.dataset_weights is not None:
-        parts: list[PromptStream] = [*data.streams]
-        prompts = iter(data.train)
-        for index, size in enumerate(data.train_sizes):
-            own = list(islice(prompts, size))
-            parts.append(InMemoryPrompts(own, shuffle=options.shuffle, seed=seed + index))
-        stream = MixedPrompts(parts, options.dataset_weights, seed=seed)
-    elif options.streaming:
-        [stream] = data.streams
-    else:
-        stream = InMemoryPrompts(data.train, shuffle=options.shuffle, seed=seed)
+    stream = make_stream(options, data, seed=seed)
     if options.difficulty_sampling:
         stream = DifficultySampling(
             stream,
@@ -35,3 +24,18 @@ def make_prompt_stream(config: Config, data: PromptData) -> PromptStream:
             seed=seed,
         )
     return stream
+
+
+def make_stream(options: RowsConfig, data: Loaded[T], *, seed: int) -> Stream[T]:
+    """Prompts or samples in memory or streamed, mixed by data.dataset_weights."""
+    if options.dataset_weights is not None:
+        parts: list[Stream[T]] = [*data.streams]
+        rows = iter(data.train)
+        for index, size in enumerate(data.train_sizes):
+            own = list(islice(rows, size))
+            parts.append(InMemory(own, shuffle=options.shuffle, seed=seed + index))
+        return Mixed(parts, options.dataset_weights, seed=seed)
+    if options.streaming:
+        [stream] = data.streams
+        return stream
+    return InMemory(data.train, shuffle=options.shuffle, seed=seed)

@@ -1,4 +1,4 @@
-"""Several streams of prompts, mixed by weight."""
+"""Several streams, mixed by weight."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from rlsys.data.streams.base import PromptStream
-from rlsys.types import Prompt
+from rlsys.data.streams.base import Stream, T
 
 
-class MixedPrompts(PromptStream):
-    """A stream that draws for each prompt which of several streams it comes from.
+class Mixed(Stream[T]):
+    """A stream that draws for each prompt or sample which of several streams it comes from.
 
     The stream at position p is drawn with probability weight / sum of weights by a random number
     that depends on the seed and on p alone. Each stream goes through its own data in its own
     epochs, so a small one with a large weight repeats while a large one is in its first pass.
     """
 
-    def __init__(self, streams: Sequence[PromptStream], weights: Sequence[float], *, seed: int):
+    def __init__(self, streams: Sequence[Stream[T]], weights: Sequence[float], *, seed: int):
         """Mix `streams` by one positive weight for each."""
         assert len(streams) == len(weights)
         self._streams = list(streams)
@@ -30,15 +29,15 @@ class MixedPrompts(PromptStream):
         """Fewest passes that a stream made over its data."""
         return min(stream.epoch for stream in self._streams)
 
-    def take(self, n: int) -> list[Prompt]:
-        """The next `n` prompts."""
-        prompts = []
+    def take(self, n: int) -> list[T]:
+        """The next `n` prompts or samples."""
+        rows = []
         for position in range(self.num_taken, self.num_taken + n):
             drawing = random.Random(f"{self._seed}:mix:{position}")
             [stream] = drawing.choices(self._streams, self._weights)
-            prompts += stream.take(1)
+            rows += stream.take(1)
         self.num_taken += n
-        return prompts
+        return rows
 
     def metrics(self) -> dict[str, float]:
         """The sums over the streams."""

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+from collections import deque
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from rlsys.config import DataConfig
+from rlsys.config import RowsConfig
 from rlsys.data.render import Renderer
 from rlsys.data.row import Row
 from rlsys.data.sources import Source, render_rows
-from rlsys.data.streams.base import PromptStream
+from rlsys.data.streams.base import Stream, T
 from rlsys.problems import Problem
-from rlsys.types import Prompt
 
 CHECKED_ROWS = 1000
 """Rows of each dataset that are checked before the run."""
 
 
-class StreamedPrompts(PromptStream):
+class Streamed(Stream[T]):
     """A stream of rows from files.
 
     An epoch is one pass over all rows of its datasets, in their order, through a buffer of
@@ -29,7 +29,9 @@ class StreamedPrompts(PromptStream):
     were given before, but neither parses nor renders them.
     """
 
-    def __init__(self, sources: list[Source], renderer: Renderer, config: DataConfig, *, seed: int):
+    def __init__(
+        self, sources: list[Source[T]], renderer: Renderer, config: RowsConfig, *, seed: int
+    ):
         self._sources = sources
         self._renderer = renderer
         self._config = config
@@ -37,13 +39,14 @@ class StreamedPrompts(PromptStream):
         self.counts = [source.counts for source in sources]
         self.columns: dict[str, None] = {}
         """Columns of every prompt, None where its row does not have one."""
-        self.first_prompts: list[Prompt] = []
-        """Prompts of the first rows, with the location as id; the stream gives these rows too."""
+        self.first: list[T] = []
+        """What the first rows become; the stream gives these rows too."""
         self.unsaveable: dict[str, str] = {}
         """Columns that JSON cannot hold, and what to do: a checkpoint holds the streamed prompts
         that were begun and not trained on."""
         self._epoch = 0
         self._num_given = 0  # rows of this epoch that left the buffer
+        self._left: list[T] = []  # of the last row given, if it became more than one
         self._rows_an_epoch: int | None = None
         self._num_read_before = self._num_dropped_before = 0  # by the runs that this one continues
         self._rows = self._pass(0)
@@ -54,27 +57,28 @@ class StreamedPrompts(PromptStream):
         share = self._num_given / self._rows_an_epoch if self._rows_an_epoch else 0.0
         return self._epoch + share
 
-    def take(self, n: int) -> list[Prompt]:
-        """The next `n` prompts.
+    def take(self, n: int) -> list[T]:
+        """The next `n` prompts or samples.
 
         Raises:
             ValueError: a row that cannot be used, with its location; or no row of an epoch can.
         """
-        prompts: list[Prompt] = []
+        taken, self._left = self._left[:n], self._left[n:]
         empty_since = self._epoch
-        while len(prompts) < n:
-            some = self._prompts(list(islice(self._endless(), n - len(prompts))))
-            prompts += some
+        while len(taken) < n:
+            wanted = n - len(taken)
+            some = self._make(list(islice(self._endless(), 1 if self._cuts_rows else wanted)))
+            taken, self._left = [*taken, *some[:wanted]], some[wanted:]
             if some:
                 empty_since = self._epoch
             elif self._epoch > empty_since + 1:
                 names = ", ".join(source.spec.text for source in self._sources)
                 raise ValueError(
-                    f"a whole pass over {names} gave no prompt: all rows are left out, by the "
-                    "preprocessor or by data.max_prompt_length and min_prompt_length"
+                    f"a whole pass over {names} gave nothing to train on: all rows are left "
+                    f"out, by the preprocessor or by {self._sources[0].limits}"
                 )
         self.num_taken += n
-        return prompts
+        return taken
 
     def metrics(self) -> dict[str, float]:
         """Rows read, and rows not used, since the start of the run."""
@@ -91,6 +95,7 @@ class StreamedPrompts(PromptStream):
             "epoch": self._epoch,
             "num_given": self._num_given,
             "rows_an_epoch": self._rows_an_epoch,
+            "num_left": len(self._left),
             "metrics": self.metrics(),
         }
 
@@ -107,12 +112,19 @@ class StreamedPrompts(PromptStream):
         self._num_read_before = int(state["metrics"]["data/num_rows_read"])
         self._num_dropped_before = int(state["metrics"]["data/num_rows_dropped"])
         self._rows = self._pass(self._epoch)
-        skipped = sum(1 for _ in islice(self._rows, self._num_given))
+        last: deque[tuple[int, tuple[Source[T], Row]]]
+        last = deque(enumerate(islice(self._rows, self._num_given), start=1), maxlen=1)
+        skipped = last[0][0] if last else 0
         if skipped < self._num_given:
             raise ValueError(
                 f"the checkpoint was {self._num_given:,} rows into the data, which now has "
                 f"{skipped:,}: it is not what the run started with"
             )
+        num_left = state.get("num_left", 0)  # older checkpoints have none
+        if num_left:
+            [(_, pair)] = last
+            render_rows([pair], self._renderer)
+            self._left = self._of_row(*pair)[-num_left:]
 
     def check_first_rows(self) -> list[Problem]:
         """Read the first rows of each dataset, for their problems and the names of columns.
@@ -129,10 +141,10 @@ class StreamedPrompts(PromptStream):
                 if row.problem:
                     problems.append(Problem(f"{row.location}: {row.problem}"))
                 else:
-                    self.first_prompts.append(row.to_prompt(row.location, list(row.columns)))
+                    self.first += source.make(row, 0, list(row.columns))
         return problems
 
-    def _note_columns(self, source: Source, columns: dict[str, Any]) -> None:
+    def _note_columns(self, source: Source[T], columns: dict[str, Any]) -> None:
         self.columns.update(dict.fromkeys(columns))
         for name, value in columns.items():
             try:
@@ -144,7 +156,7 @@ class StreamedPrompts(PromptStream):
                     "text or leave it out with a data.preprocessor, or do not set data.streaming"
                 )
 
-    def _endless(self) -> Iterator[tuple[Source, Row]]:
+    def _endless(self) -> Iterator[tuple[Source[T], Row]]:
         while True:
             for pair in self._rows:
                 self._num_given += 1
@@ -154,7 +166,7 @@ class StreamedPrompts(PromptStream):
             self._num_given = 0
             self._rows = self._pass(self._epoch)
 
-    def _pass(self, epoch: int) -> Iterator[tuple[Source, Row]]:
+    def _pass(self, epoch: int) -> Iterator[tuple[Source[T], Row]]:
         in_order = (
             (source, row)
             for source in self._sources
@@ -165,8 +177,8 @@ class StreamedPrompts(PromptStream):
         drawing = random.Random(f"{self._seed}:{self._sources[0].prefix}:{epoch}")
         return _shuffled(in_order, self._config.shuffle_buffer_size, drawing)
 
-    def _prompts(self, rows: list[tuple[Source, Row]]) -> list[Prompt]:
-        """The prompts of the rows that are not dropped."""
+    def _make(self, rows: list[tuple[Source[T], Row]]) -> list[T]:
+        """What becomes of the rows that are not dropped."""
         render_rows(rows, self._renderer)
         for source, row in rows:
             if row.problem:
@@ -176,25 +188,29 @@ class StreamedPrompts(PromptStream):
                     "--data.streaming false"
                 )
             source.counts.add(row)
-        return [
-            # Also columns that no row had so far.
-            row.to_prompt(source.prompt_id(row), [*(self.columns | row.columns)])
-            for source, row in rows
-            if not row.dropped
-        ]
+        return [one for source, row in rows if not row.dropped for one in self._of_row(source, row)]
+
+    def _of_row(self, source: Source[T], row: Row) -> list[T]:
+        """What a rendered row becomes, also with columns that no row had so far."""
+        return source.make(row, 0, [*(self.columns | row.columns)])
+
+    @property
+    def _cuts_rows(self) -> bool:
+        """Whether a row may become several."""
+        return any(source.cuts_rows for source in self._sources)
 
 
 def open_streams(
-    sources: list[Source],
-    config: DataConfig,
+    sources: list[Source[T]],
+    config: RowsConfig,
     renderer: Renderer,
     problems: list[Problem],
     *,
     seed: int,
-) -> list[StreamedPrompts]:
+) -> list[Streamed[T]]:
     """One stream for all datasets, or one for each if they have weights; first rows checked."""
     parts = [[source] for source in sources] if config.dataset_weights else [sources]
-    streams = [StreamedPrompts(part, renderer, config, seed=seed) for part in parts if part]
+    streams = [Streamed(part, renderer, config, seed=seed) for part in parts if part]
     for stream in streams:
         problems += stream.check_first_rows()
     # One set of columns for all, so that a reward misses no argument.
@@ -205,8 +221,8 @@ def open_streams(
 
 
 def _shuffled(
-    rows: Iterator[tuple[Source, Row]], size: int, drawing: random.Random
-) -> Iterator[tuple[Source, Row]]:
+    rows: Iterator[tuple[Source[T], Row]], size: int, drawing: random.Random
+) -> Iterator[tuple[Source[T], Row]]:
     buffer = list(islice(rows, size))
     for row in rows:
         index = drawing.randrange(size)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from rlsys.config import Section
 from rlsys.config.fields import config_fields, config_sections, first_sentence
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +21,12 @@ WRITTEN_INTO_OTHERS = {"hub"}
 
 def section_of_class() -> dict[str, str]:
     """Class name -> name of its section, "" for the top level."""
-    return {cls.__name__: name for name, cls in config_sections().items()} | {"Config": ""}
+    return {
+        base.__name__: name
+        for name, cls in config_sections().items()
+        for base in cls.__mro__
+        if issubclass(base, Section) and base is not Section
+    } | {"Config": ""}
 
 
 class FieldReads(ast.NodeVisitor):

@@ -14,9 +14,9 @@ from tracking_cases import make_config
 
 from rlsys.data import load_prompts
 from rlsys.data.streams.difficulty import DifficultySampling
-from rlsys.data.streams.in_memory import InMemoryPrompts
+from rlsys.data.streams.in_memory import InMemory
 from rlsys.data.streams.make import make_prompt_stream
-from rlsys.data.streams.mixed import MixedPrompts
+from rlsys.data.streams.mixed import Mixed
 from rlsys.preflight.before_start import check_prompts
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
 
@@ -53,10 +53,9 @@ def continued(make, stream, after):
 
 def test_a_mix_holds_its_weights_and_each_dataset_its_epochs():
     parts = [
-        InMemoryPrompts(prompts_of(n, name), shuffle=True, seed=1)
-        for n, name in ((5, "a"), (40, "b"))
+        InMemory(prompts_of(n, name), shuffle=True, seed=1) for n, name in ((5, "a"), (40, "b"))
     ]
-    mix = MixedPrompts(parts, [3.0, 1.0], seed=1)
+    mix = Mixed(parts, [3.0, 1.0], seed=1)
     taken = ids(mix.take(4000))
     of_a = [name for name in taken if name.startswith("a")]
     assert abs(len(of_a) / 4000 - 0.75) < 0.03
@@ -71,15 +70,15 @@ def test_a_mix_holds_its_weights_and_each_dataset_its_epochs():
 @settings(max_examples=30)
 def test_a_mix_goes_on_from_its_state(seed, after):
     def make():
-        parts = [InMemoryPrompts(prompts_of(n, f"{n}"), shuffle=True, seed=seed) for n in (3, 7)]
-        return MixedPrompts(parts, [0.2, 0.5], seed=seed)
+        parts = [InMemory(prompts_of(n, f"{n}"), shuffle=True, seed=seed) for n in (3, 7)]
+        return Mixed(parts, [0.2, 0.5], seed=seed)
 
     expected, found = continued(make, make(), after)
     assert found == expected
 
 
 def difficulty_of(prompts, *, patience=2, exploration=0.1, seed=0):
-    source = InMemoryPrompts(prompts, shuffle=True, seed=seed)
+    source = InMemory(prompts, shuffle=True, seed=seed)
     return DifficultySampling(source, patience=patience, exploration=exploration, seed=seed)
 
 
@@ -187,7 +186,7 @@ def test_dropped_rows_of_a_stream_are_counted(tokenizer, tmp_path):
     stream.take(4)
     assert stream.metrics() == {"data/num_rows_read": 6.0, "data/num_rows_dropped": 2.0}
     nothing = write_jsonl(tmp_path / "b.jsonl", [{"prompt": "a " * 50}])
-    with pytest.raises(ValueError, match=r"a whole pass over .*b\.jsonl gave no prompt"):
+    with pytest.raises(ValueError, match=r"a whole pass over .*b\.jsonl gave nothing to train on"):
         streamed(tokenizer, nothing, max_prompt_length=20).take(1)
 
 

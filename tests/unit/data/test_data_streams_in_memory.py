@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tracking_cases import make_config
 
 from rlsys.data import PromptData
-from rlsys.data.streams.in_memory import InMemoryPrompts
+from rlsys.data.streams.in_memory import InMemory
 from rlsys.preflight.before_start import check_prompts
 from rlsys.types import Prompt
 
@@ -32,22 +32,22 @@ def ids(prompts):
 )
 def test_every_epoch_holds_every_prompt_once_however_it_is_cut(num_prompts, sizes, shuffle, seed):
     prompts = prompts_of(num_prompts)
-    source = InMemoryPrompts(prompts, shuffle=shuffle, seed=seed)
+    source = InMemory(prompts, shuffle=shuffle, seed=seed)
     stream = ids(prompt for size in sizes for prompt in source.take(size))
     assert len(stream) == source.num_taken == sum(sizes)
     assert source.epoch == sum(sizes) / num_prompts
     for start in range(0, len(stream) - num_prompts + 1, num_prompts):
         assert sorted(stream[start : start + num_prompts]) == sorted(ids(prompts))
-    assert stream == ids(InMemoryPrompts(prompts, shuffle=shuffle, seed=seed).take(sum(sizes)))
+    assert stream == ids(InMemory(prompts, shuffle=shuffle, seed=seed).take(sum(sizes)))
     if not shuffle:
         assert stream == (ids(prompts) * (len(stream) // num_prompts + 1))[: len(stream)]
 
 
 @given(seed=seeds, taken=st.integers(0, 100))
 def test_a_stream_that_loads_a_state_goes_on_as_its_owner(seed, taken):
-    source = InMemoryPrompts(prompts_of(20), shuffle=True, seed=seed)
+    source = InMemory(prompts_of(20), shuffle=True, seed=seed)
     source.take(taken)
-    resumed = InMemoryPrompts(prompts_of(20), shuffle=True, seed=seed)
+    resumed = InMemory(prompts_of(20), shuffle=True, seed=seed)
     resumed.load_state_dict(json.loads(json.dumps(source.state_dict())))
     assert resumed.take(45) == source.take(45)
     assert resumed.epoch == source.epoch == (taken + 45) / 20
@@ -55,10 +55,10 @@ def test_a_stream_that_loads_a_state_goes_on_as_its_owner(seed, taken):
 
 def test_epochs_and_seeds_differ_in_order():
     prompts = prompts_of(50)
-    source = InMemoryPrompts(prompts, shuffle=True, seed=1)
+    source = InMemory(prompts, shuffle=True, seed=1)
     first, second = source.take(50), source.take(50)
     assert first != second
-    assert first != InMemoryPrompts(prompts, shuffle=True, seed=2).take(50)
+    assert first != InMemory(prompts, shuffle=True, seed=2).take(50)
     assert first != prompts
 
 
