@@ -16,6 +16,7 @@ from rlsys.config.pipeline_layout import layout_problems
 from rlsys.config.prompt_template import prompt_template_problems
 from rlsys.config.rules_algorithm import algorithm_problems
 from rlsys.config.rules_eval import eval_problems
+from rlsys.config.rules_memory import memory_rule_problems
 from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
 
@@ -47,6 +48,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_policy_rank_problems(config),
         *_reference_problems(config),
         *_training_problems(config),
+        *memory_rule_problems(config.policy),
         *reward_problems(config.reward),
         *eval_problems(config),
         *_split_problems(config.data),
@@ -192,13 +194,6 @@ def _training_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             "checkpoint.save_hf_total_limit limits the folders of checkpoint.save_hf_steps, which "
             "is null: set save_hf_steps too, or leave the limit out"
-        )
-    # A run's saved config names the default too.
-    default = type(policy).model_fields["recompute_modules"].default
-    if policy.recompute_modules != default and policy.recompute != "selective":
-        yield Problem(
-            "policy.recompute_modules is for policy.recompute = selective, and that is "
-            f"{policy.recompute}: set it to selective, or leave recompute_modules out"
         )
 
 

@@ -609,6 +609,26 @@ class PolicyConfig(Section):
     """Clip the global gradient norm to this."""
     use_distributed_optimizer: bool = True
     """Shard optimizer state over data-parallel ranks."""
+    use_precision_aware_optimizer: bool = False
+    """Let Transformer Engine's AdamW hold its state in the types of the next four fields, and as
+    float32 weights only the 16 bits that bfloat16 weights lack: 10 bytes a parameter instead of 12
+    without any of the four. Needs GPUs, bfloat16 and use_distributed_optimizer."""
+    main_params_dtype: Literal["fp32", "fp16"] = "fp32"
+    """Type of the optimizer's copy of the weights."""
+    main_grads_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which gradients are added up over micro-batches and ranks."""
+    exp_avg_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Type of AdamW's first moment."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Type of AdamW's second moment."""
+    optimizer_cpu_offload: bool = False
+    """Hold optimizer_offload_fraction of the optimizer's state in host memory, and update those
+    weights on the host's CPU. With use_precision_aware_optimizer, whose types stay fp32."""
+    optimizer_offload_fraction: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Share of the parameters whose state is in host memory."""
+    overlap_cpu_optimizer_d2h_h2d: bool = False
+    """With optimizer_cpu_offload: copy gradients and weights of one parameter while another one is
+    updated."""
     overlap_grad_reduce: bool | None = None
     """Sum gradients over data-parallel ranks during the backward pass of the last micro-batch.
     null: on GPUs with several such ranks."""
@@ -621,15 +641,40 @@ class PolicyConfig(Section):
     cuDNN's, flash needs flash-attn, flash-attn-3 or flash-attn-4, unfused is plain matrix products,
     slow and large. auto lets Transformer Engine choose. The CPU has one kind only."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that the backward pass computes again instead of keeping them. selective:
-    recompute_modules of every layer. full: all but each layer's input, for a third more time."""
-    recompute_modules: list[Literal["core_attn", "mlp"]] = Field(default=["mlp"], min_length=1)
+    """Activations that the backward pass computes again instead of keeping them (megatron-core's
+    recompute_granularity). selective: recompute_modules of every layer. full: whole layers, all but
+    their inputs, for a third more time."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Layers for recompute: full. uniform: all, in groups of recompute_num_layers. block: the first
+    recompute_num_layers of each pipeline stage, the others keep what they computed."""
+    recompute_num_layers: PositiveInt = 1
+    """Layers of a group with uniform, whose input alone is kept: more keep fewer inputs, and in
+    the backward pass all activations of a group. Layers of each stage with block."""
+    recompute_modules: list[
+        Literal["core_attn", "layernorm", "mla_up_proj", "mlp", "moe", "moe_act", "shared_experts"]
+    ] = Field(default=["mlp"], min_length=1)
     """Modules for recompute: selective. mlp: about two thirds of a layer's activations, for a
-    quarter more time. core_attn: saves little where attention is fused, nothing where it is
-    linear."""
+    quarter more time; experts, too. moe: experts only, and not the MLP of dense layers. moe_act:
+    only the activation function of experts, on GPUs. shared_experts: the MLP that every token of a
+    mixture goes through. layernorm: norms that are modules of their own, as before experts; on
+    GPUs, norms of dense layers are a part of the linear layer. mla_up_proj: latent attention's
+    projections up. core_attn: saves little where attention is fused, nothing where it is linear."""
     recompute_logits: bool = True
     """Compute logits again in the backward pass. false keeps a micro-batch's, tokens x
     vocabulary / tensor_parallel_size numbers, and saves a few percent of the time."""
+    fp8_format: Literal["e4m3", "hybrid"] | None = None
+    """Matrix products of all layers in FP8, of policy and reference, on GPUs of compute capability
+    8.9 (Ada), 9.0 (Hopper) or higher. e4m3: in the backward pass too. hybrid: gradients in e5m2,
+    which has more range. null: in the model's type."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 tensors are scaled. tensorwise: by their largest value. delayed: by that of the
+    micro-batch before, which is megatron-core's default; the first update of a run computes its
+    gradients twice more, to learn them. blockwise: by that of 128 numbers, or 128 x 128 weights,
+    from compute capability 9.0. mxfp8: of 32 numbers, from 10.0 (Blackwell)."""
+    fp8_param_gather: bool = False
+    """Hold the layers' weights in FP8 only, beside the optimizer's float32, and gather them as
+    such. Weight sync, checkpoints and exports get what they stand for, in the model's type. Needs
+    use_distributed_optimizer, and is not there for mxfp8."""
     megatron_kwargs: dict[str, Any] = {}
     """More options of megatron-core's TransformerConfig, OptimizerConfig and
     DistributedDataParallelConfig, by their names: `{moe_router_fusion: true}`. An option that

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config
-from rlsys.config.pipeline_layout import rank_layers
 from rlsys.model.kv_cache import KVLayers, cache_blocks, kv_layers
-from rlsys.model.layer_memory import attention_output, layer_numbers, mlp_numbers
-from rlsys.model.pipeline import busiest_rank, rank_params
+from rlsys.model.layer_memory import layer_numbers
 from rlsys.model.shape import ModelShape
 from rlsys.model.weight_files import read_header, weight_files
 from rlsys.types import Device
@@ -81,8 +79,10 @@ def estimate_memory(
     config: Config, shape: ModelShape, reference_shape: ModelShape, *, device: Device
 ) -> list[MemoryEstimate]:
     """One estimate for each kind of process that holds a model, besides reward models."""
+    from rlsys.model.policy_memory import policy_tensors
+
     estimates = [
-        _estimate("policy", device, _policy(config, shape, device)),
+        _estimate("policy", device, policy_tensors(config, shape, device)),
         _estimate("rollout", device, _rollout(config, shape, device)),
     ]
     if config.grpo.beta > 0:
@@ -184,90 +184,6 @@ def sync_bucket_bytes(config: Config, shape: ModelShape, width: int) -> int:
     return max(config.weight_sync.bucket_mb * 2**20, shape.embedding_params * width)
 
 
-# --- policy --------------------------------------------------------------------------------------
-
-
-def _policy(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
-    policy = config.policy
-    tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
-    ep, cp = policy.expert_model_parallel_size, policy.context_parallel_size
-    width = bytes_per_weight(config, device)
-    dense, experts = rank_params(shape, rank_layers(policy, shape.num_layers), tp=tp, ep=ep)
-    params = dense + experts
-    tokens = -(-micro_batch_tokens(config) // cp)
-    layout = f"TP {tp}, PP {pp}" + (f", EP {ep}" if shape.is_moe else "")
-    rank = f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M parameters ({layout})"
-    return [
-        ("weights", params * width, f"{rank} x {width} bytes"),
-        ("gradients", params * 4, "parameters x 4 bytes (fp32)"),
-        ("optimizer", *_optimizer_state(config, dense, experts, width)),
-        ("activations", *_kept_activations(config, shape, tokens, width)),
-        ("logits", *_policy_logits(config, shape, tokens, width)),
-        ("weight sync", _weight_sync_bytes(config, shape, width), ""),
-    ]
-
-
-def _optimizer_state(config: Config, dense: int, experts: int, width: int) -> tuple[float, str]:
-    """Bytes and formula of AdamW's two fp32 moments, and of an fp32 copy of bf16 weights."""
-    policy = config.policy
-    state, copy = (8, "") if width == 4 else (12, ", fp32 copy")
-    shards = expert_shards = 1
-    if policy.use_distributed_optimizer:
-        shards = config.data_parallel_size * policy.context_parallel_size
-        stages = policy.pipeline_parallel_size * policy.expert_model_parallel_size
-        expert_shards = policy.world_size // stages
-    text = f"parameters x {state} bytes (AdamW's moments{copy}) / {shards}"
-    text += " ranks" if shards > 1 else ""
-    text += f", of experts / {expert_shards}" if experts else ""
-    return (dense / shards + experts / expert_shards) * state, text
-
-
-def _kept_activations(
-    config: Config, shape: ModelShape, tokens: int, width: int
-) -> tuple[float, str]:
-    """What forward passes keep for their backward passes."""
-    policy = config.policy
-    per_layer, (layers, in_flight) = layer_numbers(shape), busiest_rank(policy, shape)
-    if policy.recompute == "full":
-        numbers, text = layers * shape.hidden_size + per_layer, "each layer's input + one layer"
-    elif policy.recompute == "selective":
-        modules = {
-            # The norm's output, which is the MLP's first input, and what is inside the MLP.
-            "mlp": shape.hidden_size + mlp_numbers(shape),
-            # Linear attention, which `layer_numbers` takes all layers for, has no such module.
-            "core_attn": 0 if shape.linear is not None else attention_output(shape),
-        }
-        # What a layer computes again exists for one layer at a time, in its backward pass.
-        again = sum(modules[module] for module in set(policy.recompute_modules))
-        numbers = layers * (per_layer - again) + again
-        text = f"{layers} layers x {per_layer - again:,} + {again:,} of one layer"
-    else:
-        numbers, text = layers * per_layer, f"{layers} layers x {per_layer:,}"
-    num_bytes = tokens * numbers * width * in_flight / policy.tensor_parallel_size
-    kept = f"{in_flight:g} micro-batches in flight" if in_flight > 1 else "1 micro-batch"
-    return num_bytes, f"{tokens:,} tokens x ({text} numbers) x {width} bytes x {kept} / TP"
-
-
-def _policy_logits(config: Config, shape: ModelShape, tokens: int, width: int) -> tuple[float, str]:
-    tp = config.policy.tensor_parallel_size
-    copies = _logit_copies(config)
-    num_bytes = _chunk_logit_bytes(config, shape, tokens, tp)
-    text = (
-        f"{min(tokens, LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
-        f"{shape.vocab_size:,} / TP x 4 bytes x {copies} copies"
-    )
-    # The output weight's gradient: summed over chunks in fp32, and in the weight's own type.
-    head, logit_width, copied = (4 if width == 4 else 6), width, ""
-    if config.model.fp32_lm_head and width < 4:
-        head, logit_width, copied = head + 4, 4, " and its fp32 copy"
-    num_bytes += shape.embedding_params / tp * head
-    text += f", and the head's gradient{copied}, vocabulary / TP x hidden x {head} bytes"
-    if not config.policy.recompute_logits:
-        num_bytes += tokens * shape.vocab_size / tp * logit_width
-        text += f", and {tokens:,} tokens kept x vocabulary / TP x {logit_width} bytes"
-    return num_bytes, text
-
-
 # --- rollout engines and the reference -----------------------------------------------------------
 
 
@@ -275,7 +191,7 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
     rollout = config.rollout
     tp, width = rollout.tensor_parallel_size, bytes_per_weight(config, device)
     prompts = min(BATCHED_TOKENS[device], rollout.max_num_seqs * config.data.max_prompt_length)
-    numbers = layer_numbers(shape)
+    numbers = layer_numbers(shape, device)
     return [
         ("weights", shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"),
         ("KV cache", *_kv_cache(config, shape, device)),
@@ -293,7 +209,7 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
         ),
         (
             "weight sync",
-            _weight_sync_bytes(config, shape, width),
+            weight_sync_bytes(config, shape, width),
             "2 x weight_sync.bucket_mb, or the embedding if it is larger, at most the weights. The "
             "policy holds as much.",
         ),
@@ -350,27 +266,38 @@ def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor
         ("weights", shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"),
         (
             "activations",
-            tokens * layer_numbers(shape) * width / tp,
+            tokens * layer_numbers(shape, device) * width / tp,
             "one layer: nothing is kept for a backward pass",
         ),
-        ("logits", _chunk_logit_bytes(config, shape, tokens, tp), ""),
+        ("logits", chunk_logit_bytes(config, shape, tokens, tp, device), ""),
     ]
 
 
 # --- one chunk, one bucket -----------------------------------------------------------------------
 
 
-def _logit_copies(config: Config) -> int:
-    """fp32 tensors as large as a chunk's logits: logits, exponentials, gradient, and penalties."""
+def logit_copies(config: Config) -> int:
+    """Tensors as large as a chunk's logits: logits, exponentials, gradient, and penalties."""
     rollout = config.rollout
     counts = 2 if rollout.presence_penalty or rollout.frequency_penalty else 0
     return 3 + (rollout.repetition_penalty != 1.0) + counts
 
 
-def _chunk_logit_bytes(config: Config, shape: ModelShape, tokens: int, tp: int) -> float:
-    return _logit_copies(config) * 4 * min(tokens, LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp
+def logit_width(config: Config, device: Device) -> int:
+    """Bytes of a number in these tensors: GPUs compute float32 within a kernel."""
+    if device == "cpu" or config.model.fp32_lm_head:
+        return 4
+    return bytes_per_weight(config, device)
 
 
-def _weight_sync_bytes(config: Config, shape: ModelShape, width: int) -> float:
+def chunk_logit_bytes(
+    config: Config, shape: ModelShape, tokens: int, tp: int, device: Device
+) -> float:
+    """Bytes of the logits of one chunk, with what is computed from them."""
+    numbers = min(tokens, LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp
+    return logit_copies(config) * logit_width(config, device) * numbers
+
+
+def weight_sync_bytes(config: Config, shape: ModelShape, width: int) -> float:
     """Two buckets: one that is packed or loaded, and one on its way."""
     return min(2 * sync_bucket_bytes(config, shape, width), shape.num_params * width)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,21 +24,31 @@ def visible_gpus() -> int:
 
 
 def gpu_memory_gib() -> float | None:
-    """Memory of this machine's smallest visible GPU, in GiB; None if nvidia-smi does not say.
+    """Memory of this machine's smallest visible GPU, in GiB; None if nvidia-smi does not say."""
+    sizes = [float(size) for size in _ask_smi("memory.total")]
+    return min(sizes) / 1024 if sizes else None
 
-    nvidia-smi makes no CUDA context.
-    """
+
+def gpu_compute_capability() -> tuple[int, int] | None:
+    """The least CUDA compute capability of this machine's visible GPUs; None if it is unknown."""
+    found = [tuple(map(int, value.split("."))) for value in _ask_smi("compute_cap")]
+    return min(((major, minor) for major, minor in found), default=None)
+
+
+def _ask_smi(field: str) -> list[str]:
+    """A number of each visible GPU by nvidia-smi, which makes no CUDA context; [] if it fails."""
     if not visible_gpus():
-        return None
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        return []
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if allowed:
         command.append(f"--id={allowed}")
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS)
-        return min(float(line) for line in answer.stdout.split("\n") if line.strip()) / 1024
-    except (OSError, subprocess.TimeoutExpired, ValueError):
-        return None
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    lines = [line.strip() for line in answer.stdout.split("\n") if line.strip()]
+    return lines if all(re.fullmatch(r"\d+(\.\d+)?", line) for line in lines) else []
 
 
 def guess_device(config: Config) -> Device:

@@ -14,10 +14,11 @@ from rlsys.model.families.bridged import DISTRIBUTION, is_bridged
 from rlsys.model.folder import find_model_folder
 from rlsys.model.folder_check import folder_problems
 from rlsys.model.memory import kv_cache_bytes, longest_row
+from rlsys.model.memory_options import memory_option_problems
 from rlsys.model.other_kinds import refuse_other_kind
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.packages import installed_version
-from rlsys.preflight.devices import guess_device, may_bridge
+from rlsys.preflight.devices import gpu_compute_capability, guess_device, may_bridge
 from rlsys.preflight.experts import expert_problems
 from rlsys.problems import Problem
 
@@ -33,6 +34,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from problems
     if shape is not None:
         yield from _policy_layout(config, shape)
+        yield from _memory_options(config, shape)
         yield from expert_problems(config, shape)
         yield from _rollout_layout(config, shape)
         yield from _kv_cache(config, shape)
@@ -116,6 +118,11 @@ def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
             f"{field}: reference.sync_steps mixes weights tensor by tensor, and {DISTRIBUTION}, "
             f"which has the weights of {shape.model_type}, cannot: leave it out"
         )
+    if config.policy.fp8_param_gather:
+        yield Problem(
+            f"{field}: policy.fp8_param_gather is for rlsys's own models, and {DISTRIBUTION} "
+            f"builds {shape.model_type}: leave it out"
+        )
     if config.policy.pipeline_layout is not None:
         yield Problem(
             f"{field}: policy.pipeline_layout places the layers of rlsys's own models, and "
@@ -150,6 +157,20 @@ def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"and with {setting} no rank has all tokens of an expert: set "
             f"policy.expert_model_parallel_size to {tp}"
         )
+
+
+def _memory_options(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    device = guess_device(config)
+    if device == "cpu" and config.device == "auto" and os.environ.get("RAY_ADDRESS"):
+        return  # the Ray cluster may have GPUs; the engine checks again
+    elsewhere = device == "cpu" or os.environ.get("RAY_ADDRESS")
+    yield from memory_option_problems(
+        config.policy,
+        shape,
+        device=device,
+        dtype=config.model_dtype(on_cpu=device == "cpu"),
+        capability=None if elsewhere else gpu_compute_capability(),
+    )
 
 
 def _stages_without_experts(policy: PolicyConfig, shape: ModelShape) -> Iterator[Problem]:

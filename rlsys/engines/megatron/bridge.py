@@ -144,6 +144,10 @@ class BridgedWeights:
         group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         return self._model.sharded_state_dict(metadata=self.sharding | {"dp_cp_group": group})
 
+    def load_extra(self, state: dict[str, Any]) -> None:
+        """Take what layers hold besides parameters, by the names of `sharded_state`."""
+        self._model.load_state_dict(state, strict=False)
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""

@@ -29,6 +29,7 @@ from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import memory
 from rlsys.model.attention import attention_problem, window_problem
+from rlsys.model.memory_options import memory_option_problems
 from rlsys.model.shape import ModelShape
 from rlsys.types import Device
 
@@ -40,16 +41,20 @@ def transformer_config(
     dtype: torch.dtype,
     policy: PolicyConfig,
     on_cpu: bool,
+    trains: bool = False,
     bridged: bool = False,
 ) -> TransformerConfig:
     """megatron-core's config of the model, for the parallel layout that is initialised.
 
-    `bridged`: mcore-bridge describes the model, and builds it.
+    Args:
+        trains: it gets an optimizer, so that its weights may be FP8.
+        bridged: mcore-bridge describes the model, and builds it.
 
     Raises:
-        ValueError: this machine lacks the attention of policy.attention_backend.
+        ValueError: this machine lacks the attention of policy.attention_backend, or an option that
+            saves memory.
     """
-    options = _run_options(shape, dtype=dtype, policy=policy, on_cpu=on_cpu)
+    options = _run_options(shape, dtype=dtype, policy=policy, on_cpu=on_cpu, trains=trains)
     if bridged:
         from rlsys.engines.megatron.bridge import bridged_config
 
@@ -76,20 +81,28 @@ def transformer_config(
 
 
 def _run_options(
-    shape: ModelShape, *, dtype: torch.dtype, policy: PolicyConfig, on_cpu: bool
+    shape: ModelShape, *, dtype: torch.dtype, policy: PolicyConfig, on_cpu: bool, trains: bool
 ) -> dict[str, Any]:
     """Options of the run and this machine, not of the model."""
     parallel = _parallel_options(policy)
     cp = parallel["context_parallel_size"]
     device: Device = "cpu" if on_cpu else "cuda"
+    dtype_name = str(dtype).rpartition(".")[2]
     problem = attention_problem(
         policy.attention_backend,
         context_parallel_size=cp,
         device=device,
-        dtype=str(dtype).rpartition(".")[2],
+        dtype=dtype_name,
     ) or window_problem(shape, context_parallel_size=cp, device=device)
-    if problem is not None:
-        raise ValueError(problem.text)
+    missing = memory_option_problems(
+        policy,
+        shape,
+        device=device,
+        dtype=dtype_name,
+        capability=None if on_cpu else torch.cuda.get_device_capability(),
+    )
+    for found in ([problem] if problem is not None else []) + list(missing):
+        raise ValueError(found.text)
     return dict(
         **parallel,
         params_dtype=dtype,
@@ -108,6 +121,9 @@ def _run_options(
         bias_activation_fusion=not on_cpu and shape.family.activation == "silu",
         **(_expert_parallel(on_cpu=on_cpu) if shape.is_moe else {}),
         **_recompute_options(policy, is_moe=shape.is_moe),
+        fp8=policy.fp8_format,
+        fp8_recipe=policy.fp8_recipe,
+        fp8_param=trains and policy.fp8_param_gather,
     )
 
 
@@ -161,12 +177,15 @@ def _parallel_options(policy: PolicyConfig) -> dict[str, Any]:
 
 def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:
     if policy.recompute == "full":
-        options = {"recompute_method": "uniform", "recompute_num_layers": 1}
+        options: dict[str, Any] = {
+            "recompute_method": policy.recompute_method,
+            "recompute_num_layers": policy.recompute_num_layers,
+        }
     elif policy.recompute == "selective":
         # An MLP with experts is "moe" to megatron-core; a model may have layers of both kinds.
-        names: list[str] = [*policy.recompute_modules]
-        names += ["moe"] if is_moe and "mlp" in names else []
-        options = {"recompute_modules": names}
+        names: set[str] = {*policy.recompute_modules}
+        names |= {"moe"} if is_moe and "mlp" in names else set()
+        options = {"recompute_modules": sorted(names)}
     else:
         return {}
     return {"recompute_granularity": policy.recompute, **options}

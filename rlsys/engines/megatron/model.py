@@ -48,6 +48,7 @@ from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder
 from rlsys.model.memory import longest_row
+from rlsys.model.memory_options import fp8_multiple
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids
 from rlsys.problems import ProblemsError
@@ -91,6 +92,7 @@ class MegatronModel:
             dtype=self.dtype,
             policy=config.policy,
             on_cpu=self.on_cpu,
+            trains=trains,
             bridged=self._is_bridged,
         )
         with out_of_memory_explained(f"the {self.role}'s weights: {self.more_gpus}"):
@@ -108,6 +110,11 @@ class MegatronModel:
             self._head = LogprobHead(self.model[-1], config, self._sampling(shape.vocab_size))
             if not self.on_cpu:
                 self._head.warm_up(trains=trains, entropy_bonus=config.grpo.entropy_coef > 0)
+        self._has_scales = (
+            config.policy.fp8_format is not None and config.policy.fp8_recipe == "delayed"
+        )
+        self._unknown_scales = self._has_scales
+        """Whether FP8 tensors have the scale 1 still, which small numbers do not survive."""
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._cp_group = parallel_state.get_context_parallel_group()
@@ -134,7 +141,7 @@ class MegatronModel:
 
     def export_to(self, connection: Connection) -> BucketExport | StreamExport:
         """This rank's part in filling the buckets of a weight sync connection."""
-        if isinstance(self.weights, MegatronWeights):
+        if isinstance(self.weights, MegatronWeights) and not self.weights.has_fp8:
             return BucketExport(self.weights, connection)
         return StreamExport(self.weights.export, connection)
 
@@ -197,6 +204,10 @@ class MegatronModel:
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             return logprobs.new_zeros(()), {"values": torch.stack([logprobs, entropies])}
 
+        if self._unknown_scales:  # only a pass that could have gradients finds them
+            with torch.enable_grad():
+                self._forward_backward(packed, collect, chunks=self.model, forward_only=True)
+            self._unknown_scales = False
         self.model.eval()
         outputs = self._forward_backward(packed, collect, chunks=self.model, forward_only=True)
         self.model.train()
@@ -234,7 +245,7 @@ class MegatronModel:
         sequence_multiple = 2 * cp if cp > 1 else 1
         if self.routing is not None:
             batch = self.routing.own_layers(batch)
-        token_multiple = math.lcm(sequence_multiple, tp * cp)
+        token_multiple = math.lcm(sequence_multiple, tp * cp * fp8_multiple(policy))
         lengths = batch.lengths.tolist()
         cut = partial(
             micro_batches,

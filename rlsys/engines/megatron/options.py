@@ -13,6 +13,30 @@ from rlsys.library_options import DTYPES
 Options = TypeVar("Options")
 
 
+_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp8": torch.uint8,  # Transformer Engine's name for the bytes, with a scale beside them
+}
+
+
+def optimizer_state_options(policy: PolicyConfig) -> dict[str, Any]:
+    """OptimizerConfig's options on how and where the optimizer's state is held."""
+    return {
+        "use_distributed_optimizer": policy.use_distributed_optimizer,
+        "use_precision_aware_optimizer": policy.use_precision_aware_optimizer,
+        "main_params_dtype": _DTYPES[policy.main_params_dtype],
+        "main_grads_dtype": _DTYPES[policy.main_grads_dtype],
+        "exp_avg_dtype": _DTYPES[policy.exp_avg_dtype],
+        "exp_avg_sq_dtype": _DTYPES[policy.exp_avg_sq_dtype],
+        "optimizer_cpu_offload": policy.optimizer_cpu_offload,
+        "optimizer_offload_fraction": policy.optimizer_offload_fraction,
+        "overlap_cpu_optimizer_d2h_h2d": policy.overlap_cpu_optimizer_d2h_h2d,
+        "fp8_recipe": None if policy.fp8_format is None else policy.fp8_recipe,
+    }
+
+
 def megatron_config(cls: type[Options], own: dict[str, Any], policy: PolicyConfig) -> Options:
     """A config of megatron-core: `own` options, and those passed through that `cls` has.
 

@@ -23,10 +23,16 @@ from rlsys.algo.update_metrics import MetricSums, combine_optimizer_steps
 from rlsys.algo.weighting import choose_tokens, loss_weights
 from rlsys.config import Config, GrpoConfig
 from rlsys.engines.megatron.build import fuse_weight_gradients
-from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer, save_optimizer
+from rlsys.engines.megatron.checkpoint import (
+    check_checkpoint,
+    load_optimizer,
+    load_scales,
+    save_optimizer,
+    save_scales,
+)
 from rlsys.engines.megatron.hf_folder import write_model_files
 from rlsys.engines.megatron.model import MegatronModel
-from rlsys.engines.megatron.options import megatron_config
+from rlsys.engines.megatron.options import megatron_config, optimizer_state_options
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.types import Device, TrainBatch, UpdateOutput
 
@@ -65,6 +71,7 @@ class MegatronPolicy(MegatronModel):
         self.transformer_config.finalize_model_grads_func = finalize_model_grads
         self.transformer_config.grad_scale_func = self.optimizer.scale_loss
         self.scheduler = self._build_scheduler()
+        self._unknown_gradient_scales = self._unknown_scales
         self.policy_version = 0
         self._is_mid_update = False
         """Whether an update has changed the weights and has not ended."""
@@ -82,13 +89,15 @@ class MegatronPolicy(MegatronModel):
         )
 
     def _ddp_config(self, overlap_grads: bool) -> DistributedDataParallelConfig:
+        policy = self.config.policy
         own = {
-            "grad_reduce_in_fp32": True,
-            "use_distributed_optimizer": self.config.policy.use_distributed_optimizer,
+            "grad_reduce_in_fp32": policy.main_grads_dtype == "fp32",
+            "use_distributed_optimizer": policy.use_distributed_optimizer,
             "overlap_grad_reduce": overlap_grads,
             "overlap_param_gather": self._overlaps_param_gather,
+            "fp8_param_gather": policy.fp8_param_gather,
         }
-        return megatron_config(DistributedDataParallelConfig, own, self.config.policy)
+        return megatron_config(DistributedDataParallelConfig, own, policy)
 
     def _build_optimizer(self) -> MegatronOptimizer:
         policy = self.config.policy
@@ -103,8 +112,8 @@ class MegatronPolicy(MegatronModel):
             "clip_grad": policy.max_grad_norm,
             "bf16": self.dtype == torch.bfloat16,
             "params_dtype": self.dtype,
-            "use_distributed_optimizer": policy.use_distributed_optimizer,
             "overlap_param_gather": self._overlaps_param_gather,
+            **optimizer_state_options(policy),
         }
         return get_megatron_optimizer(megatron_config(OptimizerConfig, own, policy), self.ddp)
 
@@ -197,12 +206,6 @@ class MegatronPolicy(MegatronModel):
         # number of micro-batches and its DDP by the number of replicas: undo both. (DDP averages
         # over context-parallel ranks, too, but the schedule has multiplied by their number.)
         undo_averaging = len(packed) * self._dp_size
-        if self.routing is not None:
-            self.routing.begin_step(
-                num_tokens=int(batch.lengths[rows].sum()),
-                num_rows=len(rows),
-                undo_averaging=undo_averaging,
-            )
 
         def loss_of(
             logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch
@@ -211,10 +214,19 @@ class MegatronPolicy(MegatronModel):
             value, statistics = losses[algorithm.loss_type](inputs, algorithm)
             return value * undo_averaging, statistics
 
-        for chunk in self.ddp:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        outputs = self._forward_backward(packed, loss_of, chunks=self.ddp, forward_only=False)
+        # The first passes with delayed scaling are for the scales that they find; see fp8_recipe.
+        for _ in range(3 if self._unknown_gradient_scales else 1):
+            if self.routing is not None:
+                self.routing.begin_step(
+                    num_tokens=int(batch.lengths[rows].sum()),
+                    num_rows=len(rows),
+                    undo_averaging=undo_averaging,
+                )
+            for chunk in self.ddp:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            outputs = self._forward_backward(packed, loss_of, chunks=self.ddp, forward_only=False)
+        self._unknown_scales = self._unknown_gradient_scales = False
         metrics = self._reduced_metrics(outputs)
         if self.routing is not None:
             metrics |= self.routing.metrics()
@@ -270,10 +282,21 @@ class MegatronPolicy(MegatronModel):
         save_optimizer(
             folder, self.weights, self.optimizer, self.scheduler, policy_version=self.policy_version
         )
+        if self._has_scales:
+            save_scales(folder, self.weights)
 
     def load_checkpoint(self, folder: Path) -> int:
         """Continue from a checkpoint, see `check_checkpoint`; returns its policy_version."""
         check_checkpoint(folder, self.optimizer)
         self.weights.load(folder)
         self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
+        if self._has_scales and load_scales(folder, self.weights):
+            self._unknown_scales = self._unknown_gradient_scales = False
+        if self.config.policy.fp8_param_gather:
+            # The folder has what FP8 weights stand for, rounded: they come from the float32 copy,
+            # as after an optimizer step.
+            for one in getattr(self.optimizer, "chained_optimizers", [self.optimizer]):
+                one._copy_main_params_to_model_params()
+            for chunk in self.ddp:
+                chunk.start_param_sync(force_sync=True)
         return self.policy_version

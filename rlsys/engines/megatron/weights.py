@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
 from rlsys.engines.megatron.hf_folder import SafetensorsReader
@@ -126,6 +127,12 @@ class MegatronWeights:
         # megatron-core's own names of several chunks, each of which numbers its layers from 0.
         return states[0] if len(states) == 1 else {f"model{i}": s for i, s in enumerate(states)}
 
+    def load_extra(self, state: dict[str, Any]) -> None:
+        """Take what layers hold besides parameters, by the names of `sharded_state`."""
+        of_chunks = [state[name] for name in sorted(state)] if len(self._chunks) > 1 else [state]
+        for chunk, own in zip(self._chunks, of_chunks, strict=True):
+            chunk.load_state_dict(own, strict=False)
+
     def own_parameter(self, row: WeightRow) -> torch.Tensor | None:
         """This rank's parameter of a row of the table, or None."""
         name = self._own_name(row)
@@ -161,11 +168,17 @@ class MegatronWeights:
         """Where the parameters are."""
         return next(iter(self._parameters.values())).device
 
+    @property
+    def has_fp8(self) -> bool:
+        """Whether parameters are FP8, so that what they stand for is not what memory holds."""
+        return any(map(is_float8tensor, self._parameters.values()))
+
     def _own_name(self, row: WeightRow) -> str | None:
         return next((name for name in row.names if name in self._parameters), None)
 
     def _copy(self, value: torch.Tensor, name: str) -> None:
-        self._parameters[name].zero_()  # rows that fill the vocabulary up stay 0
+        if name in (EMBEDDING, OUTPUT):
+            self._parameters[name].zero_()  # rows that fill the vocabulary up stay 0
         parameter = self._without_padding(name)
         if parameter.shape != value.shape:
             raise ValueError(
@@ -173,6 +186,9 @@ class MegatronWeights:
                 f"{tuple(parameter.shape)}: weights and config are of different models"
             )
         parameter.copy_(value)
+        if hasattr(parameter, "_high_precision_init_val"):
+            # What the optimizer's copy of an FP8 parameter begins with.
+            parameter._high_precision_init_val.copy_(value)
 
     def _without_padding(self, name: str) -> torch.Tensor:
         """A parameter without the rows that fill the vocabulary up to a multiple of ranks.
@@ -202,7 +218,7 @@ class MegatronWeights:
     def _gather_slices(self, row: WeightRow) -> list[torch.Tensor]:
         parameter = self.own_parameter(row)
         assert parameter is not None, row.names
-        fused = parameter.detach()
+        fused = _dequantised(parameter)
         if row.tp_axis is None or self._tp.size() == 1:
             return [tensor.contiguous() for tensor in row.join(row.split(fused, 1))]
         shards = [torch.empty_like(fused) for _ in range(self._tp.size())]
@@ -217,7 +233,7 @@ class MegatronWeights:
 
     def _gather_experts(self, rows: Sequence[WeightRow], owner: int) -> list[torch.Tensor]:
         """The tensors of all experts of a layer, in one collective of each kind."""
-        own = [p.detach() for row in rows if (p := self.own_parameter(row)) is not None]
+        own = [_dequantised(p) for row in rows if (p := self.own_parameter(row)) is not None]
         if self._ep.size() == self._pp.size() == 1:
             experts: Sequence[torch.Tensor] = own
         else:
@@ -251,6 +267,12 @@ class MegatronWeights:
 def _is_gathered_with(row_and_owner: tuple[WeightRow, int]) -> tuple[str, ...]:
     row, _ = row_and_owner
     return (row.experts,) if row.experts else row.names
+
+
+def _dequantised(parameter: torch.Tensor) -> torch.Tensor:
+    """The values of a parameter; of one in FP8, what it stands for in the model's type."""
+    value = parameter.detach()
+    return value.dequantize() if is_float8tensor(value) else value
 
 
 def _mark(parameter: torch.Tensor, axis: int) -> None:

@@ -1,0 +1,173 @@
+"""Memory of one rank of the policy: see `rlsys.model.memory`.
+
+Measured with Transformer Engine on an H200, Qwen2.5-1.5B's shape, micro-batches of 16,384 tokens:
+59.3 GiB on one GPU (estimate 59.3), 50.6 on each of two replicas (50.7), 29.7 with TP 2 (29.6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlsys.config import Config, PolicyConfig
+from rlsys.config.pipeline_layout import rank_layers
+from rlsys.model import memory
+from rlsys.model.layer_memory import attention_output, layer_numbers, mlp_numbers
+from rlsys.model.memory import Tensor, bytes_per_weight
+from rlsys.model.pipeline import busiest_rank, rank_params
+from rlsys.model.shape import ModelShape
+from rlsys.types import Device
+
+_DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+
+
+def policy_tensors(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
+    """What the largest rank of the policy holds."""
+    policy = config.policy
+    tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
+    ep, cp = policy.expert_model_parallel_size, policy.context_parallel_size
+    width = bytes_per_weight(config, device)
+    dense, experts = rank_params(shape, rank_layers(policy, shape.num_layers), tp=tp, ep=ep)
+    params = dense + experts
+    tokens = -(-memory.micro_batch_tokens(config) // cp)
+    layout = f"TP {tp}, PP {pp}" + (f", EP {ep}" if shape.is_moe else "")
+    rank = f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M parameters ({layout})"
+    grads = _DTYPE_BYTES[policy.main_grads_dtype]
+    tensors: list[Tensor] = [
+        ("weights", params * width, f"{rank} x {width} bytes"),
+        ("gradients", params * grads, f"parameters x {grads} bytes ({policy.main_grads_dtype})"),
+        ("optimizer", *_optimizer(config, dense, experts, width)),
+        ("activations", *_activations(config, shape, tokens, width, device)),
+        ("logits", *_logits(config, shape, tokens, width, device)),
+        ("weight sync", memory.weight_sync_bytes(config, shape, width), ""),
+    ]
+    if policy.fp8_format is not None and not policy.fp8_param_gather:
+        ends = shape.embedding_params * (1 if shape.tied and pp == 1 else 2) / (tp * min(pp, 2))
+        text = "weights of layers x 2 bytes: a copy for each direction of a product"
+        tensors.insert(1, ("fp8 weights", (params - ends) * 2, text))
+    return tensors
+
+
+@dataclass(frozen=True)
+class _StateBytes:
+    """Bytes of the optimizer's state for each parameter."""
+
+    on_gpu: float
+    on_host: float
+    text: str
+
+
+def _state_bytes(policy: PolicyConfig, width: int) -> _StateBytes:
+    if policy.optimizer_cpu_offload:
+        share = policy.optimizer_offload_fraction
+        text = f"{1 - share:.0%} x 12 bytes (AdamW's moments, fp32 copy)"
+        # Moments and weights in float32, and the gradient that was copied there.
+        return _StateBytes(12 * (1 - share), 16 * share, text)
+    if not policy.use_precision_aware_optimizer:
+        state, copy = (8, "") if width == 4 else (12, ", fp32 copy")
+        return _StateBytes(state, 0, f"{state} bytes (AdamW's moments{copy})")
+    copied = _DTYPE_BYTES[policy.main_params_dtype]
+    of_copy = f"{policy.main_params_dtype} copy"
+    is_fp8 = policy.fp8_format is not None and policy.fp8_recipe != "delayed"
+    if copied == 4 and not is_fp8:
+        copied, of_copy = 2, "16 bits that bf16 weights lack of fp32"
+    first, second = _DTYPE_BYTES[policy.exp_avg_dtype], _DTYPE_BYTES[policy.exp_avg_sq_dtype]
+    total = first + second + copied
+    text = f"{total} bytes (moments in {policy.exp_avg_dtype} and {policy.exp_avg_sq_dtype}, "
+    return _StateBytes(total, 0, f"{text}{of_copy})")
+
+
+def _optimizer(config: Config, dense: int, experts: int, width: int) -> tuple[float, str]:
+    policy = config.policy
+    state = _state_bytes(policy, width)
+    shards = expert_shards = 1
+    if policy.use_distributed_optimizer:
+        shards = config.data_parallel_size * policy.context_parallel_size
+        stages = policy.pipeline_parallel_size * policy.expert_model_parallel_size
+        expert_shards = policy.world_size // stages
+    text = f"parameters x {state.text} / {shards}" + (" ranks" if shards > 1 else "")
+    text += f", of experts / {expert_shards}" if experts else ""
+    own = dense / shards + experts / expert_shards
+    if state.on_host:
+        text += f"; {own * state.on_host / memory.GIB:.2f} GiB of host memory"
+    return own * state.on_gpu, text
+
+
+def _activations(
+    config: Config, shape: ModelShape, tokens: int, width: int, device: Device
+) -> tuple[float, str]:
+    """What forward passes keep for their backward passes."""
+    policy = config.policy
+    per_layer, (layers, in_flight) = (
+        _layer_bytes(policy, shape, width, device),
+        (busiest_rank(policy, shape)),
+    )
+    whole = f"{per_layer:,.0f}"
+    if policy.recompute == "full" and policy.recompute_method == "uniform":
+        group = policy.recompute_num_layers
+        kept = layers / group * shape.hidden_size * width + group * per_layer
+        text = f"{layers / group:g} inputs of layers + {group} x {whole}"
+    elif policy.recompute == "full":
+        again = min(policy.recompute_num_layers, layers)
+        kept = again * shape.hidden_size * width + (layers - again + 1) * per_layer
+        text = f"{again} inputs of layers + {layers - again + 1} x {whole}"
+    elif policy.recompute == "selective":
+        again = sum(_module_numbers(name, shape, device) for name in set(policy.recompute_modules))
+        # What a layer computes again exists for one layer at a time, in its backward pass.
+        again *= width
+        kept = layers * (per_layer - again) + again
+        text = f"{layers} layers x {per_layer - again:,.0f} + {again:,.0f} of one layer"
+    else:
+        kept, text = layers * per_layer, f"{layers} layers x {whole}"
+    num_bytes = tokens * kept * in_flight / policy.tensor_parallel_size
+    batches = f"{in_flight:g} micro-batches in flight" if in_flight > 1 else "1 micro-batch"
+    return num_bytes, f"{tokens:,} tokens x ({text} bytes) x {batches} / TP"
+
+
+def _layer_bytes(policy: PolicyConfig, shape: ModelShape, width: int, device: Device) -> float:
+    """Bytes that a layer keeps of each token."""
+    num_bytes = float(layer_numbers(shape, device) * width)
+    if policy.fp8_format is None or shape.is_moe:
+        return num_bytes
+    # Inputs of products are kept in FP8. Attention and norms keep their own in the model's type.
+    num_bytes -= (2 * shape.hidden_size + shape.intermediate_size) * (width - 1)
+    return num_bytes + attention_output(shape)
+
+
+def _module_numbers(name: str, shape: ModelShape, device: Device) -> int:
+    """Numbers of each token that a layer does not keep if it computes module `name` again."""
+    hidden, mlp = shape.hidden_size, mlp_numbers(shape)
+    act = shape.num_experts_per_tok * shape.moe_intermediate_size
+    # With experts the norm is a module of its own, and its output an input of the MLP.
+    has_own_norm = shape.is_moe or device == "cpu"
+    return {
+        "mlp": mlp if shape.is_moe else hidden + mlp,
+        "moe": mlp,
+        "moe_act": act,
+        "shared_experts": 3 * shape.shared_expert_size,
+        "layernorm": hidden * (2 if device == "cpu" else int(has_own_norm)),
+        "mla_up_proj": 2 * (2 * shape.num_heads * shape.head_dim + attention_output(shape)),
+        # Fused attention keeps its output, which the next product keeps anyway.
+        "core_attn": 0 if shape.linear is not None or device == "cuda" else attention_output(shape),
+    }[name]
+
+
+def _logits(
+    config: Config, shape: ModelShape, tokens: int, width: int, device: Device
+) -> tuple[float, str]:
+    tp = config.policy.tensor_parallel_size
+    copies, logit_width = memory.logit_copies(config), memory.logit_width(config, device)
+    num_bytes = memory.chunk_logit_bytes(config, shape, tokens, tp, device)
+    text = (
+        f"{min(tokens, memory.LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
+        f"{shape.vocab_size:,} / TP x {logit_width} bytes x {copies} copies"
+    )
+    # The output weight's gradient: summed over chunks in fp32, and in the weight's own type.
+    head, kept_width, copied = (4 if width == 4 else 6), width, ""
+    if config.model.fp32_lm_head and width < 4:
+        head, kept_width, copied = head + 4, 4, " and its fp32 copy"
+    num_bytes += shape.embedding_params / tp * head
+    text += f", and the head's gradient{copied}, vocabulary / TP x hidden x {head} bytes"
+    if not config.policy.recompute_logits:
+        num_bytes += tokens * shape.vocab_size / tp * kept_width
+        text += f", and {tokens:,} tokens kept x vocabulary / TP x {kept_width} bytes"
+    return num_bytes, text
