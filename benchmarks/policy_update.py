@@ -5,18 +5,26 @@
     python benchmarks/policy_update.py --shape qwen2.5-3b --memory-limit-gb 80 --reference \
         --variants recompute_selective recompute_full
     python benchmarks/policy_update.py --variants dp2 dp2_no_overlap tp2     # on two GPUs
+    python benchmarks/policy_update.py --sft --variants default fp8 offload lora
+    python benchmarks/policy_update.py --sft --shape qwen2.5-7b --rows 16 --tokens 2048 \
+        --variants tp2 tp2+lora                                              # on two GPUs
     python benchmarks/policy_update.py --device cpu --shape tiny --rows 4 --tokens 64
 
 An update is everything that `MegatronPolicy.update` does with `--rows` rows of `--tokens` tokens:
-packing, forward, backward, gradient norm, AdamW. Each variant has processes of its own and a time
-limit; one that fails leaves an "error" in its place.
+packing, forward, backward, gradient norm, AdamW; with --sft, the loss of supervised training on
+all of their tokens. Names with a + are several settings at once. Each variant has processes of its
+own and a time limit; one that fails leaves an "error" in its place.
 
     MFU = FLOPs of the model / (seconds x GPUs x peak)
     FLOPs a token = 6 x parameters + 12 x layers x heads x head_dim x length / 2
+    with LoRA     = 4 x parameters + 6 x parameters of adapters + the same for attention
 
 Parameters count the head, tied or not, and no other embedding; length / 2 because attention is
-causal; what recompute adds is not counted. The peak is 990 TFLOP/s: bfloat16, dense, H100 or H200.
-Prints JSON; progress goes to stderr.
+causal; what recompute adds is not counted; a frozen weight needs no gradient, which is a third of
+its products. The peak is 990 TFLOP/s: bfloat16, dense, H100 or H200, of FP8 too. The floor is these
+FLOPs at the peak, then the optimizer's bytes at 4.8 TB/s: what it reads and writes once. Peaks of
+memory, torch's, stand beside the estimate of `rlsys explain` for the same tensors. Prints JSON;
+progress goes to stderr.
 """
 
 import argparse
@@ -42,6 +50,15 @@ from rlsys.types import TrainBatch
 from rlsys.weight_sync.transport import serve_store
 
 PEAK_FLOPS = 990e12
+BANDWIDTH = 4.8e12
+"""Bytes a second of an H200's memory."""
+BF16_STATE = {
+    "use_precision_aware_optimizer": True,
+    "main_grads_dtype": "bf16",
+    "exp_avg_dtype": "bf16",
+    "exp_avg_sq_dtype": "bf16",
+}
+OFFLOAD = {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
 VARIANTS = {
     "default": {},
     "keep_logits": {"recompute_logits": False},
@@ -51,6 +68,23 @@ VARIANTS = {
     "unfused_weight_gradients": {"fuse_weight_gradients": False},
     "recompute_selective": {"recompute": "selective"},
     "recompute_full": {"recompute": "full"},
+    "recompute_groups": {"recompute": "full", "recompute_num_layers": 4},
+    "recompute_block": {
+        "recompute": "full",
+        "recompute_method": "block",
+        "recompute_num_layers": 14,
+    },
+    "recompute_core_attn": {"recompute": "selective", "recompute_modules": ["core_attn"]},
+    "precision_aware": {"use_precision_aware_optimizer": True},
+    "bf16_state": BF16_STATE,
+    "offload": OFFLOAD,
+    "offload_half": OFFLOAD | {"optimizer_offload_fraction": 0.5},
+    "offload_overlap": OFFLOAD | {"overlap_cpu_optimizer_d2h_h2d": True},
+    "fp8": {"fp8_format": "hybrid"},
+    "fp8_delayed": {"fp8_format": "hybrid", "fp8_recipe": "delayed"},
+    "fp8_blockwise": {"fp8_format": "e4m3", "fp8_recipe": "blockwise"},
+    "fp8_params": {"fp8_format": "hybrid", "fp8_param_gather": True},
+    "lora": {"lora": {"rank": 8, "alpha": 32, "target_modules": "all-linear"}},
     "attention_fused": {"attention_backend": "fused"},
     "attention_flash": {"attention_backend": "flash"},
     "dp2": {"world_size": 2},
@@ -94,7 +128,15 @@ def main():
             print(f"{name} ...", file=sys.stderr, flush=True)
             results[name] = run_variant(name, arguments, Path(folder))
             print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
-    shown = ("shape", "rows", "tokens", "tokens_per_micro_batch", "memory_limit_gb", "reference")
+    shown = (
+        "shape",
+        "sft",
+        "rows",
+        "tokens",
+        "tokens_per_micro_batch",
+        "memory_limit_gb",
+        "reference",
+    )
     settings = {key: vars(arguments)[key] for key in shown}
     report = {"machine": describe_machine(), **settings, "variants": results}
     print(json.dumps(report, indent=2))
@@ -102,7 +144,7 @@ def main():
 
 def run_variant(name, arguments, folder):
     """The result of one variant: what rank 0 measured, or its error."""
-    world_size = VARIANTS[name].get("world_size", 1)
+    world_size = settings_of(name).get("world_size", 1)
     store = serve_store("127.0.0.1", arguments.timeout)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(world_size)))).split(",")
     if arguments.device == "cuda" and len(gpus) < world_size:
@@ -116,6 +158,11 @@ def run_variant(name, arguments, folder):
     own += ["--model", str(folder / "model")]
     error = run(environments, arguments, own, timeout_s=arguments.timeout)
     return {"error": error} if error else json.loads(result.read_text())
+
+
+def settings_of(name):
+    """The settings of a variant, or of several with + between their names."""
+    return {key: value for part in name.split("+") for key, value in VARIANTS[part].items()}
 
 
 def run(environments, arguments, options, *, timeout_s):
@@ -151,21 +198,25 @@ def said(output):
 
 def measure(arguments):
     """Run one rank of one variant, in a process of its own."""
-    settings = dict(VARIANTS[arguments.variants[0]])
+    settings = settings_of(arguments.variants[0])
     chunk = settings.pop("chunk", None)
     fuse = settings.pop("fuse_weight_gradients", True)
     config = make_config(arguments, settings)
     policy = make_policy(config, arguments, chunk=chunk, fuse=fuse)
     batch = random_batch(len_of(config), arguments.tokens, policy.hf_config.vocab_size)
     reference_s = reference_seconds(config, batch, policy) if arguments.reference else None
+    loss = "sft" if arguments.sft else None
     started = time.perf_counter()
-    policy.update(batch)
+    losses = [update(policy, batch, loss)]
     first_s = time.perf_counter() - started
     reset_peak(policy)
-    seconds = [timed(lambda: policy.update(batch), policy) for _ in range(arguments.repeats)]
+    seconds = []
+    for _ in range(arguments.repeats):
+        seconds.append(timed(lambda: losses.append(update(policy, batch, loss)), policy))
     logprobs_s = [timed(lambda: policy.compute_logprobs(batch), policy) for _ in range(2)][-1]
-    result = summary(config, arguments, statistics.median(seconds)) | {
-        "settings": VARIANTS[arguments.variants[0]],
+    result = summary(config, arguments, policy, statistics.median(seconds)) | {
+        "settings": settings_of(arguments.variants[0]),
+        "losses": losses,
         "first_update_s": first_s,
         "all_s": seconds,
         "compute_logprobs_s": logprobs_s,
@@ -175,9 +226,24 @@ def measure(arguments):
     if not policy.on_cpu:
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        result["estimate_gib"] = estimated_gib(config, policy)
     if arguments.profile:
         result["profile"] = profile(lambda: policy.update(batch), on_cpu=policy.on_cpu)
     return result
+
+
+def update(policy, batch, loss):
+    """The loss of an update, on the rank that has it."""
+    output = policy.update(batch, loss=loss)
+    return None if output is None else output.metrics["loss"]
+
+
+def estimated_gib(config, policy):
+    """What `rlsys explain` says, by purpose, but for the process and weight sync, and in all."""
+    shape = read_model_shape(policy.folder)
+    estimate = memory.estimate_memory(config, shape, shape, device="cuda")[0].gib
+    parts = {name: gib for name, gib in estimate.items() if name not in ("process", "weight sync")}
+    return parts | {"all": sum(parts.values())}
 
 
 def make_policy(config, arguments, *, chunk, fuse):
@@ -279,18 +345,30 @@ def reset_peak(policy):
         torch.cuda.reset_peak_memory_stats()
 
 
-def summary(config, arguments, seconds):
+def summary(config, arguments, policy, seconds):
     shape = read_model_shape(Path(arguments.model))
     params = shape.num_params - (0 if shape.tied else shape.embedding_params)
     attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * arguments.tokens / 2
     tokens = len_of(config) * arguments.tokens
-    flops = tokens * (6 * params + attention)
     gpus = config.policy.world_size
+    # Of this rank; with TP and PP every rank has as many, nearly.
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    by_token = 6 * params
+    if getattr(config.policy, "lora", None):
+        shards = config.policy.tensor_parallel_size * config.policy.pipeline_parallel_size
+        by_token = 4 * params + 6 * trained * shards
+    flops = tokens * (by_token + attention)
+    # Gradient, two moments and the fp32 copy are read, all but the gradient written, and weights.
+    optimizer_bytes = trained * (4 * 4 + 3 * 4 + 2)
     return {
         "seconds": seconds,
         "tokens_per_s": tokens / seconds,
         "tflops_per_gpu": flops / seconds / gpus / 1e12,
         "mfu": flops / seconds / gpus / PEAK_FLOPS,
+        "floor_s": {
+            "compute": flops / gpus / PEAK_FLOPS,
+            "optimizer": optimizer_bytes / BANDWIDTH,
+        },
     }
 
 
@@ -402,11 +480,20 @@ def kind_of(name):
     )
 
 
+def variant(name):
+    """`name`, if each of its parts is there."""
+    if unknown := [part for part in name.split("+") if part not in VARIANTS]:
+        known = ", ".join(VARIANTS)
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {known}")
+    return name
+
+
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["default"])
+    parser.add_argument("--variants", nargs="+", type=variant, default=["default"])
+    parser.add_argument("--sft", action="store_true", help="the loss of supervised training")
     parser.add_argument("--rows", type=int, default=32, help="of each data-parallel rank")
     parser.add_argument("--tokens", type=int, default=1024, help="of a row")
     parser.add_argument("--tokens-per-micro-batch", type=int, default=16384)

@@ -37,6 +37,7 @@ SHAPES = {
     "qwen2.5-0.5b": Shape(896, 24, 14, 2, 4864, 151936),
     "qwen2.5-1.5b": Shape(1536, 28, 12, 2, 8960, 151936),
     "qwen2.5-3b": Shape(2048, 36, 16, 2, 11008, 151936),
+    "qwen2.5-7b": Shape(3584, 28, 28, 4, 18944, 152064, tied=False),
 }
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 LOGIT_STD = 6.0

@@ -70,6 +70,8 @@ class GpuRank(LabRank):
         super().become(config)
         if bridge := sys.modules.get("mcore_bridge.bridge.gpt_bridge"):
             bridge.EP_PP_GROUP = None
+        if quantization := sys.modules.get("transformer_engine.pytorch.quantization"):
+            quantization.FP8GlobalStateManager.reset()  # scales of the layers before
 
     def run(self, function, *args):
         return function(self, *args)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -31,7 +33,7 @@ from rlsys.engines.megatron.checkpoint import (
     save_scales,
 )
 from rlsys.engines.megatron.hf_folder import write_model_files
-from rlsys.engines.megatron.model import MegatronModel
+from rlsys.engines.megatron.model import LossOf, MegatronModel
 from rlsys.engines.megatron.options import megatron_config, optimizer_state_options
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.types import Device, TrainBatch, UpdateOutput
@@ -214,19 +216,15 @@ class MegatronPolicy(MegatronModel):
             value, statistics = losses[algorithm.loss_type](inputs, algorithm)
             return value * undo_averaging, statistics
 
-        # The first passes with delayed scaling are for the scales that they find; see fp8_recipe.
-        for _ in range(3 if self._unknown_gradient_scales else 1):
-            if self.routing is not None:
-                self.routing.begin_step(
-                    num_tokens=int(batch.lengths[rows].sum()),
-                    num_rows=len(rows),
-                    undo_averaging=undo_averaging,
-                )
-            for chunk in self.ddp:
-                chunk.zero_grad_buffer()
-            self.optimizer.zero_grad()
-            outputs = self._forward_backward(packed, loss_of, chunks=self.ddp, forward_only=False)
-        self._unknown_scales = self._unknown_gradient_scales = False
+        begin = None
+        if self.routing is not None:
+            begin = partial(
+                self.routing.begin_step,
+                num_tokens=int(batch.lengths[rows].sum()),
+                num_rows=len(rows),
+                undo_averaging=undo_averaging,
+            )
+        outputs = self._compute_gradients(packed, loss_of, begin)
         metrics = self._reduced_metrics(outputs)
         if self.routing is not None:
             metrics |= self.routing.metrics()
@@ -245,6 +243,24 @@ class MegatronPolicy(MegatronModel):
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
         }
+
+    def _compute_gradients(
+        self,
+        packed: list[PackedMicroBatch],
+        loss_of: LossOf,
+        begin: Callable[[], None] | None,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Fill the gradient buffers; `begin` is called before each pass over the micro-batches."""
+        # The first passes with delayed scaling are for the scales that they find; see fp8_recipe.
+        for _ in range(3 if self._unknown_gradient_scales else 1):
+            if begin is not None:
+                begin()
+            for chunk in self.ddp:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            outputs = self._forward_backward(packed, loss_of, chunks=self.ddp, forward_only=False)
+        self._unknown_scales = self._unknown_gradient_scales = False
+        return outputs
 
     def _reduced_metrics(self, outputs: list[dict]) -> dict[str, float]:
         """Metrics of an optimizer step over data-parallel ranks; {} before the last stage."""
