@@ -97,7 +97,7 @@ def summary(config, steps):
         "config": {
             "completions_a_step": config.rollout.generation_batch_size,
             "max_completion_length": config.rollout.max_completion_length,
-            "optimizer_steps_a_rollout": config.optimizer_steps_per_rollout,
+            "optimizer_steps_a_rollout": config.optimizer_steps_per_update,
             "beta": config.grpo.beta,
             "dtype": config.model_dtype(on_cpu=True),
             "policy_ranks": config.policy.world_size,

@@ -64,7 +64,7 @@ class PolicyRank(ModelRank):
         )
         from rlsys.engines.megatron.policy import MegatronPolicy
 
-        load_plugins(self.config.grpo.external_plugins)
+        load_plugins(self.config.loss_plugins)
         self.engine = MegatronPolicy(self.config, device=self.device)
         self.links: dict[str, list[WeightLink]] = {}
 

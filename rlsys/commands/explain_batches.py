@@ -14,7 +14,7 @@ from rlsys.text import counted
 def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
     """(quantity, value and formula) for every number that follows from the batch sizes."""
     rollout, policy = config.rollout, config.policy
-    completions, steps = rollout.generation_batch_size, config.optimizer_steps_per_rollout
+    completions, steps = rollout.generation_batch_size, config.optimizer_steps_per_update
     prompts, per_step = config.num_prompts, config.global_batch_size
     per_rank = per_step // config.data_parallel_size
     if policy.max_tokens_per_micro_batch is None:
@@ -85,7 +85,7 @@ def _run_length(config: Config) -> Iterator[tuple[str, str]]:
     if num_steps is None:
         yield "the whole run", "known when the rows are counted, at the start of the run"
         return
-    optimizer_steps = num_steps * config.optimizer_steps_per_rollout
+    optimizer_steps = num_steps * config.optimizer_steps_per_update
     warmup = math.ceil(config.policy.warmup_ratio * optimizer_steps)
     drawn = num_steps * prompts
     yield (

@@ -12,6 +12,7 @@ from rlsys.config.schema import ReferenceConfig as ReferenceConfig
 from rlsys.config.schema import RewardConfig as RewardConfig
 from rlsys.config.schema import RolloutConfig as RolloutConfig
 from rlsys.config.schema import RowsConfig as RowsConfig
+from rlsys.config.schema import RunConfig as RunConfig
 from rlsys.config.schema import Section as Section
 from rlsys.config.schema import TrackingConfig as TrackingConfig
 from rlsys.config.schema import WeightSyncConfig as WeightSyncConfig

@@ -9,25 +9,25 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsys.config.schema import Config, Section
+from rlsys.config.schema import Config, RunConfig, Section
 from rlsys.config.yaml_text import read_scalar
 
 
 @cache
-def config_sections() -> dict[str, type[Section]]:
-    """The sections of the config by name, in order."""
+def config_sections(schema: type[RunConfig] = Config) -> dict[str, type[Section]]:
+    """The sections of a config by name, in order."""
     return {
         name: info.annotation
-        for name, info in Config.model_fields.items()
+        for name, info in schema.model_fields.items()
         if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
     }
 
 
 @cache
-def config_fields() -> dict[str, FieldInfo]:
+def config_fields(schema: type[RunConfig] = Config) -> dict[str, FieldInfo]:
     """Every field: top-level ones by name, then the others as `section.field`, in order."""
-    sections = config_sections()
-    fields = {name: info for name, info in Config.model_fields.items() if name not in sections}
+    sections = config_sections(schema)
+    fields = {name: info for name, info in schema.model_fields.items() if name not in sections}
     for section, cls in sections.items():
         fields |= {f"{section}.{name}": info for name, info in cls.model_fields.items()}
     return fields

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from rlsys.config.fields import config_fields, config_sections, first_sentence, show_default
+from rlsys.config.schema import Config, RunConfig
 
 TABLE = Path(__file__).with_name("names_elsewhere.txt")
 NOT_NEEDED, NOT_SUPPORTED = "-", "!"
@@ -49,8 +50,9 @@ class Counterpart:
 
 
 @cache
-def counterparts() -> tuple[Counterpart, ...]:
-    """The whole table, project by project."""
+def counterparts(schema: type[RunConfig] = Config) -> tuple[Counterpart, ...]:
+    """The table for configs of this class, project by project."""
+    fields = config_fields(schema)
     found, project = [], ""
     for line in TABLE.read_text("utf-8").splitlines():
         if line.startswith("["):
@@ -58,13 +60,15 @@ def counterparts() -> tuple[Counterpart, ...]:
         elif line and not line.startswith("#"):
             names, meant, default, note = (part.strip() for part in line.split("|"))
             own = () if meant in (NOT_NEEDED, NOT_SUPPORTED) else tuple(meant.split(", "))
+            if not fields.keys() >= set(own):
+                continue  # of another method of training
             row = Counterpart(
                 project,
                 tuple(names.split(", ")),
                 own,
                 supported=meant != NOT_SUPPORTED,
                 default=default.removeprefix("= "),
-                same_default=default[:2] in ("", "= ") or default == show_defaults(own),
+                same_default=default[:2] in ("", "= ") or default == show_defaults(own, schema),
                 note=note.removeprefix("= "),
                 same_value=len(own) == 1 and note[:2] in ("", "= "),
             )
@@ -72,9 +76,9 @@ def counterparts() -> tuple[Counterpart, ...]:
     return tuple(found)
 
 
-def show_defaults(names: Sequence[str]) -> str:
+def show_defaults(names: Sequence[str], schema: type[RunConfig] = Config) -> str:
     """The defaults of these fields of ours."""
-    return ", ".join(show_default(config_fields()[name]) for name in names)
+    return ", ".join(show_default(config_fields(schema)[name]) for name in names)
 
 
 def projects() -> dict[str, str]:
@@ -83,25 +87,25 @@ def projects() -> dict[str, str]:
     return dict(line[1:].split("] ") for line in lines if line.startswith("["))
 
 
-def counterpart(name: str, project: str) -> Counterpart | None:
+def counterpart(name: str, project: str, schema: type[RunConfig] = Config) -> Counterpart | None:
     """The line of a project's name."""
-    rows = (row for row in counterparts() if row.project == project)
+    rows = (row for row in counterparts(schema) if row.project == project)
     return next((row for row in rows if _normal(name) in map(_normal, row.names)), None)
 
 
-def is_of_elsewhere(name: str) -> bool:
+def is_of_elsewhere(name: str, schema: type[RunConfig] = Config) -> bool:
     """Whether a name with its sections is another project's."""
-    return bool(_rows_of_path(name))
+    return bool(_rows_of_path(name, schema))
 
 
-def _rows_of_path(name: str) -> list[Counterpart]:
+def _rows_of_path(name: str, schema: type[RunConfig]) -> list[Counterpart]:
     """The lines of a name with sections, such as `rollout.n` for `actor_rollout_ref.rollout.n`."""
     path = _normal(name)
     if "." not in path:
         return []
     return [
         row
-        for row in counterparts()
+        for row in counterparts(schema)
         for theirs in map(_normal, row.names)
         if theirs == path or theirs.endswith(f".{path}") or path.startswith(f"{theirs}.")
     ]
@@ -110,18 +114,19 @@ def _rows_of_path(name: str) -> list[Counterpart]:
 # --- one name ------------------------------------------------------------------------------------
 
 
-def hint(name: str, project: str | None = None) -> str:
+def hint(name: str, project: str | None = None, schema: type[RunConfig] = Config) -> str:
     """What to write instead of a name that no field has; empty unless that is clear.
 
     Args:
         name: as the user wrote it.
         project: the project of the whole command, whose meaning of the name then counts.
+        schema: the class of the config.
     """
-    fields = config_fields()
-    known = [*fields, *([] if "." in name else config_sections())]
-    rows = _rows_of_path(name)
+    fields = config_fields(schema)
+    known = [*fields, *([] if "." in name else config_sections(schema))]
+    rows = _rows_of_path(name, schema)
     own = [] if rows else [field for field in known if _bare(field) == _bare(name)]
-    rows = rows or [row for row in counterparts() if _bare(name) in map(_bare, row.names)]
+    rows = rows or [row for row in counterparts(schema) if _bare(name) in map(_bare, row.names)]
     there = [row for row in rows if row.project == project]
     rows = there or rows
     if rows and not any(row.fields for row in rows) and (there or not own):
@@ -181,32 +186,38 @@ def _normal(name: str) -> str:
 # --- all names of a config -----------------------------------------------------------------------
 
 
-def likely_project(names: Collection[str]) -> str | None:
+def likely_project(names: Collection[str], schema: type[RunConfig] = Config) -> str | None:
     """The project of a user who gave these unknown names."""
     given = set(map(_normal, names))
-    rows = [(row.project, theirs) for row in counterparts() for theirs in row.names]
+    rows = [(row.project, theirs) for row in counterparts(schema) for theirs in row.names]
     matches = Counter(project for project, theirs in rows if _normal(theirs) in given)
     project, count = max(matches.items(), key=lambda item: item[1], default=("", 0))
     return project if count >= _SURE_OF_PROJECT else None
 
 
-def coming_from(project: str, names: Collection[str], fields_given: Collection[str]) -> str:
+def coming_from(
+    project: str,
+    names: Collection[str],
+    fields_given: Collection[str],
+    schema: type[RunConfig] = Config,
+) -> str:
     """The defaults of a project that differ, for what its user did not give.
 
     Args:
         project: where the user comes from.
         names: that no field has.
         fields_given: fields that were set by their own names.
+        schema: the class of the config.
     """
     given = set(map(_normal, names))
-    rows = [row for row in counterparts() if row.project == project]
+    rows = [row for row in counterparts(schema) if row.project == project]
     meant = {field for row in rows if given & set(map(_normal, row.names)) for field in row.fields}
     differ: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
         if not row.same_default and not set(row.fields) & (meant | set(fields_given)):
             differ.setdefault(row.fields, []).append(row.default)
     defaults = "".join(
-        f"\n  {', '.join(fields)} {show_defaults(fields)} "
+        f"\n  {', '.join(fields)} {show_defaults(fields, schema)} "
         f"({' or '.join(dict.fromkeys(theirs))} there)"
         for fields, theirs in differ.items()
     )

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from typing import Any, Literal
+from typing import Any, Generic, Literal
 
 import yaml
 
@@ -17,7 +17,7 @@ from rlsys.config.fields import config_fields, config_sections
 from rlsys.config.hints import is_of_elsewhere
 from rlsys.config.local_paths import is_in_job_copy
 from rlsys.config.pasted_command import advice, read_command_line
-from rlsys.config.schema import Config
+from rlsys.config.schema import AnyConfig, Config, RunConfig
 from rlsys.config.validation import validate
 from rlsys.config.words import apply_options
 from rlsys.config.yaml_text import dump_yaml, load_yaml
@@ -31,18 +31,26 @@ _SAVED_HEAD = "# The resolved config of the run in this folder."
 
 
 @dataclass(frozen=True)
-class ResolvedConfig:
+class ResolvedConfig(Generic[AnyConfig]):
     """A config that can run, and where each of its values came from."""
 
-    config: Config
+    config: AnyConfig
     origins: dict[str, Origin]
     """Every field, `section.field` or a top-level one -> who set it."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig[Config]:
+    """`load_config_as`, for GRPO."""
+    return load_config_as(Config, path, overrides)
+
+
+def load_config_as(
+    schema: type[AnyConfig], path: str | Path, overrides: Sequence[str] = ()
+) -> ResolvedConfig[AnyConfig]:
     """The config of YAML file `path` with command-line `overrides` applied.
 
     Args:
+        schema: the class of the config.
         path: the YAML file.
         overrides: command-line words: `["--policy.lr", "1e-5", "--checkpoint.resume"]`.
 
@@ -50,37 +58,37 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConf
         ProblemsError: lists every problem of the file, the overrides and their combination.
     """
     problems: list[Problem] = []
-    values = _read_file(Path(path), problems)
+    values = _read_file(Path(path), problems, schema)
     in_file = _leaves(values)
-    options, project = read_command_line(overrides, in_file, problems)
-    in_words, unknown = apply_options(options, values, problems, project)
-    origins: dict[str, Origin] = dict.fromkeys(config_fields(), "default")
+    options, project = read_command_line(overrides, in_file, problems, schema)
+    in_words, unknown = apply_options(options, values, problems, project, schema)
+    origins: dict[str, Origin] = dict.fromkeys(config_fields(schema), "default")
     origins |= dict.fromkeys((name for name in in_file if name in origins), "file")
     origins |= dict.fromkeys(in_words, "command line")
     if "num_train_epochs" in in_words and "max_steps" not in in_words and "max_steps" in values:
         del values["max_steps"]  # the command line says how long the run is
         origins["max_steps"] = "default"
     unknown += [name for name in _leaves(values) if name not in origins]
-    config = validate(values, set(in_words), problems, project)
+    config = validate(schema, values, set(in_words), problems, project)
     if config is None:
         given = [name for name, origin in origins.items() if origin != "default"]
-        note = advice(options, project, unknown, given, path) if project else None
+        note = advice(options, project, unknown, given, path, schema) if project else None
         raise ProblemsError(str(path), problems, note=note)
     return ResolvedConfig(config, origins)
 
 
-def problems_of_words(words: Sequence[str]) -> str | None:
+def problems_of_words(words: Sequence[str], schema: type[RunConfig] = Config) -> str | None:
     """What is wrong with a command line without CONFIG; None where nothing else is wrong."""
     problems: list[Problem] = []
-    options, project = read_command_line(words, [], problems)
-    given, unknown = apply_options(options, {}, problems, project)
+    options, project = read_command_line(words, [], problems, schema)
+    given, unknown = apply_options(options, {}, problems, project, schema)
     if not problems:
         return None
-    note = advice(options, project, unknown, given, None) if project else None
+    note = advice(options, project, unknown, given, None, schema) if project else None
     return str(ProblemsError("the command line", problems, note=note))
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: RunConfig, path: Path) -> None:
     """Write every field to YAML file `path`, which `load_config` reads back to an equal config.
 
     The file begins with the command that runs it again, in another folder. Its relative paths start
@@ -108,7 +116,7 @@ def is_saved_config(path: Path) -> bool:
 # --- the file ------------------------------------------------------------------------------------
 
 
-def _read_file(path: Path, problems: list[Problem]) -> dict[str, Any]:
+def _read_file(path: Path, problems: list[Problem], schema: type[RunConfig]) -> dict[str, Any]:
     """The file's mapping: sections -> fields, both with text keys.
 
     Raises:
@@ -139,8 +147,8 @@ def _read_file(path: Path, problems: list[Problem]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise _refused(path, "it should hold `section:` blocks of `field: value` lines")
     problems += map(Problem, repeated)
-    checked = _with_text_keys(values)
-    for name in [key for key in checked if "." in key and key in config_fields()]:
+    checked = _with_text_keys(values, schema)
+    for name in [key for key in checked if "." in key and key in config_fields(schema)]:
         section, _, field = name.rpartition(".")
         inside = checked.setdefault(section, {})
         value = checked.pop(name)
@@ -156,20 +164,20 @@ def _refused(path: Path, text: str) -> ProblemsError:
     return ProblemsError(str(path), [Problem(text)])
 
 
-def _with_text_keys(values: dict[Any, Any]) -> dict[str, Any]:
+def _with_text_keys(values: dict[Any, Any], schema: type[RunConfig]) -> dict[str, Any]:
     """The file's mapping with names of sections and fields as texts.
 
     An empty section, `grpo:` with nothing below it, means all its defaults. A section of another
     project is taken apart, so that each of its names gets an answer.
     """
-    sections = config_sections()
+    sections = config_sections(schema)
     checked: dict[str, Any] = {}
     for key, value in values.items():
         name = str(key)
         if isinstance(value, dict):
             value = {str(field): inner for field, inner in value.items()}
             names = _names_below(name, value)
-            if name not in sections and any(map(is_of_elsewhere, names)):
+            if name not in sections and any(is_of_elsewhere(below, schema) for below in names):
                 checked |= names
                 continue
         checked[name] = {} if value is None and name in sections else value

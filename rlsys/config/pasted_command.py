@@ -14,6 +14,7 @@ from typing import Any
 
 from rlsys.config.fields import config_fields, nested
 from rlsys.config.hints import coming_from, counterpart, hint, likely_project
+from rlsys.config.schema import Config, RunConfig
 from rlsys.config.validation import wrong_fields
 from rlsys.config.words import Option, read_options, value_of
 from rlsys.config.yaml_text import dump_yaml
@@ -59,7 +60,10 @@ class PastedCommand:
 
 
 def read_command_line(
-    words: Sequence[str], names_of_file: Collection[str], problems: list[Problem]
+    words: Sequence[str],
+    names_of_file: Collection[str],
+    problems: list[Problem],
+    schema: type[RunConfig],
 ) -> tuple[list[Option], str | None]:
     """The options among the words behind CONFIG; other words are added to `problems`.
 
@@ -67,18 +71,18 @@ def read_command_line(
         the options, and the other project that the command or the config file is from; None for
         rlsys itself.
     """
-    command = split_command(words)
+    command = split_command(words, schema)
     problems += command.problems()
-    options = read_options(command.options, problems)
+    options = read_options(command.options, problems, schema)
     names = [*names_of_file, *(option.name for option in options)]
-    unknown = [name for name in names if name not in config_fields()]
-    return options, command.project or likely_project(unknown)
+    unknown = [name for name in names if name not in config_fields(schema)]
+    return options, command.project or likely_project(unknown, schema)
 
 
 # --- the program ---------------------------------------------------------------------------------
 
 
-def split_command(words: Sequence[str]) -> PastedCommand:
+def split_command(words: Sequence[str], schema: type[RunConfig] = Config) -> PastedCommand:
     """Remove environment variables and the program from the front."""
     rest = list(words)
     program: list[str] = []
@@ -96,7 +100,7 @@ def split_command(words: Sequence[str]) -> PastedCommand:
         match = _PROCESSES.fullmatch(word)
         if match and (number := match["value"] or after):
             variables.append(f"NPROC_PER_NODE={number}")
-    known = [word for word in variables if hint(word.partition("=")[0])]
+    known = [word for word in variables if hint(word.partition("=")[0], None, schema)]
     packages = [Path(word).name.partition(".")[0] for word in program]
     return PastedCommand(
         program,
@@ -135,6 +139,7 @@ def advice(
     unknown: Collection[str],
     given: Collection[str],
     path: str | Path | None,
+    schema: type[RunConfig],
 ) -> str:
     """What differs for a user of another project, and the part of the command that does not.
 
@@ -144,14 +149,15 @@ def advice(
         unknown: names that no field has.
         given: fields that were set.
         path: CONFIG; without it, the translation is a file instead of a command.
+        schema: the class of the config.
     """
-    start, differing, left = _translated(options, project)
-    lines = [coming_from(project, unknown, given)]
+    start, differing, left = _translated(options, project, schema)
+    lines = [coming_from(project, unknown, given, schema)]
     lines += [f"{name} means something else there: {note}" for name, note in differing.items()]
     if start and path is None:
         text = indent(dump_yaml(nested({name: value for name, (value, _) in start.items()})), "  ")
         lines.append(f"What means the same here, as a CONFIG to start from and to check:\n\n{text}")
-        lines.append(_still_to_do(start, left))
+        lines.append(_still_to_do(start, left, schema))
     elif start:
         words = [word for name, (_, texts) in start.items() for word in (f"--{name}", *texts)]
         text = shlex.join(["rlsys", "explain", str(path), *words])
@@ -159,9 +165,10 @@ def advice(
     return "\n".join(lines)
 
 
-def _still_to_do(start: Collection[str], left: Sequence[str]) -> str:
+def _still_to_do(start: Collection[str], left: Sequence[str], schema: type[RunConfig]) -> str:
     """What the translation lacks: fields that a run needs, and options without a counterpart."""
-    needed = [n for n, info in config_fields().items() if info.is_required() and n not in start]
+    fields = config_fields(schema).items()
+    needed = [name for name, info in fields if info.is_required() and name not in start]
     if not {"max_steps", "num_train_epochs"} & set(start):
         needed.append("max_steps or num_train_epochs")
     parts = [f"Still to set: {', '.join(needed)}"] if needed else []
@@ -171,7 +178,7 @@ def _still_to_do(start: Collection[str], left: Sequence[str]) -> str:
 
 
 def _translated(
-    options: Sequence[Option], project: str
+    options: Sequence[Option], project: str, schema: type[RunConfig]
 ) -> tuple[dict[str, tuple[Any, list[str]]], dict[str, str], list[str]]:
     """Field -> value and its words, for options that mean the same here.
 
@@ -181,13 +188,13 @@ def _translated(
         these, a note for each of our own names that means something else in `project`, and the
         options that have a field here and are not among these.
     """
-    fields = config_fields()
+    fields = config_fields(schema)
     found: dict[str, tuple[Any, list[str]]] = {}
     differing: dict[str, str] = {}
     left: list[str] = []
     meant: dict[str, str] = {}
     for option in options:
-        row = counterpart(option.name, project)
+        row = counterpart(option.name, project, schema)
         if row is not None and not row.same_value:
             if option.name in fields:
                 differing[option.name] = row.note
@@ -200,6 +207,6 @@ def _translated(
         if name in fields and name not in found:
             with suppress(ValueError):
                 found[name] = (value_of(option.texts, fields[name]), option.texts)
-    wrong = wrong_fields({name: value for name, (value, _) in found.items()})
+    wrong = wrong_fields(schema, {name: value for name, (value, _) in found.items()})
     right = {name: found[name] for name in fields if name in found and name not in wrong}
     return right, differing, left + [own for own, name in meant.items() if name not in right]

@@ -165,10 +165,10 @@ def _off_policy_problems(config: Config) -> Iterator[Problem]:
             "gives it completions of older weights, for which grpo.rollout_is = none does not "
             "correct: leave rollout_is at auto, or set max_staleness 0"
         )
-    if grpo.loss_type == "reinforce" and config.optimizer_steps_per_rollout > 1:
+    if grpo.loss_type == "reinforce" and config.optimizer_steps_per_update > 1:
         yield Problem(
             "grpo.loss_type = reinforce has no ratio, so all but the first of the "
-            f"{config.optimizer_steps_per_rollout} optimizer steps per rollout would be off-policy "
+            f"{config.optimizer_steps_per_update} optimizer steps per rollout would be off-policy "
             "without correction: make policy.global_batch_size the generation_batch_size and "
             "num_iterations 1, or use loss_type grpo"
         )

@@ -7,8 +7,9 @@ A config is a YAML file whose sections are the classes below, overridden from th
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from types import NoneType
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -305,8 +306,12 @@ class RolloutConfig(Section):
     @property
     def min_p_and_penalties(self) -> dict[str, float]:
         """By vLLM's names; evaluations have no values of their own for them."""
-        names = ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+        }
 
 
 class RewardConfig(Section):
@@ -824,8 +829,14 @@ class CheckpointConfig(Section):
         return self.save_steps
 
 
-class Config(Section):
-    """One GRPO run."""
+AnyConfig = TypeVar("AnyConfig", bound="RunConfig")
+
+
+class RunConfig(Section):
+    """What a run is, whatever it trains with: `Config` and `SftConfig` add their own sections.
+
+    The properties without a body are what engines and loops ask of every config.
+    """
 
     output_dir: PathText = Field(min_length=1)
     """Folder for everything a run writes. If it holds another run, checkpoint.resume or overwrite
@@ -835,15 +846,15 @@ class Config(Section):
     OUTPUT_DIR/replaced-1 (then replaced-2, ...). With checkpoint.resume: only where there is no
     checkpoint, so a job that is restarted again and again needs both."""
     max_steps: PositiveInt | None = None
-    """Steps of the run: one rollout, one policy update and one weight sync each. null:
-    num_train_epochs decides. One of the two must be set. max_steps wins, unless only
-    num_train_epochs is on the command line."""
+    """Steps of the run: in GRPO one rollout, one policy update and one weight sync each, in SFT one
+    optimizer step. null: num_train_epochs decides. One of the two must be set. max_steps wins,
+    unless only num_train_epochs is on the command line."""
     num_train_epochs: PositiveFloat | None = None
-    """Passes over the training prompts: max_steps = num_train_epochs x prompts / prompts per step,
-    rounded up, once the data is loaded. Not with data.streaming. Prompts that
-    rollout.dynamic_sample draws again do not count."""
+    """Passes over the training rows: max_steps = num_train_epochs x rows / rows per step, rounded
+    up, once the data is loaded. Not with data.streaming. Prompts that rollout.dynamic_sample draws
+    again do not count."""
     eval_steps: PositiveInt | None = None
-    """Steps between two evaluations on held-out prompts; the first is before step 1. null: no
+    """Steps between two evaluations on held-out rows; the first is before step 1. null: no
     evaluation."""
     hub: Hub = "hf"
     """Where models and datasets with an id, and not a path, come from: the Hugging Face hub, or
@@ -857,40 +868,158 @@ class Config(Section):
     """Seconds to wait for GPUs of the Ray cluster that other runs use (on CPU, for CPUs) before
     this run fails. wait or null: wait until they are free. A line every half minute says what is
     missing."""
-    data: DataConfig
+    data: RowsConfig
     model: ModelConfig
-    rollout: RolloutConfig
-    reward: RewardConfig
-    grpo: GrpoConfig = GrpoConfig()
     policy: PolicyConfig = PolicyConfig()
-    reference: ReferenceConfig = ReferenceConfig()
-    weight_sync: WeightSyncConfig = WeightSyncConfig()
     tracking: TrackingConfig = TrackingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")
     def _ids_name_their_hub(self) -> Self:
         """With hub: modelscope, write `ms::` before ids: what reads a name needs no config."""
         if self.hub == "modelscope":
-            model, reference, reward, data = self.model, self.reference, self.reward, self.data
+            sets = self.data.val_sets.items()
+            self._change("model", path=model_of_modelscope(self.model.path))
+            self._change(
+                "data",
+                dataset=list(map(dataset_of_modelscope, self.data.dataset)),
+                val_dataset=list(map(dataset_of_modelscope, self.data.val_dataset)),
+                val_sets={name: list(map(dataset_of_modelscope, paths)) for name, paths in sets},
+            )
+        return self
+
+    def _change(self, section: str, **fields: Any) -> None:
+        changed = getattr(self, section).model_copy(update=fields)
+        object.__setattr__(self, section, changed)  # this object is not yet in use
+
+    @property
+    @abstractmethod
+    def rows_per_step(self) -> int:
+        """Training rows of one step: prompts of GRPO, samples of SFT."""
+
+    @property
+    @abstractmethod
+    def global_batch_size(self) -> int:
+        """Rows of a `TrainBatch` per optimizer step."""
+
+    @property
+    @abstractmethod
+    def optimizer_steps_per_update(self) -> int:
+        """Optimizer steps of one step of the run."""
+
+    @property
+    @abstractmethod
+    def longest_row(self) -> int:
+        """Most tokens of a row of a `TrainBatch`."""
+
+    @property
+    @abstractmethod
+    def max_completion_length(self) -> int:
+        """Most tokens of a row that are trained on."""
+
+    @property
+    @abstractmethod
+    def algorithm(self) -> GrpoConfig:
+        """The loss and its settings."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Settings of `rlsys.algo.sampling.Sampling`, by which log-probs are taken."""
+        return {}
+
+    @property
+    def replays_routing(self) -> bool:
+        """Whether the policy sends tokens to the experts that a rollout engine chose."""
+        return False
+
+    @property
+    def policy_shares_gpus(self) -> bool:
+        """Whether other models compute on the policy's GPUs while it waits."""
+        return False
+
+    @property
+    def loss_plugins(self) -> list[str]:
+        """Python files that register losses and advantage estimators."""
+        return []
+
+    def steps_of_epochs(self, num_rows: int) -> int | None:
+        """max_steps for num_train_epochs passes over `num_rows` training rows."""
+        if self.num_train_epochs is None:
+            return None
+        return max(1, math.ceil(round(self.num_train_epochs * num_rows / self.rows_per_step, 9)))
+
+    def with_steps(self, num_rows: int) -> Self:
+        """This config with max_steps set, for `num_rows` training rows."""
+        if self.max_steps is not None:
+            return self
+        return self.model_copy(update={"max_steps": self.steps_of_epochs(num_rows)})
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the run; only after `with_steps`."""
+        assert self.max_steps is not None, "num_train_epochs needs the number of rows"
+        return self.max_steps
+
+    def overlaps_grad_reduce(self, *, on_cpu: bool) -> bool:
+        """policy.overlap_grad_reduce, decided."""
+        if self.policy.overlap_grad_reduce is None:
+            return not on_cpu and self.data_parallel_size > 1
+        return self.policy.overlap_grad_reduce
+
+    def overlaps_param_gather(self, *, on_cpu: bool) -> bool:
+        """policy.overlap_param_gather, decided."""
+        if self.policy.overlap_param_gather is None:
+            return (
+                self.policy.use_distributed_optimizer
+                and self.optimizer_steps_per_update > 1
+                and self.overlaps_grad_reduce(on_cpu=on_cpu)
+            )
+        return self.policy.overlap_param_gather
+
+    def may_bridge(self, *, on_cpu: bool) -> bool:
+        """Whether mcore-bridge may have the weights; it needs Transformer Engine, so GPUs."""
+        return not on_cpu and self.model.bridge != "rlsys"
+
+    def model_dtype(self, *, on_cpu: bool) -> Literal["float32", "bfloat16"]:
+        """The weights' type on the device of the run."""
+        if self.model.dtype == "auto":
+            return "float32" if on_cpu else "bfloat16"
+        return self.model.dtype
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Replicas of the policy."""
+        policy = self.policy
+        return policy.world_size // (
+            policy.tensor_parallel_size
+            * policy.pipeline_parallel_size
+            * policy.context_parallel_size
+        )
+
+
+class Config(RunConfig):
+    """One GRPO run."""
+
+    data: DataConfig
+    rollout: RolloutConfig
+    reward: RewardConfig
+    grpo: GrpoConfig = GrpoConfig()
+    reference: ReferenceConfig = ReferenceConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _further_ids_name_their_hub(self) -> Self:
+        if self.hub == "modelscope":
+            reward = self.reward
             params = {
                 name: own | {"path": model_of_modelscope(own["path"])}
                 for name, own in reward.params.items()
                 if name in reward.models and isinstance(own.get("path"), str)
             }
-            updates: dict[str, dict[str, Any]] = {
-                "model": {"path": model_of_modelscope(model.path)},
-                "reference": {"path": reference.path and model_of_modelscope(reference.path)},
-                "reward": {"reward_params": reward.reward_params | params},
-                "data": {
-                    "dataset": list(map(dataset_of_modelscope, data.dataset)),
-                    "val_dataset": list(map(dataset_of_modelscope, data.val_dataset)),
-                },
-            }
-            for section, fields in updates.items():
-                changed = getattr(self, section).model_copy(update=fields)
-                object.__setattr__(self, section, changed)  # this object is not yet in use
+            self._change("reward", reward_params=reward.reward_params | params)
+            if self.reference.path is not None:
+                self._change("reference", path=model_of_modelscope(self.reference.path))
         return self
 
     @model_validator(mode="after")
@@ -901,27 +1030,41 @@ class Config(Section):
         return self
 
     @property
-    def num_steps(self) -> int:
-        """Steps of the run; only after `with_steps`."""
-        assert self.max_steps is not None, "num_train_epochs needs the number of prompts"
-        return self.max_steps
-
-    def steps_of_epochs(self, num_rows: int) -> int | None:
-        """max_steps for num_train_epochs passes over `num_rows` training prompts."""
-        if self.num_train_epochs is None:
-            return None
-        return max(1, math.ceil(round(self.num_train_epochs * num_rows / self.num_prompts, 9)))
-
-    def with_steps(self, num_rows: int) -> Config:
-        """This config with max_steps set, for `num_rows` training prompts."""
-        if self.max_steps is not None:
-            return self
-        return self.model_copy(update={"max_steps": self.steps_of_epochs(num_rows)})
-
-    @property
     def num_prompts(self) -> int:
         """P, prompts per step."""
         return self.rollout.generation_batch_size // self.rollout.num_generations
+
+    @property
+    def rows_per_step(self) -> int:
+        """Prompts per step."""
+        return self.num_prompts
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest prompt and completion that the config allows."""
+        return self.data.max_prompt_length + self.rollout.max_completion_length
+
+    @property
+    def max_completion_length(self) -> int:
+        """rollout.max_completion_length."""
+        return self.rollout.max_completion_length
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How completions are sampled: log-probs of policy and reference are taken the same way."""
+        rollout = self.rollout
+        main = {"temperature": rollout.temperature, "top_k": rollout.top_k, "top_p": rollout.top_p}
+        return main | rollout.min_p_and_penalties
+
+    @property
+    def replays_routing(self) -> bool:
+        """rollout.router_replay."""
+        return self.rollout.router_replay
+
+    @property
+    def loss_plugins(self) -> list[str]:
+        """grpo.external_plugins."""
+        return self.grpo.external_plugins
 
     @property
     def num_prompts_ahead(self) -> int:
@@ -936,7 +1079,7 @@ class Config(Section):
         return self.policy.global_batch_size or self.rollout.generation_batch_size
 
     @property
-    def optimizer_steps_per_rollout(self) -> int:
+    def optimizer_steps_per_update(self) -> int:
         """Optimizer steps between two weight syncs."""
         per_pass = self.rollout.generation_batch_size // self.global_batch_size
         return per_pass * self.grpo.num_iterations
@@ -952,7 +1095,7 @@ class Config(Section):
         if grpo.old_logprobs == "auto":
             needed = (grpo.kl_in_reward and grpo.beta > 0) or grpo.top_entropy_quantile < 1
             needed = needed or grpo.loss_type in COVARIANCE_LOSSES
-            return needed or self.optimizer_steps_per_rollout > 1
+            return needed or self.optimizer_steps_per_update > 1
         return grpo.old_logprobs == "recompute"
 
     @property
@@ -962,32 +1105,6 @@ class Config(Section):
         if rollout_is == "auto":
             rollout_is = "token" if self.rollout.max_staleness else "none"
         return self.grpo.model_copy(update={"rollout_is": rollout_is})
-
-    def overlaps_grad_reduce(self, *, on_cpu: bool) -> bool:
-        """policy.overlap_grad_reduce, decided."""
-        if self.policy.overlap_grad_reduce is None:
-            return not on_cpu and self.data_parallel_size > 1
-        return self.policy.overlap_grad_reduce
-
-    def overlaps_param_gather(self, *, on_cpu: bool) -> bool:
-        """policy.overlap_param_gather, decided."""
-        if self.policy.overlap_param_gather is None:
-            return (
-                self.policy.use_distributed_optimizer
-                and self.optimizer_steps_per_rollout > 1
-                and self.overlaps_grad_reduce(on_cpu=on_cpu)
-            )
-        return self.policy.overlap_param_gather
-
-    def may_bridge(self, *, on_cpu: bool) -> bool:
-        """Whether mcore-bridge may have the weights; it needs Transformer Engine, so GPUs."""
-        return not on_cpu and self.model.bridge != "rlsys"
-
-    def model_dtype(self, *, on_cpu: bool) -> Literal["float32", "bfloat16"]:
-        """The weights' type on the device of the run."""
-        if self.model.dtype == "auto":
-            return "float32" if on_cpu else "bfloat16"
-        return self.model.dtype
 
     @property
     def eval_correct(self) -> Gate:
@@ -1033,13 +1150,3 @@ class Config(Section):
     def syncs_reference(self, step: int) -> bool:
         """Whether the reference takes the policy's weights after `step`."""
         return self.reference.sync_steps is not None and step % self.reference.sync_steps == 0
-
-    @property
-    def data_parallel_size(self) -> int:
-        """Replicas of the policy."""
-        policy = self.policy
-        return policy.world_size // (
-            policy.tensor_parallel_size
-            * policy.pipeline_parallel_size
-            * policy.context_parallel_size
-        )

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from rlsys.config.field_types import kinds_of
 from rlsys.config.fields import config_fields, config_sections, first_sentence, nested
 from rlsys.config.hints import hint
-from rlsys.config.schema import Config
+from rlsys.config.schema import AnyConfig, RunConfig
 from rlsys.problems import Problem, ProblemsError
 
 _PLACEHOLDERS: dict[str, Any] = {
@@ -30,23 +30,25 @@ _PLACEHOLDERS: dict[str, Any] = {
 
 
 def validate(
+    schema: type[AnyConfig],
     values: dict[str, Any],
     command_line: set[str],
     problems: list[Problem],
     project: str | None,
-) -> Config | None:
+) -> AnyConfig | None:
     """The config, or None when there are problems.
 
     Args:
+        schema: the class of the config.
         values: the mapping of a config file.
         command_line: fields whose values are from the command line.
         problems: gets what is wrong.
         project: the other project that the names are from, if any.
     """
-    for section in config_sections():
+    for section in config_sections(schema):
         values.setdefault(section, {})  # so that its missing fields are reported one by one
     try:
-        config = Config.model_validate(values)
+        config = schema.model_validate(values)
     except ValidationError as error:
         details = error.errors()
     else:
@@ -55,22 +57,28 @@ def validate(
         problems += rules
         return None
     wrong: set[str] = set()
-    for detail in _one_for_each_field(details):
-        wrong.add(_field_of(detail)[0])
-        problems.append(Problem(_describe(detail, command_line, project)))
-    rest = _without(values, wrong)
-    problems += [rule for rule in _broken_rules(_errors(rest)) if not _reads(rule, wrong)]
+    for detail in _one_for_each_field(schema, details):
+        wrong.add(_field_of(schema, detail)[0])
+        problems.append(Problem(_describe(schema, detail, command_line, project)))
+    rules = _broken_rules(_errors(schema, _without(schema, values, wrong)))
+    problems += [rule for rule in rules if not _reads(schema, rule, wrong)]
     return None
 
 
-def wrong_fields(values: Mapping[str, Any]) -> set[str]:
+def wrong_fields(schema: type[RunConfig], values: Mapping[str, Any]) -> set[str]:
     """The fields of `values`, name -> value, whose values are wrong by themselves."""
-    return {_field_of(detail)[0] for detail in _errors(nested(_PLACEHOLDERS | dict(values)))}
+    details = _errors(schema, nested(_placeholders(schema) | dict(values)))
+    return {_field_of(schema, detail)[0] for detail in details}
 
 
-def _errors(values: dict[str, Any]) -> list[ErrorDetails]:
+def _placeholders(schema: type[RunConfig]) -> dict[str, Any]:
+    fields = config_fields(schema)
+    return {name: value for name, value in _PLACEHOLDERS.items() if name in fields}
+
+
+def _errors(schema: type[RunConfig], values: dict[str, Any]) -> list[ErrorDetails]:
     try:
-        Config.model_validate(values)
+        schema.model_validate(values)
     except ValidationError as error:
         return error.errors()
     return []
@@ -84,10 +92,10 @@ def _broken_rules(details: list[ErrorDetails]) -> list[Problem]:
     return [p for error in errors if isinstance(error, ProblemsError) for p in error.problems]
 
 
-def _without(values: dict[str, Any], wrong: set[str]) -> dict[str, Any]:
+def _without(schema: type[RunConfig], values: dict[str, Any], wrong: set[str]) -> dict[str, Any]:
     """`values` without wrong and unknown fields; adds placeholders to both arguments."""
     rest: dict[str, Any] = {}
-    for name in config_fields():
+    for name in config_fields(schema):
         section, _, field = name.rpartition(".")
         fields = values[section] if section else values
         if name not in wrong and isinstance(fields, dict) and field in fields:
@@ -95,36 +103,37 @@ def _without(values: dict[str, Any], wrong: set[str]) -> dict[str, Any]:
         elif name in _PLACEHOLDERS:
             wrong.add(name)
             rest[name] = _PLACEHOLDERS[name]
-    return {section: {} for section in config_sections()} | nested(rest)
+    return {section: {} for section in config_sections(schema)} | nested(rest)
 
 
-def _reads(rule: Problem, wrong: set[str]) -> bool:
+def _reads(schema: type[RunConfig], rule: Problem, wrong: set[str]) -> bool:
     """Whether the rule's text names one of these fields, or a field of one of these sections."""
-    patterns = [rf"\b{name}\." for name in wrong & config_sections().keys()]
-    patterns += [rf"\b{name.rpartition('.')[2]}\b" for name in wrong & config_fields().keys()]
+    patterns = [rf"\b{name}\." for name in wrong & config_sections(schema).keys()]
+    fields = wrong & config_fields(schema).keys()
+    patterns += [rf"\b{name.rpartition('.')[2]}\b" for name in fields]
     return any(re.search(pattern, rule.text) for pattern in patterns)
 
 
 # --- one field -----------------------------------------------------------------------------------
 
 
-def _one_for_each_field(details: list[ErrorDetails]) -> list[ErrorDetails]:
+def _one_for_each_field(schema: type[RunConfig], details: list[ErrorDetails]) -> list[ErrorDetails]:
     """One error for a field with several types; pydantic has one for each type."""
     found: dict[tuple[Any, ...], ErrorDetails] = {}
     for detail in details:
-        name, below = _field_of(detail)
+        name, below = _field_of(schema, detail)
         first = found.setdefault((name, *below), detail)
         if first is not detail:
             first["msg"] = f"{_rule(first)}, or {_rule(detail).removeprefix('should be ')}"
     return list(found.values())
 
 
-def _field_of(detail: ErrorDetails) -> tuple[str, list[Any]]:
+def _field_of(schema: type[RunConfig], detail: ErrorDetails) -> tuple[str, list[Any]]:
     """The name of the field; list indices and keys of the user below it."""
     place = list(detail["loc"])
-    depth = 2 if place and place[0] in config_sections() else 1
+    depth = 2 if place and place[0] in config_sections(schema) else 1
     name, below = ".".join(str(part) for part in place[:depth]), place[depth:]
-    info = config_fields().get(name)
+    info = config_fields(schema).get(name)
     if info is not None and len(kinds_of(info) - {NoneType}) > 1:
         del below[:1]  # the type for which it is wrong
     return name, below
@@ -135,14 +144,16 @@ def _rule(detail: ErrorDetails) -> str:
     return rule.split(", unable to ")[0]
 
 
-def _describe(detail: ErrorDetails, command_line: set[str], project: str | None) -> str:
+def _describe(
+    schema: type[RunConfig], detail: ErrorDetails, command_line: set[str], project: str | None
+) -> str:
     """The field, its value, the rule, and what the field means."""
-    name, below = _field_of(detail)
+    name, below = _field_of(schema, detail)
     if detail["type"] == "extra_forbidden":
-        return f"{name}: there is no such field.{hint(name, project)}"
-    if name in config_sections():
+        return f"{name}: there is no such field.{hint(name, project, schema)}"
+    if name in config_sections(schema):
         return f"{name}: should be a section with fields below it, not {detail['input']!r}"
-    meaning = first_sentence(config_fields()[name].description)
+    meaning = first_sentence(config_fields(schema)[name].description)
     if detail["type"] == "missing":
         return f"{name}: is missing. {meaning}"
     rule = _rule(detail)

@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from rlsys.config.field_types import kinds_of, split_list
 from rlsys.config.fields import config_fields, config_sections, first_sentence
 from rlsys.config.hints import counterpart, hint
+from rlsys.config.schema import RunConfig
 from rlsys.config.yaml_text import load_yaml, read_scalar
 from rlsys.problems import Problem
 
@@ -38,46 +39,53 @@ class Option:
     name: str
     has_equals: bool
     """Whether the first value stands behind `=`."""
+    schema: type[RunConfig]
+    """Of the config whose field it may be."""
     texts: list[str] = field(default_factory=list)
 
     def wants_value(self) -> bool:
         """Whether the next word is its value, whatever it looks like."""
-        info = config_fields().get(self.name)
+        info = config_fields(self.schema).get(self.name)
         return not self.texts and (info is None or bool not in kinds_of(info))
 
     def wants_values(self) -> bool:
         """Whether more words may be its values."""
-        info = config_fields().get(self.name)
+        info = config_fields(self.schema).get(self.name)
         return bool({list, dict} & kinds_of(info)) if info is not None else not self.has_equals
 
 
-def read_options(words: Sequence[str], problems: list[Problem]) -> list[Option]:
+def read_options(
+    words: Sequence[str], problems: list[Problem], schema: type[RunConfig]
+) -> list[Option]:
     """The names that are given, each with its words; words before the first are problems."""
     options: list[Option] = []
     for word in words:
         last = options[-1] if options else None
-        found = _OPTION.fullmatch(word) or _other_spelling(word, last)
+        found = _OPTION.fullmatch(word) or _other_spelling(word, last, schema)
         if found is not None:
             value = found["value"]
-            option = Option(word.partition("=")[0], _normal(found["name"]), value is not None)
+            name = _normal(found["name"])
+            option = Option(word.partition("=")[0], name, value is not None, schema)
             options.append(option)
             option.texts += [] if value is None else [value]
         elif last is not None:
             last.texts.append(word)
-        elif _normal(word) in config_fields():
+        elif _normal(word) in config_fields(schema):
             problems.append(Problem(f"{word}: write --{_normal(word)} VALUE"))
         else:
             problems.append(Problem(f"{word}: expected --section.field before it"))
     return options
 
 
-def _other_spelling(word: str, last: Option | None) -> re.Match[str] | None:
+def _other_spelling(
+    word: str, last: Option | None, schema: type[RunConfig]
+) -> re.Match[str] | None:
     """`name=value` or `-name`, where it is not a value of the option before it."""
     found = _HYDRA.fullmatch(word) or _ONE_DASH.fullmatch(word)
     if found is None or (last is not None and last.wants_value()):
         return None
     name = _normal(found["name"])
-    known = name in config_fields() or name.partition(".")[0] in config_sections()
+    known = name in config_fields(schema) or name.partition(".")[0] in config_sections(schema)
     if last is not None and last.wants_values() and not known:
         return None
     return found if known or "=" in word else None
@@ -91,7 +99,8 @@ def apply_options(
     options: Sequence[Option],
     values: dict[str, Any],
     problems: list[Problem],
-    project: str | None = None,
+    project: str | None,
+    schema: type[RunConfig],
 ) -> tuple[list[str], list[str]]:
     """Put the values of `options` into `values`, the mapping of a config file.
 
@@ -100,6 +109,7 @@ def apply_options(
         values: changed in place.
         problems: gets what is wrong.
         project: the other project that the names are from, if any.
+        schema: the class of the config.
 
     Returns:
         the fields that were set, and the names that no field has.
@@ -111,8 +121,8 @@ def apply_options(
     found: list[str] = []
     unknown: list[str] = []
     for option in options:
-        name, keys = _field_and_keys(option.name)
-        problem = _problem_of_name(option, name, keys, project)
+        name, keys = _field_and_keys(option.name, schema)
+        problem = _problem_of_name(option, name, keys, project, schema)
         if problem is not None:
             problems.append(Problem(f"{option.written}: {problem}"))
             unknown.append(name)
@@ -126,7 +136,7 @@ def apply_options(
             parent[field_name] = _with_key(parent.get(field_name), keys, value)
         else:
             try:
-                parent[field_name] = value_of(option.texts, config_fields()[name])
+                parent[field_name] = value_of(option.texts, config_fields(schema)[name])
             except ValueError as error:
                 problems.append(Problem(f"{option.written}: {error}"))
                 continue
@@ -134,11 +144,11 @@ def apply_options(
     return found, unknown
 
 
-def _field_and_keys(name: str) -> tuple[str, list[str]]:
+def _field_and_keys(name: str, schema: type[RunConfig]) -> tuple[str, list[str]]:
     """`reward.reward_params.length.max_length` as that field and the keys below it."""
     parts = name.split(".")
     for end in range(len(parts) - 1, 1, -1):
-        info = config_fields().get(".".join(parts[:end]))
+        info = config_fields(schema).get(".".join(parts[:end]))
         if info is not None and dict in kinds_of(info):
             return ".".join(parts[:end]), parts[end:]
     return name, []
@@ -148,11 +158,13 @@ _FULL_ONLY = ("train_type", "tuner_type")
 """Options of ms-swift whose value `full` is how rlsys trains; it has no other value."""
 
 
-def _problem_of_name(option: Option, name: str, keys: list[str], project: str | None) -> str | None:
-    fields = config_fields()
+def _problem_of_name(
+    option: Option, name: str, keys: list[str], project: str | None, schema: type[RunConfig]
+) -> str | None:
+    fields = config_fields(schema)
     if option.written.startswith("-") and not option.written.startswith("--"):
         return f"write it with two dashes: --{option.name}"
-    if name in config_sections():
+    if name in config_sections(schema):
         example = next(field for field in fields if field.startswith(f"{name}."))
         return f"is a section; set one of its fields, such as --{example}"
     if name in fields:
@@ -160,10 +172,10 @@ def _problem_of_name(option: Option, name: str, keys: list[str], project: str | 
     positive = re.sub(r"(^|\.)no_", r"\1", name)
     if positive in fields and bool in kinds_of(fields[positive]):
         return f"there is no such field. Write --{positive} false"
-    row = counterpart(name, project) if project else None
+    row = counterpart(name, project, schema) if project else None
     if row is not None and row.same_value:
         return f"-> {row.fields[0]}. {first_sentence(fields[row.fields[0]].description)}"
-    text = f"there is no such field.{hint(name, project)}"
+    text = f"there is no such field.{hint(name, project, schema)}"
     if name in _FULL_ONLY and option.texts != ["full"]:
         text = text.replace(" Not needed: ", " Not supported: ")
     return text

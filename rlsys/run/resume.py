@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import count
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.config.fields import config_fields
 from rlsys.config.load import is_saved_config
 from rlsys.config.yaml_text import load_yaml
@@ -53,7 +53,7 @@ def move_aside(run: RunDir) -> Iterator[str]:
     )
 
 
-def resume_notes(config: Config, run: RunDir, step: int) -> Iterator[str]:
+def resume_notes(config: RunConfig, run: RunDir, step: int) -> Iterator[str]:
     """Lines for the terminal: the checkpoint, steps that are taken again, settings that changed.
 
     Args:
@@ -74,13 +74,13 @@ def resume_notes(config: Config, run: RunDir, step: int) -> Iterator[str]:
         yield f"changed since then: {'; '.join(changed)}"
 
 
-def _changes(config: Config, run: RunDir) -> Iterator[str]:
+def _changes(config: RunConfig, run: RunDir) -> Iterator[str]:
     """`field before -> now`, for the fields that the older config has too."""
     if not run.config.exists() or not is_saved_config(run.config):
         return
     before = load_yaml(run.config.read_text(encoding="utf-8"))
     now = config.model_dump()
-    for name in config_fields():
+    for name in config_fields(type(config)):
         section, _, field = name.rpartition(".")
         old, new = (values.get(section, {}) if section else values for values in (before, now))
         if name not in _OF_EVERY_RESUME and field in old and old[field] != new[field]:

@@ -110,7 +110,7 @@ class SamplingWatch(Watch):
     def _starts_at_reference(self, step: int) -> bool:
         config = self._config
         same = config.reference_path == config.model.path
-        return step == 1 and same and config.optimizer_steps_per_rollout == 1
+        return step == 1 and same and config.optimizer_steps_per_update == 1
 
     def _difference_text(self, step: int, difference: float, rounding: float) -> str:
         return (

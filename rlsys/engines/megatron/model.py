@@ -47,7 +47,6 @@ from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder
-from rlsys.model.memory import longest_row
 from rlsys.model.memory_options import fp8_multiple
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.tokenizer_files import num_token_ids
@@ -100,7 +99,7 @@ class MegatronModel:
             self.weights.load(self.folder)
         self.routing = None
         if shape.is_moe and not self._is_bridged:
-            replays = self.role == "policy" and config.rollout.router_replay
+            replays = self.role == "policy" and config.replays_routing
             self.routing = ExpertRouting(
                 self.model, shape.expert_layers, config.policy, replays=replays
             )
@@ -109,7 +108,7 @@ class MegatronModel:
             end_at_hidden_states(self.model[-1])
             self._head = LogprobHead(self.model[-1], config, self._sampling(shape.vocab_size))
             if not self.on_cpu:
-                self._head.warm_up(trains=trains, entropy_bonus=config.grpo.entropy_coef > 0)
+                self._head.warm_up(trains=trains, entropy_bonus=config.algorithm.entropy_coef > 0)
         self._has_scales = (
             config.policy.fp8_format is not None and config.policy.fp8_recipe == "delayed"
         )
@@ -133,7 +132,7 @@ class MegatronModel:
                 self.hf_config,
                 shape,
                 self.transformer_config,
-                longest=longest_row(self.config),
+                longest=self.config.longest_row,
                 on_cpu=self.on_cpu,
             )
             self.model = torch.nn.ModuleList(chunks).to(self.device)
@@ -147,19 +146,9 @@ class MegatronModel:
 
     def _sampling(self, vocab_size: int) -> Sampling:
         """How the rollout engines sample, by the policy's tokenizer."""
-        rollout = self.config.rollout
         known = num_token_ids(resolve_model_path(self.config.model.path)) or vocab_size
         # Beyond the vocabulary are the rows that fill it up for tensor parallelism.
-        return Sampling(
-            rollout.temperature,
-            rollout.top_k,
-            rollout.top_p,
-            min(known, vocab_size),
-            rollout.min_p,
-            rollout.repetition_penalty,
-            rollout.presence_penalty,
-            rollout.frequency_penalty,
-        )
+        return Sampling(num_token_ids=min(known, vocab_size), **self.config.sampling)
 
     @property
     def more_gpus(self) -> str:

@@ -121,7 +121,7 @@ class MegatronPolicy(MegatronModel):
 
     def _build_scheduler(self) -> OptimizerParamScheduler:
         policy = self.config.policy
-        total = self.config.num_steps * self.config.optimizer_steps_per_rollout
+        total = self.config.num_steps * self.config.optimizer_steps_per_update
         return OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -159,7 +159,7 @@ class MegatronPolicy(MegatronModel):
         steps = optimizer_step_rows(
             len(batch.lengths),
             global_batch_size=self.config.global_batch_size,
-            num_iterations=self.config.grpo.num_iterations,
+            num_iterations=self.config.algorithm.num_iterations,
             # A hash of integers is the same in every process.
             seed=hash((self.config.seed, self.policy_version)),
         )
@@ -195,7 +195,7 @@ class MegatronPolicy(MegatronModel):
             rows=rows,
             kept_N=batch.kept,
             aggregation=algorithm.loss_settings.loss_aggregation,
-            max_completion_length=self.config.rollout.max_completion_length,
+            max_completion_length=self.config.max_completion_length,
         )
         seed = hash((self.config.seed, self.policy_version, *rows))
         batch = choose_tokens(batch, rows, algorithm, seed=seed)

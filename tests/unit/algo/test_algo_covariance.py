@@ -131,5 +131,5 @@ def test_the_choice_has_log_probs_from_before_the_update(loss_type):
     from config_cases import values
 
     config = Config.model_validate(values(grpo={"loss_type": loss_type}))
-    assert config.optimizer_steps_per_rollout == 1
+    assert config.optimizer_steps_per_update == 1
     assert config.recompute_old_logprobs

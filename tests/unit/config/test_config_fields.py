@@ -26,7 +26,7 @@ def section_of_class() -> dict[str, str]:
         for name, cls in config_sections().items()
         for base in cls.__mro__
         if issubclass(base, Section) and base is not Section
-    } | {"Config": ""}
+    } | {"Config": "", "RunConfig": ""}
 
 
 class FieldReads(ast.NodeVisitor):
