@@ -42,3 +42,35 @@ def logprobs_or_refusal(folder):
         return str(error)
     rows, (logprobs, _) = model.compute_logprobs(batch)
     return torch.zeros(batch.input_ids.shape).index_copy(0, torch.tensor(rows), logprobs)
+
+
+def gradient_and_kept(folder, options):
+    """The gradient of one micro-batch, and the bytes that its forward pass kept for it.
+
+    Args:
+        options: settings of policy.
+    """
+    _start()
+    from policy_cases import gradients_of, policy_config, random_batch
+    from torch.autograd.graph import saved_tensors_hooks
+
+    from rlsys.engines.megatron.policy import MegatronPolicy
+
+    policy = MegatronPolicy(policy_config(folder, micro_batch_size=8, **options), device="cpu")
+    kept, num_bytes = [], []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    def first_use(tensor):
+        if not num_bytes:
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept}
+            num_bytes.append(sum(storage.nbytes() for storage in storages.values()))
+        return tensor
+
+    policy.optimizer.step = lambda: (True, 0.0, None)
+    with saved_tensors_hooks(keep, first_use):
+        policy.update(random_batch(), loss="sft")
+    gradients = {name: grad.clone() for name, grad in gradients_of(policy.weights).items()}
+    return gradients, num_bytes[0]

@@ -10,9 +10,9 @@ torch is patched where megatron-core assumes CUDA:
 
 megatron-core itself is patched in DistributedOptimizer, whose checkpoints miss the step counter of
 torch's AdamW, and in two names of the mixture of experts: `maybe_move_tensor_to_cpu`, which makes
-an array only of tensors from a GPU, and `te_general_gemm`, which needs Transformer Engine; and in
-two names of latent attention. Two warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log
-level.
+an array only of tensors from a GPU, and `te_general_gemm`, which needs Transformer Engine; in
+two names of latent attention; and in recompute without outputs, which believes that FP8 is there.
+Two warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log level.
 
 Parallelism, optimizer, clipping and schedules are megatron-core's own; norm and attention are in
 `rlsys.engines.megatron.layers`. The patches hold for the whole process, so a policy or reference
@@ -77,6 +77,7 @@ def enable_megatron_on_cpu() -> None:
     _patch_optimizer()
     _patch_experts()
     _patch_latent_attention()
+    _patch_recompute()
 
 
 def _is_cuda(device: Any) -> bool:
@@ -168,6 +169,14 @@ def _patch_latent_attention() -> None:
 
     multi_latent_attention.HAVE_TE = False
     multi_latent_attention.Linear = ReplicatedLinear
+
+
+def _patch_recompute() -> None:
+    """Modules that are computed again ask Transformer Engine for FP8, unless `fp8` is None."""
+    from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+
+    original = CheckpointWithoutOutput.__init__
+    CheckpointWithoutOutput.__init__ = lambda self, fp8=None: original(self, None)
 
 
 def _patch_optimizer() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlsys.preflight.devices import gpu_memory_gib
+from rlsys.preflight.devices import gpu_compute_capability, gpu_memory_gib
 
 
 def test_the_memory_of_gpus_is_the_drivers(tmp_path, monkeypatch):
@@ -16,3 +16,14 @@ def test_the_memory_of_gpus_is_the_drivers(tmp_path, monkeypatch):
     assert gpu_memory_gib() is None
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert gpu_memory_gib() is None
+
+
+def test_the_least_capable_gpu_counts(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 10.0; echo 9.0\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert gpu_compute_capability() == (9, 0)
+    tool.write_text("#!/bin/sh\necho '[N/A]'\n")
+    assert gpu_compute_capability() is None
