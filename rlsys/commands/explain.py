@@ -40,6 +40,7 @@ from rlsys.preflight.memory import gpu_warnings
 from rlsys.preflight.model import recompute_note
 from rlsys.preflight.rewards import reward_start_problem
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
+from rlsys.preflight.trained import trained_summary
 from rlsys.problems import Problem
 from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines, print_pairs, print_wrapped
@@ -186,6 +187,8 @@ def _describe_model(config: Config, shape: ModelShape) -> list[tuple[str, str]]:
     else:
         text = "by rlsys's own table, each key of config.json checked"
     pairs.append(("weights", text))
+    if (trained := trained_summary(config, shape)) is not None:
+        pairs.append(("trained", trained))
     note = recompute_note(config.policy, shape)
     return pairs if note is None else [*pairs, ("recompute", note)]
 

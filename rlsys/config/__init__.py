@@ -6,6 +6,7 @@ from rlsys.config.schema import Config as Config
 from rlsys.config.schema import DataConfig as DataConfig
 from rlsys.config.schema import EvalConfig as EvalConfig
 from rlsys.config.schema import GrpoConfig as GrpoConfig
+from rlsys.config.schema import LoraConfig as LoraConfig
 from rlsys.config.schema import ModelConfig as ModelConfig
 from rlsys.config.schema import PolicyConfig as PolicyConfig
 from rlsys.config.schema import ReferenceConfig as ReferenceConfig

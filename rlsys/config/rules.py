@@ -17,6 +17,7 @@ from rlsys.config.prompt_template import prompt_template_problems
 from rlsys.config.rules_algorithm import algorithm_problems
 from rlsys.config.rules_eval import eval_problems
 from rlsys.config.rules_memory import memory_rule_problems
+from rlsys.config.rules_trained import trained_rule_problems
 from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
 
@@ -49,6 +50,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_reference_problems(config),
         *_training_problems(config),
         *memory_rule_problems(config.policy),
+        *trained_rule_problems(config.policy),
         *reward_problems(config.reward),
         *eval_problems(config),
         *_split_problems(config.data),

@@ -7,6 +7,7 @@ A config is a YAML file whose sections are the classes below, overridden from th
 from __future__ import annotations
 
 import math
+import re
 from abc import abstractmethod
 from types import NoneType
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -68,7 +69,7 @@ class Section(BaseModel):
         kinds = kinds_of(cls.model_fields[info.field_name])
         if NoneType in kinds and value in ("none", "None"):
             return None
-        if list in kinds and isinstance(value, str):
+        if list in kinds and str not in kinds and isinstance(value, str):
             return split_list(value)
         if isinstance(value, bool) and bool not in kinds:
             raise ValueError("should not be true or false; quote it if it is a text")
@@ -564,6 +565,58 @@ class GrpoConfig(Section):
         )
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA, arXiv:2106.09685): the base model stays as it is."""
+
+    rank: PositiveInt = 8
+    """Rows of A, columns of B: PEFT's r."""
+    alpha: PositiveFloat = 32.0
+    """The adapter's output is multiplied by alpha / rank: PEFT's lora_alpha."""
+    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the adapter's inputs that updates leave out; log-probs and evaluations leave out
+    nothing."""
+    target_modules: list[NonEmptyText] | str = "all-linear"
+    """Linear layers with an adapter. all-linear: every one but the output head and routers. A list
+    has Hugging Face's names, `[q_proj, v_proj]`, whole or their last parts; a text is a regex of
+    whole names."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead (arXiv:2312.03732)."""
+    modules_to_save: list[NonEmptyText] = []
+    """Modules that are trained whole beside the adapters, such as embed_tokens, lm_head, norm."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts: PEFT's default (uniform, by Kaiming), or normal with a deviation of 1 / rank.
+    B starts as 0."""
+    path: PathText | None = None
+    """Folder of the adapter to start from, as PEFT writes it: its rank, alpha and targets are taken
+    over. null: new adapters."""
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _names_without_brackets(cls, value: Any) -> Any:
+        """Read `q_proj` and `q_proj,v_proj` as names: as regexes they would match no whole name."""
+        if value in ("all-linear", ["all-linear"]):
+            return "all-linear"
+        is_names = isinstance(value, str) and re.fullmatch(r"\w+( *, *\w+)*", value)
+        return re.findall(r"\w+", value) if is_names else value
+
+    @field_validator("init", mode="before")
+    @classmethod
+    def _names_of_peft(cls, value: Any) -> Any:
+        """Take PEFT's true for its default.
+
+        Raises:
+            ValueError: the value is an initialisation that changes the base model.
+        """
+        if value is True or value == "true":
+            return "kaiming"
+        if isinstance(value, str) and value.startswith(("pissa", "olora", "loftq", "corda", "eva")):
+            raise ValueError(
+                f"{value} is not supported: it changes the base model or reads data first, and the "
+                "base of an rlsys run stays as it is. Write kaiming or gaussian"
+            )
+        return value
+
+
 class PolicyConfig(Section):
     """The megatron-core trainer."""
 
@@ -700,6 +753,19 @@ class PolicyConfig(Section):
     GLM-4.5 and DeepSeek's models, else the model's, as in transformers."""
     cpu_threads: PositiveInt = 1
     """Threads of each policy and reference rank on CPU."""
+    lora: LoraConfig | None = None
+    """Train adapters in place of the model's weights; null trains the weights."""
+    freeze_parameters: list[NonEmptyText] = []
+    """Starts of Hugging Face's names of tensors that are not trained: `[model.embed_tokens,
+    model.layers.0.]`."""
+    freeze_parameters_regex: str | None = None
+    """Regex in the names of tensors that are not trained."""
+    freeze_parameters_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Share of all parameters that is not trained, from the embedding up."""
+    trainable_parameters: list[NonEmptyText] = []
+    """Starts of names of tensors that are trained although one of the former freezes them."""
+    trainable_parameters_regex: str | None = None
+    """The same as a regex in names."""
     timeout_s: PositiveFloat = 1800.0
     """Seconds that one phase of the policy or of the reference may take."""
 
@@ -709,6 +775,13 @@ class PolicyConfig(Section):
         if layout is not None:
             parse_layout(layout)
         return layout
+
+    @property
+    def freezes(self) -> bool:
+        """Whether some of the model's parameters are not trained, without adapters."""
+        return bool(
+            self.freeze_parameters or self.freeze_parameters_regex or self.freeze_parameters_ratio
+        )
 
     @property
     def virtual_pipeline_size(self) -> int:

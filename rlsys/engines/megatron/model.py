@@ -81,6 +81,7 @@ class MegatronModel:
         self.dtype = getattr(torch, config.model_dtype(on_cpu=self.on_cpu))
         # Refuses unsupported models.
         shape = read_model_shape(self.folder, may_bridge=config.may_bridge(on_cpu=self.on_cpu))
+        self.shape = shape
         # Preflight has not seen the files of a hub model, nor those on another host.
         check_model_folder(self.folder, shape, has_prompts=False)
         self._is_bridged = is_bridged(config, shape)

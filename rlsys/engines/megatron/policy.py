@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -32,10 +33,16 @@ from rlsys.engines.megatron.checkpoint import (
     save_optimizer,
     save_scales,
 )
-from rlsys.engines.megatron.hf_folder import write_model_files
-from rlsys.engines.megatron.model import LossOf, MegatronModel
+from rlsys.engines.megatron.freezing import freeze, lead_gradients_to
+from rlsys.engines.megatron.hf_folder import save_model_folder, write_model_files
+from rlsys.engines.megatron.lora import Adapters
+from rlsys.engines.megatron.model import LossOf, MegatronModel, ModelWriter
 from rlsys.engines.megatron.options import megatron_config, optimizer_state_options
+from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.files import replacing_folder
+from rlsys.model.freezing import frozen_tensors, num_frozen, trained_text
+from rlsys.model.lora import count_trained, plan_lora
 from rlsys.types import Device, TrainBatch, UpdateOutput
 
 if TYPE_CHECKING:
@@ -49,6 +56,7 @@ class MegatronPolicy(MegatronModel):
         super().__init__(config, config.model.path, device=device, trains=True)
         overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
+        self.adapters = self._choose_trained()
         fuse_weight_gradients(self.model)
         with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
             ddp_config = self._ddp_config(overlap_grads)
@@ -77,6 +85,25 @@ class MegatronPolicy(MegatronModel):
         self.policy_version = 0
         self._is_mid_update = False
         """Whether an update has changed the weights and has not ended."""
+
+    def _choose_trained(self) -> Adapters | None:
+        """Freeze what is not trained, and put adapters on the model where policy.lora says so."""
+        policy, shape = self.config.policy, self.shape
+        if policy.lora is None and not policy.freezes:
+            return None
+        assert isinstance(self.weights, MegatronWeights), "see preflight"
+        lead_gradients_to(self.model)
+        if policy.lora is None:
+            freeze(self.weights, frozen_tensors(policy, shape))
+            num_trained = shape.num_params - num_frozen(policy, shape)
+            adapters = None
+        else:
+            plan = plan_lora(policy.lora, shape)
+            adapters = Adapters(self.model, self.weights, shape, plan, seed=self.config.seed)
+            num_trained = count_trained(adapters.weights.table)
+        if dist.get_rank() == 0:
+            print(trained_text(num_trained, shape.num_params), flush=True)
+        return adapters
 
     @property
     def more_gpus(self) -> str:
@@ -224,6 +251,8 @@ class MegatronPolicy(MegatronModel):
                 num_rows=len(rows),
                 undo_averaging=undo_averaging,
             )
+        if self.adapters is not None:
+            self.adapters.seed_dropout(seed)
         outputs = self._compute_gradients(packed, loss_of, begin)
         metrics = self._reduced_metrics(outputs)
         if self.routing is not None:
@@ -288,13 +317,42 @@ class MegatronPolicy(MegatronModel):
             f"Its metrics: {values}"
         )
 
+    def compute_logprobs(
+        self, batch: TrainBatch, *, adapter: bool = True
+    ) -> tuple[list[int], torch.Tensor] | None:
+        """See MegatronModel.compute_logprobs.
+
+        `adapter=False` computes those of the base model, the reference of a run with policy.lora.
+        """
+        if adapter:
+            return super().compute_logprobs(batch)
+        assert self.adapters is not None, "the policy's base is gone"
+        with self.adapters.off():
+            return super().compute_logprobs(batch)
+
+    def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
+        """Write the model, or the adapter in PEFT's format; see MegatronModel.save_model."""
+        if self.adapters is None:
+            super().save_model(folder, write)
+            return
+        is_first = dist.get_rank() == 0
+        with replacing_folder(folder) if is_first else nullcontext(folder) as partial:
+            self.adapters.write_files(partial, self.config.model.path)
+        dist.barrier()
+
     def finished_version(self) -> int | None:
         """Number of updates that the weights have had; None if the last one did not end."""
         return None if self._is_mid_update else self.policy_version
 
     def save_checkpoint(self, folder: Path) -> None:
-        """Write a model folder and the optimizer's state into an empty folder; every rank calls."""
-        self.save_model(folder, write_model_files)
+        """Write the model or its adapter, and the optimizer's state, into an empty folder.
+
+        Every rank calls.
+        """
+        if self.adapters is None:
+            self.save_model(folder, write_model_files)
+        else:
+            self.adapters.write_files(folder, self.config.model.path)
         save_optimizer(
             folder, self.weights, self.optimizer, self.scheduler, policy_version=self.policy_version
         )
@@ -304,7 +362,7 @@ class MegatronPolicy(MegatronModel):
     def load_checkpoint(self, folder: Path) -> int:
         """Continue from a checkpoint, see `check_checkpoint`; returns its policy_version."""
         check_checkpoint(folder, self.optimizer)
-        self.weights.load(folder)
+        (self.weights if self.adapters is None else self.adapters.weights).load(folder)
         self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
         if self._has_scales and load_scales(folder, self.weights):
             self._unknown_scales = self._unknown_gradient_scales = False

@@ -31,18 +31,30 @@ class MegatronWeights:
     Args:
         chunks: the bare GPTModels of this rank.
         shape: sizes of the whole model.
+        table: the rows that count, with Hugging Face's names or PEFT's; None: the whole model's.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], shape: ModelShape):
-        self.table = weight_table(shape)
-        self.tied = shape.tied
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        shape: ModelShape,
+        table: list[WeightRow] | None = None,
+    ):
+        self.table = weight_table(shape) if table is None else table
+        self.tied = shape.tied and table is None
         self._vocab_size = shape.vocab_size
         self._tp = parallel_state.get_tensor_model_parallel_group()
         self._pp = parallel_state.get_pipeline_model_parallel_group()
         self._ep = parallel_state.get_expert_model_parallel_group()
         own_experts = shape.num_experts // self._ep.size() if shape.is_moe else 0
-        self._parameters = _named_globally(chunks, first_expert=self._ep.rank() * own_experts)
-        self._dtype = next(iter(self._parameters.values())).dtype
+        named = _named_globally(chunks, first_expert=self._ep.rank() * own_experts)
+        self._dtype = next(iter(named.values())).dtype
+        self.device = next(iter(named.values())).device
+        """Where the parameters are."""
+        if table is not None:
+            rows = {name for row in table for name in row.names}
+            named = {name: parameter for name, parameter in named.items() if name in rows}
+        self._parameters = named
         self._chunks = chunks
         self.sharding = {
             "singleton_local_shards": False,
@@ -138,6 +150,10 @@ class MegatronWeights:
         name = self._own_name(row)
         return None if name is None else self._parameters[name]
 
+    def parameters_named(self, *names: str) -> list[torch.Tensor]:
+        """This rank's parameters with these names."""
+        return [self._parameters[name] for name in names if name in self._parameters]
+
     def slice_of(self, row: WeightRow) -> tuple[int, int]:
         """(index, num_shards) of this rank's slice of a row's parts, if it has the row."""
         return (0, 1) if row.tp_axis is None else (self._tp.rank(), self._tp.size())
@@ -162,11 +178,6 @@ class MegatronWeights:
                 _mark(self._parameters[name], row.tp_axis or 0)
         if OUTPUT in self._parameters:
             _mark(self._parameters[OUTPUT], 0)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(iter(self._parameters.values())).device
 
     @property
     def has_fp8(self) -> bool:

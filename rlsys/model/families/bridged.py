@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.model.families.base import LayerShape, ModelFamily
 from rlsys.model.families.experts import experts_or_dense
 
@@ -18,7 +18,7 @@ _PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts")
 _DENSE_LAYERS = ("first_k_dense_replace", "moe_layer_start_index")
 
 
-def is_bridged(config: Config, shape: ModelShape) -> bool:
+def is_bridged(config: RunConfig, shape: ModelShape) -> bool:
     """Whether mcore-bridge builds the model: by model.bridge, or because rlsys has no family."""
     return config.model.bridge == "mcore_bridge" or shape.family.is_bridged
 

@@ -1,0 +1,46 @@
+"""Rules between the policy's fields that say which parameters are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rlsys.problems import Problem
+
+if TYPE_CHECKING:
+    from rlsys.config.schema import PolicyConfig
+
+
+def trained_rule_problems(policy: PolicyConfig) -> Iterator[Problem]:
+    """Every rule among these fields that `policy` breaks, on any model."""
+    freezing, training = (
+        [
+            f"policy.{name}"
+            for name in type(policy).model_fields
+            if name.startswith(start) and getattr(policy, name)
+        ]
+        for start in ("freeze_parameters", "trainable_parameters")
+    )
+    if policy.lora is not None:
+        if freezing or training:
+            yield Problem(
+                f"{', '.join(freezing + training)} with policy.lora: adapters are trained and all "
+                "else is frozen. Leave one of them out; policy.lora.target_modules and "
+                "policy.lora.modules_to_save say what is trained"
+            )
+        if policy.fp8_param_gather:
+            yield Problem(
+                "policy.fp8_param_gather with policy.lora: the weights are frozen and are not "
+                "gathered, so it saves nothing. Leave it out"
+            )
+        if policy.megatron_kwargs.get("moe_shared_expert_overlap"):
+            yield Problem(
+                "policy.megatron_kwargs.moe_shared_expert_overlap with policy.lora is not "
+                "supported: the adapters of shared experts need their inputs in one place. Leave "
+                "it out"
+            )
+    elif training and not freezing:
+        yield Problem(
+            f"{', '.join(training)} names exceptions of what is frozen, and nothing is: set "
+            "policy.freeze_parameters, freeze_parameters_regex or freeze_parameters_ratio"
+        )

@@ -1,0 +1,375 @@
+"""Low-rank adapters on megatron-core's linear layers: see `rlsys.model.lora` for the mathematics.
+
+For whoever sends or merges them, a policy with policy.lora has `engine.adapters`, an `Adapters`:
+
+- `adapters.weights` is a MegatronWeights over PEFT's tensors: `metadata()`, `export()`, `load()`,
+  and `BucketExport` takes it. Its names are those of adapter_model.safetensors, and hold the
+  tensors of modules_to_save, too. `adapters.plan` has rank, alpha, scale and targets.
+- `adapters.merged` is a MegatronWeights over the model's tensors, of which those with an adapter
+  are W + scale B A: computed in float32 when they are read, and rounded once. `metadata()` and
+  `export()` are as those of `engine.weights`, so `StreamExport(adapters.merged.export, ...)` sends
+  them; BucketExport, which copies from fixed memory, cannot. No weight of the model is changed.
+- `with adapters.off():` lets the model compute as the base does, modules_to_save included.
+- `engine.weights` is the base, but for modules_to_save, which have the trained values.
+
+All but `off` and `plan` are collective: every rank calls.
+
+Tensor parallelism cuts B of a layer whose output is cut, and A of one whose input is. The other
+matrix is whole on each rank, and sequence parallelism gives each rank other tokens for it: its
+gradient is summed over ranks by megatron-core, as that of a norm is (`sequence_parallel`). Between
+A and B only `rank` numbers for each token are communicated.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_scatter_to_sequence_parallel_region,
+)
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+from safetensors.torch import save_file
+
+from rlsys.engines.megatron.weights import MegatronWeights
+from rlsys.model.adapter_folder import WEIGHTS_FILE, write_adapter_config
+from rlsys.model.families.base import WeightRow
+from rlsys.model.lora import PARAMETERS, LoraPlan, adapter_table, parameter_name
+from rlsys.model.shape import ModelShape
+
+
+class Adapters:
+    """The adapters of one rank's part of a model, whose other parameters are frozen.
+
+    Args:
+        chunks: the bare GPTModels of this rank, before their DDP wrappers are made.
+        weights: theirs, loaded.
+        shape: sizes of the whole model.
+        plan: which tensors have an adapter.
+        seed: of new adapters, which do not depend on the parallel layout.
+    """
+
+    def __init__(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        weights: MegatronWeights,
+        shape: ModelShape,
+        plan: LoraPlan,
+        *,
+        seed: int,
+    ):
+        self.plan = plan
+        self.is_on = True
+        table = adapter_table(shape, plan)
+        rows = {name: row for row in table for name in row.names}
+        for chunk in chunks:
+            chunk.requires_grad_(False)
+        targets = {f"{target}.weight" for target in plan.targets}
+        base_rows = {
+            id(parameter): (row, parameter)
+            for row in weights.table
+            if (parameter := weights.own_parameter(row)) is not None and targets & {*row.hf_names}
+        }
+        self.by_weight: dict[str, LinearAdapter] = {}
+        """The adapters of each of the model's parameters on this rank, by its first name."""
+        for chunk in chunks:
+            tree = _Tree(rows)
+            for module in list(chunk.modules()):
+                own = (base_rows.get(id(weight)) for weight in module.parameters(recurse=False))
+                linears = [
+                    LinearAdapter(row, plan, rows, weight, tree, seed)
+                    for row, weight in filter(None, own)
+                ]
+                self.by_weight |= {linear.row.names[0]: linear for linear in linears}
+                if linears:
+                    module.register_forward_hook(partial(self._add, linears))
+            chunk.adapters = tree
+        self.weights = MegatronWeights(chunks, shape, table)
+        for row in table:
+            parameter = self.weights.own_parameter(row)
+            if parameter is not None:
+                parameter.requires_grad_()
+        self._saved = [
+            parameter
+            for row in table
+            if not row.names[0].startswith(PARAMETERS)
+            and (parameter := self.weights.own_parameter(row)) is not None
+        ]
+        self._base_of_saved = [parameter.detach().clone() for parameter in self._saved]
+        if plan.folder is not None:
+            self.weights.load(plan.folder)
+        self.merged = _MergedWeights(weights, self)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Compute as the base model does; no optimizer step may be taken meanwhile."""
+        trained = [parameter.detach().clone() for parameter in self._saved]
+        self._set_saved(self._base_of_saved)
+        self.is_on = False
+        try:
+            yield
+        finally:
+            self.is_on = True
+            self._set_saved(trained)
+
+    @torch.no_grad()
+    def _set_saved(self, values: list[torch.Tensor]) -> None:
+        for parameter, value in zip(self._saved, values, strict=True):
+            parameter.copy_(value)
+
+    def _add(
+        self, linears: list[LinearAdapter], module: torch.nn.Module, inputs: tuple, outputs: tuple
+    ) -> tuple | None:
+        """Forward hook of a linear layer, or of the linear layers of a rank's experts."""
+        if not self.is_on:
+            return None
+        output, bias = outputs
+        x = _normed(module, inputs[0])
+        if len(inputs) == 1:
+            delta = linears[0](x, training=module.training)
+        else:  # the tokens of each expert follow each other
+            by_expert = x.split(_numbers(inputs[1]))
+            delta = torch.cat(
+                [
+                    linear(tokens, training=module.training)
+                    for linear, tokens in zip(linears, by_expert, strict=True)
+                ]
+            )
+        return output + delta, bias
+
+    def seed_dropout(self, *parts: int) -> None:
+        """Seed the masks of an optimizer step by numbers that say which one it is.
+
+        Each rank has its own tokens or its own inputs of a layer, so each has masks of its own.
+        """
+        if self.plan.dropout > 0:
+            ranks = (
+                parallel_state.get_data_parallel_rank(with_context_parallel=True),
+                parallel_state.get_pipeline_model_parallel_rank(),
+            )
+            # Adds the tensor-parallel rank itself.
+            model_parallel_cuda_manual_seed(hash((*parts, *ranks)) % 2**31, force_reset_rng=True)
+
+    def write_files(self, folder: Path, base_model: str) -> None:
+        """Write PEFT's files into an existing folder; every rank calls, the first one writes."""
+        tensors = {}
+        for name, tensor in self.weights.export():
+            if dist.get_rank() == 0:
+                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        if dist.get_rank() == 0:
+            save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+            write_adapter_config(folder, self.plan, base_model)
+            (folder / WEIGHTS_FILE).chmod(0o644)
+
+
+class LinearAdapter:
+    """The adapters of the tensors of one linear layer, or of one expert's.
+
+    Args:
+        row: of the layer's weight.
+        rows: of the adapters' tables, by parameter.
+        weight: the layer's.
+        tree: gets the parameters.
+    """
+
+    def __init__(
+        self,
+        row: WeightRow,
+        plan: LoraPlan,
+        rows: dict[str, WeightRow],
+        weight: torch.Tensor,
+        tree: _Tree,
+        seed: int,
+    ):
+        self.row = row
+        self._scale, self._dropout = plan.scale, plan.dropout
+        group = parallel_state.get_tensor_model_parallel_group()
+        self._ranks = 1 if row.experts else group.size()
+        self._groups = row.query_groups // self._ranks
+        self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter] | None] = []
+        """A and B of each of the row's tensors; None without an adapter."""
+        for name in row.hf_names:
+            module = name.removesuffix(".weight")
+            if module not in plan.targets:
+                self.pairs.append(None)
+                continue
+            names = [parameter_name(module, matrix) for matrix in ("lora_A", "lora_B")]
+            values = (
+                _initial_a(rows[names[0]], plan, seed),
+                torch.zeros(rows[names[1]].hf_shapes[0]),
+            )
+            a, b = (
+                _parameter(rows[n], value, weight, group if self._ranks > 1 else None)
+                for n, value in zip(names, values, strict=True)
+            )
+            tree.place(names[0], a)
+            tree.place(names[1], b)
+            self.pairs.append((a, b))
+        self._rows_of = [
+            [
+                part.shape[0] // (self._ranks if row.tp_axis == 0 else 1)
+                for part in row.parts
+                if part.hf_name == name
+            ]
+            for name in row.hf_names
+        ]
+
+    def __call__(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """[..., in] inputs of the layer on this rank -> what to add to its output."""
+        pairs = [pair for pair in self.pairs if pair is not None]
+        if training and self._dropout > 0:
+            inner = torch.cat([F.linear(self._drop(x), a) for a, _ in pairs], dim=-1)
+        else:
+            a = torch.cat([a for a, _ in pairs]) if len(pairs) > 1 else pairs[0][0]
+            inner = F.linear(x, a)
+        if self._ranks > 1 and self.row.tp_axis == 0:
+            inner = gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True)
+        elif self._ranks > 1 and self.row.tp_axis == 1:
+            inner = reduce_scatter_to_sequence_parallel_region(inner)
+        each = iter((inner * self._scale).split([len(a) for a, _ in pairs], dim=-1))
+        parts: list[torch.Tensor] = []
+        for pair, rows in zip(self.pairs, self._rows_of, strict=True):
+            if pair is None:
+                parts += [inner.new_zeros(*inner.shape[:-1], size) for size in rows]
+            else:
+                parts += F.linear(next(each), pair[1]).split(rows, dim=-1)
+        if self._groups:  # as WeightRow.fuse, along the last axis
+            return torch.cat([p.unflatten(-1, (self._groups, -1)) for p in parts], -1).flatten(-2)
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(x, self._dropout)
+
+    def merged(self, weight: torch.Tensor) -> torch.Tensor:
+        """This rank's weight of the layer with its adapters."""
+        shards = self._ranks if self.row.tp_axis is not None else 1
+        cut = shards if self.row.tp_axis == 0 else 1
+        parts = []
+        for pair, rows in zip(self.pairs, self._rows_of, strict=True):
+            width = weight.shape[1]
+            if pair is None:
+                parts += [weight.new_zeros(size, width, dtype=torch.float32) for size in rows]
+            else:
+                a, b = (matrix.detach().float() for matrix in pair)
+                parts += ((b @ a) * self._scale).split(rows)
+        return (weight.float() + self.row.fuse(parts, cut)).to(weight.dtype)
+
+
+class _MergedWeights(MegatronWeights):
+    """The model's weights, each with its adapter added when it is read."""
+
+    def __init__(self, base: MegatronWeights, adapters: Adapters):
+        vars(self).update(vars(base))
+        self._adapters = adapters
+
+    @torch.no_grad()
+    def own_parameter(self, row: WeightRow) -> torch.Tensor | None:
+        """This rank's parameter of a row, with its adapter."""
+        weight = super().own_parameter(row)
+        adapter = self._adapters.by_weight.get(row.names[0])
+        return weight if weight is None or adapter is None else adapter.merged(weight)
+
+
+class _Tree(torch.nn.Module):
+    """A chunk's adapters, as a module of their own: so they are in what its DDP wrapper trains."""
+
+    def __init__(self, rows: dict[str, WeightRow]):
+        super().__init__()
+        self._rows = rows
+
+    def place(self, name: str, parameter: torch.nn.Parameter) -> None:
+        """Register a parameter under its dotted name."""
+        *path, leaf = name.removeprefix(PARAMETERS).split(".")
+        module: torch.nn.Module = self
+        for part in path:
+            if part not in module._modules:
+                module.add_module(part, torch.nn.Module())
+            module = module._modules[part]  # type: ignore[assignment]
+        module.register_parameter(leaf, parameter)
+
+    def sharded_state_dict(self, prefix: str = "", *_: Any, **__: Any) -> dict[str, Any]:
+        """Each parameter with its place in the whole model, for dist_checkpointing."""
+        return {
+            prefix + name: _sharded(self._rows[PARAMETERS + name], parameter)
+            for name, parameter in self.named_parameters()
+        }
+
+
+def _sharded(row: WeightRow, parameter: torch.nn.Parameter) -> ShardedTensor | ShardedTensorFactory:
+    tp = parallel_state.get_tensor_model_parallel_group()
+    ranks = 1 if row.experts or row.tp_axis is None else tp.size()
+    replica = (
+        parallel_state.get_expert_data_parallel_rank()
+        if row.experts
+        else parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    )
+    is_whole = row.tp_axis is None and not row.experts
+    replica_id = (0, tp.rank() if is_whole else 0, replica)
+
+    def place(key: str, data: torch.Tensor, replica_id: Any) -> ShardedTensor:
+        offsets = [] if ranks == 1 else [(row.tp_axis, tp.rank(), ranks)]
+        return ShardedTensor.from_rank_offsets(key, data, *offsets, replica_id=replica_id)
+
+    if len(row.parts) == 1:
+        return place(row.names[0], parameter, replica_id)
+
+    def build(key: str, data: torch.Tensor, replica_id: Any, _: Any) -> list[ShardedTensor]:
+        parts = row.split(data, ranks)
+        return [place(f"{key}.{i}", part, replica_id) for i, part in enumerate(parts)]
+
+    return ShardedTensorFactory(
+        row.names[0], parameter, build, lambda parts: torch.cat(parts), replica_id
+    )
+
+
+def _initial_a(row: WeightRow, plan: LoraPlan, seed: int) -> torch.Tensor:
+    """A of a new adapter, whole."""
+    rng = torch.Generator().manual_seed(hash((seed, zlib.crc32(row.names[0].encode()))) % 2**63)
+    a = torch.empty(row.hf_shapes[0])
+    if plan.init == "gaussian":
+        return a.normal_(0.0, 1.0 / plan.rank, generator=rng)
+    return torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
+
+
+def _parameter(
+    row: WeightRow, value: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup | None
+) -> torch.nn.Parameter:
+    """This rank's slice of a whole matrix, as a parameter beside the layer's weight."""
+    if group is not None and row.tp_axis is not None:
+        parts = value.split(row.part_rows) if row.part_rows else [value]
+        chunks = [part.chunk(group.size(), dim=row.tp_axis)[group.rank()] for part in parts]
+        value = torch.cat(chunks)
+    parameter = torch.nn.Parameter(value.to(weight).contiguous())
+    # Experts are replicated over other ranks than the rest of the model.
+    parameter.allreduce = getattr(weight, "allreduce", True)  # type: ignore[attr-defined]
+    if group is not None and row.tp_axis is None:
+        parameter.sequence_parallel = True  # type: ignore[attr-defined]
+    return parameter
+
+
+def _normed(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a layer multiplies its weight by: Transformer Engine fuses some with the norm before."""
+    norm = getattr(module, "layer_norm_weight", None)
+    if norm is None:
+        return x
+    scale = norm + 1.0 if module.zero_centered_gamma else norm
+    return F.rms_norm(x, x.shape[-1:], scale, module.eps)
+
+
+def _numbers(tokens_per_expert: Any) -> list[int]:
+    is_tensor = isinstance(tokens_per_expert, torch.Tensor)
+    return tokens_per_expert.tolist() if is_tensor else list(tokens_per_expert)

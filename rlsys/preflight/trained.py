@@ -1,0 +1,48 @@
+"""Whether the adapters of a run, or what it freezes, fit its model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rlsys.config import RunConfig
+from rlsys.model.families.bridged import is_bridged
+from rlsys.model.freezing import frozen_tensors, num_frozen, trained_text
+from rlsys.model.lora import adapter_table, count_trained, plan_lora
+from rlsys.model.shape import ModelShape
+from rlsys.problems import Problem
+from rlsys.text import counted
+
+
+def trained_problems(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
+    """Adapters or patterns that do not fit the model."""
+    policy = config.policy
+    if policy.lora is None and not policy.freezes:
+        return
+    if is_bridged(config, shape):
+        yield Problem(
+            f"policy.{'lora' if policy.lora is not None else 'freeze_parameters'} is for the "
+            f"models that rlsys builds itself, and mcore-bridge builds {shape.model_type}: train "
+            "all parameters, or another model"
+        )
+        return
+    try:
+        if policy.lora is not None:
+            plan_lora(policy.lora, shape)
+        else:
+            frozen_tensors(policy, shape)
+    except ValueError as error:
+        yield Problem(str(error), only_here=policy.lora is not None and bool(policy.lora.path))
+
+
+def trained_summary(config: RunConfig, shape: ModelShape) -> str | None:
+    """How many parameters are trained, and where; None if all are, or the config has problems."""
+    policy = config.policy
+    if (policy.lora is None and not policy.freezes) or any(trained_problems(config, shape)):
+        return None
+    if policy.lora is None:
+        return trained_text(shape.num_params - num_frozen(policy, shape), shape.num_params)
+    plan = plan_lora(policy.lora, shape)
+    text = trained_text(count_trained(adapter_table(shape, plan)), shape.num_params)
+    names = ", ".join(sorted({target.rpartition(".")[2] for target in plan.targets}))
+    whole = f"; whole: {', '.join(plan.modules_to_save)}" if plan.saved else ""
+    return f"{text}, in {counted(len(plan.targets), 'adapter')} of {names}{whole}"
