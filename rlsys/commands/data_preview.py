@@ -6,18 +6,21 @@ import argparse
 import math
 import re
 import reprlib
-import statistics
-from collections.abc import Iterator, Sequence
-from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
 from rlsys.commands.console import make_console
+from rlsys.commands.data_preview_tables import (
+    first_of_each_stream,
+    print_counts,
+    print_histogram,
+    print_table,
+    spread,
+)
 from rlsys.config import Config
 from rlsys.config.load import load_config
-from rlsys.data.load import PromptData
 from rlsys.data.sources import MAX_PROBLEMS_SHOWN
 from rlsys.model.chat_template import TEMPLATE_COLUMNS
 from rlsys.model.detokenize import Detokenizer
@@ -36,18 +39,11 @@ from rlsys.rewards.reachable import (
     look_at_rows,
 )
 from rlsys.text import counted
-from rlsys.tracking.columns import GAP, columns, print_lines
 from rlsys.tracking.printable import printable
 from rlsys.types import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-BINS = 12
-"""Lines of the histogram, roughly."""
-STREAMED_ROWS = 1000
-"""Prompts of a streamed dataset that the preview reads."""
-_DROPPED = "bright_black"
 
 
 def main(args: argparse.Namespace) -> bool:
@@ -69,16 +65,17 @@ def preview(config: Config, console: Console, *, num_rows: int) -> bool:
     use_cache_without_hub(config)
     tokenizer = load_tokenizer(config)
     data = load_checked_prompts(config, tokenizer)
-    prompts = _first_of_each_stream(data) if config.data.streaming else data.train
-    _print_counts(config, data, console)
+    prompts = first_of_each_stream(data) if config.data.streaming else data.train
+    print_counts(config.data, data, console)
     problems = _print_columns(config, prompts, console)
     lengths = [length for count in data.counts for length in count.lengths.elements()]
     if config.data.streaming:
         lengths = [len(prompt.token_ids) for prompt in prompts]
-    _print_histogram(config, lengths, console)
+    low, high = config.data.min_prompt_length, config.data.max_prompt_length
+    print_histogram("Prompt", lengths, "data.max_prompt_length", low, high, console)
     _print_special_tokens(config, tokenizer, console)
     rewards = None if problems else reachable_rewards(config, tokenizer)
-    for prompt in _spread(prompts, data.train_sizes, num_rows):
+    for prompt in spread(prompts, data.train_sizes, num_rows):
         _print_prompt(prompt, tokenizer, console)
         if rewards is not None:
             _print_right_answers(rewards.look(prompt), console)
@@ -130,70 +127,6 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         raise ValueError(f"model.path: {config.model.path} has no tokenizer: {error}") from error
 
 
-def _first_of_each_stream(data: PromptData) -> list[Prompt]:
-    prompts: dict[str, Prompt] = {}
-    for stream in data.streams:
-        for prompt in stream.take(STREAMED_ROWS):
-            prompts.setdefault(prompt.prompt_id, prompt)
-    return list(prompts.values())
-
-
-def _print_table(
-    console: Console, title: str, headers: Sequence[str], rows: Sequence[list[str]]
-) -> None:
-    """Print a table whose lines break between words only; numbers have headers in capitals."""
-    console.print(Text(title, style="bold"))
-    table = [[header.lower() for header in headers], *rows]
-    widths = [max(map(len, cells)) for cells in zip(*table, strict=True)]
-    longest = [max(map(len, " ".join(cells).split())) for cells in zip(*table, strict=True)]
-    longest[0] = len(headers[0])  # what does not fit into the first column has a line of its own
-    while sum(widths) + GAP * (len(widths) - 1) > console.width and widths != longest:
-        spare = [width - least for width, least in zip(widths, longest, strict=True)]
-        widths[spare.index(max(spare))] -= 1
-    for row in table:
-        cells = [
-            f"{cell:>{width}}" if header.isupper() else cell
-            for header, cell, width in zip(headers, row, widths, strict=True)
-        ]
-        print_lines(console, columns(cells, widths))
-
-
-# --- counts --------------------------------------------------------------------------------------
-
-
-def _print_counts(config: Config, data: PromptData, console: Console) -> None:
-    weights = config.data.dataset_weights
-    rows = []
-    for index, count in enumerate(data.counts):
-        purpose = "training" if index < len(config.data.dataset) else "evaluation"
-        if weights and purpose == "training":
-            purpose += f" {weights[index] / sum(weights):.0%}"
-        dropped = ", ".join(f"{number:,} {reason}" for reason, number in count.dropped.items())
-        formats = ", ".join(count.formats)
-        rows.append([count.source, formats, f"{count.rows:,}", f"{count.used:,}", dropped, purpose])
-    _print_table(console, "Datasets", ("dataset", "format", "ROWS", "USED", "dropped", "for"), rows)
-    if config.data.streaming:
-        console.print(
-            f"Streamed: this preview read and counted at most {STREAMED_ROWS:,} prompts a dataset."
-        )
-        return
-    console.print(
-        f"{counted(len(data.train), 'prompt')} to train on, {len(data.held_out):,} to evaluate on."
-    )
-    repeated = len(data.train) - len({tuple(prompt.token_ids) for prompt in data.train})
-    if repeated:
-        console.print(
-            f"{repeated:,} of them {'repeats' if repeated == 1 else 'repeat'} an earlier prompt; "
-            "data.deduplicate drops such rows."
-        )
-    if data.num_validation_in_train:
-        console.print(
-            "Prompts to evaluate on that are also in the training data: "
-            f"{data.num_validation_in_train:,}.",
-            style="red",
-        )
-
-
 # --- columns -------------------------------------------------------------------------------------
 
 
@@ -218,7 +151,7 @@ def _print_columns(config: Config, prompts: list[Prompt], console: Console) -> l
         )
     console.print()
     if names:
-        _print_table(
+        print_table(
             console,
             "Columns for the rewards",
             ("column", "type", "MISSING", "example", "used by"),
@@ -240,46 +173,6 @@ def _short(value: Any) -> str:
     shortener = reprlib.Repr()
     shortener.maxstring = shortener.maxother = 40
     return printable(shortener.repr(value)).replace("\n", " ")
-
-
-# --- lengths -------------------------------------------------------------------------------------
-
-
-def _print_histogram(config: Config, lengths: list[int], console: Console) -> None:
-    low, high = config.data.min_prompt_length, config.data.max_prompt_length
-    bar = "█" if console.encoding.startswith("utf") else "#"
-    console.print()
-    console.print("Prompt lengths in tokens", style="bold")
-    console.print(
-        f"{min(lengths):,} to {max(lengths):,}, mean {statistics.fmean(lengths):,.1f}, "
-        f"median {statistics.median(lengths):,.0f}; data.max_prompt_length is {high:,}"
-    )
-    bins = list(histogram(lengths))
-    label_width = max(len(f"{last:,}") for _, last, _ in bins)
-    number_width = max(len(f"{number:,}") for *_, number in bins)
-    most = max(number for *_, number in bins)
-    space = max(10, min(console.width, 100) - 2 * label_width - number_width - 24)
-    for first, last, number in bins:
-        length = math.ceil(number / most * space)
-        dropped = sum(first <= n <= last and not low <= n <= high for n in lengths)
-        line = f"{first:>{label_width},} - {last:>{label_width},}  {number:>{number_width},} "
-        outside = dropped == number > 0
-        note = "  dropped" if outside else "  partly dropped" if dropped else ""
-        console.print(Text(line + bar * length + note, style=_DROPPED if outside else ""))
-
-
-def histogram(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
-    """First length, last length and count of each of about BINS bins of equal, round width."""
-    span = max(lengths) - min(lengths) + 1
-    exact = max(1.0, span / BINS)
-    power = 10 ** math.floor(math.log10(exact))
-    width = next(step * power for step in (1, 2, 5, 10) if step * power >= exact)
-    start = min(lengths) // width * width
-    numbers = [0] * ((max(lengths) - start) // width + 1)
-    for length in lengths:
-        numbers[(length - start) // width] += 1
-    for index, number in enumerate(numbers):
-        yield start + index * width, start + (index + 1) * width - 1, number
 
 
 # --- special tokens ------------------------------------------------------------------------------
@@ -312,14 +205,6 @@ def _names(token_ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 # --- prompts -------------------------------------------------------------------------------------
-
-
-def _spread(prompts: list[Prompt], sizes: list[int], num_rows: int) -> list[Prompt]:
-    """The first rows of each dataset, alternating between datasets."""
-    remaining = iter(prompts)
-    parts = [list(islice(remaining, size))[:num_rows] for size in sizes or [len(prompts)]]
-    ranks = zip_longest(*parts)
-    return [prompt for rank in ranks for prompt in rank if prompt is not None][:num_rows]
 
 
 def _print_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, console: Console) -> None:

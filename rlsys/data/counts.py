@@ -22,6 +22,8 @@ class SourceCounts:
     """Rows by format."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Rows that are not used, by the reason in `Row.dropped`."""
+    cut: int = 0
+    """Rows that are shortened, or cut into several samples."""
     lengths: Counter[int] = field(default_factory=Counter)
     """Rendered rows by their number of tokens, before the limits."""
 
@@ -36,7 +38,9 @@ class SourceCounts:
         if row.format:
             self.formats[row.format] += 1
         if row.token_ids:
-            self.lengths[len(row.token_ids)] += 1
+            self.lengths[row.uncut_length or len(row.token_ids)] += 1
+        if row.uncut_length and not row.dropped:
+            self.cut += 1
         if row.dropped:
             self.dropped[row.dropped] += 1
 
@@ -44,4 +48,5 @@ class SourceCounts:
         through = f" through {self.preprocessor}" if self.preprocessor else ""
         text = f"{self.source}{through}: {self.used:,} of {self.rows:,} rows used"
         dropped = [f"{count:,} {reason}" for reason, count in self.dropped.items()]
-        return text + (f"; dropped: {', '.join(dropped)}" if dropped else "")
+        text += f"; dropped: {', '.join(dropped)}" if dropped else ""
+        return text + (f"; {self.cut:,} cut at data.max_length" if self.cut else "")

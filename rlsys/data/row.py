@@ -62,6 +62,8 @@ class Row:
     """The rendered prompt or conversation. It and the next two are set by rendering."""
     target_mask: np.ndarray | None = None
     """[T] bool, for supervised training: True on the tokens to train on."""
+    uncut_length: int = 0
+    """The number of tokens of a row that is cut; 0 for others."""
     opens_think: bool = False
     """Whether the prompt ends with `<think>`."""
 

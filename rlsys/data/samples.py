@@ -86,7 +86,9 @@ class SampleSource(Source[Sample]):
             )
         elif length > most and self._long == "delete":
             row.dropped = OVER_LENGTH
-        elif length > most and self._long in ("left", "right"):
+        elif length > most:
+            row.uncut_length = length
+        if row.uncut_length and self._long in ("left", "right"):
             kept = slice(-most, None) if self._long == "left" else slice(most)
             row.token_ids, row.target_mask = row.token_ids[kept], row.target_mask[kept]
             row.target_mask[:1] = False

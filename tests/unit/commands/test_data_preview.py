@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.cli import main
-from rlsys.commands.data_preview import histogram, split_rows_option
+from rlsys.commands.data_preview import split_rows_option
+from rlsys.commands.data_preview_tables import histogram
 from rlsys.config.load import load_config
 from rlsys.data import preprocessors
 from rlsys.preflight.before_start import load_data
