@@ -44,7 +44,8 @@ from random_model import SHAPES, save_random_model
 from torch.autograd import DeviceType
 
 from rlsys.config import Config
-from rlsys.model import memory
+from rlsys.model import policy_memory
+from rlsys.model.memory import estimate_memory
 from rlsys.model.shape import read_model_shape
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.transport import serve_store
@@ -241,7 +242,7 @@ def update(policy, batch, loss):
 def estimated_gib(config, policy):
     """What `rlsys explain` says, by purpose, but for the process and weight sync, and in all."""
     shape = read_model_shape(policy.folder)
-    estimate = memory.estimate_memory(config, shape, shape, device="cuda")[0].gib
+    estimate = estimate_memory(config, shape, shape, device="cuda")[0].gib
     parts = {name: gib for name, gib in estimate.items() if name not in ("process", "weight sync")}
     return parts | {"all": sum(parts.values())}
 
@@ -271,7 +272,7 @@ def make_policy(config, arguments, *, chunk, fuse):
     )
     parallel_layout.initialize_parallel(layout, store, device=arguments.device, seed=0)
     if chunk is not None:
-        memory.LOGPROB_CHUNK_TOKENS = chunk
+        policy_memory.LOGPROB_CHUNK_TOKENS = chunk
     if not fuse:
         megatron.fuse_weight_gradients = lambda model: None
     return megatron.MegatronPolicy(config, device=arguments.device)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from rlsys.config import Config
-from rlsys.model.memory import longest_row, micro_batch_tokens
+from rlsys.model.policy_memory import micro_batch_tokens
 from rlsys.preflight.data import count_rows
 from rlsys.text import counted
 
@@ -55,13 +55,13 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
         ("  in micro-batches", f"{micro}at most {micro_batch_tokens(config):,} tokens each"),
         (
             "tokens a row, at most",
-            f"{longest_row(config):,} = max_prompt_length {config.data.max_prompt_length:,} + "
+            f"{config.longest_row:,} = max_prompt_length {config.data.max_prompt_length:,} + "
             f"max_completion_length {rollout.max_completion_length:,}",
         ),
         (
             "tokens per step, at most",
             f"{completions * rollout.max_completion_length:,} sampled, "
-            f"{completions * longest_row(config):,} trained on",
+            f"{completions * config.longest_row:,} trained on",
         ),
         *_run_length(config),
     ]

@@ -310,7 +310,8 @@ def _check_something_left(config: RowsConfig, sources: Sequence[Source[T]]) -> N
     lengths = [length for source in some for length in source.counts.lengths.elements()]
     names = ", ".join(source.counts.source for source in some)
     if not lengths:
-        raise ValueError(f"no row of {names} is left: the preprocessor leaves out all of them.")
+        reasons = [f"{n:,} {why}" for s in some for why, n in s.counts.dropped.items()]
+        raise ValueError(f"no row of {names} is left: {', '.join(reasons)}.")
     raise ValueError(some[0].nothing_left(names, lengths))
 
 

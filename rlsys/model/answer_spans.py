@@ -32,9 +32,6 @@ THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
 """Keys of messages that hold the thinking apart from the answer."""
 _USER, _NEXT_USER = "qzUserzq", "qzNextzq"
 _THOUGHT = re.compile(r"\s*(?:<think>)?((?!<think>).)*?</think>", re.DOTALL)
-_LEAST_ALIKE = 16
-"""Characters before an answer that must be those of its prompt where the prompt as a whole is not
-the beginning of the conversation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,11 +192,23 @@ class AnswerSpans:
         prompt = self._template.text(talk.messages[:turn], talk.tools, talk.variables)
         if text.startswith(prompt) and len(prompt) <= place:
             return len(prompt)
+        # The prompt's end, from the last message on, where a template writes tools elsewhere.
+        asked = talk.messages[turn - 1]["content"].strip() if turn else ""
+        tail = prompt[prompt.rfind(asked) :] if asked in prompt else ""
         for insertion in frame.insertions:
             start = place - len(insertion)
-            tail = prompt[-_LEAST_ALIKE:]
-            if text[:place].endswith(insertion) and text[:start].endswith(tail):
+            if tail and text[:place].endswith(insertion) and text[:start].endswith(tail):
                 return start
+        if "tool_calls" in talk.messages[turn]:  # a turn with a text begins at the same place
+            word = f"qzAnswer{turn}zq"
+            said = [*talk.messages]
+            said[turn] = {"role": "assistant", "content": word}
+            other = _Conversation(said, talk.tools, talk.variables)
+            plain = self._text(other)
+            if plain.count(word) == 1:
+                start = self._start(other, turn, plain, plain.index(word), frame)
+                if start <= place and plain[:start] == text[:start]:
+                    return start
         raise _inexact("the text before an answer is another one than its prompt")
 
     def _end(self, talk: _Conversation, turn: int, text: str, place: int, frame: _Frame) -> int:
@@ -212,9 +221,14 @@ class AnswerSpans:
         if frame.end in json.dumps(calls, ensure_ascii=False):
             raise BadRow(f"a call of a tool has the text {frame.end!r}, which ends a turn")
         end = text.find(frame.end, place)
-        following = talk.messages[turn + 1 : turn + 2]
-        passed = [m["content"] for m in following if m["content"].strip()]
-        if end < 0 or any(words in text[place:end] for words in passed):
+        behind = end + len(frame.end)
+        if turn + 1 < len(talk.messages):
+            # What ends this turn stands before anything of the next message.
+            answered = [*talk.messages]
+            answered[turn + 1] = answered[turn + 1] | {"content": _NEXT_USER}
+            other = self._text(_Conversation(answered, talk.tools, talk.variables))
+            end = end if other[:behind] == text[:behind] else -1
+        if end < 0:
             raise _inexact(f"a turn with calls of tools does not end with {frame.end!r}")
         return end
 

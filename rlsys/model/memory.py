@@ -1,9 +1,9 @@
 """How much memory each process of a run needs: an estimate from config.json, before the start.
 
-Weights, gradients and optimizer state are exact to a percent; activations are a rough guess for
-rows of the greatest length. Measured on CPU with SmolLM2-135M in fp32: policy 5.2 GiB (estimate
-5.2), rollout engine 2.3 (2.2), reference 1.5 (1.6). On an H200, two engines of 1.5B parameters
-that share a GPU: 35.0 GiB (35.0).
+Weights, gradients and optimizer state are exact to a percent; activations are those of rows of the
+greatest length, and a rough guess but for dense layers on GPUs. Measured on CPU with SmolLM2-135M
+in fp32: policy 5.2 GiB (estimate 5.2), rollout engine 2.3 (2.2), reference 1.5 (1.6). On an H200,
+two engines of 1.5B parameters that share a GPU: 35.0 GiB (35.0).
 
 In the code: tp, pp, ep and cp are the tensor, pipeline, expert and context parallel sizes; `width`
 is the bytes of a weight, `params` the weights of a rank, `tokens` the tokens of a forward pass
@@ -17,16 +17,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import Config, RunConfig
 from rlsys.model.kv_cache import KVLayers, cache_blocks, kv_layers
 from rlsys.model.layer_memory import layer_numbers
+from rlsys.model.policy_memory import (
+    GIB,
+    Tensor,
+    bytes_per_weight,
+    chunk_logit_bytes,
+    micro_batch_tokens,
+    policy_tensors,
+)
 from rlsys.model.shape import ModelShape
 from rlsys.model.weight_files import read_header, weight_files
 from rlsys.types import Device
 
-GIB = 2**30
-LOGPROB_CHUNK_TOKENS = 1024
-"""Logits are computed for this many tokens at a time: 1024 x 151,936 in bf16 are 0.3 GB."""
 _PROCESS_GIB = {
     ("policy", "cpu"): 0.5,
     ("rollout", "cpu"): 0.9,
@@ -48,9 +53,6 @@ KV_BLOCK_TOKENS: dict[Device, int] = {"cpu": 128, "cuda": 16}
 """Tokens of a block of the KV cache: vLLM's defaults. CPU kernels need multiples of 32."""
 MAX_CPU_KV_GIB = 4
 """The largest KV cache of a rollout engine on CPU, unless rollout.kv_cache_memory_mb is set."""
-
-Tensor = tuple[str, float, str]
-"""Purpose, bytes, and how the bytes are computed, with the numbers; empty: the name says it."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,19 @@ def _estimate(role: str, device: Device, tensors: Sequence[Tensor]) -> MemoryEst
     return MemoryEstimate(role, gib, {purpose: text for purpose, _, text in tensors if text})
 
 
+def estimate_policy(config: RunConfig, shape: ModelShape, *, device: Device) -> MemoryEstimate:
+    """The policy's memory in a run without rollout engines, such as supervised training."""
+    return _estimate("policy", device, policy_tensors(config, shape, device))
+
+
 def estimate_memory(
     config: Config, shape: ModelShape, reference_shape: ModelShape, *, device: Device
 ) -> list[MemoryEstimate]:
     """One estimate for each kind of process that holds a model, besides reward models."""
-    from rlsys.model.policy_memory import policy_tensors
-
+    width = bytes_per_weight(config, device)
+    sync: Tensor = ("weight sync", _weight_sync_bytes(config, shape, width), "")
     estimates = [
-        _estimate("policy", device, policy_tensors(config, shape, device)),
+        _estimate("policy", device, [*policy_tensors(config, shape, device), sync]),
         _estimate("rollout", device, _rollout(config, shape, device)),
     ]
     if config.grpo.beta > 0:
@@ -135,24 +142,6 @@ def kv_block_tokens(shape: ModelShape, device: Device, tensor_parallel_size: int
     return tokens * -(-shape.state_elements(tensor_parallel_size) // (per_token * tokens))
 
 
-def longest_row(config: Config) -> int:
-    """Tokens of the longest prompt and completion that the config allows."""
-    return config.data.max_prompt_length + config.rollout.max_completion_length
-
-
-def micro_batch_tokens(config: Config) -> int:
-    """Most tokens of a policy forward pass."""
-    per_rank = config.global_batch_size // config.data_parallel_size
-    if config.policy.max_tokens_per_micro_batch is not None:
-        return min(config.policy.max_tokens_per_micro_batch, per_rank * longest_row(config))
-    return min(config.policy.micro_batch_size, per_rank) * longest_row(config)
-
-
-def bytes_per_weight(config: Config, device: Device) -> int:
-    """Bytes of a weight in policy, reference and engines, and of a number in the KV cache."""
-    return 4 if config.model_dtype(on_cpu=device == "cpu") == "float32" else 2
-
-
 def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device: Device) -> int:
     """Bytes of an engine rank's KV cache for `sequences` sequences of the greatest length.
 
@@ -162,7 +151,7 @@ def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device:
     block_tokens = kv_block_tokens(shape, device, tp)
     blocks = cache_blocks(
         _kv_layers(config, shape),
-        row=longest_row(config),
+        row=config.longest_row,
         sequences=sequences,
         block_tokens=block_tokens,
     )
@@ -171,7 +160,7 @@ def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device:
 
 
 def _kv_layers(config: Config, shape: ModelShape) -> list[KVLayers]:
-    return kv_layers(shape, row=longest_row(config), prompt=config.data.max_prompt_length)
+    return kv_layers(shape, row=config.longest_row, prompt=config.data.max_prompt_length)
 
 
 def sampler_logit_bytes(config: Config, shape: ModelShape) -> int:
@@ -209,7 +198,7 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
         ),
         (
             "weight sync",
-            weight_sync_bytes(config, shape, width),
+            _weight_sync_bytes(config, shape, width),
             "2 x weight_sync.bucket_mb, or the embedding if it is larger, at most the weights. The "
             "policy holds as much.",
         ),
@@ -273,31 +262,6 @@ def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor
     ]
 
 
-# --- one chunk, one bucket -----------------------------------------------------------------------
-
-
-def logit_copies(config: Config) -> int:
-    """Tensors as large as a chunk's logits: logits, exponentials, gradient, and penalties."""
-    rollout = config.rollout
-    counts = 2 if rollout.presence_penalty or rollout.frequency_penalty else 0
-    return 3 + (rollout.repetition_penalty != 1.0) + counts
-
-
-def logit_width(config: Config, device: Device) -> int:
-    """Bytes of a number in these tensors: GPUs compute float32 within a kernel."""
-    if device == "cpu" or config.model.fp32_lm_head:
-        return 4
-    return bytes_per_weight(config, device)
-
-
-def chunk_logit_bytes(
-    config: Config, shape: ModelShape, tokens: int, tp: int, device: Device
-) -> float:
-    """Bytes of the logits of one chunk, with what is computed from them."""
-    numbers = min(tokens, LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp
-    return logit_copies(config) * logit_width(config, device) * numbers
-
-
-def weight_sync_bytes(config: Config, shape: ModelShape, width: int) -> float:
+def _weight_sync_bytes(config: Config, shape: ModelShape, width: int) -> float:
     """Two buckets: one that is packed or loaded, and one on its way."""
     return min(2 * sync_bucket_bytes(config, shape, width), shape.num_params * width)

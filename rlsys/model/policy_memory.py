@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsys.config import Config, PolicyConfig
+from rlsys.config import PolicyConfig, RunConfig
 from rlsys.config.pipeline_layout import rank_layers
-from rlsys.model import memory
 from rlsys.model.layer_memory import attention_output, layer_numbers, mlp_numbers
-from rlsys.model.memory import Tensor, bytes_per_weight
 from rlsys.model.pipeline import busiest_rank, rank_params
 from rlsys.model.shape import ModelShape
 from rlsys.types import Device
 
+GIB = 2**30
+LOGPROB_CHUNK_TOKENS = 1024
+"""Logits are computed for this many tokens at a time: 1024 x 151,936 in bf16 are 0.3 GB."""
+Tensor = tuple[str, float, str]
+"""Purpose, bytes, and how the bytes are computed, with the numbers; empty: the name says it."""
 _DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 
-def policy_tensors(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
+def policy_tensors(config: RunConfig, shape: ModelShape, device: Device) -> list[Tensor]:
     """What the largest rank of the policy holds."""
     policy = config.policy
     tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
@@ -28,7 +31,7 @@ def policy_tensors(config: Config, shape: ModelShape, device: Device) -> list[Te
     width = bytes_per_weight(config, device)
     dense, experts = rank_params(shape, rank_layers(policy, shape.num_layers), tp=tp, ep=ep)
     params = dense + experts
-    tokens = -(-memory.micro_batch_tokens(config) // cp)
+    tokens = -(-micro_batch_tokens(config) // cp)
     layout = f"TP {tp}, PP {pp}" + (f", EP {ep}" if shape.is_moe else "")
     rank = f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M parameters ({layout})"
     grads = _DTYPE_BYTES[policy.main_grads_dtype]
@@ -38,7 +41,6 @@ def policy_tensors(config: Config, shape: ModelShape, device: Device) -> list[Te
         ("optimizer", *_optimizer(config, dense, experts, width)),
         ("activations", *_activations(config, shape, tokens, width, device)),
         ("logits", *_logits(config, shape, tokens, width, device)),
-        ("weight sync", memory.weight_sync_bytes(config, shape, width), ""),
     ]
     if policy.fp8_format is not None and not policy.fp8_param_gather:
         ends = shape.embedding_params * (1 if shape.tied and pp == 1 else 2) / (tp * min(pp, 2))
@@ -76,7 +78,7 @@ def _state_bytes(policy: PolicyConfig, width: int) -> _StateBytes:
     return _StateBytes(total, 0, f"{text}{of_copy})")
 
 
-def _optimizer(config: Config, dense: int, experts: int, width: int) -> tuple[float, str]:
+def _optimizer(config: RunConfig, dense: int, experts: int, width: int) -> tuple[float, str]:
     policy = config.policy
     state = _state_bytes(policy, width)
     shards = expert_shards = 1
@@ -88,12 +90,12 @@ def _optimizer(config: Config, dense: int, experts: int, width: int) -> tuple[fl
     text += f", of experts / {expert_shards}" if experts else ""
     own = dense / shards + experts / expert_shards
     if state.on_host:
-        text += f"; {own * state.on_host / memory.GIB:.2f} GiB of host memory"
+        text += f"; {own * state.on_host / GIB:.2f} GiB of host memory"
     return own * state.on_gpu, text
 
 
 def _activations(
-    config: Config, shape: ModelShape, tokens: int, width: int, device: Device
+    config: RunConfig, shape: ModelShape, tokens: int, width: int, device: Device
 ) -> tuple[float, str]:
     """What forward passes keep for their backward passes."""
     policy = config.policy
@@ -152,13 +154,13 @@ def _module_numbers(name: str, shape: ModelShape, device: Device) -> int:
 
 
 def _logits(
-    config: Config, shape: ModelShape, tokens: int, width: int, device: Device
+    config: RunConfig, shape: ModelShape, tokens: int, width: int, device: Device
 ) -> tuple[float, str]:
     tp = config.policy.tensor_parallel_size
-    copies, logit_width = memory.logit_copies(config), memory.logit_width(config, device)
-    num_bytes = memory.chunk_logit_bytes(config, shape, tokens, tp, device)
+    copies, logit_width = _logit_copies(config), _logit_width(config, device)
+    num_bytes = chunk_logit_bytes(config, shape, tokens, tp, device)
     text = (
-        f"{min(tokens, memory.LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
+        f"{min(tokens, LOGPROB_CHUNK_TOKENS):,} tokens at a time x vocabulary "
         f"{shape.vocab_size:,} / TP x {logit_width} bytes x {copies} copies"
     )
     # The output weight's gradient: summed over chunks in fp32, and in the weight's own type.
@@ -171,3 +173,41 @@ def _logits(
         num_bytes += tokens * shape.vocab_size / tp * kept_width
         text += f", and {tokens:,} tokens kept x vocabulary / TP x {kept_width} bytes"
     return num_bytes, text
+
+
+# --- sizes that the reference and the engines have, too -------------------------------------------
+
+
+def micro_batch_tokens(config: RunConfig) -> int:
+    """Most tokens of a policy forward pass."""
+    per_rank = config.global_batch_size // config.data_parallel_size
+    if config.policy.max_tokens_per_micro_batch is not None:
+        return min(config.policy.max_tokens_per_micro_batch, per_rank * config.longest_row)
+    return min(config.policy.micro_batch_size, per_rank) * config.longest_row
+
+
+def bytes_per_weight(config: RunConfig, device: Device) -> int:
+    """Bytes of a weight in policy, reference and engines, and of a number in the KV cache."""
+    return 4 if config.model_dtype(on_cpu=device == "cpu") == "float32" else 2
+
+
+def chunk_logit_bytes(
+    config: RunConfig, shape: ModelShape, tokens: int, tp: int, device: Device
+) -> float:
+    """Bytes of the logits of one chunk, with what is computed from them."""
+    numbers = min(tokens, LOGPROB_CHUNK_TOKENS) * shape.vocab_size / tp
+    return _logit_copies(config) * _logit_width(config, device) * numbers
+
+
+def _logit_copies(config: RunConfig) -> int:
+    """Tensors as large as a chunk's logits: logits, exponentials, gradient, and penalties."""
+    sampling = config.sampling
+    counts = 2 if sampling.get("presence_penalty") or sampling.get("frequency_penalty") else 0
+    return 3 + (sampling.get("repetition_penalty", 1.0) != 1.0) + counts
+
+
+def _logit_width(config: RunConfig, device: Device) -> int:
+    """Bytes of a number in these tensors: GPUs compute float32 within a kernel."""
+    if device == "cpu" or config.model.fp32_lm_head:
+        return 4
+    return bytes_per_weight(config, device)

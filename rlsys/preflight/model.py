@@ -13,7 +13,7 @@ from rlsys.model.attention import window_problem
 from rlsys.model.families.bridged import DISTRIBUTION, is_bridged
 from rlsys.model.folder import find_model_folder
 from rlsys.model.folder_check import folder_problems
-from rlsys.model.memory import kv_cache_bytes, longest_row
+from rlsys.model.memory import kv_cache_bytes
 from rlsys.model.memory_options import memory_option_problems
 from rlsys.model.other_kinds import refuse_other_kind
 from rlsys.model.shape import ModelShape, read_model_shape
@@ -77,7 +77,7 @@ def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | Non
             Problem(f"{field}: {text}", only_here=True)
             for text in folder_problems(folder, shape, has_prompts=field == "model.path")
         ]
-    longest, positions = longest_row(config), shape.max_position_embeddings
+    longest, positions = config.longest_row, shape.max_position_embeddings
     if longest > positions:
         problems.append(
             Problem(
@@ -253,7 +253,7 @@ def _kv_cache(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"rollout.kv_cache_memory_mb = {size} does not hold one sequence of "
             f"data.max_prompt_length {config.data.max_prompt_length} + "
             f"rollout.max_completion_length {config.rollout.max_completion_length} = "
-            f"{longest_row(config)} tokens, which takes {needed / 2**20:,.1f} MiB: set it to at "
+            f"{config.longest_row} tokens, which takes {needed / 2**20:,.1f} MiB: set it to at "
             f"least {-(-needed // 2**20)}, or leave it out"
         )
 

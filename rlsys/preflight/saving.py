@@ -10,7 +10,7 @@ from rlsys.config import Config
 from rlsys.config.local_paths import is_in_job_copy
 from rlsys.files import bytes_in, free_bytes, size_text
 from rlsys.model.folder import resolve_model_path
-from rlsys.model.memory import bytes_per_weight
+from rlsys.model.policy_memory import bytes_per_weight
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.devices import guess_device
 from rlsys.run.folder import RunDir

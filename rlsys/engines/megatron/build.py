@@ -27,7 +27,7 @@ from rlsys.engines.megatron.latent import latent_options, set_norm_eps
 from rlsys.engines.megatron.options import megatron_config
 from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.specs import block_spec
-from rlsys.model import memory
+from rlsys.model import policy_memory
 from rlsys.model.attention import attention_problem, window_problem
 from rlsys.model.memory_options import memory_option_problems
 from rlsys.model.shape import ModelShape
@@ -361,7 +361,7 @@ class LogprobHead:
             targets,
             sampling=self._sampling,
             vocab=self._vocab,
-            chunk_size=memory.LOGPROB_CHUNK_TOKENS,
+            chunk_size=policy_memory.LOGPROB_CHUNK_TOKENS,
             recompute=self._recompute_logits,
             history=history,
         )
@@ -378,7 +378,7 @@ class LogprobHead:
         config = self._model.config
         sequence_parallel = config.tensor_model_parallel_size if config.sequence_parallel else 1
         # A whole chunk, and one of another length: then the kernels are made for any length.
-        tokens = memory.LOGPROB_CHUNK_TOKENS * 3 // 2
+        tokens = policy_memory.LOGPROB_CHUNK_TOKENS * 3 // 2
         hidden = torch.zeros(
             1,
             tokens // sequence_parallel,

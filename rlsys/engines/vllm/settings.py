@@ -18,7 +18,6 @@ from rlsys.model.memory import (
     bytes_per_weight,
     kv_block_tokens,
     kv_cache_bytes,
-    longest_row,
     sampler_logit_bytes,
     sync_bucket_bytes,
 )
@@ -88,7 +87,7 @@ def engine_arguments(
     tensor_parallel_size = rollout.tensor_parallel_size
     arguments: dict[str, Any] = {
         "dtype": config.model_dtype(on_cpu=device == "cpu"),
-        "max_model_len": longest_row(config),
+        "max_model_len": config.longest_row,
         "max_num_seqs": rollout.max_num_seqs,
         "tensor_parallel_size": tensor_parallel_size,
         # Without this vLLM uses Ray if it runs in an actor.
@@ -116,7 +115,7 @@ def engine_arguments(
     if cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = cache_bytes
     if device == "cpu":
-        arguments |= cpu_arguments(longest_row(config)) | _cpu_arguments_of_model(config, shape)
+        arguments |= cpu_arguments(config.longest_row) | _cpu_arguments_of_model(config, shape)
     if problems := vllm_option_problems(config):  # this host may have another vLLM
         raise ProblemsError("rollout.engine_kwargs", problems)
     return arguments | rollout.engine_kwargs
