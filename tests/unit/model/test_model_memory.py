@@ -237,3 +237,25 @@ def test_an_estimate_above_the_gpus_memory_is_a_warning(tmp_path, sizes, section
     assert len(found) == bool(words), found
     for word in words:
         assert word in found[0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "gib"),
+    [
+        ({}, 59.26),
+        ({"recompute_logits": False}, 63.74),
+        ({"world_size": 2, "overlap_grad_reduce": False}, 50.62),
+        ({"world_size": 2, "tensor_parallel_size": 2}, 29.73),
+        ({"world_size": 2, "context_parallel_size": 2}, 34.90),
+    ],
+    ids=str,
+)
+def test_an_update_on_a_gpu_is_estimated_as_measured(tmp_path, policy, gib):
+    """torch's peak in updates of benchmarks/policy_update.py on an H200."""
+    rollout = {"generation_batch_size": 64, "num_generations": 4, "max_completion_length": 896}
+    sections = {"rollout": rollout, "data": {"max_prompt_length": 128}}
+    sections["policy"] = {"max_tokens_per_micro_batch": 16384, **policy}
+    _, found = of_sizes(tmp_path, QWEN_1_5B, **sections)
+    parts = found[0].gib
+    outside = parts["process"] + parts["weight sync"]
+    assert found[0].total_gib - outside == pytest.approx(gib, rel=0.01)
