@@ -14,6 +14,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from rlsys.export_options import add_export_options
 from rlsys.problems import RunFailed
 
 EXIT_FAILED = 1
@@ -31,9 +32,9 @@ Any field of the config can be set after CONFIG, as --section.field value:
 
 
 _EVAL_HELP = """
-MODEL_OR_RUN is the output_dir of a run, a checkpoint, a Hugging Face folder or
-a hub id. CONFIG is a YAML file with the data and rewards; without it the run's
-own is taken. Its section eval says how often each prompt is sampled and how:
+MODEL_OR_RUN is the output_dir of a run, a checkpoint, a folder of a model or a
+LoRA adapter, or a hub id. CONFIG is a YAML file with the data and rewards;
+without it the run's own is taken. Its section eval says how often each prompt is sampled and how:
 
   rlsys eval runs/a config.yaml --eval.num_generations 8 --eval.temperature 0.6
 """
@@ -266,66 +267,9 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL_OR_RUN",
-        help="output_dir of a run, a checkpoint, a Hugging Face folder or hub id",
+        help="output_dir of a run, a checkpoint, a folder of a model or LoRA adapter, or a hub id",
     )
     parser.add_argument("--step", type=int, help="checkpoint of the run; default: newest")
-
-
-def _export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="output_dir of a run, a checkpoint, a Hugging Face folder, a hub id, or a folder that "
-        "--to mcore wrote",
-    )
-    parser.add_argument(
-        "--to",
-        choices=("hf", "mcore"),
-        required=True,
-        help="hf: safetensors, for transformers and vLLM. mcore: megatron-core's torch_dist",
-    )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write")
-    parser.add_argument("--step", type=int, help="checkpoint of the run; default: newest weights")
-    parser.add_argument(
-        *("--dtype", "--torch_dtype"),
-        choices=("auto", "bfloat16", "float16", "float32"),
-        default="auto",
-        metavar="TYPE",
-        help="type of the new weights: bfloat16, float16, float32, or auto, the default, which "
-        "keeps that of each tensor",
-    )
-    parser.add_argument(
-        "--max_shard_size",
-        metavar="SIZE",
-        help="with --to hf: size of a file at most, such as 5GB or 500MiB; default 5GB",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-    parser.add_argument(
-        "--test_convert_precision",
-        nargs="?",
-        type=_boolean,
-        const=True,
-        default=False,
-        metavar="true",
-        help="compare the logits of both sides; exit code 1 if they differ",
-    )
-    parser.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="with --test_convert_precision: a text to compare logits on, or a file, one prompt a "
-        "line or JSONL with `prompt` or `messages`; default: a few built-in texts",
-    )
-    parser.add_argument(
-        "--per_layer",
-        action="store_true",
-        help="with --test_convert_precision: differences after each layer, too",
-    )
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
 
 
 def _plugins(parser: argparse.ArgumentParser) -> None:
@@ -386,7 +330,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     ),
     "export": (
         "write a model or checkpoint as Hugging Face or megatron-core folder; needs no Ray or GPU",
-        _export,
+        add_export_options,
     ),
     "rewards list": ("name, settings, columns and source of each", _plugins),
     "rewards try": ("score completions of a file, without a model", _rewards_try),

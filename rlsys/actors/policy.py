@@ -72,6 +72,11 @@ class PolicyRank(ModelRank):
         """See MegatronWeights.metadata."""
         return self.engine.weights.metadata()
 
+    def adapter_metadata(self) -> list[TensorMeta]:
+        """The same of the LoRA adapter, under PEFT's names."""
+        assert self.engine.adapters is not None
+        return self.engine.adapters.weights.metadata()
+
     def update(self, batch: TrainBatch, loss: str | None) -> UpdateOutput | None:
         """See MegatronPolicy.update."""
         return self.engine.update(batch, loss=loss)
@@ -160,6 +165,10 @@ class PolicyActors(ModelActors):
     def weight_metadata(self) -> list[TensorMeta]:
         """Every tensor that a weight sync sends, in its order."""
         return self.call("weight_metadata")[0]
+
+    def adapter_metadata(self) -> list[TensorMeta]:
+        """Every tensor of the LoRA adapter, under PEFT's names."""
+        return self.call("adapter_metadata")[0]
 
     def finished_version(self) -> int | None:
         """Number of updates in the weights, once all ranks have finished their calls.

@@ -16,6 +16,7 @@ from rlsys.commands.eval_results import (
     read_result,
     result_folders,
 )
+from rlsys.commands.merged_model import with_merged_adapter
 from rlsys.config import Config
 from rlsys.config.load import load_config
 from rlsys.problems import ProblemsError
@@ -48,7 +49,8 @@ def main(args: argparse.Namespace) -> None:
             )
     elif not models:
         raise ValueError("name a model or a run to evaluate: rlsys eval MODEL_OR_RUN... CONFIG")
-    sources = [] if args.server is not None else [find_model(name, args.step) for name in models]
+    found = [] if args.server is not None else [find_model(name, args.step) for name in models]
+    sources = [with_merged_adapter(source) for source in found]
     config = load_config(path or _config_of(sources), overrides).config
     _check(config)
     results = _evaluate(args, config, sources, models)

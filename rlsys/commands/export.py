@@ -1,5 +1,7 @@
 """`rlsys export SOURCE --to hf|mcore OUT`: a model in another format, type or number of files.
 
+With `--merge` a LoRA adapter becomes a model: its base, changed.
+
 One process on CPU, whatever the world size of the run was; without Ray, vLLM and GPU.
 """
 
@@ -17,12 +19,15 @@ import torch
 
 from rlsys.commands.export_formats import read_dtypes, write_hf, write_mcore
 from rlsys.engines.megatron.mcore_files import check_mcore_files, is_mcore_folder
+from rlsys.engines.megatron.merge import MergedTensors
 from rlsys.files import bytes_in, free_bytes, path_exists, size_text
 from rlsys.model.folder_check import vocabulary_notes, vocabulary_problems, weight_problems
 from rlsys.model.shape import ModelShape, read_model_shape
+from rlsys.model.stored_adapter import StoredAdapter
+from rlsys.model.tokenizer_files import has_tokenizer
 from rlsys.problems import Problem, ProblemsError
 from rlsys.run.folder import RunDir
-from rlsys.run.model_source import find_model
+from rlsys.run.model_source import ModelSource, find_model
 from rlsys.text import counted
 
 MAX_SHARD_SIZE = "5GB"
@@ -33,7 +38,9 @@ class Export:
     """What is converted into what."""
 
     folder: Path
-    """The source."""
+    """The source, or its base."""
+    adapter: StoredAdapter | None
+    """The LoRA adapter that is merged."""
     label: str
     """The name of the source, for people."""
     is_mcore: bool
@@ -65,7 +72,9 @@ class Export:
 
     @property
     def rounds(self) -> bool:
-        """Whether the new type cannot hold all stored numbers."""
+        """Whether the new type cannot hold all numbers: stored ones, or sums with an adapter's."""
+        if self.adapter is not None:
+            return self.main_dtype != torch.float32
         return not self.keeps_types and any(
             torch.promote_types(stored, self.main_dtype) != self.main_dtype
             for stored in self.num_stored
@@ -81,7 +90,23 @@ class Export:
 
 def main(args: argparse.Namespace) -> bool | None:
     """Check everything, convert, and compare if asked; False if the two sides differ."""
-    export = _plan(args)
+    if args.max_shard_size is not None and args.to == "mcore":
+        raise ValueError("--max_shard_size is for --to hf: leave it out")
+    if (args.prompts is not None or args.per_layer) and not args.test_convert_precision:
+        raise ValueError("--prompts and --per_layer are for --test_convert_precision: add it")
+    is_mcore = is_mcore_folder(Path(args.source).expanduser())
+    source = None if is_mcore else find_model(args.source, args.step)
+    adapter = None if source is None else source.adapter
+    if args.merge and adapter is None:
+        raise ValueError(
+            f"--merge is for LoRA adapters, and {args.source} is a model: leave it out"
+        )
+    if source is not None and adapter is not None and not args.merge:
+        from rlsys.commands.export_adapter import copy_adapter
+
+        copy_adapter(source, adapter, args)
+        return None
+    export = _plan(args, source)
     problems = list(map(Problem, _problems(export, overwrite=args.overwrite)))
     if problems:
         raise ProblemsError(f"the export of {args.source}", problems)
@@ -107,20 +132,15 @@ def main(args: argparse.Namespace) -> bool | None:
     return compare(export, prompts, per_layer=args.per_layer)
 
 
-def _plan(args: argparse.Namespace) -> Export:
-    if args.max_shard_size is not None and args.to == "mcore":
-        raise ValueError("--max_shard_size is for --to hf: leave it out")
-    if (args.prompts is not None or args.per_layer) and not args.test_convert_precision:
-        raise ValueError("--prompts and --per_layer are for --test_convert_precision: add it")
-    place = Path(args.source).expanduser()
-    is_mcore = is_mcore_folder(place)
-    if is_mcore:
+def _plan(args: argparse.Namespace, source: ModelSource | None) -> Export:
+    """What to do with `source`; None is a folder of megatron-core."""
+    is_mcore = source is None
+    if source is None:
         if args.step is not None:
             raise ValueError("--step is for a run, and SOURCE is a folder of megatron-core")
-        folder, label = place, args.source
+        folder, label = Path(args.source).expanduser(), args.source
         check_mcore_files(folder)
     else:
-        source = find_model(args.source, args.step)
         folder, label = source.folder, source.label
     shape = read_model_shape(folder)
     if not is_mcore:
@@ -129,6 +149,7 @@ def _plan(args: argparse.Namespace) -> Export:
             raise ProblemsError(str(folder), problems)
     return Export(
         folder=folder,
+        adapter=None if source is None else source.adapter,
         label=label,
         is_mcore=is_mcore,
         shape=shape,
@@ -143,23 +164,23 @@ def _plan(args: argparse.Namespace) -> Export:
 def _problems(export: Export, *, overwrite: bool) -> Iterator[str]:
     """What makes the export impossible, in the tokenizer and where it is written."""
     yield from vocabulary_problems(export.folder, export.shape)
-    out, source = export.out.absolute().resolve(), export.folder.resolve()
-    if out == source or out.is_relative_to(source) or source.is_relative_to(out):
-        yield f"{export.out} is the source, or one lies in the other: choose another folder"
-        return
-    if path_exists(export.out):
-        if not (export.out / "config.json").is_file():
-            yield (
-                f"{export.out} exists and holds no config.json, so it is not a model folder, and "
-                "--overwrite would not delete it: choose another folder"
-            )
-            return
-        if not overwrite:
-            yield f"{export.out} exists: choose another folder, or replace it with --overwrite"
-            return
-    obstacle = RunDir(export.out.parent).obstacle()
-    if obstacle is not None:
-        yield f"{export.out.parent} {obstacle}: choose another folder"
+    if export.adapter is not None:
+        if has_tokenizer(export.adapter.folder):  # it replaces the base's
+            yield from vocabulary_problems(export.adapter.folder, export.shape)
+        if export.to == "mcore":
+            yield "--merge is for --to hf: merge first, then export what that writes to mcore"
+        try:
+            MergedTensors(export.adapter).check_base(export.shape)
+        except ValueError as error:
+            yield str(error)
+    sources = [export.folder] if export.adapter is None else [export.folder, export.adapter.folder]
+    problems = [
+        problem
+        for source in sources
+        for problem in place_problems(export.out, source, overwrite=overwrite)
+    ]
+    yield from dict.fromkeys(problems)
+    if problems:
         return
     # The replaced folder is deleted when the new one is whole, so it is not room.
     small = sum(f.stat().st_size for f in export.folder.iterdir() if f.suffix == ".json")
@@ -171,6 +192,36 @@ def _problems(export: Export, *, overwrite: bool) -> Iterator[str]:
         )
 
 
+def place_problems(
+    out: Path, source: Path, *, overwrite: bool, has: str = "config.json"
+) -> Iterator[str]:
+    """What speaks against writing the folder `out`.
+
+    Args:
+        source: folder that is read.
+        overwrite: whether a folder that is there may be replaced, if it has the file `has`.
+    """
+    real_out, real_source = out.absolute().resolve(), source.resolve()
+    inside = real_out.is_relative_to(real_source) or real_source.is_relative_to(real_out)
+    if inside:
+        yield f"{out} is the source, or one lies in the other: choose another folder"
+        return
+    if path_exists(out):
+        if not (out / has).is_file():
+            yield (
+                f"{out} exists and holds no {has}, so it is not "
+                f"{'a model' if has == 'config.json' else 'an adapter'} folder, and --overwrite "
+                "would not delete it: choose another folder"
+            )
+            return
+        if not overwrite:
+            yield f"{out} exists: choose another folder, or replace it with --overwrite"
+            return
+    obstacle = RunDir(out.parent).obstacle()
+    if obstacle is not None:
+        yield f"{out.parent} {obstacle}: choose another folder"
+
+
 def _describe(export: Export) -> Iterator[str]:
     shape, width = export.shape, str(export.main_dtype).removeprefix("torch.")
     stored = " and ".join(str(d).removeprefix("torch.") for d, _ in export.num_stored.most_common())
@@ -178,6 +229,11 @@ def _describe(export: Export) -> Iterator[str]:
         f"{export.label}: {shape.model_type}, {shape.num_params:,} parameters in {stored}, "
         f"{'megatron-core' if export.is_mcore else 'Hugging Face'} format"
     )
+    if export.adapter is not None:
+        yield (
+            f"merging the LoRA adapter {export.adapter.folder} into {export.folder}: W + scaling "
+            f"B A in float32, rounded once to {width}"
+        )
     for note in vocabulary_notes(export.folder, shape):
         yield f"note: {note}"
     if (

@@ -13,6 +13,7 @@ import torch
 
 from rlsys.engines.megatron.hf_folder import save_model_folder, stored_tensors, untrained_tensors
 from rlsys.engines.megatron.mcore_files import is_mcore_folder, stored_numbers
+from rlsys.engines.megatron.merge import save_merged_folder
 from rlsys.engines.megatron.on_cpu import enable_megatron_on_cpu, quiet_megatron
 from rlsys.model.families.base import weight_table
 from rlsys.model.shape import ModelShape
@@ -49,6 +50,16 @@ def read_dtypes(folder: Path, shape: ModelShape, *, is_mcore: bool) -> Counter[t
 
 def write_hf(export: Export) -> None:
     """Write a Hugging Face folder; of safetensors, one shard is in memory at a time."""
+    if export.adapter is not None:
+        save_merged_folder(
+            export.folder,
+            export.adapter,
+            export.out,
+            dtype=export.dtype,
+            main_dtype=export.main_dtype,
+            max_shard_bytes=export.max_shard_bytes,
+        )
+        return
     with ExitStack() as stack:
         if export.is_mcore:
             _, weights = stack.enter_context(whole_model(export.folder, export.main_dtype))

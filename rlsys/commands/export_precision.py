@@ -73,13 +73,20 @@ class Difference:
 
 def compare(export: Export, prompts: list[list[int]], *, per_layer: bool) -> bool:
     """Print how both sides differ; whether the type of the new weights explains it."""
-    source = _values(export.folder, prompts, is_mcore=export.is_mcore, per_layer=per_layer)
+    adapter = None if export.adapter is None else export.adapter.folder
+    source = _values(
+        export.folder, prompts, is_mcore=export.is_mcore, per_layer=per_layer, adapter=adapter
+    )
     written = _values(export.out, prompts, is_mcore=export.to == "mcore", per_layer=per_layer)
     differences = {place: Difference.between(source[place], written[place]) for place in source}
     rest, name = differences[LOGITS], str(export.main_dtype).removeprefix("torch.")
     if export.rounds:
         rounded = _values(
-            export.folder, prompts, is_mcore=export.is_mcore, rounded_to=export.main_dtype
+            export.folder,
+            prompts,
+            is_mcore=export.is_mcore,
+            rounded_to=export.main_dtype,
+            adapter=adapter,
         )
         rest = Difference.between(rounded[LOGITS], written[LOGITS])
     tokens = counted(sum(map(len, prompts)), "token")
@@ -150,11 +157,14 @@ def _values(
     is_mcore: bool,
     per_layer: bool = False,
     rounded_to: torch.dtype | None = None,
+    adapter: Path | None = None,
 ) -> Values:
     """Logits, and hidden states if `per_layer`, of a folder's model in float32.
 
     Args:
         rounded_to: a type to round the weights to first.
+        adapter: a LoRA adapter, which PEFT computes beside the weights, or merges into them before
+            they are rounded.
     """
     disable_progress_bar()
     with ExitStack() as stack:
@@ -176,6 +186,9 @@ def _values(
                 "final norm": model.model.norm,
             }
 
+            if adapter is not None:
+                model = _with_adapter(model, adapter, merged=rounded_to is not None)
+
             def logits(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
                 return model(input_ids=ids[None], use_cache=False).logits[0]
 
@@ -189,6 +202,14 @@ def _values(
         for prompt in prompts:
             parts[LOGITS].append(logits(model, torch.tensor(prompt)).float())
     return {place: torch.cat(tensors) for place, tensors in parts.items()}
+
+
+def _with_adapter(model: Any, adapter: Path, *, merged: bool) -> Any:
+    """PEFT's model of a base and an adapter."""
+    from peft import PeftModel
+
+    wrapped = PeftModel.from_pretrained(model, adapter).eval()
+    return wrapped.merge_and_unload() if merged else wrapped
 
 
 def _keep(into: list[torch.Tensor]) -> Any:

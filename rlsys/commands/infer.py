@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from rlsys.commands.merged_model import with_merged_adapter
 from rlsys.config.yaml_text import load_yaml
 from rlsys.engines.vllm.serving import (
     EngineOptions,
@@ -38,7 +39,7 @@ def main(args: argparse.Namespace) -> None:
     for name, value in sampling.items():
         check_sampling(name, value)
     _check_options(args, sampling)
-    source = find_model(args.model, args.step)
+    source = with_merged_adapter(find_model(args.model, args.step))
     system, variables = prompt_settings(source, args.system)
     options = EngineOptions(
         device=args.device or ("cuda" if visible_gpus() else "cpu"),
@@ -165,6 +166,6 @@ def _served_name(source: ModelSource) -> str:
     place = Path(source.name)
     if not place.is_dir():
         return source.name
-    if source.run is not None and place.resolve() == source.folder.resolve():
-        return f"{source.run.path.resolve().name}-{source.folder.name}"
+    if source.run is not None and place.resolve() == source.saved.resolve():
+        return f"{source.run.path.resolve().name}-{source.saved.name}"
     return place.resolve().name

@@ -10,9 +10,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 from rlsys.text import counted
 
-_MERGE = (
-    "LoRA adapters are not read: merge them with peft or `swift export --merge_lora true`, and "
-    "name the merged folder"
+_ADAPTER = (
+    "write its value, the folder of the LoRA adapter, in place of the model: it names its base"
 )
 _QUANTISE = "quantised weights are not written"
 _MODEL = "write its value as MODEL_OR_RUN, without an option"
@@ -30,7 +29,10 @@ ELSEWHERE: dict[str, dict[str, str]] = {
         "local_dir": "name the run, with --step N, as SOURCE",
         "to_mcore": "write --to mcore",
         "to_hf": "write --to hf",
-        **dict.fromkeys(("adapters", "mcore_adapters", "mcore_adapter", "merge_lora"), _MERGE),
+        "adapters": "write its value as SOURCE, and --merge for a model with it merged in",
+        **dict.fromkeys(
+            ("mcore_adapters", "mcore_adapter"), "adapters are read in PEFT's format: --adapters"
+        ),
         **dict.fromkeys(("quant_bits", "quant_method", "quant_n_samples"), _QUANTISE),
         "exist_ok": "write --overwrite",
         **dict.fromkeys(
@@ -43,7 +45,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     },
     "infer": {
         **dict.fromkeys(("model", "model_name_or_path", "ckpt_dir"), _MODEL),
-        "adapters": _MERGE,
+        "adapters": _ADAPTER,
         "val_dataset": "write --prompts FILE --out FILE",
         "result_path": "write --out FILE",
         "max_new_tokens": "write --max_tokens",
@@ -57,7 +59,7 @@ ELSEWHERE: dict[str, dict[str, str]] = {
     },
     "eval": {
         **dict.fromkeys(("model", "model_name_or_path", "ckpt_dir"), _MODEL),
-        "adapters": _MERGE,
+        "adapters": _ADAPTER,
         "eval_dataset": "the data are those of CONFIG: set --data.val_dataset, with rows and "
         "rewards of yours; benchmarks by name are not here",
         "val_dataset": "write --data.val_dataset",

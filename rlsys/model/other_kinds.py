@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlsys.model.adapter_folder import CONFIG_FILE, is_adapter_folder
 from rlsys.model.folder import read_json
 from rlsys.model.weight_files import TRACKER
 
@@ -36,14 +37,11 @@ def refuse_other_kind(folder: Path) -> None:
     Raises:
         ValueError: says what it is, and what to do.
     """
-    adapter = folder / "adapter_config.json"
-    if adapter.is_file():
-        base = read_json(adapter).get("base_model_name_or_path")
+    if is_adapter_folder(folder):
+        base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
         raise ValueError(
             f"{folder} is a LoRA adapter{f' of {base}' if base else ''}, not a model: merge it "
-            "with peft (`AutoPeftModelForCausalLM.from_pretrained(FOLDER, dtype='bfloat16')"
-            ".merge_and_unload().save_pretrained(NEW)`, and the tokenizer too), or with `swift "
-            "export --adapters FOLDER --merge_lora true`, and name the folder that this writes"
+            f"with `rlsys export {folder} --merge --to hf NEW`, and name NEW"
         )
     if (folder / TRACKER).is_file() and not any(folder.glob("*.safetensors")):
         raise ValueError(

@@ -1,18 +1,21 @@
-"""The model that a user names: a run, a checkpoint, a Hugging Face folder or a hub id."""
+"""The model that a user names: a run, a checkpoint, a folder of a model or adapter, a hub id."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rlsys.config.dataset_spec import is_local_path
+from rlsys.model.adapter_folder import CONFIG_FILE, is_adapter_folder
 from rlsys.model.folder import find_model_folder, hub_answers, read_json, resolve_model_path
 from rlsys.model.other_kinds import refuse_other_kind
+from rlsys.model.stored_adapter import StoredAdapter, read_adapter
 from rlsys.model.tokenizer_files import has_tokenizer
 from rlsys.model.weight_files import INDEX, indexed_names, weight_files
 from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
 
+_CONFIGS = ("config.json", CONFIG_FILE)
 _MOST_STEPS = 10
 """Steps that an error lists; of more it names the first and the last ones."""
 
@@ -29,21 +32,28 @@ class ModelSource:
     """The run that trained it, if the user named a run or one of its folders."""
     step: int | None = None
     """Training steps of its weights, if the name of its folder says so."""
+    adapter: StoredAdapter | None = None
+    """The LoRA adapter that the user named; `folder` is its base."""
 
     @property
     def label(self) -> str:
         """Its name in tables: "runs/a step 20"."""
-        if self.run is None or Path(self.name).resolve() == self.folder.resolve():
+        if self.run is None or Path(self.name).resolve() == self.saved.resolve():
             return self.name
-        return f"{self.name} {self.folder.name.replace('-', ' ')}"
+        return f"{self.name} {self.saved.name.replace('-', ' ')}"
+
+    @property
+    def saved(self) -> Path:
+        """The folder that the user named, or that a run saved: of the adapter, or the model."""
+        return self.folder if self.adapter is None else self.adapter.folder
 
 
 def find_model(name: str, step: int | None = None) -> ModelSource:
     """The model that `name` stands for; one of the hub is downloaded.
 
     Args:
-        name: a run's output_dir, its `checkpoints` folder, one checkpoint, a Hugging Face folder or
-            a hub id.
+        name: a run's output_dir, its `checkpoints` folder, one checkpoint, a Hugging Face folder,
+            a folder of a LoRA adapter or a hub id.
         step: the checkpoint of a run; None is the newest weights that the run saved.
 
     Raises:
@@ -62,8 +72,24 @@ def find_model(name: str, step: int | None = None) -> ModelSource:
         _refuse_step(name, step, "a model of the hub")
         find_model_folder(name)  # its errors say why a model cannot be read
         source = ModelSource(name, resolve_model_path(name, local_files_only=not hub_answers()))
+    if is_adapter_folder(source.folder):
+        source = _with_base(source)
     check_loadable(source.folder)
     return source
+
+
+def _with_base(source: ModelSource) -> ModelSource:
+    """The source of an adapter, with the folder of its base."""
+    adapter = read_adapter(source.folder)
+    try:
+        find_model_folder(adapter.base)
+        base = resolve_model_path(adapter.base, local_files_only=not hub_answers())
+    except ValueError as error:
+        raise ValueError(
+            f"{adapter.folder} is a LoRA adapter, and its base cannot be read: {error}. "
+            f"base_model_name_or_path in its {CONFIG_FILE} says where it is"
+        ) from None
+    return replace(source, folder=base, adapter=adapter)
 
 
 def check_loadable(folder: Path) -> None:
@@ -102,7 +128,7 @@ def _in_folder(name: str, place: Path, step: int | None) -> ModelSource:
         return _of_run(name, run, step)
     if place.name.endswith(".partial"):
         raise ValueError(f"{name} is not finished: the process that wrote it was stopped meanwhile")
-    if not any((place / file).is_file() for file in ("config.json", "adapter_config.json")):
+    if not any((place / file).is_file() for file in _CONFIGS):
         raise ValueError(
             f"{name} is neither a model folder (it has no config.json) nor the output_dir of a run "
             "(it has no checkpoints, final or interrupted)"
@@ -145,9 +171,15 @@ def _of_run(name: str, run: RunDir, step: int | None) -> ModelSource:
     newest = [(of_steps[number], number) for number in steps[-1:]]
     folder, number = max(
         [*newest, *((folder, None) for folder in saved)],
-        key=lambda entry: (entry[0] / "config.json").stat().st_mtime_ns,
+        key=lambda entry: _written_at(entry[0]),
     )
     return ModelSource(name, folder, run, number)
+
+
+def _written_at(folder: Path) -> int:
+    """When the config of a model or adapter was written, in nanoseconds."""
+    configs = [folder / name for name in _CONFIGS if (folder / name).is_file()]
+    return max((config.stat().st_mtime_ns for config in configs), default=0)
 
 
 def _there_is(steps: list[int], saved: list[Path]) -> str:

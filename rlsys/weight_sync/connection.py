@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets
+
+Content = Literal["weights", "base", "adapter"]
+"""weights: the policy's, with a LoRA adapter merged in; base: without it; adapter: the adapter's
+tensors under PEFT's names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +40,10 @@ class Connection:
     """Whether rollout engines may copy straight into their parameters, where they can."""
     timeout_s: float
     """Deadline, in seconds, of each wait for another rank."""
+    content: Content = "weights"
+    """What the slices are of."""
+    adapter_scaling: float = 1.0
+    """Factor of B A in a LoRA adapter."""
     label: str = ""
     """Distinguishes this connection in errors: " for worker 1 of 2"."""
 

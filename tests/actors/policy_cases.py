@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from copy import copy
+from dataclasses import replace
 from unittest import mock
 
 import ray
@@ -221,13 +222,12 @@ class LabRank(PolicyRank):
             else:
                 parameter.data.copy_(changed)
 
-    def plan_buckets(self, bucket_bytes, slices=None, sender=0):
-        from rlsys.engines.megatron.export import BucketExport
-
+    def plan_buckets(self, bucket_bytes, slices=None, sender=0, content="weights"):
         slices = slices or whole_tensors(self.engine.weights.metadata())
         connection = unconnected(slices, bucket_bytes=bucket_bytes, sender=sender)
+        connection = replace(connection, content=content)
         self.buckets, self.sender = connection.buckets(), sender
-        self.export = BucketExport(self.engine.weights, connection)
+        self.export = self.engine.export_to(connection)
         largest = max(bucket.nbytes for bucket in self.buckets)
         self.memory = torch.zeros(2, largest, dtype=torch.uint8)
 
@@ -242,6 +242,24 @@ class LabRank(PolicyRank):
             self.export.fill(bucket, buffer)
             tensors |= {name: view.clone() for name, view in bucket.views(buffer)}
         return tensors
+
+    def randomize_adapters(self, seed, size=0.1):
+        """Adapters as if they had been trained: a new one adds nothing."""
+        rng = torch.Generator().manual_seed(seed)
+        weights = self.engine.adapters.weights
+        for name, whole in weights.export():
+            value = size * torch.randn(whole.shape, generator=rng)
+            row = next(row for row in weights.table if name in row.hf_names)
+            parameter, (rank, size_of_tp) = weights.own_parameter(row), weights.slice_of(row)
+            if parameter is not None:
+                parts = [value]
+                if row.tp_axis is not None:
+                    parts = [part.chunk(size_of_tp, row.tp_axis)[rank] for part in row.cut(parts)]
+                parameter.data.copy_(row.fuse(parts, size_of_tp))
+
+    def exported_adapter(self):
+        """The same as `exported`, of the adapter."""
+        return self._export(self.engine.adapters.weights)
 
     def load_folder(self, folder):
         self.engine.weights.load(folder)

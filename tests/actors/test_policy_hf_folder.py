@@ -9,6 +9,7 @@ from policy_cases import LAYOUTS, MODELS, VOCAB_SIZE, exported, policy_config, r
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from rlsys.weight_sync.connection import whole_tensors
 from rlsys.weight_sync.plan import TensorSlice
 
 pytestmark = pytest.mark.system
@@ -105,6 +106,41 @@ def test_any_rank_sends_any_part_of_the_tensors(lab, policy_models, name, layout
         policy.call("change_weights", False)
         changed = {name: 3 * tensor + 1 for name, tensor in expected.items()}
         assert_equal(policy.call("in_buckets")[sender], changed)
+
+
+@pytest.mark.parametrize(("layout", "sender"), [("TP 2 x PP 2", 1), ("one rank", 0)])
+def test_buckets_have_the_adapter_merged_the_base_or_the_adapter_alone(
+    lab, policy_models, layout, sender
+):
+    lora = {"rank": 3, "alpha": 5, "target_modules": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+    config = policy_config(policy_models["qwen3-untied"], lora=lora, **LAYOUTS[layout])
+    policy = lab.policy(config)
+    base = exported(policy)
+    slices = random_boxes(policy.weight_metadata(), seed=1)
+
+    def sent(slices, content):
+        policy.call("plan_buckets", 20_000, slices, sender, content)
+        return policy.call("in_buckets")[sender]
+
+    def cut(whole):
+        return {
+            piece.meta.name: piece.within(whole[piece.tensor.name], TensorSlice.whole(piece.tensor))
+            for piece in slices
+        }
+
+    assert_equal(sent(slices, "weights"), cut(base))  # B starts as 0
+    for seed in (1, 2):
+        policy.call("randomize_adapters", seed)
+        adapter = policy.call("exported_adapter")[0]
+        assert_equal(sent(whole_tensors(policy.adapter_metadata()), "adapter"), adapter)
+        merged = dict(base)
+        for name, a in adapter.items():
+            if ".lora_A." in name:
+                weight = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+                merged[weight] = base[weight] + 5 / 3 * adapter[name.replace("_A.", "_B.")] @ a
+        torch.testing.assert_close(sent(slices, "weights"), cut(merged), atol=1e-6, rtol=1e-6)
+        assert_equal(sent(slices, "base"), cut(base))
+    assert_equal(exported(policy), base)
 
 
 def test_transformers_loads_a_trained_model_with_its_tokenizer(lab, policy_models, tmp_path):

@@ -5,6 +5,8 @@ Here the buckets hold any slices of Hugging Face tensors, and one rank, the send
 copies the parts of a slice that it has straight into the bucket. Each other part has one owner, the
 lowest rank with it. An owner packs its parts of a bucket into one parcel and sends it to the
 sender, which copies them into place. Tensor, pipeline and expert parallelism need no difference.
+Parameters that are computed when they are read, such as weights with a LoRA adapter merged in, are
+computed for each update, one at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from rlsys.engines.megatron.weights import MegatronWeights
+from rlsys.model.families.base import WeightRow
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.copies import CopyPlan
 from rlsys.weight_sync.plan import Bucket, TensorMeta, TensorSlice, plan_buckets, shard_bounds
@@ -89,7 +92,8 @@ class BucketExport:
             for bucket in self._buckets
         ]
         self._parameters = [
-            [self._parameter(part) for part in self._own(parts)] for parts in self._parts
+            [self._parameter(part) for part in self._own(parts) if not self._is_computed(part)]
+            for parts in self._parts
         ]
         self._parcels = [self._plan_parcels(parts) for parts in self._parts]
         self._staging = self._make_staging()
@@ -108,6 +112,7 @@ class BucketExport:
         ]
         copies = self._plan(bucket, buffer)
         copies.own.run()
+        self._copy_computed(bucket, buffer)
         self._exchange(ops, bucket)
         copies.parcels.run()
 
@@ -122,6 +127,7 @@ class BucketExport:
             if self._rank in parcels:
                 memory = self._parcel_memory(bucket, self._rank)
                 self._plan(bucket, memory).own.run()
+                self._copy_computed(bucket, memory)
                 self._exchange([dist.P2POp(dist.isend, memory, self._sender)], bucket)
 
     def _find_owners(self) -> dict[tuple[str, int], int]:
@@ -161,7 +167,7 @@ class BucketExport:
                     yield _Part(item, box, owners[row.hf_names[0], shard], held, index)
 
     def _parameter(self, part: _Part) -> torch.Tensor:
-        parameter = self._weights.own_parameter(self._rows[part.item.tensor.name])
+        parameter = self._weights.own_parameter(self._row(part))
         assert parameter is not None, part
         return parameter
 
@@ -201,12 +207,28 @@ class BucketExport:
     def _own(self, parts: Sequence[_Part]) -> list[_Part]:
         return [part for part in parts if part.owner == self._rank]
 
+    @torch.no_grad()
+    def _copy_computed(self, bucket: Bucket, buffer: torch.Tensor) -> None:
+        by_row: dict[tuple[str, ...], list[tuple[_Part, torch.Tensor]]] = {}
+        for part, target in self._own_targets(bucket, buffer):
+            if self._is_computed(part):
+                by_row.setdefault(self._row(part).names, []).append((part, target))
+        for parts in by_row.values():
+            slices = self._weights.own_slices(self._row(parts[0][0]))
+            for part, whole_target in parts:
+                for target, source in self._pairs(part, whole_target, slices):
+                    target.copy_(source)
+
     def _make_plan(self, bucket: Bucket, buffer: torch.Tensor, addresses: list[int]) -> _Copies:
-        own = self._own(self._parts[bucket.index])
         parcels = self._parcels[bucket.index]
+        own = CopyPlan(
+            pair
+            for part, target in self._own_targets(bucket, buffer)
+            if not self._is_computed(part)
+            for pair in self._pairs(part, target, self._weights.own_slices(self._row(part)))
+        )
         if self._rank != self._sender:
-            targets = [view for _, view in parcels[self._rank].views(buffer)]
-            return _Copies(addresses, self._from_parameters(own, targets), CopyPlan([]))
+            return _Copies(addresses, own, CopyPlan([]))
         tensors = dict(bucket.views(buffer))
         arriving = []
         for owner, parcel in parcels.items():
@@ -214,19 +236,36 @@ class BucketExport:
             views = parcel.views(self._parcel_memory(bucket, owner))
             for part, (_, view) in zip(parts, views, strict=True):
                 arriving.append((part.target(tensors[part.item.meta.name]), view))
-        targets = [part.target(tensors[part.item.meta.name]) for part in own]
-        return _Copies(addresses, self._from_parameters(own, targets), CopyPlan(arriving))
+        return _Copies(addresses, own, CopyPlan(arriving))
 
-    def _from_parameters(self, own: Sequence[_Part], targets: Sequence[torch.Tensor]) -> CopyPlan:
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for part, target in zip(own, targets, strict=True):
-            row = self._rows[part.item.tensor.name]
-            source = self._weights.own_slices(row)[part.index]
-            if row.query_groups:
-                pairs += _from_query_groups(target, source, part)
-            else:
-                pairs.append((target, part.box.within(source, part.held)))
-        return CopyPlan(pairs)
+    def _own_targets(
+        self, bucket: Bucket, buffer: torch.Tensor
+    ) -> Iterator[tuple[_Part, torch.Tensor]]:
+        """This rank's parts of a bucket, and where they go in it, or in the rank's parcel."""
+        own = self._own(self._parts[bucket.index])
+        if self._rank != self._sender:
+            views = self._parcels[bucket.index][self._rank].views(buffer)
+            yield from zip(own, (view for _, view in views), strict=True)
+            return
+        tensors = dict(bucket.views(buffer))
+        for part in own:
+            yield part, part.target(tensors[part.item.meta.name])
+
+    def _pairs(
+        self, part: _Part, target: torch.Tensor, slices: Sequence[torch.Tensor]
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """(target, source) of a part, from `MegatronWeights.own_slices` of its row."""
+        source = slices[part.index]
+        if self._row(part).query_groups:
+            yield from _from_query_groups(target, source, part)
+        else:
+            yield target, part.box.within(source, part.held)
+
+    def _row(self, part: _Part) -> WeightRow:
+        return self._rows[part.item.tensor.name]
+
+    def _is_computed(self, part: _Part) -> bool:
+        return self._weights.computes(self._row(part))
 
     def _exchange(self, ops: list[dist.P2POp], bucket: Bucket) -> None:
         if not ops:

@@ -7,8 +7,8 @@ For whoever sends or merges them, a policy with policy.lora has `engine.adapters
   tensors of modules_to_save, too. `adapters.plan` has rank, alpha, scale and targets.
 - `adapters.merged` is a MegatronWeights over the model's tensors, of which those with an adapter
   are W + scale B A: computed in float32 when they are read, and rounded once. `metadata()` and
-  `export()` are as those of `engine.weights`, so `StreamExport(adapters.merged.export, ...)` sends
-  them; BucketExport, which copies from fixed memory, cannot. No weight of the model is changed.
+  `export()` are as those of `engine.weights`, and `BucketExport` takes it: it asks `computes`
+  which rows have no fixed memory to copy from. No weight of the model is changed.
 - `with adapters.off():` lets the model compute as the base does, modules_to_save included.
 - `engine.weights` is the base, but for modules_to_save, which have the trained values.
 
@@ -282,6 +282,10 @@ class _MergedWeights(MegatronWeights):
         weight = super().own_parameter(row)
         adapter = self._adapters.by_weight.get(row.names[0])
         return weight if weight is None or adapter is None else adapter.merged(weight)
+
+    def computes(self, row: WeightRow) -> bool:
+        """See MegatronWeights."""
+        return row.names[0] in self._adapters.by_weight
 
 
 class _Tree(torch.nn.Module):

@@ -56,6 +56,7 @@ from rlsys.weight_sync.connection import Connection
 
 if TYPE_CHECKING:
     from rlsys.engines.megatron.bridge import BridgedWeights
+    from rlsys.engines.megatron.lora import Adapters
 
 ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
 """Function that writes a model folder: see `save_model_folder`."""
@@ -70,6 +71,8 @@ class MegatronModel:
 
     role = "policy"
     """Section of the config with the model's parallel sizes."""
+    adapters: Adapters | None = None
+    """The LoRA adapter beside the weights, if there is one."""
 
     def __init__(self, config: Config, path: str, *, device: Device, trains: bool = False):
         if problems := megatron_option_problems(config):  # this host may have another megatron-core
@@ -141,9 +144,13 @@ class MegatronModel:
 
     def export_to(self, connection: Connection) -> BucketExport | StreamExport:
         """This rank's part in filling the buckets of a weight sync connection."""
-        if isinstance(self.weights, MegatronWeights) and not self.weights.has_fp8:
-            return BucketExport(self.weights, connection)
-        return StreamExport(self.weights.export, connection)
+        weights = self.weights
+        if self.adapters is not None and connection.content != "base":
+            is_adapter = connection.content == "adapter"
+            weights = self.adapters.weights if is_adapter else self.adapters.merged
+        if isinstance(weights, MegatronWeights) and not weights.has_fp8:
+            return BucketExport(weights, connection)
+        return StreamExport(weights.export, connection)
 
     def _sampling(self, vocab_size: int) -> Sampling:
         """How the rollout engines sample, by the policy's tokenizer."""

@@ -154,6 +154,10 @@ class MegatronWeights:
         """This rank's parameters with these names."""
         return [self._parameters[name] for name in names if name in self._parameters]
 
+    def computes(self, row: WeightRow) -> bool:
+        """Whether `own_parameter` computes a row's parameter when it is read."""
+        return False
+
     def slice_of(self, row: WeightRow) -> tuple[int, int]:
         """(index, num_shards) of this rank's slice of a row's parts, if it has the row."""
         return (0, 1) if row.tp_axis is None else (self._tp.rank(), self._tp.size())

@@ -19,7 +19,7 @@ MCORE = "export swift export --model m --to_mcore true --output_dir o --adapters
                 "--model: write its value as SOURCE",
                 "--to_mcore: write --to mcore",
                 "--output_dir: write its value as OUT",
-                "--adapters: LoRA adapters are not read",
+                "--adapters: write its value as SOURCE, and --merge",
             ],
         ),
         ("export m --to hf o --max_shard_sise 1GB", ["Did you mean --max_shard_size?"]),
