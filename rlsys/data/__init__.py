@@ -1,12 +1,14 @@
-"""From the rows of datasets to prompts ready to sample from; docs/data.md is for users.
+"""From the rows of datasets to prompts and samples; docs/data.md is for users.
 
 One `Row` goes through these stages, for training in memory, streams, the preview and `rewards try`:
 
     open         sources, with text_files, json_files, file_bytes; tables for all else
     preprocess   preprocess, row_preprocessors (ms-swift's classes), registered (datasets by name)
     parse        formats (which columns hold the prompt), turns (turns, calls and tools)
-    render       render: the chat template
-    load         load: everything in memory, split; streams/: the order in which prompts come
+                 targets (for samples: which turns are trained on, texts, self-cognition)
+    render       render: the chat template; render_samples, target_mask: targets, to the token
+    load         load: everything in memory, split; streams/: the order in which rows come
+                 samples: what differs between samples and prompts
 """
 
 from rlsys.config.dataset_spec import FILE_SUFFIXES
@@ -21,6 +23,7 @@ from rlsys.data.row_preprocessors import (
     ResponsePreprocessor,
     RowPreprocessor,
 )
+from rlsys.data.samples import SampleData, SampleRules, load_samples
 
 __all__ = [
     "FILE_SUFFIXES",
@@ -31,8 +34,11 @@ __all__ = [
     "PromptData",
     "ResponsePreprocessor",
     "RowPreprocessor",
+    "SampleData",
+    "SampleRules",
     "SubsetDataset",
     "load_prompts",
+    "load_samples",
     "preprocessors",
     "register_dataset",
     "register_preprocessor",

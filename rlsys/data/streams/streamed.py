@@ -138,9 +138,11 @@ class Streamed(Stream[T]):
             self._renderer.render(rows)
             for row in rows:
                 self._note_columns(source, row.columns)
+                if row.is_usable:
+                    source.limit(row)
                 if row.problem:
                     problems.append(Problem(f"{row.location}: {row.problem}"))
-                else:
+                elif not row.dropped:
                     self.first += source.make(row, 0, list(row.columns))
         return problems
 
