@@ -49,7 +49,8 @@ def chunked_logprobs(
     The logits are `hidden_TH @ weight_VH.T`. They exist for `chunk_size` tokens at a time; with
     gradients they are computed again on the way back, so that only `hidden_TH` is kept. At a
     vocabulary of 152k, logits of 16k tokens take 4.6 GiB in bfloat16; a chunk's 1,024 tokens
-    take 0.3 GiB. The gradient of `weight_VH` is summed over chunks in float32, and rounded once.
+    take 0.3 GiB. The gradient of `weight_VH`, unless it is frozen, is summed over chunks in
+    float32, and rounded once.
 
     Computed in float32 (float64 for float64 logits), the type of the results; a gradient has the
     type of its tensor. The choice of tokens by min_p, top_k and top_p counts as constant.
@@ -119,7 +120,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         rows, kept = _Rows(*others[: len(_Rows._fields)]), others[len(_Rows._fields) :]
         grad_TH = torch.empty_like(hidden_TH)
         wide = torch.promote_types(weight_VH.dtype, torch.float32)
-        grad_VH = torch.zeros_like(weight_VH, dtype=wide)
+        grad_VH = torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
         for i, chunk in enumerate(_chunks(len(hidden_TH), ctx.chunk_size)):
             hidden, factor_TV = hidden_TH[chunk], None
             if kept:
@@ -140,8 +141,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if factor_TV is not None:
                 grad_TV *= factor_TV
             torch.mm(grad_TV, weight_VH, out=grad_TH[chunk])
-            _add_product(grad_VH, grad_TV.t(), hidden)
-        return grad_TH, grad_VH.to(weight_VH.dtype), *[None] * 6
+            if grad_VH is not None:
+                _add_product(grad_VH, grad_TV.t(), hidden)
+        return grad_TH, None if grad_VH is None else grad_VH.to(weight_VH.dtype), *[None] * 6
 
 
 def _chunks(length: int, size: int) -> Iterator[slice]:

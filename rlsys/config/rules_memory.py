@@ -106,6 +106,11 @@ def _fp8_problems(policy: PolicyConfig) -> Iterator[Problem]:
             "policy.use_precision_aware_optimizer, whose float32 weights checkpoints could not put "
             "back into FP8: use the recipe tensorwise"
         )
+    if policy.lora is not None:
+        yield Problem(
+            "policy.fp8_param_gather with policy.lora is not there: adapters are beside weights in "
+            "the model's type. Leave fp8_param_gather out; fp8_format works with lora"
+        )
     if policy.optimizer_cpu_offload:
         yield Problem(
             "policy.fp8_param_gather cannot be used with policy.optimizer_cpu_offload, which "

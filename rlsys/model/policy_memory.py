@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlsys.config import PolicyConfig, RunConfig
+from rlsys.config import LoraConfig, PolicyConfig, RunConfig
 from rlsys.config.pipeline_layout import rank_layers
+from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT
+from rlsys.model.freezing import frozen_tensors, num_frozen
 from rlsys.model.layer_memory import attention_output, layer_numbers, mlp_numbers
+from rlsys.model.lora import PARAMETERS, adapter_table, plan_lora
 from rlsys.model.pipeline import busiest_rank, rank_params
 from rlsys.model.shape import ModelShape
 from rlsys.types import Device
@@ -35,10 +38,13 @@ def policy_tensors(config: RunConfig, shape: ModelShape, device: Device) -> list
     layout = f"TP {tp}, PP {pp}" + (f", EP {ep}" if shape.is_moe else "")
     rank = f"{params / 1e6:,.1f} M of {shape.num_params / 1e6:,.1f} M parameters ({layout})"
     grads = _DTYPE_BYTES[policy.main_grads_dtype]
+    trained = _trained(policy, shape, dense, experts)
+    adapters = trained.adapters * width
+    text = f"{trained.text} x {grads} bytes ({policy.main_grads_dtype})"
     tensors: list[Tensor] = [
-        ("weights", params * width, f"{rank} x {width} bytes"),
-        ("gradients", params * grads, f"parameters x {grads} bytes ({policy.main_grads_dtype})"),
-        ("optimizer", *_optimizer(config, dense, experts, width)),
+        ("weights", params * width + adapters, f"{rank} x {width} bytes{trained.beside}"),
+        ("gradients", (trained.dense + trained.experts) * grads, text),
+        ("optimizer", *_optimizer(config, trained, width)),
         ("activations", *_activations(config, shape, tokens, width, device)),
         ("logits", *_logits(config, shape, tokens, width, device)),
     ]
@@ -78,7 +84,51 @@ def _state_bytes(policy: PolicyConfig, width: int) -> _StateBytes:
     return _StateBytes(total, 0, f"{text}{of_copy})")
 
 
-def _optimizer(config: RunConfig, dense: int, experts: int, width: int) -> tuple[float, str]:
+@dataclass(frozen=True)
+class _Trained:
+    """Parameters of a rank that have gradients and optimizer state."""
+
+    dense: float
+    experts: float
+    adapters: float = 0.0
+    """Those of them that are beside the model's."""
+    text: str = "parameters"
+
+    @property
+    def beside(self) -> str:
+        return f", and {self.adapters / 1e6:,.1f} M of adapters" if self.adapters else ""
+
+
+def _trained(policy: PolicyConfig, shape: ModelShape, dense: int, experts: int) -> _Trained:
+    if policy.lora is not None:
+        return _trained_adapters(policy, policy.lora, shape)
+    if not policy.freezes:
+        return _Trained(dense, experts)
+    share = 1 - num_frozen(policy, shape) / shape.num_params
+    text = f"parameters x {share:.1%} that are trained"
+    return _Trained(dense * share, experts * share, text=text)
+
+
+def _trained_adapters(policy: PolicyConfig, lora: LoraConfig, shape: ModelShape) -> _Trained:
+    """Adapters, and modules that are trained whole, of the rank with the most layers."""
+    tp, ep = policy.tensor_parallel_size, policy.expert_model_parallel_size
+    layers = max(map(len, rank_layers(policy, shape.num_layers))) / shape.num_layers
+    dense = experts = whole = 0.0
+    for row in adapter_table(shape, plan_lora(lora, shape)):
+        size = row.num_params / (1 if row.tp_axis is None else tp)
+        if row.experts:
+            experts += row.num_params / ep * layers
+        elif row.names[0].startswith(PARAMETERS):
+            dense += size * layers
+        else:
+            whole += size
+    found = (dense + experts + whole) / 1e6
+    text = f"{found:,.1f} M parameters of adapters" + (" and whole modules" if whole else "")
+    # While the base computes, whole modules have a copy of their trained values.
+    return _Trained(dense + whole, experts, dense + experts + whole, text)
+
+
+def _optimizer(config: RunConfig, trained: _Trained, width: int) -> tuple[float, str]:
     policy = config.policy
     state = _state_bytes(policy, width)
     shards = expert_shards = 1
@@ -86,9 +136,9 @@ def _optimizer(config: RunConfig, dense: int, experts: int, width: int) -> tuple
         shards = config.data_parallel_size * policy.context_parallel_size
         stages = policy.pipeline_parallel_size * policy.expert_model_parallel_size
         expert_shards = policy.world_size // stages
-    text = f"parameters x {state.text} / {shards}" + (" ranks" if shards > 1 else "")
-    text += f", of experts / {expert_shards}" if experts else ""
-    own = dense / shards + experts / expert_shards
+    text = f"{trained.text} x {state.text} / {shards}" + (" ranks" if shards > 1 else "")
+    text += f", of experts / {expert_shards}" if trained.experts else ""
+    own = trained.dense / shards + trained.experts / expert_shards
     if state.on_host:
         text += f"; {own * state.on_host / GIB:.2f} GiB of host memory"
     return own * state.on_gpu, text
@@ -128,8 +178,8 @@ def _activations(
 def _layer_bytes(policy: PolicyConfig, shape: ModelShape, width: int, device: Device) -> float:
     """Bytes that a layer keeps of each token."""
     num_bytes = float(layer_numbers(shape, device) * width)
-    if policy.fp8_format is None or shape.is_moe:
-        return num_bytes
+    if policy.fp8_format is None or shape.is_moe or policy.lora is not None:
+        return num_bytes  # adapters multiply the same inputs, and not in FP8
     # Inputs of products are kept in FP8. Attention and norms keep their own in the model's type.
     num_bytes -= (2 * shape.hidden_size + shape.intermediate_size) * (width - 1)
     return num_bytes + attention_output(shape)
@@ -164,15 +214,28 @@ def _logits(
         f"{shape.vocab_size:,} / TP x {logit_width} bytes x {copies} copies"
     )
     # The output weight's gradient: summed over chunks in fp32, and in the weight's own type.
-    head, kept_width, copied = (4 if width == 4 else 6), width, ""
+    head, kept_width = (
+        (4 if width == 4 else 6) if _head_is_trained(config.policy, shape) else 0,
+        width,
+    )
+    parts = ["its gradient"] if head else []
     if config.model.fp32_lm_head and width < 4:
-        head, kept_width, copied = head + 4, 4, " and its fp32 copy"
+        head, kept_width = head + 4, 4
+        parts.append("an fp32 copy")
     num_bytes += shape.embedding_params / tp * head
-    text += f", and the head's gradient{copied}, vocabulary / TP x hidden x {head} bytes"
+    if parts:
+        text += f", and of the head {' and '.join(parts)}, vocabulary / TP x hidden x {head} bytes"
     if not config.policy.recompute_logits:
         num_bytes += tokens * shape.vocab_size / tp * kept_width
         text += f", and {tokens:,} tokens kept x vocabulary / TP x {kept_width} bytes"
     return num_bytes, text
+
+
+def _head_is_trained(policy: PolicyConfig, shape: ModelShape) -> bool:
+    name = HF_EMBEDDING if shape.tied else HF_OUTPUT
+    if policy.lora is not None:
+        return name in plan_lora(policy.lora, shape).saved
+    return name not in frozen_tensors(policy, shape)
 
 
 # --- sizes that the reference and the engines have, too -------------------------------------------

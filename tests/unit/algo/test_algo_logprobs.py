@@ -119,7 +119,8 @@ def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_siz
     upstream = torch.randn(tokens, generator=rng)
 
     whole, entropy = logprobs_of(hidden @ weight.T, targets, temperature=temperature)
-    expected = torch.autograd.grad((whole * upstream + entropy).sum(), (hidden, weight))
+    total = (whole * upstream + entropy).sum()
+    expected = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
     kwargs = {"sampling": Sampling(temperature), "chunk_size": chunk_size, "recompute": recompute}
     chunked, chunked_entropy = chunked_logprobs(hidden, weight, targets, **kwargs)
     total = (chunked * upstream + chunked_entropy).sum()
@@ -127,6 +128,11 @@ def test_chunks_change_neither_value_nor_gradient(temperature, tokens, chunk_siz
     torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(chunked_entropy, entropy, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-5)
+
+    frozen, _ = chunked_logprobs(hidden, weight.detach(), targets, **kwargs)
+    (expected,) = torch.autograd.grad((whole * upstream).sum(), hidden, retain_graph=True)
+    (grad,) = torch.autograd.grad((frozen * upstream).sum(), hidden)
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
 
     with torch.no_grad():
         without_grad, _ = chunked_logprobs(hidden, weight, targets, **kwargs)

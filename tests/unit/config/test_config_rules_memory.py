@@ -53,6 +53,7 @@ def test_options_that_fit_are_accepted(policy):
             ["use_distributed_optimizer is false"],
         ),
         (FP8 | OFFLOAD | {"fp8_param_gather": True}, ["optimizer_cpu_offload"]),
+        (FP8 | {"fp8_param_gather": True, "lora": {}}, ["policy.lora", "fp8_format works"]),
         (
             FP8 | AWARE | {"fp8_param_gather": True, "fp8_recipe": "delayed"},
             ["fp8_recipe = delayed", "tensorwise"],

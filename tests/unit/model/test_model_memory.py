@@ -59,6 +59,60 @@ def test_the_policy_needs_16_bytes_a_parameter_in_fp32_and_18_in_bf16(tmp_path):
         assert model * GIB == pytest.approx(bytes_each * shape.num_params, rel=0.01)
 
 
+def test_adapters_alone_have_gradients_and_optimizer_state(tmp_path):
+    full, shape = estimates(tmp_path, "cuda", grpo={"beta": 0.1})
+    lora = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
+    found, _ = estimates(tmp_path, "cuda", policy={"lora": lora}, grpo={"beta": 0.1})
+    by_layer = 4 * (64 + 8 * 32) + 4 * (128 + 64)
+    adapters = MODEL_SIZES["num_hidden_layers"] * by_layer
+    whole, own = full["policy"].gib, found["policy"].gib
+    assert (own["weights"] - whole["weights"]) * GIB == pytest.approx(adapters * 2)
+    assert own["gradients"] * GIB == pytest.approx(adapters * 4)
+    assert own["optimizer"] * GIB == pytest.approx(adapters * 12)
+    head = shape.embedding_params * 6  # its gradient, in two types
+    assert (whole["logits"] - own["logits"]) * GIB == pytest.approx(head)
+    assert "reference" in full  # the policy without its adapter is the reference
+    assert "reference" not in found
+
+
+def test_frozen_parameters_have_neither(tmp_path):
+    whole, shape = estimates(tmp_path, "cuda")
+    policy = {"freeze_parameters": ["model.embed_tokens"]}
+    found, _ = estimates(tmp_path, "cuda", policy=policy)
+    share = 1 - shape.embedding_params / shape.num_params
+    for purpose in ("gradients", "optimizer"):
+        expected = whole["policy"].gib[purpose] * share
+        assert found["policy"].gib[purpose] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("policy", "by_parameter"),
+    [
+        ({}, 18),
+        ({"use_precision_aware_optimizer": True}, 16),
+        (
+            {"use_precision_aware_optimizer": True, "main_grads_dtype": "bf16"}
+            | {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "fp8", "main_params_dtype": "fp16"},
+            2 + 2 + 2 + 1 + 2,
+        ),
+        (
+            {"use_precision_aware_optimizer": True, "optimizer_cpu_offload": True}
+            | {"optimizer_offload_fraction": 0.25},
+            2 + 4 + 0.75 * 12,
+        ),
+        ({"fp8_format": "hybrid", "fp8_param_gather": True}, 18),
+        ({"fp8_format": "hybrid", "use_precision_aware_optimizer": True}, 18),
+    ],
+    ids=str,
+)
+def test_types_and_places_of_the_optimizers_state_are_counted(tmp_path, policy, by_parameter):
+    found, shape = estimates(tmp_path, "cuda", policy=policy)
+    model = sum(found["policy"].gib[k] for k in ("weights", "gradients", "optimizer"))
+    assert model * GIB == pytest.approx(by_parameter * shape.num_params, rel=0.01)
+    has_copies = "fp8_format" in policy and "fp8_param_gather" not in policy
+    assert ("fp8 weights" in found["policy"].gib) == has_copies
+
+
 def test_replicas_share_the_optimizer_state_only_when_it_is_distributed(tmp_path):
     alone, _ = estimates(tmp_path, "cuda")
     for distributed, share in ((True, 4), (False, 1)):
