@@ -53,7 +53,6 @@ def test_options_that_fit_are_accepted(policy):
             ["use_distributed_optimizer is false"],
         ),
         (FP8 | OFFLOAD | {"fp8_param_gather": True}, ["optimizer_cpu_offload"]),
-        (FP8 | {"fp8_param_gather": True, "lora": {}}, ["policy.lora", "fp8_format works"]),
         (
             FP8 | AWARE | {"fp8_param_gather": True, "fp8_recipe": "delayed"},
             ["fp8_recipe = delayed", "tensorwise"],
@@ -73,3 +72,8 @@ def test_options_that_do_not_fit_are_refused_by_name(policy, words):
     (text,) = problems(policy=policy)
     for word in words:
         assert word in text
+
+
+def test_adapters_are_beside_weights_in_the_models_type():
+    found = problems(policy=FP8 | {"fp8_param_gather": True, "lora": {}})
+    assert any("fp8_param_gather with policy.lora is not there" in text for text in found)
