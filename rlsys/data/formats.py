@@ -46,8 +46,8 @@ class Reading(NamedTuple):
     """Whether the messages are one text of a column `prompt`."""
     used: tuple[str, ...]
     """Columns that are now part of the messages."""
-    answer: Any = None
-    """The row's right answer, None without one; its type is not checked."""
+    answer_column: str = ""
+    """The column that holds the row's right answer, empty without one."""
 
 
 class _Found(NamedTuple):
@@ -56,7 +56,7 @@ class _Found(NamedTuple):
     turns: Any
     """Not checked yet."""
     used: tuple[str, ...]
-    answer: Any = None
+    answer_column: str = ""
 
 
 def parse_row(row: Row, *, system: str | None, template: str | None = None) -> None:
@@ -75,7 +75,8 @@ def parse_row(row: Row, *, system: str | None, template: str | None = None) -> N
         fill_template(row, template)
         return
     reading = read_row(row)
-    messages, answer, calls = reading.messages, reading.answer, []
+    messages, calls = reading.messages, []
+    answer = row.columns.get(reading.answer_column)
     may_have_answer = row.format in ("messages", "sharegpt") and len(messages) > 1
     if may_have_answer and messages[-1]["role"] == "assistant":
         last = messages.pop()
@@ -101,9 +102,9 @@ def read_row(row: Row) -> Reading:
     if column is None:
         raise BadRow(f"has no prompt: none of {', '.join(PROMPT_COLUMNS)} is there")
     row.format, read = _READERS[column]
-    turns, used, answer = read(values, column)
+    turns, used, answer_column = read(values, column)
     is_text = column == "prompt" and turns == user_turn(values[column])
-    return Reading(column, read_turns(turns), is_text, used, answer)
+    return Reading(column, read_turns(turns), is_text, used, answer_column)
 
 
 def finish_row(row: Row, reading: Reading, *, system: str | None) -> None:
@@ -204,7 +205,7 @@ def _read_prompt(values: dict[str, Any], column: str) -> _Found:
 
 def _read_query(values: dict[str, Any], column: str) -> _Found:
     turns = [*_history(values), *as_turns(values[column], column)]
-    return _Found(turns, (column, "history"), values.get("response"))
+    return _Found(turns, (column, "history"), "response")
 
 
 def _read_alpaca(values: dict[str, Any], column: str) -> _Found:
@@ -214,8 +215,8 @@ def _read_alpaca(values: dict[str, Any], column: str) -> _Found:
             _check_is_text(name, part)
     query = "\n".join(part for part in (instruction, text) if part and part.strip())
     turns = [*_history(values), *as_turns(query, column)]
-    answer = values["output"] if values.get("output") is not None else values.get("response")
-    return _Found(turns, (column, "input", "history"), answer)
+    answer_column = "response" if values.get("output") is None else "output"
+    return _Found(turns, (column, "input", "history"), answer_column)
 
 
 _READERS: dict[str, tuple[str, Callable[[dict[str, Any], str], _Found]]] = {

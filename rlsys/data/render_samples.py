@@ -10,6 +10,7 @@ from rlsys.data.row import Row
 from rlsys.data.target_mask import target_mask, without_thinking
 from rlsys.json_text import BadRow
 from rlsys.model.answer_spans import THINKING_KEYS, AnswerSpans, Span
+from rlsys.model.chat_template import TEMPLATE_COLUMNS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,6 +66,9 @@ class SampleRenderer(Renderer):
             except BadRow as error:
                 row.problem = str(error)
                 continue
+            for name in row.columns:
+                if name not in TEMPLATE_COLUMNS:
+                    self._notice(f"the column {name!r} is not read", row.location)
             texts.append(text)
             spans.append(found)
             rendered.append(row)

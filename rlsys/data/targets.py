@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from rlsys.config.prompt_template import template_columns
 from rlsys.data.formats import (
     TEXT,
     Reading,
@@ -53,6 +54,7 @@ def parse_sample(
             raise BadRow(f"has nothing to train on: none of {', '.join(_COMPLETIONS)} is there")
         completion = _text_of(row.columns[name], name)
         fill_template(row, template)
+        _leave_out(row, name, *template_columns(template))
         row.completion = completion
         row.messages.append({"role": "assistant", "content": completion})
         row.targets = [len(row.messages) - 1]
@@ -89,7 +91,7 @@ def parse_text(row: Row) -> None:
             f"{', '.join(values) or 'none'}. Name the column with data.columns: {{NAME: {TEXT}}}"
         )
     row.format, row.text, row.is_raw = TEXT, _text_of(given, TEXT), True
-    row.columns = {}
+    _leave_out(row, TEXT, "messages")
 
 
 def fill_names(row: Row, names: dict[str, list[str]]) -> None:
@@ -104,10 +106,12 @@ def fill_names(row: Row, names: dict[str, list[str]]) -> None:
     """
     texts = [message["content"] for message in row.messages]
     texts += [text for text in (row.text, row.completion) if text is not None]
+    named = any(placeholder in text for placeholder in _NAMES for text in texts)
     for placeholder, field in _NAMES.items():
         if not any(placeholder in text for text in texts):
             continue
-        value = _in_language(names.get(field, []), row.columns.get("tag"), placeholder, field)
+        tag = row.columns.get("tag")
+        value = _in_language(names.get(field, []), tag, placeholder, field)
         row.messages = [
             message | {"content": message["content"].replace(placeholder, value)}
             for message in row.messages
@@ -116,6 +120,8 @@ def fill_names(row: Row, names: dict[str, list[str]]) -> None:
             row.text = row.text.replace(placeholder, value)
         if row.completion is not None:
             row.completion = row.completion.replace(placeholder, value)
+    if named:
+        _leave_out(row, "tag")
 
 
 def _in_language(values: Sequence[str], tag: Any, placeholder: str, field: str) -> str:
@@ -136,10 +142,12 @@ def _in_language(values: Sequence[str], tag: Any, placeholder: str, field: str) 
 
 def _add_answer(row: Row, reading: Reading) -> int:
     """Add the answer that stands in a column; returns the first message that may be a target."""
-    messages, answer = reading.messages, reading.answer
+    messages, name = reading.messages, reading.answer_column
     if reading.column != "prompt":
+        answer = row.columns.get(name)
         if answer is not None:
-            messages.append({"role": "assistant", "content": _text_of(answer, "response")})
+            messages.append({"role": "assistant", "content": _text_of(answer, name)})
+            _leave_out(row, name)
         return 0
     first = len(messages)
     completion = row.columns.get(COMPLETION)
@@ -148,7 +156,7 @@ def _add_answer(row: Row, reading: Reading) -> int:
             "has a prompt and no column 'completion' to train on. If another column has the "
             "answer, name it with data.columns: {NAME: completion}"
         )
-    row.columns = {name: v for name, v in row.columns.items() if name != COMPLETION}
+    _leave_out(row, COMPLETION)
     if isinstance(completion, str) and not completion.lstrip().startswith("["):
         messages.append({"role": "assistant", "content": _text_of(completion, COMPLETION)})
         if reading.is_text:
@@ -156,6 +164,11 @@ def _add_answer(row: Row, reading: Reading) -> int:
     else:
         messages += read_turns(_turns_or_text(completion))
     return first
+
+
+def _leave_out(row: Row, *names: str) -> None:
+    """Drop columns that are now part of the conversation; those that are left are not read."""
+    row.columns = {name: value for name, value in row.columns.items() if name not in names}
 
 
 def _turns_or_text(completion: Any) -> Any:

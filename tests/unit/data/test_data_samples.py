@@ -83,6 +83,19 @@ def test_only_a_thought_at_the_beginning_is_thinking():
     assert without_thinking(begun, (8, len(begun)), only_empty=False) == (17, len(begun))
 
 
+def test_columns_that_are_not_read_are_named(tokenizer, tmp_path):
+    rows = [
+        {"query": "a", "response": "b", "tools": [], "level": 1},
+        {"instruction": "a", "output": "b", "response": "c", "level": 2},
+        {"query": "{{NAME}}", "response": "b", "tag": "zh"},
+    ]
+    source = rows_file(tmp_path, rows)
+    assert load(tokenizer, source, model_name="Bo").notices == [
+        f"the column 'level' is not read ({source}, line 1 and 1 more)",
+        f"the column 'response' is not read ({source}, line 2)",
+    ]
+
+
 def test_what_the_template_leaves_out_is_named(tokenizer, tmp_path):
     thought = assistant("<think>\nr\n</think>\n\nb")
     rows = [
