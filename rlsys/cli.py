@@ -319,6 +319,7 @@ GROUPS = {
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "grpo": ("train with GRPO", _config),
+    "sft": ("supervised fine-tuning, or continued pre-training", _config),
     "explain": ("show what a config means, and check it; starts only reward functions", _config),
     "infer": ("chat with a model or a run, complete a file of prompts, or serve it", _infer),
     "eval": ("held-out data and rewards of a config on any model: pass@k, errors", _eval),

@@ -1,4 +1,4 @@
-"""THE loop: sample, score, compare within groups, update, publish weights."""
+"""THE loops: GRPO samples, scores, compares, updates and publishes; SFT takes and updates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlsys.algo.advantages import compute_advantages
-from rlsys.algo.batching import build_train_batch
+from rlsys.algo.batching import build_sample_batch, build_train_batch
+from rlsys.algo.evaluation import negative_log_likelihood
 from rlsys.algo.rollout_metrics import logged_metrics, rollout_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.interrupts import held_back
@@ -15,10 +16,13 @@ from rlsys.timing import PhaseTimer
 if TYPE_CHECKING:
     from rlsys.config import Config
     from rlsys.run.checkpoints import Checkpoints
-    from rlsys.system import System
+    from rlsys.system import SftSystem, System
     from rlsys.tracking.base import Metrics, Tracker
     from rlsys.tracking.watch import Watch
     from rlsys.types import RolloutGroup, TrainBatch
+
+EVAL_STEPS_AT_ONCE = 8
+"""Held-out rows that travel together, in steps: fewer trips to the ranks."""
 
 
 def train(
@@ -71,6 +75,51 @@ def train(
         if config.eval_steps is not None and step % config.eval_steps == 0:
             log(tracker, watches, step, rollouts.evaluate(step))
         checkpoints.after_step(step)
+
+
+def train_sft(
+    system: SftSystem, tracker: Tracker, checkpoints: Checkpoints, watches: Sequence[Watch]
+) -> None:
+    """Run supervised training from the policy's version to config.num_steps; as `train`."""
+    config, samples, policy = system.config, system.samples, system.policy
+    if config.eval_steps is not None and policy.policy_version == 0:
+        log(tracker, watches, 0, evaluate_sft(system))
+    for step in range(policy.policy_version + 1, config.num_steps + 1):
+        timer = PhaseTimer()
+        with timer("data"):
+            batch = build_sample_batch(samples.take(config.rows_per_step))
+        with held_back():  # an interruption waits until the step is whole
+            with timer("policy_update"):
+                update = policy.update(batch)
+            seconds = timer.metrics()
+            num_tokens = batch.lengths.sum().item()
+            system.num_tokens += num_tokens
+            own = {
+                "policy_version": update.policy_version,
+                "epoch": samples.epoch,
+                "num_tokens": system.num_tokens,
+                "tokens_per_second": num_tokens / seconds["time/step"],
+                "memory(GiB)": policy.peak_memory_gib(),
+            }
+            log(tracker, watches, step, update.metrics | samples.metrics() | own | seconds)
+        if config.eval_steps is not None and step % config.eval_steps == 0:
+            log(tracker, watches, step, evaluate_sft(system))
+        checkpoints.after_step(step)
+
+
+def evaluate_sft(system: SftSystem) -> Metrics:
+    """Loss and perplexity of each held-out set, as eval/loss or eval/NAME/loss."""
+    metrics: dict[str, float] = {}
+    config, size = system.config, EVAL_STEPS_AT_ONCE * system.config.rows_per_step
+    for name, held_out in system.held_out_sets.items():
+        batches = [
+            build_sample_batch(held_out[i : i + size], at_least=config.data_parallel_size)
+            for i in range(0, len(held_out), size)
+        ]
+        logprobs = [(system.policy.compute_logprobs(b)[0], b.completion_mask) for b in batches]
+        prefix = f"eval/{name}/" if name else "eval/"
+        metrics |= {prefix + key: v for key, v in negative_log_likelihood(logprobs).items()}
+    return metrics
 
 
 def log(

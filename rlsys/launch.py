@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Generic, TypeVar
 
 # Imported before Ray, which reads the environment when it is imported.
 from rlsys.actors.ray_env import check_cluster_answers  # isort: skip
 import torch
 
 from rlsys.actors.ray_session import ray_session
-from rlsys.config import Config
+from rlsys.config import Config, RunConfig, SftConfig
 from rlsys.config.load import ResolvedConfig, save_config
-from rlsys.driver import train
+from rlsys.config.schema import AnyConfig
+from rlsys.driver import train, train_sft
 from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
+from rlsys.preflight.before_sft import fit_to_samples, load_sample_data
 from rlsys.preflight.before_start import fit_to_data, load_data
 from rlsys.preflight.run_folder import plan_start
 from rlsys.preflight.saving import saving_lines
@@ -25,15 +29,45 @@ from rlsys.run.checkpoints import Checkpoints
 from rlsys.run.folder import RunDir
 from rlsys.run.resume import move_aside, resume_notes
 from rlsys.saving import make_checkpoints, save_last_step
-from rlsys.system import System, start_system
+from rlsys.system import SftSystem, System, start_sft_system, start_system
 from rlsys.tracking import Tracker, build_tracker
 from rlsys.tracking.reward_watch import RewardWatch
 from rlsys.tracking.sampling_watch import SamplingWatch
 
+Data = TypeVar("Data")
+AnySystem = TypeVar("AnySystem", bound=System | SftSystem)
 
-def run(resolved: ResolvedConfig) -> None:
-    """Train, from the checks of the data to the final model."""
-    config = resolved.config
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[AnyConfig, Data, AnySystem]):
+    """What is different between methods of training, in the order in which a run calls it."""
+
+    load_data: Callable[[AnyConfig], Data]
+    """Reads and checks all rows; raises ValueError for those that cannot be used."""
+    fit_to_data: Callable[[AnyConfig, Data], AnyConfig]
+    """The config with what only the data decides, such as the number of steps."""
+    start: Callable[[AnyConfig, Data, Tracker], AnySystem]
+    """Starts the roles on the connected cluster."""
+    train: Callable[[AnySystem, Tracker, Checkpoints], str | None]
+    """Trains to the last step; returns None, or why the steps taught nothing."""
+
+
+def run(resolved: ResolvedConfig[Config]) -> None:
+    """Train with GRPO, from the checks of the data to the final model."""
+    run_method(resolved.config, Method(load_data, fit_to_data, start_system, train_system))
+
+
+def run_sft(resolved: ResolvedConfig[SftConfig]) -> None:
+    """Supervised training, as `run`."""
+
+    def train(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> None:
+        train_sft(system, tracker, checkpoints, [])
+
+    run_method(resolved.config, Method(load_sample_data, fit_to_samples, start_sft_system, train))
+
+
+def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) -> None:
+    """Everything about a run that methods have in common."""
     run_dir = RunDir(Path(config.output_dir).resolve())
     # The driver computes little: on a host with 64 cores, waking 64 threads took 0.1 s a step, and
     # the computation takes 2 ms.
@@ -42,19 +76,19 @@ def run(resolved: ResolvedConfig) -> None:
     with ExitStack() as stack:
         stack.enter_context(run_dir.held())
         stack.enter_context(interruptible(on_first=run_dir.mark_ended))
-        data = load_data(config)  # before anything starts: most mistakes are in rows
-        config = fit_to_data(config, data)
+        data = method.load_data(config)  # before anything starts: most mistakes are in rows
+        config = method.fit_to_data(config, data)
         resume_step = prepare_folder(config, run_dir)
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)
         stack.enter_context(ray_session())
         stack.callback(tracker.close)  # before the actors end, which takes seconds
-        system = start_system(config, data, tracker)
+        system = method.start(config, data, tracker)
         if resume_step is not None:
             system.load_checkpoint(run_dir.checkpoints / f"step-{resume_step}")
         checkpoints = make_checkpoints(system, run_dir)
         try:
-            nothing_learned = train_system(system, tracker, checkpoints)
+            nothing_learned = method.train(system, tracker, checkpoints)
         except ImpatientInterrupt:
             raise
         except BaseException:
@@ -67,7 +101,7 @@ def run(resolved: ResolvedConfig) -> None:
             print(f"the trained model is in {run_dir.final}", flush=True)
 
 
-def prepare_folder(config: Config, run_dir: RunDir) -> int | None:
+def prepare_folder(config: RunConfig, run_dir: RunDir) -> int | None:
     """Move an earlier run aside or say what is continued; save the config.
 
     Returns:

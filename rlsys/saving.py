@@ -9,10 +9,10 @@ from contextlib import suppress
 
 from rlsys.run.checkpoints import Checkpoints, Models, checkpoint_steps
 from rlsys.run.folder import RunDir
-from rlsys.system import System
+from rlsys.system import SftSystem, System
 
 
-def make_checkpoints(system: System, run_dir: RunDir) -> Checkpoints:
+def make_checkpoints(system: System | SftSystem, run_dir: RunDir) -> Checkpoints:
     """The checkpoints of a run, and the models that it keeps besides."""
     config = system.config.checkpoint
     return Checkpoints(
@@ -25,7 +25,7 @@ def make_checkpoints(system: System, run_dir: RunDir) -> Checkpoints:
 
 
 def save_last_step(
-    system: System, run_dir: RunDir, checkpoints: Checkpoints, *, started_from: int
+    system: System | SftSystem, run_dir: RunDir, checkpoints: Checkpoints, *, started_from: int
 ) -> None:
     """Save the last finished step of a run that was interrupted or failed, the weights first.
 
@@ -53,16 +53,15 @@ def save_last_step(
 
 
 def _saving_last_step(
-    system: System, run_dir: RunDir, checkpoints: Checkpoints, started_from: int
+    system: System | SftSystem, run_dir: RunDir, checkpoints: Checkpoints, started_from: int
 ) -> Iterator[str]:
     """Save what can be saved; yields what is done."""
-    config, policy, reference = system.config, system.policy, system.reference
+    config, policy = system.config, system.policy
     deadline = time.monotonic() + config.checkpoint.exit_timeout_s
 
     def give_up_at_deadline() -> None:
-        for actors in (policy, reference):
-            if actors is not None:
-                actors.timeout_s = max(0.0, deadline - time.monotonic())
+        for actors in system.models:
+            actors.timeout_s = max(0.0, deadline - time.monotonic())
 
     give_up_at_deadline()
     step = policy.finished_version()
@@ -80,8 +79,8 @@ def _saving_last_step(
     weights = f"saved the weights of step {step} in {run_dir.interrupted}"
     if config.checkpoint.save_steps is None:
         yield (f"{weights}; another run, in another folder, can start from them with --model.path")
-    elif reference is not None and config.syncs_reference(step) and reference.synced_after != step:
-        yield f"{weights}; no checkpoint, because the reference was not synced after this step"
+    elif reason := system.why_no_checkpoint(step):
+        yield f"{weights}; no checkpoint, because {reason}"
     else:
         give_up_at_deadline()
         checkpoints.save(step)

@@ -13,6 +13,7 @@ import rlsys.actors.ray_env  # noqa: F401  # isort: skip
 import ray  # isort: skip
 
 from rlsys.actors.group import START_TIMEOUT_S, ActorGroup
+from rlsys.actors.model_group import ModelActors
 from rlsys.actors.placement import Placement
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.reference import ReferenceActors
@@ -21,17 +22,19 @@ from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.start_report import StartReport
 from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
-from rlsys.config import Config
+from rlsys.config import Config, RunConfig, SftConfig
 from rlsys.config.local_paths import with_absolute_paths
 from rlsys.config.roles import plan_roles
 from rlsys.data import PromptData
-from rlsys.data.streams.make import make_prompt_stream
-from rlsys.model.weight_files import ROLLOUTS_FILE
+from rlsys.data.samples import SampleData
+from rlsys.data.streams.base import SampleStream
+from rlsys.data.streams.make import make_prompt_stream, make_sample_stream
+from rlsys.model.weight_files import DATA_FILE, ROLLOUTS_FILE
 from rlsys.plugins.load import load_plugins
 from rlsys.preflight.memory import memory_warnings
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.tracking import Tracker
-from rlsys.types import Device
+from rlsys.types import Device, Sample
 
 REFERENCE_FOLDER = "reference"
 
@@ -74,6 +77,65 @@ class System:
         if self.reference is not None and (folder / REFERENCE_FOLDER).exists():
             self.reference.load_model(folder / REFERENCE_FOLDER)
         self.rollouts.load_state_dict(json.loads((folder / ROLLOUTS_FILE).read_text()))
+
+    @property
+    def models(self) -> list[ModelActors]:
+        """The models that save themselves."""
+        return [self.policy] if self.reference is None else [self.policy, self.reference]
+
+    def why_no_checkpoint(self, step: int) -> str | None:
+        """Why the state after `step`, the policy's last, cannot be continued from."""
+        if self.reference is None or not self.config.syncs_reference(step):
+            return None
+        if self.reference.synced_after == step:
+            return None
+        return "the reference was not synced after this step"
+
+
+@dataclass(slots=True)
+class SftSystem:
+    """The running roles of supervised training, as its loop uses them."""
+
+    config: SftConfig
+    device: Device
+    policy: PolicyActors
+    """The trained model."""
+    samples: SampleStream
+    """What it is trained on, step by step."""
+    held_out_sets: dict[str, list[Sample]]
+    """What it is evaluated on, by the name of the set; data.val_dataset is ""."""
+    num_tokens: int = 0
+    """Tokens trained on so far, prompts included, as TRL counts them."""
+
+    @property
+    def models(self) -> list[ModelActors]:
+        """The models that save themselves."""
+        return [self.policy]
+
+    def why_no_checkpoint(self, step: int) -> str | None:
+        """A step that is finished can always be continued from."""
+
+    def write_checkpoint(self, folder: Path, step: int) -> None:
+        """Write everything that continuing after `step` needs into an empty folder."""
+        self.policy.save_checkpoint(folder)
+        state = {"samples": self.samples.state_dict(), "num_tokens": self.num_tokens}
+        (folder / DATA_FILE).write_text(json.dumps(state))
+
+    def load_checkpoint(self, folder: Path) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: another method of training wrote it.
+        """
+        if not (folder / DATA_FILE).exists():
+            raise ValueError(
+                f"{folder} has no {DATA_FILE}, so `rlsys sft` did not write it. Start a new run "
+                "from its weights: set model.path to it, and another output_dir."
+            )
+        self.policy.load_checkpoint(folder)
+        state = json.loads((folder / DATA_FILE).read_text())
+        self.samples.load_state_dict(state["samples"])
+        self.num_tokens = state["num_tokens"]
 
 
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
@@ -127,7 +189,22 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     return System(config, device, policy, reference, rollouts, publisher)
 
 
-def choose_device(config: Config) -> Device:
+def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> SftSystem:
+    """Start the policy's actors on the connected cluster and wait until all are ready."""
+    config = with_absolute_paths(config)
+    device = choose_device(config)
+    placement = Placement(config, device=device)
+    print(f"starting on {device}: policy {config.policy.world_size}", flush=True)
+    with StartReport() as report:
+        policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
+        report.waiting_for(policy.actors)
+        get_all(
+            policy.async_start(), phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready
+        )
+    return SftSystem(config, device, policy, make_sample_stream(config, data), data.held_out_sets)
+
+
+def choose_device(config: RunConfig) -> Device:
     """The device of the run; "auto" is cuda when the cluster has GPUs."""
     if config.device != "auto":
         return config.device

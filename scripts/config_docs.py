@@ -14,6 +14,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rlsys.config import SftConfig
 from rlsys.config.fields import config_fields, config_sections, show_value
 
 TARGET = Path(__file__).parents[1] / "docs" / "config.md"
@@ -40,6 +41,14 @@ it. [migration.md](migration.md) has the names of these fields in TRL, ms-swift,
 """
 
 
+_SFT_HEAD = """## The config of rlsys sft
+
+It has the top level, `model`, `policy`, `tracking` and `checkpoint` as above, and of `data` what
+says where rows come from. These are its own fields, and those with another default.
+[sft.md](sft.md) says how they work together.
+"""
+
+
 def markdown() -> str:
     """The whole page."""
     fields = config_fields()
@@ -47,7 +56,23 @@ def markdown() -> str:
     for name, section in config_sections().items():
         parts.append(f"## {name}\n\n{textwrap.fill(_one_line(section.__doc__ or ''), 140)}\n")
         parts.append(_table({n: f for n, f in fields.items() if n.startswith(f"{name}.")}))
-    return "\n".join(parts)
+    return "\n".join([*parts, *_sft_parts()])
+
+
+def _sft_parts() -> list[str]:
+    """What a config of `rlsys sft` has besides, or otherwise."""
+    known, own = config_fields(), config_fields(SftConfig)
+    different = {
+        name: info
+        for name, info in own.items()
+        if name not in known or known[name].default != info.default
+    }
+    parts = [_SFT_HEAD]
+    for name in dict.fromkeys(field.rpartition(".")[0] for field in different):
+        section = config_sections(SftConfig)[name]
+        parts.append(f"### {name}\n\n{textwrap.fill(_one_line(section.__doc__ or ''), 140)}\n")
+        parts.append(_table({n: f for n, f in different.items() if n.startswith(f"{name}.")}))
+    return parts
 
 
 def _table(fields: dict[str, FieldInfo]) -> str:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.transport import serve_store
 
@@ -26,7 +26,7 @@ class ModelRank:
 
     engine: MegatronModel
 
-    def __init__(self, config: Config, device: Device, rank: int):
+    def __init__(self, config: RunConfig, device: Device, rank: int):
         self.config = config
         self.device: Device = device
         self.rank = rank
@@ -89,7 +89,7 @@ class ModelActors(ActorGroup):
         self,
         role: str,
         rank_class: type[ModelRank],
-        config: Config,
+        config: RunConfig,
         *,
         device: Device,
         world_size: int,

@@ -28,7 +28,7 @@ from ray.util.placement_group import (
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rlsys.actors.group import CPU_SHARE
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.config.roles import Role, RoleName, describe_gpu_demand, fewer_gpus, plan_roles
 from rlsys.types import Device
 
@@ -46,7 +46,7 @@ class Placement:
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         *,
         device: Device,
         names: Collection[RoleName] = ("policy", "rollout", "reference", "reward_model"),

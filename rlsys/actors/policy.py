@@ -14,7 +14,7 @@ import torch
 
 from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.plugins.load import load_plugins
 from rlsys.types import Device, TrainBatch, UpdateOutput
@@ -137,7 +137,7 @@ class PolicyActors(ModelActors):
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         *,
         device: Device,
         place: PlaceActor = on_cpu,

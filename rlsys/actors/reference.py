@@ -24,6 +24,7 @@ class ReferenceRank(ModelRank):
     """One rank of the reference: no optimizer, no gradients."""
 
     engine: MegatronReference
+    config: Config
 
     def start(self, address: str, port: int) -> None:
         """Build the model."""
@@ -76,6 +77,8 @@ class ReferenceActors(ModelActors):
     a reference that shares the policy's GPU keeps its own weights there, and NCCL refuses two ranks
     on one GPU. It happens only every reference.sync_steps.
     """
+
+    config: Config
 
     def __init__(self, config: Config, *, device: Device, place: PlaceActor = on_cpu):
         self.num_engines = config.reference.world_size

@@ -30,7 +30,7 @@ from rlsys.types import TrainBatch
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rlsys.types import Completion, RolloutGroup
+    from rlsys.types import Completion, RolloutGroup, Sample
 
 
 def build_train_batch(groups: list[RolloutGroup]) -> TrainBatch:
@@ -66,6 +66,29 @@ def build_train_batch(groups: list[RolloutGroup]) -> TrainBatch:
         advantages=torch.zeros(shape),
         rollout_logprobs=rollout_logprobs,
         routed_experts=_routed_experts([completion for _, completion in rows], lengths),
+    )
+
+
+def build_sample_batch(samples: Sequence[Sample], *, at_least: int = 1) -> TrainBatch:
+    """Right-padded rows of samples, in their order; targets are what is trained on.
+
+    With fewer samples than `at_least`, such as data-parallel ranks, rows without targets follow.
+    """
+    lengths = [len(sample.token_ids) for sample in samples]
+    lengths += [1] * (at_least - len(lengths))
+    shape = (len(lengths), max(lengths))
+    input_ids = torch.zeros(shape, dtype=torch.int64)  # `pack` drops the padding again
+    targets = torch.zeros(shape, dtype=torch.bool)
+    for n, (sample, length) in enumerate(zip(samples, lengths, strict=False)):
+        input_ids[n, :length] = torch.from_numpy(sample.token_ids)
+        targets[n, :length] = torch.from_numpy(sample.target_mask)
+    nothing = torch.zeros(1, 1).expand(shape)  # one number in memory: no sample was rewarded
+    return TrainBatch(
+        input_ids=input_ids,
+        lengths=torch.tensor(lengths),
+        completion_mask=targets,
+        advantages=nothing,
+        rollout_logprobs=nothing,
     )
 
 

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_EXPONENT = 700.0
+"""Losses from here on have a perplexity that no float holds."""
 LEAST_PROMPTS = 2
 """Fewest prompts whose scatter says something about the error of their mean."""
 
@@ -21,6 +27,21 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     assert 0 <= num_correct <= num_samples, (num_correct, num_samples)
     assert 1 <= k <= num_samples, (k, num_samples)
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def negative_log_likelihood(batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """The loss and perplexity of held-out rows, over all tokens that are trained on.
+
+    Args:
+        batches: log-probs [N, S] in nats, and the mask [N, S] of the tokens that count.
+    """
+    total, number = 0.0, 0
+    for logprobs_NS, mask_NS in batches:
+        total += logprobs_NS[mask_NS].double().sum().item()
+        number += int(mask_NS.sum())
+    loss = -total / number
+    perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
+    return {"loss": loss, "perplexity": perplexity, "num_loss_tokens": float(number)}
 
 
 def majority_vote(answers: Sequence[str | None], correct: Sequence[float]) -> float | None:

@@ -24,9 +24,11 @@ from rich.console import Console
 from rich.text import Text
 
 from rlsys.commands.console import make_console
-from rlsys.commands.grpo import load_runnable, split_output_dir
+from rlsys.commands.grpo import checked, split_output_dir
+from rlsys.config import Config
 from rlsys.model.folder import hub_answers
 from rlsys.packages import installed_version
+from rlsys.preflight.checks import check_run
 from rlsys.preflight.devices import visible_gpus
 from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines
@@ -79,7 +81,7 @@ def _canary(words: list[str], console: Console) -> bool:
     overrides, given = split_output_dir(overrides)
     if given:
         print(f"note: {shlex.join(given)} has no effect: a canary run keeps nothing", flush=True)
-    config = load_runnable(path, [*overrides, "--output_dir", str(nowhere)]).config
+    config = checked(Config, check_run, path, [*overrides, "--output_dir", str(nowhere)]).config
     from rlsys.commands.canary import run_canary  # torch and Ray
 
     return run_canary(config, console)

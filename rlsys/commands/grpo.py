@@ -4,45 +4,53 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rlsys.config.load import ResolvedConfig, load_config
+from rlsys.config import Config
+from rlsys.config.load import ResolvedConfig, load_config_as
+from rlsys.config.schema import AnyConfig
 from rlsys.files import unused_folder
 from rlsys.preflight.checks import check_run
 from rlsys.preflight.run_folder import plan_start
-from rlsys.problems import ProblemsError
+from rlsys.problems import Problem, ProblemsError
 
 
 def main(args: argparse.Namespace) -> None:
     """Train with `args.config` and `args.overrides`."""
-    resolved = load_runnable(args.config, args.overrides)
+    resolved = checked(Config, check_run, args.config, args.overrides)
     from rlsys.launch import run
 
     run(resolved)
 
 
-def load_runnable(path: str, overrides: Sequence[str]) -> ResolvedConfig:
+def checked(
+    schema: type[AnyConfig],
+    check: Callable[[AnyConfig], list[Problem]],
+    path: str,
+    overrides: Sequence[str],
+) -> ResolvedConfig[AnyConfig]:
     """The config, which can run on this machine.
 
     Raises:
         ProblemsError: it cannot.
     """
-    resolved = load_config(path, overrides)
-    problems = check_run(resolved.config)
+    resolved = load_config_as(schema, path, overrides)
+    problems = check(resolved.config)
     if problems:
         found_run = plan_start(resolved.config).found_run
         folder = Path(resolved.config.output_dir)
-        note = in_another_folder(path, overrides, folder) if found_run else None
+        command = resolved.config.command
+        note = in_another_folder(command, path, overrides, folder) if found_run else None
         raise ProblemsError(path, problems, note=note)
     return resolved
 
 
-def in_another_folder(path: str, overrides: Sequence[str], folder: Path) -> str:
+def in_another_folder(command: str, path: str, overrides: Sequence[str], folder: Path) -> str:
     """The user's command with an unused output_dir."""
     words, _ = split_output_dir(overrides)
-    command = ["rlsys", "grpo", path, *words, "--output_dir", str(unused_folder(folder))]
-    return f"In another folder:\n  {shlex.join(command)}"
+    again = ["rlsys", command, path, *words, "--output_dir", str(unused_folder(folder))]
+    return f"In another folder:\n  {shlex.join(again)}"
 
 
 def split_output_dir(overrides: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -17,4 +17,5 @@ from rlsys.config.schema import RunConfig as RunConfig
 from rlsys.config.schema import Section as Section
 from rlsys.config.schema import TrackingConfig as TrackingConfig
 from rlsys.config.schema import WeightSyncConfig as WeightSyncConfig
+from rlsys.config.sft import SftConfig as SftConfig
 from rlsys.config.sft_data import SftDataConfig as SftDataConfig

@@ -95,7 +95,8 @@ def save_config(config: RunConfig, path: Path) -> None:
     at the working directory, which that command enters.
     """
     path = path.absolute()
-    again = f"rlsys grpo {quote(str(path))} --output_dir {quote(str(unused_folder(path.parent)))}"
+    folder = quote(str(unused_folder(path.parent)))
+    again = f"rlsys {config.command} {quote(str(path))} --output_dir {folder}"
     if config.checkpoint.resume:
         again += " --checkpoint.resume false"
     where = ""

@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 from rlsys.config.dataset_spec import is_local_path
-from rlsys.config.schema import Config
+from rlsys.config.schema import AnyConfig, Config
 
 JOB_COPY = "working_dir_files"
 """Name of the folder into which `ray job submit --working-dir` unpacks its copy."""
 
 
-def with_absolute_paths(config: Config) -> Config:
+def with_absolute_paths(config: AnyConfig) -> AnyConfig:
     """`config` with absolute paths of models and plugins, for actors in any working directory.
 
     A name such as `org/model` is a folder if one exists here; otherwise it stays, as a hub id.
     """
-    reward = config.reward
-    params = {
-        name: reward.params[name] | {"path": _absolute(reward.params[name]["path"])}
-        for name in reward.models
-        if isinstance(reward.params.get(name, {}).get("path"), str)
-    }
-    updates = {
+    updates: dict[str, dict[str, Any]] = {
         "model": {"path": _absolute(config.model.path)},
-        "reference": {"path": config.reference.path and _absolute(config.reference.path)},
         "data": {"external_plugins": _all_absolute(config.data.external_plugins)},
-        "grpo": {"external_plugins": _all_absolute(config.grpo.external_plugins)},
-        "reward": {
-            "external_plugins": _all_absolute(reward.external_plugins),
-            "reward_params": reward.reward_params | params,
-        },
     }
+    if isinstance(config, Config):
+        updates |= _of_grpo(config)
     return config.model_copy(
         update={
             section: getattr(config, section).model_copy(update=values)
             for section, values in updates.items()
         }
     )
+
+
+def _of_grpo(config: Config) -> dict[str, dict[str, Any]]:
+    reward = config.reward
+    params = {
+        name: reward.params[name] | {"path": _absolute(reward.params[name]["path"])}
+        for name in reward.models
+        if isinstance(reward.params.get(name, {}).get("path"), str)
+    }
+    return {
+        "reference": {"path": config.reference.path and _absolute(config.reference.path)},
+        "grpo": {"external_plugins": _all_absolute(config.grpo.external_plugins)},
+        "reward": {
+            "external_plugins": _all_absolute(reward.external_plugins),
+            "reward_params": reward.reward_params | params,
+        },
+    }
 
 
 def check_is_here(path: str) -> None:

@@ -12,7 +12,7 @@ from rlsys.library_options import option_problems, options_of
 from rlsys.problems import Problem
 
 if TYPE_CHECKING:
-    from rlsys.config.schema import Config
+    from rlsys.config.schema import Config, RunConfig
 
 _LOGPROBS = "rlsys computes log-probs itself, in chunks and not from the output layer"
 _MODEL = "it belongs to the model, whose config.json vLLM and transformers read too"
@@ -200,30 +200,28 @@ MEGATRON = (
 """Package, and the files and classes with its options."""
 
 
-def own_option_problems(config: Config) -> Iterator[Problem]:
-    """Options in engine_kwargs and megatron_kwargs that rlsys sets itself, or cannot work with."""
-    for field, values, fields, reasons in (
-        (
-            "rollout.engine_kwargs",
-            config.rollout.engine_kwargs,
-            VLLM_FIELDS,
-            VLLM_FIXED | VLLM_REFUSED,
-        ),
-        (
-            "policy.megatron_kwargs",
-            config.policy.megatron_kwargs,
-            MEGATRON_FIELDS,
-            MEGATRON_FIXED | MEGATRON_REFUSED | dict.fromkeys(MEGATRON_MODEL, _MODEL),
-        ),
-    ):
-        for name in values:
-            if name in fields:
-                own = fields[name].replace(", ", " and ")
-                yield Problem(f"{field}: rlsys sets {name} itself, from {own}: set that instead")
-            elif name in reasons:
-                yield Problem(
-                    f"{field}: {name} cannot be set, because {reasons[name]}: leave it out"
-                )
+def vllm_kwargs_problems(config: Config) -> Iterator[Problem]:
+    """Options in engine_kwargs that rlsys sets itself, or cannot work with."""
+    values, reasons = config.rollout.engine_kwargs, VLLM_FIXED | VLLM_REFUSED
+    yield from _own_problems("rollout.engine_kwargs", values, VLLM_FIELDS, reasons)
+
+
+def megatron_kwargs_problems(config: RunConfig) -> Iterator[Problem]:
+    """The same for policy.megatron_kwargs."""
+    reasons = MEGATRON_FIXED | MEGATRON_REFUSED | dict.fromkeys(MEGATRON_MODEL, _MODEL)
+    values = config.policy.megatron_kwargs
+    yield from _own_problems("policy.megatron_kwargs", values, MEGATRON_FIELDS, reasons)
+
+
+def _own_problems(
+    field: str, values: Mapping[str, Any], fields: Mapping[str, str], reasons: Mapping[str, str]
+) -> Iterator[Problem]:
+    for name in values:
+        if name in fields:
+            own = fields[name].replace(", ", " and ")
+            yield Problem(f"{field}: rlsys sets {name} itself, from {own}: set that instead")
+        elif name in reasons:
+            yield Problem(f"{field}: {name} cannot be set, because {reasons[name]}: leave it out")
 
 
 def vllm_option_problems(config: Config) -> list[Problem]:
@@ -234,7 +232,7 @@ def vllm_option_problems(config: Config) -> list[Problem]:
     return _library_problems("rollout.engine_kwargs", config.rollout.engine_kwargs, *VLLM)
 
 
-def megatron_option_problems(config: Config) -> list[Problem]:
+def megatron_option_problems(config: RunConfig) -> list[Problem]:
     """The same for policy.megatron_kwargs and megatron-core."""
     return _library_problems("policy.megatron_kwargs", config.policy.megatron_kwargs, *MEGATRON)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rlsys.problems import Problem
 
 if TYPE_CHECKING:
-    from rlsys.config.schema import DataConfig
+    from rlsys.config.schema import RowsConfig
 
 
 def template_parts(template: str) -> list[tuple[str, str | None]]:
@@ -42,7 +42,7 @@ def template_columns(template: str) -> list[str]:
     return list(dict.fromkeys(column for _, column in template_parts(template) if column))
 
 
-def prompt_template_problems(data: DataConfig) -> Iterator[Problem]:
+def prompt_template_problems(data: RowsConfig) -> Iterator[Problem]:
     """Fields that a prompt without a chat template has no place for."""
     unused = [name for name in ("system", "chat_template_kwargs") if getattr(data, name)]
     if data.prompt_template is not None and unused:

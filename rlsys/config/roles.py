@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rlsys.config import Config
+from rlsys.config import Config, RunConfig
 from rlsys.text import counted
 from rlsys.types import Device
 
@@ -28,16 +28,21 @@ class Role:
     """Name and rank of the actor on whose GPU it runs."""
 
 
-def plan_roles(config: Config, *, device: Device) -> list[Role]:
-    """Every actor of the run: policy, rollout, reference, reward models, reward workers."""
-    gpu = 1 if device == "cuda" else 0
+def plan_roles(config: RunConfig, *, device: Device) -> list[Role]:
+    """Every actor of the run: policy; in GRPO rollout, reference, reward models and workers."""
+    gpu, policy = 1 if device == "cuda" else 0, config.policy
+    roles = [Role("policy", rank, gpu, policy.cpu_threads) for rank in range(policy.world_size)]
+    return roles + _roles_beside_policy(config, gpu) if isinstance(config, Config) else roles
+
+
+def _roles_beside_policy(config: Config, gpu: int) -> list[Role]:
     policy, rollout, reference, reward = (
         config.policy,
         config.rollout,
         config.reference,
         config.reward,
     )
-    roles = [Role("policy", rank, gpu, policy.cpu_threads) for rank in range(policy.world_size)]
+    roles: list[Role] = []
     for rank in range(rollout.num_engines):
         threads = rollout.tensor_parallel_size
         first = rank - rank % rollout.engines_per_gpu if gpu else rank
@@ -81,9 +86,9 @@ def fewer_gpus(roles: Sequence[Role], available: int) -> str:
     on_cpu = "run on the CPU with --device cpu"
     if not available:
         return f"{on_cpu}, or where there are GPUs"
-    if available < MIN_GPUS:
+    if available == 1 and any(role.name == "rollout" for role in roles):
         return (
-            f"a run on GPUs needs at least {MIN_GPUS}, one for the policy and one for a rollout "
+            "a run on GPUs needs at least 2, one for the policy and one for a rollout "
             f"engine: {on_cpu}, or use a machine or a Ray cluster (RAY_ADDRESS) with more GPUs"
         )
     gpus = {name: sum(r.gpus for r in roles if r.name == name) for name in GPU_REMEDIES}
@@ -91,8 +96,6 @@ def fewer_gpus(roles: Sequence[Role], available: int) -> str:
     return f"{', '.join(remedies)}, or add GPUs"
 
 
-MIN_GPUS = 2
-"""One for the policy, one for a rollout engine."""
 GPU_REMEDIES: dict[RoleName, tuple[int, str]] = {
     "policy": (1, "lower policy.world_size"),
     "rollout": (

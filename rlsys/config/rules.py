@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from rlsys.config.algorithm import CLIPPED_LOSSES
-from rlsys.config.gates import parse_gate
-from rlsys.config.passed_through import own_option_problems
+from rlsys.config.passed_through import megatron_kwargs_problems, vllm_kwargs_problems
 from rlsys.config.pipeline_layout import layout_problems
 from rlsys.config.prompt_template import prompt_template_problems
 from rlsys.config.rules_algorithm import algorithm_problems
-from rlsys.config.rules_eval import eval_problems
+from rlsys.config.rules_eval import eval_problems, held_out_problems
 from rlsys.config.rules_memory import memory_rule_problems
+from rlsys.config.rules_reward import reward_problems
 from rlsys.config.rules_trained import trained_rule_problems
 from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
 
 if TYPE_CHECKING:
-    from rlsys.config.schema import Config, DataConfig, RewardConfig
+    from rlsys.config.schema import Config, DataConfig, RowsConfig, RunConfig
 
 
 OWN_TEMPLATE_ARGUMENTS = (
@@ -44,30 +44,38 @@ OWN_TEMPLATE_ARGUMENTS = (
 def cross_field_problems(config: Config) -> list[Problem]:
     """Every rule between fields that `config` breaks; empty when it can run."""
     return [
-        *_length_problems(config),
+        *run_problems(config),
+        *rows_problems(config.data),
+        *_prompt_problems(config.data),
         *_batch_problems(config),
-        *_policy_rank_problems(config),
         *_reference_problems(config),
-        *_training_problems(config),
-        *memory_rule_problems(config.policy),
-        *trained_rule_problems(config.policy),
+        *_clip_problems(config),
         *reward_problems(config.reward),
         *eval_problems(config),
-        *_split_problems(config.data),
-        *_dataset_problems(config.data),
         *algorithm_problems(config),
         *_engine_problems(config),
         *_staleness_problems(config),
         *_dynamic_sample_problems(config),
-        *own_option_problems(config),
-        *layout_problems(config.policy),
+        *vllm_kwargs_problems(config),
     ]
+
+
+def run_problems(config: RunConfig) -> Iterator[Problem]:
+    """Every rule that a config of any method breaks, without those of its data."""
+    yield from _length_problems(config)
+    yield from held_out_problems(config)
+    yield from _policy_rank_problems(config)
+    yield from _training_problems(config)
+    yield from memory_rule_problems(config.policy)
+    yield from trained_rule_problems(config.policy)
+    yield from megatron_kwargs_problems(config)
+    yield from layout_problems(config.policy)
 
 
 # --- steps, batches and ranks --------------------------------------------------------------------
 
 
-def _length_problems(config: Config) -> Iterator[Problem]:
+def _length_problems(config: RunConfig) -> Iterator[Problem]:
     if config.max_steps is not None:
         return
     if config.num_train_epochs is None:
@@ -111,7 +119,7 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _policy_rank_problems(config: Config) -> Iterator[Problem]:
+def _policy_rank_problems(config: RunConfig) -> Iterator[Problem]:
     policy, ranks, step = config.policy, config.policy.world_size, config.global_batch_size
     tp, pp = policy.tensor_parallel_size, policy.pipeline_parallel_size
     cp, ep = policy.context_parallel_size, policy.expert_model_parallel_size
@@ -124,7 +132,7 @@ def _policy_rank_problems(config: Config) -> Iterator[Problem]:
     elif step % config.data_parallel_size:
         name = "policy.global_batch_size"
         if policy.global_batch_size is None:
-            name = f"rollout.generation_batch_size (which {name} defaults to)"
+            name = f"{config.default_batch_size} (which {name} defaults to)"
         yield Problem(
             f"{name} = {step} cannot be shared equally among {config.data_parallel_size} "
             f"data-parallel ranks (world_size {ranks} / (tensor_parallel_size {tp} x "
@@ -168,19 +176,23 @@ def _reference_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _training_problems(config: Config) -> Iterator[Problem]:
-    policy, (epsilon, _) = config.policy, config.grpo.epsilons
-    if policy.min_lr > policy.lr:
-        yield Problem(
-            f"policy.min_lr = {policy.min_lr:g} is above policy.lr = {policy.lr:g}, where the "
-            "decay starts: lower min_lr or raise lr"
-        )
+def _clip_problems(config: Config) -> Iterator[Problem]:
+    epsilon, _ = config.grpo.epsilons
     if epsilon >= 1 and config.grpo.loss_type in CLIPPED_LOSSES:
         name = "epsilon" if config.grpo.epsilon_low is None else "epsilon_low"
         yield Problem(
             f"grpo.{name} = {epsilon:g} puts the lower clip bound at {1 - epsilon:g}, and a ratio "
             "of probabilities is above 0: use a value below 1, such as 0.2 (grpo.epsilon_high may "
             "be larger)"
+        )
+
+
+def _training_problems(config: RunConfig) -> Iterator[Problem]:
+    policy = config.policy
+    if policy.min_lr > policy.lr:
+        yield Problem(
+            f"policy.min_lr = {policy.min_lr:g} is above policy.lr = {policy.lr:g}, where the "
+            "decay starts: lower min_lr or raise lr"
         )
     if policy.overlap_param_gather and not policy.use_distributed_optimizer:
         yield Problem(
@@ -199,72 +211,17 @@ def _training_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-# --- rewards -------------------------------------------------------------------------------------
-
-
-def reward_problems(reward: RewardConfig) -> Iterator[Problem]:
-    """Every rule within the reward section that `reward` breaks."""
-    names, weights = reward.names, reward.reward_weights
-    if not names:
-        yield Problem(
-            "reward.reward_funcs: nothing scores the completions: name a function (`rlsys rewards "
-            "list` shows them), or a model in reward.reward_model"
-        )
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        yield Problem(
-            f"reward.reward_funcs names {', '.join(repeated)} more than once: name each once, and "
-            "give it a larger weight in reward.reward_weights if it should count more"
-        )
-    if weights is not None and len(weights) != len(names):
-        yield Problem(
-            f"reward.reward_weights has {counted(len(weights), 'value')} for "
-            f"{counted(len(names), 'reward function')} in reward.reward_funcs and "
-            f"reward.reward_model ({', '.join(names)}): give one weight for each, or leave it out "
-            "for 1 each"
-        )
-    if weights and not any(weights):
-        yield Problem(
-            "reward.reward_weights are all 0, so there is nothing to learn from: give at least one "
-            "reward function another weight"
-        )
-    # Settings under reward_model are for all models.
-    known = {*names, *(["reward_model"] if reward.models else [])}
-    stray = sorted(set(reward.reward_params) - known)
-    if stray:
-        yield Problem(
-            f"reward.reward_params has settings for {', '.join(stray)}, which reward.reward_funcs "
-            f"does not name ({', '.join(names)}): add it there, or take its settings out"
-        )
-    yield from _gate_problems(reward)
-
-
-def _gate_problems(reward: RewardConfig) -> Iterator[Problem]:
-    names, gates = reward.names, reward.gate
-    for gated, text in gates.items():
-        try:
-            by = parse_gate(text).by
-        except ValueError as error:
-            yield Problem(f"reward.gate of {gated}: {error}")
-            continue
-        stray = [name for name in (gated, by) if name not in names]
-        if stray:
-            yield Problem(
-                f"reward.gate lets {gated} count where {text}, but reward.reward_funcs does not "
-                f"name {' and '.join(stray)}: add it there, with weight 0 in "
-                "reward.reward_weights if it should only be the gate"
-            )
-        elif by in gates:
-            yield Problem(
-                f"reward.gate lets {gated} count where {text}, but {by} has a gate itself: gate "
-                f"{gated} by what gates {by} ({gates[by]}), or take one of the two gates out"
-            )
-
-
 # --- data ----------------------------------------------------------------------------------------
 
 
-def _split_problems(data: DataConfig) -> Iterator[Problem]:
+def rows_problems(data: RowsConfig) -> Iterator[Problem]:
+    """Every rule about reading rows that `data` breaks."""
+    yield from _split_problems(data)
+    yield from _dataset_problems(data)
+    yield from prompt_template_problems(data)
+
+
+def _split_problems(data: RowsConfig) -> Iterator[Problem]:
     share = data.split_dataset_ratio
     if data.val_dataset and share:
         yield Problem(
@@ -283,7 +240,7 @@ def _split_problems(data: DataConfig) -> Iterator[Problem]:
         )
 
 
-def _dataset_problems(data: DataConfig) -> Iterator[Problem]:
+def _dataset_problems(data: RowsConfig) -> Iterator[Problem]:
     if data.dataset_weights is not None and len(data.dataset_weights) != len(data.dataset):
         yield Problem(
             f"data.dataset_weights has {counted(len(data.dataset_weights), 'value')} for "
@@ -305,17 +262,19 @@ def _dataset_problems(data: DataConfig) -> Iterator[Problem]:
             "data.preprocessor has one name for each of data.dataset, which says nothing about "
             "data.val_dataset: set data.val_preprocessor (none leaves rows as they are)"
         )
-    if data.min_prompt_length > data.max_prompt_length:
-        yield Problem(
-            f"data.min_prompt_length = {data.min_prompt_length} is above data.max_prompt_length = "
-            f"{data.max_prompt_length}, so no prompt fits: lower one or raise the other"
-        )
-    yield from prompt_template_problems(data)
     taken = sorted(set(data.chat_template_kwargs) & set(OWN_TEMPLATE_ARGUMENTS))
     if taken:
         yield Problem(
             f"data.chat_template_kwargs has {', '.join(taken)}, which rlsys sets itself: leave it "
             "out; it is for variables that the template reads, such as enable_thinking"
+        )
+
+
+def _prompt_problems(data: DataConfig) -> Iterator[Problem]:
+    if data.min_prompt_length > data.max_prompt_length:
+        yield Problem(
+            f"data.min_prompt_length = {data.min_prompt_length} is above data.max_prompt_length = "
+            f"{data.max_prompt_length}, so no prompt fits: lower one or raise the other"
         )
 
 

@@ -12,23 +12,27 @@ from rlsys.registry import did_you_mean
 from rlsys.text import counted
 
 if TYPE_CHECKING:
-    from rlsys.config.schema import Config
+    from rlsys.config.schema import Config, RunConfig
 
 _SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.@-]*")
 _OWN_KEYS = ("reward", "rewards", "completions", "logged")
 """Metrics of evaluations begin with these, behind eval/."""
 
 
-def eval_problems(config: Config) -> Iterator[Problem]:
-    """Every rule about evaluations that `config` breaks."""
+def held_out_problems(config: RunConfig) -> Iterator[Problem]:
+    """Every rule about rows that are held out."""
     if config.eval_steps is not None and not config.data.has_held_out:
         yield Problem(
             f"eval_steps = {config.eval_steps}, but there is nothing to evaluate on: set "
             "data.val_dataset, data.val_sets or data.split_dataset_ratio (0.05 holds out 5 % of "
             "data.dataset), or leave eval_steps out"
         )
-    yield from _sampling_problems(config)
     yield from _set_problems(config)
+
+
+def eval_problems(config: Config) -> Iterator[Problem]:
+    """Every rule about sampled evaluations that `config` breaks."""
+    yield from _sampling_problems(config)
 
 
 def _sampling_problems(config: Config) -> Iterator[Problem]:
@@ -63,7 +67,7 @@ def _sampling_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _set_problems(config: Config) -> Iterator[Problem]:
+def _set_problems(config: RunConfig) -> Iterator[Problem]:
     data = config.data
     for name, paths in data.val_sets.items():
         if not _SET_NAME.fullmatch(name) or name in _OWN_KEYS:

@@ -10,7 +10,7 @@ import math
 import re
 from abc import abstractmethod
 from types import NoneType
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -911,6 +911,15 @@ class RunConfig(Section):
     The properties without a body are what engines and loops ask of every config.
     """
 
+    command: ClassVar[str]
+    """The subcommand of `rlsys` that runs it."""
+    row_noun: ClassVar[str]
+    """What a training row is called."""
+    has_rollouts: ClassVar[bool] = False
+    """Whether the run samples completions, with vLLM."""
+    default_batch_size: ClassVar[str]
+    """What policy.global_batch_size is by default."""
+
     output_dir: PathText = Field(min_length=1)
     """Folder for everything a run writes. If it holds another run, checkpoint.resume or overwrite
     decides."""
@@ -987,6 +996,11 @@ class RunConfig(Section):
 
     @property
     @abstractmethod
+    def longest_row_is(self) -> str:
+        """The fields that `longest_row` comes from."""
+
+    @property
+    @abstractmethod
     def max_completion_length(self) -> int:
         """Most tokens of a row that are trained on."""
 
@@ -1006,6 +1020,16 @@ class RunConfig(Section):
         return False
 
     @property
+    def largest_context_parallel_size(self) -> int:
+        """Context-parallel ranks of the model that has most."""
+        return self.policy.context_parallel_size
+
+    @property
+    def reference_changes(self) -> bool:
+        """Whether a checkpoint holds the weights of a reference."""
+        return False
+
+    @property
     def policy_shares_gpus(self) -> bool:
         """Whether other models compute on the policy's GPUs while it waits."""
         return False
@@ -1014,6 +1038,16 @@ class RunConfig(Section):
     def loss_plugins(self) -> list[str]:
         """Python files that register losses and advantage estimators."""
         return []
+
+    @property
+    def plugins(self) -> list[str]:
+        """All Python files, modules and packages that the run loads."""
+        return self.data.external_plugins
+
+    @property
+    def model_paths(self) -> list[str]:
+        """Folders and hub ids of all models that the run reads."""
+        return [self.model.path]
 
     def steps_of_epochs(self, num_rows: int) -> int | None:
         """max_steps for num_train_epochs passes over `num_rows` training rows."""
@@ -1073,6 +1107,11 @@ class RunConfig(Section):
 class Config(RunConfig):
     """One GRPO run."""
 
+    command: ClassVar[str] = "grpo"
+    row_noun: ClassVar[str] = "prompt"
+    has_rollouts: ClassVar[bool] = True
+    default_batch_size: ClassVar[str] = "rollout.generation_batch_size"
+
     data: DataConfig
     rollout: RolloutConfig
     reward: RewardConfig
@@ -1118,6 +1157,12 @@ class Config(RunConfig):
         return self.data.max_prompt_length + self.rollout.max_completion_length
 
     @property
+    def longest_row_is(self) -> str:
+        """Both fields, with their values."""
+        prompt, completion = self.data.max_prompt_length, self.rollout.max_completion_length
+        return f"data.max_prompt_length {prompt} + rollout.max_completion_length {completion}"
+
+    @property
     def max_completion_length(self) -> int:
         """rollout.max_completion_length."""
         return self.rollout.max_completion_length
@@ -1138,6 +1183,16 @@ class Config(RunConfig):
     def loss_plugins(self) -> list[str]:
         """grpo.external_plugins."""
         return self.grpo.external_plugins
+
+    @property
+    def plugins(self) -> list[str]:
+        """All Python files, modules and packages that the run loads."""
+        return [*super().plugins, *self.reward.external_plugins, *self.grpo.external_plugins]
+
+    @property
+    def model_paths(self) -> list[str]:
+        """Policy, reference and reward models."""
+        return [*super().model_paths, self.reference_path, *self.reward.model_paths]
 
     @property
     def num_prompts_ahead(self) -> int:
@@ -1214,6 +1269,11 @@ class Config(RunConfig):
         return (self.grpo.beta > 0 and self.reference.placement == "policy") or (
             bool(self.reward.models) and self.reward.reward_model_placement == "policy"
         )
+
+    @property
+    def reference_changes(self) -> bool:
+        """Whether the reference takes weights from the policy."""
+        return self.grpo.beta > 0 and self.reference.sync_steps is not None
 
     @property
     def reference_path(self) -> str:

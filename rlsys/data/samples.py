@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
-from rlsys.config import SftDataConfig
+from rlsys.config import SftConfig, SftDataConfig
 from rlsys.config.prompt_template import template_columns
 from rlsys.data.formats import PROMPT_COLUMNS, TEXT
 from rlsys.data.load import Loaded, load
@@ -32,6 +32,11 @@ class SampleRules:
     """pretrain reads a column `text`, and every token is a target."""
     loss_on: LossOn = "all"
     thinking: Thinking = "train"
+
+    @classmethod
+    def of(cls, config: SftConfig) -> SampleRules:
+        """The rules of a run."""
+        return cls(config.sft.objective, config.sft.loss_on, config.sft.thinking)
 
 
 @dataclass(slots=True)
@@ -73,7 +78,8 @@ class SampleSource(Source[Sample]):
             parse_sample(row, system=config.system, loss_on=loss_on, template=template)
             if not row.targets:
                 row.dropped = NO_TARGETS
-        fill_names(row, {n: getattr(self.config, n) for n in ("model_name", "model_author")})
+        names = {"model_name": self.config.model_name, "model_author": self.config.model_author}
+        fill_names(row, names)
 
     def limit(self, row: Row) -> None:
         """Drop or cut a rendered row that is too long; drop one without targets."""

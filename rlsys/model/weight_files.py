@@ -10,14 +10,16 @@ from rlsys.model.folder import read_json, refuse_lfs_pointer
 
 INDEX = "model.safetensors.index.json"
 ROLLOUTS_FILE = "rollouts.json"
-"""In a checkpoint of rlsys: the place in the data."""
+"""In a checkpoint of GRPO: the place in the data."""
+DATA_FILE = "data.json"
+"""The same in one of supervised training."""
 TRACKER = "latest_checkpointed_iteration.txt"
 """In a folder of Megatron-LM: names the folder below that holds the weights."""
 RELEASE = "release"
 """The folder of the weights in it, where they are not an iteration of Megatron-LM's own."""
 UNTRAINED_FILE = "untrained.safetensors"
 """In RELEASE: what megatron-core's model does not have, layers that predict further tokens."""
-OF_THE_RUN = (ROLLOUTS_FILE, "trainer_state.json", TRACKER)
+OF_THE_RUN = (ROLLOUTS_FILE, DATA_FILE, "trainer_state.json", TRACKER)
 """Files that rlsys, transformers' Trainer and Megatron-LM write beside a model."""
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000

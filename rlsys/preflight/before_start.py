@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from rlsys.config import Config
+from rlsys.config import Config, RunConfig
 from rlsys.data import PromptData, load_prompts
 from rlsys.data.sources import raise_if_any
 from rlsys.model.detokenize import Detokenizer
@@ -135,14 +135,14 @@ def fit_to_data(config: Config, data: PromptData) -> Config:
     return config.model_copy(update={"checkpoint": checkpoint})
 
 
-def step_notes(config: Config, num_rows: int) -> Iterator[str]:
+def step_notes(config: RunConfig, num_rows: int) -> Iterator[str]:
     """How many steps num_train_epochs makes, or that max_steps overrides it."""
     steps = config.steps_of_epochs(num_rows)
     if steps is None or steps == config.max_steps:
         return
     epochs = (
-        f"num_train_epochs {config.num_train_epochs:g} x {counted(num_rows, 'prompt')} / "
-        f"{config.num_prompts} per step = {counted(steps, 'step')}"
+        f"num_train_epochs {config.num_train_epochs:g} x {counted(num_rows, config.row_noun)} / "
+        f"{config.rows_per_step} per step = {counted(steps, 'step')}"
     )
     if config.max_steps is None:
         yield epochs

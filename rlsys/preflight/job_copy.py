@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.config.dataset_spec import parse_spec
 from rlsys.config.local_paths import is_in_job_copy
 from rlsys.problems import Problem
 
 
-def job_copy_problems(config: Config) -> Iterator[Problem]:
+def job_copy_problems(config: RunConfig) -> Iterator[Problem]:
     """Paths that Ray left out of this job's copy of the working directory."""
     left_out = left_out_of_job_copy(config)
     if left_out:
@@ -27,7 +27,7 @@ def job_copy_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def left_out_of_job_copy(config: Config) -> list[str]:
+def left_out_of_job_copy(config: RunConfig) -> list[str]:
     """Paths of `config` that Ray did not send with the working directory of this job."""
     here = Path.cwd()
     if not is_in_job_copy(here):
@@ -35,11 +35,9 @@ def left_out_of_job_copy(config: Config) -> list[str]:
     return [path for path in paths_read(config) if _is_left_out(here, path)]
 
 
-def paths_read(config: Config) -> list[str]:
+def paths_read(config: RunConfig) -> list[str]:
     """Each path or hub id that a run reads, once: models, plugins and data."""
-    sections = (config.data, config.reward, config.grpo)
-    paths = [config.model.path, config.reference_path, *config.reward.model_paths]
-    paths += [path for section in sections for path in section.external_plugins]
+    paths = [*config.model_paths, *config.plugins]
     paths += [parse_spec(spec).name for spec in config.data.all_datasets]
     return list(dict.fromkeys(paths))
 

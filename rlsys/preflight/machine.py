@@ -6,7 +6,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
-from rlsys.config import Config
+from rlsys.config import Config, RunConfig
 from rlsys.config.passed_through import megatron_option_problems, vllm_option_problems
 from rlsys.config.roles import describe_gpu_demand, fewer_gpus, plan_roles
 from rlsys.model.attention import attention_problem
@@ -17,9 +17,10 @@ from rlsys.tracking import trackers
 from rlsys.tracking.wandb import find_wandb
 
 
-def package_problems(config: Config) -> Iterator[Problem]:
+def package_problems(config: RunConfig) -> Iterator[Problem]:
     """Packages that are missing, or built for another device than the run's."""
-    for module in ("torch", "ray", "vllm", "megatron", "transformers"):
+    engines = ("vllm", "megatron") if config.has_rollouts else ("megatron",)
+    for module in ("torch", "ray", *engines, "transformers"):
         if importlib.util.find_spec(module) is None:
             yield Problem(
                 f"{module} is not installed; `rlsys doctor` says how to get it", only_here=True
@@ -28,7 +29,7 @@ def package_problems(config: Config) -> Iterator[Problem]:
         yield Problem(f"hub: modelscope needs a package that is missing: {REMEDY}", only_here=True)
     device, built_for = guess_device(config), device_of_packages()
     # The hosts of a running Ray cluster may have other packages.
-    if os.environ.get("RAY_ADDRESS") or built_for in (None, device):
+    if os.environ.get("RAY_ADDRESS") or not config.has_rollouts or built_for in (None, device):
         return
     if built_for == "cpu":
         yield Problem(
@@ -44,7 +45,7 @@ def package_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def tracker_problems(config: Config) -> Iterator[Problem]:
+def tracker_problems(config: RunConfig) -> Iterator[Problem]:
     """Trackers that nobody registered, or whose package is not installed."""
     for name in config.tracking.report_to:
         try:
@@ -69,7 +70,7 @@ def option_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def attention_problems(config: Config) -> Iterator[Problem]:
+def attention_problems(config: RunConfig) -> Iterator[Problem]:
     """Attention kernels that the run's device does not have."""
     device = guess_device(config)
     if device == "cpu" and config.device == "auto":
@@ -84,7 +85,7 @@ def attention_problems(config: Config) -> Iterator[Problem]:
         yield problem
 
 
-def gpu_problems(config: Config) -> Iterator[Problem]:
+def gpu_problems(config: RunConfig) -> Iterator[Problem]:
     """Too few GPUs, if the run starts a Ray cluster of its own on this machine."""
     if guess_device(config) == "cpu" or os.environ.get("RAY_ADDRESS"):
         return

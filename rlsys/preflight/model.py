@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlsys.config import Config, PolicyConfig
+from rlsys.config import Config, PolicyConfig, RunConfig
 from rlsys.config.pipeline_layout import layer_problems, rank_layers
 from rlsys.model.attention import window_problem
 from rlsys.model.families.bridged import DISTRIBUTION, is_bridged
@@ -19,7 +19,7 @@ from rlsys.model.other_kinds import refuse_other_kind
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.packages import installed_version
 from rlsys.preflight.devices import gpu_compute_capability, guess_device, may_bridge
-from rlsys.preflight.experts import expert_problems
+from rlsys.preflight.experts import expert_problems, replay_problems
 from rlsys.preflight.trained import trained_problems
 from rlsys.problems import Problem
 
@@ -31,13 +31,10 @@ CPU_LATENT_DIM = 576
 
 def model_problems(config: Config) -> Iterator[Problem]:
     """Problems of the policy's model, the reward models and the reference model."""
-    shape, problems = _read_model(config, "model.path", config.model.path)
+    shape, problems = _read_policy(config)
     yield from problems
     if shape is not None:
-        yield from _policy_layout(config, shape)
-        yield from _memory_options(config, shape)
-        yield from trained_problems(config, shape)
-        yield from expert_problems(config, shape)
+        yield from replay_problems(config, shape)
         yield from _rollout_layout(config, shape)
         yield from _kv_cache(config, shape)
     for path in config.reward.model_paths:
@@ -60,7 +57,24 @@ def model_problems(config: Config) -> Iterator[Problem]:
         )
 
 
-def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | None, list[Problem]]:
+def policy_model_problems(config: RunConfig) -> Iterator[Problem]:
+    """Problems of the model that is trained."""
+    yield from _read_policy(config)[1]
+
+
+def _read_policy(config: RunConfig) -> tuple[ModelShape | None, list[Problem]]:
+    shape, problems = _read_model(config, "model.path", config.model.path)
+    if shape is not None:
+        problems += _policy_layout(config, shape)
+        problems += _memory_options(config, shape)
+        problems += trained_problems(config, shape)
+        problems += expert_problems(config, shape)
+    return shape, problems
+
+
+def _read_model(
+    config: RunConfig, field: str, path: str
+) -> tuple[ModelShape | None, list[Problem]]:
     """The shape of the model that `field` names, if its config.json can be used; its problems."""
     try:
         folder = find_model_folder(path)
@@ -81,10 +95,8 @@ def _read_model(config: Config, field: str, path: str) -> tuple[ModelShape | Non
     if longest > positions:
         problems.append(
             Problem(
-                f"data.max_prompt_length {config.data.max_prompt_length} + "
-                f"rollout.max_completion_length {config.rollout.max_completion_length} = {longest} "
-                f"tokens, but {field} {path} has positions for {positions}: lower them by "
-                f"{longest - positions} together"
+                f"{config.longest_row_is} = {longest} tokens, but {field} {path} has positions for "
+                f"{positions}: make that {longest - positions} fewer"
             )
         )
     return shape, problems
@@ -101,7 +113,7 @@ def recompute_note(policy: PolicyConfig, shape: ModelShape) -> str | None:
     )
 
 
-def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
+def _bridge(config: RunConfig, field: str, shape: ModelShape) -> Iterator[Problem]:
     """Whether mcore-bridge can have the model, if model.bridge or its model_type leaves it that."""
     if not is_bridged(config, shape):
         return
@@ -115,7 +127,7 @@ def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
             "installed: `pip install 'rlsys[bridge]'`",
             only_here=True,
         )
-    if config.reference.sync_steps is not None:
+    if config.reference_changes:
         yield Problem(
             f"{field}: reference.sync_steps mixes weights tensor by tensor, and {DISTRIBUTION}, "
             f"which has the weights of {shape.model_type}, cannot: leave it out"
@@ -132,7 +144,7 @@ def _bridge(config: Config, field: str, shape: ModelShape) -> Iterator[Problem]:
         )
 
 
-def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
+def _policy_layout(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
     policy = config.policy
     yield from _windows(config, policy.context_parallel_size, shape)
     tp, ep = policy.tensor_parallel_size, policy.expert_model_parallel_size
@@ -161,7 +173,7 @@ def _policy_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
         )
 
 
-def _memory_options(config: Config, shape: ModelShape) -> Iterator[Problem]:
+def _memory_options(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
     device = guess_device(config)
     if device == "cpu" and config.device == "auto" and os.environ.get("RAY_ADDRESS"):
         return  # the Ray cluster may have GPUs; the engine checks again
@@ -201,7 +213,7 @@ def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
         )
 
 
-def _windows(config: Config, context_parallel_size: int, shape: ModelShape) -> Iterator[Problem]:
+def _windows(config: RunConfig, context_parallel_size: int, shape: ModelShape) -> Iterator[Problem]:
     problem = window_problem(
         shape, context_parallel_size=context_parallel_size, device=guess_device(config)
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.model.folder import find_model_folder
 from rlsys.model.shape import read_model_shape
 from rlsys.preflight.job_copy import paths_read
@@ -30,7 +30,7 @@ class StartPlan:
     """Whether that is because the folder holds another run."""
 
 
-def plan_start(config: Config) -> StartPlan:
+def plan_start(config: RunConfig) -> StartPlan:
     """Whether the run continues an earlier one, moves it aside, or may not touch it."""
     run = RunDir(Path(config.output_dir))
     obstacle = run.obstacle()
@@ -101,7 +101,7 @@ def _other_model(path: str, checkpoint: Path) -> str | None:
     )
 
 
-def output_dir_problems(config: Config) -> Iterator[Problem]:
+def output_dir_problems(config: RunConfig) -> Iterator[Problem]:
     """What keeps the run from starting in its folder."""
     problem = plan_start(config).problem
     if problem is not None:

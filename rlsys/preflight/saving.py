@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.config.local_paths import is_in_job_copy
 from rlsys.files import bytes_in, free_bytes, size_text
 from rlsys.model.folder import resolve_model_path
@@ -43,7 +43,7 @@ class DiskUse:
         return self.num_checkpoints * self.checkpoint + (self.num_models + 1) * self.weights
 
 
-def disk_use(config: Config, shape: ModelShape, *, device: Device) -> DiskUse:
+def disk_use(config: RunConfig, shape: ModelShape, *, device: Device) -> DiskUse:
     """Estimate, exact except for small files: weights, and for each weight an fp32 copy and the two
     moments of AdamW."""
     width = bytes_per_weight(config, device)
@@ -55,17 +55,16 @@ def disk_use(config: Config, shape: ModelShape, *, device: Device) -> DiskUse:
             interval = config.checkpoint.interval(config.max_steps)
             assert interval is not None
             number = min(-(-config.max_steps // interval), number)
-    changes = config.grpo.beta > 0 and config.reference.sync_steps is not None
     return DiskUse(
         weights=shape.num_params * width,
         optimizer=shape.num_params * (12 if has_copy else 8),
-        reference=shape.num_params * width if changes else 0,
+        reference=shape.num_params * width if config.reference_changes else 0,
         num_checkpoints=number,
         num_models=_num_models(config),
     )
 
 
-def _num_models(config: Config) -> int:
+def _num_models(config: RunConfig) -> int:
     """Folders of checkpoint.save_hf_steps at most; without a limit and max_steps, one."""
     steps, limit = config.checkpoint.save_hf_steps, config.checkpoint.save_hf_total_limit
     if steps is None:
@@ -77,7 +76,7 @@ def _num_models(config: Config) -> int:
     return number if limit is None else min(number, most)
 
 
-def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]]:
+def describe_saving(config: RunConfig, use: DiskUse | None) -> list[tuple[str, str]]:
     """(what, how often, where or how much) for `rlsys explain` and the start of a run.
 
     Args:
@@ -124,7 +123,7 @@ def describe_saving(config: Config, use: DiskUse | None) -> list[tuple[str, str]
     return pairs
 
 
-def disk_warning(config: Config, use: DiskUse) -> str | None:
+def disk_warning(config: RunConfig, use: DiskUse) -> str | None:
     """What to do if the disk is too small for the run; None if it is large enough.
 
     What the resumed run left counts as free: this run replaces it.
@@ -149,7 +148,7 @@ def disk_warning(config: Config, use: DiskUse) -> str | None:
     )
 
 
-def _how_often(config: Config) -> str:
+def _how_often(config: RunConfig) -> str:
     save_steps, max_steps = config.checkpoint.save_steps, config.max_steps
     if max_steps is None:
         every = "5% of the steps" if save_steps == "auto" else f"{save_steps:,} steps"
@@ -164,7 +163,7 @@ def _how_often(config: Config) -> str:
     return f"every {every}{rarer if save_steps == 'auto' else ''}, after the last step"
 
 
-def saving_lines(config: Config) -> Iterator[str]:
+def saving_lines(config: RunConfig) -> Iterator[str]:
     """What the run saves, how often, where, and how much disk that takes."""
     shape = read_model_shape(resolve_model_path(config.model.path), may_bridge=True)
     use = disk_use(config, shape, device=guess_device(config))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, SupportsFloat
 
 from rlsys.config import RewardConfig
-from rlsys.config.rules import reward_problems
+from rlsys.config.rules_reward import reward_problems
 from rlsys.problems import ProblemsError
 from rlsys.rewards.base import ORM, RewardFunction, TrainerState, orms
 from rlsys.rewards.instances import Params, RewardError, instantiate, settings_of

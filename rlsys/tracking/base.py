@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Literal
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.registry import Registry
 from rlsys.types import RolloutGroup
 
@@ -53,7 +53,7 @@ class Tracker(ABC):
         """Write what is pending and release files and connections. Called once."""
 
 
-TrackerFactory = Callable[[Config, int | None], Tracker]
+TrackerFactory = Callable[[RunConfig, int | None], Tracker]
 """Builds a tracker from the config and the step after which the run resumes (None: a new run)."""
 
 trackers: Registry[TrackerFactory] = Registry("tracker")

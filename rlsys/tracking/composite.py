@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import get_args
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.files import truncate_after
 from rlsys.run.folder import ENDED, RUNNING, RunDir
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation, trackers
@@ -19,7 +19,7 @@ from rlsys.tracking.plot import RewardCurveTracker
 from rlsys.types import RolloutGroup
 
 
-def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker:
+def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Tracker:
     """The trackers of a run: console, metrics.jsonl, completions.jsonl and `report_to`.
 
     Marks the run as running. It does not need Ray, so a wrong name or a missing package is found
@@ -40,10 +40,12 @@ def build_tracker(config: Config, *, resumed_from: int | None = None) -> Tracker
             truncate_after(path, resumed_from)
     reporters = [factory(config, resumed_from) for factory in factories]
     parts: list[Tracker] = [JsonlTracker(run_dir.metrics)]
-    if config.tracking.log_completions:
+    if config.has_rollouts and config.tracking.log_completions:
         parts.append(CompletionsTracker(run_dir))
     # They are closed in this order, the slow picture last: `ray job stop` kills after 3 seconds.
-    parts += [console_tracker(config, resumed_from), *reporters, RewardCurveTracker(run_dir)]
+    parts += [console_tracker(config, resumed_from), *reporters]
+    if config.has_rollouts:
+        parts.append(RewardCurveTracker(run_dir))
     run_dir.write_status(RUNNING)
     return CompositeTracker(parts, run_dir, Progress(config.num_steps))
 

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation
 from rlsys.tracking.columns import join_wrapped
 from rlsys.types import RolloutGroup
@@ -40,6 +40,7 @@ COLUMNS = [
     Column("loss", "loss", ".2e", 9),
     Column("s/step", "time/step", ".1f", 6),
     Column("tok/s", "rollout/tokens_per_second", ".0f", 6),
+    Column("tok/s", "tokens_per_second", ".0f", 7),
     Column("logp diff", "sampling/logp_difference/mean", ".1e", 9),
     Column("grad", "grad_norm", ".3g", 7),
     Column("zero-std", "frac_reward_zero_std", ".2f", 8),
@@ -49,11 +50,11 @@ COLUMNS = [
 ROWS_BETWEEN_HEADERS = 20
 
 
-def console_tracker(config: Config, resumed_from: int | None) -> Tracker:
+def console_tracker(config: RunConfig, resumed_from: int | None) -> Tracker:
     """The tracker for standard output: a terminal or a file."""
     console = Console(highlight=False)
     if console.is_terminal and not console.is_dumb_terminal:
-        return TerminalTracker(config.num_steps, config.num_prompts, resumed_from or 0, console)
+        return TerminalTracker(config.num_steps, config.rows_per_step, resumed_from or 0, console)
     return LinesTracker(config.num_steps)
 
 
@@ -221,6 +222,8 @@ def evaluation_items(step: int, metrics: Metrics) -> list[str]:
             shown.append(f"reward {value:.3f}")
         elif reward := re.fullmatch(r"eval/rewards/(.+)/mean", name):
             shown.append(f"{reward[1]} {value:.3f}")
+        elif loss := re.fullmatch(r"eval/((?:[^/]+/)?(?:loss|perplexity))", name):
+            shown.append(f"{loss[1].replace('/', ' ')} {value:.4g}")
         elif score := re.fullmatch(r"eval/((?:[^/]+/)?(?:pass|mean|maj)@\d+|[^/]+/reward)", name):
             shown.append(f"{score[1].replace('/', ' ')} {value:.3f}")
         elif name == "eval/completions/mean_length":

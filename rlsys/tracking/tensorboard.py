@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.run.folder import RunDir
 from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker
 from rlsys.tracking.completions import completion_rows
@@ -18,7 +18,7 @@ STEPS_BETWEEN_TEXTS = 10
 class TensorBoardTracker(Tracker):
     """Event files in OUTPUT_DIR/tensorboard."""
 
-    def __init__(self, config: Config, resumed_from: int | None):
+    def __init__(self, config: RunConfig, resumed_from: int | None):
         # It imports torch, which `rlsys explain` and the viewers do not need.
         from torch.utils.tensorboard import SummaryWriter
 

@@ -8,7 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker
 from rlsys.tracking.completions import completion_rows
 from rlsys.types import RolloutGroup
@@ -34,7 +34,7 @@ class WandbTracker(Tracker):
     A resumed run is a new run in wandb with the same name.
     """
 
-    def __init__(self, config: Config, resumed_from: int | None):
+    def __init__(self, config: RunConfig, resumed_from: int | None):
         find_wandb()
         self._wandb = importlib.import_module("wandb")
         output_dir = Path(config.output_dir)

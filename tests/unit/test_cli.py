@@ -117,7 +117,7 @@ def test_a_users_mistake_is_a_message_and_a_librarys_error_a_traceback(capsys, m
 )
 def test_the_command_for_another_folder_names_it_once(given):
     others = ["--tracking.run_name", "output_dir", "--seed", "1"]
-    said = in_another_folder("c.yaml", [*given, *others], Path("nowhere/a"))
+    said = in_another_folder("grpo", "c.yaml", [*given, *others], Path("nowhere/a"))
     command = shlex.split(said.splitlines()[1])
     assert command == ["rlsys", "grpo", "c.yaml", *others, "--output_dir", "nowhere/a-2"]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from itertools import islice
 
-from rlsys.config import Config, RowsConfig
+from rlsys.config import Config, RowsConfig, SftConfig
 from rlsys.data.load import Loaded, PromptData
-from rlsys.data.streams.base import PromptStream, Stream, T
+from rlsys.data.samples import SampleData
+from rlsys.data.streams.base import PromptStream, SampleStream, Stream, T
+from rlsys.data.streams.by_length import ByLength
 from rlsys.data.streams.difficulty import DifficultySampling
 from rlsys.data.streams.in_memory import InMemory
 from rlsys.data.streams.mixed import Mixed
@@ -23,6 +25,14 @@ def make_prompt_stream(config: Config, data: PromptData) -> PromptStream:
             exploration=options.difficulty_exploration,
             seed=seed,
         )
+    return stream
+
+
+def make_sample_stream(config: SftConfig, data: SampleData) -> SampleStream:
+    """Samples in memory or streamed, mixed by data.dataset_weights, grouped by length."""
+    stream = make_stream(config.data, data, seed=config.seed)
+    if config.sft.group_by_length:
+        return ByLength(stream, batch_size=config.rows_per_step, seed=config.seed)
     return stream
 
 

@@ -21,7 +21,7 @@ from rlsys.algo.batching import PackedMicroBatch
 from rlsys.algo.logprobs import chunked_logprobs
 from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
-from rlsys.config import Config, PolicyConfig
+from rlsys.config import PolicyConfig, RunConfig
 from rlsys.config.pipeline_layout import parse_layout
 from rlsys.engines.megatron.latent import latent_options, set_norm_eps
 from rlsys.engines.megatron.options import megatron_config
@@ -322,7 +322,7 @@ class LogprobHead:
         sampling: what completions are sampled from.
     """
 
-    def __init__(self, model: GPTModel, config: Config, sampling: Sampling):
+    def __init__(self, model: GPTModel, config: RunConfig, sampling: Sampling):
         self._model, self._sampling = model, sampling
         self._recompute_logits = config.policy.recompute_logits
         self._in_fp32 = config.model.fp32_lm_head

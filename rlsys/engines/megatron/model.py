@@ -30,7 +30,7 @@ from rlsys.algo.batching import (
 )
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
 from rlsys.algo.sampling import Sampling
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.config.passed_through import megatron_option_problems
 from rlsys.engines.megatron.build import (
     LogprobHead,
@@ -74,7 +74,7 @@ class MegatronModel:
     adapters: Adapters | None = None
     """The LoRA adapter beside the weights, if there is one."""
 
-    def __init__(self, config: Config, path: str, *, device: Device, trains: bool = False):
+    def __init__(self, config: RunConfig, path: str, *, device: Device, trains: bool = False):
         if problems := megatron_option_problems(config):  # this host may have another megatron-core
             raise ProblemsError("policy.megatron_kwargs", problems)
         self.config = config

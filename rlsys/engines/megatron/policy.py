@@ -24,7 +24,7 @@ from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_row
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.update_metrics import MetricSums, combine_optimizer_steps
 from rlsys.algo.weighting import choose_tokens, loss_weights
-from rlsys.config import Config, GrpoConfig
+from rlsys.config import GrpoConfig, RunConfig
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import (
     check_checkpoint,
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 class MegatronPolicy(MegatronModel):
     """The model with its optimizer: updated from batches, exported to rollout engines."""
 
-    def __init__(self, config: Config, *, device: Device):
+    def __init__(self, config: RunConfig, *, device: Device):
         super().__init__(config, config.model.path, device=device, trains=True)
         overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)

@@ -23,6 +23,7 @@ class MegatronReference(MegatronModel):
     """
 
     role = "reference"
+    config: Config
 
     def __init__(self, config: Config, *, device: Device):
         super().__init__(config, config.reference_path, device=device)

@@ -6,15 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from rlsys.config import Section
+from rlsys.config import Config, Section, SftConfig
 from rlsys.config.fields import config_fields, config_sections, first_sentence
 
 ROOT = Path(__file__).parents[3]
-CONFIG_FILE = ROOT / "rlsys" / "config" / "schema.py"
+SCHEMAS = (Config, SftConfig)
+CONFIG_FILES = [ROOT / "rlsys" / "config" / name for name in ("schema.py", "sft.py")]
+ALL_FIELDS = {name: info for schema in SCHEMAS for name, info in config_fields(schema).items()}
+ALL_SECTIONS = {name for schema in SCHEMAS for name in config_sections(schema)}
 # These show or check fields. What only they read would have no effect on a run.
 DISPLAY = {"config", "preflight", "commands", "memory.py", "cli.py"}
 # These stand in preflight/ and decide what a run does.
-DECIDE = {"before_start.py", "run_folder.py"}
+DECIDE = {"before_start.py", "before_sft.py", "run_folder.py"}
 # The config writes these into other fields (tests/unit/preflight/test_preflight_hub.py).
 WRITTEN_INTO_OTHERS = {"hub"}
 
@@ -23,10 +26,11 @@ def section_of_class() -> dict[str, str]:
     """Class name -> name of its section, "" for the top level."""
     return {
         base.__name__: name
-        for name, cls in config_sections().items()
+        for schema in SCHEMAS
+        for name, cls in config_sections(schema).items()
         for base in cls.__mro__
         if issubclass(base, Section) and base is not Section
-    } | {"Config": "", "RunConfig": ""}
+    } | {"Config": "", "RunConfig": "", "SftConfig": ""}
 
 
 class FieldReads(ast.NodeVisitor):
@@ -50,7 +54,7 @@ class FieldReads(ast.NodeVisitor):
         if text == "config" or text.endswith(".config"):
             return ""
         if isinstance(node, ast.Attribute) and self.resolve(node.value) == "":
-            return node.attr if node.attr in config_sections() else None
+            return node.attr if node.attr in ALL_SECTIONS else None
         return None
 
     def bind(self, target: ast.expr, value: ast.expr) -> None:
@@ -96,10 +100,10 @@ def fields_read_in_a_run() -> set[str]:
         if path.name in DECIDE or not DISPLAY.intersection(path.relative_to(ROOT / "rlsys").parts):
             reads |= FieldReads(ast.parse(path.read_text("utf-8"))).reads
     # A property that is read stands for the fields that it is derived from.
-    tree = ast.parse(CONFIG_FILE.read_text("utf-8"))
     methods = {
         f"{section_of_class()[cls.name]}.{n.name}".lstrip("."): (cls.name, n)
-        for cls in tree.body
+        for file in CONFIG_FILES
+        for cls in ast.parse(file.read_text("utf-8")).body
         if isinstance(cls, ast.ClassDef) and cls.name in section_of_class()
         for n in cls.body
         if isinstance(n, ast.FunctionDef)
@@ -127,13 +131,13 @@ def test_the_reader_sees_reads_and_nothing_else():
 
 
 def test_every_field_is_read_outside_config():
-    unread = set(config_fields()) - fields_read_in_a_run() - WRITTEN_INTO_OTHERS
+    unread = set(ALL_FIELDS) - fields_read_in_a_run() - WRITTEN_INTO_OTHERS
     assert not unread, f"fields that nothing reads: {sorted(unread)}"
 
 
-@pytest.mark.parametrize("name", config_fields())
+@pytest.mark.parametrize("name", ALL_FIELDS)
 def test_every_field_has_a_docstring(name):
-    assert first_sentence(config_fields()[name].description)
+    assert first_sentence(ALL_FIELDS[name].description)
 
 
 def test_the_page_of_the_config_is_current():

@@ -17,7 +17,8 @@ from rlsys.config.passed_through import (
     VLLM_FIELDS,
     VLLM_FIXED,
     VLLM_REFUSED,
-    own_option_problems,
+    megatron_kwargs_problems,
+    vllm_kwargs_problems,
     vllm_option_problems,
 )
 from rlsys.library_options import options_of
@@ -49,7 +50,8 @@ def test_what_rlsys_sets_is_refused_with_the_field_or_the_reason():
         {"max_model_len": 5, "hf_overrides": {}, "enable_prefix_caching": False},
         {"lr": 1e-3, "calculate_per_token_loss": True, "moe_router_fusion": True},
     )
-    assert [str(problem) for problem in own_option_problems(mine)] == [
+    found = [*vllm_kwargs_problems(mine), *megatron_kwargs_problems(mine)]
+    assert [str(problem) for problem in found] == [
         "rollout.engine_kwargs: rlsys sets max_model_len itself, from data.max_prompt_length and "
         "rollout.max_completion_length: set that instead",
         "rollout.engine_kwargs: hf_overrides cannot be set, because it belongs to the model, whose "

@@ -11,7 +11,7 @@ from published_models import PUBLISHED
 from rlsys.config import Config
 from rlsys.model.shape import read_model_shape
 from rlsys.preflight import experts
-from rlsys.preflight.experts import expert_problems
+from rlsys.preflight.experts import expert_problems, replay_problems
 
 
 @pytest.fixture
@@ -94,6 +94,6 @@ def test_replay_needs_a_prefix_cache(tmp_path, name, device):
     shape = read_model_shape(tmp_path)
     rollout = {"router_replay": True, "generation_batch_size": 16}
     config = Config.model_validate(values(device=device, rollout=rollout))
-    found = [problem.text for problem in expert_problems(config, shape)]
+    found = [problem.text for problem in replay_problems(config, shape)]
     refused = [text for text in found if f"none for the attention of {shape.model_type}" in text]
     assert len(refused) == (device == "cpu")

@@ -1,0 +1,64 @@
+"""What supervised training loads, checks and says before Ray and its actors start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from rlsys.config import SftConfig
+from rlsys.data.samples import SampleData, SampleRules, load_samples
+from rlsys.model.folder import resolve_model_path
+from rlsys.model.folder_check import check_model_folder, model_notes
+from rlsys.model.shape import read_model_shape
+from rlsys.plugins.load import load_plugins
+from rlsys.preflight.before_start import step_notes
+from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.preflight.model import recompute_note
+from rlsys.preflight.sft import too_few
+from rlsys.text import counted
+
+
+def load_sample_data(config: SftConfig) -> SampleData:
+    """Load the samples of a run, with the chat template of its model, and check all of them.
+
+    Raises:
+        ValueError: rows or the model's files do not fit the run.
+    """
+    use_cache_without_hub(config)
+    folder = resolve_model_path(config.model.path)
+    shape = read_model_shape(folder, may_bridge=True)
+    if folder != Path(config.model.path):  # preflight saw only the config of a hub model
+        check_model_folder(folder, shape, has_prompts=True)
+    load_plugins(config.data.external_plugins)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    data = load_samples(
+        config.data,
+        tokenizer,
+        SampleRules.of(config),
+        seed=config.seed,
+        vocab_size=shape.vocab_size,
+    )
+    for text in (*model_notes(folder), recompute_note(config.policy, shape)):
+        if text is not None:
+            print(f"note: {text}", flush=True)
+    for line in data.summary():
+        print(line, flush=True)
+    if not config.data.streaming:
+        if len(data.train) < config.rows_per_step:
+            raise ValueError(str(too_few(config, len(data.train))))
+        tokens = sum(len(sample.token_ids) for sample in data.train)
+        targets = sum(sample.num_targets for sample in data.train)
+        print(
+            f"data: {counted(len(data.train), 'sample')}, {tokens:,} tokens, {targets:,} of them "
+            f"trained on",
+            flush=True,
+        )
+    return data
+
+
+def fit_to_samples(config: SftConfig, data: SampleData) -> SftConfig:
+    """The config with the number of steps."""
+    for note in step_notes(config, len(data.train)):
+        print(note, flush=True)
+    return config.with_steps(len(data.train))
