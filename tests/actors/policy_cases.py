@@ -299,6 +299,41 @@ class LabRank(PolicyRank):
         gradients._parameters = gradients_of(self.engine.weights)
         return self._export(gradients)
 
+    def adapter_gradient(self, batch, loss=None):
+        """The same of the adapter's tensors, by PEFT's names."""
+        weights = self.engine.weights
+        self.engine.weights = self.engine.adapters.weights
+        gradient = self.gradient(batch, loss)
+        self.engine.weights = weights
+        return gradient
+
+    def adapters(self):
+        """PEFT's name -> tensor, on rank 0; every rank takes part."""
+        return self._export(self.engine.adapters.weights)
+
+    def merged(self):
+        """As `exported`, with the adapters."""
+        return self._export(self.engine.adapters.merged)
+
+    def base_logprobs(self, batch):
+        return self.engine.compute_logprobs(batch, adapter=False)
+
+    def trained(self):
+        """Number of this rank's trained parameters, elements in gradient buffers and of states."""
+        engine = self.engine
+        buffers = [b for chunk in engine.ddp for b in chunk.buffers + chunk.expert_parallel_buffers]
+        optimizers = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+        return (
+            sum(p.numel() for p in engine.model.parameters() if p.requires_grad),
+            sum(buffer.numel_unpadded for buffer in buffers),
+            sum(
+                state["exp_avg"].numel()
+                for one in optimizers
+                if one.optimizer is not None
+                for state in one.optimizer.state.values()
+            ),
+        )
+
     def router_logits(self, batch):
         """Inputs, weight and logits of the first layer's router, in its last forward pass."""
         from megatron.core.transformer.moe.router import TopKRouter

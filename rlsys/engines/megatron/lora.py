@@ -44,10 +44,11 @@ from megatron.core.tensor_parallel import (
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from safetensors.torch import save_file
 
+from rlsys.engines.megatron.hf_folder import SafetensorsReader
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.model.adapter_folder import WEIGHTS_FILE, write_adapter_config
-from rlsys.model.families.base import WeightRow
-from rlsys.model.lora import PARAMETERS, LoraPlan, adapter_table, parameter_name
+from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT, WeightRow
+from rlsys.model.lora import PARAMETERS, PEFT, LoraPlan, adapter_table, parameter_name
 from rlsys.model.shape import ModelShape
 
 
@@ -110,6 +111,7 @@ class Adapters:
         ]
         self._base_of_saved = [parameter.detach().clone() for parameter in self._saved]
         if plan.folder is not None:
+            _check_tied(plan, shape)
             self.weights.load(plan.folder)
         self.merged = _MergedWeights(weights, self)
 
@@ -338,6 +340,22 @@ def _sharded(row: WeightRow, parameter: torch.nn.Parameter) -> ShardedTensor | S
     return ShardedTensorFactory(
         row.names[0], parameter, build, lambda parts: torch.cat(parts), replica_id
     )
+
+
+def _check_tied(plan: LoraPlan, shape: ModelShape) -> None:
+    """Refuse an embedding and an output head that were trained apart, where the model ties them."""
+    if not shape.tied or HF_EMBEDDING not in plan.saved or plan.folder is None:
+        return
+    with SafetensorsReader(plan.folder) as reader:
+        embedding, head = (
+            reader.shard(PEFT + name, None, 0, 1) for name in (HF_EMBEDDING, HF_OUTPUT)
+        )
+    if not torch.equal(embedding, head):
+        raise ValueError(
+            f"policy.lora.path: in the adapter in {plan.folder} embed_tokens and lm_head differ, "
+            "and in the base model they are one tensor: train it with PEFT's ensure_weight_tying, "
+            "or start from a model with a head of its own"
+        )
 
 
 def _initial_a(row: WeightRow, plan: LoraPlan, seed: int) -> torch.Tensor:
