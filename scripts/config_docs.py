@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from rlsys.config import SftConfig
-from rlsys.config.fields import config_fields, config_sections, show_value
+from rlsys.config.fields import config_fields, config_sections, optional_sections, show_value
+from rlsys.config.schema import Section
 
 TARGET = Path(__file__).parents[1] / "docs" / "config.md"
 _HEAD = """# The config
@@ -54,8 +55,10 @@ def markdown() -> str:
     fields = config_fields()
     parts = [_HEAD, "## Top level\n", _table({n: f for n, f in fields.items() if "." not in n})]
     for name, section in config_sections().items():
-        parts.append(f"## {name}\n\n{textwrap.fill(_one_line(section.__doc__ or ''), 140)}\n")
-        parts.append(_table({n: f for n, f in fields.items() if n.startswith(f"{name}.")}))
+        parts += _section("##", name, section)
+        for inside, optional in optional_sections().items():
+            if inside.startswith(f"{name}."):
+                parts += _section("###", inside, optional)
     return "\n".join([*parts, *_sft_parts()])
 
 
@@ -73,6 +76,12 @@ def _sft_parts() -> list[str]:
         parts.append(f"### {name}\n\n{textwrap.fill(_one_line(section.__doc__ or ''), 140)}\n")
         parts.append(_table({n: f for n, f in different.items() if n.startswith(f"{name}.")}))
     return parts
+
+
+def _section(level: str, name: str, section: type[Section]) -> list[str]:
+    about = textwrap.fill(_one_line(section.__doc__ or ""), 140)
+    fields = {f"{name}.{field}": info for field, info in section.model_fields.items()}
+    return [f"{level} {name}\n\n{about}\n", _table(fields)]
 
 
 def _table(fields: dict[str, FieldInfo]) -> str:
@@ -102,6 +111,8 @@ def _plain(kind: Any) -> str:
         return _plain(members[0])
     if members:
         return ", ".join(map(_plain, members))
+    if isinstance(kind, type) and issubclass(kind, Section):
+        return "section"
     return "null" if kind is type(None) else kind.__name__
 
 

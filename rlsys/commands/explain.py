@@ -19,7 +19,14 @@ from rlsys.commands.explain_options import (
     describe_sampling,
 )
 from rlsys.config import Config
-from rlsys.config.fields import config_fields, first_sentence, show_value
+from rlsys.config.fields import (
+    MISSING,
+    config_fields,
+    first_sentence,
+    optional_sections,
+    show_value,
+    value_at,
+)
 from rlsys.config.load import ResolvedConfig, load_config
 from rlsys.config.pipeline_layout import fits_layout
 from rlsys.config.roles import Role, plan_roles
@@ -120,10 +127,12 @@ def _print_config(resolved: ResolvedConfig, console: Console) -> None:
     heading = ""
     for name, info in fields.items():
         section, _, field = name.rpartition(".")
+        value = value_at(values, name)
+        if value is MISSING or (name in optional_sections() and value is not None):
+            continue  # an optional section has its fields or is null
         if section != heading:
             print_lines(console, [section], "bold")
             heading = section
-        value = (values[section] if section else values)[field]
         origin = resolved.origins[name]
         indent = "  " if section else ""
         cells = (indent + field, show_value(value), origin, first_sentence(info.description))

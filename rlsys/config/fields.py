@@ -9,6 +9,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from rlsys.config.field_types import kinds_of
 from rlsys.config.schema import Config, RunConfig, Section
 from rlsys.config.yaml_text import read_scalar
 
@@ -24,12 +25,30 @@ def config_sections(schema: type[RunConfig] = Config) -> dict[str, type[Section]
 
 
 @cache
+def optional_sections(schema: type[RunConfig] = Config) -> dict[str, type[Section]]:
+    """The sections inside of sections, which may be null: `policy.lora`."""
+    return {
+        f"{section}.{name}": kind
+        for section, cls in config_sections(schema).items()
+        for name, info in cls.model_fields.items()
+        for kind in kinds_of(info)
+        if isinstance(kind, type) and issubclass(kind, Section)
+    }
+
+
+@cache
 def config_fields(schema: type[RunConfig] = Config) -> dict[str, FieldInfo]:
-    """Every field: top-level ones by name, then the others as `section.field`, in order."""
-    sections = config_sections(schema)
+    """Every field: top-level ones by name, then the others as `section.field`, in order.
+
+    An optional section is a field, and has its own fields behind those of the section around it.
+    """
+    sections, inside = config_sections(schema), optional_sections(schema)
     fields = {name: info for name, info in schema.model_fields.items() if name not in sections}
     for section, cls in sections.items():
         fields |= {f"{section}.{name}": info for name, info in cls.model_fields.items()}
+        for name, inner in inside.items():
+            if name.startswith(f"{section}."):
+                fields |= {f"{name}.{field}": info for field, info in inner.model_fields.items()}
     return fields
 
 
@@ -37,9 +56,24 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
     """`{"a": {"b": 1}}` for `{"a.b": 1}`."""
     found: dict[str, Any] = {}
     for name, value in values.items():
-        section, _, field = name.rpartition(".")
-        (found.setdefault(section, {}) if section else found)[field] = value
+        *sections, field = name.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[field] = value
     return found
+
+
+MISSING = object()
+
+
+def value_at(values: Any, name: str) -> Any:
+    """The value of a field in the mapping of a config; MISSING where it has none."""
+    for part in name.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return MISSING
+        values = values[part]
+    return values
 
 
 def first_sentence(docstring: str | None) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Generic, Literal
 
 import yaml
 
-from rlsys.config.fields import config_fields, config_sections
+from rlsys.config.fields import config_fields, config_sections, optional_sections
 from rlsys.config.hints import is_of_elsewhere
 from rlsys.config.local_paths import is_in_job_copy
 from rlsys.config.pasted_command import advice, read_command_line
@@ -59,7 +59,7 @@ def load_config_as(
     """
     problems: list[Problem] = []
     values = _read_file(Path(path), problems, schema)
-    in_file = _leaves(values)
+    in_file = _leaves(values, schema)
     options, project = read_command_line(overrides, in_file, problems, schema)
     in_words, unknown = apply_options(options, values, problems, project, schema)
     origins: dict[str, Origin] = dict.fromkeys(config_fields(schema), "default")
@@ -68,7 +68,7 @@ def load_config_as(
     if "num_train_epochs" in in_words and "max_steps" not in in_words and "max_steps" in values:
         del values["max_steps"]  # the command line says how long the run is
         origins["max_steps"] = "default"
-    unknown += [name for name in _leaves(values) if name not in origins]
+    unknown += [name for name in _leaves(values, schema) if name not in origins]
     config = validate(schema, values, set(in_words), problems, project)
     if config is None:
         given = [name for name, origin in origins.items() if origin != "default"]
@@ -195,8 +195,15 @@ def _names_below(name: str, value: Any) -> dict[str, Any]:
     return found
 
 
-def _leaves(values: dict[str, Any]) -> list[str]:
-    names = []
+def _leaves(values: dict[str, Any], schema: type[RunConfig]) -> list[str]:
+    """The names of the fields and of whatever stands in place of fields."""
+    names: list[str] = []
     for key, value in values.items():
-        names += [f"{key}.{field}" for field in value] if isinstance(value, dict) else [str(key)]
+        if not isinstance(value, dict):
+            names.append(str(key))
+            continue
+        for field, inner in value.items():
+            name = f"{key}.{field}"
+            is_section = name in optional_sections(schema) and isinstance(inner, dict) and inner
+            names += [f"{name}.{below}" for below in inner] if is_section else [name]
     return names

@@ -15,7 +15,15 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from rlsys.config.field_types import kinds_of
-from rlsys.config.fields import config_fields, config_sections, first_sentence, nested
+from rlsys.config.fields import (
+    MISSING,
+    config_fields,
+    config_sections,
+    first_sentence,
+    nested,
+    optional_sections,
+    value_at,
+)
 from rlsys.config.hints import hint
 from rlsys.config.schema import AnyConfig, RunConfig
 from rlsys.problems import Problem, ProblemsError
@@ -96,10 +104,11 @@ def _without(schema: type[RunConfig], values: dict[str, Any], wrong: set[str]) -
     """`values` without wrong and unknown fields; adds placeholders to both arguments."""
     rest: dict[str, Any] = {}
     for name in config_fields(schema):
-        section, _, field = name.rpartition(".")
-        fields = values[section] if section else values
-        if name not in wrong and isinstance(fields, dict) and field in fields:
-            rest[name] = fields[field]
+        value = value_at(values, name)
+        if name in optional_sections(schema) and isinstance(value, dict):
+            value = {}  # its fields follow
+        if name not in wrong and value is not MISSING:
+            rest[name] = value
         elif name in _PLACEHOLDERS:
             wrong.add(name)
             rest[name] = _PLACEHOLDERS[name]
@@ -132,6 +141,8 @@ def _field_of(schema: type[RunConfig], detail: ErrorDetails) -> tuple[str, list[
     """The name of the field; list indices and keys of the user below it."""
     place = list(detail["loc"])
     depth = 2 if place and place[0] in config_sections(schema) else 1
+    if len(place) > 2 and f"{place[0]}.{place[1]}" in optional_sections(schema):
+        depth = 3
     name, below = ".".join(str(part) for part in place[:depth]), place[depth:]
     info = config_fields(schema).get(name)
     if info is not None and len(kinds_of(info) - {NoneType}) > 1:
@@ -153,6 +164,9 @@ def _describe(
         return f"{name}: there is no such field.{hint(name, project, schema)}"
     if name in config_sections(schema):
         return f"{name}: should be a section with fields below it, not {detail['input']!r}"
+    if name in optional_sections(schema):
+        inside = "a section with fields below it, or null"
+        return f"{name}: should be {inside}, not {detail['input']!r}"
     meaning = first_sentence(config_fields(schema)[name].description)
     if detail["type"] == "missing":
         return f"{name}: is missing. {meaning}"

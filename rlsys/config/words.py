@@ -21,7 +21,7 @@ from pydantic.fields import FieldInfo
 from rlsys.config.field_types import kinds_of, split_list
 from rlsys.config.fields import config_fields, config_sections, first_sentence
 from rlsys.config.hints import counterpart, hint
-from rlsys.config.schema import RunConfig
+from rlsys.config.schema import RunConfig, Section
 from rlsys.config.yaml_text import load_yaml, read_scalar
 from rlsys.problems import Problem
 
@@ -127,9 +127,9 @@ def apply_options(
             problems.append(Problem(f"{option.written}: {problem}"))
             unknown.append(name)
             continue
-        section, _, field_name = name.rpartition(".")
-        parent = values.setdefault(section, {}) if section else values
-        if not isinstance(parent, dict):  # validation reports that the section is not a mapping
+        field_name = name.rpartition(".")[2]
+        parent = _section_of(name, values)
+        if parent is None:  # validation reports that the section is not a mapping
             continue
         if keys:
             value = _yaml_or_text(" ".join(option.texts))
@@ -142,6 +142,18 @@ def apply_options(
                 continue
         found.append(name)
     return found, unknown
+
+
+def _section_of(name: str, values: dict[str, Any]) -> dict[str, Any] | None:
+    """The mapping of the field's section, made where it is missing or null."""
+    parent = values
+    for section in name.split(".")[:-1]:
+        if parent.get(section) is None:
+            parent[section] = {}
+        parent = parent[section]
+        if not isinstance(parent, dict):
+            return None
+    return parent
 
 
 def _field_and_keys(name: str, schema: type[RunConfig]) -> tuple[str, list[str]]:
@@ -201,8 +213,10 @@ def value_of(texts: list[str], info: FieldInfo) -> Any:
         together = " ".join(texts)
         if together.startswith("[") and together.endswith("]"):
             return _yaml_or_text(together)
+        if str in kinds and len(texts) == 1:  # such as a pattern; the field decides
+            return texts[0]
         return [part for text in texts for part in split_list(text)]
-    if dict in kinds and texts:
+    if texts and texts != ["null"] and any(map(_is_mapping, kinds)):
         return _yaml_or_text(" ".join(texts))
     if not texts:
         if bool in kinds:
@@ -218,6 +232,10 @@ def value_of(texts: list[str], info: FieldInfo) -> Any:
     if not text:  # from "$LR" where LR is not set; YAML reads it as null
         raise ValueError(_needs_value(info))
     return read_scalar(text)
+
+
+def _is_mapping(kind: Any) -> bool:
+    return kind is dict or (isinstance(kind, type) and issubclass(kind, Section))
 
 
 def _yaml_or_text(text: str) -> Any:

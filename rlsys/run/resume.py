@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import count
 
 from rlsys.config import RunConfig
-from rlsys.config.fields import config_fields
+from rlsys.config.fields import MISSING, config_fields, optional_sections, value_at
 from rlsys.config.load import is_saved_config
 from rlsys.config.yaml_text import load_yaml
 from rlsys.files import bytes_in, read_jsonl, size_text
@@ -81,7 +81,8 @@ def _changes(config: RunConfig, run: RunDir) -> Iterator[str]:
     before = load_yaml(run.config.read_text(encoding="utf-8"))
     now = config.model_dump()
     for name in config_fields(type(config)):
-        section, _, field = name.rpartition(".")
-        old, new = (values.get(section, {}) if section else values for values in (before, now))
-        if name not in _OF_EVERY_RESUME and field in old and old[field] != new[field]:
-            yield f"{name} {old[field]} -> {new[field]}"
+        old, new = value_at(before, name), value_at(now, name)
+        if name in optional_sections(type(config)) and isinstance(old, dict) and new is not None:
+            continue  # its fields follow
+        if name not in _OF_EVERY_RESUME and MISSING not in (old, new) and old != new:
+            yield f"{name} {old} -> {new}"
