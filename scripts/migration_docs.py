@@ -53,7 +53,7 @@ _COMMANDS = (
     ),
     (
         "`swift export --adapters DIR --merge_lora true`",
-        "not here: merge with ms-swift or peft, then name the merged folder as `model.path`",
+        "`rlsys export DIR --merge --to hf OUT`; `--merge_lora` means the same",
     ),
     (
         "`python -m verl.model_merger merge --backend megatron --local_dir DIR --target_dir OUT`",

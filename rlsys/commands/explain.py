@@ -20,10 +20,8 @@ from rlsys.commands.explain_options import (
 )
 from rlsys.config import Config
 from rlsys.config.fields import (
-    MISSING,
     config_fields,
     first_sentence,
-    optional_sections,
     show_value,
     value_at,
 )
@@ -127,15 +125,19 @@ def _print_config(resolved: ResolvedConfig, console: Console) -> None:
     heading = ""
     for name, info in fields.items():
         section, _, field = name.rpartition(".")
-        value = value_at(values, name)
-        if value is MISSING or (name in optional_sections() and value is not None):
-            continue  # an optional section has its fields or is null
+        if name not in resolved.origins:  # of an optional section
+            continue
         if section != heading:
             print_lines(console, [section], "bold")
             heading = section
         origin = resolved.origins[name]
         indent = "  " if section else ""
-        cells = (indent + field, show_value(value), origin, first_sentence(info.description))
+        cells = (
+            indent + field,
+            show_value(value_at(values, name)),
+            origin,
+            first_sentence(info.description),
+        )
         print_lines(console, columns(cells[: len(widths)], widths), _ORIGIN_STYLES[origin])
 
 

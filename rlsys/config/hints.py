@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from rlsys.config.fields import config_fields, config_sections, first_sentence, show_default
+from rlsys.config.fields import (
+    config_fields,
+    config_sections,
+    first_sentence,
+    optional_sections,
+    show_default,
+)
 from rlsys.config.schema import Config, RunConfig
 
 TABLE = Path(__file__).with_name("names_elsewhere.txt")
@@ -212,9 +218,13 @@ def coming_from(
     given = set(map(_normal, names))
     rows = [row for row in counterparts(schema) if row.project == project]
     meant = {field for row in rows if given & set(map(_normal, row.names)) for field in row.fields}
+    set_here = meant | set(fields_given)
+    inside = tuple(f"{section}." for section in optional_sections(schema))
+    unused = tuple(start for start in inside if not any(n.startswith(start) for n in set_here))
     differ: dict[tuple[str, ...], list[str]] = {}
     for row in rows:
-        if not row.same_default and not set(row.fields) & (meant | set(fields_given)):
+        is_unused = any(field.startswith(unused) for field in row.fields)
+        if not (row.same_default or is_unused or set(row.fields) & set_here):
             differ.setdefault(row.fields, []).append(row.default)
     defaults = "".join(
         f"\n  {', '.join(fields)} {show_defaults(fields, schema)} "

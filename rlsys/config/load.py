@@ -13,7 +13,13 @@ from typing import Any, Generic, Literal
 
 import yaml
 
-from rlsys.config.fields import config_fields, config_sections, optional_sections
+from rlsys.config.fields import (
+    MISSING,
+    config_fields,
+    config_sections,
+    optional_sections,
+    value_at,
+)
 from rlsys.config.hints import is_of_elsewhere
 from rlsys.config.local_paths import is_in_job_copy
 from rlsys.config.pasted_command import advice, read_command_line
@@ -36,7 +42,8 @@ class ResolvedConfig(Generic[AnyConfig]):
 
     config: AnyConfig
     origins: dict[str, Origin]
-    """Every field, `section.field` or a top-level one -> who set it."""
+    """Every field, `section.field` or a top-level one -> who set it. An optional section is a field
+    where it is null, else it has fields."""
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ResolvedConfig[Config]:
@@ -74,7 +81,18 @@ def load_config_as(
         given = [name for name, origin in origins.items() if origin != "default"]
         note = advice(options, project, unknown, given, path, schema) if project else None
         raise ProblemsError(str(path), problems, note=note)
-    return ResolvedConfig(config, origins)
+    return ResolvedConfig(config, _of_values(origins, config))
+
+
+def _of_values(origins: dict[str, Origin], config: RunConfig) -> dict[str, Origin]:
+    """The origins of fields with a value: of an optional section, it is null or has its fields."""
+    values, inside = config.model_dump(), optional_sections(type(config))
+    found = {name: value_at(values, name) for name in origins}
+    return {
+        name: origin
+        for name, origin in origins.items()
+        if found[name] is not MISSING and (name not in inside or found[name] is None)
+    }
 
 
 def problems_of_words(words: Sequence[str], schema: type[RunConfig] = Config) -> str | None:

@@ -166,10 +166,6 @@ def _field_and_keys(name: str, schema: type[RunConfig]) -> tuple[str, list[str]]
     return name, []
 
 
-_FULL_ONLY = ("train_type", "tuner_type")
-"""Options of ms-swift whose value `full` is how rlsys trains; it has no other value."""
-
-
 def _problem_of_name(
     option: Option, name: str, keys: list[str], project: str | None, schema: type[RunConfig]
 ) -> str | None:
@@ -187,10 +183,7 @@ def _problem_of_name(
     row = counterpart(name, project, schema) if project else None
     if row is not None and row.same_value:
         return f"-> {row.fields[0]}. {first_sentence(fields[row.fields[0]].description)}"
-    text = f"there is no such field.{hint(name, project, schema)}"
-    if name in _FULL_ONLY and option.texts != ["full"]:
-        text = text.replace(" Not needed: ", " Not supported: ")
-    return text
+    return f"there is no such field.{hint(name, project, schema)}"
 
 
 def _needs_value(info: FieldInfo) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlsys.model.adapter_folder import adapter_settings, adapter_tensors
 from rlsys.model.families.base import (
@@ -85,7 +85,14 @@ def plan_lora(lora: LoraConfig, shape: ModelShape) -> LoraPlan:
         ValueError: a target or a module to save matches nothing, or that adapter is of another
             kind, rank, or model.
     """
-    values = {name: getattr(lora, name) for name in _SETTINGS}
+    values: dict[str, Any] = {
+        "rank": lora.rank,
+        "alpha": lora.alpha,
+        "dropout": lora.dropout,
+        "rslora": lora.rslora,
+        "target_modules": lora.target_modules,
+        "modules_to_save": lora.modules_to_save,
+    }
     folder = None if lora.path is None else Path(lora.path)
     if folder is not None:
         stored = adapter_settings(folder)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rlsys.commands.explain import explain
 from rlsys.commands.explain_batches import batch_arithmetic
-from rlsys.config.fields import config_fields, show_value
+from rlsys.config.fields import config_fields, optional_sections, show_value
 from rlsys.config.load import load_config
 from rlsys.config.roles import plan_roles
 from rlsys.model.memory import (
@@ -89,10 +89,13 @@ def test_data_on_the_hub_is_ready_and_named_as_not_read(tmp_path):
 
 
 def test_every_field_is_shown_with_its_origin(tmp_path):
-    ok, text = printed(write_run(tmp_path), "--policy.lr", "1e-5")
+    options = ["--policy.lr", "1e-5", "--policy.lora.rank", "3"]
+    ok, text = printed(write_run(tmp_path), *options)
     assert ok
     assert "Ready to run." in text
-    for name in config_fields():
+    (line,) = [line for line in text.splitlines() if line.split()[:2] == ["rank", "3"]]
+    assert line.split()[2:4] == ["command", "line"]
+    for name in set(config_fields()) - set(optional_sections()):
         assert f" {name.rpartition('.')[2]} " in text.replace("\n", " ")
     (line,) = [line for line in text.splitlines() if line.split()[:1] == ["lr"]]
     assert line.split()[1:4] == ["1e-05", "command", "line"]

@@ -7,13 +7,22 @@ from pathlib import Path
 import pytest
 
 from rlsys.config import Config, Section, SftConfig
-from rlsys.config.fields import config_fields, config_sections, first_sentence
+from rlsys.config.fields import (
+    config_fields,
+    config_sections,
+    first_sentence,
+    optional_sections,
+)
 
 ROOT = Path(__file__).parents[3]
 SCHEMAS = (Config, SftConfig)
 CONFIG_FILES = [ROOT / "rlsys" / "config" / name for name in ("schema.py", "sft.py")]
 ALL_FIELDS = {name: info for schema in SCHEMAS for name, info in config_fields(schema).items()}
-ALL_SECTIONS = {name for schema in SCHEMAS for name in config_sections(schema)}
+ALL_SECTIONS = {
+    name
+    for schema in SCHEMAS
+    for name in [*config_sections(schema), *optional_sections(schema)]
+}
 # These show or check fields. What only they read would have no effect on a run.
 DISPLAY = {"config", "preflight", "commands", "memory.py", "cli.py"}
 # These stand in preflight/ and decide what a run does.
@@ -27,7 +36,7 @@ def section_of_class() -> dict[str, str]:
     return {
         base.__name__: name
         for schema in SCHEMAS
-        for name, cls in config_sections(schema).items()
+        for name, cls in (config_sections(schema) | optional_sections(schema)).items()
         for base in cls.__mro__
         if issubclass(base, Section) and base is not Section
     } | {"Config": "", "RunConfig": "", "SftConfig": ""}
@@ -53,8 +62,9 @@ class FieldReads(ast.NodeVisitor):
             return self.sections[text]
         if text == "config" or text.endswith(".config"):
             return ""
-        if isinstance(node, ast.Attribute) and self.resolve(node.value) == "":
-            return node.attr if node.attr in ALL_SECTIONS else None
+        if isinstance(node, ast.Attribute) and (outer := self.resolve(node.value)) is not None:
+            name = f"{outer}.{node.attr}".lstrip(".")
+            return name if name in ALL_SECTIONS else None
         return None
 
     def bind(self, target: ast.expr, value: ast.expr) -> None:

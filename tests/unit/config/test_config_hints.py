@@ -180,11 +180,11 @@ def test_a_translation_says_what_it_lacks(capsys):
     assert last.startswith("Still to set: output_dir, ")
     assert "rollout.generation_batch_size" in last
     assert (
-        "max_steps or num_train_epochs; not translated: --gradient_accumulation_steps, --top_p"
-        in last
+        "max_steps or num_train_epochs; not translated: --train_type, "
+        "--gradient_accumulation_steps, --top_p" in last
     )
     assert "  - --num_generations: -> rollout.num_generations. G, completions per" in error
-    assert "  - --train_type: there is no such field. Not supported: All weights" in error
+    assert "  - --train_type: there is no such field. Did you mean 'policy.lora'?" in error
     assert "\n  policy.lr_scheduler_type constant (cosine there)\n" in error
 
 
@@ -244,8 +244,9 @@ def test_a_slip_does_not_look_like_another_project(tmp_path):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("train_type", "Not needed: All weights are trained"),
-        ("lora_rank", "Not supported: All weights are trained"),
+        ("train_type", "'policy.lora'? Train adapters"),
+        ("lora_rank", "'policy.lora.rank'?"),
+        ("use_dora", "Not supported: "),
         ("rollout.num_beams", "Not supported: "),
         ("deepspeed", "Not needed: megatron-core shards"),
         ("data.train_batch_size", "verl counts prompts, rlsys completions"),

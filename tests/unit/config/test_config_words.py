@@ -1,9 +1,11 @@
 """Command lines as people type them: what is understood, and what says how to write it."""
 
+from operator import attrgetter
+
 import pytest
 from config_cases import write_config
 
-from rlsys.config.fields import config_fields
+from rlsys.config.fields import config_fields, nested
 from rlsys.config.load import load_config, save_config
 from rlsys.problems import ProblemsError
 
@@ -174,12 +176,51 @@ def test_what_should_be_written_in_another_way(problems, words, says):
     assert says in text
 
 
+# --- optional sections ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "rank", "targets"),
+    [
+        (["--policy.lora.rank", "4"], 4, "all-linear"),
+        (["--policy.lora", "{rank: 4}"], 4, "all-linear"),
+        (["--policy.lora.target_modules", "q_proj", "v_proj"], 2, ["q_proj", "v_proj"]),
+        (["--policy.lora.target_modules", "q_proj,v_proj"], 2, ["q_proj", "v_proj"]),
+        (["--policy.lora.target_modules", r".*\.q_proj"], 2, r".*\.q_proj"),
+    ],
+)
+def test_fields_of_an_optional_section(load, words, rank, targets):
+    lora = load(*words, policy={"lora": {"rank": 2}}).policy.lora
+    assert (lora.rank, lora.target_modules) == (rank, targets)
+
+
+def test_an_option_makes_an_optional_section_and_null_leaves_it_out(load):
+    assert load().policy.lora is None
+    assert load("--policy.lora.rank", "4").policy.lora.rank == 4
+    assert load("--policy.lora.rank", "4", policy={"lora": None}).policy.lora.rank == 4
+    assert load("--policy.lora", "null", policy={"lora": {"rank": 4}}).policy.lora is None
+
+
+def test_problems_of_an_optional_section_name_its_fields(problems):
+    texts = problems(
+        "--policy.lora.rnk", "4", policy={"lora": {"alpha": -1, "foo": 2}, "lr": "fast"}
+    )
+    starts = ["--policy.lora.rnk: there is", "policy.lr = 'fast'", "policy.lora.alpha = -1"]
+    starts.append("policy.lora.foo: there is no such field")
+    for start in starts:
+        assert any(text.startswith(start) for text in texts), start
+    assert "Did you mean 'policy.lora.rank'?" in texts[0]
+    (text,) = problems("--policy.lora", "8")
+    assert text == "policy.lora: should be a section with fields below it, or null, not 8"
+
+
 # --- variables -----------------------------------------------------------------------------------
 
 
 PATHS = {
     "output_dir": ("$BASE/x", "/base/x"),
     "model.path": ("${BASE}/x", "/base/x"),
+    "policy.lora.path": ("$BASE/x", "/base/x"),
     "reference.path": ("$BASE", "/base"),
     "data.dataset": (["~/a", "$BASE/a.jsonl#10"], ["/home/me/a", "/base/a.jsonl#10"]),
     "data.val_dataset": (["$BASE/a:s:test"], ["/base/a:s:test"]),
@@ -201,9 +242,8 @@ def test_variables_are_replaced_in_every_path(load, monkeypatch, name):
     monkeypatch.setenv("BASE", "/base")
     monkeypatch.setenv("HOME", "/home/me")
     written, expanded = PATHS[name]
-    section, _, field = name.rpartition(".")
-    config = load(**({section: {field: written}} if section else {field: written}))
-    assert getattr(getattr(config, section) if section else config, field) == expanded
+    config = load(**nested({name: written}))
+    assert attrgetter(name)(config) == expanded
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -224,13 +264,8 @@ def test_variables_are_replaced_in_every_path(load, monkeypatch, name):
     ],
 )
 def test_what_cannot_be_replaced_is_refused(problems, name, written, says):
-    section, _, field = name.rpartition(".")
     value = [written] if isinstance(PATHS[name][0], list) else written
-    text = next(
-        text
-        for text in problems(**({section: {field: value}} if section else {field: value}))
-        if name in text
-    )
+    text = next(text for text in problems(**nested({name: value})) if name in text)
     assert says in text
 
 
