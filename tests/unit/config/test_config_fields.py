@@ -19,9 +19,7 @@ SCHEMAS = (Config, SftConfig)
 CONFIG_FILES = [ROOT / "rlsys" / "config" / name for name in ("schema.py", "sft.py")]
 ALL_FIELDS = {name: info for schema in SCHEMAS for name, info in config_fields(schema).items()}
 ALL_SECTIONS = {
-    name
-    for schema in SCHEMAS
-    for name in [*config_sections(schema), *optional_sections(schema)]
+    name for schema in SCHEMAS for name in [*config_sections(schema), *optional_sections(schema)]
 }
 # These show or check fields. What only they read would have no effect on a run.
 DISPLAY = {"config", "preflight", "commands", "memory.py", "cli.py"}
