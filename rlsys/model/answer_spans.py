@@ -143,9 +143,9 @@ class AnswerSpans:
         spans, start = [], len(parts[0])
         last = len(text) - len(parts[-1])
         for part in parts[1:-1]:
-            if text.count(part, start, last) != 1:
+            end = text.find(part, start, last)
+            if end < 0 or text.find(part, end + 1, last) >= 0:
                 return None
-            end = text.index(part, start, last)
             spans.append((start, end + len(frame.end)))
             start = end + len(part)
         return [*spans, (start, last + len(frame.end))] if start <= last else None
