@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlsys.commands.console import make_console
+from rlsys.commands.data_preview_samples import preview_samples
 from rlsys.commands.data_preview_tables import (
     first_of_each_stream,
     print_counts,
@@ -19,17 +20,21 @@ from rlsys.commands.data_preview_tables import (
     print_table,
     spread,
 )
-from rlsys.config import Config
-from rlsys.config.load import load_config
+from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config.load import load_config, load_config_as
+from rlsys.config.method import schema_of
+from rlsys.data.samples import SampleRules, load_samples
 from rlsys.data.sources import MAX_PROBLEMS_SHOWN
 from rlsys.model.chat_template import TEMPLATE_COLUMNS
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import find_model_folder, tokenizer_source
 from rlsys.model.raw_text import RawText
+from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.preflight.before_start import load_checked_prompts
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.rewards import reachable_rewards
+from rlsys.preflight.turn_ends import turn_end_note
 from rlsys.rewards.columns import column_problems, column_uses, row_check, unread_columns
 from rlsys.rewards.reachable import (
     GOLD_REMEDY,
@@ -49,8 +54,26 @@ if TYPE_CHECKING:
 def main(args: argparse.Namespace) -> bool:
     """Show the data of a config; returns whether it can be trained on."""
     rows, overrides = split_rows_option(args.overrides)
+    num_rows = args.rows if rows is None else rows
+    if schema_of(args.config, overrides) is SftConfig:
+        sft_config = load_config_as(SftConfig, args.config, overrides).config
+        return _preview_samples(sft_config, make_console(), num_rows=num_rows)
     config = load_config(args.config, overrides).config
-    return preview(config, make_console(), num_rows=args.rows if rows is None else rows)
+    return preview(config, make_console(), num_rows=num_rows)
+
+
+def _preview_samples(config: SftConfig, console: Console, *, num_rows: int) -> bool:
+    """`preview` of a config for supervised training."""
+    use_cache_without_hub(config)
+    tokenizer, folder = load_tokenizer(config), find_model_folder(config.model.path)
+    shape = read_model_shape(folder, may_bridge=True)
+    rules, seed = SampleRules.of(config), config.seed
+    data = load_samples(config.data, tokenizer, rules, seed=seed, vocab_size=shape.vocab_size)
+    preview_samples(config.data, data, tokenizer, console, num_rows=num_rows)
+    note = turn_end_note(folder, tokenizer, data.some)
+    if note is not None:
+        console.print(Text(f"\nNote: {note}", style="yellow"))
+    return True
 
 
 def preview(config: Config, console: Console, *, num_rows: int) -> bool:
@@ -112,7 +135,7 @@ def split_rows_option(words: list[str]) -> tuple[int | None, list[str]]:
     return None, words
 
 
-def load_tokenizer(config: Config) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of the model.
 
     Raises:

@@ -78,6 +78,11 @@ class Loaded(Generic[T]):
         return [row for rows in self.held_out_sets.values() for row in rows]
 
     @property
+    def some(self) -> list[T]:
+        """What is trained on; of streamed data the first rows."""
+        return self.train or [row for stream in self.streams for row in stream.first]
+
+    @property
     def num_validation_in_train(self) -> int:
         """Held-out ones that are trained on as well."""
         known = texts_of(self.train)

@@ -16,6 +16,7 @@ from rlsys.preflight.before_start import step_notes
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.model import recompute_note
 from rlsys.preflight.sft import too_few
+from rlsys.preflight.turn_ends import turn_end_note
 from rlsys.text import counted
 
 
@@ -39,7 +40,8 @@ def load_sample_data(config: SftConfig) -> SampleData:
         seed=config.seed,
         vocab_size=shape.vocab_size,
     )
-    for text in (*model_notes(folder), recompute_note(config.policy, shape)):
+    end_note = turn_end_note(folder, tokenizer, data.some)
+    for text in (*model_notes(folder), recompute_note(config.policy, shape), end_note):
         if text is not None:
             print(f"note: {text}", flush=True)
     for line in data.summary():

@@ -1,15 +1,21 @@
 """What is trained on is seen, with colours and without."""
 
+import contextlib
 import io
+import json
 import re
 
 import pytest
 from answer_templates import TEMPLATES, tokenizer_of, unmarked
+from config_cases import write_run
 from data_cases import assistant, user, write_jsonl
 from rich.console import Console
 
+from rlsys.cli import main
 from rlsys.commands.data_preview_samples import marked_parts, preview_samples
-from rlsys.config import SftDataConfig
+from rlsys.config import Config, SftConfig, SftDataConfig
+from rlsys.config.method import schema_of
+from rlsys.config.yaml_text import dump_yaml
 from rlsys.data.samples import SampleRules, load_samples
 
 
@@ -73,3 +79,77 @@ def test_streams_and_cut_rows(shown):
     text, *_ = shown([{"text": "abc" * 30}], max_length=40, rules=SampleRules("pretrain"))
     assert "; 1 cut" in text
     assert "a:1/0  40 tokens, 39 trained on" in text
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """`rlsys data preview` of a config for supervised training, as a user calls it."""
+    write_run(tmp_path)
+    tokenizer_of(unmarked(TEMPLATES["chatml"])).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("rlsys.commands.console.PIPE_WIDTH", 300)
+
+    def preview(*overrides, rows=ROWS):
+        source = write_jsonl(tmp_path / "sft.jsonl", rows)
+        config = {"output_dir": "run", "max_steps": 1, "data": {"dataset": [source]}}
+        config["model"] = {"path": str(tmp_path / "model")}
+        path = tmp_path / "sft.yaml"
+        path.write_text(dump_yaml(config))
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            code = main(["data", "preview", str(path), *overrides])
+        return code, output.getvalue()
+
+    return preview
+
+
+def test_the_command_shows_a_config_for_supervised_training(command):
+    code, text = command("--rows", "1", "--sft.loss_on", "last")
+    assert code == 0
+    assert "\n⟦Bye<|im_end|>⟧\n" in text
+    assert "Hello 🙂<|im_end|>\n" in text
+    assert "a:2" not in text
+    assert "ends with '<|im_end|>' (id " in text
+    assert "rewards" not in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "overrides", "says"),
+    [
+        ([{"query": "a"}], [], r"sft\.jsonl, line 1: has no turn of the assistant"),
+        ([{"query": "a", "response": "{{NAME}}"}], [], r"line 1: has the placeholder \{\{NAME"),
+        (ROWS, ["--data.max_prompt_length", "5"], "data.max_prompt_length"),
+        (ROWS, ["--sft.loss_on", "some"], "sft.loss_on"),
+    ],
+)
+def test_bad_rows_and_fields_end_the_command_with_an_error(command, rows, overrides, says):
+    code, text = command(*overrides, rows=rows)
+    assert code == 2
+    assert re.search(says, text)
+
+
+def test_tokens_without_an_embedding_are_named(command, tmp_path):
+    config = tmp_path / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 258}))
+    code, text = command()
+    assert code == 2
+    assert re.search(r"line 1: has the token '<\|im_\w+\|>' of id \d+, and the model has", text)
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "schema"),
+    [
+        ("rollout: {}", [], Config),
+        ("data: {}", ["--reward.reward_funcs", "format"], Config),
+        ("grpo.beta: 0", [], Config),
+        ("data: {}", [], SftConfig),
+        ("sft: {}", [], SftConfig),
+        ("policy: {}", ["--sft.loss_on=last"], SftConfig),
+        ("- 1", [], Config),
+        ("a: [", [], Config),
+    ],
+)
+def test_the_sections_of_a_config_say_its_method(content, words, schema, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    assert schema_of(path, words) is schema
+    assert schema_of(tmp_path / "none.yaml") is Config
