@@ -16,7 +16,7 @@ from rlsys.actors.group import START_TIMEOUT_S, ActorGroup
 from rlsys.actors.model_group import ModelActors
 from rlsys.actors.placement import Placement
 from rlsys.actors.policy import PolicyActors
-from rlsys.actors.reference import ReferenceActors
+from rlsys.actors.reference import PolicyBase, Reference, ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.start_report import StartReport
@@ -29,6 +29,10 @@ from rlsys.data import PromptData
 from rlsys.data.samples import SampleData
 from rlsys.data.streams.base import SampleStream
 from rlsys.data.streams.make import make_prompt_stream, make_sample_stream
+from rlsys.model.adapters import syncs_adapter, with_stored_settings
+from rlsys.model.folder import find_model_folder
+from rlsys.model.lora import plan_lora
+from rlsys.model.shape import read_model_shape
 from rlsys.model.weight_files import DATA_FILE, ROLLOUTS_FILE
 from rlsys.plugins.load import load_plugins
 from rlsys.preflight.memory import memory_warnings
@@ -47,8 +51,8 @@ class System:
     device: Device
     policy: PolicyActors
     """The trained model."""
-    reference: ReferenceActors | None
-    """The frozen model that the KL term measures from; None when beta = 0."""
+    reference: Reference | None
+    """What the KL term measures from; None when beta = 0."""
     rollouts: Rollouts
     """Prompts in, scored groups out; may sample ahead of the policy."""
     publisher: WeightPublisher
@@ -57,8 +61,8 @@ class System:
     def write_checkpoint(self, folder: Path, step: int) -> None:
         """Write everything that continuing after `step` needs into an empty folder."""
         self.policy.save_checkpoint(folder)
-        if self.reference is not None and self.config.reference.sync_steps is not None:
-            self.reference.save_model(folder / REFERENCE_FOLDER)  # it has changed
+        if self.reference is not None:
+            self.reference.save_state(folder / REFERENCE_FOLDER)
         (folder / ROLLOUTS_FILE).write_text(json.dumps(self.rollouts.state_after(step)))
 
     def load_checkpoint(self, folder: Path) -> None:
@@ -74,14 +78,15 @@ class System:
                 "model.path to the model of that run, and another output_dir."
             )
         self.policy.load_checkpoint(folder)
-        if self.reference is not None and (folder / REFERENCE_FOLDER).exists():
-            self.reference.load_model(folder / REFERENCE_FOLDER)
+        if self.reference is not None:
+            self.reference.load_state(folder / REFERENCE_FOLDER)
         self.rollouts.load_state_dict(json.loads((folder / ROLLOUTS_FILE).read_text()))
 
     @property
     def models(self) -> list[ModelActors]:
         """The models that save themselves."""
-        return [self.policy] if self.reference is None else [self.policy, self.reference]
+        reference = self.reference
+        return [self.policy, reference] if isinstance(reference, ReferenceActors) else [self.policy]
 
     def why_no_checkpoint(self, step: int) -> str | None:
         """Why the state after `step`, the policy's last, cannot be continued from."""
@@ -140,7 +145,7 @@ class SftSystem:
 
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     """Start the actors of every role on the connected cluster and wait until all are ready."""
-    config = with_absolute_paths(config)
+    config = with_stored_settings(with_absolute_paths(config))
     load_plugins(config.grpo.external_plugins)  # the driver calls the advantage estimator
     prompts = make_prompt_stream(config, data)
     device = choose_device(config)
@@ -161,11 +166,11 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
         groups: list[ActorGroup] = [engines, policy]
-        reference = None
-        if config.grpo.beta > 0:
+        reference: Reference | None = PolicyBase(policy) if config.reference_is_base else None
+        if config.has_reference_model:
             place = partial(placement.options, "reference")
-            reference = ReferenceActors(config, device=device, place=place)
-            groups.append(reference)
+            reference = own_reference = ReferenceActors(config, device=device, place=place)
+            groups.append(own_reference)
         for group in groups:
             report.waiting_for(group.actors)
         starting = {name: ref for group in groups for name, ref in group.async_start().items()}
@@ -174,8 +179,10 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         report.ready("reward functions")
         get_all(starting, phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready)
         report.waiting_for(["weight sync to connect"])
-        publisher = WeightPublisher(policy, engines, config.weight_sync)
-        if reference is not None and config.reference.sync_steps is not None:
+        publisher = WeightPublisher(
+            policy, engines, config.weight_sync, adapter_scaling=_adapter_scaling(config, device)
+        )
+        if isinstance(reference, ReferenceActors) and config.reference.sync_steps is not None:
             reference.connect_to(policy)
     rollouts = Rollouts(
         config,
@@ -187,6 +194,16 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         tracker=tracker,
     )
     return System(config, device, policy, reference, rollouts, publisher)
+
+
+def _adapter_scaling(config: Config, device: Device) -> float | None:
+    """Factor of B A in the policy's LoRA adapter, if engines sample with it."""
+    if config.policy.lora is None:
+        return None
+    shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+    if not syncs_adapter(config, shape, device):
+        return None
+    return plan_lora(config.policy.lora, shape).scale
 
 
 def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> SftSystem:

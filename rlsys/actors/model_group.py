@@ -139,8 +139,12 @@ class ModelActors(ActorGroup):
 
         Two [N, S] float32 in nats, 0 where masked. Each data-parallel rank computes some rows.
         """
+        return self._gather_logprobs("compute_logprobs", batch)
+
+    def _gather_logprobs(self, method: str, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What all ranks' `method` returns, each for its rows."""
         logprobs, entropies = (torch.zeros(batch.input_ids.shape) for _ in range(2))
-        for result in self.call("compute_logprobs", ray.put(batch)):
+        for result in self.call(method, ray.put(batch)):
             if result is not None:
                 rows, values = result
                 logprobs[rows], entropies[rows] = values

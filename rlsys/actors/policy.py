@@ -81,6 +81,10 @@ class PolicyRank(ModelRank):
         """See MegatronPolicy.update."""
         return self.engine.update(batch, loss=loss)
 
+    def compute_base_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
+        """See MegatronPolicy.compute_logprobs: of the base, with the LoRA adapter off."""
+        return self.engine.compute_logprobs(batch, adapter=False)
+
     def peak_memory_gib(self) -> float:
         """Peak memory reserved on this rank's GPU; on CPU, the peak of its process."""
         if not self.engine.on_cpu:
@@ -157,6 +161,10 @@ class PolicyActors(ModelActors):
         output = next(output for output in outputs if output is not None)
         self.policy_version = output.policy_version
         return output
+
+    def compute_base_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `compute_logprobs`, of the base: the policy with its LoRA adapter off."""
+        return self._gather_logprobs("compute_base_logprobs", batch)
 
     def peak_memory_gib(self) -> float:
         """The largest PolicyRank.peak_memory_gib."""

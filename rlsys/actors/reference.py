@@ -1,23 +1,48 @@
-"""The reference: the frozen model that the KL term measures from. Exists when beta > 0."""
+"""The reference: what the KL term measures from, if beta > 0.
+
+It is a frozen model with actors of its own, or the base of a policy with LoRA, on the policy's
+actors. The driver sees a `Reference`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+import torch
 
 from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
-from rlsys.types import Device
+from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.receiver import WeightReceiver
 
 if TYPE_CHECKING:
     from rlsys.engines.megatron.reference import MegatronReference
+
+
+class Reference(Protocol):
+    """The driver's view of a reference."""
+
+    synced_after: int | None
+    """The step after which the policy's weights were mixed in last."""
+
+    def compute_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ModelActors.compute_logprobs."""
+
+    def sync(self) -> None:
+        """Mix the policy's weights in, by reference.mixup_alpha."""
+
+    def save_state(self, folder: Path) -> None:
+        """Write what has changed since the start of the run; no folder if nothing changes."""
+
+    def load_state(self, folder: Path) -> None:
+        """Take what `save_state` wrote, if there is such a folder."""
 
 
 class ReferenceRank(ModelRank):
@@ -84,7 +109,6 @@ class ReferenceActors(ModelActors):
         self.num_engines = config.reference.world_size
         self.workers_per_engine = self.engines_per_gpu = 1
         self.synced_after: int | None = None
-        """The step after which the policy's weights were mixed in last."""
         super().__init__(
             "reference",
             ReferenceRank,
@@ -106,6 +130,38 @@ class ReferenceActors(ModelActors):
         self._publisher.publish()
         self.synced_after = self._policy.policy_version
 
-    def load_model(self, folder: Path) -> None:
-        """Take the weights of a model folder."""
-        self.call("load_model", folder)
+    def save_state(self, folder: Path) -> None:
+        """See Reference."""
+        if self.config.reference.sync_steps is not None:
+            self.save_model(folder)
+
+    def load_state(self, folder: Path) -> None:
+        """See Reference."""
+        if folder.exists():
+            self.call("load_model", folder)
+
+
+class PolicyBase:
+    """The reference of a policy with LoRA: the policy's own actors, with the adapter off.
+
+    It costs no memory, and never changes: reference.sync_steps is refused.
+    """
+
+    synced_after: int | None = None
+
+    def __init__(self, policy: PolicyActors):
+        self._policy = policy
+
+    def compute_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """See Reference."""
+        return self._policy.compute_base_logprobs(batch)
+
+    def sync(self) -> None:
+        """See Reference."""
+        raise AssertionError("the base of a policy with LoRA takes no weights")
+
+    def save_state(self, folder: Path) -> None:
+        """See Reference."""
+
+    def load_state(self, folder: Path) -> None:
+        """See Reference."""

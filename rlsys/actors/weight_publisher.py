@@ -13,6 +13,7 @@ from rlsys.actors.waiting import get_all
 from rlsys.config import WeightSyncConfig
 from rlsys.weight_sync.connection import (
     Connection,
+    Content,
     Endpoint,
     endpoints_of_shards,
     endpoints_of_tensors,
@@ -45,6 +46,8 @@ class WeightPublisher:
         config: buckets, checksums, transport and deadlines.
         to: name that distinguishes several receivers of one policy.
         transport: name of the registered transport; None takes the config's.
+        adapter_scaling: factor of B A, if engines sample with the policy's LoRA adapter. Then the
+            first publish also sends the base, and all others the adapter alone.
 
     Raises:
         ActorFailure, PhaseTimeout: a rank failed or did not answer in time.
@@ -58,14 +61,14 @@ class WeightPublisher:
         *,
         to: str = "rollout",
         transport: str | None = None,
+        adapter_scaling: float | None = None,
     ):
         self._policy = policy
         self._receivers = receivers
         self._config = config
         self._to = to
         self._transport = transport or config.transport
-        self._tensors = whole_tensors(policy.weight_metadata())
-        self._bytes = sum(piece.meta.nbytes for piece in self._tensors)
+        self._adapter_scaling = adapter_scaling
         self._stores: list[TCPStore] = []
         self.connect()
 
@@ -74,6 +77,15 @@ class WeightPublisher:
 
         Call it again after a receiver has been replaced.
         """
+        self._connect("weights" if self._adapter_scaling is None else "base")
+
+    def _connect(self, content: Content) -> None:
+        self._content = content
+        policy = self._policy
+        adapter = content == "adapter"
+        metadata = policy.adapter_metadata() if adapter else policy.weight_metadata()
+        self._tensors = whole_tensors(metadata)
+        self._bytes = sum(piece.meta.nbytes for piece in self._tensors)
         receivers, num_connections = self._receivers, self._receivers.engines_per_gpu
         num_receivers = receivers.num_engines * receivers.workers_per_engine // num_connections
         connections = [
@@ -106,6 +118,13 @@ class WeightPublisher:
             ActorFailure, PhaseTimeout: a rank failed or did not answer in time. An engine that
                 received other bytes than were sent fails.
         """
+        if self._content == "base":  # once: it does not change
+            self._publish()
+            self._connect("adapter")
+        return self._publish()
+
+    def _publish(self) -> dict[str, float]:
+        """One update of what the connections bring."""
         start = time.monotonic()
         version = self._policy.policy_version
         # All calls are made at once: the policy packs the first bucket while engines still pause.
@@ -123,7 +142,8 @@ class WeightPublisher:
                 )
         seconds = time.monotonic() - start
         transport_seconds, sent_bytes = max(zip(sent_seconds, self._sent_bytes, strict=True))
-        if not self._knows_shards:  # engines know what they need once they have loaded weights
+        # Engines know what they need once they have loaded weights.
+        if self._content == "weights" and not self._knows_shards:
             self._connect_shards()
         return {
             "weight_sync/bytes": float(self._bytes),
@@ -180,6 +200,8 @@ class WeightPublisher:
             verify=config.verify,
             in_place=config.in_place,
             timeout_s=config.timeout_s,
+            content=self._content,
+            adapter_scaling=self._adapter_scaling,
             label=label,
         )
 

@@ -29,6 +29,7 @@ from rlsys.config.load import ResolvedConfig, load_config
 from rlsys.config.pipeline_layout import fits_layout
 from rlsys.config.roles import Role, plan_roles
 from rlsys.data.preprocess import read_spec
+from rlsys.model.adapters import describe_adapter_sync
 from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import (
@@ -92,7 +93,7 @@ def explain(resolved: ResolvedConfig, console: Console) -> bool:
             print_pairs(console, "Experts", experts)
         rows = count_rows(config.data)
         counted_config = config if rows is None else config.with_steps(rows)
-        print_pairs(console, "Model", _describe_model(config, shapes[0]))
+        print_pairs(console, "Model", _describe_model(config, shapes[0], device))
         _print_saved(counted_config, shapes[0], device, console)
         if fits_layout(config.policy, shapes[0].num_layers):
             _print_memory(counted_config, shapes, device, console)
@@ -148,6 +149,8 @@ def _describe_actors(config: Config, device: Device) -> list[tuple[str, str]]:
     pairs = [(f"{name} x {count}", _describe_role(name, roles)) for name, count in counts.items()]
     if config.grpo.beta == 0:
         pairs.append(("reference x 0", "grpo.beta is 0"))
+    elif config.reference_is_base:
+        pairs.append(("reference x 0", "it is the policy with its adapter off (policy.lora)"))
     gpus, threads = sum(role.gpus for role in roles), sum(role.cpu_threads for role in roles)
     if device == "cuda":
         total = f"{counted(gpus, 'GPU')}; this machine shows {visible_gpus()}"
@@ -179,14 +182,14 @@ def _read_shapes(config: Config) -> tuple[ModelShape, ModelShape] | None:
     """The models of policy and reference; None if a config.json is not on this machine."""
     try:
         shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
-        if config.grpo.beta == 0:
+        if not config.has_reference_model:
             return shape, shape
         return shape, read_model_shape(find_model_folder(config.reference_path), may_bridge=True)
     except ValueError:  # one of the problems, which are printed last
         return None
 
 
-def _describe_model(config: Config, shape: ModelShape) -> list[tuple[str, str]]:
+def _describe_model(config: Config, shape: ModelShape, device: Device) -> list[tuple[str, str]]:
     """(part, description): what the model is, and what reads and writes its weights."""
     pairs = [("architecture", f"{shape.family.architecture}, {shape.num_params / 1e6:,.1f} M")]
     if is_bridged(config, shape):
@@ -200,6 +203,8 @@ def _describe_model(config: Config, shape: ModelShape) -> list[tuple[str, str]]:
     pairs.append(("weights", text))
     if (trained := trained_summary(config, shape)) is not None:
         pairs.append(("trained", trained))
+    if config.policy.lora is not None:
+        pairs.append(("rollout engines", describe_adapter_sync(config, shape, device)))
     note = recompute_note(config.policy, shape)
     return pairs if note is None else [*pairs, ("recompute", note)]
 

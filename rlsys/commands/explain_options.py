@@ -76,8 +76,8 @@ def describe_passed_through(config: Config) -> list[tuple[str, str]]:
     for name, value in config.policy.megatron_kwargs.items():
         classes = [c for file, c in sources if name in (options_of(package, ((file, c),)) or {})]
         owners = " and ".join(classes) or "not known here, see the problems below"
-        both = {"TransformerConfig", "ModelParallelConfig"} & set(classes) and config.grpo.beta > 0
-        of_reference = ", of policy and reference" if both else ""
+        both = {"TransformerConfig", "ModelParallelConfig"} & set(classes)
+        of_reference = ", of policy and reference" if both and config.has_reference_model else ""
         pairs.append(
             (f"{name} = {show_value(value)}", f"{owners}{of_reference} (policy.megatron_kwargs)")
         )

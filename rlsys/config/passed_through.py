@@ -18,7 +18,7 @@ _LOGPROBS = "rlsys computes log-probs itself, in chunks and not from the output 
 _MODEL = "it belongs to the model, whose config.json vLLM and transformers read too"
 _ENGINES = "an engine is cut by rollout.tensor_parallel_size only; for more engines there is "
 _ENGINES += "rollout.num_engines"
-_LORA = "whole weights are trained and sent"
+_LORA = "rlsys has one adapter, the policy's"
 _SYNC = "weight sync depends on it"
 
 VLLM_FIELDS = {
@@ -31,6 +31,8 @@ VLLM_FIELDS = {
     "kv_cache_memory_bytes": "rollout.kv_cache_memory_mb",
     "skip_tokenizer_init": "rollout.stop",
     "enable_return_routed_experts": "rollout.router_replay",
+    "enable_lora": "policy.lora, weight_sync.lora",
+    "max_lora_rank": "policy.lora",
     "seed": "seed",
 }
 """vLLM's engine arguments that rlsys sets -> the fields that they come from."""
@@ -38,6 +40,8 @@ VLLM_FIXED = {
     "hf_overrides": _MODEL,
     "logprobs_mode": "log-probs must be those of the distribution that is sampled from",
     "generation_config": "sampling settings are fields of rollout",
+    "max_loras": _LORA,
+    "max_cpu_loras": _LORA,
     "distributed_executor_backend": "Ray actors hold the engines, and vLLM's workers run below",
     "weight_transfer_config": _SYNC,
     "worker_extension_cls": _SYNC,
@@ -63,7 +67,6 @@ VLLM_REFUSED = {
     "decode_context_parallel_size": _ENGINES,
     "data_parallel_size": _ENGINES,
     "nnodes": _ENGINES,
-    "enable_lora": _LORA,
     "default_mm_loras": _LORA,
     "runner": "completions are generated",
     "convert": "completions are generated",

@@ -57,7 +57,7 @@ def _roles_beside_policy(config: Config, gpu: int) -> list[Role]:
             return Role(name, rank, 0, threads, ("policy", rank % policy.world_size))
         return Role(name, rank, gpu, threads)
 
-    if config.grpo.beta > 0:
+    if config.has_reference_model:
         roles += [
             beside_policy(
                 "reference", rank, policy.cpu_threads, shares=reference.placement == "policy"

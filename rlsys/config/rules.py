@@ -13,6 +13,7 @@ from rlsys.config.algorithm import CLIPPED_LOSSES
 from rlsys.config.passed_through import megatron_kwargs_problems, vllm_kwargs_problems
 from rlsys.config.pipeline_layout import layout_problems
 from rlsys.config.prompt_template import prompt_template_problems
+from rlsys.config.rules_adapters import adapter_rules
 from rlsys.config.rules_algorithm import algorithm_problems
 from rlsys.config.rules_eval import eval_problems, held_out_problems
 from rlsys.config.rules_memory import memory_rule_problems
@@ -48,7 +49,8 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *rows_problems(config.data),
         *_prompt_problems(config.data),
         *_batch_problems(config),
-        *_reference_problems(config),
+        *(() if config.reference_is_base else _reference_problems(config)),
+        *adapter_rules(config),
         *_clip_problems(config),
         *reward_problems(config.reward),
         *eval_problems(config),

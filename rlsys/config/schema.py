@@ -795,7 +795,8 @@ class ReferenceConfig(Section):
     """The frozen model of the KL term; exists only when grpo.beta > 0."""
 
     path: PathText | None = Field(default=None, min_length=1)
-    """Hugging Face model folder or hub id; null is model.path."""
+    """Hugging Face model folder or hub id; null is model.path. With policy.lora and null it is the
+    policy itself with its adapter off, and not a second model in memory."""
     world_size: PositiveInt = 1
     """Ranks. Ranks that share neither layers nor tokens are replicas."""
     tensor_parallel_size: PositiveInt = 1
@@ -825,6 +826,11 @@ class WeightSyncConfig(Section):
     in_place: bool = True
     """Copy straight into the rollout engine's parameters where they can be mapped, which the first
     update proves. false uses vLLM's own loader, as CPU engines always do for packed weights."""
+    lora: Literal["auto", "adapter", "merged"] = "auto"
+    """What engines get of a policy with policy.lora. adapter: the base once, then the adapter
+    alone, which vLLM computes beside the base, as the policy does. merged: base + adapter as one
+    model, which samples faster; in bfloat16 the sum is rounded. auto: adapter on GPUs where vLLM
+    can, else merged."""
     verify: bool = True
     """Compare a checksum of every bucket on both sides."""
     timeout_s: PositiveFloat = 120.0
@@ -1216,13 +1222,15 @@ class Config(RunConfig):
     def recompute_old_logprobs(self) -> bool:
         """Whether the policy's log-probs before the update need a forward pass.
 
-        They do when the policy moves within one rollout, when the KL is part of the reward, and
-        when entropies or covariances choose tokens.
+        They do when the policy moves within one rollout, when the KL is part of the reward, when
+        entropies or covariances choose tokens, and when the update computes with dropout, which
+        engines do not sample with.
         """
-        grpo = self.grpo
+        grpo, lora = self.grpo, self.policy.lora
         if grpo.old_logprobs == "auto":
             needed = (grpo.kl_in_reward and grpo.beta > 0) or grpo.top_entropy_quantile < 1
             needed = needed or grpo.loss_type in COVARIANCE_LOSSES
+            needed = needed or (lora is not None and lora.dropout > 0)
             return needed or self.optimizer_steps_per_update > 1
         return grpo.old_logprobs == "recompute"
 
@@ -1260,13 +1268,13 @@ class Config(RunConfig):
     @property
     def largest_context_parallel_size(self) -> int:
         """Context-parallel ranks of the policy, or of the reference if it has more."""
-        reference = self.reference.context_parallel_size if self.grpo.beta > 0 else 1
+        reference = self.reference.context_parallel_size if self.has_reference_model else 1
         return max(self.policy.context_parallel_size, reference)
 
     @property
     def policy_shares_gpus(self) -> bool:
         """Whether the reference or reward models compute on the policy's GPUs while it waits."""
-        return (self.grpo.beta > 0 and self.reference.placement == "policy") or (
+        return (self.has_reference_model and self.reference.placement == "policy") or (
             bool(self.reward.models) and self.reward.reward_model_placement == "policy"
         )
 
@@ -1274,6 +1282,16 @@ class Config(RunConfig):
     def reference_changes(self) -> bool:
         """Whether the reference takes weights from the policy."""
         return self.grpo.beta > 0 and self.reference.sync_steps is not None
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference is the policy with its LoRA adapter off."""
+        return self.grpo.beta > 0 and self.policy.lora is not None and self.reference.path is None
+
+    @property
+    def has_reference_model(self) -> bool:
+        """Whether the run has a reference that is a model of its own."""
+        return self.grpo.beta > 0 and not self.reference_is_base
 
     @property
     def reference_path(self) -> str:

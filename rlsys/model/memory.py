@@ -92,7 +92,7 @@ def estimate_memory(
         _estimate("policy", device, [*policy_tensors(config, shape, device), sync]),
         _estimate("rollout", device, _rollout(config, shape, device)),
     ]
-    if config.grpo.beta > 0 and config.policy.lora is None:  # else: the policy without its adapter
+    if config.has_reference_model:
         estimates.append(
             _estimate("reference", device, _reference(config, reference_shape, device))
         )

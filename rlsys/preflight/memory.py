@@ -18,7 +18,7 @@ def memory_warnings(config: Config, device: Device) -> list[str]:
     gpu_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
     if gpu_gib is None:
         return []
-    reference_path = config.reference_path if config.grpo.beta else config.model.path
+    reference_path = config.reference_path if config.has_reference_model else config.model.path
     policy, reference = (
         read_model_shape(find_model_folder(path), may_bridge=True)
         for path in (config.model.path, reference_path)

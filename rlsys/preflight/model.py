@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rlsys.config import Config, PolicyConfig, RunConfig
 from rlsys.config.pipeline_layout import layer_problems, rank_layers
+from rlsys.model.adapters import adapter_obstacle, with_stored_settings
 from rlsys.model.attention import window_problem
 from rlsys.model.families.bridged import DISTRIBUTION, is_bridged
 from rlsys.model.folder import find_model_folder
@@ -36,13 +37,14 @@ def model_problems(config: Config) -> Iterator[Problem]:
     if shape is not None:
         yield from replay_problems(config, shape)
         yield from _rollout_layout(config, shape)
+        yield from _adapter(config, shape)
         yield from _kv_cache(config, shape)
     for path in config.reward.model_paths:
         try:
             find_model_folder(path)
         except ValueError as error:
             yield Problem(f"reward.reward_model: {error}", only_here=True)
-    if config.grpo.beta == 0:
+    if not config.has_reference_model:
         return
     reference = shape
     if config.reference.path is not None:
@@ -211,6 +213,19 @@ def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"reference.tensor_parallel_size = {tp}, over which experts are shared too, does "
             f"not divide the model's {shape.num_experts} experts"
         )
+
+
+def _adapter(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    """Whether vLLM can sample with the policy's adapter, if the config asks for that."""
+    if config.policy.lora is None or config.weight_sync.lora != "adapter":
+        return
+    try:
+        config = with_stored_settings(config)
+    except ValueError:  # `trained_problems` reports it
+        return
+    obstacle = adapter_obstacle(config, shape, guess_device(config))
+    if obstacle is not None:
+        yield Problem(f"weight_sync.lora = adapter, but {obstacle}: set weight_sync.lora to merged")
 
 
 def _windows(config: RunConfig, context_parallel_size: int, shape: ModelShape) -> Iterator[Problem]:

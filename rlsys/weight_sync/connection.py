@@ -42,8 +42,8 @@ class Connection:
     """Deadline, in seconds, of each wait for another rank."""
     content: Content = "weights"
     """What the slices are of."""
-    adapter_scaling: float = 1.0
-    """Factor of B A in a LoRA adapter."""
+    adapter_scaling: float | None = None
+    """Factor of B A in a LoRA adapter; None if no engine gets one."""
     label: str = ""
     """Distinguishes this connection in errors: " for worker 1 of 2"."""
 

@@ -31,14 +31,19 @@ class SenderActor:
     def __init__(self, folder, transport):
         self.transport = transport
         self.tensors = load_tensors(folder)
+        self.adapter = {}
 
     def weight_metadata(self):
-        return [
-            TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            for name, tensor in self.tensors.items()
-        ]
+        return metadata(self.tensors)
+
+    def adapter_metadata(self):
+        return metadata(self.adapter)
+
+    def set_adapter(self, tensors):
+        self.adapter = tensors
 
     def connect_weight_sync(self, connections, to):
+        self.sends_adapter = connections[0].content == "adapter"
         self.slices = {piece.meta.name: piece for c in connections for piece in c.slices}
         self.senders = [
             WeightSender(replace(connection, transport=self.transport), torch.device("cpu"))
@@ -55,11 +60,10 @@ class SenderActor:
         return sum(sender.send(self.fill, version) for sender in self.senders)
 
     def fill(self, bucket, buffer):
+        tensors = self.adapter if self.sends_adapter else self.tensors
         for name, target in bucket.views(buffer):
             piece = self.slices[name]
-            target.copy_(
-                piece.within(self.tensors[piece.tensor.name], TensorSlice.whole(piece.tensor))
-            )
+            target.copy_(piece.within(tensors[piece.tensor.name], TensorSlice.whole(piece.tensor)))
 
     def send_nothing(self, version, to):
         return 0.0
@@ -78,11 +82,18 @@ class TensorPolicy:
         ray.get(self.actor.set_weights.remote(folder))
         self.policy_version += 1
 
+    def set_adapter(self, tensors):
+        ray.get(self.actor.set_adapter.remote(tensors))
+        self.policy_version += 1
+
     def drop(self, name):
         ray.get(self.actor.drop.remote(name))
 
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
+
+    def adapter_metadata(self):
+        return ray.get(self.actor.adapter_metadata.remote())
 
     def async_call(self, method, *args, to):
         if method == "send_weights" and not self.sends:
@@ -91,6 +102,13 @@ class TensorPolicy:
 
     def close(self):
         ray.kill(self.actor)
+
+
+def metadata(tensors):
+    return [
+        TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
 
 
 def load_tensors(folder):

@@ -55,8 +55,8 @@ def test_a_synced_reference_is_the_mix_that_was_asked_for(
 
     # As a resumed run does with what its checkpoint holds.
     mixed_logprobs = reference.compute_logprobs(batch)[0]
-    reference.load_model(tmp_path / "before")
+    reference.load_state(tmp_path / "before")
     assert not torch.allclose(reference.compute_logprobs(batch)[0], mixed_logprobs)
-    reference.load_model(tmp_path / "after")
+    reference.load_state(tmp_path / "after")
     assert torch.equal(reference.compute_logprobs(batch)[0], mixed_logprobs)
     reference.close()

@@ -5,7 +5,11 @@ vLLM imports this in every process that holds a part of the model, before it loa
 
 from vllm import _custom_ops
 
+from rlsys.engines.vllm.adapters import without_adapters
+from rlsys.engines.vllm.in_place import content_checksum
+from rlsys.engines.vllm.latent import loaded_parameters
 from rlsys.engines.vllm.weight_backend import WeightSyncWorkerExtension
+from rlsys.weight_sync.checksum import as_numbers
 
 WORKER_EXTENSION = "unpacked_workers.UnpackedWorker"
 
@@ -14,3 +18,11 @@ _custom_ops._supports_onednn = False
 
 class UnpackedWorker(WeightSyncWorkerExtension):
     """A usual worker; importing this module makes the difference."""
+
+    def base_checksums(self):
+        """Checksum of each weight, without the adapter's."""
+        model = self.model_runner.get_model()
+        with without_adapters(model):
+            parameters = dict(loaded_parameters(model))
+        sums = [content_checksum(parameter.detach()) for parameter in parameters.values()]
+        return dict(zip(parameters, as_numbers(sums), strict=True))

@@ -20,12 +20,14 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 
 from rlsys.config import Config
+from rlsys.engines.vllm.adapters import adapter_request
 from rlsys.engines.vllm.rope import rope_overrides
 from rlsys.engines.vllm.routed_experts import check_captures_experts, experts_of_completion
 from rlsys.engines.vllm.running import RunningGroup
 from rlsys.engines.vllm.settings import engine_arguments, refusal, sampling_arguments
 from rlsys.engines.vllm.weight_backend import BACKEND, WORKER_EXTENSION
 from rlsys.engines.vllm.worker_errors import raise_worker_errors
+from rlsys.model.adapters import syncs_adapter
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.shape import read_model_shape
@@ -89,6 +91,8 @@ class VLLMEngine:
             gpu_bytes=torch.cuda.mem_get_info()[1] if shares_gpu else None,
         )
         arguments["hf_overrides"] |= rope_overrides(AutoConfig.from_pretrained(folder))
+        self._adapter = adapter_request() if syncs_adapter(config, shape, device) else None
+        """The policy's LoRA adapter, which every request names; None for merged weights."""
         self._llm = _start_llm(folder, arguments)
         known = num_token_ids(folder)
         if known is not None and known < shape.vocab_size:
@@ -125,6 +129,7 @@ class VLLMEngine:
                     **sampling_arguments(self._config.rollout, self._stops, request),
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 ),
+                lora_request=self._adapter,
             )
             self._running[request.ticket] = RunningGroup(request.prompt, self.policy_version)
 
@@ -165,6 +170,7 @@ class VLLMEngine:
         """
         self._llm.update_weights({"update_info": {"policy_version": policy_version}})
         self._llm.finish_weight_update()
+        self.ask_workers("use_adapter")
         self._drop_stale_cache()
         self._begin_version(policy_version)
         self._llm.wake_up(tags=["scheduling"])

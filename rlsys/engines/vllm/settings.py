@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from rlsys.config import Config, RolloutConfig
 from rlsys.config.passed_through import vllm_option_problems
 from rlsys.engines.vllm.routed_experts import OPTION as RETURN_EXPERTS
+from rlsys.model.adapters import SLOT_RANKS, syncs_adapter
 from rlsys.model.memory import (
     BATCHED_TOKENS,
     GIB,
@@ -107,6 +108,8 @@ def engine_arguments(
     }
     if rollout.router_replay:
         arguments[RETURN_EXPERTS] = True
+    if syncs_adapter(config, shape, device):
+        arguments |= _adapter_arguments(config)
     if config.model.fp32_lm_head:
         arguments["hf_overrides"]["head_dtype"] = "float32"
     if device == "cuda" and rollout.max_num_seqs > GRAPH_SEQUENCES:
@@ -119,6 +122,13 @@ def engine_arguments(
     if problems := vllm_option_problems(config):  # this host may have another vLLM
         raise ProblemsError("rollout.engine_kwargs", problems)
     return arguments | rollout.engine_kwargs
+
+
+def _adapter_arguments(config: Config) -> dict[str, Any]:
+    """A slot for one adapter."""
+    assert config.policy.lora is not None
+    rank = next(size for size in SLOT_RANKS if size >= config.policy.lora.rank)
+    return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
 
 def cpu_arguments(longest: int) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.engines.vllm.adapters import use_adapter, without_adapters
 from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missing_parameters
 from rlsys.engines.vllm.latent import derive_again, loaded_parameters, unreachable_copy
 from rlsys.engines.vllm.routed_experts import connect_cpu_runner
@@ -59,7 +60,8 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     The first update goes through vLLM's own loader and proves the plan of copies in place. All
     later updates use that plan, and may bring only the worker's shard. If a model has no such plan,
-    every update goes through vLLM's loader, which needs whole tensors.
+    every update goes through vLLM's loader, which needs whole tensors. A connection may bring a
+    LoRA adapter instead: then the model keeps its weights, and `use_adapter` ends the update.
     """
 
     init_info_cls = InitInfo
@@ -70,11 +72,14 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     """Set once it is proved."""
     _proof: PlanProof | None = None
     """Set until the end of the update that proves the plan."""
+    _adapter: dict[str, torch.Tensor] | None = None
+    """Set from the arrival of an adapter until it is used."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         # Read before any update, which gives a tied head a parameter of its own for a while.
-        self._parameter_names = {name for name, _ in loaded_parameters(self.model)}
+        with without_adapters(self.model):
+            self._parameter_names = {name for name, _ in loaded_parameters(self.model)}
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Connect to this worker's endpoint, and leave the earlier one."""
@@ -82,6 +87,8 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver = None  # frees its memory before the next one needs some
         self._receiver = WeightReceiver(connection, self.device, rank=rank)
         self._connection = connection
+        if self._brings_adapter:
+            return
         if connection.sends_shards:
             assert self._plan is not None
             self._plan.expect(connection.slices)
@@ -89,8 +96,14 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._begin_proof()
 
     def needed_slices(self) -> tuple[TensorSlice, ...] | None:
-        """The slices that this worker needs; None if vLLM's loader needs whole tensors."""
-        return None if self._plan is None or self._plan.is_stale else self._plan.needed()
+        """The slices that this worker needs; None for whole tensors: vLLM's loader, an adapter."""
+        if self._brings_adapter or self._plan is None or self._plan.is_stale:
+            return None
+        return self._plan.needed()
+
+    @property
+    def _brings_adapter(self) -> bool:
+        return self._connection.content == "adapter"
 
     def loads_in_place(self) -> bool:
         """Whether the next update is copied straight into the parameters; for tests."""
@@ -98,6 +111,8 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Prepare the model's layers for new weights."""
+        if self._brings_adapter:
+            return
         if self._plan is not None and self._plan.is_stale:
             if self._connection.sends_shards:
                 raise WeightSyncError(
@@ -107,7 +122,8 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 )
             self._begin_proof()
         if self._plan is None:
-            initialize_layerwise_reload(self.model)
+            with without_adapters(self.model):
+                initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load all buckets."""
@@ -129,23 +145,45 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """
         assert self._receiver is not None
         version = update_info.policy_version
-        if self._plan is not None:
+        if self._brings_adapter:
+            self._adapter = {
+                name: tensor
+                for bucket, buffer in self._receiver.receive(version, keep=True)
+                for name, tensor in bucket.views(buffer)
+            }
+        elif self._plan is not None:
             for bucket, buffer in self._receiver.receive(version, keep=False):
                 self._plan.load(bucket, buffer)
             derive_again(self.model, self.model_config.dtype)
         else:
-            self._receive_through_loader(self._receiver, version)
+            with without_adapters(self.model):
+                self._receive_through_loader(self._receiver, version)
         self._receiver.check()
 
     def finish_weight_update(self) -> None:
         """Put the new weights where the kernels read them."""
-        if self._plan is not None:
+        if self._brings_adapter or self._plan is not None:
             return
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
-            self._repack_for_cpu()
+        with without_adapters(self.model):
+            finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu":
+                self._repack_for_cpu()
         if self._proof is not None:
             self._finish_proof(self._proof)
+
+    def use_adapter(self) -> None:
+        """Sample with the adapter that came last, if one came.
+
+        It is the last step of an update: vLLM (0.32) drops all adapters in finish_weight_update.
+        """
+        if self._adapter is None:
+            return
+        scaling = self._connection.adapter_scaling
+        assert scaling is not None
+        use_adapter(self.model, self._adapter, scaling=scaling)
+        self._adapter = None
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
 
     def shutdown(self) -> None:
         """Nothing to release: the connection ends with the process."""
@@ -184,7 +222,8 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             if copied is not None:
                 raise CannotMap(f"latent attention reads {copied}, a copy of kv_b_proj")
             metadata = [piece.tensor for piece in self._connection.slices]
-            self._proof = PlanProof(InPlacePlan(self.model, metadata))
+            with without_adapters(self.model):
+                self._proof = PlanProof(InPlacePlan(self.model, metadata))
         except CannotMap as reason:
             self._warn_slow(str(reason))
 
