@@ -796,7 +796,8 @@ class ReferenceConfig(Section):
 
     path: PathText | None = Field(default=None, min_length=1)
     """Hugging Face model folder or hub id; null is model.path. With policy.lora and null it is the
-    policy itself with its adapter off, and not a second model in memory."""
+    policy itself with its adapter off, also one of policy.lora.path, and not a second model in
+    memory."""
     world_size: PositiveInt = 1
     """Ranks. Ranks that share neither layers nor tokens are replicas."""
     tensor_parallel_size: PositiveInt = 1

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from config_cases import write_config
 
+from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.waiting import ActorFailure
 from rlsys.config.load import load_config
 from rlsys.launch import _end_rollouts
@@ -58,7 +59,19 @@ class Model:
     def load_checkpoint(self, folder):
         self.loaded.append(folder)
 
-    load_model = load_checkpoint
+
+class Reference(ReferenceActors):
+    """Without its actors."""
+
+    def __init__(self, config):
+        self.config, self.loaded = config, []
+
+    def call(self, method, folder):
+        if method == "save_model":
+            folder.mkdir()
+            (folder / "config.json").write_text("{}")
+        else:
+            self.loaded.append(folder)
 
 
 class Data:
@@ -96,7 +109,8 @@ def test_a_checkpoint_without_that_state_is_refused_with_the_remedy(tmp_path):
 @pytest.mark.parametrize("follows", [True, False])
 def test_a_reference_is_a_part_of_the_checkpoint_if_it_changes(tmp_path, follows):
     overrides = ["--grpo.beta", "0.1", *(["--reference.sync_steps", "2"] if follows else [])]
-    system = system_of(tmp_path, *overrides, reference=Model())
+    config = load_config(write_config(tmp_path), overrides).config
+    system = system_of(tmp_path, *overrides, reference=Reference(config))
     system.write_checkpoint(tmp_path, 1)
     assert (tmp_path / "reference" / "config.json").is_file() == follows
     system.load_checkpoint(tmp_path)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from rlsys.config import Config
+from rlsys.config import Config, LoraConfig
 from rlsys.config.passed_through import VLLM_DEFAULTS, VLLM_FIELDS, VLLM_FIXED, VLLM_REFUSED
 from rlsys.engines.vllm.settings import (
     engine_arguments,
@@ -120,7 +120,10 @@ def passed(device, **options):
     """The names of vLLM's arguments that rlsys sets."""
     settings = config(max_num_seqs=1024, stop=["x"], **options)
     settings = settings.model_copy(
-        update={"model": settings.model.model_copy(update={"fp32_lm_head": True})}
+        update={
+            "model": settings.model.model_copy(update={"fp32_lm_head": True}),
+            "policy": settings.policy.model_copy(update={"lora": LoraConfig(rank=33)}),
+        }
     )
     return engine_arguments(settings, SHAPE, device=device, engine_rank=0)
 

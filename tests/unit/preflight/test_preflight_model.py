@@ -355,3 +355,16 @@ def test_core_attn_does_nothing_in_layers_of_linear_attention(tmp_path, modules,
     assert (note is None) == does
     assert does or "nothing in the 3 of 4 layers" in note
     assert recompute_note(policy, read_model_shape(write_model(tmp_path))) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_an_adapter_that_vllm_cannot_sample_with_is_refused_with_the_remedy(
+    problems, tmp_path, device
+):
+    write_model(tmp_path / "moe", **EXPERTS)
+    sections = {"policy": {"lora": {}}, "model": {"path": str(tmp_path / "moe")}, "device": device}
+    text = only(problems(weight_sync={"lora": "adapter"}, **sections))
+    assert text.startswith("weight_sync.lora = adapter, but vLLM runs a model with experts")
+    assert text.endswith("set weight_sync.lora to merged")
+    assert problems(weight_sync={"lora": "merged"}, **sections) == []
+    assert problems(**sections) == []
