@@ -31,11 +31,13 @@ def _sample_problems(config: SftConfig) -> Iterator[Problem]:
             ("sft.loss_on", sft.loss_on, "all"),
             ("sft.thinking", sft.thinking, "train"),
             ("data.prompt_template", data.prompt_template, None),
+            ("data.system", data.system, None),
+            ("data.chat_template_kwargs", data.chat_template_kwargs, {}),
         ):
             if value != default:
                 yield Problem(
-                    f"{name} = {value} is about answers, and sft.objective = pretrain trains on "
-                    "every token of a text: leave it out, or set sft.objective to sft"
+                    f"{name} = {value} is about conversations, and sft.objective = pretrain trains "
+                    "on every token of a text: leave it out, or set sft.objective to sft"
                 )
     elif data.truncation_strategy == "split":
         yield Problem(

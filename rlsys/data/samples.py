@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -47,6 +47,8 @@ class SampleSource(Source[Sample]):
 
     config: SftDataConfig
     rules: SampleRules = SampleRules()
+    filled: set[str] = field(default_factory=set)
+    """The fields model_name and model_author, if a row had their placeholder."""
 
     @property
     def cuts_rows(self) -> bool:
@@ -79,7 +81,7 @@ class SampleSource(Source[Sample]):
             if not row.targets:
                 row.dropped = NO_TARGETS
         names = {"model_name": self.config.model_name, "model_author": self.config.model_author}
-        fill_names(row, names)
+        self.filled |= fill_names(row, names)
 
     def limit(self, row: Row) -> None:
         """Drop or cut a rendered row that is too long; drop one without targets."""
@@ -168,6 +170,13 @@ def load_samples(
     renderer = SampleRenderer(
         tokenizer, config.chat_template_kwargs, thinking=rules.thinking, vocab_size=vocab_size
     )
-    kind = partial(SampleSource, rules=rules)
+    filled: set[str] = set()
+    kind = partial(SampleSource, rules=rules, filled=filled)
     limit = config.max_eval_samples
-    return load(SampleData, kind, config, renderer, seed=seed, limit=limit)
+    data = load(SampleData, kind, config, renderer, seed=seed, limit=limit)
+    names = {"model_name": ("{{NAME}}", config.model_name)}
+    names["model_author"] = ("{{AUTHOR}}", config.model_author)
+    for name, (placeholder, value) in names.items():
+        if value and name not in filled and not config.streaming:
+            data.notices.append(f"data.{name} is set, and no row has {placeholder}")
+    return data

@@ -94,22 +94,23 @@ def parse_text(row: Row) -> None:
     _leave_out(row, TEXT, "messages")
 
 
-def fill_names(row: Row, names: dict[str, list[str]]) -> None:
+def fill_names(row: Row, names: dict[str, list[str]]) -> set[str]:
     """Put the model's name and author in place of {{NAME}} and {{AUTHOR}} in a parsed row.
 
     Args:
         row: its column `tag`, zh or en, chooses between two values.
         names: by field, model_name and model_author, for Chinese and English or for both.
 
+    Returns:
+        the fields whose placeholder the row has.
+
     Raises:
         BadRow: a placeholder without a value, or two values and no tag that chooses.
     """
     texts = [message["content"] for message in row.messages]
     texts += [text for text in (row.text, row.completion) if text is not None]
-    named = any(placeholder in text for placeholder in _NAMES for text in texts)
-    for placeholder, field in _NAMES.items():
-        if not any(placeholder in text for text in texts):
-            continue
+    found = {p: field for p, field in _NAMES.items() if any(p in text for text in texts)}
+    for placeholder, field in found.items():
         tag = row.columns.get("tag")
         value = _in_language(names.get(field, []), tag, placeholder, field)
         row.messages = [
@@ -120,8 +121,9 @@ def fill_names(row: Row, names: dict[str, list[str]]) -> None:
             row.text = row.text.replace(placeholder, value)
         if row.completion is not None:
             row.completion = row.completion.replace(placeholder, value)
-    if named:
+    if found:
         _leave_out(row, "tag")
+    return set(found.values())
 
 
 def _in_language(values: Sequence[str], tag: Any, placeholder: str, field: str) -> str:

@@ -378,5 +378,6 @@ def test_names_of_the_model_are_filled_in(tokenizer, tmp_path):
         "小黄<|im_end|>",
         "Bo<|im_end|>",
     ]
+    assert data.notices == ["data.model_author is set, and no row has {{AUTHOR}}"]
     with pytest.raises(ValueError, match=r"line 1: has the placeholder \{\{NAME\}\}"):
         load(tokenizer, source)
