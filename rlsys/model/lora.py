@@ -97,9 +97,16 @@ def plan_lora(lora: LoraConfig, shape: ModelShape) -> LoraPlan:
     if folder is not None:
         stored = adapter_settings(folder)
         _refuse_other_settings(lora, stored, folder)
+        if "target_modules" in lora.model_fields_set:
+            _refuse_other_targets(lora, stored["target_modules"], folder, shape)
         values |= stored
     targets = _match_targets(values["target_modules"], shape)
     saved = _match_saved(values["modules_to_save"], shape)
+    if both := [target for target in targets if f"{target}.weight" in saved]:
+        raise ValueError(
+            f"policy.lora: {some(both)} would have an adapter and be trained whole: leave it out "
+            "of target_modules or of modules_to_save"
+        )
     names = values["target_modules"]
     if names == ALL_LINEAR:
         names = sorted({target.rpartition(".")[2] for target in targets})
@@ -204,7 +211,20 @@ def _match_targets(pattern: list[str] | str, shape: ModelShape) -> list[str]:
             + f"Linear layers of this model: {', '.join(whole)}. Write a list of these, "
             f"{ALL_LINEAR}, or a regex of whole names such as {there[0]}"
         )
+    _refuse_single_experts(set(found), shape)
     return found
+
+
+def _refuse_single_experts(found: set[str], shape: ModelShape) -> None:
+    """A rank computes the adapters of all its experts together."""
+    for _, group in groupby(weight_table(shape), lambda row: row.experts or row.names):
+        for modules in zip(*(row.hf_names for row in group), strict=True):
+            own = {name.removesuffix(".weight") for name in modules}
+            if found & own and not own <= found:
+                raise ValueError(
+                    f"policy.lora.target_modules names {some(sorted(found & own))}, and not the "
+                    f"same of the layer's other {len(own - found)} experts: name all or none"
+                )
 
 
 def _other_modules(pattern: list[str] | str, shape: ModelShape, linear: set[str]) -> list[str]:
@@ -257,7 +277,7 @@ def _refuse_other_settings(lora: LoraConfig, stored: dict[str, object], folder: 
     Raises:
         ValueError: names all of it.
     """
-    given = lora.model_fields_set & set(_SETTINGS) - {"dropout", "target_modules"}
+    given = lora.model_fields_set & {"rank", "alpha", "rslora", "modules_to_save"}
     differ = [name for name in _SETTINGS if name in given and getattr(lora, name) != stored[name]]
     if differ:
         texts = [f"{name} = {stored[name]}, not {getattr(lora, name)}" for name in differ]
@@ -265,6 +285,22 @@ def _refuse_other_settings(lora: LoraConfig, stored: dict[str, object], folder: 
             f"policy.lora.path: the adapter in {folder} has {', '.join(texts)}. Leave "
             f"{', '.join(f'policy.lora.{name}' for name in differ)} out of the config, which then "
             "takes the adapter's, or start without policy.lora.path"
+        )
+
+
+def _refuse_other_targets(
+    lora: LoraConfig, stored: list[str] | str, folder: Path, shape: ModelShape
+) -> None:
+    """Refuse targets in the config that are other modules than the adapter's.
+
+    Raises:
+        ValueError: names both.
+    """
+    if _match_targets(lora.target_modules, shape) != _match_targets(stored, shape):
+        raise ValueError(
+            f"policy.lora.path: the adapter in {folder} has target_modules = {stored}, and the "
+            f"config {lora.target_modules}, which are other layers. Leave "
+            "policy.lora.target_modules out of the config, which then takes the adapter's"
         )
 
 
