@@ -10,6 +10,13 @@ from rlsys.problems import Problem
 if TYPE_CHECKING:
     from rlsys.config.schema import PolicyConfig
 
+_WITHOUT_MODULES = (
+    "moe_shared_expert_overlap",
+    "moe_single_grouped_weight",
+    "use_transformer_engine_op_fuser",
+)
+"""Options of megatron-core that go past the forward pass of linear layers, or change its inputs."""
+
 
 def trained_rule_problems(policy: PolicyConfig) -> Iterator[Problem]:
     """Every rule among these fields that `policy` breaks, on any model."""
@@ -33,10 +40,10 @@ def trained_rule_problems(policy: PolicyConfig) -> Iterator[Problem]:
                 "policy.fp8_param_gather with policy.lora: the weights are frozen and are not "
                 "gathered, so it saves nothing. Leave it out"
             )
-        if policy.megatron_kwargs.get("moe_shared_expert_overlap"):
+        for name in filter(policy.megatron_kwargs.get, _WITHOUT_MODULES):
             yield Problem(
-                "policy.megatron_kwargs.moe_shared_expert_overlap with policy.lora is not "
-                "supported: the adapters of shared experts need their inputs in one place. Leave "
+                f"policy.megatron_kwargs.{name} with policy.lora is not supported: it computes "
+                "linear layers without calling their modules, to which adapters are added. Leave "
                 "it out"
             )
     elif training and not freezing:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from policy_cases import padded_logprobs
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
-
-from rlsys.model.lora import adapter_table, plan_lora
-from rlsys.model.shape import read_model_shape
 
 PREFIX = "base_model.model."
 
@@ -37,28 +32,6 @@ def save_peft_adapter(model_folder, folder, **settings):
         embedding = layers.model.embed_tokens.modules_to_save["default"].weight
         layers.lm_head.modules_to_save["default"].weight.copy_(embedding)
     model.save_pretrained(folder)
-
-
-def save_random_adapter(model_folder, folder, lora):
-    """Write a random adapter by rlsys's own table, for models whose experts PEFT fuses."""
-    shape = read_model_shape(model_folder)
-    plan = plan_lora(lora, shape)
-    rng = torch.Generator().manual_seed(3)
-    tensors = {
-        name: 0.2 * torch.randn(size, generator=rng)
-        for row in adapter_table(shape, plan)
-        for name, size in zip(row.hf_names, row.hf_shapes, strict=True)
-    }
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    values = {
-        "peft_type": "LORA",
-        "r": plan.rank,
-        "lora_alpha": plan.alpha,
-        "target_modules": plan.target_modules,
-        "task_type": "CAUSAL_LM",
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(values))
 
 
 def peft_model(model_folder, folder, *, trains=False):

@@ -11,9 +11,9 @@ from lora_cases import (
     peft_gradient,
     peft_model,
     save_peft_adapter,
-    save_random_adapter,
 )
 from policy_cases import LAYOUTS, padded_logprobs, policy_config, random_batch
+from random_adapter import save_random_adapter
 from safetensors.torch import load_file
 
 from rlsys.config import LoraConfig
