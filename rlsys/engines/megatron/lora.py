@@ -97,6 +97,9 @@ class Adapters:
                 self.by_weight |= {linear.row.names[0]: linear for linear in linears}
                 if linears:
                     module.register_forward_hook(partial(self._add, linears))
+                    if hasattr(module, "layer_norm_weight"):
+                        # Transformer Engine computes some norms with the linear layer behind them.
+                        module.return_layernorm_output = True
             chunk.adapters = tree
         self.weights = MegatronWeights(chunks, shape, table)
         for row in table:
@@ -134,23 +137,19 @@ class Adapters:
 
     def _add(
         self, linears: list[LinearAdapter], module: torch.nn.Module, inputs: tuple, outputs: tuple
-    ) -> tuple | None:
+    ) -> tuple:
         """Forward hook of a linear layer, or of the linear layers of a rank's experts."""
+        (output, bias), x = outputs, inputs[0]
+        if isinstance(output, tuple):  # with the normed input
+            output, x = output
         if not self.is_on:
-            return None
-        output, bias = outputs
-        x = _normed(module, inputs[0])
+            return output, bias
         if len(inputs) == 1:
-            delta = linears[0](x, training=module.training)
-        else:  # the tokens of each expert follow each other
-            by_expert = x.split(_numbers(inputs[1]))
-            delta = torch.cat(
-                [
-                    linear(tokens, training=module.training)
-                    for linear, tokens in zip(linears, by_expert, strict=True)
-                ]
-            )
-        return output + delta, bias
+            return linears[0].add(x, output, training=module.training), bias
+        sizes = _numbers(inputs[1])  # the tokens of each expert follow each other
+        by_expert = zip(linears, x.split(sizes), output.split(sizes), strict=True)
+        added = [linear.add(x, y, training=module.training) for linear, x, y in by_expert]
+        return torch.cat(added), bias
 
     def seed_dropout(self, *parts: int) -> None:
         """Seed the masks of an optimizer step by numbers that say which one it is.
@@ -200,7 +199,7 @@ class LinearAdapter:
         self._scale, self._dropout = plan.scale, plan.dropout
         group = parallel_state.get_tensor_model_parallel_group()
         self._ranks = 1 if row.experts else group.size()
-        self._groups = row.query_groups // self._ranks
+        self._cut = self._ranks if row.tp_axis == 0 else 1
         self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter] | None] = []
         """A and B of each of the row's tensors; None without an adapter."""
         for name in row.hf_names:
@@ -229,8 +228,12 @@ class LinearAdapter:
             for name in row.hf_names
         ]
 
-    def __call__(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
-        """[..., in] inputs of the layer on this rank -> what to add to its output."""
+    def add(self, x: torch.Tensor, output: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """`output` [..., out] of the layer on this rank for inputs `x` [..., in], adapted.
+
+        One product reads and writes the output, with B of all tensors in one matrix: it takes the
+        time of that memory, and each further product or sum would take it again.
+        """
         pairs = [pair for pair in self.pairs if pair is not None]
         if training and self._dropout > 0:
             inner = torch.cat([F.linear(self._drop(x), a) for a, _ in pairs], dim=-1)
@@ -241,16 +244,28 @@ class LinearAdapter:
             inner = gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True)
         elif self._ranks > 1 and self.row.tp_axis == 1:
             inner = reduce_scatter_to_sequence_parallel_region(inner)
-        each = iter((inner * self._scale).split([len(a) for a, _ in pairs], dim=-1))
+        adapted = torch.addmm(
+            output.flatten(0, -2), inner.flatten(0, -2), self._fused_b().t(), alpha=self._scale
+        )
+        return adapted.view_as(output)
+
+    def _fused_b(self) -> torch.Tensor:
+        """[out, ranks of all adapters] B, its rows as in the layer's weight.
+
+        Each tensor's B is in the columns of its own A, and 0 elsewhere.
+        """
+        width = sum(len(pair[0]) for pair in self.pairs if pair is not None)
         parts: list[torch.Tensor] = []
+        start = 0
         for pair, rows in zip(self.pairs, self._rows_of, strict=True):
             if pair is None:
-                parts += [inner.new_zeros(*inner.shape[:-1], size) for size in rows]
-            else:
-                parts += F.linear(next(each), pair[1]).split(rows, dim=-1)
-        if self._groups:  # as WeightRow.fuse, along the last axis
-            return torch.cat([p.unflatten(-1, (self._groups, -1)) for p in parts], -1).flatten(-2)
-        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+                some = next(pair for pair in self.pairs if pair is not None)[1]
+                parts += [some.new_zeros(size, width) for size in rows]
+                continue
+            a, b = pair
+            parts += F.pad(b, (start, width - start - len(a))).split(rows)
+            start += len(a)
+        return self.row.fuse(parts, self._cut)
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         with get_cuda_rng_tracker().fork():
@@ -258,8 +273,6 @@ class LinearAdapter:
 
     def merged(self, weight: torch.Tensor) -> torch.Tensor:
         """This rank's weight of the layer with its adapters."""
-        shards = self._ranks if self.row.tp_axis is not None else 1
-        cut = shards if self.row.tp_axis == 0 else 1
         parts = []
         for pair, rows in zip(self.pairs, self._rows_of, strict=True):
             width = weight.shape[1]
@@ -268,7 +281,7 @@ class LinearAdapter:
             else:
                 a, b = (matrix.detach().float() for matrix in pair)
                 parts += ((b @ a) * self._scale).split(rows)
-        return (weight.float() + self.row.fuse(parts, cut)).to(weight.dtype)
+        return (weight.float() + self.row.fuse(parts, self._cut)).to(weight.dtype)
 
 
 class _MergedWeights(MegatronWeights):
@@ -381,15 +394,6 @@ def _parameter(
     if group is not None and row.tp_axis is None:
         parameter.sequence_parallel = True  # type: ignore[attr-defined]
     return parameter
-
-
-def _normed(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """What a layer multiplies its weight by: Transformer Engine fuses some with the norm before."""
-    norm = getattr(module, "layer_norm_weight", None)
-    if norm is None:
-        return x
-    scale = norm + 1.0 if module.zero_centered_gamma else norm
-    return F.rms_norm(x, x.shape[-1:], scale, module.eps)
 
 
 def _numbers(tokens_per_expert: Any) -> list[int]:
