@@ -206,6 +206,13 @@ def _training_problems(config: RunConfig) -> Iterator[Problem]:
             "policy.overlap_param_gather needs policy.overlap_grad_reduce, whose buckets it "
             "gathers: set that to true as well, or leave overlap_param_gather out"
         )
+    if config.checkpoint.resume and policy.optimizer_cpu_offload:
+        yield Problem(
+            "checkpoint.resume with policy.optimizer_cpu_offload would start from wrong weights: "
+            "megatron-core (0.19) does not give its state in host memory what a checkpoint holds. "
+            "Continue with optimizer_cpu_offload false, or start a new run from the checkpoint's "
+            "weights (model.path)"
+        )
     if config.checkpoint.save_hf_total_limit is not None and not config.checkpoint.save_hf_steps:
         yield Problem(
             "checkpoint.save_hf_total_limit limits the folders of checkpoint.save_hf_steps, which "

@@ -100,7 +100,8 @@ def load_optimizer(
     # a tensor is mixed in: with shared experts megatron-core has two optimizers, else one, and what
     # they save besides has another form.
     state = dist_checkpointing.load({"own": _with_own_values(own)}, place)
-    optimizer.load_state_dict(state["own"])
+    with _remainders_as_saved():
+        optimizer.load_state_dict(state["own"])
     scheduler.num_steps = 0
     scheduler.step(increment=common["scheduler"]["num_steps"])
     return common["policy_version"]
@@ -185,6 +186,32 @@ def _sharded_state(
     parameters = weights.sharded_state()
     with _states_in_padded_places(optimizer):
         return optimizer.sharded_state_dict(parameters, is_loading=is_loading, metadata=metadata)
+
+
+@contextmanager
+def _remainders_as_saved() -> Iterator[None]:
+    """Let Transformer Engine's AdamW read the 16 bits that bfloat16 weights lack.
+
+    megatron-core (0.19) saves these whole numbers as float32, which holds them exactly, and the
+    optimizer asks for int16 when they are loaded.
+    """
+    try:
+        from transformer_engine.pytorch.optimizers import FusedAdam
+    except ImportError:  # on CPU
+        yield
+        return
+
+    def as_saved(self: FusedAdam, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
+        is_remainder = self.store_param_remainders and param.dtype == torch.bfloat16
+        value = value.to(torch.int16) if is_remainder and name == "master_param" else value
+        own(self, param, name, value)
+
+    own = FusedAdam.set_scaled_state
+    FusedAdam.set_scaled_state = as_saved
+    try:
+        yield
+    finally:
+        FusedAdam.set_scaled_state = own
 
 
 @contextmanager

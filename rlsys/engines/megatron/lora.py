@@ -231,8 +231,7 @@ class LinearAdapter:
     def add(self, x: torch.Tensor, output: torch.Tensor, *, training: bool) -> torch.Tensor:
         """`output` [..., out] of the layer on this rank for inputs `x` [..., in], adapted.
 
-        One product reads and writes the output, with B of all tensors in one matrix: it takes the
-        time of that memory, and each further product or sum would take it again.
+        B of all tensors is one matrix: each further product would go over the output once more.
         """
         pairs = [pair for pair in self.pairs if pair is not None]
         if training and self._dropout > 0:

@@ -77,3 +77,10 @@ def test_options_that_do_not_fit_are_refused_by_name(policy, words):
 def test_adapters_are_beside_weights_in_the_models_type():
     found = problems(policy=FP8 | {"fp8_param_gather": True, "lora": {}})
     assert any("fp8_param_gather with policy.lora is not there" in text for text in found)
+
+
+def test_a_run_does_not_continue_with_an_offloaded_optimizer():
+    with pytest.raises(ValueError, match="would start from wrong weights"):
+        Config.model_validate(values(policy=OFFLOAD, checkpoint={"resume": True}))
+    Config.model_validate(values(policy=OFFLOAD))
+    Config.model_validate(values(checkpoint={"resume": True}))
