@@ -33,7 +33,7 @@ def describe_experts(
     pairs = [
         (
             "experts",
-            f"{shape.num_experts_per_tok} of {shape.num_experts} for each token, in {layers} of "
+            f"{shape.experts.per_token} of {shape.experts.number} for each token, in {layers} of "
             f"{shape.num_layers} layers; router logits in {logits}",
         ),
         ("router's losses", _losses(config.policy)),
@@ -61,8 +61,8 @@ def _losses(policy: PolicyConfig) -> str:
 def _replay(config: Config, shape: ModelShape) -> str:
     if not config.rollout.router_replay:
         return "off: the policy's own routers choose, in log-probs and update"
-    width = 1 if shape.num_experts <= 256 else 2
-    token = width * len(shape.expert_layers) * shape.num_experts_per_tok
+    width = 1 if shape.experts.number <= 256 else 2
+    token = width * len(shape.expert_layers) * shape.experts.per_token
     longest = config.data.max_prompt_length + config.rollout.max_completion_length
     mib = token * longest * config.rollout.generation_batch_size / 2**20
     return (

@@ -73,7 +73,7 @@ def model_notes(folder: Path) -> list[str]:
             "(num_nextn_predict_layers), are not trained and not sampled with; checkpoints hold "
             "them as they are here"
         )
-    if shape.has_sigmoid_router:
+    if shape.experts.has_sigmoid_router:
         notes.append(
             f"{folder}: the biases by which routers choose experts (e_score_correction_bias) stay "
             "as they are"
@@ -139,6 +139,16 @@ def _table_problems(
     quantized = quantized_as(stored.keys() - expected.keys())
     if quantized is not None:
         yield f"{folder}: {quantized_problem(quantized)}"
+        return
+    fused = [name for name in stored if name.endswith(".mlp.experts.gate_up_proj")]
+    if fused and shape.is_moe:
+        yield (
+            f"{folder} holds all experts of a layer in one tensor ({some(fused)}), and rlsys reads "
+            "one for each: write them so with transformers (`old = AutoModelForCausalLM."
+            "from_pretrained(FOLDER); new = AutoModelForCausalLM.from_config(old.config, "
+            "dtype=old.dtype); new.load_state_dict(old.state_dict()); new.save_pretrained(NEW)`), "
+            "and copy the tokenizer"
+        )
         return
     found = {name: tensor for name, tensor in stored.items() if name in expected}
     missing = [name for name in expected if name not in stored]

@@ -78,7 +78,7 @@ def _recompute_problems(
     for name in ("moe", "moe_act", "shared_experts"):
         if name not in modules:
             continue
-        if not shape.is_moe or (name == "shared_experts" and not shape.shared_expert_size):
+        if not shape.is_moe or (name == "shared_experts" and not shape.experts.shared_size):
             what = "shared experts" if name == "shared_experts" else "experts"
             yield Problem(
                 f"policy.recompute_modules: {name} matches nothing, because {shape.model_type} has "
@@ -147,7 +147,7 @@ def _fp8_problems(
     if shape.has_dense_mlp:
         sizes["intermediate size / TP"] = shape.intermediate_size // tp
     if shape.is_moe:
-        sizes["intermediate size of experts"] = shape.moe_intermediate_size
+        sizes["intermediate size of experts"] = shape.experts.size
     for name, size in sizes.items():
         if size % multiple:
             yield Problem(

@@ -12,7 +12,12 @@ from rlsys.config import LoraConfig, PolicyConfig, RunConfig
 from rlsys.config.pipeline_layout import rank_layers
 from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT
 from rlsys.model.freezing import frozen_tensors, num_frozen
-from rlsys.model.layer_memory import attention_output, layer_numbers, mlp_numbers
+from rlsys.model.layer_memory import (
+    attention_output,
+    layer_numbers,
+    mean_layer_numbers,
+    mlp_numbers,
+)
 from rlsys.model.lora import PARAMETERS, adapter_table, plan_lora
 from rlsys.model.pipeline import busiest_rank, rank_params
 from rlsys.model.shape import ModelShape
@@ -149,10 +154,10 @@ def _activations(
 ) -> tuple[float, str]:
     """What forward passes keep for their backward passes."""
     policy = config.policy
-    per_layer, (layers, in_flight) = (
-        _layer_bytes(policy, shape, width, device),
-        (busiest_rank(policy, shape)),
-    )
+    layers, in_flight = busiest_rank(policy, shape)
+    # What is computed again may be the largest layer; what is kept is of layers of all kinds.
+    numbers = (layer_numbers if policy.recompute == "full" else mean_layer_numbers)(shape, device)
+    per_layer = _layer_bytes(policy, shape, numbers, width)
     whole = f"{per_layer:,.0f}"
     if policy.recompute == "full" and policy.recompute_method == "uniform":
         group = policy.recompute_num_layers
@@ -175,9 +180,9 @@ def _activations(
     return num_bytes, f"{tokens:,} tokens x ({text} bytes) x {batches} / TP"
 
 
-def _layer_bytes(policy: PolicyConfig, shape: ModelShape, width: int, device: Device) -> float:
-    """Bytes that a layer keeps of each token."""
-    num_bytes = float(layer_numbers(shape, device) * width)
+def _layer_bytes(policy: PolicyConfig, shape: ModelShape, numbers: int, width: int) -> float:
+    """Bytes that a layer keeps of each token, which are `numbers` without FP8."""
+    num_bytes = float(numbers * width)
     if policy.fp8_format is None or shape.is_moe or policy.lora is not None:
         return num_bytes  # adapters multiply the same inputs, and not in FP8
     # Inputs of products are kept in FP8. Attention and norms keep their own in the model's type.
@@ -188,14 +193,14 @@ def _layer_bytes(policy: PolicyConfig, shape: ModelShape, width: int, device: De
 def _module_numbers(name: str, shape: ModelShape, device: Device) -> int:
     """Numbers of each token that a layer does not keep if it computes module `name` again."""
     hidden, mlp = shape.hidden_size, mlp_numbers(shape)
-    act = shape.num_experts_per_tok * shape.moe_intermediate_size
+    act = shape.experts.per_token * shape.experts.size
     # With experts the norm is a module of its own, and its output an input of the MLP.
     has_own_norm = shape.is_moe or device == "cpu"
     return {
         "mlp": mlp if shape.is_moe else hidden + mlp,
         "moe": mlp,
         "moe_act": act,
-        "shared_experts": 3 * shape.shared_expert_size,
+        "shared_experts": 3 * shape.experts.shared_size,
         "layernorm": hidden * (2 if device == "cpu" else int(has_own_norm)),
         "mla_up_proj": 2 * (2 * shape.num_heads * shape.head_dim + attention_output(shape)),
         # Fused attention keeps its output, which the next product keeps anyway.

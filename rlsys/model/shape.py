@@ -11,6 +11,7 @@ from typing import Any
 from rlsys.model.families import FAMILIES
 from rlsys.model.families.base import LayerShape, ModelFamily
 from rlsys.model.families.bridged import bridged_family
+from rlsys.model.families.experts import NO_EXPERTS, Experts
 from rlsys.model.families.latent import LatentAttention
 from rlsys.model.families.linear import LinearAttention
 from rlsys.model.folder import read_json
@@ -47,26 +48,8 @@ class ModelShape:
     """Layers behind the last one that predict further tokens: neither trained nor sampled with."""
     softmax_scale: float | None = None
     """What attention multiplies its scores by; None: 1 / sqrt(head_dim)."""
-    num_experts: int = 0
-    """In each layer with experts; 0 in dense models."""
-    num_experts_per_tok: int = 0
-    """Experts that a token goes through in each layer with experts."""
-    moe_intermediate_size: int = 0
-    """Intermediate size of one expert; `intermediate_size` is that of layers without experts."""
-    shared_expert_size: int = 0
-    """Intermediate size of the expert that all tokens go through, beside the chosen ones."""
-    has_shared_expert_gate: bool = False
-    """Whether a sigmoid for each token weighs the shared expert's output."""
-    norm_topk_prob: bool = False
-    """Whether the weights of a token's experts are normalised to a sum of 1."""
-    has_sigmoid_router: bool = False
-    """Whether experts are scored by a sigmoid, and chosen by score + a fixed bias for each, as in
-    DeepSeek-V3 (arXiv:2408.15664); else by softmax."""
-    routed_scaling_factor: float = 1.0
-    """What the weights of a token's experts are multiplied by."""
-    num_expert_groups: int = 1
-    """Groups of experts; a token chooses from the best `topk_group` groups only."""
-    topk_group: int = 1
+    experts: Experts = NO_EXPERTS
+    """Of the layers with experts."""
 
     @property
     def model_type(self) -> str:
@@ -76,7 +59,7 @@ class ModelShape:
     @property
     def is_moe(self) -> bool:
         """Whether any layer has experts."""
-        return self.num_experts > 0
+        return self.experts.number > 0
 
     @property
     def expert_layers(self) -> tuple[int, ...]:

@@ -40,6 +40,11 @@ def expert_problems(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
                 "out"
             )
         return
+    if shape.experts.groups > 1 and policy.megatron_kwargs.get("moe_router_fusion"):
+        yield Problem(
+            "policy.megatron_kwargs: moe_router_fusion chooses experts in a kernel whose groups of "
+            f"experts are not those of {shape.model_type} (n_group in config.json): leave it out"
+        )
     level = policy.moe_router_load_balancing_type
     if level != "aux_loss" and policy.moe_aux_loss_coeff == 0:
         yield Problem(

@@ -162,10 +162,10 @@ def _policy_layout(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
                 f"{setting}, but the model has no experts to share ({shape.model_type} is dense): "
                 "leave it out"
             )
-    elif shape.num_experts % ep:
+    elif shape.experts.number % ep:
         yield Problem(
-            f"{setting} does not divide the model's {shape.num_experts} experts: use "
-            f"{_divisors(shape.num_experts)}"
+            f"{setting} does not divide the model's {shape.experts.number} experts: use "
+            f"{_divisors(shape.experts.number)}"
         )
     elif ep == 1 and tp > 1:
         yield Problem(
@@ -208,10 +208,10 @@ def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     yield from _windows(config, config.reference.context_parallel_size, shape)
     tp = config.reference.tensor_parallel_size
     yield from _megatron_tensor_parallel("reference.tensor_parallel_size", tp, shape)
-    if shape.is_moe and shape.num_experts % tp:
+    if shape.is_moe and shape.experts.number % tp:
         yield Problem(
             f"reference.tensor_parallel_size = {tp}, over which experts are shared too, does "
-            f"not divide the model's {shape.num_experts} experts"
+            f"not divide the model's {shape.experts.number} experts"
         )
 
 
@@ -239,7 +239,7 @@ def _windows(config: RunConfig, context_parallel_size: int, shape: ModelShape) -
 def _rollout_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
     tp = config.rollout.tensor_parallel_size
     # vLLM replicates KV heads, and cuts each expert.
-    experts = {"experts' intermediate size": shape.moe_intermediate_size} if shape.is_moe else {}
+    experts = {"experts' intermediate size": shape.experts.size} if shape.is_moe else {}
     yield from _tensor_parallel("rollout.tensor_parallel_size", tp, shape, experts)
     kv_heads = shape.num_kv_heads
     if kv_heads % tp and tp % kv_heads:
@@ -297,8 +297,8 @@ def _tensor_parallel(
     sizes = {"attention heads": shape.num_heads, **more}
     if shape.has_dense_mlp:
         sizes["intermediate size"] = shape.intermediate_size
-    if shape.shared_expert_size:
-        sizes["shared expert's intermediate size"] = shape.shared_expert_size
+    if shape.experts.shared_size:
+        sizes["shared expert's intermediate size"] = shape.experts.shared_size
     if shape.linear is not None:
         sizes["key heads of linear attention"] = shape.linear.key_heads
     wrong = [f"{name} {size}" for name, size in sizes.items() if size % tp]

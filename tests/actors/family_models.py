@@ -16,6 +16,9 @@ EXPERTS = {
     "moe_intermediate_size": 32,
     "norm_topk_prob": True,
 }
+EXPERTS_ALWAYS_NORMALISED = {
+    key: value for key, value in EXPERTS.items() if key != "norm_topk_prob"
+}
 YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
@@ -117,6 +120,17 @@ LINEAR_ATTENTION = {
 }
 MODELS = {
     "deepseek_v2": ("DeepseekV2Config", DEEPSEEK_V2),
+    "deepseek_v2-groups": (
+        "DeepseekV2Config",
+        DEEPSEEK_V2
+        | {
+            "q_lora_rank": 48,
+            "n_group": 4,
+            "topk_group": 2,
+            "topk_method": "group_limited_greedy",
+            "routed_scaling_factor": 2.0,
+        },
+    ),
     "deepseek_v3": (
         "DeepseekV3Config",
         MOONLIGHT
@@ -182,6 +196,10 @@ MODELS = {
             | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
         },
     ),
+    "qwen3_5_moe_text": (
+        "Qwen3_5MoeTextConfig",
+        LINEAR_ATTENTION | EXPERTS_ALWAYS_NORMALISED | {"shared_expert_intermediate_size": 64},
+    ),
     "qwen3_next": (
         "Qwen3NextConfig",
         LINEAR_ATTENTION | EXPERTS | {"shared_expert_intermediate_size": 64},
@@ -220,6 +238,7 @@ MODELS = {
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 WITHOUT = {
     "deepseek_v2": {"routed_scaling_factor": 1.0},
+    "deepseek_v2-groups": {"n_group": 1, "topk_group": 1, "topk_method": "greedy"},
     "deepseek_v3": {"n_group": 1, "topk_group": 1},
     "deepseek_v3-moonlight": {"routed_scaling_factor": 1.0},
     "deepseek_v3-mscale": {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
@@ -242,20 +261,29 @@ WITHOUT = {
     "qwen3-window": {"use_sliding_window": False},
     "qwen3_moe-window": {"use_sliding_window": False},
     "qwen3_5_text": {"rope_parameters": PARTIAL},
+    "qwen3_5_moe_text": {"rope_parameters": PARTIAL},
     "qwen3_next": {"rope_parameters": PARTIAL},
     "smollm3": {"no_rope_layers": [1, 1]},
 }
 """Name -> options that switch a feature off which the model has."""
-NOT_TESTED: dict[tuple[str, str], str] = dict.fromkeys(
-    [("qwen3_5_text", "engine"), ("qwen3_next", "engine")],
-    "vLLM on CPU has linear attention in bfloat16 only",
-)
+NOT_TESTED: dict[tuple[str, str], str] = {
+    **dict.fromkeys(
+        [("qwen3_5_moe_text", "engine"), ("qwen3_5_text", "engine")],
+        "vLLM's file of this family needs torchvision, which the packages for CPU do not have, and "
+        "vLLM on CPU has linear attention in bfloat16 only",
+    ),
+    ("qwen3_next", "engine"): "vLLM on CPU has linear attention in bfloat16 only: its synced "
+    "engine equals a fresh one in that type",
+}
 """(model, "one rank", "TP 2", "PP 2" or "engine") that no test can run -> why."""
+IN_BFLOAT16 = ("qwen3_next",)
+"""Models whose synced engine is tested in bfloat16, against a fresh one."""
 GPU_RUN = "2026-11-30, two H200 with vLLM 0.26.0, megatron-core 0.19.2 and TE 2.20.2"
 """When the tests of GPUs were last run, and on what."""
 NOT_ON_GPUS: dict[str, str] = {
     "qwen3_next": "linear attention of vLLM 0.26 needs flashinfer, which the host of the tests "
     "does not have, so no engine was tested; weights and log-probs were",
+    "qwen3_5_moe_text": "not run there yet",
     "qwen3_5_text": "vLLM 0.26 has this family with images only, so no engine was tested; weights "
     "and log-probs were",
 }

@@ -22,7 +22,12 @@ GPU_GIB = 79.0
 """Memory that GPUs of 80 GB have for a process."""
 EARLIER = {"llama", "qwen2", "qwen3", "qwen3_moe"}
 """Families of the other examples."""
-RELATED = {"deepseek_v3": "deepseek_v2", "ministral": "mistral", "ministral3": "mistral"}
+RELATED = {
+    "deepseek_v3": "deepseek_v2",
+    "ministral": "mistral",
+    "ministral3": "mistral",
+    "qwen3_5_moe_text": "qwen3_next",
+}
 """Families without a config of their own -> the one whose config is a start for them."""
 
 

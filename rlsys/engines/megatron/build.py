@@ -26,6 +26,7 @@ from rlsys.config.pipeline_layout import parse_layout
 from rlsys.engines.megatron.latent import latent_options, set_norm_eps
 from rlsys.engines.megatron.options import megatron_config
 from rlsys.engines.megatron.rope import place_rotary
+from rlsys.engines.megatron.routing import choose_in_groups
 from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import policy_memory
 from rlsys.model.attention import attention_problem, window_problem
@@ -192,32 +193,23 @@ def _recompute_options(policy: PolicyConfig, *, is_moe: bool) -> dict[str, Any]:
 
 
 def _expert_options(shape: ModelShape, policy: PolicyConfig) -> dict[str, Any]:
-    """What config.json says of a mixture of experts."""
-    options: dict[str, Any] = {}
-    if shape.has_dense_mlp:
-        options["moe_layer_freq"] = [int(layer.has_experts) for layer in shape.layers]
-    if shape.shared_expert_size:
-        options["moe_shared_expert_intermediate_size"] = shape.shared_expert_size
-        options["moe_shared_expert_gate"] = shape.has_shared_expert_gate
-    if shape.has_sigmoid_router:
-        options |= {
-            "moe_router_score_function": "sigmoid",
-            # A bias for each expert, which balances them in pretraining: here it stays as it is.
-            "moe_router_enable_expert_bias": True,
-            "moe_router_bias_update_rate": 0.0,
-        }
-    if shape.routed_scaling_factor != 1.0:
-        options["moe_router_topk_scaling_factor"] = shape.routed_scaling_factor
-    if shape.num_expert_groups > 1:
-        options["moe_router_num_groups"] = shape.num_expert_groups
-        options["moe_router_group_topk"] = shape.topk_group
-    return options | {
-        "num_moe_experts": shape.num_experts,
-        "moe_router_topk": shape.num_experts_per_tok,
-        "moe_ffn_hidden_size": shape.moe_intermediate_size,
+    """What config.json says of a mixture of experts, but its groups."""
+    experts = shape.experts
+    return {
+        "num_moe_experts": experts.number,
+        "moe_layer_freq": [int(layer.has_experts) for layer in shape.layers],
+        "moe_ffn_hidden_size": experts.size,
+        "moe_shared_expert_intermediate_size": experts.shared_size or None,
+        "moe_shared_expert_gate": experts.has_shared_gate,
+        "moe_router_topk": experts.per_token,
+        "moe_router_score_function": "sigmoid" if experts.has_sigmoid_router else "softmax",
+        # A bias for each expert, which balances them in pretraining: here it stays as it is.
+        "moe_router_enable_expert_bias": experts.has_sigmoid_router,
+        "moe_router_bias_update_rate": 0.0,
         # transformers takes softmax over all experts, then the largest, then normalises if the
         # model says so. Normalised, that is the softmax over the largest logits alone.
-        "moe_router_pre_softmax": not shape.norm_topk_prob,
+        "moe_router_pre_softmax": not experts.normalised,
+        "moe_router_topk_scaling_factor": experts.scaling_factor,
         "moe_router_dtype": policy.moe_router_dtype or shape.family.router_dtype,
     }
 
@@ -287,6 +279,8 @@ def _build_chunk(
     place_rotary(model, hf, shape, longest=longest)
     if shape.latent is not None:
         set_norm_eps(model)
+    if shape.experts.groups > 1:
+        choose_in_groups(model, shape.experts)
     return model
 
 

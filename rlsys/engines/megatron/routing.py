@@ -35,6 +35,7 @@ from rlsys.algo.batching import PackedMicroBatch
 from rlsys.algo.experts import Groups, load_balancing_loss, load_metrics, z_loss
 from rlsys.algo.segments import Segments
 from rlsys.config import PolicyConfig
+from rlsys.model.families.experts import Experts
 from rlsys.types import TrainBatch
 
 STATISTICS = ("aux_loss", "z_loss", "routed", "changed_experts", "changed_tokens")
@@ -178,12 +179,49 @@ class ExpertRouting:
         return metrics
 
 
+class ChoiceInGroups:
+    """What megatron-core's router asks for the experts of each token where they are in groups.
+
+    A group is scored by its best experts: in DeepSeek-V2 (arXiv:2405.04434, section 2.1.2) by one,
+    in DeepSeek-V3 by two. megatron-core's own rule depends on the number of experts per token.
+    """
+
+    def __init__(self, experts: Experts):
+        self._experts = experts
+
+    def get_replay_topk(
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: int | None = None,
+        group_topk: int | None = None,
+        default_compute_topk: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[T, E] scores -> [T, K] scores and numbers of a token's experts, as in RouterReplay."""
+        experts = self._experts
+        grouped = scores.unflatten(1, (experts.groups, -1))
+        of_group = grouped.topk(experts.best_of_group, dim=-1).values.sum(-1)
+        best = of_group.topk(experts.chosen_groups, dim=-1).indices
+        is_best = torch.zeros_like(of_group, dtype=torch.bool).scatter_(1, best, True)
+        allowed = grouped.masked_fill(~is_best[:, :, None], -torch.inf).flatten(1)
+        own = default_compute_topk(allowed, topk)[1]
+        return scores.gather(1, own), own
+
+
+def choose_in_groups(model: torch.nn.Module, experts: Experts) -> None:
+    """Let the routers of a model choose from the best groups of its experts."""
+    for module in model.modules():
+        if isinstance(module, TopKRouter):
+            module.router_replay = ChoiceInGroups(experts)
+
+
 class _RoutedLayer:
     """The router of one layer, and what megatron-core's router asks in place of a RouterReplay."""
 
     def __init__(self, router: TopKRouter, owner: ExpertRouting, index: int):
         self._router, self._owner, self._index = router, owner, index
         self._route: Callable[[Tensor], tuple[Tensor, Tensor]] = router.routing
+        self._in_groups: ChoiceInGroups | None = router.router_replay
         router.routing, router.router_replay = self.routing, self
         self._waiting: deque[_Tokens] = deque()
         """Micro-batches whose second forward pass, before their backward pass, is still to come."""
@@ -225,9 +263,12 @@ class _RoutedLayer:
     ) -> tuple[Tensor, Tensor]:
         """[T, E] scores -> [T, K] scores and numbers of a token's experts, as in RouterReplay."""
         tokens = self._tokens
-        values, own = default_compute_topk(
-            scores, topk, num_groups=num_groups, group_topk=group_topk
-        )
+        if self._in_groups is None:
+            values, own = default_compute_topk(scores, topk)
+        else:
+            values, own = self._in_groups.get_replay_topk(
+                scores, topk, default_compute_topk=default_compute_topk
+            )
         if tokens.experts is None:
             return values, own
         replayed = tokens.experts[:, self._index].long()

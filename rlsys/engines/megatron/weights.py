@@ -46,7 +46,7 @@ class MegatronWeights:
         self._tp = parallel_state.get_tensor_model_parallel_group()
         self._pp = parallel_state.get_pipeline_model_parallel_group()
         self._ep = parallel_state.get_expert_model_parallel_group()
-        own_experts = shape.num_experts // self._ep.size() if shape.is_moe else 0
+        own_experts = shape.experts.number // self._ep.size() if shape.is_moe else 0
         named = _named_globally(chunks, first_expert=self._ep.rank() * own_experts)
         self._dtype = next(iter(named.values())).dtype
         self.device = next(iter(named.values())).device

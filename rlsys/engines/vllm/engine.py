@@ -260,7 +260,7 @@ class VLLMEngine:
                 sampled.routed_experts,
                 num_tokens=len(running.prompt.token_ids) + len(token_ids) - 1,
                 layers=self._shape.expert_layers,
-                num_experts=self._shape.num_experts,
+                num_experts=self._shape.experts.number,
             )
         return Completion(
             token_ids=token_ids,

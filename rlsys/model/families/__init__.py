@@ -15,6 +15,7 @@ from rlsys.model.families.qwen2 import QWEN2
 from rlsys.model.families.qwen2_moe import QWEN2_MOE
 from rlsys.model.families.qwen3 import QWEN3
 from rlsys.model.families.qwen3_5 import QWEN3_5
+from rlsys.model.families.qwen3_5_moe import QWEN3_5_MOE
 from rlsys.model.families.qwen3_moe import QWEN3_MOE
 from rlsys.model.families.qwen3_next import QWEN3_NEXT
 from rlsys.model.families.seed_oss import SEED_OSS
@@ -38,6 +39,7 @@ FAMILIES = {
         QWEN2_MOE,
         QWEN3,
         QWEN3_5,
+        QWEN3_5_MOE,
         QWEN3_MOE,
         QWEN3_NEXT,
         SEED_OSS,

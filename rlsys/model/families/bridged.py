@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlsys.config import RunConfig
 from rlsys.model.families.base import LayerShape, ModelFamily
-from rlsys.model.families.experts import experts_or_dense
+from rlsys.model.families.experts import Experts, experts_or_dense
 
 if TYPE_CHECKING:
     from rlsys.model.shape import ModelShape
@@ -61,8 +61,9 @@ def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
 
 
 def _own_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "num_experts": _first(values, _NUM_EXPERTS),
-        "num_experts_per_tok": _first(values, _PER_TOKEN),
-        "moe_intermediate_size": values.get("moe_intermediate_size") or values["intermediate_size"],
-    }
+    experts = Experts(
+        number=_first(values, _NUM_EXPERTS),
+        per_token=_first(values, _PER_TOKEN),
+        size=values.get("moe_intermediate_size") or values["intermediate_size"],
+    )
+    return {"experts": experts}

@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite: latent attention, and experts of softmax routers."""
+"""DeepSeek-V2 and V2-Lite: latent attention, and experts of softmax routers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,41 +9,43 @@ from rlsys.model.families.experts import (
     EXPERT_SIZES,
     GROUP_SIZES,
     dense_first,
-    expert_sizes,
     experts_or_dense,
-    scaling_factor,
+    grouped_experts,
 )
 from rlsys.model.families.latent import LATENT_KEYS, LATENT_SIZES, latent_attention, latent_sizes
 
+_METHODS = ("greedy", "group_limited_greedy")
+
 
 def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    if (values.get("n_group") or 1) > 1:
+    method, groups = values["topk_method"], values.get("n_group") or 1
+    if method not in _METHODS:
+        raise ValueError(f"topk_method = {method!r} is not supported: it may be {_METHODS}")
+    if (groups > 1) != (method == "group_limited_greedy"):
         raise ValueError(
-            f"n_group = {values['n_group']} is not supported in {values['model_type']}: it scores "
-            "a group by its best expert, and megatron-core by several"
+            f"topk_method = {method!r} with n_group = {groups} is not supported: transformers goes "
+            "by the first and vLLM by the second. Groups need 'group_limited_greedy'"
         )
-    return (
-        expert_sizes(values, values["n_routed_experts"])
-        | latent_sizes(values)
-        | {
-            "routed_scaling_factor": scaling_factor(values),
-            "shared_expert_size": values["n_shared_experts"] * values["moe_intermediate_size"],
-        }
-    )
+    return latent_sizes(values) | {"experts": grouped_experts(values, best_of_group=1)}
 
 
 DEEPSEEK_V2 = ModelFamily(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
     sizes=(*EXPERT_SIZES, *GROUP_SIZES, *LATENT_SIZES),
-    keys=(*BALANCING_KEYS, *LATENT_KEYS, "first_k_dense_replace", "routed_scaling_factor"),
+    keys=(
+        *BALANCING_KEYS,
+        *LATENT_KEYS,
+        "first_k_dense_replace",
+        "routed_scaling_factor",
+        "topk_method",
+    ),
     inert={
         "ep_size": (1,),
         "moe_layer_freq": (1,),
         # vLLM would normalise, transformers does not.
         "norm_topk_prob": (False,),
         "scoring_func": ("softmax",),
-        "topk_method": ("greedy",),
     },
     defaults={
         "first_k_dense_replace": 0,
@@ -54,6 +56,7 @@ DEEPSEEK_V2 = ModelFamily(
         "qk_nope_head_dim": 128,
         "qk_rope_head_dim": 64,
         "routed_scaling_factor": 1.0,
+        "topk_method": "greedy",
         "v_head_dim": 128,
     },
     router_dtype="fp32",

@@ -10,7 +10,7 @@ from rlsys.model.families.experts import (
     SIGMOID_KEYS,
     dense_first,
     experts_or_dense,
-    sigmoid_expert_sizes,
+    sigmoid_sizes,
 )
 from rlsys.model.families.latent import LATENT_KEYS, LATENT_SIZES, latent_attention, latent_sizes
 
@@ -26,7 +26,7 @@ def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
             )
     if values.get("rope_interleave", True) is not True:
         raise ValueError("rope_interleave = null is false to transformers: leave it out")
-    return sigmoid_expert_sizes(values) | latent_sizes(values)
+    return sigmoid_sizes(values) | latent_sizes(values)
 
 
 DEEPSEEK_V3 = ModelFamily(

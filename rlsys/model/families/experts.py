@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlsys.model.families.base import LayerShape, WeightRow, gated_mlp
@@ -33,6 +34,38 @@ SPARSE_KEYS = (
 """Keys of Qwen's mixtures, beside the sizes in `EXPERT_SIZES` and decoder_sparse_step."""
 
 
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of each layer that has some, and how tokens get to them."""
+
+    number: int = 0
+    """0 in dense models."""
+    per_token: int = 0
+    """Experts that a token goes through."""
+    size: int = 0
+    """Intermediate size of one expert."""
+    shared_size: int = 0
+    """Intermediate size of the expert that all tokens go through, beside the chosen ones."""
+    has_shared_gate: bool = False
+    """Whether a sigmoid for each token weighs the shared expert's output."""
+    normalised: bool = False
+    """Whether the weights of a token's experts are normalised to a sum of 1."""
+    has_sigmoid_router: bool = False
+    """Whether experts are scored by a sigmoid, and chosen by score + a fixed bias for each, as in
+    DeepSeek-V3 (arXiv:2408.15664); else by softmax."""
+    scaling_factor: float = 1.0
+    """What the weights of a token's experts are multiplied by."""
+    groups: int = 1
+    """Groups of experts; a token chooses from the best `chosen_groups` groups only."""
+    chosen_groups: int = 1
+    best_of_group: int = 1
+    """Experts of a group whose scores, summed, are the group's score."""
+
+
+NO_EXPERTS = Experts()
+"""Of a dense model."""
+
+
 def experts_or_dense(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
     """Rows of a layer's MLP in a model that may have layers of both kinds."""
     if not layer.has_experts:
@@ -41,11 +74,11 @@ def experts_or_dense(shape: ModelShape, layer: LayerShape) -> list[WeightRow]:
 
 
 def _router(shape: ModelShape) -> list[WeightRow]:
-    num_experts = shape.num_experts
+    num_experts = shape.experts.number
     rows = [
         WeightRow(("mlp.router.weight",), ("mlp.gate.weight",), ((num_experts, shape.hidden_size),))
     ]
-    if shape.has_sigmoid_router:
+    if shape.experts.has_sigmoid_router:
         rows.append(
             WeightRow(
                 ("mlp.router.expert_bias",),
@@ -59,7 +92,7 @@ def _router(shape: ModelShape) -> list[WeightRow]:
 
 def _experts(shape: ModelShape) -> list[WeightRow]:
     """linear_fc1 of every expert, then linear_fc2 of every expert."""
-    hidden, ffn = shape.hidden_size, shape.moe_intermediate_size
+    hidden, ffn = shape.hidden_size, shape.experts.size
     linears: dict[str, tuple[tuple[str, ...], tuple[int, int]]] = {
         "linear_fc1": (("gate_proj", "up_proj"), (ffn, hidden)),
         "linear_fc2": (("down_proj",), (hidden, ffn)),
@@ -75,13 +108,13 @@ def _experts(shape: ModelShape) -> list[WeightRow]:
             experts=f"mlp.experts.{linear}",
         )
         for linear, (hf_linears, hf_shape) in linears.items()
-        for expert in range(shape.num_experts)
+        for expert in range(shape.experts.number)
     ]
 
 
 def _shared_expert(shape: ModelShape) -> list[WeightRow]:
     """The expert of all tokens, cut by tensor parallelism as a dense MLP is."""
-    hidden, ffn, name = shape.hidden_size, shape.shared_expert_size, shape.family.shared_expert
+    hidden, ffn, name = shape.hidden_size, shape.experts.shared_size, shape.family.shared_expert
     if not ffn:
         return []
     rows = [
@@ -98,7 +131,7 @@ def _shared_expert(shape: ModelShape) -> list[WeightRow]:
             tp_axis=1,
         ),
     ]
-    if shape.has_shared_expert_gate:
+    if shape.experts.has_shared_gate:
         rows.append(
             WeightRow(
                 ("mlp.shared_experts.gate_weight",), (f"mlp.{name}_gate.weight",), ((1, hidden),)
@@ -107,83 +140,80 @@ def _shared_expert(shape: ModelShape) -> list[WeightRow]:
     return rows
 
 
-def expert_sizes(values: Mapping[str, Any], num_experts: int) -> dict[str, Any]:
-    """config.json -> the fields of its ModelShape that say what its experts are.
+def read_experts(values: Mapping[str, Any], number: int) -> Experts:
+    """config.json -> its experts, of which each layer has `number`, without shared ones.
 
     Raises:
         ValueError: the values contradict each other, or no router could be trained by them.
         KeyError: a key is missing.
     """
     per_token, normalised = values["num_experts_per_tok"], values.get("norm_topk_prob", False)
-    if not 0 < per_token <= num_experts:
-        raise ValueError(
-            f"num_experts_per_tok = {per_token} of {num_experts} experts is not possible"
-        )
+    if not 0 < per_token <= number:
+        raise ValueError(f"num_experts_per_tok = {per_token} of {number} experts is not possible")
     if per_token == 1 and normalised:
         raise ValueError(
             "norm_topk_prob with num_experts_per_tok = 1 makes every weight 1, so that the router "
             "would not be trained: it is not supported"
         )
-    return {
-        "num_experts": num_experts,
-        "num_experts_per_tok": per_token,
-        "moe_intermediate_size": values["moe_intermediate_size"],
-        "norm_topk_prob": normalised,
-    }
+    return Experts(number, per_token, values["moe_intermediate_size"], normalised=normalised)
 
 
-def sparse_expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`expert_sizes` of Qwen's mixtures; raises what that raises.
+def sparse_experts(values: Mapping[str, Any]) -> Experts:
+    """`read_experts` of Qwen's mixtures; raises what that raises.
 
     transformers 5 writes num_local_experts, transformers 4 and the models on the hub num_experts.
     """
-    return expert_sizes(values, values.get("num_local_experts") or values["num_experts"])
+    return read_experts(values, values.get("num_local_experts") or values["num_experts"])
 
 
-def gated_expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`sparse_expert_sizes` of a mixture with a shared expert behind a gate."""
-    return sparse_expert_sizes(values) | {
-        "shared_expert_size": values["shared_expert_intermediate_size"],
-        "has_shared_expert_gate": True,
-    }
+def gated_experts(values: Mapping[str, Any]) -> Experts:
+    """`sparse_experts` with a shared expert behind a gate."""
+    shared = values["shared_expert_intermediate_size"]
+    return replace(sparse_experts(values), shared_size=shared, has_shared_gate=True)
 
 
-def sigmoid_expert_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    """`expert_sizes` of DeepSeek-V3's mixture: sigmoid router, groups, shared experts.
+def grouped_experts(values: Mapping[str, Any], *, best_of_group: int) -> Experts:
+    """`read_experts` of DeepSeek's mixtures: groups, a factor, shared experts without a gate.
+
+    Raises:
+        ValueError: the values contradict each other.
+        KeyError: a key is missing.
+    """
+    number, per_token = values["n_routed_experts"], values["num_experts_per_tok"]
+    groups, chosen = values.get("n_group") or 1, values.get("topk_group") or 1
+    in_group = number // groups
+    if number % groups or chosen > groups or per_token > chosen * in_group:
+        raise ValueError(
+            f"n_group = {groups}, topk_group = {chosen} and num_experts_per_tok = {per_token} do "
+            f"not fit {number} experts"
+        )
+    return replace(
+        read_experts(values, number),
+        shared_size=values["n_shared_experts"] * values["moe_intermediate_size"],
+        scaling_factor=scaling_factor(values),
+        groups=groups,
+        chosen_groups=chosen,
+        best_of_group=best_of_group,
+    )
+
+
+def sigmoid_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json -> fields of the ModelShape of DeepSeek-V3, and of families with its router.
 
     Raises:
         ValueError: the values contradict each other, or megatron-core routes by other rules.
         KeyError: a key is missing.
     """
-    num_experts, per_token = values["n_routed_experts"], values["num_experts_per_tok"]
-    groups, chosen = values.get("n_group") or 1, values.get("topk_group") or 1
     mtp_layers = values.get("num_nextn_predict_layers") or 0
-    if not values["norm_topk_prob"] and per_token > 1:
+    if not values["norm_topk_prob"] and values["num_experts_per_tok"] > 1:
         raise ValueError(
             "norm_topk_prob = false is not supported in a router of sigmoids: megatron-core "
             "normalises the weights of a token's experts"
         )
     if type(mtp_layers) is not int or mtp_layers < 0:
         raise ValueError(f"num_nextn_predict_layers = {mtp_layers!r} should be a whole number")
-    if num_experts % groups or chosen > groups or per_token > chosen * (num_experts // groups):
-        raise ValueError(
-            f"n_group = {groups}, topk_group = {chosen} and num_experts_per_tok = {per_token} do "
-            f"not fit {num_experts} experts"
-        )
-    if groups > 1 and per_token // chosen != 2:
-        raise ValueError(
-            f"num_experts_per_tok = {per_token} with n_group = {groups} and topk_group = {chosen} "
-            "is not supported: a group of experts is scored by its best two, which megatron-core "
-            "does for two experts per chosen group"
-        )
-    return expert_sizes(values, num_experts) | {
-        "has_sigmoid_router": True,
-        "routed_scaling_factor": scaling_factor(values),
-        "num_expert_groups": groups,
-        "topk_group": chosen,
-        "shared_expert_size": values["n_shared_experts"] * values["moe_intermediate_size"],
-        "num_mtp_layers": mtp_layers,
-    }
+    experts = replace(grouped_experts(values, best_of_group=2), has_sigmoid_router=True)
+    return {"experts": experts, "num_mtp_layers": mtp_layers}
 
 
 def scaling_factor(values: Mapping[str, Any]) -> float:

@@ -10,12 +10,12 @@ from rlsys.model.families.experts import (
     SIGMOID_KEYS,
     dense_first,
     experts_or_dense,
-    sigmoid_expert_sizes,
+    sigmoid_sizes,
 )
 
 
 def _sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    return sigmoid_expert_sizes(values) | {
+    return sigmoid_sizes(values) | {
         "has_qkv_bias": values["attention_bias"],
         "has_qk_norm": values["use_qk_norm"],
     }

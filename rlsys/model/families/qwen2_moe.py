@@ -5,7 +5,7 @@ from rlsys.model.families.experts import (
     EXPERT_SIZES,
     SPARSE_KEYS,
     experts_or_dense,
-    gated_expert_sizes,
+    gated_experts,
     sparse_layers,
 )
 from rlsys.model.families.qwen2 import QKV_BIAS_KEYS
@@ -21,5 +21,5 @@ QWEN2_MOE = ModelFamily(
     layers=sparse_layers,
     mlp=experts_or_dense,
     shared_expert="shared_expert",
-    own_sizes=gated_expert_sizes,
+    own_sizes=lambda values: {"experts": gated_experts(values)},
 )

@@ -5,7 +5,7 @@ from rlsys.model.families.experts import (
     EXPERT_SIZES,
     SPARSE_KEYS,
     experts_or_dense,
-    sparse_expert_sizes,
+    sparse_experts,
     sparse_layers,
 )
 from rlsys.model.families.qwen2 import WINDOW_KEYS, window_of
@@ -21,5 +21,5 @@ QWEN3_MOE = ModelFamily(
     has_qk_norm=True,
     layers=lambda values: sparse_layers(values, window_of(values)),
     mlp=experts_or_dense,
-    own_sizes=sparse_expert_sizes,
+    own_sizes=lambda values: {"experts": sparse_experts(values)},
 )

@@ -11,7 +11,7 @@ from rlsys.model.families.experts import (
     EXPERT_SIZES,
     SPARSE_KEYS,
     experts_or_dense,
-    gated_expert_sizes,
+    gated_experts,
     sparse_layers,
 )
 from rlsys.model.families.linear import (
@@ -33,7 +33,7 @@ def _layers(values: Mapping[str, Any]) -> tuple[LayerShape, ...]:
 
 
 def _own_sizes(values: Mapping[str, Any]) -> dict[str, Any]:
-    return gated_expert_sizes(values) | {"linear": read_linear_attention(values)}
+    return {"experts": gated_experts(values), "linear": read_linear_attention(values)}
 
 
 QWEN3_NEXT = ModelFamily(

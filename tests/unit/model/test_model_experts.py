@@ -42,15 +42,13 @@ def test_a_config_that_transformers_writes_is_the_same_model(tmp_path, name):
         ("GLM-4.5-Air", {"n_group": 3}, "do not fit 128 experts"),
         ("GLM-4.5-Air", {"topk_group": 2}, "do not fit 128 experts"),
         ("GLM-4.5-Air", {"partial_rotary_factor": 1.5}, "partial_rotary_factor = 1.5"),
-        # megatron-core would score a group by its best four experts, transformers by two.
-        ("DeepSeek-V3", {"topk_group": 2}, "topk_group = 2 is not supported"),
         # transformers takes sigmoids whatever these say, vLLM obeys them.
         ("DeepSeek-V3", {"scoring_func": "softmax"}, "scoring_func = 'softmax'"),
         ("DeepSeek-V3", {"scoring_func": None}, "scoring_func = None"),
         ("DeepSeek-V3", {"topk_method": "greedy"}, "topk_method = 'greedy'"),
         ("DeepSeek-V3", {"topk_method": None}, "topk_method = None"),
         ("DeepSeek-V2-Lite", {"topk_method": "group_limited_greedy"}, "'group_limited_greedy'"),
-        ("DeepSeek-V2-Lite", {"n_group": 8}, "n_group = 8 is not supported"),
+        ("DeepSeek-V2-Lite", {"n_group": 8}, "'greedy' with n_group = 8 is not supported"),
         ("DeepSeek-V2-Lite", {"norm_topk_prob": True}, "norm_topk_prob = True"),
         ("DeepSeek-V3", {"num_key_value_heads": 8}, "num_key_value_heads = 8"),
         ("DeepSeek-V3", {"qk_rope_head_dim": 63}, "qk_rope_head_dim = 63"),

@@ -6,9 +6,11 @@ import pytest
 import torch
 import transformers
 from config_cases import MODEL_SIZES, config_of_paths, write_model
+from safetensors.torch import save_file
 
 from rlsys.model.families.base import WeightRow
 from rlsys.model.folder_check import folder_problems
+from rlsys.model.layer_memory import layer_numbers, mean_layer_numbers
 from rlsys.model.memory import estimate_memory, kv_block_tokens, kv_cache_bytes
 from rlsys.model.shape import read_model_shape
 
@@ -136,3 +138,43 @@ def test_a_linear_layer_keeps_a_state_of_constant_size(tmp_path):
     # One more block in each group of layers as large as those with keys: linear ones add none.
     assert more - short == 10 * tokens * 2 * heads * dim * 2
     assert f"3 linear layers x {state * 2:,} bytes, a state of constant size" in text
+
+
+def test_experts_in_one_tensor_are_refused_with_the_code_that_writes_each(tmp_path):
+    """Published Qwen3.5 mixtures are so, and what transformers saves of them."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    sizes |= LINEAR | {"shared_expert_intermediate_size": 64, "num_hidden_layers": 2}
+    del sizes["partial_rotary_factor"]
+    config = transformers.Qwen3_5MoeTextConfig(
+        vocab_size=64, hidden_size=32, num_attention_heads=2, num_key_value_heads=1, **sizes
+    )
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(tmp_path / "each")
+    assert list(folder_problems(tmp_path / "each", read_model_shape(tmp_path / "each"))) == []
+    made.config.save_pretrained(tmp_path / "one")
+    save_file(
+        {name: tensor.clone() for name, tensor in made.state_dict().items()},
+        tmp_path / "one" / "model.safetensors",
+        {"format": "pt"},
+    )
+    shape = read_model_shape(tmp_path / "each")
+    (problem,) = folder_problems(tmp_path / "one", shape)
+    assert "new.load_state_dict(old.state_dict())" in str(problem)
+
+    old = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "one")
+    new = transformers.AutoModelForCausalLM.from_config(old.config, dtype=old.dtype)
+    new.load_state_dict(old.state_dict())
+    new.save_pretrained(tmp_path / "new")
+    assert list(folder_problems(tmp_path / "new", shape)) == []
+
+
+def test_each_layer_keeps_what_its_kind_does(tmp_path):
+    def shape(name, kinds):
+        return read_model_shape(hybrid(tmp_path / name, "qwen3_5_text", layer_types=kinds))
+
+    linear, full = "linear_attention", "full_attention"
+    only = {kind: mean_layer_numbers(shape(kind, [kind] * 4), "cuda") for kind in (linear, full)}
+    assert only[linear] != only[full]
+    mixed = shape("mixed", [linear, linear, linear, full])
+    assert mean_layer_numbers(mixed, "cuda") == (3 * only[linear] + only[full]) // 4
+    assert layer_numbers(mixed, "cuda") == max(only.values())

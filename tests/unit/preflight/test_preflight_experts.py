@@ -97,3 +97,11 @@ def test_replay_needs_a_prefix_cache(tmp_path, name, device):
     found = [problem.text for problem in replay_problems(config, shape)]
     refused = [text for text in found if f"none for the attention of {shape.model_type}" in text]
     assert len(refused) == (device == "cpu")
+
+
+def test_a_fused_router_has_other_groups_of_experts(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["DeepSeek-V2"]))
+    policy = {"megatron_kwargs": {"moe_router_fusion": True}}
+    config = Config.model_validate(values(policy=policy))
+    (problem,) = expert_problems(config, read_model_shape(tmp_path))
+    assert "groups of experts are not those of deepseek_v2" in problem.text

@@ -117,7 +117,7 @@ def test_the_estimate_of_a_bridged_model_counts_its_experts(tmp_path):
     config = BRIDGED | experts | {"first_k_dense_replace": 1}
     shape = read_model_shape(write_model(tmp_path, **config), may_bridge=True)
     assert [layer.has_experts for layer in shape.layers] == [False, True, True, True]
-    assert shape.num_experts_per_tok == 2
+    assert shape.experts.per_token == 2
     _, of_experts = shape.layer_params(shape.layers)
     assert of_experts == 3 * 8 * 3 * shape.hidden_size * 96
 
