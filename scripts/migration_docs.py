@@ -35,6 +35,10 @@ Commands beside training, see [eval.md](eval.md). MODEL may be a run:
 | `swift deploy`, `vllm serve` | `rlsys infer MODEL --serve` |
 | `swift eval`, `main_eval`, `trainer.val_only` (verl) | `rlsys eval MODEL CONFIG` |
 
+A whole command of ms-swift can be pasted behind `rlsys export`, `infer` and `eval` too, such as
+`rlsys export swift export --model DIR --to_mcore true`: nothing runs, and the answer says for each
+option what to write here.
+
 `python scripts/migration_docs.py` writes this page from `rlsys/config/names_elsewhere.txt`.
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.commands.merged_model import with_merged_adapter
+from rlsys.config.dataset_spec import parse_spec
 from rlsys.config.yaml_text import load_yaml
 from rlsys.engines.vllm.serving import (
     EngineOptions,
@@ -119,6 +120,8 @@ def _check_options(args: argparse.Namespace, sampling: dict[str, Any]) -> None:
         raise ValueError("--serve and --prompts are two different things: leave one out")
     if (args.prompts is None) != (args.out is None):
         raise ValueError("--prompts FILE and --out FILE belong together: give both")
+    if args.prompts is not None:
+        _check_file(args.prompts)
     for name in ("max_model_len", "tensor_parallel_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -135,6 +138,20 @@ def _check_options(args: argparse.Namespace, sampling: dict[str, Any]) -> None:
             f"{', '.join(asked)}: clients of --serve say this in their requests. Defaults come "
             "from generation_config.json; `--vllm_args --override-generation-config JSON` "
             "replaces them"
+        )
+
+
+def _check_file(prompts: str) -> None:
+    """Refuse a file that is not there, before a model is looked for and a hub is asked.
+
+    Raises:
+        ValueError: it is neither here nor OWNER/NAME, or marked as a hub's.
+    """
+    spec = parse_spec(prompts)
+    of_hub = spec.from_hub or ("/" in spec.name and not spec.is_local)
+    if not of_hub and not spec.path.exists():
+        raise ValueError(
+            f"--prompts {prompts}: there is no such file. A dataset of a hub is OWNER/NAME"
         )
 
 

@@ -29,6 +29,9 @@ from rlsys.run.model_source import ModelSource
         ("--top_p 0", "--top_p 0 should be above 0 and at most 1"),
         ("--max_model_len 0", "--max_model_len 0 should be at least 1"),
         ("--max_tokens 0", "--max_tokens 0 should be at least 1"),
+        # Before the model, and before a hub is asked.
+        ("--prompts nofile --out b", "--prompts nofile: there is no such file"),
+        ("--prompts a/b.jsonl#5 --out b", "--prompts a/b.jsonl#5: there is no such file"),
         ("", "there is no folder ./nowhere on this machine"),
     ],
 )

@@ -25,6 +25,14 @@ MCORE = "export swift export --model m --to_mcore true --output_dir o --adapters
         ("export m --to hf o --max_shard_sise 1GB", ["Did you mean --max_shard_size?"]),
         ("export m --to hf o --quant_bits 4", ["quantised weights are not written"]),
         ("infer m --max_new_tokens 3 --stream true", ["write --max_tokens", "always streams"]),
+        (
+            "infer swift infer --model m --stream true --val_dataset d",
+            ["swift infer: leave it out", "as MODEL_OR_RUN", "write --prompts FILE --out FILE"],
+        ),
+        (
+            "eval swift eval --model m --eval_limit 5",
+            ["swift eval: leave it out", "as MODEL_OR_RUN", "write --data.max_eval_prompts"],
+        ),
         ("infer m --nonsense 3", ["--nonsense: there is no such option\n`rlsys infer --help`"]),
         ("infer --val_dataset d m", ["write --prompts FILE --out FILE"]),
         ("eval --model m --eval_dataset gsm8k", ["as MODEL_OR_RUN", "set --data.val_dataset"]),
