@@ -6,7 +6,7 @@ the hub, or a folder of another host, is only seen there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT, weight_table
@@ -136,19 +136,8 @@ def _table_problems(
         for row in weight_table(shape)
         for name, hf_shape in zip(row.hf_names, row.hf_shapes, strict=True)
     }
-    quantized = quantized_as(stored.keys() - expected.keys())
-    if quantized is not None:
-        yield f"{folder}: {quantized_problem(quantized)}"
-        return
-    fused = [name for name in stored if name.endswith(".mlp.experts.gate_up_proj")]
-    if fused and shape.is_moe:
-        yield (
-            f"{folder} holds all experts of a layer in one tensor ({some(fused)}), and rlsys reads "
-            "one for each: write them so with transformers (`old = AutoModelForCausalLM."
-            "from_pretrained(FOLDER); new = AutoModelForCausalLM.from_config(old.config, "
-            "dtype=old.dtype); new.load_state_dict(old.state_dict()); new.save_pretrained(NEW)`), "
-            "and copy the tokenizer"
-        )
+    if other_form := _other_form(stored.keys() - expected.keys(), shape):
+        yield f"{folder}: {other_form}"
         return
     found = {name: tensor for name, tensor in stored.items() if name in expected}
     missing = [name for name in expected if name not in stored]
@@ -193,6 +182,22 @@ def _table_problems(
                 "tie_word_embeddings = true, by which the output head is the embedding: set it to "
                 f"false if the model was trained with a head of its own, else remove {HF_OUTPUT}"
             )
+
+
+def _other_form(unknown: Collection[str], shape: ModelShape) -> str | None:
+    """What the weights are where a family's names are not to be expected, and what to do."""
+    quantized = quantized_as(unknown)
+    if quantized is not None:
+        return quantized_problem(quantized)
+    fused = sorted(name for name in unknown if name.endswith(".mlp.experts.gate_up_proj"))
+    if not fused or not shape.is_moe:
+        return None
+    return (
+        f"all experts of a layer are one tensor ({some(fused)}), and rlsys reads one for each: "
+        "write them so with transformers (`old = AutoModelForCausalLM.from_pretrained(FOLDER); "
+        "new = AutoModelForCausalLM.from_config(old.config, dtype=old.dtype); "
+        "new.load_state_dict(old.state_dict()); new.save_pretrained(NEW)`), and copy the tokenizer"
+    )
 
 
 def _shape_problems(
