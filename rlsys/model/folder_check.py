@@ -6,7 +6,7 @@ the hub, or a folder of another host, is only seen there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT, weight_table
