@@ -35,7 +35,7 @@ from rlsys.model.lora import plan_lora
 from rlsys.model.shape import read_model_shape
 from rlsys.model.weight_files import DATA_FILE, ROLLOUTS_FILE
 from rlsys.plugins.load import load_plugins
-from rlsys.preflight.memory import memory_warnings
+from rlsys.preflight.memory import memory_warnings, sft_memory_warnings
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.tracking import Tracker
 from rlsys.types import Device, Sample
@@ -212,6 +212,8 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
     device = choose_device(config)
     placement = Placement(config, device=device)
     print(f"starting on {device}: policy {config.policy.world_size}", flush=True)
+    for warning in sft_memory_warnings(config, device):
+        print(f"note: this may not fit: {warning}", flush=True)
     with StartReport() as report:
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
         report.waiting_for(policy.actors)

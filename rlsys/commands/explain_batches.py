@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from rlsys.config import Config
+from rlsys.config import Config, RunConfig
 from rlsys.model.policy_memory import micro_batch_tokens
 from rlsys.preflight.data import count_rows
 from rlsys.text import counted
@@ -16,13 +16,6 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
     rollout, policy = config.rollout, config.policy
     completions, steps = rollout.generation_batch_size, config.optimizer_steps_per_update
     prompts, per_step = config.num_prompts, config.global_batch_size
-    per_rank = per_step // config.data_parallel_size
-    if policy.max_tokens_per_micro_batch is None:
-        size = min(policy.micro_batch_size, per_rank)
-        count = math.ceil(per_rank / size)
-        micro = f"{count} of {'up to ' if per_rank % size else ''}{counted(size, 'completion')}, "
-    else:
-        micro = "as many completions as fit, "
     return [
         (
             "prompts per step (P)",
@@ -46,13 +39,8 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
             f"{per_step} = policy.global_batch_size"
             + (" (generation_batch_size)" if policy.global_batch_size is None else ""),
         ),
-        (
-            "  of these, a rank has",
-            f"{per_rank} = {per_step} / {config.data_parallel_size} data-parallel ranks "
-            f"(world_size {policy.world_size} / (TP {policy.tensor_parallel_size} x PP "
-            f"{policy.pipeline_parallel_size} x CP {policy.context_parallel_size}))",
-        ),
-        ("  in micro-batches", f"{micro}at most {micro_batch_tokens(config):,} tokens each"),
+        ("  of these, a rank has", per_rank(config)),
+        ("  in micro-batches", micro_batches(config, "completion")),
         (
             "tokens a row, at most",
             f"{config.longest_row:,} = max_prompt_length {config.data.max_prompt_length:,} + "
@@ -67,35 +55,74 @@ def batch_arithmetic(config: Config) -> list[tuple[str, str]]:
     ]
 
 
+def per_rank(config: RunConfig) -> str:
+    """Rows of an optimizer step that one data-parallel rank has."""
+    policy, per_step, ranks = config.policy, config.global_batch_size, config.data_parallel_size
+    return (
+        f"{per_step // ranks} = {per_step} / {ranks} data-parallel ranks (world_size "
+        f"{policy.world_size} / (TP {policy.tensor_parallel_size} x PP "
+        f"{policy.pipeline_parallel_size} x CP {policy.context_parallel_size}))"
+    )
+
+
+def micro_batches(config: RunConfig, noun: str) -> str:
+    """How the rows of a rank, each called `noun`, are cut into forward passes."""
+    rows = config.global_batch_size // config.data_parallel_size
+    if config.policy.max_tokens_per_micro_batch is None:
+        size = min(config.policy.micro_batch_size, rows)
+        count = math.ceil(rows / size)
+        micro = f"{count} of {'up to ' if rows % size else ''}{counted(size, noun)}"
+    else:
+        micro = f"as many {noun}s as fit"
+    return f"{micro}, at most {micro_batch_tokens(config):,} tokens each"
+
+
+def steps_of_epochs_text(
+    config: RunConfig, rows: int | None, per_step: str, uncounted: str | None = None
+) -> str:
+    """num_train_epochs in steps, and whether max_steps wins.
+
+    Args:
+        config: with num_train_epochs.
+        rows: that are trained on; None where they are not counted yet.
+        per_step: what is left out, and the rows of a step.
+        uncounted: what the rows are called where they are not counted.
+    """
+    num_rows = (uncounted or "rows, not counted yet") if rows is None else counted(rows, "row")
+    by_epochs = None if rows is None else config.steps_of_epochs(rows)
+    result = "" if by_epochs is None else f" = {counted(by_epochs, 'step')}"
+    goes_first = "" if config.max_steps is None else f"; max_steps {config.max_steps} wins"
+    return f"{config.num_train_epochs:g} x {num_rows}{per_step}{result}{goes_first}"
+
+
+def optimizer_steps_text(config: RunConfig, num_steps: int) -> str:
+    """Optimizer steps of the run, and those that warm up."""
+    optimizer_steps = num_steps * config.optimizer_steps_per_update
+    warmup = math.ceil(config.policy.warmup_ratio * optimizer_steps)
+    return f"{counted(optimizer_steps, 'optimizer step')} ({warmup:,} of them warm-up)"
+
+
 def _run_length(config: Config) -> Iterator[tuple[str, str]]:
     """Steps and epochs of the run, which may depend on the number of rows."""
     rows = count_rows(config.data)
     prompts = config.num_prompts
     by_epochs = None if rows is None else config.steps_of_epochs(rows)
     if config.num_train_epochs is not None:
-        num_rows = "rows, not counted yet" if rows is None else counted(rows, "row")
-        result = "" if by_epochs is None else f" = {counted(by_epochs, 'step')}"
-        goes_first = "" if config.max_steps is None else f"; max_steps {config.max_steps} wins"
-        yield (
-            "num_train_epochs",
-            f"{config.num_train_epochs:g} x {num_rows} (less those over max_prompt_length) / P "
-            f"{prompts}{result}{goes_first}",
-        )
+        left_out = f" (less those over max_prompt_length) / P {prompts}"
+        yield "num_train_epochs", steps_of_epochs_text(config, rows, left_out)
     num_steps = config.max_steps or by_epochs
     if num_steps is None:
         yield "the whole run", "known when the rows are counted, at the start of the run"
         return
-    optimizer_steps = num_steps * config.optimizer_steps_per_update
-    warmup = math.ceil(config.policy.warmup_ratio * optimizer_steps)
     drawn = num_steps * prompts
     yield (
         "the whole run",
         f"{counted(num_steps, 'step')}: {counted(drawn, 'prompt')}, "
         f"{counted(num_steps * config.rollout.generation_batch_size, 'completion')}, "
-        f"{counted(optimizer_steps, 'optimizer step')} ({warmup:,} of them warm-up)",
+        f"{optimizer_steps_text(config, num_steps)}",
     )
     if config.eval_steps is not None:
-        yield "evaluations", _evaluations(config.eval_steps, num_steps)
+        yield "evaluations", evaluations_text(config.eval_steps, num_steps)
         n, limit = config.eval.num_generations, config.data.max_eval_prompts
         if n > 1:
             each = f"{counted(n, 'completion')} of each held-out prompt, {limit:,} prompts at most"
@@ -107,7 +134,8 @@ def _run_length(config: Config) -> Iterator[tuple[str, str]]:
     yield "epochs", epochs
 
 
-def _evaluations(every: int, num_steps: int) -> str:
+def evaluations_text(every: int, num_steps: int) -> str:
+    """How many evaluations a run has, and when."""
     number = num_steps // every
     if number:
         after = f"after every {every:,} of {num_steps:,} steps"

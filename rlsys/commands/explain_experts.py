@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rlsys.model.families.experts import BALANCING_KEYS
 
 if TYPE_CHECKING:
-    from rlsys.config import Config, PolicyConfig
+    from rlsys.config import Config, PolicyConfig, RunConfig
     from rlsys.model.shape import ModelShape
 
 _UNUSED_KEYS = (*BALANCING_KEYS, "aux_loss_alpha", "seq_aux")
@@ -16,9 +16,9 @@ _UNUSED_KEYS = (*BALANCING_KEYS, "aux_loss_alpha", "seq_aux")
 
 
 def describe_experts(
-    config: Config, shape: ModelShape, model_config: Mapping[str, Any]
+    config: RunConfig, shape: ModelShape, model_config: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    """(part, description): what routers choose from, learn, replay; [] for a dense model.
+    """(part, description): what routers choose from and learn; [] for a dense model.
 
     Args:
         config: the run's config.
@@ -37,7 +37,6 @@ def describe_experts(
             f"{shape.num_layers} layers; router logits in {logits}",
         ),
         ("router's losses", _losses(config.policy)),
-        ("replay", _replay(config, shape)),
     ]
     unused = [f"{key} = {model_config[key]}" for key in _UNUSED_KEYS if key in model_config]
     if unused:
@@ -56,6 +55,11 @@ def _losses(policy: PolicyConfig) -> str:
     if policy.moe_z_loss_coeff > 0:
         parts.append(f"{policy.moe_z_loss_coeff:g} x z loss")
     return " + ".join(parts) or "none: nothing balances the experts"
+
+
+def describe_replay(config: Config, shape: ModelShape) -> list[tuple[str, str]]:
+    """(part, description): whose choices of experts the policy takes, and what they weigh."""
+    return [("replay", _replay(config, shape))]
 
 
 def _replay(config: Config, shape: ModelShape) -> str:

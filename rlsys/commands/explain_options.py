@@ -72,12 +72,20 @@ def describe_passed_through(config: Config) -> list[tuple[str, str]]:
             text += "; warning: the engine then samples from other numbers than the policy's, see "
             text += "sampling/logp_difference and grpo.rollout_is"
         pairs.append((f"{name} = {show_value(value)}", text))
+    return pairs + describe_megatron_kwargs(config.policy, config.has_reference_model)
+
+
+def describe_megatron_kwargs(
+    policy: PolicyConfig, has_reference: bool = False
+) -> list[tuple[str, str]]:
+    """(name = value, where it goes) for each option that megatron-core gets."""
+    pairs = []
     package, sources = MEGATRON
-    for name, value in config.policy.megatron_kwargs.items():
+    for name, value in policy.megatron_kwargs.items():
         classes = [c for file, c in sources if name in (options_of(package, ((file, c),)) or {})]
         owners = " and ".join(classes) or "not known here, see the problems below"
         both = {"TransformerConfig", "ModelParallelConfig"} & set(classes)
-        of_reference = ", of policy and reference" if both and config.has_reference_model else ""
+        of_reference = ", of policy and reference" if both and has_reference else ""
         pairs.append(
             (f"{name} = {show_value(value)}", f"{owners}{of_reference} (policy.megatron_kwargs)")
         )

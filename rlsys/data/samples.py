@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 Objective = Literal["sft", "pretrain"]
 
 
+def long_rows(config: SftDataConfig, objective: Objective) -> str:
+    """data.truncation_strategy, decided."""
+    if config.truncation_strategy != "auto":
+        return config.truncation_strategy
+    return "split" if objective == "pretrain" else "delete"
+
+
 @dataclass(frozen=True, slots=True)
 class SampleRules:
     """What is trained on in each row."""
@@ -66,9 +73,7 @@ class SampleSource(Source[Sample]):
     @property
     def _long(self) -> str:
         """What happens to rows over data.max_length."""
-        if self.config.truncation_strategy != "auto":
-            return self.config.truncation_strategy
-        return "split" if self.rules.objective == "pretrain" else "delete"
+        return long_rows(self.config, self.rules.objective)
 
     def read(self, row: Row) -> None:
         """Read the conversation and its targets, or the text."""

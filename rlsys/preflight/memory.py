@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from rlsys.config import Config
+from rlsys.config import Config, RunConfig, SftConfig
 from rlsys.model.folder import find_model_folder
-from rlsys.model.memory import MemoryEstimate, estimate_memory
+from rlsys.model.memory import MemoryEstimate, estimate_memory, estimate_policy
 from rlsys.model.shape import read_model_shape
 from rlsys.preflight.devices import gpu_memory_gib
 from rlsys.types import Device
@@ -15,7 +15,7 @@ from rlsys.types import Device
 
 def memory_warnings(config: Config, device: Device) -> list[str]:
     """`gpu_warnings` for the GPUs of this machine; a running cluster's are unknown here."""
-    gpu_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
+    gpu_gib = _known_gpu_gib(device)
     if gpu_gib is None:
         return []
     reference_path = config.reference_path if config.has_reference_model else config.model.path
@@ -25,6 +25,27 @@ def memory_warnings(config: Config, device: Device) -> list[str]:
     )
     estimate = estimate_memory(config, policy, reference, device=device)
     return gpu_warnings(config, estimate, gpu_gib)
+
+
+def sft_memory_warnings(config: SftConfig, device: Device) -> list[str]:
+    """`memory_warnings` of supervised training."""
+    gpu_gib = _known_gpu_gib(device)
+    if gpu_gib is None:
+        return []
+    shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+    return sft_gpu_warnings(config, [estimate_policy(config, shape, device=device)], gpu_gib)
+
+
+def _known_gpu_gib(device: Device) -> float | None:
+    return gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
+
+
+def sft_gpu_warnings(
+    config: SftConfig, estimates: Sequence[MemoryEstimate], gpu_gib: float
+) -> list[str]:
+    """`gpu_warnings` of supervised training, whose only model is the policy's."""
+    [policy] = estimates
+    return list(_policy_needs(config, policy.total_gib, gpu_gib))
 
 
 def gpu_warnings(config: Config, estimates: Sequence[MemoryEstimate], gpu_gib: float) -> list[str]:
@@ -59,10 +80,16 @@ def _policy_warning(
     if reward_model is not None and config.reward.reward_model_placement == "policy":
         kept += reward_model.total_gib * -(-len(config.reward.models) // config.policy.world_size)
         sharers.append("reward models")
-    if kept + at_work > gpu_gib:
-        shared = f", shared with {' and '.join(sharers)}," if sharers else ""
+    shared = f", shared with {' and '.join(sharers)}," if sharers else ""
+    yield from _policy_needs(config, kept + at_work, gpu_gib, shared)
+
+
+def _policy_needs(
+    config: RunConfig, needed: float, gpu_gib: float, shared: str = ""
+) -> Iterator[str]:
+    if needed > gpu_gib:
         yield (
-            f"a GPU of the policy{shared} needs about {kept + at_work:.1f} GiB and has "
+            f"a GPU of the policy{shared} needs about {needed:.1f} GiB and has "
             f"{gpu_gib:.1f}: raise policy.tensor_parallel_size or policy.pipeline_parallel_size"
             + (", or policy.world_size" if config.policy.use_distributed_optimizer else "")
             + ", lower policy.max_tokens_per_micro_batch or policy.micro_batch_size, or set "

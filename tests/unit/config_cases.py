@@ -77,6 +77,25 @@ def write_config(folder: Path, **sections: Any) -> Path:
     return path
 
 
+def write_sft_run(folder: Path, *, model: dict[str, Any] | None = None, **sections: Any) -> Path:
+    """`write_run` for supervised training; `model` has sizes of the model."""
+    write_model(folder / "model", **(model or {}))
+    turns = [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "content": "2"}]
+    (folder / "train.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    values = {
+        "output_dir": str(folder / "run"),
+        "max_steps": 10,
+        "data": {"dataset": [str(folder / "train.jsonl")], "max_length": 64},
+        "model": {"path": str(folder / "model")},
+        "policy": {"global_batch_size": 4},
+    }
+    for name, fields in sections.items():
+        values[name] = {**values.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    path = folder / "sft.yaml"
+    path.write_text(dump_yaml({key: value for key, value in values.items() if value is not None}))
+    return path
+
+
 def write_model(folder: Path, **sizes: Any) -> Path:
     """A model folder as preflight reads it: weights are names, shapes and zeros."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ import json
 
 from config_cases import EXPERTS, values, write_model
 
-from rlsys.commands.explain_experts import describe_experts
+from rlsys.commands.explain_experts import describe_experts, describe_replay
 from rlsys.config import Config
 from rlsys.model.shape import read_model_shape
 
@@ -14,7 +14,9 @@ def described(folder, *, sizes=EXPERTS, **sections):
     write_model(folder / "model", **sizes)
     model_config = json.loads((folder / "model/config.json").read_text())
     config = Config.model_validate(values(**sections))
-    return dict(describe_experts(config, read_model_shape(folder / "model"), model_config))
+    shape = read_model_shape(folder / "model")
+    experts = describe_experts(config, shape, model_config)
+    return dict(experts + describe_replay(config, shape) if experts else experts)
 
 
 def test_a_dense_model_has_no_such_section(tmp_path):
