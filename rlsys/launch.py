@@ -98,7 +98,8 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
             system.policy.save_model(run_dir.final)
             if nothing_learned is not None:
                 print(f"warning: {nothing_learned}", flush=True)
-            print(f"the trained model is in {run_dir.final}", flush=True)
+            kind = "model" if config.policy.lora is None else "adapter, a PEFT folder,"
+            print(f"the trained {kind} is in {run_dir.final}", flush=True)
 
 
 def prepare_folder(config: RunConfig, run_dir: RunDir) -> int | None:

@@ -41,7 +41,8 @@ def refuse_other_kind(folder: Path) -> None:
         base = read_json(folder / CONFIG_FILE).get("base_model_name_or_path")
         raise ValueError(
             f"{folder} is a LoRA adapter{f' of {base}' if base else ''}, not a model: merge it "
-            f"with `rlsys export {folder} --merge --to hf NEW`, and name NEW"
+            f"with `rlsys export {folder} --merge --to hf NEW`, and name NEW. To go on training "
+            "it, name its base here, and the adapter as policy.lora.path"
         )
     if (folder / TRACKER).is_file() and not any(folder.glob("*.safetensors")):
         raise ValueError(

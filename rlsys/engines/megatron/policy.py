@@ -25,6 +25,7 @@ from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.update_metrics import MetricSums, combine_optimizer_steps
 from rlsys.algo.weighting import choose_tokens, loss_weights
 from rlsys.config import GrpoConfig, RunConfig
+from rlsys.config.dataset_spec import split_hub
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import (
     check_checkpoint,
@@ -337,8 +338,15 @@ class MegatronPolicy(MegatronModel):
             return
         is_first = dist.get_rank() == 0
         with replacing_folder(folder) if is_first else nullcontext(folder) as partial:
-            self.adapters.write_files(partial, self.config.model.path)
+            self.adapters.write_files(partial, self._base_name)
         dist.barrier()
+
+    @property
+    def _base_name(self) -> str:
+        """The base model as adapter_config.json names it: a hub id, or an absolute path."""
+        hub, name = split_hub(self.config.model.path)
+        is_here = hub == "modelscope" or Path(self.config.model.path).is_dir()
+        return str(self.folder.resolve()) if is_here else name
 
     def finished_version(self) -> int | None:
         """Number of updates that the weights have had; None if the last one did not end."""
@@ -352,7 +360,7 @@ class MegatronPolicy(MegatronModel):
         if self.adapters is None:
             self.save_model(folder, write_model_files)
         else:
-            self.adapters.write_files(folder, self.config.model.path)
+            self.adapters.write_files(folder, self._base_name)
         save_optimizer(
             folder, self.weights, self.optimizer, self.scheduler, policy_version=self.policy_version
         )
