@@ -14,7 +14,7 @@ from ray import ObjectRefGenerator
 from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env, on_cpu
 from rlsys.actors.waiting import ActorFailure, all_ready, get_one
 from rlsys.config import Config
-from rlsys.engines.vllm.loop import EngineLoop, Outcome
+from rlsys.engines.loop import EngineLoop, Outcome
 from rlsys.engines.vllm.settings import rollout_env
 from rlsys.types import Device, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Endpoint

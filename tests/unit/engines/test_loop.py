@@ -7,7 +7,7 @@ from queue import SimpleQueue
 
 import pytest
 
-from rlsys.engines.vllm.loop import EngineLoop
+from rlsys.engines.loop import EngineLoop
 from rlsys.types import Prompt, RolloutGroup, SampleRequest
 
 PATIENCE_S = 60.0
