@@ -154,6 +154,16 @@ def test_resume_is_exact(lab, policy_models, mixtures, tmp_path, model, options,
     assert all(torch.equal(tensors_again[name], tensors[name]) for name in tensors)
 
 
+def test_a_checkpoint_of_an_adapter_is_for_runs_with_one(lab, policy_models, tmp_path):
+    folder = policy_models["qwen3-tied"]
+    policy = lab.policy(lora_config(folder))
+    (tmp_path / "step-0").mkdir()
+    policy.save_checkpoint(tmp_path / "step-0")
+    policy = lab.policy(policy_config(folder))
+    with pytest.raises(ActorFailure, match=r"step-0 holds an adapter, and policy\.lora says"):
+        policy.load_checkpoint(tmp_path / "step-0")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "first", "other"),

@@ -42,6 +42,7 @@ from rlsys.engines.megatron.options import megatron_config, optimizer_state_opti
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.files import replacing_folder
+from rlsys.model.adapter_folder import is_adapter_folder
 from rlsys.model.freezing import frozen_tensors, num_frozen, trained_text
 from rlsys.model.lora import count_trained, plan_lora
 from rlsys.types import Device, TrainBatch, UpdateOutput
@@ -369,6 +370,12 @@ class MegatronPolicy(MegatronModel):
 
     def load_checkpoint(self, folder: Path) -> int:
         """Continue from a checkpoint, see `check_checkpoint`; returns its policy_version."""
+        if is_adapter_folder(folder) != (self.adapters is not None):
+            found = "an adapter" if self.adapters is None else "all weights"
+            raise ValueError(
+                f"the checkpoint {folder} holds {found}, and policy.lora says otherwise: continue "
+                "with the policy.lora that the run had, or start a new run with --overwrite"
+            )
         check_checkpoint(folder, self.optimizer)
         (self.weights if self.adapters is None else self.adapters.weights).load(folder)
         self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
