@@ -21,8 +21,9 @@ from rlsys.commands.export_formats import read_dtypes, write_hf, write_mcore
 from rlsys.engines.megatron.mcore_files import check_mcore_files, is_mcore_folder
 from rlsys.engines.megatron.merge import MergedTensors
 from rlsys.files import bytes_in, free_bytes, path_exists, size_text
+from rlsys.model.families import FAMILIES
 from rlsys.model.folder_check import vocabulary_notes, vocabulary_problems, weight_problems
-from rlsys.model.shape import ModelShape, read_model_shape
+from rlsys.model.shape import ModelShape, read_model_config, read_model_shape
 from rlsys.model.stored_adapter import StoredAdapter
 from rlsys.model.tokenizer_files import has_tokenizer
 from rlsys.problems import Problem, ProblemsError
@@ -132,6 +133,18 @@ def main(args: argparse.Namespace) -> bool | None:
     return compare(export, prompts, per_layer=args.per_layer)
 
 
+def _exportable_shape(folder: Path) -> ModelShape:
+    """The model's shape; raises ValueError for models that rlsys has no table of weights for."""
+    values = read_model_config(folder)
+    if values.get("model_type") not in FAMILIES and "text_config" not in values:
+        raise ValueError(
+            f"{folder}: rlsys export converts models of type {', '.join(FAMILIES)}, and this is a "
+            f"{values.get('model_type')!r}. If mcore-bridge trained it (model.bridge), its "
+            "checkpoints are Hugging Face folders already: copy one"
+        )
+    return read_model_shape(folder)
+
+
 def _plan(args: argparse.Namespace, source: ModelSource | None) -> Export:
     """What to do with `source`; None is a folder of megatron-core."""
     is_mcore = source is None
@@ -142,7 +155,7 @@ def _plan(args: argparse.Namespace, source: ModelSource | None) -> Export:
         check_mcore_files(folder)
     else:
         folder, label = source.folder, source.label
-    shape = read_model_shape(folder)
+    shape = _exportable_shape(folder)
     if not is_mcore:
         problems = list(map(Problem, weight_problems(folder, shape)))
         if problems:

@@ -16,7 +16,8 @@ from rlsys.engines.vllm.rope import rope_overrides
 from rlsys.engines.vllm.settings import cpu_arguments, rollout_env
 from rlsys.model.families import FAMILIES
 from rlsys.model.folder import read_json
-from rlsys.model.memory import GIB, KV_BLOCK_TOKENS, MAX_CPU_KV_GIB
+from rlsys.model.memory import GIB, MAX_CPU_KV_GIB
+from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.types import Device
 
 CPU_CONTEXT_TOKENS = 8192
@@ -70,9 +71,8 @@ def serving_arguments(folder: Path, options: EngineOptions) -> dict[str, Any]:
         arguments |= {
             "dtype": "float32" if options.dtype == "auto" else options.dtype,
             "max_model_len": length,
-            "block_size": KV_BLOCK_TOKENS["cpu"],
             "kv_cache_memory_bytes": MAX_CPU_KV_GIB * GIB,
-            **cpu_arguments(length),
+            **cpu_arguments(length, _shape(folder), options.tensor_parallel_size),
         }
         del arguments["gpu_memory_utilization"]
     if read_json(folder / "config.json").get("model_type") in FAMILIES:  # as rollout engines do
@@ -114,6 +114,14 @@ def serve_command(
         else:
             command += [f"--{option}", str(value)]
     return [*command, *more]
+
+
+def _shape(folder: Path) -> ModelShape | None:
+    """The model's shape; None of one that rlsys does not train, and vLLM may serve."""
+    try:
+        return read_model_shape(folder)
+    except ValueError:
+        return None
 
 
 def _positions(folder: Path) -> int | None:

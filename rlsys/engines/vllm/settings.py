@@ -118,7 +118,7 @@ def engine_arguments(
     if cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = cache_bytes
     if device == "cpu":
-        arguments |= cpu_arguments(config.longest_row) | _cpu_arguments_of_model(config, shape)
+        arguments |= cpu_arguments(config.longest_row, shape, tensor_parallel_size)
     if problems := vllm_option_problems(config):  # this host may have another vLLM
         raise ProblemsError("rollout.engine_kwargs", problems)
     return arguments | rollout.engine_kwargs
@@ -131,24 +131,28 @@ def _adapter_arguments(config: Config) -> dict[str, Any]:
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
 
-def cpu_arguments(longest: int) -> dict[str, Any]:
-    """Arguments of every vLLM engine on CPU, whose sequences have at most `longest` tokens."""
-    return {
+def cpu_arguments(
+    longest: int, shape: ModelShape | None, tensor_parallel_size: int
+) -> dict[str, Any]:
+    """Arguments of every vLLM engine on CPU.
+
+    Args:
+        longest: tokens of the longest sequence.
+        shape: of the model; None if rlsys does not know it, then vLLM's defaults hold.
+        tensor_parallel_size: of the engine.
+    """
+    arguments: dict[str, Any] = {
         "enforce_eager": True,
         # With chunked prompts a request draws one number per chunk from its own generator, and
         # vLLM takes the draws back in a way that CPU generators do not support.
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(BATCHED_TOKENS["cpu"], longest),
     }
-
-
-def _cpu_arguments_of_model(config: Config, shape: ModelShape) -> dict[str, Any]:
-    arguments: dict[str, Any] = {
-        "block_size": kv_block_tokens(shape, "cpu", config.rollout.tensor_parallel_size)
-    }
-    if shape.linear is not None:
-        # To cache the states of prompts, vLLM has to read them in chunks.
-        arguments["enable_prefix_caching"] = False
+    if shape is not None:
+        arguments["block_size"] = kv_block_tokens(shape, "cpu", tensor_parallel_size)
+        if shape.linear is not None:
+            # To cache the states of prompts, vLLM has to read them in chunks.
+            arguments["enable_prefix_caching"] = False
     return arguments
 
 

@@ -504,3 +504,13 @@ def test_prompts_of_a_file(real, tmp_path, capsys):
     file.write_text('{"prompt": "ab"}\n{"prompt": "abcd"}\n')
     assert export(real, tmp_path / "out", "--test_convert_precision", "--prompts", file) == 0
     assert "on 6 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("to", ["hf", "mcore"])
+def test_a_model_of_mcore_bridge_is_refused_by_its_type(model, tmp_path, capsys, to):
+    values = json.loads((model / "config.json").read_text()) | {"model_type": "glm4"}
+    (model / "config.json").write_text(json.dumps(values))
+    assert export(model, tmp_path / "out", to=to) == 2
+    error = capsys.readouterr().err
+    assert "this is a 'glm4'. If mcore-bridge trained it" in error
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from config_cases import write_model
 
 from rlsys import cli
 from rlsys.commands.infer import prompt_settings
@@ -12,6 +13,8 @@ from rlsys.engines.vllm.serving import (
     serve_command,
     serving_arguments,
 )
+from rlsys.model.memory import kv_block_tokens
+from rlsys.model.shape import read_model_shape
 from rlsys.run.folder import RunDir
 from rlsys.run.model_source import ModelSource
 
@@ -69,6 +72,18 @@ def test_more_than_the_model_reads_is_refused(folder):
     options = EngineOptions("cpu", max_model_len=600)
     with pytest.raises(ValueError, match=r"--max_model_len 600: .* has 512 positions"):
         serving_arguments(folder(max_position_embeddings=512), options)
+
+
+def test_on_cpu_a_block_of_the_cache_is_that_of_rollout_engines(tmp_path):
+    """Of linear layers it holds a state, of latent attention vLLM has one size."""
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    for name, values in {"plain": {}, "hybrid": {"model_type": "qwen3_5_text"} | linear}.items():
+        folder = write_model(tmp_path / name, **values)
+        arguments = serving_arguments(folder, EngineOptions("cpu"))
+        assert arguments["block_size"] == kv_block_tokens(read_model_shape(folder), "cpu")
+        assert arguments.get("enable_prefix_caching") == (False if values else None)
+    assert arguments["block_size"] > 128
 
 
 def test_on_gpus_the_context_is_what_fits(folder):
