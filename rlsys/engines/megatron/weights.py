@@ -198,7 +198,8 @@ class MegatronWeights:
         if parameter.shape != value.shape:
             raise ValueError(
                 f"the checkpoint gives {name} shape {tuple(value.shape)}, its config.json "
-                f"{tuple(parameter.shape)}: weights and config are of different models"
+                f"{tuple(parameter.shape)}: they are of different models, or of adapters of "
+                "different ranks"
             )
         parameter.copy_(value)
         if hasattr(parameter, "_high_precision_init_val"):
