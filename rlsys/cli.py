@@ -21,11 +21,13 @@ EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
 
+_EXAMPLES = {"sft": "examples/sft/smollm2.yaml"}
 _EXAMPLE = "examples/countdown/demo.yaml"
+"""A CONFIG for `_EXAMPLES`' command, and one for all others."""
 _CONFIG_HELP = """
 Any field of the config can be set after CONFIG, as --section.field value:
 
-  --policy.lr 1e-5 --reward.reward_funcs countdown format --checkpoint.resume
+  --policy.lr 1e-5 {example} --checkpoint.resume
 
 `rlsys explain CONFIG` lists all fields.
 """
@@ -107,9 +109,11 @@ class _CommandParser(argparse.ArgumentParser):
         from rlsys.config.load import problems_of_words
 
         wrong = f"should stand before {before[0]}" if before else "is missing"
-        others = problems_of_words(words) if before else None
+        command = str(self.get_default("command"))
+        others = problems_of_words(words, command) if before else None
+        example = _EXAMPLES.get(command, _EXAMPLE)
         self.error(
-            f"CONFIG, a YAML file, {wrong}, as in\n  {self.prog} {_EXAMPLE} --policy.lr 1e-5"
+            f"CONFIG, a YAML file, {wrong}, as in\n  {self.prog} {example} --policy.lr 1e-5"
             + (f"\n\n{others}" if others else "")
         )
 
@@ -127,7 +131,9 @@ class _ShowVersion(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="rlsys", description="GRPO for language models: Ray, megatron-core, vLLM."
+        prog="rlsys",
+        description="Supervised training and GRPO of language models, full or LoRA: Ray, "
+        "megatron-core, vLLM.",
     )
     parser.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_CommandParser)
@@ -144,9 +150,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config(parser: argparse.ArgumentParser, options: str = "") -> None:
+def _sft(parser: argparse.ArgumentParser) -> None:
+    _config(parser, example="--data.max_length 4096")
+
+
+def _config(
+    parser: argparse.ArgumentParser,
+    options: str = "",
+    example: str = "--reward.reward_funcs countdown format",
+) -> None:
     parser.usage = f"{parser.prog} CONFIG {options}[--section.field value ...]"
-    parser.epilog = _CONFIG_HELP
+    parser.epilog = _CONFIG_HELP.format(example=example)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
     parser.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
@@ -319,7 +333,7 @@ GROUPS = {
 
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "grpo": ("train with GRPO", _config),
-    "sft": ("supervised fine-tuning, or continued pre-training", _config),
+    "sft": ("supervised fine-tuning, or continued pre-training", _sft),
     "explain": ("show what a config means, and check it; starts only reward functions", _config),
     "infer": ("chat with a model or a run, complete a file of prompts, or serve it", _infer),
     "eval": ("held-out data and rewards of a config on any model: pass@k, errors", _eval),

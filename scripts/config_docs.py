@@ -45,7 +45,7 @@ it. [migration.md](migration.md) has the names of these fields in TRL, ms-swift,
 _SFT_HEAD = """## The config of rlsys sft
 
 It has the top level, `model`, `policy`, `tracking` and `checkpoint` as above, and of `data` what
-says where rows come from. These are its own fields, and those with another default.
+says where rows come from. These are its own fields, and those with another default or meaning.
 [sft.md](sft.md) says how they work together.
 """
 
@@ -68,7 +68,8 @@ def _sft_parts() -> list[str]:
     different = {
         name: info
         for name, info in own.items()
-        if name not in known or known[name].default != info.default
+        if name not in known
+        or (known[name].default, known[name].description) != (info.default, info.description)
     }
     parts = [_SFT_HEAD]
     for name in dict.fromkeys(field.rpartition(".")[0] for field in different):

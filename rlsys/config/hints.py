@@ -19,6 +19,7 @@ from rlsys.config.fields import (
     optional_sections,
     show_default,
 )
+from rlsys.config.method import hint_of_method
 from rlsys.config.schema import Config, RunConfig
 
 TABLE = Path(__file__).with_name("names_elsewhere.txt")
@@ -142,7 +143,7 @@ def hint(name: str, project: str | None = None, schema: type[RunConfig] = Config
     found = dict.fromkeys(field for row in rows for field in row.fields)
     meant = _in_section(name, own or list(found) or _nearest(name, known))
     if not meant:
-        return ""
+        return hint_of_method(name, schema)
     text = f" Did you mean {' or '.join(map(repr, meant))}?"
     if any(row.fields for row in rows):  # another project may count something else
         for field in meant:

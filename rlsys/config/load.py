@@ -22,6 +22,11 @@ from rlsys.config.fields import (
 )
 from rlsys.config.hints import is_of_elsewhere
 from rlsys.config.local_paths import is_in_job_copy
+from rlsys.config.method import (
+    for_other_command,
+    perhaps_for_other_command,
+    schema_of_command,
+)
 from rlsys.config.pasted_command import advice, read_command_line
 from rlsys.config.schema import AnyConfig, Config, RunConfig
 from rlsys.config.validation import validate
@@ -67,6 +72,8 @@ def load_config_as(
     problems: list[Problem] = []
     values = _read_file(Path(path), problems, schema)
     in_file = _leaves(values, schema)
+    if text := for_other_command(path, values, schema):
+        raise _refused(Path(path), text)
     options, project = read_command_line(overrides, in_file, problems, schema)
     in_words, unknown = apply_options(options, values, problems, project, schema)
     origins: dict[str, Origin] = dict.fromkeys(config_fields(schema), "default")
@@ -79,7 +86,9 @@ def load_config_as(
     config = validate(schema, values, set(in_words), problems, project)
     if config is None:
         given = [name for name, origin in origins.items() if origin != "default"]
-        note = advice(options, project, unknown, given, path, schema) if project else None
+        note = perhaps_for_other_command(path, given, schema)
+        if project:
+            note = advice(options, project, unknown, given, path, schema)
         raise ProblemsError(str(path), problems, note=note)
     return ResolvedConfig(config, _of_values(origins, config))
 
@@ -95,9 +104,9 @@ def _of_values(origins: dict[str, Origin], config: RunConfig) -> dict[str, Origi
     }
 
 
-def problems_of_words(words: Sequence[str], schema: type[RunConfig] = Config) -> str | None:
-    """What is wrong with a command line without CONFIG; None where nothing else is wrong."""
-    problems: list[Problem] = []
+def problems_of_words(words: Sequence[str], command: str) -> str | None:
+    """What is wrong with the words of a command without CONFIG; None where nothing else is."""
+    schema, problems = schema_of_command(command), list[Problem]()
     options, project = read_command_line(words, [], problems, schema)
     given, unknown = apply_options(options, {}, problems, project, schema)
     if not problems:

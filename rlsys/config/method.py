@@ -1,16 +1,24 @@
-"""Which training method a config file is for."""
+"""Which training method a config is for, and names that only another method's config has."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import yaml
 
-from rlsys.config.fields import config_sections
-from rlsys.config.schema import Config
+from rlsys.config.fields import config_fields, config_sections
+from rlsys.config.schema import Config, RunConfig
 from rlsys.config.sft import SftConfig
 from rlsys.config.yaml_text import load_yaml
+
+METHODS: tuple[type[RunConfig], ...] = (Config, SftConfig)
+"""The class of config of each command that trains."""
+
+
+def schema_of_command(command: str) -> type[RunConfig]:
+    """The class of config that a command reads; GRPO's for those that read several."""
+    return next((schema for schema in METHODS if schema.command == command), Config)
 
 
 def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[Config] | type[SftConfig]:
@@ -24,10 +32,59 @@ def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[Config] |
         return Config
     if not isinstance(values, dict):
         return Config
-    names = [str(name) for name in values]
-    names += [word.lstrip("-") for word in overrides]
-    sections = {name.partition(".")[0] for name in names}
-    if "sft" in sections:
-        return SftConfig
-    own = set(config_sections(Config)) - set(config_sections(SftConfig))
-    return Config if own & sections else SftConfig
+    names = [*map(str, values), *(word.lstrip("-") for word in overrides)]
+    return (
+        SftConfig if _own_sections(SftConfig, names) or not _own_sections(Config, names) else Config
+    )
+
+
+def _own_sections(schema: type[RunConfig], names: Iterable[str]) -> list[str]:
+    """The sections of these names that only configs of `schema` have."""
+    others = {name for other in METHODS if other is not schema for name in config_sections(other)}
+    own = [name for name in config_sections(schema) if name not in others]
+    given = {name.partition(".")[0] for name in names}
+    return [name for name in own if name in given]
+
+
+def for_other_command(
+    path: str | Path, names: Collection[str], schema: type[RunConfig]
+) -> str | None:
+    """What to do with a file of another method; None if it may be of this one.
+
+    Args:
+        path: the config file.
+        names: of its sections and fields.
+        schema: the class of config that is wanted.
+    """
+    if _own_sections(schema, names):
+        return None
+    for other in METHODS:
+        if sections := _own_sections(other, names):
+            named = f"the section{'s' if sections[1:] else ''} {', '.join(sections)}"
+            return (
+                f"it is a config for `rlsys {other.command}`, with {named}, and one for `rlsys "
+                f"{schema.command}` is wanted: run `rlsys {other.command} {path}`, or leave out "
+                "what only that command reads"
+            )
+    return None
+
+
+def perhaps_for_other_command(
+    path: str | Path, names: Collection[str], schema: type[RunConfig]
+) -> str | None:
+    """Which command may be meant by a file with problems and nothing of `schema` alone."""
+    wanted = [name for name in config_sections(schema) if name not in config_sections(SftConfig)]
+    if schema is SftConfig or _own_sections(schema, names):
+        return None
+    return (
+        f"It has no section that only `rlsys {schema.command}` reads ({', '.join(wanted)}). For "
+        f"supervised training: rlsys sft {path}"
+    )
+
+
+def hint_of_method(name: str, schema: type[RunConfig]) -> str:
+    """The command whose config has a field or section that `schema` lacks; else empty."""
+    for other in METHODS:
+        if name in {**config_fields(other), **config_sections(other)}:
+            return f" It is for `rlsys {other.command}`: leave it out of `rlsys {schema.command}`."
+    return ""

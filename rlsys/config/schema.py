@@ -857,8 +857,8 @@ class EvalConfig(Section):
     """k of pass@k, at most num_generations. Empty: 1, 2, 4, ... and num_generations."""
 
 
-class TrackingConfig(Section):
-    """Where metrics and completions go, besides metrics.jsonl and completions.jsonl."""
+class TrackersConfig(Section):
+    """Where metrics go, besides metrics.jsonl."""
 
     report_to: list[str] = ["tensorboard"]
     """More trackers by name: tensorboard, wandb (which needs `pip install wandb`); none or [] for
@@ -867,13 +867,18 @@ class TrackingConfig(Section):
     """Name of the run in trackers; null is the name of output_dir."""
     wandb_project: PathText = "rlsys"
     """Project of the run in wandb."""
-    log_completions: bool = True
-    """Append every completion to completions.jsonl when its group gets its place in a batch."""
 
     @field_validator("report_to")
     @classmethod
     def _none_is_none(cls, names: list[str]) -> list[str]:
         return [] if names == ["none"] else names
+
+
+class TrackingConfig(TrackersConfig):
+    """Where metrics and completions go, besides metrics.jsonl and completions.jsonl."""
+
+    log_completions: bool = True
+    """Append every completion to completions.jsonl when its group gets its place in a batch."""
 
 
 AUTO_SAVES = 20
@@ -960,7 +965,7 @@ class RunConfig(Section):
     data: RowsConfig
     model: ModelConfig
     policy: PolicyConfig = PolicyConfig()
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackersConfig = TrackersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     @model_validator(mode="after")
@@ -1030,6 +1035,11 @@ class RunConfig(Section):
     def largest_context_parallel_size(self) -> int:
         """Context-parallel ranks of the model that has most."""
         return self.policy.context_parallel_size
+
+    @property
+    def logs_completions(self) -> bool:
+        """Whether the run records what it samples."""
+        return False
 
     @property
     def reference_changes(self) -> bool:
@@ -1120,6 +1130,7 @@ class Config(RunConfig):
     default_batch_size: ClassVar[str] = "rollout.generation_batch_size"
 
     data: DataConfig
+    tracking: TrackingConfig = TrackingConfig()
     rollout: RolloutConfig
     reward: RewardConfig
     grpo: GrpoConfig = GrpoConfig()
@@ -1278,6 +1289,11 @@ class Config(RunConfig):
         return (self.has_reference_model and self.reference.placement == "policy") or (
             bool(self.reward.models) and self.reward.reward_model_placement == "policy"
         )
+
+    @property
+    def logs_completions(self) -> bool:
+        """tracking.log_completions."""
+        return self.tracking.log_completions
 
     @property
     def reference_changes(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rlsys.config.rules_sft import sft_problems
 from rlsys.config.schema import GrpoConfig, PolicyConfig, RunConfig, Section
@@ -15,6 +15,14 @@ from rlsys.problems import ProblemsError
 class SftPolicyConfig(PolicyConfig):
     """The megatron-core trainer, with the defaults of supervised training."""
 
+    global_batch_size: PositiveInt | None = None
+    """Samples per optimizer step, which is a step of the run; null: one forward pass of each
+    data-parallel rank."""
+    micro_batch_size: PositiveInt = 8
+    """Samples per forward pass of a data-parallel rank."""
+    max_tokens_per_micro_batch: PositiveInt | None = None
+    """Tokens per forward pass of such a rank, in place of micro_batch_size; null counts
+    samples."""
     lr: NonNegativeFloat = 1e-5
     """Peak learning rate of AdamW; 0 trains nothing."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"

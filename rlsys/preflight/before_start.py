@@ -136,7 +136,9 @@ def fit_to_data(config: Config, data: PromptData) -> Config:
 
 
 def step_notes(config: RunConfig, num_rows: int) -> Iterator[str]:
-    """How many steps num_train_epochs makes, or that max_steps overrides it."""
+    """How many steps num_train_epochs makes, or that max_steps overrides it; no evaluations."""
+    if config.data.has_held_out and config.eval_steps is None:
+        yield "note: rows are held out, and the run evaluates nothing: eval_steps is not set"
     steps = config.steps_of_epochs(num_rows)
     if steps is None or steps == config.max_steps:
         return

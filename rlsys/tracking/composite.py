@@ -40,7 +40,7 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Trac
             truncate_after(path, resumed_from)
     reporters = [factory(config, resumed_from) for factory in factories]
     parts: list[Tracker] = [JsonlTracker(run_dir.metrics)]
-    if config.has_rollouts and config.tracking.log_completions:
+    if config.logs_completions:
         parts.append(CompletionsTracker(run_dir))
     # They are closed in this order, the slow picture last: `ray job stop` kills after 3 seconds.
     parts += [console_tracker(config, resumed_from), *reporters]
