@@ -42,7 +42,8 @@ SHAPES = {
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 LOGIT_STD = 6.0
 CHAT_TEMPLATE = (
-    "{%- for message in messages %}{{- message['role'] + ' ' + message['content'] + '\\n' }}"
+    "{%- for message in messages %}{{- message['role'] + ' ' + message['content'] }}"
+    "{{- eos_token if message['role'] == 'assistant' }}{{- '\\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- 'assistant ' }}{%- endif %}"
 )
 

@@ -1,0 +1,283 @@
+"""SFT on CPU: steps of `rlsys sft` and of transformers' Trainer, in turns. Prints JSON.
+
+    python benchmarks/sft_cpu.py                            # SmolLM2-135M's shape, random weights
+    python benchmarks/sft_cpu.py --modes packed --steps 8
+    python benchmarks/sft_cpu.py --shape tiny --steps 3         # tries the script itself
+
+Both train the same model in float32 on the same samples in the same order, `--rows` a step, of 16
+to `--tokens` tokens, with AdamW and clipping, on `--threads` threads; Trainer has a loss on the
+prompts' few tokens, too. Each is a process that waits for its turn
+between two steps: one step of the one, then one of the other, so that what else the machine does
+meets both. The first step of each is left out.
+
+    unpacked   Trainer pads the samples of a step to the longest one; rlsys never pads
+    packed     Trainer has one sequence of them all (DataCollatorWithFlattening); rlsys the same
+    alone      one sample a forward pass, whose gradients are added up
+
+A ratio above 1 says that rlsys is faster. Ratios are of medians, and of CPU seconds, too.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from machine import describe_machine
+from random_model import SHAPES, save_random_model
+
+MODES = ("unpacked", "packed", "alone")
+WAIT, DONE = "@waiting", "@done"
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.side:
+        {"rlsys": run_rlsys, "trainer": run_trainer}[arguments.side](arguments)
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        save_random_model(folder / "model", arguments.shape, "cpu")
+        write_samples(folder / "rows.jsonl", arguments)
+        for mode in arguments.modes:
+            results[mode] = measure(mode, folder, arguments)
+            print(f"{mode}: {json.dumps(results[mode])}", file=sys.stderr, flush=True)
+    settings = {key: vars(arguments)[key] for key in ("shape", "rows", "tokens", "threads")}
+    print(json.dumps({"machine": describe_machine(), **settings, "modes": results}, indent=2))
+
+
+def write_samples(path, arguments):
+    """Rows of one turn each; every digit is a token of the random model's tokenizer."""
+    import random
+
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(arguments.rows * (arguments.steps + 1)):
+            length = rng.randint(16, arguments.tokens) - 8
+            answer = "".join(rng.choices("0123456789", k=length))
+            turns = [("user", "12"), ("assistant", answer)]
+            messages = [{"role": role, "content": content} for role, content in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+
+def measure(mode, folder, arguments):
+    """Seconds of each side's steps, and what rlsys gains."""
+    sides = {name: Side(name, mode, folder, arguments) for name in ("trainer", "rlsys")}
+    for _ in range(arguments.steps):
+        for side in sides.values():
+            side.step()
+    for side in sides.values():
+        side.close()
+    result = {name: side.summary() for name, side in sides.items()}
+    for key in ("median_s", "median_cpu_s"):
+        result[f"ratio_of_{key}"] = result["trainer"][key] / result["rlsys"][key]
+    return result
+
+
+class Side:
+    """A process that takes one step each time that it may."""
+
+    def __init__(self, name, mode, folder, arguments):
+        out = folder / f"{name}-{mode}"
+        options = ["--side", name, "--modes", mode, "--folder", str(folder), "--out", str(out)]
+        threads = str(arguments.threads)
+        self._log = (folder / f"{name}-{mode}.log").open("w+")
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], *options],
+            env=os.environ | {"OMP_NUM_THREADS": threads},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self._steps = []
+        self._expect(WAIT)
+
+    def step(self):
+        before, started = self._cpu_seconds(), time.perf_counter()
+        print("go", file=self._process.stdin, flush=True)
+        loss = self._expect(DONE)
+        seconds = time.perf_counter() - started
+        self._steps.append((seconds, self._cpu_seconds() - before, float(loss)))
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.terminate()
+        self._process.wait(timeout=60)
+
+    def summary(self):
+        seconds, cpu_seconds, losses = zip(*self._steps[1:], strict=True)
+        return {
+            "median_s": statistics.median(seconds),
+            "median_cpu_s": statistics.median(cpu_seconds),
+            "all_s": seconds,
+            "all_cpu_s": cpu_seconds,
+            "losses": losses,
+        }
+
+    def _expect(self, word):
+        for line in self._process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word).strip()
+        self._log.seek(0)
+        sys.exit(f"a side ended: {self._log.read()[-3000:]}")
+
+    def _cpu_seconds(self):
+        own = psutil.Process(self._process.pid)
+        times = [each.cpu_times() for each in [own, *own.children(recursive=True)]]
+        return sum(each.user + each.system for each in times)
+
+
+class Turns:
+    """This process's side of `Side`. What libraries print goes to stderr from here on."""
+
+    def __init__(self):
+        self._answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def take(self, loss=None):
+        """Say that a step is done, if one was; wait for the next one."""
+        answer = WAIT if loss is None else f"{DONE} {loss}"
+        print(answer, file=self._answers, flush=True)
+        if not sys.stdin.readline():
+            if "ray" in sys.modules:
+                sys.modules["ray"].shutdown()
+            os._exit(0)
+
+
+def run_rlsys(arguments):
+    """`rlsys sft`, with a tracker that waits after each step."""
+    from rlsys.config import SftConfig
+    from rlsys.config.load import ResolvedConfig
+    from rlsys.launch import run_sft
+    from rlsys.tracking import Tracker, register_tracker
+
+    turns = Turns()
+
+    class Waits(Tracker):
+        def log_metrics(self, step, metrics):
+            turns.take(metrics["loss"])
+
+        def close(self):
+            pass
+
+    register_tracker("turns")(lambda config, resumes_after: Waits())
+    (mode,) = arguments.modes
+    policy = {"global_batch_size": arguments.rows, "cpu_threads": arguments.threads}
+    if mode == "alone":
+        policy["micro_batch_size"] = 1
+    else:
+        policy["micro_batch_size"] = arguments.rows
+    config = SftConfig.model_validate(
+        {
+            "output_dir": arguments.out,
+            "max_steps": arguments.steps + 1,
+            "device": "cpu",
+            "data": {
+                "dataset": [f"{arguments.folder}/rows.jsonl"],
+                "max_length": 4096,
+                "shuffle": False,
+            },
+            "model": {"path": f"{arguments.folder}/model"},
+            "policy": policy,
+            "tracking": {"report_to": ["turns"]},
+            "checkpoint": {"save_steps": None},
+        }
+    )
+    turns.take()
+    run_sft(ResolvedConfig(config, {}))
+
+
+def run_trainer(arguments):
+    """transformers' Trainer on the same samples."""
+    import torch
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        DataCollatorWithFlattening,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
+
+    turns = Turns()
+
+    class Waits(TrainerCallback):
+        loss = None
+
+        def on_step_begin(self, *args, **kwargs):
+            turns.take(self.loss)
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.loss = logs.get("loss", self.loss)
+
+    torch.set_num_threads(arguments.threads)
+    (mode,) = arguments.modes
+    tokenizer = AutoTokenizer.from_pretrained(f"{arguments.folder}/model")
+    samples = []
+    for line in Path(arguments.folder, "rows.jsonl").read_text().splitlines():
+        text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        samples.append({"input_ids": ids, "labels": ids})
+
+    def pad(rows):
+        length = max(len(row["input_ids"]) for row in rows)
+        filled = [length - len(row["input_ids"]) for row in rows]
+        return {
+            "input_ids": torch.tensor(
+                [r["input_ids"] + [0] * n for r, n in zip(rows, filled, strict=True)]
+            ),
+            "labels": torch.tensor(
+                [r["labels"] + [-100] * n for r, n in zip(rows, filled, strict=True)]
+            ),
+            "attention_mask": torch.tensor([[1] * (length - n) + [0] * n for n in filled]),
+        }
+
+    size = 1 if mode == "alone" else arguments.rows
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    trainer = InOrder(
+        model=AutoModelForCausalLM.from_pretrained(f"{arguments.folder}/model"),
+        args=TrainingArguments(
+            output_dir=arguments.out,
+            max_steps=arguments.steps + 1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=arguments.rows // size,
+            learning_rate=1e-5,
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=samples,
+        data_collator=DataCollatorWithFlattening() if mode == "packed" else pad,
+        callbacks=[Waits()],
+    )
+    trainer.train()
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["unpacked", "packed"])
+    parser.add_argument("--rows", type=int, default=8, help="samples of a step")
+    parser.add_argument("--tokens", type=int, default=192, help="of the longest sample")
+    parser.add_argument("--steps", type=int, default=6, help="of each side, the first left out")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    for internal in ("--side", "--folder", "--out"):
+        parser.add_argument(internal, default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
