@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -76,11 +79,18 @@ def test_what_it_saves_is_an_adapter_that_export_merges(run, starter_model, tmp_
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_evaluated_to_what_the_run_itself_found(run, tmp_path, monkeypatch):
+def test_a_checkpoint_is_evaluated_to_what_the_run_itself_found(run, tmp_path):
     run, _ = run
-    monkeypatch.chdir(run.folder)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cli.main(["eval", "out/checkpoints/step-2", "--out", str(tmp_path / "found")]) == 0
+    words = ["eval", "out/checkpoints/step-2", "--out", str(tmp_path / "found")]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlsys.cli", *words],
+        cwd=run.folder,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "found" / "eval.json").read_text())
     rows = [row for row in read_jsonl(run.out.metrics) if "eval/reward" in row and row["step"] == 2]
     assert result["scores"][""]["reward"]["mean"] == pytest.approx(rows[0]["eval/reward"])
