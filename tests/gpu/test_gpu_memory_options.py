@@ -121,7 +121,7 @@ def test_fp8_trains_as_bfloat16_does(lab, model, usual, name):
     # Rounding of a random model moves them by 0.11 nats.
     assert (before - plain).abs().sum() / BATCH.completion_mask.sum() < 0.2
     policy = lab.policy(config_of(model, **FP8[name]))
-    check_training(train(policy, len(usual)), usual, tolerance=1e-2)
+    check_training(train(policy, len(usual)), usual, tolerance=3e-2)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="measures GPU memory")

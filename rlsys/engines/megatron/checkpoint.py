@@ -203,7 +203,15 @@ def _remainders_as_saved() -> Iterator[None]:
 
     def as_saved(self: FusedAdam, param: torch.Tensor, name: str, value: torch.Tensor) -> None:
         is_remainder = self.store_param_remainders and param.dtype == torch.bfloat16
-        value = value.to(torch.int16) if is_remainder and name == "master_param" else value
+        if is_remainder and name == "master_param":
+            remainder = value.to(torch.int16)
+            if not torch.equal(remainder.to(value.dtype), value):
+                raise ValueError(
+                    "the checkpoint holds float32 weights of the optimizer, and "
+                    "policy.use_precision_aware_optimizer reads the 16 bits that bfloat16 lacks: "
+                    "continue with the value that it was written with"
+                )
+            value = remainder
         own(self, param, name, value)
 
     own = FusedAdam.set_scaled_state
