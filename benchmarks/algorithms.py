@@ -62,8 +62,6 @@ def main():
     write_problems(train, generate_problems(NUM_TRAIN, seed=0))
     write_problems(held_out, generate_problems(NUM_HELD_OUT, seed=0, held_out=True))
     console = Console(stderr=True)
-    if not (data / "validation.jsonl").exists():  # the warm start ends by its accuracy
-        write_problems(data / "validation.jsonl", generate_problems(256, seed=0, held_out=True))
     model = warm_started_model(arguments.runs, data, WARM_START_SEED, console)
     common = {
         "model.path": model,

@@ -5,31 +5,37 @@ python scripts/migration_docs.py
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rlsys.config.hints import Counterpart, counterparts, projects, show_defaults
+from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config.elsewhere import Counterpart, own_counterparts, projects, show_defaults
 
 TARGET = Path(__file__).parents[1] / "docs" / "migration.md"
 _HEAD = """# Coming from TRL, ms-swift, verl, OpenRLHF or slime
 
-Their settings and the fields of rlsys. `rlsys grpo` gives the same answers for names that it does
-not know, so you can paste a whole command line of another project behind it. [config.md](config.md)
-explains every field, [algorithm.md](algorithm.md#recipes) has the algorithms by name.
+Their settings and the fields of rlsys. `rlsys grpo` and `rlsys sft` give the same answers for names
+that they do not know, so you can paste a whole command line of another project behind them.
+[config.md](config.md) explains every field, [algorithm.md](algorithm.md#recipes) has the algorithms
+by name.
 
 Three things differ everywhere:
 
-- **A step** is one rollout: sample, score, update, sync weights. `rollout.generation_batch_size` is
-  its completions, `policy.global_batch_size` the completions of one optimizer step. Neither counts
-  prompts.
+- **A step** of `rlsys grpo` is one rollout: sample, score, update, sync weights.
+  `rollout.generation_batch_size` is its completions, `policy.global_batch_size` the completions of
+  one optimizer step. Neither counts prompts. A step of `rlsys sft` is one optimizer step with
+  `policy.global_batch_size` samples, as elsewhere.
 - **GPUs**: policy and rollout engines have GPUs of their own. `policy.world_size` and
-  `rollout.num_engines` count them; a run needs one of each, so two GPUs.
+  `rollout.num_engines` count them; a GRPO run needs one of each, so two GPUs, and SFT one.
 - **Sampling settings** come from the config only, never from a model's generation_config.json.
 
-Commands beside training, see [eval.md](eval.md). MODEL may be a run:
+Commands; for those beside training see [eval.md](eval.md). MODEL may be a run:
 
 | elsewhere | here |
 | --- | --- |
+| `swift sft`, `megatron sft`, `trl sft` | `rlsys sft CONFIG` |
+| `swift pt`, `megatron pt` | `rlsys sft CONFIG` with `sft.objective: pretrain` |
+| `swift rlhf --rlhf_type grpo`, `megatron rlhf`, `trl grpo` | `rlsys grpo CONFIG` |
 | `swift infer`, `transformers chat` | `rlsys infer MODEL` |
 | `swift infer --val_dataset`, `main_generation` | `rlsys infer MODEL --prompts FILE --out FILE` |
 | `swift deploy`, `vllm serve` | `rlsys infer MODEL --serve` |
@@ -72,21 +78,35 @@ _COMMANDS = (
 """Commands of other projects for models and checkpoints, and ours."""
 
 
+_OTHERS = """These are {about}. All other names mean what the table above says, where its field
+is one of `rlsys sft`.
+"""
+
+
 def markdown() -> str:
     """The whole page."""
     parts = [_HEAD, "## Models and checkpoints\n\n[export.md](export.md) says more.\n"]
     parts.append(_table(("there", "here"), _COMMANDS))
-    for project, about in projects().items():
-        rows = [row for row in counterparts() if row.project == project]
+    of_sft = projects(SftConfig)
+    for project, about in projects(Config).items():
         parts.append(f"## {project}\n\n{about[0].upper()}{about[1:]}.\n")
-        differing = [row for row in rows if not row.same_default]
-        if differing:
-            parts.append(f"### Defaults that differ from {project}\n")
-            head = ("field", "default here", f"in {project}")
-            parts.append(_table(head, map(_differing, differing)))
-        parts.append(f"### Names of {project}\n")
-        parts.append(_table((f"in {project}", "here", "note"), map(_named, rows)))
+        parts += _names(Config, project, project)
+        if project in of_sft:
+            parts += _names(SftConfig, project, f"{project} for `rlsys sft`")
+            parts.append(_OTHERS.format(about=of_sft[project]))
     return "\n".join(parts)
+
+
+def _names(schema: type[RunConfig], project: str, label: str) -> Iterator[str]:
+    """What differs for a config, and then all names of its own table."""
+    rows = [row for row in own_counterparts(schema) if row.project == project]
+    differing = [row for row in rows if not row.same_default]
+    if differing:
+        yield f"### Defaults that differ from {label}\n"
+        head = ("field", "default here", f"in {project}")
+        yield _table(head, (_differing(row, schema) for row in differing))
+    yield f"### Names of {label}\n"
+    yield _table((f"in {project}", "here", "note"), map(_named, rows))
 
 
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
@@ -94,9 +114,9 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def _differing(row: Counterpart) -> tuple[str, ...]:
+def _differing(row: Counterpart, schema: type[RunConfig]) -> tuple[str, ...]:
     fields = ", ".join(f"`{field}`" for field in row.fields)
-    return fields, f"`{show_defaults(row.fields)}`", f"`{row.names[0]}`: `{row.default}`"
+    return fields, f"`{show_defaults(row.fields, schema)}`", f"`{row.names[0]}`: `{row.default}`"
 
 
 def _named(row: Counterpart) -> tuple[str, ...]:

@@ -3,7 +3,8 @@
     python examples/countdown/demo.py [--seed 0] [--runs runs]
 
 1. writes Countdown problems; those for evaluation are never trained on, whatever the seed,
-2. warm-starts the starter model on solutions until it solves about a quarter of them,
+2. runs `rlsys sft examples/countdown/warm_start.yaml`: a small model learns from solutions until it
+   solves about a quarter of the problems,
 3. runs `rlsys grpo examples/countdown/demo.yaml`,
 4. prints the held-out accuracy before and after, and the same problems solved by both.
 
@@ -19,20 +20,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-from problems import generate_problems, write_problems
+from problems import generate_problems, write_problems, write_solutions
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from starter_model import write_starter_model
-from warm_start import warm_start
 
 from rlsys.files import read_jsonl
 from rlsys.run.folder import RunDir
 
 HERE = Path(__file__).parent
 NUM_TRAIN, NUM_HELD_OUT = 4000, 256
-STOP_AT = 0.25
-"""Held-out pass@1 at which the warm start ends: GRPO needs some successes to learn from."""
+NUM_SOLUTIONS = 12_000
+"""Rows of the warm start: some problems come again, in another order or with another solution."""
 COUNTDOWN = "eval/rewards/countdown/mean"
 
 
@@ -53,14 +53,14 @@ def main() -> int:
     run = RunDir(_new_folder(args.runs / f"countdown-demo-seed{args.seed}"))
     console.rule(f"GRPO -> {run.path}")
     grpo_start = time.monotonic()
-    done = subprocess.run([
-        *(sys.executable, "-m", "rlsys.cli", "grpo", str(HERE / "demo.yaml")),
-        *("--seed", str(args.seed), "--output_dir", str(run.path), "--model.path", str(model)),
+    code = _rlsys(
+        *("grpo", str(HERE / "demo.yaml"), "--seed", str(args.seed)),
+        *("--output_dir", str(run.path), "--model.path", str(model)),
         *("--data.dataset", str(data / "train.jsonl")),
         *("--data.val_dataset", str(data / "validation.jsonl")),
-    ])  # fmt: skip
-    if done.returncode != 0:
-        return done.returncode
+    )
+    if code != 0:
+        return code
     _report(run, console)
     end = time.monotonic()
     console.print(
@@ -71,16 +71,34 @@ def main() -> int:
 
 
 def warm_started_model(runs: Path, data: Path, seed: int, console: Console) -> Path:
-    """The folder of the starter model after its warm start, made now or by an earlier call."""
-    folder = runs / f"countdown-starter-seed{seed}"
-    if (folder / "config.json").exists():
-        console.print(f"The warm-started model in {folder} is used again.")
-        return folder
-    console.rule("Warm start: supervised, on solutions")
+    """The starter model after its warm start, made now or by an earlier call.
+
+    Raises:
+        SystemExit: the warm start failed, and said why.
+    """
+    run = RunDir(runs / f"countdown-warm-start-seed{seed}")
+    if run.final.exists():
+        console.print(f"The warm-started model in {run.final} is used again.")
+        return run.final
+    console.rule(f"Warm start on solutions -> {run.path}")
     untrained = runs / f"countdown-untrained-seed{seed}"
     write_starter_model(untrained, seed=seed)
-    warm_start(untrained, data, folder, stop_at=STOP_AT, seed=seed)
-    return folder
+    solutions, held_out = data / f"solutions-seed{seed}.jsonl", data / "solutions-held-out.jsonl"
+    write_solutions(solutions, generate_problems(NUM_SOLUTIONS, seed=1000 + seed, unique=False))
+    write_solutions(held_out, generate_problems(NUM_HELD_OUT, seed=0, held_out=True))
+    code = _rlsys(
+        *("sft", str(HERE / "warm_start.yaml"), "--overwrite"),
+        *("--seed", str(seed), "--output_dir", str(run.path), "--model.path", str(untrained)),
+        *("--data.dataset", str(solutions), "--data.val_dataset", str(held_out)),
+    )
+    if code != 0:
+        raise SystemExit(code)
+    return run.final
+
+
+def _rlsys(*words: str) -> int:
+    """Run a command of rlsys; returns its exit code."""
+    return subprocess.run([sys.executable, "-m", "rlsys.cli", *words], check=False).returncode
 
 
 def _new_folder(folder: Path) -> Path:

@@ -6,7 +6,9 @@ of evaluation, in whichever order its numbers stand.
 
     python examples/countdown/problems.py --out data/countdown --train 2000 --validation 256
 
-writes train.jsonl and validation.jsonl with the columns messages, nums and target.
+writes train.jsonl and validation.jsonl with the columns messages, nums and target. With
+--solutions 12000 it writes solutions.jsonl too: that many training problems, some of them again,
+whose messages end with a solution, for `rlsys sft`.
 """
 
 from __future__ import annotations
@@ -145,6 +147,17 @@ def write_problems(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     return write_jsonl(path, ({name: row[name] for name in COLUMNS} for row in rows))
 
 
+def write_solutions(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write conversations that end with the solution of each row, for `rlsys sft`."""
+    return write_jsonl(
+        path,
+        (
+            {"messages": [*row["messages"], {"role": "assistant", "content": row["response"]}]}
+            for row in rows
+        ),
+    )
+
+
 def _check(n: int, numbers: int, max_number: int, max_target: int, operations: str) -> None:
     if not 2 <= numbers <= 6:
         raise ValueError(f"numbers must be 2 to 6, not {numbers}")
@@ -216,6 +229,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--examples", type=int, default=0, help="solved problems that every prompt begins with"
     )
+    parser.add_argument(
+        "--solutions", type=int, default=0, help="rows with solutions, for `rlsys sft`"
+    )
     args = parser.parse_args(argv)
     if args.examples < 0:
         parser.error(f"--examples must be at least 0, not {args.examples}")
@@ -233,6 +249,10 @@ def main(argv: list[str] | None = None) -> int:
         for name, rows in (("train", train), ("validation", draw(args.validation, held_out=True))):
             path = args.out / f"{name}.jsonl"
             print(f"{path}: {write_problems(path, with_examples(rows, examples))} problems")
+        if args.solutions:
+            path = args.out / "solutions.jsonl"
+            rows = with_examples(draw(args.solutions, unique=False), examples)
+            print(f"{path}: {write_solutions(path, rows)} solutions")
     except ValueError as error:
         parser.error(str(error))
     return 0

@@ -8,96 +8,16 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
-from rlsys.config.fields import (
-    config_fields,
-    config_sections,
-    first_sentence,
-    optional_sections,
-    show_default,
-)
+from rlsys.config.elsewhere import Counterpart, counterparts, normal, show_defaults
+from rlsys.config.fields import config_fields, config_sections, first_sentence, optional_sections
 from rlsys.config.method import hint_of_method
 from rlsys.config.schema import Config, RunConfig
 
-TABLE = Path(__file__).with_name("names_elsewhere.txt")
-NOT_NEEDED, NOT_SUPPORTED = "-", "!"
 LEAST_LIKE = 0.8
 """Similarity of each word of a misspelt name to the right one: lrr is lr, and max is not min."""
 _SURE_OF_PROJECT = 3
 """Names of one project in a config that show that its user comes from there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Counterpart:
-    """A line of the table: another project's name for something."""
-
-    project: str
-    names: tuple[str, ...]
-    fields: tuple[str, ...]
-    """Our fields; empty where nothing is needed, or rlsys cannot do it."""
-    supported: bool
-    default: str
-    """The project's default, as our config would write it; empty where it counts something else."""
-    same_default: bool
-    """Whether our default does the same."""
-    note: str
-    """What differs, or why there is no field."""
-    same_value: bool
-    """Whether one field of ours takes the same value."""
-
-    def says(self) -> str:
-        """The answer where there is no field."""
-        return f"Not {'needed' if self.supported else 'supported'}: {self.note}"
-
-
-# --- the table -----------------------------------------------------------------------------------
-
-
-@cache
-def counterparts(schema: type[RunConfig] = Config) -> tuple[Counterpart, ...]:
-    """The table for configs of this class, project by project."""
-    fields = config_fields(schema)
-    found, project = [], ""
-    for line in TABLE.read_text("utf-8").splitlines():
-        if line.startswith("["):
-            project = line[1 : line.index("]")]
-        elif line and not line.startswith("#"):
-            names, meant, default, note = (part.strip() for part in line.split("|"))
-            own = () if meant in (NOT_NEEDED, NOT_SUPPORTED) else tuple(meant.split(", "))
-            if not fields.keys() >= set(own):
-                continue  # of another method of training
-            row = Counterpart(
-                project,
-                tuple(names.split(", ")),
-                own,
-                supported=meant != NOT_SUPPORTED,
-                default=default.removeprefix("= "),
-                same_default=default[:2] in ("", "= ") or default == show_defaults(own, schema),
-                note=note.removeprefix("= "),
-                same_value=len(own) == 1 and note[:2] in ("", "= "),
-            )
-            found.append(row)
-    return tuple(found)
-
-
-def show_defaults(names: Sequence[str], schema: type[RunConfig] = Config) -> str:
-    """The defaults of these fields of ours."""
-    return ", ".join(show_default(config_fields(schema)[name]) for name in names)
-
-
-def projects() -> dict[str, str]:
-    """Name -> command or class, for every project in the table."""
-    lines = TABLE.read_text("utf-8").splitlines()
-    return dict(line[1:].split("] ") for line in lines if line.startswith("["))
-
-
-def counterpart(name: str, project: str, schema: type[RunConfig] = Config) -> Counterpart | None:
-    """The line of a project's name."""
-    rows = (row for row in counterparts(schema) if row.project == project)
-    return next((row for row in rows if _normal(name) in map(_normal, row.names)), None)
 
 
 def is_of_elsewhere(name: str, schema: type[RunConfig] = Config) -> bool:
@@ -107,13 +27,13 @@ def is_of_elsewhere(name: str, schema: type[RunConfig] = Config) -> bool:
 
 def _rows_of_path(name: str, schema: type[RunConfig]) -> list[Counterpart]:
     """The lines of a name with sections, such as `rollout.n` for `actor_rollout_ref.rollout.n`."""
-    path = _normal(name)
+    path = normal(name)
     if "." not in path:
         return []
     return [
         row
         for row in counterparts(schema)
-        for theirs in map(_normal, row.names)
+        for theirs in map(normal, row.names)
         if theirs == path or theirs.endswith(f".{path}") or path.startswith(f"{theirs}.")
     ]
 
@@ -183,11 +103,7 @@ def _in_section(name: str, fields: list[str]) -> list[str]:
 
 
 def _bare(name: str) -> str:
-    return _normal(name).rpartition(".")[2]
-
-
-def _normal(name: str) -> str:
-    return name.replace("-", "_").lower()
+    return normal(name).rpartition(".")[2]
 
 
 # --- all names of a config -----------------------------------------------------------------------
@@ -195,9 +111,9 @@ def _normal(name: str) -> str:
 
 def likely_project(names: Collection[str], schema: type[RunConfig] = Config) -> str | None:
     """The project of a user who gave these unknown names."""
-    given = set(map(_normal, names))
+    given = set(map(normal, names))
     rows = [(row.project, theirs) for row in counterparts(schema) for theirs in row.names]
-    matches = Counter(project for project, theirs in rows if _normal(theirs) in given)
+    matches = Counter(project for project, theirs in rows if normal(theirs) in given)
     project, count = max(matches.items(), key=lambda item: item[1], default=("", 0))
     return project if count >= _SURE_OF_PROJECT else None
 
@@ -216,9 +132,9 @@ def coming_from(
         fields_given: fields that were set by their own names.
         schema: the class of the config.
     """
-    given = set(map(_normal, names))
+    given = set(map(normal, names))
     rows = [row for row in counterparts(schema) if row.project == project]
-    meant = {field for row in rows if given & set(map(_normal, row.names)) for field in row.fields}
+    meant = {field for row in rows if given & set(map(normal, row.names)) for field in row.fields}
     set_here = meant | set(fields_given)
     inside = tuple(f"{section}." for section in optional_sections(schema))
     unused = tuple(start for start in inside if not any(n.startswith(start) for n in set_here))

@@ -12,8 +12,9 @@ from pathlib import Path
 from textwrap import indent
 from typing import Any
 
+from rlsys.config.elsewhere import counterpart
 from rlsys.config.fields import config_fields, nested
-from rlsys.config.hints import coming_from, counterpart, hint, likely_project
+from rlsys.config.hints import coming_from, hint, likely_project
 from rlsys.config.schema import Config, RunConfig
 from rlsys.config.validation import wrong_fields
 from rlsys.config.words import Option, read_options, value_of

@@ -18,9 +18,10 @@ from typing import Any
 import yaml
 from pydantic.fields import FieldInfo
 
+from rlsys.config.elsewhere import counterpart
 from rlsys.config.field_types import kinds_of, split_list
 from rlsys.config.fields import config_fields, config_sections, first_sentence
-from rlsys.config.hints import counterpart, hint
+from rlsys.config.hints import hint
 from rlsys.config.schema import RunConfig, Section
 from rlsys.config.yaml_text import load_yaml, read_scalar
 from rlsys.problems import Problem

@@ -1,5 +1,6 @@
 """The Countdown generator: every problem solvable, no problem in both splits."""
 
+import ast
 import importlib.util
 import json
 import sys
@@ -146,3 +147,20 @@ def test_the_command_line_explains_what_is_impossible(tmp_path, capsys):
         problems.main(["--out", str(tmp_path), "--train", "100000"])
     assert "found only" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_solutions_are_conversations_that_end_with_a_right_answer(tmp_path):
+    options = ["--out", str(tmp_path), "--train", "8", "--validation", "4", "--examples", "1"]
+    assert problems.main([*options, "--solutions", "50"]) == 0
+    lines = (tmp_path / "solutions.jsonl").read_text().splitlines()
+    assert len(lines) == 50
+    for line in lines:
+        row = json.loads(line)
+        assert list(row) == ["messages"]
+        roles = [message["role"] for message in row["messages"]]
+        assert roles == ["user", "assistant"] * 2
+        question, answer = (message["content"] for message in row["messages"][-2:])
+        nums = ast.literal_eval(question.partition("numbers ")[2].partition("]")[0] + "]")
+        target = int(question.partition("equals ")[2].partition(".")[0])
+        assert orms["countdown"]()([answer], nums=[nums], target=[target]) == [1.0]
+        assert not problems.is_held_out(nums, target)

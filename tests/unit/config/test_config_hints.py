@@ -10,8 +10,10 @@ import pytest
 from config_cases import write_config
 
 from rlsys.cli import main
+from rlsys.config import Config
+from rlsys.config.elsewhere import counterparts, projects
 from rlsys.config.fields import config_fields, first_sentence, show_value
-from rlsys.config.hints import counterparts, hint, projects
+from rlsys.config.hints import hint
 from rlsys.config.load import load_config
 from rlsys.config.pasted_command import split_command
 from rlsys.problems import ProblemsError
@@ -265,7 +267,7 @@ def test_an_answer_says_what_is_not_needed_and_what_differs(name, says):
 
 def test_the_table_is_about_fields_that_there_are():
     fields = config_fields()
-    for row in counterparts():
+    for row in counterparts(Config):
         assert set(row.fields) <= set(fields), row
         assert row.fields or row.note, row
         assert not row.default or row.fields, row
@@ -274,8 +276,9 @@ def test_the_table_is_about_fields_that_there_are():
         if not row.fields:
             own = {field.rpartition(".")[2] for field in fields} - {"num_workers"}
             assert not own & {name for name in row.names if "." not in name}, row
-    for project in projects():
-        names = [name for row in counterparts() if row.project == project for name in row.names]
+    for project in projects(Config):
+        rows = [row for row in counterparts(Config) if row.project == project]
+        names = [name for row in rows for name in row.names]
         assert len(names) == len(set(names)), project
 
 
@@ -283,7 +286,7 @@ def test_every_field_of_trls_config_is_in_the_table():
     from trl import GRPOConfig, ModelConfig
     from trl.scripts.grpo import GRPOScriptArguments
 
-    rows = {name: row for row in counterparts() if row.project == "TRL" for name in row.names}
+    rows = {name: row for row in counterparts(Config) if row.project == "TRL" for name in row.names}
     kinds = (GRPOScriptArguments, ModelConfig, GRPOConfig)
     theirs = {field.name: field for kind in kinds for field in dataclasses.fields(kind)}
     assert sorted(set(theirs) - set(rows)) == []
