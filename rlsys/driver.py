@@ -77,13 +77,11 @@ def train(
         checkpoints.after_step(step)
 
 
-def train_sft(
-    system: SftSystem, tracker: Tracker, checkpoints: Checkpoints, watches: Sequence[Watch]
-) -> None:
+def train_sft(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> None:
     """Run supervised training from the policy's version to config.num_steps; as `train`."""
     config, samples, policy = system.config, system.samples, system.policy
     if config.eval_steps is not None and policy.policy_version == 0:
-        log(tracker, watches, 0, evaluate_sft(system))
+        tracker.log_metrics(0, evaluate_sft(system))
     for step in range(policy.policy_version + 1, config.num_steps + 1):
         timer = PhaseTimer()
         with timer("data"):
@@ -101,9 +99,9 @@ def train_sft(
                 "tokens_per_second": num_tokens / seconds["time/step"],
                 "memory(GiB)": policy.peak_memory_gib(),
             }
-            log(tracker, watches, step, update.metrics | samples.metrics() | own | seconds)
+            tracker.log_metrics(step, update.metrics | samples.metrics() | own | seconds)
         if config.eval_steps is not None and step % config.eval_steps == 0:
-            log(tracker, watches, step, evaluate_sft(system))
+            tracker.log_metrics(step, evaluate_sft(system))
         checkpoints.after_step(step)
 
 

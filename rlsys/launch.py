@@ -59,11 +59,9 @@ def run(resolved: ResolvedConfig[Config]) -> None:
 
 def run_sft(resolved: ResolvedConfig[SftConfig]) -> None:
     """Supervised training, as `run`."""
-
-    def train(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> None:
-        train_sft(system, tracker, checkpoints, [])
-
-    run_method(resolved.config, Method(load_sample_data, fit_to_samples, start_sft_system, train))
+    run_method(
+        resolved.config, Method(load_sample_data, fit_to_samples, start_sft_system, train_sft)
+    )
 
 
 def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) -> None:
