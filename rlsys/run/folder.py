@@ -53,14 +53,16 @@ class RunDir:
         """The model after the last finished step of a run that was interrupted or failed, a Hugging
         Face folder; removed as soon as a checkpoint holds the same."""
         self.reward_curve = path / "reward_curve.png"
-        """The picture of the run."""
+        """The picture of a run with rewards."""
+        self.loss_curve = path / "loss_curve.png"
+        """The picture of a supervised run."""
         self.tensorboard = path / "tensorboard"
         """TensorBoard event files."""
         self.status = path / "status"
         """One word, see the class."""
         records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
         models = (self.checkpoints, self.hf, self.final, self.interrupted)
-        shown = (self.reward_curve, self.tensorboard, path / "wandb")
+        shown = (self.reward_curve, self.loss_curve, self.tensorboard, path / "wandb")
         self.files = (self.config, *records, *models, *shown, self.status)
         """Everything that a run writes, folders too."""
         self._lock = path / ".lock"

@@ -15,7 +15,7 @@ from rlsys.run.folder import ENDED, RUNNING, RunDir
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation, trackers
 from rlsys.tracking.console import console_tracker
 from rlsys.tracking.jsonl import CompletionsTracker, JsonlTracker
-from rlsys.tracking.plot import RewardCurveTracker
+from rlsys.tracking.plot import CurveTracker
 from rlsys.types import RolloutGroup
 
 
@@ -43,9 +43,7 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Trac
     if config.logs_completions:
         parts.append(CompletionsTracker(run_dir))
     # They are closed in this order, the slow picture last: `ray job stop` kills after 3 seconds.
-    parts += [console_tracker(config, resumed_from), *reporters]
-    if config.has_rollouts:
-        parts.append(RewardCurveTracker(run_dir))
+    parts += [console_tracker(config, resumed_from), *reporters, CurveTracker(run_dir)]
     run_dir.write_status(RUNNING)
     return CompositeTracker(parts, run_dir, Progress(config.num_steps))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
@@ -40,36 +40,53 @@ COLUMNS = [
     Column("loss", "loss", ".2e", 9),
     Column("s/step", "time/step", ".1f", 6),
     Column("tok/s", "rollout/tokens_per_second", ".0f", 6),
-    Column("tok/s", "tokens_per_second", ".0f", 7),
     Column("logp diff", "sampling/logp_difference/mean", ".1e", 9),
     Column("grad", "grad_norm", ".3g", 7),
     Column("zero-std", "frac_reward_zero_std", ".2f", 8),
     Column("lr", "learning_rate", ".2g", 7),
 ]
 """In order of importance: a terminal shows the first columns that fit."""
+SFT_COLUMNS = [
+    Column("loss", "loss", ".4f", 8),
+    Column("s/step", "time/step", ".2f", 6),
+    Column("tok/s", "tokens_per_second", ".0f", 7),
+    Column("grad", "grad_norm", ".3g", 7),
+    Column("lr", "learning_rate", ".2g", 7),
+    Column("epoch", "epoch", ".2f", 6),
+]
+"""The same, of supervised training."""
 ROWS_BETWEEN_HEADERS = 20
 
 
 def console_tracker(config: RunConfig, resumed_from: int | None) -> Tracker:
     """The tracker for standard output: a terminal or a file."""
     console = Console(highlight=False)
-    if console.is_terminal and not console.is_dumb_terminal:
-        return TerminalTracker(config.num_steps, config.rows_per_step, resumed_from or 0, console)
-    return LinesTracker(config.num_steps)
+    columns = COLUMNS if config.has_rollouts else SFT_COLUMNS
+    if not console.is_terminal or console.is_dumb_terminal:
+        return LinesTracker(config.num_steps, columns)
+    return TerminalTracker(
+        config.num_steps,
+        config.rows_per_step,
+        resumed_from or 0,
+        console,
+        columns=columns,
+        activity="sampling" if config.has_rollouts else "training",
+    )
 
 
 class LinesTracker(Tracker):
     """One line per step: for files, CI and `ray job logs`."""
 
-    def __init__(self, max_steps: int):
+    def __init__(self, max_steps: int, columns: Sequence[Column] = COLUMNS):
         self._max_steps = max_steps
+        self._columns = columns
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Print the line."""
         if is_evaluation(metrics):
             print(" | ".join(evaluation_items(step, metrics)), flush=True)
             return
-        numbers = [f"{c.header} {cell(c, metrics)}" for c in COLUMNS if c.name in metrics]
+        numbers = [f"{c.header} {cell(c, metrics)}" for c in self._columns if c.name in metrics]
         line = f"step {step}/{self._max_steps} | {' | '.join(numbers)}"
         if phases := phases_line(metrics):
             line += f" | {phases}"
@@ -94,12 +111,17 @@ class TerminalTracker(Tracker):
         groups_per_step: int,
         first_step: int,
         console: Console,
+        *,
+        columns: Sequence[Column] = COLUMNS,
+        activity: str = "sampling",
         clock: Callable[[], float] = time.monotonic,
     ):
         self._max_steps = max_steps
         self._step_width = 2 * len(str(max_steps)) + 1
         self._groups_per_step = groups_per_step
         self._console = console
+        self._all_columns = columns
+        self._step_begins_with = activity
         self._clock = clock
         self._start = clock()
         self._step = first_step
@@ -114,7 +136,7 @@ class TerminalTracker(Tracker):
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Print a row above the bar and move the bar."""
-        self._activity = "sampling" if step < self._max_steps else "finishing"
+        self._activity = self._step_begins_with if step < self._max_steps else "finishing"
         if is_evaluation(metrics):
             self._groups_of.pop(("eval", step), None)
             items = evaluation_items(step, metrics)
@@ -167,7 +189,7 @@ class TerminalTracker(Tracker):
         """The run's columns that fit beside the step."""
         room = self._console.width - self._step_width
         columns = []
-        for column in (column for column in COLUMNS if column.name in metrics):
+        for column in (column for column in self._all_columns if column.name in metrics):
             room -= 2 + column.width
             if room < 0:
                 break

@@ -1,9 +1,10 @@
-"""The picture of a run: rewards, lengths, and the distance of the policy from other models."""
+"""The picture of a run: rewards, lengths and distances in GRPO, the loss in supervised training."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,11 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 """Okabe and Ito's palette, distinct for colour-blind readers; line styles differ too."""
 LINE_STYLES = ("-", "--", ":", "-.")
 SMOOTHING_STEPS = 5
-"""The bold line is the mean reward of this many steps, since single steps are noisy."""
+"""The bold line is the mean of this many steps, since single steps are noisy."""
 
 
-class RewardCurveTracker(Tracker):
-    """Draws reward_curve.png when the run ends or fails."""
+class CurveTracker(Tracker):
+    """Draws reward_curve.png or loss_curve.png when the run ends or fails."""
 
     def __init__(self, run_dir: RunDir):
         self._run_dir = run_dir
@@ -43,6 +44,8 @@ class RewardCurveTracker(Tracker):
 
 def plot_run(run_dir: Path) -> Path:
     """Draw a run's metrics.jsonl as OUTPUT_DIR/reward_curve.png, at any time.
+
+    Without rewards, in supervised training, it is loss_curve.png.
 
     Returns:
         The path of the PNG, which is replaced as a whole.
@@ -63,24 +66,26 @@ def plot_run(run_dir: Path) -> Path:
     if not series:
         raise ValueError(f"{files.metrics} is empty: wait for the first step, then plot again.")
 
+    has_rewards = {"reward", "eval/reward"} & series.keys()
+    has_losses = any(name.rpartition("/")[2] == "loss" for name in series)
+    picture = _LOSSES if has_losses and not has_rewards else _REWARDS
     figure = Figure(figsize=(9, 9), layout="constrained")
     FigureCanvasAgg(figure)
-    rewards, lengths, differences = figure.subplots(3, sharex=True, height_ratios=[2.2, 1, 1])
+    panels = figure.subplots(len(picture.panels), sharex=True, height_ratios=[2.2, 1, 1])
     figure.suptitle(run_dir.resolve().name, fontsize=14)
-    _draw_rewards(rewards, series)
-    _draw_lengths(lengths, series)
-    _draw_differences(differences, series)
-    for axes in (rewards, lengths, differences):
+    for axes, draw in zip(panels, picture.panels, strict=True):
+        draw(axes, series)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             # Beside the axes: nothing is hidden, however the curves go.
             axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=9, frameon=False)
-    differences.set_xlabel("step")
-    differences.xaxis.get_major_locator().set_params(integer=True)
-    with replacing(files.reward_curve) as scratch:
+    panels[-1].set_xlabel("step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    path = picture.path(files)
+    with replacing(path) as scratch:
         figure.savefig(scratch, format="png", dpi=150)
-    return files.reward_curve
+    return path
 
 
 def load_series(rows: Iterable[dict[str, Any]]) -> dict[str, Series]:
@@ -108,13 +113,7 @@ def _draw_rewards(axes: Axes, series: dict[str, Series]) -> None:
     axes.set_title("Reward", loc="left")
     axes.set_ylabel("mean over the completions of a step")
     if "reward" in series:
-        reward = series["reward"]
-        is_long = len(reward) >= 4 * SMOOTHING_STEPS
-        bold = smoothed(reward, SMOOTHING_STEPS) if is_long else reward
-        label = f"reward, mean of {SMOOTHING_STEPS} steps" if is_long else "reward"
-        _draw_line(axes, bold, color=COLORS[0], linewidth=2.2, label=label)
-        if is_long:
-            _draw_line(axes, reward, color=COLORS[0], alpha=0.35, linewidth=1)
+        bold = _draw_smoothed(axes, series["reward"], "reward")
         if "reward_std" in series:
             std = series["reward_std"]
             low, high = (
@@ -134,6 +133,17 @@ def _draw_rewards(axes: Axes, series: dict[str, Series]) -> None:
             label=name.removeprefix("rewards/").removesuffix("/mean"),
         )
         _draw_held_out(axes, series, f"eval/{name}", color)
+
+
+def _draw_smoothed(axes: Axes, values: Series, label: str) -> Series:
+    """A bold line, of means where there are many steps, and then the steps too; returns it."""
+    is_long = len(values) >= 4 * SMOOTHING_STEPS
+    bold = smoothed(values, SMOOTHING_STEPS) if is_long else values
+    label = f"{label}, mean of {SMOOTHING_STEPS} steps" if is_long else label
+    _draw_line(axes, bold, color=COLORS[0], linewidth=2.2, label=label)
+    if is_long:
+        _draw_line(axes, values, color=COLORS[0], alpha=0.35, linewidth=1)
+    return bold
 
 
 def _draw_line(axes: Axes, series: Series, **style: Any) -> None:
@@ -191,3 +201,39 @@ def _draw_differences(axes: Axes, series: dict[str, Series]) -> None:
             positive = positive or any(value > 0 for value in series[name].values())
     if positive:
         axes.set_yscale("log", nonpositive="mask")
+
+
+def _draw_losses(axes: Axes, series: dict[str, Series]) -> None:
+    axes.set_title("Loss", loc="left")
+    axes.set_ylabel("nats per token that is trained on")
+    if "loss" in series:
+        _draw_smoothed(axes, series["loss"], "loss")
+    names = [name for name in series if name.startswith("eval/") and name.endswith("/loss")]
+    for index, name in enumerate(names):
+        set_name = name.removeprefix("eval/").removesuffix("loss").rstrip("/")
+        color = COLORS[1 + index % (len(COLORS) - 1)] if set_name else COLORS[0]
+        _draw_held_out(axes, series, name, color)
+
+
+def _draw_learning_rate(axes: Axes, series: dict[str, Series]) -> None:
+    axes.set_title("Learning rate", loc="left")
+    _draw_line(axes, series.get("learning_rate", {}), color=COLORS[0])
+    axes.set_ylim(bottom=0)
+
+
+def _draw_grad_norm(axes: Axes, series: dict[str, Series]) -> None:
+    axes.set_title("Gradient norm, before clipping", loc="left")
+    _draw_line(axes, series.get("grad_norm", {}), color=COLORS[0])
+    axes.set_ylim(bottom=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """What is drawn where, one panel below the other."""
+
+    path: Callable[[RunDir], Path]
+    panels: tuple[Callable[[Axes, dict[str, Series]], None], ...]
+
+
+_REWARDS = _Picture(lambda run: run.reward_curve, (_draw_rewards, _draw_lengths, _draw_differences))
+_LOSSES = _Picture(lambda run: run.loss_curve, (_draw_losses, _draw_learning_rate, _draw_grad_norm))

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from tracking_cases import DRIVER_METRICS, make_config, make_group
 
+from rlsys.config import SftConfig
 from rlsys.tracking.composite import Progress
 from rlsys.tracking.console import LinesTracker, TerminalTracker, console_tracker
 
@@ -115,3 +116,45 @@ def test_a_pipe_gets_lines_and_columns_is_respected(monkeypatch, tmp_path):
     bar = subprocess.check_output([sys.executable, "-c", program, here], text=True)
     widths = {len(line) for line in lines_of(io.StringIO(bar)) if "1/60" in line}
     assert max(widths) <= 50
+
+
+SFT_METRICS: dict[str, float | str] = {
+    **{"loss": 1.2345, "num_loss_tokens": 90.0, "grad_norm": 2.5, "learning_rate": 1e-5},
+    **{"epoch": 0.25, "num_tokens": 900.0, "tokens_per_second": 1234.0, "time/step": 0.5},
+    **{"time/data": 0.1, "time/policy_update": 0.4},
+}
+
+
+def sft_config(folder):
+    data, model = {"dataset": ["rows.jsonl"]}, {"path": "model"}
+    values = {"output_dir": str(folder), "max_steps": 4, "data": data, "model": model}
+    return SftConfig.model_validate(values)
+
+
+def test_a_supervised_step_has_columns_of_its_own(tmp_path, capsys):
+    tracker = console_tracker(sft_config(tmp_path), None)
+    tracker.log_metrics(0, {"eval/loss": 2.0, "eval/perplexity": 7.389, "eval/a/loss": 3.0})
+    tracker.log_metrics(1, SFT_METRICS)
+    evaluation, line = capsys.readouterr().out.splitlines()
+    assert evaluation == "held-out after step 0 | loss 2 | perplexity 7.389 | a loss 3"
+    assert line == (
+        "step 1/4 | loss 1.2345 | s/step 0.50 | tok/s 1234 | grad 2.5 | lr 1e-05 | epoch 0.25 | "
+        "policy_update 0.4s, data 0.1s"
+    )
+
+
+def test_a_supervised_run_trains_and_samples_nothing(tmp_path, monkeypatch):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("rlsys.tracking.console.Console", lambda **options: console)
+    tracker = console_tracker(sft_config(tmp_path), None)
+    for step in range(1, 5):
+        tracker.log_metrics(step, SFT_METRICS)
+        if step == 3:
+            tracker._live.refresh()
+    tracker.close()
+    shown = "\n".join(lines_of(out))
+    assert "training | last step: policy_update 0.4s, data 0.1s" in shown
+    assert "loss" in shown
+    assert "sampling" not in shown
+    assert "finished" in shown

@@ -40,6 +40,19 @@ def test_few_numbers_are_enough(tmp_path, row):
     assert plot_run(tmp_path).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_supervised_run_is_a_loss_curve(tmp_path):
+    own = {"grad_norm": 1.0, "learning_rate": 1e-5}
+    steps = [{"step": step, "loss": 3.0 / step, **own} for step in range(1, 30)]
+    held_out = {"step": 0, "eval/loss": 3.1, "eval/perplexity": 22.0, "eval/other/loss": 4.0}
+    write_metrics(RunDir(tmp_path), held_out)
+    first = plot_run(tmp_path)
+    assert first.name == "loss_curve.png"
+    before = first.read_bytes()
+    write_metrics(RunDir(tmp_path), *steps, {**held_out, "step": 20})
+    assert plot_run(tmp_path).read_bytes() != before
+    assert {item.name for item in tmp_path.iterdir()} == {"metrics.jsonl", "loss_curve.png"}
+
+
 def test_a_run_without_steps_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="holds no run that took a step"):
         plot_run(tmp_path)
