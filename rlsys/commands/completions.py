@@ -158,6 +158,11 @@ def _why_never(run: RunDir, split: Split) -> str | None:
     def setting(section: str, field: str) -> Any:
         return config.get(section, {}).get(field)
 
+    if "sft" in config:
+        return (
+            "it is a run of `rlsys sft`, which samples nothing. `rlsys infer RUN` asks its model, "
+            "and `rlsys data preview CONFIG` shows what it was trained on"
+        )
     if setting("tracking", "log_completions") is False:
         return "tracking.log_completions is off in this run"
     if split == "filtered" and setting("rollout", "dynamic_sample") is False:

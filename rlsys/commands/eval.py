@@ -17,8 +17,9 @@ from rlsys.commands.eval_results import (
     result_folders,
 )
 from rlsys.commands.merged_model import with_merged_adapter
-from rlsys.config import Config
+from rlsys.config import Config, SftConfig
 from rlsys.config.load import load_config
+from rlsys.config.method import schema_of
 from rlsys.problems import ProblemsError
 from rlsys.run.model_source import ModelSource, find_model
 
@@ -100,6 +101,11 @@ def _config_of(sources: list[ModelSource]) -> Path:
             "taken: rlsys eval MODEL_OR_RUN... CONFIG"
         )
     path = next(iter(runs.values())).config
+    if schema_of(path) is SftConfig:
+        raise ValueError(
+            f"{path} is a config of `rlsys sft`, without prompts and rewards to evaluate by: name "
+            "a CONFIG for `rlsys grpo` behind the run: rlsys eval RUN CONFIG"
+        )
     print(f"config: {path}")
     return path
 

@@ -4,9 +4,11 @@ import json
 import sys
 
 import pytest
-from config_cases import write_run, write_sft_run
+from config_cases import write_model, write_run, write_sft_run
 
 from rlsys import cli
+from rlsys.config import SftConfig
+from rlsys.config.load import load_config_as, save_config
 
 HELD_OUT = "--data.split_dataset_ratio 0.5"
 
@@ -130,3 +132,15 @@ def test_a_pasted_command_becomes_fields_of_sft(tmp_path, capsys):
     text = refused(capsys, "sft", write_sft_run(tmp_path), *pasted.split())
     assert "rlsys explain" in text
     assert "--policy.lr 1e-4" in text
+
+
+def test_an_evaluation_of_a_supervised_run_asks_for_rewards(tmp_path, capsys):
+    config = load_config_as(SftConfig, write_sft_run(tmp_path)).config
+    run = tmp_path / "run"
+    write_model(run / "final")
+    save_config(config, run / "config.yaml")
+    text = refused(capsys, "eval", run)
+    assert "is a config of `rlsys sft`, without prompts and rewards" in text
+    assert "rlsys eval RUN CONFIG" in text
+    text = refused(capsys, "eval", run, run / "config.yaml")
+    assert "it is a config for `rlsys sft`, with the section sft" in text

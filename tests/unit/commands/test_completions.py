@@ -202,6 +202,8 @@ def test_a_missing_file_is_explained_by_what_the_run_does(run, capsys):
     assert "the run ended before its first group" in reason()
     save_run_config(run, tracking={"log_completions": False})
     assert "tracking.log_completions is off" in reason()
+    run.config.write_text("data: {}\nsft: {}\n")
+    assert "it is a run of `rlsys sft`, which samples nothing" in reason()
 
 
 def test_an_error_about_nothing_to_show_says_which_steps_exist(run, capsys):
