@@ -2,9 +2,11 @@
 
     python benchmarks/weight_sync_cpu.py                           # a model of the demo's shape
     python benchmarks/weight_sync_cpu.py --shape smollm2-135m
+    python benchmarks/weight_sync_cpu.py --shape smollm2-135m --adapter-rank 16
 
 A real rollout engine receives the weights of a random model. The same bytes are also copied
-within one process, and broadcast over gloo between two processes that do nothing else.
+within one process, and broadcast over gloo between two processes that do nothing else. With
+--adapter-rank the engine gets the base once, and every timed sync brings a LoRA adapter alone.
 """
 
 import argparse
@@ -36,16 +38,24 @@ TIMEOUT_S = 300.0
 class Process:
     """A process with the tensors of a model: sends them, or only moves as many bytes."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, rank):
         torch.set_num_threads(1)
         model = AutoModelForCausalLM.from_pretrained(folder)
         self.tensors = dict(model.named_parameters())
+        self.adapter = {}
+        for name, weight in self.tensors.items() if rank else ():
+            module, is_linear, _ = name.rpartition("_proj.weight")
+            if is_linear:
+                size_out, size_in = weight.shape
+                prefix = f"base_model.model.{module}_proj"
+                self.adapter[f"{prefix}.lora_A.weight"] = torch.randn(rank, size_in)
+                self.adapter[f"{prefix}.lora_B.weight"] = torch.zeros(size_out, rank)
 
     def weight_metadata(self):
-        return [
-            TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            for name, tensor in self.tensors.items()
-        ]
+        return metadata(self.tensors)
+
+    def adapter_metadata(self):
+        return metadata(self.adapter)
 
     def connect_weight_sync(self, connections):
         (connection,) = connections  # an engine of one worker has one
@@ -55,8 +65,9 @@ class Process:
         return self.sender.send(self.fill, version)
 
     def fill(self, bucket, buffer):
+        tensors = self.tensors | self.adapter
         for name, target in bucket.views(buffer):
-            target.copy_(self.tensors[name].detach())
+            target.copy_(tensors[name].detach())
 
     def connect_plain(self, port, rank):
         self.plain = make_transport("gloo", CPU)
@@ -86,8 +97,18 @@ class Policy:
     def weight_metadata(self):
         return ray.get(self.actor.weight_metadata.remote())
 
+    def adapter_metadata(self):
+        return ray.get(self.actor.adapter_metadata.remote())
+
     def async_call(self, method, *args, to):
         return {"policy rank 0": getattr(self.actor, method).remote(*args)}
+
+
+def metadata(tensors):
+    return [
+        TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    ]
 
 
 def seconds(action):
@@ -106,6 +127,7 @@ def main():
 
 
 def measure(folder, arguments):
+    rank = arguments.adapter_rank
     config = Config.model_validate(
         {
             "output_dir": "unused",
@@ -114,7 +136,9 @@ def measure(folder, arguments):
             "model": {"path": str(folder), "dtype": "float32"},
             "reward": {"reward_funcs": ["format"]},
             "rollout": {"generation_batch_size": 8, "max_completion_length": 64, "max_num_seqs": 8},
+            "policy": {"lora": {"rank": rank, "alpha": rank} if rank else None},
             "weight_sync": {
+                "lora": "adapter" if rank else "auto",
                 "bucket_mb": arguments.bucket_mb,
                 "verify": not arguments.no_verify,
                 "timeout_s": TIMEOUT_S,
@@ -123,10 +147,11 @@ def measure(folder, arguments):
     )
     engines = RolloutActors(config, device="cpu")
     actor_class = ray.remote(Process).options(num_cpus=0.01)
-    first, second = actor_class.remote(folder), actor_class.remote(folder)
-    policy = Policy(first)
-    publisher = WeightPublisher(policy, engines, config.weight_sync)
-    publisher.publish()  # the first one also connects and allocates
+    first, second = actor_class.remote(folder, rank), actor_class.remote(folder, rank)
+    publisher = WeightPublisher(
+        Policy(first), engines, config.weight_sync, adapter_scaling=1.0 if rank else None
+    )
+    publisher.publish()  # the first one also connects and allocates, and sends an adapter's base
     published = [publisher.publish() for _ in range(arguments.repeats)]
     nbytes = int(published[0]["weight_sync/bytes"])
     sync = statistics.median(metrics["weight_sync/seconds"] for metrics in published)
@@ -136,6 +161,7 @@ def measure(folder, arguments):
     engines.close()
     return {
         "shape": arguments.shape,
+        "adapter_rank": rank,
         "bucket_mb": arguments.bucket_mb,
         "megabytes": nbytes / 1e6,
         "verify": config.weight_sync.verify,
@@ -172,6 +198,7 @@ def parse_arguments():
     parser.add_argument("--bucket-mb", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument("--adapter-rank", type=int, help="send an adapter of all linear layers")
     return parser.parse_args()
 
 

@@ -93,7 +93,9 @@ class Evaluator:
         """
         path = str(source.folder.resolve())
         model = self._config.model.model_copy(update={"path": path})
-        config = self._config.model_copy(update={"model": model})
+        # A run's adapter is merged into the model already.
+        policy = self._config.policy.model_copy(update={"lora": None})
+        config = self._config.model_copy(update={"model": model, "policy": policy})
         read_model_shape(source.folder)
         return Task(source.label, config, held_out_sets(config), source.step or 0)
 
