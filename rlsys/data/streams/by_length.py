@@ -9,54 +9,60 @@ from rlsys.data.streams.base import SampleStream
 from rlsys.types import Sample
 
 BATCHES_TOGETHER = 50
-"""Steps whose samples are sorted together: transformers' LengthGroupedSampler takes as many."""
+"""Most steps whose samples are sorted together: as many as in transformers' LengthGroupedSampler,
+which also takes a quarter of an epoch at most."""
 
 
 class ByLength(SampleStream):
     """A stream that hands out the samples of another one in steps of similar length.
 
-    It takes the samples of BATCHES_TOGETHER steps, sorts them by length, cuts them into steps and
-    shuffles these. Each sample still comes once an epoch, up to a group of steps.
+    It takes a group of samples, sorts it by length, cuts it into steps and shuffles these. A group
+    ends with the step in which an epoch ends, so each epoch has each sample once, as in the other
+    stream, and the last step may begin the next epoch.
     """
 
-    def __init__(self, stream: SampleStream, *, batch_size: int, seed: int):
+    def __init__(self, stream: SampleStream, *, num_rows: int, batch_size: int, seed: int):
+        """Group the samples of `stream`, which are `num_rows` in an epoch."""
         self._stream = stream
+        self._num_rows = num_rows
         self._batch_size = batch_size
         self._seed = seed
-        self._start = stream.state_dict()  # of the group that is handed out
+        # Of the group that is handed out: the position of its first sample, samples of a step, and
+        # the state before it.
+        self._first = 0
+        self._size = batch_size
+        self._before = stream.state_dict()
         self._group: list[Sample] = []
 
     @property
     def epoch(self) -> float:
         """Passes over the samples, those that wait in the group not counted."""
-        waiting = self._group_size - self.num_taken % self._group_size if self._group else 0
         taken = self._stream.num_taken
-        return self._stream.epoch * (taken - waiting) / taken if taken else 0.0
-
-    @property
-    def _group_size(self) -> int:
-        return BATCHES_TOGETHER * self._batch_size
+        return self._stream.epoch * self.num_taken / taken if taken else 0.0
 
     def take(self, n: int) -> list[Sample]:
         """The next `n` samples."""
         samples = []
         for position in range(self.num_taken, self.num_taken + n):
-            number, index = divmod(position, self._group_size)
-            if index == 0 or not self._group:
-                self._fill(number)
-            samples.append(self._group[index])
+            while position >= self._first + len(self._group):
+                self._fill()
+            samples.append(self._group[position - self._first])
         self.num_taken += n
         return samples
 
-    def _fill(self, number: int) -> None:
-        """Take the samples of group `number`, whose first steps may have been handed out."""
-        self._start = self._stream.state_dict()
-        size = self._batch_size
-        taken = sorted(
-            self._stream.take(self._group_size), key=lambda sample: -len(sample.token_ids)
-        )
+    def _fill(self) -> None:
+        """Take the samples of the next group, whose first steps may have been handed out."""
+        if self._group:  # else it is the first one, or that of a checkpoint
+            self._first += len(self._group)
+            self._size = self._batch_size
+        self._before = self._stream.state_dict()
+        size, first = self._size, self._first
+        epoch_ends = (first // self._num_rows + 1) * self._num_rows
+        most = max(1, min(BATCHES_TOGETHER, self._num_rows // (4 * size)))
+        number = min(most, -((first - epoch_ends) // size))  # rounded up
+        taken = sorted(self._stream.take(number * size), key=lambda sample: -len(sample.token_ids))
         steps = [taken[i : i + size] for i in range(0, len(taken), size)]
-        random.Random(f"{self._seed}:by-length:{number}").shuffle(steps)
+        random.Random(f"{self._seed}:by-length:{first}").shuffle(steps)
         self._group = [sample for step in steps for sample in step]
 
     def metrics(self) -> dict[str, float]:
@@ -64,13 +70,13 @@ class ByLength(SampleStream):
         return self._stream.metrics()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the other stream before the group that is handed out."""
-        is_between = not self.num_taken % self._group_size
-        stream = self._stream.state_dict() if is_between else self._start
-        return super().state_dict() | {"stream": stream}
+        """The group that is handed out, and the state of the other stream before it."""
+        own = {"first": self._first, "size": self._size, "stream": self._before}
+        return super().state_dict() | own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where the stream with this state was."""
         super().load_state_dict(state)
+        self._first, self._size = state["first"], state["size"]
         self._stream.load_state_dict(state["stream"])
         self._group = []

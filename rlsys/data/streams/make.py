@@ -32,7 +32,9 @@ def make_sample_stream(config: SftConfig, data: SampleData) -> SampleStream:
     """Samples in memory or streamed, mixed by data.dataset_weights, grouped by length."""
     stream = make_stream(config.data, data, seed=config.seed)
     if config.sft.group_by_length:
-        return ByLength(stream, batch_size=config.rows_per_step, seed=config.seed)
+        return ByLength(
+            stream, num_rows=len(data.train), batch_size=config.rows_per_step, seed=config.seed
+        )
     return stream
 
 
