@@ -91,7 +91,7 @@ def train_sft(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> 
                 update = policy.update(batch)
             seconds = timer.metrics()
             num_tokens = batch.lengths.sum().item()
-            system.num_tokens += num_tokens
+            system.finish_step(num_tokens)
             own = {
                 "policy_version": update.policy_version,
                 "epoch": samples.epoch,

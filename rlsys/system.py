@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # Imported before Ray, which reads the environment when it is imported.
 import rlsys.actors.ray_env  # noqa: F401  # isort: skip
@@ -111,6 +112,8 @@ class SftSystem:
     """What it is evaluated on, by the name of the set; data.val_dataset is ""."""
     num_tokens: int = 0
     """Tokens trained on so far, prompts included, as TRL counts them."""
+    _samples_state: dict[str, Any] = field(default_factory=dict)
+    """Of `samples`, after the last finished step."""
 
     @property
     def models(self) -> list[ModelActors]:
@@ -120,10 +123,19 @@ class SftSystem:
     def why_no_checkpoint(self, step: int) -> str | None:
         """A step that is finished can always be continued from."""
 
+    def finish_step(self, num_tokens: int) -> None:
+        """Note that the policy was trained on all that was taken, `num_tokens` more tokens.
+
+        A run that ends between two steps may have taken samples that it was not trained on; its
+        checkpoint gives them again.
+        """
+        self.num_tokens += num_tokens
+        self._samples_state = self.samples.state_dict()
+
     def write_checkpoint(self, folder: Path, step: int) -> None:
         """Write everything that continuing after `step` needs into an empty folder."""
         self.policy.save_checkpoint(folder)
-        state = {"samples": self.samples.state_dict(), "num_tokens": self.num_tokens}
+        state = {"samples": self._samples_state, "num_tokens": self.num_tokens}
         (folder / DATA_FILE).write_text(json.dumps(state))
 
     def load_checkpoint(self, folder: Path) -> None:

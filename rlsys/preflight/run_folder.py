@@ -9,6 +9,7 @@ from pathlib import Path
 from rlsys.config import RunConfig
 from rlsys.model.folder import find_model_folder
 from rlsys.model.shape import read_model_shape
+from rlsys.model.weight_files import DATA_FILE, ROLLOUTS_FILE
 from rlsys.preflight.job_copy import paths_read
 from rlsys.problems import Problem
 from rlsys.run.checkpoints import checkpoint_steps
@@ -49,7 +50,8 @@ def plan_start(config: RunConfig) -> StartPlan:
                 f"max_steps = {config.max_steps} leaves nothing to do: raise --max_steps, start "
                 "over with --overwrite alone, or choose another folder with --output_dir"
             )
-        other = _other_model(config.model.path, run.checkpoints / f"step-{steps[-1]}")
+        checkpoint = run.checkpoints / f"step-{steps[-1]}"
+        other = _other_method(config, checkpoint) or _other_model(config.model.path, checkpoint)
         return StartPlan(problem=other) if other else StartPlan(resume_step=steps[-1])
     if config.overwrite:
         needed = [path for path in paths_read(config) if run.holds(Path(path))]
@@ -78,6 +80,18 @@ def plan_start(config: RunConfig) -> StartPlan:
             found_run=True,
         )
     return StartPlan()
+
+
+def _other_method(config: RunConfig, checkpoint: Path) -> str | None:
+    """What to do with a checkpoint of another command; None if it may be of this one."""
+    files = (ROLLOUTS_FILE, DATA_FILE) if config.has_rollouts else (DATA_FILE, ROLLOUTS_FILE)
+    own, others = (checkpoint / name for name in files)
+    if own.exists() or not others.exists():
+        return None
+    return (
+        f"checkpoint.resume: {checkpoint} was not written by `rlsys {config.command}`: to begin "
+        "with its weights, set model.path to it, and choose another folder with --output_dir"
+    )
 
 
 def _other_model(path: str, checkpoint: Path) -> str | None:

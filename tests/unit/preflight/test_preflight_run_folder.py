@@ -3,10 +3,12 @@
 import os
 
 import pytest
-from config_cases import write_model, write_run
+from config_cases import write_model, write_run, write_sft_run
 from preflight_cases import only
 
-from rlsys.config.load import load_config, save_config
+from rlsys.config import Config, SftConfig
+from rlsys.config.load import load_config, load_config_as, save_config
+from rlsys.preflight.run_folder import output_dir_problems
 from rlsys.run.folder import ENDED, RunDir
 
 
@@ -52,6 +54,19 @@ def test_the_remedy_for_nothing_to_resume_works(problems, tmp_path, holds):
     assert ("leave checkpoint.resume out" in text) == (problems() == [])
     assert "add --overwrite" in text
     assert problems("--checkpoint.resume", "--overwrite") == []
+
+
+@pytest.mark.parametrize("sft", [False, True])
+def test_a_checkpoint_of_another_method_is_not_continued(tmp_path, sft):
+    """Found before Ray starts, and not when its actors have loaded the model."""
+    path = (write_sft_run if sft else write_run)(tmp_path)
+    config = load_config_as(SftConfig if sft else Config, path, ["--checkpoint.resume"]).config
+    write_model(tmp_path / "run/checkpoints/step-3")
+    assert list(output_dir_problems(config)) == []
+    (tmp_path / "run/checkpoints/step-3" / ("rollouts.json" if sft else "data.json")).write_text("")
+    text = only([problem.text for problem in output_dir_problems(config)])
+    assert f"not written by `rlsys {config.command}`" in text
+    assert "set model.path to it" in text
 
 
 def test_a_checkpoint_of_another_model_is_not_continued(problems, tmp_path):
