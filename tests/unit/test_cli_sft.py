@@ -33,7 +33,7 @@ def refused(capsys, *words) -> str:
     [
         ("--max_steps null", "max_steps: is missing, and so is num_train_epochs: set one of them"),
         ("--rollout.num_engines 2", "--rollout.num_engines: there is no such field. It is for"),
-        ("--data.max_prompt_length 9", "It is for `rlsys grpo`: leave it out of `rlsys sft`."),
+        ("--data.min_prompt_length 9", "It is for `rlsys grpo`: leave it out of `rlsys sft`."),
         ("--policy.lrr 1", "--policy.lrr: there is no such field. Did you mean 'policy.lr'?"),
         ("--sft.loss_on some", "sft.loss_on = 'some' (command line): should be 'all', 'last' or"),
         ("--eval_steps 5", "eval_steps = 5, but there is nothing to evaluate on"),
