@@ -49,7 +49,7 @@ class Reference:
     timeout_s = 1000.0
     synced_after = None
 
-    def save_model(self, folder):
+    def save_state(self, folder):
         folder.mkdir()
 
 
