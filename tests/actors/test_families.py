@@ -7,6 +7,7 @@ import ray
 import torch
 import transformers
 from family_models import (
+    IN_BFLOAT16,
     MODELS,
     NOT_TESTED,
     THROUGH_THE_LOADER,
@@ -155,3 +156,43 @@ def test_a_synced_engine_samples_what_transformers_does(
         assert [next(given) for _ in completion] == pytest.approx(chosen.tolist(), abs=1e-5)
         # Greedy, but for tokens of which rounding decides.
         assert (predicted.max(-1).values - chosen).max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_a_synced_engine_in_bfloat16_is_a_fresh_one(lab, engine, rollout_config, tmp_path, name):
+    def in_bfloat16(folder):
+        config = rollout_config(folder)
+        return config.model_copy(
+            update={"model": config.model.model_copy(update={"dtype": "bfloat16"})}
+        )
+
+    folder = tmp_path / "model"  # with the only size of heads that vLLM's kernels for CPU have
+    save_family_model(folder, name, linear_key_head_dim=128, linear_value_head_dim=128)
+    config = in_bfloat16(folder)
+    reload(engine, config)
+    policy = lab.policy(policy_config(folder, dtype="bfloat16"))
+    publisher = WeightPublisher(policy, engine, config.weight_sync)
+    before = greedy(engine)[0]
+    for seed in range(2):
+        policy.update(random_batch(seed), loss="sft")
+        publisher.publish()  # which compares checksums
+    tokens, logprobs, _ = greedy(engine)
+    assert tokens != before
+
+    policy.save_model(tmp_path / "updated")
+    reload(engine, in_bfloat16(tmp_path / "updated"))
+    fresh_tokens, fresh_logprobs, _ = greedy(engine)
+    assert tokens == fresh_tokens
+    assert logprobs == fresh_logprobs
+
+    model = transformers_model(tmp_path / "updated")
+    given = iter(logprobs)
+    differences = []
+    for prompt, completion in zip(PROMPTS, tokens, strict=True):
+        row = torch.tensor([prompt.token_ids + completion])
+        with torch.no_grad():
+            predicted = torch.log_softmax(model(row).logits[0, len(prompt.token_ids) - 1 : -1], -1)
+        chosen = predicted.gather(-1, torch.tensor(completion)[:, None]).squeeze(-1)
+        differences += [abs(next(given) - expected) for expected in chosen.tolist()]
+    assert sum(differences) / len(differences) < 0.05

@@ -7,6 +7,7 @@ import torch
 from policy_cases import padded_logprobs, policy_config, random_batch
 from routing_oracle import random_routing, replay
 from test_policy_experts import FOUR_RANKS, LAYOUTS, ONE_AND_TWO_MICRO_BATCHES, by_expert, norm
+from tiny_models import save_tiny_qwen3_moe
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.system
@@ -83,3 +84,24 @@ def test_the_gradient_is_that_of_the_replayed_experts(lab, mixtures, batch, layo
     assert norm(router) > 0.01  # probabilities are the policy's own, so the router learns
     assert norm({name: differences[name] for name in router}) <= 1e-5 * norm(router)
     assert norm(differences) <= 1e-5 * norm(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"recompute": "full"}], ids=["plain", "recompute"])
+def test_virtual_pipeline_replays_in_each_stage(lab, tmp_path, options):
+    save_tiny_qwen3_moe(tmp_path, seed=5, num_hidden_layers=4)
+    batch = random_batch()
+    batch = replace(batch, routed_experts=random_routing(batch.lengths, num_layers=4))
+    stages = {"world_size": 2, "pipeline_parallel_size": 2, "pipeline_layout": "Et|t|t|tL"}
+    options = stages | options | {"micro_batch_size": 2, "use_distributed_optimizer": False}
+    policy = lab.policy(replaying_config(tmp_path, **options))
+    model, logprobs = of_transformers(tmp_path, batch)
+    torch.testing.assert_close(
+        policy.compute_logprobs(batch)[0].double(), logprobs.detach(), rtol=0, atol=1e-5
+    )
+    gradient = policy.call("gradient", batch)[0]
+    means = ((logprobs - logprobs.detach()).exp() * batch.advantages).sum(1)
+    (-(means / batch.completion_mask.sum(1)).mean()).backward()
+    expected = dict(by_expert((n, p.grad) for n, p in model.named_parameters()))
+    assert gradient.keys() == expected.keys()
+    assert norm({n: gradient[n] - expected[n] for n in expected}) <= 1e-5 * norm(expected)
