@@ -98,7 +98,7 @@ def _read_model(
         problems.append(
             Problem(
                 f"{config.longest_row_is} = {longest} tokens, but {field} {path} has positions for "
-                f"{positions}: make that {longest - positions} fewer"
+                f"{positions}: make that {positions} or fewer"
             )
         )
     return shape, problems

@@ -109,9 +109,10 @@ def describe_saving(config: RunConfig, use: DiskUse | None) -> list[tuple[str, s
                 f"{run.hf}; {kept}",
             )
         )
-    pairs.append(("final model", f"in {run.final}"))
+    final = "final model" if config.policy.lora is None else "final adapter"
+    pairs.append((final, f"in {run.final}"))
     if use is not None:
-        parts = [f"final model {size_text(use.weights)}"]
+        parts = [f"{final} {size_text(use.weights)}"]
         if use.num_checkpoints:
             of_each = f"weights {size_text(use.weights)} + optimizer {size_text(use.optimizer)}"
             of_each += f" + reference {size_text(use.reference)}" if use.reference else ""

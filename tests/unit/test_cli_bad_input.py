@@ -68,7 +68,7 @@ SAYS = {
     "more tokens than positions": [
         "64 + ",
         "1000 = 1064 tokens",
-        "256: make that 808 fewer",
+        "256: make that 256 or fewer",
     ],
     "another run in the folder": [
         *("used", "holds another run", "--checkpoint.resume"),

@@ -50,6 +50,8 @@ def test_adapters_and_what_is_trained_are_named(tmp_path):
     text = printed(write_sft_run(tmp_path, policy={"lora": {"rank": 4}}))[1]
     assert re.search(r"trained +trainable parameters: .* in 28 adapters of ", text), text
     assert "rollout engines" not in text
+    assert re.search(r"final adapter +in ", text), text
+    assert "final model" not in text
 
 
 def test_a_mixture_of_experts_has_no_replay(tmp_path):

@@ -43,7 +43,7 @@ def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
         ({"layer_types": 5}, ["5 in layer_types"]),
         (
             {"max_position_embeddings": 100},
-            ["64 + ", "= 128 tokens", "100", "make that 28 fewer"],
+            ["64 + ", "= 128 tokens", "100", "make that 100 or fewer"],
         ),
         ({"head_dim": 16}, ["16 dimensions", "vLLM on CPU"]),
         (EXPERTS | {"decoder_sparse_step": 9}, ["decoder_sparse_step = 9", "no layer has experts"]),
