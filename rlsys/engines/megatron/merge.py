@@ -162,8 +162,8 @@ def save_merged_folder(
 def _changes(adapter: StoredAdapter, names: list[str]) -> dict[str, _Change]:
     """Tensor of the base -> what happens to it."""
     changes: dict[str, _Change] = {}
-    # PEFT may store the base of an adapted embedding, too.
-    rest = {name for name in names if ".base_layer." not in name}
+    # PEFT may store the base of an adapted embedding, too, and trained biases of adapted layers.
+    rest = {name for name in names if not name.endswith(".base_layer.weight")}
     for end_a, end_b in _A_AND_B:
         for name in names:
             module = name.removesuffix(end_a)
@@ -178,5 +178,7 @@ def _changes(adapter: StoredAdapter, names: list[str]) -> dict[str, _Change]:
             f"{adapter.folder} holds {strange[0]}, which is neither a whole tensor nor has both "
             "factors of a LoRA layer: merge it with PEFT, and name the model that this gives"
         )
-    replaced = {name.removeprefix(PEFT): _Change(None, name) for name in rest}
+    replaced = {
+        name.removeprefix(PEFT).replace(".base_layer.", "."): _Change(None, name) for name in rest
+    }
     return changes | replaced

@@ -9,11 +9,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from rlsys import cli
@@ -29,11 +28,11 @@ def base(tmp_path):
     return save_base(tmp_path / "base")
 
 
-def save_base(folder, *, tied=False):
-    write_model(folder, tie_word_embeddings=tied)
-    config = Qwen3Config.from_pretrained(folder)
+def save_base(folder, *, tied=False, **sizes):
+    write_model(folder, tie_word_embeddings=tied, **sizes)
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).float().save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model.float().save_pretrained(folder)
     backend = Tokenizer(models.WordLevel({str(i): i for i in range(40)}, unk_token="0"))
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="0").save_pretrained(folder)
     return folder
@@ -45,8 +44,8 @@ def write_adapter(base, folder, *, dtype=torch.float32, **options):
     settings = {"r": 4, "lora_alpha": 10, "target_modules": "all-linear"} | options
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
-    for name, parameter in adapted.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
             parameter.data.normal_(0, 0.1)
     adapted.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
@@ -89,6 +88,15 @@ def test_a_merged_model_computes_what_peft_computes(base, tmp_path, options, cap
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) > 0
     assert "adapter_config.json" not in {file.name for file in (tmp_path / "out").iterdir()}
     assert "in float32, rounded once to float32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_trained_are_merged(tmp_path, bias):
+    base = save_base(tmp_path / "base", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+    adapter = write_adapter(base, tmp_path / "a", bias=bias, target_modules=["q_proj"])
+    assert export(adapter, tmp_path / "out", "--merge") == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), of_peft(base, adapter), atol=1e-5, rtol=0)
 
 
 def test_the_sum_is_rounded_once(base, tmp_path):
@@ -167,8 +175,7 @@ def test_an_adapter_that_cannot_be_merged_is_refused(base, tmp_path, spoil, part
 
 def test_an_adapter_of_another_model_is_refused(base, tmp_path, capsys):
     adapter = write_adapter(base, tmp_path / "adapter")
-    other = write_model(tmp_path / "other", num_hidden_layers=1)
-    Qwen3ForCausalLM(Qwen3Config.from_pretrained(other)).save_pretrained(other)
+    other = save_base(tmp_path / "other", num_hidden_layers=1)
     change_config(adapter, base_model_name_or_path=str(other))
     assert export(adapter, tmp_path / "out", "--merge") == 2
     assert "does not have, such as model.layers.1" in capsys.readouterr().err
