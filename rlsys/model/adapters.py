@@ -24,7 +24,10 @@ def with_stored_settings(config: Config) -> Config:
     lora = config.policy.lora
     if lora is None or lora.path is None:
         return config
-    lora = lora.model_copy(update=adapter_settings(Path(lora.path)))
+    stored = adapter_settings(Path(lora.path))
+    if "dropout" in lora.model_fields_set:
+        del stored["dropout"]  # the one setting that a run may change
+    lora = lora.model_copy(update=stored)
     return config.model_copy(update={"policy": config.policy.model_copy(update={"lora": lora})})
 
 

@@ -58,7 +58,11 @@ def test_kernels_of_gpus_do_not_compute_adapters_in_float32(tmp_path, shape):
 
 def test_a_stored_adapter_brings_its_own_rank(tmp_path):
     (tmp_path / CONFIG_FILE).write_text(
-        '{"peft_type": "LORA", "r": 48, "lora_alpha": 6, "target_modules": ["q_proj"]}'
+        '{"peft_type": "LORA", "r": 48, "lora_alpha": 6, "lora_dropout": 0.5, '
+        '"target_modules": ["q_proj"]}'
     )
     stored = with_stored_settings(config({"path": str(tmp_path)})).policy.lora
-    assert (stored.rank, stored.alpha) == (48, 6)
+    assert (stored.rank, stored.alpha, stored.dropout) == (48, 6, 0.5)
+    # As plan_lora, which SFT and the checks ask.
+    without = with_stored_settings(config({"path": str(tmp_path), "dropout": 0.0})).policy.lora
+    assert (without.rank, without.dropout) == (48, 0.0)
