@@ -35,11 +35,6 @@ def trained_rule_problems(policy: PolicyConfig) -> Iterator[Problem]:
                 "else is frozen. Leave one of them out; policy.lora.target_modules and "
                 "policy.lora.modules_to_save say what is trained"
             )
-        if policy.fp8_param_gather:
-            yield Problem(
-                "policy.fp8_param_gather with policy.lora: the weights are frozen and are not "
-                "gathered, so it saves nothing. Leave it out"
-            )
         for name in filter(policy.megatron_kwargs.get, _WITHOUT_MODULES):
             yield Problem(
                 f"policy.megatron_kwargs.{name} with policy.lora is not supported: it computes "
