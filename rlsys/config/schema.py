@@ -20,8 +20,10 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -589,6 +591,14 @@ class LoraConfig(Section):
     path: PathText | None = None
     """Folder of the adapter to start from, as PEFT writes it: its rank, alpha and targets are taken
     over. null: new adapters."""
+
+    @model_serializer(mode="wrap")
+    def _without_the_adapters_own(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what the adapter in `path` decides: a saved config would contradict it."""
+        fields: dict[str, Any] = values(self)
+        if self.path is None:
+            return fields
+        return {name: value for name, value in fields.items() if name in self.model_fields_set}
 
     @field_validator("target_modules", mode="before")
     @classmethod

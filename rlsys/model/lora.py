@@ -278,7 +278,8 @@ def _refuse_other_settings(lora: LoraConfig, stored: dict[str, object], folder: 
         ValueError: names all of it.
     """
     given = lora.model_fields_set & {"rank", "alpha", "rslora", "modules_to_save"}
-    differ = [name for name in _SETTINGS if name in given and getattr(lora, name) != stored[name]]
+    own = lora.model_dump() | {"modules_to_save": sorted(lora.modules_to_save)}
+    differ = [name for name in _SETTINGS if name in given and own[name] != stored[name]]
     if differ:
         texts = [f"{name} = {stored[name]}, not {getattr(lora, name)}" for name in differ]
         raise ValueError(

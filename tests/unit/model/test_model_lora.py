@@ -151,6 +151,24 @@ def test_an_adapters_own_settings_are_taken_over(shape, tmp_path):
     assert len(made.targets) == 4
 
 
+def test_a_saved_config_leaves_the_adapters_settings_to_it(shape, tmp_path):
+    folder = save_adapter(tmp_path / "a", shape, rank=3, modules_to_save=["norm"])
+    first = LoraConfig(path=str(folder), dropout=0.1)
+    again = LoraConfig(**first.model_dump())
+    assert again == first
+    assert plan_lora(again, shape) == plan_lora(first, shape)
+    assert LoraConfig().model_dump()["rank"] == 8
+
+
+def test_modules_to_save_in_another_order_are_the_adapters(shape, tmp_path):
+    saved = ["norm", "embed_tokens", "lm_head"]
+    folder = save_adapter(tmp_path / "a", shape, modules_to_save=saved)
+    assert (
+        plan(shape, path=str(folder), modules_to_save=saved).saved
+        == plan(shape, modules_to_save=saved).saved
+    )
+
+
 @pytest.mark.parametrize(
     ("lora", "words"),
     [
