@@ -112,7 +112,10 @@ def hold(folder: Path, after: int | None) -> None:
 
 
 class RunProcess:
-    """`rlsys grpo` in a session of its own, as a terminal starts it, with its output in a file."""
+    """`rlsys grpo`, or another command, in a session of its own, as a terminal starts it.
+
+    Its output goes to a file.
+    """
 
     def __init__(
         self,
@@ -120,13 +123,14 @@ class RunProcess:
         *words: str,
         hold_after: int | None = None,
         environment: Mapping[str, str] | None = None,
+        subcommand: str = "grpo",
     ):
         self.folder = folder
         hold(folder, hold_after)
         self.out = RunDir(folder / "out")
         self._seen: set[psutil.Process] = set()
         self._log = folder / "log.txt"
-        command = [sys.executable, "-m", "rlsys.cli", "grpo", *words]
+        command = [sys.executable, "-m", "rlsys.cli", subcommand, *words]
         if environment is None:
             environment = {name: os.environ[name] for name in os.environ if name != "RAY_ADDRESS"}
         with self._log.open("ab") as log:

@@ -154,9 +154,11 @@ class MegatronModel:
 
     def _sampling(self, vocab_size: int) -> Sampling:
         """How the rollout engines sample, by the policy's tokenizer."""
-        known = num_token_ids(resolve_model_path(self.config.model.path)) or vocab_size
+        known = None
+        if self.config.has_rollouts:  # else every embedding of the model is in its distribution
+            known = num_token_ids(resolve_model_path(self.config.model.path))
         # Beyond the vocabulary are the rows that fill it up for tensor parallelism.
-        return Sampling(num_token_ids=min(known, vocab_size), **self.config.sampling)
+        return Sampling(num_token_ids=min(known or vocab_size, vocab_size), **self.config.sampling)
 
     @property
     def more_gpus(self) -> str:

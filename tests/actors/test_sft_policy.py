@@ -1,0 +1,115 @@
+"""Supervised training in the engine: transformers' loss and gradient, however it is cut."""
+
+import math
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from policy_cases import LAYOUTS, VOCAB_SIZE
+from transformers import AutoModelForCausalLM
+
+from rlsys.algo.batching import build_sample_batch
+from rlsys.algo.evaluation import negative_log_likelihood
+from rlsys.config import SftConfig
+from rlsys.types import Sample
+
+pytestmark = pytest.mark.system
+
+FOUR_RANKS = partial(pytest.param, marks=pytest.mark.slow)
+
+
+def make_samples(seed=0):
+    """8 conversations of 4 to 40 tokens, whose answers are one to three pieces of them."""
+    rng = np.random.default_rng(seed)
+    samples = []
+    for number, length in enumerate((40, 4, 17, 9, 31, 12, 25, 6)):
+        mask = np.zeros(length, dtype=bool)
+        for start in range(1, length, 12):
+            mask[start + 1 : start + 6] = True
+        ids = rng.integers(2, VOCAB_SIZE, length).astype(np.int32)
+        samples.append(Sample(str(number), ids, mask))
+    return samples
+
+
+SAMPLES = make_samples()
+
+
+def config_of(folder, **policy):
+    return SftConfig.model_validate(
+        {
+            "output_dir": "unused",
+            "max_steps": 8,
+            "data": {"dataset": ["unused"], "max_length": 40},
+            "model": {"path": str(folder)},
+            # Sharded optimizers leave each rank with the sum of its part of the gradient only.
+            "policy": {
+                "global_batch_size": 8,
+                "micro_batch_size": 3,
+                "use_distributed_optimizer": False,
+                **policy,
+            },
+        }
+    )
+
+
+def loss_of_transformers(model, samples):
+    """transformers' own loss, sample by sample: the mean over all tokens that are trained on."""
+    total = 0.0
+    for sample in samples:
+        ids = torch.from_numpy(sample.token_ids).long()
+        labels = ids.masked_fill(~torch.from_numpy(sample.target_mask), -100)
+        total = total + model(ids[None], labels=labels[None]).loss * sample.num_targets
+    return total / sum(sample.num_targets for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "cut"),
+    [
+        ("qwen2-tied", "one rank", {}),
+        ("llama-untied", "one rank", {"max_tokens_per_micro_batch": 64}),
+        ("qwen3-tied", "TP 2", {"micro_batch_size": 1}),
+        ("qwen2-untied", "DP 2", {"max_tokens_per_micro_batch": 48}),
+        FOUR_RANKS("qwen3-untied", "PP 2", {"micro_batch_size": 2}),
+        FOUR_RANKS("llama-tied", "CP 2", {}),
+        FOUR_RANKS("qwen3-tied", "TP 2 x PP 2", {"max_tokens_per_micro_batch": 44}),
+        FOUR_RANKS("qwen2-tied", "PP 2 x DP 2", {"micro_batch_size": 1}),
+    ],
+    ids=str,
+)
+def test_loss_and_gradient_are_those_of_transformers(lab, policy_models, name, layout, cut):
+    policy = lab.policy(config_of(policy_models[name], **LAYOUTS[layout] | cut))
+    batch = build_sample_batch(SAMPLES)
+    gradient = policy.call("gradient", batch)[0]
+    model = AutoModelForCausalLM.from_pretrained(policy_models[name], dtype=torch.float64)
+    expected_loss = loss_of_transformers(model, SAMPLES)
+    expected_loss.backward()
+    expected = {key: parameter.grad for key, parameter in model.named_parameters()}
+    assert gradient.keys() == expected.keys()
+    assert norm(expected) > 0.1
+    assert norm({key: gradient[key] - expected[key] for key in expected}) <= 1e-5 * norm(expected)
+
+    policy = lab.policy(config_of(policy_models[name], **LAYOUTS[layout] | cut))
+    logprobs, _ = policy.compute_logprobs(batch)
+    evaluated = negative_log_likelihood([(logprobs, batch.completion_mask)])
+    assert evaluated["loss"] == pytest.approx(expected_loss.item(), abs=1e-5)
+    assert evaluated["perplexity"] == pytest.approx(math.exp(expected_loss.item()), rel=1e-5)
+    metrics = policy.update(batch).metrics
+    assert metrics["loss"] == pytest.approx(expected_loss.item(), abs=1e-5)
+    assert metrics["num_loss_tokens"] == sum(sample.num_targets for sample in SAMPLES)
+
+
+def norm(tensors):
+    return math.sqrt(sum(tensor.double().square().sum() for tensor in tensors.values()))
+
+
+def test_fewer_rows_than_ranks_are_evaluated_alike(lab, policy_models):
+    folder = policy_models["qwen2-tied"]
+    policy = lab.policy(config_of(folder, **LAYOUTS["DP 2"]))
+    batch = build_sample_batch(SAMPLES[:1], at_least=2)
+    logprobs, _ = policy.compute_logprobs(batch)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = loss_of_transformers(model, SAMPLES[:1]).item()
+    found = negative_log_likelihood([(logprobs, batch.completion_mask)])
+    assert found["loss"] == pytest.approx(expected, abs=1e-5)
+    assert found["num_loss_tokens"] == SAMPLES[0].num_targets
