@@ -45,6 +45,12 @@ def _sample_problems(config: SftConfig) -> Iterator[Problem]:
             "without its prompt teaches something else: use delete, left, right or error, or set "
             "sft.objective to pretrain"
         )
+    if data.prompt_template is not None and sft.loss_on == "flag":
+        yield Problem(
+            "sft.loss_on = flag trains on messages with `loss: true`, and data.prompt_template "
+            "makes rows of one prompt and one answer: leave sft.loss_on out, which trains on the "
+            "answer"
+        )
     if sft.group_by_length and data.streaming:
         yield Problem(
             "sft.group_by_length needs all samples at once, which data.streaming does not have: "

@@ -69,6 +69,9 @@ class SampleRenderer(Renderer):
             for name in row.columns:
                 if name not in TEMPLATE_COLUMNS:
                     self._notice(f"the column {name!r} is not read", row.location)
+            if self._thinking != "train":
+                only_empty = self._thinking == "ignore_empty"
+                found = [without_thinking(text, span, only_empty=only_empty) for span in found]
             texts.append(text)
             spans.append(found)
             rendered.append(row)
@@ -97,9 +100,6 @@ class SampleRenderer(Renderer):
             self._notice(
                 f"a conversation ends with a turn of {role!r}, not trained on", row.location
             )
-        if self._thinking != "train":
-            only_empty = self._thinking == "ignore_empty"
-            spans = [without_thinking(text, span, only_empty=only_empty) for span in spans]
         return text, spans
 
     def _set_tokens(self, rows: list[Row], texts: list[str], spans: list[list[Span]]) -> None:

@@ -44,6 +44,10 @@ def refused(capsys, *words) -> str:
         ),
         ("--data.streaming true --num_train_epochs 1", "num_train_epochs = 1 needs the number of"),
         ("--data.streaming true --sft.group_by_length true", "needs all samples at once"),
+        (
+            "--sft.loss_on flag --data.prompt_template {messages}",
+            "data.prompt_template makes rows of one prompt and one answer",
+        ),
         (f"--data.streaming true {HELD_OUT}", "data.split_dataset_ratio = 0.5 needs all rows"),
         (
             "--policy.max_tokens_per_micro_batch 32",

@@ -1,5 +1,6 @@
 """Rows to samples: exact tokens, lengths, counts, splits, streams."""
 
+from copy import deepcopy
 from functools import cache
 
 import numpy as np
@@ -80,6 +81,16 @@ def test_thinking_is_trained_on_or_not(tokenizer, tmp_path):
     assert texts("train") == [f"<think>\nr\n</think>\n\nb{end}", f"{empty}c{end}"]
     assert texts("ignore") == [f"b{end}", f"c{end}"]
     assert texts("ignore_empty") == [f"<think>\nr\n</think>\n\nb{end}", f"c{end}"]
+
+
+@pytest.mark.parametrize("template", [None, "Q: {prompt} A:"])
+def test_thinking_without_a_chat_template_is_left_out_too(template, tokenizer, tmp_path):
+    tokenizer = deepcopy(tokenizer)
+    tokenizer.chat_template = None
+    source = rows_file(tmp_path, [{"prompt": "a", "completion": "<think>r</think>b"}])
+    rules = SampleRules(thinking="ignore")
+    [sample] = load(tokenizer, source, rules, prompt_template=template).train
+    assert trained(tokenizer, sample) == f"b{tokenizer.eos_token}"
 
 
 def test_only_a_thought_at_the_beginning_is_thinking():
