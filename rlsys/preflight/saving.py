@@ -13,6 +13,7 @@ from rlsys.model.folder import resolve_model_path
 from rlsys.model.policy_memory import bytes_per_weight
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.devices import guess_device
+from rlsys.preflight.trained import num_saved
 from rlsys.run.folder import RunDir
 from rlsys.text import counted
 from rlsys.types import Device
@@ -55,9 +56,10 @@ def disk_use(config: RunConfig, shape: ModelShape, *, device: Device) -> DiskUse
             interval = config.checkpoint.interval(config.max_steps)
             assert interval is not None
             number = min(-(-config.max_steps // interval), number)
+    saved, trained = num_saved(config, shape)
     return DiskUse(
-        weights=shape.num_params * width,
-        optimizer=shape.num_params * (12 if has_copy else 8),
+        weights=saved * width,
+        optimizer=trained * (12 if has_copy else 8),
         reference=shape.num_params * width if config.reference_changes else 0,
         num_checkpoints=number,
         num_models=_num_models(config),

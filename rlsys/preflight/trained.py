@@ -34,6 +34,20 @@ def trained_problems(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(str(error), only_here=policy.lora is not None and bool(policy.lora.path))
 
 
+def num_saved(config: RunConfig, shape: ModelShape) -> tuple[int, int]:
+    """Numbers in a model folder that the run saves, and trained parameters.
+
+    A folder of an adapter has the adapter alone; frozen parameters are saved and not trained.
+    """
+    policy, whole = config.policy, shape.num_params
+    if (policy.lora is None and not policy.freezes) or any(trained_problems(config, shape)):
+        return whole, whole
+    if policy.lora is None:
+        return whole, whole - num_frozen(policy, shape)
+    trained = count_trained(adapter_table(shape, plan_lora(policy.lora, shape)))
+    return trained, trained
+
+
 def trained_summary(config: RunConfig, shape: ModelShape) -> str | None:
     """How many parameters are trained, and where; None if all are, or the config has problems."""
     policy = config.policy

@@ -1,5 +1,6 @@
 """What a run says that it saves: how often, and how much disk that takes."""
 
+import json
 import shutil
 from collections import namedtuple
 
@@ -8,7 +9,7 @@ from config_cases import write_config
 
 from rlsys.config.load import load_config
 from rlsys.model.memory import GIB
-from rlsys.model.shape import ModelShape
+from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight import saving
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 
@@ -44,6 +45,36 @@ def test_bytes_of_a_checkpoint(config):
     # megatron-core's plain optimizer of fp32 weights has no copy of them.
     plain = config("--policy.use_distributed_optimizer", "false")
     assert use(plain, "cpu").checkpoint == (4 + 8) * GIB
+
+
+def test_a_folder_of_an_adapter_has_the_adapter_alone(config, tmp_path):
+    hidden, ffn, layers, q, kv = 64, 96, 3, 4 * 16, 2 * 16
+    (tmp_path / "config.json").write_text(
+        json.dumps(
+            {
+                "model_type": "qwen3",
+                "architectures": ["Qwen3ForCausalLM"],
+                "vocab_size": 100,
+                "hidden_size": hidden,
+                "intermediate_size": ffn,
+                "num_hidden_layers": layers,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "max_position_embeddings": 256,
+                "rms_norm_eps": 1e-6,
+            }
+        )
+    )
+    shape = read_model_shape(tmp_path)
+    linears = [(hidden, q), (hidden, kv), (hidden, kv), (q, hidden)]
+    linears += [(hidden, ffn), (hidden, ffn), (ffn, hidden)]
+    adapter = 8 * layers * sum(map(sum, linears))
+    use = disk_use(config("--policy.lora.rank", "8"), shape, device="cuda")
+    assert (use.weights, use.optimizer) == (2 * adapter, 12 * adapter)
+    use = disk_use(config("--policy.freeze_parameters_ratio", "0.5"), shape, device="cuda")
+    assert use.weights == 2 * shape.num_params
+    assert 0 < use.optimizer < 12 * shape.num_params
 
 
 @pytest.mark.parametrize(
