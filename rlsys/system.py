@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -151,7 +152,8 @@ class SftSystem:
             )
         self.policy.load_checkpoint(folder)
         state = json.loads((folder / DATA_FILE).read_text())
-        self.samples.load_state_dict(state["samples"])
+        self._samples_state = state["samples"]
+        self.samples.load_state_dict(self._samples_state)
         self.num_tokens = state["num_tokens"]
 
 
@@ -162,11 +164,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     prompts = make_prompt_stream(config, data)
     device = choose_device(config)
     placement = Placement(config, device=device)
-    num_actors = Counter(role.name for role in plan_roles(config, device=device))
-    actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
-    print(f"starting on {device}: {actors}", flush=True)
-    for warning in memory_warnings(config, device):
-        print(f"note: this may not fit: {warning}", flush=True)
+    _say_start(config, device, memory_warnings(config, device))
     with StartReport() as report:
         rewards = RewardWorkers(
             config.reward,
@@ -223,9 +221,7 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
     config = with_absolute_paths(config)
     device = choose_device(config)
     placement = Placement(config, device=device)
-    print(f"starting on {device}: policy {config.policy.world_size}", flush=True)
-    for warning in sft_memory_warnings(config, device):
-        print(f"note: this may not fit: {warning}", flush=True)
+    _say_start(config, device, sft_memory_warnings(config, device))
     with StartReport() as report:
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
         report.waiting_for(policy.actors)
@@ -233,6 +229,15 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
             policy.async_start(), phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready
         )
     return SftSystem(config, device, policy, make_sample_stream(config, data), data.held_out_sets)
+
+
+def _say_start(config: RunConfig, device: Device, memory_warnings: Iterable[str]) -> None:
+    """Print which actors start, and what may not fit."""
+    num_actors = Counter(role.name for role in plan_roles(config, device=device))
+    actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
+    print(f"starting on {device}: {actors}", flush=True)
+    for warning in memory_warnings:
+        print(f"note: this may not fit: {warning}", flush=True)
 
 
 def choose_device(config: RunConfig) -> Device:

@@ -33,7 +33,7 @@ class Parts(Generic[AnyConfig]):
     memory: Callable[[AnyConfig, ModelShape, Device], tuple[list[MemoryEstimate], list[str]]]
     """Estimates, and the models that are not in them. Raises ValueError where one is not here."""
     warnings: Callable[[AnyConfig, list[MemoryEstimate], float], list[str]]
-    """What does not fit GPUs of so many GiB."""
+    """What does not fit GPUs that have this many GiB."""
     to_fit: str
     """What to lower where main memory is too small."""
     looked_at: str

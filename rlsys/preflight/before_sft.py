@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import AutoTokenizer
 
 from rlsys.config import SftConfig
 from rlsys.data.samples import SampleData, SampleRules, load_samples
-from rlsys.model.folder import resolve_model_path
-from rlsys.model.folder_check import check_model_folder, model_notes
-from rlsys.model.shape import read_model_shape
+from rlsys.model.folder_check import model_notes
 from rlsys.plugins.load import load_plugins
-from rlsys.preflight.before_start import step_notes
-from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.preflight.before_start import find_model, say_what_was_found, step_notes
 from rlsys.preflight.model import recompute_note
 from rlsys.preflight.sft import too_few
 from rlsys.preflight.turn_ends import turn_end_note
@@ -26,11 +21,7 @@ def load_sample_data(config: SftConfig) -> SampleData:
     Raises:
         ValueError: rows or the model's files do not fit the run.
     """
-    use_cache_without_hub(config)
-    folder = resolve_model_path(config.model.path)
-    shape = read_model_shape(folder, may_bridge=True)
-    if folder != Path(config.model.path):  # preflight saw only the config of a hub model
-        check_model_folder(folder, shape, has_prompts=True)
+    folder, shape = find_model(config)
     load_plugins(config.data.external_plugins)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = load_samples(
@@ -41,11 +32,8 @@ def load_sample_data(config: SftConfig) -> SampleData:
         vocab_size=shape.vocab_size,
     )
     end_note = turn_end_note(folder, tokenizer, data.some)
-    for text in (*model_notes(folder), recompute_note(config.policy, shape), end_note):
-        if text is not None:
-            print(f"note: {text}", flush=True)
-    for line in data.summary():
-        print(line, flush=True)
+    notes = [*model_notes(folder), recompute_note(config.policy, shape), end_note]
+    say_what_was_found(notes, data)
     if not config.data.streaming:
         if len(data.train) < config.rows_per_step:
             raise ValueError(str(too_few(config, len(data.train))))

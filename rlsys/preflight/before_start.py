@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from rlsys.config import Config, RunConfig
 from rlsys.data import PromptData, load_prompts
+from rlsys.data.load import Loaded
 from rlsys.data.sources import raise_if_any
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import resolve_model_path
 from rlsys.model.folder_check import check_model_folder, model_notes
-from rlsys.model.shape import read_model_shape
+from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.plugins.load import load_plugins, load_what_loads
 from rlsys.preflight.data import check_prompt_tokens
@@ -32,20 +34,12 @@ def load_data(config: Config) -> PromptData:
     Raises:
         ValueError: rows, columns, right answers or the model's files do not fit the run.
     """
-    use_cache_without_hub(config)
-    folder = resolve_model_path(config.model.path)
-    shape = read_model_shape(folder, may_bridge=True)
-    if folder != Path(config.model.path):  # preflight saw only the config of a hub model
-        check_model_folder(folder, shape, has_prompts=True)
+    folder, shape = find_model(config)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     data = load_checked_prompts(config, tokenizer)
     check_prompt_tokens(folder, tokenizer, [*data.train, *data.held_out])
     stops = read_stop_rules(folder, tokenizer, config.rollout)
-    for text in (*model_notes(folder), recompute_note(config.policy, shape)):
-        if text is not None:
-            print(f"note: {text}", flush=True)
-    for line in data.summary():
-        print(line, flush=True)
+    say_what_was_found([*model_notes(folder), recompute_note(config.policy, shape)], data)
     check_prompts(config, data)
     note = Detokenizer(tokenizer, config.rollout.skip_special_tokens, stops.eos_token_ids).note()
     if note is not None:
@@ -58,6 +52,29 @@ def load_data(config: Config) -> PromptData:
     raise_if_any(data.refused)
     check_right_answers(config, data, tokenizer)
     return data
+
+
+def find_model(config: RunConfig) -> tuple[Path, ModelShape]:
+    """The folder of the model that is trained, which comes from the hub if need be, and its shape.
+
+    Raises:
+        ValueError: the model's files do not fit together.
+    """
+    use_cache_without_hub(config)
+    folder = resolve_model_path(config.model.path)
+    shape = read_model_shape(folder, may_bridge=True)
+    if folder != Path(config.model.path):  # preflight saw only the config of a hub model
+        check_model_folder(folder, shape, has_prompts=True)
+    return folder, shape
+
+
+def say_what_was_found(notes: Iterable[str | None], data: Loaded[Any]) -> None:
+    """Print the notes that there are, and what became of each row."""
+    for text in notes:
+        if text is not None:
+            print(f"note: {text}", flush=True)
+    for line in data.summary():
+        print(line, flush=True)
 
 
 def load_checked_prompts(config: Config, tokenizer: PreTrainedTokenizerBase) -> PromptData:

@@ -34,13 +34,19 @@ def trained_problems(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(str(error), only_here=policy.lora is not None and bool(policy.lora.path))
 
 
+def _trains_a_part(config: RunConfig, shape: ModelShape) -> bool:
+    """Whether the run has adapters or frozen parameters, and they fit the model."""
+    policy = config.policy
+    return (policy.lora is not None or policy.freezes) and not any(trained_problems(config, shape))
+
+
 def num_saved(config: RunConfig, shape: ModelShape) -> tuple[int, int]:
     """Numbers in a model folder that the run saves, and trained parameters.
 
     A folder of an adapter has the adapter alone; frozen parameters are saved and not trained.
     """
     policy, whole = config.policy, shape.num_params
-    if (policy.lora is None and not policy.freezes) or any(trained_problems(config, shape)):
+    if not _trains_a_part(config, shape):
         return whole, whole
     if policy.lora is None:
         return whole, whole - num_frozen(policy, shape)
@@ -50,13 +56,13 @@ def num_saved(config: RunConfig, shape: ModelShape) -> tuple[int, int]:
 
 def trained_summary(config: RunConfig, shape: ModelShape) -> str | None:
     """How many parameters are trained, and where; None if all are, or the config has problems."""
-    policy = config.policy
-    if (policy.lora is None and not policy.freezes) or any(trained_problems(config, shape)):
+    if not _trains_a_part(config, shape):
         return None
-    if policy.lora is None:
-        return trained_text(shape.num_params - num_frozen(policy, shape), shape.num_params)
-    plan = plan_lora(policy.lora, shape)
-    text = trained_text(count_trained(adapter_table(shape, plan)), shape.num_params)
+    lora, (_, trained) = config.policy.lora, num_saved(config, shape)
+    text = trained_text(trained, shape.num_params)
+    if lora is None:
+        return text
+    plan = plan_lora(lora, shape)
     names = ", ".join(sorted({target.rpartition(".")[2] for target in plan.targets}))
     whole = f"; whole: {', '.join(plan.modules_to_save)}" if plan.saved else ""
     return f"{text}, in {counted(len(plan.targets), 'adapter')} of {names}{whole}"

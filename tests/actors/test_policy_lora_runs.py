@@ -5,6 +5,7 @@ import torch
 from family_models import save_family_model
 from lora_cases import base_model, peft_model, save_peft_adapter
 from policy_cases import LAYOUTS, exported, padded_logprobs, policy_config, random_batch
+from resume_cases import SCHEDULE, resume, run_and_save, update
 from safetensors.torch import load_file
 
 from rlsys.actors.waiting import ActorFailure
@@ -12,7 +13,6 @@ from rlsys.actors.waiting import ActorFailure
 pytestmark = pytest.mark.system
 
 LORA = {"rank": 4, "alpha": 6.0}
-SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "weight_decay": 0.1}
 
 
 def lora_config(folder, lora=LORA, **policy):
@@ -22,34 +22,8 @@ def lora_config(folder, lora=LORA, **policy):
     )
 
 
-def update(policy, versions):
-    """Metrics of the updates to `versions`, each on a batch of its own."""
-    metrics = []
-    for version in versions:
-        batch = random_batch(seed=version)
-        batch.old_logprobs = policy.compute_logprobs(batch)[0]
-        metrics.append(policy.update(batch).metrics)
-    return metrics
-
-
 def adapters(policy):
     return policy.call("adapters")[0]
-
-
-def run_and_save(lab, config, folder):
-    """A checkpoint after 2 updates; metrics of 2 more and the adapters after them."""
-    policy = lab.policy(config)
-    update(policy, [1, 2])
-    folder.mkdir()
-    policy.save_checkpoint(folder)
-    return update(policy, [3, 4]), adapters(policy)
-
-
-def resume(lab, config, folder):
-    policy = lab.policy(config)
-    policy.load_checkpoint(folder)
-    assert policy.policy_version == 2
-    return update(policy, [3, 4]), adapters(policy)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +120,9 @@ def test_modules_to_save_are_the_bases_while_the_adapter_is_off(lab, policy_mode
 def test_resume_is_exact(lab, policy_models, mixtures, tmp_path, model, options, lora):
     folder = mixtures[True] if model == "experts" else policy_models[model]
     config = lora_config(folder, lora, **options)
-    metrics, tensors = run_and_save(lab, config, tmp_path / "step-2")
+    metrics, tensors = run_and_save(lab, config, tmp_path / "step-2", read=adapters)
     assert not (tmp_path / "step-2/model.safetensors").exists()
-    metrics_again, tensors_again = resume(lab, config, tmp_path / "step-2")
+    metrics_again, tensors_again = resume(lab, config, tmp_path / "step-2", read=adapters)
     assert metrics_again == metrics
     assert tensors_again.keys() == tensors.keys()
     assert all(torch.equal(tensors_again[name], tensors[name]) for name in tensors)
@@ -189,10 +163,10 @@ def test_another_layout_goes_on_from_the_same_place(
         folder = mixtures[True] if model == "experts" else policy_models[model]
     settings = {"adam_eps": 1e-5}
     metrics, tensors = run_and_save(
-        lab, lora_config(folder, **first, **settings), tmp_path / "step-2"
+        lab, lora_config(folder, **first, **settings), tmp_path / "step-2", read=adapters
     )
     metrics_again, tensors_again = resume(
-        lab, lora_config(folder, **other, **settings), tmp_path / "step-2"
+        lab, lora_config(folder, **other, **settings), tmp_path / "step-2", read=adapters
     )
     for again, expected in zip(metrics_again, metrics, strict=True):
         assert again == pytest.approx(expected, rel=1e-4, abs=1e-6)

@@ -4,12 +4,11 @@ import pytest
 import torch
 from family_models import save_family_model
 from policy_cases import LAYOUTS, exported, policy_config, random_batch
+from resume_cases import SCHEDULE, resume, run_and_save, update
 
 from rlsys.actors.waiting import ActorFailure
 
 pytestmark = pytest.mark.system
-
-SCHEDULE = {"lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "weight_decay": 0.1}
 
 
 def config_of(policy_models, model="qwen3-tied", **policy):
@@ -17,34 +16,6 @@ def config_of(policy_models, model="qwen3-tied", **policy):
     return policy_config(
         policy_models[model], max_steps=5, global_batch_size=4, **SCHEDULE, **policy
     )
-
-
-def update(policy, versions):
-    """Metrics of the updates to `versions`, each on a batch of its own."""
-    metrics = []
-    for version in versions:
-        batch = random_batch(seed=version)
-        batch.old_logprobs = policy.compute_logprobs(batch)[0]
-        output = policy.update(batch)
-        assert output.policy_version == policy.policy_version == version
-        metrics.append(output.metrics)
-    return metrics
-
-
-def run_and_save(lab, config, folder):
-    """A checkpoint after 2 updates; metrics of 2 more and the weights after them."""
-    policy = lab.policy(config)
-    update(policy, [1, 2])
-    folder.mkdir()
-    policy.save_checkpoint(folder)
-    return update(policy, [3, 4]), exported(policy)
-
-
-def resume(lab, config, folder):
-    policy = lab.policy(config)
-    policy.load_checkpoint(folder)
-    assert policy.policy_version == 2
-    return update(policy, [3, 4]), exported(policy)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ PACKAGE = Path(rlsys.__file__).parent
 LIMITS = {"file": 400, "function": 60}
 """Lines, docstrings included."""
 EXEMPT = {"config/schema.py"}
-"""Files of any length: every field of a config stands in this one."""
+"""Files of any length: the fields that methods share, and GRPO's, stand in this one."""
 
 
 def too_long(name: str, source: str) -> list[str]:
