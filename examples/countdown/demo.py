@@ -4,7 +4,7 @@
 
 1. writes Countdown problems; those for evaluation are never trained on, whatever the seed,
 2. runs `rlsys sft examples/countdown/warm_start.yaml`: a small model learns from solutions until it
-   solves about a quarter of the problems,
+   solves more than a quarter of the problems,
 3. runs `rlsys grpo examples/countdown/demo.yaml`,
 4. prints the held-out accuracy before and after, and the same problems solved by both.
 
