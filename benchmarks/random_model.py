@@ -11,12 +11,13 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A dense model; Qwen2 has biases on q, k and v, Qwen3 norms on q and k instead."""
+    """A model; Qwen2 has biases on q, k and v, Qwen3 norms on q and k instead."""
 
     hidden: int
     layers: int
@@ -28,6 +29,9 @@ class Shape:
     head_dim: int | None = None
     """None is `hidden` / `heads`."""
     family: type = Qwen2Config
+    experts: int = 0
+    """Of each layer; 0 is a dense model. `ffn` is then the size of one."""
+    experts_per_token: int = 0
 
 
 SHAPES = {
@@ -38,6 +42,12 @@ SHAPES = {
     "qwen2.5-1.5b": Shape(1536, 28, 12, 2, 8960, 151936),
     "qwen2.5-3b": Shape(2048, 36, 16, 2, 11008, 151936),
     "qwen2.5-7b": Shape(3584, 28, 28, 4, 18944, 152064, tied=False),
+    "tiny-moe": Shape(128, 2, 4, 2, 64, 512, False, 32, Qwen3MoeConfig, 8, 2),
+    # The first 8 of the 48 layers of Qwen3-30B-A3B, and as many dense ones of equal active size.
+    "qwen3-30b-a3b-8-layers": Shape(
+        2048, 8, 32, 4, 768, 151936, False, 128, Qwen3MoeConfig, experts=128, experts_per_token=8
+    ),
+    "qwen3-a3b-dense-8-layers": Shape(2048, 8, 32, 4, 6144, 151936, False, 128, Qwen3Config),
 }
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 LOGIT_STD = 6.0
@@ -79,6 +89,12 @@ def save_random_model(
 
 def hf_config(shape: Shape):
     """The Hugging Face config of `shape`."""
+    experts = {
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.experts_per_token,
+        "moe_intermediate_size": shape.ffn,
+        "norm_topk_prob": True,
+    }
     return shape.family(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
@@ -91,6 +107,7 @@ def hf_config(shape: Shape):
         tie_word_embeddings=shape.tied,
         eos_token_id=1,
         bos_token_id=None,
+        **(experts if shape.experts else {}),
     )
 
 
