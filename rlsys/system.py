@@ -10,23 +10,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-# Imported before Ray, which reads the environment when it is imported.
+# Imported before all that imports Ray, which reads the environment when it is imported.
 import rlsys.actors.ray_env  # noqa: F401  # isort: skip
-import ray  # isort: skip
 
-from rlsys.actors.group import START_TIMEOUT_S, ActorGroup
+from rlsys.actors.group import START_TIMEOUT_S
 from rlsys.actors.model_group import ModelActors
-from rlsys.actors.placement import Placement
+from rlsys.actors.placement import Placement, cluster_gpus
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.reference import PolicyBase, Reference, ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.start_report import StartReport
+from rlsys.actors.turns import SharedTurns, Turns
 from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config, RunConfig, SftConfig
 from rlsys.config.local_paths import with_absolute_paths
-from rlsys.config.roles import plan_roles
+from rlsys.config.roles import decide_placement, plan_roles
 from rlsys.data import PromptData
 from rlsys.data.samples import SampleData
 from rlsys.data.streams.base import SampleStream
@@ -163,6 +163,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     load_plugins(config.grpo.external_plugins)  # the driver calls the advantage estimator
     prompts = make_prompt_stream(config, data)
     device = choose_device(config)
+    config = decide_placement(config, device=device, num_gpus=cluster_gpus())
     placement = Placement(config, device=device)
     _say_start(config, device, memory_warnings(config, device))
     with StartReport() as report:
@@ -175,22 +176,32 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         )
         engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
-        groups: list[ActorGroup] = [engines, policy]
+        others: list[ModelActors] = []
         reference: Reference | None = PolicyBase(policy) if config.reference_is_base else None
         if config.has_reference_model:
             place = partial(placement.options, "reference")
             reference = own_reference = ReferenceActors(config, device=device, place=place)
-            groups.append(own_reference)
-        for group in groups:
+            others.append(own_reference)
+        for group in (engines, policy, *others):
             report.waiting_for(group.actors)
-        starting = {name: ref for group in groups for name, ref in group.async_start().items()}
-        report.waiting_for(["reward functions"])
-        rewards.start()
-        report.ready("reward functions")
-        get_all(starting, phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready)
+
+        def start_rewards() -> None:
+            report.waiting_for(["reward functions"])
+            rewards.start()
+            report.ready("reward functions")
+
+        turns = Turns()
+        if config.is_colocated:
+            turns = SharedTurns(config.colocated, engines, policy, *others)
+        turns.start([engines, policy, *others], meanwhile=start_rewards, on_done=report.ready)
         report.waiting_for(["weight sync to connect"])
         publisher = WeightPublisher(
-            policy, engines, config.weight_sync, adapter_scaling=_adapter_scaling(config, device)
+            policy,
+            engines,
+            config.weight_sync,
+            transport=_transport(config, device),
+            turns=turns,
+            adapter_scaling=_adapter_scaling(config, device),
         )
         if isinstance(reference, ReferenceActors) and config.reference.sync_steps is not None:
             reference.connect_to(policy)
@@ -204,6 +215,13 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         tracker=tracker,
     )
     return System(config, device, policy, reference, rollouts, publisher)
+
+
+def _transport(config: Config, device: Device) -> str:
+    """weight_sync.transport, decided as far as it depends on who shares GPUs."""
+    on_shared_gpus = config.is_colocated and device == "cuda"
+    chosen = config.weight_sync.transport
+    return "ipc" if chosen == "auto" and on_shared_gpus else chosen
 
 
 def _adapter_scaling(config: Config, device: Device) -> float | None:
@@ -235,7 +253,8 @@ def _say_start(config: RunConfig, device: Device, memory_warnings: Iterable[str]
     """Print which actors start, and what may not fit."""
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
-    print(f"starting on {device}: {actors}", flush=True)
+    sharing = ", taking turns on the same GPUs" if config.is_colocated else ""
+    print(f"starting on {device}: {actors}{sharing}", flush=True)
     for warning in memory_warnings:
         print(f"note: this may not fit: {warning}", flush=True)
 
@@ -244,4 +263,4 @@ def choose_device(config: RunConfig) -> Device:
     """The device of the run; "auto" is cuda when the cluster has GPUs."""
     if config.device != "auto":
         return config.device
-    return "cuda" if ray.cluster_resources().get("GPU", 0) else "cpu"
+    return "cuda" if cluster_gpus() else "cpu"

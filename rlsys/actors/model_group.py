@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env
+from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
 from rlsys.config import RunConfig
 from rlsys.types import Device, TrainBatch
@@ -85,6 +86,9 @@ class ModelActors(ActorGroup):
         place: where each rank runs.
     """
 
+    turns: Turns = Turns()
+    """Taken before every call that needs the GPUs."""
+
     def __init__(
         self,
         role: str,
@@ -134,6 +138,11 @@ class ModelActors(ActorGroup):
             self.may_be_stuck |= len(self.actors) > 1
             raise
 
+    def call_in_turn(self, method: str, *args: Any) -> list[Any]:
+        """`call`, once it is the policy's turn on the GPUs."""
+        self.turns.take_for_policy()
+        return self.call(method, *args)
+
     def compute_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the tokens and entropies of their predictions, at the sampling temperature.
 
@@ -144,7 +153,7 @@ class ModelActors(ActorGroup):
     def _gather_logprobs(self, method: str, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """What all ranks' `method` returns, each for its rows."""
         logprobs, entropies = (torch.zeros(batch.input_ids.shape) for _ in range(2))
-        for result in self.call(method, ray.put(batch)):
+        for result in self.call_in_turn(method, ray.put(batch)):
             if result is not None:
                 rows, values = result
                 logprobs[rows], entropies[rows] = values
@@ -152,4 +161,4 @@ class ModelActors(ActorGroup):
 
     def save_model(self, folder: Path) -> None:
         """Write a Hugging Face model folder; whole or not at all."""
-        self.call("save_model", folder)
+        self.call_in_turn("save_model", folder)

@@ -7,7 +7,8 @@ The reference has its own GPUs or shares the policy's (reference.placement). The
 at the same time, so sharing costs only the copies of its weights, which wait in host memory. Reward
 models score while completions are sampled and the policy waits: they share its GPUs, where their
 weights stay, or have their own (reward.reward_model_placement). Several rollout engines share a GPU
-with rollout.engines_per_gpu.
+with rollout.engines_per_gpu. With `placement: colocated` engines are on the policy's GPUs: see
+rlsys.actors.turns.
 """
 
 from __future__ import annotations
@@ -129,11 +130,16 @@ def _wait_until_placed(
     )
 
 
+def cluster_gpus() -> int:
+    """All GPUs of the connected Ray cluster, free or not."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
 def _check_enough(roles: list[Role]) -> None:
-    wanted, total = sum(role.gpus for role in roles), ray.cluster_resources().get("GPU", 0)
+    wanted, total = sum(role.gpus for role in roles), cluster_gpus()
     if wanted > total:
-        demand, remedy = describe_gpu_demand(roles), fewer_gpus(roles, int(total))
-        raise ValueError(f"{demand}, and the Ray cluster has {total:g}: {remedy}")
+        demand, remedy = describe_gpu_demand(roles), fewer_gpus(roles, total)
+        raise ValueError(f"{demand}, and the Ray cluster has {total}: {remedy}")
     widest = max(role.gpus for role in roles)
     largest_host = max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0)
     if widest > largest_host:

@@ -157,7 +157,7 @@ class PolicyActors(ModelActors):
 
         `loss` is the name of a registered loss; None is the config's.
         """
-        outputs = self.call("update", ray.put(batch), loss)
+        outputs = self.call_in_turn("update", ray.put(batch), loss)
         output = next(output for output in outputs if output is not None)
         self.policy_version = output.policy_version
         return output
@@ -190,8 +190,8 @@ class PolicyActors(ModelActors):
 
     def save_checkpoint(self, folder: Path) -> None:
         """Write everything that is needed to continue exactly."""
-        self.call("save_checkpoint", folder)
+        self.call_in_turn("save_checkpoint", folder)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Continue from a checkpoint."""
-        self.policy_version = self.call("load_checkpoint", folder)[0]
+        self.policy_version = self.call_in_turn("load_checkpoint", folder)[0]

@@ -107,7 +107,9 @@ class ReferenceActors(ModelActors):
 
     def __init__(self, config: Config, *, device: Device, place: PlaceActor = on_cpu):
         self.num_engines = config.reference.world_size
-        self.workers_per_engine = self.engines_per_gpu = 1
+        self.workers_per_engine = 1
+        self.senders = [0]
+        """The policy rank that sends in each weight sync connection: all ranks share one."""
         self.synced_after: int | None = None
         super().__init__(
             "reference",
@@ -127,6 +129,7 @@ class ReferenceActors(ModelActors):
 
     def sync(self) -> None:
         """Mix the policy's weights in, by reference.mixup_alpha."""
+        self.turns.take_for_policy()
         self._publisher.publish()
         self.synced_after = self._policy.policy_version
 
@@ -138,7 +141,7 @@ class ReferenceActors(ModelActors):
     def load_state(self, folder: Path) -> None:
         """See Reference."""
         if folder.exists():
-            self.call("load_model", folder)
+            self.call_in_turn("load_model", folder)
 
 
 class PolicyBase:

@@ -12,6 +12,7 @@ import ray
 from ray import ObjectRefGenerator
 
 from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env, on_cpu
+from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, all_ready, get_one
 from rlsys.config import Config
 from rlsys.engines.loop import EngineLoop, Outcome
@@ -122,6 +123,9 @@ class RolloutActors(ActorGroup):
         server: asked instead of engines; it takes no part in weight syncs.
     """
 
+    turns: Turns = Turns()
+    """Taken before engines sample."""
+
     def __init__(
         self,
         config: Config,
@@ -134,7 +138,12 @@ class RolloutActors(ActorGroup):
         self.num_engines = rollout.num_engines if server is None else 1
         self.workers_per_engine = rollout.tensor_parallel_size
         """Processes that hold the model of one engine."""
-        self.engines_per_gpu = rollout.engines_per_gpu
+        self.senders = [0] * rollout.engines_per_gpu
+        """The policy rank that sends in each weight sync connection. Engine i receives in
+        connection i modulo their number: NCCL allows one rank on a GPU, and engines on the policy's
+        GPUs get weights from the rank there."""
+        if config.is_colocated:
+            self.senders = [i // rollout.engines_per_gpu for i in range(self.num_engines)]
         super().__init__(
             "rollout engines",
             "rollout engine",
@@ -152,6 +161,7 @@ class RolloutActors(ActorGroup):
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
         """Start sampling; each request goes to the engine that has the fewest groups."""
+        self.turns.take_for_rollouts()
         loads = dict.fromkeys(self.actors, 0)
         for work in self._streams.values():
             loads[work.engine] += len(work.pending)

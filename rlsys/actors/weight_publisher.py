@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from torch.distributed import TCPStore
 
+from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import get_all
 from rlsys.config import WeightSyncConfig
 from rlsys.weight_sync.connection import (
@@ -46,6 +47,7 @@ class WeightPublisher:
         config: buckets, checksums, transport and deadlines.
         to: name that distinguishes several receivers of one policy.
         transport: name of the registered transport; None takes the config's.
+        turns: of policy and receivers, which may share GPUs.
         adapter_scaling: factor of B A, if engines sample with the policy's LoRA adapter. Then the
             first publish also sends the base, and all others the adapter alone.
 
@@ -61,6 +63,7 @@ class WeightPublisher:
         *,
         to: str = "rollout",
         transport: str | None = None,
+        turns: Turns | None = None,
         adapter_scaling: float | None = None,
     ):
         self._policy = policy
@@ -68,6 +71,8 @@ class WeightPublisher:
         self._config = config
         self._to = to
         self._transport = transport or config.transport
+        self._turns = turns or Turns()
+        self._turns.sync = self.publish
         self._adapter_scaling = adapter_scaling
         self._stores: list[TCPStore] = []
         self.connect()
@@ -86,16 +91,16 @@ class WeightPublisher:
         metadata = policy.adapter_metadata() if adapter else policy.weight_metadata()
         self._tensors = whole_tensors(metadata)
         self._bytes = sum(piece.meta.nbytes for piece in self._tensors)
-        receivers, num_connections = self._receivers, self._receivers.engines_per_gpu
+        receivers, num_connections = self._receivers, len(self._receivers.senders)
         num_receivers = receivers.num_engines * receivers.workers_per_engine // num_connections
         connections = [
             self._make_connection(
                 self._tensors,
-                sender=0,
+                sender=sender,
                 num_receivers=num_receivers,
                 label=f" in connection {index} of {num_connections}" if num_connections > 1 else "",
             )
-            for index in range(num_connections)
+            for index, sender in enumerate(receivers.senders)
         ]
         endpoints = endpoints_of_tensors(
             connections,
@@ -111,17 +116,19 @@ class WeightPublisher:
         The numbers in comments are rows of the table in docs/internals.md.
 
         Returns:
-            The `weight_sync/...` metrics.
+            The `weight_sync/...` metrics, and those of turns on shared GPUs.
 
         Raises:
             WeightSyncError: an engine reports another version.
             ActorFailure, PhaseTimeout: a rank failed or did not answer in time. An engine that
                 received other bytes than were sent fails.
         """
-        if self._content == "base":  # once: it does not change
-            self._publish()
-            self._connect("adapter")
-        return self._publish()
+        with self._turns.for_weight_sync():
+            if self._content == "base":  # once: it does not change
+                self._publish()
+                self._connect("adapter")
+            metrics = self._publish()
+        return metrics | self._turns.metrics()
 
     def _publish(self) -> dict[str, float]:
         """One update of what the connections bring."""

@@ -69,7 +69,8 @@ class Evaluator:
     def __init__(self, config: Config):
         # Without a policy there is no GPU to share with it.
         reward = config.reward.model_copy(update={"reward_model_placement": "own"})
-        self._config = with_absolute_paths(config.model_copy(update={"reward": reward}))
+        alone = {"reward": reward, "placement": "dedicated"}
+        self._config = with_absolute_paths(config.model_copy(update=alone))
         self._tickets = itertools.count()
         self._stack = ExitStack()
         self._rewards: RewardWorkers | None = None

@@ -25,7 +25,7 @@ from rlsys.config.fields import (
 from rlsys.config.load import ResolvedConfig, load_config_as
 from rlsys.config.method import schema_of
 from rlsys.config.pipeline_layout import fits_layout
-from rlsys.config.roles import Role, plan_roles
+from rlsys.config.roles import Role, decide_placement, plan_roles
 from rlsys.data.preprocess import read_spec
 from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import find_model_folder
@@ -64,6 +64,7 @@ def explain(resolved: ResolvedConfig[Any], console: Console) -> bool:
     config: RunConfig = resolved.config
     parts: Parts[Any] = SFT_PARTS if isinstance(config, SftConfig) else GRPO_PARTS
     device = guess_device(config)
+    config = decide_placement(config, device=device, num_gpus=visible_gpus())
     problems = parts.problems(config)
     _print_config(resolved, console)
     for title, pairs in parts.method(config):
@@ -152,6 +153,8 @@ def _describe_role(name: str, roles: list[Role]) -> str:
     first = actors[0]
     if first.shares_gpu_of and name == "reward_model":
         return "a GPU of the policy's, and memory there (reward.reward_model_placement)"
+    if first.shares_gpu_of and name == "rollout":
+        return "the policy's GPUs, taking turns with its ranks (placement: colocated)"
     if first.shares_gpu_of:
         return (
             f"the GPU of the {first.shares_gpu_of[0]} rank of the same number, its weights in host "

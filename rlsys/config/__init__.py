@@ -2,6 +2,7 @@
 
 from rlsys.config.schema import REWARD_MODEL_PREFIX as REWARD_MODEL_PREFIX
 from rlsys.config.schema import CheckpointConfig as CheckpointConfig
+from rlsys.config.schema import ColocatedConfig as ColocatedConfig
 from rlsys.config.schema import Config as Config
 from rlsys.config.schema import DataConfig as DataConfig
 from rlsys.config.schema import EvalConfig as EvalConfig

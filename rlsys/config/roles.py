@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlsys.config import Config, RunConfig
+from rlsys.config.rules_colocated import colocation_obstacles
+from rlsys.config.schema import AnyConfig
 from rlsys.text import counted
 from rlsys.types import Device
 
@@ -28,8 +30,29 @@ class Role:
     """Name and rank of the actor on whose GPU it runs."""
 
 
+def decide_placement(config: AnyConfig, *, device: Device, num_gpus: int) -> AnyConfig:
+    """`config` with `placement` decided for a machine or cluster with `num_gpus` GPUs."""
+    if not isinstance(config, Config) or config.placement != "auto":
+        return config
+    dedicated, colocated = (
+        config.model_copy(update={"placement": placement})
+        for placement in ("dedicated", "colocated")
+    )
+    if device == "cpu" or any(colocation_obstacles(config)):
+        return dedicated
+    fits = _num_gpus(dedicated) <= num_gpus or num_gpus < _num_gpus(colocated)
+    return dedicated if fits else colocated
+
+
+def _num_gpus(config: RunConfig) -> int:
+    return sum(role.gpus for role in plan_roles(config, device="cuda"))
+
+
 def plan_roles(config: RunConfig, *, device: Device) -> list[Role]:
-    """Every actor of the run: policy; in GRPO rollout, reference, reward models and workers."""
+    """Every actor of the run: policy; in GRPO rollout, reference, reward models and workers.
+
+    `placement: auto` counts as dedicated; see `decide_placement`.
+    """
     gpu, policy = 1 if device == "cuda" else 0, config.policy
     roles = [Role("policy", rank, gpu, policy.cpu_threads) for rank in range(policy.world_size)]
     return roles + _roles_beside_policy(config, gpu) if isinstance(config, Config) else roles
@@ -46,7 +69,10 @@ def _roles_beside_policy(config: Config, gpu: int) -> list[Role]:
     for rank in range(rollout.num_engines):
         threads = rollout.tensor_parallel_size
         first = rank - rank % rollout.engines_per_gpu if gpu else rank
-        if rank == first:
+        if gpu and config.is_colocated:
+            owner: tuple[RoleName, int] = ("policy", rank // rollout.engines_per_gpu)
+            roles.append(Role("rollout", rank, 0, threads, shares_gpu_of=owner))
+        elif rank == first:
             roles.append(Role("rollout", rank, gpu * threads, threads))
         else:
             roles.append(Role("rollout", rank, 0, threads, shares_gpu_of=("rollout", first)))
@@ -86,14 +112,14 @@ def fewer_gpus(roles: Sequence[Role], available: int) -> str:
     on_cpu = "run on the CPU with --device cpu"
     if not available:
         return f"{on_cpu}, or where there are GPUs"
-    if available == 1 and any(role.name == "rollout" for role in roles):
-        return (
-            "a run on GPUs needs at least 2, one for the policy and one for a rollout "
-            f"engine: {on_cpu}, or use a machine or a Ray cluster (RAY_ADDRESS) with more GPUs"
-        )
     gpus = {name: sum(r.gpus for r in roles if r.name == name) for name in GPU_REMEDIES}
     remedies = [remedy for name, (least, remedy) in GPU_REMEDIES.items() if gpus[name] > least]
-    return f"{', '.join(remedies)}, or add GPUs"
+    if gpus["policy"] and gpus["rollout"]:
+        remedies.append(
+            "set placement to colocated (with rollout.max_staleness 0, "
+            "rollout.tensor_parallel_size 1, and no more engines than fit on the policy's GPUs)"
+        )
+    return f"{', '.join(remedies)}, or add GPUs" if remedies else "add GPUs"
 
 
 GPU_REMEDIES: dict[RoleName, tuple[int, str]] = {

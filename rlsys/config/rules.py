@@ -15,6 +15,7 @@ from rlsys.config.pipeline_layout import layout_problems
 from rlsys.config.prompt_template import prompt_template_problems
 from rlsys.config.rules_adapters import adapter_rules
 from rlsys.config.rules_algorithm import algorithm_problems
+from rlsys.config.rules_colocated import placement_rules
 from rlsys.config.rules_eval import eval_problems, held_out_problems
 from rlsys.config.rules_memory import memory_rule_problems
 from rlsys.config.rules_reward import reward_problems
@@ -56,6 +57,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *eval_problems(config),
         *algorithm_problems(config),
         *_engine_problems(config),
+        *placement_rules(config),
         *_staleness_problems(config),
         *_dynamic_sample_problems(config),
         *vllm_kwargs_problems(config),

@@ -828,8 +828,9 @@ class ReferenceConfig(Section):
 class WeightSyncConfig(Section):
     """How the rollout engines get the policy's weights after every update."""
 
-    transport: Literal["auto", "gloo", "nccl"] = "auto"
-    """Network for weights. auto: NCCL between GPUs, gloo on CPU."""
+    transport: Literal["auto", "gloo", "nccl", "ipc"] = "auto"
+    """How weights travel. auto: NCCL between GPUs, gloo on CPU, and ipc where policy and engines
+    share GPUs (`placement: colocated`), which hands over memory of the same GPU."""
     bucket_mb: PositiveInt = 256
     """MiB sent at once. Both sides keep two such buffers, or larger ones if the largest tensor,
     often the embedding, is larger. Between two H200s more is not faster, and 64 takes twice as
@@ -1057,6 +1058,11 @@ class RunConfig(Section):
         return False
 
     @property
+    def is_colocated(self) -> bool:
+        """Whether rollout engines share the policy's GPUs."""
+        return False
+
+    @property
     def policy_shares_gpus(self) -> bool:
         """Whether other models compute on the policy's GPUs while it waits."""
         return False
@@ -1131,6 +1137,17 @@ class RunConfig(Section):
         )
 
 
+class ColocatedConfig(Section):
+    """What moves to host memory while rollout engines have the GPUs that they share."""
+
+    offload_optimizer: bool = True
+    """Keep the optimizer's state in pinned host memory while engines sample (ms-swift's
+    offload_optimizer): 12 bytes a parameter, unless policy's dtypes say otherwise."""
+    offload_weights: bool | Literal["auto"] = "auto"
+    """Keep the policy's weights there too (ms-swift's offload_model). auto: where they are more
+    than a tenth of the GPU."""
+
+
 class Config(RunConfig):
     """One GRPO run."""
 
@@ -1139,6 +1156,11 @@ class Config(RunConfig):
     has_rollouts: ClassVar[bool] = True
     default_batch_size: ClassVar[str] = "rollout.generation_batch_size"
 
+    placement: Literal["auto", "dedicated", "colocated"] = "auto"
+    """GPUs of policy and rollout engines. dedicated: their own, so both can work at the same time.
+    colocated: engine i shares the GPU of policy rank i, and they take turns: one GPU is enough.
+    auto: colocated where dedicated needs more GPUs than there are. On CPU auto is dedicated."""
+    colocated: ColocatedConfig = ColocatedConfig()
     data: DataConfig
     tracking: TrackingConfig = TrackingConfig()
     rollout: RolloutConfig
@@ -1168,6 +1190,11 @@ class Config(RunConfig):
         if problems:
             raise ProblemsError("the config", problems)
         return self
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether engines share the policy's GPUs; only after `decide_placement`."""
+        return self.placement == "colocated"
 
     @property
     def num_prompts(self) -> int:
@@ -1295,9 +1322,11 @@ class Config(RunConfig):
 
     @property
     def policy_shares_gpus(self) -> bool:
-        """Whether the reference or reward models compute on the policy's GPUs while it waits."""
-        return (self.has_reference_model and self.reference.placement == "policy") or (
-            bool(self.reward.models) and self.reward.reward_model_placement == "policy"
+        """Whether other models compute on the policy's GPUs while it waits."""
+        return (
+            self.is_colocated
+            or (self.has_reference_model and self.reference.placement == "policy")
+            or (bool(self.reward.models) and self.reward.reward_model_placement == "policy")
         )
 
     @property

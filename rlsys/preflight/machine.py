@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from rlsys.config import Config, RunConfig
 from rlsys.config.passed_through import megatron_option_problems, vllm_option_problems
-from rlsys.config.roles import describe_gpu_demand, fewer_gpus, plan_roles
+from rlsys.config.roles import decide_placement, describe_gpu_demand, fewer_gpus, plan_roles
 from rlsys.model.attention import attention_problem
 from rlsys.model.modelscope import REMEDY
 from rlsys.preflight.devices import device_of_packages, guess_device, visible_gpus
@@ -89,7 +89,9 @@ def gpu_problems(config: RunConfig) -> Iterator[Problem]:
     """Too few GPUs, if the run starts a Ray cluster of its own on this machine."""
     if guess_device(config) == "cpu" or os.environ.get("RAY_ADDRESS"):
         return
-    roles, available = plan_roles(config, device="cuda"), visible_gpus()
+    available = visible_gpus()
+    config = decide_placement(config, device="cuda", num_gpus=available)
+    roles = plan_roles(config, device="cuda")
     if sum(role.gpus for role in roles) > available:
         demand, remedy = describe_gpu_demand(roles), fewer_gpus(roles, available)
         yield Problem(f"{demand}, and this machine shows {available}: {remedy}", only_here=True)

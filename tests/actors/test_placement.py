@@ -30,11 +30,13 @@ def place(ray_cluster, rollout_config, monkeypatch):
         beta=0.1,
         timeout=60.0,
         device="cuda",
+        shares="dedicated",
         **rollout,
     ):
         config = rollout_config(**rollout)
         config = config.model_copy(
             update={
+                "placement": shares,
                 "placement_timeout": timeout,
                 "policy": config.policy.model_copy(update=dict(policy)),
                 "reward": config.reward.model_copy(update=dict(reward)),
@@ -98,6 +100,18 @@ def test_two_engines_share_a_gpu(place):
     engines = [seen["rollout", rank] for rank in range(4)]
     assert engines[0] == engines[1] != engines[2] == engines[3]
     assert len({*engines[0], *engines[2], *seen["policy", 0]}) == 3
+
+
+def test_colocated_engines_are_on_the_gpus_of_the_policys_ranks(place):
+    ranks = [(role, rank) for role in ("policy", "rollout") for rank in range(2)]
+    seen = place(
+        [*ranks, ("reference", 0)],
+        policy={"world_size": 2},
+        num_engines=2,
+        shares="colocated",
+    )
+    assert seen["rollout", 0] == seen["policy", 0] == seen["reference", 0]
+    assert seen["rollout", 1] == seen["policy", 1] != seen["policy", 0]
 
 
 def test_a_reference_of_its_own(place):

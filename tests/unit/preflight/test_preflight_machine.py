@@ -63,12 +63,10 @@ def test_the_cluster_may_have_the_attention_of_gpus(problems, monkeypatch):
     [
         (
             1,
-            [],
+            ["--placement", "dedicated"],
             [
                 "needs 2 GPUs (policy 1, rollout 1), and this machine shows 1",
-                "at least 2, one for the policy and one for a rollout engine",
-                "--device cpu",
-                "RAY_ADDRESS",
+                "set placement to colocated",
                 "not: lower",
                 "not: world_size",
             ],
@@ -78,14 +76,19 @@ def test_the_cluster_may_have_the_attention_of_gpus(problems, monkeypatch):
             ["--rollout.num_engines", "3"],
             [
                 *("needs 4 GPUs (policy 1, rollout 3)", "shows 3", "lower rollout.num_engines"),
-                *("raise rollout.engines_per_gpu", "not: policy.world_size", "not: placement"),
+                *("raise rollout.engines_per_gpu", "not: lower policy.world_size"),
+                "not: reference.placement",
             ],
         ),
-        (2, ["--policy.world_size", "2"], ["lower policy.world_size, or", "not: num_engines"]),
         (
             2,
-            ["--grpo.beta", "0.1", "--reference.placement", "own"],
-            ["shows 2: set reference.placement to policy, or add GPUs"],
+            ["--policy.world_size", "2", "--placement", "dedicated"],
+            ["lower policy.world_size", "not: rollout.num_engines"],
+        ),
+        (
+            2,
+            ["--grpo.beta", "0.1", "--reference.placement", "own", "--placement", "dedicated"],
+            ["shows 2: set reference.placement to policy, set placement to colocated"],
         ),
         (0, [], ["shows 0", "--device cpu"]),
     ],
