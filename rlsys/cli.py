@@ -7,6 +7,7 @@ Only the file of the subcommand is imported, so that help and errors are quick. 
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +21,9 @@ from rlsys.problems import RunFailed
 EXIT_FAILED = 1
 EXIT_WRONG_INPUT = 2
 EXIT_INTERRUPTED = 130
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Errors of a disk, or a user's share of it, without room."""
 
 _EXAMPLES = {"sft": "examples/sft/smollm2.yaml"}
 _EXAMPLE = "examples/countdown/demo.yaml"
@@ -54,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunFailed as error:
         # The message ends with the failing actor's traceback; the driver's own says nothing more.
         print(f"\nrlsys {args.command}: the run failed.\n{error}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(f"\nrlsys {args.command}: {error.strerror}{where}: free some", file=sys.stderr)
         return EXIT_FAILED
     except ValueError as error:
         # A ValueError that rlsys raises is about the user's input. One that a library raises deep

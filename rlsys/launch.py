@@ -72,10 +72,11 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
     torch.set_num_threads(1)
     check_cluster_answers()
     with ExitStack() as stack:
+        # Before anything starts or is written: most mistakes are in rows.
+        data = method.load_data(config)
+        config = method.fit_to_data(config, data)
         stack.enter_context(run_dir.held())
         stack.enter_context(interruptible(on_first=run_dir.mark_ended))
-        data = method.load_data(config)  # before anything starts: most mistakes are in rows
-        config = method.fit_to_data(config, data)
         resume_step = prepare_folder(config, run_dir)
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)

@@ -85,6 +85,26 @@ RewardSettings = Annotated[dict[str, Any], AfterValidator(_expand_settings)]
 """Settings of one reward function."""
 
 
+def check_regex(pattern: str) -> str:
+    """The text, which is a regular expression.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"is not a regular expression: {error}. Write a backslash before a sign that stands "
+            "for itself"
+        ) from None
+    return pattern
+
+
+Regex = Annotated[str, AfterValidator(check_regex)]
+"""A regular expression of Python's `re`."""
+
+
 def split_list(text: str) -> list[str]:
     """`a,b` as a list: its parts, or the one path that has a comma in its name."""
     if "," not in text or os.path.exists(os.path.expandvars(os.path.expanduser(text))):

@@ -40,8 +40,10 @@ from rlsys.config.dataset_spec import Hub, dataset_of_modelscope, model_of_model
 from rlsys.config.field_types import (
     REWARD_MODEL_PREFIX,
     PathText,
+    Regex,
     RewardName,
     RewardSettings,
+    check_regex,
     kinds_of,
     split_list,
 )
@@ -603,11 +605,19 @@ class LoraConfig(Section):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _names_without_brackets(cls, value: Any) -> Any:
-        """Read `q_proj` and `q_proj,v_proj` as names: as regexes they would match no whole name."""
+        """Read `q_proj` and `q_proj,v_proj` as names: as regexes they would match no whole name.
+
+        Raises:
+            ValueError: the value is empty, so no layer would have an adapter, or not a regex.
+        """
+        if value in ("", []):
+            raise ValueError("names no layer: write all-linear, a list of names, or a regex")
         if value in ("all-linear", ["all-linear"]):
             return "all-linear"
         is_names = isinstance(value, str) and re.fullmatch(r"\w+( *, *\w+)*", value)
-        return re.findall(r"\w+", value) if is_names else value
+        if is_names:
+            return re.findall(r"\w+", value)
+        return check_regex(value) if isinstance(value, str) else value
 
     @field_validator("init", mode="before")
     @classmethod
@@ -768,13 +778,13 @@ class PolicyConfig(Section):
     freeze_parameters: list[NonEmptyText] = []
     """Starts of Hugging Face's names of tensors that are not trained: `[model.embed_tokens,
     model.layers.0.]`."""
-    freeze_parameters_regex: str | None = None
+    freeze_parameters_regex: Regex | None = None
     """Regex in the names of tensors that are not trained."""
     freeze_parameters_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
     """Share of all parameters that is not trained, from the embedding up."""
     trainable_parameters: list[NonEmptyText] = []
     """Starts of names of tensors that are trained although one of the former freezes them."""
-    trainable_parameters_regex: str | None = None
+    trainable_parameters_regex: Regex | None = None
     """The same as a regex in names."""
     timeout_s: PositiveFloat = 1800.0
     """Seconds that one phase of the policy or of the reference may take."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, ClassVar, Generic, Literal
@@ -38,11 +38,14 @@ from rlsys.data.text_files import read_file
 from rlsys.json_text import BadRow
 from rlsys.problems import Problem, ProblemsError
 from rlsys.registry import did_you_mean
+from rlsys.text import counted
 from rlsys.types import Prompt
 
 Split = Literal["train", "validation"]
 MAX_PROBLEMS_SHOWN = 10
-"""Bad rows that one error lists; the others are counted."""
+"""Different problems of rows that one error lists; the others are counted."""
+ALSO_NAMED = 4
+"""Further rows with the same problem that are named."""
 
 
 def raise_if_any(problems: Sequence[Problem]) -> None:
@@ -219,9 +222,25 @@ class Source(ABC, Generic[T]):
         if not rows:
             return [Problem(f"dataset {self.spec.text!r} has no rows")]
         whole = self.columns_problem()
-        if whole is not None:
-            return [whole]
-        return [Problem(f"{row.location}: {row.problem}") for row in rows if row.problem]
+        return self.row_problems(rows) if whole is None else [whole]
+
+    def row_problems(self, rows: Iterable[Row]) -> list[Problem]:
+        """The problems of `rows`; rows with the same one are listed together."""
+        by_text: dict[str, list[str]] = {}
+        for row in rows:
+            if row.problem:
+                by_text.setdefault(row.problem, []).append(row.location)
+        return [
+            Problem(f"{first}: {text}{self._also(others)}")
+            for text, (first, *others) in by_text.items()
+        ]
+
+    def _also(self, others: list[str]) -> str:
+        """Further rows with the same problem: " (also line 2, line 3 and 17 more rows)"."""
+        named = [place.removeprefix(f"{self.spec.name}, ") for place in others[:ALSO_NAMED]]
+        more = len(others) - len(named)
+        rest = f" and {counted(more, 'more row')}" if more else ""
+        return f" (also {', '.join(named)}{rest})" if named else ""
 
     def columns_problem(self) -> Problem | None:
         """What the columns lack in every row; None if the preprocessor may add it."""

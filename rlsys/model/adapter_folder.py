@@ -52,6 +52,11 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
         ValueError: the folder holds no adapter, or one that rlsys does not train.
     """
     file = folder / CONFIG_FILE
+    if not folder.is_dir():
+        raise ValueError(
+            f"policy.lora.path: there is no folder {folder} on this machine. An adapter of a hub "
+            "has to be downloaded first"
+        )
     if not file.is_file():
         raise ValueError(
             f"policy.lora.path: {folder} has no {CONFIG_FILE}, so it is not a folder of an adapter "

@@ -199,11 +199,12 @@ def _match_targets(pattern: list[str] | str, shape: ModelShape) -> list[str]:
         missing = some(unmatched) if unmatched else None
     if missing is not None:
         whole = sorted({module.rpartition(".")[2] for module in there})
-        others = _other_modules(pattern, shape, set(there))
+        others = some(_other_modules(pattern, shape, set(there)))
+        matched = "" if others == missing else f"({others}) "
         raise ValueError(
             f"policy.lora.target_modules: {missing} "
             + (
-                f"({some(others)}) cannot have an adapter: name it in policy.lora.modules_to_save, "
+                f"{matched}cannot have an adapter: name it in policy.lora.modules_to_save, "
                 "which trains it whole. "
                 if others
                 else "matches nothing. "
@@ -277,6 +278,11 @@ def _refuse_other_settings(lora: LoraConfig, stored: dict[str, object], folder: 
     Raises:
         ValueError: names all of it.
     """
+    if "init" in lora.model_fields_set:
+        raise ValueError(
+            f"policy.lora.init = {lora.init} says how new adapters start, and policy.lora.path = "
+            f"{folder} has this one's numbers: leave one of them out"
+        )
     given = lora.model_fields_set & {"rank", "alpha", "rslora", "modules_to_save"}
     own = lora.model_dump() | {"modules_to_save": sorted(lora.modules_to_save)}
     differ = [name for name in _SETTINGS if name in given and own[name] != stored[name]]

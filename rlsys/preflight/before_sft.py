@@ -8,8 +8,12 @@ from rlsys.config import SftConfig
 from rlsys.data.samples import SampleData, SampleRules, load_samples
 from rlsys.model.folder_check import model_notes
 from rlsys.plugins.load import load_plugins
-from rlsys.preflight.before_start import find_model, say_what_was_found, step_notes
-from rlsys.preflight.model import recompute_note
+from rlsys.preflight.before_start import (
+    find_model,
+    policy_notes,
+    say_what_was_found,
+    step_notes,
+)
 from rlsys.preflight.sft import too_few
 from rlsys.preflight.turn_ends import turn_end_note
 from rlsys.text import counted
@@ -32,7 +36,7 @@ def load_sample_data(config: SftConfig) -> SampleData:
         vocab_size=shape.vocab_size,
     )
     end_note = turn_end_note(folder, tokenizer, data.some)
-    notes = [*model_notes(folder), recompute_note(config.policy, shape), end_note]
+    notes = [*model_notes(folder), *policy_notes(config, folder, shape), end_note]
     say_what_was_found(notes, data)
     if not config.data.streaming:
         if len(data.train) < config.rows_per_step:

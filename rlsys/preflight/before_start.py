@@ -22,6 +22,7 @@ from rlsys.preflight.data import check_prompt_tokens
 from rlsys.preflight.hub import use_cache_without_hub
 from rlsys.preflight.model import recompute_note
 from rlsys.preflight.rewards import reachable_rewards
+from rlsys.preflight.trained import base_note
 from rlsys.problems import Problem, ProblemsError
 from rlsys.rewards.columns import column_problems_of_run, row_check, unread_columns
 from rlsys.rewards.reachable import GOLD_REMEDY, look_at_rows
@@ -39,7 +40,7 @@ def load_data(config: Config) -> PromptData:
     data = load_checked_prompts(config, tokenizer)
     check_prompt_tokens(folder, tokenizer, [*data.train, *data.held_out])
     stops = read_stop_rules(folder, tokenizer, config.rollout)
-    say_what_was_found([*model_notes(folder), recompute_note(config.policy, shape)], data)
+    say_what_was_found([*model_notes(folder), *policy_notes(config, folder, shape)], data)
     check_prompts(config, data)
     note = Detokenizer(tokenizer, config.rollout.skip_special_tokens, stops.eos_token_ids).note()
     if note is not None:
@@ -66,6 +67,11 @@ def find_model(config: RunConfig) -> tuple[Path, ModelShape]:
     if folder != Path(config.model.path):  # preflight saw only the config of a hub model
         check_model_folder(folder, shape, has_prompts=True)
     return folder, shape
+
+
+def policy_notes(config: RunConfig, folder: Path, shape: ModelShape) -> list[str | None]:
+    """What the policy's options do not do, or may do wrongly, with its model."""
+    return [recompute_note(config.policy, shape), base_note(config, folder)]
 
 
 def say_what_was_found(notes: Iterable[str | None], data: Loaded[Any]) -> None:

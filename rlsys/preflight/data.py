@@ -43,8 +43,7 @@ def data_file_problems(config: Config) -> Iterator[Problem]:
     """Problems of data plugins, dataset entries, files and their first rows; too few rows."""
     # One file may have rewards and preprocessors; preflight/rewards.py reports its problems.
     load_what_loads(config.reward.external_plugins)
-    folder = Path(config.model.path)
-    no_template = folder.is_dir() and not chat_template(folder)
+    no_template = lacks_template(Path(config.model.path))
     yield from source_problems(config.data, no_template, PromptSource)
     rows = count_rows(config.data)
     if rows is not None and 0 < rows < config.num_prompts:
@@ -53,6 +52,11 @@ def data_file_problems(config: Config) -> Iterator[Problem]:
             f"{config.num_prompts} prompts (rollout.generation_batch_size / "
             "rollout.num_generations): give more data, or lower generation_batch_size"
         )
+
+
+def lacks_template(folder: Path) -> bool:
+    """Whether a model's folder has no chat template; what is not a model has another problem."""
+    return (folder / "config.json").is_file() and not chat_template(folder)
 
 
 def source_problems(
@@ -181,7 +185,7 @@ def _check_first_rows(source: Source[Any], no_template: bool) -> Iterator[Proble
     yield from bad[:_SHOWN]
     if len(bad) > _SHOWN:
         yield Problem(
-            f"{source.spec.name}: {len(bad) - _SHOWN} more of the first rows cannot be used"
+            f"{source.spec.name}: {counted(len(bad) - _SHOWN, 'more problem')} in the first rows"
         )
 
 

@@ -117,6 +117,7 @@ def _other_model(path: str, checkpoint: Path) -> str | None:
 
 def output_dir_problems(config: RunConfig) -> Iterator[Problem]:
     """What keeps the run from starting in its folder."""
-    problem = plan_start(config).problem
+    run = RunDir(Path(config.output_dir))
+    problem = run.held_elsewhere() if run.is_held() else plan_start(config).problem
     if problem is not None:
         yield Problem(problem, only_here=True)

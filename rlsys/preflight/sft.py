@@ -9,9 +9,8 @@ from pathlib import Path
 from rlsys.config import SftConfig
 from rlsys.config.passed_through import megatron_option_problems
 from rlsys.data.samples import SampleRules, SampleSource
-from rlsys.model.tokenizer_files import chat_template
 from rlsys.preflight.checks import find_problems
-from rlsys.preflight.data import count_rows, source_problems
+from rlsys.preflight.data import count_rows, lacks_template, source_problems
 from rlsys.preflight.machine import (
     attention_problems,
     gpu_problems,
@@ -26,9 +25,8 @@ from rlsys.text import counted
 
 def sample_file_problems(config: SftConfig) -> Iterator[Problem]:
     """Problems of data plugins, dataset entries, files and their first rows; too few rows."""
-    folder = Path(config.model.path)
     needs_template = config.sft.objective == "sft" and config.data.prompt_template is None
-    no_template = needs_template and folder.is_dir() and not chat_template(folder)
+    no_template = needs_template and lacks_template(Path(config.model.path))
     kind = partial(SampleSource, rules=SampleRules.of(config))
     yield from source_problems(config.data, no_template, kind)
     rows = count_rows(config.data)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from rlsys.config import RunConfig
+from rlsys.model.adapter_folder import CONFIG_FILE
 from rlsys.model.families.bridged import is_bridged
+from rlsys.model.folder import read_json
 from rlsys.model.freezing import frozen_tensors, num_frozen, trained_text
 from rlsys.model.lora import adapter_table, count_trained, plan_lora
 from rlsys.model.shape import ModelShape
@@ -32,6 +35,28 @@ def trained_problems(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
             frozen_tensors(policy, shape)
     except ValueError as error:
         yield Problem(str(error), only_here=policy.lora is not None and bool(policy.lora.path))
+
+
+def base_note(config: RunConfig, folder: Path) -> str | None:
+    """What to know of an adapter in policy.lora.path that names another base than the run's model.
+
+    Shapes may agree by chance: those of a base and its instruct model do.
+
+    Args:
+        config: of the run.
+        folder: of the run's model.
+    """
+    lora = config.policy.lora
+    if lora is None or lora.path is None:
+        return None
+    base = read_json(Path(lora.path) / CONFIG_FILE).get("base_model_name_or_path")
+    if not base or base == config.model.path or Path(base).resolve() == folder.resolve():
+        return None
+    return (
+        f"the adapter in {lora.path} was trained on {base} (base_model_name_or_path in its "
+        f"{CONFIG_FILE}), and model.path is {config.model.path}: it fits if that has the same "
+        "weights"
+    )
 
 
 def _trains_a_part(config: RunConfig, shape: ModelShape) -> bool:

@@ -92,6 +92,8 @@ class RunDir:
                 place = place.parent
         except OSError as error:
             return f"cannot be made ({error.strerror})"
+        if (self.path / "config.json").is_file():
+            return "holds a model (config.json), for which commands would take the run"
         if not os.path.isdir(place):
             reason, own = f"{place} is not a folder", "is not a folder"
         elif not os.access(place, os.W_OK | os.X_OK):
@@ -113,10 +115,7 @@ class RunDir:
             try:
                 _lock_exclusively(lock)
             except BlockingIOError:
-                raise ValueError(
-                    f"output_dir: another process is running in {self.path}. Wait for it or stop "
-                    "it, or choose another folder with --output_dir."
-                ) from None
+                raise ValueError(self.held_elsewhere()) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
@@ -156,6 +155,13 @@ class RunDir:
         except OSError:
             return None
         return False
+
+    def held_elsewhere(self) -> str:
+        """What to do where another process holds the folder."""
+        return (
+            f"output_dir: another process is running in {self.path}. Wait for it or stop it, or "
+            "choose another folder with --output_dir."
+        )
 
     def state(self) -> State | None:
         """What the last run in this folder is doing; None before the first run.

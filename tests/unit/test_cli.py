@@ -111,8 +111,14 @@ def test_a_users_mistake_is_a_message_and_a_librarys_error_a_traceback(capsys, m
     assert cli.main(["rewards", "list"]) == 130
 
 
-@pytest.mark.parametrize(
-    "given",
+def test_a_full_disk_is_a_message(capsys, monkeypatch):
+    def fills_the_disk(args):
+        Path("/dev/full").write_text("x")
+
+    monkeypatch.setattr(rewards_list, "main", fills_the_disk)
+    assert cli.main(["rewards", "list"]) == 1
+    assert capsys.readouterr().err == "\nrlsys rewards list: No space left on device: free some\n"
+
     [["--output_dir", "a"], ["--output-dir", "a"], ["--output-dir=a"], ["+output_dir=a"], []],
 )
 def test_the_command_for_another_folder_names_it_once(given):

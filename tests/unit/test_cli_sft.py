@@ -56,7 +56,11 @@ def refused(capsys, *words) -> str:
         ("--policy.world_size 3", "policy.global_batch_size = 4 cannot be shared equally among 3"),
         ("--model.path /nowhere", "model.path: "),
         ("--data.dataset /nowhere.jsonl", "data.dataset: "),
-        ("--policy.lora.target_modules nothing", "policy.lora.target_modules"),
+        ("--policy.lora.target_modules nothing", "nothing matches nothing. Linear layers of this"),
+        ("--policy.lora.target_modules []", "names no layer: write all-linear, a list of names"),
+        ("--policy.lora.target_modules (q_proj", "is not a regular expression: missing ), unter"),
+        ("--policy.freeze_parameters_regex *", "is not a regular expression: nothing to repeat"),
+        ("--policy.lora.path nowhere", "there is no folder nowhere on this machine"),
         ("--tracking.report_to nothing", "tracking.report_to"),
     ],
 )
@@ -87,6 +91,16 @@ def test_a_model_without_a_template_is_refused(tmp_path, capsys):
     path = write_sft_run(tmp_path)
     (tmp_path / "model/chat_template.jinja").unlink()
     assert "chat template" in refused(capsys, "sft", path)
+
+
+def test_an_adapter_in_place_of_a_model_is_one_problem(tmp_path, capsys):
+    path = write_sft_run(tmp_path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/model"}')
+    text = refused(capsys, "sft", path, "--model.path", adapter)
+    assert "has 1 problem: - model.path: " in text
+    assert "is a LoRA adapter of org/model, not a model" in text
 
 
 def test_a_config_for_another_command_names_it(tmp_path, capsys):

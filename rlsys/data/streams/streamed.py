@@ -140,10 +140,9 @@ class Streamed(Stream[T]):
                 self._note_columns(source, row.columns)
                 if row.is_usable:
                     source.limit(row)
-                if row.problem:
-                    problems.append(Problem(f"{row.location}: {row.problem}"))
-                elif not row.dropped:
+                if row.is_usable:
                     self.first += source.make(row, 0, list(row.columns))
+            problems += source.row_problems(rows)
         return problems
 
     def _note_columns(self, source: Source[T], columns: dict[str, Any]) -> None:

@@ -272,10 +272,29 @@ def test_prompts_of_a_wrong_type(tokenizer, tmp_path, bad):
 
 
 def test_a_long_list_of_bad_rows_is_cut(tokenizer, tmp_path):
-    source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": ""}] * 100)
+    source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": n} for n in range(100)])
     with pytest.raises(ValueError, match=r"the data has 100 problems(.|\n)*and 90 more") as caught:
         load(tokenizer, source)
     assert len(str(caught.value).splitlines()) == 12
+
+
+@pytest.mark.parametrize(
+    ("copies", "also"),
+    [
+        (1, ""),
+        (3, " (also line 2, line 3)"),
+        (100, " (also line 2, line 3, line 4, line 5 and 95 more rows)"),
+    ],
+)
+def test_rows_with_the_same_problem_are_one(tokenizer, tmp_path, copies, also):
+    source = write_jsonl(tmp_path / "train.jsonl", [{"prompt": ""}] * copies + [{"prompt": 3}])
+    with pytest.raises(ValueError, match="the data has 2 problems") as caught:
+        load(tokenizer, source)
+    _, same, other = str(caught.value).splitlines()
+    assert f"{source}, line 1: " in same
+    assert same.endswith(also)
+    assert ("also" in same) == bool(also)
+    assert f"{source}, line {copies + 1}: " in other
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def test_targets_match_as_in_peft(pattern, module, expected):
     [
         ({"target_modules": ["q_prj"]}, ["q_prj matches nothing", ", ".join(LINEAR)]),
         ({"target_modules": r"layers\.0.*"}, ["matches nothing", "regex of whole names"]),
-        ({"target_modules": ["lm_head"]}, ["cannot have an adapter", "modules_to_save"]),
+        ({"target_modules": ["lm_head"]}, [": lm_head cannot have an adapter", "modules_to_save"]),
         ({"modules_to_save": ["heads"]}, ["heads matches nothing", "embed_tokens", "norm"]),
         ({"modules_to_save": ["embed_tokens"]}, ["one tensor", "embed_tokens and lm_head"]),
         ({"modules_to_save": ["o_proj"]}, ["would have an adapter and be trained whole"]),
@@ -174,6 +174,7 @@ def test_modules_to_save_in_another_order_are_the_adapters(shape, tmp_path):
     [
         ({"rank": 8}, ["rank = 3, not 8", "Leave policy.lora.rank out"]),
         ({"rank": 3, "alpha": 16}, ["alpha = 5.0, not 16.0"]),
+        ({"init": "gaussian"}, ["lora.init = gaussian", "leave one of them out"]),
         ({"target_modules": ["v_proj"]}, ["target_modules"]),
     ],
 )

@@ -9,7 +9,7 @@ from preflight_cases import only
 from rlsys.config import Config, SftConfig
 from rlsys.config.load import load_config, load_config_as, save_config
 from rlsys.preflight.run_folder import output_dir_problems
-from rlsys.run.folder import ENDED, RunDir
+from rlsys.run.folder import ENDED, RUNNING, RunDir
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,23 @@ def test_an_output_directory_that_is_a_file(problems, tmp_path):
         f"output_dir: {tmp_path / 'run'} is not a folder: choose another one with --output_dir"
     )
     assert found[0].only_here
+
+
+def test_an_output_directory_that_is_a_model(problems, tmp_path):
+    write_model(tmp_path / "run")
+    assert only(problems()) == (
+        f"output_dir: {tmp_path / 'run'} holds a model (config.json), for which commands would "
+        "take the run: choose another one with --output_dir"
+    )
+
+
+def test_an_output_directory_in_which_a_process_runs(problems, tmp_path):
+    run = RunDir(tmp_path / "run")
+    with run.held():
+        run.write_status(RUNNING)
+        assert f"another process is running in {run.path}. Wait" in only(problems())
+        assert "another process is running" in only(problems("--overwrite"))
+    assert "holds another run" in only(problems())
 
 
 @pytest.mark.parametrize("place", ["file", "link"])
