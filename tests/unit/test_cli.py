@@ -119,6 +119,9 @@ def test_a_full_disk_is_a_message(capsys, monkeypatch):
     assert cli.main(["rewards", "list"]) == 1
     assert capsys.readouterr().err == "\nrlsys rewards list: No space left on device: free some\n"
 
+
+@pytest.mark.parametrize(
+    "given",
     [["--output_dir", "a"], ["--output-dir", "a"], ["--output-dir=a"], ["+output_dir=a"], []],
 )
 def test_the_command_for_another_folder_names_it_once(given):
