@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 from torch.distributed import TCPStore
@@ -34,6 +34,17 @@ if TYPE_CHECKING:
 # waits a little longer, so that its less specific error comes second. Once buckets travel over NCCL
 # the host does not wait: torch ends a process whose transfer took too long.
 GRACE_S = 5.0
+
+
+class _Transfer(NamedTuple):
+    """One update of what the connections bring."""
+
+    nbytes: int
+    """Bytes that each engine asked for."""
+    seconds: float
+    sent_bytes: int
+    """Bytes that the slowest sender sent, and how long it took."""
+    transport_seconds: float
 
 
 class WeightPublisher:
@@ -124,14 +135,21 @@ class WeightPublisher:
                 received other bytes than were sent fails.
         """
         with self._turns.for_weight_sync():
+            transfers = [self._transfer()]
             if self._content == "base":  # once: it does not change
-                self._publish()
                 self._connect("adapter")
-            metrics = self._publish()
-        return metrics | self._turns.metrics()
+                transfers.append(self._transfer())
+        nbytes, seconds, sent_bytes, transport_seconds = map(sum, zip(*transfers, strict=True))
+        return {
+            "weight_sync/bytes": float(nbytes),
+            "weight_sync/seconds": seconds,
+            "weight_sync/mb_per_s": nbytes / 1e6 / seconds,
+            "weight_sync/transport_seconds": transport_seconds,
+            "weight_sync/transport_gb_per_s": sent_bytes / 1e9 / transport_seconds,
+            **self._turns.metrics(),
+        }
 
-    def _publish(self) -> dict[str, float]:
-        """One update of what the connections bring."""
+    def _transfer(self) -> _Transfer:
         start = time.monotonic()
         version = self._policy.policy_version
         # All calls are made at once: the policy packs the first bucket while engines still pause.
@@ -152,13 +170,7 @@ class WeightPublisher:
         # Engines know what they need once they have loaded weights.
         if self._content == "weights" and not self._knows_shards:
             self._connect_shards()
-        return {
-            "weight_sync/bytes": float(self._bytes),
-            "weight_sync/seconds": seconds,
-            "weight_sync/mb_per_s": self._bytes / 1e6 / seconds,
-            "weight_sync/transport_seconds": transport_seconds,
-            "weight_sync/transport_gb_per_s": sent_bytes / 1e9 / transport_seconds,
-        }
+        return _Transfer(self._bytes, seconds, sent_bytes, transport_seconds)
 
     def _connect_shards(self) -> None:
         """From the next update on, send each worker of an engine only what it holds.

@@ -16,6 +16,8 @@ from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.waiting import ActorFailure
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import LoraConfig
+from rlsys.model.adapters import slot_numbers, slot_rank
+from rlsys.model.shape import read_model_shape
 
 pytestmark = pytest.mark.system
 
@@ -50,10 +52,10 @@ def save_merged(folder, adapter, into):
 
 
 class AdapterActor(UnpackedActor):
-    """Says what the base weights are."""
+    """Says what its workers hold: the base weights, and the place for an adapter."""
 
-    async def base_checksums(self):
-        return await self._call(lambda engine: engine._llm.collective_rpc("base_checksums"))
+    async def ask(self, method):
+        return await self._call(lambda engine: engine._llm.collective_rpc(method))
 
 
 def lora_config(config, lora="adapter"):
@@ -63,8 +65,13 @@ def lora_config(config, lora="adapter"):
     return config.model_copy(update={"policy": policy, "weight_sync": weight_sync})
 
 
+def ask(engines, method):
+    (actor,) = engines.actors.values()
+    return ray.get(actor.ask.remote(method))
+
+
 def base_checksums(engines):
-    return ray.get([actor.base_checksums.remote() for actor in engines.actors.values()])
+    return ask(engines, "base_checksums")
 
 
 @pytest.fixture(scope="module")
@@ -93,11 +100,13 @@ def test_an_adapter_gives_what_merged_weights_give_and_leaves_the_base(
     reload(engines, lora_config(rollout_config(folder)))
     policy = TensorPolicy(folder)
     before = base_checksums(engines)
+    of_base = sum(tensor.nbytes for tensor in load_tensors(folder).values())
     publisher = None
     for version, number in enumerate((0, 1, 0, 2), 1):
         policy.set_adapter(adapters[number])
         policy.policy_version = version
-        if publisher is None or number == 2:  # other tensors need another connection
+        connects = publisher is None or number == 2  # other tensors need another connection
+        if connects:
             publisher = WeightPublisher(
                 policy, engines, rollout_config().weight_sync, adapter_scaling=SCALING
             )
@@ -106,9 +115,28 @@ def test_an_adapter_gives_what_merged_weights_give_and_leaves_the_base(
         assert versions == {(version,)}
         assert tokens == expected[number][0]
         assert logprobs == pytest.approx(expected[number][1], abs=1e-5)
-        assert sent == sum(tensor.nbytes for tensor in adapters[number].values())
+        of_adapter = sum(tensor.nbytes for tensor in adapters[number].values())
+        assert sent == of_adapter + connects * of_base
     assert base_checksums(engines) == before
+
+    # An engine that replaces this one has other weights until it gets base and adapter.
+    reload(engines, lora_config(rollout_config(tiny_models[True, 2])))
+    assert base_checksums(engines) != before
+    publisher.connect()
+    assert publisher.publish()["weight_sync/bytes"] == of_adapter + of_base
+    assert base_checksums(engines) == before
+    tokens, logprobs, _ = greedy(engines)
+    assert tokens == expected[number][0]
+    assert logprobs == pytest.approx(expected[number][1], abs=1e-5)
     policy.close()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_estimate_has_the_place_that_vllm_makes(engines, rollout_config, tiny_models, tied):
+    folder = tiny_models[tied, 1]
+    reload(engines, lora_config(rollout_config(folder)))
+    expected = slot_numbers(read_model_shape(folder), slot_rank(LORA), 1)
+    assert ask(engines, "slot_numbers") == [expected]
 
 
 def test_an_engine_without_its_adapter_samples_nothing(engines, rollout_config, tiny_models):
