@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -22,11 +23,12 @@ from rlsys.config.fields import (
     show_value,
     value_at,
 )
-from rlsys.config.load import ResolvedConfig, load_config_as
+from rlsys.config.load import Origin, ResolvedConfig, load_config_as
 from rlsys.config.method import schema_of
 from rlsys.config.pipeline_layout import fits_layout
 from rlsys.config.roles import Role, decide_placement, plan_roles
 from rlsys.data.preprocess import read_spec
+from rlsys.model.adapters import with_stored_settings
 from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import REWARD_GIB, MemoryEstimate
@@ -45,7 +47,7 @@ _VALUE = 32
 """Columns for a value; a longer value continues on the next line."""
 _MIN_MEANING = 40
 """Fewest columns for the meanings of fields; a narrower terminal does not show them."""
-_ORIGIN_STYLES = {"default": "dim", "file": "", "command line": "bold green"}
+_ORIGIN_STYLES = {"default": "dim", "file": "", "command line": "bold green", "adapter": ""}
 
 
 def main(args: argparse.Namespace) -> bool:
@@ -61,11 +63,12 @@ def explain(resolved: ResolvedConfig[Any], console: Console) -> bool:
         Whether the config could run. A problem of this machine alone, such as a missing file, is
         shown and does not count.
     """
-    config: RunConfig = resolved.config
-    parts: Parts[Any] = SFT_PARTS if isinstance(config, SftConfig) else GRPO_PARTS
-    device = guess_device(config)
-    config = decide_placement(config, device=device, num_gpus=visible_gpus())
-    problems = parts.problems(config)
+    parts: Parts[Any] = SFT_PARTS if isinstance(resolved.config, SftConfig) else GRPO_PARTS
+    device = guess_device(resolved.config)
+    place = partial(decide_placement, device=device, num_gpus=visible_gpus())
+    problems = parts.problems(place(resolved.config))
+    resolved = _with_adapter(resolved)
+    config: RunConfig = place(resolved.config)
     _print_config(resolved, console)
     for title, pairs in parts.method(config):
         if pairs:
@@ -81,6 +84,19 @@ def explain(resolved: ResolvedConfig[Any], console: Console) -> bool:
         _print_model(config, parts, shape, device, console)
     _print_problems(problems, config, parts, console)
     return all(problem.only_here for problem in problems)
+
+
+def _with_adapter(resolved: ResolvedConfig[Any]) -> ResolvedConfig[Any]:
+    """With the settings of the adapter in policy.lora.path, as a run has them."""
+    try:
+        config: RunConfig = with_stored_settings(resolved.config)
+    except ValueError:  # one of the problems, which are printed last
+        return resolved
+    lora = config.policy.lora
+    if lora is None or lora.path is None:
+        return resolved
+    stored: dict[str, Origin] = {f"policy.lora.{name}": "adapter" for name in lora.model_fields_set}
+    return ResolvedConfig(config, stored | resolved.origins)
 
 
 def _print_model(
@@ -204,7 +220,7 @@ def _print_memory(
     try:
         estimates, unknown = parts.memory(config, shape, device)
     except ValueError:  # one of the problems, which are printed last
-        console.print("\nA model's config is not available here: memory not estimated")
+        console.print("\nMemory not estimated, because of a problem below")
         return
     counts = Counter[str](role.name for role in plan_roles(config, device=device))
     console.print()

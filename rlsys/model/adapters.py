@@ -1,11 +1,16 @@
-"""Whether rollout engines sample with the policy's LoRA adapter, or with merged weights."""
+"""Whether rollout engines sample with the policy's LoRA adapter, or with merged weights.
+
+And what the adapter takes of an engine's memory.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from rlsys.config import Config
+from rlsys.config import Config, LoraConfig
+from rlsys.config.schema import AnyConfig
 from rlsys.model.adapter_folder import adapter_settings
+from rlsys.model.lora import adapter_table, plan_lora
 from rlsys.model.shape import ModelShape
 from rlsys.types import Device
 
@@ -13,10 +18,11 @@ SLOT_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The sizes that vLLM has for an adapter (`MaxLoRARanks` in vllm/config/lora.py)."""
 
 
-def with_stored_settings(config: Config) -> Config:
+def with_stored_settings(config: AnyConfig) -> AnyConfig:
     """`config` with the rank and the other settings of the adapter in policy.lora.path.
 
-    Hosts of rollout engines may not have that folder.
+    Whoever reads policy.lora from a config needs them, and hosts of rollout engines may not have
+    that folder. `plan_lora` looks into it itself.
 
     Raises:
         ValueError: the folder holds no adapter that rlsys trains.
@@ -25,9 +31,9 @@ def with_stored_settings(config: Config) -> Config:
     if lora is None or lora.path is None:
         return config
     stored = adapter_settings(Path(lora.path))
-    if "dropout" in lora.model_fields_set:
-        del stored["dropout"]  # the one setting that a run may change
-    lora = lora.model_copy(update=stored)
+    # A run may change the dropout alone; `plan_lora` refuses other settings.
+    own = {name: value for name, value in stored.items() if name not in lora.model_fields_set}
+    lora = lora.model_copy(update=own)
     return config.model_copy(update={"policy": config.policy.model_copy(update={"lora": lora})})
 
 
@@ -69,3 +75,37 @@ def describe_adapter_sync(config: Config, shape: ModelShape, device: Device) -> 
         return text
     slow = "on CPU vLLM computes adapters slowly, token by token"
     return f"{text}: {adapter_obstacle(config, shape, device) or slow}"
+
+
+def slot_rank(lora: LoraConfig) -> int:
+    """Rank of the place that an engine has for an adapter: vLLM's next larger one."""
+    return next(size for size in SLOT_RANKS if size >= lora.rank)
+
+
+def slot_numbers(shape: ModelShape, rank: int, tensor_parallel_size: int) -> int:
+    """Numbers of that place on one of an engine's ranks.
+
+    vLLM has A and B of every linear layer, whatever the adapter has, and of embedding and head,
+    which its ranks do not share. Some models have no place for the last two.
+    """
+    rows = adapter_table(shape, plan_lora(LoraConfig(rank=rank), shape))
+    linear = sum(
+        row.num_params // (1 if row.tp_axis is None else tensor_parallel_size) for row in rows
+    )
+    return linear + 2 * rank * (shape.vocab_size + shape.hidden_size)
+
+
+def adapter_numbers(config: Config, shape: ModelShape, device: Device) -> int:
+    """Numbers that engines hold for the policy's adapter, on each rank; 0 if they get none.
+
+    Beside its place in the model, vLLM keeps the adapter, whole, and the one that comes.
+
+    Args:
+        config: `with_stored_settings`.
+    """
+    lora = config.policy.lora
+    if lora is None or not syncs_adapter(config, shape, device):
+        return 0
+    own = adapter_table(shape, plan_lora(lora.model_copy(update={"path": None}), shape))
+    slot = slot_numbers(shape, slot_rank(lora), config.rollout.tensor_parallel_size)
+    return slot + 2 * sum(row.num_params for row in own)

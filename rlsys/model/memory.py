@@ -13,11 +13,12 @@ on a rank. "numbers" are elements of tensors, not bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlsys.config import Config, RunConfig
+from rlsys.model.adapters import adapter_numbers, slot_rank
 from rlsys.model.kv_cache import KVLayers, cache_blocks, kv_layers
 from rlsys.model.layer_memory import layer_numbers
 from rlsys.model.policy_memory import (
@@ -183,6 +184,7 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
     numbers = layer_numbers(shape, device)
     return [
         ("weights", shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"),
+        *_adapter(config, shape, device, width),
         ("KV cache", *_kv_cache(config, shape, device)),
         (
             "activations",
@@ -203,6 +205,14 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
             "policy holds as much.",
         ),
     ]
+
+
+def _adapter(config: Config, shape: ModelShape, device: Device, width: int) -> Iterator[Tensor]:
+    if numbers := adapter_numbers(config, shape, device):
+        lora = config.policy.lora
+        assert lora is not None
+        text = f"A and B of rank {slot_rank(lora)} in every linear layer, embedding and head, "
+        yield "adapter", numbers * width, f"({text}and two adapters that come) x {width} bytes"
 
 
 def _kv_cache(config: Config, shape: ModelShape, device: Device) -> tuple[float, str]:

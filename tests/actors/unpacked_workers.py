@@ -26,3 +26,13 @@ class UnpackedWorker(WeightSyncWorkerExtension):
             parameters = dict(loaded_parameters(model))
         sums = [content_checksum(parameter.detach()) for parameter in parameters.values()]
         return dict(zip(parameters, as_numbers(sums), strict=True))
+
+    def slot_numbers(self):
+        """Elements of what vLLM made for an adapter."""
+        manager = self.model_runner.get_model().lora_manager
+        tensors = [
+            stacked if isinstance(stacked, tuple) else (stacked,)
+            for layer in manager.modules.values()
+            for stacked in (layer.lora_a_stacked, layer.lora_b_stacked)
+        ]
+        return sum(tensor.numel() for some in tensors for tensor in some)

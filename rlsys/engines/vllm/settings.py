@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from rlsys.config import Config, RolloutConfig
 from rlsys.config.passed_through import vllm_option_problems
 from rlsys.engines.vllm.routed_experts import OPTION as RETURN_EXPERTS
-from rlsys.model.adapters import SLOT_RANKS, syncs_adapter
+from rlsys.model.adapters import adapter_numbers, slot_rank, syncs_adapter
 from rlsys.model.memory import (
     BATCHED_TOKENS,
     GIB,
@@ -127,7 +127,7 @@ def engine_arguments(
 def _adapter_arguments(config: Config) -> dict[str, Any]:
     """A slot for one adapter."""
     assert config.policy.lora is not None
-    rank = next(size for size in SLOT_RANKS if size >= config.policy.lora.rank)
+    rank = slot_rank(config.policy.lora)
     return {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
 
 
@@ -211,7 +211,8 @@ def _fit_to_shared_gpu(wanted: int, config: Config, shape: ModelShape, gpu_bytes
     share = int(rollout.gpu_memory_utilization * gpu_bytes / rollout.engines_per_gpu)
     bucket = sync_bucket_bytes(config, shape, width)
     logits = sampler_logit_bytes(config, shape)
-    taken = width * shape.num_params + SYNC_BUCKETS * bucket + logits + SHARED_GPU_RESERVE_BYTES
+    held = shape.num_params + adapter_numbers(config, shape, "cuda")
+    taken = width * held + SYNC_BUCKETS * bucket + logits + SHARED_GPU_RESERVE_BYTES
     least, what = kv_cache_bytes(config, shape, sequences=1, device="cuda"), "one full sequence"
     if rollout.kv_cache_memory_mb is not None:
         least, what = wanted, f"rollout.kv_cache_memory_mb = {rollout.kv_cache_memory_mb}"

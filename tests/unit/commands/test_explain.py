@@ -101,6 +101,23 @@ def test_every_field_is_shown_with_its_origin(tmp_path):
     assert line.split()[1:4] == ["1e-05", "command", "line"]
 
 
+def test_a_stored_adapter_is_explained_as_it_is(tmp_path):
+    stored = '{"peft_type": "LORA", "r": 48, "lora_alpha": 6, "lora_dropout": 0.5, '
+    stored += '"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}'
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(stored)
+    path = write_run(tmp_path, policy={"lora": {"path": str(tmp_path / "adapter")}})
+    _, text = printed(path, "--device", "cuda")
+    assert "vLLM takes no whole modules, and policy.lora.modules_to_save has lm_head" in text
+    assert "adapter alone" not in text
+    assert re.search(r"\n  rank +48 +adapter ", text), text
+    # Engines do not sample with dropout, so the policy computes its own log-probs.
+    assert "computed by the policy before the update" in text
+    _, text = printed(path, "--policy.lora.dropout", "0")
+    assert re.search(r"\n  dropout +0(.0)? +command line ", text), text
+    assert "computed by the policy before the update" not in text
+
+
 def test_the_batch_arithmetic(tmp_path):
     path = write_config(
         tmp_path,

@@ -75,6 +75,25 @@ def test_adapters_alone_have_gradients_and_optimizer_state(tmp_path):
     assert "reference" not in found
 
 
+def test_engines_have_a_place_for_the_adapter_and_the_one_that_comes(tmp_path):
+    lora = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
+    policy = {"lora": lora}
+    plain, shape = estimates(tmp_path, "cuda", policy=policy, weight_sync={"lora": "merged"})
+    found, _ = estimates(tmp_path, "cuda", policy=policy)
+    assert "adapter" not in plain["rollout"].gib
+    layers, rank = MODEL_SIZES["num_hidden_layers"], 8  # the smallest that vLLM has
+    q, kv, o = 64 + 256, 64 + 128, 256 + 64
+    slot = rank * (layers * (q + 2 * kv + o + 3 * (64 + 128)) + 2 * (shape.vocab_size + 64))
+    adapter = 4 * layers * (q + 64 + 128)
+    assert found["rollout"].gib["adapter"] * GIB == pytest.approx(2 * (slot + 2 * adapter))
+    assert found["rollout"].total_gib > plain["rollout"].total_gib
+    # Ranks of an engine share what is on the parallel side of a layer, and no more.
+    pair, _ = estimates(tmp_path, "cuda", policy=policy, rollout={"tensor_parallel_size": 2})
+    shared = rank * layers * (256 + 2 * 128 + 256 + 3 * 128) / 2
+    missing = found["rollout"].gib["adapter"] - pair["rollout"].gib["adapter"]
+    assert missing * GIB == pytest.approx(2 * shared)
+
+
 def test_frozen_parameters_have_neither(tmp_path):
     whole, shape = estimates(tmp_path, "cuda")
     policy = {"freeze_parameters": ["model.embed_tokens"]}
