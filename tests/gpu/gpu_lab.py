@@ -41,7 +41,8 @@ class Gpus:
         return self._options(rank, SHARE)
 
     def on(self, bundle):
-        """A `PlaceActor`: everything on one GPU."""
+        """A `PlaceActor`: everything on one GPU, the last one if there are fewer."""
+        bundle = min(bundle, len(self.group.bundle_specs) - 1)
         return lambda rank: self._options(bundle, SHARE)
 
     def none(self, rank):

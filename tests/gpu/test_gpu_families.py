@@ -55,8 +55,9 @@ def test_weights_and_logprobs_are_those_of_transformers(lab, folders, name):
         tensors = exported(policy)
         assert tensors.keys() == saved.keys()
         for key, tensor in tensors.items():
-            # The biases of sigmoid routers are float32 in every model.
-            own_type = torch.float32 if key.endswith("correction_bias") else DTYPES[dtype]
+            # Biases of sigmoid routers, and decays of linear attention, are float32 in every model.
+            in_float32 = key.endswith(("correction_bias", "A_log"))
+            own_type = torch.float32 if in_float32 else DTYPES[dtype]
             assert torch.equal(tensor, saved[key].to(own_type)), key
         ours = policy.compute_logprobs(BATCH)[0]
         if dtype == "float32":

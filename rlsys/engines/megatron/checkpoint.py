@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
 OPTIMIZER_FOLDER = "optimizer"
 """Name of the folder in a checkpoint."""
-SCALES_FOLDER = "fp8_scales"
-"""Name of the folder with what delayed scaling knows of the last micro-batches."""
 
 
 def save_optimizer(
@@ -105,32 +103,6 @@ def load_optimizer(
     scheduler.num_steps = 0
     scheduler.step(increment=common["scheduler"]["num_steps"])
     return common["policy_version"]
-
-
-def save_scales(folder: Path, weights: MegatronWeights | BridgedWeights) -> None:
-    """Write the FP8 scales of delayed scaling into the checkpoint `folder`; every rank calls."""
-    save_torch_dist(_scales(weights), folder / SCALES_FOLDER)
-
-
-def load_scales(folder: Path, weights: MegatronWeights | BridgedWeights) -> bool:
-    """Continue with the FP8 scales in a checkpoint; False if it was written without them."""
-    if not (folder / SCALES_FOLDER).is_dir():
-        return False
-    weights.load_extra(dist_checkpointing.load(_scales(weights), str(folder / SCALES_FOLDER)))
-    return True
-
-
-def _scales(weights: MegatronWeights | BridgedWeights) -> dict[str, Any]:
-    """What Transformer Engine's layers keep besides parameters, with its place in the model."""
-
-    def extra(state: dict[str, Any]) -> dict[str, Any]:
-        return {
-            name: extra(value) if isinstance(value, dict) else value
-            for name, value in state.items()
-            if isinstance(value, dict) or name.endswith("_extra_state")
-        }
-
-    return extra(weights.sharded_state())
 
 
 def _set_steps(own: Any, saved: Any) -> None:

@@ -30,9 +30,7 @@ from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import (
     check_checkpoint,
     load_optimizer,
-    load_scales,
     save_optimizer,
-    save_scales,
 )
 from rlsys.engines.megatron.freezing import freeze, lead_gradients_to
 from rlsys.engines.megatron.hf_folder import save_model_folder, write_model_files
@@ -365,8 +363,6 @@ class MegatronPolicy(MegatronModel):
         save_optimizer(
             folder, self.weights, self.optimizer, self.scheduler, policy_version=self.policy_version
         )
-        if self._has_scales:
-            save_scales(folder, self.weights)
 
     def load_checkpoint(self, folder: Path) -> int:
         """Continue from a checkpoint, see `check_checkpoint`; returns its policy_version."""
@@ -379,8 +375,8 @@ class MegatronPolicy(MegatronModel):
         check_checkpoint(folder, self.optimizer)
         (self.weights if self.adapters is None else self.adapters.weights).load(folder)
         self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
-        if self._has_scales and load_scales(folder, self.weights):
-            self._unknown_scales = self._unknown_gradient_scales = False
+        # Transformer Engine keeps them as a pickle, which no checkpoint of rlsys holds.
+        self._unknown_scales = self._unknown_gradient_scales = self._has_scales
         if self.config.policy.fp8_param_gather:
             # The folder has what FP8 weights stand for, rounded: they come from the float32 copy,
             # as after an optimizer step.

@@ -139,12 +139,6 @@ class MegatronWeights:
         # megatron-core's own names of several chunks, each of which numbers its layers from 0.
         return states[0] if len(states) == 1 else {f"model{i}": s for i, s in enumerate(states)}
 
-    def load_extra(self, state: dict[str, Any]) -> None:
-        """Take what layers hold besides parameters, by the names of `sharded_state`."""
-        of_chunks = [state[name] for name in sorted(state)] if len(self._chunks) > 1 else [state]
-        for chunk, own in zip(self._chunks, of_chunks, strict=True):
-            chunk.load_state_dict(own, strict=False)
-
     def own_parameter(self, row: WeightRow) -> torch.Tensor | None:
         """This rank's parameter of a row of the table, or None."""
         name = self._own_name(row)
