@@ -747,8 +747,8 @@ class PolicyConfig(Section):
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
     """How FP8 tensors are scaled. tensorwise: by their largest value. delayed: by that of the
     micro-batch before, which is megatron-core's default; the first update of a run, or after a
-    resume, computes its gradients twice more, to learn them. blockwise: by that of 128 numbers, or 128 x 128 weights,
-    from compute capability 9.0. mxfp8: of 32 numbers, from 10.0 (Blackwell)."""
+    resume, computes its gradients twice more, to learn them. blockwise: by that of 128 numbers, or
+    128 x 128 weights, from compute capability 9.0. mxfp8: of 32 numbers, from 10.0 (Blackwell)."""
     fp8_param_gather: bool = False
     """Hold the layers' weights in FP8 only, beside the optimizer's float32, and gather them as
     such. Weight sync, checkpoints and exports get what they stand for, in the model's type. Needs
