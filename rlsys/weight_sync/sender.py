@@ -26,11 +26,9 @@ def sending_memory(connections: Sequence[Connection], device: torch.device) -> t
     """
     plans = [connection.buckets() for connection in connections]
     # Zeros: bytes between tensors are sent too, and should be the same in every run.
-    return torch.zeros(
+    return make_transport(connections[0].transport, device).sending_memory(
         min(2, max(map(len, plans))),
         max(bucket.nbytes for buckets in plans for bucket in buckets),
-        dtype=torch.uint8,
-        device=make_transport(connections[0].transport, device).buffer_device,
     )
 
 
@@ -62,9 +60,9 @@ class WeightSender:
     ):
         self._buckets = connection.buckets()
         self._verify = connection.verify
-        self._transport = make_transport(connection.transport, device)
-        self._transport.connect(connection, rank=0)
         self._memory = sending_memory([connection], device) if memory is None else memory
+        self._transport = make_transport(connection.transport, device)
+        self._transport.connect(connection, rank=0, memory=self._memory)
 
     @torch.no_grad()
     def send(self, fill: Fill, version: int) -> float:

@@ -45,14 +45,23 @@ class Transport(ABC):
     def buffer_device(self) -> torch.device:
         """Where the buffers of `broadcast` have to be."""
 
-    def connect(self, connection: Connection, rank: int) -> None:
+    def sending_memory(self, num_buffers: int, nbytes: int) -> torch.Tensor:
+        """Zeros [num_buffers, nbytes] uint8, whose parts rank 0 may `broadcast`."""
+        return torch.zeros(num_buffers, nbytes, dtype=torch.uint8, device=self.buffer_device)
+
+    def connect(
+        self, connection: Connection, rank: int, memory: torch.Tensor | None = None
+    ) -> None:
         """Become rank `rank` of a connection, and wait until the other ranks are there.
+
+        Args:
+            memory: from `sending_memory`, on rank 0. A transport may share it with the receivers.
 
         Raises:
             WeightSyncError: not all ranks came within `connection.timeout_s`.
         """
         assert 0 <= rank < connection.world_size, (rank, connection.world_size)
-        self._connection, self._rank = connection, rank
+        self._connection, self._rank, self._memory = connection, rank, memory
         address, port = connection.address, connection.port
         timeout = timedelta(seconds=connection.timeout_s)
         with self._explain_failure(f"connecting to {address}:{port}", since=time.monotonic()):
@@ -157,7 +166,7 @@ def make_transport(name: str, device: torch.device) -> Transport:
     Raises:
         ValueError: no transport has that name.
     """
-    from rlsys.weight_sync import gloo, nccl  # noqa: F401  they register themselves
+    from rlsys.weight_sync import gloo, ipc, nccl  # noqa: F401  they register themselves
 
     if name == "auto":
         name = "gloo" if device.type == "cpu" else "nccl"

@@ -19,7 +19,7 @@ class TellingTransport(Transport):
 
     buffer_device = CPU
 
-    def connect(self, connection, rank):
+    def connect(self, connection, rank, memory=None):
         EVENTS.clear()
 
     def barrier(self, number, *, what):

@@ -1,4 +1,4 @@
-"""Senders and receivers over real gloo, in threads of this process."""
+"""Senders and receivers over the real transports of CPUs, in threads of this process."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,11 +34,23 @@ METADATA = tuple(
 )
 
 
+class Network:
+    """What every connection of a test uses."""
+
+    transport: str
+
+
+@pytest.fixture(autouse=True, params=["gloo", "ipc"])
+def transport_name(request, monkeypatch):
+    monkeypatch.setattr(Network, "transport", request.param, raising=False)
+    return request.param
+
+
 def connection(store, *, world_size, timeout_s=20.0, label=""):
     return Connection(
         slices=whole_tensors(METADATA),
         sender=0,
-        transport="auto",
+        transport=Network.transport,
         address=LOOPBACK,
         port=store.port,
         world_size=world_size,
@@ -263,5 +275,7 @@ def test_a_rank_that_has_a_shard_sends_it(policy, num_workers, expected):
 
 
 def test_an_unknown_transport_lists_the_known():
-    with pytest.raises(ValueError, match=r"unknown weight transport 'smoke'.*Known: .*gloo, nccl"):
+    with pytest.raises(
+        ValueError, match=r"unknown weight transport 'smoke'.*Known: .*gloo, ipc, nccl"
+    ):
         make_transport("smoke", CPU)
