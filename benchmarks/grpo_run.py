@@ -1,36 +1,34 @@
 """A GRPO run on Countdown with random weights, as `rlsys grpo` runs it, and its times."""
 
-import contextlib
-import os
-import shutil
 import statistics
-import subprocess
 import sys
-import threading
 import time
 from itertools import pairwise
 from pathlib import Path
 
 import yaml
 from alone import SO_FAR
+from gpu_watch import watched_gpus
 
+from rlsys.algo.advantages import compute_advantages
+from rlsys.algo.batching import build_train_batch
 from rlsys.config.load import load_config
-from rlsys.launch import run
+from rlsys.launch import Method, run_method, train_system
+from rlsys.preflight.before_start import fit_to_data, load_data
+from rlsys.system import start_system
 from rlsys.tracking import Tracker, register_tracker
 
 COUNTDOWN = Path(__file__).parents[1] / "examples" / "countdown"
 sys.path.insert(0, str(COUNTDOWN))
 from problems import generate_problems, write_problems  # noqa: E402
 
-SAMPLE_MS = 200
-
 
 class Steps(Tracker):
     """The metrics of each step and when it ended, on the clock of time.monotonic."""
 
-    def __init__(self, warm_up, busy, report):
+    def __init__(self, warm_up, gpus, report):
         self._warm_up = warm_up
-        self._busy = busy
+        self._gpus = gpus
         self._report = report
         self._rows = []
         self._ends = []
@@ -51,48 +49,15 @@ class Steps(Tracker):
         """
         ends = self._ends[self._warm_up - 1 :]
         seconds = [end - start for start, end in pairwise(ends)]
-        idle = self._busy.idle_shares(ends[0], ends[-1]) if self._busy else {}
-        return summary(self._rows[self._warm_up :], seconds, idle)
-
-
-class GpuBusy:
-    """Percent of time in which a kernel ran on each GPU of this run, as nvidia-smi samples it."""
-
-    def __enter__(self):
-        query = ["--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits"]
-        if seen := os.environ.get("CUDA_VISIBLE_DEVICES"):  # nvidia-smi itself does not read it
-            query.append(f"--id={seen}")
-        self._samples = []
-        self._process = subprocess.Popen(
-            ["nvidia-smi", *query, f"--loop-ms={SAMPLE_MS}"], stdout=subprocess.PIPE, text=True
-        )
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-        return self
-
-    def __exit__(self, *error):
-        self._process.kill()
-        self._process.wait()
-        self._reader.join()
-
-    def _read(self):
-        for line in self._process.stdout:
-            gpu, _, percent = line.partition(",")
-            if percent.strip().isdigit():
-                self._samples.append((time.monotonic(), int(gpu), int(percent)))
-
-    def idle_shares(self, since, until):
-        """{GPU: share of the time between two moments in which no kernel ran}."""
-        gpus = sorted({gpu for _, gpu, _ in self._samples})
-        return {
-            f"GPU {gpu}": 1 - statistics.mean(seen) / 100
-            for gpu in gpus
-            if (seen := [p for at, g, p in self._samples if g == gpu and since < at <= until])
-        }
+        rows = self._rows[self._warm_up :]
+        return summary(rows, seconds) | self._gpus.between(ends[0], ends[-1])
 
 
 def write_config(folder, *, model, device, steps, prompts, generations, completion_length, gpus):
-    """A config of the Countdown shape and its data; returns the path."""
+    """A config of the Countdown shape and its data; returns the path.
+
+    Policy and engine take turns if there is one GPU.
+    """
     problems = generate_problems(
         max(2 * prompts, 512), seed=0, numbers=4, max_number=99, max_target=999, operations="+-*"
     )
@@ -102,6 +67,7 @@ def write_config(folder, *, model, device, steps, prompts, generations, completi
         "output_dir": str(folder / "run"),
         "max_steps": steps,
         "device": device,
+        **({"placement": "colocated"} if gpus == 1 else {}),
         "data": {"dataset": [str(folder / "train.jsonl")], "max_prompt_length": 256},
         "model": {"path": str(model)},
         "rollout": {
@@ -122,23 +88,58 @@ def write_config(folder, *, model, device, steps, prompts, generations, completi
     return path
 
 
-def run_steps(config_file, options, *, warm_up, report):
+def run_steps(config_file, options, *, warm_up, report, alone=False):
     """Run it in this process; returns the summary of its steps.
 
     `warm_up` steps are left out, 1 at least. `report` gets the summary of the others after each of
-    them, for a time limit may come before the next.
+    them, for a time limit may come before the next. With `alone` the phases of one more step run
+    afterwards, each without what a step does between them.
     """
     resolved = load_config(config_file, [*options, "--tracking.report_to", "steps"])
-    watched = resolved.config.device != "cpu" and shutil.which("nvidia-smi") is not None
-    with GpuBusy() if watched else contextlib.nullcontext() as busy:
-        steps = Steps(warm_up, busy, report)
+    measured = {}
+
+    def train(system, tracker, checkpoints):
+        nothing_learned = train_system(system, tracker, checkpoints)
+        if alone:
+            measured.update(against_alone(steps.summary(), phases_alone(system)))
+            report(steps.summary() | measured)
+        return nothing_learned
+
+    with watched_gpus(resolved.config.device) as gpus:
+        steps = Steps(warm_up, gpus, report)
         register_tracker("steps")(lambda config, resumed_from: steps)
-        run(resolved)
-    return steps.summary()
+        run_method(resolved.config, Method(load_data, fit_to_data, start_system, train))
+    return steps.summary() | measured
 
 
-def summary(rows, seconds, idle):
-    """Medians of the measured steps, and what a GPU waits."""
+def phases_alone(system):
+    """Seconds of sampling, of an update and of a weight sync that wait for nothing else.
+
+    Engines are awake before they sample. An update comes right after another, so that nothing has
+    to come to the GPU. A sync is what it counts itself, without changes of turns.
+    """
+    config = system.config
+    start = time.perf_counter()
+    groups = system.rollouts.next_batch(config.num_steps + 1)
+    rollout_s = time.perf_counter() - start
+    batch = build_train_batch(groups)
+    batch.advantages = compute_advantages(groups, batch, config.grpo, config.reward.reward_weights)
+    system.policy.update(batch)
+    start = time.perf_counter()
+    system.policy.update(batch)
+    update_s = time.perf_counter() - start
+    sync_s = system.publisher.publish()["weight_sync/seconds"]
+    return {"rollout": rollout_s, "policy_update": update_s, "weight_sync": sync_s}
+
+
+def against_alone(result, seconds):
+    """The phases alone, and what a step takes besides them; the goal on one GPU is 1.15."""
+    ratio = result["step_s"] / sum(seconds.values())
+    return {"phases_alone_s": seconds, "step over sum of phases alone": ratio}
+
+
+def summary(rows, seconds):
+    """Medians of the measured steps."""
 
     def median(key):
         return statistics.median(row[key] for row in rows)
@@ -158,7 +159,8 @@ def summary(rows, seconds, idle):
         "update_tokens_per_second": median("update/tokens_per_second"),
         "idle_share_of_policy": median("idle/policy_frac"),
         "idle_share_of_rollout": median("idle/rollout_frac"),
-        "idle_share_by_nvidia_smi": idle,
+        # Seconds of changes of turns, which are a part of the phases; only on shared GPUs.
+        **{key: median(key) for key in rows[0] if key.startswith("colocated/")},
         "staleness_max": max(row["staleness/max"] for row in rows),
         "logp_difference_mean": median("sampling/logp_difference/mean"),
     }

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
-import torch
+from gpu_watch import answers
 
 PACKAGES = (
     "torch",
@@ -33,7 +33,7 @@ def describe_machine():
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_average_at_start": round(LOAD_AVERAGE_AT_START, 2),
-        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpus": answers("name"),
         "python": platform.python_version(),
         "versions": {name: found for name in PACKAGES if (found := installed(name))},
         "commit": commit(),

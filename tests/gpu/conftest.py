@@ -47,15 +47,26 @@ def num_gpus():
     return torch.cuda.device_count() if DEVICE == "cuda" else 4
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--needs-gpus", type=int, metavar="N", help="only tests that need N GPUs")
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--needs-gpus", default=None)
+    others = []
     for item in items:
         marker = item.get_closest_marker("gpu")
         if marker is None:
             continue
         (needed,) = marker.args
-        if num_gpus() < needed:
+        if wanted is not None and wanted != needed:
+            others.append(item)
+        elif num_gpus() < needed:
             reason = f"needs {needed} CUDA GPUs, and this machine has {num_gpus()}"
             item.add_marker(pytest.mark.skip(reason=reason))
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 _HUNG = set()
