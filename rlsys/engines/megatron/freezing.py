@@ -20,6 +20,23 @@ def freeze(weights: MegatronWeights, frozen: frozenset[str]) -> None:
     if weights.tied and HF_EMBEDDING in frozen:
         for parameter in weights.parameters_named(EMBEDDING, OUTPUT):
             parameter.requires_grad_(False)
+    if len(set(_trained_by_layer(weights, frozen).values())) > 1:
+        # Layers with an optimizer state of their own share no tensor of a checkpoint.
+        weights.sharding["non_homogeneous_layers"] = True
+
+
+def _trained_by_layer(
+    weights: MegatronWeights, frozen: frozenset[str]
+) -> dict[str, frozenset[str]]:
+    """For each layer of the whole model, by its number: its trained tensors."""
+    trained: dict[str, frozenset[str]] = {}
+    for row in weights.table:
+        _, is_in_layer, name = row.hf_names[0].partition(".layers.")
+        layer, _, tensor = name.partition(".")
+        if is_in_layer:
+            own = frozenset() if row.hf_names[0] in frozen else frozenset([tensor])
+            trained[layer] = trained.get(layer, frozenset()) | own
+    return trained
 
 
 def lead_gradients_to(chunks: Sequence[torch.nn.Module]) -> None:
