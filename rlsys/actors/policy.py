@@ -115,8 +115,26 @@ class PolicyRank(ModelRank):
                 links.append(WeightLink(export, sender))
 
     def send_weights(self, version: int, *, to: str) -> float:
-        """Take part in exporting and sending; returns the seconds of this rank's transports."""
-        return sum(link.send(version) for link in self.links[to])
+        """Take part in exporting and sending; returns the seconds of this rank's transports.
+
+        What `offload_optimizer` has begun meanwhile is done at the end.
+        """
+        self.engine.offload.check("send_weights")
+        seconds = sum(link.send(version) for link in self.links[to])
+        self.engine.offload.finish()
+        return seconds
+
+    def offload_optimizer(self) -> None:
+        """See MegatronPolicy.offload_optimizer; `send_weights` or `offload_weights` awaits it."""
+        self.engine.offload_optimizer()
+
+    def offload_weights(self) -> None:
+        """See MegatronPolicy.offload_weights."""
+        self.engine.offload_weights()
+
+    def onload(self) -> None:
+        """See MegatronPolicy.onload."""
+        self.engine.onload()
 
     def finished_version(self) -> int | None:
         """See MegatronPolicy.finished_version."""

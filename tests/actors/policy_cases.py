@@ -174,7 +174,7 @@ class LabRank(PolicyRank):
 
     def own_options(self):
         """The names of megatron-core's options that rlsys sets, for a policy like this one."""
-        from rlsys.engines.megatron import build, options, policy
+        from rlsys.engines.megatron import build, optimizer, options
 
         names = []
 
@@ -184,7 +184,7 @@ class LabRank(PolicyRank):
 
         with (
             mock.patch.object(build, "megatron_config", recorded),
-            mock.patch.object(policy, "megatron_config", recorded),
+            mock.patch.object(optimizer, "megatron_config", recorded),
         ):
             self.build_again()
         return names
@@ -334,6 +334,40 @@ class LabRank(PolicyRank):
             ),
         )
 
+    def move_on_cpu(self):
+        """Let `offload_...` move what it moves on GPUs, to other memory of this host."""
+        self.engine.offload.moves = True
+
+    def held_bytes(self):
+        """Bytes of the memory of weights, gradients and optimizer's state that are in place."""
+        from rlsys.engines.megatron import offload as module
+
+        offload, optimizer = self.engine.offload, self.engine.optimizer
+        kinds = (offload._weight_tensors(), offload._gradient_tensors())
+        return [
+            sum(
+                storage.nbytes()
+                for storage in module._storages(tensors, torch.device("cpu")).values()
+            )
+            for tensors in (*kinds, module._state_tensors(optimizer))
+        ]
+
+    def optimizer_state(self):
+        """For each parameter of the optimizer: it, and its state by name."""
+        from rlsys.engines.megatron.offload import _inner_optimizers
+
+        return [
+            {"parameter": parameter.detach().clone()}
+            | {
+                name: value.clone()
+                for name, value in one.state[parameter].items()
+                if torch.is_tensor(value)
+            }
+            for one in _inner_optimizers(self.engine.optimizer)
+            for group in one.param_groups
+            for parameter in group["params"]
+        ]
+
     def router_logits(self, batch):
         """Inputs, weight and logits of the first layer's router, in its last forward pass."""
         from megatron.core.transformer.moe.router import TopKRouter
@@ -364,7 +398,7 @@ class LabRank(PolicyRank):
         place, name, work = {
             "weights": (megatron_logprobs, "build_model", self.build_again),
             "gradients": (megatron, "DistributedDataParallel", self.build_again),
-            "optimizer": (megatron, "get_megatron_optimizer", self.build_again),
+            "optimizer": (megatron, "build_optimizer", self.build_again),
             "update": (engine.model[0], "forward", lambda: engine.update(batch)),
             "optimizer's step": (engine.optimizer, "step", lambda: engine.update(batch)),
             "log-probs": (engine.model[0], "forward", lambda: engine.compute_logprobs(batch)),

@@ -56,8 +56,8 @@ class _Part:
 class _Copies:
     """Copies into one bucket or parcel."""
 
-    addresses: list[int]
-    """Addresses of the memory that they are planned for."""
+    places: list[tuple[int, int]]
+    """The memory that they are planned for; see `_place`."""
     own: CopyPlan
     """From this rank's parameters."""
     parcels: CopyPlan
@@ -195,12 +195,11 @@ class BucketExport:
         return self._staging[owner][: self._parcels[bucket.index][owner].nbytes]
 
     def _plan(self, bucket: Bucket, buffer: torch.Tensor) -> _Copies:
-        """This rank's copies into `buffer`, a bucket or a parcel; planned again if memory moved."""
-        parameters = self._parameters[bucket.index]
-        addresses = [buffer.data_ptr(), *[parameter.data_ptr() for parameter in parameters]]
+        """This rank's copies into `buffer`, a bucket or a parcel; planned again for other memory."""
+        places = [_place(tensor) for tensor in (buffer, *self._parameters[bucket.index])]
         planned = self._copies.get(bucket.index)
-        if planned is None or planned.addresses != addresses:
-            planned = self._make_plan(bucket, buffer, addresses)
+        if planned is None or planned.places != places:
+            planned = self._make_plan(bucket, buffer, places)
             self._copies[bucket.index] = planned
         return planned
 
@@ -219,7 +218,9 @@ class BucketExport:
                 for target, source in self._pairs(part, whole_target, slices):
                     target.copy_(source)
 
-    def _make_plan(self, bucket: Bucket, buffer: torch.Tensor, addresses: list[int]) -> _Copies:
+    def _make_plan(
+        self, bucket: Bucket, buffer: torch.Tensor, places: list[tuple[int, int]]
+    ) -> _Copies:
         parcels = self._parcels[bucket.index]
         own = CopyPlan(
             pair
@@ -228,7 +229,7 @@ class BucketExport:
             for pair in self._pairs(part, target, self._weights.own_slices(self._row(part)))
         )
         if self._rank != self._sender:
-            return _Copies(addresses, own, CopyPlan([]))
+            return _Copies(places, own, CopyPlan([]))
         tensors = dict(bucket.views(buffer))
         arriving = []
         for owner, parcel in parcels.items():
@@ -236,7 +237,7 @@ class BucketExport:
             views = parcel.views(self._parcel_memory(bucket, owner))
             for part, (_, view) in zip(parts, views, strict=True):
                 arriving.append((part.target(tensors[part.item.meta.name]), view))
-        return _Copies(addresses, own, CopyPlan(arriving))
+        return _Copies(places, own, CopyPlan(arriving))
 
     def _own_targets(
         self, bucket: Bucket, buffer: torch.Tensor
@@ -278,6 +279,16 @@ class BucketExport:
             raise WeightSyncError(
                 f"policy rank {self._rank}, gathering {bucket} with rank {others}: {error}"
             ) from error
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    """Storage and offset of a tensor.
+
+    The storage keeps its identity, and all views of it, where its memory waits on the host for a
+    while (`rlsys.engines.megatron.offload`). A plan keeps it alive, so no other one is mistaken
+    for it.
+    """
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def _from_query_groups(

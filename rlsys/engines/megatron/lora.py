@@ -112,7 +112,7 @@ class Adapters:
             if not row.names[0].startswith(PARAMETERS)
             and (parameter := self.weights.own_parameter(row)) is not None
         ]
-        self._base_of_saved = [parameter.detach().clone() for parameter in self._saved]
+        self.base_of_saved = [parameter.detach().clone() for parameter in self._saved]
         if plan.folder is not None:
             _check_tied(plan, shape)
             self.weights.load(plan.folder)
@@ -122,7 +122,7 @@ class Adapters:
     def off(self) -> Iterator[None]:
         """Compute as the base model does; no optimizer step may be taken meanwhile."""
         trained = [parameter.detach().clone() for parameter in self._saved]
-        self._set_saved(self._base_of_saved)
+        self._set_saved(self.base_of_saved)
         self.is_on = False
         try:
             yield

@@ -7,18 +7,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 
 from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
 from rlsys.algo.losses import LossInput, losses
@@ -36,7 +30,8 @@ from rlsys.engines.megatron.freezing import freeze, lead_gradients_to
 from rlsys.engines.megatron.hf_folder import save_model_folder, write_model_files
 from rlsys.engines.megatron.lora import Adapters
 from rlsys.engines.megatron.model import LossOf, MegatronModel, ModelWriter
-from rlsys.engines.megatron.options import megatron_config, optimizer_state_options
+from rlsys.engines.megatron.offload import Offload
+from rlsys.engines.megatron.optimizer import build_optimizer, build_scheduler, gradient_config
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.files import replacing_folder
@@ -44,9 +39,6 @@ from rlsys.model.adapter_folder import is_adapter_folder
 from rlsys.model.freezing import frozen_tensors, num_frozen, trained_text
 from rlsys.model.lora import count_trained, plan_lora
 from rlsys.types import Device, TrainBatch, UpdateOutput
-
-if TYPE_CHECKING:
-    from megatron.core.optimizer import MegatronOptimizer
 
 
 class MegatronPolicy(MegatronModel):
@@ -59,7 +51,11 @@ class MegatronPolicy(MegatronModel):
         self.adapters = self._choose_trained()
         fuse_weight_gradients(self.model)
         with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
-            ddp_config = self._ddp_config(overlap_grads)
+            ddp_config = gradient_config(
+                config.policy,
+                overlap_grads=overlap_grads,
+                overlap_params=self._overlaps_param_gather,
+            )
             self.ddp = [
                 DistributedDataParallel(
                     self.transformer_config,
@@ -73,16 +69,25 @@ class MegatronPolicy(MegatronModel):
         with out_of_memory_explained(
             f"the optimizer's copy of the weights: {self._more_gpus_for_optimizer}"
         ):
-            self.optimizer = self._build_optimizer()
+            self.optimizer = build_optimizer(
+                config.policy,
+                self.ddp,
+                dtype=self.dtype,
+                overlap_params=self._overlaps_param_gather,
+            )
         if overlap_grads:
             # Gradients are summed over ranks during the last micro-batch only.
             no_sync = [chunk.no_sync for chunk in self.ddp]
             self.transformer_config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         self.transformer_config.finalize_model_grads_func = finalize_model_grads
         self.transformer_config.grad_scale_func = self.optimizer.scale_loss
-        self.scheduler = self._build_scheduler()
+        self.scheduler = build_scheduler(config, self.optimizer)
         self._unknown_gradient_scales = self._unknown_scales
         self.policy_version = 0
+        self.offload = Offload(
+            self.model, self.ddp, self.optimizer, self.adapters, moves=not self.on_cpu
+        )
+        """Moves what this rank holds to host memory while other models need the GPU, and back."""
         self._is_mid_update = False
         """Whether an update has changed the weights and has not ended."""
 
@@ -117,54 +122,6 @@ class MegatronPolicy(MegatronModel):
             "cuts the optimizer's state over replicas"
         )
 
-    def _ddp_config(self, overlap_grads: bool) -> DistributedDataParallelConfig:
-        policy = self.config.policy
-        own = {
-            "grad_reduce_in_fp32": policy.main_grads_dtype == "fp32",
-            "use_distributed_optimizer": policy.use_distributed_optimizer,
-            "overlap_grad_reduce": overlap_grads,
-            "overlap_param_gather": self._overlaps_param_gather,
-            "fp8_param_gather": policy.fp8_param_gather,
-        }
-        return megatron_config(DistributedDataParallelConfig, own, policy)
-
-    def _build_optimizer(self) -> MegatronOptimizer:
-        policy = self.config.policy
-        own = {
-            "optimizer": "adam",
-            "lr": policy.lr,
-            "min_lr": policy.min_lr,
-            "weight_decay": policy.weight_decay,
-            "adam_beta1": policy.adam_beta1,
-            "adam_beta2": policy.adam_beta2,
-            "adam_eps": policy.adam_eps,
-            "clip_grad": policy.max_grad_norm,
-            "bf16": self.dtype == torch.bfloat16,
-            "params_dtype": self.dtype,
-            "overlap_param_gather": self._overlaps_param_gather,
-            **optimizer_state_options(policy),
-        }
-        return get_megatron_optimizer(megatron_config(OptimizerConfig, own, policy), self.ddp)
-
-    def _build_scheduler(self) -> OptimizerParamScheduler:
-        policy = self.config.policy
-        total = self.config.num_steps * self.config.optimizer_steps_per_update
-        return OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=policy.lr,
-            min_lr=policy.min_lr,
-            lr_warmup_steps=math.ceil(policy.warmup_ratio * total),
-            # The scheduler steps before each update, so the first update has lr > 0. total + 1
-            # keeps the last one above min_lr.
-            lr_decay_steps=total + 1,
-            lr_decay_style=policy.lr_scheduler_type,
-            start_wd=policy.weight_decay,
-            end_wd=policy.weight_decay,
-            wd_incr_steps=total,
-            wd_incr_style="constant",
-        )
-
     def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput | None:
         """Take all optimizer steps of one rollout; raises policy_version by one.
 
@@ -180,6 +137,7 @@ class MegatronPolicy(MegatronModel):
         Raises:
             FloatingPointError: a gradient is not finite; the weights are as before that step.
         """
+        self.offload.check("update", optimizer=True)
         algorithm: GrpoConfig = self.config.algorithm
         if loss is not None:
             algorithm = algorithm.model_copy(update={"loss_type": loss})
@@ -257,6 +215,7 @@ class MegatronPolicy(MegatronModel):
         metrics = self._reduced_metrics(outputs)
         if self.routing is not None:
             metrics |= self.routing.metrics()
+        self.offload.await_optimizer()
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         if not math.isfinite(grad_norm):
@@ -324,6 +283,7 @@ class MegatronPolicy(MegatronModel):
 
         `adapter=False` computes those of the base model, the reference of a run with policy.lora.
         """
+        self.offload.check("compute_logprobs")
         if adapter:
             return super().compute_logprobs(batch)
         assert self.adapters is not None, "the policy's base is gone"
@@ -332,6 +292,7 @@ class MegatronPolicy(MegatronModel):
 
     def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """Write the model, or the adapter in PEFT's format; see MegatronModel.save_model."""
+        self.offload.check("save_model")
         if self.adapters is None:
             super().save_model(folder, write)
             return
@@ -347,6 +308,18 @@ class MegatronPolicy(MegatronModel):
         is_here = hub == "modelscope" or Path(self.config.model.path).is_dir()
         return str(self.folder.resolve()) if is_here else name
 
+    def offload_optimizer(self) -> None:
+        """See Offload.offload_optimizer, and for the others their namesakes there."""
+        self.offload.offload_optimizer()
+
+    def offload_weights(self) -> None:
+        """Move the weights to host memory; from then on the GPU's is free."""
+        self.offload.offload_weights()
+
+    def onload(self) -> None:
+        """Take the GPU again, for log-probs, updates and weight sync."""
+        self.offload.onload()
+
     def finished_version(self) -> int | None:
         """Number of updates that the weights have had; None if the last one did not end."""
         return None if self._is_mid_update else self.policy_version
@@ -356,6 +329,8 @@ class MegatronPolicy(MegatronModel):
 
         Every rank calls.
         """
+        self.offload.check("save_checkpoint", optimizer=True)
+        self.offload.await_optimizer()
         if self.adapters is None:
             self.save_model(folder, write_model_files)
         else:
@@ -366,6 +341,8 @@ class MegatronPolicy(MegatronModel):
 
     def load_checkpoint(self, folder: Path) -> int:
         """Continue from a checkpoint, see `check_checkpoint`; returns its policy_version."""
+        self.offload.check("load_checkpoint", optimizer=True)
+        self.offload.await_optimizer()
         if is_adapter_folder(folder) != (self.adapters is not None):
             found = "an adapter" if self.adapters is None else "all weights"
             raise ValueError(

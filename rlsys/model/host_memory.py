@@ -1,0 +1,16 @@
+"""Sizes of the pinned host memory in which a colocated policy waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+SLAB_BYTES = 2**29
+"""Largest piece that is pinned at once. CUDA's host allocator rounds each up to a power of two."""
+
+
+def slab_sizes(num_bytes: int) -> Iterator[int]:
+    """Sizes of the pieces that hold `num_bytes`: whole slabs, and a power of two for the rest."""
+    while num_bytes > 0:
+        size = min(SLAB_BYTES, 1 << (num_bytes - 1).bit_length())
+        yield size
+        num_bytes -= size
