@@ -14,7 +14,7 @@ import torch
 
 from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
-from rlsys.config import RunConfig
+from rlsys.config import Config, RunConfig
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.plugins.load import load_plugins
 from rlsys.types import Device, TrainBatch, UpdateOutput
@@ -124,13 +124,19 @@ class PolicyRank(ModelRank):
         self.engine.offload.finish()
         return seconds
 
+    def drop_gradients(self) -> None:
+        """See MegatronPolicy.drop_gradients."""
+        self.engine.drop_gradients()
+
     def offload_optimizer(self) -> None:
         """See MegatronPolicy.offload_optimizer; `send_weights` or `offload_weights` awaits it."""
         self.engine.offload_optimizer()
 
     def offload_weights(self) -> None:
-        """See MegatronPolicy.offload_weights."""
-        self.engine.offload_weights()
+        """See MegatronPolicy.offload_weights; with auto, only if they are large."""
+        assert isinstance(self.config, Config)
+        if self.config.colocated.offload_weights is True or self.engine.offload.has_large_weights:
+            self.engine.offload_weights()
 
     def onload(self) -> None:
         """See MegatronPolicy.onload."""

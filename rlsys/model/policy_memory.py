@@ -6,6 +6,7 @@ Measured with Transformer Engine on an H200, Qwen2.5-1.5B's shape, micro-batches
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rlsys.config import LoraConfig, PolicyConfig, RunConfig
@@ -58,6 +59,12 @@ def policy_tensors(config: RunConfig, shape: ModelShape, device: Device) -> list
         text = "weights of layers x 2 bytes: a copy for each direction of a product"
         tensors.insert(1, ("fp8 weights", (params - ends) * 2, text))
     return tensors
+
+
+def optimizer_bytes(config: RunConfig, shape: ModelShape, device: Device) -> int:
+    """Bytes of the optimizer's state on the device of the largest rank."""
+    sizes = {purpose: size for purpose, size, _ in policy_tensors(config, shape, device)}
+    return math.ceil(sizes["optimizer"])
 
 
 @dataclass(frozen=True)

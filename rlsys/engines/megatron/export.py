@@ -195,7 +195,7 @@ class BucketExport:
         return self._staging[owner][: self._parcels[bucket.index][owner].nbytes]
 
     def _plan(self, bucket: Bucket, buffer: torch.Tensor) -> _Copies:
-        """This rank's copies into `buffer`, a bucket or a parcel; planned again for other memory."""
+        """This rank's copies into `buffer`, a bucket or a parcel; planned again if that moved."""
         places = [_place(tensor) for tensor in (buffer, *self._parameters[bucket.index])]
         planned = self._copies.get(bucket.index)
         if planned is None or planned.places != places:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from rlsys.engines.megatron.lora import Adapters
 
+LARGE = 0.1
+"""Share of a GPU from which weights leave it, if colocated.offload_weights is auto."""
 _ALIGNMENT = 512
 """Bytes: where a storage may begin in host memory."""
 
@@ -42,19 +44,37 @@ class HostCopy:
     Args:
         what: the storages hold, for the error of a host without enough memory.
         stream: copies of one policy share it, so that they run in the order of their requests.
+        pinned: whether host memory is pinned, for copies between it and a GPU.
     """
 
-    def __init__(self, what: str, stream: torch.cuda.Stream):
-        self._what, self._stream = what, stream
+    def __init__(self, what: str, stream: torch.cuda.Stream, *, pinned: bool):
+        self._what, self._stream, self._pinned = what, stream, pinned
         self._slabs: list[torch.Tensor] = []
         self._storages: list[tuple[torch.UntypedStorage, int]] = []
         self._copied = torch.cuda.Event()
+
+    def reserve(self, num_bytes: int) -> None:
+        """Have host memory for `num_bytes`: pinning takes seconds, which a start has.
+
+        Raises:
+            torch.OutOfMemoryError: the host has less.
+        """
+        with out_of_memory_explained(
+            f"{num_bytes / 2**30:,.1f} GiB of pinned pages, in which {self._what} waits: set "
+            "colocated.offload_weights or colocated.offload_optimizer to false, or use a host with "
+            "more memory",
+            memory="Host memory",
+        ):
+            self._slabs += [
+                torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+                for size in slab_sizes(num_bytes - sum(map(len, self._slabs)))
+            ]
 
     def leave(self, storages: Iterable[torch.UntypedStorage]) -> None:
         """Start copying to the host; until `release` the storages keep their memory."""
         assert not self._storages, "they wait in host memory already"
         self._storages = [(storage, storage.nbytes()) for storage in storages]
-        self._reserve()
+        self.reserve(sum(_aligned(size) for _, size in self._storages))
         self._copy(to_host=True)
 
     def release(self) -> None:
@@ -82,22 +102,6 @@ class HostCopy:
                 target, source = (on_host, on_gpu) if to_host else (on_gpu, on_host)
                 target.copy_(source, non_blocking=True)
             self._copied.record()
-
-    def _reserve(self) -> None:
-        if not self._storages:
-            return
-        needed = sum(map(_aligned, (size for _, size in self._storages)))
-        pinned = self._storages[0][0].device.type == "cuda"
-        with out_of_memory_explained(
-            f"{needed / 2**30:,.1f} GiB of pinned pages, in which {self._what} waits: set "
-            "colocated.offload_weights or colocated.offload_optimizer to false, or use a host with "
-            "more memory",
-            memory="Host memory",
-        ):
-            self._slabs += [
-                torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-                for size in slab_sizes(needed - sum(map(len, self._slabs)))
-            ]
 
     def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """(on the GPU, on the host): bytes of each storage, cut where slabs end."""
@@ -138,9 +142,9 @@ class Offload:
         self._chunks, self._ddp, self._adapters = chunks, ddp, adapters
         self._optimizer = optimizer
         self._device = next(chunks[0].parameters()).device
-        stream = torch.cuda.Stream()
-        self._weights = HostCopy("the policy's weights", stream)
-        self._state = HostCopy("the optimizer's state", stream)
+        stream, pinned = torch.cuda.Stream(), self._device.type == "cuda"
+        self._weights = HostCopy("the policy's weights", stream, pinned=pinned)
+        self._state = HostCopy("the optimizer's state", stream, pinned=pinned)
         self._gradients: list[tuple[torch.UntypedStorage, int]] = []
         self._has_weights = self._has_optimizer = True
         self._leaving: list[HostCopy] = []
@@ -153,6 +157,25 @@ class Offload:
         assert self._has_optimizer or not optimizer, (
             f"{call}: the optimizer's state is in host memory, see onload"
         )
+
+    def reserve(self, state_bytes: int, *, weights: bool) -> None:
+        """Pin host memory for the optimizer's state, and perhaps for the weights."""
+        if self.moves:
+            self._state.reserve(state_bytes)
+            self._weights.reserve(self._weight_bytes if weights else 0)
+
+    @property
+    def has_large_weights(self) -> bool:
+        """Whether the weights are more than LARGE of the GPU; on CPU nothing is saved, so True."""
+        if self._device.type != "cuda":
+            return True
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        return self._weight_bytes > LARGE * total
+
+    @property
+    def _weight_bytes(self) -> int:
+        storages = _storages(self._weight_tensors(), self._device)
+        return sum(_aligned(storage.nbytes()) for storage in storages.values())
 
     def drop_gradients(self) -> None:
         """Free the memory of gradients, and of what else each update makes again."""

@@ -18,7 +18,7 @@ from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_row
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.update_metrics import MetricSums, combine_optimizer_steps
 from rlsys.algo.weighting import choose_tokens, loss_weights
-from rlsys.config import GrpoConfig, RunConfig
+from rlsys.config import Config, GrpoConfig, RunConfig
 from rlsys.config.dataset_spec import split_hub
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import (
@@ -38,6 +38,7 @@ from rlsys.files import replacing_folder
 from rlsys.model.adapter_folder import is_adapter_folder
 from rlsys.model.freezing import frozen_tensors, num_frozen, trained_text
 from rlsys.model.lora import count_trained, plan_lora
+from rlsys.model.policy_memory import optimizer_bytes
 from rlsys.types import Device, TrainBatch, UpdateOutput
 
 
@@ -88,6 +89,8 @@ class MegatronPolicy(MegatronModel):
             self.model, self.ddp, self.optimizer, self.adapters, moves=not self.on_cpu
         )
         """Moves what this rank holds to host memory while other models need the GPU, and back."""
+        if isinstance(config, Config) and config.is_colocated:
+            self._reserve_host_memory(config)
         self._is_mid_update = False
         """Whether an update has changed the weights and has not ended."""
 
@@ -109,6 +112,15 @@ class MegatronPolicy(MegatronModel):
         if dist.get_rank() == 0:
             print(trained_text(num_trained, shape.num_params), flush=True)
         return adapters
+
+    def _reserve_host_memory(self, config: Config) -> None:
+        colocated = config.colocated
+        device: Device = "cpu" if self.on_cpu else "cuda"
+        leaves = colocated.offload_weights
+        self.offload.reserve(
+            optimizer_bytes(config, self.shape, device) if colocated.offload_optimizer else 0,
+            weights=self.offload.has_large_weights if leaves == "auto" else leaves,
+        )
 
     @property
     def more_gpus(self) -> str:
@@ -308,12 +320,16 @@ class MegatronPolicy(MegatronModel):
         is_here = hub == "modelscope" or Path(self.config.model.path).is_dir()
         return str(self.folder.resolve()) if is_here else name
 
+    def drop_gradients(self) -> None:
+        """Free the memory of gradients until `onload`."""
+        self.offload.drop_gradients()
+
     def offload_optimizer(self) -> None:
-        """See Offload.offload_optimizer, and for the others their namesakes there."""
+        """Drop gradients, and start moving the optimizer's state to host memory."""
         self.offload.offload_optimizer()
 
     def offload_weights(self) -> None:
-        """Move the weights to host memory; from then on the GPU's is free."""
+        """Move the weights to host memory; then the memory of all that moves is free."""
         self.offload.offload_weights()
 
     def onload(self) -> None:
