@@ -107,6 +107,31 @@ class SampleRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class DraftCounts:
+    """What became of the drafts of speculative decoding."""
+
+    num_drafts: int
+    """Steps of a sequence that had drafted tokens to check."""
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    """The drafted tokens that became part of a completion. Each step adds one more token."""
+
+    def __add__(self, other: DraftCounts) -> DraftCounts:
+        return DraftCounts(
+            self.num_drafts + other.num_drafts,
+            self.num_draft_tokens + other.num_draft_tokens,
+            self.num_accepted_tokens + other.num_accepted_tokens,
+        )
+
+    def __sub__(self, other: DraftCounts) -> DraftCounts:
+        return DraftCounts(
+            self.num_drafts - other.num_drafts,
+            self.num_draft_tokens - other.num_draft_tokens,
+            self.num_accepted_tokens - other.num_accepted_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RewardOutput:
     """The score of one completion."""
 

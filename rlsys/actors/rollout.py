@@ -17,7 +17,7 @@ from rlsys.actors.waiting import ActorFailure, all_ready, get_one
 from rlsys.config import Config
 from rlsys.engines.loop import EngineLoop, Outcome
 from rlsys.engines.vllm.settings import rollout_env
-from rlsys.types import Device, RolloutGroup, SampleRequest
+from rlsys.types import Device, DraftCounts, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.plan import TensorSlice
 
@@ -89,6 +89,10 @@ class RolloutActor:
         """See VLLMEngine.update_weights. Waits for its pause, whichever call arrives first."""
         await self._pauses.acquire()
         return await self._call(lambda engine: engine.update_weights(policy_version))
+
+    async def draft_counts(self) -> DraftCounts:
+        """See VLLMEngine.draft_counts."""
+        return await self._call(lambda engine: engine.draft_counts())
 
     def _call(self, command: Callable[[VLLMEngine], T]) -> asyncio.Future[T]:
         return asyncio.wrap_future(self._loop.call(command))
@@ -183,6 +187,11 @@ class RolloutActors(ActorGroup):
                 ref = self.actors[work.engine].abort.remote(sorted(given_up))
                 self._aborts[ref] = work.engine
                 self._keep(stream, replace(work, pending=work.pending - given_up))
+
+    def draft_counts(self) -> DraftCounts:
+        """What became of the drafts of all engines so far."""
+        counts: list[DraftCounts] = self.call("draft_counts")
+        return sum(counts, start=DraftCounts(0, 0, 0))
 
     @property
     def num_pending(self) -> int:

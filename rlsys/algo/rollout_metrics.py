@@ -14,7 +14,7 @@ import torch
 from rlsys.algo.advantages import nanstd, rewards_matrix
 
 if TYPE_CHECKING:
-    from rlsys.types import RewardOutput, RolloutGroup, TrainBatch
+    from rlsys.types import DraftCounts, RewardOutput, RolloutGroup, TrainBatch
 
 FAILURE_KEYS = {"timeout": "timeouts", "crashed": "crashes", "error": "errors"}
 """How each `RewardFailure` is counted, as rewards/<name>/<key>."""
@@ -50,6 +50,17 @@ def evaluation_metrics(groups: list[RolloutGroup]) -> dict[str, float]:
     """
     mean = {"reward": rewards_matrix(groups).nanmean().item()}
     return mean | reward_metrics(groups) | _length_metrics(groups)
+
+
+def speculation_metrics(counts: DraftCounts) -> dict[str, float]:
+    """How many drafted tokens were kept; {} where nothing was drafted."""
+    if not counts.num_drafts:
+        return {}
+    accepted = counts.num_accepted_tokens
+    return {
+        "rollout/spec_acceptance_rate": accepted / counts.num_draft_tokens,
+        "rollout/spec_mean_acceptance_length": 1 + accepted / counts.num_drafts,
+    }
 
 
 def _length_metrics(groups: list[RolloutGroup]) -> dict[str, float]:

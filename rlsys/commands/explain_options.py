@@ -39,7 +39,31 @@ def describe_sampling(rollout: RolloutConfig) -> list[tuple[str, str]]:
                 "sampled without the penalties it repeats more, so evaluate it with them",
             )
         )
+    if rollout.quantization is not None:
+        pairs.append(
+            (
+                "quantised: warning",
+                f"engines compute linear layers in {rollout.quantization}, with weights that each "
+                "weight sync quantises, and the policy in bfloat16: samples are not quite its own. "
+                "The off-policy correction above weighs tokens by the difference, unless "
+                "grpo.rollout_is is none; watch sampling/logp_difference",
+            )
+        )
+    if rollout.speculative_config is not None:
+        pairs.append(("drafts", _drafts_text(rollout)))
     return pairs
+
+
+def _drafts_text(rollout: RolloutConfig) -> str:
+    given = rollout.speculation
+    number = given.get("num_speculative_tokens")
+    drafted = "tokens" if number is None else f"{number} tokens at a time"
+    source = "by " + given["method"] if rollout.draft_model is None else f"by {rollout.draft_model}"
+    return (
+        f"{drafted} {source}; vLLM keeps a draft with the probability that makes completions as "
+        "likely as without it, and their log-probs stay exact. rollout/spec_acceptance_rate says "
+        "how many are kept: near 0, speculation only costs time"
+    )
 
 
 def _set(rollout: RolloutConfig, neutral: dict[str, float]) -> list[str]:
@@ -60,7 +84,7 @@ def _end_text(rollout: RolloutConfig) -> str:
     )
 
 
-_LESS_EXACT = ("quantization", "quantization_config", "kv_cache_dtype", "speculative_config")
+_LESS_EXACT = ("quantization_config", "kv_cache_dtype")
 
 
 def describe_passed_through(config: Config) -> list[tuple[str, str]]:

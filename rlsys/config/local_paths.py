@@ -39,7 +39,11 @@ def _of_grpo(config: Config) -> dict[str, dict[str, Any]]:
         for name in reward.models
         if isinstance(reward.params.get(name, {}).get("path"), str)
     }
+    speculation = config.rollout.speculative_config
+    if (draft := config.rollout.draft_model) is not None:
+        speculation = config.rollout.speculation | {"model": _absolute(draft)}
     return {
+        "rollout": {"speculative_config": speculation},
         "reference": {"path": config.reference.path and _absolute(config.reference.path)},
         "grpo": {"external_plugins": _all_absolute(config.grpo.external_plugins)},
         "reward": {

@@ -31,6 +31,8 @@ VLLM_FIELDS = {
     "kv_cache_memory_bytes": "rollout.kv_cache_memory_mb",
     "skip_tokenizer_init": "rollout.stop",
     "enable_return_routed_experts": "rollout.router_replay",
+    "quantization": "rollout.quantization",
+    "speculative_config": "rollout.speculative_config",
     "enable_lora": "policy.lora, weight_sync.lora",
     "max_lora_rank": "policy.lora",
     "seed": "seed",
@@ -190,6 +192,7 @@ MEGATRON_REFUSED = {
 """Those that rlsys leaves alone and could not work with."""
 
 VLLM = ("vllm", (("engine/arg_utils.py", "EngineArgs"),))
+SPECULATION = ("vllm", (("config/speculative.py", "SpeculativeConfig"),))
 MEGATRON = (
     "megatron.core",
     (
@@ -230,9 +233,14 @@ def _own_problems(
 def vllm_option_problems(config: Config) -> list[Problem]:
     """Names in rollout.engine_kwargs that the installed vLLM does not have, and wrong types.
 
-    Where vLLM is not installed they are not checked, which is a problem of this machine only.
+    The same for rollout.speculative_config. Where vLLM is not installed they are not checked, which
+    is a problem of this machine only.
     """
-    return _library_problems("rollout.engine_kwargs", config.rollout.engine_kwargs, *VLLM)
+    rollout = config.rollout
+    return [
+        *_library_problems("rollout.engine_kwargs", rollout.engine_kwargs, *VLLM),
+        *_library_problems("rollout.speculative_config", rollout.speculation, *SPECULATION),
+    ]
 
 
 def megatron_option_problems(config: RunConfig) -> list[Problem]:

@@ -19,6 +19,7 @@ from rlsys.config.rules_colocated import placement_rules
 from rlsys.config.rules_eval import eval_problems, held_out_problems
 from rlsys.config.rules_memory import memory_rule_problems
 from rlsys.config.rules_reward import reward_problems
+from rlsys.config.rules_speculation import speculation_problems
 from rlsys.config.rules_trained import trained_rule_problems
 from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
@@ -58,6 +59,7 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *algorithm_problems(config),
         *_engine_problems(config),
         *placement_rules(config),
+        *speculation_problems(config.rollout),
         *_staleness_problems(config),
         *_dynamic_sample_problems(config),
         *vllm_kwargs_problems(config),

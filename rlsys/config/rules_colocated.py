@@ -53,6 +53,12 @@ def colocation_obstacles(config: Config) -> Iterator[Problem]:
             f"policy.world_size {ranks} x rollout.engines_per_gpu {rollout.engines_per_gpu}: use "
             f"at most {ranks * rollout.engines_per_gpu} engines, or placement = dedicated"
         )
+    if rollout.draft_model is not None:
+        yield Problem(
+            "rollout.speculative_config: with placement = colocated engines drop all weights while "
+            "the policy trains, and only the policy's come back, not those of model "
+            f"{rollout.draft_model}: use method ngram, or placement = dedicated"
+        )
     if config.weight_sync.transport == "nccl":
         yield Problem(
             "weight_sync.transport = nccl does not allow two ranks on one GPU, which placement = "

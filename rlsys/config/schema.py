@@ -299,14 +299,38 @@ class RolloutConfig(Section):
     max_resample_times: PositiveInt = 3
     """With dynamic_sample: P times this many groups are replaced in a step, at most; then groups
     with equal rewards fill the batch."""
+    quantization: Literal["fp8", "fp8_per_block"] | None = None
+    """Engines compute linear layers in FP8, on GPUs from compute capability 8.9: half the memory of
+    their weights, and faster steps where these decide. Each weight sync sends bfloat16 weights,
+    which the engine quantises, with one scale for a matrix (fp8) or for each block of 128 x 128
+    (fp8_per_block). The policy stays in bfloat16, so samples are not quite its own:
+    grpo.rollout_is = auto corrects that, sampling/logp_difference shows it. null: bfloat16."""
+    speculative_config: dict[str, Any] | None = None
+    """Speculative decoding, in vLLM's words: `{method: ngram, num_speculative_tokens: 4}` drafts
+    tokens from the text so far, `{model: PATH, num_speculative_tokens: 3}` with a smaller model
+    (method draft_model), whose weights stay as they are. Completions have the same distribution,
+    and their exact log-probs; a seed gives other ones. rollout/spec_acceptance_rate is the share of
+    drafted tokens that were kept. null: none."""
     engine_kwargs: dict[str, Any] = {}
     """More engine arguments of vLLM, by its names: `{enable_prefix_caching: false}`. Those of the
     installed version are taken as they are, but not what rlsys sets from other fields. The memory
-    estimate does not know them, and what makes the engine compute less exactly (quantization,
-    kv_cache_dtype) shows in sampling/logp_difference."""
+    estimate does not know them, and what makes the engine compute less exactly (kv_cache_dtype)
+    shows in sampling/logp_difference."""
     timeout_s: PositiveFloat = 600.0
     """Seconds to wait for the next group of completions before the run fails; time for rewards does
     not count."""
+
+    @property
+    def speculation(self) -> dict[str, Any]:
+        """speculative_config with its method decided; {} without speculation."""
+        given = self.speculative_config or {}
+        return {"method": "draft_model"} | given if "model" in given else given
+
+    @property
+    def draft_model(self) -> str | None:
+        """Folder or hub id of the model that drafts; None without one."""
+        model = self.speculation.get("model")
+        return model if isinstance(model, str) else None
 
     @property
     def min_p_and_penalties(self) -> dict[str, float]:
@@ -462,7 +486,7 @@ class GrpoConfig(Section):
     """Multiply the policy loss by old_logprobs / rollout_logprobs as probabilities: of the token,
     of the completion, or its geometric mean over tokens. Weights out of bounds are truncated, or
     set to 0 with token_mask and sequence_mask (TRL's vllm_importance_sampling_mode). auto: token
-    where rollouts may be stale, else none."""
+    where rollouts may be stale or quantised, else none."""
     rollout_is_threshold: PositiveFloat = 2.0
     """Upper bound of these weights (TRL's vllm_importance_sampling_clip_max)."""
     rollout_is_threshold_lower: PositiveFloat | None = None
@@ -1192,6 +1216,9 @@ class Config(RunConfig):
             self._change("reward", reward_params=reward.reward_params | params)
             if self.reference.path is not None:
                 self._change("reference", path=model_of_modelscope(self.reference.path))
+            if (draft := self.rollout.draft_model) is not None:
+                changed = self.rollout.speculation | {"model": model_of_modelscope(draft)}
+                self._change("rollout", speculative_config=changed)
         return self
 
     @model_validator(mode="after")
@@ -1256,8 +1283,9 @@ class Config(RunConfig):
 
     @property
     def model_paths(self) -> list[str]:
-        """Policy, reference and reward models."""
-        return [*super().model_paths, self.reference_path, *self.reward.model_paths]
+        """Policy, reference, reward models, and the model that drafts."""
+        draft = [] if self.rollout.draft_model is None else [self.rollout.draft_model]
+        return [*super().model_paths, self.reference_path, *self.reward.model_paths, *draft]
 
     @property
     def num_prompts_ahead(self) -> int:
@@ -1298,7 +1326,9 @@ class Config(RunConfig):
         """`grpo` with what depends on other sections decided."""
         rollout_is = self.grpo.rollout_is
         if rollout_is == "auto":
-            rollout_is = "token" if self.rollout.max_staleness else "none"
+            # With the engine's own log-probs as old_logprobs, the ratio corrects already.
+            quantised = self.rollout.quantization and self.grpo.old_logprobs != "rollout"
+            rollout_is = "token" if self.rollout.max_staleness or quantised else "none"
         return self.grpo.model_copy(update={"rollout_is": rollout_is})
 
     @property

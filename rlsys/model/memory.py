@@ -19,6 +19,7 @@ from pathlib import Path
 
 from rlsys.config import Config, RunConfig
 from rlsys.model.adapters import adapter_numbers, slot_rank
+from rlsys.model.folder import find_model_folder
 from rlsys.model.kv_cache import KVLayers, cache_blocks, kv_layers
 from rlsys.model.layer_memory import layer_numbers
 from rlsys.model.policy_memory import (
@@ -29,7 +30,7 @@ from rlsys.model.policy_memory import (
     micro_batch_tokens,
     policy_tensors,
 )
-from rlsys.model.shape import ModelShape
+from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.weight_files import read_header, weight_files
 from rlsys.types import Device
 
@@ -148,6 +149,18 @@ def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device:
 
     Some attention kernels of GPUs take larger blocks than KV_BLOCK_TOKENS, and then more memory.
     """
+    return sum(
+        _kv_cache_of_model(config, one, sequences=sequences, device=device)
+        for one in _engine_models(config, shape)
+    )
+
+
+def _engine_models(config: Config, shape: ModelShape) -> list[ModelShape]:
+    draft = draft_shape(config)
+    return [shape] if draft is None else [shape, draft]
+
+
+def _kv_cache_of_model(config: Config, shape: ModelShape, *, sequences: int, device: Device) -> int:
     tp = config.rollout.tensor_parallel_size
     block_tokens = kv_block_tokens(shape, device, tp)
     blocks = cache_blocks(
@@ -162,6 +175,20 @@ def kv_cache_bytes(config: Config, shape: ModelShape, *, sequences: int, device:
 
 def _kv_layers(config: Config, shape: ModelShape) -> list[KVLayers]:
     return kv_layers(shape, row=config.longest_row, prompt=config.data.max_prompt_length)
+
+
+def engine_weight_bytes(config: Config, shape: ModelShape, device: Device) -> tuple[float, str]:
+    """Bytes of the weights on an engine's rank, and where they come from.
+
+    rollout.quantization leaves embeddings and the output layer as they are; norms and routers,
+    which it leaves too, are too small to count.
+    """
+    tp, width = config.rollout.tensor_parallel_size, bytes_per_weight(config, device)
+    if config.rollout.quantization is None:
+        return shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"
+    kept = shape.embedding_params * (1 if shape.tied else 2)
+    text = f"parameters x 1 byte (rollout.quantization), embeddings x {width} / TP {tp}"
+    return (shape.num_params - kept + kept * width) / tp, text
 
 
 def sampler_logit_bytes(config: Config, shape: ModelShape) -> int:
@@ -183,8 +210,9 @@ def _rollout(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
     prompts = min(BATCHED_TOKENS[device], rollout.max_num_seqs * config.data.max_prompt_length)
     numbers = layer_numbers(shape, device)
     return [
-        ("weights", shape.num_params / tp * width, f"parameters x {width} bytes / TP {tp}"),
+        ("weights", *engine_weight_bytes(config, shape, device)),
         *_adapter(config, shape, device, width),
+        *_draft(config, device),
         ("KV cache", *_kv_cache(config, shape, device)),
         (
             "activations",
@@ -215,6 +243,32 @@ def _adapter(config: Config, shape: ModelShape, device: Device, width: int) -> I
         yield "adapter", numbers * width, f"({text}and two adapters that come) x {width} bytes"
 
 
+def draft_shape(config: Config) -> ModelShape | None:
+    """The model that drafts tokens for an engine; None without one, or if rlsys does not know it.
+
+    Raises:
+        ValueError: its folder is not here.
+    """
+    if config.rollout.draft_model is None:
+        return None
+    folder = find_model_folder(config.rollout.draft_model)
+    try:
+        return read_model_shape(folder)
+    except ValueError:  # vLLM may know it
+        return None
+
+
+def _draft(config: Config, device: Device) -> list[Tensor]:
+    shape, width = draft_shape(config), bytes_per_weight(config, device)
+    if shape is None:
+        return []
+    tp = config.rollout.speculation.get(
+        "draft_tensor_parallel_size", config.rollout.tensor_parallel_size
+    )
+    text = f"{shape.num_params / 1e6:,.0f} M parameters x {width} bytes / TP {tp}"
+    return [("draft model", shape.num_params / tp * width, text)]
+
+
 def _kv_cache(config: Config, shape: ModelShape, device: Device) -> tuple[float, str]:
     rollout = config.rollout
     if rollout.kv_cache_memory_mb is not None:
@@ -239,6 +293,17 @@ def _kv_cache(config: Config, shape: ModelShape, device: Device) -> tuple[float,
 
 def _sequence_bytes(config: Config, shape: ModelShape, device: Device) -> tuple[float, str]:
     """Bytes of the longest sequence in an engine rank's KV cache, and where they come from."""
+    total, texts = 0.0, []
+    for one in _engine_models(config, shape):
+        own, own_texts = _sequence_bytes_of_model(config, one, device)
+        total += own
+        texts += [text + ("" if one is shape else " of the draft model") for text in own_texts]
+    return total, f"({' + '.join(texts)})" if len(texts) > 1 else texts[0]
+
+
+def _sequence_bytes_of_model(
+    config: Config, shape: ModelShape, device: Device
+) -> tuple[float, list[str]]:
     tp, width = config.rollout.tensor_parallel_size, bytes_per_weight(config, device)
     elements = shape.kv_elements_per_token(tp) / shape.num_kv_layers
     total, texts = 0.0, []
@@ -255,7 +320,7 @@ def _sequence_bytes(config: Config, shape: ModelShape, device: Device) -> tuple[
         total += kind.tokens * token_bytes
         of_windows = " of windowed layers" if kind.has_window else ""
         texts.append(f"{kind.tokens:,} tokens x {token_bytes:,.0f} bytes{of_windows}")
-    return total, f"({' + '.join(texts)})" if len(texts) > 1 else texts[0]
+    return total, texts
 
 
 def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:

@@ -12,11 +12,12 @@ from rlsys.config.pipeline_layout import layer_problems, rank_layers
 from rlsys.model.adapters import adapter_obstacle, with_stored_settings
 from rlsys.model.attention import window_problem
 from rlsys.model.families.bridged import DISTRIBUTION, is_bridged
-from rlsys.model.folder import find_model_folder
+from rlsys.model.folder import find_model_folder, read_json
 from rlsys.model.folder_check import folder_problems
 from rlsys.model.memory import kv_cache_bytes
 from rlsys.model.memory_options import memory_option_problems
 from rlsys.model.other_kinds import refuse_other_kind
+from rlsys.model.quantization import quantization_problem
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.packages import installed_version
 from rlsys.preflight.devices import gpu_compute_capability, guess_device, may_bridge
@@ -39,6 +40,8 @@ def model_problems(config: Config) -> Iterator[Problem]:
         yield from _rollout_layout(config, shape)
         yield from _adapter(config, shape)
         yield from _kv_cache(config, shape)
+        yield from _draft_model(config, shape)
+    yield from _quantization(config)
     for path in config.reward.model_paths:
         try:
             find_model_folder(path)
@@ -56,6 +59,24 @@ def model_problems(config: Config) -> Iterator[Problem]:
         yield Problem(
             f"reference.path has a vocabulary of {reference.vocab_size} tokens and model.path one "
             f"of {shape.vocab_size}: the reference model must have the same tokenizer"
+        )
+
+
+def _draft_model(config: Config, shape: ModelShape) -> Iterator[Problem]:
+    path, field = config.rollout.draft_model, "rollout.speculative_config"
+    if path is None:
+        return
+    try:
+        folder = find_model_folder(path)
+    except ValueError as error:
+        yield Problem(f"{field}: {error}", only_here=True)
+        return
+    size = read_json(folder / "config.json").get("vocab_size", shape.vocab_size)
+    if size != shape.vocab_size and not config.rollout.speculation.get("use_heterogeneous_vocab"):
+        yield Problem(
+            f"{field}: model {path} has a vocabulary of {size} tokens and model.path one of "
+            f"{shape.vocab_size}: use a model with the same tokenizer, or set "
+            "use_heterogeneous_vocab to true"
         )
 
 
@@ -173,6 +194,16 @@ def _policy_layout(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
             f"and with {setting} no rank has all tokens of an expert: set "
             f"policy.expert_model_parallel_size to {tp}"
         )
+
+
+def _quantization(config: Config) -> Iterator[Problem]:
+    device, on_cluster = guess_device(config), bool(os.environ.get("RAY_ADDRESS"))
+    if device == "cpu" and config.device == "auto" and on_cluster:
+        return  # the Ray cluster may have GPUs; the engine checks again
+    known = device == "cuda" and not on_cluster and config.rollout.quantization is not None
+    capability = gpu_compute_capability() if known else None
+    if problem := quantization_problem(config, device=device, capability=capability):
+        yield problem
 
 
 def _memory_options(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:

@@ -12,13 +12,14 @@ import torch
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.algo.advantages import advantages_of_group, nanstd, rewards_matrix
+from rlsys.algo.rollout_metrics import speculation_metrics
 from rlsys.config import Config
 from rlsys.data.streams.base import PromptStream
 from rlsys.rollout.draws import Draw, Draws, sampling_seed
 from rlsys.rollout.evaluation import Evaluation, metrics_of_sets
 from rlsys.rollout.pipeline import RolloutPipeline
 from rlsys.tracking.base import Tracker
-from rlsys.types import Prompt, RolloutGroup, SampleRequest
+from rlsys.types import DraftCounts, Prompt, RolloutGroup, SampleRequest
 
 
 @dataclass(slots=True)
@@ -69,6 +70,7 @@ class Rollouts:
         """`training`: prompts of the stream that are in memory; checkpoints name them by id.
         `held_out`: prompts to evaluate on, by the name of their set."""
         self._config = config
+        self._engines = engines
         self._pipeline = RolloutPipeline(engines, rewards, timeout_s=config.rollout.timeout_s)
         self._prompts = prompts
         self._draws = Draws(prompts, known=training)
@@ -83,6 +85,7 @@ class Rollouts:
         self._metrics: dict[str, float] = {}
         self._measured_at = time.monotonic()
         self._idle_before_s = 0.0
+        self._drafts_before = DraftCounts(0, 0, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where in the data the run is, in JSON's types; see Draws."""
@@ -172,7 +175,14 @@ class Rollouts:
             name.replace("seconds", "frac"): value / seconds if seconds else 0.0
             for name, value in idle.items()
         }
-        return self._metrics | idle | shares | self._prompts.metrics()
+        return self._metrics | idle | shares | self._draft_metrics() | self._prompts.metrics()
+
+    def _draft_metrics(self) -> dict[str, float]:
+        """What became of the drafts since the previous call; {} without speculative decoding."""
+        if self._config.rollout.speculative_config is None:
+            return {}
+        before, self._drafts_before = self._drafts_before, self._engines.draft_counts()
+        return speculation_metrics(self._drafts_before - before)
 
     def _num_wanted(self, step: int) -> int:
         """Draws to be begun or finished in `step`; none are begun beyond the last step."""

@@ -21,6 +21,7 @@ from vllm.v1.outputs import LogprobsLists
 
 from rlsys.config import Config
 from rlsys.engines.vllm.adapters import adapter_request
+from rlsys.engines.vllm.drafts import DraftCounter
 from rlsys.engines.vllm.rope import rope_overrides
 from rlsys.engines.vllm.routed_experts import check_captures_experts, experts_of_completion
 from rlsys.engines.vllm.running import RunningGroup
@@ -30,10 +31,19 @@ from rlsys.engines.vllm.worker_errors import raise_worker_errors
 from rlsys.model.adapters import syncs_adapter
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import resolve_model_path
+from rlsys.model.quantization import quantization_problem
 from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.model.tokenizer_files import num_token_ids, resize_remedy
-from rlsys.types import Completion, Device, FinishReason, Prompt, RolloutGroup, SampleRequest
+from rlsys.types import (
+    Completion,
+    Device,
+    DraftCounts,
+    FinishReason,
+    Prompt,
+    RolloutGroup,
+    SampleRequest,
+)
 from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.plan import TensorSlice
 
@@ -82,6 +92,9 @@ class VLLMEngine:
         self._shape = shape
         if config.rollout.router_replay:
             check_captures_experts()
+        capability = torch.cuda.get_device_capability() if device == "cuda" else None
+        if problem := quantization_problem(config, device=device, capability=capability):
+            raise ValueError(str(problem))
         shares_gpu = device == "cuda" and config.rollout.engines_per_gpu > 1
         arguments = engine_arguments(
             config,
@@ -90,6 +103,8 @@ class VLLMEngine:
             engine_rank=engine_rank,
             gpu_bytes=torch.cuda.mem_get_info()[1] if shares_gpu else None,
         )
+        if (draft := config.rollout.draft_model) is not None:
+            arguments["speculative_config"] |= {"model": str(resolve_model_path(draft))}
         arguments["hf_overrides"] |= rope_overrides(AutoConfig.from_pretrained(folder))
         self._adapter = adapter_request() if syncs_adapter(config, shape, device) else None
         """The policy's LoRA adapter, which every request names; None for merged weights."""
@@ -105,6 +120,7 @@ class VLLMEngine:
         """Outputs that finished while sampling was being paused."""
         engine_core = self._llm.llm_engine.engine_core.engine_core  # in this process
         self._steps_in_flight: int = engine_core.batch_queue_size
+        self._drafts = DraftCounter(engine_core.scheduler)
 
     @property
     def has_work(self) -> bool:
@@ -144,6 +160,10 @@ class VLLMEngine:
             self._llm.llm_engine.abort_request([str(ticket)])
             self._running.pop(ticket, None)
         self._drained = [out for out in self._drained if int(out.request_id) in self._running]
+
+    def draft_counts(self) -> DraftCounts:
+        """The drafts of speculative decoding so far."""
+        return self._drafts.counts
 
     def connect_weight_sync(self, endpoints: Sequence[Sequence[Endpoint]]) -> None:
         """Connect each worker to its endpoint [engine][worker]; earlier connections end."""

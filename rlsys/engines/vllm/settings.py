@@ -17,6 +17,7 @@ from rlsys.model.memory import (
     GIB,
     MAX_CPU_KV_GIB,
     bytes_per_weight,
+    engine_weight_bytes,
     kv_block_tokens,
     kv_cache_bytes,
     sampler_logit_bytes,
@@ -29,9 +30,10 @@ from rlsys.types import Device, SampleRequest
 if TYPE_CHECKING:
     from rlsys.model.stop_tokens import StopRules
 
-# vLLM captures CUDA graphs for at most this many sequences by default. A larger decode step would
-# run kernel by kernel, at half the tokens per second.
-GRAPH_SEQUENCES = 512
+# vLLM captures CUDA graphs for steps of at most this many tokens by default: one of each sequence,
+# and those that were drafted for it. A larger decode step would run kernel by kernel, at half the
+# tokens per second.
+GRAPH_TOKENS = 512
 # Memory of an engine on a shared GPU for CUDA context and graphs, and activations of prompts.
 SHARED_GPU_RESERVE_BYTES = 3 * 2**30
 # A bucket that is being loaded, the next one, and in the first update the tensors that wait for the
@@ -112,8 +114,13 @@ def engine_arguments(
         arguments |= _adapter_arguments(config)
     if config.model.fp32_lm_head:
         arguments["hf_overrides"]["head_dtype"] = "float32"
-    if device == "cuda" and rollout.max_num_seqs > GRAPH_SEQUENCES:
-        arguments["max_cudagraph_capture_size"] = rollout.max_num_seqs
+    if rollout.quantization is not None:
+        arguments["quantization"] = rollout.quantization
+    if rollout.speculative_config is not None:
+        arguments["speculative_config"] = rollout.speculation
+    decoded = rollout.max_num_seqs * (1 + rollout.speculation.get("num_speculative_tokens", 0))
+    if device == "cuda" and decoded > GRAPH_TOKENS:
+        arguments["max_cudagraph_capture_size"] = decoded
     cache_bytes = _kv_cache_bytes(config, shape, device, gpu_bytes)
     if cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = cache_bytes
@@ -211,8 +218,9 @@ def _fit_to_shared_gpu(wanted: int, config: Config, shape: ModelShape, gpu_bytes
     share = int(rollout.gpu_memory_utilization * gpu_bytes / rollout.engines_per_gpu)
     bucket = sync_bucket_bytes(config, shape, width)
     logits = sampler_logit_bytes(config, shape)
-    held = shape.num_params + adapter_numbers(config, shape, "cuda")
-    taken = width * held + SYNC_BUCKETS * bucket + logits + SHARED_GPU_RESERVE_BYTES
+    weights, _ = engine_weight_bytes(config, shape, "cuda")
+    held = weights + width * adapter_numbers(config, shape, "cuda")
+    taken = held + SYNC_BUCKETS * bucket + logits + SHARED_GPU_RESERVE_BYTES
     least, what = kv_cache_bytes(config, shape, sequences=1, device="cuda"), "one full sequence"
     if rollout.kv_cache_memory_mb is not None:
         least, what = wanted, f"rollout.kv_cache_memory_mb = {rollout.kv_cache_memory_mb}"
@@ -224,7 +232,7 @@ def _fit_to_shared_gpu(wanted: int, config: Config, shape: ModelShape, gpu_bytes
             f"weight sync, logits, graphs and activations take {taken / 2**30:.1f}: {what} needs "
             f"{least / 2**30:.1f} and does not fit into the rest. Lower engines_per_gpu"
         )
-    return min(share - taken, wanted)
+    return min(int(share - taken), wanted)
 
 
 def refusal(folder: Path, error: ValidationError) -> str:

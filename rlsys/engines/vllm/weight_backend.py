@@ -30,6 +30,7 @@ from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.engines.vllm.adapters import use_adapter, without_adapters
 from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missing_parameters
 from rlsys.engines.vllm.latent import derive_again, loaded_parameters, unreachable_copy
+from rlsys.engines.vllm.quantised import made_by_quantising
 from rlsys.engines.vllm.routed_experts import connect_cpu_runner
 from rlsys.engines.vllm.worker_errors import leave_errors
 from rlsys.weight_sync.connection import Connection, Endpoint
@@ -79,7 +80,8 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         super().__init__(*args)
         # Read before any update, which gives a tied head a parameter of its own for a while.
         with without_adapters(self.model):
-            self._parameter_names = {name for name, _ in loaded_parameters(self.model)}
+            names = {name for name, _ in loaded_parameters(self.model)}
+            self._parameter_names = names - set(made_by_quantising(self.model))
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Connect to this worker's endpoint, and leave the earlier one."""

@@ -7,9 +7,9 @@ from algo_cases import make_groups
 
 from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_train_batch
-from rlsys.algo.rollout_metrics import evaluation_metrics, rollout_metrics
+from rlsys.algo.rollout_metrics import evaluation_metrics, rollout_metrics, speculation_metrics
 from rlsys.config import GrpoConfig
-from rlsys.types import RewardOutput
+from rlsys.types import DraftCounts, RewardOutput
 
 
 def groups_with_rewards(rewards_PG, lengths_PG=None):
@@ -100,3 +100,12 @@ def test_every_metric_is_a_plain_finite_number():
     for name, value in metrics_of(groups_with_rewards([[0.0, 1.0]])).items():
         assert type(value) is float, name
         assert math.isfinite(value), name
+
+
+def test_kept_drafts_are_a_share_of_drafted_tokens_and_a_length_with_the_added_token():
+    counts = DraftCounts(10, 40, 12) + DraftCounts(0, 0, 0) - DraftCounts(4, 16, 3)
+    assert speculation_metrics(counts) == {
+        "rollout/spec_acceptance_rate": 9 / 24,
+        "rollout/spec_mean_acceptance_length": 1 + 9 / 6,
+    }
+    assert speculation_metrics(DraftCounts(0, 0, 0)) == {}

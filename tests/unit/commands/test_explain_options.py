@@ -35,6 +35,21 @@ def test_stops_are_named_with_what_is_trained_and_what_rewards_see():
     assert "stays in" in sampling(stop=["x"], include_stop_str_in_output=True)["completions end"]
 
 
+def test_quantised_engines_are_a_warning_with_what_corrects_them():
+    text = sampling(quantization="fp8_per_block")["quantised: warning"]
+    assert "linear layers in fp8_per_block" in text
+    assert "samples are not quite its own" in text
+    assert "sampling/logp_difference" in text
+
+
+def test_speculation_says_who_drafts_and_that_log_probs_stay():
+    text = sampling(speculative_config={"method": "ngram", "num_speculative_tokens": 4})["drafts"]
+    assert text.startswith("4 tokens at a time by ngram; vLLM keeps a draft with the probability")
+    assert "rollout/spec_acceptance_rate" in text
+    small = {"model": "org/small", "num_speculative_tokens": 2}
+    assert "2 tokens at a time by org/small" in sampling(speculative_config=small)["drafts"]
+
+
 def test_what_is_passed_through_is_shown_with_where_it_goes():
     sections = {
         "rollout": {"generation_batch_size": 16, "engine_kwargs": {"kv_cache_dtype": "fp8"}},

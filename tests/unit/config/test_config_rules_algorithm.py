@@ -202,3 +202,16 @@ def test_a_plugin_may_bring_a_loss(tmp_path):
         assert "sft" in losses
     finally:
         del losses["loss-of-a-plugin"]
+
+
+def test_auto_corrects_where_samples_are_stale_or_quantised():
+    def corrects(grpo=None, **rollout):
+        mine = config(grpo or {}, rollout={"generation_batch_size": 16, **rollout})
+        return mine.algorithm.rollout_is
+
+    assert corrects() == "none"
+    assert corrects(max_staleness=1) == "token"
+    assert corrects(quantization="fp8") == "token"
+    assert corrects({"rollout_is": "none"}, quantization="fp8") == "none"
+    # The ratio is that of the policy and the quantised engine then.
+    assert corrects({"old_logprobs": "rollout"}, quantization="fp8") == "none"

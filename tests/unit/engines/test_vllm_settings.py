@@ -131,6 +131,9 @@ def passed(device, **options):
 def test_the_tables_of_passed_through_are_what_rlsys_sets():
     in_engine = {"model", "weight_transfer_config", "worker_extension_cls"}  # `_start_llm`
     names = {*passed("cpu"), *passed("cuda", kv_cache_memory_mb=7, router_replay=True), *in_engine}
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    more = config(speculative_config=drafts, quantization="fp8")
+    names |= {*engine_arguments(more, SHAPE, device="cuda", engine_rank=0)}
     assert names == {*VLLM_FIELDS, *VLLM_FIXED, *VLLM_DEFAULTS}
     assert not names & set(VLLM_REFUSED)
 
@@ -145,6 +148,20 @@ def test_engine_kwargs_reach_vllm_and_win_over_defaults():
 def test_an_engine_refuses_what_its_own_vllm_does_not_have():
     with pytest.raises(ValueError, match=r"no option 'enforce_eagr': did you mean enforce_eager\?"):
         passed("cpu", engine_kwargs={"enforce_eagr": True})
+
+
+def test_graphs_cover_decode_steps_with_their_drafts():
+    def largest(drafted, **options):
+        drafts = {"method": "ngram", "num_speculative_tokens": drafted} if drafted else None
+        mine = config(speculative_config=drafts, **options)
+        arguments = engine_arguments(mine, SHAPE, device="cuda", engine_rank=0)
+        return arguments.get("max_cudagraph_capture_size"), arguments.get("speculative_config")
+
+    assert largest(0, max_num_seqs=512) == (None, None)
+    assert largest(0, max_num_seqs=513) == (513, None)
+    drafts = {"method": "ngram", "num_speculative_tokens": 3}
+    assert largest(3, max_num_seqs=256) == (1024, drafts)
+    assert largest(3, max_num_seqs=128) == (None, drafts)
 
 
 def test_gpus_size_their_own_cache():

@@ -223,6 +223,31 @@ def test_the_kv_cache_holds_the_sequences_of_an_engine(tmp_path):
     assert found["rollout"].gib["KV cache"] == 0.5
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_quantised_engines_hold_embeddings_in_bfloat16_and_a_byte_for_all_else(tmp_path, tied):
+    write_model(tmp_path / "model", tie_word_embeddings=tied)
+    plain, shape = estimates(tmp_path, "cuda")
+    found, _ = estimates(tmp_path, "cuda", rollout={"quantization": "fp8"})
+    embeddings = shape.vocab_size * shape.hidden_size * (1 if tied else 2)
+    expected = 2 * embeddings + (shape.num_params - embeddings)
+    assert found["rollout"].gib["weights"] * GIB == pytest.approx(expected)
+    assert "rollout.quantization" in found["rollout"].formula["weights"]
+    assert found["policy"] == plain["policy"]
+    assert found["rollout"].gib["KV cache"] == plain["rollout"].gib["KV cache"]
+
+
+def test_a_draft_model_needs_its_weights_and_its_own_keys_and_values(tmp_path):
+    plain, shape = estimates(tmp_path, "cuda")
+    small = read_model_shape(write_model(tmp_path / "draft", num_hidden_layers=1))
+    drafts = {"model": str(tmp_path / "draft"), "num_speculative_tokens": 2}
+    found, _ = estimates(tmp_path, "cuda", rollout={"speculative_config": drafts})
+    mine, before = found["rollout"], plain["rollout"]
+    assert mine.gib["draft model"] * GIB == pytest.approx(small.num_params * 2)
+    layers = (shape.num_layers + 1) / shape.num_layers
+    assert mine.gib["KV cache"] == pytest.approx(before.gib["KV cache"] * layers)
+    assert "of the draft model" in mine.formula["KV cache"]
+
+
 def test_windowed_layers_keep_the_window_or_the_prompt(tmp_path):
     def numbers(**sizes):
         folder = write_model(tmp_path / "window", **sizes)

@@ -23,6 +23,44 @@ def test_a_missing_reward_model(problems):
     assert text == "reward.reward_model: there is no model folder './nowhere' on this machine"
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "words"),
+    [
+        ("cpu", "auto", None, "needs GPUs that multiply in FP8, and this run is on the CPU"),
+        ("cuda", "float32", (9, 0), "model.dtype is float32: set model.dtype to bfloat16"),
+        ("cuda", "auto", (8, 0), "compute capability 8.0 do not multiply in FP8, which begins"),
+        ("cuda", "auto", (8, 9), None),
+        ("cuda", "bfloat16", None, None),
+    ],
+)
+def test_engines_quantise_on_gpus_that_multiply_in_fp8(
+    problems, tmp_path, monkeypatch, device, dtype, capability, words
+):
+    monkeypatch.setattr("rlsys.preflight.model.gpu_compute_capability", lambda: capability)
+    found = problems(
+        rollout={"generation_batch_size": 16, "quantization": "fp8"},
+        model={"path": str(write_model(tmp_path / "quantised")), "dtype": dtype},
+        device=device,
+    )
+    own = [str(problem) for problem in found if "rollout.quantization = fp8" in str(problem)]
+    assert len(own) == (words is not None)
+    assert words is None or words in own[0]
+
+
+def test_a_draft_model_is_here_and_has_the_vocabulary_of_the_policy(problems, tmp_path):
+    def found(path):
+        drafts = {"model": str(path), "num_speculative_tokens": 2}
+        rollout = {"generation_batch_size": 16, "speculative_config": drafts}
+        return problems(rollout=rollout, device="cpu")
+
+    assert "there is no model folder './nowhere'" in only(found("./nowhere"))
+    write_model(tmp_path / "other", vocab_size=768)
+    text = only(found(tmp_path / "other"))
+    assert "has a vocabulary of 768 tokens and model.path one of 384" in text
+    write_model(tmp_path / "small", num_hidden_layers=1)
+    assert found(tmp_path / "small") == []
+
+
 def test_a_model_that_may_be_a_folder_or_a_hub_id_says_both(problems, offline):
     text = only(problems(model={"path": "somebody/some-model"}))
     assert "neither a folder on this machine nor a hub model" in text

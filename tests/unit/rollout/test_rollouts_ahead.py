@@ -16,7 +16,7 @@ from rlsys.actors.waiting import PhaseTimeout
 from rlsys.driver import train
 from rlsys.rollout.rollouts import has_zero_std
 from rlsys.tracking.sampling_watch import SamplingWatch
-from rlsys.types import UpdateOutput
+from rlsys.types import DraftCounts, UpdateOutput
 
 DATASET_SIZE = 2000
 
@@ -468,3 +468,17 @@ def test_every_scored_group_is_observed_once_in_the_order_of_the_stream(build, m
     )
     list(steps(world, rollouts, 1, 2))
     assert observed == [0, 1, 2, 3, 4]
+
+
+def test_what_became_of_drafts_is_a_metric_of_the_step(build):
+    world = World(lambda number: 1.0)
+    counts = [DraftCounts(2, 8, 4), DraftCounts(2, 8, 4), DraftCounts(4, 18, 5)]
+    world.engines.draft_counts = lambda: counts.pop(0)
+    drafts = {"method": "ngram", "num_speculative_tokens": 5}
+    rollouts = build(world, num_prompts=2, speculative_config=drafts)
+    found = []
+    for step in (1, 2, 3):
+        world.version = step - 1
+        rollouts.next_batch(step)
+        found.append(rollouts.metrics().get("rollout/spec_acceptance_rate"))
+    assert found == [0.5, None, 0.1]  # nothing was drafted in the second step

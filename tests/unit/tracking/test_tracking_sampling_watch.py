@@ -40,6 +40,15 @@ def test_a_difference_that_rounding_does_not_explain_is_a_warning_once(dtype, di
     assert looking.observe(2, metrics) == []
 
 
+def test_engines_that_quantise_may_differ_by_more():
+    def found(difference):
+        quantised = watch("bfloat16", rollout={"generation_batch_size": 16, "quantization": "fp8"})
+        return quantised.observe(1, step_of(**{DIFFERENCE: difference}))
+
+    assert found(0.3) == []
+    assert "rounding in FP8 explains 0.5" in found(0.6)[0]
+
+
 def test_a_low_temperature_stretches_what_rounding_explains():
     metrics = step_of(**{DIFFERENCE: 3e-4})
     assert watch(rollout={"temperature": 0.1}).observe(1, metrics) == []

@@ -1,0 +1,104 @@
+"""Engines that compute in FP8: each sync quantises as a fresh engine does, and what that costs."""
+
+import json
+
+import pytest
+import ray
+import torch
+from gpu_cases import DEVICE, engine_config, save_gpu_model, transformers_logprobs
+from gpu_lab import ReloadingGpuActor
+from greedy_rollouts import PROMPTS, greedy, reload
+from tensor_policy import TensorPolicy
+
+from rlsys.actors import rollout
+from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.weight_publisher import WeightPublisher
+from rlsys.algo.batching import build_train_batch
+from rlsys.types import SampleRequest
+
+pytestmark = pytest.mark.gpu(1)
+
+KIND = "qwen3-untied"
+
+
+class Fp8Actor(ReloadingGpuActor):
+    async def weight_dtypes(self):
+        """The types of the engine's parameters."""
+        return await self._between_steps(lambda e: e._llm.collective_rpc(_weight_dtypes)[0])
+
+
+def _weight_dtypes(worker):
+    return {str(parameter.dtype) for parameter in worker.model_runner.model.parameters()}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Two models whose sizes are multiples of a block of 128."""
+    root = tmp_path_factory.mktemp("fp8")
+    for seed in (0, 1):
+        save_gpu_model(root / str(seed), KIND, seed=seed)
+    return [root / str(seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def engines(gpus, folders):
+    """One engine, which starts again with other settings in `reload`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "RolloutActor", Fp8Actor)
+        config = engine_config(folders[0])
+        engines = RolloutActors(config, device=DEVICE, place=gpus.on(0))
+    engines.start()
+    yield engines
+    engines.close()
+
+
+def fp8_config(folder, quantization):
+    return engine_config(folder, quantization=quantization, max_completion_length=128)
+
+
+def mismatch(engines, folder):
+    """How log-probs of sampled tokens differ from those of the model in bfloat16."""
+    engines.submit([SampleRequest(500 + i, p, 4, 1.0, i) for i, p in enumerate(PROMPTS)])
+    groups = []
+    while engines.num_pending:
+        assert ray.wait(engines.pending_refs(), timeout=60)[0]
+        groups += engines.collect()
+    batch = build_train_batch(groups)
+    exact = transformers_logprobs(folder, batch, dtype=torch.bfloat16)
+    log_ratio = (exact - batch.rollout_logprobs)[batch.completion_mask]
+    return {
+        "tokens": log_ratio.numel(),
+        "logp_difference_mean": log_ratio.abs().mean().item(),
+        "logp_difference_max": log_ratio.abs().max().item(),
+        "kl_k3": (log_ratio.exp() - 1 - log_ratio).mean().item(),
+    }
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_block"])
+def test_a_synced_engine_equals_a_fresh_one(engines, folders, quantization):
+    (actor,) = engines.actors.values()
+    reload(engines, fp8_config(folders[1], quantization))
+    fresh = greedy(engines)
+    reload(engines, fp8_config(folders[0], quantization))
+    assert "torch.float8_e4m3fn" in ray.get(actor.weight_dtypes.remote(), timeout=60)
+    policy = TensorPolicy(folders[0])
+    section = engine_config(folders[0]).weight_sync.model_copy(update={"transport": "gloo"})
+    publisher = WeightPublisher(policy, engines, section)
+    publisher.publish()
+    old = greedy(engines)
+    assert old[0] != fresh[0]
+    for version, (folder, expected) in enumerate([(folders[1], fresh), (folders[0], old)], start=1):
+        policy.set_weights(folder)
+        publisher.publish()
+        tokens, logprobs, versions = greedy(engines)
+        assert tokens == expected[0]
+        assert logprobs == pytest.approx(expected[1], abs=1e-4)
+        assert versions == {(version,)}
+    policy.close()
+
+    found = {quantization: mismatch(engines, folders[0])}
+    reload(engines, fp8_config(folders[0], None))
+    found["bfloat16"] = mismatch(engines, folders[0])
+    print(json.dumps(found))
+    means = {name: values["logp_difference_mean"] for name, values in found.items()}
+    assert means["bfloat16"] < means[quantization] < 0.5
