@@ -51,9 +51,9 @@ def main(args: argparse.Namespace) -> None:
     elif not models:
         raise ValueError("name a model or a run to evaluate: rlsys eval MODEL_OR_RUN... CONFIG")
     found = [] if args.server is not None else [find_model(name, args.step) for name in models]
-    sources = [with_merged_adapter(source) for source in found]
-    config = load_config(path or _config_of(sources), overrides).config
+    config = load_config(path or _config_of(found), overrides).config
     _check(config)
+    sources = [with_merged_adapter(source) for source in found]
     results = _evaluate(args, config, sources, models)
     print_results(results, console)
     first, *others = results

@@ -63,7 +63,7 @@ def hint(name: str, project: str | None = None, schema: type[RunConfig] = Config
     found = dict.fromkeys(field for row in rows for field in row.fields)
     meant = _in_section(name, own or list(found) or _nearest(name, known))
     if not meant:
-        return hint_of_method(name, schema)
+        return hint_of_method(name, schema) or _fields_beside(name, schema)
     text = f" Did you mean {' or '.join(map(repr, meant))}?"
     if any(row.fields for row in rows):  # another project may count something else
         for field in meant:
@@ -74,6 +74,13 @@ def hint(name: str, project: str | None = None, schema: type[RunConfig] = Config
         if row.note and set(row.fields) <= set(meant):
             notes.setdefault(row.note if row.fields else row.says(), []).append(row.project)
     return text + "".join(f" {', '.join(names)}: {note}" for note, names in notes.items())
+
+
+def _fields_beside(name: str, schema: type[RunConfig]) -> str:
+    """The fields of a section inside of a section, which has few; empty for other names."""
+    section = normal(name).rpartition(".")[0]
+    kind = optional_sections(schema).get(section)
+    return "" if kind is None else f" {section} has {', '.join(kind.model_fields)}."
 
 
 def _nearest(name: str, known: Sequence[str]) -> list[str]:

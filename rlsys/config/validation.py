@@ -150,6 +150,10 @@ def _field_of(schema: type[RunConfig], detail: ErrorDetails) -> tuple[str, list[
     return name, below
 
 
+def _first_field(schema: type[RunConfig], section: str) -> str:
+    return next(name for name in config_fields(schema) if name.startswith(f"{section}."))
+
+
 def _rule(detail: ErrorDetails) -> str:
     rule = detail["msg"].removeprefix("Value error, ").replace("Input should", "should")
     return rule.split(", unable to ")[0]
@@ -165,7 +169,7 @@ def _describe(
     if name in config_sections(schema):
         return f"{name}: should be a section with fields below it, not {detail['input']!r}"
     if name in optional_sections(schema):
-        inside = "a section with fields below it, or null"
+        inside = f"a section with fields below it, such as {_first_field(schema, name)}, or null"
         return f"{name}: should be {inside}, not {detail['input']!r}"
     meaning = first_sentence(config_fields(schema)[name].description)
     if detail["type"] == "missing":

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from config_cases import write_model, write_run, write_sft_run
+from config_cases import write_model, write_run, write_sft_run, write_weights
 
 from rlsys import cli
 from rlsys.config import SftConfig
@@ -162,3 +162,15 @@ def test_an_evaluation_of_a_supervised_run_asks_for_rewards(tmp_path, capsys):
     assert "rlsys eval RUN CONFIG" in text
     text = refused(capsys, "eval", run, run / "config.yaml")
     assert "it is a config for `rlsys sft`, with the section sft" in text
+
+
+def test_an_evaluation_without_a_config_merges_no_adapter(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    base = str(write_model(tmp_path / "model"))
+    values = {"base_model_name_or_path": base, "r": 4, "lora_alpha": 8}
+    (adapter / "adapter_config.json").write_text(json.dumps(values))
+    write_weights(adapter / "adapter_model.safetensors", {})
+    assert "CONFIG is missing" in refused(capsys, "eval", adapter)
+    assert not (tmp_path / "cache").exists()

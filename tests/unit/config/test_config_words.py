@@ -206,12 +206,13 @@ def test_problems_of_an_optional_section_name_its_fields(problems):
         "--policy.lora.rnk", "4", policy={"lora": {"alpha": -1, "foo": 2}, "lr": "fast"}
     )
     starts = ["--policy.lora.rnk: there is", "policy.lr = 'fast'", "policy.lora.alpha = -1"]
-    starts.append("policy.lora.foo: there is no such field")
+    starts.append("policy.lora.foo: there is no such field. policy.lora has rank, alpha, dropout,")
     for start in starts:
         assert any(text.startswith(start) for text in texts), start
     assert "Did you mean 'policy.lora.rank'?" in texts[0]
     (text,) = problems("--policy.lora", "8")
-    assert text == "policy.lora: should be a section with fields below it, or null, not 8"
+    section = "a section with fields below it, such as policy.lora.rank, or null"
+    assert text == f"policy.lora: should be {section}, not 8"
 
 
 # --- variables -----------------------------------------------------------------------------------
