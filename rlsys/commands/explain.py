@@ -238,7 +238,7 @@ def _print_memory(
     if device == "cpu":
         _print_total(parts, estimates, counts, console)
     else:
-        _print_cards(config, parts, estimates, console)
+        _print_cards(config, parts, shape, estimates, console)
 
 
 def _memory_table(estimates: list[MemoryEstimate], counts: Counter[str]) -> Table:
@@ -257,14 +257,23 @@ def _gib(size: float) -> str:
 
 
 def _print_cards(
-    config: RunConfig, parts: Parts[Any], estimates: list[MemoryEstimate], console: Console
+    config: RunConfig,
+    parts: Parts[Any],
+    shape: ModelShape,
+    estimates: list[MemoryEstimate],
+    console: Console,
 ) -> None:
+    """What does not fit the GPUs of this machine, and who holds what in turns on them."""
     gpu_gib = gpu_memory_gib()
+    phases, warnings = parts.phases(config, shape, estimates, gpu_gib)
+    if phases:
+        print_pairs(console, "In turns on a shared GPU: estimate of each phase", phases)
     if gpu_gib is None:
         console.print("No GPU is visible here to compare the estimate with")
-        return
-    console.print(f"The smallest GPU here has {gpu_gib:.1f} GiB")
-    for warning in parts.warnings(config, estimates, gpu_gib):
+    else:
+        console.print(f"The smallest GPU here has {gpu_gib:.1f} GiB")
+        warnings = [*parts.warnings(config, estimates, gpu_gib), *warnings]
+    for warning in warnings:
         print_wrapped(console, f"That may not fit: {warning}", style="bold red")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rlsys.commands.explain_algorithm import describe_algorithm
 from rlsys.commands.explain_batches import batch_arithmetic
+from rlsys.commands.explain_colocated import describe_phases
 from rlsys.commands.explain_experts import describe_replay
 from rlsys.commands.explain_options import describe_passed_through, describe_sampling
 from rlsys.commands.explain_parts import Pairs, Parts
@@ -101,6 +102,7 @@ GRPO_PARTS = Parts(
     weights=_weights,
     memory=_memory,
     warnings=gpu_warnings,
+    phases=describe_phases,
     to_fit="policy.micro_batch_size or rollout.max_num_seqs",
     looked_at=f"The reward functions were started, and the first {FIRST_ROWS} rows of each text "
     "file read.",

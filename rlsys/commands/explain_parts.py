@@ -34,6 +34,10 @@ class Parts(Generic[AnyConfig]):
     """Estimates, and the models that are not in them. Raises ValueError where one is not here."""
     warnings: Callable[[AnyConfig, list[MemoryEstimate], float], list[str]]
     """What does not fit GPUs that have this many GiB."""
+    phases: Callable[
+        [AnyConfig, ModelShape, list[MemoryEstimate], float | None], tuple[Pairs, list[str]]
+    ]
+    """Where models take turns on GPUs of this many GiB: each phase, and what the host lacks."""
     to_fit: str
     """What to lower where main memory is too small."""
     looked_at: str

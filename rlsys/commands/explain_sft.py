@@ -182,6 +182,7 @@ SFT_PARTS = Parts(
     weights=lambda config, shape, device: [],
     memory=_memory,
     warnings=sft_gpu_warnings,
+    phases=lambda *_: ([], []),
     to_fit="policy.micro_batch_size or data.max_length",
     looked_at=f"The first {FIRST_ROWS} rows of each text file were read, without their tokens.",
 )

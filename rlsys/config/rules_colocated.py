@@ -31,6 +31,16 @@ def placement_rules(config: Config) -> Iterator[Problem]:
                 )
 
 
+FIXED_ADDRESSES = (
+    "nccl_ub",
+    "cuda_graph_impl",
+    "enable_cuda_graph",
+    "external_cuda_graph",
+    "optimizer_cuda_graph",
+)
+"""Options of megatron-core with which the policy's memory cannot move."""
+
+
 def colocation_obstacles(config: Config) -> Iterator[Problem]:
     """Why policy and engines of this run cannot share GPUs."""
     rollout, ranks = config.rollout, config.policy.world_size
@@ -64,3 +74,11 @@ def colocation_obstacles(config: Config) -> Iterator[Problem]:
             "weight_sync.transport = nccl does not allow two ranks on one GPU, which placement = "
             "colocated has: set transport to auto"
         )
+    for name in FIXED_ADDRESSES:
+        value = config.policy.megatron_kwargs.get(name)
+        if value not in (None, False, "none"):
+            yield Problem(
+                f"policy.megatron_kwargs.{name} = {value} keeps addresses of the policy's memory, "
+                "which moves with placement = colocated: leave it out, or set placement to "
+                "dedicated"
+            )

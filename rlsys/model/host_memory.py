@@ -1,4 +1,4 @@
-"""Sizes of the pinned host memory in which a colocated policy waits."""
+"""What of a colocated policy waits in host memory, and in which pieces that is pinned."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 SLAB_BYTES = 2**29
 """Largest piece that is pinned at once. CUDA's host allocator rounds each up to a power of two."""
+LARGE_WEIGHTS = 0.1
+"""Share of a GPU from which weights leave it, if colocated.offload_weights is auto."""
 
 
 def slab_sizes(num_bytes: int) -> Iterator[int]:

@@ -6,9 +6,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 
 from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.model.colocated_memory import Phase, colocated_phases, pinned_gib
 from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import MemoryEstimate, estimate_memory, estimate_policy
-from rlsys.model.shape import read_model_shape
+from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.devices import gpu_memory_gib
 from rlsys.types import Device
 
@@ -23,8 +24,11 @@ def memory_warnings(config: Config, device: Device) -> list[str]:
         read_model_shape(find_model_folder(path), may_bridge=True)
         for path in (config.model.path, reference_path)
     )
-    estimate = estimate_memory(config, policy, reference, device=device)
-    return gpu_warnings(config, estimate, gpu_gib)
+    estimates = estimate_memory(config, policy, reference, device=device)
+    return [
+        *gpu_warnings(config, estimates, gpu_gib),
+        *host_warnings(config, policy, estimates, gpu_gib, host_memory_gib()),
+    ]
 
 
 def sft_memory_warnings(config: SftConfig, device: Device) -> list[str]:
@@ -57,11 +61,62 @@ def gpu_warnings(config: Config, estimates: Sequence[MemoryEstimate], gpu_gib: f
         gpu_gib: memory of a GPU.
     """
     by_role = {estimate.role: estimate for estimate in estimates}
+    if config.is_colocated:
+        return [
+            *_phase_warnings(colocated_phases(config, estimates, gpu_gib), gpu_gib),
+            *_rollout_warning(config, by_role["rollout"], gpu_gib),
+            *_reference_warning(config, by_role.get("reference"), gpu_gib),
+        ]
     return [
         *_policy_warning(config, by_role, gpu_gib),
         *_rollout_warning(config, by_role["rollout"], gpu_gib),
         *_reference_warning(config, by_role.get("reference"), gpu_gib),
     ]
+
+
+def host_warnings(
+    config: Config,
+    shape: ModelShape,
+    estimates: Sequence[MemoryEstimate],
+    gpu_gib: float | None,
+    host_gib: float,
+) -> Iterator[str]:
+    """What has to wait in host memory while others have the GPUs, if that is too small for it.
+
+    Args:
+        shape: of the policy's model.
+        gpu_gib: memory of a GPU; None if it is not known.
+        host_gib: memory of the host that has all policy ranks.
+    """
+    if not config.is_colocated:
+        return
+    waiting, ranks = pinned_gib(config, shape, estimates, gpu_gib), config.policy.world_size
+    needed = ranks * sum(waiting.values())
+    if needed > host_gib:
+        parts = ", ".join(f"{name} {gib:.1f}" for name, gib in waiting.items())
+        by_rank = f" on each of {ranks} GPUs" if ranks > 1 else ""
+        yield (
+            f"{needed:.1f} GiB of pinned host memory are needed ({parts}{by_rank}) and this host "
+            f"has {host_gib:.1f}: set colocated.offload_weights or colocated.offload_optimizer to "
+            "false, set policy.lora, or use a host with more memory"
+        )
+
+
+def host_memory_gib() -> float:
+    """Main memory of this machine, in GiB."""
+    import psutil
+
+    return float(psutil.virtual_memory().total) / 2**30
+
+
+def _phase_warnings(phases: Sequence[Phase], gpu_gib: float) -> Iterator[str]:
+    for phase in phases:
+        if phase.total_gib > gpu_gib:
+            parts = ", ".join(f"{holder} {gib:.1f}" for holder, gib in phase.gib.items())
+            yield (
+                f"in the phase {phase.name} a GPU holds about {phase.total_gib:.1f} GiB ({parts}) "
+                f"and has {gpu_gib:.1f}: {phase.remedy}"
+            )
 
 
 def _policy_warning(

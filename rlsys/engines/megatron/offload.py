@@ -21,7 +21,7 @@ import torch
 from megatron.core.fp8_utils import is_float8tensor
 
 from rlsys.engines.out_of_memory import out_of_memory_explained
-from rlsys.model.host_memory import slab_sizes
+from rlsys.model.host_memory import LARGE_WEIGHTS, slab_sizes
 
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallel
@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
     from rlsys.engines.megatron.lora import Adapters
 
-LARGE = 0.1
-"""Share of a GPU from which weights leave it, if colocated.offload_weights is auto."""
 _ALIGNMENT = 512
 """Bytes: where a storage may begin in host memory."""
 
@@ -166,11 +164,11 @@ class Offload:
 
     @property
     def has_large_weights(self) -> bool:
-        """Whether the weights are more than LARGE of the GPU; on CPU nothing is saved, so True."""
+        """Whether they are so large that colocated.offload_weights auto moves them; on CPU True."""
         if self._device.type != "cuda":
             return True
         total = torch.cuda.get_device_properties(self._device).total_memory
-        return self._weight_bytes > LARGE * total
+        return self._weight_bytes > LARGE_WEIGHTS * total
 
     @property
     def _weight_bytes(self) -> int:

@@ -24,6 +24,10 @@ def config(**sections):
         ),
         ({"rollout": {"num_engines": 2}}, ["num_engines = 2", "at most 1 engines"]),
         ({"weight_sync": {"transport": "nccl"}}, ["transport = nccl", "to auto"]),
+        (
+            {"policy": {"megatron_kwargs": {"nccl_ub": True, "cuda_graph_impl": "none"}}},
+            ["megatron_kwargs.nccl_ub = True keeps addresses", "placement to dedicated"],
+        ),
     ],
 )
 def test_what_cannot_take_turns_is_refused(sections, words):
