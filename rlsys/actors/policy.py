@@ -97,6 +97,7 @@ class PolicyRank(ModelRank):
 
         `to` names the receivers; these connections replace the earlier ones to the same receivers.
         """
+        self.engine.offload.check("connect_weight_sync")
         links = self.links[to] = []
         exports: dict[Any, Any] = {}
         mib = max(bucket.nbytes for c in connections for bucket in c.buckets()) / 2**20

@@ -335,7 +335,10 @@ class LabRank(PolicyRank):
         )
 
     def move_on_cpu(self):
-        """Let `offload_...` move what it moves on GPUs, to other memory of this host."""
+        """Let `offload_...` move what it moves on GPUs, to small slabs of this host's memory."""
+        from rlsys.model import host_memory
+
+        host_memory.SLAB_BYTES = 2**13  # so that most storages are cut
         self.engine.offload.moves = True
 
     def held_bytes(self):
