@@ -9,7 +9,8 @@ from rlsys.config import Config
 from rlsys.model.colocated_memory import colocated_phases, pinned_gib, weights_leave
 from rlsys.model.memory import MemoryEstimate
 from rlsys.model.shape import ModelShape
-from rlsys.preflight.memory import host_memory_gib, host_warnings
+from rlsys.preflight.devices import host_memory_gib
+from rlsys.preflight.memory import host_warnings
 
 
 def describe_phases(

@@ -13,6 +13,10 @@ from rlsys.packages import installed_version
 from rlsys.types import Device
 
 _SMI_SECONDS = 20.0
+_CONTAINER_LIMITS = tuple(
+    Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes")
+)
+"""Files of Linux with the limit of main memory, in bytes."""
 
 
 def visible_gpus() -> int:
@@ -27,6 +31,18 @@ def gpu_memory_gib() -> float | None:
     """Memory of this machine's smallest visible GPU, in GiB; None if nvidia-smi does not say."""
     sizes = [float(size) for size in _ask_smi("memory.total")]
     return min(sizes) / 1024 if sizes else None
+
+
+def host_memory_gib() -> float:
+    """Main memory that processes here may use, in GiB: this machine's, or their container's."""
+    import psutil
+
+    sizes = [int(psutil.virtual_memory().total)]
+    for file in _CONTAINER_LIMITS:
+        text = file.read_text().strip() if file.is_file() else ""
+        if text.isdigit():  # "max" is none
+            sizes.append(int(text))
+    return min(sizes) / 2**30
 
 
 def gpu_compute_capability() -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ from rlsys.model.colocated_memory import Phase, colocated_phases, pinned_gib
 from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import MemoryEstimate, estimate_memory, estimate_policy
 from rlsys.model.shape import ModelShape, read_model_shape
-from rlsys.preflight.devices import gpu_memory_gib
+from rlsys.preflight.devices import gpu_memory_gib, host_memory_gib
 from rlsys.types import Device
 
 
@@ -100,13 +100,6 @@ def host_warnings(
             f"has {host_gib:.1f}: set colocated.offload_weights or colocated.offload_optimizer to "
             "false, set policy.lora, or use a host with more memory"
         )
-
-
-def host_memory_gib() -> float:
-    """Main memory of this machine, in GiB."""
-    import psutil
-
-    return float(psutil.virtual_memory().total) / 2**30
 
 
 def _phase_warnings(phases: Sequence[Phase], gpu_gib: float) -> Iterator[str]:

@@ -2,20 +2,24 @@
 
 import pytest
 import torch
-from policy_cases import LAYOUTS, exported, policy_config, random_batch
+from policy_cases import LAYOUTS, exported, policy_config, random_batch, save_policy_model
 
 from rlsys.actors.waiting import ActorFailure
 
 pytestmark = pytest.mark.system
 
 LORA = {"lora": {"rank": 4, "modules_to_save": ["embed_tokens", "lm_head"]}}
+OVERLAP = {"overlap_param_gather": True, "overlap_grad_reduce": True}
 KINDS = {
     "one rank": LAYOUTS["one rank"] | {"dtype": "bfloat16"},
+    "DP 2": LAYOUTS["DP 2"] | OVERLAP | {"dtype": "bfloat16"},
+    "LoRA": LORA | {"dtype": "bfloat16"},
+}
+SLOW_KINDS = {
     "fp32 weights, whole optimizer": {"use_distributed_optimizer": False},
     "bf16 weights, whole optimizer": {"use_distributed_optimizer": False, "dtype": "bfloat16"},
-    "DP 2": LAYOUTS["DP 2"] | {"dtype": "bfloat16"},
     "PP 2": LAYOUTS["PP 2"],
-    "LoRA": LORA | {"dtype": "bfloat16"},
+    "virtual pipeline": LAYOUTS["PP 2"] | {"pipeline_layout": "Et|t|t|tL"},
     "frozen": {"freeze_parameters": ["model.layers.0", "model.embed_tokens"], "dtype": "bfloat16"},
 }
 
@@ -64,9 +68,15 @@ def check_states(found, expected):
             assert not different
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW_KINDS)]
+)
 def test_leaving_between_any_two_calls_changes_no_bit(lab, policy_models, tmp_path, kind):
-    config = config_of(policy_models["qwen3-untied"], **KINDS[kind])
+    folder = policy_models["qwen3-untied"]
+    if kind == "virtual pipeline":
+        folder = tmp_path / "four-layers"
+        save_policy_model(folder, "qwen3-untied", num_layers=4)
+    config = config_of(folder, **(KINDS | SLOW_KINDS)[kind])
     stayed = run(lab.policy(config), lambda policy: None)
     policy = lab.policy(config)
     policy.call("move_on_cpu")

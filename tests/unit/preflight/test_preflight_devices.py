@@ -2,7 +2,8 @@
 
 import pytest
 
-from rlsys.preflight.devices import gpu_compute_capability, gpu_memory_gib
+from rlsys.preflight import devices
+from rlsys.preflight.devices import gpu_compute_capability, gpu_memory_gib, host_memory_gib
 
 
 def test_the_memory_of_gpus_is_the_drivers(tmp_path, monkeypatch):
@@ -27,3 +28,13 @@ def test_the_least_capable_gpu_counts(tmp_path, monkeypatch):
     assert gpu_compute_capability() == (9, 0)
     tool.write_text("#!/bin/sh\necho '[N/A]'\n")
     assert gpu_compute_capability() is None
+
+
+def test_the_memory_of_a_host_is_what_its_container_allows(tmp_path, monkeypatch):
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(devices, "_CONTAINER_LIMITS", (limit,))
+    whole = host_memory_gib()
+    limit.write_text("max\n")
+    assert host_memory_gib() == whole > 0.1
+    limit.write_text(f"{2**26}\n")
+    assert host_memory_gib() == 2**26 / 2**30
