@@ -68,15 +68,15 @@ def colocated_phases(
     phases = [
         Phase(
             "rollout",
-            {"engines": _awake(config, engine, gpu_gib), "policy, what stays": left} | others,
+            {"engines": _awake(config, engine, gpu_gib), "policy (what stays)": left} | others,
             _rollout_remedy(config, leaves),
         ),
         Phase(
             "update",
             {
-                "policy, kept": kept,
-                "policy, activations and logits": sum(policy.values()) - kept,
-                "engines, asleep": asleep,
+                "policy (kept)": kept,
+                "policy (activations and logits)": sum(policy.values()) - kept,
+                "engines (asleep)": asleep,
             }
             | others,
             _update_remedy(config, kept + asleep + sum(others.values()), gpu_gib),
@@ -84,9 +84,9 @@ def colocated_phases(
         Phase(
             "weight sync",
             {
-                "engines, weights and buckets": asleep + engines * _weights(engine),
-                "policy, weights and buckets": _idle(policy) + policy["weights"],
-                "policy, optimizer on its way": state,
+                "engines (weights and buckets)": asleep + engines * _weights(engine),
+                "policy (weights and buckets)": _idle(policy) + policy["weights"],
+                "policy (optimizer on its way)": state,
             }
             | others,
             _fewer_numbers(config),
@@ -95,7 +95,7 @@ def colocated_phases(
     reference = by_role.get("reference")
     if reference is not None and config.reference.placement == "policy":
         computes = sum(reference.gib.values()) - _idle(reference.gib)
-        held = {"reference": computes, "policy": kept, "engines, asleep": asleep}
+        held = {"reference": computes, "policy": kept, "engines (asleep)": asleep}
         remedy = "set reference.placement to own, where there is another GPU, or grpo.beta to 0"
         phases.insert(1, Phase("reference", held | others, remedy))
     return phases
@@ -138,7 +138,7 @@ def _others(config: Config, by_role: Mapping[str, MemoryEstimate]) -> dict[str, 
     found = {}
     reference, reward_model = by_role.get("reference"), by_role.get("reward_model")
     if reference is not None and config.reference.placement == "policy":
-        found["reference, its process"] = _idle(reference.gib)
+        found["reference (its process)"] = _idle(reference.gib)
     if reward_model is not None and config.reward.reward_model_placement == "policy":
         number = math.ceil(len(config.reward.models) / config.policy.world_size)
         found["reward models"] = number * reward_model.total_gib

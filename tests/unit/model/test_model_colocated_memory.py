@@ -80,7 +80,7 @@ def row(name, config, shape, estimates):
     """A line of the table in docs/gpu.md."""
     phases = phases_of(config, estimates)
     totals = [phases[phase].total_gib for phase in ("rollout", "update", "weight sync")]
-    stays = phases["rollout"].gib["policy, what stays"]
+    stays = phases["rollout"].gib["policy (what stays)"]
     host = sum(pinned_gib(config, shape, estimates, CARD_GIB).values())
     cells = [name, *(f"{gib:.1f}" for gib in (totals[0], stays, *totals[1:], host))]
     return f"| {' | '.join(cells)} |"
@@ -143,7 +143,7 @@ def test_a_reference_on_the_same_gpu_has_a_phase_and_waits_on_the_host(tmp_path)
     config, shape, estimates = colocated(tmp_path, "Qwen2.5-1.5B", {}, grpo={"beta": 0.1})
     phases = phases_of(config, estimates)
     assert list(phases) == ["rollout", "reference", "update", "weight sync"]
-    assert phases["rollout"].gib["reference, its process"] == 1.5
+    assert phases["rollout"].gib["reference (its process)"] == 1.5
     assert phases["reference"].gib["reference"] > 2.8
     waiting = pinned_gib(config, shape, estimates, CARD_GIB)
     assert waiting["the reference's weights"] == pytest.approx(2.88, abs=0.01)
