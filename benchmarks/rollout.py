@@ -2,6 +2,7 @@
 
     python benchmarks/rollout.py                              # the actor against two bare scripts
     python benchmarks/rollout.py --gpus 2 --what profile --variants default v1_runner
+    python benchmarks/rollout.py --what profile --parts floor    # a step next to its floor
     python benchmarks/rollout.py --device cpu --shape tiny    # does it run?
 
 actor: the RolloutActor of a run, in Ray, groups streamed back as they finish. bare: vllm.LLM with
@@ -32,7 +33,7 @@ from pathlib import Path
 from alone import run_alone, run_on_gpus
 from machine import describe_machine
 from random_model import SHAPES, save_random_model
-from rollout_steps import PARTS, VARIANTS, VARIED, length_of, make_engine_class, profile
+from rollout_steps import PARTS, VARIANTS, VARIED, GivenLengths, length_of, profile
 
 from rlsys.actors.ray_session import start_cluster
 from rlsys.config import Config
@@ -119,9 +120,7 @@ def actor(arguments):
 
     class Actor(rollout.RolloutActor):
         def __init__(self, config, device, engine_rank):
-            from rlsys.engines.vllm import engine as vllm
-
-            vllm.VLLMEngine = make_engine_class(config.rollout.max_completion_length)
+            GivenLengths(config.rollout.max_completion_length)
             super().__init__(config, device, engine_rank)
 
     rollout.RolloutActor = Actor

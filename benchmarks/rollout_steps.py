@@ -4,6 +4,8 @@
 
 - waves: tokens a second of the engine alone, without Ray. `graphs` counts steps by how the model
   ran: FULL or PIECEWISE CUDA graphs, or NONE, kernel by kernel.
+- floor: milliseconds of a step of 8, 32, 128, 512 and 1,024 sequences, as many as fit, next to what
+  it has to read over the bandwidth of a copy (rollout_floor.py), and the ratio.
 - step_ms: milliseconds of a step as it is, without seeds, without log-probs.
 - cpu_ms: the same step by what the engine's one thread does, `wait for the GPU` included; what is
   left of `vLLM` after its parts is bookkeeping between them. `rlsys` is what VLLMEngine adds.
@@ -22,9 +24,13 @@ import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from rollout_floor import bandwidth, beside_floor
+
+from rlsys.model.shape import read_model_shape
 
 
 @dataclass(frozen=True)
@@ -49,9 +55,12 @@ VARIANTS = {
     "graphs_of_512": Variant({"max_cudagraph_capture_size": 512}),
     "decode_graphs_only": Variant({"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}),
     "no_gc": Variant(collect_garbage=False),
+    "fp8": Variant({"quantization": "fp8"}),
 }
 WARM_UP_STEPS = 20
-PARTS = ("waves", "step_ms", "cpu_ms", "gpu_ms", "functions")
+FLOOR_SEQUENCES = (8, 32, 128, 512, 1024)
+"""Those of them that fit are measured."""
+PARTS = ("waves", "floor", "step_ms", "cpu_ms", "gpu_ms", "functions")
 VARIED = 5_000_000
 """From this ticket on, completions differ in length."""
 VARIED_LENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -67,21 +76,24 @@ KINDS = {
 TOP = 25
 
 
-def make_engine_class(longest):
-    """A VLLMEngine whose completions have the lengths of `length_of`, to be made where it runs."""
-    from rlsys.engines.vllm.engine import VLLMEngine
+class GivenLengths:
+    """Sampling parameters of requests whose completions have the lengths of `length_of`.
 
-    class Engine(VLLMEngine):
-        logprobs = True
+    Made where the engine runs, before it samples.
+    """
 
-        def _sampling_parameters(self, request):
-            parameters = super()._sampling_parameters(request)
-            parameters.max_tokens = length_of(request.ticket, longest)
-            if not self.logprobs:
-                parameters.logprobs = None
-            return parameters
+    def __init__(self, longest):
+        from rlsys.engines.vllm import engine as engines
 
-    return Engine
+        self.logprobs = True
+        """Whether log-probs are asked for."""
+        self._longest, self._usual = longest, engines.sampling_arguments
+        engines.sampling_arguments = self._arguments
+
+    def _arguments(self, rollout, stops, request):
+        found = self._usual(rollout, stops, request)
+        found["max_tokens"] = length_of(request.ticket, self._longest)
+        return found if self.logprobs else found | {"logprobs": None}
 
 
 def length_of(ticket, longest):
@@ -99,9 +111,12 @@ def profile(config, variant, *, device, waves, requests, steps, parts):
 
     usual = engines.engine_arguments
     engines.engine_arguments = lambda *args, **kwargs: usual(*args, **kwargs) | chosen.arguments
-    engine_class = make_engine_class(config.rollout.max_completion_length)
+    lengths = GivenLengths(config.rollout.max_completion_length)
+    # Before the engine takes the memory.
+    bytes_per_s = bandwidth(device) if "floor" in parts else None
+    config = config_of(config, chosen)
     start = time.perf_counter()
-    engine = engine_class(config.model.path, config=config, device=device, engine_rank=0)
+    engine = engines.VLLMEngine(config.model.path, config=config, device=device, engine_rank=0)
     result = {"start_s": time.perf_counter() - start} | describe(engine)
     if not chosen.collect_garbage:
         gc.disable()
@@ -109,7 +124,8 @@ def profile(config, variant, *, device, waves, requests, steps, parts):
     num_seqs = min(512, config.rollout.max_num_seqs)
     measures = {
         "waves": lambda: waves(lambda asked: finish(engine, asked), graphs),
-        "step_ms": lambda: step_milliseconds(engine, requests(num_seqs, 101), steps),
+        "floor": lambda: floors(engine, requests, steps, config, device, bytes_per_s),
+        "step_ms": lambda: step_milliseconds(engine, requests(num_seqs, 101), steps, lengths),
         "cpu_ms": lambda: cpu_budget(engine, requests(num_seqs, 102), steps),
         "gpu_ms": lambda: gpu_budget(engine, requests(num_seqs, 103), steps),
         "functions": lambda: functions(engine, requests(num_seqs, 104), steps),
@@ -174,12 +190,16 @@ def worker_of(engine):
     return core.model_executor.driver_worker.worker
 
 
+def warm_up_steps():
+    return WARM_UP_STEPS if torch.cuda.is_available() else 2
+
+
 @contextmanager
 def decoding(engine, requests):
     """Whether all of `requests` are past their prompts, and none is at its end."""
     engine.add(requests)
     try:
-        for _ in range(WARM_UP_STEPS if torch.cuda.is_available() else 2):
+        for _ in range(warm_up_steps()):
             engine.step()
         yield
     finally:
@@ -195,17 +215,47 @@ def milliseconds(engine, steps):
     return 1e3 * (time.perf_counter() - start) / steps
 
 
-def step_milliseconds(engine, requests, steps):
+def config_of(config, variant):
+    """The config with what of a variant is a field of it: the floor of its weights is another."""
+    quantization = variant.arguments.get("quantization")
+    rollout = config.rollout.model_copy(update={"quantization": quantization})
+    return config.model_copy(update={"rollout": rollout})
+
+
+def floors(engine, requests, steps, config, device, bytes_per_s):
+    """Decode steps of FLOOR_SEQUENCES next to their floors."""
+    shape = read_model_shape(Path(config.model.path))
+    found = {"bandwidth_gb_per_s": bytes_per_s / 1e9}
+    for number, sequences in enumerate(FLOOR_SEQUENCES):
+        if sequences > config.rollout.max_num_seqs:
+            continue
+        asked = requests(sequences, 110 + number)
+        with decoding(engine, asked):
+            step_ms = milliseconds(engine, steps)
+        context = len(asked[0].prompt.token_ids) + warm_up_steps() + steps / 2
+        found[str(sequences)] = beside_floor(
+            config,
+            shape,
+            device=device,
+            sequences=sequences,
+            context=context,
+            step_ms=step_ms,
+            bytes_per_s=bytes_per_s,
+        )
+    return found
+
+
+def step_milliseconds(engine, requests, steps, lengths):
     result = {}
     with decoding(engine, requests):
         result["as a run does"] = milliseconds(engine, steps)
     unseeded = [dataclasses.replace(request, seed=None) for request in requests]
     with decoding(engine, unseeded):
         result["without seeds"] = milliseconds(engine, steps)
-    type(engine).logprobs = False
+    lengths.logprobs = False
     with decoding(engine, requests):
         result["without log-probs"] = milliseconds(engine, steps)
-    type(engine).logprobs = True
+    lengths.logprobs = True
     return result
 
 

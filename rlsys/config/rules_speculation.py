@@ -41,8 +41,8 @@ def speculation_problems(rollout: RolloutConfig) -> Iterator[Problem]:
         )
     if rollout.router_replay:
         yield Problem(
-            f"{FIELD} cannot be used with rollout.router_replay, because experts of drafts that "
-            "were rejected would be returned among those of the completion: leave one of them out"
+            f"{FIELD} cannot be used with rollout.router_replay, because vLLM would return "
+            "experts of rejected drafts among the completion's: leave one of them out"
         )
 
 

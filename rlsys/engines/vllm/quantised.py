@@ -2,7 +2,7 @@
 
 A weight sync sends the policy's weights as they are. vLLM's loader collects the parts of a layer,
 quantises them as at the start of the engine, and copies the result to where the layer's kernels
-read it. So scales are always those of the weights that came last.
+read it. So scales always belong to the weights that came last.
 """
 
 from __future__ import annotations
