@@ -29,6 +29,11 @@ def config_of(folder, **policy):
     return policy_config(folder, max_steps=5, global_batch_size=4, **policy)
 
 
+def existing(folder):
+    folder.mkdir()
+    return folder
+
+
 def leave_and_return(policy):
     """What a colocated run does between two turns of the policy; returns what it sends."""
     policy.call("offload_optimizer")
@@ -82,11 +87,9 @@ def test_leaving_between_any_two_calls_changes_no_bit(lab, policy_models, tmp_pa
     policy.call("move_on_cpu")
     check_equal(run(policy, leave_and_return), stayed)
     assert torch.equal(leave_and_return(policy)["lm_head.weight"], stayed[1]["lm_head.weight"])
-    folder = tmp_path / "step-2"
-    folder.mkdir()
-    policy.save_checkpoint(folder)
+    policy.save_checkpoint(existing(tmp_path / "step-2"))
     again = lab.policy(config)
-    again.load_checkpoint(folder)
+    again.load_checkpoint(tmp_path / "step-2")
     check_states(again.call("optimizer_state"), stayed[2])
 
 
@@ -116,6 +119,23 @@ def test_a_policy_that_left_refuses_what_it_cannot_compute(lab, policy_models, t
     policy.call("onload")
     assert all(torch.equal(tensor, before[name]) for name, tensor in exported(policy).items())
     policy.update(random_batch())
+
+
+def test_frozen_weights_of_a_checkpoint_replace_those_on_the_host(lab, policy_models, tmp_path):
+    """The host has a copy of what no update changes, and keeps it from turn to turn."""
+    config = config_of(policy_models["qwen3-untied"], freeze_parameters=["model.embed_tokens"])
+    policy = lab.policy(config)
+    policy.call("change_weights", False)
+    policy.save_checkpoint(existing(tmp_path / "changed"))
+    changed = exported(policy)
+    policy = lab.policy(config)
+    policy.call("move_on_cpu")
+    first = leave_and_return(policy)
+    policy.load_checkpoint(tmp_path / "changed")
+    leave_and_return(policy)
+    found = exported(policy)
+    assert all(torch.equal(found[name], tensor) for name, tensor in changed.items())
+    assert not torch.equal(found["model.embed_tokens.weight"], first["model.embed_tokens.weight"])
 
 
 def test_memory_is_free_while_the_policy_is_away(lab, policy_models):

@@ -49,6 +49,8 @@ class HostCopy:
         self._what, self._stream, self._pinned = what, stream, pinned
         self._slabs: list[torch.Tensor] = []
         self._storages: list[tuple[torch.UntypedStorage, int]] = []
+        self._held: list[tuple[int, int]] = []
+        """Identity and size of the storages whose bytes the slabs hold."""
         self._copied = torch.cuda.Event()
 
     def reserve(self, num_bytes: int) -> None:
@@ -68,12 +70,22 @@ class HostCopy:
                 for size in slab_sizes(num_bytes - sum(map(len, self._slabs)))
             ]
 
-    def leave(self, storages: Iterable[torch.UntypedStorage]) -> None:
-        """Start copying to the host; until `release` the storages keep their memory."""
+    def leave(self, storages: Iterable[torch.UntypedStorage], *, unchanged: bool = False) -> None:
+        """Start copying to the host; until `release` the storages keep their memory.
+
+        `unchanged` storages are not copied again, if they are those of the last time.
+        """
         assert not self._storages, "they wait in host memory already"
         self._storages = [(storage, storage.nbytes()) for storage in storages]
-        self.reserve(sum(_aligned(size) for _, size in self._storages))
-        self._copy(to_host=True)
+        places = [(storage._cdata, size) for storage, size in self._storages]
+        if not (unchanged and places == self._held):
+            self.reserve(sum(_aligned(size) for _, size in self._storages))
+            self._copy(to_host=True)
+            self._held = places
+
+    def forget(self) -> None:
+        """Copy the next time, since the storages have changed."""
+        self._held = []
 
     def release(self) -> None:
         """Wait for the copies, and free the memory of the storages."""
@@ -142,6 +154,7 @@ class Offload:
         self._device = next(chunks[0].parameters()).device
         stream, pinned = torch.cuda.Stream(), self._device.type == "cuda"
         self._weights = HostCopy("the policy's weights", stream, pinned=pinned)
+        self._frozen = HostCopy("the policy's frozen weights", stream, pinned=pinned)
         self._state = HostCopy("the optimizer's state", stream, pinned=pinned)
         self._gradients: list[tuple[torch.UntypedStorage, int]] = []
         self._has_weights = self._has_optimizer = True
@@ -160,7 +173,8 @@ class Offload:
         """Pin host memory for the optimizer's state, and perhaps for the weights."""
         if self.moves:
             self._state.reserve(state_bytes)
-            self._weights.reserve(self._weight_bytes if weights else 0)
+            for copy, storages in self._weight_storages() if weights else ():
+                copy.reserve(_num_bytes(storages))
 
     @property
     def has_large_weights(self) -> bool:
@@ -168,12 +182,12 @@ class Offload:
         if self._device.type != "cuda":
             return True
         total = torch.cuda.get_device_properties(self._device).total_memory
-        return self._weight_bytes > LARGE_WEIGHTS * total
+        size = sum(_num_bytes(storages) for _, storages in self._weight_storages())
+        return size > LARGE_WEIGHTS * total
 
-    @property
-    def _weight_bytes(self) -> int:
-        storages = _storages(self._weight_tensors(), self._device)
-        return sum(_aligned(storage.nbytes()) for storage in storages.values())
+    def frozen_weights_changed(self) -> None:
+        """Say that parameters without gradients have other values, as after loading."""
+        self._frozen.forget()
 
     def drop_gradients(self) -> None:
         """Free the memory of gradients, and of what else each update makes again."""
@@ -201,7 +215,8 @@ class Offload:
     def offload_weights(self) -> None:
         """Move the weights, and wait until the memory of all that moves is free."""
         if self._has_weights:
-            self._leave(self._weights, _storages(self._weight_tensors(), self._device).values())
+            for copy, storages in self._weight_storages():
+                self._leave(copy, storages, unchanged=copy is self._frozen)
             self._has_weights = False
         self.finish()
 
@@ -222,8 +237,9 @@ class Offload:
             "or use more GPUs"
         ):
             if not self._has_weights:
-                self._weights.come_back()
-                self._weights.wait()
+                for copy in (self._weights, self._frozen):
+                    copy.come_back()
+                    copy.wait()
             for storage, size in self._gradients:  # each update begins with zeros
                 storage.resize_(size)
             if not self._has_optimizer:
@@ -238,16 +254,27 @@ class Offload:
             self._state.wait()
             self._is_returning = False
 
-    def _leave(self, copy: HostCopy, storages: Iterable[torch.UntypedStorage]) -> None:
-        copy.leave(storages if self.moves else [])
+    def _leave(
+        self, copy: HostCopy, storages: Iterable[torch.UntypedStorage], *, unchanged: bool = False
+    ) -> None:
+        copy.leave(storages if self.moves else [], unchanged=unchanged)
         self._leaving.append(copy)
 
-    def _weight_tensors(self) -> Iterator[torch.Tensor]:
-        for chunk in self._chunks:
-            for parameter in chunk.parameters():
+    def _weight_tensors(self, *, trained: bool | None = None) -> Iterator[torch.Tensor]:
+        for parameter in self._chunks.parameters():
+            if trained in (None, parameter.requires_grad):
                 yield from _memory_of(parameter)
-        if self._adapters is not None:
+        if self._adapters is not None and not trained:
             yield from self._adapters.base_of_saved
+
+    def _weight_storages(self) -> list[tuple[HostCopy, list[torch.UntypedStorage]]]:
+        """Memory of trained weights, and of frozen ones, which are copied to the host once."""
+        trained, frozen = (
+            _storages(self._weight_tensors(trained=trained), self._device)
+            for trained in (True, False)
+        )
+        alone = [storage for place, storage in frozen.items() if place not in trained]
+        return [(self._weights, list(trained.values())), (self._frozen, alone)]
 
     def _gradient_tensors(self) -> Iterator[torch.Tensor]:
         for chunk in self._ddp:
@@ -271,6 +298,11 @@ class Offload:
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _num_bytes(storages: Iterable[torch.UntypedStorage]) -> int:
+    """What they take in host memory."""
+    return sum(_aligned(storage.nbytes()) for storage in storages)
 
 
 def _storages(

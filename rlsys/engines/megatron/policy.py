@@ -367,6 +367,7 @@ class MegatronPolicy(MegatronModel):
             )
         check_checkpoint(folder, self.optimizer)
         (self.weights if self.adapters is None else self.adapters.weights).load(folder)
+        self.offload.frozen_weights_changed()
         self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
         # Transformer Engine keeps them as a pickle, which no checkpoint of rlsys holds.
         self._unknown_scales = self._unknown_gradient_scales = self._has_scales
