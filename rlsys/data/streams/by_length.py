@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from typing import Any
 
 from rlsys.data.streams.base import SampleStream
@@ -18,7 +19,8 @@ class ByLength(SampleStream):
 
     It takes a group of samples, sorts it by length, cuts it into steps and shuffles these. A group
     ends with the step in which an epoch ends, so each epoch has each sample once, as in the other
-    stream, and the last step may begin the next epoch.
+    stream, and the last step may begin the next epoch. A group may have a sample several times,
+    where `Mixed` repeats a small dataset; its copies go to different steps while there are some.
     """
 
     def __init__(self, stream: SampleStream, *, num_rows: int, batch_size: int, seed: int):
@@ -62,6 +64,7 @@ class ByLength(SampleStream):
         number = min(most, -((first - epoch_ends) // size))  # rounded up
         taken = sorted(self._stream.take(number * size), key=lambda sample: -len(sample.token_ids))
         steps = [taken[i : i + size] for i in range(0, len(taken), size)]
+        spread_copies(steps)
         random.Random(f"{self._seed}:by-length:{first}").shuffle(steps)
         self._group = [sample for step in steps for sample in step]
 
@@ -80,3 +83,38 @@ class ByLength(SampleStream):
         self._first, self._size = state["first"], state["size"]
         self._stream.load_state_dict(state["stream"])
         self._group = []
+
+
+def spread_copies(steps: list[list[Sample]]) -> None:
+    """Exchange samples between steps until the copies of each are spread evenly, in place.
+
+    Args:
+        steps: equally many samples each, sorted by length, longest first.
+
+    A copy goes to the nearest step with at least two copies fewer. That step has at least one
+    sample of which the first step has fewer, since both are equally large, and gives it in return.
+    So the sum of squared counts decreases until no step has two copies more than another.
+    """
+    counts = [Counter(sample.sample_id for sample in step) for step in steps]
+    again = any(max(count.values()) > 1 for count in counts)
+    while again:
+        again = False
+        for here, step in enumerate(steps):
+            nearest = sorted(range(len(steps)), key=lambda index: abs(index - here))
+            for place, sample in enumerate(step):
+                name, own = sample.sample_id, counts[here]
+                if own[name] < 2:
+                    continue
+                there = next((i for i in nearest if counts[i][name] <= own[name] - 2), None)
+                if there is None:
+                    continue
+                partner, other = steps[there], counts[there]
+                # The samples of nearly the same length come first.
+                places = range(len(step)) if there > here else reversed(range(len(step)))
+                names = ((i, partner[i].sample_id) for i in places)
+                back, returned = next((i, n) for i, n in names if other[n] > own[n])
+                step[place], partner[back] = partner[back], sample
+                for count, less, more in ((own, name, returned), (other, returned, name)):
+                    count[less] -= 1
+                    count[more] += 1
+                again = True
