@@ -33,6 +33,7 @@ from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.preflight.before_start import load_checked_prompts
 from rlsys.preflight.hub import use_cache_without_hub
+from rlsys.preflight.positions import within_positions
 from rlsys.preflight.rewards import reachable_rewards
 from rlsys.preflight.turn_ends import turn_end_note
 from rlsys.rewards.columns import column_problems, column_uses, row_check, unread_columns
@@ -56,8 +57,8 @@ def main(args: argparse.Namespace) -> bool:
     rows, overrides = split_rows_option(args.overrides)
     num_rows = args.rows if rows is None else rows
     if schema_of(args.config, overrides) is SftConfig:
-        sft_config = load_config_as(SftConfig, args.config, overrides).config
-        return _preview_samples(sft_config, make_console(), num_rows=num_rows)
+        resolved = within_positions(load_config_as(SftConfig, args.config, overrides))
+        return _preview_samples(resolved.config, make_console(), num_rows=num_rows)
     config = load_config(args.config, overrides).config
     return preview(config, make_console(), num_rows=num_rows)
 

@@ -36,6 +36,7 @@ from rlsys.model.shape import ModelShape, read_model_config, read_model_shape
 from rlsys.preflight.data import count_rows
 from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
 from rlsys.preflight.model import recompute_note
+from rlsys.preflight.positions import within_positions
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.preflight.trained import trained_summary
 from rlsys.problems import Problem
@@ -47,13 +48,14 @@ _VALUE = 32
 """Columns for a value; a longer value continues on the next line."""
 _MIN_MEANING = 40
 """Fewest columns for the meanings of fields; a narrower terminal does not show them."""
-_ORIGIN_STYLES = {"default": "dim", "file": "", "command line": "bold green", "adapter": ""}
+_ORIGIN_STYLES = {"default": "dim", "command line": "bold green"}
 
 
 def main(args: argparse.Namespace) -> bool:
     """Explain a config; returns whether it could run."""
     schema = schema_of(args.config, args.overrides)
-    return explain(load_config_as(schema, args.config, args.overrides), make_console())
+    resolved = load_config_as(schema, args.config, args.overrides)
+    return explain(within_positions(resolved), make_console())
 
 
 def explain(resolved: ResolvedConfig[Any], console: Console) -> bool:
@@ -147,7 +149,7 @@ def _print_config(resolved: ResolvedConfig[Any], console: Console) -> None:
             origin,
             first_sentence(info.description),
         )
-        print_lines(console, columns(cells[: len(widths)], widths), _ORIGIN_STYLES[origin])
+        print_lines(console, columns(cells[: len(widths)], widths), _ORIGIN_STYLES.get(origin, ""))
 
 
 def _describe_actors(config: RunConfig, parts: Parts[Any], device: Device) -> list[tuple[str, str]]:

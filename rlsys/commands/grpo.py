@@ -12,6 +12,7 @@ from rlsys.config.load import ResolvedConfig, load_config_as
 from rlsys.config.schema import AnyConfig
 from rlsys.files import unused_folder
 from rlsys.preflight.checks import check_run
+from rlsys.preflight.positions import within_positions
 from rlsys.preflight.run_folder import plan_start
 from rlsys.problems import Problem, ProblemsError
 
@@ -35,7 +36,7 @@ def checked(
     Raises:
         ProblemsError: it cannot.
     """
-    resolved = load_config_as(schema, path, overrides)
+    resolved = within_positions(load_config_as(schema, path, overrides))
     problems = check(resolved.config)
     if problems:
         found_run = plan_start(resolved.config).found_run

@@ -36,8 +36,8 @@ from rlsys.files import replacing, unused_folder
 from rlsys.problems import Problem, ProblemsError
 from rlsys.text import not_utf8
 
-Origin = Literal["default", "file", "command line", "adapter"]
-"""Who set a value; "adapter" is the one in policy.lora.path."""
+Origin = Literal["default", "file", "command line", "adapter", "model"]
+"""Who set a value: adapter is the one in policy.lora.path, model the positions of model.path."""
 
 _SAVED_HEAD = "# The resolved config of the run in this folder."
 

@@ -115,13 +115,11 @@ def _batch_problems(config: Config) -> Iterator[Problem]:
             f"{completions}, and a rollout is a whole number of optimizer steps: use "
             f"{near_divisors(step, completions)}"
         )
-    prompt, completion = config.data.max_prompt_length, rollout.max_completion_length
-    tokens = config.policy.max_tokens_per_micro_batch
-    if tokens is not None and tokens < prompt + completion:
+    tokens, longest = config.policy.max_tokens_per_micro_batch, config.longest_row
+    if tokens is not None and tokens < longest:
         yield Problem(
             f"policy.max_tokens_per_micro_batch = {tokens} does not hold the longest row, "
-            f"{prompt + completion} tokens (data.max_prompt_length {prompt} + "
-            f"rollout.max_completion_length {completion}): use {prompt + completion} or more"
+            f"{config.longest_row_is} = {longest} tokens: use {longest} or more, or lower these"
         )
 
 

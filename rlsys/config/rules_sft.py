@@ -23,8 +23,8 @@ def _sample_problems(config: SftConfig) -> Iterator[Problem]:
     if tokens is not None and tokens < data.max_length:
         yield Problem(
             f"policy.max_tokens_per_micro_batch = {tokens} does not hold the longest sample, "
-            f"data.max_length = {data.max_length}: use {data.max_length} or more, or lower "
-            "data.max_length"
+            f"data.max_length = {data.shown('max_length')}: use {data.max_length} or more, or set "
+            f"data.max_length to {tokens} or fewer"
         )
     if sft.objective == "pretrain":
         for name, value, default in (

@@ -79,6 +79,11 @@ class Section(BaseModel):
             raise ValueError("should not be true or false; quote it if it is a text")
         return value
 
+    def shown(self, name: str) -> str:
+        """The value of a field for an error: users look in vain for one that they did not write."""
+        default = "" if name in self.model_fields_set else " (the default)"
+        return f"{getattr(self, name)}{default}"
+
 
 NonEmptyText = Annotated[str, Field(min_length=1)]
 
@@ -1251,7 +1256,8 @@ class Config(RunConfig):
     @property
     def longest_row_is(self) -> str:
         """Both fields, with their values."""
-        prompt, completion = self.data.max_prompt_length, self.rollout.max_completion_length
+        prompt = self.data.shown("max_prompt_length")
+        completion = self.rollout.shown("max_completion_length")
         return f"data.max_prompt_length {prompt} + rollout.max_completion_length {completion}"
 
     @property

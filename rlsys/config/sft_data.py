@@ -13,7 +13,8 @@ class SftDataConfig(RowsConfig):
     """Where samples come from."""
 
     max_length: int = Field(default=2048, ge=2)
-    """Longest sample, in tokens; see `truncation_strategy`."""
+    """Longest sample, in tokens; see `truncation_strategy`. The default is less for a model with
+    fewer positions."""
     truncation_strategy: Literal["auto", "delete", "left", "right", "split", "error"] = "auto"
     """What happens to rows over `max_length`. delete: dropped and counted; left, right: tokens are
     cut off at this side; split: a text becomes several samples, with sft.objective pretrain only;

@@ -309,10 +309,8 @@ def _kv_cache(config: Config, shape: ModelShape) -> Iterator[Problem]:
     if size * 2**20 < needed:
         yield Problem(
             f"rollout.kv_cache_memory_mb = {size} does not hold one sequence of "
-            f"data.max_prompt_length {config.data.max_prompt_length} + "
-            f"rollout.max_completion_length {config.rollout.max_completion_length} = "
-            f"{config.longest_row} tokens, which takes {needed / 2**20:,.1f} MiB: set it to at "
-            f"least {-(-needed // 2**20)}, or leave it out"
+            f"{config.longest_row_is} = {config.longest_row} tokens, which takes "
+            f"{needed / 2**20:,.1f} MiB: set it to at least {-(-needed // 2**20)}, or leave it out"
         )
 
 
