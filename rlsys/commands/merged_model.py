@@ -1,13 +1,23 @@
-"""The model of a LoRA adapter for `rlsys infer` and `rlsys eval`: merged once, into a cache."""
+"""The model of a LoRA adapter for `rlsys infer` and `rlsys eval`: merged once, into a cache.
+
+The cache keeps the models that were used last. Locks of the operating system, which end with the
+process, keep two commands from writing to it at the same time, and models in use from being
+removed. On a file system without locks nothing is removed.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -18,7 +28,14 @@ from rlsys.model.adapter_folder import CONFIG_FILE
 from rlsys.model.shape import read_model_shape
 from rlsys.model.stored_adapter import StoredAdapter
 from rlsys.model.weight_files import weight_files
+from rlsys.run.folder import NO_LOCKS
 from rlsys.run.model_source import ModelSource
+
+KEPT = 4
+"""Merged models that the cache keeps, unless commands use more of them at the same time."""
+_LOCK, _UNFINISHED = ".lock", (".partial", ".replaced")
+_in_use: list[IO[bytes]] = []
+"""Files whose locks say which models this process uses, to its end."""
 
 
 def with_merged_adapter(source: ModelSource) -> ModelSource:
@@ -29,15 +46,19 @@ def with_merged_adapter(source: ModelSource) -> ModelSource:
     """
     if source.adapter is None:
         return source
-    folder = _cache() / f"{source.saved.resolve().name}-{_fingerprint(source)}"
-    if not folder.is_dir():
-        _write(source.folder, source.adapter, folder)
-        print(
-            f"merged {source.label} into {folder}, {size_text(bytes_in(folder))}: later commands "
-            "use it, and it can be deleted",
-            file=sys.stderr,
-            flush=True,
-        )
+    cache = _cache()
+    folder = cache / f"{source.saved.resolve().name}-{_fingerprint(source)}"
+    with _alone_in(cache):
+        if not folder.is_dir():
+            _write(source.folder, source.adapter, folder)
+            _say(
+                f"merged {source.label} into {folder}, {size_text(bytes_in(folder))}: later "
+                f"commands use it; the {KEPT} models that were used last are kept"
+            )
+        os.utime(folder)
+        file = (folder / "config.json").open("rb")
+        if _lock(file, fcntl.LOCK_SH):
+            _in_use.append(file)
     return replace(source, folder=folder)
 
 
@@ -45,6 +66,7 @@ def _write(base: Path, adapter: StoredAdapter, folder: Path) -> None:
     shape = read_model_shape(base)
     stored: Counter[torch.dtype] = read_dtypes(base, shape, is_mcore=False)
     needed = sum(dtype.itemsize * number for dtype, number in stored.items())
+    _make_room(folder.parent, needed)
     if (free := free_bytes(folder)) < needed:
         raise ValueError(
             f"the disk of {folder} has {size_text(free)} free, and the merged model takes "
@@ -52,6 +74,68 @@ def _write(base: Path, adapter: StoredAdapter, folder: Path) -> None:
             f"`rlsys export {adapter.folder} --merge --to hf NEW`, and name NEW"
         )
     save_merged_folder(base, adapter, folder, main_dtype=stored.most_common(1)[0][0])
+
+
+def _make_room(cache: Path, needed: int) -> None:
+    """Remove models for one more of `needed` bytes: those that were not used for longest first."""
+    folders = [path for path in cache.iterdir() if path.is_dir()]
+    for leftover in (path for path in folders if path.suffix in _UNFINISHED):  # of killed commands
+        shutil.rmtree(leftover, ignore_errors=True)
+    models = [path for path in folders if path.suffix not in _UNFINISHED]
+    number = len(models)
+    for folder in sorted(models, key=lambda path: path.stat().st_mtime):
+        if number < KEPT and free_bytes(cache) >= needed:
+            return
+        if _is_in_use(folder):
+            continue
+        why = f"{KEPT} are kept" if number >= KEPT else "the disk has no room for another one"
+        size = size_text(bytes_in(folder))
+        removed = folder.rename(folder.with_name(folder.name + _UNFINISHED[0]))
+        shutil.rmtree(removed)
+        number -= 1
+        _say(f"removed {folder}, {size}: of merged models it was not used for longest, and {why}")
+
+
+def _is_in_use(folder: Path) -> bool:
+    """Whether a command uses a model, or may use it: file systems may lack locks."""
+    try:
+        file = (folder / "config.json").open("rb")
+    except OSError:  # not a model: nothing can use it
+        return False
+    with file:
+        return not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def _alone_in(cache: Path) -> Iterator[None]:
+    """Have other commands wait until this one has found or written its model."""
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / _LOCK).open("ab") as file:
+        if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
+            _say(f"waiting for another command that merges a model into {cache}")
+            _lock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _lock(file: IO[bytes], kind: int) -> bool | None:
+    """Lock a file until it is closed.
+
+    Returns:
+        Whether nobody else holds it; None where the file system has no locks.
+    """
+    try:
+        fcntl.flock(file, kind)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _cache() -> Path:
