@@ -58,7 +58,7 @@ class IpcTransport(Transport):
         """Zeros [num_buffers, nbytes] uint8 that other processes can open."""
         if self.device.type == "cpu":
             return _memory_file(num_buffers, nbytes)
-        with _exportable_memory(self.device):
+        with torch.cuda.device(self.device), _exportable_memory():
             return torch.zeros(num_buffers, nbytes, dtype=torch.uint8, device=self.device)
 
     def _join(self, store: dist.Store, timeout: timedelta) -> None:
@@ -144,7 +144,7 @@ def _memory_file(*shape: int) -> torch.Tensor:
 
 
 @contextmanager
-def _exportable_memory(device: torch.device) -> Iterator[None]:
+def _exportable_memory() -> Iterator[None]:
     """Within this context, torch takes memory that CUDA IPC can export, in blocks of its own.
 
     Expandable segments cannot be exported. In a block of its own, the memory keeps nothing else
@@ -155,7 +155,7 @@ def _exportable_memory(device: torch.device) -> Iterator[None]:
     if expands:
         _set_allocator(settings.replace(_EXPANDABLE, "expandable_segments:False"))
     try:
-        with torch.cuda.use_mem_pool(torch.cuda.MemPool(), device):
+        with torch.cuda.use_mem_pool(torch.cuda.MemPool()):
             yield
     finally:
         if expands:

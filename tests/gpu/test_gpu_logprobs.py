@@ -1,5 +1,6 @@
 """Log-probs, gradients and exports of the policy on a GPU: transformers' own, but for rounding."""
 
+import pickletools
 from dataclasses import dataclass
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from gpu_cases import KINDS, gpu_config, long_batch, transformers_logprobs
 from gpu_lab import use_config
 from policy_cases import exported
+from ray import cloudpickle
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.gpu(1)
@@ -122,3 +124,16 @@ def test_exported_weights_are_those_that_were_read_bit_for_bit(results, gpu_mode
     assert ours.keys() == read.keys()
     for name, tensor in ours.items():
         assert torch.equal(tensor, read[name].to(DTYPES[dtype])), name
+
+
+def texts_in_pickle(rank):
+    """Names of modules are among them."""
+    pickled = cloudpickle.dumps(rank.compute_logprobs(BATCH), protocol=5)
+    return {argument for _, argument, _ in pickletools.genops(pickled) if isinstance(argument, str)}
+
+
+def test_a_driver_reads_logprobs_without_megatron(lab, gpu_models):
+    policy = lab.policy(gpu_config(gpu_models["qwen3-tied", 0], num_completions=len(BATCH.lengths)))
+    (texts,) = policy.call("run", texts_in_pickle)
+    assert "torch._utils" in texts
+    assert not [text for text in texts if text.startswith(("megatron", "transformer_engine"))]

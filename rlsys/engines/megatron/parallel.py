@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -32,6 +33,7 @@ def initialize_parallel(
     layout: ParallelLayout, store: dist.Store, *, device: Device, seed: int
 ) -> None:
     """Join the process group at the ranks' common store, and build megatron-core's groups."""
+    _let_others_read_tensors()
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         store=store,
@@ -50,3 +52,13 @@ def initialize_parallel(
         distributed_timeout_minutes=max(1, math.ceil(layout.timeout_s / 60)),
     )
     model_parallel_cuda_manual_seed(seed)
+
+
+def _let_others_read_tensors() -> None:
+    """Have pickles of tensors name torch's own loader, also where megatron-core (0.19) replaced it.
+
+    Otherwise a process that gets log-probs, such as the driver, imports megatron-core and
+    Transformer Engine to read them.
+    """
+    loader = torch.storage._load_from_bytes  # type: ignore[attr-defined]
+    loader.__module__, loader.__qualname__ = "torch.storage", "_load_from_bytes"
