@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +36,7 @@ from rlsys.model.lora import plan_lora
 from rlsys.model.shape import read_model_shape
 from rlsys.model.weight_files import DATA_FILE, ROLLOUTS_FILE
 from rlsys.plugins.load import load_plugins
-from rlsys.preflight.memory import memory_warnings, sft_memory_warnings
+from rlsys.preflight.memory import memory_warnings
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.tracking import Tracker
 from rlsys.types import Device, Sample
@@ -165,7 +164,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     device = choose_device(config)
     config = decide_placement(config, device=device, num_gpus=cluster_gpus())
     placement = Placement(config, device=device)
-    _say_start(config, device, memory_warnings(config, device))
+    _say_start(config, device)
     with StartReport() as report:
         rewards = RewardWorkers(
             config.reward,
@@ -239,7 +238,7 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
     config = with_absolute_paths(config)
     device = choose_device(config)
     placement = Placement(config, device=device)
-    _say_start(config, device, sft_memory_warnings(config, device))
+    _say_start(config, device)
     with StartReport() as report:
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
         report.waiting_for(policy.actors)
@@ -249,13 +248,13 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
     return SftSystem(config, device, policy, make_sample_stream(config, data), data.held_out_sets)
 
 
-def _say_start(config: RunConfig, device: Device, memory_warnings: Iterable[str]) -> None:
+def _say_start(config: RunConfig, device: Device) -> None:
     """Print which actors start, and what may not fit."""
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())
     sharing = ", taking turns on the same GPUs" if config.is_colocated else ""
     print(f"starting on {device}: {actors}{sharing}", flush=True)
-    for warning in memory_warnings:
+    for warning in memory_warnings(config, device):
         print(f"note: this may not fit: {warning}", flush=True)
 
 

@@ -18,7 +18,7 @@ from rlsys.data.samples import long_rows
 from rlsys.model.memory import MemoryEstimate, estimate_policy
 from rlsys.model.shape import ModelShape
 from rlsys.preflight.data import FIRST_ROWS, count_rows
-from rlsys.preflight.memory import sft_gpu_warnings
+from rlsys.preflight.memory import gpu_warnings
 from rlsys.preflight.sft import check_sft_run
 from rlsys.text import counted
 from rlsys.types import Device
@@ -181,7 +181,7 @@ SFT_PARTS = Parts(
     experts=lambda config, shape: [],
     weights=lambda config, shape, device: [],
     memory=_memory,
-    warnings=sft_gpu_warnings,
+    warnings=gpu_warnings,
     phases=lambda *_: ([], []),
     to_fit="policy.micro_batch_size or data.max_length",
     looked_at=f"The first {FIRST_ROWS} rows of each text file were read, without their tokens.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config import Config, RunConfig
 from rlsys.model.colocated_memory import Phase, colocated_phases, pinned_gib
 from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import MemoryEstimate, estimate_memory, estimate_policy
@@ -14,16 +14,17 @@ from rlsys.preflight.devices import gpu_memory_gib, host_memory_gib
 from rlsys.types import Device
 
 
-def memory_warnings(config: Config, device: Device) -> list[str]:
+def memory_warnings(config: RunConfig, device: Device) -> list[str]:
     """`gpu_warnings` for the GPUs of this machine; a running cluster's are unknown here."""
-    gpu_gib = _known_gpu_gib(device)
+    gpu_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
     if gpu_gib is None:
         return []
-    reference_path = config.reference_path if config.has_reference_model else config.model.path
-    policy, reference = (
-        read_model_shape(find_model_folder(path), may_bridge=True)
-        for path in (config.model.path, reference_path)
-    )
+    policy = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+    if not isinstance(config, Config):
+        return gpu_warnings(config, [estimate_policy(config, policy, device=device)], gpu_gib)
+    reference = policy
+    if config.has_reference_model:
+        reference = read_model_shape(find_model_folder(config.reference_path), may_bridge=True)
     estimates = estimate_memory(config, policy, reference, device=device)
     return [
         *gpu_warnings(config, estimates, gpu_gib),
@@ -31,28 +32,9 @@ def memory_warnings(config: Config, device: Device) -> list[str]:
     ]
 
 
-def sft_memory_warnings(config: SftConfig, device: Device) -> list[str]:
-    """`memory_warnings` of supervised training."""
-    gpu_gib = _known_gpu_gib(device)
-    if gpu_gib is None:
-        return []
-    shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
-    return sft_gpu_warnings(config, [estimate_policy(config, shape, device=device)], gpu_gib)
-
-
-def _known_gpu_gib(device: Device) -> float | None:
-    return gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
-
-
-def sft_gpu_warnings(
-    config: SftConfig, estimates: Sequence[MemoryEstimate], gpu_gib: float
+def gpu_warnings(
+    config: RunConfig, estimates: Sequence[MemoryEstimate], gpu_gib: float
 ) -> list[str]:
-    """`gpu_warnings` of supervised training, whose only model is the policy's."""
-    [policy] = estimates
-    return list(_policy_needs(config, policy.total_gib, gpu_gib))
-
-
-def gpu_warnings(config: Config, estimates: Sequence[MemoryEstimate], gpu_gib: float) -> list[str]:
     """A warning for each kind of GPU whose models are estimated to need more memory than it has.
 
     Args:
@@ -61,14 +43,14 @@ def gpu_warnings(config: Config, estimates: Sequence[MemoryEstimate], gpu_gib: f
         gpu_gib: memory of a GPU.
     """
     by_role = {estimate.role: estimate for estimate in estimates}
+    if not isinstance(config, Config):
+        return list(_policy_needs(config, by_role["policy"].total_gib, gpu_gib))
     if config.is_colocated:
-        return [
-            *_phase_warnings(colocated_phases(config, estimates, gpu_gib), gpu_gib),
-            *_rollout_warning(config, by_role["rollout"], gpu_gib),
-            *_reference_warning(config, by_role.get("reference"), gpu_gib),
-        ]
+        of_policy = _phase_warnings(colocated_phases(config, estimates, gpu_gib), gpu_gib)
+    else:
+        of_policy = _policy_warning(config, by_role, gpu_gib)
     return [
-        *_policy_warning(config, by_role, gpu_gib),
+        *of_policy,
         *_rollout_warning(config, by_role["rollout"], gpu_gib),
         *_reference_warning(config, by_role.get("reference"), gpu_gib),
     ]

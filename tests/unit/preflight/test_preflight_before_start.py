@@ -1,11 +1,11 @@
 """What a run says of its length, its right answers and its GPUs before anything starts."""
 
 import pytest
-from config_cases import values, write_run
+from config_cases import values, write_run, write_sft_run
 from data_cases import chat_tokenizer, write_jsonl
 
-from rlsys.config import Config
-from rlsys.config.load import load_config
+from rlsys.config import Config, SftConfig
+from rlsys.config.load import load_config_as
 from rlsys.preflight.before_start import check_right_answers, load_checked_prompts, step_notes
 from rlsys.preflight.memory import memory_warnings
 
@@ -57,8 +57,9 @@ def test_rows_without_a_right_answer_are_counted_before_the_run(tmp_path, capsys
     assert check() == ""
 
 
-def test_a_gpu_that_is_too_small_is_a_warning_at_the_start(tmp_path, monkeypatch):
-    config = load_config(write_run(tmp_path)).config
+@pytest.mark.parametrize(("schema", "write"), [(Config, write_run), (SftConfig, write_sft_run)])
+def test_a_gpu_that_is_too_small_is_a_warning_at_the_start(tmp_path, monkeypatch, schema, write):
+    config = load_config_as(schema, write(tmp_path)).config
     monkeypatch.setattr("rlsys.preflight.memory.gpu_memory_gib", lambda: 1.0)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert any("GPU of the policy" in text for text in memory_warnings(config, "cuda"))
