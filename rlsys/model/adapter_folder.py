@@ -76,7 +76,7 @@ def adapter_settings(folder: Path) -> dict[str, Any]:
             "adapter needs: convert it with PEFT's save_pretrained(..., "
             "path_initial_model_for_weight_conversion=...)"
         )
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if key not in values]
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if not values.get(key)]
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}")
     return {

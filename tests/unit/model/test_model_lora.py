@@ -208,6 +208,7 @@ def test_an_adapter_with_other_tensors_is_refused(shape, tmp_path):
         ({"use_dora": True}, "use_dora = True is not supported"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
         ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"r": None}, "lacks r"),
         ({"init_lora_weights": "pissa"}, "changes the base model's weights"),
         ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
     ],
