@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 TARGET = ROOT / "docs" / "models.md"
-sys.path[:0] = [str(ROOT / "tests" / "actors")]
+sys.path[:0] = [str(ROOT / "tests" / "actors"), str(ROOT / "scripts")]
 
 from family_models import (  # noqa: E402
     GPU_RUN,
@@ -21,6 +21,7 @@ from family_models import (  # noqa: E402
     NOT_TESTED,
     THROUGH_THE_LOADER,
 )
+from page_tables import table, with_tables  # noqa: E402
 
 from rlsys.model import families  # noqa: E402
 from rlsys.model.families import FAMILIES  # noqa: E402
@@ -28,13 +29,11 @@ from rlsys.model.families import FAMILIES  # noqa: E402
 
 def markdown() -> str:
     """The page in docs, with its tables written again."""
-    page = TARGET.read_text(encoding="utf-8")
-    for name, lines in {"families": _families(), "rope": _rope()}.items():
-        start = f"<!-- {name}: written by scripts/models_table.py -->\n"
-        before, _, rest = page.partition(start)
-        _, _, after = rest.partition("<!-- end -->\n")
-        page = before + start + "\n".join(lines) + "\n<!-- end -->\n" + after
-    return page
+    return with_tables(
+        TARGET.read_text(encoding="utf-8"),
+        {"families": _families(), "rope": _rope()},
+        script="scripts/models_table.py",
+    )
 
 
 def _families() -> list[str]:
@@ -48,31 +47,25 @@ def _families() -> list[str]:
         "in place",
         "GPUs",
     ]
-    lines = [_row(head), _row(["---"] * len(head))]
+    rows: list[list[str]] = []
     notes: list[str] = []
     for model_type in FAMILIES:
         names = [name for name in MODELS if name.partition("-")[0] == model_type]
         variants = ", ".join(name.partition("-")[2] for name in names if "-" in name)
-        lines.append(
-            _row(
-                [
-                    _summary(model_type),
-                    f"`{model_type}`",
-                    variants,
-                    "EP 2" if any("num_experts_per_tok" in MODELS[n][1] for n in names) else "",
-                    _tested(names, ("one rank", "TP 2", "PP 2"), notes),
-                    _tested(names, ("engine",), notes),
-                    _in_place(names),
-                    _on_gpus(names, notes),
-                ]
-            )
+        rows.append(
+            [
+                _summary(model_type),
+                f"`{model_type}`",
+                variants,
+                "EP 2" if any("num_experts_per_tok" in MODELS[n][1] for n in names) else "",
+                _tested(names, ("one rank", "TP 2", "PP 2"), notes),
+                _tested(names, ("engine",), notes),
+                _in_place(names),
+                _on_gpus(names, notes),
+            ]
         )
-    lines.append(f"\nGPUs: {GPU_RUN}.")
+    lines = [*table(head, rows), f"\nGPUs: {GPU_RUN}."]
     return lines + [f"\n{number + 1}. {note}" for number, note in enumerate(notes)]
-
-
-def _row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _summary(model_type: str) -> str:
@@ -113,13 +106,13 @@ def _rope() -> list[str]:
     """Which families have which rotary embeddings."""
     kinds = dict.fromkeys(kind for family in FAMILIES.values() for kind in family.rope_types)
     exact = {"dynamic": "up to `max_position_embeddings`", "longrope": "see below"}
-    rows = [_row(["`rope_type`", "families", "tested with", "exact"]), _row(["---"] * 4)]
+    rows: list[list[str]] = []
     for kind in kinds:
         having = [name for name, family in FAMILIES.items() if kind in family.rope_types]
         models = [name for name in MODELS if kind in _rope_types(name)]
         tested = "all" if kind == "default" else ", ".join(models)
-        rows.append(_row([f"`{kind}`", ", ".join(having), tested, exact.get(kind, "yes")]))
-    return rows
+        rows.append([f"`{kind}`", ", ".join(having), tested, exact.get(kind, "yes")])
+    return table(["`rope_type`", "families", "tested with", "exact"], rows)
 
 
 def _rope_types(name: str) -> set[str]:

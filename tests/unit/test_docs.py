@@ -1,5 +1,6 @@
 """What the documentation points at exists: links, files, names in code, and pages."""
 
+import json
 import re
 import runpy
 from pathlib import Path
@@ -95,3 +96,34 @@ def test_the_tables_of_models_are_those_of_the_tests():
     script = runpy.run_path(str(REPOSITORY / "scripts" / "models_table.py"))
     page = (REPOSITORY / "docs" / "models.md").read_text(encoding="utf-8")
     assert page == script["markdown"](), "run: python scripts/models_table.py"
+
+
+def test_the_tables_of_results_are_those_of_the_raw_results():
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "gpu_tables.py"))
+    for path, page in script["markdown"]().items():
+        written = (REPOSITORY / path).read_text(encoding="utf-8")
+        assert written == page, f"{path}: run python scripts/gpu_tables.py"
+
+
+def test_a_suite_is_in_the_tables_of_results(tmp_path):
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "gpu_tables.py"))
+    step = {"step_s": 10.0, "phases_s": {"rollout": 4.0}, "completion_tokens_per_second": 13100.0}
+    step |= {"peak_gib_by_nvidia_smi": {"GPU 0": 70.5}, "step over sum of phases alone": 1.12}
+    part = {"rc": 0, "seconds": 9.0, "beside": [], "problems": {"rollout: error": "no room"}}
+    part["results"] = {"shape": "tiny", "prompts": 4, "generations": 8, "completion_length": 16}
+    part["results"] |= {"gpus": 1, "options": [], "max_staleness 0": step}
+    tests = {"rc": 1, "seconds": 60.4, "beside": ["tests 2"]}
+    tests["tests"] = {"passed": 7, "failed": {"test_x::test_y": "wrong"}, "skipped": {"a": "b"}}
+    machine = {"date": "2026-12-01", "gpus": ["H200"], "versions": {}, "cores": 16}
+    suite = {"machine": machine, "gpus": 1, "parts": {"steps": part, "tests 1": tests}}
+    suite["not_run"] = {"rollout": "3 s were left"}
+    (tmp_path / "gpu_suite_1.json").write_text(json.dumps(suite))
+    (tmp_path / "on_cpu.json").write_text(json.dumps({"machine": {"gpus": []}, "variants": {}}))
+    runs = list(script["read_runs"](tmp_path))
+    parts = "\n".join(script["suites_table"](runs))
+    assert "| steps | 9 s, exit code 0 | nothing | rollout: error: no room |" in parts
+    assert "| 60 s, exit code 1 | tests 2 | 7 passed, 1 failed (test_x::test_y), 1 skipped" in parts
+    assert "| rollout | not run |  | 3 s were left |" in parts
+    (line,) = script["steps_table"](runs)[2:]
+    assert "| rlsys | tiny, 4 x 8 x 16 | 1 |  | 10.00 | 4.00 |" in line
+    assert line.endswith("| 13.1k |  | 70.5 | 1.12 |")
