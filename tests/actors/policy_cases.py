@@ -341,6 +341,10 @@ class LabRank(PolicyRank):
         host_memory.SLAB_BYTES = 2**13  # so that most storages are cut
         self.engine.offload.moves = True
 
+    def send_to_nobody(self):
+        self.links["nobody"] = []
+        self.send_weights(1, to="nobody")
+
     def held_bytes(self):
         """Bytes of the memory of weights, gradients and optimizer's state that are in place."""
         from rlsys.engines.megatron import offload as module
