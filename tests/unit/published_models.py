@@ -474,6 +474,42 @@ HYBRIDS = {
     },
 }
 """Of Qwen3.5-9B the text model, saved alone as docs/models.md says."""
+_QWEN_2_5 = {
+    "model_type": "qwen2",
+    "head_dim": 128,
+    "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+}
+QWEN_2_5 = {
+    "Qwen2.5-1.5B": _QWEN_2_5
+    | {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_attention_heads": 12,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 2,
+    },
+    "Qwen2.5-3B": _QWEN_2_5
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 36,
+        "num_key_value_heads": 2,
+    },
+    "Qwen2.5-7B": _QWEN_2_5
+    | {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+        "vocab_size": 152064,
+    },
+}
+"""The sizes alone, for estimates of memory."""
 PUBLISHED = MIXTURES | DENSE | HYBRIDS
 PARAMETERS = {
     "Qwen1.5-MoE-A2.7B": 14.3e9,

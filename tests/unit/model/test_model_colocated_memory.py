@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from config_cases import write_config, write_model
+from published_models import QWEN_2_5
 
 from rlsys.config.load import load_config
 from rlsys.model.colocated_memory import colocated_phases, pinned_gib, weights_leave
@@ -16,35 +17,6 @@ from rlsys.preflight.memory import gpu_warnings, host_warnings
 GPU_MD = Path(__file__).parents[3] / "docs/gpu.md"
 CARD_GIB = 79.6
 """What nvidia-smi says of a GPU of 80 GB."""
-COMMON = {"model_type": "qwen2", "head_dim": 128, "vocab_size": 151936, "tie_word_embeddings": True}
-MODELS = {
-    "Qwen2.5-1.5B": COMMON
-    | {
-        "hidden_size": 1536,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "intermediate_size": 8960,
-    },
-    "Qwen2.5-3B": COMMON
-    | {
-        "hidden_size": 2048,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-        "intermediate_size": 11008,
-    },
-    "Qwen2.5-7B": COMMON
-    | {
-        "hidden_size": 3584,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "intermediate_size": 18944,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-}
 RUNS = {
     "1.5B, all weights": ("Qwen2.5-1.5B", {}),
     "3B, all weights": ("Qwen2.5-3B", {"recompute": "full"}),
@@ -57,7 +29,7 @@ def colocated(tmp_path, model, policy, **sections):
     """Config, shape and estimates of a run on one GPU."""
     folder = tmp_path / "model"
     if not folder.exists():
-        write_model(folder, **MODELS[model])
+        write_model(folder, **QWEN_2_5[model])
     rollout = {"num_generations": 8, "generation_batch_size": 512, "max_completion_length": 1024}
     config = load_config(
         write_config(
@@ -195,8 +167,8 @@ def test_slabs_are_powers_of_two_that_hold_what_is_asked():
 
 def test_sizes_are_those_of_the_published_models(tmp_path):
     billions = []
-    for model in MODELS:
-        write_model(tmp_path / model, **MODELS[model])
+    for model in QWEN_2_5:
+        write_model(tmp_path / model, **QWEN_2_5[model])
         assert json.loads((tmp_path / model / "config.json").read_text())["head_dim"] == 128
         billions.append(round(read_model_shape(tmp_path / model).num_params / 1e9, 2))
     assert billions == [1.54, 3.09, 7.62]

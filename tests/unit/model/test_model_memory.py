@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 from config_cases import EXPERTS, MODEL_SIZES, write_config, write_model
+from published_models import QWEN_2_5
 
 from rlsys.config.load import load_config
 from rlsys.model.families.base import LayerShape
@@ -281,25 +282,7 @@ def test_the_reference_is_in_the_estimate_only_with_a_kl_term(tmp_path):
     assert set(with_kl) == {"policy", "rollout", "reference"}
 
 
-QWEN_1_5B = {
-    "model_type": "qwen2",
-    "vocab_size": 151936,
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "max_position_embeddings": 32768,
-}
-QWEN_7B = QWEN_1_5B | {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "tie_word_embeddings": False,
-}
+QWEN_1_5B, QWEN_7B = QWEN_2_5["Qwen2.5-1.5B"], QWEN_2_5["Qwen2.5-7B"]
 
 
 def of_sizes(tmp_path, sizes, **sections):
