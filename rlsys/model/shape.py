@@ -173,8 +173,7 @@ def read_model_shape(folder: Path, *, may_bridge: bool = False) -> ModelShape:
             layers=family.layers(values),
             **{
                 "head_dim": values.get("head_dim") or values["hidden_size"] // num_heads,
-                "has_qkv_bias": family.has_qkv_bias,
-                "has_qk_norm": family.has_qk_norm,
+                **family.constants,
                 **family.own_sizes(values),
             },
         )

@@ -285,12 +285,10 @@ class ModelFamily:
     """What transformers and vLLM take for keys that config.json leaves out."""
     heads_divide_hidden: bool = False
     """Whether transformers refuses another number of heads even if config.json has head_dim."""
-    has_qkv_bias: bool = False
-    """Whether q, k and v have a bias, which config.json may not say."""
-    has_qk_norm: bool = False
-    """Whether q and k are normalised, by head."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of ModelShape with one value in all of its models, which config.json may not say."""
     qk_norm_of_all_heads: bool = False
-    """Whether they are normalised over all heads together instead."""
+    """Whether q and k are normalised over all heads together, and not by head."""
     rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
     """Kinds of rotary embeddings: `rlsys.model.rope`."""
     rope_keys: tuple[str, ...] = ()

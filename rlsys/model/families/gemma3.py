@@ -47,7 +47,7 @@ GEMMA3 = ModelFamily(
         "tie_word_embeddings": True,
     },
     heads_divide_hidden=True,
-    has_qk_norm=True,
+    constants={"has_qk_norm": True},
     rope_by_layer_type=True,
     layer_types=WINDOW_TYPES,
     norms="sandwich",

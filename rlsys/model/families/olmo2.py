@@ -8,7 +8,7 @@ OLMO2 = ModelFamily(
     architecture="Olmo2ForCausalLM",
     inert=QK_NORM_KEYS | {"sliding_window": ()},
     heads_divide_hidden=True,
-    has_qk_norm=True,
+    constants={"has_qk_norm": True},
     qk_norm_of_all_heads=True,
     norms="post",
 )

@@ -43,7 +43,7 @@ QWEN2 = ModelFamily(
     architecture="Qwen2ForCausalLM",
     inert=WINDOW_KEYS | QKV_BIAS_KEYS,
     defaults=WINDOW_DEFAULTS | {"num_key_value_heads": 32},
-    has_qkv_bias=True,
+    constants={"has_qkv_bias": True},
     layer_types=WINDOW_TYPES,
     layers=windowed_layers,
 )

@@ -13,7 +13,7 @@ QWEN3 = ModelFamily(
     architecture="Qwen3ForCausalLM",
     inert=WINDOW_KEYS | QK_NORM_KEYS,
     defaults=WINDOW_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128},
-    has_qk_norm=True,
+    constants={"has_qk_norm": True},
     layer_types=WINDOW_TYPES,
     layers=windowed_layers,
 )

@@ -36,7 +36,7 @@ QWEN3_5 = ModelFamily(
         "mtp_use_dedicated_embeddings": (False,),
     },
     defaults={**LINEAR_DEFAULTS, "num_key_value_heads": 4, "head_dim": 256},
-    has_qk_norm=True,
+    constants={"has_qk_norm": True},
     has_output_gate=True,
     zero_centered_norms=True,
     partial_rotary=True,

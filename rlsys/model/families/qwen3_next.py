@@ -53,7 +53,7 @@ QWEN3_NEXT = ModelFamily(
         "head_dim": 256,
         "norm_topk_prob": True,
     },
-    has_qk_norm=True,
+    constants={"has_qk_norm": True},
     has_output_gate=True,
     zero_centered_norms=True,
     partial_rotary=True,

@@ -14,5 +14,5 @@ SEED_OSS = ModelFamily(
         "sliding_window": (),
     },
     defaults={"num_key_value_heads": 8, "head_dim": 128},
-    has_qkv_bias=True,
+    constants={"has_qkv_bias": True},
 )
