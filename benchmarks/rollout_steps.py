@@ -41,6 +41,8 @@ class Variant:
     """Arguments of vllm.LLM, on top of those of a run."""
     env: dict[str, str] = field(default_factory=dict)
     collect_garbage: bool = True
+    quantization: str | None = None
+    """rollout.quantization."""
 
 
 VARIANTS = {
@@ -55,7 +57,7 @@ VARIANTS = {
     "graphs_of_512": Variant({"max_cudagraph_capture_size": 512}),
     "decode_graphs_only": Variant({"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}}),
     "no_gc": Variant(collect_garbage=False),
-    "fp8": Variant({"quantization": "fp8"}),
+    "fp8": Variant(quantization="fp8"),
 }
 WARM_UP_STEPS = 20
 FLOOR_SEQUENCES = (8, 32, 128, 512, 1024)
@@ -114,7 +116,8 @@ def profile(config, variant, *, device, waves, requests, steps, parts):
     lengths = GivenLengths(config.rollout.max_completion_length)
     # Before the engine takes the memory.
     bytes_per_s = bandwidth(device) if "floor" in parts else None
-    config = config_of(config, chosen)
+    rollout = config.rollout.model_copy(update={"quantization": chosen.quantization})
+    config = config.model_copy(update={"rollout": rollout})
     start = time.perf_counter()
     engine = engines.VLLMEngine(config.model.path, config=config, device=device, engine_rank=0)
     result = {"start_s": time.perf_counter() - start} | describe(engine)
@@ -213,13 +216,6 @@ def milliseconds(engine, steps):
     for _ in range(steps):
         engine.step()
     return 1e3 * (time.perf_counter() - start) / steps
-
-
-def config_of(config, variant):
-    """The config with what of a variant is a field of it: the floor of its weights is another."""
-    quantization = variant.arguments.get("quantization")
-    rollout = config.rollout.model_copy(update={"quantization": quantization})
-    return config.model_copy(update={"rollout": rollout})
 
 
 def floors(engine, requests, steps, config, device, bytes_per_s):

@@ -334,7 +334,8 @@ class RolloutConfig(Section):
     @property
     def draft_model(self) -> str | None:
         """Folder or hub id of the model that drafts; None without one."""
-        model = self.speculation.get("model")
+        drafts = self.speculation
+        model = drafts.get("model") if drafts.get("method") == "draft_model" else None
         return model if isinstance(model, str) else None
 
     @property

@@ -18,7 +18,8 @@ from rlsys.types import SampleRequest
 
 pytestmark = pytest.mark.gpu(1)
 
-KIND = "qwen3-untied"
+KINDS = {"fp8": "qwen2-tied", "fp8_per_block": "qwen3-untied"}
+"""A model with biases, and one with norms of queries and keys."""
 
 
 class Fp8Actor(ReloadingGpuActor):
@@ -33,11 +34,13 @@ def _weight_dtypes(worker):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two models whose sizes are multiples of a block of 128."""
+    """By quantization two models, whose sizes are multiples of a block of 128."""
     root = tmp_path_factory.mktemp("fp8")
-    for seed in (0, 1):
-        save_gpu_model(root / str(seed), KIND, seed=seed)
-    return [root / str(seed) for seed in (0, 1)]
+    found = {name: [root / f"{name}-{seed}" for seed in (0, 1)] for name in KINDS}
+    for name, pair in found.items():
+        for seed, folder in enumerate(pair):
+            save_gpu_model(folder, KINDS[name], seed=seed)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def engines(gpus, folders):
     """One engine, which starts again with other settings in `reload`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "RolloutActor", Fp8Actor)
-        config = engine_config(folders[0])
+        config = engine_config(folders["fp8"][0])
         engines = RolloutActors(config, device=DEVICE, place=gpus.on(0))
     engines.start()
     yield engines
@@ -74,9 +77,9 @@ def mismatch(engines, folder):
     }
 
 
-@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_block"])
+@pytest.mark.parametrize("quantization", KINDS)
 def test_a_synced_engine_equals_a_fresh_one(engines, folders, quantization):
-    (actor,) = engines.actors.values()
+    (actor,), folders = engines.actors.values(), folders[quantization]
     reload(engines, fp8_config(folders[1], quantization))
     fresh = greedy(engines)
     reload(engines, fp8_config(folders[0], quantization))

@@ -12,10 +12,15 @@ from collections.abc import Iterator
 import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+_IN_FULL = "bias"
+"""What vLLM (0.32) does not note of a layer, because it loads it as it is."""
+
 
 def made_by_quantising(model: torch.nn.Module) -> Iterator[str]:
     """Names of the parameters that vLLM added to layers, such as scales; no policy sends them."""
     for prefix, layer in model.named_modules():
         if getattr(getattr(layer, "quant_method", None), "uses_meta_device", False):
             before, _ = get_layerwise_info(layer).restore_metadata
-            yield from (f"{prefix}.{name}" for name in layer._parameters if name not in before)
+            for name in layer._parameters:
+                if name not in before and name != _IN_FULL:
+                    yield f"{prefix}.{name}"

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 # and those that were drafted for it. A larger decode step would run kernel by kernel, at half the
 # tokens per second.
 GRAPH_TOKENS = 512
+# rollout.quantization -> vLLM's name of it. Its own "fp8" is for checkpoints in FP8 (from 0.32).
+QUANTIZATION = {"fp8": "fp8_per_tensor", "fp8_per_block": "fp8_per_block"}
 # Memory of an engine on a shared GPU for CUDA context and graphs, and activations of prompts.
 SHARED_GPU_RESERVE_BYTES = 3 * 2**30
 # A bucket that is being loaded, the next one, and in the first update the tensors that wait for the
@@ -115,7 +117,7 @@ def engine_arguments(
     if config.model.fp32_lm_head:
         arguments["hf_overrides"]["head_dtype"] = "float32"
     if rollout.quantization is not None:
-        arguments["quantization"] = rollout.quantization
+        arguments["quantization"] = QUANTIZATION[rollout.quantization]
     if rollout.speculative_config is not None:
         arguments["speculative_config"] = rollout.speculation
     decoded = rollout.max_num_seqs * (1 + rollout.speculation.get("num_speculative_tokens", 0))
