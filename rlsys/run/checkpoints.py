@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from rlsys.config import CheckpointConfig
-from rlsys.files import flush_to_disk
+from rlsys.files import replacing_folder
 
 MAX_SHARE_OF_TIME = 0.1
 """Share of a run's time that checkpoints of `save_steps: auto` may take."""
@@ -95,13 +95,8 @@ class Checkpoints:
         start = self._clock()
         for leftover in self._folder.glob("step-*.partial"):  # a killed process left it
             shutil.rmtree(leftover)
-        if step in checkpoint_steps(self._folder):  # from before the resume
-            remove_step(self._folder, step)
-        partial = _partial(self._folder, step)
-        partial.mkdir(parents=True)
-        self._write(partial, step)
-        flush_to_disk(partial)
-        partial.rename(self._folder / f"step-{step}")
+        with replacing_folder(self._folder / f"step-{step}") as partial:
+            self._write(partial, step)
         for old in checkpoint_steps(self._folder)[: -self._config.save_total_limit]:
             remove_step(self._folder, old)
         end = self._clock()
@@ -110,11 +105,7 @@ class Checkpoints:
 
 def remove_step(folder: Path, step: int) -> None:
     """Delete `step-<step>`, which loses its name first."""
-    shutil.rmtree((folder / f"step-{step}").rename(_partial(folder, step)))
-
-
-def _partial(folder: Path, step: int) -> Path:
-    return folder / f"step-{step}.partial"
+    shutil.rmtree((folder / f"step-{step}").rename(folder / f"step-{step}.partial"))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

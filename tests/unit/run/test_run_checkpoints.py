@@ -16,10 +16,10 @@ FILES = ("weights", "optimizer", "schedule")
 
 
 class Writer:
-    """Writes a few files, or is killed after the first."""
+    """Writes a few files, or is interrupted after the first."""
 
     version = 0
-    killed = False
+    interrupted = False
     clock = seconds = 0.0
 
     def __call__(self, folder, step):
@@ -28,7 +28,7 @@ class Writer:
         self.clock += self.seconds
         for name in FILES:
             (folder / name).write_text(str(self.version))
-            if self.killed:
+            if self.interrupted:
                 raise KeyboardInterrupt
 
     def model(self, folder):
@@ -153,13 +153,19 @@ def test_newest_is_by_number_not_by_name(save):
     assert checkpoint_steps(save(8, 9, 10, 11)) == [10, 11]
 
 
-def test_a_checkpoint_that_is_being_written_does_not_count(save, writer):
+def test_a_checkpoint_that_could_not_be_written_leaves_nothing(save, writer):
+    """On a full disk it would take the place of what is still to be saved."""
     folder = save(1, 2)
-    writer.killed = True
+    writer.interrupted = True
     with pytest.raises(KeyboardInterrupt):
         save(3)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-1", "step-2"]
+
+
+def test_what_a_killed_process_was_writing_does_not_count(save):
+    folder = save(1, 2)
+    (folder / "step-9.partial").mkdir()
     assert checkpoint_steps(folder) == [1, 2]
-    writer.killed = False
     save(3)
     assert sorted(path.name for path in folder.iterdir()) == ["step-2", "step-3"]
 
@@ -176,9 +182,10 @@ def test_a_step_that_was_saved_before_the_resume_is_saved_again(save, writer):
 def test_a_checkpoint_is_never_there_in_part(save, monkeypatch, steps):
     folder = save(1, 2)
 
-    def killed_while_deleting(path):
-        next(path.iterdir()).unlink()
-        raise KeyboardInterrupt
+    def killed_while_deleting(path, **_):
+        if path.exists():
+            next(path.iterdir()).unlink()
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(checkpoints.shutil, "rmtree", killed_while_deleting)
     with pytest.raises(KeyboardInterrupt):
