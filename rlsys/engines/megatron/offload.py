@@ -49,8 +49,8 @@ class HostCopy:
         self._what, self._stream, self._pinned = what, stream, pinned
         self._slabs: list[torch.Tensor] = []
         self._storages: list[tuple[torch.UntypedStorage, int]] = []
-        self._held: list[tuple[int, int]] = []
-        """Identity and size of the storages whose bytes the slabs hold."""
+        self._held: list[tuple[torch.UntypedStorage, int]] = []
+        """The storages whose bytes the slabs hold."""
         self._copied = torch.cuda.Event()
 
     def reserve(self, num_bytes: int) -> None:
@@ -77,11 +77,10 @@ class HostCopy:
         """
         assert not self._storages, "they wait in host memory already"
         self._storages = [(storage, storage.nbytes()) for storage in storages]
-        places = [(storage._cdata, size) for storage, size in self._storages]
-        if not (unchanged and places == self._held):
+        if not (unchanged and _identities(self._storages) == _identities(self._held)):
             self.reserve(sum(_aligned(size) for _, size in self._storages))
             self._copy(to_host=True)
-            self._held = places
+            self._held = self._storages
 
     def forget(self) -> None:
         """Copy the next time, since the storages have changed."""
@@ -298,6 +297,10 @@ class Offload:
 
 def _aligned(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _identities(storages: Iterable[tuple[torch.UntypedStorage, int]]) -> list[tuple[int, int]]:
+    return [(storage._cdata, size) for storage, size in storages]
 
 
 def _num_bytes(storages: Iterable[torch.UntypedStorage]) -> int:
