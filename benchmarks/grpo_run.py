@@ -116,7 +116,7 @@ def phases_alone(system):
     """Seconds of sampling, of an update and of a weight sync that wait for nothing else.
 
     Engines are awake before they sample. An update comes right after another, so that nothing has
-    to come to the GPU. A sync is what it counts itself, without changes of turns.
+    to come to the GPU. A sync is its transport, without changes of turns.
     """
     config = system.config
     start = time.perf_counter()
@@ -128,7 +128,7 @@ def phases_alone(system):
     start = time.perf_counter()
     system.policy.update(batch)
     update_s = time.perf_counter() - start
-    sync_s = system.publisher.publish()["weight_sync/seconds"]
+    sync_s = system.publisher.publish()["weight_sync/transport_seconds"]
     return {"rollout": rollout_s, "policy_update": update_s, "weight_sync": sync_s}
 
 

@@ -2,12 +2,14 @@
 
     python benchmarks/grpo_step.py                                   # Countdown's shape, 2 GPUs
     python benchmarks/grpo_step.py --prompts 32 --steps 2            # a quarter of it
+    python benchmarks/grpo_step.py --gpus 1 --prompts 32             # policy and engine take turns
     python benchmarks/grpo_step.py --device cpu --shape tiny --prompts 8 --completion_length 32
 
 Each value of `--staleness` is a run in a process of its own, with the code of `rlsys grpo`: config
 file, data, Ray, actors, driver, rewards. The weights are random and never
 sample EOS (random_model.py), so every completion has `--completion_length` tokens. The policy has
-one GPU, and an engine has each other GPU. Any further option is one of `rlsys grpo`.
+one GPU, and an engine has each other GPU. With `--gpus 1` both take turns, and a step is compared
+with its phases alone. Any further option is one of `rlsys grpo`.
 
 Idle shares come twice: for policy and rollout as the driver sees them wait for each other
 (idle/policy_frac and idle/rollout_frac in docs/metrics.md), and for each GPU as nvidia-smi samples
@@ -66,7 +68,8 @@ def one(arguments, options, tell):
             gpus=arguments.gpus,
         )
         options = [*options, "--rollout.max_staleness", arguments.one]
-        return run_steps(config, options, warm_up=arguments.warm_up, report=tell)
+        alone = arguments.gpus == 1
+        return run_steps(config, options, warm_up=arguments.warm_up, report=tell, alone=alone)
 
 
 def parse_arguments():
@@ -78,12 +81,15 @@ def parse_arguments():
     parser.add_argument("--completion_length", type=int, default=1024, help="tokens, of all")
     parser.add_argument("--steps", type=int, default=3, help="measured steps of each run")
     parser.add_argument("--warm_up", type=int, default=2, help="steps before, 1 at least")
-    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--staleness", type=int, nargs="+", help="0 and 1; with one GPU 0")
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--timeout_s", type=float, default=580, help="of each run")
     parser.add_argument("--model", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    return parser.parse_known_args()
+    arguments, options = parser.parse_known_args()
+    if arguments.staleness is None:
+        arguments.staleness = [0] if arguments.gpus == 1 else [0, 1]
+    return arguments, options
 
 
 if __name__ == "__main__":

@@ -245,3 +245,10 @@ def test_gpus_are_watched_between_two_moments(benchmarks):
         "idle_share_by_nvidia_smi": {"GPU 0": pytest.approx(0.4), "GPU 1": 1.0},
         "peak_gib_by_nvidia_smi": {"GPU 0": 4.0, "GPU 1": 0.5},
     }
+
+
+def test_a_step_is_compared_with_its_phases_alone(benchmarks):
+    against_alone = importlib.import_module("grpo_run").against_alone
+    alone = {"rollout": 4.0, "policy_update": 5.0, "weight_sync": 1.0}
+    found = against_alone({"step_s": 11.5}, alone)
+    assert found == {"phases_alone_s": alone, "step over sum of phases alone": pytest.approx(1.15)}
