@@ -4,17 +4,19 @@
     python benchmarks/sft_cpu.py --modes packed --steps 8
     python benchmarks/sft_cpu.py --shape tiny --steps 3         # tries the script itself
 
-Both train the same model in float32 on the same samples in the same order, `--rows` a step, of 16
-to `--tokens` tokens, with AdamW and clipping, on `--threads` threads; Trainer has a loss on the
-prompts' few tokens, too. Each is a process that waits for its turn
-between two steps: one step of the one, then one of the other, so that what else the machine does
-meets both. The first step of each is left out.
+Both train the same model in float32 on the same tokens, the answers of `--rows` samples a step, of
+16 to `--tokens` tokens, with the same AdamW and clipping, on `--threads` threads: the losses of
+their steps are equal, which is checked. Each is a process that waits for its turn between two
+steps: one step of the one, then one of the other, so that what else the machine does meets both.
+The first step of each is left out.
 
     unpacked   Trainer pads the samples of a step to the longest one; rlsys never pads
-    packed     Trainer has one sequence of them all (DataCollatorWithFlattening); rlsys the same
+    packed     Trainer has one sequence of them all (DataCollatorWithFlattening), and a mask that
+               keeps samples apart; rlsys the same
     alone      one sample a forward pass, whose gradients are added up
 
 A ratio above 1 says that rlsys is faster. Ratios are of medians, and of CPU seconds, too.
+`trained_tokens_per_second` counts the tokens that have a loss.
 """
 
 import argparse
@@ -33,6 +35,15 @@ from random_model import SHAPES, save_random_model
 
 MODES = ("unpacked", "packed", "alone")
 WAIT, DONE = "@waiting", "@done"
+OPTIMIZER = {
+    "max_grad_norm": 1.0,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+}
+"""Settings that have the same name in both."""
+LR, EPS = 1e-5, 1e-8
 
 
 def main():
@@ -75,6 +86,11 @@ def measure(mode, folder, arguments):
     for side in sides.values():
         side.close()
     result = {name: side.summary() for name, side in sides.items()}
+    losses = [side["losses"] for side in result.values()]
+    differences = [abs(theirs - ours) for theirs, ours in zip(*losses, strict=True)]
+    if max(differences) > 1e-4 or len({str(side["tokens"]) for side in result.values()}) > 1:
+        sys.exit(f"{mode}: the two do not train on the same: {json.dumps(result)}")
+    result["largest_difference_of_losses"] = max(differences)
     for key in ("median_s", "median_cpu_s"):
         result[f"ratio_of_{key}"] = result["trainer"][key] / result["rlsys"][key]
     return result
@@ -102,9 +118,10 @@ class Side:
     def step(self):
         before, started = self._cpu_seconds(), time.perf_counter()
         print("go", file=self._process.stdin, flush=True)
-        loss = self._expect(DONE)
+        loss, tokens = self._expect(DONE).split()
         seconds = time.perf_counter() - started
-        self._steps.append((seconds, self._cpu_seconds() - before, float(loss)))
+        used = self._cpu_seconds() - before
+        self._steps.append((seconds, used, float(loss), int(float(tokens))))
 
     def close(self):
         self._process.stdin.close()
@@ -112,13 +129,15 @@ class Side:
         self._process.wait(timeout=60)
 
     def summary(self):
-        seconds, cpu_seconds, losses = zip(*self._steps[1:], strict=True)
+        seconds, cpu_seconds, losses, tokens = zip(*self._steps[1:], strict=True)
         return {
+            "trained_tokens_per_second": sum(tokens) / sum(seconds),
             "median_s": statistics.median(seconds),
             "median_cpu_s": statistics.median(cpu_seconds),
             "all_s": seconds,
             "all_cpu_s": cpu_seconds,
             "losses": losses,
+            "tokens": tokens,
         }
 
     def _expect(self, word):
@@ -141,9 +160,9 @@ class Turns:
         self._answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
 
-    def take(self, loss=None):
-        """Say that a step is done, if one was; wait for the next one."""
-        answer = WAIT if loss is None else f"{DONE} {loss}"
+    def take(self, loss=None, tokens=None):
+        """Say that a step is done, if one was, on how many tokens; wait for the next one."""
+        answer = WAIT if loss is None else f"{DONE} {loss} {tokens}"
         print(answer, file=self._answers, flush=True)
         if not sys.stdin.readline():
             if "ray" in sys.modules:
@@ -162,14 +181,15 @@ def run_rlsys(arguments):
 
     class Waits(Tracker):
         def log_metrics(self, step, metrics):
-            turns.take(metrics["loss"])
+            turns.take(metrics["loss"], metrics["num_loss_tokens"])
 
         def close(self):
             pass
 
     register_tracker("turns")(lambda config, resumes_after: Waits())
     (mode,) = arguments.modes
-    policy = {"global_batch_size": arguments.rows, "cpu_threads": arguments.threads}
+    policy = {"lr": LR, "adam_eps": EPS, **OPTIMIZER}
+    policy |= {"global_batch_size": arguments.rows, "cpu_threads": arguments.threads}
     if mode == "alone":
         policy["micro_batch_size"] = 1
     else:
@@ -211,8 +231,11 @@ def run_trainer(arguments):
     class Waits(TrainerCallback):
         loss = None
 
-        def on_step_begin(self, *args, **kwargs):
-            turns.take(self.loss)
+        def on_step_begin(self, args, state, control, **kwargs):
+            start = state.global_step * arguments.rows
+            done = samples[max(start - arguments.rows, 0) : start]
+            tokens = sum(label != -100 for row in done for label in row["labels"])
+            turns.take(self.loss, tokens)
 
         def on_log(self, args, state, control, logs, **kwargs):
             self.loss = logs.get("loss", self.loss)
@@ -222,9 +245,16 @@ def run_trainer(arguments):
     tokenizer = AutoTokenizer.from_pretrained(f"{arguments.folder}/model")
     samples = []
     for line in Path(arguments.folder, "rows.jsonl").read_text().splitlines():
-        text = tokenizer.apply_chat_template(json.loads(line)["messages"], tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        samples.append({"input_ids": ids, "labels": ids})
+        messages = json.loads(line)["messages"]
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt = tokenizer.apply_chat_template(
+            messages[:1], tokenize=False, add_generation_prompt=True
+        )
+        ids, prompt_ids = (
+            tokenizer(text, add_special_tokens=False)["input_ids"] for text in (whole, prompt)
+        )
+        labels = [-100] * len(prompt_ids) + ids[len(prompt_ids) :]
+        samples.append({"input_ids": ids, "labels": labels})
 
     def pad(rows):
         length = max(len(row["input_ids"]) for row in rows)
@@ -252,7 +282,9 @@ def run_trainer(arguments):
             max_steps=arguments.steps + 1,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=arguments.rows // size,
-            learning_rate=1e-5,
+            learning_rate=LR,
+            adam_epsilon=EPS,
+            **OPTIMIZER,
             logging_steps=1,
             save_strategy="no",
             report_to=[],

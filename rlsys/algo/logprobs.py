@@ -18,7 +18,6 @@ megatron-core's do (copy_to_tensor_model_parallel_region, gather_from_sequence_p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +46,10 @@ def chunked_logprobs(
     """Log-prob of each target and entropy of each distribution: two [T] tensors in nats.
 
     The logits are `hidden_TH @ weight_VH.T`. They exist for `chunk_size` tokens at a time; with
-    gradients they are computed again on the way back, so that only `hidden_TH` is kept. At a
-    vocabulary of 152k, logits of 16k tokens take 4.6 GiB in bfloat16; a chunk's 1,024 tokens
-    take 0.3 GiB. The gradient of `weight_VH`, unless it is frozen, is summed over chunks in
-    float32, and rounded once.
+    gradients they are computed again on the way back, so that only `hidden_TH` is kept, and the
+    last chunk's logits, with which the way back begins. At a vocabulary of 152k, logits of 16k
+    tokens take 4.6 GiB in bfloat16; a chunk's 1,024 tokens take 0.3 GiB. The gradient of
+    `weight_VH`, unless it is frozen, is summed over chunks in float32, and rounded once.
 
     Computed in float32 (float64 for float64 logits), the type of the results; a gradient has the
     type of its tensor. The choice of tokens by min_p, top_k and top_p counts as constant.
@@ -68,9 +67,11 @@ def chunked_logprobs(
         history: the tokens before each target; needed where `sampling` penalizes them.
     """
     assert (history is not None) == sampling.penalizes
-    keep_logits = not recompute and torch.is_grad_enabled() and not sampling.penalizes
+    num_kept = 0
+    if torch.is_grad_enabled() and not sampling.penalizes:
+        num_kept = 1 if recompute else -(-len(hidden_TH) // chunk_size)
     return _ChunkedLogprobs.apply(
-        hidden_TH, weight_VH, targets_T, sampling, vocab, chunk_size, keep_logits, history
+        hidden_TH, weight_VH, targets_T, sampling, vocab, chunk_size, num_kept, history
     )
 
 
@@ -78,7 +79,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
     """One node for all chunks, so that their gradients of the weight can be summed in one place.
 
     Keeps a few numbers a row, from which backward computes the softmax again: autograd's own graph
-    of the formula would keep several [T, V] tensors in float32.
+    of the formula would keep several [T, V] tensors in float32. It keeps the logits of the last
+    `num_kept` chunks, too, each until backward, which begins with the last, has used them.
     """
 
     @staticmethod
@@ -90,21 +92,23 @@ class _ChunkedLogprobs(torch.autograd.Function):
         sampling: Sampling,
         vocab: VocabSlice,
         chunk_size: int,
-        keep_logits: bool,
+        num_kept: int,
         history: History | None,
     ) -> tuple[Tensor, Tensor]:
-        by_chunk, kept, floors = [], [], []
-        for chunk in _chunks(len(hidden_TH), chunk_size):
+        by_chunk, floors, kept_logits = [], [], []
+        chunks = _chunks(len(hidden_TH), chunk_size)
+        for i, chunk in enumerate(chunks):
             targets = targets_T[chunk]
             logits = linear(hidden_TH[chunk], weight_VH)
             if history is not None:
                 penalize_(logits, history.rows(chunk), sampling, vocab)
             floors.append(leave_out_(logits, targets, sampling, vocab))
             by_chunk.append(_compute_rows(logits, targets, sampling.temperature, vocab))
-            if keep_logits:
-                kept.append(logits)
+            if i >= len(chunks) - num_kept:
+                kept_logits.append(logits)
         rows = _Rows(*(torch.cat(values) for values in zip(*by_chunk, strict=True)))
-        ctx.save_for_backward(hidden_TH, weight_VH, *rows, *kept)
+        ctx.save_for_backward(hidden_TH, weight_VH, *rows)
+        ctx.kept_logits = kept_logits
         # What backward needs to leave the same tokens out of logits that it computes again.
         ctx.sampling, ctx.vocab, ctx.floors, ctx.targets_T = sampling, vocab, floors, targets_T
         ctx.chunk_size, ctx.history = chunk_size, history
@@ -116,15 +120,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def backward(
         ctx: Any, grad_T: Tensor | None, entropy_grad_T: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_TH, weight_VH, *others = ctx.saved_tensors
-        rows, kept = _Rows(*others[: len(_Rows._fields)]), others[len(_Rows._fields) :]
-        grad_TH = torch.empty_like(hidden_TH)
-        wide = torch.promote_types(weight_VH.dtype, torch.float32)
-        grad_VH = torch.zeros_like(weight_VH, dtype=wide) if ctx.needs_input_grad[1] else None
-        for i, chunk in enumerate(_chunks(len(hidden_TH), ctx.chunk_size)):
+        hidden_TH, weight_VH, *rows = ctx.saved_tensors
+        grad_TH, grad_VH = torch.empty_like(hidden_TH), None
+        chunks = list(enumerate(_chunks(len(hidden_TH), ctx.chunk_size)))
+        for i, chunk in reversed(chunks):
             hidden, factor_TV = hidden_TH[chunk], None
-            if kept:
-                logits = kept[i]
+            if ctx.kept_logits:
+                logits = ctx.kept_logits.pop()
             else:
                 logits = linear(hidden, weight_VH)
                 if ctx.history is not None:
@@ -140,24 +142,27 @@ class _ChunkedLogprobs(torch.autograd.Function):
             )
             if factor_TV is not None:
                 grad_TV *= factor_TV
-            torch.mm(grad_TV, weight_VH, out=grad_TH[chunk])
-            if grad_VH is not None:
-                _add_product(grad_VH, grad_TV.t(), hidden)
+            grad_TH[chunk] = grad_TV @ weight_VH
+            if ctx.needs_input_grad[1]:
+                grad_VH = _plus_product(grad_VH, grad_TV.t(), hidden)
         return grad_TH, None if grad_VH is None else grad_VH.to(weight_VH.dtype), *[None] * 6
 
 
-def _chunks(length: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, length, size))
+def _chunks(length: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, whose factors may be of a narrower type than `total`."""
-    if total.dtype == left.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # the CPU has no such kernel: there the product of a chunk is rounded
-        total += left @ right
+def _plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """`total + left @ right` in float32 or a wider type, in the place of `total`; None is 0."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    if not left.is_cuda:  # the CPU has no kernel of two types: there a product is rounded
+        product = (left @ right).to(wide)
+        return product if total is None else total.add_(product)
+    if total is None:
+        total = left.new_zeros(len(left), right.shape[1], dtype=wide)
+    if wide == left.dtype:
+        return total.addmm_(left, right)
+    return torch.addmm(total, left, right, out_dtype=wide, out=total)
 
 
 class _Rows(NamedTuple):

@@ -186,15 +186,36 @@ def _mass_above(logits_TV: Tensor, max_T: Tensor, bound_T: Tensor, temperature: 
 
 _compiled = functools.cache(torch.compile)
 
+CPU_BLOCK = 2**18
+"""Numbers of the rows that go through a chain of ops together on CPU: as many as a cache holds."""
+
 
 def fused(function: Callable[..., Any], logits_TV: Tensor, *args: Any) -> Any:
-    """Run a chain of element-wise ops and sums over [T, V], compiled to one kernel off the CPU.
+    """Run a chain of element-wise ops and sums over [T, V], whose every row is for itself.
 
     Op by op, each would read and write the whole tensor in float32, which took two fifths of an
-    update of a 1.5B model. The vocabulary is a constant of the kernel: only then does the compiler
-    know that rows are aligned, and reads more than a number at a time. On CPU compiling takes
-    longer than it saves.
+    update of a 1.5B model. Off the CPU the chain is compiled to one kernel. The vocabulary is a
+    constant of the kernel: only then does the compiler know that rows are aligned, and reads more
+    than a number at a time. On CPU compiling takes longer than it saves: there the chain runs for
+    as many rows at a time as stay in the cache.
+
+    Args:
+        function: takes the logits and `args`, returns one tensor or several, a row for each row.
+        args: numbers, and tensors [T], of which the function gets its rows' part.
     """
     if logits_TV.device.type != "cpu":
-        function = _compiled(function)
-    return function(logits_TV, *args)
+        return _compiled(function)(logits_TV, *args)
+    num_rows, size = len(logits_TV), max(1, CPU_BLOCK // logits_TV.shape[1])
+    if num_rows <= size:
+        return function(logits_TV, *args)
+    wholes: list[Tensor] = []
+    for start in range(0, num_rows, size):
+        rows = slice(start, start + size)
+        own = (value[rows] if torch.is_tensor(value) else value for value in args)
+        results = function(logits_TV[rows], *own)
+        results = (results,) if torch.is_tensor(results) else results
+        if not wholes:
+            wholes = [part.new_empty(num_rows, *part.shape[1:]) for part in results]
+        for whole, part in zip(wholes, results, strict=True):
+            whole[rows] = part
+    return wholes[0] if len(wholes) == 1 else tuple(wholes)

@@ -768,8 +768,9 @@ class PolicyConfig(Section):
     GPUs, norms of dense layers are a part of the linear layer. mla_up_proj: latent attention's
     projections up. core_attn: saves little where attention is fused, nothing where it is linear."""
     recompute_logits: bool = True
-    """Compute logits again in the backward pass. false keeps a micro-batch's, tokens x
-    vocabulary / tensor_parallel_size numbers, and saves a few percent of the time."""
+    """Compute logits again in the backward pass, all but those of a micro-batch's last 1,024
+    tokens. false keeps them, tokens x vocabulary / tensor_parallel_size numbers, and saves a few
+    percent of the time."""
     fp8_format: Literal["e4m3", "hybrid"] | None = None
     """Matrix products of all layers in FP8, of policy and reference, on GPUs of compute capability
     8.9 (Ada), 9.0 (Hopper) or higher. e4m3: in the backward pass too. hybrid: gradients in e5m2,

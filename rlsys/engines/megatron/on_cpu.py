@@ -33,6 +33,8 @@ from typing import Any
 import torch
 import torch.utils._device
 
+from rlsys.engines.megatron.onednn import use_onednn
+
 CPU = torch.device("cpu")
 _FACTORIES = ("arange", "empty", "full", "ones", "tensor", "zeros")
 
@@ -74,7 +76,9 @@ def enable_megatron_on_cpu() -> None:
     _patch_streams()
     _patch_random_state()
     torch.compile = lambda model=None, **_: model or (lambda function: function)  # type: ignore[assignment]
+    use_onednn()
     _patch_optimizer()
+    _patch_collectives()
     _patch_experts()
     _patch_latent_attention()
     _patch_recompute()
@@ -141,6 +145,23 @@ def _patch_random_state() -> None:
     logging.getLogger("megatron.core.tensor_parallel.random").setLevel(logging.ERROR)
 
 
+def _patch_collectives() -> None:
+    """A rank without others has its part of the weights and gradients; gloo would copy them."""
+    from megatron.core.distributed import param_and_grad_buffer
+
+    def unless_alone(collective: Callable[..., Any]) -> Callable[..., Any]:
+        def run(output: torch.Tensor, input: torch.Tensor, *, group: Any, **kwargs: Any) -> Any:
+            if group.size() == 1 and output.data_ptr() == input.data_ptr():
+                return None
+            return collective(output, input, group=group, **kwargs)
+
+        return run
+
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        original = getattr(param_and_grad_buffer, name)
+        setattr(param_and_grad_buffer, name, unless_alone(original))
+
+
 def _patch_experts() -> None:
     """Two places of megatron-core 0.16.
 
@@ -180,12 +201,15 @@ def _patch_recompute() -> None:
 
 
 def _patch_optimizer() -> None:
-    """Two places of megatron-core 0.16 that fail for torch's AdamW, which replaces Apex's.
+    """Take torch's fused AdamW in place of Apex's, and two places that fail for it.
 
-    Its step counter is a tensor per parameter, which DistributedOptimizer's checkpoints miss.
+    Unfused, its dozen ops read and write weights and state each. Its step counter is a tensor per
+    parameter, which the checkpoints of megatron-core 0.16's DistributedOptimizer miss.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+    adamw: Any = torch.optim.AdamW
+    adamw.__init__ = functools.partialmethod(adamw.__init__, fused=True)
     original = DistributedOptimizer.sharded_state_dict
 
     def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
