@@ -188,7 +188,7 @@ def run_rlsys(arguments):
 
     register_tracker("turns")(lambda config, resumes_after: Waits())
     (mode,) = arguments.modes
-    policy = {"lr": LR, "adam_eps": EPS, **OPTIMIZER}
+    policy = {"lr": LR, "warmup_ratio": 0.0, "adam_eps": EPS, **OPTIMIZER}
     policy |= {"global_batch_size": arguments.rows, "cpu_threads": arguments.threads}
     if mode == "alone":
         policy["micro_batch_size"] = 1

@@ -32,7 +32,23 @@ NO_PROBABILITY = -1e4
 """Nats whose exp() is 0 in every type, and that may be multiplied."""
 
 
-def chunked_logprobs(
+class TokenValues(NamedTuple):
+    """What logits say of each target, [T] each."""
+
+    logprobs: Tensor
+    """In nats, with gradient."""
+    entropy: Tensor
+    """Of the distribution, in nats, with gradient."""
+    is_likeliest: Tensor
+    """1 where no token is likelier than the target, else 0."""
+
+
+def chunked_logprobs(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Log-prob of each target and entropy of each distribution, of `chunked_token_values`."""
+    return chunked_token_values(*args, **kwargs)[:2]
+
+
+def chunked_token_values(
     hidden_TH: Tensor,
     weight_VH: Tensor,
     targets_T: Tensor,
@@ -42,8 +58,8 @@ def chunked_logprobs(
     chunk_size: int,
     recompute: bool = True,
     history: History | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-prob of each target and entropy of each distribution: two [T] tensors in nats.
+) -> TokenValues:
+    """Log-prob of each target, and what else its distribution is asked for.
 
     The logits are `hidden_TH @ weight_VH.T`. They exist for `chunk_size` tokens at a time; with
     gradients they are computed again on the way back, so that only `hidden_TH` is kept, and the
@@ -70,9 +86,10 @@ def chunked_logprobs(
     num_kept = 0
     if torch.is_grad_enabled() and not sampling.penalizes:
         num_kept = 1 if recompute else -(-len(hidden_TH) // chunk_size)
-    return _ChunkedLogprobs.apply(
+    values = _ChunkedLogprobs.apply(
         hidden_TH, weight_VH, targets_T, sampling, vocab, chunk_size, num_kept, history
     )
+    return TokenValues(*values)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -94,7 +111,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         chunk_size: int,
         num_kept: int,
         history: History | None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         by_chunk, floors, kept_logits = [], [], []
         chunks = _chunks(len(hidden_TH), chunk_size)
         for i, chunk in enumerate(chunks):
@@ -113,12 +130,13 @@ class _ChunkedLogprobs(torch.autograd.Function):
         ctx.sampling, ctx.vocab, ctx.floors, ctx.targets_T = sampling, vocab, floors, targets_T
         ctx.chunk_size, ctx.history = chunk_size, history
         ctx.set_materialize_grads(False)  # entropy that no loss uses costs nothing
-        return rows.logprobs_T, rows.entropy_T
+        ctx.mark_non_differentiable(rows.is_likeliest_T)
+        return rows.logprobs_T, rows.entropy_T, rows.is_likeliest_T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, grad_T: Tensor | None, entropy_grad_T: Tensor | None
+        ctx: Any, grad_T: Tensor | None, entropy_grad_T: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         hidden_TH, weight_VH, *rows = ctx.saved_tensors
         grad_TH, grad_VH = torch.empty_like(hidden_TH), None
@@ -172,6 +190,7 @@ class _Rows(NamedTuple):
     """log sum_v exp(z_v)"""
     logprobs_T: Tensor
     entropy_T: Tensor
+    is_likeliest_T: Tensor
     columns_T: Tensor
     is_local_T: Tensor
     """With columns_T: see VocabSlice.columns."""
@@ -199,7 +218,9 @@ def _compute_rows(
     logprobs_T = target_z_T - log_sum_T
     # H = -sum_v pi(v) log pi(v) = log sum_v exp(z_v) - sum_v pi(v) z_v
     entropy_T = log_sum_T - sum_exp_z_T / sum_exp_T
-    return _Rows(max_T + log_sum_T, logprobs_T, entropy_T, columns_T, is_local_T)
+    is_likeliest_T = (target_z_T >= 0).to(logprobs_T.dtype)
+    log_norm_T = max_T + log_sum_T
+    return _Rows(log_norm_T, logprobs_T, entropy_T, is_likeliest_T, columns_T, is_local_T)
 
 
 def _logits_gradient(

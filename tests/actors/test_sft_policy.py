@@ -1,6 +1,7 @@
 """Supervised training in the engine: transformers' loss and gradient, however it is cut."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -97,6 +98,31 @@ def test_loss_and_gradient_are_those_of_transformers(lab, policy_models, name, l
     metrics = policy.update(batch).metrics
     assert metrics["loss"] == pytest.approx(expected_loss.item(), abs=1e-5)
     assert metrics["num_loss_tokens"] == sum(sample.num_targets for sample in SAMPLES)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("llama-untied", "one rank"), ("qwen3-tied", "TP 2")])
+def test_mean_token_accuracy_is_that_of_transformers(lab, policy_models, name, layout):
+    model = AutoModelForCausalLM.from_pretrained(policy_models[name], dtype=torch.float32)
+    samples = [half_predicted(model, sample) for sample in SAMPLES]
+    right = 0
+    for sample in samples:
+        predicted = model(torch.from_numpy(sample.token_ids).long()[None]).logits[0, :-1].argmax(-1)
+        is_right = predicted.numpy() == sample.token_ids[1:]
+        right += int((is_right & sample.target_mask[1:]).sum())
+    targets = sum(sample.num_targets for sample in samples)
+    assert 0.3 < right / targets < 0.7
+    policy = lab.policy(config_of(policy_models[name], **LAYOUTS[layout]))
+    metrics = policy.update(build_sample_batch(samples)).metrics
+    assert metrics["mean_token_accuracy"] == pytest.approx(right / targets, abs=1e-9)
+
+
+@torch.no_grad()
+def half_predicted(model, sample):
+    """The sample with every second token replaced by what the model predicts."""
+    ids = torch.from_numpy(sample.token_ids).long()
+    for position in range(1, len(ids), 2):
+        ids[position] = model(ids[None, :position]).logits[0, -1].argmax()
+    return replace(sample, token_ids=ids.int().numpy())
 
 
 def norm(tensors):

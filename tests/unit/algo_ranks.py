@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
-from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.algo.logprobs import chunked_logprobs, chunked_token_values
 from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.algo.update_metrics import MetricSums
@@ -27,6 +27,13 @@ def problem() -> dict[str, Tensor]:
         "targets": torch.randint(0, VOCAB, (TOKENS,), generator=rng),
         "grad": torch.randn(TOKENS, generator=rng),
     }
+
+
+def likely_targets(case: dict[str, Tensor]) -> Tensor:
+    """Every second target is the likeliest token, the others are the least likely."""
+    logits = case["hidden"] @ case["weight"].T
+    is_even = torch.arange(TOKENS) % 2 == 0
+    return torch.where(is_even, logits.argmax(-1), logits.argmin(-1))
 
 
 SAMPLINGS = {
@@ -115,6 +122,14 @@ def run_rank(rank: int, world_size: int, folder: str) -> None:
     results |= {
         "chunked_logprobs": logprobs.detach(),
         "chunked_entropy": entropy.detach(),
+        "is_likeliest": chunked_token_values(
+            case["hidden"],
+            case["weight"][start:end],
+            likely_targets(case),
+            sampling=Sampling(TEMPERATURE),
+            vocab=VocabSlice(start, group),
+            chunk_size=3,
+        ).is_likeliest,
         "hidden_grad": hidden.grad,
         "weight_grad": weight.grad,
     }

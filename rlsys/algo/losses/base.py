@@ -59,12 +59,19 @@ class LossInput:
     """Which sequence each token is in."""
     entropy: Tensor | None = None
     """The policy's now, with gradient; None reports none."""
+    is_likeliest: Tensor | None = None
+    """1 where the policy now finds no token likelier than the target, else 0; None reports
+    nothing."""
     high_covariance: Tensor | None = None
     """bool, from `weighting.tokens_of_high_covariance`; None for other losses."""
 
     @classmethod
     def from_packed(
-        cls, packed: PackedMicroBatch, logprobs_T: Tensor, entropy_T: Tensor | None = None
+        cls,
+        packed: PackedMicroBatch,
+        logprobs_T: Tensor,
+        entropy_T: Tensor | None = None,
+        is_likeliest_T: Tensor | None = None,
     ) -> LossInput:
         """Join a micro-batch with the policy's log-probs of its targets.
 
@@ -82,6 +89,7 @@ class LossInput:
             mask=packed.loss_mask,
             segments=Segments.from_cu_seqlens(packed.cu_seqlens, len(packed.targets)),
             entropy=entropy_T,
+            is_likeliest=is_likeliest_T,
             high_covariance=packed.high_covariance,
         )
 

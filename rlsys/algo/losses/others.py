@@ -156,7 +156,11 @@ def reinforce_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[
 def sft_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """Negative log-likelihood of the completions, for a supervised warm start.
 
-    Reads only logprobs, weights and mask.
+    Reads only logprobs, weights and mask. Reports which share of the completions' tokens is the
+    policy's first choice, too.
     """
     loss = weighted_sum(inputs, -inputs.logprobs)
-    return loss, token_statistics(inputs, loss)
+    statistics = token_statistics(inputs, loss)
+    if inputs.is_likeliest is not None:
+        statistics["mean_token_accuracy"] = masked_sum(inputs.is_likeliest, inputs.mask)
+    return loss, statistics

@@ -18,7 +18,7 @@ from megatron.core.transformer.enums import AttnBackend
 from transformers import PretrainedConfig
 
 from rlsys.algo.batching import PackedMicroBatch
-from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.algo.logprobs import TokenValues, chunked_token_values
 from rlsys.algo.penalties import History
 from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.config import PolicyConfig, RunConfig
@@ -326,8 +326,8 @@ class LogprobHead:
 
     def __call__(
         self, hidden: torch.Tensor, micro_batch: PackedMicroBatch, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[1, T / sp, H] hidden states of T positions -> [T] log-probs in nats, [T] entropies.
+    ) -> TokenValues:
+        """[1, T / sp, H] hidden states of T positions -> [T] log-probs and what goes with them.
 
         sp is the sequence-parallel size; under context parallelism the positions are this rank's.
         """
@@ -336,7 +336,7 @@ class LogprobHead:
 
     def _logprobs(
         self, hidden: torch.Tensor, targets: torch.Tensor, history: History | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> TokenValues:
         model = self._model
         hidden = hidden.squeeze(0)
         if model.config.sequence_parallel:
@@ -349,7 +349,7 @@ class LogprobHead:
             weight = model.output_layer.weight
         if self._in_fp32:
             hidden, weight = hidden.float(), weight.float()
-        return chunked_logprobs(
+        return chunked_token_values(
             hidden,
             weight,
             targets,
@@ -386,7 +386,7 @@ class LogprobHead:
         if self._sampling.penalizes:
             history = History(targets, targets.bool(), targets, targets)
         with torch.set_grad_enabled(trains):
-            logprobs, entropy = self._logprobs(hidden, targets, history)
+            logprobs, entropy, _ = self._logprobs(hidden, targets, history)
         if trains:
             loss = (logprobs + entropy if entropy_bonus else logprobs).sum()
             # Differentiate only by the hidden states, so that no weight gets a gradient.

@@ -29,6 +29,7 @@ from rlsys.algo.batching import (
     unpack_logprobs,
 )
 from rlsys.algo.context_parallel import chunk_positions, gather_tokens
+from rlsys.algo.logprobs import TokenValues
 from rlsys.algo.sampling import Sampling
 from rlsys.config import RunConfig
 from rlsys.config.passed_through import megatron_option_problems
@@ -60,10 +61,8 @@ if TYPE_CHECKING:
 
 ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
 """Function that writes a model folder: see `save_model_folder`."""
-LossOf = Callable[
-    [torch.Tensor, torch.Tensor, PackedMicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]
-]
-"""(log-probs [T], entropies [T], micro-batch) -> loss, further results."""
+LossOf = Callable[[TokenValues, PackedMicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+"""(log-probs and what goes with them, micro-batch) -> loss, further results."""
 
 
 class MegatronModel:
@@ -199,9 +198,10 @@ class MegatronModel:
         packed, row_lists = self._pack(batch, shards, torch.zeros(batch.input_ids.shape))
 
         def collect(
-            logprobs: torch.Tensor, entropies: torch.Tensor, _: PackedMicroBatch
+            of_tokens: TokenValues, _: PackedMicroBatch
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            return logprobs.new_zeros(()), {"values": torch.stack([logprobs, entropies])}
+            values = torch.stack([of_tokens.logprobs, of_tokens.entropy])
+            return values.new_zeros(()), {"values": values}
 
         if self._unknown_scales:  # only a pass that could have gradients finds them
             with torch.enable_grad():
@@ -330,11 +330,13 @@ class MegatronModel:
 
         def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             assert self._head is not None, "only the last pipeline stage has a loss"
-            logprobs, entropies = (
-                gather_tokens(values, positions, self._cp_group, sum_gradients=False)
-                for values in self._head(hidden, micro_batch, own)
+            of_tokens = TokenValues(
+                *(
+                    gather_tokens(values, positions, self._cp_group, sum_gradients=False)
+                    for values in self._head(hidden, micro_batch, own)
+                )
             )
-            return loss_of(logprobs, entropies, micro_batch)
+            return loss_of(of_tokens, micro_batch)
 
         return hidden, loss
 

@@ -8,10 +8,14 @@ torch is patched where megatron-core assumes CUDA:
 4. `tensor.type()` says "torch.cuda.FloatTensor", which optimizers check;
 5. `torch.compile` returns functions unchanged: compiling their C++ takes a minute.
 
+and where it is slower on the CPU than it could be: large products in float32 are oneDNN's
+(`rlsys.engines.megatron.onednn`), and AdamW is torch's fused one.
+
 megatron-core itself is patched in DistributedOptimizer, whose checkpoints miss the step counter of
-torch's AdamW, and in two names of the mixture of experts: `maybe_move_tensor_to_cpu`, which makes
-an array only of tensors from a GPU, and `te_general_gemm`, which needs Transformer Engine; in
-two names of latent attention; and in recompute without outputs, which believes that FP8 is there.
+torch's AdamW; in collectives, which copy where a rank is alone; in two names of the mixture of
+experts: `maybe_move_tensor_to_cpu`, which makes an array only of tensors from a GPU, and
+`te_general_gemm`, which needs Transformer Engine; in two names of latent attention; and in
+recompute without outputs, which believes that FP8 is there.
 Two warnings are avoided, with CUDA_DEVICE_MAX_CONNECTIONS and a log level.
 
 Parallelism, optimizer, clipping and schedules are megatron-core's own; norm and attention are in

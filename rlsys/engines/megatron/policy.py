@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 
 from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
+from rlsys.algo.logprobs import TokenValues
 from rlsys.algo.losses import LossInput, losses
 from rlsys.algo.update_metrics import MetricSums, combine_optimizer_steps
 from rlsys.algo.weighting import choose_tokens, loss_weights
@@ -207,9 +208,9 @@ class MegatronPolicy(MegatronModel):
         undo_averaging = len(packed) * self._dp_size
 
         def loss_of(
-            logprobs: torch.Tensor, entropy: torch.Tensor, micro_batch: PackedMicroBatch
+            of_tokens: TokenValues, micro_batch: PackedMicroBatch
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            inputs = LossInput.from_packed(micro_batch, logprobs, entropy)
+            inputs = LossInput.from_packed(micro_batch, *of_tokens)
             value, statistics = losses[algorithm.loss_type](inputs, algorithm)
             return value * undo_averaging, statistics
 

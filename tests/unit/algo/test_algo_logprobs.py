@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.algo.logprobs import chunked_logprobs
+from rlsys.algo.logprobs import chunked_logprobs, chunked_token_values
 from rlsys.algo.sampling import Sampling
 
 TEMPERATURES = [1.0, 0.7]
@@ -166,3 +166,27 @@ def test_chunks_never_hold_all_logits():
         targets = torch.zeros(tokens, dtype=torch.int64)
         chunked_logprobs(hidden, weight, targets, sampling=Sampling(), chunk_size=chunk_size)
     assert max(kept, default=0) < chunk_size * vocab
+
+
+@pytest.mark.parametrize(("recompute", "expected"), [(True, [4]), (False, [10, 10, 4])])
+def test_only_the_last_logits_are_kept_and_only_until_they_are_used(recompute, expected):
+    hidden, weight = torch.randn(24, 4, requires_grad=True), torch.randn(50, 4)
+    targets = torch.zeros(24, dtype=torch.int64)
+    kwargs = {"sampling": Sampling(), "chunk_size": 10, "recompute": recompute}
+    logprobs, _ = chunked_logprobs(hidden, weight, targets, **kwargs)
+    kept = logprobs.grad_fn.kept_logits
+    assert [len(logits) for logits in kept] == expected
+    (grad,) = torch.autograd.grad(logprobs.sum(), hidden, retain_graph=True)
+    assert kept == []
+    assert torch.equal(torch.autograd.grad(logprobs.sum(), hidden)[0], grad)  # computed again
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_the_likeliest_token_is_argmax(temperature):
+    logits, targets = random_logits(tokens=200, vocab=5)
+    is_likeliest = chunked_token_values(
+        logits, torch.eye(5), targets, sampling=Sampling(temperature), chunk_size=70
+    ).is_likeliest
+    assert torch.equal(is_likeliest, (logits.argmax(-1) == targets).float())
+    assert 20 < is_likeliest.sum() < 60
+    assert not is_likeliest.requires_grad

@@ -81,6 +81,11 @@ def test_reduced_metrics_are_those_of_one_rank_with_all_micro_batches(ranks):
         assert rank["metrics"] == pytest.approx(expected)
 
 
+def test_ranks_find_the_likeliest_tokens_of_all_slices(ranks):
+    for rank in ranks:
+        assert rank["is_likeliest"].tolist() == [1 - n % 2 for n in range(algo_ranks.TOKENS)]
+
+
 @pytest.mark.parametrize("name", [*algo_ranks.SAMPLINGS, "penalties"])
 def test_ranks_leave_out_and_penalize_the_same_tokens_as_one(ranks, name):
     case = algo_ranks.problem()

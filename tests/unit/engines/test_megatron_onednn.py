@@ -67,7 +67,8 @@ def test_a_product_does_not_depend_on_layouts(left_layout, right_layout):
     left, right = layouts(m, k)[left_layout], layouts(k, n)[right_layout]
     expected = left.double() @ right.double()
     found = _product(left, right)
-    assert found.shape == (m, n) and found.is_contiguous()
+    assert found.shape == (m, n)
+    assert found.is_contiguous()
     assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
 
 
