@@ -14,9 +14,11 @@ import rlsys.actors.ray_env  # noqa: F401  # isort: skip
 
 from rlsys.actors.group import START_TIMEOUT_S
 from rlsys.actors.model_group import ModelActors
-from rlsys.actors.placement import Placement, cluster_gpus
+from rlsys.actors.node_check import check_nodes
+from rlsys.actors.placement import Placement
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.reference import PolicyBase, Reference, ReferenceActors
+from rlsys.actors.reservation import cluster_gpus
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.start_report import StartReport
@@ -164,6 +166,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     device = choose_device(config)
     config = decide_placement(config, device=device, num_gpus=cluster_gpus())
     placement = Placement(config, device=device)
+    check_nodes(config, placement.roles_of_nodes())
     _say_start(config, device)
     with StartReport() as report:
         rewards = RewardWorkers(
@@ -172,6 +175,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
             plugins=config.data.external_plugins,
             max_steps=config.num_steps,
             place=partial(placement.options, "reward_model") if device == "cuda" else None,
+            place_worker=placement.reward_options,
         )
         engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
@@ -238,6 +242,7 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
     config = with_absolute_paths(config)
     device = choose_device(config)
     placement = Placement(config, device=device)
+    check_nodes(config, placement.roles_of_nodes())
     _say_start(config, device)
     with StartReport() as report:
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ import torch
 import torch.distributed as dist
 
 from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env
+from rlsys.actors.meeting import meeting_address
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
 from rlsys.config import RunConfig
+from rlsys.network import gloo_interfaces
 from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.transport import serve_store
 
@@ -38,8 +41,8 @@ class ModelRank:
         The store binds its port now: a port that is merely free may be in use seconds later,
         when megatron-core has been imported.
         """
-        address = ray.util.get_node_ip_address()
-        self.store = serve_store(address, self.config.policy.timeout_s)
+        address = meeting_address()
+        self.store = serve_store(address, self.config.policy.timeout_s, self.config.store_ports)
         return address, self.store.port
 
     def join(self, address: str, port: int, **sizes: int) -> None:
@@ -58,6 +61,8 @@ class ModelRank:
         from rlsys.engines.megatron.parallel import ParallelLayout, initialize_parallel
 
         timeout_s = self.config.policy.timeout_s
+        # torch asks this variable for every gloo group, and megatron-core makes several.
+        os.environ["GLOO_SOCKET_IFNAME"] = ",".join(gloo_interfaces(address))
         if self.rank != 0:
             self.store = dist.TCPStore(
                 address, port, is_master=False, timeout=timedelta(seconds=timeout_s)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -39,12 +40,17 @@ class RayBackend:
     """A `Backend` whose reward processes are started by Ray actors."""
 
     def __init__(
-        self, settings: ProcessSettings, models: Sequence[str] = (), place: PlaceActor | None = None
+        self,
+        settings: ProcessSettings,
+        models: Sequence[str] = (),
+        place: PlaceActor | None = None,
+        place_worker: PlaceActor | None = None,
     ):
         """`models` names the reward models; for the others see `RewardWorkers`."""
         self._settings = settings
         self._models = list(models)
-        self._place = place
+        self._place, self._place_worker = place, place_worker
+        self._numbers = itertools.count()
         self._options: dict[str, Any] = {
             "num_cpus": CPU_SHARE,
             "runtime_env": {"env_vars": inherited_env()},
@@ -55,9 +61,12 @@ class RayBackend:
     ) -> tuple[ActorHandle, ray.ObjectRef]:
         """Start an actor."""
         options = self._options
-        if functions[0] in self._models and self._place is not None:
+        is_model = functions[0] in self._models
+        if is_model and self._place is not None:
             options = options | self._place(self._models.index(functions[0]))
-        elif functions[0] in self._models:
+        elif self._place_worker is not None:
+            options = options | self._place_worker(next(self._numbers))
+        if is_model and self._place is None:
             options = options | {"runtime_env": {"env_vars": inherited_env() | device_env("cpu")}}
         actor_class: Any = RewardWorker
         actor = ray.remote(**options)(actor_class).remote()
@@ -94,6 +103,7 @@ class RewardWorkers(GroupScorer):
         run_values: dict[str, Any] | None = None,
         max_steps: int = 0,
         place: PlaceActor | None = None,
+        place_worker: PlaceActor | None = None,
         plugins: Sequence[str] = (),
     ):
         """Load the plugins and check the functions; `start` starts the workers.
@@ -104,6 +114,8 @@ class RewardWorkers(GroupScorer):
             max_steps: of the run, for `trainer_state`.
             place: Ray options of the processes of reward models, by the model's number; None
                 keeps them on the CPU.
+            place_worker: Ray options of the other processes, by the number of processes that were
+                started before; None leaves them to Ray.
             plugins: files to load before the plugins of `config`.
 
         Raises:
@@ -113,5 +125,5 @@ class RewardWorkers(GroupScorer):
         settings = process_settings(config, run_values or {}, plugins)
         load_plugins(settings.plugins)
         check_functions(config)
-        backend = RayBackend(settings, config.models, place)
+        backend = RayBackend(settings, config.models, place, place_worker)
         super().__init__(config, backend, max_steps=max_steps)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import ray
 from torch.distributed import TCPStore
 
+from rlsys.actors.meeting import meeting_address
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import get_all
 from rlsys.config import WeightSyncConfig
@@ -22,7 +22,7 @@ from rlsys.weight_sync.connection import (
     whole_tensors,
 )
 from rlsys.weight_sync.plan import TensorSlice
-from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, serve_store
+from rlsys.weight_sync.transport import WeightSyncError, serve_store
 
 if TYPE_CHECKING:
     from rlsys.actors.group import Refs
@@ -205,8 +205,8 @@ class WeightPublisher:
     def _make_connection(
         self, slices: Sequence[TensorSlice], *, sender: int, num_receivers: int, label: str
     ) -> Connection:
-        config, address = self._config, _meeting_address()
-        store = serve_store(address, config.timeout_s)
+        config, address = self._config, meeting_address()
+        store = serve_store(address, config.timeout_s, self._policy.config.store_ports)
         self._stores.append(store)  # lives as long as the connection: every update uses it
         return Connection(
             slices=tuple(slices),
@@ -240,9 +240,3 @@ class WeightPublisher:
     def _wait(self, refs: Refs, phase: str, *, grace_s: float = GRACE_S) -> list[Any]:
         timeout_s = self._config.timeout_s + grace_s
         return get_all(refs, phase=f"weight sync, {phase}", timeout_s=timeout_s)
-
-
-def _meeting_address() -> str:
-    """This host's address as other hosts of the Ray cluster see it; loopback if it is alone."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return LOOPBACK if len(alive) == 1 else ray.util.get_node_ip_address()

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import AutoTokenizer
 
+from rlsys.actors.node_check import check_nodes
 from rlsys.actors.placement import Placement
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.reward import RewardWorkers
@@ -107,6 +108,8 @@ class Evaluator:
             RunFailed: an engine or a reward function failed.
         """
         rewards, config = self._start(), task.config
+        assert self._placement is not None
+        check_nodes(config, self._placement.roles_of_nodes())  # the merged adapter, say
         engines = RolloutActors(
             config, device=self._device, place=partial(self._placement.options, "rollout")
         )
@@ -137,16 +140,19 @@ class Evaluator:
         self._stack.enter_context(ray_session())
         config = self._config
         self._device = choose_device(config)
+        self._placement: Placement | None = None
         if with_engines or config.reward.models:
             names: list[RoleName] = ["rollout"] if with_engines else []
             names.append("reward_model")
             self._placement = Placement(config, device=self._device, names=names)
+        placement = self._placement
         on_gpu = self._device == "cuda" and config.reward.models
         self._rewards = RewardWorkers(
             config.reward,
             run_values=config.run_values,
             plugins=config.data.external_plugins,
-            place=partial(self._placement.options, "reward_model") if on_gpu else None,
+            place=partial(placement.options, "reward_model") if placement and on_gpu else None,
+            place_worker=placement.reward_options if placement else None,
         )
         self._rewards.start()
         self._stack.callback(self._rewards.close)

@@ -22,6 +22,19 @@ REWARD_MODEL_PREFIX = "reward_model:"
 """Prefix that makes the path of a model the name of a reward function."""
 
 
+def parse_ports(text: str) -> range:
+    """The TCP ports of "20000-20099", or of "20000".
+
+    Raises:
+        ValueError: it is not a range of ports.
+    """
+    found = re.fullmatch(r"(\d{1,5})(?:\s*[-:]\s*(\d{1,5}))?", text.strip())
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1024 <= first <= last <= 65535:
+        raise ValueError(f"{text!r} is not a range of ports from 1024 to 65535: write 20000-20099")
+    return range(first, last + 1)
+
+
 def expand_path(text: str) -> str:
     """The path with `~` at its beginning, `$NAME` and `${NAME}` replaced, as a shell would.
 

@@ -3,14 +3,75 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlsys.config.dataset_spec import is_local_path
-from rlsys.config.schema import AnyConfig, Config
+from rlsys.config.roles import RoleName
+from rlsys.config.schema import AnyConfig, Config, RunConfig
 
 JOB_COPY = "working_dir_files"
 """Name of the folder into which `ray job submit --working-dir` unpacks its copy."""
+
+
+@dataclass(frozen=True, slots=True)
+class NeededPath:
+    """A file or folder of the driver's that processes of a run need under the same path."""
+
+    path: str
+    field: str
+    """The config field that names it."""
+    roles: tuple[RoleName, ...]
+    """Whose processes need it."""
+    written: bool = False
+    """Whether they write to it, so that a copy on each node would not do."""
+
+
+def needed_paths(
+    config: RunConfig, beside_plugins: Mapping[Path, Sequence[Path]]
+) -> list[NeededPath]:
+    """What has to be on every node that runs a role, of a config with absolute paths.
+
+    The driver alone reads data. Ids of a hub are left out: each node downloads these.
+
+    Args:
+        config: of the run.
+        beside_plugins: see `rlsys.plugins.load.files_beside_plugins`.
+    """
+    needed = [
+        NeededPath(
+            str(Path(config.output_dir).absolute()), "output_dir", ("policy",), written=True
+        ),
+        NeededPath(config.model.path, "model.path", ("policy", "rollout")),
+    ]
+    if config.policy.lora is not None and config.policy.lora.path is not None:
+        needed.append(NeededPath(config.policy.lora.path, "policy.lora.path", ("policy",)))
+    plugins: dict[str, tuple[list[str], tuple[RoleName, ...]]] = {
+        "data.external_plugins": (config.data.external_plugins, ("reward", "reward_model"))
+    }
+    if isinstance(config, Config):
+        needed.append(NeededPath(config.reference_path, "reference.path", ("reference",)))
+        needed += _needed_by_rewards(config)
+        own = config.reward.external_plugins
+        plugins["reward.external_plugins"] = (own, ("reward", "reward_model"))
+        plugins["grpo.external_plugins"] = (config.grpo.external_plugins, ("policy",))
+    for field, (paths, roles) in plugins.items():
+        folders = dict.fromkeys(Path(path).resolve().parent for path in paths)
+        beside = [file for folder in folders for file in beside_plugins.get(folder, ())]
+        needed += [NeededPath(str(path), field, roles) for path in [*paths, *beside]]
+    unique = {(one.path, one.roles): one for one in reversed(needed)}
+    return [one for one in reversed(unique.values()) if one.written or Path(one.path).exists()]
+
+
+def _needed_by_rewards(config: Config) -> Iterator[NeededPath]:
+    for path in config.reward.model_paths:
+        yield NeededPath(path, "reward.reward_model", ("reward_model",))
+    for name in config.reward.names:
+        file = name.rpartition(":")[0]
+        if file.endswith(".py"):
+            yield NeededPath(_absolute(file), "reward.reward_funcs", ("reward",))
 
 
 def with_absolute_paths(config: AnyConfig) -> AnyConfig:
@@ -22,6 +83,10 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
         "model": {"path": _absolute(config.model.path)},
         "data": {"external_plugins": _all_absolute(config.data.external_plugins)},
     }
+    lora = config.policy.lora
+    if lora is not None and lora.path is not None:
+        lora = lora.model_copy(update={"path": _absolute(lora.path)})
+        updates["policy"] = {"lora": lora}
     if isinstance(config, Config):
         updates |= _of_grpo(config)
     return config.model_copy(

@@ -97,6 +97,21 @@ def _roles_beside_policy(config: Config, gpu: int) -> list[Role]:
     return roles + [Role("reward", rank, 0, 1) for rank in range(reward.num_workers)]
 
 
+def groups_on_one_node(config: RunConfig, owners: Sequence[Role]) -> list[list[Role]]:
+    """Actors with GPUs of their own, in groups whose GPUs have to be on one node.
+
+    Tensor-parallel ranks exchange activations in every layer, which takes NVLink. megatron-core
+    numbers them first. An engine is a group by itself; its workers are below it.
+    """
+    sizes: dict[RoleName, int] = {"policy": config.policy.tensor_parallel_size}
+    if isinstance(config, Config):
+        sizes["reference"] = config.reference.tensor_parallel_size
+    groups: dict[tuple[RoleName, int], list[Role]] = {}
+    for role in owners:
+        groups.setdefault((role.name, role.rank // sizes.get(role.name, 1)), []).append(role)
+    return list(groups.values())
+
+
 def describe_gpu_demand(roles: Sequence[Role]) -> str:
     """How many GPUs the roles need in all, and how many each role needs."""
     gpus = {

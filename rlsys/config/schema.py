@@ -45,6 +45,7 @@ from rlsys.config.field_types import (
     RewardSettings,
     check_regex,
     kinds_of,
+    parse_ports,
     split_list,
 )
 from rlsys.config.gates import Gate, parse_gate
@@ -1014,11 +1015,27 @@ class RunConfig(Section):
     """Seconds to wait for GPUs of the Ray cluster that other runs use (on CPU, for CPUs) before
     this run fails. wait or null: wait until they are free. A line every half minute says what is
     missing."""
+    rendezvous_ports: str | None = None
+    """TCP ports at which ranks meet, as in `20000-20099`, for a firewall between hosts: those of
+    torch's stores on the hosts of the driver, of policy rank 0 and of reference rank 0. null: any
+    free port. NCCL and gloo take their ports from the kernel's range, see docs/cluster.md."""
     data: RowsConfig
     model: ModelConfig
     policy: PolicyConfig = PolicyConfig()
     tracking: TrackersConfig = TrackersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @field_validator("rendezvous_ports")
+    @classmethod
+    def _ports_can_be_read(cls, ports: str | None) -> str | None:
+        if ports is not None:
+            parse_ports(ports)
+        return ports
+
+    @property
+    def store_ports(self) -> range | None:
+        """rendezvous_ports."""
+        return None if self.rendezvous_ports is None else parse_ports(self.rendezvous_ports)
 
     @model_validator(mode="after")
     def _ids_name_their_hub(self) -> Self:

@@ -103,6 +103,19 @@ def find_unregistered(name: str) -> tuple[str, str] | None:
     return None
 
 
+def files_beside_plugins() -> dict[Path, list[Path]]:
+    """Folders of loaded plugins -> imported files in them, and in packages there."""
+    found: dict[Path, list[Path]] = {folder: [] for folder in _folders}
+    files = {name: getattr(m, "__file__", None) for name, m in list(sys.modules.items())}
+    for name, file in files.items():
+        top = name.partition(".")[0]
+        origin = Path(files.get(top) or "")
+        for folder in found:
+            if file is not None and origin in _places(folder, top):
+                found[folder].append(Path(file))
+    return found
+
+
 def imports_of_swift() -> list[str]:
     """Imports of ms-swift in loaded plugins, which then may have registered there."""
     return [one.describe(path) for path, _ in _loaded() for one in swift_imports(Path(path))]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
-from ipaddress import ip_address
 
 import torch
 import torch.distributed as dist
 
+from rlsys.network import gloo_interfaces
 from rlsys.weight_sync.transport import Transport, transports
 
 
@@ -28,7 +28,7 @@ class GlooTransport(Transport):
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._timeout = timeout
         options._threads = 1
-        options._devices = [_network_device(self._connection.address)]
+        options._devices = _network_devices(self._connection.address)
         self._group = dist.ProcessGroupGloo(store, self._rank, self._connection.world_size, options)
 
     def _begin_broadcast(self, buffer: torch.Tensor) -> Callable[[], None]:
@@ -39,8 +39,8 @@ class GlooTransport(Transport):
         return work.wait
 
 
-def _network_device(address: str) -> dist.ProcessGroupGloo.Device:
-    """Loopback if all ranks are on one host, whose own name may resolve to nothing useful."""
-    if ip_address(address).is_loopback:
-        return dist.ProcessGroupGloo.create_device(hostname=address)
-    return dist.ProcessGroupGloo.create_default_device()
+def _network_devices(address: str) -> list[dist.ProcessGroupGloo.Device]:
+    """Those that GLOO_SOCKET_IFNAME names, or the one through which `address` is reached."""
+    gloo = dist.ProcessGroupGloo
+    names = gloo_interfaces(address)
+    return [gloo.create_device(interface=name) for name in names] or [gloo.create_default_device()]

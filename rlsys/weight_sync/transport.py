@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from rlsys.network import LOOPBACK as LOOPBACK
+from rlsys.network import listen
 from rlsys.problems import RunFailed
 from rlsys.registry import Registry
 from rlsys.weight_sync.connection import Connection
 
-LOOPBACK = "127.0.0.1"
 EXTRA_RECEIVER_S = 2.0
 """Extra seconds receivers wait, so that the sender times out first: only it can name the missing
 rank."""
@@ -173,9 +173,14 @@ def make_transport(name: str, device: torch.device) -> Transport:
     return transports[name](device)
 
 
-def serve_store(address: str, timeout_s: float) -> dist.TCPStore:
-    """A store on a free port of `address`, through which ranks find each other."""
-    listener = socket.create_server((address, 0))
+def serve_store(
+    address: str, timeout_s: float, ports: Iterable[int] | None = None
+) -> dist.TCPStore:
+    """A store on `address`, through which ranks find each other.
+
+    It listens on the first free port of `ports`, or on any. Raises ValueError if none is free.
+    """
+    listener = listen(address, ports)
     port = listener.getsockname()[1]
     return dist.TCPStore(
         address,

@@ -162,6 +162,14 @@ class RunProcess:
         wanted = f"ray::{class_name}" + (f".{at}" if at else "")
         return [process for process in self.processes() if title(process).startswith(wanted)]
 
+    def listening_ports(self) -> set[int]:
+        """TCP ports on which the driver listens now."""
+        try:
+            found = self._root.net_connections("tcp")
+        except psutil.NoSuchProcess:
+            return set()
+        return {one.laddr.port for one in found if one.status == psutil.CONN_LISTEN}
+
     def wait_for(self, condition: Callable[[], Any]) -> Any:
         """The first true value of `condition`; the log if the run ends before that."""
         for _ in range(int(PATIENCE_S / POLL_S)):

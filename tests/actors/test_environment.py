@@ -38,10 +38,13 @@ def test_a_variable_for_nccl_reaches_every_actor(engines, lab, policy_models, va
         rewards.close()
 
 
-def test_which_gpu_an_actor_has_is_rays_to_say(monkeypatch):
+def test_what_is_true_on_one_host_only_stays_there(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
     monkeypatch.setenv("HOME_OF_SOMETHING", "else")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
+    monkeypatch.setenv("VLLM_HOST_IP", "10.0.0.1")  # of the driver's host
     env = inherited_env()
     assert env["CUDA_LAUNCH_BLOCKING"] == "1"
-    assert not {"CUDA_VISIBLE_DEVICES", "HOME_OF_SOMETHING"} & env.keys()
+    assert env["GLOO_SOCKET_IFNAME"] == "eth1"
+    assert not {"CUDA_VISIBLE_DEVICES", "HOME_OF_SOMETHING", "VLLM_HOST_IP"} & env.keys()

@@ -3,7 +3,7 @@
 import pytest
 import ray
 
-from rlsys.actors import placement
+from rlsys.actors import placement, reservation
 from rlsys.actors.placement import Placement
 from rlsys.actors.start_report import where
 
@@ -19,7 +19,7 @@ class Seeing:
 def place(ray_cluster, rollout_config, monkeypatch):
     """Place a run on the cluster's three GPUs: (role, rank) -> the GPUs that its actor sees."""
     actors, groups = [], []
-    monkeypatch.setattr(placement, "FIRST_LOOK_S", 0.5)
+    monkeypatch.setattr(reservation, "FIRST_LOOK_S", 0.5)
 
     def run(
         wanted,
@@ -146,7 +146,7 @@ def test_cpus_in_use_by_others_are_not_waited_for_without_end(place, capsys, mon
 
 @pytest.mark.parametrize("timeout", ["wait", None])
 def test_a_run_may_wait_until_another_has_ended(place, capsys, monkeypatch, timeout):
-    free = placement._free
+    free = reservation._free
 
     def other_run_ends():
         """When the waiting one has looked once."""
@@ -155,7 +155,7 @@ def test_a_run_may_wait_until_another_has_ended(place, capsys, monkeypatch, time
         return text
 
     place([])
-    monkeypatch.setattr(placement, "_free", other_run_ends)
+    monkeypatch.setattr(reservation, "_free", other_run_ends)
     place([("policy", 0), ("rollout", 0)], timeout=timeout)
     assert "for as long as it takes" in capsys.readouterr().out
 
