@@ -273,8 +273,7 @@ def asked(name, arguments):
 
 def measure(arguments):
     """Run one rank of one variant, in a process of its own."""
-    from rlsys.engines.megatron import policy as megatron  # noqa: F401  # takes seconds
-
+    import_engine(arguments)  # which takes seconds
     if not sys.stdin.readline():
         sys.exit("nobody waits for this measurement")
     (name,) = arguments.variants
@@ -328,11 +327,16 @@ def estimated_gib(config, policy):
     return parts | {"all": sum(parts.values())}
 
 
-def make_policy(config, arguments):
+def import_engine(arguments):
+    """Import megatron-core and all that the policy needs, without a use of the GPU."""
     from rlsys.engines.megatron.on_cpu import enable_megatron_on_cpu
 
     if arguments.device == "cpu":
         enable_megatron_on_cpu()
+    from rlsys.engines.megatron import policy  # noqa: F401
+
+
+def make_policy(config, arguments):
     if arguments.memory_limit_gb is not None:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(arguments.memory_limit_gb * 1e9 / total)
