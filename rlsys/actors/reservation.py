@@ -85,13 +85,13 @@ def reserve(
     kind = "GPUs" if groups else "CPUs"
     cpus = sum(bundle["CPU"] for bundle in bundles)
     wanted = describe_gpu_demand(owners) if groups else f"the run needs {cpus:g} CPUs"
-    wish = _Wish(bundles, owners, groups)
+    reservation = _Reservation(bundles, owners, groups)
     start, pause = time.monotonic(), FIRST_LOOK_S
     limit = "for as long as it takes" if timeout_s is None else f"up to {timeout_s:g} s"
     while True:
         waited = time.monotonic() - start
         left = math.inf if timeout_s is None else timeout_s - waited
-        made = wish.wait(max(0.0, min(pause, left)))
+        made = reservation.wait(max(0.0, min(pause, left)))
         if made is not None:
             return made
         if left <= pause:
@@ -102,7 +102,7 @@ def reserve(
             flush=True,
         )
         pause = REPORT_EVERY_S
-    wish.drop()
+    reservation.drop()
     remedies = "Free some, or set placement_timeout to wait"
     if groups:
         wanted += _on_one_host(groups)
@@ -115,7 +115,7 @@ def reserve(
     )
 
 
-class _Wish:
+class _Reservation:
     """A placement group that Ray may not have made yet; see `reserve` for the arguments."""
 
     def __init__(
