@@ -41,6 +41,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
         yield from _adapter(config, shape)
         yield from _kv_cache(config, shape)
         yield from _draft_model(config, shape)
+        yield from _top_k_of_drafts(config)
     yield from _quantization(config)
     for path in config.reward.model_paths:
         try:
@@ -78,6 +79,21 @@ def _draft_model(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"{shape.vocab_size}: use a model with the same tokenizer, or set "
             "use_heterogeneous_vocab to true"
         )
+
+
+def _top_k_of_drafts(config: Config) -> Iterator[Problem]:
+    """vLLM (0.32) on CPU fails where top_k is set alone and no sequence of a step has a draft."""
+    if config.rollout.speculative_config is None or guess_device(config) == "cuda":
+        return
+    for field, top_k, top_p in (
+        ("rollout.top_k", config.rollout.top_k, config.rollout.top_p),
+        ("eval.top_k", config.eval.top_k or 0, config.eval.top_p or config.rollout.top_p),
+    ):
+        if top_k and top_p == 1.0:
+            yield Problem(
+                f"{field} = {top_k} with rollout.speculative_config ends a run on the CPU, because "
+                "vLLM's sampler there fails in steps without drafts: use top_p, or GPUs"
+            )
 
 
 def policy_model_problems(config: RunConfig) -> Iterator[Problem]:

@@ -47,6 +47,19 @@ def test_engines_quantise_on_gpus_that_multiply_in_fp8(
     assert words is None or words in own[0]
 
 
+def test_top_k_alone_with_drafts_is_not_for_the_cpu(problems):
+    drafts = {"method": "ngram", "num_speculative_tokens": 2}
+
+    def found(device, **more):
+        rollout = {"generation_batch_size": 16, "speculative_config": drafts, **more}
+        problems_here = problems(rollout=rollout, device=device)
+        return [str(one) for one in problems_here if "top_k" in str(one)]
+
+    (text,) = found("cpu", top_k=7)
+    assert text.startswith("rollout.top_k = 7 with rollout.speculative_config ends a run")
+    assert found("cpu", top_k=7, top_p=0.9) == found("cpu") == found("cuda", top_k=7) == []
+
+
 def test_a_draft_model_is_here_and_has_the_vocabulary_of_the_policy(problems, tmp_path):
     def found(path):
         drafts = {"model": str(path), "num_speculative_tokens": 2}
