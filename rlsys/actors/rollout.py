@@ -94,6 +94,14 @@ class RolloutActor:
         """See VLLMEngine.draft_counts."""
         return await self._call(lambda engine: engine.draft_counts())
 
+    async def sleep(self) -> None:
+        """See VLLMEngine.sleep."""
+        await self._call(lambda engine: engine.sleep())
+
+    async def wake(self) -> None:
+        """See VLLMEngine.wake."""
+        await self._call(lambda engine: engine.wake())
+
     def _call(self, command: Callable[[VLLMEngine], T]) -> asyncio.Future[T]:
         return asyncio.wrap_future(self._loop.call(command))
 

@@ -33,6 +33,7 @@ VLLM_FIELDS = {
     "enable_return_routed_experts": "rollout.router_replay",
     "quantization": "rollout.quantization",
     "speculative_config": "rollout.speculative_config",
+    "enable_sleep_mode": "placement",
     "enable_lora": "policy.lora, weight_sync.lora",
     "max_lora_rank": "policy.lora",
     "seed": "seed",

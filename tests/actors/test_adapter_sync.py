@@ -110,13 +110,19 @@ def test_an_adapter_gives_what_merged_weights_give_and_leaves_the_base(
             publisher = WeightPublisher(
                 policy, engines, rollout_config().weight_sync, adapter_scaling=SCALING
             )
+        if version > 1:  # a sleeping engine keeps the base
+            engines.call("sleep")
         sent = publisher.publish()["weight_sync/bytes"]
+        engines.call("wake")
         tokens, logprobs, versions = greedy(engines)
         assert versions == {(version,)}
         assert tokens == expected[number][0]
         assert logprobs == pytest.approx(expected[number][1], abs=1e-5)
         of_adapter = sum(tensor.nbytes for tensor in adapters[number].values())
         assert sent == of_adapter + connects * of_base
+    engines.call("sleep")
+    engines.call("wake")  # and so the adapter
+    assert greedy(engines)[0] == tokens
     assert base_checksums(engines) == before
 
     # An engine that replaces this one has other weights until it gets base and adapter.

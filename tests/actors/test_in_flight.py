@@ -1,4 +1,8 @@
-"""Weights change during a completion: the version of each token, and the cache it reads."""
+"""Weights change during a completion: the version of each token, and the cache it reads.
+
+Engines may sleep meanwhile, as where they share a GPU with the policy. Weights come through shared
+memory, as there.
+"""
 
 import pytest
 import ray
@@ -33,6 +37,9 @@ class PeekingActor(RolloutActor):
             engine._config = engine._config.model_copy(update={"rollout": rollout})
 
         await self._call(change)
+
+    async def is_asleep(self):
+        return await self._call(lambda engine: engine.is_asleep)
 
     async def break_abort(self):
         def change(engine):
@@ -73,14 +80,14 @@ def engines(ray_cluster, rollout_config, models):
 
 @pytest.fixture(scope="module")
 def policy(models):
-    policy = TensorPolicy(models[0])
+    policy = TensorPolicy(models[0], transport="ipc")
     yield policy
     policy.close()
 
 
 @pytest.fixture(scope="module")
 def publisher(policy, engines, rollout_config):
-    return WeightPublisher(policy, engines, rollout_config().weight_sync)
+    return WeightPublisher(policy, engines, rollout_config().weight_sync, transport="ipc")
 
 
 def submit(engines, *, first_id):
@@ -115,9 +122,38 @@ def differences(model, group):
     return (expected - torch.tensor([c.rollout_logprobs for c in group.completions])).abs()
 
 
+@pytest.fixture(scope="module")
+def references(models):
+    """The models by transformers."""
+    return [AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in models]
+
+
+def check_spans(groups, references, old, limit, *, recomputed):
+    """Completions of tickets 10 and 11 began with the weights before, 20 and 21 did not."""
+    before, after = references
+    for ticket in (10, 11):
+        of_before = differences(before, groups[ticket])
+        of_after = differences(after, groups[ticket])
+        for index, completion in enumerate(groups[ticket].completions):
+            assert completion.policy_versions == (old, old + 1)
+            zero, start = completion.version_starts
+            assert zero == 0
+            assert BEFORE_THE_CHANGE <= start < limit == len(completion.token_ids)
+            assert of_before[index, :start].max() < 1e-4
+            assert of_before[index, start:].max() > 1e-2
+            if recomputed:
+                assert of_after[index, start:].max() < 1e-4
+            else:  # new weights that look back at what the old ones left
+                assert of_after[index, start:].max() > 1e-2
+    for ticket in (20, 21):
+        assert differences(after, groups[ticket]).max() < 1e-4
+        for completion in groups[ticket].completions:
+            assert (completion.policy_versions, completion.version_starts) == ((old + 1,), (0,))
+
+
 @pytest.mark.parametrize("in_flight_kv", ["recompute", "keep"])
 def test_every_token_has_the_version_of_its_span(
-    engines, policy, publisher, models, rollout_config, in_flight_kv
+    engines, policy, publisher, models, references, rollout_config, in_flight_kv
 ):
     (actor,) = engines.actors.values()
     ray.get(actor.set_in_flight_kv.remote(in_flight_kv))
@@ -130,26 +166,65 @@ def test_every_token_has_the_version_of_its_span(
     publisher.publish()
     submit(engines, first_id=20)  # the same prompts, which the prefix cache may know
     groups = collect_all(engines)
-    before, after = (AutoModelForCausalLM.from_pretrained(m, dtype=torch.float32) for m in models)
     limit = rollout_config().rollout.max_completion_length
+    check_spans(groups, references, old, limit, recomputed=in_flight_kv == "recompute")
+
+
+@pytest.mark.parametrize("in_flight_kv", ["recompute", "keep"])
+def test_completions_continue_after_a_sleep_with_the_weights_that_came(
+    engines, policy, publisher, models, references, rollout_config, in_flight_kv
+):
+    (actor,) = engines.actors.values()
+    ray.get(actor.set_in_flight_kv.remote(in_flight_kv))
+    policy.set_weights(models[0])
+    publisher.publish()
+    old = policy.policy_version
+    submit(engines, first_id=10)
+    wait_for_tokens(engines, BEFORE_THE_CHANGE)
+    for _ in range(2):  # who sleeps already stays asleep
+        engines.call("sleep")
+    tokens = ray.get(actor.least_tokens.remote())
+    assert ray.get(actor.is_asleep.remote())
+    submit(engines, first_id=20)
+    policy.set_weights(models[1])
+    publisher.publish()
+    assert ray.get(actor.is_asleep.remote()), "weights alone do not wake it"
+    assert not ray.wait(engines.pending_refs(), timeout=0.5)[0]
+    # Requests that came meanwhile have begun, without a token.
+    assert ray.get(actor.least_tokens.remote()) == 0
+    assert tokens >= BEFORE_THE_CHANGE
+    engines.call("wake")
+    assert not ray.get(actor.is_asleep.remote())
+    groups = collect_all(engines)
+    limit = rollout_config().rollout.max_completion_length
+    # Keys and values went with the memory, so they are recomputed in any case.
+    check_spans(groups, references, old, limit, recomputed=True)
     for ticket in (10, 11):
-        of_before = differences(before, groups[ticket])
-        of_after = differences(after, groups[ticket])
-        for index, completion in enumerate(groups[ticket].completions):
-            assert completion.policy_versions == (old, old + 1)
-            zero, start = completion.version_starts
-            assert zero == 0
-            assert BEFORE_THE_CHANGE <= start < limit == len(completion.token_ids)
-            assert of_before[index, :start].max() < 1e-4
-            assert of_before[index, start:].max() > 1e-2
-            if in_flight_kv == "recompute":
-                assert of_after[index, start:].max() < 1e-4
-            else:  # new weights that look back at what the old ones left
-                assert of_after[index, start:].max() > 1e-2
-    for ticket in (20, 21):
-        assert differences(after, groups[ticket]).max() < 1e-4
-        for completion in groups[ticket].completions:
-            assert (completion.policy_versions, completion.version_starts) == ((old + 1,), (0,))
+        assert min(c.version_starts[1] for c in groups[ticket].completions) >= tokens
+
+
+def test_an_engine_without_weights_does_not_wake(
+    engines, policy, publisher, models, references, rollout_config
+):
+    engines.call("sleep")
+    with pytest.raises(ActorFailure, match=r"engine 0 has no weights.*a weight sync has to come"):
+        engines.call("wake")
+    lacking = TensorPolicy(models[1], transport="ipc")
+    lacking.drop("model.layers.1.mlp.down_proj.weight")
+    section = rollout_config().weight_sync
+    with pytest.raises(ActorFailure, match=r"1 parameters .*layers\.1\.mlp\.down_proj\.weight"):
+        WeightPublisher(lacking, engines, section, transport="ipc").publish()
+    lacking.close()
+    engines.call("sleep")  # from where the failure left it
+    with pytest.raises(ActorFailure, match="has no weights"):
+        engines.call("wake")
+    publisher.connect()
+    policy.set_weights(models[1])
+    publisher.publish()
+    engines.call("wake")
+    submit(engines, first_id=25)
+    for group in collect_all(engines).values():
+        assert differences(references[1], group).max() < 1e-4
 
 
 def test_giving_up_groups_does_not_change_the_others(engines, publisher):

@@ -193,6 +193,20 @@ class OpenActor(RolloutActor):
         """Fewest tokens of a completion in flight."""
         return await self._between_steps(_least_tokens)
 
+    async def free_bytes(self):
+        """Free memory of its GPU."""
+        on_gpu = torch.cuda.is_available()
+        return await self._between_steps(lambda _: torch.cuda.mem_get_info()[0] if on_gpu else 0)
+
+    async def scribble(self, nbytes):
+        """Fill memory that is free with NaN, and free it again."""
+
+        def fill(engine):
+            torch.full((nbytes // 4,), torch.nan, device="cuda")
+            torch.cuda.empty_cache()
+
+        await self._between_steps(fill)
+
     async def do_nothing(self, seconds):
         """Neither sample nor answer, as a process that hangs."""
         await self._between_steps(lambda engine: time.sleep(seconds))

@@ -20,12 +20,14 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.outputs import LogprobsLists
 
 from rlsys.config import Config
+from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.engines.vllm.adapters import adapter_request
 from rlsys.engines.vllm.drafts import DraftCounter
 from rlsys.engines.vllm.rope import rope_overrides
 from rlsys.engines.vllm.routed_experts import check_captures_experts, experts_of_completion
 from rlsys.engines.vllm.running import RunningGroup
 from rlsys.engines.vllm.settings import engine_arguments, refusal, sampling_arguments
+from rlsys.engines.vllm.sleeping import MEMORY_OF, TAGS, Tag
 from rlsys.engines.vllm.weight_backend import BACKEND, WORKER_EXTENSION
 from rlsys.engines.vllm.worker_errors import raise_worker_errors
 from rlsys.model.adapters import syncs_adapter
@@ -116,6 +118,9 @@ class VLLMEngine:
         """Version of the weights that it samples with; 0 stands for the weights in `model_path`."""
         self._running: dict[int, RunningGroup] = {}
         self._paused = False
+        self._asleep: set[Tag] = set()
+        """The kinds of GPU memory that it has given back."""
+        self._has_weights = True
         self._drained: list[RequestOutput] = []
         """Outputs that finished while sampling was being paused."""
         engine_core = self._llm.llm_engine.engine_core.engine_core  # in this process
@@ -174,16 +179,81 @@ class VLLMEngine:
         """The slices that each worker needs; None for a worker that needs whole tensors."""
         return self.ask_workers("needed_slices")
 
+    @property
+    def is_asleep(self) -> bool:
+        """Whether it waits for `wake`; it takes requests meanwhile, and samples nothing."""
+        return bool(self._asleep)
+
+    def sleep(self) -> None:
+        """Pause sampling, between two tokens, and give back the memory of weights and KV cache.
+
+        Completions in flight continue after `wake`, as after a weight sync with
+        `rollout.in_flight_kv` = recompute: their keys and values are gone. Weights come back with
+        the next weight sync. Only where that brings an adapter alone, they wait in host memory. On
+        CPU, where vLLM cannot give memory back, all else is the same.
+        """
+        if self._asleep == set(TAGS):
+            return
+        if self.is_asleep:  # a weight sync has failed: vLLM falls asleep as a whole only
+            self._wake_memory()
+        else:
+            self._pause()
+        weights_go = self._adapter is None
+        self._llm.collective_rpc("keep_memory", kwargs={"weights_go": weights_go})
+        # It also preempts what is running, and drops the prefix cache.
+        self._llm.sleep(level=2 if weights_go else 1, mode="keep")
+        self._asleep = set(TAGS)
+        self._has_weights = not weights_go
+
+    def wake(self) -> None:
+        """Take back the memory, and continue to sample.
+
+        Raises:
+            RuntimeError: no weights came since the engine fell asleep.
+            torch.OutOfMemoryError: the GPU has too little free memory.
+        """
+        if not self._has_weights:
+            raise RuntimeError(
+                f"rollout engine {self._engine_rank} has no weights, which it dropped when it fell "
+                "asleep: a weight sync has to come before it samples"
+            )
+        if self.is_asleep:
+            self._wake_memory()
+            self._llm.wake_up(tags=["scheduling"])
+            self._paused = False
+
+    def _wake_memory(self, *tags: Tag) -> None:
+        """Take back memory of these kinds, or all."""
+        size = "gpu_memory_utilization"
+        if self._config.rollout.kv_cache_memory_mb is not None:
+            size = "kv_cache_memory_mb"
+        for tag in [tag for tag in tags or TAGS if tag in self._asleep]:
+            with out_of_memory_explained(
+                f"the {MEMORY_OF[tag]} of rollout engine {self._engine_rank}, which wakes up "
+                f"beside what the policy keeps: lower rollout.{size}, or set "
+                "colocated.offload_weights and colocated.offload_optimizer to true"
+            ):
+                self._llm.wake_up(tags=[tag])
+            self._llm.collective_rpc("restore_memory", args=(tag,))
+            self._asleep.remove(tag)
+
     def start_weight_update(self) -> None:
-        """Pause sampling, between two tokens, until `update_weights` has ended."""
-        self._pause()
+        """Pause sampling, between two tokens, until `update_weights` has ended.
+
+        An engine that is asleep takes back the memory of its weights.
+        """
+        if self.is_asleep:
+            self._wake_memory("weights")
+        else:
+            self._pause()
         self._llm.start_weight_update()
 
     def update_weights(self, policy_version: int) -> int:
         """Receive the weights of that version and sample with them; returns the version now held.
 
         Completions in flight continue with their next token. `rollout.in_flight_kv` says whether
-        the keys and values of their tokens are recomputed or kept from the old weights.
+        the keys and values of their tokens are recomputed or kept from the old weights. An engine
+        that is asleep continues after `wake`.
 
         Raises:
             WeightSyncError: no weights came, or damaged ones; sampling stays paused.
@@ -191,10 +261,13 @@ class VLLMEngine:
         self._llm.update_weights({"update_info": {"policy_version": policy_version}})
         self._llm.finish_weight_update()
         self.ask_workers("use_adapter")
-        self._drop_stale_cache()
+        self._has_weights = True
+        if not self.is_asleep:
+            self._drop_stale_cache()
         self._begin_version(policy_version)
-        self._llm.wake_up(tags=["scheduling"])
-        self._paused = False
+        if not self.is_asleep:
+            self._llm.wake_up(tags=["scheduling"])
+            self._paused = False
         return self.policy_version
 
     def ask_workers(self, method: str) -> list[Any]:
@@ -226,6 +299,7 @@ class VLLMEngine:
     def _begin_version(self, policy_version: int) -> None:
         """Note where the new version begins in every unfinished completion."""
         self.policy_version = policy_version
+        keeps_kv = self._config.rollout.in_flight_kv == "keep" and not self.is_asleep
         for state in self._llm.llm_engine.output_processor.request_states.values():
             running = self._running[int(state.external_req_id)]
             assert state.detokenizer is not None  # counts tokens, even if it decodes none
@@ -233,7 +307,7 @@ class VLLMEngine:
                 state.request_index,
                 policy_version,
                 num_tokens=state.detokenizer.num_output_tokens(),
-                keeps_kv=self._config.rollout.in_flight_kv == "keep",
+                keeps_kv=keeps_kv,
             )
 
     def _check_prompt(self, prompt: Prompt) -> None:

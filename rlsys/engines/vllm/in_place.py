@@ -85,6 +85,7 @@ class InPlacePlan:
             model.load_weights(announced)  # type: ignore[operator]
         recorder.check_complete()
         self.copies: Mapping[str, list[Copy]] = recorder.copies
+        self._padding = recorder.padding
         self._metadata = list(metadata)
         self._arriving = self.copies
         """The copies of each tensor or slice that arrives, by its name."""
@@ -97,6 +98,11 @@ class InPlacePlan:
     def is_stale(self) -> bool:
         """Whether parameters have moved: then the plan would write where nobody reads."""
         return self._addresses_now() != self._addresses
+
+    def fill_padding(self) -> None:
+        """Fill what no tensor fills: an engine that slept has lost it."""
+        for padding, value in self._padding:
+            padding.fill_(value)
 
     def load(self, bucket: Bucket, buffer: torch.Tensor) -> None:
         """Copy the tensors in `buffer` [nbytes] uint8 to their parameters.
@@ -175,6 +181,8 @@ class _LoadRecorder(TorchDispatchMode):
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
         super().__init__()
         self.copies: dict[str, list[Copy]] = {}
+        self.padding: list[tuple[torch.Tensor, float]] = []
+        """The parts of parameters that get one number instead of a tensor, and the number."""
         self._parameters = {_memory(parameter): name for name, parameter in parameters.items()}
         # Elements filled so far, by parameter; a tied head is one memory with two names.
         self._numel = {self._parameters[_memory(p)]: p.numel() for p in parameters.values()}
@@ -194,7 +202,8 @@ class _LoadRecorder(TorchDispatchMode):
             return func(*args, **(kwargs or {}))
         target = args[0]
         self._filled[parameter] += target.numel()
-        if func is FILL:  # the padding of a vocabulary stays as it is
+        if func is FILL:  # the padding of a vocabulary
+            self.padding.append((target.detach(), args[1]))
             return target
         source = args[1]
         name = self._watched.get(_memory(source))

@@ -126,6 +126,10 @@ def engine_arguments(
     cache_bytes = _kv_cache_bytes(config, shape, device, gpu_bytes)
     if cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = cache_bytes
+    if device == "cuda" and config.is_colocated:
+        # The engine starts before the policy, on a GPU that it has for itself, and takes its share
+        # of the whole GPU. It gives that back before the policy starts.
+        arguments["enable_sleep_mode"] = True
     if device == "cpu":
         arguments |= cpu_arguments(config.longest_row, shape, tensor_parallel_size)
     if problems := vllm_option_problems(config):  # this host may have another vLLM

@@ -32,6 +32,7 @@ from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missi
 from rlsys.engines.vllm.latent import derive_again, loaded_parameters, unreachable_copy
 from rlsys.engines.vllm.quantised import made_by_quantising
 from rlsys.engines.vllm.routed_experts import connect_cpu_runner
+from rlsys.engines.vllm.sleeping import KeptMemory, Tag
 from rlsys.engines.vllm.worker_errors import leave_errors
 from rlsys.weight_sync.connection import Connection, Endpoint
 from rlsys.weight_sync.plan import TensorSlice
@@ -123,9 +124,11 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                     "run from its checkpoint"
                 )
             self._begin_proof()
-        if self._plan is None:
-            with without_adapters(self.model):
-                initialize_layerwise_reload(self.model)
+        if self._plan is not None:
+            self._plan.fill_padding()
+            return
+        with without_adapters(self.model):
+            initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load all buckets."""
@@ -186,6 +189,11 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._adapter = None
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
+
+    def weights(self) -> list[torch.Tensor]:
+        """The parameters that a weight sync brings."""
+        with without_adapters(self.model):
+            return [parameter.detach() for _, parameter in loaded_parameters(self.model)]
 
     def shutdown(self) -> None:
         """Nothing to release: the connection ends with the process."""
@@ -267,6 +275,16 @@ class WeightSyncWorkerExtension:
 
     weight_transfer_engine: BucketWeightTransferEngine
     model_runner: Any
+    kept_memory: KeptMemory
+
+    def keep_memory(self, *, weights_go: bool) -> None:
+        """Copy what this worker must not forget while it sleeps."""
+        engine = self.weight_transfer_engine
+        self.kept_memory = KeptMemory(engine.weights() if weights_go else None)
+
+    def restore_memory(self, tag: Tag) -> None:
+        """Put back what was kept, once memory of this kind is awake."""
+        self.kept_memory.restore(tag)
 
     def ask_weight_transfer(self, method: str) -> Any:
         """What a method of BucketWeightTransferEngine returns on this worker."""

@@ -66,6 +66,20 @@ def filled(bucket, tensors):
     return buffer
 
 
+def test_padding_that_a_sleeping_engine_lost_is_filled_again():
+    tensors = weights()
+    model, expected = Loader(1), Loader(1)
+    plan = InPlacePlan(model, metadata(tensors))
+    expected.load_weights(tensors.items())
+    for parameter in model.parameters():
+        parameter.data.fill_(torch.nan)
+    plan.fill_padding()
+    for bucket in plan_buckets(metadata(tensors), 64):
+        plan.load(bucket, filled(bucket, tensors))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected.get_parameter(name)), name
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_plan_puts_tensors_where_the_loader_puts_them(rank):
     tensors = weights()

@@ -34,6 +34,9 @@ SHAPE = ModelShape(
 )
 
 
+COLOCATED = {"placement": "colocated"}
+
+
 def config(*, max_prompt_length=64, **rollout):
     return Config.model_validate(
         {
@@ -132,10 +135,18 @@ def test_the_tables_of_passed_through_are_what_rlsys_sets():
     in_engine = {"model", "weight_transfer_config", "worker_extension_cls"}  # `_start_llm`
     names = {*passed("cpu"), *passed("cuda", kv_cache_memory_mb=7, router_replay=True), *in_engine}
     drafts = {"method": "ngram", "num_speculative_tokens": 3}
-    more = config(speculative_config=drafts, quantization="fp8")
+    more = config(speculative_config=drafts, quantization="fp8").model_copy(update=COLOCATED)
     names |= {*engine_arguments(more, SHAPE, device="cuda", engine_rank=0)}
     assert names == {*VLLM_FIELDS, *VLLM_FIXED, *VLLM_DEFAULTS}
     assert not names & set(VLLM_REFUSED)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_engines_that_take_turns_on_a_gpu_can_give_their_memory_back(device):
+    alone = engine_arguments(config(), SHAPE, device=device, engine_rank=0)
+    shared = config().model_copy(update=COLOCATED)
+    shares = engine_arguments(shared, SHAPE, device=device, engine_rank=0)
+    assert shares == alone | ({"enable_sleep_mode": True} if device == "cuda" else {})
 
 
 def test_engine_kwargs_reach_vllm_and_win_over_defaults():

@@ -1,0 +1,129 @@
+"""An engine that sleeps gives its GPU's memory back, and wakes up as if it had never slept."""
+
+import json
+import time
+
+import pytest
+import ray
+import torch
+from gpu_cases import DEVICE, engine_config, gpu_config
+from gpu_lab import OpenActor, load_weights
+from greedy_rollouts import greedy
+
+from rlsys.actors import rollout
+from rlsys.actors.rollout import RolloutActors
+from rlsys.actors.waiting import ActorFailure
+from rlsys.actors.weight_publisher import WeightPublisher
+from rlsys.config import LoraConfig
+
+pytestmark = pytest.mark.gpu(1)
+
+CACHE_MB = 8192 if DEVICE == "cuda" else 64
+LORA = LoraConfig(rank=8, alpha=16.0)
+
+
+@pytest.fixture(scope="module", params=["weights", "adapter"])
+def sleeper(request, gpus, gpu_models):
+    """An engine of seed 1 on the policy's GPU, and what it brings into and out of its config."""
+    config = engine_config(
+        gpu_models["qwen3-tied", 1], kv_cache_memory_mb=CACHE_MB, max_num_seqs=64
+    ).model_copy(update={"placement": "colocated"})
+
+    def with_lora(config):
+        if request.param == "weights":
+            return config
+        policy = config.policy.model_copy(update={"lora": LORA})
+        section = config.weight_sync.model_copy(update={"lora": "adapter"})
+        return config.model_copy(update={"policy": policy, "weight_sync": section})
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "RolloutActor", OpenActor)
+        actors = RolloutActors(with_lora(config), device=DEVICE, place=gpus.on(0))
+    actors.start()
+    yield actors, with_lora, request.param
+    actors.close()
+
+
+def free_bytes(actors):
+    (actor,) = actors.actors.values()
+    return ray.get(actor.free_bytes.remote(), timeout=60)
+
+
+def timed(actors, method):
+    start = time.perf_counter()
+    actors.call(method)
+    return time.perf_counter() - start
+
+
+def sleep_over(actors):
+    """Put the engine to sleep; meanwhile others write NaN into the memory that it had.
+
+    Returns:
+        Seconds to fall asleep, and the bytes that became free.
+    """
+    before = free_bytes(actors)
+    seconds = timed(actors, "sleep")
+    freed = free_bytes(actors) - before
+    if DEVICE == "cuda":
+        (actor,) = actors.actors.values()
+        ray.get(actor.scribble.remote(int(0.9 * (before + freed))), timeout=60)
+    return seconds, freed
+
+
+def test_a_sleeping_engine_frees_its_memory_and_wakes_up_the_same(sleeper, lab, gpu_models):
+    actors, with_lora, content = sleeper
+    config = with_lora(gpu_config(gpu_models["qwen3-tied", 1], longest=16 + 512))
+    policy = lab.policy(config)
+    section = config.weight_sync.model_copy(update={"bucket_mb": 1, "timeout_s": 60.0})
+    fresh = greedy(actors) if content == "weights" else None
+    scaling = 2.0 if content == "adapter" else None
+    publisher = WeightPublisher(policy, actors, section, transport="ipc", adapter_scaling=scaling)
+    if content == "weights":
+        policy.policy_version = 1
+    else:
+        policy.call("randomize_adapters", 1)
+        publisher.publish()
+        fresh = greedy(actors)
+    seconds = {"sleep": [], "sync": [], "wake": []}
+    for version in range(2, 6):  # the first goes through vLLM's loader, the others in place
+        asleep, freed = sleep_over(actors)
+        if DEVICE == "cuda":
+            assert freed > 0.95 * CACHE_MB * 2**20
+        if content == "weights":
+            with pytest.raises(ActorFailure, match="has no weights"):
+                actors.call("wake")
+            policy.call("run", load_weights, gpu_models["qwen3-tied", version % 2])
+        else:
+            policy.call("randomize_adapters", version % 2)
+        policy.policy_version = version
+        synced = publisher.publish()["weight_sync/seconds"]
+        woke = timed(actors, "wake")
+        tokens, logprobs, versions = greedy(actors)
+        assert versions == {(version,)}
+        assert (tokens == fresh[0]) == (version % 2 == 1)
+        if version % 2 == 1:
+            assert logprobs == pytest.approx(fresh[1], abs=1e-4)
+        for name, value in (("sleep", asleep), ("sync", synced), ("wake", woke)):
+            seconds[name].append(round(value, 4))
+    if DEVICE == "cuda" and content == "weights":
+        (actor,) = actors.actors.values()
+        assert ray.get(actor.ask_workers.remote("loads_in_place"), timeout=60) == [True]
+    if content == "adapter":  # the base and the adapter wait in host memory
+        sleep_over(actors)
+        actors.call("wake")
+        assert greedy(actors)[0] == tokens
+    print(json.dumps({f"sleeping_{content}_seconds": seconds, "freed_gib": freed / 2**30}))
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU memory that could be full")
+def test_waking_up_where_others_have_the_memory_says_what_to_change(sleeper):
+    """The last test of the module: the engine cannot be used after it."""
+    actors, _, content = sleeper
+    if content == "weights":
+        pytest.skip("it would have to get weights first, which need little memory")
+    actors.call("sleep")
+    taken = torch.empty(free_bytes(actors) - 2**30, dtype=torch.uint8, device="cuda")
+    message = r"small for the KV cache of rollout engine 0, which wakes up .*kv_cache_memory_mb"
+    with pytest.raises(ActorFailure, match=message):
+        actors.call("wake")
+    del taken
