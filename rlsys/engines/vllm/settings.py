@@ -120,21 +120,30 @@ def engine_arguments(
         arguments["quantization"] = QUANTIZATION[rollout.quantization]
     if rollout.speculative_config is not None:
         arguments["speculative_config"] = rollout.speculation
-    decoded = rollout.max_num_seqs * (1 + rollout.speculation.get("num_speculative_tokens", 0))
-    if device == "cuda" and decoded > GRAPH_TOKENS:
-        arguments["max_cudagraph_capture_size"] = decoded
     cache_bytes = _kv_cache_bytes(config, shape, device, gpu_bytes)
     if cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = cache_bytes
-    if device == "cuda" and config.is_colocated:
-        # The engine starts before the policy, on a GPU that it has for itself, and takes its share
-        # of the whole GPU. It gives that back before the policy starts.
-        arguments["enable_sleep_mode"] = True
     if device == "cpu":
         arguments |= cpu_arguments(config.longest_row, shape, tensor_parallel_size)
+    else:
+        arguments |= _gpu_arguments(config)
     if problems := vllm_option_problems(config):  # this host may have another vLLM
         raise ProblemsError("rollout.engine_kwargs", problems)
     return arguments | rollout.engine_kwargs
+
+
+def _gpu_arguments(config: Config) -> dict[str, Any]:
+    """Arguments of engines on GPUs only."""
+    arguments: dict[str, Any] = {}
+    rollout = config.rollout
+    decoded = rollout.max_num_seqs * (1 + rollout.speculation.get("num_speculative_tokens", 0))
+    if decoded > GRAPH_TOKENS:
+        arguments["max_cudagraph_capture_size"] = decoded
+    if config.is_colocated:
+        # The engine starts before the policy, on a GPU that it has for itself, and takes its share
+        # of the whole GPU. It gives that back before the policy starts.
+        arguments["enable_sleep_mode"] = True
+    return arguments
 
 
 def _adapter_arguments(config: Config) -> dict[str, Any]:
