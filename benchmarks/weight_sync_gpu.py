@@ -5,6 +5,7 @@
     python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-shares    # on two
     python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-tp 2 --engine-shares    # on two
     python benchmarks/weight_sync_gpu.py --engines 2      # which share a GPU, on two as well
+    python benchmarks/weight_sync_gpu.py --quantization fp8    # which the engine does, on two
     python benchmarks/weight_sync_gpu.py --device cpu --shape tiny --repeats 4    # does it work?
 
 A real policy and real engines, with random weights of the shape. Every sync is a whole one:
@@ -243,6 +244,11 @@ def parts_of(bench, arguments):
         "vllm_loader": lambda: bench.syncs(5, {"in_place": False}),
         "in_place_without_checksums": lambda: bench.syncs(few, {"verify": False}),
     }
+    if arguments.quantization is not None:  # no parameter of the engine is as it is sent
+        return {
+            "quantised": lambda: bench.syncs(few, {}),
+            "mean_logp_difference": bench.logp_difference,
+        }
     usual = bench.config.weight_sync.bucket_mb
     for mb in (64, 512, 1024):
         parts[f"in_place_buckets_of_{mb}_mb"] = partial(bench.syncs, few, {"bucket_mb": mb})
@@ -340,6 +346,7 @@ def make_config(folder, arguments):
                 "tensor_parallel_size": arguments.engine_tp,
                 "num_engines": arguments.engines,
                 "engines_per_gpu": arguments.engines,
+                "quantization": arguments.quantization,
             },
             "weight_sync": {"timeout_s": TIMEOUT_S},
         }
@@ -357,6 +364,7 @@ def parse_arguments():
     parser.add_argument(
         "--engine-shares", action="store_true", help="the policy's GPUs: --policy-tp 2"
     )
+    parser.add_argument("--quantization", choices=["fp8", "fp8_per_block"], help="of the engine")
     parser.add_argument("--limit-s", type=int, default=480, help="of the whole benchmark, seconds")
     arguments = parser.parse_args()
     if arguments.engine_shares and (arguments.policy_tp != 2 or arguments.engine_tp > 2):
