@@ -207,6 +207,11 @@ class OpenActor(RolloutActor):
 
         await self._between_steps(fill)
 
+    async def hold(self, nbytes):
+        """Keep that much of its GPU from everybody else; 0 lets it go."""
+        self._held = None
+        self._held = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
+
     async def do_nothing(self, seconds):
         """Neither sample nor answer, as a process that hangs."""
         await self._between_steps(lambda engine: time.sleep(seconds))
