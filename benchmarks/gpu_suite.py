@@ -40,6 +40,8 @@ TESTS_APART = {
     2: [["weight_sync", "lora_sync", "run"], ["families", "layouts"]],
 }
 """By GPUs: files of tests/gpu that have a process of their own; one more process has the others."""
+TESTS_ALONE = {1: ["sleep", "ipc"], 2: []}
+"""Files in one more process, which fill a GPU or measure it, and share it with nobody."""
 TESTS_GIB = 30.0
 """Of a GPU, that a process of tests may take; vLLM asks for a fifth of the GPU to be free."""
 TESTS_LIMIT = 0.65
@@ -273,17 +275,21 @@ def chosen_parts(arguments):
 
 def test_parts(arguments):
     """Tests that need exactly --gpus: those that need fewer are in the suite of fewer."""
+    alone = TESTS_ALONE[arguments.gpus]
     apart = [
-        [f"tests/gpu/test_gpu_{name}.py" for name in group] for group in TESTS_APART[arguments.gpus]
+        [f"tests/gpu/test_gpu_{name}.py" for name in group]
+        for group in [*TESTS_APART[arguments.gpus], alone]
+        if group
     ]
     others = ["tests/gpu", *(f"--ignore={file}" for group in apart for file in group)]
     parts = {}
     for number, files in enumerate([*apart, others], 1):
+        gib = None if alone and files is apart[-1] else TESTS_GIB
         name = f"tests {number}"
         command = ["-m", "pytest", *files, "--needs-gpus", str(arguments.gpus)]
         command += ["-m", "gpu", f"--junitxml={{out}}/{name.replace(' ', '_')}.xml"]
         limit_s = TESTS_LIMIT * 60 * arguments.minutes
-        parts[name] = Part(command, 60, limit_s, gpus=arguments.gpus, gib=TESTS_GIB)
+        parts[name] = Part(command, 60, limit_s, gpus=arguments.gpus, gib=gib)
     return parts
 
 
