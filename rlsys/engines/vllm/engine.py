@@ -253,14 +253,17 @@ class VLLMEngine:
 
         Completions in flight continue with their next token. `rollout.in_flight_kv` says whether
         the keys and values of their tokens are recomputed or kept from the old weights. An engine
-        that is asleep continues after `wake`.
+        that is asleep continues after `wake`. After the base of an adapter sampling stays paused
+        until the adapter has come.
 
         Raises:
             WeightSyncError: no weights came, or damaged ones; sampling stays paused.
         """
         self._llm.update_weights({"update_info": {"policy_version": policy_version}})
         self._llm.finish_weight_update()
-        self.ask_workers("use_adapter")
+        has_adapter = all(self.ask_workers("use_adapter"))
+        if self._adapter is not None and not has_adapter:
+            return policy_version  # of the base alone: its adapter comes next
         self._has_weights = True
         if not self.is_asleep:
             self._drop_stale_cache()

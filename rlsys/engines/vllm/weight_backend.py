@@ -176,19 +176,20 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._proof is not None:
             self._finish_proof(self._proof)
 
-    def use_adapter(self) -> None:
-        """Sample with the adapter that came last, if one came.
+    def use_adapter(self) -> bool:
+        """Sample with the adapter that the update brought; returns whether it brought one.
 
         It is the last step of an update: vLLM (0.32) drops all adapters in finish_weight_update.
         """
         if self._adapter is None:
-            return
+            return False
         scaling = self._connection.adapter_scaling
         assert scaling is not None
         use_adapter(self.model, self._adapter, scaling=scaling)
         self._adapter = None
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
+        return True
 
     def weights(self) -> list[torch.Tensor]:
         """The parameters that a weight sync brings."""
