@@ -25,8 +25,8 @@ Three things differ everywhere:
   `rollout.generation_batch_size` is its completions, `policy.global_batch_size` the completions of
   one optimizer step. Neither counts prompts. A step of `rlsys sft` is one optimizer step with
   `policy.global_batch_size` samples, as elsewhere.
-- **GPUs**: policy and rollout engines have GPUs of their own. `policy.world_size` and
-  `rollout.num_engines` count them; a GRPO run needs one of each, so two GPUs, and SFT one.
+- **GPUs**: policy and rollout engines have GPUs of their own, or share them by turns where there
+  are too few (`placement`). `policy.world_size` and `rollout.num_engines` count both.
 - **Sampling settings** come from the config only, never from a model's generation_config.json.
 
 Commands; for those beside training see [eval.md](eval.md). MODEL may be a run:

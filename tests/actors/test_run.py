@@ -332,6 +332,51 @@ def test_a_resumed_run_is_the_run_that_was_never_stopped(resumed, whole):
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[1])
 
 
+def same_records(run, whole):
+    for file in ("metrics", "completions"):
+        ours, theirs = (
+            sorted(map(repr, map(without_clock, read_jsonl(getattr(one.out, file)))))
+            for one in (run, whole)
+        )
+        assert ours == theirs
+    ends = [load_file(one.out.final / "model.safetensors") for one in (run, whole)]
+    assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
+
+
+def test_policy_and_engine_that_take_turns_end_with_the_same_bits(start, whole):
+    """Evaluations, checkpoints and models that are kept change turns in the middle of steps."""
+    run = start("colocated", "run.yaml", *EPOCHS, "--placement", "colocated")
+    assert run.wait() == 0, run.log
+    assert "taking turns on the same GPUs" in run.log
+    same_records(run, whole)
+    assert all(row["colocated/to_policy_seconds"] > 0 for row in steps(run)[1:])
+
+
+@pytest.mark.slow
+def test_a_colocated_run_that_was_interrupted_goes_on_to_the_same_end(start, whole):
+    words = ("run.yaml", *EPOCHS, "--placement", "colocated")
+    run = start("turns", *words, hold_after=GROUPS_BEFORE_STEP_3 + 1)
+    run.wait_until_held()
+    run.interrupt()
+    assert run.wait() == 130, run.log
+    run = start("turns", *words, "--checkpoint.resume")
+    assert run.wait() == 0, run.log
+    same_records(run, whole)
+
+
+@pytest.mark.slow
+def test_the_policy_of_a_colocated_run_is_saved_when_its_engine_dies(start):
+    words = ("run.yaml", *EPOCHS, "--placement", "colocated", "--checkpoint.save_steps", "4")
+    run = start("dead-engine", *words, hold_after=GROUPS_BEFORE_STEP_2 + 1)
+    run.wait_until_held()
+    (engine,) = run.actors("RolloutActor")
+    engine.kill()
+    run.release()
+    assert run.wait() == 1, run.log
+    assert "rollout engine 0 died" in run.log
+    assert (run.out.checkpoints / "step-1/model.safetensors").exists(), run.log
+
+
 def test_ctrl_c_ends_a_run_quietly(interrupted):
     assert interrupted.exit_code == 130
     saved, how_to_go_on, *_, last = interrupted.lines[-4:]

@@ -1,0 +1,85 @@
+"""`rlsys grpo` with policy, engine and reference on the same GPU, as a user starts it."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from conftest import PYTHONPATH, REPOSITORY
+from gpu_cases import DEVICE
+from run_cases import run_config, write_run_files
+
+pytestmark = pytest.mark.gpu(1)
+
+LAYOUTS = {
+    "everything leaves": {"colocated": {"offload_weights": True}},
+    "weights stay": {"colocated": {"offload_weights": False}},
+    "nothing leaves": {"colocated": {"offload_weights": False, "offload_optimizer": False}},
+    "merged LoRA": {"policy": {"lora": {"rank": 8}}},
+    "adapter": {"policy": {"lora": {"rank": 8}}, "weight_sync": {"lora": "adapter"}},
+    "gloo": {"weight_sync": {"transport": "gloo"}},
+}
+
+
+def run(folder, **sections):
+    """Exit code, log and the rows of metrics.jsonl."""
+    values = yaml.safe_load((folder / "run.yaml").read_text())
+    for name, fields in sections.items():
+        values[name] = values.get(name, {}) | fields if isinstance(fields, dict) else fields
+    (folder / "changed.yaml").write_text(yaml.safe_dump(values))
+    done = subprocess.run(
+        [sys.executable, "-m", "rlsys.cli", "grpo", "changed.yaml"],
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        | {"PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
+    rows = [json.loads(line) for line in (folder / "out/metrics.jsonl").open()]
+    return done.stdout, [row for row in rows if "loss" in row]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY / "examples/countdown"))
+        from starter_model import write_starter_model
+
+        write_starter_model(tmp_path / "starter", seed=0)
+    write_run_files(tmp_path, tmp_path / "starter")
+    config = run_config(tmp_path / "starter") | {"device": DEVICE, "placement": "colocated"}
+    config["rollout"] |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_mb": 256}
+    config["policy"]["lr"] = 1e-5
+    config["checkpoint"] = {"save_steps": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_policy_that_is_trained_is_the_one_that_sampled(folder, layout):
+    log, steps = run(folder, **LAYOUTS[layout])
+    assert "taking turns on the same GPUs" in log
+    assert [row["policy_version"] for row in steps] == [1, 2, 3, 4]
+    for row in steps:
+        numbers = [value for value in row.values() if isinstance(value, int | float)]
+        assert all(math.isfinite(number) for number in numbers), row
+        assert 0 < row["sampling/logp_difference/mean"] < 0.05  # nats: what bfloat16 explains
+        assert row["weight_sync/bytes"] > 0
+    names = ("colocated/to_policy_seconds", "colocated/to_rollouts_seconds", "weight_sync/seconds")
+    print(json.dumps({layout: {name: [row[name] for row in steps] for name in names}}))
+
+
+def test_a_run_that_is_continued_has_the_optimizer_that_left(folder):
+    _, whole = run(folder)
+    (folder / "out").rename(folder / "whole")
+    run(folder, max_steps=2)
+    _, steps = run(folder, checkpoint={"save_steps": 2, "resume": True})
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    for row, expected in zip(steps, whole, strict=True):
+        assert row["learning_rate"] == pytest.approx(expected["learning_rate"])
