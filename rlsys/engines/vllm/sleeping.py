@@ -103,7 +103,8 @@ def _allocated_regions() -> Mapping[str, Sequence[Region]]:
 
 
 def _copy_to_host(region: Region) -> torch.Tensor:
-    copy = torch.empty(region.end - region.start, dtype=torch.uint8)
+    # torch keeps pinned memory for the next time.
+    copy = torch.empty(region.end - region.start, dtype=torch.uint8, pin_memory=True)
     _copy_bytes(copy.data_ptr(), region.start, copy.numel())
     return copy
 
