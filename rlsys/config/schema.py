@@ -312,11 +312,11 @@ class RolloutConfig(Section):
     (fp8_per_block). The policy stays in bfloat16, so samples are not quite its own:
     grpo.rollout_is = auto corrects that, sampling/logp_difference shows it. null: bfloat16."""
     speculative_config: dict[str, Any] | None = None
-    """Speculative decoding, in vLLM's words: `{method: ngram, num_speculative_tokens: 4}` drafts
-    tokens from the text so far, `{model: PATH, num_speculative_tokens: 3}` with a smaller model
-    (method draft_model), whose weights stay as they are. Completions have the same distribution,
-    and their exact log-probs; a seed gives other ones. rollout/spec_acceptance_rate is the share of
-    drafted tokens that were kept. null: none."""
+    """Speculative decoding on GPUs, in vLLM's words: `{method: ngram, num_speculative_tokens: 4}`
+    drafts tokens from the text so far, `{model: PATH, num_speculative_tokens: 3}` with a smaller
+    model (method draft_model), whose weights stay as they are. Completions have the same
+    distribution, and their exact log-probs; a seed gives other ones. rollout/spec_acceptance_rate
+    is the share of drafted tokens that were kept. null: none."""
     engine_kwargs: dict[str, Any] = {}
     """More engine arguments of vLLM, by its names: `{enable_prefix_caching: false}`. Those of the
     installed version are taken as they are, but not what rlsys sets from other fields. The memory

@@ -11,13 +11,13 @@ from rlsys.config import Config, PolicyConfig, RunConfig
 from rlsys.config.pipeline_layout import layer_problems, rank_layers
 from rlsys.model.adapters import adapter_obstacle, with_stored_settings
 from rlsys.model.attention import window_problem
+from rlsys.model.engine_options import engine_option_problems
 from rlsys.model.families.bridged import DISTRIBUTION, is_bridged
 from rlsys.model.folder import find_model_folder, read_json
 from rlsys.model.folder_check import folder_problems
 from rlsys.model.memory import kv_cache_bytes
 from rlsys.model.memory_options import memory_option_problems
 from rlsys.model.other_kinds import refuse_other_kind
-from rlsys.model.quantization import quantization_problem
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.packages import installed_version
 from rlsys.preflight.devices import gpu_compute_capability, guess_device, may_bridge
@@ -41,8 +41,7 @@ def model_problems(config: Config) -> Iterator[Problem]:
         yield from _adapter(config, shape)
         yield from _kv_cache(config, shape)
         yield from _draft_model(config, shape)
-        yield from _top_k_of_drafts(config)
-    yield from _quantization(config)
+    yield from _engine_options(config)
     for path in config.reward.model_paths:
         try:
             find_model_folder(path)
@@ -79,21 +78,6 @@ def _draft_model(config: Config, shape: ModelShape) -> Iterator[Problem]:
             f"{shape.vocab_size}: use a model with the same tokenizer, or set "
             "use_heterogeneous_vocab to true"
         )
-
-
-def _top_k_of_drafts(config: Config) -> Iterator[Problem]:
-    """vLLM (0.32) on CPU fails where top_k is set alone and no sequence of a step has a draft."""
-    if config.rollout.speculative_config is None or guess_device(config) == "cuda":
-        return
-    for field, top_k, top_p in (
-        ("rollout.top_k", config.rollout.top_k, config.rollout.top_p),
-        ("eval.top_k", config.eval.top_k or 0, config.eval.top_p or config.rollout.top_p),
-    ):
-        if top_k and top_p == 1.0:
-            yield Problem(
-                f"{field} = {top_k} with rollout.speculative_config ends a run on the CPU, because "
-                "vLLM's sampler there fails in steps without drafts: use top_p, or GPUs"
-            )
 
 
 def policy_model_problems(config: RunConfig) -> Iterator[Problem]:
@@ -212,14 +196,13 @@ def _policy_layout(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
         )
 
 
-def _quantization(config: Config) -> Iterator[Problem]:
+def _engine_options(config: Config) -> Iterator[Problem]:
     device, on_cluster = guess_device(config), bool(os.environ.get("RAY_ADDRESS"))
     if device == "cpu" and config.device == "auto" and on_cluster:
         return  # the Ray cluster may have GPUs; the engine checks again
     known = device == "cuda" and not on_cluster and config.rollout.quantization is not None
     capability = gpu_compute_capability() if known else None
-    if problem := quantization_problem(config, device=device, capability=capability):
-        yield problem
+    yield from engine_option_problems(config, device=device, capability=capability)
 
 
 def _memory_options(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:

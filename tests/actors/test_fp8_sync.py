@@ -21,7 +21,7 @@ class Fp8Actor(ReloadingActor):
         from rlsys.engines.vllm import engine as vllm
 
         vllm.WORKER_EXTENSION = fp8_workers.WORKER_EXTENSION
-        vllm.quantization_problem = lambda *_, **__: None
+        vllm.engine_option_problems = lambda *_, **__: []
         super().__init__(*args)
 
     async def weight_dtypes(self):

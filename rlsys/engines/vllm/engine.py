@@ -32,8 +32,8 @@ from rlsys.engines.vllm.weight_backend import BACKEND, WORKER_EXTENSION
 from rlsys.engines.vllm.worker_errors import raise_worker_errors
 from rlsys.model.adapters import syncs_adapter
 from rlsys.model.detokenize import Detokenizer
+from rlsys.model.engine_options import engine_option_problems
 from rlsys.model.folder import resolve_model_path
-from rlsys.model.quantization import quantization_problem
 from rlsys.model.shape import read_model_shape
 from rlsys.model.stop_tokens import read_stop_rules
 from rlsys.model.tokenizer_files import num_token_ids, resize_remedy
@@ -95,7 +95,7 @@ class VLLMEngine:
         if config.rollout.router_replay:
             check_captures_experts()
         capability = torch.cuda.get_device_capability() if device == "cuda" else None
-        if problem := quantization_problem(config, device=device, capability=capability):
+        for problem in engine_option_problems(config, device=device, capability=capability):
             raise ValueError(str(problem))
         shares_gpu = device == "cuda" and config.rollout.engines_per_gpu > 1
         arguments = engine_arguments(

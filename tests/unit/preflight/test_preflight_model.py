@@ -47,24 +47,24 @@ def test_engines_quantise_on_gpus_that_multiply_in_fp8(
     assert words is None or words in own[0]
 
 
-def test_top_k_alone_with_drafts_is_not_for_the_cpu(problems):
-    drafts = {"method": "ngram", "num_speculative_tokens": 2}
-
-    def found(device, **more):
-        rollout = {"generation_batch_size": 16, "speculative_config": drafts, **more}
+def test_drafts_are_for_gpus(problems):
+    def found(device):
+        drafts = {"method": "ngram", "num_speculative_tokens": 2}
+        rollout = {"generation_batch_size": 16, "speculative_config": drafts}
         problems_here = problems(rollout=rollout, device=device)
-        return [str(one) for one in problems_here if "top_k" in str(one)]
+        return [str(one) for one in problems_here if "speculative_config" in str(one)]
 
-    (text,) = found("cpu", top_k=7)
-    assert text.startswith("rollout.top_k = 7 with rollout.speculative_config ends a run")
-    assert found("cpu", top_k=7, top_p=0.9) == found("cpu") == found("cuda", top_k=7) == []
+    (text,) = found("cpu")
+    assert "completions and log-probs would be wrong" in text
+    assert found("cuda") == []
 
 
 def test_a_draft_model_is_here_and_has_the_vocabulary_of_the_policy(problems, tmp_path):
     def found(path):
         drafts = {"model": str(path), "num_speculative_tokens": 2}
         rollout = {"generation_batch_size": 16, "speculative_config": drafts}
-        return problems(rollout=rollout, device="cpu")
+        found = problems(rollout=rollout, device="cuda")
+        return [one for one in found if "speculative_config: " in str(one)]
 
     assert "there is no model folder './nowhere'" in only(found("./nowhere"))
     write_model(tmp_path / "other", vocab_size=768)
