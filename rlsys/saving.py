@@ -49,7 +49,9 @@ def save_last_step(
     steps = checkpoint_steps(run_dir.checkpoints)
     if steps:
         newest = run_dir.checkpoints / f"step-{steps[-1]}"
-        _say(f"--checkpoint.resume continues from {newest}, which transformers loads as a model")
+        is_adapter = system.config.policy.lora is not None
+        loads = "PEFT loads as an adapter" if is_adapter else "transformers loads as a model"
+        _say(f"--checkpoint.resume continues from {newest}, which {loads}")
 
 
 def _saving_last_step(

@@ -80,6 +80,18 @@ def test_the_last_finished_step_is_a_checkpoint(save):
     assert "--checkpoint.resume" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "transformers loads as a model"),
+        (["--policy.lora.rank", "4"], "PEFT loads as an adapter"),
+    ],
+)
+def test_what_can_load_the_checkpoint_is_said(save, words, says):
+    run, text = save(Policy(7), *words)
+    assert f"continues from {run.checkpoints / 'step-7'}, which {says}\n" in text
+
+
 def test_without_checkpoints_the_weights_are_saved(save):
     run, text = save(Policy(7), "--checkpoint.save_steps", "null")
     assert (run.interrupted / "model").read_text() == "7"
