@@ -9,7 +9,16 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from rlsys.config import LoraConfig as LoraSettings
+
 PREFIX = "base_model.model."
+
+
+def with_lora(config, lora, sync="adapter"):
+    """`config` with an adapter, past the rules of whole configs."""
+    policy = config.policy.model_copy(update={"lora": LoraSettings(**lora)})
+    weight_sync = config.weight_sync.model_copy(update={"lora": sync})
+    return config.model_copy(update={"policy": policy, "weight_sync": weight_sync})
 
 
 def base_model(folder):
@@ -19,10 +28,10 @@ def base_model(folder):
 
 
 @torch.no_grad()
-def save_peft_adapter(model_folder, folder, **settings):
+def save_peft_adapter(model_folder, folder, *, seed=3, **settings):
     """Let PEFT save an adapter of random numbers: B of a new one would be 0."""
     model = get_peft_model(base_model(model_folder), LoraConfig(task_type="CAUSAL_LM", **settings))
-    rng = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             noise = 0.1 * torch.randn(parameter.shape, generator=rng)

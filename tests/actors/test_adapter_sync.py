@@ -6,6 +6,7 @@ import pytest
 import ray
 import torch
 from greedy_rollouts import PROMPTS, UnpackedActor, greedy, reload, start_reloading_engine
+from lora_cases import with_lora
 from peft import PeftModel
 from policy_cases import LAYOUTS, policy_config, random_batch
 from tensor_policy import TensorPolicy, load_tensors
@@ -21,12 +22,12 @@ from rlsys.model.shape import read_model_shape
 
 pytestmark = pytest.mark.system
 
-LORA = LoraConfig(rank=4, alpha=6.0)
+LORA = {"rank": 4, "alpha": 6.0}
 SCALING = 1.5
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def random_adapter(folder, seed, *, rank=LORA.rank, targets=TARGETS):
+def random_adapter(folder, seed, *, rank=LORA["rank"], targets=TARGETS):
     """lora_A and lora_B of each linear layer, under PEFT's names."""
     rng = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -58,11 +59,8 @@ class AdapterActor(UnpackedActor):
         return await self._call(lambda engine: engine._llm.collective_rpc(method))
 
 
-def lora_config(config, lora="adapter"):
-    """`config` with an adapter, past the rules of whole configs."""
-    policy = config.policy.model_copy(update={"lora": LORA})
-    weight_sync = config.weight_sync.model_copy(update={"lora": lora})
-    return config.model_copy(update={"policy": policy, "weight_sync": weight_sync})
+def lora_config(config, sync="adapter"):
+    return with_lora(config, LORA, sync)
 
 
 def ask(engines, method):
@@ -141,7 +139,7 @@ def test_an_adapter_gives_what_merged_weights_give_and_leaves_the_base(
 def test_the_estimate_has_the_place_that_vllm_makes(engines, rollout_config, tiny_models, tied):
     folder = tiny_models[tied, 1]
     reload(engines, lora_config(rollout_config(folder)))
-    expected = slot_numbers(read_model_shape(folder), slot_rank(LORA), 1)
+    expected = slot_numbers(read_model_shape(folder), slot_rank(LoraConfig(**LORA)), 1)
     assert ask(engines, "slot_numbers") == [expected]
 
 

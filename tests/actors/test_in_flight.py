@@ -7,7 +7,9 @@ memory, as there.
 import pytest
 import ray
 import torch
+from lora_cases import peft_model, save_peft_adapter, with_lora
 from patience import PATIENCE_S
+from safetensors.torch import load_file
 from tensor_policy import TensorPolicy
 from tiny_models import save_endless_qwen3
 from transformers import AutoModelForCausalLM
@@ -99,8 +101,8 @@ def submit(engines, *, first_id):
 
 
 def wait_for_tokens(engines, number):
-    (actor,) = engines.actors.values()
-    while ray.get(actor.least_tokens.remote()) < number:
+    actors = engines.actors.values()
+    while min(ray.get([actor.least_tokens.remote() for actor in actors])) < number:
         pass
 
 
@@ -117,7 +119,7 @@ def differences(model, group):
     """[G, T] between an engine's log-probs and those of transformers with the weights of now."""
     prompt = group.prompt.token_ids
     ids = torch.tensor([prompt + completion.token_ids for completion in group.completions])
-    logprobs = torch.log_softmax(model(ids).logits[:, :-1] / TEMPERATURE, dim=-1)
+    logprobs = torch.log_softmax(model(input_ids=ids).logits[:, :-1] / TEMPERATURE, dim=-1)
     expected = logprobs.gather(2, ids[:, 1:, None])[:, len(prompt) - 1 :, 0]
     return (expected - torch.tensor([c.rollout_logprobs for c in group.completions])).abs()
 
@@ -149,6 +151,49 @@ def check_spans(groups, references, old, limit, *, recomputed):
         assert differences(after, groups[ticket]).max() < 1e-4
         for completion in groups[ticket].completions:
             assert (completion.policy_versions, completion.version_starts) == ((old + 1,), (0,))
+
+
+@pytest.mark.slow
+def test_adapters_change_while_several_engines_sample(
+    ray_cluster, models, rollout_config, monkeypatch, tmp_path
+):
+    folder, plain = models[0], rollout_config(models[0], num_engines=2)
+    config = with_lora(plain, {"rank": 4, "alpha": 6.0}, sync="adapter")
+    adapters = []
+    for seed in (1, 2, 3):
+        targets = ["q_proj", "v_proj", "gate_proj", "up_proj"]  # the others could end completions
+        settings = {"r": 4, "lora_alpha": 6, "target_modules": targets}
+        save_peft_adapter(folder, tmp_path / str(seed), seed=seed, **settings)
+        adapters.append(load_file(tmp_path / str(seed) / "adapter_model.safetensors"))
+    monkeypatch.setattr(rollout, "RolloutActor", PeekingActor)
+    engines = RolloutActors(config, device="cpu")
+    engines.start()
+    policy = TensorPolicy(folder)
+    policy.set_adapter(adapters[0])
+    publisher = WeightPublisher(policy, engines, config.weight_sync, adapter_scaling=1.5)
+    publisher.publish()
+    groups = {}
+    for ticket, adapter in ((10, adapters[1]), (20, adapters[2])):
+        submit(engines, first_id=ticket)
+        wait_for_tokens(engines, BEFORE_THE_CHANGE)
+        policy.set_adapter(adapter)
+        if ticket == 20:  # as if another engine had been replaced: the base comes again
+            publisher.connect()
+        publisher.publish()
+        groups |= collect_all(engines)
+    for version, first in ((1, 10), (2, 20)):
+        before, after = (peft_model(folder, tmp_path / str(v)) for v in (version, version + 1))
+        for ticket in (first, first + 1):
+            of_before = differences(before, groups[ticket])
+            of_after = differences(after, groups[ticket])
+            for index, completion in enumerate(groups[ticket].completions):
+                assert completion.policy_versions == (version, version + 1)
+                _, start = completion.version_starts
+                assert of_before[index, :start].max() < 1e-4
+                assert of_before[index, start:].max() > 1e-2
+                assert of_after[index, start:].max() < 1e-4
+    engines.close()
+    policy.close()
 
 
 @pytest.mark.parametrize("in_flight_kv", ["recompute", "keep"])

@@ -27,15 +27,20 @@ LORA = {"rank": 4, "alpha": 8}
 def run(request, starter_model, tmp_path_factory):
     """A run of four steps, and how its engines got the adapter."""
     folder = tmp_path_factory.mktemp("lora") / request.param
-    write_run_files(folder, starter_model)
-    config = yaml.safe_load((folder / "run.yaml").read_text())
-    config["policy"] |= {"lora": LORA, "lr": 1e-2}
-    config["weight_sync"] = {"lora": request.param}
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    run = RunProcess(folder, "run.yaml")
-    assert run.wait() == 0, run.log
+    run = run_lora(folder, starter_model, request.param)
     yield run, request.param
     run.end()
+
+
+def run_lora(folder, model, sync, *words):
+    write_run_files(folder, model)
+    config = yaml.safe_load((folder / "run.yaml").read_text())
+    config["policy"] |= {"lora": LORA, "lr": 1e-2}
+    config["weight_sync"] = {"lora": sync}
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+    run = RunProcess(folder, "run.yaml", *words)
+    assert run.wait() == 0, run.log
+    return run
 
 
 def steps(run):
@@ -94,3 +99,21 @@ def test_a_checkpoint_is_evaluated_to_what_the_run_itself_found(run, tmp_path):
     result = json.loads((tmp_path / "found" / "eval.json").read_text())
     rows = [row for row in read_jsonl(run.out.metrics) if "eval/reward" in row and row["step"] == 2]
     assert result["scores"][""]["reward"]["mean"] == pytest.approx(rows[0]["eval/reward"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", ["adapter", "merged"])
+def test_a_run_ahead_on_several_engines_follows_the_adapter(starter_model, tmp_path, sync):
+    words = ["--rollout.max_staleness", "1", "--rollout.num_engines", "2", "--max_steps", "3"]
+    run = run_lora(tmp_path / "run", starter_model, sync, *words)
+    first, *later = steps(run)
+    assert [row["step"] for row in (first, *later)] == [1, 2, 3]
+    # What the first version sampled has its log-probs, and what is stale has others.
+    assert first["sampling/logp_difference/mean"] < 1e-5
+    assert all(row["sampling/logp_difference/mean"] > 1e-5 for row in later)
+    assert {row["staleness/max"] for row in later} == {1}
+    assert all(row["kl"] > 1e-6 for row in later)
+    file = {"adapter": run.out.final / "adapter_model.safetensors"}
+    sent = nbytes(file.get(sync, starter_model / "model.safetensors"))
+    assert {row["weight_sync/bytes"] for row in (first, *later)} == {sent}
+    run.end()

@@ -17,6 +17,7 @@ from random_adapter import save_random_adapter
 from safetensors.torch import load_file
 
 from rlsys.config import LoraConfig
+from rlsys.weight_sync.connection import whole_tensors
 
 pytestmark = pytest.mark.system
 
@@ -93,7 +94,7 @@ def test_logprobs_and_gradient_of_an_adapter_are_those_of_peft(
         pytest.param({}, id="one rank"),
         *(
             pytest.param(EXPERTS | LAYOUTS[layout], id=f"{layout}, EP 2", marks=pytest.mark.slow)
-            for layout in ("DP 2", "TP 2", "PP 2 x DP 2")
+            for layout in ("DP 2", "TP 2", "PP 2 x DP 2", "CP 2", "CP 2 x DP 2", "TP 2 x CP 2")
         ),
     ],
 )
@@ -111,3 +112,17 @@ def test_adapters_of_experts_are_those_of_peft(lab, mixtures, tmp_path, options)
     torch.testing.assert_close(policy.compute_logprobs(batch)[0], expected, rtol=0, atol=2e-5)
     gradient = policy.call("adapter_gradient", batch, "sft")[0]
     assert_equal_gradients(gradient, merged_gradient(folder, adapter, batch, scale=6.0 / 4))
+    merged = load_file(folder / "model.safetensors")
+    for name, a in stored.items():
+        if ".lora_A." in name:
+            weight = name.removeprefix(PREFIX).replace(".lora_A.", ".")
+            merged[weight] += 6.0 / 4 * stored[name.replace("_A.", "_B.")] @ a
+    for content, expected, metadata in (
+        ("adapter", stored, policy.adapter_metadata()),
+        ("weights", merged, policy.weight_metadata()),
+    ):
+        policy.call("plan_buckets", 20_000, whole_tensors(metadata), 0, content)
+        sent = policy.call("in_buckets")[0]
+        assert sent.keys() == expected.keys()
+        for name, tensor in sent.items():
+            torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6, msg=name)
