@@ -35,6 +35,12 @@ def trained_rule_problems(policy: PolicyConfig) -> Iterator[Problem]:
                 "else is frozen. Leave one of them out; policy.lora.target_modules and "
                 "policy.lora.modules_to_save say what is trained"
             )
+        if policy.overlap_param_gather:
+            # megatron-core waits for weights where a module is called, and adapters are in none.
+            yield Problem(
+                "policy.overlap_param_gather with policy.lora is not supported: a forward pass "
+                "would read adapters before they are gathered. Leave it out: adapters are small"
+            )
         for name in filter(policy.megatron_kwargs.get, _WITHOUT_MODULES):
             yield Problem(
                 f"policy.megatron_kwargs.{name} with policy.lora is not supported: it computes "

@@ -744,7 +744,8 @@ class PolicyConfig(Section):
     overlap_param_gather: bool | None = None
     """With use_distributed_optimizer: gather each part of the weights when the next forward pass
     needs it. After the last optimizer step of a rollout all are gathered at once, for the weight
-    sync. null: where overlap_grad_reduce is on and a rollout has several optimizer steps."""
+    sync. null: where overlap_grad_reduce is on and a rollout has several optimizer steps, but
+    not with policy.lora, whose adapters are small and are gathered at once."""
     attention_backend: Literal["auto", "fused", "flash", "unfused"] = "auto"
     """Attention kernels on GPUs of policy and reference, by Transformer Engine's names: fused is
     cuDNN's, flash needs flash-attn, flash-attn-3 or flash-attn-4, unfused is plain matrix products,
@@ -1169,6 +1170,7 @@ class RunConfig(Section):
         if self.policy.overlap_param_gather is None:
             return (
                 self.policy.use_distributed_optimizer
+                and self.policy.lora is None
                 and self.optimizer_steps_per_update > 1
                 and self.overlaps_grad_reduce(on_cpu=on_cpu)
             )

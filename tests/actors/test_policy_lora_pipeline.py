@@ -32,6 +32,7 @@ def one_rank(lab, model):
 
 def lora_config(model, **policy):
     folder, adapter = model
+    policy["overlap_param_gather"] = None  # adapters are never gathered behind a forward pass
     return policy_config(folder, lora={"path": str(adapter)}, **policy)
 
 
@@ -50,7 +51,7 @@ def assert_close(tensors, expected):
 def test_logprobs_and_gradient_are_those_of_peft(lab, model, name):
     batch = random_batch()
     # Sharded optimizers leave each rank with the sum of its own part of the gradient only.
-    plain = PIPELINES[name] | {"use_distributed_optimizer": False, "overlap_param_gather": None}
+    plain = PIPELINES[name] | {"use_distributed_optimizer": False}
     policy = lab.policy(lora_config(model, **plain))
     with torch.no_grad():
         expected = padded_logprobs(peft_model(*model), batch)
@@ -67,9 +68,15 @@ def test_logprobs_and_gradient_are_those_of_peft(lab, model, name):
         assert (tensor - expected[key]).norm() <= 1e-4 * expected[key].norm() + 1e-7, key
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+DATA_PARALLEL = {"world_size": 2, "overlap_grad_reduce": True}
+"""Several optimizer steps between two weight syncs, as UPDATES has: each reads what the one before
+left on both ranks."""
+
+
+@pytest.mark.parametrize("name", [*PIPELINES, "DP 2"])
 def test_updates_are_those_of_one_rank_and_engines_get_them(lab, model, one_rank, name):
-    policy = lab.policy(lora_config(model, **PIPELINES[name], **UPDATES))
+    layout = (PIPELINES | {"DP 2": DATA_PARALLEL})[name]
+    policy = lab.policy(lora_config(model, **layout, **UPDATES))
     metrics, adapter, merged = updated(policy)
     for update, expected in zip(metrics, one_rank[0], strict=True):
         assert update == pytest.approx(expected, rel=1e-4, abs=1e-6)

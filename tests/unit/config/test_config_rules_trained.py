@@ -18,6 +18,7 @@ LORA = {"rank": 4}
         ({"lora": LORA, "trainable_parameters_regex": "norm"}, "trainable_parameters_regex with"),
         ({"lora": LORA, "megatron_kwargs": {"moe_shared_expert_overlap": True}}, "overlap with"),
         ({"lora": LORA, "megatron_kwargs": {"use_transformer_engine_op_fuser": True}}, "fuser"),
+        ({"lora": LORA, "overlap_param_gather": True}, "before they are gathered"),
         ({"trainable_parameters": ["lm_head"]}, "nothing is: set policy.freeze_parameters"),
     ],
 )
