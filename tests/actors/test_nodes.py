@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -135,6 +136,57 @@ def test_what_a_node_does_not_see_is_named_before_actors_start(
         assert "(127.0.0.2)" in line
     assert "starting on cpu" not in run.log
     assert "Traceback" not in run.log
+
+
+RANKS = """
+import json, os, sys
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from run_cases import run_config
+from rlsys.actors.policy import PolicyActors, PolicyRank
+from rlsys.actors.ray_session import ray_session
+from rlsys.config import Config
+
+model, folder = sys.argv[1:]
+values = run_config(model)
+values["policy"] |= {"world_size": 2, "tensor_parallel_size": 2}
+
+class Rank(PolicyRank):
+    def interface(self):
+        return os.environ["GLOO_SOCKET_IFNAME"]
+
+with ray_session():
+    nodes = sorted(((n["NodeManagerAddress"], n["NodeID"]) for n in ray.nodes()), reverse=True)
+    policy = PolicyActors(
+        Config.model_validate(values),
+        device="cpu",
+        place=lambda rank: {
+            "num_cpus": 0,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(nodes[rank][1], soft=False),
+        },
+        rank_class=Rank,
+    )
+    policy.start()
+    policy.save_model(folder)
+    print(json.dumps(policy.call("interface")))
+"""
+
+
+def test_ranks_on_two_nodes_meet_on_the_interface_that_leads_to_the_others(
+    cluster, tmp_path, starter_model
+):
+    """Not on that of the host's own name, which is often a loopback address. Here the ranks share
+    every layer, although a run would never place them so."""
+    interfaces = cluster.driver(RANKS, str(starter_model), str(tmp_path / "saved"))
+    assert len(interfaces) == 2
+    for name in interfaces:
+        found = [entry.address for entry in psutil.net_if_addrs()[name]]
+        assert cluster.address.partition(":")[0] in found  # the head's, where rank 0 is
+    saved, original = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", starter_model)
+    )
+    assert saved.keys() == original.keys()
+    assert all(torch.equal(saved[name], original[name]) for name in saved)
 
 
 PLACE = """
