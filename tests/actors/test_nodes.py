@@ -139,6 +139,7 @@ def test_what_a_node_does_not_see_is_named_before_actors_start(
 
 
 RANKS = """
+from pathlib import Path
 import json, os, sys
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -167,7 +168,7 @@ with ray_session():
         rank_class=Rank,
     )
     policy.start()
-    policy.save_model(folder)
+    policy.save_model(Path(folder))
     print(json.dumps(policy.call("interface")))
 """
 
