@@ -43,11 +43,11 @@ TESTS_APART = {
 TESTS_ALONE = {1: ["sleep", "ipc"], 2: []}
 """Files in one more process, which fill a GPU or measure it, and share it with nobody."""
 TESTS_GIB = 30.0
-"""Of a GPU, that a process of tests may take; vLLM asks for a fifth of the GPU to be free."""
+"""Share of a GPU that a process of tests may take; vLLM wants a fifth of the GPU to be free."""
 TESTS_LIMIT = 0.65
 """Share of the time that tests may take."""
 FREE_SHARE = 0.05
-"""Of a GPU, that stays free."""
+"""Share of a GPU that stays free."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Part:
     limit_s: float
     gpus: int = 1
     gib: float | None = None
-    """Of each of its GPUs; None: it measures speed, and shares them with nobody."""
+    """What it takes of each of its GPUs; None: it measures speed, and shares them with nobody."""
 
 
 @dataclass
@@ -187,7 +187,7 @@ class Suite:
 
 
 def environment(gpus, *, on_gpus):
-    """Of a part: the GPUs that it may see; without GPUs its tests run on the CPU."""
+    """Variables of a part: the GPUs that it may see; without GPUs its tests run on the CPU."""
     if not on_gpus:
         return {"RLSYS_GPU_TESTS_DEVICE": "cpu"}
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")

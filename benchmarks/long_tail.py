@@ -34,7 +34,7 @@ STEP_MS = {128: 3.48, 512: 9.55, 1024: 16.68}
 """Sequences -> milliseconds of a decode step of a 1.5B model on an H200: 36.8k, 53.6k and 61.4k
 tokens a second (RESULTS.md, Rollout). Between them, and below, times are on straight lines."""
 UPDATE_TOKENS_PER_S = 56_500
-"""Of the same model's update on one H200 (RESULTS.md, Policy update)."""
+"""Rate of the same model's update on one H200 (RESULTS.md, Policy update)."""
 Z_999 = 3.09
 """Standard deviations from the median to the 999th of 1,000."""
 WARM_UP = COOL_DOWN = 6

@@ -117,7 +117,8 @@ BENCHMARK = (
     "chunk",
     "fuse_weight_gradients",
 )
-"""Of the model, the batch, tokens of a chunk of logits, and a choice that runs do not have."""
+"""What a variant changes: the model, the batch, tokens of a chunk of logits, or a choice that
+runs do not have."""
 GROUPS = {
     "one_gpu": [
         "rows_4k",

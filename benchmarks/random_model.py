@@ -30,7 +30,7 @@ class Shape:
     """None is `hidden` / `heads`."""
     family: type = Qwen2Config
     experts: int = 0
-    """Of each layer; 0 is a dense model. `ffn` is then the size of one."""
+    """Experts of each layer; 0 is a dense model. With experts `ffn` is the size of one."""
     experts_per_token: int = 0
 
 

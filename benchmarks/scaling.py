@@ -78,7 +78,7 @@ class Job:
 
 
 FAST, SLOW = Python(1.6e-3, 6.3e-6), Python(2.7e-3, 16e-6)
-"""Of the two hosts in benchmarks/RESULTS.md: B and A."""
+"""The two hosts in benchmarks/RESULTS.md: B and A."""
 UPDATE_EFFICIENCY = 0.546
 """Share of the peak that an update reaches beside OPTIMIZER_SECONDS."""
 OPTIMIZER_SECONDS = 5.2e-11
@@ -88,7 +88,7 @@ DECODE_EFFICIENCY, KV_EFFICIENCY = 0.6, 0.7
 NOT_HIDDEN = 0.5
 """Share of the other engines' GPU time on a shared GPU that an engine waits for."""
 SYNC_SECONDS = 4.3e-3
-"""Of a weight sync, whatever its size: calls through Ray, pause, checks, the last bucket."""
+"""What a weight sync takes whatever its size: Ray's calls, pause, checks, the last bucket."""
 BUCKET_BYTES = 256 * 2**20
 HOP_SECONDS = 10e-6
 """For a chunk of a broadcast to pass a GPU. Assumed."""
@@ -99,7 +99,7 @@ DRIVER_SECONDS = 20e-6
 BATCH_BYTES = 17
 """A token of a TrainBatch: id 8, mask 1, advantage 4, log-prob 4."""
 OPTIMIZER_BYTES = 12
-"""Of each weight, which a colocated policy moves to host memory and back."""
+"""What a colocated policy moves to host memory and back, for each weight."""
 
 
 def model_of(name: str) -> Model:

@@ -130,7 +130,6 @@ class World:
         self._until = NEVER
         self._background = None
         self._finished = []
-        self._scored = []
 
     # --- RolloutActors
 

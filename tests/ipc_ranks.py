@@ -6,14 +6,16 @@ import multiprocessing
 import os
 import time
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
+import pytest
 import torch
 
 from rlsys.weight_sync.connection import Connection, whole_tensors
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.receiver import WeightReceiver
 from rlsys.weight_sync.sender import WeightSender
-from rlsys.weight_sync.transport import LOOPBACK, make_transport, serve_store
+from rlsys.weight_sync.transport import LOOPBACK, WeightSyncError, make_transport, serve_store
 
 NUM_BUCKETS = 7
 
@@ -71,6 +73,41 @@ def connect(sender, receivers, *, numel=100, timeout_s=60.0):
     for connecting in [rank.connect(connection, index) for index, rank in enumerate(ranks)]:
         connecting.result()
     return store
+
+
+def expected(version):
+    """What receivers report of an update: see `_receive`."""
+    return [[value(version, bucket)] * 4 for bucket in range(NUM_BUCKETS)]
+
+
+def check_updates(ranks, versions, *, slow, keep, numel=100):
+    """Nobody reads or overwrites too early, even if `slow` (sender or receiver) lags behind."""
+    sender, *receivers = ranks
+    store = connect(sender, receivers, numel=numel)
+    for version in versions:
+        receiving = [
+            receiver.receive(version, keep=keep, slowly=slow == "receiver" and index == 1)
+            for index, receiver in enumerate(receivers)
+        ]
+        sending = sender.send(version, slowly=slow == "sender")
+        assert sending.result() > 0
+        for future in receiving:
+            assert future.result() == expected(version)
+    del store
+
+
+def check_death(mortal, receivers, *, timeout_s, numel=100):
+    """Receivers name the bucket that a sender did not send before it died; `mortal` dies."""
+    store = connect(mortal, receivers, numel=numel, timeout_s=timeout_s)
+    receiving = [receiver.receive(1) for receiver in receivers]
+    with pytest.raises(BrokenProcessPool):
+        mortal.send(1, dies_at=3).result()
+    for rank, future in enumerate(receiving, start=1):
+        waited = rf"did not take part within {timeout_s:g} s"
+        message = rf"rank {rank} of 3, waiting for bucket 3 \(t3\): .*{waited}"
+        with pytest.raises(WeightSyncError, match=message):
+            future.result()
+    del store
 
 
 _END: WeightSender | WeightReceiver

@@ -1,10 +1,17 @@
-"""Where the processes of a run meet: the address that this host announces to the others."""
+"""The hosts of a run's Ray cluster, and the address that this one announces to the others."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import ray
 
 from rlsys.network import LOOPBACK
+
+
+def alive_nodes() -> list[dict[str, Any]]:
+    """Ray's records of the nodes of the connected cluster, without those that died."""
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def meeting_address() -> str:
@@ -13,5 +20,4 @@ def meeting_address() -> str:
     It is the address that Ray has for the node: that of the interface through which the node
     reaches the head, or of `ray start --node-ip-address`.
     """
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    return LOOPBACK if len(alive) == 1 else ray.util.get_node_ip_address()
+    return LOOPBACK if len(alive_nodes()) == 1 else ray.util.get_node_ip_address()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rlsys.actors.meeting import alive_nodes
 from rlsys.actors.waiting import get_all
 from rlsys.config import RunConfig
 from rlsys.config.local_paths import NeededPath, needed_paths
@@ -41,7 +42,7 @@ class Seen(NamedTuple):
     refused: dict[str, str]
     """Folder -> why nothing can be written into it."""
     versions: dict[str, str]
-    """Of the installed ones of PACKAGES."""
+    """Package -> version, for the installed ones of PACKAGES."""
 
 
 def check_nodes(config: RunConfig, roles_of_nodes: Mapping[str, Iterable[RoleName]]) -> None:
@@ -161,7 +162,7 @@ def _spoken(role: RoleName) -> str:
 
 
 def _digest(path: Path) -> str:
-    """Of a file's bytes, or of the names and sizes of a model folder's files."""
+    """A text that stands for a file's bytes, or for names and sizes of a model folder's files."""
     if path.is_file():
         return hashlib.sha256(path.read_bytes()).hexdigest()
     files = sorted(
@@ -181,9 +182,9 @@ def _look_on(node: str) -> Any:
 
 def _node_names() -> dict[str, str]:
     """Node id -> how errors call it."""
-    alive = [node for node in ray.nodes() if node["Alive"]]
     places = {
-        node["NodeID"]: (node["NodeManagerHostname"], node["NodeManagerAddress"]) for node in alive
+        node["NodeID"]: (node["NodeManagerHostname"], node["NodeManagerAddress"])
+        for node in alive_nodes()
     }
     return {
         node: f"node {host} ({address})"

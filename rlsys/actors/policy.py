@@ -14,7 +14,7 @@ import torch
 
 from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
-from rlsys.config import Config, RunConfig
+from rlsys.config import RunConfig
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.plugins.load import load_plugins
 from rlsys.types import Device, TrainBatch, UpdateOutput
@@ -134,9 +134,8 @@ class PolicyRank(ModelRank):
         self.engine.offload_optimizer()
 
     def offload_weights(self) -> None:
-        """See MegatronPolicy.offload_weights; with auto, only if they are large."""
-        assert isinstance(self.config, Config)
-        if self.config.colocated.offload_weights is True or self.engine.offload.has_large_weights:
+        """See MegatronPolicy.offload_weights; no effect unless `weights_leave`."""
+        if self.engine.weights_leave:
             self.engine.offload_weights()
 
     def onload(self) -> None:

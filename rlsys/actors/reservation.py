@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import ray
 from ray._private.state import available_resources_per_node
@@ -21,6 +20,7 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
+from rlsys.actors.meeting import alive_nodes
 from rlsys.config.roles import Role, describe_gpu_demand, fewer_gpus
 
 FIRST_LOOK_S, REPORT_EVERY_S = 5.0, 30.0
@@ -180,7 +180,7 @@ def check_enough(owners: list[Role], groups: Sequence[Sequence[Role]]) -> None:
     if wanted > total:
         demand, remedy = describe_gpu_demand(owners), fewer_gpus(owners, total)
         raise ValueError(f"{demand}, and the Ray cluster has {total}: {remedy}")
-    hosts = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in _alive()}
+    hosts = {node["NodeID"]: int(node["Resources"].get("GPU", 0)) for node in alive_nodes()}
     if choose_nodes([sum(role.gpus for role in group) for group in groups], hosts) is None:
         sizes = ", ".join(str(gpus) for gpus in sorted(hosts.values(), reverse=True) if gpus)
         raise ValueError(
@@ -201,21 +201,17 @@ def _on_one_host(groups: Sequence[Sequence[Role]]) -> str:
     return f", and {', and '.join(parts)} must be on one host" if parts else ""
 
 
-def _alive() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
-
-
 def _free_gpus() -> dict[str, int]:
     """Node id -> GPUs of which nobody has reserved a part."""
     free = available_resources_per_node()
-    return {n["NodeID"]: int(free.get(n["NodeID"], {}).get("GPU", 0)) for n in _alive()}
+    return {n["NodeID"]: int(free.get(n["NodeID"], {}).get("GPU", 0)) for n in alive_nodes()}
 
 
 def _free() -> str:
     free = available_resources_per_node()
     hosts = [
         f"{node['NodeManagerHostname']} {free.get(node['NodeID'], {}).get('GPU', 0):g} of {gpus:g}"
-        for node in _alive()
+        for node in alive_nodes()
         if (gpus := node["Resources"].get("GPU", 0))
     ]
     gpus = f"Free GPUs: {', '.join(hosts)}; free" if hosts else "Free"

@@ -153,8 +153,7 @@ class SharedTurns(Turns):
             self._policy.call("offload_optimizer" if optimizer_leaves else "drop_gradients")
         yield
         with self._timed("rollouts"):
-            if self._config.offload_weights:  # with auto, ranks look at their GPU
-                self._policy.call("offload_weights")
+            self._policy.call("offload_weights")  # each rank decides for its GPU
             self._engines.call("wake")
         self._turn = "rollouts"
 

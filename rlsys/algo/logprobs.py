@@ -38,7 +38,7 @@ class TokenValues(NamedTuple):
     logprobs: Tensor
     """In nats, with gradient."""
     entropy: Tensor
-    """Of the distribution, in nats, with gradient."""
+    """The distribution's, in nats, with gradient."""
     is_likeliest: Tensor
     """1 where no token is likelier than the target, else 0."""
 

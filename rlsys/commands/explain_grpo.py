@@ -48,24 +48,9 @@ def _absent_actors(config: Config) -> Pairs:
 
 
 def _weights(config: Config, shape: ModelShape, device: Device) -> Pairs:
-    pairs = _waiting(config)
-    if config.policy.lora is not None:
-        pairs.append(("rollout engines", describe_adapter_sync(config, shape, device)))
-    return pairs
-
-
-def _waiting(config: Config) -> Pairs:
-    """What of the policy waits in host memory while engines have its GPUs."""
-    if not config.is_colocated:
+    if config.policy.lora is None:
         return []
-    settings = config.colocated
-    parts = ["gradients are dropped"]
-    if settings.offload_optimizer:
-        parts.append("the optimizer's state waits in host memory")
-    if settings.offload_weights:
-        large = ", if they are large (auto)" if settings.offload_weights == "auto" else ""
-        parts.append(f"weights too{large}")
-    return [("while engines sample", ", ".join(parts))]
+    return [("rollout engines", describe_adapter_sync(config, shape, device))]
 
 
 def _memory(

@@ -34,6 +34,22 @@ def greedy(engines):
     )
 
 
+def check_syncs(policy, publisher, engines, wanted, *, tolerance):
+    """After each weight sync the engine gives what another gave that began with these weights.
+
+    Args:
+        wanted: (model folder, what `greedy` returned of the other engine), one after the other.
+        tolerance: of log-probs, in nats; 0 wants them equal.
+    """
+    for version, (folder, expected) in enumerate(wanted, start=1):
+        policy.set_weights(folder)
+        publisher.publish()
+        tokens, logprobs, versions = greedy(engines)
+        assert tokens == expected[0]
+        assert logprobs == pytest.approx(expected[1], rel=0, abs=tolerance)
+        assert versions == {(version,)}
+
+
 class ReloadingActor(RolloutActor):
     """Starts one engine after the other in a process: importing vLLM takes longer than that."""
 

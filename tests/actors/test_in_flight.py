@@ -196,17 +196,22 @@ def test_adapters_change_while_several_engines_sample(
     policy.close()
 
 
+def begin(engines, policy, publisher, model, in_flight_kv):
+    """Sample tickets 10 and 11 with `model` for a while; returns the version of its weights."""
+    (actor,) = engines.actors.values()
+    ray.get(actor.set_in_flight_kv.remote(in_flight_kv))
+    policy.set_weights(model)
+    publisher.publish()
+    submit(engines, first_id=10)
+    wait_for_tokens(engines, BEFORE_THE_CHANGE)
+    return policy.policy_version
+
+
 @pytest.mark.parametrize("in_flight_kv", ["recompute", "keep"])
 def test_every_token_has_the_version_of_its_span(
     engines, policy, publisher, models, references, rollout_config, in_flight_kv
 ):
-    (actor,) = engines.actors.values()
-    ray.get(actor.set_in_flight_kv.remote(in_flight_kv))
-    policy.set_weights(models[0])
-    publisher.publish()
-    old = policy.policy_version
-    submit(engines, first_id=10)
-    wait_for_tokens(engines, BEFORE_THE_CHANGE)
+    old = begin(engines, policy, publisher, models[0], in_flight_kv)
     policy.set_weights(models[1])
     publisher.publish()
     submit(engines, first_id=20)  # the same prompts, which the prefix cache may know
@@ -220,12 +225,7 @@ def test_completions_continue_after_a_sleep_with_the_weights_that_came(
     engines, policy, publisher, models, references, rollout_config, in_flight_kv
 ):
     (actor,) = engines.actors.values()
-    ray.get(actor.set_in_flight_kv.remote(in_flight_kv))
-    policy.set_weights(models[0])
-    publisher.publish()
-    old = policy.policy_version
-    submit(engines, first_id=10)
-    wait_for_tokens(engines, BEFORE_THE_CHANGE)
+    old = begin(engines, policy, publisher, models[0], in_flight_kv)
     for _ in range(2):  # who sleeps already stays asleep
         engines.call("sleep")
     tokens = ray.get(actor.least_tokens.remote())

@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 PORTS = range(21000, 21100)
-"""Of all runs here; those that the kernel gives to others begin further up."""
+"""Ports of all runs here; the kernel gives others ports from further up."""
 REWARD = """
 from rlsys.rewards import register_reward
 from shares_of_digits import share

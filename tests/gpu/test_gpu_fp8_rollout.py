@@ -7,7 +7,7 @@ import ray
 import torch
 from gpu_cases import DEVICE, engine_config, save_gpu_model, transformers_logprobs
 from gpu_lab import ReloadingGpuActor
-from greedy_rollouts import PROMPTS, greedy, reload
+from greedy_rollouts import PROMPTS, check_syncs, greedy, reload
 from tensor_policy import TensorPolicy
 
 from rlsys.actors import rollout
@@ -90,13 +90,8 @@ def test_a_synced_engine_equals_a_fresh_one(engines, folders, quantization):
     publisher.publish()
     old = greedy(engines)
     assert old[0] != fresh[0]
-    for version, (folder, expected) in enumerate([(folders[1], fresh), (folders[0], old)], start=1):
-        policy.set_weights(folder)
-        publisher.publish()
-        tokens, logprobs, versions = greedy(engines)
-        assert tokens == expected[0]
-        assert logprobs == pytest.approx(expected[1], abs=1e-4)
-        assert versions == {(version,)}
+    wanted = [(folders[1], fresh), (folders[0], old)]
+    check_syncs(policy, publisher, engines, wanted, tolerance=1e-4)
     policy.close()
 
     found = {quantization: mismatch(engines, folders[0])}

@@ -1,13 +1,10 @@
 """Weights from one process to others on the same GPU, by CUDA IPC."""
 
 import json
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 from gpu_cases import DEVICE
-from ipc_ranks import NUM_BUCKETS, Rank, connect, value
-
-from rlsys.weight_sync.transport import WeightSyncError
+from ipc_ranks import NUM_BUCKETS, Rank, check_death, check_updates, connect, expected
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -27,26 +24,11 @@ def ranks(request):
         rank.close()
 
 
-def expected(version):
-    return [[value(version, bucket)] * 4 for bucket in range(NUM_BUCKETS)]
-
-
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("slow", [None, "sender", "receiver"])
 def test_nobody_reads_too_early_or_overwrites_too_early(ranks, slow, keep):
     """Streams lag behind their hosts by many milliseconds where the test says slow."""
-    sender, *receivers = ranks
-    store = connect(sender, receivers, numel=NUMEL)
-    for version in (1, 2, 3):
-        receiving = [
-            receiver.receive(version, keep=keep, slowly=slow == "receiver" and index == 1)
-            for index, receiver in enumerate(receivers)
-        ]
-        sending = sender.send(version, slowly=slow == "sender")
-        assert sending.result() > 0
-        for future in receiving:
-            assert future.result() == expected(version)
-    del store
+    check_updates(ranks, (1, 2, 3), slow=slow, keep=keep, numel=NUMEL)
 
 
 def test_connections_follow_each_other_and_large_buckets_are_fast(ranks):
@@ -70,15 +52,6 @@ def test_the_shared_memory_keeps_nothing_else_from_being_freed(ranks):
 
 
 def test_a_sender_that_dies_is_a_named_timeout(ranks):
-    _, *receivers = ranks
     mortal = Rank(DEVICE)
-    store = connect(mortal, receivers, numel=NUMEL, timeout_s=10.0)
-    receiving = [receiver.receive(1) for receiver in receivers]
-    with pytest.raises(BrokenProcessPool):
-        mortal.send(1, dies_at=3).result()
-    for rank, future in enumerate(receiving, start=1):
-        message = rf"rank {rank} of 3, waiting for bucket 3 \(t3\): .*did not take part within 10 s"
-        with pytest.raises(WeightSyncError, match=message):
-            future.result()
+    check_death(mortal, ranks[1:], timeout_s=10.0, numel=NUMEL)
     mortal.close()
-    del store

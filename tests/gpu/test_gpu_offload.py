@@ -95,7 +95,7 @@ def spoil_free_memory(rank):
 
 
 def leave_and_return(policy):
-    """As a colocated run between two turns of the policy; returns the weights that it sends."""
+    """Do what a colocated run does between two turns of the policy; returns what it sends."""
     policy.call("offload_optimizer")
     weights = exported(policy)
     policy.call("offload_weights")
@@ -140,7 +140,7 @@ def test_leaving_the_gpu_changes_no_bit(lab, folders, tmp_path, kind):
 
 
 def pinned_gb_per_s(to_host):
-    """Of one gibibyte between pinned memory and the GPU: the floor of what is measured below."""
+    """GB/s of one gibibyte between pinned memory and the GPU: the floor of what follows."""
     on_gpu = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
     on_host = torch.zeros(2**30, dtype=torch.uint8, pin_memory=True)
     target, source = (on_host, on_gpu) if to_host else (on_gpu, on_host)
@@ -153,7 +153,7 @@ def pinned_gb_per_s(to_host):
 
 
 def measure(rank):
-    """Of the second of two absences: seconds, GB/s and the memory that stays."""
+    """Seconds, GB/s and the memory that stays, at the second of two absences."""
     offload = rank.engine.offload
     rates = [pinned_gb_per_s(to_host) for to_host in (True, False)]
     torch.cuda.empty_cache()

@@ -115,13 +115,19 @@ class MegatronPolicy(MegatronModel):
         return adapters
 
     def _reserve_host_memory(self, config: Config) -> None:
-        colocated = config.colocated
         device: Device = "cpu" if self.on_cpu else "cuda"
-        leaves = colocated.offload_weights
+        leaves = config.colocated.offload_optimizer
         self.offload.reserve(
-            optimizer_bytes(config, self.shape, device) if colocated.offload_optimizer else 0,
-            weights=self.offload.has_large_weights if leaves == "auto" else leaves,
+            optimizer_bytes(config, self.shape, device) if leaves else 0,
+            weights=self.weights_leave,
         )
+
+    @property
+    def weights_leave(self) -> bool:
+        """colocated.offload_weights, decided for this rank's GPU."""
+        assert isinstance(self.config, Config)
+        leaves = self.config.colocated.offload_weights
+        return self.offload.has_large_weights if leaves == "auto" else leaves
 
     @property
     def more_gpus(self) -> str:
@@ -370,7 +376,7 @@ class MegatronPolicy(MegatronModel):
         (self.weights if self.adapters is None else self.adapters.weights).load(folder)
         self.offload.frozen_weights_changed()
         self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
-        # Transformer Engine keeps them as a pickle, which no checkpoint of rlsys holds.
+        # Transformer Engine saves scales as a pickle, which no checkpoint of rlsys holds.
         self._unknown_scales = self._unknown_gradient_scales = self._has_scales
         if self.config.policy.fp8_param_gather:
             # The folder has what FP8 weights stand for, rounded: they come from the float32 copy,

@@ -22,7 +22,7 @@ Tag = Literal["weights", "kv_cache"]
 """vLLM's names of the two kinds of memory, which wake up one after the other."""
 TAGS: tuple[Tag, ...] = ("weights", "kv_cache")
 MEMORY_OF: dict[Tag, str] = {"weights": "weights", "kv_cache": "KV cache"}
-"""Of what, in errors."""
+"""What errors call that memory."""
 LARGE_WEIGHT_BYTES = 2**18
 """Weights of fewer bytes are kept too: it costs little, and scales that no sync brings stay."""
 SMALL_ALLOCATION_BYTES = 20 * 2**20

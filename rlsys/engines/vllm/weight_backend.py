@@ -124,11 +124,9 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                     "run from its checkpoint"
                 )
             self._begin_proof()
-        if self._plan is not None:
-            self._plan.fill_padding()
-            return
-        with without_adapters(self.model):
-            initialize_layerwise_reload(self.model)
+        if self._plan is None:
+            with without_adapters(self.model):
+                initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive and load all buckets."""
@@ -190,6 +188,11 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
         return True
+
+    def fill_padding(self) -> None:
+        """Fill again what no weight sync brings of a parameter, after its memory was away."""
+        if self._plan is not None:
+            self._plan.fill_padding()
 
     def weights(self) -> list[torch.Tensor]:
         """The parameters that a weight sync brings."""
@@ -286,6 +289,8 @@ class WeightSyncWorkerExtension:
     def restore_memory(self, tag: Tag) -> None:
         """Put back what was kept, once memory of this kind is awake."""
         self.kept_memory.restore(tag)
+        if tag == "weights":
+            self.weight_transfer_engine.fill_padding()
 
     def ask_weight_transfer(self, method: str) -> Any:
         """What a method of BucketWeightTransferEngine returns on this worker."""

@@ -90,7 +90,7 @@ def test_versions_that_differ_are_noted():
 
 
 def test_each_role_needs_what_it_reads(tmp_path, monkeypatch, forget_registrations):
-    """Of everything that a config names; data is for the driver alone."""
+    """Everything that a config names is needed; data is for the driver alone."""
     monkeypatch.chdir(tmp_path)
     for name in ("policy", "reference", "judge", "adapter", "run"):
         (tmp_path / name).mkdir()

@@ -59,7 +59,7 @@ def row(name, config, shape, estimates):
 
 
 def test_the_table_of_the_docs_is_what_is_estimated(tmp_path):
-    """And all of it fits: these are the runs that one GPU of 80 GB has to hold."""
+    """They fit: these are the runs that one GPU of 80 GB has to hold."""
     rows = []
     for name, (model, policy) in RUNS.items():
         (tmp_path / name).mkdir()

@@ -5,7 +5,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
-from ipc_ranks import NUM_BUCKETS, Rank, connect, value
+from ipc_ranks import Rank, check_death, check_updates, connect, expected
 
 from rlsys.weight_sync import ipc
 from rlsys.weight_sync.transport import WeightSyncError
@@ -29,26 +29,10 @@ def mortal():
     rank.close()
 
 
-def expected(version):
-    return [[value(version, bucket)] * 4 for bucket in range(NUM_BUCKETS)]
-
-
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("slow", [None, "sender", "receiver"])
 def test_nobody_reads_too_early_or_overwrites_too_early(ranks, slow, keep):
-    sender, *receivers = ranks
-    store = connect(sender, receivers)
-    for version in (1, 2):
-        receiving = [
-            receiver.receive(version, keep=keep, slowly=slow == "receiver" and receiver is last)
-            for last in receivers[-1:]
-            for receiver in receivers
-        ]
-        sending = sender.send(version, slowly=slow == "sender")
-        assert sending.result() > 0
-        for future in receiving:
-            assert future.result() == expected(version)
-    del store
+    check_updates(ranks, (1, 2), slow=slow, keep=keep)
 
 
 def test_receivers_wait_for_a_late_sender(ranks):
@@ -63,16 +47,7 @@ def test_receivers_wait_for_a_late_sender(ranks):
 
 
 def test_a_sender_that_dies_is_a_named_timeout(mortal, ranks):
-    _, *receivers = ranks
-    store = connect(mortal, receivers, timeout_s=1.0)
-    receiving = [receiver.receive(1) for receiver in receivers]
-    with pytest.raises(BrokenProcessPool):
-        mortal.send(1, dies_at=3).result()
-    for rank, future in enumerate(receiving, start=1):
-        message = rf"rank {rank} of 3, waiting for bucket 3 \(t3\): .*did not take part within 1 s"
-        with pytest.raises(WeightSyncError, match=message):
-            future.result()
-    del store
+    check_death(mortal, ranks[1:], timeout_s=1.0)
 
 
 def test_a_receiver_that_dies_is_named_by_the_sender(mortal, ranks):
