@@ -6,6 +6,11 @@ from torch import nn
 
 from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missing_parameters
 from rlsys.engines.vllm.latent import derive_again, loaded_parameters, unreachable_copy
+from rlsys.engines.vllm.sleeping import KeptMemory
+from rlsys.engines.vllm.weight_backend import (
+    BucketWeightTransferEngine,
+    WeightSyncWorkerExtension,
+)
 from rlsys.weight_sync.plan import TensorMeta, TensorSlice, plan_buckets
 
 HIDDEN, ROWS, VOCAB, PADDED = 8, 4, 10, 12
@@ -71,9 +76,15 @@ def test_padding_that_a_sleeping_engine_lost_is_filled_again():
     model, expected = Loader(1), Loader(1)
     plan = InPlacePlan(model, metadata(tensors))
     expected.load_weights(tensors.items())
+    worker = WeightSyncWorkerExtension()
+    worker.weight_transfer_engine = object.__new__(BucketWeightTransferEngine)
+    worker.weight_transfer_engine._plan = plan
+    worker.kept_memory = KeptMemory(None)
     for parameter in model.parameters():
         parameter.data.fill_(torch.nan)
-    plan.fill_padding()
+    worker.restore_memory("kv_cache")
+    assert all(parameter.isnan().all() for parameter in model.parameters())
+    worker.restore_memory("weights")
     for bucket in plan_buckets(metadata(tensors), 64):
         plan.load(bucket, filled(bucket, tensors))
     for name, parameter in model.named_parameters():
