@@ -1,6 +1,8 @@
 """Senders and receivers over the real transports of CPUs, in threads of this process."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -63,15 +65,18 @@ def connection(store, *, world_size, timeout_s=20.0, label=""):
 
 
 class Ranks:
-    """A policy rank and two receivers that are connected: in one connection, or in one each."""
+    """A policy rank and two receivers that are connected: in one connection, or in one each.
+
+    `timeout_s` holds once they are connected. torch asks the name server who 127.0.0.1 is, and a
+    lost question alone takes 5 seconds.
+    """
 
     def __init__(self, *, timeout_s=20.0, apart=False):
-        self.stores = [serve_store(LOOPBACK, timeout_s) for _ in range(1 + apart)]
+        self.stores = [serve_store(LOOPBACK, 20.0) for _ in range(1 + apart)]
         connections = [
             connection(
                 store,
                 world_size=2 if apart else 3,
-                timeout_s=timeout_s,
                 label=f" in connection {index} of 2" if apart else "",
             )
             for index, store in enumerate(self.stores)
@@ -85,6 +90,8 @@ class Ranks:
         ]
         self.senders = [sender.result() for sender in senders]
         self.receivers = [receiver.result() for receiver in receivers]
+        for end in (*self.senders, *self.receivers):
+            set_deadline(end._transport, timeout_s)
 
     def send(self, fill, version):
         return sum(sender.send(fill, version) for sender in self.senders)
@@ -93,6 +100,13 @@ class Ranks:
         return [
             self.threads.submit(receive, receiver, version, keep) for receiver in self.receivers
         ]
+
+
+def set_deadline(transport, timeout_s):
+    transport._connection = replace(transport._connection, timeout_s=timeout_s)
+    transport._store.set_timeout(timedelta(seconds=timeout_s))
+    if Network.transport == "gloo":
+        transport._group._set_default_timeout(timedelta(seconds=timeout_s))
 
 
 def receive(receiver, version, keep):
