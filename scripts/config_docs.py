@@ -38,7 +38,7 @@ it. [migration.md](migration.md) has the names of these fields in TRL, ms-swift,
   `path`, `file`, `folder`, `dir`, `..._path` and so on.
 - Where a field takes null, `null` and `none` mean the same.
 
-`python scripts/config_docs.py` writes this page from the docstrings in `rlsys/config/schema.py`.
+`python scripts/config_docs.py` writes this page from the docstrings in `rlsys/config/schema/`.
 """
 
 

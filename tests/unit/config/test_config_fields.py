@@ -2,6 +2,7 @@
 
 import ast
 import runpy
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from rlsys.config.fields import (
 
 ROOT = Path(__file__).parents[3]
 SCHEMAS = (Config, SftConfig)
-CONFIG_FILES = [ROOT / "rlsys" / "config" / name for name in ("schema.py", "sft.py")]
+CONFIG_FILES = sorted((ROOT / "rlsys" / "config").rglob("*.py"))
 ALL_FIELDS = {name: info for schema in SCHEMAS for name, info in config_fields(schema).items()}
 ALL_SECTIONS = {
     name for schema in SCHEMAS for name in [*config_sections(schema), *optional_sections(schema)]
@@ -108,18 +109,17 @@ def fields_read_in_a_run() -> set[str]:
         if path.name in DECIDE or not DISPLAY.intersection(path.relative_to(ROOT / "rlsys").parts):
             reads |= FieldReads(ast.parse(path.read_text("utf-8"))).reads
     # A property that is read stands for the fields that it is derived from.
-    methods = {
-        f"{section_of_class()[cls.name]}.{n.name}".lstrip("."): (cls.name, n)
-        for file in CONFIG_FILES
-        for cls in ast.parse(file.read_text("utf-8")).body
-        if isinstance(cls, ast.ClassDef) and cls.name in section_of_class()
-        for n in cls.body
-        if isinstance(n, ast.FunctionDef)
-    }
+    methods = defaultdict(list)  # of a class and of those that it derives from
+    for file in CONFIG_FILES:
+        for cls in ast.parse(file.read_text("utf-8")).body:
+            if isinstance(cls, ast.ClassDef) and cls.name in section_of_class():
+                for n in cls.body:
+                    if isinstance(n, ast.FunctionDef):
+                        name = f"{section_of_class()[cls.name]}.{n.name}".lstrip(".")
+                        methods[name].append(ast.ClassDef(cls.name, [], [], [n], []))
     pending = [name for name in methods if name in reads]
     while pending:
-        class_name, method = methods[pending.pop()]
-        module = ast.Module([ast.ClassDef(class_name, [], [], [method], [])], [])
+        module = ast.Module(methods[pending.pop()], [])
         found = FieldReads(module, own_class=True).reads - reads
         reads |= found
         pending += [name for name in found if name in methods]
