@@ -1,29 +1,22 @@
 """The `rlsys` command: each subcommand is an entry of `COMMANDS` and a file of rlsys/commands.
 
-Only the file of the subcommand is imported, so that help and errors are quick. Exit codes: 0 done;
-1 the run failed, or a check found problems; 2 wrong input; 130 interrupted.
+Only the file of the subcommand is imported, so that help and errors are quick. The exit codes are
+in rlsys/exit_codes.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from rlsys.exit_codes import DONE, FAILED, WRONG_INPUT, is_full_disk, is_users_mistake, of_error
 from rlsys.export_options import add_export_options
+from rlsys.interrupts import Stopped
 from rlsys.problems import RunFailed
-
-EXIT_FAILED = 1
-EXIT_WRONG_INPUT = 2
-EXIT_INTERRUPTED = 130
-
-FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Errors of a disk, or a user's share of it, without room."""
 
 _EXAMPLES = {"sft": "examples/sft/smollm2.yaml"}
 _EXAMPLE = "examples/countdown/demo.yaml"
@@ -51,33 +44,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         module = import_module(f"rlsys.commands.{args.command.replace(' ', '_')}")
-        return EXIT_FAILED if module.main(args) is False else 0
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except RunFailed as error:
+        result = module.main(args)
+        if isinstance(result, bool) or result is None:
+            return FAILED if result is False else DONE
+        return int(result)
+    except (KeyboardInterrupt, RunFailed, OSError, ValueError) as error:
+        text = _ending(args.command, error)
+        if text is None:
+            raise
+        print(text, file=sys.stderr)
+        return of_error(error)
+
+
+def _ending(command: str, error: BaseException) -> str | None:
+    """What a user reads in place of a traceback; None where the traceback is needed."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"\n{error if isinstance(error, Stopped) else 'interrupted'}"
+    if isinstance(error, RunFailed):
         # The message ends with the failing actor's traceback; the driver's own says nothing more.
-        print(f"\nrlsys {args.command}: the run failed.\n{error}", file=sys.stderr)
-        return EXIT_FAILED
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
+        return f"\nrlsys {command}: the run failed.\n{error}"
+    if isinstance(error, OSError) and is_full_disk(error):
         where = f" at {error.filename}" if error.filename else ""
-        print(f"\nrlsys {args.command}: {error.strerror}{where}: free some", file=sys.stderr)
-        return EXIT_FAILED
-    except ValueError as error:
-        # A ValueError that rlsys raises is about the user's input. One that a library raises deep
-        # in a run is a bug, and its traceback is needed.
-        if not _raised_by_rlsys(error):
-            raise
-        print(f"rlsys {args.command}: {error}", file=sys.stderr)
-        return EXIT_WRONG_INPUT
-
-
-def _raised_by_rlsys(error: ValueError) -> bool:
-    """Whether this package raised `error`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+        return f"\nrlsys {command}: {error.strerror}{where}: free some"
+    return f"rlsys {command}: {error}" if is_users_mistake(error) else None
 
 
 # --- the parser ----------------------------------------------------------------------------------
@@ -96,7 +85,7 @@ class _CommandParser(argparse.ArgumentParser):
         if text := what_to_write_instead(
             str(self.get_default("command")), words, self._option_string_actions
         ):
-            self.exit(EXIT_WRONG_INPUT, f"{self.prog}: {text}\n")
+            self.exit(WRONG_INPUT, f"{self.prog}: {text}\n")
         found, unknown = super().parse_known_args(words, namespace)
         if "config" not in found:
             if unknown:  # the parser of all commands would show its own usage

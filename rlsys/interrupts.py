@@ -1,75 +1,135 @@
-"""Ctrl-C, SIGTERM and a closed terminal: they interrupt a run between two steps."""
+"""Ctrl-C, SIGTERM, a closed terminal, and notices that the machine will be taken away.
+
+They interrupt a run between two steps; the second one ends it at once.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""Ctrl-C; `ray job stop`, `kill` and job schedulers; a closed terminal."""
+PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+"""What Slurm's `--signal` and other schedulers send before they take a machine away."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, *PREEMPTION_SIGNALS)
+"""Ctrl-C; `ray job stop`, `kill` and job schedulers; a closed terminal; notices of preemption."""
 SAME_S = 1.0
 """Signals this soon after the first one count as the same: `timeout` sends two."""
+LOOK_EVERY_S = 1.0
+"""Seconds between two looks for the file of a preemption notice."""
+RAY_JOB_STOP_S = 3.0
+"""What `ray job stop` gives a job unless RAY_JOB_STOP_WAIT_TIME_S says more."""
+CLOSING_SHARE, CLOSING_S = 0.25, 10.0
+"""The end of the given time that is for closing files and actors: a quarter, 10 s at most."""
 
 
-class ImpatientInterrupt(KeyboardInterrupt):
-    """The second Ctrl-C: end at once, save nothing."""
+class Stopped(KeyboardInterrupt):
+    """A stop signal: end after what has to be finished, and save."""
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(number)
+        self.number = number
+
+    def __str__(self) -> str:
+        if self.number == signal.SIGINT:
+            return "interrupted"
+        what = "preempted" if self.number in PREEMPTION_SIGNALS else "interrupted"
+        return f"{what} by {signal.Signals(self.number).name}"
+
+
+class ImpatientInterrupt(Stopped):
+    """The second Ctrl-C, or the end of the given time: end at once, save nothing."""
 
 
 class _Signals:
     """The stop signals that this process got so far."""
 
-    def __init__(self) -> None:
-        self.first_at: float | None = None
+    def __init__(self, exit_timeout_s: float | None) -> None:
+        self.exit_timeout_s = exit_timeout_s
+        self.first: int | None = None
+        self.first_at = 0.0
+        self.given_s: float | None = None
+        """Seconds from `first_at` until this process has to have ended."""
         self.first_finishes: str | None = None
         """What has to be finished before a signal that is held back interrupts."""
         self.is_pending = False
 
 
-_signals = _Signals()
+_signals = _Signals(None)
 
 
 @contextmanager
-def interruptible(on_first: Callable[[], None] | None = None) -> Iterator[None]:
-    """Let stop signals raise KeyboardInterrupt in the main thread, and ImpatientInterrupt the
-    second time.
+def interruptible(
+    on_first: Callable[[], None] | None = None,
+    *,
+    exit_timeout_s: float | None = None,
+    preemption_file: Path | None = None,
+) -> Iterator[None]:
+    """Let stop signals raise Stopped in the main thread, and ImpatientInterrupt the second time.
 
-    `on_first` is called at once, in the handler of the first signal. `ray job stop` kills after
-    three seconds, and the run may still be saving by then.
+    Args:
+        on_first: called at once, in the handler of the first signal: `ray job stop` kills after
+            three seconds, and the run may still be saving by then.
+        exit_timeout_s: seconds after the first signal at which ImpatientInterrupt is raised, less
+            where the caller gives less, see `seconds_given`; None sets no limit.
+        preemption_file: its appearance counts as SIGUSR1.
     """
     global _signals
+    noticed_s: list[float | None] = []
+    """What the file of the notice says, once it has been seen."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if _signals.first_at is not None:
+        if _signals.first is not None:
             if now - _signals.first_at < SAME_S:
                 return
-            raise ImpatientInterrupt
-        _signals.first_at = now
+            raise ImpatientInterrupt(number)
+        _signals.first, _signals.first_at = number, now
+        _signals.given_s = seconds_given(number, exit_timeout_s, *noticed_s)
+        if _signals.given_s is not None:
+            signal.setitimer(signal.ITIMER_REAL, max(_signals.given_s, SAME_S))
         if on_first is not None:
             with suppress(OSError):  # a full disk must not keep the run going
                 on_first()
         if _signals.first_finishes is None:
-            raise KeyboardInterrupt
+            raise Stopped(number)
         _signals.is_pending = True
-        text = f"\ninterrupted: {_signals.first_finishes} first. Ctrl-C again ends at once.\n"
+        text = f"\n{Stopped(number)}: {_signals.first_finishes} first. Ctrl-C again ends at once.\n"
         with suppress(OSError):  # the terminal may have been closed
             os.write(2, text.encode())  # not print: the main thread may be in the middle of one
 
-    outer, _signals = _signals, _Signals()
+    outer, _signals = _signals, _Signals(exit_timeout_s)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as under nohup
+        # nohup has SIGHUP ignored; a notice that the machine goes away concerns every run.
+        if handler != signal.SIG_IGN or number in PREEMPTION_SIGNALS:
             signal.signal(number, interrupt)
+    at_alarm = signal.signal(signal.SIGALRM, _out_of_time)
+    over = threading.Event()
+    if preemption_file is not None:
+        look = (preemption_file, noticed_s, over)
+        threading.Thread(target=_look_for_notice, args=look, daemon=True).start()
     try:
         yield
     finally:
+        over.set()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, at_alarm)
         for number, handler in before.items():
             signal.signal(number, handler)
         _signals = outer
+
+
+def _out_of_time(number: int, frame: FrameType | None) -> None:
+    assert _signals.first is not None
+    with suppress(OSError):
+        os.write(2, f"\nnot ended within {_signals.given_s:g} s: ending now\n".encode())
+    raise ImpatientInterrupt(_signals.first)
 
 
 @contextmanager
@@ -82,4 +142,51 @@ def held_back(what: str = "this step is finished") -> Iterator[None]:
         _signals.first_finishes = None
     if _signals.is_pending:
         _signals.is_pending = False
-        raise KeyboardInterrupt
+        assert _signals.first is not None
+        raise Stopped(_signals.first)
+
+
+def seconds_to_save(otherwise_s: float) -> float:
+    """Seconds that are left for saving: what was given at the first signal, without what closing
+    files and actors takes; `otherwise_s` if no signal came, since the run failed."""
+    if _signals.first is None or _signals.given_s is None:
+        return otherwise_s
+    closing_s = min(CLOSING_S, CLOSING_SHARE * _signals.given_s)
+    return max(0.0, _signals.first_at + _signals.given_s - closing_s - time.monotonic())
+
+
+def seconds_given(
+    number: int, exit_timeout_s: float | None, notice_s: float | None = None
+) -> float | None:
+    """Seconds from a stop signal until this process is killed, as far as that is known.
+
+    Args:
+        number: the signal.
+        exit_timeout_s: the run's own limit; None is without a limit.
+        notice_s: what the file of a preemption notice says.
+    """
+    limits = [exit_timeout_s, notice_s]
+    if number == signal.SIGTERM and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # a Ray job
+        try:
+            limits.append(float(os.environ["RAY_JOB_STOP_WAIT_TIME_S"]))
+        except (KeyError, ValueError):
+            limits.append(RAY_JOB_STOP_S)
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _look_for_notice(file: Path, noticed_s: list[float | None], over: threading.Event) -> None:
+    """Send SIGUSR1 to this process when the file appears; its text may be a number of seconds."""
+    while not over.wait(LOOK_EVERY_S):
+        try:
+            text = file.read_text()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            text = ""
+        try:
+            noticed_s[:] = [float(text)]
+        except ValueError:
+            noticed_s[:] = [None]
+        if _signals.first is None:  # while Ray starts, the signal is ignored: send it again
+            os.kill(os.getpid(), signal.SIGUSR1)

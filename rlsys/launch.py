@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from rlsys.config import Config, RunConfig, SftConfig
 from rlsys.config.load import ResolvedConfig, save_config
 from rlsys.config.schema import AnyConfig
 from rlsys.driver import train, train_sft
+from rlsys.exit_codes import of_error
 from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
 from rlsys.preflight.before_sft import fit_to_samples, load_sample_data
 from rlsys.preflight.before_start import fit_to_data, load_data
@@ -76,12 +79,22 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
         data = method.load_data(config)
         config = method.fit_to_data(config, data)
         stack.enter_context(run_dir.held())
-        stack.enter_context(interruptible(on_first=run_dir.mark_ended))
+        stack.enter_context(run_dir.recording_end())
+        saved = config.checkpoint
+        notice = None if saved.preemption_file is None else Path(saved.preemption_file)
+        stack.enter_context(
+            interruptible(
+                on_first=run_dir.mark_ended,
+                exit_timeout_s=saved.exit_timeout_s,
+                preemption_file=notice,
+            )
+        )
         resume_step = prepare_folder(config, run_dir)
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)
         stack.enter_context(ray_session())
         stack.callback(tracker.close)  # before the actors end, which takes seconds
+        stack.push(partial(_leave_at_once, run_dir))
         system = method.start(config, data, tracker)
         if resume_step is not None:
             system.load_checkpoint(run_dir.checkpoints / f"step-{resume_step}")
@@ -144,6 +157,24 @@ def train_system(system: System, tracker: Tracker, checkpoints: Checkpoints) -> 
     return sampling_watch.nothing_learned()
 
 
+def _leave_at_once(
+    run_dir: RunDir,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    traceback: TracebackType | None,
+) -> None:
+    """End this process after the second Ctrl-C: no picture, no wait for actors.
+
+    Rows are in their files as soon as they are logged. Ray ends what it started when this process
+    is gone, and the guard of rlsys.leftovers removes the rest.
+    """
+    if isinstance(error, ImpatientInterrupt):
+        run_dir.record_end(of_error(error), str(error))
+        with suppress(OSError):  # the terminal may have been closed
+            print(f"\n{error}", file=sys.stderr, flush=True)
+        os._exit(of_error(error))
+
+
 def _end_rollouts(
     rollouts: Rollouts,
     kind: type[BaseException] | None,
@@ -151,6 +182,8 @@ def _end_rollouts(
     traceback: TracebackType | None,
 ) -> None:
     """Raise what failed in the background: it is the cause if an error ended the run."""
+    if isinstance(error, ImpatientInterrupt):
+        return
     failure = rollouts.close()
     if failure is None:
         return

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 
+from rlsys.interrupts import seconds_to_save
 from rlsys.run.checkpoints import Checkpoints, Models, checkpoint_steps
 from rlsys.run.folder import RunDir
 from rlsys.system import SftSystem, System
@@ -29,8 +30,8 @@ def save_last_step(
 ) -> None:
     """Save the last finished step of a run that was interrupted or failed, the weights first.
 
-    Ends within checkpoint.exit_timeout_s and raises no Exception. Says what was saved and how to
-    continue.
+    Ends within checkpoint.exit_timeout_s, or the time that whoever stops the run gives, and raises
+    no Exception. Says what was saved and how to continue.
 
     Args:
         system: its policy has to answer.
@@ -59,7 +60,7 @@ def _saving_last_step(
 ) -> Iterator[str]:
     """Save what can be saved; yields what is done."""
     config, policy = system.config, system.policy
-    deadline = time.monotonic() + config.checkpoint.exit_timeout_s
+    deadline = time.monotonic() + seconds_to_save(config.checkpoint.exit_timeout_s)
 
     def give_up_at_deadline() -> None:
         for actors in system.models:

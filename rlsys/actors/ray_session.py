@@ -21,7 +21,7 @@ from rlsys.actors.ray_env import (  # isort: skip
 import grpc
 import psutil
 
-from rlsys.interrupts import STOP_SIGNALS
+from rlsys.interrupts import PREEMPTION_SIGNALS, STOP_SIGNALS
 from rlsys.problems import RunFailed
 
 import ray  # isort: skip
@@ -58,8 +58,10 @@ def ray_session(**own_cluster: Any) -> Iterator[None]:
     """
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     address = cluster_address()
-    # Ray's processes inherit this: a closed terminal must not end the policy before it is saved.
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    # Ray's processes inherit this: a closed terminal must not end the policy before it is saved,
+    # nor a notice of preemption, which schedulers send to every process of a job.
+    for number in (signal.SIGHUP, *PREEMPTION_SIGNALS):
+        signal.signal(number, signal.SIG_IGN)
     try:
         if address is None:
             start_cluster(**own_cluster)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Literal
 
+from rlsys import exit_codes
+from rlsys.exit_codes import FULL
 from rlsys.files import path_exists, replacing
 
 RUNNING = "running"
@@ -60,10 +63,12 @@ class RunDir:
         """TensorBoard event files."""
         self.status = path / "status"
         """One word, see the class."""
+        self.ended = path / "ended.json"
+        """How the last run in this folder ended: `exit_code`, `reason`. Not there after SIGKILL."""
         records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
         models = (self.checkpoints, self.hf, self.final, self.interrupted)
         shown = (self.reward_curve, self.loss_curve, self.tensorboard, path / "wandb")
-        self.files = (self.config, *records, *models, *shown, self.status)
+        self.files = (self.config, *records, *models, *shown, self.status, self.ended)
         """Everything that a run writes, folders too."""
         self._lock = path / ".lock"
         """Locked while a run is in the folder; holds the name of its host."""
@@ -181,12 +186,50 @@ class RunDir:
     def write_status(self, word: str) -> None:
         """Replace the status, creating the folder when needed."""
         self.path.mkdir(parents=True, exist_ok=True)
-        with replacing(self.status) as scratch:
-            scratch.write_text(word + "\n")
+        if word == RUNNING:
+            self.ended.unlink(missing_ok=True)
+        try:
+            with replacing(self.status) as scratch:
+                scratch.write_text(word + "\n")
+        except OSError as error:
+            # A full disk has no room for another file, but this one has its block.
+            if error.errno not in FULL or not self.status.exists():
+                raise
+            with self.status.open("r+") as file:
+                file.write(word + "\n")
+                file.truncate()
 
     def mark_ended(self) -> None:
         """Set the status to "ended"."""
         self.write_status(ENDED)
+
+    @contextmanager
+    def recording_end(self) -> Iterator[None]:
+        """Write `ended` when the body ends, however it does."""
+        try:
+            yield
+        except BaseException as error:
+            self.record_end(exit_codes.of_error(error), exit_codes.reason(error))
+            raise
+        self.record_end(exit_codes.DONE, "done")
+
+    def record_end(self, exit_code: int, reason: str) -> None:
+        """Write `ended`, and the status; a full or broken disk raises nothing."""
+        for write in (self.mark_ended, lambda: self._write_ended(exit_code, reason)):
+            with suppress(OSError):
+                write()
+
+    def _write_ended(self, exit_code: int, reason: str) -> None:
+        with replacing(self.ended) as scratch:
+            scratch.write_text(json.dumps({"exit_code": exit_code, "reason": reason}) + "\n")
+
+    def read_end(self) -> tuple[int, str] | None:
+        """Exit code and reason of the last run's end; None if it was killed or goes on."""
+        try:
+            end = json.loads(self.ended.read_text())
+            return int(end["exit_code"]), str(end["reason"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
 
     def has_ended(self) -> bool:
         """Whether the run closed its trackers; False if it was killed or never started."""

@@ -408,11 +408,11 @@ def test_a_closed_terminal_ends_a_run_quietly(whole, start):
     run = start("hung up", str(whole.out.config), hold_after=GROUPS_BEFORE_STEP_2)
     run.wait_until_held()
     run.interrupt(signal.SIGHUP)
-    assert run.wait() == 130
+    assert run.wait() == 129
     run.wait_for_no_process()
     assert "Traceback" not in run.log
     assert "saved step 1" in run.log
-    assert run.log.splitlines()[-1] == "interrupted"
+    assert run.log.splitlines()[-1] == "interrupted by SIGHUP"
     assert run.out.has_ended()
 
 

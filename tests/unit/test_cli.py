@@ -116,7 +116,7 @@ def test_a_full_disk_is_a_message(capsys, monkeypatch):
         Path("/dev/full").write_text("x")
 
     monkeypatch.setattr(rewards_list, "main", fills_the_disk)
-    assert cli.main(["rewards", "list"]) == 1
+    assert cli.main(["rewards", "list"]) == 74
     assert capsys.readouterr().err == "\nrlsys rewards list: No space left on device: free some\n"
 
 

@@ -24,7 +24,7 @@ def refused(capsys, *words) -> str:
         code = cli.main(list(map(str, words)))
     except SystemExit as error:
         code = error.code
-    assert code == cli.EXIT_WRONG_INPUT
+    assert code == cli.WRONG_INPUT
     return " ".join(capsys.readouterr().err.split())
 
 

@@ -6,7 +6,15 @@ import signal
 import pytest
 
 from rlsys import interrupts
-from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
+from rlsys.exit_codes import of_error
+from rlsys.interrupts import (
+    ImpatientInterrupt,
+    Stopped,
+    held_back,
+    interruptible,
+    seconds_given,
+    seconds_to_save,
+)
 
 
 class Clock:
@@ -116,3 +124,77 @@ def test_a_failure_in_an_update_is_not_hidden_by_an_interruption():
 
     with interruptible(), pytest.raises(ZeroDivisionError):
         update()
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "text"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "interrupted by SIGTERM"),
+        (signal.SIGHUP, 129, "interrupted by SIGHUP"),
+        (signal.SIGUSR1, 75, "preempted by SIGUSR1"),
+        (signal.SIGUSR2, 75, "preempted by SIGUSR2"),
+    ],
+)
+def test_each_signal_has_its_words_and_exit_code(number, code, text):
+    with pytest.raises(Stopped) as raised, interruptible():
+        send(number)
+    assert (of_error(raised.value), str(raised.value)) == (code, text)
+
+
+def test_a_step_that_does_not_end_in_the_given_time_is_given_up():
+    def update():
+        with held_back():
+            send(signal.SIGTERM)
+            signal.pause()
+
+    with interruptible(exit_timeout_s=0.01), pytest.raises(ImpatientInterrupt):
+        update()
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_the_file_of_a_notice_interrupts_and_says_how_long_there_is(tmp_path):
+    notice = tmp_path / "preempted"
+
+    def run():
+        with held_back():
+            notice.write_text("40\n")
+            signal.pause()
+            assert 28 < seconds_to_save(600) <= 30
+
+    with (
+        pytest.raises(Stopped) as raised,
+        interruptible(exit_timeout_s=600, preemption_file=notice),
+    ):
+        run()
+    assert of_error(raised.value) == 75
+
+
+def test_without_a_signal_the_runs_own_limit_holds():
+    with interruptible(exit_timeout_s=10):
+        assert seconds_to_save(600) == 600
+
+
+@pytest.mark.parametrize(
+    ("number", "variables", "seconds"),
+    [
+        (signal.SIGTERM, {}, 600),
+        (signal.SIGTERM, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, 3),
+        (signal.SIGUSR1, {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, 600),
+        (
+            signal.SIGTERM,
+            {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_JOB_STOP_WAIT_TIME_S": "100"},
+            100,
+        ),
+        (
+            signal.SIGTERM,
+            {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_JOB_STOP_WAIT_TIME_S": "1000"},
+            600,
+        ),
+    ],
+)
+def test_ray_says_how_long_a_job_has(number, variables, seconds, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert seconds_given(number, 600) == seconds
+    assert seconds_given(number, None, 2) == 2

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
+from rlsys.config.field_types import PathText
 from rlsys.config.schema.section import Section
 
 AUTO_SAVES = 20
@@ -23,9 +24,15 @@ class CheckpointConfig(Section):
     save_total_limit: PositiveInt = 2
     """Checkpoints to keep, the newest ones; while one is written there is one more."""
     exit_timeout_s: PositiveFloat = 600.0
-    """Seconds that a run may take, after Ctrl-C, SIGTERM or a failure, to save the last finished
-    step: its weights in OUTPUT_DIR/interrupted, then a checkpoint unless save_steps is null. A
-    second Ctrl-C ends it at once."""
+    """Seconds that a run may take to end after Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 or a failure: it
+    finishes an update that has begun and saves the last finished step, its weights in
+    OUTPUT_DIR/interrupted, then a checkpoint unless save_steps is null. Less where the caller gives
+    less: RAY_JOB_STOP_WAIT_TIME_S of `ray job stop`, or what preemption_file says. A second Ctrl-C
+    ends it at once."""
+    preemption_file: PathText | None = None
+    """A file whose appearance says that this machine is about to be taken away, as agents of cloud
+    spot machines write it: the run saves and ends with exit code 75, as after SIGUSR1. If it holds
+    a number, these are the seconds that are left. The driver looks every second."""
     save_hf_steps: PositiveInt | None = None
     """Steps between two Hugging Face folders without optimizer, OUTPUT_DIR/hf/step-N: models to
     evaluate or serve later, a fraction of a checkpoint's size. null: none."""

@@ -2,11 +2,16 @@
 
 import errno
 import fcntl
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
+from rlsys.interrupts import Stopped
+from rlsys.problems import RunFailed
+from rlsys.run import folder
 from rlsys.run.folder import ENDED, RUNNING, RunDir
 
 HOLDER = """
@@ -109,3 +114,46 @@ def test_looking_at_the_state_keeps_no_run_out(tmp_path, monkeypatch):
         )
         with run.held():
             assert run.is_held()
+
+
+@pytest.mark.parametrize(
+    ("error", "end"),
+    [
+        (None, (0, "done")),
+        (
+            RunFailed("a traceback\npolicy rank 0 died in policy update"),
+            (1, "policy rank 0 died in"),
+        ),
+        (RunFailed("x\nrank 0 failed: OSError(28, 'No space left on device')"), (74, "rank 0")),
+        (OSError(errno.ENOSPC, "No space left on device"), (74, "[Errno 28] No space")),
+        (Stopped(signal.SIGUSR1), (75, "preempted by SIGUSR1")),
+        (KeyError("x"), (1, "'x'")),
+    ],
+)
+def test_an_end_leaves_its_exit_code_and_reason(tmp_path, error, end):
+    run = RunDir(tmp_path / "run")
+    run.write_status(RUNNING)
+    assert run.read_end() is None
+    with suppress(BaseException), run.recording_end():
+        if error is not None:
+            raise error
+    code, why = run.read_end()
+    assert (code, why[: len(end[1])]) == end
+    assert run.has_ended()
+    run.write_status(RUNNING)  # the next run in this folder
+    assert run.read_end() is None
+
+
+def test_a_full_disk_does_not_leave_a_run_running(tmp_path, monkeypatch):
+    """The status gets its word in place: there is no room for another file."""
+    run = RunDir(tmp_path / "run")
+    run.write_status(RUNNING)
+
+    def full(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(folder, "replacing", full)
+    with pytest.raises(OSError, match="No space"), run.recording_end():
+        full(run.metrics)
+    assert run.status.read_text() == "ended\n"
+    assert run.state() == "ended"
