@@ -66,6 +66,7 @@ def train(
                 with timer("reference_sync"):
                     reference.sync()
             reported = update.metrics | sync_metrics | rollouts.metrics()
+            reported |= system.restarts.metrics()
             reported |= {
                 "policy_version": update.policy_version,
                 "memory(GiB)": policy.peak_memory_gib(),
@@ -99,7 +100,8 @@ def train_sft(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> 
                 "tokens_per_second": num_tokens / seconds["time/step"],
                 "memory(GiB)": policy.peak_memory_gib(),
             }
-            tracker.log_metrics(step, update.metrics | samples.metrics() | own | seconds)
+            reported = update.metrics | samples.metrics() | system.restarts.metrics()
+            tracker.log_metrics(step, reported | own | seconds)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             tracker.log_metrics(step, evaluate_sft(system))
         checkpoints.after_step(step)

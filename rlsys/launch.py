@@ -96,6 +96,7 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
         stack.callback(tracker.close)  # before the actors end, which takes seconds
         stack.push(partial(_leave_at_once, run_dir))
         system = method.start(config, data, tracker)
+        stack.callback(system.restarts.close)
         if resume_step is not None:
             system.load_checkpoint(run_dir.checkpoints / f"step-{resume_step}")
         checkpoints = make_checkpoints(system, run_dir)

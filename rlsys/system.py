@@ -17,6 +17,7 @@ from rlsys.actors.model_group import ModelActors
 from rlsys.actors.node_check import check_nodes
 from rlsys.actors.placement import Placement
 from rlsys.actors.policy import PolicyActors
+from rlsys.actors.recovery import Restarts
 from rlsys.actors.reference import PolicyBase, Reference, ReferenceActors
 from rlsys.actors.reservation import cluster_gpus
 from rlsys.actors.reward import RewardWorkers
@@ -60,6 +61,8 @@ class System:
     """Prompts in, scored groups out; may sample ahead of the policy."""
     publisher: WeightPublisher
     """Gives every rollout engine the policy's weights."""
+    restarts: Restarts
+    """Of all roles; watches their actors too."""
 
     def write_checkpoint(self, folder: Path, step: int) -> None:
         """Write everything that continuing after `step` needs into an empty folder."""
@@ -112,6 +115,8 @@ class SftSystem:
     """What it is trained on, step by step."""
     held_out_sets: dict[str, list[Sample]]
     """What it is evaluated on, by the name of the set; data.val_dataset is ""."""
+    restarts: Restarts
+    """Of the policy's ranks; watches them too."""
     num_tokens: int = 0
     """Tokens trained on so far, prompts included, as TRL counts them."""
     _samples_state: dict[str, Any] = field(default_factory=dict)
@@ -208,6 +213,10 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         )
         if isinstance(reference, ReferenceActors) and config.reference.sync_steps is not None:
             reference.connect_to(policy)
+    restarts = Restarts(config.recovery)
+    restarts.watch(engines, config.rollout.heartbeat_s)
+    for model in (policy, *others):
+        restarts.watch(model, config.policy.heartbeat_s)
     rollouts = Rollouts(
         config,
         engines=engines,
@@ -217,7 +226,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         held_out=data.held_out_sets,
         tracker=tracker,
     )
-    return System(config, device, policy, reference, rollouts, publisher)
+    return System(config, device, policy, reference, rollouts, publisher, restarts)
 
 
 def _transport(config: Config, device: Device) -> str:
@@ -250,7 +259,10 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
         get_all(
             policy.async_start(), phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready
         )
-    return SftSystem(config, device, policy, make_sample_stream(config, data), data.held_out_sets)
+    restarts = Restarts(config.recovery)
+    restarts.watch(policy, config.policy.heartbeat_s)
+    samples = make_sample_stream(config, data)
+    return SftSystem(config, device, policy, samples, data.held_out_sets, restarts)
 
 
 def _say_start(config: RunConfig, device: Device) -> None:

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from rlsys.actors.heartbeat import HEARTBEAT, Alive
 from rlsys.actors.waiting import get_all
 from rlsys.types import Device
 
 if TYPE_CHECKING:
+    from rlsys.actors.recovery import Restarts
+
     Refs = dict[str, ray.ObjectRef]
     """Actor name -> reference, in rank order."""
 
@@ -39,18 +42,21 @@ class ActorGroup:
     Args:
         role: name of the group in messages.
         member: name of an actor in messages, before its rank.
-        actor_class: class of the actors, constructed with `args` and the rank.
+        actor_class: class of the actors, an `Alive`, constructed with `args` and the rank.
         size: number of actors.
         env: environment variables of their processes.
         place: where each actor runs.
         timeout_s: most seconds for a call.
     """
 
+    restarts: Restarts | None = None
+    """Asked before an actor is replaced; None: none is replaced."""
+
     def __init__(
         self,
         role: str,
         member: str,
-        actor_class: type,
+        actor_class: type[Alive],
         *args: Any,
         size: int,
         env: dict[str, str],
@@ -59,7 +65,7 @@ class ActorGroup:
     ):
         self.role = role
         self.timeout_s = timeout_s
-        self._actor_class = ray.remote(actor_class)
+        self._actor_class = ray.remote(concurrency_groups={HEARTBEAT: 1})(actor_class)
         self._args, self._env, self._place = args, env, place
         self.actors = {f"{member} {rank}": self.create(rank) for rank in range(size)}
 

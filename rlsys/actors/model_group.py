@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env
+from rlsys.actors.heartbeat import Alive
 from rlsys.actors.meeting import meeting_address
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from rlsys.engines.megatron.model import MegatronModel
 
 
-class ModelRank:
+class ModelRank(Alive):
     """Base of the actors that hold one rank of a model, each in its own process."""
 
     engine: MegatronModel

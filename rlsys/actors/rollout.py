@@ -12,6 +12,7 @@ import ray
 from ray import ObjectRefGenerator
 
 from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env, on_cpu
+from rlsys.actors.heartbeat import Alive
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, all_ready, get_one
 from rlsys.config import Config
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class RolloutActor:
+class RolloutActor(Alive):
     """One vLLM engine in a process of its own.
 
     It answers calls while it samples: between two tokens, in the order in which they arrive. Ray
@@ -230,7 +231,8 @@ class RolloutActors(ActorGroup):
         work = self._streams.pop(stream)
         ref = next(stream, None)
         if ref is None:
-            raise ActorFailure(f"{work.engine} ended its rollout {len(work.pending)} groups early")
+            reason = f"it ended its rollout {len(work.pending)} groups early"
+            raise ActorFailure(f"{work.engine}: {reason}", actor=work.engine, reason=reason)
         group: RolloutGroup = get_one(ref, name=work.engine, phase="rollout")
         self._keep(stream, replace(work, pending=work.pending - {group.ticket}))
         return group if group.ticket in work.pending else None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
 
 from rlsys.problems import RunFailed
 
@@ -16,7 +16,17 @@ DEATH_NOTICE_S = 5.0
 
 
 class ActorFailure(RunFailed):
-    """An actor died or raised. The message ends with its name and what it was doing."""
+    """An actor died or raised. The message ends with its name and what it was doing.
+
+    Args:
+        message: all of that.
+        actor: its name.
+        reason: why, in a line.
+    """
+
+    def __init__(self, message: str, *, actor: str = "", reason: str = ""):
+        super().__init__(message)
+        self.actor, self.reason = actor, reason
 
 
 class ActorDeath(ActorFailure):
@@ -92,15 +102,27 @@ def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
         return ray.get(ref)
     except RayTaskError as error:
         # The remote traceback is the message; Ray's own frames around it help nobody.
-        raise ActorFailure(f"{error}\n{name} failed in {phase}: {error.cause!r}") from None
+        reason = repr(error.cause)
+        raise ActorFailure(
+            f"{error}\n{name} failed in {phase}: {reason}", actor=name, reason=reason
+        ) from None
     except RayActorError as error:
         text = str(error).rstrip()
         if error.actor_init_failed:  # `text` is a traceback, which ends with the error
             reason = text.rpartition("\n")[2]
-            raise ActorDeath(f"{text}\n{name} failed in {phase}: {reason}") from None
-        raise ActorDeath(f"{text}\n{name} died in {phase}") from None
+            raise ActorDeath(
+                f"{text}\n{name} failed in {phase}: {reason}", actor=name, reason=reason
+            ) from None
+        raise ActorDeath(
+            f"{text}\n{name} died in {phase}", actor=name, reason="its process ended"
+        ) from None
+    except OutOfMemoryError as error:  # Ray's memory monitor ended the process
+        reason = "Ray ended it, because its node was running out of memory"
+        raise ActorDeath(f"{error}\n{name} died in {phase}", actor=name, reason=reason) from None
     except RayError as error:
-        raise ActorFailure(f"{error}\n{name} was lost in {phase}") from error
+        raise ActorFailure(
+            f"{error}\n{name} was lost in {phase}", actor=name, reason="its result was lost"
+        ) from error
 
 
 def any_ready(refs: Sequence[ray.ObjectRef], *, timeout_s: float) -> None:

@@ -24,7 +24,7 @@ NUM_PROMPTS, G = 4, 4
 POLL_S = 0.1
 
 CLOCK = re.compile(
-    r"^time/|^idle/|^colocated/|tokens_per_second$|^weight_sync/(seconds|mb_per_s|transport_.*)$|_time$|memory|train_speed"
+    r"^time/|^idle/|^fault/|^colocated/|tokens_per_second$|^weight_sync/(seconds|mb_per_s|transport_.*)$|_time$|memory|train_speed"
 )
 """Metrics that depend on how fast the machine was."""
 

@@ -10,6 +10,7 @@ import torch
 from algo_cases import make_groups
 from tracking_cases import make_config
 
+from rlsys.actors.recovery import Restarts
 from rlsys.driver import train
 from rlsys.interrupts import interruptible
 from rlsys.tracking.base import Tracker
@@ -135,7 +136,12 @@ def run(tmp_path):
         reference = Reference(system.calls) if with_reference else None
         watches = [SamplingWatch(config, dtype="float32"), Seen(system)]
         roles = SimpleNamespace(
-            config=config, rollouts=system, policy=system, reference=reference, publisher=system
+            config=config,
+            rollouts=system,
+            policy=system,
+            reference=reference,
+            publisher=system,
+            restarts=Restarts(config.recovery),
         )
         train(roles, Log(system), system, watches)
         return system

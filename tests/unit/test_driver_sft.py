@@ -8,6 +8,7 @@ import pytest
 import torch
 from config_cases import write_sft_run
 
+from rlsys.actors.recovery import Restarts
 from rlsys.config import SftConfig
 from rlsys.config.load import load_config_as
 from rlsys.data.samples import SampleData
@@ -81,7 +82,9 @@ def start(tmp_path):
         config = load_config_as(SftConfig, path, [*words, "--policy.global_batch_size", "4"]).config
         data = SampleData(samples(NUM_SAMPLES), samples(3), [NUM_SAMPLES])
         stream = make_sample_stream(config, data)
-        system = SftSystem(config, "cpu", Policy(), stream, data.held_out_sets)
+        system = SftSystem(
+            config, "cpu", Policy(), stream, data.held_out_sets, Restarts(config.recovery)
+        )
         run = RunDir(tmp_path / "run")
         return SimpleNamespace(
             system=system, log=Log(), run=run, checkpoints=make_checkpoints(system, run)

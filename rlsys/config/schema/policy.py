@@ -165,6 +165,9 @@ class PolicyConfig(Section):
     """The same as a regex in names."""
     timeout_s: PositiveFloat = 1800.0
     """Seconds that one phase of the policy or of the reference may take."""
+    heartbeat_s: PositiveFloat | None = 30.0
+    """Seconds without a sign of life after which a rank of policy or reference is killed, as with
+    rollout.heartbeat_s. null: off."""
 
     @field_validator("pipeline_layout")
     @classmethod

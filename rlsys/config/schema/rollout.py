@@ -117,6 +117,10 @@ class RolloutConfig(Section):
     timeout_s: PositiveFloat = 600.0
     """Seconds to wait for the next group of completions before the run fails; time for rewards does
     not count."""
+    heartbeat_s: PositiveFloat | None = 30.0
+    """Seconds without a sign of life after which an engine is killed, and replaced as the section
+    `recovery` says. An engine that computes for long answers; a process that is stopped does not.
+    null: off."""
 
     @property
     def speculation(self) -> dict[str, Any]:

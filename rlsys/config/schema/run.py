@@ -15,6 +15,7 @@ from rlsys.config.schema.data import RowsConfig
 from rlsys.config.schema.grpo import GrpoConfig
 from rlsys.config.schema.model import ModelConfig
 from rlsys.config.schema.policy import PolicyConfig
+from rlsys.config.schema.recovery import RecoveryConfig
 from rlsys.config.schema.section import Section
 from rlsys.config.schema.tracking import TrackersConfig
 
@@ -75,6 +76,7 @@ class RunConfig(Section):
     policy: PolicyConfig = PolicyConfig()
     tracking: TrackersConfig = TrackersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
 
     @field_validator("rendezvous_ports")
     @classmethod
