@@ -174,14 +174,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     check_nodes(config, placement.roles_of_nodes())
     _say_start(config, device)
     with StartReport() as report:
-        rewards = RewardWorkers(
-            config.reward,
-            run_values=config.run_values,
-            plugins=config.data.external_plugins,
-            max_steps=config.num_steps,
-            place=partial(placement.options, "reward_model") if device == "cuda" else None,
-            place_worker=placement.reward_options,
-        )
+        rewards = _reward_workers(config, device, placement)
         engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
         others: list[ModelActors] = []
@@ -227,6 +220,17 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         tracker=tracker,
     )
     return System(config, device, policy, reference, rollouts, publisher, restarts)
+
+
+def _reward_workers(config: Config, device: Device, placement: Placement) -> RewardWorkers:
+    return RewardWorkers(
+        config.reward,
+        run_values=config.run_values,
+        plugins=config.data.external_plugins,
+        max_steps=config.num_steps,
+        place=partial(placement.options, "reward_model") if device == "cuda" else None,
+        place_worker=placement.reward_options,
+    )
 
 
 def _transport(config: Config, device: Device) -> str:
