@@ -90,8 +90,7 @@ def simulate(config, lengths, step_seconds, update_seconds):
     world = World(
         lambda: LengthEngine(lengths, step_seconds, rollout.max_num_seqs), rollout.num_engines
     )
-    with world.entered():
-        return run_steps(config, world, update_seconds)
+    return run_steps(config, world, update_seconds)
 
 
 def summary(steps, mean_length):

@@ -7,15 +7,13 @@ import statistics
 import tempfile
 import threading
 import time
-from contextlib import contextmanager
 from pathlib import Path
-from unittest import mock
 
 from long_tail import COOL_DOWN, WARM_UP, Lengths, make_config, on_lines, simulate
 from random_model import save_random_model
 from simulated_rollouts import run_steps
 
-from rlsys.rollout import pipeline
+from rlsys.rollout.clock import Clock
 from rlsys.types import Prompt, SampleRequest
 
 PROMPTS, GENERATIONS, MEDIAN, LONGEST, TAIL = 8, 8, 24, 240, 10.0
@@ -49,11 +47,10 @@ def compare(config, model):
     # All completions of a request have one length here: vLLM's limit of tokens.
     lengths = Lengths(MEDIAN, TAIL, LONGEST, within=0.0)
     world = RealWorld(config, model, lengths)
-    with world.entered():
-        times = calibrate(world)
-        in_turns = simulate(config, lengths, lambda n: on_lines(times, n), lambda n: 0.01)
-        update_s = statistics.median(step["seconds"] for step in in_turns)
-        real = run_steps(config, world, lambda n: update_s)
+    times = calibrate(world)
+    in_turns = simulate(config, lengths, lambda n: on_lines(times, n), lambda n: 0.01)
+    update_s = statistics.median(step["seconds"] for step in in_turns)
+    real = run_steps(config, world, lambda n: update_s)
     world.close()
     simulated = simulate(config, lengths, lambda n: on_lines(times, n), lambda n: update_s)
     measured = slice(WARM_UP, -COOL_DOWN)
@@ -88,7 +85,7 @@ def calibrate(world):
     return world.loop.call(all_of_them).result()
 
 
-class RealWorld:
+class RealWorld(Clock):
     """One vLLM engine in a thread of this process, in the time of the clock; as World."""
 
     sequence_seconds = 0.0
@@ -162,16 +159,9 @@ class RealWorld:
     def pass_seconds(self, seconds):
         time.sleep(seconds)
 
-    @contextmanager
-    def entered(self):
-        """Within this context rlsys.rollout waits for this engine."""
-
-        def any_ready(refs, *, timeout_s):
-            if not refs:  # else there are rewards, which are ready at once
-                self._arrived.wait(timeout_s)
-
-        with mock.patch.object(pipeline, "any_ready", any_ready):
-            yield self
+    def wait(self, refs, *, timeout_s):
+        if not refs:  # else there are rewards, which are ready at once
+            self._arrived.wait(timeout_s)
 
     def close(self):
         self._undo()

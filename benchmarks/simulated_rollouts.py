@@ -1,19 +1,16 @@
 """Rollouts in a time of their own: rlsys's scheduling, engines that only count tokens.
 
-`simulate` runs the steps of rlsys.rollout.Rollouts, whose clock, waits and background thread are
-a `World`'s. Its engines have the protocol SamplingEngine of rlsys/engines/loop.py: every
-sequence that runs gets a token in each decode step, which takes as long as the number of running
-sequences says.
+`run_steps` runs the steps of rlsys.rollout.Rollouts, whose clock is a `World`. Its engines have the
+protocol SamplingEngine of rlsys/engines/loop.py: every sequence that runs gets a token in each
+decode step, which takes as long as the number of running sequences says.
 """
 
 import heapq
 import math
-from contextlib import contextmanager
-from types import SimpleNamespace
-from unittest import mock
 
 from rlsys.data.streams.in_memory import InMemory
-from rlsys.rollout import pipeline, rollouts
+from rlsys.rollout.clock import Clock
+from rlsys.rollout.rollouts import Rollouts
 from rlsys.tracking.base import Tracker
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
 
@@ -117,7 +114,7 @@ def group_of(request, version, lengths):
     return RolloutGroup(request.ticket, request.prompt, completions)
 
 
-class World:
+class World(Clock):
     """A clock that runs while somebody waits, engines, and rewards that take no time.
 
     It is what Rollouts knows as RolloutActors, too: requests go to the engine with the fewest
@@ -162,13 +159,24 @@ class World:
         """Seconds of all sequences that ran, together."""
         return sum(engine.sequence_seconds for engine in self.engines)
 
-    # --- time
+    # --- Clock
+
+    def monotonic(self):
+        return self.now
 
     def wait(self, refs, *, timeout_s):
         moment = max(self.now, min([self.now + timeout_s, self._until, *refs]))
         for engine in self.engines:
             self._finished += engine.run_until(moment)
         self.now = moment
+
+    def start(self, work):
+        """The background works while `pass_seconds` lets time pass."""
+        self._background = lambda: work(lambda: self.now >= self._until)
+        return self._stop
+
+    def _stop(self):
+        self._background = None
 
     def pass_seconds(self, seconds):
         """The driver is busy with something else; engines go on."""
@@ -177,34 +185,6 @@ class World:
             self._background()
         self.wait([], timeout_s=self._until - self.now)
         self._until = NEVER
-
-    @contextmanager
-    def entered(self):
-        """Within this context rlsys.rollout lives in this world."""
-        world = self
-
-        class Thread:
-            def __init__(self, *, target, daemon):
-                self._target = target
-
-            def start(self):
-                world._background = self._target
-
-            def join(self):
-                world._background = None
-
-        stopped = SimpleNamespace(
-            clear=lambda: None, set=lambda: None, is_set=lambda: self.now >= self._until
-        )
-        threading = SimpleNamespace(Thread=Thread, Event=lambda: stopped)
-        clock = SimpleNamespace(monotonic=lambda: self.now)
-        with (
-            mock.patch.object(pipeline, "threading", threading),
-            mock.patch.object(pipeline, "any_ready", self.wait),
-            mock.patch.object(pipeline, "time", clock),
-            mock.patch.object(rollouts, "time", clock),
-        ):
-            yield self
 
 
 class InstantRewards:
@@ -245,15 +225,16 @@ class NoTracker(Tracker):
         pass
 
 
-def make_rollouts(config, engines):
+def make_rollouts(config, world):
     prompts = [Prompt(f"p{i}", [], [1]) for i in range(config.num_prompts * (config.num_steps + 8))]
-    return rollouts.Rollouts(
+    return Rollouts(
         config,
-        engines=engines,
+        engines=world,
         rewards=InstantRewards(),
         prompts=InMemory(prompts, shuffle=False, seed=0),
         held_out={},
         tracker=NoTracker(),
+        clock=world,
     )
 
 

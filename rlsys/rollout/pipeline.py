@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
-from rlsys.actors.waiting import PhaseTimeout, any_ready
+from rlsys.actors.waiting import PhaseTimeout
+from rlsys.rollout.clock import Clock
 from rlsys.types import RolloutGroup, SampleRequest
 
 POLL_S = 0.5
@@ -24,24 +23,33 @@ class RolloutPipeline:
     the other methods only while the background is stopped.
     """
 
-    def __init__(self, engines: RolloutActors, rewards: RewardWorkers, *, timeout_s: float):
+    def __init__(
+        self,
+        engines: RolloutActors,
+        rewards: RewardWorkers,
+        *,
+        timeout_s: float,
+        clock: Clock | None = None,
+    ):
+        """`clock`: None is the machine's time."""
         self._engines = engines
         self._rewards = rewards
         self._timeout_s = timeout_s
+        self._clock = clock or Clock()
         self._wanted: set[int] = set()
         self._scored: list[RolloutGroup] = []
-        self._thread: threading.Thread | None = None
-        self._stop = threading.Event()
+        self._stop: Callable[[], None] | None = None
+        """Ends the background; None while it is stopped."""
         self._error: Exception | None = None
         self._idle_s = 0.0
-        self._idle_since: float | None = time.monotonic()
+        self._idle_since: float | None = self._clock.monotonic()
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
         """Sample and score groups; their tickets are unique."""
         if not requests:
             return
         if self._idle_since is not None:
-            self._idle_s += time.monotonic() - self._idle_since
+            self._idle_s += self._clock.monotonic() - self._idle_since
             self._idle_since = None
         self._wanted.update(request.ticket for request in requests)
         self._engines.submit(requests)
@@ -63,11 +71,11 @@ class RolloutPipeline:
             PhaseTimeout: no group was sampled for `timeout_s`.
             ActorFailure: an engine or a reward worker died or raised.
         """
-        last_progress = time.monotonic()
+        last_progress = self._clock.monotonic()
         while not self._scored:
             if self._poll(POLL_S) or self._rewards.num_pending:
-                last_progress = time.monotonic()  # slow rewards have their own deadline
-            elif time.monotonic() - last_progress > self._timeout_s:
+                last_progress = self._clock.monotonic()  # slow rewards have their own deadline
+            elif self._clock.monotonic() - last_progress > self._timeout_s:
                 raise PhaseTimeout(
                     f"{what}: no group finished within rollout.timeout_s = {self._timeout_s:g} s; "
                     f"{done} of {total} groups are done"
@@ -78,14 +86,12 @@ class RolloutPipeline:
     def idle_seconds(self) -> float:
         """Seconds so far in which the engines had nothing to sample."""
         since = self._idle_since
-        return self._idle_s + (0.0 if since is None else time.monotonic() - since)
+        return self._idle_s + (0.0 if since is None else self._clock.monotonic() - since)
 
     def start_background(self) -> None:
         """Let groups move on in a thread while the driver does something else."""
         if self._wanted:
-            self._stop.clear()
-            self._thread = threading.Thread(target=self._poll_until_stopped, daemon=True)
-            self._thread.start()
+            self._stop = self._clock.start(self._poll_until_stopped)
 
     def stop_background(self) -> None:
         """End the thread, and raise what was raised in it."""
@@ -95,28 +101,27 @@ class RolloutPipeline:
 
     def close(self) -> Exception | None:
         """End the thread; returns what was raised in it, once."""
-        if self._thread is not None:
-            self._stop.set()
-            self._thread.join()
-            self._thread = None
+        if self._stop is not None:
+            self._stop()
+            self._stop = None
         error, self._error = self._error, None
         return error
 
-    def _poll_until_stopped(self) -> None:
+    def _poll_until_stopped(self, is_stopped: Callable[[], bool]) -> None:
         try:
-            while self._wanted and not self._stop.is_set():
+            while self._wanted and not is_stopped():
                 self._poll(BACKGROUND_POLL_S)
         except Exception as error:  # for the driver's thread
             self._error = error
 
     def _note_idle(self) -> None:
         if self._idle_since is None and not self._engines.num_pending:
-            self._idle_since = time.monotonic()
+            self._idle_since = self._clock.monotonic()
 
     def _poll(self, timeout_s: float) -> bool:
         """Move every ready group one stage on; returns whether any was sampled."""
         refs = [*self._engines.pending_refs(), *self._rewards.pending_refs()]
-        any_ready(refs, timeout_s=timeout_s)
+        self._clock.wait(refs, timeout_s=timeout_s)
         sampled, scored = self._engines.collect(), self._rewards.collect()
         self._note_idle()
         for group in sampled:

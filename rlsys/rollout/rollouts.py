@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +14,7 @@ from rlsys.algo.advantages import advantages_of_group, nanstd, rewards_matrix
 from rlsys.algo.rollout_metrics import speculation_metrics
 from rlsys.config import Config
 from rlsys.data.streams.base import PromptStream
+from rlsys.rollout.clock import Clock
 from rlsys.rollout.draws import Draw, Draws, sampling_seed
 from rlsys.rollout.evaluation import Evaluation, metrics_of_sets
 from rlsys.rollout.pipeline import RolloutPipeline
@@ -66,12 +66,17 @@ class Rollouts:
         held_out: Mapping[str, Sequence[Prompt]],
         tracker: Tracker,
         training: Sequence[Prompt] = (),
+        clock: Clock | None = None,
     ):
         """`training`: prompts of the stream that are in memory; checkpoints name them by id.
-        `held_out`: prompts to evaluate on, by the name of their set."""
+        `held_out`: prompts to evaluate on, by the name of their set. `clock`: None is the machine's
+        time."""
         self._config = config
         self._engines = engines
-        self._pipeline = RolloutPipeline(engines, rewards, timeout_s=config.rollout.timeout_s)
+        self._clock = clock or Clock()
+        self._pipeline = RolloutPipeline(
+            engines, rewards, timeout_s=config.rollout.timeout_s, clock=self._clock
+        )
         self._prompts = prompts
         self._draws = Draws(prompts, known=training)
         self._before_batch: tuple[int, dict[str, Any]] = (0, {})
@@ -83,7 +88,7 @@ class Rollouts:
         self._held_out = held_out
         self._tracker = tracker
         self._metrics: dict[str, float] = {}
-        self._measured_at = time.monotonic()
+        self._measured_at = self._clock.monotonic()
         self._idle_before_s = 0.0
         self._drafts_before = DraftCounts(0, 0, 0)
 
@@ -117,7 +122,7 @@ class Rollouts:
         """
         self._pipeline.stop_background()
         self._before_batch = step, self.state_dict()
-        start = time.monotonic()
+        start = self._clock.monotonic()
         rollout, size = self._config.rollout, self._config.num_prompts
         resamples = rollout.max_resample_times * size if rollout.dynamic_sample else 0
         batch = _Batch(step, size, resamples)
@@ -137,7 +142,7 @@ class Rollouts:
         for _, group in self._in_order(batch.taken + batch.filtered):
             self._prompts.observe(group)
         self._metrics = self._batch_metrics(batch) | {
-            "idle/policy_seconds": time.monotonic() - start
+            "idle/policy_seconds": self._clock.monotonic() - start
         }
         self._pipeline.start_background()
         return [group for _, group in self._in_order(batch.taken)]
@@ -164,7 +169,7 @@ class Rollouts:
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the last batch, and timings since the previous call."""
-        now, idle_s = time.monotonic(), self._pipeline.idle_seconds()
+        now, idle_s = self._clock.monotonic(), self._pipeline.idle_seconds()
         seconds = now - self._measured_at
         idle = {
             "idle/policy_seconds": self._metrics["idle/policy_seconds"],

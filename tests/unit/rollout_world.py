@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 
-import pytest
 from tracking_cases import make_config
 
 from rlsys.data.streams.in_memory import InMemory
-from rlsys.rollout import pipeline as rollout_pipeline
-from rlsys.rollout import rollouts as rollouts_module
+from rlsys.rollout.clock import Clock
 from rlsys.rollout.pipeline import POLL_S
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.tracking.base import Tracker
@@ -29,8 +26,8 @@ def number_of(prompt: Prompt) -> int:
     return int(prompt.prompt_id.removeprefix("p"))
 
 
-class World:
-    """Everything but the class under test.
+class World(Clock):
+    """Everything but the class under test; the clock, too.
 
     Args:
         sampling: seconds from submitting prompt number n to its group.
@@ -58,9 +55,21 @@ class World:
         self.background: Callable[[], None] | None = None
         self.until = NEVER
 
+    def monotonic(self):
+        return self.now
+
     def wait(self, refs, *, timeout_s):
         assert 0 < timeout_s <= POLL_S
         self.now = max(self.now, min([self.now + timeout_s, *refs, self.until]))
+
+    def start(self, work):
+        """The background works while `pass_seconds` lets time pass."""
+        assert self.background is None
+        self.background = lambda: work(lambda: self.now >= self.until)
+        return self.stop
+
+    def stop(self):
+        self.background = None
 
     def publish(self, version):
         """Weights change while sequences are in flight."""
@@ -93,6 +102,7 @@ class World:
             training=prompts[::2],  # as if the others were streamed
             held_out={"": validation} if validation else {},
             tracker=self.tracker,
+            clock=self,
         )
 
 
@@ -198,30 +208,3 @@ class Log(Tracker):
 
     def close(self):
         raise AssertionError("trackers are closed by whoever built them")
-
-
-def enter(world: World, patch: pytest.MonkeyPatch) -> World:
-    """Have rollouts live in `world`, whose "thread" works while `pass_seconds` lets time pass."""
-
-    class Thread:
-        def __init__(self, *, target, daemon):
-            assert daemon
-            self.target = target
-
-        def start(self):
-            assert world.background is None
-            world.background = self.target
-
-        def join(self):
-            world.background = None
-
-    stopped = SimpleNamespace(
-        clear=lambda: None, set=lambda: None, is_set=lambda: world.now >= world.until
-    )
-    threading = SimpleNamespace(Thread=Thread, Event=lambda: stopped)
-    patch.setattr(rollout_pipeline, "threading", threading)
-    patch.setattr(rollout_pipeline, "any_ready", world.wait)
-    clock = SimpleNamespace(monotonic=lambda: world.now)
-    patch.setattr(rollout_pipeline, "time", clock)
-    patch.setattr(rollouts_module, "time", clock)
-    return world

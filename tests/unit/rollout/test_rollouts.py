@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rollout_world import NEVER, TIMEOUT_S, World, enter, make_prompts
+from rollout_world import NEVER, TIMEOUT_S, World, make_prompts
 
 from rlsys.actors.waiting import PhaseTimeout
 from rlsys.algo.advantages import compute_advantages
@@ -22,19 +22,18 @@ from rlsys.rollout.pipeline import POLL_S
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """`build(sampling seconds, scoring seconds)` -> world, and rollouts of as many prompts."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("rollouts")
+    folder = tmp_path_factory.mktemp("rollouts")
 
-        def build(sampling, scoring, **fields):
-            world = enter(World(sampling.__getitem__, scoring.__getitem__), patch)
-            size = len(sampling)
-            validation = make_prompts(size)
-            rollouts = world.rollouts(
-                folder, num_prompts=size, dataset_size=size, validation=validation, **fields
-            )
-            return world, rollouts
+    def build(sampling, scoring, **fields):
+        world = World(sampling.__getitem__, scoring.__getitem__)
+        size = len(sampling)
+        validation = make_prompts(size)
+        rollouts = world.rollouts(
+            folder, num_prompts=size, dataset_size=size, validation=validation, **fields
+        )
+        return world, rollouts
 
-        yield build
+    return build
 
 
 seconds = st.floats(0.0, TIMEOUT_S * 0.9)

@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rollout_world import NEVER, World, enter, make_prompts, number_of
+from rollout_world import NEVER, World, make_prompts, number_of
 
+from rlsys.actors.recovery import Restarts
 from rlsys.actors.waiting import PhaseTimeout
 from rlsys.driver import train
 from rlsys.rollout.rollouts import has_zero_std
@@ -24,17 +25,13 @@ DATASET_SIZE = 2000
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """`build(world, num_prompts=P, ...)` -> rollouts in that world."""
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("rollouts")
+    folder = tmp_path_factory.mktemp("rollouts")
 
-        def build(world, *, num_prompts, **fields):
-            enter(world, patch)
-            fields = {"rollout": fields} if "rollout" not in fields else fields
-            return world.rollouts(
-                folder, num_prompts=num_prompts, dataset_size=DATASET_SIZE, **fields
-            )
+    def build(world, *, num_prompts, **fields):
+        fields = {"rollout": fields} if "rollout" not in fields else fields
+        return world.rollouts(folder, num_prompts=num_prompts, dataset_size=DATASET_SIZE, **fields)
 
-        yield build
+    return build
 
 
 def steps(world, rollouts, first, last, *, update_seconds=1.0, evaluated=()):
@@ -217,7 +214,12 @@ def run(build, folder, *, rollout_seconds, update_seconds, max_steps=12, **rollo
     config = rollouts._config.model_copy(update={"max_steps": max_steps})
     watches = [SamplingWatch(config, dtype="float32")]
     system = SimpleNamespace(
-        config=config, rollouts=rollouts, policy=policy, reference=None, publisher=policy
+        config=config,
+        rollouts=rollouts,
+        policy=policy,
+        reference=None,
+        publisher=policy,
+        restarts=Restarts(config.recovery),
     )
     train(system, world.tracker, policy, watches)
     began = policy.began_at
