@@ -17,6 +17,7 @@ from rlsys.actors.ray_env import check_cluster_answers  # isort: skip
 import torch
 
 from rlsys.actors.ray_session import ray_session
+from rlsys.actors.silent import save_stacks_in
 from rlsys.config import Config, RunConfig, SftConfig
 from rlsys.config.load import ResolvedConfig, save_config
 from rlsys.config.schema import AnyConfig
@@ -93,6 +94,7 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)
         stack.enter_context(ray_session())
+        save_stacks_in(run_dir.logs)
         stack.callback(tracker.close)  # before the actors end, which takes seconds
         stack.push(partial(_leave_at_once, run_dir))
         system = method.start(config, data, tracker)

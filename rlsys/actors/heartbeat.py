@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 
+from rlsys.actors.silent import PATIENCE_S, explain_silence
+
 if TYPE_CHECKING:
     from rlsys.actors.group import ActorGroup
 
@@ -82,7 +84,7 @@ class Heartbeats:
         """End the thread, before Ray is shut down."""
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(PATIENCE_S)
 
     def _run(self) -> None:
         before = time.monotonic()
@@ -113,7 +115,7 @@ class Heartbeats:
                 self._kill(name, member, f"it gave no sign of life for {limit_s:g} s")
             return
         try:
-            problem: str | None = ray.get(member.ping)
+            problem: str | None = ray.get(member.ping, timeout=LONGEST_PAUSE_S)
         except RayError:  # whoever calls it next hears of its death
             member.is_dead = True
             return
@@ -124,5 +126,6 @@ class Heartbeats:
     def _kill(self, name: str, member: _Member, reason: str) -> None:
         member.is_dead = True
         self._reasons[name] = reason
-        self._say(f"note: {name} is killed: {reason}")
+        silence = explain_silence({name: member.actor._actor_id.hex()}).rstrip()
+        self._say(f"note: {name} is killed: {reason}\n{silence}")
         ray.kill(member.actor)  # within 5 s, also a stopped process

@@ -18,6 +18,7 @@ from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
 from rlsys.config import RunConfig
 from rlsys.network import gloo_interfaces
+from rlsys.stacks import answer_for_stacks
 from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.transport import serve_store
 
@@ -32,6 +33,7 @@ class ModelRank(Alive):
     engine: MegatronModel
 
     def __init__(self, config: RunConfig, device: Device, rank: int):
+        answer_for_stacks()
         self.config = config
         self.device: Device = device
         self.rank = rank

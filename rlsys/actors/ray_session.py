@@ -214,9 +214,10 @@ def start_cluster(**options: Any) -> None:
             if type(error) is not Exception:
                 raise
             what = f"Ray did not start: {error}"
-        for process in set(me.children()) - before:
+        left = list(set(me.children()) - before)
+        for process in left:
             process.kill()
-            process.wait()
+        psutil.wait_procs(left, timeout=START_TIMEOUT_S)
         ray.shutdown()
         if attempt < START_ATTEMPTS:
             print(f"note: {what}; is the machine busy? Trying again.", flush=True)

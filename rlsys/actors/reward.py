@@ -13,7 +13,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from rlsys.actors.group import CPU_SHARE, PlaceActor, device_env, inherited_env
-from rlsys.actors.waiting import all_ready, any_ready
+from rlsys.actors.waiting import FETCH_S, all_ready, any_ready
 from rlsys.config import RewardConfig
 from rlsys.plugins.load import load_plugins
 from rlsys.rewards import check_functions
@@ -21,10 +21,14 @@ from rlsys.rewards.pool.process import RewardProcess
 from rlsys.rewards.pool.scorer import GroupScorer
 from rlsys.rewards.pool.serve import Failed, ProcessSettings, ScoreRequest, process_settings
 from rlsys.rewards.scoring import Scored
+from rlsys.stacks import answer_for_stacks
 
 
 class RewardWorker:
     """Starts a reward process on its node, which runs the user code, and sends it requests."""
+
+    def __init__(self) -> None:
+        answer_for_stacks()
 
     async def start(self, settings: ProcessSettings, concurrent: bool) -> Failed | None:
         """Start it, and wait until it has its reward functions."""
@@ -84,7 +88,7 @@ class RayBackend:
     def result(self, reference: ray.ObjectRef) -> Any:
         """The result of a reference that is done; `Failed` if its actor ended."""
         try:
-            return ray.get(reference)
+            return ray.get(reference, timeout=FETCH_S)
         except RayError as error:
             return Failed("crashed", str(error).strip().partition("\n")[0])
 

@@ -13,11 +13,13 @@ from ray import ObjectRefGenerator
 
 from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env, on_cpu
 from rlsys.actors.heartbeat import Alive
+from rlsys.actors.silent import actor_of, explain_silence
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, all_ready, get_one
 from rlsys.config import Config
 from rlsys.engines.loop import EngineLoop, Outcome
 from rlsys.engines.vllm.settings import rollout_env
+from rlsys.stacks import answer_for_stacks
 from rlsys.types import Device, DraftCounts, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.plan import TensorSlice
@@ -39,6 +41,7 @@ class RolloutActor(Alive):
     _loop: EngineLoop[Any]  # of the VLLMEngine, or of ServerActor's engine, which has no weights
 
     def __init__(self, config: Config, device: Device, engine_rank: int):
+        answer_for_stacks()
         start = time.monotonic()
         from rlsys.engines.vllm.engine import VLLMEngine  # takes seconds
 
@@ -111,6 +114,7 @@ class ServerActor(RolloutActor):
     """Asks a server for completions, as if it were an engine in this process."""
 
     def __init__(self, config: Config, server: Server, engine_rank: int):
+        answer_for_stacks()
         start = time.monotonic()
         from rlsys.engines.chat_server import ServerEngine  # imports transformers
 
@@ -210,6 +214,10 @@ class RolloutActors(ActorGroup):
     def pending_refs(self) -> list[ObjectRefGenerator]:
         """What to wait for: a stream is ready when `collect` finds something."""
         return list(self._streams)
+
+    def explain_silence(self) -> str:
+        """What the engines do that have still to answer, and where their stacks are."""
+        return explain_silence({work.engine: actor_of(s) for s, work in self._streams.items()})
 
     def collect(self) -> list[RolloutGroup]:
         """The groups that are finished, without waiting.

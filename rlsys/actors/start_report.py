@@ -52,7 +52,7 @@ class StartReport:
         traceback: TracebackType | None,
     ) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(self._every_s)  # it may be asking a cluster that does not answer
         seconds = time.monotonic() - self._start
         if error is None and seconds > self._first_after_s:
             print(f"ready after {seconds:.0f} s", flush=True)

@@ -1,18 +1,34 @@
-"""Waiting for Ray actors: every wait has a deadline, and every failure names the actor."""
+"""Waiting for Ray actors: every wait has a deadline, and every failure names the actor.
+
+When a deadline passes, the stacks of the actors that are silent are saved and named in the error.
+"""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayActorError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
+from rlsys.actors.silent import actor_of, explain_silence
 from rlsys.problems import RunFailed
 
 DEATH_NOTICE_S = 5.0
 """When an actor dies, the actors that talk to it may raise before Ray knows of the death."""
+FETCH_S = 300.0
+"""For a result that is ready, and has at most to come from another node."""
+
+_TIMEOUT = re.compile(r"time[d ]*out|did not take part within", re.IGNORECASE)
+"""In errors of gloo, NCCL, torch's store and weight sync that waited for another rank."""
 
 
 class ActorFailure(RunFailed):
@@ -34,7 +50,8 @@ class ActorDeath(ActorFailure):
 
 
 class PhaseTimeout(RunFailed, TimeoutError):
-    """A phase did not finish in time. The message names the actors that are still busy."""
+    """A phase did not finish in time. The message names the actors that are still busy, and the
+    files with their stacks."""
 
 
 def get_all(
@@ -67,15 +84,18 @@ def get_all(
         done, _ = ray.wait(pending, timeout=max(0.0, deadline - time.monotonic()))
         if not done:
             waiting = ", ".join(names[ref] for ref in pending)
+            silence = explain_silence({names[ref]: actor_of(ref) for ref in pending})
             raise PhaseTimeout(
-                f"{phase} did not finish within {timeout_s:g} s; still waiting for {waiting}"
+                f"{silence}{phase} did not finish within {timeout_s:g} s; "
+                f"still waiting for {waiting}"
             )
         for ref in done:
             try:
                 results[ref] = get_one(ref, name=names[ref], phase=phase)
-            except ActorFailure:
-                _raise_death({r: names[r] for r in pending if r != ref}, phase=phase)
-                raise
+            except ActorFailure as error:
+                others = {r: names[r] for r in pending if r != ref}
+                _raise_death(others, phase=phase)
+                raise _with_silent_peers(error, others) from error.__cause__
             if on_done is not None:
                 on_done(names[ref])
     return [results[ref] for ref in refs.values()]
@@ -92,14 +112,30 @@ def _raise_death(names: Mapping[ray.ObjectRef, str], *, phase: str) -> None:
             pass  # a consequence too; Ray would print it later if nobody took it
 
 
-def get_one(ref: ray.ObjectRef, *, name: str, phase: str) -> Any:
+def _with_silent_peers(error: ActorFailure, others: Mapping[ray.ObjectRef, str]) -> ActorFailure:
+    """An actor that waited in vain for another one names a victim: add where the others are."""
+    silent = {others[ref]: actor_of(ref) for ref in others if ref not in all_ready(list(others))}
+    if not silent or not _TIMEOUT.search(str(error)):
+        return error
+    text, _, last_line = str(error).rpartition("\n")
+    message = f"{text}\n{explain_silence(silent)}{last_line}"
+    return type(error)(message, actor=error.actor, reason=error.reason)
+
+
+def get_one(ref: ray.ObjectRef, *, name: str, phase: str, timeout_s: float = FETCH_S) -> Any:
     """The result of a finished reference.
 
     Raises:
         ActorFailure: actor `name` failed in `phase`.
+        PhaseTimeout: the result did not arrive within `timeout_s` seconds.
     """
     try:
-        return ray.get(ref)
+        return ray.get(ref, timeout=timeout_s)
+    except GetTimeoutError:
+        raise PhaseTimeout(
+            f"{explain_silence({name: actor_of(ref)})}{phase}: the result of {name} is ready, "
+            f"but did not arrive within {timeout_s:g} s; is its node cut off?"
+        ) from None
     except RayTaskError as error:
         # The remote traceback is the message; Ray's own frames around it help nobody.
         reason = repr(error.cause)

@@ -12,6 +12,7 @@ import hashlib
 import os
 import shutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from rlsys.run.model_source import ModelSource
 
 KEPT = 4
 """Merged models that the cache keeps, unless commands use more of them at the same time."""
+MERGE_S = 7200.0
+"""Seconds to wait for a command that merges; the largest models take many minutes."""
 _LOCK, _UNFINISHED = ".lock", (".partial", ".replaced")
 _in_use: list[IO[bytes]] = []
 """Files whose locks say which models this process uses, to its end."""
@@ -103,7 +106,7 @@ def _is_in_use(folder: Path) -> bool:
     except OSError:  # not a model: nothing can use it
         return False
     with file:
-        return not _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return not _lock(file, fcntl.LOCK_EX)
 
 
 @contextmanager
@@ -111,9 +114,16 @@ def _alone_in(cache: Path) -> Iterator[None]:
     """Have other commands wait until this one has found or written its model."""
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / _LOCK).open("ab") as file:
-        if _lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB) is False:
+        if _lock(file, fcntl.LOCK_EX) is False:
             _say(f"waiting for another command that merges a model into {cache}")
-            _lock(file, fcntl.LOCK_EX)
+            deadline = time.monotonic() + MERGE_S
+            while _lock(file, fcntl.LOCK_EX) is False:
+                if time.monotonic() > deadline:
+                    raise ValueError(
+                        f"another command has been merging a model into {cache} for {MERGE_S:g} s: "
+                        "end it if it hangs, then try again"
+                    )
+                time.sleep(0.2)
         yield
 
 
@@ -124,7 +134,7 @@ def _lock(file: IO[bytes], kind: int) -> bool | None:
         Whether nobody else holds it; None where the file system has no locks.
     """
     try:
-        fcntl.flock(file, kind)
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

@@ -117,7 +117,7 @@ class ServerEngine:
         groups = []
         for ticket in done:
             run = self._running.pop(ticket)
-            completions = [reply.result() for reply in run.replies]
+            completions = [reply.result(timeout=0) for reply in run.replies]  # all are done
             groups.append(RolloutGroup(ticket, run.request.prompt, completions))
         return groups
 

@@ -28,6 +28,8 @@ class SamplingEngine(Protocol):
         """Give up groups."""
 
 
+CLOSE_S = 60.0
+"""For the step that an engine is at when it is closed."""
 E = TypeVar("E", bound=SamplingEngine)
 T = TypeVar("T")
 Outcome = RolloutGroup | Exception | None
@@ -103,7 +105,7 @@ class EngineLoop(Generic[E]):
     def close(self) -> None:
         """Release the engine and end its thread; for tests, a run ends the process."""
         self._commands.put(None)
-        self._thread.join()
+        self._thread.join(CLOSE_S)
 
     def _enqueue(self, command: Callable[[E], T]) -> Future[T]:
         future: Future[T] = Future()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rlsys.actors.waiting import any_ready
+from rlsys.actors.waiting import FETCH_S, PhaseTimeout, any_ready
 
 
 class Clock:
@@ -24,7 +24,8 @@ class Clock:
     def start(self, work: Callable[[Callable[[], bool]], None]) -> Callable[[], None]:
         """Run `work` in a thread; returns what stops it and waits for its end.
 
-        `work` gets a function that says whether it shall stop.
+        `work` gets a function that says whether it shall stop. If it does not, there is a
+        PhaseTimeout.
         """
         stopped = threading.Event()
         thread = threading.Thread(target=work, args=(stopped.is_set,), daemon=True)
@@ -32,6 +33,8 @@ class Clock:
 
         def stop() -> None:
             stopped.set()
-            thread.join()
+            thread.join(FETCH_S)
+            if thread.is_alive():
+                raise PhaseTimeout(f"work in the background did not stop within {FETCH_S:g} s")
 
         return stop

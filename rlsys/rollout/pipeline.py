@@ -77,8 +77,8 @@ class RolloutPipeline:
                 last_progress = self._clock.monotonic()  # slow rewards have their own deadline
             elif self._clock.monotonic() - last_progress > self._timeout_s:
                 raise PhaseTimeout(
-                    f"{what}: no group finished within rollout.timeout_s = {self._timeout_s:g} s; "
-                    f"{done} of {total} groups are done"
+                    f"{self._engines.explain_silence()}{what}: no group finished within "
+                    f"rollout.timeout_s = {self._timeout_s:g} s; {done} of {total} groups are done"
                 )
         scored, self._scored = self._scored, []
         return scored

@@ -7,15 +7,18 @@ CPU timer expires.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
 import os
 import resource
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from enum import Enum
@@ -25,6 +28,9 @@ _log = logging.getLogger(__name__)
 
 _START = "from rlsys.sandbox.bounded import serve; serve()"
 _READY = b"ready\n"
+_START_S, _EXIT_S = 300.0, 5.0
+_WALL_S, _WALL_PER_CPU = 60.0, 60.0
+"""CPU time decides over an answer; only a helper that is stopped reaches these limits of time."""
 _OUT_OF_RESOURCES = (RecursionError, MemoryError)
 _MEMORY_GIB = 4
 """Address space of a helper process."""
@@ -82,8 +88,7 @@ class BoundedCalls:
         """End the helper process."""
         if self._process is not None:
             self._process.kill()
-            self._process.communicate()
-            self._process = None
+            self._end(self._process)
 
     def __del__(self) -> None:
         self.close()
@@ -93,18 +98,10 @@ class BoundedCalls:
         if self._process is None:
             self._launch()
         process = self._ready_process()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            process.stdin.write(request.encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it died; the empty reply below says so
-        line = process.stdout.readline()
+        line = self._exchange(request.encode() + b"\n", _WALL_S + _WALL_PER_CPU * self.cpu_limit_s)
         if line.endswith(b"\n"):
             return json.loads(line)
-        process.communicate()
-        self._process = None
+        self._end(process)
         if process.returncode not in (-signal.SIGPROF, -signal.SIGKILL, -signal.SIGSEGV):
             raise self._ended(process)
         return None
@@ -118,19 +115,62 @@ class BoundedCalls:
             [sys.executable, "-P", "-c", _START, settings],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,
             env={**os.environ, "PYTHONPATH": path},
         )
+        assert self._process.stdin is not None
+        os.set_blocking(self._process.stdin.fileno(), False)
 
     def _ready_process(self) -> subprocess.Popen[bytes]:
         process = self._process
         assert process is not None
-        assert process.stdout is not None
-        if not self._is_ready and process.stdout.readline() != _READY:
-            process.communicate()
-            self._process = None
+        if not self._is_ready and self._exchange(b"", _START_S) != _READY:
+            self._end(process)
             raise self._ended(process)
         self._is_ready = True
         return process
+
+    def _exchange(self, request: bytes, timeout_s: float) -> bytes:
+        """Send bytes, and wait for a line; what came before the end if the helper ends.
+
+        Raises:
+            RuntimeError: neither came in time. The helper is ended.
+        """
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        deadline = time.monotonic() + timeout_s
+        data, line = memoryview(request), b""
+        while not line.endswith(b"\n"):
+            left = max(0.0, deadline - time.monotonic())
+            unsent = [process.stdin] if data else []
+            ready, can_write, _ = select.select([process.stdout], unsent, [], left)
+            if not ready and not can_write:
+                process.kill()
+                self._end(process)
+                raise RuntimeError(
+                    f"the helper process of {self.function} did not answer within {timeout_s:g} s "
+                    "and was ended: the machine is very busy, or something has stopped the process "
+                    "(SIGSTOP)"
+                )
+            if ready:
+                part = os.read(process.stdout.fileno(), 65536)
+                if not part:
+                    break
+                line += part
+            elif can_write:
+                try:
+                    data = data[os.write(process.stdin.fileno(), data) :]
+                except BrokenPipeError:
+                    data = data[:0]  # it died; the empty reply says so
+        return line
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of a helper that ends now, and close its pipes."""
+        self._process = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_EXIT_S)
 
     def _ended(self, process: subprocess.Popen[bytes]) -> RuntimeError:
         return RuntimeError(

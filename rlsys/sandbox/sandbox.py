@@ -16,15 +16,21 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 _log = logging.getLogger(__name__)
 
 Mode = Literal["stdio", "calls", "asserts"]
 
+START_S = 120.0
+"""For the helper process to start, and to try what programs must not be able to do."""
+GRACE_S = 30.0
+"""The helper process ends a program in time; this much later it is taken to hang itself."""
+_EXIT_S = 5.0
 _SERVER = Path(__file__).with_name("process") / "sandbox_server.py"
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 
@@ -94,7 +100,11 @@ class Sandbox:
         self._start()
 
     def run(self, program: str, stdin: str) -> Finished:
-        """Run `program` with `stdin` as standard input until it ends or is stopped."""
+        """Run `program` with `stdin` as standard input until it ends or is stopped.
+
+        Raises:
+            RuntimeError: the helper process died, or does not answer.
+        """
         with self._lock, self._started("stdio", program, stdin.encode()) as running:
             output, verdict = running.read_until_end()
             return Finished(
@@ -120,7 +130,7 @@ class Sandbox:
     def close(self) -> None:
         """End the helper process and what it runs."""
         self._control.close()
-        self._process.wait()
+        _code(self._process)
 
     def __del__(self) -> None:
         if "_process" in self.__dict__:
@@ -128,6 +138,7 @@ class Sandbox:
 
     def _start(self) -> None:
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._control.settimeout(START_S)  # of every message
         with theirs:
             self._process = subprocess.Popen(
                 # -I and -S: no site-packages, no environment variables, no .pth files.
@@ -140,7 +151,11 @@ class Sandbox:
                 cwd="/",
                 start_new_session=True,
             )  # fmt: skip
-        answer = self._control.recv(4096)
+        try:
+            answer = self._control.recv(4096)
+        except TimeoutError:
+            self.close()
+            raise RuntimeError(_silent(START_S)) from None
         problem = json.loads(answer).get("problem") if answer else _ending(self._process)
         if problem:
             raise SandboxUnavailable(f"programs cannot be restricted on this host: {problem}")
@@ -202,14 +217,15 @@ class Running:
         self._max_bytes = limits.output_kib * 1024
         self._buffer = b""
         self._killed = False
+        self._patience_s = limits.wall_time_s + GRACE_S
+        self._deadline = time.monotonic() + self._patience_s
         self._verdict: dict[str, Any] | None = None
 
     def read_until_end(self) -> tuple[bytes, dict[str, Any]]:
         """All output, and the helper's verdict."""
         open_output = True
         while self._verdict is None:
-            watched: list[Any] = [self._control, *[self._output] * open_output]
-            ready, _, _ = select.select(watched, [], [])
+            ready = self._ready([self._control, *[self._output] * open_output])
             if self._output in ready:
                 open_output = self._read()
             if len(self._buffer) > self._max_bytes:
@@ -217,8 +233,10 @@ class Running:
                 return self._buffer[: self._max_bytes], {**verdict, "in_time": False}
             if self._control in ready:
                 self._receive()
-        while len(self._buffer) <= self._max_bytes and self._read():
-            pass
+        while len(self._buffer) <= self._max_bytes:
+            self._ready([self._output])  # a child of a program without restrictions may hold it
+            if not self._read():
+                break
         assert self._verdict is not None
         in_time = self._verdict["in_time"] and len(self._buffer) <= self._max_bytes
         return self._buffer[: self._max_bytes], {**self._verdict, "in_time": in_time}
@@ -241,10 +259,10 @@ class Running:
         data = memoryview(line.encode() + b"\n")
         os.set_blocking(self._input[0], False)
         while data:
-            ready_in, ready_out, _ = select.select([self._control], self._input, [])
-            if ready_in:
+            ready = self._ready([self._control], self._input)
+            if self._control in ready:
                 raise SandboxEnded
-            if ready_out:
+            if ready:
                 try:
                     data = data[os.write(self._input[0], data) :]
                 except BrokenPipeError:
@@ -257,8 +275,7 @@ class Running:
             SandboxEnded: it ended, or the line is too long.
         """
         while b"\n" not in self._buffer:
-            watched: list[Any] = [self._output, self._control]
-            ready, _, _ = select.select(watched, [], [])
+            ready = self._ready([self._output, self._control])
             if self._output in ready:
                 if not self._read() or len(self._buffer) > self._max_bytes:
                     raise SandboxEnded
@@ -287,9 +304,27 @@ class Running:
         by_kernel = code == -signal.SIGPROF or (code == -signal.SIGKILL and not self._killed)
         return by_kernel or not self._verdict["in_time"]
 
+    def _ready(self, readers: list[Any], writers: Sequence[int] = ()) -> list[Any]:
+        """Which of these are ready; waits for the first, as long as the helper may take."""
+        left = max(0.0, self._deadline - time.monotonic())
+        readable, writable, _ = select.select(readers, writers, [], left)
+        if not readable and not writable:
+            self._give_up_helper()
+        return [*readable, *writable]
+
+    def _give_up_helper(self) -> NoReturn:
+        """End a helper process that hangs, or is stopped; what it runs ends with it."""
+        self._helper.kill()
+        _code(self._helper)
+        self._verdict = {"exit_code": -signal.SIGKILL, "in_time": False}
+        raise RuntimeError(_silent(self._patience_s))
+
     def _receive(self) -> None:
+        self._control.settimeout(max(GRACE_S, self._deadline - time.monotonic()))
         try:
             message = self._control.recv(4096)
+        except TimeoutError:
+            self._give_up_helper()
         except ConnectionResetError:  # it ended before it read all that was sent
             message = b""
         if not message:
@@ -305,13 +340,30 @@ class Running:
 
 def _ending(helper: subprocess.Popen[bytes]) -> str:
     """How a helper process that closed its socket ended."""
-    code = helper.wait()
+    code = _code(helper)
     if code < 0:
         return (
             f"the sandbox's helper process was killed by signal {-code}, perhaps because memory "
             "ran out, or by a program that runs with allow_unsandboxed"
         )
     return f"the sandbox's helper process ended with code {code}; see its messages in the log"
+
+
+def _code(helper: subprocess.Popen[bytes]) -> int:
+    """The exit code of a helper process that ends by itself now, or is killed."""
+    for _ in range(2):
+        try:
+            return helper.wait(_EXIT_S)
+        except subprocess.TimeoutExpired:  # it is stopped; or else a program that escaped holds it
+            helper.kill()
+    return -signal.SIGKILL
+
+
+def _silent(seconds: float) -> str:
+    return (
+        f"the sandbox's helper process did not answer within {seconds:g} s and was ended: the "
+        "machine is very busy, or something has stopped the process (SIGSTOP)"
+    )
 
 
 def _sealed(content: bytes) -> int:

@@ -141,6 +141,9 @@ class Engines:
     def pending_refs(self):
         return [end for end, _, _ in self.sampling.values()]
 
+    def explain_silence(self):
+        return "rollout engine 0: its stacks are in stacks.txt\n"
+
     def collect(self):
         ready = [i for i, (end, _, _) in self.sampling.items() if end <= self.world.now]
         return [self.group(*self.sampling.pop(i)[1:]) for i in ready]

@@ -34,6 +34,7 @@ from rlsys.engines.vllm.quantised import made_by_quantising
 from rlsys.engines.vllm.routed_experts import connect_cpu_runner
 from rlsys.engines.vllm.sleeping import KeptMemory, Tag
 from rlsys.engines.vllm.worker_errors import leave_errors
+from rlsys.stacks import answer_for_stacks
 from rlsys.weight_sync.connection import Connection, Endpoint
 from rlsys.weight_sync.plan import TensorSlice
 from rlsys.weight_sync.receiver import WeightReceiver
@@ -312,4 +313,5 @@ class WeightSyncWorkerExtension:
 
 WeightTransferEngineFactory.register_engine(BACKEND, BucketWeightTransferEngine)
 leave_errors()
+answer_for_stacks()
 connect_cpu_runner()

@@ -32,7 +32,7 @@ from rlsys.rewards.pool.serve import serve
 serve(fd)
 """
 _EXIT_S = 5.0
-"""Wait for the exit code of a process that closed its pipe."""
+"""Wait for the exit code of a process that closed its pipe, or was killed."""
 
 
 class RewardProcess:
@@ -79,7 +79,8 @@ class RewardProcess:
             self._open.clear()
         with contextlib.suppress(ProcessLookupError):  # it ended before; its guard does the rest
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the kernel holds it; it is dead
+            self._process.wait(_EXIT_S)
         self._outbox.put(None)
 
     def _ask(self, message: Any) -> Future[Any]:
@@ -157,7 +158,7 @@ class LocalBackend:
 
     def result(self, reference: Future[Any]) -> Any:
         """The result of a reference that is done."""
-        return reference.result()
+        return reference.result(timeout=0)
 
     def kill(self, process: RewardProcess) -> None:
         """End a process."""

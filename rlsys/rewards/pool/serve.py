@@ -21,6 +21,7 @@ from rlsys.rewards.instances import Params, RewardError
 from rlsys.rewards.pool.guard import start_guard
 from rlsys.rewards.scoring import Reward, Scored
 from rlsys.sandbox.bounded import start_helpers
+from rlsys.stacks import answer_for_stacks
 from rlsys.types import RewardFailure, RolloutGroup
 
 _OWN_FILES = tuple(str(Path(__file__).parents[1] / name) for name in ("scoring.py", "base.py"))
@@ -155,6 +156,7 @@ def _report(error: ValueError | RuntimeError) -> str:
 
 def serve(fd: int) -> None:
     """Answer requests until the other end of the pipe is gone: the main function of the process."""
+    answer_for_stacks()
     pipe = Connection(fd)
     # In a child of user code, or it would hold the pipe open after the death of this process.
     os.register_at_fork(after_in_child=pipe.close)

@@ -14,6 +14,7 @@ from waiting import eventually
 
 from rlsys.rewards import orms
 from rlsys.rewards.builtin.code_tests import AssertTest, CallTest, StdioTest, read_tests
+from rlsys.sandbox import sandbox as sandbox_module
 from rlsys.sandbox.sandbox import _SERVER, Limits, Sandbox
 
 pytestmark = pytest.mark.processes
@@ -514,6 +515,29 @@ def test_a_helper_that_dies_before_it_reads_its_program_is_an_error_too():
         sandbox.talk(SLEEP, "calls"),
     ):
         killed(sandbox)
+    assert sandbox.run("print(input())", "3").output == b"3\n"
+
+
+@pytest.mark.parametrize("ask", [True, False])
+def test_a_helper_that_is_stopped_is_an_error_and_not_a_wait_without_end(monkeypatch, ask):
+    monkeypatch.setattr(sandbox_module, "GRACE_S", 0.2)
+    limits = Limits(cpu_time_s=1, memory_mib=256, output_kib=64)
+    monkeypatch.setattr(Limits, "wall_time_s", 0.3)
+    sandbox = Sandbox(limits)
+    stopped = sandbox._process
+    os.kill(stopped.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def use():
+        if not ask:
+            return sandbox.run("print(3)", "")
+        with sandbox.talk(SLEEP, "calls") as running:
+            return running.ask(call_f(0))
+
+    with pytest.raises(RuntimeError, match=r"did not answer within 0\.5 s.*SIGSTOP"):
+        use()
+    assert stopped.returncode == -9
+    monkeypatch.undo()
     assert sandbox.run("print(input())", "3").output == b"3\n"
 
 

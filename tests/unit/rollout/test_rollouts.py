@@ -68,6 +68,7 @@ def test_engines_that_stop_giving_groups_are_an_error_with_the_numbers(build):
     with pytest.raises(PhaseTimeout) as caught:
         rollouts.next_batch(7)
     assert str(caught.value) == (
+        "rollout engine 0: its stacks are in stacks.txt\n"
         "rollout of step 7: no group finished within rollout.timeout_s = 20 s; "
         "2 of 4 groups are done"
     )

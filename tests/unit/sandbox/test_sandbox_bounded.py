@@ -1,14 +1,18 @@
 """The helper process of `BoundedCalls`: when it starts and how it ends."""
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from rlsys.sandbox import bounded
 from rlsys.sandbox.bounded import BoundedCalls, start_helpers
 
 KILLED_WHILE_IT_WAITS = """
 import os, signal, threading, time
+from rlsys.sandbox import bounded
 from rlsys.sandbox.bounded import BoundedCalls
 
 calls = BoundedCalls("time:sleep", cpu_limit_s=5.0)
@@ -61,3 +65,26 @@ def test_the_helper_of_a_killed_process_ends_without_a_word():
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == -9
     assert ended.stderr == ""
+
+
+def test_a_helper_that_is_stopped_is_an_error_and_the_next_call_works(monkeypatch):
+    calls = BoundedCalls("math:sqrt", cpu_limit_s=5.0)
+    assert calls(9) == 3.0
+    stopped = calls._process
+    os.kill(stopped.pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, stopped.pid, os.WSTOPPED | os.WNOWAIT)
+    with monkeypatch.context() as patch:
+        patch.setattr(bounded, "_WALL_S", 0.2)
+        patch.setattr(bounded, "_WALL_PER_CPU", 0.0)
+        with pytest.raises(RuntimeError, match=r"math:sqrt did not answer within 0\.2 s.*SIGSTOP"):
+            calls(16)
+    assert stopped.returncode == -9
+    assert calls(16) == 4.0
+
+
+def test_requests_larger_than_a_pipe_arrive_whole():
+    calls = BoundedCalls("builtins:len", cpu_limit_s=5.0)
+    for size in (10, 65_536, 3_000_000):
+        assert calls("x" * size) == size
+    echo = BoundedCalls("builtins:str", cpu_limit_s=5.0)
+    assert echo("y" * 1_000_000) == "y" * 1_000_000
