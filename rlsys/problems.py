@@ -49,3 +49,7 @@ class ProblemsError(ValueError):
 
 class RunFailed(RuntimeError):
     """A run failed; the message says who failed at what, with that process's traceback."""
+
+
+class NonFiniteWeights(RunFailed):
+    """Weights or optimizer state hold NaNs or infinities, so they are neither sent nor saved."""

@@ -210,3 +210,6 @@ class UpdateOutput:
     policy_version: int
     """Number of completed updates: the weight version that the next publish sends."""
     metrics: dict[str, float]
+    rolls_back: str | None = None
+    """Why the policy has to go back to an earlier state before this update is made, which is not
+    finished and has not raised policy_version; None: it is finished."""

@@ -17,6 +17,7 @@ from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import RunConfig
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.plugins.load import load_plugins
+from rlsys.problems import NonFiniteWeights
 from rlsys.types import Device, TrainBatch, UpdateOutput
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
@@ -42,6 +43,10 @@ class WeightLink:
             return self.sender.send(self.export.fill, version)
         self.export.contribute()
         return 0.0
+
+    def nonfinite(self) -> list[str]:
+        """See WeightSender.nonfinite; [] on ranks that contribute."""
+        return [] if self.sender is None else self.sender.nonfinite()
 
 
 class PolicyRank(ModelRank):
@@ -119,10 +124,20 @@ class PolicyRank(ModelRank):
         """Take part in exporting and sending; returns the seconds of this rank's transports.
 
         What `offload_optimizer` has begun meanwhile is done at the end.
+
+        Raises:
+            NonFiniteWeights: what was sent holds NaNs or infinities.
         """
         self.engine.offload.check("send_weights")
         seconds = sum(link.send(version) for link in self.links[to])
         self.engine.offload.finish()
+        # Only now: receivers of other connections wait for their weights, too.
+        if names := [name for link in self.links[to] for name in link.nonfinite()]:
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            raise NonFiniteWeights(
+                f"the weights of policy version {version} hold NaNs or infinities, so nothing may "
+                f"sample with them: in or beside {', '.join(names[:3])}{more}"
+            )
         return seconds
 
     def drop_gradients(self) -> None:

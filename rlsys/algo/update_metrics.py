@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from rlsys.algo.finite import PREFIX as NONFINITE
 
 TOTALS = ("loss", "num_loss_tokens")
 """Statistics that are reported as sums, not divided by the number of tokens."""
@@ -25,7 +27,7 @@ class MetricSums:
     A key says how its values combine:
 
     - ending in /max or /min: the extreme over all micro-batches and ranks;
-    - `loss`, `num_loss_tokens`: the sum;
+    - `loss`, `num_loss_tokens`, and counts of what is not finite: the sum;
     - anything else: the sum divided by `num_loss_tokens`, a mean over tokens. A mean that ends in
       /square_mean is reported as `<name>/effective_sample_size`, the square of `<name>/mean`
       divided by it.
@@ -71,7 +73,7 @@ class MetricSums:
         num_tokens = self._sums["num_loss_tokens"].item()
         assert num_tokens > 0, "a step without tokens to train on is left out"
         metrics = {
-            key: value.item() if key in TOTALS else value.item() / num_tokens
+            key: value.item() / (1 if key in TOTALS or key.startswith(NONFINITE) else num_tokens)
             for key, value in self._sums.items()
         }
         for key in [key for key in metrics if key.endswith("/square_mean")]:
@@ -82,6 +84,17 @@ class MetricSums:
         for key, value in self._maxima.items():
             metrics[key] = -value.item() if key.endswith("/min") else value.item()
         return metrics
+
+
+def reduced_means(
+    micro_batches: Iterable[Mapping[str, Tensor]], group: dist.ProcessGroup | None
+) -> dict[str, float]:
+    """The metrics of an optimizer step, from the statistics of this rank's micro-batches."""
+    sums = MetricSums()
+    for statistics in micro_batches:
+        sums.add(statistics)
+    sums.all_reduce(group)
+    return sums.means()
 
 
 def combine_optimizer_steps(

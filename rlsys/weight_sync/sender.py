@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from rlsys.weight_sync.checksum import checksum
+from rlsys.weight_sync.checksum import FiniteChecksums
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import Bucket
 from rlsys.weight_sync.transport import make_transport
@@ -36,9 +36,9 @@ class WeightSender:
     """Rank 0 of a connection; connects when it is made.
 
     An update is a barrier that announces the policy version, a broadcast of each bucket and, with
-    `verify`, a broadcast of the buckets' checksums. A rank with several connections serves one
-    after the other. Sending to all at once would not be faster: one broadcast already fills the
-    link to the GPU that their engines share.
+    `verify`, a broadcast of the buckets' checksums; their pass also finds what is not finite. A
+    rank with several connections serves one after the other. Sending to all at once would not be
+    faster: one broadcast already fills the link to the GPU that their engines share.
 
     Order on a GPU: everything but the broadcasts runs in the current stream, in which the optimizer
     wrote the weights and will write them again. A broadcast starts after the work that this stream
@@ -59,7 +59,7 @@ class WeightSender:
         self, connection: Connection, device: torch.device, memory: torch.Tensor | None = None
     ):
         self._buckets = connection.buckets()
-        self._verify = connection.verify
+        self._checksums = FiniteChecksums(self._buckets) if connection.verify else None
         self._memory = sending_memory([connection], device) if memory is None else memory
         self._transport = make_transport(connection.transport, device)
         self._transport.connect(connection, rank=0, memory=self._memory)
@@ -87,15 +87,22 @@ class WeightSender:
             if bucket.index > 0:
                 fill(bucket, buffer)
             waits.append(self._transport.broadcast(buffer, what=f"sending {bucket}"))
-            if self._verify:
-                checksums.append(checksum(buffer))
+            if self._checksums is not None:
+                checksums.append(self._checksums.add(bucket, buffer))
         for wait in waits:
             wait()
         watch.stop()
-        if self._verify:
+        if self._checksums is not None:
             numbers = torch.stack(checksums).view(torch.uint8)
             self._transport.broadcast(numbers, what="sending the checksums")()
         return watch.seconds()
+
+    def nonfinite(self) -> list[str]:
+        """Names of the tensors of the last `send` that hold NaNs or infinities; [] if not verified.
+
+        What was sent has arrived: nothing may sample with it.
+        """
+        return [] if self._checksums is None else self._checksums.nonfinite()
 
     def _buffer(self, bucket: Bucket) -> torch.Tensor:
         return self._memory[bucket.index % 2, : bucket.nbytes]

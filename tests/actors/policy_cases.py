@@ -375,6 +375,36 @@ class LabRank(PolicyRank):
             for parameter in group["params"]
         ]
 
+    def training_state(self):
+        """All that an optimizer step changes on this rank."""
+        engine = self.engine
+        steps = [one.get("step") for group in (engine.optimizer.param_groups,) for one in group]
+        tensors = [parameter.detach().clone() for parameter in engine.model.parameters()]
+        tensors += [value for state in self.optimizer_state() for value in state.values()]
+        return tensors, [engine.scheduler.num_steps, *map(str, steps)]
+
+    def damage(self, what, name, rank):
+        """Put a NaN into a parameter of one rank, or from now on into its gradients."""
+        if rank != self.rank:
+            return
+        engine = self.engine
+        parameters = dict(engine.model.named_parameters())
+        parameter = next(p for own, p in parameters.items() if own.endswith(name))
+        if what == "weight":
+            parameter.data.view(-1)[0] = torch.nan
+            return
+        compute = engine._compute_gradients
+
+        def damaged(*args):
+            outputs = compute(*args)
+            parameter.main_grad.view(-1)[0] = torch.nan
+            return outputs
+
+        engine._compute_gradients = damaged
+
+    def heal_gradients(self):
+        vars(self.engine).pop("_compute_gradients", None)
+
     def router_logits(self, batch):
         """Inputs, weight and logits of the first layer's router, in its last forward pass."""
         from megatron.core.transformer.moe.router import TopKRouter

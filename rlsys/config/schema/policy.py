@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 
 from rlsys.config.field_types import Regex
 from rlsys.config.pipeline_layout import parse_layout
@@ -163,6 +170,17 @@ class PolicyConfig(Section):
     """Starts of names of tensors that are trained although one of the former freezes them."""
     trainable_parameters_regex: Regex | None = None
     """The same as a regex in names."""
+    on_nonfinite: Literal["skip", "rollback", "raise"] = "skip"
+    """What follows when an optimizer step's loss, log-probs or gradient have a NaN or an infinity.
+    Such a step is never applied, and its batch is dumped, see `rlsys replay`. skip: training goes
+    on with the next step, and ends after max_nonfinite_steps in a row. rollback: after that many
+    in a row, weights and optimizer go back to the last good state that was kept, and the batch is
+    tried once more before the run ends. raise: the run ends at once."""
+    max_nonfinite_steps: PositiveInt = 3
+    """Optimizer steps in a row that on_nonfinite may skip."""
+    nonfinite_dumps: NonNegativeInt = 3
+    """Most dumps of such steps that are kept in output_dir/dumps, each with the weights in the
+    model's type. 0 dumps nothing."""
     timeout_s: PositiveFloat = 1800.0
     """Seconds that one phase of the policy or of the reference may take."""
     heartbeat_s: PositiveFloat | None = 30.0

@@ -221,10 +221,12 @@ class MegatronModel:
     def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """Write a Hugging Face model folder; every rank calls, the first one writes."""
         tensors = self.weights.export()
-        if dist.get_rank() == 0:
-            write(self.folder, folder, chain(tensors, untrained_tensors(self.folder)), self.dtype)
-        else:
-            for _ in tensors:  # takes part in the collectives
+        try:
+            if dist.get_rank() == 0:
+                own = chain(tensors, untrained_tensors(self.folder))
+                write(self.folder, folder, own, self.dtype)
+        finally:  # takes part in the collectives, also where the disk is full
+            for _ in tensors:
                 pass
         dist.barrier()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -76,3 +76,16 @@ def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> Optimize
         wd_incr_steps=total,
         wd_incr_style="constant",
     )
+
+
+def optimizer_tensors(optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """What an optimizer updates and what it keeps for each parameter, with names for errors."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if one.optimizer is None:  # this rank has no parameter of a kind
+            continue
+        for group in one.optimizer.param_groups:
+            yield from (("the optimizer's weights", parameter) for parameter in group["params"])
+        for state in one.optimizer.state.values():
+            for name, value in state.items():
+                if torch.is_tensor(value):
+                    yield f"the optimizer's {name}", value

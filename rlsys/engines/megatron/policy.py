@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,30 +14,33 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 
 from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
+from rlsys.algo.finite import count_nonfinite
 from rlsys.algo.logprobs import TokenValues
 from rlsys.algo.losses import LossInput, losses
-from rlsys.algo.update_metrics import MetricSums, combine_optimizer_steps
+from rlsys.algo.update_metrics import combine_optimizer_steps, reduced_means
 from rlsys.algo.weighting import choose_tokens, loss_weights
-from rlsys.config import Config, GrpoConfig, RunConfig
-from rlsys.config.dataset_spec import split_hub
+from rlsys.config import Config, RunConfig
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import (
     check_checkpoint,
     load_optimizer,
     save_optimizer,
 )
-from rlsys.engines.megatron.freezing import freeze, lead_gradients_to
 from rlsys.engines.megatron.hf_folder import save_model_folder, write_model_files
-from rlsys.engines.megatron.lora import Adapters
 from rlsys.engines.megatron.model import LossOf, MegatronModel, ModelWriter
+from rlsys.engines.megatron.nonfinite import NonFiniteSteps, check_finite, find_nonfinite
 from rlsys.engines.megatron.offload import Offload
-from rlsys.engines.megatron.optimizer import build_optimizer, build_scheduler, gradient_config
-from rlsys.engines.megatron.weights import MegatronWeights
+from rlsys.engines.megatron.optimizer import (
+    build_optimizer,
+    build_scheduler,
+    gradient_config,
+    optimizer_tensors,
+)
+from rlsys.engines.megatron.trained import base_name, choose_trained
 from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.engines.step_dump import Step
 from rlsys.files import replacing_folder
 from rlsys.model.adapter_folder import is_adapter_folder
-from rlsys.model.freezing import frozen_tensors, num_frozen, trained_text
-from rlsys.model.lora import count_trained, plan_lora
 from rlsys.model.policy_memory import optimizer_bytes
 from rlsys.types import Device, TrainBatch, UpdateOutput
 
@@ -50,7 +52,7 @@ class MegatronPolicy(MegatronModel):
         super().__init__(config, config.model.path, device=device, trains=True)
         overlap_grads = config.overlaps_grad_reduce(on_cpu=self.on_cpu)
         self._overlaps_param_gather = config.overlaps_param_gather(on_cpu=self.on_cpu)
-        self.adapters = self._choose_trained()
+        self.adapters = choose_trained(config, self.model, self.weights, self.shape)
         fuse_weight_gradients(self.model)
         with out_of_memory_explained(f"the policy's gradients in fp32: {self.more_gpus}"):
             ddp_config = gradient_config(
@@ -92,27 +94,9 @@ class MegatronPolicy(MegatronModel):
         """Moves what this rank holds to host memory while other models need the GPU, and back."""
         if isinstance(config, Config) and config.is_colocated:
             self._reserve_host_memory(config)
+        self.nonfinite = NonFiniteSteps(config, self.shape)
         self._is_mid_update = False
         """Whether an update has changed the weights and has not ended."""
-
-    def _choose_trained(self) -> Adapters | None:
-        """Freeze what is not trained, and put adapters on the model where policy.lora says so."""
-        policy, shape = self.config.policy, self.shape
-        if policy.lora is None and not policy.freezes:
-            return None
-        assert isinstance(self.weights, MegatronWeights), "see preflight"
-        lead_gradients_to(self.model)
-        if policy.lora is None:
-            freeze(self.weights, frozen_tensors(policy, shape))
-            num_trained = shape.num_params - num_frozen(policy, shape)
-            adapters = None
-        else:
-            plan = plan_lora(policy.lora, shape)
-            adapters = Adapters(self.model, self.weights, shape, plan, seed=self.config.seed)
-            num_trained = count_trained(adapters.weights.table)
-        if dist.get_rank() == 0:
-            print(trained_text(num_trained, shape.num_params), flush=True)
-        return adapters
 
     def _reserve_host_memory(self, config: Config) -> None:
         device: Device = "cpu" if self.on_cpu else "cuda"
@@ -144,22 +128,22 @@ class MegatronPolicy(MegatronModel):
     def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput | None:
         """Take all optimizer steps of one rollout; raises policy_version by one.
 
-        Steps without tokens to train on, because all completions are dropped or cut, are skipped.
+        Steps without tokens to train on, because all completions are dropped or cut, are skipped,
+        and so are those that are not finite: see `NonFiniteSteps`.
 
         Args:
             batch: the whole generation batch; each data-parallel rank takes its rows.
             loss: name of a registered loss, such as "sft"; None is grpo.loss_type.
 
         Returns:
-            metrics reduced over ranks, on one rank; None on the others.
+            metrics reduced over ranks, on one rank; None on the others. With `rolls_back`, the
+            update is not finished, and policy_version is as before.
 
         Raises:
-            FloatingPointError: a gradient is not finite; the weights are as before that step.
+            FloatingPointError: a step is not finite, and policy.on_nonfinite says that this ends
+                the run; the weights are as before that step.
         """
         self.offload.check("update", optimizer=True)
-        algorithm: GrpoConfig = self.config.algorithm
-        if loss is not None:
-            algorithm = algorithm.model_copy(update={"loss_type": loss})
         steps = optimizer_step_rows(
             len(batch.lengths),
             global_batch_size=self.config.global_batch_size,
@@ -167,16 +151,19 @@ class MegatronPolicy(MegatronModel):
             # A hash of integers is the same in every process.
             seed=hash((self.config.seed, self.policy_version)),
         )
-        metrics = [
-            self._optimizer_step(batch, rows, algorithm)
-            for rows in steps
-            if batch.completion_mask[rows].any()
-        ]
-        if self._overlaps_param_gather:
-            # The last optimizer step left this to a forward pass, but log-probs, weight sync and
-            # checkpoints come first: until now each rank has new weights in its own part only.
-            for chunk in self.ddp:
-                chunk.start_param_sync(force_sync=True)
+        metrics, num_skipped = [], 0
+        for number, rows in enumerate(steps, start=1):
+            if not batch.completion_mask[rows].any():
+                continue
+            step = Step(batch, rows, loss, self.policy_version, f"{number} of {len(steps)}")
+            of_step = self._optimizer_step(step)
+            if of_step is not None:
+                metrics.append(of_step)
+            elif self.nonfinite.rolls_back:
+                return UpdateOutput(self.policy_version, {}, rolls_back=self.nonfinite.last)
+            else:
+                num_skipped += 1
+        self._gather_weights()
         if not self.on_cpu and self.config.policy_shares_gpus:
             # Free cached blocks for the models that share this GPU. Otherwise keep them:
             # reallocating slows every update.
@@ -185,15 +172,53 @@ class MegatronPolicy(MegatronModel):
         self._is_mid_update = False
         if not self.reports or self._dp_rank != 0:
             return None
-        moves = algorithm.old_logprobs == "rollout"  # no log-probs from before the update
-        return UpdateOutput(
-            self.policy_version, combine_optimizer_steps(metrics, sampling_of_first=moves)
-        )
+        moves = self.config.algorithm.old_logprobs == "rollout"  # none from before the update
+        combined = combine_optimizer_steps(metrics, sampling_of_first=moves)
+        if num_skipped:
+            combined["fault/nonfinite_steps"] = float(num_skipped)
+        return UpdateOutput(self.policy_version, combined)
 
-    def _optimizer_step(
-        self, batch: TrainBatch, rows: list[int], algorithm: GrpoConfig
-    ) -> dict[str, float]:
-        """One step on completions `rows` of `batch`: forward, backward, clip, AdamW."""
+    def _optimizer_step(self, step: Step) -> dict[str, float] | None:
+        """Forward, backward, clip, AdamW; None if the step is not finite: nothing has changed."""
+        metrics, grad_norm, found = self.step_gradients(step)
+        if found:
+            # Scales that FP8 tensors have from this step are not those of the one before.
+            self._unknown_scales = self._unknown_gradient_scales = self._has_scales
+            self._gather_weights()
+            self.nonfinite.skip(step, found, grad_norm, metrics, write_model=self.write_model)
+            return None
+        self.nonfinite.num_in_row = 0
+        self.scheduler.step(increment=1)
+        self._is_mid_update = True
+        with out_of_memory_explained(
+            "the optimizer's step, the first of which makes its state: "
+            f"{self._more_gpus_for_optimizer}"
+        ):
+            self.optimizer.step()
+        return metrics | {
+            "grad_norm": grad_norm,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def _gather_weights(self) -> None:
+        """Have the whole weights on each rank, before anything but a forward pass reads them.
+
+        With overlap_param_gather, an optimizer step leaves new weights in each rank's own part.
+        """
+        if self._overlaps_param_gather:
+            for chunk in self.ddp:
+                chunk.start_param_sync(force_sync=True)
+
+    def step_gradients(self, step: Step) -> tuple[dict[str, float], float, dict[str, int]]:
+        """Forward and backward pass of an optimizer step: the gradient is ready to be applied.
+
+        Returns:
+            metrics (on the last pipeline stage), the norm of the gradient, and what is not finite,
+            see `find_nonfinite`.
+        """
+        batch, rows, algorithm = step.batch, step.rows, self.config.algorithm
+        if step.loss is not None:
+            algorithm = algorithm.model_copy(update={"loss_type": step.loss})
         weights = loss_weights(
             batch.completion_mask,
             rows=rows,
@@ -201,7 +226,7 @@ class MegatronPolicy(MegatronModel):
             aggregation=algorithm.loss_settings.loss_aggregation,
             max_completion_length=self.config.max_completion_length,
         )
-        seed = hash((self.config.seed, self.policy_version, *rows))
+        seed = hash((self.config.seed, step.policy_version, *rows))
         batch = choose_tokens(batch, rows, algorithm, seed=seed)
         # Rows without tokens to train on are skipped, unless a rank would be left with nothing.
         trained = [row for row in rows if batch.completion_mask[row].any()]
@@ -218,6 +243,7 @@ class MegatronPolicy(MegatronModel):
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             inputs = LossInput.from_packed(micro_batch, *of_tokens)
             value, statistics = losses[algorithm.loss_type](inputs, algorithm)
+            statistics |= count_nonfinite(micro_batch, of_tokens.logprobs, value)
             return value * undo_averaging, statistics
 
         begin = None
@@ -231,25 +257,16 @@ class MegatronPolicy(MegatronModel):
         if self.adapters is not None:
             self.adapters.seed_dropout(seed)
         outputs = self._compute_gradients(packed, loss_of, begin)
-        metrics = self._reduced_metrics(outputs)
+        metrics = {}
+        if self.is_last_stage:
+            metrics = reduced_means(outputs, parallel_state.get_data_parallel_group())
         if self.routing is not None:
             metrics |= self.routing.metrics()
         self.offload.await_optimizer()
-        self.optimizer.prepare_grads()
+        found_inf = self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
-        if not math.isfinite(grad_norm):
-            self._refuse_step(grad_norm, metrics)
-        self.scheduler.step(increment=1)
-        self._is_mid_update = True
-        with out_of_memory_explained(
-            "the optimizer's step, the first of which makes its state: "
-            f"{self._more_gpus_for_optimizer}"
-        ):
-            self.optimizer.step()
-        return metrics | {
-            "grad_norm": grad_norm,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-        }
+        found = find_nonfinite(metrics, grad_norm, self.ddp, found_inf=found_inf)
+        return metrics, grad_norm, found
 
     def _compute_gradients(
         self,
@@ -269,32 +286,6 @@ class MegatronPolicy(MegatronModel):
         self._unknown_scales = self._unknown_gradient_scales = False
         return outputs
 
-    def _reduced_metrics(self, outputs: list[dict]) -> dict[str, float]:
-        """Metrics of an optimizer step over data-parallel ranks; {} before the last stage."""
-        if not self.is_last_stage:
-            return {}
-        sums = MetricSums()
-        for statistics in outputs:
-            sums.add(statistics)
-        sums.all_reduce(parallel_state.get_data_parallel_group())
-        return sums.means()
-
-    def _refuse_step(self, grad_norm: float, metrics: dict[str, float]) -> NoReturn:
-        """Raise the same error on every rank, before NaN reaches the weights."""
-        shared = [metrics]
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            dist.broadcast_object_list(
-                shared,
-                parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
-        values = ", ".join(f"{name} {value:g}" for name, value in shared[0].items())
-        raise FloatingPointError(
-            f"the update of policy version {self.policy_version} has a gradient of norm "
-            f"{grad_norm:g}, which was not applied: the weights are as before this optimizer step. "
-            f"Its metrics: {values}"
-        )
-
     def compute_logprobs(
         self, batch: TrainBatch, *, adapter: bool = True
     ) -> tuple[list[int], torch.Tensor] | None:
@@ -310,22 +301,28 @@ class MegatronPolicy(MegatronModel):
             return super().compute_logprobs(batch)
 
     def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
-        """Write the model, or the adapter in PEFT's format; see MegatronModel.save_model."""
+        """Write the model, or the adapter in PEFT's format; see MegatronModel.save_model.
+
+        Raises:
+            NonFiniteWeights: they hold NaNs or infinities.
+        """
         self.offload.check("save_model")
+        check_finite(f"the model of version {self.policy_version}", self._trained_weights())
+        self.write_model(folder, write)
+
+    def _trained_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for chunk in self.model:
+            yield from (both for both in chunk.named_parameters() if both[1].requires_grad)
+
+    def write_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
+        """As `save_model`, whatever the numbers are."""
         if self.adapters is None:
             super().save_model(folder, write)
             return
         is_first = dist.get_rank() == 0
         with replacing_folder(folder) if is_first else nullcontext(folder) as partial:
-            self.adapters.write_files(partial, self._base_name)
+            self.adapters.write_files(partial, base_name(self.config, self.folder))
         dist.barrier()
-
-    @property
-    def _base_name(self) -> str:
-        """The base model as adapter_config.json names it: a hub id, or an absolute path."""
-        hub, name = split_hub(self.config.model.path)
-        is_here = hub == "modelscope" or Path(self.config.model.path).is_dir()
-        return str(self.folder.resolve()) if is_here else name
 
     def drop_gradients(self) -> None:
         """Free the memory of gradients until `onload`."""
@@ -351,13 +348,18 @@ class MegatronPolicy(MegatronModel):
         """Write the model or its adapter, and the optimizer's state, into an empty folder.
 
         Every rank calls.
+
+        Raises:
+            NonFiniteWeights: one of them holds NaNs or infinities.
         """
         self.offload.check("save_checkpoint", optimizer=True)
         self.offload.await_optimizer()
+        held = chain(self._trained_weights(), optimizer_tensors(self.optimizer))
+        check_finite(f"the checkpoint of version {self.policy_version}", held)
         if self.adapters is None:
-            self.save_model(folder, write_model_files)
+            self.write_model(folder, write_model_files)
         else:
-            self.adapters.write_files(folder, self._base_name)
+            self.adapters.write_files(folder, base_name(self.config, self.folder))
         save_optimizer(
             folder, self.weights, self.optimizer, self.scheduler, policy_version=self.policy_version
         )
@@ -376,6 +378,7 @@ class MegatronPolicy(MegatronModel):
         (self.weights if self.adapters is None else self.adapters.weights).load(folder)
         self.offload.frozen_weights_changed()
         self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
+        self._is_mid_update = False
         # Transformer Engine saves scales as a pickle, which no checkpoint of rlsys holds.
         self._unknown_scales = self._unknown_gradient_scales = self._has_scales
         if self.config.policy.fp8_param_gather:
