@@ -55,6 +55,8 @@ class RunDir:
         self.interrupted = path / "interrupted"
         """The model after the last finished step of a run that was interrupted or failed, a Hugging
         Face folder; removed as soon as a checkpoint holds the same."""
+        self.dumps = path / "dumps"
+        """Optimizer steps that were not finite, for `rlsys replay`; see policy.on_nonfinite."""
         self.reward_curve = path / "reward_curve.png"
         """The picture of a run with rewards."""
         self.loss_curve = path / "loss_curve.png"

@@ -102,7 +102,13 @@ def policy_config(folder, *, grpo=None, max_steps=8, dtype="auto", **policy):
                 "temperature": TEMPERATURE,
             },
             "grpo": grpo or {},
-            "policy": {"micro_batch_size": 3, "lr": 1e-3, "timeout_s": PATIENCE_S, **policy},
+            "policy": {
+                "micro_batch_size": 3,
+                "lr": 1e-3,
+                "timeout_s": PATIENCE_S,
+                "nonfinite_dumps": 0,
+                **policy,
+            },
         }
     )
 

@@ -18,7 +18,8 @@ SHARDS = r"raise policy\.tensor_parallel_size or policy\.pipeline_parallel_size"
 
 @pytest.mark.parametrize("layout", ["one rank", "TP 2", "PP 2", "DP 2"])
 def test_a_gradient_that_is_not_finite_raises_and_is_not_applied(lab, policy_models, layout):
-    policy = lab.policy(policy_config(policy_models["qwen3-tied"], **LAYOUTS[layout]))
+    config = policy_config(policy_models["qwen3-tied"], on_nonfinite="raise", **LAYOUTS[layout])
+    policy = lab.policy(config)
     policy.update(random_batch())
     before = exported(policy)
     batch = random_batch()

@@ -28,7 +28,7 @@ def assert_same(before, after):
 
 def config_of(folder, tmp_path, *, grpo=None, dtype="auto", **policy):
     """A policy whose third step in a row ends the run, and which dumps below tmp_path."""
-    config = policy_config(folder, grpo=grpo, dtype=dtype, **policy)
+    config = policy_config(folder, grpo=grpo, dtype=dtype, **{"nonfinite_dumps": 3, **policy})
     return config.model_copy(update={"output_dir": str(tmp_path / "run")})
 
 
