@@ -72,7 +72,16 @@ class RunDir:
         records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
         models = (self.checkpoints, self.hf, self.final, self.interrupted)
         shown = (self.reward_curve, self.loss_curve, self.tensorboard, path / "wandb")
-        self.files = (self.config, *records, *models, *shown, self.logs, self.status, self.ended)
+        self.files = (
+            self.config,
+            *records,
+            *models,
+            self.dumps,
+            *shown,
+            self.logs,
+            self.status,
+            self.ended,
+        )
         """Everything that a run writes, folders too."""
         self._lock = path / ".lock"
         """Locked while a run is in the folder; holds the name of its host."""
