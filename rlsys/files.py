@@ -89,6 +89,19 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_writable(folder: Path) -> None:
+    """Write a mebibyte into a folder and delete it.
+
+    Raises:
+        OSError: of the system, such as that the disk is full.
+    """
+    with replacing(folder / ".probe") as scratch, scratch.open("wb") as file:
+        file.write(bytes(2**20))
+        file.flush()
+        os.fsync(file.fileno())
+    (folder / ".probe").unlink()
+
+
 def path_exists(path: Path) -> bool:
     """Whether something has this path, dangling links included.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -27,12 +28,12 @@ from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
 from rlsys.preflight.before_sft import fit_to_samples, load_sample_data
 from rlsys.preflight.before_start import fit_to_data, load_data
 from rlsys.preflight.run_folder import plan_start
-from rlsys.preflight.saving import saving_lines
+from rlsys.preflight.saving import checkpoint_bytes_of, saving_lines
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.run.checkpoints import Checkpoints
 from rlsys.run.folder import RunDir
-from rlsys.run.resume import move_aside, resume_notes
-from rlsys.saving import make_checkpoints, save_last_step
+from rlsys.run.resume import move_aside, resume_notes, set_aside_later
+from rlsys.saving import make_checkpoints, save_final, save_last_step
 from rlsys.system import SftSystem, System, start_sft_system, start_system
 from rlsys.tracking import Tracker, build_tracker
 from rlsys.tracking.reward_watch import RewardWatch
@@ -101,7 +102,8 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
         stack.callback(system.restarts.close)
         if resume_step is not None:
             system.load_checkpoint(run_dir.checkpoints / f"step-{resume_step}")
-        checkpoints = make_checkpoints(system, run_dir)
+        size = checkpoint_bytes_of(config, system.device)
+        checkpoints = make_checkpoints(system, run_dir, expected_bytes=size)
         try:
             nothing_learned = method.train(system, tracker, checkpoints)
         except ImpatientInterrupt:
@@ -110,11 +112,9 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
             save_last_step(system, run_dir, checkpoints, started_from=resume_step or 0)
             raise
         with held_back("the model is saved"):  # without checkpoints it is all that is left
-            system.policy.save_model(run_dir.final)
             if nothing_learned is not None:
                 print(f"warning: {nothing_learned}", flush=True)
-            kind = "model" if config.policy.lora is None else "adapter, a PEFT folder,"
-            print(f"the trained {kind} is in {run_dir.final}", flush=True)
+            save_final(system, run_dir, checkpoints)
 
 
 def prepare_folder(config: RunConfig, run_dir: RunDir) -> int | None:
@@ -123,12 +123,15 @@ def prepare_folder(config: RunConfig, run_dir: RunDir) -> int | None:
     Returns:
         the step to continue from; None starts from step 0.
     """
-    start = plan_start(config)
+    start = plan_start(config, read_all=True)
     if start.problem is not None:  # another run came first since the checks
         raise ValueError(start.problem)
     notes: Iterator[str] = iter(())
     if start.resume_step is not None:
-        notes = resume_notes(config, run_dir, start.resume_step)
+        notes = chain(
+            resume_notes(config, run_dir, start.resume_step, start.damaged),
+            set_aside_later(run_dir, start.resume_step),
+        )
     elif start.moves_aside:
         notes = move_aside(run_dir)
     for note in notes:

@@ -8,21 +8,55 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from rlsys.interrupts import seconds_to_save
-from rlsys.run.checkpoints import Checkpoints, Models, checkpoint_steps
+from rlsys.problems import RunFailed
+from rlsys.run.best import write_best_model
+from rlsys.run.checkpoints import Checkpoints, Models
 from rlsys.run.folder import RunDir
+from rlsys.run.kept import checkpoint_steps
 from rlsys.system import SftSystem, System
 
 
-def make_checkpoints(system: System | SftSystem, run_dir: RunDir) -> Checkpoints:
-    """The checkpoints of a run, and the models that it keeps besides."""
+def make_checkpoints(
+    system: System | SftSystem, run_dir: RunDir, *, expected_bytes: int = 0
+) -> Checkpoints:
+    """The checkpoints of a run, and the models that it keeps besides.
+
+    Args:
+        system: writes them.
+        run_dir: the run's folder.
+        expected_bytes: of a checkpoint; 0 if that is not known.
+    """
     config = system.config.checkpoint
     return Checkpoints(
-        run_dir.checkpoints,
-        write=system.write_checkpoint,
+        run_dir,
+        write=system.begin_checkpoint,
         config=config,
         last_step=system.config.num_steps,
+        eval_steps=system.config.eval_steps,
+        expected_bytes=expected_bytes,
         models=Models(run_dir.hf, write=system.policy.save_model, config=config),
     )
+
+
+def save_final(system: System | SftSystem, run_dir: RunDir, checkpoints: Checkpoints) -> None:
+    """Write the final model, and see the last checkpoint to its end.
+
+    Raises:
+        RunFailed: the last checkpoint could not be written; the model is there.
+    """
+    config = system.config
+    best = None
+    if config.checkpoint.load_best_model_at_end:
+        checkpoints.finish()
+        best = write_best_model(run_dir, config.checkpoint)
+    if best is None:
+        system.policy.save_model(run_dir.final)
+    kind = "model" if config.policy.lora is None else "adapter, a PEFT folder,"
+    of_step = "" if best is None else f" of step {best}, the best one,"
+    print(f"the trained {kind}{of_step} is in {run_dir.final}", flush=True)
+    checkpoints.finish()
+    if checkpoints.failure is not None:
+        raise RunFailed(f"{checkpoints.failure}. The trained {kind} is in {run_dir.final}")
 
 
 def save_last_step(
@@ -66,6 +100,9 @@ def _saving_last_step(
         for actors in system.models:
             actors.timeout_s = max(0.0, deadline - time.monotonic())
 
+    if not checkpoints.finish(deadline - time.monotonic()):
+        yield "nothing more saved: a checkpoint was still being written"
+        return
     give_up_at_deadline()
     step = policy.finished_version()
     if step is None:
@@ -86,7 +123,7 @@ def _saving_last_step(
         yield f"{weights}; no checkpoint, because {reason}"
     else:
         give_up_at_deadline()
-        checkpoints.save(step)
+        checkpoints.save(step, deadline - time.monotonic())
         shutil.rmtree(run_dir.interrupted)  # the checkpoint holds the same
         yield f"saved step {step}"
 

@@ -41,6 +41,7 @@ from rlsys.model.weight_files import DATA_FILE, ROLLOUTS_FILE
 from rlsys.plugins.load import load_plugins
 from rlsys.preflight.memory import memory_warnings
 from rlsys.rollout.rollouts import Rollouts
+from rlsys.run.checkpoints import AwaitFiles
 from rlsys.tracking import Tracker
 from rlsys.types import Device, Sample
 
@@ -64,12 +65,17 @@ class System:
     restarts: Restarts
     """Of all roles; watches their actors too."""
 
-    def write_checkpoint(self, folder: Path, step: int) -> None:
-        """Write everything that continuing after `step` needs into an empty folder."""
-        self.policy.save_checkpoint(folder)
-        if self.reference is not None:
-            self.reference.save_state(folder / REFERENCE_FOLDER)
+    def begin_checkpoint(self, folder: Path, step: int) -> AwaitFiles:
+        """Start writing everything that continuing after `step` needs into an empty folder."""
         (folder / ROLLOUTS_FILE).write_text(json.dumps(self.rollouts.state_after(step)))
+        of_policy = self.policy.begin_checkpoint(folder)
+        if self.reference is None:
+            return of_policy
+        of_reference = self.reference.begin_state(folder / REFERENCE_FOLDER)
+        return lambda: {
+            **of_policy(),
+            **{f"{REFERENCE_FOLDER}/{name}": sums for name, sums in of_reference().items()},
+        }
 
     def load_checkpoint(self, folder: Path) -> None:
         """Continue from a checkpoint.
@@ -139,11 +145,11 @@ class SftSystem:
         self.num_tokens += num_tokens
         self._samples_state = self.samples.state_dict()
 
-    def write_checkpoint(self, folder: Path, step: int) -> None:
-        """Write everything that continuing after `step` needs into an empty folder."""
-        self.policy.save_checkpoint(folder)
+    def begin_checkpoint(self, folder: Path, step: int) -> AwaitFiles:
+        """Start writing everything that continuing after `step` needs into an empty folder."""
         state = {"samples": self._samples_state, "num_tokens": self.num_tokens}
         (folder / DATA_FILE).write_text(json.dumps(state))
+        return self.policy.begin_checkpoint(folder)
 
     def load_checkpoint(self, folder: Path) -> None:
         """Continue from a checkpoint.

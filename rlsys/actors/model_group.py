@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from rlsys.actors.meeting import meeting_address
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
 from rlsys.config import RunConfig
+from rlsys.file_sums import FileSum
 from rlsys.network import gloo_interfaces
 from rlsys.stacks import answer_for_stacks
 from rlsys.types import Device, TrainBatch
@@ -25,6 +28,10 @@ from rlsys.weight_sync.transport import serve_store
 if TYPE_CHECKING:
     from rlsys.actors.group import Refs
     from rlsys.engines.megatron.model import MegatronModel
+
+
+POLL_S = 0.1
+"""Seconds between two questions to ranks that are writing."""
 
 
 class ModelRank(Alive):
@@ -80,6 +87,16 @@ class ModelRank(Alive):
     def save_model(self, folder: Path) -> None:
         """See MegatronModel.save_model."""
         self.engine.save_model(folder)
+
+    def begin_model(self, folder: Path) -> None:
+        """Start writing the model's files into an existing folder."""
+        from rlsys.engines.megatron.saving import begin_model
+
+        begin_model(self.engine, folder)
+
+    def sums_of_files(self) -> dict[str, FileSum] | None:
+        """See BackgroundWriter.sums."""
+        return self.engine.writer.sums()
 
 
 class ModelActors(ActorGroup):
@@ -170,3 +187,24 @@ class ModelActors(ActorGroup):
     def save_model(self, folder: Path) -> None:
         """Write a Hugging Face model folder; whole or not at all."""
         self.call_in_turn("save_model", folder)
+
+    def files_from(self, method: str, folder: Path) -> Callable[[], dict[str, FileSum]]:
+        """Have the ranks copy what they will write into a folder, with `method`.
+
+        Returns:
+            a function for any thread. It waits until the files are on the disk, and returns their
+            sums by name.
+        """
+        self.call_in_turn(method, folder)
+        deadline = time.monotonic() + self.timeout_s
+
+        def await_files() -> dict[str, FileSum]:
+            while True:
+                parts = self.call("sums_of_files")
+                if None not in parts:
+                    return {name: sums for part in parts for name, sums in part.items()}
+                if time.monotonic() > deadline:
+                    raise PhaseTimeout(f"{folder} was not written in time (policy.timeout_s)")
+                time.sleep(POLL_S)
+
+        return await_files

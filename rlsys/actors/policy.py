@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.config import RunConfig
 from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.file_sums import FileSum
 from rlsys.plugins.load import load_plugins
 from rlsys.problems import NonFiniteWeights
 from rlsys.types import Device, TrainBatch, UpdateOutput
@@ -161,9 +162,9 @@ class PolicyRank(ModelRank):
         """See MegatronPolicy.finished_version."""
         return self.engine.finished_version()
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """See MegatronPolicy.save_checkpoint."""
-        self.engine.save_checkpoint(folder)
+    def begin_checkpoint(self, folder: Path) -> None:
+        """See MegatronPolicy.begin_checkpoint."""
+        self.engine.begin_checkpoint(folder)
 
     def load_checkpoint(self, folder: Path) -> int:
         """See MegatronPolicy.load_checkpoint."""
@@ -227,9 +228,17 @@ class PolicyActors(ModelActors):
         versions = set(self.call("finished_version"))
         return versions.pop() if len(versions) == 1 else None
 
+    def begin_checkpoint(self, folder: Path) -> Callable[[], dict[str, FileSum]]:
+        """Copy everything that is needed to continue exactly, and start writing it.
+
+        Returns:
+            what waits until it is on the disk, see `files_from`.
+        """
+        return self.files_from("begin_checkpoint", folder)
+
     def save_checkpoint(self, folder: Path) -> None:
-        """Write everything that is needed to continue exactly."""
-        self.call_in_turn("save_checkpoint", folder)
+        """`begin_checkpoint`, and wait."""
+        self.begin_checkpoint(folder)()
 
     def load_checkpoint(self, folder: Path) -> None:
         """Continue from a checkpoint."""

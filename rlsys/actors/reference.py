@@ -6,7 +6,7 @@ actors. The driver sees a `Reference`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +18,7 @@ from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
+from rlsys.file_sums import FileSum
 from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.receiver import WeightReceiver
@@ -38,11 +39,15 @@ class Reference(Protocol):
     def sync(self) -> None:
         """Mix the policy's weights in, by reference.mixup_alpha."""
 
-    def save_state(self, folder: Path) -> None:
-        """Write what has changed since the start of the run; no folder if nothing changes."""
+    def begin_state(self, folder: Path) -> Callable[[], dict[str, FileSum]]:
+        """Start writing what has changed since the start of the run; no folder if nothing changes.
+
+        Returns:
+            what waits until it is on the disk, see `ModelActors.files_from`.
+        """
 
     def load_state(self, folder: Path) -> None:
-        """Take what `save_state` wrote, if there is such a folder."""
+        """Take what `begin_state` wrote, if there is such a folder."""
 
 
 class ReferenceRank(ModelRank):
@@ -133,10 +138,12 @@ class ReferenceActors(ModelActors):
         self._publisher.publish()
         self.synced_after = self._policy.policy_version
 
-    def save_state(self, folder: Path) -> None:
+    def begin_state(self, folder: Path) -> Callable[[], dict[str, FileSum]]:
         """See Reference."""
-        if self.config.reference.sync_steps is not None:
-            self.save_model(folder)
+        if self.config.reference.sync_steps is None:
+            return dict
+        folder.mkdir()
+        return self.files_from("begin_model", folder)
 
     def load_state(self, folder: Path) -> None:
         """See Reference."""
@@ -163,8 +170,9 @@ class PolicyBase:
         """See Reference."""
         raise AssertionError("the base of a policy with LoRA takes no weights")
 
-    def save_state(self, folder: Path) -> None:
+    def begin_state(self, folder: Path) -> Callable[[], dict[str, FileSum]]:
         """See Reference."""
+        return dict
 
     def load_state(self, folder: Path) -> None:
         """See Reference."""

@@ -13,13 +13,24 @@ ROLLOUTS_FILE = "rollouts.json"
 """In a checkpoint of GRPO: the place in the data."""
 DATA_FILE = "data.json"
 """The same in one of supervised training."""
+MANIFEST_FILE = "manifest.json"
+"""In a checkpoint: its files, with sizes and checksums."""
+RUN_CONFIG_FILE = "run_config.yaml"
+"""In a checkpoint: the config of the run that wrote it."""
 TRACKER = "latest_checkpointed_iteration.txt"
 """In a folder of Megatron-LM: names the folder below that holds the weights."""
 RELEASE = "release"
 """The folder of the weights in it, where they are not an iteration of Megatron-LM's own."""
 UNTRAINED_FILE = "untrained.safetensors"
 """In RELEASE: what megatron-core's model does not have, layers that predict further tokens."""
-OF_THE_RUN = (ROLLOUTS_FILE, DATA_FILE, "trainer_state.json", TRACKER)
+OF_THE_RUN = (
+    ROLLOUTS_FILE,
+    DATA_FILE,
+    MANIFEST_FILE,
+    RUN_CONFIG_FILE,
+    "trainer_state.json",
+    TRACKER,
+)
 """Files that rlsys, transformers' Trainer and Megatron-LM write beside a model."""
 _LENGTH_BYTES = 8
 _MAX_HEADER_BYTES = 100_000_000

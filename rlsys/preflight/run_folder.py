@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rlsys.config import RunConfig
@@ -12,9 +12,10 @@ from rlsys.model.shape import read_model_shape
 from rlsys.model.weight_files import DATA_FILE, ROLLOUTS_FILE
 from rlsys.preflight.job_copy import paths_read
 from rlsys.problems import Problem
-from rlsys.run.checkpoints import checkpoint_steps
+from rlsys.run.choice import choose_checkpoint
 from rlsys.run.folder import RunDir
-from rlsys.run.resume import holds_run
+from rlsys.run.kept import checkpoint_steps
+from rlsys.run.resume import holds_run, refused_change
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,14 +26,21 @@ class StartPlan:
     """The step of the checkpoint that it continues from; None starts from step 0."""
     moves_aside: bool = False
     """Whether files of an earlier run are moved aside."""
+    damaged: Mapping[int, str] = field(default_factory=dict)
+    """Step -> what is wrong, of checkpoints that were passed over."""
     problem: str | None = None
     """Why it cannot start."""
     found_run: bool = False
     """Whether that is because the folder holds another run."""
 
 
-def plan_start(config: RunConfig) -> StartPlan:
-    """Whether the run continues an earlier one, moves it aside, or may not touch it."""
+def plan_start(config: RunConfig, *, read_all: bool = False) -> StartPlan:
+    """Whether the run continues an earlier one, moves it aside, or may not touch it.
+
+    Args:
+        config: of the run.
+        read_all: whether every byte of the checkpoint is compared with its manifest.
+    """
     run = RunDir(Path(config.output_dir))
     obstacle = run.obstacle()
     if obstacle is not None:
@@ -41,18 +49,7 @@ def plan_start(config: RunConfig) -> StartPlan:
         )
     steps = checkpoint_steps(run.checkpoints)
     if config.checkpoint.resume and steps:
-        # A run that was killed right before its end has its last checkpoint, but no model.
-        if config.max_steps is not None and (
-            steps[-1] > config.max_steps or (steps[-1] == config.max_steps and run.final.exists())
-        ):
-            return StartPlan(
-                problem=f"checkpoint.resume: {run.checkpoints} has step {steps[-1]}, after which "
-                f"max_steps = {config.max_steps} leaves nothing to do: raise --max_steps, start "
-                "over with --overwrite alone, or choose another folder with --output_dir"
-            )
-        checkpoint = run.checkpoints / f"step-{steps[-1]}"
-        other = _other_method(config, checkpoint) or _other_model(config.model.path, checkpoint)
-        return StartPlan(problem=other) if other else StartPlan(resume_step=steps[-1])
+        return _continue(config, run, read_all=read_all)
     if config.overwrite:
         needed = [path for path in paths_read(config) if run.holds(Path(path))]
         if needed:
@@ -80,6 +77,30 @@ def plan_start(config: RunConfig) -> StartPlan:
             found_run=True,
         )
     return StartPlan()
+
+
+def _continue(config: RunConfig, run: RunDir, *, read_all: bool) -> StartPlan:
+    """The checkpoint to continue from, or why none fits."""
+    choice = choose_checkpoint(run, config.checkpoint, read_all=read_all)
+    step = choice.step
+    if step is None:
+        return StartPlan(problem=f"checkpoint.resume: {choice.problem}")
+    # A run that was killed right before its end has its last checkpoint, but no model.
+    if config.max_steps is not None and (
+        step > config.max_steps or (step == config.max_steps and run.final.exists())
+    ):
+        return StartPlan(
+            problem=f"checkpoint.resume: {run.checkpoints} has step {step}, after which "
+            f"max_steps = {config.max_steps} leaves nothing to do: raise --max_steps, start "
+            "over with --overwrite alone, or choose another folder with --output_dir"
+        )
+    checkpoint = run.checkpoints / f"step-{step}"
+    other = (
+        _other_method(config, checkpoint)
+        or _other_model(config.model.path, checkpoint)
+        or refused_change(config, run, checkpoint)
+    )
+    return StartPlan(problem=other) if other else StartPlan(step, damaged=choice.damaged)
 
 
 def _other_method(config: RunConfig, checkpoint: Path) -> str | None:

@@ -66,6 +66,12 @@ def disk_use(config: RunConfig, shape: ModelShape, *, device: Device) -> DiskUse
     )
 
 
+def checkpoint_bytes_of(config: RunConfig, device: Device) -> int:
+    """Bytes of one checkpoint of a run."""
+    shape = read_model_shape(resolve_model_path(config.model.path), may_bridge=True)
+    return disk_use(config, shape, device=device).checkpoint
+
+
 def _num_models(config: RunConfig) -> int:
     """Folders of checkpoint.save_hf_steps at most; without a limit and max_steps, one."""
     steps, limit = config.checkpoint.save_hf_steps, config.checkpoint.save_hf_total_limit

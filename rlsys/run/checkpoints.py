@@ -1,18 +1,31 @@
-"""Which checkpoints and models a run keeps: whole ones, the newest few."""
+"""The checkpoints of a run: when they are written, and which of them and of its models are kept."""
 
 from __future__ import annotations
 
 import math
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 from rlsys.config import CheckpointConfig
-from rlsys.files import replacing_folder
+from rlsys.file_sums import FileSum
+from rlsys.files import free_bytes, replacing, replacing_folder, size_text
+from rlsys.model.weight_files import RUN_CONFIG_FILE
+from rlsys.problems import RunFailed
+from rlsys.run.folder import RunDir
+from rlsys.run.kept import checkpoint_steps, kept_steps
+from rlsys.run.manifest import checkpoint_bytes, write_manifest
+
+AwaitFiles = Callable[[], dict[str, FileSum]]
+"""Waits until all files of a checkpoint are on the disk; returns the sums of some of them."""
 
 MAX_SHARE_OF_TIME = 0.1
 """Share of a run's time that checkpoints of `save_steps: auto` may take."""
+LONG_WAIT_S = 5.0
+"""A step that waits longer for the checkpoint before it is worth a line."""
 
 
 class Models:
@@ -43,72 +56,200 @@ class Models:
 class Checkpoints:
     """Folders `step-<step>` in the run's checkpoint folder.
 
-    A checkpoint is written beside its place and then renamed, and loses its name before it is
-    deleted. So a folder of that name is whole, whenever the process is killed or the machine
-    crashes.
+    A checkpoint is written beside its place, its manifest last, and then renamed. It loses its name
+    before it is deleted. So a folder of that name is whole, whenever the process is killed or the
+    machine crashes. With `async_save` a thread waits for the disk, and the run goes on.
+
+    A checkpoint that cannot be written does not end the run: the older ones stay, and the next one
+    is tried when it is due. `failure` says what went wrong with the newest.
 
     Args:
-        folder: holds the checkpoints.
-        write: writes everything after a step into an empty folder.
+        run: the folder of the run.
+        write: copies everything after a step, and starts writing it into an empty folder.
         config: how often, and how many are kept.
         last_step: the run's last step, which is saved too, so that a longer run can continue.
+        eval_steps: steps between two evaluations.
         models: the models without optimizer that are kept besides.
+        expected_bytes: of a checkpoint, for the first one; 0 if that is not known.
         clock: in seconds.
     """
 
     def __init__(
         self,
-        folder: Path,
+        run: RunDir,
         *,
-        write: Callable[[Path, int], None],
+        write: Callable[[Path, int], AwaitFiles],
         config: CheckpointConfig,
         last_step: int,
         models: Models,
+        eval_steps: int | None = None,
+        expected_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._folder = folder
+        self._run = run
+        self._folder = run.checkpoints
         self._write = write
         self._config = config
         self._last_step = last_step
         self._models = models
+        self._eval_steps = eval_steps
+        self._expected_bytes = expected_bytes
         self._clock = clock
         self._worth_saving_from = -math.inf
         """Time on the clock from which `auto` saves again."""
+        self._writing: threading.Thread | None = None
+        self._step_written = 0
+        self._error: Exception | None = None
+        """What stopped the thread."""
+        self.failure: str | None = None
+        """Why the newest checkpoint was not written; None if it was."""
 
     def after_step(self, step: int) -> None:
-        """Save when `save_steps` and `save_hf_steps` say so."""
+        """Save when `save_steps` and the others say so; returns when everything is copied."""
+        if not self._is_writing():
+            self.finish()
         if self._is_due(step):
-            self.save(step)
+            start = self._clock()
+            self._begin_or_warn(step)
+            end = self._clock()
+            self._worth_saving_from = end + (end - start) / MAX_SHARE_OF_TIME
         self._models.after_step(step)
 
     def _is_due(self, step: int) -> bool:
-        interval = self._config.interval(self._last_step)
+        config = self._config
+        interval = config.interval(self._last_step, self._eval_steps)
         if interval is None:
             return False
-        if step == self._last_step:
+        retained = config.save_retain_interval
+        if step == self._last_step or (retained is not None and step % retained == 0):
             return True
-        is_worth_it = self._config.save_steps != "auto" or self._clock() >= self._worth_saving_from
+        is_worth_it = config.save_steps != "auto" or (
+            self._clock() >= self._worth_saving_from and not self._is_writing()
+        )
         return step % interval == 0 and is_worth_it
 
-    def save(self, step: int) -> None:
-        """Save the state after `step`, then drop the oldest beyond `save_total_limit`."""
+    def save(self, step: int, timeout_s: float = math.inf) -> None:
+        """Save the state after `step`, and wait for the disk.
+
+        Raises:
+            RunFailed: it could not be written, or not within `timeout_s` seconds.
+        """
+        self._begin_or_warn(step)
+        if not self.finish(timeout_s):
+            raise RunFailed(f"the checkpoint of step {step} was not written in {timeout_s:.0f} s")
+        if self.failure is not None:
+            raise RunFailed(self.failure)
+
+    def finish(self, timeout_s: float = math.inf) -> bool:
+        """Wait for the checkpoint that is being written, and say what became of it.
+
+        Returns:
+            whether the write has ended.
+        """
+        if self._writing is None:
+            return True
+        self._writing.join(None if timeout_s == math.inf else timeout_s)
+        if self._writing.is_alive():
+            return False
+        self._writing = None
+        self._say_end()
+        return True
+
+    def _say_end(self) -> None:
+        if self._error is not None:
+            self._failed(self._step_written, self._error)
+
+    def _is_writing(self) -> bool:
+        return self._writing is not None and self._writing.is_alive()
+
+    def _begin_or_warn(self, step: int) -> None:
+        """Start saving; a disk that does not take it is a warning."""
         start = self._clock()
+        self.finish()
+        waited = self._clock() - start
+        if waited > LONG_WAIT_S:
+            print(
+                f"note: step {step} waited {waited:.0f} s until the checkpoint of step "
+                f"{self._step_written} was written: a larger checkpoint.save_steps avoids that",
+                flush=True,
+            )
+        self.failure = self._error = None
+        self._step_written = step
+        try:
+            self._begin(step)
+        except OSError as error:
+            self._failed(step, error)
+
+    def _begin(self, step: int) -> None:
         for leftover in self._folder.glob("step-*.partial"):  # a killed process left it
             shutil.rmtree(leftover)
-        with replacing_folder(self._folder / f"step-{step}") as partial:
-            self._write(partial, step)
-        for old in checkpoint_steps(self._folder)[: -self._config.save_total_limit]:
-            remove_step(self._folder, old)
-        end = self._clock()
-        self._worth_saving_from = end + (end - start) / MAX_SHARE_OF_TIME
+        self._make_room()
+        with ExitStack() as stack:
+            partial = stack.enter_context(replacing_folder(self._folder / f"step-{step}"))
+            if self._run.config.is_file():  # a disk that takes no small file shows here
+                with replacing(partial / RUN_CONFIG_FILE) as scratch:
+                    shutil.copyfile(self._run.config, scratch)
+            await_files = self._write(partial, step)
+            rest = stack.pop_all()
+        job = (step, partial, await_files, rest)
+        if self._config.async_save:
+            self._writing = threading.Thread(target=self._complete, args=job, daemon=True)
+            self._writing.start()
+        else:
+            self._complete(*job)
+            self._say_end()
+
+    def _complete(
+        self, step: int, partial: Path, await_files: AwaitFiles, folder: ExitStack
+    ) -> None:
+        """The thread: wait for the files, name the folder, then drop what is kept no longer."""
+        try:
+            with folder:
+                write_manifest(partial, step, await_files())
+            self._drop(self._config.save_total_limit)
+        except Exception as error:
+            self._error = error
+
+    def _make_room(self) -> None:
+        """Check that the disk has room for a checkpoint.
+
+        Raises:
+            OSError: it has not, also without the checkpoints that the next one replaces.
+        """
+        steps = checkpoint_steps(self._folder)
+        needed = self._expected_bytes
+        if steps:
+            needed = checkpoint_bytes(self._folder / f"step-{steps[-1]}") or needed
+        if free_bytes(self._folder) < needed:
+            self._drop(max(1, self._config.save_total_limit - 1))
+        if (free := free_bytes(self._folder)) < needed:
+            raise OSError(f"it takes {size_text(needed)}, and the disk has {size_text(free)} free")
+
+    def _drop(self, limit: int) -> None:
+        """Delete the checkpoints that are not kept; never the newest whole one."""
+        for step in checkpoint_steps(self._folder):
+            if step not in kept_steps(self._run, self._config, limit):
+                remove_step(self._folder, step)
+
+    def _failed(self, step: int, error: Exception) -> None:
+        """Note and say that the checkpoint of `step` is not there, and which one is."""
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        steps = checkpoint_steps(self._folder)
+        older = (
+            f"the newest one is {self._folder / f'step-{steps[-1]}'}"
+            if steps
+            else "there is no other"
+        )
+        free = f", {size_text(free_bytes(self._folder))} free there" if _is_disk(error) else ""
+        place = f"the checkpoint of step {step} was not saved in {self._folder}"
+        self.failure = f"{place}: {reason}{free}; {older}"
+        print(f"warning: {self.failure}", flush=True)
+
+
+def _is_disk(error: Exception) -> bool:
+    return isinstance(error, OSError) or "No space left" in str(error)
 
 
 def remove_step(folder: Path, step: int) -> None:
     """Delete `step-<step>`, which loses its name first."""
     shutil.rmtree((folder / f"step-{step}").rename(folder / f"step-{step}.partial"))
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of the whole checkpoints in `folder`, oldest first."""
-    names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
-    return sorted(int(name) for name in names if name.isdigit())

@@ -12,8 +12,8 @@ from rlsys.model.other_kinds import refuse_other_kind
 from rlsys.model.stored_adapter import StoredAdapter, read_adapter
 from rlsys.model.tokenizer_files import has_tokenizer
 from rlsys.model.weight_files import INDEX, indexed_names, weight_files
-from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
+from rlsys.run.kept import checkpoint_steps
 
 _CONFIGS = ("config.json", CONFIG_FILE)
 _MOST_STEPS = 10

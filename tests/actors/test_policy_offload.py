@@ -94,7 +94,7 @@ def test_leaving_between_any_two_calls_changes_no_bit(lab, policy_models, tmp_pa
 
 
 REFUSED = {
-    "offload_optimizer": ("update", "save_checkpoint"),
+    "offload_optimizer": ("update", "begin_checkpoint"),
     "offload_weights": ("update", "compute_logprobs", "save_model", "send_to_nobody"),
 }
 
@@ -110,7 +110,7 @@ def test_a_policy_that_left_refuses_what_it_cannot_compute(lab, policy_models, t
         "update": (random_batch(), None),
         "compute_logprobs": (random_batch(),),
         "save_model": (tmp_path / "model",),
-        "save_checkpoint": (tmp_path / "checkpoint",),
+        "begin_checkpoint": (tmp_path / "checkpoint",),
         "send_to_nobody": (),
     }
     for method in REFUSED[left]:

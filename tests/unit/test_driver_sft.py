@@ -14,8 +14,8 @@ from rlsys.config.load import load_config_as
 from rlsys.data.samples import SampleData
 from rlsys.data.streams.make import make_sample_stream
 from rlsys.driver import train_sft
-from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
+from rlsys.run.kept import checkpoint_steps
 from rlsys.saving import make_checkpoints, save_last_step
 from rlsys.system import SftSystem
 from rlsys.types import Sample, UpdateOutput
@@ -51,8 +51,9 @@ class Policy:
     def save_model(self, folder):
         folder.mkdir(parents=True)
 
-    def save_checkpoint(self, folder):
+    def begin_checkpoint(self, folder):
         (folder / "version").write_text(str(self.policy_version))
+        return dict
 
     def load_checkpoint(self, folder):
         self.policy_version = int((folder / "version").read_text())

@@ -10,6 +10,7 @@ from config_cases import write_config
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.waiting import ActorFailure
 from rlsys.config.load import load_config
+from rlsys.file_sums import FileSum
 from rlsys.launch import _end_rollouts
 from rlsys.system import System
 
@@ -49,8 +50,9 @@ class Model:
     def __init__(self):
         self.loaded = []
 
-    def save_checkpoint(self, folder):
+    def begin_checkpoint(self, folder):
         (folder / "weights").write_text("7")
+        return dict
 
     def save_model(self, folder):
         folder.mkdir()
@@ -66,12 +68,13 @@ class Reference(ReferenceActors):
     def __init__(self, config):
         self.config, self.loaded = config, []
 
+    def files_from(self, method, folder):
+        assert method == "begin_model"
+        (folder / "config.json").write_text("{}")
+        return lambda: {"config.json": FileSum(2, "")}
+
     def call(self, method, folder):
-        if method == "save_model":
-            folder.mkdir()
-            (folder / "config.json").write_text("{}")
-        else:
-            self.loaded.append(folder)
+        self.loaded.append(folder)
 
 
 class Data:
@@ -93,7 +96,7 @@ def system_of(tmp_path, *overrides, reference=None):
 
 def test_a_checkpoint_has_the_policy_and_the_state_of_the_data(tmp_path):
     system = system_of(tmp_path)
-    system.write_checkpoint(tmp_path, 2)
+    system.begin_checkpoint(tmp_path, 2)()
     assert (tmp_path / "weights").read_text() == "7"
     system.load_checkpoint(tmp_path)
     assert system.policy.loaded == [tmp_path]
@@ -111,7 +114,8 @@ def test_a_reference_is_a_part_of_the_checkpoint_if_it_changes(tmp_path, follows
     overrides = ["--grpo.beta", "0.1", *(["--reference.sync_steps", "2"] if follows else [])]
     config = load_config(write_config(tmp_path), overrides).config
     system = system_of(tmp_path, *overrides, reference=Reference(config))
-    system.write_checkpoint(tmp_path, 1)
+    files = system.begin_checkpoint(tmp_path, 1)()
     assert (tmp_path / "reference" / "config.json").is_file() == follows
+    assert files == ({"reference/config.json": FileSum(2, "")} if follows else {})
     system.load_checkpoint(tmp_path)
     assert system.reference.loaded == ([tmp_path / "reference"] if follows else [])

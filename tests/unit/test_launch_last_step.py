@@ -7,8 +7,8 @@ from config_cases import write_config
 
 from rlsys.actors.waiting import ActorDeath, PhaseTimeout
 from rlsys.config.load import load_config
-from rlsys.run.checkpoints import checkpoint_steps
 from rlsys.run.folder import RunDir
+from rlsys.run.kept import checkpoint_steps
 from rlsys.saving import make_checkpoints, save_last_step
 from rlsys.system import System
 
@@ -34,10 +34,11 @@ class Policy:
         folder.mkdir(parents=True)
         (folder / "model").write_text(str(self._version))
 
-    def save_checkpoint(self, folder):
+    def begin_checkpoint(self, folder):
         assert self.timeout_s <= 600
         (folder / "model").write_text(str(self._version))
-        self._do("save_checkpoint")
+        self._do("begin_checkpoint")
+        return dict
 
 
 class Rollouts:
@@ -49,8 +50,9 @@ class Reference:
     timeout_s = 1000.0
     synced_after = None
 
-    def save_state(self, folder):
+    def begin_state(self, folder):
         folder.mkdir()
+        return dict
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_without_checkpoints_the_weights_are_saved(save):
 
 @pytest.mark.parametrize("error", [PhaseTimeout("not within 3 s"), OSError("No space left")])
 def test_weights_are_there_before_the_checkpoint_is_tried(save, error):
-    run, text = save(Policy(7, save_checkpoint=error), saved=[5])
+    run, text = save(Policy(7, begin_checkpoint=error), saved=[5])
     assert (run.interrupted / "model").read_text() == "7"
     assert checkpoint_steps(run.checkpoints) == [5]
     assert str(error) in text
@@ -138,4 +140,4 @@ def test_a_reference_that_was_not_synced_yet_is_not_continued_from(save, synced_
 
 def test_a_second_ctrl_c_goes_through(save):
     with pytest.raises(KeyboardInterrupt):
-        save(Policy(7, save_checkpoint=KeyboardInterrupt()))
+        save(Policy(7, begin_checkpoint=KeyboardInterrupt()))

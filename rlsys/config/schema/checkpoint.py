@@ -22,7 +22,23 @@ class CheckpointConfig(Section):
     """Steps between two checkpoints; the last step is saved too. auto: 5% of max_steps, or more
     where saving would take over a tenth of the time. null: no checkpoints."""
     save_total_limit: PositiveInt = 2
-    """Checkpoints to keep, the newest ones; while one is written there is one more."""
+    """Checkpoints to keep, the newest ones; while one is written there is one more. The best one
+    and those of save_retain_interval are kept besides."""
+    save_retain_interval: PositiveInt | None = None
+    """Checkpoints of every step that this divides are kept for good, and written also where
+    save_steps would not. null: none."""
+    metric_for_best_model: str | None = None
+    """Metric by which a checkpoint is the best one, as metrics.jsonl names it, such as eval/loss,
+    eval/reward or reward; eval_loss means eval/loss. The best checkpoint is kept. null: none is the
+    best."""
+    greater_is_better: bool | None = None
+    """Whether the best checkpoint has the largest value of metric_for_best_model. null: unless its
+    name ends with loss or perplexity."""
+    load_best_model_at_end: bool = False
+    """Make OUTPUT_DIR/final the model of the best checkpoint, not of the last step."""
+    async_save: bool = True
+    """Copy a checkpoint to host memory, and write it while the run goes on. The hosts of the policy
+    need memory for one checkpoint. false: every step with a checkpoint waits for the disk."""
     exit_timeout_s: PositiveFloat = 600.0
     """Seconds that a run may take to end after Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 or a failure: it
     finishes an update that has begun and saves the last finished step, its weights in
@@ -38,11 +54,32 @@ class CheckpointConfig(Section):
     evaluate or serve later, a fraction of a checkpoint's size. null: none."""
     save_hf_total_limit: PositiveInt | None = None
     """Folders of save_hf_steps to keep, the newest ones; null: all."""
-    resume: bool = False
-    """Continue the run in output_dir from its newest checkpoint."""
+    resume: bool | PositiveInt | Literal["newest", "best"] = False
+    """Continue the run in output_dir: true or newest from its newest checkpoint that is whole, best
+    from the best one by metric_for_best_model, a number from the checkpoint of that step. Later
+    checkpoints are moved to OUTPUT_DIR/replaced-1."""
 
-    def interval(self, max_steps: int) -> int | None:
-        """Steps between two checkpoints; None writes none."""
+    def interval(self, max_steps: int, eval_steps: int | None = None) -> int | None:
+        """Steps between two checkpoints; None writes none.
+
+        Where the best one is found by an evaluation, `auto` saves after evaluations.
+        """
         if self.save_steps == "auto":
-            return max(1, max_steps // AUTO_SAVES)
+            steps = max(1, max_steps // AUTO_SAVES)
+            evaluates = eval_steps is not None and (self.best_metric or "").startswith("eval/")
+            return -(-steps // eval_steps) * eval_steps if evaluates and eval_steps else steps
         return self.save_steps
+
+    @property
+    def best_metric(self) -> str | None:
+        """metric_for_best_model as metrics.jsonl names it."""
+        name = self.metric_for_best_model
+        is_of_transformers = name is not None and name.startswith("eval_")
+        return name.replace("_", "/", 1) if name is not None and is_of_transformers else name
+
+    @property
+    def best_is_greatest(self) -> bool:
+        """greater_is_better, or what the name of the metric says."""
+        if self.greater_is_better is not None:
+            return self.greater_is_better
+        return not (self.best_metric or "").endswith(("loss", "perplexity"))

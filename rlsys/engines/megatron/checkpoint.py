@@ -8,21 +8,28 @@ dropout is 0, and mini-batches are a function of (seed, version).
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.nn.functional import pad
 
+from rlsys.engines.megatron.background import Write, in_host_memory
+from rlsys.engines.megatron.optimizer import optimizer_tensors
 from rlsys.engines.megatron.weights import MegatronWeights
 
 if TYPE_CHECKING:
@@ -32,31 +39,120 @@ OPTIMIZER_FOLDER = "optimizer"
 """Name of the folder in a checkpoint."""
 
 
-def save_optimizer(
-    folder: Path,
-    weights: MegatronWeights | BridgedWeights,
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    *,
-    policy_version: int,
-) -> None:
-    """Write the state of the optimizer into the checkpoint `folder`; every rank calls."""
-    state = {
-        "optimizer": _sharded_state(weights, optimizer, is_loading=False),
-        "scheduler": scheduler.state_dict(),
-        "policy_version": policy_version,
-        "use_distributed_optimizer": optimizer.config.use_distributed_optimizer,
-    }
-    save_torch_dist(state, folder / OPTIMIZER_FOLDER)
+class CheckpointFiles:
+    """The model and the state of the optimizer, to be written later; every rank makes one.
+
+    Args:
+        folder: the checkpoint.
+        write_model: writes the model or its adapter.
+        weights, optimizer, scheduler: the policy's.
+        policy_version: completed updates.
+        copies: whether `write` comes after this rank has gone on.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        write_model: Write,
+        weights: MegatronWeights | BridgedWeights,
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        *,
+        policy_version: int,
+        copies: bool,
+    ):
+        self._write_model = write_model
+        state = {
+            "optimizer": _sharded_state(weights, optimizer, is_loading=False),
+            "scheduler": scheduler.state_dict(),
+            "policy_version": policy_version,
+            "use_distributed_optimizer": optimizer.config.use_distributed_optimizer,
+        }
+        self._files = StagedFiles(state, folder / OPTIMIZER_FOLDER)
+        live = {tensor.untyped_storage().data_ptr() for _, tensor in optimizer_tensors(optimizer)}
+        self._files.leave_device(live if copies else set())
+
+    def write(self) -> list[WriteResult]:
+        """See Files."""
+        self._write_model()
+        return self._files.write()
+
+    def names(self) -> list[str]:
+        """See Files."""
+        return [f"{OPTIMIZER_FOLDER}/{name}" for name in self._files.names()]
+
+    def conclude(self, written: Sequence[list[WriteResult]]) -> None:
+        """See Files."""
+        self._files.conclude(written)
+
+
+class StagedFiles:
+    """A state of sharded tensors and other values that is ready to be written.
+
+    megatron-core plans who writes what, and this class writes it: megatron-core's own way starts
+    processes, and its last part needs collectives between those of the training.
+    """
+
+    def __init__(self, state: dict[str, Any], folder: Path):
+        # The default queue of results starts a server process, which takes seconds.
+        filesystem_async._results_queue = queue.Queue()
+        folder.mkdir(exist_ok=True)
+        plan = _Plan("torch_dist", 1)
+        dist_checkpointing.save(state, str(folder), sharded_strategy=plan)
+        self._writer, self._metadata = plan.writer, plan.metadata
+        self._buckets = list(self._writer.write_buckets or [])
+
+    def leave_device(self, live: set[int]) -> None:
+        """Copy tensors to host memory; of those that are there, the ones in `live` storages."""
+        self._buckets = [
+            (path, key, (values, [(item, _host(tensor, live)) for item, tensor in tensors]))
+            for path, key, (values, tensors) in self._buckets
+        ]
+
+    def write(self) -> list[WriteResult]:
+        """Write this rank's files; returns what is where in them."""
+        transforms = [self._writer.transforms] if hasattr(self._writer, "transforms") else []
+        results, counts = queue.Queue[Any](), queue.Queue[int]()
+        written: list[WriteResult] = []
+        while self._buckets:
+            counts.put(0)
+            FileSystemWriterAsync.write_preloaded_data(
+                transforms, 0, self._buckets.pop(0), results, counts, True
+            )
+            _, found = results.get()
+            if isinstance(found, Exception):
+                raise found
+            written += found
+        self._names = sorted({result.storage_data.relative_path for result in written})
+        return written
+
+    def names(self) -> list[str]:
+        """This rank's files; none on the first one, see Files."""
+        return self._names if dist.get_rank() else []
+
+    def conclude(self, written: Sequence[list[WriteResult]]) -> None:
+        """Write the index of all ranks' files; the first rank calls."""
+        self._writer.finish(self._metadata, list(written))
+
+
+class _Plan(TorchDistSaveShardedStrategy):
+    """megatron-core's plan for saving, without the saving."""
+
+    def _get_save_and_finalize_callbacks(self, writer: Any, planned: Any, *_: Any) -> AsyncRequest:
+        self.writer, self.metadata = writer, planned[1]
+        return AsyncRequest(None, (), [])
+
+
+def _host(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
+    is_copy = tensor.device.type == "cpu" and tensor.untyped_storage().data_ptr() not in live
+    return tensor if is_copy else in_host_memory(tensor)
 
 
 def save_torch_dist(state: dict[str, Any], folder: Path) -> None:
-    """Write a state of sharded tensors and other values into `folder`; every rank calls."""
-    # Saving is synchronous, so a plain queue suffices. The default one starts a server process,
-    # which takes seconds and imports __main__ again.
-    filesystem_async._results_queue = queue.Queue()
-    folder.mkdir(exist_ok=True)
-    dist_checkpointing.save(state, str(folder))
+    """Write a state of sharded tensors and other values into `folder`, of one rank."""
+    files = StagedFiles(state, folder)
+    files.leave_device(set())
+    files.conclude([files.write()])
 
 
 def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:

@@ -14,7 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlsys.files import replacing_folder
+from rlsys.model.adapter_folder import WEIGHTS_FILE, write_adapter_config
 from rlsys.model.families.base import Part, weight_table
+from rlsys.model.lora import LoraPlan
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.weight_files import INDEX, OF_THE_RUN, RELEASE, UNTRAINED_FILE, weight_files
 from rlsys.weight_sync.plan import DTYPES, shard_bounds
@@ -157,6 +159,15 @@ def write_model_files(
     """
     copy_model_files(source, folder, dtype)
     _write_shards(folder, tensors, max_shard_bytes or MAX_SHARD_BYTES)
+
+
+def write_adapter_files(
+    folder: Path, tensors: dict[str, torch.Tensor], plan: LoraPlan, base_model: str
+) -> None:
+    """Write an adapter as PEFT's files into an existing folder."""
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    write_adapter_config(folder, plan, base_model)
+    (folder / WEIGHTS_FILE).chmod(0o644)
 
 
 def copy_model_files(source: Path, folder: Path, dtype: torch.dtype) -> None:

@@ -42,11 +42,10 @@ from megatron.core.tensor_parallel import (
     reduce_scatter_to_sequence_parallel_region,
 )
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
-from safetensors.torch import save_file
 
-from rlsys.engines.megatron.hf_folder import SafetensorsReader
+from rlsys.engines.megatron.background import Write, in_host_memory
+from rlsys.engines.megatron.hf_folder import SafetensorsReader, write_adapter_files
 from rlsys.engines.megatron.weights import MegatronWeights
-from rlsys.model.adapter_folder import WEIGHTS_FILE, write_adapter_config
 from rlsys.model.families.base import HF_EMBEDDING, HF_OUTPUT, WeightRow
 from rlsys.model.lora import PARAMETERS, PEFT, LoraPlan, adapter_table, parameter_name
 from rlsys.model.shape import ModelShape
@@ -164,16 +163,15 @@ class Adapters:
             # Adds the tensor-parallel rank itself.
             model_parallel_cuda_manual_seed(hash((*parts, *ranks)) % 2**31, force_reset_rng=True)
 
-    def write_files(self, folder: Path, base_model: str) -> None:
-        """Write PEFT's files into an existing folder; every rank calls, the first one writes."""
-        tensors = {}
-        for name, tensor in self.weights.export():
-            if dist.get_rank() == 0:
-                tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        if dist.get_rank() == 0:
-            save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-            write_adapter_config(folder, self.plan, base_model)
-            (folder / WEIGHTS_FILE).chmod(0o644)
+    def stage_files(self, folder: Path, base_model: str) -> Write:
+        """A function that writes PEFT's files into an existing folder, of the adapter as it is now.
+
+        Every rank calls; on the others than the first one it writes nothing.
+        """
+        tensors = {name: in_host_memory(tensor) for name, tensor in self.weights.export()}
+        if dist.get_rank() != 0:
+            return lambda: None
+        return partial(write_adapter_files, folder, tensors, self.plan, base_model)
 
 
 class LinearAdapter:

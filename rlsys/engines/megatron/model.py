@@ -33,6 +33,7 @@ from rlsys.algo.logprobs import TokenValues
 from rlsys.algo.sampling import Sampling
 from rlsys.config import RunConfig
 from rlsys.config.passed_through import megatron_option_problems
+from rlsys.engines.megatron.background import BackgroundWriter
 from rlsys.engines.megatron.build import (
     LogprobHead,
     build_model,
@@ -117,6 +118,8 @@ class MegatronModel:
         )
         self._unknown_scales = self._has_scales
         """Whether FP8 tensors have the scale 1 still, which small numbers do not survive."""
+        self.writer = BackgroundWriter(config.policy.timeout_s)
+        """Writes the files of checkpoints."""
         self._dp_rank = parallel_state.get_data_parallel_rank()
         self._dp_size = parallel_state.get_data_parallel_world_size()
         self._cp_group = parallel_state.get_context_parallel_group()

@@ -21,12 +21,8 @@ from rlsys.algo.update_metrics import combine_optimizer_steps, reduced_means
 from rlsys.algo.weighting import choose_tokens, loss_weights
 from rlsys.config import Config, RunConfig
 from rlsys.engines.megatron.build import fuse_weight_gradients
-from rlsys.engines.megatron.checkpoint import (
-    check_checkpoint,
-    load_optimizer,
-    save_optimizer,
-)
-from rlsys.engines.megatron.hf_folder import save_model_folder, write_model_files
+from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer
+from rlsys.engines.megatron.hf_folder import save_model_folder
 from rlsys.engines.megatron.model import LossOf, MegatronModel, ModelWriter
 from rlsys.engines.megatron.nonfinite import NonFiniteSteps, check_finite, find_nonfinite
 from rlsys.engines.megatron.offload import Offload
@@ -36,6 +32,7 @@ from rlsys.engines.megatron.optimizer import (
     gradient_config,
     optimizer_tensors,
 )
+from rlsys.engines.megatron.saving import begin_checkpoint
 from rlsys.engines.megatron.trained import base_name, choose_trained
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.engines.step_dump import Step
@@ -321,7 +318,7 @@ class MegatronPolicy(MegatronModel):
             return
         is_first = dist.get_rank() == 0
         with replacing_folder(folder) if is_first else nullcontext(folder) as partial:
-            self.adapters.write_files(partial, base_name(self.config, self.folder))
+            self.adapters.stage_files(partial, base_name(self.config, self.folder))()
         dist.barrier()
 
     def drop_gradients(self) -> None:
@@ -344,25 +341,19 @@ class MegatronPolicy(MegatronModel):
         """Number of updates that the weights have had; None if the last one did not end."""
         return None if self._is_mid_update else self.policy_version
 
-    def save_checkpoint(self, folder: Path) -> None:
-        """Write the model or its adapter, and the optimizer's state, into an empty folder.
+    def begin_checkpoint(self, folder: Path) -> None:
+        """Start writing the model or its adapter, and the optimizer's state, into an empty folder.
 
-        Every rank calls.
+        Every rank calls; `writer` knows when all is on the disk.
 
         Raises:
             NonFiniteWeights: one of them holds NaNs or infinities.
         """
-        self.offload.check("save_checkpoint", optimizer=True)
+        self.offload.check("begin_checkpoint", optimizer=True)
         self.offload.await_optimizer()
         held = chain(self._trained_weights(), optimizer_tensors(self.optimizer))
         check_finite(f"the checkpoint of version {self.policy_version}", held)
-        if self.adapters is None:
-            self.write_model(folder, write_model_files)
-        else:
-            self.adapters.write_files(folder, base_name(self.config, self.folder))
-        save_optimizer(
-            folder, self.weights, self.optimizer, self.scheduler, policy_version=self.policy_version
-        )
+        begin_checkpoint(self, folder)
 
     def load_checkpoint(self, folder: Path) -> int:
         """Continue from a checkpoint, see `check_checkpoint`; returns its policy_version."""

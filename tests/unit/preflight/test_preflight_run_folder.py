@@ -63,7 +63,8 @@ def test_a_checkpoint_of_another_method_is_not_continued(tmp_path, sft):
     config = load_config_as(SftConfig if sft else Config, path, ["--checkpoint.resume"]).config
     write_model(tmp_path / "run/checkpoints/step-3")
     assert list(output_dir_problems(config)) == []
-    (tmp_path / "run/checkpoints/step-3" / ("rollouts.json" if sft else "data.json")).write_text("")
+    other = "rollouts.json" if sft else "data.json"
+    (tmp_path / "run/checkpoints/step-3" / other).write_text("{}")
     text = only(list(output_dir_problems(config)))
     assert f"not written by `rlsys {config.command}`" in text
     assert "set model.path to it" in text

@@ -9,8 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.config import CheckpointConfig
+from rlsys.model.weight_files import MANIFEST_FILE
 from rlsys.run import checkpoints
-from rlsys.run.checkpoints import Checkpoints, Models, checkpoint_steps
+from rlsys.run.checkpoints import Checkpoints, Models
+from rlsys.run.folder import RunDir
+from rlsys.run.kept import checkpoint_steps
+from rlsys.run.manifest import checkpoint_problem
 
 FILES = ("weights", "optimizer", "schedule")
 
@@ -30,6 +34,7 @@ class Writer:
             (folder / name).write_text(str(self.version))
             if self.interrupted:
                 raise KeyboardInterrupt
+        return dict
 
     def model(self, folder):
         folder.mkdir(parents=True)
@@ -52,11 +57,13 @@ def save(tmp_path, writer):
         **models,
     ):
         config = CheckpointConfig(
-            save_steps=save_steps, save_total_limit=save_total_limit, **models
+            save_steps=save_steps,
+            save_total_limit=save_total_limit,
+            async_save=False,
+            **models,
         )
-        folder = tmp_path / "run" / "checkpoints"
         checkpoints = Checkpoints(
-            folder,
+            RunDir(tmp_path / "run"),
             write=writer,
             config=config,
             last_step=last_step,
@@ -68,13 +75,17 @@ def save(tmp_path, writer):
             writer.version = step
             writer.clock += of_step
             checkpoints.after_step(step)
+        checkpoints.finish()
         return tmp_path / "run" / "checkpoints"
 
     return save
 
 
 def read(folder, step):
-    return {path.name: path.read_text() for path in (folder / f"step-{step}").iterdir()}
+    """The files of a checkpoint that is whole."""
+    checkpoint = folder / f"step-{step}"
+    assert checkpoint_problem(checkpoint, read_all=True) is None
+    return {p.name: p.read_text() for p in checkpoint.iterdir() if p.name != MANIFEST_FILE}
 
 
 def test_null_saves_nothing(save):
@@ -125,7 +136,7 @@ def test_models_without_optimizer_are_kept_beside_checkpoints(save, options, ste
     folder = checkpoints.parent / "hf"
     assert sorted(path.name for path in folder.glob("*")) == sorted(f"step-{s}" for s in steps)
     for step in steps:
-        assert read(folder, step) == {"weights": str(step)}
+        assert (folder / f"step-{step}" / "weights").read_text() == str(step)
 
 
 def test_what_gets_the_name_of_a_checkpoint_is_on_the_disk_by_then(save, monkeypatch):
@@ -172,7 +183,7 @@ def test_what_a_killed_process_was_writing_does_not_count(save):
 
 def test_a_step_that_was_saved_before_the_resume_is_saved_again(save, writer):
     folder = save(1, 2, 3, save_total_limit=5)
-    (folder / "step-3" / "weights").write_text("of the life before")
+    (folder / "step-3" / "weights").write_text("9")
     save(3, save_total_limit=5)
     assert read(folder, 3) == dict.fromkeys(FILES, "3")
     assert checkpoint_steps(folder) == [1, 2, 3]
