@@ -19,10 +19,12 @@ import yaml
 from rich.console import Console
 from rich.text import Text
 
+from rlsys.config.yaml_text import load_yaml
 from rlsys.files import decode_row
 from rlsys.run.folder import RunDir, State
 from rlsys.text import counted
 from rlsys.tracking.base import Split
+from rlsys.tracking.completions import row_problem
 from rlsys.tracking.printable import printable
 
 FOLLOW_FROM = 3
@@ -153,10 +155,15 @@ def _why_missing(run: RunDir, split: Split) -> str:
 
 def _why_never(run: RunDir, split: Split) -> str | None:
     """The setting that keeps the run from recording these completions; None if it records them."""
-    config = yaml.safe_load(run.config.read_text("utf-8")) if run.config.exists() else {}
+    try:
+        config = load_yaml(run.config.read_text("utf-8")) if run.config.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None  # damaged, so it says nothing
+    config = config if isinstance(config, dict) else {}
 
     def setting(section: str, field: str) -> Any:
-        return config.get(section, {}).get(field)
+        inside = config.get(section)
+        return inside.get(field) if isinstance(inside, dict) else None
 
     if "sft" in config:
         return (
@@ -201,8 +208,9 @@ class Tail:
                     return  # still being written: read again next time
                 self._position += len(line)
                 row = decode_row(line)
-                if row is None:
-                    logger.warning("%s: skipped a line that is not a JSON object", self._path)
+                problem = "it is not a JSON object" if row is None else row_problem(row)
+                if row is None or problem is not None:
+                    logger.warning("%s: skipped a line: %s", self._path, problem)
                 else:
                     yield row
 
@@ -279,9 +287,9 @@ def _print_heading(console: Console, row: Row, style: str) -> None:
     line.append("  advantage " + ("-" if advantage is None else f"{advantage:+.2f}"))
     end = "cut" if row["finish_reason"] == "length" else row["finish_reason"]
     first, *later = row["policy_versions"]
-    starts = row["version_starts"][1:] if later else []
+    starts = row.get("version_starts", [])[1:]
     versions = f"{first}" + "".join(
-        f", {version} from token {start}" for version, start in zip(later, starts, strict=True)
+        f", {version} from token {start}" for version, start in zip(later, starts, strict=False)
     )
     line.append(f"  {counted(row['num_tokens'], 'token')}, {end}, policy {versions}", style="dim")
     console.print(line)

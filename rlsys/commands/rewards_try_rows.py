@@ -15,13 +15,15 @@ from rlsys.data.row import Row
 from rlsys.data.sources import PromptSource, Split, open_sources, raise_if_any
 from rlsys.data.text_files import read_file
 from rlsys.problems import Problem
-from rlsys.tracking.completions import ABOUT_COMPLETION
+from rlsys.tracking.completions import ABOUT_COMPLETION, is_count
 from rlsys.types import Completion, Prompt, RolloutGroup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COMPLETION_KEYS = ("completion", "completions", "text")
+MAX_TOKENS = 10**7
+"""No model writes a longer completion."""
 _MAX_ROW_MB = 64
 
 
@@ -90,9 +92,7 @@ def group_rows(
                 )
         except ValueError as error:
             raise ValueError(f"{row.location}: {error}") from None
-        before = prompt if row.columns.get("prompt_id") is None else None
-        completions += [_completion(t, row.columns, sources.tokenizer) for t in texts[:left]]
-        left -= len(texts[:left])
+            completions += [_completion(t, row.columns, sources.tokenizer) for t in texts[:left]]
     groups = [(prompt, completions) for prompt, completions in found.values() if completions]
     if sources.tokenizer is not None and sources.tokenizer.chat_template is not None:
         renderer = Renderer(sources.tokenizer, template_kwargs)
@@ -161,6 +161,8 @@ def _prompt_of(
 ) -> Prompt:
     """`before` is the prompt of the row above, if that has no prompt_id."""
     prompt_id = row.get("prompt_id")
+    if not isinstance(prompt_id, str | int | None):
+        raise ValueError(f"prompt_id should be a text, not {prompt_id!r:.80}")
     if prompt_id is not None and sources.prompts:
         if prompt_id not in sources.prompts:
             raise ValueError(
@@ -175,7 +177,10 @@ def _prompt_of(
                 "to the dataset's row at the same place"
             )
         return sources.by_place[number - 1]
-    about = {*COMPLETION_KEYS, *ABOUT_COMPLETION, *row.get("extra_columns", ())}
+    extra = row.get("extra_columns") or []
+    if not isinstance(extra, list) or not all(isinstance(name, str) for name in extra):
+        raise ValueError(f"extra_columns should be a list of names, not {extra!r:.80}")
+    about = {*COMPLETION_KEYS, *ABOUT_COMPLETION, *extra}
     own = Row(number, "", {name: value for name, value in row.items() if name not in about})
     if {"prompt", "messages"} & set(own.columns):
         parse_row(own, system=None)
@@ -209,6 +214,8 @@ def _completion(
     text: str, row: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
 ) -> Completion:
     reason, num_tokens = row.get("finish_reason", "stop"), row.get("num_tokens")
+    if num_tokens is not None and not (is_count(num_tokens) and num_tokens <= MAX_TOKENS):
+        raise ValueError(f"num_tokens should be a number of tokens, not {num_tokens!r:.40}")
     if tokenizer is None:
         return Completion(list(range(num_tokens or len(text.split()))), [], text, reason, ())
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)

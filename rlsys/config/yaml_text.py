@@ -12,6 +12,12 @@ from typing import Any
 
 import yaml
 
+MAX_DEPTH = 50
+"""Lists and mappings inside of each other; a config has five."""
+MAX_VALUES = 100_000
+"""Values of a document, those behind an alias counted each time: a few aliases of aliases are more
+than any machine can walk through."""
+
 _PREFIX = "tag:yaml.org,2002:"
 _NUMBER_STARTS = list("-+.0123456789")
 _CORE_SCHEMA: dict[str, tuple[str, list[str], Callable[[str], Any]]] = {
@@ -53,6 +59,30 @@ class _Loader(yaml.SafeLoader):
     def __init__(self, stream: str):
         super().__init__(stream)
         self.repeated: list[str] = []
+        self._open: list[str | None] = []
+        """The anchors of the lists and mappings around the next node; None where it has none."""
+        self._num_values = 0
+        self._values_below: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """As PyYAML does, for what ends: not too deep, too many, or inside of itself."""
+        event, before = self.peek_event(), self._num_values
+        is_alias = isinstance(event, yaml.AliasEvent)
+        problem = None
+        if is_alias and event.anchor in self._open:
+            problem = f"*{event.anchor} stands inside of &{event.anchor}, so it would never end"
+        elif len(self._open) > MAX_DEPTH:
+            problem = f"it is nested more than {MAX_DEPTH} levels deep"
+        elif self._num_values > MAX_VALUES:
+            problem = f"it has more than {MAX_VALUES:,} values, with those that aliases repeat"
+        if problem is not None:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        self._open.append(None if is_alias else event.anchor)
+        node = super().compose_node(parent, index)
+        self._open.pop()
+        self._num_values += self._values_below[id(node)] if is_alias else 1
+        self._values_below.setdefault(id(node), self._num_values - before)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[tuple[str, str], int] = {}

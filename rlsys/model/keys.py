@@ -30,6 +30,8 @@ _SIZES = (
     "max_position_embeddings",
     "sliding_window",
 )
+MOST, MOST_LAYERS = 2**31 - 1, 10_000
+"""Far above every size of a model: a damaged file must not make rlsys count for hours."""
 _NULLABLE = _names("""
     head_dim n_group n_shared_experts num_key_value_heads original_max_position_embeddings
     q_lora_rank sliding_window topk_group
@@ -151,13 +153,15 @@ def _size_problems(values: dict[str, Any]) -> Iterator[str]:
         value = values[key]
         if key == "sliding_window" and value == 0 and values.get("use_sliding_window") is False:
             continue  # transformers writes it where windows are switched off
-        if type(value) is not int or value < 1:
-            yield f"{key} = {value!r} should be a whole number of at least 1"
+        most = MOST_LAYERS if key == "num_hidden_layers" else MOST
+        if type(value) is not int or not 1 <= value <= most:
+            limit = "of at least 1" if type(value) is not int or value < 1 else f"up to {most:,}"
+            yield f"{key} = {value!r:.40} should be a whole number {limit}"
             return
     yield from _head_problems(values)
     for key in ("rms_norm_eps", "rope_theta"):
         value = values.get(key, 1.0)
-        if value is not None and (type(value) not in (int, float) or value <= 0):
+        if value is not None and (type(value) not in (int, float) or not value > 0):
             yield f"{key} = {value!r} should be a number above 0"
     if not isinstance(values.get("tie_word_embeddings", False), bool):
         yield f"tie_word_embeddings = {values['tie_word_embeddings']!r} should be true or false"

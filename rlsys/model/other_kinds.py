@@ -55,7 +55,8 @@ def unknown_type_problem(values: Mapping[str, Any], known: Collection[str]) -> s
     """What a config.json with another model_type than the `known` ones is refused with."""
     model_type, text = values.get("model_type"), values.get("text_config")
     if not isinstance(text, Mapping):
-        reason = f": {_WHY_NOT[model_type]}" if model_type in _WHY_NOT else ""
+        why = _WHY_NOT.get(str(model_type))
+        reason = f": {why}" if why is not None else ""
         return (
             f"model_type {model_type!r} is not supported{reason}; use a model of type "
             f"{', '.join(known)}. On GPUs mcore-bridge has more, see model.bridge"

@@ -84,6 +84,11 @@ def test_anchors_and_merge_keys_work():
         "a: 1\n---\nb: 2",
         "{a: 1, a: 2}",
         "[1, 2",
+        "&a [*a]",
+        "&a {<<: *a}",
+        "[" * 60 + "]" * 60,
+        "a0: &a0 [1, 2, 3]\n"
+        + "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 30)),
     ],
 )
 def test_what_it_cannot_read_is_a_yaml_error(text):
