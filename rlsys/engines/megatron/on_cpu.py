@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -86,6 +87,17 @@ def enable_megatron_on_cpu() -> None:
     _patch_experts()
     _patch_latent_attention()
     _patch_recompute()
+
+
+def return_free_memory() -> None:
+    """Give the system what malloc keeps of freed tensors; does nothing without glibc.
+
+    Tensors of many lengths cut glibc's heap into pieces that fit nothing later. The process grows
+    while it uses no more: from 450 to 540 MiB in 1,500 updates of a tiny model.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _is_cuda(device: Any) -> bool:

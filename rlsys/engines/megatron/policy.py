@@ -26,6 +26,7 @@ from rlsys.engines.megatron.hf_folder import save_model_folder
 from rlsys.engines.megatron.model import LossOf, MegatronModel, ModelWriter
 from rlsys.engines.megatron.nonfinite import NonFiniteSteps, check_finite, find_nonfinite
 from rlsys.engines.megatron.offload import Offload
+from rlsys.engines.megatron.on_cpu import return_free_memory
 from rlsys.engines.megatron.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -40,6 +41,9 @@ from rlsys.files import replacing_folder
 from rlsys.model.adapter_folder import is_adapter_folder
 from rlsys.model.policy_memory import optimizer_bytes
 from rlsys.types import Device, TrainBatch, UpdateOutput
+
+UPDATES_PER_TRIM = 50
+"""On CPU; taking memory from the system again costs a quarter of an update of a tiny model."""
 
 
 class MegatronPolicy(MegatronModel):
@@ -166,6 +170,8 @@ class MegatronPolicy(MegatronModel):
             # reallocating slows every update.
             torch.cuda.empty_cache()
         self.policy_version += 1
+        if self.on_cpu and self.policy_version % UPDATES_PER_TRIM == 0:
+            return_free_memory()
         self._is_mid_update = False
         if not self.reports or self._dp_rank != 0:
             return None
