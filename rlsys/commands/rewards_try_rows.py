@@ -161,15 +161,15 @@ def _prompt_of(
 ) -> Prompt:
     """`before` is the prompt of the row above, if that has no prompt_id."""
     prompt_id = row.get("prompt_id")
-    if not isinstance(prompt_id, str | int | None):
+    if prompt_id is not None and not isinstance(prompt_id, str | int):
         raise ValueError(f"prompt_id should be a text, not {prompt_id!r:.80}")
     if prompt_id is not None and sources.prompts:
-        if prompt_id not in sources.prompts:
+        if str(prompt_id) not in sources.prompts:
             raise ValueError(
                 f"the dataset has no prompt_id {prompt_id!r}; its first is "
                 f"{next(iter(sources.prompts))!r}"
             )
-        return sources.prompts[prompt_id]
+        return sources.prompts[str(prompt_id)]
     if prompt_id is None and sources.by_place:
         if number > len(sources.by_place):
             raise ValueError(
