@@ -21,6 +21,8 @@ _VARIABLES = {
 }
 """Environment variables of Transformer Engine; 0 forbids a kind. megatron-core sets them by its
 config, and stops at an assertion where one is set otherwise."""
+_LARGEST_HEAD = 128
+"""Numbers in a head for which cuDNN's gradients over packed sequences are right."""
 
 
 def attention_problem(
@@ -55,17 +57,57 @@ def attention_problem(
     return None if missing is None else Problem(missing, only_here=True)
 
 
-def window_problem(
-    shape: ModelShape, *, context_parallel_size: int, device: Device
+def attends_by_torch(shape: ModelShape, backend: str) -> bool:
+    """Whether torch's attention takes the place of Transformer Engine's on GPUs.
+
+    cuDNN's backward pass over packed sequences is wrong for heads of more than 128 numbers, while
+    its forward pass is right: measured with cuDNN 9.14, gradients are off by 0.17 to 0.35 of their
+    norm, or NaN, at 160, 192 and 256. Latent attention is right with queries of 192 and values of
+    128. torch's attention over padded rows is right for all of them, and about as fast.
+
+    Args:
+        backend: policy.attention_backend.
+    """
+    return backend == "auto" and _is_wrong_in_cudnn(shape)
+
+
+def _is_wrong_in_cudnn(shape: ModelShape) -> bool:
+    values = shape.head_dim if shape.latent is None else shape.latent.v_head_dim
+    return max(values, shape.head_dim - 64) > _LARGEST_HEAD
+
+
+def model_attention_problem(
+    shape: ModelShape,
+    *,
+    backend: str,
+    context_parallel_size: int,
+    device: Device,
+    bridged: bool = False,
 ) -> Problem | None:
-    """Why the model's sliding windows cannot be used with context parallelism; None if they can."""
-    if device == "cpu" or context_parallel_size == 1 or not shape.has_windows:
+    """Why the kernels of a GPU cannot compute the model's attention; None if they can.
+
+    Args:
+        backend: policy.attention_backend.
+        context_parallel_size: the model's own.
+        device: where the model runs.
+        bridged: mcore-bridge builds the model, with Transformer Engine's attention.
+    """
+    if device == "cpu":
         return None
-    return Problem(
-        f"context_parallel_size = {context_parallel_size} with the sliding windows of "
-        f"{shape.model_type} is not supported on GPUs: Transformer Engine passes keys from rank to "
-        "rank, which has no windows. Set it to 1"
-    )
+    if context_parallel_size > 1 and shape.has_windows:
+        return Problem(
+            f"context_parallel_size = {context_parallel_size} with the sliding windows of "
+            f"{shape.model_type} is not supported on GPUs: Transformer Engine passes keys from "
+            "rank to rank, which has no windows. Set it to 1"
+        )
+    if _is_wrong_in_cudnn(shape) and (backend == "fused" or (backend == "auto" and bridged)):
+        other = "unfused" if bridged else "auto"
+        return Problem(
+            f"policy.attention_backend = {backend} is cuDNN's attention, whose gradients are wrong "
+            f"for heads of more than {_LARGEST_HEAD} numbers, and {shape.model_type} has heads of "
+            f"{shape.head_dim}: set it to {other}"
+        )
+    return None
 
 
 def missing_attention(backend: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from rlsys.config import Config, PolicyConfig, RunConfig
 from rlsys.config.pipeline_layout import layer_problems, rank_layers
 from rlsys.model.adapters import adapter_obstacle, with_stored_settings
-from rlsys.model.attention import window_problem
+from rlsys.model.attention import model_attention_problem
 from rlsys.model.engine_options import engine_option_problems
 from rlsys.model.families.bridged import DISTRIBUTION, is_bridged
 from rlsys.model.folder import find_model_folder, read_json
@@ -169,7 +169,7 @@ def _bridge(config: RunConfig, field: str, shape: ModelShape) -> Iterator[Proble
 
 def _policy_layout(config: RunConfig, shape: ModelShape) -> Iterator[Problem]:
     policy = config.policy
-    yield from _windows(config, policy.context_parallel_size, shape)
+    yield from _attention(config, policy.context_parallel_size, shape)
     tp, ep = policy.tensor_parallel_size, policy.expert_model_parallel_size
     yield from _megatron_tensor_parallel("policy.tensor_parallel_size", tp, shape)
     problems = list(layer_problems(policy, shape.num_layers))
@@ -235,7 +235,7 @@ def _stages_without_experts(policy: PolicyConfig, shape: ModelShape) -> Iterator
 
 
 def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
-    yield from _windows(config, config.reference.context_parallel_size, shape)
+    yield from _attention(config, config.reference.context_parallel_size, shape)
     tp = config.reference.tensor_parallel_size
     yield from _megatron_tensor_parallel("reference.tensor_parallel_size", tp, shape)
     if shape.is_moe and shape.experts.number % tp:
@@ -258,9 +258,15 @@ def _adapter(config: Config, shape: ModelShape) -> Iterator[Problem]:
         yield Problem(f"weight_sync.lora = adapter, but {obstacle}: set weight_sync.lora to merged")
 
 
-def _windows(config: RunConfig, context_parallel_size: int, shape: ModelShape) -> Iterator[Problem]:
-    problem = window_problem(
-        shape, context_parallel_size=context_parallel_size, device=guess_device(config)
+def _attention(
+    config: RunConfig, context_parallel_size: int, shape: ModelShape
+) -> Iterator[Problem]:
+    problem = model_attention_problem(
+        shape,
+        backend=config.policy.attention_backend,
+        context_parallel_size=context_parallel_size,
+        device=guess_device(config),
+        bridged=is_bridged(config, shape),
     )
     if problem is not None:
         yield problem

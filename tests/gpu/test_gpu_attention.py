@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from gpu_cases import DEVICE, gpu_config, long_batch, transformers_logprobs
+from gpu_cases import DEVICE, gpu_config, long_batch, save_gpu_model, transformers_logprobs
 from gpu_lab import GpuRank
 from policy_cases import PolicyLab
 
@@ -53,8 +53,7 @@ def compute(lab, folder, **options):
     return Computed(logprobs, gradient, policy.call("run", kernels_in_use)[0])
 
 
-@pytest.fixture(scope="module")
-def computed(gpus, gpu_models):
+def compute_in_processes(gpus, folder, backends):
     """Backend -> `Computed`, each in a process of its own: one chooses its kernels once.
 
     All at once, as starting takes most of the time.
@@ -63,13 +62,18 @@ def computed(gpus, gpu_models):
     def in_a_process(backend):
         lab = PolicyLab(max_ranks=1, device=DEVICE, rank_class=GpuRank, place=gpus.rank_by_rank)
         try:
-            return compute(lab, gpu_models[KIND, 0], dtype="bfloat16", attention_backend=backend)
+            return compute(lab, folder, dtype="bfloat16", attention_backend=backend)
         finally:
             lab.close()
 
     with ThreadPoolExecutor() as threads:
-        running = {backend: threads.submit(in_a_process, backend) for backend in INSTALLED}
+        running = {backend: threads.submit(in_a_process, backend) for backend in backends}
     return lambda backend: running[backend].result()
+
+
+@pytest.fixture(scope="module")
+def computed(gpus, gpu_models):
+    return compute_in_processes(gpus, gpu_models[KIND, 0], INSTALLED)
 
 
 @pytest.fixture(scope="module")
@@ -105,3 +109,13 @@ def test_every_backend_has_the_gradient_of_plain_matrix_products(computed, exact
     rounding = relative_difference(computed("unfused").gradient, exact.gradient)
     assert 1e-5 < rounding < 0.1
     assert relative_difference(computed(backend).gradient, exact.gradient) < 1.25 * rounding
+
+
+@pytest.mark.parametrize("head_dim", [192, 256])
+def test_large_heads_have_the_gradient_of_plain_matrix_products(gpus, lab, tmp_path, head_dim):
+    save_gpu_model(tmp_path / "model", KIND, head_dim=head_dim)
+    exact = compute(lab, tmp_path / "model", dtype="float32").gradient
+    computed = compute_in_processes(gpus, tmp_path / "model", ["auto", "unfused"])
+    rounding = relative_difference(computed("unfused").gradient, exact)
+    assert 1e-5 < rounding < 0.1
+    assert relative_difference(computed("auto").gradient, exact) < 1.25 * rounding

@@ -100,7 +100,8 @@ class PolicyConfig(Section):
     attention_backend: Literal["auto", "fused", "flash", "unfused"] = "auto"
     """Attention kernels on GPUs of policy and reference, by Transformer Engine's names: fused is
     cuDNN's, flash needs flash-attn, flash-attn-3 or flash-attn-4, unfused is plain matrix products,
-    slow and large. auto lets Transformer Engine choose. The CPU has one kind only."""
+    slow and large. auto lets Transformer Engine choose, and takes torch's attention for heads of
+    more than 128 numbers, for which cuDNN's gradients are wrong. The CPU has one kind only."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping them (megatron-core's
     recompute_granularity). selective: recompute_modules of every layer. full: whole layers, all but

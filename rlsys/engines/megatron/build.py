@@ -29,7 +29,7 @@ from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.routing import choose_in_groups
 from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import policy_memory
-from rlsys.model.attention import attention_problem, window_problem
+from rlsys.model.attention import attention_problem, model_attention_problem
 from rlsys.model.memory_options import memory_option_problems
 from rlsys.model.shape import ModelShape
 from rlsys.types import Device
@@ -55,7 +55,9 @@ def transformer_config(
         ValueError: this machine lacks the attention of policy.attention_backend, or an option that
             saves memory.
     """
-    options = _run_options(shape, dtype=dtype, policy=policy, on_cpu=on_cpu, trains=trains)
+    options = _run_options(
+        shape, dtype=dtype, policy=policy, on_cpu=on_cpu, trains=trains, bridged=bridged
+    )
     if bridged:
         from rlsys.engines.megatron.bridge import bridged_config
 
@@ -82,7 +84,13 @@ def transformer_config(
 
 
 def _run_options(
-    shape: ModelShape, *, dtype: torch.dtype, policy: PolicyConfig, on_cpu: bool, trains: bool
+    shape: ModelShape,
+    *,
+    dtype: torch.dtype,
+    policy: PolicyConfig,
+    on_cpu: bool,
+    trains: bool,
+    bridged: bool,
 ) -> dict[str, Any]:
     """Options of the run and this machine, not of the model."""
     parallel = _parallel_options(policy)
@@ -94,7 +102,13 @@ def _run_options(
         context_parallel_size=cp,
         device=device,
         dtype=dtype_name,
-    ) or window_problem(shape, context_parallel_size=cp, device=device)
+    ) or model_attention_problem(
+        shape,
+        backend=policy.attention_backend,
+        context_parallel_size=cp,
+        device=device,
+        bridged=bridged,
+    )
     missing = memory_option_problems(
         policy,
         shape,

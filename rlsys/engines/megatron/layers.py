@@ -1,4 +1,4 @@
-"""Layers without Transformer Engine, for the CPU: torch's RMSNorm, and SDPA on packed sequences."""
+"""Layers without Transformer Engine: torch's RMSNorm, and SDPA on packed sequences."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class PackedAttention(MegatronModule):
         """[T, heads, d] queries, [T, kv_heads, d] keys and values -> [T, heads * d].
 
         Under context parallelism T is this rank's number of tokens. Each rank gathers all tokens
-        and computes everything, which is exact and saves nothing: it is for trying it on CPU.
+        and computes everything, which is exact and saves nothing.
         """
         assert attention_mask is None, "packed sequences are causal by construction"
         group = parallel_state.get_context_parallel_group()

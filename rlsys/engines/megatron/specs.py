@@ -26,6 +26,7 @@ from rlsys.engines.megatron.gated_delta import GatedDeltaNet
 from rlsys.engines.megatron.latent import ReplicatedLinear
 from rlsys.engines.megatron.layers import PackedAttention, RMSNorm
 from rlsys.engines.megatron.norms import AllHeadsNorm
+from rlsys.model.attention import attends_by_torch
 from rlsys.model.families.base import LayerShape
 from rlsys.model.shape import ModelShape
 
@@ -50,6 +51,8 @@ def block_spec(
     specs = []
     for layer in layers:
         spec = make_layer(config, layer)
+        if attends_by_torch(shape, config.attention_backend.name):
+            spec.submodules.self_attention.submodules.core_attention = PackedAttention
         if layer.is_linear:
             _make_linear(spec, shape, norm)
         elif config.multi_latent_attention:

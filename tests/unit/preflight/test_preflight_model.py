@@ -373,6 +373,18 @@ def test_parallel_sizes_that_do_not_divide_the_model(problems, overrides, words)
         assert word in text
 
 
+def test_large_heads_under_attention_with_wrong_gradients(problems, tmp_path, gpus):
+    gpus(4)
+    large = str(write_model(tmp_path / "large", head_dim=256))
+    usual = str(write_model(tmp_path / "usual", head_dim=128))
+    fused = ["--device", "cuda", "--policy.attention_backend", "fused"]
+    text = only(problems("--model.path", large, *fused))
+    assert "gradients are wrong for heads of more than 128 numbers" in text
+    assert "heads of 256: set it to auto" in text
+    assert problems("--model.path", usual, *fused) == []
+    assert problems("--model.path", large, "--device", "cuda") == []
+
+
 def test_sliding_windows_under_context_parallelism_on_gpus(problems, tmp_path, gpus):
     gpus(4)
     folder = str(write_model(tmp_path / "window", model_type="mistral", sliding_window=64))
