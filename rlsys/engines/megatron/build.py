@@ -24,15 +24,12 @@ from rlsys.algo.sampling import Sampling, VocabSlice
 from rlsys.config import PolicyConfig, RunConfig
 from rlsys.config.pipeline_layout import parse_layout
 from rlsys.engines.megatron.latent import latent_options, set_norm_eps
-from rlsys.engines.megatron.options import megatron_config
+from rlsys.engines.megatron.options import check_machine, megatron_config
 from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.routing import choose_in_groups
 from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import policy_memory
-from rlsys.model.attention import attention_problem, model_attention_problem
-from rlsys.model.memory_options import memory_option_problems
 from rlsys.model.shape import ModelShape
-from rlsys.types import Device
 
 
 def transformer_config(
@@ -52,12 +49,10 @@ def transformer_config(
         bridged: mcore-bridge describes the model, and builds it.
 
     Raises:
-        ValueError: this machine lacks the attention of policy.attention_backend, or an option that
-            saves memory.
+        ValueError: see `check_machine`.
     """
-    options = _run_options(
-        shape, dtype=dtype, policy=policy, on_cpu=on_cpu, trains=trains, bridged=bridged
-    )
+    check_machine(shape, dtype=dtype, policy=policy, on_cpu=on_cpu, bridged=bridged)
+    options = _run_options(shape, dtype=dtype, policy=policy, on_cpu=on_cpu, trains=trains)
     if bridged:
         from rlsys.engines.megatron.bridge import bridged_config
 
@@ -84,40 +79,10 @@ def transformer_config(
 
 
 def _run_options(
-    shape: ModelShape,
-    *,
-    dtype: torch.dtype,
-    policy: PolicyConfig,
-    on_cpu: bool,
-    trains: bool,
-    bridged: bool,
+    shape: ModelShape, *, dtype: torch.dtype, policy: PolicyConfig, on_cpu: bool, trains: bool
 ) -> dict[str, Any]:
     """Options of the run and this machine, not of the model."""
     parallel = _parallel_options(policy)
-    cp = parallel["context_parallel_size"]
-    device: Device = "cpu" if on_cpu else "cuda"
-    dtype_name = str(dtype).rpartition(".")[2]
-    problem = attention_problem(
-        policy.attention_backend,
-        context_parallel_size=cp,
-        device=device,
-        dtype=dtype_name,
-    ) or model_attention_problem(
-        shape,
-        backend=policy.attention_backend,
-        context_parallel_size=cp,
-        device=device,
-        bridged=bridged,
-    )
-    missing = memory_option_problems(
-        policy,
-        shape,
-        device=device,
-        dtype=dtype_name,
-        capability=None if on_cpu else torch.cuda.get_device_capability(),
-    )
-    for found in ([problem] if problem is not None else []) + list(missing):
-        raise ValueError(found.text)
     return dict(
         **parallel,
         params_dtype=dtype,

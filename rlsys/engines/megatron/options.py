@@ -6,9 +6,14 @@ import dataclasses
 from typing import Any, TypeVar
 
 import torch
+from megatron.core import parallel_state
 
 from rlsys.config import PolicyConfig
 from rlsys.library_options import DTYPES
+from rlsys.model.attention import attention_problem, model_attention_problem
+from rlsys.model.memory_options import memory_option_problems
+from rlsys.model.shape import ModelShape
+from rlsys.types import Device
 
 Options = TypeVar("Options")
 
@@ -35,6 +40,45 @@ def optimizer_state_options(policy: PolicyConfig) -> dict[str, Any]:
         "overlap_cpu_optimizer_d2h_h2d": policy.overlap_cpu_optimizer_d2h_h2d,
         "fp8_recipe": None if policy.fp8_format is None else policy.fp8_recipe,
     }
+
+
+def check_machine(
+    shape: ModelShape, *, dtype: torch.dtype, policy: PolicyConfig, on_cpu: bool, bridged: bool
+) -> None:
+    """Refuse what this machine lacks for the model, once the parallel layout is initialised.
+
+    Raises:
+        ValueError: it lacks the attention of policy.attention_backend, or an option that saves
+            memory.
+    """
+    device: Device = "cpu" if on_cpu else "cuda"
+    dtype_name = str(dtype).rpartition(".")[2]
+    context_parallel_size = parallel_state.get_context_parallel_world_size()
+    problems = (
+        attention_problem(
+            policy.attention_backend,
+            context_parallel_size=context_parallel_size,
+            device=device,
+            dtype=dtype_name,
+        ),
+        model_attention_problem(
+            shape,
+            backend=policy.attention_backend,
+            context_parallel_size=context_parallel_size,
+            device=device,
+            bridged=bridged,
+        ),
+        *memory_option_problems(
+            policy,
+            shape,
+            device=device,
+            dtype=dtype_name,
+            capability=None if on_cpu else torch.cuda.get_device_capability(),
+        ),
+    )
+    for problem in problems:
+        if problem is not None:
+            raise ValueError(problem.text)
 
 
 def megatron_config(cls: type[Options], own: dict[str, Any], policy: PolicyConfig) -> Options:
