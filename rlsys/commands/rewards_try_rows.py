@@ -90,9 +90,11 @@ def group_rows(
                     f"{', '.join(differing)}. Give each prompt an id of its own, or leave "
                     "prompt_id out"
                 )
+            completions += [_completion(t, row.columns, sources.tokenizer) for t in texts[:left]]
         except ValueError as error:
             raise ValueError(f"{row.location}: {error}") from None
-            completions += [_completion(t, row.columns, sources.tokenizer) for t in texts[:left]]
+        before = prompt if row.columns.get("prompt_id") is None else None
+        left -= len(texts[:left])
     groups = [(prompt, completions) for prompt, completions in found.values() if completions]
     if sources.tokenizer is not None and sources.tokenizer.chat_template is not None:
         renderer = Renderer(sources.tokenizer, template_kwargs)
