@@ -94,7 +94,7 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
         resume_step = prepare_folder(config, run_dir)
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)
-        stack.enter_context(ray_session())
+        stack.enter_context(ray_session(logs=run_dir.ray_logs))
         save_stacks_in(run_dir.logs)
         stack.callback(tracker.close)  # before the actors end, which takes seconds
         stack.push(partial(_leave_at_once, run_dir))

@@ -20,6 +20,7 @@ from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
 from rlsys.config import RunConfig
 from rlsys.file_sums import FileSum
+from rlsys.leftovers import guard_actor
 from rlsys.network import gloo_interfaces
 from rlsys.stacks import answer_for_stacks
 from rlsys.types import Device, TrainBatch
@@ -41,6 +42,7 @@ class ModelRank(Alive):
 
     def __init__(self, config: RunConfig, device: Device, rank: int):
         answer_for_stacks()
+        guard_actor()
         self.config = config
         self.device: Device = device
         self.rank = rank

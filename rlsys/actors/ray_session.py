@@ -21,7 +21,9 @@ from rlsys.actors.ray_env import (  # isort: skip
 import grpc
 import psutil
 
+from rlsys import leftovers
 from rlsys.interrupts import PREEMPTION_SIGNALS, STOP_SIGNALS
+from rlsys.leftovers import Guard
 from rlsys.problems import RunFailed
 
 import ray  # isort: skip
@@ -44,12 +46,14 @@ class _RayletDied(Exception):
 
 
 @contextmanager
-def ray_session(**own_cluster: Any) -> Iterator[None]:
+def ray_session(*, logs: Path | None = None, **own_cluster: Any) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS (a Ray job sets it), or start one on this machine.
 
-    The end of the `with` block ends every actor of this run.
+    The end of the `with` block ends every actor of this run. A cluster that was started here leaves
+    nothing behind, however this process ends: see rlsys.leftovers.
 
     Args:
+        logs: where the logs of a cluster that was started here go if the block fails.
         own_cluster: options of `ray.init` for a cluster that is started here.
 
     Raises:
@@ -62,16 +66,40 @@ def ray_session(**own_cluster: Any) -> Iterator[None]:
     # nor a notice of preemption, which schedulers send to every process of a job.
     for number in (signal.SIGHUP, *PREEMPTION_SIGNALS):
         signal.signal(number, signal.SIG_IGN)
+    guard = leftovers.guard() if address is None else None
     try:
         if address is None:
             start_cluster(**own_cluster)
         else:
             _join_cluster(address)
         _restore(handlers)  # Ray's handler of SIGTERM prints a C++ stack, aborts after 3 s
-        yield
+        if guard is None:
+            yield
+        else:
+            with _guarded(guard, logs):
+                yield
     finally:
         _restore(handlers)
         ray.shutdown()
+        if guard is not None:
+            guard.close()
+
+
+@contextmanager
+def _guarded(guard: Guard, logs: Path | None) -> Iterator[None]:
+    """Have the processes and the folder of the cluster that was started here removed at the end."""
+    node = ray._private.worker._global_node
+    guard.watch([each.process.pid for kind in node.all_processes.values() for each in kind])
+    session = Path(node.get_session_dir_path())
+    guard.remove(session)
+    if logs is not None:
+        guard.keep(session / "logs", logs / session.name)
+    try:
+        yield
+    except KeyboardInterrupt:
+        guard.keep(session / "logs", None)
+        raise
+    guard.keep(session / "logs", None)
 
 
 def _restore(handlers: dict[signal.Signals, Any]) -> None:

@@ -19,6 +19,7 @@ from rlsys.actors.waiting import ActorFailure, all_ready, get_one
 from rlsys.config import Config
 from rlsys.engines.loop import EngineLoop, Outcome
 from rlsys.engines.vllm.settings import rollout_env
+from rlsys.leftovers import guard_actor
 from rlsys.stacks import answer_for_stacks
 from rlsys.types import Device, DraftCounts, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Endpoint
@@ -43,6 +44,7 @@ class RolloutActor(Alive):
     def __init__(self, config: Config, device: Device, engine_rank: int):
         answer_for_stacks()
         start = time.monotonic()
+        guard_actor()
         from rlsys.engines.vllm.engine import VLLMEngine  # takes seconds
 
         self._loop = EngineLoop(

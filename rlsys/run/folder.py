@@ -69,6 +69,8 @@ class RunDir:
         """One word, see the class."""
         self.ended = path / "ended.json"
         """How the last run in this folder ended: `exit_code`, `reason`. Not there after SIGKILL."""
+        self.ray_logs = self.logs / "ray"
+        """Logs of Ray clusters that failed runs had started, each in a folder of its own."""
         records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
         models = (self.checkpoints, self.hf, self.final, self.interrupted)
         shown = (self.reward_curve, self.loss_curve, self.tensorboard, path / "wandb")

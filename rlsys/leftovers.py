@@ -1,0 +1,261 @@
+"""The guard of a process: it outlives the process, and removes what that left behind.
+
+Libraries leave named semaphores, shared memory and files in the temporary folder if a process is
+killed before it removes them, and processes of its own. The guard runs as a script without
+site-packages, holds about 10 MiB, and is a child of nobody: Ray kills the children of a worker.
+Linux only; elsewhere nothing is guarded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+LOOK_EVERY_S = 0.5
+GRACE_S = 5.0
+"""Seconds that processes have to end by themselves once their guarded process is gone."""
+_INODE = re.compile(r" (\d+) +/dev/shm/")
+
+
+class Guard:
+    """The process that is guarded, as it talks to its guard."""
+
+    def __init__(self) -> None:
+        """Start the guard, which watches this process."""
+        command = [sys.executable, "-I", "-S", __file__, str(os.getpid())]
+        # Two steps, so that the guard is not a child of this process; `wait` reads its stdout.
+        starter = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        assert starter.stdin is not None
+        assert starter.stdout is not None
+        self._to, self._from = starter.stdin, starter.stdout
+        starter.wait()
+
+    def watch(self, pids: Sequence[int]) -> None:
+        """Guard these processes and their children, too."""
+        self._tell(watch=list(pids))
+
+    def remove(self, folder: Path) -> None:
+        """Remove a folder at the end."""
+        self._tell(remove=str(folder))
+
+    def keep(self, folder: Path, target: Path | None) -> None:
+        """Move a folder to `target` first, beside what is there; None no longer moves it."""
+        self._tell(keep=str(folder), target=None if target is None else str(target))
+
+    def close(self) -> None:
+        """Have everything removed now, and wait for that; a guard that is gone is no error."""
+        self._tell(closes=True)
+        with contextlib.suppress(OSError):
+            self._to.close()
+        select.select([self._from], [], [], 4 * GRACE_S)
+        self._from.close()
+
+    def _tell(self, **message: object) -> None:
+        """Send a message, and wait until the guard has looked around since."""
+        with contextlib.suppress(OSError):
+            self._to.write(json.dumps(message).encode() + b"\n")
+            self._to.flush()
+            if select.select([self._from], [], [], GRACE_S)[0]:
+                os.read(self._from.fileno(), 1)
+
+
+def guard() -> Guard | None:
+    """A guard of this process; None on systems without /proc."""
+    return Guard() if Path("/proc/self/maps").exists() else None
+
+
+def guard_actor() -> None:
+    """Guard this process, an actor, and give it a temporary folder of its own.
+
+    Called before libraries ask for the temporary folder: vLLM's files and sockets go there.
+    """
+    kept = guard()
+    if kept is None:
+        return
+    # torch's compiled kernels are worth keeping. This is where torch itself puts them.
+    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    shared = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(shared))
+    folder = tempfile.mkdtemp(prefix="rlsys-")
+    kept.remove(Path(folder))
+    tempfile.tempdir = os.environ["TMPDIR"] = folder
+    _of_actor.append(kept)
+
+
+_of_actor: list[Guard] = []
+"""Holds the pipe to the guard open for as long as the process lives."""
+
+
+# --- the guard itself ----------------------------------------------------------------------------
+
+
+def main(pid: int) -> None:
+    """Watch process `pid` until it ends or closes the pipe, then remove what is left."""
+    if os.fork():
+        os._exit(0)
+    os.chdir("/")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    left = _Left(pid)
+    buffer = b""
+    while left.is_alive(pid):
+        readable, _, _ = select.select([0], [], [], LOOK_EVERY_S)
+        if readable:
+            data = os.read(0, 1 << 16)
+            if not data:
+                break
+            *lines, buffer = (buffer + data).split(b"\n")
+            for line in lines:
+                left.note(json.loads(line))
+                left.look()
+                os.write(1, b".")
+        left.look()
+    left.look()
+    left.remove()
+
+
+class _Left:
+    """What a process and its children may leave."""
+
+    def __init__(self, pid: int):
+        self._roots = {pid}
+        self._own = pid
+        self._started: dict[int, str] = {}
+        """Process -> when it started: a process id may be used again."""
+        self._names: set[str] = set()
+        """In /dev/shm, mapped by one of the processes."""
+        self._listed: set[str] = set()
+        self._folders: list[str] = []
+        self._kept: dict[str, str] = {}
+        self._closes = False
+        """Whether the guarded process goes on, after it has ended the others itself."""
+        self._remember([pid])
+
+    def note(self, message: dict[str, object]) -> None:
+        """Take a message of `Guard`."""
+        if isinstance(pids := message.get("watch"), list):
+            self._roots.update(pids)
+        self._closes = "closes" in message
+        if isinstance(folder := message.get("remove"), str):
+            self._folders.append(folder)
+        if isinstance(folder := message.get("keep"), str):
+            self._kept.pop(folder, None)
+            if isinstance(target := message.get("target"), str):
+                self._kept[folder] = target
+
+    def look(self) -> None:
+        """Note the processes that there are now, and the names in /dev/shm that they map."""
+        family = [pid for root in self._roots for pid in descendants(root)]
+        self._remember(family)
+        listed = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
+        if listed - self._listed:  # reading the maps of a large process takes milliseconds
+            for pid in self._started:
+                self._names |= mapped_names(pid)
+        self._listed = listed
+
+    def is_alive(self, pid: int) -> bool:
+        """Whether a process that was seen still runs."""
+        return self._started.get(pid) == started_at(pid) is not None
+
+    def remove(self) -> None:
+        """Wait for the processes, kill those that do not end, and remove names and folders."""
+        deadline = time.monotonic() + GRACE_S
+        spared = self._spared() if self._closes else set()
+        others = [pid for pid in self._started if pid not in spared]
+        while any(map(self.is_alive, others)):
+            self.look()
+            if time.monotonic() > deadline:
+                for pid in filter(self.is_alive, others):
+                    with contextlib.suppress(OSError):
+                        os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+            if time.monotonic() > deadline + GRACE_S:
+                break  # in uninterruptible sleep
+        alive = filter(self.is_alive, self._started)
+        in_use = {name for pid in alive for name in mapped_names(pid)}
+        for name in self._names - in_use:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        for folder, target in self._kept.items():
+            with contextlib.suppress(OSError):
+                shutil.copytree(folder, target, dirs_exist_ok=True)
+        for folder in self._folders:
+            shutil.rmtree(folder, ignore_errors=True)
+            _remove_links_to(folder)
+
+    def _spared(self) -> set[int]:
+        """The guarded process and its children, but not those of the other roots."""
+        spared = {self._own, *descendants(self._own)}
+        others = self._roots - {self._own}
+        return spared - {pid for root in others for pid in (root, *descendants(root))}
+
+    def _remember(self, pids: Sequence[int]) -> None:
+        for pid in pids:
+            start = None if pid in self._started else started_at(pid)
+            if start is not None:
+                self._started[pid] = start
+
+
+def started_at(pid: int) -> str | None:
+    """When a process started, in the kernel's clock; None if it does not run."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and what it started, without the calling process."""
+    members = [pid]
+    for member in members:  # the list grows in the loop
+        try:
+            for thread in os.listdir(f"/proc/{member}/task"):
+                children = Path(f"/proc/{member}/task/{thread}/children").read_text().split()
+                members += [int(child) for child in children if int(child) != os.getpid()]
+        except OSError:
+            continue  # it ended
+    return members
+
+
+def mapped_names(pid: int) -> set[str]:
+    """Files of /dev/shm that a process has mapped and that still have a name.
+
+    They are found by inode: the C library makes a semaphore under another name, which is what the
+    maps show.
+    """
+    try:
+        inodes = set(map(int, _INODE.findall(Path(f"/proc/{pid}/maps").read_text())))
+        return {file.path for file in os.scandir(SHARED_MEMORY) if file.inode() in inodes}
+    except OSError:
+        return set()
+
+
+def _remove_links_to(folder: str) -> None:
+    """Ray has a link `session_latest` beside its folders."""
+    for path in Path(folder).parent.glob("*_latest"):
+        if path.is_symlink() and os.readlink(path) in (folder, os.path.basename(folder)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
