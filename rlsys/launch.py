@@ -14,9 +14,10 @@ from types import TracebackType
 from typing import Generic, TypeVar
 
 # Imported before Ray, which reads the environment when it is imported.
-from rlsys.actors.ray_env import check_cluster_answers  # isort: skip
+from rlsys.actors.ray_env import check_cluster_answers, wait_for_cluster  # isort: skip
 import torch
 
+from rlsys import attempts
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.silent import save_stacks_in
 from rlsys.config import Config, RunConfig, SftConfig
@@ -75,7 +76,9 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
     # The driver computes little: on a host with 64 cores, waking 64 threads took 0.1 s a step, and
     # the computation takes 2 ms.
     torch.set_num_threads(1)
-    check_cluster_answers()
+    attempts.end_with_parent()
+    patience_s = config.recovery.wait_for_resources_s if attempts.is_restarted() else 0.0
+    wait_for_cluster(check_cluster_answers, patience_s)
     with ExitStack() as stack:
         # Before anything starts or is written: most mistakes are in rows.
         data = method.load_data(config)
@@ -94,7 +97,7 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
         resume_step = prepare_folder(config, run_dir)
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)
-        stack.enter_context(ray_session(logs=run_dir.ray_logs))
+        stack.enter_context(ray_session(logs=run_dir.ray_logs, patience_s=patience_s))
         save_stacks_in(run_dir.logs)
         stack.callback(tracker.close)  # before the actors end, which takes seconds
         stack.push(partial(_leave_at_once, run_dir))

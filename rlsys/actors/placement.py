@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import ray
@@ -25,7 +26,9 @@ from ray.util.scheduling_strategies import (
 )
 
 from rlsys.actors.group import CPU_SHARE
+from rlsys.actors.ray_env import wait_for_cluster
 from rlsys.actors.reservation import check_enough, reserve
+from rlsys.attempts import is_restarted
 from rlsys.config import RunConfig
 from rlsys.config.roles import Role, RoleName, groups_on_one_node, plan_roles
 from rlsys.types import Device
@@ -52,15 +55,17 @@ class Placement:
         self._sharers = Counter(map(self._owner, roles))
         owners = [role for role in roles if role.shares_gpu_of is None]
         groups = groups_on_one_node(config, owners) if device == "cuda" else []
+        # Nodes that were lost may come back.
+        patience_s = config.recovery.wait_for_resources_s if is_restarted() else 0.0
         if device == "cuda":
-            check_enough(owners, groups)
+            wait_for_cluster(partial(check_enough, owners, groups), patience_s)
         self._bundles = {(role.name, role.rank): i for i, role in enumerate(owners)}
         timeout = config.placement_timeout
         self._group = reserve(
             [self._bundle(role) for role in owners],
             owners,
             groups,
-            timeout_s=None if timeout == "wait" else timeout,
+            timeout_s=max(timeout, patience_s) if isinstance(timeout, float) else None,
         )
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         self._nodes = {who: nodes[bundle] for who, bundle in self._bundles.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
+from collections.abc import Callable
 
 # Print every line of every worker on this terminal, identical ones too.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -21,6 +23,7 @@ os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "180")
 os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
 
 _ANSWER_TIMEOUT_S = 10.0
+_ASK_EVERY_S, _REPORT_EVERY_S = 2.0, 30.0
 
 
 def cluster_address() -> str | None:
@@ -65,3 +68,31 @@ def check_cluster_answers() -> None:
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({reason}). Start it, correct "
             "the address, or unset RAY_ADDRESS to have a run start its own on this machine."
         ) from error
+
+
+def wait_for_cluster(connect: Callable[[], None], patience_s: float) -> None:
+    """Call `connect` until it succeeds: the head of a cluster that went down may come back.
+
+    Args:
+        connect: raises ValueError where the cluster does not answer.
+        patience_s: seconds; 0 tries once.
+
+    Raises:
+        ValueError: that of the last try.
+    """
+    start, reported = time.monotonic(), 0.0
+    while True:
+        try:
+            return connect()
+        except ValueError as error:
+            waited = time.monotonic() - start
+            if waited >= patience_s:
+                raise
+            if reported == 0.0 or waited - reported >= _REPORT_EVERY_S:
+                reported = max(waited, _ASK_EVERY_S)
+                print(
+                    f"waiting for the Ray cluster, up to {patience_s:g} s "
+                    f"(recovery.wait_for_resources_s): {error}. {waited:.0f} s so far",
+                    flush=True,
+                )
+        time.sleep(_ASK_EVERY_S)

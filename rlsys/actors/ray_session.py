@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rlsys.actors.ray_env import (  # isort: skip
     check_cluster_answers,
     cluster_address,
     unused_choice_of_gpus,
+    wait_for_cluster,
 )
 import grpc
 import psutil
@@ -46,7 +48,9 @@ class _RayletDied(Exception):
 
 
 @contextmanager
-def ray_session(*, logs: Path | None = None, **own_cluster: Any) -> Iterator[None]:
+def ray_session(
+    *, logs: Path | None = None, patience_s: float = 0.0, **own_cluster: Any
+) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS (a Ray job sets it), or start one on this machine.
 
     The end of the `with` block ends every actor of this run. A cluster that was started here leaves
@@ -54,6 +58,7 @@ def ray_session(*, logs: Path | None = None, **own_cluster: Any) -> Iterator[Non
 
     Args:
         logs: where the logs of a cluster that was started here go if the block fails.
+        patience_s: seconds to wait for the cluster of RAY_ADDRESS, which may come back.
         own_cluster: options of `ray.init` for a cluster that is started here.
 
     Raises:
@@ -71,7 +76,7 @@ def ray_session(*, logs: Path | None = None, **own_cluster: Any) -> Iterator[Non
         if address is None:
             start_cluster(**own_cluster)
         else:
-            _join_cluster(address)
+            wait_for_cluster(partial(_join_cluster, address), patience_s)
         _restore(handlers)  # Ray's handler of SIGTERM prints a C++ stack, aborts after 3 s
         if guard is None:
             yield
@@ -127,6 +132,7 @@ def _join_cluster(address: str) -> None:
     try:
         ray.init(logging_level=logging.ERROR)
     except ConnectionError as error:
+        ray.shutdown()  # so that it may be tried again
         raise ValueError(
             f"RAY_ADDRESS={address}: this machine could not join the Ray cluster ({error}). A run "
             "starts on a machine of the cluster: join it with "

@@ -19,3 +19,7 @@ class RecoveryConfig(Section):
     backoff_s: NonNegativeFloat = 5.0
     """Seconds to wait before the second restart of a role within window_hours, and twice as long
     before each further one, at most a minute. The first comes at once."""
+    wait_for_resources_s: NonNegativeFloat = 600.0
+    """Seconds that a run which is started again (top level max_restarts) waits for the Ray cluster
+    of RAY_ADDRESS and for lost GPUs or CPUs to come back. A line every half minute says what is
+    missing. placement_timeout holds if it is longer."""

@@ -6,7 +6,14 @@ import math
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from rlsys.config.dataset_spec import Hub, dataset_of_modelscope, model_of_modelscope
 from rlsys.config.field_types import PathText, parse_ports
@@ -67,6 +74,10 @@ class RunConfig(Section):
     """Seconds to wait for GPUs of the Ray cluster that other runs use (on CPU, for CPUs) before
     this run fails. wait or null: wait until they are free. A line every half minute says what is
     missing."""
+    max_restarts: NonNegativeInt = 0
+    """Times that the run is started again, from its newest checkpoint, after its driver crashed or
+    a node was lost; recovery.max_restarts is about single actors. Not after a user's mistake or
+    stop, a preemption or a full disk, nor if it failed twice in the same place. 0: never."""
     rendezvous_ports: str | None = None
     """TCP ports at which ranks meet, as in `20000-20099`, for a firewall between hosts: those of
     torch's stores on the hosts of the driver, of policy rank 0 and of reference rank 0. null: any
