@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,14 @@ class RunProcess:
         hold_after: int | None = None,
         environment: Mapping[str, str] | None = None,
         subcommand: str = "grpo",
+        prefix: Sequence[str] = (),
     ):
         self.folder = folder
         hold(folder, hold_after)
         self.out = RunDir(folder / "out")
         self._seen: set[psutil.Process] = set()
         self._log = folder / "log.txt"
-        command = [sys.executable, "-m", "rlsys.cli", subcommand, *words]
+        command = [*prefix, sys.executable, "-m", "rlsys.cli", subcommand, *words]
         if environment is None:
             environment = {name: os.environ[name] for name in os.environ if name != "RAY_ADDRESS"}
         with self._log.open("ab") as log:

@@ -45,10 +45,11 @@ sys.stdin.read()
 class TwoNodes:
     """A head, and a node that does not see `hidden`: it has an empty folder there.
 
-    Each has a CPU and four GPUs, which nothing but Ray's bookkeeping believes in.
+    Each has a CPU, or those of `cpus`, and four GPUs, which nothing but Ray's bookkeeping believes
+    in.
     """
 
-    def __init__(self, folder: Path, hidden: Path):
+    def __init__(self, folder: Path, hidden: Path, cpus: tuple[int, int] = (1, 1)):
         self._temp_dir = Path(tempfile.mkdtemp(prefix="rlsys-"))  # sockets: their paths are short
         self._processes: list[subprocess.Popen[bytes]] = []
         self._folder = folder
@@ -56,24 +57,36 @@ class TwoNodes:
         self.address = f"{_own_address()}:{ports[0]}"
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.env = {"PATH": path, "HOME": str(folder), "RAY_ADDRESS": self.address}
-        common = ["--num-cpus=1", "--num-gpus=4", f"--object-store-memory={100 * 2**20}"]
+        common = ["--num-gpus=4", f"--object-store-memory={100 * 2**20}"]
         common += ["--block", "--disable-usage-stats"]
         self._start(
             "head",
             [
                 *("ray", "start", "--head", f"--port={ports[0]}", "--include-dashboard=false"),
                 *(f"--dashboard-agent-listen-port={ports[1]}", f"--temp-dir={self._temp_dir}"),
-                *(f"--ray-client-server-port={ports[2]}", *common),
+                *(f"--ray-client-server-port={ports[2]}", f"--num-cpus={cpus[0]}", *common),
             ],
         )
         start = shlex.join(
             [
                 *("ray", "start", f"--address={self.address}", f"--node-ip-address={SECOND}"),
-                *(f"--dashboard-agent-listen-port={ports[3]}", *common),
+                *(f"--dashboard-agent-listen-port={ports[3]}", f"--num-cpus={cpus[1]}", *common),
             ]
         )
         hide = f"mount -t tmpfs none {shlex.quote(str(hidden))} && exec {start}"
-        self._start("second", ["unshare", "-rm", "sh", "-c", hide])
+        self._second = ["unshare", "-rm", "sh", "-c", hide]
+        self._start("second", self._second)
+
+    def kill_second(self) -> None:
+        """The second node vanishes, with everything that runs there."""
+        second = self._processes.pop()
+        for process in [*_below(second), psutil.Process(second.pid)]:
+            process.kill()
+        second.wait()
+
+    def start_second(self) -> None:
+        """Another node takes its place."""
+        self._start("another", self._second)
 
     def _start(self, name: str, command: list[str]) -> None:
         """Start a node in a working directory of its own, and wait for it."""

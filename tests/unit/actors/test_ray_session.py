@@ -25,6 +25,12 @@ TOKEN = "0123456789abcdef" * 4
 
 
 @pytest.fixture(autouse=True)
+def no_guard(monkeypatch):
+    """Nothing is started here that a guard would have to remove."""
+    monkeypatch.setattr(session.leftovers, "guard", lambda: None)
+
+
+@pytest.fixture(autouse=True)
 def fresh_shell(monkeypatch, tmp_path):
     """A home folder, and none of the variables that choose how Ray authenticates."""
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):

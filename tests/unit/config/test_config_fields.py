@@ -25,7 +25,7 @@ ALL_SECTIONS = {
 # These show or check fields. What only they read would have no effect on a run.
 DISPLAY = {"config", "preflight", "commands", "memory.py", "cli.py"}
 # These stand in preflight/ and decide what a run does.
-DECIDE = {"before_start.py", "before_sft.py", "run_folder.py"}
+DECIDE = {"grpo_restarts.py", "before_start.py", "before_sft.py", "run_folder.py"}
 # The config writes these into other fields (tests/unit/preflight/test_preflight_hub.py).
 WRITTEN_INTO_OTHERS = {"hub"}
 
