@@ -285,6 +285,12 @@ def _model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="checkpoint of the run; default: newest")
 
 
+def _replay(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} DUMP [--section.field value ...]"
+    parser.add_argument("dump", metavar="DUMP", type=Path, help="a folder below dumps/ of a run")
+    parser.add_argument("overrides", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
 def _plugins(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         *("--external_plugins", "--plugin"),
@@ -345,6 +351,10 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "export": (
         "write a model or checkpoint as Hugging Face or megatron-core folder; needs no Ray or GPU",
         add_export_options,
+    ),
+    "replay": (
+        "take an optimizer step again that was not finite, and find where that begins",
+        _replay,
     ),
     "rewards list": ("name, settings, columns and source of each", _plugins),
     "rewards try": ("score completions of a file, without a model", _rewards_try),

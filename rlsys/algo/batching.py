@@ -227,6 +227,8 @@ class PackedMicroBatch:
     """[T] bool, from `tokens_of_high_covariance`."""
     routed_experts: Tensor | None = None
     """[T, layers, top_k] uint8 or int16, the experts to replay where `is_routed`."""
+    rows: tuple[int, ...] = ()
+    """[B] the rows of the batch that the sequences are; the filling at the end is none."""
 
     def to(self, device: torch.device | str) -> PackedMicroBatch:
         """The same micro-batch with its tensors on `device`."""
@@ -295,6 +297,7 @@ def pack(
         advantages=concatenate(batch.advantages, first=1),
         rollout_logprobs=concatenate(batch.rollout_logprobs, first=1),
         routed_experts=_pack_routing(batch, rows, lengths),
+        rows=tuple(rows),
         **optional,
     )
 

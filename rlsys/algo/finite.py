@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
+
+from rlsys.text import counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +19,9 @@ PREFIX = "nonfinite/"
 """Of the keys of `count_nonfinite`; `MetricSums` reports them as sums."""
 PER_TOKEN = ("advantages", "rollout_logprobs", "old_logprobs", "ref_logprobs")
 """Fields of a TrainBatch and of a PackedMicroBatch with a number for each token."""
+
+KINDS = ("loss", "gradient", "logprobs", *PER_TOKEN)
+"""What can be not finite in an optimizer step."""
 
 
 def count_nonfinite(
@@ -47,3 +53,14 @@ def nonfinite_entries(batch: TrainBatch, name: str) -> list[tuple[int, int, floa
         return []
     found = (~values_NS.isfinite() & batch.completion_mask).nonzero().tolist()
     return [(row, token, values_NS[row, token].item()) for row, token in found]
+
+
+def found_text(found: Mapping[str, int]) -> str:
+    """What was not finite, by KINDS, for people: "loss, gradient, 3 values of advantages"."""
+    names = {"logprobs": "the policy's log-probs"}
+    return ", ".join(
+        kind
+        if kind in ("loss", "gradient")
+        else f"{counted(count, 'value')} of {names.get(kind, kind)}"
+        for kind, count in found.items()
+    )

@@ -14,8 +14,9 @@ from tiny_models import save_model
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from rlsys.actors.group import on_cpu
-from rlsys.actors.policy import PolicyActors, PolicyRank
+from rlsys.actors.policy import PolicyActors
 from rlsys.actors.waiting import get_all
+from rlsys.commands.replay import ReplayRank
 from rlsys.config import Config
 from rlsys.types import TrainBatch
 from rlsys.weight_sync.connection import Connection, whole_tensors
@@ -156,7 +157,7 @@ def unconnected(slices, *, bucket_bytes, sender=0):
     return Connection(slices, sender, "gloo", "", 0, 1, bucket_bytes, True, True, 1.0)
 
 
-class LabRank(PolicyRank):
+class LabRank(ReplayRank):
     """A rank that tests look into."""
 
     def become(self, config):

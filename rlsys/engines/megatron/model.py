@@ -59,6 +59,7 @@ from rlsys.weight_sync.connection import Connection
 if TYPE_CHECKING:
     from rlsys.engines.megatron.bridge import BridgedWeights
     from rlsys.engines.megatron.lora import Adapters
+    from rlsys.engines.megatron.trace import StepTrace
 
 ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dtype], None]
 """Function that writes a model folder: see `save_model_folder`."""
@@ -73,6 +74,8 @@ class MegatronModel:
     """Section of the config with the model's parallel sizes."""
     adapters: Adapters | None = None
     """The LoRA adapter beside the weights, if there is one."""
+    trace: StepTrace | None = None
+    """Looks at all that is computed, in `rlsys replay`."""
 
     def __init__(self, config: RunConfig, path: str, *, device: Device, trains: bool = False):
         if problems := megatron_option_problems(config):  # this host may have another megatron-core
@@ -280,7 +283,8 @@ class MegatronModel:
             untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
             shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
             repeated = pack_rows(untrained, shortest, torch.zeros_like(weights))
-            packed += missing * [replace(repeated, is_token=torch.zeros_like(repeated.is_token))]
+            nothing = torch.zeros_like(repeated.is_token)
+            packed += missing * [replace(repeated, is_token=nothing, rows=())]
             row_lists += missing * [[]]
         return packed, row_lists
 
@@ -326,6 +330,8 @@ class MegatronModel:
         own = positions[self._cp_group.rank()]
         if self.routing is not None:
             self.routing.begin_micro_batch(micro_batch, own)
+        if self.trace is not None:
+            self.trace.begin(micro_batch, own)
         hidden = model(
             micro_batch.input_ids[own][None],
             micro_batch.position_ids[own][None],

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 
-from rlsys.algo.finite import PER_TOKEN, PREFIX
+from rlsys.algo.finite import KINDS, PREFIX, found_text
 from rlsys.config import RunConfig
 from rlsys.engines.step_dump import WEIGHTS, Step, write_step
 from rlsys.files import flush_to_disk, free_bytes, size_text, unused_folder
@@ -21,8 +21,6 @@ from rlsys.model.shape import ModelShape
 from rlsys.problems import NonFiniteWeights
 from rlsys.text import counted
 
-KINDS = ("loss", "gradient", "logprobs", *PER_TOKEN)
-"""What can be not finite in an optimizer step."""
 DUMPS = "dumps"
 """Name of the folder in output_dir."""
 
@@ -222,17 +220,6 @@ class NonFiniteSteps:
             partial, step, self._config, has_weights=has_weights, found=found, metrics=metrics
         )
         return partial
-
-
-def found_text(found: dict[str, int]) -> str:
-    """For people: "loss, gradient, 3 values of advantages"."""
-    per_token = {"logprobs": "the policy's log-probs"}
-    return ", ".join(
-        kind
-        if kind in ("loss", "gradient")
-        else f"{counted(count, 'value')} of {per_token.get(kind, kind)}"
-        for kind, count in found.items()
-    )
 
 
 def _of_last_stage(metrics: dict[str, float]) -> dict[str, float]:

@@ -247,6 +247,8 @@ class MegatronPolicy(MegatronModel):
             inputs = LossInput.from_packed(micro_batch, *of_tokens)
             value, statistics = losses[algorithm.loss_type](inputs, algorithm)
             statistics |= count_nonfinite(micro_batch, of_tokens.logprobs, value)
+            if self.trace is not None:
+                self.trace.at_loss(inputs, value, algorithm)
             return value * undo_averaging, statistics
 
         begin = None
