@@ -51,6 +51,11 @@ class AdvantageInput:
         """[P, G] rewards minus the KL of the completion's tokens."""
         return self.rewards_PG - self.kl_NS.sum(dim=1).view_as(self.rewards_PG)
 
+    @property
+    def dropped_N1(self) -> Tensor:
+        """[N, 1] bool, completions without a reward."""
+        return self.rewards_PG.isnan().reshape(-1, 1)
+
     def over_tokens(self, advantages_PG: Tensor) -> Tensor:
         """[P, G] -> [N, S]: every token of a completion has its completion's advantage."""
         return advantages_PG.reshape(-1, 1) * self.mask_NS
@@ -173,7 +178,7 @@ def _to_go(values_NS: Tensor) -> Tensor:
 
 def _whitened(advantages_NS: Tensor, inputs: AdvantageInput, config: GrpoConfig) -> Tensor:
     """Advantages of mean 0 and std 1 over the tokens of the batch."""
-    kept_NS = inputs.mask_NS & ~advantages_NS.isnan()
+    kept_NS = inputs.mask_NS & ~inputs.dropped_N1
     values = advantages_NS[kept_NS]
     scaled_NS = (advantages_NS - values.mean()) / (nanstd(values) + config.advantage_eps)
     return scaled_NS.masked_fill(~kept_NS, 0.0)
@@ -246,4 +251,5 @@ def _estimate(
         mask_NS=mask_NS,
     )
     estimate = advantage_estimators[config.advantage_estimator]
-    return estimate(inputs, config).nan_to_num(nan=0.0).float()
+    # A NaN elsewhere is a fault, which the policy finds.
+    return estimate(inputs, config).masked_fill(inputs.dropped_N1, 0.0).float()

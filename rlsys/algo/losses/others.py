@@ -81,7 +81,8 @@ def vespo_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[str,
     log_w_T = inputs.segments.sums(log_w_T, mask_T).clamp(least, MAX_LOG_RATIO)
     k_T = torch.where(good_T, config.vespo_k_pos, config.vespo_k_neg)
     lambda_T = torch.where(good_T, config.vespo_lambda_pos, config.vespo_lambda_neg)
-    phi_T = (k_T * log_w_T + lambda_T * (1 - log_w_T.exp())).exp()
+    log_phi_T = k_T * log_w_T + lambda_T * (1 - log_w_T.exp())
+    phi_T = log_phi_T.clamp(max=MAX_LOG_RATIO).exp()  # a lambda near 0 bounds nothing
     if weights_T is not None:
         phi_T = phi_T * (weights_T > 0)
     statistics = ratio_statistics(inputs, log_w_T.exp())
@@ -102,8 +103,9 @@ def dppo_kl_loss(inputs: LossInput, config: GrpoConfig) -> tuple[Tensor, dict[st
     """DPPO with `KL(pi_old || pi)` of "this token or another" (arXiv:2602.04879)."""
     logprobs_T, old_T = inputs.logprobs.detach(), inputs.old_logprobs
     p_T, old_p_T = logprobs_T.exp(), old_T.exp()
-    tiny = 1e-8  # keeps log(1 - p) finite for a certain token
-    of_rest_T = (1 - old_p_T) * ((1 - old_p_T + tiny) / (1 - p_T + tiny)).log()
+    tiny = 1e-8  # keeps log(1 - p) finite for a certain token, which rounding may put above 1
+    rest_T, old_rest_T = (1 - p_T).clamp(min=0), (1 - old_p_T).clamp(min=0)
+    of_rest_T = old_rest_T * ((old_rest_T + tiny) / (rest_T + tiny)).log()
     kl_T = old_p_T * (old_T - logprobs_T) + of_rest_T
     return _divergence_bounded(inputs, config, p_T - old_p_T, kl_T)
 
