@@ -142,7 +142,7 @@ def test_experts_on_two_ranks_decide_alike(lab, mixtures, tmp_path, dtype):
     before = states(policy)
     assert policy.update(poisoned(random_batch(2), "advantages")).metrics["fault/nonfinite_steps"]
     assert_same(before, states(policy))
-    name = "weight1" if dtype == "float32" else "router.weight"
+    name = "linear_fc2.weight" if dtype == "float32" else "router.weight"
     policy.call("damage", "gradient", name, 1)
     assert policy.update(random_batch(3)).metrics["fault/nonfinite_steps"] == 1
     assert_same(before, states(policy))
