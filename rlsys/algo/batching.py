@@ -283,7 +283,6 @@ def pack(
     ones_NS = torch.ones_like(batch.completion_mask)
     known = {name: getattr(batch, name) for name in _MAY_BE_NONE}
     optional = {name: concatenate(v, first=1) for name, v in known.items() if v is not None}
-
     return PackedMicroBatch(
         input_ids=concatenate(batch.input_ids, first=0),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
