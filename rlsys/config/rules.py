@@ -15,6 +15,7 @@ from rlsys.config.pipeline_layout import layout_problems
 from rlsys.config.prompt_template import prompt_template_problems
 from rlsys.config.rules_adapters import adapter_rules
 from rlsys.config.rules_algorithm import algorithm_problems
+from rlsys.config.rules_checkpoint import checkpoint_problems
 from rlsys.config.rules_colocated import placement_rules
 from rlsys.config.rules_eval import eval_problems, held_out_problems
 from rlsys.config.rules_memory import memory_rule_problems
@@ -215,11 +216,7 @@ def _training_problems(config: RunConfig) -> Iterator[Problem]:
             "Continue with optimizer_cpu_offload false, or start a new run from the checkpoint's "
             "weights (model.path)"
         )
-    if config.checkpoint.save_hf_total_limit is not None and not config.checkpoint.save_hf_steps:
-        yield Problem(
-            "checkpoint.save_hf_total_limit limits the folders of checkpoint.save_hf_steps, which "
-            "is null: set save_hf_steps too, or leave the limit out"
-        )
+    yield from checkpoint_problems(config)
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -49,21 +49,30 @@ def disk_use(config: RunConfig, shape: ModelShape, *, device: Device) -> DiskUse
     moments of AdamW."""
     width = bytes_per_weight(config, device)
     has_copy = width < 4 or config.policy.use_distributed_optimizer
-    number = 0
-    if config.checkpoint.save_steps is not None:
-        number = config.checkpoint.save_total_limit + 1  # the oldest goes when the newest is whole
-        if config.max_steps is not None:
-            interval = config.checkpoint.interval(config.max_steps)
-            assert interval is not None
-            number = min(-(-config.max_steps // interval), number)
     saved, trained = num_saved(config, shape)
     return DiskUse(
         weights=saved * width,
         optimizer=trained * (12 if has_copy else 8),
         reference=shape.num_params * width if config.reference_changes else 0,
-        num_checkpoints=number,
+        num_checkpoints=_num_checkpoints(config),
         num_models=_num_models(config),
     )
+
+
+def _num_checkpoints(config: RunConfig) -> int:
+    """Checkpoints at most: the newest, one that is being written, the best, and every n-th."""
+    checkpoint = config.checkpoint
+    if checkpoint.save_steps is None:
+        return 0
+    number = checkpoint.save_total_limit + 1  # the oldest goes when the newest is whole
+    number += checkpoint.best_metric is not None
+    if config.max_steps is None:
+        return number
+    interval = checkpoint.interval(config.max_steps, config.eval_steps)
+    assert interval is not None
+    retained = checkpoint.save_retain_interval
+    kept = 0 if retained is None else config.max_steps // retained
+    return min(-(-config.max_steps // interval), number) + kept
 
 
 def checkpoint_bytes_of(config: RunConfig, device: Device) -> int:
@@ -101,7 +110,7 @@ def describe_saving(config: RunConfig, use: DiskUse | None) -> list[tuple[str, s
         saved = (
             f"{_how_often(config)}, and on Ctrl-C or a failure, in {run.checkpoints}; only the "
             f"newest {counted(checkpoint.save_total_limit, 'checkpoint')} kept "
-            "(checkpoint.save_total_limit)"
+            f"(checkpoint.save_total_limit){_kept_besides(config)}"
         )
     pairs = [("checkpoints", saved)]
     if checkpoint.save_hf_steps is not None:
@@ -130,6 +139,17 @@ def describe_saving(config: RunConfig, use: DiskUse | None) -> list[tuple[str, s
         free = size_text(free_bytes(run.path))
         pairs.append(("disk", f"{size_text(use.total)} at most = {' + '.join(parts)}; {free} free"))
     return pairs
+
+
+def _kept_besides(config: RunConfig) -> str:
+    checkpoint = config.checkpoint
+    besides = ""
+    if checkpoint.save_retain_interval is not None:
+        besides += f", besides those of every {counted(checkpoint.save_retain_interval, 'step')}"
+    if checkpoint.best_metric is not None:
+        order = "largest" if checkpoint.best_is_greatest else "smallest"
+        besides += f", besides the one with the {order} {checkpoint.best_metric}"
+    return besides
 
 
 def disk_warning(config: RunConfig, use: DiskUse) -> str | None:
@@ -162,7 +182,7 @@ def _how_often(config: RunConfig) -> str:
     if max_steps is None:
         every = "5% of the steps" if save_steps == "auto" else f"{save_steps:,} steps"
     else:
-        interval = config.checkpoint.interval(max_steps)
+        interval = config.checkpoint.interval(max_steps, config.eval_steps)
         assert interval is not None
         if interval >= max_steps:
             set_to = f" (checkpoint.save_steps is {interval:,})" if interval > max_steps else ""

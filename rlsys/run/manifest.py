@@ -30,7 +30,7 @@ def write_manifest(folder: Path, step: int, files: dict[str, FileSum]) -> None:
         step: of the checkpoint.
         files: those that their writers have summed; what is missing here is read now.
     """
-    missing = [name for name in files_below(folder) if name not in files]
+    missing = [name for name in files_below(folder) if name not in {*files, MANIFEST_FILE}]
     files = files | sum_files(folder, missing)
     content = {
         "version": _VERSION,

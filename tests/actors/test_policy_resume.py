@@ -6,8 +6,6 @@ from family_models import save_family_model
 from policy_cases import LAYOUTS, exported, policy_config, random_batch
 from resume_cases import SCHEDULE, resume, run_and_save, update
 
-from rlsys.actors.waiting import ActorFailure
-
 pytestmark = pytest.mark.system
 
 
@@ -85,7 +83,9 @@ def assert_goes_on(lab, first, other, tmp_path):
     for again, expected in zip(metrics_again, metrics, strict=True):
         assert again == pytest.approx(expected, rel=1e-4, abs=1e-6)
     for name, tensor in weights_again.items():
-        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-5, msg=name)
+        # Weights in bfloat16 may round another way.
+        bound = 1e-5 if first.model.dtype != "bfloat16" else 1e-2
+        torch.testing.assert_close(tensor, weights[name], rtol=0, atol=bound, msg=name)
 
 
 def test_a_resumed_run_takes_its_learning_rate_from_the_config(lab, policy_models, tmp_path):
@@ -97,12 +97,26 @@ def test_a_resumed_run_takes_its_learning_rate_from_the_config(lab, policy_model
     assert [m["learning_rate"] for m in metrics] == [m["learning_rate"] for m in expected]
 
 
-def test_an_optimizer_state_of_the_other_kind_is_refused(lab, policy_models, tmp_path):
-    run_and_save(lab, config_of(policy_models), tmp_path / "step-2")
-    policy = lab.policy(config_of(policy_models, use_distributed_optimizer=False))
-    message = r"step-2 was written with policy\.use_distributed_optimizer = true"
-    with pytest.raises(ActorFailure, match=message):
-        policy.load_checkpoint(tmp_path / "step-2")
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize(
+    ("first", "other", "dtype"),
+    [
+        ("DP 2", "DP 2", "float32"),
+        ("DP 2", "one rank", "bfloat16"),
+        ("TP 2", "one rank", "float32"),
+        ("one rank", "PP 2", "bfloat16"),
+    ],
+)
+def test_an_optimizer_of_the_other_kind_goes_on(
+    lab, policy_models, tmp_path, first, other, dtype, distributed
+):
+    """The float32 weights have another name, or are not in the checkpoint at all."""
+    kinds = [
+        config_of(policy_models, dtype=dtype, use_distributed_optimizer=kind, **LAYOUTS[layout])
+        for kind, layout in ((distributed, first), (not distributed, other))
+    ]
+    assert_goes_on(lab, *kinds, tmp_path)
 
 
 def test_what_is_resumed_is_more_than_the_weights(lab, policy_models, tmp_path):

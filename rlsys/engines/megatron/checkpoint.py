@@ -10,6 +10,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from torch.nn.functional import pad
 
 from rlsys.engines.megatron.background import Write, in_host_memory
 from rlsys.engines.megatron.optimizer import optimizer_tensors
+from rlsys.engines.megatron.optimizer_kinds import fit_masters, set_steps
 from rlsys.engines.megatron.weights import MegatronWeights
 
 if TYPE_CHECKING:
@@ -155,23 +157,16 @@ def save_torch_dist(state: dict[str, Any], folder: Path) -> None:
     files.conclude([files.write()])
 
 
-def check_checkpoint(folder: Path, optimizer: MegatronOptimizer) -> None:
+def check_checkpoint(folder: Path) -> None:
     """Refuse a checkpoint that does not fit, before the policy changes.
 
     Raises:
-        ValueError: an older rlsys wrote it, or the optimizer's state is of the other kind.
+        ValueError: an older rlsys wrote it.
     """
     if not (folder / OPTIMIZER_FOLDER).is_dir():
         raise ValueError(
             f"the checkpoint {folder} has no {OPTIMIZER_FOLDER}/: an older rlsys wrote it. "
             "Continue with that version, or start a new run with --overwrite"
-        )
-    common = dist_checkpointing.load_common_state_dict(str(folder / OPTIMIZER_FOLDER))
-    distributed = common["use_distributed_optimizer"]
-    if distributed != optimizer.config.use_distributed_optimizer:
-        raise ValueError(
-            f"the checkpoint {folder} was written with policy.use_distributed_optimizer = "
-            f"{str(distributed).lower()}: continue with the same value"
         )
 
 
@@ -189,7 +184,11 @@ def load_optimizer(
     place = str(folder / OPTIMIZER_FOLDER)
     common = dist_checkpointing.load_common_state_dict(place)
     own = _sharded_state(weights, optimizer, is_loading=True)
-    _set_steps(own, common["optimizer"])
+    set_steps(own, common["optimizer"], optimizer)
+    if common["use_distributed_optimizer"] != optimizer.config.use_distributed_optimizer:
+        stored = set(dist_checkpointing.load_tensors_metadata(place))
+        current = partial(_sharded_state, weights, optimizer, is_loading=False)
+        own = fit_masters(own, stored, current)
     # Tensors are found by their own names. Under another name than "optimizer" nothing that is not
     # a tensor is mixed in: with shared experts megatron-core has two optimizers, else one, and what
     # they save besides has another form.
@@ -199,27 +198,6 @@ def load_optimizer(
     scheduler.num_steps = 0
     scheduler.step(increment=common["scheduler"]["num_steps"])
     return common["policy_version"]
-
-
-def _set_steps(own: Any, saved: Any) -> None:
-    """Give the state of each own optimizer the number of steps that was saved.
-
-    Transformer Engine's Adam and DistributedOptimizer count in groups of parameters, torch's AdamW
-    elsewhere counts for each parameter, which megatron-core saves as `common_step`.
-    """
-    for container, key in (("param_groups", "step"), ("state", "common_step")):
-        steps = [part[key] for part in _parts(saved, container) if key in part]
-        for part in _parts(own, container) if steps else ():
-            part[key] = steps[0]
-
-
-def _parts(state: Any, name: str) -> Iterator[dict[Any, Any]]:
-    """The mappings under `name`, wherever that is in nested mappings."""
-    for key, value in state.items() if isinstance(state, dict) else ():
-        if key == name:
-            yield from value if isinstance(value, list) else [value]
-        else:
-            yield from _parts(value, name)
 
 
 def _with_own_values(state: Any) -> Any:

@@ -373,7 +373,7 @@ class MegatronPolicy(MegatronModel):
                 f"the checkpoint {folder} holds {found}, and policy.lora says otherwise: continue "
                 "with the policy.lora that the run had, or start a new run with --overwrite"
             )
-        check_checkpoint(folder, self.optimizer)
+        check_checkpoint(folder)
         (self.weights if self.adapters is None else self.adapters.weights).load(folder)
         self.offload.frozen_weights_changed()
         self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)

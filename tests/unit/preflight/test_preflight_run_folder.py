@@ -8,8 +8,9 @@ from preflight_cases import only
 
 from rlsys.config import Config, SftConfig
 from rlsys.config.load import load_config, load_config_as, save_config
-from rlsys.preflight.run_folder import output_dir_problems
+from rlsys.preflight.run_folder import output_dir_problems, plan_start
 from rlsys.run.folder import ENDED, RUNNING, RunDir
+from rlsys.run.manifest import write_manifest
 
 
 @pytest.mark.parametrize(
@@ -78,6 +79,29 @@ def test_a_checkpoint_of_another_model_is_not_continued(problems, tmp_path):
     assert f"{tmp_path / 'run/checkpoints/step-4'} is of another model than model.path" in text
     assert "hidden_size 128, there 64; num_layers 5, there 4" in text
     assert problems("--overwrite") == []
+
+
+def test_a_damaged_checkpoint_is_passed_over_before_the_run_too(problems, tmp_path):
+    for step in (2, 3):
+        folder = write_model(tmp_path / f"run/checkpoints/step-{step}")
+        write_manifest(folder, step, {})
+    (tmp_path / "run/checkpoints/step-3/tokenizer.json").unlink()
+    config = load_config(write_run(tmp_path), ["--checkpoint.resume"]).config
+    plan = plan_start(config)
+    assert (plan.resume_step, plan.problem) == (2, None)
+    assert plan.damaged == {3: "tokenizer.json is missing"}
+    assert "step 3" in only(problems("--checkpoint.resume", "3"))
+    (tmp_path / "run/checkpoints/step-2/config.json").unlink()
+    text = only(problems("--checkpoint.resume"))
+    assert "step 3: tokenizer.json is missing; step 2: config.json is missing" in text
+
+
+def test_what_a_checkpoint_was_trained_with_cannot_change(problems, tmp_path):
+    folder = write_model(tmp_path / "run/checkpoints/step-3")
+    save_config(load_config(write_run(tmp_path)).config, folder / "run_config.yaml")
+    assert problems("--checkpoint.resume", "--policy.lr", "1e-3") == []
+    text = only(problems("--checkpoint.resume", "--policy.freeze_parameters_ratio", "0.5"))
+    assert "policy.freeze_parameters_ratio 0.0 -> 0.5" in text
 
 
 def test_a_run_that_failed_while_starting_can_be_started_again(problems, tmp_path):

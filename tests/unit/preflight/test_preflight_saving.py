@@ -85,6 +85,8 @@ def test_a_folder_of_an_adapter_has_the_adapter_alone(config, tmp_path):
         (["--max_steps", "2"], 2),
         (["--checkpoint.save_steps", "100"], 1),
         (["--checkpoint.save_steps", "null"], 0),
+        (["--checkpoint.metric_for_best_model", "reward"], 4),
+        (["--checkpoint.save_retain_interval", "25"], 7),
     ],
 )
 def test_all_checkpoints_and_the_final_model_are_counted(config, overrides, number):
@@ -142,6 +144,14 @@ def test_what_is_kept_is_said_where_every_step_is_saved(config, limit, says):
     found = text(config("--max_steps", "5", "--checkpoint.save_total_limit", limit))
     assert "every step, or less often where saving takes more than a tenth of the time" in found
     assert f"only the newest {says}" in found
+
+
+def test_what_is_kept_besides_the_newest_is_said(config):
+    words = ["--checkpoint.metric_for_best_model", "eval_reward", "--eval_steps", "10"]
+    words += ["--data.val_dataset", "x.jsonl", "--checkpoint.save_retain_interval", "25"]
+    found = text(config(*words))
+    assert "every 10 of 100 steps" in found
+    assert "besides those of every 25 steps, besides the one with the largest eval/reward" in found
 
 
 def test_null_is_said(config):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlsys.config import CheckpointConfig
 from rlsys.model.weight_files import MANIFEST_FILE
-from rlsys.run import checkpoints
+from rlsys.run import checkpoints as run_checkpoints
 from rlsys.run.checkpoints import Checkpoints, Models
 from rlsys.run.folder import RunDir
 from rlsys.run.kept import checkpoint_steps
@@ -198,7 +198,7 @@ def test_a_checkpoint_is_never_there_in_part(save, monkeypatch, steps):
             next(path.iterdir()).unlink()
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", killed_while_deleting)
+    monkeypatch.setattr(run_checkpoints.shutil, "rmtree", killed_while_deleting)
     with pytest.raises(KeyboardInterrupt):
         save(*steps)
     monkeypatch.undo()

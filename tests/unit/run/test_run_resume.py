@@ -2,11 +2,19 @@
 
 from pathlib import Path
 
+import pytest
 from config_cases import write_config
 
 from rlsys.config.load import load_config, save_config
 from rlsys.run.folder import RUNNING, RunDir
-from rlsys.run.resume import holds_run, move_aside, resume_notes
+from rlsys.run.kept import checkpoint_steps
+from rlsys.run.resume import (
+    holds_run,
+    move_aside,
+    refused_change,
+    resume_notes,
+    set_aside_later,
+)
 
 
 def notes(folder, *overrides, rows=(), step=4):
@@ -77,3 +85,67 @@ def test_every_file_of_a_run_is_among_its_files():
     run = RunDir(Path("run"))
     paths = {p for p in vars(run).values() if isinstance(p, Path)} - {run.path}
     assert {path for path in paths if not path.name.startswith(".")} <= set(run.files)
+
+
+def resumed(folder, *overrides, step=4):
+    """(config, run, checkpoint) of a run that goes on with these options."""
+    path = write_config(folder)
+    run = RunDir(folder / "run")
+    checkpoint = run.checkpoints / f"step-{step}"
+    checkpoint.mkdir(parents=True)
+    options = ["--checkpoint.resume", *overrides]
+    save_config(load_config(path).config, checkpoint / "run_config.yaml")
+    return load_config(path, options).config, run, checkpoint
+
+
+def test_changes_are_those_since_the_checkpoint_and_not_since_the_last_resume(tmp_path):
+    config, run, _ = resumed(tmp_path, "--policy.lr", "1e-9")
+    save_config(config, run.config)
+    assert "changed since then: policy.lr 1e-06 -> 1e-09" in list(resume_notes(config, run, 4))
+
+
+def test_changes_beside_the_training_are_listed_as_safe(tmp_path):
+    options = ["--checkpoint.save_total_limit", "5", "--policy.lr", "1e-9"]
+    config, run, checkpoint = resumed(tmp_path, *options)
+    _, trained, beside = resume_notes(config, run, 4)
+    assert "lr" in trained
+    assert "save_total_limit" not in trained
+    assert "safe" in beside
+    assert "checkpoint.save_total_limit 2 -> 5" in beside
+    assert "lr" not in beside
+    assert refused_change(config, run, checkpoint) is None
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--policy.freeze_parameters", "model.layers.0."],
+        ["--policy.freeze_parameters_ratio", "0.5"],
+        ["--policy.lora.rank", "4"],
+    ],
+)
+def test_a_change_of_what_is_trained_is_refused(tmp_path, options):
+    config, run, checkpoint = resumed(tmp_path, *options)
+    text = refused_change(config, run, checkpoint)
+    assert f"since {checkpoint}" in text
+    assert options[0].removeprefix("--").rpartition(".")[0] in text
+    assert "set it back" in text
+
+
+def test_damaged_checkpoints_are_named_first(tmp_path):
+    config, run, _ = resumed(tmp_path)
+    first, second = resume_notes(config, run, 4, {6: "model.safetensors is missing"})
+    assert first.startswith("warning: the checkpoint of step 6 cannot be continued from: model.saf")
+    assert "continuing from" in second
+
+
+def test_later_checkpoints_are_moved_aside(tmp_path):
+    """Else the next resume would take them for the newest, and saving would drop the new ones."""
+    run = RunDir(tmp_path)
+    for step in (2, 4, 6):
+        (run.checkpoints / f"step-{step}").mkdir(parents=True)
+    assert list(set_aside_later(run, 6)) == []
+    (note,) = set_aside_later(run, 2)
+    assert "later steps 4, 6" in note
+    assert checkpoint_steps(run.checkpoints) == [2]
+    assert checkpoint_steps(tmp_path / "replaced-1/checkpoints") == [4, 6]
