@@ -57,6 +57,10 @@ class Guard:
         """Remove a folder at the end."""
         self._tell(remove=str(folder))
 
+    def spare(self, folder: Path) -> None:
+        """Do not remove a folder after all."""
+        self._tell(spare=str(folder))
+
     def keep(self, folder: Path, target: Path | None) -> None:
         """Move a folder to `target` first, beside what is there; None no longer moves it."""
         self._tell(keep=str(folder), target=None if target is None else str(target))
@@ -88,7 +92,7 @@ def guard_actor() -> None:
 
     Called before libraries ask for the temporary folder: vLLM's files and sockets go there.
     """
-    kept = guard()
+    kept = None if _of_actor else guard()
     if kept is None:
         return
     # torch's compiled kernels are worth keeping. This is where torch itself puts them.
@@ -156,6 +160,8 @@ class _Left:
         self._closes = "closes" in message
         if isinstance(folder := message.get("remove"), str):
             self._folders.append(folder)
+        if message.get("spare") in self._folders:
+            self._folders.remove(str(message["spare"]))
         if isinstance(folder := message.get("keep"), str):
             self._kept.pop(folder, None)
             if isinstance(target := message.get("target"), str):

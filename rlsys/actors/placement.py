@@ -60,12 +60,15 @@ class Placement:
         if device == "cuda":
             wait_for_cluster(partial(check_enough, owners, groups), patience_s)
         self._bundles = {(role.name, role.rank): i for i, role in enumerate(owners)}
-        timeout = config.placement_timeout
+        timeout_s, limited_by = config.placement_timeout, "placement_timeout"
+        if isinstance(timeout_s, float) and timeout_s < patience_s:
+            timeout_s, limited_by = patience_s, "recovery.wait_for_resources_s"
         self._group = reserve(
             [self._bundle(role) for role in owners],
             owners,
             groups,
-            timeout_s=max(timeout, patience_s) if isinstance(timeout, float) else None,
+            timeout_s=timeout_s if isinstance(timeout_s, float) else None,
+            limited_by=limited_by,
         )
         nodes = placement_group_table(self._group)["bundles_to_node_id"]
         self._nodes = {who: nodes[bundle] for who, bundle in self._bundles.items()}

@@ -30,6 +30,7 @@ from rlsys.problems import RunFailed
 
 import ray  # isort: skip
 from ray._private import services
+from ray._private import utils as ray_utils
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
@@ -57,7 +58,8 @@ def ray_session(
     nothing behind, however this process ends: see rlsys.leftovers.
 
     Args:
-        logs: where the logs of a cluster that was started here go if the block fails.
+        logs: where the logs of a cluster that was started here go if the block fails; None leaves
+            them in Ray's own folder.
         patience_s: seconds to wait for the cluster of RAY_ADDRESS, which may come back.
         own_cluster: options of `ray.init` for a cluster that is started here.
 
@@ -97,11 +99,15 @@ def _guarded(guard: Guard, logs: Path | None) -> Iterator[None]:
     guard.watch([each.process.pid for kind in node.all_processes.values() for each in kind])
     session = Path(node.get_session_dir_path())
     guard.remove(session)
-    if logs is not None:
+    if logs is not None:  # also if this process is killed
         guard.keep(session / "logs", logs / session.name)
     try:
         yield
-    except KeyboardInterrupt:
+    except Exception:
+        if logs is None:
+            guard.spare(session)
+        raise
+    except BaseException:
         guard.keep(session / "logs", None)
         raise
     guard.keep(session / "logs", None)
@@ -236,7 +242,7 @@ def start_cluster(**options: Any) -> None:
     for attempt in range(1, START_ATTEMPTS + 1):
         start = time.monotonic()
         try:
-            with _raylet_watched(before):
+            with _raylet_watched(before), _in_sessions_of_their_own():
                 # "local": Ray would otherwise join a cluster that anybody started on this machine.
                 ray.init(
                     "local", logging_level=logging.ERROR, **{"include_dashboard": False, **options}
@@ -296,6 +302,26 @@ def _raylet_watched(before: set[psutil.Process]) -> Iterator[None]:
         yield
     finally:
         services.get_node = get_node
+
+
+@contextmanager
+def _in_sessions_of_their_own() -> Iterator[None]:
+    """Keep signals to the driver's process group from the processes that `ray.init` starts.
+
+    `timeout`, `kill -TERM -PGID` and terminals send such signals. The driver gets them, and needs
+    living actors to save.
+    """
+    die_with_parent = ray_utils.set_kill_on_parent_death_linux
+
+    def in_own_session() -> None:  # runs in the new process
+        os.setsid()
+        die_with_parent()
+
+    ray_utils.set_kill_on_parent_death_linux = in_own_session
+    try:
+        yield
+    finally:
+        ray_utils.set_kill_on_parent_death_linux = die_with_parent
 
 
 def _is_living_raylet(process: psutil.Process) -> bool:

@@ -70,6 +70,7 @@ def reserve(
     groups: Sequence[Sequence[Role]],
     *,
     timeout_s: float | None,
+    limited_by: str = "placement_timeout",
 ) -> PlacementGroup:
     """Wait for GPUs or CPUs that others use, and say what is missing.
 
@@ -78,6 +79,7 @@ def reserve(
         owners: roles with a bundle.
         groups: owners that have to be on one node; empty on CPU.
         timeout_s: most seconds to wait.
+        limited_by: the field that says so.
 
     Raises:
         ValueError: they are not free after `timeout_s` seconds; None waits without limit.
@@ -97,17 +99,17 @@ def reserve(
         if left <= pause:
             break
         print(
-            f"waiting for {kind}, {limit} (placement_timeout): {wanted}. {_free()}. "
+            f"waiting for {kind}, {limit} ({limited_by}): {wanted}. {_free()}. "
             f"{waited + pause:.0f} s so far",
             flush=True,
         )
         pause = REPORT_EVERY_S
     reservation.drop()
-    remedies = "Free some, or set placement_timeout to wait"
+    remedies = f"Free some, or let {limited_by} wait longer"
     if groups:
         wanted += _on_one_host(groups)
         remedies = (
-            "Free some, set placement_timeout to wait, or lower rollout.tensor_parallel_size, "
+            f"Free some, let {limited_by} wait longer, or lower rollout.tensor_parallel_size, "
             "rollout.num_engines or policy.world_size, or raise rollout.engines_per_gpu"
         )
     raise ValueError(

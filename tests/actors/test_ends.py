@@ -68,7 +68,7 @@ class Place:
         self._namespace = os.readlink(f"/proc/{self._holder.pid}/ns/mnt")
         self.enter = (
             *("nsenter", "-t", str(self._holder.pid), "-m", "-U", "--preserve-credentials"),
-            "--wd=/mnt",
+            *("sh", "-c", 'cd /mnt && exec "$@"', "sh"),
         )
 
     def processes(self) -> list[psutil.Process]:
@@ -128,6 +128,7 @@ ENDS = {
     "ctrl-c": (130, send(signal.SIGINT), ()),
     "ctrl-c twice": (130, send(signal.SIGINT, signal.SIGINT), ()),
     "terminated": (143, send(signal.SIGTERM, group=False), ()),
+    "terminated with its group": (143, send(signal.SIGTERM), ()),
     "hung up": (129, send(signal.SIGHUP), ()),
     "preempted by a signal": (75, send(signal.SIGUSR1), ()),
     "preempted by a file": (75, notice, ("--checkpoint.preemption_file", "notice")),

@@ -127,7 +127,9 @@ def test_more_gpus_than_there_are_names_both_numbers_and_who_asks(place):
 
 def test_gpus_in_use_by_others_are_not_waited_for_without_end(place, capsys):
     place([("policy", 0), ("rollout", 0)])
-    message = r"could not place .*needs 2 GPUs.*Free GPUs: \S+ 1 of 3; .*placement_timeout to wait"
+    message = (
+        r"could not place .*needs 2 GPUs.*Free GPUs: \S+ 1 of 3; .*placement_timeout wait longer"
+    )
     with pytest.raises(ValueError, match=message):
         place([("policy", 0), ("rollout", 0)], timeout=2.0)
     *_, line = capsys.readouterr().out.splitlines()
