@@ -45,13 +45,14 @@ def main(args: argparse.Namespace) -> bool:
         findings, found = replay(dump, config)
     for line in report(dump.step, findings):
         print(line)
-    if found == dump.found:
-        print(f"As in the run: {found_text(found)}.")
+    in_run = found_text(dump.fault.found)
+    if found == dump.fault.found:
+        print(f"As in the run: {in_run}.")
         return True
     here = f"not finite here: {found_text(found)}" if found else "here everything is finite"
     print(
-        f"In the run, not finite: {found_text(dump.found)}; {here}. Reasons can be other packages, "
-        "another layout of ranks, kernels that add in another order, or memory that was damaged."
+        f"In the run, not finite: {in_run}; {here}. Reasons can be other packages, another layout "
+        "of ranks, kernels that add in another order, or memory that was damaged."
     )
     return False
 
@@ -119,6 +120,9 @@ def about(dump: StepDump) -> Iterator[str]:
         if here.get(name) != dump.packages.get(name):
             was, now = dump.packages.get(name, "missing"), here.get(name, "missing")
             yield f"note: {name} is {now}, and was {was} in the run"
+    for rank, names in dump.fault.weights.items():
+        more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+        yield f"note: in the run, these weights of rank {rank} were not finite: {names[0]}{more}"
 
 
 def report(step: Step, findings: Sequence[Finding]) -> Iterator[str]:

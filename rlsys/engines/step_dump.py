@@ -53,6 +53,19 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Fault:
+    """What was not finite in a step."""
+
+    found: dict[str, int]
+    """See rlsys.engines.megatron.nonfinite.find_nonfinite."""
+    metrics: dict[str, float]
+    """Of the step; in a dump what is not finite is None."""
+    weights: dict[int, list[str]]
+    """Rank -> names of its weights that were not finite before the step. A dump has those of one
+    replica, and another one may have been damaged."""
+
+
+@dataclass(frozen=True, slots=True)
 class StepDump:
     """What `read_step` finds in a dump."""
 
@@ -60,8 +73,7 @@ class StepDump:
     step: Step
     weights: Path | None
     """Folder of the weights; None: those of model.path."""
-    found: dict[str, int]
-    """What was not finite, see rlsys.engines.megatron.nonfinite.find_nonfinite."""
+    fault: Fault
     packages: dict[str, str]
     """Name -> version of those that were installed."""
     method: str
@@ -69,13 +81,7 @@ class StepDump:
 
 
 def write_step(
-    folder: Path,
-    step: Step,
-    config: RunConfig,
-    *,
-    has_weights: bool,
-    found: Mapping[str, int],
-    metrics: Mapping[str, float],
+    folder: Path, step: Step, fault: Fault, config: RunConfig, *, has_weights: bool
 ) -> None:
     """Write everything but the weights into an empty folder."""
     save_file(_tensors(step.batch), folder / BATCH)
@@ -90,8 +96,9 @@ def write_step(
         "seed": config.seed,
         "weights": WEIGHTS if has_weights else None,
         "model": config.model.path,
-        "found": dict(found),
-        "metrics": dict(metrics),
+        "found": fault.found,
+        "metrics": fault.metrics,
+        "weights_not_finite": {str(rank): names for rank, names in fault.weights.items()},
         "packages": installed_packages(),
         "machine": f"{platform.node()}, {platform.platform()}, Python {platform.python_version()}",
     }
@@ -127,7 +134,9 @@ def read_step(folder: Path) -> StepDump:
         number=about["optimizer_step"],
     )
     weights = folder / about["weights"] if about["weights"] else None
-    return StepDump(folder, step, weights, about["found"], about["packages"], about["method"])
+    by_rank = {int(rank): names for rank, names in about["weights_not_finite"].items()}
+    fault = Fault(about["found"], about["metrics"], by_rank)
+    return StepDump(folder, step, weights, fault, about["packages"], about["method"])
 
 
 def installed_packages() -> dict[str, str]:

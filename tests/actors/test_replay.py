@@ -62,7 +62,7 @@ def test_a_poisoned_advantage_is_found_at_its_row_and_token(lab, policy_models, 
             assert value == stored
     assert not list(dump.folder.rglob("*.pt")) + list(dump.folder.rglob("*.p*k*l*"))
     lines, found = replayed(lab, dump)
-    assert found == dump.found == {"loss": 1, "gradient": 1, "advantages": 1}
+    assert found == dump.fault.found == {"loss": 1, "gradient": 1, "advantages": 1}
     assert lines[0] == "batch          advantages of row 5, token 9: nan"
     assert any(line.startswith("loss           row 5: nan") for line in lines)
     assert any("the loss by log-probs: row 5, token 9 " in line for line in lines)
@@ -73,14 +73,13 @@ def test_a_poisoned_advantage_is_found_at_its_row_and_token(lab, policy_models, 
 @pytest.mark.parametrize("layout", ["one rank", "TP 2", "PP 2", "DP 2", "CP 2", "TP 2 x PP 2"])
 def test_a_damaged_weight_is_found_by_layer_name_and_tokens(lab, policy_models, tmp_path, layout):
     config = config_of(policy_models["qwen3-tied"], tmp_path, **LAYOUTS[layout])
-    last = config.policy.world_size - 1
-    damage = ("weight", "layers.0.mlp.linear_fc2.weight", last)
-    if layout == "DP 2":
-        damage = ("weight", "layers.0.mlp.linear_fc2.weight", 0)
+    # A dump has the weights of the first replica.
+    rank = 0 if layout in ("DP 2", "CP 2") else config.policy.world_size - 1
+    damage = ("weight", "layers.0.mlp.linear_fc2.weight", rank)
     dump = dumped(lab, config, random_batch(2), damage, first=random_batch(1))
+    assert list(dump.fault.weights) == [rank]
     lines, found = replayed(lab, dump)
-    assert found == dump.found
-    assert {"loss", "gradient", "logprobs"} <= found.keys()
+    assert found.keys() == dump.fault.found.keys() == {"loss", "gradient", "logprobs"}
     # Hugging Face's files count the layers of all stages, megatron-core's names those of one.
     name = "model.layers.1.mlp.down_proj.weight" if "PP" in layout else "layers.0.mlp.down_proj"
     weights = [line for line in lines if line.startswith("weights ")]
@@ -91,15 +90,25 @@ def test_a_damaged_weight_is_found_by_layer_name_and_tokens(lab, policy_models, 
 
 
 @pytest.mark.slow
+def test_damage_of_a_replica_that_is_not_in_the_dump_is_named(lab, policy_models, tmp_path):
+    config = config_of(policy_models["qwen3-tied"], tmp_path, **LAYOUTS["DP 2"])
+    damage = ("weight", "layers.0.mlp.linear_fc2.weight", 1)
+    dump = dumped(lab, config, random_batch(2), damage, first=random_batch(1))
+    (name,) = dump.fault.weights[1]
+    assert name.endswith("layers.0.mlp.linear_fc2.weight")
+    assert replayed(lab, dump) == ([], {})  # here everything is finite
+
+
+@pytest.mark.slow
 def test_a_step_with_an_adapter_is_replayed_with_its_weights(lab, policy_models, tmp_path):
-    lora = {"lora_rank": 4}
+    lora = {"rank": 4}
     config = config_of(policy_models["qwen3-tied"], tmp_path, lora=lora)
     batch = random_batch(2)
     batch.advantages[2, 9] = torch.inf
     dump = dumped(lab, config, batch, first=random_batch(1))
     assert (dump.weights / "adapter_model.safetensors").exists()
     _, found = replayed(lab, dump)
-    assert found == dump.found
+    assert found == dump.fault.found
     healthy = replace(dump.step.batch, advantages=random_batch(2).advantages)
     dump = replace(dump, step=replace(dump.step, batch=healthy))
     lines, found = replayed(lab, dump)

@@ -15,7 +15,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from rlsys.algo.finite import KINDS, PREFIX, found_text
 from rlsys.config import RunConfig
-from rlsys.engines.step_dump import WEIGHTS, Step, write_step
+from rlsys.engines.step_dump import WEIGHTS, Fault, Step, write_step
 from rlsys.files import flush_to_disk, free_bytes, size_text, unused_folder
 from rlsys.model.shape import ModelShape
 from rlsys.problems import NonFiniteWeights
@@ -78,13 +78,8 @@ def check_finite(what: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None
     Raises:
         NonFiniteWeights: the text names the first tensors.
     """
-    tensors = list(tensors)
-    bad: list[str] = []
-    if not all_finite(tensor for _, tensor in tensors):
-        bad = [name for name, tensor in tensors if not all_finite([tensor])]
-    by_rank = [bad] * dist.get_world_size()
-    dist.all_gather_object(by_rank, bad)
-    names = list(dict.fromkeys(name for of_rank in by_rank for name in of_rank))
+    by_rank = nonfinite_by_rank(tensors)
+    names = list(dict.fromkeys(name for of_rank in by_rank.values() for name in of_rank))
     if names:
         more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
         raise NonFiniteWeights(
@@ -92,6 +87,17 @@ def check_finite(what: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None
             f"{', '.join(names[:3])}{more}. What was saved before stays; continue from that, with "
             "a lower policy.lr or policy.max_grad_norm"
         )
+
+
+def nonfinite_by_rank(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[int, list[str]]:
+    """Rank -> names of its tensors that are not finite, where there are such; for every rank."""
+    tensors = list(tensors)
+    bad: list[str] = []
+    if not all_finite(tensor for _, tensor in tensors):
+        bad = [name for name, tensor in tensors if not all_finite([tensor])]
+    by_rank = [bad] * dist.get_world_size()
+    dist.all_gather_object(by_rank, bad)
+    return {rank: names for rank, names in enumerate(by_rank) if names}
 
 
 class NonFiniteSteps:
@@ -120,25 +126,36 @@ class NonFiniteSteps:
         self,
         step: Step,
         found: dict[str, int],
-        grad_norm: float,
         metrics: dict[str, float],
+        weights: Iterable[tuple[str, torch.Tensor]],
         *,
         write_model: Callable[[Path], None],
     ) -> None:
         """Dump a step, and say that it is not applied; every rank calls.
+
+        Args:
+            step: the step.
+            found: see `find_nonfinite`.
+            metrics: of the step, with grad_norm; all others are known on the last stage only.
+            weights: all that this rank trains, by name.
+            write_model: writes the weights into a new folder.
 
         Raises:
             FloatingPointError: policy.on_nonfinite says that this one ends the run.
         """
         policy = self._config.policy
         self.num_in_row += 1
-        metrics = _of_last_stage(metrics) | {"grad_norm": grad_norm}
-        dump = self._dump(step, found, metrics, write_model)
+        metrics = _of_last_stage(metrics)
+        fault = Fault(found, metrics, nonfinite_by_rank(weights))
+        what = found_text(found)
+        for rank, names in fault.weights.items():
+            what += f", weights of rank {rank} ({names[0]}{' ...' if len(names) > 1 else ''})"
+        dump = self._dump(step, fault, write_model)
         values = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
         self.last = (
             f"the update of policy version {step.policy_version} has a gradient of norm "
-            f"{grad_norm:g}, which was not applied: the weights are as before this optimizer step "
-            f"({step.number}). Not finite: {found_text(found)}. Its metrics: {values}. {dump}"
+            f"{metrics['grad_norm']:g}, which was not applied: the weights are as before this "
+            f"optimizer step ({step.number}). Not finite: {what}. Its metrics: {values}. {dump}"
         )
         if policy.on_nonfinite == "raise":
             raise FloatingPointError(self.last)
@@ -150,18 +167,11 @@ class NonFiniteSteps:
         if dist.get_rank() == 0:
             print(
                 f"warning: skipped optimizer step {step.number} of policy version "
-                f"{step.policy_version}, in a row: {self.num_in_row}. Not finite: "
-                f"{found_text(found)}. {dump}",
+                f"{step.policy_version}, in a row: {self.num_in_row}. Not finite: {what}. {dump}",
                 flush=True,
             )
 
-    def _dump(
-        self,
-        step: Step,
-        found: dict[str, int],
-        metrics: dict[str, float],
-        write_model: Callable[[Path], None],
-    ) -> str:
+    def _dump(self, step: Step, fault: Fault, write_model: Callable[[Path], None]) -> str:
         """Write a dump, the first rank decides whether; returns where it is, or why it is not."""
         # Until the first optimizer step, the weights are those of model.path.
         has_weights = step.policy_version > 0 or not step.number.startswith("1 ")
@@ -169,7 +179,7 @@ class NonFiniteSteps:
         """The folder that is being written, and else why nothing is."""
         if dist.get_rank() == 0:
             try:
-                answer = [self._begin(step, found, metrics, has_weights=has_weights), None]
+                answer = [self._begin(step, fault, has_weights=has_weights), None]
             except (OSError, ValueError) as error:
                 answer = [None, f"Not dumped: {error}"]
         dist.broadcast_object_list(answer, 0)
@@ -190,14 +200,7 @@ class NonFiniteSteps:
         dist.broadcast_object_list(answer, 0)
         return str(answer[0])
 
-    def _begin(
-        self,
-        step: Step,
-        found: dict[str, int],
-        metrics: dict[str, float],
-        *,
-        has_weights: bool,
-    ) -> Path:
+    def _begin(self, step: Step, fault: Fault, *, has_weights: bool) -> Path:
         """Write all but the weights; the folder's name ends in .partial until it is whole."""
         limit, folder = self._config.policy.nonfinite_dumps, Path(self._config.output_dir) / DUMPS
         name = f"step-{step.policy_version + 1}"
@@ -216,9 +219,7 @@ class NonFiniteSteps:
         partial = place.with_name(place.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_step(
-            partial, step, self._config, has_weights=has_weights, found=found, metrics=metrics
-        )
+        write_step(partial, step, fault, self._config, has_weights=has_weights)
         return partial
 
 

@@ -188,7 +188,9 @@ class MegatronPolicy(MegatronModel):
             # Scales that FP8 tensors have from this step are not those of the one before.
             self._unknown_scales = self._unknown_gradient_scales = self._has_scales
             self._gather_weights()
-            self.nonfinite.skip(step, found, grad_norm, metrics, write_model=self.write_model)
+            metrics |= {"grad_norm": grad_norm}
+            weights = self._trained_weights()
+            self.nonfinite.skip(step, found, metrics, weights, write_model=self.write_model)
             return None
         self.nonfinite.num_in_row = 0
         self.scheduler.step(increment=1)

@@ -19,6 +19,7 @@ from rlsys.engines.megatron.background import (
 )
 from rlsys.engines.megatron.checkpoint import CheckpointFiles
 from rlsys.engines.megatron.hf_folder import untrained_tensors, write_model_files
+from rlsys.engines.megatron.nonfinite import check_finite
 from rlsys.engines.megatron.trained import base_name
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
 
 def begin_model(model: MegatronModel, folder: Path) -> None:
-    """Start writing a model's files into an existing folder, with `model.writer`."""
+    """Start writing a model's files into an existing folder, with `model.writer`.
+
+    Raises:
+        NonFiniteWeights: it holds NaNs or infinities.
+    """
+    check_finite(f"the {model.role}", model.model.named_parameters())
     in_background = model.config.checkpoint.async_save
     write = _stage_model(model, folder, copies=in_background)
     model.writer.start(folder, FilesOfFirst(write), in_background=in_background)

@@ -9,9 +9,9 @@ import torch
 from config_cases import write_run
 
 from rlsys.algo.batching import build_sample_batch
-from rlsys.commands.replay import replay_config, report
+from rlsys.commands.replay import about, replay_config, report
 from rlsys.config.load import load_config
-from rlsys.engines.step_dump import STEP, Step, read_step, write_step
+from rlsys.engines.step_dump import STEP, Fault, Step, read_step, write_step
 from rlsys.types import Sample, TrainBatch
 
 
@@ -38,8 +38,9 @@ def written(tmp_path, config, batch, **changes):
     folder = tmp_path / "dump"
     folder.mkdir()
     step = replace(Step(batch, [2, 0], None, 4, "2 of 4"), **changes)
-    found, metrics = {"loss": 1, "advantages": 7}, {"loss": torch.nan, "grad_norm": torch.inf}
-    write_step(folder, step, config, has_weights=False, found=found, metrics=metrics)
+    metrics = {"loss": torch.nan, "grad_norm": torch.inf, "entropy": 0.5}
+    fault = Fault({"loss": 1, "advantages": 7}, metrics, {3: ["a.weight", "b.weight"]})
+    write_step(folder, step, fault, config, has_weights=False)
     return folder
 
 
@@ -63,7 +64,10 @@ def test_a_step_is_read_as_it_was_written(tmp_path, config):
     assert_equal(batch, dump.step.batch)
     assert replace(dump.step, batch=batch) == Step(batch, [2, 0], None, 4, "2 of 4")
     assert (dump.weights, dump.method) == (None, "grpo")
-    assert dump.found == {"loss": 1, "advantages": 7}
+    assert dump.fault.found == {"loss": 1, "advantages": 7}
+    assert dump.fault.metrics == {"loss": None, "grad_norm": None, "entropy": 0.5}
+    note = "note: in the run, these weights of rank 3 were not finite: a.weight and 1 more"
+    assert list(about(dump))[-1] == note
     assert dump.packages["torch"] == torch.__version__
     again = replay_config(dump, ["--policy.micro_batch_size", "1"])
     assert again.policy.micro_batch_size == 1
@@ -83,8 +87,8 @@ def test_what_is_not_a_dump_is_refused(tmp_path, config):
     with pytest.raises(ValueError, match=r"not a dump of a step.*no step\.json.*below dumps/"):
         read_step(tmp_path)
     folder = written(tmp_path, config, make_batch())
-    about = json.loads((folder / STEP).read_text())
-    (folder / STEP).write_text(json.dumps(about | {"format": 2}))
+    stored = json.loads((folder / STEP).read_text())
+    (folder / STEP).write_text(json.dumps(stored | {"format": 2}))
     with pytest.raises(ValueError, match="has the format 2, and this rlsys reads 1"):
         read_step(folder)
     (folder / STEP).write_text("{")
