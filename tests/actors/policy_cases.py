@@ -385,9 +385,9 @@ class LabRank(ReplayRank):
     def training_state(self):
         """All that an optimizer step changes on this rank."""
         engine = self.engine
-        steps = [one.get("step") for group in (engine.optimizer.param_groups,) for one in group]
-        tensors = [parameter.detach().clone() for parameter in engine.model.parameters()]
-        tensors += [value for state in self.optimizer_state() for value in state.values()]
+        steps = [group.get("step") for group in engine.optimizer.param_groups]
+        tensors = [parameter.detach().cpu().clone() for parameter in engine.model.parameters()]
+        tensors += [value.cpu() for state in self.optimizer_state() for value in state.values()]
         return tensors, [engine.scheduler.num_steps, *map(str, steps)]
 
     def damage(self, what, name, rank):
