@@ -80,10 +80,9 @@ def test_a_damaged_weight_is_found_by_layer_name_and_tokens(lab, policy_models, 
     assert list(dump.fault.weights) == [rank]
     lines, found = replayed(lab, dump)
     assert found.keys() == dump.fault.found.keys() == {"loss", "gradient", "logprobs"}
-    # Hugging Face's files count the layers of all stages, megatron-core's names those of one.
-    name = "model.layers.1.mlp.down_proj.weight" if "PP" in layout else "layers.0.mlp.down_proj"
-    weights = [line for line in lines if line.startswith("weights ")]
-    assert name in weights[0]
+    # Hugging Face's names count the layers of all stages, megatron-core's those of one.
+    name = f"(model.layers.{int('PP' in layout)}.mlp.down_proj.weight)"
+    assert lines[0].startswith(f"weights        decoder.layers.0.mlp.linear_fc2.weight {name}")
     forward = [line for line in lines if line.startswith("forward pass ")]
     assert "linear_fc2: row" in forward[0]
     assert any(line.startswith("gradient ") for line in lines)

@@ -69,7 +69,8 @@ class StepTrace:
             this rank's first finding of each phase, and what is not finite on any rank, see
             `find_nonfinite`.
         """
-        parameters = list(self._policy.model.named_parameters())
+        chunks = self._policy.model
+        parameters = [both for chunk in chunks for both in chunk.named_parameters()]
         bad = [name for name, p in parameters if not p.detach().isfinite().all()]
         self._note("weights", self._named(bad))
         self._policy.trace = self
@@ -221,7 +222,8 @@ def _parameter_names(policy: MegatronPolicy) -> dict[str, str]:
             by_id[id(parameter)] = ", ".join(row.hf_names)
     return {
         name: f"{name} ({by_id[id(parameter)]})"
-        for name, parameter in policy.model.named_parameters()
+        for chunk in policy.model
+        for name, parameter in chunk.named_parameters()
         if id(parameter) in by_id
     }
 
