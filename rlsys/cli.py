@@ -194,6 +194,12 @@ def _completions(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(split="train")
 
 
+def _checkpoints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="output_dir of the run")
+    parser.add_argument("--verify", action="store_true", help="read every byte")
+    parser.add_argument("--metric", help="find the best one by this, such as eval/loss")
+
+
 def _infer(parser: argparse.ArgumentParser) -> None:
     _model(parser)
     sampling = parser.add_argument_group(
@@ -344,6 +350,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "eval": ("held-out data and rewards of a config on any model: pass@k, errors", _eval),
     "doctor": ("check this machine, and say what is missing", _doctor),
     "completions": ("read the completions of a run", _completions),
+    "checkpoints": ("list the checkpoints of a run: which are whole, and the best", _checkpoints),
     "data preview": (
         "counts, columns, lengths, and a few rendered prompts; needs no Ray or GPU",
         _preview,
@@ -359,8 +366,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "rewards list": ("name, settings, columns and source of each", _plugins),
     "rewards try": ("score completions of a file, without a model", _rewards_try),
 }
-"""Name -> help and arguments. `rewards try` runs `main` of rlsys/commands/rewards_try.py, which
-returns False where the exit code is 1."""
+"""Name -> help and arguments. `rewards try` runs `main` of rlsys/commands/rewards_try.py. Where a
+`main` returns False, the exit code is 1."""
 
 
 if __name__ == "__main__":

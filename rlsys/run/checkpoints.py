@@ -223,7 +223,10 @@ class Checkpoints:
         if free_bytes(self._folder) < needed:
             self._drop(max(1, self._config.save_total_limit - 1))
         if (free := free_bytes(self._folder)) < needed:
-            raise OSError(f"it takes {size_text(needed)}, and the disk has {size_text(free)} free")
+            raise OSError(
+                f"No space left on device: it takes {size_text(needed)}, and the disk has "
+                f"{size_text(free)} free"
+            )
 
     def _drop(self, limit: int) -> None:
         """Delete the checkpoints that are not kept; never the newest whole one."""
