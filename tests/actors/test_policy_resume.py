@@ -103,9 +103,9 @@ def test_a_resumed_run_takes_its_learning_rate_from_the_config(lab, policy_model
     ("first", "other", "dtype"),
     [
         ("DP 2", "DP 2", "float32"),
-        ("DP 2", "one rank", "bfloat16"),
+        ("DP 2", "DP 2", "bfloat16"),
         ("TP 2", "one rank", "float32"),
-        ("one rank", "PP 2", "bfloat16"),
+        ("one rank", "PP 2", "float32"),
     ],
 )
 def test_an_optimizer_of_the_other_kind_goes_on(
