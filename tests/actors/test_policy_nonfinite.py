@@ -181,3 +181,26 @@ def test_no_checkpoint_and_no_model_of_weights_that_are_not_finite(lab, policy_m
     with pytest.raises(ActorFailure, match="model of version 1 is not written"):
         policy.save_model(tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distributed", [True, False])
+def test_megatrons_own_loss_scaling_agrees(lab, policy_models, tmp_path, distributed):
+    """A scale that is a power of 2 changes no bit, and megatron-core finds the overflow as well."""
+    after = []
+    for options in ({}, {"loss_scale": 128.0}):
+        config = config_of(
+            policy_models["qwen3-tied"],
+            tmp_path,
+            dtype="bfloat16",
+            use_distributed_optimizer=distributed,
+            megatron_kwargs=options,
+            nonfinite_dumps=0,
+        )
+        policy = lab.policy(config)
+        policy.update(random_batch(1))
+        bad = policy.update(poisoned(random_batch(2), "advantages"))
+        assert bad.metrics["fault/nonfinite_steps"] == 1
+        policy.update(random_batch(3))
+        after.append(states(policy))
+    assert_same(*after)

@@ -57,6 +57,20 @@ def build_optimizer(
     return get_megatron_optimizer(megatron_config(OptimizerConfig, own, policy), list(chunks))
 
 
+def step_prepared(optimizer: MegatronOptimizer) -> None:
+    """Take the step of gradients for which `prepare_grads` was called.
+
+    megatron-core's `step` calls it again. With a `loss_scale` that would divide gradients by it a
+    second time, because they are changed in place.
+    """
+    optimizer.prepare_grads = lambda: False
+    try:
+        successful, *_ = optimizer.step()
+    finally:
+        del optimizer.prepare_grads
+    assert successful, "steps that are not finite are skipped before"
+
+
 def build_scheduler(config: RunConfig, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """Learning rate and weight decay of every optimizer step of the run."""
     policy = config.policy

@@ -32,6 +32,7 @@ from rlsys.engines.megatron.optimizer import (
     build_scheduler,
     gradient_config,
     optimizer_tensors,
+    step_prepared,
 )
 from rlsys.engines.megatron.saving import begin_checkpoint
 from rlsys.engines.megatron.trained import base_name, choose_trained
@@ -199,7 +200,7 @@ class MegatronPolicy(MegatronModel):
             "the optimizer's step, the first of which makes its state: "
             f"{self._more_gpus_for_optimizer}"
         ):
-            self.optimizer.step()
+            step_prepared(self.optimizer)
         return metrics | {
             "grad_norm": grad_norm,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
