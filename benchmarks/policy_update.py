@@ -345,7 +345,7 @@ def make_policy(config, arguments):
     from rlsys.engines.megatron import policy as megatron
 
     policy, timeout_s = config.policy, float(arguments.timeout)
-    torch.set_num_threads(policy.cpu_threads)  # as a run's ranks do
+    torch.set_num_threads(policy.num_cpu_threads)  # as a run's ranks do
     store = torch.distributed.TCPStore("127.0.0.1", arguments.port, is_master=False)
     layout = parallel_layout.ParallelLayout(
         rank=arguments.rank,

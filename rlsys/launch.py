@@ -19,9 +19,11 @@ import torch
 
 from rlsys import attempts
 from rlsys.actors.ray_session import ray_session
+from rlsys.actors.reservation import node_cores
 from rlsys.actors.silent import save_stacks_in
-from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config import Config, SftConfig
 from rlsys.config.load import ResolvedConfig, save_config
+from rlsys.config.roles import decide_cpu_threads
 from rlsys.config.schema import AnyConfig
 from rlsys.driver import train, train_sft
 from rlsys.exit_codes import of_error
@@ -33,9 +35,10 @@ from rlsys.preflight.saving import checkpoint_bytes_of, saving_lines
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.run.checkpoints import Checkpoints
 from rlsys.run.folder import RunDir
-from rlsys.run.resume import move_aside, resume_notes, set_aside_later
+from rlsys.run.resume import move_aside, resume_notes, set_aside_later, with_threads_of
 from rlsys.saving import make_checkpoints, save_final, save_last_step
-from rlsys.system import SftSystem, System, start_sft_system, start_system
+from rlsys.system import SftSystem, System, choose_device, start_sft_system, start_system
+from rlsys.text import counted
 from rlsys.tracking import Tracker, build_tracker
 from rlsys.tracking.reward_watch import RewardWatch
 from rlsys.tracking.sampling_watch import SamplingWatch
@@ -94,13 +97,14 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
                 preemption_file=notice,
             )
         )
-        resume_step = prepare_folder(config, run_dir)
+        config, resume_step = prepare_folder(config, run_dir)
         tracker = build_tracker(config, resumed_from=resume_step)
         stack.callback(tracker.close)
         stack.enter_context(ray_session(logs=run_dir.ray_logs, patience_s=patience_s))
         save_stacks_in(run_dir.logs)
         stack.callback(tracker.close)  # before the actors end, which takes seconds
         stack.push(partial(_leave_at_once, run_dir))
+        config = fix_cpu_threads(config, run_dir)
         system = method.start(config, data, tracker)
         stack.callback(system.restarts.close)
         if resume_step is not None:
@@ -120,17 +124,19 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
             save_final(system, run_dir, checkpoints)
 
 
-def prepare_folder(config: RunConfig, run_dir: RunDir) -> int | None:
+def prepare_folder(config: AnyConfig, run_dir: RunDir) -> tuple[AnyConfig, int | None]:
     """Move an earlier run aside or say what is continued; save the config.
 
     Returns:
-        the step to continue from; None starts from step 0.
+        the config, with what a run that continues takes from the earlier one, and the step to
+        continue from; None starts from step 0.
     """
     start = plan_start(config, read_all=True)
     if start.problem is not None:  # another run came first since the checks
         raise ValueError(start.problem)
     notes: Iterator[str] = iter(())
     if start.resume_step is not None:
+        config = with_threads_of(config, run_dir, start.resume_step)
         notes = chain(
             resume_notes(config, run_dir, start.resume_step, start.damaged),
             set_aside_later(run_dir, start.resume_step),
@@ -142,7 +148,27 @@ def prepare_folder(config: RunConfig, run_dir: RunDir) -> int | None:
     save_config(config.model_copy(update={"overwrite": False}), run_dir.config)
     for line in saving_lines(config):
         print(line, flush=True)
-    return start.resume_step
+    return config, start.resume_step
+
+
+def fix_cpu_threads(config: AnyConfig, run_dir: RunDir) -> AnyConfig:
+    """The config with policy.cpu_threads decided, as the run's config.yaml then has it.
+
+    A run that is continued elsewhere takes the number from there, which may not be what its node
+    has: a note says so.
+    """
+    device, cores = choose_device(config), node_cores()
+    decided = decide_cpu_threads(config, device=device, cores=cores)
+    threads, ranks = decided.policy.num_cpu_threads, decided.policy.world_size
+    if device == "cpu" and threads > 1 and threads * ranks > cores:
+        print(
+            f"note: policy.cpu_threads {threads} x {counted(ranks, 'rank')} is more than the "
+            f"{counted(cores, 'core')} of a node: steps take longer than with fewer threads",
+            flush=True,
+        )
+    if decided is not config:
+        save_config(decided.model_copy(update={"overwrite": False}), run_dir.config)
+    return decided
 
 
 def train_system(system: System, tracker: Tracker, checkpoints: Checkpoints) -> str | None:

@@ -67,7 +67,7 @@ class ModelRank(Alive):
         from rlsys.engines.megatron.on_cpu import enable_megatron_on_cpu, quiet_megatron
 
         quiet_megatron()
-        torch.set_num_threads(self.config.policy.cpu_threads)
+        torch.set_num_threads(self.config.policy.num_cpu_threads)
         if self.device == "cpu":
             enable_megatron_on_cpu()
         from rlsys.engines.megatron.parallel import ParallelLayout, initialize_parallel
@@ -130,7 +130,10 @@ class ModelActors(ActorGroup):
         self.may_be_stuck = False
         """Whether a rank did not answer, or failed while others may wait for it in a collective."""
         env = {
-            "OMP_NUM_THREADS": str(config.policy.cpu_threads),
+            "OMP_NUM_THREADS": str(config.policy.num_cpu_threads),
+            # On a core that others need, too, a thread that waits for the others by spinning keeps
+            # them from it: steps of two threads on a busy machine took six times as long.
+            "OMP_WAIT_POLICY": "passive",
             "TOKENIZERS_PARALLELISM": "false",
             "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns of every host name without an entry
         }

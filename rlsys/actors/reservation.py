@@ -22,6 +22,7 @@ from ray.util.placement_group import (
 
 from rlsys.actors.meeting import alive_nodes
 from rlsys.config.roles import Role, describe_gpu_demand, fewer_gpus
+from rlsys.cores import usable_cores
 
 FIRST_LOOK_S, REPORT_EVERY_S = 5.0, 30.0
 """Seconds until a line says what the run waits for, and between such lines."""
@@ -35,6 +36,15 @@ A placement group that was removed while Ray made it has been seen to keep its G
 def cluster_gpus() -> int:
     """All GPUs of the connected Ray cluster, free or not."""
     return int(ray.cluster_resources().get("GPU", 0))
+
+
+def node_cores() -> int:
+    """CPU cores that every node of the connected cluster gives which gives any; at least 1.
+
+    The driver's own limit counts, too: Ray does not see that a job may use some cores only.
+    """
+    given = [node["Resources"].get("CPU", 0) for node in alive_nodes()]
+    return max(1, int(min([usable_cores(), *(cpus for cpus in given if cpus >= 1)])))
 
 
 def choose_nodes(sizes: Sequence[int], free: Mapping[str, int]) -> list[str] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -26,7 +25,8 @@ from rlsys.config.fields import (
 from rlsys.config.load import Origin, ResolvedConfig, load_config_as
 from rlsys.config.method import schema_of
 from rlsys.config.pipeline_layout import fits_layout
-from rlsys.config.roles import Role, decide_placement, plan_roles
+from rlsys.config.roles import Role, decide_cpu_threads, decide_placement, plan_roles
+from rlsys.cores import usable_cores
 from rlsys.data.preprocess import read_spec
 from rlsys.model.adapters import with_stored_settings
 from rlsys.model.families.bridged import is_bridged
@@ -67,10 +67,14 @@ def explain(resolved: ResolvedConfig[Any], console: Console) -> bool:
     """
     parts: Parts[Any] = SFT_PARTS if isinstance(resolved.config, SftConfig) else GRPO_PARTS
     device = guess_device(resolved.config)
-    place = partial(decide_placement, device=device, num_gpus=visible_gpus())
+
+    def place(config: RunConfig) -> RunConfig:
+        config = decide_placement(config, device=device, num_gpus=visible_gpus())
+        return decide_cpu_threads(config, device=device, cores=usable_cores())
+
     problems = parts.problems(place(resolved.config))
     resolved = _with_adapter(resolved)
-    config: RunConfig = place(resolved.config)
+    config = place(resolved.config)
     _print_config(resolved, console)
     for title, pairs in parts.method(config):
         if pairs:

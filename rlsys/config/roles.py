@@ -44,6 +44,25 @@ def decide_placement(config: AnyConfig, *, device: Device, num_gpus: int) -> Any
     return dedicated if fits else colocated
 
 
+def decide_cpu_threads(config: AnyConfig, *, device: Device, cores: int) -> AnyConfig:
+    """`config` with `policy.cpu_threads` decided for nodes with `cores` CPU cores.
+
+    Ray puts all ranks of a run on CPU on one node if it can. In GRPO policy, reference and engines
+    compute one after the other, unless engines sample ahead: then more threads wait for each other
+    than compute.
+    """
+    if config.policy.cpu_threads != "auto":
+        return config
+    threads, ranks = 1, config.policy.world_size
+    if isinstance(config, Config) and config.has_reference_model:
+        ranks = max(ranks, config.reference.world_size)
+    samples_ahead = isinstance(config, Config) and config.rollout.max_staleness > 0
+    if device == "cpu" and not samples_ahead:
+        threads = max(1, cores // ranks)
+    policy = config.policy.model_copy(update={"cpu_threads": threads})
+    return config.model_copy(update={"policy": policy})
+
+
 def _num_gpus(config: RunConfig) -> int:
     return sum(role.gpus for role in plan_roles(config, device="cuda"))
 
@@ -54,7 +73,7 @@ def plan_roles(config: RunConfig, *, device: Device) -> list[Role]:
     `placement: auto` counts as dedicated; see `decide_placement`.
     """
     gpu, policy = 1 if device == "cuda" else 0, config.policy
-    roles = [Role("policy", rank, gpu, policy.cpu_threads) for rank in range(policy.world_size)]
+    roles = [Role("policy", rank, gpu, policy.num_cpu_threads) for rank in range(policy.world_size)]
     return roles + _roles_beside_policy(config, gpu) if isinstance(config, Config) else roles
 
 
@@ -86,7 +105,7 @@ def _roles_beside_policy(config: Config, gpu: int) -> list[Role]:
     if config.has_reference_model:
         roles += [
             beside_policy(
-                "reference", rank, policy.cpu_threads, shares=reference.placement == "policy"
+                "reference", rank, policy.num_cpu_threads, shares=reference.placement == "policy"
             )
             for rank in range(reference.world_size)
         ]

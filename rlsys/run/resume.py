@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from rlsys.config import RunConfig
 from rlsys.config.fields import MISSING, config_fields, optional_sections, value_at
 from rlsys.config.load import is_saved_config
+from rlsys.config.schema import AnyConfig
 from rlsys.config.yaml_text import load_yaml
 from rlsys.files import bytes_in, read_jsonl, size_text
 from rlsys.model.weight_files import RUN_CONFIG_FILE
@@ -123,6 +125,18 @@ def refused_change(config: RunConfig, run: RunDir, checkpoint: Path) -> str | No
     )
 
 
+def with_threads_of(config: AnyConfig, run: RunDir, step: int) -> AnyConfig:
+    """`config` with the threads of the run that it continues, where policy.cpu_threads is auto.
+
+    Sums of another number of threads round differently.
+    """
+    before = value_at(_config_before(run, run.checkpoints / f"step-{step}"), "policy.cpu_threads")
+    if config.policy.cpu_threads != "auto" or not isinstance(before, int):
+        return config
+    policy = config.policy.model_copy(update={"cpu_threads": before})
+    return config.model_copy(update={"policy": policy})
+
+
 def set_aside_later(run: RunDir, step: int) -> Iterator[str]:
     """Move checkpoints of later steps out of the way of a run that continues from `step`.
 
@@ -150,14 +164,19 @@ def _is_beside_training(name: str) -> bool:
     return name in _BESIDE_TRAINING or name.startswith(_SECTIONS_BESIDE_TRAINING)
 
 
-def _changes(config: RunConfig, run: RunDir, checkpoint: Path) -> Iterator[tuple[str, str]]:
-    """(field, `field before -> now`), for the fields that the older config has too."""
+def _config_before(run: RunDir, checkpoint: Path) -> Any:
+    """What a run wrote of its config, with a checkpoint; None where it wrote nothing."""
     saved = checkpoint / RUN_CONFIG_FILE
     if not saved.is_file():  # an older rlsys wrote the checkpoint
         saved = run.config
     if not saved.exists() or not is_saved_config(saved):
-        return
-    before = load_yaml(saved.read_text(encoding="utf-8"))
+        return None
+    return load_yaml(saved.read_text(encoding="utf-8"))
+
+
+def _changes(config: RunConfig, run: RunDir, checkpoint: Path) -> Iterator[tuple[str, str]]:
+    """(field, `field before -> now`), for the fields that the older config has too."""
+    before = _config_before(run, checkpoint)
     now = config.model_dump()
     for name in config_fields(type(config)):
         old, new = value_at(before, name), value_at(now, name)

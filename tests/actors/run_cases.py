@@ -94,6 +94,7 @@ def run_config(model: Path) -> dict[str, Any]:
         },
         "grpo": {"beta": 0.05},
         "policy": {
+            "cpu_threads": 1,  # several such runs share the cores
             "micro_batch_size": 8,
             "lr": 1e-3,
             "lr_scheduler_type": "cosine",

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from test_sft_policy import loss_of_transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlsys.cores import usable_cores
 from rlsys.files import read_jsonl
 from rlsys.types import Sample
 
@@ -109,6 +110,8 @@ def test_an_interrupted_run_continues_to_the_same_bits(run, starter_model, tmp_p
     assert continued.wait() == 0, continued.log
     for name in ("loss", "grad_norm", "eval/loss", "num_tokens", "epoch"):
         assert metrics(continued, name) == metrics(run, name), name
+    threads = [yaml.safe_load(r.out.config.read_text())["policy"] for r in (run, continued)]
+    assert [policy["cpu_threads"] for policy in threads] == [usable_cores()] * 2
     weights = [load_file(r.out.final / "model.safetensors") for r in (run, continued)]
     assert all(torch.equal(weights[1][name], tensor) for name, tensor in weights[0].items())
     continued.end()

@@ -156,8 +156,11 @@ class PolicyConfig(Section):
     moe_router_dtype: Literal["fp32", "fp64"] | None = None
     """Type in which routers compute their logits, of the reference too; null is fp32 for
     GLM-4.5 and DeepSeek's models, else the model's, as in transformers."""
-    cpu_threads: PositiveInt = 1
-    """Threads of each policy and reference rank on CPU."""
+    cpu_threads: PositiveInt | Literal["auto"] = "auto"
+    """Threads of each policy and reference rank on CPU. auto: the cores of its node, divided by the
+    ranks there; 1 where engines sample meanwhile (rollout.max_staleness above 0), and on GPUs.
+    config.yaml of the run keeps the number, and a resumed run takes it from there: another one
+    would round differently. Small models are faster with 1."""
     lora: LoraConfig | None = None
     """Train adapters in place of the model's weights; null trains the weights."""
     freeze_parameters: list[NonEmptyText] = []
@@ -200,6 +203,11 @@ class PolicyConfig(Section):
         return bool(
             self.freeze_parameters or self.freeze_parameters_regex or self.freeze_parameters_ratio
         )
+
+    @property
+    def num_cpu_threads(self) -> int:
+        """cpu_threads, decided; auto counts as 1 before `decide_cpu_threads`."""
+        return 1 if self.cpu_threads == "auto" else self.cpu_threads
 
     @property
     def virtual_pipeline_size(self) -> int:

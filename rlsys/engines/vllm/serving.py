@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from rlsys.cores import usable_cores
 from rlsys.engines.vllm.rope import rope_overrides
 from rlsys.engines.vllm.settings import cpu_arguments, rollout_env
 from rlsys.model.families import FAMILIES
@@ -44,7 +45,7 @@ def serving_env(device: Device) -> dict[str, str]:
     del env["VLLM_ENABLE_V1_MULTIPROCESSING"]  # vLLM's server needs a process for its engine
     if device == "cpu":
         # Nothing else computes meanwhile, unlike in a run.
-        env |= {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "CUDA_VISIBLE_DEVICES": ""}
+        env |= {"OMP_NUM_THREADS": str(usable_cores()), "CUDA_VISIBLE_DEVICES": ""}
     return {name: value for name, value in env.items() if name not in os.environ}
 
 

@@ -6,6 +6,7 @@ import pytest
 from config_cases import write_config
 
 from rlsys.config.load import load_config, save_config
+from rlsys.config.roles import decide_cpu_threads
 from rlsys.run.folder import RUNNING, RunDir
 from rlsys.run.kept import checkpoint_steps
 from rlsys.run.resume import (
@@ -14,6 +15,7 @@ from rlsys.run.resume import (
     refused_change,
     resume_notes,
     set_aside_later,
+    with_threads_of,
 )
 
 
@@ -41,6 +43,18 @@ def test_steps_that_are_taken_again_are_named(tmp_path):
 def test_settings_that_differ_are_named_with_both_values(tmp_path):
     _, line = notes(tmp_path, "--policy.lr", "1e-9", "--seed", "7")
     assert line == "changed since then: seed 42 -> 7; policy.lr 1e-06 -> 1e-09"
+
+
+@pytest.mark.parametrize(("options", "threads"), [((), 6), (("--policy.cpu_threads", "3"), 3)])
+def test_a_resumed_run_computes_with_as_many_threads_as_before(tmp_path, options, threads):
+    path, run = write_config(tmp_path), RunDir(tmp_path / "run")
+    run.path.mkdir()
+    config = load_config(path, options).config
+    assert with_threads_of(config, run, 4) is config  # there is no earlier run
+    save_config(decide_cpu_threads(load_config(path).config, device="cpu", cores=6), run.config)
+    kept = with_threads_of(config, run, 4)
+    assert kept.policy.cpu_threads == threads
+    assert decide_cpu_threads(kept, device="cpu", cores=2) is kept
 
 
 def test_a_config_of_an_older_version_or_of_a_user_is_not_an_error(tmp_path):
