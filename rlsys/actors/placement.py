@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from rlsys.actors.group import CPU_SHARE
+from rlsys.actors.meeting import alive_nodes
 from rlsys.actors.ray_env import wait_for_cluster
 from rlsys.actors.reservation import check_enough, reserve
 from rlsys.attempts import is_restarted
@@ -53,6 +54,7 @@ class Placement:
         roles = [role for role in plan_roles(config, device=device) if role.name in names]
         self._roles = {(role.name, role.rank): role for role in roles}
         self._sharers = Counter(map(self._owner, roles))
+        self._has_rewards = config.has_rollouts
         owners = [role for role in roles if role.shares_gpu_of is None]
         groups = groups_on_one_node(config, owners) if device == "cuda" else []
         # Nodes that were lost may come back.
@@ -70,11 +72,19 @@ class Placement:
             timeout_s=timeout_s if isinstance(timeout_s, float) else None,
             limited_by=limited_by,
         )
-        nodes = placement_group_table(self._group)["bundles_to_node_id"]
+        nodes = self._nodes_of_bundles()
         self._nodes = {who: nodes[bundle] for who, bundle in self._bundles.items()}
-        self._reward_nodes: list[str] = []
-        if config.has_rollouts:
-            self._reward_nodes = _with_drivers(list(dict.fromkeys(self._nodes.values())))
+
+    def _nodes_of_bundles(self) -> dict[int, str]:
+        """Bundle -> node. A bundle of a node that is lost moves as soon as there is room."""
+        nodes: dict[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
+        return nodes
+
+    def _reward_nodes(self) -> list[str]:
+        """Nodes of the other roles that live, and the driver's if it has CPUs."""
+        nodes = _with_drivers(list(dict.fromkeys(self._nodes_of_bundles().values())))
+        living = {node["NodeID"] for node in alive_nodes()}
+        return [node for node in nodes if node in living]
 
     def options(self, name: RoleName, rank: int) -> dict[str, Any]:
         """Ray options of one actor."""
@@ -92,14 +102,17 @@ class Placement:
 
         They take turns on the nodes of the other roles: Ray alone would fill one node first.
         """
-        node = self._reward_nodes[number % len(self._reward_nodes)]
-        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        nodes = self._reward_nodes()
+        if not nodes:  # all are lost: it waits for the next one
+            return {"num_cpus": CPU_SHARE}
+        strategy = NodeAffinitySchedulingStrategy(nodes[number % len(nodes)], soft=False)
         # A share of a core might be free on another node only.
         return {"num_cpus": 0, "scheduling_strategy": strategy}
 
     def roles_of_nodes(self) -> dict[str, set[RoleName]]:
         """Node id -> roles that run there."""
-        found: dict[str, set[RoleName]] = {node: {"reward"} for node in self._reward_nodes}
+        reward_nodes = self._reward_nodes() if self._has_rewards else []
+        found: dict[str, set[RoleName]] = {node: {"reward"} for node in reward_nodes}
         for role in self._roles.values():
             found.setdefault(self._nodes[self._owner(role)], set()).add(role.name)
         return found

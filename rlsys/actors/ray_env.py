@@ -80,7 +80,7 @@ def wait_for_cluster(connect: Callable[[], None], patience_s: float) -> None:
     Raises:
         ValueError: that of the last try.
     """
-    start, reported = time.monotonic(), 0.0
+    start, report_at = time.monotonic(), 0.0
     while True:
         try:
             return connect()
@@ -88,8 +88,8 @@ def wait_for_cluster(connect: Callable[[], None], patience_s: float) -> None:
             waited = time.monotonic() - start
             if waited >= patience_s:
                 raise
-            if reported == 0.0 or waited - reported >= _REPORT_EVERY_S:
-                reported = max(waited, _ASK_EVERY_S)
+            if waited >= report_at:
+                report_at = waited + _REPORT_EVERY_S
                 print(
                     f"waiting for the Ray cluster, up to {patience_s:g} s "
                     f"(recovery.wait_for_resources_s): {error}. {waited:.0f} s so far",

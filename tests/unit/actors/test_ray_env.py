@@ -4,6 +4,7 @@ import socket
 
 import pytest
 
+from rlsys.actors import ray_env
 from rlsys.actors.ray_env import check_cluster_answers, unused_choice_of_gpus
 
 
@@ -67,3 +68,27 @@ def test_gpus_chosen_here_for_a_running_cluster_are_noted(monkeypatch, address, 
     note = unused_choice_of_gpus()
     assert (note is not None) == noted
     assert note is None or (chosen in note and address in note)
+
+
+def test_a_cluster_that_comes_back_is_waited_for_and_the_wait_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(ray_env, "_ASK_EVERY_S", 0.0)
+    answers = [ValueError("no Ray cluster answers there"), ValueError("still none"), None]
+
+    def connect():
+        if (answer := answers.pop(0)) is not None:
+            raise answer
+
+    ray_env.wait_for_cluster(connect, patience_s=600)
+    assert answers == []
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(
+        "waiting for the Ray cluster, up to 600 s (recovery.wait_for_resources_s)"
+    )
+
+
+def test_a_first_attempt_does_not_wait():
+    def connect():
+        raise ValueError("no Ray cluster answers there")
+
+    with pytest.raises(ValueError, match="no Ray cluster answers"):
+        ray_env.wait_for_cluster(connect, patience_s=0)
