@@ -29,7 +29,11 @@ class Alive:
 
     @ray.method(concurrency_group=HEARTBEAT)
     def heartbeat(self) -> str | None:
-        """None from a member that can work, or why it never will again."""
+        """See `find_fault`; subclasses leave this method as it is, with its thread."""
+        return self.find_fault()
+
+    def find_fault(self) -> str | None:
+        """Why this actor will never work again, or None; called in a thread of its own."""
         return None
 
 
@@ -40,7 +44,6 @@ class _Member:
     silent_s: float = 0.0
     """How long `ping` has been waiting."""
     has_started: bool = False
-    """Whether it has answered once: before that it loads its model."""
     is_dead: bool = False
 
 
@@ -66,11 +69,14 @@ class Heartbeats:
         """Watch the actors of a group, those too that replace others later.
 
         Args:
-            group: its actors are `Alive`.
+            group: its actors are `Alive`, and have started. One that comes later is watched from
+                its first answer: before that it loads its model.
             limit_s: seconds of silence after which an actor is killed; None: watch nothing.
         """
         if limit_s is None:
             return
+        for name, actor in group.actors.items():
+            self._members[name] = _Member(actor, has_started=True)
         self._groups.append((group, limit_s))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)
@@ -115,13 +121,13 @@ class Heartbeats:
                 self._kill(name, member, f"it gave no sign of life for {limit_s:g} s")
             return
         try:
-            problem: str | None = ray.get(member.ping, timeout=LONGEST_PAUSE_S)
+            fault: str | None = ray.get(member.ping, timeout=LONGEST_PAUSE_S)
         except RayError:  # whoever calls it next hears of its death
             member.is_dead = True
             return
         member.ping, member.has_started = None, True
-        if problem is not None:
-            self._kill(name, member, problem)
+        if fault is not None:
+            self._kill(name, member, fault)
 
     def _kill(self, name: str, member: _Member, reason: str) -> None:
         member.is_dead = True

@@ -17,11 +17,13 @@ from rlsys.config.schema import RecoveryConfig
 pytestmark = pytest.mark.system
 
 LIMIT_S = 2.0
+START_S = 2 * LIMIT_S
 
 
 class Worker(Alive):
-    def __init__(self, rank):
-        self.rank, self.problem = rank, None
+    def __init__(self, start_seconds, rank):
+        time.sleep(start_seconds if rank == 0 else 0)
+        self.rank, self.fault = rank, None
 
     def compute(self, seconds):
         end = time.monotonic() + seconds
@@ -29,34 +31,29 @@ class Worker(Alive):
             sum(range(1000))
         return os.getpid()
 
-    def break_down(self, problem):
-        self.problem = problem
+    def break_down(self, fault):
+        self.fault = fault
 
-    def heartbeat(self):
-        return self.problem
+    def find_fault(self):
+        return self.fault
 
 
-class Async(Alive):
-    def __init__(self, rank):
-        time.sleep(2 * LIMIT_S)  # a member that loads its model
-
+class Async(Worker):
     async def compute(self, seconds):
         return os.getpid()
 
 
 @pytest.fixture
 def watched(ray_cluster):
-    lines, groups, restarts = (
-        [],
-        [],
-        Restarts(RecoveryConfig(), say=lambda line: lines.append(line)),
-    )
+    lines, groups = [], []
+    restarts = Restarts(RecoveryConfig(), say=lines.append)
 
     def start(actor_class):
         group = ActorGroup(
-            "workers", "worker", actor_class, size=2, env={}, place=on_cpu, timeout_s=PATIENCE_S
+            "workers", "worker", actor_class, START_S, size=2, env={}, place=on_cpu, timeout_s=60
         )
         groups.append(group)
+        group.call("compute", 0)
         restarts.watch(group, LIMIT_S)
         return group, restarts, lines
 
@@ -69,6 +66,7 @@ def watched(ray_cluster):
 @pytest.mark.parametrize("actor_class", [Worker, Async])
 def test_a_stopped_process_is_killed_and_one_that_starts_or_computes_is_not(watched, actor_class):
     group, restarts, lines = watched(actor_class)
+    group.actors["worker 0"] = group.create(0)
     pids = group.call("compute", 2 * LIMIT_S)
     assert lines == []
     os.kill(pids[1], signal.SIGSTOP)
@@ -79,18 +77,16 @@ def test_a_stopped_process_is_killed_and_one_that_starts_or_computes_is_not(watc
     reason = "it gave no sign of life for 2 s"
     assert lines == [f"note: worker 1 is killed: {reason}"]
     assert restarts.reason(caught.value) == reason
-    assert group.actors["worker 0"].compute.remote(0)
     assert restarts.heartbeats.reason("worker 0") is None
 
 
-def test_a_member_that_names_its_own_problem_is_killed_and_its_successor_is_watched(watched):
+def test_a_member_that_names_its_own_fault_is_killed_and_its_successor_is_watched(watched):
     group, restarts, lines = watched(Worker)
-    group.call("compute", 0)
-    for problem in ("its worker is gone", "it is gone again"):
-        ray.get(group.actors["worker 0"].break_down.remote(problem))
-        ref = group.actors["worker 0"].compute.remote(PATIENCE_S)
+    for fault in ("its worker is gone", "it is gone again"):
+        ray.get(group.actors["worker 1"].break_down.remote(fault))
+        ref = group.actors["worker 1"].compute.remote(PATIENCE_S)
         with pytest.raises(ActorDeath):
-            get_one(ref, name="worker 0", phase="the test")
-        assert restarts.heartbeats.reason("worker 0") == problem
-        group.actors["worker 0"] = group.create(0)
+            get_one(ref, name="worker 1", phase="the test")
+        assert restarts.heartbeats.reason("worker 1") == fault
+        group.actors["worker 1"] = group.create(1)
     assert len(lines) == 2
