@@ -140,6 +140,9 @@ class RealWorld(Clock):
     def num_pending(self):
         return len(self._pending)
 
+    def bring_back(self):
+        return False
+
     def pending_refs(self):
         return []
 

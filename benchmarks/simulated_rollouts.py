@@ -143,6 +143,9 @@ class World(Clock):
     def num_pending(self):
         return sum(engine.num_groups for engine in self.engines) + len(self._finished)
 
+    def bring_back(self):
+        return False
+
     def pending_refs(self):
         return [self.now] if self._finished else [engine.next_end() for engine in self.engines]
 

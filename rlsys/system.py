@@ -213,6 +213,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         if isinstance(reference, ReferenceActors) and config.reference.sync_steps is not None:
             reference.connect_to(policy)
     restarts = Restarts(config.recovery)
+    engines.publisher = publisher
     restarts.watch(engines, config.rollout.heartbeat_s)
     for model in (policy, *others):
         restarts.watch(model, config.policy.heartbeat_s)

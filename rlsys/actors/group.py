@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     Refs = dict[str, ray.ObjectRef]
     """Actor name -> reference, in rank order."""
+
+T = TypeVar("T")
 
 CPU_SHARE = 0.01
 """CPUs to request for an actor. Ray only books it: the roles take turns on the same cores."""
@@ -67,7 +69,26 @@ class ActorGroup:
         self.timeout_s = timeout_s
         self._actor_class = ray.remote(concurrency_groups={HEARTBEAT: 1})(actor_class)
         self._args, self._env, self._place = args, env, place
-        self.actors = {f"{member} {rank}": self.create(rank) for rank in range(size)}
+        self._names = [f"{member} {rank}" for rank in range(size)]
+        self.actors = {name: self.create(rank) for rank, name in enumerate(self._names)}
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of `actors`."""
+        return [self._names.index(name) for name in self.actors]
+
+    def healed(self, phase: str, work: Callable[[], T]) -> T:
+        """What `work` returns; a group that can replace actors does it again if they fail in it.
+
+        Args:
+            phase: what it does, for messages.
+            work: may be done again from its beginning.
+        """
+        return work()
+
+    def take_in(self, *, timeout_s: float) -> bool:
+        """Take in actors that replace others; returns whether `actors` changed meanwhile."""
+        return False
 
     def create(self, rank: int) -> Any:
         """Start an actor for a rank. Assign it to `actors[name]` to replace the old one."""

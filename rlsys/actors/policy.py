@@ -23,6 +23,7 @@ from rlsys.types import Device, TrainBatch, UpdateOutput
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
 from rlsys.weight_sync.sender import WeightSender, sending_memory
+from rlsys.weight_sync.transport import WeightSyncError
 
 if TYPE_CHECKING:
     from rlsys.engines.megatron.export import BucketExport
@@ -127,11 +128,19 @@ class PolicyRank(ModelRank):
         What `offload_optimizer` has begun meanwhile is done at the end.
 
         Raises:
+            WeightSyncError: a receiver did not take part in time, or is gone.
             NonFiniteWeights: what was sent holds NaNs or infinities.
         """
         self.engine.offload.check("send_weights")
-        seconds = sum(link.send(version) for link in self.links[to])
+        seconds, failures = 0.0, []
+        for link in self.links[to]:
+            try:
+                seconds += link.send(version)
+            except WeightSyncError as error:  # other ranks need this one for the next link
+                failures.append(error)
         self.engine.offload.finish()
+        if failures:
+            raise failures[0]
         # Only now: receivers of other connections wait for their weights, too.
         if names := [name for link in self.links[to] for name in link.nonfinite()]:
             more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""

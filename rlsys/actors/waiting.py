@@ -38,11 +38,14 @@ class ActorFailure(RunFailed):
         message: all of that.
         actor: its name.
         reason: why, in a line.
+        cause: what it raised; None if it died.
     """
 
-    def __init__(self, message: str, *, actor: str = "", reason: str = ""):
+    def __init__(
+        self, message: str, *, actor: str = "", reason: str = "", cause: object | None = None
+    ):
         super().__init__(message)
-        self.actor, self.reason = actor, reason
+        self.actor, self.reason, self.cause = actor, reason, cause
 
 
 class ActorDeath(ActorFailure):
@@ -119,7 +122,7 @@ def _with_silent_peers(error: ActorFailure, others: Mapping[ray.ObjectRef, str])
         return error
     text, _, last_line = str(error).rpartition("\n")
     message = f"{text}\n{explain_silence(silent)}{last_line}"
-    return type(error)(message, actor=error.actor, reason=error.reason)
+    return type(error)(message, actor=error.actor, reason=error.reason, cause=error.cause)
 
 
 def get_one(ref: ray.ObjectRef, *, name: str, phase: str, timeout_s: float = FETCH_S) -> Any:
@@ -140,7 +143,10 @@ def get_one(ref: ray.ObjectRef, *, name: str, phase: str, timeout_s: float = FET
         # The remote traceback is the message; Ray's own frames around it help nobody.
         reason = repr(error.cause)
         raise ActorFailure(
-            f"{error}\n{name} failed in {phase}: {reason}", actor=name, reason=reason
+            f"{error}\n{name} failed in {phase}: {reason}",
+            actor=name,
+            reason=reason,
+            cause=error.cause,
         ) from None
     except RayActorError as error:
         text = str(error).rstrip()

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.distributed import TCPStore
 
+from rlsys.actors.group import START_TIMEOUT_S
 from rlsys.actors.meeting import meeting_address
 from rlsys.actors.turns import Turns
-from rlsys.actors.waiting import get_all
+from rlsys.actors.waiting import all_ready, get_all, get_one
 from rlsys.config import WeightSyncConfig
+from rlsys.problems import RunFailed
 from rlsys.weight_sync.connection import (
     Connection,
     Content,
     Endpoint,
     endpoints_of_shards,
     endpoints_of_tensors,
+    ranks_of_connections,
     senders_of_shards,
     whole_tensors,
 )
@@ -25,7 +29,7 @@ from rlsys.weight_sync.plan import TensorSlice
 from rlsys.weight_sync.transport import WeightSyncError, serve_store
 
 if TYPE_CHECKING:
-    from rlsys.actors.group import Refs
+    from rlsys.actors.group import ActorGroup, Refs
     from rlsys.actors.policy import PolicyActors
     from rlsys.actors.reference import ReferenceActors
     from rlsys.actors.rollout import RolloutActors
@@ -86,13 +90,15 @@ class WeightPublisher:
         self._turns.sync = self.publish
         self._adapter_scaling = adapter_scaling
         self._stores: list[TCPStore] = []
+        self._calls: list[Refs] = []
+        """All calls since the last publish that succeeded."""
+        self.published = 0
+        """The version that the receivers got last."""
         self.connect()
 
     def connect(self) -> None:
-        """Connect the policy to all receivers, which first get whole tensors.
-
-        Call it again after a receiver has been replaced.
-        """
+        """Connect the policy to all receivers, which first get whole tensors."""
+        self._is_connected = True
         self._connect("weights" if self._adapter_scaling is None else "base")
 
     def _connect(self, content: Content) -> None:
@@ -102,21 +108,20 @@ class WeightPublisher:
         metadata = policy.adapter_metadata() if adapter else policy.weight_metadata()
         self._tensors = whole_tensors(metadata)
         self._bytes = sum(piece.meta.nbytes for piece in self._tensors)
-        receivers, num_connections = self._receivers, len(self._receivers.senders)
-        num_receivers = receivers.num_engines * receivers.workers_per_engine // num_connections
+        receivers = self._receivers
+        ranks = ranks_of_connections(receivers.ranks, len(receivers.senders))
+        several = len(ranks) > 1
         connections = [
             self._make_connection(
                 self._tensors,
                 sender=sender,
-                num_receivers=num_receivers,
-                label=f" in connection {index} of {num_connections}" if num_connections > 1 else "",
+                num_receivers=len(own) * receivers.workers_per_engine,
+                label=f" in connection {index} of {len(ranks)}" if several else "",
             )
-            for index, sender in enumerate(receivers.senders)
+            for index, (sender, own) in enumerate(zip(receivers.senders, ranks, strict=True))
         ]
         endpoints = endpoints_of_tensors(
-            connections,
-            num_engines=receivers.num_engines,
-            workers_per_engine=receivers.workers_per_engine,
+            connections, ranks, workers_per_engine=receivers.workers_per_engine
         )
         self._join(connections, endpoints)
         self._knows_shards = False
@@ -134,11 +139,25 @@ class WeightPublisher:
             ActorFailure, PhaseTimeout: a rank failed or did not answer in time. An engine that
                 received other bytes than were sent fails.
         """
-        with self._turns.for_weight_sync():
-            transfers = [self._transfer()]
-            if self._content == "base":  # once: it does not change
-                self._connect("adapter")
-                transfers.append(self._transfer())
+        return self._receivers.healed("weight sync", self._publish)
+
+    def _publish(self) -> dict[str, float]:
+        version = self._policy.policy_version
+        try:
+            with self._turns.for_weight_sync():
+                came_or_left = self._receivers.take_in(timeout_s=START_TIMEOUT_S)
+                if came_or_left or not self._is_connected:
+                    self.connect()
+                transfers = [self._transfer()]
+                if self._content == "base":  # once: it does not change
+                    self._connect("adapter")
+                    transfers.append(self._transfer())
+        except RunFailed:
+            self._is_connected = False
+            self._stores.clear()  # whoever waits there for a rank that is lost gives up now
+            raise
+        self._forget_failed_calls()
+        self.published = version
         nbytes, seconds, sent_bytes, transport_seconds = map(sum, zip(*transfers, strict=True))
         return {
             "weight_sync/bytes": float(nbytes),
@@ -149,13 +168,26 @@ class WeightPublisher:
             **self._turns.metrics(),
         }
 
+    def _begin(self, group: ActorGroup, method: str, *args: Any, **kwargs: Any) -> Refs:
+        refs = group.async_call(method, *args, **kwargs)
+        self._calls.append(refs)
+        return refs
+
+    def _forget_failed_calls(self) -> None:
+        """Take the errors of earlier attempts, which Ray would print otherwise."""
+        calls, self._calls = self._calls, []
+        for refs in calls:
+            for ref in all_ready(list(refs.values())):
+                with suppress(RunFailed):
+                    get_one(ref, name="", phase="")
+
     def _transfer(self) -> _Transfer:
         start = time.monotonic()
         version = self._policy.policy_version
         # All calls are made at once: the policy packs the first bucket while engines still pause.
-        pausing = self._receivers.async_call("start_weight_update")  # 1
-        sending = self._policy.async_call("send_weights", version, to=self._to)  # 2 and 3
-        receiving = self._receivers.async_call("update_weights", version)  # 2, 3 and 4
+        pausing = self._begin(self._receivers, "start_weight_update")  # 1
+        sending = self._begin(self._policy, "send_weights", version, to=self._to)  # 2 and 3
+        receiving = self._begin(self._receivers, "update_weights", version)  # 2, 3 and 4
         # No grace: if an engine cannot pause, the ranks that wait for it give up at the same time.
         self._wait(pausing, "pausing rollouts", grace_s=0.0)
         results = self._wait(sending | receiving, "transfer")
@@ -178,7 +210,7 @@ class WeightPublisher:
         Nothing changes if engines have one worker, or if vLLM's loader needs whole tensors.
         """
         self._knows_shards = True
-        needed = self._wait(self._receivers.async_call("needed_slices"), "planning")
+        needed = self._wait(self._begin(self._receivers, "needed_slices"), "planning")
         if None in needed[0] or any(engine != needed[0] for engine in needed):
             return
         num_workers = len(needed[0])
@@ -200,7 +232,7 @@ class WeightPublisher:
             )
             for worker, (slices, sender) in enumerate(zip(needed[0], senders, strict=True))
         ]
-        self._join(connections, endpoints_of_shards(connections, num_engines=len(needed)))
+        self._join(connections, endpoints_of_shards(connections, self._receivers.ranks))
 
     def _make_connection(
         self, slices: Sequence[TensorSlice], *, sender: int, num_receivers: int, label: str
@@ -228,8 +260,8 @@ class WeightPublisher:
         self, connections: Sequence[Connection], endpoints: Sequence[Sequence[Endpoint]]
     ) -> None:
         """Connect both sides, which leave their earlier connections."""
-        receiving = self._receivers.async_call("connect_weight_sync", endpoints)
-        sending = self._policy.async_call("connect_weight_sync", connections, to=self._to)
+        receiving = self._begin(self._receivers, "connect_weight_sync", endpoints)
+        sending = self._begin(self._policy, "connect_weight_sync", connections, to=self._to)
         self._wait(sending | receiving, "connecting")
         self._stores = self._stores[-len(connections) :]
         self._sent_bytes = [

@@ -73,13 +73,18 @@ class RolloutPipeline:
         """
         last_progress = self._clock.monotonic()
         while not self._scored:
-            if self._poll(POLL_S) or self._rewards.num_pending:
-                last_progress = self._clock.monotonic()  # slow rewards have their own deadline
+            waits_for_engine = self._engines.bring_back()
+            if self._poll(POLL_S) or self._rewards.num_pending or waits_for_engine:
+                last_progress = self._clock.monotonic()  # the others have their own deadlines
             elif self._clock.monotonic() - last_progress > self._timeout_s:
-                raise PhaseTimeout(
-                    f"{self._engines.explain_silence()}{what}: no group finished within "
-                    f"rollout.timeout_s = {self._timeout_s:g} s; {done} of {total} groups are done"
+                self._engines.restart_silent(
+                    PhaseTimeout(
+                        f"{self._engines.explain_silence()}{what}: no group finished within "
+                        f"rollout.timeout_s = {self._timeout_s:g} s; "
+                        f"{done} of {total} groups are done"
+                    )
                 )
+                last_progress = self._clock.monotonic()
         scored, self._scored = self._scored, []
         return scored
 

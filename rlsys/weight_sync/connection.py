@@ -69,35 +69,47 @@ class Endpoint(NamedTuple):
     rank: int
 
 
-def endpoints_of_tensors(
-    connections: Sequence[Connection], *, num_engines: int, workers_per_engine: int
-) -> list[list[Endpoint]]:
-    """Endpoints [engine][worker] while every worker gets whole tensors.
+def ranks_of_connections(ranks: Sequence[int], num_connections: int) -> list[list[int]]:
+    """The engines of each connection while every worker gets whole tensors, of those with `ranks`.
 
     There is one connection for each of the engines that share a GPU, since NCCL does not allow two
     ranks on one GPU. Engine i receives from connection i modulo their number.
     """
-    num_connections = len(connections)
-    return [
-        [
-            Endpoint(
-                connections[engine % num_connections],
-                1 + engine // num_connections * workers_per_engine + worker,
-            )
+    return [[rank for rank in ranks if rank % num_connections == i] for i in range(num_connections)]
+
+
+def endpoints_of_tensors(
+    connections: Sequence[Connection], ranks: Sequence[Sequence[int]], *, workers_per_engine: int
+) -> list[list[Endpoint]]:
+    """Endpoints [engine][worker] while every worker gets whole tensors; [] of absent engines.
+
+    Args:
+        ranks: the engines of each connection.
+    """
+    engines = {
+        rank: [
+            Endpoint(connection, 1 + place * workers_per_engine + worker)
             for worker in range(workers_per_engine)
         ]
-        for engine in range(num_engines)
-    ]
+        for connection, own in zip(connections, ranks, strict=True)
+        for place, rank in enumerate(own)
+    }
+    return [engines.get(rank, []) for rank in range(1 + max(engines))]
 
 
 def endpoints_of_shards(
-    connections: Sequence[Connection], *, num_engines: int
+    connections: Sequence[Connection], ranks: Sequence[int]
 ) -> list[list[Endpoint]]:
-    """Endpoints [engine][worker] when each worker gets its shard: worker i from connection i."""
-    return [
-        [Endpoint(connection, 1 + engine) for connection in connections]
-        for engine in range(num_engines)
-    ]
+    """Endpoints [engine][worker] when each worker gets its shard: worker i from connection i.
+
+    Args:
+        ranks: the engines.
+    """
+    engines = {
+        rank: [Endpoint(connection, 1 + place) for connection in connections]
+        for place, rank in enumerate(ranks)
+    }
+    return [engines.get(rank, []) for rank in range(1 + max(engines))]
 
 
 def whole_tensors(metadata: Iterable[TensorMeta]) -> tuple[TensorSlice, ...]:

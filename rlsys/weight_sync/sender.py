@@ -11,7 +11,7 @@ import torch
 from rlsys.weight_sync.checksum import FiniteChecksums
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import Bucket
-from rlsys.weight_sync.transport import make_transport
+from rlsys.weight_sync.transport import WeightSyncError, make_transport
 
 Fill = Callable[[Bucket, torch.Tensor], None]
 """Writes the tensors of a bucket into a buffer [nbytes] uint8, where `Bucket.views` has them; on a
@@ -73,9 +73,19 @@ class WeightSender:
             to the end of the last one.
 
         Raises:
-            WeightSyncError: a receiver did not take part in time, or is gone.
+            WeightSyncError: a receiver did not take part in time, or is gone. All buckets are
+                filled nevertheless.
         """
-        fill(self._buckets[0], self._buffer(self._buckets[0]))
+        self._num_filled = 0
+        try:
+            return self._send(fill, version)
+        except WeightSyncError:
+            while self._num_filled < len(self._buckets):  # other ranks take part in filling
+                self._fill_next(fill)
+            raise
+
+    def _send(self, fill: Fill, version: int) -> float:
+        self._fill_next(fill)
         self._transport.barrier(version, what="meeting the receivers")
         watch = Stopwatch(self._transport.buffer_device)
         waits: list[Callable[[], None]] = []
@@ -85,7 +95,7 @@ class WeightSender:
             if len(waits) > 1:  # for the bucket that was last in this buffer
                 waits.pop(0)()
             if bucket.index > 0:
-                fill(bucket, buffer)
+                self._fill_next(fill)
             waits.append(self._transport.broadcast(buffer, what=f"sending {bucket}"))
             if self._checksums is not None:
                 checksums.append(self._checksums.add(bucket, buffer))
@@ -103,6 +113,11 @@ class WeightSender:
         What was sent has arrived: nothing may sample with it.
         """
         return [] if self._checksums is None else self._checksums.nonfinite()
+
+    def _fill_next(self, fill: Fill) -> None:
+        bucket = self._buckets[self._num_filled]
+        self._num_filled += 1
+        fill(bucket, self._buffer(bucket))
 
     def _buffer(self, bucket: Bucket) -> torch.Tensor:
         return self._memory[bucket.index % 2, : bucket.nbytes]

@@ -75,7 +75,8 @@ def test_a_stopped_process_is_killed_and_one_that_starts_or_computes_is_not(watc
     with pytest.raises(ActorDeath, match="worker 1 died in the test") as caught:
         get_one(ref, name="worker 1", phase="the test")
     reason = "it gave no sign of life for 2 s"
-    assert lines == [f"note: worker 1 is killed: {reason}"]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"note: worker 1 is killed: {reason}")
     assert restarts.reason(caught.value) == reason
     assert restarts.heartbeats.reason("worker 0") is None
 

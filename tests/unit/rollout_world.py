@@ -141,6 +141,12 @@ class Engines:
     def pending_refs(self):
         return [end for end, _, _ in self.sampling.values()]
 
+    def bring_back(self):
+        return False
+
+    def restart_silent(self, error):
+        raise error
+
     def explain_silence(self):
         return "rollout engine 0: its stacks are in stacks.txt\n"
 

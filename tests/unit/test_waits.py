@@ -55,7 +55,7 @@ DEAD = "for a process that was sent SIGKILL or has ended"
 EXCEPTIONS = {
     "actors/ray_session.py": {"ray.shutdown()": "Ray kills its processes after a time of its own"},
     "actors/reward.py": {"asyncio.wrap_future(": "the scorer kills a worker that is overdue"},
-    "actors/rollout.py": {
+    "actors/rollout_actor.py": {
         "asyncio.wrap_future(": ACTOR,
         "self._pauses.acquire()": ACTOR,
         "ended.get()": ACTOR,

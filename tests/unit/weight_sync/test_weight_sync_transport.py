@@ -12,6 +12,7 @@ from rlsys.weight_sync.connection import (
     Connection,
     endpoints_of_shards,
     endpoints_of_tensors,
+    ranks_of_connections,
     senders_of_shards,
     whole_tensors,
 )
@@ -83,7 +84,9 @@ class Ranks:
         ]
         self.threads = ThreadPoolExecutor(4)
         senders = [self.threads.submit(WeightSender, sent, CPU) for sent in connections]
-        endpoints = endpoints_of_tensors(connections, num_engines=2, workers_per_engine=1)
+        endpoints = endpoints_of_tensors(
+            connections, ranks_of_connections([0, 1], len(connections)), workers_per_engine=1
+        )
         receivers = [
             self.threads.submit(WeightReceiver, received, CPU, rank=rank)
             for ((received, rank),) in endpoints
@@ -247,7 +250,9 @@ def test_every_worker_has_an_endpoint_and_engines_on_one_gpu_have_different_conn
 ):
     connections = list(range(engines_per_gpu))
     endpoints = endpoints_of_tensors(
-        connections, num_engines=num_engines, workers_per_engine=tensor_parallel_size
+        connections,
+        ranks_of_connections(range(num_engines), engines_per_gpu),
+        workers_per_engine=tensor_parallel_size,
     )
     world_size = 1 + num_engines * tensor_parallel_size // engines_per_gpu
     for connection in connections:
@@ -260,11 +265,23 @@ def test_every_worker_has_an_endpoint_and_engines_on_one_gpu_have_different_conn
 
 
 def test_each_shard_has_a_connection_with_one_worker_of_every_engine():
-    assert endpoints_of_shards(["a", "b"], num_engines=3) == [
+    assert endpoints_of_shards(["a", "b"], range(3)) == [
         [("a", 1), ("b", 1)],
         [("a", 2), ("b", 2)],
         [("a", 3), ("b", 3)],
     ]
+
+
+def test_an_engine_that_is_lost_leaves_its_place_and_no_gap_in_a_connection():
+    ranks = ranks_of_connections([0, 1, 3], 2)
+    assert ranks == [[0], [1, 3]]
+    assert endpoints_of_tensors(["a", "b"], ranks, workers_per_engine=2) == [
+        [("a", 1), ("a", 2)],
+        [("b", 1), ("b", 2)],
+        [],
+        [("b", 3), ("b", 4)],
+    ]
+    assert endpoints_of_shards(["a"], [0, 2]) == [[("a", 1)], [], [("a", 2)]]
 
 
 @pytest.mark.parametrize(

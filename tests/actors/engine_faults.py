@@ -1,0 +1,52 @@
+"""Faults of a rollout engine, planned inside its own process: at a moment, with a real signal."""
+
+import os
+import signal
+
+import ray
+
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+MOMENTS = ("sampling", "pausing", "transfer", "answering")
+STEPS_BEFORE = 5
+"""Steps of sampling before the fault comes."""
+
+
+def plan_fault(actor, moment, how):
+    """Let this engine's process fail by a signal when it comes to that moment."""
+    ray.get(actor.__ray_call__.remote(_plan, moment, SIGNALS[how]))
+
+
+def process_of(actor):
+    """The process id of an actor."""
+    return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+def _plan(actor, moment, number):
+    def fail(*_):
+        os.kill(os.getpid(), number)
+
+    def plan(engine):
+        if moment == "sampling":
+            steps = iter(range(STEPS_BEFORE))
+            _before(engine, "step", lambda *_: None if next(steps, None) is not None else fail())
+        elif moment == "pausing":
+            _before(engine, "start_weight_update", fail)
+        elif moment == "transfer":
+            from rlsys.weight_sync.receiver import WeightReceiver
+
+            _before(WeightReceiver, "_arrived", fail)
+        else:
+            update = engine.update_weights
+            engine.update_weights = lambda version: (update(version), fail())
+
+    actor._loop.call(plan).result()
+
+
+def _before(owner, name, act):
+    method = getattr(owner, name)
+
+    def wrapped(*args):
+        act()
+        return method(*args)
+
+    setattr(owner, name, wrapped)
