@@ -91,7 +91,8 @@ class WeightPublisher:
         self._adapter_scaling = adapter_scaling
         self._stores: list[TCPStore] = []
         self._calls: list[Refs] = []
-        """All calls since the last publish that succeeded."""
+        """Of the publish that is under way."""
+        self._failed_calls: list[Refs] = []
         self.published = 0
         """The version that the receivers got last."""
         self.connect()
@@ -155,7 +156,10 @@ class WeightPublisher:
         except RunFailed:
             self._is_connected = False
             self._stores.clear()  # whoever waits there for a rank that is lost gives up now
+            self._failed_calls += self._calls
             raise
+        finally:
+            self._calls = []
         self._forget_failed_calls()
         self.published = version
         nbytes, seconds, sent_bytes, transport_seconds = map(sum, zip(*transfers, strict=True))
@@ -175,7 +179,7 @@ class WeightPublisher:
 
     def _forget_failed_calls(self) -> None:
         """Take the errors of earlier attempts, which Ray would print otherwise."""
-        calls, self._calls = self._calls, []
+        calls, self._failed_calls = self._failed_calls, []
         for refs in calls:
             for ref in all_ready(list(refs.values())):
                 with suppress(RunFailed):

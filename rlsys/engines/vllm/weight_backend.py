@@ -161,7 +161,11 @@ class BucketWeightTransferEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             derive_again(self.model, self.model_config.dtype)
         else:
             with without_adapters(self.model):
-                self._receive_through_loader(self._receiver, version)
+                try:
+                    self._receive_through_loader(self._receiver, version)
+                except WeightSyncError:  # layers that got a part would keep it for the next update
+                    finalize_layerwise_reload(self.model, self.model_config)
+                    raise
         self._receiver.check()
 
     def finish_weight_update(self) -> None:
