@@ -1,4 +1,7 @@
-"""A whole run that runs ahead, stopped and resumed: nothing too stale, nothing trained twice."""
+"""A whole run that runs ahead, stopped and resumed: nothing too stale, nothing trained twice.
+
+The same where an engine is killed, with one engine and with two.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,33 @@ WORDS = (
 )
 
 
-@pytest.fixture(scope="module")
-def rows(starter_model, tmp_path_factory):
-    """Rows of metrics, completions and filtered completions of six steps in two lives."""
+@pytest.fixture(scope="module", params=[None, 1, 2], ids=["whole", "one engine", "two engines"])
+def rows(request, starter_model, tmp_path_factory):
+    """Rows of metrics, completions and filtered completions of six steps in two lives.
+
+    With a number of engines as parameter, one of them is killed in the first life.
+    """
     folder = tmp_path_factory.mktemp("ahead")
     write_run_files(folder, starter_model)
     (folder / "train.jsonl").write_text(
         "".join(json.dumps({"prompt": f"train {i}"}) + "\n" for i in range(NUM_ROWS))
     )
     for max_steps, more in ((4, ()), (6, ("--checkpoint.resume",))):
-        run = RunProcess(folder, *WORDS, "--max_steps", str(max_steps), *more)
+        engines = ("--rollout.num_engines", str(request.param or 1))
+        run = RunProcess(folder, *WORDS, *engines, "--max_steps", str(max_steps), *more)
+        if request.param and not more:
+            run.wait_for(lambda run=run: '"step": 1' in read_text(run.out.metrics))
+            run.actors("RolloutActor")[0].kill()
         assert run.wait() == 0, run.log
+        assert ("Restarting it" in run.log) == bool(request.param) or more, run.log
         run.wait_for_no_process()
     splits = ("train", "filtered")
     completions = [[*read_rows(run.out.completions_of(split))] for split in splits]
     return list(read_jsonl(run.out.metrics)), *completions
+
+
+def read_text(path):
+    return path.read_text() if path.exists() else ""
 
 
 def read_rows(path):

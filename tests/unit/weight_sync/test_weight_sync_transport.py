@@ -218,6 +218,24 @@ def test_a_receiver_that_misses_an_update_is_named(missing):
         receiving.result()
 
 
+def test_ranks_that_wait_for_a_lost_one_give_up_when_their_store_closes():
+    ranks = Ranks(timeout_s=600.0)
+    filled = []
+
+    def fill(bucket, buffer):
+        filled.append(bucket.index)
+
+    waiting = [
+        ranks.threads.submit(receive, ranks.receivers[0], 0, True),
+        ranks.threads.submit(ranks.send, fill, 0),
+    ]
+    ranks.stores.clear()
+    for rank in waiting:
+        with pytest.raises(WeightSyncError, match=r"failed after"):
+            rank.result()
+    assert filled == [0, 1, 2], "other ranks of the policy take part in filling every bucket"
+
+
 def test_a_sender_that_stops_is_named_with_phase_and_bucket():
     ranks = Ranks(timeout_s=1.0)
     receiving = ranks.start_receiving()
