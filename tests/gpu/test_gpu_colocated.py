@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
@@ -37,7 +38,7 @@ def run(folder, **sections):
         | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-4000:]
@@ -45,25 +46,43 @@ def run(folder, **sections):
     return done.stdout, [row for row in rows if "loss" in row]
 
 
-@pytest.fixture
-def folder(tmp_path):
+def write_run(folder):
+    """run.yaml of a colocated run of 4 steps, its starter model and its data."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(REPOSITORY / "examples/countdown"))
         from starter_model import write_starter_model
 
-        write_starter_model(tmp_path / "starter", seed=0)
-    write_run_files(tmp_path, tmp_path / "starter")
-    config = run_config(tmp_path / "starter") | {"device": DEVICE, "placement": "colocated"}
+        write_starter_model(folder / "starter", seed=0)
+    write_run_files(folder, folder / "starter")
+    config = run_config(folder / "starter") | {"device": DEVICE, "placement": "colocated"}
     config["rollout"] |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_mb": 256}
     config["policy"]["lr"] = 1e-5
     config["checkpoint"] = {"save_steps": 2}
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
-    return tmp_path
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.fixture(scope="module")
+def runs(request, tmp_path_factory):
+    """Layout -> `run` of it, for the layouts that are tested: side by side, starting is slow."""
+    tested = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    folders = {
+        layout: tmp_path_factory.mktemp(layout.replace(" ", "_"))
+        for layout in LAYOUTS
+        if {"layout": layout} in tested
+    }
+    for folder in folders.values():
+        write_run(folder)
+    with ThreadPoolExecutor(len(folders) if DEVICE == "cuda" else 1) as threads:
+        running = {
+            layout: threads.submit(run, folder, **LAYOUTS[layout])
+            for layout, folder in folders.items()
+        }
+    return running
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_policy_that_is_trained_is_the_one_that_sampled(folder, layout):
-    log, steps = run(folder, **LAYOUTS[layout])
+def test_the_policy_that_is_trained_is_the_one_that_sampled(runs, layout):
+    log, steps = runs[layout].result()
     assert "taking turns on the same GPUs" in log
     assert [row["policy_version"] for row in steps] == [1, 2, 3, 4]
     for row in steps:
@@ -75,11 +94,19 @@ def test_the_policy_that_is_trained_is_the_one_that_sampled(folder, layout):
     print(json.dumps({layout: {name: [row[name] for row in steps] for name in names}}))
 
 
-def test_a_run_that_is_continued_has_the_optimizer_that_left(folder):
-    _, whole = run(folder)
-    (folder / "out").rename(folder / "whole")
-    run(folder, max_steps=2)
-    _, steps = run(folder, checkpoint={"save_steps": 2, "resume": True})
+def test_a_run_that_is_continued_has_the_optimizer_that_left(tmp_path):
+    folders = [tmp_path / "whole", tmp_path / "interrupted"]
+    for folder in folders:
+        folder.mkdir()
+        write_run(folder)
+    with ThreadPoolExecutor() as threads:
+        running = [
+            threads.submit(run, folder, max_steps=steps)
+            for folder, steps in zip(folders, (4, 2), strict=True)
+        ]
+    _, whole = running[0].result()
+    running[1].result()
+    _, steps = run(folders[1], checkpoint={"save_steps": 2, "resume": True})
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     for row, expected in zip(steps, whole, strict=True):
         assert row["learning_rate"] == pytest.approx(expected["learning_rate"])
