@@ -1,0 +1,48 @@
+"""Runs to which faults happen, and the same run without any."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parents[1] / "actors")]  # its runs and processes
+
+from fault_runs import FaultRun, write_fault_run
+
+
+@pytest.fixture(scope="session")
+def starter(tmp_path_factory):
+    """The folder of an untrained starter model of examples/countdown."""
+    examples = Path(__file__).parents[2] / "examples/countdown"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(examples))
+        from starter_model import write_starter_model
+
+        folder = tmp_path_factory.mktemp("models") / "starter"
+        write_starter_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start(starter, tmp_path_factory):
+    """`start(name, *words, **sections)` begins a run in a folder of its own."""
+    root = tmp_path_factory.mktemp("faults")
+    started = []
+
+    def start(name, *words, **sections):
+        write_fault_run(root / name, starter, **sections)
+        started.append(FaultRun(root / name, "run.yaml", *words))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.end()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(start):
+    """What the run leaves if nothing happens to it."""
+    run = start("undisturbed")
+    assert run.wait() == 0, run.log
+    assert "fault/" not in run.out.metrics.read_text()
+    return run.results()

@@ -1,0 +1,190 @@
+"""A small run whose processes are killed or stopped in the middle of what they do.
+
+Nothing in rlsys knows of these faults. A process is in a phase if Ray says so: it writes an actor's
+class and running method where `ps` shows a command line. So the harness waits until the process is
+in a method, stops it, and looks again: a stopped process does not leave.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from run_cases import RunProcess, is_alive, run_config, title, without_clock, write_run_files
+
+from rlsys.files import read_jsonl
+
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+HEARTBEAT_S = 3.0
+"""After so long a stopped process counts as dead here; a run's own default is longer."""
+LOOK_S = 0.0005
+ROLES = {
+    "engine": "RolloutActor",
+    "policy": "PolicyRank",
+    "reference": "ReferenceRank",
+    "reward": "RewardWorker",
+}
+"""Role -> class of its actors."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A signal to a process while an actor is in a method."""
+
+    role: str
+    """Whose process gets the signal."""
+    phase: str
+    """As in docs/reliability.md."""
+    signal: signal.Signals
+    method: str
+    """What defines the phase: a method of an actor, and of the process itself without `of`."""
+    of: str = ""
+    """The role whose method it is, where the process itself is idle."""
+
+    def __str__(self) -> str:
+        return f"{self.role}, {self.phase}, {self.signal.name}"
+
+
+@dataclass
+class Outcome:
+    """What a run made of a fault, in seconds since the signal."""
+
+    fault: Fault
+    step: int
+    noticed_s: float | None = None
+    """Until the line that names it; None: no line was needed."""
+    recovered_s: float | None = None
+    """Until the next step was finished."""
+
+    def as_row(self) -> dict[str, Any]:
+        """For JSON."""
+        fault = asdict(self.fault) | {"signal": self.fault.signal.name}
+        return fault | {
+            "step": self.step,
+            "noticed_s": self.noticed_s,
+            "recovered_s": self.recovered_s,
+        }
+
+
+def write_fault_run(folder: Path, model: Path, **sections: dict[str, Any] | Any) -> None:
+    """The files of a run with every role, without clocks that a restart could move."""
+    write_run_files(folder, model)
+    config = run_config(model)
+    config |= {"max_steps": 12, "eval_steps": None}
+    config["checkpoint"] = {"save_steps": 4, "save_hf_steps": None}
+    config["rollout"] |= {"num_engines": 2, "heartbeat_s": HEARTBEAT_S}
+    config["policy"] |= {"heartbeat_s": HEARTBEAT_S}
+    config["recovery"] = {"max_restarts": 1000, "backoff_s": 0.1}
+    for name, values in sections.items():
+        config[name] = (config.get(name) or {}) | values if isinstance(values, dict) else values
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+
+
+class FaultRun(RunProcess):
+    """A run to which faults happen."""
+
+    def finished_steps(self) -> int:
+        """Steps whose metrics are written."""
+        if not self.out.metrics.exists():
+            return 0
+        return self.out.metrics.read_bytes().count(b"\n")
+
+    def hit(self, fault: Fault) -> Outcome:
+        """Send the signal of a fault as soon as its phase is there; fails if the run ends first."""
+        in_method = f"ray::{ROLES[fault.of or fault.role]}.{fault.method}"
+        for watched in self._coming_and_going(in_method):
+            watched.suspend()
+            if not title(watched).startswith(in_method):  # it was over meanwhile
+                watched.resume()
+                continue
+            victim = watched
+            if fault.of:
+                victim = self.actors(ROLES[fault.role])[0]
+                victim.suspend()
+                watched.resume()
+            outcome = Outcome(fault, self.finished_steps() + 1)
+            self._sent_at = time.monotonic()
+            if fault.signal is not STOP:
+                victim.send_signal(fault.signal)
+            return outcome
+        raise AssertionError(f"the run ended before {fault}\n{self.log}")
+
+    def _coming_and_going(self, in_method: str) -> Iterator[psutil.Process]:
+        actor = in_method.partition(".")[0]
+        while self.popen.poll() is None:
+            watched = [process for process in self.processes() if title(process).startswith(actor)]
+            looked = time.monotonic()
+            while watched and time.monotonic() - looked < 1:  # then look for new actors
+                for process in watched:
+                    if title(process).startswith(in_method):
+                        yield process
+                time.sleep(LOOK_S)
+
+    def watch(self, outcome: Outcome) -> Outcome:
+        """Wait until the run has finished the step of a fault, and one more to show that it goes
+        on; note when it said what."""
+        seen = len(self.log)
+
+        def has_finished() -> bool:
+            if outcome.noticed_s is None and re.search(
+                r"^note: .*(failed in|is killed)", self.log[seen:], re.MULTILINE
+            ):
+                outcome.noticed_s = time.monotonic() - self._sent_at
+            return self.finished_steps() >= outcome.step
+
+        self.wait_for(has_finished)
+        outcome.recovered_s = time.monotonic() - self._sent_at
+        return outcome
+
+    def results(self) -> dict[str, Any]:
+        """Everything that must not depend on faults: metrics but timings, texts, weights."""
+        rows = [without_faults(row) for row in read_jsonl(self.out.metrics)]
+        weights = {
+            str(path.relative_to(self.out.path)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(self.out.path.rglob("*.safetensors"))
+        }
+        assert weights
+        return {
+            "metrics": {row["step"]: row for row in rows},
+            # Groups stand in the file as they finished, which is a matter of time.
+            "completions": sorted(
+                read_jsonl(self.out.completions),
+                key=lambda row: (row["step"], row["group_id"], row["index"]),
+            ),
+            "weights": weights,
+        }
+
+
+def without_faults(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of metrics.jsonl without clocks and without what counts faults."""
+    kept = without_clock(dict(row))
+    return {name: value for name, value in kept.items() if not name.startswith("fault/")}
+
+
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The first differences between what two runs left."""
+    found = []
+    for step in sorted({*one["metrics"], *other["metrics"]}):
+        ours, theirs = one["metrics"].get(step, {}), other["metrics"].get(step, {})
+        names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        found += [f"step {step}, {n}: {ours.get(n)} and {theirs.get(n)}" for n in names]
+    if one["completions"] != other["completions"]:
+        pairs = zip(one["completions"], other["completions"], strict=False)
+        first = next((row for row, twin in pairs if row != twin), {})
+        found.append(f"completions, first in step {first.get('step')}")
+    if one["weights"] != other["weights"]:
+        found.append(f"weights: {sorted(one['weights'])} and {sorted(other['weights'])}")
+    return found[:20]
+
+
+def stopped_processes(run: RunProcess) -> list[psutil.Process]:
+    """Processes of a run that are stopped."""
+    return [p for p in run.processes() if is_alive(p) and p.status() == psutil.STATUS_STOPPED]
