@@ -40,6 +40,8 @@ class Registry(UserDict[str, T]):
         """Names that work and that errors do not list."""
 
     def __setitem__(self, name: str, value: T) -> None:
+        if not callable(value):
+            raise ValueError(f"{self.kind} {name!r} is {value!r:.80}, not a function or a class")
         before = self.data.get(name, value)
         # The same lines may come twice: from a file that is loaded again after an error in it.
         if before is not value and where_defined(before) != where_defined(value):

@@ -102,7 +102,13 @@ def weight_problems(folder: Path, shape: ModelShape) -> Iterator[str]:
         yield str(error)
         return
     if not files:
-        yield f"{folder} holds no .safetensors file, so no weights"
+        pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
+        yield f"{folder} holds no .safetensors file, so no weights" + (
+            f"; {pickled.name} is not read, because a pickle can run code: load it where you trust "
+            "it, and save_pretrained writes safetensors"
+            if pickled is not None
+            else ""
+        )
         return
     stored: dict[str, StoredTensor] = {}
     broken = []

@@ -7,7 +7,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "actors")]  # its runs and processes
 
-from fault_runs import FaultRun, write_fault_run
+from fault_runs import FaultRun, write_fault_run  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,9 @@
-"""Processes of a real run are killed and stopped: it ends as if nothing had happened, to the bit."""
+"""Processes of a real run are killed and stopped: it ends as if nothing had happened."""
 
 from __future__ import annotations
 
-import re
-
 import pytest
-from fault_runs import KILL, ROLES, STOP, Fault, differences
+from fault_runs import KILL, Fault, differences
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
