@@ -146,7 +146,9 @@ def load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
 
     find_model_folder(config.model.path)
     try:
-        return AutoTokenizer.from_pretrained(tokenizer_source(config.model.path))
+        return AutoTokenizer.from_pretrained(
+            tokenizer_source(config.model.path), trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path: {config.model.path} has no tokenizer: {error}") from error
 

@@ -192,7 +192,9 @@ def held_out_sets(config: Config) -> dict[str, list[Prompt]]:
         ValueError: rows that cannot be read or that a reward function refuses, or missing columns.
     """
     use_cache_without_hub(config)
-    tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_model_path(config.model.path), trust_remote_code=False
+    )
     # A share of the training rows is held out, or one of them may have a column to be renamed.
     if not config.data.split_dataset_ratio and not config.data.columns:
         alone = config.data.model_copy(update={"dataset": [], "streaming": False})

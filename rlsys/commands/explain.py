@@ -40,6 +40,7 @@ from rlsys.preflight.positions import within_positions
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
 from rlsys.preflight.trained import trained_summary
 from rlsys.problems import Problem
+from rlsys.redact import without_secrets
 from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines, print_pairs, print_wrapped
 from rlsys.types import Device
@@ -136,7 +137,7 @@ def _print_config(resolved: ResolvedConfig[Any], console: Console) -> None:
         widths[1] += max(0, room + GAP)
     print_lines(console, ["Config: docs/config.md has the meaning of every field"], "italic")
     print_lines(console, columns(head, widths), "bold")
-    values = resolved.config.model_dump()
+    values = without_secrets(resolved.config.model_dump())
     heading = ""
     for name, info in fields.items():
         section, _, field = name.rpartition(".")

@@ -115,7 +115,7 @@ def read_prompts(folder: Path, given: str | None) -> list[list[int]]:
     Raises:
         ValueError: the file cannot be read, or a prompt has a token without an embedding.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     texts: list[Any] = list(PROMPTS) if given is None else list(_texts(given))
     prompts = []
     for text in texts:
@@ -179,7 +179,9 @@ def _values(
                 "final norm": model.decoder.final_layernorm,
             }
         else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            ).eval()
             places = {
                 "embedding": model.model.embed_tokens,
                 **{f"layer {i}": layer for i, layer in enumerate(model.model.layers)},

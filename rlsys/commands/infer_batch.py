@@ -58,7 +58,7 @@ def read_batch(
     Raises:
         ValueError: rows that cannot be read, or completions of something else in `args.out`.
     """
-    tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     try:
         config = DataConfig(
             dataset=[args.prompts],

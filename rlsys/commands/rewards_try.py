@@ -214,7 +214,7 @@ def _tokenizer(name: str) -> PreTrainedTokenizerBase:
     from rlsys.model.folder import tokenizer_source
 
     try:
-        return AutoTokenizer.from_pretrained(tokenizer_source(name))
+        return AutoTokenizer.from_pretrained(tokenizer_source(name), trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"--tokenizer {name} cannot be loaded: {reason}") from None

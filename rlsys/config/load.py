@@ -34,6 +34,7 @@ from rlsys.config.words import apply_options
 from rlsys.config.yaml_text import dump_yaml, load_yaml
 from rlsys.files import replacing, unused_folder
 from rlsys.problems import Problem, ProblemsError
+from rlsys.redact import names_of_secrets
 from rlsys.text import not_utf8
 
 Origin = Literal["default", "file", "command line", "adapter", "model"]
@@ -133,8 +134,11 @@ def save_config(config: RunConfig, path: Path) -> None:
     else:
         again = f"cd {quote(str(Path.cwd()))} && {again}"
     head = f"{_SAVED_HEAD} To run it again{where}:\n#   {again}\n"
+    values = config.model_dump()
     with replacing(path) as scratch:
-        scratch.write_text(head + dump_yaml(config.model_dump()), encoding="utf-8")
+        if any(names_of_secrets(values)):
+            scratch.touch(mode=0o600)  # for the owner alone
+        scratch.write_text(head + dump_yaml(values), encoding="utf-8")
 
 
 def is_saved_config(path: Path) -> bool:

@@ -20,6 +20,7 @@ _ENGINES = "an engine is cut by rollout.tensor_parallel_size only; for more engi
 _ENGINES += "rollout.num_engines"
 _LORA = "rlsys has one adapter, the policy's"
 _SYNC = "weight sync depends on it"
+_CODE = "code of a model folder is never run"
 
 VLLM_FIELDS = {
     "model": "model.path",
@@ -75,6 +76,8 @@ VLLM_REFUSED = {
     "convert": "completions are generated",
     "worker_cls": _SYNC,
     "model_class_overrides": _SYNC,
+    "trust_remote_code": _CODE,
+    "hf_token": "config.yaml would hold it, and the variable HF_TOKEN does the same",
 }
 """Those that rlsys leaves alone and could not work with."""
 

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 
 from rlsys.config import Config
 from rlsys.model.folder import resolve_model_path
+from rlsys.redact import without_password
 from rlsys.types import (
     OPEN_THINK,
     Completion,
@@ -85,7 +86,9 @@ class ServerEngine:
     def __init__(self, server: Server, config: Config):
         self._server = server
         self._config = config
-        self._tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(config.model.path))
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            resolve_model_path(config.model.path), trust_remote_code=False
+        )
         self._client = _client(config.rollout.timeout_s)
         self._threads = ThreadPoolExecutor(config.rollout.max_num_seqs, "server request")
         self._running: dict[int, _Running] = {}
@@ -138,18 +141,21 @@ class ServerEngine:
                     return self._completion(request.prompt, response.json())
                 problem = f"status {response.status_code}: {response.text[:300]}"
                 if response.status_code not in _TRY_AGAIN and response.status_code < 500:
-                    raise RuntimeError(f"{url} refused a request, {problem}")
+                    raise RuntimeError(f"{without_password(url)} refused a request, {problem}")
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
             if attempt < ATTEMPTS - 1:
                 time.sleep(min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
-        raise RuntimeError(f"{url} failed {ATTEMPTS} times, the last time with {problem}")
+        shown = without_password(url)
+        raise RuntimeError(f"{shown} failed {ATTEMPTS} times, the last time with {problem}")
 
     def _completion(self, prompt: Prompt, reply: dict[str, Any]) -> Completion:
         choice = reply["choices"][0]
         message, reason = choice["message"], choice["finish_reason"]
         if reason not in ("stop", "length"):
-            raise RuntimeError(f"{self._server.url} ended a completion with {reason!r}")
+            raise RuntimeError(
+                f"{without_password(self._server.url)} ended a completion with {reason!r}"
+            )
         text = message.get("content") or ""
         thoughts = message.get("reasoning_content") or message.get("reasoning")
         if thoughts:  # the server took them out of the text

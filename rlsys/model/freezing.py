@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from rlsys.model.families.base import WeightRow, weight_table
 from rlsys.model.folder_check import some
+from rlsys.patterns import find
 
 if TYPE_CHECKING:
     from rlsys.config import PolicyConfig
@@ -91,7 +91,7 @@ def _matched(field: str, starts: list[str], pattern: str | None, names: list[str
             )
         found |= set(own)
     if pattern is not None:
-        own = [name for name in names if re.search(pattern, name)]
+        own = [name for name in names if find("search", pattern, name)]
         if not own:
             raise ValueError(
                 f"policy.{field}_regex = {pattern!r} is found in no tensor of the model. "

@@ -25,6 +25,7 @@ from rlsys.model.families.base import (
     weight_table,
 )
 from rlsys.model.folder_check import some
+from rlsys.patterns import find
 
 if TYPE_CHECKING:
     from rlsys.config import LoraConfig
@@ -186,7 +187,7 @@ def _in_peft(row: WeightRow) -> WeightRow:
 def matches(pattern: list[str] | str, module: str) -> bool:
     """PEFT's rule: a list has whole names or their last parts, a text is a regex of whole names."""
     if isinstance(pattern, str):
-        return pattern == ALL_LINEAR or re.fullmatch(pattern, module) is not None
+        return pattern == ALL_LINEAR or find("fullmatch", pattern, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in pattern)
 
 

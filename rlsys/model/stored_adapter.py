@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import sqrt
@@ -14,6 +13,7 @@ from typing import Any
 
 from rlsys.model.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from rlsys.model.folder import read_json
+from rlsys.patterns import find
 
 _REFUSED = {
     "use_dora": "DoRA",
@@ -95,6 +95,6 @@ def read_adapter(folder: Path) -> StoredAdapter:
 def _matching(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first key that the module's name ends with, as PEFT matches them."""
     for key, value in pattern.items():
-        if re.fullmatch(rf"(.*\.)?({key})", module):
+        if find("fullmatch", rf"(.*\.)?({key})", module):
             return value
     return default

@@ -27,7 +27,7 @@ def load_sample_data(config: SftConfig) -> SampleData:
     """
     folder, shape = find_model(config)
     load_plugins(config.data.external_plugins)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     data = load_samples(
         config.data,
         tokenizer,

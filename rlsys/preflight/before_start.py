@@ -36,7 +36,7 @@ def load_data(config: Config) -> PromptData:
         ValueError: rows, columns, right answers or the model's files do not fit the run.
     """
     folder, shape = find_model(config)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     data = load_checked_prompts(config, tokenizer)
     check_prompt_tokens(folder, tokenizer, [*data.train, *data.held_out])
     stops = read_stop_rules(folder, tokenizer, config.rollout)

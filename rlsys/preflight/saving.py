@@ -14,6 +14,7 @@ from rlsys.model.policy_memory import bytes_per_weight
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.preflight.devices import guess_device
 from rlsys.preflight.trained import num_saved
+from rlsys.redact import names_of_secrets
 from rlsys.run.folder import RunDir
 from rlsys.text import counted
 from rlsys.types import Device
@@ -128,6 +129,15 @@ def describe_saving(config: RunConfig, use: DiskUse | None) -> list[tuple[str, s
         )
     final = "final model" if config.policy.lora is None else "final adapter"
     pairs.append((final, f"in {run.final}"))
+    secrets = list(names_of_secrets(config.model_dump()))
+    if secrets:
+        pairs.append(
+            (
+                "secrets",
+                f"{', '.join(secrets)}: in {run.config}, which you alone may read, and hidden from "
+                "trackers. Whoever lists processes sees what stands on a command line",
+            )
+        )
     if use is not None:
         parts = [f"{final} {size_text(use.weights)}"]
         if use.num_checkpoints:

@@ -14,6 +14,7 @@ from rlsys.config.schema import AnyConfig
 from rlsys.config.yaml_text import load_yaml
 from rlsys.files import bytes_in, read_jsonl, size_text
 from rlsys.model.weight_files import RUN_CONFIG_FILE
+from rlsys.redact import without_secrets
 from rlsys.run.folder import ENDED, RunDir
 from rlsys.run.kept import checkpoint_steps
 
@@ -183,4 +184,5 @@ def _changes(config: RunConfig, run: RunDir, checkpoint: Path) -> Iterator[tuple
         if name in optional_sections(type(config)) and isinstance(old, dict) and new is not None:
             continue  # its fields follow
         if name not in _OF_EVERY_RESUME and MISSING not in (old, new) and old != new:
-            yield name, f"{name} {old} -> {new}"
+            shown = without_secrets([old, new], name.rpartition(".")[2])
+            yield name, f"{name} {shown[0]} -> {shown[1]}"

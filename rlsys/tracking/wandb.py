@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config import RunConfig
+from rlsys.redact import without_secrets
 from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker
 from rlsys.tracking.completions import completion_rows
 from rlsys.types import RolloutGroup
@@ -42,7 +43,7 @@ class WandbTracker(Tracker):
             project=config.tracking.wandb_project,
             name=config.tracking.run_name or output_dir.resolve().name,
             dir=str(output_dir),
-            config=config.model_dump(mode="json"),
+            config=without_secrets(config.model_dump(mode="json")),
         )
         self._rows_of_step: dict[int, list[list[Any]]] = defaultdict(list)
 

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.nn.functional import pad
 
 from rlsys.engines.megatron.background import Write, in_host_memory
+from rlsys.engines.megatron.mcore_files import check_index
 from rlsys.engines.megatron.optimizer import optimizer_tensors
 from rlsys.engines.megatron.optimizer_kinds import fit_masters, set_steps
 from rlsys.engines.megatron.weights import MegatronWeights
@@ -168,6 +169,7 @@ def check_checkpoint(folder: Path) -> None:
             f"the checkpoint {folder} has no {OPTIMIZER_FOLDER}/: an older rlsys wrote it. "
             "Continue with that version, or start a new run with --overwrite"
         )
+    check_index(folder / OPTIMIZER_FOLDER)
 
 
 def load_optimizer(

@@ -14,6 +14,13 @@ from rlsys.model.weight_files import RELEASE, TRACKER
 
 COMMON = "common.pt"
 """What is not a tensor; megatron-core 0.16 unpickles it."""
+_HARMLESS = {
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+"""What an index may name, beside classes of torch.distributed.checkpoint."""
 _INDEX, _KIND = ".metadata", "metadata.json"
 
 
@@ -75,6 +82,16 @@ def check_mcore_files(folder: Path) -> None:
         ) from error
 
 
+def check_index(place: Path) -> None:
+    """Refuse the index of a torch_dist folder that would run code when torch unpickles it.
+
+    Raises:
+        ValueError: it is damaged, or names what no index needs.
+    """
+    if (place / _INDEX).is_file():
+        _index(place / _INDEX)
+
+
 def stored_numbers(folder: Path, *, without: tuple[str, ...]) -> Counter[torch.dtype]:
     """How many numbers of a folder's model are stored in each type.
 
@@ -106,7 +123,7 @@ class _IndexUnpickler(pickle.Unpickler):
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__.startswith("torch.distributed."):
                 return found
-        elif (module, name) == ("torch.serialization", "_get_layout"):
+        elif (module, name) in _HARMLESS:
             return super().find_class(module, name)
         elif module == "torch":
             found = getattr(torch, name, None)

@@ -63,7 +63,10 @@ def build_whole_model(
         dtype: of the weights.
         longest: tokens of the longest sequence that it will compute.
     """
-    shape, hf = read_model_shape(folder), AutoConfig.from_pretrained(folder)
+    shape, hf = (
+        read_model_shape(folder),
+        AutoConfig.from_pretrained(folder, trust_remote_code=False),
+    )
     config = transformer_config(
         hf, shape, dtype=dtype, policy=PolicyConfig(), on_cpu=True, bridged=False
     )

@@ -91,7 +91,7 @@ class MegatronModel:
         # Preflight has not seen the files of a hub model, nor those on another host.
         check_model_folder(self.folder, shape, has_prompts=False)
         self._is_bridged = is_bridged(config, shape)
-        self.hf_config = AutoConfig.from_pretrained(self.folder)
+        self.hf_config = AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
         self.transformer_config = transformer_config(
             self.hf_config,
             shape,

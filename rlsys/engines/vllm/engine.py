@@ -85,7 +85,7 @@ class VLLMEngine:
         folder = resolve_model_path(model_path)
         self._config = config
         self._engine_rank = engine_rank
-        self._tokenizer = AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         self._stops = read_stop_rules(folder, self._tokenizer, config.rollout)
         self._detokenizer = Detokenizer(
             self._tokenizer, config.rollout.skip_special_tokens, self._stops.eos_token_ids
@@ -107,7 +107,9 @@ class VLLMEngine:
         )
         if (draft := config.rollout.draft_model) is not None:
             arguments["speculative_config"] |= {"model": str(resolve_model_path(draft))}
-        arguments["hf_overrides"] |= rope_overrides(AutoConfig.from_pretrained(folder))
+        arguments["hf_overrides"] |= rope_overrides(
+            AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        )
         self._adapter = adapter_request() if syncs_adapter(config, shape, device) else None
         """The policy's LoRA adapter, which every request names; None for merged weights."""
         self._llm = _start_llm(folder, arguments)

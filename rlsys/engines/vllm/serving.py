@@ -77,7 +77,7 @@ def serving_arguments(folder: Path, options: EngineOptions) -> dict[str, Any]:
         }
         del arguments["gpu_memory_utilization"]
     if read_json(folder / "config.json").get("model_type") in FAMILIES:  # as rollout engines do
-        overrides = rope_overrides(AutoConfig.from_pretrained(folder))
+        overrides = rope_overrides(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         arguments |= {"hf_overrides": overrides} if overrides else {}
     return arguments
 

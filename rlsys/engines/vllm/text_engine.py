@@ -54,7 +54,9 @@ class TextEngine:
     """
 
     def __init__(self, folder: Path, arguments: Mapping[str, Any], *, seed: int):
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
         try:
             with raise_worker_errors():
                 self._llm = LLM(

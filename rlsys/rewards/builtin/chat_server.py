@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlsys.redact import without_password
+
 if TYPE_CHECKING:
     import httpx
 
@@ -50,6 +52,7 @@ class ChatServer:
                 f"{max_concurrency} and {max_retries}"
             )
         self.url = f"{base_url.rstrip('/')}/chat/completions"
+        self._shown = without_password(self.url)
         self._key_variable = key_variable
         self._max_concurrency = max_concurrency
         self._timeout_s = timeout_s
@@ -111,14 +114,15 @@ class ChatServer:
                     return _content(response)
                 problem = f"status {response.status_code}: {response.text[:300]}"
                 if response.status_code not in _TRY_AGAIN and response.status_code < 500:
-                    raise RuntimeError(f"judge: {self.url} refused, {problem}")
+                    raise RuntimeError(f"judge: {self._shown} refused, {problem}")
                 wait = max(wait, _retry_after(response))
             except (httpx.TransportError, _NoCompletion) as error:
                 problem = f"{type(error).__name__}: {error}"
             if attempt < self._max_retries:
                 await asyncio.sleep(min(wait, MAX_WAIT_S))
         raise RuntimeError(
-            f"judge: {self.url} failed {self._max_retries + 1} times, the last time with {problem}"
+            f"judge: {self._shown} failed {self._max_retries + 1} times, the last time with "
+            f"{problem}"
         )
 
     def _client(self) -> tuple[httpx.AsyncClient, asyncio.Semaphore]:

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from rlsys.patterns import find
 from rlsys.rewards.base import AsyncORM, register_reward
 from rlsys.rewards.builtin.chat_server import ChatServer
 
@@ -104,7 +105,7 @@ class Judge(AsyncORM):
         self.max_characters = max_characters
         self.num_unreadable = 0
         self._request = {"model": model, "max_tokens": max_tokens, "temperature": temperature}
-        self._pattern = re.compile(score_pattern)
+        self._pattern = score_pattern
 
     async def __call__(
         self, completions: list[str], prompts: list[Any], **columns: Any
@@ -142,7 +143,7 @@ class Judge(AsyncORM):
             ) from None
 
     def _score(self, reply: str) -> float | None:
-        found = self._pattern.findall(reply)
+        found = find("findall", self._pattern, reply)
         last = found[-1] if found else ""
         try:
             score = float(last[0] if isinstance(last, tuple) else last)

@@ -53,15 +53,19 @@ class RewardModel(AsyncORM):
                 f"and {max_length}"
             )
         folder = resolve_model_path(path)
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False
+        )
         self._template = ChatTemplate(self._tokenizer)
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if config.num_labels != 1:
             raise ValueError(
                 f"reward_model: {path!r} has {config.num_labels} outputs; a reward model has one "
                 "(num_labels: 1 in its config.json)"
             )
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = model.to(device).eval()
         pad = self._tokenizer.pad_token_id

@@ -1,0 +1,48 @@
+"""Secrets that users write into a config: found by their names, and left out of what others see."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+HIDDEN = "***"
+_NAME = re.compile(
+    r"(.*[_-])?(api_?key|access_?key|private_?key|secret(_?key)?|password|passwd|credentials?"
+    r"|(auth|access|api|bearer|hf|hub|refresh)_?token)|token|authorization",
+    re.IGNORECASE,
+)
+"""Names of settings whose values are secrets. `eos_token` is not one, nor `api_key_env`."""
+_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+"""User and password in an address."""
+
+
+def without_secrets(value: Any, name: str = "") -> Any:
+    """A copy of nested values with `***` in the place of secrets.
+
+    Args:
+        value: mappings, lists and plain values.
+        name: the key that `value` stands under.
+    """
+    if isinstance(value, dict):
+        return {key: without_secrets(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(without_secrets(inner, name) for inner in value)
+    if isinstance(value, str) and value:
+        return HIDDEN if _NAME.fullmatch(name) else without_password(value)
+    return value
+
+
+def without_password(text: str) -> str:
+    """A text with `***` for the user and password of each address in it."""
+    return _IN_URL.sub(f"{HIDDEN}@", text) if "://" in text else text
+
+
+def names_of_secrets(values: dict[str, Any], start: str = "") -> Iterator[str]:
+    """The dotted names of the secrets in nested mappings, `reward.reward_params.mine.api_key`."""
+    for key, value in values.items():
+        name = f"{start}{key}"
+        if isinstance(value, dict):
+            yield from names_of_secrets(value, f"{name}.")
+        elif without_secrets(value, str(key)) != value:
+            yield name
