@@ -8,8 +8,8 @@ from typing import Any
 
 HIDDEN = "***"
 _NAME = re.compile(
-    r"(.*[_-])?(api_?key|access_?key|private_?key|secret(_?key)?|password|passwd|credentials?"
-    r"|(auth|access|api|bearer|hf|hub|refresh)_?token)|token|authorization",
+    r"(.*[_-])?((api|access|private)[_-]?key|secret([_-]?key)?|password|passwd|credentials?"
+    r"|(auth|access|api|bearer|hf|hub|refresh)[_-]?token)|token|authorization",
     re.IGNORECASE,
 )
 """Names of settings whose values are secrets. `eos_token` is not one, nor `api_key_env`."""
@@ -29,8 +29,13 @@ def without_secrets(value: Any, name: str = "") -> Any:
     if isinstance(value, list | tuple):
         return type(value)(without_secrets(inner, name) for inner in value)
     if isinstance(value, str) and value:
-        return HIDDEN if _NAME.fullmatch(name) else without_password(value)
+        return HIDDEN if is_secret(name) else without_password(value)
     return value
+
+
+def is_secret(name: str) -> bool:
+    """Whether a setting or variable of this name holds a secret."""
+    return _NAME.fullmatch(name) is not None
 
 
 def without_password(text: str) -> str:

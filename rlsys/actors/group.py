@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,9 +24,6 @@ CPU_SHARE = 0.01
 START_TIMEOUT_S = 1800.0
 """Time to load models, and on GPUs to compile them for the first time."""
 
-_FOR_NETWORKS = ("FI_", "GLOO_", "NCCL_", "UCX_")
-_INHERITED = (*_FOR_NETWORKS, "CUDA_", "HF_", "NVTE_", "PYTORCH_", "TORCH_", "VLLM_")
-_OF_ONE_HOST = ("CUDA_VISIBLE_DEVICES", "VLLM_HOST_IP", "VLLM_LOOPBACK_IP")
 
 PlaceActor = Callable[[int], dict[str, Any]]
 """The Ray options of an actor, by its rank in its group; see rlsys.actors.placement."""
@@ -124,16 +120,3 @@ class ActorGroup:
 def device_env(device: Device) -> dict[str, str]:
     """Variables that hide the GPUs of a host from the actors of a run on CPU."""
     return {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-
-
-def inherited_env() -> dict[str, str]:
-    """The variables of this process that libraries in an actor need.
-
-    An actor inherits from its node, which may be another host. Left out is what is true on one host
-    only: addresses, and CUDA_VISIBLE_DEVICES, which Ray has read and sets for each actor.
-    """
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name.startswith(_INHERITED) and name not in _OF_ONE_HOST
-    }

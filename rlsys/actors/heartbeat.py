@@ -118,7 +118,9 @@ class Heartbeats:
         if not ray.wait([member.ping], timeout=0)[0]:
             member.silent_s += elapsed_s
             if member.has_started and member.silent_s > limit_s:
-                self._kill(name, member, f"it gave no sign of life for {limit_s:g} s")
+                silence = explain_silence({name: actor._actor_id.hex()})
+                reason = f"it gave no sign of life for {limit_s:g} s"
+                self._kill(name, member, reason, details=f"\n{silence.rstrip()}")
             return
         try:
             fault: str | None = ray.get(member.ping, timeout=LONGEST_PAUSE_S)
@@ -129,9 +131,8 @@ class Heartbeats:
         if fault is not None:
             self._kill(name, member, fault)
 
-    def _kill(self, name: str, member: _Member, reason: str) -> None:
+    def _kill(self, name: str, member: _Member, reason: str, *, details: str = "") -> None:
         member.is_dead = True
         self._reasons[name] = reason
-        silence = explain_silence({name: member.actor._actor_id.hex()}).rstrip()
-        self._say(f"note: {name} is killed: {reason}\n{silence}")
+        self._say(f"note: {name} is killed: {reason}{details}")
         ray.kill(member.actor)  # within 5 s, also a stopped process

@@ -13,16 +13,16 @@ import ray
 import torch
 import torch.distributed as dist
 
-from rlsys.actors.group import ActorGroup, PlaceActor, device_env, inherited_env
+from rlsys.actors.group import ActorGroup, PlaceActor, device_env
 from rlsys.actors.heartbeat import Alive
 from rlsys.actors.meeting import meeting_address
+from rlsys.actors.process import begin_process, inherited_env
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
 from rlsys.config import RunConfig
 from rlsys.file_sums import FileSum
 from rlsys.leftovers import guard_actor
 from rlsys.network import gloo_interfaces
-from rlsys.stacks import answer_for_stacks
 from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.transport import serve_store
 
@@ -41,7 +41,7 @@ class ModelRank(Alive):
     engine: MegatronModel
 
     def __init__(self, config: RunConfig, device: Device, rank: int):
-        answer_for_stacks()
+        begin_process()
         guard_actor()
         self.config = config
         self.device: Device = device

@@ -8,7 +8,7 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ import grpc
 import psutil
 
 from rlsys import leftovers
+from rlsys.actors.process import shared_secrets
 from rlsys.interrupts import PREEMPTION_SIGNALS, STOP_SIGNALS
 from rlsys.leftovers import Guard
 from rlsys.problems import RunFailed
@@ -80,11 +81,8 @@ def ray_session(
         else:
             wait_for_cluster(partial(_join_cluster, address), patience_s)
         _restore(handlers)  # Ray's handler of SIGTERM prints a C++ stack, aborts after 3 s
-        if guard is None:
+        with shared_secrets(), nullcontext() if guard is None else _guarded(guard, logs):
             yield
-        else:
-            with _guarded(guard, logs):
-                yield
     finally:
         _restore(handlers)
         ray.shutdown()
@@ -247,6 +245,8 @@ def start_cluster(**options: Any) -> None:
                 ray.init(
                     "local", logging_level=logging.ERROR, **{"include_dashboard": False, **options}
                 )
+            # Ray lets everybody in: to its logs, and to replace its sockets.
+            Path(ray._private.worker._global_node.get_session_dir_path()).chmod(0o700)
             return
         except _RayletDied:
             what = f"Ray's node died {time.monotonic() - start:.0f} s after its start"

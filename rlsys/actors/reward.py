@@ -12,7 +12,8 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from rlsys.actors.group import CPU_SHARE, PlaceActor, device_env, inherited_env
+from rlsys.actors.group import CPU_SHARE, PlaceActor, device_env
+from rlsys.actors.process import begin_process, inherited_env
 from rlsys.actors.waiting import FETCH_S, all_ready, any_ready
 from rlsys.config import RewardConfig
 from rlsys.plugins.load import load_plugins
@@ -21,14 +22,13 @@ from rlsys.rewards.pool.process import RewardProcess
 from rlsys.rewards.pool.scorer import GroupScorer
 from rlsys.rewards.pool.serve import Failed, ProcessSettings, ScoreRequest, process_settings
 from rlsys.rewards.scoring import Scored
-from rlsys.stacks import answer_for_stacks
 
 
 class RewardWorker:
     """Starts a reward process on its node, which runs the user code, and sends it requests."""
 
     def __init__(self) -> None:
-        answer_for_stacks()
+        begin_process()
 
     async def start(self, settings: ProcessSettings, concurrent: bool) -> Failed | None:
         """Start it, and wait until it has its reward functions."""

@@ -11,13 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 import ray
 from ray import ObjectRefGenerator
 
-from rlsys.actors.group import (
-    ActorGroup,
-    PlaceActor,
-    device_env,
-    inherited_env,
-    on_cpu,
-)
+from rlsys.actors.group import ActorGroup, PlaceActor, device_env, on_cpu
+from rlsys.actors.process import inherited_env
 from rlsys.actors.rollout_actor import RolloutActor as RolloutActor
 from rlsys.actors.rollout_actor import ServerActor
 from rlsys.actors.silent import actor_of, explain_silence

@@ -13,10 +13,10 @@ import psutil
 import ray
 
 from rlsys.actors.heartbeat import Alive
+from rlsys.actors.process import begin_process
 from rlsys.config import Config
 from rlsys.engines.loop import EngineLoop, Outcome
 from rlsys.leftovers import guard_actor
-from rlsys.stacks import answer_for_stacks
 from rlsys.types import Device, DraftCounts, RolloutGroup, SampleRequest
 from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.plan import TensorSlice
@@ -38,7 +38,7 @@ class RolloutActor(Alive):
     _loop: EngineLoop[Any]  # of the VLLMEngine, or of ServerActor's engine, which has no weights
 
     def __init__(self, config: Config, device: Device, engine_rank: int):
-        answer_for_stacks()
+        begin_process()
         start = time.monotonic()
         guard_actor()
         from rlsys.engines.vllm.engine import VLLMEngine  # takes seconds
@@ -126,7 +126,7 @@ class ServerActor(RolloutActor):
     """Asks a server for completions, as if it were an engine in this process."""
 
     def __init__(self, config: Config, server: Server, engine_rank: int):
-        answer_for_stacks()
+        begin_process()
         start = time.monotonic()
         from rlsys.engines.chat_server import ServerEngine  # imports transformers
 

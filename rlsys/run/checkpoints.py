@@ -188,7 +188,7 @@ class Checkpoints:
             partial = stack.enter_context(replacing_folder(self._folder / f"step-{step}"))
             if self._run.config.is_file():  # a disk that takes no small file shows here
                 with replacing(partial / RUN_CONFIG_FILE) as scratch:
-                    shutil.copyfile(self._run.config, scratch)
+                    shutil.copy(self._run.config, scratch)  # its permissions too
             await_files = self._write(partial, step)
             rest = stack.pop_all()
         job = (step, partial, await_files, rest)

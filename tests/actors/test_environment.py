@@ -5,7 +5,7 @@ import pytest
 from patience import PATIENCE_S
 from policy_cases import policy_config
 
-from rlsys.actors.group import inherited_env
+from rlsys.actors.process import inherited_env
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.waiting import get_all

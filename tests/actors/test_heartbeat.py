@@ -76,7 +76,8 @@ def test_a_stopped_process_is_killed_and_one_that_starts_or_computes_is_not(watc
         get_one(ref, name="worker 1", phase="the test")
     reason = "it gave no sign of life for 2 s"
     assert len(lines) == 1
-    assert lines[0].startswith(f"note: worker 1 is killed: {reason}")
+    assert lines[0].startswith(f"note: worker 1 is killed: {reason}\nworker 1: its process ")
+    assert f"{pids[1]} is stopped (SIGSTOP" in lines[0]
     assert restarts.reason(caught.value) == reason
     assert restarts.heartbeats.reason("worker 0") is None
 

@@ -74,7 +74,9 @@ class BackgroundWriter:
             in_background: whether to return before they are written.
         """
         if self._thread is not None:  # of a checkpoint that nobody waits for any more
-            self._thread.join()
+            self._thread.join(self._timeout_s)
+            if self._thread.is_alive():
+                raise TimeoutError(f"a disk took more than {self._timeout_s:g} s for a checkpoint")
         if self._group is None and dist.get_world_size() > 1:
             timeout = timedelta(seconds=self._timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)

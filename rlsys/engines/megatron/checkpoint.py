@@ -122,7 +122,7 @@ class StagedFiles:
             FileSystemWriterAsync.write_preloaded_data(
                 transforms, 0, self._buckets.pop(0), results, counts, True
             )
-            _, found = results.get()
+            _, found = results.get_nowait()
             if isinstance(found, Exception):
                 raise found
             written += found

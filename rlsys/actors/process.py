@@ -1,0 +1,66 @@
+"""What every actor's process does first, and the secrets that it gets."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+from ray.experimental import internal_kv
+
+from rlsys.redact import is_secret
+from rlsys.stacks import answer_for_stacks
+
+INHERITED = (
+    *("FI_", "GLOO_", "NCCL_", "UCX_"),  # of networks
+    *("CUDA_", "HF_", "NVTE_", "PYTORCH_", "TORCH_", "VLLM_"),
+)
+"""How the variables begin that libraries in an actor need."""
+_OF_ONE_HOST = ("CUDA_VISIBLE_DEVICES", "VLLM_HOST_IP", "VLLM_LOOPBACK_IP")
+_NAMESPACE = b"rlsys"
+
+
+def inherited_env() -> dict[str, str]:
+    """The variables of this process that libraries in an actor need, without secrets.
+
+    An actor inherits from its node, which may be another host. Left out is what is true on one host
+    only: addresses, and CUDA_VISIBLE_DEVICES, which Ray has read and sets for each actor.
+    """
+    return {name: value for name, value in _inherited().items() if not is_secret(name)}
+
+
+@contextmanager
+def shared_secrets() -> Iterator[None]:
+    """Leave the secrets among the inherited variables, such as HF_TOKEN, for this run's actors.
+
+    Ray writes the variables of a `runtime_env` to its logs, which other users of the host can read,
+    and shows them on its dashboard. Its key-value store is in the memory of the head. A run that
+    fails leaves them there until the cluster ends.
+    """
+    secrets = {name: value for name, value in _inherited().items() if is_secret(name)}
+    if secrets:
+        internal_kv._internal_kv_put(_key(), json.dumps(secrets).encode(), namespace=_NAMESPACE)
+    yield
+    if secrets:
+        internal_kv._internal_kv_del(_key(), namespace=_NAMESPACE)
+
+
+def begin_process() -> None:
+    """Take the run's secrets, and write stacks on request; the first call of every actor."""
+    answer_for_stacks()
+    secrets = internal_kv._internal_kv_get(_key(), namespace=_NAMESPACE)
+    os.environ.update(json.loads(secrets or "{}"))
+
+
+def _inherited() -> dict[str, str]:
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name.startswith(INHERITED) and name not in _OF_ONE_HOST
+    }
+
+
+def _key() -> bytes:
+    return f"secrets of job {ray.get_runtime_context().get_job_id()}".encode()
