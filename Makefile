@@ -5,6 +5,7 @@
 # make test       lint, types and tests
 # make test-all   also the slowest tests: servers and whole runs of their own
 # make test-gpu   the tests that need GPUs, with .venv-gpu or else the python3 of this shell
+# make audit      look for known holes in the pinned packages, where a database can be reached
 #
 # VENV=dir (for GPUs VENV_GPU=dir) uses another environment, PYTHON=python3.12 another interpreter
 # to create it with (or to run test-gpu with).
@@ -41,6 +42,11 @@ test-all: lint
 test-gpu:
 	$(or $(PYTHON),$(wildcard $(VENV_GPU)/bin/python),python3) -m pytest tests/gpu -m gpu -ra --durations=10
 
+audit: setup
+	test -x $(VENV)-audit/bin/python || $(VENV)/bin/python -m venv $(VENV)-audit
+	-$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(VENV)-audit/bin/python scripts/audit.py
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -53,4 +59,4 @@ clean:
 distclean: clean
 	rm -rf $(VENV) $(VENV_GPU) *.egg-info
 
-.PHONY: setup setup-gpu demo test-fast test test-all test-gpu lint clean distclean
+.PHONY: setup setup-gpu demo test-fast test test-all test-gpu audit lint clean distclean

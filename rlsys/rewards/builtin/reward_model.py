@@ -63,9 +63,16 @@ class RewardModel(AsyncORM):
                 f"reward_model: {path!r} has {config.num_labels} outputs; a reward model has one "
                 "(num_labels: 1 in its config.json)"
             )
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        try:
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            )
+        except OSError as error:
+            raise ValueError(
+                f"reward_model: {path!r} has no safetensors files that transformers can read, and "
+                f"other files may run code when they are loaded: save it again with transformers "
+                f"({str(error).splitlines()[0]})"
+            ) from None
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = model.to(device).eval()
         pad = self._tokenizer.pad_token_id

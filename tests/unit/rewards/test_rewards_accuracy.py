@@ -373,3 +373,24 @@ def test_the_helper_process_ends_with_the_reward():
 )
 def test_the_last_box_that_closes(text, expected):
     assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "open('{file}', 'w')",
+        "__import__('pathlib').Path('{file}').touch()",
+        r"\boxed{{open('{file}', 'w')}}",
+        r"\boxed{{\mathrm{{exec}}(\text{{open('{file}', 'w')}})}}",
+        "the answer is 1+open('{file}','w').fileno()",
+        "<answer>(lambda: open('{file}', 'w'))()</answer>",
+        "1 + 1 (open('{file}', 'w')) + 2",
+    ],
+)
+def test_answers_are_read_and_never_run(accuracy, tmp_path, attack):
+    """sympy's reader of expressions calls eval: math-verify gives it digits and operators only."""
+    file = tmp_path / "ran"
+    text = attack.format(file=file)
+    assert accuracy([text, text], solution=["2", text]) is not None
+    assert not file.exists()
+    assert accuracy([r"\boxed{2}"], solution=["2"]) == [1.0]

@@ -175,3 +175,12 @@ def test_a_process_makes_the_functions_of_its_pool_only(path, monkeypatch):
         settings = replace(process_settings(config, {}), functions=pool.functions)
         assert runner.start(settings) is None
         assert tuple(runner._rewards) == pool.functions
+
+
+def test_weights_that_may_run_code_are_not_loaded(tmp_path):
+    save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    torch.save({"score.weight": torch.zeros(1, 1)}, tmp_path / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(ValueError, match=r"no safetensors files.*save it again"):
+        orms["reward_model"](str(tmp_path))
