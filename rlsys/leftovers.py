@@ -25,6 +25,7 @@ from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
 LOOK_EVERY_S = 0.5
+START_S = 60.0
 GRACE_S = 5.0
 """Seconds that processes have to end by themselves once their guarded process is gone."""
 _INODE = re.compile(r" (\d+) +/dev/shm/")
@@ -47,7 +48,7 @@ class Guard:
         assert starter.stdin is not None
         assert starter.stdout is not None
         self._to, self._from = starter.stdin, starter.stdout
-        starter.wait()
+        starter.wait(START_S)
 
     def watch(self, pids: Sequence[int]) -> None:
         """Guard these processes and their children, too."""

@@ -68,6 +68,13 @@ def read_stacks(pid: int) -> Stacks:
     return Stacks("\n\n".join(filter(None, parts)), problem)
 
 
+def main_thread(text: str, most_lines: int = 12) -> str:
+    """The stack of the main thread of the first process in a text of `read_stacks`, cut."""
+    first = text.split("\n\nprocess ")[0]
+    thread = first.rpartition("hread 0x")[2].partition("\n")[2]  # the last one
+    return "\n".join(thread.splitlines()[:most_lines])
+
+
 def _read_one(pid: int) -> tuple[str, str]:
     """The stacks of one process, and why it did not write them itself."""
     problem = _STATES.get(_state(pid), "")

@@ -22,6 +22,7 @@ from rlsys.rewards.pool.process import RewardProcess
 from rlsys.rewards.pool.scorer import GroupScorer
 from rlsys.rewards.pool.serve import Failed, ProcessSettings, ScoreRequest, process_settings
 from rlsys.rewards.scoring import Scored
+from rlsys.stacks import ANSWER_S
 
 
 class RewardWorker:
@@ -38,6 +39,10 @@ class RewardWorker:
     async def score(self, request: ScoreRequest) -> Scored | Failed:
         """Call one function for the completions of one prompt."""
         return await asyncio.wrap_future(self._process.score(request))
+
+    async def whereabouts(self) -> str:
+        """The stack of the reward process's main thread."""
+        return await asyncio.to_thread(self._process.whereabouts)
 
 
 class RayBackend:
@@ -91,6 +96,13 @@ class RayBackend:
             return ray.get(reference, timeout=FETCH_S)
         except RayError as error:
             return Failed("crashed", str(error).strip().partition("\n")[0])
+
+    def whereabouts(self, process: ActorHandle) -> str:
+        """The stack of the reward process's main thread, which its actor reads."""
+        try:
+            return ray.get(process.whereabouts.remote(), timeout=2 * ANSWER_S)
+        except RayError:
+            return ""
 
     def kill(self, process: ActorHandle) -> None:
         """End the actor; the guard of its reward process ends that and what it started."""

@@ -173,6 +173,12 @@ def _serve(
     print(f"{source.label} will be {name!r} at http://{host}:{port}/v1 once it is loaded")
     if not chat_template(source.folder):
         print("note: the model has no chat template: clients can use /v1/completions only")
+    asks_for_key = "--api-key" in args.vllm_args or "VLLM_API_KEY" in os.environ
+    if host not in ("127.0.0.1", "localhost", "::1") and not asks_for_key:
+        print(
+            f"note: whoever reaches {host}:{port} can use the model; `--vllm_args --api-key KEY` "
+            "asks for a key, and the variable VLLM_API_KEY does so without showing it to others"
+        )
     sys.stdout.flush()
     env |= {"VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "INFO")}
     os.execve(command[0], command, os.environ | env)

@@ -60,6 +60,7 @@ EXCEPTIONS = {
         "self._pauses.acquire()": ACTOR,
         "ended.get()": ACTOR,
     },
+    "commands/grpo_restarts.py": {"self._driver.wait()": "the driver is the run, however long"},
     "engines/loop.py": {"built.result()": ACTOR, "self._commands.get()": SERVER},
     "engines/megatron/export.py": {"work.wait()": "the deadline of its process group"},
     "engines/megatron/offload.py": {

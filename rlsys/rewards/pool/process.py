@@ -23,6 +23,7 @@ from multiprocessing.connection import Pipe
 from typing import Any
 
 from rlsys.rewards.pool.serve import Failed, ProcessSettings, ScoreRequest
+from rlsys.stacks import main_thread, read_stacks
 
 _START = """
 import json, sys
@@ -72,6 +73,10 @@ class RewardProcess:
     def score(self, request: ScoreRequest) -> Future[Any]:
         """Send a request; its result is `Scored` or `Failed`."""
         return self._ask(request)
+
+    def whereabouts(self) -> str:
+        """The stack of its main thread, in which the functions run."""
+        return main_thread(read_stacks(self._process.pid).text)
 
     def kill(self) -> None:
         """End it and what it started, whatever they are doing; open futures never end."""
@@ -159,6 +164,10 @@ class LocalBackend:
     def result(self, reference: Future[Any]) -> Any:
         """The result of a reference that is done."""
         return reference.result(timeout=0)
+
+    def whereabouts(self, process: RewardProcess) -> str:
+        """The stack of its main thread."""
+        return process.whereabouts()
 
     def kill(self, process: RewardProcess) -> None:
         """End a process."""

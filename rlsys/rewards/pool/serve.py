@@ -129,7 +129,7 @@ class RewardRunner:
         except RewardError as error:
             return Failed("error", _report(error), splittable=error.__cause__ is not None)
         except TimeoutError:
-            return Failed("timeout", "cancelled")
+            return Failed("timeout", "")
 
 
 def _missing_plugins(paths: Sequence[str], directory: str) -> str:

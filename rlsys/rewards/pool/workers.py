@@ -49,6 +49,9 @@ class Backend(Protocol):
     def result(self, reference: Any) -> Any:
         """The result of a reference that is done; `Failed` "crashed" if its process ended."""
 
+    def whereabouts(self, process: Any) -> str:
+        """The stack of a process's main thread; empty if it cannot be learned soon."""
+
     def kill(self, process: Any) -> None:
         """End a process whatever it is doing, dead or not."""
 
@@ -142,7 +145,7 @@ class WorkerPool:
                 finished.append((job, outcome))
             now = time.monotonic()
             if failed is None and any(now > deadline for _, deadline in worker.running.values()):
-                failed = Failed("timeout", "killed")
+                failed = Failed("timeout", self._backend.whereabouts(worker.handle))
             if failed is not None:
                 finished += self._replace(worker, failed)
         return finished

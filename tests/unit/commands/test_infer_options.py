@@ -103,6 +103,7 @@ def test_the_command_of_the_server(folder):
     )
     text = " ".join(command)
     assert "--served-model-name a b --" in text
+    assert "--allowed-origins [] " in text
     assert "--enforce-eager" in command
     assert "--no-enable-chunked-prefill" in command
     assert command[-2:] == ["--api-key", "k"]

@@ -205,6 +205,8 @@ def test_bad_completions_cost_their_siblings_nothing(start, caplog, monkeypatch)
     told = sorted(record.getMessage() for record in caplog.records)
     assert len(told) == 2
     assert all(re.search(r"\(prompt 'train:0', completion [1-4]: '", text) for text in told)
+    [killed] = [text for text in told if "was killed after" in text]
+    assert re.match(r"It was here, the innermost call first:\n  File .* in act\n  File", killed)
 
 
 @pytest.fixture
