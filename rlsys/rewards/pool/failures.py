@@ -66,8 +66,9 @@ class FailurePolicy:
             stack = f"It was here, the innermost call first:\n{report}\n" if report else ""
             return (
                 f"{stack}reward function {job.function!r} was killed after {job.timeout_s:g} s "
-                f"({where}). reward.timeout_s = {self._config.timeout_s:g} s is for a group, an equal "
-                "share of it for one completion tried alone after the function's first call. Look for "
+                f"({where}). "
+                f"reward.timeout_s = {self._config.timeout_s:g} s is for a group, an equal share "
+                "of it for one completion tried alone after the function's first call. Look for "
                 "an endless loop or a wait without limit in the function, or raise the limit."
             )
         return (
