@@ -63,16 +63,7 @@ class RewardModel(AsyncORM):
                 f"reward_model: {path!r} has {config.num_labels} outputs; a reward model has one "
                 "(num_labels: 1 in its config.json)"
             )
-        try:
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        except OSError as error:
-            raise ValueError(
-                f"reward_model: {path!r} has no safetensors files that transformers can read, and "
-                f"other files may run code when they are loaded: save it again with transformers "
-                f"({str(error).splitlines()[0]})"
-            ) from None
+        model = _load(path, folder, dtype)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._model: Any = model.to(device).eval()
         pad = self._tokenizer.pad_token_id
@@ -144,3 +135,19 @@ class RewardModel(AsyncORM):
         with torch.inference_mode():
             output = self._model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
         return output.logits[:, 0].float().cpu().tolist()
+
+
+def _load(path: str, folder: Any, dtype: str) -> Any:
+    """The model of a folder or hub id; `path` is its name in errors."""
+    import transformers
+
+    try:
+        return transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except OSError as error:
+        raise ValueError(
+            f"reward_model: {path!r} has no safetensors files that transformers can read, and "
+            "other files may run code when they are loaded: save it again with transformers "
+            f"({str(error).splitlines()[0]})"
+        ) from None
