@@ -6,6 +6,7 @@ import pytest
 import yaml
 from run_cases import RunProcess, run_config, write_run_files
 from safetensors.torch import load_file
+from test_sft_run import write_files as write_sft_files
 
 from rlsys.files import read_jsonl
 
@@ -90,3 +91,25 @@ def test_weights_that_are_not_finite_are_neither_sampled_with_nor_saved(folder):
     assert not list(run.out.checkpoints.glob("step-*"))
     for saved in (run.out.interrupted, run.out.final):
         assert not saved.exists()
+
+
+def test_supervised_training_keeps_the_last_good_checkpoint(starter_model, tmp_path):
+    folder = tmp_path / "sft"
+    write_sft_files(folder, starter_model)
+    good = RunProcess(folder, "run.yaml", "--max_steps", "10", subcommand="sft")
+    assert good.wait() == 0, good.log
+    words = ("--max_steps", "20", "--policy.lr", "1e39", "--checkpoint.resume")
+    run = RunProcess(folder, "run.yaml", *words, subcommand="sft")
+    assert run.wait() == 1
+    # The first step makes the weights infinite, and the next ones are not finite.
+    assert "3 optimizer steps in a row were not finite" in run.log
+    assert "Not finite: loss, gradient" in run.log
+    assert "weights of rank 0" in run.log
+    assert "not saved: " in run.log
+    steps = [row["step"] for row in read_jsonl(run.out.metrics) if "policy_version" in row]
+    assert steps == [*range(1, 11), 11, 12, 13]
+    assert [folder.name for folder in run.out.checkpoints.glob("step-*")] == ["step-10"]
+    again = RunProcess(
+        folder, "run.yaml", "--max_steps", "11", "--checkpoint.resume", subcommand="sft"
+    )
+    assert again.wait() == 0, again.log
