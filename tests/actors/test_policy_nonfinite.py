@@ -204,3 +204,28 @@ def test_megatrons_own_loss_scaling_agrees(lab, policy_models, tmp_path, distrib
         policy.update(random_batch(3))
         after.append(states(policy))
     assert_same(*after)
+
+
+@pytest.mark.slow
+def test_a_dump_that_cannot_be_written_stops_no_rank(lab, policy_models, tmp_path):
+    config = config_of(policy_models["qwen3-tied"], tmp_path, **LAYOUTS["DP 2"])
+    (tmp_path / "run").write_text("a file where the folder should be")
+    policy = lab.policy(config)
+    bad = poisoned(random_batch(), "advantages")
+    for _ in range(2):
+        assert policy.update(bad).metrics["fault/nonfinite_steps"] == 1
+    with pytest.raises(ActorFailure, match="Not dumped: .*Not a directory"):
+        policy.update(bad)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_its_first_dumps(lab, policy_models, tmp_path):
+    config = config_of(
+        policy_models["qwen3-tied"], tmp_path, nonfinite_dumps=1, max_nonfinite_steps=2
+    )
+    policy = lab.policy(config)
+    bad = poisoned(random_batch(), "advantages")
+    policy.update(bad)
+    with pytest.raises(ActorFailure, match=r"Not dumped: policy\.nonfinite_dumps allows 1"):
+        policy.update(bad)
+    assert [folder.name for folder in (tmp_path / "run/dumps").iterdir()] == ["step-1"]
