@@ -214,7 +214,7 @@ def test_a_dump_that_cannot_be_written_stops_no_rank(lab, policy_models, tmp_pat
     bad = poisoned(random_batch(), "advantages")
     for _ in range(2):
         assert policy.update(bad).metrics["fault/nonfinite_steps"] == 1
-    with pytest.raises(ActorFailure, match="Not dumped: .*Not a directory"):
+    with pytest.raises(ActorFailure, match=r"Not dumped: .*Not a directory"):
         policy.update(bad)
 
 
