@@ -3,6 +3,7 @@
 import os
 import signal
 
+import psutil
 import ray
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -19,6 +20,16 @@ def plan_fault(actor, moment, how):
 def process_of(actor):
     """The process id of an actor."""
     return ray.get(actor.__ray_call__.remote(lambda _: os.getpid()))
+
+
+def workers_of(actor):
+    """The process ids of the worker processes of an engine with tensor parallelism."""
+    return ray.get(actor.__ray_call__.remote(_workers))
+
+
+def _workers(_):
+    children = psutil.Process().children(recursive=True)
+    return sorted(one.pid for one in children if "VLLM::Worker" in " ".join(one.cmdline()))
 
 
 def _plan(actor, moment, number):

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import ray
-from engine_faults import MOMENTS, plan_fault, process_of
+from engine_faults import MOMENTS, SIGNALS, plan_fault, process_of, workers_of
 from greedy_rollouts import PROMPTS
 from patience import PATIENCE_S
 from tensor_policy import TensorPolicy
@@ -69,11 +69,8 @@ class World:
         self.submit(seed)
         groups = self.collect()
         assert set(groups) == set(range(len(PROMPTS)))
-        completions = [one for ticket in sorted(groups) for one in groups[ticket].completions]
-        return (
-            [(one.token_ids, one.rollout_logprobs, one.finish_reason) for one in completions],
-            {one.policy_versions for one in completions},
-        )
+        versions = {one.policy_versions for group in groups.values() for one in group.completions}
+        return bits_of(groups), versions
 
     def wait_for_successors(self):
         """Publish until everyone is back."""
@@ -89,15 +86,22 @@ class World:
         self.policy.close()
 
 
+def bits_of(groups):
+    """Tokens, log-probs and finish reasons of all completions, to the bit."""
+    completions = [one for ticket in sorted(groups) for one in groups[ticket].completions]
+    return [(one.token_ids, one.rollout_logprobs, one.finish_reason) for one in completions]
+
+
 @pytest.fixture(scope="module")
 def start(ray_cluster, rollout_config, tiny_models):
     worlds = {}
 
-    def start(num_engines):
-        if num_engines not in worlds:
-            config = rollout_config(num_engines=num_engines, max_completion_length=64)
-            worlds[num_engines] = World(config, [tiny_models[True, 1], tiny_models[True, 2]])
-        world = worlds[num_engines]
+    def start(num_engines, **rollout):
+        key = (num_engines, *rollout.values())
+        if key not in worlds:
+            config = rollout_config(num_engines=num_engines, max_completion_length=64, **rollout)
+            worlds[key] = World(config, [tiny_models[True, 1], tiny_models[True, 2]])
+        world = worlds[key]
         world.restarts.close()
         world.allow_restarts()
         return world
@@ -125,8 +129,7 @@ def test_what_is_sampled_does_not_depend_on_who_shares_a_batch(start, undisturbe
     for ticket, (prompt, seed) in tickets.items():  # one after the other
         world.engines.submit([SampleRequest(ticket, prompt, 4, 1.0, seed)])
         groups |= world.collect()
-    alone = [one for ticket in sorted(groups) for one in groups[ticket].completions]
-    assert [(o.token_ids, o.rollout_logprobs, o.finish_reason) for o in alone] == undisturbed[0]
+    assert bits_of(groups) == undisturbed[0]
 
 
 def test_an_engine_that_dies_while_it_samples_is_replaced(start, undisturbed):
@@ -180,6 +183,21 @@ def test_completions_in_flight_survive_a_failed_weight_sync(start, moment):
     completions = [one for group in groups.values() for one in group.completions]
     assert {one.policy_versions for one in completions} <= allowed
     world.wait_for_successors()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_an_engine_whose_worker_fails_is_replaced(start, how):
+    world = start(1, tensor_parallel_size=2)
+    world.publish(0)
+    expected, _ = world.sample()
+    world.publish(0)
+    (_, worker) = workers_of(world.engines.actors["rollout engine 0"])
+    world.submit()
+    os.kill(worker, SIGNALS[how])
+    groups = world.collect()
+    assert bits_of(groups) == expected
+    assert world.restarts.metrics()["fault/rollout_restarts"] == 1
 
 
 @pytest.mark.slow

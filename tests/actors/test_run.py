@@ -367,6 +367,7 @@ def test_a_colocated_run_that_was_interrupted_goes_on_to_the_same_end(start, who
 @pytest.mark.slow
 def test_the_policy_of_a_colocated_run_is_saved_when_its_engine_dies(start):
     words = ("run.yaml", *EPOCHS, "--placement", "colocated", "--checkpoint.save_steps", "4")
+    words = (*words, "--recovery.max_restarts", "0")
     run = start("dead-engine", *words, hold_after=GROUPS_BEFORE_STEP_2 + 1)
     run.wait_until_held()
     (engine,) = run.actors("RolloutActor")
@@ -376,6 +377,23 @@ def test_the_policy_of_a_colocated_run_is_saved_when_its_engine_dies(start):
     assert "rollout engine 0 died" in run.log
     assert "saved step 2" in run.log  # which the policy finished without it
     assert (run.out.checkpoints / "step-2/model.safetensors").exists(), run.log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", ["dedicated", "colocated"])
+def test_a_run_whose_engine_dies_goes_on_to_the_same_end(start, whole, placement):
+    words = ("run.yaml", *EPOCHS, "--placement", placement)
+    run = start(f"healed-{placement}", *words, hold_after=GROUPS_BEFORE_STEP_3 + 1)
+    run.wait_until_held()
+    (engine,) = run.actors("RolloutActor")
+    engine.kill()
+    run.release()
+    assert run.wait() == 0, run.log
+    assert "note: rollout engine 0 works again" in run.log
+    same_records(run, whole)
+    last = steps(run)[-1]
+    assert last["fault/rollout_restarts"] == 1
+    assert last["fault/rollout_seconds_lost"] > 0
 
 
 def test_ctrl_c_ends_a_run_quietly(interrupted):
