@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import ray
 
+from rlsys.actors.group import START_TIMEOUT_S
 from rlsys.actors.recovery import Restart
 from rlsys.actors.waiting import all_ready, any_ready, get_one
 
@@ -55,11 +56,14 @@ class Successors:
         self.start_due()
 
     def start_due(self) -> None:
-        """Start those whose delay is over."""
+        """Start those whose delay is over; end those that do not start within START_TIMEOUT_S."""
         for name, start in self._starts.items():
-            if start.actor is None and time.monotonic() >= start.begins_at:
+            since_s = time.monotonic() - start.begins_at
+            if start.actor is None and since_s >= 0:
                 start.actor = self._create(name)
                 start.ready = start.actor.start.remote()
+            elif start.actor is not None and since_s > START_TIMEOUT_S:
+                ray.kill(start.actor)  # then `ready` is, with an error
 
     def refs(self) -> list[ray.ObjectRef]:
         """What to wait for: `started` finds something when one of them is ready."""
