@@ -165,7 +165,6 @@ def test_a_fault_at_any_moment_changes_nothing(start, undisturbed, num_engines, 
     world.wait_for_successors()
     world.publish(0)
     assert world.sample() == (undisturbed[0], {(world.policy.policy_version,)})
-    print(num_engines, moment, how, world.lines)
 
 
 @pytest.mark.slow
