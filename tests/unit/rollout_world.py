@@ -120,6 +120,9 @@ class Engines:
         self.sampling = {}
         self.aborted = []
         self.free_at = 0.0
+        self.back_at = 0.0  # until then no engine is left
+        self.sampling_again_s = None  # seconds that replaced engines take; None: none is replaced
+        self.replaced_after = []
 
     def submit(self, requests):
         self.requests += requests
@@ -142,10 +145,14 @@ class Engines:
         return [end for end, _, _ in self.sampling.values()]
 
     def bring_back(self):
-        return False
+        return self.world.now < self.back_at
 
     def restart_silent(self, error):
-        raise error
+        if self.sampling_again_s is None:
+            raise error
+        self.replaced_after.append(error)
+        end = self.world.now + self.sampling_again_s
+        self.sampling = {i: (end, *rest) for i, (_, *rest) in self.sampling.items()}
 
     def explain_silence(self):
         return "rollout engine 0: its stacks are in stacks.txt\n"

@@ -87,6 +87,22 @@ def test_slow_rewards_do_not_count_as_slow_sampling(build):
     assert world.now == pytest.approx(302.0)
 
 
+def test_engines_that_start_again_have_a_deadline_of_their_own(build):
+    world, rollouts = build(sampling=[5 * TIMEOUT_S] * 2, scoring=[0.0] * 2)
+    world.engines.back_at = world.now + 4.5 * TIMEOUT_S
+    assert len(rollouts.next_batch(1)) == 2
+    assert world.now == pytest.approx(100.0 + 5 * TIMEOUT_S)
+
+
+def test_silent_engines_that_are_replaced_get_the_time_again(build):
+    world, rollouts = build(sampling=[NEVER, 1.0], scoring=[0.0] * 2)
+    world.engines.sampling_again_s = 0.9 * TIMEOUT_S
+    assert len(rollouts.next_batch(1)) == 2
+    (error,) = world.engines.replaced_after
+    assert str(error).endswith("1 of 2 groups are done")
+    assert world.now == pytest.approx(101.0 + 1.9 * TIMEOUT_S, abs=2 * POLL_S)
+
+
 def test_prompts_come_from_the_data_and_are_sampled_as_configured(build):
     world, rollouts = build([0.0] * 3, [0.0] * 3)
     rollouts.next_batch(1)
