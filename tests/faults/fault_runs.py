@@ -26,6 +26,8 @@ KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 HEARTBEAT_S = 3.0
 """After so long a stopped process counts as dead here; a run's own default is longer."""
 LOOK_S = 0.0005
+OF_MAX_STEPS = ("global_step/max_steps", "percentage")
+"""Metrics that depend on how many steps there are to be."""
 ROLES = {
     "engine": "RolloutActor",
     "policy": "PolicyRank",
@@ -51,6 +53,27 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.role}, {self.phase}, {self.signal.name}"
+
+
+SIGNALS = (KILL, STOP)
+TABLE = {
+    "engine": (
+        *(Fault("engine", "sampling", s, "generate") for s in SIGNALS),
+        *(Fault("engine", "weight sync", s, "update_weights") for s in SIGNALS),
+        *(Fault("engine", "idle, the policy updates", s, "update", of="policy") for s in SIGNALS),
+    ),
+    "policy": (
+        *(Fault("policy", "update", s, "update") for s in SIGNALS),
+        *(Fault("policy", "weight sync", s, "send_weights") for s in SIGNALS),
+        *(Fault("policy", "idle, engines sample", s, "generate", of="engine") for s in SIGNALS),
+    ),
+    "reference": (
+        *(Fault("reference", "log-probs", s, "compute_logprobs") for s in SIGNALS),
+        *(Fault("reference", "idle, engines sample", s, "generate", of="engine") for s in SIGNALS),
+    ),
+    "reward": (Fault("reward", "engines sample", KILL, "generate", of="engine"),),
+}
+"""Role -> faults that happen to one run, one after the other."""
 
 
 @dataclass
@@ -80,7 +103,7 @@ def write_fault_run(folder: Path, model: Path, **sections: dict[str, Any] | Any)
     config = run_config(model)
     config |= {"max_steps": 12, "eval_steps": None}
     config["checkpoint"] = {"save_steps": 4, "save_hf_steps": None}
-    config["rollout"] |= {"num_engines": 2, "heartbeat_s": HEARTBEAT_S}
+    config["rollout"] |= {"heartbeat_s": HEARTBEAT_S}
     config["policy"] |= {"heartbeat_s": HEARTBEAT_S}
     config["recovery"] = {"max_restarts": 1000, "backoff_s": 0.1}
     for name, values in sections.items():
@@ -144,12 +167,22 @@ class FaultRun(RunProcess):
         outcome.recovered_s = time.monotonic() - self._sent_at
         return outcome
 
-    def results(self) -> dict[str, Any]:
-        """Everything that must not depend on faults: metrics but timings, texts, weights."""
+    def results(self, *, newest_only: bool = False) -> dict[str, Any]:
+        """Everything that must not depend on faults: metrics but timings, texts, weights.
+
+        With `newest_only`, of the weights those of the newest checkpoint: a run that was
+        interrupted has no final model, and other checkpoints at other steps.
+        """
         rows = [without_faults(row) for row in read_jsonl(self.out.metrics)]
+        if newest_only:
+            rows = [{n: row[n] for n in row if n not in OF_MAX_STEPS} for row in rows]
+        places = [*self.out.path.glob("checkpoints/step-*"), self.out.final]
+        if newest_only:
+            places = [max(places[:-1], key=lambda place: int(place.name.partition("-")[2]))]
         weights = {
             str(path.relative_to(self.out.path)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(self.out.path.rglob("*.safetensors"))
+            for place in places
+            for path in sorted(place.rglob("*.safetensors"))
         }
         assert weights
         return {

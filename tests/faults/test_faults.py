@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import pytest
-from fault_runs import KILL, Fault, differences
+from fault_runs import TABLE, differences
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 
-@pytest.mark.parametrize("role", ["reward"])
-def test_x(start, undisturbed, role):
+@pytest.mark.parametrize("role", TABLE)
+def test_a_run_ends_as_if_nothing_had_happened(start, undisturbed, role):
     run = start(role)
-    for sig in (KILL,):
-        out = run.watch(run.hit(Fault(role, "scoring", sig, "generate", of="engine")))
-        print(out)
+    for fault in TABLE[role]:
+        outcome = run.watch(run.hit(fault))
+        print(outcome.as_row())
     assert run.wait() == 0, run.log
-    print(run.log)
-    assert differences(run.results(), undisturbed) == []
+    assert differences(run.results(), undisturbed) == [], run.log

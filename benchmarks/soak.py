@@ -1,0 +1,188 @@
+"""A small real run on CPU that is killed and stopped at random, against the same run left alone.
+
+    python benchmarks/soak.py --minutes 30            # faults at random; prints JSON
+    python benchmarks/soak.py --table                 # each fault of tests/faults once
+
+Every few dozen steps a process of a random role is killed or stopped in a random phase. After
+`--minutes` the run is interrupted, and an undisturbed run takes as many steps. Metrics but clocks,
+completions and weights have to be equal to the bit, and the memory and file handles of every
+process flat: see MOST_MIB and MOST_HANDLES. scripts/reliability.py writes docs/reliability.md from
+the JSON files of both in benchmarks/baselines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import defaultdict
+from itertools import chain
+from pathlib import Path
+
+import psutil
+from machine import describe_machine
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / folder) for folder in ("tests/faults", "tests/actors")]
+sys.path.insert(0, str(ROOT / "examples" / "countdown"))
+
+from fault_runs import ROLES, TABLE, FaultRun, differences, write_fault_run  # noqa: E402
+from run_cases import title  # noqa: E402
+from starter_model import write_starter_model  # noqa: E402
+
+MOST_MIB = 64
+"""Growth of a process's own memory (USS), from its 20th step on, that counts as flat: what glibc's
+malloc keeps of freed tensors, see docs/reliability.md."""
+MOST_HANDLES = 24
+"""Growth of a process's file handles that counts as flat."""
+WARM_UP_STEPS = 20
+LOOK_S = 2.0
+ENDLESS = 10**6
+CONSTANT = {"lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+"""Steps must not depend on how many there are to be."""
+
+
+class Growth:
+    """Memory and file handles of every process of a run, read while it runs."""
+
+    def __init__(self, run: FaultRun):
+        self._run = run
+        self._began: dict[int, int] = {}
+        self._seen: dict[tuple[str, int], list[tuple[int, float, int]]] = defaultdict(list)
+        """(role, pid) -> steps since its start, MiB and handles."""
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> Growth:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        names = {f"ray::{name}": role for role, name in ROLES.items()}
+        while not self._stop.wait(LOOK_S):
+            step = self._run.finished_steps()
+            driver = psutil.Process(self._run.popen.pid)
+            for process in (driver, *self._run.processes()):
+                name = title(process).partition(".")[0].partition("(")[0].strip()
+                role = "driver" if process is driver else names.get(name)
+                if role is None:
+                    continue
+                try:
+                    used = process.memory_full_info().uss / 2**20, process.num_fds()
+                except psutil.Error:  # it was killed
+                    continue
+                age = step - self._began.setdefault(process.pid, step)
+                self._seen[role, process.pid].append((age, *used))
+
+    def rows(self) -> list[dict[str, object]]:
+        """The process of each role that grew most."""
+        worst: dict[str, dict[str, object]] = {}
+        for (role, _), seen in self._seen.items():
+            warm = [row for row in seen if row[0] >= WARM_UP_STEPS]
+            if len(warm) < 2:
+                continue
+            (first, mib, handles), (last, mib_now, handles_now) = warm[0], warm[-1]
+            row = {
+                "role": role,
+                "steps": last - first,
+                "mib": [round(mib), round(mib_now)],
+                "handles": [handles, handles_now],
+                "is_flat": mib_now - mib <= MOST_MIB and handles_now - handles <= MOST_HANDLES,
+            }
+            before = worst.get(role)
+            if before is None or mib_now - mib > before["mib"][1] - before["mib"][0]:
+                worst[role] = row
+        return [worst[role] for role in ("driver", *ROLES) if role in worst]
+
+
+def soak(folder: Path, model: Path, minutes: float, every: int, seed: int) -> dict[str, object]:
+    """Random faults for some minutes, then the same number of steps without."""
+    drawing, faults = random.Random(seed), list(chain.from_iterable(TABLE.values()))
+    saving = {"save_steps": 50, "save_hf_steps": None}
+    sections = {"policy": CONSTANT, "checkpoint": saving, "max_steps": ENDLESS}
+    write_fault_run(folder / "disturbed", model, **sections)
+    run = FaultRun(folder / "disturbed", "run.yaml")
+    outcomes = []
+    try:
+        run.wait_for(lambda: run.finished_steps() > 0)
+        end = time.monotonic() + 60 * minutes
+        with Growth(run) as growth:
+            while time.monotonic() < end:
+                at = run.finished_steps() + drawing.randint(every // 2, every + every // 2)
+                run.wait_for(lambda at=at: run.finished_steps() >= at)
+                outcomes.append(run.watch(run.hit(drawing.choice(faults))))
+                print(json.dumps(outcomes[-1].as_row()), file=sys.stderr, flush=True)
+        run.popen.terminate()
+        run.wait()
+        steps = run.finished_steps()
+        write_fault_run(folder / "undisturbed", model, **sections | {"max_steps": steps})
+        alone = FaultRun(folder / "undisturbed", "run.yaml")
+        if alone.wait() != 0:
+            raise RuntimeError(alone.log)
+        found = differences(run.results(newest_only=True), alone.results(newest_only=True))
+    finally:
+        run.end()
+    return {
+        "minutes": minutes,
+        "seed": seed,
+        "steps": steps,
+        "faults": [outcome.as_row() for outcome in outcomes],
+        "differences": found,
+        "processes": growth.rows(),
+    }
+
+
+def table(folder: Path, model: Path, roles: list[str]) -> dict[str, object]:
+    """Every fault of a role in one run, each role against the undisturbed run."""
+    write_fault_run(folder / "undisturbed", model)
+    alone = FaultRun(folder / "undisturbed", "run.yaml")
+    if alone.wait() != 0:
+        raise RuntimeError(alone.log)
+    expected, rows = alone.results(), []
+    for role in roles:
+        write_fault_run(folder / role, model)
+        run = FaultRun(folder / role, "run.yaml")
+        outcomes, error = [], None
+        try:
+            for fault in TABLE[role]:
+                outcomes.append(run.hit(fault))
+                run.watch(outcomes[-1])
+            run.wait()
+            found = differences(run.results(), expected)
+        except AssertionError:
+            error, found = run.log.strip().splitlines()[-1], ["the run ended"]
+        finally:
+            run.end()
+        rows += [o.as_row() | {"differences": found, "error": error} for o in outcomes]
+        print(json.dumps(rows[-len(outcomes) :]), file=sys.stderr, flush=True)
+    return {"table": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--every", type=int, default=36, help="steps between faults, about")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults")
+    parser.add_argument("--table", nargs="*", choices=TABLE, help="each fault once, of these roles")
+    options = parser.parse_args()
+    machine = describe_machine()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_starter_model(model, seed=0)
+        if options.table is not None:
+            found = table(Path(folder), model, options.table or list(TABLE))
+        else:
+            found = soak(Path(folder), model, options.minutes, options.every, options.seed)
+    print(json.dumps({"machine": machine} | found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
