@@ -8,17 +8,19 @@ in a method, stops it, and looks again: a stopped process does not leave.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import signal
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
-from run_cases import RunProcess, is_alive, run_config, title, without_clock, write_run_files
+from run_cases import RunProcess, run_config, title, without_clock, write_run_files
 
 from rlsys.files import read_jsonl
 
@@ -111,6 +113,25 @@ def write_fault_run(folder: Path, model: Path, **sections: dict[str, Any] | Any)
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
 
 
+def write_fault_sft_run(folder: Path, model: Path) -> None:
+    """The files of supervised training, whose only process besides the driver is the policy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [json.dumps({"prompt": f"{n} + {n}", "completion": f"It is {n}."}) for n in range(16)]
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    config = {
+        "output_dir": "out",
+        "max_steps": 30,
+        "seed": 1,
+        "device": "cpu",
+        "data": {"dataset": ["train.jsonl"], "max_length": 64},
+        "model": {"path": str(model)},
+        "policy": {"global_batch_size": 4, "lr": 1e-3, "heartbeat_s": HEARTBEAT_S},
+        "checkpoint": {"save_steps": None},
+        "tracking": {"report_to": "none"},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(config))
+
+
 class FaultRun(RunProcess):
     """A run to which faults happen."""
 
@@ -186,10 +207,10 @@ class FaultRun(RunProcess):
         }
         assert weights
         return {
-            "metrics": {row["step"]: row for row in rows},
+            "metrics": rows,
             # Groups stand in the file as they finished, which is a matter of time.
             "completions": sorted(
-                read_jsonl(self.out.completions),
+                read_jsonl(self.out.completions) if self.out.completions.exists() else (),
                 key=lambda row: (row["step"], row["group_id"], row["index"]),
             ),
             "weights": weights,
@@ -205,9 +226,9 @@ def without_faults(row: Mapping[str, Any]) -> dict[str, Any]:
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The first differences between what two runs left."""
     found = []
-    for step in sorted({*one["metrics"], *other["metrics"]}):
-        ours, theirs = one["metrics"].get(step, {}), other["metrics"].get(step, {})
+    for ours, theirs in zip_longest(one["metrics"], other["metrics"], fillvalue={}):
         names = [name for name in sorted({*ours, *theirs}) if ours.get(name) != theirs.get(name)]
+        step = (ours or theirs)["step"]
         found += [f"step {step}, {n}: {ours.get(n)} and {theirs.get(n)}" for n in names]
     if one["completions"] != other["completions"]:
         pairs = zip(one["completions"], other["completions"], strict=False)
@@ -216,8 +237,3 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     if one["weights"] != other["weights"]:
         found.append(f"weights: {sorted(one['weights'])} and {sorted(other['weights'])}")
     return found[:20]
-
-
-def stopped_processes(run: RunProcess) -> list[psutil.Process]:
-    """Processes of a run that are stopped."""
-    return [p for p in run.processes() if is_alive(p) and p.status() == psutil.STATUS_STOPPED]
