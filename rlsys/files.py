@@ -189,7 +189,7 @@ def decode_row(line: bytes) -> dict[str, Any] | None:
     """The object on a line; None if the line is not a JSON object."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) else None
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from rlsys.commands.console import make_console
 from rlsys.config import CheckpointConfig
-from rlsys.config.yaml_text import load_yaml
+from rlsys.config.yaml_text import read_yaml
 from rlsys.files import bytes_in, size_text
 from rlsys.model.weight_files import MANIFEST_FILE
 from rlsys.run.folder import RunDir
@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> bool:
 def _settings(run: RunDir) -> CheckpointConfig:
     """The section `checkpoint` of the run's config; defaults where that cannot be read."""
     try:
-        values = load_yaml(run.config.read_text(encoding="utf-8"))
+        values = read_yaml(run.config)
         return CheckpointConfig.model_validate(values["checkpoint"])
     except (OSError, ValueError, ValidationError, KeyError, TypeError):
         return CheckpointConfig()

@@ -15,11 +15,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.text import Text
 
-from rlsys.config.yaml_text import load_yaml
+from rlsys.config.yaml_text import read_yaml
 from rlsys.files import decode_row
 from rlsys.run.folder import RunDir, State
 from rlsys.text import counted
@@ -156,8 +155,8 @@ def _why_missing(run: RunDir, split: Split) -> str:
 def _why_never(run: RunDir, split: Split) -> str | None:
     """The setting that keeps the run from recording these completions; None if it records them."""
     try:
-        config = load_yaml(run.config.read_text("utf-8")) if run.config.exists() else {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+        config = read_yaml(run.config) if run.config.exists() else {}
+    except ValueError:
         config = None  # damaged, so it says nothing
     config = config if isinstance(config, dict) else {}
 

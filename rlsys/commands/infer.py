@@ -12,7 +12,7 @@ from typing import Any
 
 from rlsys.commands.merged_model import with_merged_adapter
 from rlsys.config.dataset_spec import parse_spec
-from rlsys.config.yaml_text import load_yaml
+from rlsys.config.yaml_text import read_yaml
 from rlsys.engines.vllm.serving import (
     EngineOptions,
     serve_command,
@@ -74,7 +74,7 @@ def prompt_settings(source: ModelSource, system: str | None) -> tuple[str | None
     """
     own: dict[str, Any] = {}
     if source.run is not None and source.run.config.is_file():
-        values = load_yaml(source.run.config.read_text(encoding="utf-8"))
+        values = read_yaml(source.run.config)
         own = values.get("data") or {} if isinstance(values, dict) else {}
     variables = own.get("chat_template_kwargs") or {}
     used = {"chat_template_kwargs": variables} if variables else {}

@@ -143,7 +143,7 @@ def save_config(config: RunConfig, path: Path) -> None:
 
 def is_saved_config(path: Path) -> bool:
     """Whether `save_config` wrote this file, and not a user."""
-    return path.read_text(encoding="utf-8").startswith(_SAVED_HEAD)
+    return path.read_text(encoding="utf-8", errors="replace").startswith(_SAVED_HEAD)
 
 
 # --- the file ------------------------------------------------------------------------------------

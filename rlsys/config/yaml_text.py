@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -135,6 +136,18 @@ def load_yaml(text: str, repeated: list[str] | None = None) -> Any:
     elif loader.repeated:
         raise yaml.YAMLError("; ".join(loader.repeated))
     return value
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file in UTF-8.
+
+    Raises:
+        ValueError: it cannot be read; the text says where it is wrong.
+    """
+    try:
+        return load_yaml(path.read_text("utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def dump_yaml(value: Any) -> str:

@@ -120,7 +120,7 @@ def read_json(file: Path) -> dict[str, Any]:
     refuse_lfs_pointer(file)
     try:
         values = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not valid JSON: {error}. Download it again") from None
     if not isinstance(values, dict):
         raise ValueError(f"{file} is not a JSON object: download it again")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlsys.model.folder import read_json, refuse_lfs_pointer
 
@@ -59,9 +61,15 @@ def indexed_names(folder: Path) -> set[str] | None:
     if not index.is_file():
         return None
     values = read_json(index)
-    if "weight_map" not in values:
+    files = values.get("weight_map")
+    if not isinstance(files, dict) or not all(map(_is_name, files.values())):
         raise ValueError(f"{index} is not a JSON object with weight_map: download it again")
-    return set(values["weight_map"].values())
+    return set(files.values())
+
+
+def _is_name(value: Any) -> bool:
+    """Whether it is the name of a file beside the index, and not a path to another place."""
+    return isinstance(value, str) and value == Path(value).name and 0 < len(value) < 256
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -69,7 +77,7 @@ def weight_files(folder: Path) -> list[Path]:
     names = indexed_names(folder)
     if names is None:
         return sorted(folder.glob("*.safetensors"))
-    return [folder / name for name in sorted(names) if (folder / name).is_file()]
+    return [folder / name for name in sorted(names) if os.path.isfile(folder / name)]
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
@@ -95,11 +103,11 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         try:
             for name, entry in json.loads(text).items():
                 if name != "__metadata__":
-                    begin, end = entry["data_offsets"]
+                    begin, end = map(int, entry["data_offsets"])
                     tensors[name] = StoredTensor(
                         file, entry["dtype"], tuple(entry["shape"]), first + begin, first + end
                     )
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             raise ValueError(other) from None
     needed = max((tensor.end for tensor in tensors.values()), default=first)
     size = file.stat().st_size

@@ -11,7 +11,7 @@ from rlsys.config import RunConfig
 from rlsys.config.fields import MISSING, config_fields, optional_sections, value_at
 from rlsys.config.load import is_saved_config
 from rlsys.config.schema import AnyConfig
-from rlsys.config.yaml_text import load_yaml
+from rlsys.config.yaml_text import read_yaml
 from rlsys.files import bytes_in, read_jsonl, size_text
 from rlsys.model.weight_files import RUN_CONFIG_FILE
 from rlsys.redact import without_secrets
@@ -172,7 +172,7 @@ def _config_before(run: RunDir, checkpoint: Path) -> Any:
         saved = run.config
     if not saved.exists() or not is_saved_config(saved):
         return None
-    return load_yaml(saved.read_text(encoding="utf-8"))
+    return read_yaml(saved)
 
 
 def _changes(config: RunConfig, run: RunDir, checkpoint: Path) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ from fault_runs import KILL, TABLE, Fault, FaultRun, differences, write_fault_sf
 pytestmark = pytest.mark.system
 
 
+@pytest.mark.slow
 def test_a_killed_policy_changes_nothing_of_supervised_training(starter, tmp_path):
     """The short part of the table: two runs side by side, of one actor each."""
     for name in ("disturbed", "alone"):

@@ -13,7 +13,7 @@ import json
 import random
 
 import pytest
-from config_cases import MODEL_SIZES, write_run, write_sft_run
+from config_cases import MODEL_SIZES, hf_shapes, write_model, write_run, write_sft_run
 from data_cases import word_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -27,6 +27,7 @@ from rlsys.config.load import load_config_as, save_config
 from rlsys.config.yaml_text import dump_yaml, load_yaml
 from rlsys.data.load import load_prompts
 from rlsys.data.samples import SampleRules, load_samples
+from rlsys.model.folder_check import weight_problems
 from rlsys.model.shape import read_model_shape
 from rlsys.rewards.builtin.countdown import Countdown, is_solution, solve
 
@@ -312,6 +313,29 @@ def test_a_damaged_config_of_a_model_has_a_shape_or_a_problem(tmp_path_factory, 
     content = damaged(json.dumps(MODEL_SIZES).encode(), seed, times)
     (folder / "config.json").write_bytes(content)
     without_surprise(read_model_shape, folder)
+
+
+def test_a_config_of_a_model_that_is_nested_too_deeply_is_a_problem(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": ' * 100_000)
+    assert isinstance(without_surprise(read_model_shape, tmp_path), ValueError)
+
+
+@fuzzed
+@given(seed=DAMAGE[0], times=DAMAGE[1], file=st.sampled_from(["model.safetensors", "index"]))
+def test_damaged_weight_files_have_problems(tmp_path_factory, seed, times, file):
+    folder = write_model(tmp_path_factory.getbasetemp() / "weights")
+    header = folder / "model.safetensors"
+    if file == "index":
+        names = dict.fromkeys(hf_shapes(folder), header.name)
+        content = json.dumps({"metadata": {}, "weight_map": names}).encode()
+        (folder / "model.safetensors.index.json").write_bytes(damaged(content, seed, times))
+    else:
+        with header.open("rb+") as weights:
+            content = weights.read(4000)
+            weights.seek(0)
+            weights.write(damaged(content, seed, times)[:4000])
+    without_surprise(lambda: list(weight_problems(folder, read_model_shape(folder))))
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
 
 
 # --- countdown ------------------------------------------------------------------------------------
