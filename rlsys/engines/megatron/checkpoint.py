@@ -27,7 +27,6 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.nn.functional import pad
 
 from rlsys.engines.megatron.background import Write, in_host_memory
 from rlsys.engines.megatron.mcore_files import check_index
@@ -40,6 +39,8 @@ if TYPE_CHECKING:
 
 OPTIMIZER_FOLDER = "optimizer"
 """Name of the folder in a checkpoint."""
+_STATES = ("param", "exp_avg", "exp_avg_sq")
+"""What DistributedOptimizer keeps for each parameter, by megatron-core's names."""
 
 
 class CheckpointFiles:
@@ -272,11 +273,12 @@ def _remainders_as_saved() -> Iterator[None]:
 
 @contextmanager
 def _states_in_padded_places(optimizer: MegatronOptimizer) -> Iterator[None]:
-    """Let megatron-core (0.16 to 0.19) cut each parameter's state out of the right place.
+    """Gather the states of parameters with our function in place of megatron-core's.
 
-    It concatenates the states of a buffer's buckets without the padding at the end of each, but
-    cuts at places that count the padding. After a bucket with padding, every parameter would be
-    saved with values of others: silently wrong weights after a resume.
+    megatron-core (0.16 to 0.19) concatenates the states of a buffer's buckets without the padding
+    at the end of each, but cuts at places that count the padding. After a bucket with padding,
+    every parameter would be saved with values of others: silently wrong weights after a resume.
+    It also copies every number six times, which was most of what a step waits for a checkpoint.
     """
     sharded = [
         one
@@ -284,7 +286,7 @@ def _states_in_padded_places(optimizer: MegatronOptimizer) -> Iterator[None]:
         if isinstance(one, DistributedOptimizer)
     ]
     for one in sharded:
-        one.get_parameter_state_dp_zero = _with_padding(one)
+        one.get_parameter_state_dp_zero = partial(_gather_states, one)
     try:
         yield
     finally:
@@ -292,21 +294,46 @@ def _states_in_padded_places(optimizer: MegatronOptimizer) -> Iterator[None]:
             del one.get_parameter_state_dp_zero
 
 
-def _with_padding(optimizer: DistributedOptimizer) -> Any:
-    gather = optimizer.get_parameter_state_dp_zero
+def _gather_states(
+    optimizer: DistributedOptimizer, *, empty_data: bool, **_: Any
+) -> dict[Any, Any]:
+    """Buffer -> type -> state -> its numbers in the places of the buffer, on every replica."""
+    group = optimizer.data_parallel_group
+    states: dict[Any, Any] = {"buckets_coalesced": True}
+    for number, ranges in enumerate(optimizer.gbuf_ranges):
+        ((dtype, maps),) = ranges.items()
+        buckets = [bucket.grad_data for bucket in optimizer.buffers[number].buckets]
+        whole = {key: torch.empty(sum(b.numel() for b in buckets)) for key in _STATES}
+        first = 0
+        for bucket, of_bucket in zip(buckets, maps, strict=True):
+            end = first + bucket.numel()
+            places = {key: tensor[first:end] for key, tensor in whole.items()}
+            if not empty_data:
+                _gather_bucket(optimizer, of_bucket["param_map"], bucket.device, group, places)
+            first = end
+        states[number] = {dtype: whole}
+    return states
 
-    def gather_with_padding(*args: Any, **kwargs: Any) -> dict[Any, Any] | None:
-        states = gather(*args, **kwargs)
-        if states is None:  # another rank has them
-            return None
-        for number, buffer in enumerate(optimizer.buffers):
-            sizes = [bucket.numel_unpadded for bucket in buffer.buckets]
-            gaps = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
-            for tensors in states[number].values():
-                for name, value in tensors.items():
-                    if torch.is_tensor(value):
-                        parts = zip(value.split(sizes), gaps, strict=True)
-                        tensors[name] = torch.cat([pad(part, (0, gap)) for part, gap in parts])
-        return states
 
-    return gather_with_padding
+def _gather_bucket(
+    optimizer: DistributedOptimizer,
+    ranges: dict[torch.nn.Parameter, Any],
+    device: torch.device,
+    group: dist.ProcessGroup,
+    places: dict[str, torch.Tensor],
+) -> None:
+    """Fill `places` with the states of a bucket, of which each replica has a part."""
+    own = places
+    if group.size() > 1:
+        size = len(places["param"]) // group.size()
+        own = {key: torch.zeros(size, device=device) for key in places}
+    for parameter, of_parameter in ranges.items():
+        states = optimizer._get_main_param_and_optimizer_states(parameter)
+        place = slice(of_parameter["gbuf_local"].start, of_parameter["gbuf_local"].end)
+        for key, tensor in own.items():
+            tensor[place].copy_(states[key].detach())
+    if group.size() > 1:
+        for key, tensor in own.items():
+            gathered = torch.empty(len(places[key]), device=device)
+            dist.all_gather_into_tensor(gathered, tensor, group=group)
+            places[key].copy_(gathered)
