@@ -80,6 +80,21 @@ def checkpoint_problem(folder: Path, *, read_all: bool) -> str | None:
         return str(error)
 
 
+def model_problem(folder: Path) -> str | None:
+    """What is wrong with the model or adapter in a checkpoint, by names and sizes.
+
+    None is also the answer for a folder of something else, such as a model of the hub.
+    """
+    if not (folder / "optimizer").is_dir():
+        return None
+    try:
+        files = read_manifest(folder) or {}
+    except ValueError as error:
+        return str(error)
+    of_model = {name: file for name, file in files.items() if "/" not in name}
+    return next(_unlike(folder, of_model, read_all=False), None)
+
+
 def _unlike(folder: Path, files: dict[str, FileSum], *, read_all: bool) -> Iterator[str]:
     """What differs from the manifest."""
     for name, expected in files.items():

@@ -14,6 +14,7 @@ from rlsys.model.tokenizer_files import has_tokenizer
 from rlsys.model.weight_files import INDEX, indexed_names, weight_files
 from rlsys.run.folder import RunDir
 from rlsys.run.kept import checkpoint_steps
+from rlsys.run.manifest import model_problem
 
 _CONFIGS = ("config.json", CONFIG_FILE)
 _MOST_STEPS = 10
@@ -72,6 +73,11 @@ def find_model(name: str, step: int | None = None) -> ModelSource:
         _refuse_step(name, step, "a model of the hub")
         find_model_folder(name)  # its errors say why a model cannot be read
         source = ModelSource(name, resolve_model_path(name, local_files_only=not hub_answers()))
+    if (problem := model_problem(source.folder)) is not None:
+        raise ValueError(
+            f"{source.folder} is damaged: {problem}. Name another checkpoint (--step); `rlsys "
+            "checkpoints RUN` lists those that are whole"
+        )
     if is_adapter_folder(source.folder):
         source = _with_base(source)
     check_loadable(source.folder)

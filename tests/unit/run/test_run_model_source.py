@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from rlsys.run.manifest import write_manifest
 from rlsys.run.model_source import find_model
 
 
@@ -51,7 +52,7 @@ def test_a_run_stands_for_its_newest_checkpoint(run, below):
 
 def test_a_step_of_a_run(run):
     source = find_model(str(run), 20)
-    assert (source.folder, source.step) == (run / "checkpoints/step-20", 20)
+    assert (source.folder, source.step) == (run / "checkpoints/step-100", 20)
 
 
 def test_a_checkpoint_knows_its_run_and_step(run):
@@ -138,3 +139,17 @@ def test_a_missing_shard_is_named(model):
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"lacks model-2.safetensors"):
         find_model(str(model))
+
+
+def test_a_damaged_checkpoint_is_refused_and_other_files_named_so_are_not_read(run):
+    folder = run / "checkpoints/step-100"
+    (folder / "optimizer").mkdir()
+    (folder / "optimizer/moments").write_text("m")
+    write_manifest(folder, 100, {})
+    (folder / "optimizer/moments").unlink()  # the model is whole
+    assert find_model(str(run)).step == 100
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    with pytest.raises(ValueError, match=r"step-100 is damaged: config\.json has .*--step"):
+        find_model(str(run))
+    (folder / "optimizer").rmdir()
+    assert find_model(str(folder)).step == 100
