@@ -96,9 +96,9 @@ class ModelRank(Alive):
 
         begin_model(self.engine, folder)
 
-    def sums_of_files(self) -> dict[str, FileSum] | None:
+    def sums_of_files(self, folder: Path) -> dict[str, FileSum] | None:
         """See BackgroundWriter.sums."""
-        return self.engine.writer.sums()
+        return self.engine.writer.sums(folder)
 
 
 class ModelActors(ActorGroup):
@@ -205,7 +205,8 @@ class ModelActors(ActorGroup):
 
         def await_files() -> dict[str, FileSum]:
             while True:
-                parts = self.call("sums_of_files")
+                # A disk that refuses a file leaves no rank in a collective, see `call`.
+                parts = super(ModelActors, self).call("sums_of_files", folder)
                 if None not in parts:
                     return {name: sums for part in parts for name, sums in part.items()}
                 if time.monotonic() > deadline:

@@ -62,6 +62,7 @@ class BackgroundWriter:
         self._group: Any = None
         """Ranks meet here in the thread. On the default group they would meet those that train."""
         self._thread: threading.Thread | None = None
+        self._folder: Path | None = None
         self._sums: dict[str, FileSum] = {}
         self._error: Exception | None = None
 
@@ -80,19 +81,21 @@ class BackgroundWriter:
         if self._group is None and dist.get_world_size() > 1:
             timeout = timedelta(seconds=self._timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._sums, self._error = {}, None
+        self._folder, self._sums, self._error = folder, {}, None
         if not in_background:
             self._write(folder, files)
             return
         self._thread = threading.Thread(target=self._write, args=(folder, files), daemon=True)
         self._thread.start()
 
-    def sums(self) -> dict[str, FileSum] | None:
-        """The sums of this rank's files; None while they are being written.
+    def sums(self, folder: Path) -> dict[str, FileSum] | None:
+        """The sums of this rank's files in `folder`; None while they are being written.
 
         Raises:
-            OSError: this rank or another one could not write.
+            OSError: this rank or another one could not write, or this process is a new one.
         """
+        if folder != self._folder:
+            raise OSError(f"the process that was writing {folder} has been replaced")
         if self._thread is not None and self._thread.is_alive():
             return None
         self._thread = None

@@ -52,7 +52,7 @@ def test_a_run_stands_for_its_newest_checkpoint(run, below):
 
 def test_a_step_of_a_run(run):
     source = find_model(str(run), 20)
-    assert (source.folder, source.step) == (run / "checkpoints/step-100", 20)
+    assert (source.folder, source.step) == (run / "checkpoints/step-20", 20)
 
 
 def test_a_checkpoint_knows_its_run_and_step(run):
