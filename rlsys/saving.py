@@ -34,7 +34,7 @@ def make_checkpoints(
         last_step=system.config.num_steps,
         eval_steps=system.config.eval_steps,
         expected_bytes=expected_bytes,
-        models=Models(run_dir.hf, write=system.policy.save_model, config=config),
+        models=Models(run_dir.hf, write=system.policy.begin_model, config=config),
     )
 
 

@@ -91,10 +91,8 @@ class ModelRank(Alive):
         self.engine.save_model(folder)
 
     def begin_model(self, folder: Path) -> None:
-        """Start writing the model's files into an existing folder."""
-        from rlsys.engines.megatron.saving import begin_model
-
-        begin_model(self.engine, folder)
+        """See MegatronModel.begin_model."""
+        self.engine.begin_model(folder)
 
     def sums_of_files(self, folder: Path) -> dict[str, FileSum] | None:
         """See BackgroundWriter.sums."""
@@ -192,6 +190,10 @@ class ModelActors(ActorGroup):
     def save_model(self, folder: Path) -> None:
         """Write a Hugging Face model folder; whole or not at all."""
         self.call_in_turn("save_model", folder)
+
+    def begin_model(self, folder: Path) -> Callable[[], dict[str, FileSum]]:
+        """Start writing a Hugging Face model folder, see `files_from`."""
+        return self.files_from("begin_model", folder)
 
     def files_from(self, method: str, folder: Path) -> Callable[[], dict[str, FileSum]]:
         """Have the ranks copy what they will write into a folder, with `method`.

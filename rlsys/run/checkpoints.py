@@ -31,13 +31,17 @@ LONG_WAIT_S = 5.0
 class Models:
     """Hugging Face folders `step-<step>`, of `checkpoint.save_hf_steps`.
 
+    One that cannot be written does not end the run, as with checkpoints.
+
     Args:
         folder: holds them.
-        write: writes the policy's model into a folder of this name; whole or not at all.
+        write: starts writing the policy's model into an empty folder.
         config: how often, and how many are kept.
     """
 
-    def __init__(self, folder: Path, *, write: Callable[[Path], None], config: CheckpointConfig):
+    def __init__(
+        self, folder: Path, *, write: Callable[[Path], AwaitFiles], config: CheckpointConfig
+    ):
         self._folder = folder
         self._write = write
         self._steps = config.save_hf_steps
@@ -47,7 +51,11 @@ class Models:
         """Write the model if this step is one of them, then drop the oldest beyond the limit."""
         if self._steps is None or step % self._steps:
             return
-        self._write(self._folder / f"step-{step}")
+        try:
+            with replacing_folder(self._folder / f"step-{step}") as partial:
+                self._write(partial)()
+        except (OSError, RunFailed) as error:
+            print(f"warning: {_not_saved('model', step, self._folder, error)}", flush=True)
         kept = checkpoint_steps(self._folder)
         for old in kept[: -self._limit] if self._limit is not None else ():
             remove_step(self._folder, old)
@@ -182,7 +190,7 @@ class Checkpoints:
 
     def _begin(self, step: int) -> None:
         for leftover in self._folder.glob("step-*.partial"):  # a killed process left it
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         self._make_room()
         with ExitStack() as stack:
             partial = stack.enter_context(replacing_folder(self._folder / f"step-{step}"))
@@ -236,21 +244,20 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> None:
         """Note and say that the checkpoint of `step` is not there, and which one is."""
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         steps = checkpoint_steps(self._folder)
-        older = (
-            f"the newest one is {self._folder / f'step-{steps[-1]}'}"
-            if steps
-            else "there is no other"
-        )
-        free = f", {size_text(free_bytes(self._folder))} free there" if _is_disk(error) else ""
-        place = f"the checkpoint of step {step} was not saved in {self._folder}"
-        self.failure = f"{place}: {reason}{free}; {older}"
+        older = "there is no other"
+        if steps:
+            older = f"the newest one is {self._folder / f'step-{steps[-1]}'}"
+        self.failure = f"{_not_saved('checkpoint', step, self._folder, error)}; {older}"
         print(f"warning: {self.failure}", flush=True)
 
 
-def _is_disk(error: Exception) -> bool:
-    return isinstance(error, OSError) or "No space left" in str(error)
+def _not_saved(what: str, step: int, folder: Path, error: Exception) -> str:
+    """That something is not there, why, and what room the disk has."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    is_of_disk = isinstance(error, OSError) or "OSError" in reason
+    free = f", {size_text(free_bytes(folder))} free there" if is_of_disk else ""
+    return f"the {what} of step {step} was not saved in {folder}: {reason}{free}"
 
 
 def remove_step(folder: Path, step: int) -> None:

@@ -51,6 +51,9 @@ class Policy:
     def save_model(self, folder):
         folder.mkdir(parents=True)
 
+    def begin_model(self, folder):
+        raise AssertionError("no models are kept")
+
     def begin_checkpoint(self, folder):
         (folder / "version").write_text(str(self.policy_version))
         return dict
@@ -97,6 +100,7 @@ def start(tmp_path):
 def test_epoch_tokens_and_the_held_out_loss_are_logged(start):
     run = start("--max_steps", "3", "--eval_steps", "2", "--data.split_dataset_ratio", "0.1")
     train_sft(run.system, run.log, run.checkpoints)
+    run.checkpoints.finish()
     steps = [(step, "eval/loss" in row) for step, row in run.log.rows]
     assert steps == [(0, True), (1, False), (2, False), (2, True), (3, False)]
     tokens = np.cumsum([2 + n % 5 for n in run.system.policy.seen])[3::4].tolist()
@@ -114,6 +118,7 @@ def test_a_run_that_ended_goes_on_with_the_samples_that_it_was_not_trained_on(st
     words = ("--max_steps", "9", "--sft.group_by_length", group)
     whole = start(*words)
     train_sft(whole.system, whole.log, whole.checkpoints)
+    whole.checkpoints.finish()
     first = start(*words, "--output_dir", "other")
     if ends == "in the update":
         first.system.policy.fails_at = 5

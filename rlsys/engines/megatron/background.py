@@ -62,9 +62,10 @@ class BackgroundWriter:
         self._group: Any = None
         """Ranks meet here in the thread. On the default group they would meet those that train."""
         self._thread: threading.Thread | None = None
+        self._ended: dict[Path, dict[str, FileSum] | Exception] = {}
+        """Folder -> what became of its write, until somebody asks."""
         self._folder: Path | None = None
-        self._sums: dict[str, FileSum] = {}
-        self._error: Exception | None = None
+        """The one that is being written, or the last."""
 
     def start(self, folder: Path, files: Files, *, in_background: bool) -> None:
         """Start writing into an existing folder; every rank calls.
@@ -81,7 +82,8 @@ class BackgroundWriter:
         if self._group is None and dist.get_world_size() > 1:
             timeout = timedelta(seconds=self._timeout_s)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._folder, self._sums, self._error = folder, {}, None
+        self._folder = folder
+        self._ended.pop(folder, None)
         if not in_background:
             self._write(folder, files)
             return
@@ -94,20 +96,20 @@ class BackgroundWriter:
         Raises:
             OSError: this rank or another one could not write, or this process is a new one.
         """
-        if folder != self._folder:
-            raise OSError(f"the process that was writing {folder} has been replaced")
-        if self._thread is not None and self._thread.is_alive():
+        if folder == self._folder and self._thread is not None and self._thread.is_alive():
             return None
-        self._thread = None
-        if self._error is not None:
-            raise self._error
-        return self._sums
+        ended = self._ended.get(folder)
+        if ended is None:
+            raise OSError(f"the process that was writing {folder} has been replaced")
+        if isinstance(ended, Exception):
+            raise ended
+        return ended
 
     def _write(self, folder: Path, files: Files) -> None:
         try:
-            self._sums = self._written(folder, files)
+            self._ended[folder] = self._written(folder, files)
         except Exception as error:
-            self._error = error
+            self._ended[folder] = error
 
     def _written(self, folder: Path, files: Files) -> dict[str, FileSum]:
         """Write; the sums of this rank's files."""

@@ -43,6 +43,7 @@ from rlsys.engines.megatron.build import (
 from rlsys.engines.megatron.export import BucketExport
 from rlsys.engines.megatron.hf_folder import save_model_folder, untrained_tensors
 from rlsys.engines.megatron.routing import ExpertRouting
+from rlsys.engines.megatron.saving import begin_model
 from rlsys.engines.megatron.stream_export import StreamExport
 from rlsys.engines.megatron.weights import MegatronWeights
 from rlsys.engines.out_of_memory import out_of_memory_explained
@@ -235,6 +236,10 @@ class MegatronModel:
             for _ in tensors:
                 pass
         dist.barrier()
+
+    def begin_model(self, folder: Path) -> None:
+        """Start writing the model's files into an existing folder; every rank calls."""
+        begin_model(self, folder)
 
     def _pack(
         self, batch: TrainBatch, shards: list[list[int]], weights: torch.Tensor

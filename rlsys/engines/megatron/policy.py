@@ -352,6 +352,11 @@ class MegatronPolicy(MegatronModel):
         """Number of updates that the weights have had; None if the last one did not end."""
         return None if self._is_mid_update else self.policy_version
 
+    def begin_model(self, folder: Path) -> None:
+        """As `save_model`, into an existing folder; `writer` knows when all is on the disk."""
+        self.offload.check("begin_model")
+        super().begin_model(folder)
+
     def begin_checkpoint(self, folder: Path) -> None:
         """Start writing the model or its adapter, and the optimizer's state, into an empty folder.
 

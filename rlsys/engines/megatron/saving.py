@@ -35,7 +35,7 @@ def begin_model(model: MegatronModel, folder: Path) -> None:
     """
     check_finite(f"the {model.role}", model.model.named_parameters())
     in_background = model.config.checkpoint.async_save
-    write = _stage_model(model, folder, copies=in_background)
+    write = _stage(model, folder, copies=in_background)
     model.writer.start(folder, FilesOfFirst(write), in_background=in_background)
 
 
@@ -45,13 +45,9 @@ def begin_checkpoint(policy: MegatronPolicy, folder: Path) -> None:
     Every rank calls. `policy.writer` knows when all is on the disk.
     """
     copies = policy.config.checkpoint.async_save
-    if policy.adapters is None:
-        write = _stage_model(policy, folder, copies=copies)
-    else:
-        write = policy.adapters.stage_files(folder, base_name(policy.config, policy.folder))
     files = CheckpointFiles(
         folder,
-        write,
+        _stage(policy, folder, copies=copies),
         policy.weights,
         policy.optimizer,
         policy.scheduler,
@@ -61,12 +57,14 @@ def begin_checkpoint(policy: MegatronPolicy, folder: Path) -> None:
     policy.writer.start(folder, files, in_background=copies)
 
 
-def _stage_model(model: MegatronModel, folder: Path, *, copies: bool) -> Write:
-    """A function that writes the model's files into an existing folder; every rank calls.
+def _stage(model: MegatronModel, folder: Path, *, copies: bool) -> Write:
+    """A function that writes a model or its adapter into an existing folder; every rank calls.
 
     With `copies` it writes what the weights are now. Else it has nothing left to do but to raise
     what went wrong: the other ranks took part in a write that is over.
     """
+    if model.adapters is not None:
+        return model.adapters.stage_files(folder, base_name(model.config, model.folder))
     tensors = model.weights.export()
     if dist.get_rank() != 0:
         for _ in tensors:  # takes part in the collectives

@@ -51,6 +51,18 @@ def test_sums_are_there_when_all_files_are(tmp_path):
     assert found["weights"].sha256 == hashlib.sha256(b"w").hexdigest()
 
 
+def test_a_folder_is_asked_for_when_the_next_one_is_being_written(tmp_path):
+    writer, may_write = BackgroundWriter(60), threading.Event()
+    for name, wait in (("one", lambda: None), ("two", may_write.wait)):
+        (tmp_path / name).mkdir()
+        files = Files(tmp_path / name, wait)
+        writer.start(tmp_path / name, files, in_background=True)
+    assert sorted(writer.sums(tmp_path / "one")) == ["index"]
+    assert writer.sums(tmp_path / "two") is None
+    may_write.set()
+    assert sorted(sums(writer, tmp_path / "two")) == ["index"]
+
+
 def test_in_the_foreground_all_is_written_at_once(tmp_path):
     writer = BackgroundWriter(60)
     write = (tmp_path / "weights").touch

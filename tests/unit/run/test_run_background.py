@@ -52,7 +52,7 @@ def checkpoints(tmp_path, disk):
             write=disk,
             config=config,
             last_step=200,
-            models=Models(tmp_path / "hf", write=lambda folder: None, config=config),
+            models=Models(tmp_path / "hf", write=lambda folder: dict, config=config),
             expected_bytes=expected_bytes,
         )
 
@@ -132,6 +132,18 @@ def test_a_save_that_fails_costs_that_checkpoint_alone(
     checkpoints.finish()
     assert whole(tmp_path) == [3]
     assert checkpoints.failure is None
+
+
+def test_a_model_that_cannot_be_written_is_a_warning_too(tmp_path, capsys):
+    def write(folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    config = CheckpointConfig(save_hf_steps=1)
+    Models(tmp_path / "hf", write=write, config=config).after_step(3)
+    text = capsys.readouterr().out
+    assert f"warning: the model of step 3 was not saved in {tmp_path / 'hf'}: [Errno 28]" in text
+    assert "free there" in text
+    assert list((tmp_path / "hf").iterdir()) == []
 
 
 def test_who_waits_for_a_save_is_answered(checkpoints, disk):
@@ -214,7 +226,7 @@ def write(folder, step):
 
 run = RunDir(Path(sys.argv[1]))
 config = CheckpointConfig(save_steps=1, save_total_limit=2)
-models = Models(run.hf, write=lambda folder: None, config=config)
+models = Models(run.hf, write=lambda folder: dict, config=config)
 checkpoints = Checkpoints(run, write=write, config=config, last_step=10**6, models=models)
 print("ready", flush=True)
 for step in range(int(sys.argv[2]) + 1, 10**6):
