@@ -103,8 +103,8 @@ def write_fault_run(folder: Path, model: Path, **sections: dict[str, Any] | Any)
     """The files of a run with every role, without clocks that a restart could move."""
     write_run_files(folder, model)
     config = run_config(model)
-    config |= {"max_steps": 12, "eval_steps": None}
-    config["checkpoint"] = {"save_steps": 4, "save_hf_steps": None}
+    config |= {"max_steps": 24, "eval_steps": None}
+    config["checkpoint"] = {"save_steps": 8, "save_hf_steps": None}
     config["rollout"] |= {"heartbeat_s": HEARTBEAT_S}
     config["policy"] |= {"heartbeat_s": HEARTBEAT_S}
     config["recovery"] = {"max_restarts": 1000, "backoff_s": 0.1}

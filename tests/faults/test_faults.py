@@ -34,7 +34,7 @@ def test_a_run_ends_as_if_nothing_had_happened(start, undisturbed, role):
         print(run.watch(run.hit(fault)).as_row())
     assert run.wait() == 0, run.log
     assert differences(run.results(), undisturbed) == [], run.log
-    assert len(undisturbed["metrics"]) == 12
+    assert len(undisturbed["metrics"]) == 24
 
 
 def test_a_difference_in_a_bit_is_found():
