@@ -89,6 +89,14 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with everything in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
 def check_writable(folder: Path) -> None:
     """Write a mebibyte into a folder and delete it.
 

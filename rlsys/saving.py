@@ -99,6 +99,7 @@ def _saving_last_step(
     def give_up_at_deadline() -> None:
         for actors in system.models:
             actors.timeout_s = max(0.0, deadline - time.monotonic())
+            actors.restarts = None  # what is left of the time would not be enough
 
     if not checkpoints.finish(deadline - time.monotonic()):
         yield "nothing more saved: a checkpoint was still being written"

@@ -18,7 +18,12 @@ from rlsys.actors.node_check import check_nodes
 from rlsys.actors.placement import Placement
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.recovery import Restarts
-from rlsys.actors.reference import PolicyBase, Reference, ReferenceActors
+from rlsys.actors.reference import (
+    REFERENCE_FOLDER,
+    PolicyBase,
+    Reference,
+    ReferenceActors,
+)
 from rlsys.actors.reservation import cluster_gpus
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
@@ -41,11 +46,10 @@ from rlsys.model.weight_files import DATA_FILE, ROLLOUTS_FILE
 from rlsys.plugins.load import load_plugins
 from rlsys.preflight.memory import memory_warnings
 from rlsys.rollout.rollouts import Rollouts
-from rlsys.run.checkpoints import AwaitFiles
+from rlsys.run.checkpoints import AwaitFiles, checkpoint_steps
+from rlsys.run.folder import RunDir
 from rlsys.tracking import Tracker
 from rlsys.types import Device, Sample
-
-REFERENCE_FOLDER = "reference"
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +191,9 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         reference: Reference | None = PolicyBase(policy) if config.reference_is_base else None
         if config.has_reference_model:
             place = partial(placement.options, "reference")
-            reference = own_reference = ReferenceActors(config, device=device, place=place)
+            reference = own_reference = ReferenceActors(
+                config, device=device, place=place, policy=policy
+            )
             others.append(own_reference)
         for group in (engines, policy, *others):
             report.waiting_for(group.actors)
@@ -216,7 +222,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     engines.publisher = publisher
     restarts.watch(engines, config.rollout.heartbeat_s)
     for model in (policy, *others):
-        restarts.watch(model, config.policy.heartbeat_s)
+        _let_restart(model, restarts, config)
     rollouts = Rollouts(
         config,
         engines=engines,
@@ -271,9 +277,20 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
             policy.async_start(), phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready
         )
     restarts = Restarts(config.recovery)
-    restarts.watch(policy, config.policy.heartbeat_s)
+    _let_restart(policy, restarts, config)
     samples = make_sample_stream(config, data)
     return SftSystem(config, device, policy, samples, data.held_out_sets, restarts)
+
+
+def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> None:
+    """Have ranks that fail replaced, and let them go back to the run's checkpoints."""
+    folder = RunDir(Path(config.output_dir)).checkpoints
+
+    def newest_first() -> list[tuple[int, Path]]:
+        return [(step, folder / f"step-{step}") for step in reversed(checkpoint_steps(folder))]
+
+    model.checkpoints = newest_first
+    restarts.watch(model, config.policy.heartbeat_s)
 
 
 def _say_start(config: RunConfig, device: Device) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
-from rlsys.actors.heartbeat import HEARTBEAT, Alive
+from rlsys.actors.heartbeat import Alive
 from rlsys.actors.waiting import get_all
 from rlsys.types import Device
 
@@ -63,7 +63,8 @@ class ActorGroup:
     ):
         self.role = role
         self.timeout_s = timeout_s
-        self._actor_class = ray.remote(concurrency_groups={HEARTBEAT: 1})(actor_class)
+        threads = dict.fromkeys(actor_class.concurrency_groups, 1)
+        self._actor_class = ray.remote(concurrency_groups=threads)(actor_class)
         self._args, self._env, self._place = args, env, place
         self._names = [f"{member} {rank}" for rank in range(size)]
         self.actors = {name: self.create(rank) for rank, name in enumerate(self._names)}

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
 from ray.exceptions import RayError
@@ -26,6 +26,9 @@ LONGEST_PAUSE_S = 5.0
 
 class Alive:
     """Base of the actors that are watched."""
+
+    concurrency_groups: ClassVar[tuple[str, ...]] = (HEARTBEAT,)
+    """Groups of methods with a thread of their own each."""
 
     @ray.method(concurrency_group=HEARTBEAT)
     def heartbeat(self) -> str | None:

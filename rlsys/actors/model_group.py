@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 import torch
 import torch.distributed as dist
 
-from rlsys.actors.group import ActorGroup, PlaceActor, device_env
-from rlsys.actors.heartbeat import Alive
+from rlsys.actors.group import START_TIMEOUT_S, ActorGroup, PlaceActor, device_env
+from rlsys.actors.heartbeat import HEARTBEAT, Alive
 from rlsys.actors.meeting import meeting_address
 from rlsys.actors.process import begin_process, inherited_env
+from rlsys.actors.snapshots import SNAPSHOTS, Report, Snapshot, Snapshots
 from rlsys.actors.turns import Turns
-from rlsys.actors.waiting import ActorFailure, PhaseTimeout, get_all
+from rlsys.actors.waiting import ActorDeath, ActorFailure, PhaseTimeout, get_all
 from rlsys.config import RunConfig
 from rlsys.file_sums import FileSum
+from rlsys.files import remove
 from rlsys.leftovers import guard_actor
 from rlsys.network import gloo_interfaces
 from rlsys.types import Device, TrainBatch
@@ -29,14 +33,18 @@ from rlsys.weight_sync.transport import serve_store
 if TYPE_CHECKING:
     from rlsys.actors.group import Refs
     from rlsys.engines.megatron.model import MegatronModel
+    from rlsys.engines.rank_state import RankState
 
+T = TypeVar("T")
 
 POLL_S = 0.1
 """Seconds between two questions to ranks that are writing."""
 
 
-class ModelRank(Alive):
+class ModelRank(Alive, ABC):
     """Base of the actors that hold one rank of a model, each in its own process."""
+
+    concurrency_groups = (HEARTBEAT, SNAPSHOTS)
 
     engine: MegatronModel
 
@@ -98,8 +106,25 @@ class ModelRank(Alive):
         """See BackgroundWriter.sums."""
         return self.engine.writer.sums(folder)
 
+    @ray.method(num_returns=2, concurrency_group=SNAPSHOTS)
+    def take_snapshot(self, version: int) -> tuple[RankState, Report]:
+        """The state of this rank, whose memory Ray copies when this returns.
 
-class ModelActors(ActorGroup):
+        It has a thread of its own, so the rank may send weights meanwhile, but not change them.
+        """
+        state = self.state(version)
+        return state, Report(state.num_bytes, ray.get_runtime_context().get_node_id())
+
+    @abstractmethod
+    def state(self, version: int) -> RankState:
+        """What this rank goes on from in another process, after that many updates."""
+
+    @abstractmethod
+    def restore_snapshot(self, state: RankState) -> None:
+        """Go on from a state that a rank of the same place took."""
+
+
+class ModelActors(ActorGroup, ABC):
     """The ranks of one model as the driver sees them.
 
     Args:
@@ -109,10 +134,16 @@ class ModelActors(ActorGroup):
         device: the run's device.
         world_size: number of ranks.
         place: where each rank runs.
+
+    If `restarts` allows it, a rank that dies or hangs costs time only: all ranks are ended and
+    started again, since none can work without the others, `go_back` to where they were, and do the
+    call again that failed. The same work on the same state gives the same bits.
     """
 
     turns: Turns = Turns()
     """Taken before every call that needs the GPUs."""
+    checkpoints: Callable[[], Sequence[tuple[int, Path]]] = staticmethod(lambda: ())
+    """The run's checkpoints, (step, folder), newest first: where to go back to without snapshot."""
 
     def __init__(
         self,
@@ -127,6 +158,7 @@ class ModelActors(ActorGroup):
         self.config = config
         self.may_be_stuck = False
         """Whether a rank did not answer, or failed while others may wait for it in a collective."""
+        self.snapshots = Snapshots(config.policy.snapshot_steps)
         env = {
             "OMP_NUM_THREADS": str(config.policy.num_cpu_threads),
             # On a core that others need, too, a thread that waits for the others by spinning keeps
@@ -167,9 +199,94 @@ class ModelActors(ActorGroup):
             raise
 
     def call_in_turn(self, method: str, *args: Any) -> list[Any]:
-        """`call`, once it is the policy's turn on the GPUs."""
+        """`call`, once it is the policy's turn on the GPUs; see `healed`."""
+        return self.healed(method, partial(self.call_once, method, *args))
+
+    def call_once(self, method: str, *args: Any) -> list[Any]:
+        """`call_in_turn` that fails when a rank does."""
+        self.snapshots.settle(timeout_s=self.timeout_s)
         self.turns.take_for_policy()
         return self.call(method, *args)
+
+    def healed(self, phase: str, work: Callable[[], T]) -> T:
+        """What `work` returns, which is done again after each restart of ranks that failed in it.
+
+        Args:
+            phase: what it does, for messages.
+            work: may be done again from its beginning.
+
+        Raises:
+            ActorDeath, PhaseTimeout: others failed, or nothing is restarted.
+            RunFailed: ranks fail too often, or twice in the same place.
+        """
+        while True:
+            try:
+                return work()
+            except (ActorDeath, PhaseTimeout) as error:
+                self.restart(error, phase=phase)
+
+    def restart(self, error: ActorDeath | PhaseTimeout, *, phase: str) -> None:
+        """End and start all ranks, and go on from where they were; or raise `error`."""
+        while True:
+            if self.restarts is None or not any(name in error.actor for name in self.actors):
+                raise error
+            restart = self.restarts.begin(self.role, error, phase=phase, step=self.step)
+            restart.wait()
+            try:
+                self.start_again()
+            except (ActorDeath, PhaseTimeout) as again:
+                error, phase = again, "restart"
+            else:
+                restart.done()
+                return
+
+    def start_again(self) -> None:
+        """End and start all ranks, and go on from where they were."""
+        self.snapshots.forget_begun()
+        self.close()
+        self.take_gpus()
+        self.actors = {name: self.create(rank) for rank, name in enumerate(self.actors)}
+        self.may_be_stuck = False
+        phase = f"restart of the {self.role}"
+        get_all(self.async_start(), phase=phase, timeout_s=START_TIMEOUT_S)
+        self.go_back()
+
+    @abstractmethod
+    def take_gpus(self) -> None:
+        """Return when ranks that start find their GPUs free."""
+
+    @property
+    def heals(self) -> bool:
+        """Whether ranks that fail are started again."""
+        return self.restarts is not None and self.restarts.enabled
+
+    @property
+    @abstractmethod
+    def step(self) -> int:
+        """The step that the run is in, for messages."""
+
+    @abstractmethod
+    def go_back(self) -> None:
+        """Give ranks that have just started the state that the ended ones had."""
+
+    def begin_snapshot(self, version: int) -> None:
+        """Have the ranks take a snapshot if one is due; they go on working."""
+        if not self.snapshots.is_due(version):
+            return
+        self.snapshots.begin(
+            version,
+            {name: actor.take_snapshot.remote(version) for name, actor in self.actors.items()},
+        )
+        if self.config.is_colocated:  # what is copied is about to move
+            self.snapshots.settle(timeout_s=self.timeout_s)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Give the ranks the state of a snapshot."""
+        refs = {
+            name: actor.restore_snapshot.remote(snapshot.states[name])
+            for name, actor in self.actors.items()
+        }
+        get_all(refs, phase=f"{self.role} restore_snapshot", timeout_s=self.timeout_s)
 
     def compute_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the tokens and entropies of their predictions, at the sampling temperature.
@@ -202,13 +319,23 @@ class ModelActors(ActorGroup):
             a function for any thread. It waits until the files are on the disk, and returns their
             sums by name.
         """
-        self.call_in_turn(method, folder)
+        others = set(folder.iterdir())
+
+        def begin() -> dict[str, Any]:
+            for path in set(folder.iterdir()) - others:  # ranks that failed have left it
+                remove(path)
+            self.call_once(method, folder)
+            return dict(self.actors)
+
+        # Ranks that are restarted later have nothing to write: they must not be taken for these.
+        actors = self.healed(method, begin)
         deadline = time.monotonic() + self.timeout_s
 
         def await_files() -> dict[str, FileSum]:
             while True:
                 # A disk that refuses a file leaves no rank in a collective, see `call`.
-                parts = super(ModelActors, self).call("sums_of_files", folder)
+                refs = {name: actor.sums_of_files.remote(folder) for name, actor in actors.items()}
+                parts = get_all(refs, phase=f"{self.role} {method}", timeout_s=self.timeout_s)
                 if None not in parts:
                     return {name: sums for part in parts for name, sums in part.items()}
                 if time.monotonic() > deadline:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,13 @@ import torch
 
 from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
+from rlsys.actors.waiting import ActorDeath, ActorFailure
 from rlsys.config import RunConfig
 from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.engines.rank_state import RankState
 from rlsys.file_sums import FileSum
 from rlsys.plugins.load import load_plugins
-from rlsys.problems import NonFiniteWeights
+from rlsys.problems import NonFiniteWeights, RunFailed
 from rlsys.types import Device, TrainBatch, UpdateOutput
 from rlsys.weight_sync.connection import Connection
 from rlsys.weight_sync.plan import TensorMeta
@@ -26,9 +29,14 @@ from rlsys.weight_sync.sender import WeightSender, sending_memory
 from rlsys.weight_sync.transport import WeightSyncError
 
 if TYPE_CHECKING:
+    from rlsys.actors.weight_publisher import WeightPublisher
     from rlsys.engines.megatron.export import BucketExport
     from rlsys.engines.megatron.policy import MegatronPolicy
     from rlsys.engines.megatron.stream_export import StreamExport
+
+UPDATES_KEPT = 32
+"""Updates whose batches the driver keeps at least, so that they can be done again: as many steps a
+checkpoint may be old that ranks go back to without a snapshot."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +179,19 @@ class PolicyRank(ModelRank):
         """See MegatronPolicy.finished_version."""
         return self.engine.finished_version()
 
+    def state(self, version: int) -> RankState:
+        """See rlsys.engines.megatron.snapshot."""
+        from rlsys.engines.megatron.snapshot import take_snapshot
+
+        assert self.engine.policy_version == version
+        return take_snapshot(self.engine)
+
+    def restore_snapshot(self, state: RankState) -> None:
+        """See rlsys.engines.megatron.snapshot."""
+        from rlsys.engines.megatron.snapshot import restore_snapshot
+
+        restore_snapshot(self.engine, state)
+
     def begin_checkpoint(self, folder: Path) -> None:
         """See MegatronPolicy.begin_checkpoint."""
         self.engine.begin_checkpoint(folder)
@@ -178,6 +199,16 @@ class PolicyRank(ModelRank):
     def load_checkpoint(self, folder: Path) -> int:
         """See MegatronPolicy.load_checkpoint."""
         return self.engine.load_checkpoint(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """An update that can be done again."""
+
+    version: int
+    """Which it made."""
+    batch: ray.ObjectRef
+    loss: str | None
 
 
 class PolicyActors(ModelActors):
@@ -200,16 +231,97 @@ class PolicyActors(ModelActors):
         super().__init__("policy", rank_class, config, device=device, world_size=size, place=place)
         self.policy_version = 0
         """Completed updates: the version of the weights that the next publish sends."""
+        self.publishers: list[WeightPublisher] = []
+        """Those that send this policy's weights; they register themselves."""
+        self._updates: list[_Update] = []
+        """The newest ones, from which `go_back` comes forward again."""
+        self._has_start = True
+        """Whether ranks that have just started are at version 0 of this run."""
 
     def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput:
         """Take all optimizer steps of one rollout on `batch`; raises policy_version by one.
 
         `loss` is the name of a registered loss; None is the config's.
         """
-        outputs = self.call_in_turn("update", ray.put(batch), loss)
+        stored = ray.put(batch)
+        outputs = self.call_in_turn("update", stored, loss)
         output = next(output for output in outputs if output is not None)
         self.policy_version = output.policy_version
+        if self.heals:
+            newest = self.snapshots.newest
+            since = 0 if newest is None else output.policy_version - newest.version
+            self._updates.append(_Update(output.policy_version, stored, loss))
+            self._updates = self._updates[-max(since, UPDATES_KEPT) :]
+            self.begin_snapshot(self.policy_version)
         return output
+
+    @property
+    def step(self) -> int:
+        """See ModelActors: the update that comes next."""
+        return self.policy_version + 1
+
+    def take_gpus(self) -> None:
+        """See ModelActors."""
+        self.turns.free_for_policy()
+
+    def go_back(self) -> None:
+        """See ModelActors: to the newest of all states from which updates lead to this version."""
+        failures: list[str] = []
+        for version, name, restore in self._states():
+            updates = [one for one in self._updates if one.version > version]
+            if len(updates) != self.policy_version - version:
+                continue
+            try:
+                if restore is not None:
+                    restore()
+                elif failures:  # they may have changed some ranks
+                    break
+            except ActorDeath:
+                raise
+            except ActorFailure as error:  # of the bytes: an older state has others
+                failures.append(f"{name}: {error.reason}")
+                continue
+            for one in updates:
+                self.call("update", one.batch, one.loss)
+            assert set(self.call("finished_version")) == {self.policy_version}
+            for publisher in self.publishers:
+                publisher.forget_connection()
+            return
+        reasons = "; ".join(failures) or (
+            f"There is no snapshot, and no checkpoint of the last {UPDATES_KEPT} steps: set "
+            "policy.snapshot_steps to auto, or lower checkpoint.save_steps"
+        )
+        raise RunFailed(
+            f"the policy cannot go back to version {self.policy_version} after a restart. {reasons}"
+        )
+
+    def _states(self) -> Iterator[tuple[int, str, Callable[[], object] | None]]:
+        """Version, name and restoring function of each state to go back to, newest first.
+
+        None restores what ranks have when they have just started.
+        """
+        if (newest := self.snapshots.newest) is not None:
+            yield newest.version, "the snapshot", partial(self.restore, newest)
+        for step, folder in self.checkpoints():
+            yield step, str(folder), partial(self.call, "load_checkpoint", folder)
+        if self._has_start:
+            yield 0, "the start", None
+
+    def restore_snapshot(self) -> int | None:
+        """Go back to the newest snapshot without a restart, and forget all updates since.
+
+        Returns:
+            its version, which is policy_version now; None if there is no snapshot.
+        """
+        self.snapshots.settle(timeout_s=self.timeout_s)
+        newest = self.snapshots.newest
+        if newest is None:
+            return None
+        self.turns.take_for_policy()
+        self.restore(newest)
+        self.policy_version = newest.version
+        self._updates = []
+        return newest.version
 
     def compute_base_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """As `compute_logprobs`, of the base: the policy with its LoRA adapter off."""
@@ -217,7 +329,7 @@ class PolicyActors(ModelActors):
 
     def peak_memory_gib(self) -> float:
         """The largest PolicyRank.peak_memory_gib."""
-        return max(self.call("peak_memory_gib"))
+        return max(self.healed("peak_memory_gib", partial(self.call, "peak_memory_gib")))
 
     def weight_metadata(self) -> list[TensorMeta]:
         """Every tensor that a weight sync sends, in its order."""
@@ -252,3 +364,4 @@ class PolicyActors(ModelActors):
     def load_checkpoint(self, folder: Path) -> None:
         """Continue from a checkpoint."""
         self.policy_version = self.call_in_turn("load_checkpoint", folder)[0]
+        self._has_start = False

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rlsys.actors.heartbeat import Heartbeats
-from rlsys.actors.waiting import ActorFailure
+from rlsys.actors.waiting import ActorFailure, PhaseTimeout
 from rlsys.config.schema import RecoveryConfig
 from rlsys.problems import RunFailed
 from rlsys.text import counted
@@ -86,7 +86,9 @@ class Restarts:
         """Whether anything is replaced at all."""
         return self._config.max_restarts > 0
 
-    def begin(self, role: str, error: ActorFailure, *, phase: str, step: int) -> Restart:
+    def begin(
+        self, role: str, error: ActorFailure | PhaseTimeout, *, phase: str, step: int
+    ) -> Restart:
         """Note that an actor failed and will be replaced; prints one line.
 
         Args:
@@ -96,7 +98,7 @@ class Restarts:
             step: the step that the run is in; with `phase`, the place of the failure.
 
         Raises:
-            ActorFailure: `error` itself, where recovery is off.
+            ActorFailure, PhaseTimeout: `error` itself, where recovery is off.
             RunFailed: the role was restarted too often, or fails twice in the same place.
         """
         reason = self.reason(error)
@@ -130,7 +132,7 @@ class Restarts:
         )
         return Restart(error.actor, delay_s, partial(self._finish, role, error.actor))
 
-    def reason(self, error: ActorFailure) -> str:
+    def reason(self, error: ActorFailure | PhaseTimeout) -> str:
         """Why an actor failed, in a line."""
         return self.heartbeats.reason(error.actor) or error.reason
 

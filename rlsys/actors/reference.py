@@ -16,15 +16,23 @@ import torch
 from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
+from rlsys.actors.snapshots import Snapshots
+from rlsys.actors.waiting import ActorDeath, ActorFailure
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
 from rlsys.file_sums import FileSum
+from rlsys.problems import RunFailed
 from rlsys.types import Device, TrainBatch
 from rlsys.weight_sync.connection import Endpoint
 from rlsys.weight_sync.receiver import WeightReceiver
 
 if TYPE_CHECKING:
     from rlsys.engines.megatron.reference import MegatronReference
+    from rlsys.engines.rank_state import RankState
+
+
+REFERENCE_FOLDER = "reference"
+"""Name of the folder in a checkpoint."""
 
 
 class Reference(Protocol):
@@ -95,6 +103,18 @@ class ReferenceRank(ModelRank):
         self.engine.weights.mix(tensors, alpha=self.config.reference.mixup_alpha)
         return policy_version
 
+    def state(self, version: int) -> RankState:
+        """Its weights. See rlsys.engines.megatron.snapshot."""
+        from rlsys.engines.megatron.snapshot import take_state
+
+        return take_state(version, self.engine.state_tensors())
+
+    def restore_snapshot(self, state: RankState) -> None:
+        """See rlsys.engines.megatron.snapshot."""
+        from rlsys.engines.megatron.snapshot import put_state
+
+        put_state(state, self.engine.state_tensors())
+
     def load_model(self, folder: Path) -> None:
         """See MegatronWeights.load."""
         self.engine.weights.load(folder)
@@ -110,20 +130,35 @@ class ReferenceActors(ModelActors):
 
     config: Config
 
-    def __init__(self, config: Config, *, device: Device, place: PlaceActor = on_cpu):
+    def __init__(
+        self,
+        config: Config,
+        *,
+        device: Device,
+        place: PlaceActor = on_cpu,
+        policy: PolicyActors | None = None,
+        rank_class: type[ReferenceRank] = ReferenceRank,
+    ):
         self.num_engines = config.reference.world_size
         self.workers_per_engine = 1
         self.senders = [0]
         """The policy rank that sends in each weight sync connection: all ranks share one."""
         self.synced_after: int | None = None
+        self._policy = policy
+        self._publisher: WeightPublisher | None = None
+        self._may_have_mixed = False
+        """Whether a sync has begun that has not ended."""
+        self._changed_at: int | None = None
+        """The policy's version when weights were last mixed in or loaded; None: never."""
         super().__init__(
             "reference",
-            ReferenceRank,
+            rank_class,
             config,
             device=device,
             world_size=self.num_engines,
             place=place,
         )
+        self.snapshots = Snapshots(1 if config.policy.snapshot_steps else 0)  # of each change
 
     def connect_to(self, policy: PolicyActors) -> None:
         """Connect to the policy, for `sync`."""
@@ -134,9 +169,70 @@ class ReferenceActors(ModelActors):
 
     def sync(self) -> None:
         """Mix the policy's weights in, by reference.mixup_alpha."""
+        self.healed("sync", self._sync)
+
+    def _sync(self) -> None:
+        assert self._policy is not None
+        assert self._publisher is not None
+        self.snapshots.settle(timeout_s=self.timeout_s)
         self.turns.take_for_policy()
         self._publisher.publish()
+        self._may_have_mixed = False
         self.synced_after = self._policy.policy_version
+        self._changed()
+
+    def _changed(self) -> None:
+        """Keep the new weights for a restart."""
+        self._changed_at = 0 if self._policy is None else self._policy.policy_version
+        if self.heals:
+            self.begin_snapshot(self._changed_at)
+
+    def take_in(self, *, timeout_s: float) -> bool:
+        """See ActorGroup. Before a sync that is done again all ranks start again.
+
+        Some may have mixed in the weights that were sent, which others have not got.
+        """
+        again = self._may_have_mixed
+        if again:
+            self.start_again()
+        self._may_have_mixed = True
+        return again
+
+    @property
+    def step(self) -> int:
+        """See ModelActors."""
+        return 0 if self._policy is None else self._policy.step
+
+    def take_gpus(self) -> None:
+        """See ModelActors."""
+        self.turns.take_for_policy()
+
+    def go_back(self) -> None:
+        """See ModelActors: to the weights after the last sync."""
+        if self._publisher is not None:
+            self._publisher.forget_connection()
+        self._may_have_mixed = False
+        if self._changed_at is None:
+            return  # they are those of the model's folder
+        newest, lost = self.snapshots.newest, ""
+        if newest is not None and newest.version == self._changed_at:
+            try:
+                self.restore(newest)
+            except ActorDeath:
+                raise
+            except ActorFailure as error:  # of the bytes: the checkpoint has others
+                lost = f". The snapshot: {error.reason}"
+            else:
+                return
+        for step, folder in self.checkpoints():
+            if step >= self._changed_at and (folder / REFERENCE_FOLDER).exists():
+                self.call("load_model", folder / REFERENCE_FOLDER)
+                return
+        raise RunFailed(
+            f"the reference cannot go back to its weights of step {self._changed_at} after a "
+            "restart: there is neither a snapshot nor a checkpoint of them. Set "
+            f"policy.snapshot_steps to auto, or checkpoint.save_steps{lost}"
+        )
 
     def begin_state(self, folder: Path) -> Callable[[], dict[str, FileSum]]:
         """See Reference."""
@@ -149,6 +245,7 @@ class ReferenceActors(ModelActors):
         """See Reference."""
         if folder.exists():
             self.call_in_turn("load_model", folder)
+            self._changed()
 
 
 class PolicyBase:

@@ -56,6 +56,9 @@ class Turns:
     def take_for_policy(self) -> None:
         """Return when the policy, and what shares its GPUs, can compute."""
 
+    def free_for_policy(self) -> None:
+        """As `take_for_policy`, for a policy whose ranks have ended and are about to start."""
+
     def take_for_rollouts(self) -> None:
         """Return when engines can sample with the policy's weights."""
 
@@ -122,21 +125,30 @@ class SharedTurns(Turns):
         if self._turn == "policy":
             return
         with self._timed("policy"):
-            self._turn = "changing"
-            try:
-                get_all(
-                    self._engines.async_call("sleep"),
-                    phase="leaving the GPUs to the policy",
-                    # Of a run that was interrupted, the policy has to be saved within its deadline.
-                    timeout_s=min(self._engines.timeout_s, self._policy.timeout_s),
-                )
-            except ActorDeath:
-                pass  # its memory is free; the next weight sync says who died
-            except ActorFailure:
-                self._engines.close()
-                raise
+            self._end_rollouts()
             self._policy.call("onload")
             self._turn = "policy"
+
+    def free_for_policy(self) -> None:
+        """See Turns. New ranks have everything on their GPUs."""
+        if self._turn != "policy":
+            self._end_rollouts()
+            self._turn = "policy"
+
+    def _end_rollouts(self) -> None:
+        self._turn = "changing"
+        try:
+            get_all(
+                self._engines.async_call("sleep"),
+                phase="leaving the GPUs to the policy",
+                # Of a run that was interrupted, the policy has to be saved within its deadline.
+                timeout_s=min(self._engines.timeout_s, self._policy.timeout_s),
+            )
+        except ActorDeath:
+            pass  # its memory is free; the next weight sync says who died
+        except ActorFailure:
+            self._engines.close()
+            raise
 
     def take_for_rollouts(self) -> None:
         """See Turns."""

@@ -54,7 +54,17 @@ class ActorDeath(ActorFailure):
 
 class PhaseTimeout(RunFailed, TimeoutError):
     """A phase did not finish in time. The message names the actors that are still busy, and the
-    files with their stacks."""
+    files with their stacks.
+
+    Args:
+        message: all of that.
+        actor: their names, as in "policy rank 0, policy rank 1".
+        reason: why it is given up, in a line.
+    """
+
+    def __init__(self, message: str, *, actor: str = "", reason: str = ""):
+        super().__init__(message)
+        self.actor, self.reason = actor, reason
 
 
 def get_all(
@@ -90,7 +100,9 @@ def get_all(
             silence = explain_silence({names[ref]: actor_of(ref) for ref in pending})
             raise PhaseTimeout(
                 f"{silence}{phase} did not finish within {timeout_s:g} s; "
-                f"still waiting for {waiting}"
+                f"still waiting for {waiting}",
+                actor=waiting,
+                reason=f"it did not finish within {timeout_s:g} s",
             )
         for ref in done:
             try:

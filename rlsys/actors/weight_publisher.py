@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.distributed import TCPStore
@@ -93,17 +94,17 @@ class WeightPublisher:
         self._calls: list[Refs] = []
         """Of the publish that is under way."""
         self._failed_calls: list[Refs] = []
+        policy.publishers.append(self)
         self.published = 0
         """The version that the receivers got last."""
         self.connect()
 
     def connect(self) -> None:
         """Connect the policy to all receivers, which first get whole tensors."""
-        self._is_connected = True
         self._connect("weights" if self._adapter_scaling is None else "base")
 
     def _connect(self, content: Content) -> None:
-        self._content = content
+        self._content, self._is_connected = content, True
         policy = self._policy
         adapter = content == "adapter"
         metadata = policy.adapter_metadata() if adapter else policy.weight_metadata()
@@ -140,22 +141,29 @@ class WeightPublisher:
             ActorFailure, PhaseTimeout: a rank failed or did not answer in time. An engine that
                 received other bytes than were sent fails.
         """
-        return self._receivers.healed("weight sync", self._publish)
+        receivers = partial(self._receivers.healed, "weight sync", self._publish)
+        return self._policy.healed("send_weights", receivers)
+
+    def forget_connection(self) -> None:
+        """Connect again before the next publish, since ranks have been restarted."""
+        self._is_connected = False
+        self._stores.clear()  # whoever waits there for a rank that is lost gives up now
 
     def _publish(self) -> dict[str, float]:
         version = self._policy.policy_version
         try:
             with self._turns.for_weight_sync():
                 came_or_left = self._receivers.take_in(timeout_s=START_TIMEOUT_S)
-                if came_or_left or not self._is_connected:
+                if came_or_left:
                     self.connect()
+                elif not self._is_connected:
+                    self._connect(self._content)  # receivers that are the same keep their base
                 transfers = [self._transfer()]
                 if self._content == "base":  # once: it does not change
                     self._connect("adapter")
                     transfers.append(self._transfer())
         except RunFailed:
-            self._is_connected = False
-            self._stores.clear()  # whoever waits there for a rank that is lost gives up now
+            self.forget_connection()
             self._failed_calls += self._calls
             raise
         finally:

@@ -33,8 +33,14 @@ from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import REWARD_GIB, MemoryEstimate
 from rlsys.model.shape import ModelShape, read_model_config, read_model_shape
+from rlsys.model.snapshot_memory import snapshot_text, snapshot_warning
 from rlsys.preflight.data import count_rows
-from rlsys.preflight.devices import gpu_memory_gib, guess_device, visible_gpus
+from rlsys.preflight.devices import (
+    gpu_memory_gib,
+    guess_device,
+    host_memory_gib,
+    visible_gpus,
+)
 from rlsys.preflight.model import recompute_note
 from rlsys.preflight.positions import within_positions
 from rlsys.preflight.saving import describe_saving, disk_use, disk_warning
@@ -240,8 +246,11 @@ def _print_memory(
         for purpose, formula in estimate.formula.items()
     ]
     notes += [f"not in the estimate: {', '.join(unknown)}"] if unknown else []
+    notes += [snapshots] if (snapshots := snapshot_text(config, shape, device)) else []
     for note in notes:
         print_wrapped(console, note, indent="  ", style="dim")
+    if warning := snapshot_warning(config, shape, device, host_memory_gib()):
+        print_wrapped(console, f"That may not fit: {warning}", style="bold red")
     if device == "cpu":
         _print_total(parts, estimates, counts, console)
     else:

@@ -67,6 +67,19 @@ def optimizer_bytes(config: RunConfig, shape: ModelShape, device: Device) -> int
     return math.ceil(sizes["optimizer"])
 
 
+def changing_bytes(config: RunConfig, shape: ModelShape, device: Device) -> float:
+    """Bytes that an update changes on the largest rank: trained weights and optimizer state."""
+    policy, width = config.policy, bytes_per_weight(config, device)
+    stages = rank_layers(policy, shape.num_layers)
+    tp, ep = policy.tensor_parallel_size, policy.expert_model_parallel_size
+    trained = _trained(policy, shape, *rank_params(shape, stages, tp=tp, ep=ep))
+    state = _state_bytes(policy, width)
+    dense_shards, expert_shards = _shards(config)
+    own = trained.dense / dense_shards + trained.experts / expert_shards
+    weights = (trained.dense + trained.experts) * width
+    return weights + own * (state.on_gpu + state.on_host)
+
+
 @dataclass(frozen=True)
 class _StateBytes:
     """Bytes of the optimizer's state for each parameter."""
@@ -140,14 +153,18 @@ def _trained_adapters(policy: PolicyConfig, lora: LoraConfig, shape: ModelShape)
     return _Trained(dense + whole, experts, dense + experts + whole, text)
 
 
-def _optimizer(config: RunConfig, trained: _Trained, width: int) -> tuple[float, str]:
+def _shards(config: RunConfig) -> tuple[int, int]:
+    """Ranks that share the optimizer's state of a parameter, and of one of an expert."""
     policy = config.policy
-    state = _state_bytes(policy, width)
-    shards = expert_shards = 1
-    if policy.use_distributed_optimizer:
-        shards = config.data_parallel_size * policy.context_parallel_size
-        stages = policy.pipeline_parallel_size * policy.expert_model_parallel_size
-        expert_shards = policy.world_size // stages
+    if not policy.use_distributed_optimizer:
+        return 1, 1
+    stages = policy.pipeline_parallel_size * policy.expert_model_parallel_size
+    return config.data_parallel_size * policy.context_parallel_size, policy.world_size // stages
+
+
+def _optimizer(config: RunConfig, trained: _Trained, width: int) -> tuple[float, str]:
+    state = _state_bytes(config.policy, width)
+    shards, expert_shards = _shards(config)
     text = f"{trained.text} x {state.text} / {shards}" + (" ranks" if shards > 1 else "")
     text += f", of experts / {expert_shards}" if trained.experts else ""
     own = trained.dense / shards + trained.experts / expert_shards

@@ -10,6 +10,7 @@ from rlsys.model.colocated_memory import Phase, colocated_phases, pinned_gib
 from rlsys.model.folder import find_model_folder
 from rlsys.model.memory import MemoryEstimate, estimate_memory, estimate_policy
 from rlsys.model.shape import ModelShape, read_model_shape
+from rlsys.model.snapshot_memory import snapshot_warning
 from rlsys.preflight.devices import gpu_memory_gib, host_memory_gib
 from rlsys.types import Device
 
@@ -20,8 +21,11 @@ def memory_warnings(config: RunConfig, device: Device) -> list[str]:
     if gpu_gib is None:
         return []
     policy = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+    snapshots = snapshot_warning(config, policy, device, host_memory_gib())
+    warnings = [] if snapshots is None else [snapshots]
     if not isinstance(config, Config):
-        return gpu_warnings(config, [estimate_policy(config, policy, device=device)], gpu_gib)
+        estimate = estimate_policy(config, policy, device=device)
+        return [*gpu_warnings(config, [estimate], gpu_gib), *warnings]
     reference = policy
     if config.has_reference_model:
         reference = read_model_shape(find_model_folder(config.reference_path), may_bridge=True)
@@ -29,6 +33,7 @@ def memory_warnings(config: RunConfig, device: Device) -> list[str]:
     return [
         *gpu_warnings(config, estimates, gpu_gib),
         *host_warnings(config, policy, estimates, gpu_gib, host_memory_gib()),
+        *warnings,
     ]
 
 

@@ -368,7 +368,7 @@ class LabRank(ReplayRank):
 
     def optimizer_state(self):
         """For each parameter of the optimizer: it, and its state by name."""
-        from rlsys.engines.megatron.offload import _inner_optimizers
+        from rlsys.engines.megatron.offload import inner_optimizers
 
         return [
             {"parameter": parameter.detach().clone()}
@@ -377,7 +377,7 @@ class LabRank(ReplayRank):
                 for name, value in one.state[parameter].items()
                 if torch.is_tensor(value)
             }
-            for one in _inner_optimizers(self.engine.optimizer)
+            for one in inner_optimizers(self.engine.optimizer)
             for group in one.param_groups
             for parameter in group["params"]
         ]

@@ -1,6 +1,7 @@
 """Options that save memory: each trains as bfloat16 does, needs what is estimated, and resumes."""
 
 import pytest
+import ray
 import torch
 from gpu_cases import DEVICE, gpu_config, long_batch, save_gpu_model
 from gpu_lab import GpuRank
@@ -204,6 +205,36 @@ def optimizer_state(rank):
                 if torch.is_tensor(value):
                     found[f"{len(found)} {name} {tuple(parameter.shape)}"] = value.cpu().clone()
     return found
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs Transformer Engine's optimizer")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        OPTIONS["precision aware"],
+        OPTIONS["moments in bf16"],
+        OPTIONS["moments in fp8"],
+        OPTIONS["weights in fp16"],
+        OPTIONS["offload half"],
+        FP8["parameters"],
+    ],
+    ids=lambda options: " ".join(map(str, options.values())) or "none",
+)
+def test_a_snapshot_is_put_back_to_the_bit(lab, model, options):
+    policy = lab.policy(config_of(model, **options))
+    train(policy, 2)
+    ((snapshot, _),) = [actor.take_snapshot.remote(2) for actor in policy.actors.values()]
+    ray.wait([snapshot], fetch_local=False)
+    weights, state = exported(policy), policy.call("run", optimizer_state)[0]
+    updates = train(policy, 2)
+    policy = lab.policy(config_of(model, **options))
+    policy.call("restore_snapshot", snapshot)
+    policy.policy_version = 2
+    again, state_again = exported(policy), policy.call("run", optimizer_state)[0]
+    assert [name for name in weights if not torch.equal(again[name], weights[name])] == []
+    assert [name for name in state if not torch.equal(state_again[name], state[name])] == []
+    check_training(train(policy, 2), updates, tolerance=1e-3)  # sums are added up in any order
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs Transformer Engine's optimizer")

@@ -259,10 +259,15 @@ class Offload:
         copy.leave(storages if self.moves else [], unchanged=unchanged)
         self._leaving.append(copy)
 
+    def changing_tensors(self) -> Iterator[torch.Tensor]:
+        """What updates change beside the optimizer's state: trained weights, and all buffers."""
+        yield from self._weight_tensors(trained=True)
+        yield from self._chunks.buffers()
+
     def _weight_tensors(self, *, trained: bool | None = None) -> Iterator[torch.Tensor]:
         for parameter in self._chunks.parameters():
             if trained in (None, parameter.requires_grad):
-                yield from _memory_of(parameter)
+                yield from memory_of(parameter)
         if self._adapters is not None and not trained:
             yield from self._adapters.base_of_saved
 
@@ -285,7 +290,7 @@ class Offload:
     def _forget_copies(self) -> None:
         """Forget gradients of another type than their buffer's, and FP8 copies of weights."""
         self._optimizer.zero_grad()
-        for one in _inner_optimizers(self._optimizer):
+        for one in inner_optimizers(self._optimizer):
             # megatron-core's optimizer on two devices keeps them; on the CPU it needs them.
             for copy in getattr(one, "param_to_fp32_param", {}).values():
                 if copy.device == self._device:
@@ -316,7 +321,7 @@ def _storages(
     return {storage.data_ptr(): storage for storage in storages if storage.nbytes()}
 
 
-def _memory_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def memory_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors with the memory of one: itself, or those that make up one in FP8."""
     if is_float8tensor(tensor):
         parts = vars(tensor).items()
@@ -325,7 +330,7 @@ def _memory_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
 
 
-def _inner_optimizers(optimizer: MegatronOptimizer) -> Iterator[Any]:
+def inner_optimizers(optimizer: MegatronOptimizer) -> Iterator[Any]:
     """torch's optimizers in megatron-core's: one for each kind of parameter, or device."""
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         if one.optimizer is not None:  # None if this rank has no parameter of a kind
@@ -335,11 +340,11 @@ def _inner_optimizers(optimizer: MegatronOptimizer) -> Iterator[Any]:
 
 def _state_tensors(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
     """What an optimizer updates, and what it keeps for each parameter."""
-    for one in _inner_optimizers(optimizer):
+    for one in inner_optimizers(optimizer):
         for group in one.param_groups:
             for parameter in group["params"]:
-                yield from _memory_of(parameter)
+                yield from memory_of(parameter)
         for state in one.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
-                    yield from _memory_of(value)
+                    yield from memory_of(value)

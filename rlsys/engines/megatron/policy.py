@@ -384,10 +384,8 @@ class MegatronPolicy(MegatronModel):
         check_checkpoint(folder)
         (self.weights if self.adapters is None else self.adapters.weights).load(folder)
         self.offload.frozen_weights_changed()
-        self.policy_version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
-        self._is_mid_update = False
-        # Transformer Engine saves scales as a pickle, which no checkpoint of rlsys holds.
-        self._unknown_scales = self._unknown_gradient_scales = self._has_scales
+        version = load_optimizer(folder, self.weights, self.optimizer, self.scheduler)
+        self.go_on_from(version)
         if self.config.policy.fp8_param_gather:
             # The folder has what FP8 weights stand for, rounded: they come from the float32 copy,
             # as after an optimizer step.
@@ -396,3 +394,10 @@ class MegatronPolicy(MegatronModel):
             for chunk in self.ddp:
                 chunk.start_param_sync(force_sync=True)
         return self.policy_version
+
+    def go_on_from(self, version: int) -> None:
+        """Note that weights and optimizer are now those after `version` updates."""
+        self.policy_version = version
+        self._is_mid_update = False
+        # Transformer Engine saves scales as a pickle, which no checkpoint of rlsys holds.
+        self._unknown_scales = self._unknown_gradient_scales = self._has_scales

@@ -57,6 +57,11 @@ class MegatronReference(MegatronModel):
         with self._on_gpu():  # where its ranks can exchange weights
             super().save_model(folder, write)
 
+    def state_tensors(self) -> Iterator[torch.Tensor]:
+        """What a reference goes on from in another process: its weights and buffers."""
+        yield from self.model.parameters()
+        yield from self.model.buffers()
+
     @contextmanager
     def _on_gpu(self) -> Iterator[None]:
         try:
