@@ -19,7 +19,7 @@ from rlsys.actors.group import START_TIMEOUT_S, ActorGroup, PlaceActor, device_e
 from rlsys.actors.heartbeat import HEARTBEAT, Alive
 from rlsys.actors.meeting import meeting_address
 from rlsys.actors.process import begin_process, inherited_env
-from rlsys.actors.snapshots import SNAPSHOTS, Report, Snapshot, Snapshots
+from rlsys.actors.snapshots import SNAPSHOTS, Report, Snapshot, SnapshotLost, Snapshots
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorDeath, ActorFailure, PhaseTimeout, get_all
 from rlsys.config import RunConfig
@@ -233,7 +233,11 @@ class ModelActors(ActorGroup, ABC):
             restart = self.restarts.begin(self.role, error, phase=phase, step=self.step)
             restart.wait()
             try:
-                self.start_again()
+                try:
+                    self.start_again()
+                except SnapshotLost as lost:  # it may have changed some ranks
+                    print(f"note: {lost}", flush=True)
+                    self.start_again()
             except (ActorDeath, PhaseTimeout) as again:
                 error, phase = again, "restart"
             else:
@@ -281,12 +285,23 @@ class ModelActors(ActorGroup, ABC):
             self.snapshots.settle(timeout_s=self.timeout_s)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Give the ranks the state of a snapshot."""
+        """Give the ranks the state of a snapshot.
+
+        Raises:
+            ActorDeath, PhaseTimeout: a rank failed.
+            SnapshotLost: the node that had a state is gone, or its bytes are others.
+        """
         refs = {
             name: actor.restore_snapshot.remote(snapshot.states[name])
             for name, actor in self.actors.items()
         }
-        get_all(refs, phase=f"{self.role} restore_snapshot", timeout_s=self.timeout_s)
+        try:
+            get_all(refs, phase=f"{self.role} restore_snapshot", timeout_s=self.timeout_s)
+        except ActorDeath:
+            raise
+        except ActorFailure as error:
+            self.snapshots.newest = None
+            raise SnapshotLost(snapshot.version, error) from error
 
     def compute_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs of the tokens and entropies of their predictions, at the sampling temperature.

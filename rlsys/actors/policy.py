@@ -15,7 +15,6 @@ import torch
 
 from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
-from rlsys.actors.waiting import ActorDeath, ActorFailure
 from rlsys.config import RunConfig
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.engines.rank_state import RankState
@@ -266,46 +265,30 @@ class PolicyActors(ModelActors):
 
     def go_back(self) -> None:
         """See ModelActors: to the newest of all states from which updates lead to this version."""
-        failures: list[str] = []
-        for version, name, restore in self._states():
+        for version, restore in self._states():
             updates = [one for one in self._updates if one.version > version]
-            if len(updates) != self.policy_version - version:
-                continue
-            try:
-                if restore is not None:
-                    restore()
-                elif failures:  # they may have changed some ranks
-                    break
-            except ActorDeath:
-                raise
-            except ActorFailure as error:  # of the bytes: an older state has others
-                failures.append(f"{name}: {error.reason}")
-                continue
-            for one in updates:
-                self.call("update", one.batch, one.loss)
-            assert set(self.call("finished_version")) == {self.policy_version}
-            for publisher in self.publishers:
-                publisher.forget_connection()
-            return
-        reasons = "; ".join(failures) or (
-            f"There is no snapshot, and no checkpoint of the last {UPDATES_KEPT} steps: set "
+            if len(updates) == self.policy_version - version:
+                restore()
+                for one in updates:
+                    self.call("update", one.batch, one.loss)
+                assert set(self.call("finished_version")) == {self.policy_version}
+                for publisher in self.publishers:
+                    publisher.forget_connection()
+                return
+        raise RunFailed(
+            f"the policy cannot go back to version {self.policy_version} after a restart. There is "
+            f"no snapshot, and no checkpoint of the last {UPDATES_KEPT} steps: set "
             "policy.snapshot_steps to auto, or lower checkpoint.save_steps"
         )
-        raise RunFailed(
-            f"the policy cannot go back to version {self.policy_version} after a restart. {reasons}"
-        )
 
-    def _states(self) -> Iterator[tuple[int, str, Callable[[], object] | None]]:
-        """Version, name and restoring function of each state to go back to, newest first.
-
-        None restores what ranks have when they have just started.
-        """
+    def _states(self) -> Iterator[tuple[int, Callable[[], object]]]:
+        """Version and restoring function of each state to go back to, newest first."""
         if (newest := self.snapshots.newest) is not None:
-            yield newest.version, "the snapshot", partial(self.restore, newest)
+            yield newest.version, partial(self.restore, newest)
         for step, folder in self.checkpoints():
-            yield step, str(folder), partial(self.call, "load_checkpoint", folder)
+            yield step, partial(self.call, "load_checkpoint", folder)
         if self._has_start:
-            yield 0, "the start", None
+            yield 0, lambda: None
 
     def restore_snapshot(self) -> int | None:
         """Go back to the newest snapshot without a restart, and forget all updates since.

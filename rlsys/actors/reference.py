@@ -17,7 +17,6 @@ from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
 from rlsys.actors.snapshots import Snapshots
-from rlsys.actors.waiting import ActorDeath, ActorFailure
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
 from rlsys.file_sums import FileSum
@@ -214,16 +213,10 @@ class ReferenceActors(ModelActors):
         self._may_have_mixed = False
         if self._changed_at is None:
             return  # they are those of the model's folder
-        newest, lost = self.snapshots.newest, ""
+        newest = self.snapshots.newest
         if newest is not None and newest.version == self._changed_at:
-            try:
-                self.restore(newest)
-            except ActorDeath:
-                raise
-            except ActorFailure as error:  # of the bytes: the checkpoint has others
-                lost = f". The snapshot: {error.reason}"
-            else:
-                return
+            self.restore(newest)
+            return
         for step, folder in self.checkpoints():
             if step >= self._changed_at and (folder / REFERENCE_FOLDER).exists():
                 self.call("load_model", folder / REFERENCE_FOLDER)
@@ -231,7 +224,7 @@ class ReferenceActors(ModelActors):
         raise RunFailed(
             f"the reference cannot go back to its weights of step {self._changed_at} after a "
             "restart: there is neither a snapshot nor a checkpoint of them. Set "
-            f"policy.snapshot_steps to auto, or checkpoint.save_steps{lost}"
+            "policy.snapshot_steps to auto, or checkpoint.save_steps"
         )
 
     def begin_state(self, folder: Path) -> Callable[[], dict[str, FileSum]]:

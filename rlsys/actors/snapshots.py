@@ -18,6 +18,7 @@ import ray
 from rlsys.actors.keepers import Keepers
 from rlsys.actors.waiting import ActorDeath, ActorFailure, PhaseTimeout, get_all
 from rlsys.files import size_text
+from rlsys.problems import RunFailed
 
 SNAPSHOTS = "snapshots"
 """Concurrency group of the method that takes one: meanwhile the rank may send weights."""
@@ -41,6 +42,16 @@ class Snapshot:
     version: int
     states: dict[str, ray.ObjectRef]
     """Actor name -> its RankState."""
+
+
+class SnapshotLost(RunFailed):
+    """A snapshot cannot be used any more."""
+
+    def __init__(self, version: int, error: ActorFailure):
+        super().__init__(
+            f"the snapshot of version {version} is lost, so ranks go back to an older state: "
+            f"{error.actor}, {error.reason}"
+        )
 
 
 class Snapshots:
