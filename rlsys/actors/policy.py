@@ -158,8 +158,8 @@ class PolicyRank(ModelRank):
         return seconds
 
     def drop_gradients(self) -> None:
-        """See MegatronPolicy.drop_gradients."""
-        self.engine.drop_gradients()
+        """Free the memory of gradients until `onload`."""
+        self.engine.offload.drop_gradients()
 
     def offload_optimizer(self) -> None:
         """See MegatronPolicy.offload_optimizer; `send_weights` or `offload_weights` awaits it."""

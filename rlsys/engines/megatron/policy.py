@@ -332,10 +332,6 @@ class MegatronPolicy(MegatronModel):
             self.adapters.stage_files(partial, base_name(self.config, self.folder))()
         dist.barrier()
 
-    def drop_gradients(self) -> None:
-        """Free the memory of gradients until `onload`."""
-        self.offload.drop_gradients()
-
     def offload_optimizer(self) -> None:
         """Drop gradients, and start moving the optimizer's state to host memory."""
         self.offload.offload_optimizer()
