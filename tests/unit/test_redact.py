@@ -1,6 +1,8 @@
 """Secrets in a config: who sees them."""
 
 import stat
+import sys
+from types import SimpleNamespace
 
 import pytest
 from config_cases import write_config
@@ -8,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlsys.config.load import load_config, save_config
+from rlsys.preflight.saving import describe_saving
 from rlsys.redact import is_secret, names_of_secrets, without_password, without_secrets
+from rlsys.tracking.wandb import WandbTracker
 
 SECRETS = [
     "api_key", "apikey", "API_KEY", "openai_api_key", "HF_TOKEN", "hub_token", "token", "password",
@@ -86,3 +90,25 @@ def test_the_config_of_a_run_with_secrets_is_for_its_owner(tmp_path, params, is_
     others = stat.S_IRWXG | stat.S_IRWXO
     assert bool(mode(place) & others) is not is_private
     assert load_config(place).config.reward.reward_params == params  # it runs again
+
+
+def test_a_tracker_on_the_web_gets_no_secrets(tmp_path, monkeypatch):
+    given_to_wandb = {}
+    module = SimpleNamespace(
+        init=lambda **kwargs: given_to_wandb.update(kwargs), __spec__=SimpleNamespace(origin="x")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    reward = {"reward_funcs": ["length"], "reward_params": {"length": {"api_key": "sk-1"}}}
+    config = load_config(write_config(tmp_path, reward=reward)).config
+    WandbTracker(config, resumed_from=None)
+    assert "sk-1" not in str(given_to_wandb)
+    assert given_to_wandb["config"]["reward"]["reward_params"] == {"length": {"api_key": "***"}}
+    assert given_to_wandb["config"]["max_steps"] == config.max_steps
+
+
+def test_the_start_of_a_run_names_secrets_and_does_not_show_them(tmp_path):
+    reward = {"reward_funcs": ["length"], "reward_params": {"length": {"api_key": "sk-1"}}}
+    config = load_config(write_config(tmp_path, reward=reward)).config
+    pairs = dict(describe_saving(config, None))
+    assert pairs["secrets"].startswith("reward.reward_params.length.api_key: in ")
+    assert "sk-1" not in str(pairs)
