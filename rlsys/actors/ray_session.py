@@ -245,8 +245,7 @@ def start_cluster(**options: Any) -> None:
                 ray.init(
                     "local", logging_level=logging.ERROR, **{"include_dashboard": False, **options}
                 )
-            # Ray lets everybody in: to its logs, and to replace its sockets.
-            Path(ray._private.worker._global_node.get_session_dir_path()).chmod(0o700)
+            close_to_others()
             return
         except _RayletDied:
             what = f"Ray's node died {time.monotonic() - start:.0f} s after its start"
@@ -263,6 +262,14 @@ def start_cluster(**options: Any) -> None:
             print(f"note: {what}; is the machine busy? Trying again.", flush=True)
     logs = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/session_latest/logs"
     raise RayStartError(f"{what}, {START_ATTEMPTS} times in a row. Its logs are in {logs}")
+
+
+def close_to_others() -> None:
+    """Keep other users of this host out of the cluster's folder.
+
+    Ray lets everybody read its logs, and replace its sockets.
+    """
+    Path(ray._private.worker._global_node.get_session_dir_path()).chmod(0o700)
 
 
 def _use_own_token() -> None:

@@ -26,8 +26,9 @@ TOKEN = "0123456789abcdef" * 4
 
 @pytest.fixture(autouse=True)
 def no_guard(monkeypatch):
-    """Nothing is started here that a guard would have to remove."""
+    """Nothing is started here that a guard would have to remove, and no folder is made."""
     monkeypatch.setattr(session.leftovers, "guard", lambda: None)
+    monkeypatch.setattr(session, "close_to_others", lambda: None)
 
 
 @pytest.fixture(autouse=True)
