@@ -220,6 +220,7 @@ def test_problems_of_an_optional_section_name_its_fields(problems):
 
 PATHS = {
     "output_dir": ("$BASE/x", "/base/x"),
+    "checkpoint.preemption_file": ("$BASE/notice", "/base/notice"),
     "model.path": ("${BASE}/x", "/base/x"),
     "policy.lora.path": ("$BASE/x", "/base/x"),
     "reference.path": ("$BASE", "/base"),
