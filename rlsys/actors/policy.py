@@ -15,6 +15,7 @@ import torch
 
 from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
+from rlsys.actors.rollback import update_from_good_state
 from rlsys.config import RunConfig
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.engines.rank_state import RankState
@@ -178,6 +179,17 @@ class PolicyRank(ModelRank):
         """See MegatronPolicy.finished_version."""
         return self.engine.finished_version()
 
+    def continue_as(self, version: int) -> None:
+        """Call the present state a version."""
+        self.engine.policy_version = version
+
+    def has_finite_weights(self) -> bool:
+        """Whether no rank trains a NaN or an infinity; every rank calls."""
+        from rlsys.engines.megatron.nonfinite import nonfinite_by_rank
+        from rlsys.engines.megatron.trained import trained_weights
+
+        return not nonfinite_by_rank(trained_weights(self.engine.model))
+
     def state(self, version: int) -> RankState:
         """See rlsys.engines.megatron.snapshot."""
         from rlsys.engines.megatron.snapshot import take_snapshot
@@ -243,8 +255,10 @@ class PolicyActors(ModelActors):
         `loss` is the name of a registered loss; None is the config's.
         """
         stored = ray.put(batch)
-        outputs = self.call_in_turn("update", stored, loss)
-        output = next(output for output in outputs if output is not None)
+        update = partial(self._update, stored, loss)
+        output = update()
+        if output.rolls_back is not None:
+            output = update_from_good_state(self, update, output.rolls_back)
         self.policy_version = output.policy_version
         if self.heals:
             newest = self.snapshots.newest
@@ -253,6 +267,16 @@ class PolicyActors(ModelActors):
             self._updates = self._updates[-max(since, UPDATES_KEPT) :]
             self.begin_snapshot(self.policy_version)
         return output
+
+    def _update(self, batch: ray.ObjectRef, loss: str | None) -> UpdateOutput:
+        outputs = self.call_in_turn("update", batch, loss)
+        return next(output for output in outputs if output is not None)
+
+    def continue_as(self, version: int) -> None:
+        """Give the present state, which is an older one, the number of another version."""
+        self.call("continue_as", version)
+        self.policy_version = version
+        self._updates = []  # they do not lead from an earlier state to this one
 
     @property
     def step(self) -> int:

@@ -12,6 +12,7 @@ from torch.distributed import TCPStore
 
 from rlsys.actors.group import START_TIMEOUT_S
 from rlsys.actors.meeting import meeting_address
+from rlsys.actors.rollback import with_finite_weights
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import all_ready, get_all, get_one
 from rlsys.config import WeightSyncConfig
@@ -142,7 +143,8 @@ class WeightPublisher:
                 received other bytes than were sent fails.
         """
         receivers = partial(self._receivers.healed, "weight sync", self._publish)
-        return self._policy.healed("send_weights", receivers)
+        send = partial(self._policy.healed, "send_weights", receivers)
+        return with_finite_weights(self._policy, send)
 
     def forget_connection(self) -> None:
         """Connect again before the next publish, since ranks have been restarted."""

@@ -23,6 +23,14 @@ def checkpoint_problems(config: RunConfig) -> Iterator[Problem]:
         yield from _without_metric(config)
     else:
         yield from _metric_problems(config, checkpoint.best_metric)
+    policy = config.policy
+    keeps_snapshots = config.recovery.max_restarts > 0 and policy.snapshot_steps != 0
+    if policy.on_nonfinite == "rollback" and not keeps_snapshots and checkpoint.save_steps is None:
+        yield Problem(
+            "policy.on_nonfinite = rollback goes back to a snapshot or a checkpoint, and the run "
+            "keeps neither: set policy.snapshot_steps (with recovery.max_restarts above 0) or "
+            "checkpoint.save_steps"
+        )
     if checkpoint.save_steps is None and checkpoint.save_retain_interval is not None:
         yield Problem(
             "checkpoint.save_retain_interval keeps checkpoints, and checkpoint.save_steps = null "

@@ -174,11 +174,13 @@ class PolicyConfig(Section):
     """Starts of names of tensors that are trained although one of the former freezes them."""
     trainable_parameters_regex: Regex | None = None
     """The same as a regex in names."""
-    on_nonfinite: Literal["skip", "raise"] = "skip"
+    on_nonfinite: Literal["skip", "rollback", "raise"] = "skip"
     """What follows when an optimizer step's loss, log-probs or gradient have a NaN or an infinity.
     Such a step is never applied, and its batch is dumped, see `rlsys replay`. skip: training goes
-    on with the next step, and ends after max_nonfinite_steps in a row. raise: the run ends at
-    once."""
+    on with the next step, and ends after max_nonfinite_steps in a row. rollback: after that many
+    in a row, or where weights are not finite, weights and optimizer go back to the newest snapshot,
+    else to the newest checkpoint; the batch is tried again before the run ends. raise: the run ends
+    at once."""
     max_nonfinite_steps: PositiveInt = 3
     """Optimizer steps in a row that on_nonfinite may skip."""
     nonfinite_dumps: NonNegativeInt = 3

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -35,7 +35,7 @@ from rlsys.engines.megatron.optimizer import (
     step_prepared,
 )
 from rlsys.engines.megatron.saving import begin_checkpoint
-from rlsys.engines.megatron.trained import base_name, choose_trained
+from rlsys.engines.megatron.trained import base_name, choose_trained, trained_weights
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.engines.step_dump import Step
 from rlsys.files import replacing_folder
@@ -190,7 +190,7 @@ class MegatronPolicy(MegatronModel):
             self._unknown_scales = self._unknown_gradient_scales = self._has_scales
             self._gather_weights()
             metrics |= {"grad_norm": grad_norm}
-            weights = self._trained_weights()
+            weights = trained_weights(self.model)
             self.nonfinite.skip(step, found, metrics, weights, write_model=self.write_model)
             return None
         self.nonfinite.num_in_row = 0
@@ -315,12 +315,8 @@ class MegatronPolicy(MegatronModel):
             NonFiniteWeights: they hold NaNs or infinities.
         """
         self.offload.check("save_model")
-        check_finite(f"the model of version {self.policy_version}", self._trained_weights())
+        check_finite(f"the model of version {self.policy_version}", trained_weights(self.model))
         self.write_model(folder, write)
-
-    def _trained_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for chunk in self.model:
-            yield from (both for both in chunk.named_parameters() if both[1].requires_grad)
 
     def write_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """As `save_model`, whatever the numbers are."""
@@ -363,7 +359,7 @@ class MegatronPolicy(MegatronModel):
         """
         self.offload.check("begin_checkpoint", optimizer=True)
         self.offload.await_optimizer()
-        held = chain(self._trained_weights(), optimizer_tensors(self.optimizer))
+        held = chain(trained_weights(self.model), optimizer_tensors(self.optimizer))
         check_finite(f"the checkpoint of version {self.policy_version}", held)
         begin_checkpoint(self, folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,12 @@ def choose_trained(
     if dist.get_rank() == 0:
         print(trained_text(num_trained, shape.num_params), flush=True)
     return adapters
+
+
+def trained_weights(model: torch.nn.ModuleList) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of a rank's chunks that are trained, by megatron-core's names."""
+    for chunk in model:
+        yield from (both for both in chunk.named_parameters() if both[1].requires_grad)
 
 
 def base_name(config: RunConfig, folder: Path) -> str:

@@ -28,6 +28,13 @@ def load(tmp_path, *words):
             ["--checkpoint.save_steps", "null", "--checkpoint.save_retain_interval", "5"],
             "leave save_retain_interval out",
         ),
+        (
+            [
+                *("--policy.on_nonfinite", "rollback", "--policy.snapshot_steps", "0"),
+                *("--checkpoint.save_steps", "null"),
+            ],
+            "rollback goes back to a snapshot or a checkpoint, and the run keeps neither",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(tmp_path, words, says):

@@ -1,0 +1,92 @@
+"""Going back to a good state of the policy where its numbers are not finite.
+
+`policy.on_nonfinite: rollback`. The updates since that state are lost, and policy_version stays: it
+counts the steps of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from rlsys.actors.waiting import ActorFailure
+from rlsys.problems import NonFiniteWeights, RunFailed
+from rlsys.types import UpdateOutput
+
+if TYPE_CHECKING:
+    from rlsys.actors.policy import PolicyActors
+
+T = TypeVar("T")
+
+
+def update_from_good_state(
+    policy: PolicyActors, update: Callable[[], UpdateOutput], reason: str
+) -> UpdateOutput:
+    """The output of an update that is finished, from an earlier state.
+
+    Args:
+        policy: too many of its optimizer steps in a row were not finite.
+        update: does the last one again.
+        reason: what was found, with the path of the dump.
+
+    Raises:
+        RunFailed: it is not finite from any state that is left.
+    """
+
+    def work() -> UpdateOutput | None:
+        output = update()
+        return output if output.rolls_back is None else None
+
+    return _from_good_state(policy, work, reason)
+
+
+def with_finite_weights(policy: PolicyActors, send: Callable[[], T]) -> T:
+    """What `send` returns, which sends the policy's weights; from an earlier state if need be.
+
+    Raises:
+        ActorFailure: the weights are not finite, and policy.on_nonfinite is not rollback.
+        RunFailed: no state with finite weights is left.
+    """
+    try:
+        return send()
+    except ActorFailure as failure:
+        is_nonfinite = failure.reason.startswith(NonFiniteWeights.__name__)
+        if not is_nonfinite or policy.config.policy.on_nonfinite != "rollback":
+            raise
+        return _from_good_state(policy, send, failure.reason)
+
+
+def _from_good_state(policy: PolicyActors, work: Callable[[], T | None], reason: str) -> T:
+    version, tried = policy.policy_version, []
+    for name, restore in _earlier_states(policy):
+        restore()
+        policy.continue_as(version)
+        if not all(policy.call("has_finite_weights")):
+            continue
+        print(
+            f"warning: the policy went back to {name}, and goes on as version {version}, because "
+            f"{reason}",
+            flush=True,
+        )
+        tried.append(name)
+        if (result := work()) is not None:
+            return result
+    what = (
+        f"the same again from {' and '.join(tried)}"
+        if tried
+        else (
+            "there is neither a snapshot (policy.snapshot_steps) nor a checkpoint "
+            "(checkpoint.save_steps) with finite weights to go back to"
+        )
+    )
+    raise RunFailed(f"{reason}\npolicy.on_nonfinite is rollback, and {what}")
+
+
+def _earlier_states(policy: PolicyActors) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Name and restoring function of the states to try, newest first."""
+    policy.snapshots.settle(timeout_s=policy.timeout_s)
+    if (newest := policy.snapshots.newest) is not None:
+        yield f"the snapshot of version {newest.version}", policy.restore_snapshot
+    for _, folder in policy.checkpoints()[:1]:
+        yield f"the checkpoint {folder}", partial(policy.load_checkpoint, folder)

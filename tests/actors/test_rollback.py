@@ -1,0 +1,104 @@
+"""policy.on_nonfinite: rollback. The policy goes back to a good state, once from each."""
+
+import pytest
+import torch
+from policy_cases import LAYOUTS, policy_config, random_batch
+from test_policy_nonfinite import assert_same, poisoned, states
+
+from rlsys.actors.reference import ReferenceActors
+from rlsys.actors.waiting import ActorFailure
+from rlsys.problems import RunFailed
+
+pytestmark = [pytest.mark.system, pytest.mark.slow]
+
+
+@pytest.fixture
+def start(lab, policy_models, tmp_path):
+    """A policy at version 2, and a checkpoint of version 1."""
+
+    def start(layout="one rank", *, grpo=None, **options):
+        config = policy_config(
+            policy_models["qwen3-tied"],
+            grpo=grpo,
+            nonfinite_dumps=3,
+            max_nonfinite_steps=2,
+            **{"on_nonfinite": "rollback", **options},
+            **LAYOUTS[layout],
+        )
+        policy = lab.policy(config.model_copy(update={"output_dir": str(tmp_path / "run")}))
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        policy.update(random_batch(1))
+        policy.save_checkpoint(folder)
+        policy.update(random_batch(2))
+        policy.checkpoints = lambda: [(1, folder)]
+        return policy
+
+    yield start
+    lab.policy(policy_config(policy_models["qwen3-tied"])).checkpoints = lambda: []
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP 2", "PP 2 x DP 2"])
+def test_damaged_weights_come_back_from_the_checkpoint(start, layout, capsys):
+    policy = start(layout)
+    last = policy.config.policy.world_size - 1
+    policy.call("damage", "weight", "linear_fc2.weight", last)
+    assert policy.update(random_batch(3)).metrics["fault/nonfinite_steps"] == 1
+    output = policy.update(random_batch(4))
+    assert output.policy_version == policy.policy_version == 4
+    assert policy.finished_version() == 4
+    assert output.metrics["grad_norm"] > 0
+    printed = capsys.readouterr().out
+    assert "warning: the policy went back to the checkpoint " in printed
+    assert "goes on as version 3, because the update of policy version 3 has a gradient" in printed
+    after = states(policy)
+    ((_, folder),) = policy.checkpoints()
+    policy.load_checkpoint(folder)
+    policy.update(random_batch(4))
+    assert_same(states(policy), after)
+
+
+def test_a_batch_that_fails_again_ends_the_run_with_the_dumps_path(start):
+    policy = start()
+    bad = poisoned(random_batch(3), "advantages")
+    policy.update(bad)
+    message = (
+        r"(?s)Not finite: loss, gradient, 1 value of advantages.*rlsys replay .*/dumps/step-4.*"
+    )
+    message += r"on_nonfinite is rollback, and the same again from the checkpoint .*/checkpoint"
+    with pytest.raises(RunFailed, match=message):
+        policy.update(bad)
+
+
+def test_without_a_state_to_go_back_to_the_run_ends(start):
+    policy = start()
+    policy.checkpoints = lambda: []
+    policy.update(poisoned(random_batch(3), "advantages"))
+    with pytest.raises(RunFailed, match=r"neither a snapshot \(policy.snapshot_steps\) nor a"):
+        policy.update(poisoned(random_batch(3), "advantages"))
+
+
+@pytest.mark.parametrize("on_nonfinite", ["rollback", "skip"])
+def test_weights_that_are_not_finite_are_not_kept_by_a_receiver(start, on_nonfinite):
+    policy = start(grpo={"beta": 0.1}, on_nonfinite=on_nonfinite)
+    section = policy.config.reference.model_copy(update={"sync_steps": 1})
+    config = policy.config.model_copy(update={"reference": section})
+    reference = ReferenceActors(config, device="cpu")
+    try:
+        reference.start()
+        reference.connect_to(policy)
+        reference.sync()
+        policy.call("damage", "weight", "embedding.word_embeddings.weight", 0)
+        if on_nonfinite == "skip":
+            message = "the weights of policy version 2 hold NaNs or infinities.*embed_tokens"
+            with pytest.raises(ActorFailure, match=message):
+                reference.sync()
+            return
+        reference.sync()
+        batch = random_batch(3)
+        logprobs = reference.compute_logprobs(batch)[0]
+        assert logprobs.isfinite().all()
+        torch.testing.assert_close(logprobs, policy.compute_logprobs(batch)[0])
+        assert policy.policy_version == 2
+    finally:
+        reference.close()
