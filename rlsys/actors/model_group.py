@@ -112,8 +112,11 @@ class ModelRank(Alive, ABC):
 
         It has a thread of its own, so the rank may send weights meanwhile, but not change them.
         """
+        from rlsys.engines.megatron.nonfinite import all_finite
+
         state = self.state(version)
-        return state, Report(state.num_bytes, ray.get_runtime_context().get_node_id())
+        is_finite = all_finite(parameter.detach() for parameter in self.engine.model.parameters())
+        return state, Report(state.num_bytes, ray.get_runtime_context().get_node_id(), is_finite)
 
     @abstractmethod
     def state(self, version: int) -> RankState:

@@ -33,6 +33,8 @@ class Report:
     num_bytes: int
     node: str
     """Id of the node that has them."""
+    is_finite: bool = True
+    """Whether its weights have neither NaNs nor infinities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class Snapshots:
             return
         end = self._clock()
         self._due_at = end + (end - start) / MAX_SHARE_OF_TIME
+        if not all(report.is_finite for report in reports):
+            return  # the earlier one is what to go back to
         self.newest = snapshot
         num_bytes = sum(report.num_bytes for report in reports)
         room = ray.cluster_resources().get("object_store_memory", 0.0)

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from patience import PATIENCE_S
 from policy_cases import LAYOUTS, policy_config, random_batch
 from test_policy_nonfinite import assert_same, poisoned, states
 
+from rlsys.actors.recovery import Restarts
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.waiting import ActorFailure
+from rlsys.config.schema import RecoveryConfig
 from rlsys.problems import RunFailed
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -56,6 +59,31 @@ def test_damaged_weights_come_back_from_the_checkpoint(start, layout, capsys):
     policy.load_checkpoint(folder)
     policy.update(random_batch(4))
     assert_same(states(policy), after)
+
+
+def test_a_snapshot_of_damaged_weights_does_not_replace_the_one_before(start, capsys):
+    policy = start()
+    restarts = Restarts(RecoveryConfig())
+    try:
+        restarts.watch(policy, None)
+        policy.update(random_batch(3))
+        before = states(policy)
+        policy.call("damage", "weight", "linear_fc2.weight", 0)
+        assert policy.update(random_batch(4)).metrics["fault/nonfinite_steps"] == 1
+        policy.update(random_batch(5))
+        assert "went back to the snapshot of version 3, and" in capsys.readouterr().out
+        after = states(policy)
+        newest = policy.snapshots.newest
+        assert newest.version == 3
+        policy.restore(newest)
+        assert_same(states(policy), before)
+        policy.update(random_batch(5))
+        assert_same(states(policy), after)
+    finally:
+        restarts.close()
+        policy.restarts = None
+        policy.snapshots.settle(timeout_s=PATIENCE_S)
+        policy.snapshots.newest = None
 
 
 def test_a_batch_that_fails_again_ends_the_run_with_the_dumps_path(start):
