@@ -1,0 +1,120 @@
+"""Which states a policy goes back to, in which order; tests/actors/test_rollback.py has ranks."""
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import pytest
+
+from rlsys.actors.rollback import update_from_good_state, with_finite_weights
+from rlsys.actors.waiting import ActorFailure
+from rlsys.problems import RunFailed
+from rlsys.types import UpdateOutput
+
+BAD = ActorFailure("...", actor="policy rank 0", reason="NonFiniteWeights('the weights of ...')")
+
+
+@dataclass
+class States:
+    """What rollback asks of `PolicyActors`."""
+
+    on_nonfinite: str = "rollback"
+    snapshot: int | None = 6
+    folders: tuple = ((4, "step-4"), (2, "step-2"))
+    damaged: tuple = ()
+    policy_version: int = 7
+    weights: object = "bad"
+    calls: list = field(default_factory=list)
+
+    def __post_init__(self):
+        newest = None if self.snapshot is None else SimpleNamespace(version=self.snapshot)
+        self.snapshots = SimpleNamespace(settle=lambda timeout_s: None, newest=newest)
+        self.config = SimpleNamespace(policy=SimpleNamespace(on_nonfinite=self.on_nonfinite))
+        self.timeout_s = 1.0
+
+    def checkpoints(self):
+        return self.folders
+
+    def restore_snapshot(self):
+        self.weights = self.policy_version = self.snapshot
+
+    def load_checkpoint(self, folder):
+        self.weights, self.policy_version = folder, dict(map(reversed, self.folders))[folder]
+
+    def continue_as(self, version):
+        self.policy_version = version
+
+    def call(self, method):
+        assert method == "has_finite_weights"
+        return [self.weights not in self.damaged, True]
+
+
+def update_of(policy, *, works_from):
+    """An update that is finite from some weights only."""
+
+    def update():
+        policy.calls.append((policy.weights, policy.policy_version))
+        works = policy.weights in works_from
+        return UpdateOutput(8 if works else 7, {}, None if works else "again: rlsys replay D")
+
+    return update
+
+
+@pytest.mark.parametrize(
+    ("options", "works_from", "tried"),
+    [
+        ({}, [6, "step-4"], [6]),
+        ({}, ["step-4"], [6, "step-4"]),
+        ({"damaged": (6,)}, [6, "step-4"], ["step-4"]),
+        ({"snapshot": None}, ["step-4"], ["step-4"]),
+    ],
+)
+def test_the_newest_state_with_finite_weights_comes_first(options, works_from, tried, capsys):
+    policy = States(**options)
+    output = update_from_good_state(policy, update_of(policy, works_from=works_from), "why")
+    assert output.policy_version == 8
+    # The version stays: the step is the run's, whatever state it starts from.
+    assert policy.calls == [(weights, 7) for weights in tried]
+    assert capsys.readouterr().out.count("warning: the policy went back to the ") == len(tried)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "the same again from the snapshot of version 6 and the checkpoint step-4"),
+        ({"snapshot": None, "folders": ()}, "there is neither a snapshot"),
+        ({"damaged": (6, "step-4")}, "with finite weights to go back to"),
+    ],
+)
+def test_it_ends_with_the_reason_where_no_state_helps(options, says):
+    policy = States(**options)
+    with pytest.raises(
+        RunFailed, match=f"(?s)rlsys replay D.*on_nonfinite is rollback, and.*{says}"
+    ):
+        update_from_good_state(policy, update_of(policy, works_from=[]), "rlsys replay D")
+    assert len(policy.calls) <= 2
+
+
+def test_weights_are_sent_again_from_a_good_state():
+    policy = States()
+
+    def send():
+        if policy.weights == "bad":
+            raise BAD
+        return {"seconds": 1.0}
+
+    assert with_finite_weights(policy, send) == {"seconds": 1.0}
+    assert (policy.weights, policy.policy_version) == (6, 7)
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "raise", "rollback"])
+def test_other_failures_and_other_settings_change_nothing(on_nonfinite):
+    error = BAD if on_nonfinite != "rollback" else ActorFailure("x", reason="KeyError()")
+    policy = States(on_nonfinite=on_nonfinite)
+
+    def send():
+        raise error
+
+    with pytest.raises(ActorFailure) as raised:
+        with_finite_weights(policy, send)
+    assert raised.value is error
+    assert policy.weights == "bad"
