@@ -113,6 +113,7 @@ class Heartbeats:
         member = self._members.get(name)
         if member is None or member.actor is not actor:  # it is new
             member = self._members[name] = _Member(actor)
+            self._reasons.pop(name, None)
         if member.is_dead:
             return
         if member.ping is None:

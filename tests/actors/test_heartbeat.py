@@ -92,3 +92,5 @@ def test_a_member_that_names_its_own_fault_is_killed_and_its_successor_is_watche
         assert restarts.heartbeats.reason("worker 1") == fault
         group.actors["worker 1"] = group.create(1)
     assert len(lines) == 2
+    group.call("compute", LIMIT_S)
+    assert restarts.heartbeats.reason("worker 1") is None, "a successor dies for reasons of its own"
