@@ -92,7 +92,7 @@ def wait_for_cluster(connect: Callable[[], None], patience_s: float) -> None:
                 report_at = waited + _REPORT_EVERY_S
                 print(
                     f"waiting for the Ray cluster, up to {patience_s:g} s "
-                    f"(recovery.wait_for_resources_s): {error}. {waited:.0f} s so far",
+                    f"(recovery.wait_for_resources_s), {waited:.0f} s so far: {error}",
                     flush=True,
                 )
         time.sleep(_ASK_EVERY_S)

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from config_cases import write_config
+from config_cases import write_config, write_run
 
 from rlsys import attempts
 from rlsys.commands import grpo_restarts
@@ -147,3 +147,37 @@ def test_a_driver_ends_when_its_parent_is_killed(tmp_path):
     assert process.stdout.readline() == "ready\n"
     process.kill()
     assert process.communicate()[0] == ""  # the child has closed its stdout: it is gone
+
+
+KILLS_THE_FIRST = """
+import os, signal
+if os.environ.get("RLSYS_ATTEMPT") == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.processes
+def test_the_command_starts_a_killed_driver_again_and_waits_for_its_cluster(tmp_path):
+    """The second attempt finds no cluster, and waits for it as long as the config says."""
+    (tmp_path / "plugin.py").write_text(KILLS_THE_FIRST)
+    words = [
+        "--max_restarts",
+        "2",
+        "--recovery.backoff_s",
+        "0",
+        "--output_dir",
+        str(tmp_path / "a"),
+    ]
+    words += ["--recovery.wait_for_resources_s", "1"]
+    words += ["--reward.external_plugins", str(tmp_path / "plugin.py")]
+    done = subprocess.run(
+        [sys.executable, "-m", "rlsys.cli", "grpo", str(write_run(tmp_path)), *words],
+        env={**os.environ, "RAY_ADDRESS": "127.0.0.1:1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "restart 1 of 2, from its start, in 0 s: the driver was killed by SIGKILL" in done.stderr
+    assert "waiting for the Ray cluster, up to 1 s" in done.stdout
+    assert "restart 2" not in done.stderr
