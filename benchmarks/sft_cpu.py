@@ -5,8 +5,9 @@
     python benchmarks/sft_cpu.py --shape tiny --steps 3         # tries the script itself
 
 Both train the same model in float32 on the same tokens, the answers of `--rows` samples a step, of
-16 to `--tokens` tokens, with the same AdamW and clipping, on `--threads` threads: the losses of
-their steps are equal, which is checked. Each is a process that waits for its turn between two
+16 to `--tokens` tokens, with the same AdamW and clipping, on `--threads` threads, each number in
+turn; `default` leaves each side its own choice. The losses of their steps are equal, which is
+checked. Each is a process that waits for its turn between two
 steps: one step of the one, then one of the other, so that what else the machine does meets both.
 The first step of each is left out.
 
@@ -35,6 +36,7 @@ from random_model import SHAPES, save_random_model
 
 MODES = ("unpacked", "packed", "alone")
 WAIT, DONE = "@waiting", "@done"
+DEFAULT = "default"
 OPTIMIZER = {
     "max_grad_norm": 1.0,
     "lr_scheduler_type": "constant",
@@ -51,16 +53,18 @@ def main():
     if arguments.side:
         {"rlsys": run_rlsys, "trainer": run_trainer}[arguments.side](arguments)
         return
-    results = {}
+    machine, results = describe_machine(), {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         save_random_model(folder / "model", arguments.shape, "cpu")
         write_samples(folder / "rows.jsonl", arguments)
-        for mode in arguments.modes:
-            results[mode] = measure(mode, folder, arguments)
-            print(f"{mode}: {json.dumps(results[mode])}", file=sys.stderr, flush=True)
-    settings = {key: vars(arguments)[key] for key in ("shape", "rows", "tokens", "threads")}
-    print(json.dumps({"machine": describe_machine(), **settings, "modes": results}, indent=2))
+        for threads in arguments.threads:
+            for mode in arguments.modes:
+                name = f"{mode}, threads: {threads}"
+                results[name] = measure(mode, threads, folder, arguments)
+                print(f"{name}: {json.dumps(results[name])}", file=sys.stderr, flush=True)
+    settings = {key: vars(arguments)[key] for key in ("shape", "rows", "tokens")}
+    print(json.dumps({"machine": machine, **settings, "results": results}, indent=2))
 
 
 def write_samples(path, arguments):
@@ -77,9 +81,9 @@ def write_samples(path, arguments):
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def measure(mode, folder, arguments):
+def measure(mode, threads, folder, arguments):
     """Seconds of each side's steps, and what rlsys gains."""
-    sides = {name: Side(name, mode, folder, arguments) for name in ("trainer", "rlsys")}
+    sides = {name: Side(name, mode, threads, folder) for name in ("trainer", "rlsys")}
     for _ in range(arguments.steps):
         for side in sides.values():
             side.step()
@@ -99,14 +103,14 @@ def measure(mode, folder, arguments):
 class Side:
     """A process that takes one step each time that it may."""
 
-    def __init__(self, name, mode, folder, arguments):
-        out = folder / f"{name}-{mode}"
-        options = ["--side", name, "--modes", mode, "--folder", str(folder), "--out", str(out)]
-        threads = str(arguments.threads)
-        self._log = (folder / f"{name}-{mode}.log").open("w+")
+    def __init__(self, name, mode, threads, folder):
+        out = folder / f"{name}-{mode}-{threads}"
+        options = ["--side", name, "--modes", mode, "--threads", threads]
+        options += ["--folder", str(folder), "--out", str(out)]
+        self._log = out.with_suffix(".log").open("w+")
         self._process = subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], *options],
-            env=os.environ | {"OMP_NUM_THREADS": threads},
+            env=os.environ | ({} if threads == DEFAULT else {"OMP_NUM_THREADS": threads}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -187,9 +191,11 @@ def run_rlsys(arguments):
             pass
 
     register_tracker("turns")(lambda config, resumes_after: Waits())
-    (mode,) = arguments.modes
+    (mode,), (threads,) = arguments.modes, arguments.threads
     policy = {"lr": LR, "warmup_ratio": 0.0, "adam_eps": EPS, **OPTIMIZER}
-    policy |= {"global_batch_size": arguments.rows, "cpu_threads": arguments.threads}
+    policy["global_batch_size"] = arguments.rows
+    if threads != DEFAULT:
+        policy["cpu_threads"] = int(threads)
     if mode == "alone":
         policy["micro_batch_size"] = 1
     else:
@@ -240,8 +246,9 @@ def run_trainer(arguments):
         def on_log(self, args, state, control, logs, **kwargs):
             self.loss = logs.get("loss", self.loss)
 
-    torch.set_num_threads(arguments.threads)
-    (mode,) = arguments.modes
+    (mode,), (threads,) = arguments.modes, arguments.threads
+    if threads != DEFAULT:
+        torch.set_num_threads(int(threads))
     tokenizer = AutoTokenizer.from_pretrained(f"{arguments.folder}/model")
     samples = []
     for line in Path(arguments.folder, "rows.jsonl").read_text().splitlines():
@@ -305,7 +312,8 @@ def parse_arguments():
     parser.add_argument("--rows", type=int, default=8, help="samples of a step")
     parser.add_argument("--tokens", type=int, default=192, help="of the longest sample")
     parser.add_argument("--steps", type=int, default=6, help="of each side, the first left out")
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    cores = str(len(os.sched_getaffinity(0)))
+    parser.add_argument("--threads", nargs="+", default=[cores, DEFAULT])
     for internal in ("--side", "--folder", "--out"):
         parser.add_argument(internal, default="", help=argparse.SUPPRESS)
     return parser.parse_args()
