@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_sample_batch, build_train_batch
-from rlsys.algo.evaluation import negative_log_likelihood
+from rlsys.algo.evaluation import prediction_metrics
 from rlsys.algo.rollout_metrics import logged_metrics, rollout_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.interrupts import held_back
@@ -108,7 +108,7 @@ def train_sft(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> 
 
 
 def evaluate_sft(system: SftSystem) -> Metrics:
-    """Loss and perplexity of each held-out set, as eval/loss or eval/NAME/loss."""
+    """Loss, perplexity and accuracy of each held-out set, as eval/loss or eval/NAME/loss."""
     metrics: dict[str, float] = {}
     config, size = system.config, EVAL_STEPS_AT_ONCE * system.config.rows_per_step
     for name, held_out in system.held_out_sets.items():
@@ -116,9 +116,9 @@ def evaluate_sft(system: SftSystem) -> Metrics:
             build_sample_batch(held_out[i : i + size], at_least=config.data_parallel_size)
             for i in range(0, len(held_out), size)
         ]
-        logprobs = [(system.policy.compute_logprobs(b)[0], b.completion_mask) for b in batches]
+        found = [(*system.policy.compute_predictions(b), b.completion_mask) for b in batches]
         prefix = f"eval/{name}/" if name else "eval/"
-        metrics |= {prefix + key: v for key, v in negative_log_likelihood(logprobs).items()}
+        metrics |= {prefix + key: v for key, v in prediction_metrics(found).items()}
     return metrics
 
 

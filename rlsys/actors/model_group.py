@@ -94,6 +94,10 @@ class ModelRank(Alive, ABC):
         """See MegatronModel.compute_logprobs."""
         return self.engine.compute_logprobs(batch)
 
+    def compute_predictions(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
+        """See ModelActors.compute_predictions."""
+        return self.engine.compute_logprobs(batch, ("logprobs", "is_likeliest"))
+
     def save_model(self, folder: Path) -> None:
         """See MegatronModel.save_model."""
         self.engine.save_model(folder)
@@ -313,14 +317,21 @@ class ModelActors(ActorGroup, ABC):
         """
         return self._gather_logprobs("compute_logprobs", batch)
 
+    def compute_predictions(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probs of the tokens in nats, and 1 where no other token is likelier, else 0.
+
+        Two [N, S] float32, 0 where masked.
+        """
+        return self._gather_logprobs("compute_predictions", batch)
+
     def _gather_logprobs(self, method: str, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """What all ranks' `method` returns, each for its rows."""
-        logprobs, entropies = (torch.zeros(batch.input_ids.shape) for _ in range(2))
+        """The two values that all ranks' `method` returns of tokens, each rank for its rows."""
+        first, second = (torch.zeros(batch.input_ids.shape) for _ in range(2))
         for result in self.call_in_turn(method, ray.put(batch)):
             if result is not None:
                 rows, values = result
-                logprobs[rows], entropies[rows] = values
-        return logprobs, entropies
+                first[rows], second[rows] = values
+        return first, second
 
     def save_model(self, folder: Path) -> None:
         """Write a Hugging Face model folder; whole or not at all."""

@@ -29,19 +29,26 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
-def negative_log_likelihood(batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """The loss and perplexity of held-out rows, over all tokens that are trained on.
+def prediction_metrics(batches: Iterable[tuple[Tensor, Tensor, Tensor]]) -> dict[str, float]:
+    """Loss, perplexity and accuracy of held-out rows, over all tokens that are trained on.
 
     Args:
-        batches: log-probs [N, S] in nats, and the mask [N, S] of the tokens that count.
+        batches: log-probs [N, S] in nats, 1 where no token is likelier [N, S], and the mask [N, S]
+            of the tokens that count.
     """
-    total, number = 0.0, 0
-    for logprobs_NS, mask_NS in batches:
+    total, right, number = 0.0, 0, 0
+    for logprobs_NS, is_likeliest_NS, mask_NS in batches:
         total += logprobs_NS[mask_NS].double().sum().item()
+        right += int(is_likeliest_NS[mask_NS].sum())
         number += int(mask_NS.sum())
     loss = -total / number
     perplexity = math.exp(loss) if loss < MAX_EXPONENT else math.inf
-    return {"loss": loss, "perplexity": perplexity, "num_loss_tokens": float(number)}
+    return {
+        "loss": loss,
+        "perplexity": perplexity,
+        "mean_token_accuracy": right / number,
+        "num_loss_tokens": float(number),
+    }
 
 
 def majority_vote(answers: Sequence[str | None], correct: Sequence[float]) -> float | None:

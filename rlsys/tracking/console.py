@@ -246,6 +246,8 @@ def evaluation_items(step: int, metrics: Metrics) -> list[str]:
             shown.append(f"{reward[1]} {value:.3f}")
         elif loss := re.fullmatch(r"eval/((?:[^/]+/)?(?:loss|perplexity))", name):
             shown.append(f"{loss[1].replace('/', ' ')} {value:.4g}")
+        elif accuracy := re.fullmatch(r"eval/([^/]+/)?mean_token_accuracy", name):
+            shown.append(f"{(accuracy[1] or '').replace('/', ' ')}accuracy {value:.3f}")
         elif score := re.fullmatch(r"eval/((?:[^/]+/)?(?:pass|mean|maj)@\d+|[^/]+/reward)", name):
             shown.append(f"{score[1].replace('/', ' ')} {value:.3f}")
         elif name == "eval/completions/mean_length":

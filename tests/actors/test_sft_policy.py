@@ -11,7 +11,7 @@ from policy_cases import LAYOUTS, VOCAB_SIZE
 from transformers import AutoModelForCausalLM
 
 from rlsys.algo.batching import build_sample_batch
-from rlsys.algo.evaluation import negative_log_likelihood
+from rlsys.algo.evaluation import prediction_metrics
 from rlsys.config import SftConfig
 from rlsys.types import Sample
 
@@ -91,8 +91,7 @@ def test_loss_and_gradient_are_those_of_transformers(lab, policy_models, name, l
     assert norm({key: gradient[key] - expected[key] for key in expected}) <= 1e-5 * norm(expected)
 
     policy = lab.policy(config_of(policy_models[name], **LAYOUTS[layout] | cut))
-    logprobs, _ = policy.compute_logprobs(batch)
-    evaluated = negative_log_likelihood([(logprobs, batch.completion_mask)])
+    evaluated = evaluate(policy, batch)
     assert evaluated["loss"] == pytest.approx(expected_loss.item(), abs=1e-5)
     assert evaluated["perplexity"] == pytest.approx(math.exp(expected_loss.item()), rel=1e-5)
     metrics = policy.update(batch).metrics
@@ -100,8 +99,22 @@ def test_loss_and_gradient_are_those_of_transformers(lab, policy_models, name, l
     assert metrics["num_loss_tokens"] == sum(sample.num_targets for sample in SAMPLES)
 
 
-@pytest.mark.parametrize(("name", "layout"), [("llama-untied", "one rank"), ("qwen3-tied", "TP 2")])
-def test_mean_token_accuracy_is_that_of_transformers(lab, policy_models, name, layout):
+def evaluate(policy, batch):
+    return prediction_metrics([(*policy.compute_predictions(batch), batch.completion_mask)])
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "cut"),
+    [
+        ("llama-untied", "one rank", {"max_tokens_per_micro_batch": 64}),
+        ("qwen3-tied", "TP 2", {}),
+        ("qwen2-untied", "DP 2", {"max_tokens_per_micro_batch": 48}),
+        FOUR_RANKS("qwen3-untied", "PP 2", {"micro_batch_size": 2}),
+        FOUR_RANKS("llama-tied", "CP 2", {}),
+    ],
+    ids=str,
+)
+def test_mean_token_accuracy_is_that_of_transformers(lab, policy_models, name, layout, cut):
     model = AutoModelForCausalLM.from_pretrained(policy_models[name], dtype=torch.float32)
     samples = [half_predicted(model, sample) for sample in SAMPLES]
     right = 0
@@ -111,8 +124,10 @@ def test_mean_token_accuracy_is_that_of_transformers(lab, policy_models, name, l
         right += int((is_right & sample.target_mask[1:]).sum())
     targets = sum(sample.num_targets for sample in samples)
     assert 0.3 < right / targets < 0.7
-    policy = lab.policy(config_of(policy_models[name], **LAYOUTS[layout]))
-    metrics = policy.update(build_sample_batch(samples)).metrics
+    policy = lab.policy(config_of(policy_models[name], **LAYOUTS[layout] | cut))
+    batch = build_sample_batch(samples)
+    assert evaluate(policy, batch)["mean_token_accuracy"] == right / targets
+    metrics = policy.update(batch).metrics
     assert metrics["mean_token_accuracy"] == pytest.approx(right / targets, abs=1e-9)
 
 
@@ -133,9 +148,8 @@ def test_fewer_rows_than_ranks_are_evaluated_alike(lab, policy_models):
     folder = policy_models["qwen2-tied"]
     policy = lab.policy(config_of(folder, **LAYOUTS["DP 2"]))
     batch = build_sample_batch(SAMPLES[:1], at_least=2)
-    logprobs, _ = policy.compute_logprobs(batch)
+    found = evaluate(policy, batch)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     expected = loss_of_transformers(model, SAMPLES[:1]).item()
-    found = negative_log_likelihood([(logprobs, batch.completion_mask)])
     assert found["loss"] == pytest.approx(expected, abs=1e-5)
     assert found["num_loss_tokens"] == SAMPLES[0].num_targets

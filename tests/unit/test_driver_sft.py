@@ -38,9 +38,10 @@ class Policy:
         self.policy_version += 1
         return UpdateOutput(self.policy_version, {"loss": 0.5})
 
-    def compute_logprobs(self, batch):
-        values = torch.where(batch.completion_mask, -0.5, 0.0)
-        return values, values
+    def compute_predictions(self, batch):
+        """Every second token is the likeliest."""
+        is_odd = torch.arange(batch.input_ids.shape[1]) % 2 == 1
+        return torch.where(batch.completion_mask, -0.5, 0.0), is_odd * batch.completion_mask
 
     def finished_version(self):
         return self.policy_version
@@ -108,7 +109,12 @@ def test_epoch_tokens_and_the_held_out_loss_are_logged(start):
     assert [row["num_tokens"] for row in trained] == tokens
     assert [row["epoch"] for row in trained] == pytest.approx([4 / 11, 8 / 11, 12 / 11])
     assert run.log.rows[0][1] == pytest.approx(
-        {"eval/loss": 0.5, "eval/perplexity": np.exp(0.5), "eval/num_loss_tokens": 6}
+        {
+            "eval/loss": 0.5,
+            "eval/perplexity": np.exp(0.5),
+            "eval/mean_token_accuracy": 4 / 6,
+            "eval/num_loss_tokens": 6,
+        }
     )
 
 

@@ -7,7 +7,7 @@ micro-batches. It would also run under torchrun.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -193,11 +193,17 @@ class MegatronModel:
         )
 
     @torch.no_grad()
-    def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
+    def compute_logprobs(
+        self, batch: TrainBatch, values: Sequence[str] = ("logprobs", "entropy")
+    ) -> tuple[list[int], torch.Tensor] | None:
         """Log-probs and entropies of this data-parallel rank's share of the rows.
 
+        Args:
+            values: fields of TokenValues to return, in place of those two.
+
         Returns:
-            (row indices, [2, len(rows), S] float32 in nats), or None on ranks that do not report.
+            (row indices, [len(values), len(rows), S] float32, log-probs and entropies in nats), or
+            None on ranks that do not report.
         """
         lengths = batch.lengths.tolist()
         shards = shard_rows(range(len(lengths)), lengths, num_shards=self._dp_size)
@@ -207,8 +213,8 @@ class MegatronModel:
         def collect(
             of_tokens: TokenValues, _: PackedMicroBatch
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-            values = torch.stack([of_tokens.logprobs, of_tokens.entropy])
-            return values.new_zeros(()), {"values": values}
+            stacked = torch.stack([getattr(of_tokens, name) for name in values])
+            return stacked.new_zeros(()), {"values": stacked}
 
         if self._unknown_scales:  # only a pass that could have gradients finds them
             with torch.enable_grad():
@@ -219,10 +225,10 @@ class MegatronModel:
         self.model.train()
         if not self.reports:
             return None
-        result = torch.zeros(2, *batch.input_ids.shape, dtype=torch.float32)
+        result = torch.zeros(len(values), *batch.input_ids.shape, dtype=torch.float32)
         for output, micro_batch, micro_rows in zip(outputs, packed, row_lists, strict=True):
-            for values, out in zip(output["values"].cpu(), result, strict=True):
-                unpack_logprobs(values, micro_batch, out, micro_rows)
+            for of_rows, out in zip(output["values"].cpu(), result, strict=True):
+                unpack_logprobs(of_rows, micro_batch, out, micro_rows)
         return rows, result[:, rows]
 
     def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -295,7 +295,11 @@ class MegatronPolicy(MegatronModel):
         return outputs
 
     def compute_logprobs(
-        self, batch: TrainBatch, *, adapter: bool = True
+        self,
+        batch: TrainBatch,
+        values: Sequence[str] = ("logprobs", "entropy"),
+        *,
+        adapter: bool = True,
     ) -> tuple[list[int], torch.Tensor] | None:
         """See MegatronModel.compute_logprobs.
 
@@ -303,10 +307,10 @@ class MegatronPolicy(MegatronModel):
         """
         self.offload.check("compute_logprobs")
         if adapter:
-            return super().compute_logprobs(batch)
+            return super().compute_logprobs(batch, values)
         assert self.adapters is not None, "the policy's base is gone"
         with self.adapters.off():
-            return super().compute_logprobs(batch)
+            return super().compute_logprobs(batch, values)
 
     def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """Write the model, or the adapter in PEFT's format; see MegatronModel.save_model.

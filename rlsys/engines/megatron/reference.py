@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,10 +47,12 @@ class MegatronReference(MegatronModel):
             return super().more_gpus
         return f"set reference.placement to own, or {super().more_gpus}"
 
-    def compute_logprobs(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
+    def compute_logprobs(
+        self, batch: TrainBatch, values: Sequence[str] = ("logprobs", "entropy")
+    ) -> tuple[list[int], torch.Tensor] | None:
         """See MegatronModel.compute_logprobs."""
         with self._on_gpu():
-            return super().compute_logprobs(batch)
+            return super().compute_logprobs(batch, values)
 
     def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """See MegatronModel.save_model."""

@@ -133,10 +133,14 @@ def sft_config(folder):
 
 def test_a_supervised_step_has_columns_of_its_own(tmp_path, capsys):
     tracker = console_tracker(sft_config(tmp_path), None)
-    tracker.log_metrics(0, {"eval/loss": 2.0, "eval/perplexity": 7.389, "eval/a/loss": 3.0})
+    held_out = {"eval/loss": 2.0, "eval/perplexity": 7.389, "eval/mean_token_accuracy": 0.5}
+    tracker.log_metrics(0, held_out | {"eval/a/loss": 3.0, "eval/a/mean_token_accuracy": 0.25})
     tracker.log_metrics(1, SFT_METRICS)
     evaluation, line = capsys.readouterr().out.splitlines()
-    assert evaluation == "held-out after step 0 | loss 2 | perplexity 7.389 | a loss 3"
+    assert evaluation == (
+        "held-out after step 0 | loss 2 | perplexity 7.389 | accuracy 0.500 | a loss 3 | "
+        "a accuracy 0.250"
+    )
     assert line == (
         "step 1/4 | loss 1.2345 | s/step 0.50 | tok/s 1234 | grad 2.5 | lr 1e-05 | epoch 0.25 | "
         "policy_update 0.4s, data 0.1s"
