@@ -227,13 +227,42 @@ def wait_for_server(arguments):
 
 
 def trainer(arguments):
+    """Steps of TRL's GRPOTrainer."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import AutoTokenizer
+    from trl import GRPOTrainer
+
+    on_gpu, model = arguments.device == "cuda", arguments.folder / "model"
+    rows = [json.loads(line) for line in (arguments.folder / "train.jsonl").open()]
+    ends, lengths = make_step_ends(), []
+
+    def reward(completion_ids, **columns):
+        lengths.append([len(ids) for ids in completion_ids])
+        return [float(ids[0] % 2) for ids in completion_ids]
+
+    settings = trl_settings(arguments)
+    if on_gpu and arguments.gpus == 2:
+        wait_for_server(arguments)
+    trainer = GRPOTrainer(
+        model=str(model),
+        args=settings,
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list([{"prompt": row["messages"]} for row in rows]),
+        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
+        callbacks=[ends],
+    )
+    ends.time("rollout", trainer, "_generate_and_score_completions")
+    if on_gpu:
+        ends.time("weight_sync", trainer.vllm_generation, "sync_weights")
+    trainer.train()
+    return trl_summary(arguments, ends, lengths)
+
+
+def make_step_ends():
+    """A callback that knows when steps ended, and how long their phases had taken by then."""
+    from transformers import TrainerCallback
 
     class StepEnds(TrainerCallback):
-        """When steps ended, and how long its phases had taken by then."""
-
         def __init__(self):
             self.times, self.phases, self.seconds = [], [], Counter()
 
@@ -255,18 +284,16 @@ def trainer(arguments):
 
             setattr(target, method, timed)
 
-    lengths = []
+    return StepEnds()
 
-    def reward(completion_ids, **columns):
-        lengths.append([len(ids) for ids in completion_ids])
-        return [float(ids[0] % 2) for ids in completion_ids]
 
-    completions = arguments.prompts * arguments.generations
-    batch_size = min(arguments.trl_batch_size, completions)
+def trl_settings(arguments):
+    """The GRPOConfig of the same work."""
+    from trl import GRPOConfig
+
     on_gpu = arguments.device == "cuda"
-    model = arguments.folder / "model"
-    rows = [json.loads(line) for line in (arguments.folder / "train.jsonl").open()]
-    settings = GRPOConfig(
+    completions, batch_size = trl_sizes(arguments)
+    return GRPOConfig(
         output_dir=str(arguments.folder / "trl"),
         max_steps=arguments.warm_up + arguments.steps,
         per_device_train_batch_size=batch_size,
@@ -294,21 +321,17 @@ def trainer(arguments):
         report_to="none",
         disable_tqdm=True,
     )
-    if on_gpu and arguments.gpus == 2:
-        wait_for_server(arguments)
-    ends = StepEnds()
-    trainer = GRPOTrainer(
-        model=str(model),
-        args=settings,
-        reward_funcs=reward,
-        train_dataset=Dataset.from_list([{"prompt": row["messages"]} for row in rows]),
-        processing_class=AutoTokenizer.from_pretrained(model, padding_side="left"),
-        callbacks=[ends],
-    )
-    ends.time("rollout", trainer, "_generate_and_score_completions")
-    if on_gpu:
-        ends.time("weight_sync", trainer.vllm_generation, "sync_weights")
-    trainer.train()
+
+
+def trl_sizes(arguments):
+    """Completions of a step, and of a forward pass."""
+    completions = arguments.prompts * arguments.generations
+    return completions, min(arguments.trl_batch_size, completions)
+
+
+def trl_summary(arguments, ends, lengths):
+    """Seconds and tokens of the steps after the warm-up; `lengths`: of completions, by step."""
+    completions, batch_size = trl_sizes(arguments)
     seconds = [end - start for start, end in zip(ends.times, ends.times[1:], strict=False)]
     seconds = seconds[arguments.warm_up - 1 :]
     assert all(len(step) == completions for step in lengths)

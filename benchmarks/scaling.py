@@ -255,105 +255,102 @@ def _link(gpus: int, hardware: Hardware) -> float:
     return hardware.nvlink_bytes if gpus <= hardware.gpus_of_host else hardware.network_bytes
 
 
+H200 = Hardware()
+LONG, SHORT = Job(), Job(prompts=64, length=512)
+ROWS = Job(prompts=4, prompt_tokens=0)
+"""32 rows of 1,024 tokens."""
+
+
 def comparison() -> list[dict]:
     """What was measured (benchmarks/RESULTS.md, baselines) beside what the formulas say."""
     small, medium, large = map(model_of, ("qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b"))
-    h200 = Hardware()
-    whole, half = Job(), Job(prompts=64, length=512)
-    rows = Job(prompts=4, prompt_tokens=0)  # 32 rows of 1,024 tokens
-    two = {"gpus": 1, "engines_per_gpu": 2}
-
-    def wave(sequences):
-        return Job(prompts=sequences // 8, prompt_tokens=128, length=512)
-
-    def one(name, measured, predicted, calibrated=False):
-        error = round(predicted / measured - 1, 3)
-        return {
-            "what": name,
-            "measured_s": measured,
-            "computed_s": round(predicted, 4),
-            "error": error,
-            "calibrated_with": calibrated,
-        }
-
-    def decode(host, sequences, rate):
-        job = wave(sequences)
-        computed = rollout_seconds(small, job, h200, host, gpus=1)
-        name = f"wave of {sequences}, host {'B' if host is FAST else 'A'}"
-        return one(name, round(sequences * 512 / rate, 2), computed, calibrated=True)
-
-    def update(model, job, **sizes):
-        return update_seconds(model, job, h200, **sizes)
-
-    sync = {"gpus": 2}
     return [
-        one("update, 1.5B, 32 rows of 1,024", 0.658, update(small, rows, replicas=1), True),
-        one("update, 1.5B, 1,024 rows of 1,056", 19.14, update(small, whole, replicas=1), True),
-        one("update, 1.5B, 512 rows of 544", 4.95, update(small, half, replicas=1)),
-        one(
-            "update, 1.5B, 2 replicas, 64 rows of 1,024",
-            round(65536 / 94300, 3),
-            update(small, replace(rows, prompts=8), replicas=2),
+        *measured_updates(small, medium, large),
+        *measured_waves(small),
+        *measured_rollouts(small, medium),
+        *measured_syncs(small, medium),
+        *measured_steps(small),
+    ]
+
+
+def compared(name, measured, computed, calibrated=False) -> dict:
+    """A row; `calibrated`: the formulas have a constant from this measurement."""
+    return {
+        "what": name,
+        "measured_s": measured,
+        "computed_s": round(computed, 4),
+        "error": round(computed / measured - 1, 3),
+        "calibrated_with": calibrated,
+    }
+
+
+def measured_updates(small, medium, large) -> list[dict]:
+    def update(model, job, replicas=1, **sizes):
+        return update_seconds(model, job, H200, replicas=replicas, **sizes)
+
+    of_7b = Job(prompts=2, prompt_tokens=0, length=2048)
+    whole, half = update(small, LONG), update(small, SHORT)
+    replicas_s, eight = round(65536 / 94300, 3), replace(ROWS, prompts=8)
+    name = "update, 1.5B, 2 replicas, 64 rows of 1,024"
+    of_two = update(small, ROWS, tensor_parallel=2)
+    return [
+        compared("update, 1.5B, 32 rows of 1,024", 0.658, update(small, ROWS), True),
+        compared("update, 1.5B, 1,024 rows of 1,056", 19.14, whole, True),
+        compared("update, 1.5B, 512 rows of 544", 4.95, half),
+        compared(name, replicas_s, update(small, eight, replicas=2)),
+        compared("update, 3B with recompute", 42.9, update(medium, LONG)),
+        compared(
+            "update, 7B, TP 2, 16 rows of 2,048", 1.477, update(large, of_7b, tensor_parallel=2)
         ),
-        one("update, 3B with recompute", 42.9, update(medium, whole, replicas=1)),
-        one(
-            "update, 7B, TP 2, 16 rows of 2,048",
-            1.477,
-            update(
-                large,
-                Job(prompts=2, prompt_tokens=0, length=2048),
-                replicas=1,
-                tensor_parallel=2,
-            ),
-        ),
-        one(
-            "update, 1.5B, TP 2, 32 rows of 1,024",
-            0.567,
-            update(small, rows, replicas=1, tensor_parallel=2),
-        ),
-        *(decode(FAST, n, r) for n, r in ((128, 36.8e3), (512, 53.6e3), (1024, 61.4e3))),
-        *(decode(SLOW, n, r) for n, r in ((128, 21.9e3), (512, 39.4e3), (1024, 36.9e3))),
-        one("rollout, 1.5B, 2 engines", 17.8, rollout_seconds(small, whole, h200, SLOW, **two)),
-        one("the same, 512 of 512", 4.64, rollout_seconds(small, half, h200, SLOW, **two)),
-        one("rollout, 3B, 2 engines", 25.6, rollout_seconds(medium, whole, h200, SLOW, **two)),
-        one("sync, 1.5B", 0.0134, sync_seconds(small, h200, engines=1, **sync), True),
-        one(
-            "sync, 1.5B, 2 engines on a GPU",
-            0.0225,
-            sync_seconds(small, h200, engines=2, engines_per_gpu=2, **sync),
-            True,
-        ),
-        one(
-            "sync, 3B, 2 engines on a GPU, an earlier version",
-            0.067,
-            sync_seconds(medium, h200, engines=2, engines_per_gpu=2, **sync),
-        ),
-        one(
-            "step, 1.5B, 128 x 8 x 1,024",
-            37.0,
-            step(
-                small,
-                whole,
-                h200,
-                SLOW,
-                policy_gpus=1,
-                rollout_gpus=1,
-                engines_per_gpu=2,
-            )["step"],
-        ),
-        one(
-            "the same with max_staleness 1",
-            19.9,
-            step(
-                small,
-                whole,
-                h200,
-                SLOW,
-                policy_gpus=1,
-                rollout_gpus=1,
-                engines_per_gpu=2,
-            )["step_with_max_staleness_1"],
-        ),
+        compared("update, 1.5B, TP 2, 32 rows of 1,024", 0.567, of_two),
+    ]
+
+
+def measured_waves(small) -> list[dict]:
+    """Completions of 512 tokens that all decode at once, by host, number and tokens a second."""
+    rates = [
+        *((FAST, "B", *row) for row in ((128, 36.8e3), (512, 53.6e3), (1024, 61.4e3))),
+        *((SLOW, "A", *row) for row in ((128, 21.9e3), (512, 39.4e3), (1024, 36.9e3))),
+    ]
+    rows = []
+    for host, letter, sequences, rate in rates:
+        job = Job(prompts=sequences // 8, prompt_tokens=128, length=512)
+        computed = rollout_seconds(small, job, H200, host, gpus=1)
+        name, measured = f"wave of {sequences}, host {letter}", round(sequences * 512 / rate, 2)
+        rows.append(compared(name, measured, computed, calibrated=True))
+    return rows
+
+
+def measured_rollouts(small, medium) -> list[dict]:
+    def rollout(model, job):
+        return rollout_seconds(model, job, H200, SLOW, gpus=1, engines_per_gpu=2)
+
+    return [
+        compared("rollout, 1.5B, 2 engines", 17.8, rollout(small, LONG)),
+        compared("the same, 512 of 512", 4.64, rollout(small, SHORT)),
+        compared("rollout, 3B, 2 engines", 25.6, rollout(medium, LONG)),
+    ]
+
+
+def measured_syncs(small, medium) -> list[dict]:
+    def sync(model, **engines):
+        return sync_seconds(model, H200, gpus=2, **engines)
+
+    two = {"engines": 2, "engines_per_gpu": 2}
+    earlier = "sync, 3B, 2 engines on a GPU, an earlier version"
+    return [
+        compared("sync, 1.5B", 0.0134, sync(small, engines=1), True),
+        compared("sync, 1.5B, 2 engines on a GPU", 0.0225, sync(small, **two), True),
+        compared(earlier, 0.067, sync(medium, **two)),
+    ]
+
+
+def measured_steps(small) -> list[dict]:
+    gpus = {"policy_gpus": 1, "rollout_gpus": 1, "engines_per_gpu": 2}
+    computed = step(small, LONG, H200, SLOW, **gpus)
+    return [
+        compared("step, 1.5B, 128 x 8 x 1,024", 37.0, computed["step"]),
+        compared("the same with max_staleness 1", 19.9, computed["step_with_max_staleness_1"]),
     ]
 
 
