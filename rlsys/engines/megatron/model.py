@@ -67,6 +67,9 @@ ModelWriter = Callable[[Path, Path, Iterator[tuple[str, torch.Tensor]], torch.dt
 LossOf = Callable[[TokenValues, PackedMicroBatch], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 """(log-probs and what goes with them, micro-batch) -> loss, further results."""
 
+LOGPROBS = ("logprobs", "entropy")
+"""Fields of TokenValues."""
+
 
 class MegatronModel:
     """A model that computes log-probs. Call `initialize_parallel` first."""
@@ -194,12 +197,12 @@ class MegatronModel:
 
     @torch.no_grad()
     def compute_logprobs(
-        self, batch: TrainBatch, values: Sequence[str] = ("logprobs", "entropy")
+        self, batch: TrainBatch, values: Sequence[str] = LOGPROBS
     ) -> tuple[list[int], torch.Tensor] | None:
         """Log-probs and entropies of this data-parallel rank's share of the rows.
 
         Args:
-            values: fields of TokenValues to return, in place of those two.
+            values: fields of TokenValues to return.
 
         Returns:
             (row indices, [len(values), len(rows), S] float32, log-probs and entropies in nats), or

@@ -23,7 +23,7 @@ from rlsys.config import Config, RunConfig
 from rlsys.engines.megatron.build import fuse_weight_gradients
 from rlsys.engines.megatron.checkpoint import check_checkpoint, load_optimizer
 from rlsys.engines.megatron.hf_folder import save_model_folder
-from rlsys.engines.megatron.model import LossOf, MegatronModel, ModelWriter
+from rlsys.engines.megatron.model import LOGPROBS, LossOf, MegatronModel, ModelWriter
 from rlsys.engines.megatron.nonfinite import NonFiniteSteps, check_finite, find_nonfinite
 from rlsys.engines.megatron.offload import Offload
 from rlsys.engines.megatron.on_cpu import return_free_memory
@@ -295,11 +295,7 @@ class MegatronPolicy(MegatronModel):
         return outputs
 
     def compute_logprobs(
-        self,
-        batch: TrainBatch,
-        values: Sequence[str] = ("logprobs", "entropy"),
-        *,
-        adapter: bool = True,
+        self, batch: TrainBatch, values: Sequence[str] = LOGPROBS, *, adapter: bool = True
     ) -> tuple[list[int], torch.Tensor] | None:
         """See MegatronModel.compute_logprobs.
 

@@ -10,7 +10,7 @@ import torch
 
 from rlsys.config import Config
 from rlsys.engines.megatron.hf_folder import save_model_folder
-from rlsys.engines.megatron.model import MegatronModel, ModelWriter
+from rlsys.engines.megatron.model import LOGPROBS, MegatronModel, ModelWriter
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.types import Device, TrainBatch
 
@@ -48,7 +48,7 @@ class MegatronReference(MegatronModel):
         return f"set reference.placement to own, or {super().more_gpus}"
 
     def compute_logprobs(
-        self, batch: TrainBatch, values: Sequence[str] = ("logprobs", "entropy")
+        self, batch: TrainBatch, values: Sequence[str] = LOGPROBS
     ) -> tuple[list[int], torch.Tensor] | None:
         """See MegatronModel.compute_logprobs."""
         with self._on_gpu():
