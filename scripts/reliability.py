@@ -22,9 +22,12 @@ SIGNALS = {"SIGKILL": "killed", "SIGSTOP": "stopped"}
 
 def markdown() -> str:
     """The page with its tables written again."""
-    tables = {"faults": fault_rows(json.loads(FAULTS.read_text()))}
-    if SOAK.exists():
-        tables["soak"] = soak_rows(json.loads(SOAK.read_text()))
+    measured = (("faults", FAULTS, fault_rows), ("soak", SOAK, soak_rows))
+    tables = {
+        name: rows_of(json.loads(file.read_text()))
+        for name, file, rows_of in measured
+        if file.exists()
+    }
     return with_tables(PAGE.read_text(encoding="utf-8"), tables, script="scripts/reliability.py")
 
 

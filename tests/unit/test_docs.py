@@ -105,6 +105,30 @@ def test_the_tables_of_results_are_those_of_the_raw_results():
         assert written == page, f"{path}: run python scripts/gpu_tables.py"
 
 
+def test_the_tables_of_faults_are_those_of_the_raw_results():
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "reliability.py"))
+    page = (REPOSITORY / "docs" / "reliability.md").read_text(encoding="utf-8")
+    assert page == script["markdown"](), "run: python scripts/reliability.py"
+
+
+def test_what_a_fault_cost_is_in_the_tables():
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "reliability.py"))
+    machine = {"date": "2026-12-01", "cpu": "C", "cores": 2, "load_average_at_start": 0.5}
+    row = {"role": "engine", "phase": "sampling", "signal": "SIGSTOP", "step": 3}
+    row |= {"noticed_s": 3.24, "recovered_s": None, "differences": ["weights"], "error": None}
+    (line,) = script["fault_rows"]({"machine": machine, "table": [row]})[4:]
+    assert line == "| engine | sampling | stopped | 3.2 s | - | differs: weights |"
+    (line,) = script["fault_rows"]({"machine": machine, "table": [row | {"error": "it died"}]})[4:]
+    assert line.endswith("| the run: it died |")
+    grew = {"role": "policy", "steps": 90, "mib": [400, 470], "handles": [9, 9], "is_flat": False}
+    soak = {"minutes": 5, "steps": 100, "differences": [], "processes": [grew]}
+    soak |= {"machine": machine, "faults": [{"recovered_s": s} for s in (1.0, 2.0, 9.0)]}
+    lines = script["soak_rows"](soak)
+    assert "3 faults" in lines[2]
+    assert "nothing differs" in lines[2]
+    assert lines[-1] == "| policy | 90 | 400 -> 470 | 9 -> 9 | no |"
+
+
 def test_a_suite_is_in_the_tables_of_results(tmp_path):
     script = runpy.run_path(str(REPOSITORY / "scripts" / "gpu_tables.py"))
     step = {"step_s": 10.0, "phases_s": {"rollout": 4.0}, "completion_tokens_per_second": 13100.0}
