@@ -113,6 +113,9 @@ def describe_saving(config: RunConfig, use: DiskUse | None) -> list[tuple[str, s
             f"newest {counted(checkpoint.save_total_limit, 'checkpoint')} kept "
             f"(checkpoint.save_total_limit){_kept_besides(config)}"
         )
+        if use is not None and checkpoint.async_save:
+            size = size_text(use.checkpoint)
+            saved += f"; written meanwhile, from copies of {size} in the memory of policy hosts"
     pairs = [("checkpoints", saved)]
     if checkpoint.save_hf_steps is not None:
         limit = checkpoint.save_hf_total_limit

@@ -13,6 +13,7 @@ from pathlib import Path
 from rlsys.config import CheckpointConfig
 from rlsys.file_sums import FileSum
 from rlsys.files import free_bytes, replacing, replacing_folder, size_text
+from rlsys.interrupts import held_back
 from rlsys.model.weight_files import RUN_CONFIG_FILE
 from rlsys.problems import RunFailed
 from rlsys.run.folder import RunDir
@@ -184,7 +185,8 @@ class Checkpoints:
         self.failure = self._error = None
         self._step_written = step
         try:
-            self._begin(step)
+            with held_back("the checkpoint is copied"):
+                self._begin(step)
         except OSError as error:
             self._failed(step, error)
 
