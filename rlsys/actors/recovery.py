@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from rlsys.actors.heartbeat import Heartbeats
+from rlsys.actors.reservation import lost_node
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout
 from rlsys.config.schema import RecoveryConfig
 from rlsys.problems import RunFailed
@@ -23,6 +25,8 @@ SAME_EVENT_S = 5.0
 """Members that fail within these seconds may have failed together, as on a node that is lost: the
 second one is not yet the same failure again."""
 LONGEST_DELAY_S = 60.0
+REPORT_EVERY_S = 30.0
+"""Seconds between lines about a member that does not work again."""
 
 
 @dataclass(slots=True)
@@ -55,6 +59,7 @@ class Restarts:
         config: the limits.
         say: prints a line; the note of a restart goes there.
         clock: seconds; tests have their own.
+        missing: what a member that does not come back may wait for; empty if nothing is known.
     """
 
     def __init__(
@@ -63,9 +68,14 @@ class Restarts:
         *,
         say: Callable[[str], object] = _print,
         clock: Callable[[], float] = time.monotonic,
+        missing: Callable[[], str] = lost_node,
     ):
         self.heartbeats = Heartbeats(say)
-        self._config, self._say, self._clock = config, say, clock
+        self._config, self._say, self._clock, self._missing = config, say, clock, missing
+        self._begun: dict[str, float] = {}
+        """Members that do not work again yet, and since when."""
+        self._closed = threading.Event()
+        self._reporter: threading.Thread | None = None
         self._times: dict[str, list[float]] = defaultdict(list)
         """When members of a role failed."""
         self._places: dict[tuple[str, str, int, str], float] = {}
@@ -130,6 +140,10 @@ class Restarts:
             f"{after}, restart {len(recent) + 1} of {config.max_restarts} within "
             f"{config.window_hours:g} h"
         )
+        self._begun.setdefault(error.actor, now)
+        if self._reporter is None:
+            self._reporter = threading.Thread(target=self._report, daemon=True)
+            self._reporter.start()
         return Restart(error.actor, delay_s, partial(self._finish, role, error.actor))
 
     def reason(self, error: ActorFailure | PhaseTimeout) -> str:
@@ -142,9 +156,25 @@ class Restarts:
 
     def close(self) -> None:
         """Stop watching, before Ray is shut down."""
+        self._closed.set()
         self.heartbeats.close()
 
+    def waiting(self) -> str:
+        """Who does not work again yet, since when, and what is missing; empty if all do."""
+        now, begun = self._clock(), dict(self._begun)
+        if not begun:
+            return ""
+        names = ", ".join(f"{name} ({now - since:.0f} s)" for name, since in begun.items())
+        missing = self._missing()
+        return f"waiting for {names} to work again" + (f": {missing}" if missing else "")
+
+    def _report(self) -> None:
+        while not self._closed.wait(REPORT_EVERY_S):
+            if line := self.waiting():
+                self._say(line)
+
     def _finish(self, role: str, member: str, seconds: float) -> None:
+        self._begun.pop(member, None)
         self._count(f"fault/{role}_seconds_lost", seconds)
         self._say(f"note: {member} works again, {seconds:.1f} s after its failure was noticed")
 

@@ -17,6 +17,7 @@ from ray.util.placement_group import (
     NODE_ID_LABEL_KEY,
     PlacementGroup,
     placement_group,
+    placement_group_table,
     remove_placement_group,
 )
 
@@ -217,6 +218,21 @@ def _free_gpus() -> dict[str, int]:
     """Node id -> GPUs of which nobody has reserved a part."""
     free = available_resources_per_node()
     return {n["NodeID"]: int(free.get(n["NodeID"], {}).get("GPU", 0)) for n in alive_nodes()}
+
+
+def lost_node() -> str:
+    """What actors of this run wait for whose node was lost; empty if all can be placed.
+
+    Ray places them by itself when a node joins that has room.
+    """
+    if not ray.is_initialized():
+        return ""
+    job = ray.get_runtime_context().get_job_id()
+    groups = placement_group_table().values()
+    own = [group for group in groups if group["placement_group_id"].endswith(job)]
+    if not any(group["state"] == "RESCHEDULING" for group in own):
+        return ""
+    return f"its node is lost, and no other one has room for it. {_free()}"
 
 
 def _free() -> str:

@@ -88,3 +88,15 @@ def test_the_error_that_ends_a_run_has_the_actors_own_text_first():
         run.fail(step=2)
     assert str(caught.value).startswith("Ray's text\nrollout engine 0 died\n")
     assert isinstance(caught.value.__cause__, ActorFailure)
+
+
+def test_who_does_not_come_back_is_named_with_what_is_missing():
+    run = Run()
+    restart = run.fail(step=1)
+    run.now += 40
+    run.restarts._missing = lambda: "its node is lost"
+    assert run.restarts.waiting() == (
+        "waiting for rollout engine 0 (40 s) to work again: its node is lost"
+    )
+    restart.done()
+    assert run.restarts.waiting() == ""
