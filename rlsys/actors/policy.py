@@ -15,7 +15,8 @@ import torch
 
 from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
-from rlsys.actors.rollback import update_from_good_state
+from rlsys.actors.recovery import FailsAgain
+from rlsys.actors.rollback import dump_update, update_from_good_state
 from rlsys.config import RunConfig
 from rlsys.engines.out_of_memory import out_of_memory_explained
 from rlsys.engines.rank_state import RankState
@@ -256,9 +257,12 @@ class PolicyActors(ModelActors):
         """
         stored = ray.put(batch)
         update = partial(self._update, stored, loss)
-        output = update()
-        if output.rolls_back is not None:
-            output = update_from_good_state(self, update, output.rolls_back)
+        try:
+            output = update()
+            if output.rolls_back is not None:
+                output = update_from_good_state(self, update, output.rolls_back)
+        except FailsAgain as error:
+            raise RunFailed(f"{error}\n{dump_update(self, batch, loss, str(error))}") from error
         self.policy_version = output.policy_version
         if self.heals:
             newest = self.snapshots.newest

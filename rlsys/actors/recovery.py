@@ -29,6 +29,10 @@ REPORT_EVERY_S = 30.0
 """Seconds between lines about a member that does not work again."""
 
 
+class FailsAgain(RunFailed):
+    """A role failed for the second time in the same place."""
+
+
 @dataclass(slots=True)
 class Restart:
     """A restart that has begun."""
@@ -109,7 +113,8 @@ class Restarts:
 
         Raises:
             ActorFailure, PhaseTimeout: `error` itself, where recovery is off.
-            RunFailed: the role was restarted too often, or fails twice in the same place.
+            RunFailed: the role was restarted too often, or fails twice in the same place
+                (FailsAgain).
         """
         reason = self.reason(error)
         if not self.enabled:
@@ -118,7 +123,7 @@ class Restarts:
         place = (role, phase, step, re.sub(r"\d+", "#", reason))
         first = self._places.setdefault(place, now)
         if now - first > SAME_EVENT_S:
-            raise RunFailed(
+            raise FailsAgain(
                 f"{error}\n{error.actor} failed in {phase} of step {step} ({reason}), for the "
                 f"second time in this place since the restart of a {role} actor. What it works on "
                 "there may be the cause: another restart would not help"

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from rlsys.actors.waiting import ActorFailure
+from rlsys.engines.step_dump import DUMPS, Fault, Step, write_step
+from rlsys.files import replacing_folder, unused_folder
 from rlsys.problems import NonFiniteWeights, RunFailed
-from rlsys.types import UpdateOutput
+from rlsys.types import TrainBatch, UpdateOutput
 
 if TYPE_CHECKING:
     from rlsys.actors.policy import PolicyActors
 
 T = TypeVar("T")
+MAX_REASON = 2000
+"""Most characters of an error that a dump has, its last ones."""
 
 
 def update_from_good_state(
@@ -90,3 +95,25 @@ def _earlier_states(policy: PolicyActors) -> Iterator[tuple[str, Callable[[], ob
         yield f"the snapshot of version {newest.version}", policy.restore_snapshot
     for _, folder in policy.checkpoints()[:1]:
         yield f"the checkpoint {folder}", partial(policy.load_checkpoint, folder)
+
+
+def dump_update(policy: PolicyActors, batch: TrainBatch, loss: str | None, reason: str) -> str:
+    """Dump the batch of an update in which ranks die; returns where it is, or why it is not.
+
+    Nobody can be asked for the weights: the dump names those of the newest checkpoint, or
+    model.path.
+    """
+    config, version = policy.config, policy.policy_version
+    saved, weights = max(
+        ((step, str(path)) for step, path in policy.checkpoints()), default=(0, None)
+    )
+    folder = Path(config.output_dir).absolute() / DUMPS / f"step-{version + 1}"
+    step = Step(batch, list(range(len(batch.lengths))), loss, version, "1 of 1")
+    fault = Fault({}, {}, {}, reason[-MAX_REASON:])
+    try:
+        folder = unused_folder(folder) if folder.exists() else folder
+        with replacing_folder(folder) as partial_folder:
+            write_step(partial_folder, step, fault, config, weights=weights, weights_version=saved)
+    except OSError as error:
+        return f"The batch is not dumped: {error}"
+    return f"`rlsys replay {folder}` computes the gradient of this batch again"

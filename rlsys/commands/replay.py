@@ -45,6 +45,9 @@ def main(args: argparse.Namespace) -> bool:
         findings, found = replay(dump, config)
     for line in report(dump.step, findings):
         print(line)
+    if dump.fault.reason:
+        print("The gradient of this batch can be computed here. In the run the ranks died with it.")
+        return False
     in_run = found_text(dump.fault.found)
     if found == dump.fault.found:
         print(f"As in the run: {in_run}.")
@@ -115,6 +118,13 @@ def about(dump: StepDump) -> Iterator[str]:
         f"Optimizer step {step.number} of the update of policy version {step.policy_version}: rows "
         f"{', '.join(map(str, step.rows))}, {tokens:,} trained tokens. Weights: {weights}"
     )
+    if dump.fault.reason:
+        yield f"note: the run ended in this step: {dump.fault.reason.splitlines()[-1]}"
+    if dump.weights_version != step.policy_version:
+        yield (
+            f"note: the weights are those of version {dump.weights_version}, the newest that were "
+            "saved, and the step began with others"
+        )
     here = installed_packages()
     for name in sorted(here.keys() | dump.packages.keys()):
         if here.get(name) != dump.packages.get(name):

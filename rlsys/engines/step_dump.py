@@ -26,6 +26,8 @@ from rlsys.types import TrainBatch
 
 BATCH, STEP, CONFIG, WEIGHTS = "batch.safetensors", "step.json", "config.yaml", "weights"
 """Names in a dump."""
+DUMPS = "dumps"
+"""Name of the folder in output_dir."""
 FORMAT = 1
 """Number in step.json, which goes up when an older rlsys could not read a dump."""
 PACKAGES = (
@@ -63,6 +65,8 @@ class Fault:
     weights: dict[int, list[str]]
     """Rank -> names of its weights that were not finite before the step. A dump has those of one
     replica, and another one may have been damaged."""
+    reason: str = ""
+    """Why the run ended in this step; empty where its numbers were not finite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,8 @@ class StepDump:
     step: Step
     weights: Path | None
     """Folder of the weights; None: those of model.path."""
+    weights_version: int
+    """Updates that these weights had: fewer than the policy's where its own could not be read."""
     fault: Fault
     packages: dict[str, str]
     """Name -> version of those that were installed."""
@@ -81,9 +87,20 @@ class StepDump:
 
 
 def write_step(
-    folder: Path, step: Step, fault: Fault, config: RunConfig, *, has_weights: bool
+    folder: Path,
+    step: Step,
+    fault: Fault,
+    config: RunConfig,
+    *,
+    weights: str | None,
+    weights_version: int,
 ) -> None:
-    """Write everything but the weights into an empty folder."""
+    """Write everything but the weights into an empty folder.
+
+    Args:
+        weights: where they are, in the dump or elsewhere; None: those of model.path.
+        weights_version: see StepDump.
+    """
     save_file(_tensors(step.batch), folder / BATCH)
     save_config(config, folder / CONFIG)
     about = {
@@ -94,7 +111,9 @@ def write_step(
         "rows": step.rows,
         "loss": step.loss,
         "seed": config.seed,
-        "weights": WEIGHTS if has_weights else None,
+        "weights": weights,
+        "weights_version": weights_version,
+        "reason": fault.reason,
         "model": config.model.path,
         "found": fault.found,
         "metrics": fault.metrics,
@@ -133,10 +152,17 @@ def read_step(folder: Path) -> StepDump:
         policy_version=about["policy_version"],
         number=about["optimizer_step"],
     )
-    weights = folder / about["weights"] if about["weights"] else None
+    weights = folder / about["weights"] if about["weights"] else None  # or an absolute path
     by_rank = {int(rank): names for rank, names in about["weights_not_finite"].items()}
-    fault = Fault(about["found"], about["metrics"], by_rank)
-    return StepDump(folder, step, weights, fault, about["packages"], about["method"])
+    return StepDump(
+        folder,
+        step,
+        weights,
+        about["weights_version"],
+        Fault(about["found"], about["metrics"], by_rank, about["reason"]),
+        about["packages"],
+        about["method"],
+    )
 
 
 def installed_packages() -> dict[str, str]:

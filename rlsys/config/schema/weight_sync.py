@@ -28,6 +28,7 @@ class WeightSyncConfig(Section):
     model, which samples faster; in bfloat16 the sum is rounded. auto: adapter on GPUs where vLLM
     can, else merged."""
     verify: bool = True
-    """Compare a checksum of every bucket on both sides."""
+    """Compare a checksum of every bucket on both sides, and refuse weights with NaNs or infinities,
+    which the same pass finds."""
     timeout_s: PositiveFloat = 120.0
     """Seconds that one phase of a weight sync may take."""

@@ -15,14 +15,11 @@ from megatron.core.distributed import DistributedDataParallel
 
 from rlsys.algo.finite import KINDS, PREFIX, found_text
 from rlsys.config import RunConfig
-from rlsys.engines.step_dump import WEIGHTS, Fault, Step, write_step
+from rlsys.engines.step_dump import DUMPS, WEIGHTS, Fault, Step, write_step
 from rlsys.files import flush_to_disk, free_bytes, size_text, unused_folder
 from rlsys.model.shape import ModelShape
 from rlsys.problems import NonFiniteWeights
 from rlsys.text import counted
-
-DUMPS = "dumps"
-"""Name of the folder in output_dir."""
 
 
 def find_nonfinite(
@@ -219,7 +216,8 @@ class NonFiniteSteps:
         partial = place.with_name(place.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        write_step(partial, step, fault, self._config, has_weights=has_weights)
+        weights, version = WEIGHTS if has_weights else None, step.policy_version
+        write_step(partial, step, fault, self._config, weights=weights, weights_version=version)
         return partial
 
 

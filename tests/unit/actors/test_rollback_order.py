@@ -1,12 +1,19 @@
 """Which states a policy goes back to, in which order; tests/actors/test_rollback.py has ranks."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from algo_cases import make_batch
+from config_cases import write_run
 
-from rlsys.actors.rollback import update_from_good_state, with_finite_weights
+from rlsys.actors.rollback import dump_update, update_from_good_state, with_finite_weights
 from rlsys.actors.waiting import ActorFailure
+from rlsys.commands.replay import about
+from rlsys.config.load import load_config
+from rlsys.engines.step_dump import read_step
 from rlsys.problems import RunFailed
 from rlsys.types import UpdateOutput
 
@@ -118,3 +125,22 @@ def test_other_failures_and_other_settings_change_nothing(on_nonfinite):
         with_finite_weights(policy, send)
     assert raised.value is error
     assert policy.weights == "bad"
+
+
+@pytest.mark.parametrize("folders", [(), ((2, "checkpoints/step-2"), (4, "checkpoints/step-4"))])
+def test_the_batch_of_an_update_in_which_ranks_die_is_dumped(tmp_path, folders):
+    policy = States(folders=tuple((step, str(tmp_path / name)) for step, name in folders))
+    policy.config = load_config(write_run(tmp_path)).config
+    batch = make_batch([[2, 3], [1, 4]])
+    said = dump_update(policy, batch, None, "a traceback\npolicy rank 0 died in policy update")
+    dump = read_step(Path(policy.config.output_dir) / "dumps/step-8")
+    assert f"rlsys replay {dump.folder}" in said
+    assert torch.equal(dump.step.batch.input_ids, batch.input_ids)
+    assert (dump.step.rows, dump.step.policy_version) == ([0, 1, 2, 3], 7)
+    assert dump.weights == (tmp_path / "checkpoints/step-4" if folders else None)
+    lines = list(about(dump))
+    assert "note: the run ended in this step: policy rank 0 died in policy update" in lines
+    version = 4 if folders else 0
+    assert any(f"the weights are those of version {version}, the newest" in line for line in lines)
+    again = dump_update(policy, batch, None, "x")
+    assert "dumps/step-8-2" in again

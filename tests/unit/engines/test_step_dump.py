@@ -40,7 +40,7 @@ def written(tmp_path, config, batch, **changes):
     step = replace(Step(batch, [2, 0], None, 4, "2 of 4"), **changes)
     metrics = {"loss": torch.nan, "grad_norm": torch.inf, "entropy": 0.5}
     fault = Fault({"loss": 1, "advantages": 7}, metrics, {3: ["a.weight", "b.weight"]})
-    write_step(folder, step, fault, config, has_weights=False)
+    write_step(folder, step, fault, config, weights=None, weights_version=4)
     return folder
 
 
