@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -48,6 +49,7 @@ from rlsys.preflight.memory import memory_warnings
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.run.checkpoints import AwaitFiles, checkpoint_steps
 from rlsys.run.folder import RunDir
+from rlsys.run.manifest import checkpoint_problem
 from rlsys.tracking import Tracker
 from rlsys.types import Device, Sample
 
@@ -286,8 +288,10 @@ def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> N
     """Have ranks that fail replaced, and let them go back to the run's checkpoints."""
     folder = RunDir(Path(config.output_dir)).checkpoints
 
-    def newest_first() -> list[tuple[int, Path]]:
-        return [(step, folder / f"step-{step}") for step in reversed(checkpoint_steps(folder))]
+    def newest_first() -> Iterator[tuple[int, Path]]:
+        for step in reversed(checkpoint_steps(folder)):
+            if checkpoint_problem(folder / f"step-{step}", read_all=False) is None:
+                yield step, folder / f"step-{step}"
 
     model.checkpoints = newest_first
     restarts.watch(model, config.policy.heartbeat_s)

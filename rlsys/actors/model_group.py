@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -149,8 +149,8 @@ class ModelActors(ActorGroup, ABC):
 
     turns: Turns = Turns()
     """Taken before every call that needs the GPUs."""
-    checkpoints: Callable[[], Sequence[tuple[int, Path]]] = staticmethod(lambda: ())
-    """The run's checkpoints, (step, folder), newest first: where to go back to without snapshot."""
+    checkpoints: Callable[[], Iterable[tuple[int, Path]]] = staticmethod(lambda: ())
+    """The run's whole checkpoints, (step, folder), newest first: to go back to without snapshot."""
 
     def __init__(
         self,

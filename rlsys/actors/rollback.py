@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -93,7 +94,7 @@ def _earlier_states(policy: PolicyActors) -> Iterator[tuple[str, Callable[[], ob
     policy.snapshots.settle(timeout_s=policy.timeout_s)
     if (newest := policy.snapshots.newest) is not None:
         yield f"the snapshot of version {newest.version}", policy.restore_snapshot
-    for _, folder in policy.checkpoints()[:1]:
+    for _, folder in islice(policy.checkpoints(), 1):
         yield f"the checkpoint {folder}", partial(policy.load_checkpoint, folder)
 
 
