@@ -79,6 +79,7 @@ def go_on(run):
 def test_a_killed_driver_is_started_again_and_comes_to_the_same_end(start, undisturbed):
     run = start("killed", "--max_restarts", "1", hold_after=IN_STEP_2)
     run.wait_until_held()
+    run.wait_for((run.out.checkpoints / "step-1").is_dir)
     driver_of(run).kill()
     go_on(run)
     assert run.wait() == 0, run.log
@@ -110,10 +111,11 @@ def test_a_lost_node_is_waited_for(start, undisturbed, tmp_path):
     nothing.mkdir()
     nodes = TwoNodes(tmp_path, nothing, cpus=(0, 1))
     try:
-        run = start(
-            "lost", "--max_restarts", "1", hold_after=IN_STEP_2, environment=dict(nodes.env)
-        )
+        # Without replacing actors, so that the driver ends.
+        words = ("--max_restarts", "1", "--recovery.max_restarts", "0")
+        run = start("lost", *words, hold_after=IN_STEP_2, environment=dict(nodes.env))
         run.wait_until_held()
+        run.wait_for((run.out.checkpoints / "step-1").is_dir)
         nodes.kill_second()
         go_on(run)
         run.wait_for(lambda: "waiting for CPUs" in run.log)
