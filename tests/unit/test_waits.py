@@ -53,6 +53,7 @@ GPU = "for work that is on the GPU already; NCCL's watchdog and the driver's dea
 SERVER = "a process or thread that waits for work; it ends with the process that sends the work"
 DEAD = "for a process that was sent SIGKILL or has ended"
 EXCEPTIONS = {
+    "actors/model_group.py": {"restart.wait()": "it sleeps for recovery.backoff_s"},
     "actors/ray_session.py": {"ray.shutdown()": "Ray kills its processes after a time of its own"},
     "actors/reward.py": {"asyncio.wrap_future(": "the scorer kills a worker that is overdue"},
     "actors/rollout_actor.py": {

@@ -1,0 +1,43 @@
+"""What an actor's process does first, and which variables it is given in the open."""
+
+import ast
+import inspect
+import textwrap
+
+import pytest
+
+from rlsys.actors import policy, reference, rollout  # noqa: F401  they define actors
+from rlsys.actors.heartbeat import Alive
+from rlsys.actors.process import inherited_env
+from rlsys.actors.reward import RewardWorker
+
+
+def below(cls):
+    return [cls, *(inner for direct in cls.__subclasses__() for inner in below(direct))]
+
+
+ACTORS = [*below(Alive)[1:], RewardWorker]
+
+
+@pytest.mark.parametrize("cls", ACTORS, ids=lambda cls: cls.__name__)
+def test_an_actor_first_takes_secrets_and_can_then_be_asked_for_stacks(cls):
+    """Later, as after its model is loaded, a start that hangs would show nothing."""
+    source = textwrap.dedent(inspect.getsource(cls.__init__))
+    body = ast.parse(source).body[0].body
+    first = ast.unparse(body[1] if ast.get_docstring(ast.parse(source).body[0]) else body[0])
+    assert first == "begin_process()" or first.startswith("super().__init__(")
+
+
+def test_all_roles_are_looked_at():
+    names = {cls.__name__ for cls in ACTORS}
+    assert {"PolicyRank", "ReferenceRank", "RolloutActor", "ServerActor", "RewardWorker"} <= names
+
+
+def test_secrets_are_not_among_the_variables_that_ray_writes_to_its_logs(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_HOME", "/models")
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    env = inherited_env()
+    assert env["HF_HOME"] == "/models"
+    assert not {"HF_TOKEN", "VLLM_API_KEY"} & env.keys()
+    assert "secret" not in str(env)
