@@ -1,15 +1,19 @@
 """policy.on_nonfinite: rollback. The policy goes back to a good state, once from each."""
 
+import os
+
 import pytest
 import torch
 from patience import PATIENCE_S
-from policy_cases import LAYOUTS, policy_config, random_batch
+from policy_cases import LAYOUTS, LabRank, policy_config, random_batch
 from test_policy_nonfinite import assert_same, poisoned, states
 
+from rlsys.actors.policy import PolicyActors
 from rlsys.actors.recovery import Restarts
 from rlsys.actors.reference import ReferenceActors
 from rlsys.actors.waiting import ActorFailure
 from rlsys.config.schema import RecoveryConfig
+from rlsys.engines.step_dump import read_step
 from rlsys.problems import RunFailed
 
 pytestmark = [pytest.mark.system, pytest.mark.slow]
@@ -130,3 +134,34 @@ def test_weights_that_are_not_finite_are_not_kept_by_a_receiver(start, on_nonfin
         assert policy.policy_version == 2
     finally:
         reference.close()
+
+
+class FatalRank(LabRank):
+    """A rank for which the second batch is deadly."""
+
+    def update(self, batch, loss):
+        if self.engine.policy_version == 1:
+            os._exit(1)
+        return super().update(batch, loss)
+
+
+def test_a_batch_with_which_a_rank_dies_twice_is_dumped(ray_cluster, policy_models, tmp_path):
+    config = policy_config(policy_models["qwen3-tied"])
+    config = config.model_copy(update={"output_dir": str(tmp_path / "run")})
+    policy = PolicyActors(config, device="cpu", rank_class=FatalRank)
+    restarts = Restarts(RecoveryConfig(backoff_s=0.0))
+    try:
+        policy.start(PATIENCE_S)
+        restarts.watch(policy, None)
+        policy.update(random_batch(1))
+        with pytest.raises(
+            RunFailed, match=r"(?s)second time in this place.*rlsys replay .*step-2"
+        ):
+            policy.update(random_batch(2))
+    finally:
+        restarts.close()
+        policy.close()
+    dump = read_step(tmp_path / "run/dumps/step-2")
+    assert torch.equal(dump.step.batch.input_ids, random_batch(2).input_ids)
+    assert "second time in this place" in dump.fault.reason
+    assert (dump.weights, dump.weights_version, dump.step.policy_version) == (None, 0, 1)
