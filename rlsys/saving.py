@@ -55,6 +55,9 @@ def save_final(system: System | SftSystem, run_dir: RunDir, checkpoints: Checkpo
     of_step = "" if best is None else f" of step {best}, the best one,"
     print(f"the trained {kind}{of_step} is in {run_dir.final}", flush=True)
     checkpoints.finish()
+    if checkpoints.failure is not None:  # there may be room now, or new ranks in place of dead ones
+        with suppress(RunFailed):
+            checkpoints.save(config.num_steps)
     if checkpoints.failure is not None:
         raise RunFailed(f"{checkpoints.failure}. The trained {kind} is in {run_dir.final}")
 

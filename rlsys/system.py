@@ -290,7 +290,7 @@ def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> N
 
     def newest_first() -> Iterator[tuple[int, Path]]:
         for step in reversed(checkpoint_steps(folder)):
-            if checkpoint_problem(folder / f"step-{step}", read_all=False) is None:
+            if checkpoint_problem(folder / f"step-{step}", read_all=True) is None:
                 yield step, folder / f"step-{step}"
 
     model.checkpoints = newest_first

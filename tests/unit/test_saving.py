@@ -95,8 +95,16 @@ def test_a_checkpoint_that_failed_on_the_way_is_no_failure_of_the_run(train, cap
     assert "warning: the checkpoint of step 2 was not saved" in capsys.readouterr().out
 
 
+def test_the_last_checkpoint_is_tried_again_at_the_end(train, capsys):
+    system, run, checkpoints = train(fails_at=4)
+    save_final(system, run, checkpoints)
+    assert checkpoint_steps(run.checkpoints)[-1] == 4
+    assert "warning: the checkpoint of step 4 was not saved" in capsys.readouterr().out
+
+
 def test_without_its_last_checkpoint_a_run_fails_after_its_model_is_saved(train):
     system, run, checkpoints = train(fails_at=4)
+    system.policy.error = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(
         RunFailed, match=r"step 4 was not saved.*No space.*step-3\. The trained"
     ) as e:
