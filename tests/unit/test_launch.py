@@ -73,7 +73,7 @@ class Reference(ReferenceActors):
         (folder / "config.json").write_text("{}")
         return lambda: {"config.json": FileSum(2, "")}
 
-    def call(self, method, folder):
+    def call_in_turn(self, method, folder):
         self.loaded.append(folder)
 
 
