@@ -66,7 +66,7 @@ class Reference(ReferenceActors):
     """Without its actors."""
 
     def __init__(self, config):
-        self.config, self.loaded = config, []
+        self.config, self.loaded, self._policy = config, [], None
 
     def files_from(self, method, folder):
         assert method == "begin_model"
