@@ -34,9 +34,11 @@ class RunningGroup:
 
         A version that sampled no token is left out. The exception is the version under which the
         group was added, if keys and values stay (`keeps_kv`): it may have read the prompt, so it
-        stays in front, without a token.
+        stays in front, without a token. The version that it has already begins nothing.
         """
         spans = self.spans(index)
+        if spans[-1].version == version:  # a weight sync that was done again
+            return
         if spans[-1].first_token == num_tokens and not (keeps_kv and len(spans) == 1):
             spans.pop()
         spans.append(Span(version, num_tokens))

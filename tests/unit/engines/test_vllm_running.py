@@ -28,3 +28,10 @@ def test_versions_that_sampled_nothing_in_between_are_left_out(group, keeps_kv):
     group.begin_version(0, 4, num_tokens=6, keeps_kv=keeps_kv)
     group.begin_version(0, 5, num_tokens=6, keeps_kv=keeps_kv)
     assert group.spans(0) == [Span(3, 0), Span(5, 6)]
+
+
+@pytest.mark.parametrize("keeps_kv", [False, True])
+def test_a_weight_sync_that_is_done_again_begins_nothing(group, keeps_kv):
+    for num_tokens in (6, 6, 8):
+        group.begin_version(0, 4, num_tokens=num_tokens, keeps_kv=keeps_kv)
+    assert group.spans(0) == [Span(3, 0), Span(4, 6)]
