@@ -11,7 +11,7 @@ import ray
 
 from rlsys.actors.ray_session import _is_let_in
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.slow]
 
 JOB = json.dumps({"entrypoint": "true", "submission_id": "not-by-me"})
 
