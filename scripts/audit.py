@@ -83,7 +83,7 @@ def main() -> int:
             lines = holes(found)
             print(f"{file.name}: {len(found) - len(unknown)} packages looked up in {service}")
             if unknown or not found:
-                loud(f"NOT AUDITED in {file.name}: {', '.join(unknown) or 'all of it'}")
+                loud(f"NOT AUDITED in {file.name}: {', '.join(unknown) or 'everything'}")
             if lines:
                 status = 1
                 loud(f"KNOWN HOLES in {file.name}:\n" + "\n".join(lines))

@@ -18,7 +18,7 @@ from rlsys.files import replacing
 from rlsys.stacks import Stacks, read_stacks
 
 PATIENCE_S = 30.0
-"""Most seconds that an error waits for stacks. Those of another host need a process there."""
+"""Most seconds that an error waits for stacks. Stacks of another host need a process there."""
 MOST_ACTORS = 16
 """Stacks of more say little, and each takes time."""
 
@@ -55,7 +55,7 @@ def explain_silence(actors: Mapping[str, str]) -> str:
     deadline = time.monotonic() + PATIENCE_S
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))
-    silent = f"nothing could be learned of it within {PATIENCE_S:g} s"
+    silent = f"no stacks came within {PATIENCE_S:g} s"
     texts = {name: found.get(name, silent) for name in list(actors)[:MOST_ACTORS]}
     return "".join(f"{name}: {text}\n" for name, text in texts.items() if text)
 

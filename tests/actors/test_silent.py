@@ -101,5 +101,5 @@ def test_nothing_hangs_or_raises_where_nothing_can_be_learned(ray_cluster, monke
     lines = silent.explain_silence(
         {"hangs": actor._actor_id.hex(), "unknown": "00" * 16, "task": "ff" * 12 + "01000000"}
     )
-    assert lines.splitlines()[0] == "hangs: nothing could be learned of it within 1 s"
+    assert lines.splitlines()[0] == "hangs: no stacks came within 1 s"
     ray.kill(actor)

@@ -56,4 +56,4 @@ def test_what_was_not_looked_up_is_named(audit, capsys):
 
 def test_a_set_that_gets_no_answer_is_not_audited(audit, capsys):
     assert audit([BAD], []) == 0
-    assert "NOT AUDITED in cpu.txt: all of it" in capsys.readouterr().out
+    assert "NOT AUDITED in cpu.txt: everything" in capsys.readouterr().out
