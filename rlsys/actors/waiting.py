@@ -149,7 +149,9 @@ def get_one(ref: ray.ObjectRef, *, name: str, phase: str, timeout_s: float = FET
     except GetTimeoutError:
         raise PhaseTimeout(
             f"{explain_silence({name: actor_of(ref)})}{phase}: the result of {name} is ready, "
-            f"but did not arrive within {timeout_s:g} s; is its node cut off?"
+            f"but did not arrive within {timeout_s:g} s; is its node cut off?",
+            actor=name,
+            reason=f"its result did not arrive within {timeout_s:g} s",
         ) from None
     except RayTaskError as error:
         # The remote traceback is the message; Ray's own frames around it help nobody.
