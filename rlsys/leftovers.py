@@ -97,9 +97,10 @@ def guard_actor() -> None:
     if kept is None:
         return
     # torch's compiled kernels are worth keeping. This is where torch itself puts them.
-    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    shared = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(shared))
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+        shared = Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(shared))
     folder = tempfile.mkdtemp(prefix="rlsys-")
     kept.remove(Path(folder))
     tempfile.tempdir = os.environ["TMPDIR"] = folder
