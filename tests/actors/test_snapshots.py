@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,3 +101,17 @@ def test_on_one_node_nothing_is_copied_to_another(ray_cluster):
     node = ray.get_runtime_context().get_node_id()
     keepers.keep("rank 0", ray.put(np.zeros(10)), node=node)
     assert keepers._keepers == {}
+
+
+def test_what_is_kept_on_another_node_survives_its_own():
+    script = Path(__file__).with_name("keep_on_two_nodes.py")
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ended = subprocess.run(
+        [sys.executable, script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+    assert f"kept {sum(range(1_000_000))}" in ended.stdout, ended.stderr
