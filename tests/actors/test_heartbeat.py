@@ -63,7 +63,7 @@ def watched(ray_cluster):
         group.close()
 
 
-@pytest.mark.parametrize("actor_class", [Worker, Async])
+@pytest.mark.parametrize("actor_class", [Worker, pytest.param(Async, marks=pytest.mark.slow)])
 def test_a_stopped_process_is_killed_and_one_that_starts_or_computes_is_not(watched, actor_class):
     group, restarts, lines = watched(actor_class)
     group.actors["worker 0"] = group.create(0)
@@ -82,6 +82,7 @@ def test_a_stopped_process_is_killed_and_one_that_starts_or_computes_is_not(watc
     assert restarts.heartbeats.reason("worker 0") is None
 
 
+@pytest.mark.slow
 def test_a_member_that_names_its_own_fault_is_killed_and_its_successor_is_watched(watched):
     group, restarts, lines = watched(Worker)
     for fault in ("its worker is gone", "it is gone again"):
