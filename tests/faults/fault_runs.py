@@ -68,6 +68,7 @@ TABLE = {
         *(Fault("policy", "update", s, "update") for s in SIGNALS),
         *(Fault("policy", "weight sync", s, "send_weights") for s in SIGNALS),
         *(Fault("policy", "idle, engines sample", s, "generate", of="engine") for s in SIGNALS),
+        Fault("policy", "checkpoint", KILL, "begin_checkpoint"),
     ),
     "reference": (
         *(Fault("reference", "log-probs", s, "compute_logprobs") for s in SIGNALS),
