@@ -162,6 +162,8 @@ def table(folder: Path, model: Path, roles: list[str]) -> dict[str, object]:
         finally:
             run.end()
         rows += [o.as_row() | {"differences": found, "error": error} for o in outcomes]
+        if found:
+            print(run.log, file=sys.stderr)
         print(json.dumps(rows[-len(outcomes) :]), file=sys.stderr, flush=True)
     return {"table": rows}
 
