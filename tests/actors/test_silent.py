@@ -11,13 +11,14 @@ import ray
 
 from rlsys.actors import silent
 from rlsys.actors.group import ActorGroup, on_cpu
+from rlsys.actors.heartbeat import HEARTBEAT, Alive
 from rlsys.actors.waiting import ActorFailure, PhaseTimeout
 from rlsys.stacks import answer_for_stacks
 
 pytestmark = pytest.mark.system
 
 
-class Rank:
+class Rank(Alive):
     def __init__(self, rank):
         answer_for_stacks()
         self.rank = rank
@@ -96,7 +97,7 @@ def test_an_actor_whose_constructor_hangs_is_seen_too(ray_cluster, tmp_path, mon
 def test_nothing_hangs_or_raises_where_nothing_can_be_learned(ray_cluster, monkeypatch):
     monkeypatch.setattr(silent, "PATIENCE_S", 1.0)
     monkeypatch.setattr(silent, "_read_on", lambda node, pid: time.sleep(60))
-    actor = ray.remote(num_cpus=0)(Rank).remote(1)
+    actor = ray.remote(num_cpus=0, concurrency_groups={HEARTBEAT: 1})(Rank).remote(1)
     ray.get(actor.pid.remote(), timeout=60)
     lines = silent.explain_silence(
         {"hangs": actor._actor_id.hex(), "unknown": "00" * 16, "task": "ff" * 12 + "01000000"}

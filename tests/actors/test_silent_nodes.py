@@ -18,6 +18,7 @@ from pathlib import Path
 
 from rlsys.actors import silent
 from rlsys.actors.group import ActorGroup
+from rlsys.actors.heartbeat import Alive
 from rlsys.actors.process import begin_process, inherited_env
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.waiting import PhaseTimeout
@@ -25,7 +26,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
-class Rank:
+class Rank(Alive):
     def __init__(self, rank):
         begin_process()
 
