@@ -1,6 +1,5 @@
 """Whole runs of `rlsys sft`: what they log is what they save; interruptions change nothing."""
 
-import contextlib
 import json
 from functools import partial
 
@@ -10,16 +9,12 @@ import torch
 import yaml
 from run_cases import RunProcess
 from safetensors.torch import load_file
-from test_ends import Place
 from test_sft_policy import loss_of_transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from two_nodes import can_hide_folders
 
 from rlsys.cores import usable_cores
 from rlsys.files import read_jsonl
-from rlsys.run.folder import RunDir
 from rlsys.run.kept import checkpoint_steps
-from rlsys.run.manifest import checkpoint_problem
 from rlsys.types import Sample
 
 pytestmark = pytest.mark.system
@@ -129,57 +124,6 @@ def test_kills_and_a_damaged_checkpoint_change_nothing(run, starter_model, tmp_p
     assert metrics(ended, "loss") == metrics(run, "loss")
     finals = [load_file(r.out.final / "model.safetensors") for r in (run, ended)]
     assert all(torch.equal(finals[1][name], tensor) for name, tensor in finals[0].items())
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not can_hide_folders(), reason="no user namespaces")
-def test_a_disk_that_is_full_for_a_while_costs_no_step(run, starter_model, tmp_path):
-    """Checkpoints that find no room are left out, and the older one stays until there is room."""
-    folder = tmp_path / "full"
-    write_files(folder, starter_model)
-    place = Place(folder, "200m")
-    out = RunDir(place.root / "mnt/out")
-    filled = start(folder, "--checkpoint.save_steps", "2", prefix=place.enter)
-    try:
-        filled.wait_for(lambda: checkpoint_steps(out.checkpoints))
-        with (out.path / "filler").open("wb") as filler, contextlib.suppress(OSError):
-            while True:
-                filler.write(bytes(2**16))
-        filled.wait_for(lambda: filled.log.count("was not saved in") >= 2)
-        kept = checkpoint_steps(out.checkpoints)
-        assert len(kept) in (1, 2)
-        for step in kept:
-            assert checkpoint_problem(out.checkpoints / f"step-{step}", read_all=True) is None
-        (out.path / "filler").unlink()
-        assert filled.wait() == 0, filled.log
-        assert "free there; the newest one is" in filled.log
-        assert checkpoint_steps(out.checkpoints)[-1] == STEPS
-        losses = {row["step"]: row["loss"] for row in read_jsonl(out.metrics) if "loss" in row}
-        assert losses == metrics(run, "loss")
-    finally:
-        filled.end()
-        place.close()
-
-
-@pytest.mark.slow
-def test_the_best_checkpoint_is_kept_and_is_the_final_model(starter_model, tmp_path):
-    folder = tmp_path / "best"
-    write_files(folder, starter_model)
-    words = ["--checkpoint.metric_for_best_model", "eval_loss", "--eval_steps", "10"]
-    words += ["--checkpoint.save_total_limit", "1", "--checkpoint.load_best_model_at_end"]
-    # A rate that ends in rising loss.
-    best = start(folder, *words, "--policy.lr", "3e-2", "--policy.max_grad_norm", "100")
-    assert best.wait() == 0, best.log
-    losses = {step: loss for step, loss in metrics(best, "eval/loss").items() if step}
-    step = min(losses, key=lambda step: (losses[step], step))
-    assert checkpoint_steps(best.out.checkpoints) == sorted({step, STEPS})
-    assert f"of step {step}, the best one" in best.log
-    folders = (best.out.final, best.out.checkpoints / f"step-{step}")
-    files = [folder / "model.safetensors" for folder in folders]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    assert not (best.out.final / "optimizer").exists()
-    AutoModelForCausalLM.from_pretrained(best.out.final)
-    best.end()
 
 
 def test_an_interrupted_run_continues_to_the_same_bits(run, starter_model, tmp_path):
