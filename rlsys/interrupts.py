@@ -58,6 +58,8 @@ class _Signals:
         self.first_finishes: str | None = None
         """What has to be finished before a signal that is held back interrupts."""
         self.is_pending = False
+        self.is_impatient = False
+        """Whether ImpatientInterrupt was raised."""
 
 
 _signals = _Signals(None)
@@ -80,14 +82,14 @@ def interruptible(
         preemption_file: its appearance counts as SIGUSR1.
     """
     global _signals
-    noticed_s: list[float | None] = []
-    """What the file of the notice says, once it has been seen."""
+    noticed_s: list[float | None] = []  # what the file of the notice says
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if _signals.first is not None:
             if now - _signals.first_at < SAME_S:
                 return
+            _signals.is_impatient = True
             raise ImpatientInterrupt(number)
         _signals.first, _signals.first_at = number, now
         _signals.given_s = seconds_given(number, exit_timeout_s, *noticed_s)
@@ -100,8 +102,8 @@ def interruptible(
             raise Stopped(number)
         _signals.is_pending = True
         text = f"\n{Stopped(number)}: {_signals.first_finishes} first. Ctrl-C again ends at once.\n"
-        with suppress(OSError):  # the terminal may have been closed
-            os.write(2, text.encode())  # not print: the main thread may be in the middle of one
+        with suppress(OSError):  # a closed terminal; not print, which may be in the middle of one
+            os.write(2, text.encode())
 
     outer, _signals = _signals, _Signals(exit_timeout_s)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -112,10 +114,11 @@ def interruptible(
     at_alarm = signal.signal(signal.SIGALRM, _out_of_time)
     over = threading.Event()
     if preemption_file is not None:
-        look = (preemption_file, noticed_s, over)
-        threading.Thread(target=_look_for_notice, args=look, daemon=True).start()
+        _start_looking(preemption_file, noticed_s, over)
     try:
         yield
+    except KeyboardInterrupt as error:
+        raise as_stopped(error) from None
     finally:
         over.set()
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -129,6 +132,7 @@ def _out_of_time(number: int, frame: FrameType | None) -> None:
     assert _signals.first is not None
     with suppress(OSError):
         os.write(2, f"\nnot ended within {_signals.given_s:g} s: ending now\n".encode())
+    _signals.is_impatient = True
     raise ImpatientInterrupt(_signals.first)
 
 
@@ -144,6 +148,19 @@ def held_back(what: str = "this step is finished") -> Iterator[None]:
         _signals.is_pending = False
         assert _signals.first is not None
         raise Stopped(_signals.first)
+
+
+def as_stopped(error: BaseException) -> BaseException:
+    """The Stopped that a handler raised: Ray raises a plain KeyboardInterrupt in its place."""
+    is_plain = isinstance(error, KeyboardInterrupt) and not isinstance(error, Stopped)
+    if not is_plain or _signals.first is None:
+        return error
+    return ImpatientInterrupt(_signals.first) if is_impatient() else Stopped(_signals.first)
+
+
+def is_impatient() -> bool:
+    """Whether this process has to end at once: a second signal, or no time left."""
+    return _signals.is_impatient
 
 
 def seconds_to_save(otherwise_s: float) -> float:
@@ -173,6 +190,11 @@ def seconds_given(
             limits.append(RAY_JOB_STOP_S)
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
+
+
+def _start_looking(file: Path, noticed_s: list[float | None], over: threading.Event) -> None:
+    args = (file, noticed_s, over)
+    threading.Thread(target=_look_for_notice, args=args, daemon=True).start()
 
 
 def _look_for_notice(file: Path, noticed_s: list[float | None], over: threading.Event) -> None:

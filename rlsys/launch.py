@@ -27,7 +27,7 @@ from rlsys.config.roles import decide_cpu_threads
 from rlsys.config.schema import AnyConfig
 from rlsys.driver import train, train_sft
 from rlsys.exit_codes import of_error
-from rlsys.interrupts import ImpatientInterrupt, held_back, interruptible
+from rlsys.interrupts import as_stopped, held_back, interruptible, is_impatient
 from rlsys.preflight.before_sft import fit_to_samples, load_sample_data
 from rlsys.preflight.before_start import fit_to_data, load_data
 from rlsys.preflight.run_folder import plan_start
@@ -113,9 +113,9 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
         checkpoints = make_checkpoints(system, run_dir, expected_bytes=size)
         try:
             nothing_learned = method.train(system, tracker, checkpoints)
-        except ImpatientInterrupt:
-            raise
         except BaseException:
+            if is_impatient():
+                raise
             save_last_step(system, run_dir, checkpoints, started_from=resume_step or 0)
             raise
         with held_back("the model is saved"):  # without checkpoints it is all that is left
@@ -203,7 +203,8 @@ def _leave_at_once(
     Rows are in their files as soon as they are logged. Ray ends what it started when this process
     is gone, and the guard of rlsys.leftovers removes the rest.
     """
-    if isinstance(error, ImpatientInterrupt):
+    if error is not None and is_impatient():
+        error = as_stopped(error)
         run_dir.record_end(of_error(error), str(error))
         with suppress(OSError):  # the terminal may have been closed
             print(f"\n{error}", file=sys.stderr, flush=True)
@@ -217,7 +218,7 @@ def _end_rollouts(
     traceback: TracebackType | None,
 ) -> None:
     """Raise what failed in the background: it is the cause if an error ended the run."""
-    if isinstance(error, ImpatientInterrupt):
+    if is_impatient():
         return
     failure = rollouts.close()
     if failure is None:

@@ -198,3 +198,17 @@ def test_ray_says_how_long_a_job_has(number, variables, seconds, monkeypatch):
         monkeypatch.setenv(name, value)
     assert seconds_given(number, 600) == seconds
     assert seconds_given(number, None, 2) == 2
+
+
+def test_a_plain_interrupt_in_its_place_is_the_signals_again():
+    """Ray raises KeyboardInterrupt where a handler raised something while it waited."""
+
+    def wait_as_ray_does():
+        try:
+            send(signal.SIGUSR1)
+        except Stopped:
+            raise KeyboardInterrupt from None
+
+    with pytest.raises(Stopped) as raised, interruptible():
+        wait_as_ray_does()
+    assert of_error(raised.value) == 75
