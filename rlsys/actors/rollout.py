@@ -102,6 +102,8 @@ class RolloutActors(ActorGroup):
             timeout_s=rollout.timeout_s,
         )
         self._streams: dict[ObjectRefGenerator, _Work] = {}
+        self._reading: ObjectRefGenerator | None = None
+        """The stream that `collect` reads."""
         self._aborts: dict[ray.ObjectRef, str] = {}
         """The engine that each unanswered `abort` went to."""
         self._waiting: list[SampleRequest] = []
@@ -182,15 +184,21 @@ class RolloutActors(ActorGroup):
                 try:
                     self._collect_into(groups)
                 except ActorFailure as error:
-                    self.restart(error, phase="rollout")
+                    try:
+                        self.restart(error, phase="rollout")
+                    finally:  # without a restart too, this stream has ended
+                        streams = self._streams.items()
+                        self._streams = {s: work for s, work in streams if s is not self._reading}
                 else:
                     return groups
 
     def _collect_into(self, groups: list[RolloutGroup]) -> None:
+        self._reading = None
         for ref in all_ready(list(self._aborts)):
             get_one(ref, name=self._aborts.pop(ref), phase="giving up groups")
         while ready := all_ready(list(self._streams)):
             for stream in ready:
+                self._reading = stream
                 group = self._next_group(stream)
                 groups += [] if group is None else [group]
 

@@ -140,7 +140,7 @@ def test_cpus_in_use_by_others_are_not_waited_for_without_end(place, capsys, mon
     """A run on CPU would else wait for its actors, and blame their constructors in the end."""
     place([("policy", 0), ("rollout", 0)], device="cpu")
     monkeypatch.setattr(placement, "CPU_SHARE", 50.0)
-    with pytest.raises(ValueError, match=r"could not place .*needs 100 CPUs\. Free.*to wait"):
+    with pytest.raises(ValueError, match=r"could not place .*needs 100 CPUs\. Free.*wait longer"):
         place([], device="cpu", timeout=2.0, beta=0.0)
     *_, line = capsys.readouterr().out.splitlines()
     assert line.startswith("waiting for CPUs, up to 2 s (placement_timeout): the run needs 100 CPU")

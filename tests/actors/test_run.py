@@ -74,8 +74,9 @@ def whole(start):
 
 @pytest.fixture(scope="module")
 def broken(start):
-    """The same run, whose policy is killed in step 3 while completions are scored."""
-    run = start("broken", "run.yaml", *EPOCHS, hold_after=GROUPS_BEFORE_STEP_3)
+    """The same run, without restarts: its policy is killed in step 3, while rewards compute."""
+    words = ("run.yaml", *EPOCHS, "--recovery.max_restarts", "0")
+    run = start("broken", *words, hold_after=GROUPS_BEFORE_STEP_3)
     run.wait_until_held()
     (policy,) = run.actors("PolicyRank")
     policy.kill()

@@ -71,9 +71,12 @@ def test_all_threads_are_shown_and_the_process_goes_on(start, does):
 
 def test_children_are_shown_too(start):
     process = start("waits_for_a_child")
-    found = eventually(lambda: "in sleeps" in (s := read_stacks(process.pid)).text and s, "child")
-    assert "in waits_for_a_child" in found.text
-    assert found.text.count("process ") == 2
+
+    def stacks_of_both():
+        text = read_stacks(process.pid).text
+        return text if "in sleeps" in text and "in waits_for_a_child" in text else None
+
+    assert eventually(stacks_of_both, "parent and child").count("process ") == 2
 
 
 @pytest.mark.parametrize("has_py_spy", [True, False])

@@ -82,9 +82,11 @@ def set_steps(own: Any, saved: Any, optimizer: MegatronOptimizer) -> None:
         return
     one = getattr(optimizer, "chained_optimizers", [optimizer])[0]
     is_torch = isinstance(one.optimizer, torch.optim.AdamW)
-    step: Any = torch.tensor(float(steps[0])) if is_torch else int(steps[0])
-    in_groups = not is_torch or optimizer.config.use_distributed_optimizer
-    container, key = ("param_groups", "step") if in_groups else ("state", "common_step")
+    step: Any = float(steps[0]) if is_torch else int(steps[0])
+    if is_torch and not optimizer.config.use_distributed_optimizer:
+        container, key, step = "state", "common_step", torch.tensor(step)
+    else:  # numbers, which megatron-core compares between groups
+        container, key = "param_groups", "step"
     for part in parts(own, container):
         part[key] = step
 
