@@ -20,6 +20,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlsys.leftovers import descendants
+
 SIGNAL = signal.SIGUSR2
 ANSWER_S = 5.0
 """Seconds that a process gets for its answer; it takes milliseconds even on a busy machine."""
@@ -61,7 +63,7 @@ def read_stacks(pid: int) -> Stacks:
     """
     text, problem = _read_one(pid)
     parts = [text]
-    for child in _children(pid):
+    for child in descendants(pid)[1:]:
         if _memory_file(child) is not None:
             text_of_child, problem_of_child = _read_one(child)
             parts.append(text_of_child or f"process {child} {problem_of_child}")
@@ -137,17 +139,6 @@ def _state(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return ""
-
-
-def _children(pid: int) -> list[int]:
-    """The processes below this one, on all levels."""
-    found: list[int] = []
-    for file in Path("/proc").glob(f"{pid}/task/*/children"):
-        try:
-            found += map(int, file.read_text().split())
-        except OSError:
-            continue
-    return [process for child in found for process in (child, *_children(child))]
 
 
 def _command(pid: int) -> str:

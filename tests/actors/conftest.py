@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE_S
 from policy_cases import MODELS, PolicyLab, save_policy_model
+from run_cases import write_starter
 from tiny_models import save_tiny_qwen3, save_tiny_qwen3_moe
 
 from rlsys.actors.ray_session import ray_session
@@ -52,13 +53,8 @@ def tiny_models(tmp_path_factory):
 @pytest.fixture(scope="session")
 def starter_model(tmp_path_factory):
     """The folder of an untrained starter model of examples/countdown, chat template and all."""
-    examples = Path(__file__).parents[2] / "examples/countdown"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(examples))
-        from starter_model import write_starter_model
-
-        folder = tmp_path_factory.mktemp("models") / "starter"
-        write_starter_model(folder, seed=0)
+    folder = tmp_path_factory.mktemp("models") / "starter"
+    write_starter(folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import yaml
 from patience import PATIENCE_S
 
@@ -54,6 +55,15 @@ class Digits(ORM):
         self.num_scored += 1
         return [sum(c.isdigit() for c in text) / max(len(text), 1) for text in completions]
 '''
+
+
+def write_starter(folder: Path) -> None:
+    """Write the untrained starter model of examples/countdown, chat template and all."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[2] / "examples/countdown"))
+        from starter_model import write_starter_model
+
+        write_starter_model(folder, seed=0)
 
 
 def write_run_files(folder: Path, model: Path) -> None:

@@ -8,18 +8,14 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parents[1] / "actors")]  # its runs and processes
 
 from fault_runs import FaultRun, write_fault_run  # noqa: E402
+from run_cases import write_starter  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def starter(tmp_path_factory):
     """The folder of an untrained starter model of examples/countdown."""
-    examples = Path(__file__).parents[2] / "examples/countdown"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(examples))
-        from starter_model import write_starter_model
-
-        folder = tmp_path_factory.mktemp("models") / "starter"
-        write_starter_model(folder, seed=0)
+    folder = tmp_path_factory.mktemp("models") / "starter"
+    write_starter(folder)
     return folder
 
 

@@ -28,7 +28,7 @@ from gpu_cases import DEVICE, KINDS, engine_config, save_gpu_model  # noqa: E402
 from gpu_lab import CrossedActor, GpuRank, Gpus, OpenActor  # noqa: E402
 from greedy_rollouts import greedy  # noqa: E402
 from policy_cases import PolicyLab  # noqa: E402
-from run_cases import run_config, write_run_files  # noqa: E402
+from run_cases import run_config, write_run_files, write_starter  # noqa: E402
 
 from rlsys.actors import rollout  # noqa: E402
 from rlsys.actors.ray_session import ray_session  # noqa: E402
@@ -224,11 +224,7 @@ def failing_engines(gpus, gpu_models):
 def short_run(tmp_path_factory):
     """`rlsys grpo`, begun: three steps of a small model, with a reference and running ahead."""
     folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPOSITORY / "examples/countdown"))
-        from starter_model import write_starter_model
-
-        write_starter_model(folder / "starter", seed=0)
+    write_starter(folder / "starter")
     write_run_files(folder, folder / "starter")
     config = run_config(folder / "starter") | {"device": DEVICE, "max_steps": 3, "eval_steps": None}
     config["rollout"] |= {"max_staleness": 1, "kv_cache_memory_mb": 256}

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import yaml
-from conftest import PYTHONPATH, REPOSITORY
+from conftest import PYTHONPATH
 from gpu_cases import DEVICE
-from run_cases import run_config, write_run_files
+from run_cases import run_config, write_run_files, write_starter
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -48,11 +48,7 @@ def run(folder, **sections):
 
 def write_run(folder):
     """run.yaml of a colocated run of 4 steps, its starter model and its data."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(REPOSITORY / "examples/countdown"))
-        from starter_model import write_starter_model
-
-        write_starter_model(folder / "starter", seed=0)
+    write_starter(folder / "starter")
     write_run_files(folder, folder / "starter")
     config = run_config(folder / "starter") | {"device": DEVICE, "placement": "colocated"}
     config["rollout"] |= {"gpu_memory_utilization": 0.1, "kv_cache_memory_mb": 256}
