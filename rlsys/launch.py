@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -21,7 +21,7 @@ from rlsys import attempts
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.reservation import node_cores
 from rlsys.actors.silent import save_stacks_in
-from rlsys.config import Config, SftConfig
+from rlsys.config import Config, RunConfig, SftConfig
 from rlsys.config.load import ResolvedConfig, save_config
 from rlsys.config.roles import decide_cpu_threads
 from rlsys.config.schema import AnyConfig
@@ -82,46 +82,47 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
     attempts.end_with_parent()
     patience_s = config.recovery.wait_for_resources_s if attempts.is_restarted() else 0.0
     wait_for_cluster(check_cluster_answers, patience_s)
-    with ExitStack() as stack:
-        # Before anything starts or is written: most mistakes are in rows.
-        data = method.load_data(config)
-        config = method.fit_to_data(config, data)
-        stack.enter_context(run_dir.held())
-        stack.enter_context(run_dir.recording_end())
-        saved = config.checkpoint
-        notice = None if saved.preemption_file is None else Path(saved.preemption_file)
-        stack.enter_context(
-            interruptible(
-                on_first=run_dir.mark_ended,
-                exit_timeout_s=saved.exit_timeout_s,
-                preemption_file=notice,
-            )
-        )
+    # Before anything starts or is written: most mistakes are in rows.
+    data = method.load_data(config)
+    config = method.fit_to_data(config, data)
+    with run_dir.held(), run_dir.recording_end(), _heeding_signals(config, run_dir):
         config, resume_step = prepare_folder(config, run_dir)
         tracker = build_tracker(config, resumed_from=resume_step)
-        stack.callback(tracker.close)
-        stack.enter_context(ray_session(logs=run_dir.ray_logs, patience_s=patience_s))
-        save_stacks_in(run_dir.logs)
-        stack.callback(tracker.close)  # before the actors end, which takes seconds
-        stack.push(partial(_leave_at_once, run_dir))
-        config = fix_cpu_threads(config, run_dir)
-        system = method.start(config, data, tracker)
-        stack.callback(system.restarts.close)
-        if resume_step is not None:
-            system.load_checkpoint(run_dir.checkpoints / f"step-{resume_step}")
-        size = checkpoint_bytes_of(config, system.device)
-        checkpoints = make_checkpoints(system, run_dir, expected_bytes=size)
-        try:
-            nothing_learned = method.train(system, tracker, checkpoints)
-        except BaseException:
-            if is_impatient():
-                raise
+        with (
+            closing(tracker),
+            ray_session(logs=run_dir.ray_logs, patience_s=patience_s),
+            closing(tracker),  # before the actors end, which takes seconds
+            _leaving_at_once(run_dir),
+        ):
+            save_stacks_in(run_dir.logs)
+            config = fix_cpu_threads(config, run_dir)
+            system = method.start(config, data, tracker)
+            with closing(system.restarts):
+                train = partial(method.train, system, tracker)
+                _train_and_save(system, train, run_dir, resume_step)
+
+
+def _train_and_save(
+    system: System | SftSystem,
+    train: Callable[[Checkpoints], str | None],
+    run_dir: RunDir,
+    resume_step: int | None,
+) -> None:
+    """Train from the start, or from a checkpoint, and save what there is then, however it ends."""
+    if resume_step is not None:
+        system.load_checkpoint(run_dir.checkpoints / f"step-{resume_step}")
+    size = checkpoint_bytes_of(system.config, system.device)
+    checkpoints = make_checkpoints(system, run_dir, expected_bytes=size)
+    try:
+        nothing_learned = train(checkpoints)
+    except BaseException:
+        if not is_impatient():
             save_last_step(system, run_dir, checkpoints, started_from=resume_step or 0)
-            raise
-        with held_back("the model is saved"):  # without checkpoints it is all that is left
-            if nothing_learned is not None:
-                print(f"warning: {nothing_learned}", flush=True)
-            save_final(system, run_dir, checkpoints)
+        raise
+    with held_back("the model is saved"):  # without checkpoints it is all that is left
+        if nothing_learned is not None:
+            print(f"warning: {nothing_learned}", flush=True)
+        save_final(system, run_dir, checkpoints)
 
 
 def prepare_folder(config: AnyConfig, run_dir: RunDir) -> tuple[AnyConfig, int | None]:
@@ -192,18 +193,28 @@ def train_system(system: System, tracker: Tracker, checkpoints: Checkpoints) -> 
     return sampling_watch.nothing_learned()
 
 
-def _leave_at_once(
-    run_dir: RunDir,
-    kind: type[BaseException] | None,
-    error: BaseException | None,
-    traceback: TracebackType | None,
-) -> None:
+def _heeding_signals(config: RunConfig, run_dir: RunDir) -> AbstractContextManager[None]:
+    """`interruptible`, as the run's config wants it."""
+    notice = config.checkpoint.preemption_file
+    return interruptible(
+        on_first=run_dir.mark_ended,
+        exit_timeout_s=config.checkpoint.exit_timeout_s,
+        preemption_file=None if notice is None else Path(notice),
+    )
+
+
+@contextmanager
+def _leaving_at_once(run_dir: RunDir) -> Iterator[None]:
     """End this process after the second Ctrl-C: no picture, no wait for actors.
 
     Rows are in their files as soon as they are logged. Ray ends what it started when this process
     is gone, and the guard of rlsys.leftovers removes the rest.
     """
-    if error is not None and is_impatient():
+    try:
+        yield
+    except BaseException as error:
+        if not is_impatient():
+            raise
         error = as_stopped(error)
         run_dir.record_end(of_error(error), str(error))
         with suppress(OSError):  # the terminal may have been closed

@@ -23,6 +23,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__":  # -I leaves out the folder that has rlsys
+    sys.path.append(str(Path(__file__).parents[1]))
+from rlsys.processes import descendants, started_at
+
 SHARED_MEMORY = Path("/dev/shm")
 LOOK_EVERY_S = 0.5
 START_S = 60.0
@@ -220,28 +224,6 @@ class _Left:
             start = None if pid in self._started else started_at(pid)
             if start is not None:
                 self._started[pid] = start
-
-
-def started_at(pid: int) -> str | None:
-    """When a process started, in the kernel's clock; None if it does not run."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def descendants(pid: int) -> list[int]:
-    """A process and what it started, without the calling process."""
-    members = [pid]
-    for member in members:  # the list grows in the loop
-        try:
-            for thread in os.listdir(f"/proc/{member}/task"):
-                children = Path(f"/proc/{member}/task/{thread}/children").read_text().split()
-                members += [int(child) for child in children if int(child) != os.getpid()]
-        except OSError:
-            continue  # it ended
-    return members
 
 
 def mapped_names(pid: int) -> set[str]:

@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.leftovers import descendants
+from rlsys.processes import descendants, state_of
 
 SIGNAL = signal.SIGUSR2
 ANSWER_S = 5.0
@@ -79,7 +79,7 @@ def main_thread(text: str, most_lines: int = 12) -> str:
 
 def _read_one(pid: int) -> tuple[str, str]:
     """The stacks of one process, and why it did not write them itself."""
-    problem = _STATES.get(_state(pid), "")
+    problem = _STATES.get(state_of(pid), "")
     if problem:
         problem = f"{problem}, so it cannot write its stacks"
     else:
@@ -89,7 +89,7 @@ def _read_one(pid: int) -> tuple[str, str]:
             return f"process {pid}, {_command(pid)}\n{text.rstrip()}", ""
         problem = f"did not write its stacks within {ANSWER_S:g} s"
         if file is None:
-            problem = "has ended" if not _state(pid) else "has not come to writing stacks yet"
+            problem = "has ended" if not state_of(pid) else "has not come to writing stacks yet"
     seen = _py_spy(pid)
     return (f"process {pid}, which {problem}, as py-spy sees it\n{seen}" if seen else ""), problem
 
@@ -133,14 +133,6 @@ def _memory_file(pid: int) -> Path | None:
     return None
 
 
-def _state(pid: int) -> str:
-    """The letter of /proc/PID/stat; empty if the process does not exist."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
 def _command(pid: int) -> str:
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
@@ -153,7 +145,7 @@ def _py_spy(pid: int) -> str:
     """The stacks as py-spy reads them from a process that it does not stop; empty without it."""
     beside = Path(sys.executable).with_name("py-spy")  # Ray installs it
     program = str(beside) if beside.exists() else shutil.which("py-spy")
-    if program is None or not _state(pid):
+    if program is None or not state_of(pid):
         return ""
     command = [program, "dump", "--nonblocking", "--pid", str(pid)]
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from waiting import eventually
 
-from rlsys.leftovers import started_at
+from rlsys.processes import started_at
 
 pytestmark = [
     pytest.mark.processes,

@@ -9,6 +9,7 @@ import pytest
 from waiting import eventually
 
 from rlsys import stacks
+from rlsys.processes import state_of
 from rlsys.stacks import read_stacks
 
 pytestmark = pytest.mark.processes
@@ -83,7 +84,7 @@ def test_children_are_shown_too(start):
 def test_a_stopped_process_cannot_write_and_is_said_to_be_stopped(start, monkeypatch, has_py_spy):
     process = start("sleeps")
     process.send_signal(signal.SIGSTOP)
-    eventually(lambda: stacks._state(process.pid) == "T", "the process stops")
+    eventually(lambda: state_of(process.pid) == "T", "the process stops")
     if not has_py_spy:
         monkeypatch.setattr(stacks, "_py_spy", lambda pid: "")
     found = read_stacks(process.pid)

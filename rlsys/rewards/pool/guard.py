@@ -14,6 +14,10 @@ import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # -I leaves out the folder that has rlsys
+    sys.path.append(str(Path(__file__).parents[3]))
+from rlsys.processes import descendants, parent_of
+
 MEMORY_SHARE = 0.25
 """Share of the machine's memory that a process may hold if no limit is set."""
 _POLL_S = 0.05
@@ -48,22 +52,6 @@ def start_guard(max_memory_mb: int | None) -> subprocess.Popen[bytes] | None:
     return subprocess.Popen(command, start_new_session=True, stdin=subprocess.DEVNULL)
 
 
-def family(pid: int) -> list[int]:
-    """A process and its descendants whose parents live, without the calling process.
-
-    The process alone on a kernel without CONFIG_PROC_CHILDREN.
-    """
-    members = [pid]
-    for member in members:  # the list grows in the loop
-        try:
-            for thread in os.listdir(f"/proc/{member}/task"):
-                children = Path(f"/proc/{member}/task/{thread}/children").read_text().split()
-                members += [int(child) for child in children if int(child) != os.getpid()]
-        except OSError:
-            continue  # it ended
-    return members
-
-
 def memory_of(pids: list[int], limit: int) -> int:
     """Bytes that processes hold together.
 
@@ -88,18 +76,11 @@ def _proportional(pid: int) -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
 
 
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
 def _watch(pid: int, parent: int, limit: int) -> None:
     """Return when the process has to be killed, or has ended."""
     polls = 0
-    while os.getppid() == pid and _parent(pid) == parent:
-        size = memory_of(family(pid) if polls % _CHILDREN_EVERY == 0 else [pid], limit)
+    while os.getppid() == pid and parent_of(pid) == parent:
+        size = memory_of(descendants(pid) if polls % _CHILDREN_EVERY == 0 else [pid], limit)
         if size > limit:
             print(
                 f"reward process {pid} was killed: with its children it holds {size >> 20} MiB, "

@@ -16,9 +16,10 @@ from reward_programs import PROGRAM_COMPLETIONS, PROGRAM_VALUES, PROGRAMS, SIBLI
 from waiting import eventually
 
 from rlsys.config import RewardConfig
+from rlsys.processes import descendants
 from rlsys.rewards import check_functions, load_plugins
 from rlsys.rewards.pool.failures import RewardCodeError
-from rlsys.rewards.pool.guard import family, memory_of
+from rlsys.rewards.pool.guard import memory_of
 from rlsys.rewards.pool.process import LocalBackend
 from rlsys.rewards.pool.scorer import GroupScorer, local_scorer
 from rlsys.rewards.pool.serve import process_settings
@@ -252,16 +253,16 @@ time.sleep(60)
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
         assert parent.stdout.readline() == b"ready\n"
-        pids = family(parent.pid)
+        pids = descendants(parent.pid)
         assert len(pids) == 3
         assert memory_of(pids, limit=1 << 40) > 400 << 20
         assert 150 << 20 < memory_of(pids, limit=1) < 250 << 20
         assert memory_of([*pids, 2**22 - 1], limit=1) < 250 << 20  # one that has ended
     finally:
-        for pid in family(parent.pid)[::-1]:
+        for pid in descendants(parent.pid)[::-1]:
             os.kill(pid, signal.SIGKILL)
         parent.communicate()
-    assert family(parent.pid) == [parent.pid]
+    assert descendants(parent.pid) == [parent.pid]
     assert memory_of([parent.pid], limit=1) == 0
 
 
