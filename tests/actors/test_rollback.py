@@ -1,11 +1,13 @@
 """policy.on_nonfinite: rollback. The policy goes back to a good state, once from each."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from patience import PATIENCE_S
-from policy_cases import LAYOUTS, LabRank, policy_config, random_batch
+from policy_cases import LAYOUTS, LabRank, exported, policy_config, random_batch
+from safetensors.torch import load_file
 from test_policy_nonfinite import assert_same, poisoned, states
 
 from rlsys.actors.policy import PolicyActors
@@ -125,6 +127,43 @@ def test_weights_that_are_not_finite_are_an_error_of_the_sync(start):
             reference.sync()
     finally:
         reference.close()
+
+
+@pytest.mark.parametrize(
+    ("layout", "rank", "name"),
+    [
+        ("one rank", 0, "embedding.word_embeddings.weight"),
+        ("TP 2", 1, "linear_fc2.weight"),
+        ("PP 2 x DP 2", 2, "linear_fc2.weight"),
+    ],
+)
+def test_a_sync_goes_back_to_finite_weights_and_sends_those(
+    start, tmp_path, capsys, layout, rank, name
+):
+    """The reference has mixed NaNs in by then: it starts again from what it was."""
+    policy = start(layout, grpo={"beta": 0.1})
+    section = {"sync_steps": 1, "mixup_alpha": 0.25}
+    section = policy.config.reference.model_copy(update=section)
+    config = policy.config.model_copy(update={"reference": section})
+    before = load_file(Path(config.model.path) / "model.safetensors")
+    reference = ReferenceActors(config, device="cpu")
+    try:
+        reference.start()
+        reference.connect_to(policy)
+        policy.call("damage", "weight", name, rank)
+        reference.sync()
+        reference.save_model(tmp_path / "mixed")
+    finally:
+        reference.close()
+    printed = capsys.readouterr().out
+    assert "warning: the policy went back to the checkpoint " in printed
+    assert "as version 2, because NonFiniteWeights: the weights of policy version 2" in printed
+    sent, mixed = exported(policy), load_file(tmp_path / "mixed/model.safetensors")
+    ((_, folder),) = policy.checkpoints()
+    policy.load_checkpoint(folder)
+    torch.testing.assert_close(sent, exported(policy), atol=0, rtol=0)
+    mix = {key: 0.75 * before[key] + 0.25 * sent[key] for key in before}
+    torch.testing.assert_close(mixed, mix, atol=1e-6, rtol=1e-6)
 
 
 class FatalRank(LabRank):
