@@ -5,6 +5,7 @@
 # make test       lint, types and tests
 # make test-all   also the slowest tests: servers and whole runs of their own
 # make test-gpu   the tests that need GPUs, with .venv-gpu or else the python3 of this shell
+# make dashboard  bundle the page of `rlsys dashboard` after a change of its sources; needs npm
 # make audit      look for known holes in the pinned packages, where a database can be reached
 #
 # VENV=dir (for GPUs VENV_GPU=dir) uses another environment, PYTHON=python3.12 another interpreter
@@ -47,6 +48,11 @@ audit: setup
 	-$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 	$(VENV)-audit/bin/python scripts/audit.py
 
+dashboard:
+	npm --prefix rlsys/dashboard/web ci
+	npm --prefix rlsys/dashboard/web test
+	npm --prefix rlsys/dashboard/web run build
+
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -59,4 +65,4 @@ clean:
 distclean: clean
 	rm -rf $(VENV) $(VENV_GPU) *.egg-info
 
-.PHONY: setup setup-gpu demo test-fast test test-all test-gpu audit lint clean distclean
+.PHONY: setup setup-gpu demo dashboard test-fast test test-all test-gpu audit lint clean distclean
