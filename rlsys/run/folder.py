@@ -46,6 +46,12 @@ class RunDir:
         """One JSON object per completion that dynamic sampling left out."""
         self.eval_completions = path / "eval_completions.jsonl"
         """One JSON object a held-out completion."""
+        self.warnings = path / "warnings.jsonl"
+        """One JSON object a warning about the health of the run."""
+        self.timeline = path / "timeline.jsonl"
+        """One JSON object a span of time in which an actor was busy."""
+        self.actors = path / "actors.json"
+        """The actors of the run, as they were seconds ago."""
         self.checkpoints = path / "checkpoints"
         """What training continues from."""
         self.hf = path / "hf"
@@ -71,7 +77,18 @@ class RunDir:
         """How the last run in this folder ended: `exit_code`, `reason`. Not there after SIGKILL."""
         self.ray_logs = self.logs / "ray"
         """Logs of Ray clusters that failed runs had started, each in a folder of its own."""
-        records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
+        self.cache = path / ".cache"
+        """What readers made of the other files; it can be deleted at any time."""
+        records = (
+            self.metrics,
+            self.completions,
+            self.filtered_completions,
+            self.eval_completions,
+            self.warnings,
+            self.timeline,
+            self.actors,
+            self.cache,
+        )
         models = (self.checkpoints, self.hf, self.final, self.interrupted)
         shown = (self.reward_curve, self.loss_curve, self.tensorboard, path / "wandb")
         self.files = (

@@ -25,6 +25,7 @@ LAYERS = {
     "preflight": "base, config, plugins, algo, model, run, rewards, tracking, data",
     "actors": "base, config, plugins, algo, model, weight_sync, rewards, engines",
     "data": "base, config, plugins, model",
+    "records": "base, config, run, tracking",
     "tracking": "base, config, algo, run",
     "engines": "base, config, algo, model, weight_sync",
     "rewards": "base, config, plugins, sandbox, model",

@@ -1,0 +1,16 @@
+"""Reads what runs wrote: metrics, completions, warnings and times, of runs that go on or ended."""
+
+from rlsys.records.completions import CompletionRows, Completions, Query
+from rlsys.records.metrics import MetricTable
+from rlsys.records.run_record import RunRecord, RunStatus, find_runs, open_run
+
+__all__ = [
+    "CompletionRows",
+    "Completions",
+    "MetricTable",
+    "Query",
+    "RunRecord",
+    "RunStatus",
+    "find_runs",
+    "open_run",
+]

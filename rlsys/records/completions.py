@@ -1,0 +1,261 @@
+"""Completions of a run, filtered and sorted by DuckDB.
+
+Conditions come from users and from visitors of the dashboard's page. So each query has a database
+of its own in memory, which holds the completions and can neither read nor write anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duckdb
+
+from rlsys.records.columns import DERIVED, PLACE, STORED, quoted, text_literal, view_columns
+from rlsys.records.index import CompletionIndex
+from rlsys.run.folder import RunDir
+from rlsys.tracking.base import Split
+
+if TYPE_CHECKING:
+    import pyarrow
+
+MEMORY_LIMIT = "4GB"
+"""Of one query."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRows:
+    """Some of the completions that fit a query."""
+
+    columns: list[str]
+    rows: list[dict[str, Any]]
+    """Column -> value; `rewards` and `failures` are mappings by name."""
+    total: int
+    """Completions that fit, also those before `offset` and after `limit`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Which completions, in which order, and what about them."""
+
+    where: str | None = None
+    """One SQL expression over the columns, such as `countdown = 0 and format = 1`."""
+    grep: str | None = None
+    """Only completions whose text contains this."""
+    steps: tuple[int | None, int | None] = (None, None)
+    """First and last step; None is open."""
+    sort: str | None = None
+    """A column; None is the order in which completions were recorded."""
+    descending: bool = True
+    """Largest first; without `sort`, newest first."""
+    offset: int = 0
+    limit: int | None = None
+    columns: Sequence[str] | None = None
+    """None is all that the rows in the file have, and their `id`."""
+
+
+class Completions:
+    """The completions of one kind of a run. Several threads may use it.
+
+    Args:
+        run: the folder.
+        split: trained on, held out, or left out by dynamic sampling.
+    """
+
+    def __init__(self, run: RunDir, split: Split):
+        self.path = run.completions_of(split)
+        """The newest file."""
+        self._index = CompletionIndex(self.path, run.cache)
+
+    def columns(self) -> list[str]:
+        """All columns that a query may name."""
+        with self._opened(None) as (_, columns):
+            return columns
+
+    def query(self, query: Query, *, timeout_s: float | None = None) -> CompletionRows:
+        """Completions as rows.
+
+        Args:
+            query: which ones.
+            timeout_s: seconds after which the query is given up; None is no limit.
+
+        Raises:
+            ValueError: an unknown column, a condition that is not an expression over the columns,
+                or a query that took too long or too much memory.
+        """
+        with self._opened(timeout_s) as (completions, columns), _explained(query, columns):
+            chosen = _filtered(completions, query)
+            total = chosen.aggregate("count(*)").fetchall()[0][0]
+            relation = _projected(_ordered(chosen, query, columns), query, columns)
+            names, kinds = relation.columns, [str(kind) for kind in relation.types]
+            rows = [
+                {n: _decoded(v, kind) for n, v, kind in zip(names, row, kinds, strict=True)}
+                for row in relation.fetchall()
+            ]
+            return CompletionRows(names, rows, total)
+
+    def table(self, query: Query) -> pyarrow.Table:
+        """Completions as a table of Arrow; the same errors as `query`."""
+        with self._opened(None) as (completions, columns), _explained(query, columns):
+            chosen = _ordered(_filtered(completions, query), query, columns)
+            return _projected(chosen, query, columns).to_arrow_table()
+
+    def group(self, completion_id: str) -> list[dict[str, Any]]:
+        """The row of a completion, and then the other completions of its group.
+
+        Raises:
+            ValueError: no completion has this id.
+        """
+        try:
+            step, group_id, index = (int(word) for word in completion_id.split("-"))
+        except ValueError:
+            raise ValueError(
+                f"{completion_id!r} is not an id of a completion, such as 12-340-0"
+            ) from None
+        where = f"step = {step} and group_id = {group_id}"
+        rows = self.query(Query(where=where, descending=False)).rows
+        own = [row for row in rows if row["index"] == index]
+        if not own:
+            raise ValueError(f"no completion has the id {completion_id!r}")
+        return [*own[:1], *(row for row in rows if row["index"] != index)]
+
+    @contextmanager
+    def _opened(
+        self, timeout_s: float | None
+    ) -> Iterator[tuple[duckdb.DuckDBPyRelation, list[str]]]:
+        """All completions in a locked database, and their columns."""
+        pieces, contents = self._index.pieces()
+        columns = view_columns(contents.rewards, contents.further)
+        stored = [*STORED, *contents.further]
+        with duckdb.connect(config={"memory_limit": MEMORY_LIMIT}) as connection:
+            files = [str(piece) for piece in pieces if isinstance(piece, Path)]
+            connection.execute(f"SET allowed_paths = {_list(files)}")
+            selects = [_select_nothing(stored), *_selects(connection, pieces)]
+            expressions = [f"{value} AS {quoted(name)}" for name, value in columns.items()]
+            connection.execute(
+                f"CREATE VIEW completions AS SELECT {', '.join([*expressions, *PLACE])} FROM "
+                f"({' UNION ALL BY NAME '.join(selects)})"
+            )
+            for setting in (
+                "python_enable_replacements = false",
+                "temp_directory = ''",
+                "enable_external_access = false",
+                "lock_configuration = true",
+            ):
+                connection.execute(f"SET {setting}")
+            timer = threading.Timer(timeout_s, connection.interrupt) if timeout_s else None
+            try:
+                if timer:
+                    timer.start()
+                yield connection.table("completions"), list(columns)
+            except duckdb.InterruptException:
+                raise ValueError(f"the query was given up after {timeout_s:g} s") from None
+            except duckdb.OutOfMemoryException:
+                raise ValueError(
+                    f"the query needs more than {MEMORY_LIMIT} of memory: ask for fewer steps or "
+                    "columns"
+                ) from None
+            finally:
+                if timer:
+                    timer.cancel()
+
+
+def _selects(
+    connection: duckdb.DuckDBPyConnection, pieces: list[Path | pyarrow.Table]
+) -> Iterator[str]:
+    """SELECTs of all pieces, numbered in their order."""
+    files = {number: str(piece) for number, piece in enumerate(pieces) if isinstance(piece, Path)}
+    if files:
+        yield (
+            f"SELECT *, {list(files)}[file_index::BIGINT + 1] AS part "
+            f"FROM read_parquet({_list(files.values())}, union_by_name = true)"
+        )
+    for number, piece in enumerate(pieces):
+        if number not in files:
+            connection.register(f"piece_{number}", piece)
+            yield f"SELECT *, {number} AS part FROM piece_{number}"
+
+
+def _list(texts: Iterable[str]) -> str:
+    return f"[{', '.join(map(text_literal, texts))}]"
+
+
+def _select_nothing(stored: list[str]) -> str:
+    """No row, with the columns that all rows together have."""
+    columns = [f"NULL::{STORED.get(name, 'JSON')} AS {quoted(name)}" for name in stored]
+    return f"SELECT {', '.join(columns)}, 0 AS row, 0 AS part WHERE false"
+
+
+def _filtered(completions: duckdb.DuckDBPyRelation, query: Query) -> duckdb.DuckDBPyRelation:
+    first, last = query.steps
+    if first is not None:
+        completions = completions.filter(f"step >= {int(first)}")
+    if last is not None:
+        completions = completions.filter(f"step <= {int(last)}")
+    if query.grep:
+        completions = completions.filter(f"contains(text, {text_literal(query.grep)})")
+    if query.where and query.where.strip():
+        # SQLExpression takes one expression and nothing that follows it.
+        completions = completions.filter(duckdb.SQLExpression(query.where))
+    return completions
+
+
+def _ordered(
+    chosen: duckdb.DuckDBPyRelation, query: Query, columns: list[str]
+) -> duckdb.DuckDBPyRelation:
+    if (query.limit is not None and query.limit < 0) or query.offset < 0:
+        raise ValueError(f"limit {query.limit} and offset {query.offset} should be 0 or more")
+    way = "DESC" if query.descending else "ASC"
+    if query.sort is None:
+        order = [f"{name} {way}" for name in PLACE]
+    else:
+        order = [f"{quoted(_known(query.sort, columns))} {way} NULLS LAST", *PLACE]
+    chosen = chosen.order(", ".join(order))
+    if query.limit is None and not query.offset:
+        return chosen
+    return chosen.limit(2**62 if query.limit is None else query.limit, query.offset)
+
+
+def _projected(
+    chosen: duckdb.DuckDBPyRelation, query: Query, columns: list[str]
+) -> duckdb.DuckDBPyRelation:
+    wanted = query.columns
+    if wanted is None:
+        wanted = ["id", *STORED, *(n for n in columns if n not in STORED and n not in DERIVED)]
+    return chosen.project(", ".join(quoted(_known(name, columns)) for name in wanted))
+
+
+def _known(name: str, columns: list[str]) -> str:
+    for column in columns:
+        if column.lower() == name.lower():
+            return column
+    raise ValueError(f"{name!r} is not a column. {_listed(columns)}")
+
+
+def _listed(columns: list[str]) -> str:
+    return f"Columns are {', '.join(columns)}."
+
+
+@contextmanager
+def _explained(query: Query, columns: list[str]) -> Iterator[None]:
+    """Turn DuckDB's errors about a condition into one that names the columns."""
+    try:
+        yield
+    except (duckdb.InterruptException, duckdb.OutOfMemoryException):
+        raise
+    except duckdb.Error as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"cannot search with {query.where!r}: {reason}. It should be one SQL condition, such "
+            f"as reward > 0.5 and step >= 10. {_listed(columns)} Names with other characters stand "
+            'in double quotes: "my reward" = 0.'
+        ) from None
+
+
+def _decoded(value: Any, kind: str) -> Any:
+    return json.loads(value) if kind == "JSON" and value is not None else value

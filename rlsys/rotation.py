@@ -1,0 +1,107 @@
+"""Files that grow until they are rotated: the parts of one, and reading what was appended."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO
+
+MARK_BYTES = 256
+"""Bytes before the place where reading ended, which show later that the file is still the same:
+file systems give the inode of a deleted file to the next one."""
+
+
+def part_path(path: Path, number: int) -> Path:
+    """The older part `number`, from 1, of a file: completions.000001.jsonl of completions.jsonl."""
+    return path.with_name(f"{path.stem}.{number:06d}{path.suffix}")
+
+
+def older_parts(path: Path) -> list[Path]:
+    """The parts of a file that were rotated away, oldest first."""
+    name = re.compile(rf"{re.escape(path.stem)}\.(\d{{6,}}){re.escape(path.suffix)}")
+    try:
+        found = [
+            (match, item) for item in path.parent.iterdir() if (match := name.fullmatch(item.name))
+        ]
+    except OSError:
+        return []
+    return [item for _, item in sorted(found, key=lambda pair: int(pair[0][1]))]
+
+
+def open_parts(path: Path, stack: ExitStack) -> list[tuple[Path, IO[bytes]]]:
+    """All parts of a file, opened for reading, oldest first; those that were deleted are left out.
+
+    Parts may be rotated meanwhile: none is missing or twice, but one that has just begun may be
+    left out.
+    """
+    found: dict[int, tuple[Path, IO[bytes]]] = {}
+    newest = _open(path, stack)  # before the others: if it is rotated now, it is among them too
+    for part in older_parts(path):
+        if (file := _open(part, stack)) is not None:
+            found[os.fstat(file.fileno()).st_ino] = (part, file)
+    if newest is not None:
+        found.setdefault(os.fstat(newest.fileno()).st_ino, (path, newest))
+    return list(found.values())
+
+
+def _open(path: Path, stack: ExitStack) -> IO[bytes] | None:
+    try:
+        return stack.enter_context(path.open("rb"))
+    except OSError:
+        return None
+
+
+class GrowingFile:
+    """Lines that another process appends to a file and its rotated parts, each read once."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._inode: int | None = None
+        self._offset = 0
+        self._mark = b""
+        """The bytes before `_offset`."""
+
+    def new_lines(self) -> tuple[bool, Iterator[bytes]]:
+        """Whole lines since the last call; half a last line is left for the next one.
+
+        Returns:
+            Whether what was read so far no longer holds, because files were cut back, replaced or
+            deleted, and the lines; then they are those of all parts that are left. The iterator
+            has to be read to its end.
+        """
+        stack = ExitStack()
+        parts = open_parts(self._path, stack)
+        found = next((i for i, (_, file) in enumerate(parts) if self._continues_in(file)), None)
+        restarted = self._inode is not None and found is None
+        if found is None:
+            self._inode, self._offset, self._mark = None, 0, b""
+        return restarted, self._read(stack, [file for _, file in parts[found or 0 :]])
+
+    def _continues_in(self, file: IO[bytes]) -> bool:
+        status = os.fstat(file.fileno())
+        return (
+            status.st_ino == self._inode
+            and status.st_size >= self._offset
+            and os.pread(file.fileno(), len(self._mark), self._offset - len(self._mark))
+            == self._mark
+        )
+
+    def _read(self, stack: ExitStack, files: list[IO[bytes]]) -> Iterator[bytes]:
+        with stack:
+            for file in files:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._inode, self._offset, self._mark = inode, 0, b""
+                start = self._offset
+                file.seek(start)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # still being written
+                    self._offset += len(line)
+                    yield line
+                if self._offset > start:
+                    size = min(MARK_BYTES, self._offset)
+                    self._mark = os.pread(file.fileno(), size, self._offset - size)
