@@ -79,31 +79,18 @@ class RunDir:
         """Logs of Ray clusters that failed runs had started, each in a folder of its own."""
         self.cache = path / ".cache"
         """What readers made of the other files; it can be deleted at any time."""
-        records = (
-            self.metrics,
-            self.completions,
-            self.filtered_completions,
-            self.eval_completions,
-            self.warnings,
-            self.timeline,
-            self.actors,
-            self.cache,
-        )
-        models = (self.checkpoints, self.hf, self.final, self.interrupted)
-        shown = (self.reward_curve, self.loss_curve, self.tensorboard, path / "wandb")
-        self.files = (
-            self.config,
-            *records,
-            *models,
-            self.dumps,
-            *shown,
-            self.logs,
-            self.status,
-            self.ended,
-        )
-        """Everything that a run writes, folders too."""
         self._lock = path / ".lock"
         """Locked while a run is in the folder; holds the name of its host."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Everything that a run writes, folders too."""
+        records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
+        health = (self.warnings, self.timeline, self.actors, self.cache)
+        models = (self.checkpoints, self.hf, self.final, self.interrupted, self.dumps)
+        shown = (self.reward_curve, self.loss_curve, self.tensorboard, self.path / "wandb")
+        state = (self.logs, self.status, self.ended)
+        return (self.config, *records, *health, *models, *shown, *state)
 
     def completions_of(self, split: Literal["train", "eval", "filtered"]) -> Path:
         """The file of training, held-out or filtered completions."""
