@@ -174,12 +174,22 @@ class JsonlWriter:
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         drop_torn_line(path)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
 
     def append(self, *rows: Mapping[str, Any]) -> None:
-        """Append rows together, one line each."""
-        self._file.write(b"".join(encode_row(row) for row in rows))
-        self._file.flush()
+        """Append rows together, one line each, or none of them.
+
+        Raises:
+            OSError: of the system, such as that the disk is full.
+        """
+        content = memoryview(b"".join(encode_row(row) for row in rows))
+        size = self._file.seek(0, os.SEEK_END)
+        try:
+            while content:
+                content = content[self._file.write(content) :]
+        except OSError:
+            self._file.truncate(size)  # half a row would hide the next one, too
+            raise
 
     def close(self) -> None:
         """Close the file."""

@@ -32,6 +32,8 @@ from rlsys.preflight.checks import check_run
 from rlsys.preflight.devices import visible_gpus
 from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines
+from rlsys.tracking.packages import REQUIREMENTS as TRACKER_PACKAGES
+from rlsys.tracking.packages import missing_packages, version_of
 
 Level = Literal["ok", "note", "broken"]
 _STYLES: dict[Level, str] = {"ok": "green", "note": "yellow", "broken": "bold red"}
@@ -176,11 +178,14 @@ def _packages() -> Iterator[Finding]:
             yield Finding("note", requirement.name, wanted, install)
         else:
             yield Finding("ok", requirement.name, version)
-    wandb = installed_version("wandb")
-    if wandb is None:
-        yield Finding("ok", "wandb", "not installed (optional: pip install wandb)")
-    else:
-        yield Finding("ok", "wandb", wandb)
+    for tracker, wanted in TRACKER_PACKAGES.items():
+        version = version_of(tracker)
+        if version is None:
+            yield Finding("ok", tracker, f"not installed (optional: pip install {tracker})")
+        elif missing_packages([tracker]):
+            yield Finding("note", tracker, f"{version}, too old", f'pip install "{wanted}"')
+        else:
+            yield Finding("ok", tracker, version)
 
 
 # --- imports -------------------------------------------------------------------------------------

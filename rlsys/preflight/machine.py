@@ -13,8 +13,15 @@ from rlsys.model.attention import attention_problem
 from rlsys.model.modelscope import REMEDY
 from rlsys.preflight.devices import device_of_packages, guess_device, visible_gpus
 from rlsys.problems import Problem
-from rlsys.tracking import trackers
-from rlsys.tracking.wandb import find_wandb
+from rlsys.tracking import mlflow, swanlab, trackers, wandb
+from rlsys.tracking.packages import missing_packages
+
+TRACKER_CHECKS = {
+    "wandb": wandb.key_problem,
+    "mlflow": mlflow.storage_problem,
+    "swanlab": swanlab.key_problem,
+}
+"""Tracker -> why its package cannot record a run, by the section `tracking`."""
 
 
 def package_problems(config: RunConfig) -> Iterator[Problem]:
@@ -46,17 +53,19 @@ def package_problems(config: RunConfig) -> Iterator[Problem]:
 
 
 def tracker_problems(config: RunConfig) -> Iterator[Problem]:
-    """Trackers that nobody registered, or whose package is not installed."""
+    """Trackers that nobody registered, whose package is not installed, or that cannot log in."""
     for name in config.tracking.report_to:
         try:
             trackers[name]
         except ValueError as error:
             yield Problem(f"tracking.report_to: {error}")
-    if "wandb" in config.tracking.report_to:
-        try:
-            find_wandb()
-        except ValueError as error:
-            yield Problem(str(error), only_here=True)
+    names = config.tracking.report_to
+    if missing := missing_packages(names):
+        yield Problem(missing, only_here=True)
+        return
+    for name, check in TRACKER_CHECKS.items():
+        if name in names and (problem := check(config.tracking)):
+            yield Problem(problem, only_here=True)
 
 
 def option_problems(config: Config) -> Iterator[Problem]:

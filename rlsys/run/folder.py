@@ -69,6 +69,10 @@ class RunDir:
         """The picture of a supervised run."""
         self.tensorboard = path / "tensorboard"
         """TensorBoard event files."""
+        self.swanlab = path / "swanlog"
+        """SwanLab's files."""
+        self.environment = path / "environment.jsonl"
+        """One JSON object for each process that trained here: git's state, package versions."""
         self.logs = path / "logs"
         """Stacks of processes that did not answer."""
         self.status = path / "status"
@@ -88,8 +92,9 @@ class RunDir:
         records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
         health = (self.warnings, self.timeline, self.actors, self.cache)
         models = (self.checkpoints, self.hf, self.final, self.interrupted, self.dumps)
-        shown = (self.reward_curve, self.loss_curve, self.tensorboard, self.path / "wandb")
-        state = (self.logs, self.status, self.ended)
+        pictures = (self.reward_curve, self.loss_curve)
+        shown = (*pictures, self.tensorboard, self.path / "wandb", self.swanlab)
+        state = (self.environment, self.logs, self.status, self.ended)
         return (self.config, *records, *health, *models, *shown, *state)
 
     def completions_of(self, split: Literal["train", "eval", "filtered"]) -> Path:

@@ -3,7 +3,8 @@
 A new tracker is one file with a class under `@register_tracker("name")`, imported below.
 """
 
-from rlsys.tracking import tensorboard, wandb  # noqa: F401  imported to be registered
+# Imported to be registered.
+from rlsys.tracking import mlflow, swanlab, tensorboard, trackio, wandb  # noqa: F401
 from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker, trackers
 from rlsys.tracking.composite import build_tracker
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 from rlsys.config import RunConfig
@@ -17,7 +18,11 @@ Split = Literal["train", "eval", "filtered"]
 
 
 class Tracker(ABC):
-    """Records the metrics and completions of a run. A tracker implements the methods it needs."""
+    """Records the metrics and completions of a run. A tracker implements the methods it needs.
+
+    Those of `tracking.report_to` are made and called in a thread of their own, in order; a call
+    that raises is made again later, see rlsys.tracking.background.
+    """
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:  # noqa: B027  optional
         """Record the metrics of a step, 1 to max_steps, or of an evaluation after `step` steps.
@@ -59,6 +64,16 @@ TrackerFactory = Callable[[RunConfig, int | None], Tracker]
 trackers: Registry[TrackerFactory] = Registry("tracker")
 """The trackers that `tracking.report_to` may name."""
 register_tracker = trackers.register
+
+
+def run_name(config: RunConfig) -> str:
+    """The name of a run in trackers."""
+    return config.tracking.run_name or Path(config.output_dir).resolve().name
+
+
+def numbers_of(metrics: Metrics) -> dict[str, float]:
+    """The metrics without those that are texts."""
+    return {name: value for name, value in metrics.items() if not isinstance(value, str)}
 
 
 def is_evaluation(metrics: Metrics) -> bool:

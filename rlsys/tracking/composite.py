@@ -6,15 +6,20 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 from rlsys.config import RunConfig
-from rlsys.files import truncate_after
+from rlsys.files import JsonlWriter, truncate_after
 from rlsys.run.folder import ENDED, RUNNING, RunDir
+from rlsys.tracking.background import BackgroundTracker
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation, trackers
 from rlsys.tracking.console import console_tracker
+from rlsys.tracking.environment import environment, summary
+from rlsys.tracking.guarded import GuardedTracker
 from rlsys.tracking.jsonl import CompletionsTracker, JsonlTracker
+from rlsys.tracking.packages import missing_packages
 from rlsys.tracking.plot import CurveTracker
 from rlsys.types import RolloutGroup
 
@@ -23,7 +28,8 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Trac
     """The trackers of a run: console, metrics.jsonl, completions.jsonl and `report_to`.
 
     Marks the run as running. It does not need Ray, so a wrong name or a missing package is found
-    before anything starts.
+    before anything starts. None of them can stop the run: those of `report_to` work in the
+    background, and what the others cannot write is a note.
 
     Args:
         config: of the run.
@@ -33,19 +39,36 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Trac
     Raises:
         ValueError: a tracker is unknown, or its package is missing.
     """
-    factories = [trackers[name] for name in config.tracking.report_to]
+    names = config.tracking.report_to
+    factories = {name: trackers[name] for name in names}
+    if missing := missing_packages(names):
+        raise ValueError(missing)
     run_dir = RunDir(Path(config.output_dir))
     if resumed_from is not None:
         for path in (run_dir.metrics, *map(run_dir.completions_of, get_args(Split))):
             truncate_after(path, resumed_from)
-    reporters = [factory(config, resumed_from) for factory in factories]
-    parts: list[Tracker] = [JsonlTracker(run_dir.metrics)]
+    parts: list[Tracker] = [GuardedTracker("metrics.jsonl", JsonlTracker(run_dir.metrics))]
     if config.logs_completions:
-        parts.append(CompletionsTracker(run_dir))
+        parts.append(GuardedTracker("completions.jsonl", CompletionsTracker(run_dir)))
+    _record_environment(run_dir, resumed_from)
     # They are closed in this order, the slow picture last: `ray job stop` kills after 3 seconds.
-    parts += [console_tracker(config, resumed_from), *reporters, CurveTracker(run_dir)]
+    parts.append(GuardedTracker("the console", console_tracker(config, resumed_from)))
+    timeout_s = config.tracking.close_timeout_s
+    parts += [
+        BackgroundTracker(name, partial(make, config, resumed_from), close_timeout_s=timeout_s)
+        for name, make in factories.items()
+    ]
+    parts.append(GuardedTracker("the picture of the run", CurveTracker(run_dir)))
     run_dir.write_status(RUNNING)
     return CompositeTracker(parts, run_dir, Progress(config.num_steps))
+
+
+def _record_environment(run_dir: RunDir, resumed_from: int | None) -> None:
+    """Say and append what this process runs with."""
+    print(f"environment: {summary()}", flush=True)
+    writer = JsonlWriter(run_dir.environment)
+    writer.append({"time": time.time(), "resumed_from": resumed_from, **environment()})
+    writer.close()
 
 
 class Progress:
@@ -84,6 +107,7 @@ class CompositeTracker(Tracker):
 
     def __init__(self, parts: list[Tracker], run_dir: RunDir, progress: Progress):
         self._parts = parts
+        self._background = [part for part in parts if isinstance(part, BackgroundTracker)]
         self._run_dir = run_dir
         self._progress = progress
         self._lock = threading.RLock()
@@ -96,6 +120,7 @@ class CompositeTracker(Tracker):
                 time_of_step = metrics.get("time/step")
                 assert not isinstance(time_of_step, str)
                 metrics = {**metrics, **self._progress.metrics(step, time_of_step)}
+                metrics |= self._losses()
             for part in self._parts:
                 part.log_metrics(step, metrics)
 
@@ -123,9 +148,19 @@ class CompositeTracker(Tracker):
             if self._closed:
                 return
             self._closed = True
+            for waiting in self._background:
+                waiting.begin_close()  # all at once
             for part in reversed(self._parts):
                 stack.callback(part.close)
             stack.callback(self._run_dir.write_status, ENDED)  # first: it must not be lost
+
+    def _losses(self) -> dict[str, float]:
+        """Records that trackers have lost so far; nothing of those that lost none."""
+        return {
+            f"tracking/{part.name}/lost": float(part.outages.lost.total())
+            for part in self._background
+            if part.outages.lost
+        }
 
 
 def format_seconds(seconds: float) -> str:

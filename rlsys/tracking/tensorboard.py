@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rlsys.config import RunConfig
 from rlsys.run.folder import RunDir
 from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker
 from rlsys.tracking.completions import completion_rows
+from rlsys.tracking.environment import config_values, environment
 from rlsys.types import RolloutGroup
 
 STEPS_BETWEEN_TEXTS = 10
@@ -28,6 +30,10 @@ class TensorBoardTracker(Tracker):
             purge_step=None if resumed_from is None else resumed_from + 1,
             flush_secs=10,
         )
+        texts = {"config": config_values(config), "environment": environment()}
+        for name, values in texts.items():
+            text = verbatim(json.dumps(values, indent=2, ensure_ascii=False))
+            self._writer.add_text(name, text, resumed_from or 0)
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Add a scalar for each number."""

@@ -95,7 +95,7 @@ def test_the_config_of_a_run_with_secrets_is_for_its_owner(tmp_path, params, is_
 def test_a_tracker_on_the_web_gets_no_secrets(tmp_path, monkeypatch):
     given_to_wandb = {}
     module = SimpleNamespace(
-        init=lambda **kwargs: given_to_wandb.update(kwargs), __spec__=SimpleNamespace(origin="x")
+        init=lambda **kwargs: given_to_wandb.update(kwargs), Settings=lambda **kwargs: kwargs
     )
     monkeypatch.setitem(sys.modules, "wandb", module)
     reward = {"reward_funcs": ["length"], "reward_params": {"length": {"api_key": "sk-1"}}}
@@ -104,6 +104,7 @@ def test_a_tracker_on_the_web_gets_no_secrets(tmp_path, monkeypatch):
     assert "sk-1" not in str(given_to_wandb)
     assert given_to_wandb["config"]["reward"]["reward_params"] == {"length": {"api_key": "***"}}
     assert given_to_wandb["config"]["max_steps"] == config.max_steps
+    assert given_to_wandb["settings"] == {"x_disable_meta": True}, "it would send the command line"
 
 
 def test_the_start_of_a_run_names_secrets_and_does_not_show_them(tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import field_validator
+from typing import Literal
+
+from pydantic import Field, field_validator
 
 from rlsys.config.field_types import PathText
 from rlsys.config.schema.section import Section
@@ -12,12 +14,32 @@ class TrackersConfig(Section):
     """Where metrics go, besides metrics.jsonl."""
 
     report_to: list[str] = ["tensorboard"]
-    """More trackers by name: tensorboard, wandb (which needs `pip install wandb`); none or [] for
-    no more."""
+    """More trackers by name, several at once: tensorboard; wandb, mlflow, trackio, swanlab (each
+    after `pip install NAME`); none or [] for no more. None of them can stop a run or slow it."""
     run_name: PathText | None = None
     """Name of the run in trackers; null is the name of output_dir."""
-    wandb_project: PathText = "rlsys"
-    """Project of the run in wandb."""
+    project: PathText = "rlsys"
+    """Project of the run in wandb, trackio and SwanLab, experiment in MLflow."""
+    wandb_project: PathText | None = None
+    """Project in wandb, if it is another one; null is `project`."""
+    wandb_entity: PathText | None = None
+    """User or team in wandb; null reads WANDB_ENTITY, or else is the user's own."""
+    wandb_mode: Literal["online", "offline", "disabled"] | None = None
+    """offline writes to OUTPUT_DIR/wandb, for `wandb sync`; null reads WANDB_MODE, or else is
+    online."""
+    mlflow_tracking_uri: str | None = None
+    """Server or database of MLflow, http://HOST:PORT or sqlite:///FILE; null reads
+    MLFLOW_TRACKING_URI, or else is mlflow.db in the working directory."""
+    trackio_space_id: PathText | None = None
+    """Hugging Face Space that trackio sends to, USER/NAME; null reads TRACKIO_SPACE_ID, or else
+    keeps the run on this machine."""
+    swanlab_mode: Literal["online", "offline", "local", "disabled"] | None = None
+    """offline writes to OUTPUT_DIR/swanlog, for `swanlab sync`; null reads SWANLAB_MODE, or else
+    is online."""
+    swanlab_workspace: PathText | None = None
+    """Workspace in SwanLab; null is the user's own."""
+    close_timeout_s: float = Field(default=30.0, gt=0)
+    """Most seconds that the end of a run waits for these trackers to write what is pending."""
 
     @field_validator("report_to")
     @classmethod

@@ -1,10 +1,10 @@
 """Packages, kernels and GPUs that a run lacks on this machine."""
 
-import sys
-
 import pytest
 from config_cases import write_model
 from preflight_cases import only
+
+from rlsys.tracking import mlflow, packages
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,20 @@ def test_a_tracker_that_nobody_registered(problems):
     assert "Did you mean 'tensorboard'?" in text
 
 
-def test_a_tracker_that_is_not_installed(problems, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)  # what an absent module looks like
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else name)
-    assert "pip install wandb" in only(problems("--tracking.report_to", "wandb"))
+def test_trackers_that_are_not_installed_are_one_problem_with_the_command(problems, monkeypatch):
+    monkeypatch.setattr(packages, "installed_version", {"mlflow-skinny": "2.9"}.get)
+    found = problems("--tracking.report_to", "tensorboard", "wandb", "mlflow")
+    text = only(found)
+    assert 'pip install "wandb>=0.19" "mlflow>=3"' in text
+    assert "wandb is not installed, mlflow is 2.9, too old" in text
+    assert found[0].only_here
+
+
+def test_mlflow_skinny_writes_to_servers_only(problems, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    skinny = {"mlflow-skinny": "3.17"}.get
+    monkeypatch.setattr(packages, "installed_version", skinny)
+    monkeypatch.setattr(mlflow, "installed_version", skinny)
+    assert "pip install mlflow" in only(problems("--tracking.report_to", "mlflow"))
+    server = ["--tracking.mlflow_tracking_uri", "http://127.0.0.1:5000"]
+    assert problems("--tracking.report_to", "mlflow", *server) == []

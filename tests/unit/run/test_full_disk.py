@@ -1,5 +1,6 @@
-"""A run whose disk becomes full has ended, with the exit code of that, whatever else fails."""
+"""A run whose disk becomes full goes on without its records, and its end is recorded."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -33,14 +34,15 @@ try:
         stack.enter_context(run.recording_end())
         tracker = build_tracker(config)
         stack.callback(tracker.close)
-        for step in range(10_000):
+        for step in range(1000):
             tracker.log_metrics(step, {"reward": 1.0, "loss": 0.0, "text": "x" * 1000})
+        (run.path / "model").write_bytes(bytes(2**20))
 except OSError as error:
     print(of_error(error), run.status.read_text().strip(), run.state())
 """
 
 
-def test_the_status_is_ended_on_a_full_disk(tmp_path):
+def test_trackers_go_on_and_a_model_that_does_not_fit_ends_the_run(tmp_path):
     mount = 'mount -t tmpfs -o size=512k none /mnt && exec "$@"'
     command = ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", PROGRAM]
     done = subprocess.run(
@@ -50,4 +52,8 @@ def test_the_status_is_ended_on_a_full_disk(tmp_path):
         text=True,
         check=False,
     )
-    assert done.stdout.splitlines()[-1:] == ["74 ended ended"], done.stderr
+    last = done.stdout.splitlines()[-1]
+    assert last == "74 ended ended", done.stderr
+    (note,) = [line for line in done.stdout.splitlines() if "metrics.jsonl does not work" in line]
+    assert "No space left on device" in note
+    assert re.search(r"note: metrics.jsonl; lost: \d{3} steps", done.stdout), done.stdout

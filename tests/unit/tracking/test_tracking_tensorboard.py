@@ -33,7 +33,9 @@ def test_numbers_and_now_and_then_a_group_are_there_after_a_resume(tmp_path):
     assert rewards == [(1, 1), (2, 2), (3, 33)]
     assert math.isnan(events.Scalars("kl")[0].value)
     assert "elapsed_time" not in events.Tags()["scalars"]
-    (tag,) = events.Tags()["tensors"]
-    (text,) = events.Tensors(tag)
+    texts = {tag.partition("/")[0]: tag for tag in events.Tags()["tensors"]}
+    assert set(texts) == {"config", "environment", "completions"}
+    assert b'"num_generations": 2' in events.Tensors(texts["config"])[0].tensor_proto.string_val[0]
+    (text,) = events.Tensors(texts["completions"])
     assert text.step == STEPS_BETWEEN_TEXTS
     assert b"    ```\n    <b>" in text.tensor_proto.string_val[0]

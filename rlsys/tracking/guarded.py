@@ -1,0 +1,61 @@
+"""A tracker that cannot stop a run: for files of the run and its console, which are called at once.
+
+Rows are in their files when the call returns, so a killed run has them. Trackers of other programs
+are called in the background, see rlsys.tracking.background.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlsys.tracking.base import Metrics, Split, Tracker
+from rlsys.tracking.outages import Outages
+from rlsys.types import RolloutGroup
+
+
+class GuardedTracker(Tracker):
+    """Calls another tracker; what that raises, as on a full disk, is a note and a count.
+
+    Args:
+        name: what it writes, for messages.
+        tracker: is called.
+    """
+
+    def __init__(self, name: str, tracker: Tracker):
+        self.outages = Outages(name)
+        self._tracker = tracker
+
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
+        """Pass it on."""
+        self._call("log_metrics", step, metrics)
+
+    def log_completions(
+        self,
+        step: int,
+        group: RolloutGroup,
+        advantages: list[float] | None,
+        split: Split = "train",
+    ) -> None:
+        """Pass it on."""
+        self._call("log_completions", step, group, advantages, split)
+
+    def log_warning(self, step: int, text: str) -> None:
+        """Pass it on."""
+        self._call("log_warning", step, text)
+
+    def close(self) -> None:
+        """Close it, and say what was lost."""
+        try:
+            self._tracker.close()
+        except Exception as error:
+            self.outages.failed(error, "It was being closed")
+        self.outages.finish()
+
+    def _call(self, method: str, *args: Any) -> None:
+        try:
+            getattr(self._tracker, method)(*args)
+        except Exception as error:
+            self.outages.lost[method] += 1
+            self.outages.failed(error, "The run goes on; what it should record is lost")
+        else:
+            self.outages.worked()

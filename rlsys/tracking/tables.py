@@ -1,0 +1,34 @@
+"""Completions as rows of tables that trackers show."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+from rlsys.tracking.completions import completion_rows
+from rlsys.types import RolloutGroup
+
+COLUMNS = ["step", "group_id", "index", "prompt", "text", "reward", "advantage", "num_tokens"]
+
+
+class StepTables:
+    """Keeps the training completions of steps until their step is logged."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, list[list[Any]]] = defaultdict(list)
+
+    def add(
+        self, step: int, group: RolloutGroup, advantages: list[float] | None, split: str
+    ) -> None:
+        """Take a group; only training completions are kept."""
+        if split == "train":
+            for row in completion_rows(step, group, advantages):
+                self._rows[step].append([row[column] for column in COLUMNS])
+
+    def of(self, step: int) -> list[list[Any]]:
+        """The rows of a step, in the order of COLUMNS."""
+        return self._rows.get(step, [])
+
+    def forget(self, step: int) -> None:
+        """Drop the rows of a step that was logged."""
+        self._rows.pop(step, None)

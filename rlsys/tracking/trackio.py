@@ -1,0 +1,62 @@
+"""Trackio: numbers, and the completions of each step as a table; local, or a Space of a hub."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from rlsys.config import RunConfig
+from rlsys.tracking.base import Metrics, Split, Tracker, numbers_of, register_tracker, run_name
+from rlsys.tracking.environment import config_values, environment
+from rlsys.tracking.tables import COLUMNS, StepTables
+from rlsys.types import RolloutGroup
+
+_made: set[str] = set()
+"""output_dirs of this process: what is made again goes on with its run."""
+
+
+@register_tracker("trackio")
+class TrackioTracker(Tracker):
+    """Logs to `trackio show`'s folder (TRACKIO_DIR), or to `tracking.trackio_space_id`.
+
+    A run that is resumed is a new run with the same name.
+    """
+
+    def __init__(self, config: RunConfig, resumed_from: int | None):
+        self._trackio = importlib.import_module("trackio")
+        self._run = self._trackio.init(
+            project=config.tracking.project,
+            name=run_name(config),
+            space_id=config.tracking.trackio_space_id,
+            config=config_values(config) | {"environment": environment()},
+            resume="allow" if config.output_dir in _made else "never",
+            embed=False,
+        )
+        _made.add(config.output_dir)
+        self._tables = StepTables()
+
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
+        """Log the numbers, and the completions of the step with them."""
+        logged: dict[str, Any] = numbers_of(metrics)
+        if rows := self._tables.of(step):
+            logged["completions"] = self._trackio.Table(columns=COLUMNS, data=rows)
+        self._tables.forget(step)
+        self._run.log(logged, step=step)
+
+    def log_completions(
+        self,
+        step: int,
+        group: RolloutGroup,
+        advantages: list[float] | None,
+        split: Split = "train",
+    ) -> None:
+        """Keep training completions until their step is logged."""
+        self._tables.add(step, group, advantages, split)
+
+    def log_warning(self, step: int, text: str) -> None:
+        """Show it among the alerts of the run."""
+        self._run.alert(title="rlsys", text=text, step=step)
+
+    def close(self) -> None:
+        """Send what is pending."""
+        self._run.finish()
