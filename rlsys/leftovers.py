@@ -25,14 +25,12 @@ from pathlib import Path
 
 if __name__ == "__main__":  # -I leaves out the folder that has rlsys
     sys.path.append(str(Path(__file__).parents[1]))
-from rlsys.processes import descendants, started_at
+from rlsys.processes import SharedNames, descendants, started_at
 
-SHARED_MEMORY = Path("/dev/shm")
 LOOK_EVERY_S = 0.5
 START_S = 60.0
 GRACE_S = 5.0
 """Seconds that processes have to end by themselves once their guarded process is gone."""
-_INODE = re.compile(r" (\d+) +/dev/shm/")
 
 
 class Guard:
@@ -150,9 +148,7 @@ class _Left:
         self._own = pid
         self._started: dict[int, str] = {}
         """Process -> when it started: a process id may be used again."""
-        self._names: set[str] = set()
-        """In /dev/shm, mapped by one of the processes."""
-        self._listed: set[str] = set()
+        self._names = SharedNames()
         self._folders: list[str] = []
         self._kept: dict[str, str] = {}
         self._closes = False
@@ -177,11 +173,7 @@ class _Left:
         """Note the processes that there are now, and the names in /dev/shm that they map."""
         family = [pid for root in self._roots for pid in descendants(root)]
         self._remember(family)
-        listed = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
-        if listed - self._listed:  # reading the maps of a large process takes milliseconds
-            for pid in self._started:
-                self._names |= mapped_names(pid)
-        self._listed = listed
+        self._names.look(lambda: self._started)
 
     def is_alive(self, pid: int) -> bool:
         """Whether a process that was seen still runs."""
@@ -201,11 +193,7 @@ class _Left:
             time.sleep(0.05)
             if time.monotonic() > deadline + GRACE_S:
                 break  # in uninterruptible sleep
-        alive = filter(self.is_alive, self._started)
-        in_use = {name for pid in alive for name in mapped_names(pid)}
-        for name in self._names - in_use:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+        self._names.remove()
         for folder, target in self._kept.items():
             with contextlib.suppress(OSError):
                 shutil.copytree(folder, target, dirs_exist_ok=True)
@@ -224,19 +212,6 @@ class _Left:
             start = None if pid in self._started else started_at(pid)
             if start is not None:
                 self._started[pid] = start
-
-
-def mapped_names(pid: int) -> set[str]:
-    """Files of /dev/shm that a process has mapped and that still have a name.
-
-    They are found by inode: the C library makes a semaphore under another name, which is what the
-    maps show.
-    """
-    try:
-        inodes = set(map(int, _INODE.findall(Path(f"/proc/{pid}/maps").read_text())))
-        return {file.path for file in os.scandir(SHARED_MEMORY) if file.inode() in inodes}
-    except OSError:
-        return set()
 
 
 def _remove_links_to(folder: str) -> None:

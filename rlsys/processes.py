@@ -5,8 +5,16 @@ It needs nothing but Python: guards import it that run as scripts without site-p
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+
+SHARED_MEMORY = Path("/dev/shm")
+_INODE = re.compile(r" (\d+) +/dev/shm/")
+_LOOK_AGAIN_S = 0.1
 
 
 def stat_of(pid: int) -> list[str]:
@@ -51,3 +59,49 @@ def descendants(pid: int) -> list[int]:
         except OSError:
             continue  # it ended
     return members
+
+
+class SharedNames:
+    """Names in /dev/shm that processes have mapped: semaphores and shared memory.
+
+    Who is killed leaves them, and Python's resource tracker removes nothing if it is killed, too.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._listed: set[str] = set()
+
+    def look(self, pids: Callable[[], Iterable[int]]) -> None:
+        """Note what processes have mapped now; `pids` is asked if there are new names."""
+        listed = set(os.listdir(SHARED_MEMORY)) if SHARED_MEMORY.is_dir() else set()
+        if listed - self._listed:  # reading the maps of a large process takes milliseconds
+            for pid in pids():
+                self._names |= mapped_names(pid)
+        self._listed = listed
+
+    def remove(self, grace_s: float = 0.0) -> None:
+        """Remove those that no process maps, or none maps any more after `grace_s` seconds."""
+        deadline = time.monotonic() + grace_s
+        while self._names:
+            pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+            in_use = {name for pid in pids for name in mapped_names(pid)}
+            for name in self._names - in_use:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+            self._names &= in_use
+            if time.monotonic() >= deadline:
+                return
+            time.sleep(_LOOK_AGAIN_S)
+
+
+def mapped_names(pid: int) -> set[str]:
+    """Files of /dev/shm that a process has mapped and that still have a name.
+
+    They are found by inode: the C library makes a semaphore under another name, which is what the
+    maps show.
+    """
+    try:
+        inodes = set(map(int, _INODE.findall(Path(f"/proc/{pid}/maps").read_text())))
+        return {file.path for file in os.scandir(SHARED_MEMORY) if file.inode() in inodes}
+    except OSError:
+        return set()

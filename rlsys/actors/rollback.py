@@ -57,10 +57,11 @@ def with_finite_weights(policy: PolicyActors, send: Callable[[], T]) -> T:
     try:
         return send()
     except ActorFailure as failure:
-        is_nonfinite = failure.reason.startswith(NonFiniteWeights.__name__)
-        if not is_nonfinite or policy.config.policy.on_nonfinite != "rollback":
+        found = failure.cause
+        rolls_back = policy.config.policy.on_nonfinite == "rollback"
+        if not rolls_back or not isinstance(found, NonFiniteWeights):
             raise
-        return _from_good_state(policy, send, failure.reason)
+        return _from_good_state(policy, send, str(found))
 
 
 def _from_good_state(policy: PolicyActors, work: Callable[[], T | None], reason: str) -> T:

@@ -127,3 +127,28 @@ def test_a_lost_node_is_waited_for(start, undisturbed, tmp_path):
         assert not [each for each in run.processes() if is_alive(each)]
     finally:
         nodes.stop()
+
+
+@pytest.mark.skipif(not can_hide_folders(), reason="no user namespaces")
+def test_a_head_that_comes_back_finds_the_run(start, undisturbed, tmp_path):
+    """Ray itself forgets everything: the driver starts again, with actors of its own."""
+    nothing = tmp_path / "hidden"
+    nothing.mkdir()
+    nodes = TwoNodes(tmp_path, nothing, cpus=(1, 0))
+    try:
+        environment = dict(nodes.env)
+        run = start(
+            "headless", "--max_restarts", "1", hold_after=IN_STEP_2, environment=environment
+        )
+        run.wait_until_held()
+        run.wait_for((run.out.checkpoints / "step-1").is_dir)
+        nodes.kill_both()
+        go_on(run)
+        run.wait_for(lambda: "waiting for the Ray cluster" in run.log)
+        nodes.start_head()
+        assert run.wait() == 0, run.log
+        assert "rlsys: restart 1 of 1, from out/checkpoints/step-1" in run.log
+        same_end(run, undisturbed)
+        assert not [each for each in run.processes() if is_alive(each)]
+    finally:
+        nodes.stop()

@@ -157,7 +157,7 @@ def test_a_sync_goes_back_to_finite_weights_and_sends_those(
         reference.close()
     printed = capsys.readouterr().out
     assert "warning: the policy went back to the checkpoint " in printed
-    assert "as version 2, because NonFiniteWeights: the weights of policy version 2" in printed
+    assert "as version 2, because the weights of policy version 2" in printed
     sent, mixed = exported(policy), load_file(tmp_path / "mixed/model.safetensors")
     ((_, folder),) = policy.checkpoints()
     policy.load_checkpoint(folder)

@@ -381,20 +381,29 @@ def test_the_policy_of_a_colocated_run_is_saved_when_its_engine_dies(start):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", ["dedicated", "colocated"])
-def test_a_run_whose_engine_dies_goes_on_to_the_same_end(start, whole, placement):
+@pytest.mark.parametrize(
+    ("placement", "actor", "role"),
+    [
+        ("dedicated", "RolloutActor", "rollout"),
+        ("colocated", "RolloutActor", "rollout"),
+        ("colocated", "PolicyRank", "policy"),
+        ("colocated", "ReferenceRank", "reference"),
+    ],
+)
+def test_a_run_whose_actor_dies_goes_on_to_the_same_end(start, whole, placement, actor, role):
+    """It dies while engines sample, so where they take turns all others have left the GPUs."""
     words = ("run.yaml", *EPOCHS, "--placement", placement)
-    run = start(f"healed-{placement}", *words, hold_after=GROUPS_BEFORE_STEP_3 + 1)
+    run = start(f"healed-{placement}-{role}", *words, hold_after=GROUPS_BEFORE_STEP_3 + 1)
     run.wait_until_held()
-    (engine,) = run.actors("RolloutActor")
-    engine.kill()
+    (process,) = run.actors(actor)
+    process.kill()
     run.release()
     assert run.wait() == 0, run.log
-    assert "note: rollout engine 0 works again" in run.log
+    assert re.search(f"note: {role} (engine|rank) 0 works again", run.log)
     same_records(run, whole)
     last = steps(run)[-1]
-    assert last["fault/rollout_restarts"] == 1
-    assert last["fault/rollout_seconds_lost"] > 0
+    assert last[f"fault/{role}_restarts"] == 1
+    assert last[f"fault/{role}_seconds_lost"] > 0
 
 
 def test_ctrl_c_ends_a_run_quietly(interrupted):

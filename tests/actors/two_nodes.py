@@ -59,14 +59,12 @@ class TwoNodes:
         self.env = {"PATH": path, "HOME": str(folder), "RAY_ADDRESS": self.address}
         common = ["--num-gpus=4", f"--object-store-memory={100 * 2**20}"]
         common += ["--block", "--disable-usage-stats"]
-        self._start(
-            "head",
-            [
-                *("ray", "start", "--head", f"--port={ports[0]}", "--include-dashboard=false"),
-                *(f"--dashboard-agent-listen-port={ports[1]}", f"--temp-dir={self._temp_dir}"),
-                *(f"--ray-client-server-port={ports[2]}", f"--num-cpus={cpus[0]}", *common),
-            ],
-        )
+        self._head = [
+            *("ray", "start", "--head", f"--port={ports[0]}", "--include-dashboard=false"),
+            *(f"--dashboard-agent-listen-port={ports[1]}", f"--temp-dir={self._temp_dir}"),
+            *(f"--ray-client-server-port={ports[2]}", f"--num-cpus={cpus[0]}", *common),
+        ]
+        self._start("head", self._head)
         start = shlex.join(
             [
                 *("ray", "start", f"--address={self.address}", f"--node-ip-address={SECOND}"),
@@ -79,10 +77,16 @@ class TwoNodes:
 
     def kill_second(self) -> None:
         """The second node vanishes, with everything that runs there."""
-        second = self._processes.pop()
-        for process in [*_below(second), psutil.Process(second.pid)]:
-            process.kill()
-        second.wait()
+        _kill(self._processes.pop())
+
+    def kill_both(self) -> None:
+        """Nothing is left of the cluster."""
+        while self._processes:
+            _kill(self._processes.pop())
+
+    def start_head(self) -> None:
+        """Start a head under the same address."""
+        self._start("another-head", self._head)
 
     def start_second(self) -> None:
         """Another node takes its place."""
@@ -163,6 +167,12 @@ def can_hide_folders() -> bool:
     return shutil.which("unshare") is not None and not subprocess.call(
         ["unshare", "-rm", "true"], stderr=subprocess.DEVNULL
     )
+
+
+def _kill(node: subprocess.Popen[bytes]) -> None:
+    for process in [*_below(node), psutil.Process(node.pid)]:
+        process.kill()
+    node.wait()
 
 
 def _below(process: subprocess.Popen[bytes]) -> Iterator[psutil.Process]:

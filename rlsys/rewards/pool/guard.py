@@ -1,7 +1,8 @@
 """The guard of a reward process: a process that watches its memory and its parent.
 
-It is not a thread, because code that never releases the interpreter stops all threads. It runs as
-a script without site-packages.
+It outlives the process, and removes the semaphores and the shared memory that this left. It is not
+a thread, because code that never releases the interpreter stops all threads. It runs as a script
+without site-packages.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":  # -I leaves out the folder that has rlsys
     sys.path.append(str(Path(__file__).parents[3]))
-from rlsys.processes import descendants, parent_of
+from rlsys.processes import SharedNames, descendants, parent_of
 
 MEMORY_SHARE = 0.25
 """Share of the machine's memory that a process may hold if no limit is set."""
 _POLL_S = 0.05
 _CHILDREN_EVERY = 5
 """Polls between two looks at the children: finding them costs about 0.1 ms."""
+_GRACE_S = 5.0
+"""Seconds that killed processes have until names that they left in /dev/shm are removed."""
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -76,10 +80,11 @@ def _proportional(pid: int) -> int:
     return next((int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:")), 0)
 
 
-def _watch(pid: int, parent: int, limit: int) -> None:
+def _watch(pid: int, parent: int, limit: int, names: SharedNames) -> None:
     """Return when the process has to be killed, or has ended."""
     polls = 0
     while os.getppid() == pid and parent_of(pid) == parent:
+        names.look(partial(descendants, pid))
         size = memory_of(descendants(pid) if polls % _CHILDREN_EVERY == 0 else [pid], limit)
         if size > limit:
             print(
@@ -95,6 +100,8 @@ def _watch(pid: int, parent: int, limit: int) -> None:
 
 if __name__ == "__main__":
     watched, its_parent, most = map(int, sys.argv[1:])
-    _watch(watched, its_parent, most)
+    shared_names = SharedNames()
+    _watch(watched, its_parent, most, shared_names)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(watched, signal.SIGKILL)
+    shared_names.remove(_GRACE_S)

@@ -14,10 +14,10 @@ from rlsys.actors.waiting import ActorFailure
 from rlsys.commands.replay import about
 from rlsys.config.load import load_config
 from rlsys.engines.step_dump import read_step
-from rlsys.problems import RunFailed
+from rlsys.problems import NonFiniteWeights, RunFailed
 from rlsys.types import UpdateOutput
 
-BAD = ActorFailure("...", actor="policy rank 0", reason="NonFiniteWeights('the weights of ...')")
+BAD = ActorFailure("...", cause=NonFiniteWeights("the weights of ..."))
 
 
 @dataclass

@@ -28,7 +28,8 @@ from rlsys.types import Completion, Prompt, RolloutGroup
 pytestmark = pytest.mark.processes
 
 PLUGIN = """
-import asyncio, ctypes, os, statistics, subprocess, sys, time
+import asyncio, ctypes, multiprocessing, os, statistics, subprocess, sys, time
+from multiprocessing.shared_memory import SharedMemory
 from rlsys.rewards import ORM, AsyncORM, register_reward
 
 def act(text):
@@ -105,6 +106,16 @@ def starts(completions, **columns):  # a program that outlives what waits for it
         child.wait()
 
 together = 0
+
+@register_reward("locks")
+def locks(completions, **columns):
+    shared = SharedMemory(create=True, size=4096)
+    lock = multiprocessing.get_context("spawn").Lock()
+    names = ["/dev/shm/" + shared.name, "/dev/shm/sem." + lock._semlock.name[1:]]
+    for text in completions:
+        with open(text.partition(" ")[2], "w") as file:
+            print(*names, sep="\\n", file=file)
+    time.sleep(3600)
 
 @register_reward("waits")
 class Waits(AsyncORM):
@@ -405,6 +416,18 @@ def test_processes_that_a_function_started_end_with_its_process(start, tmp_path,
     assert list(group.rewards[0].failures) == ["starts"]
     pid = int(path.read_text())
     assert gone(pid)
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="Linux only")
+def test_a_process_that_is_killed_leaves_no_semaphore_or_shared_memory(start, tmp_path):
+    """Python's resource tracker, which would remove them, is killed with it."""
+    scorer = start("locks", timeout_s=3.0)
+    path = tmp_path / "names"
+    [group] = score(scorer, group_of(f"hang {path}"))
+    assert group.rewards[0].failures == {"locks": "timeout"}
+    names = path.read_text().split()
+    assert len(names) == 2
+    eventually(lambda: not any(map(os.path.exists, names)), f"{names} are removed")
 
 
 def test_nothing_is_left_when_a_start_fails(start, tmp_path):
