@@ -194,6 +194,24 @@ def _completions(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(split="train")
 
 
+def _dashboard(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "places",
+        nargs="+",
+        metavar="RUN_OR_PARENT",
+        type=Path,
+        help="output_dir of a run, or a folder with runs below it: new ones appear",
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1: this machine only")
+    parser.add_argument("--port", type=int, default=0, help="default: a free one")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser here")
+    parser.add_argument(
+        "--token",
+        action="store_true",
+        help="ask for a token on 127.0.0.1 too: other users of this machine can open the page",
+    )
+
+
 def _checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="output_dir of the run")
     parser.add_argument("--verify", action="store_true", help="read every byte")
@@ -350,6 +368,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "eval": ("held-out data and rewards of a config on any model: pass@k, errors", _eval),
     "doctor": ("check this machine, and say what is missing", _doctor),
     "completions": ("read the completions of a run", _completions),
+    "dashboard": ("a page with curves, completions, time and health of runs", _dashboard),
     "checkpoints": ("list the checkpoints of a run: which are whole, and the best", _checkpoints),
     "data preview": (
         "counts, columns, lengths, and a few rendered prompts; needs no Ray or GPU",

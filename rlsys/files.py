@@ -198,7 +198,7 @@ class JsonlWriter:
 
 def encode_row(row: Mapping[str, Any]) -> bytes:
     """A row as one line of valid JSON: NaN and infinities become null, text stays UTF-8."""
-    text = json.dumps(_finite(row), ensure_ascii=False, allow_nan=False)
+    text = json.dumps(finite(row), ensure_ascii=False, allow_nan=False)
     # Lone surrogates have no UTF-8 form; "backslashreplace" writes them as JSON's own \udXXX.
     return text.encode("utf-8", "backslashreplace") + b"\n"
 
@@ -263,12 +263,12 @@ def truncate_after(path: Path, step: int) -> int:
     return dropped
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """`value` in JSON's own types; a number that JSON lacks is None."""
     if isinstance(value, Mapping):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     if isinstance(value, Real) and not isinstance(value, int):  # float and numpy's scalars
         return float(value) if math.isfinite(value) else None
     return value
