@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 # Imported before all that imports Ray, which reads the environment when it is imported.
 import rlsys.actors.ray_env  # noqa: F401  # isort: skip
 
-from rlsys.actors.group import START_TIMEOUT_S
+from rlsys.actors.group import START_TIMEOUT_S, ActorGroup
 from rlsys.actors.model_group import ModelActors
 from rlsys.actors.node_check import check_nodes
 from rlsys.actors.placement import Placement
@@ -230,11 +230,8 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     restarts.watch(engines, config.rollout.heartbeat_s)
     for model in (policy, *others):
         _let_restart(model, restarts, config)
-    timeline = Timeline(tracker.log_timeline)
+    timeline = _start_timeline(config, device, tracker, [engines, policy, *others])
     rewards.record(timeline)
-    for group in (engines, policy, *others):
-        group.timeline = timeline
-    tracker.begin(config, device)
     rollouts = Rollouts(
         config,
         engines=engines,
@@ -290,10 +287,20 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
         )
     restarts = Restarts(config.recovery)
     _let_restart(policy, restarts, config)
-    policy.timeline = timeline = Timeline(tracker.log_timeline)
-    tracker.begin(config, device)
+    timeline = _start_timeline(config, device, tracker, [policy])
     samples = make_sample_stream(config, data)
     return SftSystem(config, device, policy, samples, data.held_out_sets, restarts, timeline)
+
+
+def _start_timeline(
+    config: RunConfig, device: Device, tracker: Tracker, groups: Sequence[ActorGroup]
+) -> Timeline:
+    """Record from here on what the actors do."""
+    tracker.begin(config, device)
+    timeline = Timeline(tracker.log_timeline)
+    for group in groups:
+        group.timeline = timeline
+    return timeline
 
 
 def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> None:
