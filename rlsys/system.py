@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -198,10 +198,8 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         reference: Reference | None = PolicyBase(policy) if config.reference_is_base else None
         if config.has_reference_model:
             place = partial(placement.options, "reference")
-            reference = own_reference = ReferenceActors(
-                config, device=device, place=place, policy=policy
-            )
-            others.append(own_reference)
+            reference = ReferenceActors(config, device=device, place=place, policy=policy)
+            others.append(reference)
         for group in (engines, policy, *others):
             report.waiting_for(group.actors)
 
@@ -230,8 +228,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     restarts.watch(engines, config.rollout.heartbeat_s)
     for model in (policy, *others):
         _let_restart(model, restarts, config)
-    timeline = _start_timeline(config, device, tracker, [engines, policy, *others])
-    rewards.record(timeline)
+    timeline = _start_timeline(config, device, tracker, engines, rewards, policy, *others)
     rollouts = Rollouts(
         config,
         engines=engines,
@@ -287,19 +284,19 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
         )
     restarts = Restarts(config.recovery)
     _let_restart(policy, restarts, config)
-    timeline = _start_timeline(config, device, tracker, [policy])
+    timeline = _start_timeline(config, device, tracker, policy)
     samples = make_sample_stream(config, data)
     return SftSystem(config, device, policy, samples, data.held_out_sets, restarts, timeline)
 
 
 def _start_timeline(
-    config: RunConfig, device: Device, tracker: Tracker, groups: Sequence[ActorGroup]
+    config: RunConfig, device: Device, tracker: Tracker, *roles: ActorGroup | RewardWorkers
 ) -> Timeline:
-    """Record from here on what the actors do."""
+    """Record from here on what the actors of these roles do."""
     tracker.begin(config, device)
     timeline = Timeline(tracker.log_timeline)
-    for group in groups:
-        group.timeline = timeline
+    for role in roles:
+        role.timeline = timeline
     return timeline
 
 

@@ -84,8 +84,13 @@ class GroupScorer:
             self.close()
             raise
 
-    def record(self, timeline: Timeline) -> None:
-        """Record in a timeline which process calls which function."""
+    @property
+    def timeline(self) -> Timeline:
+        """Records which process calls which function; by default it drops that."""
+        return self._pools[0].timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline) -> None:
         for pool in self._pools:
             pool.timeline = timeline
 
