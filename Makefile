@@ -5,6 +5,7 @@
 # make test       lint, types and tests
 # make test-all   also the slowest tests: servers and whole runs of their own
 # make test-gpu   the tests that need GPUs, with .venv-gpu or else the python3 of this shell
+# make test-browser  the tests of the page of `rlsys dashboard`, with a Chromium of this machine
 # make dashboard  bundle the page of `rlsys dashboard` after a change of its sources; needs npm
 # make audit      look for known holes in the pinned packages, where a database can be reached
 #
@@ -48,6 +49,10 @@ audit: setup
 	-$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
 	$(VENV)-audit/bin/python scripts/audit.py
 
+test-browser: setup
+	$(VENV)/bin/python -m pip install --quiet --no-deps -r requirements/browser.txt
+	$(VENV)/bin/python -m pytest tests/browser -ra
+
 dashboard:
 	npm --prefix rlsys/dashboard/web ci
 	npm --prefix rlsys/dashboard/web test
@@ -65,4 +70,4 @@ clean:
 distclean: clean
 	rm -rf $(VENV) $(VENV_GPU) *.egg-info
 
-.PHONY: setup setup-gpu demo dashboard test-fast test test-all test-gpu audit lint clean distclean
+.PHONY: setup setup-gpu demo dashboard test-browser test-fast test test-all test-gpu audit lint clean distclean

@@ -45,6 +45,7 @@ export interface Tokens {
 
 export interface Completion {
   row: Row;
+  /** The others of its group. */
   siblings: Row[];
   tokens: Tokens | null;
 }
@@ -57,6 +58,13 @@ export interface Span {
   start: number;
   end: number;
   step: number | null;
+  /** Seconds of work, where short gaps are inside. */
+  busy?: number;
+}
+
+/** Whether a run goes on, so that its files may grow. */
+export function isLive(run: Run): boolean {
+  return run.status === "running" || run.status === "starting";
 }
 
 export interface Timeline {

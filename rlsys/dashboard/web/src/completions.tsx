@@ -1,6 +1,6 @@
 // The completions of a run: filters, a table of any length, and one of them whole.
 import { useEffect, useRef, useState } from "preact/hooks";
-import { get, ofRun, type Completions as Answer, type Row, type Run } from "./api";
+import { get, isLive, ofRun, type Completions as Answer, type Row, type Run } from "./api";
 import { Detail } from "./detail";
 import { inLine, num, signed } from "./format";
 import { useKeys, usePolled } from "./hooks";
@@ -38,7 +38,7 @@ function asked(run: Run, params: URLSearchParams): Asked {
     grep: params.get("grep") ?? "",
     from_step: from,
     to_step: to,
-    sort: params.get("sort") ?? "step",
+    sort: params.get("sort") ?? "",
     descending: params.get("asc") !== "1",
   };
 }
@@ -58,7 +58,7 @@ export function Completions({ runs, run }: { runs: Run[]; run: Run }) {
   const first = usePolled(
     (signal) => ask(query, 0, PAGE, signal),
     [query, generation],
-    run.status === "running" ? POLL_MS : 0,
+    isLive(run) ? POLL_MS : 0,
   );
   // A failed question leaves the form and says why; the table of the question before is gone.
   return (
@@ -147,7 +147,10 @@ interface TableProps {
 
 /** The pages of the table that were read, by number; the first is polled. */
 function usePages(query: Asked, first: Answer, needed: number[]) {
-  const [pages, setPages] = useState<{ [page: number]: Row[] }>({});
+  const [read, setRead] = useState<{ total: number; pages: { [page: number]: Row[] } }>({ total: 0, pages: {} });
+  // New rows move the others to other places, and so to other pages.
+  const { total } = first;
+  const pages = read.total === total ? read.pages : {};
   const [error, setError] = useState<string | null>(null);
   const inFlight = useRef(new Set<number>());
   useEffect(() => {
@@ -155,11 +158,13 @@ function usePages(query: Asked, first: Answer, needed: number[]) {
       if (page === 0 || pages[page] || inFlight.current.has(page)) continue;
       inFlight.current.add(page);
       ask(query, page * PAGE, PAGE)
-        .then(({ rows }) => setPages((known) => ({ ...known, [page]: rows })))
+        .then(({ rows }) =>
+          setRead((known) => ({ total, pages: { ...(known.total === total && known.pages), [page]: rows } })),
+        )
         .catch((problem: Error) => setError(problem.message))
         .finally(() => inFlight.current.delete(page));
     }
-  }, [needed.join()]);
+  }, [needed.join(), total]);
   const at = (i: number): Row | undefined => {
     const page = Math.floor(i / PAGE);
     return (page === 0 ? first.rows : pages[page])?.[i - page * PAGE];

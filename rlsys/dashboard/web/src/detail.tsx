@@ -22,15 +22,15 @@ export function Detail({ run, split, id }: { run: Run; split: string; id: string
   useEffect(() => {
     if (top.current) top.current.scrollTop = 0;
   }, [id]);
-  const siblings = loaded.data?.siblings ?? [];
+  const group = loaded.data ? groupOf(loaded.data) : [];
   const sibling = (by: number) => {
-    const at = siblings.findIndex((row) => String(row.id) === id);
-    const next = siblings[at + by];
+    const at = group.findIndex((row) => String(row.id) === id);
+    const next = group[at + by];
     if (next) go({ row: String(next.id) });
   };
   useKeys({ n: () => sibling(1), p: () => sibling(-1) });
   return (
-    <aside class="detail" aria-label="Completion" ref={top}>
+    <aside class="detail" aria-label="Completion" ref={top} tabIndex={0} data-scrolls>
       <header>
         {loaded.data && <h2>{titleOf(loaded.data.row)}</h2>}
         <button class="plain" aria-label="Close (Escape)" onClick={() => go({ row: null })}>
@@ -43,12 +43,17 @@ export function Detail({ run, split, id }: { run: Run; split: string; id: string
   );
 }
 
+/** A completion and its siblings by their places. */
+function groupOf({ row, siblings }: Completion): Row[] {
+  return [row, ...siblings].sort((a, b) => Number(a.index) - Number(b.index));
+}
+
 function titleOf(row: Row): string {
   return `Step ${inLine(row.step)}, group ${inLine(row.group_id)}, #${inLine(row.index)}`;
 }
 
 function Whole({ run, split, completion }: { run: Run; split: string; completion: Completion }) {
-  const { row, siblings, tokens } = completion;
+  const { row, tokens } = completion;
   const others = Object.entries(row).filter(([name, value]) => !SHOWN.has(name) && value !== null);
   return (
     <>
@@ -60,9 +65,9 @@ function Whole({ run, split, completion }: { run: Run; split: string; completion
       {tokens && <Tokens tokens={tokens} />}
       <section>
         <h3>Siblings</h3>
-        <p class="note">The completions of this prompt at this step; n and p go to the next and previous.</p>
+        <p class="note">The group of this prompt at this step; n and p go to the next and the previous one.</p>
         <div class="siblings">
-          {siblings.map((other) => (
+          {groupOf(completion).map((other) => (
             <Answer key={other.id} row={other} title={`#${inLine(other.index)}`} open={other.id === row.id} />
           ))}
         </div>

@@ -1,5 +1,5 @@
 // Whether the run is well: warnings, actors, and their logs.
-import { get, ofRun, type Actor, type Health as Answer, type Run, type Warning } from "./api";
+import { get, isLive, ofRun, type Actor, type Health as Answer, type Run, type Warning } from "./api";
 import { clock, duration, inLine, num } from "./format";
 import { usePolled } from "./hooks";
 import { Logs } from "./logs";
@@ -17,7 +17,7 @@ export function Health({ runs, run }: { runs: Run[]; run: Run }) {
       )}
       <Failed errors={[health.error]} />
       {health.data && <Warnings warnings={health.data.warnings} />}
-      {health.data && <Actors actors={health.data.actors} now={health.data.now} running={run.status === "running"} />}
+      {health.data && <Actors actors={health.data.actors} now={health.data.now} running={isLive(run)} />}
       <Logs run={run} />
     </>
   );

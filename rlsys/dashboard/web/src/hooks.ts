@@ -20,6 +20,8 @@ export function usePolled<T>(
 ): Loaded<T> {
   const [state, setState] = useState<Loaded<T> & { key: string }>({ data: null, error: null, key: "" });
   const key = JSON.stringify(inputs);
+  const newest = useRef(load);
+  newest.current = load;
   useEffect(() => {
     const controller = new AbortController();
     let timer = 0;
@@ -27,7 +29,7 @@ export function usePolled<T>(
     const ask = async () => {
       let again = everyMs;
       try {
-        if (!document.hidden || data === null) data = await load(controller.signal, data);
+        if (!document.hidden || data === null) data = await newest.current(controller.signal, data);
         if (!controller.signal.aborted) setState({ data, error: null, key });
       } catch (error) {
         if (controller.signal.aborted) return;
@@ -47,6 +49,13 @@ export function usePolled<T>(
   return state.key === key ? state : { data: null, error: null };
 }
 
+/** The newest value that is there, so that a view stays while other data for the same `key` loads. */
+export function useNewest<T>(value: T | null, key: string): T | null {
+  const kept = useRef<{ key: string; value: T } | null>(null);
+  if (value !== null) kept.current = { key, value };
+  return kept.current?.key === key ? kept.current.value : null;
+}
+
 export function useServerGone(): Date | null {
   const [since, setSince] = useState(serverGoneSince());
   useEffect(() => onServerState(() => setSince(serverGoneSince())), []);
@@ -55,7 +64,7 @@ export function useServerGone(): Date | null {
 
 export type Keys = { [key: string]: (event: KeyboardEvent) => void };
 
-/** Handles keys of the whole page while the user does not type into a field. */
+/** Handles keys of the whole page while the user does not type into a field or scroll a text. */
 export function useKeys(keys: Keys): void {
   const current = useRef(keys);
   current.current = keys;
@@ -63,10 +72,10 @@ export function useKeys(keys: Keys): void {
     const handle = (event: KeyboardEvent) => {
       const target = event.target as HTMLElement;
       const types = target.closest("input:not([type=checkbox]):not([type=range]), textarea, select");
-      if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
-      if (types && event.key !== "Escape") return;
+      const scrolls = target.closest("[data-scrolls]") && /^(Arrow|Page|Home|End)/.test(event.key);
       const action = current.current[event.key];
-      if (!action) return;
+      if (!action || event.ctrlKey || event.metaKey || event.altKey || scrolls) return;
+      if (types && event.key !== "Escape") return;
       if (types) target.blur();
       event.preventDefault();
       action(event);

@@ -83,7 +83,7 @@ function Lines({ run, name, find }: { run: Run; name: string; find: string }) {
       </label>
       <Failed errors={[log.error]} />
       {log.data && log.data.offset > 0 && <p class="note">The beginning is not shown; the file has all of it.</p>}
-      <pre class="log" ref={box} tabIndex={0} aria-label={`Log ${name}`}>
+      <pre class="log" ref={box} tabIndex={0} data-scrolls aria-label={`Log ${name}`}>
         {shown || (log.data ? "Nothing." : "Reading…")}
       </pre>
     </>

@@ -1,10 +1,10 @@
 // The curves of one or several runs, and how their configs differ.
 import { useMemo, useState } from "preact/hooks";
-import { get, ofRun, type Config, type Metrics, type Run } from "./api";
+import { get, isLive, ofRun, type Config, type Metrics, type Run } from "./api";
 import { Chart, type Curve } from "./chart";
 import { Failed } from "./parts";
 import { inLine } from "./format";
-import { useKeys, usePolled } from "./hooks";
+import { useKeys, useNewest, usePolled } from "./hooks";
 import { band, groupSeeds, merge, namesLike, points, smooth, type Group } from "./series";
 import { go, useRoute, useThemeCount, color } from "./state";
 
@@ -34,6 +34,7 @@ async function loadMetrics(
 ): Promise<ByRun> {
   const ask = async (run: Run): Promise<[string, Metrics]> => {
     const known = before?.[run.id];
+    if (known && !isLive(run) && known.last_step === run.step) return [run.id, known];
     const path = ofRun(run.id, "metrics");
     const common = { names: names.join(","), points: POINTS };
     // Two steps back, because an evaluation is written after the step that it belongs to.
@@ -106,6 +107,7 @@ export function Overview({ runs }: { runs: Run[] }) {
     [ids, asked, range],
     asked.length ? undefined : 0,
   );
+  const data = useNewest(metrics.data, ids.join());
   const groups = useMemo(
     () =>
       seeds && config.data
@@ -115,8 +117,8 @@ export function Overview({ runs }: { runs: Run[] }) {
   );
   const theme = useThemeCount();
   const curves = useMemo(
-    () => asked.map((name) => curvesOf(name, groups, metrics.data ?? {}, weight)),
-    [metrics.data, groups, weight, theme, asked.join()],
+    () => asked.map((name) => curvesOf(name, groups, data ?? {}, weight)),
+    [data, groups, weight, theme, asked.join()],
   );
   const setSmooth = (value: number) =>
     go({ smooth: value > 0 ? String(Math.min(0.99, Math.round(value * 100) / 100)) : null });

@@ -1,8 +1,8 @@
 // Where the time goes: every actor on one clock, and the share of each phase.
 import { useEffect, useRef, useState } from "preact/hooks";
-import { get, ofRun, type Run, type Span, type Timeline } from "./api";
+import { get, isLive, ofRun, type Run, type Span, type Timeline } from "./api";
 import { clock, duration, percent } from "./format";
-import { POLL_MS, useKeys, usePolled, useWidth } from "./hooks";
+import { POLL_MS, useKeys, useNewest, usePolled, useWidth } from "./hooks";
 import { Failed, RunChoice } from "./parts";
 import { go, useRoute, useThemeCount } from "./state";
 import { AXIS, draw, LANE, phaseClass, spanAt, type Window } from "./timeline";
@@ -18,12 +18,9 @@ export function Time({ runs, run }: { runs: Run[]; run: Run }) {
   const answer = usePolled(
     (signal) => get<Timeline>(ofRun(run.id, "timeline"), { from, to, points: POINTS }, signal),
     [run.id, from, to],
-    live && run.status === "running" ? POLL_MS : 0,
+    live && isLive(run) ? POLL_MS : 0,
   );
-  // While other spans are read, those on the screen stay.
-  const last = useRef<{ run: string; data: Timeline } | null>(null);
-  if (answer.data) last.current = { run: run.id, data: answer.data };
-  const data = answer.data ?? (last.current?.run === run.id ? last.current.data : null);
+  const data = useNewest(answer.data, run.id);
   const spans = data?.spans ?? [];
   const start = data?.start ?? Math.min(...spans.map((s) => s.start));
   const end = data?.end ?? Math.max(...spans.map((s) => s.end));
@@ -115,6 +112,13 @@ function Shares({ shares, limitedBy, seconds }: { shares: Timeline["shares"]; li
   );
 }
 
+function about({ actor, phase, step, start, end, busy }: Span, origin: number): string {
+  const parts = [`${actor}: ${phase}`, duration(end - start), `begins at ${duration(start - origin)}`];
+  if (step !== null) parts.splice(1, 0, `step ${step}`);
+  if (busy !== undefined) parts.push(`${duration(busy)} of work`);
+  return parts.join(", ");
+}
+
 interface LanesProps {
   actors: string[];
   spans: Span[];
@@ -166,7 +170,7 @@ function Lanes({ actors, spans, view, start, end }: LanesProps) {
       <h2>Actors</h2>
       <p class="note span" aria-live="polite">
         {chosen
-          ? `${chosen.actor}: ${chosen.phase}${chosen.step === null ? "" : `, step ${chosen.step}`}, ${duration(chosen.end - chosen.start)}, begins at ${duration(chosen.start - start)}`
+          ? about(chosen, start)
           : "Point at a span for its numbers; drag to move, wheel or + and − to zoom."}
       </p>
       <div class="lanes">

@@ -25,7 +25,9 @@ const COLORS: [RegExp, string][] = [
   [/checkpoint|save|snapshot/, "checkpoint"],
 ];
 
-export function phaseClass(phase: string): string {
+/** The colour of a phase; a reward actor's phases are the names of its functions. */
+export function phaseClass(phase: string, role = ""): string {
+  if (role === "reward") return "phase-reward";
   const known = COLORS.find(([pattern]) => pattern.test(phase));
   if (known) return `phase-${known[1]}`;
   let sum = 0;
@@ -79,7 +81,7 @@ export function draw({ canvas, width, actors, spans, window: view, origin, chose
     if (i === undefined || span.end < view.from || span.start > view.to) continue;
     const left = Math.max(x(span.start, view, width), 0);
     const wide = Math.max(Math.min(x(span.end, view, width), width) - left, 0.7);
-    const kind = phaseClass(span.phase);
+    const kind = phaseClass(span.phase, span.role);
     if (!colors.has(kind)) colors.set(kind, color(kind));
     c.fillStyle = colors.get(kind) as string;
     c.fillRect(left, i * LANE + 4, wide > 3 ? wide - 0.6 : wide, LANE - 8);
