@@ -11,12 +11,12 @@ from rlsys.algo.evaluation import prediction_metrics
 from rlsys.algo.rollout_metrics import logged_metrics, rollout_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.interrupts import held_back
-from rlsys.timing import PhaseTimer
 
 if TYPE_CHECKING:
     from rlsys.config import Config
     from rlsys.run.checkpoints import Checkpoints
     from rlsys.system import SftSystem, System
+    from rlsys.timing import PhaseTimer
     from rlsys.tracking.base import Metrics, Tracker
     from rlsys.tracking.watch import Watch
     from rlsys.types import RolloutGroup, TrainBatch
@@ -42,7 +42,7 @@ def train(
     if config.eval_steps is not None and policy.policy_version == 0:
         log(tracker, watches, 0, rollouts.evaluate(0))
     for step in range(policy.policy_version + 1, config.num_steps + 1):
-        timer = PhaseTimer()
+        timer = system.timeline.begin_step(step)
         with timer("rollout"):  # sample G completions for each prompt, and score them
             groups_P = rollouts.next_batch(step)
             batch = build_train_batch(groups_P)
@@ -72,10 +72,13 @@ def train(
                 "memory(GiB)": policy.peak_memory_gib(),
             }
             metrics = _step_metrics(config, groups_P, batch, reported, timer)
-            log(tracker, watches, step, metrics, logged_metrics(groups_P, beside=metrics))
+            with timer("log"):
+                log(tracker, watches, step, metrics, logged_metrics(groups_P, beside=metrics))
         if config.eval_steps is not None and step % config.eval_steps == 0:
-            log(tracker, watches, step, rollouts.evaluate(step))
-        checkpoints.after_step(step)
+            with timer("evaluation"):
+                log(tracker, watches, step, rollouts.evaluate(step))
+        with timer("checkpoint"):
+            checkpoints.after_step(step)
 
 
 def train_sft(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> None:
@@ -84,7 +87,7 @@ def train_sft(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> 
     if config.eval_steps is not None and policy.policy_version == 0:
         tracker.log_metrics(0, evaluate_sft(system))
     for step in range(policy.policy_version + 1, config.num_steps + 1):
-        timer = PhaseTimer()
+        timer = system.timeline.begin_step(step)
         with timer("data"):
             batch = build_sample_batch(samples.take(config.rows_per_step))
         with held_back():  # an interruption waits until the step is whole
@@ -101,10 +104,13 @@ def train_sft(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> 
                 "memory(GiB)": policy.peak_memory_gib(),
             }
             reported = update.metrics | samples.metrics() | system.restarts.metrics()
-            tracker.log_metrics(step, reported | own | seconds)
+            with timer("log"):
+                tracker.log_metrics(step, reported | own | seconds)
         if config.eval_steps is not None and step % config.eval_steps == 0:
-            tracker.log_metrics(step, evaluate_sft(system))
-        checkpoints.after_step(step)
+            with timer("evaluation"):
+                tracker.log_metrics(step, evaluate_sft(system))
+        with timer("checkpoint"):
+            checkpoints.after_step(step)
 
 
 def evaluate_sft(system: SftSystem) -> Metrics:

@@ -97,7 +97,7 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
             save_stacks_in(run_dir.logs)
             config = fix_cpu_threads(config, run_dir)
             system = method.start(config, data, tracker)
-            with closing(system.restarts):
+            with closing(system.timeline), closing(system.restarts):
                 train = partial(method.train, system, tracker)
                 _train_and_save(system, train, run_dir, resume_step)
 

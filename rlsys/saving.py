@@ -6,14 +6,19 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
+from rlsys.file_sums import FileSum
 from rlsys.interrupts import seconds_to_save
 from rlsys.problems import RunFailed
 from rlsys.run.best import write_best_model
-from rlsys.run.checkpoints import Checkpoints, Models
+from rlsys.run.checkpoints import AwaitFiles, Checkpoints, Models
 from rlsys.run.folder import RunDir
 from rlsys.run.kept import checkpoint_steps
 from rlsys.system import SftSystem, System
+
+WRITER = "checkpoint writer"
+"""The thread that waits for the disk, as the timeline has it."""
 
 
 def make_checkpoints(
@@ -27,9 +32,19 @@ def make_checkpoints(
         expected_bytes: of a checkpoint; 0 if that is not known.
     """
     config = system.config.checkpoint
+
+    def write(folder: Path, step: int) -> AwaitFiles:
+        await_files = system.begin_checkpoint(folder, step)
+
+        def await_and_record() -> dict[str, FileSum]:
+            with system.timeline.doing([WRITER], "driver", "write"):
+                return await_files()
+
+        return await_and_record
+
     return Checkpoints(
         run_dir,
-        write=system.begin_checkpoint,
+        write=write,
         config=config,
         last_step=system.config.num_steps,
         eval_steps=system.config.eval_steps,

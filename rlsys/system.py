@@ -13,7 +13,7 @@ from typing import Any
 # Imported before all that imports Ray, which reads the environment when it is imported.
 import rlsys.actors.ray_env  # noqa: F401  # isort: skip
 
-from rlsys.actors.group import START_TIMEOUT_S
+from rlsys.actors.group import START_TIMEOUT_S, ActorGroup
 from rlsys.actors.model_group import ModelActors
 from rlsys.actors.node_check import check_nodes
 from rlsys.actors.placement import Placement
@@ -50,6 +50,7 @@ from rlsys.rollout.rollouts import Rollouts
 from rlsys.run.checkpoints import AwaitFiles, checkpoint_steps
 from rlsys.run.folder import RunDir
 from rlsys.run.manifest import checkpoint_problem
+from rlsys.timeline.spans import Timeline
 from rlsys.tracking import Tracker
 from rlsys.types import Device, Sample
 
@@ -70,6 +71,8 @@ class System:
     """Gives every rollout engine the policy's weights."""
     restarts: Restarts
     """Of all roles; watches their actors too."""
+    timeline: Timeline = field(default_factory=Timeline)
+    """What each actor does when."""
 
     def begin_checkpoint(self, folder: Path, step: int) -> AwaitFiles:
         """Start writing everything that continuing after `step` needs into an empty folder."""
@@ -129,6 +132,8 @@ class SftSystem:
     """What it is evaluated on, by the name of the set; data.val_dataset is ""."""
     restarts: Restarts
     """Of the policy's ranks; watches them too."""
+    timeline: Timeline = field(default_factory=Timeline)
+    """What each of them does when."""
     num_tokens: int = 0
     """Tokens trained on so far, prompts included, as TRL counts them."""
     _samples_state: dict[str, Any] = field(default_factory=dict)
@@ -193,10 +198,8 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         reference: Reference | None = PolicyBase(policy) if config.reference_is_base else None
         if config.has_reference_model:
             place = partial(placement.options, "reference")
-            reference = own_reference = ReferenceActors(
-                config, device=device, place=place, policy=policy
-            )
-            others.append(own_reference)
+            reference = ReferenceActors(config, device=device, place=place, policy=policy)
+            others.append(reference)
         for group in (engines, policy, *others):
             report.waiting_for(group.actors)
 
@@ -225,6 +228,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     restarts.watch(engines, config.rollout.heartbeat_s)
     for model in (policy, *others):
         _let_restart(model, restarts, config)
+    timeline = _start_timeline(config, device, tracker, engines, rewards, policy, *others)
     rollouts = Rollouts(
         config,
         engines=engines,
@@ -234,7 +238,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         held_out=data.held_out_sets,
         tracker=tracker,
     )
-    return System(config, device, policy, reference, rollouts, publisher, restarts)
+    return System(config, device, policy, reference, rollouts, publisher, restarts, timeline)
 
 
 def _reward_workers(config: Config, device: Device, placement: Placement) -> RewardWorkers:
@@ -280,8 +284,20 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
         )
     restarts = Restarts(config.recovery)
     _let_restart(policy, restarts, config)
+    timeline = _start_timeline(config, device, tracker, policy)
     samples = make_sample_stream(config, data)
-    return SftSystem(config, device, policy, samples, data.held_out_sets, restarts)
+    return SftSystem(config, device, policy, samples, data.held_out_sets, restarts, timeline)
+
+
+def _start_timeline(
+    config: RunConfig, device: Device, tracker: Tracker, *roles: ActorGroup | RewardWorkers
+) -> Timeline:
+    """Record from here on what the actors of these roles do."""
+    tracker.begin(config, device)
+    timeline = Timeline(tracker.log_timeline)
+    for role in roles:
+        role.timeline = timeline
+    return timeline
 
 
 def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> None:

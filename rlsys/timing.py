@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
+def _ignore(phase: str, start: float, end: float) -> None:
+    pass
+
+
 class PhaseTimer:
     """Wall-clock seconds of named phases, from its construction on.
 
     A phase entered again adds to its sum. A phase inside another counts for both. An exception
     inside a phase still records it and passes on.
+
+    Args:
+        clock: in seconds.
+        on_phase: called with the name, start and end of each phase that has ended.
 
     Example:
         timer = PhaseTimer()
@@ -20,8 +28,13 @@ class PhaseTimer:
         timer.metrics()  # {"time/policy_update": 1.9, "time/step": 2.4}
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        on_phase: Callable[[str, float, float], None] = _ignore,
+    ):
         self._clock = clock
+        self._on_phase = on_phase
         self._start = clock()
         self._seconds: dict[str, float] = {}
 
@@ -32,7 +45,9 @@ class PhaseTimer:
         try:
             yield
         finally:
-            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
+            end = self._clock()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + end - start
+            self._on_phase(phase, start, end)
 
     def metrics(self) -> dict[str, float]:
         """Seconds: `time/<phase>` of each phase, and `time/step` since the construction."""

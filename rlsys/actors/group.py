@@ -9,6 +9,7 @@ import ray
 
 from rlsys.actors.heartbeat import Alive
 from rlsys.actors.waiting import get_all
+from rlsys.timeline.spans import Role, Timeline
 from rlsys.types import Device
 
 if TYPE_CHECKING:
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     """Actor name -> reference, in rank order."""
 
 T = TypeVar("T")
+
+PHASES: dict[str, str] = {
+    **dict.fromkeys(("compute_logprobs", "compute_base_logprobs"), "logprobs"),
+    "compute_predictions": "predictions",
+    "update": "update",
+    **dict.fromkeys(("send_weights", "start_weight_update", "update_weights"), "weight_sync"),
+    "connect_weight_sync": "weight_sync",
+    **dict.fromkeys(("sleep", "wake", "onload", "offload_weights"), "switch"),
+    **dict.fromkeys(("offload_optimizer", "drop_gradients"), "switch"),
+    **dict.fromkeys(("save_model", "begin_model", "begin_checkpoint"), "checkpoint"),
+    "load_checkpoint": "restart",
+}
+"""Methods of actors whose calls the timeline shows, and how it calls them."""
+
 
 CPU_SHARE = 0.01
 """CPUs to request for an actor. Ray only books it: the roles take turns on the same cores."""
@@ -49,6 +64,10 @@ class ActorGroup:
 
     restarts: Restarts | None = None
     """Asked before an actor is replaced; None: none is replaced."""
+    timeline = Timeline()
+    """Records what the actors do; this one drops it."""
+    timeline_role: Role = "rollout"
+    """How it names the role."""
 
     def __init__(
         self,
@@ -110,7 +129,17 @@ class ActorGroup:
     def call(self, method: str, *args: Any) -> list[Any]:
         """Run `method` on every actor and return the results in rank order."""
         refs = self.async_call(method, *args)
-        return get_all(refs, phase=f"{self.role} {method}", timeout_s=self.timeout_s)
+        return get_all(
+            refs,
+            phase=f"{self.role} {method}",
+            timeout_s=self.timeout_s,
+            on_done=self.answers(method),
+        )
+
+    def answers(self, method: str) -> Callable[[str], None] | None:
+        """What to call with the name of each actor that answers the calls that are made now."""
+        phase = PHASES.get(method)
+        return None if phase is None else self.timeline.answers(self.timeline_role, phase)
 
     def close(self) -> None:
         """Kill the actors, whatever they are doing; for tests, a run ends with its Ray session."""

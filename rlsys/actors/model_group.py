@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import ray
 import torch
@@ -154,7 +154,7 @@ class ModelActors(ActorGroup, ABC):
 
     def __init__(
         self,
-        role: str,
+        role: Literal["policy", "reference"],
         rank_class: type[ModelRank],
         config: RunConfig,
         *,
@@ -163,6 +163,7 @@ class ModelActors(ActorGroup, ABC):
         place: PlaceActor,
     ):
         self.config = config
+        self.timeline_role = role
         self.may_be_stuck = False
         """Whether a rank did not answer, or failed while others may wait for it in a collective."""
         self.snapshots = Snapshots(config.policy.snapshot_steps)
@@ -211,9 +212,14 @@ class ModelActors(ActorGroup, ABC):
 
     def call_once(self, method: str, *args: Any) -> list[Any]:
         """`call_in_turn` that fails when a rank does."""
-        self.snapshots.settle(timeout_s=self.timeout_s)
+        self.settle_snapshots()
         self.turns.take_for_policy()
         return self.call(method, *args)
+
+    def settle_snapshots(self) -> None:
+        """Return when no rank takes a snapshot."""
+        with self.timeline.doing(self.actors, self.timeline_role, "snapshot"):
+            self.snapshots.settle(timeout_s=self.timeout_s)
 
     def healed(self, phase: str, work: Callable[[], T]) -> T:
         """What `work` returns, which is done again after each restart of ranks that failed in it.
@@ -238,13 +244,14 @@ class ModelActors(ActorGroup, ABC):
             if self.restarts is None or not any(name in error.actor for name in self.actors):
                 raise error
             restart = self.restarts.begin(self.role, error, phase=phase, step=self.step)
-            restart.wait()
             try:
-                try:
-                    self.start_again()
-                except SnapshotLost as lost:  # it may have changed some ranks
-                    print(f"note: {lost}", flush=True)
-                    self.start_again()
+                with self.timeline.doing(self.actors, self.timeline_role, "restart"):
+                    restart.wait()
+                    try:
+                        self.start_again()
+                    except SnapshotLost as lost:  # it may have changed some ranks
+                        print(f"note: {lost}", flush=True)
+                        self.start_again()
             except (ActorDeath, PhaseTimeout) as again:
                 error, phase = again, "restart"
             else:
@@ -289,7 +296,7 @@ class ModelActors(ActorGroup, ABC):
             {name: actor.take_snapshot.remote(version) for name, actor in self.actors.items()},
         )
         if self.config.is_colocated:  # what is copied is about to move
-            self.snapshots.settle(timeout_s=self.timeout_s)
+            self.settle_snapshots()
 
     def restore(self, snapshot: Snapshot) -> None:
         """Give the ranks the state of a snapshot.

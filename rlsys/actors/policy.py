@@ -324,7 +324,7 @@ class PolicyActors(ModelActors):
         Returns:
             its version, which is policy_version now; None if there is no snapshot.
         """
-        self.snapshots.settle(timeout_s=self.timeout_s)
+        self.settle_snapshots()
         newest = self.snapshots.newest
         if newest is None:
             return None

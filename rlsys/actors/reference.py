@@ -173,7 +173,7 @@ class ReferenceActors(ModelActors):
     def _sync(self) -> None:
         assert self._policy is not None
         assert self._publisher is not None
-        self.snapshots.settle(timeout_s=self.timeout_s)
+        self.settle_snapshots()
         self.turns.take_for_policy()
         self._publisher.publish()
         self._may_have_mixed = False

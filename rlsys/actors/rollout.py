@@ -133,6 +133,16 @@ class RolloutActors(ActorGroup):
         for name, share in deal(requests, loads).items():
             stream = self.actors[name].generate.remote(share)
             self._streams[stream] = _Work(name, {request.ticket: request for request in share})
+        self._note_work()
+
+    def _note_work(self) -> None:
+        """Tell the timeline which engines sample, and which are replaced."""
+        busy = {work.engine for work in self._streams.values()}
+        for name in self._names:
+            doing = "sample" if name in busy else None
+            if name not in self.actors or name in self._joining:
+                doing = "restart"
+            self.timeline.now_doing(name, self.timeline_role, doing)
 
     def abort(self, tickets: Collection[int]) -> None:
         """Give up groups: `collect` does not return them."""
@@ -144,6 +154,7 @@ class RolloutActors(ActorGroup):
                     ref = self.actors[work.engine].abort.remote(given_up)
                     self._aborts[ref] = work.engine
                     self._keep(stream, without(work, given_up))
+            self._note_work()
 
     def draft_counts(self) -> DraftCounts:
         """What became of the drafts of all engines so far."""
@@ -190,6 +201,7 @@ class RolloutActors(ActorGroup):
                         streams = self._streams.items()
                         self._streams = {s: work for s, work in streams if s is not self._reading}
                 else:
+                    self._note_work()
                     return groups
 
     def _collect_into(self, groups: list[RolloutGroup]) -> None:
@@ -336,6 +348,7 @@ class RolloutActors(ActorGroup):
                 self._joining.clear()
                 waiting, self._waiting = self._waiting, []
                 self._deal(waiting)
+                self._note_work()
             return result
 
 

@@ -141,6 +141,7 @@ class SharedTurns(Turns):
             get_all(
                 self._engines.async_call("sleep"),
                 phase="leaving the GPUs to the policy",
+                on_done=self._engines.answers("sleep"),
                 # Of a run that was interrupted, the policy has to be saved within its deadline.
                 timeout_s=min(self._engines.timeout_s, self._policy.timeout_s),
             )

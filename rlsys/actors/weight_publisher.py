@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,6 +95,8 @@ class WeightPublisher:
         self._calls: list[Refs] = []
         """Of the publish that is under way."""
         self._failed_calls: list[Refs] = []
+        self._answers: dict[str, Callable[[str], None] | None] = {}
+        """What the timeline wants to hear of each actor that answers its newest call."""
         policy.publishers.append(self)
         self.published = 0
         """The version that the receivers got last."""
@@ -185,6 +187,7 @@ class WeightPublisher:
     def _begin(self, group: ActorGroup, method: str, *args: Any, **kwargs: Any) -> Refs:
         refs = group.async_call(method, *args, **kwargs)
         self._calls.append(refs)
+        self._answers |= dict.fromkeys(refs, group.answers(method))
         return refs
 
     def _forget_failed_calls(self) -> None:
@@ -285,4 +288,9 @@ class WeightPublisher:
 
     def _wait(self, refs: Refs, phase: str, *, grace_s: float = GRACE_S) -> list[Any]:
         timeout_s = self._config.timeout_s + grace_s
-        return get_all(refs, phase=f"weight sync, {phase}", timeout_s=timeout_s)
+
+        def on_done(name: str) -> None:
+            if (answer := self._answers[name]) is not None:
+                answer(name)
+
+        return get_all(refs, phase=f"weight sync, {phase}", timeout_s=timeout_s, on_done=on_done)

@@ -40,6 +40,10 @@ class RunDir:
         """The resolved config, which runs again in another output_dir."""
         self.metrics = path / "metrics.jsonl"
         """One JSON object per step."""
+        self.summary = path / "summary.md"
+        """Where the time went, of the last process that ran here."""
+        self.profile = path / "profile"
+        """Traces of the steps of `profile.steps`."""
         self.completions = path / "completions.jsonl"
         """One JSON object a training completion."""
         self.filtered_completions = path / "filtered_completions.jsonl"
@@ -93,7 +97,8 @@ class RunDir:
         health = (self.warnings, self.timeline, self.actors, self.cache)
         models = (self.checkpoints, self.hf, self.final, self.interrupted, self.dumps)
         pictures = (self.reward_curve, self.loss_curve)
-        shown = (*pictures, self.tensorboard, self.path / "wandb", self.swanlab)
+        trackers = (self.tensorboard, self.path / "wandb", self.swanlab)
+        shown = (*pictures, *trackers, self.summary, self.profile)
         state = (self.environment, self.logs, self.status, self.ended)
         return (self.config, *records, *health, *models, *shown, *state)
 

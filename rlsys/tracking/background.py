@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from rlsys.config import RunConfig
+from rlsys.timeline.spans import Span
 from rlsys.tracking.base import Metrics, Split, Tracker
 from rlsys.tracking.outages import Outages, losses_text, say_line
-from rlsys.types import RolloutGroup
+from rlsys.types import Device, RolloutGroup
 
 MOST_CALLS = 10_000
 """Most steps, and most warnings, that wait for a tracker."""
@@ -78,6 +80,14 @@ class BackgroundTracker(Tracker):
         """In a row, and those of the first call in the queue."""
         self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
         self._thread.start()
+
+    def begin(self, config: RunConfig, device: Device) -> None:
+        """Queue it."""
+        self._put(Call("begin", (config, device)), MOST_CALLS)
+
+    def log_timeline(self, spans: Sequence[Span]) -> None:
+        """Queue them."""
+        self._put(Call("log_timeline", (spans,)), MOST_CALLS)
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Queue a copy."""

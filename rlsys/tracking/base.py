@@ -1,15 +1,16 @@
-"""The interface of trackers: three methods that record, and close."""
+"""The interface of trackers: methods that record, and close."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from rlsys.config import RunConfig
 from rlsys.registry import Registry
-from rlsys.types import RolloutGroup
+from rlsys.timeline.spans import Span
+from rlsys.types import Device, RolloutGroup
 
 Metrics = Mapping[str, float | str]
 """Metric name -> number; a few values are texts for people, such as `remaining_time`."""
@@ -23,6 +24,14 @@ class Tracker(ABC):
     Those of `tracking.report_to` are made and called in a thread of their own, in order; a call
     that raises is made again later, see rlsys.tracking.background.
     """
+
+    def begin(self, config: RunConfig, device: Device) -> None:  # noqa: B027  optional
+        """Note that the roles have started; called once, before the first step.
+
+        Args:
+            config: of the run, with what only the machine decides.
+            device: that the run computes on.
+        """
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:  # noqa: B027  optional
         """Record the metrics of a step, 1 to max_steps, or of an evaluation after `step` steps.
@@ -49,6 +58,9 @@ class Tracker(ABC):
             advantages: [G], or None if they are not known.
             split: the kind of the group.
         """
+
+    def log_timeline(self, spans: Sequence[Span]) -> None:  # noqa: B027  optional
+        """Record what actors did. Calls come a few times a step; all spans are of one step."""
 
     def log_warning(self, step: int, text: str) -> None:  # noqa: B027  optional
         """Record a problem that a person should look into; each comes once a run."""

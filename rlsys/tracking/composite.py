@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,17 @@ from typing import get_args
 from rlsys.config import RunConfig
 from rlsys.files import JsonlWriter, truncate_after
 from rlsys.run.folder import ENDED, RUNNING, RunDir
+from rlsys.timeline.spans import Span
 from rlsys.tracking.background import BackgroundTracker
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation, trackers
 from rlsys.tracking.console import console_tracker
 from rlsys.tracking.environment import environment, summary
 from rlsys.tracking.guarded import GuardedTracker
-from rlsys.tracking.jsonl import CompletionsTracker, JsonlTracker
+from rlsys.tracking.jsonl import CompletionsTracker, JsonlTracker, TimelineTracker
 from rlsys.tracking.packages import missing_packages
 from rlsys.tracking.plot import CurveTracker
-from rlsys.types import RolloutGroup
+from rlsys.tracking.summary import SummaryTracker
+from rlsys.types import Device, RolloutGroup
 
 
 def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Tracker:
@@ -45,9 +47,16 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Trac
         raise ValueError(missing)
     run_dir = RunDir(Path(config.output_dir))
     if resumed_from is not None:
-        for path in (run_dir.metrics, *map(run_dir.completions_of, get_args(Split))):
+        for path in (
+            run_dir.metrics,
+            run_dir.timeline,
+            *map(run_dir.completions_of, get_args(Split)),
+        ):
             truncate_after(path, resumed_from)
-    parts: list[Tracker] = [GuardedTracker("metrics.jsonl", JsonlTracker(run_dir.metrics))]
+    parts: list[Tracker] = [
+        GuardedTracker("metrics.jsonl", JsonlTracker(run_dir.metrics)),
+        GuardedTracker("timeline.jsonl", TimelineTracker(run_dir.timeline)),
+    ]
     if config.logs_completions:
         parts.append(GuardedTracker("completions.jsonl", CompletionsTracker(run_dir)))
     _record_environment(run_dir, resumed_from)
@@ -58,6 +67,7 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Trac
         BackgroundTracker(name, partial(make, config, resumed_from), close_timeout_s=timeout_s)
         for name, make in factories.items()
     ]
+    parts.append(GuardedTracker("summary.md", SummaryTracker(config, run_dir)))
     parts.append(GuardedTracker("the picture of the run", CurveTracker(run_dir)))
     run_dir.write_status(RUNNING)
     return CompositeTracker(parts, run_dir, Progress(config.num_steps))
@@ -135,6 +145,18 @@ class CompositeTracker(Tracker):
         with self._lock:
             for part in self._parts:
                 part.log_completions(step, group, advantages, split)
+
+    def begin(self, config: RunConfig, device: Device) -> None:
+        """Pass them on."""
+        with self._lock:
+            for part in self._parts:
+                part.begin(config, device)
+
+    def log_timeline(self, spans: Sequence[Span]) -> None:
+        """Pass the spans on."""
+        with self._lock:
+            for part in self._parts:
+                part.log_timeline(spans)
 
     def log_warning(self, step: int, text: str) -> None:
         """Pass the warning on."""

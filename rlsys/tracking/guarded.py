@@ -6,11 +6,14 @@ are called in the background, see rlsys.tracking.background.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from rlsys.config import RunConfig
+from rlsys.timeline.spans import Span
 from rlsys.tracking.base import Metrics, Split, Tracker
 from rlsys.tracking.outages import Outages
-from rlsys.types import RolloutGroup
+from rlsys.types import Device, RolloutGroup
 
 
 class GuardedTracker(Tracker):
@@ -24,6 +27,14 @@ class GuardedTracker(Tracker):
     def __init__(self, name: str, tracker: Tracker):
         self.outages = Outages(name)
         self._tracker = tracker
+
+    def begin(self, config: RunConfig, device: Device) -> None:
+        """Pass them on."""
+        self._call("begin", config, device)
+
+    def log_timeline(self, spans: Sequence[Span]) -> None:
+        """Pass them on."""
+        self._call("log_timeline", spans)
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Pass it on."""

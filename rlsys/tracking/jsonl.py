@@ -1,11 +1,13 @@
-"""The trackers that write metrics.jsonl and completions.jsonl."""
+"""The trackers that write metrics.jsonl, timeline.jsonl and completions.jsonl."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlsys.files import JsonlWriter
 from rlsys.run.folder import RunDir
+from rlsys.timeline.spans import Span
 from rlsys.tracking.base import Metrics, Split, Tracker
 from rlsys.tracking.completions import completion_rows
 from rlsys.types import RolloutGroup
@@ -20,6 +22,21 @@ class JsonlTracker(Tracker):
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Append `{"step": step, ...}`."""
         self._writer.append({"step": step, **metrics})
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+class TimelineTracker(Tracker):
+    """timeline.jsonl: one row a span."""
+
+    def __init__(self, path: Path):
+        self._writer = JsonlWriter(path)
+
+    def log_timeline(self, spans: Sequence[Span]) -> None:
+        """Append a row for each span."""
+        self._writer.append(*(span.row() for span in spans))
 
     def close(self) -> None:
         """Close the file."""

@@ -13,6 +13,8 @@ WHAT = {
     "log_metrics": "step",
     "log_completions": "completion group",
     "log_warning": "warning",
+    "log_timeline": "piece of timeline",
+    "begin": "start",
 }
 """Method of a tracker -> what one call records."""
 

@@ -13,6 +13,7 @@ from tracking_cases import make_config
 from rlsys.actors.recovery import Restarts
 from rlsys.driver import train
 from rlsys.interrupts import interruptible
+from rlsys.timeline.spans import Timeline
 from rlsys.tracking.base import Tracker
 from rlsys.tracking.sampling_watch import SamplingWatch
 from rlsys.tracking.watch import Watch
@@ -142,6 +143,7 @@ def run(tmp_path):
             reference=reference,
             publisher=system,
             restarts=Restarts(config.recovery),
+            timeline=Timeline(),
         )
         train(roles, Log(system), system, watches)
         return system

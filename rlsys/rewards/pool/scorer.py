@@ -23,6 +23,7 @@ from rlsys.rewards.pool.process import LocalBackend
 from rlsys.rewards.pool.serve import Failed, process_settings
 from rlsys.rewards.pool.workers import Backend, make_pools
 from rlsys.rewards.scoring import Scored, weighted_total
+from rlsys.timeline.spans import Timeline
 from rlsys.types import RewardOutput, RolloutGroup
 
 MIN_ALONE_S = 1.0
@@ -82,6 +83,16 @@ class GroupScorer:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def timeline(self) -> Timeline:
+        """Records which process calls which function; by default it drops that."""
+        return self._pools[0].timeline
+
+    @timeline.setter
+    def timeline(self, timeline: Timeline) -> None:
+        for pool in self._pools:
+            pool.timeline = timeline
 
     @property
     def num_pending(self) -> int:

@@ -14,6 +14,7 @@ from rlsys.rewards.pool.failures import RewardCodeError
 from rlsys.rewards.pool.job import Job
 from rlsys.rewards.pool.serve import Failed, ScoreRequest
 from rlsys.rewards.scoring import Scored, is_async
+from rlsys.timeline.spans import Timeline
 
 START_TIMEOUT_S = 300.0
 """Seconds for a process to start and its reward classes to load, a model perhaps."""
@@ -60,6 +61,8 @@ class Backend(Protocol):
 class Worker:
     """A reward process and what it is doing."""
 
+    name: str
+    """Its place; one that replaces another has the same."""
     handle: Any
     starting: Any
     """Reference of its start; None when it is ready."""
@@ -87,6 +90,7 @@ class WorkerPool:
         concurrent: bool = True,
         num_workers: int = 1,
         max_jobs: int = 1,
+        name: str = "reward worker",
     ):
         """Describe the pool; `start` starts its processes.
 
@@ -97,20 +101,24 @@ class WorkerPool:
             concurrent: whether the functions are async and run together.
             num_workers: processes.
             max_jobs: jobs that one process runs at the same time.
+            name: of a process in the timeline, before its number.
         """
         self.functions = tuple(functions)
         self.concurrent = concurrent
         self.num_workers = num_workers
         self.max_jobs = max_jobs
+        self.name = name
         self.waiting: deque[Job] = deque()
         self._backend = backend
         self._timeout_s = timeout_s
         self._workers: list[Worker] = []
+        self.timeline = Timeline()
+        """Records which process calls which function; this one drops it."""
 
     def start(self) -> None:
         """Start the processes, without waiting for them."""
-        for _ in range(self.num_workers):
-            self._spawn()
+        for number in range(self.num_workers):
+            self._spawn(f"{self.name} {number}")
 
     @property
     def is_ready(self) -> bool:
@@ -148,7 +156,13 @@ class WorkerPool:
                 failed = Failed("timeout", self._backend.whereabouts(worker.handle))
             if failed is not None:
                 finished += self._replace(worker, failed)
+            self._note(worker)
         return finished
+
+    def _note(self, worker: Worker) -> None:
+        """Tell the timeline what a process works on: of several functions, the first."""
+        jobs = [job.function for job, _ in worker.running.values()]
+        self.timeline.now_doing(worker.name, "reward", jobs[0] if jobs else None)
 
     def dispatch(self) -> None:
         """Hand waiting jobs to processes that have room."""
@@ -162,6 +176,7 @@ class WorkerPool:
                 reference = self._backend.score(worker.handle, job.request())
                 limit = job.timeout_s + (ASYNC_GRACE_S if self.concurrent else 0.0)
                 worker.running[reference] = (job, time.monotonic() + limit)
+                self._note(worker)
 
     def close(self) -> None:
         """End the processes, whatever they are doing."""
@@ -170,9 +185,9 @@ class WorkerPool:
         self._workers.clear()
         self.waiting.clear()
 
-    def _spawn(self) -> None:
+    def _spawn(self, name: str) -> None:
         handle, starting = self._backend.spawn(self.functions, concurrent=self.concurrent)
-        self._workers.append(Worker(handle, starting, time.monotonic() + START_TIMEOUT_S))
+        self._workers.append(Worker(name, handle, starting, time.monotonic() + START_TIMEOUT_S))
 
     def _check_start(self, worker: Worker, done: set[Any]) -> None:
         if worker.starting not in done:
@@ -199,8 +214,9 @@ class WorkerPool:
         """Kill a process and start another; returns the job that is to blame, if it is known."""
         self._backend.kill(worker.handle)
         self._workers.remove(worker)
-        self._spawn()
+        self._spawn(worker.name)
         jobs = [job for job, _ in worker.running.values()]
+        worker.running.clear()
         if len(jobs) == 1:
             return [(jobs[0], failed)]
         # One of several is to blame: each is tried with no other beside it.
@@ -226,7 +242,10 @@ def make_pools(config: RewardConfig, backend: Backend) -> list[WorkerPool]:
     limit = config.timeout_s
     pools = [
         WorkerPool(backend, sync, limit, concurrent=False, num_workers=config.num_workers),
-        WorkerPool(backend, waiting, limit, max_jobs=MAX_ASYNC_JOBS),
-        *(WorkerPool(backend, [name], limit, max_jobs=MAX_MODEL_JOBS) for name in config.models),
+        WorkerPool(backend, waiting, limit, max_jobs=MAX_ASYNC_JOBS, name="async reward worker"),
+        *(
+            WorkerPool(backend, [name], limit, max_jobs=MAX_MODEL_JOBS, name=f"reward model {name}")
+            for name in config.models
+        ),
     ]
     return [pool for pool in pools if pool.functions]

@@ -16,6 +16,7 @@ from rlsys.actors.recovery import Restarts
 from rlsys.actors.waiting import PhaseTimeout
 from rlsys.driver import train
 from rlsys.rollout.rollouts import has_zero_std
+from rlsys.timeline.spans import Timeline
 from rlsys.tracking.sampling_watch import SamplingWatch
 from rlsys.types import DraftCounts, UpdateOutput
 
@@ -220,6 +221,7 @@ def run(build, folder, *, rollout_seconds, update_seconds, max_steps=12, **rollo
         reference=None,
         publisher=policy,
         restarts=Restarts(config.recovery),
+        timeline=Timeline(),
     )
     train(system, world.tracker, policy, watches)
     began = policy.began_at
