@@ -14,6 +14,8 @@ import psutil
 
 EXIT_S = 20.0
 """For a command to end after its result; what it has to say is known by then."""
+STACKS_S = 3.0
+"""For a command to print its stacks at its deadline."""
 SO_FAR = "so_far"
 
 
@@ -22,11 +24,11 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
 
     The command gets a session of its own, and all of it is killed when it is over, takes longer
     than `timeout_s`, or does not end after its result ("hung_after"), as TRL's client of a vLLM
-    server sometimes. A line with SO_FAR in it is not yet the result; if no other follows, it is
+    server sometimes. A Python program whose time is up prints the stacks of its threads first. A line with SO_FAR in it is not yet the result; if no other follows, it is
     what comes back, beside the error. `gpus` are the numbers of those that the command may see;
     its stderr is this one's.
     """
-    environment = os.environ | (env or {})
+    environment = os.environ | {"PYTHONFAULTHANDLER": "1"} | (env or {})
     if gpus is not None:
         seen = os.environ.get("CUDA_VISIBLE_DEVICES")
         ids = seen.split(",") if seen else [str(number) for number in range(max(gpus) + 1)]
@@ -44,6 +46,8 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
                 if waited_for and not unfinished(result):
                     end = min(end, time.monotonic() + EXIT_S)
             code = process.poll()
+            if code is None and unfinished(result):
+                print_stacks(process)
         finally:
             end_session(process)
         result = last_result(printed) or result
@@ -54,6 +58,13 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
         why = "no result printed" if code == 0 else f"not done within {timeout_s:g} s"
         return {"error": f"{why}: {command}"} | (result or {}) | took
     return result | took | ({"hung_after": True} if code is None else {})
+
+
+def print_stacks(process):
+    """Let a Python process print where its threads are, and end."""
+    process.send_signal(signal.SIGABRT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(STACKS_S)
 
 
 def unfinished(result):

@@ -6,6 +6,7 @@
     python benchmarks/weight_sync_gpu.py --policy-tp 2 --engine-tp 2 --engine-shares    # on two
     python benchmarks/weight_sync_gpu.py --engines 2      # which share a GPU, on two as well
     python benchmarks/weight_sync_gpu.py --quantization fp8    # which the engine does, on two
+    python benchmarks/weight_sync_gpu.py --lora adapter --shape qwen2.5-7b    # or merged
     python benchmarks/weight_sync_gpu.py --device cpu --shape tiny --repeats 4    # does it work?
 
 A real policy and real engines, with random weights of the shape. Every sync is a whole one:
@@ -57,6 +58,8 @@ from rlsys.types import Prompt, SampleRequest
 from rlsys.weight_sync.transport import LOOPBACK, serve_store
 
 START_TIMEOUT_S = 300.0
+LORA = {"rank": 8, "alpha": 16}
+ADAPTER_SCALING = 2.0
 
 
 class Placement:
@@ -122,7 +125,11 @@ class Bench:
     def syncs(self, repeats, settings):
         section = self.config.weight_sync.model_copy(update=settings)
         publisher = WeightPublisher(
-            self.policy, self.engines, section, transport=self.first_transport
+            self.policy,
+            self.engines,
+            section,
+            transport=self.first_transport,
+            adapter_scaling=ADAPTER_SCALING if self.arguments.lora == "adapter" else None,
         )
         publisher._transport = section.transport
         for _ in range(
@@ -158,7 +165,7 @@ class Bench:
             "engine_s": {
                 name: statistics.median(part[name] for part in parts) for name in parts[0]
             },
-            **self.equality(),
+            **({} if self.arguments.lora else self.equality()),
         }
 
     def ask_workers(self, method):
@@ -244,9 +251,10 @@ def parts_of(bench, arguments):
         "vllm_loader": lambda: bench.syncs(5, {"in_place": False}),
         "in_place_without_checksums": lambda: bench.syncs(few, {"verify": False}),
     }
-    if arguments.quantization is not None:  # no parameter of the engine is as it is sent
+    # No parameter of the engine is as it is sent, or only a merged one: log-probs are compared.
+    if (name := "quantised" if arguments.quantization else arguments.lora) is not None:
         return {
-            "quantised": lambda: bench.syncs(few, {}),
+            name: lambda: bench.syncs(few, {}),
             "mean_logp_difference": bench.logp_difference,
         }
     usual = bench.config.weight_sync.bucket_mb
@@ -337,6 +345,7 @@ def make_config(folder, arguments):
             "policy": {
                 "world_size": arguments.policy_tp,
                 "tensor_parallel_size": arguments.policy_tp,
+                "lora": LORA if arguments.lora else None,
             },
             "rollout": {
                 "generation_batch_size": 64,
@@ -348,7 +357,7 @@ def make_config(folder, arguments):
                 "engines_per_gpu": arguments.engines,
                 "quantization": arguments.quantization,
             },
-            "weight_sync": {"timeout_s": TIMEOUT_S},
+            "weight_sync": {"timeout_s": TIMEOUT_S, "lora": arguments.lora or "auto"},
         }
     )
 
@@ -365,6 +374,7 @@ def parse_arguments():
         "--engine-shares", action="store_true", help="the policy's GPUs: --policy-tp 2"
     )
     parser.add_argument("--quantization", choices=["fp8", "fp8_per_block"], help="of the engine")
+    parser.add_argument("--lora", choices=["adapter", "merged"], help="how engines get adapters")
     parser.add_argument("--limit-s", type=int, default=480, help="of the whole benchmark, seconds")
     arguments = parser.parse_args()
     if arguments.engine_shares and (arguments.policy_tp != 2 or arguments.engine_tp > 2):

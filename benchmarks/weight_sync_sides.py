@@ -84,7 +84,10 @@ class OpenRank(PolicyRank):
     @torch.no_grad()
     def change_weights(self):
         for parameter in self.engine.model.parameters():
-            parameter.copy_(parameter.flatten().roll(1).view_as(parameter))
+            if self.engine.adapters is None:
+                parameter.copy_(parameter.flatten().roll(1).view_as(parameter))
+            elif parameter.requires_grad:
+                parameter.normal_(std=0.01)  # B begins with zeros
         self._synchronize()
 
     def send_weights(self, version, *, to):
