@@ -24,9 +24,9 @@ def run_alone(command, *, timeout_s, env=None, gpus=None):
 
     The command gets a session of its own, and all of it is killed when it is over, takes longer
     than `timeout_s`, or does not end after its result ("hung_after"), as TRL's client of a vLLM
-    server sometimes. A Python program whose time is up prints the stacks of its threads first. A line with SO_FAR in it is not yet the result; if no other follows, it is
-    what comes back, beside the error. `gpus` are the numbers of those that the command may see;
-    its stderr is this one's.
+    server sometimes. A Python program whose time is up prints the stacks of its threads first. A
+    line with SO_FAR in it is not yet the result; if no other follows, it is what comes back, beside
+    the error. `gpus` are the numbers of those that the command may see; its stderr is this one's.
     """
     environment = os.environ | {"PYTHONFAULTHANDLER": "1"} | (env or {})
     if gpus is not None:

@@ -61,8 +61,11 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
     tensors = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     if not tensors:
         return True
-    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors])
-    return bool(sums.isfinite().all()) or all(tensor.isfinite().all() for tensor in tensors)
+    sums: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:  # those of an offloaded optimizer are on the CPU
+        sums.setdefault(tensor.device, []).append(tensor.sum(dtype=torch.float32))
+    finite = all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values())
+    return finite or all(tensor.isfinite().all() for tensor in tensors)
 
 
 def check_finite(what: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
