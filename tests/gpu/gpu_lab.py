@@ -232,6 +232,7 @@ class ReloadingGpuActor(OpenActor):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+            _allow_graphs()
         self.__init__(config, *self._place)
 
 
@@ -244,6 +245,13 @@ class CrossedActor(OpenActor):
     def __init__(self, config, device, engine_rank):
         os.environ["CUDA_VISIBLE_DEVICES"] = "1,0"  # Ray gave it none, and CUDA has not begun
         super().__init__(config, device, engine_rank)
+
+
+def _allow_graphs():
+    """vLLM forbids CUDA graphs once an engine has its own, and not all engines allow them again."""
+    from vllm.compilation.monitor import set_cudagraph_capturing_enabled
+
+    set_cudagraph_capturing_enabled(True)
 
 
 def _held_checksums(worker):
