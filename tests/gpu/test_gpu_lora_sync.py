@@ -2,24 +2,19 @@
 
 import pytest
 import ray
+from adapter_samples import BOUND, mean_difference, sample
 from gpu_cases import DEVICE, engine_config, gpu_config
 from gpu_lab import OpenActor
-from greedy_rollouts import PROMPTS
-from patience import PATIENCE_S
 
 from rlsys.actors import rollout
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.weight_publisher import WeightPublisher
-from rlsys.algo.batching import build_train_batch
 from rlsys.config import LoraConfig
-from rlsys.types import SampleRequest
 
 pytestmark = pytest.mark.gpu(2)
 
 LORA = LoraConfig(rank=8, alpha=16.0)
 SCALING = 2.0
-BOUND = 2e-2 if DEVICE == "cuda" else 1e-5
-"""Mean difference of log-probs that bfloat16 explains, and float32 on CPU."""
 
 
 def with_lora(config, lora):
@@ -41,21 +36,6 @@ def engine(request, gpus, gpu_models):
     engine.start()
     yield engine, request.param
     engine.close()
-
-
-def sample(engine):
-    """Completions at temperature 1, as a batch."""
-    engine.submit([SampleRequest(i, prompt, 4, 1.0, i) for i, prompt in enumerate(PROMPTS)])
-    groups = []
-    while engine.num_pending:
-        ray.wait(engine.pending_refs(), timeout=PATIENCE_S)
-        groups += engine.collect()
-    return build_train_batch(groups)
-
-
-def mean_difference(logprobs, batch):
-    gaps = (logprobs - batch.rollout_logprobs).abs() * batch.completion_mask
-    return float(gaps.sum() / batch.completion_mask.sum())
 
 
 def held_by(engine):
