@@ -7,6 +7,7 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def student_t_tails(t: float, degrees: int) -> float:
     return _incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
 
 
+@cache
 def _t_quantile(confidence: float, degrees: int) -> float:
     """The t with P(|T| <= t) = confidence, by bisection."""
     low, high = 0.0, 1.0
