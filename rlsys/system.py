@@ -224,8 +224,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         if isinstance(reference, ReferenceActors) and config.reference.sync_steps is not None:
             reference.connect_to(policy)
     restarts = Restarts(config.recovery)
-    engines.publisher = publisher
-    restarts.watch(engines, config.rollout.heartbeat_s)
+    _let_engines_restart(engines, publisher, restarts)
     for model in (policy, *others):
         _let_restart(model, restarts, config)
     timeline = _start_timeline(config, device, tracker, engines, rewards, policy, *others)
@@ -298,6 +297,16 @@ def _start_timeline(
     for role in roles:
         role.timeline = timeline
     return timeline
+
+
+def _let_engines_restart(
+    engines: RolloutActors, publisher: WeightPublisher, restarts: Restarts
+) -> None:
+    """Have engines that fail replaced, or say why they are not."""
+    if restarts.enabled and engines.why_no_restart is not None:
+        print(f"note: rollout engines that fail end the run: {engines.why_no_restart}", flush=True)
+    engines.publisher = publisher
+    restarts.watch(engines, engines.config.rollout.heartbeat_s)
 
 
 def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> None:

@@ -79,9 +79,10 @@ class RolloutActors(ActorGroup):
         rollout = config.rollout
         self.config = config
         self.num_engines = rollout.num_engines if server is None else 1
-        self._why_no_restart = None if server is None else "the run did not start this server"
+        self.why_no_restart = None if server is None else "the run did not start this server"
+        """Why an engine that fails ends the run; None if it is replaced."""
         if config.is_colocated and device == "cuda":
-            self._why_no_restart = _WHY_NOT_SHARED
+            self.why_no_restart = _WHY_NOT_SHARED
         self.workers_per_engine = rollout.tensor_parallel_size
         """Processes that hold the model of one engine."""
         self.senders = [0] * rollout.engines_per_gpu
@@ -249,8 +250,8 @@ class RolloutActors(ActorGroup):
                 raise error
             if isinstance(error.cause, (ValueError, WeightSyncError)):
                 raise error
-            if self._why_no_restart is not None:
-                raise RunFailed(f"{error}\n{name}: {self._why_no_restart}") from error
+            if self.why_no_restart is not None:
+                raise RunFailed(f"{error}\n{name}: {self.why_no_restart}") from error
             self._successors.begin(name, self._begin_restart(error, phase))
             self._drop(name)
 

@@ -305,6 +305,7 @@ def test_a_run_on_a_pipe_prints_lines_of_its_own_and_nothing_else(whole):
 # --- killed, repeated, resumed --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_policy_ends_the_run_and_is_named_last(broken):
     assert broken.exit_code == 1
     *_, last = broken.log.splitlines()
@@ -316,6 +317,7 @@ def test_a_killed_policy_ends_the_run_and_is_named_last(broken):
     broken.wait_for_no_process()
 
 
+@pytest.mark.slow
 def test_what_was_written_before_a_kill_is_whole_and_the_same_for_the_same_seed(broken, whole):
     rows = [row for row in read_jsonl(whole.out.metrics) if row["step"] <= 2]
     assert list(map(without_clock, broken.rows_left)) == list(map(without_clock, rows))
@@ -346,6 +348,7 @@ def same_records(run, whole):
     assert all(torch.equal(ends[0][name], tensor) for name, tensor in ends[1].items())
 
 
+@pytest.mark.slow
 def test_policy_and_engine_that_take_turns_end_with_the_same_bits(start, whole):
     """Evaluations, checkpoints and models that are kept change turns in the middle of steps."""
     run = start("colocated", "run.yaml", *EPOCHS, "--placement", "colocated")

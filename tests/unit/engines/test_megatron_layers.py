@@ -1,12 +1,14 @@
-"""Attention of the CPU's layers, beside a mask that is written out."""
+"""Layers of the CPU, and of pipeline stages, beside what they are taken for."""
 
 import math
 
 import pytest
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from transformers.masking_utils import sliding_window_causal_mask_function
 
+from rlsys.config.pipeline_layout import parse_layout
 from rlsys.engines.megatron import layers
 from rlsys.engines.megatron.layers import PackedAttention
 
@@ -49,3 +51,23 @@ def test_layers_without_a_window_see_everything():
     for without in (attention(5, layer_number=2), attention(None)):
         attended = without._padded(query, key, value)
         torch.testing.assert_close(attended, expected(query, key, value, 37))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "EtL",
+        "Et*3|t*1L",
+        "Ettt|(tt|)*29,L",
+        "E|t*4|t*4|L",
+        "E(t|)*3tL",
+        "Et|t|t|tL",
+        "E,t*12,|,t*10,L",
+        "E||tL",
+    ],
+)
+def test_the_notation_of_pipeline_stages_is_megatron_cores(text):
+    names = {"E": "embedding", "t": "decoder", "L": "loss"}
+    theirs = PipelineParallelLayerLayout.parse_str_to_list(text)
+    mine = [[names[letter] for letter in stage] for stage in parse_layout(text)]
+    assert mine == [[layer.name for layer in stage] for stage in theirs]
