@@ -13,6 +13,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
+from rlsys.completions_options import add_completions_options
 from rlsys.exit_codes import DONE, FAILED, WRONG_INPUT, is_full_disk, is_users_mistake, of_error
 from rlsys.export_options import add_export_options
 from rlsys.interrupts import Stopped
@@ -178,20 +179,6 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
         help="run this config with learning rate 0 (options of `rlsys grpo` may follow) and check "
         "that nothing changes",
     )
-
-
-def _completions(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="output_dir of the run")
-    parser.add_argument("--follow", action="store_true", help="wait for new completions")
-    parser.add_argument("--step", type=int, help="only this step")
-    parser.add_argument("--limit", type=int, help="groups to show at most")
-    split = parser.add_mutually_exclusive_group()
-    for name, text in (
-        ("eval", "completions of held-out prompts"),
-        ("filtered", "completions that dynamic sampling left out"),
-    ):
-        split.add_argument(f"--{name}", dest="split", action="store_const", const=name, help=text)
-    parser.set_defaults(split="train")
 
 
 def _dashboard(parser: argparse.ArgumentParser) -> None:
@@ -367,7 +354,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "infer": ("chat with a model or a run, complete a file of prompts, or serve it", _infer),
     "eval": ("held-out data and rewards of a config on any model: pass@k, errors", _eval),
     "doctor": ("check this machine, and say what is missing", _doctor),
-    "completions": ("read the completions of a run", _completions),
+    "completions": ("read, search and export the completions of a run", add_completions_options),
     "dashboard": ("a page with curves, completions, time and health of runs", _dashboard),
     "checkpoints": ("list the checkpoints of a run: which are whole, and the best", _checkpoints),
     "data preview": (

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
+
+_STEP_FIRST = re.compile(rb'\{"step": (\d{1,15}),.*\}\n', re.DOTALL)
+"""A row that begins with its step, as rlsys writes all of them."""
 
 
 @contextmanager
@@ -252,6 +256,8 @@ def truncate_after(path: Path, step: int) -> int:
     """
     if not path.exists():
         return 0
+    if not _has_later(path, step):
+        return 0  # gigabytes of completions are not written again
     dropped = 0
     with replacing(path) as scratch, path.open("rb") as source, scratch.open("wb") as target:
         for line in source:
@@ -261,6 +267,17 @@ def truncate_after(path: Path, step: int) -> int:
             else:
                 target.write(line if line.endswith(b"\n") else line + b"\n")
     return dropped
+
+
+def _has_later(path: Path, step: int) -> bool:
+    """Whether `truncate_after` would drop a line."""
+    with path.open("rb") as source:
+        for line in source:
+            match = _STEP_FIRST.match(line)
+            found = int(match[1]) if match else (decode_row(line) or {}).get("step")
+            if not line.endswith(b"\n") or not isinstance(found, int) or found > step:
+                return True
+    return False
 
 
 def finite(value: Any) -> Any:

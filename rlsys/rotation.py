@@ -1,13 +1,15 @@
-"""Files that grow until they are rotated: the parts of one, and reading what was appended."""
+"""JSONL files that grow until they are rotated: writing, cutting back, reading what is new."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+from rlsys.files import JsonlWriter, truncate_after
 
 MARK_BYTES = 256
 """Bytes before the place where reading ended, which show later that the file is still the same:
@@ -29,6 +31,59 @@ def older_parts(path: Path) -> list[Path]:
     except OSError:
         return []
     return [item for _, item in sorted(found, key=lambda pair: int(pair[0][1]))]
+
+
+def parts(path: Path) -> list[Path]:
+    """The older parts of a file, oldest first, and then the file, whether it exists or not."""
+    return [*older_parts(path), path]
+
+
+def truncate_parts_after(path: Path, step: int) -> None:
+    """Drop the rows of later steps from a file and its older parts, as `truncate_after` does."""
+    for part in parts(path):
+        truncate_after(part, step)
+        if part != path and part.stat().st_size == 0:
+            part.unlink()
+
+
+class RotatingJsonlWriter:
+    """Appends rows to a JSONL file, which becomes an older part when it is large.
+
+    Args:
+        path: the newest part.
+        max_mb: mebibytes after which the next rows go to a new file; None never rotates.
+    """
+
+    def __init__(self, path: Path, max_mb: int | None):
+        self._path, self._max_mb = path, max_mb
+        self._writer = JsonlWriter(path)
+
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Append rows together, one line each, to one file.
+
+        Raises:
+            OSError: of the system, such as that the disk is full.
+        """
+        try:
+            size = self._path.stat().st_size
+        except FileNotFoundError:  # somebody deleted it, or an earlier rotation stopped half-way
+            self._begin()
+        else:
+            if self._max_mb is not None and size >= self._max_mb << 20:
+                older = older_parts(self._path)
+                number = int(older[-1].suffixes[-2][1:]) if older else 0
+                self._path.rename(part_path(self._path, number + 1))
+                self._begin()
+        self._writer.append(*rows)
+
+    def _begin(self) -> None:
+        writer = JsonlWriter(self._path)
+        self._writer.close()
+        self._writer = writer
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
 
 
 def open_parts(path: Path, stack: ExitStack) -> list[tuple[Path, IO[bytes]]]:
@@ -55,10 +110,16 @@ def _open(path: Path, stack: ExitStack) -> IO[bytes] | None:
 
 
 class GrowingFile:
-    """Lines that another process appends to a file and its rotated parts, each read once."""
+    """Lines that another process appends to a file and its older parts, each read once.
 
-    def __init__(self, path: Path):
+    Args:
+        path: the newest part.
+        last_bytes: what is read of the lines that are there already; None is all.
+    """
+
+    def __init__(self, path: Path, last_bytes: int | None = None):
         self._path = path
+        self._last_bytes = last_bytes
         self._inode: int | None = None
         self._offset = 0
         self._mark = b""
@@ -78,7 +139,18 @@ class GrowingFile:
         restarted = self._inode is not None and found is None
         if found is None:
             self._inode, self._offset, self._mark = None, 0, b""
+            if self._last_bytes is not None and parts:
+                found = len(parts) - 1
+                self._begin_near_end(parts[-1][1], self._last_bytes)
+        self._last_bytes = None
         return restarted, self._read(stack, [file for _, file in parts[found or 0 :]])
+
+    def _begin_near_end(self, file: IO[bytes], last_bytes: int) -> None:
+        start = max(0, os.fstat(file.fileno()).st_size - last_bytes)
+        file.seek(start)
+        if start:
+            start += len(file.readline())  # a whole line is the next one
+        self._inode, self._offset = os.fstat(file.fileno()).st_ino, start
 
     def _continues_in(self, file: IO[bytes]) -> bool:
         status = os.fstat(file.fileno())

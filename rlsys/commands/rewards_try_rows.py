@@ -15,6 +15,7 @@ from rlsys.data.row import Row
 from rlsys.data.sources import PromptSource, Split, open_sources, raise_if_any
 from rlsys.data.text_files import read_file
 from rlsys.problems import Problem
+from rlsys.rotation import parts
 from rlsys.tracking.completions import ABOUT_COMPLETION, is_count
 from rlsys.types import Completion, Prompt, RolloutGroup
 
@@ -40,7 +41,7 @@ class RowSources:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of completions.
+    """The rows of a file of completions, and of its older parts before them.
 
     Raises:
         ValueError: it is not a file, or a row is not a JSON object.
@@ -48,9 +49,12 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists() or path.is_dir():
         kind = "is a folder" if path.is_dir() else "does not exist"
         raise ValueError(f"--completions {path} {kind}; name a JSONL file")
-    rows = list(read_file(path, max_row_mb=_MAX_ROW_MB))
+    rows = []
+    for part in parts(path):
+        for row in read_file(part, max_row_mb=_MAX_ROW_MB):
+            row.location = f"{part}, {row.location}"
+            rows.append(row)
     for row in rows:
-        row.location = f"{path}, {row.location}"
         try:
             row.read()
         except ValueError as error:

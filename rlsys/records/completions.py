@@ -55,6 +55,10 @@ class Query:
     """Largest first; without `sort`, newest first."""
     offset: int = 0
     limit: int | None = None
+    latest: bool = False
+    """Without `sort`: the newest `limit` completions, in the order in which they were recorded."""
+    groups: int | None = None
+    """Only completions of the newest groups, this many; None is all."""
     columns: Sequence[str] | None = None
     """None is all that the rows in the file have, and their `id`."""
 
@@ -99,11 +103,18 @@ class Completions:
             ]
             return CompletionRows(names, rows, total)
 
-    def table(self, query: Query) -> pyarrow.Table:
-        """Completions as a table of Arrow; the same errors as `query`."""
+    @contextmanager
+    def batches(self, query: Query) -> Iterator[pyarrow.RecordBatchReader]:
+        """Completions in batches of Arrow; the same errors as `query`."""
         with self._opened(None) as (completions, columns), _explained(query, columns):
             chosen = _ordered(_filtered(completions, query), query, columns)
-            return _projected(chosen, query, columns).to_arrow_table()
+            yield _projected(chosen, query, columns).to_arrow_reader()
+
+    def steps(self) -> tuple[int, int] | None:
+        """The first and the last step that is recorded; None if there is no completion."""
+        with self._opened(None) as (completions, _):
+            first, last = completions.aggregate("min(step), max(step)").fetchall()[0]
+            return None if first is None else (first, last)
 
     def group(self, completion_id: str) -> list[dict[str, Any]]:
         """The row of a completion, and then the other completions of its group.
@@ -202,6 +213,15 @@ def _filtered(completions: duckdb.DuckDBPyRelation, query: Query) -> duckdb.Duck
     if query.where and query.where.strip():
         # SQLExpression takes one expression and nothing that follows it.
         completions = completions.filter(duckdb.SQLExpression(query.where))
+    if query.groups is not None:
+        newest = (
+            completions.aggregate("step, group_id, max(part) AS part, max(row) AS row")
+            .order("part DESC, row DESC")
+            .limit(query.groups)
+            .project("step, group_id")
+            .set_alias("newest")
+        )
+        completions = completions.join(newest, "step, group_id", how="semi")
     return completions
 
 
@@ -211,11 +231,15 @@ def _ordered(
     if (query.limit is not None and query.limit < 0) or query.offset < 0:
         raise ValueError(f"limit {query.limit} and offset {query.offset} should be 0 or more")
     way = "DESC" if query.descending else "ASC"
-    if query.sort is None:
-        order = [f"{name} {way}" for name in PLACE]
+    by_place = ", ".join(PLACE)
+    newest_first = ", ".join(f"{name} DESC" for name in PLACE)
+    if query.sort is not None:
+        order = f"{quoted(_known(query.sort, columns))} {way} NULLS LAST, {by_place}"
+    elif query.latest and query.limit is not None:
+        return chosen.order(newest_first).limit(query.limit, query.offset).order(by_place)
     else:
-        order = [f"{quoted(_known(query.sort, columns))} {way} NULLS LAST", *PLACE]
-    chosen = chosen.order(", ".join(order))
+        order = newest_first if query.descending and not query.latest else by_place
+    chosen = chosen.order(order)
     if query.limit is None and not query.offset:
         return chosen
     return chosen.limit(2**62 if query.limit is None else query.limit, query.offset)
@@ -249,6 +273,8 @@ def _explained(query: Query, columns: list[str]) -> Iterator[None]:
     except (duckdb.InterruptException, duckdb.OutOfMemoryException):
         raise
     except duckdb.Error as error:
+        if query.where is None:
+            raise
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"cannot search with {query.where!r}: {reason}. It should be one SQL condition, such "

@@ -16,6 +16,7 @@ from typing import IO, Literal
 from rlsys import exit_codes
 from rlsys.exit_codes import FULL
 from rlsys.files import path_exists, replacing
+from rlsys.rotation import parts
 
 RUNNING = "running"
 ENDED = "ended"
@@ -93,7 +94,8 @@ class RunDir:
     @property
     def files(self) -> tuple[Path, ...]:
         """Everything that a run writes, folders too."""
-        records = (self.metrics, self.completions, self.filtered_completions, self.eval_completions)
+        completions = (self.completions, self.filtered_completions, self.eval_completions)
+        records = (self.metrics, *(part for path in completions for part in parts(path)))
         health = (self.warnings, self.timeline, self.actors, self.cache)
         models = (self.checkpoints, self.hf, self.final, self.interrupted, self.dumps)
         pictures = (self.reward_curve, self.loss_curve)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import get_args
 
 from rlsys.config import RunConfig
-from rlsys.files import JsonlWriter, truncate_after
+from rlsys.files import JsonlWriter
+from rlsys.rotation import truncate_parts_after
 from rlsys.run.folder import ENDED, RUNNING, RunDir
 from rlsys.timeline.spans import Span
 from rlsys.tracking.background import BackgroundTracker
@@ -52,13 +53,14 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Trac
             run_dir.timeline,
             *map(run_dir.completions_of, get_args(Split)),
         ):
-            truncate_after(path, resumed_from)
+            truncate_parts_after(path, resumed_from)
     parts: list[Tracker] = [
         GuardedTracker("metrics.jsonl", JsonlTracker(run_dir.metrics)),
         GuardedTracker("timeline.jsonl", TimelineTracker(run_dir.timeline)),
     ]
-    if config.logs_completions:
-        parts.append(GuardedTracker("completions.jsonl", CompletionsTracker(run_dir)))
+    if (tracking := config.completions_tracking) is not None:
+        tracker = CompletionsTracker(run_dir, tracking)
+        parts.append(GuardedTracker("completions.jsonl", tracker))
     _record_environment(run_dir, resumed_from)
     # They are closed in this order, the slow picture last: `ray job stop` kills after 3 seconds.
     parts.append(GuardedTracker("the console", console_tracker(config, resumed_from)))

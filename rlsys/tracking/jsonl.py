@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from rlsys.config import TrackingConfig
 from rlsys.files import JsonlWriter
+from rlsys.rotation import RotatingJsonlWriter
 from rlsys.run.folder import RunDir
 from rlsys.timeline.spans import Span
 from rlsys.tracking.base import Metrics, Split, Tracker
@@ -47,11 +49,16 @@ class CompletionsTracker(Tracker):
     """completions.jsonl: one row a completion, written before the update.
 
     Held-out groups and filtered groups have their own files.
+
+    Args:
+        run_dir: the folder.
+        config: the section `tracking`; None has its defaults.
     """
 
-    def __init__(self, run_dir: RunDir):
+    def __init__(self, run_dir: RunDir, config: TrackingConfig | None = None):
         self._run_dir = run_dir
-        self._writers: dict[Split, JsonlWriter] = {"train": JsonlWriter(run_dir.completions)}
+        self._config: TrackingConfig = config or TrackingConfig()
+        self._writers: dict[Split, RotatingJsonlWriter] = {"train": self._writer("train")}
 
     def log_completions(
         self,
@@ -62,8 +69,12 @@ class CompletionsTracker(Tracker):
     ) -> None:
         """Append the G completions of a group together."""
         if split not in self._writers:
-            self._writers[split] = JsonlWriter(self._run_dir.completions_of(split))
+            self._writers[split] = self._writer(split)
         self._writers[split].append(*completion_rows(step, group, advantages))
+
+    def _writer(self, split: Split) -> RotatingJsonlWriter:
+        path = self._run_dir.completions_of(split)
+        return RotatingJsonlWriter(path, self._config.completions_max_mb)
 
     def close(self) -> None:
         """Close the files."""

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from rlsys.commands.completions import GroupReader, print_group
+from rlsys.commands.completions_follow import GroupReader
+from rlsys.commands.completions_print import print_group
 from rlsys.commands.rewards_try_rows import RowSources, group_rows, read_rows
 from rlsys.config import Config, DataConfig, SftConfig, SftDataConfig
 from rlsys.config.fields import config_fields

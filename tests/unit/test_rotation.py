@@ -3,7 +3,15 @@ import os
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlsys.rotation import GrowingFile, older_parts, part_path
+from rlsys.files import read_jsonl
+from rlsys.rotation import (
+    GrowingFile,
+    RotatingJsonlWriter,
+    older_parts,
+    part_path,
+    parts,
+    truncate_parts_after,
+)
 
 
 def read(file: GrowingFile) -> tuple[bool, list[bytes]]:
@@ -83,3 +91,52 @@ def test_a_file_that_was_deleted_leaves_nothing_and_may_come_back(tmp_path):
     assert read(file) == (False, [])
     path.write_bytes(b"2\n")
     assert read(file) == (False, [b"2\n"])
+
+
+MEBIBYTE = "x" * (1 << 20)
+
+
+def rows_of(path) -> list[list[int]]:
+    """The steps in each part."""
+    return [[row["step"] for row in read_jsonl(part)] for part in parts(path) if part.exists()]
+
+
+def test_a_file_that_is_large_enough_becomes_an_older_part(tmp_path):
+    path = tmp_path / "a.jsonl"
+    writer = RotatingJsonlWriter(path, 2)
+    for step in range(5):
+        writer.append({"step": step, "text": MEBIBYTE}, {"step": step})
+    writer.close()
+    assert rows_of(path) == [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4]]
+    writer = RotatingJsonlWriter(path, 1)
+    writer.append({"step": 9})
+    assert rows_of(path) == [[0, 0, 1, 1], [2, 2, 3, 3], [4, 4], [9]]
+    truncate_parts_after(path, 2)
+    assert rows_of(path) == [[0, 0, 1, 1], [2, 2], []]
+
+
+def test_without_a_size_nothing_is_rotated(tmp_path):
+    path = tmp_path / "a.jsonl"
+    writer = RotatingJsonlWriter(path, None)
+    for step in range(3):
+        writer.append({"step": step, "text": MEBIBYTE})
+    assert older_parts(path) == []
+
+
+def test_a_file_that_was_deleted_begins_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    writer = RotatingJsonlWriter(path, 1)
+    writer.append({"step": 1})
+    path.unlink()
+    writer.append({"step": 2})
+    assert rows_of(path) == [[2]]
+
+
+def test_parts_that_a_resumed_run_keeps_are_not_written_again(tmp_path):
+    path = tmp_path / "a.jsonl"
+    part_path(path, 1).write_text('{"step": 1, "a": 1}\n{"a": 2, "step": 2}\n')
+    path.write_text('{"step": 2}\n{"step": 3}\n')
+    before = part_path(path, 1).stat()
+    truncate_parts_after(path, 2)
+    assert rows_of(path) == [[1, 2], [2]]
+    assert part_path(path, 1).stat().st_ino == before.st_ino

@@ -223,9 +223,9 @@ class Config(RunConfig):
         )
 
     @property
-    def logs_completions(self) -> bool:
-        """tracking.log_completions."""
-        return self.tracking.log_completions
+    def completions_tracking(self) -> TrackingConfig | None:
+        """The section `tracking`, if completions are recorded."""
+        return self.tracking if self.tracking.log_completions else None
 
     @property
     def reference_changes(self) -> bool:

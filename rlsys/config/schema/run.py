@@ -24,7 +24,7 @@ from rlsys.config.schema.model import ModelConfig
 from rlsys.config.schema.policy import PolicyConfig
 from rlsys.config.schema.recovery import RecoveryConfig
 from rlsys.config.schema.section import Section
-from rlsys.config.schema.tracking import TrackersConfig
+from rlsys.config.schema.tracking import TrackersConfig, TrackingConfig
 
 AnyConfig = TypeVar("AnyConfig", bound="RunConfig")
 
@@ -170,9 +170,9 @@ class RunConfig(Section):
         return self.policy.context_parallel_size
 
     @property
-    def logs_completions(self) -> bool:
-        """Whether the run records what it samples."""
-        return False
+    def completions_tracking(self) -> TrackingConfig | None:
+        """How the run records what it samples; None: not at all."""
+        return None
 
     @property
     def reference_changes(self) -> bool:

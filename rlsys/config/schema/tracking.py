@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveInt, field_validator
 
 from rlsys.config.field_types import PathText
 from rlsys.config.schema.section import Section
@@ -52,3 +52,7 @@ class TrackingConfig(TrackersConfig):
 
     log_completions: bool = True
     """Append every completion to completions.jsonl when its group gets its place in a batch."""
+    completions_max_mb: PositiveInt | None = 256
+    """Mebibytes after which completions.jsonl is renamed to completions.000001.jsonl, then 000002
+    and so on, and begins again; files of held-out and filtered completions likewise. null:
+    never."""

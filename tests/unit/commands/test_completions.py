@@ -1,4 +1,6 @@
+import csv
 import io
+import json
 import math
 import re
 import signal
@@ -9,13 +11,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from rich.console import Console
 from tracking_cases import make_config, make_group
 
-from rlsys.commands.completions import Tail, print_group, show_completions
+from rlsys.cli import main
+from rlsys.commands.completions_follow import Tail
+from rlsys.commands.completions_print import print_group
 from rlsys.config.load import save_config
 from rlsys.files import read_jsonl, truncate_after
+from rlsys.rotation import part_path
 from rlsys.run.folder import ENDED, RUNNING, RunDir
 from rlsys.tracking.completions import completion_rows, last_user_message
 from rlsys.tracking.jsonl import CompletionsTracker
@@ -38,8 +44,24 @@ def log(run: RunDir, step: int, group_id: int, texts=("a", "b"), rewards=(1.0, 0
 
 
 def shown(capsys, run: RunDir, **options) -> str:
-    show_completions(run.path, **{"follow": False, "step": None, "limit": None, **options})
-    return capsys.readouterr().out
+    """What `rlsys completions` prints.
+
+    Raises:
+        ValueError: the error of the command.
+    """
+    words = ["completions", str(run.path)]
+    for name, value in options.items():
+        if name == "split":
+            words += [] if value == "train" else [f"--{value}"]
+        elif value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
+            words += [f"--{name}", str(value)]
+    status = main(words)
+    captured = capsys.readouterr()
+    if status:
+        raise ValueError(captured.err)
+    return captured.out
 
 
 def headings(text: str) -> list[str]:
@@ -247,8 +269,8 @@ class Following:
 def following(run_dir: Path):
     program = (
         "import sys; from pathlib import Path\n"
-        "from rlsys.commands.completions import show_completions\n"
-        "show_completions(Path(sys.argv[1]), follow=True, step=None, limit=None)\n"
+        "from rlsys.cli import main\n"
+        "sys.exit(main(['completions', sys.argv[1], '--follow']))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", program, str(run_dir)],
@@ -404,8 +426,8 @@ def test_a_pipe_that_closes_early_ends_the_viewer_silently(run):
         log(run, step, 0, texts=("x" * 4000, "y" * 4000))
     program = (
         "import sys; from pathlib import Path\n"
-        "from rlsys.commands.completions import show_completions\n"
-        "show_completions(Path(sys.argv[1]), follow=False, step=None, limit=None)\n"
+        "from rlsys.cli import main\n"
+        "sys.exit(main(['completions', sys.argv[1]]))\n"
     )
     viewer = subprocess.Popen(
         [sys.executable, "-c", program, str(run.path)],
@@ -437,3 +459,88 @@ def test_filtered_groups_have_a_file_of_their_own(run, capsys):
     log(run, 1, 0, texts=("trained on", "b"))
     assert "nothing new" not in run.completions.read_text()
     assert "nothing new" in shown(capsys, run, split="filtered")
+
+
+def search_run(run: RunDir) -> None:
+    """Steps 1 to 3, with two groups each."""
+    for step in (1, 2, 3):
+        tracker = CompletionsTracker(run)
+        for group_id, texts in ((0, ["a", "bb"]), (1, ["ccc", "dddd, so"])):
+            group = make_group(texts, [0.0, 1.0], group_id=group_id)
+            tracker.log_completions(step, group, [-1.0, float(step)])
+        tracker.close()
+
+
+def test_searched_completions_stand_in_their_order_under_their_groups(run, capsys):
+    search_run(run)
+    text = shown(capsys, run, where="countdown = 1", sort="length", step="1:2")
+    assert headings(text) == [f"step {s}, group {g}" for g in (1, 0) for s in (1, 2)]
+    assert text.count("1 of 2 completions\n") == 4
+    assert "ccc" not in text
+    assert headings(shown(capsys, run, grep="d, s", limit=2)) == [
+        *("step 2, group 1", "step 3, group 1")
+    ]
+    text = shown(capsys, run, sort="advantage", limit=1, ascending=True)
+    assert re.findall(r"#\d  reward \d", text) == ["#0  reward 0"]
+    assert headings(shown(capsys, run, step="2:", limit=1)) == ["step 3, group 1"]
+
+
+def test_columns_alone_stand_below_each_other(run, capsys):
+    search_run(run)
+    text = shown(capsys, run, sort="advantage", limit=1, columns="step,text,rewards")
+    assert text == 'step     3\ntext     bb\nrewards  {"countdown": 1.0}\n\n'
+
+
+def test_json_and_csv_have_all_rows_in_recorded_order(run, capfd, tmp_path):
+    search_run(run)
+    written = list(read_jsonl(run.completions))
+    rows = [json.loads(line) for line in shown(capfd, run, format="json").splitlines()]
+    assert [{name: row[name] for name in written[0]} for row in rows] == written
+    shown(capfd, run, format="csv", out=tmp_path / "found.csv", where="reward = 1", limit=2)
+    with (tmp_path / "found.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["step"], row["text"]) for row in rows] == [("3", "bb"), ("3", "dddd, so")]
+    assert json.loads(rows[0]["rewards"]) == {"countdown": 1.0}
+
+
+def test_parquet_is_what_was_asked_for(run, capfd, tmp_path):
+    search_run(run)
+    path = tmp_path / "found.parquet"
+    shown(capfd, run, format="parquet", out=path, sort="reward", columns="id,countdown")
+    table = pyarrow.parquet.read_table(path)
+    assert table.column_names == ["id", "countdown"]
+    assert table["countdown"].to_pylist() == [1.0] * 6 + [0.0] * 6
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"where": "nope = 1"}, r'column "nope" not found.*Columns are step, .*countdown'),
+        ({"where": "step = 1; drop table x"}, "more than one statement"),
+        ({"sort": "nope"}, r"'nope' is not a column\. Columns are step"),
+        ({"step": "2:x"}, "--step 2:x should be a step, or first and last step such as 10:20"),
+        ({"step": "7:9"}, "holds no group of steps 7:9: it has steps 1 to 3"),
+        ({"grep": "zzz"}, "holds no completion that fits: it has steps 1 to 3"),
+        ({"out": "x.csv"}, "--out FILE goes with --format"),
+        ({"out": "/nowhere/x.csv", "format": "csv"}, "--out /nowhere/x.csv cannot be written"),
+        ({"follow": True, "where": "true", "sort": "reward"}, "go with --where, --sort"),
+    ],
+)
+def test_a_wrong_search_is_one_clear_error(run, capfd, options, problem):
+    search_run(run)
+    with pytest.raises(ValueError, match=problem):
+        shown(capfd, run, **options)
+
+
+def test_rotated_files_are_one_record(run, capsys):
+    search_run(run)
+    run.completions.rename(part_path(run.completions, 1))
+    assert len(headings(shown(capsys, run))) == 6
+    search_run(run)
+    assert len(headings(shown(capsys, run))) == 12
+    tail = Tail(run.completions)
+    assert len(list(tail.rows())) == 24
+    run.completions.rename(part_path(run.completions, 2))
+    search_run(run)
+    assert len(list(tail.rows())) == 12
+    assert len(list(Tail(run.completions, last_bytes=1).rows())) == 0

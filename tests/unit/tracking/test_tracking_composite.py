@@ -7,6 +7,7 @@ from tracking_cases import DRIVER_METRICS, LOG_LINE_KEYS, make_config, make_grou
 
 from rlsys.config import Config
 from rlsys.files import read_jsonl
+from rlsys.rotation import parts
 from rlsys.run.folder import RunDir
 from rlsys.tracking import Tracker, build_tracker, packages, register_tracker, trackers
 from rlsys.tracking.composite import CompositeTracker, Progress, format_seconds
@@ -126,6 +127,20 @@ def test_a_resume_drops_what_was_recorded_after_its_checkpoint(run):
     assert [row["reward"] for row in read_jsonl(run.metrics)] == [1, 2, 33]
     for path in (run.completions, run.eval_completions):
         assert [row["step"] for row in read_jsonl(path)] == [1, 1, 2, 2]
+
+
+def test_a_resume_cuts_rotated_completions_back(run):
+    config = make_config(run.path, tracking={"completions_max_mb": 1})
+    killed = build_tracker(config)
+    for step in (1, 2, 3):
+        group = make_group(["a" * 2**20, "b"], [1.0, 0.0])
+        killed.log_completions(step, group, [0.7, -0.7])
+    assert len(parts(run.completions)) == 3
+    build_tracker(config, resumed_from=1).close()
+    killed.close()
+    rows = [row for part in parts(run.completions) for row in read_jsonl(part)]
+    assert [row["step"] for row in rows] == [1, 1]
+    assert set(parts(run.completions)) <= set(run.files)
 
 
 def test_completions_can_be_left_out(run):
