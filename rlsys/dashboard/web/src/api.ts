@@ -70,9 +70,15 @@ export function isLive(run: Run): boolean {
 export interface Timeline {
   actors: string[];
   spans: Span[];
-  /** Phase -> part of the asked time, 0 to 1. */
+  /** Phase of the driver -> part of the steps that are shown, 0 to 1. */
   shares: { [phase: string]: number };
+  /** The same for what the run waited for. */
+  limits: { [name: string]: number };
   limited_by: string | null;
+  /** Actor -> part of the time in which it had nothing to do. */
+  idle: { [actor: string]: number };
+  /** First and last step of which something is shown. */
+  steps: [number, number] | null;
   start: number | null;
   end: number | null;
 }

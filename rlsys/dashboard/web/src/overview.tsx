@@ -212,7 +212,7 @@ function Legend({ groups }: { groups: Group[] }) {
   return (
     <ul class="legend">
       {groups.map((group, i) => (
-        <li key={group.label}>
+        <li key={group.runs[0].id}>
           <i class={`swatch curve${i % CURVES}`} />
           {group.label}
           {group.runs.length > 1 && (

@@ -84,24 +84,20 @@ const OF_ONE_RUN = /(^|\.)(seed|output_dir|name|run_name|port|resume.*)$/;
 
 /** Runs that differ only in their seed (and folder), together; the label says what else differs. */
 export function groupSeeds(runs: Run[], config: Config | null): Group[] {
-  const groups = new Map<string, Group>();
+  const differing = Object.entries(config?.differences ?? {}).filter(([key]) => !OF_ONE_RUN.test(key));
+  const groups = new Map<string, Run[]>();
   for (const run of runs) {
-    const differing: [string, Value][] = Object.entries(config?.differences ?? {})
-      .filter(([key]) => !OF_ONE_RUN.test(key))
-      .map(([key, values]) => [key, values[run.id] ?? null]);
-    const key = config ? JSON.stringify([run.method, differing]) : run.id;
-    const group = groups.get(key);
-    if (group) group.runs.push(run);
-    else groups.set(key, { label: labelOf(run, differing), runs: [run] });
+    const values = differing.map(([, of]) => of[run.id] ?? null);
+    const key = config ? JSON.stringify([run.method, values]) : run.id;
+    groups.set(key, [...(groups.get(key) ?? []), run]);
   }
-  return [...groups.values()];
+  return [...groups.values()].map((members) => ({ label: labelOf(members, differing), runs: members }));
 }
 
-function labelOf(run: Run, differing: [string, Value][]): string {
-  const texts = differing
-    .slice(0, 3)
-    .map(([key, value]) => `${key.split(".").pop()} ${inLine(value)}`);
-  return texts.length ? texts.join(", ") : run.name;
+/** A run's own name; for several the fields in which they differ from other groups, or all names. */
+function labelOf(members: Run[], differing: [string, { [run: string]: Value }][]): string {
+  const values = differing.slice(0, 3).map(([key, of]) => `${key.split(".").pop()} ${inLine(of[members[0].id])}`);
+  return members.length > 1 && values.length ? values.join(", ") : members.map((run) => run.name).join(", ");
 }
 
 /** The metrics that a text names: one, or with * all that fit. */

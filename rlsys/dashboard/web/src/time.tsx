@@ -22,12 +22,10 @@ export function Time({ runs, run }: { runs: Run[]; run: Run }) {
   );
   const data = useNewest(answer.data, run.id);
   const spans = data?.spans ?? [];
-  const start = data?.start ?? Math.min(...spans.map((s) => s.start));
-  const end = data?.end ?? Math.max(...spans.map((s) => s.end));
-  const view: Window = {
-    from: from ?? (spans.length ? Math.min(...spans.map((s) => s.start)) : start),
-    to: to ?? end,
-  };
+  const start = data?.start ?? 0;
+  const end = data?.end ?? 0;
+  const first = spans.reduce((least, span) => Math.min(least, span.start), end);
+  const view: Window = { from: Math.max(from ?? first, start), to: Math.min(to ?? end, end) };
   return (
     <>
       <div class="bar">
@@ -39,8 +37,8 @@ export function Time({ runs, run }: { runs: Run[]; run: Run }) {
       {data && !spans.length && <p class="empty">This run recorded no times here.</p>}
       {data && spans.length > 0 && (
         <>
-          <Shares shares={data.shares} limitedBy={data.limited_by} seconds={view.to - view.from} />
-          <Lanes actors={data.actors} spans={spans} view={view} start={start} end={end} />
+          <Shares timeline={data} />
+          <Lanes actors={data.actors} idle={data.idle} spans={spans} view={view} start={start} end={end} />
         </>
       )}
     </>
@@ -90,24 +88,44 @@ function Zoom({ view, start, end }: { view: Window; start: number; end: number }
   );
 }
 
-function Shares({ shares, limitedBy, seconds }: { shares: Timeline["shares"]; limitedBy: string | null; seconds: number }) {
-  const rows = Object.entries(shares).sort((a, b) => b[1] - a[1]);
+/** Where the time of the steps in sight went, and what they waited for. */
+function Shares({ timeline }: { timeline: Timeline }) {
+  const { shares, limits, limited_by: limitedBy, steps } = timeline;
+  const bySize = (parts: { [name: string]: number }) =>
+    Object.entries(parts)
+      .filter(([, share]) => share >= 0.0005)
+      .sort((a, b) => b[1] - a[1]);
   return (
     <section class="panel">
-      <h2>Shares{limitedBy && <span class="limited"> · limited by {limitedBy}</span>}</h2>
+      <h2>
+        Shares
+        {limitedBy && <span class="limited"> · limited by {limitedBy}</span>}
+        {steps && (
+          <small>
+            {" "}
+            {steps[0] === steps[1] ? `step ${steps[0]}` : `steps ${steps[0]} to ${steps[1]}`}
+          </small>
+        )}
+      </h2>
       <div class="stack" aria-hidden="true">
-        {rows.map(([phase, share]) => (
+        {bySize(shares).map(([phase, share]) => (
           <i key={phase} class={phaseClass(phase)} style={{ flexGrow: share }} title={`${phase} ${percent(share)}`} />
         ))}
       </div>
       <ul class="shares">
-        {rows.map(([phase, share]) => (
+        {bySize(shares).map(([phase, share]) => (
           <li key={phase}>
-            <i class={`swatch ${phaseClass(phase)}`} /> {phase} <b>{percent(share)}</b>{" "}
-            <small>{duration(share * seconds)}</small>
+            <i class={`swatch ${phaseClass(phase)}`} /> {phase} <b>{percent(share)}</b>
           </li>
         ))}
       </ul>
+      <p class="note">
+        The steps waited for{" "}
+        {bySize(limits)
+          .map(([name, share]) => `${name} ${percent(share)}`)
+          .join(", ")}
+        .
+      </p>
     </section>
   );
 }
@@ -121,13 +139,14 @@ function about({ actor, phase, step, start, end, busy }: Span, origin: number): 
 
 interface LanesProps {
   actors: string[];
+  idle: Timeline["idle"];
   spans: Span[];
   view: Window;
   start: number;
   end: number;
 }
 
-function Lanes({ actors, spans, view, start, end }: LanesProps) {
+function Lanes({ actors, idle, spans, view, start, end }: LanesProps) {
   const canvas = useRef<HTMLCanvasElement>(null);
   const [box, width] = useWidth<HTMLDivElement>();
   const [chosen, setChosen] = useState<Span | null>(null);
@@ -177,7 +196,8 @@ function Lanes({ actors, spans, view, start, end }: LanesProps) {
         <ul class="actors" style={{ paddingBottom: `${AXIS}px` }}>
           {actors.map((actor) => (
             <li key={actor} style={{ height: `${LANE}px` }} title={actor}>
-              {actor}
+              <span>{actor}</span>
+              {idle[actor] !== undefined && <small>{percent(idle[actor])} idle</small>}
             </li>
           ))}
         </ul>
