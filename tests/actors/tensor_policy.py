@@ -101,6 +101,9 @@ class TensorPolicy:
             method = "send_nothing"
         return {"policy rank 0": getattr(self.actor, method).remote(*args, to)}
 
+    def answers(self, method):
+        """No timeline wants to hear when it answers."""
+
     def healed(self, phase, work):
         return work()
 

@@ -193,6 +193,17 @@ def test_no_end_leaves_anything_behind(begin, kind):
         assert list((run.out.path / "logs/ray").glob("session_*/raylet.out"))
 
 
+@pytest.mark.parametrize(
+    ("code", "end"), [(130, send(signal.SIGINT)), (-signal.SIGKILL, send(signal.SIGKILL))]
+)
+def test_an_end_while_actors_start_leaves_nothing_behind(begin, code, end):
+    run, place = begin()
+    run.wait_for(lambda: "starting on cpu" in run.log)
+    end(run)
+    assert run.wait() == code, run.log
+    nothing_is_left(run, place)
+
+
 def test_a_full_disk_is_an_end_like_others(begin):
     run, place = begin(sizes=["7m"])
     run.wait_until_held()

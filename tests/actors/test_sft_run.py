@@ -126,6 +126,7 @@ def test_kills_and_a_damaged_checkpoint_change_nothing(run, starter_model, tmp_p
     assert all(torch.equal(finals[1][name], tensor) for name, tensor in finals[0].items())
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_bits(run, starter_model, tmp_path):
     write_files(tmp_path / "stopped", starter_model)
     stopped = start(tmp_path / "stopped")
