@@ -18,6 +18,7 @@ from rlsys.actors.model_group import ModelActors
 from rlsys.actors.node_check import check_nodes
 from rlsys.actors.placement import Placement
 from rlsys.actors.policy import PolicyActors
+from rlsys.actors.profile import Profiler
 from rlsys.actors.recovery import Restarts
 from rlsys.actors.reference import (
     REFERENCE_FOLDER,
@@ -296,6 +297,8 @@ def _start_timeline(
     timeline = Timeline(tracker.log_timeline)
     for role in roles:
         role.timeline = timeline
+    groups = {role.timeline_role: role for role in roles if isinstance(role, ActorGroup)}
+    Profiler(config, device, groups, timeline, RunDir(Path(config.output_dir)).profile)
     return timeline
 
 

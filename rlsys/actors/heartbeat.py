@@ -35,6 +35,11 @@ class Alive:
         """See `find_fault`; subclasses leave this method as it is, with its thread."""
         return self.find_fault()
 
+    @ray.method(concurrency_group=HEARTBEAT)
+    def clock(self) -> float:
+        """Unix seconds of the clock of this actor's host."""
+        return time.time()
+
     def find_fault(self) -> str | None:
         """Why this actor will never work again, or None; called in a thread of its own."""
         return None

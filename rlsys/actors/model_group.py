@@ -33,6 +33,7 @@ from rlsys.weight_sync.transport import serve_store
 if TYPE_CHECKING:
     from rlsys.actors.group import Refs
     from rlsys.engines.megatron.model import MegatronModel
+    from rlsys.engines.profiling import TorchTrace, Traced
     from rlsys.engines.rank_state import RankState
 
 T = TypeVar("T")
@@ -47,6 +48,8 @@ class ModelRank(Alive, ABC):
     concurrency_groups = (HEARTBEAT, SNAPSHOTS)
 
     engine: MegatronModel
+    _trace: TorchTrace | None = None
+    """What is recorded now, see rlsys.actors.profile."""
 
     def __init__(self, config: RunConfig, device: Device, rank: int):
         begin_process()
@@ -97,6 +100,17 @@ class ModelRank(Alive, ABC):
     def compute_predictions(self, batch: TrainBatch) -> tuple[list[int], torch.Tensor] | None:
         """See ModelActors.compute_predictions."""
         return self.engine.compute_logprobs(batch, ("logprobs", "is_likeliest"))
+
+    def start_trace(self, operations: bool, memory: bool) -> None:
+        """See TorchTrace."""
+        from rlsys.engines.profiling import TorchTrace
+
+        self._trace = TorchTrace(operations=operations, memory=memory, device=self.device)
+
+    def stop_trace(self, folder: Path, member: str) -> list[Traced]:
+        """See TorchTrace; nothing if it was not started, because this rank replaces another."""
+        trace, self._trace = self._trace, None
+        return [] if trace is None else [trace.stop(folder, f"{member}-{self.rank}")]
 
     def save_model(self, folder: Path) -> None:
         """See MegatronModel.save_model."""

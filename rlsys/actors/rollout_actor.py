@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psutil
@@ -23,6 +24,7 @@ from rlsys.weight_sync.plan import TensorSlice
 
 if TYPE_CHECKING:
     from rlsys.engines.chat_server import Server
+    from rlsys.engines.profiling import Traced
     from rlsys.engines.vllm.engine import VLLMEngine
 
 T = TypeVar("T")
@@ -109,6 +111,14 @@ class RolloutActor(Alive):
     async def draft_counts(self) -> DraftCounts:
         """See VLLMEngine.draft_counts."""
         return await self._call(lambda engine: engine.draft_counts())
+
+    async def start_trace(self, operations: bool, memory: bool) -> None:
+        """See VLLMEngine.start_trace."""
+        await self._call(lambda engine: engine.start_trace(operations, memory))
+
+    async def stop_trace(self, folder: Path, member: str) -> list[Traced]:
+        """See VLLMEngine.stop_trace."""
+        return await self._call(lambda engine: engine.stop_trace(folder, member))
 
     async def sleep(self) -> None:
         """See VLLMEngine.sleep."""

@@ -19,6 +19,7 @@ from rlsys.config.rules_checkpoint import checkpoint_problems
 from rlsys.config.rules_colocated import placement_rules
 from rlsys.config.rules_eval import eval_problems, held_out_problems
 from rlsys.config.rules_memory import memory_rule_problems
+from rlsys.config.rules_profile import profile_problems
 from rlsys.config.rules_reward import reward_problems
 from rlsys.config.rules_speculation import speculation_problems
 from rlsys.config.rules_trained import trained_rule_problems
@@ -217,6 +218,7 @@ def _training_problems(config: RunConfig) -> Iterator[Problem]:
             "weights (model.path)"
         )
     yield from checkpoint_problems(config)
+    yield from profile_problems(config)
 
 
 # --- data ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from rlsys.config import Config, RunConfig
 from rlsys.config.passed_through import megatron_option_problems, vllm_option_problems
 from rlsys.config.roles import decide_placement, describe_gpu_demand, fewer_gpus, plan_roles
+from rlsys.config.rules_profile import NO_GPU_MEMORY
 from rlsys.model.attention import attention_problem
 from rlsys.model.modelscope import REMEDY
 from rlsys.preflight.devices import device_of_packages, guess_device, visible_gpus
@@ -96,7 +97,11 @@ def attention_problems(config: RunConfig) -> Iterator[Problem]:
 
 def gpu_problems(config: RunConfig) -> Iterator[Problem]:
     """Too few GPUs, if the run starts a Ray cluster of its own on this machine."""
-    if guess_device(config) == "cpu" or os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    if guess_device(config) == "cpu":
+        if config.profile.memory and config.device == "auto":
+            yield Problem(NO_GPU_MEMORY, only_here=True)
         return
     available = visible_gpus()
     config = decide_placement(config, device="cuda", num_gpus=available)

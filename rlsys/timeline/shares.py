@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +13,9 @@ from rlsys.timeline.spans import DRIVER, Span
 WAITING = "rollout"
 """The driver's phase in which it waits for engines and rewards."""
 SAMPLING, REWARD, OTHER = "sampling", "reward", "other"
+PROFILE = "profile"
+"""The driver's phase in which a profile is started or written. It counts for nothing, like what
+actors did meanwhile."""
 
 
 @dataclass(slots=True)
@@ -70,6 +73,9 @@ class TimeShares:
         Args:
             spans: all of the step; without the driver's they count for nothing.
         """
+        profiling = [s for s in spans if s.actor == DRIVER and s.phase == PROFILE]
+        for pause in profiling:
+            spans = [part for span in spans for part in _outside(span, pause)]
         driver = [span for span in spans if span.actor == DRIVER]
         if not driver:
             return
@@ -121,6 +127,14 @@ class TimeShares:
         return {
             name: {"seconds": value, "share": self.share(value)} for name, value in seconds.items()
         }
+
+
+def _outside(span: Span, pause: Span) -> list[Span]:
+    """The parts of a span before and after a pause."""
+    if span.end <= pause.start or pause.end <= span.start:
+        return [span]
+    parts = [(span.start, min(span.end, pause.start)), (max(span.start, pause.end), span.end)]
+    return [replace(span, start=start, end=end) for start, end in parts if start < end]
 
 
 def time_shares(spans: Iterable[Span]) -> TimeShares:

@@ -124,7 +124,8 @@ class Timeline:
     thread may call the methods.
 
     Args:
-        write: gets spans of a step, a few times a step; None: nothing is recorded.
+        write: gets spans of a step, a few times a step; None: nothing is recorded unless somebody
+            is added to `writers`.
         clock: unix seconds; tests have their own.
     """
 
@@ -133,14 +134,16 @@ class Timeline:
         write: Callable[[Sequence[Span]], object] | None = None,
         clock: Callable[[], float] | None = None,
     ):
-        self._write = write
+        self.writers = [] if write is None else [write]
+        """Called with the spans of a step, a few times a step."""
         self.clock = clock or unix_clock()
         self._lanes: dict[str, _Lane] = {}
         self._step = 0
         self._written_at = self.clock()
         self._lock = threading.RLock()
-        self.on_step: list[Callable[[int], object]] = []
-        """Called with each step that begins, after the spans of the one before were written."""
+        self.on_step: list[Callable[[int | None], object]] = []
+        """Called with each step that begins, after the spans of the one before were written, and
+        with None at the end of the run."""
 
     def begin_step(self, step: int) -> PhaseTimer:
         """End the step before; returns the timer of this one, whose phases are the driver's lane.
@@ -155,7 +158,7 @@ class Timeline:
 
     def add(self, actor: str, role: Role, phase: str, start: float, end: float) -> None:
         """Record what an actor did, and has finished."""
-        if self._write is None:
+        if not self.writers:
             return
         with self._lock:
             lane = self._lane(actor, role)
@@ -167,7 +170,7 @@ class Timeline:
 
     def now_doing(self, actor: str, role: Role, phase: str | None) -> None:
         """Note what an actor does in the background from now on; None: nothing."""
-        if self._write is None:
+        if not self.writers:
             return
         with self._lock:
             lane = self._lane(actor, role)
@@ -196,15 +199,18 @@ class Timeline:
                 self.now_doing(name, role, None)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is left; a second call does nothing."""
         self._end_step()
+        calls, self.on_step = self.on_step, []
+        for call in calls:
+            call(None)
 
     def _lane(self, actor: str, role: Role) -> _Lane:
         return self._lanes.setdefault(actor, _Lane(actor, role))
 
     def _end_step(self) -> None:
         """Cut what goes on: no span reaches into two steps."""
-        if self._write is None:
+        if not self.writers:
             return
         with self._lock:
             now = self.clock()
@@ -218,11 +224,12 @@ class Timeline:
             self._write_finished(now)
 
     def _write_finished(self, now: float) -> None:
-        assert self._write is not None
         self._written_at = now
         spans: list[Span] = []
         for lane in self._lanes.values():
             spans += [replace(span, step=self._step) for span in lane.spans]
             lane.spans.clear()
         if spans:
-            self._write(sorted(spans, key=lambda span: span.start))
+            spans.sort(key=lambda span: span.start)
+            for write in self.writers:
+                write(spans)

@@ -17,6 +17,7 @@ from rlsys.config.schema.grpo_run import Config as Config
 from rlsys.config.schema.lora import LoraConfig as LoraConfig
 from rlsys.config.schema.model import ModelConfig as ModelConfig
 from rlsys.config.schema.policy import PolicyConfig as PolicyConfig
+from rlsys.config.schema.profile import ProfileConfig as ProfileConfig
 from rlsys.config.schema.recovery import RecoveryConfig as RecoveryConfig
 from rlsys.config.schema.reference import ReferenceConfig as ReferenceConfig
 from rlsys.config.schema.reward import RewardConfig as RewardConfig

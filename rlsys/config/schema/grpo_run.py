@@ -13,6 +13,7 @@ from rlsys.config.rules import cross_field_problems
 from rlsys.config.schema.data import DataConfig
 from rlsys.config.schema.evaluation import EvalConfig
 from rlsys.config.schema.grpo import GrpoConfig
+from rlsys.config.schema.profile import ProfiledRole
 from rlsys.config.schema.reference import ReferenceConfig
 from rlsys.config.schema.reward import RewardConfig
 from rlsys.config.schema.rollout import RolloutConfig
@@ -79,6 +80,12 @@ class Config(RunConfig):
         if problems:
             raise ProblemsError("the config", problems)
         return self
+
+    @property
+    def profiled_roles(self) -> list[ProfiledRole]:
+        """See RunConfig."""
+        reference: list[ProfiledRole] = ["reference"] if self.has_reference_model else []
+        return ["policy", *reference, "rollout"]
 
     @property
     def is_colocated(self) -> bool:

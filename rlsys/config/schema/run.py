@@ -22,6 +22,7 @@ from rlsys.config.schema.data import RowsConfig
 from rlsys.config.schema.grpo import GrpoConfig
 from rlsys.config.schema.model import ModelConfig
 from rlsys.config.schema.policy import PolicyConfig
+from rlsys.config.schema.profile import ProfileConfig, ProfiledRole
 from rlsys.config.schema.recovery import RecoveryConfig
 from rlsys.config.schema.section import Section
 from rlsys.config.schema.tracking import TrackersConfig, TrackingConfig
@@ -88,6 +89,7 @@ class RunConfig(Section):
     tracking: TrackersConfig = TrackersConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     recovery: RecoveryConfig = RecoveryConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @field_validator("rendezvous_ports")
     @classmethod
@@ -178,6 +180,11 @@ class RunConfig(Section):
     def reference_changes(self) -> bool:
         """Whether a checkpoint holds the weights of a reference."""
         return False
+
+    @property
+    def profiled_roles(self) -> list[ProfiledRole]:
+        """The roles that torch's profiler may look into."""
+        return ["policy"]
 
     @property
     def is_colocated(self) -> bool:

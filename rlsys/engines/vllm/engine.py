@@ -21,6 +21,7 @@ from vllm.v1.outputs import LogprobsLists
 
 from rlsys.config import Config
 from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.engines.profiling import Traced
 from rlsys.engines.vllm.adapters import adapter_request
 from rlsys.engines.vllm.drafts import DraftCounter
 from rlsys.engines.vllm.rope import rope_overrides
@@ -167,6 +168,17 @@ class VLLMEngine:
             self._llm.llm_engine.abort_request([str(ticket)])
             self._running.pop(ticket, None)
         self._drained = [out for out in self._drained if int(out.request_id) in self._running]
+
+    def start_trace(self, operations: bool, memory: bool) -> None:
+        """See TorchTrace: of each process that holds the model."""
+        self._llm.collective_rpc("start_trace", args=(operations, memory))
+
+    def stop_trace(self, folder: Path, member: str) -> list[Traced]:
+        """See TorchTrace; nothing if it was not started."""
+        traced = self._llm.collective_rpc(
+            "stop_trace", args=(folder, f"{member}-{self._engine_rank}")
+        )
+        return [one for one in traced if one is not None]
 
     def draft_counts(self) -> DraftCounts:
         """The drafts of speculative decoding so far."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 
 from rlsys.engines.out_of_memory import out_of_memory_explained
+from rlsys.engines.profiling import TorchTrace, Traced
 from rlsys.engines.vllm.adapters import use_adapter, without_adapters
 from rlsys.engines.vllm.in_place import CannotMap, InPlacePlan, PlanProof, missing_parameters
 from rlsys.engines.vllm.latent import derive_again, loaded_parameters, unreachable_copy
@@ -35,6 +37,7 @@ from rlsys.engines.vllm.routed_experts import connect_cpu_runner
 from rlsys.engines.vllm.sleeping import KeptMemory, Tag
 from rlsys.engines.vllm.worker_errors import leave_errors
 from rlsys.stacks import answer_for_stacks
+from rlsys.types import Device
 from rlsys.weight_sync.connection import Connection, Endpoint
 from rlsys.weight_sync.plan import TensorSlice
 from rlsys.weight_sync.receiver import WeightReceiver
@@ -285,6 +288,10 @@ class WeightSyncWorkerExtension:
     weight_transfer_engine: BucketWeightTransferEngine
     model_runner: Any
     kept_memory: KeptMemory
+    device: torch.device
+    rank: int
+    parallel_config: Any
+    torch_trace: TorchTrace | None = None
 
     def keep_memory(self, *, weights_go: bool) -> None:
         """Copy what this worker must not forget while it sleeps."""
@@ -296,6 +303,20 @@ class WeightSyncWorkerExtension:
         self.kept_memory.restore(tag)
         if tag == "weights":
             self.weight_transfer_engine.fill_padding()
+
+    def start_trace(self, operations: bool, memory: bool) -> None:
+        """Record what this worker does, see TorchTrace."""
+        device: Device = "cpu" if self.device.type == "cpu" else "cuda"
+        self.torch_trace = TorchTrace(operations=operations, memory=memory, device=device)
+
+    def stop_trace(self, folder: Path, name: str) -> Traced | None:
+        """Write what this worker did; None if it was not recorded."""
+        trace, self.torch_trace = self.torch_trace, None
+        if trace is None:
+            return None
+        ranks = self.parallel_config.world_size
+        label = f"worker {self.rank}" if ranks > 1 else ""
+        return trace.stop(folder, f"{name}-{self.rank}" if ranks > 1 else name, label)
 
     def ask_weight_transfer(self, method: str) -> Any:
         """What a method of BucketWeightTransferEngine returns on this worker."""

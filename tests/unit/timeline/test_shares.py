@@ -83,6 +83,15 @@ def test_what_comes_before_the_first_step_counts_for_nothing():
     assert shares.idle_share("engine 0") == pytest.approx(0.7)
 
 
+def test_starting_a_profile_counts_for_nothing():
+    profile = driver("profile", -5, 0)
+    during = engine(-8, 1)
+    shares = time_shares([profile, during, *STEP])
+    assert shares.seconds == 10
+    assert "profile" not in shares.phases
+    assert shares.actors["engine 0"].busy == pytest.approx(3 + 3 + 1)
+
+
 def test_no_steps_have_no_shares():
     shares = TimeShares()
     assert shares.limited_by is None
