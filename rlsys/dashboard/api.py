@@ -30,9 +30,11 @@ from rlsys.dashboard.queries import (
     MetricsQuery,
     NoQuery,
     Query,
+    TimelineQuery,
     parse,
 )
 from rlsys.dashboard.runs import Runs, UnknownRun
+from rlsys.dashboard.timeline import timeline
 from rlsys.files import finite
 from rlsys.records import Query as CompletionFilter
 from rlsys.records import RunRecord
@@ -83,6 +85,7 @@ def routes(runs: Runs) -> list[Route]:
         of_run("completions", CompletionsQuery, _completions),
         of_run("completion/{row}", CompletionQuery, _completion),
         of_run("history", HistoryQuery, _history),
+        of_run("timeline", TimelineQuery, timeline),
         of_run("health", NoQuery, _health),
         of_run("logs", LogsQuery, _logs),
     ]

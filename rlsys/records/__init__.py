@@ -3,6 +3,7 @@
 from rlsys.records.completions import CompletionRows, Completions, Query
 from rlsys.records.metrics import MetricTable
 from rlsys.records.run_record import RunRecord, RunStatus, find_runs, open_run
+from rlsys.records.timeline import SpanTable
 
 __all__ = [
     "CompletionRows",
@@ -11,6 +12,7 @@ __all__ = [
     "Query",
     "RunRecord",
     "RunStatus",
+    "SpanTable",
     "find_runs",
     "open_run",
 ]

@@ -15,6 +15,7 @@ from rlsys.config.yaml_text import read_yaml
 from rlsys.records.completions import Completions
 from rlsys.records.metrics import Metrics, MetricTable
 from rlsys.records.rows import Rows
+from rlsys.records.timeline import SpanTable, Timeline
 from rlsys.run.folder import RunDir, State
 from rlsys.tracking.base import Split
 
@@ -72,7 +73,7 @@ class RunRecord:
         self._metrics = Metrics(self.run.metrics)
         self._completions = {split: Completions(self.run, split) for split in get_args(Split)}
         self._warnings = Rows(self.run.warnings)
-        self._timeline = Rows(self.run.timeline)
+        self._timeline = Timeline(self.run.timeline)
 
     @property
     def name(self) -> str:
@@ -128,13 +129,13 @@ class RunRecord:
         """The rows of warnings.jsonl, oldest first."""
         return self._warnings.read()
 
+    def spans(self) -> SpanTable:
+        """The spans of timeline.jsonl as columns."""
+        return self._timeline.table()
+
     def timeline(self, start: float = -math.inf, end: float = math.inf) -> list[dict[str, Any]]:
         """The spans of timeline.jsonl that overlap a time in Unix seconds, in recorded order."""
-        return [
-            span
-            for span in self._timeline.read()
-            if span.get("end", -math.inf) >= start and span.get("start", math.inf) <= end
-        ]
+        return list(self.spans().overlapping(start, end).rows())
 
     def actors(self) -> list[dict[str, Any]]:
         """The rows of actors.json; empty where it is missing or damaged."""

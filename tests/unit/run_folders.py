@@ -18,30 +18,24 @@ from tracking_cases import make_config
 from rlsys.config.load import save_config
 from rlsys.files import JsonlWriter
 from rlsys.run.folder import RUNNING, RunDir
-from rlsys.tracking.jsonl import CompletionsTracker, JsonlTracker
+from rlsys.timeline.spans import Span
+from rlsys.tracking.jsonl import CompletionsTracker, JsonlTracker, TimelineTracker
 from rlsys.types import Completion, Prompt, RewardOutput, RolloutGroup
 
 START = 1_790_000_000.0
 """Unix seconds of the first step."""
 SECONDS_A_STEP = 10.0
-PHASES = {
-    "rollout": 0.55,
-    "reward": 0.05,
-    "ref_logprobs": 0.08,
-    "update": 0.27,
-    "weight_sync": 0.05,
-}
-"""Phase -> share of a step."""
+PHASES = {"rollout": 0.6, "ref_logprobs": 0.08, "policy_update": 0.27, "weight_sync": 0.05}
+"""Phase of the driver -> share of a step."""
 ACTORS = {
-    "driver": ("driver", "weight_sync"),
-    "rollout 0": ("rollout", "rollout"),
-    "rollout 1": ("rollout", "rollout"),
-    "reward 0": ("reward", "reward"),
-    "reference 0": ("reference", "ref_logprobs"),
-    "policy 0": ("policy", "update"),
-    "policy 1": ("policy", "update"),
+    "rollout 0": ("rollout", ("rollout", "weight_sync")),
+    "rollout 1": ("rollout", ("rollout", "weight_sync")),
+    "reward 0": ("reward", ("rollout",)),
+    "reference 0": ("reference", ("ref_logprobs",)),
+    "policy 0": ("policy", ("policy_update", "weight_sync")),
+    "policy 1": ("policy", ("policy_update", "weight_sync")),
 }
-"""Actor -> its role and the phase in which it works."""
+"""Actor -> its role and the phases in which it works."""
 HTML = "<script>alert('from a completion')</script><img src=x onerror=alert(1)>"
 PROMPTS = 16
 EVAL_STEPS = 10
@@ -73,8 +67,8 @@ class RunWriter:
         self._clock = start
         self._metrics = JsonlTracker(self.run.metrics)
         self._completions = CompletionsTracker(self.run)
-        self._timeline = JsonlWriter(folder / "timeline.jsonl")
-        self._warnings = JsonlWriter(folder / "warnings.jsonl")
+        self._timeline = TimelineTracker(self.run.timeline)
+        self._warnings = JsonlWriter(self.run.warnings)
         self.run.logs.mkdir(exist_ok=True)
         self.step = 0
 
@@ -182,31 +176,26 @@ class RunWriter:
         }
 
     def _write_timeline(self) -> None:
-        rows, start = [], self._clock
+        spans, start = [], self._clock
         for phase, share in PHASES.items():
             end = start + SECONDS_A_STEP * share
-            rows += [
-                {
-                    "actor": actor,
-                    "role": role,
-                    "phase": phase,
-                    "start": start,
-                    "end": end,
-                    "step": self.step,
-                }
+            spans.append(Span("driver", "driver", phase, start, end, self.step))
+            spans += [
+                Span(actor, role, phase, start, end, self.step)
                 for actor, (role, works_in) in ACTORS.items()
-                if phase == works_in
+                if phase in works_in
             ]
             start = end
-        self._timeline.append(*rows)
+        self._timeline.log_timeline(spans)
         self._clock += SECONDS_A_STEP
 
     def _write_actors(self) -> None:
         rows = []
-        for actor, (role, phase) in ACTORS.items():
+        for actor, role in [("driver", "driver"), *((a, role) for a, (role, _) in ACTORS.items())]:
             rank = int(actor.rpartition(" ")[2]) if " " in actor else 0
             with (self.run.logs / f"{role}-{rank}.log").open("a") as log:
-                log.write(f"step {self.step}: {phase} done\n")
+                log.write(f"step {self.step} is done\n")
+            has_gpu = role not in ("driver", "reward")
             rows.append(
                 {
                     "role": role,
@@ -214,16 +203,16 @@ class RunWriter:
                     "name": actor,
                     "pid": 4000 + len(rows),
                     "node": "node-a",
-                    "gpu": None if role in ("driver", "reward") else len(rows),
+                    "gpu": rank if has_gpu else None,
                     "memory_gib": 3.5,
-                    "gpu_memory_gib": None if role in ("driver", "reward") else 61.2,
+                    "gpu_memory_gib": 61.2 if has_gpu else None,
                     "restarts": int(actor == "rollout 1"),
                     "started": START,
                     "last_heartbeat": self._clock,
                     "alive": True,
                 }
             )
-        (self.run.path / "actors.json").write_text(json.dumps(rows))
+        self.run.actors.write_text(json.dumps(rows))
 
 
 def write_run_folder(folder: Path, steps: int = 30, **fields: Any) -> RunDir:

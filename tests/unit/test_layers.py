@@ -17,7 +17,7 @@ PACKAGE = Path(rlsys.__file__).parent
 LAYERS = {
     "cli": "base, config, launch, commands",
     "commands": "everything below",
-    "dashboard": "base, records",
+    "dashboard": "base, timeline, records",
     "launch": "everything below",
     "saving": "base, config, run, system",
     "driver": "base, config, algo, run, tracking, system",

@@ -6,7 +6,7 @@ import shutil
 import time
 
 import pytest
-from run_folders import HTML, PROMPTS, RunWriter, write_run_folder
+from run_folders import HTML, PHASES, PROMPTS, START, RunWriter, write_run_folder
 from starlette.testclient import TestClient
 
 from rlsys.dashboard.runs import LOOK_EVERY_S, Runs
@@ -181,11 +181,40 @@ def test_health_has_warnings_actors_and_the_servers_clock(page):
     assert abs(health["now"] - time.time()) < 60
 
 
+def test_the_timeline_is_that_of_the_newest_steps_at_first(page):
+    answer = page.of("a", "timeline")
+    assert answer["actors"] == [
+        *("driver", "rollout 0", "rollout 1", "reward 0"),
+        *("reference 0", "policy 0", "policy 1"),
+    ]
+    assert answer["steps"] == [26, 30]
+    assert {span["step"] for span in answer["spans"]} == set(range(26, 31))
+    assert (answer["start"], answer["end"]) == (START, START + 300)
+    assert answer["shares"] == pytest.approx({**PHASES, "other": 0})
+    assert answer["limited_by"] == "sampling"
+    assert answer["limits"]["policy_update"] == pytest.approx(0.27)
+    assert answer["idle"]["policy 0"] == pytest.approx(1 - 0.27 - 0.05)
+
+
+def test_the_timeline_of_a_time_and_of_steps(page):
+    by_time = page.of("a", "timeline", **{"from": START + 11, "to": START + 12})
+    assert by_time["steps"] == [2, 2]
+    assert {span["phase"] for span in by_time["spans"]} == {"rollout"}
+    by_steps = page.of("a", "timeline", from_step=2, to_step=3)
+    assert by_steps["steps"] == [2, 3]
+    assert page.of("a", "timeline", to_step=3)["steps"] == [1, 3]
+    error = page.of("a", "timeline", 400, **{"from": 1, "from_step": 1})["error"]
+    assert "from and to, or from_step and to_step" in error
+    whole = page.of("a", "timeline", **{"from": 0, "points": 50})
+    assert len(whole["spans"]) <= 50
+    assert whole["num_spans"] == 30 * 14
+
+
 def test_logs_are_read_piece_by_piece(page, parent):
     names = page.of("a", "logs")["names"]
     assert "policy-0.log" in names
     log = page.of("a", "logs", name="policy-0.log")
-    assert log["text"].splitlines()[-1] == "step 30: update done"
+    assert log["text"].splitlines()[-1] == "step 30 is done"
     assert log["next"] == log["size"]
     rest = page.of("a", "logs", name="policy-0.log", offset=log["next"])
     assert (rest["text"], rest["next"]) == ("", log["size"])
@@ -270,6 +299,8 @@ def test_a_run_of_an_older_version_shows_what_it_has(tmp_path):
     assert page.of("old", "metrics", names="reward,nothing")["columns"]["nothing"] == [None]
     assert page.of("old", "health")["warnings"] == []
     assert page.of("old", "logs")["names"] == []
+    times = page.of("old", "timeline")
+    assert (times["spans"], times["actors"], times["shares"]) == ([], [], {})
 
 
 def test_damaged_files_do_not_hide_the_rest(tmp_path):
@@ -281,6 +312,8 @@ def test_damaged_files_do_not_hide_the_rest(tmp_path):
     assert page.get("runs")[0]["step"] == 2
     health = page.of("r", "health")
     assert (health["warnings"], health["actors"]) == ([], [])
+    run.timeline.write_text('{"actor": 1}\n[]\n{"start": "x", "end": 1}\n')
+    assert page.of("r", "timeline")["spans"] == []
 
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):

@@ -81,8 +81,11 @@ def test_a_run_that_lacks_files_gives_what_it_has(run):
 def test_warnings_spans_and_actors(run):
     record = open_run(run.path)
     JsonlWriter(run.warnings).append({"step": 3, "warning": "entropy_collapse"})
-    spans = [{"actor": "policy 0", "start": s, "end": s + 2} for s in (10.0, 20.0, 30.0)]
-    JsonlWriter(run.timeline).append(*spans)
+    about = {"actor": "policy 0", "role": "policy", "phase": "update"}
+    spans = [about | {"start": s, "end": s + 2, "step": 1} for s in (10.0, 20.0, 30.0)]
+    spans[1]["busy"] = 1.5
+    broken = [{"actor": "policy 0"}, about | {"start": 3.0, "end": 2.0, "step": 1}]
+    JsonlWriter(run.timeline).append(*spans, *broken)
     run.actors.write_text(json.dumps([{"role": "policy", "rank": 0}]))
     assert record.warnings() == [{"step": 3, "warning": "entropy_collapse"}]
     assert record.timeline() == spans
