@@ -1,5 +1,5 @@
 // Bundles src/ into ../static, which is committed and shipped, so that a user needs no npm.
-// build.json records the hash of the sources: tests/unit/dashboard/test_bundle.py computes the same.
+// Another folder may be named. build.json records the hash of the sources: tests/unit/dashboard/test_bundle.py computes the same.
 import { createHash } from "node:crypto";
 import { cpSync, readFileSync, readdirSync, rmSync, writeFileSync, mkdirSync } from "node:fs";
 import { dirname, join } from "node:path";
@@ -7,7 +7,7 @@ import { fileURLToPath } from "node:url";
 import { build } from "esbuild";
 
 const here = dirname(fileURLToPath(import.meta.url));
-const out = join(here, "..", "static");
+const out = process.argv[2] ?? join(here, "..", "static");
 const SHIPPED = ["@tanstack/virtual-core", "preact", "uplot"];
 
 function sha256(bytes) {

@@ -63,7 +63,10 @@ export function Completions({ runs, run }: { runs: Run[]; run: Run }) {
   // A failed question leaves the form and says why; the table of the question before is gone.
   return (
     <>
-      <Filters runs={runs} run={run} query={query} columns={first.data?.columns ?? DEFAULT} />
+      <Filters
+        runs={runs} run={run} query={query} columns={first.data?.columns ?? DEFAULT}
+        again={() => setGeneration((n) => n + 1)}
+      />
       <Failed errors={[first.error]} />
       {first.data && (
         <Table
@@ -81,15 +84,18 @@ interface FiltersProps {
   run: Run;
   query: Asked;
   columns: string[];
+  /** Asks the same question again. */
+  again: () => void;
 }
 
-function Filters({ runs, run, query, columns }: FiltersProps) {
+function Filters({ runs, run, query, columns, again }: FiltersProps) {
   const { params } = useRoute();
   const submit = (event: SubmitEvent) => {
     event.preventDefault();
     const form = new FormData(event.currentTarget as HTMLFormElement);
     const text = (name: string) => (form.get(name) as string).trim() || null;
     go({ where: text("where"), grep: text("grep"), steps: text("steps"), row: null });
+    again();
   };
   useKeys({ "/": () => document.querySelector<HTMLInputElement>("#where")?.focus() });
   const shown = shownColumns(params);

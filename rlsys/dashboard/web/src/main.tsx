@@ -72,6 +72,7 @@ function App() {
       {help && <Help view={view} close={() => setHelp(false)} />}
       <main>
         <Failed errors={[listed.error]} />
+        {!listed.data && !listed.error && <p class="empty">Reading the runs…</p>}
         {listed.data && !runs.length && <p class="empty">No run here yet.</p>}
         {run && <Runs runs={runs} chosen={view === "overview" ? overlaid : [run]} overview={view === "overview"} />}
         {run && view === "overview" && <Overview runs={overlaid} />}
