@@ -30,7 +30,15 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / folder) for folder in ("tests/faults", "tests/actors")]
 sys.path.insert(0, str(ROOT / "examples" / "countdown"))
 
-from fault_runs import ROLES, TABLE, FaultRun, differences, write_fault_run  # noqa: E402
+from fault_runs import (  # noqa: E402
+    ROLES,
+    TABLE,
+    Fault,
+    FaultRun,
+    Scenario,
+    differences,
+    write_fault_run,
+)
 from run_cases import title  # noqa: E402
 from starter_model import write_starter_model  # noqa: E402
 
@@ -105,7 +113,7 @@ class Growth:
 
 def soak(folder: Path, model: Path, minutes: float, every: int, seed: int) -> dict[str, object]:
     """Random faults for some minutes, then the same number of steps without."""
-    drawing, faults = random.Random(seed), list(chain.from_iterable(TABLE.values()))
+    drawing, faults = random.Random(seed), faults_of_one_run()
     saving = {"save_steps": 50, "save_hf_steps": None}
     sections = {"policy": CONSTANT, "checkpoint": saving, "max_steps": ENDLESS}
     write_fault_run(folder / "disturbed", model, **sections)
@@ -118,8 +126,10 @@ def soak(folder: Path, model: Path, minutes: float, every: int, seed: int) -> di
             while time.monotonic() < end:
                 at = run.finished_steps() + drawing.randint(every // 2, every + every // 2)
                 run.wait_for(lambda at=at: run.finished_steps() >= at)
-                outcomes.append(run.watch(run.hit(drawing.choice(faults))))
+                outcomes.append(run.meet(drawing.choice(faults)))
                 print(json.dumps(outcomes[-1].as_row()), file=sys.stderr, flush=True)
+                if outcomes[-1].error is not None:
+                    raise RuntimeError(f"{outcomes[-1]}\n{run.log}")
         run.popen.terminate()
         run.wait()
         steps = run.finished_steps()
@@ -140,32 +150,52 @@ def soak(folder: Path, model: Path, minutes: float, every: int, seed: int) -> di
     }
 
 
-def table(folder: Path, model: Path, roles: list[str]) -> dict[str, object]:
-    """Every fault of a role in one run, each role against the undisturbed run."""
-    write_fault_run(folder / "undisturbed", model)
-    alone = FaultRun(folder / "undisturbed", "run.yaml")
-    if alone.wait() != 0:
-        raise RuntimeError(alone.log)
-    expected, rows = alone.results(), []
-    for role in roles:
-        write_fault_run(folder / role, model)
-        run = FaultRun(folder / role, "run.yaml")
-        outcomes, error = [], None
+def faults_of_one_run() -> list[Fault]:
+    """The faults of the table that need no config and no words of their own."""
+    plain = [one.faults for one in TABLE.values() if not (one.sections or one.words)]
+    return list(chain.from_iterable(plain))
+
+
+def table(folder: Path, model: Path, names: list[str]) -> dict[str, object]:
+    """Every fault of the named runs, each run against the same one left alone."""
+    alone: dict[str, dict[str, object]] = {}
+    rows = []
+    for name in names:
+        scenario = TABLE[name]
+        key = json.dumps(scenario.sections)
+        if key not in alone:
+            alone[key] = results_alone(folder / f"undisturbed-{len(alone)}", model, scenario)
+        write_fault_run(folder / name, model, **scenario.sections)
+        run = FaultRun(folder / name, "run.yaml", *scenario.words)
         try:
-            for fault in TABLE[role]:
-                outcomes.append(run.hit(fault))
-                run.watch(outcomes[-1])
-            run.wait()
-            found = differences(run.results(), expected)
-        except AssertionError:
-            error, found = run.log.strip().splitlines()[-1], ["the run ended"]
+            outcomes = [run.meet(fault) for fault in scenario.faults]
+            found = ["the run ended"]
+            if run.wait() == 0:
+                found = differences(run.results(), alone[key])
         finally:
             run.end()
-        rows += [o.as_row() | {"differences": found, "error": error} for o in outcomes]
-        if found:
+        rows += [outcome.as_row() | {"differences": found} for outcome in outcomes]
+        if found or any(outcome.error for outcome in outcomes):
             print(run.log, file=sys.stderr)
         print(json.dumps(rows[-len(outcomes) :]), file=sys.stderr, flush=True)
     return {"table": rows}
+
+
+def results_alone(folder: Path, model: Path, scenario: Scenario) -> dict[str, object]:
+    """What the run of a scenario leaves without its faults."""
+    write_fault_run(folder, model, **scenario.sections)
+    run = FaultRun(folder, "run.yaml")
+    if run.wait() != 0:
+        raise RuntimeError(run.log)
+    return run.results()
+
+
+def problems(found: dict[str, object]) -> list[object]:
+    """What is not as it has to be: faults that were not noticed, differences, growth."""
+    rows = [*found.get("table", ()), *found.get("faults", ())]
+    growing = [row for row in found.get("processes", ()) if not row["is_flat"]]
+    differing = [row for row in rows if row["error"] or row.get("differences")]
+    return [*differing, *growing, *found.get("differences", ())]
 
 
 def main() -> None:
@@ -173,7 +203,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--every", type=int, default=36, help="steps between faults, about")
     parser.add_argument("--seed", type=int, default=0, help="of the faults")
-    parser.add_argument("--table", nargs="*", choices=TABLE, help="each fault once, of these roles")
+    parser.add_argument("--table", nargs="*", choices=TABLE, help="each fault once, of these runs")
     options = parser.parse_args()
     machine = describe_machine()
     with tempfile.TemporaryDirectory() as folder:
@@ -184,6 +214,8 @@ def main() -> None:
         else:
             found = soak(Path(folder), model, options.minutes, options.every, options.seed)
     print(json.dumps({"machine": machine} | found, indent=1))
+    if wrong := problems(found):
+        sys.exit("\n".join(map(str, wrong)))
 
 
 if __name__ == "__main__":

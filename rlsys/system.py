@@ -226,6 +226,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
             reference.connect_to(policy)
     restarts = Restarts(config.recovery)
     _let_engines_restart(engines, publisher, restarts)
+    restarts.heartbeats.watch(rewards, config.reward.heartbeat_s)
     for model in (policy, *others):
         _let_restart(model, restarts, config)
     timeline = _start_timeline(config, device, tracker, engines, rewards, policy, *others)

@@ -84,7 +84,7 @@ def machine_line(machine: dict[str, Any]) -> list[str]:
 def lost(row: dict[str, Any]) -> str:
     """What a fault cost besides seconds."""
     if row["error"] is not None:
-        return f"the run: {row['error']}"
+        return row["error"]
     return "nothing" if not row["differences"] else f"differs: {row['differences'][0]}"
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import ray
 
-from rlsys.actors.heartbeat import Alive
+from rlsys.actors.heartbeat import Alive, Watched
 from rlsys.actors.waiting import get_all
 from rlsys.timeline.spans import Role, Timeline
 from rlsys.types import Device
@@ -68,6 +68,8 @@ class ActorGroup:
     """Records what the actors do; this one drops it."""
     timeline_role: Role = "rollout"
     """How it names the role."""
+    is_starting = False
+    """Whether `actors` are new, and cannot work yet."""
 
     def __init__(
         self,
@@ -92,6 +94,11 @@ class ActorGroup:
     def ranks(self) -> list[int]:
         """The ranks of `actors`."""
         return [self._names.index(name) for name in self.actors]
+
+    def watched(self) -> list[Watched]:
+        """Who has to give signs of life."""
+        actors = list(self.actors.items())  # at once: another thread may replace some
+        return [Watched(name, actor, self.is_starting) for name, actor in actors]
 
     def healed(self, phase: str, work: Callable[[], T]) -> T:
         """What `work` returns; a group that can replace actors does it again if they fail in it.

@@ -277,10 +277,12 @@ class ModelActors(ActorGroup, ABC):
         self.snapshots.forget_begun()
         self.close()
         self.take_gpus()
+        self.is_starting = True
         self.actors = {name: self.create(rank) for rank, name in enumerate(self.actors)}
         self.may_be_stuck = False
         phase = f"restart of the {self.role}"
         get_all(self.async_start(), phase=phase, timeout_s=START_TIMEOUT_S)
+        self.is_starting = False
         self.go_back()
 
     @abstractmethod

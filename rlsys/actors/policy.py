@@ -247,8 +247,9 @@ class PolicyActors(ModelActors):
         """Those that send this policy's weights; they register themselves."""
         self._updates: list[_Update] = []
         """The newest ones, from which `go_back` comes forward again."""
-        self._has_start = True
-        """Whether ranks that have just started are at version 0 of this run."""
+        self._origin: tuple[int, Callable[[], object]] | None = (0, lambda: None)
+        """The version from which `_updates` go on, and what gives ranks its state; None if only a
+        checkpoint does. Older states do not lead to this version."""
 
     def update(self, batch: TrainBatch, *, loss: str | None = None) -> UpdateOutput:
         """Take all optimizer steps of one rollout on `batch`; raises policy_version by one.
@@ -276,10 +277,23 @@ class PolicyActors(ModelActors):
         outputs = self.call_in_turn("update", batch, loss)
         return next(output for output in outputs if output is not None)
 
-    def continue_as(self, version: int) -> None:
-        """Give the present state, which is an older one, the number of another version."""
-        self.call("continue_as", version)
-        self.policy_version = version
+    def continue_from(self, restore: Callable[[], object]) -> None:
+        """Give the ranks an older state under the number of the present version.
+
+        Ranks that are restarted before there is a newer state come back to it, too.
+
+        Args:
+            restore: gives it to them.
+        """
+        self.turns.take_for_policy()
+        version = self.policy_version
+
+        def again() -> None:
+            restore()
+            self.call("continue_as", version)
+
+        self.healed("rollback", again)
+        self._origin = version, again
         self._updates = []  # they do not lead from an earlier state to this one
 
     @property
@@ -311,28 +325,14 @@ class PolicyActors(ModelActors):
 
     def _states(self) -> Iterator[tuple[int, Callable[[], object]]]:
         """Version and restoring function of each state to go back to, newest first."""
-        if (newest := self.snapshots.newest) is not None:
+        origin = -1 if self._origin is None else self._origin[0]
+        if (newest := self.snapshots.newest) is not None and newest.version > origin:
             yield newest.version, partial(self.restore, newest)
         for step, folder in self.checkpoints():
-            yield step, partial(self.call, "load_checkpoint", folder)
-        if self._has_start:
-            yield 0, lambda: None
-
-    def restore_snapshot(self) -> int | None:
-        """Go back to the newest snapshot without a restart, and forget all updates since.
-
-        Returns:
-            its version, which is policy_version now; None if there is no snapshot.
-        """
-        self.settle_snapshots()
-        newest = self.snapshots.newest
-        if newest is None:
-            return None
-        self.turns.take_for_policy()
-        self.restore(newest)
-        self.policy_version = newest.version
-        self._updates = []
-        return newest.version
+            if step > origin:
+                yield step, partial(self.call, "load_checkpoint", folder)
+        if self._origin is not None:
+            yield self._origin
 
     def compute_base_logprobs(self, batch: TrainBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """As `compute_logprobs`, of the base: the policy with its LoRA adapter off."""
@@ -375,4 +375,4 @@ class PolicyActors(ModelActors):
     def load_checkpoint(self, folder: Path) -> None:
         """Continue from a checkpoint."""
         self.policy_version = self.call_in_turn("load_checkpoint", folder)[0]
-        self._has_start = False
+        self._origin = None

@@ -1,12 +1,13 @@
-"""What every actor's process does first, and the secrets that it gets."""
+"""What every actor's process does first, the secrets that it gets, and its children that stop."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import psutil
 import ray
 from ray.experimental import internal_kv
 
@@ -52,6 +53,26 @@ def begin_process() -> None:
     answer_for_stacks()
     secrets = internal_kv._internal_kv_get(_key(), namespace=_NAMESPACE)
     os.environ.update(json.loads(secrets or "{}"))
+
+
+class StoppedProcesses:
+    """Finds processes that are stopped, by SIGSTOP or a debugger, and not only for a moment."""
+
+    def __init__(self) -> None:
+        self._before: set[psutil.Process] = set()
+
+    def among(self, processes: Iterable[psutil.Process]) -> set[psutil.Process]:
+        """Those that are stopped now, and were at the last call."""
+        stopped = {one for one in processes if _is_stopped(one)}
+        twice, self._before = stopped & self._before, stopped
+        return twice
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _inherited() -> dict[str, str]:

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from rlsys.actors.group import CPU_SHARE, PlaceActor, device_env
-from rlsys.actors.process import begin_process, inherited_env
+from rlsys.actors.heartbeat import Alive, Watched
+from rlsys.actors.process import StoppedProcesses, begin_process, inherited_env
 from rlsys.actors.waiting import FETCH_S, all_ready, any_ready
 from rlsys.config import RewardConfig
 from rlsys.plugins.load import load_plugins
@@ -25,11 +27,20 @@ from rlsys.rewards.scoring import Scored
 from rlsys.stacks import ANSWER_S
 
 
-class RewardWorker:
+class RewardWorker(Alive):
     """Starts a reward process on its node, which runs the user code, and sends it requests."""
 
     def __init__(self) -> None:
         begin_process()
+        self._process: RewardProcess | None = None
+        self._stopped = StoppedProcesses()
+
+    def find_fault(self) -> str | None:
+        """See Alive: nobody waits for a process that is stopped as for a function that is slow."""
+        if self._process is None or not psutil.pid_exists(self._process.pid):
+            return None
+        stopped = self._stopped.among([psutil.Process(self._process.pid)])
+        return "its reward process was stopped" if stopped else None
 
     async def start(self, settings: ProcessSettings, concurrent: bool) -> Failed | None:
         """Start it, and wait until it has its reward functions."""
@@ -38,10 +49,12 @@ class RewardWorker:
 
     async def score(self, request: ScoreRequest) -> Scored | Failed:
         """Call one function for the completions of one prompt."""
+        assert self._process is not None
         return await asyncio.wrap_future(self._process.score(request))
 
     async def whereabouts(self) -> str:
         """The stack of the reward process's main thread."""
+        assert self._process is not None
         return await asyncio.to_thread(self._process.whereabouts)
 
 
@@ -60,6 +73,8 @@ class RayBackend:
         self._models = list(models)
         self._place, self._place_worker = place, place_worker
         self._numbers = itertools.count()
+        self._actors: dict[str, tuple[ActorHandle, ray.ObjectRef]] = {}
+        """Name -> actor, and the result of its start."""
         self._options: dict[str, Any] = {
             "num_cpus": CPU_SHARE,
             "runtime_env": {"env_vars": inherited_env()},
@@ -69,17 +84,25 @@ class RayBackend:
         self, functions: Sequence[str], *, concurrent: bool
     ) -> tuple[ActorHandle, ray.ObjectRef]:
         """Start an actor."""
-        options = self._options
+        options, number = self._options, next(self._numbers)
         is_model = functions[0] in self._models
         if is_model and self._place is not None:
             options = options | self._place(self._models.index(functions[0]))
         elif self._place_worker is not None:
-            options = options | self._place_worker(next(self._numbers))
+            options = options | self._place_worker(number)
         if is_model and self._place is None:
             options = options | {"runtime_env": {"env_vars": inherited_env() | device_env("cpu")}}
         actor_class: Any = RewardWorker
-        actor = ray.remote(**options)(actor_class).remote()
-        return actor, actor.start.remote(replace(self._settings, functions=functions), concurrent)
+        threads = dict.fromkeys(actor_class.concurrency_groups, 1)
+        actor = ray.remote(concurrency_groups=threads, **options)(actor_class).remote()
+        started = actor.start.remote(replace(self._settings, functions=functions), concurrent)
+        self._actors[f"reward worker {number}"] = actor, started
+        return actor, started
+
+    def watched(self) -> list[Watched]:
+        """The actors that have not been killed."""
+        actors = list(self._actors.items())
+        return [Watched(name, actor, not all_ready([start])) for name, (actor, start) in actors]
 
     def score(self, process: ActorHandle, request: ScoreRequest) -> ray.ObjectRef:
         """Send a request."""
@@ -106,6 +129,7 @@ class RayBackend:
 
     def kill(self, process: ActorHandle) -> None:
         """End the actor; the guard of its reward process ends that and what it started."""
+        self._actors = {n: one for n, one in self._actors.items() if one[0] is not process}
         ray.kill(process)
 
 
@@ -142,4 +166,6 @@ class RewardWorkers(GroupScorer):
         load_plugins(settings.plugins)
         check_functions(config)
         backend = RayBackend(settings, config.models, place, place_worker)
+        self.watched = backend.watched
+        """The workers that have to give signs of life."""
         super().__init__(config, backend, max_steps=max_steps)

@@ -65,15 +65,14 @@ def with_finite_weights(policy: PolicyActors, send: Callable[[], T]) -> T:
 
 
 def _from_good_state(policy: PolicyActors, work: Callable[[], T | None], reason: str) -> T:
-    version, tried = policy.policy_version, []
+    tried = []
     for name, restore in _earlier_states(policy):
-        restore()
-        policy.continue_as(version)
-        if not all(policy.call("has_finite_weights")):
+        policy.continue_from(restore)
+        if not all(policy.call_in_turn("has_finite_weights")):
             continue
         print(
-            f"warning: the policy went back to {name}, and goes on as version {version}, because "
-            f"{reason}",
+            f"warning: the policy went back to {name}, and goes on as version "
+            f"{policy.policy_version}, because {reason}",
             flush=True,
         )
         tried.append(name)
@@ -94,9 +93,9 @@ def _earlier_states(policy: PolicyActors) -> Iterator[tuple[str, Callable[[], ob
     """Name and restoring function of the states to try, newest first."""
     policy.snapshots.settle(timeout_s=policy.timeout_s)
     if (newest := policy.snapshots.newest) is not None:
-        yield f"the snapshot of version {newest.version}", policy.restore_snapshot
+        yield f"the snapshot of version {newest.version}", partial(policy.restore, newest)
     for _, folder in islice(policy.checkpoints(), 1):
-        yield f"the checkpoint {folder}", partial(policy.load_checkpoint, folder)
+        yield f"the checkpoint {folder}", partial(policy.call, "load_checkpoint", folder)
 
 
 def dump_update(policy: PolicyActors, batch: TrainBatch, loss: str | None, reason: str) -> str:

@@ -12,6 +12,7 @@ import ray
 from ray import ObjectRefGenerator
 
 from rlsys.actors.group import ActorGroup, PlaceActor, device_env, on_cpu
+from rlsys.actors.heartbeat import Watched
 from rlsys.actors.process import inherited_env
 from rlsys.actors.rollout_actor import RolloutActor as RolloutActor
 from rlsys.actors.rollout_actor import ServerActor
@@ -117,6 +118,10 @@ class RolloutActors(ActorGroup):
         self._drafts: dict[str, DraftCounts] = {}
         self._drafts_of_lost = DraftCounts(0, 0, 0)
         self._lock = threading.RLock()  # the background collects while the driver publishes
+
+    def watched(self) -> list[Watched]:
+        """See ActorGroup."""
+        return [*super().watched(), *self._successors.watched()]
 
     def submit(self, requests: Sequence[SampleRequest]) -> None:
         """Start sampling; each request goes to the engine that has the fewest groups."""
@@ -341,7 +346,8 @@ class RolloutActors(ActorGroup):
             try:
                 result = work()
             except ActorFailure as error:
-                self.restart(error, phase=phase)
+                for failure in self._failures(error):
+                    self.restart(failure, phase=phase)
                 continue
             with self._lock:
                 for restart in self._joining.values():
@@ -351,6 +357,12 @@ class RolloutActors(ActorGroup):
                 self._deal(waiting)
                 self._note_work()
             return result
+
+    def _failures(self, error: ActorFailure) -> list[ActorFailure]:
+        """`error` itself, or that of each engine for which the policy waited in vain."""
+        reason = "it took no part, though its process gives signs of life"
+        silent = [name for name in error.silent if name in self.actors]
+        return [ActorFailure(str(error), actor=n, reason=reason) for n in silent] or [error]
 
 
 def deal(

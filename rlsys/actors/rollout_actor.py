@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +13,7 @@ import psutil
 import ray
 
 from rlsys.actors.heartbeat import Alive
-from rlsys.actors.process import begin_process
+from rlsys.actors.process import StoppedProcesses, begin_process
 from rlsys.config import Config
 from rlsys.engines.loop import EngineLoop, Outcome
 from rlsys.leftovers import guard_actor
@@ -41,36 +40,33 @@ class RolloutActor(Alive):
 
     def __init__(self, config: Config, device: Device, engine_rank: int):
         begin_process()
-        start = time.monotonic()
         guard_actor()
-        from rlsys.engines.vllm.engine import VLLMEngine  # takes seconds
 
-        self._loop = EngineLoop(
-            lambda: VLLMEngine(
+        def build() -> VLLMEngine:
+            from rlsys.engines.vllm.engine import VLLMEngine  # takes seconds
+
+            return VLLMEngine(
                 config.model.path, config=config, device=device, engine_rank=engine_rank
             )
-        )
+
+        self._loop = EngineLoop(build)  # returns at once: an actor that loads gives signs of life
         self._pauses = asyncio.Semaphore(0)
         """Pauses that no `update_weights` has used yet."""
         self._has_workers = config.rollout.tensor_parallel_size > 1
-        self._stopped: set[psutil.Process] = set()
-        """vLLM's workers that were stopped when `find_fault` looked last."""
-        self._start_seconds = time.monotonic() - start
+        self._stopped = StoppedProcesses()
 
     def find_fault(self) -> str | None:
         """See Alive: a worker process of vLLM is stopped, so its engine waits for ever."""
         if not self._has_workers:
             return None
-        workers = psutil.Process().children(recursive=True)
-        stopped = {one for one in workers if _is_stopped(one)}
-        twice, self._stopped = stopped & self._stopped, stopped
-        for worker in twice:
+        stopped = self._stopped.among(psutil.Process().children(recursive=True))
+        for worker in stopped:
             os.kill(worker.pid, signal.SIGKILL)  # it could not end with this process
-        return "a worker process of vLLM was stopped" if twice else None
+        return "a worker process of vLLM was stopped" if stopped else None
 
     async def start(self) -> float:
-        """Seconds that importing vLLM and loading the model took."""
-        return self._start_seconds
+        """Wait for the engine; returns the seconds that importing vLLM and loading took."""
+        return await asyncio.wrap_future(self._loop.built)
 
     @ray.method(num_returns="streaming")
     async def generate(self, requests: Sequence[SampleRequest]) -> AsyncIterator[RolloutGroup]:
@@ -137,16 +133,7 @@ class ServerActor(RolloutActor):
 
     def __init__(self, config: Config, server: Server, engine_rank: int):
         begin_process()
-        start = time.monotonic()
         from rlsys.engines.chat_server import ServerEngine  # imports transformers
 
         self._loop = EngineLoop(lambda: ServerEngine(server, config))
         self._has_workers = False
-        self._start_seconds = time.monotonic() - start
-
-
-def _is_stopped(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() == psutil.STATUS_STOPPED)
-    except psutil.NoSuchProcess:
-        return False

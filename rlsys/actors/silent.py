@@ -37,6 +37,11 @@ def actor_of(ref: Any) -> str:
     return str(task.actor_id().hex())
 
 
+def has_process(actor: str) -> bool:
+    """Whether Ray has found a place for the actor of that id, and a process there."""
+    return bool(cluster_state.actor_table(actor).get("Pid"))
+
+
 def explain_silence(actors: Mapping[str, str]) -> str:
     """Save the stacks of actors that do not answer; returns a line about each for an error.
 

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import ray
 
 from rlsys.actors.group import START_TIMEOUT_S
+from rlsys.actors.heartbeat import Watched
 from rlsys.actors.recovery import Restart
-from rlsys.actors.waiting import all_ready, any_ready, get_one
+from rlsys.actors.waiting import ActorFailure, all_ready, any_ready, get_one
 
 
 class Successor(NamedTuple):
@@ -50,6 +51,11 @@ class Successors:
         """Whether that one is on its way."""
         return name in self._starts
 
+    def watched(self) -> list[Watched]:
+        """Those that have begun to start, which any thread may ask for."""
+        starts = list(self._starts.items())
+        return [Watched(n, s.actor, is_starting=True) for n, s in starts if s.actor is not None]
+
     def begin(self, name: str, restart: Restart) -> None:
         """Start an actor of that name once the restart's delay is over."""
         self._starts[name] = _Start(restart, time.monotonic() + restart.delay_s)
@@ -87,6 +93,10 @@ class Successors:
         for name, start in list(self._starts.items()):
             if start.ready is not None and start.ready in ready:
                 del self._starts[name]
-                get_one(start.ready, name=name, phase="restart")
+                try:
+                    get_one(start.ready, name=name, phase="restart")
+                except ActorFailure:
+                    ray.kill(start.actor)
+                    raise
                 found.append(Successor(name, start.actor, start.restart))
         return found

@@ -39,13 +39,20 @@ class ActorFailure(RunFailed):
         actor: its name.
         reason: why, in a line.
         cause: what it raised; None if it died.
+        silent: the actors that it waited for in vain, if that is what it raised.
     """
 
     def __init__(
-        self, message: str, *, actor: str = "", reason: str = "", cause: object | None = None
+        self,
+        message: str,
+        *,
+        actor: str = "",
+        reason: str = "",
+        cause: object | None = None,
+        silent: tuple[str, ...] = (),
     ):
         super().__init__(message)
-        self.actor, self.reason, self.cause = actor, reason, cause
+        self.actor, self.reason, self.cause, self.silent = actor, reason, cause, silent
 
 
 class ActorDeath(ActorFailure):
@@ -134,7 +141,9 @@ def _with_silent_peers(error: ActorFailure, others: Mapping[ray.ObjectRef, str])
         return error
     text, _, last_line = str(error).rpartition("\n")
     message = f"{text}\n{explain_silence(silent)}{last_line}"
-    return type(error)(message, actor=error.actor, reason=error.reason, cause=error.cause)
+    return type(error)(
+        message, actor=error.actor, reason=error.reason, cause=error.cause, silent=tuple(silent)
+    )
 
 
 def get_one(ref: ray.ObjectRef, *, name: str, phase: str, timeout_s: float = FETCH_S) -> Any:

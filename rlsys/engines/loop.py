@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from rlsys.types import RolloutGroup, SampleRequest
 
@@ -43,7 +44,7 @@ class EngineLoop(Generic[E]):
     weight sync waits for one token and not for the end of a completion.
 
     Args:
-        build: makes the engine; its errors are raised here.
+        build: makes the engine. Commands wait for it, and get its errors.
     """
 
     def __init__(self, build: Callable[[], E]):
@@ -51,14 +52,14 @@ class EngineLoop(Generic[E]):
         self._commands = SimpleQueue()
         self._on_end: dict[int, Callable[[Outcome], object]] = {}
         """By ticket, for the groups that are being sampled. Only the engine's thread uses it."""
-        self._broken: Exception | None = None
-        """Why the engine cannot be used any more: a step failed, and so did the clean-up."""
-        built: Future[None] = Future()
+        self._broken: BaseException | None = None
+        """Why the engine cannot be used: it was not built, or a step and its clean-up failed."""
+        self.built: Future[float] = Future()
+        """The seconds that `build` took, or its error."""
         self._thread = threading.Thread(
-            target=self._run, args=(build, built), name="rollout engine", daemon=True
+            target=self._run, args=(build,), name="rollout engine", daemon=True
         )
         self._thread.start()
-        built.result()
 
     def sample(
         self, requests: Sequence[SampleRequest], on_end: Callable[[Outcome], object]
@@ -116,13 +117,15 @@ class EngineLoop(Generic[E]):
         if self._broken is not None:
             raise self._broken
 
-    def _run(self, build: Callable[[], E], built: Future[None]) -> None:
+    def _run(self, build: Callable[[], E]) -> None:
+        start = time.monotonic()
         try:
             engine = build()
         except BaseException as error:  # raised where the engine is waited for
-            built.set_exception(error)
-            return
-        built.set_result(None)
+            self._broken, engine = error, cast(E, None)  # no command gets to it
+            self.built.set_exception(error)
+        else:
+            self.built.set_result(time.monotonic() - start)
         while True:
             while self._broken or not (engine.has_work and self._commands.empty()):
                 command = self._commands.get()

@@ -2,18 +2,21 @@
 
 import os
 import signal
+import time
 
 import psutil
 import ray
 
-SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+HANG = 0
+SIGNALS = {"hang": HANG, "kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 MOMENTS = ("sampling", "pausing", "transfer", "answering")
+FOREVER_S = 3600.0
 STEPS_BEFORE = 5
 """Steps of sampling before the fault comes."""
 
 
 def plan_fault(actor, moment, how):
-    """Let this engine's process fail by a signal when it comes to that moment."""
+    """Let this engine's process fail by a signal, or its loop hang, when it comes to a moment."""
     ray.get(actor.__ray_call__.remote(_plan, moment, SIGNALS[how]))
 
 
@@ -34,6 +37,8 @@ def _workers(_):
 
 def _plan(actor, moment, number):
     def fail(*_):
+        if number == HANG:
+            time.sleep(FOREVER_S)
         os.kill(os.getpid(), number)
 
     def plan(engine):

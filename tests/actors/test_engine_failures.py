@@ -181,6 +181,27 @@ def test_completions_in_flight_survive_a_failed_weight_sync(start, moment):
 
 
 @pytest.mark.slow
+def test_an_engine_that_hangs_in_a_weight_sync_is_replaced(start, undisturbed):
+    """Its process gives signs of life, so only the deadline of the sync tells."""
+    world = start(2)
+    world.publish(0)
+    config = world.publisher._config
+    world.publisher._config = config.model_copy(update={"timeout_s": 15.0})
+    world.publisher.connect()
+    hanging = world.engines.actors["rollout engine 1"]
+    plan_fault(hanging, "transfer", "hang")
+    world.publish(1)
+    world.publisher._config = config
+    assert hanging not in world.engines.actors.values()
+    assert world.restarts.metrics()["fault/rollout_restarts"] == 1
+    assert "it took no part" in world.lines[0]
+    samples, versions = world.sample()
+    assert samples == undisturbed[1]
+    assert versions == {(world.policy.policy_version,)}
+    world.wait_for_successors()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "stop"])
 def test_an_engine_whose_worker_fails_is_replaced(start, how):
     world = start(1, tensor_parallel_size=2)

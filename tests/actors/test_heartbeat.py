@@ -7,6 +7,7 @@ import time
 import pytest
 import ray
 from patience import PATIENCE_S
+from ray._private.state import state
 
 from rlsys.actors.group import ActorGroup, on_cpu
 from rlsys.actors.heartbeat import Alive
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.system
 
 LIMIT_S = 2.0
 START_S = 2 * LIMIT_S
+SILENT = "it gave no sign of life for 2 s"
 
 
 class Worker(Alive):
@@ -66,25 +68,68 @@ def watched(ray_cluster):
 @pytest.mark.parametrize("actor_class", [Worker, pytest.param(Async, marks=pytest.mark.slow)])
 def test_a_stopped_process_is_killed_and_one_that_starts_or_computes_is_not(watched, actor_class):
     group, restarts, lines = watched(actor_class)
+    group.is_starting = True
     group.actors["worker 0"] = group.create(0)
     pids = group.call("compute", 2 * LIMIT_S)
+    group.is_starting = False
     assert lines == []
     os.kill(pids[1], signal.SIGSTOP)
     ref = group.actors["worker 1"].compute.remote(0)
     assert ray.wait([ref], timeout=PATIENCE_S)[0]
     with pytest.raises(ActorDeath, match="worker 1 died in the test") as caught:
         get_one(ref, name="worker 1", phase="the test")
-    reason = "it gave no sign of life for 2 s"
     assert len(lines) == 1
-    assert lines[0].startswith(f"note: worker 1 is killed: {reason}\nworker 1: its process ")
+    assert lines[0].startswith(f"note: worker 1 is killed: {SILENT}\nworker 1: its process ")
     assert f"{pids[1]} is stopped (SIGSTOP" in lines[0]
-    assert restarts.reason(caught.value) == reason
+    assert restarts.reason(caught.value) == SILENT
     assert restarts.heartbeats.reason("worker 0") is None
+
+
+def wait_until_killed(ref, name, restarts):
+    assert ray.wait([ref], timeout=PATIENCE_S)[0]
+    with pytest.raises(ActorDeath):
+        get_one(ref, name=name, phase="the test")
+    return restarts.heartbeats.reason(name)
+
+
+def test_a_successor_that_stops_before_its_first_sign_of_life_is_killed(watched):
+    """It has started and joined, as an engine that is stopped in its first weight sync."""
+    group, restarts, _ = watched(Worker)
+    successor = group.create(1)
+    os.kill(ray.get(successor.compute.remote(0)), signal.SIGSTOP)
+    ref = successor.compute.remote(0)
+    group.actors["worker 1"] = successor
+    assert wait_until_killed(ref, "worker 1", restarts) == SILENT
+
+
+@pytest.mark.slow
+def test_a_successor_that_stops_while_it_starts_is_killed_and_one_without_a_place_waits(
+    watched, monkeypatch
+):
+    monkeypatch.setattr("rlsys.actors.heartbeat.STARTING_FACTOR", 2)
+    group, restarts, lines = watched(Worker)
+    placed = group.create(0)
+    pid = process_of(placed)
+    group.is_starting = True
+    homeless = group._actor_class.options(num_cpus=10**6).remote(0, 1)
+    os.kill(pid, signal.SIGSTOP)  # before `__init__` has ended
+    group.actors |= {"worker 0": placed, "worker 1": homeless}
+    ref = placed.compute.remote(0)
+    assert wait_until_killed(ref, "worker 0", restarts) == "it gave no sign of life for 4 s"
+    assert len(lines) == 1
+
+
+def process_of(actor):
+    """The process of an actor that may be at its `__init__` still."""
+    while not (pid := state.actor_table(actor._actor_id.hex()).get("Pid")):
+        time.sleep(0.05)
+    return pid
 
 
 @pytest.mark.slow
 def test_a_member_that_names_its_own_fault_is_killed_and_its_successor_is_watched(watched):
     group, restarts, lines = watched(Worker)
+    group.is_starting = True  # those that replace others
     for fault in ("its worker is gone", "it is gone again"):
         ray.get(group.actors["worker 1"].break_down.remote(fault))
         ref = group.actors["worker 1"].compute.remote(PATIENCE_S)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 
 import pytest
 import ray
@@ -40,6 +41,7 @@ class Mortal:
         if hasattr(engine, "optimizer"):
             places["update"] = engine.optimizer, "step"  # gradients are reduced, weights not moved
             places["begin_checkpoint"] = engine.scheduler, "state_dict"
+            places["rollback"] = engine.optimizer, "load_state_dict"
         owner, name = places[where]
         original = getattr(owner, name)
 
@@ -193,7 +195,7 @@ def test_without_snapshots_updates_are_done_again_from_the_newest_checkpoint(
     policy.save_checkpoint(tmp_path / "step-2")
     steps.append(step(policy, 3))
     arm(policy, 0, "update")
-    policy._has_start = False
+    policy._origin = None
     steps.append(step(policy, 4))
     assert_equal((steps, exported(policy)), expected)
     assert policy.snapshots.newest is None
@@ -203,6 +205,34 @@ def test_without_snapshots_updates_are_done_again_from_the_newest_checkpoint(
         RunFailed, match=r"cannot go back to version 4 .* set policy.snapshot_steps"
     ):
         step(policy, 5)
+
+
+@pytest.mark.slow
+def test_ranks_that_die_after_a_rollback_come_back_to_the_state_that_it_went_to(
+    mortal, policy_models, tmp_path
+):
+    """The state is older than the version that it got, and no newer one has been kept."""
+    config = config_of(policy_models["qwen3-tied"], snapshot_steps=2)
+    found = []
+    for number in (None, KILL):
+        policy, lines = mortal(config)
+        for version in (1, 2, 3):
+            step(policy, version)
+        policy.snapshots.settle(timeout_s=PATIENCE_S)
+        if number is not None:
+            arm(policy, 0, "rollback", number)
+        newest = policy.snapshots.newest
+        assert newest.version == 2
+        policy.continue_from(partial(policy.restore, newest))
+        assert policy.policy_version == policy.finished_version() == 3
+        steps = []
+        for version in (4, 5):
+            if number is not None:
+                arm(policy, 0, "compute_logprobs" if version == 4 else "update", number)
+            steps.append(step(policy, version))
+        found.append((steps, exported(policy)))
+    assert_equal(*found)
+    assert sum("works again" in line for line in lines) == 3
 
 
 @pytest.mark.slow

@@ -13,7 +13,8 @@ import re
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 HEARTBEAT_S = 3.0
 """After so long a stopped process counts as dead here; a run's own default is longer."""
 LOOK_S = 0.0005
+EXIT_S = 30.0
+"""Most seconds until a process that is killed has gone."""
 OF_MAX_STEPS = ("global_step/max_steps", "percentage")
 """Metrics that depend on how many steps there are to be."""
 ROLES = {
@@ -37,6 +40,28 @@ ROLES = {
     "reward": "RewardWorker",
 }
 """Role -> class of its actors."""
+NOTICED = re.compile(
+    r"^note: .*(failed in|is killed)|^rlsys: restart \d+ of \d+, from ", re.MULTILINE
+)
+"""How a run says that it has noticed a fault."""
+
+FALTERING_LOSS = '''
+"""The loss of GRPO; one call gives a NaN, the first one of the fifth update."""
+
+from pathlib import Path
+
+from rlsys.algo.losses import losses, register_loss
+
+CALLS = Path("calls")
+
+
+@register_loss("faltering")
+def faltering(inputs, config):
+    with CALLS.open("a") as file:
+        file.write(".")
+    loss, metrics = losses["grpo"](inputs, config)
+    return (loss * float("nan") if CALLS.stat().st_size == 9 else loss), metrics
+'''
 
 
 @dataclass(frozen=True)
@@ -52,31 +77,84 @@ class Fault:
     """What defines the phase: a method of an actor, and of the process itself without `of`."""
     of: str = ""
     """The role whose method it is, where the process itself is idle."""
+    after: Fault | None = None
+    """A fault that comes first, in whose recovery this one comes."""
+    said: str = ""
+    """What the run has said before."""
 
     def __str__(self) -> str:
         return f"{self.role}, {self.phase}, {self.signal.name}"
 
 
+@dataclass(frozen=True)
+class Scenario:
+    """A run and the faults that happen to it, one after the other."""
+
+    faults: tuple[Fault, ...]
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    """What its config has besides; the run that is left alone has it too."""
+    words: tuple[str, ...] = ()
+    """Further words of its command line, which must not change what it computes."""
+
+
 SIGNALS = (KILL, STOP)
+SAMPLING, UPDATING = Fault("engine", "", KILL, "generate"), Fault("policy", "", KILL, "update")
 TABLE = {
-    "engine": (
-        *(Fault("engine", "sampling", s, "generate") for s in SIGNALS),
-        *(Fault("engine", "weight sync", s, "update_weights") for s in SIGNALS),
-        *(Fault("engine", "idle, the policy updates", s, "update", of="policy") for s in SIGNALS),
+    "engine": Scenario(
+        (
+            *(Fault("engine", "sampling", s, "generate") for s in SIGNALS),
+            *(Fault("engine", "weight sync", s, "update_weights") for s in SIGNALS),
+            *(Fault("engine", "idle, policy updates", s, "update", of="policy") for s in SIGNALS),
+            Fault("engine", "the sync that it joins in", STOP, "update_weights", after=SAMPLING),
+            Fault("engine", "start of its successor", STOP, "start", after=SAMPLING),
+        )
     ),
-    "policy": (
-        *(Fault("policy", "update", s, "update") for s in SIGNALS),
-        *(Fault("policy", "weight sync", s, "send_weights") for s in SIGNALS),
-        *(Fault("policy", "idle, engines sample", s, "generate", of="engine") for s in SIGNALS),
-        Fault("policy", "checkpoint", KILL, "begin_checkpoint"),
+    "policy": Scenario(
+        (
+            *(Fault("policy", "update", s, "update") for s in SIGNALS),
+            *(Fault("policy", "weight sync", s, "send_weights") for s in SIGNALS),
+            *(Fault("policy", "snapshot", s, "take_snapshot") for s in SIGNALS),
+            *(Fault("policy", "idle, engines sample", s, "generate", of="engine") for s in SIGNALS),
+            Fault("policy", "checkpoint", KILL, "begin_checkpoint"),
+            Fault("policy", "start of its successor", STOP, "start", after=UPDATING),
+        )
     ),
-    "reference": (
-        *(Fault("reference", "log-probs", s, "compute_logprobs") for s in SIGNALS),
-        *(Fault("reference", "idle, engines sample", s, "generate", of="engine") for s in SIGNALS),
+    "policy after a rollback": Scenario(
+        (Fault("policy", "sync after a rollback", KILL, "send_weights", said="went back to"),),
+        {
+            "grpo": {"loss_type": "faltering", "external_plugins": ["faltering.py"]},
+            "policy": {
+                "on_nonfinite": "rollback",
+                "max_nonfinite_steps": 1,
+                "snapshot_steps": 3,  # so it goes back to a state that is older than a step
+            },
+        },
     ),
-    "reward": (Fault("reward", "engines sample", KILL, "generate", of="engine"),),
+    "reference": Scenario(
+        (
+            *(Fault("reference", "log-probs", s, "compute_logprobs") for s in SIGNALS),
+            *(Fault("reference", "idle, engines sample", s, "generate", "engine") for s in SIGNALS),
+        )
+    ),
+    "one of two reference ranks": Scenario(
+        tuple(Fault("reference", "log-probs, 2 ranks", s, "compute_logprobs") for s in SIGNALS),
+        {"reference": {"world_size": 2, "tensor_parallel_size": 2}},
+    ),
+    "reward": Scenario(
+        (
+            *(Fault("reward", "scoring", s, "score") for s in SIGNALS),
+            *(Fault("reward", "idle, engines sample", s, "generate", of="engine") for s in SIGNALS),
+        )
+    ),
+    "driver": Scenario(
+        (
+            Fault("driver", "engines sample", KILL, "generate", of="engine"),
+            Fault("driver", "policy updates", KILL, "update", of="policy"),
+        ),
+        words=("--max_restarts", "5"),
+    ),
 }
-"""Role -> faults that happen to one run, one after the other."""
+"""Name -> a run. Faults of a role are in one run where they can be."""
 
 
 @dataclass
@@ -84,30 +162,32 @@ class Outcome:
     """What a run made of a fault, in seconds since the signal."""
 
     fault: Fault
-    step: int
+    step: int | None = None
+    """None: the run ended first."""
     noticed_s: float | None = None
-    """Until the line that names it; None: no line was needed."""
+    """Until the line about it."""
     recovered_s: float | None = None
-    """Until the next step was finished."""
+    """Until the step was finished."""
+    error: str | None = None
+    """What went wrong with it."""
 
     def as_row(self) -> dict[str, Any]:
         """For JSON."""
-        fault = asdict(self.fault) | {"signal": self.fault.signal.name}
-        return fault | {
-            "step": self.step,
-            "noticed_s": self.noticed_s,
-            "recovered_s": self.recovered_s,
-        }
+        fault = {"role": self.fault.role, "phase": self.fault.phase}
+        fault["signal"] = self.fault.signal.name
+        return fault | {name: value for name, value in asdict(self).items() if name != "fault"}
 
 
 def write_fault_run(folder: Path, model: Path, **sections: dict[str, Any] | Any) -> None:
     """The files of a run with every role, without clocks that a restart could move."""
     write_run_files(folder, model)
+    (folder / "faltering.py").write_text(FALTERING_LOSS)
     config = run_config(model)
     config |= {"max_steps": 24, "eval_steps": None}
     config["checkpoint"] = {"save_steps": 8, "save_hf_steps": None}
     config["rollout"] |= {"heartbeat_s": HEARTBEAT_S}
     config["policy"] |= {"heartbeat_s": HEARTBEAT_S}
+    config["reward"] |= {"heartbeat_s": HEARTBEAT_S}
     config["recovery"] = {"max_restarts": 1000, "backoff_s": 0.1}
     for name, values in sections.items():
         config[name] = (config.get(name) or {}) | values if isinstance(values, dict) else values
@@ -142,25 +222,55 @@ class FaultRun(RunProcess):
             return 0
         return self.out.metrics.read_bytes().count(b"\n")
 
-    def hit(self, fault: Fault) -> Outcome:
+    def meet(self, fault: Fault) -> Outcome:
+        """`hit` and `watch`; what goes wrong is the outcome's error."""
+        outcome = Outcome(fault)
+        try:
+            self.hit(outcome)
+            self.watch(outcome)
+        except AssertionError:
+            lines = [line for line in self.log.splitlines() if line.strip()]
+            when = "before" if outcome.step is None else "after"
+            outcome.error = f"{when} the fault: {lines[-1]}"
+            if self.popen.poll() is None:
+                outcome.error = f"{when} the fault nothing happened"
+        else:
+            if outcome.noticed_s is None:
+                outcome.error = "not noticed"
+        return outcome
+
+    def hit(self, outcome: Outcome) -> None:
         """Send the signal of a fault as soon as its phase is there; fails if the run ends first."""
+        fault = outcome.fault
+        if fault.after is not None:
+            self.hit(Outcome(fault.after))
+        if fault.said:
+            self.wait_for(lambda: fault.said in self.log)
         in_method = f"ray::{ROLES[fault.of or fault.role]}.{fault.method}"
         for watched in self._coming_and_going(in_method):
-            watched.suspend()
-            if not title(watched).startswith(in_method):  # it was over meanwhile
-                watched.resume()
-                continue
-            victim = watched
-            if fault.of:
-                victim = self.actors(ROLES[fault.role])[0]
-                victim.suspend()
-                watched.resume()
-            outcome = Outcome(fault, self.finished_steps() + 1)
-            self._sent_at = time.monotonic()
-            if fault.signal is not STOP:
-                victim.send_signal(fault.signal)
-            return outcome
+            with suppress(psutil.NoSuchProcess):
+                watched.suspend()
+                if not is_in(watched, in_method):  # it was over meanwhile
+                    watched.resume()
+                    continue
+                victim = watched
+                if fault.of:
+                    victim = self._process_of(fault.role)
+                    victim.suspend()
+                    watched.resume()
+                outcome.step = self.finished_steps() + 1
+                self._sent_at, self._seen_log = time.monotonic(), len(self.log)
+                if fault.signal is not STOP:
+                    victim.send_signal(fault.signal)
+                    victim.wait(EXIT_S)  # `ps` shows its method until then
+                return
         raise AssertionError(f"the run ended before {fault}\n{self.log}")
+
+    def _process_of(self, role: str) -> psutil.Process:
+        if role == "driver":  # of `max_restarts`: the child of the process that was started
+            children = psutil.Process(self.popen.pid).children()
+            return next(child for child in children if "rlsys.cli" in title(child))
+        return self.actors(ROLES[role])[0]
 
     def _coming_and_going(self, in_method: str) -> Iterator[psutil.Process]:
         actor = in_method.partition(".")[0]
@@ -169,25 +279,20 @@ class FaultRun(RunProcess):
             looked = time.monotonic()
             while watched and time.monotonic() - looked < 1:  # then look for new actors
                 for process in watched:
-                    if title(process).startswith(in_method):
+                    if is_in(process, in_method):
                         yield process
                 time.sleep(LOOK_S)
 
-    def watch(self, outcome: Outcome) -> Outcome:
-        """Wait until the run has finished the step of a fault, and one more to show that it goes
-        on; note when it said what."""
-        seen = len(self.log)
+    def watch(self, outcome: Outcome) -> None:
+        """Wait until the run has finished the step of a fault; note when it said what."""
 
         def has_finished() -> bool:
-            if outcome.noticed_s is None and re.search(
-                r"^note: .*(failed in|is killed)", self.log[seen:], re.MULTILINE
-            ):
+            if outcome.noticed_s is None and NOTICED.search(self.log, self._seen_log):
                 outcome.noticed_s = time.monotonic() - self._sent_at
             return self.finished_steps() >= outcome.step
 
         self.wait_for(has_finished)
         outcome.recovered_s = time.monotonic() - self._sent_at
-        return outcome
 
     def results(self, *, newest_only: bool = False) -> dict[str, Any]:
         """Everything that must not depend on faults: metrics but timings, texts, weights.
@@ -216,6 +321,11 @@ class FaultRun(RunProcess):
             ),
             "weights": weights,
         }
+
+
+def is_in(process: psutil.Process, method: str) -> bool:
+    """Whether an actor's process runs a method now, as in ray::PolicyRank.update."""
+    return re.match(rf"{re.escape(method)}(\W|$)", title(process)) is not None
 
 
 def without_faults(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
-from fault_runs import KILL, TABLE, Fault, FaultRun, differences, write_fault_sft_run
+from fault_runs import (
+    KILL,
+    NOTICED,
+    TABLE,
+    Fault,
+    FaultRun,
+    differences,
+    write_fault_sft_run,
+)
+
+from rlsys.config import RolloutConfig
 
 pytestmark = pytest.mark.system
+
+BUSY_STEPS = 12
 
 
 @pytest.mark.slow
@@ -16,8 +31,7 @@ def test_a_killed_policy_changes_nothing_of_supervised_training(starter, tmp_pat
     alone = FaultRun(tmp_path / "alone", "run.yaml", subcommand="sft")
     run = FaultRun(tmp_path / "disturbed", "run.yaml", subcommand="sft")
     try:
-        outcome = run.watch(run.hit(Fault("policy", "update", KILL, "update")))
-        assert outcome.noticed_s is not None
+        assert run.meet(Fault("policy", "update", KILL, "update")).error is None, run.log
         assert (run.wait(), alone.wait()) == (0, 0), run.log
     finally:
         run.end()
@@ -27,14 +41,36 @@ def test_a_killed_policy_changes_nothing_of_supervised_training(starter, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("role", TABLE)
-def test_a_run_ends_as_if_nothing_had_happened(start, undisturbed, role):
-    run = start(role)
-    for fault in TABLE[role]:
-        print(run.watch(run.hit(fault)).as_row())
+@pytest.mark.parametrize("name", TABLE)
+def test_a_run_ends_as_if_nothing_had_happened(start, undisturbed, name):
+    scenario = TABLE[name]
+    run = start(name.replace(" ", "-"), *scenario.words, **scenario.sections)
+    for fault in scenario.faults:
+        outcome = run.meet(fault)
+        print(outcome.as_row())
+        assert outcome.error is None, f"{fault}: {outcome.error}\n{run.log}"
     assert run.wait() == 0, run.log
-    assert differences(run.results(), undisturbed) == [], run.log
-    assert len(undisturbed["metrics"]) == 24
+    expected = undisturbed(scenario.sections)
+    assert differences(run.results(), expected) == [], run.log
+    assert len(expected["metrics"]) == 24
+
+
+@pytest.mark.slow
+def test_a_busy_machine_is_no_reason_to_kill_anything(start, undisturbed):
+    """With the limits that a run has unless its config says otherwise."""
+    default = {"heartbeat_s": RolloutConfig().heartbeat_s}
+    run = start("busy", rollout=default, policy=default, reward=default)
+    run.wait_for(run.finished_steps)
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(20)]
+    try:
+        run.wait_for(lambda: run.finished_steps() >= BUSY_STEPS)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert run.wait() == 0, run.log
+    assert not NOTICED.search(run.log), run.log
+    assert differences(run.results(), undisturbed({})) == []
 
 
 def test_a_difference_in_a_bit_is_found():

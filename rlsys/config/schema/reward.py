@@ -41,6 +41,10 @@ class RewardConfig(Section):
     timeout_s: PositiveFloat = 60.0
     """Seconds that a reward function may take for one group. Then its process is killed, and each
     completion is tried alone with an equal share, at least a second, to find the one that hangs."""
+    heartbeat_s: PositiveFloat | None = 30.0
+    """Seconds without a sign of life after which a reward worker is killed, and what it had is
+    scored by a new one. Only a process that is stopped, or a host that is cut off, gives none:
+    what a function takes does not count, see timeout_s. null: off."""
     max_memory_mb: PositiveInt | None = None
     """MiB that a reward process and its children may hold before they are killed; null is a quarter
     of the machine's memory."""

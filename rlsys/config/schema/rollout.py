@@ -120,7 +120,7 @@ class RolloutConfig(Section):
     heartbeat_s: PositiveFloat | None = 30.0
     """Seconds without a sign of life after which an engine is killed, and replaced as the section
     `recovery` says. An engine that computes for long answers; a process that is stopped does not.
-    null: off."""
+    One that replaces another may be silent for ten times as long while it starts. null: off."""
 
     @property
     def speculation(self) -> dict[str, Any]:

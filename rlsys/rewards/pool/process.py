@@ -70,6 +70,11 @@ class RewardProcess:
         for work in (self._send, self._receive):
             threading.Thread(target=work, daemon=True).start()
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
     def score(self, request: ScoreRequest) -> Future[Any]:
         """Send a request; its result is `Scored` or `Failed`."""
         return self._ask(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from rlsys.rewards.pool.job import Job
 from rlsys.rewards.pool.serve import Failed, ScoreRequest
 from rlsys.rewards.scoring import Scored, is_async
 from rlsys.timeline.spans import Timeline
+
+logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 300.0
 """Seconds for a process to start and its reward classes to load, a model perhaps."""
@@ -217,6 +220,13 @@ class WorkerPool:
         self._spawn(worker.name)
         jobs = [job for job, _ in worker.running.values()]
         worker.running.clear()
+        # What kills a process when it is tried alone is said elsewhere.
+        if failed.kind == "crashed" and all(job.retry is None for job in jobs):
+            functions = ", ".join(map(repr, self.functions))
+            why = failed.report.partition("\n")[0]
+            logger.warning(
+                "note: a process of %s failed in scoring and is replaced: %s", functions, why
+            )
         if len(jobs) == 1:
             return [(jobs[0], failed)]
         # One of several is to blame: each is tried with no other beside it.

@@ -41,16 +41,17 @@ class States:
     def checkpoints(self):
         return self.folders
 
-    def restore_snapshot(self):
-        self.weights = self.policy_version = self.snapshot
+    def restore(self, snapshot):
+        self.weights = snapshot.version
 
-    def load_checkpoint(self, folder):
-        self.weights, self.policy_version = folder, dict(map(reversed, self.folders))[folder]
+    def continue_from(self, restore):
+        restore()
 
-    def continue_as(self, version):
-        self.policy_version = version
+    def call(self, method, folder):
+        assert method == "load_checkpoint"
+        self.weights = folder
 
-    def call(self, method):
+    def call_in_turn(self, method):
         assert method == "has_finite_weights"
         return [self.weights not in self.damaged, True]
 

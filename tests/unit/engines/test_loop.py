@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from queue import SimpleQueue
+from threading import Event
 
 import pytest
 
@@ -161,9 +162,35 @@ def test_the_error_of_a_command_is_raised_with_its_result(loop):
     assert loop.call(lambda engine: engine.pause(True)).result(PATIENCE_S) == []
 
 
-def test_an_engine_that_cannot_be_built_raises_at_once():
+def test_whoever_waits_for_an_engine_that_cannot_be_built_gets_its_error():
+    asked = Event()
+
     def build():
+        asked.wait(PATIENCE_S)
         raise ValueError("no EOS token")
 
-    with pytest.raises(ValueError, match="no EOS token"):
-        EngineLoop(build)
+    loop = EngineLoop(build)
+    early, ends = loop.call(lambda engine: engine.pause(True)), sample(loop, 1)
+    asked.set()
+    late = loop.call(lambda engine: engine.pause(True))
+    for future in (loop.built, early, late):
+        with pytest.raises(ValueError, match="no EOS token"):
+            future.result(PATIENCE_S)
+    assert str(next_end(ends)) == "no EOS token"
+    loop.close()
+
+
+def test_commands_wait_until_the_engine_is_built(engine):
+    asked = Event()
+
+    def build():
+        asked.wait(PATIENCE_S)
+        return engine
+
+    loop = EngineLoop(build)
+    early = loop.call(lambda engine: engine.pause(True))
+    assert not loop.built.done()
+    asked.set()
+    assert early.result(PATIENCE_S) == []
+    assert loop.built.result(PATIENCE_S) >= 0
+    loop.close()
