@@ -74,13 +74,11 @@ class Growth:
         self._thread.join()
 
     def _look(self) -> None:
-        names = {f"ray::{name}": role for role, name in ROLES.items()}
         while not self._stop.wait(LOOK_S):
             step = self._run.finished_steps()
             driver = psutil.Process(self._run.popen.pid)
             for process in (driver, *self._run.processes()):
-                name = title(process).partition(".")[0].partition("(")[0].strip()
-                role = "driver" if process is driver else names.get(name)
+                role = "driver" if process == driver else kind_of(process)
                 if role is None:
                     continue
                 try:
@@ -108,7 +106,25 @@ class Growth:
             before = worst.get(role)
             if before is None or mib_now - mib > before["mib"][1] - before["mib"][0]:
                 worst[role] = row
-        return [worst[role] for role in ("driver", *ROLES) if role in worst]
+        order = ["driver", *ROLES]
+        return [worst[role] for role in sorted(worst, key=lambda role: (role not in order, role))]
+
+
+def kind_of(process: psutil.Process) -> str | None:
+    """What a process of a run is; None if that is not known."""
+    words = title(process).split()
+    if not words:
+        return None
+    if words[0].startswith("ray::"):
+        actor = words[0].removeprefix("ray::").partition(".")[0].partition("(")[0]
+        return {name: role for role, name in ROLES.items()}.get(actor)
+    if "rlsys.rewards.pool.serve" in " ".join(words):
+        return "reward functions"
+    for word in words[:6]:
+        if word.endswith(".py"):
+            return f"{Path(word).parent.name}/{Path(word).name}"
+    name = Path(words[0]).name
+    return name if name in ("raylet", "gcs_server") else None
 
 
 def soak(folder: Path, model: Path, minutes: float, every: int, seed: int) -> dict[str, object]:

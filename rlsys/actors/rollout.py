@@ -345,7 +345,7 @@ class RolloutActors(ActorGroup):
         while True:
             try:
                 result = work()
-            except ActorFailure as error:
+            except (ActorFailure, PhaseTimeout) as error:
                 for failure in self._failures(error):
                     self.restart(failure, phase=phase)
                 continue
@@ -358,11 +358,19 @@ class RolloutActors(ActorGroup):
                 self._note_work()
             return result
 
-    def _failures(self, error: ActorFailure) -> list[ActorFailure]:
-        """`error` itself, or that of each engine for which the policy waited in vain."""
+    def _failures(self, error: ActorFailure | PhaseTimeout) -> list[ActorFailure]:
+        """That of each engine for which others waited in vain; otherwise `error` itself.
+
+        Raises:
+            PhaseTimeout: no engine is silent.
+        """
         reason = "it took no part, though its process gives signs of life"
         silent = [name for name in error.silent if name in self.actors]
-        return [ActorFailure(str(error), actor=n, reason=reason) for n in silent] or [error]
+        if silent:
+            return [ActorFailure(str(error), actor=name, reason=reason) for name in silent]
+        if isinstance(error, PhaseTimeout):
+            raise error
+        return [error]
 
 
 def deal(

@@ -72,6 +72,7 @@ class PhaseTimeout(RunFailed, TimeoutError):
     def __init__(self, message: str, *, actor: str = "", reason: str = ""):
         super().__init__(message)
         self.actor, self.reason = actor, reason
+        self.silent = tuple(actor.split(", ")) if actor else ()
 
 
 def get_all(

@@ -181,7 +181,8 @@ def test_completions_in_flight_survive_a_failed_weight_sync(start, moment):
 
 
 @pytest.mark.slow
-def test_an_engine_that_hangs_in_a_weight_sync_is_replaced(start, undisturbed):
+@pytest.mark.parametrize("moment", ["pausing", "transfer"])
+def test_an_engine_that_hangs_in_a_weight_sync_is_replaced(start, undisturbed, moment):
     """Its process gives signs of life, so only the deadline of the sync tells."""
     world = start(2)
     world.publish(0)
@@ -189,7 +190,7 @@ def test_an_engine_that_hangs_in_a_weight_sync_is_replaced(start, undisturbed):
     world.publisher._config = config.model_copy(update={"timeout_s": 15.0})
     world.publisher.connect()
     hanging = world.engines.actors["rollout engine 1"]
-    plan_fault(hanging, "transfer", "hang")
+    plan_fault(hanging, moment, "hang")
     world.publish(1)
     world.publisher._config = config
     assert hanging not in world.engines.actors.values()

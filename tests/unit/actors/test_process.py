@@ -2,21 +2,23 @@
 
 import ast
 import inspect
+import subprocess
 import textwrap
+import time
 
+import psutil
 import pytest
 
-from rlsys.actors import policy, reference, rollout  # noqa: F401  they define actors
+from rlsys.actors import policy, reference, reward, rollout  # noqa: F401  they define actors
 from rlsys.actors.heartbeat import Alive
-from rlsys.actors.process import inherited_env
-from rlsys.actors.reward import RewardWorker
+from rlsys.actors.process import StoppedProcesses, inherited_env
 
 
 def below(cls):
     return [cls, *(inner for direct in cls.__subclasses__() for inner in below(direct))]
 
 
-ACTORS = [cls for cls in below(Alive)[1:] if cls.__module__.startswith("rlsys.")] + [RewardWorker]
+ACTORS = [cls for cls in below(Alive)[1:] if cls.__module__.startswith("rlsys.")]
 
 
 @pytest.mark.parametrize("cls", ACTORS, ids=lambda cls: cls.__name__)
@@ -41,3 +43,26 @@ def test_secrets_are_not_among_the_variables_that_ray_writes_to_its_logs(monkeyp
     assert env["HF_HOME"] == "/models"
     assert not {"HF_TOKEN", "VLLM_API_KEY"} & env.keys()
     assert "secret" not in str(env)
+
+
+def test_a_process_counts_as_stopped_at_the_second_look():
+    found = StoppedProcesses()
+    with subprocess.Popen(["sleep", "60"]) as popen:
+        process = psutil.Process(popen.pid)
+        try:
+            signal_and_wait(process.suspend, process, stopped=True)
+            assert found.among([process]) == set()
+            assert found.among([process]) == {process}
+            signal_and_wait(process.resume, process, stopped=False)
+            assert found.among([process]) == set()
+            signal_and_wait(process.suspend, process, stopped=True)
+            assert found.among([process]) == set(), "it went on in between"
+        finally:
+            popen.kill()
+    assert found.among([process]) == set()
+
+
+def signal_and_wait(send, process, *, stopped):
+    send()
+    while (process.status() == psutil.STATUS_STOPPED) != stopped:
+        time.sleep(0.01)
