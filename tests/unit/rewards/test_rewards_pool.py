@@ -215,7 +215,9 @@ def test_bad_completions_cost_their_siblings_nothing(start, caplog, monkeypatch)
     assert bad.rewards[1].by_name == {"acts": 0.0, "length": 3.0}
     # The first of each kind is told with the completion.
     told = sorted(record.getMessage() for record in caplog.records)
-    assert len(told) == 2
+    note = "note: a process of 'acts', 'length' failed in scoring and is replaced: reward process"
+    assert [text.startswith(note) for text in told] == [False, True, False]
+    told = [text for text in told if not text.startswith(note)]
     assert all(re.search(r"\(prompt 'train:0', completion [1-4]: '", text) for text in told)
     [killed] = [text for text in told if "was killed after" in text]
     assert re.match(r"It was here, the innermost call first:\n  File .* in act\n  File", killed)
