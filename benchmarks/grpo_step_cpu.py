@@ -73,8 +73,8 @@ def main():
     print(json.dumps({"machine": machine, "options": overrides} | result, indent=2))
 
 
-def prepare(folder, max_steps):
-    """Data and model; returns the options of `rlsys grpo` that name them."""
+def prepare(folder, max_steps, *, tracker="cpu_seconds", save_steps="null"):
+    """Data and model; returns the options of `rlsys grpo` for a run with them."""
     write_problems(folder / "train.jsonl", generate_problems(NUM_PROBLEMS, seed=0))
     write_starter_model(folder / "model", seed=0)
     return [
@@ -83,8 +83,8 @@ def prepare(folder, max_steps):
         *("--data.dataset", str(folder / "train.jsonl")),
         "--data.val_dataset",  # without a value: none
         *("--max_steps", str(max_steps), "--eval_steps", "null"),
-        *("--tracking.report_to", "cpu_seconds"),
-        *("--checkpoint.save_steps", "null"),
+        *("--tracking.report_to", tracker),
+        *("--checkpoint.save_steps", save_steps),
     ]
 
 

@@ -182,12 +182,8 @@ def main():
 
     steps = WARM_UP_STEPS + 2 * arguments.pairs * arguments.steps
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        options = [
-            *prepare(Path(folder), steps),
-            *("--tracking.report_to", "steps"),
-            *("--checkpoint.save_steps", "1"),  # where the switch allows it
-            *overrides,
-        ]
+        # A checkpoint after every step for which the switch asks.
+        options = prepare(Path(folder), steps, tracker="steps", save_steps="1") + overrides
         config = load_config(COUNTDOWN / "demo.yaml", options).config
         run_method(config, Method(load_data, fit_to_data, start_system, train))
     print(json.dumps({"machine": machine} | vars(arguments) | summary(switch.blocks), indent=1))

@@ -22,6 +22,7 @@ import time
 from collections import defaultdict
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import psutil
 from machine import describe_machine
@@ -88,9 +89,9 @@ class Growth:
                 age = step - self._began.setdefault(process.pid, step)
                 self._seen[role, process.pid].append((age, *used))
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         """The process of each role that grew most."""
-        worst: dict[str, dict[str, object]] = {}
+        worst: dict[str, dict[str, Any]] = {}
         for (role, _), seen in self._seen.items():
             warm = [row for row in seen if row[0] >= WARM_UP_STEPS]
             if len(warm) < 2:
@@ -103,11 +104,15 @@ class Growth:
                 "handles": [handles, handles_now],
                 "is_flat": mib_now - mib <= MOST_MIB and handles_now - handles <= MOST_HANDLES,
             }
-            before = worst.get(role)
-            if before is None or mib_now - mib > before["mib"][1] - before["mib"][0]:
+            if role not in worst or badness(row) > badness(worst[role]):
                 worst[role] = row
         order = ["driver", *ROLES]
         return [worst[role] for role in sorted(worst, key=lambda role: (role not in order, role))]
+
+
+def badness(row: dict[str, Any]) -> tuple[bool, int]:
+    """Rows of processes that are not flat come last, then those that grew most."""
+    return not row["is_flat"], row["mib"][1] - row["mib"][0]
 
 
 def kind_of(process: psutil.Process) -> str | None:
