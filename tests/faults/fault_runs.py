@@ -29,6 +29,8 @@ KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 HEARTBEAT_S = 3.0
 """After so long a stopped process counts as dead here; a run's own default is longer."""
 LOOK_S = 0.0005
+LOADING_S = 1.5
+"""An actor that is so old is loading its model: that takes at least 3 s, on a busy machine longer."""
 EXIT_S = 30.0
 """Most seconds until a process that is killed has gone."""
 OF_MAX_STEPS = ("global_step/max_steps", "percentage")
@@ -74,13 +76,16 @@ class Fault:
     """As in docs/reliability.md."""
     signal: signal.Signals
     method: str
-    """What defines the phase: a method of an actor, and of the process itself without `of`."""
+    """What defines the phase: a method of an actor, and of the process itself without `of`. Empty:
+    any, even `__init__`."""
     of: str = ""
     """The role whose method it is, where the process itself is idle."""
     after: Fault | None = None
     """A fault that comes first, in whose recovery this one comes."""
     said: str = ""
     """What the run has said before."""
+    delay_s: float = 0.0
+    """Seconds that the process has been in the phase."""
 
     def __str__(self) -> str:
         return f"{self.role}, {self.phase}, {self.signal.name}"
@@ -106,7 +111,7 @@ TABLE = {
             *(Fault("engine", "weight sync", s, "update_weights") for s in SIGNALS),
             *(Fault("engine", "idle, policy updates", s, "update", of="policy") for s in SIGNALS),
             Fault("engine", "the sync that it joins in", STOP, "update_weights", after=SAMPLING),
-            Fault("engine", "start of its successor", STOP, "start", after=SAMPLING),
+            Fault("engine", "start of its successor", STOP, "", after=SAMPLING, delay_s=LOADING_S),
         )
     ),
     "policy": Scenario(
@@ -116,7 +121,7 @@ TABLE = {
             *(Fault("policy", "snapshot", s, "take_snapshot") for s in SIGNALS),
             *(Fault("policy", "idle, engines sample", s, "generate", of="engine") for s in SIGNALS),
             Fault("policy", "checkpoint", KILL, "begin_checkpoint"),
-            Fault("policy", "start of its successor", STOP, "start", after=UPDATING),
+            Fault("policy", "start of its successor", STOP, "", after=UPDATING, delay_s=LOADING_S),
         )
     ),
     "policy after a rollback": Scenario(
@@ -188,7 +193,7 @@ def write_fault_run(folder: Path, model: Path, **sections: dict[str, Any] | Any)
     config["rollout"] |= {"heartbeat_s": HEARTBEAT_S}
     config["policy"] |= {"heartbeat_s": HEARTBEAT_S}
     config["reward"] |= {"heartbeat_s": HEARTBEAT_S}
-    config["recovery"] = {"max_restarts": 1000, "backoff_s": 0.1}
+    config["recovery"] = {"max_restarts": 1000, "backoff_s": 0.0}
     for name, values in sections.items():
         config[name] = (config.get(name) or {}) | values if isinstance(values, dict) else values
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
@@ -246,9 +251,10 @@ class FaultRun(RunProcess):
             self.hit(Outcome(fault.after))
         if fault.said:
             self.wait_for(lambda: fault.said in self.log)
-        in_method = f"ray::{ROLES[fault.of or fault.role]}.{fault.method}"
+        in_method = f"ray::{ROLES[fault.of or fault.role]}.{fault.method}".rstrip(".")
         for watched in self._coming_and_going(in_method):
             with suppress(psutil.NoSuchProcess):
+                time.sleep(fault.delay_s)
                 watched.suspend()
                 if not is_in(watched, in_method):  # it was over meanwhile
                     watched.resume()
