@@ -30,7 +30,7 @@ HEARTBEAT_S = 3.0
 """After so long a stopped process counts as dead here; a run's own default is longer."""
 LOOK_S = 0.0005
 LOADING_S = 1.5
-"""An actor that is so old is loading its model: that takes at least 3 s, on a busy machine longer."""
+"""An actor that is so old is loading its model, which takes 3 s or more."""
 EXIT_S = 30.0
 """Most seconds until a process that is killed has gone."""
 OF_MAX_STEPS = ("global_step/max_steps", "percentage")
