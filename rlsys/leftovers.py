@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # -I leaves out the folder that has rlsys
@@ -28,6 +28,9 @@ if __name__ == "__main__":  # -I leaves out the folder that has rlsys
 from rlsys.processes import SharedNames, descendants, started_at
 
 LOOK_EVERY_S = 0.5
+LONGEST_PAUSE_S = 4.0
+"""Most seconds between two walks through the processes, once these no longer change: a walk reads a
+file for each thread, which took 2% of a core."""
 START_S = 60.0
 GRACE_S = 5.0
 """Seconds that processes have to end by themselves once their guarded process is gone."""
@@ -133,10 +136,10 @@ def main(pid: int) -> None:
             *lines, buffer = (buffer + data).split(b"\n")
             for line in lines:
                 left.note(json.loads(line))
-                left.look()
+                left.look(at_once=True)
                 os.write(1, b".")
         left.look()
-    left.look()
+    left.look(at_once=True)
     left.remove()
 
 
@@ -153,6 +156,7 @@ class _Left:
         self._kept: dict[str, str] = {}
         self._closes = False
         """Whether the guarded process goes on, after it has ended the others itself."""
+        self._walk_at, self._pause_s = 0.0, LOOK_EVERY_S
         self._remember([pid])
 
     def note(self, message: dict[str, object]) -> None:
@@ -169,11 +173,20 @@ class _Left:
             if isinstance(target := message.get("target"), str):
                 self._kept[folder] = target
 
-    def look(self) -> None:
-        """Note the processes that there are now, and the names in /dev/shm that they map."""
-        family = [pid for root in self._roots for pid in descendants(root)]
-        self._remember(family)
-        self._names.look(lambda: self._started)
+    def look(self, *, at_once: bool = False) -> None:
+        """Note the processes that there are, unless that was just done, and the names in /dev/shm
+        that they map."""
+        if at_once or time.monotonic() >= self._walk_at:
+            self._walk()
+        self._names.look(self._walk)
+
+    def _walk(self) -> Iterable[int]:
+        known = len(self._started)
+        self._remember([pid for root in self._roots for pid in descendants(root)])
+        is_new = len(self._started) > known
+        self._pause_s = LOOK_EVERY_S if is_new else min(2 * self._pause_s, LONGEST_PAUSE_S)
+        self._walk_at = time.monotonic() + self._pause_s
+        return self._started
 
     def is_alive(self, pid: int) -> bool:
         """Whether a process that was seen still runs."""
