@@ -119,7 +119,7 @@ def test_what_a_fault_cost_is_in_the_tables():
     (line,) = script["fault_rows"]({"machine": machine, "table": [row]})[4:]
     assert line == "| engine | sampling | stopped | 3.2 s | - | differs: weights |"
     (line,) = script["fault_rows"]({"machine": machine, "table": [row | {"error": "it died"}]})[4:]
-    assert line.endswith("| the run: it died |")
+    assert line.endswith("| it died |")
     grew = {"role": "policy", "steps": 90, "mib": [400, 470], "handles": [9, 9], "is_flat": False}
     soak = {"minutes": 5, "steps": 100, "differences": [], "processes": [grew]}
     soak |= {"machine": machine, "faults": [{"recovered_s": s} for s in (1.0, 2.0, 9.0)]}
