@@ -199,6 +199,13 @@ def _dashboard(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "parents", nargs="+", metavar="PARENT", type=Path, help="folder of runs, or a run"
+    )
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+
+
 def _checkpoints(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="RUN", type=Path, help="output_dir of the run")
     parser.add_argument("--verify", action="store_true", help="read every byte")
@@ -355,6 +362,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "eval": ("held-out data and rewards of a config on any model: pass@k, errors", _eval),
     "doctor": ("check this machine, and say what is missing", _doctor),
     "completions": ("read, search and export the completions of a run", add_completions_options),
+    "runs": ("list the runs in a folder: status, steps, best held-out, time", _runs),
     "dashboard": ("a page with curves, completions, time and health of runs", _dashboard),
     "checkpoints": ("list the checkpoints of a run: which are whole, and the best", _checkpoints),
     "data preview": (
