@@ -10,7 +10,7 @@ import { Tokens } from "./tokens";
 import { pieces } from "./turns";
 
 /** Columns that have a place of their own in the detail. */
-const SHOWN = new Set(["id", "prompt", "text", "reward", "rewards", "advantage", "extra_columns", "messages"]);
+const SHOWN = new Set(["id", "prompt", "text", "reward", "rewards", "advantage", "extra_columns"]);
 
 export function Detail({ run, split, id }: { run: Run; split: string; id: string }) {
   const loaded = usePolled(
@@ -59,9 +59,10 @@ function Whole({ run, split, completion }: { run: Run; split: string; completion
     <>
       <Scores row={row} />
       <h3>Prompt</h3>
-      <Turns messages={row.messages} text={inLine(row.prompt)} />
+      {/* Prompts name the marks that a completion should have, so they are shown as they are. */}
+      <div class="piece text">{inLine(row.prompt)}</div>
       <h3>Completion</h3>
-      <Turns text={inLine(row.text)} />
+      <Marked text={inLine(row.text)} />
       {tokens && <Tokens tokens={tokens} />}
       <section>
         <h3>Siblings</h3>
@@ -115,28 +116,7 @@ function Advantage({ row }: { row: Row }) {
   );
 }
 
-/** A conversation or one text, with turns, thinking, tool calls and answers marked. */
-function Turns({ messages, text }: { messages?: Value; text: string }) {
-  const turns = Array.isArray(messages) ? (messages as { [key: string]: Value }[]) : null;
-  if (!turns) return <Marked text={text} />;
-  return (
-    <>
-      {turns.map((turn, i) => (
-        <div key={i} class="turn">
-          <h4>{inLine(turn.role)}</h4>
-          <Marked text={inLine(turn.content)} />
-          {turn.tool_calls && (
-            <div class="piece tool_call">
-              <h4>tool calls</h4>
-              <div class="text">{JSON.stringify(turn.tool_calls, null, 1)}</div>
-            </div>
-          )}
-        </div>
-      ))}
-    </>
-  );
-}
-
+/** A text with its turns, thinking, tool calls and answers marked. */
 function Marked({ text }: { text: string }) {
   return (
     <div class="marked">

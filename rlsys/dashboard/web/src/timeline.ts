@@ -17,17 +17,17 @@ const COLORS: [RegExp, string][] = [
   [/idle|wait/, "idle"],
   [/sync|publish|connect/, "sync"],
   [/ref/, "reference"],
-  [/old_logprobs/, "logprobs"],
+  [/logprobs/, "logprobs"],
   [/reward|score/, "reward"],
   [/eval/, "evaluation"],
   [/update|train|forward|backward|optim/, "update"],
   [/rollout|sampl|generat/, "rollout"],
-  [/checkpoint|save|snapshot/, "checkpoint"],
+  [/checkpoint|save|snapshot|write/, "checkpoint"],
 ];
 
-/** The colour of a phase; a reward actor's phases are the names of its functions. */
+/** The colour of a phase; phases of rewards are the names of functions. */
 export function phaseClass(phase: string, role = ""): string {
-  if (role === "reward") return "phase-reward";
+  if (role === "reward" || role === "reference") return `phase-${role}`;
   const known = COLORS.find(([pattern]) => pattern.test(phase));
   if (known) return `phase-${known[1]}`;
   let sum = 0;

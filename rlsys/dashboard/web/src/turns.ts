@@ -18,16 +18,17 @@ export function pieces(text: string): Piece[] {
   const found: Piece[] = [];
   let open: Piece["kind"][] = [];
   let at = 0;
-  const add = (end: number) => {
+  const add = (end: number, closes = false) => {
     const kind = open.at(-1) ?? "text";
     const content = text.slice(at, end);
-    if (content.trim()) found.push({ kind, label: kind === "text" ? "" : kind.replace("_", " "), text: content });
+    const isEmptyTag = closes && found.at(-1)?.kind !== kind;
+    if (content.trim() || isEmptyTag) found.push({ kind, label: kind === "text" ? "" : kind.replace("_", " "), text: content });
   };
   for (const mark of text.matchAll(MARKS)) {
     const [whole, slash, tag, ...speakers] = mark;
     // A closing mark that nothing opened: the prompt may have opened the thinking.
     if (slash && !open.includes(tag as Piece["kind"])) continue;
-    add(mark.index);
+    add(mark.index, slash !== "" && slash !== undefined);
     at = mark.index + whole.length;
     if (slash) open = open.slice(0, open.lastIndexOf(tag as Piece["kind"]));
     else if (tag) open.push(tag as Piece["kind"]);

@@ -84,6 +84,11 @@ test("a cut completion, a mark that nothing opened, and turns lose no text", () 
   assert.deepEqual(turns.map((p) => p.label || p.text), ["user", "hi", "assistant", "yes"]);
 });
 
+test("an empty tag is shown, and text between tags that is blank is not", () => {
+  const found = pieces("<think></think>\n<answer>5</answer>").map((piece) => [piece.kind, piece.text]);
+  assert.deepEqual(found, [["think", ""], ["answer", "5"]]);
+});
+
 test("other markup stays text", () => {
   const text = "<script>alert(1)</script><b>x</b>";
   assert.deepEqual(pieces(text), [{ kind: "text", label: "", text }]);
