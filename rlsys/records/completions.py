@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 MEMORY_LIMIT = "4GB"
 """Of one query."""
+MOST_PLACES = 1_000
+"""Completions of a page, whose places are looked for before their texts are read."""
+_NEWEST_FIRST = ", ".join(f"{name} DESC" for name in PLACE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +98,13 @@ class Completions:
         """
         with self._opened(timeout_s) as (completions, columns), _explained(query, columns):
             chosen = _filtered(completions, query)
-            total = chosen.aggregate("count(*)").fetchall()[0][0]
-            relation = _projected(_ordered(chosen, query, columns), query, columns)
+            if query.limit is not None and query.limit <= MOST_PLACES:
+                total, chosen = _page(completions, chosen, query, columns)
+                chosen = _ordered(chosen, query, columns)
+            else:
+                total = chosen.aggregate("count(*)").fetchall()[0][0]
+                chosen = _cut(chosen, query, columns)
+            relation = _projected(chosen, query, columns)
             names, kinds = relation.columns, [str(kind) for kind in relation.types]
             rows = [
                 {n: _decoded(v, kind) for n, v, kind in zip(names, row, kinds, strict=True)}
@@ -107,7 +116,7 @@ class Completions:
     def batches(self, query: Query) -> Iterator[pyarrow.RecordBatchReader]:
         """Completions in batches of Arrow; the same errors as `query`."""
         with self._opened(None) as (completions, columns), _explained(query, columns):
-            chosen = _ordered(_filtered(completions, query), query, columns)
+            chosen = _cut(_filtered(completions, query), query, columns)
             yield _projected(chosen, query, columns).to_arrow_reader()
 
     def steps(self) -> tuple[int, int] | None:
@@ -203,6 +212,9 @@ def _select_nothing(stored: list[str]) -> str:
 
 
 def _filtered(completions: duckdb.DuckDBPyRelation, query: Query) -> duckdb.DuckDBPyRelation:
+    """The completions that fit, whatever page of them is asked for."""
+    if (query.limit is not None and query.limit < 0) or query.offset < 0:
+        raise ValueError(f"limit {query.limit} and offset {query.offset} should be 0 or more")
     first, last = query.steps
     if first is not None:
         completions = completions.filter(f"step >= {int(first)}")
@@ -228,21 +240,49 @@ def _filtered(completions: duckdb.DuckDBPyRelation, query: Query) -> duckdb.Duck
 def _ordered(
     chosen: duckdb.DuckDBPyRelation, query: Query, columns: list[str]
 ) -> duckdb.DuckDBPyRelation:
-    if (query.limit is not None and query.limit < 0) or query.offset < 0:
-        raise ValueError(f"limit {query.limit} and offset {query.offset} should be 0 or more")
-    way = "DESC" if query.descending else "ASC"
+    """Completions in the order of the answer."""
     by_place = ", ".join(PLACE)
-    newest_first = ", ".join(f"{name} DESC" for name in PLACE)
     if query.sort is not None:
-        order = f"{quoted(_known(query.sort, columns))} {way} NULLS LAST, {by_place}"
-    elif query.latest and query.limit is not None:
-        return chosen.order(newest_first).limit(query.limit, query.offset).order(by_place)
-    else:
-        order = newest_first if query.descending and not query.latest else by_place
-    chosen = chosen.order(order)
+        way = "DESC" if query.descending else "ASC"
+        return chosen.order(f"{quoted(_known(query.sort, columns))} {way} NULLS LAST, {by_place}")
+    return chosen.order(_NEWEST_FIRST if query.descending and not query.latest else by_place)
+
+
+def _cut(
+    chosen: duckdb.DuckDBPyRelation, query: Query, columns: list[str]
+) -> duckdb.DuckDBPyRelation:
+    """Completions in order, without those before `offset` and after `limit`."""
     if query.limit is None and not query.offset:
-        return chosen
-    return chosen.limit(2**62 if query.limit is None else query.limit, query.offset)
+        return _ordered(chosen, query, columns)
+    limit = 2**62 if query.limit is None else query.limit
+    if query.latest and query.limit is not None and query.sort is None:
+        newest = chosen.order(_NEWEST_FIRST).limit(limit, query.offset)
+        return _ordered(newest, query, columns)
+    return _ordered(chosen, query, columns).limit(limit, query.offset)
+
+
+def _page(
+    completions: duckdb.DuckDBPyRelation,
+    chosen: duckdb.DuckDBPyRelation,
+    query: Query,
+    columns: list[str],
+) -> tuple[int, duckdb.DuckDBPyRelation]:
+    """The number of chosen completions, and those of a page, in any order.
+
+    First only their places are read: texts are most of the bytes, and only those of the page are
+    needed.
+    """
+    by_sort = query.sort is not None or not query.latest
+    ordered = _ordered(chosen, query, columns) if by_sort else chosen.order(_NEWEST_FIRST)
+    places = ordered.project(", ".join(PLACE)).to_arrow_table()
+    rows_of: dict[int, list[int]] = defaultdict(list)
+    for place in places.slice(query.offset, query.limit).to_pylist():
+        rows_of[place["part"]].append(place["row"])
+    conditions = [
+        f"(part = {part} AND row IN ({', '.join(map(str, rows))}))"
+        for part, rows in rows_of.items()
+    ]
+    return places.num_rows, completions.filter(" OR ".join(conditions) or "false")
 
 
 def _projected(
