@@ -115,6 +115,8 @@ def get_all(
         for ref in done:
             try:
                 results[ref] = get_one(ref, name=names[ref], phase=phase)
+            except ActorDeath:
+                raise  # at once: the others may wait for it until their own deadline
             except ActorFailure as error:
                 others = {r: names[r] for r in pending if r != ref}
                 _raise_death(others, phase=phase)
@@ -126,13 +128,16 @@ def get_all(
 
 def _raise_death(names: Mapping[ray.ObjectRef, str], *, phase: str) -> None:
     """Raise ActorDeath if the death of one of these actors made another actor fail."""
-    for ref in all_ready(list(names), timeout_s=DEATH_NOTICE_S):
-        try:
-            get_one(ref, name=names[ref], phase=phase)
-        except ActorDeath:
-            raise
-        except ActorFailure:
-            pass  # a consequence too; Ray would print it later if nobody took it
+    pending, deadline = list(names), time.monotonic() + DEATH_NOTICE_S
+    while pending and (left_s := deadline - time.monotonic()) > 0:
+        ready, pending = ray.wait(pending, timeout=left_s)
+        for ref in ready:
+            try:
+                get_one(ref, name=names[ref], phase=phase)
+            except ActorDeath:
+                raise
+            except ActorFailure:
+                pass  # a consequence too; Ray would print it later if nobody took it
 
 
 def _with_silent_peers(error: ActorFailure, others: Mapping[ray.ObjectRef, str]) -> ActorFailure:
