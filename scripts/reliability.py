@@ -1,4 +1,6 @@
-"""Write the tables of docs/reliability.md from benchmarks/baselines/faults.json and soak.json.
+"""Write the tables of docs/reliability.md from faults.json, soak.json and reliability_cost.json.
+
+They are in benchmarks/baselines.
 
 python scripts/reliability.py
 """
@@ -16,17 +18,17 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from page_tables import table, with_tables  # noqa: E402
 
 PAGE = ROOT / "docs" / "reliability.md"
-FAULTS, SOAK = (ROOT / "benchmarks" / "baselines" / name for name in ("faults.json", "soak.json"))
+BASELINES = ROOT / "benchmarks" / "baselines"
 SIGNALS = {"SIGKILL": "killed", "SIGSTOP": "stopped"}
 
 
 def markdown() -> str:
     """The page with its tables written again."""
-    measured = (("faults", FAULTS, fault_rows), ("soak", SOAK, soak_rows))
+    measured = {"faults": fault_rows, "soak": soak_rows, "reliability_cost": cost_rows}
     tables = {
         name: rows_of(json.loads(file.read_text()))
-        for name, file, rows_of in measured
-        if file.exists()
+        for name, rows_of in measured.items()
+        if (file := BASELINES / f"{name}.json").exists()
     }
     return with_tables(PAGE.read_text(encoding="utf-8"), tables, script="scripts/reliability.py")
 
@@ -69,6 +71,53 @@ def soak_rows(data: dict[str, Any]) -> list[str]:
         for row in data["processes"]
     ]
     head = ["process that grew most", "steps", "own memory, MiB", "file handles", "flat"]
+    lines = [*machine_line(data["machine"]), "", text, "", *table(head, rows)]
+    return [*lines, "", *soak_faults(data["faults"])]
+
+
+def soak_faults(faults: list[dict[str, Any]]) -> list[str]:
+    """How often each fault came in a soak, and the medians of its seconds."""
+    kinds: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in faults:
+        kinds.setdefault((row["role"], row["phase"], SIGNALS[row["signal"]]), []).append(row)
+    head = ["process", "in the middle of", "what happened", "times", "noticed", "next step done"]
+    rows = [
+        [
+            *kind,
+            str(len(found)),
+            *(middle([row[name] for row in found]) for name in ("noticed_s", "recovered_s")),
+        ]
+        for kind, found in sorted(kinds.items())
+    ]
+    return table(head, rows)
+
+
+def middle(values: list[float | None]) -> str:
+    """A cell with the median of seconds."""
+    known = sorted(value for value in values if value is not None)
+    return seconds(known[len(known) // 2] if known else None)
+
+
+def cost_rows(data: dict[str, Any]) -> list[str]:
+    """What a step takes with everything on and with everything off."""
+    rows = []
+    for name, label in (("cpu_seconds", "CPU seconds"), ("seconds", "seconds on the clock")):
+        step, cost = data[f"{name}_a_step"], data[f"{name}_cost_percent"]
+        low, high = cost["interval_of_90_percent"]
+        rows.append(
+            [
+                label,
+                f"{step['on']:.2f}",
+                f"{step['off']:.2f}",
+                f"{cost['all']:+.1f}%",
+                f"{low:+.1f}% to {high:+.1f}%",
+            ]
+        )
+    text = (
+        f"{data['measured_pairs']} pairs of blocks of {data['steps']} steps; what was switched: "
+        f"{', '.join(data['parts'])}; a checkpoint every {data['save_steps']} steps where it is on."
+    )
+    head = ["a step of the demo", "all on", "all off", "cost", "90% interval"]
     return [*machine_line(data["machine"]), "", text, "", *table(head, rows)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -47,7 +48,7 @@ def test_a_run_ends_as_if_nothing_had_happened(start, undisturbed, name):
     run = start(name.replace(" ", "-"), *scenario.words, **scenario.sections)
     for fault in scenario.faults:
         outcome = run.meet(fault)
-        print(outcome.as_row())
+        print(json.dumps(outcome.as_row()))
         assert outcome.error is None, f"{fault}: {outcome.error}\n{run.log}"
     assert run.wait() == 0, run.log
     expected = undisturbed(scenario.sections)

@@ -122,11 +122,18 @@ def test_what_a_fault_cost_is_in_the_tables():
     assert line.endswith("| it died |")
     grew = {"role": "policy", "steps": 90, "mib": [400, 470], "handles": [9, 9], "is_flat": False}
     soak = {"minutes": 5, "steps": 100, "differences": [], "processes": [grew]}
-    soak |= {"machine": machine, "faults": [{"recovered_s": s} for s in (1.0, 2.0, 9.0)]}
+    soak |= {"machine": machine, "faults": [row | {"recovered_s": s} for s in (1.0, 2.0, 9.0)]}
     lines = script["soak_rows"](soak)
     assert "3 faults" in lines[2]
     assert "nothing differs" in lines[2]
-    assert lines[-1] == "| policy | 90 | 400 -> 470 | 9 -> 9 | no |"
+    assert lines[6] == "| policy | 90 | 400 -> 470 | 9 -> 9 | no |"
+    assert lines[-1] == "| engine | sampling | stopped | 3 | 3.2 s | 2.0 s |"
+    cost = {"all": 1.25, "interval_of_90_percent": [-0.5, 2.0]}
+    data = {f"{name}_cost_percent": cost for name in ("seconds", "cpu_seconds")}
+    data |= {f"{name}_a_step": {"on": 3.1, "off": 3.0} for name in ("seconds", "cpu_seconds")}
+    data |= {"machine": machine, "measured_pairs": 6, "steps": 4, "parts": ["a"], "save_steps": 3}
+    last = script["cost_rows"](data)[-1]
+    assert last == "| seconds on the clock | 3.10 | 3.00 | +1.2% | -0.5% to +2.0% |"
 
 
 def test_a_suite_is_in_the_tables_of_results(tmp_path):

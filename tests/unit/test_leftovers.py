@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from waiting import eventually
 
+from rlsys import leftovers
 from rlsys.processes import started_at
 
 pytestmark = [
@@ -95,3 +98,30 @@ def test_closing_ends_what_was_watched_and_leaves_the_process_what_it_uses(start
     out, _ = process.communicate("\n")
     assert json.loads(out) == [True, False]  # its own lock, and the folder
     assert started_at(left["child"]) is None
+
+
+def test_a_guard_looks_less_often_once_the_processes_do_not_change(monkeypatch):
+    now, walks, family = [0.0], [], [os.getpid()]
+
+    def walk(pid):
+        walks.append(now[0])
+        return list(family)
+
+    monkeypatch.setattr(leftovers, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(leftovers, "descendants", walk)
+    left = leftovers._Left(os.getpid())
+
+    def look_for(seconds):
+        walks.clear()
+        for _ in range(int(seconds / leftovers.LOOK_EVERY_S)):
+            now[0] += leftovers.LOOK_EVERY_S
+            left.look()
+        return [later - earlier for earlier, later in pairwise(walks)]
+
+    pauses = look_for(60)
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == leftovers.LONGEST_PAUSE_S
+    family.append(os.getppid())
+    pauses = look_for(20)
+    assert min(pauses) <= 2 * leftovers.LOOK_EVERY_S, "a new process may start others soon"
+    assert pauses[-1] == leftovers.LONGEST_PAUSE_S
