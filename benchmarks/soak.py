@@ -149,8 +149,8 @@ def soak(folder: Path, model: Path, minutes: float, every: int, seed: int) -> di
                 run.wait_for(lambda at=at: run.finished_steps() >= at)
                 outcomes.append(run.meet(drawing.choice(faults)))
                 print(json.dumps(outcomes[-1].as_row()), file=sys.stderr, flush=True)
-                if outcomes[-1].error is not None:
-                    raise RuntimeError(f"{outcomes[-1]}\n{run.log}")
+                if run.popen.poll() is not None:
+                    raise RuntimeError(run.log)
         run.popen.terminate()
         run.wait()
         steps = run.finished_steps()
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--table", nargs="*", choices=TABLE, help="each fault once, of these runs")
     options = parser.parse_args()
     machine = describe_machine()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         model = Path(folder) / "model"
         write_starter_model(model, seed=0)
         if options.table is not None:

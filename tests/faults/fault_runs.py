@@ -290,14 +290,21 @@ class FaultRun(RunProcess):
                 time.sleep(LOOK_S)
 
     def watch(self, outcome: Outcome) -> None:
-        """Wait until the run has finished the step of a fault; note when it said what."""
+        """Wait until the run has said something of a fault, and finished the step after that.
 
-        def has_finished() -> bool:
-            if outcome.noticed_s is None and NOTICED.search(self.log, self._seen_log):
-                outcome.noticed_s = time.monotonic() - self._sent_at
-            return self.finished_steps() >= outcome.step
+        A process that is idle may be missed by later steps only.
+        """
 
-        self.wait_for(has_finished)
+        def is_noticed() -> bool:
+            has_ended = self.popen.poll() is not None
+            return has_ended or NOTICED.search(self.log, self._seen_log) is not None
+
+        self.wait_for(is_noticed)
+        if NOTICED.search(self.log, self._seen_log):
+            outcome.noticed_s = time.monotonic() - self._sent_at
+        assert outcome.step is not None
+        step = max(outcome.step, self.finished_steps() + 1)
+        self.wait_for(lambda: self.finished_steps() >= step)
         outcome.recovered_s = time.monotonic() - self._sent_at
 
     def results(self, *, newest_only: bool = False) -> dict[str, Any]:
