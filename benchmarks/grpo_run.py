@@ -98,12 +98,11 @@ def run_steps(config_file, options, *, warm_up, report, alone=False):
     resolved = load_config(config_file, [*options, "--tracking.report_to", "steps"])
     measured = {}
 
-    def train(system, tracker, checkpoints):
-        nothing_learned = train_system(system, tracker, checkpoints)
+    def train(system, tracker, checkpoints, health):
+        train_system(system, tracker, checkpoints, health)
         if alone:
             measured.update(against_alone(steps.summary(), phases_alone(system)))
             report(steps.summary() | measured)
-        return nothing_learned
 
     with watched_gpus(resolved.config.device) as gpus:
         steps = Steps(warm_up, gpus, report)

@@ -181,6 +181,10 @@ def _doctor(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="output_dir of the run")
+
+
 def _dashboard(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "places",
@@ -207,9 +211,15 @@ def _runs(parser: argparse.ArgumentParser) -> None:
 
 
 def _checkpoints(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="output_dir of the run")
+    _run(parser)
     parser.add_argument("--verify", action="store_true", help="read every byte")
     parser.add_argument("--metric", help="find the best one by this, such as eval/loss")
+
+
+def _verify(parser: argparse.ArgumentParser) -> None:
+    _run(parser)
+    text = "completions of each kind to score again, or all; default 256"
+    parser.add_argument("--sample", default="256", metavar="N", help=text)
 
 
 def _infer(parser: argparse.ArgumentParser) -> None:
@@ -365,6 +375,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "runs": ("list the runs in a folder: status, steps, best held-out, time", _runs),
     "dashboard": ("a page with curves, completions, time and health of runs", _dashboard),
     "checkpoints": ("list the checkpoints of a run: which are whole, and the best", _checkpoints),
+    "verify": ("audit a run from its own files: what is recorded follows from the rest", _verify),
     "data preview": (
         "counts, columns, lengths, and a few rendered prompts; needs no Ray or GPU",
         _preview,

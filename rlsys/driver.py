@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rlsys.algo.advantages import compute_advantages
@@ -18,29 +17,27 @@ if TYPE_CHECKING:
     from rlsys.system import SftSystem, System
     from rlsys.timing import PhaseTimer
     from rlsys.tracking.base import Metrics, Tracker
-    from rlsys.tracking.watch import Watch
+    from rlsys.tracking.health import Health
     from rlsys.types import RolloutGroup, TrainBatch
 
 EVAL_STEPS_AT_ONCE = 8
 """Held-out rows that travel together, in steps: fewer trips to the ranks."""
 
 
-def train(
-    system: System, tracker: Tracker, checkpoints: Checkpoints, watches: Sequence[Watch]
-) -> None:
+def train(system: System, tracker: Tracker, checkpoints: Checkpoints, health: Health) -> None:
     """Run GRPO from the policy's version to config.num_steps.
 
     Args:
         system: the running roles.
         tracker, checkpoints: log metrics, and save what a later process continues from.
-        watches: look at the metrics of each step and evaluation, and warn of problems.
+        health: looks at the metrics of each step and evaluation, and warns of problems.
     """
     config, rollouts, policy = system.config, system.rollouts, system.policy
     reference, publisher = system.reference, system.publisher
     grpo, weights = config.grpo, config.reward.reward_weights
     publisher.publish()  # the engines hold policy.policy_version from here on
     if config.eval_steps is not None and policy.policy_version == 0:
-        log(tracker, watches, 0, rollouts.evaluate(0))
+        log(tracker, health, 0, rollouts.evaluate(0))
     for step in range(policy.policy_version + 1, config.num_steps + 1):
         timer = system.timeline.begin_step(step)
         with timer("rollout"):  # sample G completions for each prompt, and score them
@@ -73,19 +70,21 @@ def train(
             }
             metrics = _step_metrics(config, groups_P, batch, reported, timer)
             with timer("log"):
-                log(tracker, watches, step, metrics, logged_metrics(groups_P, beside=metrics))
+                log(tracker, health, step, metrics, logged_metrics(groups_P, beside=metrics))
         if config.eval_steps is not None and step % config.eval_steps == 0:
             with timer("evaluation"):
-                log(tracker, watches, step, rollouts.evaluate(step))
+                log(tracker, health, step, rollouts.evaluate(step))
         with timer("checkpoint"):
             checkpoints.after_step(step)
 
 
-def train_sft(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> None:
+def train_sft(
+    system: SftSystem, tracker: Tracker, checkpoints: Checkpoints, health: Health
+) -> None:
     """Run supervised training from the policy's version to config.num_steps; as `train`."""
     config, samples, policy = system.config, system.samples, system.policy
     if config.eval_steps is not None and policy.policy_version == 0:
-        tracker.log_metrics(0, evaluate_sft(system))
+        log(tracker, health, 0, evaluate_sft(system))
     for step in range(policy.policy_version + 1, config.num_steps + 1):
         timer = system.timeline.begin_step(step)
         with timer("data"):
@@ -105,10 +104,10 @@ def train_sft(system: SftSystem, tracker: Tracker, checkpoints: Checkpoints) -> 
             }
             reported = update.metrics | samples.metrics() | system.restarts.metrics()
             with timer("log"):
-                tracker.log_metrics(step, reported | own | seconds)
+                log(tracker, health, step, reported | own | seconds)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             with timer("evaluation"):
-                tracker.log_metrics(step, evaluate_sft(system))
+                log(tracker, health, step, evaluate_sft(system))
         with timer("checkpoint"):
             checkpoints.after_step(step)
 
@@ -129,17 +128,17 @@ def evaluate_sft(system: SftSystem) -> Metrics:
 
 
 def log(
-    tracker: Tracker,
-    watches: Sequence[Watch],
-    step: int,
-    metrics: Metrics,
-    logged: Metrics | None = None,
+    tracker: Tracker, health: Health, step: int, metrics: Metrics, logged: Metrics | None = None
 ) -> None:
-    """Log metrics, with those that reward functions `logged`, and then new warnings."""
+    """Log metrics, with those that reward functions `logged`, and then new warnings.
+
+    Raises:
+        TrainingStopped: the metrics say that the run must not go on.
+    """
     tracker.log_metrics(step, {**metrics, **(logged or {})})
-    for watch in watches:
-        for warning in watch.observe(step, metrics):
-            tracker.log_warning(step, warning)
+    for warning in health.observe(step, metrics):
+        tracker.log_health(warning)
+    health.raise_if_stopped()
 
 
 def _step_metrics(

@@ -7,12 +7,14 @@ import traceback
 from pathlib import Path
 
 from rlsys.interrupts import PREEMPTION_SIGNALS, Stopped
-from rlsys.problems import RunFailed
+from rlsys.problems import RunFailed, TrainingStopped
 
 DONE = 0
 FAILED = 1
 """The run failed, or a check found problems."""
 WRONG_INPUT = 2
+UNHEALTHY = 3
+"""Its own metrics ended the run: `tracking.stop_on`, or steps that train nothing."""
 DISK_FULL = 74
 """EX_IOERR of sysexits.h: it can go on once the user has made room."""
 PREEMPTED = 75
@@ -37,6 +39,8 @@ def of_error(error: BaseException) -> int:
         return of_signal(error.number) if isinstance(error, Stopped) else INTERRUPTED
     if is_full_disk(error):
         return DISK_FULL
+    if isinstance(error, TrainingStopped):
+        return UNHEALTHY
     return WRONG_INPUT if is_users_mistake(error) else FAILED
 
 

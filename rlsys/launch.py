@@ -27,7 +27,9 @@ from rlsys.config.roles import decide_cpu_threads
 from rlsys.config.schema import AnyConfig
 from rlsys.driver import train, train_sft
 from rlsys.exit_codes import of_error
+from rlsys.files import read_jsonl
 from rlsys.interrupts import as_stopped, held_back, interruptible, is_impatient
+from rlsys.plugins.load import loaded_files
 from rlsys.preflight.before_sft import fit_to_samples, load_sample_data
 from rlsys.preflight.before_start import fit_to_data, load_data
 from rlsys.preflight.run_folder import plan_start
@@ -35,13 +37,13 @@ from rlsys.preflight.saving import checkpoint_bytes_of, saving_lines
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.run.checkpoints import Checkpoints
 from rlsys.run.folder import RunDir
+from rlsys.run.inputs import record_inputs
 from rlsys.run.resume import move_aside, resume_notes, set_aside_later, with_threads_of
 from rlsys.saving import make_checkpoints, save_final, save_last_step
 from rlsys.system import SftSystem, System, choose_device, start_sft_system, start_system
 from rlsys.text import counted
 from rlsys.tracking import Tracker, build_tracker
-from rlsys.tracking.reward_watch import RewardWatch
-from rlsys.tracking.sampling_watch import SamplingWatch
+from rlsys.tracking.health import Health, rules_of
 
 Data = TypeVar("Data")
 AnySystem = TypeVar("AnySystem", bound=System | SftSystem)
@@ -57,8 +59,8 @@ class Method(Generic[AnyConfig, Data, AnySystem]):
     """The config with what only the data decides, such as the number of steps."""
     start: Callable[[AnyConfig, Data, Tracker], AnySystem]
     """Starts the roles on the connected cluster."""
-    train: Callable[[AnySystem, Tracker, Checkpoints], str | None]
-    """Trains to the last step; returns None, or why the steps taught nothing."""
+    train: Callable[[AnySystem, Tracker, Checkpoints, Health], None]
+    """Trains to the last step."""
 
 
 def run(resolved: ResolvedConfig[Config]) -> None:
@@ -96,15 +98,23 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
         ):
             save_stacks_in(run_dir.logs)
             config = fix_cpu_threads(config, run_dir)
+            record_inputs(config, run_dir, resume_step, loaded_files())
             system = method.start(config, data, tracker)
             with closing(system.timeline), closing(system.restarts):
-                train = partial(method.train, system, tracker)
-                _train_and_save(system, train, run_dir, resume_step)
+                health = make_health(config, run_dir, system, resumed=resume_step is not None)
+                _train_and_save(
+                    system,
+                    lambda checkpoints: method.train(system, tracker, checkpoints, health),
+                    run_dir,
+                    resume_step,
+                )
+                if (nothing_learned := health.nothing_learned()) is not None:
+                    print(f"warning: {nothing_learned}", flush=True)
 
 
 def _train_and_save(
     system: System | SftSystem,
-    train: Callable[[Checkpoints], str | None],
+    train: Callable[[Checkpoints], None],
     run_dir: RunDir,
     resume_step: int | None,
 ) -> None:
@@ -114,14 +124,12 @@ def _train_and_save(
     size = checkpoint_bytes_of(system.config, system.device)
     checkpoints = make_checkpoints(system, run_dir, expected_bytes=size)
     try:
-        nothing_learned = train(checkpoints)
+        train(checkpoints)
     except BaseException:
         if not is_impatient():
             save_last_step(system, run_dir, checkpoints, started_from=resume_step or 0)
         raise
     with held_back("the model is saved"):  # without checkpoints it is all that is left
-        if nothing_learned is not None:
-            print(f"warning: {nothing_learned}", flush=True)
         save_final(system, run_dir, checkpoints)
 
 
@@ -172,25 +180,30 @@ def fix_cpu_threads(config: AnyConfig, run_dir: RunDir) -> AnyConfig:
     return decided
 
 
-def train_system(system: System, tracker: Tracker, checkpoints: Checkpoints) -> str | None:
-    """Train to the last step, and end what is sampled in the background.
+def make_health(
+    config: RunConfig, run_dir: RunDir, system: System | SftSystem, *, resumed: bool
+) -> Health:
+    """What looks at the metrics of a run; a run that continues knows those from before."""
+    dtype = config.model_dtype(on_cpu=system.device == "cpu")
+    completions = run_dir.completions if config.completions_tracking else None
+    rules = rules_of(config, dtype=dtype, completions=completions)
+    health = Health(rules, config.tracking.stop_on)
+    if resumed and run_dir.metrics.exists():
+        health.replay(read_jsonl(run_dir.metrics))
+    return health
 
-    Returns:
-        None, or why the steps taught nothing.
+
+def train_system(
+    system: System, tracker: Tracker, checkpoints: Checkpoints, health: Health
+) -> None:
+    """Train to the last step, and end what is sampled in the background.
 
     Raises:
         Exception: what ended the run; a failure in the background before its consequences.
     """
-    config = system.config
-    completions = RunDir(Path(config.output_dir)).completions
-    reward_watch = RewardWatch(
-        config.reward.names, completions if config.tracking.log_completions else None
-    )
-    sampling_watch = SamplingWatch(config, dtype=config.model_dtype(on_cpu=system.device == "cpu"))
     with ExitStack() as stack:
         stack.push(partial(_end_rollouts, system.rollouts))
-        train(system, tracker, checkpoints, [reward_watch, sampling_watch])
-    return sampling_watch.nothing_learned()
+        train(system, tracker, checkpoints, health)
 
 
 def _heeding_signals(config: RunConfig, run_dir: RunDir) -> AbstractContextManager[None]:

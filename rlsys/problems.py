@@ -51,5 +51,9 @@ class RunFailed(RuntimeError):
     """A run failed; the message says who failed at what, with that process's traceback."""
 
 
+class TrainingStopped(RunFailed):
+    """A run must not go on: its metrics show that it learns nothing, or what nobody wants."""
+
+
 class NonFiniteWeights(RunFailed):
     """Weights or optimizer state hold NaNs or infinities, so they are neither sent nor saved."""

@@ -73,9 +73,10 @@ def _sft_parts() -> list[str]:
     }
     parts = [_SFT_HEAD]
     for name in dict.fromkeys(field.rpartition(".")[0] for field in different):
-        section = config_sections(SftConfig)[name]
+        section = (config_sections(SftConfig) | optional_sections(SftConfig))[name]
         parts.append(f"### {name}\n\n{textwrap.fill(_one_line(section.__doc__ or ''), 140)}\n")
-        parts.append(_table({n: f for n, f in different.items() if n.startswith(f"{name}.")}))
+        own_fields = {n: f for n, f in different.items() if n.rpartition(".")[0] == name}
+        parts.append(_table(own_fields))
     return parts
 
 
@@ -118,6 +119,8 @@ def _plain(kind: Any) -> str:
 
 
 def _default(info: FieldInfo) -> str:
+    if isinstance(info.default, Section):
+        return "its fields, below"
     return "*required*" if info.default is PydanticUndefined else f"`{show_value(info.default)}`"
 
 

@@ -27,7 +27,8 @@ from rlsys.run.folder import RunDir
 from rlsys.saving import make_checkpoints
 from rlsys.system import start_system
 from rlsys.tracking.base import Metrics, Split, Tracker
-from rlsys.tracking.sampling_watch import MAX_KL_OF_DTYPE
+from rlsys.tracking.health import Health
+from rlsys.tracking.health.rules import MAX_KL_OF_DTYPE
 from rlsys.types import RolloutGroup
 
 STEPS = 2
@@ -64,7 +65,8 @@ def run_canary(config: Config, console: Console) -> bool:
         stack.enter_context(interruptible())
         stack.enter_context(ray_session())
         system = start_system(config, data, recorder)
-        train_system(system, recorder, make_checkpoints(system, RunDir(folder)))
+        checkpoints = make_checkpoints(system, RunDir(folder))
+        train_system(system, recorder, checkpoints, Health(rules=[]))  # `judge` says more
     checks = list(judge(config, recorder, on_cpu=system.device == "cpu"))
     table = Table(box=None, pad_edge=False)
     for column in ("", "with learning rate 0", "found"):

@@ -1,7 +1,8 @@
 """`max_restarts`: a parent of the driver, which starts it again after a crash or a lost node.
 
 It holds no model and no connection to Ray, so what ends a driver does not end it. The exit code of
-the driver decides: a user's mistake, a user's stop, a preemption and a full disk end both.
+the driver decides: a user's mistake, a user's stop, a preemption, a full disk and a run that is
+stopped for its health end both.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from rlsys.run.folder import RunDir
 from rlsys.text import counted
 
 LAST = (
-    *(exit_codes.DONE, exit_codes.WRONG_INPUT, exit_codes.DISK_FULL, exit_codes.PREEMPTED),
+    *(exit_codes.DONE, exit_codes.WRONG_INPUT, exit_codes.UNHEALTHY),
+    *(exit_codes.DISK_FULL, exit_codes.PREEMPTED),
     *map(exit_codes.of_signal, (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)),
 )
 """Exit codes after which the driver is not started again."""

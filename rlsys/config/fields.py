@@ -26,7 +26,7 @@ def config_sections(schema: type[RunConfig] = Config) -> dict[str, type[Section]
 
 @cache
 def optional_sections(schema: type[RunConfig] = Config) -> dict[str, type[Section]]:
-    """The sections inside of sections, which may be null: `policy.lora`."""
+    """The sections inside of sections, which may be null: `policy.lora`, `tracking.health`."""
     return {
         f"{section}.{name}": kind
         for section, cls in config_sections(schema).items()
@@ -89,6 +89,8 @@ def show_value(value: object) -> str:
         return "[" + ", ".join(map(show_value, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {show_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, Section):
+        return show_value(value.model_dump())
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, str) and not isinstance(read_scalar(value), str):

@@ -8,6 +8,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
 from rlsys.config.rules_sft import sft_problems
 from rlsys.config.schema import GrpoConfig, PolicyConfig, RunConfig, Section
+from rlsys.config.schema.tracking import SftTrackingConfig
 from rlsys.config.sft_data import SftDataConfig
 from rlsys.problems import ProblemsError
 
@@ -58,6 +59,7 @@ class SftConfig(RunConfig):
     data: SftDataConfig
     sft: SftSection = SftSection()
     policy: SftPolicyConfig = SftPolicyConfig()
+    tracking: SftTrackingConfig = SftTrackingConfig()
 
     @model_validator(mode="after")
     def _fields_fit_each_other(self) -> Self:

@@ -116,6 +116,12 @@ def files_beside_plugins() -> dict[Path, list[Path]]:
     return found
 
 
+def loaded_files() -> list[Path]:
+    """The files of all loaded plugins, and those beside them that they import."""
+    beside = [file for files in files_beside_plugins().values() for file in files]
+    return [*(Path(path) for path, _ in _loaded()), *beside]
+
+
 def imports_of_swift() -> list[str]:
     """Imports of ms-swift in loaded plugins, which then may have registered there."""
     return [one.describe(path) for path, _ in _loaded() for one in swift_imports(Path(path))]

@@ -45,14 +45,14 @@ class RunDir:
         """Where the time went, of the last process that ran here."""
         self.profile = path / "profile"
         """Traces of the steps of `profile.steps`."""
+        self.warnings = path / "warnings.jsonl"
+        """One JSON object when a problem of `tracking.health` begins or is over."""
         self.completions = path / "completions.jsonl"
         """One JSON object a training completion."""
         self.filtered_completions = path / "filtered_completions.jsonl"
         """One JSON object per completion that dynamic sampling left out."""
         self.eval_completions = path / "eval_completions.jsonl"
         """One JSON object a held-out completion."""
-        self.warnings = path / "warnings.jsonl"
-        """One JSON object a warning about the health of the run."""
         self.timeline = path / "timeline.jsonl"
         """One JSON object a span of time in which an actor was busy."""
         self.actors = path / "actors.json"
@@ -78,6 +78,8 @@ class RunDir:
         """SwanLab's files."""
         self.environment = path / "environment.jsonl"
         """One JSON object for each process that trained here: git's state, package versions."""
+        self.inputs = path / "inputs.jsonl"
+        """One JSON object for each process that trained here: sums of the files that it read."""
         self.logs = path / "logs"
         """Stacks of processes that did not answer."""
         self.status = path / "status"
@@ -101,7 +103,7 @@ class RunDir:
         pictures = (self.reward_curve, self.loss_curve)
         trackers = (self.tensorboard, self.path / "wandb", self.swanlab)
         shown = (*pictures, *trackers, self.summary, self.profile)
-        state = (self.environment, self.logs, self.status, self.ended)
+        state = (self.environment, self.inputs, self.logs, self.status, self.ended)
         return (self.config, *records, *health, *models, *shown, *state)
 
     def completions_of(self, split: Literal["train", "eval", "filtered"]) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlsys.config import RunConfig
 from rlsys.timeline.spans import Span
-from rlsys.tracking.base import Metrics, Split, Tracker
+from rlsys.tracking.base import HealthWarning, Metrics, Split, Tracker
 from rlsys.tracking.outages import Outages, losses_text, say_line
 from rlsys.types import Device, RolloutGroup
 
@@ -108,6 +108,10 @@ class BackgroundTracker(Tracker):
     def log_warning(self, step: int, text: str) -> None:
         """Queue it."""
         self._put(Call("log_warning", (step, text)), MOST_CALLS)
+
+    def log_health(self, warning: HealthWarning) -> None:
+        """Queue it."""
+        self._put(Call("log_health", (warning,)), MOST_CALLS)
 
     def begin_close(self) -> None:
         """Have the thread end after what is pending; `close` counts its seconds from here."""

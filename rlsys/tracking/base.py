@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rlsys.config import RunConfig
 from rlsys.registry import Registry
@@ -16,6 +18,32 @@ Metrics = Mapping[str, float | str]
 """Metric name -> number; a few values are texts for people, such as `remaining_time`."""
 Split = Literal["train", "eval", "filtered"]
 """The kind of a group: trained on, held out, or left out by dynamic sampling."""
+
+
+@dataclass(frozen=True, slots=True)
+class HealthWarning:
+    """A problem of a run that begins or is over; docs/health.md explains each."""
+
+    step: int
+    warning: str
+    """Its name, which is also that of its field in `tracking.health`."""
+    metric: str
+    value: float
+    threshold: float
+    """The value is on the wrong side of it, or was."""
+    message: str
+    look_at: str
+    """What to do."""
+    event: Literal["begin", "end"] = "begin"
+
+    @property
+    def text(self) -> str:
+        """What the console prints."""
+        return f"{self.message} {self.look_at}".strip()
+
+    def row(self) -> dict[str, Any]:
+        """The line of warnings.jsonl."""
+        return {"time": time.time(), **asdict(self)}
 
 
 class Tracker(ABC):
@@ -63,7 +91,11 @@ class Tracker(ABC):
         """Record what actors did. Calls come a few times a step; all spans are of one step."""
 
     def log_warning(self, step: int, text: str) -> None:  # noqa: B027  optional
-        """Record a problem that a person should look into; each comes once a run."""
+        """Record a problem that a person should look into, once when it begins, as a text."""
+
+    def log_health(self, warning: HealthWarning) -> None:
+        """Record a problem that a person should look into, or that it is over."""
+        self.log_warning(warning.step, warning.text)
 
     @abstractmethod
     def close(self) -> None:

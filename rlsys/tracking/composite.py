@@ -16,11 +16,23 @@ from rlsys.rotation import truncate_parts_after
 from rlsys.run.folder import ENDED, RUNNING, RunDir
 from rlsys.timeline.spans import Span
 from rlsys.tracking.background import BackgroundTracker
-from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation, trackers
+from rlsys.tracking.base import (
+    HealthWarning,
+    Metrics,
+    Split,
+    Tracker,
+    is_evaluation,
+    trackers,
+)
 from rlsys.tracking.console import console_tracker
 from rlsys.tracking.environment import environment, summary
 from rlsys.tracking.guarded import GuardedTracker
-from rlsys.tracking.jsonl import CompletionsTracker, JsonlTracker, TimelineTracker
+from rlsys.tracking.jsonl import (
+    CompletionsTracker,
+    JsonlTracker,
+    TimelineTracker,
+    WarningsTracker,
+)
 from rlsys.tracking.packages import missing_packages
 from rlsys.tracking.plot import CurveTracker
 from rlsys.tracking.summary import SummaryTracker
@@ -48,14 +60,12 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Trac
         raise ValueError(missing)
     run_dir = RunDir(Path(config.output_dir))
     if resumed_from is not None:
-        for path in (
-            run_dir.metrics,
-            run_dir.timeline,
-            *map(run_dir.completions_of, get_args(Split)),
-        ):
+        rows = (run_dir.metrics, run_dir.warnings, run_dir.timeline)
+        for path in (*rows, *map(run_dir.completions_of, get_args(Split))):
             truncate_parts_after(path, resumed_from)
     parts: list[Tracker] = [
         GuardedTracker("metrics.jsonl", JsonlTracker(run_dir.metrics)),
+        GuardedTracker("warnings.jsonl", WarningsTracker(run_dir.warnings)),
         GuardedTracker("timeline.jsonl", TimelineTracker(run_dir.timeline)),
     ]
     if (tracking := config.completions_tracking) is not None:
@@ -165,6 +175,12 @@ class CompositeTracker(Tracker):
         with self._lock:
             for part in self._parts:
                 part.log_warning(step, text)
+
+    def log_health(self, warning: HealthWarning) -> None:
+        """Pass the warning on."""
+        with self._lock:
+            for part in self._parts:
+                part.log_health(warning)
 
     def close(self) -> None:
         """Close every tracker, even if one of them raises; a second call does nothing."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from rlsys.config import RunConfig
 from rlsys.timeline.spans import Span
-from rlsys.tracking.base import Metrics, Split, Tracker
+from rlsys.tracking.base import HealthWarning, Metrics, Split, Tracker
 from rlsys.tracking.outages import Outages
 from rlsys.types import Device, RolloutGroup
 
@@ -53,6 +53,10 @@ class GuardedTracker(Tracker):
     def log_warning(self, step: int, text: str) -> None:
         """Pass it on."""
         self._call("log_warning", step, text)
+
+    def log_health(self, warning: HealthWarning) -> None:
+        """Pass it on."""
+        self._call("log_health", warning)
 
     def close(self) -> None:
         """Close it, and say what was lost."""

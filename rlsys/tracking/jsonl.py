@@ -1,4 +1,4 @@
-"""The trackers that write metrics.jsonl, timeline.jsonl and completions.jsonl."""
+"""The trackers that write metrics, warnings, timeline and completions as JSON lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rlsys.files import JsonlWriter
 from rlsys.rotation import RotatingJsonlWriter
 from rlsys.run.folder import RunDir
 from rlsys.timeline.spans import Span
-from rlsys.tracking.base import Metrics, Split, Tracker
+from rlsys.tracking.base import HealthWarning, Metrics, Split, Tracker
 from rlsys.tracking.completions import completion_rows
 from rlsys.types import RolloutGroup
 
@@ -43,6 +43,25 @@ class TimelineTracker(Tracker):
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
+
+
+class WarningsTracker(Tracker):
+    """warnings.jsonl: one row when a problem begins or is over. Without any there is no file."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._writer: JsonlWriter | None = None
+
+    def log_health(self, warning: HealthWarning) -> None:
+        """Append the warning."""
+        if self._writer is None:
+            self._writer = JsonlWriter(self._path)
+        self._writer.append(warning.row())
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
 
 
 class CompletionsTracker(Tracker):

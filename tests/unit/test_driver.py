@@ -15,8 +15,7 @@ from rlsys.driver import train
 from rlsys.interrupts import interruptible
 from rlsys.timeline.spans import Timeline
 from rlsys.tracking.base import Tracker
-from rlsys.tracking.sampling_watch import SamplingWatch
-from rlsys.tracking.watch import Watch
+from rlsys.tracking.health import Health, rules_of
 from rlsys.types import UpdateOutput
 
 ROLLOUT_KEYS = {
@@ -116,16 +115,16 @@ class Log(Tracker):
         raise AssertionError("trackers are closed by whoever built them")
 
 
-class Seen(Watch):
+class Seen(Health):
     """Keeps the steps whose metrics it sees, by whether they are those of an evaluation."""
 
-    def __init__(self, system):
-        super().__init__()
+    def __init__(self, system, config):
+        super().__init__(rules_of(config, dtype="float32"))
         self._system = system
 
-    def _find(self, step, metrics):
+    def observe(self, step, metrics):
         self._system.watched.append((step, "eval/reward" in metrics))
-        return ()
+        return super().observe(step, metrics)
 
 
 @pytest.fixture
@@ -135,7 +134,6 @@ def run(tmp_path):
     def run(system, *, with_reference=False, **fields):
         config = make_config(tmp_path, **fields)
         reference = Reference(system.calls) if with_reference else None
-        watches = [SamplingWatch(config, dtype="float32"), Seen(system)]
         roles = SimpleNamespace(
             config=config,
             rollouts=system,
@@ -145,7 +143,7 @@ def run(tmp_path):
             restarts=Restarts(config.recovery),
             timeline=Timeline(),
         )
-        train(roles, Log(system), system, watches)
+        train(roles, Log(system), system, Seen(system, config))
         return system
 
     return run

@@ -18,6 +18,8 @@ from rlsys.run.folder import RunDir
 from rlsys.run.kept import checkpoint_steps
 from rlsys.saving import make_checkpoints, save_last_step
 from rlsys.system import SftSystem
+from rlsys.tracking.base import Tracker
+from rlsys.tracking.health import Health
 from rlsys.types import Sample, UpdateOutput
 
 NUM_SAMPLES = 11
@@ -63,12 +65,15 @@ class Policy:
         self.policy_version = int((folder / "version").read_text())
 
 
-class Log:
+class Log(Tracker):
     def __init__(self):
         self.rows = []
 
     def log_metrics(self, step, metrics):
         self.rows.append((step, dict(metrics)))
+
+    def close(self):
+        raise AssertionError("trackers are closed by whoever built them")
 
 
 def samples(number):
@@ -100,7 +105,7 @@ def start(tmp_path):
 
 def test_epoch_tokens_and_the_held_out_loss_are_logged(start):
     run = start("--max_steps", "3", "--eval_steps", "2", "--data.split_dataset_ratio", "0.1")
-    train_sft(run.system, run.log, run.checkpoints)
+    train_sft(run.system, run.log, run.checkpoints, Health([]))
     run.checkpoints.finish()
     steps = [(step, "eval/loss" in row) for step, row in run.log.rows]
     assert steps == [(0, True), (1, False), (2, False), (2, True), (3, False)]
@@ -123,7 +128,7 @@ def test_epoch_tokens_and_the_held_out_loss_are_logged(start):
 def test_a_run_that_ended_goes_on_with_the_samples_that_it_was_not_trained_on(start, group, ends):
     words = ("--max_steps", "9", "--sft.group_by_length", group)
     whole = start(*words)
-    train_sft(whole.system, whole.log, whole.checkpoints)
+    train_sft(whole.system, whole.log, whole.checkpoints, Health([]))
     whole.checkpoints.finish()
     first = start(*words, "--output_dir", "other")
     if ends == "in the update":
@@ -139,13 +144,13 @@ def test_a_run_that_ended_goes_on_with_the_samples_that_it_was_not_trained_on(st
 
         first.system.samples.take = interrupted
     with pytest.raises((RuntimeError, KeyboardInterrupt)):
-        train_sft(first.system, first.log, first.checkpoints)
+        train_sft(first.system, first.log, first.checkpoints, Health([]))
     save_last_step(first.system, first.run, first.checkpoints, started_from=0)
     assert 4 in checkpoint_steps(first.run.checkpoints)
     folder = first.run.checkpoints / "step-4"
     assert json.loads((folder / "data.json").read_text())["samples"]["num_taken"] == 16
     second = start(*words)
     second.system.load_checkpoint(folder)
-    train_sft(second.system, second.log, second.checkpoints)
+    train_sft(second.system, second.log, second.checkpoints, Health([]))
     assert first.system.policy.seen + second.system.policy.seen == whole.system.policy.seen
     assert second.log.rows[-1][1]["num_tokens"] == whole.log.rows[-1][1]["num_tokens"]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from rlsys.config.field_types import PathText
+from rlsys.config.schema.health import HealthConfig, RunHealthConfig, SftHealthConfig
 from rlsys.config.schema.section import Section
 
 
@@ -40,11 +41,34 @@ class TrackersConfig(Section):
     """Workspace in SwanLab; null is the user's own."""
     close_timeout_s: float = Field(default=30.0, gt=0)
     """Most seconds that the end of a run waits for these trackers to write what is pending."""
+    stop_on: list[str] = []
+    """Warnings of tracking.health at which the run saves a checkpoint and ends with exit code 3, as
+    in [entropy_collapse, kl_runaway]."""
+    health: RunHealthConfig | None = RunHealthConfig()
+    """When the run warns; null: never."""
 
     @field_validator("report_to")
     @classmethod
     def _none_is_none(cls, names: list[str]) -> list[str]:
         return [] if names == ["none"] else names
+
+    @model_validator(mode="after")
+    def _stops_on_what_is_given(self) -> Self:
+        known = [] if self.health is None else [n for n, v in self.health if v not in (None, False)]
+        for name in self.stop_on:
+            if name not in known:
+                raise ValueError(
+                    f"tracking.stop_on names {name!r}, and the run never gives such a warning. "
+                    f"Those of this config: {', '.join(known) or 'none, tracking.health is null'}"
+                )
+        return self
+
+
+class SftTrackingConfig(TrackersConfig):
+    """Where metrics go, besides metrics.jsonl."""
+
+    health: SftHealthConfig | None = SftHealthConfig()
+    """When the run warns; null: never."""
 
 
 class TrackingConfig(TrackersConfig):
@@ -56,3 +80,5 @@ class TrackingConfig(TrackersConfig):
     """Mebibytes after which completions.jsonl is renamed to completions.000001.jsonl, then 000002
     and so on, and begins again; files of held-out and filtered completions likewise. null:
     never."""
+    health: HealthConfig | None = HealthConfig()
+    """When the run warns; null: never."""

@@ -17,7 +17,7 @@ from rlsys.actors.waiting import PhaseTimeout
 from rlsys.driver import train
 from rlsys.rollout.rollouts import has_zero_std
 from rlsys.timeline.spans import Timeline
-from rlsys.tracking.sampling_watch import SamplingWatch
+from rlsys.tracking.health import Health, rules_of
 from rlsys.types import DraftCounts, UpdateOutput
 
 DATASET_SIZE = 2000
@@ -213,7 +213,6 @@ def run(build, folder, *, rollout_seconds, update_seconds, max_steps=12, **rollo
     rollouts = build(world, num_prompts=2, **rollout)
     policy = Policy(world, update_seconds)
     config = rollouts._config.model_copy(update={"max_steps": max_steps})
-    watches = [SamplingWatch(config, dtype="float32")]
     system = SimpleNamespace(
         config=config,
         rollouts=rollouts,
@@ -223,7 +222,7 @@ def run(build, folder, *, rollout_seconds, update_seconds, max_steps=12, **rollo
         restarts=Restarts(config.recovery),
         timeline=Timeline(),
     )
-    train(system, world.tracker, policy, watches)
+    train(system, world.tracker, policy, Health(rules_of(config, dtype="float32")))
     began = policy.began_at
     seconds = [end - start for start, end in pairwise(began)]
     return seconds[3:], [metrics for _, metrics in world.tracker.metrics[4:]]

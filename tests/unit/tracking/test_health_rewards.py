@@ -8,7 +8,21 @@ from tracking_cases import make_config
 
 from rlsys.driver import log
 from rlsys.tracking import build_tracker
-from rlsys.tracking.reward_watch import DEAD_STEPS, RewardWatch
+from rlsys.tracking.health import Health, rules_of
+
+DEAD_STEPS = 20
+"""The default of tracking.health.dead_reward."""
+
+
+class RewardWatch:
+    """The health of a run with these reward functions, with warnings as texts."""
+
+    def __init__(self, names, completions=None):
+        config = make_config(Path("run"), reward={"reward_funcs": names})
+        self._health = Health(rules_of(config, dtype="float32", completions=completions))
+
+    def observe(self, step, metrics):
+        return [warning.text for warning in self._health.observe(step, metrics)]
 
 
 def step_metrics(reward: float = 1.0, **means: tuple[float, float]) -> dict[str, float]:
@@ -111,9 +125,10 @@ def test_noise_alone_is_hardly_ever_a_warning():
 
 def test_the_console_prints_a_warning_of_the_run(tmp_path, capsys):
     tracker = build_tracker(make_config(tmp_path / "run"))
-    watches = [RewardWatch(["format"])]
+    config = make_config(tmp_path / "run", reward={"reward_funcs": ["format", "accuracy"]})
+    health = Health(rules_of(config, dtype="float32"))
     for step in range(1, 30):
-        log(tracker, watches, step, step_metrics(format=(1.0, 0.0)))
+        log(tracker, health, step, step_metrics(format=(1.0, 0.0)))
     tracker.close()
     warnings = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert len(warnings) == 1

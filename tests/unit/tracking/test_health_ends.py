@@ -6,13 +6,28 @@ import pytest
 from config_cases import values
 
 from rlsys.config import Config
-from rlsys.tracking.sampling_watch import MAX_EMPTY_STEPS, SamplingWatch, TrainingStopped
+from rlsys.problems import TrainingStopped
+from rlsys.tracking.health import Health, rules_of
+from rlsys.tracking.health.update_rules import MAX_EMPTY_STEPS
 
 DIFFERENCE, MASKED = "sampling/logp_difference/mean", "sampling/masked_fraction"
 
 
+class Watch:
+    """The health of a run, with warnings as texts; raises when the run has to end."""
+
+    def __init__(self, config, dtype):
+        self._health = Health(rules_of(config, dtype=dtype))
+        self.nothing_learned = self._health.nothing_learned
+
+    def observe(self, step, metrics):
+        found = [warning.text for warning in self._health.observe(step, metrics)]
+        self._health.raise_if_stopped()
+        return found
+
+
 def watch(dtype="float32", **sections):
-    return SamplingWatch(Config.model_validate(values(**sections)), dtype=dtype)
+    return Watch(Config.model_validate(values(**sections)), dtype)
 
 
 def step_of(**metrics):
@@ -65,13 +80,14 @@ def test_a_difference_above_the_bound_ends_the_run(difference):
     assert watch(grpo={"max_logp_difference": None}).observe(1, metrics) != []
 
 
-def test_stale_completions_are_compared_at_the_first_step_only():
-    """Later their log-probs differ by what was learned since."""
+def test_stale_completions_are_not_compared():
+    """Their log-probs differ by what was learned since."""
     looking = watch(rollout={"max_staleness": 1})
-    assert looking.observe(1, step_of(**{DIFFERENCE: 1e-6})) == []
-    assert looking.observe(2, step_of(**{DIFFERENCE: 2.0})) == []
+    stale, fresh = {"staleness/max": 1.0}, {"staleness/max": 0.0}
+    assert looking.observe(1, step_of(**{DIFFERENCE: 1e-6}, **fresh)) == []
+    assert looking.observe(2, step_of(**{DIFFERENCE: 2.0}, **stale)) == []
     with pytest.raises(TrainingStopped, match="nats per token"):
-        watch(rollout={"max_staleness": 1}).observe(1, step_of(**{DIFFERENCE: 2.0}))
+        looking.observe(3, step_of(**{DIFFERENCE: 2.0}, **fresh))
 
 
 @pytest.mark.parametrize(
@@ -132,8 +148,9 @@ def test_a_step_that_trains_starts_the_count_again():
         looking.observe(step, step_of(**{MASKED: 0.1 if step % 3 == 0 else 1.0}))
 
 
-def test_steps_without_rewards_are_left_to_the_reward_watch():
-    looking = watch(reward={"reward_funcs": ["format"], "on_error": "drop"})
+def test_steps_without_rewards_do_not_end_the_run():
+    tracking = {"health": {"no_reward": False}}
+    looking = watch(reward={"reward_funcs": ["format"], "on_error": "drop"}, tracking=tracking)
     for step in range(1, 9):
         assert looking.observe(step, step_of(reward=math.nan, num_loss_tokens=0.0)) == []
 
