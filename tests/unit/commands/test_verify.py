@@ -133,7 +133,7 @@ def test_a_step_or_a_completion_that_is_there_twice_is_found(run, capsys):
 @pytest.mark.parametrize("name", ["train.jsonl", "validation.jsonl"])
 def test_a_changed_row_of_data_is_found(run, capsys, name):
     path = run.path.parent / name
-    path.write_text(path.read_text().replace('"target": ', '"target": 1'))
+    path.write_text(path.read_text().replace('"nums": [1', '"nums": [3'))
     line = different(run, capsys)
     assert f"{name}, data: recorded SHA-256" in line
     assert "inputs.jsonl" in line
