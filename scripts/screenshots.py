@@ -24,8 +24,6 @@ from playwright.sync_api import Browser, sync_playwright
 from rich.console import Console
 from rich.text import Text
 
-from rlsys.records import Query, open_run
-
 RLSYS = str(Path(sys.executable).parent / "rlsys")
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
@@ -33,16 +31,20 @@ DESK, PHONE = (1280, 800), (390, 844)
 COLORS = 128
 """Of a picture: charts need few, and a third of the bytes is left."""
 MOST_BYTES = 200_000
-TERMINAL_COLUMNS = 100
+TERMINAL_COLUMNS = 110
 VIEWS: dict[str, tuple[str, tuple[int, int], str]] = {
     "overview": ("overview?smooth=0.6", DESK, "light"),
     "completions": ("completions?{run}", DESK, "light"),
     "completion": ("completions?{run}&row={row}&color=logprob", DESK, "dark"),
+    "history": ("completions?{run}&split=eval&row={held_out}", DESK, "light"),
     "time": ("time?{run}", DESK, "light"),
     "health": ("health?{run}", DESK, "dark"),
     "phone": ("overview?smooth=0.6", PHONE, "dark"),
 }
 """Picture -> state of the page, size, colours."""
+ASK = "address => fetch(address).then((answer) => answer.json())"
+TELLING = "where=reward>=2&limit=1"
+"""A completion that got all of its rewards."""
 READY = "main .chart canvas, main .row, main .lanes canvas, main .log"
 
 
@@ -58,9 +60,11 @@ def main() -> None:
         for name, view in VIEWS.items():
             _picture(browser, url, args, name, *view)
         browser.close()
-    first = str(args.runs[0])
-    _terminal(args.out / "terminal_completions.svg", "completions", first, "--limit", "1")
-    _terminal(args.out / "terminal_runs.svg", "runs", str(args.runs[0].parent))
+    first = args.runs[0].resolve()
+    where = first.parent.parent
+    shown = str(first.relative_to(where))
+    _terminal(args.out / "terminal_completions.svg", where, "completions", shown, "--limit", "1")
+    _terminal(args.out / "terminal_runs.svg", where, "runs", first.parent.name)
 
 
 @contextmanager
@@ -91,9 +95,15 @@ def _picture(
     )
     page = context.new_page()
     page.goto(url)
-    known = page.evaluate("fetch('/api/runs').then((answer) => answer.json())")
+    known = page.evaluate(ASK, "/api/runs")
     first = next(run["id"] for run in known if run["path"] == str(args.runs[0].resolve()))
-    page.goto(f"{url}#/{state.format(run=f'run={first}', row=_telling_row(args.runs[0]))}")
+    rows = {
+        split: page.evaluate(ASK, f"/api/runs/{first}/completions?split={split}&{TELLING}")
+        for split in ("train", "eval")
+    }
+    ids = {split: found["rows"][0]["id"] for split, found in rows.items()}
+    state = state.format(run=f"run={first}", row=ids["train"], held_out=ids["eval"])
+    page.goto(f"{url}#/{state}")
     page.locator(READY).first.wait_for()
     page.wait_for_timeout(3000)
     target = args.out / f"dashboard_{name}.png"
@@ -106,22 +116,20 @@ def _picture(
         raise SystemExit(f"{target} has {size_now:,} bytes, more than {MOST_BYTES:,}")
 
 
-def _telling_row(run: Path) -> str:
-    """The newest completion of a group with both good and bad ones."""
-    found = open_run(run).train.query(Query(where="advantage > 0", limit=1))
-    return str(found.rows[0]["id"])
-
-
-def _terminal(target: Path, *words: str) -> None:
-    """What a command prints, as a picture of a terminal."""
+def _terminal(target: Path, where: Path, *words: str) -> None:
+    """What a command prints, called in a folder, as a picture of a terminal."""
     size = {"COLUMNS": str(TERMINAL_COLUMNS), "FORCE_COLOR": "1", "TERM": "xterm-256color"}
     printed = subprocess.run(
-        [RLSYS, *words], capture_output=True, text=True, check=True, env=os.environ | size
+        [RLSYS, *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | size,
+        cwd=where,
     ).stdout
     console = Console(record=True, width=TERMINAL_COLUMNS, file=io.StringIO())
     console.print(Text.from_ansi(printed))
-    shown = " ".join(Path(word).name if "/" in word else word for word in words)
-    console.save_svg(str(target), title=f"rlsys {shown}")
+    console.save_svg(str(target), title=f"rlsys {' '.join(words)}")
     print(f"{target}: {target.stat().st_size:,} bytes")
 
 

@@ -29,6 +29,8 @@ interface Props {
 }
 
 const HEIGHT = 190;
+/** A curve of at most so many values shows each as a point. */
+const FEW = 20;
 
 interface Line {
   curve: Curve;
@@ -59,7 +61,7 @@ function aligned(curves: Curve[], log: boolean) {
 function seriesOf({ curve, kind }: Line): uPlot.Series {
   if (kind === "bound") return { stroke: "transparent", width: 0, spanGaps: true, points: { show: false } };
   const stroke = curve.faint ? `${curve.color}44` : curve.color;
-  const few = curve.values.length <= 40 && !curve.faint;
+  const few = curve.values.length <= FEW && !curve.faint;
   return { label: curve.label, stroke, width: curve.faint ? 1 : 1.75, spanGaps: true, points: { show: few, size: 5 } };
 }
 
@@ -77,7 +79,7 @@ export function Chart(props: Props) {
   current.current = props;
   const shape = useRef<Line[]>([]);
   const theme = useThemeCount();
-  const key = curves.map((c) => [c.label, c.color, c.faint, !!c.low, c.values.length <= 40]).join("|");
+  const key = curves.map((c) => [c.label, c.color, c.faint, !!c.low, c.values.length <= FEW]).join("|");
 
   useEffect(() => {
     if (!width || !box.current) return;

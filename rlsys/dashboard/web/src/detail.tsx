@@ -64,15 +64,17 @@ function Whole({ run, split, completion }: { run: Run; split: string; completion
       <h3>Completion</h3>
       <Marked text={inLine(row.text)} />
       {tokens && <Tokens tokens={tokens} />}
-      <section>
-        <h3>Siblings</h3>
-        <p class="note">The group of this prompt at this step; n and p go to the next and the previous one.</p>
-        <div class="siblings">
-          {groupOf(completion).map((other) => (
-            <Answer key={other.id} row={other} title={`#${inLine(other.index)}`} open={other.id === row.id} />
-          ))}
-        </div>
-      </section>
+      {completion.siblings.length > 0 && (
+        <section>
+          <h3>Siblings</h3>
+          <p class="note">The group of this prompt at this step; n and p go to the next and the previous one.</p>
+          <div class="siblings">
+            {groupOf(completion).map((other) => (
+              <Answer key={other.id} row={other} title={`#${inLine(other.index)}`} open={other.id === row.id} />
+            ))}
+          </div>
+        </section>
+      )}
       <History run={run} split={split} row={row} />
       <section>
         <h3>Columns</h3>
@@ -177,12 +179,8 @@ function History({ run, split, row }: { run: Run; split: string; row: Row }) {
       <h3>The same prompt over steps</h3>
       <Failed errors={[history.error]} />
       <p class="note">
-        {prompt}: {rows.length} completions at {steps.size} {steps.size === 1 ? "step" : "steps"}. Below is the best of
-        each step.
+        {prompt}: {rows.length} completions at {steps.size} {steps.size === 1 ? "step" : "steps"}. The best of each step:
       </p>
-      {steps.size > 1 && (
-        <Chart title="Its reward: mean, least to greatest" curves={[curve]} log={false} range={null} onRange={() => {}} />
-      )}
       <div class="siblings">
         {[...steps].map(([step, here], i) => {
           const best = here.reduce((a, b) => ((b.reward as number) > (a.reward as number) ? b : a));
@@ -190,6 +188,9 @@ function History({ run, split, row }: { run: Run; split: string; row: Row }) {
           return <Answer key={step} row={best} open={best.id === row.id} title={title} />;
         })}
       </div>
+      {steps.size > 1 && (
+        <Chart title="Its reward: mean, least to greatest" curves={[curve]} log={false} range={null} onRange={() => {}} />
+      )}
     </section>
   );
 }

@@ -6,7 +6,7 @@ export function num(value: number | null | undefined): string {
   if (value === null || value === undefined || Number.isNaN(value)) return "–";
   const size = Math.abs(value);
   if (size === 0) return "0";
-  if (size < 1e-3 || size >= 1e9) return value.toExponential(2);
+  if (size < 1e-3 || size >= 1e9) return Number(value.toPrecision(3)).toExponential();
   if (size >= 1e5) return value >= 1e6 ? `${trim(value / 1e6)}M` : `${trim(value / 1e3)}k`;
   if (Number.isInteger(value) || size >= 1000) return Math.round(value).toLocaleString("en-US");
   return trim(value);
