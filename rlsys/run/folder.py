@@ -98,7 +98,7 @@ class RunDir:
         """Everything that a run writes, folders too."""
         completions = (self.completions, self.filtered_completions, self.eval_completions)
         records = (self.metrics, *(part for path in completions for part in parts(path)))
-        health = (self.warnings, self.timeline, self.actors, self.cache)
+        health = (self.warnings, *parts(self.timeline), self.actors, self.cache)
         models = (self.checkpoints, self.hf, self.final, self.interrupted, self.dumps)
         pictures = (self.reward_curve, self.loss_curve)
         trackers = (self.tensorboard, self.path / "wandb", self.swanlab)

@@ -96,7 +96,8 @@ class TimeShares:
         for name, value in phases.items():
             self.phases[name] += value
         for name, value in limits.items():
-            self.limits[name] += value
+            if value:
+                self.limits[name] += value
         for span in spans:
             if span.role != "driver":
                 actor = self.actors.setdefault(span.actor, ActorTime(span.role))

@@ -14,6 +14,9 @@ from rlsys.tracking.base import HealthWarning, Metrics, Split, Tracker
 from rlsys.tracking.completions import completion_rows
 from rlsys.types import RolloutGroup
 
+TIMELINE_MAX_MB = 64
+"""Mebibytes of timeline.jsonl after which it becomes an older part."""
+
 
 class JsonlTracker(Tracker):
     """metrics.jsonl: one row a step."""
@@ -34,7 +37,7 @@ class TimelineTracker(Tracker):
     """timeline.jsonl: one row a span."""
 
     def __init__(self, path: Path):
-        self._writer = JsonlWriter(path)
+        self._writer = RotatingJsonlWriter(path, TIMELINE_MAX_MB)
 
     def log_timeline(self, spans: Sequence[Span]) -> None:
         """Append a row for each span."""

@@ -231,6 +231,8 @@ def short_run(tmp_path_factory):
     config["rollout"] |= {"gpu_memory_utilization": 0.2}
     config["policy"]["lr"] = 1e-5  # data one step old then has the policy's log-probs, nearly
     config["checkpoint"] = {"save_steps": None}
+    roles = ["policy", "reference", "rollout"]
+    config["profile"] = {"steps": "3", "torch": roles, "memory": DEVICE == "cuda"}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (folder / "log.txt").open("wb") as log:
@@ -251,6 +253,7 @@ def short_run(tmp_path_factory):
         rows = [json.loads(line) for line in metrics.open()] if metrics.exists() else []
         return code, log, rows
 
+    finish.folder = folder
     yield finish
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGTERM)
