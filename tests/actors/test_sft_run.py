@@ -14,7 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlsys.cores import usable_cores
 from rlsys.files import read_jsonl
+from rlsys.records import open_run
 from rlsys.run.kept import checkpoint_steps
+from rlsys.timeline.shares import time_shares
+from rlsys.timeline.spans import span_of
 from rlsys.types import Sample
 
 pytestmark = pytest.mark.system
@@ -98,6 +101,16 @@ def test_the_logged_loss_is_that_of_the_saved_model(run):
         samples.append(Sample("", np.array(ids, dtype=np.int32), mask))
     model = AutoModelForCausalLM.from_pretrained(run.out.final, dtype=torch.float32)
     assert held_out[STEPS] == pytest.approx(loss_of_transformers(model, samples).item(), abs=1e-5)
+
+
+def test_the_time_of_every_step_is_on_record(run):
+    spans = [span_of(row) for row in open_run(run.out.path).timeline()]
+    shares = time_shares(spans)
+    assert shares.steps == list(range(1, STEPS + 1))
+    assert shares.share(shares.phases["other"]) < 0.05
+    phases = shares.actors["policy rank 0"].phases
+    assert {"update", "predictions", "checkpoint"} <= phases.keys()
+    assert "Where the time went, steps 1 to 60: " in run.log
 
 
 def has_saved(run, *, after):
