@@ -286,7 +286,8 @@ def test_another_run_into_the_same_folder_is_refused_with_the_remedy(whole, caps
 def test_a_run_on_a_pipe_prints_lines_of_its_own_and_nothing_else(whole):
     log, _, table = whole.log.partition("\nWhere the time went, steps 1 to 4: ")
     assert "change first: " in table
-    train, validation, length, saving, first, *lines, last = log.splitlines()
+    train, validation, length, saving, environment, first, *lines, last = log.splitlines()
+    assert environment.startswith("environment: rlsys ")
     assert saving.startswith(
         "saving: checkpoints every 2 of 4 steps, after the last step, and on Ctrl-C"
     )
