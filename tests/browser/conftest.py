@@ -40,7 +40,9 @@ def runs(tmp_path_factory) -> Iterator[Path]:
     parent = tmp_path_factory.mktemp("runs")
     for seed in (0, 1):
         assert write_run(parent / f"seed{seed}", 60, seed=seed).wait() == 0
-    (parent / "seed0" / "warnings.jsonl").write_text(json.dumps(WARNING) + "\n")
+    (parent / "seed0" / "warnings.jsonl").write_text(
+        "".join(json.dumps({**WARNING, "step": s, "event": e}) + "\n" for s, e in EVENTS)
+    )
     (parent / "seed0" / "actors.json").write_text(json.dumps([ACTOR]))
     live = write_run(parent / "live", 0, seconds=0.4)
     eventually((parent / "live" / "metrics.jsonl").exists, "the first step")
@@ -57,9 +59,9 @@ def dashboard(runs, browser) -> Iterator[Dashboard]:
     dashboard.stop()
 
 
+EVENTS = ((12, "begin"), (30, "end"))
 WARNING = {
     "time": 1700000000.0,
-    "step": 12,
     "warning": "entropy_collapse",
     "metric": "entropy",
     "value": 0.02,

@@ -241,6 +241,41 @@ def test_a_completion_whole(open_page):
     page.wait_for_selector(".detail h2:text('Step 42, group 1, #0')")
 
 
+def test_tokens_are_coloured_by_what_is_known_of_each(open_page):
+    page = view(open_page, "#/completions?run=RUN")
+    count(page)
+
+    def with_tokens(route):
+        """The server's answer, as for a run with tracking.completion_tokens."""
+        answer = route.fetch().json()
+        tokens = {
+            "text": ["<b>", " un", "likely", "\n"],
+            "ids": [11, 12, 13, 14],
+            "rollout_logprobs": [0.0, -0.1, -9.0, -1.0],
+            "logprobs": [0.0, -0.2, -8.8, -1.0],
+            "advantages": [1.5, 1.5, -1.5, 0.0],
+        }
+        route.fulfill(json={**answer, "tokens": tokens})
+
+    page.route("**/completion/*", with_tokens)
+    page.locator("[role=row][aria-rowindex='1']").click()
+    tokens = page.locator(".tokens span")
+    tokens.first.wait_for()
+    classes = "spans => spans.map((span) => span.className)"
+    assert page.inner_text(".tokens").startswith("<b> unlikely")
+    assert tokens.evaluate_all(classes) == [
+        *("", "tok logprob-p1", "tok logprob-p5", "tok logprob-p1")
+    ]
+    assert "token 2, id 13" in tokens.nth(2).get_attribute("title")
+    page.get_by_label("mismatch").check()
+    page.wait_for_function("location.hash.includes('color=mismatch')")
+    # Least to greatest: 0.1 less probable for the policy is half of 0.2 more probable.
+    assert tokens.evaluate_all(classes) == ["", "tok mismatch-d3", "tok mismatch-u5", ""]
+    page.get_by_role("radio", name="advantage").check()
+    page.wait_for_selector(".advantage-d5")
+    assert tokens.evaluate_all(classes)[0] == "tok advantage-u5"
+
+
 def test_the_time_of_every_actor(open_page):
     page = view(open_page, "#/time?run=RUN")
     canvas = page.locator("canvas[aria-label*='Timeline of 3 actors']")
@@ -258,6 +293,8 @@ def test_warnings_actors_and_a_log_that_grows(open_page):
     page.wait_for_selector(".warnings li")
     assert "entropy collapse" in page.inner_text(".warnings")
     assert "look at rlsys completions RUN --step 12" in page.inner_text(".warnings")
+    assert "step 12, over at step 30" in page.inner_text(".warnings")
+    assert page.locator(".warnings li").count() == 1
     cells = page.locator("table.cards tbody td").all_inner_texts()
     assert {"policy 0", "policy rank 0", "4321", "1.5 GiB", "CPU"} <= set(cells)
     page.locator(".warnings button").click()

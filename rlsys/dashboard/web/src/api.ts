@@ -92,6 +92,8 @@ export interface Warning {
   threshold: number | null;
   message: string;
   look_at: string;
+  /** A problem that is over has a line of its own, later. */
+  event?: "begin" | "end";
 }
 
 export interface Actor {

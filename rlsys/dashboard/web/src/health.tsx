@@ -23,17 +23,31 @@ export function Health({ runs, run }: { runs: Run[]; run: Run }) {
   );
 }
 
+/** Each problem, the newest first, with the step at which it was over. */
+function problems(warnings: Warning[]): [Warning, number | null][] {
+  const found: [Warning, number | null][] = [];
+  for (const warning of warnings) {
+    const begun = found.findLast(([other, over]) => other.warning === warning.warning && over === null);
+    if (warning.event !== "end") found.push([warning, null]);
+    else if (begun) begun[1] = warning.step;
+  }
+  return found.reverse();
+}
+
 function Warnings({ warnings }: { warnings: Warning[] }) {
   return (
     <section class="panel">
       <h2>Warnings</h2>
       {!warnings.length && <p class="empty">No warnings.</p>}
       <ul class="warnings">
-        {warnings.toReversed().map((warning, i) => (
-          <li key={i}>
+        {problems(warnings).map(([warning, over], i) => (
+          <li key={i} class={over === null ? "" : "over"}>
             <header>
               <b>{warning.warning.replaceAll("_", " ")}</b>
-              <span>step {num(warning.step)}</span>
+              <span>
+                step {num(warning.step)}
+                {over !== null && `, over at step ${num(over)}`}
+              </span>
               <time>{clock(warning.time)}</time>
             </header>
             <p>{warning.message}</p>
