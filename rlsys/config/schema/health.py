@@ -18,7 +18,8 @@ class RunHealthConfig(Section):
     gradient_spike: Factor | None = 10.0
     """grad_norm over its median of the 50 steps before."""
     slow_step: Factor | None = 2.0
-    """time/step, the median of 5 steps, over the median of the 50 steps before these."""
+    """time/step, the median of the last 5 steps (of short ones, those in 30 seconds, 50 at most)
+    over the median of the 50 before these."""
 
 
 class SftHealthConfig(RunHealthConfig):

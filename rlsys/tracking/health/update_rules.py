@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rlsys.config import GrpoConfig
-from rlsys.tracking.health.base import SMOOTHED, History, Reading, Row, Rule
+from rlsys.tracking.health.base import KEPT, SMOOTHED, History, Reading, Row, Rule
 
 NEARLY_ALL = 0.95
 """A step trains nothing if this share of its tokens has no policy gradient."""
@@ -17,6 +17,8 @@ MAX_EMPTY_STEPS = 3
 BASE_STEPS = 50
 """Steps with which the newest are compared, and the fewest of these."""
 LEAST_BASE_STEPS = 10
+SLOW_FOR_S = 30.0
+"""Seconds that steps of less than 6 seconds have to be slow for: machines do other things too."""
 DIFFERENCE = "sampling/logp_difference/mean"
 MASKED = "sampling/masked_fraction"
 
@@ -251,14 +253,18 @@ class SlowStep(Rule):
 
     def readings(self, history: History) -> Iterator[Reading]:
         """One."""
-        now = history.latest("time/step")
-        base = _base(history.latest("time/step", BASE_STEPS, skip=SMOOTHED))
+        known = history.latest("time/step", KEPT)
+        if not known:
+            return
+        typical = max(statistics.median(known), 1e-3)
+        count = min(max(SMOOTHED, math.ceil(SLOW_FOR_S / typical)), BASE_STEPS)
+        base = _base(history.latest("time/step", BASE_STEPS, skip=count))
         if base is None:
             return
-        value = statistics.median(now)
+        value = statistics.median(known[-count:])
         says = (
             f"steps take {value:.3g} s, and {base:.3g} s before (medians of time/step)"
-            f"{_grown_phase(history)}."
+            f"{_grown_phase(history, count)}."
         )
         yield Reading("time/step", value, self.factor * base, says)
 
@@ -268,12 +274,13 @@ def _base(values: Sequence[float]) -> float | None:
     return statistics.median(values) if len(values) >= LEAST_BASE_STEPS else None
 
 
-def _grown_phase(history: History) -> str:
+def _grown_phase(history: History, count: int) -> str:
     """Which phase has grown most, in words; empty if none has."""
     grown: dict[str, float] = {}
     for name in history.newest.metrics:
         if name.startswith("time/") and name != "time/step":
-            now, before = history.latest(name), history.latest(name, BASE_STEPS, skip=SMOOTHED)
+            now = history.latest(name, count)
+            before = history.latest(name, BASE_STEPS, skip=count)
             if now and before:
                 grown[name] = statistics.median(now) - statistics.median(before)
     most = max(grown, key=lambda name: grown[name], default=None)

@@ -92,6 +92,16 @@ def test_slower_steps_stay_slow_although_their_median_follows():
     assert "rollout takes" in found[0].message
 
 
+def test_short_steps_that_are_slow_for_a_moment_are_not_slow():
+    """The machine does other things, too."""
+
+    def change(step, row):
+        if "time/step" in row:
+            row |= {"time/step": 0.6 if 60 <= step < 75 else 0.2}
+
+    assert observe(health_of(), run(), change) == []
+
+
 def test_length_that_pays_is_not_an_explosion():
     def change(step, row):
         BAD["length_explosion"](step, row)
