@@ -167,7 +167,8 @@ class RunProcess:
         if self._root.is_running():
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._seen.update(self._root.children(recursive=True))
-        return {process for process in self._seen if is_alive(process)}
+        seen = list(self._seen)  # at once: another thread may ask, too
+        return {process for process in seen if is_alive(process)}
 
     def actors(self, class_name: str, *, at: str = "") -> list[psutil.Process]:
         """Its Ray actors of a class, those that are running method `at` when that is given."""
