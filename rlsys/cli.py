@@ -210,6 +210,14 @@ def _runs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
 
 
+def _logs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="output_dir of the run")
+    parser.add_argument("--role", help="only policy, reference, rollout, reward or driver")
+    parser.add_argument("--rank", type=int, help="only this rank, engine or worker, from 0")
+    parser.add_argument("--follow", action="store_true", help="wait for new lines")
+    parser.add_argument("--lines", type=int, default=100, help="newest lines; default 100")
+
+
 def _checkpoints(parser: argparse.ArgumentParser) -> None:
     _run(parser)
     parser.add_argument("--verify", action="store_true", help="read every byte")
@@ -374,6 +382,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "completions": ("read, search and export the completions of a run", add_completions_options),
     "runs": ("list the runs in a folder: status, steps, best held-out, time", _runs),
     "dashboard": ("a page with curves, completions, time and health of runs", _dashboard),
+    "logs": ("read what the actors of a run print", _logs),
     "checkpoints": ("list the checkpoints of a run: which are whole, and the best", _checkpoints),
     "verify": ("audit a run from its own files: what is recorded follows from the rest", _verify),
     "data preview": (

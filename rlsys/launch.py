@@ -18,6 +18,8 @@ from rlsys.actors.ray_env import check_cluster_answers, wait_for_cluster  # isor
 import torch
 
 from rlsys import attempts
+from rlsys.actors.logs import kept_logs
+from rlsys.actors.ray_metrics import RayMetrics
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.reservation import node_cores
 from rlsys.actors.silent import save_stacks_in
@@ -34,6 +36,7 @@ from rlsys.preflight.before_sft import fit_to_samples, load_sample_data
 from rlsys.preflight.before_start import fit_to_data, load_data
 from rlsys.preflight.run_folder import plan_start
 from rlsys.preflight.saving import checkpoint_bytes_of, saving_lines
+from rlsys.redact import values_of_secrets
 from rlsys.rollout.rollouts import Rollouts
 from rlsys.run.checkpoints import Checkpoints
 from rlsys.run.folder import RunDir
@@ -43,7 +46,10 @@ from rlsys.saving import make_checkpoints, save_final, save_last_step
 from rlsys.system import SftSystem, System, choose_device, start_sft_system, start_system
 from rlsys.text import counted
 from rlsys.tracking import Tracker, build_tracker
+from rlsys.tracking.base import run_name
 from rlsys.tracking.health import Health, rules_of
+from rlsys.tracking.numbers import NumbersTracker
+from rlsys.tracking.outages import say_line
 
 Data = TypeVar("Data")
 AnySystem = TypeVar("AnySystem", bound=System | SftSystem)
@@ -93,10 +99,12 @@ def run_method(config: AnyConfig, method: Method[AnyConfig, Data, AnySystem]) ->
         with (
             closing(tracker),
             ray_session(logs=run_dir.ray_logs, patience_s=patience_s),
+            kept_logs(run_dir.logs, values_of_secrets(config.model_dump()), say_line),
             closing(tracker),  # before the actors end, which takes seconds
             _leaving_at_once(run_dir),
         ):
             save_stacks_in(run_dir.logs)
+            tracker.add("Ray's metrics", NumbersTracker(RayMetrics(run_name(config)).set))
             config = fix_cpu_threads(config, run_dir)
             record_inputs(config, run_dir, resume_step, loaded_files())
             system = method.start(config, data, tracker)

@@ -51,3 +51,14 @@ def names_of_secrets(values: dict[str, Any], start: str = "") -> Iterator[str]:
             yield from names_of_secrets(value, f"{name}.")
         elif without_secrets(value, str(key)) != value:
             yield name
+
+
+def values_of_secrets(values: Any, name: str = "") -> list[str]:
+    """The texts of all secrets in nested mappings and lists, for leaving them out elsewhere."""
+    if isinstance(values, dict):
+        return [
+            text for key, inner in values.items() for text in values_of_secrets(inner, str(key))
+        ]
+    if isinstance(values, list | tuple):
+        return [text for inner in values for text in values_of_secrets(inner, name)]
+    return [values] if isinstance(values, str) and values and is_secret(name) else []

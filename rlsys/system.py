@@ -224,7 +224,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         )
         if isinstance(reference, ReferenceActors) and config.reference.sync_steps is not None:
             reference.connect_to(policy)
-    restarts = Restarts(config.recovery)
+    restarts = _restarts(config)
     _let_engines_restart(engines, publisher, restarts)
     restarts.heartbeats.watch(rewards, config.reward.heartbeat_s)
     for model in (policy, *others):
@@ -283,7 +283,7 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
         get_all(
             policy.async_start(), phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready
         )
-    restarts = Restarts(config.recovery)
+    restarts = _restarts(config)
     _let_restart(policy, restarts, config)
     timeline = _start_timeline(config, device, tracker, policy)
     samples = make_sample_stream(config, data)
@@ -311,6 +311,10 @@ def _let_engines_restart(
         print(f"note: rollout engines that fail end the run: {engines.why_no_restart}", flush=True)
     engines.publisher = publisher
     restarts.watch(engines, engines.config.rollout.heartbeat_s)
+
+
+def _restarts(config: RunConfig) -> Restarts:
+    return Restarts(config.recovery, table=RunDir(Path(config.output_dir)).actors)
 
 
 def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> None:

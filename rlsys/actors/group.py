@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -87,6 +88,7 @@ class ActorGroup:
         threads = dict.fromkeys(actor_class.concurrency_groups, 1)
         self._actor_class = ray.remote(concurrency_groups=threads)(actor_class)
         self._args, self._env, self._place = args, env, place
+        self._role_word = member.split(" ", 1)[0]
         self._names = [f"{member} {rank}" for rank in range(size)]
         self.actors = {name: self.create(rank) for rank, name in enumerate(self._names)}
 
@@ -116,7 +118,8 @@ class ActorGroup:
     def create(self, rank: int) -> Any:
         """Start an actor for a rank. Assign it to `actors[name]` to replace the old one."""
         options = {"runtime_env": {"env_vars": self._env}, **self._place(rank)}
-        return self._actor_class.options(**options).remote(*self._args, rank)
+        name = name_in_ray(self._role_word, rank)
+        return self._actor_class.options(name=name, **options).remote(*self._args, rank)
 
     def async_start(self) -> Refs:
         """Each reference is ready when its actor can work."""
@@ -152,6 +155,20 @@ class ActorGroup:
         """Kill the actors, whatever they are doing; for tests, a run ends with its Ray session."""
         for actor in self.actors.values():
             ray.kill(actor)
+
+
+def name_in_ray(role: str, rank: int) -> str:
+    """A name that `ray list actors` shows: policy-0, then policy-0-1 for the one that replaces it.
+
+    Ray keeps the names of a job apart from those of others; within the job no name comes twice.
+    """
+    name = f"{role}-{rank}"
+    number = _given_names[name]
+    _given_names[name] += 1
+    return f"{name}-{number}" if number else name
+
+
+_given_names: Counter[str] = Counter()
 
 
 def device_env(device: Device) -> dict[str, str]:

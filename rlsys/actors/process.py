@@ -11,6 +11,8 @@ import psutil
 import ray
 from ray.experimental import internal_kv
 
+from rlsys.actors.logs import name_lines
+from rlsys.log_files import NAME
 from rlsys.redact import is_secret
 from rlsys.stacks import answer_for_stacks
 
@@ -49,7 +51,12 @@ def shared_secrets() -> Iterator[None]:
 
 
 def begin_process() -> None:
-    """Take the run's secrets, and write stacks on request; the first call of every actor."""
+    """Take the run's secrets and a name in logs, and write stacks on request.
+
+    The first call of every actor.
+    """
+    if found := NAME.match(ray.get_runtime_context().get_actor_name() or ""):
+        name_lines(found[0])
     answer_for_stacks()
     secrets = internal_kv._internal_kv_get(_key(), namespace=_NAMESPACE)
     os.environ.update(json.loads(secrets or "{}"))

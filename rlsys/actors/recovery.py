@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlsys.actors.heartbeat import Heartbeats
@@ -63,6 +64,7 @@ class Restarts:
         config: the limits.
         say: prints a line; the note of a restart goes there.
         clock: seconds; tests have their own.
+        table: see Heartbeats.
         missing: what a member that does not come back may wait for; empty if nothing is known.
     """
 
@@ -72,9 +74,10 @@ class Restarts:
         *,
         say: Callable[[str], object] = _print,
         clock: Callable[[], float] = time.monotonic,
+        table: Path | None = None,
         missing: Callable[[], str] = lost_node,
     ):
-        self.heartbeats = Heartbeats(say)
+        self.heartbeats = Heartbeats(say, table)
         self._config, self._say, self._clock, self._missing = config, say, clock, missing
         self._begun: dict[str, float] = {}
         """Members that do not work again yet, and since when."""

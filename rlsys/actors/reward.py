@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from rlsys.actors.group import CPU_SHARE, PlaceActor, device_env
+from rlsys.actors.group import CPU_SHARE, PlaceActor, device_env, name_in_ray
 from rlsys.actors.heartbeat import Alive, Watched
 from rlsys.actors.process import StoppedProcesses, begin_process, inherited_env
 from rlsys.actors.waiting import FETCH_S, all_ready, any_ready
@@ -74,7 +74,7 @@ class RayBackend:
         self._place, self._place_worker = place, place_worker
         self._numbers = itertools.count()
         self._actors: dict[str, tuple[ActorHandle, ray.ObjectRef]] = {}
-        """Name -> actor, and the result of its start."""
+        """Name -> actor, and the result of its start; a name is used again."""
         self._options: dict[str, Any] = {
             "num_cpus": CPU_SHARE,
             "runtime_env": {"env_vars": inherited_env()},
@@ -94,9 +94,11 @@ class RayBackend:
             options = options | {"runtime_env": {"env_vars": inherited_env() | device_env("cpu")}}
         actor_class: Any = RewardWorker
         threads = dict.fromkeys(actor_class.concurrency_groups, 1)
+        rank = next(n for n in itertools.count() if f"reward worker {n}" not in self._actors)
+        options = options | {"name": name_in_ray("reward", rank)}
         actor = ray.remote(concurrency_groups=threads, **options)(actor_class).remote()
         started = actor.start.remote(replace(self._settings, functions=functions), concurrent)
-        self._actors[f"reward worker {number}"] = actor, started
+        self._actors[f"reward worker {rank}"] = actor, started
         return actor, started
 
     def watched(self) -> list[Watched]:

@@ -81,7 +81,7 @@ class RunDir:
         self.inputs = path / "inputs.jsonl"
         """One JSON object for each process that trained here: sums of the files that it read."""
         self.logs = path / "logs"
-        """Stacks of processes that did not answer."""
+        """What actors and driver print, policy-0.log, and stacks of processes that hung."""
         self.status = path / "status"
         """One word, see the class."""
         self.ended = path / "ended.json"

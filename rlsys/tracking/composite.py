@@ -24,7 +24,7 @@ from rlsys.tracking.base import (
     is_evaluation,
     trackers,
 )
-from rlsys.tracking.console import console_tracker
+from rlsys.tracking.console import console_tracker, log_tracker
 from rlsys.tracking.environment import environment, summary
 from rlsys.tracking.guarded import GuardedTracker
 from rlsys.tracking.jsonl import (
@@ -39,7 +39,7 @@ from rlsys.tracking.summary import SummaryTracker
 from rlsys.types import Device, RolloutGroup
 
 
-def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Tracker:
+def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> CompositeTracker:
     """The trackers of a run: console, metrics.jsonl, completions.jsonl and `report_to`.
 
     Marks the run as running. It does not need Ray, so a wrong name or a missing package is found
@@ -74,6 +74,8 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Trac
     _record_environment(run_dir, resumed_from)
     # They are closed in this order, the slow picture last: `ray job stop` kills after 3 seconds.
     parts.append(GuardedTracker("the console", console_tracker(config, resumed_from)))
+    log = log_tracker(config, run_dir.logs / "driver-0.log")
+    parts.append(GuardedTracker("driver-0.log", log))
     timeout_s = config.tracking.close_timeout_s
     parts += [
         BackgroundTracker(name, partial(make, config, resumed_from), close_timeout_s=timeout_s)
@@ -134,6 +136,11 @@ class CompositeTracker(Tracker):
         self._progress = progress
         self._lock = threading.RLock()
         self._closed = False
+
+    def add(self, name: str, tracker: Tracker) -> None:
+        """Add a tracker that could not be made before, such as one that needs the cluster."""
+        with self._lock:
+            self._parts.append(GuardedTracker(name, tracker))
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Pass metrics on, a training step's with progress and speed."""

@@ -6,6 +6,8 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlsys.config import RunConfig
+from rlsys.log_files import LogFile
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation
 from rlsys.tracking.columns import join_wrapped
 from rlsys.types import RolloutGroup
@@ -58,6 +61,15 @@ SFT_COLUMNS = [
 ROWS_BETWEEN_HEADERS = 20
 
 
+def log_tracker(config: RunConfig, path: Path) -> Tracker:
+    """The console's lines in a log, whether the console is a terminal or not."""
+    file = LogFile(path)
+    columns = COLUMNS if config.has_rollouts else SFT_COLUMNS
+    return LinesTracker(
+        config.num_steps, columns, write=lambda line: file.write([line]), close=file.close
+    )
+
+
 def console_tracker(config: RunConfig, resumed_from: int | None) -> Tracker:
     """The tracker for standard output: a terminal or a file."""
     console = Console(highlight=False)
@@ -75,16 +87,31 @@ def console_tracker(config: RunConfig, resumed_from: int | None) -> Tracker:
 
 
 class LinesTracker(Tracker):
-    """One line per step: for files, CI and `ray job logs`."""
+    """One line per step: for files, CI and `ray job logs`.
 
-    def __init__(self, max_steps: int, columns: Sequence[Column] = COLUMNS):
+    Args:
+        max_steps: of the run.
+        columns: what a line shows.
+        write: gets each line; print, if it is left out.
+        close: releases what `write` holds.
+    """
+
+    def __init__(
+        self,
+        max_steps: int,
+        columns: Sequence[Column] = COLUMNS,
+        write: Callable[[str], object] | None = None,
+        close: Callable[[], object] = lambda: None,
+    ):
         self._max_steps = max_steps
         self._columns = columns
+        self._write = write or partial(print, flush=True)
+        self._close = close
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
-        """Print the line."""
+        """Write the line."""
         if is_evaluation(metrics):
-            print(" | ".join(evaluation_items(step, metrics)), flush=True)
+            self._write(" | ".join(evaluation_items(step, metrics)))
             return
         numbers = [f"{c.header} {cell(c, metrics)}" for c in self._columns if c.name in metrics]
         line = f"step {step}/{self._max_steps} | {' | '.join(numbers)}"
@@ -92,14 +119,15 @@ class LinesTracker(Tracker):
             line += f" | {phases}"
         if "remaining_time" in metrics:
             line += f" | {metrics['remaining_time']} left"
-        print(line, flush=True)
+        self._write(line)
 
     def log_warning(self, step: int, text: str) -> None:
-        """Print it."""
-        print(f"warning, step {step}: {text}", flush=True)
+        """Write it."""
+        self._write(f"warning, step {step}: {text}")
 
     def close(self) -> None:
         """Nothing is pending."""
+        self._close()
 
 
 class TerminalTracker(Tracker):

@@ -1,6 +1,8 @@
 """Actors that stop are killed within their limit; those that compute or start are left alone."""
 
+import json
 import os
+import re
 import signal
 import time
 
@@ -46,9 +48,9 @@ class Async(Worker):
 
 
 @pytest.fixture
-def watched(ray_cluster):
+def watched(ray_cluster, tmp_path):
     lines, groups = [], []
-    restarts = Restarts(RecoveryConfig(), say=lines.append)
+    restarts = Restarts(RecoveryConfig(), say=lines.append, table=tmp_path / "actors.json")
 
     def start(actor_class):
         group = ActorGroup(
@@ -65,14 +67,37 @@ def watched(ray_cluster):
         group.close()
 
 
+def check_table(path, pids):
+    """The file with the actors of the group: the first one is the second under its name."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not all(row["alive"] for row in json.loads(path.read_text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    rows = json.loads(path.read_text())
+    assert [(row["role"], row["rank"], row["restarts"]) for row in rows] == [
+        ("worker", 0, 1),
+        ("worker", 1, 0),
+    ]
+    assert [row["pid"] for row in rows] == pids
+    for row in rows:
+        assert re.fullmatch(rf"worker-{row['rank']}(-\d+)?", row["name"])
+        assert 0.01 < row["memory_gib"] < 10
+        assert row["started"] < row["last_heartbeat"] <= time.time()
+        assert (row["gpu"], row["gpu_memory_gib"]) == (None, None)
+    assert rows[0]["name"] != rows[1]["name"]
+
+
 @pytest.mark.parametrize("actor_class", [Worker, pytest.param(Async, marks=pytest.mark.slow)])
-def test_a_stopped_process_is_killed_and_one_that_starts_or_computes_is_not(watched, actor_class):
+def test_a_stopped_process_is_killed_and_one_that_starts_or_computes_is_not(
+    watched, actor_class, tmp_path
+):
     group, restarts, lines = watched(actor_class)
     group.is_starting = True
     group.actors["worker 0"] = group.create(0)
     pids = group.call("compute", 2 * LIMIT_S)
     group.is_starting = False
     assert lines == []
+    check_table(tmp_path / "actors.json", pids)
     os.kill(pids[1], signal.SIGSTOP)
     ref = group.actors["worker 1"].compute.remote(0)
     assert ray.wait([ref], timeout=PATIENCE_S)[0]

@@ -129,6 +129,25 @@ def evaluations(run):
 # --- what a run leaves behind ---------------------------------------------------------------------
 
 
+def test_every_actor_is_in_the_table_and_what_it_printed_in_its_log(whole, capsys):
+    rows = json.loads(whole.out.actors.read_text())
+    assert {row["role"] for row in rows} == {"policy", "reference", "rollout", "reward"}
+    for row in rows:
+        assert row["name"] == f"{row['role']}-{row['rank']}"
+        assert row["restarts"] == 0
+        assert row["pid"] is not None
+        assert row["memory_gib"] > 0
+    console = [line for line in whole.log.splitlines() if re.match(r"step \d", line)]
+    assert cli.main(["logs", str(whole.out.path), "--role", "driver"]) == 0
+    shown = re.findall(r"driver-0 \S+ \S+ (step \d.*)", capsys.readouterr().out)
+    assert shown == console
+    logs = {path.stem: path.read_text() for path in whole.out.logs.glob("*.log")}
+    assert {"driver-0", "rollout-0"} <= set(logs)
+    pids = {f"{row['role']}-{row['rank']}": row["pid"] for row in rows}
+    assert f"--- process {pids['rollout-0']} on " in logs["rollout-0"]
+    assert re.search(r"\(rollout-0 pid=", whole.log), "the terminal names them, too"
+
+
 def test_every_step_has_a_line_with_the_promised_keys(whole):
     assert [row["step"] for row in steps(whole)] == [1, 2, 3, 4]
     for row in steps(whole):
