@@ -16,6 +16,7 @@ from typing import Any
 from rlsys.completions_options import add_completions_options
 from rlsys.exit_codes import DONE, FAILED, WRONG_INPUT, is_full_disk, is_users_mistake, of_error
 from rlsys.export_options import add_export_options
+from rlsys.infer_options import add_infer_options
 from rlsys.interrupts import Stopped
 from rlsys.problems import RunFailed
 
@@ -230,52 +231,6 @@ def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sample", default="256", metavar="N", help=text)
 
 
-def _infer(parser: argparse.ArgumentParser) -> None:
-    _model(parser)
-    sampling = parser.add_argument_group(
-        "sampling", "where left out, generation_config.json of the model says it"
-    )
-    sampling.add_argument("--system", metavar="TEXT", help="system message")
-    sampling.add_argument("--temperature", type=float, help="0 is greedy")
-    sampling.add_argument("--top_p", type=float)
-    sampling.add_argument("--top_k", type=int)
-    sampling.add_argument("--max_tokens", type=int, help="default: as many as the context has")
-    sampling.add_argument("--seed", type=int)
-    batch = parser.add_argument_group("a file of prompts")
-    batch.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="rows as in data.dataset: messages, query, prompt, ... in JSONL, CSV, Parquet, ...",
-    )
-    batch.add_argument(
-        "--out", type=Path, metavar="FILE", help="JSONL; what it holds already is not sampled again"
-    )
-    server = parser.add_argument_group("a server")
-    server.add_argument(
-        "--serve", action="store_true", help="start vLLM's OpenAI-compatible server"
-    )
-    server.add_argument("--host", help="default 127.0.0.1: only this machine can ask")
-    server.add_argument("--port", type=int, help="default 8000")
-    server.add_argument(
-        "--served_model_name", metavar="NAME", help="default: name of run or folder"
-    )
-    server.add_argument(
-        "--vllm_args",
-        nargs=argparse.REMAINDER,
-        default=[],
-        metavar="...",
-        help="last: everything behind it goes to vLLM's server as it is",
-    )
-    engine = parser.add_argument_group("the engine")
-    engine.add_argument("--device", choices=["cpu", "cuda"], help="default: GPUs if there are any")
-    engine.add_argument(
-        "--max_model_len", type=int, help="tokens of prompt and completion; default: what fits"
-    )
-    engine.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    engine.add_argument("--tensor_parallel_size", type=int, default=1, help="GPUs; default 1")
-    engine.add_argument("--gpu_memory_utilization", type=float, default=0.9, help="default 0.9")
-
-
 def _eval(parser: argparse.ArgumentParser) -> None:
     forms = (
         "MODEL_OR_RUN... [CONFIG] [--section.field value ...]",
@@ -310,15 +265,6 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="two evaluations: which differences are larger than noise?",
     )
-
-
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model",
-        metavar="MODEL_OR_RUN",
-        help="output_dir of a run, a checkpoint, a folder of a model or LoRA adapter, or a hub id",
-    )
-    parser.add_argument("--step", type=int, help="checkpoint of the run; default: newest")
 
 
 def _replay(parser: argparse.ArgumentParser) -> None:
@@ -376,7 +322,10 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "grpo": ("train with GRPO", _config),
     "sft": ("supervised fine-tuning, or continued pre-training", _sft),
     "explain": ("show what a config means, and check it; starts only reward functions", _config),
-    "infer": ("chat with a model or a run, complete a file of prompts, or serve it", _infer),
+    "infer": (
+        "chat with a model or a run, complete a file of prompts, or serve it",
+        add_infer_options,
+    ),
     "eval": ("held-out data and rewards of a config on any model: pass@k, errors", _eval),
     "doctor": ("check this machine, and say what is missing", _doctor),
     "completions": ("read, search and export the completions of a run", add_completions_options),
