@@ -28,5 +28,8 @@ class RayMetrics:
 
 
 def gauge_name(metric: str) -> str:
-    """A metric's name in Ray: rlsys_memory_GiB of memory(GiB). Prometheus has `ray_` before it."""
-    return "rlsys_" + re.sub(r"\W+", "_", metric).strip("_")
+    """A metric's name in Ray: rlsys_memory_gib of memory(GiB). Prometheus has `ray_` before it.
+
+    Ray would write other letters small itself, with further underscores.
+    """
+    return "rlsys_" + re.sub(r"\W+", "_", metric).strip("_").lower()

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
-from rlsys.commands.completions import ENDS, SECONDS_BETWEEN_LOOKS
+from rlsys.commands.completions_follow import ENDS, SECONDS_BETWEEN_LOOKS
 from rlsys.log_files import NAME, TIME_FORMAT, log_files
 from rlsys.rotation import GrowingFile, open_parts
 from rlsys.run.folder import RunDir

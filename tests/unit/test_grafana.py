@@ -21,8 +21,8 @@ def test_every_panel_asks_for_documented_metrics():
     rows = re.findall(r"^\| ((?:`[^`]+`(?:, )?)+)", page, re.MULTILINE)
     documented = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
     documented |= {f"eval/{name}" for name in documented}
-    gauges = {f"ray_{gauge_name(re.sub('<[^>]+>', 'X', name))}" for name in documented}
-    patterns = [re.compile(gauge.replace("X", r"\w+")) for gauge in gauges]
+    gauges = {f"ray_{gauge_name(re.sub('<[^>]+>', 'x_x', name))}" for name in documented}
+    patterns = [re.compile(gauge.replace("x_x", r"\w+")) for gauge in gauges]
     asked = {name for name in re.findall(r"ray_rlsys_\w+", json.dumps(FILE)) if "$" not in name}
     assert [name for name in asked if not any(one.fullmatch(name) for one in patterns)] == []
     assert len(asked) > 20
@@ -42,6 +42,6 @@ def test_panels_do_not_overlap_and_have_ids_of_their_own():
 
 
 def test_names_in_ray():
-    assert gauge_name("memory(GiB)") == "rlsys_memory_GiB"
+    assert gauge_name("memory(GiB)") == "rlsys_memory_gib"
     assert gauge_name("sampling/logp_difference/mean") == "rlsys_sampling_logp_difference_mean"
     assert gauge_name("eval/pass@4") == "rlsys_eval_pass_4"
