@@ -119,6 +119,8 @@ class Heartbeats:
             limit_s: seconds of silence after which an actor is killed, STARTING_FACTOR times as
                 many while it starts; None kills nothing.
         """
+        for name, actor, is_starting in group.watched():
+            self._members[name] = _Member(actor, is_starting)
         self._groups.append((group, math.inf if limit_s is None else limit_s))
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="heartbeats", daemon=True)

@@ -63,6 +63,8 @@ class _Logs:
 
     def take(self, batch: dict[str, Any]) -> None:
         """Write a batch of lines; Ray calls it in its own thread, which must not end."""
+        if batch.get("pid") == "autoscaler":  # a table every few seconds, which Ray prints nowhere
+            return
         found = NAME.match(batch.get("actor_name") or "")
         name = found[0] if found else _OTHERS
         lines = [self._shown(str(line)) for line in batch["lines"]]

@@ -46,6 +46,7 @@ class Digits(ORM):
 
     def __init__(self):
         self.num_scored = 0
+        print("digits is ready", flush=True)
 
     def __call__(self, completions, **columns):
         if HOLD_AFTER.exists() and self.num_scored == int(HOLD_AFTER.read_text()):

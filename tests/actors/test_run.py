@@ -141,11 +141,10 @@ def test_every_actor_is_in_the_table_and_what_it_printed_in_its_log(whole, capsy
     assert cli.main(["logs", str(whole.out.path), "--role", "driver"]) == 0
     shown = re.findall(r"driver-0 \S+ \S+ (step \d.*)", capsys.readouterr().out)
     assert shown == console
-    logs = {path.stem: path.read_text() for path in whole.out.logs.glob("*.log")}
-    assert {"driver-0", "rollout-0"} <= set(logs)
-    pids = {f"{row['role']}-{row['rank']}": row["pid"] for row in rows}
-    assert f"--- process {pids['rollout-0']} on " in logs["rollout-0"]
-    assert re.search(r"\(rollout-0 pid=", whole.log), "the terminal names them, too"
+    (pid,) = [row["pid"] for row in rows if row["role"] == "reward"]
+    log = (whole.out.logs / "reward-0.log").read_text()
+    assert re.fullmatch(rf"\S+ \S+ --- process {pid} on \S+\n\S+ \S+ digits is ready\n", log)
+    assert re.search(rf"\(reward-0 pid={pid}\) digits is ready", whole.log), "the terminal says it"
 
 
 def test_every_step_has_a_line_with_the_promised_keys(whole):

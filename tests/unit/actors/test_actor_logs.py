@@ -40,6 +40,7 @@ def test_each_actor_has_its_file_with_the_process_that_printed(take):
     take("rollout-11", "c")
     take("rollout-2", "d")
     take(None, "of Ray")
+    take(None, "Autoscaler status", pid="autoscaler")
     assert list(files_of(take.folder)) == ["other-0", "policy-0", "rollout-2", "rollout-11"]
     assert texts(take.folder / "policy-0.log") == [
         "--- process 7 on 10.0.0.1",
@@ -47,6 +48,7 @@ def test_each_actor_has_its_file_with_the_process_that_printed(take):
         "--- process 8 on 10.0.0.1",
         "after a restart",
     ]
+    assert texts(take.folder / "other-0.log")[1:] == ["of Ray"]
     assert (take.folder / "policy-0.log").stat().st_mode & 0o077 == 0
 
 
