@@ -10,6 +10,7 @@ import socket
 import threading
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -84,6 +85,8 @@ def serve(
         print(
             f"from your own machine: ssh -N -L {there}:{there} {socket.gethostname()}", flush=True
         )
+    # While the user opens the address, the metrics are read: the first answer needs them.
+    threading.Thread(target=_read_ahead, args=(runs,), daemon=True).start()
     if open_browser:
         threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
     config = uvicorn.Config(
@@ -98,6 +101,12 @@ def serve(
     )
     with listener:
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _read_ahead(runs: Runs) -> None:
+    for run in runs.all().values():
+        with suppress(OSError):  # a folder that is deleted meanwhile
+            run.metric_names()
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -91,11 +91,22 @@ class Metrics:
         if place is None:
             place = self._rows[step] = len(self._steps)
             self._steps.append(step)
+        columns = self._columns
         for name, value in row.items():
             if isinstance(value, str):
                 self._texts[name] = value
-            elif value is None or isinstance(value, int | float):
-                column = self._columns.setdefault(name, array("d"))
-                if (missing := place + 1 - len(column)) > 0:
-                    column.extend([math.nan] * missing)
-                column[place] = math.nan if value is None else value
+                continue
+            if value is None:
+                value = math.nan
+            elif not isinstance(value, int | float):
+                continue
+            column = columns.get(name)
+            if column is None:
+                column = columns[name] = array("d")
+            missing = place - len(column)
+            if missing < 0:
+                column[place] = value
+                continue
+            if missing > 0:
+                column.extend([math.nan] * missing)
+            column.append(value)
