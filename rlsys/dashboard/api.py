@@ -6,6 +6,7 @@ Every function here runs in a thread, because it reads files: the event loop onl
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -30,17 +31,20 @@ from rlsys.dashboard.queries import (
     MetricsQuery,
     NoQuery,
     Query,
+    Split,
     TimelineQuery,
     parse,
 )
 from rlsys.dashboard.runs import Runs, UnknownRun
 from rlsys.dashboard.timeline import timeline
 from rlsys.files import finite
+from rlsys.records import CompletionRows, RunRecord
 from rlsys.records import Query as CompletionFilter
-from rlsys.records import RunRecord
 
 QUERY_LIMIT_S = 20.0
 """Seconds after which a query of completions is given up."""
+QUERIES_AT_ONCE = 2
+"""Queries of completions; more wait, so that visitors cannot take all memory of a run's machine."""
 SHOWN_TEXT = 500
 """Letters of a prompt or completion in a list; `completion` has the whole text."""
 
@@ -135,7 +139,9 @@ def _metrics(run: RunRecord, query: MetricsQuery) -> dict[str, Any]:
 
 
 def _completions(run: RunRecord, query: CompletionsQuery) -> dict[str, Any]:
-    found = run.completions(query.split).query(
+    found = _searched(
+        run,
+        query.split,
         CompletionFilter(
             where=query.where,
             grep=query.grep,
@@ -145,7 +151,6 @@ def _completions(run: RunRecord, query: CompletionsQuery) -> dict[str, Any]:
             offset=query.offset,
             limit=query.limit,
         ),
-        timeout_s=QUERY_LIMIT_S,
     )
     rows = [{name: _shortened(value) for name, value in row.items()} for row in found.rows]
     return {"columns": found.columns, "rows": rows, "total": found.total}
@@ -164,13 +169,26 @@ def _completion(run: RunRecord, query: CompletionQuery, row: str) -> dict[str, A
 
 def _history(run: RunRecord, query: HistoryQuery) -> dict[str, Any]:
     prompt = query.prompt.replace("'", "''")
-    found = run.completions(query.split).query(
+    found = _searched(
+        run,
+        query.split,
         CompletionFilter(
             where=f"prompt_id = '{prompt}'", sort="step", descending=False, limit=query.limit
         ),
-        timeout_s=QUERY_LIMIT_S,
     )
     return {"columns": found.columns, "rows": found.rows, "total": found.total}
+
+
+_searches = threading.BoundedSemaphore(QUERIES_AT_ONCE)
+
+
+def _searched(run: RunRecord, split: Split, query: CompletionFilter) -> CompletionRows:
+    if not _searches.acquire(timeout=QUERY_LIMIT_S):
+        raise HTTPException(503, f"{QUERIES_AT_ONCE} other queries are running: ask again later")
+    try:
+        return run.completions(split).query(query, timeout_s=QUERY_LIMIT_S)
+    finally:
+        _searches.release()
 
 
 def _health(run: RunRecord, query: NoQuery) -> dict[str, Any]:

@@ -12,6 +12,8 @@ MAX_ROWS = 1_000
 MAX_TEXT = 1 << 20
 """Bytes of a log in one answer."""
 
+Split = Literal["train", "eval", "filtered"]
+"""Kinds of completions: trained on, held out, left out by dynamic sampling."""
 Asked = TypeVar("Asked", bound="Query")
 Names = Annotated[
     list[str],
@@ -58,7 +60,7 @@ class CompletionsQuery(Query):
     from_step: int | None = None
     to_step: int | None = None
     """Inclusive."""
-    split: Literal["train", "eval", "filtered"] = "train"
+    split: Split = "train"
     offset: Annotated[int, Field(ge=0)] = 0
     limit: Annotated[int, Field(ge=1, le=MAX_ROWS)] = 100
 
@@ -66,7 +68,7 @@ class CompletionsQuery(Query):
 class CompletionQuery(Query):
     """Of `completion`."""
 
-    split: Literal["train", "eval", "filtered"] = "train"
+    split: Split = "train"
 
 
 class HistoryQuery(CompletionQuery):

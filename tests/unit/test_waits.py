@@ -73,6 +73,7 @@ EXCEPTIONS = {
     "engines/vllm/sleeping.py": {"torch.cuda.synchronize()": GPU},
     "engines/vllm/weight_backend.py": {"torch.accelerator.synchronize()": GPU},
     "records/index.py": {"file.readline()": "a file on disk"},
+    "rotation.py": {"file.readline()": "a file on disk"},
     "rewards/builtin/chat_server.py": {
         "asyncio.wait([request.task])": "reward.timeout_s cancels the function that calls it",
         "request.task.result()": "the task is done",

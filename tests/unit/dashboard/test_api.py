@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
+import threading
 import time
 
 import pytest
 from run_folders import HTML, PHASES, PROMPTS, START, RunWriter, write_run_folder
 from starlette.testclient import TestClient
 
+from rlsys.dashboard import api
 from rlsys.dashboard.runs import LOOK_EVERY_S, Runs
 from rlsys.dashboard.server import build_app
 
@@ -395,6 +397,15 @@ def test_a_long_query_is_given_up(page, monkeypatch):
     monkeypatch.setattr("rlsys.dashboard.api.QUERY_LIMIT_S", 0.3)
     endless = "(SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b) > reward"
     assert "given up after 0.3 s" in page.of("a", "completions", 400, where=endless)["error"]
+
+
+def test_queries_do_not_take_a_machine_for_themselves(page, monkeypatch):
+    monkeypatch.setattr("rlsys.dashboard.api._searches", threading.BoundedSemaphore(1))
+    with api._searches, monkeypatch.context() as short:
+        short.setattr("rlsys.dashboard.api.QUERY_LIMIT_S", 0.1)
+        assert "other queries" in page.of("a", "completions", 503)["error"]
+        assert page.of("a", "metrics", names="reward")["last_step"] == 30
+    assert page.of("a", "completions")["total"] == 240
 
 
 NAMES = [

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def test_two_pages_at_once_show_the_same_run_and_ctrl_c_ends_one(run):
             assert first.wait(60) == 0
             assert first.stderr.read() == ""
             assert client.get(f"{other}api/runs").status_code == 200
+
+
+@pytest.mark.processes
+def test_a_long_query_keeps_nobody_waiting(run):
+    where = "(SELECT sum(a.range * b.range) FROM range(1000000) a, range(1000000) b) > reward"
+    with dashboard(run.path) as (process, url, _), httpx.Client(base_url=url, timeout=60) as client:
+        name = client.get("/api/runs").json()[0]["id"]
+        with ThreadPoolExecutor(1) as pool:
+            path = f"/api/runs/{name}/completions"
+            asked = url.rstrip("/") + path
+            long = pool.submit(httpx.get, asked, params={"where": where}, timeout=60)
+            for _ in range(5):
+                assert client.get("/icon.svg").status_code == 200
+            assert client.get(f"{path}?limit=1").json()["total"] == 24
+            assert not long.done()
+            process.kill()
 
 
 @pytest.mark.processes
