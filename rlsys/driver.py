@@ -70,6 +70,7 @@ def train(system: System, tracker: Tracker, checkpoints: Checkpoints, health: He
             }
             metrics = _step_metrics(config, groups_P, batch, reported, timer)
             with timer("log"):
+                tracker.log_tokens(step, groups_P, batch)
                 log(tracker, health, step, metrics, logged_metrics(groups_P, beside=metrics))
         if config.eval_steps is not None and step % config.eval_steps == 0:
             with timer("evaluation"):

@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -164,7 +165,8 @@ def _shortened(value: Any) -> Any:
 
 def _completion(run: RunRecord, query: CompletionQuery, row: str) -> dict[str, Any]:
     own, *siblings = run.completions(query.split).group(row)
-    return {"row": own, "siblings": siblings, "tokens": None}
+    tokens = run.tokens(row) if query.split == "train" else None
+    return {"row": own, "siblings": siblings, "tokens": tokens and asdict(tokens)}
 
 
 def _history(run: RunRecord, query: HistoryQuery) -> dict[str, Any]:

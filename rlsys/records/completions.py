@@ -131,12 +131,7 @@ class Completions:
         Raises:
             ValueError: no completion has this id.
         """
-        try:
-            step, group_id, index = (int(word) for word in completion_id.split("-"))
-        except ValueError:
-            raise ValueError(
-                f"{completion_id!r} is not an id of a completion, such as 12-340-0"
-            ) from None
+        step, group_id, index = read_id(completion_id)
         where = f"step = {step} and group_id = {group_id}"
         rows = self.query(Query(where=where, descending=False)).rows
         own = [row for row in rows if row["index"] == index]
@@ -203,6 +198,21 @@ def _selects(
 
 def _list(texts: Iterable[str]) -> str:
     return f"[{', '.join(map(text_literal, texts))}]"
+
+
+def read_id(completion_id: str) -> tuple[int, int, int]:
+    """Step, group and place in the group of a completion.
+
+    Raises:
+        ValueError: it is not an id.
+    """
+    try:
+        step, group_id, index = (int(word) for word in completion_id.split("-"))
+    except ValueError:
+        raise ValueError(
+            f"{completion_id!r} is not an id of a completion, such as 12-340-0"
+        ) from None
+    return step, group_id, index
 
 
 def _select_nothing(stored: list[str]) -> str:

@@ -12,10 +12,11 @@ import numpy as np
 
 from rlsys.config import CheckpointConfig
 from rlsys.config.yaml_text import read_yaml
-from rlsys.records.completions import Completions
+from rlsys.records.completions import Completions, read_id
 from rlsys.records.metrics import Metrics, MetricTable
 from rlsys.records.rows import Rows
 from rlsys.records.timeline import SpanTable, Timeline
+from rlsys.records.tokens import CompletionTokens, read_tokens
 from rlsys.run.folder import RunDir, State
 from rlsys.tracking.base import Split
 
@@ -124,6 +125,14 @@ class RunRecord:
     def completions(self, split: Split = "train") -> Completions:
         """The completions of one kind; its `query` filters and sorts them."""
         return self._completions[split]
+
+    def tokens(self, completion_id: str) -> CompletionTokens | None:
+        """The tokens of a training completion; None if they were not recorded.
+
+        Raises:
+            ValueError: `completion_id` is not an id.
+        """
+        return read_tokens(self.run, self.config, *read_id(completion_id))
 
     def warnings(self) -> list[dict[str, Any]]:
         """The rows of warnings.jsonl, oldest first."""

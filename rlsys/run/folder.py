@@ -57,6 +57,8 @@ class RunDir:
         """One JSON object a span of time in which an actor was busy."""
         self.actors = path / "actors.json"
         """The actors of the run, as they were seconds ago."""
+        self.tokens = path / "tokens"
+        """A Parquet file a step, of tracking.completion_tokens."""
         self.checkpoints = path / "checkpoints"
         """What training continues from."""
         self.hf = path / "hf"
@@ -98,7 +100,7 @@ class RunDir:
         """Everything that a run writes, folders too."""
         completions = (self.completions, self.filtered_completions, self.eval_completions)
         records = (self.metrics, *(part for path in completions for part in parts(path)))
-        health = (self.warnings, *parts(self.timeline), self.actors, self.cache)
+        health = (self.tokens, self.warnings, *parts(self.timeline), self.actors, self.cache)
         models = (self.checkpoints, self.hf, self.final, self.interrupted, self.dumps)
         pictures = (self.reward_curve, self.loss_curve)
         trackers = (self.tensorboard, self.path / "wandb", self.swanlab)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rlsys.config import RunConfig
 from rlsys.registry import Registry
 from rlsys.timeline.spans import Span
-from rlsys.types import Device, RolloutGroup
+from rlsys.types import Device, RolloutGroup, TrainBatch
 
 Metrics = Mapping[str, float | str]
 """Metric name -> number; a few values are texts for people, such as `remaining_time`."""
@@ -85,6 +85,17 @@ class Tracker(ABC):
             group: prompt, completions and rewards.
             advantages: [G], or None if they are not known.
             split: the kind of the group.
+        """
+
+    def log_tokens(  # noqa: B027  optional
+        self, step: int, groups: Sequence[RolloutGroup], batch: TrainBatch
+    ) -> None:
+        """Record the tokens of a training step's completions, after its update.
+
+        Args:
+            step: the training step.
+            groups: P groups, which `log_completions` had before.
+            batch: built from them, with advantages.
         """
 
     def log_timeline(self, spans: Sequence[Span]) -> None:  # noqa: B027  optional

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import get_args
 
-from rlsys.config import RunConfig
+from rlsys.config import RunConfig, TrackingConfig
 from rlsys.files import JsonlWriter
 from rlsys.rotation import truncate_parts_after
 from rlsys.run.folder import ENDED, RUNNING, RunDir
@@ -36,7 +36,8 @@ from rlsys.tracking.jsonl import (
 from rlsys.tracking.packages import missing_packages
 from rlsys.tracking.plot import CurveTracker
 from rlsys.tracking.summary import SummaryTracker
-from rlsys.types import Device, RolloutGroup
+from rlsys.tracking.tokens import TokensTracker, drop_tokens_after
+from rlsys.types import Device, RolloutGroup, TrainBatch
 
 
 def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> CompositeTracker:
@@ -63,14 +64,14 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Comp
         rows = (run_dir.metrics, run_dir.warnings, run_dir.timeline)
         for path in (*rows, *map(run_dir.completions_of, get_args(Split))):
             truncate_parts_after(path, resumed_from)
+        drop_tokens_after(run_dir, resumed_from)
     parts: list[Tracker] = [
         GuardedTracker("metrics.jsonl", JsonlTracker(run_dir.metrics)),
         GuardedTracker("warnings.jsonl", WarningsTracker(run_dir.warnings)),
         GuardedTracker("timeline.jsonl", TimelineTracker(run_dir.timeline)),
     ]
     if (tracking := config.completions_tracking) is not None:
-        tracker = CompletionsTracker(run_dir, tracking)
-        parts.append(GuardedTracker("completions.jsonl", tracker))
+        parts += _completions_trackers(run_dir, tracking)
     _record_environment(run_dir, resumed_from)
     # They are closed in this order, the slow picture last: `ray job stop` kills after 3 seconds.
     parts.append(GuardedTracker("the console", console_tracker(config, resumed_from)))
@@ -85,6 +86,12 @@ def build_tracker(config: RunConfig, *, resumed_from: int | None = None) -> Comp
     parts.append(GuardedTracker("the picture of the run", CurveTracker(run_dir)))
     run_dir.write_status(RUNNING)
     return CompositeTracker(parts, run_dir, Progress(config.num_steps))
+
+
+def _completions_trackers(run_dir: RunDir, tracking: TrackingConfig) -> Iterator[Tracker]:
+    yield GuardedTracker("completions.jsonl", CompletionsTracker(run_dir, tracking))
+    if tracking.completion_tokens:
+        yield GuardedTracker("tokens", TokensTracker(run_dir))
 
 
 def _record_environment(run_dir: RunDir, resumed_from: int | None) -> None:
@@ -170,6 +177,12 @@ class CompositeTracker(Tracker):
         with self._lock:
             for part in self._parts:
                 part.begin(config, device)
+
+    def log_tokens(self, step: int, groups: Sequence[RolloutGroup], batch: TrainBatch) -> None:
+        """Pass the tokens on."""
+        with self._lock:
+            for part in self._parts:
+                part.log_tokens(step, groups, batch)
 
     def log_timeline(self, spans: Sequence[Span]) -> None:
         """Pass the spans on."""

@@ -13,7 +13,7 @@ from rlsys.config import RunConfig
 from rlsys.timeline.spans import Span
 from rlsys.tracking.base import HealthWarning, Metrics, Split, Tracker
 from rlsys.tracking.outages import Outages
-from rlsys.types import Device, RolloutGroup
+from rlsys.types import Device, RolloutGroup, TrainBatch
 
 
 class GuardedTracker(Tracker):
@@ -35,6 +35,10 @@ class GuardedTracker(Tracker):
     def log_timeline(self, spans: Sequence[Span]) -> None:
         """Pass them on."""
         self._call("log_timeline", spans)
+
+    def log_tokens(self, step: int, groups: Sequence[RolloutGroup], batch: TrainBatch) -> None:
+        """Pass them on."""
+        self._call("log_tokens", step, groups, batch)
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Pass it on."""

@@ -80,5 +80,9 @@ class TrackingConfig(TrackersConfig):
     """Mebibytes after which completions.jsonl is renamed to completions.000001.jsonl, then 000002
     and so on, and begins again; files of held-out and filtered completions likewise. null:
     never."""
+    completion_tokens: bool = False
+    """Keep the tokens of training completions in OUTPUT_DIR/tokens, a Parquet file a step: ids,
+    log-probs as sampled and, where the run computes them, the policy's own, and advantages. The
+    dashboard colours them. About 8 bytes a token."""
     health: HealthConfig | None = HealthConfig()
     """When the run warns; null: never."""
