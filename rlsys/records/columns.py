@@ -37,7 +37,7 @@ DERIVED = {
 }
 """Further names that queries may use -> expression. An id names one completion of a split for good,
 also after files were rotated."""
-PLACE = ("part", "row")
+PLACE = ("__part", "__row")
 """Columns that together are the order in which completions were recorded."""
 _TYPES = {
     frozenset({"DOUBLE", "BIGINT", "UBIGINT"}): "DOUBLE",

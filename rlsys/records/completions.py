@@ -187,13 +187,13 @@ def _selects(
     files = {number: str(piece) for number, piece in enumerate(pieces) if isinstance(piece, Path)}
     if files:
         yield (
-            f"SELECT *, {list(files)}[file_index::BIGINT + 1] AS part "
+            f"SELECT *, {list(files)}[file_index::BIGINT + 1] AS __part "
             f"FROM read_parquet({_list(files.values())}, union_by_name = true)"
         )
     for number, piece in enumerate(pieces):
         if number not in files:
             connection.register(f"piece_{number}", piece)
-            yield f"SELECT *, {number} AS part FROM piece_{number}"
+            yield f"SELECT *, {number} AS __part FROM piece_{number}"
 
 
 def _list(texts: Iterable[str]) -> str:
@@ -218,7 +218,7 @@ def read_id(completion_id: str) -> tuple[int, int, int]:
 def _select_nothing(stored: list[str]) -> str:
     """No row, with the columns that all rows together have."""
     columns = [f"NULL::{STORED.get(name, 'JSON')} AS {quoted(name)}" for name in stored]
-    return f"SELECT {', '.join(columns)}, 0 AS row, 0 AS part WHERE false"
+    return f"SELECT {', '.join(columns)}, 0 AS __row, 0 AS __part WHERE false"
 
 
 def _filtered(completions: duckdb.DuckDBPyRelation, query: Query) -> duckdb.DuckDBPyRelation:
@@ -237,8 +237,8 @@ def _filtered(completions: duckdb.DuckDBPyRelation, query: Query) -> duckdb.Duck
         completions = completions.filter(duckdb.SQLExpression(query.where))
     if query.groups is not None:
         newest = (
-            completions.aggregate("step, group_id, max(part) AS part, max(row) AS row")
-            .order("part DESC, row DESC")
+            completions.aggregate("step, group_id, max(__part) AS __part, max(__row) AS __row")
+            .order("__part DESC, __row DESC")
             .limit(query.groups)
             .project("step, group_id")
             .set_alias("newest")
@@ -287,9 +287,9 @@ def _page(
     places = ordered.project(", ".join(PLACE)).to_arrow_table()
     rows_of: dict[int, list[int]] = defaultdict(list)
     for place in places.slice(query.offset, query.limit).to_pylist():
-        rows_of[place["part"]].append(place["row"])
+        rows_of[place["__part"]].append(place["__row"])
     conditions = [
-        f"(part = {part} AND row IN ({', '.join(map(str, rows))}))"
+        f"(__part = {part} AND __row IN ({', '.join(map(str, rows))}))"
         for part, rows in rows_of.items()
     ]
     return places.num_rows, completions.filter(" OR ".join(conditions) or "false")

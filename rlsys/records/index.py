@@ -15,7 +15,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,14 +24,14 @@ from typing import IO, TYPE_CHECKING, Any
 import duckdb
 
 from rlsys.files import decode_row, encode_row, replacing
-from rlsys.records.columns import LACKING, STORED, quoted, stored_columns, text_literal
+from rlsys.records.columns import LACKING, PLACE, STORED, quoted, stored_columns, text_literal
 from rlsys.rotation import open_parts
 from rlsys.tracking.completions import row_problem
 
 if TYPE_CHECKING:
     import pyarrow
 
-FORMAT = 1
+FORMAT = 2
 """Version of the pieces; others are made again."""
 PIECE_BYTES = 64 << 20
 """Bytes of JSON in a piece."""
@@ -231,10 +231,10 @@ def _load(connection: duckdb.DuckDBPyConnection, copy: Path, path: Path) -> Cont
             _mend(copy, path)
             _make_table(connection, copy, further)
         named = connection.execute("SELECT DISTINCT unnest(extra_columns) FROM piece").fetchall()
-        missing = {name for (name,) in named} - further - STORED.keys()
-        if not missing:
+        wanted = _distinct([*further, *(name for (name,) in named if name is not None)])
+        if wanted == further:
             break
-        further |= missing
+        further = wanted
     rewards = connection.execute("SELECT DISTINCT unnest(map_keys(rewards)) FROM piece").fetchall()
     kinds = {
         name: connection.execute(f"SELECT DISTINCT json_type({quoted(name)}) FROM piece").fetchall()
@@ -254,7 +254,8 @@ def _make_table(connection: duckdb.DuckDBPyConnection, copy: Path, further: set[
         for name in (*STORED, *sorted(further))
     ]
     connection.execute(
-        f"CREATE OR REPLACE TABLE piece AS SELECT {', '.join(columns)}, row_number() OVER () AS row"
+        f"CREATE OR REPLACE TABLE piece AS SELECT {', '.join(columns)},"
+        " row_number() OVER () AS __row"
         f" FROM read_json({text_literal(str(copy))}, columns={stored_columns(sorted(further))},"
         f" format='newline_delimited', ignore_errors=true, maximum_object_size={PIECE_BYTES})"
     )
@@ -268,7 +269,14 @@ def _further_columns(copy: Path) -> set[str]:
             row = decode_row(file.readline())
             if row is not None:
                 names |= row.keys()
-    return names - STORED.keys()
+    return _distinct(names)
+
+
+def _distinct(names: Iterable[str]) -> set[str]:
+    """Names beside the known ones that SQL tells apart; of "a" and "A" it is the first."""
+    taken = {name.lower() for name in (*STORED, *PLACE)}
+    found = {name.lower(): name for name in sorted(names, reverse=True)}
+    return {name for lower, name in found.items() if lower not in taken}
 
 
 def _mend(copy: Path, path: Path) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rlsys.files import replacing
 from rlsys.run.folder import RunDir
@@ -22,6 +20,7 @@ from rlsys.types import RolloutGroup, TrainBatch
 
 if TYPE_CHECKING:
     import pyarrow
+    from torch import Tensor
 
 _FLOATS = ("rollout_logprobs", "logprobs", "advantages")
 
@@ -73,7 +72,8 @@ def tokens_table(groups: Sequence[RolloutGroup], batch: TrainBatch) -> pyarrow.T
         groups: the batch was built from them.
         batch: with advantages, and with old_logprobs where the policy computed its own.
     """
-    import pyarrow
+    import pyarrow  # commands that only read a config load neither
+    import torch
 
     prompts_N = torch.tensor([len(g.prompt.token_ids) for g in groups for _ in g.completions])
     place_S = torch.arange(batch.input_ids.shape[1])

@@ -85,6 +85,18 @@ def test_a_column_that_only_later_rows_have_is_found(run, monkeypatch):
     assert ids(Completions(run, "train"), where="score = 7") == ["60-0-0"]
 
 
+def test_columns_whose_names_sql_cannot_tell_apart(run):
+    extra = {"Text": 1, "score": 1.0, "SCORE": 2.0, "row": 3, "part": 4, "__part": 5}
+    log(run, 1, 0, [reward(0, 1, **extra), reward(1, 1)])
+    with run.completions.open("a") as file:  # damaged: a name that is not a text
+        row = json.loads(run.completions.read_text().splitlines()[0])
+        file.write(json.dumps(row | {"index": 1, "extra_columns": [None, "score"]}) + "\n")
+    completions = Completions(run, "train")
+    assert ids(completions, where="row = 3 and part = 4 and text = 'a'", descending=False) == [
+        *("1-0-0", "1-0-1")
+    ]
+
+
 def test_reward_functions_with_names_of_columns_or_of_files(run):
     by_name = {"text": 1.0, "Step": 2.0, "a.py:f g": 3.0, "quo\"te'": 4.0}
     log(run, 1, 0, [RewardOutput(10.0, by_name)])
