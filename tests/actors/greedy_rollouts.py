@@ -57,6 +57,7 @@ class ReloadingActor(RolloutActor):
         self._loop.close()
         gc.collect()
         self.__init__(config, "cpu", 0)
+        self._loop.built.result(PATIENCE_S)
 
 
 class UnpackedActor(ReloadingActor):

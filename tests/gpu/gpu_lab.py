@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import ray
 import torch
+from patience import PATIENCE_S
 from policy_cases import LabRank
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -234,6 +235,7 @@ class ReloadingGpuActor(OpenActor):
             torch.cuda.empty_cache()
             _allow_graphs()
         self.__init__(config, *self._place)
+        self._loop.built.result(PATIENCE_S)
 
 
 class CrossedActor(OpenActor):

@@ -62,7 +62,7 @@ EXCEPTIONS = {
         "ended.get()": ACTOR,
     },
     "commands/grpo_restarts.py": {"self._driver.wait()": "the driver is the run, however long"},
-    "engines/loop.py": {"built.result()": ACTOR, "self._commands.get()": SERVER},
+    "engines/loop.py": {"self._commands.get()": SERVER},
     "engines/megatron/export.py": {"work.wait()": "the deadline of its process group"},
     "engines/megatron/offload.py": {
         "self._copied.synchronize()": GPU,
