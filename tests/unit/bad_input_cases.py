@@ -136,7 +136,11 @@ def _words(cases: Cases) -> None:
         ("a word for a bool", "--overwrite perhaps", "should be a valid boolean"),
         ("an unknown loss", "--grpo.loss_type grpp", "Did you mean 'grpo'?"),
         ("an unknown schedule", "--policy.lr_scheduler_type zigzag", "'constant', 'linear' or"),
-        ("an unknown tracker", "--tracking.report_to nothing", "Known: tensorboard, wandb"),
+        (
+            "an unknown tracker",
+            "--tracking.report_to nothing",
+            "Known: mlflow, swanlab, tensorboard",
+        ),
         ("an unknown reward", "--reward.reward_funcs countdwn", "Did you mean 'countdown'?"),
         ("a clip below zero", "--grpo.epsilon 2", "puts the lower clip bound at -1"),
         ("groups of one", "--rollout.num_generations 1", "greater than or equal to 2"),

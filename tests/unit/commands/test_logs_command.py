@@ -1,6 +1,7 @@
 """`rlsys logs`: lines of all actors in order, chosen ones, and new ones as they come."""
 
 import threading
+import time
 
 import pytest
 
@@ -96,11 +97,15 @@ def test_follow_shows_new_lines_of_new_actors_until_the_run_ends(run, write, cap
             target=show_logs, args=(run.path,), kwargs={"follow": True, "lines": 1}
         )
         thread.start()
-        write("policy-0", "new")
+        texts, deadline = "", time.monotonic() + 60
+        while "newer" not in texts and time.monotonic() < deadline:
+            time.sleep(0.05)
+            texts += capsys.readouterr().out
+        write("policy-0", "of the same")
         write("rollout-0", "of another")
         run.write_status(ENDED)
     thread.join(60)
     assert not thread.is_alive()
-    texts = capsys.readouterr().out
+    texts += capsys.readouterr().out
     assert "old" not in texts.replace("newer", "")
-    assert [word in texts for word in ("new", "of another")] == [True, True]
+    assert [word in texts for word in ("newer", "of the same", "of another")] == [True] * 3
