@@ -44,28 +44,28 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engines(gpus, folders):
+def reloading(gpus, folders):
     """One engine, which starts again with other settings in `reload`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "RolloutActor", Fp8Actor)
         config = engine_config(folders["fp8"][0])
-        engines = RolloutActors(config, device=DEVICE, place=gpus.on(0))
-    engines.start()
-    yield engines
-    engines.close()
+        reloading = RolloutActors(config, device=DEVICE, place=gpus.on(0))
+    reloading.start()
+    yield reloading
+    reloading.close()
 
 
 def fp8_config(folder, quantization):
     return engine_config(folder, quantization=quantization, max_completion_length=128)
 
 
-def mismatch(engines, folder):
+def mismatch(reloading, folder):
     """How log-probs of sampled tokens differ from those of the model in bfloat16."""
-    engines.submit([SampleRequest(500 + i, p, 4, 1.0, i) for i, p in enumerate(PROMPTS)])
+    reloading.submit([SampleRequest(500 + i, p, 4, 1.0, i) for i, p in enumerate(PROMPTS)])
     groups = []
-    while engines.num_pending:
-        assert ray.wait(engines.pending_refs(), timeout=60)[0]
-        groups += engines.collect()
+    while reloading.num_pending:
+        assert ray.wait(reloading.pending_refs(), timeout=60)[0]
+        groups += reloading.collect()
     batch = build_train_batch(groups)
     exact = transformers_logprobs(folder, batch, dtype=torch.bfloat16)
     log_ratio = (exact - batch.rollout_logprobs)[batch.completion_mask]
@@ -78,25 +78,25 @@ def mismatch(engines, folder):
 
 
 @pytest.mark.parametrize("quantization", KINDS)
-def test_a_synced_engine_equals_a_fresh_one(engines, folders, quantization):
-    (actor,), folders = engines.actors.values(), folders[quantization]
-    reload(engines, fp8_config(folders[1], quantization))
-    fresh = greedy(engines)
-    reload(engines, fp8_config(folders[0], quantization))
+def test_a_synced_engine_equals_a_fresh_one(reloading, folders, quantization):
+    (actor,), folders = reloading.actors.values(), folders[quantization]
+    reload(reloading, fp8_config(folders[1], quantization))
+    fresh = greedy(reloading)
+    reload(reloading, fp8_config(folders[0], quantization))
     assert "torch.float8_e4m3fn" in ray.get(actor.weight_dtypes.remote(), timeout=60)
     policy = TensorPolicy(folders[0])
     section = engine_config(folders[0]).weight_sync.model_copy(update={"transport": "gloo"})
-    publisher = WeightPublisher(policy, engines, section)
+    publisher = WeightPublisher(policy, reloading, section)
     publisher.publish()
-    old = greedy(engines)
+    old = greedy(reloading)
     assert old[0] != fresh[0]
     wanted = [(folders[1], fresh), (folders[0], old)]
-    check_syncs(policy, publisher, engines, wanted, tolerance=1e-4)
+    check_syncs(policy, publisher, reloading, wanted, tolerance=1e-4)
     policy.close()
 
-    found = {quantization: mismatch(engines, folders[0])}
-    reload(engines, fp8_config(folders[0], None))
-    found["bfloat16"] = mismatch(engines, folders[0])
+    found = {quantization: mismatch(reloading, folders[0])}
+    reload(reloading, fp8_config(folders[0], None))
+    found["bfloat16"] = mismatch(reloading, folders[0])
     print(json.dumps(found))
     means = {name: values["logp_difference_mean"] for name, values in found.items()}
     assert means["bfloat16"] < means[quantization] < 0.5

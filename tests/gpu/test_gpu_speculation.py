@@ -30,26 +30,26 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engines(gpus, folders):
+def reloading(gpus, folders):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "RolloutActor", ReloadingGpuActor)
-        engines = RolloutActors(engine_config(folders[0]), device=DEVICE, place=gpus.on(0))
-    engines.start()
-    yield engines
-    engines.close()
+        reloading = RolloutActors(engine_config(folders[0]), device=DEVICE, place=gpus.on(0))
+    reloading.start()
+    yield reloading
+    reloading.close()
 
 
-def sample(engines):
-    engines.submit([SampleRequest(i, p, G, TEMPERATURE, 100 * i) for i, p in enumerate(PROMPTS)])
+def sample(reloading):
+    reloading.submit([SampleRequest(i, p, G, TEMPERATURE, 100 * i) for i, p in enumerate(PROMPTS)])
     groups = []
-    while engines.num_pending:
-        assert ray.wait(engines.pending_refs(), timeout=120)[0]
-        groups += engines.collect()
+    while reloading.num_pending:
+        assert ray.wait(reloading.pending_refs(), timeout=120)[0]
+        groups += reloading.collect()
     return groups
 
 
 @pytest.mark.parametrize("method", ["ngram", "draft_model"])
-def test_drafts_change_neither_distribution_nor_log_probs(engines, folders, method):
+def test_drafts_change_neither_distribution_nor_log_probs(reloading, folders, method):
     model, draft = folders
     speculation = {
         "ngram": {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
@@ -57,12 +57,12 @@ def test_drafts_change_neither_distribution_nor_log_probs(engines, folders, meth
     }[method] | {"num_speculative_tokens": DRAFTED}
     found = {}
     for name, chosen in (("plain", None), (method, speculation)):
-        reload(engines, engine_config(model, max_completion_length=96, speculative_config=chosen))
-        groups = sample(engines)
+        reload(reloading, engine_config(model, max_completion_length=96, speculative_config=chosen))
+        groups = sample(reloading)
         differences, deviation = compare(
             groups, model, temperature=TEMPERATURE, dtype=torch.bfloat16, on=DEVICE
         )
-        counts = engines.draft_counts()
+        counts = reloading.draft_counts()
         found[name] = {
             "tokens": len(differences),
             "logp_difference_mean": differences.mean().item(),
