@@ -13,10 +13,9 @@ from typing import TypeVar
 from rlsys.config import RunConfig
 from rlsys.config.schema.tracking import TrackersConfig
 from rlsys.packages import installed_version
-from rlsys.tracking.base import Metrics, Split, Tracker, numbers_of, register_tracker, run_name
+from rlsys.tracking.base import Metrics, numbers_of, register_tracker, run_name
 from rlsys.tracking.environment import config_values, environment, flat
-from rlsys.tracking.tables import COLUMNS, StepTables
-from rlsys.types import RolloutGroup
+from rlsys.tracking.tables import COLUMNS, TableTracker
 
 T = TypeVar("T")
 
@@ -41,16 +40,16 @@ def storage_problem(tracking: TrackersConfig) -> str | None:
 
 
 @register_tracker("mlflow")
-class MlflowTracker(Tracker):
+class MlflowTracker(TableTracker):
     """One run of the experiment `tracking.project`; a run that is resumed is a new one."""
 
     def __init__(self, config: RunConfig, resumed_from: int | None):
+        super().__init__()
         # MLflow would retry for minutes before it says anything; the queue retries, too.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         tracking = importlib.import_module("mlflow.tracking")
         self._entities = importlib.import_module("mlflow.entities")
         self._client = tracking.MlflowClient(tracking_uri=config.tracking.mlflow_tracking_uri)
-        self._tables = StepTables()
         run_id = _runs.get(config.output_dir)
         if run_id is None:
             run_id = _runs[config.output_dir] = self._start(config)
@@ -69,16 +68,6 @@ class MlflowTracker(Tracker):
             table = json.dumps({"columns": COLUMNS, "data": rows})  # as MLflow shows tables
             self._client.log_text(self._run_id, table, f"completions/step-{step:06}.json")
         self._tables.forget(step)
-
-    def log_completions(
-        self,
-        step: int,
-        group: RolloutGroup,
-        advantages: list[float] | None,
-        split: Split = "train",
-    ) -> None:
-        """Keep training completions until their step is logged."""
-        self._tables.add(step, group, advantages, split)
 
     def close(self) -> None:
         """Mark the run as finished."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
+from rlsys.tracking.base import Split, Tracker
 from rlsys.tracking.completions import completion_rows
 from rlsys.types import RolloutGroup
 
@@ -32,3 +33,20 @@ class StepTables:
     def forget(self, step: int) -> None:
         """Drop the rows of a step that was logged."""
         self._rows.pop(step, None)
+
+
+class TableTracker(Tracker):
+    """A tracker that logs the training completions of a step as a table, with its metrics."""
+
+    def __init__(self) -> None:
+        self._tables = StepTables()
+
+    def log_completions(
+        self,
+        step: int,
+        group: RolloutGroup,
+        advantages: list[float] | None,
+        split: Split = "train",
+    ) -> None:
+        """Keep training completions until their step is logged."""
+        self._tables.add(step, group, advantages, split)

@@ -6,23 +6,23 @@ import importlib
 from typing import Any
 
 from rlsys.config import RunConfig
-from rlsys.tracking.base import Metrics, Split, Tracker, numbers_of, register_tracker, run_name
+from rlsys.tracking.base import Metrics, numbers_of, register_tracker, run_name
 from rlsys.tracking.environment import config_values, environment
-from rlsys.tracking.tables import COLUMNS, StepTables
-from rlsys.types import RolloutGroup
+from rlsys.tracking.tables import COLUMNS, TableTracker
 
 _made: set[str] = set()
 """output_dirs of this process: what is made again goes on with its run."""
 
 
 @register_tracker("trackio")
-class TrackioTracker(Tracker):
+class TrackioTracker(TableTracker):
     """Logs to `trackio show`'s folder (TRACKIO_DIR), or to `tracking.trackio_space_id`.
 
     A run that is resumed is a new run with the same name.
     """
 
     def __init__(self, config: RunConfig, resumed_from: int | None):
+        super().__init__()
         self._trackio = importlib.import_module("trackio")
         self._run = self._trackio.init(
             project=config.tracking.project,
@@ -33,7 +33,6 @@ class TrackioTracker(Tracker):
             embed=False,
         )
         _made.add(config.output_dir)
-        self._tables = StepTables()
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Log the numbers, and the completions of the step with them."""
@@ -42,16 +41,6 @@ class TrackioTracker(Tracker):
             logged["completions"] = self._trackio.Table(columns=COLUMNS, data=rows)
         self._tables.forget(step)
         self._run.log(logged, step=step)
-
-    def log_completions(
-        self,
-        step: int,
-        group: RolloutGroup,
-        advantages: list[float] | None,
-        split: Split = "train",
-    ) -> None:
-        """Keep training completions until their step is logged."""
-        self._tables.add(step, group, advantages, split)
 
     def log_warning(self, step: int, text: str) -> None:
         """Show it among the alerts of the run."""

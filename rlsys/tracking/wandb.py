@@ -12,10 +12,9 @@ from typing import Any
 from rlsys.config import RunConfig
 from rlsys.config.schema.tracking import TrackersConfig
 from rlsys.redact import names_of_secrets
-from rlsys.tracking.base import Metrics, Split, Tracker, numbers_of, register_tracker, run_name
+from rlsys.tracking.base import Metrics, numbers_of, register_tracker, run_name
 from rlsys.tracking.environment import config_values, environment
-from rlsys.tracking.tables import COLUMNS, StepTables
-from rlsys.types import RolloutGroup
+from rlsys.tracking.tables import COLUMNS, TableTracker
 
 
 def key_problem(tracking: TrackersConfig) -> str | None:
@@ -37,7 +36,7 @@ def key_problem(tracking: TrackersConfig) -> str | None:
 
 
 @register_tracker("wandb")
-class WandbTracker(Tracker):
+class WandbTracker(TableTracker):
     """Logs numbers, and adds the completions of each training step to a table.
 
     A run that is resumed is a new run in wandb with the same name, since wandb refuses to log a
@@ -45,6 +44,7 @@ class WandbTracker(Tracker):
     """
 
     def __init__(self, config: RunConfig, resumed_from: int | None):
+        super().__init__()
         self._wandb = importlib.import_module("wandb")
         tracking = config.tracking
         has_secrets = any(names_of_secrets(config.model_dump()))
@@ -61,7 +61,6 @@ class WandbTracker(Tracker):
             settings=self._wandb.Settings(x_disable_meta=has_secrets),
         )
         self._table: Any = None
-        self._tables = StepTables()
 
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Log the numbers, and the completions of the step with them."""
@@ -74,16 +73,6 @@ class WandbTracker(Tracker):
             logged["completions"] = self._table
         self._tables.forget(step)
         self._run.log(logged, step=step)
-
-    def log_completions(
-        self,
-        step: int,
-        group: RolloutGroup,
-        advantages: list[float] | None,
-        split: Split = "train",
-    ) -> None:
-        """Keep training completions until their step is logged."""
-        self._tables.add(step, group, advantages, split)
 
     def log_warning(self, step: int, text: str) -> None:
         """Raise an alert, which wandb sends to whoever asked for them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -76,6 +77,11 @@ class History:
                 if len(found) == count + skip:
                     break
         return found[skip:][::-1]
+
+    def median(self, name: str, count: int = SMOOTHED) -> float | None:
+        """The median of `latest`; None if fewer than `count` steps have the metric."""
+        values = self.latest(name, count)
+        return statistics.median(values) if len(values) == count else None
 
     @property
     def newest(self) -> Row:

@@ -131,8 +131,8 @@ class AllAlikeGroups(Rule):
 
     def readings(self, history: History) -> Iterator[Reading]:
         """One."""
-        if len(now := history.latest("frac_reward_zero_std")) == SMOOTHED:
-            value = statistics.median(now)
+        value = history.median("frac_reward_zero_std")
+        if value is not None:
             says = (
                 f"in {value:.0%} of the groups all completions have the same reward "
                 f"(frac_reward_zero_std, the median of the last {SMOOTHED} steps)."
@@ -187,8 +187,8 @@ class ClippedCompletions(Rule):
     def readings(self, history: History) -> Iterator[Reading]:
         """One."""
         metric = "completions/clipped_ratio"
-        if len(now := history.latest(metric)) == SMOOTHED:
-            value = statistics.median(now)
+        value = history.median(metric)
+        if value is not None:
             says = (
                 f"{value:.0%} of the completions are cut at rollout.max_completion_length = "
                 f"{self.max_completion_length} ({metric}, the median of the last {SMOOTHED} steps)."

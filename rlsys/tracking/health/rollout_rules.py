@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,11 +26,10 @@ class StaleCompletions(Rule):
 
     def readings(self, history: History) -> Iterator[Reading]:
         """One."""
-        stale = history.latest("staleness/mean", WINDOW)
-        idle = history.latest("idle/rollout_frac", WINDOW)
-        if not len(stale) == len(idle) == WINDOW:
+        value = history.median("staleness/mean", WINDOW)
+        waiting = history.median("idle/rollout_frac", WINDOW)
+        if value is None or waiting is None:
             return
-        value, waiting = statistics.median(stale), statistics.median(idle)
         says = (
             f"completions are {value:.2g} weight versions old, rollout.max_staleness is "
             f"{self.max_staleness}, and engines wait for {waiting:.0%} of the time."
@@ -54,9 +52,8 @@ class IdleEngines(Rule):
 
     def readings(self, history: History) -> Iterator[Reading]:
         """One."""
-        idle = history.latest("idle/rollout_frac", WINDOW)
-        if len(idle) == WINDOW:
-            value = statistics.median(idle)
+        value = history.median("idle/rollout_frac", WINDOW)
+        if value is not None:
             says = (
                 f"the rollout engines had nothing to do for {value:.0%} of the time "
                 f"(idle/rollout_frac, the median of the last {WINDOW} steps)."

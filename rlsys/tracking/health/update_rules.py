@@ -157,10 +157,10 @@ class EntropyCollapse(Rule):
     def readings(self, history: History) -> Iterator[Reading]:
         """One, from the tenth step on."""
         first = [value for row in history.first[:SMOOTHED] if (value := row.number("entropy"))]
-        now = history.latest("entropy")
-        if len(history.steps) < 2 * SMOOTHED or len(first) < SMOOTHED or len(now) < SMOOTHED:
+        value = history.median("entropy")
+        if len(history.steps) < 2 * SMOOTHED or len(first) < SMOOTHED or value is None:
             return
-        start, value = statistics.median(first), statistics.median(now)
+        start = statistics.median(first)
         says = (
             f"entropy is {value:.3g} nats, {value / start:.1%} of the {start:.3g} in the first "
             "steps: exploration is nearly over."
@@ -182,8 +182,8 @@ class KlRunaway(Rule):
 
     def readings(self, history: History) -> Iterator[Reading]:
         """One."""
-        if len(now := history.latest("kl")) == SMOOTHED:
-            value = statistics.median(now)
+        value = history.median("kl")
+        if value is not None:
             says = (
                 f"kl to the reference is {value:.3g} nats per token, the median of the last "
                 f"{SMOOTHED} steps."
@@ -206,8 +206,8 @@ class ClippedRatios(Rule):
     def readings(self, history: History) -> Iterator[Reading]:
         """One for each kind of clipping."""
         for metric in ("clip_ratio/region_mean", "cispo_clip_ratio"):
-            if len(now := history.latest(metric)) == SMOOTHED:
-                value = statistics.median(now)
+            value = history.median(metric)
+            if value is not None:
                 says = (
                     f"{value:.0%} of the tokens were clipped ({metric}, the median of the last "
                     f"{SMOOTHED} steps)."
