@@ -13,7 +13,7 @@ on take turns with blocks in which it is all off, so that both meet the same mac
 - guards: the processes that clean up after actors; they are stopped meanwhile,
 - checkpoints: one every `--save_steps` steps, written in the background, with sums and a manifest.
 
-CPU seconds are those of all processes of the run. They depend less on what else the machine does
+CPU seconds count all processes of the run. They depend less on what else the machine does
 than seconds on the clock, and the demo's processes wait for each other: a step's CPU seconds are
 nearly its seconds on an idle core. The intervals are bootstrapped over pairs of blocks.
 """

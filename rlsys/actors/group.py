@@ -160,7 +160,7 @@ class ActorGroup:
 def name_in_ray(role: str, rank: int) -> str:
     """A name that `ray list actors` shows: policy-0, then policy-0-1 for the one that replaces it.
 
-    Ray keeps the names of a job apart from those of others; within the job no name comes twice.
+    Names are unique within a job, and Ray keeps jobs apart.
     """
     name = f"{role}-{rank}"
     number = _given_names[name]

@@ -33,8 +33,8 @@ FIRST_PAUSES_S = (0.2, 0.5, 1.0)
 UNKNOWN = [field.name for field in fields(Vitals) if field.name != "fault"]
 """What is not known of an actor before its first answer."""
 STARTING_FACTOR = 10
-"""An actor that starts may be silent for so many times the limit. Its process begins, which takes
-long on a busy machine, and it imports libraries, which may hold Python's lock."""
+"""The limit is longer by this factor while an actor starts: its process begins, which takes long
+on a busy machine, and it imports libraries, which may hold Python's lock."""
 
 
 class Alive:
@@ -81,7 +81,7 @@ class _Member:
     restarts: int = 0
     """Actors before it under this name."""
     vitals: Vitals | None = None
-    """Of its last answer, at `answered`, in unix seconds."""
+    """What its last answer said, which came at `answered`, in unix seconds."""
     answered: float | None = None
     ping: ray.ObjectRef | None = None
     silent_s: float = 0.0

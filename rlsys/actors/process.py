@@ -69,7 +69,7 @@ class StoppedProcesses:
         self._before: set[psutil.Process] = set()
 
     def among(self, processes: Iterable[psutil.Process]) -> set[psutil.Process]:
-        """Those that are stopped now, and were at the last call."""
+        """The processes that are stopped now and were stopped at the last call."""
         stopped = {one for one in processes if _is_stopped(one)}
         twice, self._before = stopped & self._before, stopped
         return twice

@@ -26,7 +26,7 @@ PINGS = 5
 class Profiler:
     """Traces the steps of `profile.steps`, and writes the file when they are over.
 
-    What goes wrong is a note: a profile is no reason to end a run.
+    A failure is a note: a profile never ends a run.
 
     Args:
         config: of the run.
