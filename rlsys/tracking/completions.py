@@ -14,6 +14,15 @@ ABOUT_COMPLETION = {
 }
 """What a row says about its completion: not `prompt` and `text`, and no column of a data set."""
 
+STEPS_BETWEEN_TEXTS = 10
+"""Trackers that show texts keep few of them, or write a file for each; completions.jsonl has
+all."""
+
+
+def is_shown_as_text(step: int, group: RolloutGroup) -> bool:
+    """Whether a tracker that shows texts takes this group: the first one of every tenth step."""
+    return group.group_id == 0 and step % STEPS_BETWEEN_TEXTS == 0
+
 
 def completion_rows(
     step: int, group: RolloutGroup, advantages: list[float] | None

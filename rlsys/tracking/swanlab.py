@@ -12,12 +12,9 @@ from rlsys.config import RunConfig
 from rlsys.config.schema.tracking import TrackersConfig
 from rlsys.run.folder import RunDir
 from rlsys.tracking.base import Metrics, Split, Tracker, numbers_of, register_tracker, run_name
-from rlsys.tracking.completions import completion_rows
+from rlsys.tracking.completions import completion_rows, is_shown_as_text
 from rlsys.tracking.environment import config_values, environment
 from rlsys.types import RolloutGroup
-
-STEPS_BETWEEN_TEXTS = 10
-"""A text is a file in SwanLab; completions.jsonl has all of them."""
 
 
 def key_problem(tracking: TrackersConfig) -> str | None:
@@ -64,7 +61,7 @@ class SwanLabTracker(Tracker):
         split: Split = "train",
     ) -> None:
         """Log the first group of every tenth step as texts."""
-        if group.group_id == 0 and step % STEPS_BETWEEN_TEXTS == 0:
+        if is_shown_as_text(step, group):
             rows = completion_rows(step, group, advantages)
             texts = [
                 self._swanlab.Text(f"{row['prompt']}\n\n{row['text']}", f"reward {row['reward']}")

@@ -8,12 +8,9 @@ from pathlib import Path
 from rlsys.config import RunConfig
 from rlsys.run.folder import RunDir
 from rlsys.tracking.base import Metrics, Split, Tracker, register_tracker
-from rlsys.tracking.completions import completion_rows
+from rlsys.tracking.completions import completion_rows, is_shown_as_text
 from rlsys.tracking.environment import config_values, environment
 from rlsys.types import RolloutGroup
-
-STEPS_BETWEEN_TEXTS = 10
-"""TensorBoard keeps only a few texts; completions.jsonl has all of them."""
 
 
 @register_tracker("tensorboard")
@@ -49,7 +46,7 @@ class TensorBoardTracker(Tracker):
         split: Split = "train",
     ) -> None:
         """Add the first group of every tenth step as text."""
-        if group.group_id == 0 and step % STEPS_BETWEEN_TEXTS == 0:
+        if is_shown_as_text(step, group):
             rows = completion_rows(step, group, advantages)
             blocks = [rows[0]["prompt"]] + [
                 f"reward {row['reward']}\n{row['text']}" for row in rows

@@ -4,7 +4,8 @@ import pytest
 from tracking_cases import make_config, make_group
 
 from rlsys.run.folder import RunDir
-from rlsys.tracking.tensorboard import STEPS_BETWEEN_TEXTS, TensorBoardTracker
+from rlsys.tracking.completions import STEPS_BETWEEN_TEXTS
+from rlsys.tracking.tensorboard import TensorBoardTracker
 
 accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
