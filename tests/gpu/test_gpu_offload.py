@@ -165,6 +165,7 @@ def measure(rank):
         offload.offload_weights()
         times.append(time.monotonic())
         stays = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        largest = largest_allocations()
         moved = sum(
             size for copy in (offload._state, offload._weights) for _, size in copy._storages
         )
@@ -186,7 +187,15 @@ def measure(rank):
         "floor_gb_per_s": {"out": rates[0], "back": rates[1]},
         "allocated_mib": stays[0] / MIB,
         "reserved_mib": stays[1] / MIB,
+        "largest_mib": largest,
     }
+
+
+def largest_allocations():
+    """MiB of the ten largest tensors on the GPU, and workspaces of libraries."""
+    blocks = [block for segment in torch.cuda.memory_snapshot() for block in segment["blocks"]]
+    sizes = [block["size"] for block in blocks if block["state"] == "active_allocated"]
+    return [round(size / MIB, 1) for size in sorted(sizes)[:-11:-1]]
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="measures GPU memory")
@@ -215,4 +224,4 @@ def test_the_memory_of_a_policy_that_left_is_free(gpus, tmp_path):
 def _rounded(value):
     if isinstance(value, dict):
         return {name: _rounded(one) for name, one in value.items()}
-    return round(value, 4)
+    return round(value, 4) if isinstance(value, float) else value

@@ -169,10 +169,18 @@ def _state_of(one: Any, parameter: torch.Tensor) -> dict[str, Any]:
 
 
 def _make_own_state(optimizer: MegatronOptimizer) -> None:
-    """Have Transformer Engine's AdamW make what only it can: state in 8 and 16 bits."""
+    """Have Transformer Engine's AdamW make what only it can: state in 8 and 16 bits.
+
+    As its `step` does: megatron-core's own `init_state_fn` lacks an argument of it.
+    """
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if one.config.use_precision_aware_optimizer and one.init_state_fn is not None:
-            one.init_state_fn(one.optimizer, one.config)
+        adam = one.optimizer
+        if not one.config.use_precision_aware_optimizer or not hasattr(adam, "initialize_state"):
+            continue
+        for parameter in _parameters(adam):
+            if not adam.state[parameter]:
+                only_remainders = adam.store_param_remainders and parameter.dtype == torch.bfloat16
+                adam.initialize_state(parameter, only_remainders)
 
 
 def _stored(value: Any, memory: _Memory) -> Any:
