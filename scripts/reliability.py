@@ -63,6 +63,15 @@ def soak_rows(data: dict[str, Any]) -> list[str]:
         f"{recovered[len(recovered) // 2]:.1f} s in the middle. Against the run that was left "
         f"alone: {same}."
     )
+    lines = [*machine_line(data["machine"]), "", text, "", *growth(data["processes"]), ""]
+    if "processes_alone" in data:
+        lines += ["Of the run that was left alone:", "", *growth(data["processes_alone"]), ""]
+    return [*lines, *soak_faults(data["faults"])]
+
+
+def growth(processes: list[dict[str, Any]]) -> list[str]:
+    """How the process of each role that grew most did."""
+    head = ["process that grew most", "steps", "own memory, MiB", "file handles", "flat"]
     rows = [
         [
             row["role"],
@@ -71,11 +80,9 @@ def soak_rows(data: dict[str, Any]) -> list[str]:
             " -> ".join(map(str, row["handles"])),
             "yes" if row["is_flat"] else "no",
         ]
-        for row in data["processes"]
+        for row in processes
     ]
-    head = ["process that grew most", "steps", "own memory, MiB", "file handles", "flat"]
-    lines = [*machine_line(data["machine"]), "", text, "", *table(head, rows)]
-    return [*lines, "", *soak_faults(data["faults"])]
+    return table(head, rows)
 
 
 def soak_faults(faults: list[dict[str, Any]]) -> list[str]:

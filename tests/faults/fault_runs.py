@@ -143,7 +143,7 @@ TABLE = {
     ),
     "one of two reference ranks": Scenario(
         tuple(Fault("reference", "log-probs, 2 ranks", s, "compute_logprobs") for s in SIGNALS),
-        {"reference": {"world_size": 2, "tensor_parallel_size": 2}},
+        {"reference": {"world_size": 2, "tensor_parallel_size": 2, "placement": "own"}},
     ),
     "reward": Scenario(
         (
