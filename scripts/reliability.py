@@ -25,7 +25,6 @@ def markdown() -> str:
     measured = {
         "faults": fault_rows,
         "soak": soak_rows,
-        "soak_faults": lambda data: soak_faults(data["faults"]),
         "reliability_cost": cost_rows,
     }
     tables = {
