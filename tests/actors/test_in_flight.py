@@ -28,6 +28,8 @@ PROMPTS = [
 ]
 G, TEMPERATURE = 3, 0.7
 BEFORE_THE_CHANGE = 8
+LONG = 352
+"""Tokens, all that the model has positions for: a busy machine must not be too late for them."""
 
 
 class PeekingActor(RolloutActor):
@@ -157,7 +159,8 @@ def check_spans(groups, references, old, limit, *, recomputed):
 def test_adapters_change_while_several_engines_sample(
     ray_cluster, models, rollout_config, monkeypatch, tmp_path
 ):
-    folder, plain = models[0], rollout_config(models[0], num_engines=2)
+    folder = models[0]
+    plain = rollout_config(folder, num_engines=2, max_completion_length=LONG)
     config = with_lora(plain, {"rank": 4, "alpha": 6.0}, sync="adapter")
     adapters = []
     for seed in (1, 2, 3):

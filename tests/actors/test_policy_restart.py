@@ -41,7 +41,7 @@ class Mortal:
         if hasattr(engine, "optimizer"):
             places["update"] = engine.optimizer, "step"  # gradients are reduced, weights not moved
             places["begin_checkpoint"] = engine.scheduler, "state_dict"
-            places["rollback"] = engine.optimizer, "load_state_dict"
+            places["rollback"] = engine.scheduler, "step"  # comes last in putting a state back
         owner, name = places[where]
         original = getattr(owner, name)
 

@@ -29,6 +29,8 @@ KILL, STOP = signal.SIGKILL, signal.SIGSTOP
 HEARTBEAT_S = 3.0
 """After so long a stopped process counts as dead here; a run's own default is longer."""
 LOOK_S = 0.0005
+MAX_STEPS = 40
+"""Of a run: a busy machine misses moments of some steps, and the last fault still has to come."""
 LOADING_S = 1.5
 """An actor that is so old is loading its model, which takes 3 s or more."""
 EXIT_S = 30.0
@@ -188,7 +190,7 @@ def write_fault_run(folder: Path, model: Path, **sections: dict[str, Any] | Any)
     write_run_files(folder, model)
     (folder / "faltering.py").write_text(FALTERING_LOSS)
     config = run_config(model)
-    config |= {"max_steps": 24, "eval_steps": None}
+    config |= {"max_steps": MAX_STEPS, "eval_steps": None}
     config["checkpoint"] = {"save_steps": 8, "save_hf_steps": None}
     config["rollout"] |= {"heartbeat_s": HEARTBEAT_S}
     config["policy"] |= {"heartbeat_s": HEARTBEAT_S}

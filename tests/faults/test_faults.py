@@ -9,6 +9,7 @@ import sys
 import pytest
 from fault_runs import (
     KILL,
+    MAX_STEPS,
     NOTICED,
     TABLE,
     Fault,
@@ -53,13 +54,13 @@ def test_a_run_ends_as_if_nothing_had_happened(start, undisturbed, name):
     assert run.wait() == 0, run.log
     expected = undisturbed(scenario.sections)
     assert differences(run.results(), expected) == [], run.log
-    assert len(expected["metrics"]) == 24
+    assert len(expected["metrics"]) == MAX_STEPS
 
 
 @pytest.mark.slow
 def test_a_busy_machine_is_no_reason_to_kill_anything(start, undisturbed):
     """With the limits that a run has unless its config says otherwise."""
-    default = {"heartbeat_s": RolloutConfig().heartbeat_s}
+    default = {"heartbeat_s": RolloutConfig.model_fields["heartbeat_s"].default}
     run = start("busy", rollout=default, policy=default, reward=default)
     run.wait_for(run.finished_steps)
     busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(20)]
