@@ -223,6 +223,11 @@ def write_fault_sft_run(folder: Path, model: Path) -> None:
 class FaultRun(RunProcess):
     """A run to which faults happen."""
 
+    def __init__(self, *words: Any, **options: Any) -> None:
+        super().__init__(*words, **options)
+        self._victims: set[psutil.Process] = set()
+        """Those that got a signal: on a busy machine a stopped one is there for a while yet."""
+
     def finished_steps(self) -> int:
         """Steps whose metrics are written."""
         if not self.out.metrics.exists():
@@ -266,6 +271,7 @@ class FaultRun(RunProcess):
                     victim = self._process_of(fault.role)
                     victim.suspend()
                     watched.resume()
+                self._victims.add(victim)
                 outcome.step = self.finished_steps() + 1
                 self._sent_at, self._seen_log = time.monotonic(), len(self.log)
                 if fault.signal is not STOP:
@@ -278,12 +284,14 @@ class FaultRun(RunProcess):
         if role == "driver":  # of `max_restarts`: the child of the process that was started
             children = psutil.Process(self.popen.pid).children()
             return next(child for child in children if "rlsys.cli" in title(child))
-        return self.actors(ROLES[role])[0]
+        found = self.wait_for(lambda: set(self.actors(ROLES[role])) - self._victims)
+        return next(iter(found))
 
     def _coming_and_going(self, in_method: str) -> Iterator[psutil.Process]:
         actor = in_method.partition(".")[0]
         while self.popen.poll() is None:
-            watched = [process for process in self.processes() if title(process).startswith(actor)]
+            running = self.processes() - self._victims
+            watched = [process for process in running if title(process).startswith(actor)]
             looked = time.monotonic()
             while watched and time.monotonic() - looked < 1:  # then look for new actors
                 for process in watched:
