@@ -126,6 +126,11 @@ class SharedTurns(Turns):
             return
         with self._timed("policy"):
             self._end_rollouts()
+            # Also the reference asks for the turn, which cannot restart the policy's ranks.
+            self._policy.healed("onload", self._onload)
+
+    def _onload(self) -> None:
+        if self._turn != "policy":  # ranks that were started again are there already
             self._policy.call("onload")
             self._turn = "policy"
 
