@@ -64,10 +64,10 @@ class MlflowTracker(TableTracker):
         ]
         for part in _parts(numbers, MOST_METRICS):
             self._client.log_batch(self._run_id, metrics=part)
-        if rows := self._tables.of(step):
+        if rows := self.rows_of(step):
             table = json.dumps({"columns": COLUMNS, "data": rows})  # as MLflow shows tables
             self._client.log_text(self._run_id, table, f"completions/step-{step:06}.json")
-        self._tables.forget(step)
+        self.forget_rows(step)
 
     def close(self) -> None:
         """Mark the run as finished."""

@@ -12,34 +12,11 @@ from rlsys.types import RolloutGroup
 COLUMNS = ["step", "group_id", "index", "prompt", "text", "reward", "advantage", "num_tokens"]
 
 
-class StepTables:
-    """Keeps the training completions of steps until their step is logged."""
-
-    def __init__(self) -> None:
-        self._rows: dict[int, list[list[Any]]] = defaultdict(list)
-
-    def add(
-        self, step: int, group: RolloutGroup, advantages: list[float] | None, split: str
-    ) -> None:
-        """Take a group; only training completions are kept."""
-        if split == "train":
-            for row in completion_rows(step, group, advantages):
-                self._rows[step].append([row[column] for column in COLUMNS])
-
-    def of(self, step: int) -> list[list[Any]]:
-        """The rows of a step, in the order of COLUMNS."""
-        return self._rows.get(step, [])
-
-    def forget(self, step: int) -> None:
-        """Drop the rows of a step that was logged."""
-        self._rows.pop(step, None)
-
-
 class TableTracker(Tracker):
     """A tracker that logs the training completions of a step as a table, with its metrics."""
 
     def __init__(self) -> None:
-        self._tables = StepTables()
+        self._rows: dict[int, list[list[Any]]] = defaultdict(list)
 
     def log_completions(
         self,
@@ -49,4 +26,14 @@ class TableTracker(Tracker):
         split: Split = "train",
     ) -> None:
         """Keep training completions until their step is logged."""
-        self._tables.add(step, group, advantages, split)
+        if split == "train":
+            for row in completion_rows(step, group, advantages):
+                self._rows[step].append([row[column] for column in COLUMNS])
+
+    def rows_of(self, step: int) -> list[list[Any]]:
+        """The completions of a step, each in the order of COLUMNS."""
+        return self._rows.get(step, [])
+
+    def forget_rows(self, step: int) -> None:
+        """Drop the completions of a step that was logged."""
+        self._rows.pop(step, None)

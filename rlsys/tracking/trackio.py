@@ -37,9 +37,9 @@ class TrackioTracker(TableTracker):
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Log the numbers, and the completions of the step with them."""
         logged: dict[str, Any] = numbers_of(metrics)
-        if rows := self._tables.of(step):
+        if rows := self.rows_of(step):
             logged["completions"] = self._trackio.Table(columns=COLUMNS, data=rows)
-        self._tables.forget(step)
+        self.forget_rows(step)
         self._run.log(logged, step=step)
 
     def log_warning(self, step: int, text: str) -> None:

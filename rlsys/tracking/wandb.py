@@ -65,13 +65,13 @@ class WandbTracker(TableTracker):
     def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Log the numbers, and the completions of the step with them."""
         logged: dict[str, Any] = numbers_of(metrics)
-        if rows := self._tables.of(step):
+        if rows := self.rows_of(step):
             if self._table is None:
                 self._table = self._wandb.Table(columns=COLUMNS, log_mode="INCREMENTAL")
             for row in rows:
                 self._table.add_data(*row)
             logged["completions"] = self._table
-        self._tables.forget(step)
+        self.forget_rows(step)
         self._run.log(logged, step=step)
 
     def log_warning(self, step: int, text: str) -> None:
