@@ -123,6 +123,11 @@ def hold(folder: Path, after: int | None) -> None:
         (folder / "hold_after").write_text(str(after))
 
 
+def own_environment() -> dict[str, str]:
+    """This process's, for a run that starts a cluster of its own."""
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+
+
 class RunProcess:
     """`rlsys grpo`, or another command, in a session of its own, as a terminal starts it.
 
@@ -145,7 +150,7 @@ class RunProcess:
         self._log = folder / "log.txt"
         command = [*prefix, sys.executable, "-m", "rlsys.cli", subcommand, *words]
         if environment is None:
-            environment = {name: os.environ[name] for name in os.environ if name != "RAY_ADDRESS"}
+            environment = own_environment()
         with self._log.open("ab") as log:
             self.popen = subprocess.Popen(
                 command,

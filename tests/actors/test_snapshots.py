@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import ray
 from patience import PATIENCE_S
+from run_cases import own_environment
 
 from rlsys.actors.keepers import Keepers
 from rlsys.actors.snapshots import Report, Snapshots
@@ -105,10 +106,9 @@ def test_on_one_node_nothing_is_copied_to_another(ray_cluster):
 
 def test_what_is_kept_on_another_node_survives_its_own():
     script = Path(__file__).with_name("keep_on_two_nodes.py")
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     ended = subprocess.run(
         [sys.executable, script],
-        env=environment,
+        env=own_environment(),
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

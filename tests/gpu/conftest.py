@@ -28,7 +28,12 @@ from gpu_cases import DEVICE, KINDS, engine_config, save_gpu_model  # noqa: E402
 from gpu_lab import CrossedActor, GpuRank, Gpus, OpenActor  # noqa: E402
 from greedy_rollouts import greedy  # noqa: E402
 from policy_cases import PolicyLab  # noqa: E402
-from run_cases import run_config, write_run_files, write_starter  # noqa: E402
+from run_cases import (  # noqa: E402
+    own_environment,
+    run_config,
+    write_run_files,
+    write_starter,
+)
 
 from rlsys.actors import rollout  # noqa: E402
 from rlsys.actors.ray_session import ray_session  # noqa: E402
@@ -234,12 +239,11 @@ def short_run(tmp_path_factory):
     roles = ["policy", "reference", "rollout"]
     config["profile"] = {"steps": "3", "torch": roles, "memory": DEVICE == "cuda"}
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with (folder / "log.txt").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "rlsys.cli", "grpo", "run.yaml"],
             cwd=folder,
-            env=environment | {"PYTHONPATH": PYTHONPATH},
+            env=own_environment() | {"PYTHONPATH": PYTHONPATH},
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +10,7 @@ import pytest
 import yaml
 from conftest import PYTHONPATH
 from gpu_cases import DEVICE
-from run_cases import run_config, write_run_files, write_starter
+from run_cases import own_environment, run_config, write_run_files, write_starter
 
 pytestmark = pytest.mark.gpu(1)
 
@@ -34,8 +33,7 @@ def run(folder, **sections):
     done = subprocess.run(
         [sys.executable, "-m", "rlsys.cli", "grpo", "changed.yaml"],
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-        | {"PYTHONPATH": PYTHONPATH},
+        env=own_environment() | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=580,

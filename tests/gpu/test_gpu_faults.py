@@ -2,13 +2,13 @@
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import PYTHONPATH
 from gpu_cases import DEVICE
-from run_cases import write_starter
+from run_cases import own_environment, write_starter
 
 from rlsys.files import read_jsonl
 
@@ -44,10 +44,7 @@ def test_a_run_heals_itself_on_gpus(tmp_path):
         policy=alive | {"lr": 1e-4},
         reward=alive,
     )
-    python = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "actors")]
-    path = os.pathsep.join([*python, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    environment = {name: os.environ[name] for name in os.environ if name != "RAY_ADDRESS"}
-    run = FaultRun(folder, "run.yaml", environment=environment | {"PYTHONPATH": path})
+    run = FaultRun(folder, "run.yaml", environment=own_environment() | {"PYTHONPATH": PYTHONPATH})
     try:
         for fault in FAULTS:
             outcome = run.meet(fault)
