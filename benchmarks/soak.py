@@ -43,16 +43,16 @@ from fault_runs import (  # noqa: E402
 from run_cases import title  # noqa: E402
 from starter_model import write_starter_model  # noqa: E402
 
-MOST_MIB = 96
-"""Growth of a process's own memory (USS) that counts as flat: the heap of a policy on CPU settles
-70 MiB above its first steps, see docs/reliability.md."""
+MOST_MIB = 64
+"""Growth of a process's own memory (USS) that counts as flat: what glibc's malloc keeps of freed
+tensors, see docs/reliability.md."""
 MOST_HANDLES = 24
 """Growth of a process's file handles that counts as flat."""
 MOST_HANDLES_OF = {"_private/log_monitor.py": 200}
 """Ray's log monitor has as many logs of dead processes open before it closes any."""
 WARM_UP_STEPS = 20
 WINDOW_STEPS = 60
-"""The least of the first and of the last so many steps are compared: malloc keeps memory of freed
+"""Steps at either end of a process's life, whose minima are compared: malloc keeps memory of freed
 tensors, and a policy gives it back every 50 updates, see docs/reliability.md."""
 LOOK_S = 2.0
 ENDLESS = 10**6
@@ -110,15 +110,15 @@ class Growth:
             warm = [look for look in seen if look.age >= WARM_UP_STEPS]
             if len(warm) < 2:
                 continue
-            row = growth(role, warm)
+            row = grown(role, warm)
             if role not in worst or badness(row) > badness(worst[role]):
                 worst[role] = row
         order = ["driver", *ROLES]
         return [worst[role] for role in sorted(worst, key=lambda role: (role not in order, role))]
 
 
-def growth(role: str, looks: list[Look]) -> dict[str, Any]:
-    """How the least memory and handles of the last steps exceed those of the first."""
+def grown(role: str, looks: list[Look]) -> dict[str, Any]:
+    """A row of `Growth.rows`: the least memory and handles of the first and of the last steps."""
     oldest = looks[-1].age
     window = min(WINDOW_STEPS, (oldest - WARM_UP_STEPS) // 2)
     first = [look for look in looks if look.age <= looks[0].age + window]

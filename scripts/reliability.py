@@ -63,8 +63,7 @@ def soak_rows(data: dict[str, Any]) -> list[str]:
         f"alone: {same}."
     )
     lines = [*machine_line(data["machine"]), "", text, "", *growth(data["processes"]), ""]
-    if "processes_alone" in data:
-        lines += ["Of the run that was left alone:", "", *growth(data["processes_alone"]), ""]
+    lines += ["The run that was left alone:", "", *growth(data["processes_alone"]), ""]
     return [*lines, *soak_faults(data["faults"])]
 
 

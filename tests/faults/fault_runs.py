@@ -30,7 +30,7 @@ HEARTBEAT_S = 3.0
 """After so long a stopped process counts as dead here; a run's own default is longer."""
 LOOK_S = 0.0005
 MAX_STEPS = 40
-"""Of a run: a busy machine misses moments of some steps, and the last fault still has to come."""
+"""Steps of a run: enough for its last fault on a busy machine, which misses some moments."""
 LOADING_S = 1.5
 """An actor that is so old is loading its model, which takes 3 s or more."""
 EXIT_S = 30.0
@@ -226,7 +226,7 @@ class FaultRun(RunProcess):
     def __init__(self, *words: Any, **options: Any) -> None:
         super().__init__(*words, **options)
         self._victims: set[psutil.Process] = set()
-        """Those that got a signal: on a busy machine a stopped one is there for a while yet."""
+        """Processes that got a signal; on a busy machine a stopped one lives on for a while."""
 
     def finished_steps(self) -> int:
         """Steps whose metrics are written."""

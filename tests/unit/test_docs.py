@@ -122,11 +122,13 @@ def test_what_a_fault_cost_is_in_the_tables():
     assert line.endswith("| it died |")
     grew = {"role": "policy", "steps": 90, "mib": [400, 470], "handles": [9, 9], "is_flat": False}
     soak = {"minutes": 5, "steps": 100, "differences": [], "processes": [grew]}
+    soak["processes_alone"] = [grew | {"steps": 99}]
     soak |= {"machine": machine, "faults": [row | {"recovered_s": s} for s in (1.0, 2.0, 9.0)]}
     lines = script["soak_rows"](soak)
     assert "3 faults" in lines[2]
     assert "nothing differs" in lines[2]
     assert lines[6] == "| policy | 90 | 400 -> 470 | 9 -> 9 | no |"
+    assert "| policy | 99 | 400 -> 470 | 9 -> 9 | no |" in lines
     assert lines[-1] == "| engine | sampling | stopped | 3 | 3.2 s | 2.0 s |"
     cost = {"all": 1.25, "interval_of_90_percent": [-0.5, 2.0]}
     data = {f"{name}_cost_percent": cost for name in ("seconds", "cpu_seconds")}

@@ -171,7 +171,7 @@ def _state_of(one: Any, parameter: torch.Tensor) -> dict[str, Any]:
 def _make_own_state(optimizer: MegatronOptimizer) -> None:
     """Have Transformer Engine's AdamW make what only it can: state in 8 and 16 bits.
 
-    As its `step` does: megatron-core's own `init_state_fn` lacks an argument of it.
+    It calls what `step` calls: megatron-core's `init_state_fn` passes one argument too few.
     """
     for one in getattr(optimizer, "chained_optimizers", [optimizer]):
         adam = one.optimizer
