@@ -18,6 +18,7 @@ import multiprocessing
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from machine import describe_machine
@@ -65,7 +66,7 @@ def main():
     parser.add_argument("--backend", choices=["ray", "local"], default="ray")
     arguments = parser.parse_args()
     machine = describe_machine()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, cluster(arguments.backend):
         plugin = Path(folder) / "plugin.py"
         plugin.write_text(PLUGIN)
         load_plugins([plugin])
@@ -79,12 +80,15 @@ def main():
     print(json.dumps({"machine": machine, "backend": arguments.backend, **results}, indent=2))
 
 
+def cluster(backend):
+    if backend != "ray":
+        return nullcontext()
+    from rlsys.actors.ray_session import ray_session
+
+    return ray_session(log_to_driver=False)
+
+
 def starter(backend, plugin):
-    if backend == "ray":
-        from rlsys.actors.ray_session import start_cluster
-
-        start_cluster(log_to_driver=False)
-
     def start(name):
         config = RewardConfig(
             reward_funcs=[name], external_plugins=[str(plugin)], num_workers=2, timeout_s=4.0

@@ -35,7 +35,7 @@ from machine import describe_machine
 from random_model import SHAPES, save_random_model
 from rollout_steps import PARTS, VARIANTS, VARIED, GivenLengths, length_of, profile
 
-from rlsys.actors.ray_session import start_cluster
+from rlsys.actors.ray_session import ray_session
 from rlsys.config import Config
 from rlsys.engines.vllm.settings import engine_arguments, rollout_env
 from rlsys.model.shape import read_model_shape
@@ -126,10 +126,7 @@ def actor(arguments):
     rollout.RolloutActor = Actor
     num_engines = 2 if arguments.one == "two_engines" else 1
     config = make_config(arguments, num_engines=num_engines)
-    start_cluster(log_to_driver=False)
     gpus = {"num_gpus": 0 if arguments.device == "cpu" else 1 / num_engines, "num_cpus": 0.01}
-    engines = rollout.RolloutActors(config, device=arguments.device, place=lambda rank: gpus)
-    start_s = max(engines.start())
 
     def wave(requests):
         engines.submit(requests)
@@ -139,7 +136,10 @@ def actor(arguments):
             groups += engines.collect()
         return [completion.token_ids for group in groups for completion in group.completions]
 
-    return {"start_s": start_s} | waves(wave, arguments)
+    with ray_session(log_to_driver=False):
+        engines = rollout.RolloutActors(config, device=arguments.device, place=lambda rank: gpus)
+        start_s = max(engines.start())
+        return {"start_s": start_s} | waves(wave, arguments)
 
 
 def bare(arguments):

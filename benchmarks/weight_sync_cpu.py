@@ -21,7 +21,7 @@ import torch
 from random_model import SHAPES, save_random_model
 from transformers import AutoModelForCausalLM
 
-from rlsys.actors.ray_session import start_cluster
+from rlsys.actors.ray_session import ray_session
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
@@ -119,11 +119,9 @@ def seconds(action):
 
 def main():
     arguments = parse_arguments()
-    start_cluster(log_to_driver=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ray_session(log_to_driver=False):
         save_random_model(Path(folder), arguments.shape, "cpu")
         print(json.dumps(measure(Path(folder), arguments), indent=2))
-    ray.shutdown()
 
 
 def measure(folder, arguments):

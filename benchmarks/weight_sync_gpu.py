@@ -48,7 +48,7 @@ from weight_sync_sides import (
 
 from rlsys.actors import rollout
 from rlsys.actors.policy import PolicyActors
-from rlsys.actors.ray_session import start_cluster
+from rlsys.actors.ray_session import ray_session
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
@@ -276,9 +276,9 @@ def main():
     results = {"machine": describe_machine(), "arguments": vars(arguments), "errors": {}}
     # On CPU these GPUs are Ray's bookkeeping and nothing else.
     gpus = arguments.policy_tp + arguments.engine_tp if arguments.device == "cpu" else None
-    start_cluster(num_gpus=gpus, log_to_driver=False)
+    cluster = ray_session(num_gpus=gpus, log_to_driver=False)
     try:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, cluster:
             signal.signal(signal.SIGALRM, partial(out_of_time, results, folder))
             signal.alarm(arguments.limit_s)
             measure(Path(folder), arguments, results)
@@ -286,7 +286,6 @@ def main():
         results["errors"]["benchmark"] = tell(error)
     signal.alarm(0)
     show(results)
-    ray.shutdown()
 
 
 def measure(folder, arguments, results):

@@ -212,7 +212,6 @@ class _Left:
                 shutil.copytree(folder, target, dirs_exist_ok=True)
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
-            _remove_links_to(folder)
 
     def _spared(self) -> set[int]:
         """The guarded process and its children, but not those of the other roots."""
@@ -225,14 +224,6 @@ class _Left:
             start = None if pid in self._started else started_at(pid)
             if start is not None:
                 self._started[pid] = start
-
-
-def _remove_links_to(folder: str) -> None:
-    """Ray has a link `session_latest` beside its folders."""
-    for path in Path(folder).parent.glob("*_latest"):
-        if path.is_symlink() and os.readlink(path) in (folder, os.path.basename(folder)):
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,6 +31,7 @@ from rlsys.leftovers import Guard
 from rlsys.problems import RunFailed
 
 import ray  # isort: skip
+from ray._common.utils import get_default_system_temp_dir
 from ray._private import services
 from ray._private import utils as ray_utils
 from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
@@ -80,7 +82,7 @@ def ray_session(
     guard = leftovers.guard() if address is None else None
     try:
         if address is None:
-            start_cluster(**own_cluster)
+            start_cluster(guard, **own_cluster)
         else:
             wait_for_cluster(partial(_join_cluster, address), patience_s)
         _restore(handlers)  # Ray's handler of SIGTERM prints a C++ stack, aborts after 3 s
@@ -95,18 +97,17 @@ def ray_session(
 
 @contextmanager
 def _guarded(guard: Guard, logs: Path | None) -> Iterator[None]:
-    """Have the processes and the folder of the cluster that was started here removed at the end."""
+    """Have the processes of the cluster that was started here ended, and its logs kept or not."""
     node = ray._private.worker._global_node
     guard.watch([each.process.pid for kind in node.all_processes.values() for each in kind])
     session = Path(node.get_session_dir_path())
-    guard.remove(session)
     if logs is not None:  # also if this process is killed
         guard.keep(session / "logs", logs / session.name)
     try:
         yield
     except Exception:
         if logs is None:
-            guard.spare(session)
+            guard.spare(private_folder(session))
         raise
     except BaseException:
         guard.keep(session / "logs", None)
@@ -228,16 +229,25 @@ def _is_let_in(address: str, head_address: str, token: str | None) -> bool:
 # --- a cluster of this run's own -----------------------------------------------------------------
 
 
-def start_cluster(**options: Any) -> None:
-    """`ray.init` for a cluster on this machine.
+def start_cluster(guard: Guard | None, **options: Any) -> None:
+    """`ray.init` for a cluster on this machine, with a folder that other users do not reach.
 
     On a busy machine Ray's node ends itself if its helpers take longer than 15 s to start. Then
     this starts another one.
+
+    Args:
+        guard: removes the folder at the end; None, where there is no guard, leaves it.
+        options: of `ray.init`.
 
     Raises:
         RayStartError: no attempt succeeded.
     """
     _use_own_token()
+    # Each worker of Ray opens the folders of its session to everybody. None touches what is above.
+    private = Path(tempfile.mkdtemp(prefix="rlsys-", dir=get_default_system_temp_dir()))
+    if guard is not None:
+        guard.remove(private)
+    options = {"include_dashboard": False, "_temp_dir": str(private / "ray"), **options}
     os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", str(REMEMBERED_CALLS))
     me = psutil.Process()
     before = set(me.children())
@@ -246,10 +256,7 @@ def start_cluster(**options: Any) -> None:
         try:
             with _raylet_watched(before), _in_sessions_of_their_own():
                 # "local": Ray would otherwise join a cluster that anybody started on this machine.
-                ray.init(
-                    "local", logging_level=logging.ERROR, **{"include_dashboard": False, **options}
-                )
-            close_to_others()
+                ray.init("local", logging_level=logging.ERROR, **options)
             return
         except _RayletDied:
             what = f"Ray's node died {time.monotonic() - start:.0f} s after its start"
@@ -264,16 +271,15 @@ def start_cluster(**options: Any) -> None:
         ray.shutdown()
         if attempt < START_ATTEMPTS:
             print(f"note: {what}; is the machine busy? Trying again.", flush=True)
-    logs = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray/session_latest/logs"
+    if guard is not None:
+        guard.spare(private)
+    logs = private / "ray/session_latest/logs"
     raise RayStartError(f"{what}, {START_ATTEMPTS} times in a row. Its logs are in {logs}")
 
 
-def close_to_others() -> None:
-    """Keep other users of this host out of the cluster's folder.
-
-    Ray lets everybody read its logs, and replace its sockets.
-    """
-    Path(ray._private.worker._global_node.get_session_dir_path()).chmod(0o700)
+def private_folder(session: Path) -> Path:
+    """The folder above a session of `start_cluster`, which its owner alone reaches."""
+    return session.parents[1]
 
 
 def _use_own_token() -> None:
