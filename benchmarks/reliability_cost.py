@@ -3,9 +3,12 @@
     python benchmarks/reliability_cost.py                        # everything, the demo's steps
     python benchmarks/reliability_cost.py --parts snapshots      # one part alone
     python benchmarks/reliability_cost.py --pairs 20
+    python benchmarks/reliability_cost.py --shape qwen2.5-1.5b --gpus 2 \\
+        --parts heartbeats snapshots finiteness guards
 
-One run of the demo's config, with the untrained starter model. Blocks of steps in which it is all
-on take turns with blocks in which it is all off, so that both meet the same machine:
+One run of the demo's config, with the untrained starter model, or of random weights of a larger
+shape on GPUs: 64 prompts x 8 completions of up to 512 tokens. Blocks of steps in which it is all on
+take turns with blocks in which it is all off, so that both meet the same machine:
 
 - heartbeats: pings of every actor,
 - snapshots: copies of weights and optimizer state in Ray's object store, and the batches since,
@@ -27,13 +30,16 @@ import statistics
 import sys
 import tempfile
 import time
+from multiprocessing import get_context
 from pathlib import Path
 
 import psutil
 import ray
 import torch
+from grpo_run import write_config
 from grpo_step_cpu import COUNTDOWN, prepare
 from machine import describe_machine
+from random_model import SHAPES, save_random_model
 
 from rlsys.config.load import load_config
 from rlsys.launch import Method, fit_to_data, load_data, run_method, start_system, train_system
@@ -139,7 +145,7 @@ NO_CHECKS = {
     "count_nonfinite": lambda *_: {},
     "find_nonfinite": lambda *_, **__: {},
     "check_finite": lambda *_: None,
-    "_has_nonfinite": lambda values: torch.tensor(False),
+    "_has_nonfinite": lambda values: torch.zeros((), dtype=torch.bool, device=values.device),
 }
 
 
@@ -169,24 +175,50 @@ def main():
     parser.add_argument("--pairs", type=int, default=12, help="of a block that is on and one off")
     parser.add_argument("--steps", type=int, default=6, help="of a block")
     parser.add_argument("--save_steps", type=int, default=3, help="as the demo's auto decides")
+    parser.add_argument("--shape", choices=SHAPES, help="on GPUs; default: the demo's, on CPU")
+    parser.add_argument("--gpus", type=int, choices=[1, 2], default=1, help="with --shape")
     arguments, overrides = parser.parse_known_args()
     switch = Switch(arguments.parts, arguments.steps, arguments.save_steps)
     register_tracker("steps")(lambda config, resumed_from: Steps(switch))
 
-    def train(system, tracker, checkpoints):
+    def train(system, tracker, checkpoints, health):
         switch.begin(system, checkpoints)
         try:
-            return train_system(system, tracker, checkpoints)
+            return train_system(system, tracker, checkpoints, health)
         finally:
             switch.turn(on=True)
 
     steps = WARM_UP_STEPS + 2 * arguments.pairs * arguments.steps
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        # A checkpoint after every step for which the switch asks.
-        options = prepare(Path(folder), steps, tracker="steps", save_steps="1") + overrides
-        config = load_config(COUNTDOWN / "demo.yaml", options).config
+        path, options = prepared(Path(folder), arguments, steps)
+        config = load_config(path, options + overrides).config
         run_method(config, Method(load_data, fit_to_data, start_system, train))
     print(json.dumps({"machine": machine} | vars(arguments) | summary(switch.blocks), indent=1))
+
+
+def prepared(folder, arguments, steps):
+    """Path of the config, and options; it saves after every step for which the switch asks."""
+    if arguments.shape is None:
+        return COUNTDOWN / "demo.yaml", prepare(folder, steps, tracker="steps", save_steps="1")
+    model = folder / "model"
+    saving = get_context("spawn").Process(  # a process that used CUDA could not start the actors
+        target=save_random_model,
+        args=(model, arguments.shape, "cuda"),
+        kwargs={"endless": True},
+    )
+    saving.start()
+    saving.join()
+    path = write_config(
+        folder,
+        model=model,
+        device="cuda",
+        steps=steps,
+        prompts=64,
+        generations=8,
+        completion_length=512,
+        gpus=arguments.gpus,
+    )
+    return path, ["--tracking.report_to", "steps", "--checkpoint.save_steps", "1"]
 
 
 def summary(blocks):
