@@ -18,15 +18,15 @@ settings.load_profile("ci" if "CI" in os.environ else "rlsys")
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist all tests run in this process
 def pytest_xdist_make_scheduler(config, log):
-    """Deal tests to processes by file, and all of tests/actors to one: they share engines."""
+    """Deal tests to processes by file, and all of tests/actors to one: they share a cluster."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByEngine(LoadScopeScheduling):
+    class ByCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
             return "tests/actors" if file.startswith("tests/actors/") else file
 
-    return ByEngine(config, log)
+    return ByCluster(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE_S
 from policy_cases import MODELS, PolicyLab, save_policy_model
-from run_cases import write_starter
 from tiny_models import save_tiny_qwen3, save_tiny_qwen3_moe
 
 from rlsys.actors.ray_session import ray_session
@@ -48,14 +47,6 @@ def tiny_models(tmp_path_factory):
             folders[tied, seed] = root / f"{'tied' if tied else 'untied'}-{seed}"
             save_tiny_qwen3(folders[tied, seed], tied=tied, seed=seed)
     return folders
-
-
-@pytest.fixture(scope="session")
-def starter_model(tmp_path_factory):
-    """The folder of an untrained starter model of examples/countdown, chat template and all."""
-    folder = tmp_path_factory.mktemp("models") / "starter"
-    write_starter(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

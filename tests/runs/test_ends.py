@@ -76,11 +76,11 @@ class Place:
         return [p for p in psutil.process_iter() if p.pid != self._holder.pid and self._is_here(p)]
 
     def left(self) -> list[str]:
-        """Files in /tmp and /dev/shm, and folders below /tmp/ray."""
+        """Files in /tmp and /dev/shm, and folders of Ray's clusters and rlsys."""
         found = []
         for top in ("tmp", "dev/shm"):
             for path in (self.root / top).rglob("*"):
-                if not path.is_dir() or path.parent.name == "ray":
+                if not path.is_dir() or path.parent.name == "ray" or path.match("rlsys-*"):
                     found.append(str(path.relative_to(self.root)))
         return found
 

@@ -115,7 +115,7 @@ class TwoNodes:
         done = subprocess.run(
             [sys.executable, "-c", program, *words],
             cwd=self._folder,
-            env={**self.env, "PYTHONPATH": str(Path(__file__).parent)},
+            env={**self.env, "PYTHONPATH": str(Path(__file__).parents[1] / "actors")},
             capture_output=True,
             text=True,
             check=False,

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlsys import cli
 from rlsys.files import read_jsonl
 from rlsys.run.folder import RunDir
+from rlsys.run.kept import checkpoint_steps
 
 pytestmark = pytest.mark.system
 
@@ -78,6 +79,7 @@ def broken(start):
     words = ("run.yaml", *EPOCHS, "--recovery.max_restarts", "0")
     run = start("broken", *words, hold_after=GROUPS_BEFORE_STEP_3)
     run.wait_until_held()
+    run.wait_for(lambda: checkpoint_steps(run.out.checkpoints) == [2])  # which a thread writes
     (policy,) = run.actors("PolicyRank")
     policy.kill()
     run.release()
@@ -481,7 +483,7 @@ def test_a_killed_engine_ends_a_parallel_run_and_is_named_last(start):
     run = start(
         "parallel",
         *("run.yaml", "--grpo.beta", "0", "--policy.world_size", "2", "--rollout.num_engines", "2"),
-        *("--rollout.engines_per_gpu", "2"),
+        *("--rollout.engines_per_gpu", "2", "--recovery.max_restarts", "0"),
         *("--rollout.max_completion_length", "200", "--max_steps", "1000", "--eval_steps", "1000"),
     )
     run.wait_for(lambda: run.out.metrics.exists() and len(steps(run)) == 2)
