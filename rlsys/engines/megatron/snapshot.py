@@ -12,7 +12,6 @@ Gradients are not part of it, since each update begins with zeros; nor is random
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -107,7 +106,7 @@ def take_state(
         )
         for one in optimizers
     ]
-    arrays = _on_host(memory.storages)
+    arrays = [_bytes(storage).cpu().numpy() for storage in memory.storages]
     steps = 0 if scheduler is None else scheduler.num_steps
     return RankState(version, arrays, checksums_of(arrays), states, steps)
 
@@ -212,21 +211,6 @@ def _found(
             size, dtype=torch.uint8, device=where
         ).untyped_storage()
     return place.view(storages[place.storage])
-
-
-def _on_host(storages: Sequence[torch.UntypedStorage]) -> list[np.ndarray]:
-    """The bytes of storages: views of those on the host, copies of those on a GPU.
-
-    They are copied in a stream of their own: in the one that sends weights meanwhile, a buffer of
-    some GiB would hold up everything behind it.
-    """
-    copying: AbstractContextManager[object] = nullcontext()
-    if any(storage.device.type == "cuda" for storage in storages):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        copying = torch.cuda.stream(stream)
-    with copying:
-        return [_bytes(storage).cpu().numpy() for storage in storages]
 
 
 def _bytes(storage: torch.UntypedStorage) -> torch.Tensor:
