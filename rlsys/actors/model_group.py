@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rlsys.actors.group import START_TIMEOUT_S, ActorGroup, PlaceActor, device_env
 from rlsys.actors.heartbeat import HEARTBEAT, Alive
 from rlsys.actors.meeting import meeting_address
-from rlsys.actors.process import begin_process, inherited_env
+from rlsys.actors.process import begin_process, inherited_env, rank_env
 from rlsys.actors.snapshots import SNAPSHOTS, Report, Snapshot, SnapshotLost, Snapshots
 from rlsys.actors.turns import Turns
 from rlsys.actors.waiting import ActorDeath, ActorFailure, PhaseTimeout, get_all
@@ -134,9 +134,11 @@ class ModelRank(Alive, ABC):
         """
         from rlsys.engines.megatron.nonfinite import all_finite
 
+        start = time.monotonic()
         state = self.state(version)
         is_finite = all_finite(parameter.detach() for parameter in self.engine.model.parameters())
-        return state, Report(state.num_bytes, ray.get_runtime_context().get_node_id(), is_finite)
+        node = ray.get_runtime_context().get_node_id()
+        return state, Report(state.num_bytes, node, is_finite, time.monotonic() - start)
 
     @abstractmethod
     def state(self, version: int) -> RankState:
@@ -183,14 +185,6 @@ class ModelActors(ActorGroup, ABC):
         self.may_be_stuck = False
         """Whether a rank did not answer, or failed while others may wait for it in a collective."""
         self.snapshots = Snapshots(config.policy.snapshot_steps)
-        env = {
-            "OMP_NUM_THREADS": str(config.policy.num_cpu_threads),
-            # On a core that others need, too, a thread that waits for the others by spinning keeps
-            # them from it: steps of two threads on a busy machine took six times as long.
-            "OMP_WAIT_POLICY": "passive",
-            "TOKENIZERS_PARALLELISM": "false",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns of every host name without an entry
-        }
         super().__init__(
             role,
             f"{role} rank",
@@ -198,7 +192,9 @@ class ModelActors(ActorGroup, ABC):
             config,
             device,
             size=world_size,
-            env=inherited_env() | device_env(device) | env,
+            env=inherited_env()
+            | device_env(device)
+            | rank_env(device, config.policy.num_cpu_threads),
             place=place,
             timeout_s=config.policy.timeout_s,
         )

@@ -15,6 +15,7 @@ from rlsys.actors.logs import name_lines
 from rlsys.log_files import NAME
 from rlsys.redact import is_secret
 from rlsys.stacks import answer_for_stacks
+from rlsys.types import Device
 
 INHERITED = (
     *("FI_", "GLOO_", "NCCL_", "UCX_"),  # of networks
@@ -32,6 +33,23 @@ def inherited_env() -> dict[str, str]:
     only: addresses, and CUDA_VISIBLE_DEVICES, which Ray has read and sets for each actor.
     """
     return {name: value for name, value in _inherited().items() if not is_secret(name)}
+
+
+def rank_env(device: Device, threads: int) -> dict[str, str]:
+    """Variables of a process that computes with torch and megatron-core."""
+    env = {
+        "OMP_NUM_THREADS": str(threads),
+        # On a core that others need, too, a thread that waits for the others by spinning keeps
+        # them from it: steps of two threads on a busy machine took six times as long.
+        "OMP_WAIT_POLICY": "passive",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns of every host name without an entry
+    }
+    if device == "cpu":
+        # A rank has a hundred threads. In heaps of malloc for each of them, tensors of many
+        # lengths leave pieces that fit nothing later, and that nothing gives back.
+        env["MALLOC_ARENA_MAX"] = os.environ.get("MALLOC_ARENA_MAX", "2")
+    return env
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from rlsys.problems import RunFailed
 SNAPSHOTS = "snapshots"
 """Concurrency group of the method that takes one: meanwhile the rank may send weights."""
 MAX_SHARE_OF_TIME = 0.02
-"""Share of a run's time that waiting for snapshots of `auto` may take."""
+"""Share of a run's time that making snapshots of `auto`, and waiting for them, may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,8 @@ class Report:
     """Id of the node that has them."""
     is_finite: bool = True
     """Whether its weights have neither NaNs nor infinities."""
+    seconds: float = 0.0
+    """In which the rank made it. On a GPU a weight sync that comes meanwhile waits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +62,8 @@ class Snapshots:
     """The newest snapshot of a group, and when the next one is due.
 
     Args:
-        every: updates between snapshots; "auto": one at least, and so many that waiting for them
-            takes at most MAX_SHARE_OF_TIME. 0: none is taken.
+        every: updates between snapshots; "auto": one at least, and so many that making them and
+            waiting for them takes at most MAX_SHARE_OF_TIME. 0: none is taken.
         clock: seconds; tests have their own.
     """
 
@@ -107,7 +109,8 @@ class Snapshots:
             self._stop(f"{error.actor} could not take a snapshot ({error.reason})")
             return
         end = self._clock()
-        self._due_at = end + (end - start) / MAX_SHARE_OF_TIME
+        seconds = end - start + max(report.seconds for report in reports)
+        self._due_at = end + seconds / MAX_SHARE_OF_TIME
         if not all(report.is_finite for report in reports):
             return  # the earlier one is what to go back to
         self.newest = snapshot

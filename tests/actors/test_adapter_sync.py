@@ -188,7 +188,8 @@ def test_engines_sample_what_peft_computes_with_the_policys_adapter(
 
 @torch.no_grad()
 def assert_greedy_of_peft(folder, adapter, tokens, logprobs):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    """PEFT computes in float64, so that only the engine's rounding counts."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model = PeftModel.from_pretrained(model, adapter).eval()
     given = iter(logprobs)
     for prompt, completion in zip(PROMPTS, tokens, strict=True):

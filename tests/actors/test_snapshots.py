@@ -27,12 +27,13 @@ class Clock:
 
 
 class Rank:
-    def take(self, content, size=10, fault=None):
+    def take(self, content, size=10, fault=None, seconds=0.0):
         if fault == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if fault == "fails":
             raise MemoryError("too large")
-        return content, Report(size, ray.get_runtime_context().get_node_id())
+        node = ray.get_runtime_context().get_node_id()
+        return content, Report(size, node, seconds=seconds)
 
 
 @pytest.fixture
@@ -67,11 +68,14 @@ def test_a_set_counts_once_it_is_whole(ranks):
     assert held(snapshots) == (1, ["one", "one"])
 
 
-def test_the_next_one_is_due_when_the_wait_was_two_percent_of_the_time(ranks):
-    clock = Clock(0.0, 100.0, 101.0, 150.9, 151.1)  # asked; began and ended to wait; asked twice
+@pytest.mark.parametrize("seconds", [0.0, 2.0])
+def test_the_next_one_is_due_when_this_one_was_two_percent_of_the_time(ranks, seconds):
+    due = 101.0 + 50 * (1.0 + seconds)
+    # Asked; began and ended to wait; asked twice.
+    clock = Clock(0.0, 100.0, 101.0, due - 0.1, due + 0.1)
     snapshots = Snapshots("auto", clock=clock)
     assert snapshots.is_due(1)
-    snapshots.begin(1, ranks("one"))
+    snapshots.begin(1, ranks("one", seconds=seconds))
     snapshots.settle(timeout_s=PATIENCE_S)
     assert not snapshots.is_due(2)
     assert snapshots.is_due(3)

@@ -191,9 +191,9 @@ class PolicyConfig(Section):
     snapshot_steps: NonNegativeInt | Literal["auto"] = "auto"
     """Steps between two copies of weights and optimizer state in the memory of Ray's object store,
     from which ranks that died or hang go on, as the section `recovery` says. Steps since then are
-    done again with the batches that the driver holds. auto: every step, or fewer if waiting for the
-    copies takes more than 2% of the time; none where two do not fit. 0: ranks go back to the newest
-    checkpoint."""
+    done again with the batches that the driver holds. auto: every step, or fewer if making the
+    copies and waiting for them takes more than 2% of the time; none where two do not fit. 0: ranks
+    go back to the newest checkpoint."""
     heartbeat_s: PositiveFloat | None = 30.0
     """Seconds without a sign of life after which a rank of policy or reference is killed, as with
     rollout.heartbeat_s. null: off."""
