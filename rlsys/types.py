@@ -63,6 +63,23 @@ class Sample:
         return int(self.target_mask.sum())
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Preference:
+    """The answers to one prompt that preference training compares, or one answer with a label."""
+
+    row_id: str
+    """Unique within a data set split; stable across runs, as `Prompt.prompt_id` is."""
+    answers: tuple[Sample, ...]
+    """The chosen and the rejected answer, each behind the prompt; or one answer alone."""
+    is_chosen: tuple[bool, ...]
+    """Of each answer: whether it is the preferred, or a desirable one."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The token ids of all answers."""
+        return [token for answer in self.answers for token in answer.token_ids.tolist()]
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled continuation of a prompt."""
@@ -201,6 +218,16 @@ class TrainBatch:
     routed_experts: list[np.ndarray] | None = None
     """[N] arrays, `Completion.routed_experts` of each row. Arrays that Ray shares among processes
     are not copied, which matters: a token has top_k bytes for each layer with experts."""
+    is_chosen: torch.Tensor | None = None
+    """[N] bool, `Preference.is_chosen` of each row. In pairs a rejected answer follows the chosen
+    one. None for other training. `advantages` then are the share of each token of chosen answers in
+    the mean of their negative log-likelihood."""
+    ref_logps: torch.Tensor | None = None
+    """[N] float64, the reference's log-prob of each answer as a whole, in nats; None without
+    reference."""
+    kl: torch.Tensor | None = None
+    """[1] float64 nats, KTO's estimate of KL(policy || reference) for the whole step; None for
+    other losses."""
 
 
 @dataclass(frozen=True, slots=True)

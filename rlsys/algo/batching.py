@@ -123,7 +123,11 @@ def optimizer_step_rows(
 
 
 def shard_rows(
-    rows: Sequence[int], lengths: Sequence[int] | Tensor, *, num_shards: int
+    rows: Sequence[int],
+    lengths: Sequence[int] | Tensor,
+    *,
+    num_shards: int,
+    together: int = 1,
 ) -> list[list[int]]:
     """Data-parallel shards of an optimizer step's rows, balanced in rows and in tokens.
 
@@ -135,7 +139,12 @@ def shard_rows(
         rows: row numbers.
         lengths: [N] tokens, indexed by row number.
         num_shards: data-parallel size.
+        together: rows that stay in one shard: the first ones, the next, and so on.
     """
+    if together > 1:
+        units, lengths_U = _units(rows, lengths, together)
+        sharded = shard_rows(range(len(units)), lengths_U, num_shards=num_shards)
+        return [[row for unit in shard for row in units[unit]] for shard in sharded]
     longest_first = _longest_first(rows, lengths)
     shards: list[list[int]] = [[] for _ in range(num_shards)]
     tokens = [0] * num_shards
@@ -155,15 +164,24 @@ def micro_batches(
     *,
     micro_batch_size: int,
     max_tokens: int | None,
+    together: int = 1,
 ) -> list[list[int]]:
     """The rows of one shard, cut into forward passes.
 
     Args:
         rows: row numbers.
         lengths: [N] tokens, indexed by row number.
-        micro_batch_size: rows of a forward pass, which are of similar length.
+        micro_batch_size: rows of a forward pass, which are of similar length; with `together`,
+            units of so many rows.
         max_tokens: most tokens of a forward pass, first-fit decreasing; wins if set.
+        together: see `shard_rows`.
     """
+    if together > 1:
+        units, lengths_U = _units(rows, lengths, together)
+        cut = micro_batches(
+            range(len(units)), lengths_U, micro_batch_size=micro_batch_size, max_tokens=max_tokens
+        )
+        return [[row for unit in some for row in units[unit]] for some in cut]
     longest_first = _longest_first(rows, lengths)
     if max_tokens is None:
         return [
@@ -184,6 +202,15 @@ def micro_batches(
             bins.append([row])
             free.append(max_tokens - length)
     return bins
+
+
+def _units(
+    rows: Sequence[int], lengths: Sequence[int] | Tensor, together: int
+) -> tuple[list[Sequence[int]], list[int]]:
+    """The rows in units of `together`, and the tokens of each unit."""
+    assert len(rows) % together == 0, "units are whole"
+    units = [rows[start : start + together] for start in range(0, len(rows), together)]
+    return units, [sum(int(lengths[row]) for row in unit) for unit in units]
 
 
 def _longest_first(rows: Sequence[int], lengths: Sequence[int] | Tensor) -> list[int]:
@@ -229,6 +256,10 @@ class PackedMicroBatch:
     """[T, layers, top_k] uint8 or int16, the experts to replay where `is_routed`."""
     rows: tuple[int, ...] = ()
     """[B] the rows of the batch that the sequences are; the filling at the end is none."""
+    is_chosen: Tensor | None = None
+    ref_logps: Tensor | None = None
+    """[B] those of `rows`, see `TrainBatch`."""
+    kl: Tensor | None = None
 
     def to(self, device: torch.device | str) -> PackedMicroBatch:
         """The same micro-batch with its tensors on `device`."""
@@ -283,6 +314,8 @@ def pack(
     ones_NS = torch.ones_like(batch.completion_mask)
     known = {name: getattr(batch, name) for name in _MAY_BE_NONE}
     optional = {name: concatenate(v, first=1) for name, v in known.items() if v is not None}
+    of_rows = {name: getattr(batch, name) for name in ("is_chosen", "ref_logps")}
+    optional |= {name: v[index_B] for name, v in of_rows.items() if v is not None}
     return PackedMicroBatch(
         input_ids=concatenate(batch.input_ids, first=0),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -297,6 +330,7 @@ def pack(
         rollout_logprobs=concatenate(batch.rollout_logprobs, first=1),
         routed_experts=_pack_routing(batch, rows, lengths),
         rows=tuple(rows),
+        kl=batch.kl,
         **optional,
     )
 

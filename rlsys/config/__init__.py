@@ -18,5 +18,12 @@ from rlsys.config.schema import RunConfig as RunConfig
 from rlsys.config.schema import Section as Section
 from rlsys.config.schema import TrackingConfig as TrackingConfig
 from rlsys.config.schema import WeightSyncConfig as WeightSyncConfig
+from rlsys.config.preference import PreferenceAlgorithm as PreferenceAlgorithm
+from rlsys.config.preference import PreferenceConfig as PreferenceConfig
+from rlsys.config.preference import PreferenceDataConfig as PreferenceDataConfig
+from rlsys.config.preference import PreferenceSection as PreferenceSection
 from rlsys.config.sft import SftConfig as SftConfig
 from rlsys.config.sft_data import SftDataConfig as SftDataConfig
+
+ReferencedConfig = Config | PreferenceConfig
+"""The configs of runs that may have a reference."""

@@ -64,6 +64,10 @@ class LossInput:
     nothing."""
     high_covariance: Tensor | None = None
     """bool, from `weighting.tokens_of_high_covariance`; None for other losses."""
+    is_chosen: Tensor | None = None
+    ref_logps: Tensor | None = None
+    kl: Tensor | None = None
+    """Of the sequences, see `TrainBatch`; the last sequence may be filling without a value."""
 
     @classmethod
     def from_packed(
@@ -91,6 +95,9 @@ class LossInput:
             entropy=entropy_T,
             is_likeliest=is_likeliest_T,
             high_covariance=packed.high_covariance,
+            is_chosen=packed.is_chosen,
+            ref_logps=packed.ref_logps,
+            kl=packed.kl,
         )
 
     def ratio(self) -> Tensor:

@@ -132,6 +132,11 @@ class RunConfig(Section):
         """Rows of a `TrainBatch` per optimizer step."""
 
     @property
+    def rows_together(self) -> int:
+        """Neighbouring rows of a `TrainBatch` that no rank and no micro-batch separates."""
+        return 1
+
+    @property
     @abstractmethod
     def optimizer_steps_per_update(self) -> int:
         """Optimizer steps of one step of the run."""

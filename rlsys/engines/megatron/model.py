@@ -208,8 +208,7 @@ class MegatronModel:
             (row indices, [len(values), len(rows), S] float32, log-probs and entropies in nats), or
             None on ranks that do not report.
         """
-        lengths = batch.lengths.tolist()
-        shards = shard_rows(range(len(lengths)), lengths, num_shards=self._dp_size)
+        shards = self._shard(range(len(batch.lengths)), batch)
         rows = shards[self._dp_rank]
         packed, row_lists = self._pack(batch, shards, torch.zeros(batch.input_ids.shape))
 
@@ -250,6 +249,11 @@ class MegatronModel:
         """Start writing the model's files into an existing folder; every rank calls."""
         begin_model(self, folder)
 
+    def _shard(self, rows: Sequence[int], batch: TrainBatch) -> list[list[int]]:
+        """The rows of each data-parallel rank."""
+        lengths, together = batch.lengths.tolist(), self.config.rows_together
+        return shard_rows(rows, lengths, num_shards=self._dp_size, together=together)
+
     def _pack(
         self, batch: TrainBatch, shards: list[list[int]], weights: torch.Tensor
     ) -> tuple[list[PackedMicroBatch], list[list[int]]]:
@@ -273,6 +277,7 @@ class MegatronModel:
             lengths=lengths,
             micro_batch_size=policy.micro_batch_size,
             max_tokens=policy.max_tokens_per_micro_batch,
+            together=self.config.rows_together,
         )
         row_lists_of_ranks = [cut(shard) for shard in shards]
         row_lists = row_lists_of_ranks[self._dp_rank]
@@ -294,7 +299,8 @@ class MegatronModel:
         if len(self.model) > 1:
             wanted = -(-wanted // stages) * stages
         if missing := wanted - len(packed):
-            untrained = replace(batch, completion_mask=torch.zeros_like(batch.completion_mask))
+            no_token = torch.zeros_like(batch.completion_mask)
+            untrained = replace(batch, completion_mask=no_token, is_chosen=None, ref_logps=None)
             shortest = [min(shards[self._dp_rank], key=lengths.__getitem__)]
             repeated = pack_rows(untrained, shortest, torch.zeros_like(weights))
             nothing = torch.zeros_like(repeated.is_token)

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 
-from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows, shard_rows
+from rlsys.algo.batching import PackedMicroBatch, optimizer_step_rows
 from rlsys.algo.finite import count_nonfinite
 from rlsys.algo.logprobs import TokenValues
-from rlsys.algo.losses import LossInput, losses
+from rlsys.algo.losses import LossInput, compute_loss
 from rlsys.algo.update_metrics import combine_optimizer_steps, reduced_means
 from rlsys.algo.weighting import choose_tokens, loss_weights
 from rlsys.config import Config, RunConfig
@@ -237,7 +237,7 @@ class MegatronPolicy(MegatronModel):
         # Rows without tokens to train on are skipped, unless a rank would be left with nothing.
         trained = [row for row in rows if batch.completion_mask[row].any()]
         rows = trained if len(trained) >= self._dp_size else rows
-        shards = shard_rows(rows, batch.lengths.tolist(), num_shards=self._dp_size)
+        shards = self._shard(rows, batch)
         packed, _ = self._pack(batch, shards, weights)
         # The weights already hold the global denominator. megatron-core's schedule divides by the
         # number of micro-batches and its DDP by the number of replicas: undo both. (DDP averages
@@ -248,7 +248,7 @@ class MegatronPolicy(MegatronModel):
             of_tokens: TokenValues, micro_batch: PackedMicroBatch
         ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             inputs = LossInput.from_packed(micro_batch, *of_tokens)
-            value, statistics = losses[algorithm.loss_type](inputs, algorithm)
+            value, statistics = compute_loss(inputs, algorithm)
             statistics |= count_nonfinite(micro_batch, of_tokens.logprobs, value)
             if self.trace is not None:
                 self.trace.at_loss(inputs, value, algorithm)
