@@ -20,7 +20,10 @@ from rlsys.infer_options import add_infer_options
 from rlsys.interrupts import Stopped
 from rlsys.problems import RunFailed
 
-_EXAMPLES = {"sft": "examples/sft/smollm2.yaml"}
+_EXAMPLES = {
+    "sft": "examples/sft/smollm2.yaml",
+    "preference": "examples/preference/demo.yaml",
+}
 _EXAMPLE = "examples/countdown/demo.yaml"
 """A CONFIG for `_EXAMPLES`' command, and one for all others."""
 _CONFIG_HELP = """
@@ -153,6 +156,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _sft(parser: argparse.ArgumentParser) -> None:
     _config(parser, example="--data.max_length 4096")
+
+
+def _preference(parser: argparse.ArgumentParser) -> None:
+    _config(parser, example="--preference.loss_type ipo")
 
 
 def _config(
@@ -321,6 +328,7 @@ GROUPS = {
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "grpo": ("train with GRPO", _config),
     "sft": ("supervised fine-tuning, or continued pre-training", _sft),
+    "preference": ("train on pairs of answers, or on labelled ones: DPO, KTO, ...", _preference),
     "explain": ("show what a config means, and check it; starts only reward functions", _config),
     "infer": (
         "chat with a model or a run, complete a file of prompts, or serve it",

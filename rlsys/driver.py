@@ -1,12 +1,16 @@
-"""THE loops: GRPO samples, scores, compares, updates and publishes; SFT takes and updates."""
+"""THE loops: GRPO samples, scores, compares, updates and publishes; SFT takes and updates.
+
+Preference training takes, asks the reference, and updates.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_sample_batch, build_train_batch
 from rlsys.algo.evaluation import prediction_metrics
+from rlsys.algo.preferences import HeldOut, build_preference_batch, held_out_metrics
 from rlsys.algo.rollout_metrics import logged_metrics, rollout_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.interrupts import held_back
@@ -14,11 +18,12 @@ from rlsys.interrupts import held_back
 if TYPE_CHECKING:
     from rlsys.config import Config
     from rlsys.run.checkpoints import Checkpoints
-    from rlsys.system import SftSystem, System
+    from rlsys.system import SftSystem, StreamSystem, System
+    from rlsys.systems.preference import PreferenceSystem
     from rlsys.timing import PhaseTimer
     from rlsys.tracking.base import Metrics, Tracker
     from rlsys.tracking.health import Health
-    from rlsys.types import RolloutGroup, TrainBatch
+    from rlsys.types import RolloutGroup, TrainBatch, UpdateOutput
 
 EVAL_STEPS_AT_ONCE = 8
 """Held-out rows that travel together, in steps: fewer trips to the ranks."""
@@ -93,24 +98,75 @@ def train_sft(
         with held_back():  # an interruption waits until the step is whole
             with timer("policy_update"):
                 update = policy.update(batch)
-            seconds = timer.metrics()
-            num_tokens = batch.lengths.sum().item()
-            system.finish_step(num_tokens)
-            own = {
-                "policy_version": update.policy_version,
-                "epoch": samples.epoch,
-                "num_tokens": system.num_tokens,
-                "tokens_per_second": num_tokens / seconds["time/step"],
-                "memory(GiB)": policy.peak_memory_gib(),
-            }
-            reported = update.metrics | samples.metrics() | system.restarts.metrics()
+            metrics = _finish_step(system, batch, update, timer)
             with timer("log"):
-                log(tracker, health, step, reported | own | seconds)
+                log(tracker, health, step, metrics)
         if config.eval_steps is not None and step % config.eval_steps == 0:
             with timer("evaluation"):
                 log(tracker, health, step, evaluate_sft(system))
         with timer("checkpoint"):
             checkpoints.after_step(step)
+
+
+def train_preference(
+    system: PreferenceSystem, tracker: Tracker, checkpoints: Checkpoints, health: Health
+) -> None:
+    """Run preference training from the policy's version to config.num_steps; as `train`."""
+    config, samples, policy = system.config, system.samples, system.policy
+    if config.eval_steps is not None and policy.policy_version == 0:
+        log(tracker, health, 0, evaluate_preference(system))
+    for step in range(policy.policy_version + 1, config.num_steps + 1):
+        timer = system.timeline.begin_step(step)
+        with timer("data"):
+            rows = samples.take(config.rows_per_step)
+            batch = build_preference_batch(rows)
+        if config.preference.has_reference:
+            with timer("ref_logprobs"):  # what the loss compares the policy with
+                system.compare(rows, batch)
+        with held_back():  # an interruption waits until the step is whole
+            with timer("policy_update"):
+                update = policy.update(batch)
+            metrics = _finish_step(system, batch, update, timer)
+            if batch.kl is not None:
+                metrics["kl"] = batch.kl.item()
+            with timer("log"):
+                log(tracker, health, step, metrics)
+        if config.eval_steps is not None and step % config.eval_steps == 0:
+            with timer("evaluation"):
+                log(tracker, health, step, evaluate_preference(system))
+        with timer("checkpoint"):
+            checkpoints.after_step(step)
+
+
+def evaluate_preference(system: PreferenceSystem) -> Metrics:
+    """Loss, rewards and accuracy of each held-out set, as eval/loss or eval/NAME/loss."""
+    metrics: dict[str, float] = {}
+    for name, held_out in system.held_out_sets.items():
+        parts = []
+        for rows, batch in system.parts(held_out):
+            system.compare(rows, batch, of=f"eval/{name}")
+            parts.append(HeldOut(batch, system.policy.compute_logprobs(batch)[0]))
+        prefix = f"eval/{name}/" if name else "eval/"
+        found = held_out_metrics(parts, system.config.algorithm)
+        metrics |= {prefix + key: value for key, value in found.items()}
+    return metrics
+
+
+def _finish_step(
+    system: StreamSystem[Any, Any], batch: TrainBatch, update: UpdateOutput, timer: PhaseTimer
+) -> dict[str, float]:
+    """Note that the policy was trained on the batch; the metrics of the step."""
+    seconds, num_tokens = timer.metrics(), batch.lengths.sum().item()
+    system.finish_step(num_tokens)
+    own = {
+        "policy_version": update.policy_version,
+        "epoch": system.samples.epoch,
+        "num_tokens": system.num_tokens,
+        "tokens_per_second": num_tokens / seconds["time/step"],
+        "memory(GiB)": system.policy.peak_memory_gib(),
+    }
+    reported = update.metrics | system.samples.metrics() | system.restarts.metrics()
+    return reported | own | seconds
 
 
 def evaluate_sft(system: SftSystem) -> Metrics:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 # Imported before all that imports Ray, which reads the environment when it is imported.
 import rlsys.actors.ray_env  # noqa: F401  # isort: skip
@@ -36,9 +36,10 @@ from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config, RunConfig, SftConfig
 from rlsys.config.local_paths import with_absolute_paths
 from rlsys.config.roles import decide_placement, plan_roles
+from rlsys.config.schema import AnyConfig
 from rlsys.data import PromptData
 from rlsys.data.samples import SampleData
-from rlsys.data.streams.base import SampleStream
+from rlsys.data.streams.base import Stream, T
 from rlsys.data.streams.make import make_prompt_stream, make_sample_stream
 from rlsys.model.adapters import syncs_adapter, with_stored_settings
 from rlsys.model.folder import find_model_folder
@@ -120,16 +121,16 @@ class System:
 
 
 @dataclass(slots=True)
-class SftSystem:
-    """The running roles of supervised training, as its loop uses them."""
+class StreamSystem(Generic[AnyConfig, T]):
+    """The running roles of a method that trains on what its data has, as its loop uses them."""
 
-    config: SftConfig
+    config: AnyConfig
     device: Device
     policy: PolicyActors
     """The trained model."""
-    samples: SampleStream
+    samples: Stream[T]
     """What it is trained on, step by step."""
-    held_out_sets: dict[str, list[Sample]]
+    held_out_sets: dict[str, list[T]]
     """What it is evaluated on, by the name of the set; data.val_dataset is ""."""
     restarts: Restarts
     """Of the policy's ranks; watches them too."""
@@ -171,14 +172,18 @@ class SftSystem:
         """
         if not (folder / DATA_FILE).exists():
             raise ValueError(
-                f"{folder} has no {DATA_FILE}, so `rlsys sft` did not write it. Start a new run "
-                "from its weights: set model.path to it, and another output_dir."
+                f"{folder} has no {DATA_FILE}, so `rlsys {self.config.command}` did not write it. "
+                "Start a new run from its weights: set model.path to it, and another output_dir."
             )
         self.policy.load_checkpoint(folder)
         state = json.loads((folder / DATA_FILE).read_text())
         self._samples_state = state["samples"]
         self.samples.load_state_dict(self._samples_state)
         self.num_tokens = state["num_tokens"]
+
+
+class SftSystem(StreamSystem[SftConfig, Sample]):
+    """The running roles of supervised training."""
 
 
 def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
@@ -190,7 +195,7 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
     config = decide_placement(config, device=device, num_gpus=cluster_gpus())
     placement = Placement(config, device=device)
     check_nodes(config, placement.roles_of_nodes())
-    _say_start(config, device)
+    say_start(config, device)
     with StartReport() as report:
         rewards = _reward_workers(config, device, placement)
         engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
@@ -224,12 +229,12 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         )
         if isinstance(reference, ReferenceActors) and config.reference.sync_steps is not None:
             reference.connect_to(policy)
-    restarts = _restarts(config)
+    restarts = make_restarts(config)
     _let_engines_restart(engines, publisher, restarts)
     restarts.heartbeats.watch(rewards, config.reward.heartbeat_s)
     for model in (policy, *others):
-        _let_restart(model, restarts, config)
-    timeline = _start_timeline(config, device, tracker, engines, rewards, policy, *others)
+        let_restart(model, restarts, config)
+    timeline = start_timeline(config, device, tracker, engines, rewards, policy, *others)
     rollouts = Rollouts(
         config,
         engines=engines,
@@ -276,21 +281,21 @@ def start_sft_system(config: SftConfig, data: SampleData, tracker: Tracker) -> S
     device = choose_device(config)
     placement = Placement(config, device=device)
     check_nodes(config, placement.roles_of_nodes())
-    _say_start(config, device)
+    say_start(config, device)
     with StartReport() as report:
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
         report.waiting_for(policy.actors)
         get_all(
             policy.async_start(), phase="start", timeout_s=START_TIMEOUT_S, on_done=report.ready
         )
-    restarts = _restarts(config)
-    _let_restart(policy, restarts, config)
-    timeline = _start_timeline(config, device, tracker, policy)
+    restarts = make_restarts(config)
+    let_restart(policy, restarts, config)
+    timeline = start_timeline(config, device, tracker, policy)
     samples = make_sample_stream(config, data)
     return SftSystem(config, device, policy, samples, data.held_out_sets, restarts, timeline)
 
 
-def _start_timeline(
+def start_timeline(
     config: RunConfig, device: Device, tracker: Tracker, *roles: ActorGroup | RewardWorkers
 ) -> Timeline:
     """Record from here on what the actors of these roles do."""
@@ -313,11 +318,12 @@ def _let_engines_restart(
     restarts.watch(engines, engines.config.rollout.heartbeat_s)
 
 
-def _restarts(config: RunConfig) -> Restarts:
+def make_restarts(config: RunConfig) -> Restarts:
+    """What starts actors again, as far as the config allows."""
     return Restarts(config.recovery, table=RunDir(Path(config.output_dir)).actors)
 
 
-def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> None:
+def let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> None:
     """Have ranks that fail replaced, and let them go back to the run's checkpoints."""
     folder = RunDir(Path(config.output_dir)).checkpoints
 
@@ -330,7 +336,7 @@ def _let_restart(model: ModelActors, restarts: Restarts, config: RunConfig) -> N
     restarts.watch(model, config.policy.heartbeat_s)
 
 
-def _say_start(config: RunConfig, device: Device) -> None:
+def say_start(config: RunConfig, device: Device) -> None:
     """Print which actors start, and what may not fit."""
     num_actors = Counter(role.name for role in plan_roles(config, device=device))
     actors = ", ".join(f"{name} {number}" for name, number in num_actors.items())

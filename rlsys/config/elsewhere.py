@@ -8,12 +8,14 @@ from functools import cache
 from pathlib import Path
 
 from rlsys.config.fields import config_fields, show_default
+from rlsys.config.preference import PreferenceConfig
 from rlsys.config.schema import Config, RunConfig
 from rlsys.config.sft import SftConfig
 
 TABLES: dict[type[RunConfig], Path] = {
     Config: Path(__file__).with_name("names_elsewhere.txt"),
     SftConfig: Path(__file__).with_name("names_elsewhere_sft.txt"),
+    PreferenceConfig: Path(__file__).with_name("names_elsewhere_preference.txt"),
 }
 """Names that a table lacks are those of the first one."""
 NOT_NEEDED, NOT_SUPPORTED = "-", "!"

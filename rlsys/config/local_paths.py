@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rlsys.config.dataset_spec import is_local_path
+from rlsys.config.preference import PreferenceConfig
 from rlsys.config.roles import RoleName
-from rlsys.config.schema import AnyConfig, Config, RunConfig
+from rlsys.config.schema import AnyConfig, Config, ReferenceConfig, RunConfig
 
 JOB_COPY = "working_dir_files"
 """Name of the folder into which `ray job submit --working-dir` unpacks its copy."""
@@ -51,8 +52,9 @@ def needed_paths(
     plugins: dict[str, tuple[list[str], tuple[RoleName, ...]]] = {
         "data.external_plugins": (config.data.external_plugins, ("reward", "reward_model"))
     }
-    if isinstance(config, Config):
+    if isinstance(config, Config | PreferenceConfig):
         needed.append(NeededPath(config.reference_path, "reference.path", ("reference",)))
+    if isinstance(config, Config):
         needed += _needed_by_rewards(config)
         own = config.reward.external_plugins
         plugins["reward.external_plugins"] = (own, ("reward", "reward_model"))
@@ -89,6 +91,8 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
         updates["policy"] = {"lora": lora}
     if isinstance(config, Config):
         updates |= _of_grpo(config)
+    elif isinstance(config, PreferenceConfig):
+        updates["reference"] = _of_reference(config.reference)
     return config.model_copy(
         update={
             section: getattr(config, section).model_copy(update=values)
@@ -109,13 +113,17 @@ def _of_grpo(config: Config) -> dict[str, dict[str, Any]]:
         speculation = config.rollout.speculation | {"model": _absolute(draft)}
     return {
         "rollout": {"speculative_config": speculation},
-        "reference": {"path": config.reference.path and _absolute(config.reference.path)},
+        "reference": _of_reference(config.reference),
         "grpo": {"external_plugins": _all_absolute(config.grpo.external_plugins)},
         "reward": {
             "external_plugins": _all_absolute(reward.external_plugins),
             "reward_params": reward.reward_params | params,
         },
     }
+
+
+def _of_reference(reference: ReferenceConfig) -> dict[str, Any]:
+    return {"path": reference.path and _absolute(reference.path)}
 
 
 def check_is_here(path: str) -> None:

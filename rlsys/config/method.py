@@ -8,11 +8,12 @@ from pathlib import Path
 import yaml
 
 from rlsys.config.fields import config_fields, config_sections
+from rlsys.config.preference import PreferenceConfig
 from rlsys.config.schema import Config, RunConfig
 from rlsys.config.sft import SftConfig
 from rlsys.config.yaml_text import load_yaml
 
-METHODS: tuple[type[RunConfig], ...] = (Config, SftConfig)
+METHODS: tuple[type[RunConfig], ...] = (Config, SftConfig, PreferenceConfig)
 """The class of config of each command that trains."""
 
 
@@ -21,10 +22,12 @@ def schema_of_command(command: str) -> type[RunConfig]:
     return next((schema for schema in METHODS if schema.command == command), Config)
 
 
-def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[Config] | type[SftConfig]:
-    """The class of a config: `SftConfig` if no section of GRPO alone is in the file or the words.
+def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[RunConfig]:
+    """The class of a config, by its sections: of the method that alone has one of them.
 
-    A file that cannot be read is GRPO's, whose loading reports what is wrong with it.
+    A file without such a section is for supervised training. One that has sections of GRPO and of
+    another method is the other's. A file that cannot be read is GRPO's, whose loading reports what
+    is wrong with it.
     """
     try:
         values = load_yaml(Path(path).read_text("utf-8"))
@@ -33,9 +36,8 @@ def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[Config] |
     if not isinstance(values, dict):
         return Config
     names = [*map(str, values), *(word.lstrip("-") for word in overrides)]
-    return (
-        SftConfig if _own_sections(SftConfig, names) or not _own_sections(Config, names) else Config
-    )
+    others_first: tuple[type[RunConfig], ...] = (*METHODS[1:], Config)
+    return next((schema for schema in others_first if _own_sections(schema, names)), SftConfig)
 
 
 def _own_sections(schema: type[RunConfig], names: Iterable[str]) -> list[str]:

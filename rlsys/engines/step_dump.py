@@ -83,7 +83,7 @@ class StepDump:
     packages: dict[str, str]
     """Name -> version of those that were installed."""
     method: str
-    """The command of the run: grpo or sft."""
+    """The command of the run, such as grpo."""
 
 
 def write_step(

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlsys.config import Config, RunConfig
+from rlsys.config import Config, ReferencedConfig, RunConfig
 from rlsys.model.adapters import adapter_numbers, slot_rank
 from rlsys.model.folder import find_model_folder
 from rlsys.model.kv_cache import KVLayers, cache_blocks, kv_layers
@@ -95,10 +95,15 @@ def estimate_memory(
         _estimate("rollout", device, _rollout(config, shape, device)),
     ]
     if config.has_reference_model:
-        estimates.append(
-            _estimate("reference", device, _reference(config, reference_shape, device))
-        )
+        estimates.append(estimate_reference(config, reference_shape, device=device))
     return estimates
+
+
+def estimate_reference(
+    config: ReferencedConfig, shape: ModelShape, *, device: Device
+) -> MemoryEstimate:
+    """The memory of a reference that is a model of its own."""
+    return _estimate("reference", device, _reference(config, shape, device))
 
 
 def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> MemoryEstimate | None:
@@ -323,7 +328,7 @@ def _sequence_bytes_of_model(
     return total, texts
 
 
-def _reference(config: Config, shape: ModelShape, device: Device) -> list[Tensor]:
+def _reference(config: ReferencedConfig, shape: ModelShape, device: Device) -> list[Tensor]:
     tp, width = config.reference.tensor_parallel_size, bytes_per_weight(config, device)
     tokens = -(-micro_batch_tokens(config) // config.reference.context_parallel_size)
     return [

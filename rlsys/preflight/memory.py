@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
-from rlsys.config import Config, RunConfig
+from rlsys.config import Config, PreferenceConfig, ReferencedConfig, RunConfig
 from rlsys.model.colocated_memory import Phase, colocated_phases, pinned_gib
 from rlsys.model.folder import find_model_folder
-from rlsys.model.memory import MemoryEstimate, estimate_memory, estimate_policy
+from rlsys.model.memory import MemoryEstimate, estimate_memory, estimate_policy, estimate_reference
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.snapshot_memory import snapshot_warning
 from rlsys.preflight.devices import gpu_memory_gib, host_memory_gib
@@ -23,6 +23,9 @@ def memory_warnings(config: RunConfig, device: Device) -> list[str]:
     policy = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
     snapshots = snapshot_warning(config, policy, device, host_memory_gib())
     warnings = [] if snapshots is None else [snapshots]
+    if isinstance(config, PreferenceConfig):
+        estimates = estimate_preference(config, policy, device)
+        return [*gpu_warnings(config, estimates, gpu_gib), *warnings]
     if not isinstance(config, Config):
         estimate = estimate_policy(config, policy, device=device)
         return [*gpu_warnings(config, [estimate], gpu_gib), *warnings]
@@ -37,6 +40,17 @@ def memory_warnings(config: RunConfig, device: Device) -> list[str]:
     ]
 
 
+def estimate_preference(
+    config: PreferenceConfig, policy: ModelShape, device: Device
+) -> list[MemoryEstimate]:
+    """The memory of policy and reference, whose folder must be here."""
+    estimates = [estimate_policy(config, policy, device=device)]
+    if config.has_reference_model:
+        shape = read_model_shape(find_model_folder(config.reference_path), may_bridge=True)
+        estimates.append(estimate_reference(config, shape, device=device))
+    return estimates
+
+
 def gpu_warnings(
     config: RunConfig, estimates: Sequence[MemoryEstimate], gpu_gib: float
 ) -> list[str]:
@@ -48,6 +62,9 @@ def gpu_warnings(
         gpu_gib: memory of a GPU.
     """
     by_role = {estimate.role: estimate for estimate in estimates}
+    if isinstance(config, PreferenceConfig):
+        of_policy = _policy_warning(config, by_role, gpu_gib)
+        return [*of_policy, *_reference_warning(config, by_role.get("reference"), gpu_gib)]
     if not isinstance(config, Config):
         return list(_policy_needs(config, by_role["policy"].total_gib, gpu_gib))
     if config.is_colocated:
@@ -100,7 +117,7 @@ def _phase_warnings(phases: Sequence[Phase], gpu_gib: float) -> Iterator[str]:
 
 
 def _policy_warning(
-    config: Config, by_role: Mapping[str, MemoryEstimate], gpu_gib: float
+    config: ReferencedConfig, by_role: Mapping[str, MemoryEstimate], gpu_gib: float
 ) -> Iterator[str]:
     policy = by_role["policy"]
     at_work = policy.gib["activations"] + policy.gib["logits"]
@@ -112,8 +129,9 @@ def _policy_warning(
         at_work = max(at_work, reference.total_gib - reference.gib["process"])
         sharers.append("the reference")
     reward_model = by_role.get("reward_model")
-    if reward_model is not None and config.reward.reward_model_placement == "policy":
-        kept += reward_model.total_gib * -(-len(config.reward.models) // config.policy.world_size)
+    of_rewards = config.reward if isinstance(config, Config) else None
+    if reward_model and of_rewards and of_rewards.reward_model_placement == "policy":
+        kept += reward_model.total_gib * -(-len(of_rewards.models) // config.policy.world_size)
         sharers.append("reward models")
     shared = f", shared with {' and '.join(sharers)}," if sharers else ""
     yield from _policy_needs(config, kept + at_work, gpu_gib, shared)
@@ -154,7 +172,7 @@ def _rollout_warning(config: Config, estimate: MemoryEstimate, gpu_gib: float) -
 
 
 def _reference_warning(
-    config: Config, estimate: MemoryEstimate | None, gpu_gib: float
+    config: ReferencedConfig, estimate: MemoryEstimate | None, gpu_gib: float
 ) -> Iterator[str]:
     if estimate is None or config.reference.placement != "own":
         return

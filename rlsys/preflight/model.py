@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rlsys.config import Config, PolicyConfig, RunConfig
+from rlsys.config import Config, PolicyConfig, PreferenceConfig, ReferencedConfig, RunConfig
 from rlsys.config.pipeline_layout import layer_problems, rank_layers
 from rlsys.model.adapters import adapter_obstacle, with_stored_settings
 from rlsys.model.attention import model_attention_problem
@@ -47,6 +47,18 @@ def model_problems(config: Config) -> Iterator[Problem]:
             find_model_folder(path)
         except ValueError as error:
             yield Problem(f"reward.reward_model: {error}", only_here=True)
+    yield from _reference(config, shape)
+
+
+def preference_model_problems(config: PreferenceConfig) -> Iterator[Problem]:
+    """Problems of the models of preference training."""
+    shape, problems = _read_policy(config)
+    yield from problems
+    yield from _reference(config, shape)
+
+
+def _reference(config: ReferencedConfig, shape: ModelShape | None) -> Iterator[Problem]:
+    """Problems of the reference, given the policy's shape."""
     if not config.has_reference_model:
         return
     reference = shape
@@ -234,7 +246,7 @@ def _stages_without_experts(policy: PolicyConfig, shape: ModelShape) -> Iterator
             )
 
 
-def _reference_layout(config: Config, shape: ModelShape) -> Iterator[Problem]:
+def _reference_layout(config: ReferencedConfig, shape: ModelShape) -> Iterator[Problem]:
     yield from _attention(config, config.reference.context_parallel_size, shape)
     tp = config.reference.tensor_parallel_size
     yield from _megatron_tensor_parallel("reference.tensor_parallel_size", tp, shape)

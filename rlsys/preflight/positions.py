@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlsys.config import SftConfig
+from rlsys.config import PreferenceConfig, SftConfig
 from rlsys.config.load import ResolvedConfig
 from rlsys.model.folder import find_model_folder
 from rlsys.model.shape import read_model_shape
@@ -17,7 +17,8 @@ def within_positions(resolved: ResolvedConfig[Any]) -> ResolvedConfig[Any]:
     refuse it.
     """
     config, name = resolved.config, "data.max_length"
-    if not isinstance(config, SftConfig) or resolved.origins[name] != "default":
+    has_default = isinstance(config, SftConfig | PreferenceConfig)
+    if not has_default or resolved.origins[name] != "default":
         return resolved
     try:
         shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)

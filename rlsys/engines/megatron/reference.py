@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rlsys.config import Config
+from rlsys.config import ReferencedConfig
 from rlsys.engines.megatron.hf_folder import save_model_folder
 from rlsys.engines.megatron.model import LOGPROBS, MegatronModel, ModelWriter
 from rlsys.engines.out_of_memory import out_of_memory_explained
@@ -23,9 +23,9 @@ class MegatronReference(MegatronModel):
     """
 
     role = "reference"
-    config: Config
+    config: ReferencedConfig
 
-    def __init__(self, config: Config, *, device: Device):
+    def __init__(self, config: ReferencedConfig, *, device: Device):
         super().__init__(config, config.reference_path, device=device)
         self._in_host_memory: dict[torch.nn.Parameter, torch.Tensor] = {}
         if config.reference.placement == "policy" and not self.on_cpu:

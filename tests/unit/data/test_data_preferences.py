@@ -146,7 +146,7 @@ BAD_PAIRS = [
 
 @pytest.mark.parametrize(("row", "says"), BAD_PAIRS, ids=lambda v: v if isinstance(v, str) else "")
 def test_bad_pairs_are_named(load, row, says):
-    with pytest.raises(ValueError, match="a.jsonl, line 2: ") as error:
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: ") as error:
         load(PAIR, row)
     assert says in str(error.value)
 
@@ -156,15 +156,15 @@ LABELLED = {"prompt": "1 + 1?", "completion": "Two", "label": True}
 
 @pytest.mark.parametrize("label", ["true", 1, 0, 0.5, "good", [True]])
 def test_labels_that_are_no_booleans_are_named(load, label):
-    with pytest.raises(ValueError, match="a.jsonl, line 2: the column 'label' is ") as error:
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: the column 'label' is ") as error:
         load(LABELLED, LABELLED | {"label": label}, is_paired=False)
     assert f"{label!r}: true (desirable) or false" in str(error.value)
 
 
 def test_rows_of_the_other_kind_name_their_losses(load):
-    with pytest.raises(ValueError, match="Single answers with a `label` are for .*kto"):
+    with pytest.raises(ValueError, match=r"Single answers with a `label` are for .*kto"):
         load(LABELLED, LABELLED)
-    with pytest.raises(ValueError, match="Pairs of answers are for preference.loss_type sigmoid"):
+    with pytest.raises(ValueError, match=r"Pairs of answers are for preference.loss_type sigmoid"):
         load(PAIR, PAIR, is_paired=False)
 
 
@@ -173,9 +173,9 @@ def test_too_long_answers_are_dropped_or_refused(load):
     data = load(PAIR, long, max_length=100)
     assert len(data.train) == 1
     assert data.counts[0].dropped == {"over data.max_length": 1}
-    with pytest.raises(ValueError, match="line 2: has an answer of 4.. tokens with its prompt"):
+    with pytest.raises(ValueError, match=r"line 2: has an answer of 4.. tokens with its prompt"):
         load(PAIR, long, max_length=100, truncation_strategy="error")
-    with pytest.raises(ValueError, match="no row of .* is left: with their prompts the chosen"):
+    with pytest.raises(ValueError, match=r"no row of .* is left: with their prompts the chosen"):
         load(long, max_length=100)
 
 
