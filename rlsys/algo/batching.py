@@ -314,8 +314,6 @@ def pack(
     ones_NS = torch.ones_like(batch.completion_mask)
     known = {name: getattr(batch, name) for name in _MAY_BE_NONE}
     optional = {name: concatenate(v, first=1) for name, v in known.items() if v is not None}
-    of_rows = {name: getattr(batch, name) for name in ("is_chosen", "ref_logps")}
-    optional |= {name: v[index_B] for name, v in of_rows.items() if v is not None}
     return PackedMicroBatch(
         input_ids=concatenate(batch.input_ids, first=0),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -330,9 +328,16 @@ def pack(
         rollout_logprobs=concatenate(batch.rollout_logprobs, first=1),
         routed_experts=_pack_routing(batch, rows, lengths),
         rows=tuple(rows),
-        kl=batch.kl,
+        **_of_rows(batch, index_B),
         **optional,
     )
+
+
+def _of_rows(batch: TrainBatch, index_B: Tensor) -> dict[str, Tensor]:
+    """What a preference loss knows of the rows."""
+    known = {"is_chosen": batch.is_chosen, "ref_logps": batch.ref_logps}
+    own = {name: values[index_B] for name, values in known.items() if values is not None}
+    return own if batch.kl is None else own | {"kl": batch.kl}
 
 
 def _pack_routing(batch: TrainBatch, rows: Sequence[int], lengths: Sequence[int]) -> Tensor | None:

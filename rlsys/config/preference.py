@@ -156,7 +156,7 @@ class PreferenceConfig(RunConfig):
     default_batch_size: ClassVar[str] = "policy.micro_batch_size x data-parallel ranks"
 
     data: PreferenceDataConfig
-    preference: PreferenceSection
+    preference: PreferenceSection = PreferenceSection()
     reference: ReferenceConfig = ReferenceConfig()
     policy: PreferencePolicyConfig = PreferencePolicyConfig()
     tracking: SftTrackingConfig = SftTrackingConfig()

@@ -96,6 +96,26 @@ def write_sft_run(folder: Path, *, model: dict[str, Any] | None = None, **sectio
     return path
 
 
+def write_preference_run(folder: Path, **sections: Any) -> Path:
+    """`write_run` for preference training."""
+    write_model(folder / "model")
+    row = {"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}
+    (folder / "train.jsonl").write_text((json.dumps(row) + "\n") * 20)
+    values = {
+        "output_dir": str(folder / "run"),
+        "max_steps": 10,
+        "data": {"dataset": [str(folder / "train.jsonl")], "max_length": 64},
+        "model": {"path": str(folder / "model")},
+        "preference": {},
+        "policy": {"global_batch_size": 4},
+    }
+    for name, fields in sections.items():
+        values[name] = {**values.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    path = folder / "preference.yaml"
+    path.write_text(dump_yaml({key: value for key, value in values.items() if value is not None}))
+    return path
+
+
 def write_model(folder: Path, **sizes: Any) -> Path:
     """A model folder as preflight reads it: weights are names, shapes and zeros."""
     folder.mkdir(parents=True, exist_ok=True)
