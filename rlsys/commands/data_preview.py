@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rlsys.commands.console import make_console
-from rlsys.commands.data_preview_samples import preview_samples
+from rlsys.commands.data_preview_samples import preview_preferences, preview_samples
 from rlsys.commands.data_preview_tables import (
     first_of_each_stream,
     print_counts,
@@ -20,9 +20,10 @@ from rlsys.commands.data_preview_tables import (
     print_table,
     spread,
 )
-from rlsys.config import Config, RunConfig, SftConfig
+from rlsys.config import Config, PreferenceConfig, RunConfig, SftConfig
 from rlsys.config.load import load_config, load_config_as
 from rlsys.config.method import schema_of
+from rlsys.data.preferences import load_preferences
 from rlsys.data.samples import SampleRules, load_samples
 from rlsys.data.sources import MAX_PROBLEMS_SHOWN
 from rlsys.model.chat_template import TEMPLATE_COLUMNS
@@ -56,9 +57,13 @@ def main(args: argparse.Namespace) -> bool:
     """Show the data of a config; returns whether it can be trained on."""
     rows, overrides = split_rows_option(args.overrides)
     num_rows = args.rows if rows is None else rows
-    if schema_of(args.config, overrides) is SftConfig:
+    schema = schema_of(args.config, overrides)
+    if schema is SftConfig:
         resolved = within_positions(load_config_as(SftConfig, args.config, overrides))
         return _preview_samples(resolved.config, make_console(), num_rows=num_rows)
+    if schema is PreferenceConfig:
+        pairs = within_positions(load_config_as(PreferenceConfig, args.config, overrides))
+        return _preview_preferences(pairs.config, make_console(), num_rows=num_rows)
     config = load_config(args.config, overrides).config
     return preview(config, make_console(), num_rows=num_rows)
 
@@ -74,6 +79,21 @@ def _preview_samples(config: SftConfig, console: Console, *, num_rows: int) -> b
     note = turn_end_note(folder, tokenizer, data.some)
     if note is not None:
         console.print(Text(f"\nNote: {note}", style="yellow"))
+    return True
+
+
+def _preview_preferences(config: PreferenceConfig, console: Console, *, num_rows: int) -> bool:
+    """`preview` of a config for preference training."""
+    use_cache_without_hub(config)
+    tokenizer, folder = load_tokenizer(config), find_model_folder(config.model.path)
+    data = load_preferences(
+        config.data,
+        tokenizer,
+        is_paired=config.preference.is_paired,
+        seed=config.seed,
+        vocab_size=read_model_shape(folder, may_bridge=True).vocab_size,
+    )
+    preview_preferences(config.data, data, tokenizer, console, num_rows=num_rows)
     return True
 
 

@@ -14,8 +14,9 @@ from rlsys.commands.explain_experts import describe_experts
 from rlsys.commands.explain_grpo import GRPO_PARTS
 from rlsys.commands.explain_options import describe_pipeline
 from rlsys.commands.explain_parts import Parts
+from rlsys.commands.explain_preference import PREFERENCE_PARTS
 from rlsys.commands.explain_sft import SFT_PARTS
-from rlsys.config import RunConfig, SftConfig
+from rlsys.config import Config, PreferenceConfig, RunConfig, SftConfig
 from rlsys.config.fields import (
     config_fields,
     first_sentence,
@@ -58,6 +59,14 @@ _MIN_MEANING = 40
 _ORIGIN_STYLES = {"default": "dim", "command line": "bold green"}
 
 
+PARTS: dict[type[RunConfig], Parts[Any]] = {
+    Config: GRPO_PARTS,
+    SftConfig: SFT_PARTS,
+    PreferenceConfig: PREFERENCE_PARTS,
+}
+"""What is different between methods."""
+
+
 def main(args: argparse.Namespace) -> bool:
     """Explain a config; returns whether it could run."""
     schema = schema_of(args.config, args.overrides)
@@ -72,7 +81,7 @@ def explain(resolved: ResolvedConfig[Any], console: Console) -> bool:
         Whether the config could run. A problem of this machine alone, such as a missing file, is
         shown and does not count.
     """
-    parts: Parts[Any] = SFT_PARTS if isinstance(resolved.config, SftConfig) else GRPO_PARTS
+    parts = PARTS[type(resolved.config)]
     device = guess_device(resolved.config)
 
     def place(config: RunConfig) -> RunConfig:
