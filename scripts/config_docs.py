@@ -14,7 +14,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsys.config import SftConfig
+from rlsys.config import PreferenceConfig, RunConfig, SftConfig
 from rlsys.config.fields import config_fields, config_sections, optional_sections, show_value
 from rlsys.config.schema import Section
 
@@ -50,6 +50,14 @@ says where rows come from. These are its own fields, and those with another defa
 """
 
 
+_PREFERENCE_HEAD = """## The config of rlsys preference
+
+It has the top level, `model`, `reference`, `policy`, `tracking` and `checkpoint` as above, and of
+`data` what says where rows come from. These are its own fields, and those with another default or
+meaning. [preference.md](preference.md) says how they work together.
+"""
+
+
 def markdown() -> str:
     """The whole page."""
     fields = config_fields()
@@ -59,21 +67,22 @@ def markdown() -> str:
         for inside, optional in optional_sections().items():
             if inside.startswith(f"{name}."):
                 parts += _section("###", inside, optional)
-    return "\n".join([*parts, *_sft_parts()])
+    parts += _parts_of(SftConfig, _SFT_HEAD)
+    return "\n".join([*parts, *_parts_of(PreferenceConfig, _PREFERENCE_HEAD)])
 
 
-def _sft_parts() -> list[str]:
-    """What a config of `rlsys sft` has besides, or otherwise."""
-    known, own = config_fields(), config_fields(SftConfig)
+def _parts_of(schema: type[RunConfig], head: str) -> list[str]:
+    """What a config of another command has besides, or otherwise."""
+    known, own = config_fields(), config_fields(schema)
     different = {
         name: info
         for name, info in own.items()
         if name not in known
         or (known[name].default, known[name].description) != (info.default, info.description)
     }
-    parts = [_SFT_HEAD]
+    parts = [head]
     for name in dict.fromkeys(field.rpartition(".")[0] for field in different):
-        section = (config_sections(SftConfig) | optional_sections(SftConfig))[name]
+        section = (config_sections(schema) | optional_sections(schema))[name]
         parts.append(f"### {name}\n\n{textwrap.fill(_one_line(section.__doc__ or ''), 140)}\n")
         own_fields = {n: f for n, f in different.items() if n.rpartition(".")[0] == name}
         parts.append(_table(own_fields))

@@ -312,8 +312,8 @@ def pack(
         return pad(values_BS[valid_BS], (0, fill))
 
     ones_NS = torch.ones_like(batch.completion_mask)
-    known = {name: getattr(batch, name) for name in _MAY_BE_NONE}
-    optional = {name: concatenate(v, first=1) for name, v in known.items() if v is not None}
+    optional = {n: concatenate(v, 1) for n in _MAY_BE_NONE if (v := getattr(batch, n)) is not None}
+    optional |= _of_rows(batch, index_B)
     return PackedMicroBatch(
         input_ids=concatenate(batch.input_ids, first=0),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),
@@ -328,7 +328,6 @@ def pack(
         rollout_logprobs=concatenate(batch.rollout_logprobs, first=1),
         routed_experts=_pack_routing(batch, rows, lengths),
         rows=tuple(rows),
-        **_of_rows(batch, index_B),
         **optional,
     )
 
