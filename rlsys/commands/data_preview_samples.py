@@ -53,13 +53,7 @@ def preview_samples(
         *("Row", lengths, "data.max_length", 1, config.max_length, console),
         outside="cut" if is_cut else "dropped",
     )
-    marks = _marks(console)
-    console.print()
-    console.print(
-        f"Between {marks[0]} and {marks[1]} stands what is trained on."
-        if marks[0]
-        else Text("This colour shows what is trained on.", style=_TRAINED)
-    )
+    marks = _explained_marks(console)
     for sample in spread(samples, data.train_sizes, num_rows):
         _print_sample(sample, tokenizer, marks, console)
     for notice in data.notices:
@@ -83,6 +77,18 @@ def marked_parts(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[tup
     return parts
 
 
+def _explained_marks(console: Console) -> tuple[str, str]:
+    """`_marks`, with a line that says what they mean."""
+    marks = _marks(console)
+    console.print()
+    console.print(
+        f"Between {marks[0]} and {marks[1]} stands what is trained on."
+        if marks[0]
+        else Text("This colour shows what is trained on.", style=_TRAINED)
+    )
+    return marks
+
+
 def _marks(console: Console) -> tuple[str, str]:
     """What stands around trained parts where colours do not show; empty where they do."""
     if console.color_system is not None:
@@ -103,7 +109,7 @@ def preview_preferences(
     rows = first_of_each_stream(data) if config.streaming else data.train
     lengths = [max(len(answer.token_ids) for answer in row.answers) for row in rows]
     print_histogram("Longest answer", lengths, "data.max_length", 1, config.max_length, console)
-    marks = _marks(console)
+    marks = _explained_marks(console)
     for row in spread(rows, data.train_sizes, num_rows):
         for answer, is_chosen in zip(row.answers, row.is_chosen, strict=True):
             word = "chosen, or desirable" if is_chosen else "rejected, or undesirable"
