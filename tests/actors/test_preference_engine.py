@@ -7,6 +7,8 @@ from policy_cases import save_policy_model
 from preference_cases import SECTIONS, config_of, loss_of_transformers, make_batch, norm
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.system
+
 CUTS = [
     {"micro_batch_size": 1},
     {"micro_batch_size": 4},
