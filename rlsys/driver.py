@@ -12,6 +12,7 @@ from rlsys.algo.batching import build_sample_batch, build_train_batch
 from rlsys.algo.evaluation import prediction_metrics
 from rlsys.algo.preferences import HeldOut, build_preference_batch, held_out_metrics
 from rlsys.algo.rollout_metrics import logged_metrics, rollout_metrics
+from rlsys.algo.scores import build_score_batch, score_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.interrupts import held_back
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rlsys.run.checkpoints import Checkpoints
     from rlsys.system import SftSystem, StreamSystem, System
     from rlsys.systems.preference import PreferenceSystem
+    from rlsys.systems.score import ScoreSystem
     from rlsys.timing import PhaseTimer
     from rlsys.tracking.base import Metrics, Tracker
     from rlsys.tracking.health import Health
@@ -148,6 +150,48 @@ def evaluate_preference(system: PreferenceSystem) -> Metrics:
             parts.append(HeldOut(batch, system.policy.compute_logprobs(batch)[0]))
         prefix = f"eval/{name}/" if name else "eval/"
         found = held_out_metrics(parts, system.config.algorithm)
+        metrics |= {prefix + key: value for key, value in found.items()}
+    return metrics
+
+
+def train_score(
+    system: ScoreSystem, tracker: Tracker, checkpoints: Checkpoints, health: Health
+) -> None:
+    """Train a score head from the policy's version to config.num_steps; as `train`."""
+    config, rows, policy = system.config, system.samples, system.policy
+    if config.eval_steps is not None and policy.policy_version == 0:
+        log(tracker, health, 0, evaluate_score(system))
+    for step in range(policy.policy_version + 1, config.num_steps + 1):
+        timer = system.timeline.begin_step(step)
+        with timer("data"):
+            batch = build_score_batch(rows.take(config.rows_per_step))
+        with held_back():  # an interruption waits until the step is whole
+            with timer("policy_update"):
+                update = policy.update(batch)
+            metrics = _finish_step(system, batch, update, timer)
+            with timer("log"):
+                log(tracker, health, step, metrics)
+        if config.eval_steps is not None and step % config.eval_steps == 0:
+            with timer("evaluation"):
+                log(tracker, health, step, evaluate_score(system))
+        with timer("checkpoint"):
+            checkpoints.after_step(step)
+
+
+def evaluate_score(system: ScoreSystem) -> Metrics:
+    """Loss, accuracy and rewards of each held-out set, as eval/loss or eval/NAME/loss."""
+    metrics: dict[str, float] = {}
+    config, size = system.config, EVAL_STEPS_AT_ONCE * system.config.rows_per_step
+    for name, held_out in system.held_out_sets.items():
+        scored = []
+        for i in range(0, len(held_out), size):
+            rows = held_out[i : i + size]
+            batch = build_score_batch(rows, at_least=config.data_parallel_size)
+            count = len(rows) * config.rows_together  # rows that have no text follow
+            assert batch.labels is not None
+            scored.append((system.policy.compute_scores(batch)[:count], batch.labels[:count]))
+        prefix = f"eval/{name}/" if name else "eval/"
+        found = score_metrics(scored, config.reward_model)
         metrics |= {prefix + key: value for key, value in found.items()}
     return metrics
 

@@ -23,16 +23,17 @@ from rlsys.actors.ray_metrics import RayMetrics
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.reservation import node_cores
 from rlsys.actors.silent import save_stacks_in
-from rlsys.config import Config, PreferenceConfig, RunConfig, SftConfig
+from rlsys.config import Config, PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
 from rlsys.config.load import ResolvedConfig, save_config
 from rlsys.config.roles import decide_cpu_threads
 from rlsys.config.schema import AnyConfig
-from rlsys.driver import train, train_preference, train_sft
+from rlsys.driver import train, train_preference, train_score, train_sft
 from rlsys.exit_codes import of_error
 from rlsys.files import read_jsonl
 from rlsys.interrupts import as_stopped, held_back, interruptible, is_impatient
 from rlsys.plugins.load import loaded_files
 from rlsys.preflight.before_preference import fit_to_preferences, load_preference_data
+from rlsys.preflight.before_reward_model import fit_to_rows, load_score_data
 from rlsys.preflight.before_sft import fit_to_samples, load_sample_data
 from rlsys.preflight.before_start import fit_to_data, load_data
 from rlsys.preflight.run_folder import plan_start
@@ -46,6 +47,7 @@ from rlsys.run.resume import move_aside, resume_notes, set_aside_later, with_thr
 from rlsys.saving import make_checkpoints, save_final, save_last_step
 from rlsys.system import StreamSystem, System, choose_device, start_sft_system, start_system
 from rlsys.systems.preference import start_preference_system
+from rlsys.systems.score import start_score_system
 from rlsys.text import counted
 from rlsys.tracking import Tracker, build_tracker
 from rlsys.tracking.base import run_name
@@ -88,6 +90,12 @@ def run_preference(resolved: ResolvedConfig[PreferenceConfig]) -> None:
     method = Method(
         load_preference_data, fit_to_preferences, start_preference_system, train_preference
     )
+    run_method(resolved.config, method)
+
+
+def run_reward_model(resolved: ResolvedConfig[RewardModelConfig]) -> None:
+    """Train a score head, as `run`."""
+    method = Method(load_score_data, fit_to_rows, start_score_system, train_score)
     run_method(resolved.config, method)
 
 

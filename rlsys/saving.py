@@ -67,7 +67,8 @@ def save_final(system: AnySystem, run_dir: RunDir, checkpoints: Checkpoints) -> 
         best = write_best_model(run_dir, config.checkpoint)
     if best is None:
         system.policy.save_model(run_dir.final)
-    kind = "model" if config.policy.lora is None else "adapter, a PEFT folder,"
+    is_adapter = config.policy.lora is not None and config.num_labels is None
+    kind = "adapter, a PEFT folder," if is_adapter else "model"
     of_step = "" if best is None else f" of step {best}, the best one,"
     print(f"the trained {kind}{of_step} is in {run_dir.final}", flush=True)
     checkpoints.finish()

@@ -80,6 +80,24 @@ class Preference:
         return [token for answer in self.answers for token in answer.token_ids.tolist()]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoredRow:
+    """Texts with what their scores are compared with: a pair of answers, or a text with a label."""
+
+    row_id: str
+    """Unique within a data set split; stable across runs, as `Prompt.prompt_id` is."""
+    texts: tuple[np.ndarray, ...]
+    """[T] int32 token ids of each, T >= 2: the chosen and the rejected conversation, or one
+    text."""
+    label: tuple[float, ...]
+    """[L] the number of the class; 0 or 1 for each class; or numbers. Of a pair its margin."""
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The token ids of all texts."""
+        return [token for text in self.texts for token in text.tolist()]
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One sampled continuation of a prompt."""
@@ -228,6 +246,9 @@ class TrainBatch:
     kl: torch.Tensor | None = None
     """[1] float64 nats, KTO's estimate of KL(policy || reference) for the whole step; None for
     other losses."""
+    labels: torch.Tensor | None = None
+    """[N, L] float32, what the scores of a row are compared with; None without a score head. In
+    pairs, where a rejected answer follows the chosen one, both have the margin of the pair."""
 
 
 @dataclass(frozen=True, slots=True)

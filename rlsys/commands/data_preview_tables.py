@@ -15,7 +15,7 @@ from rlsys.data.load import Loaded, texts_of
 from rlsys.data.streams.base import T
 from rlsys.text import counted
 from rlsys.tracking.columns import GAP, columns, print_lines
-from rlsys.types import Preference, Prompt, Sample
+from rlsys.types import Preference, Prompt, Sample, ScoredRow
 
 BINS = 12
 """Lines of the histogram, roughly."""
@@ -33,7 +33,7 @@ def first_of_each_stream(data: Loaded[T]) -> list[T]:
     return list(found.values())
 
 
-def _id(row: Prompt | Sample | Preference) -> str:
+def _id(row: Prompt | Sample | Preference | ScoredRow) -> str:
     if isinstance(row, Prompt):
         return row.prompt_id
     return row.sample_id if isinstance(row, Sample) else row.row_id

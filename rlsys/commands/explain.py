@@ -98,7 +98,8 @@ def explain(resolved: ResolvedConfig[Any], console: Console) -> bool:
     actors = [*_describe_actors(config, parts, device), *describe_pipeline(config.policy)]
     print_pairs(console, f"Actors on {device}", actors)
     try:
-        shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+        folder = find_model_folder(config.model.path)
+        shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     except ValueError:  # one of the problems, which are printed last
         print_pairs(console, "Saved", describe_saving(config, None))
         console.print("\nModel config not available here: memory not estimated, nor disk")

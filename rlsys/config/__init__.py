@@ -4,6 +4,8 @@ from rlsys.config.preference import PreferenceAlgorithm as PreferenceAlgorithm
 from rlsys.config.preference import PreferenceConfig as PreferenceConfig
 from rlsys.config.preference import PreferenceDataConfig as PreferenceDataConfig
 from rlsys.config.preference import PreferenceSection as PreferenceSection
+from rlsys.config.reward_model import RewardModelConfig as RewardModelConfig
+from rlsys.config.reward_model import ScoreDataConfig as ScoreDataConfig
 from rlsys.config.schema import REWARD_MODEL_PREFIX as REWARD_MODEL_PREFIX
 from rlsys.config.schema import CheckpointConfig as CheckpointConfig
 from rlsys.config.schema import ColocatedConfig as ColocatedConfig

@@ -9,11 +9,12 @@ import yaml
 
 from rlsys.config.fields import config_fields, config_sections
 from rlsys.config.preference import PreferenceConfig
+from rlsys.config.reward_model import RewardModelConfig
 from rlsys.config.schema import Config, RunConfig
 from rlsys.config.sft import SftConfig
 from rlsys.config.yaml_text import load_yaml
 
-METHODS: tuple[type[RunConfig], ...] = (Config, SftConfig, PreferenceConfig)
+METHODS: tuple[type[RunConfig], ...] = (Config, SftConfig, PreferenceConfig, RewardModelConfig)
 """The class of config of each command that trains."""
 
 

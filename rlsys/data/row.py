@@ -63,6 +63,8 @@ class Row:
     one. It and the next one are set by `parse_pair` and `parse_labelled`."""
     label: bool | None = None
     """For preference training on single answers, whether this one is desirable."""
+    labels: tuple[float, ...] = ()
+    """For a score head, what the scores of the row are compared with, see `ScoredRow.label`."""
 
     token_ids: list[int] = field(default_factory=list)
     """The rendered prompt or conversation. It and the next two are set by rendering."""

@@ -63,7 +63,7 @@ def find_model(config: RunConfig) -> tuple[Path, ModelShape]:
     """
     use_cache_without_hub(config)
     folder = resolve_model_path(config.model.path)
-    shape = read_model_shape(folder, may_bridge=True)
+    shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     if folder != Path(config.model.path):  # preflight saw only the config of a hub model
         check_model_folder(folder, shape, has_prompts=True)
     return folder, shape

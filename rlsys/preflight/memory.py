@@ -20,7 +20,8 @@ def memory_warnings(config: RunConfig, device: Device) -> list[str]:
     gpu_gib = gpu_memory_gib() if device == "cuda" and "RAY_ADDRESS" not in os.environ else None
     if gpu_gib is None:
         return []
-    policy = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+    folder = find_model_folder(config.model.path)
+    policy = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     snapshots = snapshot_warning(config, policy, device, host_memory_gib())
     warnings = [] if snapshots is None else [snapshots]
     if isinstance(config, PreferenceConfig):

@@ -117,7 +117,9 @@ def _read_model(
         return None, [Problem(f"{field}: {error}", only_here=True)]
     try:
         refuse_other_kind(folder)
-        shape = read_model_shape(folder, may_bridge=may_bridge(config))
+        shape = read_model_shape(
+            folder, may_bridge=may_bridge(config), num_labels=config.num_labels
+        )
     except ValueError as error:
         return None, [Problem(f"{field}: {line}") for line in str(error).splitlines()]
     problems = list(_bridge(config, field, shape))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlsys.config import PreferenceConfig, SftConfig
+from rlsys.config import PreferenceConfig, RewardModelConfig, SftConfig
 from rlsys.config.load import ResolvedConfig
 from rlsys.model.folder import find_model_folder
 from rlsys.model.shape import read_model_shape
@@ -17,11 +17,12 @@ def within_positions(resolved: ResolvedConfig[Any]) -> ResolvedConfig[Any]:
     refuse it.
     """
     config, name = resolved.config, "data.max_length"
-    has_default = isinstance(config, SftConfig | PreferenceConfig)
+    has_default = isinstance(config, SftConfig | PreferenceConfig | RewardModelConfig)
     if not has_default or resolved.origins[name] != "default":
         return resolved
     try:
-        shape = read_model_shape(find_model_folder(config.model.path), may_bridge=True)
+        folder = find_model_folder(config.model.path)
+        shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
     except ValueError:  # which the checks report
         return resolved
     default, positions = config.data.max_length, shape.max_position_embeddings

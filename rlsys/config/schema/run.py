@@ -162,6 +162,11 @@ class RunConfig(Section):
         """The loss and its settings."""
 
     @property
+    def num_labels(self) -> int | None:
+        """Outputs of the score head that the run trains; None: it trains a language model."""
+        return None
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """Settings of `rlsys.algo.sampling.Sampling`, by which log-probs are taken."""
         return {}

@@ -27,6 +27,7 @@ from rlsys.engines.megatron.latent import latent_options, set_norm_eps
 from rlsys.engines.megatron.options import check_machine, megatron_config
 from rlsys.engines.megatron.rope import place_rotary
 from rlsys.engines.megatron.routing import choose_in_groups
+from rlsys.engines.megatron.score_head import put_score_head
 from rlsys.engines.megatron.specs import block_spec
 from rlsys.model import policy_memory
 from rlsys.model.shape import ModelShape
@@ -219,6 +220,8 @@ def build_model(
 ) -> list[GPTModel]:
     """This rank's GPTModels, without weights: one, or a chunk for each of its virtual stages.
 
+    A score head stands in place of the output head if the shape has labels.
+
     Args:
         longest: tokens of the longest row of the run.
     """
@@ -248,7 +251,7 @@ def _build_chunk(
         pre_process=parallel_state.is_pipeline_first_stage(**place),
         post_process=parallel_state.is_pipeline_last_stage(**place),
         vp_stage=vp_stage,
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings and shape.num_labels is None,
         position_embedding_type="rope",
     )
     if shape.family.scaled_embeddings and model.pre_process:
@@ -260,6 +263,8 @@ def _build_chunk(
         set_norm_eps(model)
     if shape.experts.groups > 1:
         choose_in_groups(model, shape.experts)
+    if shape.num_labels is not None and model.post_process:
+        put_score_head(model, shape.num_labels)
     return model
 
 
