@@ -4,7 +4,7 @@
 
 makes all up, without a network, and writes
 
-    model/                             an untrained Qwen3 of 0.2 million parameters, with a tokenizer
+    model/                             an untrained Qwen3 of 0.2 million parameters, a tokenizer
     answers.jsonl                      messages that end with an answer of any kind, for `rlsys sft`
     pairs.jsonl, pairs_held_out.jsonl  prompt, chosen and rejected, for `rlsys reward-model`
     topics.jsonl, topics_held_out.jsonl    text and label, the topic, for a classifier

@@ -263,8 +263,6 @@ class MegatronModel:
     def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """Write a Hugging Face model folder; every rank calls, the first one writes."""
         tensors = self.whole_weights().export()
-        if self.config_changes:
-            write = partial(write, changes=self.config_changes)
         try:
             if dist.get_rank() == 0:
                 own = chain(tensors, untrained_tensors(self.folder))

@@ -325,12 +325,8 @@ class MegatronPolicy(MegatronModel):
             NonFiniteWeights: they hold NaNs or infinities.
         """
         self.offload.check("save_model")
-        self.check_finite()
-        self.write_model(folder, write)
-
-    def check_finite(self) -> None:
-        """Refuse to save NaNs or infinities; every rank calls."""
         check_finite(f"the model of version {self.policy_version}", trained_weights(self.model))
+        self.write_model(folder, write)
 
     def write_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """As `save_model`, whatever the numbers are."""

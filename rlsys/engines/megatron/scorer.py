@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,14 +97,14 @@ class MegatronScorer(MegatronPolicy):
         scores = torch.cat([output["scores"].cpu() for output in outputs])
         return [row for rows in row_lists for row in rows], scores
 
-    def save_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
+    def write_model(self, folder: Path, write: ModelWriter = save_model_folder) -> None:
         """Write a folder of transformers' classifier, with adapters merged into its weights.
 
         So a reward model is one folder, which AutoModelForSequenceClassification opens.
         """
-        self.offload.check("save_model")
-        self.check_finite()
-        MegatronModel.save_model(self, folder, write)
+        assert write is save_model_folder, "a classifier has no other form"
+        changed = partial(save_model_folder, changes=self.config_changes)
+        MegatronModel.save_model(self, folder, changed)
 
 
 def _scores(of_tokens: Scores, micro_batch: PackedMicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
