@@ -20,6 +20,7 @@ def reward_model_problems(config: RewardModelConfig) -> list[Problem]:
         *rows_problems(config.data),
         *_head_problems(config),
         *_batch_problems(config),
+        *_option_problems(config),
     ]
 
 
@@ -80,4 +81,19 @@ def _batch_problems(config: RewardModelConfig) -> Iterator[Problem]:
         yield Problem(
             f"policy.max_tokens_per_micro_batch = {tokens} does not hold {what}, {needed} tokens "
             f"with data.max_length = {longest}: use {needed} or more, or lower data.max_length"
+        )
+
+
+def _option_problems(config: RewardModelConfig) -> Iterator[Problem]:
+    if config.has_pairs and config.data.prompt_template is not None:
+        yield Problem(
+            "data.prompt_template makes one text of a row, and reward_model.problem_type = "
+            "preference reads two answers: leave it out; pairs of plain texts have columns chosen "
+            "and rejected"
+        )
+    if config.checkpoint.load_best_model_at_end and config.policy.lora is not None:
+        yield Problem(
+            "checkpoint.load_best_model_at_end with policy.lora would make the final model an "
+            "adapter, since checkpoints are, and a reward model is one whole folder: leave one of "
+            "them out"
         )

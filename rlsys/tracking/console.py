@@ -290,7 +290,7 @@ def evaluation_items(step: int, metrics: Metrics) -> list[str]:
             shown.append(f"{reward[1]} {value:.3f}")
         elif loss := re.fullmatch(r"eval/((?:[^/]+/)?(?:loss|perplexity))", name):
             shown.append(f"{loss[1].replace('/', ' ')} {value:.4g}")
-        elif accuracy := re.fullmatch(r"eval/([^/]+/)?mean_token_accuracy", name):
+        elif accuracy := re.fullmatch(r"eval/([^/]+/)?(?:mean_token_)?accuracy", name):
             shown.append(f"{(accuracy[1] or '').replace('/', ' ')}accuracy {value:.3f}")
         elif held_out := re.fullmatch(r"eval/([^/]+/)?rewards/(accuracies|margins)", name):
             word = {"accuracies": "accuracy", "margins": "margin"}[held_out[2]]

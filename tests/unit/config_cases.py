@@ -162,3 +162,27 @@ def write_run(folder: Path, **sections: Any) -> Path:
         "data": {"dataset": [str(folder / "train.jsonl")], **sections.pop("data", {})},
     }
     return write_config(folder, **(places | sections))
+
+
+def write_reward_model_run(folder: Path, **sections: Any) -> Path:
+    """`write_run` for a reward model, with 20 pairs."""
+    write_model(folder / "model")
+    pair = {
+        "prompt": [{"role": "user", "content": "1 + 1?"}],
+        "chosen": [{"role": "assistant", "content": "2"}],
+        "rejected": [{"role": "assistant", "content": "3"}],
+    }
+    (folder / "train.jsonl").write_text((json.dumps(pair) + "\n") * 20)
+    values: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "max_steps": 10,
+        "data": {"dataset": [str(folder / "train.jsonl")], "max_length": 64},
+        "model": {"path": str(folder / "model")},
+        "reward_model": {},
+        "policy": {"global_batch_size": 4},
+    }
+    for name, fields in sections.items():
+        values[name] = {**values.get(name, {}), **fields} if isinstance(fields, dict) else fields
+    path = folder / "reward_model.yaml"
+    path.write_text(dump_yaml(values))
+    return path
