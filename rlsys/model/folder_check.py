@@ -63,10 +63,10 @@ def folder_problems(folder: Path, shape: ModelShape, *, has_prompts: bool) -> li
     return [*problems, *_tokenizer_problems(folder, shape)] if has_prompts else problems
 
 
-def model_notes(folder: Path) -> list[str]:
-    """What a run ignores in config.json, and token ids that no text shows."""
+def model_notes(folder: Path, *, num_labels: int | None = None) -> list[str]:
+    """What a run ignores in config.json, and token ids that no text shows; as read_model_shape."""
     notes = []
-    shape = read_model_shape(folder, may_bridge=True)
+    shape = read_model_shape(folder, may_bridge=True, num_labels=num_labels)
     if shape.num_mtp_layers:
         notes.append(
             f"{folder}: the layers from {shape.num_layers} on, which predict further tokens "

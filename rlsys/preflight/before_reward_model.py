@@ -38,8 +38,8 @@ def load_score_data(config: RewardModelConfig) -> ScoreData:
         pad_token_id=pad_token_id(folder),
         vocab_size=shape.vocab_size,
     )
-    notes = [*model_notes(folder), *policy_notes(config, folder, shape), _head_note(folder)]
-    say_what_was_found(notes, data)
+    notes = model_notes(folder, num_labels=config.num_labels)
+    say_what_was_found([*notes, *policy_notes(config, folder, shape), _head_note(folder)], data)
     if not config.data.streaming:
         if len(data.train) < config.rows_per_step:
             raise ValueError(str(too_few(config, len(data.train))))

@@ -13,7 +13,7 @@ def one_rank():
 
 
 @cache
-def _start():
+def start():
     import torch
     import torch.distributed as dist
 
@@ -29,7 +29,7 @@ def _start():
 
 def logprobs_or_refusal(folder):
     """[N, S] log-probs of `random_batch`, or the text with which the policy refuses the model."""
-    _start()
+    start()
     import torch
     from policy_cases import policy_config, random_batch
 
@@ -50,7 +50,7 @@ def gradient_and_kept(folder, options):
     Args:
         options: settings of policy.
     """
-    _start()
+    start()
     from policy_cases import gradients_of, policy_config, random_batch
     from torch.autograd.graph import saved_tensors_hooks
 
@@ -82,7 +82,7 @@ def preference_step(folder, section, options):
     Args:
         options: settings of policy.
     """
-    _start()
+    start()
     from policy_cases import gradients_of
     from preference_cases import config_of, make_batch
 

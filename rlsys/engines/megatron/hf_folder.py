@@ -99,15 +99,16 @@ def stored_tensors(
 
 
 def untrained_tensors(
-    folder: Path, dtype: torch.dtype | None = None
+    folder: Path, dtype: torch.dtype | None = None, shape: ModelShape | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of layers that predict further tokens, which are copied and not trained.
 
     Args:
         folder: of a model; beside megatron-core's files they are in `release/`.
         dtype: what they are converted to; None keeps their types.
+        shape: the model's; None reads that of a language model.
     """
-    shape = read_model_shape(folder, may_bridge=True)
+    shape = shape or read_model_shape(folder, may_bridge=True)
     place = folder / RELEASE if (folder / RELEASE / UNTRAINED_FILE).is_file() else folder
     if not weight_files(place):
         return

@@ -265,7 +265,7 @@ class MegatronModel:
         tensors = self.whole_weights().export()
         try:
             if dist.get_rank() == 0:
-                own = chain(tensors, untrained_tensors(self.folder))
+                own = chain(tensors, untrained_tensors(self.folder, shape=self.shape))
                 write(self.folder, folder, own, self.dtype)
         finally:  # takes part in the collectives, also where the disk is full
             for _ in tensors:

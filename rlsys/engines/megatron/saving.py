@@ -73,7 +73,7 @@ def _stage(model: MegatronModel, folder: Path, *, copies: bool, is_adapter: bool
         return lambda: None
 
     def write(tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        everything = chain(tensors, untrained_tensors(model.folder))
+        everything = chain(tensors, untrained_tensors(model.folder, shape=model.shape))
         changes = model.config_changes
         write_model_files(model.folder, folder, everything, model.dtype, changes=changes)
 
