@@ -13,6 +13,7 @@ from rich.text import Text
 
 from rlsys.commands.console import make_console
 from rlsys.commands.data_preview_samples import preview_preferences, preview_samples
+from rlsys.commands.data_preview_scored import preview_scored
 from rlsys.commands.data_preview_tables import (
     first_of_each_stream,
     print_counts,
@@ -20,13 +21,16 @@ from rlsys.commands.data_preview_tables import (
     print_table,
     spread,
 )
-from rlsys.config import Config, PreferenceConfig, RunConfig, SftConfig
+from rlsys.config import Config, PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
 from rlsys.config.load import load_config, load_config_as
 from rlsys.config.method import schema_of
 from rlsys.data.preferences import load_preferences
 from rlsys.data.samples import SampleRules, load_samples
+from rlsys.data.scored import load_scored
+from rlsys.data.scored_rows import ScoreRules
 from rlsys.data.sources import MAX_PROBLEMS_SHOWN
 from rlsys.model.chat_template import TEMPLATE_COLUMNS
+from rlsys.model.classifier import pad_token_id
 from rlsys.model.detokenize import Detokenizer
 from rlsys.model.folder import find_model_folder, tokenizer_source
 from rlsys.model.raw_text import RawText
@@ -64,6 +68,9 @@ def main(args: argparse.Namespace) -> bool:
     if schema is PreferenceConfig:
         pairs = within_positions(load_config_as(PreferenceConfig, args.config, overrides))
         return _preview_preferences(pairs.config, make_console(), num_rows=num_rows)
+    if schema is RewardModelConfig:
+        scored = within_positions(load_config_as(RewardModelConfig, args.config, overrides))
+        return _preview_scored(scored.config, make_console(), num_rows=num_rows)
     config = load_config(args.config, overrides).config
     return preview(config, make_console(), num_rows=num_rows)
 
@@ -94,6 +101,23 @@ def _preview_preferences(config: PreferenceConfig, console: Console, *, num_rows
         vocab_size=read_model_shape(folder, may_bridge=True).vocab_size,
     )
     preview_preferences(config.data, data, tokenizer, console, num_rows=num_rows)
+    return True
+
+
+def _preview_scored(config: RewardModelConfig, console: Console, *, num_rows: int) -> bool:
+    """`preview` of a config for a score head."""
+    use_cache_without_hub(config)
+    tokenizer, folder = load_tokenizer(config), find_model_folder(config.model.path)
+    shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
+    data = load_scored(
+        config.data,
+        tokenizer,
+        ScoreRules.of(config),
+        seed=config.seed,
+        pad_token_id=pad_token_id(folder),
+        vocab_size=shape.vocab_size,
+    )
+    preview_scored(config, data, tokenizer, console, num_rows=num_rows)
     return True
 
 

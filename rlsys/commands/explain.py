@@ -15,8 +15,9 @@ from rlsys.commands.explain_grpo import GRPO_PARTS
 from rlsys.commands.explain_options import describe_pipeline
 from rlsys.commands.explain_parts import Parts
 from rlsys.commands.explain_preference import PREFERENCE_PARTS
+from rlsys.commands.explain_reward_model import REWARD_MODEL_PARTS
 from rlsys.commands.explain_sft import SFT_PARTS
-from rlsys.config import Config, PreferenceConfig, RunConfig, SftConfig
+from rlsys.config import Config, PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
 from rlsys.config.fields import (
     config_fields,
     first_sentence,
@@ -63,6 +64,7 @@ PARTS: dict[type[RunConfig], Parts[Any]] = {
     Config: GRPO_PARTS,
     SftConfig: SFT_PARTS,
     PreferenceConfig: PREFERENCE_PARTS,
+    RewardModelConfig: REWARD_MODEL_PARTS,
 }
 """What is different between methods."""
 

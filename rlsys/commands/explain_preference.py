@@ -14,7 +14,7 @@ from rlsys.commands.explain_batches import (
 from rlsys.commands.explain_options import describe_megatron_kwargs
 from rlsys.commands.explain_parts import Pairs, Parts
 from rlsys.commands.explain_sft import learning_rate
-from rlsys.config import PreferenceConfig
+from rlsys.config import PreferenceConfig, RunConfig
 from rlsys.model.memory import MemoryEstimate
 from rlsys.model.shape import ModelShape
 from rlsys.preflight.data import FIRST_ROWS, count_rows
@@ -47,7 +47,7 @@ def _method(config: PreferenceConfig) -> list[tuple[str, Pairs]]:
     return [
         ("Training", describe_training(config)),
         ("Passed through, and not in the memory estimate", describe_megatron_kwargs(config.policy)),
-        ("Batches", row_arithmetic(config)),
+        ("Batches", row_arithmetic(config, "pair" if config.preference.is_paired else "answer")),
     ]
 
 
@@ -69,11 +69,6 @@ def describe_training(config: PreferenceConfig) -> Pairs:
             ("likelihood", f"+ {section.nll_weight:g} x mean negative log-likelihood of chosen "
              "answers, over their tokens in a step"),
         )  # fmt: skip
-    order = f"a new permutation in every epoch, by seed {config.seed}"
-    if data.streaming:
-        order = f"as streamed, shuffled within {data.shuffle_buffer_size:,} rows"
-    elif not data.shuffle:
-        order = "as in the files (data.shuffle is off)"
     longer = "dropped, and counted"
     if data.truncation_strategy == "error":
         longer = "a mistake: the run does not start"
@@ -81,9 +76,19 @@ def describe_training(config: PreferenceConfig) -> Pairs:
         *pairs,
         ("reference", _reference(config)),
         ("longer rows", f"with an answer over {data.max_length:,} tokens: {longer}"),
-        ("order", order),
+        ("order", order_of_rows(config)),
         ("learning rate", learning_rate(config)),
     ]
+
+
+def order_of_rows(config: RunConfig) -> str:
+    """In which order rows come."""
+    data = config.data
+    if data.streaming:
+        return f"as streamed, shuffled within {data.shuffle_buffer_size:,} rows"
+    if not data.shuffle:
+        return "as in the files (data.shuffle is off)"
+    return f"a new permutation in every epoch, by seed {config.seed}"
 
 
 def _reference(config: PreferenceConfig) -> str:
@@ -99,9 +104,8 @@ def _reference(config: PreferenceConfig) -> str:
     return f"{model}, asked {when}"
 
 
-def row_arithmetic(config: PreferenceConfig) -> Pairs:
+def row_arithmetic(config: RunConfig, noun: str) -> Pairs:
     """(quantity, value and formula) for every number that follows from the batch sizes."""
-    noun = "pair" if config.preference.is_paired else "answer"
     by_default = "" if config.policy.global_batch_size else f" = {config.default_batch_size}"
     most = config.rows_together * config.longest_row
     return [
@@ -114,7 +118,7 @@ def row_arithmetic(config: PreferenceConfig) -> Pairs:
     ]
 
 
-def _run_length(config: PreferenceConfig, noun: str) -> Iterator[tuple[str, str]]:
+def _run_length(config: RunConfig, noun: str) -> Iterator[tuple[str, str]]:
     rows = count_rows(config.data)
     if config.num_train_epochs is not None:
         less = f" (less those over data.max_length) / rows per step {config.rows_per_step}"
