@@ -14,7 +14,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsys.config import PreferenceConfig, RunConfig, SftConfig
+from rlsys.config import PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
 from rlsys.config.fields import config_fields, config_sections, optional_sections, show_value
 from rlsys.config.schema import Section
 
@@ -58,6 +58,14 @@ meaning. [preference.md](preference.md) says how they work together.
 """
 
 
+_REWARD_MODEL_HEAD = """## The config of rlsys reward-model
+
+It has the top level, `model`, `policy`, `tracking` and `checkpoint` as above, and of `data` what
+says where rows come from. These are its own fields, and those with another default or meaning.
+[reward_model.md](reward_model.md) says how they work together.
+"""
+
+
 def markdown() -> str:
     """The whole page."""
     fields = config_fields()
@@ -68,7 +76,8 @@ def markdown() -> str:
             if inside.startswith(f"{name}."):
                 parts += _section("###", inside, optional)
     parts += _parts_of(SftConfig, _SFT_HEAD)
-    return "\n".join([*parts, *_parts_of(PreferenceConfig, _PREFERENCE_HEAD)])
+    parts += _parts_of(PreferenceConfig, _PREFERENCE_HEAD)
+    return "\n".join([*parts, *_parts_of(RewardModelConfig, _REWARD_MODEL_HEAD)])
 
 
 def _parts_of(schema: type[RunConfig], head: str) -> list[str]:

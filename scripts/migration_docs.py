@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rlsys.config import Config, PreferenceConfig, RunConfig, SftConfig
+from rlsys.config import Config, PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
 from rlsys.config.elsewhere import Counterpart, own_counterparts, projects, show_defaults
 
 TARGET = Path(__file__).parents[1] / "docs" / "migration.md"
@@ -23,8 +23,9 @@ Three things differ everywhere:
 
 - **A step** of `rlsys grpo` is one rollout: sample, score, update, sync weights.
   `rollout.generation_batch_size` is its completions, `policy.global_batch_size` the completions of
-  one optimizer step. Neither counts prompts. A step of `rlsys sft` and `rlsys preference` is one
-  optimizer step with `policy.global_batch_size` samples or pairs, as elsewhere.
+  one optimizer step. Neither counts prompts. A step of `rlsys sft`, `rlsys preference` and
+  `rlsys reward-model` is one optimizer step with `policy.global_batch_size` samples or pairs, as
+  elsewhere.
 - **GPUs**: policy and rollout engines have GPUs of their own, or share them by turns where there
   are too few (`placement`). `policy.world_size` and `rollout.num_engines` count both.
 - **Sampling settings** come from the config only, never from a model's generation_config.json.
@@ -37,6 +38,7 @@ Commands; for those beside training see [eval.md](eval.md). MODEL may be a run:
 | `swift pt`, `megatron pt` | `rlsys sft CONFIG` with `sft.objective: pretrain` |
 | `swift rlhf --rlhf_type grpo`, `megatron rlhf`, `trl grpo` | `rlsys grpo CONFIG` |
 | `swift rlhf --rlhf_type dpo` (kto, cpo, ...), `trl dpo`, `trl kto` | `rlsys preference CONFIG` |
+| `swift rlhf --rlhf_type rm`, `swift sft --task_type seq_cls`, `trl reward` | `rlsys reward-model CONFIG` |
 | `swift infer`, `transformers chat` | `rlsys infer MODEL` |
 | `swift infer --val_dataset`, `main_generation` | `rlsys infer MODEL --prompts FILE --out FILE` |
 | `swift deploy`, `vllm serve` | `rlsys infer MODEL --serve` |
@@ -88,7 +90,7 @@ def markdown() -> str:
     """The whole page."""
     parts = [_HEAD, "## Models and checkpoints\n\n[export.md](export.md) says more.\n"]
     parts.append(_table(("there", "here"), _COMMANDS))
-    further: tuple[type[RunConfig], ...] = (SftConfig, PreferenceConfig)
+    further: tuple[type[RunConfig], ...] = (SftConfig, PreferenceConfig, RewardModelConfig)
     for project, about in projects(Config).items():
         parts.append(f"## {project}\n\n{about[0].upper()}{about[1:]}.\n")
         parts += _names(Config, project, project)

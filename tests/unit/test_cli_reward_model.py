@@ -167,7 +167,7 @@ def test_the_best_model_of_an_adapter_would_be_an_adapter(tmp_path, capsys):
     path = write_reward_model_run(
         tmp_path,
         policy={"lora": {}},
-        checkpoint={"load_best_model_at_end": True, "best_metric": "eval/accuracy"},
+        checkpoint={"load_best_model_at_end": True, "metric_for_best_model": "eval/accuracy"},
         data={"split_dataset_ratio": 0.5},
         eval_steps=5,
     )
