@@ -38,7 +38,8 @@ Commands; for those beside training see [eval.md](eval.md). MODEL may be a run:
 | `swift pt`, `megatron pt` | `rlsys sft CONFIG` with `sft.objective: pretrain` |
 | `swift rlhf --rlhf_type grpo`, `megatron rlhf`, `trl grpo` | `rlsys grpo CONFIG` |
 | `swift rlhf --rlhf_type dpo` (kto, cpo, ...), `trl dpo`, `trl kto` | `rlsys preference CONFIG` |
-| `swift rlhf --rlhf_type rm`, `swift sft --task_type seq_cls`, `trl reward` | `rlsys reward-model CONFIG` |
+| `swift rlhf --rlhf_type rm`, `trl reward` | `rlsys reward-model CONFIG` |
+| `swift sft --task_type seq_cls` | `rlsys reward-model CONFIG` with `problem_type` |
 | `swift infer`, `transformers chat` | `rlsys infer MODEL` |
 | `swift infer --val_dataset`, `main_generation` | `rlsys infer MODEL --prompts FILE --out FILE` |
 | `swift deploy`, `vllm serve` | `rlsys infer MODEL --serve` |
