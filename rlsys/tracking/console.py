@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from rlsys.config import PreferenceConfig, RunConfig
+from rlsys.config import PreferenceConfig, RewardModelConfig, RunConfig
 from rlsys.log_files import LogFile
 from rlsys.tracking.base import Metrics, Split, Tracker, is_evaluation
 from rlsys.tracking.columns import join_wrapped
@@ -65,6 +65,13 @@ PREFERENCE_COLUMNS = [
     *SFT_COLUMNS[1:],
 ]
 """The same, of preference training."""
+REWARD_MODEL_COLUMNS = [
+    SFT_COLUMNS[0],
+    Column("accuracy", "accuracy", ".3f", 8),
+    Column("margin", "margin", ".3f", 7),
+    *SFT_COLUMNS[1:],
+]
+"""The same, of reward models and classifiers."""
 ROWS_BETWEEN_HEADERS = 20
 
 
@@ -72,6 +79,8 @@ def columns_of(config: RunConfig) -> list[Column]:
     """What a line of a run shows."""
     if isinstance(config, PreferenceConfig):
         return PREFERENCE_COLUMNS
+    if isinstance(config, RewardModelConfig):
+        return REWARD_MODEL_COLUMNS
     return COLUMNS if config.has_rollouts else SFT_COLUMNS
 
 
@@ -295,6 +304,8 @@ def evaluation_items(step: int, metrics: Metrics) -> list[str]:
         elif held_out := re.fullmatch(r"eval/([^/]+/)?rewards/(accuracies|margins)", name):
             word = {"accuracies": "accuracy", "margins": "margin"}[held_out[2]]
             shown.append(f"{(held_out[1] or '').replace('/', ' ')}{word} {value:.3f}")
+        elif margin := re.fullmatch(r"eval/([^/]+/)?margin", name):
+            shown.append(f"{(margin[1] or '').replace('/', ' ')}margin {value:.3f}")
         elif score := re.fullmatch(r"eval/((?:[^/]+/)?(?:pass|mean|maj)@\d+|[^/]+/reward)", name):
             shown.append(f"{score[1].replace('/', ' ')} {value:.3f}")
         elif name == "eval/completions/mean_length":
