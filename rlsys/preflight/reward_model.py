@@ -12,7 +12,8 @@ from rlsys.data.scored import ScoreSource
 from rlsys.data.scored_rows import ScoreRules
 from rlsys.model.families.bridged import is_bridged
 from rlsys.model.folder import find_model_folder
-from rlsys.model.shape import read_model_shape
+from rlsys.model.rope import longrope_switch
+from rlsys.model.shape import read_model_config, read_model_shape
 from rlsys.preflight.checks import find_problems
 from rlsys.preflight.data import count_rows, lacks_template, source_problems
 from rlsys.preflight.devices import may_bridge
@@ -29,7 +30,7 @@ from rlsys.text import counted
 
 
 def score_head_problems(config: RewardModelConfig) -> Iterator[Problem]:
-    """Models that rlsys does not build, and so gives no score head."""
+    """Models that rlsys gives no score head, or whose scores transformers makes otherwise."""
     try:
         folder = find_model_folder(config.model.path)
         labels = config.num_labels
@@ -41,6 +42,13 @@ def score_head_problems(config: RewardModelConfig) -> Iterator[Problem]:
             f"model.path: `rlsys reward-model` gives a head to models that rlsys builds itself, "
             f"and mcore-bridge builds {shape.model_type}: use another model, or leave model.bridge "
             "out"
+        )
+    switch, most = longrope_switch(read_model_config(folder)), config.data.max_length
+    if switch is not None and most > switch:
+        yield Problem(
+            f"data.max_length = {most}, and transformers computes {shape.model_type} with LongRoPE "
+            f"otherwise in batches with a text over {switch} tokens, so the score of a text would "
+            f"depend on its batch: set data.max_length to {switch} or fewer"
         )
 
 

@@ -72,9 +72,10 @@ def _label(problem_type, rng):
     return tuple(map(float, rng.normal(size=number)))
 
 
-def open_classifier(folder, dtype=torch.float32):
+def open_classifier(folder, dtype=torch.float32, **options):
     """transformers' model of a folder that a run saved."""
-    return AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, **options)
+    return model.eval()
 
 
 def scores_of_transformers(model, rows):

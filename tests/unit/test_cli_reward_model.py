@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from config_cases import (
+    MODEL_SIZES,
     hf_shapes,
     write_model,
     write_reward_model_run,
@@ -145,6 +146,23 @@ def test_a_model_that_transformers_has_no_classifier_of_is_refused(tmp_path, cap
     (tmp_path / "model/config.json").write_text(json.dumps(config | {"model_type": "glm4_moe"}))
     text = refused(capsys, "reward-model", path)
     assert "transformers has no sequence classifier of model_type 'glm4_moe'" in text
+
+
+def test_texts_beyond_the_switch_of_longrope_are_refused(tmp_path, capsys):
+    path = write_reward_model_run(tmp_path)
+    half = [1.0] * (MODEL_SIZES["head_dim"] // 2)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": half,
+        "long_factor": half,
+        "original_max_position_embeddings": 32,
+    }
+    sizes = {"model_type": "phi3", "rope_parameters": rope, "architectures": None}
+    write_model(tmp_path / "model", **sizes, original_max_position_embeddings=32)
+    text = refused(capsys, "reward-model", path)
+    assert "in batches with a text over 32 tokens" in text
+    assert "set data.max_length to 32 or fewer" in text
 
 
 def test_a_classifier_is_no_language_model(tmp_path, capsys):
