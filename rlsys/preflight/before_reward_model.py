@@ -30,12 +30,18 @@ def load_score_data(config: RewardModelConfig) -> ScoreData:
     folder, shape = find_model(config)
     load_plugins(config.data.external_plugins)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    pad = pad_token_id(folder)
+    if pad is None:
+        raise ValueError(
+            f"the tokenizer of {folder} has neither a pad token nor EOS, by which classifiers of "
+            "transformers find the last token of a text: set pad_token in its tokenizer_config.json"
+        )
     data = load_scored(
         config.data,
         tokenizer,
         ScoreRules.of(config),
         seed=config.seed,
-        pad_token_id=pad_token_id(folder),
+        pad_token_id=pad,
         vocab_size=shape.vocab_size,
     )
     notes = model_notes(folder, num_labels=config.num_labels)
