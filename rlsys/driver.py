@@ -40,7 +40,7 @@ def train(system: System, tracker: Tracker, checkpoints: Checkpoints, health: He
         health: looks at the metrics of each step and evaluation, and warns of problems.
     """
     config, rollouts, policy = system.config, system.rollouts, system.policy
-    reference, publisher = system.reference, system.publisher
+    reference, teacher, publisher = system.reference, system.teacher, system.publisher
     grpo, weights = config.grpo, config.reward.reward_weights
     publisher.publish()  # the engines hold policy.policy_version from here on
     if config.eval_steps is not None and policy.policy_version == 0:
@@ -53,6 +53,9 @@ def train(system: System, tracker: Tracker, checkpoints: Checkpoints, health: He
         if reference is not None:
             with timer("ref_logprobs"):  # the frozen model's log-probs, for the KL
                 batch.ref_logprobs, _ = reference.compute_logprobs(batch)
+        if teacher is not None:
+            with timer("teacher_logprobs"):  # of the tokens that the policy sampled
+                batch.teacher_logprobs, _ = teacher.compute_logprobs(batch)
         if grpo.old_logprobs == "rollout":
             batch.old_logprobs = batch.rollout_logprobs
         elif config.recompute_old_logprobs:

@@ -30,6 +30,7 @@ from rlsys.actors.reservation import cluster_gpus
 from rlsys.actors.reward import RewardWorkers
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.start_report import StartReport
+from rlsys.actors.teacher import TeacherActors
 from rlsys.actors.turns import SharedTurns, Turns
 from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
@@ -67,6 +68,8 @@ class System:
     """The trained model."""
     reference: Reference | None
     """What the KL term measures from; None when beta = 0."""
+    teacher: TeacherActors | None
+    """What the policy is distilled from; None when opd_kl_coef = 0."""
     rollouts: Rollouts
     """Prompts in, scored groups out; may sample ahead of the policy."""
     publisher: WeightPublisher
@@ -200,12 +203,10 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         rewards = _reward_workers(config, device, placement)
         engines = RolloutActors(config, device=device, place=partial(placement.options, "rollout"))
         policy = PolicyActors(config, device=device, place=partial(placement.options, "policy"))
-        others: list[ModelActors] = []
-        reference: Reference | None = PolicyBase(policy) if config.reference_is_base else None
-        if config.has_reference_model:
-            place = partial(placement.options, "reference")
-            reference = ReferenceActors(config, device=device, place=place, policy=policy)
-            others.append(reference)
+        reference = _reference_actors(config, device, placement, policy)
+        teacher = _teacher_actors(config, device, placement, policy)
+        frozen = (reference, teacher)
+        others = [group for group in frozen if isinstance(group, ModelActors)]
         for group in (engines, policy, *others):
             report.waiting_for(group.actors)
 
@@ -244,7 +245,29 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
         held_out=data.held_out_sets,
         tracker=tracker,
     )
-    return System(config, device, policy, reference, rollouts, publisher, restarts, timeline)
+    return System(
+        config, device, policy, reference, teacher, rollouts, publisher, restarts, timeline
+    )
+
+
+def _reference_actors(
+    config: Config, device: Device, placement: Placement, policy: PolicyActors
+) -> Reference | None:
+    if config.reference_is_base:
+        return PolicyBase(policy)
+    if not config.has_reference_model:
+        return None
+    place = partial(placement.options, "reference")
+    return ReferenceActors(config, device=device, place=place, policy=policy)
+
+
+def _teacher_actors(
+    config: Config, device: Device, placement: Placement, policy: PolicyActors
+) -> TeacherActors | None:
+    if config.used_teacher is None:
+        return None
+    place = partial(placement.options, "teacher")
+    return TeacherActors(config, device=device, place=place, policy=policy)
 
 
 def _reward_workers(config: Config, device: Device, placement: Placement) -> RewardWorkers:

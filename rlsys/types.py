@@ -201,6 +201,19 @@ class RolloutGroup:
     batch."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TeacherRows:
+    """What a teacher says of N rows: arrays [L, ...] of each, L the row's tokens that are trained
+    on, in their order. Either hidden states, or the likeliest tokens."""
+
+    hidden: list[np.ndarray] = field(default_factory=list)
+    """[N] arrays [L, D], last hidden states; float32, or int16 that are the bits of bfloat16."""
+    top_ids: list[np.ndarray] = field(default_factory=list)
+    """[N] arrays [L, K] int64"""
+    top_logprobs: list[np.ndarray] = field(default_factory=list)
+    """[N] arrays [L, K] float32, of the distribution over the whole vocabulary."""
+
+
 @dataclass(slots=True)
 class TrainBatch:
     """N completions as right-padded rows `prompt + completion`.
@@ -222,6 +235,8 @@ class TrainBatch:
     """[N, S] float32, from the rollout engine."""
     ref_logprobs: torch.Tensor | None = None
     """[N, S] float32, from the frozen reference model; None when beta = 0."""
+    teacher_logprobs: torch.Tensor | None = None
+    """[N, S] float32, from the teacher; None without on-policy distillation."""
     old_logprobs: torch.Tensor | None = None
     """[N, S] float32, from the policy before the update; None when one optimizer step uses the
     whole batch, because the policy's own detached log-probs are the same numbers then."""
@@ -249,6 +264,8 @@ class TrainBatch:
     labels: torch.Tensor | None = None
     """[N, L] float32, what the scores of a row are compared with; None without a score head. In
     pairs, where a rejected answer follows the chosen one, both have the margin of the pair."""
+    teacher: TeacherRows | None = None
+    """What the teacher says of each token that is trained on, for its divergence."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn.functional import pad
 
+from rlsys.algo.teacher_rows import pack_teacher
 from rlsys.types import TrainBatch
 
 if TYPE_CHECKING:
@@ -254,6 +255,11 @@ class PackedMicroBatch:
     """[T] bool, from `tokens_of_high_covariance`."""
     routed_experts: Tensor | None = None
     """[T, layers, top_k] uint8 or int16, the experts to replay where `is_routed`."""
+    teacher_hidden: Tensor | None = None
+    """[L, D] of the L tokens of `loss_mask` in their order, see `TeacherRows`."""
+    teacher_top_ids: Tensor | None = None
+    teacher_top_logprobs: Tensor | None = None
+    """[L, K]"""
     rows: tuple[int, ...] = ()
     """[B] the rows of the batch that the sequences are; the filling at the end is none."""
     is_chosen: Tensor | None = None
@@ -313,7 +319,7 @@ def pack(
 
     ones_NS = torch.ones_like(batch.completion_mask)
     optional = {n: concatenate(v, 1) for n in _MAY_BE_NONE if (v := getattr(batch, n)) is not None}
-    optional |= _of_rows(batch, index_B)
+    optional |= _of_rows(batch, index_B) | pack_teacher(batch, rows)
     return PackedMicroBatch(
         input_ids=concatenate(batch.input_ids, first=0),
         position_ids=torch.cat([torch.arange(length) for length in lengths]),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlsys.algo.advantages import nanstd, rewards_matrix
+from rlsys.algo.advantages import nanstd, rewards_matrix, teacher_log_ratio
 
 if TYPE_CHECKING:
     from rlsys.types import DraftCounts, RewardOutput, RolloutGroup, TrainBatch
@@ -38,6 +38,9 @@ def rollout_metrics(groups: list[RolloutGroup], batch: TrainBatch) -> dict[str, 
         "advantages/abs_mean": abs_mean_N.sum() / (num_tokens_N > 0).sum().clamp(min=1),
         "advantages/abs_max": batch.advantages.abs().max(),
     }
+    if batch.teacher_logprobs is not None:
+        num_tokens = num_tokens_N.sum().clamp(min=1)
+        metrics["opd_reverse_kl"] = -teacher_log_ratio(batch).sum() / num_tokens
     numbers = {name: value.item() for name, value in metrics.items()}
     return numbers | reward_metrics(groups) | _length_metrics(groups)
 

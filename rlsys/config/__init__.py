@@ -22,6 +22,7 @@ from rlsys.config.schema import RolloutConfig as RolloutConfig
 from rlsys.config.schema import RowsConfig as RowsConfig
 from rlsys.config.schema import RunConfig as RunConfig
 from rlsys.config.schema import Section as Section
+from rlsys.config.schema import TeacherConfig as TeacherConfig
 from rlsys.config.schema import TrackingConfig as TrackingConfig
 from rlsys.config.schema import WeightSyncConfig as WeightSyncConfig
 from rlsys.config.sft import SftConfig as SftConfig

@@ -45,7 +45,7 @@ PRESETS: dict[str, LossSettings] = {
 }
 """Every built-in loss. A user's own loss has the settings of grpo."""
 
-WARM_START_LOSSES = ("sft",)
+WARM_START_LOSSES = ("sft", "gkd")
 """Losses that ignore rewards; `grpo.loss_type` refuses them."""
 CLIPPED_LOSSES = ("grpo", "bnpo", "dapo", "dr_grpo", "dual_clip", "gspo", "luspo", "clip_cov")
 """Losses with the clipped surrogate."""

@@ -59,6 +59,9 @@ def needed_paths(
         own = config.reward.external_plugins
         plugins["reward.external_plugins"] = (own, ("reward", "reward_model"))
         plugins["grpo.external_plugins"] = (config.grpo.external_plugins, ("policy",))
+    if config.teacher_path is not None:
+        # The policy's ranks read its output weight.
+        needed.append(NeededPath(config.teacher_path, "teacher.path", ("policy", "teacher")))
     for field, (paths, roles) in plugins.items():
         folders = dict.fromkeys(Path(path).resolve().parent for path in paths)
         beside = [file for folder in folders for file in beside_plugins.get(folder, ())]
@@ -89,6 +92,8 @@ def with_absolute_paths(config: AnyConfig) -> AnyConfig:
     if lora is not None and lora.path is not None:
         lora = lora.model_copy(update={"path": _absolute(lora.path)})
         updates["policy"] = {"lora": lora}
+    if config.teacher_path is not None:
+        updates["teacher"] = {"path": _absolute(config.teacher_path)}
     if isinstance(config, Config):
         updates |= _of_grpo(config)
     elif isinstance(config, PreferenceConfig):

@@ -13,7 +13,7 @@ from rlsys.config.schema import AnyConfig
 from rlsys.text import counted
 from rlsys.types import Device
 
-RoleName = Literal["policy", "rollout", "reference", "reward_model", "reward"]
+RoleName = Literal["policy", "rollout", "reference", "teacher", "reward_model", "reward"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class Role:
 
     name: RoleName
     rank: int
-    """Number of the policy or reference rank, the engine, the reward model or the worker."""
+    """Number of the rank, the engine, the reward model or the worker."""
     gpus: int
     """Whole GPUs of its own; 0 on CPU, and 0 for a role that shares another's GPU."""
     cpu_threads: int
@@ -57,6 +57,8 @@ def decide_cpu_threads(config: AnyConfig, *, device: Device, cores: int) -> AnyC
     threads, ranks = 1, config.policy.world_size
     if isinstance(config, ReferencedConfig) and config.has_reference_model:
         ranks = max(ranks, config.reference.world_size)
+    if config.used_teacher is not None:
+        ranks = max(ranks, config.used_teacher.world_size)
     samples_ahead = isinstance(config, Config) and config.rollout.max_staleness > 0
     if device == "cpu" and not samples_ahead:
         threads = max(1, cores // ranks)
@@ -69,7 +71,7 @@ def _num_gpus(config: RunConfig) -> int:
 
 
 def plan_roles(config: RunConfig, *, device: Device) -> list[Role]:
-    """Every actor of the run: policy, reference; in GRPO rollout, reward models and workers.
+    """Every actor of the run: policy, teacher, reference; in GRPO rollout, reward models, workers.
 
     `placement: auto` counts as dedicated; see `decide_placement`.
     """
@@ -79,6 +81,7 @@ def plan_roles(config: RunConfig, *, device: Device) -> list[Role]:
         roles += _engine_roles(config, gpu)
     if isinstance(config, ReferencedConfig):
         roles += _reference_roles(config, gpu)
+    roles += _teacher_roles(config, gpu)
     return roles + _reward_roles(config, gpu) if isinstance(config, Config) else roles
 
 
@@ -107,6 +110,15 @@ def _reference_roles(config: ReferencedConfig, gpu: int) -> list[Role]:
     return [beside("reference", rank, threads) for rank in range(reference.world_size)]
 
 
+def _teacher_roles(config: RunConfig, gpu: int) -> list[Role]:
+    teacher = config.used_teacher
+    if teacher is None:
+        return []
+    beside = partial(_beside_policy, config, gpu, shares=teacher.placement == "policy")
+    threads = config.policy.num_cpu_threads
+    return [beside("teacher", rank, threads) for rank in range(teacher.world_size)]
+
+
 def _reward_roles(config: Config, gpu: int) -> list[Role]:
     reward = config.reward
     shares = reward.reward_model_placement == "policy"
@@ -133,6 +145,8 @@ def groups_on_one_node(config: RunConfig, owners: Sequence[Role]) -> list[list[R
     sizes: dict[RoleName, int] = {"policy": config.policy.tensor_parallel_size}
     if isinstance(config, ReferencedConfig):
         sizes["reference"] = config.reference.tensor_parallel_size
+    if config.used_teacher is not None:
+        sizes["teacher"] = config.used_teacher.tensor_parallel_size
     groups: dict[tuple[RoleName, int], list[Role]] = {}
     for role in owners:
         groups.setdefault((role.name, role.rank // sizes.get(role.name, 1)), []).append(role)
@@ -171,6 +185,7 @@ GPU_REMEDIES: dict[RoleName, tuple[int, str]] = {
         "lower rollout.num_engines or rollout.tensor_parallel_size, raise rollout.engines_per_gpu",
     ),
     "reference": (0, "set reference.placement to policy"),
+    "teacher": (0, "set teacher.placement to policy"),
     "reward_model": (0, "set reward.reward_model_placement to policy"),
 }
 """Role -> the fewest GPUs it can do with, and how to make it use fewer."""

@@ -22,6 +22,7 @@ from rlsys.config.rules_memory import memory_rule_problems
 from rlsys.config.rules_profile import profile_problems
 from rlsys.config.rules_reward import reward_problems
 from rlsys.config.rules_speculation import speculation_problems
+from rlsys.config.rules_teacher import teacher_problems
 from rlsys.config.rules_trained import trained_rule_problems
 from rlsys.problems import Problem
 from rlsys.text import counted, near_divisors, near_multiples
@@ -54,9 +55,10 @@ def cross_field_problems(config: Config) -> list[Problem]:
         *_prompt_problems(config.data),
         *_batch_problems(config),
         *(() if config.reference_is_base else _reference_problems(config)),
+        *teacher_problems(config),
         *adapter_rules(config),
         *_clip_problems(config),
-        *reward_problems(config.reward),
+        *reward_problems(config.reward, has_teacher=config.used_teacher is not None),
         *eval_problems(config),
         *algorithm_problems(config),
         *_engine_problems(config),
@@ -156,7 +158,7 @@ def _policy_rank_problems(config: RunConfig) -> Iterator[Problem]:
     if widest > 1 and policy.attention_backend == "unfused":
         yield Problem(
             f"policy.attention_backend = unfused cannot work with context_parallel_size = {widest} "
-            "(of the policy or the reference): use auto, fused or flash"
+            "(of the policy, the reference or the teacher): use auto, fused or flash"
         )
 
 

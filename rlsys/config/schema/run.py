@@ -25,6 +25,7 @@ from rlsys.config.schema.policy import PolicyConfig
 from rlsys.config.schema.profile import ProfileConfig, ProfiledRole
 from rlsys.config.schema.recovery import RecoveryConfig
 from rlsys.config.schema.section import Section
+from rlsys.config.schema.teacher import TeacherConfig
 from rlsys.config.schema.tracking import TrackersConfig, TrackingConfig
 
 AnyConfig = TypeVar("AnyConfig", bound="RunConfig")
@@ -179,12 +180,34 @@ class RunConfig(Section):
     @property
     def largest_context_parallel_size(self) -> int:
         """Context-parallel ranks of the model that has most."""
-        return self.policy.context_parallel_size
+        teacher = 1 if self.used_teacher is None else self.used_teacher.context_parallel_size
+        return max(self.policy.context_parallel_size, teacher)
 
     @property
     def completions_tracking(self) -> TrackingConfig | None:
         """How the run records what it samples; None: not at all."""
         return None
+
+    @property
+    def used_teacher(self) -> TeacherConfig | None:
+        """The section of the model that the policy learns from; None: there is none."""
+        return None
+
+    @property
+    def teacher_path(self) -> str | None:
+        """Folder or hub id of this model."""
+        return None if self.used_teacher is None else self.used_teacher.path
+
+    @property
+    def divergence(self) -> dict[str, float] | None:
+        """Fields of `rlsys.algo.distributions.Divergence`, if the policy learns from a teacher's
+        distributions."""
+        return None
+
+    @property
+    def teacher_top_k(self) -> int:
+        """Likeliest tokens that the teacher's distributions are known at; 0: the whole."""
+        return 0
 
     @property
     def reference_changes(self) -> bool:
@@ -194,7 +217,7 @@ class RunConfig(Section):
     @property
     def profiled_roles(self) -> list[ProfiledRole]:
         """The roles that torch's profiler may look into."""
-        return ["policy"]
+        return ["policy"] if self.used_teacher is None else ["policy", "teacher"]
 
     @property
     def is_colocated(self) -> bool:
@@ -204,7 +227,7 @@ class RunConfig(Section):
     @property
     def policy_shares_gpus(self) -> bool:
         """Whether other models compute on the policy's GPUs while it waits."""
-        return False
+        return self.used_teacher is not None and self.used_teacher.placement == "policy"
 
     @property
     def loss_plugins(self) -> list[str]:
@@ -219,7 +242,7 @@ class RunConfig(Section):
     @property
     def model_paths(self) -> list[str]:
         """Folders and hub ids of all models that the run reads."""
-        return [self.model.path]
+        return [self.model.path, *([] if self.teacher_path is None else [self.teacher_path])]
 
     def steps_of_epochs(self, num_rows: int) -> int | None:
         """max_steps for num_train_epochs passes over `num_rows` training rows."""

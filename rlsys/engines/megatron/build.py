@@ -306,7 +306,7 @@ class LogprobHead:
         self._in_fp32 = config.model.fp32_lm_head
         group = parallel_state.get_tensor_model_parallel_group()
         start = group.rank() * (model.vocab_size // group.size())
-        self._vocab = VocabSlice(start, group if group.size() > 1 else None)
+        self.vocab = VocabSlice(start, group if group.size() > 1 else None)
 
     def __call__(
         self, hidden: torch.Tensor, micro_batch: PackedMicroBatch, positions: torch.Tensor
@@ -318,9 +318,8 @@ class LogprobHead:
         history = History.of(micro_batch, positions) if self._sampling.penalizes else None
         return self._logprobs(hidden, micro_batch.targets[positions], history)
 
-    def _logprobs(
-        self, hidden: torch.Tensor, targets: torch.Tensor, history: History | None
-    ) -> TokenValues:
+    def states_and_weight(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[T, H] hidden states of all positions, and this rank's slice of the output weight."""
         model = self._model
         hidden = hidden.squeeze(0)
         if model.config.sequence_parallel:
@@ -333,12 +332,16 @@ class LogprobHead:
             weight = model.output_layer.weight
         if self._in_fp32:
             hidden, weight = hidden.float(), weight.float()
+        return hidden, weight
+
+    def _logprobs(
+        self, hidden: torch.Tensor, targets: torch.Tensor, history: History | None
+    ) -> TokenValues:
         return chunked_token_values(
-            hidden,
-            weight,
+            *self.states_and_weight(hidden),
             targets,
             sampling=self._sampling,
-            vocab=self._vocab,
+            vocab=self.vocab,
             chunk_size=policy_memory.LOGPROB_CHUNK_TOKENS,
             recompute=self._recompute_logits,
             history=history,
@@ -370,7 +373,7 @@ class LogprobHead:
         if self._sampling.penalizes:
             history = History(targets, targets.bool(), targets, targets)
         with torch.set_grad_enabled(trains):
-            logprobs, entropy, _ = self._logprobs(hidden, targets, history)
+            logprobs, entropy, *_ = self._logprobs(hidden, targets, history)
         if trains:
             loss = (logprobs + entropy if entropy_bonus else logprobs).sum()
             # Differentiate only by the hidden states, so that no weight gets a gradient.

@@ -40,6 +40,7 @@ from rlsys.engines.megatron.build import (
     end_at_hidden_states,
     transformer_config,
 )
+from rlsys.engines.megatron.divergence_head import DivergenceHead
 from rlsys.engines.megatron.export import BucketExport
 from rlsys.engines.megatron.hf_folder import save_model_folder, untrained_tensors
 from rlsys.engines.megatron.packed import packed_seq_params
@@ -69,8 +70,8 @@ Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """Of a micro-batch, and further results."""
 LossOf = Callable[[Any, PackedMicroBatch], Loss]
 """(what the head computes of tokens, such as TokenValues; micro-batch) -> loss."""
-Head = Callable[[torch.Tensor, PackedMicroBatch, torch.Tensor], tuple[torch.Tensor, ...]]
-"""(hidden states, micro-batch, positions) -> a named tuple of values of the tokens."""
+Head = Callable[[torch.Tensor, PackedMicroBatch, torch.Tensor], tuple[torch.Tensor | None, ...]]
+"""(hidden states, micro-batch, positions) -> a named tuple of values of the tokens, or None."""
 
 LOGPROBS = ("logprobs", "entropy")
 """Fields of TokenValues."""
@@ -167,6 +168,8 @@ class MegatronModel:
         head = LogprobHead(self.model[-1], config, self._sampling(self.shape.vocab_size))
         if not self.on_cpu:
             head.warm_up(trains=trains, entropy_bonus=config.algorithm.entropy_coef > 0)
+        if trains and config.divergence is not None:
+            return DivergenceHead(head, config, self.shape, self.dtype, self.device)
         return head
 
     def export_to(self, connection: Connection) -> BucketExport | StreamExport:
@@ -390,7 +393,9 @@ class MegatronModel:
             assert self._head is not None, "only the last pipeline stage has a loss"
             of_own = self._head(hidden, micro_batch, own)
             gathered = (
-                gather_tokens(values, positions, self._cp_group, sum_gradients=False)
+                None
+                if values is None
+                else gather_tokens(values, positions, self._cp_group, sum_gradients=False)
                 for values in of_own
             )
             return loss_of(type(of_own)(*gathered), micro_batch)
