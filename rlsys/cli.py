@@ -26,6 +26,7 @@ _EXAMPLES = {
     "sft": "examples/sft/smollm2.yaml",
     "preference": "examples/preference/demo.yaml",
     "reward-model": "examples/reward_model/reward_model.yaml",
+    "distill": "examples/distillation/demo.yaml",
 }
 _EXAMPLE = "examples/countdown/demo.yaml"
 """A CONFIG for `_EXAMPLES`' command, and one for all others."""
@@ -167,6 +168,10 @@ def _preference(parser: argparse.ArgumentParser) -> None:
 
 def _reward_model(parser: argparse.ArgumentParser) -> None:
     _config(parser, example="--data.max_length 2048")
+
+
+def _distill(parser: argparse.ArgumentParser) -> None:
+    _config(parser, example="--distill.beta 0.1")
 
 
 def _config(
@@ -337,6 +342,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "sft": ("supervised fine-tuning, or continued pre-training", _sft),
     "preference": ("train on pairs of answers, or on labelled ones: DPO, KTO, ...", _preference),
     "reward-model": ("train a score head: reward models, classifiers, regression", _reward_model),
+    "distill": ("train a student on what a teacher says of each token (GKD)", _distill),
     "explain": ("show what a config means, and check it; starts only reward functions", _config),
     "infer": (
         "chat with a model or a run, complete a file of prompts, or serve it",

@@ -1,6 +1,6 @@
 """THE loops: GRPO samples, scores, compares, updates and publishes; SFT takes and updates.
 
-Preference training takes, asks the reference, and updates.
+Preference training takes, asks the reference, and updates; distillation asks the teacher.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from rlsys.algo.weighting import leave_out
 from rlsys.interrupts import held_back
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
     from rlsys.config import Config
     from rlsys.run.checkpoints import Checkpoints
     from rlsys.system import SftSystem, StreamSystem, System
+    from rlsys.systems.distill import DistillSystem
     from rlsys.systems.preference import PreferenceSystem
     from rlsys.systems.score import ScoreSystem
     from rlsys.timing import PhaseTimer
     from rlsys.tracking.base import Metrics, Tracker
     from rlsys.tracking.health import Health
-    from rlsys.types import RolloutGroup, TrainBatch, UpdateOutput
+    from rlsys.types import RolloutGroup, Sample, TrainBatch, UpdateOutput
 
 EVAL_STEPS_AT_ONCE = 8
 """Held-out rows that travel together, in steps: fewer trips to the ranks."""
@@ -143,6 +148,32 @@ def train_preference(
             checkpoints.after_step(step)
 
 
+def train_distill(
+    system: DistillSystem, tracker: Tracker, checkpoints: Checkpoints, health: Health
+) -> None:
+    """Run distillation from the policy's version to config.num_steps; as `train`."""
+    config, samples, policy = system.config, system.samples, system.policy
+    if config.eval_steps is not None and policy.policy_version == 0:
+        log(tracker, health, 0, evaluate_distill(system))
+    for step in range(policy.policy_version + 1, config.num_steps + 1):
+        timer = system.timeline.begin_step(step)
+        with timer("data"):
+            batch = build_sample_batch(samples.take(config.rows_per_step))
+        with timer("teacher"):  # its distributions at the tokens that are trained on
+            batch.teacher = system.teacher.describe_tokens(batch)
+        with held_back():  # an interruption waits until the step is whole
+            with timer("policy_update"):
+                update = policy.update(batch)
+            metrics = _finish_step(system, batch, update, timer)
+            with timer("log"):
+                log(tracker, health, step, metrics)
+        if config.eval_steps is not None and step % config.eval_steps == 0:
+            with timer("evaluation"):
+                log(tracker, health, step, evaluate_distill(system))
+        with timer("checkpoint"):
+            checkpoints.after_step(step)
+
+
 def evaluate_preference(system: PreferenceSystem) -> Metrics:
     """Loss, rewards and accuracy of each held-out set, as eval/loss or eval/NAME/loss."""
     metrics: dict[str, float] = {}
@@ -219,16 +250,45 @@ def _finish_step(
 def evaluate_sft(system: SftSystem) -> Metrics:
     """Loss, perplexity and accuracy of each held-out set, as eval/loss or eval/NAME/loss."""
     metrics: dict[str, float] = {}
-    config, size = system.config, EVAL_STEPS_AT_ONCE * system.config.rows_per_step
+    for prefix, batches in _held_out_batches(system, system.config.data_parallel_size):
+        found = _predictions(system.policy.compute_predictions, batches)
+        metrics |= {prefix + key: value for key, value in found.items()}
+    return metrics
+
+
+def evaluate_distill(system: DistillSystem) -> Metrics:
+    """As `evaluate_sft`, of the student, and as eval/teacher/loss of the teacher."""
+    metrics: dict[str, float] = {}
+    for prefix, batches in _held_out_batches(system, system.config.most_replicas):
+        found = _predictions(system.policy.compute_predictions, batches)
+        metrics |= {prefix + key: value for key, value in found.items()}
+        if prefix not in system.scores_of_teacher:  # which never change
+            system.scores_of_teacher[prefix] = _predictions(
+                system.teacher.compute_predictions, batches
+            )
+        of_teacher = system.scores_of_teacher[prefix]
+        metrics |= {f"{prefix}teacher/{key}": value for key, value in of_teacher.items()}
+    return metrics
+
+
+def _held_out_batches(
+    system: StreamSystem[Any, Sample], num_replicas: int
+) -> Iterator[tuple[str, list[TrainBatch]]]:
+    """The batches of each held-out set, and what its metrics begin with."""
+    size = EVAL_STEPS_AT_ONCE * system.config.rows_per_step
     for name, held_out in system.held_out_sets.items():
         batches = [
-            build_sample_batch(held_out[i : i + size], at_least=config.data_parallel_size)
+            build_sample_batch(held_out[i : i + size], at_least=num_replicas)
             for i in range(0, len(held_out), size)
         ]
-        found = [(*system.policy.compute_predictions(b), b.completion_mask) for b in batches]
-        prefix = f"eval/{name}/" if name else "eval/"
-        metrics |= {prefix + key: v for key, v in prediction_metrics(found).items()}
-    return metrics
+        yield f"eval/{name}/" if name else "eval/", batches
+
+
+def _predictions(
+    compute: Callable[[TrainBatch], tuple[Tensor, Tensor]], batches: list[TrainBatch]
+) -> dict[str, float]:
+    """What the metrics are of `compute_predictions` of a model."""
+    return prediction_metrics([(*compute(batch), batch.completion_mask) for batch in batches])
 
 
 def log(

@@ -23,11 +23,18 @@ from rlsys.actors.ray_metrics import RayMetrics
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.reservation import node_cores
 from rlsys.actors.silent import save_stacks_in
-from rlsys.config import Config, PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
+from rlsys.config import (
+    Config,
+    DistillConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SftConfig,
+)
 from rlsys.config.load import ResolvedConfig, save_config
 from rlsys.config.roles import decide_cpu_threads
 from rlsys.config.schema import AnyConfig
-from rlsys.driver import train, train_preference, train_score, train_sft
+from rlsys.driver import train, train_distill, train_preference, train_score, train_sft
 from rlsys.exit_codes import of_error
 from rlsys.files import read_jsonl
 from rlsys.interrupts import as_stopped, held_back, interruptible, is_impatient
@@ -46,6 +53,7 @@ from rlsys.run.inputs import record_inputs
 from rlsys.run.resume import move_aside, resume_notes, set_aside_later, with_threads_of
 from rlsys.saving import make_checkpoints, save_final, save_last_step
 from rlsys.system import StreamSystem, System, choose_device, start_sft_system, start_system
+from rlsys.systems.distill import start_distill_system
 from rlsys.systems.preference import start_preference_system
 from rlsys.systems.score import start_score_system
 from rlsys.text import counted
@@ -96,6 +104,12 @@ def run_preference(resolved: ResolvedConfig[PreferenceConfig]) -> None:
 def run_reward_model(resolved: ResolvedConfig[RewardModelConfig]) -> None:
     """Train a score head, as `run`."""
     method = Method(load_score_data, fit_to_rows, start_score_system, train_score)
+    run_method(resolved.config, method)
+
+
+def run_distill(resolved: ResolvedConfig[DistillConfig]) -> None:
+    """Distillation, as `run`."""
+    method = Method(load_sample_data, fit_to_samples, start_distill_system, train_distill)
     run_method(resolved.config, method)
 
 

@@ -10,7 +10,7 @@ from rlsys.actors.group import PlaceActor, on_cpu
 from rlsys.actors.model_group import ModelActors, ModelRank
 from rlsys.actors.policy import PolicyActors
 from rlsys.algo.teacher_rows import join_rows
-from rlsys.config import Config
+from rlsys.config import RunConfig
 from rlsys.types import Device, TeacherRows, TrainBatch
 
 if TYPE_CHECKING:
@@ -22,11 +22,12 @@ class TeacherRank(ModelRank):
     """One rank of the teacher: no optimizer, no gradients."""
 
     engine: MegatronTeacher
-    config: Config
+    config: RunConfig
 
     def start(self, address: str, port: int) -> None:
         """Build the model."""
-        teacher = self.config.teacher
+        teacher = self.config.used_teacher
+        assert teacher is not None
         self.join(
             address,
             port,
@@ -56,11 +57,11 @@ class TeacherRank(ModelRank):
 class TeacherActors(ModelActors):
     """The teacher as the driver sees it."""
 
-    config: Config
+    config: RunConfig
 
     def __init__(
         self,
-        config: Config,
+        config: RunConfig,
         *,
         device: Device,
         place: PlaceActor = on_cpu,
@@ -68,12 +69,13 @@ class TeacherActors(ModelActors):
         rank_class: type[TeacherRank] = TeacherRank,
     ):
         self._policy = policy
+        assert config.used_teacher is not None
         super().__init__(
             "teacher",
             rank_class,
             config,
             device=device,
-            world_size=config.teacher.world_size,
+            world_size=config.used_teacher.world_size,
             place=place,
         )
 

@@ -62,8 +62,8 @@ def main(args: argparse.Namespace) -> bool:
     rows, overrides = split_rows_option(args.overrides)
     num_rows = args.rows if rows is None else rows
     schema = schema_of(args.config, overrides)
-    if schema is SftConfig:
-        resolved = within_positions(load_config_as(SftConfig, args.config, overrides))
+    if issubclass(schema, SftConfig):  # distillation, too
+        resolved = within_positions(load_config_as(schema, args.config, overrides))
         return _preview_samples(resolved.config, make_console(), num_rows=num_rows)
     if schema is PreferenceConfig:
         pairs = within_positions(load_config_as(PreferenceConfig, args.config, overrides))

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlsys.commands.console import make_console
+from rlsys.commands.explain_distill import DISTILL_PARTS
 from rlsys.commands.explain_experts import describe_experts
 from rlsys.commands.explain_grpo import GRPO_PARTS
 from rlsys.commands.explain_options import describe_pipeline
@@ -17,7 +18,14 @@ from rlsys.commands.explain_parts import Parts
 from rlsys.commands.explain_preference import PREFERENCE_PARTS
 from rlsys.commands.explain_reward_model import REWARD_MODEL_PARTS
 from rlsys.commands.explain_sft import SFT_PARTS
-from rlsys.config import Config, PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
+from rlsys.config import (
+    Config,
+    DistillConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SftConfig,
+)
 from rlsys.config.fields import (
     config_fields,
     first_sentence,
@@ -65,6 +73,7 @@ PARTS: dict[type[RunConfig], Parts[Any]] = {
     SftConfig: SFT_PARTS,
     PreferenceConfig: PREFERENCE_PARTS,
     RewardModelConfig: REWARD_MODEL_PARTS,
+    DistillConfig: DISTILL_PARTS,
 }
 """What is different between methods."""
 

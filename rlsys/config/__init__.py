@@ -1,5 +1,6 @@
 """What a run is: the schema of a config, how it is loaded, and the rules between its fields."""
 
+from rlsys.config.distill import DistillConfig as DistillConfig
 from rlsys.config.preference import PreferenceAlgorithm as PreferenceAlgorithm
 from rlsys.config.preference import PreferenceConfig as PreferenceConfig
 from rlsys.config.preference import PreferenceDataConfig as PreferenceDataConfig

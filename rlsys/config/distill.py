@@ -53,6 +53,13 @@ class DistillConfig(SftConfig):
         return self.teacher
 
     @property
+    def most_replicas(self) -> int:
+        """Replicas of policy or teacher, whichever has more: each needs a row of a batch."""
+        teacher = self.teacher
+        ranks = teacher.tensor_parallel_size * teacher.context_parallel_size
+        return max(self.data_parallel_size, teacher.world_size // ranks)
+
+    @property
     def divergence(self) -> dict[str, float] | None:
         """distill.beta and distill.temperature."""
         return {"beta": self.distill.beta, "temperature": self.distill.temperature}

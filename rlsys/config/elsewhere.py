@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from rlsys.config.distill import DistillConfig
 from rlsys.config.fields import config_fields, show_default
 from rlsys.config.preference import PreferenceConfig
 from rlsys.config.reward_model import RewardModelConfig
@@ -18,6 +19,7 @@ TABLES: dict[type[RunConfig], Path] = {
     SftConfig: Path(__file__).with_name("names_elsewhere_sft.txt"),
     PreferenceConfig: Path(__file__).with_name("names_elsewhere_preference.txt"),
     RewardModelConfig: Path(__file__).with_name("names_elsewhere_reward_model.txt"),
+    DistillConfig: Path(__file__).with_name("names_elsewhere_distill.txt"),
 }
 """Names that a table lacks are those of the first one."""
 NOT_NEEDED, NOT_SUPPORTED = "-", "!"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from rlsys.config.distill import DistillConfig
 from rlsys.config.fields import config_fields, config_sections
 from rlsys.config.preference import PreferenceConfig
 from rlsys.config.reward_model import RewardModelConfig
@@ -14,7 +15,13 @@ from rlsys.config.schema import Config, RunConfig
 from rlsys.config.sft import SftConfig
 from rlsys.config.yaml_text import load_yaml
 
-METHODS: tuple[type[RunConfig], ...] = (Config, SftConfig, PreferenceConfig, RewardModelConfig)
+METHODS: tuple[type[RunConfig], ...] = (
+    Config,
+    SftConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    DistillConfig,
+)
 """The class of config of each command that trains."""
 
 
@@ -37,13 +44,23 @@ def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[RunConfig
     if not isinstance(values, dict):
         return Config
     names = [*map(str, values), *(word.lstrip("-") for word in overrides)]
-    others_first: tuple[type[RunConfig], ...] = (*METHODS[1:], Config)
+    others_first = [*_special_first(METHODS[1:]), Config]
     return next((schema for schema in others_first if _own_sections(schema, names)), SftConfig)
 
 
+def _special_first(schemas: Iterable[type[RunConfig]]) -> list[type[RunConfig]]:
+    """A method that adds sections to another's comes before it."""
+    return sorted(schemas, key=lambda schema: -len(schema.mro()))
+
+
 def _own_sections(schema: type[RunConfig], names: Iterable[str]) -> list[str]:
-    """The sections of these names that only configs of `schema` have."""
-    others = {name for other in METHODS if other is not schema for name in config_sections(other)}
+    """The sections of these names that only configs of `schema`, or based on it, have."""
+    others = {
+        name
+        for other in METHODS
+        if not issubclass(other, schema)
+        for name in config_sections(other)
+    }
     own = [name for name in config_sections(schema) if name not in others]
     given = {name.partition(".")[0] for name in names}
     return [name for name in own if name in given]
@@ -61,7 +78,7 @@ def for_other_command(
     """
     if _own_sections(schema, names):
         return None
-    for other in METHODS:
+    for other in _special_first(METHODS):
         if sections := _own_sections(other, names):
             named = f"the section{'s' if sections[1:] else ''} {', '.join(sections)}"
             return (

@@ -29,10 +29,9 @@ def _teacher_problems(config: DistillConfig) -> Iterator[Problem]:
             "teacher.path: is missing: set it to the folder or hub id of a model with the "
             "tokenizer of model.path"
         )
-    replicas = teacher.world_size // (teacher.tensor_parallel_size * teacher.context_parallel_size)
-    if replicas > config.global_batch_size:
+    if config.most_replicas > config.global_batch_size:
         yield Problem(
-            f"teacher.world_size = {teacher.world_size} makes {replicas} replicas, more than the "
+            f"teacher.world_size = {teacher.world_size} makes more replicas than the "
             f"{config.global_batch_size} samples of a step (policy.global_batch_size): lower it"
         )
     lora = config.policy.lora

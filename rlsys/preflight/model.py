@@ -60,6 +60,13 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _reference(config, shape)
 
 
+def taught_model_problems(config: RunConfig) -> Iterator[Problem]:
+    """Problems of the model that is trained, and of its teacher."""
+    shape, problems = _read_policy(config)
+    yield from problems
+    yield from _teacher(config, shape)
+
+
 def preference_model_problems(config: PreferenceConfig) -> Iterator[Problem]:
     """Problems of the models of preference training."""
     shape, problems = _read_policy(config)

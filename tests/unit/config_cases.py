@@ -116,6 +116,15 @@ def write_preference_run(folder: Path, **sections: Any) -> Path:
     return path
 
 
+def write_distill_run(folder: Path, **sections: Any) -> Path:
+    """`write_sft_run` for distillation, with a teacher that is larger."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "teacher", hidden_size=128)
+    base = {"teacher": {"path": str(folder / "teacher")}, "distill": {"beta": 0.5}}
+    merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
+    return write_sft_run(folder, **merged)
+
+
 def write_model(folder: Path, **sizes: Any) -> Path:
     """A model folder as preflight reads it: weights are names, shapes and zeros."""
     folder.mkdir(parents=True, exist_ok=True)
