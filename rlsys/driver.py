@@ -11,7 +11,7 @@ from rlsys.algo.advantages import compute_advantages
 from rlsys.algo.batching import build_sample_batch, build_train_batch
 from rlsys.algo.evaluation import prediction_metrics
 from rlsys.algo.preferences import HeldOut, build_preference_batch, held_out_metrics
-from rlsys.algo.rollout_metrics import logged_metrics, rollout_metrics
+from rlsys.algo.rollout_metrics import length_metrics, logged_metrics, rollout_metrics
 from rlsys.algo.scores import build_score_batch, score_metrics
 from rlsys.algo.weighting import leave_out
 from rlsys.interrupts import held_back
@@ -158,13 +158,23 @@ def train_distill(
     for step in range(policy.policy_version + 1, config.num_steps + 1):
         timer = system.timeline.begin_step(step)
         with timer("data"):
-            batch = build_sample_batch(samples.take(config.rows_per_step))
+            rows = samples.take(config.rows_per_step)
+            batch = build_sample_batch(rows)
+        of_rollout: dict[str, float] = {}
+        if system.student is not None and system.student.has_step(step):
+            with timer("weight_sync"):  # the engines hold policy.policy_version from here on
+                of_rollout = system.publish()
+            with timer("rollout"):  # the student answers the samples' prompts itself
+                groups = system.student.sample(step, rows)
+                batch = build_train_batch(groups)
+            of_rollout |= length_metrics(groups)
         with timer("teacher"):  # its distributions at the tokens that are trained on
             batch.teacher = system.teacher.describe_tokens(batch)
         with held_back():  # an interruption waits until the step is whole
             with timer("policy_update"):
                 update = policy.update(batch)
-            metrics = _finish_step(system, batch, update, timer)
+            metrics = _finish_step(system, batch, update, timer) | of_rollout
+            metrics["on_policy"] = float(bool(of_rollout))
             with timer("log"):
                 log(tracker, health, step, metrics)
         if config.eval_steps is not None and step % config.eval_steps == 0:

@@ -226,12 +226,12 @@ def start_system(config: Config, data: PromptData, tracker: Tracker) -> System:
             config.weight_sync,
             transport=_transport(config, device),
             turns=turns,
-            adapter_scaling=_adapter_scaling(config, device),
+            adapter_scaling=adapter_scaling_of(config, device),
         )
         if isinstance(reference, ReferenceActors) and config.reference.sync_steps is not None:
             reference.connect_to(policy)
     restarts = make_restarts(config)
-    _let_engines_restart(engines, publisher, restarts)
+    let_engines_restart(engines, publisher, restarts)
     restarts.heartbeats.watch(rewards, config.reward.heartbeat_s)
     for model in (policy, *others):
         let_restart(model, restarts, config)
@@ -288,7 +288,7 @@ def _transport(config: Config, device: Device) -> str:
     return "ipc" if chosen == "auto" and on_shared_gpus else chosen
 
 
-def _adapter_scaling(config: Config, device: Device) -> float | None:
+def adapter_scaling_of(config: Config, device: Device) -> float | None:
     """Factor of B A in the policy's LoRA adapter, if engines sample with it."""
     if config.policy.lora is None:
         return None
@@ -331,7 +331,7 @@ def start_timeline(
     return timeline
 
 
-def _let_engines_restart(
+def let_engines_restart(
     engines: RolloutActors, publisher: WeightPublisher, restarts: Restarts
 ) -> None:
     """Have engines that fail replaced, or say why they are not."""

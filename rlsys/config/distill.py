@@ -7,8 +7,9 @@ from typing import ClassVar, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from rlsys.config.dataset_spec import model_of_modelscope
+from rlsys.config.distill_sampling import DistillRolloutConfig, sampler_config
 from rlsys.config.rules_distill import distill_problems
-from rlsys.config.schema import GrpoConfig, Section, TeacherConfig
+from rlsys.config.schema import Config, GrpoConfig, Section, TeacherConfig, WeightSyncConfig
 from rlsys.config.sft import SftConfig
 from rlsys.problems import ProblemsError
 
@@ -24,6 +25,9 @@ class DistillSection(Section):
     loss_top_k: NonNegativeInt = 0
     """Compare over the teacher's k likeliest tokens, and all others as one (TRL's loss_top_k with
     loss_add_tail): less to compute and to send. 0 compares over the whole vocabulary."""
+    lmbda: float = Field(default=0.5, ge=0.0, le=1.0)
+    """Probability that a step learns from the student's own completions of its samples' prompts,
+    and not from their answers (TRL's lmbda). 0 needs no rollout engine."""
 
 
 class DistillConfig(SftConfig):
@@ -33,6 +37,8 @@ class DistillConfig(SftConfig):
 
     teacher: TeacherConfig = TeacherConfig()
     distill: DistillSection = DistillSection()
+    rollout: DistillRolloutConfig = DistillRolloutConfig()
+    weight_sync: WeightSyncConfig = WeightSyncConfig()
 
     @model_validator(mode="after")
     def _further_ids_name_their_hub(self) -> Self:
@@ -51,6 +57,32 @@ class DistillConfig(SftConfig):
     def used_teacher(self) -> TeacherConfig | None:
         """The section `teacher`."""
         return self.teacher
+
+    @property
+    def sampler(self) -> Config | None:
+        """See RunConfig; None with distill.lmbda 0."""
+        return sampler_config(self) if self.distill.lmbda else None
+
+    @property
+    def longest_row(self) -> int:
+        """data.max_length, and where the student samples a completion behind it."""
+        return self.data.max_length + self._longest_completion
+
+    @property
+    def longest_row_is(self) -> str:
+        """The fields."""
+        if not self.distill.lmbda:
+            return super().longest_row_is
+        return "data.max_length + rollout.max_completion_length"
+
+    @property
+    def _longest_completion(self) -> int:
+        return self.rollout.max_completion_length if self.distill.lmbda else 0
+
+    @property
+    def max_completion_length(self) -> int:
+        """All tokens of a row may be trained on."""
+        return self.longest_row
 
     @property
     def most_replicas(self) -> int:

@@ -44,7 +44,7 @@ def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[RunConfig
     if not isinstance(values, dict):
         return Config
     names = [*map(str, values), *(word.lstrip("-") for word in overrides)]
-    others_first = [*_special_first(METHODS[1:]), Config]
+    others_first: list[type[RunConfig]] = [*_special_first(METHODS[1:]), Config]
     return next((schema for schema in others_first if _own_sections(schema, names)), SftConfig)
 
 

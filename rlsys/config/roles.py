@@ -77,8 +77,8 @@ def plan_roles(config: RunConfig, *, device: Device) -> list[Role]:
     """
     gpu, policy = 1 if device == "cuda" else 0, config.policy
     roles = [Role("policy", rank, gpu, policy.num_cpu_threads) for rank in range(policy.world_size)]
-    if isinstance(config, Config):
-        roles += _engine_roles(config, gpu)
+    if config.sampler is not None:
+        roles += _engine_roles(config.sampler, gpu)
     if isinstance(config, ReferencedConfig):
         roles += _reference_roles(config, gpu)
     roles += _teacher_roles(config, gpu)

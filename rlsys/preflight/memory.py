@@ -63,8 +63,11 @@ def estimate_preference(
 
 
 def estimate_trained(config: RunConfig, policy: ModelShape, device: Device) -> list[MemoryEstimate]:
-    """The memory of a policy without engines and reference, and of its teacher if it has one."""
+    """The memory of a policy without reference, and of engines and a teacher if it has them."""
     estimates = [estimate_policy(config, policy, device=device)]
+    if config.sampler is not None:
+        _, engine = estimate_memory(config.sampler, policy, policy, device=device)
+        estimates.append(engine)
     if config.teacher_path is not None:
         shape = read_model_shape(find_model_folder(config.teacher_path), may_bridge=True)
         estimates.append(estimate_teacher(config, shape, device=device))
@@ -97,8 +100,8 @@ def gpu_warnings(
     else:
         of_policy = _policy_warning(config, by_role, gpu_gib)
     warnings = list(of_policy)
-    if isinstance(config, Config):
-        warnings += _rollout_warning(config, by_role["rollout"], gpu_gib)
+    if config.sampler is not None:
+        warnings += _rollout_warning(config.sampler, by_role["rollout"], gpu_gib)
     for role, section in _frozen_sections(config).items():
         warnings += _frozen_warning(section, by_role.get(role), gpu_gib)
     return warnings

@@ -46,11 +46,8 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from problems
     if shape is not None:
         yield from replay_problems(config, shape)
-        yield from _rollout_layout(config, shape)
-        yield from _adapter(config, shape)
-        yield from _kv_cache(config, shape)
         yield from _draft_model(config, shape)
-    yield from _engine_options(config)
+    yield from _engine_problems(config, shape)
     for path in config.reward.model_paths:
         try:
             find_model_folder(path)
@@ -60,10 +57,21 @@ def model_problems(config: Config) -> Iterator[Problem]:
     yield from _reference(config, shape)
 
 
+def _engine_problems(config: Config, shape: ModelShape | None) -> Iterator[Problem]:
+    """What keeps rollout engines from sampling with the policy's model."""
+    if shape is not None:
+        yield from _rollout_layout(config, shape)
+        yield from _adapter(config, shape)
+        yield from _kv_cache(config, shape)
+    yield from _engine_options(config)
+
+
 def taught_model_problems(config: RunConfig) -> Iterator[Problem]:
-    """Problems of the model that is trained, and of its teacher."""
+    """Problems of the model that is trained, with engines if it samples, and of its teacher."""
     shape, problems = _read_policy(config)
     yield from problems
+    if config.sampler is not None:
+        yield from _engine_problems(config.sampler, shape)
     yield from _teacher(config, shape)
 
 

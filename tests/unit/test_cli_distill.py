@@ -39,6 +39,18 @@ def refused(capsys, *words) -> str:
             "teacher.world_size = 8 makes more replicas than the 4 samples of a step",
         ),
         ("--sft.loss_on nothing", "sft.loss_on = 'nothing'"),
+        ("--distill.lmbda 2", "distill.lmbda = 2"),
+        (
+            "--distill.lmbda 0 --rollout.temperature 0.7",
+            "rollout.temperature has no effect with distill.lmbda = 0",
+        ),
+        ("--rollout.engines_per_gpu 2", "rollout.num_engines = 1 is not a multiple of"),
+        ("--sft.thinking ignore", "sft.thinking = ignore leaves no whole answer"),
+        (
+            "--policy.max_tokens_per_micro_batch 100",
+            "does not hold data.max_length + rollout.max_completion_length",
+        ),
+        ("--rollout.tensor_parallel_size 16", "rollout.tensor_parallel_size = 16"),
         ("--max_steps null", "max_steps: is missing, and so is num_train_epochs"),
         ("--grpo.beta 0.1", "grpo.beta: there is no such field"),
         ("--policy.global_batch_size 40", "has 20 samples to train on, and a step takes 40"),

@@ -257,6 +257,11 @@ class Config(RunConfig):
         return self.grpo.beta > 0 and not self.reference_is_base
 
     @property
+    def sampler(self) -> Config | None:
+        """See RunConfig."""
+        return self
+
+    @property
     def used_teacher(self) -> TeacherConfig | None:
         """The section `teacher`, with on-policy distillation."""
         return self.teacher if self.grpo.opd_kl_coef > 0 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     Field,
@@ -27,6 +27,9 @@ from rlsys.config.schema.recovery import RecoveryConfig
 from rlsys.config.schema.section import Section
 from rlsys.config.schema.teacher import TeacherConfig
 from rlsys.config.schema.tracking import TrackersConfig, TrackingConfig
+
+if TYPE_CHECKING:
+    from rlsys.config.schema.grpo_run import Config
 
 AnyConfig = TypeVar("AnyConfig", bound="RunConfig")
 
@@ -197,6 +200,11 @@ class RunConfig(Section):
     def teacher_path(self) -> str | None:
         """Folder or hub id of this model."""
         return None if self.used_teacher is None else self.used_teacher.path
+
+    @property
+    def sampler(self) -> Config | None:
+        """The config that rollout engines read; None without them."""
+        return None
 
     @property
     def divergence(self) -> dict[str, float] | None:
