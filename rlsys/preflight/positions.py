@@ -26,11 +26,14 @@ def within_positions(resolved: ResolvedConfig[Any]) -> ResolvedConfig[Any]:
     except ValueError:  # which the checks report
         return resolved
     default, positions = config.data.max_length, shape.max_position_embeddings
-    if default <= positions:
+    behind = config.longest_row - default  # the student's completion, in distillation
+    if config.longest_row <= positions or positions - behind < 2:
         return resolved
+    positions -= behind
     print(
-        f"note: {name} is {positions:,}, the positions of {config.model.path}, and not its default "
-        f"of {default:,}",
+        f"note: {name} is {positions:,}, the positions of {config.model.path}"
+        f"{' less rollout.max_completion_length' if behind else ''}, and not its default of "
+        f"{default:,}",
         flush=True,
     )
     data = config.data.model_copy(update={"max_length": positions})

@@ -119,7 +119,8 @@ def write_preference_run(folder: Path, **sections: Any) -> Path:
 def write_distill_run(folder: Path, **sections: Any) -> Path:
     """`write_sft_run` for distillation, with a teacher that is larger."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder / "teacher", hidden_size=128)
+    write_model(folder / "teacher", hidden_size=128, max_position_embeddings=512)
+    sections = {"model": {"max_position_embeddings": 512}} | sections
     base = {"teacher": {"path": str(folder / "teacher")}, "distill": {"beta": 0.5}}
     merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
     return write_sft_run(folder, **merged)

@@ -89,7 +89,9 @@ def test_a_config_of_another_command_names_it(tmp_path, capsys):
     config = write_distill_run(tmp_path / "distill", sft={"loss_on": "last"})
     text = refused(capsys, "grpo", config)
     assert "it is a config for `rlsys distill`" in text
-    assert "distill: there is no such section" in refused(capsys, "sft", config)
+    assert "distill: there is no such field. It is for `rlsys distill`" in refused(
+        capsys, "sft", config
+    )
     for write, command in ((write_run, "grpo"), (write_sft_run, "sft")):
         folder = tmp_path / command
         folder.mkdir()
