@@ -14,7 +14,13 @@ from typing import Any
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlsys.config import PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
+from rlsys.config import (
+    DistillConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SftConfig,
+)
 from rlsys.config.fields import config_fields, config_sections, optional_sections, show_value
 from rlsys.config.schema import Section
 
@@ -66,6 +72,14 @@ says where rows come from. These are its own fields, and those with another defa
 """
 
 
+_DISTILL_HEAD = """## The config of rlsys distill
+
+It has what the config of rlsys sft has, and `teacher` and `weight_sync` as above. These are its own
+fields, and those with another meaning. [distillation.md](distillation.md) says how they work
+together.
+"""
+
+
 def markdown() -> str:
     """The whole page."""
     fields = config_fields()
@@ -77,12 +91,14 @@ def markdown() -> str:
                 parts += _section("###", inside, optional)
     parts += _parts_of(SftConfig, _SFT_HEAD)
     parts += _parts_of(PreferenceConfig, _PREFERENCE_HEAD)
-    return "\n".join([*parts, *_parts_of(RewardModelConfig, _REWARD_MODEL_HEAD)])
+    parts += _parts_of(RewardModelConfig, _REWARD_MODEL_HEAD)
+    return "\n".join([*parts, *_parts_of(DistillConfig, _DISTILL_HEAD, base=SftConfig)])
 
 
-def _parts_of(schema: type[RunConfig], head: str) -> list[str]:
-    """What a config of another command has besides, or otherwise."""
+def _parts_of(schema: type[RunConfig], head: str, base: type[RunConfig] | None = None) -> list[str]:
+    """What a config of another command has besides, or otherwise; `base` is known by then."""
     known, own = config_fields(), config_fields(schema)
+    known |= {} if base is None else config_fields(base)
     different = {
         name: info
         for name, info in own.items()

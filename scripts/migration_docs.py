@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from rlsys.config import Config, PreferenceConfig, RewardModelConfig, RunConfig, SftConfig
+from rlsys.config import (
+    Config,
+    DistillConfig,
+    PreferenceConfig,
+    RewardModelConfig,
+    RunConfig,
+    SftConfig,
+)
 from rlsys.config.elsewhere import Counterpart, own_counterparts, projects, show_defaults
 
 TARGET = Path(__file__).parents[1] / "docs" / "migration.md"
@@ -40,6 +47,7 @@ Commands; for those beside training see [eval.md](eval.md). MODEL may be a run:
 | `swift rlhf --rlhf_type dpo` (kto, cpo, ...), `trl dpo`, `trl kto` | `rlsys preference CONFIG` |
 | `swift rlhf --rlhf_type rm`, `trl reward` | `rlsys reward-model CONFIG` |
 | `swift sft --task_type seq_cls` | `rlsys reward-model CONFIG` with `problem_type` |
+| `swift rlhf --rlhf_type gkd`, `trl`'s `GKDTrainer` | `rlsys distill CONFIG` |
 | `swift infer`, `transformers chat` | `rlsys infer MODEL` |
 | `swift infer --val_dataset`, `main_generation` | `rlsys infer MODEL --prompts FILE --out FILE` |
 | `swift deploy`, `vllm serve` | `rlsys infer MODEL --serve` |
@@ -91,7 +99,12 @@ def markdown() -> str:
     """The whole page."""
     parts = [_HEAD, "## Models and checkpoints\n\n[export.md](export.md) says more.\n"]
     parts.append(_table(("there", "here"), _COMMANDS))
-    further: tuple[type[RunConfig], ...] = (SftConfig, PreferenceConfig, RewardModelConfig)
+    further: tuple[type[RunConfig], ...] = (
+        SftConfig,
+        PreferenceConfig,
+        RewardModelConfig,
+        DistillConfig,
+    )
     for project, about in projects(Config).items():
         parts.append(f"## {project}\n\n{about[0].upper()}{about[1:]}.\n")
         parts += _names(Config, project, project)

@@ -1,13 +1,20 @@
 """Distillation in the engine: transformers' divergence and gradient, however it is cut."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from distill_cases import learn, loss_of_transformers
+from distill_cases import distill_config, learn, loss_of_transformers
 from one_rank import one_rank
+from patience import PATIENCE_S
+from policy_cases import LAYOUTS
 from test_sft_policy import SAMPLES
 from transformers import AutoModelForCausalLM
+
+from rlsys.actors.teacher import TeacherActors
+from rlsys.actors.waiting import get_all
+from rlsys.algo.batching import build_sample_batch
 
 STUDENT, TEACHER = "qwen3-tied", "llama-untied"
 
@@ -86,3 +93,54 @@ def test_models_of_any_kind_teach_each_other(process, policy_models, expected, s
     folders = policy_models[student], policy_models[teacher]
     found = process.submit(learn, *folders, {}, {}).result(timeout=300)
     assert_equal(found, expected(student, teacher))
+
+
+# --- ranks ---------------------------------------------------------------------------------------
+
+
+FOUR_RANKS = partial(pytest.param, marks=pytest.mark.slow)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("layout", "ranks", "distill"),
+    [
+        ("TP 2", {"world_size": 2, "tensor_parallel_size": 2}, {}),
+        FOUR_RANKS("DP 2", {"world_size": 2}, {"beta": 0.0}),
+        FOUR_RANKS("TP 2", {"world_size": 2, "tensor_parallel_size": 2}, {"loss_top_k": 5}),
+        FOUR_RANKS("CP 2", {"world_size": 2, "context_parallel_size": 2}, {"beta": 1.0}),
+        FOUR_RANKS("PP 2", {}, {}),
+        FOUR_RANKS("TP 2 x DP 2", {"world_size": 2, "tensor_parallel_size": 2}, {}),
+    ],
+    ids=str,
+)
+def test_ranks_of_student_and_teacher_change_nothing(
+    lab, policy_models, expected, layout, ranks, distill
+):
+    folders = policy_models[STUDENT], policy_models[TEACHER]
+    config = distill_config(*folders, distill, ranks, **LAYOUTS[layout])
+    teacher = TeacherActors(config, device="cpu")
+    get_all(teacher.async_start(), phase="start", timeout_s=PATIENCE_S)
+    batch = build_sample_batch(SAMPLES)
+    batch.teacher = teacher.describe_tokens(batch)
+    teacher.close()
+    gradient = lab.policy(config).call("gradient", batch)[0]
+    metrics = lab.policy(config).update(batch).metrics
+    assert_equal((gradient, metrics), expected(**distill))
+
+
+@pytest.mark.system
+@pytest.mark.slow
+def test_a_student_with_an_adapter_learns_by_its_adapter_alone(lab, policy_models):
+    folders = policy_models[STUDENT], policy_models[TEACHER]
+    config = distill_config(*folders, {"beta": 0.0}, lora={"rank": 2}, lr=1e-2)
+    teacher = TeacherActors(config, device="cpu")
+    get_all(teacher.async_start(), phase="start", timeout_s=PATIENCE_S)
+    batch = build_sample_batch(SAMPLES)
+    batch.teacher = teacher.describe_tokens(batch)
+    teacher.close()
+    policy = lab.policy(config)
+    losses = [policy.update(batch).metrics["loss"] for _ in range(8)]
+    assert losses[-1] < 0.9 * losses[0]
+    gradient = policy.call("adapter_gradient", batch)[0]
+    assert all("lora_" in name for name in gradient)
