@@ -1,4 +1,4 @@
-"""Whole runs of `rlsys distill`: a student becomes as good as its teacher, and goes on by itself."""
+"""Whole runs of `rlsys distill`: a student becomes as good as its teacher, also by itself."""
 
 import importlib.util
 import sys
@@ -10,7 +10,7 @@ import yaml
 from run_cases import RunProcess
 from safetensors.torch import load_file
 
-from rlsys.files import read_jsonl
+from rlsys.files import read_jsonl, write_jsonl
 
 pytestmark = pytest.mark.system
 
@@ -146,7 +146,9 @@ def test_grpo_learns_from_a_teacher_alone(data, tmp_path):
 
 
 def start_grpo(folder, data, config):
+    prompts = [{"messages": row["messages"][:-1]} for row in read_jsonl(data / "validation.jsonl")]
+    write_jsonl(folder / "prompts.jsonl", prompts)
     config["output_dir"], config["tracking"] = "out", {"report_to": "none"}
-    config["data"] |= {"dataset": [str(data / "train.jsonl")]}
+    config["data"] |= {"dataset": ["prompts.jsonl"]}
     (folder / "run.yaml").write_text(yaml.safe_dump({**config, "device": "cpu"}))
     return RunProcess(folder, "run.yaml")
