@@ -31,7 +31,7 @@ def to_array(values: Tensor) -> np.ndarray:
 
 
 def from_array(array: np.ndarray) -> Tensor:
-    """The tensor that `to_array` took, in memory that must not be written to."""
+    """The tensor that `to_array` took, on the array's memory."""
     values = torch.from_numpy(array)
     return values.view(torch.bfloat16) if values.dtype == torch.int16 else values
 
@@ -89,6 +89,6 @@ def pack_teacher(batch: TrainBatch, rows: Sequence[int]) -> dict[str, Tensor]:
             continue
         for row in trained:
             assert len(arrays[row]) == num_targets(batch, row), (row, len(arrays[row]))
-        parts = [from_array(arrays[row]) for row in trained]
-        fields[f"teacher_{name}"] = torch.cat(parts or [from_array(arrays[0])[:0]])
+        parts = [arrays[row] for row in trained] or [arrays[0][:0]]
+        fields[f"teacher_{name}"] = from_array(np.concatenate(parts))
     return fields

@@ -38,7 +38,7 @@ class BestEval:
 class RunStatus:
     """What is known about a run at a glance."""
 
-    method: Literal["grpo", "sft", "preference"] | None
+    method: Literal["grpo", "sft", "preference", "distill"] | None
     """None where config.yaml is missing or damaged."""
     state: State | None
     """None for a folder without a status, such as a part of a copied run."""
@@ -215,10 +215,12 @@ def holds_records(path: Path) -> bool:
     )
 
 
-def _method(config: Mapping[str, Any]) -> Literal["grpo", "sft", "preference"]:
+def _method(config: Mapping[str, Any]) -> Literal["grpo", "sft", "preference", "distill"]:
     """The command that trained it, by the section that it alone has."""
     if "preference" in config:
         return "preference"
+    if "distill" in config:
+        return "distill"
     return "sft" if "sft" in config else "grpo"
 
 
