@@ -36,7 +36,19 @@ def describe_distillation(config: DistillConfig) -> Pairs:
     }
     pairs = [(part, own.get(part, text)) for part, text in describe_training(config)]
     pairs.insert(1, ("teacher", f"{config.teacher_path} (teacher.path)"))
+    pairs.insert(2, ("completions", _completions(config)))
     return pairs
+
+
+def _completions(config: DistillConfig) -> str:
+    lmbda, rollout = config.distill.lmbda, config.rollout
+    if not lmbda:
+        return "the rows' own answers (distill.lmbda 0)"
+    share = "all steps" if lmbda == 1 else f"a share of {lmbda:g} of the steps"
+    return (
+        f"in {share} the student's own (distill.lmbda), at temperature {rollout.temperature:g}, of "
+        f"at most {rollout.max_completion_length:,} tokens"
+    )
 
 
 def _memory(

@@ -119,7 +119,7 @@ def sample_arithmetic(config: SftConfig) -> Pairs:
         ("samples per step", f"{samples} = policy.global_batch_size{by_default}"),
         ("  of these, a rank has", per_rank(config)),
         ("  in micro-batches", micro_batches(config, "sample")),
-        ("tokens a sample, at most", f"{config.longest_row:,} = data.max_length"),
+        ("tokens a sample, at most", f"{config.longest_row:,} = {config.longest_row_is}"),
         ("tokens per step, at most", f"{samples * config.longest_row:,}"),
         *_run_length(config),
     ]
