@@ -121,6 +121,19 @@ def estimate_teacher(config: RunConfig, shape: ModelShape, *, device: Device) ->
     return _estimate("teacher", device, _frozen(config, config.used_teacher, shape, device))
 
 
+def with_head_of_teacher(
+    config: RunConfig, policy: MemoryEstimate, teacher: ModelShape, device: Device
+) -> MemoryEstimate:
+    """The policy's memory with the teacher's output weight, by which its logits are computed."""
+    tp, width = config.policy.tensor_parallel_size, bytes_per_weight(config, device)
+    name, num_bytes = "teacher's head", teacher.embedding_params / tp * width
+    return MemoryEstimate(
+        policy.role,
+        policy.gib | {name: num_bytes / GIB},
+        policy.formula | {name: f"its vocabulary x its hidden size x {width} bytes / TP {tp}"},
+    )
+
+
 def estimate_reward_model(folder: Path, *, dtype: str, device: Device) -> MemoryEstimate | None:
     """The memory of a reward model, by the headers of its weight files; None if they do not say.
 

@@ -21,6 +21,7 @@ from rlsys.model.memory import (
     estimate_policy,
     estimate_reference,
     estimate_teacher,
+    with_head_of_teacher,
 )
 from rlsys.model.shape import ModelShape, read_model_shape
 from rlsys.model.snapshot_memory import snapshot_warning
@@ -71,6 +72,8 @@ def estimate_trained(config: RunConfig, policy: ModelShape, device: Device) -> l
     if config.teacher_path is not None:
         shape = read_model_shape(find_model_folder(config.teacher_path), may_bridge=True)
         estimates.append(estimate_teacher(config, shape, device=device))
+        if config.divergence is not None and not config.teacher_top_k:
+            estimates[0] = with_head_of_teacher(config, estimates[0], shape, device)
     return estimates
 
 
