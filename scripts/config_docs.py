@@ -98,7 +98,7 @@ def markdown() -> str:
 def _parts_of(schema: type[RunConfig], head: str, base: type[RunConfig] | None = None) -> list[str]:
     """What a config of another command has besides, or otherwise; `base` is known by then."""
     known, own = config_fields(), config_fields(schema)
-    known |= {} if base is None else config_fields(base)
+    known = known | ({} if base is None else config_fields(base))
     different = {
         name: info
         for name, info in own.items()

@@ -6,6 +6,7 @@ from typing import ClassVar, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
+from rlsys.config.algorithm import GKD
 from rlsys.config.dataset_spec import model_of_modelscope
 from rlsys.config.distill_sampling import DistillRolloutConfig, sampler_config
 from rlsys.config.rules_distill import distill_problems
@@ -104,4 +105,4 @@ class DistillConfig(SftConfig):
     @property
     def algorithm(self) -> GrpoConfig:
         """The divergence, its mean over all tokens that are trained on in a step."""
-        return GrpoConfig(loss_type="gkd", loss_aggregation="token_mean")
+        return GrpoConfig(loss_type=GKD, loss_aggregation="token_mean")

@@ -4,7 +4,7 @@ import json
 import sys
 
 import pytest
-from config_cases import write_distill_run, write_model, write_run, write_sft_run
+from config_cases import write_distill_run, write_run, write_sft_run
 
 from rlsys import cli
 
@@ -104,7 +104,6 @@ def test_a_config_of_another_command_names_it(tmp_path, capsys):
 def test_a_config_that_could_run_is_explained(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     config = write_distill_run(tmp_path, distill={"beta": 0.0, "loss_top_k": 5})
-    write_model(tmp_path / "teacher", hidden_size=128)
     assert cli.main(["explain", str(config)]) == cli.DONE
     text = " ".join(capsys.readouterr().out.split())
     assert "distillation (GKD)" in text
