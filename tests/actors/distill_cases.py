@@ -10,7 +10,10 @@ from policy_cases import gradients_of
 from test_sft_policy import SAMPLES
 from torch.nn.functional import kl_div, log_softmax
 
+from rlsys.algo.batching import build_sample_batch
+from rlsys.algo.teacher_rows import join_rows
 from rlsys.config.distill import DistillConfig
+from rlsys.files import write_jsonl
 from rlsys.types import TrainBatch
 
 
@@ -74,7 +77,6 @@ def loss_of_transformers(student, teacher, samples, *, beta=0.5, temperature=1.0
 
 def with_teacher(batch, config) -> TrainBatch:
     """The batch as the driver sends it, by a teacher in this process."""
-    from rlsys.algo.teacher_rows import join_rows
     from rlsys.engines.megatron.reference import MegatronTeacher
 
     teacher = MegatronTeacher(config, device="cpu")
@@ -86,7 +88,6 @@ def with_teacher(batch, config) -> TrainBatch:
 def learn(student, teacher, distill, cut):
     """The gradient of one optimizer step, and its metrics; in a process of its own."""
     _start()
-    from rlsys.algo.batching import build_sample_batch
     from rlsys.engines.megatron.policy import MegatronPolicy
 
     config = distill_config(student, teacher, distill, **cut)
@@ -97,3 +98,88 @@ def learn(student, teacher, distill, cut):
     gradients = copy(policy.weights)
     gradients._parameters = gradients_of(policy.weights)
     return {name: grad.clone() for name, grad in gradients.export()}, metrics
+
+
+def question(number):
+    """A conversation of which the last digit says the answer."""
+    answer = f"It is {'odd' if number % 2 else 'even'}."
+    return {
+        "messages": [
+            {"role": "user", "content": f"{number}?"},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def learn_parity(data, folder, steps):
+    """Train a teacher on questions, and students of half its size by what it says of the answers.
+
+    Args:
+        data: folder with the untrained models `teacher` and `student`.
+        folder: to write rows and the teacher to.
+        steps: of each training.
+
+    Returns:
+        (loss, accuracy) on held-out answers, of the teacher, of the untrained student, and of
+        students by the settings of distill.
+    """
+    _start()
+    from transformers import AutoTokenizer
+
+    from rlsys.config import SftConfig
+    from rlsys.data.samples import SampleRules, load_samples
+    from rlsys.data.streams.make import make_sample_stream
+    from rlsys.engines.megatron.policy import MegatronPolicy
+    from rlsys.engines.megatron.reference import MegatronTeacher
+
+    write_jsonl(folder / "train.jsonl", map(question, range(0, 1000, 3)))
+    write_jsonl(folder / "validation.jsonl", map(question, range(1, 1000, 17)))
+    values = {
+        "output_dir": "unused",
+        "max_steps": steps,
+        "data": {
+            "dataset": [str(folder / "train.jsonl")],
+            "val_dataset": [str(folder / "validation.jsonl")],
+            "max_length": 64,
+        },
+        "model": {"path": str(data / "teacher")},
+        "policy": {"global_batch_size": 16, "micro_batch_size": 16, "lr": 2e-3},
+    }
+    sft = SftConfig.model_validate(values)
+    tokenizer = AutoTokenizer.from_pretrained(data / "teacher")
+    samples = load_samples(sft.data, tokenizer, SampleRules.of(sft), seed=0)
+    held_out = build_sample_batch(samples.validation)
+
+    def score(policy):
+        rows, (logprobs, likeliest) = policy.compute_logprobs(
+            held_out, ("logprobs", "is_likeliest")
+        )
+        mask = held_out.completion_mask[rows]
+        return -logprobs[mask].mean().item(), likeliest[mask].mean().item()
+
+    def train(config, teacher=None):
+        policy, stream = MegatronPolicy(config, device="cpu"), make_sample_stream(config, samples)
+        first = score(policy)
+        for _ in range(steps):
+            batch = build_sample_batch(stream.take(16))
+            if teacher is not None:
+                found = teacher.describe_tokens(batch)
+                batch.teacher = join_rows([found], len(batch.lengths))
+            policy.update(batch)
+        return policy, first
+
+    trained, _ = train(sft)
+    trained.save_model(folder / "trained")
+    scores = {"teacher": score(trained)}
+    for distill in ({"beta": 0.0}, {"beta": 0.5}, {"beta": 0.0, "loss_top_k": 4}):
+        config = DistillConfig.model_validate(
+            values
+            | {
+                "model": {"path": str(data / "student")},
+                "teacher": {"path": str(folder / "trained"), "placement": "own"},
+                "distill": distill | {"lmbda": 0.0},
+            }
+        )
+        student, scores["untrained"] = train(config, MegatronTeacher(config, device="cpu"))
+        scores[str(distill)] = score(student)
+    return scores
