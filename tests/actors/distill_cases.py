@@ -26,7 +26,7 @@ def distill_config(student, teacher, distill=None, ranks=None, **policy):
             "data": {"dataset": ["unused"], "max_length": 40},
             "model": {"path": str(student)},
             "teacher": {"path": str(teacher), "placement": "own", **(ranks or {})},
-            "distill": distill or {},
+            "distill": {"lmbda": 0.0, **(distill or {})},
             # Sharded optimizers leave each rank with the sum of its part of the gradient only.
             "policy": {
                 "global_batch_size": 8,

@@ -109,7 +109,7 @@ def test_engines_get_weights_where_the_student_samples(run):
 
 
 def test_the_teacher_is_evaluated_once(run):
-    found = run("--max_steps", "4", "--eval_steps", "2")
+    found = run("--max_steps", "4", "--eval_steps", "2", "--data.split_dataset_ratio", "0.1")
     assert found.calls.count("evaluate teacher") == 1
     evaluated = [row for _, row in found.log.rows if "eval/loss" in row]
     assert [row["eval/loss"] for row in evaluated] == pytest.approx([0.5] * 3)
