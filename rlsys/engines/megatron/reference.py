@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -143,13 +144,17 @@ class MegatronTeacher(FrozenModel):
             kept = {name: v[micro_batch.loss_mask].cpu() for name, v in known.items()}
             return torch.zeros((), device=self.device), kept
 
+        run = partial(self._forward_backward, packed, collect, chunks=self.model, forward_only=True)
         self._head = self._teacher_head
-        self.model.eval()
         try:
             with self._on_gpu():
-                found = self._forward_backward(
-                    packed, collect, chunks=self.model, forward_only=True
-                )
+                if self._unknown_scales:  # only a pass that could have gradients finds them
+                    with torch.enable_grad():
+                        run()
+                    self._unknown_scales = False
+                self.model.eval()
+                found = run()
+                self.model.train()
         finally:
             self._head = self._logprob_head
         if not self.reports:
