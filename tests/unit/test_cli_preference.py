@@ -122,7 +122,7 @@ def test_a_config_for_another_command_names_it(tmp_path, capsys):
     text = refused(capsys, "preference", write_sft_run(tmp_path, sft={}))
     assert "it is a config for `rlsys sft`, with the section sft, and one for `rlsys pref" in text
     text = refused(capsys, "preference", write_run(tmp_path))
-    assert "it is a config for `rlsys grpo`, with the sections rollout, reward" in text
+    assert "it is a config for `rlsys grpo`, with the section reward" in text
     text = refused(capsys, "sft", write_preference_run(tmp_path))
     assert "it is a config for `rlsys preference`, with the section preference" in text
 
