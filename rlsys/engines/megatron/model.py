@@ -70,8 +70,8 @@ Loss = tuple[torch.Tensor, dict[str, torch.Tensor]]
 """Of a micro-batch, and further results."""
 LossOf = Callable[[Any, PackedMicroBatch], Loss]
 """(what the head computes of tokens, such as TokenValues; micro-batch) -> loss."""
-Head = Callable[[torch.Tensor, PackedMicroBatch, torch.Tensor], tuple[torch.Tensor | None, ...]]
-"""(hidden states, micro-batch, positions) -> a named tuple of values of the tokens, or None."""
+Head = Callable[[torch.Tensor, PackedMicroBatch, torch.Tensor], Any]
+"""(hidden states, micro-batch, positions) -> a named tuple: values of the tokens, or None."""
 
 LOGPROBS = ("logprobs", "entropy")
 """Fields of TokenValues."""
@@ -391,13 +391,9 @@ class MegatronModel:
 
         def loss(hidden: torch.Tensor) -> Loss:
             assert self._head is not None, "only the last pipeline stage has a loss"
-            of_own = self._head(hidden, micro_batch, own)
-            gathered = (
-                None
-                if values is None
-                else gather_tokens(values, positions, self._cp_group, sum_gradients=False)
-                for values in of_own
-            )
-            return loss_of(type(of_own)(*gathered), micro_batch)
+            found = self._head(hidden, micro_batch, own)
+            shared = {"positions_CT": positions, "group": self._cp_group, "sum_gradients": False}
+            values = (None if v is None else gather_tokens(v, **shared) for v in found)
+            return loss_of(type(found)(*values), micro_batch)
 
         return hidden, loss
