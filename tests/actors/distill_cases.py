@@ -5,7 +5,7 @@ from __future__ import annotations
 from copy import copy
 
 import torch
-from one_rank import _start
+from one_rank import start
 from policy_cases import gradients_of
 from test_sft_policy import SAMPLES
 from torch.nn.functional import kl_div, log_softmax
@@ -87,7 +87,7 @@ def with_teacher(batch, config) -> TrainBatch:
 
 def learn(student, teacher, distill, cut):
     """The gradient of one optimizer step, and its metrics; in a process of its own."""
-    _start()
+    start()
     from rlsys.engines.megatron.policy import MegatronPolicy
 
     config = distill_config(student, teacher, distill, **cut)
@@ -123,7 +123,7 @@ def learn_parity(data, folder, steps):
         (loss, accuracy) on held-out answers, of the teacher, of the untrained student, and of
         students by the settings of distill.
     """
-    _start()
+    start()
     from transformers import AutoTokenizer
 
     from rlsys.config import SftConfig
