@@ -33,9 +33,9 @@ def schema_of_command(command: str) -> type[RunConfig]:
 def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[RunConfig]:
     """The class of a config, by its sections: of the method that alone has one of them.
 
-    A file without such a section is for supervised training. One that has sections of GRPO and of
-    another method is the other's. A file that cannot be read is GRPO's, whose loading reports what
-    is wrong with it.
+    A file without such a section is GRPO's if it has one that supervised training has not, and
+    else for supervised training. One with sections of GRPO and of another method is the other's. A
+    file that cannot be read is GRPO's, whose loading reports what is wrong with it.
     """
     try:
         values = load_yaml(Path(path).read_text("utf-8"))
@@ -45,7 +45,9 @@ def schema_of(path: str | Path, overrides: Sequence[str] = ()) -> type[RunConfig
         return Config
     names = [*map(str, values), *(word.lstrip("-") for word in overrides)]
     others_first: list[type[RunConfig]] = [*_special_first(METHODS[1:]), Config]
-    return next((schema for schema in others_first if _own_sections(schema, names)), SftConfig)
+    beyond_sft = config_sections(Config).keys() - config_sections(SftConfig).keys()
+    shared = Config if beyond_sft & {name.partition(".")[0] for name in names} else SftConfig
+    return next((schema for schema in others_first if _own_sections(schema, names)), shared)
 
 
 def _special_first(schemas: Iterable[type[RunConfig]]) -> list[type[RunConfig]]:

@@ -50,7 +50,7 @@ def test_every_loss_is_explained(tmp_path, loss_type):
     assert pairs["reference"].startswith("none") != has_reference
     assert ("likelihood" in pairs) == (loss_type in ("cpo", "orpo"))
     noun = "answer" if loss_type in ("kto", "apo_zero_unpaired") else "pair"
-    assert f"{noun}s per step" in dict(row_arithmetic(config))
+    assert f"{noun}s per step" in dict(row_arithmetic(config, noun))
 
 
 def test_an_adapter_needs_no_reference_actors(tmp_path):
