@@ -13,11 +13,8 @@ if TYPE_CHECKING:
     from rlsys.config.schema import RewardConfig
 
 
-def reward_problems(reward: RewardConfig, *, has_teacher: bool = False) -> Iterator[Problem]:
-    """Every rule within the reward section that `reward` breaks.
-
-    With a teacher there is something to learn without a reward.
-    """
+def reward_problems(reward: RewardConfig) -> Iterator[Problem]:
+    """Every rule within the reward section that `reward` breaks."""
     names, weights = reward.names, reward.reward_weights
     if not names:
         yield Problem(
@@ -37,7 +34,7 @@ def reward_problems(reward: RewardConfig, *, has_teacher: bool = False) -> Itera
             f"reward.reward_model ({', '.join(names)}): give one weight for each, or leave it out "
             "for 1 each"
         )
-    if weights and not any(weights) and not has_teacher:
+    if weights and not any(weights):
         yield Problem(
             "reward.reward_weights are all 0, so there is nothing to learn from: give at least one "
             "reward function another weight"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
-
 from transformers import AutoTokenizer
 
 from rlsys.config import SftConfig
@@ -19,8 +17,6 @@ from rlsys.preflight.before_start import (
 from rlsys.preflight.sft import too_few
 from rlsys.preflight.turn_ends import turn_end_note
 from rlsys.text import counted
-
-AnySftConfig = TypeVar("AnySftConfig", bound=SftConfig)
 
 
 def load_sample_data(config: SftConfig) -> SampleData:
@@ -55,7 +51,7 @@ def load_sample_data(config: SftConfig) -> SampleData:
     return data
 
 
-def fit_to_samples(config: AnySftConfig, data: SampleData) -> AnySftConfig:
+def fit_to_samples(config: SftConfig, data: SampleData) -> SftConfig:
     """The config with the number of steps."""
     for note in step_notes(config, len(data.train)):
         print(note, flush=True)

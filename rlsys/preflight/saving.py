@@ -78,8 +78,7 @@ def _num_checkpoints(config: RunConfig) -> int:
 
 def checkpoint_bytes_of(config: RunConfig, device: Device) -> int:
     """Bytes of one checkpoint of a run."""
-    folder = resolve_model_path(config.model.path)
-    shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
+    shape = read_model_shape(resolve_model_path(config.model.path), may_bridge=True)
     return disk_use(config, shape, device=device).checkpoint
 
 
@@ -208,8 +207,7 @@ def _how_often(config: RunConfig) -> str:
 
 def saving_lines(config: RunConfig) -> Iterator[str]:
     """What the run saves, how often, where, and how much disk that takes."""
-    folder = resolve_model_path(config.model.path)
-    shape = read_model_shape(folder, may_bridge=True, num_labels=config.num_labels)
+    shape = read_model_shape(resolve_model_path(config.model.path), may_bridge=True)
     use = disk_use(config, shape, device=guess_device(config))
     yield "saving: " + "; ".join(f"{what} {text}" for what, text in describe_saving(config, use))
     warning = disk_warning(config, use)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from rlsys.types import Preference, Prompt, RolloutGroup, Sample, ScoredRow
+from rlsys.types import Prompt, RolloutGroup, Sample
 
-T = TypeVar("T", bound=Prompt | Sample | Preference | ScoredRow)
+T = TypeVar("T", bound=Prompt | Sample)
 """What a run trains on."""
 
 
