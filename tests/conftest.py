@@ -18,13 +18,16 @@ settings.load_profile("ci" if "CI" in os.environ else "rlsys")
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist all tests run in this process
 def pytest_xdist_make_scheduler(config, log):
-    """Deal tests to processes by file, and all of tests/actors to one: they share a cluster."""
+    """Deal tests to processes by file, and all of tests/actors and tests/runs to one.
+
+    Those of tests/actors share a cluster. On two cores, runs beside them lost their heads.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class ByCluster(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
-            return "tests/actors" if file.startswith("tests/actors/") else file
+            return "Ray" if file.startswith(("tests/actors/", "tests/runs/")) else file
 
     return ByCluster(config, log)
 
