@@ -30,6 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -201,13 +202,9 @@ def prepared(folder, arguments, steps):
     if arguments.shape is None:
         return COUNTDOWN / "demo.yaml", prepare(folder, steps, tracker="steps", save_steps="1")
     model = folder / "model"
-    saving = get_context("spawn").Process(  # a process that used CUDA could not start the actors
-        target=save_random_model,
-        args=(model, arguments.shape, "cuda"),
-        kwargs={"endless": True},
-    )
-    saving.start()
-    saving.join()
+    # In another process: CUDA's context would stay on a GPU of the actors.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as other:
+        other.submit(save_random_model, model, arguments.shape, "cuda", endless=True).result()
     path = write_config(
         folder,
         model=model,

@@ -4,9 +4,9 @@
     python benchmarks/weight_sync_cpu.py --shape smollm2-135m
     python benchmarks/weight_sync_cpu.py --shape smollm2-135m --adapter-rank 16
 
-A real rollout engine receives the weights of a random model. The same bytes are also copied
-within one process, and broadcast over gloo between two processes that do nothing else. With
---adapter-rank the engine gets the base once, and every timed sync brings a LoRA adapter alone.
+A policy of one rank sends the weights of a random model to a rollout engine. Then as many bytes
+are copied within one process, and broadcast over gloo between two processes that do nothing else.
+With --adapter-rank the engine gets the base once, and every timed sync brings a LoRA adapter alone.
 """
 
 import argparse
@@ -19,16 +19,14 @@ from pathlib import Path
 import ray
 import torch
 from random_model import SHAPES, save_random_model
-from transformers import AutoModelForCausalLM
 
+from rlsys.actors.policy import PolicyActors
 from rlsys.actors.ray_session import ray_session
 from rlsys.actors.rollout import RolloutActors
 from rlsys.actors.waiting import get_all
 from rlsys.actors.weight_publisher import WeightPublisher
 from rlsys.config import Config
 from rlsys.weight_sync.connection import Connection
-from rlsys.weight_sync.plan import TensorMeta
-from rlsys.weight_sync.sender import WeightSender
 from rlsys.weight_sync.transport import LOOPBACK, make_transport, serve_store
 
 CPU = torch.device("cpu")
@@ -36,38 +34,7 @@ TIMEOUT_S = 300.0
 
 
 class Process:
-    """A process with the tensors of a model: sends them, or only moves as many bytes."""
-
-    def __init__(self, folder, rank):
-        torch.set_num_threads(1)
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        self.tensors = dict(model.named_parameters())
-        self.adapter = {}
-        for name, weight in self.tensors.items() if rank else ():
-            module, is_linear, _ = name.rpartition("_proj.weight")
-            if is_linear:
-                size_out, size_in = weight.shape
-                prefix = f"base_model.model.{module}_proj"
-                self.adapter[f"{prefix}.lora_A.weight"] = torch.randn(rank, size_in)
-                self.adapter[f"{prefix}.lora_B.weight"] = torch.zeros(size_out, rank)
-
-    def weight_metadata(self):
-        return metadata(self.tensors)
-
-    def adapter_metadata(self):
-        return metadata(self.adapter)
-
-    def connect_weight_sync(self, connections):
-        (connection,) = connections  # an engine of one worker has one
-        self.sender = WeightSender(connection, CPU)
-
-    def send_weights(self, version):
-        return self.sender.send(self.fill, version)
-
-    def fill(self, bucket, buffer):
-        tensors = self.tensors | self.adapter
-        for name, target in bucket.views(buffer):
-            target.copy_(tensors[name].detach())
+    """A process that moves as many bytes as a weight sync, and does nothing else."""
 
     def connect_plain(self, port, rank):
         self.plain = make_transport("gloo", CPU)
@@ -84,31 +51,6 @@ class Process:
             torch.zeros(nbytes, dtype=torch.uint8),
         )
         return [seconds(lambda: target.copy_(source)) for _ in range(repeats)]
-
-
-class Policy:
-    """The methods of a policy that WeightPublisher calls."""
-
-    policy_version = 0
-
-    def __init__(self, actor):
-        self.actor = actor
-
-    def weight_metadata(self):
-        return ray.get(self.actor.weight_metadata.remote())
-
-    def adapter_metadata(self):
-        return ray.get(self.actor.adapter_metadata.remote())
-
-    def async_call(self, method, *args, to):
-        return {"policy rank 0": getattr(self.actor, method).remote(*args)}
-
-
-def metadata(tensors):
-    return [
-        TensorMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    ]
 
 
 def seconds(action):
@@ -143,20 +85,23 @@ def measure(folder, arguments):
             },
         }
     )
-    engines = RolloutActors(config, device="cpu")
-    actor_class = ray.remote(Process).options(num_cpus=0.01)
-    first, second = actor_class.remote(folder, rank), actor_class.remote(folder, rank)
+    engines, policy = RolloutActors(config, device="cpu"), PolicyActors(config, device="cpu")
+    starting = engines.async_start() | policy.async_start()
+    get_all(starting, phase="start", timeout_s=TIMEOUT_S)
     publisher = WeightPublisher(
-        Policy(first), engines, config.weight_sync, adapter_scaling=1.0 if rank else None
+        policy, engines, config.weight_sync, adapter_scaling=1.0 if rank else None
     )
     publisher.publish()  # the first one also connects and allocates, and sends an adapter's base
     published = [publisher.publish() for _ in range(arguments.repeats)]
     nbytes = int(published[0]["weight_sync/bytes"])
     sync = statistics.median(metrics["weight_sync/seconds"] for metrics in published)
+    engines.close()
+    policy.close()
+    actor_class = ray.remote(Process).options(num_cpus=0.01)
+    first, second = actor_class.remote(), actor_class.remote()
     copies = ray.get(first.memcpy.remote(nbytes, 1 + arguments.repeats))
     memcpy = statistics.median(copies[1:])
     gloo = statistics.median(plain_broadcast(first, second, nbytes, arguments.repeats))
-    engines.close()
     return {
         "shape": arguments.shape,
         "adapter_rank": rank,

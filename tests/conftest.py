@@ -20,7 +20,8 @@ settings.load_profile("ci" if "CI" in os.environ else "rlsys")
 def pytest_xdist_make_scheduler(config, log):
     """Deal tests to processes by file, and all of tests/actors and tests/runs to one.
 
-    Those of tests/actors share a cluster. On two cores, runs beside them lost their heads.
+    Those of tests/actors share a cluster. When runs with clusters of their own went beside them on
+    two cores, the head of one was gone.
     """
     from xdist.scheduler import LoadScopeScheduling
 

@@ -107,7 +107,7 @@ def _guarded(guard: Guard, logs: Path | None) -> Iterator[None]:
         yield
     except Exception:
         if logs is None:
-            guard.spare(private_folder(session))
+            guard.spare(session.parents[1])  # the private folder of start_cluster
         raise
     except BaseException:
         guard.keep(session / "logs", None)
@@ -236,7 +236,7 @@ def start_cluster(guard: Guard | None, **options: Any) -> None:
     this starts another one.
 
     Args:
-        guard: removes the folder at the end; None, where there is no guard, leaves it.
+        guard: removes the folder at the end. Without one, None, the folder stays.
         options: of `ray.init`.
 
     Raises:
@@ -275,11 +275,6 @@ def start_cluster(guard: Guard | None, **options: Any) -> None:
         guard.spare(private)
     logs = private / "ray/session_latest/logs"
     raise RayStartError(f"{what}, {START_ATTEMPTS} times in a row. Its logs are in {logs}")
-
-
-def private_folder(session: Path) -> Path:
-    """The folder above a session of `start_cluster`, which its owner alone reaches."""
-    return session.parents[1]
 
 
 def _use_own_token() -> None:

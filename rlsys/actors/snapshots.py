@@ -62,8 +62,8 @@ class Snapshots:
     """The newest snapshot of a group, and when the next one is due.
 
     Args:
-        every: updates between snapshots; "auto": one at least, and so many that making them and
-            waiting for them takes at most MAX_SHARE_OF_TIME. 0: none is taken.
+        every: updates between two snapshots. 0 takes none. "auto" takes one after each update, or
+            so few that making them and waiting for them takes at most MAX_SHARE_OF_TIME.
         clock: seconds; tests have their own.
     """
 

@@ -67,6 +67,14 @@ def write_starter(folder: Path) -> None:
         write_starter_model(folder, seed=0)
 
 
+@pytest.fixture(scope="session")
+def starter_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an untrained starter model of examples/countdown, chat template and all."""
+    folder = tmp_path_factory.mktemp("models") / "starter"
+    write_starter(folder)
+    return folder
+
+
 def write_run_files(folder: Path, model: Path) -> None:
     """A working directory: plugin, data, and run.yaml, which names them by relative paths."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -44,9 +44,9 @@ def starts_a_job(port, path):
 def test_other_users_of_the_host_do_not_reach_its_files(ray_cluster):
     ray.get(ray.remote(lambda: 0).remote(), timeout=60)  # a worker opens its folders to everybody
     folder = Path(ray._private.worker._global_node.get_session_dir_path())
-    closed = [path for path in folder.parents if stat.S_IMODE(path.stat().st_mode) == 0o700]
-    assert len(closed) == 1
-    assert (closed[0].owner(), closed[0].parent) == (getpass.getuser(), Path(tempfile.gettempdir()))
+    (closed,) = (path for path in folder.parents if path.parent == Path(tempfile.gettempdir()))
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+    assert closed.owner() == getpass.getuser()
 
 
 def test_nobody_starts_a_program_without_the_token(ray_cluster):

@@ -9,25 +9,17 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parents[1] / "actors")]  # its runs and processes
 
 from fault_runs import FaultRun, write_fault_run  # noqa: E402
-from run_cases import write_starter  # noqa: E402
+from run_cases import starter_model  # noqa: E402, F401  # a fixture
 
 
 @pytest.fixture(scope="session")
-def starter(tmp_path_factory):
-    """The folder of an untrained starter model of examples/countdown."""
-    folder = tmp_path_factory.mktemp("models") / "starter"
-    write_starter(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def start(starter, tmp_path_factory):
+def start(starter_model, tmp_path_factory):  # noqa: F811
     """`start(name, *words, **sections)` begins a run in a folder of its own."""
     root = tmp_path_factory.mktemp("faults")
     started = []
 
     def start(name, *words, **sections):
-        write_fault_run(root / name, starter, **sections)
+        write_fault_run(root / name, starter_model, **sections)
         started.append(FaultRun(root / name, "run.yaml", *words))
         return started[-1]
 

@@ -26,10 +26,10 @@ BUSY_STEPS = 12
 
 
 @pytest.mark.slow
-def test_a_killed_policy_changes_nothing_of_supervised_training(starter, tmp_path):
+def test_a_killed_policy_changes_nothing_of_supervised_training(starter_model, tmp_path):
     """The short part of the table: two runs side by side, of one actor each."""
     for name in ("disturbed", "alone"):
-        write_fault_sft_run(tmp_path / name, starter)
+        write_fault_sft_run(tmp_path / name, starter_model)
     alone = FaultRun(tmp_path / "alone", "run.yaml", subcommand="sft")
     run = FaultRun(tmp_path / "disturbed", "run.yaml", subcommand="sft")
     try:
