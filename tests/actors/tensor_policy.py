@@ -45,6 +45,7 @@ class SenderActor:
     def connect_weight_sync(self, connections, to):
         self.sends_adapter = connections[0].content == "adapter"
         self.slices = {piece.meta.name: piece for c in connections for piece in c.slices}
+        self.senders = []  # ends the earlier connections, in which receivers may still wait
         self.senders = [
             WeightSender(replace(connection, transport=self.transport), torch.device("cpu"))
             for connection in connections
